@@ -1,0 +1,1 @@
+"""The delta file: container, manifest, packing, reader, writer, verification and export."""

@@ -1,0 +1,215 @@
+"""The safetensors container: a header parser that trusts nothing, and hashing while bytes stream.
+
+Layout of a file (little endian): 8 bytes `n`, the header's length; `n` bytes of JSON; the data.
+The header maps a tensor's name to its dtype, shape and `[begin, end)` in the data; the intervals
+must tile the data without gap or overlap. Everything is checked before a byte of tensor data is
+looked at, in time and memory proportional to the header, which is bounded.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from deltadock.errors import MalformedSafetensors
+
+MAX_HEADER_BYTES: Final = 100_000_000
+"""The same bound as the reference implementation's."""
+
+DTYPE_BITS: Final = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a file: name, dtype, shape and its bytes `[begin, end)` within the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A validated header; `tensors` is ordered by position in the data."""
+
+    tensors: tuple[TensorSpec, ...]
+    metadata: dict[str, str]
+    data_offset: int
+    data_bytes: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole file in bytes."""
+        return self.data_offset + self.data_bytes
+
+
+def header_length(prefix: bytes) -> int:
+    """The header's length from a file's first 8 bytes, checked against the bound.
+
+    Raises:
+        MalformedSafetensors: fewer than 8 bytes, or a length of 0 or over the bound.
+    """
+    if len(prefix) < 8:
+        raise MalformedSafetensors(
+            "The file is shorter than 8 bytes, so it is not safetensors. Was it cut off?"
+        )
+    length = int.from_bytes(prefix[:8], "little")
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise MalformedSafetensors(
+            f"The file announces a header of {length} bytes; between 2 and {MAX_HEADER_BYTES} are "
+            "allowed. It is not a safetensors file (PyTorch .bin files must be converted first)."
+        )
+    return length
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise MalformedSafetensors("The header names a tensor twice.")
+    return found
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _spec(name: str, entry: object) -> TensorSpec:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise MalformedSafetensors(
+            f"Tensor {name!r} needs exactly the keys dtype, shape and data_offsets."
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise MalformedSafetensors(f"Tensor {name!r} has the unknown dtype {dtype!r}.")
+    if not isinstance(shape, list) or len(shape) > 16 or not all(map(_is_count, shape)):
+        raise MalformedSafetensors(f"Tensor {name!r} has an invalid shape.")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise MalformedSafetensors(f"Tensor {name!r} has invalid data_offsets.")
+    begin, end = offsets
+    expected = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    if end - begin != expected:
+        raise MalformedSafetensors(
+            f"Tensor {name!r} of shape {shape} and dtype {dtype} takes {expected} bytes, but its "
+            f"data_offsets span {end - begin}."
+        )
+    return TensorSpec(name, dtype, tuple(shape), begin, end)
+
+
+def parse_header(raw: bytes) -> Header:
+    """Parse and validate the JSON header `raw` (without its 8-byte length).
+
+    Raises:
+        MalformedSafetensors: for any header that does not describe a gapless file.
+    """
+    if raw[:1] != b"{":
+        raise MalformedSafetensors("The header does not begin with '{'.")
+    try:
+        parsed = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise MalformedSafetensors("The header is not valid JSON.") from error
+    metadata = parsed.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise MalformedSafetensors("__metadata__ must map text to text.")
+    specs = sorted(
+        (_spec(name, entry) for name, entry in parsed.items()),
+        key=lambda spec: (spec.begin, spec.end),
+    )
+    position = 0
+    for spec in specs:
+        if spec.begin != position:
+            kind = "overlaps its neighbour" if spec.begin < position else "leaves a gap before it"
+            raise MalformedSafetensors(f"The data of tensor {spec.name!r} {kind}.")
+        position = spec.end
+    return Header(tuple(specs), metadata, 8 + len(raw), position)
+
+
+class StreamingInspector:
+    """Validates and hashes a safetensors file while its bytes pass by, in any chunking.
+
+    Feed every chunk to `update`, then call `finish`. The header is validated as soon as it has
+    arrived, so a lying file is refused before its data is stored. Memory: the header, nothing
+    of the data.
+    """
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._header: Header | None = None
+        self._header_bytes = 8
+        self._pending: Iterator[TensorSpec] = iter(())
+        self._current: TensorSpec | None = None
+        self._hash = hashlib.sha256()
+        self._position = 0
+        self._digests: dict[str, str] = {}
+
+    def update(self, chunk: bytes | bytearray | memoryview) -> None:
+        """Take the file's next bytes.
+
+        Raises:
+            MalformedSafetensors: as soon as the bytes cannot belong to a valid file.
+        """
+        view = memoryview(chunk)
+        while self._header is None and len(view):
+            take = view[: self._header_bytes - len(self._head)]
+            self._head += take
+            view = view[len(take) :]
+            if len(self._head) == 8 == self._header_bytes:
+                self._header_bytes = 8 + header_length(bytes(self._head))
+            elif len(self._head) == self._header_bytes:
+                self._header = parse_header(bytes(self._head[8:]))
+                self._head.clear()
+                self._pending = iter(self._header.tensors)
+                self._advance()
+        if self._header is not None:
+            self._consume(view)
+
+    def _advance(self) -> None:
+        """Close every tensor that ends here and open the next one (empty tensors close at once)."""
+        while True:
+            if self._current is not None:
+                if self._position < self._current.end:
+                    return
+                self._digests[self._current.name] = self._hash.hexdigest()
+            self._current = next(self._pending, None)
+            self._hash = hashlib.sha256()
+            if self._current is None:
+                return
+
+    def _consume(self, view: memoryview) -> None:
+        while len(view):
+            if self._current is None:
+                raise MalformedSafetensors("The file is longer than its header says.")
+            take = view[: self._current.end - self._position]
+            self._hash.update(take)
+            self._position += len(take)
+            view = view[len(take) :]
+            self._advance()
+
+    def finish(self) -> tuple[Header, dict[str, str]]:
+        """The header and each tensor's SHA-256 (hex) once the whole file has passed.
+
+        Raises:
+            MalformedSafetensors: the file ended early.
+        """
+        if self._header is None:
+            raise MalformedSafetensors("The file ends inside its header. Was it cut off?")
+        if self._current is not None:
+            raise MalformedSafetensors(
+                f"The file ends inside tensor {self._current.name!r}: "
+                f"{self._position} of {self._header.data_bytes} data bytes arrived. "
+                "Upload it again."
+            )
+        return self._header, self._digests

@@ -1,0 +1,131 @@
+"""From a delta back to weights: single tensors, and whole checkpoints for any engine."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from artifacts.checkpoint import scan_folder
+from artifacts.reader import Artifact
+from deltadock.errors import BaseMismatch, Conflict
+
+TORCH_DTYPES: Final = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
+}  # fmt: skip
+
+SHARD_BYTES: Final = 5 * 2**30
+
+
+def exact_tensor(artifact: Artifact, name: str) -> Tensor:
+    """An `exact` tensor as torch has it, a copy of its own."""
+    data = np.array(artifact.exact(name))
+    dtype = TORCH_DTYPES[artifact.records[name]["dtype"]]
+    return torch.from_numpy(data).view(dtype)
+
+
+def merged(artifact: Artifact, name: str, base: Tensor) -> Tensor:
+    """The fine-tuned tensor: the base's with the delta applied, in the fine-tune's dtype.
+
+    The delta is added in float32 and rounded once; a tensor that the artifact does not name is
+    the base's own.
+    """
+    record = artifact.records.get(name)
+    if record is None:
+        return base
+    if record["kind"] == "exact":
+        return exact_tensor(artifact, name).to(base.device)
+    delta = torch.from_numpy(artifact.dense(name)).to(base.device)
+    return (base.float() + delta).to(TORCH_DTYPES[record["dtype"]])
+
+
+def check_base(artifact: Artifact, weights_digest: str) -> None:
+    """Refuse a base that the artifact was not made for.
+
+    Raises:
+        BaseMismatch: the digests differ.
+    """
+    if artifact.base_digest != weights_digest:
+        raise BaseMismatch(
+            f"{artifact.path.name} belongs to the base with weights digest "
+            f"{artifact.base_digest}; this base has {weights_digest}."
+        )
+
+
+def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the checkpoint that the delta stands for, as an ordinary Hugging Face folder.
+
+    Weights are written in shards of about `shard_bytes`, read and merged one tensor at a time;
+    config and tokenizer files are the fine-tune's.
+
+    Raises:
+        BaseMismatch: `base` is not the artifact's base.
+        InvalidArtifact: the delta cannot be read.
+        Conflict: `out` exists and is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise Conflict(f"{out} is not empty; choose another folder.")
+    with Artifact(artifact_path) as artifact:
+        manifest = scan_folder(base)
+        check_base(artifact, manifest.weights_digest)
+        partial = out.with_name(out.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            files = {e.file: safe_open(str(base / e.file), framework="pt") for e in manifest.tensors}
+            shards: list[dict[str, Tensor]] = [{}]
+            names: list[list[str]] = [[]]
+            size = 0
+            for entry in manifest.tensors:
+                tensor = merged(artifact, entry.name, files[entry.file].get_tensor(entry.name))
+                nbytes = tensor.numel() * tensor.element_size()
+                if shards[-1] and size + nbytes > shard_bytes:
+                    _write_shard(partial, shards[-1], len(shards))
+                    shards[-1] = {}
+                    shards.append({})
+                    names.append([])
+                    size = 0
+                shards[-1][entry.name] = tensor.contiguous()
+                names[-1].append(entry.name)
+                size += nbytes
+            _write_shard(partial, shards[-1], len(shards))
+            _name_shards(partial, names)
+            for file in manifest.files:
+                if not file.path.endswith((".safetensors", ".safetensors.index.json")):
+                    shutil.copyfile(base / file.path, partial / file.path)
+            for name, text in artifact.manifest["files"].items():
+                if text is None:
+                    (partial / name).unlink(missing_ok=True)
+                else:
+                    (partial / name).write_text(text, encoding="utf-8")
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_shard(folder: Path, tensors: dict[str, Tensor], number: int) -> None:
+    save_file(tensors, str(folder / f"shard-{number}"), metadata={"format": "pt"})
+
+
+def _name_shards(folder: Path, names: list[list[str]]) -> None:
+    """Give the shards the names that `transformers` looks for, with an index if there are many."""
+    if len(names) == 1:
+        (folder / "shard-1").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, shard in enumerate(names, 1):
+        final = f"model-{number:05d}-of-{len(names):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / final)
+        weight_map.update(dict.fromkeys(shard, final))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -1,0 +1,201 @@
+"""Reading a delta file: lazy, memory-mapped, numpy only.
+
+Opening validates the container's header and holds every record against its segments; no tensor
+data is read until it is asked for.
+"""
+
+import hashlib
+import json
+import mmap
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from artifacts.checkpoint import check_path
+from artifacts.container import Header, header_length, parse_header
+from artifacts.encoding import (
+    NUMPY_DTYPES,
+    Encoded,
+    Factors,
+    FloatArray,
+    decode_factors,
+    decode_rows,
+    expected_segments,
+)
+from artifacts.writer import FORMAT
+from deltadock.errors import InvalidArtifact, MalformedSafetensors
+
+REQUIRED_KEYS: Final = {
+    "base_digest": str,
+    "method": str,
+    "tensors": dict,
+    "files": dict,
+    "checkpoint_bytes": int,
+    "parameters": int,
+    "nominal_bits": (int, float, type(None)),
+}
+
+
+class Artifact:
+    """An open delta file; use it as a context manager or call `close`.
+
+    Attributes:
+        path: the file.
+        manifest: the manifest as parsed; keys this version does not know are kept.
+        records: each changed tensor's record, by name; a tensor without one equals the base's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open `path`.
+
+        Raises:
+            InvalidArtifact: not a delta file, of a newer major version, or inconsistent.
+        """
+        self.path = path
+        try:
+            with path.open("rb") as stream:
+                self.nbytes = stream.seek(0, 2)
+                stream.seek(0)
+                raw = stream.read(header_length(stream.read(8)))
+                self._header = parse_header(raw)
+                if self._header.file_bytes != self.nbytes:
+                    raise MalformedSafetensors(
+                        f"{self._header.file_bytes} bytes announced, {self.nbytes} there."
+                    )
+                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except MalformedSafetensors as error:
+            raise InvalidArtifact(f"{path.name} is not a whole delta file: {error}") from error
+        except FileNotFoundError as error:
+            raise InvalidArtifact(f"There is no file {path}.") from error
+        self.manifest = _parse_manifest(path, self._header)
+        self.records: Mapping[str, dict[str, Any]] = self.manifest["tensors"]
+        self._specs = {spec.name: spec for spec in self._header.tensors}
+        self._check_segments()
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open `path`; the same as `Artifact(path)`."""
+        return cls(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap the file, once no array taken from it is alive any more."""
+        try:
+            self._map.close()
+        except BufferError:
+            # Arrays still point into the map; it goes when the last of them does.
+            pass
+
+    @property
+    def base_digest(self) -> str:
+        """`weights_digest` of the base that the delta belongs to."""
+        digest: str = self.manifest["base_digest"]
+        return digest
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the whole file."""
+        return hashlib.sha256(self._map).hexdigest()
+
+    def _check_segments(self) -> None:
+        announced: set[str] = set()
+        for name, record in self.records.items():
+            for key, (dtype, shape) in expected_segments(record).items():
+                full = f"{name}:{key}"
+                spec = self._specs.get(full)
+                if spec is None or (spec.dtype, spec.shape) != (dtype, shape):
+                    raise InvalidArtifact(
+                        f"{self.path.name}: segment {full!r} is missing or not {dtype} {shape}."
+                    )
+                announced.add(full)
+        if extra := self._specs.keys() - announced:
+            raise InvalidArtifact(
+                f"{self.path.name}: segment {min(extra)!r} belongs to no tensor of the manifest."
+            )
+
+    def segment(self, full_name: str) -> npt.NDArray[Any]:
+        """A segment's data without a copy, in its stored shape; read-only."""
+        spec = self._specs[full_name]
+        count = int(np.prod(spec.shape, dtype=np.int64))
+        data = np.frombuffer(
+            self._map, NUMPY_DTYPES[spec.dtype], count, self._header.data_offset + spec.begin
+        ) if count else np.empty(0, NUMPY_DTYPES[spec.dtype])
+        return data.reshape(spec.shape)
+
+    def encoded(self, name: str) -> Encoded:
+        """A tensor's record and segments, as the writer took them."""
+        record = self.records[name]
+        return Encoded(
+            record, {key: self.segment(f"{name}:{key}") for key in expected_segments(record)}
+        )
+
+    def tensor_bytes(self, name: str) -> int:
+        """Bytes that a tensor takes in the file."""
+        keys = expected_segments(self.records[name])
+        return sum(self._specs[f"{name}:{key}"].nbytes for key in keys)
+
+    def _of_kind(self, name: str, kind: str) -> Encoded:
+        if self.records[name]["kind"] != kind:
+            raise KeyError(f"{name} is stored as {self.records[name]['kind']}, not {kind}")
+        return self.encoded(name)
+
+    def factors(self, name: str) -> Factors:
+        """Decoded float32 factors of an `svd` tensor."""
+        return decode_factors(self._of_kind(name, "svd"))
+
+    def exact(self, name: str) -> npt.NDArray[Any]:
+        """Raw data of an `exact` tensor in its shape; bfloat16 as uint16, float8 as uint8."""
+        return self._of_kind(name, "exact").segments["data"]
+
+    def dense(self, name: str) -> FloatArray:
+        """The whole delta of an `svd` or `rows` tensor, float32."""
+        encoded = self.encoded(name)
+        if encoded.record["kind"] == "rows":
+            return decode_rows(encoded)
+        return self.factors(name).dense()
+
+    def damaged(self) -> Iterator[str]:
+        """Full names of the segments whose bytes do not have the manifest's SHA-256."""
+        for name, record in self.records.items():
+            hashes = record.get("sha256", {})
+            for key in expected_segments(record):
+                data = self.segment(f"{name}:{key}")
+                if hashlib.sha256(data.tobytes()).hexdigest() != hashes.get(key):
+                    yield f"{name}:{key}"
+
+
+def _parse_manifest(path: Path, header: Header) -> dict[str, Any]:
+    version = header.metadata.get("format", "")
+    if version != FORMAT:
+        advice = "Upgrade Deltadock." if version.startswith("deltadock/") else "Is it a checkpoint?"
+        raise InvalidArtifact(
+            f"{path.name} has the format {version!r}; this version reads {FORMAT!r}. {advice}"
+        )
+    try:
+        manifest = json.loads(header.metadata["manifest"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise InvalidArtifact(f"{path.name} has no readable manifest.") from error
+    if not isinstance(manifest, dict):
+        raise InvalidArtifact(f"{path.name}: the manifest is not an object.")
+    for key, kind in REQUIRED_KEYS.items():
+        if not isinstance(manifest.get(key), kind):  # type: ignore[arg-type]  # a table of types
+            raise InvalidArtifact(f"{path.name}: the manifest's {key!r} is missing or wrong.")
+    for name, text in manifest["files"].items():
+        if "/" in check_path(name) or not isinstance(text, str | None):
+            raise InvalidArtifact(f"{path.name}: {name!r} is no file that a delta may carry.")
+    return manifest

@@ -1,0 +1,92 @@
+"""Writing a delta file.
+
+The same inputs give the same bytes: keys are sorted, nothing depends on time or machine.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from artifacts.encoding import NUMPY_DTYPES, Encoded, expected_segments
+
+FORMAT: Final = "deltadock/1"
+ALIGNMENT: Final = 128
+
+Segments = dict[str, tuple[str, npt.NDArray[Any]]]
+"""Full name -> (safetensors dtype, data)."""
+
+
+def pack_container(segments: Segments, metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """The head of a safetensors file, and the order in which the segments' data follows it.
+
+    The data begins at a multiple of 128 bytes. Segments whose size keeps that alignment come
+    first, the others after them with the widest dtypes leading, so each is aligned for its dtype.
+    """
+    order = sorted(
+        segments,
+        key=lambda name: (
+            segments[name][1].nbytes % ALIGNMENT != 0,
+            -segments[name][1].itemsize,
+            name,
+        ),
+    )
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name in order:
+        dtype, data = segments[name]
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(data.shape),
+            "data_offsets": [position, position + data.nbytes],
+        }
+        position += data.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    return len(raw).to_bytes(8, "little") + raw, order
+
+
+def _collect(tensors: Mapping[str, Encoded]) -> tuple[Segments, dict[str, dict[str, Any]]]:
+    segments: Segments = {}
+    records: dict[str, dict[str, Any]] = {}
+    for name, encoded in sorted(tensors.items()):
+        expected = expected_segments(encoded.record)
+        hashes = {}
+        for key, data in sorted(encoded.segments.items()):
+            dtype = expected[key][0]
+            stored = np.ascontiguousarray(data).view(NUMPY_DTYPES[dtype])
+            segments[f"{name}:{key}"] = (dtype, stored)
+            hashes[key] = hashlib.sha256(stored.tobytes()).hexdigest()
+        records[name] = {**encoded.record, "sha256": hashes}
+    return segments, records
+
+
+def write_artifact(path: Path, tensors: Mapping[str, Encoded], manifest: Mapping[str, Any]) -> None:
+    """Write a delta file; it appears under `path` complete or not at all.
+
+    Args:
+        path: where to write.
+        tensors: every tensor that differs from the base, by name.
+        manifest: everything but the tensors' records, JSON-able (see docs/format.md).
+    """
+    segments, records = _collect(tensors)
+    document = json.dumps(
+        {**manifest, "tensors": records}, sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+    head, order = pack_container(segments, {"format": FORMAT, "manifest": document})
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(head)
+            for name in order:
+                stream.write(segments[name][1].tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,201 @@
+"""Bit allocation (AdaMix, Eq. 10): one width per rank under a budget, few distinct widths.
+
+    minimise   sum_i errors[i, width_i]
+    subject to sum_i width_i <= budget,  at most `f_max` distinct widths (0 counts as one).
+
+Every rank of one matrix costs `width * (h_in + h_out)` bits, so the budget is in small integers:
+a multiple-choice knapsack. Two solvers reach the same optimum:
+- `exact`: a Lagrangian bound for each subset of widths prunes the subsets; reduced costs fix most
+  ranks of those that remain; dynamic programming over the capacity decides the rest;
+- `scip`: the 0/1 programme as it is printed, given to SCIP, which certifies the gap.
+"""
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from deltadock.errors import InvalidInput
+
+Array = npt.NDArray[np.float64]
+Solver = Literal["exact", "scip"]
+
+WIDTHS: Final = (0, 2, 3, 4, 5, 6, 7, 8)
+BISECTIONS: Final = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """Widths (r,) in bits, their total error, and the relative optimality gap (0 = proven)."""
+
+    widths: npt.NDArray[np.int64]
+    error: float
+    gap: float
+
+
+def rank_budget(bits: float, h_out: int, h_in: int) -> int:
+    """Rank-bits that one matrix may spend: `floor(bits * h_in * h_out / (h_in + h_out))`."""
+    return int(bits * h_in * h_out / (h_in + h_out))
+
+
+def allocate(
+    errors: Array,
+    budget: int,
+    widths: tuple[int, ...] = WIDTHS,
+    f_max: int = 4,
+    solver: Solver = "exact",
+) -> Allocation:
+    """Choose each rank's width.
+
+    Args:
+        errors: (r, len(widths)), error of each rank at each width, not negative.
+        budget: most that the widths may sum to, in rank-bits.
+        widths: candidate widths in bits.
+        f_max: most distinct widths.
+        solver: `exact` or `scip`.
+
+    Raises:
+        InvalidInput: no choice fits the budget.
+    """
+    if errors.shape[0] * min(widths) > budget:
+        raise InvalidInput(f"No allocation of {errors.shape[0]} ranks fits {budget} rank-bits.")
+    if errors.shape[0] == 0:
+        return Allocation(np.zeros(0, np.int64), 0.0, 0.0)
+    solve = _solve_scip if solver == "scip" else _solve_exact
+    return solve(errors, budget, widths, f_max)
+
+
+def _solve_exact(errors: Array, budget: int, widths: tuple[int, ...], f_max: int) -> Allocation:
+    costs = np.asarray(widths, np.float64)
+    relaxed = []
+    best_error, best_choice = np.inf, np.zeros(len(errors), np.int64)
+    for subset in combinations(range(len(widths)), min(f_max, len(widths))):
+        columns = list(subset)
+        if len(errors) * costs[columns].min() > budget:
+            continue
+        bound, multiplier, choice = _relax(errors[:, columns], costs[columns], budget)
+        error = float(np.take_along_axis(errors[:, columns], choice[:, None], 1).sum())
+        relaxed.append((bound, multiplier, columns))
+        if error < best_error:
+            best_error, best_choice = error, np.asarray(columns)[choice]
+    relaxed.sort(key=lambda entry: entry[0])
+    for bound, multiplier, columns in relaxed:
+        if bound >= best_error:
+            break
+        found = _decide(errors[:, columns], costs[columns], budget, multiplier, bound, best_error)
+        if found is not None:
+            error, choice = found
+            best_error, best_choice = error, np.asarray(columns)[choice]
+    return Allocation(np.asarray(widths, np.int64)[best_choice], best_error, 0.0)
+
+
+def _relax(
+    errors: Array, costs: Array, budget: int
+) -> tuple[float, float, npt.NDArray[np.int64]]:
+    """Lagrangian relaxation of the budget.
+
+    Returns:
+        The bound `max_m sum_i min_k(errors + m * costs) - m * budget`, its multiplier `m`, and
+        the choice (r,) that the smallest feasible multiplier makes, which fits the budget.
+    """
+    ceiling = float(errors.max()) + np.finfo(np.float64).tiny
+    low, high = ceiling * 1e-18, ceiling
+    choice = np.argmin(errors, axis=1)
+    if costs[choice].sum() <= budget:
+        return float(errors.min(axis=1).sum()), 0.0, choice
+    for _ in range(BISECTIONS):
+        middle = np.sqrt(low * high)
+        if costs[np.argmin(errors + middle * costs, axis=1)].sum() > budget:
+            low = middle
+        else:
+            high = middle
+    bound, multiplier = max(
+        (float((errors + m * costs).min(axis=1).sum() - m * budget), m) for m in (low, high)
+    )
+    choice = np.argmin(errors + high * costs, axis=1)
+    if costs[choice].sum() > budget:
+        # No multiplier up to the ceiling was dear enough: the cheapest width for every rank is.
+        choice = np.full(len(errors), np.argmin(costs))
+    return bound, multiplier, choice
+
+
+def _decide(
+    errors: Array, costs: Array, budget: int, multiplier: float, bound: float, limit: float
+) -> tuple[float, npt.NDArray[np.int64]] | None:
+    """The best choice within one subset of widths if its error is below `limit`, else None.
+
+    A choice whose reduced cost lifts the bound over `limit` cannot be part of a better solution
+    (with a margin for rounding); ranks left with one choice are settled, dynamic programming
+    over the capacity decides the others.
+    """
+    rows = len(errors)
+    priced = errors + multiplier * costs
+    reduced = priced - priced.min(axis=1, keepdims=True)
+    margin = 1e-12 * (abs(limit) + multiplier * budget)
+    allowed = reduced <= limit - bound + margin
+    choice = np.argmin(np.where(allowed, priced, np.inf), axis=1)
+    open_rows = np.flatnonzero(allowed.sum(axis=1) > 1)
+    settled = np.setdiff1d(np.arange(rows), open_rows)
+    capacity = int(budget - costs[choice[settled]].sum())
+    if capacity < 0:
+        return None
+    # best[c]: least error of the open ranks so far within capacity c.
+    best = np.zeros(capacity + 1)
+    taken = np.zeros((len(open_rows), capacity + 1), np.int8)
+    for step, row in enumerate(open_rows):
+        following = np.full(capacity + 1, np.inf)
+        for k in np.flatnonzero(allowed[row]):
+            cost = int(costs[k])
+            if cost > capacity:
+                continue
+            candidate = best[: capacity + 1 - cost] + errors[row, k]
+            better = candidate < following[cost:]
+            following[cost:][better] = candidate[better]
+            taken[step, cost:][better] = k
+        best = following
+    if not np.isfinite(best[capacity]):
+        return None
+    for step in range(len(open_rows) - 1, -1, -1):
+        k = int(taken[step, capacity])
+        choice[open_rows[step]] = k
+        capacity -= int(costs[k])
+    error = float(np.take_along_axis(errors, choice[:, None], 1).sum())
+    return (error, choice) if error < limit else None
+
+
+def _solve_scip(errors: Array, budget: int, widths: tuple[int, ...], f_max: int) -> Allocation:
+    import pyscipopt  # the only user of SCIP; torch-free processes and GPU machines lack it
+
+    ranks, count = errors.shape
+    # SCIP's tolerances are absolute, so the objective is brought to about one.
+    unit = float(errors.sum()) / errors.size or 1.0
+    model = pyscipopt.Model()
+    model.hideOutput()
+    model.setParam("limits/gap", 0.0)
+    model.setParam("numerics/epsilon", 1e-13)
+    choose = [[model.addVar(vtype="B") for _ in range(count)] for _ in range(ranks)]
+    used = [model.addVar(vtype="B") for _ in range(count)]
+    for i in range(ranks):
+        model.addCons(pyscipopt.quicksum(choose[i]) == 1)
+    for k in range(count):
+        model.addCons(
+            pyscipopt.quicksum(choose[i][k] for i in range(ranks)) <= ranks * used[k]
+        )
+    model.addCons(pyscipopt.quicksum(used) <= f_max)
+    model.addCons(
+        pyscipopt.quicksum(widths[k] * choose[i][k] for i in range(ranks) for k in range(count))
+        <= budget
+    )
+    model.setObjective(
+        pyscipopt.quicksum(
+            float(errors[i, k] / unit) * choose[i][k] for i in range(ranks) for k in range(count)
+        )
+    )
+    model.optimize()
+    choice = np.asarray(
+        [max(range(count), key=lambda k: model.getVal(choose[i][k])) for i in range(ranks)]
+    )
+    error = float(np.take_along_axis(errors, choice[:, None], 1).sum())
+    return Allocation(np.asarray(widths, np.int64)[choice], error, float(model.getGap()))

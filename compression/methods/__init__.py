@@ -1,0 +1,1 @@
+"""One module a method; `registry` finds them by name."""

@@ -1,0 +1,101 @@
+"""AdaMix: mixed-precision SVD factors with widths allotted by calibrated error.
+
+Source: Xiong et al., "AdaMix: Adaptive Mixed-Precision Delta-Compression with Quantization Error
+Optimization for Large Language Models" (arXiv 2506.11087), Algorithm 1. Steps:
+1. SVD `D = U diag(s) V`; as no rank can cost less than the smallest width, only the leading ranks
+   are candidates (App. C.1), a few spare ones among them.
+2. Every width is simulated in one GPTQ pass: `E[i, b] = s_i^2 (v - v_b) G (v - v_b)^T`.
+3. Widths by 0/1 allocation under the budget (Eq. 10); V_hat is a gather of simulated rows.
+4. Target correction (Eq. 8) refits U to the full delta; GPTQ quantizes it, column i at width b_i.
+"""
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from artifacts.encoding import Factors, SvdMatrix, Vectors, encode_svd
+from compression.allocation import WIDTHS, allocate, rank_budget
+from compression.gptq import Codes, quantize_columns, quantize_rows
+from compression.methods.base import MatrixResult, MatrixTask
+from compression.reconstruction import refit_left_factor
+
+F_MAX: Final = 4
+SPARE_RANKS: Final = 8
+CANDIDATES: Final = tuple(width for width in WIDTHS if width > 0)
+
+
+def compress_matrix(task: MatrixTask) -> MatrixResult:
+    """Compress one linear layer's delta."""
+    h_out, h_in = task.delta.shape
+    budget = rank_budget(task.bits, h_out, h_in)
+    u, s, v = decompose(task.delta, budget // min(CANDIDATES) + SPARE_RANKS)
+    # Entries of about one: float16 scales keep their precision whatever the matrix's size.
+    v, s = v * h_in**0.5, s / h_in**0.5
+
+    widths = torch.tensor(CANDIDATES).repeat_interleave(len(s))
+    simulated, damping_v = quantize_rows(v.repeat(len(CANDIDATES), 1), widths, task.moment)
+    errors = simulated_errors(v, s, simulated, task.moment)
+    allocation = allocate(errors, budget, WIDTHS, F_MAX, task.solver)
+
+    kept = torch.from_numpy(np.flatnonzero(allocation.widths))
+    bits = torch.from_numpy(allocation.widths)[kept]
+    column = torch.tensor([CANDIDATES.index(int(width)) for width in bits], dtype=torch.long)
+    v_hat = simulated.rows(column * len(s) + kept)
+
+    right = s[kept, None] * v_hat.decode()
+    corrected, hessian, fallback = refit_left_factor(task.delta, u[:, kept], right, task.moment)
+    size = corrected.square().mean(dim=0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    u_hat, damping_u = quantize_columns(corrected / size, bits, hessian * torch.outer(size, size))
+
+    matrix = SvdMatrix(
+        u=to_vectors(u_hat, bits), s=(s[kept] * size).numpy(), v=to_vectors(v_hat, bits)
+    )
+    notes = {
+        "rank": len(kept),
+        "widths": {str(b): int((bits == b).sum()) for b in sorted(set(bits.tolist()))[::-1]},
+        "damping": max(damping_u, damping_v),
+        "gap": allocation.gap,
+        "fallbacks": [] if fallback is None else [fallback],
+    }
+    dense = Factors(matrix.u.decode().T, matrix.s, matrix.v.decode()).dense()
+    return MatrixResult(encode_svd(matrix, task.dtype, {}), torch.from_numpy(dense), notes)
+
+
+def decompose(delta: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triples: U (h_out, k), s (k,), V (k, h_in), float32, signs fixed.
+
+    The largest entry of each row of V is made positive, so that equal inputs give equal bytes
+    whatever sign the library's SVD settles on.
+    """
+    u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
+    u, s, v = u[:, :ranks], s[:ranks], v[:ranks]
+    peak = v.abs().argmax(dim=1, keepdim=True)
+    sign = torch.sign(v.gather(1, peak)).squeeze(1)
+    return (u * sign).float(), s.float(), (v * sign[:, None]).float()
+
+
+def simulated_errors(
+    v: Tensor, s: Tensor, simulated: Codes, moment: Tensor
+) -> npt.NDArray[np.float64]:
+    """`E[i, b]` for the widths of `WIDTHS`: (k, len(WIDTHS)) float64; width 0 drops the rank."""
+
+    def weighted(rows: Tensor) -> Tensor:
+        rows = rows.double()
+        return ((rows @ moment) * rows).sum(dim=1)
+
+    k = len(s)
+    decoded = simulated.decode()
+    columns = [weighted(v)]
+    columns += [weighted(v - decoded[i * k : (i + 1) * k]) for i in range(len(CANDIDATES))]
+    scaled: npt.NDArray[np.float64] = (torch.stack(columns, dim=1) * s.double()[:, None] ** 2).numpy()
+    return scaled
+
+
+def to_vectors(codes: Codes, bits: Tensor) -> Vectors:
+    """The artifact's form of quantized vectors."""
+    return Vectors(
+        codes.codes.numpy(), bits.numpy(), codes.scale.numpy(), codes.zero.numpy(), codes.group
+    )
