@@ -184,7 +184,7 @@ class FileInspector:
 
 
 def scan_folder(folder: Path) -> CheckpointManifest:
-    """The manifest of a checkpoint folder on disk; every byte is read once, files in between not kept.
+    """The manifest of a checkpoint folder on disk; every byte is read once.
 
     Files that are no part of a checkpoint (READMEs, images, other formats) are left out.
 

@@ -162,7 +162,7 @@ class StreamingInspector:
             MalformedSafetensors: as soon as the bytes cannot belong to a valid file.
         """
         view = memoryview(chunk)
-        while self._header is None and len(view):
+        while self._header is None and view:
             take = view[: self._header_bytes - len(self._head)]
             self._head += take
             view = view[len(take) :]

@@ -8,6 +8,7 @@ Every encoding decodes with numpy alone; a kernel reads the same segments as the
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -34,29 +35,25 @@ class Vectors:
     Attributes:
         codes: (r, n) uint8.
         bits: (r,) widths, 1 to 8.
-        scale: (r, n / group, rounded up) float16.
-        zero: same shape, uint8; `value = scale * (code - zero)`.
-        group: entries along a row that share a scale and a zero.
+        zero: (r,) float16; an entry's value is `code - zero`.
     """
 
     codes: CodeArray
     bits: npt.NDArray[np.int64]
-    scale: npt.NDArray[np.float16]
-    zero: npt.NDArray[np.uint8]
-    group: int
+    zero: npt.NDArray[np.float16]
 
     def decode(self) -> FloatArray:
         """The values, (r, n) float32."""
-        n = self.codes.shape[1]
-        scale = np.repeat(self.scale.astype(np.float32), self.group, axis=1)[:, :n]
-        zero = np.repeat(self.zero.astype(np.float32), self.group, axis=1)[:, :n]
-        values: FloatArray = scale * (self.codes.astype(np.float32) - zero)
+        values: FloatArray = self.codes.astype(np.float32) - self.zero.astype(np.float32)[:, None]
         return values
 
 
 @dataclass(frozen=True, slots=True)
 class SvdMatrix:
-    """A compressed matrix: U transposed to (r, h_out), s (r,) float32, V (r, h_in)."""
+    """A compressed matrix: U transposed to (r, h_out), s (r,) float32, V (r, h_in).
+
+    `s` is the singular value times the scales of both sides' grids.
+    """
 
     u: Vectors
     s: FloatArray
@@ -73,7 +70,7 @@ class Factors:
 
     def dense(self) -> FloatArray:
         """The delta, (h_out, h_in) float32."""
-        product: FloatArray = (self.u * self.s) @ self.v
+        product: FloatArray = np.matmul(self.u * self.s, self.v).astype(np.float32, copy=False)
         return product
 
 
@@ -94,15 +91,11 @@ def _groups(matrix: SvdMatrix) -> list[tuple[int, int, int, int]]:
     """Runs of ranks of equal widths, `(begin, end, v_bits, u_bits)`."""
     pairs = list(zip(matrix.v.bits.tolist(), matrix.u.bits.tolist(), strict=True))
     edges = [i for i in range(len(pairs)) if i == 0 or pairs[i] != pairs[i - 1]] + [len(pairs)]
-    return [
-        (begin, end, *pairs[begin]) for begin, end in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [(begin, end, *pairs[begin]) for begin, end in pairwise(edges)]
 
 
 def _reorder(side: Vectors, order: npt.NDArray[np.int64]) -> Vectors:
-    return Vectors(
-        side.codes[order], side.bits[order], side.scale[order], side.zero[order], side.group
-    )
+    return Vectors(side.codes[order], side.bits[order], side.zero[order])
 
 
 def encode_svd(matrix: SvdMatrix, dtype: str, details: dict[str, Any]) -> Encoded:
@@ -120,26 +113,19 @@ def encode_svd(matrix: SvdMatrix, dtype: str, details: dict[str, Any]) -> Encode
     for side, vectors, column in (("v", matrix.v, 2), ("u", matrix.u, 3)):
         packed = [pack(vectors.codes[run[0] : run[1]], run[column]) for run in groups]
         segments[side] = np.concatenate(packed) if packed else np.zeros(0, np.uint32)
-        segments[f"{side}.scale"] = np.ascontiguousarray(vectors.scale)
         segments[f"{side}.zero"] = np.ascontiguousarray(vectors.zero)
     segments["s"] = np.ascontiguousarray(matrix.s, np.float32)
     record = {
         "kind": "svd",
         "shape": [matrix.u.codes.shape[1], matrix.v.codes.shape[1]],
         "dtype": dtype,
-        "ranks": [
-            {"count": end - begin, "v_bits": v, "u_bits": u} for begin, end, v, u in groups
-        ],
-        "v_group": matrix.v.group,
-        "u_group": matrix.u.group,
+        "ranks": [{"count": end - begin, "v_bits": v, "u_bits": u} for begin, end, v, u in groups],
         **details,
     }
     return Encoded(record, segments)
 
 
-def _decode_side(
-    encoded: Encoded, side: str, columns: int, total: int
-) -> Vectors:
+def _decode_side(encoded: Encoded, side: str, columns: int, total: int) -> Vectors:
     words: WordArray = encoded.segments[side].view(np.uint32)
     codes = np.zeros((total, columns), np.uint8)
     bits = np.zeros(total, np.int64)
@@ -150,13 +136,7 @@ def _decode_side(
         codes[row : row + count] = unpack(words[position : position + size], count, columns, width)
         bits[row : row + count] = width
         row, position = row + count, position + size
-    return Vectors(
-        codes,
-        bits,
-        encoded.segments[f"{side}.scale"],
-        encoded.segments[f"{side}.zero"],
-        encoded.record[f"{side}_group"],
-    )
+    return Vectors(codes, bits, encoded.segments[f"{side}.zero"])
 
 
 def decode_svd(encoded: Encoded) -> SvdMatrix:
@@ -203,15 +183,13 @@ def encode_rows(delta: FloatArray, bits: int, dtype: str, details: dict[str, Any
     return Encoded(record, segments)
 
 
-def quantize_midrise(
-    values: FloatArray, bits: int
-) -> tuple[CodeArray, npt.NDArray[np.float16]]:
+def quantize_midrise(values: FloatArray, bits: int) -> tuple[CodeArray, npt.NDArray[np.float16]]:
     """Symmetric mid-rise codes, `value = scale * (code - (2**bits - 1) / 2)`, one scale a row.
 
     The scale is the best of 24 between a third of what spans the row's largest value and that.
     """
     centre = (2**bits - 1) / 2
-    peak = np.abs(values).max(axis=1, initial=0.0) / max(centre, 0.5)
+    peak = np.abs(values).max(axis=1, initial=0.0) / centre
     best_error = np.full(len(values), np.inf, np.float32)
     best_scale = np.zeros(len(values), np.float16)
     best_codes = np.zeros(values.shape, np.uint8)
@@ -275,7 +253,7 @@ def _expected_rows(
     bits, changed = int(record["bits"]), int(record["changed"])
     if not 1 <= bits <= 8 or not 0 <= changed <= rows:
         raise InvalidArtifact("A record of rows has an impossible width or count.")
-    expected = {
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
         "codes": ("U32", (segment_words(changed, columns, bits),)),
         "scale": ("F16", (changed,)),
     }
@@ -290,15 +268,13 @@ def _expected_svd(
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     total = sum(int(run["count"]) for run in record["ranks"])
     for side, columns in (("v", h_in), ("u", h_out)):
-        words, group = 0, int(record[f"{side}_group"])
+        words = 0
         for run in record["ranks"]:
             width, count = int(run[f"{side}_bits"]), int(run["count"])
-            if not 1 <= width <= 8 or count < 1 or group < 1:
-                raise InvalidArtifact("A record has an impossible width, count or group.")
+            if not 1 <= width <= 8 or count < 1:
+                raise InvalidArtifact("A record has an impossible width or count.")
             words += segment_words(count, columns, width)
-        grids = (total, -(-columns // group))
         expected[side] = ("U32", (words,))
-        expected[f"{side}.scale"] = ("F16", grids)
-        expected[f"{side}.zero"] = ("U8", grids)
+        expected[f"{side}.zero"] = ("F16", (total,))
     expected["s"] = ("F32", (total,))
     return expected

@@ -80,7 +80,9 @@ def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_B
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            files = {e.file: safe_open(str(base / e.file), framework="pt") for e in manifest.tensors}
+            files = {
+                e.file: safe_open(str(base / e.file), framework="pt") for e in manifest.tensors
+            }
             shards: list[dict[str, Tensor]] = [{}]
             names: list[list[str]] = [[]]
             size = 0
@@ -114,7 +116,10 @@ def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_B
 
 
 def _write_shard(folder: Path, tensors: dict[str, Tensor], number: int) -> None:
-    save_file(tensors, str(folder / f"shard-{number}"), metadata={"format": "pt"})
+    path = folder / f"shard-{number}"
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    # safetensors makes its files private; a checkpoint is as readable as its folder.
+    path.chmod(folder.stat().st_mode & 0o666)
 
 
 def _name_shards(folder: Path, names: list[list[str]]) -> None:

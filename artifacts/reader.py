@@ -4,6 +4,7 @@ Opening validates the container's header and holds every record against its segm
 data is read until it is asked for.
 """
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -95,11 +96,9 @@ class Artifact:
 
     def close(self) -> None:
         """Unmap the file, once no array taken from it is alive any more."""
-        try:
+        # Arrays that still point into the map keep it; it goes when the last of them does.
+        with contextlib.suppress(BufferError):
             self._map.close()
-        except BufferError:
-            # Arrays still point into the map; it goes when the last of them does.
-            pass
 
     @property
     def base_digest(self) -> str:
@@ -132,9 +131,13 @@ class Artifact:
         """A segment's data without a copy, in its stored shape; read-only."""
         spec = self._specs[full_name]
         count = int(np.prod(spec.shape, dtype=np.int64))
-        data = np.frombuffer(
-            self._map, NUMPY_DTYPES[spec.dtype], count, self._header.data_offset + spec.begin
-        ) if count else np.empty(0, NUMPY_DTYPES[spec.dtype])
+        data = (
+            np.frombuffer(
+                self._map, NUMPY_DTYPES[spec.dtype], count, self._header.data_offset + spec.begin
+            )
+            if count
+            else np.empty(0, NUMPY_DTYPES[spec.dtype])
+        )
         return data.reshape(spec.shape)
 
     def encoded(self, name: str) -> Encoded:

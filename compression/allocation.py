@@ -91,9 +91,7 @@ def _solve_exact(errors: Array, budget: int, widths: tuple[int, ...], f_max: int
     return Allocation(np.asarray(widths, np.int64)[best_choice], best_error, 0.0)
 
 
-def _relax(
-    errors: Array, costs: Array, budget: int
-) -> tuple[float, float, npt.NDArray[np.int64]]:
+def _relax(errors: Array, costs: Array, budget: int) -> tuple[float, float, npt.NDArray[np.int64]]:
     """Lagrangian relaxation of the budget.
 
     Returns:
@@ -144,9 +142,9 @@ def _decide(
     # best[c]: least error of the open ranks so far within capacity c.
     best = np.zeros(capacity + 1)
     taken = np.zeros((len(open_rows), capacity + 1), np.int8)
-    for step, row in enumerate(open_rows):
+    for step, row in enumerate(open_rows.tolist()):
         following = np.full(capacity + 1, np.inf)
-        for k in np.flatnonzero(allowed[row]):
+        for k in np.flatnonzero(allowed[row]).tolist():
             cost = int(costs[k])
             if cost > capacity:
                 continue
@@ -180,9 +178,7 @@ def _solve_scip(errors: Array, budget: int, widths: tuple[int, ...], f_max: int)
     for i in range(ranks):
         model.addCons(pyscipopt.quicksum(choose[i]) == 1)
     for k in range(count):
-        model.addCons(
-            pyscipopt.quicksum(choose[i][k] for i in range(ranks)) <= ranks * used[k]
-        )
+        model.addCons(pyscipopt.quicksum(choose[i][k] for i in range(ranks)) <= ranks * used[k])
     model.addCons(pyscipopt.quicksum(used) <= f_max)
     model.addCons(
         pyscipopt.quicksum(widths[k] * choose[i][k] for i in range(ranks) for k in range(count))

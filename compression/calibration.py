@@ -1,4 +1,4 @@
-"""Calibration data: text in, token windows of equal length out; moments of linear layers' inputs."""
+"""Calibration: text in, token windows of equal length out; moments of linear layers' inputs."""
 
 import hashlib
 import json

@@ -5,7 +5,7 @@ weights just before it runs. What a block is called with (rotary embeddings, mas
 running the model once with recorders in the blocks' place.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -70,7 +70,7 @@ class BlockwiseModel:
         self._blocks_name = self._find_blocks()
         self._body_name = self._blocks_name.rpartition(".")[0]
         body = self._model.get_submodule(self._body_name)
-        self._layers = self._model.get_submodule(self._blocks_name)
+        self._layers: nn.ModuleList = self._model.get_submodule(self._blocks_name)
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         self.blocks = [f"{self._blocks_name}.{k}" for k in range(self.config.num_hidden_layers)]
         self.linears = {
@@ -135,11 +135,11 @@ class BlockwiseModel:
         Runs the model's own code up to the blocks, and remembers what it calls each with.
         """
         body = self._model.get_submodule(self._body_name)
-        recorders = nn.ModuleList(_Recorder(block) for block in self._layers)
+        recorders = [_Recorder(block) for block in self._layers]
         captured: list[Tensor] = []
         recorders[0].register_forward_pre_hook(lambda _module, args: captured.append(args[0]))
         outside = [f"{self._body_name}.{name}" for name in self._outside_blocks()]
-        self._model.set_submodule(self._blocks_name, recorders)
+        self._model.set_submodule(self._blocks_name, nn.ModuleList(recorders))
         try:
             with ExitStack() as stack:
                 for name in outside:
@@ -161,9 +161,10 @@ class BlockwiseModel:
         ]
 
     @staticmethod
-    def _batches(values: Tensor) -> tuple[Tensor, ...]:
+    def _batches(values: Tensor) -> Sequence[Tensor]:
         """`values` (sequences, length, ...) cut along the sequences, a few thousand tokens each."""
-        return values.split(max(1, TOKENS_PER_STEP // values.shape[1]))
+        batches: Sequence[Tensor] = values.split(max(1, TOKENS_PER_STEP // values.shape[1]))
+        return batches
 
     @torch.inference_mode()
     def run_block(

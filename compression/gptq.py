@@ -2,12 +2,14 @@
 
 Source: Frantar et al., "GPTQ" (2022), in its blocked form, without reordering of columns. Two uses
 differ in what shares a grid:
-- `quantize_rows` (for V): each row of the matrix is one singular vector with its own width, and
-  its grids lie along the row. Rows do not interact, so every candidate width of every row goes
-  through in ONE pass as one tall stack.
-- `quantize_columns` (for U): each column is one singular vector with its own width, and its grids
-  lie along the column.
-Grids are asymmetric min-max over groups of `group` neighbouring entries of one singular vector.
+- `quantize_rows` (for V): each row is one singular vector with its own width. Rows do not
+  interact, so every candidate width of every row goes through in ONE pass as one tall stack.
+- `quantize_columns` (for U): each column is one singular vector with its own width, and its grid
+  is set when its turn comes, after every correction from its predecessors.
+
+A singular vector has one asymmetric grid, so its scale folds into the singular value. The grid
+spans the vector's range shrunk by the factor that leaves the least square error: at 2 bits a grid
+over the whole range wastes its levels on the few largest entries.
 """
 
 from dataclasses import dataclass
@@ -19,30 +21,27 @@ from torch import Tensor
 BLOCK: Final = 128
 DAMPING: Final = 0.01
 MAX_DAMPING: Final = 1.0
+SHRINKS: Final = (1.0, 0.9, 0.8, 0.7, 0.625, 0.55, 0.475, 0.4)
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """Quantized vectors, one a row: `value = scale * (code - zero)` in groups along the row.
+    """Quantized vectors, one a row: `value = scale * (code - zero)`.
 
-    Shapes: codes (r, n) uint8, scale (r, n / group, rounded up) float16, zero alike uint8.
+    Shapes: codes (r, n) uint8; scale (r,) and zero (r,) float32, zero a whole number.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
-    group: int
 
     def decode(self) -> Tensor:
         """The values, (r, n) float32."""
-        n = self.codes.shape[1]
-        scale = self.scale.float().repeat_interleave(self.group, dim=1)[:, :n]
-        zero = self.zero.float().repeat_interleave(self.group, dim=1)[:, :n]
-        return scale * (self.codes.float() - zero)
+        return self.scale[:, None] * (self.codes.float() - self.zero[:, None])
 
     def rows(self, index: Tensor) -> "Codes":
         """The vectors at `index`, in that order."""
-        return Codes(self.codes[index], self.scale[index], self.zero[index], self.group)
+        return Codes(self.codes[index], self.scale[index], self.zero[index])
 
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
@@ -80,34 +79,44 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
     raise ValueError("the Hessian is singular even with a damping of 100 %")
 
 
-def minmax_grid(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Asymmetric grids that span the values and zero.
+def _round(values: Tensor, scale: Tensor, zero: Tensor, levels: Tensor) -> Tensor:
+    """Codes of `values`, as floats; the grids broadcast over the last dimension's vectors."""
+    return torch.minimum((values / scale).round_().add_(zero).clamp_min_(0), levels)
+
+
+def search_grid(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Each column's asymmetric grid of least square error among `SHRINKS` of its range.
 
     Args:
-        values: (..., group) float32.
-        levels: the highest code, `2**bits - 1`, broadcastable to `values[..., 0]`.
+        values: (n, r) float32, one vector a column.
+        levels: (r,) highest codes, `2**bits - 1`.
 
     Returns:
-        scale (...) float32, already rounded to what float16 holds, and zero (...) float32.
+        scale (r,) and zero (r,), float32.
     """
-    low = values.amin(dim=-1).clamp_max(0)
-    high = values.amax(dim=-1).clamp_min(0)
-    smallest = torch.finfo(torch.float16).tiny
-    scale = ((high - low) / levels).clamp_min(smallest).half().float()
-    zero = torch.minimum((-low / scale).round(), levels)
-    return scale, zero
+    low = values.amin(dim=0).clamp_max(0)
+    high = values.amax(dim=0).clamp_min(0)
+    tiny = torch.finfo(torch.float32).tiny
+    best = torch.full_like(low, torch.inf)
+    best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
+    for shrink in SHRINKS:
+        scale = (shrink * (high - low) / levels).clamp_min(tiny)
+        zero = (-shrink * low / scale).round().clamp_(min=0).minimum(levels)
+        error = (scale * (_round(values, scale, zero, levels) - zero) - values).square_().sum(dim=0)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
 
 
-def quantize_rows(
-    values: Tensor, bits: Tensor, hessian: Tensor, group: int | None = BLOCK
-) -> tuple[Codes, float]:
+def quantize_rows(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes, float]:
     """Quantize each row under one Hessian over the columns.
 
     Args:
         values: (r, n); row i is quantized to `bits[i]`.
         bits: (r,) integer widths, 1 to 8.
         hessian: (n, n), second moment of what multiplies the columns.
-        group: entries of a row that share a grid, `BLOCK` or None for one grid a row.
 
     Returns:
         The codes, and the damping used (fraction of the mean diagonal).
@@ -116,40 +125,28 @@ def quantize_rows(
     # Transposed, so that the inner loop walks contiguous memory.
     work = values.float().t().contiguous()
     n, r = work.shape
-    size = group or max(n, 1)
-    levels = (2.0 ** bits - 1).float()
+    levels = (2.0**bits - 1).float()
+    scale, zero = search_grid(work, levels)
     codes = torch.empty((n, r), dtype=torch.uint8, device=work.device)
-    scales, zeros = (torch.empty((-(-n // size), r), device=work.device) for _ in range(2))
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
-        g = start // size
-        if start % size == 0:
-            scales[g], zeros[g] = minmax_grid(work[start : start + size].t(), levels)
-        scale, zero = scales[g], zeros[g]
         errors = torch.empty((stop - start, r), device=work.device)
         for j in range(start, stop):
-            code = torch.minimum((work[j] / scale).round_().add_(zero).clamp_min_(0), levels)
+            code = _round(work[j], scale, zero, levels)
             codes[j] = code.to(torch.uint8)
-            error = (work[j] - scale * (code - zero)) / factor[j, j]
-            errors[j - start] = error
-            work[j + 1 : stop] -= factor[j, j + 1 : stop, None] * error
+            errors[j - start] = (work[j] - scale * (code - zero)) / factor[j, j]
+            work[j + 1 : stop] -= factor[j, j + 1 : stop, None] * errors[j - start]
         work[stop:] -= factor[start:stop, stop:].t() @ errors
-    quantized = Codes(codes.t().contiguous(), scales.t().half(), zeros.t().to(torch.uint8), size)
-    return quantized, damping
+    return Codes(codes.t().contiguous(), scale, zero), damping
 
 
-def quantize_columns(
-    values: Tensor, bits: Tensor, hessian: Tensor, group: int | None = BLOCK
-) -> tuple[Codes, float]:
-    """Quantize each column under one Hessian over the columns; grids lie along the columns.
-
-    A column's grids are set when its turn comes, after every correction from its predecessors.
+def quantize_columns(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes, float]:
+    """Quantize each column under one Hessian over the columns, with one grid a column.
 
     Args:
         values: (m, r); column i is quantized to `bits[i]`.
         bits: (r,) integer widths, 1 to 8.
         hessian: (r, r), second moment of what multiplies the columns.
-        group: entries of a column that share a grid, `BLOCK` or None for one grid a column.
 
     Returns:
         The codes as (r, m), one singular vector a row, and the damping used.
@@ -157,23 +154,17 @@ def quantize_columns(
     factor, damping = inverse_factor(hessian)
     work = values.float().t().contiguous()
     r, m = work.shape
-    size = group or max(m, 1)
-    groups = -(-m // size)
+    levels = (2.0**bits - 1).float()
     codes = torch.empty((r, m), dtype=torch.uint8, device=work.device)
-    scales, zeros = (torch.empty((r, groups), device=work.device) for _ in range(2))
+    scale, zero = torch.empty((2, r), device=work.device)
     for start in range(0, r, BLOCK):
         stop = min(start + BLOCK, r)
         errors = torch.empty((stop - start, m), device=work.device)
         for i in range(start, stop):
-            # Padding with zeros changes no grid: every grid spans zero anyway.
-            padded = torch.nn.functional.pad(work[i], (0, groups * size - m)).view(groups, size)
-            level = (2.0 ** bits[i] - 1).float()
-            scales[i], zeros[i] = minmax_grid(padded, level)
-            scale, zero = scales[i, :, None], zeros[i, :, None]
-            code = torch.minimum((padded / scale).round_().add_(zero).clamp_min_(0), level)
-            codes[i] = code.flatten()[:m].to(torch.uint8)
-            error = (padded - scale * (code - zero)).flatten()[:m] / factor[i, i]
-            errors[i - start] = error
-            work[i + 1 : stop] -= factor[i, i + 1 : stop, None] * error
+            scale[i : i + 1], zero[i : i + 1] = search_grid(work[i, :, None], levels[i : i + 1])
+            code = _round(work[i], scale[i], zero[i], levels[i])
+            codes[i] = code.to(torch.uint8)
+            errors[i - start] = (work[i] - scale[i] * (code - zero[i])) / factor[i, i]
+            work[i + 1 : stop] -= factor[i, i + 1 : stop, None] * errors[i - start]
         work[stop:] -= factor[start:stop, stop:].t() @ errors
-    return Codes(codes, scales.half(), zeros.to(torch.uint8), size), damping
+    return Codes(codes, scale, zero), damping

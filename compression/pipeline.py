@@ -356,7 +356,11 @@ def _manifest(run: _Run, data: CalibrationSet | None) -> dict[str, Any]:
         "version": __version__,
         "files": _carried_files(run.base.manifest, run.finetuned),
         "matrices": {
-            matrix.name: {"error": matrix.error, "damping": matrix.damping, "fallbacks": matrix.fallbacks}
+            matrix.name: {
+                "error": matrix.error,
+                "damping": matrix.damping,
+                "fallbacks": matrix.fallbacks,
+            }
             for matrix in run.matrices
         },
     }

@@ -102,7 +102,5 @@ def _compare(finetuned: Tensor, delta: Tensor, base: Tensor, tokens: Tensor) -> 
     others = [F.log_softmax(logits, dim=-1) for logits in (delta, base)]
     kl = [F.kl_div(other, target, reduction="sum", log_target=True) for other in others]
     same = (finetuned.argmax(dim=-1) == delta.argmax(dim=-1)).sum()
-    nll = [
-        -scores[:, :-1].gather(2, tokens[:, 1:, None]).sum() for scores in (target, *others)
-    ]
+    nll = [-scores[:, :-1].gather(2, tokens[:, 1:, None]).sum() for scores in (target, *others)]
     return torch.stack([*kl, same.to(kl[0].dtype), *nll]).double()

@@ -17,7 +17,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DELTADOCK_", extra="ignore")
 
     home: Path = Field(
-        default=Path(".deltadock"), description="Folder for the embedded database, blobs and caches."
+        default=Path(".deltadock"),
+        description="Folder for the embedded database, blobs and caches.",
     )
     database_url: str = Field(
         default="", description="SQLAlchemy URL; empty means SQLite in `home`."

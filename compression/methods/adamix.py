@@ -32,8 +32,6 @@ def compress_matrix(task: MatrixTask) -> MatrixResult:
     h_out, h_in = task.delta.shape
     budget = rank_budget(task.bits, h_out, h_in)
     u, s, v = decompose(task.delta, budget // min(CANDIDATES) + SPARE_RANKS)
-    # Entries of about one: float16 scales keep their precision whatever the matrix's size.
-    v, s = v * h_in**0.5, s / h_in**0.5
 
     widths = torch.tensor(CANDIDATES).repeat_interleave(len(s))
     simulated, damping_v = quantize_rows(v.repeat(len(CANDIDATES), 1), widths, task.moment)
@@ -47,12 +45,11 @@ def compress_matrix(task: MatrixTask) -> MatrixResult:
 
     right = s[kept, None] * v_hat.decode()
     corrected, hessian, fallback = refit_left_factor(task.delta, u[:, kept], right, task.moment)
-    size = corrected.square().mean(dim=0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    u_hat, damping_u = quantize_columns(corrected / size, bits, hessian * torch.outer(size, size))
+    u_hat, damping_u = quantize_columns(corrected, bits, hessian)
 
-    matrix = SvdMatrix(
-        u=to_vectors(u_hat, bits), s=(s[kept] * size).numpy(), v=to_vectors(v_hat, bits)
-    )
+    # One scale a rank: the singular value and both grids' steps.
+    scale = s[kept] * v_hat.scale * u_hat.scale
+    matrix = SvdMatrix(to_vectors(u_hat, bits), scale.numpy(), to_vectors(v_hat, bits))
     notes = {
         "rank": len(kept),
         "widths": {str(b): int((bits == b).sum()) for b in sorted(set(bits.tolist()))[::-1]},
@@ -90,12 +87,12 @@ def simulated_errors(
     decoded = simulated.decode()
     columns = [weighted(v)]
     columns += [weighted(v - decoded[i * k : (i + 1) * k]) for i in range(len(CANDIDATES))]
-    scaled: npt.NDArray[np.float64] = (torch.stack(columns, dim=1) * s.double()[:, None] ** 2).numpy()
+    scaled: npt.NDArray[np.float64] = (
+        torch.stack(columns, dim=1) * s.double()[:, None] ** 2
+    ).numpy()
     return scaled
 
 
 def to_vectors(codes: Codes, bits: Tensor) -> Vectors:
-    """The artifact's form of quantized vectors."""
-    return Vectors(
-        codes.codes.numpy(), bits.numpy(), codes.scale.numpy(), codes.zero.numpy(), codes.group
-    )
+    """The artifact's form of quantized vectors, without their scales."""
+    return Vectors(codes.codes.numpy(), bits.numpy(), codes.zero.half().numpy())

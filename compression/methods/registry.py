@@ -18,4 +18,3 @@ def matrix_method(name: str, bits: float | None) -> MatrixMethod | None:
     """
     check_method(name, bits)
     return _METHODS.get(name)
-

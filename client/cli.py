@@ -1,0 +1,78 @@
+"""The `deltadock` command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client import offline
+from deltadock import __version__
+from deltadock.errors import DeltadockError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Store and serve fine-tuned LLMs as deltas of about one bit per weight.",
+)
+OFFLINE = "Offline: two folders, no service"
+RUNNING = "Running Deltadock"
+
+for command in (
+    offline.compress, offline.evaluate, offline.merge, offline.inspect, offline.verify,
+    offline.methods,
+):  # fmt: skip
+    app.command(rich_help_panel=OFFLINE)(command)
+
+Home = Annotated[Path | None, typer.Option(help="Folder for data, caches and logs.")]
+ApiPort = Annotated[int, typer.Option(help="Port of the api and dashboard.")]
+NodePort = Annotated[int, typer.Option(help="Port of the inference node.")]
+
+
+@app.command(rich_help_panel=RUNNING)
+def up(home: Home = None, api_port: ApiPort = 8000, node_port: NodePort = 8100) -> None:
+    """Run everything on this machine: api, worker, node, broker. Ctrl-C stops it."""
+    from client.up import up as run
+
+    run(home, api_port, node_port)
+
+
+@app.command(rich_help_panel=RUNNING)
+def topology(home: Home = None, api_port: ApiPort = 8000, node_port: NodePort = 8100) -> None:
+    """The same on a real Postgres, Redis and S3 server, as in docker-compose.yml."""
+    from client.topology import topology as run
+
+    run(home, api_port, node_port)
+
+
+@app.command(rich_help_panel=RUNNING)
+def demo() -> None:
+    """Compress the sample fine-tune and compare it with its delta, over HTTP."""
+    from client.demo import demo as run
+
+    run()
+
+
+@app.command(rich_help_panel=RUNNING)
+def migrate() -> None:
+    """Bring the database that DELTADOCK_DATABASE_URL names up to this version."""
+    from deltadock.settings import get_settings
+    from storage.database import migrate as run
+
+    run(get_settings().sqlalchemy_url)
+
+
+@app.command(rich_help_panel=RUNNING)
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Entry point: domain errors become one line on stderr and exit status 1."""
+    try:
+        app()
+    except DeltadockError as error:
+        sys.stderr.write(f"error ({error.code}): {error.message}\n")
+        raise SystemExit(1) from None

@@ -1,0 +1,226 @@
+"""The offline commands: two folders, no service."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from compression.catalogue import check_method
+from deltadock.errors import Conflict
+
+Folder = Annotated[Path, typer.Option(exists=True, file_okay=False)]
+File = Annotated[Path, typer.Option(exists=True, dir_okay=False)]
+
+# Progress goes to stderr, so that --json leaves nothing but JSON on stdout.
+errors = Console(stderr=True)
+output = Console()
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar with the stage's name, a percentage and the time so far."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=errors, transient=not errors.is_terminal) as bar:
+        yield bar
+
+
+def print_json(data: object) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is the first CUDA device where there is one."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compress(
+    base: Folder,
+    finetuned: Folder,
+    out: Annotated[Path, typer.Option(help="The delta file to write.")],
+    method: Annotated[str, typer.Option(help="See `deltadock methods`.")] = "adamix",
+    bits: Annotated[float | None, typer.Option(help="Code bits per weight.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help=".txt or .jsonl")
+    ] = None,
+    seed: int = 0,
+    solver: Annotated[str, typer.Option(help="exact or scip")] = "exact",
+    report: Annotated[Path | None, typer.Option(help="Where to write the report (JSON).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n]")] = "auto",
+) -> None:
+    """Compress a fine-tuned checkpoint against its base."""
+    if bits is None and method != "exact":
+        bits = 1.0
+    check_method(method, bits)
+    if solver not in ("exact", "scip"):
+        raise typer.BadParameter("choose exact or scip", param_hint="--solver")
+    if out.exists():
+        raise Conflict(f"{out} exists already; choose another name or remove it.")
+    from compression.pipeline import CompressOptions
+    from compression.pipeline import compress as run
+
+    chosen: Literal["exact", "scip"] = "scip" if solver == "scip" else "exact"
+    with progress_bar() as bar:
+        task = bar.add_task("validating", total=1.0)
+        result = run(
+            base,
+            finetuned,
+            out,
+            CompressOptions(method=method, bits=bits, seed=seed, solver=chosen),
+            calibration=calibration,
+            progress=lambda at: bar.update(
+                task, completed=at.fraction, description=f"{at.stage}: {at.message}"
+            ),
+            device=resolve_device(device),
+        )
+        bar.update(task, completed=1.0, description="done")
+    document = result.to_dict()
+    if report is not None:
+        report.write_text(json.dumps(document, indent=2) + "\n")
+    print_report(document)
+
+
+def print_report(document: dict[str, Any]) -> None:
+    """The report's figures as a table."""
+    table = Table(show_header=False, box=None)
+
+    def figure(key: str, form: str, unit: str = "") -> str:
+        value = document.get(key)
+        return "–" if value is None else f"{value:{form}}{unit}"
+
+    megabytes = (
+        f"{document['artifact_bytes'] / 1e6:.2f} of {document['checkpoint_bytes'] / 1e6:.2f}"
+    )
+    for label, text in (
+        ("method", document["method"]),
+        ("size", f"{megabytes} MB"),
+        ("ratio", figure("ratio", ".2f", " x (whole artifact over bf16 checkpoint)")),
+        (
+            "bits per weight",
+            f"{figure('true_bits', '.3f')} true, {figure('nominal_bits', 'g')} nominal",
+        ),
+        ("KL to the fine-tune", figure("kl", ".5f", " nats per token")),
+        ("KL of the bare base", figure("kl_base", ".5f", " nats per token")),
+        ("same top token", figure("agreement", ".2%")),
+        (
+            "NLL delta / fine-tuned / base",
+            " / ".join(figure(key, ".4f") for key in ("nll", "nll_finetuned", "nll_base")),
+        ),
+        ("time", figure("seconds", ".1f", " s")),
+    ):
+        table.add_row(label, text)
+    output.print(table)
+
+
+def evaluate(
+    base: Folder,
+    delta: File,
+    finetuned: Folder,
+    text: File,
+    window: Annotated[int, typer.Option(min=16, help="Tokens that are run together.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n]")] = "auto",
+) -> None:
+    """Measure a delta against its fine-tune and base on a text."""
+    from compression.evaluation import evaluate as run
+
+    with progress_bar() as bar:
+        task = bar.add_task("comparing outputs", total=1.0)
+        quality = run(
+            base,
+            finetuned,
+            delta,
+            text,
+            window=window,
+            progress=lambda done, total: bar.update(task, completed=done / total),
+            device=resolve_device(device),
+        )
+    if as_json:
+        print_json(asdict(quality))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in asdict(quality).items():
+        table.add_row(name, f"{value:.6g}")
+    output.print(table)
+
+
+def merge(
+    base: Folder,
+    delta: File,
+    out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
+) -> None:
+    """Write the ordinary checkpoint that a delta stands for."""
+    from artifacts.export import merge as run
+
+    run(base, delta, out)
+    output.print(f"Wrote {out}")
+
+
+def inspect(
+    delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Show what is in a delta file."""
+    from artifacts.reader import Artifact
+    from artifacts.summary import summarize
+
+    with Artifact(delta) as artifact:
+        totals, rows = summarize(artifact)
+    if as_json:
+        print_json({**totals, "tensors": [asdict(row) for row in rows]})
+        return
+    table = Table("tensor", "kind", "shape", "rank", "ranks at width", "error", "bytes")
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.kind,
+            "x".join(map(str, row.shape)),
+            "" if row.rank is None else str(row.rank),
+            " ".join(f"{count}@{width}" for width, count in row.widths.items()),
+            "" if row.error is None else f"{row.error:.2e}",
+            f"{row.bytes:,}",
+        )
+    output.print(table)
+    for name, value in totals.items():
+        output.print(f"{name:17} {value}", highlight=False)
+
+
+def verify(delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:
+    """Check every hash in a delta file."""
+    from artifacts.reader import Artifact
+
+    with Artifact(delta) as artifact:
+        damaged = list(artifact.damaged())
+        if damaged:
+            for name in damaged:
+                errors.print(f"damaged: {name}", highlight=False)
+            raise typer.Exit(1)
+        output.print(f"{delta}: every hash is right, sha256 {artifact.digest}", highlight=False)
+
+
+def methods() -> None:
+    """List the compression methods."""
+    from compression.catalogue import METHODS
+
+    table = Table("method", "bits", "what it does")
+    for info in METHODS.values():
+        budget = "–" if info.bits_min is None else f"{info.bits_min:g} to {info.bits_max:g}"
+        table.add_row(info.name, budget, info.title)
+    output.print(table)

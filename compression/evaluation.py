@@ -1,0 +1,55 @@
+"""Measuring a stored delta against its fine-tune on any text."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from artifacts.export import check_base
+from artifacts.reader import Artifact
+from compression.calibration import read_text, tokenize
+from compression.forward import BlockwiseModel
+from compression.quality import MergedSource, Quality, measure
+from compression.weights import Checkpoint
+
+WINDOW: Final = 256
+"""Tokens of a window by default: about what a prompt and its answer take together."""
+
+
+def evaluate(
+    base: Path,
+    finetuned: Path,
+    delta: Path,
+    text: Path,
+    *,
+    window: int = WINDOW,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "cpu",
+) -> Quality:
+    """Compare the delta's model with its fine-tune and its base on a text.
+
+    Args:
+        base, finetuned: checkpoint folders.
+        delta: the delta file.
+        text: .txt or .jsonl file.
+        window: tokens that are run together; each window begins without context.
+        progress: told how many of how many block passes are done.
+        device: torch device.
+
+    Raises:
+        BaseMismatch: the delta belongs to another base.
+        InvalidInput: a subclass names what cannot be used.
+    """
+    with Artifact(delta) as artifact:
+        source = Checkpoint(base)
+        check_base(artifact, source.manifest.weights_digest)
+        model = BlockwiseModel(finetuned, device)
+        longest = getattr(model.config, "max_position_embeddings", None) or window
+        windows = tokenize(read_text(text), finetuned, min(window, longest))
+        return measure(
+            model,
+            windows,
+            base=source,
+            finetuned=Checkpoint(finetuned),
+            delta=MergedSource(source, artifact),
+            progress=progress,
+        )
