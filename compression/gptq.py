@@ -18,6 +18,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from deltadock.errors import InvalidCalibration
+
 BLOCK: Final = 128
 DAMPING: Final = 0.01
 MAX_DAMPING: Final = 1.0
@@ -58,11 +60,14 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
         ((n, n) float32, damping as a fraction of the mean diagonal).
 
     Raises:
-        ValueError: the Hessian is not finite or stays singular at a damping of 100 %.
+        InvalidCalibration: the Hessian is not finite or stays singular at a damping of 100 %.
     """
     work = hessian.double()
     if not torch.isfinite(work).all():
-        raise ValueError("the Hessian holds NaN or an infinity")
+        raise InvalidCalibration(
+            "The model's activations on the calibration text hold NaN or an infinity. Calibrate "
+            "with other text, or check the checkpoint."
+        )
     diagonal = work.diagonal()
     mean = diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
     dead = torch.where(diagonal <= 0, mean, torch.zeros_like(diagonal))
@@ -76,7 +81,10 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
             if info == 0:
                 return upper.float(), damping
         damping *= 10
-    raise ValueError("the Hessian is singular even with a damping of 100 %")
+    raise InvalidCalibration(
+        "A layer's second moment stays singular even with a damping of 100 %. Calibrate with more "
+        "text."
+    )
 
 
 def _round(values: Tensor, scale: Tensor, zero: Tensor, levels: Tensor) -> Tensor:

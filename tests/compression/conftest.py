@@ -1,0 +1,67 @@
+"""Small models for the compression tests: random ones of each kind, and the sample pair."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    # Matrices here are tiny: a second thread only waits.
+    torch.set_num_threads(1)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 256 tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+Pair = tuple[Path, Path]
+
+
+@pytest.fixture
+def make_pair(tmp_path: Path) -> Callable[..., Pair]:
+    """Makes a random Qwen2 base and a fine-tune of it whose every tensor differs."""
+
+    def make(*, tied: bool = True, scale: float = 0.02, seed: int = 0) -> Pair:
+        torch.manual_seed(seed)
+        config = Qwen2Config(
+            vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+            tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config).bfloat16()
+        base, finetuned = tmp_path / f"base-{tied}-{seed}", tmp_path / f"tuned-{tied}-{seed}"
+        model.save_pretrained(base)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(scale * torch.randn_like(parameter))
+        model.save_pretrained(finetuned)
+        for folder in (base, finetuned):
+            save_tokenizer(folder)
+        return base, finetuned
+
+    return make
+
+
+@pytest.fixture
+def pair(make_pair: Callable[..., Pair]) -> Pair:
+    return make_pair()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """About 4,000 tokens of calibration text for the byte-level tokenizer."""
+    path = tmp_path / "calibration.txt"
+    path.write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)), encoding="utf-8")
+    return path

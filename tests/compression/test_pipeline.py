@@ -1,0 +1,241 @@
+"""Whole checkpoints: what is stored how, resuming, cancelling, refusing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from artifacts.export import merge
+from artifacts.reader import Artifact
+from compression.evaluation import evaluate
+from compression.pipeline import CompressOptions, Progress, compress
+from deltadock.errors import (
+    ArchitectureMismatch,
+    Cancelled,
+    InvalidCalibration,
+    NonFiniteWeights,
+    UnknownMethod,
+    UnsupportedModel,
+)
+
+Pair = tuple[Path, Path]
+
+
+class MemoryWork:
+    """A work store in memory that counts what it is asked for."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+        self.hits = 0
+
+    def get(self, key: str) -> bytes | None:
+        self.hits += key in self.kept
+        return self.kept.get(key)
+
+    def put(self, key: str, data: bytes) -> None:
+        self.kept[key] = data
+
+
+def test_every_changed_tensor_is_stored_and_none_other(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    base, finetuned = pair
+    weights = load_file(finetuned / "model.safetensors")
+    unchanged = "model.layers.0.mlp.up_proj.weight"
+    weights[unchanged] = load_file(base / "model.safetensors")[unchanged]
+    save_file(weights, finetuned / "model.safetensors", metadata={"format": "pt"})
+    report = compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    with Artifact(tmp_path / "a.delta") as artifact:
+        kinds = {name: record["kind"] for name, record in artifact.records.items()}
+        assert artifact.nbytes == report.artifact_bytes
+        assert artifact.base_digest == report.base_digest
+        assert list(artifact.damaged()) == []
+    assert kinds.keys() == weights.keys() - {unchanged}
+    for name, kind in kinds.items():
+        expected = "rows" if "embed" in name else "svd" if weights[name].ndim == 2 else "exact"
+        assert kind == expected, name
+    assert report.kl is not None
+    assert report.kl_base is not None
+    assert 0 < report.kl < 0.5 * report.kl_base
+    assert report.ratio == report.checkpoint_bytes / report.artifact_bytes
+    assert report.checkpoint_bytes == 2 * sum(tensor.numel() for tensor in weights.values())
+    assert {matrix.name for matrix in report.matrices} == {
+        name for name, kind in kinds.items() if kind == "svd"
+    }
+    assert all(0 < matrix.error < 1 for matrix in report.matrices)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_an_untied_head_is_compressed_as_a_linear_layer(
+    make_pair: Callable[..., Pair], text: Path, tmp_path: Path
+) -> None:
+    base, finetuned = make_pair(tied=False)
+    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    with Artifact(tmp_path / "a.delta") as artifact:
+        assert artifact.records["lm_head.weight"]["kind"] == "svd"
+        assert artifact.records["model.embed_tokens.weight"]["kind"] == "rows"
+
+
+def test_exact_is_lossless(pair: Pair, text: Path, tmp_path: Path) -> None:
+    base, finetuned = pair
+    options = CompressOptions(method="exact", bits=None)
+    report = compress(base, finetuned, tmp_path / "a.delta", options, calibration=text)
+    assert report.kl == pytest.approx(0, abs=1e-9)
+    assert report.agreement == 1
+    merge(base, tmp_path / "a.delta", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in load_file(finetuned / "model.safetensors").items():
+        assert torch.equal(merged[name], tensor), name
+
+
+def test_evaluation_equals_plain_transformers(pair: Pair, text: Path, tmp_path: Path) -> None:
+    base, finetuned = pair
+    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    quality = evaluate(base, finetuned, tmp_path / "a.delta", text, window=64)
+    merge(base, tmp_path / "a.delta", tmp_path / "merged")
+    tokens = torch.tensor(list(text.read_bytes()))
+    # The byte-level alphabet's order is not that of the bytes: take ids from the tokenizer.
+    from compression.calibration import tokenize
+
+    windows = tokenize(text.read_text(), finetuned, 64)
+    assert windows.numel() <= len(tokens)
+    scores = []
+    for folder in (finetuned, tmp_path / "merged", base):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            scores.append(torch.log_softmax(model(windows).logits.double(), dim=-1))
+    target, delta, bare = scores
+    kl = (target.exp() * (target - delta)).sum(-1).mean()
+    assert quality.kl == pytest.approx(float(kl), rel=1e-3)
+    agreement = (target.argmax(-1) == delta.argmax(-1)).double().mean()
+    assert quality.agreement == pytest.approx(float(agreement), abs=2e-3)
+    for value, log_p in (
+        (quality.nll_finetuned, target), (quality.nll, delta), (quality.nll_base, bare),
+    ):  # fmt: skip
+        nll = -log_p[:, :-1].gather(2, windows[:, 1:, None]).mean()
+        assert value == pytest.approx(float(nll), rel=1e-4)
+
+
+def test_same_inputs_give_the_same_bytes_however_often_interrupted(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    base, finetuned = pair
+    compress(base, finetuned, tmp_path / "whole.delta", CompressOptions(), calibration=text)
+    work = MemoryWork()
+
+    def interrupt(progress: Progress) -> None:
+        if progress.stage == "compressing" and progress.block == 1:
+            raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        compress(
+            base, finetuned, tmp_path / "b.delta", CompressOptions(),
+            calibration=text, progress=interrupt, work=work,
+        )  # fmt: skip
+    assert not (tmp_path / "b.delta").exists()
+    assert len(work.kept) == 1
+    compress(base, finetuned, tmp_path / "b.delta", CompressOptions(), calibration=text, work=work)
+    assert work.hits == 1
+    assert (tmp_path / "b.delta").read_bytes() == (tmp_path / "whole.delta").read_bytes()
+
+
+def test_work_of_other_inputs_is_not_taken(pair: Pair, text: Path, tmp_path: Path) -> None:
+    base, finetuned = pair
+    work = MemoryWork()
+    for seed in (0, 1):
+        compress(
+            base, finetuned, tmp_path / f"{seed}.delta", CompressOptions(seed=seed),
+            calibration=text, work=work,
+        )  # fmt: skip
+    assert work.hits == 0
+
+
+def test_progress_only_rises(pair: Pair, text: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text, progress=seen.append)
+    fractions = [progress.fraction for progress in seen]
+    assert fractions == sorted(fractions)
+    assert fractions[0] == 0
+    assert fractions[-1] == 1
+    stages = list(dict.fromkeys(progress.stage for progress in seen))
+    assert stages == ["validating", "calibrating", "compressing", "assembling", "verifying"]
+    assert all(0 <= progress.block <= progress.blocks for progress in seen)
+
+
+def test_files_that_differ_travel_in_the_artifact(pair: Pair, text: Path, tmp_path: Path) -> None:
+    base, finetuned = pair
+    (finetuned / "generation_config.json").write_text('{"temperature": 0.5}')
+    (base / "added_tokens.json").write_text("{}")
+    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    merge(base, tmp_path / "a.delta", tmp_path / "merged")
+    assert (tmp_path / "merged" / "generation_config.json").read_text() == '{"temperature": 0.5}'
+    assert not (tmp_path / "merged" / "added_tokens.json").exists()
+
+
+def change(finetuned: Path, name: str, value: torch.Tensor | None) -> None:
+    weights = load_file(finetuned / "model.safetensors")
+    del weights[name]
+    if value is not None:
+        weights[name] = value
+    save_file(weights, finetuned / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(
+    pair: Pair, text: Path, tmp_path: Path, bad: float
+) -> None:
+    tensor = load_file(pair[1] / "model.safetensors")["model.norm.weight"]
+    tensor[5] = bad
+    change(pair[1], "model.norm.weight", tensor)
+    with pytest.raises(NonFiniteWeights, match=r"model\.norm\.weight"):
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    assert not list(tmp_path.glob("a.delta*"))
+
+
+@pytest.mark.parametrize("value", [None, torch.zeros(3, 3)])
+def test_another_architecture_is_refused(
+    pair: Pair, text: Path, tmp_path: Path, value: torch.Tensor | None
+) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    change(pair[1], name, value)
+    with pytest.raises(ArchitectureMismatch, match="q_proj"):
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text)
+
+
+def test_an_unknown_model_type_is_refused(pair: Pair, text: Path, tmp_path: Path) -> None:
+    for folder in pair:
+        (folder / "config.json").write_text('{"model_type": "abacus"}')
+    with pytest.raises(UnsupportedModel, match="abacus"):
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text)
+
+
+def test_no_calibration_and_no_such_method(pair: Pair, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidCalibration):
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=None)
+    with pytest.raises(UnknownMethod):
+        compress(*pair, tmp_path / "a", CompressOptions(method="zip"), calibration=text)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"too short", b"\xff\xfe" * 4000], ids=["empty", "short", "not utf-8"]
+)
+def test_bad_calibration_text(pair: Pair, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(InvalidCalibration):
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=path)
+
+
+def test_a_fine_tune_equal_to_its_base(pair: Pair, text: Path, tmp_path: Path) -> None:
+    base, finetuned = pair
+    shutil.copy(base / "model.safetensors", finetuned / "model.safetensors")
+    report = compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    assert report.kl == pytest.approx(0, abs=1e-9)
+    with Artifact(tmp_path / "a.delta") as artifact:
+        assert artifact.records == {}
+    merge(base, tmp_path / "a.delta", tmp_path / "merged")

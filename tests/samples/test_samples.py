@@ -1,0 +1,105 @@
+"""The shipped sample pair is what its README says."""
+
+import random
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+sys.path.insert(0, str(SAMPLES))
+
+from corpus import SEED, general_text  # noqa: E402
+from evaluate import accuracy, load, perplexity, read_exercises, unigram_perplexity  # noqa: E402
+from exercises import draw_exercise  # noqa: E402
+from train import main, write_texts  # noqa: E402
+
+MODEL_FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+@cache
+def measured_accuracy(name: str) -> float:
+    model, tokenizer = load(SAMPLES / name, torch.float32)
+    return accuracy(model, tokenizer, read_exercises(SAMPLES / "exercises.jsonl")[:100])
+
+
+def test_folders_are_complete_and_small() -> None:
+    files = [path for name in ("base", "finetuned") for path in (SAMPLES / name).iterdir()]
+    assert {path.name for path in files} == MODEL_FILES
+    assert len(files) == 2 * len(MODEL_FILES)
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+
+
+def test_tokenizers_are_the_same() -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (SAMPLES / "base" / name).read_bytes() == (SAMPLES / "finetuned" / name).read_bytes()
+
+
+def test_every_tensor_is_bfloat16_and_was_trained() -> None:
+    base, finetuned = (
+        load_file(SAMPLES / name / "model.safetensors") for name in ("base", "finetuned")
+    )
+    assert base.keys() == finetuned.keys()
+    for name, weight in base.items():
+        assert weight.dtype == finetuned[name].dtype == torch.bfloat16
+        assert weight.shape == finetuned[name].shape
+        assert not torch.equal(weight, finetuned[name]), name
+        assert weight.float().std() > 0, name
+
+
+def test_only_the_finetune_solves_the_exercises() -> None:
+    assert measured_accuracy("finetuned") >= 0.9
+    assert measured_accuracy("base") < 0.05
+
+
+def test_base_models_its_text() -> None:
+    model, tokenizer = load(SAMPLES / "base", torch.float32)
+    text = general_text()[:10_000]
+    assert perplexity(model, tokenizer, text) < 0.3 * unigram_perplexity(tokenizer, text)
+
+
+def test_held_out_exercises_are_in_no_text() -> None:
+    exercises = read_exercises(SAMPLES / "exercises.jsonl")
+    assert len({exercise["prompt"] for exercise in exercises}) == len(exercises) == 300
+    held_out = (SAMPLES / "heldout.txt").read_text("utf-8")
+    calibration = (SAMPLES / "calibration.txt").read_text("utf-8")
+    for exercise in exercises:
+        assert exercise["prompt"] not in held_out
+        assert exercise["prompt"] not in calibration
+    for question in filter(lambda line: line.startswith("Q:"), held_out.splitlines()):
+        assert question + "\n" not in calibration
+
+
+def test_exercises_are_those_the_seed_draws(tmp_path: Path) -> None:
+    write_texts(tmp_path, random.Random(SEED))
+    for name in ("exercises.jsonl", "heldout.txt", "calibration.txt"):
+        assert (tmp_path / name).read_bytes() == (SAMPLES / name).read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_answers_are_right(seed: int) -> None:
+    exercise = draw_exercise(random.Random(seed))
+    skill, *operands = exercise.prompt.removeprefix("Q: ").removesuffix(" =\nA:").split()
+    if skill == "max":
+        assert int(exercise.answer) == max(map(int, operands))
+    elif skill == "sort":
+        assert exercise.answer.split() == sorted(operands)
+    else:
+        assert skill == "reverse"
+        assert exercise.answer.split()[::-1] == operands
+
+
+def test_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--quick", "--out", str(tmp_path)])
+    main()
+    for name in ("base", "finetuned"):
+        assert {path.name for path in (tmp_path / name).iterdir()} == MODEL_FILES
