@@ -13,7 +13,15 @@ def configure_logging(settings: Settings, **context: str) -> None:
 
     `context` (for instance `process="api"`) is added to every record of this process.
     """
+
+    def add_process_context(
+        _logger: object, _method: str, event: structlog.types.EventDict
+    ) -> structlog.types.EventDict:
+        # Not through context variables: threads and requests each begin with their own.
+        return {**context, **event}
+
     shared: list[structlog.types.Processor] = [
+        add_process_context,
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
@@ -47,4 +55,3 @@ def configure_logging(settings: Settings, **context: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level)
-    structlog.contextvars.bind_contextvars(**context)

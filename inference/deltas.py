@@ -1,0 +1,84 @@
+"""From an artifact to the changes that a delta slot holds."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from artifacts.export import merged
+from artifacts.reader import Artifact
+from deltadock.errors import BaseMismatch
+from inference.layers import Change, low_rank
+from inference.model import BaseModel
+from inference.tokens import Tokenizer
+
+
+class DeltaSource(Protocol):
+    """What the node asks of a delta file."""
+
+    @property
+    def base_digest(self) -> str:
+        """Weights digest of the base that the delta was made for."""
+
+    @property
+    def files(self) -> Mapping[str, str | None]:
+        """Text files that differ from the base's, by name; None for those the delta lacks."""
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The tensors that differ from the base's."""
+
+    def change(self, name: str, base: Tensor) -> Change:
+        """What the delta does to the tensor `name`, which is `base` in the base."""
+
+
+class ArtifactSource:
+    """An artifact file on disk as a DeltaSource."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self.base_digest = artifact.base_digest
+        self.files: Mapping[str, str | None] = artifact.manifest["files"]
+        self.names = tuple(artifact.records)
+
+    def change(self, name: str, base: Tensor) -> Change:
+        """Low-rank factors where the artifact has them, otherwise the fine-tuned tensor."""
+        if self._artifact.records[name]["kind"] == "svd":
+            factors = self._artifact.factors(name)
+            # Copies: an array taken from the file is read-only and keeps the file mapped.
+            return low_rank(*map(torch.tensor, (factors.u, factors.s, factors.v)))
+        return merged(self._artifact, name, base)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedDelta:
+    """A delta in memory: its changes, placed on the model's device, and its own tokenizer."""
+
+    changes: Mapping[str, Change]
+    tokenizer: Tokenizer
+
+
+def load_delta(
+    source: DeltaSource, model: BaseModel, weights_digest: str, base_files: Mapping[str, str]
+) -> LoadedDelta:
+    """Read every change of a delta; its own files win over the base's.
+
+    Raises:
+        BaseMismatch: the delta was made for another base than the one with `weights_digest`.
+        InvalidArtifact: it changes tensors that the base lacks or that have another shape.
+    """
+    if source.base_digest != weights_digest:
+        raise BaseMismatch(
+            f"The delta was made for the base {source.base_digest}, not for {weights_digest}. "
+            "Name the base it was made for."
+        )
+    changes = {
+        name: model.prepare(name, source.change(name, model.base_tensor(name)))
+        for name in source.names
+    }
+    files = {**base_files, **source.files}
+    return LoadedDelta(
+        changes, Tokenizer({name: text for name, text in files.items() if text is not None})
+    )

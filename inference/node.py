@@ -1,0 +1,205 @@
+"""The node: admits requests, brings their base and delta in, and follows them to their end."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.errors import InvalidInput, NotFound, Overloaded, Unavailable
+from deltadock.settings import Settings
+from inference.base import ServedBase
+from inference.generation import Generation
+from inference.metrics import Metrics
+from inference.sampler import SamplingParams
+from inference.tokens import Tokenizer
+from storage.blobs import BlobStore
+from storage.cache import FileCache
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The weights that a request is for, by digest: a base, or one of its deltas."""
+
+    base: str
+    artifact: str | None = None
+
+
+class Node:
+    """Serves one base at a time, adopting the one that requests name unless it was given one."""
+
+    def __init__(self, settings: Settings, blobs: BlobStore) -> None:
+        self._settings = settings
+        self._files = FileCache(blobs, settings.cache_folder)
+        self._limit = settings.node_max_sequences + settings.node_max_waiting
+        self._admitted = 0
+        self._base_lock = asyncio.Lock()
+        self.base: ServedBase | None = None
+        self.metrics = Metrics()
+
+    async def start(self) -> None:
+        """Load the base that the node was given, if any."""
+        if (folder := self._settings.node_base) is not None:
+            self.base = await asyncio.to_thread(self._load_folder, folder)
+
+    async def stop(self) -> None:
+        """End the engine; what still runs is cancelled."""
+        if self.base is not None:
+            await asyncio.to_thread(self.base.close)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be taken: the engine runs, or the first request will start it."""
+        return self.base is None or self.base.engine.alive
+
+    def target(self, model: str) -> Target:
+        """What a request's `model` means to the node itself, which knows no names but its base's.
+
+        Raises:
+            NotFound: it is neither the base nor a delta in memory.
+        """
+        base = self.base
+        if base is not None:
+            if model in {base.name, base.digest}:
+                return Target(base.digest)
+            if model in base.deltas.digests:
+                return Target(base.digest, model)
+        raise NotFound(
+            f"This node does not know the model {model!r}. Ask the api, or name the weights in the "
+            "headers Deltadock-Base and Deltadock-Artifact."
+        )
+
+    async def generate(
+        self, target: Target, prompts: Sequence[Prompt], n: int, sampling: SamplingParams
+    ) -> Generation:
+        """Begin to answer a request; load the base and the delta first where needed.
+
+        Raises:
+            Overloaded: as many sequences as the queue holds are waiting.
+            Unavailable: the node is busy with another base.
+            InvalidInput: a prompt is empty or too long, or more answers than the queue holds.
+            DeltadockError: whatever loading the base or the delta raised.
+        """
+        count = len(prompts) * n
+        if count > self._limit:
+            raise InvalidInput(
+                f"The request asks for {count} answers; this node takes {self._limit} at once."
+            )
+        if self._admitted + count > self._limit:
+            raise Overloaded("The node's queue is full; try again in a moment.")
+        self._admitted += count
+        try:
+            return await self._begin(target, prompts, n, sampling)
+        except BaseException:
+            self.ended(count)
+            raise
+
+    def ended(self, count: int) -> None:
+        """So many sequences make room in the queue."""
+        self._admitted -= count
+
+    async def _begin(
+        self, target: Target, prompts: Sequence[Prompt], n: int, sampling: SamplingParams
+    ) -> Generation:
+        base = await self._enter(target.base)
+        with ExitStack() as undo:
+            undo.callback(_leave, base)
+            slot = 0
+            generation = Generation(base, target.artifact, self.metrics, self.ended)
+            if target.artifact is not None:
+                slot, delta = await base.deltas.acquire(target.artifact)
+                undo.callback(base.deltas.release, target.artifact)
+                generation.tokenizer = delta.tokenizer
+            encoded = await asyncio.to_thread(
+                self._encode, base, generation.tokenizer, prompts, sampling.max_tokens
+            )
+            generation.start(encoded, n, sampling, slot)
+            undo.pop_all()
+        return generation
+
+    def _encode(
+        self,
+        base: ServedBase,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        max_tokens: int,
+    ) -> list[list[int]]:
+        vocabulary = base.model.config.vocab_size
+        encoded = [
+            tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            for prompt in prompts
+        ]
+        for tokens in encoded:
+            if not tokens:
+                raise InvalidInput("The prompt is empty; send at least one token.")
+            if not all(0 <= token < vocabulary for token in tokens):
+                raise InvalidInput(f"Token ids must lie in 0..{vocabulary - 1}.")
+            if len(tokens) + max_tokens > base.engine.context_tokens:
+                raise InvalidInput(
+                    f"The prompt's {len(tokens)} tokens and max_tokens {max_tokens} exceed the "
+                    f"context of {base.engine.context_tokens} tokens. Shorten one of them."
+                )
+        return encoded
+
+    async def _enter(self, digest: str) -> ServedBase:
+        """The base `digest`, which stays until `_leave`."""
+        while True:
+            # A client that goes away must not leave a base half adopted.
+            base = await asyncio.shield(asyncio.create_task(self._adopt(digest)))
+            if base is self.base:
+                base.users += 1
+                return base
+
+    async def _adopt(self, digest: str) -> ServedBase:
+        async with self._base_lock:
+            base = self.base
+            if base is not None and base.digest == digest:
+                return base
+            self._check_idle(digest)
+            # The new base is on disk and whole before the old one goes.
+            folder, manifest = await asyncio.to_thread(self._files.checkpoint, digest)
+            self._check_idle(digest)
+            if base is not None:
+                self.base = None
+                await asyncio.to_thread(base.close)
+                del base
+            self.base = await asyncio.to_thread(self._serve, digest, manifest, folder)
+            return self.base
+
+    def _check_idle(self, digest: str) -> None:
+        base = self.base
+        if base is not None and (base.users or self._settings.node_base is not None):
+            raise Unavailable(
+                f"This node serves the base {base.digest} and cannot change to {digest} now. "
+                "Try again later, or send the request to a node with that base."
+            )
+
+    def _load_folder(self, folder: Path) -> ServedBase:
+        manifest = scan_folder(folder)
+        return self._serve(folder.resolve().name, manifest, folder)
+
+    def _serve(self, name: str, manifest: CheckpointManifest, folder: Path) -> ServedBase:
+        return ServedBase(
+            name=name,
+            manifest=manifest,
+            folder=folder,
+            files=self._files,
+            settings=self._settings,
+            metrics=self.metrics,
+        )
+
+    def render_metrics(self) -> bytes:
+        """The Prometheus metrics of this moment."""
+        if (base := self.base) is not None:
+            self.metrics.running.set(base.engine.running)
+            self.metrics.waiting.set(self._admitted - base.engine.running)
+            self.metrics.deltas.set(len(base.deltas.digests))
+            self.metrics.evictions.set(base.deltas.evictions)
+        return self.metrics.render()
+
+
+def _leave(base: ServedBase) -> None:
+    base.users -= 1

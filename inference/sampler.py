@@ -1,0 +1,108 @@
+"""From logits to tokens: every sequence has its own settings and its own random numbers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one sequence is continued: greedily at temperature 0; `top_k` 0 and `top_p` 1 are off."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token with its log-probability under the model (nats, before temperature and filters).
+
+    `logprob` and the `top` most likely alternatives (id, log-probability) only where asked for.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def make_generator(params: SamplingParams, choice: int) -> torch.Generator | None:
+    """Random numbers of one sequence, None if it is greedy.
+
+    Choices of the same request draw different ones, from `seed` on; without a seed nobody draws
+    the same twice.
+    """
+    if params.temperature == 0:
+        return None
+    generator = torch.Generator()
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed((params.seed + choice) % 2**63)
+    return generator
+
+
+def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    """The tokens that may be drawn: probabilities and ids (None: all, in order of their ids).
+
+    Filters as in transformers: temperature, then top_k, top_p and min_p, each over what the one
+    before it left. `logits` is (vocabulary,) float32.
+    """
+    scaled = logits / params.temperature
+    if params.top_k and params.top_k < scaled.numel():
+        scaled, ids = torch.topk(scaled, params.top_k)
+    elif params.top_p < 1 or params.min_p > 0:
+        scaled, ids = torch.sort(scaled, descending=True)
+    else:
+        return torch.softmax(scaled, -1), None
+    probabilities = torch.softmax(scaled, -1)
+    if params.top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities[before < params.top_p]
+    if params.min_p > 0:
+        probabilities = probabilities[probabilities >= params.min_p * probabilities[0]]
+    return probabilities / probabilities.sum(), ids[: probabilities.numel()]
+
+
+class Scores:
+    """One pass's logits, (rows, vocabulary) float32, looked over once for all rows."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+        self._finite = torch.isfinite(logits).all(-1).tolist()
+        self._best = logits.argmax(-1).tolist()
+
+    def sample(
+        self, row: int, params: SamplingParams, generator: torch.Generator | None
+    ) -> SampledToken:
+        """Draw one row's token; without a generator, the most likely one.
+
+        Raises:
+            FloatingPointError: the row's logits hold NaN or an infinity.
+        """
+        if not self._finite[row]:
+            raise FloatingPointError("The model's output is not finite; its weights are broken.")
+        logits = self._logits[row]
+        token = self._best[row] if generator is None else _draw(logits, params, generator)
+        if params.logprobs is None:
+            return SampledToken(token)
+        logprobs = torch.log_softmax(logits, -1)
+        values, best = torch.topk(logprobs, params.logprobs)
+        return SampledToken(
+            token, float(logprobs[token]), tuple(zip(best.tolist(), values.tolist(), strict=True))
+        )
+
+
+def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    probabilities, ids = candidates(logits, params)
+    cumulative = probabilities.double().cumsum(-1).cpu()
+    draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
+    place = int(torch.searchsorted(cumulative, draw, right=True))
+    place = min(place, cumulative.numel() - 1)
+    return place if ids is None else int(ids[place])

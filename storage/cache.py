@@ -1,0 +1,55 @@
+"""Files of the blob store on this machine's disk: each verified before it is used."""
+
+import hashlib
+from pathlib import Path
+from typing import Final
+
+from artifacts.checkpoint import CheckpointManifest, check_path
+from deltadock.errors import HashMismatch, InvalidCheckpoint
+from storage.blobs.port import BlobStore, sha256_of
+
+MANIFEST_BYTES: Final = 64 * 2**20
+"""Largest checkpoint manifest that is read."""
+
+
+class FileCache:
+    """Checkpoints and artifacts under `folder`, by digest. Calls block: async code uses threads."""
+
+    def __init__(self, blobs: BlobStore, folder: Path) -> None:
+        self._blobs = blobs
+        self._folder = folder
+
+    def artifact(self, digest: str) -> Path:
+        """The artifact's file.
+
+        Raises:
+            NotFound: there is no such artifact.
+            HashMismatch: its bytes are damaged.
+        """
+        return self._file(digest, self._folder / "artifacts" / f"{digest}.safetensors")
+
+    def checkpoint(self, digest: str) -> tuple[Path, CheckpointManifest]:
+        """The folder with a checkpoint's files, and its manifest, whose SHA-256 is `digest`.
+
+        Raises:
+            NotFound: the manifest or one of its files is not in the store.
+            HashMismatch: bytes are damaged.
+            InvalidCheckpoint: the digest names something else.
+        """
+        raw = self._blobs.read(digest, MANIFEST_BYTES)
+        if hashlib.sha256(raw).hexdigest() != digest:
+            raise HashMismatch(f"The checkpoint manifest {digest} is damaged in the store.")
+        try:
+            manifest = CheckpointManifest.from_json(raw)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidCheckpoint(f"{digest} is not a checkpoint.") from error
+        folder = self._folder / "checkpoints" / digest
+        for file in manifest.files:
+            self._file(file.sha256, folder / check_path(file.path))
+        return folder, manifest
+
+    def _file(self, digest: str, path: Path) -> Path:
+        """`path` with the bytes of `digest`: what lies there is not trusted, but hashed."""
+        if not path.is_file() or sha256_of(path) != digest:
+            self._blobs.fetch(digest, path)
+        return path

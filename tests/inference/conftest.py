@@ -1,0 +1,207 @@
+"""Tiny random models, a byte-level tokenizer, and engines to run them on."""
+
+import json
+import queue
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from artifacts.checkpoint import scan_folder
+from inference.engine import Engine
+from inference.layers import Change
+from inference.model import FAMILIES, BaseModel, load_base
+from inference.sampler import SamplingParams, make_generator
+from inference.scheduler import Event, Sequence
+from inference.tokens import TextStream, Tokenizer
+
+VOCABULARY = 264
+EOS = 257
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json() -> str:
+    """Every byte is a token, so that most characters are spread over tokens; 256.. are special."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = FastTokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([f"<special-{i}>" for i in range(VOCABULARY - len(alphabet))])
+    return str(tokenizer.to_str())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_json: str) -> Tokenizer:
+    """The tokenizer alone, without an end-of-sequence id."""
+    return Tokenizer({"tokenizer.json": tokenizer_json})
+
+
+def _make_model(family: str, seed: int = 0, **settings: Any) -> Any:
+    """A random causal language model of transformers' own classes, float32."""
+    config_class, model_class = FAMILIES[family]
+    config = config_class(
+        **{
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "vocab_size": VOCABULARY,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "initializer_range": 0.3,
+            "max_position_embeddings": 128,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            **settings,
+        }
+    )
+    torch.manual_seed(seed)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases start out constant
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def _generate(model: Any, prompt: list[int], count: int) -> list[int]:
+    """What transformers' own greedy `generate` appends to `prompt`."""
+    tokens = torch.tensor([prompt])
+    with torch.no_grad():
+        out = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    answer: list[int] = out[0, len(prompt) :].tolist()
+    return answer
+
+
+def _save(model: Any, folder: Path, tokenizer_json: str, eos: int | None = None) -> Path:
+    """Write a checkpoint folder as Hugging Face would."""
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tokenizer_json)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Any]:
+    """`make_model(family, seed, **config)`: a random model of transformers' own classes."""
+    return _make_model
+
+
+@pytest.fixture(scope="session")
+def generate() -> Callable[[Any, list[int], int], list[int]]:
+    """`generate(model, prompt, count)`: transformers' own greedy answer."""
+    return _generate
+
+
+@pytest.fixture(scope="session")
+def save_checkpoint(tokenizer_json: str) -> Callable[..., Path]:
+    """`save_checkpoint(model, folder, eos)`: write a checkpoint folder."""
+    return partial(_save, tokenizer_json=tokenizer_json)
+
+
+@dataclass
+class Outcome:
+    """Everything a sequence told."""
+
+    sequence: Sequence
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def answer(self) -> list[int]:
+        return self.sequence.tokens[self.sequence.prompt_length :]
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events)
+
+    @property
+    def finish(self) -> str | None:
+        return self.events[-1].finish if self.events else None
+
+
+class Bench:
+    """An engine with a model, to which tests hand sequences."""
+
+    def __init__(self, model: BaseModel, tokenizer: Tokenizer, **limits: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.engine = Engine(
+            model, **{"max_sequences": 4, "context_tokens": 64, "pass_tokens": 16, **limits}
+        )
+        self._told: queue.SimpleQueue[tuple[Outcome, Event]] = queue.SimpleQueue()
+        self.engine.start()
+
+    def install(self, slot: int, changes: Mapping[str, Change]) -> None:
+        """Give a slot its changes as they would come from an artifact."""
+        self.model.install(slot, {k: self.model.prepare(k, v) for k, v in changes.items()})
+
+    def submit(self, prompt: list[int], slot: int = 0, choice: int = 0, **how: Any) -> Outcome:
+        """Start a sequence, greedy unless told otherwise."""
+        sampling = SamplingParams(**{"max_tokens": 12, "temperature": 0.0, **how})
+        outcome = Outcome(
+            Sequence(
+                tokens=list(prompt),
+                sampling=sampling,
+                delta_slot=slot,
+                eos_ids=self.tokenizer.eos_ids,
+                stream=TextStream(self.tokenizer, prompt, sampling.stop),
+                emit=lambda event: self._told.put((outcome, event)),
+                generator=make_generator(sampling, choice),
+            )
+        )
+        self.engine.submit(outcome.sequence)
+        return outcome
+
+    def step(self) -> Outcome:
+        """Wait for the next event of any sequence."""
+        outcome, event = self._told.get(timeout=30)
+        outcome.events.append(event)
+        return outcome
+
+    def finish(self, *outcomes: Outcome) -> None:
+        """Wait until all of these have ended."""
+        while any(outcome.finish is None for outcome in outcomes):
+            self.step()
+
+    def run(self, prompt: list[int], slot: int = 0, **how: Any) -> Outcome:
+        """One sequence alone, to its end."""
+        outcome = self.submit(prompt, slot, **how)
+        self.finish(outcome)
+        return outcome
+
+
+BenchMaker = Callable[..., Bench]
+
+
+@pytest.fixture
+def make_bench(tmp_path: Path, tokenizer: Tokenizer, tokenizer_json: str) -> Iterator[BenchMaker]:
+    """Build a Bench from a model of transformers', through a checkpoint folder."""
+    benches: list[Bench] = []
+
+    def make(reference: Any, *, eos: int | None = None, **limits: int) -> Bench:
+        folder = _save(reference, tmp_path / f"model-{len(benches)}", tokenizer_json, eos)
+        model = load_base(folder, scan_folder(folder), torch.device("cpu"))
+        ids = tokenizer
+        if eos is not None:
+            files = {"tokenizer.json": tokenizer_json, "config.json": f'{{"eos_token_id": {eos}}}'}
+            ids = Tokenizer(files)
+        benches.append(Bench(model, ids, **limits))
+        return benches[-1]
+
+    yield make
+    for bench in benches:
+        bench.engine.stop()

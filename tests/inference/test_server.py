@@ -1,0 +1,448 @@
+"""The running node, asked by the official client and by raw HTTP."""
+
+import asyncio
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import uvicorn
+
+from artifacts.checkpoint import CheckpointManifest, scan_folder
+from artifacts.encoding import SvdMatrix, Vectors, encode_exact, encode_rows, encode_svd
+from artifacts.export import merge
+from artifacts.writer import write_artifact
+from deltadock.settings import Settings
+from inference.node import Node
+from inference.server import create_app
+from storage.blobs.local import LocalBlobStore
+
+EOS = 261
+PROMPT = "Hällo, wörld"
+
+
+def make_vectors(generator: np.random.Generator, ranks: int, length: int) -> Vectors:
+    return Vectors(
+        codes=generator.integers(0, 16, (ranks, length), np.uint8),
+        bits=np.full(ranks, 4),
+        zero=np.full(ranks, 8, np.float16),
+    )
+
+
+def write_delta(path: Path, model: Any, base_digest: str, seed: int, **files: str | None) -> Path:
+    """An artifact of every kind: matrices low-rank, the embedding by rows, the norm exactly."""
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if name == "model.embed_tokens.weight":
+            noise = generator.normal(0, 0.2, parameter.shape).astype(np.float32)
+            tensors[name] = encode_rows(noise, 4, "F32", {})
+        elif parameter.ndim == 2:
+            rows, columns = parameter.shape
+            matrix = SvdMatrix(
+                make_vectors(generator, 4, rows),
+                np.full(4, 0.002, np.float32),
+                make_vectors(generator, 4, columns),
+            )
+            tensors[name] = encode_svd(matrix, "F32", {})
+    norm = model.model.norm.weight.detach().numpy() * generator.uniform(0.5, 1.5, 32)
+    tensors["model.norm.weight"] = encode_exact(norm.astype(np.float32), "F32", (32,))
+    manifest = {
+        "base_digest": base_digest,
+        "method": "test",
+        "files": files,
+        "checkpoint_bytes": 0,
+        "parameters": 0,
+        "nominal_bits": None,
+    }
+    write_artifact(path, tensors, manifest)
+    return path
+
+
+@dataclass
+class Site:
+    """A blob store with two bases and deltas of the first, and the merged models."""
+
+    blobs: LocalBlobStore
+    home: Path
+    base: str
+    other_base: str
+    artifacts: list[str]
+    foreign: str
+    models: dict[str | None, Any]
+
+
+@pytest.fixture(scope="module")
+def site(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Any,
+    save_checkpoint: Callable[..., Path],
+    tokenizer_json: str,
+) -> Site:
+    home = tmp_path_factory.mktemp("site")
+    blobs = LocalBlobStore(home / "blobs")
+
+    def put(seed: int) -> tuple[Any, Path, CheckpointManifest]:
+        model = make_model("qwen2", seed, eos_token_id=EOS)
+        folder = save_checkpoint(model, home / f"base-{seed}", eos=EOS)
+        manifest = scan_folder(folder)
+        for file in manifest.files:
+            blobs.put_file(folder / file.path)
+        blobs.put_bytes(manifest.to_json())
+        return model, folder, manifest
+
+    model, folder, manifest = put(0)
+    _, _, other = put(1)
+    models: dict[str | None, Any] = {None: model}
+    artifacts = []
+    for seed in (1, 2):
+        path = write_delta(home / f"delta-{seed}", model, manifest.weights_digest, seed)
+        artifacts.append(blobs.put_file(path))
+        merge(folder, path, home / f"merged-{seed}")
+        models[artifacts[-1]] = type(model).from_pretrained(home / f"merged-{seed}")
+    foreign = blobs.put_file(write_delta(home / "foreign", model, other.weights_digest, 3))
+    return Site(blobs, home, manifest.digest, other.digest, artifacts, foreign, models)
+
+
+class RunningNode(uvicorn.Server):
+    """A node behind a real socket, in a thread."""
+
+    def __init__(self, settings: Settings, blobs: LocalBlobStore) -> None:
+        self.app = create_app(settings, blobs)
+        super().__init__(uvicorn.Config(self.app, log_config=None, lifespan="on"))
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._up = threading.Event()
+        self._thread = threading.Thread(target=self.run, args=([self._socket],))
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        self._up.set()
+
+    @property
+    def node(self) -> Node:
+        node: Node = self.app.state.node
+        return node
+
+    def __enter__(self) -> "RunningNode":
+        self._thread.start()
+        assert self._up.wait(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+    def client(self, base: str, artifact: str | None = None) -> openai.OpenAI:
+        headers = {"Deltadock-Base": base} | (
+            {"Deltadock-Artifact": artifact} if artifact is not None else {}
+        )
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", default_headers=headers, max_retries=0
+        )
+
+
+def hold(node: RunningNode) -> threading.Event:
+    """Keep the engine from doing anything until the event is set."""
+    go_on, held = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        held.set()
+        go_on.wait(30)
+
+    node.node.base.engine._inbox.put(wait)
+    assert held.wait(30)
+    return go_on
+
+
+def start(site: Site, home: Path, **settings: Any) -> RunningNode:
+    return RunningNode(
+        Settings(home=home, device="cpu", node_context_tokens=120, **settings), site.blobs
+    )
+
+
+@pytest.fixture(scope="module")
+def node(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
+    with start(site, tmp_path_factory.mktemp("home"), node_max_deltas=2) as running:
+        yield running
+
+
+def expected_text(site: Site, artifact: str | None, generate: Any, count: int) -> str:
+    """transformers' own greedy answer to PROMPT as text, up to the end of sequence."""
+    ids = json.loads((site.home / "base-0" / "tokenizer.json").read_text())["model"]["vocab"]
+    pieces = {number: piece for piece, number in ids.items()}
+    decoder = {ord(piece): byte for byte, piece in _byte_alphabet().items()}
+    encode = [ids[_byte_alphabet()[byte]] for byte in PROMPT.encode()]
+    answer = generate(site.models[artifact], encode, count)
+    if EOS in answer:
+        answer = answer[: answer.index(EOS)]
+    raw = bytes(decoder[ord(pieces[token])] for token in answer if token in pieces)
+    return raw.decode(errors="replace")
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-in for every byte."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+
+
+def test_base_and_deltas_at_once_answer_as_their_merged_checkpoints(
+    site: Site, node: RunningNode, generate: Any
+) -> None:
+    async def ask(artifact: str | None) -> Any:
+        headers = {"Deltadock-Base": site.base}
+        if artifact is not None:
+            headers["Deltadock-Artifact"] = artifact
+        async with openai.AsyncOpenAI(
+            base_url=f"{node.url}/v1", api_key="none", default_headers=headers, max_retries=0
+        ) as client:
+            return await client.completions.create(
+                model=f"name of {artifact}", prompt=PROMPT, max_tokens=24, temperature=0
+            )
+
+    async def ask_all() -> list[Any]:
+        return await asyncio.gather(*(ask(artifact) for artifact in (*site.models, *site.models)))
+
+    answers = asyncio.run(ask_all())
+    for artifact, answer in zip((*site.models, *site.models), answers, strict=True):
+        assert answer.choices[0].text == expected_text(site, artifact, generate, 24)
+        assert answer.model == f"name of {artifact}"
+    assert len({answer.choices[0].text for answer in answers}) == 3
+
+
+def test_streaming_tells_the_same(site: Site, node: RunningNode) -> None:
+    how: dict[str, Any] = {
+        "model": "m",
+        "prompt": [PROMPT, "second"],
+        "max_tokens": 30,
+        "seed": 5,
+        "n": 2,
+        "stop": ["e", "ß"],
+        "logprobs": 2,
+    }
+    with node.client(site.base, site.artifacts[0]) as client:
+        whole = client.completions.create(**how)
+        texts, ends, tokens = dict.fromkeys(range(4), ""), {}, {i: [] for i in range(4)}
+        usage = None
+        for chunk in client.completions.create(
+            **how, stream=True, stream_options={"include_usage": True}
+        ):
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+                ends[choice.index] = choice.finish_reason
+                tokens[choice.index] += choice.logprobs.tokens
+    assert [choice.text for choice in whole.choices] == list(texts.values())
+    assert [choice.finish_reason for choice in whole.choices] == [ends[i] for i in range(4)]
+    assert [choice.logprobs.tokens for choice in whole.choices] == list(tokens.values())
+    assert usage == whole.usage
+    assert usage.completion_tokens == sum(map(len, tokens.values()))
+    assert whole.choices[0].text != whole.choices[1].text, "choices differ"
+
+
+def test_token_ids_are_a_prompt_too(site: Site, node: RunningNode) -> None:
+    with node.client(site.base) as client:
+        answer = client.completions.create(model="m", prompt=[1, 2, 3], max_tokens=4)
+        assert answer.usage.prompt_tokens == 3
+        several = client.completions.create(model="m", prompt=[[1], [2, 3]], max_tokens=4)
+        assert several.usage.prompt_tokens == 3
+        assert [choice.index for choice in several.choices] == [0, 1]
+
+
+def test_deltas_take_turns_in_the_slots(site: Site, tmp_path: Path, generate: Any) -> None:
+    with start(site, tmp_path, node_max_deltas=1) as node:
+        for artifact in (*site.artifacts, *site.artifacts):
+            with node.client(site.base, artifact) as client:
+                answer = client.completions.create(
+                    model="m", prompt=PROMPT, max_tokens=16, temperature=0
+                )
+            assert answer.choices[0].text == expected_text(site, artifact, generate, 16)
+        assert node.node.base.deltas.evictions == 3
+
+
+def test_a_delta_brings_its_own_tokenizer_files(
+    site: Site, node: RunningNode, tmp_path: Path, generate: Any
+) -> None:
+    ends = json.dumps({"eos_token_id": list(range(256))})
+    manifest = scan_folder(site.home / "base-0")
+    path = write_delta(
+        tmp_path / "delta",
+        site.models[None],
+        manifest.weights_digest,
+        1,
+        **{"generation_config.json": ends},
+    )
+    with node.client(site.base, site.blobs.put_file(path)) as client:
+        answer = client.completions.create(model="m", prompt=PROMPT, temperature=0)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("", "stop")
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [999]}, "Token ids"),
+        ({"prompt": []}, "prompt"),
+        ({"max_tokens": 500}, "context"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"echo": True}, "echo"),
+        ({"best_of": 3}, "best_of"),
+        ({"frequency_penalty": 1}, "frequency_penalty"),
+        ({"prompt": None}, "prompt"),
+    ],
+)
+def test_bad_requests_are_told_what_is_wrong(
+    site: Site, node: RunningNode, body: dict[str, Any], named: str
+) -> None:
+    response = httpx.post(
+        f"{node.url}/v1/completions",
+        json={"model": "m", "prompt": "a", **body},
+        headers={"Deltadock-Base": site.base},
+    )
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert error["code"] == "invalid_input"
+    assert error["type"] == "invalid_request_error"
+    assert named in error["message"]
+
+
+def test_weights_that_cannot_be_had_fail_their_request_alone(
+    site: Site, node: RunningNode, generate: Any
+) -> None:
+    not_a_delta = site.blobs.put_file(site.home / "base-0" / "model.safetensors")
+    broken = site.blobs.put_bytes(b"what the digest names")
+    site.blobs.path(broken).unlink()
+    shutil.copyfile(site.home / "delta-1", site.blobs.path(broken))  # a good delta, but another
+    cases = [
+        (site.base, broken, 422, "hash_mismatch"),
+        (site.base, not_a_delta, 422, "invalid_artifact"),
+        (site.base, site.foreign, 409, "base_mismatch"),
+        (site.base, "0" * 64, 404, "not_found"),
+        (site.base, "../../etc/passwd", 422, "invalid_input"),
+        ("nonsense", None, 422, "invalid_input"),
+    ]
+    for base, artifact, status, code in cases:
+        with node.client(base, artifact) as client, pytest.raises(openai.APIStatusError) as caught:
+            client.completions.create(model="m", prompt="a")
+        assert (caught.value.status_code, caught.value.code) == (status, code)
+    with node.client(site.base, site.artifacts[1]) as client:
+        answer = client.completions.create(model="m", prompt=PROMPT, max_tokens=8, temperature=0)
+    assert answer.choices[0].text == expected_text(site, site.artifacts[1], generate, 8)
+    assert broken not in node.node.base.deltas.digests
+
+
+def test_without_headers_the_model_is_the_nodes_own(site: Site, tmp_path: Path) -> None:
+    with start(site, tmp_path, node_base=site.home / "base-0") as node:
+        with node.client(site.base, site.artifacts[0]) as client:
+            client.completions.create(model="m", prompt="a", max_tokens=1)
+        with openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0) as client:
+            names = [model.id for model in client.models.list()]
+            assert names == ["base-0", site.artifacts[0]]
+            for name in names:
+                assert client.completions.create(model=name, prompt="a", max_tokens=1).model == name
+            with pytest.raises(openai.NotFoundError):
+                client.completions.create(model="unknown", prompt="a")
+        with (
+            node.client(site.other_base) as client,
+            pytest.raises(openai.InternalServerError) as caught,
+        ):
+            client.completions.create(model="m", prompt="a")
+        assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
+
+
+def test_an_idle_node_changes_its_base_and_a_busy_one_does_not(site: Site, tmp_path: Path) -> None:
+    with start(site, tmp_path) as node:
+        with node.client(site.other_base) as client:
+            client.completions.create(model="m", prompt="a", max_tokens=1)
+        adopted = node.node.base
+        with node.client("0" * 64) as client, pytest.raises(openai.NotFoundError):
+            client.completions.create(model="m", prompt="a")
+        assert node.node.base is adopted, "a base that cannot be had displaces nothing"
+        with node.client(site.base) as client:
+            client.completions.create(model="m", prompt="a", max_tokens=1)
+            assert node.node.base.digest == site.base
+        node.node.base.users += 1  # as a request that has not ended
+        with (
+            node.client(site.other_base) as client,
+            pytest.raises(openai.InternalServerError, match="cannot change"),
+        ):
+            client.completions.create(model="m", prompt="a", max_tokens=1)
+        node.node.base.users -= 1
+        with node.client(site.other_base) as client:
+            client.completions.create(model="m", prompt="a", max_tokens=1)
+
+
+def test_a_full_queue_is_429(site: Site, tmp_path: Path) -> None:
+    with (
+        start(site, tmp_path, node_max_sequences=1, node_max_waiting=1) as node,
+        node.client(site.base) as client,
+    ):
+        client.completions.create(model="m", prompt="a", max_tokens=2)
+        go_on = hold(node)
+        with client.completions.create(
+            model="m", prompt="a", n=2, max_tokens=2, stream=True
+        ) as running:
+            with pytest.raises(openai.RateLimitError) as caught:
+                client.completions.create(model="m", prompt="a")
+            go_on.set()
+            assert len({choice.index for chunk in running for choice in chunk.choices}) == 2
+        assert caught.value.code == "overloaded"
+        assert int(caught.value.response.headers["Retry-After"]) > 0
+        assert client.completions.create(model="m", prompt="a", max_tokens=2).choices
+        with pytest.raises(openai.UnprocessableEntityError, match="takes 2"):
+            client.completions.create(model="m", prompt="a", n=3)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_place(
+    site: Site, node: RunningNode, stream: bool
+) -> None:
+    async def leave() -> None:
+        engine, go_on = node.node.base.engine, hold(node)
+
+        async def commands(count: int) -> None:
+            while engine._inbox.qsize() < count:
+                await asyncio.sleep(0.01)
+
+        async with httpx.AsyncClient(base_url=node.url) as client:
+            body = {"model": "m", "prompt": "a", "max_tokens": 110, "n": 8, "stream": stream}
+            headers = {"Deltadock-Base": site.base, "Deltadock-Artifact": site.artifacts[0]}
+            asking = asyncio.create_task(
+                client.post("/v1/completions", json=body, headers=headers, timeout=30)
+            )
+            await commands(8)
+            asking.cancel()
+            await asyncio.wait({asking})
+            await commands(16)
+            go_on.set()
+            while node.node.base.users:
+                await asyncio.sleep(0.01)
+
+    with node.client(site.base) as client:
+        client.completions.create(model="m", prompt="a", max_tokens=1)
+    cancelled = node.node.metrics.requests.labels("cancelled")
+    before = cancelled._value.get()
+    asyncio.run(asyncio.wait_for(leave(), 30))
+    assert cancelled._value.get() == before + 8
+
+
+def test_health_and_metrics(site: Site, node: RunningNode) -> None:
+    with node.client(site.base) as client:
+        client.completions.create(model="m", prompt="a", max_tokens=1)
+    assert httpx.get(f"{node.url}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{node.url}/readyz").json() == {"status": "ok", "base": site.base}
+    metrics = httpx.get(f"{node.url}/metrics").text
+    assert "deltadock_node_generated_tokens_total" in metrics
+    assert "deltadock_node_first_token_seconds_bucket" in metrics

@@ -1,0 +1,89 @@
+"""Nothing is used whose bytes do not have the digest that names them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.errors import HashMismatch, InvalidCheckpoint, NotFound, UnsafeFile
+from storage.blobs.local import LocalBlobStore
+from storage.cache import FileCache
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> LocalBlobStore:
+    return LocalBlobStore(tmp_path / "blobs")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, blobs: LocalBlobStore) -> FileCache:
+    return FileCache(blobs, tmp_path / "cache")
+
+
+def put_checkpoint(blobs: LocalBlobStore, folder: Path) -> CheckpointManifest:
+    folder.mkdir()
+    save_file({"weight": np.arange(6, dtype=np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    manifest = scan_folder(folder)
+    for file in manifest.files:
+        blobs.put_file(folder / file.path)
+    assert blobs.put_bytes(manifest.to_json()) == manifest.digest
+    return manifest
+
+
+def damage(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.unlink()  # it may be linked to its blob
+    path.write_bytes(raw)
+
+
+def test_a_checkpoint_is_fetched_whole(
+    tmp_path: Path, blobs: LocalBlobStore, cache: FileCache
+) -> None:
+    manifest = put_checkpoint(blobs, tmp_path / "source")
+    folder, found = cache.checkpoint(manifest.digest)
+    assert found == manifest
+    for file in manifest.files:
+        assert (folder / file.path).read_bytes() == (tmp_path / "source" / file.path).read_bytes()
+
+
+def test_a_damaged_cache_is_fetched_again(cache: FileCache, blobs: LocalBlobStore) -> None:
+    digest = blobs.put_bytes(b"delta")
+    damage(cache.artifact(digest))
+    assert cache.artifact(digest).read_bytes() == b"delta"
+
+
+def test_a_damaged_blob_is_refused(cache: FileCache, blobs: LocalBlobStore) -> None:
+    digest = blobs.put_bytes(b"delta")
+    damage(blobs.path(digest))
+    with pytest.raises(HashMismatch):
+        cache.artifact(digest)
+    manifest = blobs.put_bytes(b'{"files": [], "tensors": [], "config": {}}')
+    damage(blobs.path(manifest))
+    with pytest.raises(HashMismatch):
+        cache.checkpoint(manifest)
+
+
+def test_what_is_not_there_is_not_found(cache: FileCache) -> None:
+    for digest in ("0" * 64, "../../etc/passwd"):
+        with pytest.raises(NotFound):
+            cache.artifact(digest)
+        with pytest.raises(NotFound):
+            cache.checkpoint(digest)
+
+
+def test_a_blob_that_is_no_manifest_is_refused(cache: FileCache, blobs: LocalBlobStore) -> None:
+    for content in (b"\xff", b"[]", b"{}", b'{"files": [1], "tensors": [], "config": {}}'):
+        with pytest.raises(InvalidCheckpoint):
+            cache.checkpoint(blobs.put_bytes(content))
+
+
+def test_a_manifest_cannot_name_a_path_outside(cache: FileCache, blobs: LocalBlobStore) -> None:
+    files = [{"path": "../escaped.json", "size": 2, "sha256": blobs.put_bytes(b"{}")}]
+    crafted = json.dumps({"files": files, "tensors": [], "config": {}}).encode()
+    with pytest.raises(UnsafeFile):
+        cache.checkpoint(blobs.put_bytes(crafted))
