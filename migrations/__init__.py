@@ -1,0 +1,1 @@
+"""Alembic's migrations; `storage.database.migrate(url)` applies them."""

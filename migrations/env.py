@@ -1,0 +1,36 @@
+"""Alembic's entry: runs the migrations on the engine that `storage.database` passes in."""
+
+from typing import Final
+
+from alembic import context
+from sqlalchemy import Connection, Engine, text
+
+from storage.models import Model
+
+LOCK_KEY: Final = 0x64656C7461  # "delta"
+
+
+def take_turns(connection: Connection) -> None:
+    """Let one process migrate at a time, and give up rather than block a busy table for long.
+
+    SQLite needs nothing: its transactions take the write lock when they begin.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK_KEY})
+        connection.execute(text("SET LOCAL lock_timeout = '10s'"))
+        connection.execute(text("SET LOCAL statement_timeout = '300s'"))
+
+
+def run(engine: Engine) -> None:
+    """Apply what is missing in one transaction."""
+    with engine.begin() as connection:
+        take_turns(connection)
+        context.configure(
+            connection=connection,
+            target_metadata=Model.metadata,
+            render_as_batch=connection.dialect.name == "sqlite",
+        )
+        context.run_migrations()
+
+
+run(context.config.attributes["engine"])

@@ -1,0 +1,1 @@
+"""Metadata (SQLAlchemy models, repositories, sessions) and blobs (local folder, S3)."""

@@ -1,0 +1,221 @@
+"""Blobs in an S3 bucket (any S3-compatible store)."""
+
+import math
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import boto3
+from boto3.exceptions import Boto3Error
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from deltadock.errors import NotFound, Unavailable
+from deltadock.settings import Settings
+from storage.blobs.port import CHUNK_BYTES, BlobStore, BlobWriter, blob_key, work_key
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+
+MIN_PART_BYTES: Final = 16 << 20
+MAX_PARTS: Final = 10_000
+"""S3's bound on the parts of one object."""
+
+MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound", "NoSuchBucket"})
+
+
+class S3BlobStore(BlobStore):
+    """A bucket; objects appear whole or not at all."""
+
+    def __init__(self, settings: Settings) -> None:
+        secret = settings.s3_secret_access_key
+        self.bucket = settings.s3_bucket
+        self.part_bytes = max(MIN_PART_BYTES, math.ceil(settings.max_file_bytes / MAX_PARTS))
+        self.client: S3Client = boto3.client(
+            "s3",
+            endpoint_url=settings.s3_endpoint_url,
+            region_name=settings.s3_region,
+            aws_access_key_id=settings.s3_access_key_id,
+            aws_secret_access_key=secret.get_secret_value() if secret else None,
+            config=Config(
+                # Stores other than AWS reject or mangle boto3's default checksum headers; digests
+                # are verified here anyway.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                retries={"mode": "standard", "max_attempts": 4},
+                connect_timeout=5,
+                read_timeout=60,
+                max_pool_connections=50,
+                s3={"addressing_style": "path" if settings.s3_endpoint_url else "auto"},
+            ),
+        )
+
+    def prepare(self) -> None:
+        with _errors():
+            try:
+                self.client.head_bucket(Bucket=self.bucket)
+            except ClientError as error:
+                if _code(error) not in MISSING:
+                    raise
+                self.client.create_bucket(Bucket=self.bucket)
+
+    def writer(self) -> BlobWriter:
+        return _S3Writer(self)
+
+    def open(self, digest: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        size = self.size(digest)
+        last = size if end is None else min(end, size)
+        if start >= last:
+            return iter(())
+        with _errors():
+            body = self.client.get_object(
+                Bucket=self.bucket, Key=blob_key(digest), Range=f"bytes={start}-{last - 1}"
+            )["Body"]
+        return body.iter_chunks(CHUNK_BYTES)
+
+    def size(self, digest: str) -> int:
+        with _errors(f"The store holds no file {digest}."):
+            return self.client.head_object(Bucket=self.bucket, Key=blob_key(digest))[
+                "ContentLength"
+            ]
+
+    def delete(self, digest: str) -> None:
+        with _errors():
+            self.client.delete_object(Bucket=self.bucket, Key=blob_key(digest))
+
+    def get_work(self, key: str) -> bytes | None:
+        try:
+            with _errors("No such work."):
+                return self.client.get_object(Bucket=self.bucket, Key=work_key(key))["Body"].read()
+        except NotFound:
+            return None
+
+    def put_work(self, key: str, data: bytes) -> None:
+        with _errors():
+            self.client.put_object(Bucket=self.bucket, Key=work_key(key), Body=data)
+
+    def drop_work(self, prefix: str) -> None:
+        with _errors():
+            for key, _ in self._list(f"{work_key(prefix)}/"):
+                self.client.delete_object(Bucket=self.bucket, Key=key)
+
+    def drop_staging(self, before: datetime) -> int:
+        dropped = 0
+        with _errors():
+            for key, modified in self._list("staging/"):
+                if modified < before:
+                    self.client.delete_object(Bucket=self.bucket, Key=key)
+                    dropped += 1
+            pages = self.client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self.bucket, Prefix="staging/"):
+                for upload in page.get("Uploads", []):
+                    if upload["Initiated"] < before:
+                        self.client.abort_multipart_upload(
+                            Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                        )
+                        dropped += 1
+        return dropped
+
+    def _list(self, prefix: str) -> Iterator[tuple[str, datetime]]:
+        pages = self.client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=self.bucket, Prefix=prefix):
+            for entry in page.get("Contents", []):
+                yield entry["Key"], entry["LastModified"]
+
+    def _place(self, digest: str, target: Path) -> None:
+        with _errors(f"The store holds no file {digest}."):
+            self.client.download_file(self.bucket, blob_key(digest), str(target))
+        target.chmod(0o444)
+
+
+class _S3Writer(BlobWriter):
+    """A multipart upload under staging/, copied into place by the store itself.
+
+    What fits into one part needs neither: it is put where it belongs when its digest is known.
+    """
+
+    def __init__(self, store: S3BlobStore) -> None:
+        self._store = store
+        self._client = store.client
+        self._key = f"staging/{uuid.uuid4().hex}"
+        self._buffer = bytearray()
+        self._upload_id: str | None = None
+        self._staged = False
+        self._parts: list[CompletedPartTypeDef] = []
+
+    def write(self, chunk: bytes | bytearray | memoryview) -> None:
+        self._buffer += chunk
+        while len(self._buffer) >= self._store.part_bytes:
+            self._send_part(bytes(self._buffer[: self._store.part_bytes]))
+            del self._buffer[: self._store.part_bytes]
+
+    def commit(self, digest: str) -> None:
+        key = blob_key(digest)
+        if self._store.exists(digest):
+            return
+        bucket = self._store.bucket
+        if self._upload_id is None:
+            with _errors():
+                self._client.put_object(Bucket=bucket, Key=key, Body=bytes(self._buffer))
+            return
+        if self._buffer:
+            self._send_part(bytes(self._buffer))
+        with _errors():
+            self._client.complete_multipart_upload(
+                Bucket=bucket,
+                Key=self._key,
+                UploadId=self._upload_id,
+                MultipartUpload={"Parts": self._parts},
+            )
+            self._staged, self._upload_id = True, None
+            # Copies objects over S3's limit of 5 GB for one copy in parts.
+            self._client.copy({"Bucket": bucket, "Key": self._key}, bucket, key)
+
+    def discard(self) -> None:
+        self._buffer.clear()
+        with _errors():
+            if self._upload_id is not None:
+                upload_id, self._upload_id = self._upload_id, None
+                self._client.abort_multipart_upload(
+                    Bucket=self._store.bucket, Key=self._key, UploadId=upload_id
+                )
+            if self._staged:
+                self._staged = False
+                self._client.delete_object(Bucket=self._store.bucket, Key=self._key)
+
+    def _send_part(self, data: bytes) -> None:
+        with _errors():
+            if self._upload_id is None:
+                self._upload_id = self._client.create_multipart_upload(
+                    Bucket=self._store.bucket, Key=self._key
+                )["UploadId"]
+            number = len(self._parts) + 1
+            part = self._client.upload_part(
+                Bucket=self._store.bucket,
+                Key=self._key,
+                UploadId=self._upload_id,
+                PartNumber=number,
+                Body=data,
+            )
+            self._parts.append({"PartNumber": number, "ETag": part["ETag"]})
+
+
+def _code(error: ClientError) -> str:
+    return error.response.get("Error", {}).get("Code", "")
+
+
+@contextmanager
+def _errors(missing: str | None = None) -> Iterator[None]:
+    """Turn boto's errors into ours; a missing object into NotFound if `missing` says what it is."""
+    try:
+        yield
+    except ClientError as error:
+        if missing and _code(error) in MISSING:
+            raise NotFound(missing) from error
+        raise Unavailable("The object store refused a request; try again shortly.") from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise Unavailable("The object store does not answer; try again shortly.") from error

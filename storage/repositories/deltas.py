@@ -1,0 +1,170 @@
+"""Deltas by id, by name and version, and by what they are made from."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import Select, func, select, tuple_
+from sqlalchemy.orm import Session, joinedload
+
+from storage.ids import new_id
+from storage.models import Base, Checkpoint, Delta, Job, JobState
+from storage.repositories.locks import take_turn
+from storage.types import database_now
+
+DEAD_ENDS = (JobState.FAILED, JobState.CANCELLED)
+
+
+class DeltaTotals(NamedTuple):
+    """What the ready deltas come to; bytes that several share are counted once."""
+
+    deltas: int
+    artifact_bytes: int
+    checkpoint_bytes: int
+
+
+class DeltaRepository:
+    """Deltas come with their base and their job; deleted ones are not found."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def _living(self) -> Select[Delta]:
+        return (
+            select(Delta)
+            .join(Delta.job)
+            .options(joinedload(Delta.base).joinedload(Base.checkpoint), joinedload(Delta.job))
+            .where(Delta.deleted_at.is_(None))
+        )
+
+    def find(self, delta_id: str) -> Delta | None:
+        """The delta with this id."""
+        return self.session.scalars(self._living().where(Delta.id == delta_id)).one_or_none()
+
+    def find_version(self, name: str, version: int) -> Delta | None:
+        """One version of a name."""
+        return self.session.scalars(
+            self._living().where(Delta.name == name, Delta.version == version)
+        ).one_or_none()
+
+    def find_latest(self, name: str) -> Delta | None:
+        """The highest version of a name that is ready or, while none is, the highest of all."""
+        return self.session.scalars(
+            self._living()
+            .where(Delta.name == name)
+            .order_by((Job.state == JobState.READY).desc(), Delta.version.desc())
+            .limit(1)
+        ).one_or_none()
+
+    def find_same(self, fingerprint: str) -> Sequence[Delta]:
+        """Deltas of any name with this fingerprint, ready or on their way, newest first.
+
+        Until the transaction ends, others that ask for the same fingerprint wait.
+        """
+        take_turn(self.session, "fingerprint", fingerprint)
+        return self.session.scalars(
+            self._living()
+            .where(
+                Delta.fingerprint == fingerprint,
+                Job.state.not_in(DEAD_ENDS),
+                Job.cancel_requested.is_(False),
+            )
+            .order_by(Delta.version.desc())
+        ).all()
+
+    def page(self, *, limit: int, after: Delta | None = None) -> Sequence[Delta]:
+        """Up to `limit` deltas, newest first, beginning behind `after`."""
+        query = self._living().order_by(Delta.created_at.desc(), Delta.id.desc()).limit(limit)
+        if after is not None:
+            query = query.where(tuple_(Delta.created_at, Delta.id) < (after.created_at, after.id))
+        return self.session.scalars(query).all()
+
+    def cursor(self, delta_id: str) -> Delta | None:
+        """The delta that a page ended with, even if it was deleted since."""
+        return self.session.get(Delta, delta_id)
+
+    def ready(self) -> Sequence[Delta]:
+        """Every delta that can be served, newest first."""
+        return self.session.scalars(
+            self._living()
+            .where(Job.state == JobState.READY)
+            .order_by(Delta.created_at.desc(), Delta.id.desc())
+        ).all()
+
+    def totals(self) -> DeltaTotals:
+        """Number of the ready deltas, their bytes, and the bytes of their full checkpoints."""
+        ready = (
+            select(Delta.artifact_digest, Delta.artifact_bytes, Delta.checkpoint_digest)
+            .join(Delta.job)
+            .where(Delta.deleted_at.is_(None), Job.state == JobState.READY)
+            .cte("ready")
+        )
+        artifacts = select(ready.c.artifact_digest, ready.c.artifact_bytes).distinct().subquery()
+        checkpoints = Checkpoint.digest.in_(select(ready.c.checkpoint_digest))
+        found = self.session.execute(
+            select(
+                select(func.count()).select_from(ready).scalar_subquery(),
+                select(func.sum(artifacts.c.artifact_bytes)).scalar_subquery(),
+                select(func.sum(Checkpoint.total_bytes)).where(checkpoints).scalar_subquery(),
+            )
+        ).one()
+        # Postgres sums big integers as decimals, and nothing as NULL.
+        return DeltaTotals(*(int(value or 0) for value in found))
+
+    def add(
+        self,
+        *,
+        name: str,
+        base: Base,
+        checkpoint_digest: str,
+        method: str,
+        bits: float | None,
+        options: dict[str, Any],
+        fingerprint: str,
+    ) -> Delta:
+        """A new delta under the next version of `name`, with its queued job.
+
+        Versions of deleted deltas are counted too: they are never given to other bytes.
+        """
+        take_turn(self.session, "name", name)
+        latest = self.session.scalar(select(func.max(Delta.version)).where(Delta.name == name))
+        now = database_now(self.session)
+        delta = Delta(
+            id=new_id("dlt"),
+            name=name,
+            version=(latest or 0) + 1,
+            base=base,
+            checkpoint_digest=checkpoint_digest,
+            method=method,
+            bits=bits,
+            options=options,
+            fingerprint=fingerprint,
+            created_at=now,
+            job=Job(id=new_id("job"), created_at=now, updated_at=now, sent_at=now),
+        )
+        self.session.add(delta)
+        self.session.flush()
+        return delta
+
+    def set_result(
+        self, delta: Delta, *, artifact_digest: str, artifact_bytes: int, report: dict[str, Any]
+    ) -> None:
+        """Record what the compression made; in one transaction with the job's `finish`."""
+        delta.artifact_digest = artifact_digest
+        delta.artifact_bytes = artifact_bytes
+        delta.report = report
+        self.session.flush()
+
+    def share_result(self, delta: Delta, twin: Delta) -> None:
+        """Make a new delta ready with the artifact of `twin`, whose fingerprint is the same."""
+        delta.artifact_digest = twin.artifact_digest
+        delta.artifact_bytes = twin.artifact_bytes
+        delta.report = twin.report
+        delta.job.state = JobState.READY
+        delta.job.percent = 100.0
+        delta.job.finished_at = delta.created_at
+        self.session.flush()
+
+    def delete(self, delta: Delta) -> None:
+        """Hide the delta; its row keeps name and version."""
+        delta.deleted_at = database_now(self.session)
+        self.session.flush()

@@ -1,0 +1,71 @@
+"""The migrations make exactly the tables that the models describe, on both databases."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import inspect
+
+from storage.database import Database, alembic_config, make_engine, migrate
+from storage.models import Model, UploadKind
+from storage.repositories import UploadRepository
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'new folder' / 'deltadock.db'}"
+    url: str = request.getfixturevalue("postgres_database")
+    return url
+
+
+def test_models_and_migrations_agree(empty_url: str) -> None:
+    migrate(empty_url)
+    engine = make_engine(empty_url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Model.metadata) == []
+    engine.dispose()
+
+
+def test_a_missing_column_would_be_noticed(empty_url: str) -> None:
+    migrate(empty_url)
+    engine = make_engine(empty_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE jobs DROP COLUMN message")
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert [step[0] for step in compare_metadata(context, Model.metadata)] == ["add_column"]
+    engine.dispose()
+
+
+def test_migrating_again_changes_nothing_and_loses_nothing(empty_url: str) -> None:
+    migrate(empty_url)
+    database = Database(empty_url)
+    with database.session_scope() as session:
+        upload_id = UploadRepository(session).add(UploadKind.CHECKPOINT).id
+    migrate(empty_url)
+    with database.read_scope() as session:
+        assert UploadRepository(session).find(upload_id) is not None
+    database.dispose()
+
+
+def test_processes_that_migrate_at_once_take_turns(empty_url: str) -> None:
+    code = "import sys; from storage.database import migrate; migrate(sys.argv[1])"
+    processes = [subprocess.Popen([sys.executable, "-c", code, empty_url]) for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    engine = make_engine(empty_url)
+    assert set(Model.metadata.tables) < set(inspect(engine).get_table_names())
+    engine.dispose()
+
+
+def test_the_way_back_leaves_no_table(empty_url: str) -> None:
+    migrate(empty_url)
+    engine = make_engine(empty_url)
+    command.downgrade(alembic_config(engine), "base")
+    assert inspect(engine).get_table_names() == ["alembic_version"]
+    engine.dispose()

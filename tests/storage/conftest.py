@@ -1,0 +1,31 @@
+"""An empty, migrated database of each kind for every test; the migrations run once a session."""
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import text
+
+from storage.database import Database, migrate
+from storage.models import Model
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgres"])
+def migrated(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Database]:
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path_factory.mktemp('database') / 'test.db'}"
+    else:
+        url = request.getfixturevalue("postgres_url")
+    migrate(url)
+    database = Database(url)
+    yield database
+    database.dispose()
+
+
+@pytest.fixture
+def database(migrated: Database) -> Iterator[Database]:
+    yield migrated
+    with migrated.session_scope() as session:
+        for table in reversed(Model.metadata.sorted_tables):
+            session.execute(text(f"DELETE FROM {table.name}"))

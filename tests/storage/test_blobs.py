@@ -1,0 +1,219 @@
+"""One contract for every blob store."""
+
+import hashlib
+import tracemalloc
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from deltadock.errors import HashMismatch, InvalidInput, NotFound, Unavailable
+from deltadock.settings import Settings
+from storage.blobs import BlobStore, make_blob_store
+from storage.blobs.local import LocalBlobStore
+from storage.blobs.s3 import MIN_PART_BYTES, S3BlobStore
+
+ABSENT = "0" * 64
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    fields = {"blob_store": "local"}
+    if request.param == "s3":
+        fields = request.getfixturevalue("s3_bucket")
+    store = make_blob_store(Settings.model_validate({"home": tmp_path / "home", **fields}))
+    store.prepare()
+    return store
+
+
+def staged(store: BlobStore) -> list[str]:
+    """What lies in staging, multipart uploads under way included."""
+    if isinstance(store, LocalBlobStore):
+        return [path.name for path in (store.root / "staging").iterdir()]
+    s3 = cast(S3BlobStore, store)
+    objects = s3.client.list_objects_v2(Bucket=s3.bucket, Prefix="staging/").get("Contents", [])
+    uploads = s3.client.list_multipart_uploads(Bucket=s3.bucket).get("Uploads", [])
+    return [entry["Key"] for entry in [*objects, *uploads]]
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def large_blob(store: BlobStore) -> bytes:
+    """More than an S3 store sends as one part."""
+    size = MIN_PART_BYTES * 2 + 12_345 if isinstance(store, S3BlobStore) else 3_000_000
+    return (b"0123456789abcdef" * (size // 16 + 1))[:size]
+
+
+def test_what_is_put_comes_back(store: BlobStore, tmp_path: Path) -> None:
+    data = b"weights" * 1000
+    digest = store.put_bytes(data)
+    assert digest == sha256(data)
+    assert store.exists(digest)
+    assert store.size(digest) == len(data)
+    assert b"".join(store.open(digest)) == data
+    assert store.read(digest, len(data)) == data
+    file = tmp_path / "file"
+    file.write_bytes(data)
+    assert store.put_file(file) == digest
+    assert staged(store) == []
+
+
+def test_the_empty_blob_is_a_blob(store: BlobStore) -> None:
+    digest = store.put_bytes(b"")
+    assert store.size(digest) == 0
+    assert b"".join(store.open(digest)) == b""
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (3, 7), (6, 10), (9, 10), (0, 10), (4, None)])
+def test_a_part_is_exactly_that_part(store: BlobStore, start: int, end: int | None) -> None:
+    digest = store.put_bytes(b"0123456789")
+    assert b"".join(store.open(digest, start, end)) == b"0123456789"[start:end]
+
+
+def test_absent_blobs_are_not_found(store: BlobStore, tmp_path: Path) -> None:
+    assert not store.exists(ABSENT)
+    for use in (store.size, store.open, lambda digest: store.fetch(digest, tmp_path / "file")):
+        with pytest.raises(NotFound):
+            use(ABSENT)
+    assert list(tmp_path.glob("*file*")) == []
+    store.delete(ABSENT)
+
+
+@pytest.mark.parametrize("name", ["", "../../etc/passwd", "A" * 64, "0" * 63, f"{ABSENT}\n"])
+def test_what_is_no_digest_names_no_blob(store: BlobStore, name: str) -> None:
+    with pytest.raises(NotFound):
+        store.size(name)
+
+
+def test_a_small_read_refuses_a_large_blob(store: BlobStore) -> None:
+    digest = store.put_bytes(b"12345")
+    with pytest.raises(InvalidInput):
+        store.read(digest, 4)
+
+
+def test_a_large_blob_passes_in_bounded_memory(store: BlobStore) -> None:
+    data = large_blob(store)
+    view = memoryview(data)
+    tracemalloc.start()
+    try:
+        with store.writer() as writer:
+            for start in range(0, len(data), 100_000):
+                writer.write(view[start : start + 100_000])
+            writer.commit(sha256(data))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert store.size(sha256(data)) == len(data)
+    digest = hashlib.sha256()
+    for chunk in store.open(sha256(data)):
+        assert len(chunk) <= 1 << 20
+        digest.update(chunk)
+    assert digest.hexdigest() == sha256(data)
+    assert staged(store) == []
+    # S3 holds a part, and a copy of it while it is sent.
+    assert peak < (3.5 * MIN_PART_BYTES if isinstance(store, S3BlobStore) else 1_000_000)
+
+
+def test_what_is_not_committed_leaves_nothing(store: BlobStore) -> None:
+    data = large_blob(store)
+    with store.writer() as writer:
+        writer.write(data)
+        assert len(staged(store)) == 1
+    assert staged(store) == []
+    assert not store.exists(sha256(data))
+
+
+def test_committing_what_exists_changes_nothing(store: BlobStore) -> None:
+    data = large_blob(store)
+    for _ in range(2):
+        with store.writer() as writer:
+            writer.write(data)
+            writer.commit(sha256(data))
+    assert store.size(sha256(data)) == len(data)
+    assert staged(store) == []
+
+
+def test_deleted_blobs_are_gone(store: BlobStore) -> None:
+    digest = store.put_bytes(b"x")
+    store.delete(digest)
+    assert not store.exists(digest)
+
+
+def test_fetch_brings_a_verified_read_only_file(store: BlobStore, tmp_path: Path) -> None:
+    digest = store.put_bytes(b"weights")
+    target = tmp_path / "cache" / "model.safetensors"
+    store.fetch(digest, target)
+    assert target.read_bytes() == b"weights"
+    assert target.stat().st_mode & 0o222 == 0
+    store.fetch(digest, target)
+    target.unlink()
+    assert b"".join(store.open(digest)) == b"weights"
+
+
+def test_fetch_refuses_damaged_bytes(store: BlobStore, tmp_path: Path) -> None:
+    digest = store.put_bytes(b"weights")
+    if isinstance(store, LocalBlobStore):
+        store.path(digest).chmod(0o644)
+        store.path(digest).write_bytes(b"weightz")
+    else:
+        s3 = cast(S3BlobStore, store)
+        s3.client.put_object(Bucket=s3.bucket, Key=f"blobs/{digest}", Body=b"weightz")
+    with pytest.raises(HashMismatch):
+        store.fetch(digest, tmp_path / "cache" / "file")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_work_is_replaceable_and_droppable(store: BlobStore) -> None:
+    assert store.get_work("job_a/block-0") is None
+    store.put_work("job_a/block-0", b"first")
+    store.put_work("job_a/block-0", b"second")
+    store.put_work("job_ab/block-0", b"another's")
+    assert store.get_work("job_a/block-0") == b"second"
+    store.drop_work("job_a")
+    store.drop_work("job_a")
+    assert store.get_work("job_a/block-0") is None
+    assert store.get_work("job_ab/block-0") == b"another's"
+
+
+@pytest.mark.parametrize("key", ["", "/etc", "../a", "a//b", "a/", ".hidden", "a/.."])
+def test_work_keys_are_plain(store: BlobStore, key: str) -> None:
+    with pytest.raises(ValueError, match="plain"):
+        store.put_work(key, b"")
+
+
+def test_only_old_staging_is_dropped(store: BlobStore) -> None:
+    writer = store.writer()
+    writer.write(large_blob(store))
+    now = datetime.now(UTC)
+    assert store.drop_staging(now - timedelta(hours=1)) == 0
+    assert staged(store) != []
+    assert store.drop_staging(now + timedelta(hours=1)) == 1
+    assert staged(store) == []
+    if isinstance(store, LocalBlobStore):
+        writer.discard()
+
+
+def test_an_unreachable_store_is_unavailable() -> None:
+    store = make_blob_store(
+        Settings.model_validate(
+            {
+                "blob_store": "s3",
+                "s3_endpoint_url": "http://127.0.0.1:1",
+                "s3_access_key_id": "x",
+                "s3_secret_access_key": "y",
+            }
+        )
+    )
+    with pytest.raises(Unavailable):
+        store.exists(ABSENT)
+
+
+def test_preparing_creates_the_bucket(s3_settings: dict[str, str], tmp_path: Path) -> None:
+    bucket = f"new-{tmp_path.name.replace('_', '-').lower()}"
+    store = make_blob_store(Settings.model_validate(s3_settings | {"s3_bucket": bucket}))
+    store.prepare()
+    store.prepare()
+    assert store.exists(store.put_bytes(b"x"))

@@ -1,0 +1,111 @@
+"""Units of work, on both databases."""
+
+import threading
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError, StatementError
+
+from deltadock.errors import Unavailable
+from storage.database import Database, migrate
+from storage.models import Upload, UploadKind
+from storage.repositories import UploadRepository
+from storage.types import database_now
+
+
+def count_uploads(database: Database) -> int:
+    with database.read_scope() as session:
+        return len(session.scalars(select(Upload)).all())
+
+
+def test_a_scope_commits_at_its_end(database: Database) -> None:
+    with database.session_scope() as session:
+        UploadRepository(session).add(UploadKind.CHECKPOINT)
+    assert count_uploads(database) == 1
+
+
+def test_a_scope_that_raises_leaves_nothing(database: Database) -> None:
+    def fail() -> None:
+        with database.session_scope() as session:
+            UploadRepository(session).add(UploadKind.CHECKPOINT)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert count_uploads(database) == 0
+
+
+def test_writers_that_read_first_wait_instead_of_failing(database: Database) -> None:
+    """On SQLite a transaction that began as a reader could not become a writer here."""
+    with database.session_scope() as session:
+        upload_id = UploadRepository(session).add(UploadKind.CHECKPOINT).id
+    start = threading.Barrier(4)
+    failures: list[BaseException] = []
+
+    def touch() -> None:
+        try:
+            start.wait()
+            for _ in range(5):
+                with database.session_scope() as session:
+                    upload = UploadRepository(session).find(upload_id, lock=True)
+                    assert upload is not None
+                    upload.updated_at = upload.updated_at + timedelta(seconds=1)
+        except BaseException as error:  # noqa: BLE001 - reported by the main thread
+            failures.append(error)
+
+    with database.read_scope() as session:
+        before = session.get_one(Upload, upload_id).updated_at
+    threads = [threading.Thread(target=touch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    with database.read_scope() as session:
+        after = session.get_one(Upload, upload_id).updated_at
+    assert after - before == timedelta(seconds=20)
+
+
+def test_readers_do_not_wait_for_a_writer(database: Database) -> None:
+    with database.session_scope() as session:
+        UploadRepository(session).add(UploadKind.CHECKPOINT)
+        assert count_uploads(database) == 0
+
+
+def test_a_reading_scope_cannot_write(postgres_url: str) -> None:
+    """Postgres sees to it; SQLite has no such transactions."""
+    migrate(postgres_url)
+    database = Database(postgres_url)
+    with pytest.raises(DBAPIError, match="read-only"), database.read_scope() as session:
+        UploadRepository(session).add(UploadKind.CHECKPOINT)
+    database.dispose()
+
+
+def test_times_come_back_in_utc(database: Database) -> None:
+    elsewhere = datetime(2026, 11, 22, 18, 0, tzinfo=timezone(timedelta(hours=5, minutes=30)))
+    with database.session_scope() as session:
+        upload = UploadRepository(session).add(UploadKind.CHECKPOINT)
+        upload.created_at = elsewhere
+    with database.read_scope() as session:
+        stored = session.get_one(Upload, upload.id).created_at
+    assert stored == elsewhere
+    assert stored.tzinfo is UTC
+
+
+def test_times_without_a_zone_are_refused(database: Database) -> None:
+    with pytest.raises(StatementError, match="time zone"), database.session_scope() as session:
+        UploadRepository(session).add(UploadKind.CHECKPOINT).created_at = datetime(2026, 1, 1)
+
+
+def test_the_databases_clock_moves_within_a_transaction(database: Database) -> None:
+    with database.read_scope() as session:
+        first = database_now(session)
+        assert database_now(session) > first
+
+
+def test_a_database_that_does_not_answer_is_unavailable() -> None:
+    database = Database("postgresql://nobody:secret@127.0.0.1:1/none")
+    with pytest.raises(Unavailable) as caught, database.read_scope() as session:
+        session.scalars(select(Upload)).all()
+    assert "secret" not in str(caught.value)

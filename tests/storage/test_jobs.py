@@ -1,0 +1,265 @@
+"""Leases and states of jobs: examples on both databases, and a state machine."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+
+from storage.database import Database
+from storage.models import RUNNING_ORDER, Base, Checkpoint, Job, JobState, Model
+from storage.repositories import DeltaRepository, JobRepository
+
+NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+LEASE = 60.0
+
+
+def later(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
+
+
+def add_job(session: Session) -> Job:
+    checkpoint = Checkpoint(
+        digest="a" * 64, weights_digest="a" * 64, model_type="llama", total_bytes=1
+    )
+    base = Base(id="base_1", name="tiny", checkpoint=session.merge(checkpoint))
+    delta = DeltaRepository(session).add(
+        name="p/m",
+        base=session.merge(base),
+        checkpoint_digest=checkpoint.digest,
+        method="adamix",
+        bits=1.0,
+        options={},
+        fingerprint="f" * 64,
+    )
+    delta.job.sent_at = delta.job.created_at = NOW
+    session.flush()
+    return delta.job
+
+
+@pytest.fixture
+def session(database: Database) -> Iterator[Session]:
+    with database.session_scope() as session:
+        yield session
+
+
+@pytest.fixture
+def jobs(session: Session) -> JobRepository:
+    return JobRepository(session)
+
+
+@pytest.fixture
+def job(session: Session) -> Job:
+    return add_job(session)
+
+
+def progress(state: JobState, percent: float) -> dict[str, Any]:
+    return {"state": state, "block": 1, "blocks": 4, "percent": percent, "message": "layer 1"}
+
+
+def test_a_live_lease_keeps_others_out(jobs: JobRepository, job: Job) -> None:
+    held = jobs.acquire(job.id, "one", LEASE, now=NOW)
+    assert held is not None
+    assert (held.attempt, held.delta.base.checkpoint.digest) == (1, "a" * 64)
+    assert jobs.acquire(job.id, "two", LEASE, now=later(59)) is None
+    assert not jobs.renew(job.id, "two", LEASE, now=later(59))
+    assert not jobs.advance(job.id, "two", **progress(JobState.VALIDATING, 1))
+    assert not jobs.finish(job.id, "two", JobState.FAILED)
+    found = jobs.find(job.id)
+    assert found is not None
+    assert found.state is JobState.QUEUED
+
+
+def test_an_expired_lease_may_be_taken_over(jobs: JobRepository, job: Job) -> None:
+    jobs.acquire(job.id, "one", LEASE, now=NOW)
+    taken = jobs.acquire(job.id, "two", LEASE, now=later(60))
+    assert taken is not None
+    assert taken.attempt == 2
+    assert not jobs.renew(job.id, "one", LEASE, now=later(61))
+    assert not jobs.finish(job.id, "one", JobState.READY, now=later(61))
+
+
+def test_a_renewed_lease_lasts(jobs: JobRepository, job: Job) -> None:
+    jobs.acquire(job.id, "one", LEASE, now=NOW)
+    assert jobs.renew(job.id, "one", LEASE, now=later(50))
+    assert jobs.acquire(job.id, "two", LEASE, now=later(100)) is None
+
+
+def test_a_released_lease_is_free_at_once(jobs: JobRepository, job: Job) -> None:
+    jobs.acquire(job.id, "one", LEASE, now=NOW)
+    assert not jobs.release(job.id, "two", now=later(1))
+    assert jobs.release(job.id, "one", now=later(1))
+    taken = jobs.acquire(job.id, "two", LEASE, now=later(1))
+    assert taken is not None
+    assert taken.attempt == 1
+
+
+def test_one_of_many_gets_the_lease(database: Database) -> None:
+    with database.session_scope() as session:
+        job_id = add_job(session).id
+
+    def acquire(owner: int) -> bool:
+        with database.session_scope() as session:
+            return JobRepository(session).acquire(job_id, f"worker {owner}", LEASE) is not None
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(acquire, range(8))) == 1
+
+
+def test_progress_moves_forward_only(jobs: JobRepository, job: Job) -> None:
+    jobs.acquire(job.id, "one", LEASE, now=NOW)
+    assert jobs.advance(job.id, "one", **progress(JobState.COMPRESSING, 40))
+    assert jobs.advance(job.id, "one", **progress(JobState.VALIDATING, 2))
+    assert jobs.advance(job.id, "one", **progress(JobState.COMPRESSING, 30))
+    found = jobs.find(job.id)
+    assert found is not None
+    assert (found.state, found.percent, found.stage_block) == (JobState.COMPRESSING, 40.0, 1)
+
+
+def test_final_states_are_for_finish_and_others_for_advance(jobs: JobRepository, job: Job) -> None:
+    with pytest.raises(ValueError, match="final"):
+        jobs.advance(job.id, "one", **progress(JobState.READY, 100))
+    with pytest.raises(ValueError, match="not final"):
+        jobs.finish(job.id, "one", JobState.COMPRESSING)
+
+
+def test_a_finished_job_stays_finished(jobs: JobRepository, job: Job) -> None:
+    jobs.acquire(job.id, "one", LEASE, now=NOW)
+    assert jobs.finish(job.id, "one", JobState.FAILED, error_code="x", error_message="y", now=NOW)
+    assert jobs.acquire(job.id, "one", LEASE, now=later(1000)) is None
+    assert not jobs.advance(job.id, "one", **progress(JobState.VERIFYING, 99))
+    found = jobs.request_cancel(job.id)
+    assert found is not None
+    assert (found.state, found.error_code, found.cancel_requested) == (JobState.FAILED, "x", False)
+    assert (found.finished_at, found.lease_owner) == (NOW, None)
+
+
+def test_cancelling_an_idle_job_ends_it(jobs: JobRepository, job: Job) -> None:
+    cancelled = jobs.request_cancel(job.id)
+    assert cancelled is not None
+    assert (cancelled.state, cancelled.error_code) == (JobState.CANCELLED, "cancelled")
+
+
+def test_cancelling_a_running_job_asks_its_worker(jobs: JobRepository, job: Job) -> None:
+    jobs.acquire(job.id, "one", LEASE, now=NOW)
+    asked = jobs.request_cancel(job.id, now=later(1))
+    assert asked is not None
+    assert (asked.state, asked.cancel_requested) == (JobState.QUEUED, True)
+    assert jobs.finish(job.id, "one", JobState.CANCELLED)
+
+
+def test_cancelling_a_silent_workers_job_ends_it(jobs: JobRepository, job: Job) -> None:
+    jobs.acquire(job.id, "one", LEASE, now=NOW)
+    asked = jobs.request_cancel(job.id, now=later(60))
+    assert asked is not None
+    assert asked.state is JobState.CANCELLED
+    assert jobs.request_cancel("job_unknown") is None
+
+
+def test_stale_are_the_silent_and_the_forgotten(jobs: JobRepository, job: Job) -> None:
+    def stale(seconds: float) -> list[str]:
+        return [found.id for found in jobs.stale(later(seconds), queued_seconds=120)]
+
+    assert stale(119) == []
+    assert stale(120) == [job.id]
+    jobs.mark_sent([job.id], now=later(120))
+    assert stale(239) == []
+    jobs.acquire(job.id, "one", LEASE, now=later(200))
+    assert stale(259) == []
+    assert stale(260) == [job.id]
+    jobs.finish(job.id, "one", JobState.READY)
+    assert stale(100_000) == []
+
+
+class JobMachine(RuleBasedStateMachine):
+    """Two workers and a user do anything at any time."""
+
+    owners = st.sampled_from(["one", "two"])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = create_engine("sqlite://")
+        Model.metadata.create_all(self.engine)
+        self.session = Session(self.engine)
+        self.jobs = JobRepository(self.session)
+        self.job_id = add_job(self.session).id
+        self.now = NOW
+        self.holder: str | None = None
+        self.expires = NOW
+        self.state = JobState.QUEUED
+        self.percent = 0.0
+
+    @rule(seconds=st.floats(0, 100))
+    def time_passes(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    @rule(owner=owners)
+    def acquire(self, owner: str) -> None:
+        free = self.holder in (None, owner) or self.expires <= self.now
+        allowed = free and not self.state.is_final
+        got = self.jobs.acquire(self.job_id, owner, LEASE, now=self.now)
+        assert (got is not None) == allowed
+        if allowed:
+            self.holder, self.expires = owner, self.now + timedelta(seconds=LEASE)
+
+    @rule(owner=owners)
+    def renew(self, owner: str) -> None:
+        assert self.jobs.renew(self.job_id, owner, LEASE, now=self.now) == (self.holder == owner)
+        if self.holder == owner:
+            self.expires = self.now + timedelta(seconds=LEASE)
+
+    @rule(owner=owners, state=st.sampled_from(RUNNING_ORDER), percent=st.floats(0, 100))
+    def advance(self, owner: str, state: JobState, percent: float) -> None:
+        held = self.jobs.advance(self.job_id, owner, **progress(state, percent), now=self.now)
+        assert held == (self.holder == owner)
+
+    @rule(owner=owners, state=st.sampled_from([JobState.READY, JobState.FAILED]))
+    def finish(self, owner: str, state: JobState) -> None:
+        finished = self.jobs.finish(self.job_id, owner, state, now=self.now)
+        assert finished == (self.holder == owner)
+        if finished:
+            self.holder = None
+
+    @rule()
+    def cancel(self) -> None:
+        idle = self.holder is None or self.expires <= self.now
+        was_final = self.state.is_final
+        job = self.jobs.request_cancel(self.job_id, now=self.now)
+        assert job is not None
+        if not was_final:
+            assert job.cancel_requested
+            assert (job.state is JobState.CANCELLED) == idle
+            self.holder = None if idle else self.holder
+
+    @invariant()
+    def only_forward(self) -> None:
+        job = self.jobs.find(self.job_id)
+        assert job is not None
+        if self.state.is_final:
+            assert job.state is self.state
+        elif not job.state.is_final:
+            assert RUNNING_ORDER.index(job.state) >= RUNNING_ORDER.index(self.state)
+        assert job.percent >= self.percent
+        assert job.lease_owner == self.holder
+        assert (job.finished_at is not None) == job.state.is_final
+        self.state, self.percent = job.state, job.percent
+
+    @invariant()
+    def stale_means_nobody_works_on_it(self) -> None:
+        stale = self.jobs.stale(self.now, queued_seconds=0) != []
+        waiting = self.holder is None or self.expires <= self.now
+        assert stale == (waiting and not self.state.is_final)
+
+    def teardown(self) -> None:
+        self.session.close()
+        self.engine.dispose()
+
+
+TestJobMachine = JobMachine.TestCase
+TestJobMachine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
