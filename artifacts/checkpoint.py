@@ -17,9 +17,10 @@ from deltadock.errors import InvalidCheckpoint, UnsafeFile
 
 CHUNK_BYTES: Final = 1 << 20
 
-RUNNABLE_SUFFIXES: Final = frozenset(
-    {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".joblib", ".npy", ".npz", ".h5"}
-)
+PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+"""What PyTorch's pickles are called."""
+
+RUNNABLE_SUFFIXES: Final = PICKLE_SUFFIXES | {".py", ".joblib", ".npy", ".npz", ".h5"}
 """Formats that run code when opened, or that other loaders would prefer to safetensors."""
 
 KNOWN_SUFFIXES: Final = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
@@ -55,9 +56,9 @@ def check_path(path: str) -> str:
     pure = PurePosixPath(path)
     if (
         not path
-        or len(path) > 255
+        or not path.isprintable()
+        or len(path.encode()) > 255
         or "\\" in path
-        or any(ord(character) < 32 for character in path)
         or pure.is_absolute()
         or str(pure) != path
         or any(part in {"..", "."} or part.startswith(".") for part in pure.parts)
@@ -137,7 +138,7 @@ def assemble(
         raise InvalidCheckpoint("config.json is missing; a checkpoint folder always has one.")
     try:
         config = json.loads(config_json)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint("config.json is not valid JSON.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise InvalidCheckpoint("config.json names no model_type.")
@@ -186,7 +187,7 @@ class FileInspector:
 def scan_folder(folder: Path) -> CheckpointManifest:
     """The manifest of a checkpoint folder on disk; every byte is read once.
 
-    Files that are no part of a checkpoint (READMEs, images, other formats) are left out.
+    Files that are no part of a checkpoint (hidden files, READMEs, other formats) are left out.
 
     Raises:
         InvalidCheckpoint: the folder holds no complete safetensors checkpoint.
@@ -196,7 +197,9 @@ def scan_folder(folder: Path) -> CheckpointManifest:
     files: list[FileEntry] = []
     tensors: list[TensorEntry] = []
     for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.suffix not in KNOWN_SUFFIXES - {".md"}:
+        if path.name.startswith(".") or path.suffix not in KNOWN_SUFFIXES - {".md"}:
+            continue
+        if not path.is_file():
             continue
         inspector = FileInspector(path.name)
         with path.open("rb") as stream:
@@ -205,9 +208,9 @@ def scan_folder(folder: Path) -> CheckpointManifest:
         file, found = inspector.finish()
         files.append(file)
         tensors.extend(found)
-    if not tensors and any(folder.glob("*.bin")):
+    if not tensors and any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
         raise UnsafeFile(
-            f"{folder} holds weights only as PyTorch .bin files, which can run code when opened. "
+            f"{folder} holds its weights only as PyTorch pickles, which can run code when opened. "
             "Save the model again with safe_serialization=True."
         )
     config = folder / "config.json"

@@ -18,6 +18,9 @@ from deltadock.errors import MalformedSafetensors
 MAX_HEADER_BYTES: Final = 100_000_000
 """The same bound as the reference implementation's."""
 
+MAX_NAME: Final = 512
+"""Characters of a tensor's name; it is quoted in messages and stored in databases."""
+
 DTYPE_BITS: Final = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -88,15 +91,22 @@ def _is_count(value: object) -> bool:
 
 
 def _spec(name: str, entry: object) -> TensorSpec:
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise MalformedSafetensors(
+            f"A tensor's name is not plain text of at most {MAX_NAME} characters: {name[:40]!r}."
+        )
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise MalformedSafetensors(
             f"Tensor {name!r} needs exactly the keys dtype, shape and data_offsets."
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise MalformedSafetensors(f"Tensor {name!r} has the unknown dtype {dtype!r}.")
+        raise MalformedSafetensors(f"Tensor {name!r} has an unknown dtype: {dtype!r:.40}.")
     if not isinstance(shape, list) or len(shape) > 16 or not all(map(_is_count, shape)):
         raise MalformedSafetensors(f"Tensor {name!r} has an invalid shape.")
+    # An empty tensor's other dimensions count as well: loaders multiply them in 64 bits.
+    if math.prod(max(size, 1) for size in shape) * DTYPE_BITS[dtype] // 8 >= 2**63:
+        raise MalformedSafetensors(f"The shape {shape} of tensor {name!r} is too large.")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise MalformedSafetensors(f"Tensor {name!r} has invalid data_offsets.")
     begin, end = offsets
@@ -118,7 +128,8 @@ def parse_header(raw: bytes) -> Header:
     if raw[:1] != b"{":
         raise MalformedSafetensors("The header does not begin with '{'.")
     try:
-        parsed = json.loads(raw, object_pairs_hook=_no_duplicates)
+        # Decoded here, as json would guess at UTF-16 and let lone surrogates through.
+        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise MalformedSafetensors("The header is not valid JSON.") from error
     metadata = parsed.pop("__metadata__", {})

@@ -27,6 +27,8 @@ NUMPY_DTYPES: Final[dict[str, str]] = {
 }  # fmt: skip
 """numpy's type for each safetensors dtype; those numpy lacks keep their raw bits."""
 
+HALF: Final = np.finfo(np.float16)
+
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
@@ -194,7 +196,7 @@ def quantize_midrise(values: FloatArray, bits: int) -> tuple[CodeArray, npt.NDAr
     best_scale = np.zeros(len(values), np.float16)
     best_codes = np.zeros(values.shape, np.uint8)
     for shrink in np.linspace(1.0, 1 / 3, 24):
-        scale = np.maximum(peak * shrink, np.finfo(np.float16).tiny).astype(np.float16)
+        scale = np.clip(peak * shrink, HALF.smallest_subnormal, HALF.max).astype(np.float16)
         step = scale.astype(np.float32)[:, None]
         codes = np.clip(np.floor(values / step) + 2 ** (bits - 1), 0, 2**bits - 1)
         error = np.square(step * (codes - centre) - values).sum(axis=1)
@@ -206,14 +208,21 @@ def quantize_midrise(values: FloatArray, bits: int) -> tuple[CodeArray, npt.NDAr
 
 
 def decode_rows(encoded: Encoded) -> FloatArray:
-    """The delta (rows, columns) float32 that `encode_rows` stored."""
+    """The delta (rows, columns) float32 that `encode_rows` stored.
+
+    Raises:
+        InvalidArtifact: the changed rows' indices are not ascending row numbers.
+    """
     rows, columns = encoded.record["shape"]
     bits, changed = encoded.record["bits"], encoded.record["changed"]
     words: WordArray = encoded.segments["codes"].view(np.uint32)
     codes = unpack(words, changed, columns, bits).astype(np.float32)
     values = (codes - (2**bits - 1) / 2) * encoded.segments["scale"].astype(np.float32)[:, None]
     delta = np.zeros((rows, columns), np.float32)
-    delta[encoded.segments.get("index", np.arange(rows))] = values
+    index = encoded.segments.get("index", np.arange(rows))
+    if changed and (index[0] < 0 or index[-1] >= rows or (np.diff(index) <= 0).any()):
+        raise InvalidArtifact("The indices of a tensor's changed rows do not ascend within it.")
+    delta[index] = values
     return delta
 
 
@@ -230,9 +239,9 @@ def expected_segments(record: dict[str, Any]) -> dict[str, tuple[str, tuple[int,
         InvalidArtifact: the record is not one that this version understands.
     """
     try:
-        kind, shape = record["kind"], [int(n) for n in record["shape"]]
-        if min(shape, default=0) < 0 or record["dtype"] not in DTYPE_BITS:
-            raise InvalidArtifact("A record has a negative shape or an unknown dtype.")
+        kind, shape = record["kind"], [_count(n) for n in record["shape"]]
+        if record["dtype"] not in DTYPE_BITS:
+            raise InvalidArtifact("A record has an unknown dtype.")
         if kind == "exact":
             return {"data": (record["dtype"], tuple(shape))}
         rows, columns = shape
@@ -247,10 +256,17 @@ def expected_segments(record: dict[str, Any]) -> dict[str, tuple[str, tuple[int,
     )
 
 
+def _count(value: object) -> int:
+    """`value` if it is a whole number of at least 0; JSON's `true`, `1.0` and `"1"` are not."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise TypeError(f"{value!r} is no count")
+    return value
+
+
 def _expected_rows(
     record: dict[str, Any], rows: int, columns: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    bits, changed = int(record["bits"]), int(record["changed"])
+    bits, changed = _count(record["bits"]), _count(record["changed"])
     if not 1 <= bits <= 8 or not 0 <= changed <= rows:
         raise InvalidArtifact("A record of rows has an impossible width or count.")
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -266,11 +282,11 @@ def _expected_svd(
     record: dict[str, Any], h_out: int, h_in: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-    total = sum(int(run["count"]) for run in record["ranks"])
+    total = sum(_count(run["count"]) for run in record["ranks"])
     for side, columns in (("v", h_in), ("u", h_out)):
         words = 0
         for run in record["ranks"]:
-            width, count = int(run[f"{side}_bits"]), int(run["count"])
+            width, count = _count(run[f"{side}_bits"]), run["count"]
             if not 1 <= width <= 8 or count < 1:
                 raise InvalidArtifact("A record has an impossible width or count.")
             words += segment_words(count, columns, width)

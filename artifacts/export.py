@@ -13,7 +13,7 @@ from torch import Tensor
 
 from artifacts.checkpoint import scan_folder
 from artifacts.reader import Artifact
-from deltadock.errors import BaseMismatch, Conflict
+from deltadock.errors import BaseMismatch, Conflict, InvalidArtifact
 
 TORCH_DTYPES: Final = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -37,10 +37,18 @@ def merged(artifact: Artifact, name: str, base: Tensor) -> Tensor:
 
     The delta is added in float32 and rounded once; a tensor that the artifact does not name is
     the base's own.
+
+    Raises:
+        InvalidArtifact: the delta is of another shape than the base's tensor.
     """
     record = artifact.records.get(name)
     if record is None:
         return base
+    if record["shape"] != list(base.shape):
+        raise InvalidArtifact(
+            f"{artifact.path.name} has {name!r} in the shape {record['shape']}, but the base has "
+            f"it in {list(base.shape)}."
+        )
     if record["kind"] == "exact":
         return exact_tensor(artifact, name).to(base.device)
     delta = torch.from_numpy(artifact.dense(name)).to(base.device)
@@ -68,14 +76,20 @@ def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_B
 
     Raises:
         BaseMismatch: `base` is not the artifact's base.
-        InvalidArtifact: the delta cannot be read.
-        Conflict: `out` exists and is not empty.
+        InvalidArtifact: the delta cannot be read, is damaged or names tensors that `base` lacks.
+        Conflict: `out` exists and is not an empty folder.
     """
-    if out.exists() and any(out.iterdir()):
-        raise Conflict(f"{out} is not empty; choose another folder.")
+    out = out.resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise Conflict(f"{out} is not an empty folder; choose another name.")
     with Artifact(artifact_path) as artifact:
         manifest = scan_folder(base)
         check_base(artifact, manifest.weights_digest)
+        artifact.check_intact()
+        if unknown := artifact.records.keys() - {entry.name for entry in manifest.tensors}:
+            raise InvalidArtifact(
+                f"{artifact_path.name} changes {min(unknown)!r}, which the base lacks."
+            )
         partial = out.with_name(out.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -107,7 +121,7 @@ def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_B
                 if text is None:
                     (partial / name).unlink(missing_ok=True)
                 else:
-                    (partial / name).write_text(text, encoding="utf-8")
+                    (partial / name).write_bytes(text.encode())
             if out.exists():
                 out.rmdir()
             partial.rename(out)

@@ -54,7 +54,8 @@ def _unpack_plane(words: WordArray, columns: int, plane: int) -> CodeArray:
     per_word = 32 // plane
     shifts = (np.arange(per_word, dtype=np.uint32) * plane).astype(np.uint32)
     lanes = (words[:, :, None] >> shifts) & np.uint32(2**plane - 1)
-    return lanes.reshape(len(words), -1)[:, :columns].astype(np.uint8)
+    rows, words_per_row = words.shape
+    return lanes.reshape(rows, words_per_row * per_word)[:, :columns].astype(np.uint8)
 
 
 def pack(codes: CodeArray, bits: int) -> WordArray:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,9 @@ from artifacts.encoding import (
     expected_segments,
 )
 from artifacts.writer import FORMAT
-from deltadock.errors import InvalidArtifact, MalformedSafetensors
+from deltadock.errors import InvalidArtifact, InvalidCheckpoint, MalformedSafetensors
 
-REQUIRED_KEYS: Final = {
+REQUIRED_KEYS: Final[Mapping[str, type | tuple[type, ...]]] = {
     "base_digest": str,
     "method": str,
     "tensors": dict,
@@ -62,9 +62,9 @@ class Artifact:
             with path.open("rb") as stream:
                 self.nbytes = stream.seek(0, 2)
                 stream.seek(0)
-                raw = stream.read(header_length(stream.read(8)))
-                self._header = parse_header(raw)
-                if self._header.file_bytes != self.nbytes:
+                length = header_length(stream.read(8))
+                self._header = parse_header(stream.read(min(length, self.nbytes)))
+                if (8 + length, self._header.file_bytes) != (self._header.data_offset, self.nbytes):
                     raise MalformedSafetensors(
                         f"{self._header.file_bytes} bytes announced, {self.nbytes} there."
                     )
@@ -114,7 +114,10 @@ class Artifact:
     def _check_segments(self) -> None:
         announced: set[str] = set()
         for name, record in self.records.items():
-            for key, (dtype, shape) in expected_segments(record).items():
+            expected = expected_segments(record)
+            if not isinstance(record.get("sha256"), dict):
+                raise InvalidArtifact(f"{self.path.name}: the record of {name!r} has no hashes.")
+            for key, (dtype, shape) in expected.items():
                 full = f"{name}:{key}"
                 spec = self._specs.get(full)
                 if spec is None or (spec.dtype, spec.shape) != (dtype, shape):
@@ -175,11 +178,22 @@ class Artifact:
     def damaged(self) -> Iterator[str]:
         """Full names of the segments whose bytes do not have the manifest's SHA-256."""
         for name, record in self.records.items():
-            hashes = record.get("sha256", {})
             for key in expected_segments(record):
                 data = self.segment(f"{name}:{key}")
-                if hashlib.sha256(data.tobytes()).hexdigest() != hashes.get(key):
+                if hashlib.sha256(data.tobytes()).hexdigest() != record["sha256"].get(key):
                     yield f"{name}:{key}"
+
+    def check_intact(self) -> None:
+        """Read every segment and hold it against its SHA-256.
+
+        Raises:
+            InvalidArtifact: some are damaged; the message counts them and names the first.
+        """
+        if damaged := list(self.damaged()):
+            raise InvalidArtifact(
+                f"{self.path.name} is damaged: {len(damaged)} of its segments do not have their "
+                f"hash, {damaged[0]!r} first. Fetch it again."
+            )
 
 
 def _parse_manifest(path: Path, header: Header) -> dict[str, Any]:
@@ -190,15 +204,38 @@ def _parse_manifest(path: Path, header: Header) -> dict[str, Any]:
             f"{path.name} has the format {version!r}; this version reads {FORMAT!r}. {advice}"
         )
     try:
-        manifest = json.loads(header.metadata["manifest"])
+        manifest = json.loads(header.metadata["manifest"], parse_constant=_refuse_constant)
     except (KeyError, ValueError, RecursionError) as error:
         raise InvalidArtifact(f"{path.name} has no readable manifest.") from error
     if not isinstance(manifest, dict):
         raise InvalidArtifact(f"{path.name}: the manifest is not an object.")
     for key, kind in REQUIRED_KEYS.items():
-        if not isinstance(manifest.get(key), kind):  # type: ignore[arg-type]  # a table of types
+        if not isinstance(manifest.get(key), kind):
             raise InvalidArtifact(f"{path.name}: the manifest's {key!r} is missing or wrong.")
+    for key in ("checkpoint_bytes", "parameters"):
+        if not 0 <= manifest[key] < 2**63:
+            raise InvalidArtifact(f"{path.name}: the manifest's {key!r} is impossible.")
+    matrices = manifest.get("matrices", {})
+    if not isinstance(matrices, dict) or not all(isinstance(m, dict) for m in matrices.values()):
+        raise InvalidArtifact(f"{path.name}: the manifest's 'matrices' is wrong.")
     for name, text in manifest["files"].items():
-        if "/" in check_path(name) or not isinstance(text, str | None):
+        if not _may_carry(name, text):
             raise InvalidArtifact(f"{path.name}: {name!r} is no file that a delta may carry.")
     return manifest
+
+
+def _may_carry(name: str, text: object) -> bool:
+    """Whether a delta may bring this file: text that lies beside the weights and is not them."""
+    if "/" in name or name.endswith((".safetensors", ".safetensors.index.json")):
+        return False
+    try:
+        check_path(name)
+        if isinstance(text, str):
+            text.encode()
+    except (InvalidCheckpoint, UnicodeEncodeError):
+        return False
+    return isinstance(text, str | None)
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")

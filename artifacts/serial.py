@@ -20,7 +20,7 @@ def serialize(tensors: Mapping[str, Encoded], notes: Mapping[str, Any]) -> bytes
             dtype = expected[key][0]
             segments[f"{name}:{key}"] = (
                 dtype,
-                np.ascontiguousarray(data).view(NUMPY_DTYPES[dtype]),
+                np.asarray(data, order="C").view(NUMPY_DTYPES[dtype]),
             )
     records = {name: encoded.record for name, encoded in tensors.items()}
     metadata = {"records": json.dumps(records), "notes": json.dumps(dict(notes))}

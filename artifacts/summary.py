@@ -29,6 +29,7 @@ def summarize(artifact: Artifact) -> tuple[dict[str, Any], list[TensorSummary]]:
     rows = []
     for name, record in artifact.records.items():
         runs = record.get("ranks", [])
+        error = matrices.get(name, {}).get("error")
         widths: dict[str, int] = {}
         for run in runs:
             v, u = run["v_bits"], run["u_bits"]
@@ -42,7 +43,7 @@ def summarize(artifact: Artifact) -> tuple[dict[str, Any], list[TensorSummary]]:
                 artifact.tensor_bytes(name),
                 sum(run["count"] for run in runs) if record["kind"] == "svd" else None,
                 widths,
-                matrices.get(name, {}).get("error"),
+                error if isinstance(error, float) else None,
             )
         )
     manifest = artifact.manifest

@@ -59,7 +59,7 @@ def _collect(tensors: Mapping[str, Encoded]) -> tuple[Segments, dict[str, dict[s
         hashes = {}
         for key, data in sorted(encoded.segments.items()):
             dtype = expected[key][0]
-            stored = np.ascontiguousarray(data).view(NUMPY_DTYPES[dtype])
+            stored = np.asarray(data, order="C").view(NUMPY_DTYPES[dtype])
             segments[f"{name}:{key}"] = (dtype, stored)
             hashes[key] = hashlib.sha256(stored.tobytes()).hexdigest()
         records[name] = {**encoded.record, "sha256": hashes}

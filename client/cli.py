@@ -74,5 +74,6 @@ def main() -> None:
     try:
         app()
     except DeltadockError as error:
-        sys.stderr.write(f"error ({error.code}): {error.message}\n")
+        message = " ".join(error.message.split())
+        sys.stderr.write(f"error ({error.code}): {message}\n")
         raise SystemExit(1) from None

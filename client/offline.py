@@ -14,14 +14,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from compression.catalogue import check_method
-from deltadock.errors import Conflict
+from deltadock.errors import Conflict, NotFound
 
 Folder = Annotated[Path, typer.Option(exists=True, file_okay=False)]
 File = Annotated[Path, typer.Option(exists=True, dir_okay=False)]
 
 # Progress goes to stderr, so that --json leaves nothing but JSON on stdout.
-errors = Console(stderr=True)
-output = Console()
+# Names come from files that others wrote: without markup, brackets in them are only brackets.
+errors = Console(stderr=True, markup=False)
+output = Console(markup=False)
 
 
 @contextmanager
@@ -46,9 +47,26 @@ def resolve_device(device: str) -> str:
     """`auto` is the first CUDA device where there is one."""
     import torch
 
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if device == "auto":
+        return "cuda" if cuda else "cpu"
+    if device != "cpu" and device not in cuda and not (device == "cuda" and cuda):
+        raise typer.BadParameter(f"there is no device {device!r} here", param_hint="--device")
+    return device
+
+
+def check_writable(out: Path, report: Path | None) -> None:
+    """Refuse places that cannot be written to before hours of work depend on them.
+
+    Raises:
+        Conflict: `out` exists.
+        NotFound: a file's folder does not exist.
+    """
+    if out.exists():
+        raise Conflict(f"{out} exists already; choose another name or remove it.")
+    for path in (out, report):
+        if path is not None and not path.parent.is_dir():
+            raise NotFound(f"There is no folder {path.parent}; make it first.")
 
 
 def compress(
@@ -60,7 +78,7 @@ def compress(
     calibration: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help=".txt or .jsonl")
     ] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     solver: Annotated[str, typer.Option(help="exact or scip")] = "exact",
     report: Annotated[Path | None, typer.Option(help="Where to write the report (JSON).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n]")] = "auto",
@@ -71,25 +89,30 @@ def compress(
     check_method(method, bits)
     if solver not in ("exact", "scip"):
         raise typer.BadParameter("choose exact or scip", param_hint="--solver")
-    if out.exists():
-        raise Conflict(f"{out} exists already; choose another name or remove it.")
+    check_writable(out, report)
+    chosen_device = resolve_device(device)
     from compression.pipeline import CompressOptions
     from compression.pipeline import compress as run
 
     chosen: Literal["exact", "scip"] = "scip" if solver == "scip" else "exact"
     with progress_bar() as bar:
         task = bar.add_task("validating", total=1.0)
-        result = run(
-            base,
-            finetuned,
-            out,
-            CompressOptions(method=method, bits=bits, seed=seed, solver=chosen),
-            calibration=calibration,
-            progress=lambda at: bar.update(
-                task, completed=at.fraction, description=f"{at.stage}: {at.message}"
-            ),
-            device=resolve_device(device),
-        )
+        try:
+            result = run(
+                base,
+                finetuned,
+                out,
+                CompressOptions(method=method, bits=bits, seed=seed, solver=chosen),
+                calibration=calibration,
+                progress=lambda at: bar.update(
+                    task, completed=at.fraction, description=f"{at.stage}: {at.message}"
+                ),
+                device=chosen_device,
+            )
+        except BaseException:
+            # The delta file is there before it has been measured; a run that fails leaves none.
+            out.unlink(missing_ok=True)
+            raise
         bar.update(task, completed=1.0, description="done")
     document = result.to_dict()
     if report is not None:
@@ -170,7 +193,7 @@ def merge(
     from artifacts.export import merge as run
 
     run(base, delta, out)
-    output.print(f"Wrote {out}")
+    typer.echo(f"Wrote {out}")
 
 
 def inspect(
@@ -199,7 +222,7 @@ def inspect(
         )
     output.print(table)
     for name, value in totals.items():
-        output.print(f"{name:17} {value}", highlight=False)
+        typer.echo(f"{name:17} {value}")
 
 
 def verify(delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:
@@ -207,12 +230,8 @@ def verify(delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) 
     from artifacts.reader import Artifact
 
     with Artifact(delta) as artifact:
-        damaged = list(artifact.damaged())
-        if damaged:
-            for name in damaged:
-                errors.print(f"damaged: {name}", highlight=False)
-            raise typer.Exit(1)
-        output.print(f"{delta}: every hash is right, sha256 {artifact.digest}", highlight=False)
+        artifact.check_intact()
+        typer.echo(f"{delta}: every hash is right, sha256 {artifact.digest}")
 
 
 def methods() -> None:

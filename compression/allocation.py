@@ -189,7 +189,8 @@ def _solve_scip(errors: Array, budget: int, widths: tuple[int, ...], f_max: int)
             float(errors[i, k] / unit) * choose[i][k] for i in range(ranks) for k in range(count)
         )
     )
-    model.optimize()
+    # Long solves must not hold up a worker's heartbeat thread.
+    model.optimizeNogil()
     choice = np.asarray(
         [max(range(count), key=lambda k: model.getVal(choose[i][k])) for i in range(ranks)]
     )

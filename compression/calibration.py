@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 from deltadock.errors import InvalidCalibration
 
-SEQUENCES: Final = 128
 LENGTH: Final = 2048
+TOKENS: Final = 128 * LENGTH
+"""Most tokens that calibrate; shorter windows mean more of them."""
 MIN_TOKENS: Final = 256
 HELD_OUT: Final = 0.1
 """Share of the windows that is kept out of calibration and measures the result."""
@@ -75,7 +76,7 @@ def tokenize(text: str, checkpoint: Path, length: int) -> Tensor:
     if tokens.numel() < MIN_TOKENS:
         raise InvalidCalibration(
             f"The text has {tokens.numel()} tokens; at least {MIN_TOKENS} are needed, and "
-            f"{SEQUENCES * LENGTH} are recommended for calibration."
+            f"{TOKENS} are recommended for calibration."
         )
     length = min(length, tokens.numel() // 16)
     windows = tokens.numel() // length
@@ -94,8 +95,9 @@ def load_calibration(path: Path, checkpoint: Path, max_length: int, seed: int) -
     text = read_text(path)
     windows = tokenize(text, checkpoint, min(LENGTH, max_length))
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    held = max(1, min(int(len(windows) * HELD_OUT), SEQUENCES // 8))
-    train = order[held : held + SEQUENCES].sort().values
+    limit = max(1, TOKENS // windows.shape[1])
+    held = max(1, min(int(len(windows) * HELD_OUT), limit // 8))
+    train = order[held : held + limit].sort().values
     return CalibrationSet(
         windows[train],
         windows[order[:held].sort().values],

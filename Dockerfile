@@ -1,0 +1,44 @@
+# Two images: `api`, small and without torch, and `torch` for workers and nodes.
+
+FROM python:3.11-slim AS build
+RUN python -m venv /opt/deltadock
+ENV PATH=/opt/deltadock/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md ./
+COPY deltadock deltadock
+COPY kernels kernels
+COPY artifacts artifacts
+COPY compression compression
+COPY storage storage
+COPY migrations migrations
+COPY api api
+COPY workers workers
+COPY inference inference
+COPY client client
+RUN pip install -c constraints.txt .
+
+FROM build AS build-torch
+RUN pip install -c constraints.txt ".[torch]"
+
+FROM python:3.11-slim AS runtime
+# HOME takes what libraries cache; the rest of the file system may be read-only.
+RUN useradd --uid 10001 --home-dir /var/lib/deltadock --create-home deltadock
+ENV PATH=/opt/deltadock/bin:$PATH HOME=/var/lib/deltadock PYTHONUNBUFFERED=1
+WORKDIR /var/lib/deltadock
+VOLUME /var/lib/deltadock
+USER deltadock
+
+FROM runtime AS torch
+USER root
+# Triton compiles the launchers of its kernels at run time.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+COPY --from=build-torch /opt/deltadock /opt/deltadock
+USER deltadock
+EXPOSE 8100
+CMD ["python", "-m", "inference.server", "--host", "0.0.0.0", "--port", "8100"]
+
+FROM runtime AS api
+COPY --from=build /opt/deltadock /opt/deltadock
+EXPOSE 8000
+CMD ["uvicorn", "api.main:app", "--host", "0.0.0.0", "--port", "8000"]

@@ -1,0 +1,1 @@
+"""Bases: checkpoints that deltas are made against."""

@@ -1,0 +1,42 @@
+"""Registering and finding bases."""
+
+from sqlalchemy.orm import Session
+
+from api.bases.schemas import BaseIn
+from deltadock.errors import NotFound
+from storage.models import Base, Checkpoint
+from storage.repositories import BaseRepository, CheckpointRepository
+
+
+def get_checkpoint(session: Session, digest: str) -> Checkpoint:
+    """The checkpoint with this digest.
+
+    Raises:
+        NotFound: no upload has become it.
+    """
+    checkpoint = CheckpointRepository(session).find(digest)
+    if checkpoint is None:
+        raise NotFound(f"There is no checkpoint {digest}; upload and complete it first.")
+    return checkpoint
+
+
+def get_base(session: Session, id_or_name: str) -> Base:
+    """The base with this id or name.
+
+    Raises:
+        NotFound: there is none.
+    """
+    base = BaseRepository(session).find(id_or_name)
+    if base is None:
+        raise NotFound(f"There is no base {id_or_name!r}; GET /v1/bases lists them.")
+    return base
+
+
+def register_base(session: Session, body: BaseIn) -> tuple[Base, bool]:
+    """Name a checkpoint a base: the base, and whether it is new.
+
+    Raises:
+        NotFound: there is no such checkpoint.
+        Conflict: the name stands for another one.
+    """
+    return BaseRepository(session).add(body.name, get_checkpoint(session, body.checkpoint))

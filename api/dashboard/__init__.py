@@ -1,0 +1,1 @@
+"""The dashboard: what is stored, how faithful it is, and what is being made."""

@@ -1,0 +1,61 @@
+"""Numbers and times as the pages write them; None is a dash."""
+
+from datetime import UTC, datetime
+from typing import Final
+
+NOTHING: Final = "–"
+_PREFIXES: Final = ("", "k", "M", "G", "T", "P")
+
+
+def size(count: float | None) -> str:
+    """Bytes with a decimal prefix and three significant digits: `561 kB`."""
+    if count is None:
+        return NOTHING
+    power, value = 0, float(count)
+    while value >= 999.5 and power < len(_PREFIXES) - 1:
+        value /= 1000
+        power += 1
+    return f"{significant(value)} {_PREFIXES[power]}B" if power else f"{count:.0f} B"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """`digits` significant digits at least; no exponent between 0.0001 and a million."""
+    if value is None:
+        return NOTHING
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    text = f"{value:#.{digits}g}"
+    return f"{value:.0f}" if "e" in text else text.rstrip(".")
+
+
+def percentage(share: float | None) -> str:
+    """A share of one: `94.2 %`."""
+    return NOTHING if share is None else f"{100 * share:.1f} %"
+
+
+def plain(value: float | None) -> str:
+    """A number as short as it is exact: `1`, `0.75`."""
+    return NOTHING if value is None else f"{value:g}"
+
+
+def grouped(count: int | None) -> str:
+    """An integer with its thousands apart: `56 832`, by spaces that do not break."""
+    return NOTHING if count is None else f"{count:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def moment(value: datetime) -> str:
+    """A time to the minute, in UTC."""
+    return f"{value.astimezone(UTC):%Y-%m-%d %H:%M}"
+
+
+def seconds(value: float | None) -> str:
+    """A duration: `2 min 6 s`."""
+    if value is None:
+        return NOTHING
+    if value < 60:
+        return f"{significant(value)} s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

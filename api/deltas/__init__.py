@@ -1,0 +1,1 @@
+"""Deltas: making them, looking at them, downloading them."""

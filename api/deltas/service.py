@@ -1,0 +1,152 @@
+"""Accepting compressions, and what may be done with their results."""
+
+import hashlib
+import json
+from functools import partial
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from api.bases.service import get_base, get_checkpoint
+from api.deltas.schemas import DeltaIn
+from api.dependencies import UnitOfWork
+from api.resources import Resources
+from artifacts.checkpoint import CheckpointManifest
+from artifacts.compatibility import check_same_architecture
+from compression.catalogue import check_method
+from deltadock.errors import InvalidCalibration, InvalidInput, NotFound, NotReady
+from storage.blobs import BlobStore
+from storage.cache import MANIFEST_BYTES
+from storage.models import Base, Delta, JobState
+from storage.repositories import DeltaRepository, JobRepository, UploadRepository
+
+
+def get_delta(session: Session, delta_id: str) -> Delta:
+    """The delta with this id.
+
+    Raises:
+        NotFound: there is none, or it was deleted.
+    """
+    delta = DeltaRepository(session).find(delta_id)
+    if delta is None:
+        raise NotFound(f"There is no delta {delta_id!r}; GET /v1/deltas lists them.")
+    return delta
+
+
+def require_ready(delta: Delta) -> str:
+    """The artifact's digest.
+
+    Raises:
+        NotReady: the delta has no artifact, yet or for good.
+    """
+    if delta.job.state is not JobState.READY or delta.artifact_digest is None:
+        raise NotReady(
+            f"Delta {delta.id} is {delta.job.state}; GET /v1/jobs/{delta.job.id} tells more.",
+            state=delta.job.state,
+            job=delta.job.id,
+        )
+    return delta.artifact_digest
+
+
+def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tuple[Delta, bool]:
+    """Accept a compression: the delta, and whether there is work to do for it.
+
+    The same request again gets the delta that is ready or on its way. A ready delta with other
+    names but the same inputs lends its artifact, for the same inputs give the same bytes.
+
+    Raises:
+        NotFound: no such base, checkpoint or calibration text.
+        UnknownMethod, BitsOutOfRange, InvalidCalibration, ArchitectureMismatch.
+    """
+    session = unit.session
+    base = get_base(session, body.base)
+    checkpoint = get_checkpoint(session, body.checkpoint)
+    _check_wish(session, body)
+    if checkpoint.digest != base.checkpoint_digest:
+        check_same_architecture(
+            _manifest(resources.blobs, base.checkpoint_digest),
+            _manifest(resources.blobs, checkpoint.digest),
+        )
+    options = {
+        "seed": body.seed,
+        "solver": body.solver,
+        "calibration": body.calibration.digest if body.calibration else None,
+    }
+    deltas = DeltaRepository(session)
+    fingerprint = _fingerprint(base, body, options)
+    same = deltas.find_same(fingerprint)
+    for delta in same:
+        if delta.name == body.name:
+            return delta, False
+    delta = deltas.add(
+        name=body.name,
+        base=base,
+        checkpoint_digest=checkpoint.digest,
+        method=body.method,
+        bits=body.bits,
+        options=options,
+        fingerprint=fingerprint,
+    )
+    for twin in same:
+        if twin.job.state is JobState.READY:
+            deltas.share_result(delta, twin)
+            return delta, False
+    unit.after_commit.append(partial(resources.tasks.send_compress, delta.job.id))
+    return delta, True
+
+
+def page_of_deltas(
+    session: Session, *, limit: int, after: str | None
+) -> tuple[list[Delta], str | None]:
+    """A page, newest first, and the `after` of the next one.
+
+    Raises:
+        InvalidInput: `after` is not what a page ended with.
+    """
+    deltas = DeltaRepository(session)
+    cursor = None
+    if after is not None and (cursor := deltas.cursor(after)) is None:
+        raise InvalidInput(f"after={after!r} is no delta; take it from the last page's next.")
+    found = deltas.page(limit=limit + 1, after=cursor)
+    page = list(found[:limit])
+    return page, page[-1].id if len(found) > limit else None
+
+
+def delete_delta(session: Session, delta_id: str) -> None:
+    """Hide a delta for good, stopping its job if it is not done.
+
+    Raises:
+        NotFound: there is none.
+    """
+    delta = get_delta(session, delta_id)
+    JobRepository(session).request_cancel(delta.job.id)
+    DeltaRepository(session).delete(delta)
+
+
+def _check_wish(session: Session, body: DeltaIn) -> None:
+    method = check_method(body.method, body.bits)
+    if body.calibration is None:
+        if method.needs_calibration:
+            raise InvalidCalibration(
+                f"The method {method.name!r} needs a calibration text: upload one and name it in "
+                "calibration."
+            )
+    elif not UploadRepository(session).has_calibration(body.calibration.digest):
+        raise NotFound(
+            f"There is no calibration text {body.calibration.digest}; upload and complete it first."
+        )
+
+
+def _manifest(blobs: BlobStore, digest: str) -> CheckpointManifest:
+    return CheckpointManifest.from_json(blobs.read(digest, MANIFEST_BYTES))
+
+
+def _fingerprint(base: Base, body: DeltaIn, options: dict[str, Any]) -> str:
+    inputs = {
+        "base": base.checkpoint_digest,
+        "checkpoint": body.checkpoint,
+        "method": body.method,
+        "bits": body.bits,
+        "options": options,
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

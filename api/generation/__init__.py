@@ -1,0 +1,1 @@
+"""Answers from the inference node, for a delta or a base."""

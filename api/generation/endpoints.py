@@ -1,0 +1,90 @@
+"""Routes that generate: OpenAI's, and one prompt for a delta or a base by its own URL."""
+
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from api.bases.endpoints import BaseRef
+from api.bases.service import get_base
+from api.deltas.endpoints import DeltaId
+from api.deltas.service import get_delta
+from api.dependencies import ReadSession, ResourcesDep
+from api.generation import service
+from api.generation.node import ForwardedResponse, ask_node
+from api.generation.resolver import Target, resolve, target_of_base, target_of_delta
+from api.generation.schemas import (
+    BaseGenerated,
+    CompletionIn,
+    DeltaGenerated,
+    GenerateIn,
+    ModelList,
+)
+from api.problems import openai_problems, problems
+from deltadock.errors import InvalidInput, NotFound, NotReady, Overloaded, Unavailable
+
+router = APIRouter(tags=["generation"])
+
+
+@router.get("/v1/models", responses=openai_problems())
+def list_models(session: ReadSession) -> ModelList:
+    """What can be asked, in OpenAI's shape."""
+    return service.list_models(session)
+
+
+@router.post(
+    "/v1/completions",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "OpenAI's completion; with stream, chunks of it as server-sent events",
+            "content": {
+                "application/json": {"schema": {"type": "object"}},
+                "text/event-stream": {"schema": {"type": "string"}},
+            },
+        },
+        **openai_problems(InvalidInput, NotFound, NotReady, Overloaded, Unavailable),
+    },
+)
+async def complete(body: CompletionIn, request: Request, resources: ResourcesDep) -> Response:
+    """OpenAI's completions, answered by the weights that `model` stands for."""
+
+    def find() -> Target:
+        with resources.database.read_scope() as session:
+            return resolve(session, body.model)
+
+    target = await run_in_threadpool(find)
+    answer = await ask_node(resources.node, request, target, body.model_dump(exclude_none=True))
+    return ForwardedResponse(answer)
+
+
+GENERATE_PROBLEMS = problems(NotFound, NotReady, InvalidInput, Overloaded, Unavailable)
+
+
+@router.post("/v1/deltas/{delta_id}/generate", responses=GENERATE_PROBLEMS)
+async def generate_with_delta(
+    delta_id: DeltaId, body: GenerateIn, request: Request, resources: ResourcesDep
+) -> DeltaGenerated:
+    """Continue one prompt with a delta."""
+
+    def find() -> Target:
+        with resources.database.read_scope() as session:
+            return target_of_delta(get_delta(session, delta_id))
+
+    target = await run_in_threadpool(find)
+    completion = await service.generate(resources, request, target, delta_id, body)
+    return DeltaGenerated.of(completion, delta=delta_id)
+
+
+@router.post("/v1/bases/{base}/generate", responses=GENERATE_PROBLEMS)
+async def generate_with_base(
+    base: BaseRef, body: GenerateIn, request: Request, resources: ResourcesDep
+) -> BaseGenerated:
+    """Continue one prompt with the bare base."""
+
+    def find() -> tuple[str, Target]:
+        with resources.database.read_scope() as session:
+            found = get_base(session, base)
+            return found.name, target_of_base(found)
+
+    name, target = await run_in_threadpool(find)
+    completion = await service.generate(resources, request, target, name, body)
+    return BaseGenerated.of(completion, base=name)

@@ -1,0 +1,55 @@
+"""From what a client calls a model to what the node is to run."""
+
+from dataclasses import dataclass
+
+from sqlalchemy.orm import Session
+
+from api.deltas.service import require_ready
+from deltadock.errors import NotFound
+from storage.models import Base, Delta
+from storage.repositories import BaseRepository, DeltaRepository
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Weights by digest: the base's checkpoint, and the artifact on top of it, if any."""
+
+    base_digest: str
+    artifact_digest: str | None
+
+
+def resolve(session: Session, model: str) -> Target:
+    """What `model` stands for now.
+
+    It may be a delta's id, `project/model` (its highest ready version), `project/model:version`,
+    or a base's id or name.
+
+    Raises:
+        NotFound: it stands for nothing.
+        NotReady: the delta has no artifact.
+    """
+    if delta := _find_delta(DeltaRepository(session), model):
+        return target_of_delta(delta)
+    if base := BaseRepository(session).find(model):
+        return target_of_base(base)
+    raise NotFound(f"There is no model {model!r}; GET /v1/models lists them.")
+
+
+def target_of_delta(delta: Delta) -> Target:
+    """The base with the delta's artifact; NotReady if it has none."""
+    return Target(delta.base.checkpoint_digest, require_ready(delta))
+
+
+def target_of_base(base: Base) -> Target:
+    """The bare base."""
+    return Target(base.checkpoint_digest, None)
+
+
+def _find_delta(deltas: DeltaRepository, model: str) -> Delta | None:
+    if found := deltas.find(model):
+        return found
+    name, _, version = model.partition(":")
+    if not version:
+        return deltas.find_latest(name)
+    is_number = version.isascii() and version.isdecimal() and len(version) < 10
+    return deltas.find_version(name, int(version)) if is_number else None

@@ -1,0 +1,124 @@
+"""Bodies of the generation routes."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.deltas.schemas import EXAMPLE_DELTA_ID
+from api.schemas import RequestBody
+from storage.models import Base, Delta
+
+
+class CompletionIn(BaseModel):
+    """OpenAI's completion request. Fields not named here go to the node as they are."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [{"model": EXAMPLE_DELTA_ID, "prompt": "17 + 25 =", "max_tokens": 8}]
+        },
+    )
+
+    model: str = Field(
+        min_length=1,
+        max_length=256,
+        description="A delta's id, project/model, project/model:version, or a base's name or id.",
+    )
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(default=None, ge=0)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+
+
+class GenerateIn(RequestBody):
+    """One prompt."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "17 + 25 =", "max_tokens": 8, "temperature": 0}]}
+    )
+
+    prompt: str
+    max_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(
+        default=1.0, ge=0, le=2, allow_inf_nan=False, description="0: always the likeliest token."
+    )
+    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+
+
+class UsageOut(BaseModel):
+    """Tokens counted."""
+
+    prompt_tokens: int = Field(examples=[5])
+    completion_tokens: int = Field(examples=[3])
+    total_tokens: int = Field(examples=[8])
+
+
+class GeneratedOut(BaseModel):
+    """The continuation of a prompt."""
+
+    text: str = Field(examples=[" 42"])
+    finish_reason: str | None = Field(examples=["stop"])
+    usage: UsageOut
+
+    @classmethod
+    def of(cls, completion: dict[str, Any], **ids: str) -> Self:
+        """From the node's OpenAI-style completion."""
+        choice = completion["choices"][0]
+        return cls(
+            text=choice["text"],
+            finish_reason=choice["finish_reason"],
+            usage=UsageOut.model_validate(completion["usage"]),
+            **ids,
+        )
+
+
+class DeltaGenerated(GeneratedOut):
+    """What a delta generated."""
+
+    delta: str = Field(examples=[EXAMPLE_DELTA_ID])
+
+
+class BaseGenerated(GeneratedOut):
+    """What a bare base generated."""
+
+    base: str = Field(examples=["tiny-base"])
+
+
+class ModelOut(BaseModel):
+    """A model in OpenAI's list, with what Deltadock knows of it beside OpenAI's fields."""
+
+    id: str = Field(examples=[EXAMPLE_DELTA_ID])
+    object: Literal["model"] = "model"
+    created: int = Field(description="Unix seconds.", examples=[1_795_348_800])
+    owned_by: str = "deltadock"
+    name: str | None = Field(default=None, examples=["maths/skills:1"])
+    delta: str | None = Field(default=None, examples=[EXAMPLE_DELTA_ID])
+    base: str = Field(examples=["tiny-base"])
+
+    @classmethod
+    def of_base(cls, base: Base) -> Self:
+        """A base, by its name."""
+        return cls(id=base.name, created=int(base.created_at.timestamp()), base=base.name)
+
+    @classmethod
+    def of_delta(cls, model_id: str, delta: Delta) -> Self:
+        """A delta, under its id or its name."""
+        return cls(
+            id=model_id,
+            created=int(delta.created_at.timestamp()),
+            name=f"{delta.name}:{delta.version}",
+            delta=delta.id,
+            base=delta.base.name,
+        )
+
+
+class ModelList(BaseModel):
+    """OpenAI's list of models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelOut]

@@ -1,0 +1,66 @@
+"""Listing models, and generating through the node."""
+
+from typing import Any
+
+from fastapi import Request
+from sqlalchemy.orm import Session
+
+from api.generation.node import ask_node, read_answer
+from api.generation.resolver import Target
+from api.generation.schemas import GenerateIn, ModelList, ModelOut
+from api.resources import Resources
+from deltadock.errors import (
+    BaseMismatch,
+    InvalidArtifact,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    UnsupportedModel,
+)
+from storage.repositories import BaseRepository, DeltaRepository
+
+NODE_ERRORS = {
+    error.code: error
+    for error in (
+        BaseMismatch,
+        InvalidArtifact,
+        InvalidInput,
+        NotFound,
+        Overloaded,
+        UnsupportedModel,
+    )
+}
+
+
+def list_models(session: Session) -> ModelList:
+    """Bases by name, ready deltas by id, and each delta name for its highest ready version."""
+    bases = [ModelOut.of_base(base) for base in BaseRepository(session).all()]
+    ready = DeltaRepository(session).ready()
+    latest = {delta.name: delta for delta in sorted(ready, key=lambda delta: delta.version)}
+    return ModelList(
+        data=[
+            *bases,
+            *(ModelOut.of_delta(delta.id, delta) for delta in ready),
+            *(ModelOut.of_delta(name, delta) for name, delta in sorted(latest.items())),
+        ]
+    )
+
+
+async def generate(
+    resources: Resources, request: Request, target: Target, model: str, body: GenerateIn
+) -> dict[str, Any]:
+    """The node's completion of one prompt.
+
+    Raises:
+        Unavailable, Overloaded, InvalidInput and the like: as the node says.
+    """
+    wish = {"model": model, **body.model_dump(exclude_none=True)}
+    answer = await ask_node(resources.node, request, target, wish)
+    completion: dict[str, Any] = await read_answer(answer)
+    if not answer.is_success:
+        fault = completion.get("error", {}) if isinstance(completion, dict) else {}
+        message = str(fault.get("message", f"The inference node answered {answer.status_code}."))
+        kind = InvalidInput if answer.is_client_error else Unavailable
+        raise NODE_ERRORS.get(str(fault.get("code")), kind)(message)
+    return completion

@@ -1,0 +1,1 @@
+"""Jobs: how far a compression is, and stopping it."""

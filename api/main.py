@@ -1,0 +1,73 @@
+"""The app: `uvicorn api.main:app`."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
+
+from api.bases.endpoints import router as bases
+from api.dashboard.endpoints import router as dashboard
+from api.dashboard.pages import static_files
+from api.deltas.endpoints import router as deltas
+from api.generation.endpoints import router as generation
+from api.health.endpoints import router as health
+from api.jobs.endpoints import router as jobs
+from api.methods.endpoints import router as methods
+from api.middleware import BodyLimit, RequestContext
+from api.openapi import DescribedApp
+from api.problems import install_error_handlers, problems
+from api.resources import Resources
+from api.uploads.endpoints import router as uploads
+from deltadock import __version__
+from deltadock.logs import configure_logging
+from deltadock.settings import Settings, get_settings
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The api on these settings. The database must be migrated already."""
+    resources = Resources.of(settings)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        configure_logging(settings, process="api")
+        _join_logs()
+        await run_in_threadpool(resources.blobs.prepare)
+        yield
+        await resources.close()
+
+    app = DescribedApp(
+        title="Deltadock",
+        version=__version__,
+        summary="Fine-tuned LLMs as deltas on a shared base.",
+        lifespan=lifespan,
+        generate_unique_id_function=_operation_id,
+        responses=problems(),
+        redoc_url=None,
+    )
+    app.state.resources = resources
+    app.add_middleware(BodyLimit)
+    app.add_middleware(RequestContext)
+    install_error_handlers(app)
+    for router in (uploads, bases, deltas, jobs, methods, generation, health, dashboard):
+        app.include_router(router)
+    app.mount("/static", static_files)
+    return app
+
+
+def _join_logs() -> None:
+    """Let uvicorn's records take the way of ours; its access log says less than ours."""
+    logging.getLogger("uvicorn.access").disabled = True
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # every forwarded request
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+app = create_app(get_settings())

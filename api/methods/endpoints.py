@@ -1,0 +1,43 @@
+"""Route of the method catalogue."""
+
+from typing import Self
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from compression.catalogue import METHODS, MethodInfo
+
+router = APIRouter(prefix="/v1/methods", tags=["methods"])
+
+
+class MethodOut(BaseModel):
+    """One compression method and the bit budget it accepts (null: it takes none)."""
+
+    name: str = Field(examples=["adamix"])
+    title: str
+    bits_min: float | None = Field(examples=[0.1])
+    bits_max: float | None = Field(examples=[8.0])
+    needs_calibration: bool
+
+    @classmethod
+    def of(cls, method: MethodInfo) -> Self:
+        """The public form of a catalogue entry."""
+        return cls(
+            name=method.name,
+            title=method.title,
+            bits_min=method.bits_min,
+            bits_max=method.bits_max,
+            needs_calibration=method.needs_calibration,
+        )
+
+
+class MethodList(BaseModel):
+    """Every method."""
+
+    data: list[MethodOut]
+
+
+@router.get("")
+def list_methods() -> MethodList:
+    """The compression methods."""
+    return MethodList(data=[MethodOut.of(method) for method in METHODS.values()])

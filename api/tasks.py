@@ -1,0 +1,61 @@
+"""Sending tasks to the workers, by name: the api knows nothing of their code."""
+
+from typing import Any, Final
+
+import structlog
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from deltadock.errors import Unavailable
+
+log = structlog.get_logger(__name__)
+
+COMPRESS_TASK: Final = "deltadock.compress"
+GPU_QUEUE: Final = "gpu"
+TIMEOUT_SECONDS: Final = 3
+RETRY: Final[dict[str, Any]] = {"max_retries": 1, "interval_start": 0, "interval_step": 0}
+"""Once, at once: a pooled connection may have died since, but a request waits for this."""
+
+
+class TaskSender:
+    """A Celery producer."""
+
+    def __init__(self, broker_url: str) -> None:
+        self._celery = Celery("deltadock", broker=broker_url, set_as_current=False)
+        self._celery.conf.update(
+            task_ignore_result=True,
+            broker_connection_timeout=TIMEOUT_SECONDS,
+            broker_transport_options={
+                **RETRY,
+                "socket_connect_timeout": TIMEOUT_SECONDS,
+                "socket_timeout": TIMEOUT_SECONDS,
+            },
+        )
+
+    def send_compress(self, job_id: str) -> None:
+        """Hand the job to the workers; call it only after the job's row is committed.
+
+        A broker that does not answer is no error: the job stays queued and the sweeper sends it.
+        """
+        try:
+            self._celery.send_task(
+                COMPRESS_TASK, args=[job_id], queue=GPU_QUEUE, retry=True, retry_policy=RETRY
+            )
+        except OperationalError as error:
+            log.warning("task_not_sent", job=job_id, error=str(error))
+
+    def ping(self) -> None:
+        """Check that the broker answers.
+
+        Raises:
+            Unavailable: it does not.
+        """
+        try:
+            with self._celery.connection_for_write() as connection:
+                connection.ensure_connection(timeout=TIMEOUT_SECONDS, **RETRY)
+        except OperationalError as error:
+            raise Unavailable("The broker does not answer.") from error
+
+    def close(self) -> None:
+        """Close the connections to the broker."""
+        self._celery.close()

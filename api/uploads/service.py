@@ -1,0 +1,149 @@
+"""What uploads become, and when they may change."""
+
+import json
+from collections.abc import Collection
+from typing import Final
+
+from sqlalchemy.orm import Session
+
+from artifacts.checkpoint import CheckpointManifest, FileEntry, TensorEntry, assemble
+from deltadock.errors import Conflict, InvalidCalibration, InvalidCheckpoint, NotFound
+from storage.blobs import BlobStore
+from storage.models import Checkpoint, Upload, UploadFile, UploadKind, UploadState
+from storage.repositories import CheckpointRepository, UploadRepository
+
+CONFIG: Final = "config.json"
+SHARD_INDEX: Final = "model.safetensors.index.json"
+MAX_JSON_BYTES: Final = 32 << 20
+"""For the files that are read whole; the shard index of a 1T-parameter model takes a tenth."""
+
+
+def get_upload(session: Session, upload_id: str, *, lock: bool = False) -> Upload:
+    """The upload with this id.
+
+    Raises:
+        NotFound: there is none.
+    """
+    upload = UploadRepository(session).find(upload_id, lock=lock)
+    if upload is None:
+        raise NotFound(f"There is no upload {upload_id!r}.")
+    return upload
+
+
+def check_may_add(upload: Upload, path: str) -> None:
+    """Refuse a file that could not be recorded, before its bytes are sent.
+
+    Raises:
+        Conflict: the upload is no longer open.
+        InvalidCalibration: it would be a second calibration text.
+    """
+    if upload.state is not UploadState.OPEN:
+        raise Conflict(f"Upload {upload.id} is {upload.state}; start a new one.")
+    others = [file.path for file in upload.files if file.path != path]
+    if upload.kind is UploadKind.CALIBRATION and others:
+        raise InvalidCalibration(
+            f"A calibration upload holds one file, and this one has {others[0]!r}."
+        )
+
+
+def record_file(
+    session: Session, upload_id: str, file: FileEntry, tensors: list[TensorEntry]
+) -> UploadFile:
+    """Add a file, whose bytes are in the store, to an upload that must still be open."""
+    upload = get_upload(session, upload_id, lock=True)
+    check_may_add(upload, file.path)
+    row = UploadFile(
+        upload_id=upload.id,
+        path=file.path,
+        size=file.size,
+        sha256=file.sha256,
+        tensors=[
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "sha256": tensor.sha256,
+            }
+            for tensor in tensors
+        ],
+    )
+    UploadRepository(session).put_file(upload, row)
+    return row
+
+
+def abort_upload(session: Session, upload_id: str) -> None:
+    """Give an upload up; again is fine.
+
+    Raises:
+        Conflict: it is complete already.
+    """
+    upload = get_upload(session, upload_id, lock=True)
+    if upload.state is UploadState.COMPLETE:
+        raise Conflict(f"Upload {upload_id} is complete; there is nothing left to abort.")
+    UploadRepository(session).abort(upload)
+
+
+def complete_upload(session: Session, blobs: BlobStore, upload_id: str) -> Upload:
+    """Turn an upload's files into a checkpoint or a calibration text; again changes nothing.
+
+    Raises:
+        Conflict: the upload was aborted.
+        InvalidCheckpoint: the files are no complete checkpoint; the upload stays open for the rest.
+        InvalidCalibration: there is no text.
+    """
+    upload = get_upload(session, upload_id, lock=True)
+    if upload.state is UploadState.COMPLETE:
+        return upload
+    if upload.state is UploadState.ABORTED:
+        raise Conflict(f"Upload {upload_id} was aborted; start a new one.")
+    if upload.kind is UploadKind.CALIBRATION:
+        if not upload.files:
+            raise InvalidCalibration("The upload holds no text yet; put one .txt or .jsonl file.")
+        upload.calibration_digest = upload.files[0].sha256
+    else:
+        manifest = _manifest(upload, blobs)
+        upload.checkpoint = CheckpointRepository(session).add(
+            Checkpoint(
+                digest=blobs.put_bytes(manifest.to_json()),
+                weights_digest=manifest.weights_digest,
+                model_type=manifest.config["model_type"],
+                total_bytes=manifest.total_bytes,
+            )
+        )
+    UploadRepository(session).complete(upload)
+    return upload
+
+
+def _manifest(upload: Upload, blobs: BlobStore) -> CheckpointManifest:
+    digests = {file.path: file.sha256 for file in upload.files}
+    config = digests.get(CONFIG)
+    if index := digests.get(SHARD_INDEX):
+        _check_shards(blobs.read(index, MAX_JSON_BYTES), digests.keys())
+    return assemble(
+        [FileEntry(file.path, file.size, file.sha256) for file in upload.files],
+        [
+            TensorEntry(
+                tensor["name"],
+                tensor["dtype"],
+                tuple(tensor["shape"]),
+                file.path,
+                tensor["sha256"],
+            )
+            for file in upload.files
+            for tensor in file.tensors
+        ],
+        blobs.read(config, MAX_JSON_BYTES) if config else None,
+    )
+
+
+def _check_shards(index_json: bytes, present: Collection[str]) -> None:
+    """Refuse a sharded checkpoint of which a shard never came."""
+    try:
+        shards = set(json.loads(index_json)["weight_map"].values())
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise InvalidCheckpoint(f"{SHARD_INDEX} is not a shard index.") from error
+    if missing := sorted(str(shard) for shard in shards if shard not in present):
+        raise InvalidCheckpoint(
+            f"{SHARD_INDEX} names {missing[0]!r}, which was not uploaded "
+            f"({len(missing)} of {len(shards)} shards are missing)."
+        )

@@ -1,0 +1,1 @@
+"""The Python client, the `deltadock` command and what starts whole systems."""

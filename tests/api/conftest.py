@@ -1,0 +1,54 @@
+"""A fresh api for every test: SQLite, a folder of blobs, a real broker, a stand-in node."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from api.main import create_app
+from deltadock.settings import Settings
+from storage.database import migrate
+from tests.api.support import Api, StandInNode, serving
+
+
+@pytest.fixture
+def node() -> StandInNode:
+    return StandInNode()
+
+
+@pytest.fixture
+def node_url(node: StandInNode) -> Iterator[str]:
+    with serving(node.app()) as url:
+        yield url
+
+
+@pytest.fixture
+def settings_fields() -> dict[str, Any]:
+    """Settings that a test module wants otherwise."""
+    return {}
+
+
+@pytest.fixture
+def settings(tmp_path: Path, broker_url: str, settings_fields: dict[str, Any]) -> Settings:
+    fields = {"home": tmp_path / "home", "broker_url": broker_url, "node_url": "http://127.0.0.1:1"}
+    return Settings.model_validate(fields | settings_fields)
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty SQLite database to copy: the migrations run once."""
+    path = tmp_path_factory.mktemp("migrated") / "deltadock.db"
+    migrate(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def api(settings: Settings, migrated_file: Path) -> Iterator[Api]:
+    settings.home.mkdir(parents=True)
+    shutil.copy(migrated_file, settings.home)
+    app = create_app(settings)
+    with serving(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield Api(client, app.state.resources)

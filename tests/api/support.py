@@ -1,0 +1,208 @@
+"""A running api and a stand-in for the node, both on real sockets."""
+
+import hashlib
+import json
+import logging
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+import uvicorn
+from safetensors.numpy import save
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from api.resources import Resources
+from storage.models import JobState
+from storage.repositories import DeltaRepository, JobRepository
+
+CONFIG = json.dumps({"model_type": "llama", "hidden_size": 8}).encode()
+TEXT = "Täglich grüßt das Murmeltier.\n".encode()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def weights(seed: int = 0, rows: int = 8, **more: tuple[int, ...]) -> bytes:
+    """A small safetensors file."""
+    random = np.random.default_rng(seed)
+    shapes = {"model.embed_tokens.weight": (rows, 8), "model.norm.weight": (8,), **more}
+    return save({n: random.normal(size=s).astype(np.float32) for n, s in shapes.items()})
+
+
+@contextmanager
+def serving(app: ASGIApp) -> Iterator[str]:
+    """The app behind uvicorn in a thread; yields its URL."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+@dataclass
+class Api:
+    """A running api: its client, and its resources to look behind it."""
+
+    client: httpx.Client
+    resources: Resources
+
+    def staged(self) -> list[str]:
+        """Bytes in the (local) blob store that belong to nothing."""
+        folder = self.resources.settings.blob_folder
+        return [path.name for path in (folder / "staging").iterdir()]
+
+    def blobs(self) -> set[str]:
+        """Digests in the (local) blob store."""
+        folder = self.resources.settings.blob_folder
+        return {path.name for path in (folder / "blobs").iterdir()}
+
+    def open_upload(self, kind: str = "checkpoint") -> str:
+        answer = self.client.post("/v1/uploads", json={"kind": kind})
+        assert answer.status_code == 201, answer.text
+        upload_id: str = answer.json()["id"]
+        return upload_id
+
+    def put(self, upload: str, path: str, data: bytes, **headers: str) -> httpx.Response:
+        return self.client.put(f"/v1/uploads/{upload}/files/{path}", content=data, headers=headers)
+
+    def upload(self, kind: str, files: dict[str, bytes]) -> dict[str, Any]:
+        """A completed upload."""
+        upload = self.open_upload(kind)
+        for path, data in files.items():
+            answer = self.put(upload, path, data)
+            assert answer.status_code == 200, answer.text
+        answer = self.client.post(f"/v1/uploads/{upload}/complete")
+        assert answer.status_code == 200, answer.text
+        done: dict[str, Any] = answer.json()
+        return done
+
+    def checkpoint(self, data: bytes) -> str:
+        """Digest of a checkpoint with these weights."""
+        files = {"config.json": CONFIG, "model.safetensors": data}
+        digest: str = self.upload("checkpoint", files)["checkpoint"]["digest"]
+        return digest
+
+    def calibration(self, text: bytes = TEXT) -> str:
+        digest: str = self.upload("calibration", {"text.txt": text})["calibration"]["digest"]
+        return digest
+
+    def base(self, name: str = "tiny", data: bytes | None = None) -> str:
+        """A registered base's checkpoint digest."""
+        digest = self.checkpoint(data or weights(0))
+        answer = self.client.post("/v1/bases", json={"name": name, "checkpoint": digest})
+        assert answer.status_code in {200, 201}, answer.text
+        return digest
+
+    def delta_body(self, seed: int = 1, name: str = "maths/skills", **more: Any) -> dict[str, Any]:
+        """A good request for a delta on the base `tiny`."""
+        self.base()
+        return {
+            "name": name,
+            "base": "tiny",
+            "checkpoint": self.checkpoint(weights(seed)),
+            "method": "adamix",
+            "bits": 1.0,
+            "calibration": {"source": "text", "digest": self.calibration()},
+            **more,
+        }
+
+    def delta(self, **more: Any) -> dict[str, Any]:
+        """A delta on its way."""
+        answer = self.client.post("/v1/deltas", json=self.delta_body(**more))
+        assert answer.status_code == 202, answer.text
+        delta: dict[str, Any] = answer.json()["delta"]
+        return delta
+
+    def make_ready(self, delta: dict[str, Any], artifact: bytes = b"artifact") -> str:
+        """Do what the worker does at the end; the artifact's digest."""
+        digest = self.resources.blobs.put_bytes(artifact)
+        with self.resources.database.session_scope() as session:
+            jobs, deltas = JobRepository(session), DeltaRepository(session)
+            row = deltas.find(delta["id"])
+            assert row is not None
+            deltas.set_result(
+                row,
+                artifact_digest=digest,
+                artifact_bytes=len(artifact),
+                report={"method": "adamix", "kl": 0.01, "ratio": 12.5, "matrices": [{"name": "q"}]},
+            )
+            assert jobs.acquire(delta["job"], "worker", 60)
+            assert jobs.finish(delta["job"], "worker", JobState.READY)
+        return digest
+
+
+@dataclass
+class StandInNode:
+    """Speaks the node's protocol and says what it was asked; `answer` may be replaced."""
+
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    answer: Response | None = None
+    gate: threading.Event | None = None
+    gone: threading.Event = field(default_factory=threading.Event)
+
+    def app(self) -> ASGIApp:
+        routes = [
+            Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/readyz", self._ready),
+        ]
+        return Starlette(routes=routes)
+
+    async def _ready(self, _request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _complete(self, request: Request) -> Response:
+        body = await request.json()
+        self.requests.append({"headers": dict(request.headers), "body": body})
+        if self.gate is not None:
+            self.gate.set()
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            self.gone.set()
+        if self.answer is not None:
+            return self.answer
+        if body.get("stream"):
+            return StreamingResponse(self._events(), media_type="text/event-stream")
+        return JSONResponse(
+            {
+                "id": "cmpl-1",
+                "object": "text_completion",
+                "created": 1,
+                "model": body["model"],
+                "choices": [{"index": 0, "text": " 42", "finish_reason": "stop", "logprobs": None}],
+                "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+            }
+        )
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        for text in (" 4", "2"):
+            choice = {"index": 0, "text": text, "finish_reason": None}
+            chunk = {
+                "id": "cmpl-1",
+                "object": "text_completion",
+                "created": 1,
+                "model": "x",
+                "choices": [choice],
+            }
+            yield f"data: {json.dumps(chunk)}\n\n".encode()
+        yield b"data: [DONE]\n\n"

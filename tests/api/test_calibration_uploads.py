@@ -1,0 +1,38 @@
+"""Calibration texts: one UTF-8 file an upload."""
+
+import pytest
+
+from tests.api.support import TEXT, Api, sha256, weights
+
+
+def test_calibration_texts(api: Api) -> None:
+    done = api.upload("calibration", {"text.jsonl": TEXT})
+    assert done["calibration"] == {"digest": sha256(TEXT), "size": len(TEXT)}
+    assert done["checkpoint"] is None
+
+
+@pytest.mark.parametrize(
+    ("path", "data"),
+    [
+        ("text.txt", b""),
+        ("text.txt", b"\xff\xfe"),
+        ("text.txt", TEXT[:2]),
+        ("text.json", TEXT),
+        ("model.safetensors", weights()),
+    ],
+)
+def test_bad_calibration_texts_leave_nothing(api: Api, path: str, data: bytes) -> None:
+    upload = api.open_upload("calibration")
+    answer = api.put(upload, path, data)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_calibration")
+    assert api.staged() == []
+    assert api.blobs() == set()
+    answer = api.client.post(f"/v1/uploads/{upload}/complete")
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_calibration")
+
+
+def test_a_calibration_upload_holds_one_text(api: Api) -> None:
+    upload = api.open_upload("calibration")
+    assert api.put(upload, "a.txt", TEXT).status_code == 200
+    assert api.put(upload, "a.txt", TEXT * 2).status_code == 200
+    assert api.put(upload, "b.txt", TEXT).json()["code"] == "invalid_calibration"

@@ -1,0 +1,243 @@
+"""The dashboard's pages, as the server sends them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import unescape
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from api.main import create_app
+from api.resources import Resources
+from deltadock.settings import Settings
+from storage.database import migrate
+from storage.models import JobState
+from storage.repositories import BaseRepository, DeltaRepository, JobRepository
+from tests import seed
+
+PAGES = ("/", "/deltas/{delta}", "/deltas/nothing", "/parts/totals", "/parts/deltas/{delta}/row")
+
+
+@dataclass
+class Site:
+    """The app without a socket, and what is behind it."""
+
+    http: TestClient
+    resources: Resources
+
+    def text(self, path: str, status: int = 200) -> str:
+        answer = self.http.get(path)
+        assert answer.status_code == status, answer.text
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        return answer.text
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[Site]:
+    settings = Settings(home=tmp_path / "home", node_url="http://127.0.0.1:1")
+    migrate(settings.sqlalchemy_url)
+    app = create_app(settings)
+    resources: Resources = app.state.resources
+    resources.blobs.prepare()
+    yield Site(TestClient(app), resources)
+    resources.database.dispose()
+
+
+@pytest.fixture
+def seeded(empty: Site) -> seed.Seeded:
+    return seed.seed(empty.resources.database, empty.resources.blobs)
+
+
+@pytest.fixture
+def site(empty: Site, seeded: seed.Seeded) -> Site:
+    return empty
+
+
+def test_says_how_to_start_when_nothing_is_stored(empty: Site) -> None:
+    page = unescape(empty.text("/"))
+    assert "No deltas yet" in page
+    assert 'curl --json \'{"kind": "checkpoint"}\' http://testserver/v1/uploads' in page
+    assert "deltadock compress --base" in page
+    assert "0</strong> ready deltas" in page
+
+
+def test_lists_every_delta_with_its_figures(site: Site, seeded: seed.Seeded) -> None:
+    page = site.text("/")
+    for name, _bits in seed.READY:
+        assert name in page
+    row = site.text(f"/parts/deltas/{seeded.ready[0]}/row")
+    report = site.http.get(f"/v1/deltas/{seeded.ready[0]}/report").json()
+    for figure in (
+        f"{report['ratio']:.1f} ×",
+        f"{100 * report['agreement']:.1f} %",
+        f"{report['kl']:#.3g}",
+        f"{report['artifact_bytes'] / 1e6:.1f} MB",
+    ):
+        assert f">{figure}</td>" in row
+    assert "pilot-0.3b" in page.split('id="bases"')[1]
+
+
+def test_totals_count_shared_bytes_once(site: Site, seeded: seed.Seeded) -> None:
+    """A second name for the same bytes is one more delta and no more bytes."""
+    with site.resources.database.session_scope() as session:
+        deltas = DeltaRepository(session)
+        before = deltas.totals()
+        first = deltas.find(seeded.ready[0])
+        assert first is not None
+        twin = deltas.add(
+            name="again/same",
+            base=first.base,
+            checkpoint_digest=first.checkpoint_digest,
+            method=first.method,
+            bits=first.bits,
+            options=first.options,
+            fingerprint=first.fingerprint,
+        )
+        deltas.share_result(twin, first)
+        after = deltas.totals()
+    assert before.deltas == len(seed.READY)
+    assert after == before._replace(deltas=before.deltas + 1)
+    assert before.checkpoint_bytes == len(seed.READY) * seed.report()["checkpoint_bytes"]
+    assert f"<strong>{after.deltas}</strong> ready deltas" in site.text("/parts/totals")
+
+
+def test_only_unfinished_rows_ask_again(site: Site, seeded: seed.Seeded) -> None:
+    for delta, again in (
+        (seeded.compressing, True),
+        (seeded.queued, True),
+        (seeded.failed, False),
+        (seeded.ready[0], False),
+    ):
+        answer = site.http.get(f"/parts/deltas/{delta}/row")
+        assert ("hx-trigger" in answer.text) is again
+        assert (answer.headers.get("hx-trigger") == "job-ended") is not again
+
+
+def test_a_row_that_was_deleted_goes_away(site: Site, seeded: seed.Seeded) -> None:
+    site.http.delete(f"/v1/deltas/{seeded.queued}")
+    answer = site.http.get(f"/parts/deltas/{seeded.queued}/row")
+    assert (answer.status_code, answer.text) == (200, "")
+    assert answer.headers["hx-reswap"] == "delete"
+    answer = site.http.get(f"/parts/deltas/{seeded.queued}/job")
+    assert answer.headers["hx-refresh"] == "true"
+
+
+def test_a_job_reloads_its_page_when_it_ends(site: Site, seeded: seed.Seeded) -> None:
+    path = f"/parts/deltas/{seeded.compressing}/job"
+    running = site.http.get(path)
+    assert "Compressing, block 9 of 24" in running.text
+    assert "hx-refresh" not in running.headers
+    with site.resources.database.session_scope() as session:
+        delta = DeltaRepository(session).find(seeded.compressing)
+        assert delta is not None
+        assert JobRepository(session).finish(delta.job.id, seed.WORKER, JobState.CANCELLED)
+    assert site.http.get(path).headers["hx-refresh"] == "true"
+
+
+def test_a_failure_says_its_code_and_what_to_do(site: Site, seeded: seed.Seeded) -> None:
+    page = unescape(site.text(f"/deltas/{seeded.failed}"))
+    assert "non_finite_weights" in page
+    assert "model.layers.3.mlp.up_proj.weight holds NaN at [17, 901]." in page
+    assert "Upload a checkpoint without NaN" in page
+    assert 'id="try"' not in page
+
+
+def test_shows_provenance(site: Site, seeded: seed.Seeded) -> None:
+    page = site.text(f"/deltas/{seeded.ready[1]}")
+    delta = site.http.get(f"/v1/deltas/{seeded.ready[1]}").json()
+    for digest in (
+        delta["artifact"]["digest"],
+        delta["checkpoint"],
+        delta["calibration"],
+        delta["base"]["checkpoint"],
+        seed.report()["base_digest"],
+    ):
+        assert f'data-copy="{digest}"' in page
+    assert f'href="/v1/deltas/{delta["id"]}/artifact"' in page
+    assert "131\N{NARROW NO-BREAK SPACE}072 tokens" in page
+
+
+def test_shows_a_report_with_little_in_it(site: Site, seeded: seed.Seeded) -> None:
+    """The method `exact` compresses no matrix and measures no quality."""
+    lean = {
+        "method": "exact",
+        "nominal_bits": None,
+        "artifact_bytes": 2000,
+        "checkpoint_bytes": 9000,
+        "ratio": 4.5,
+        "other_tensors": [{"name": "model.norm.weight", "kind": "exact", "bytes": 1500}],
+    }
+    with site.resources.database.session_scope() as session:
+        delta = DeltaRepository(session).find(seeded.queued)
+        assert delta is not None
+        seed.finish(session, site.resources.blobs, delta, lean)
+    page = site.text(f"/deltas/{seeded.queued}")
+    assert "4.50 ×" in page
+    assert "model.norm.weight" in page
+    assert "Output error" not in page
+    site.text("/")
+
+
+def test_names_are_text_and_never_markup(site: Site) -> None:
+    name = "<script>alert(1)</script>/<b onclick='x'>\"&"
+    with site.resources.database.session_scope() as session:
+        base = BaseRepository(session).find("pilot-0.3b")
+        assert base is not None
+        outcome = seed.report(layers=1)
+        outcome["matrices"][0]["name"] = f"model.layers.0.{name}"
+        outcome["matrices"][0]["fallbacks"] = [name]
+        outcome["other_tensors"][0]["name"] = name
+        delta = seed.add_delta(session, base, name, 1.0)
+        seed.finish(session, site.resources.blobs, delta, outcome)
+    for path in ("/", f"/deltas/{delta.id}"):
+        page = site.text(path)
+        assert "<script>alert" not in page
+        assert "<b onclick" not in page
+        assert name in unescape(page)
+
+
+def test_pages_load_nothing_from_elsewhere(site: Site, seeded: seed.Seeded) -> None:
+    for path in PAGES:
+        answer = site.http.get(path.format(delta=seeded.ready[0]))
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'self';")
+        assert "unsafe" not in policy
+        assert "http:" not in answer.text.replace("http://testserver/", "")
+        assert "https:" not in answer.text
+        assert " style=" not in answer.text
+        assert " onclick=" not in answer.text
+
+
+def test_assets_are_served_under_addresses_that_change_with_them(site: Site) -> None:
+    page = site.text("/")
+    for name in ("app.css", "app.js", "htmx.min.js", "icon.svg"):
+        address = page.split(f"/static/{name}?v=")[1][:12]
+        answer = site.http.get(f"/static/{name}?v={address}")
+        assert answer.status_code == 200, name
+        assert answer.headers["etag"]
+
+
+def test_errors_are_pages(site: Site) -> None:
+    page = unescape(site.text("/deltas/nothing", status=404))
+    assert "There is no delta 'nothing'" in page
+    assert "is no delta; take it from" in unescape(site.text("/?after=nothing", status=422))
+
+
+def test_older_deltas_are_a_page_away(site: Site) -> None:
+    with site.resources.database.session_scope() as session:
+        base = BaseRepository(session).find("pilot-0.3b")
+        assert base is not None
+        for _ in range(50):
+            seed.add_delta(session, base, "many/versions", 1.0)
+    first = site.text("/")
+    assert "support/triage" not in first
+    older = first.split('href="/?after=')[1].split('"')[0]
+    second = site.text(f"/?after={older}")
+    assert "support/triage" in second
+    assert 'rel="next"' not in second
+
+
+def test_pages_are_no_part_of_the_rest_description(site: Site) -> None:
+    paths = site.http.get("/openapi.json").json()["paths"]
+    assert all(path.startswith(("/v1/", "/healthz", "/readyz", "/metrics")) for path in paths)

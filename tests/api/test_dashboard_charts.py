@@ -1,0 +1,157 @@
+"""Drawings and formats, apart from any page."""
+
+from datetime import UTC, datetime
+from xml.etree import ElementTree as ET
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.dashboard import charts, formats
+from api.dashboard.advice import advice_for
+from api.dashboard.figures import OUTSIDE, Figures, Grid, Matrix
+from deltadock import errors
+from tests import seed
+
+names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
+widths = st.dictionaries(st.integers(1, 8), st.integers(1, 60), max_size=7)
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Matrix:
+    kept = draw(widths)
+    rank = sum(kept.values())
+    return Matrix(
+        name=f"model.layers.{draw(st.integers(0, 40))}.{draw(names)}.weight",
+        shape=[max(rank, 1), max(rank, 1) + draw(st.integers(0, 9))],
+        error=draw(st.none() | st.floats(0, 4)),
+        rank=rank,
+        widths=kept,
+    )
+
+
+def titles(root: ET.Element) -> list[str]:
+    return [title.text or "" for title in root.iter("title")]
+
+
+def cells(root: ET.Element) -> list[ET.Element]:
+    return [group for group in root.iter("g") if "cell" in group.get("class", "").split()]
+
+
+@given(st.lists(matrices(), max_size=30))
+def test_grids_are_sound_xml_with_a_titled_cell_per_place(many: list[Matrix]) -> None:
+    grid = Grid.of(many)
+    for draw in (charts.heat_map, charts.width_bars):
+        root = ET.fromstring(draw(grid))
+        assert len(cells(root)) == len(grid.cells)
+        shown = titles(root)
+        assert all(any(matrix.name in title for title in shown) for matrix in grid.cells.values())
+        width, height = map(float, root.attrib["viewBox"].split()[2:])
+        for rect in root.iter("rect"):
+            x, y, w, h = (float(rect.attrib[key]) for key in ("x", "y", "width", "height"))
+            assert min(x, y, w, h) >= -0.02
+            assert x + w <= width + 0.02
+            assert y + h <= height + 0.02
+
+
+def test_heat_map_says_each_error() -> None:
+    report = seed.report(layers=3)
+    root = ET.fromstring(charts.heat_map(Figures.of(report).grid))
+    drawn = {
+        title.split("\nerror ")[0]: float(title.split("\nerror ")[1]) for title in titles(root)
+    }
+    assert drawn == {
+        matrix["name"]: pytest.approx(matrix["error"], rel=0.01) for matrix in report["matrices"]
+    }
+    by_error = sorted(cells(root), key=lambda cell: drawn[titles(cell)[0].split("\n")[0]])
+    colours = [cell.attrib["class"] for cell in by_error]
+    assert colours == sorted(colours)
+    assert (colours[0], colours[-1]) == ("cell q0", "cell q8")
+
+
+def test_bars_are_as_high_as_the_ranks_they_stand_for() -> None:
+    matrix = Matrix(name="layers.0.q", shape=[100, 200], rank=50, widths={8: 10, 2: 40})
+    half = Matrix(name="layers.1.q", shape=[100, 200], rank=25, widths={3: 25})
+    root = ET.fromstring(charts.width_bars(Grid.of([matrix, half])))
+    heights = {
+        style: float(rect.attrib["height"])
+        for rect in root.iter("rect")
+        if (style := rect.get("class", ""))
+    }
+    full = heights["ground"]
+    assert heights["w8"] == pytest.approx(full * 0.2, abs=0.01)
+    assert heights["w2"] == pytest.approx(full * 0.8, abs=0.01)
+    assert heights["w3"] == pytest.approx(full * 0.5, abs=0.01)
+
+
+@given(st.floats(1e-6, 10), st.floats(1e-6, 10), st.floats(0, 20))
+def test_scale_keeps_order(low: float, high: float, value: float) -> None:
+    scale = charts.Scale(min(low, high), max(low, high))
+    assert 0 <= scale.step(value) < charts.STEPS
+    assert scale.step(value) <= scale.step(value * 1.5)
+    assert scale.step(scale.low) == 0
+
+
+def test_scale_spans_what_is_measured() -> None:
+    scale = charts.Scale.of([0.2, None, 0.0, 0.01])
+    assert scale == (0.01, 0.2)
+    assert (scale.step(0.01), scale.step(0.2)) == (0, charts.STEPS - 1)
+
+
+def test_stacked_bar_has_its_parts_in_proportion() -> None:
+    root = ET.fromstring(charts.stacked([("a", 30, "<b>"), ("b", 20, "two"), ("c", 0, "")], 100))
+    rects = [(float(rect.attrib["x"]), float(rect.attrib["width"])) for rect in root.iter("rect")]
+    assert rects == [(0, 30), (30, 20), (50, 0)]
+    assert titles(root) == ["<b>", "two", ""]
+
+
+def test_stacks_with_equal_names_are_told_apart() -> None:
+    grid = Grid.of(
+        Matrix(name=name)
+        for name in ("text.layers.1.q.weight", "vision.layers.1.q.weight", "lm_head.weight")
+    )
+    assert len(grid.cells) == 3
+    assert list(grid.projections) == ["text.layers.*.q", "vision.layers.*.q", "lm_head"]
+    assert list(grid.layers) == ["1", OUTSIDE]
+
+
+def test_shares_add_up_to_the_artifact() -> None:
+    figures = Figures.of(seed.report())
+    assert sum(share.bytes for share in figures.shares) == figures.summary.artifact_bytes
+    assert figures.shares[0].label == "self_attn.q_proj × 24"
+    assert figures.shares[-1].label == "header and manifest"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (561_040, "561 kB"), (999_600, "1.00 MB"),
+     (13_500_000_000, "13.5 GB"), (None, "–")],
+)  # fmt: skip
+def test_sizes(count: int | None, text: str) -> None:
+    assert formats.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.1596, "0.160"), (0, "0"), (9.8277, "9.83"), (123.4, "123"), (1235.4, "1235"),
+     (0.00001234, "1.23e-05"), (None, "–"), (-0.5, "-0.500")],
+)  # fmt: skip
+def test_significant_digits(value: float | None, text: str) -> None:
+    assert formats.significant(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (4.2, "4.20 s"), (125.6, "2 min 6 s"), (3600 * 5 + 61, "5 h 1 min")],
+)
+def test_durations(value: float | None, text: str) -> None:
+    assert formats.seconds(value) == text
+
+
+def test_times_are_utc() -> None:
+    assert formats.moment(datetime(2026, 11, 22, 8, 5, tzinfo=UTC)) == "2026-11-22 08:05"
+
+
+def test_advice_goes_by_code() -> None:
+    assert advice_for(errors.WorkerLost.code)
+    assert advice_for("no_such_code") is None

@@ -1,0 +1,278 @@
+"""Deltas: what is accepted, what is done only once, what comes back."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import redis
+from sqlalchemy import event
+
+from storage.repositories import JobRepository
+from tests.api.support import CONFIG, Api, sha256, weights
+
+
+def queued_jobs(broker_url: str) -> list[str]:
+    """Job ids of the compress tasks that wait in the broker."""
+    with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
+        messages = connection.lrange("gpu", 0, -1)
+    assert isinstance(messages, list)
+    headers = [json.loads(message)["headers"] for message in messages]
+    assert {header["task"] for header in headers} <= {"deltadock.compress"}
+    return [json.loads(header["argsrepr"].replace("'", '"'))[0] for header in headers]
+
+
+def test_a_delta_is_accepted_with_a_job(api: Api, broker_url: str) -> None:
+    body = api.delta_body()
+    answer = api.client.post("/v1/deltas", json=body)
+    assert answer.status_code == 202
+    delta, job = answer.json()["delta"], answer.json()["job"]
+    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert (delta["name"], delta["version"], delta["state"]) == ("maths/skills", 1, "queued")
+    assert delta["base"]["name"] == "tiny"
+    assert delta["calibration"] == body["calibration"]["digest"]
+    assert delta["artifact"] is delta["metrics"] is delta["error"] is None
+    assert api.client.get(f"/v1/deltas/{delta['id']}").json() == delta
+    assert api.client.get(f"/v1/jobs/{job['id']}").json() == job
+    assert queued_jobs(broker_url) == [job["id"]]
+
+
+def test_the_task_is_sent_after_the_one_commit(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = api.delta_body()
+    happened: list[str] = []
+    engine = api.resources.database.engine
+    event.listen(engine, "commit", lambda _connection: happened.append("commit"))
+
+    def send(job_id: str) -> None:
+        with api.resources.database.read_scope() as session:
+            assert JobRepository(session).find(job_id) is not None
+        happened.append("send")
+
+    # The class has slots, so that the seam is its method.
+    monkeypatch.setattr(type(api.resources.tasks), "send_compress", lambda _self, job: send(job))
+    assert api.client.post("/v1/deltas", json=body).status_code == 202
+    assert happened == ["commit", "send"]
+
+
+class TestBrokerDown:
+    @pytest.fixture
+    def settings_fields(self) -> dict[str, Any]:
+        return {"broker_url": "redis://127.0.0.1:1/0"}
+
+    def test_a_job_that_could_not_be_sent_waits_for_the_sweeper(self, api: Api) -> None:
+        delta = api.delta()
+        with api.resources.database.read_scope() as session:
+            assert [job.id for job in JobRepository(session).stale(queued_seconds=0)] == [
+                delta["job"]
+            ]
+
+    def test_the_api_says_that_it_is_not_ready(self, api: Api) -> None:
+        answer = api.client.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json()["checks"] == {
+            "database": "ok",
+            "broker": "unavailable",
+            "blobs": "ok",
+            "node": "unavailable",
+        }
+        assert api.client.get("/healthz").status_code == 200
+
+
+def test_the_same_again_is_no_new_work(api: Api, broker_url: str) -> None:
+    body = api.delta_body()
+    first = api.client.post("/v1/deltas", json=body).json()
+    again = api.client.post("/v1/deltas", json=body)
+    assert again.status_code == 200
+    assert again.json() == first
+    api.make_ready(first["delta"])
+    ready = api.client.post("/v1/deltas", json=body)
+    assert ready.status_code == 200
+    assert ready.json()["delta"]["state"] == "ready"
+    assert len(queued_jobs(broker_url)) == 1
+
+
+def test_the_same_asked_for_at_once_is_one_delta(api: Api, broker_url: str) -> None:
+    body = api.delta_body()
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: api.client.post("/v1/deltas", json=body), range(6)))
+    assert sorted(answer.status_code for answer in answers) == [200] * 5 + [202]
+    assert len({answer.json()["delta"]["id"] for answer in answers}) == 1
+    assert len(queued_jobs(broker_url)) == 1
+
+
+def test_other_options_or_a_dead_end_are_a_new_version(api: Api) -> None:
+    body = api.delta_body()
+    first = api.client.post("/v1/deltas", json=body).json()
+    second = api.client.post("/v1/deltas", json=body | {"bits": 2.0}).json()["delta"]
+    assert second["version"] == 2
+    api.client.post(f"/v1/jobs/{first['job']['id']}/cancel")
+    third = api.client.post("/v1/deltas", json=body)
+    assert (third.status_code, third.json()["delta"]["version"]) == (202, 3)
+
+
+def test_another_name_shares_a_ready_artifact(api: Api, broker_url: str) -> None:
+    body = api.delta_body()
+    digest = api.make_ready(api.client.post("/v1/deltas", json=body).json()["delta"])
+    answer = api.client.post("/v1/deltas", json=body | {"name": "maths/copy"})
+    assert answer.status_code == 200
+    assert answer.json()["delta"]["artifact"]["digest"] == digest
+    assert answer.json()["job"]["state"] == "ready"
+    assert len(queued_jobs(broker_url)) == 1
+
+
+def test_bad_requests_leave_no_delta(api: Api, broker_url: str, subtests: pytest.Subtests) -> None:
+    body = api.delta_body()
+    for change, status, code in (
+        ({"method": "magic"}, 422, "unknown_method"),
+        ({"bits": 0.01}, 422, "bits_out_of_range"),
+        ({"bits": 9}, 422, "bits_out_of_range"),
+        ({"bits": None}, 422, "bits_out_of_range"),
+        ({"method": "exact"}, 422, "bits_out_of_range"),
+        ({"bits": "many"}, 422, "invalid_input"),
+        ({"name": "no-project"}, 422, "invalid_input"),
+        ({"name": "a/b/c"}, 422, "invalid_input"),
+        ({"solver": "guess"}, 422, "invalid_input"),
+        ({"seed": -1}, 422, "invalid_input"),
+        ({"wish": 1}, 422, "invalid_input"),
+        ({"base": "other"}, 404, "not_found"),
+        ({"checkpoint": "0" * 64}, 404, "not_found"),
+        ({"checkpoint": "not hex"}, 422, "invalid_input"),
+        ({"calibration": None}, 422, "invalid_calibration"),
+        ({"calibration": {"source": "text", "digest": "0" * 64}}, 404, "not_found"),
+        ({"calibration": {"source": "url", "digest": "0" * 64}}, 422, "invalid_input"),
+    ):
+        with subtests.test(change=change):
+            answer = api.client.post("/v1/deltas", json=body | change)
+            assert (answer.status_code, answer.json()["code"]) == (status, code)
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert api.client.get("/v1/deltas").json() == {"data": [], "next": None}
+            assert queued_jobs(broker_url) == []
+
+
+def test_a_blob_that_is_no_calibration_text_is_none(api: Api) -> None:
+    body = api.delta_body()
+    body["calibration"]["digest"] = sha256(CONFIG)
+    assert api.client.post("/v1/deltas", json=body).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (weights(1, rows=9), "model.embed_tokens.weight"),
+        (weights(1, **{"model.extra": (2,), "model.more": (2,)}), "model.extra"),
+    ],
+)
+def test_another_architecture_is_refused(api: Api, data: bytes, named: str) -> None:
+    body = api.delta_body() | {"checkpoint": api.checkpoint(data)}
+    answer = api.client.post("/v1/deltas", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (422, "architecture_mismatch")
+    assert named in answer.json()["detail"]
+
+
+def test_another_model_type_is_refused(api: Api) -> None:
+    files = {"config.json": b'{"model_type": "qwen2"}', "model.safetensors": weights(1)}
+    digest = api.upload("checkpoint", files)["checkpoint"]["digest"]
+    answer = api.client.post("/v1/deltas", json=api.delta_body() | {"checkpoint": digest})
+    assert answer.json()["code"] == "architecture_mismatch"
+
+
+def test_exact_needs_neither_bits_nor_calibration(api: Api) -> None:
+    body = api.delta_body() | {"method": "exact", "bits": None, "calibration": None}
+    answer = api.client.post("/v1/deltas", json=body)
+    assert answer.status_code == 202
+    assert answer.json()["delta"]["bits"] is None
+
+
+def test_pages(api: Api) -> None:
+    body = api.delta_body()
+    ids = [
+        api.client.post("/v1/deltas", json=body | {"seed": seed}).json()["delta"]["id"]
+        for seed in range(5)
+    ]
+    first = api.client.get("/v1/deltas", params={"limit": 2}).json()
+    second = api.client.get("/v1/deltas", params={"limit": 2, "after": first["next"]}).json()
+    third = api.client.get("/v1/deltas", params={"limit": 2, "after": second["next"]}).json()
+    pages = [[delta["id"] for delta in page["data"]] for page in (first, second, third)]
+    assert pages == [ids[4:2:-1], ids[2:0:-1], ids[:1]]
+    assert third["next"] is None
+    assert api.client.get("/v1/deltas", params={"after": "dlt_x"}).status_code == 422
+    assert api.client.get("/v1/deltas", params={"limit": 0}).status_code == 422
+
+
+def test_reports_and_metrics(api: Api) -> None:
+    delta = api.delta()
+    early = api.client.get(f"/v1/deltas/{delta['id']}/report")
+    assert (early.status_code, early.json()["code"], early.json()["state"]) == (
+        409,
+        "not_ready",
+        "queued",
+    )
+    api.make_ready(delta)
+    report = api.client.get(f"/v1/deltas/{delta['id']}/report").json()
+    assert (report["kl"], report["matrices"]) == (0.01, [{"name": "q"}])
+    ready = api.client.get(f"/v1/deltas/{delta['id']}").json()
+    assert (ready["state"], ready["percent"], ready["metrics"]["ratio"]) == ("ready", 100, 12.5)
+
+
+def test_deleted_deltas_are_gone_but_keep_their_version(api: Api) -> None:
+    body = api.delta_body()
+    delta = api.client.post("/v1/deltas", json=body).json()["delta"]
+    assert api.client.delete(f"/v1/deltas/{delta['id']}").status_code == 204
+    for method, path in (
+        ("GET", ""),
+        ("DELETE", ""),
+        ("GET", "/report"),
+        ("GET", "/artifact"),
+    ):
+        assert api.client.request(method, f"/v1/deltas/{delta['id']}{path}").status_code == 404
+    assert api.client.get(f"/v1/jobs/{delta['job']}").json()["state"] == "cancelled"
+    assert api.client.post("/v1/deltas", json=body).json()["delta"]["version"] == 2
+
+
+def test_bases(api: Api) -> None:
+    digest = api.checkpoint(weights())
+    body = {"name": "tiny", "checkpoint": digest}
+    first = api.client.post("/v1/bases", json=body)
+    again = api.client.post("/v1/bases", json=body)
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert first.json() == again.json()
+    base = first.json()
+    for reference in (base["id"], "tiny"):
+        assert api.client.get(f"/v1/bases/{reference}").json() == base
+    assert api.client.get("/v1/bases").json() == {"data": [base]}
+    other = {"name": "tiny", "checkpoint": api.checkpoint(weights(1))}
+    assert api.client.post("/v1/bases", json=other).json()["code"] == "conflict"
+    for bad in ({"name": "a/b"}, {"name": ""}, {"checkpoint": digest.upper()}):
+        assert api.client.post("/v1/bases", json=body | bad).json()["code"] == "invalid_input"
+    unknown = {"name": "new", "checkpoint": "0" * 64}
+    assert api.client.post("/v1/bases", json=unknown).status_code == 404
+    assert api.client.get("/v1/bases/none").status_code == 404
+
+
+def test_methods(api: Api) -> None:
+    methods = {method["name"]: method for method in api.client.get("/v1/methods").json()["data"]}
+    assert methods["adamix"]["needs_calibration"]
+    assert methods["exact"]["bits_min"] is None
+
+
+def test_job_events_end_with_the_job(api: Api) -> None:
+    delta = api.delta()
+    events: list[dict[str, Any]] = []
+    with api.client.stream("GET", f"/v1/jobs/{delta['job']}/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                events.append(json.loads(line.removeprefix("data: ")))
+                if len(events) == 1:
+                    threading.Thread(target=api.make_ready, args=[delta]).start()
+    assert [events[0]["state"], events[-1]["state"]] == ["queued", "ready"]
+    assert api.client.get("/v1/jobs/job_x/events").json()["code"] == "not_found"
+
+
+def test_cancelling(api: Api) -> None:
+    delta = api.delta()
+    for _ in range(2):
+        job = api.client.post(f"/v1/jobs/{delta['job']}/cancel").json()
+        assert (job["state"], job["error"]["code"]) == ("cancelled", "cancelled")
+    assert api.client.post("/v1/jobs/job_x/cancel").status_code == 404

@@ -1,0 +1,208 @@
+"""Generating: the right weights are asked for, and answers come through as they are."""
+
+import threading
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from starlette.responses import JSONResponse, Response
+
+from tests.api.support import Api, StandInNode
+
+Ready = tuple[dict[str, Any], str, str]
+
+
+@pytest.fixture
+def settings_fields(node_url: str) -> dict[str, Any]:
+    return {"node_url": node_url}
+
+
+@pytest.fixture
+def ready(api: Api) -> Ready:
+    """A ready delta, its artifact's digest and its base's."""
+    delta = api.delta()
+    return delta, api.make_ready(delta), delta["base"]["checkpoint"]
+
+
+def test_each_way_to_name_a_model(api: Api, node: StandInNode, ready: Ready) -> None:
+    delta, artifact, base = ready
+    base_id = delta["base"]["id"]
+    wanted = {
+        delta["id"]: artifact,
+        "maths/skills": artifact,
+        "maths/skills:1": artifact,
+        "tiny": None,
+        base_id: None,
+    }
+    for model, artifact_digest in wanted.items():
+        answer = api.client.post("/v1/completions", json={"model": model, "prompt": "17 + 25 ="})
+        assert answer.status_code == 200
+        assert answer.json()["model"] == model
+        headers = node.requests[-1]["headers"]
+        assert headers["deltadock-base"] == base
+        assert headers.get("deltadock-artifact") == artifact_digest
+
+
+def test_a_name_means_its_highest_ready_version(api: Api, node: StandInNode, ready: Ready) -> None:
+    second = api.delta(seed=2)
+    assert second["version"] == 2
+    ask = {"model": "maths/skills", "prompt": "x"}
+    api.client.post("/v1/completions", json=ask)
+    assert node.requests[-1]["headers"]["deltadock-artifact"] == ready[1]
+    newer = api.make_ready(second, b"newer")
+    api.client.post("/v1/completions", json=ask)
+    assert node.requests[-1]["headers"]["deltadock-artifact"] == newer
+    early = api.client.post("/v1/completions", json=ask | {"model": api.delta(seed=3)["id"]})
+    assert early.json()["error"]["code"] == "not_ready"
+
+
+def test_a_client_cannot_choose_weights_by_header(
+    api: Api, node: StandInNode, ready: Ready
+) -> None:
+    headers = {"Deltadock-Base": "0" * 64, "Deltadock-Artifact": "1" * 64, "Cookie": "secret"}
+    api.client.post("/v1/completions", json={"model": "tiny", "prompt": "x"}, headers=headers)
+    received = node.requests[-1]["headers"]
+    assert received["deltadock-base"] == ready[2]
+    assert "deltadock-artifact" not in received
+    assert "cookie" not in received
+
+
+def test_the_body_goes_through_as_it_is(api: Api, node: StandInNode, ready: Ready) -> None:
+    body = {"model": "tiny", "prompt": [1, 2], "top_k": 5, "stop": ["a"], "temperature": 0}
+    api.client.post("/v1/completions", json=body, headers={"X-Request-ID": "trace-1"})
+    assert node.requests[-1]["body"] == body
+    assert node.requests[-1]["headers"]["x-request-id"] == "trace-1"
+
+
+def test_unknown_models(api: Api, ready: Ready, subtests: pytest.Subtests) -> None:
+    for model in ("none", "dlt_x", "maths/skills:2", "maths/skills:x", "a/b", "tiny:1"):
+        with subtests.test(model=model):
+            answer = api.client.post("/v1/completions", json={"model": model, "prompt": "x"})
+            assert answer.status_code == 404
+            assert answer.headers["content-type"] == "application/json"
+            error = answer.json()["error"]
+            assert (error["code"], error["param"], error["type"]) == (
+                "model_not_found",
+                "model",
+                "invalid_request_error",
+            )
+
+
+def test_malformed_requests_are_400_as_at_openai(api: Api, subtests: pytest.Subtests) -> None:
+    for body in ({"model": "tiny"}, {"prompt": "x"}, {"model": "tiny", "prompt": 1}):
+        with subtests.test(body=body):
+            answer = api.client.post("/v1/completions", json=body)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_the_openai_package(api: Api, ready: Ready) -> None:
+    delta, _, _ = ready
+    with openai.OpenAI(
+        base_url=f"{api.client.base_url}/v1", api_key="none", max_retries=0
+    ) as client:
+        models = {model.id for model in client.models.list()}
+        assert models == {"tiny", delta["id"], "maths/skills"}
+        whole = client.completions.create(model=delta["id"], prompt="17 + 25 =", max_tokens=8)
+        assert whole.choices[0].text == " 42"
+        parts = client.completions.create(model=delta["id"], prompt="17 + 25 =", stream=True)
+        assert "".join(part.choices[0].text for part in parts) == " 42"
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.completions.create(model="none", prompt="x")
+        assert caught.value.code == "model_not_found"
+
+
+def test_generating_by_url(api: Api, node: StandInNode, ready: Ready) -> None:
+    delta, artifact, base = ready
+    body = {"prompt": "17 + 25 =", "max_tokens": 8, "temperature": 0, "stop": "\n"}
+    answer = api.client.post(f"/v1/deltas/{delta['id']}/generate", json=body)
+    usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert answer.json() == {
+        "delta": delta["id"],
+        "text": " 42",
+        "finish_reason": "stop",
+        "usage": usage,
+    }
+    assert node.requests[-1]["headers"]["deltadock-artifact"] == artifact
+    assert node.requests[-1]["body"] == {"model": delta["id"], "top_p": 1.0} | body
+    answer = api.client.post("/v1/bases/tiny/generate", json=body)
+    assert answer.json()["base"] == "tiny"
+    assert node.requests[-1]["headers"]["deltadock-base"] == base
+    assert "deltadock-artifact" not in node.requests[-1]["headers"]
+
+
+def test_generating_wants_what_exists_and_is_ready(api: Api) -> None:
+    delta = api.delta()
+    for url, status, code in (
+        (f"/v1/deltas/{delta['id']}/generate", 409, "not_ready"),
+        ("/v1/deltas/dlt_x/generate", 404, "not_found"),
+        ("/v1/bases/none/generate", 404, "not_found"),
+    ):
+        answer = api.client.post(url, json={"prompt": "x"})
+        assert (answer.status_code, answer.json()["code"]) == (status, code)
+    for bad in ({}, {"prompt": "x", "temperature": -1}, {"prompt": "x", "wish": 1}):
+        assert api.client.post("/v1/bases/tiny/generate", json=bad).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("status", "node_code", "expected", "code"),
+    [
+        (409, "base_mismatch", 409, "base_mismatch"),
+        (429, "overloaded", 429, "overloaded"),
+        (422, "invalid_input", 422, "invalid_input"),
+        (400, "something", 422, "invalid_input"),
+        (500, "internal_error", 503, "unavailable"),
+    ],
+)
+def test_the_nodes_refusals(
+    api: Api,
+    node: StandInNode,
+    ready: Ready,
+    status: int,
+    node_code: str,
+    expected: int,
+    code: str,
+) -> None:
+    error = {"error": {"message": "no", "type": "x", "param": None, "code": node_code}}
+    node.answer = JSONResponse(error, status, {"Retry-After": "7"})
+    answer = api.client.post(f"/v1/deltas/{ready[0]['id']}/generate", json={"prompt": "x"})
+    assert (answer.status_code, answer.json()["code"]) == (expected, code)
+    passed = api.client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
+    assert (passed.status_code, passed.json()) == (status, error)
+    assert passed.headers["retry-after"] == "7"
+
+
+def test_a_node_that_speaks_no_json(api: Api, node: StandInNode, ready: Ready) -> None:
+    node.answer = Response("<html>", media_type="text/html")
+    answer = api.client.post("/v1/bases/tiny/generate", json={"prompt": "x"})
+    assert answer.json()["code"] == "unavailable"
+
+
+def test_a_client_that_goes_away_stops_the_node(api: Api, node: StandInNode, ready: Ready) -> None:
+    node.gate = threading.Event()
+    with pytest.raises(httpx.ReadTimeout):
+        api.client.post(
+            "/v1/completions",
+            json={"model": "tiny", "prompt": "x"},
+            timeout=httpx.Timeout(10, read=1),
+        )
+    assert node.gate.is_set()
+    assert node.gone.wait(10)
+
+
+class TestNodeDown:
+    @pytest.fixture
+    def settings_fields(self) -> dict[str, Any]:
+        return {}
+
+    def test_it_is_unavailable(self, api: Api, ready: Ready) -> None:
+        answer = api.client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        assert answer.headers["retry-after"] == "1"
+        answer = api.client.post("/v1/bases/tiny/generate", json={"prompt": "x"})
+        assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+
+    def test_the_api_is_ready_nevertheless(self, api: Api) -> None:
+        answer = api.client.get("/readyz")
+        assert (answer.status_code, answer.json()["checks"]["node"]) == (200, "unavailable")

@@ -1,0 +1,121 @@
+"""The description: valid, with examples that hold, and kept to by the running api."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from jsonschema import Draft202012Validator
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from api.main import create_app
+from deltadock.settings import Settings
+from storage.database import migrate
+from tests.api.support import StandInNode, serving
+
+EXAMPLES = 20
+METHODS = ("get", "put", "post", "delete", "head")
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Any]:
+    home: Path = tmp_path_factory.mktemp("home")
+    with serving(StandInNode().app()) as node_url:
+        configured = Settings(home=home, broker_url=redis_url, node_url=node_url)
+        migrate(configured.sqlalchemy_url)
+        yield create_app(configured)
+
+
+@pytest.fixture(scope="module")
+def document(app: Any) -> dict[str, Any]:
+    described: dict[str, Any] = app.openapi()
+    return described
+
+
+@pytest.fixture(scope="module")
+def api_schema(app: Any) -> Iterator[Any]:
+    with serving(app) as url:
+        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, item in document["paths"].items():
+        for method in METHODS:
+            if method in item:
+                yield f"{method} {path}", item[method]
+
+
+def test_the_description_is_valid(api_schema: Any) -> None:
+    api_schema.validate()
+
+
+def test_every_route_is_described(document: dict[str, Any]) -> None:
+    names = dict(operations(document))
+    assert len({operation["operationId"] for operation in names.values()}) == len(names)
+    for name, operation in names.items():
+        assert operation.get("description"), name
+        assert operation.get("tags"), name
+        assert "default" in operation["responses"], name
+        assert not any("HTTPValidationError" in str(part) for part in operation.values()), name
+
+
+def test_every_json_body_has_an_example_that_holds(document: dict[str, Any]) -> None:
+    checked = 0
+    for name, operation in operations(document):
+        content = operation.get("requestBody", {}).get("content", {})
+        if "application/json" not in content:
+            continue
+        reference = content["application/json"]["schema"]["$ref"]
+        schema = document["components"]["schemas"][reference.rpartition("/")[2]]
+        assert schema.get("examples"), name
+        validator = Draft202012Validator(
+            {"$ref": reference, "components": document["components"]},
+            format_checker=Draft202012Validator.FORMAT_CHECKER,
+        )
+        for example in schema["examples"]:
+            validator.validate(example)
+            checked += 1
+    assert checked >= 5
+
+
+def test_every_error_example_is_a_problem(document: dict[str, Any]) -> None:
+    seen = set()
+    for name, operation in operations(document):
+        for status, response in operation["responses"].items():
+            for media_type, content in response.get("content", {}).items():
+                for code, example in content.get("examples", {}).items():
+                    if media_type == "application/problem+json":
+                        assert example["value"]["status"] == int(status), name
+                        assert example["value"]["code"] == code, name
+                        seen.add(code)
+    assert seen >= {"not_found", "conflict", "hash_mismatch", "malformed_safetensors", "not_ready"}
+
+
+def test_the_readable_names_have_no_machine_paths(document: dict[str, Any]) -> None:
+    assert not re.search(r"/(home|root|work)/", str(document))
+
+
+def test_the_api_keeps_to_its_description(api_schema: Any) -> None:
+    """Generated requests, good and bad: no crash, and only answers that are described."""
+    tried = 0
+    for result in api_schema.get_all_operations():
+        operation = result.ok()
+
+        @given(case=operation.as_strategy())
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        def keeps(case: Any) -> None:
+            # What a schema cannot say (does the text exist? is it a checkpoint?) is a 4xx too.
+            case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+        keeps()
+        tried += 1
+    assert tried >= 20

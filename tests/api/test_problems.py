@@ -1,0 +1,124 @@
+"""Errors: one shape with stable codes, whatever goes wrong."""
+
+import threading
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import text
+
+from api.main import create_app
+from api.middleware import MAX_BODY_BYTES
+from deltadock.errors import DeltadockError, Overloaded
+from deltadock.settings import Settings
+from tests.api.support import Api, serving
+
+MEMBERS = {"type", "title", "status", "detail", "code", "retryable"}
+
+
+def check(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["x-request-id"]
+    problem: dict[str, Any] = answer.json()
+    assert problem.keys() >= MEMBERS
+    assert (problem["status"], problem["code"]) == (status, code)
+    assert problem["type"] == f"urn:deltadock:error:{code}"
+    return problem
+
+
+def test_what_is_not_there(api: Api) -> None:
+    assert "/v1/nothing" in check(api.client.get("/v1/nothing"), 404, "not_found")["detail"]
+
+
+def test_what_cannot_be_done(api: Api) -> None:
+    answer = api.client.put("/v1/bases")
+    check(answer, 405, "method_not_allowed")
+    assert set(answer.headers["allow"].replace(" ", "").split(",")) <= {"GET", "POST"}
+
+
+def test_what_is_malformed(api: Api) -> None:
+    problem = check(api.client.post("/v1/uploads", json={"kind": "x"}), 422, "invalid_input")
+    assert problem["errors"][0]["where"] == "body.kind"
+    json_type = {"Content-Type": "application/json"}
+    broken = api.client.post("/v1/uploads", content=b"{", headers=json_type)
+    check(broken, 422, "invalid_input")
+    check(api.client.post("/v1/uploads", content=b"{}"), 422, "invalid_input")
+
+
+def test_bodies_that_are_read_whole_are_bounded(api: Api) -> None:
+    check(api.client.post("/v1/uploads", content=bytes(MAX_BODY_BYTES + 1)), 413, "too_large")
+
+
+def test_openais_routes_have_openais_shape(api: Api) -> None:
+    answer = api.client.delete("/v1/models")
+    assert (answer.status_code, answer.headers["content-type"]) == (405, "application/json")
+    assert answer.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_a_broken_database_is_unavailable(api: Api) -> None:
+    with api.resources.database.session_scope() as session:
+        session.execute(text("DROP TABLE jobs"))
+    answer = api.client.get("/v1/deltas")
+    check(answer, 503, "unavailable")
+    assert answer.headers["retry-after"] == "1"
+
+
+@pytest.fixture
+def faulty(settings: Settings) -> FastAPI:
+    app = create_app(settings)
+
+    @app.get("/bug")
+    def bug() -> None:
+        raise ZeroDivisionError("secret")
+
+    @app.get("/root")
+    def root() -> None:
+        raise DeltadockError("Something known.", path="/x", status="mine", hint={"a": {1}})
+
+    @app.get("/full")
+    def full() -> None:
+        raise Overloaded("The queue is full.")
+
+    return app
+
+
+def test_bugs_say_nothing_of_themselves(faulty: FastAPI) -> None:
+    with serving(faulty) as url:
+        answer = httpx.get(f"{url}/bug", headers={"X-Request-ID": "trace-1"})
+        problem = check(answer, 500, "internal_error")
+        assert answer.headers["x-request-id"] == "trace-1"
+        assert "trace-1" in problem["detail"]
+        assert "secret" not in answer.text
+        assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_details_come_along_but_replace_nothing(faulty: FastAPI) -> None:
+    with serving(faulty) as url:
+        problem = check(httpx.get(f"{url}/root"), 500, "internal_error")
+        assert (problem["path"], problem["hint"]) == ("/x", {"a": [1]})
+        answer = httpx.get(f"{url}/full")
+        assert check(answer, 429, "overloaded")["retryable"]
+        assert answer.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("announced", ["", "a b", "x" * 65, "{}"])
+def test_only_plain_request_ids_are_taken_over(api: Api, announced: str) -> None:
+    answer = api.client.get("/healthz", headers={"X-Request-ID": announced})
+    assert answer.headers["x-request-id"] not in {announced, ""}
+
+
+def test_requests_at_once_keep_their_ids_apart(api: Api) -> None:
+    answers: dict[str, str] = {}
+
+    def ask(name: str) -> None:
+        answer = api.client.get("/v1/methods", headers={"X-Request-ID": name})
+        answers[name] = answer.headers["x-request-id"]
+
+    threads = [threading.Thread(target=ask, args=[f"id-{i}"]) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {f"id-{i}": f"id-{i}" for i in range(8)}

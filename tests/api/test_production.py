@@ -1,0 +1,57 @@
+"""The same api on Postgres and S3: from the first byte to the artifact."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from api.main import create_app
+from deltadock.settings import Settings
+from storage.database import migrate
+from tests.api.support import CONFIG, TEXT, Api, serving, sha256, weights
+
+
+@pytest.fixture
+def api(postgres_database: str, s3_bucket: dict[str, str], broker_url: str) -> Iterator[Api]:
+    fields = {"database_url": postgres_database, "broker_url": broker_url, **s3_bucket}
+    migrate(postgres_database)
+    app = create_app(Settings.model_validate(fields))
+    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield Api(client, app.state.resources)
+
+
+def test_from_upload_to_download(api: Api) -> None:
+    delta = api.delta()
+    artifact = bytes(range(256)) * 1000
+    api.make_ready(delta, artifact)
+    url = f"/v1/deltas/{delta['id']}/artifact"
+    assert api.client.get(url).content == artifact
+    part = api.client.get(url, headers={"Range": "bytes=-5"})
+    assert (part.status_code, part.content) == (206, artifact[-5:])
+    assert api.client.get("/readyz").json()["status"] == "ok"
+
+
+def test_requests_at_once_agree(api: Api) -> None:
+    upload = api.open_upload()
+    for path, data in (("config.json", CONFIG), ("model.safetensors", weights(1))):
+        assert api.put(upload, path, data).status_code == 200
+    with ThreadPoolExecutor(6) as pool:
+        completes = list(
+            pool.map(lambda _: api.client.post(f"/v1/uploads/{upload}/complete"), range(6))
+        )
+    assert {answer.status_code for answer in completes} == {200}
+    assert len({answer.text for answer in completes}) == 1
+
+    body = api.delta_body()
+    with ThreadPoolExecutor(6) as pool:
+        deltas = list(pool.map(lambda _: api.client.post("/v1/deltas", json=body), range(6)))
+    assert sorted(answer.status_code for answer in deltas) == [200] * 5 + [202]
+
+
+def test_a_bad_file_leaves_nothing(api: Api) -> None:
+    upload = api.open_upload("calibration")
+    answer = api.put(upload, "text.txt", TEXT, **{"X-Content-SHA256": "0" * 64})
+    assert answer.json()["code"] == "hash_mismatch"
+    assert not api.resources.blobs.exists(sha256(TEXT))
+    assert api.client.get(f"/v1/uploads/{upload}").json()["files"] == []

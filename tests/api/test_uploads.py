@@ -1,0 +1,285 @@
+"""Uploads: what arrives whole is kept, and of everything else nothing stays."""
+
+import base64
+import http.client
+import json
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from api.uploads.receive import BATCH_BYTES
+from artifacts.checkpoint import CheckpointManifest, scan_folder
+from tests.api.support import CONFIG, TEXT, Api, sha256, weights
+
+LIMIT = 4_000_000
+
+
+@pytest.fixture
+def settings_fields() -> dict[str, Any]:
+    return {"max_file_bytes": LIMIT}
+
+
+def assert_nothing_stayed(api: Api, upload: str) -> None:
+    assert api.staged() == []
+    assert api.blobs() == set()
+    assert api.client.get(f"/v1/uploads/{upload}").json()["files"] == []
+
+
+def test_a_checkpoint_arrives_and_is_what_the_folder_scan_says(api: Api, tmp_path: Path) -> None:
+    files = {"config.json": CONFIG, "model.safetensors": weights(), "tokenizer.json": b"{}"}
+    done = api.upload("checkpoint", files)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    manifest = scan_folder(folder)
+    assert done["state"] == "complete"
+    assert done["checkpoint"] == {
+        "digest": manifest.digest,
+        "weights_digest": manifest.weights_digest,
+        "model_type": "llama",
+        "total_bytes": manifest.total_bytes,
+    }
+    stored = api.resources.blobs.read(manifest.digest, 1 << 20)
+    assert CheckpointManifest.from_json(stored) == manifest
+    assert api.blobs() == {manifest.digest, *map(sha256, files.values())}
+    assert api.staged() == []
+    assert api.client.get(f"/v1/uploads/{done['id']}").json() == done
+
+
+def test_a_file_may_be_put_again(api: Api) -> None:
+    upload = api.open_upload()
+    for data in (b"{}", CONFIG):
+        answer = api.put(upload, "config.json", data)
+        assert answer.json() == {"path": "config.json", "size": len(data), "sha256": sha256(data)}
+    assert len(api.client.get(f"/v1/uploads/{upload}").json()["files"]) == 1
+
+
+def content_digest(data: bytes) -> str:
+    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256(data))).decode()}:"
+
+
+def test_announced_digests_are_checked(api: Api) -> None:
+    upload = api.open_upload()
+    good = {"Content-Digest": content_digest(CONFIG), "X-Content-SHA256": sha256(CONFIG).upper()}
+    assert api.put(upload, "config.json", CONFIG, **good).status_code == 200
+
+
+def test_a_wrong_digest_leaves_nothing(api: Api, subtests: pytest.Subtests) -> None:
+    for headers, code in (
+        ({"Content-Digest": content_digest(b"other")}, "hash_mismatch"),
+        ({"X-Content-SHA256": sha256(b"other")}, "hash_mismatch"),
+        (
+            {"Content-Digest": content_digest(CONFIG), "X-Content-SHA256": sha256(b"other")},
+            "hash_mismatch",
+        ),
+        ({"Content-Digest": "sha-256=:bm90IDMyIGJ5dGVz:"}, "invalid_input"),
+        ({"Content-Digest": "md5=:bm90IDMyIGJ5dGVz:"}, "invalid_input"),
+        ({"X-Content-SHA256": "abc"}, "invalid_input"),
+    ):
+        with subtests.test(headers=headers):
+            upload = api.open_upload()
+            answer = api.put(upload, "config.json", CONFIG, **headers)
+            assert (answer.status_code, answer.json()["code"]) == (422, code)
+            assert_nothing_stayed(api, upload)
+
+
+@contextmanager
+def begin_put(api: Api, path: str, size: int) -> Iterator[http.client.HTTPConnection]:
+    """A PUT of `size` bytes, of which none are sent yet; the connection breaks at the end."""
+    address = urlsplit(str(api.client.base_url))
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=30)
+    connection.putrequest("PUT", path)
+    connection.putheader("Content-Length", str(size))
+    connection.endheaders()
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def lying_header(change: dict[str, Any]) -> bytes:
+    header = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | change}
+    raw = json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + bytes(8)
+
+
+def test_a_bad_file_leaves_nothing(api: Api, subtests: pytest.Subtests) -> None:
+    for path, data, code in (
+        ("model.safetensors", weights()[:-1], "malformed_safetensors"),
+        ("model.safetensors", weights() + b"\0", "malformed_safetensors"),
+        ("model.safetensors", weights()[:20], "malformed_safetensors"),
+        ("model.safetensors", b"", "malformed_safetensors"),
+        ("model.safetensors", pickle.dumps({"w": [1.0]}), "malformed_safetensors"),
+        ("model.safetensors", lying_header({"shape": [3]}), "malformed_safetensors"),
+        ("model.safetensors", lying_header({"dtype": "F99"}), "malformed_safetensors"),
+        ("model.safetensors", lying_header({"data_offsets": [4, 12]}), "malformed_safetensors"),
+        ("pytorch_model.bin", pickle.dumps({"w": [1.0]}), "unsafe_file"),
+        ("modeling_evil.py", b"import os", "unsafe_file"),
+        ("..%2F..%2Fconfig.json", CONFIG, "unsafe_file"),
+        ("%2Fetc%2Fconfig.json", CONFIG, "unsafe_file"),
+        ("a%5Cconfig.json", CONFIG, "unsafe_file"),
+        ("picture.png", b"", "invalid_checkpoint"),
+    ):
+        with subtests.test(path=path, code=code):
+            upload = api.open_upload()
+            answer = api.put(upload, path, data)
+            assert (answer.status_code, answer.json()["code"]) == (422, code)
+            assert_nothing_stayed(api, upload)
+
+
+def test_a_lying_file_is_refused_before_its_end(api: Api) -> None:
+    """The answer comes when the header has arrived, though most of the body never does."""
+    upload = api.open_upload()
+    data = lying_header({"dtype": "F99"}) + bytes(2 * BATCH_BYTES)
+    with begin_put(api, f"/v1/uploads/{upload}/files/model.safetensors", LIMIT) as connection:
+        connection.send(data)
+        answer = connection.getresponse()
+        assert json.loads(answer.read())["code"] == "malformed_safetensors"
+    assert_nothing_stayed(api, upload)
+
+
+def test_too_large_is_refused_by_its_announced_size(api: Api) -> None:
+    upload = api.open_upload()
+    answer = api.put(upload, "tokenizer.json", bytes(LIMIT + 1))
+    assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+    assert_nothing_stayed(api, upload)
+
+
+def test_too_large_is_refused_while_it_streams(api: Api) -> None:
+    upload = api.open_upload()
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(LIMIT // 100_000 + 1):
+            yield bytes(100_000)
+
+    answer = api.client.put(f"/v1/uploads/{upload}/files/tokenizer.json", content=chunks())
+    assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+    assert_nothing_stayed(api, upload)
+
+
+def test_a_client_that_goes_away_leaves_nothing(api: Api) -> None:
+    upload = api.open_upload()
+    with begin_put(api, f"/v1/uploads/{upload}/files/tokenizer.json", LIMIT) as connection:
+        connection.send(bytes(2 * BATCH_BYTES))
+        wait_until(lambda: api.staged() != [])
+    wait_until(lambda: api.staged() == [])
+    assert_nothing_stayed(api, upload)
+
+
+def wait_until(condition: Any) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.02)
+    pytest.fail("it did not come to that")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "config.json is missing"),
+        ({"config.json": CONFIG}, "no .safetensors file"),
+        ({"model.safetensors": weights()}, "config.json is missing"),
+        ({"config.json": b"{", "model.safetensors": weights()}, "not valid JSON"),
+        (
+            {"config.json": CONFIG, "a.safetensors": weights(), "b.safetensors": weights()},
+            "in two files",
+        ),
+        (
+            {
+                "config.json": CONFIG,
+                "model-00001-of-00002.safetensors": weights(),
+                "model.safetensors.index.json": json.dumps(
+                    {"weight_map": {"x": "model-00002-of-00002.safetensors"}}
+                ).encode(),
+            },
+            "model-00002-of-00002.safetensors",
+        ),
+        (
+            {
+                "config.json": CONFIG,
+                "model.safetensors": weights(),
+                "model.safetensors.index.json": b"[]",
+            },
+            "not a shard index",
+        ),
+    ],
+)
+def test_an_incomplete_checkpoint_stays_open(
+    api: Api, files: dict[str, bytes], message: str
+) -> None:
+    upload = api.open_upload()
+    for path, data in files.items():
+        assert api.put(upload, path, data).status_code == 200
+    answer = api.client.post(f"/v1/uploads/{upload}/complete")
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_checkpoint")
+    assert message in answer.json()["detail"]
+    assert api.client.get(f"/v1/uploads/{upload}").json()["state"] == "open"
+
+
+def test_completes_at_once_agree(api: Api) -> None:
+    uploads = [api.open_upload() for _ in range(2)]
+    for upload in uploads:
+        api.put(upload, "config.json", CONFIG)
+        api.put(upload, "model.safetensors", weights())
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(
+            pool.map(lambda upload: api.client.post(f"/v1/uploads/{upload}/complete"), uploads * 4)
+        )
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.json()["checkpoint"]["digest"] for answer in answers}) == 1
+
+
+def test_a_put_and_a_complete_at_once_never_disagree(api: Api) -> None:
+    """Either the file is in the checkpoint, or it was refused."""
+    for attempt in range(5):
+        upload = api.open_upload()
+        api.put(upload, "config.json", CONFIG)
+        api.put(upload, "model.safetensors", weights())
+        extra = json.dumps({"attempt": attempt}).encode()
+        barrier = threading.Barrier(2)
+
+        def put(upload: str = upload, extra: bytes = extra, barrier: Any = barrier) -> int:
+            barrier.wait()
+            return api.put(upload, "tokenizer.json", extra).status_code
+
+        with ThreadPoolExecutor(1) as pool:
+            status = pool.submit(put)
+            barrier.wait()
+            done = api.client.post(f"/v1/uploads/{upload}/complete").json()
+        digest = done["checkpoint"]["digest"]
+        manifest = CheckpointManifest.from_json(api.resources.blobs.read(digest, 1 << 20))
+        assert status.result() in {200, 409}
+        assert (status.result() == 200) == ("tokenizer.json" in [f.path for f in manifest.files])
+
+
+def test_closed_uploads_take_nothing_more(api: Api) -> None:
+    complete = api.upload("calibration", {"text.txt": TEXT})["id"]
+    aborted = api.open_upload()
+    assert api.client.delete(f"/v1/uploads/{aborted}").status_code == 204
+    assert api.client.delete(f"/v1/uploads/{aborted}").status_code == 204
+    for upload in (complete, aborted):
+        assert api.put(upload, "text.txt", TEXT).json()["code"] == "conflict"
+    assert api.client.delete(f"/v1/uploads/{complete}").status_code == 409
+    assert api.client.post(f"/v1/uploads/{aborted}/complete").status_code == 409
+    assert api.client.get(f"/v1/uploads/{aborted}").json()["state"] == "aborted"
+
+
+def test_unknown_uploads_are_not_found(api: Api) -> None:
+    for answer in (
+        api.client.get("/v1/uploads/upl_x"),
+        api.client.delete("/v1/uploads/upl_x"),
+        api.client.post("/v1/uploads/upl_x/complete"),
+        api.put("upl_x", "config.json", CONFIG),
+    ):
+        assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+    assert api.staged() == []

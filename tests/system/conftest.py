@@ -1,0 +1,83 @@
+"""A running Deltadock to drive from outside: the embedded default, and the production shape."""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from client.http import DeltadockClient
+from client.processes import Child, free_ports
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The sample fine-tune as a ready delta, and what its job said on the way."""
+
+    base: dict[str, Any]
+    finetuned: dict[str, Any]
+    calibration: str
+    delta: dict[str, Any]
+    events: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session", params=["up", "topology"])
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a system that the `deltadock` command has started."""
+    folder = tmp_path_factory.mktemp(request.param)
+    api_port, node_port = free_ports(2)
+    command = [
+        *(sys.executable, "-m", "client", request.param),
+        *("--api-port", str(api_port), "--node-port", str(node_port)),
+    ]
+    if request.param == "up":
+        command += ["--home", str(folder / "home")]
+    log = folder / "system.log"
+    environment = os.environ | {"DELTADOCK_DEVICE": "cpu"}
+    with Child("deltadock", command, log=log, env=environment, grace=60.0) as child:
+        child.wait_until(lambda: "Ctrl-C" in log.read_text(), seconds=180)
+        yield f"http://127.0.0.1:{api_port}"
+        child.stop()
+        assert child.poll() == 0, log.read_text()
+        assert log.read_text().endswith("Stopped.\n")
+
+
+@pytest.fixture(scope="session")
+def http(url: str) -> Iterator[httpx.Client]:
+    """A bare HTTP client, for what no well-meaning client would send."""
+    with httpx.Client(base_url=url, timeout=120.0) as http:
+        yield http
+
+
+@pytest.fixture(scope="session")
+def client(url: str) -> Iterator[DeltadockClient]:
+    with DeltadockClient(url) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def stored(client: DeltadockClient, tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    base = client.upload_folder(SAMPLES / "base")
+    client.create_base("sample-base", base["digest"])
+    finetuned = client.upload_folder(SAMPLES / "finetuned")
+    text = tmp_path_factory.mktemp("text") / "calibration.txt"
+    text.write_text((SAMPLES / "calibration.txt").read_text()[:40_000])
+    calibration = client.upload_calibration(text)
+    accepted = client.create_delta(
+        "maths/skills",
+        "sample-base",
+        finetuned["digest"],
+        method="adamix",
+        bits=1.0,
+        calibration=calibration,
+    )
+    events: list[dict[str, Any]] = []
+    job = client.wait(accepted["job"]["id"], events.append)
+    assert job["state"] == "ready", job
+    return Stored(base, finetuned, calibration, client.delta(accepted["delta"]["id"]), events)

@@ -1,0 +1,271 @@
+"""The dashboard in a real browser, against a real server."""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, Request, ViewportSize, expect
+from sqlalchemy.orm import Session
+from starlette.responses import JSONResponse
+
+from client.processes import Child, free_ports
+from deltadock.settings import Settings
+from storage.blobs import BlobStore, make_blob_store
+from storage.database import Database, migrate
+from storage.models import Delta, JobState
+from storage.repositories import BaseRepository, DeltaRepository, JobRepository
+from tests import browser as chromium
+from tests import seed
+from tests.api.support import StandInNode, serving
+
+WIDE: Final[ViewportSize] = {"width": 1280, "height": 860}
+PHONE: Final[ViewportSize] = {"width": 390, "height": 844}
+
+
+@dataclass
+class Site:
+    """A running api on a seeded database, with a stand-in for the node."""
+
+    url: str
+    database: Database
+    blobs: BlobStore
+    node: StandInNode
+    seeded: seed.Seeded
+
+    def new_delta(self, name: str) -> Delta:
+        """A delta that a worker is compressing."""
+        with self.database.session_scope() as session:
+            base = BaseRepository(session).find("pilot-0.3b")
+            assert base is not None
+            delta = seed.add_delta(session, base, name, 1.0)
+            seed.start(session, delta)
+            return delta
+
+    def finish(self, delta_id: str) -> None:
+        """Make a delta ready, as its worker does."""
+        with self.database.session_scope() as session:
+            delta = DeltaRepository(session).find(delta_id)
+            assert delta is not None
+            seed.finish(session, self.blobs, delta, seed.report(layers=4))
+
+    def job_id(self, session: Session, delta_id: str) -> str:
+        delta = DeltaRepository(session).find(delta_id)
+        assert delta is not None
+        return delta.job.id
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("dashboard")
+    settings = Settings(home=folder / "home")
+    migrate(settings.sqlalchemy_url)
+    database = Database(settings.sqlalchemy_url)
+    blobs = make_blob_store(settings)
+    blobs.prepare()
+    seeded = seed.seed(database, blobs)
+    node = StandInNode()
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "uvicorn", "api.main:app", "--port", str(port)]
+    with serving(node.app()) as node_url:
+        environment = os.environ | {
+            "DELTADOCK_HOME": str(settings.home),
+            "DELTADOCK_NODE_URL": node_url,
+        }
+        with Child("api", command, log=folder / "api.log", env=environment) as child:
+            child.wait_until(partial(_answers, port))
+            yield Site(f"http://127.0.0.1:{port}", database, blobs, node, seeded)
+            child.stop()
+    database.dispose()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not chromium.is_installed():
+        pytest.skip("There is no browser: install Chromium or set DELTADOCK_TEST_BROWSER.")
+    with chromium.open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(site: Site, browser: Browser) -> Iterator[Page]:
+    """A page on which nothing may go wrong, and which may only speak with the site."""
+    context = browser.new_context(base_url=site.url, viewport=WIDE)
+    page = context.new_page()
+    faults: list[str] = []
+    hosts: set[str] = set()
+
+    def hear(message: ConsoleMessage) -> None:
+        if message.type in {"error", "warning"}:
+            faults.append(message.text)
+
+    page.on("console", hear)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+    yield page
+    context.close()
+    assert faults == []
+    assert hosts == {urlsplit(site.url).netloc}
+
+
+def test_shows_every_delta(site: Site, page: Page, tmp_path: Path) -> None:
+    page.goto("/")
+    rows = page.locator("#deltas tbody tr")
+    for delta_id in (*site.seeded.ready, site.seeded.queued, site.seeded.failed):
+        expect(page.locator(f"#{delta_id}")).to_be_visible()
+    assert rows.count() >= len(seed.READY) + 3
+    expect(page.locator(f"#{site.seeded.failed}")).to_contain_text("non_finite_weights")
+    expect(page.locator(f"#{site.seeded.ready[0]} .state")).to_have_text("ready")
+    assert page.screenshot(path=tmp_path / "list.png", full_page=True)
+
+
+def test_progress_is_live_and_ends(site: Site, page: Page) -> None:
+    delta = site.new_delta("live/list")
+    asked: list[str] = []
+
+    def count(request: Request) -> None:
+        if delta.id in request.url:
+            asked.append(request.url)
+
+    page.on("request", count)
+    page.goto("/")
+    row = page.locator(f"#{delta.id}")
+    expect(row.locator("progress")).to_have_attribute("value", "40.0")
+    row.locator("a").focus()
+    ready = int(page.locator("#totals strong").first.inner_text())
+    with site.database.session_scope() as session:
+        seed.advance(session, site.job_id(session, delta.id), 18)
+    expect(row.locator("progress")).to_have_attribute("value", "70.0")
+    expect(row).to_contain_text("18/24 · 70 %")
+    expect(row.locator("a")).to_be_focused()  # a refresh takes nothing from the keyboard
+    site.finish(delta.id)
+    expect(row.locator(".state")).to_have_text("ready")
+    expect(row.locator("progress")).to_have_count(0)
+    expect(page.locator("#totals strong").first).to_have_text(str(ready + 1))
+    settled = len(asked)
+    page.wait_for_timeout(2500)
+    assert len(asked) == settled, "a finished row still asks"
+
+
+def test_the_page_of_a_job_follows_it_to_its_report(site: Site, page: Page, tmp_path: Path) -> None:
+    delta = site.new_delta("live/page")
+    page.goto(f"/deltas/{delta.id}")
+    expect(page.locator("[aria-current=step]")).to_have_text("compressing")
+    expect(page.locator("#job [role=status]")).to_have_text("Compressing, block 9 of 24")
+    with site.database.session_scope() as session:
+        seed.advance(session, site.job_id(session, delta.id), 21)
+    expect(page.locator("#percent")).to_have_text("80 %")
+    assert page.screenshot(path=tmp_path / "running.png")
+    site.finish(delta.id)
+    expect(page.locator(".heading .state")).to_have_text("ready")
+    expect(page.locator("#job")).to_have_count(0)
+    expect(page.locator("svg.grid").first.locator(".cell")).to_have_count(4 * 7)
+
+
+def test_a_job_can_be_cancelled(site: Site, page: Page) -> None:
+    delta = site.new_delta("live/cancel")
+    page.goto(f"/deltas/{delta.id}")
+    asked: list[str] = []
+
+    def accept(dialog: Dialog) -> None:
+        asked.append(dialog.message)
+        dialog.accept()
+
+    page.on("dialog", accept)
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("button", name="Cancelling")).to_be_disabled()
+    assert asked == ["Stop compressing live/cancel:1?"]
+    with site.database.session_scope() as session:
+        job = JobRepository(session).find(site.job_id(session, delta.id))
+        assert job is not None
+        assert job.cancel_requested
+        assert JobRepository(session).finish(
+            job.id,
+            seed.WORKER,
+            JobState.CANCELLED,
+            error_code="cancelled",
+            error_message="Cancelled on request.",
+        )
+    expect(page.locator(".fault")).to_contain_text("blocks that were done are not done again")
+
+
+def test_charts_have_a_cell_per_matrix(site: Site, page: Page, tmp_path: Path) -> None:
+    report = seed.report(bits=seed.READY[1][1], seed=1)
+    page.goto(f"/deltas/{site.seeded.ready[1]}")
+    grids = page.locator("svg.grid")
+    assert grids.count() == 2
+    for index in range(2):
+        expect(grids.nth(index).locator(".cell")).to_have_count(len(report["matrices"]))
+    used = sum(len([n for n in m["widths"].values() if n]) for m in report["matrices"])
+    assert grids.nth(1).locator("rect:not(.ground)").count() >= used
+    page.get_by_text("All 168 matrices as a table").click()
+    expect(page.locator("#matrices tbody tr")).to_have_count(168)
+    expect(page.locator("#matrices")).to_be_visible()
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    page.get_by_role("button", name="Copy the base digest").click()
+    assert page.evaluate("window.copied") == report["base_digest"]
+    page.reload()
+    assert page.screenshot(path=tmp_path / "delta.png", full_page=True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_fits_a_phone_and_follows_the_colour_scheme(
+    site: Site, page: Page, tmp_path: Path, scheme: str
+) -> None:
+    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    page.set_viewport_size(PHONE)
+    for name, path in (("list", "/"), ("delta", f"/deltas/{site.seeded.ready[1]}")):
+        page.goto(path)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        red = int(ground.removeprefix("rgb(").split(",")[0])
+        assert (red < 128) == (scheme == "dark")
+        assert page.screenshot(path=tmp_path / f"{name}-{scheme}.png", full_page=True)
+
+
+def test_base_and_delta_answer_side_by_side(site: Site, page: Page) -> None:
+    site.node.requests.clear()
+    page.goto(f"/deltas/{site.seeded.ready[0]}")
+    page.get_by_label("Prompt").fill("17 + 25 =")
+    page.get_by_label("Tokens at most").fill("8")
+    page.get_by_role("button", name="Generate").click()
+    for answer in page.locator(".answer").all():
+        expect(answer.locator("output")).to_have_text(" 42", use_inner_text=True)
+        expect(answer.locator("p")).to_contain_text("3 tokens, stop")
+    asked = site.node.requests
+    assert {"deltadock-artifact" in request["headers"] for request in asked} == {True, False}
+    assert [request["body"]["prompt"] for request in asked] == ["17 + 25 ="] * 2
+    assert [request["body"]["max_tokens"] for request in asked] == [8] * 2
+
+
+def test_hostile_text_stays_text(site: Site, page: Page) -> None:
+    name = "<script>window.hurt=1</script>/<img src=x onerror=window.hurt=1>"
+    delta = site.new_delta(name)
+    site.node.answer = JSONResponse(
+        {
+            "choices": [{"text": "<img src=x onerror=window.hurt=1>", "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+        }
+    )
+    try:
+        for path in ("/", f"/deltas/{delta.id}"):
+            page.goto(path)
+            expect(page.get_by_text(name).first).to_be_visible()
+        page.goto(f"/deltas/{site.seeded.ready[0]}")
+        page.get_by_label("Prompt").fill("?")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("output").first).to_contain_text("<img")
+        assert page.evaluate("window.hurt") is None
+    finally:
+        site.node.answer = None

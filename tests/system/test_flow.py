@@ -1,0 +1,147 @@
+"""The whole job over HTTP: a fine-tune goes in, a delta is stored, and it answers."""
+
+import hashlib
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from artifacts.reader import Artifact
+from client.http import DeltadockClient
+
+from .conftest import SAMPLES, Stored
+
+STATES = ("queued", "validating", "calibrating", "compressing", "assembling", "verifying", "ready")
+
+
+def test_progress_is_told_as_it_happens(stored: Stored) -> None:
+    seen = [STATES.index(event["state"]) for event in stored.events]
+    assert seen == sorted(seen)
+    assert STATES.index("compressing") in seen
+    assert seen[-1] == STATES.index("ready")
+    assert all(a["percent"] <= b["percent"] for a, b in pairwise(stored.events))
+    blocks = [event for event in stored.events if event["state"] == "compressing"]
+    assert {event["blocks"] for event in blocks} == {5}  # four decoder blocks and the head
+    assert len({event["block"] for event in blocks}) >= 3
+
+
+def test_the_delta_is_listed_and_reported(stored: Stored, client: DeltadockClient) -> None:
+    delta = stored.delta
+    assert (delta["state"], delta["version"], delta["percent"]) == ("ready", 1, 100.0)
+    assert delta["id"] in [listed["id"] for listed in client.deltas()]
+    report = client.report(delta["id"])
+    assert report["base_digest"] == stored.base["weights_digest"]
+    assert report["artifact_bytes"] == delta["artifact"]["bytes"]
+    assert report["ratio"] > 8
+    assert report["kl"] < report["kl_base"] / 5
+    assert report["agreement"] > 0.7
+    assert len(report["matrices"]) == 28
+    assert delta["metrics"]["kl"] == report["kl"]
+
+
+def test_the_artifact_downloads_whole_in_parts_and_again(
+    stored: Stored, client: DeltadockClient, http: httpx.Client, tmp_path: Path
+) -> None:
+    delta, digest = stored.delta["id"], stored.delta["artifact"]["digest"]
+    path = tmp_path / "delta.safetensors"
+    client.download_artifact(delta, path)
+    whole = path.read_bytes()
+    assert hashlib.sha256(whole).hexdigest() == digest
+    with Artifact(path) as artifact:
+        assert artifact.manifest["base_digest"] == stored.base["weights_digest"]
+
+    address = f"/v1/deltas/{delta}/artifact"
+    part = http.get(address, headers={"Range": "bytes=100-299"})
+    assert (part.status_code, part.content) == (206, whole[100:300])
+    assert part.headers["content-range"] == f"bytes 100-299/{len(whole)}"
+    tail = http.get(address, headers={"Range": "bytes=-10"})
+    assert tail.content == whole[-10:]
+    beyond = http.get(address, headers={"Range": f"bytes={len(whole)}-"})
+    assert (beyond.status_code, beyond.json()["code"]) == (416, "range_not_satisfiable")
+    head = http.head(address)
+    assert head.headers["etag"] == f'"{digest}"'
+    assert int(head.headers["content-length"]) == len(whole)
+
+    broken_off = tmp_path / "again.safetensors"
+    broken_off.with_name("again.safetensors.part").write_bytes(whole[:1000])
+    received: list[int] = []
+    client.download_artifact(delta, broken_off, lambda _, done, __: received.append(done))
+    assert broken_off.read_bytes() == whole
+    assert received[0] > 1000
+
+
+def test_the_delta_knows_what_its_base_does_not(stored: Stored, client: DeltadockClient) -> None:
+    lines = (SAMPLES / "exercises.jsonl").read_text().splitlines()[:12]
+    exercises = [json.loads(line) for line in lines]
+
+    def right(kind: str, model: str) -> int:
+        return sum(
+            client.generate(
+                model,
+                exercise["prompt"],
+                kind=kind,  # type: ignore[arg-type]
+                max_tokens=16,
+                temperature=0.0,
+                stop="\n",
+            )["text"].strip()
+            == exercise["answer"]
+            for exercise in exercises
+        )
+
+    assert right("deltas", stored.delta["id"]) >= 9
+    assert right("bases", "sample-base") <= 1
+
+
+def test_sampling_follows_its_seed(stored: Stored, client: DeltadockClient) -> None:
+    first, again, other = (
+        client.generate(stored.delta["id"], "Once", max_tokens=24, seed=seed)["text"]
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_openai_clients_are_at_home(stored: Stored, url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        models = {model.id for model in client.models.list()}
+        assert {stored.delta["id"], "maths/skills", "sample-base"} <= models
+        arguments = {"prompt": "Q: sort d a c b =\nA:", "max_tokens": 16, "temperature": 0.0}
+        whole = client.completions.create(model=stored.delta["id"], **arguments)  # type: ignore[call-overload]
+        by_name = client.completions.create(model="maths/skills", **arguments)  # type: ignore[call-overload]
+        stream = client.completions.create(
+            model=stored.delta["id"],
+            stream=True,
+            **arguments,  # type: ignore[call-overload]
+        )
+        chunks = list(stream)
+        assert whole.model == stored.delta["id"]
+        assert whole.choices[0].text == by_name.choices[0].text
+        assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == (
+            whole.choices[0].text
+        )
+        assert len(chunks) > 2
+        with pytest.raises(openai.NotFoundError) as error:
+            client.completions.create(model="nothing", prompt="x")
+        assert error.value.code == "model_not_found"
+
+
+def test_the_same_request_again_is_no_new_work(stored: Stored, client: DeltadockClient) -> None:
+    again = client.create_delta(
+        "maths/skills",
+        "sample-base",
+        stored.finetuned["digest"],
+        method="adamix",
+        bits=1.0,
+        calibration=stored.calibration,
+    )
+    assert again["delta"]["id"] == stored.delta["id"]
+    assert again["job"]["state"] == "ready"
+
+
+def test_the_dashboard_and_the_description_are_served(stored: Stored, http: httpx.Client) -> None:
+    assert stored.delta["name"] in http.get("/").text
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {"/v1/uploads", "/v1/deltas", "/v1/completions", "/v1/models"} <= paths.keys()

@@ -1,0 +1,99 @@
+"""The production shape: the compose file and the Dockerfile."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from client.services import Service
+from client.topology import topology_settings
+from deltadock.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+APPLICATION = {"migrate", "api", "worker", "worker-cpu", "node", "node-cpu"}
+SERVERS = {"postgres", "valkey", "seaweedfs"}
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    compose: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    found: dict[str, Any] = compose["services"]
+    return found
+
+
+def test_the_file_follows_the_compose_specification() -> None:
+    check = shutil.which("check-jsonschema", path=str(Path(sys.executable).parent))
+    assert check is not None
+    command = [check, "--builtin-schema", "vendor.compose-spec", ROOT / "docker-compose.yml"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stdout
+
+
+def test_everything_is_there(services: dict[str, Any]) -> None:
+    assert services.keys() == APPLICATION | SERVERS
+    by_profile = {
+        profile: {name for name in services if profile in services[name].get("profiles", [profile])}
+        for profile in ("gpu", "cpu")
+    }
+    always = SERVERS | {"migrate", "api"}
+    assert by_profile == {
+        "gpu": always | {"worker", "node"},
+        "cpu": always | {"worker-cpu", "node-cpu"},
+    }
+    for name in services.keys() - {"migrate"}:  # which ends at once
+        assert "healthcheck" in services[name], name
+
+
+def test_variables_are_settings_and_those_of_the_topology(
+    services: dict[str, Any],
+    postgres_service: Service,
+    valkey_service: Service,
+    seaweedfs_service: Service,
+    tmp_path: Path,
+) -> None:
+    servers = (postgres_service, valkey_service, seaweedfs_service)
+    topology = topology_settings(tmp_path, 8100, *(server.settings for server in servers))
+    expected = {f"DELTADOCK_{field.upper()}" for field in topology}
+    assert topology.keys() <= Settings.model_fields.keys()
+    for name in APPLICATION:
+        assert services[name]["environment"].keys() == expected, name
+
+
+def test_what_waits_for_a_service_waits_for_an_existing_one(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        for other, how in service.get("depends_on", {}).items():
+            assert "profiles" not in services[other], name
+            if how["condition"] == "service_healthy":
+                assert "healthcheck" in services[other], name
+
+
+def test_the_images_have_what_the_builder_is_sent() -> None:
+    sent = {
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    copied = {
+        word
+        for line in (ROOT / "Dockerfile").read_text().splitlines()
+        if line.startswith("COPY") and "--from" not in line
+        for word in line.split()[1:-1]
+    }
+    assert copied == sent
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "samples"}
+    assert packages <= copied
+
+
+def test_the_images_end_unprivileged() -> None:
+    stages: dict[str, str] = {}
+    for line in (ROOT / "Dockerfile").read_text().splitlines():
+        if line.startswith("FROM"):
+            _, parent, _, stage = line.split()
+            stages[stage] = stages.get(parent, "root")
+        elif line.startswith("USER"):
+            stages[stage] = line.split()[1]
+    assert {stages["api"], stages["torch"]} == {"deltadock"}

@@ -1,0 +1,163 @@
+"""A tiny pair of checkpoints, and contexts on both databases to compress it in."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.settings import Settings
+from storage.blobs import BlobStore
+from storage.database import migrate
+from storage.models import Checkpoint, Job, UploadFile, UploadKind
+from storage.repositories import (
+    BaseRepository,
+    CheckpointRepository,
+    DeltaRepository,
+    JobRepository,
+    UploadRepository,
+)
+from workers.context import Context
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base, a fine-tune of it and a text, on disk."""
+
+    base: Path
+    finetuned: Path
+    calibration: Path
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("pair")
+    pair = Pair(folder / "base", folder / "finetuned", folder / "calibration.txt")
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=1536,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+        )
+    ).to(torch.bfloat16)
+    model.save_pretrained(pair.base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(pair.finetuned)
+    for target in (pair.base, pair.finetuned):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(SAMPLES / "base" / name, target)
+    pair.calibration.write_text((SAMPLES / "calibration.txt").read_text()[:8_000])
+    return pair
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    """Settings with a migrated, empty database of either kind."""
+    settings = Settings(
+        home=tmp_path / "home",
+        device="cpu",
+        database_url=""
+        if request.param == "sqlite"
+        else request.getfixturevalue("postgres_database"),
+    )
+    migrate(settings.sqlalchemy_url)
+    return settings
+
+
+@pytest.fixture
+def context(settings: Settings) -> Iterator[Context]:
+    context = Context.of(settings)
+    context.blobs.prepare()
+    yield context
+    context.database.dispose()
+
+
+@pytest.fixture
+def submit(context: Context, pair: Pair) -> Callable[..., str]:
+    """Puts a compression's inputs and rows where the api would; returns the job's id."""
+
+    def submit(
+        method: str = "exact", bits: float | None = None, finetuned: Path | None = None
+    ) -> str:
+        base = put_checkpoint(context.blobs, pair.base)
+        tuned = put_checkpoint(context.blobs, finetuned or pair.finetuned)
+        text = context.blobs.put_file(pair.calibration)
+        with context.database.session_scope() as session:
+            upload = UploadRepository(session).add(UploadKind.CALIBRATION)
+            file = UploadFile(path="calibration.txt", size=1, sha256=text, tensors=[])
+            UploadRepository(session).put_file(upload, file)
+            upload.calibration_digest = text
+            UploadRepository(session).complete(upload)
+            checkpoints = CheckpointRepository(session)
+            base_row, _ = BaseRepository(session).add("base", checkpoints.add(row_of(base)))
+            delta = DeltaRepository(session).add(
+                name="project/model",
+                base=base_row,
+                checkpoint_digest=checkpoints.add(row_of(tuned)).digest,
+                method=method,
+                bits=bits,
+                options={"seed": 0, "solver": "exact", "calibration": text},
+                fingerprint="0" * 64,
+            )
+            return delta.job.id
+
+    return submit
+
+
+@pytest.fixture
+def look(context: Context) -> Callable[[str], Job]:
+    """A job as the database has it now."""
+
+    def look(job_id: str) -> Job:
+        with context.database.read_scope() as session:
+            job = JobRepository(session).find(job_id)
+            assert job is not None
+            return job
+
+    return look
+
+
+def put_checkpoint(blobs: BlobStore, folder: Path) -> CheckpointManifest:
+    """Store a checkpoint folder as an upload does."""
+    manifest = scan_folder(folder)
+    for file in manifest.files:
+        blobs.put_file(folder / file.path)
+    assert blobs.put_bytes(manifest.to_json()) == manifest.digest
+    return manifest
+
+
+def row_of(manifest: CheckpointManifest) -> Checkpoint:
+    return Checkpoint(
+        digest=manifest.digest,
+        weights_digest=manifest.weights_digest,
+        model_type=manifest.config["model_type"],
+        total_bytes=manifest.total_bytes,
+    )
+
+
+@pytest.fixture
+def set_job(context: Context) -> Callable[..., None]:
+    """Sets columns of a job's row, as another process or the passing of time would."""
+
+    def set_job(job_id: str, **values: object) -> None:
+        with context.database.session_scope() as session:
+            job = JobRepository(session).find(job_id)
+            for name, value in values.items():
+                setattr(job, name, value)
+
+    return set_job

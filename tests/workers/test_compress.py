@@ -1,0 +1,242 @@
+"""How a job can end, in this process."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from artifacts.checkpoint import scan_folder
+from artifacts.reader import Artifact
+from client.processes import free_ports
+from compression import pipeline
+from deltadock.settings import Settings
+from storage.blobs import make_blob_store
+from storage.models import Job, JobState
+from storage.repositories import DeltaRepository, JobRepository
+from workers import compress as module
+from workers.compress import MAX_ATTEMPTS, Outcome, compress_job, job_folder
+from workers.context import Context
+from workers.lease import STOPPING
+
+Submit = Callable[..., str]
+Look = Callable[[str], Job]
+SetJob = Callable[..., None]
+
+
+@pytest.fixture
+def during(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Runs an action once the real pipeline has begun to compress blocks."""
+
+    def during(action: Callable[[], None]) -> None:
+        def compress(*arguments: object, progress: Callable[..., None], **named: object) -> object:
+            def observed(step: pipeline.Progress) -> None:
+                if step.stage == "compressing" and step.block == 1:
+                    action()
+                progress(step)
+
+            return pipeline.compress(*arguments, progress=observed, **named)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(module, "compress", compress)
+
+    return during
+
+
+@pytest.fixture
+def stopping() -> Iterator[Callable[[], None]]:
+    """What a SIGTERM does."""
+    yield STOPPING.set
+    STOPPING.clear()
+
+
+def assert_nothing_left(context: Context, job_id: str) -> None:
+    assert not job_folder(context.settings, job_id).exists()
+    assert not (context.settings.blob_folder / "work" / job_id).exists()
+
+
+def test_a_job_becomes_a_ready_delta(context: Context, submit: Submit, look: Look) -> None:
+    job_id = submit()
+    assert compress_job(job_id, context) is Outcome.FINISHED
+    job = look(job_id)
+    assert (job.state, job.percent, job.attempt) == (JobState.READY, 100.0, 1)
+    assert job.lease_owner is None
+    with context.database.read_scope() as session:
+        delta = DeltaRepository(session).find(job.delta_id)
+    assert delta is not None
+    assert delta.artifact_digest is not None
+    assert delta.report is not None
+    assert delta.artifact_bytes == context.blobs.size(delta.artifact_digest)
+    assert delta.report["kl"] == 0.0
+    with Artifact(context.settings.blob_folder / "blobs" / delta.artifact_digest) as artifact:
+        assert artifact.manifest["base_digest"] == delta.report["base_digest"]
+    assert_nothing_left(context, job_id)
+
+
+def test_a_redelivered_task_exits(
+    context: Context, submit: Submit, look: Look, set_job: SetJob
+) -> None:
+    job_id = submit()
+    with context.database.session_scope() as session:
+        assert JobRepository(session).acquire(job_id, "another", 60.0)
+    before = look(job_id)
+    assert compress_job(job_id, context) is Outcome.SKIPPED
+    assert (look(job_id).lease_owner, look(job_id).attempt) == ("another", before.attempt)
+
+    set_job(job_id, lease_expires_at=datetime.now(UTC) - timedelta(seconds=1))
+    assert compress_job(job_id, context) is Outcome.FINISHED
+    done = look(job_id)
+    assert compress_job(job_id, context) is Outcome.SKIPPED
+    assert look(job_id).updated_at == done.updated_at
+
+
+def test_cancelling_during_compression_leaves_nothing(
+    context: Context,
+    submit: Submit,
+    look: Look,
+    during: Callable[[Callable[[], None]], None],
+) -> None:
+    job_id = submit("adamix", 1.0)
+
+    def cancel() -> None:
+        with context.database.session_scope() as session:
+            JobRepository(session).request_cancel(job_id)
+
+    during(cancel)
+    blobs = set((context.settings.blob_folder / "blobs").iterdir())
+    assert compress_job(job_id, context) is Outcome.FINISHED
+    job = look(job_id)
+    assert (job.state, job.error_code) == (JobState.CANCELLED, "cancelled")
+    assert set((context.settings.blob_folder / "blobs").iterdir()) == blobs
+    assert_nothing_left(context, job_id)
+
+
+def test_deleting_the_delta_ends_its_job(
+    context: Context, submit: Submit, look: Look, during: Callable[[Callable[[], None]], None]
+) -> None:
+    job_id = submit("adamix", 1.0)
+
+    def delete() -> None:
+        with context.database.session_scope() as session:
+            delta = DeltaRepository(session).find(look(job_id).delta_id)
+            if delta is not None:
+                JobRepository(session).request_cancel(job_id)
+                DeltaRepository(session).delete(delta)
+
+    during(delete)
+    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert look(job_id).state is JobState.CANCELLED
+
+
+def test_a_worker_that_lost_its_lease_keeps_its_hands_off(
+    context: Context,
+    submit: Submit,
+    look: Look,
+    set_job: SetJob,
+    during: Callable[[Callable[[], None]], None],
+) -> None:
+    job_id = submit("adamix", 1.0)
+    during(lambda: set_job(job_id, lease_owner="successor", message="mine"))
+    assert compress_job(job_id, context) is Outcome.SKIPPED
+    job = look(job_id)
+    assert (job.state, job.lease_owner, job.message) == (
+        JobState.COMPRESSING,
+        "successor",
+        "mine",
+    )
+
+
+def test_a_stopping_worker_hands_the_job_on(
+    context: Context,
+    submit: Submit,
+    look: Look,
+    during: Callable[[Callable[[], None]], None],
+    stopping: Callable[[], None],
+) -> None:
+    job_id = submit("adamix", 1.0)
+    during(stopping)
+    assert compress_job(job_id, context) is Outcome.STOPPED
+    job = look(job_id)
+    assert (job.state, job.lease_owner, job.attempt) == (JobState.COMPRESSING, None, 0)
+    STOPPING.clear()
+    during(lambda: None)
+    saved = list((context.settings.blob_folder / "work" / job_id).rglob("0"))
+    assert saved, "the first block was saved"
+    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert look(job_id).state is JobState.READY
+    assert_nothing_left(context, job_id)
+
+
+def test_bad_input_fails_with_its_stable_code(
+    context: Context, submit: Submit, look: Look, pair: Any, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(pair.finetuned, broken)
+    weights = load_file(broken / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    job_id = submit(finetuned=broken)
+    assert compress_job(job_id, context) is Outcome.FINISHED
+    job = look(job_id)
+    assert (job.state, job.error_code) == (JobState.FAILED, "non_finite_weights")
+    assert "NaN" in (job.error_message or "")
+    assert_nothing_left(context, job_id)
+
+
+def test_damaged_bytes_are_never_compressed(
+    context: Context, submit: Submit, look: Look, pair: Any
+) -> None:
+    job_id = submit()
+    manifest = scan_folder(pair.finetuned)
+    digest = next(file.sha256 for file in manifest.files if file.path == "model.safetensors")
+    blob = context.settings.blob_folder / "blobs" / digest
+    damaged = bytearray(blob.read_bytes())
+    damaged[-1] ^= 1
+    blob.chmod(0o600)
+    blob.write_bytes(damaged)
+    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "hash_mismatch")
+
+
+def test_what_passes_is_tried_again_and_in_the_end_fails(
+    context: Context, submit: Submit, look: Look, set_job: SetJob
+) -> None:
+    job_id = submit()
+    away = Settings.model_validate(
+        context.settings.model_dump()
+        | {"blob_store": "s3", "s3_endpoint_url": f"http://127.0.0.1:{free_ports(1)[0]}"}
+        | {"s3_access_key_id": "key", "s3_secret_access_key": "secret"}
+    )
+    without_blobs = Context(away, context.database, make_blob_store(away))
+    assert compress_job(job_id, without_blobs) is Outcome.LATER
+    with context.database.read_scope() as session:
+        assert [job.id for job in JobRepository(session).stale()] == [job_id]
+    set_job(job_id, attempt=MAX_ATTEMPTS - 1)
+    compress_job(job_id, without_blobs)
+    assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "unavailable")
+
+
+def test_a_job_that_kills_its_workers_ends(
+    context: Context, submit: Submit, look: Look, set_job: SetJob
+) -> None:
+    job_id = submit()
+    set_job(job_id, attempt=MAX_ATTEMPTS)
+    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "worker_lost")
+
+
+def test_the_unexpected_is_logged_and_not_shown(
+    context: Context, submit: Submit, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(module, "compress", fail)
+    job_id = submit()
+    assert compress_job(job_id, context) is Outcome.FINISHED
+    job = look(job_id)
+    assert (job.state, job.error_code) == (JobState.FAILED, "internal_error")
+    assert "secret" not in (job.error_message or "")

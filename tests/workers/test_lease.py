@@ -1,0 +1,82 @@
+"""The heartbeat keeps a lease, and notices when it is gone."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from deltadock.errors import Cancelled
+from storage.models import Job, JobState
+from storage.repositories import JobRepository
+from workers.context import Context
+from workers.lease import STOPPING, Lease, LeaseLostError, WorkerStoppingError
+
+SECONDS = 0.6
+
+
+@pytest.fixture
+def job_id(context: Context, submit: Callable[..., str]) -> str:
+    job_id = submit()
+    with context.database.session_scope() as session:
+        assert JobRepository(session).acquire(job_id, "me", SECONDS)
+    return job_id
+
+
+def advance(lease: Lease, percent: float = 10.0) -> None:
+    lease.advance(JobState.COMPRESSING, block=1, blocks=4, percent=percent, message="block 1")
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_heartbeat_outlives_the_lease_it_began_with(
+    context: Context, job_id: str, look: Callable[[str], Job]
+) -> None:
+    first = look(job_id).lease_expires_at
+    assert first is not None
+    with Lease(context.database, job_id, "me", SECONDS):
+        eventually(lambda: (look(job_id).lease_expires_at or first) > first)
+    last = look(job_id).lease_expires_at
+    time.sleep(SECONDS / 2)  # longer than a beat: nothing beats any more
+    assert look(job_id).lease_expires_at == last
+
+
+def test_a_lost_lease_ends_the_work(
+    context: Context, job_id: str, set_job: Callable[..., None]
+) -> None:
+    with Lease(context.database, job_id, "me", SECONDS) as lease:
+        advance(lease)
+        set_job(job_id, lease_owner="another")
+        with pytest.raises(LeaseLostError):
+            advance(lease)
+        with pytest.raises(LeaseLostError):
+            lease.finish(JobState.READY)
+
+
+def test_the_heartbeat_alone_notices_a_loss(
+    context: Context, job_id: str, set_job: Callable[..., None]
+) -> None:
+    with Lease(context.database, job_id, "me", SECONDS) as lease:
+        set_job(job_id, lease_owner="another")
+        eventually(lambda: not lease.held)
+        set_job(job_id, lease_owner="me")  # too late: somebody else has worked meanwhile
+        with pytest.raises(LeaseLostError):
+            advance(lease)
+
+
+def test_wishes_are_heeded_at_the_next_step(context: Context, job_id: str) -> None:
+    with Lease(context.database, job_id, "me", SECONDS) as lease:
+        STOPPING.set()
+        try:
+            with pytest.raises(WorkerStoppingError):
+                advance(lease)
+        finally:
+            STOPPING.clear()
+        with context.database.session_scope() as session:
+            JobRepository(session).request_cancel(job_id)
+        with pytest.raises(Cancelled):
+            advance(lease)

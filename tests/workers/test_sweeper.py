@@ -1,0 +1,73 @@
+"""What crashes leave is made up for, and what is alive is left alone."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+from storage.models import JobState, UploadKind, UploadState
+from storage.repositories import JobRepository, UploadRepository
+from workers.compress import job_folder
+from workers.context import Context
+from workers.sweeper import ABANDONED, drop_abandoned, drop_job_folders, resend_lost
+
+Submit = Callable[..., str]
+SetJob = Callable[..., None]
+
+LONG_AGO = datetime.now(UTC) - timedelta(days=2)
+
+
+def resend(context: Context, *, queue_is_empty: bool = True) -> list[str]:
+    sent: list[str] = []
+    found = resend_lost(context, sent.append, lambda: queue_is_empty)
+    assert sent == found
+    return sent
+
+
+def test_a_task_lost_before_any_worker_saw_it_is_sent_once(
+    context: Context, submit: Submit, set_job: SetJob
+) -> None:
+    job_id = submit()
+    assert resend(context) == [], "its message may still be on the way"
+    set_job(job_id, sent_at=LONG_AGO)
+    assert resend(context, queue_is_empty=False) == [], "its message may be waiting"
+    assert resend(context) == [job_id]
+    assert resend(context) == []
+
+
+def test_a_dead_workers_job_is_sent_and_a_live_ones_is_not(
+    context: Context, submit: Submit, set_job: SetJob
+) -> None:
+    job_id = submit()
+    with context.database.session_scope() as session:
+        assert JobRepository(session).acquire(job_id, "worker", 60.0)
+    set_job(job_id, sent_at=LONG_AGO)
+    assert resend(context) == []
+    set_job(job_id, lease_expires_at=LONG_AGO)
+    assert resend(context) == [job_id]
+
+
+def test_abandoned_uploads_are_aborted(context: Context) -> None:
+    with context.database.session_scope() as session:
+        uploads = UploadRepository(session)
+        old, new = (uploads.add(UploadKind.CHECKPOINT) for _ in range(2))
+        old.updated_at = datetime.now(UTC) - 2 * ABANDONED
+    with context.blobs.writer() as writer:
+        writer.write(b"still arriving")
+        assert drop_abandoned(context) == 1
+        writer.commit("0" * 64)
+    with context.database.read_scope() as session:
+        states = [UploadRepository(session).find(upload.id) for upload in (old, new)]
+    assert [upload.state for upload in states if upload] == [UploadState.ABORTED, UploadState.OPEN]
+
+
+def test_only_the_files_of_ended_jobs_are_dropped(
+    context: Context, submit: Submit, set_job: SetJob
+) -> None:
+    job_id = submit()
+    folder = job_folder(context.settings, job_id)
+    folder.mkdir(parents=True)
+    context.blobs.put_work(f"{job_id}/fingerprint/0", b"block")
+    assert drop_job_folders(context) == 0
+    set_job(job_id, state=JobState.CANCELLED)
+    assert drop_job_folders(context) == 1
+    assert not folder.exists()
+    assert context.blobs.get_work(f"{job_id}/fingerprint/0") is None

@@ -1,0 +1,82 @@
+"""Real worker processes on a real broker: one is killed, another finishes."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from client.processes import Child
+from compression.pipeline import CompressOptions, compress
+from storage.models import Job, JobState
+from storage.repositories import DeltaRepository
+from workers.context import Context
+
+LEASE_SECONDS = "3"
+
+
+@pytest.fixture
+def workers(context: Context, broker_url: str, tmp_path: Path) -> Iterator[list[Child]]:
+    """Two workers that share a broker, a database and blobs."""
+    settings = context.settings
+    environment = os.environ | {
+        "DELTADOCK_HOME": str(settings.home),
+        "DELTADOCK_DATABASE_URL": settings.database_url,
+        "DELTADOCK_BROKER_URL": broker_url,
+        "DELTADOCK_LEASE_SECONDS": LEASE_SECONDS,
+        "DELTADOCK_DEVICE": "cpu",
+    }
+    command = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-P", "solo"]
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                Child(
+                    name,
+                    [*command, "-Q", "gpu,default", "-n", name],
+                    log=tmp_path / f"{name}.log",
+                    env=environment,
+                )
+            )
+            for name in ("first", "second")
+        ]
+
+
+def test_a_killed_workers_successor_makes_the_same_bytes(
+    context: Context,
+    submit: Callable[..., str],
+    look: Callable[[str], Job],
+    workers: list[Child],
+    broker_url: str,
+    pair: Any,
+    tmp_path: Path,
+) -> None:
+    job_id = submit("adamix", 1.0)
+    with Celery(broker=broker_url, set_as_current=False) as sender:
+        sender.send_task("deltadock.compress", args=[job_id], queue="gpu")
+
+    def under_way() -> bool:
+        job = look(job_id)
+        return job.state is JobState.COMPRESSING and job.stage_block >= 1
+
+    workers[0].wait_until(under_way, seconds=120)
+    owner = look(job_id).lease_owner
+    assert owner is not None
+    victim = next(worker for worker in workers if f"-{worker.pid}-" in owner)
+    survivor = next(worker for worker in workers if worker is not victim)
+    os.kill(victim.pid, signal.SIGKILL)
+    survivor.wait_until(lambda: look(job_id).state.is_final, seconds=180)
+
+    job = look(job_id)
+    assert (job.state, job.attempt) == (JobState.READY, 2)
+    with context.database.read_scope() as session:
+        delta = DeltaRepository(session).find(job.delta_id)
+    assert delta is not None
+    options = CompressOptions(method="adamix", bits=1.0)
+    alone = tmp_path / "alone.safetensors"
+    compress(pair.base, pair.finetuned, alone, options, calibration=pair.calibration)
+    assert delta.artifact_digest == context.blobs.put_file(alone)

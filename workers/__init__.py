@@ -1,0 +1,1 @@
+"""The Celery app and its tasks: compression jobs and the sweeper that re-sends lost ones."""

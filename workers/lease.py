@@ -1,0 +1,146 @@
+"""The lease on a job: kept alive by a heartbeat, checked at every step of the work."""
+
+import threading
+from types import TracebackType
+from typing import Any, Final, Self
+
+import structlog
+
+from deltadock.errors import Cancelled, DeltadockError
+from storage.database import Database
+from storage.models import JobState
+from storage.repositories import DeltaRepository, JobRepository
+
+STOPPING: Final = threading.Event()
+"""Set once this worker process has been asked to stop."""
+
+log = structlog.get_logger(__name__)
+
+
+class LeaseLostError(Exception):
+    """Another worker has the job now, or it has ended: this one must not touch it again."""
+
+
+class WorkerStoppingError(Exception):
+    """This worker was asked to stop; the job goes on elsewhere from its saved blocks."""
+
+
+class Lease:
+    """A lease that `owner` has acquired; within the `with` block a thread renews it."""
+
+    def __init__(self, database: Database, job_id: str, owner: str, seconds: float) -> None:
+        self.job_id = job_id
+        self.owner = owner
+        self._database = database
+        self._seconds = seconds
+        self._lost = threading.Event()
+        self._done = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._heart.join()
+
+    @property
+    def held(self) -> bool:
+        """Whether no heartbeat has found the lease gone."""
+        return not self._lost.is_set()
+
+    def _beat(self) -> None:
+        while not self._done.wait(self._seconds / 3):
+            try:
+                with self._database.session_scope() as session:
+                    held = JobRepository(session).renew(self.job_id, self.owner, self._seconds)
+            except DeltadockError as error:  # the next beat may get through in time
+                log.warning("lease_not_renewed", job=self.job_id, error=error.message)
+                continue
+            if not held:
+                self._lost.set()
+                return
+
+    def advance(
+        self, state: JobState, *, block: int, blocks: int, percent: float, message: str
+    ) -> None:
+        """Record progress, and stop here if the work is not wanted from us any more.
+
+        Raises:
+            Cancelled: the job's owner wants it to end.
+            LeaseLostError: another worker has it.
+            WorkerStoppingError: this process was asked to stop.
+        """
+        if STOPPING.is_set():
+            raise WorkerStoppingError
+        with self._database.session_scope() as session:
+            jobs = JobRepository(session)
+            held = jobs.advance(
+                self.job_id,
+                self.owner,
+                state,
+                block=block,
+                blocks=blocks,
+                percent=percent,
+                message=message,
+            )
+            job = jobs.find(self.job_id)
+        if not (self.held and held) or job is None:
+            raise LeaseLostError
+        if job.cancel_requested:
+            raise Cancelled("Cancelled on request.")
+
+    def finish(self, state: JobState, error: DeltadockError | None = None) -> None:
+        """Enter a final state.
+
+        Raises:
+            LeaseLostError: another worker has the job.
+        """
+        with self._database.session_scope() as session:
+            finished = JobRepository(session).finish(
+                self.job_id,
+                self.owner,
+                state,
+                error_code=error.code if error else None,
+                error_message=error.message if error else None,
+            )
+        if not finished:
+            raise LeaseLostError
+
+    def complete(self, artifact_digest: str, artifact_bytes: int, report: dict[str, Any]) -> None:
+        """Record the stored artifact and make the job ready, both or neither.
+
+        Raises:
+            Cancelled: the delta was deleted meanwhile.
+            LeaseLostError: another worker has the job.
+        """
+        with self._database.session_scope() as session:
+            jobs = JobRepository(session)
+            job = jobs.find(self.job_id)
+            delta = DeltaRepository(session).find(job.delta_id) if job else None
+            if delta is None:
+                raise Cancelled("The delta was deleted.")
+            DeltaRepository(session).set_result(
+                delta,
+                artifact_digest=artifact_digest,
+                artifact_bytes=artifact_bytes,
+                report=report,
+            )
+            if not jobs.finish(self.job_id, self.owner, JobState.READY):
+                raise LeaseLostError
+
+    def release(self) -> None:
+        """Give the job back for another worker to go on with at once."""
+        with self._database.session_scope() as session:
+            JobRepository(session).release(self.job_id, self.owner)
+
+    def expire(self) -> None:
+        """Give the job back for the sweeper to send again after a while."""
+        with self._database.session_scope() as session:
+            JobRepository(session).renew(self.job_id, self.owner, 0.0)

@@ -1,0 +1,55 @@
+"""The tasks by name, and what goes with a worker's life."""
+
+from functools import cache
+
+import redis
+from celery import signals
+from celery.exceptions import Reject
+
+from deltadock.settings import get_settings
+from workers.app import GPU_QUEUE, app
+from workers.compress import Outcome, compress_job
+from workers.context import get_context
+from workers.lease import STOPPING
+from workers.sweeper import Sweeper
+
+
+@app.task(name="deltadock.compress")
+def compress(job_id: str) -> None:
+    """Compress the delta of this job, unless another worker does or it is done."""
+    if compress_job(job_id, get_context()) is Outcome.STOPPED:
+        # Straight back into the queue; otherwise the sweeper would send it, but later.
+        raise Reject("the worker stops", requeue=True)
+
+
+def send_compress(job_id: str) -> None:
+    """Put the task into its queue again."""
+    compress.apply_async((job_id,))
+
+
+def gpu_queue_is_empty() -> bool:
+    """Whether no message waits for a free worker."""
+    with redis.Redis.from_url(get_settings().broker_url) as connection:
+        return bool(connection.llen(GPU_QUEUE) == 0)
+
+
+@cache
+def _sweeper() -> Sweeper:
+    interval = get_settings().lease_seconds / 2
+    return Sweeper(get_context(), send_compress, gpu_queue_is_empty, interval)
+
+
+@signals.worker_ready.connect
+def _start_sweeping(**_: object) -> None:
+    get_context().blobs.prepare()
+    _sweeper().start()
+
+
+@signals.worker_shutting_down.connect
+def _stop_in_good_order(**_: object) -> None:
+    STOPPING.set()
+
+
+@signals.worker_shutdown.connect
+def _stop_sweeping(**_: object) -> None:
+    _sweeper().stop()
