@@ -5,12 +5,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import HTMLResponse
 
 from api.bases.endpoints import router as bases
 from api.dashboard.endpoints import router as dashboard
-from api.dashboard.pages import static_files
+from api.dashboard.pages import asset, static_files
 from api.deltas.endpoints import router as deltas
 from api.generation.endpoints import router as generation
 from api.health.endpoints import router as health
@@ -45,6 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
         responses=problems(),
+        docs_url=None,
         redoc_url=None,
     )
     app.state.resources = resources
@@ -53,8 +56,20 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     for router in (uploads, bases, deltas, jobs, methods, generation, health, dashboard):
         app.include_router(router)
+    app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.mount("/static", static_files)
     return app
+
+
+def _docs() -> HTMLResponse:
+    """The routes as a page, from this server's own files: it works offline."""
+    return get_swagger_ui_html(
+        openapi_url="/openapi.json",
+        title="Deltadock API",
+        swagger_js_url=asset("swagger-ui-bundle.js"),
+        swagger_css_url=asset("swagger-ui.css"),
+        swagger_favicon_url=asset("icon.svg"),
+    )
 
 
 def _join_logs() -> None:

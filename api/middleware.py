@@ -21,7 +21,8 @@ MAX_BODY_BYTES: Final = 8 << 20
 """For bodies that are read whole, which is all but uploaded files."""
 
 _PLAIN_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_QUIET_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+_QUIET_PATHS: Final = ("/healthz", "/readyz", "/metrics", "/parts/", "/static/")
+"""Probes, and what an open dashboard asks for every second."""
 
 
 class RequestContext:
@@ -62,7 +63,7 @@ class RequestContext:
                 )
                 await response(scope, receive, send_with_id)
             finally:
-                level = "debug" if scope["path"] in _QUIET_PATHS else "info"
+                level = "debug" if scope["path"].startswith(_QUIET_PATHS) else "info"
                 getattr(access_log, level)(
                     "request",
                     method=scope["method"],

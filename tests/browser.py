@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,10 +29,18 @@ def executable() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-def is_installed() -> bool:
-    """Whether there is a browser to start."""
+def install() -> None:
+    """See to it that there is a browser: Debian's where root may install it, else Playwright's."""
     with sync_playwright() as playwright:
-        return Path(executable() or playwright.chromium.executable_path).is_file()
+        if Path(executable() or playwright.chromium.executable_path).is_file():
+            return
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for words in (["update"], ["install", "--yes", "chromium"]):
+            command = ["apt-get", "-qq", *words]
+            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    else:
+        subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=True)
 
 
 @contextmanager
@@ -43,3 +53,7 @@ def open_browser() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+if __name__ == "__main__":
+    install()

@@ -1,6 +1,7 @@
 """The safetensors parser: what it accepts, and every way to lie to it."""
 
 import hashlib
+import itertools
 import json
 import math
 import tracemalloc
@@ -34,7 +35,7 @@ def inspect(file: bytes, *cuts: int) -> tuple[Header, dict[str, str]]:
     """What the inspector says of a file that arrives in pieces."""
     inspector = StreamingInspector()
     edges = [0, *sorted(cuts), len(file)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         inspector.update(file[begin:end])
     return inspector.finish()
 

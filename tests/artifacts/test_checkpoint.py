@@ -1,0 +1,277 @@
+"""Checkpoints: which files they may have, and by what they are known."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from artifacts.checkpoint import (
+    CheckpointManifest,
+    FileInspector,
+    TensorEntry,
+    assemble,
+    check_path,
+    scan_folder,
+)
+from deltadock.errors import InvalidCheckpoint, MalformedSafetensors, UnsafeFile
+
+CONFIG = {"model_type": "qwen2", "hidden_size": 4}
+TENSORS = {
+    "model.a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "model.b": np.arange(4, dtype=np.float16),
+    "model.c": np.array(3, np.int64),
+}
+
+
+def save(folder: Path, *shards: dict[str, Any], config: Any = CONFIG) -> Path:
+    """A checkpoint folder with one file a shard."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for number, shard in enumerate(shards):
+        safetensors.numpy.save_file(shard, folder / f"model-{number}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "README.md",
+        "additional_chat_templates/tool use.jinja",
+        "notes – käse.txt",
+        "x" * 251 + ".txt",
+    ],
+)
+def test_paths_of_checkpoints_are_accepted(path: str) -> None:
+    assert check_path(path) == path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "..",
+        "../config.json",
+        "a/../../config.json",
+        "a/../config.json",
+        "./config.json",
+        "a//config.json",
+        "a/config.json/",
+        "/config.json",
+        "//host/config.json",
+        "C:\\config.json",
+        "a\\config.json",
+        ".hidden.json",
+        ".git/config.json",
+        "a/.b/config.json",
+        "a\nb.json",
+        "a\0.json",
+        "a\x7f.json",
+        "a\u202e.json",
+        "\ud800.json",
+        "x" * 251 + ".json",
+        "é" * 126 + ".json",
+        "pytorch_model.bin",
+        "consolidated.00.pth",
+        "optimizer.pt",
+        "model.ckpt",
+        "data.pkl",
+        "modeling_custom.py",
+        "tf_model.h5",
+        "weights.npz",
+    ],
+)
+def test_unsafe_paths_are_refused(path: str) -> None:
+    with pytest.raises(UnsafeFile):
+        check_path(path)
+
+
+@pytest.mark.parametrize(
+    "path", [".", "run.sh", "model.gguf", "safetensors", "a.json.exe", "x.JSON"]
+)
+def test_files_that_no_checkpoint_needs_are_refused(path: str) -> None:
+    with pytest.raises(InvalidCheckpoint, match="leave it out"):
+        check_path(path)
+
+
+@given(st.text(max_size=30))
+def test_what_is_accepted_stays_inside_the_folder(path: str) -> None:
+    for name in (path, path + ".json", "a/" + path + ".txt"):
+        try:
+            check_path(name)
+        except InvalidCheckpoint:
+            continue
+        folder = Path("/checkpoint")
+        assert (folder / name).resolve().is_relative_to(folder)
+        assert (folder / name).relative_to(folder).as_posix() == name
+
+
+@given(st.lists(st.binary(max_size=40), max_size=6))
+def test_a_file_is_known_by_size_and_hash_in_any_chunking(chunks: list[bytes]) -> None:
+    inspector = FileInspector("config.json")
+    for chunk in chunks:
+        inspector.update(chunk)
+    file, tensors = inspector.finish()
+    whole = b"".join(chunks)
+    assert (file.path, file.size, file.sha256) == (
+        "config.json",
+        len(whole),
+        hashlib.sha256(whole).hexdigest(),
+    )
+    assert tensors == []
+
+
+def test_weights_are_looked_into() -> None:
+    inspector = FileInspector("model.safetensors")
+    inspector.update(safetensors.numpy.save(TENSORS))
+    _, tensors = inspector.finish()
+    assert {tensor.name: tensor for tensor in tensors} == {
+        name: TensorEntry(
+            name,
+            {"f": f"F{8 * array.itemsize}", "i": "I64"}[array.dtype.kind],
+            array.shape,
+            "model.safetensors",
+            hashlib.sha256(array.tobytes()).hexdigest(),
+        )
+        for name, array in TENSORS.items()
+    }
+
+
+def test_the_inspector_refuses_paths_and_bytes() -> None:
+    with pytest.raises(UnsafeFile):
+        FileInspector("pytorch_model.bin")
+    inspector = FileInspector("model.safetensors")
+    with pytest.raises(MalformedSafetensors):
+        inspector.update(b"\x80\x02}q\0." * 4)
+
+
+def test_a_folder_is_scanned(tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", TENSORS)
+    (folder / "merges.txt").write_text("a b")
+    # What is no part of a checkpoint: documents, other formats, hidden files, folders.
+    for name in ("README.md", "training_args.bin", "logo.png", "._model-0.safetensors", ".x.json"):
+        (folder / name).write_bytes(b"\0\1")
+    (folder / "runs.json").mkdir()
+    manifest = scan_folder(folder)
+    assert [file.path for file in manifest.files] == [
+        "config.json",
+        "merges.txt",
+        "model-0.safetensors",
+    ]
+    assert [tensor.name for tensor in manifest.tensors] == sorted(TENSORS)
+    assert manifest.config == CONFIG
+    assert manifest.total_bytes == sum(
+        (folder / file.path).stat().st_size for file in manifest.files
+    )
+
+
+def test_weights_are_known_however_they_are_sharded(tmp_path: Path) -> None:
+    one = scan_folder(save(tmp_path / "one", TENSORS))
+    names = sorted(TENSORS)
+    shards = [{name: TENSORS[name]} for name in reversed(names)]
+    many = scan_folder(save(tmp_path / "many", *shards))
+    assert one.weights_digest == many.weights_digest
+    assert one.digest != many.digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model.a": TENSORS["model.a"] + np.float32(1e-6)},
+        {"model.a": TENSORS["model.a"].reshape(3, 2)},
+        {"model.b": TENSORS["model.b"].view(np.int16)},
+        {"model.d": TENSORS["model.c"]},
+    ],
+)
+def test_other_weights_have_another_digest(tmp_path: Path, change: dict[str, Any]) -> None:
+    before = scan_folder(save(tmp_path / "before", TENSORS))
+    after = scan_folder(save(tmp_path / "after", {**TENSORS, **change}))
+    assert before.weights_digest != after.weights_digest
+
+
+def test_another_config_is_another_checkpoint_of_the_same_weights(tmp_path: Path) -> None:
+    one = scan_folder(save(tmp_path / "one", TENSORS))
+    two = scan_folder(save(tmp_path / "two", TENSORS, config={**CONFIG, "rope": 1}))
+    assert one.weights_digest == two.weights_digest
+    assert one.digest != two.digest
+
+
+def test_digests_do_not_move() -> None:
+    """What bases and blobs are called must stay what it is: stored deltas name it."""
+    tensors = [
+        TensorEntry("b", "F32", (1,), "2.safetensors", "1" * 64),
+        TensorEntry("a", "BF16", (2, 3), "1.safetensors", "0" * 64),
+    ]
+    manifest = assemble([], tensors, b'{"model_type": "qwen2"}')
+    leaves = [json.dumps(["a", "BF16", [2, 3], "0" * 64]), json.dumps(["b", "F32", [1], "1" * 64])]
+    root = b"".join(hashlib.sha256(leaf.encode()).digest() for leaf in leaves)
+    assert manifest.weights_digest == hashlib.sha256(root).hexdigest()
+    assert manifest.digest == ("376623cce9ddf84c5359f5c25e0f56756228cc159c2c99b06a255413072d168d")
+
+
+def test_a_manifest_survives_its_json(tmp_path: Path) -> None:
+    manifest = scan_folder(save(tmp_path / "a", TENSORS))
+    again = CheckpointManifest.from_json(manifest.to_json())
+    assert again == manifest
+    assert again.digest == hashlib.sha256(manifest.to_json()).hexdigest() == manifest.digest
+
+
+ENTRY = TensorEntry("a", "F32", (1,), "model.safetensors", "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        ([ENTRY], None, "config.json is missing"),
+        ([ENTRY], b"{", "not valid JSON"),
+        ([ENTRY], b"\xff\xfe", "not valid JSON"),
+        ([ENTRY], b'{"model_type":' + b"[" * 100_000, "not valid JSON"),
+        ([ENTRY], b"[]", "names no model_type"),
+        ([ENTRY], b"{}", "names no model_type"),
+        ([ENTRY], b'{"model_type": 7}', "names no model_type"),
+        ([], b'{"model_type": "qwen2"}', r"no \.safetensors file"),
+        ([ENTRY, ENTRY], b'{"model_type": "qwen2"}', "'a' is in two files"),
+    ],
+)
+def test_incomplete_checkpoints_are_refused(
+    tensors: list[TensorEntry], config: bytes | None, message: str
+) -> None:
+    with pytest.raises(InvalidCheckpoint, match=message):
+        assemble([], tensors, config)
+
+
+def test_folders_without_safetensors_are_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "a")
+    with pytest.raises(InvalidCheckpoint, match=r"no \.safetensors file"):
+        scan_folder(folder)
+    (folder / "consolidated.00.pth").write_bytes(b"\x80\x02.")
+    with pytest.raises(UnsafeFile, match="pickle"):
+        scan_folder(folder)
+    with pytest.raises(InvalidCheckpoint, match="is not a folder"):
+        scan_folder(tmp_path / "nowhere")
+    with pytest.raises(InvalidCheckpoint, match="is not a folder"):
+        scan_folder(folder / "config.json")
+
+
+def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", TENSORS)
+    shard = folder / "model-0.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(MalformedSafetensors, match="ends inside tensor"):
+        scan_folder(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidCheckpoint, match="in two files"):
+        scan_folder(save(tmp_path / "a", TENSORS, {"model.a": TENSORS["model.b"]}))

@@ -1,0 +1,40 @@
+"""Which fine-tunes fit which base."""
+
+from typing import Any
+
+import pytest
+
+from artifacts.checkpoint import CheckpointManifest, TensorEntry, assemble
+from artifacts.compatibility import check_same_architecture
+from deltadock.errors import ArchitectureMismatch
+
+
+def manifest(model_type: str = "qwen2", dtype: str = "BF16", **shapes: Any) -> CheckpointManifest:
+    tensors = [
+        TensorEntry(name, dtype, shape, "model.safetensors", "0" * 64)
+        for name, shape in shapes.items()
+    ]
+    return assemble([], tensors, f'{{"model_type": "{model_type}"}}'.encode())
+
+
+BASE = manifest(a=(2, 3), b=(4,), c=())
+
+
+def test_a_finetune_of_another_dtype_fits() -> None:
+    check_same_architecture(BASE, manifest(c=(), a=(2, 3), b=(4,), dtype="F32"))
+
+
+@pytest.mark.parametrize(
+    ("finetuned", "message"),
+    [
+        (manifest("llama", a=(2, 3), b=(4,), c=()), "'qwen2' model, the fine-tune a 'llama'"),
+        (manifest(a=(2, 3), c=()), "lacks the base's tensor 'b'"),
+        (manifest(a=(2, 3), b=(4,), c=(), d=(1,)), "'d' is not in the base"),
+        (manifest(a=(3, 2), b=(4,), c=()), r"'a' has shape \[3, 2\].*\[2, 3\] in the base"),
+        (manifest(a=(2, 3), b=(4,), c=(1,)), "'c' has shape"),
+        (manifest(a=(6,), b=(5,), c=(1,)), "'a' has shape"),
+    ],
+)
+def test_the_first_difference_is_named(finetuned: CheckpointManifest, message: str) -> None:
+    with pytest.raises(ArchitectureMismatch, match=message):
+        check_same_architecture(BASE, finetuned)

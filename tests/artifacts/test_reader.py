@@ -1,0 +1,300 @@
+"""A delta file that is not whole, or lies, is refused; a damaged one is found out."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from artifacts.reader import Artifact
+from artifacts.summary import summarize
+from deltadock.errors import InvalidArtifact
+from tests.artifacts.make_golden import GOLDEN
+from tests.artifacts.support import container, entry, split
+
+FILE = GOLDEN.read_bytes()
+DATA_OFFSET = 8 + int.from_bytes(FILE[:8], "little")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "a.delta"
+
+
+def rewritten(edit: Callable[[Any, Any], object], data: bytes | None = None) -> bytes:
+    """The golden file after `edit(header, manifest)`."""
+    header, old = split(FILE)
+    manifest = json.loads(header["__metadata__"]["manifest"])
+    edit(header, manifest)
+    if "manifest" in header.get("__metadata__", {}):
+        header["__metadata__"]["manifest"] = json.dumps(manifest)
+    return container(header, old if data is None else data)
+
+
+def use(path: Path) -> None:
+    """Open a file and decode all that is in it."""
+    with Artifact(path) as artifact:
+        summarize(artifact)
+        list(artifact.damaged())
+        for name, record in artifact.records.items():
+            if record["kind"] == "exact":
+                artifact.exact(name)
+            else:
+                artifact.dense(name)
+
+
+def test_the_file_that_the_others_are_made_from_is_read(path: Path) -> None:
+    path.write_bytes(rewritten(lambda _header, _manifest: None))
+    use(path)
+
+
+def test_every_truncation_is_refused(path: Path) -> None:
+    path.write_bytes(FILE)
+    with path.open("r+b") as stream:
+        for length in range(len(FILE) - 1, -1, -1):
+            stream.truncate(length)
+            with pytest.raises(InvalidArtifact):
+                Artifact(path)
+
+
+def test_a_header_cut_off_in_its_padding_is_refused(path: Path) -> None:
+    def without_tensors(header: Any, manifest: Any) -> None:
+        manifest["tensors"] = {}
+        for name in header.keys() - {"__metadata__"}:
+            del header[name]
+
+    file = rewritten(without_tensors, b"")
+    padded = (len(file) - 8 + 64).to_bytes(8, "little") + file[8:] + b" " * 64
+    path.write_bytes(padded)
+    use(path)
+    path.write_bytes(padded[:-1])
+    with pytest.raises(InvalidArtifact):
+        Artifact(path)
+
+
+@pytest.mark.parametrize("extra", [b"\0", b" " * 4096, FILE])
+def test_trailing_bytes_are_refused(path: Path, extra: bytes) -> None:
+    path.write_bytes(FILE + extra)
+    with pytest.raises(InvalidArtifact, match="announced"):
+        Artifact(path)
+
+
+def test_every_changed_byte_of_the_header_is_refused_or_harmless(path: Path) -> None:
+    path.write_bytes(FILE)
+    refused = 0
+    with path.open("r+b", buffering=0) as stream:
+        for position in range(DATA_OFFSET):
+            stream.seek(position)
+            stream.write(bytes([FILE[position] ^ 1 << position % 8]))
+            try:
+                use(path)
+            except InvalidArtifact:
+                refused += 1
+            stream.seek(position)
+            stream.write(FILE[position : position + 1])
+    use(path)
+    # A letter of a name that nothing depends on may change; most of a header may not.
+    assert DATA_OFFSET / 2 < refused < DATA_OFFSET
+
+
+def flips() -> Iterator[tuple[str, int]]:
+    """A few places in every segment."""
+    header, _ = split(FILE)
+    for name, spec in header.items():
+        if name != "__metadata__":
+            begin, end = spec["data_offsets"]
+            yield from ((name, at) for at in {begin, (begin + end) // 2, end - 1})
+
+
+@pytest.mark.parametrize(("segment", "at"), list(flips()))
+def test_a_flipped_bit_in_a_segment_is_found(path: Path, segment: str, at: int) -> None:
+    file = bytearray(FILE)
+    file[DATA_OFFSET + at] ^= 1 << at % 8
+    path.write_bytes(file)
+    with Artifact(path) as artifact:
+        assert list(artifact.damaged()) == [segment]
+        with pytest.raises(InvalidArtifact, match=f"'{segment}' first"):
+            artifact.check_intact()
+
+
+def set_format(version: str) -> Callable[[Any, Any], object]:
+    return lambda header, _manifest: header["__metadata__"].update(format=version)
+
+
+def test_another_version_of_the_format_is_refused(path: Path) -> None:
+    path.write_bytes(rewritten(set_format("deltadock/2")))
+    with pytest.raises(InvalidArtifact, match="Upgrade"):
+        Artifact(path)
+
+
+@pytest.mark.parametrize("header", [{}, {"w": entry("U8", [1], 0, 1)}])
+def test_a_checkpoint_is_no_delta(path: Path, header: Any) -> None:
+    path.write_bytes(container({**header, "__metadata__": {"format": "pt"}}, b"1" * len(header)))
+    with pytest.raises(InvalidArtifact, match="checkpoint"):
+        Artifact(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4", b"\x80\x04}q\0.", b"\0" * 64])
+def test_other_files_are_no_delta(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(InvalidArtifact, match="not a whole delta file"):
+        Artifact(path)
+
+
+def test_a_missing_file_is_named(path: Path) -> None:
+    with pytest.raises(InvalidArtifact, match=r"a\.delta"):
+        Artifact(path)
+
+
+UNSAFE_NAMES = [
+    "../config.json",
+    "/etc/config.json",
+    "a/b.json",
+    "..",
+    ".",
+    "",
+    ".bashrc",
+    "a\\b.json",
+    "modeling.py",
+    "pytorch_model.bin",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "run.sh",
+    "a\nb.json",
+    "a\0.json",
+    "\ud800.json",
+    "x" * 251 + ".json",
+]
+
+
+@pytest.mark.parametrize("name", UNSAFE_NAMES)
+@pytest.mark.parametrize("text", ["{}", None])
+def test_no_file_is_carried_under_an_unsafe_name(path: Path, name: str, text: str | None) -> None:
+    path.write_bytes(rewritten(lambda _, manifest: manifest["files"].update({name: text})))
+    with pytest.raises(InvalidArtifact, match="may carry"):
+        Artifact(path)
+
+
+@pytest.mark.parametrize("text", [1, {}, ["{}"], True, "\udcff"])
+def test_only_text_is_carried(path: Path, text: object) -> None:
+    path.write_bytes(rewritten(lambda _, manifest: manifest["files"].update({"a.json": text})))
+    with pytest.raises(InvalidArtifact, match="may carry"):
+        Artifact(path)
+
+
+def drop(*keys: str) -> Callable[[Any, Any], object]:
+    def edit(_header: Any, manifest: Any) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        del manifest[keys[-1]]
+
+    return edit
+
+
+def put(*keys: str, value: object) -> Callable[[Any, Any], object]:
+    def edit(_header: Any, manifest: Any) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        manifest[keys[-1]] = value
+
+    return edit
+
+
+LIES: dict[str, Callable[[Any, Any], object]] = {
+    "no metadata": lambda header, _: header.pop("__metadata__"),
+    "no manifest": lambda header, _: header["__metadata__"].pop("manifest"),
+    "no base": drop("base_digest"),
+    "no method": drop("method"),
+    "no tensors": drop("tensors"),
+    "no files": drop("files"),
+    "no size": drop("checkpoint_bytes"),
+    "no bits": drop("nominal_bits"),
+    "base a number": put("base_digest", value=1),
+    "tensors a list": put("tensors", value=[]),
+    "files a list": put("files", value=[]),
+    "size negative": put("checkpoint_bytes", value=-1),
+    "size without end": put("parameters", value=10**4000),
+    "bits NaN": put("nominal_bits", value=float("nan")),
+    "bits text": put("nominal_bits", value="1"),
+    "matrices a list": put("matrices", value=[]),
+    "matrices of numbers": put("matrices", value={"proj.weight": 1}),
+    "record null": put("tensors", "steps", value=None),
+    "record of another kind": put("tensors", "steps", "kind", value="rows"),
+    "record of another dtype": put("tensors", "norm.weight", "dtype", value="F16"),
+    "record of another shape": put("tensors", "norm.weight", "shape", value=[4]),
+    "rows too long": put("tensors", "embed.weight", "shape", value=[4, 300]),
+    "shape too large": put("tensors", "proj.weight", "shape", value=[3, 500]),
+    "ranks missing": put("tensors", "proj.weight", "ranks", value=[]),
+    "ranks without end": put(
+        "tensors", "proj.weight", "ranks", value=[{"count": 10**12, "v_bits": 8, "u_bits": 8}]
+    ),
+    "hashes missing": drop("tensors", "norm.weight", "sha256"),
+    "hashes a list": put("tensors", "norm.weight", "sha256", value=[]),
+    "segments of no record": drop("tensors", "embed.weight"),
+    "record without segments": put(
+        "tensors", "ghost", value={"kind": "exact", "shape": [1], "dtype": "U8", "sha256": {}}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_lies_are_refused(path: Path, name: str) -> None:
+    path.write_bytes(rewritten(LIES[name]))
+    with pytest.raises(InvalidArtifact):
+        Artifact(path)
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{", "null", '"x"', "[" * 100_000])
+def test_an_unreadable_manifest_is_refused(path: Path, manifest: str) -> None:
+    metadata = {"format": "deltadock/1", "manifest": manifest}
+    path.write_bytes(container({"__metadata__": metadata}))
+    with pytest.raises(InvalidArtifact, match="manifest"):
+        Artifact(path)
+
+
+def test_an_extra_segment_is_refused(path: Path) -> None:
+    size = len(FILE) - DATA_OFFSET
+    extra = entry("U8", [4], size, size + 4)
+    file = rewritten(lambda header, _: header.update({"norm.weight:more": extra}),
+                     FILE[DATA_OFFSET:] + b"1234")  # fmt: skip
+    path.write_bytes(file)
+    with pytest.raises(InvalidArtifact, match="belongs to no tensor"):
+        Artifact(path)
+
+
+def test_a_missing_segment_is_refused(path: Path) -> None:
+    def without_the_last(header: Any, _manifest: Any) -> None:
+        last = max(header.keys() - {"__metadata__"}, key=lambda k: header[k]["data_offsets"])
+        del header[last]
+
+    _, data = split(FILE)
+    header, _ = split(FILE)
+    del header["__metadata__"]
+    end = max(spec["data_offsets"][0] for spec in header.values())
+    path.write_bytes(rewritten(without_the_last, data[:end]))
+    with pytest.raises(InvalidArtifact, match="is missing"):
+        Artifact(path)
+
+
+def test_what_this_version_does_not_know_is_kept(path: Path) -> None:
+    path.write_bytes(rewritten(put("tensors", "norm.weight", "colour", value="blue")))
+    with Artifact(path) as artifact:
+        assert artifact.records["norm.weight"]["colour"] == "blue"
+
+
+def test_a_kind_is_not_read_as_another() -> None:
+    with Artifact(GOLDEN) as artifact:
+        with pytest.raises(KeyError, match=r"norm\.weight is stored as exact"):
+            artifact.factors("norm.weight")
+        with pytest.raises(KeyError, match=r"proj\.weight is stored as svd"):
+            artifact.exact("proj.weight")
+
+
+def test_arrays_outlive_the_file(path: Path) -> None:
+    path.write_bytes(FILE)
+    with Artifact(path) as artifact:
+        kept = artifact.exact("norm.weight")
+    path.unlink()
+    np.testing.assert_array_equal(kept, [0x3F80, 0xBF80, 0x4049])

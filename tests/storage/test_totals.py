@@ -1,0 +1,35 @@
+"""What the ready deltas come to, on both databases."""
+
+from pathlib import Path
+
+from storage.blobs.local import LocalBlobStore
+from storage.database import Database
+from storage.repositories import DeltaRepository
+from tests import seed
+
+
+def test_nothing_is_zero(database: Database) -> None:
+    with database.session_scope() as session:
+        assert DeltaRepository(session).totals() == (0, 0, 0)
+
+
+def test_counts_ready_deltas_and_every_byte_once(database: Database, tmp_path: Path) -> None:
+    blobs = LocalBlobStore(tmp_path)
+    blobs.prepare()
+    huge = 2**40
+    with database.session_scope() as session:
+        deltas = DeltaRepository(session)
+        base = seed.add_base(session, "base", huge)
+        first = seed.add_delta(session, base, "p/first", 1.0)
+        second = seed.add_delta(session, base, "p/second", 1.0)
+        for delta in (first, second):
+            seed.finish(session, blobs, delta, {"artifact_bytes": 3 * 2**32})
+        seed.fail(session, seed.add_delta(session, base, "p/failed", 1.0))
+        assert deltas.totals() == (2, 6 * 2**32, 2 * huge)
+        twin = seed.add_delta(session, base, "p/twin", 1.0)
+        found = deltas.find(first.id)
+        assert found is not None
+        deltas.share_result(twin, found)
+        assert deltas.totals() == (3, 6 * 2**32, 3 * huge)
+        deltas.delete(second)
+        assert deltas.totals() == (2, 3 * 2**32, 2 * huge)
