@@ -210,7 +210,7 @@ def _parse_manifest(path: Path, header: Header) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise InvalidArtifact(f"{path.name}: the manifest is not an object.")
     for key, kind in REQUIRED_KEYS.items():
-        if not isinstance(manifest.get(key), kind):
+        if key not in manifest or not isinstance(manifest[key], kind):
             raise InvalidArtifact(f"{path.name}: the manifest's {key!r} is missing or wrong.")
     for key in ("checkpoint_bytes", "parameters"):
         if not 0 <= manifest[key] < 2**63:

@@ -28,7 +28,7 @@ def summarize(artifact: Artifact) -> tuple[dict[str, Any], list[TensorSummary]]:
     matrices = artifact.manifest.get("matrices", {})
     rows = []
     for name, record in artifact.records.items():
-        runs = record.get("ranks", [])
+        runs = record["ranks"] if record["kind"] == "svd" else []
         error = matrices.get(name, {}).get("error")
         widths: dict[str, int] = {}
         for run in runs:

@@ -4,6 +4,7 @@ Every child leads a session of its own, so a Ctrl-C in the terminal reaches only
 children in order. Should we be killed, the watchdog (`client/watchdog.py`) ends them.
 """
 
+import atexit
 import os
 import random
 import signal
@@ -47,10 +48,17 @@ class _Watchdog:
     def ended(self, group: int) -> None:
         os.write(self._writer, f"-{group}\n".encode())
 
+    def close(self) -> None:
+        """Let it end what is left, and wait for it."""
+        os.close(self._writer)
+        self._process.wait()
+
 
 @cache
 def _watchdog() -> _Watchdog:
-    return _Watchdog()
+    watcher = _Watchdog()
+    atexit.register(watcher.close)
+    return watcher
 
 
 _stopping = threading.Event()

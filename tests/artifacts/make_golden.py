@@ -17,6 +17,7 @@ from artifacts.encoding import (
     encode_rows,
     encode_svd,
 )
+from artifacts.packing import CodeArray
 from artifacts.writer import write_artifact
 
 GOLDEN: Final = Path(__file__).parents[1] / "data" / "golden.delta"
@@ -38,10 +39,11 @@ MANIFEST: Final[dict[str, Any]] = {
 }
 
 
-def codes(rows: int, columns: int, widths: list[int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def codes(rows: int, columns: int, widths: list[int]) -> CodeArray:
     """Code of row i and column j: (3 + 5 i + 7 j) modulo what the row's width holds."""
     i, j = np.arange(rows)[:, None], np.arange(columns)[None]
-    return ((3 + 5 * i + 7 * j) % (2 ** np.array(widths)[:, None])).astype(np.uint8)
+    found: CodeArray = ((3 + 5 * i + 7 * j) % 2 ** np.array(widths)[:, None]).astype(np.uint8)
+    return found
 
 
 def tensors() -> dict[str, Encoded]:

@@ -22,7 +22,7 @@ from artifacts.checkpoint import (
 from deltadock.errors import InvalidCheckpoint, MalformedSafetensors, UnsafeFile
 
 CONFIG = {"model_type": "qwen2", "hidden_size": 4}
-TENSORS = {
+TENSORS: dict[str, Any] = {
     "model.a": np.arange(6, dtype=np.float32).reshape(2, 3),
     "model.b": np.arange(4, dtype=np.float16),
     "model.c": np.array(3, np.int64),
