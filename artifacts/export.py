@@ -1,5 +1,6 @@
 """From a delta back to weights: single tensors, and whole checkpoints for any engine."""
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -122,6 +123,8 @@ def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_B
                     (partial / name).unlink(missing_ok=True)
                 else:
                     (partial / name).write_bytes(text.encode())
+            for name, encoded in artifact.manifest["binary_files"].items():
+                (partial / name).write_bytes(base64.b64decode(encoded))
             if out.exists():
                 out.rmdir()
             partial.rename(out)

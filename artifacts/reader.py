@@ -4,6 +4,7 @@ Opening validates the container's header and holds every record against its segm
 data is read until it is asked for.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -204,7 +205,10 @@ def _parse_manifest(path: Path, header: Header) -> dict[str, Any]:
             f"{path.name} has the format {version!r}; this version reads {FORMAT!r}. {advice}"
         )
     try:
-        manifest = json.loads(header.metadata["manifest"], parse_constant=_refuse_constant)
+        document = header.metadata["manifest"]
+        if hashlib.sha256(document.encode()).hexdigest() != header.metadata["manifest_sha256"]:
+            raise InvalidArtifact(f"{path.name}: the manifest is damaged. Fetch it again.")
+        manifest = json.loads(document, parse_constant=_refuse_constant)
     except (KeyError, ValueError, RecursionError) as error:
         raise InvalidArtifact(f"{path.name} has no readable manifest.") from error
     if not isinstance(manifest, dict):
@@ -218,9 +222,17 @@ def _parse_manifest(path: Path, header: Header) -> dict[str, Any]:
     matrices = manifest.get("matrices", {})
     if not isinstance(matrices, dict) or not all(isinstance(m, dict) for m in matrices.values()):
         raise InvalidArtifact(f"{path.name}: the manifest's 'matrices' is wrong.")
-    for name, text in manifest["files"].items():
+    binary = manifest.setdefault("binary_files", {})
+    if not isinstance(binary, dict):
+        raise InvalidArtifact(f"{path.name}: the manifest's 'binary_files' is wrong.")
+    for name, text in [*manifest["files"].items(), *binary.items()]:
         if not _may_carry(name, text):
             raise InvalidArtifact(f"{path.name}: {name!r} is no file that a delta may carry.")
+    for name, encoded in binary.items():
+        try:
+            base64.b64decode(encoded, validate=True)
+        except (ValueError, TypeError) as error:
+            raise InvalidArtifact(f"{path.name}: {name!r} is not base64.") from error
     return manifest
 
 

@@ -78,7 +78,14 @@ def write_artifact(path: Path, tensors: Mapping[str, Encoded], manifest: Mapping
     document = json.dumps(
         {**manifest, "tensors": records}, sort_keys=True, separators=(",", ":"), allow_nan=False
     )
-    head, order = pack_container(segments, {"format": FORMAT, "manifest": document})
+    head, order = pack_container(
+        segments,
+        {
+            "format": FORMAT,
+            "manifest": document,
+            "manifest_sha256": hashlib.sha256(document.encode()).hexdigest(),
+        },
+    )
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as stream:

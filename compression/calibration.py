@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from deltadock.errors import InvalidCalibration
+from deltadock.errors import InvalidCalibration, InvalidCheckpoint
 
 LENGTH: Final = 2048
 TOKENS: Final = 128 * LENGTH
@@ -68,8 +68,15 @@ def tokenize(text: str, checkpoint: Path, length: int) -> Tensor:
 
     Raises:
         InvalidCalibration: fewer than `MIN_TOKENS` tokens.
+        InvalidCheckpoint: there is no tokenizer.
     """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (ValueError, OSError) as error:
+        raise InvalidCheckpoint(
+            f"The tokenizer of the fine-tune cannot be loaded; put its tokenizer.json and "
+            f"tokenizer_config.json beside the weights. {error}"
+        ) from error
     # Truncation and its warning belong to one prompt; this is a corpus.
     tokenizer.model_max_length = 1 << 60
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from artifacts.compatibility import check_same_architecture
 from artifacts.export import check_base
 from artifacts.reader import Artifact
 from compression.calibration import read_text, tokenize
@@ -42,6 +43,9 @@ def evaluate(
     with Artifact(delta) as artifact:
         source = Checkpoint(base)
         check_base(artifact, source.manifest.weights_digest)
+        artifact.check_intact()
+        tuned = Checkpoint(finetuned)
+        check_same_architecture(source.manifest, tuned.manifest)
         model = BlockwiseModel(finetuned, device)
         longest = getattr(model.config, "max_position_embeddings", None) or window
         windows = tokenize(read_text(text), finetuned, min(window, longest))
@@ -49,7 +53,7 @@ def evaluate(
             model,
             windows,
             base=source,
-            finetuned=Checkpoint(finetuned),
+            finetuned=tuned,
             delta=MergedSource(source, artifact),
             progress=progress,
         )

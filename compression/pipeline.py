@@ -5,6 +5,7 @@ handed to the work store at once, so that an interrupted run goes on where it wa
 bytes do not depend on how often that happened.
 """
 
+import base64
 import hashlib
 import json
 import time
@@ -33,7 +34,7 @@ from compression.quality import MergedSource, measure
 from compression.report import MatrixReport, Report, TensorReport
 from compression.weights import FLOAT_DTYPES, Checkpoint
 from deltadock import __version__
-from deltadock.errors import InvalidCalibration, NonFiniteWeights
+from deltadock.errors import InvalidCalibration, NonFiniteWeights, TooLarge
 
 EMBEDDING_BITS: Final = 4
 """Width of an embedding's rows; a tied embedding is the output head as well."""
@@ -312,7 +313,7 @@ def _encode_others(run: _Run, model: BlockwiseModel | None) -> list[TensorReport
         if lossy and model is not None and name == model.embedding and run.is_float(name):
             encoded = encode_rows(run.delta(name).numpy(), EMBEDDING_BITS, entry.dtype, {})
         else:
-            raw = run.finetuned.tensor(name).contiguous().view(torch.uint8).numpy()
+            raw = run.finetuned.tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy()
             encoded = encode_exact(
                 raw.reshape(-1).view(np.dtype(NUMPY_DTYPES[entry.dtype])), entry.dtype, entry.shape
             )
@@ -321,25 +322,46 @@ def _encode_others(run: _Run, model: BlockwiseModel | None) -> list[TensorReport
     return others
 
 
-def _carried_files(base: CheckpointManifest, tuned: Checkpoint) -> dict[str, str | None]:
-    """Config and tokenizer files that differ from the base's; None: the fine-tune has none."""
+def _carried_files(
+    base: CheckpointManifest, tuned: Checkpoint
+) -> tuple[dict[str, str | None], dict[str, str]]:
+    """Config and tokenizer files that differ from the base's.
+
+    Returns:
+        Text files (None: the fine-tune has none of this name), and others in base64.
+
+    Raises:
+        TooLarge: together they are over `MAX_CARRIED_BYTES`.
+    """
     before = {file.path: file.sha256 for file in base.files}
     after = {file.path: file for file in tuned.manifest.files}
-    carried: dict[str, str | None] = {}
+    texts: dict[str, str | None] = {}
+    others: dict[str, str] = {}
     size = 0
     for path in sorted(before.keys() | after.keys()):
-        if not path.endswith(CARRIED_SUFFIXES) or path.endswith(".safetensors.index.json"):
+        if "/" in path or path.endswith(".safetensors.index.json"):
+            continue
+        if not path.endswith(CARRIED_SUFFIXES):
             continue
         if path not in after:
-            carried[path] = None
-        elif before.get(path) != after[path].sha256 and "/" not in path:
+            texts[path] = None
+        elif before.get(path) != after[path].sha256:
             size += after[path].size
-            if size <= MAX_CARRIED_BYTES:
-                carried[path] = (tuned.folder / path).read_text(encoding="utf-8")
-    return carried
+            if size > MAX_CARRIED_BYTES:
+                raise TooLarge(
+                    f"The fine-tune's config and tokenizer files that differ from the base's are "
+                    f"over {MAX_CARRIED_BYTES} bytes. Leave out what serving does not need."
+                )
+            content = (tuned.folder / path).read_bytes()
+            try:
+                texts[path] = content.decode("utf-8")
+            except UnicodeDecodeError:
+                others[path] = base64.b64encode(content).decode()
+    return texts, others
 
 
 def _manifest(run: _Run, data: CalibrationSet | None) -> dict[str, Any]:
+    texts, others = _carried_files(run.base.manifest, run.finetuned)
     return {
         "base_digest": run.base.manifest.weights_digest,
         "finetuned_digest": run.finetuned.manifest.weights_digest,
@@ -354,7 +376,8 @@ def _manifest(run: _Run, data: CalibrationSet | None) -> dict[str, Any]:
         "checkpoint_bytes": run.finetuned.bf16_bytes,
         "parameters": run.finetuned.parameters,
         "version": __version__,
-        "files": _carried_files(run.base.manifest, run.finetuned),
+        "files": texts,
+        "binary_files": others,
         "matrices": {
             matrix.name: {
                 "error": matrix.error,

@@ -18,6 +18,7 @@ from deltadock.errors import (
     ArchitectureMismatch,
     Cancelled,
     InvalidCalibration,
+    InvalidCheckpoint,
     NonFiniteWeights,
     UnknownMethod,
     UnsupportedModel,
@@ -175,6 +176,28 @@ def test_files_that_differ_travel_in_the_artifact(pair: Pair, text: Path, tmp_pa
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
     assert (tmp_path / "merged" / "generation_config.json").read_text() == '{"temperature": 0.5}'
     assert not (tmp_path / "merged" / "added_tokens.json").exists()
+
+
+def test_files_that_are_not_text_travel_byte_for_byte(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    base, finetuned = pair
+    binary, lines = bytes(range(256)), b"{% if a %}\r\n\xc3\xa9\n"
+    (finetuned / "tokenizer.model").write_bytes(binary)
+    (finetuned / "chat_template.jinja").write_bytes(lines)
+    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    merge(base, tmp_path / "a.delta", tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == binary
+    assert (tmp_path / "merged" / "chat_template.jinja").read_bytes() == lines
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    for path in pair[1].glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InvalidCheckpoint, match="tokenizer"):
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text)
 
 
 def change(finetuned: Path, name: str, value: torch.Tensor | None) -> None:

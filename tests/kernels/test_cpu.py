@@ -1,0 +1,76 @@
+"""The delta without a GPU, and the limits of its cache."""
+
+import pytest
+import torch
+
+from kernels.svd_delta import Chunks, DeltaTable, FactorCache, svd_delta
+from tests.kernels.support import expected, make_delta, relative_error
+
+SHAPE = (50, 90)
+WIDTHS = [(2, 8, 8), (7, 3, 4), (3, 2, 2)]
+FACTOR_BYTES = 4 * 12 * (50 + 90 + 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 5e-3)],
+)
+@pytest.mark.parametrize("limit", [0, 10**6])
+def test_rows_of_several_slots(limit: int, dtype: torch.dtype, tolerance: float) -> None:
+    deltas = {slot: make_delta(SHAPE, WIDTHS, seed=slot) for slot in (1, 2)}
+    table = DeltaTable(4, SHAPE, max_rank=12)
+    for slot, delta in deltas.items():
+        table.install(slot, delta.packed)
+    row_slots = [2, 0, 1, 3, 1]
+    chunks = Chunks(8, 4, max_rank=12)
+    chunks.assign(row_slots)
+    y, x = torch.randn(5, SHAPE[0]).to(dtype), torch.randn(5, SHAPE[1]).to(dtype)
+    want = expected(y, x, row_slots, {slot: delta.dense for slot, delta in deltas.items()})
+    got = y.clone()
+    svd_delta(got, x, table, chunks, FactorCache(limit))
+    assert relative_error(got, want) < tolerance
+    assert torch.equal(got[[1, 3]], y[[1, 3]])
+
+
+def test_the_cache_keeps_what_was_used_last() -> None:
+    first, second, third = (make_delta(SHAPE, WIDTHS, seed=seed).packed for seed in range(3))
+    cache = FactorCache(2 * FACTOR_BYTES)
+    kept = cache.get(first)
+    dropped = cache.get(second)
+    assert cache.get(first) is kept
+    cache.get(third)
+    assert cache.nbytes == 2 * FACTOR_BYTES
+    assert cache.get(first) is kept
+    assert cache.get(second) is not dropped
+    cache.discard(second)
+    cache.discard(second)
+    assert cache.nbytes == FACTOR_BYTES
+
+
+def test_a_delta_beyond_the_limit_is_not_kept() -> None:
+    delta = make_delta(SHAPE, WIDTHS).packed
+    cache = FactorCache(FACTOR_BYTES - 1)
+    assert cache.get(delta) is not cache.get(delta)
+    assert cache.nbytes == 0
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    table = DeltaTable(2, SHAPE, max_rank=12)
+    chunks = Chunks(4, 2, max_rank=12)
+    chunks.assign([1, 0])
+    cache = FactorCache(0)
+    y, x = torch.zeros(2, SHAPE[0]), torch.zeros(2, SHAPE[1])
+    svd_delta(y, x, table, chunks, cache)
+    wrong = [
+        (y[:1], x),
+        (y, x[:, 1:]),
+        (y.half(), x),
+        (y.T.contiguous().T, x),
+    ]
+    for bad_y, bad_x in wrong:
+        with pytest.raises(ValueError, match="x and y need"):
+            svd_delta(bad_y, bad_x, table, chunks, cache)
+    small = Chunks(4, 2, max_rank=11)
+    small.assign([1, 0])
+    with pytest.raises(ValueError, match="chunks"):
+        svd_delta(y, x, table, small, cache)

@@ -1,0 +1,100 @@
+"""The tables that the kernels read, held to the artifact's own packing and decoding."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from artifacts import packing
+from artifacts.encoding import decode_factors
+from deltadock.errors import InvalidArtifact, TooLarge
+from kernels.svd_delta import DeltaTable, Group, pack_delta, reference
+from kernels.svd_delta import triton as kernel
+from kernels.svd_delta.layout import TAIL_WORDS, planes, segment_words
+from tests.kernels.support import encode, groups, make_delta, segments
+
+SHAPE = (40, 70)
+WIDTHS = [(3, 8, 3), (2, 5, 7), (4, 2, 2)]
+
+
+@given(st.integers(0, 50), st.integers(1, 300), st.integers(1, 8))
+def test_segments_have_the_artifacts_sizes(count: int, columns: int, bits: int) -> None:
+    assert tuple(planes(bits)) == packing.PLANES[bits]
+    assert segment_words(count, columns, bits) == packing.segment_words(count, columns, bits)
+
+
+@given(
+    st.tuples(st.integers(1, 80), st.integers(1, 80)),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(1, 8)), max_size=4),
+)
+def test_unpacking_gives_the_artifacts_factors(
+    shape: tuple[int, int], widths: list[tuple[int, int, int]]
+) -> None:
+    encoded = encode(shape, widths)
+    got = reference.unpack(pack_delta(shape, groups(encoded), **segments(encoded)))
+    want = decode_factors(encoded)
+    for mine, theirs in zip(got, want.__class__.__slots__, strict=True):
+        assert torch.equal(mine, torch.from_numpy(getattr(want, theirs)))
+
+
+def test_the_words_are_the_artifacts_bytes() -> None:
+    encoded = encode(SHAPE, WIDTHS)
+    packed = pack_delta(SHAPE, groups(encoded), **segments(encoded))
+    stored = encoded.segments["v"].tobytes() + encoded.segments["u"].tobytes()
+    assert packed.words.numpy().tobytes() == stored + bytes(4 * TAIL_WORDS)
+
+
+def test_the_tail_covers_what_a_tile_reads_past_the_end() -> None:
+    assert max(kernel.BLOCK_K, kernel.BLOCK_N) // 32 * 8 <= TAIL_WORDS
+
+
+def test_a_group_without_ranks_is_left_out() -> None:
+    encoded = encode(SHAPE, WIDTHS)
+    runs = [Group(0, 6, 6), *groups(encoded), Group(0, 2, 2)]
+    packed = pack_delta(SHAPE, runs, **segments(encoded))
+    assert packed.groups == tuple(groups(encoded))
+
+
+@pytest.mark.parametrize("name", ["s", "v", "v_zero", "u", "u_zero"])
+def test_a_segment_of_the_wrong_size_is_refused(name: str) -> None:
+    encoded = encode(SHAPE, WIDTHS)
+    parts = segments(encoded)
+    parts[name] = parts[name][:-1]
+    with pytest.raises(InvalidArtifact):
+        pack_delta(SHAPE, groups(encoded), **parts)
+
+
+@pytest.mark.parametrize("bits", [0, 9])
+def test_an_impossible_width_is_refused(bits: int) -> None:
+    encoded = encode(SHAPE, WIDTHS)
+    with pytest.raises(InvalidArtifact):
+        pack_delta(SHAPE, [Group(9, bits, 2)], **segments(encoded))
+
+
+def test_what_does_not_fit_a_table_is_refused() -> None:
+    delta = make_delta(SHAPE, WIDTHS).packed
+    with pytest.raises(TooLarge):
+        DeltaTable(2, SHAPE, max_rank=8).install(1, delta)
+    with pytest.raises(TooLarge):
+        DeltaTable(2, SHAPE, max_rank=9, max_groups=2).install(1, delta)
+    with pytest.raises(ValueError, match="shape"):
+        DeltaTable(2, (70, 40), max_rank=9).install(1, delta)
+    table = DeltaTable(2, SHAPE, max_rank=9)
+    for slot in (-1, 0, 2):
+        with pytest.raises(ValueError, match="Slot"):
+            table.install(slot, delta)
+    table.install(1, delta)
+
+
+def test_a_tables_addresses_stay() -> None:
+    table = DeltaTable(3, SHAPE, max_rank=9)
+    tensors = (table.addresses, table.sizes, table.groups, table.scales)
+    before = [tensor.data_ptr() for tensor in tensors]
+    delta = make_delta(SHAPE, WIDTHS).packed
+    table.install(2, delta)
+    assert table.addresses[2] == delta.words.data_ptr()
+    table.remove(2)
+    table.remove(1)
+    after = (table.addresses, table.sizes, table.groups, table.scales)
+    assert [tensor.data_ptr() for tensor in after] == before
+    assert not table.sizes.any()
