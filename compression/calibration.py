@@ -16,6 +16,7 @@ LENGTH: Final = 2048
 TOKENS: Final = 128 * LENGTH
 """Most tokens that calibrate; shorter windows mean more of them."""
 MIN_TOKENS: Final = 256
+TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 HELD_OUT: Final = 0.1
 """Share of the windows that is kept out of calibration and measures the result."""
 
@@ -70,13 +71,16 @@ def tokenize(text: str, checkpoint: Path, length: int) -> Tensor:
         InvalidCalibration: fewer than `MIN_TOKENS` tokens.
         InvalidCheckpoint: there is no tokenizer.
     """
+    if not any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make up an empty one.
+        raise InvalidCheckpoint(
+            "The fine-tune has no tokenizer; put its tokenizer.json and tokenizer_config.json "
+            "beside the weights."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     except (ValueError, OSError) as error:
-        raise InvalidCheckpoint(
-            f"The tokenizer of the fine-tune cannot be loaded; put its tokenizer.json and "
-            f"tokenizer_config.json beside the weights. {error}"
-        ) from error
+        raise InvalidCheckpoint(f"The fine-tune's tokenizer cannot be loaded: {error}") from error
     # Truncation and its warning belong to one prompt; this is a corpus.
     tokenizer.model_max_length = 1 << 60
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
