@@ -8,11 +8,12 @@ Two identities are kept apart:
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self
 
-from artifacts.container import StreamingInspector
+from artifacts.container import MAX_TENSORS, StreamingInspector
 from deltadock.errors import InvalidCheckpoint, UnsafeFile
 
 CHUNK_BYTES: Final = 1 << 20
@@ -61,7 +62,7 @@ def check_path(path: str) -> str:
         or "\\" in path
         or pure.is_absolute()
         or str(pure) != path
-        or any(part in {"..", "."} or part.startswith(".") for part in pure.parts)
+        or any(part.startswith(".") or len(part.encode()) > 200 for part in pure.parts)
     ):
         raise UnsafeFile(f"{path!r} is not a plain relative path inside a checkpoint.")
     if pure.suffix in RUNNABLE_SUFFIXES:
@@ -142,8 +143,15 @@ def assemble(
         raise InvalidCheckpoint("config.json is not valid JSON.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise InvalidCheckpoint("config.json names no model_type.")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", config["model_type"]):
+        raise InvalidCheckpoint("config.json's model_type is not a plain name.")
     if not tensors:
         raise InvalidCheckpoint("There is no .safetensors file with weights.")
+    paths = {file.path for file in files}
+    if clash := paths & {str(parent) for path in paths for parent in PurePosixPath(path).parents}:
+        raise InvalidCheckpoint(f"{min(clash)!r} is a file and a folder at once.")
+    if len(tensors) > MAX_TENSORS:
+        raise InvalidCheckpoint(f"The checkpoint has more than {MAX_TENSORS} tensors.")
     names: set[str] = set()
     for tensor in tensors:
         if tensor.name in names:

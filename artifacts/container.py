@@ -21,6 +21,9 @@ MAX_HEADER_BYTES: Final = 100_000_000
 MAX_NAME: Final = 512
 """Characters of a tensor's name; it is quoted in messages and stored in databases."""
 
+MAX_TENSORS: Final = 100_000
+"""Most tensors of a file: several times what the largest models have."""
+
 DTYPE_BITS: Final = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -127,6 +130,9 @@ def parse_header(raw: bytes) -> Header:
     """
     if raw[:1] != b"{":
         raise MalformedSafetensors("The header does not begin with '{'.")
+    # Counted before parsing, which takes many times a header's size in memory.
+    if raw.count(b'"data_offsets"') > MAX_TENSORS:
+        raise MalformedSafetensors(f"The header names more than {MAX_TENSORS} tensors.")
     try:
         # Decoded here, as json would guess at UTF-16 and let lone surrogates through.
         parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)

@@ -220,7 +220,9 @@ def decode_rows(encoded: Encoded) -> FloatArray:
     values = (codes - (2**bits - 1) / 2) * encoded.segments["scale"].astype(np.float32)[:, None]
     delta = np.zeros((rows, columns), np.float32)
     index = encoded.segments.get("index", np.arange(rows))
-    if changed and (index[0] < 0 or index[-1] >= rows or (np.diff(index) <= 0).any()):
+    if changed and (
+        index[0] < 0 or index[-1] >= rows or (np.diff(index.astype(np.int64)) <= 0).any()
+    ):
         raise InvalidArtifact("The indices of a tensor's changed rows do not ascend within it.")
     delta[index] = values
     return delta
@@ -258,8 +260,8 @@ def expected_segments(record: dict[str, Any]) -> dict[str, tuple[str, tuple[int,
 
 def _count(value: object) -> int:
     """`value` if it is a whole number of at least 0; JSON's `true`, `1.0` and `"1"` are not."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TypeError(f"{value!r} is no count")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**48:
+        raise TypeError("not a count")
     return value
 
 

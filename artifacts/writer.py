@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from artifacts.container import header_length, parse_header
 from artifacts.encoding import NUMPY_DTYPES, Encoded, expected_segments
 
 FORMAT: Final = "deltadock/1"
@@ -73,6 +74,9 @@ def write_artifact(path: Path, tensors: Mapping[str, Encoded], manifest: Mapping
         path: where to write.
         tensors: every tensor that differs from the base, by name.
         manifest: everything but the tensors' records, JSON-able (see docs/format.md).
+
+    Raises:
+        MalformedSafetensors: the manifest or a name is longer than any reader accepts.
     """
     segments, records = _collect(tensors)
     document = json.dumps(
@@ -86,6 +90,8 @@ def write_artifact(path: Path, tensors: Mapping[str, Encoded], manifest: Mapping
             "manifest_sha256": hashlib.sha256(document.encode()).hexdigest(),
         },
     )
+    # What no reader would open must not be called an artifact.
+    parse_header(head[8 : 8 + header_length(head[:8])])
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as stream:

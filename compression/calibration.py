@@ -17,6 +17,10 @@ TOKENS: Final = 128 * LENGTH
 """Most tokens that calibrate; shorter windows mean more of them."""
 MIN_TOKENS: Final = 256
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+MAX_CHARACTERS: Final = 4_000_000
+PIECE_CHARACTERS: Final = 40_000
+"""Longer texts are sampled in pieces: tokenizing takes hundreds of bytes a character."""
+DAMPING: Final = 0.01
 HELD_OUT: Final = 0.1
 """Share of the windows that is kept out of calibration and measures the result."""
 
@@ -62,6 +66,16 @@ def read_text(path: Path) -> str:
     return "\n".join(texts)
 
 
+def excerpt(text: str, seed: int) -> str:
+    """`text`, or pieces of it chosen by `seed` where it is longer than calibration can use."""
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    pieces = len(text) // PIECE_CHARACTERS
+    order = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))
+    chosen = order[: MAX_CHARACTERS // PIECE_CHARACTERS].sort().values.tolist()
+    return "".join(text[k * PIECE_CHARACTERS : (k + 1) * PIECE_CHARACTERS] for k in chosen)
+
+
 def tokenize(text: str, checkpoint: Path, length: int) -> Tensor:
     """`text` as (n, length) windows of the checkpoint's tokens; a last partial window is dropped.
 
@@ -103,7 +117,7 @@ def load_calibration(path: Path, checkpoint: Path, max_length: int, seed: int) -
         max_length: the model's longest sequence.
         seed: decides which windows are held out and which calibrate.
     """
-    text = read_text(path)
+    text = excerpt(read_text(path), seed)
     windows = tokenize(text, checkpoint, min(LENGTH, max_length))
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     limit = max(1, TOKENS // windows.shape[1])
@@ -141,3 +155,11 @@ class MomentCollector:
     def moment(self, name: str) -> Tensor:
         """`X X^T` of the layer's inputs so far, (h_in, h_in) float64."""
         return self._sums[self._owner[name]]
+
+
+def damped(moment: Tensor) -> Tensor:
+    """`moment` plus 1 % of its mean diagonal on the diagonal.
+
+    What the calibration text never excites would otherwise cost nothing, and be given up.
+    """
+    return moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)

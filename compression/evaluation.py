@@ -47,6 +47,7 @@ def evaluate(
         tuned = Checkpoint(finetuned)
         check_same_architecture(source.manifest, tuned.manifest)
         model = BlockwiseModel(finetuned, device)
+        model.check({name: entry.shape for name, entry in tuned.entries.items()})
         longest = getattr(model.config, "max_position_embeddings", None) or window
         windows = tokenize(read_text(text), finetuned, min(window, longest))
         return measure(

@@ -5,7 +5,7 @@ weights just before it runs. What a block is called with (rotary embeddings, mas
 running the model once with recorders in the blocks' place.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -15,12 +15,27 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compression.weights import TensorSource
-from deltadock.errors import UnsupportedModel
+from deltadock.errors import InvalidCheckpoint, UnsupportedModel
 
 TOKENS_PER_STEP: Final = 4096
+LOGITS_PER_STEP: Final = 1 << 24
+MAX_BLOCKS: Final = 1024
 
 Observer = Callable[[str, Tensor], None]
 """Called with a linear layer's full weight name and its input (tokens, h_in)."""
+
+
+def _read_config(folder: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"transformers cannot read this config.json (is its model_type known?): {error}"
+        ) from error
+    blocks = getattr(config, "num_hidden_layers", None)
+    if not isinstance(blocks, int) or not 0 < blocks <= MAX_BLOCKS:
+        raise UnsupportedModel(f"config.json names no number of decoder blocks up to {MAX_BLOCKS}.")
+    return config
 
 
 class _Recorder(nn.Module):
@@ -55,13 +70,14 @@ class BlockwiseModel:
             UnsupportedModel: `transformers` has no causal language model of this type, or its
                 blocks cannot be told.
         """
+        config = _read_config(folder)
         try:
-            config = AutoConfig.from_pretrained(folder)
             with torch.device("meta"):
                 self._model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:
+            # Whatever modelling code stumbles over in a config, the config is at fault.
             raise UnsupportedModel(
-                f"transformers has no causal language model for this config.json: {error}"
+                f"transformers cannot build a causal language model from this config.json: {error}"
             ) from error
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
@@ -110,6 +126,22 @@ class BlockwiseModel:
                         f"{name} of a {self.config.model_type!r} model cannot be rebuilt."
                     ) from error
                 self._model.set_submodule(name, rebuilt.to(self.device))
+
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Hold the checkpoint's tensors (name to shape) against what config.json describes.
+
+        Raises:
+            InvalidCheckpoint: naming the first tensor that is missing or of another shape.
+        """
+        for name, tensor in self._model.state_dict().items():
+            found = shapes.get(name)
+            if found is None and self.head is None and name == f"{self._head_name}.weight":
+                continue
+            if found is None or tuple(found) != tuple(tensor.shape):
+                raise InvalidCheckpoint(
+                    f"config.json describes {name!r} with shape {list(tensor.shape)}, but the "
+                    f"weights have {'no such tensor' if found is None else list(found)}."
+                )
 
     @contextmanager
     def _loaded(self, name: str, source: TensorSource) -> Iterator[nn.Module]:
@@ -201,10 +233,10 @@ class BlockwiseModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, source: TensorSource) -> Iterator[Tensor]:
-        """Logits (sequences in the batch, length, vocabulary) float32, batch by batch."""
+        """Logits of flat `hidden` (tokens, hidden): (tokens of a piece, vocabulary) float32."""
         with self._loaded(self._head_name, source) as head:
-            for batch in self._batches(hidden):
-                yield head(batch).float()
+            for piece in hidden.split(max(1, LOGITS_PER_STEP // self.config.vocab_size)):
+                yield head(piece).float()
 
 
 def _reporter(weight: str, observe: Observer) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
@@ -25,7 +25,7 @@ from artifacts.reader import Artifact
 from artifacts.serial import deserialize, serialize
 from artifacts.writer import write_artifact
 from compression.allocation import Solver, rank_budget
-from compression.calibration import CalibrationSet, MomentCollector, load_calibration
+from compression.calibration import CalibrationSet, MomentCollector, damped, load_calibration
 from compression.catalogue import check_method
 from compression.forward import BlockwiseModel
 from compression.methods.base import MatrixMethod, MatrixTask
@@ -114,8 +114,9 @@ class _Run:
     finetuned: Checkpoint
     options: CompressOptions
     report: Callable[[Progress], None]
-    encoded: dict[str, Encoded]
-    matrices: list[MatrixReport]
+    encoded: dict[str, Encoded] = field(default_factory=dict)
+    matrices: list[MatrixReport] = field(default_factory=list)
+    carried: tuple[dict[str, str | None], dict[str, str]] = field(default_factory=lambda: ({}, {}))
 
     def at(self, stage: Stage, block: int, blocks: int, message: str) -> None:
         begin, end = SHARES[stage]
@@ -172,6 +173,7 @@ def compress(
     if calibration is not None:
         run.at("calibrating", 0, 1, "reading the calibration text")
         model = BlockwiseModel(finetuned, device)
+        model.check({name: entry.shape for name, entry in run.finetuned.entries.items()})
         longest = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         data = load_calibration(calibration, finetuned, longest, options.seed)
     if method is not None and model is not None and data is not None:
@@ -199,8 +201,9 @@ def _open(
     base: Path, finetuned: Path, options: CompressOptions, progress: Callable[[Progress], None]
 ) -> _Run:
     progress(Progress("validating", 0, 1, 0.0, "hashing the checkpoints"))
-    run = _Run(Checkpoint(base), Checkpoint(finetuned), options, progress, {}, [])
+    run = _Run(Checkpoint(base), Checkpoint(finetuned), options, progress)
     check_same_architecture(run.base.manifest, run.finetuned.manifest)
+    run.carried = _carried_files(run.base.manifest, run.finetuned)
     names = list(run.finetuned.entries)
     for number, name in enumerate(names):
         if number % 64 == 0:
@@ -215,12 +218,13 @@ def _open(
     return run
 
 
-def _fingerprint(run: _Run, data: CalibrationSet) -> str:
+def _fingerprint(run: _Run, data: CalibrationSet, device: str) -> str:
     inputs = {
         "version": __version__,
         "base": run.base.manifest.digest,
         "finetuned": run.finetuned.manifest.digest,
         "calibration": data.sha256,
+        "device": device,
         **asdict(run.options),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -229,7 +233,7 @@ def _fingerprint(run: _Run, data: CalibrationSet) -> str:
 def _compress_blocks(
     run: _Run, model: BlockwiseModel, data: CalibrationSet, method: MatrixMethod, work: WorkStore
 ) -> None:
-    fingerprint = _fingerprint(run, data)
+    fingerprint = _fingerprint(run, data, model.device.type)
     blocks = len(model.blocks) + 1
     run.at("calibrating", 1, 2, "embedding the calibration text")
     states = model.embed(data.train, run.finetuned)
@@ -277,7 +281,7 @@ def _compress_matrix(
     assert bits is not None, "a matrix method always has a budget"
     if rank_budget(bits, *delta.shape) < 2:
         return None
-    moment = moment.cpu()
+    moment = damped(moment.cpu())
     result = method(
         MatrixTask(name, delta, moment, run.finetuned.entries[name].dtype, bits, run.options.solver)
     )
@@ -361,7 +365,7 @@ def _carried_files(
 
 
 def _manifest(run: _Run, data: CalibrationSet | None) -> dict[str, Any]:
-    texts, others = _carried_files(run.base.manifest, run.finetuned)
+    texts, others = run.carried
     return {
         "base_digest": run.base.manifest.weights_digest,
         "finetuned_digest": run.finetuned.manifest.weights_digest,

@@ -6,6 +6,7 @@ held-out windows; agreement is the share of positions whose most likely token is
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from artifacts.export import merged
 from artifacts.reader import Artifact
 from compression.forward import BlockwiseModel
 from compression.weights import TensorSource
+
+NO_TOKEN: Final = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,28 +82,34 @@ def measure(
             states = model.run_block(index, states, source)
             progress(number * len(model.blocks) + index + 1, total)
         hidden.append(model.final_hidden(states, source))
-    sums = torch.zeros(6, dtype=torch.float64)
-    seen = positions = 0
-    for logits in zip(
-        *(model.logits(states, source) for states, source in zip(hidden, sources, strict=True)),
-        strict=True,
-    ):
-        batch = windows[seen : seen + len(logits[0])].to(model.device)
-        seen += len(batch)
-        positions += batch.numel()
-        sums += _compare(logits[0], logits[1], logits[2], batch).cpu()
-    predicted = seen * (windows.shape[1] - 1)
-    kl, kl_base, same = (sums[:3] / positions).tolist()
-    nll_finetuned, nll, nll_base = (sums[3:] / predicted).tolist()
-    return Quality(kl, kl_base, same, nll, nll_finetuned, nll_base, positions)
+    # The token that follows each position; the last of a window has none.
+    following = F.pad(windows[:, 1:], (0, 1), value=NO_TOKEN).flatten().to(model.device)
+    sums, seen = torch.zeros(6, dtype=torch.float64), 0
+    streams = (
+        model.logits(states.flatten(0, 1), source)
+        for states, source in zip(hidden, sources, strict=True)
+    )
+    for target, delta_logits, base_logits in zip(*streams, strict=True):
+        tokens = following[seen : seen + len(target)]
+        sums += _compare(target, delta_logits, base_logits, tokens).cpu()
+        seen += len(target)
+    kl, kl_base, same = (sums[:3] / seen).tolist()
+    nll_finetuned, nll, nll_base = (sums[3:] / (following != NO_TOKEN).sum().cpu()).tolist()
+    return Quality(kl, kl_base, same, nll, nll_finetuned, nll_base, seen)
 
 
 @torch.inference_mode()
-def _compare(finetuned: Tensor, delta: Tensor, base: Tensor, tokens: Tensor) -> Tensor:
-    """Sums of (KL to delta, KL to base, agreements, NLLs of fine-tuned, delta and base)."""
+def _compare(finetuned: Tensor, delta: Tensor, base: Tensor, following: Tensor) -> Tensor:
+    """Sums of (KL to delta, KL to base, agreements, NLLs of fine-tuned, delta and base).
+
+    Logits are (tokens, vocabulary), `following` (tokens,).
+    """
     target = F.log_softmax(finetuned, dim=-1)
     others = [F.log_softmax(logits, dim=-1) for logits in (delta, base)]
     kl = [F.kl_div(other, target, reduction="sum", log_target=True) for other in others]
     same = (finetuned.argmax(dim=-1) == delta.argmax(dim=-1)).sum()
-    nll = [-scores[:, :-1].gather(2, tokens[:, 1:, None]).sum() for scores in (target, *others)]
+    nll = [
+        F.nll_loss(scores, following, ignore_index=NO_TOKEN, reduction="sum")
+        for scores in (target, *others)
+    ]
     return torch.stack([*kl, same.to(kl[0].dtype), *nll]).double()

@@ -50,7 +50,7 @@ def save(folder: Path, *shards: dict[str, Any], config: Any = CONFIG) -> Path:
         "README.md",
         "additional_chat_templates/tool use.jinja",
         "notes – käse.txt",
-        "x" * 251 + ".txt",
+        "x" * 196 + ".txt",
     ],
 )
 def test_paths_of_checkpoints_are_accepted(path: str) -> None:

@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from artifacts.export import merge
 from artifacts.reader import Artifact
+from compression.calibration import excerpt
 from compression.evaluation import evaluate
 from compression.pipeline import CompressOptions, Progress, compress
 from deltadock.errors import (
     ArchitectureMismatch,
     Cancelled,
+    DeltadockError,
     InvalidCalibration,
     InvalidCheckpoint,
     NonFiniteWeights,
@@ -262,3 +264,41 @@ def test_a_fine_tune_equal_to_its_base(pair: Pair, text: Path, tmp_path: Path) -
     with Artifact(tmp_path / "a.delta") as artifact:
         assert artifact.records == {}
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("hidden_size", 512, InvalidCheckpoint),
+        ("num_key_value_heads", 1, InvalidCheckpoint),
+        ("vocab_size", 10, InvalidCheckpoint),
+        ("num_hidden_layers", 9, DeltadockError),
+        ("num_hidden_layers", 10**9, UnsupportedModel),
+        ("num_attention_heads", 0, UnsupportedModel),
+        ("hidden_size", "abc", UnsupportedModel),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(
+    pair: Pair, text: Path, tmp_path: Path, key: str, value: object, error: type[Exception]
+) -> None:
+    for folder in pair:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(error):
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    assert not list(tmp_path.glob("a.delta*"))
+
+
+def test_another_use_of_the_same_weights_is_refused(pair: Pair, text: Path, tmp_path: Path) -> None:
+    config = json.loads((pair[1] / "config.json").read_text())
+    (pair[1] / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(ArchitectureMismatch, match="rms_norm_eps"):
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text)
+
+
+def test_long_text_is_sampled_by_its_seed() -> None:
+    text = "".join(f"{n:07d} " for n in range(700_000))
+    first, second = excerpt(text, 0), excerpt(text, 1)
+    assert len(first) == len(second) == 4_000_000
+    assert first == excerpt(text, 0) != second
+    assert excerpt("short", 3) == "short"
