@@ -11,17 +11,20 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from compression.catalogue import check_method
 from deltadock.errors import Conflict, NotFound
 
-Folder = Annotated[Path, typer.Option(exists=True, file_okay=False)]
-File = Annotated[Path, typer.Option(exists=True, dir_okay=False)]
+Folder = Annotated[
+    Path, typer.Option(exists=True, file_okay=False, help="A Hugging Face checkpoint folder.")
+]
+File = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A file.")]
 
 # Progress goes to stderr, so that --json leaves nothing but JSON on stdout.
 # Names come from files that others wrote: without markup, brackets in them are only brackets.
 errors = Console(stderr=True, markup=False)
+TABLE_WIDTH = 120
 output = Console(markup=False)
 
 
@@ -74,7 +77,10 @@ def compress(
     finetuned: Folder,
     out: Annotated[Path, typer.Option(help="The delta file to write.")],
     method: Annotated[str, typer.Option(help="See `deltadock methods`.")] = "adamix",
-    bits: Annotated[float | None, typer.Option(help="Code bits per weight.")] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Code bits per weight of a linear layer, 0.1 to 8; adamix: 1.0."),
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help=".txt or .jsonl")
     ] = None,
@@ -209,7 +215,8 @@ def inspect(
     if as_json:
         print_json({**totals, "tensors": [asdict(row) for row in rows]})
         return
-    table = Table("tensor", "kind", "shape", "rank", "ranks at width", "error", "bytes")
+    headings = ("kind", "shape", "rank", "ranks at width", "error", "bytes")
+    table = Table(Column("tensor", no_wrap=True), *headings, box=None)
     for row in rows:
         table.add_row(
             row.name,
@@ -220,9 +227,13 @@ def inspect(
             "" if row.error is None else f"{row.error:.2e}",
             f"{row.bytes:,}",
         )
-    output.print(table)
+    # Names that are cut off tell nothing apart; a narrow terminal may break the lines.
+    Console(width=max(output.width, TABLE_WIDTH)).print(table)
     for name, value in totals.items():
-        typer.echo(f"{name:17} {value}")
+        text = f"{value:.4f}" if isinstance(value, float) else value
+        if isinstance(value, dict):
+            text = ", ".join(f"{key} {part}" for key, part in sorted(value.items()))
+        typer.echo(f"{name:17} {text}")
 
 
 def verify(delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:

@@ -118,9 +118,12 @@ class _Run:
     matrices: list[MatrixReport] = field(default_factory=list)
     carried: tuple[dict[str, str | None], dict[str, str]] = field(default_factory=lambda: ({}, {}))
 
-    def at(self, stage: Stage, block: int, blocks: int, message: str) -> None:
+    def at(
+        self, stage: Stage, block: int, blocks: int, message: str, within: float = 0.0
+    ) -> None:
+        """Tell where the run is: `block` blocks are done, and the share `within` of the next."""
         begin, end = SHARES[stage]
-        fraction = begin + (end - begin) * block / max(blocks, 1)
+        fraction = begin + (end - begin) * (block + within) / max(blocks, 1)
         self.report(Progress(stage, block, blocks, fraction, message))
 
     def changed(self, name: str) -> bool:
@@ -260,7 +263,8 @@ def _compress_blocks(
         else:
             encoded, notes = {}, {}
             for position, name in enumerate(names):
-                run.at("compressing", index, blocks, f"{message}: {position + 1}/{len(names)}")
+                step = f"{message}, matrix {position + 1} of {len(names)}"
+                run.at("compressing", index, blocks, step, within=position / len(names))
                 made = _compress_matrix(
                     run, method, name, moments.moment(name), held_moments.moment(name)
                 )
