@@ -97,8 +97,8 @@ def compress(
         raise typer.BadParameter("choose exact or scip", param_hint="--solver")
     check_writable(out, report)
     chosen_device = resolve_device(device)
-    from compression.pipeline import CompressOptions
     from compression.pipeline import compress as run
+    from compression.run import CompressOptions
 
     chosen: Literal["exact", "scip"] = "scip" if solver == "scip" else "exact"
     with progress_bar() as bar:

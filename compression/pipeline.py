@@ -5,71 +5,32 @@ handed to the work store at once, so that an interrupted run goes on where it wa
 bytes do not depend on how often that happened.
 """
 
-import base64
 import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from artifacts.checkpoint import CheckpointManifest
-from artifacts.compatibility import check_same_architecture
-from artifacts.encoding import NUMPY_DTYPES, Encoded, encode_exact, encode_rows
+from artifacts.encoding import Encoded
 from artifacts.reader import Artifact
 from artifacts.serial import deserialize, serialize
 from artifacts.writer import write_artifact
-from compression.allocation import Solver, rank_budget
+from compression.allocation import rank_budget
+from compression.assembling import carried_files, encode_others, make_manifest, make_report
 from compression.calibration import CalibrationSet, MomentCollector, damped, load_calibration
 from compression.catalogue import check_method
 from compression.forward import BlockwiseModel
 from compression.methods.base import MatrixMethod, MatrixTask
 from compression.methods.registry import matrix_method
 from compression.quality import MergedSource, measure
-from compression.report import MatrixReport, Report, TensorReport
-from compression.weights import FLOAT_DTYPES, Checkpoint
+from compression.report import MatrixReport, Report
+from compression.run import CompressOptions, Progress, Run, open_run
 from deltadock import __version__
-from deltadock.errors import InvalidCalibration, NonFiniteWeights, TooLarge
-
-EMBEDDING_BITS: Final = 4
-"""Width of an embedding's rows; a tied embedding is the output head as well."""
-
-CARRIED_SUFFIXES: Final = (".json", ".txt", ".model", ".jinja")
-MAX_CARRIED_BYTES: Final = 32 * 2**20
-
-Stage = Literal["validating", "calibrating", "compressing", "assembling", "verifying"]
-
-
-@dataclass(frozen=True, slots=True)
-class CompressOptions:
-    """What decides an artifact's bytes, apart from the weights and the calibration text.
-
-    Attributes:
-        method: a name of `compression.catalogue`.
-        bits: code bits per weight of a compressed matrix; None for methods without a budget.
-        seed: chooses the calibration windows.
-        solver: allocation solver.
-    """
-
-    method: str = "adamix"
-    bits: float | None = 1.0
-    seed: int = 0
-    solver: Solver = "exact"
-
-
-class Progress(NamedTuple):
-    """Where a run is: stage, block k of n within it, and the share of the whole run done."""
-
-    stage: Stage
-    block: int
-    blocks: int
-    fraction: float
-    message: str
+from deltadock.errors import InvalidCalibration
 
 
 class WorkStore(Protocol):
@@ -94,50 +55,6 @@ class _NoWorkStore:
 
 def _ignore(progress: Progress) -> None:
     pass
-
-
-SHARES: Final[dict[Stage, tuple[float, float]]] = {
-    "validating": (0.0, 0.05),
-    "calibrating": (0.05, 0.08),
-    "compressing": (0.08, 0.85),
-    "assembling": (0.85, 0.88),
-    "verifying": (0.88, 1.0),
-}
-"""Each stage's part of the progress bar."""
-
-
-@dataclass(slots=True)
-class _Run:
-    """One compression under way: its inputs, and what has been made so far."""
-
-    base: Checkpoint
-    finetuned: Checkpoint
-    options: CompressOptions
-    report: Callable[[Progress], None]
-    encoded: dict[str, Encoded] = field(default_factory=dict)
-    matrices: list[MatrixReport] = field(default_factory=list)
-    carried: tuple[dict[str, str | None], dict[str, str]] = field(default_factory=lambda: ({}, {}))
-
-    def at(
-        self, stage: Stage, block: int, blocks: int, message: str, within: float = 0.0
-    ) -> None:
-        """Tell where the run is: `block` blocks are done, and the share `within` of the next."""
-        begin, end = SHARES[stage]
-        fraction = begin + (end - begin) * (block + within) / max(blocks, 1)
-        self.report(Progress(stage, block, blocks, fraction, message))
-
-    def changed(self, name: str) -> bool:
-        """Whether a tensor differs from the base's, told from its hash."""
-        ours, theirs = self.finetuned.entries[name], self.base.entries[name]
-        return (ours.sha256, ours.dtype) != (theirs.sha256, theirs.dtype)
-
-    def is_float(self, name: str) -> bool:
-        """Whether base and fine-tune both hold plain floats under this name."""
-        return {self.finetuned.entries[name].dtype, self.base.entries[name].dtype} <= FLOAT_DTYPES
-
-    def delta(self, name: str) -> Tensor:
-        """Fine-tuned minus base, float32."""
-        return self.finetuned.tensor(name).float() - self.base.tensor(name).float()
 
 
 def compress(
@@ -171,7 +88,8 @@ def compress(
     if info.needs_calibration and calibration is None:
         raise InvalidCalibration(f"The method {info.name!r} needs a calibration text.")
     method = matrix_method(options.method, options.bits)
-    run = _open(base, finetuned, options, progress)
+    run = open_run(base, finetuned, options, progress)
+    carried = carried_files(run.base.manifest, run.finetuned)
     model = data = None
     if calibration is not None:
         run.at("calibrating", 0, 1, "reading the calibration text")
@@ -182,9 +100,9 @@ def compress(
     if method is not None and model is not None and data is not None:
         _compress_blocks(run, model, data, method, work or _NoWorkStore())
     run.at("assembling", 0, 1, "embeddings, norms and other tensors")
-    others = _encode_others(run, model)
-    write_artifact(out, run.encoded, _manifest(run, data))
-    report = _report(run, out, data, others)
+    others = encode_others(run, model)
+    write_artifact(out, run.encoded, make_manifest(run, data, carried))
+    report = make_report(run, out, data, others)
     if model is not None and data is not None:
         with Artifact(out) as artifact:
             quality = measure(
@@ -200,28 +118,7 @@ def compress(
     return report
 
 
-def _open(
-    base: Path, finetuned: Path, options: CompressOptions, progress: Callable[[Progress], None]
-) -> _Run:
-    progress(Progress("validating", 0, 1, 0.0, "hashing the checkpoints"))
-    run = _Run(Checkpoint(base), Checkpoint(finetuned), options, progress)
-    check_same_architecture(run.base.manifest, run.finetuned.manifest)
-    run.carried = _carried_files(run.base.manifest, run.finetuned)
-    names = list(run.finetuned.entries)
-    for number, name in enumerate(names):
-        if number % 64 == 0:
-            run.at("validating", number, len(names), "looking for NaN and infinities")
-        for checkpoint, owner in ((run.finetuned, "fine-tune"), (run.base, "base")):
-            tensor = checkpoint.tensor(name)
-            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-                raise NonFiniteWeights(
-                    f"Tensor {name!r} of the {owner} holds NaN or an infinity. The training that "
-                    "wrote it has diverged; upload an earlier checkpoint."
-                )
-    return run
-
-
-def _fingerprint(run: _Run, data: CalibrationSet, device: str) -> str:
+def _fingerprint(run: Run, data: CalibrationSet, device: str) -> str:
     inputs = {
         "version": __version__,
         "base": run.base.manifest.digest,
@@ -234,7 +131,7 @@ def _fingerprint(run: _Run, data: CalibrationSet, device: str) -> str:
 
 
 def _compress_blocks(
-    run: _Run, model: BlockwiseModel, data: CalibrationSet, method: MatrixMethod, work: WorkStore
+    run: Run, model: BlockwiseModel, data: CalibrationSet, method: MatrixMethod, work: WorkStore
 ) -> None:
     fingerprint = _fingerprint(run, data, model.device.type)
     blocks = len(model.blocks) + 1
@@ -277,7 +174,7 @@ def _compress_blocks(
 
 
 def _compress_matrix(
-    run: _Run, method: MatrixMethod, name: str, moment: Tensor, held_moment: Tensor
+    run: Run, method: MatrixMethod, name: str, moment: Tensor, held_moment: Tensor
 ) -> tuple[Encoded, dict[str, Any]] | None:
     """One matrix's encoding and report; None where it is smaller than the budget's granularity."""
     delta = run.delta(name)
@@ -309,107 +206,3 @@ def _output_error(delta: Tensor, approximation: Tensor, moment: Tensor) -> float
         return float(((matrix @ moment) * matrix).sum())
 
     return energy(delta - approximation) / max(energy(delta), 1e-300)
-
-
-def _encode_others(run: _Run, model: BlockwiseModel | None) -> list[TensorReport]:
-    """Every changed tensor that no method took: embeddings row by row, the rest exactly."""
-    others = []
-    for name, entry in run.finetuned.entries.items():
-        if name in run.encoded or not run.changed(name):
-            continue
-        lossy = run.options.method != "exact"
-        if lossy and model is not None and name == model.embedding and run.is_float(name):
-            encoded = encode_rows(run.delta(name).numpy(), EMBEDDING_BITS, entry.dtype, {})
-        else:
-            raw = run.finetuned.tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy()
-            encoded = encode_exact(
-                raw.reshape(-1).view(np.dtype(NUMPY_DTYPES[entry.dtype])), entry.dtype, entry.shape
-            )
-        run.encoded[name] = encoded
-        others.append(TensorReport(name, encoded.record["kind"], list(entry.shape), encoded.nbytes))
-    return others
-
-
-def _carried_files(
-    base: CheckpointManifest, tuned: Checkpoint
-) -> tuple[dict[str, str | None], dict[str, str]]:
-    """Config and tokenizer files that differ from the base's.
-
-    Returns:
-        Text files (None: the fine-tune has none of this name), and others in base64.
-
-    Raises:
-        TooLarge: together they are over `MAX_CARRIED_BYTES`.
-    """
-    before = {file.path: file.sha256 for file in base.files}
-    after = {file.path: file for file in tuned.manifest.files}
-    texts: dict[str, str | None] = {}
-    others: dict[str, str] = {}
-    size = 0
-    for path in sorted(before.keys() | after.keys()):
-        if "/" in path or path.endswith(".safetensors.index.json"):
-            continue
-        if not path.endswith(CARRIED_SUFFIXES):
-            continue
-        if path not in after:
-            texts[path] = None
-        elif before.get(path) != after[path].sha256:
-            size += after[path].size
-            if size > MAX_CARRIED_BYTES:
-                raise TooLarge(
-                    f"The fine-tune's config and tokenizer files that differ from the base's are "
-                    f"over {MAX_CARRIED_BYTES} bytes. Leave out what serving does not need."
-                )
-            content = (tuned.folder / path).read_bytes()
-            try:
-                texts[path] = content.decode("utf-8")
-            except UnicodeDecodeError:
-                others[path] = base64.b64encode(content).decode()
-    return texts, others
-
-
-def _manifest(run: _Run, data: CalibrationSet | None) -> dict[str, Any]:
-    texts, others = run.carried
-    return {
-        "base_digest": run.base.manifest.weights_digest,
-        "finetuned_digest": run.finetuned.manifest.weights_digest,
-        "model_type": run.base.manifest.config["model_type"],
-        "method": run.options.method,
-        "nominal_bits": run.options.bits,
-        "settings": {"solver": run.options.solver, "embedding_bits": EMBEDDING_BITS},
-        "seed": run.options.seed,
-        "calibration": None
-        if data is None
-        else {"sha256": data.sha256, "tokens": data.tokens, "seed": run.options.seed},
-        "checkpoint_bytes": run.finetuned.bf16_bytes,
-        "parameters": run.finetuned.parameters,
-        "version": __version__,
-        "files": texts,
-        "binary_files": others,
-        "matrices": {
-            matrix.name: {
-                "error": matrix.error,
-                "damping": matrix.damping,
-                "fallbacks": matrix.fallbacks,
-            }
-            for matrix in run.matrices
-        },
-    }
-
-
-def _report(
-    run: _Run, out: Path, data: CalibrationSet | None, others: list[TensorReport]
-) -> Report:
-    return Report(
-        method=run.options.method,
-        nominal_bits=run.options.bits,
-        artifact_bytes=out.stat().st_size,
-        checkpoint_bytes=run.finetuned.bf16_bytes,
-        parameters=run.finetuned.parameters,
-        base_digest=run.base.manifest.weights_digest,
-        calibration=None
-        if data is None
-        else {"sha256": data.sha256, "tokens": data.tokens, "seed": run.options.seed},
-        matrices=run.matrices,
-        other_tensors=others,
-    )

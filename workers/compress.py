@@ -19,7 +19,8 @@ from typing import Final
 import structlog
 import torch
 
-from compression.pipeline import CompressOptions, Progress, compress
+from compression.pipeline import compress
+from compression.run import CompressOptions, Progress
 from deltadock.errors import Cancelled, DeltadockError, HashMismatch, WorkerLost
 from deltadock.settings import Settings
 from storage.blobs import BlobStore
@@ -184,7 +185,10 @@ def _device(settings: Settings) -> str:
 
 
 def _reporter(lease: Lease) -> Callable[[Progress], None]:
-    """Writes progress to the row: every new block at once, steps within one now and then."""
+    """Writes progress to the row: every new block at once, steps within one now and then.
+
+    Whether to stop is looked up at each of them: the next one may be far away.
+    """
     last_key: tuple[str, int] = ("", 0)
     last_time = 0.0
 
@@ -192,6 +196,7 @@ def _reporter(lease: Lease) -> Callable[[Progress], None]:
         nonlocal last_key, last_time
         key, now = (progress.stage, progress.block), time.monotonic()
         if key == last_key and now - last_time < REPORT_SECONDS:
+            lease.check()
             return
         last_key, last_time = key, now
         lease.advance(

@@ -14,7 +14,8 @@ from artifacts.export import merge
 from artifacts.reader import Artifact
 from compression.calibration import excerpt
 from compression.evaluation import evaluate
-from compression.pipeline import CompressOptions, Progress, compress
+from compression.pipeline import compress
+from compression.run import CompressOptions, Progress
 from deltadock.errors import (
     ArchitectureMismatch,
     Cancelled,

@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
+from compression.run import Progress
 from deltadock.errors import Cancelled
 from storage.models import Job, JobState
 from storage.repositories import JobRepository
+from workers.compress import _reporter
 from workers.context import Context
 from workers.lease import STOPPING, Lease, LeaseLostError, WorkerStoppingError
 
@@ -80,3 +82,16 @@ def test_wishes_are_heeded_at_the_next_step(context: Context, job_id: str) -> No
             JobRepository(session).request_cancel(job_id)
         with pytest.raises(Cancelled):
             advance(lease)
+
+
+def test_what_is_too_early_to_report_still_heeds_a_cancellation(
+    context: Context, job_id: str
+) -> None:
+    with Lease(context.database, job_id, "me", SECONDS) as lease:
+        report = _reporter(lease)
+        step = Progress("compressing", 1, 4, 0.5, "matrix 1")
+        report(step)
+        with context.database.session_scope() as session:
+            JobRepository(session).request_cancel(job_id)
+        with pytest.raises(Cancelled):
+            report(step)

@@ -12,7 +12,8 @@ import pytest
 from celery import Celery
 
 from client.processes import Child
-from compression.pipeline import CompressOptions, compress
+from compression.pipeline import compress
+from compression.run import CompressOptions
 from storage.models import Job, JobState
 from storage.repositories import DeltaRepository
 from workers.context import Context
@@ -80,3 +81,26 @@ def test_a_killed_workers_successor_makes_the_same_bytes(
     alone = tmp_path / "alone.safetensors"
     compress(pair.base, pair.finetuned, alone, options, calibration=pair.calibration)
     assert delta.artifact_digest == context.blobs.put_file(alone)
+
+
+@pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
+def test_a_worker_that_stops_hands_its_job_on_without_alarm(
+    submit: Callable[..., str],
+    look: Callable[[str], Job],
+    workers: list[Child],
+    broker_url: str,
+    tmp_path: Path,
+) -> None:
+    job_id = submit("adamix", 1.0)
+    with Celery(broker=broker_url, set_as_current=False) as sender:
+        sender.send_task("deltadock.compress", args=[job_id], queue="gpu")
+    workers[0].wait_until(lambda: look(job_id).lease_owner is not None, seconds=120)
+    owner = look(job_id).lease_owner or ""
+    first, second = sorted(workers, key=lambda worker: f"-{worker.pid}-" not in owner)
+    first.stop()
+    second.wait_until(lambda: look(job_id).state.is_final, seconds=120)
+    assert (look(job_id).state, look(job_id).attempt) == (JobState.READY, 1)
+    log = (tmp_path / f"{first.name}.log").read_text()
+    assert "stopped" in log
+    for alarm in ("Traceback", '"warning"', '"error"'):
+        assert alarm not in log

@@ -1,0 +1,112 @@
+"""One compression: what decides it, where it is, and its two checkpoints."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from artifacts.compatibility import check_same_architecture
+from artifacts.encoding import Encoded
+from compression.allocation import Solver
+from compression.report import MatrixReport
+from compression.weights import FLOAT_DTYPES, Checkpoint
+from deltadock.errors import NonFiniteWeights
+
+Stage = Literal["validating", "calibrating", "compressing", "assembling", "verifying"]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressOptions:
+    """What decides an artifact's bytes, apart from the weights and the calibration text.
+
+    Attributes:
+        method: a name of `compression.catalogue`.
+        bits: code bits per weight of a compressed matrix; None for methods without a budget.
+        seed: chooses the calibration windows.
+        solver: allocation solver.
+    """
+
+    method: str = "adamix"
+    bits: float | None = 1.0
+    seed: int = 0
+    solver: Solver = "exact"
+
+
+class Progress(NamedTuple):
+    """Where a run is: stage, block k of n within it, and the share of the whole run done."""
+
+    stage: Stage
+    block: int
+    blocks: int
+    fraction: float
+    message: str
+
+
+SHARES: Final[dict[Stage, tuple[float, float]]] = {
+    "validating": (0.0, 0.05),
+    "calibrating": (0.05, 0.08),
+    "compressing": (0.08, 0.85),
+    "assembling": (0.85, 0.88),
+    "verifying": (0.88, 1.0),
+}
+"""Each stage's part of the progress bar."""
+
+
+@dataclass(slots=True)
+class Run:
+    """One compression under way: its inputs, and what has been made so far."""
+
+    base: Checkpoint
+    finetuned: Checkpoint
+    options: CompressOptions
+    report: Callable[[Progress], None]
+    encoded: dict[str, Encoded] = field(default_factory=dict)
+    matrices: list[MatrixReport] = field(default_factory=list)
+
+    def at(self, stage: Stage, block: int, blocks: int, message: str, within: float = 0.0) -> None:
+        """Tell where the run is: `block` blocks are done, and the share `within` of the next."""
+        begin, end = SHARES[stage]
+        fraction = begin + (end - begin) * (block + within) / max(blocks, 1)
+        self.report(Progress(stage, block, blocks, fraction, message))
+
+    def changed(self, name: str) -> bool:
+        """Whether a tensor differs from the base's, told from its hash."""
+        ours, theirs = self.finetuned.entries[name], self.base.entries[name]
+        return (ours.sha256, ours.dtype) != (theirs.sha256, theirs.dtype)
+
+    def is_float(self, name: str) -> bool:
+        """Whether base and fine-tune both hold plain floats under this name."""
+        return {self.finetuned.entries[name].dtype, self.base.entries[name].dtype} <= FLOAT_DTYPES
+
+    def delta(self, name: str) -> Tensor:
+        """Fine-tuned minus base, float32."""
+        return self.finetuned.tensor(name).float() - self.base.tensor(name).float()
+
+
+def open_run(
+    base: Path, finetuned: Path, options: CompressOptions, progress: Callable[[Progress], None]
+) -> Run:
+    """Open both checkpoints and see that they belong together and hold nothing but numbers.
+
+    Raises:
+        ArchitectureMismatch: the fine-tune is not one of this base.
+        NonFiniteWeights: a tensor holds NaN or an infinity.
+    """
+    progress(Progress("validating", 0, 1, 0.0, "hashing the checkpoints"))
+    run = Run(Checkpoint(base), Checkpoint(finetuned), options, progress)
+    check_same_architecture(run.base.manifest, run.finetuned.manifest)
+    names = list(run.finetuned.entries)
+    for number, name in enumerate(names):
+        if number % 64 == 0:
+            run.at("validating", number, len(names), "looking for NaN and infinities")
+        for checkpoint, owner in ((run.finetuned, "fine-tune"), (run.base, "base")):
+            tensor = checkpoint.tensor(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                raise NonFiniteWeights(
+                    f"Tensor {name!r} of the {owner} holds NaN or an infinity. The training that "
+                    "wrote it has diverged; upload an earlier checkpoint."
+                )
+    return run
