@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Bytes that serving needs, against those of full checkpoints."""
+    """Bytes that are stored, against those of the bases and full checkpoints."""
 
     deltas: int
     artifact_bytes: int
@@ -50,7 +50,7 @@ class Totals:
     @property
     def longest(self) -> int:
         """Bytes of the longer of the two bars."""
-        return max(self.artifact_bytes + self.base_bytes, self.checkpoint_bytes, 1)
+        return self.base_bytes + max(self.artifact_bytes, self.checkpoint_bytes, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,5 +48,5 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match="slot"):
             chunks.assign([slot])
     with pytest.raises(ValueError, match="rows"):
-        Chunks(HEIGHT, 2, max_rank=8).assign([1] * (2 * HEIGHT + 1))
+        chunks.assign([1] * 5)
     assert torch.equal(chunks.rows, before)

@@ -1,0 +1,75 @@
+"""Which rows of a step belong to which slot, in the form that the kernels of every layer share."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+HEIGHT: Final = 16
+"""Rows of a chunk: the least that a tensor core multiplies. It is fixed, for a row's result would
+otherwise depend on how many others are in the batch."""
+
+
+class Chunks:
+    """Rows sorted by slot and cut into chunks of one slot each, on buffers that stay in place.
+
+    Built once a step and used by all layers. A chunk past the last has slot 0, and a kernel
+    leaves it at once.
+
+    Attributes:
+        rows: (max_chunks * HEIGHT,) int32, the row at each place of each chunk; -1 for none.
+        slots: (max_chunks,) int32, each chunk's slot.
+        projected: (max_chunks * HEIGHT, max_rank) float32 scratch between the two kernels.
+        sums: (max_chunks * HEIGHT,) float32 scratch, the sum of each row's inputs.
+        count: chunks to launch: a power of two at least the number of chunks of this step, or
+            `max_chunks`. A captured CUDA graph serves every step of the same count.
+    """
+
+    def __init__(
+        self, max_rows: int, slots: int, *, max_rank: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.max_rows, self.slot_count, self.max_rank = max_rows, slots, max_rank
+        self.max_chunks = max(1, min(max_rows, max_rows // HEIGHT + slots))
+        self.rows = torch.full((self.max_chunks * HEIGHT,), -1, dtype=torch.int32, device=device)
+        self.slots = torch.zeros(self.max_chunks, dtype=torch.int32, device=device)
+        self.projected = torch.empty(
+            self.max_chunks * HEIGHT, max_rank, dtype=torch.float32, device=device
+        )
+        self.sums = torch.empty(self.max_chunks * HEIGHT, dtype=torch.float32, device=device)
+        self.row_count = 0
+        """Rows of this step, those of slot 0 included."""
+        self.count = 0
+        self.by_slot: dict[int, Tensor] = {}
+        """Row numbers of each slot but 0, int64 on the CPU."""
+
+    def assign(self, row_slots: Sequence[int]) -> None:
+        """Lay out a step in which row i belongs to slot `row_slots[i]`.
+
+        Raises:
+            ValueError: there are more rows, or other slots, than the buffers were made for.
+        """
+        if len(row_slots) > self.max_rows:
+            raise ValueError(f"The step has more than {self.max_rows} rows.")
+        if not all(0 <= slot < self.slot_count for slot in row_slots):
+            raise ValueError(f"A row's slot is not one of 0 to {self.slot_count - 1}.")
+        members: dict[int, list[int]] = {}
+        for row, slot in enumerate(row_slots):
+            if slot:
+                members.setdefault(slot, []).append(row)
+        rows: list[int] = []
+        slots: list[int] = []
+        for slot, found in sorted(members.items()):
+            chunks = -(-len(found) // HEIGHT)
+            rows += found + [-1] * (chunks * HEIGHT - len(found))
+            slots += [slot] * chunks
+        self.row_count = len(row_slots)
+        self.count = min(1 << (len(slots) - 1).bit_length(), self.max_chunks) if slots else 0
+        self._fill(self.rows, rows, -1)
+        self._fill(self.slots, slots, 0)
+        self.by_slot = {slot: torch.tensor(found) for slot, found in members.items()}
+
+    @staticmethod
+    def _fill(buffer: Tensor, values: list[int], rest: int) -> None:
+        padded = values + [rest] * (len(buffer) - len(values))
+        buffer.copy_(torch.tensor(padded, dtype=torch.int32), non_blocking=True)
