@@ -1,6 +1,7 @@
 """The `deltadock` command."""
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -59,8 +60,11 @@ def migrate() -> None:
     """Bring the database that DELTADOCK_DATABASE_URL names up to this version."""
     from deltadock.settings import get_settings
     from storage.database import migrate as run
+    from storage.database import normalise_url
 
-    run(get_settings().sqlalchemy_url)
+    url = get_settings().sqlalchemy_url
+    revision = run(url)
+    typer.echo(f"{normalise_url(url).render_as_string()} is at revision {revision}.")
 
 
 @app.command(rich_help_panel=RUNNING)
@@ -70,10 +74,15 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point: domain errors become one line on stderr and exit status 1."""
+    """Entry point: domain errors become one line on stderr and exit status 1.
+
+    The end of a failed process's log follows it, as it is.
+    """
     try:
         app()
     except DeltadockError as error:
         message = " ".join(error.message.split())
         sys.stderr.write(f"error ({error.code}): {message}\n")
+        if log_tail := error.details.get("log_tail"):
+            sys.stderr.write(textwrap.indent(str(log_tail), "    "))
         raise SystemExit(1) from None

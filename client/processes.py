@@ -187,23 +187,21 @@ class Child:
             if ready():
                 return
             if ended:
-                raise Unavailable(self.describe_end())
+                raise self.ended()
             if _stopping.is_set():
                 raise KeyboardInterrupt
             if time.monotonic() > deadline:
-                raise Unavailable(
-                    f"{self.name} was not ready after {seconds:.0f} seconds.{self._log_tail()}"
-                )
+                raise self._unavailable(f"{self.name} was not ready after {seconds:.0f} seconds.")
             time.sleep(POLL_SECONDS)
 
-    def describe_end(self) -> str:
-        """How an ended process ended, with the end of its log."""
-        return f"{self.name} ended with status {self.poll()}.{self._log_tail()}"
+    def ended(self, consequence: str = "") -> Unavailable:
+        """The error that tells how an ended process ended; its `details` have the log's end."""
+        return self._unavailable(f"{self.name} ended with status {self.poll()}. {consequence}")
 
-    def _log_tail(self) -> str:
+    def _unavailable(self, what: str) -> Unavailable:
         with self.log.open(errors="replace") as stream:
-            lines = deque(stream, maxlen=15)
-        return f" The end of {self.log}:\n{''.join(lines)}"
+            tail = "".join(deque(stream, maxlen=15))
+        return Unavailable(f"{what.strip()} The end of {self.log}:", log_tail=tail)
 
 
 def port_is_free(port: int, host: str = HOST) -> bool:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Final
 
 import httpx
-from celery import Celery
-from celery.exceptions import OperationalError
 from rich.console import Console
 
 from client.processes import HOST, Child, port_is_free
@@ -57,11 +55,13 @@ def running(
     environment = os.environ | variables
     parsed = Settings.model_validate(settings)
     migrate(parsed.sqlalchemy_url)
+    # A busy worker answers no ping, and after a crash it may be busy from the start: the file that
+    # it touches before its first task tells that it is there. The last run's would tell nothing.
+    parsed.worker_alive.unlink(missing_ok=True)
     python = (sys.executable, "-m")
     commands = {
         "node": (*python, "inference.server", "--host", HOST, "--port", str(node_port)),
-        "worker": (*python, "celery", "-A", "workers.app", "worker", "-P", "solo",
-                   "-Q", "gpu,default", "--without-gossip", "--without-mingle"),
+        "worker": worker_command(),
         "api": (*python, "uvicorn", "api.main:app", "--host", HOST, "--port", str(api_port),
                 "--timeout-graceful-shutdown", "5"),
     }  # fmt: skip
@@ -77,8 +77,16 @@ def running(
             stack.callback(child.ask_to_stop)
         children["api"].wait_until(lambda: _responds(f"http://{HOST}:{api_port}/readyz"))
         children["node"].wait_until(lambda: _responds(f"http://{HOST}:{node_port}/readyz"))
-        children["worker"].wait_until(lambda: _worker_answers(parsed.broker_url))
+        children["worker"].wait_until(parsed.worker_alive.exists)
         yield list(children.values())
+
+
+def worker_command() -> list[str]:
+    """The command line of a worker for every queue."""
+    return [
+        *(sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-P", "solo"),
+        *("-Q", "gpu,default", "--without-gossip", "--without-mingle"),
+    ]
 
 
 def _responds(url: str) -> bool:
@@ -86,14 +94,6 @@ def _responds(url: str) -> bool:
         return httpx.get(url, timeout=2.0).is_success
     except httpx.TransportError:
         return False
-
-
-def _worker_answers(broker_url: str) -> bool:
-    with Celery(broker=broker_url) as probe:
-        try:
-            return bool(probe.control.ping(timeout=0.5))
-        except OperationalError:
-            return False
 
 
 def keep_running(children: Sequence[Child], stopping: threading.Event, console: Console) -> None:
@@ -109,7 +109,7 @@ def keep_running(children: Sequence[Child], stopping: threading.Event, console: 
                 continue
             recent, now = restarts[child.name], time.monotonic()
             if len(recent) == MAX_RESTARTS and now - recent[0] < RESTART_WINDOW_SECONDS:
-                raise Unavailable(f"{child.describe_end()}It keeps ending, so Deltadock stops.")
+                raise child.ended("It keeps ending, so Deltadock stops.")
             recent.append(now)
             console.print(f"{child.name} ended with status {child.poll()}; starting it again.")
             child.restart()

@@ -79,6 +79,11 @@ class Settings(BaseSettings):
         """Folder for files that can be fetched again (bases, artifacts, work in progress)."""
         return self.home / "cache"
 
+    @property
+    def worker_alive(self) -> Path:
+        """File that a worker touches when it is ready and then at every sweep, busy or not."""
+        return self.cache_folder / "worker.alive"
+
 
 @lru_cache
 def get_settings() -> Settings:

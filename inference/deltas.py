@@ -1,18 +1,22 @@
 """From an artifact to the changes that a delta slot holds."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
+from artifacts.compatibility import check_same_config
 from artifacts.export import merged
 from artifacts.reader import Artifact
-from deltadock.errors import BaseMismatch
+from deltadock.errors import BaseMismatch, InvalidArtifact
 from inference.layers import Change, low_rank
 from inference.model import BaseModel
 from inference.tokens import Tokenizer
+
+CONFIG: Final = "config.json"
 
 
 class DeltaSource(Protocol):
@@ -67,6 +71,7 @@ def load_delta(
 
     Raises:
         BaseMismatch: the delta was made for another base than the one with `weights_digest`.
+        ArchitectureMismatch: its config.json makes other use of the weights than the base's.
         InvalidArtifact: it changes tensors that the base lacks or that have another shape.
     """
     if source.base_digest != weights_digest:
@@ -74,6 +79,7 @@ def load_delta(
             f"The delta was made for the base {source.base_digest}, not for {weights_digest}. "
             "Name the base it was made for."
         )
+    _check_config(base_files, source.files)
     changes = {
         name: model.prepare(name, source.change(name, model.base_tensor(name)))
         for name in source.names
@@ -82,3 +88,22 @@ def load_delta(
     return LoadedDelta(
         changes, Tokenizer({name: text for name, text in files.items() if text is not None})
     )
+
+
+def _check_config(base_files: Mapping[str, str], own_files: Mapping[str, str | None]) -> None:
+    """Refuse a delta that the base's modelling code would run otherwise than its fine-tune.
+
+    Raises:
+        ArchitectureMismatch: naming the key that differs.
+        InvalidArtifact: its config.json is no JSON object.
+    """
+    base, own = base_files.get(CONFIG), own_files.get(CONFIG)
+    if base is None or own is None:
+        return
+    try:
+        config = json.loads(own)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArtifact(f"The delta's {CONFIG} is not JSON.") from error
+    if not isinstance(config, dict):
+        raise InvalidArtifact(f"The delta's {CONFIG} is not a JSON object.")
+    check_same_config(json.loads(base), config)

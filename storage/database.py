@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
 
-from deltadock.errors import Unavailable
+from deltadock.errors import InvalidInput, Unavailable
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -40,8 +40,9 @@ class Database:
 
         Raises:
             Unavailable: the database does not answer.
+            InvalidInput: it cannot hold a value, such as a NUL character.
         """
-        with _unavailable(), Session(self.engine, expire_on_commit=False) as session:
+        with _domain_errors(), Session(self.engine, expire_on_commit=False) as session:
             yield session
             session.commit()
 
@@ -51,8 +52,9 @@ class Database:
 
         Raises:
             Unavailable: the database does not answer.
+            InvalidInput: it cannot hold a value, such as a NUL character.
         """
-        with _unavailable(), Session(self._reading, expire_on_commit=False) as session:
+        with _domain_errors(), Session(self._reading, expire_on_commit=False) as session:
             yield session
 
     def dispose(self) -> None:
@@ -85,12 +87,14 @@ def normalise_url(url: str) -> URL:
     return target
 
 
-def migrate(url: str, revision: str = "head") -> None:
+def migrate(url: str, revision: str = "head") -> str | None:
     """Bring the database at `url` to `revision`, creating a SQLite file's folder if need be.
 
+    Returns the revision that it is at now; None if that is before the first one.
     Safe to call from several processes at once: they take turns.
     """
     from alembic import command  # only whoever migrates waits for its import
+    from alembic.migration import MigrationContext
 
     target = normalise_url(url)
     if target.get_backend_name() == "sqlite" and target.database:
@@ -98,6 +102,8 @@ def migrate(url: str, revision: str = "head") -> None:
     engine = make_engine(url)
     try:
         command.upgrade(alembic_config(engine), revision)
+        with engine.connect() as connection:
+            return MigrationContext.configure(connection).get_current_revision()
     finally:
         engine.dispose()
 
@@ -113,11 +119,16 @@ def alembic_config(engine: Engine) -> "Config":
 
 
 @contextmanager
-def _unavailable() -> Iterator[None]:
+def _domain_errors() -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
         raise Unavailable("The database does not answer; try again shortly.") from error
+    except DataError as error:
+        raise InvalidInput(
+            "The database cannot hold or look for one of the values, perhaps for a NUL character "
+            "or a number out of range. Send another."
+        ) from error
 
 
 def _configure_sqlite(connection: Any, _record: object) -> None:

@@ -67,10 +67,8 @@ class Lease:
                 self._lost.set()
                 return
 
-    def advance(
-        self, state: JobState, *, block: int, blocks: int, percent: float, message: str
-    ) -> None:
-        """Record progress, and stop here if the work is not wanted from us any more.
+    def check(self) -> None:
+        """Stop here if the work is not wanted from us any more.
 
         Raises:
             Cancelled: the job's owner wants it to end.
@@ -79,9 +77,24 @@ class Lease:
         """
         if STOPPING.is_set():
             raise WorkerStoppingError
+        with self._database.read_scope() as session:
+            job = JobRepository(session).find(self.job_id)
+        if not self.held or job is None or job.lease_owner != self.owner:
+            raise LeaseLostError
+        if job.cancel_requested:
+            raise Cancelled("Cancelled on request.")
+
+    def advance(
+        self, state: JobState, *, block: int, blocks: int, percent: float, message: str
+    ) -> None:
+        """Record progress, unless the work is not wanted from us any more.
+
+        Raises:
+            Cancelled, LeaseLostError, WorkerStoppingError: as `check`.
+        """
+        self.check()
         with self._database.session_scope() as session:
-            jobs = JobRepository(session)
-            held = jobs.advance(
+            held = JobRepository(session).advance(
                 self.job_id,
                 self.owner,
                 state,
@@ -90,11 +103,8 @@ class Lease:
                 percent=percent,
                 message=message,
             )
-            job = jobs.find(self.job_id)
-        if not (self.held and held) or job is None:
+        if not held:
             raise LeaseLostError
-        if job.cancel_requested:
-            raise Cancelled("Cancelled on request.")
 
     def finish(self, state: JobState, error: DeltadockError | None = None) -> None:
         """Enter a final state.

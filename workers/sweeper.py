@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 
+from deltadock.settings import Settings
 from storage.repositories import JobRepository, UploadRepository
 from storage.types import database_now
 from workers.compress import drop_files, job_folder
@@ -72,6 +73,12 @@ def drop_job_folders(context: Context) -> int:
     return dropped
 
 
+def show_alive(settings: Settings) -> None:
+    """Touch the file by which others see that this worker runs."""
+    settings.worker_alive.parent.mkdir(parents=True, exist_ok=True)
+    settings.worker_alive.touch()
+
+
 class Sweeper:
     """A thread that sweeps at every interval, from the start to the end of its worker."""
 
@@ -114,6 +121,4 @@ class Sweeper:
             log.info("abandoned_dropped", count=dropped)
         drop_job_folders(self._context)
         # Health checks look at its age: this thread runs during a long compression, too.
-        alive = self._context.settings.cache_folder / "worker.alive"
-        alive.parent.mkdir(parents=True, exist_ok=True)
-        alive.touch()
+        show_alive(self._context.settings)

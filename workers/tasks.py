@@ -4,22 +4,21 @@ from functools import cache
 
 import redis
 from celery import signals
-from celery.exceptions import Reject
 
 from deltadock.settings import get_settings
 from workers.app import GPU_QUEUE, app
 from workers.compress import Outcome, compress_job
 from workers.context import get_context
 from workers.lease import STOPPING
-from workers.sweeper import Sweeper
+from workers.sweeper import Sweeper, show_alive
 
 
 @app.task(name="deltadock.compress")
 def compress(job_id: str) -> None:
     """Compress the delta of this job, unless another worker does or it is done."""
     if compress_job(job_id, get_context()) is Outcome.STOPPED:
-        # Straight back into the queue; otherwise the sweeper would send it, but later.
-        raise Reject("the worker stops", requeue=True)
+        # For another worker, at once; otherwise the sweeper would send it, but later.
+        send_compress(job_id)
 
 
 def send_compress(job_id: str) -> None:
@@ -41,8 +40,11 @@ def _sweeper() -> Sweeper:
 
 @signals.worker_ready.connect
 def _start_sweeping(**_: object) -> None:
-    get_context().blobs.prepare()
+    context = get_context()
+    context.blobs.prepare()
     _sweeper().start()
+    # Here, not in the sweeper's thread: Celery takes the first task only after this.
+    show_alive(context.settings)
 
 
 @signals.worker_shutting_down.connect

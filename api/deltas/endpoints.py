@@ -124,7 +124,7 @@ def download_artifact(
         "Accept-Ranges": "bytes",
         "ETag": etag,
         "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(digest)).decode()}:",
-        "Content-Disposition": f'attachment; filename="{delta.id}.safetensors"',
+        "Content-Disposition": f'attachment; filename="{delta.id}.delta"',
         # The id's bytes never change, but the delta may be deleted: ask, then reuse.
         "Cache-Control": "private, no-cache",
     }

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from api.generation.resolver import Target
 from api.middleware import REQUEST_ID
 from api.problems import openai_body
-from deltadock.errors import Unavailable
+from deltadock.errors import InvalidInput, Unavailable
 
 log = structlog.get_logger(__name__)
 
@@ -35,13 +35,19 @@ async def ask_node(
     If the client goes away while the node works, the node is told by closing its connection.
 
     Raises:
+        InvalidInput: the body holds what JSON does not, such as NaN.
         Unavailable: the node does not answer.
         ClientDisconnect: nobody waits for the answer any more.
     """
     headers = {BASE_HEADER: target.base_digest, REQUEST_ID: request.state.request_id}
     if target.artifact_digest is not None:
         headers[ARTIFACT_HEADER] = target.artifact_digest
-    call = node.build_request("POST", COMPLETIONS, json=body, headers=headers)
+    try:
+        call = node.build_request("POST", COMPLETIONS, json=body, headers=headers)
+    except ValueError as error:  # lenient parsers, like ours, let these in
+        raise InvalidInput(
+            "The body holds NaN, an infinity or half a surrogate pair, which JSON cannot carry."
+        ) from error
     answer: httpx.Response | None = None
     failure: httpx.HTTPError | None = None
     async with anyio.create_task_group() as group:

@@ -26,7 +26,7 @@ class JobOut(BaseModel):
     state: JobState = Field(examples=["compressing"])
     block: int = Field(description="Of the present stage.", examples=[3])
     blocks: int = Field(examples=[8])
-    percent: float = Field(description="Of the whole job.", examples=[42.5])
+    percent: float = Field(description="Of the whole job, to one decimal.", examples=[42.5])
     message: str = Field(examples=["model.layers.3"])
     error: JobError | None = None
     cancel_requested: bool
@@ -47,7 +47,7 @@ class JobOut(BaseModel):
             state=job.state,
             block=job.stage_block,
             blocks=job.stage_blocks,
-            percent=job.percent,
+            percent=round(job.percent, 1),
             message=job.message,
             error=error,
             cancel_requested=job.cancel_requested,

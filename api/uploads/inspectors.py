@@ -5,10 +5,12 @@ import hashlib
 from typing import Final, Protocol
 
 from artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
-from deltadock.errors import InvalidCalibration
+from deltadock.errors import InvalidCalibration, TooLarge
 from storage.models import UploadKind
 
 CALIBRATION_SUFFIXES: Final = (".txt", ".jsonl")
+MAX_CALIBRATION_BYTES: Final = 64 << 20
+"""Workers read a text whole; the tokens that calibration takes of it fit many times over."""
 
 
 class Inspector(Protocol):
@@ -31,7 +33,7 @@ def make_inspector(kind: UploadKind, path: str) -> Inspector:
 
 
 class CalibrationInspector:
-    """Hashes a text and checks that it is UTF-8."""
+    """Hashes a text and checks that it is UTF-8 and not too long."""
 
     def __init__(self, path: str) -> None:
         stem, dot, suffix = path.rpartition(".")
@@ -45,6 +47,11 @@ class CalibrationInspector:
 
     def update(self, chunk: bytes) -> None:
         """Take the next bytes."""
+        if self._size + len(chunk) > MAX_CALIBRATION_BYTES:
+            raise TooLarge(
+                f"A calibration text may hold {MAX_CALIBRATION_BYTES} bytes, far more than "
+                "calibration reads. Upload a part of it."
+            )
         self._decode(chunk)
         self._hash.update(chunk)
         self._size += len(chunk)

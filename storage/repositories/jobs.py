@@ -130,9 +130,15 @@ class JobRepository:
         """
         now = now or database_now(self.session)
         idle = or_(Job.lease_owner.is_(None), Job.lease_expires_at <= now)
-        self._set(and_(Job.id == job_id, Job.state.not_in(FINAL_STATES)), cancel_requested=True)
+        unfinished = and_(Job.id == job_id, Job.state.not_in(FINAL_STATES))
         self._set(
-            and_(Job.id == job_id, Job.state.not_in(FINAL_STATES), idle),
+            unfinished,
+            cancel_requested=True,
+            message="Cancelling was requested; the worker stops at its next step.",
+            updated_at=now,
+        )
+        self._set(
+            and_(unfinished, idle),
             **_ending(JobState.CANCELLED, now, "cancelled", "Cancelled on request."),
         )
         return self.find(job_id)
@@ -190,4 +196,8 @@ def _ending(
         "updated_at": now,
         "finished_at": now,
     }
-    return ending | {"percent": 100.0, "message": ""} if state is JobState.READY else ending
+    if state is not JobState.FAILED:  # where a job failed is worth keeping
+        ending["message"] = ""
+    if state is JobState.READY:
+        ending["percent"] = 100.0
+    return ending

@@ -28,6 +28,7 @@ def test_the_whole(api: Api, url: str) -> None:
     assert answer.headers["accept-ranges"] == "bytes"
     assert answer.headers["content-length"] == str(SIZE)
     assert answer.headers["repr-digest"].startswith("sha-256=:")
+    assert answer.headers["content-disposition"].endswith('.delta"')
     head = api.client.head(url)
     assert (head.status_code, head.content) == (200, b"")
     for name in ("etag", "content-length", "accept-ranges", "content-type"):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from api.uploads import inspectors
 from tests.api.support import TEXT, Api, sha256, weights
 
 
@@ -29,6 +30,16 @@ def test_bad_calibration_texts_leave_nothing(api: Api, path: str, data: bytes) -
     assert api.blobs() == set()
     answer = api.client.post(f"/v1/uploads/{upload}/complete")
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_calibration")
+
+
+def test_a_calibration_text_that_is_too_long(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspectors, "MAX_CALIBRATION_BYTES", len(TEXT))
+    upload = api.open_upload("calibration")
+    answer = api.put(upload, "text.txt", TEXT + b"x")
+    assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+    assert "Upload a part" in answer.json()["detail"]
+    assert (api.staged(), api.blobs()) == ([], set())
+    assert api.put(upload, "text.txt", TEXT).status_code == 200
 
 
 def test_a_calibration_upload_holds_one_text(api: Api) -> None:

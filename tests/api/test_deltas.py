@@ -9,6 +9,7 @@ import pytest
 import redis
 from sqlalchemy import event
 
+from storage.models import JobState
 from storage.repositories import JobRepository
 from tests.api.support import CONFIG, Api, sha256, weights
 
@@ -268,6 +269,19 @@ def test_job_events_end_with_the_job(api: Api) -> None:
                     threading.Thread(target=api.make_ready, args=[delta]).start()
     assert [events[0]["state"], events[-1]["state"]] == ["queued", "ready"]
     assert api.client.get("/v1/jobs/job_x/events").json()["code"] == "not_found"
+
+
+def test_a_jobs_percent_has_one_decimal(api: Api) -> None:
+    job = api.delta()["job"]
+    with api.resources.database.session_scope() as session:
+        jobs = JobRepository(session)
+        assert jobs.acquire(job, "worker", 60)
+        step = {"block": 1, "blocks": 3, "message": "block 2 of 3"}
+        assert jobs.advance(job, "worker", JobState.COMPRESSING, percent=100 / 3, **step)
+    assert api.client.get(f"/v1/jobs/{job}").json()["percent"] == 33.3
+    asked = api.client.post(f"/v1/jobs/{job}/cancel").json()
+    assert (asked["state"], asked["cancel_requested"]) == ("compressing", True)
+    assert "Cancelling was requested" in asked["message"]
 
 
 def test_cancelling(api: Api) -> None:

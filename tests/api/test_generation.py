@@ -97,6 +97,29 @@ def test_malformed_requests_are_400_as_at_openai(api: Api, subtests: pytest.Subt
             assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "extra",
+    ['"min_p": NaN', '"user": "\\ud800"', '"n": -Infinity', '"\\ud800": 1'],
+)
+def test_what_json_cannot_carry(api: Api, node: StandInNode, ready: Ready, extra: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    body = f'{{"model": "tiny", "prompt": "x", {extra}}}'
+    answer = api.client.post("/v1/completions", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_input")
+    for url in ("/v1/bases/tiny/generate", f"/v1/deltas/{ready[0]['id']}/generate"):
+        body = f'{{"prompt": "x", {extra}}}'
+        answer = api.client.post(url, content=body, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_input")
+    assert node.requests == []
+
+
+def test_openais_routes_that_do_not_exist(api: Api) -> None:
+    answer = api.client.post("/v1/chat/completions", json={"model": "tiny", "messages": []})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (404, "not_found", None)
+    assert "/v1/completions" in error["message"]
+
+
 def test_the_openai_package(api: Api, ready: Ready) -> None:
     delta, _, _ = ready
     with openai.OpenAI(

@@ -55,3 +55,18 @@ def test_a_bad_file_leaves_nothing(api: Api) -> None:
     assert answer.json()["code"] == "hash_mismatch"
     assert not api.resources.blobs.exists(sha256(TEXT))
     assert api.client.get(f"/v1/uploads/{upload}").json()["files"] == []
+
+
+def test_ids_that_postgres_cannot_look_for(api: Api, subtests: pytest.Subtests) -> None:
+    for path in (
+        "deltas/a%00b",
+        "uploads/a%00b",
+        "jobs/a%00b",
+        "bases/a%00b",
+        "deltas?after=a%00b",
+    ):
+        with subtests.test(path=path):
+            answer = api.client.get(f"/v1/{path}a%00b")
+            assert (answer.status_code, answer.json()["code"]) == (422, "invalid_input")
+    answer = api.client.post("/v1/completions", json={"model": "a\0b", "prompt": "x"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_input")

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sqlalchemy import make_url
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from artifacts.checkpoint import scan_folder
 from compression.catalogue import METHODS
 from deltadock import __version__
+from deltadock.settings import get_settings
 from tests.client.support import QUERY, Command, Delta, Inputs, compress, evaluate
 
 
@@ -148,3 +150,27 @@ def test_a_process_prints_json_alone(delta: Delta) -> None:
     ended = run_process("inspect", delta.path, "--json")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert json.loads(ended.stdout)["method"] == "adamix"
+
+
+def test_migrating_says_what_became_of_which_database(
+    deltadock: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELTADOCK_HOME", str(tmp_path))
+    get_settings.cache_clear()
+    outcome = deltadock("migrate")
+    get_settings.cache_clear()
+    assert outcome.code == 0
+    assert f"{tmp_path / 'deltadock.db'} is at revision " in outcome.stdout
+
+
+def test_migrating_hides_the_password(
+    deltadock: Command, postgres_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = make_url(postgres_database)
+    monkeypatch.setenv("DELTADOCK_DATABASE_URL", postgres_database)
+    get_settings.cache_clear()
+    outcome = deltadock("migrate")
+    get_settings.cache_clear()
+    assert (url.database or "") in outcome.stdout
+    assert url.password
+    assert str(url.password) not in outcome.stdout + outcome.stderr

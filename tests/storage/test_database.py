@@ -2,12 +2,13 @@
 
 import threading
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, StatementError
 
-from deltadock.errors import Unavailable
+from deltadock.errors import InvalidInput, Unavailable
 from storage.database import Database, migrate
 from storage.models import Upload, UploadKind
 from storage.repositories import UploadRepository
@@ -102,6 +103,21 @@ def test_the_databases_clock_moves_within_a_transaction(database: Database) -> N
     with database.read_scope() as session:
         first = database_now(session)
         assert database_now(session) > first
+
+
+def test_a_value_that_postgres_cannot_hold_is_invalid_input(postgres_database: str) -> None:
+    database = Database(postgres_database)
+    migrate(postgres_database)
+    with pytest.raises(InvalidInput, match="NUL"), database.read_scope() as session:
+        UploadRepository(session).find("a\0b")
+    database.dispose()
+
+
+def test_migrating_tells_the_revision(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'deltadock.db'}"
+    revision = migrate(url)
+    assert revision
+    assert migrate(url) == revision
 
 
 def test_a_database_that_does_not_answer_is_unavailable() -> None:
