@@ -41,15 +41,14 @@ def check_same_config(base: Mapping[str, Any], finetuned: Mapping[str, Any]) -> 
 
 
 def check_same_architecture(base: CheckpointManifest, finetuned: CheckpointManifest) -> None:
-    """Refuse a fine-tune whose tensors are not its base's in name and shape.
+    """Refuse a fine-tune whose tensors, in name and shape, or configuration are not its base's.
 
     Raises:
-        ArchitectureMismatch: naming the first tensor, by name, that differs.
+        ArchitectureMismatch: naming the first tensor, by name, or key that differs.
     """
     expected, found = base.config["model_type"], finetuned.config["model_type"]
     if expected != found:
         raise ArchitectureMismatch(f"The base is a {expected!r} model, the fine-tune a {found!r}.")
-    check_same_config(base.config, finetuned.config)
     shapes = {tensor.name: tensor.shape for tensor in base.tensors}
     tuned_shapes = {tensor.name: tensor.shape for tensor in finetuned.tensors}
     for name in sorted(shapes.keys() | tuned_shapes.keys()):
@@ -62,3 +61,4 @@ def check_same_architecture(base: CheckpointManifest, finetuned: CheckpointManif
                 f"Tensor {name!r} has shape {list(tuned_shapes[name])} in the fine-tune, but "
                 f"{list(shapes[name])} in the base."
             )
+    check_same_config(base.config, finetuned.config)
