@@ -5,6 +5,7 @@ contiguous range. Slot 0 is the bare base: its rows belong to no group and cost 
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -41,16 +42,16 @@ class Routing:
         self.groups: list[Group] = []
 
 
-class DeltaModule(nn.Module):
+class DeltaModule(nn.Module, ABC):
     """A module of the base model together with what each delta slot changes in it."""
 
+    @abstractmethod
     def install(self, slot: int, changes: Mapping[str, Change]) -> None:
         """Let the rows of `slot` use `changes`, by parameter name ("weight", "bias")."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self, slot: int) -> None:
         """Forget the changes of `slot`, if there are any."""
-        raise NotImplementedError
 
 
 class _LinearDelta(NamedTuple):
