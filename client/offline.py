@@ -47,12 +47,14 @@ def print_json(data: object) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` is the first CUDA device where there is one."""
+    """The device to compute on, refused as a usage error where this machine lacks it."""
     import torch
 
-    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    from kernels.device import choose_device
+
     if device == "auto":
-        return "cuda" if cuda else "cpu"
+        return str(choose_device(device))
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if device != "cpu" and device not in cuda and not (device == "cuda" and cuda):
         raise typer.BadParameter(f"there is no device {device!r} here", param_hint="--device")
     return device

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from artifacts.checkpoint import CheckpointManifest, TensorEntry, scan_folder
+from artifacts.checkpoint import TensorEntry, scan_folder
 
 FLOAT_DTYPES: Final = {"BF16", "F16", "F32", "F64"}
 """Dtypes whose differences can be compressed; every other is kept exactly."""
@@ -26,14 +26,14 @@ class TensorSource(Protocol):
 class Checkpoint:
     """A checkpoint folder. Opening hashes every file once; tensors are read when asked for."""
 
-    def __init__(self, folder: Path, manifest: CheckpointManifest | None = None) -> None:
-        """Open `folder`; `manifest` spares the hashing where it is already known.
+    def __init__(self, folder: Path) -> None:
+        """Open `folder`.
 
         Raises:
             InvalidCheckpoint: not a complete safetensors checkpoint.
         """
         self.folder = folder
-        self.manifest = manifest or scan_folder(folder)
+        self.manifest = scan_folder(folder)
         self.entries: dict[str, TensorEntry] = {t.name: t for t in self.manifest.tensors}
         self._files = {
             file: safe_open(str(folder / file), framework="pt")

@@ -9,9 +9,10 @@ from deltadock.settings import Settings
 from inference.deltas import ArtifactSource, LoadedDelta, load_delta
 from inference.engine import Engine
 from inference.metrics import Metrics
-from inference.model import BaseModel, choose_device, load_base
+from inference.model import BaseModel, load_base
 from inference.slots import SlotManager
 from inference.tokens import Tokenizer, read_tokenizer_files
+from kernels.device import choose_device
 from storage.cache import FileCache
 
 

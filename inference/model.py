@@ -38,13 +38,6 @@ EMBEDDING: Final = "model.embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a setting: "auto" is the first GPU if there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 class BaseModel:
     """A causal language model whose rows each run with their own delta slot's weights."""
 

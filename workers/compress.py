@@ -17,12 +17,12 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 import structlog
-import torch
 
 from compression.pipeline import compress
 from compression.run import CompressOptions, Progress
 from deltadock.errors import Cancelled, DeltadockError, HashMismatch, WorkerLost
 from deltadock.settings import Settings
+from kernels.device import choose_device
 from storage.blobs import BlobStore
 from storage.cache import FileCache
 from storage.models import Delta, Job, JobState
@@ -145,7 +145,7 @@ def _run(job: Job, lease: Lease, context: Context) -> None:
         calibration=_calibration(delta, context, folder),
         progress=progress,
         work=JobWork(blobs, job.id),
-        device=_device(settings),
+        device=str(choose_device(settings.device)),
     ).to_dict()
     if report["base_digest"] != base_manifest.weights_digest:
         raise HashMismatch("The base's files on this worker are not those that were uploaded.")
@@ -176,12 +176,6 @@ def _calibration(delta: Delta, context: Context, folder: Path) -> Path | None:
     path = folder / f"calibration{PurePosixPath(uploaded or '').suffix or '.txt'}"
     context.blobs.fetch(digest, path)
     return path
-
-
-def _device(settings: Settings) -> str:
-    if settings.device != "auto":
-        return settings.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _reporter(lease: Lease) -> Callable[[Progress], None]:
