@@ -3,16 +3,19 @@
 import base64
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from artifacts.checkpoint import scan_folder
+from artifacts.encoding import Encoded, decode_dense, inflated, parts
 from artifacts.reader import Artifact
 from deltadock.errors import BaseMismatch, Conflict, InvalidArtifact
 
@@ -26,34 +29,54 @@ TORCH_DTYPES: Final = {
 SHARD_BYTES: Final = 5 * 2**30
 
 
+def _tensor(raw: npt.NDArray[Any], dtype: str) -> Tensor:
+    """Raw data as torch has it, a copy of its own."""
+    return torch.from_numpy(np.array(raw)).view(TORCH_DTYPES[dtype])
+
+
 def exact_tensor(artifact: Artifact, name: str) -> Tensor:
     """An `exact` tensor as torch has it, a copy of its own."""
-    data = np.array(artifact.exact(name))
-    dtype = TORCH_DTYPES[artifact.records[name]["dtype"]]
-    return torch.from_numpy(data).view(dtype)
+    return _tensor(artifact.exact(name), artifact.records[name]["dtype"])
 
 
 def merged(artifact: Artifact, name: str, base: Tensor) -> Tensor:
     """The fine-tuned tensor: the base's with the delta applied, in the fine-tune's dtype.
 
     The delta is added in float32 and rounded once; a tensor that the artifact does not name is
-    the base's own.
+    the base's own. A tensor with new rows is longer than the base's.
 
     Raises:
         InvalidArtifact: the delta is of another shape than the base's tensor.
     """
-    record = artifact.records.get(name)
-    if record is None:
+    if name not in artifact.records:
         return base
-    if record["shape"] != list(base.shape):
+    encoded = artifact.resolved(name)
+    shape = base_shape(encoded.record)
+    if shape != list(base.shape):
         raise InvalidArtifact(
-            f"{artifact.path.name} has {name!r} in the shape {record['shape']}, but the base has "
+            f"{artifact.path.name} has {name!r} for a base of the shape {shape}, but the base has "
             f"it in {list(base.shape)}."
         )
+    return _applied(inflated(encoded), base)
+
+
+def _applied(encoded: Encoded, base: Tensor) -> Tensor:
+    record = encoded.record
+    dtype = TORCH_DTYPES[record["dtype"]]
     if record["kind"] == "exact":
-        return exact_tensor(artifact, name).to(base.device)
-    delta = torch.from_numpy(artifact.dense(name)).to(base.device)
-    return (base.float() + delta).to(TORCH_DTYPES[record["dtype"]])
+        return _tensor(encoded.segments["data"], record["dtype"]).to(base.device)
+    if record["kind"] == "new-rows":
+        (part,) = parts(encoded)
+        rows = base.to(dtype) if part is None else _applied(part, base)
+        added = _tensor(encoded.segments["data"], record["dtype"])
+        return torch.cat([rows, added.to(base.device)])
+    return (base.float() + torch.from_numpy(decode_dense(encoded)).to(base.device)).to(dtype)
+
+
+def base_shape(record: Mapping[str, Any]) -> list[int]:
+    """The shape that the base's tensor must have."""
+    shape: list[int] = record["shape"]
+    return [record["base_rows"], *shape[1:]] if record["kind"] == "new-rows" else shape
 
 
 def check_base(artifact: Artifact, weights_digest: str) -> None:

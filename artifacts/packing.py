@@ -59,8 +59,14 @@ def _unpack_plane(words: WordArray, columns: int, plane: int) -> CodeArray:
 
 
 def pack(codes: CodeArray, bits: int) -> WordArray:
-    """Pack (rows, columns) codes of one width into a padded segment of `segment_words` words."""
+    """Pack (rows, columns) codes of one width into a padded segment of `segment_words` words.
+
+    Raises:
+        ValueError: a code does not fit the width.
+    """
     rows, columns = codes.shape
+    if codes.max(initial=0) >> bits:
+        raise ValueError(f"A code does not fit {bits} bits.")
     segment = np.zeros(segment_words(rows, columns, bits), np.uint32)
     position, shift = 0, bits
     for plane in PLANES[bits]:

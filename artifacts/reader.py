@@ -21,13 +21,15 @@ import numpy.typing as npt
 from artifacts.checkpoint import check_path
 from artifacts.container import Header, header_length, parse_header
 from artifacts.encoding import (
+    FACTORED,
     NUMPY_DTYPES,
     Encoded,
     Factors,
     FloatArray,
+    decode_dense,
     decode_factors,
-    decode_rows,
     expected_segments,
+    inflated,
 )
 from artifacts.writer import FORMAT
 from deltadock.errors import InvalidArtifact, InvalidCheckpoint, MalformedSafetensors
@@ -118,6 +120,8 @@ class Artifact:
             expected = expected_segments(record)
             if not isinstance(record.get("sha256"), dict):
                 raise InvalidArtifact(f"{self.path.name}: the record of {name!r} has no hashes.")
+            if record["kind"] == "alias":
+                self._check_alias(name, record)
             for key, (dtype, shape) in expected.items():
                 full = f"{name}:{key}"
                 spec = self._specs.get(full)
@@ -129,6 +133,19 @@ class Artifact:
         if extra := self._specs.keys() - announced:
             raise InvalidArtifact(
                 f"{self.path.name}: segment {min(extra)!r} belongs to no tensor of the manifest."
+            )
+
+    def _check_alias(self, name: str, record: dict[str, Any]) -> None:
+        target = self.records.get(record["of"])
+        same = ("shape", "dtype")
+        if (
+            target is None
+            or target.get("kind") == "alias"
+            or [target.get(key) for key in same] != [record[key] for key in same]
+        ):
+            raise InvalidArtifact(
+                f"{self.path.name}: {name!r} is an alias of {record['of']!r}, which is no tensor "
+                "of its shape and dtype with an encoding of its own."
             )
 
     def segment(self, full_name: str) -> npt.NDArray[Any]:
@@ -156,25 +173,32 @@ class Artifact:
         keys = expected_segments(self.records[name])
         return sum(self._specs[f"{name}:{key}"].nbytes for key in keys)
 
-    def _of_kind(self, name: str, kind: str) -> Encoded:
-        if self.records[name]["kind"] != kind:
-            raise KeyError(f"{name} is stored as {self.records[name]['kind']}, not {kind}")
-        return self.encoded(name)
+    def resolved(self, name: str) -> Encoded:
+        """What stands for a tensor: its own encoding, or that of the tensor it is an alias of."""
+        record = self.records[name]
+        return self.encoded(record["of"] if record["kind"] == "alias" else name)
 
     def factors(self, name: str) -> Factors:
-        """Decoded float32 factors of an `svd` tensor."""
-        return decode_factors(self._of_kind(name, "svd"))
+        """Decoded float32 factors of an `svd` or `low-rank` tensor."""
+        encoded = self.resolved(name)
+        if encoded.record["kind"] not in FACTORED:
+            raise KeyError(f"{name} is stored as {encoded.record['kind']}, not as factors")
+        return decode_factors(encoded)
 
     def exact(self, name: str) -> npt.NDArray[Any]:
         """Raw data of an `exact` tensor in its shape; bfloat16 as uint16, float8 as uint8."""
-        return self._of_kind(name, "exact").segments["data"]
+        encoded = self.resolved(name)
+        if encoded.record["kind"] != "exact":
+            raise KeyError(f"{name} is stored as {encoded.record['kind']}, not exact")
+        return inflated(encoded).segments["data"]
 
     def dense(self, name: str) -> FloatArray:
-        """The whole delta of an `svd` or `rows` tensor, float32."""
-        encoded = self.encoded(name)
-        if encoded.record["kind"] == "rows":
-            return decode_rows(encoded)
-        return self.factors(name).dense()
+        """The whole delta of a tensor, float32, in the tensor's shape.
+
+        Raises:
+            InvalidArtifact: the tensor has none: it is exact, or has rows that the base lacks.
+        """
+        return decode_dense(self.resolved(name))
 
     def damaged(self) -> Iterator[str]:
         """Full names of the segments whose bytes do not have the manifest's SHA-256."""

@@ -38,5 +38,5 @@ def deserialize(blob: bytes) -> tuple[dict[str, Encoded], dict[str, Any]]:
         data = np.frombuffer(blob[begin : begin + spec.nbytes], NUMPY_DTYPES[spec.dtype])
         arrays.setdefault(name, {})[key] = data.reshape(spec.shape)
     records = json.loads(header.metadata["records"])
-    tensors = {name: Encoded(record, arrays[name]) for name, record in records.items()}
+    tensors = {name: Encoded(record, arrays.get(name, {})) for name, record in records.items()}
     return tensors, json.loads(header.metadata["notes"])

@@ -1,14 +1,21 @@
 """What is in a delta file, in figures: per tensor and in total. numpy only."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from artifacts.kinds.composed import COMPOSED
 from artifacts.reader import Artifact
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSummary:
-    """One changed tensor: bytes in the file, rank and how many ranks have each width (V/U)."""
+    """One changed tensor: kind, bytes in the file, rank, and how many of what have which width.
+
+    Widths are of ranks (V/U where they differ), of rows, or of all that a sparse tensor keeps.
+    The rank is None where nothing is factored; in a composition it is the sum of its parts'.
+    """
 
     name: str
     kind: str
@@ -17,6 +24,53 @@ class TensorSummary:
     rank: int | None
     widths: dict[str, int]
     error: float | None
+
+
+def kind_of(record: Mapping[str, Any]) -> str:
+    """A record's kind in words, with the kinds of its parts: `sum(svd, rows)`."""
+    kind: str = record["kind"]
+    if kind == "alias":
+        kind = f"alias of {record['of']}"
+    elif kind in COMPOSED:
+        inner = dict.fromkeys(kind_of(part) for part in _parts(record))
+        kind = f"{kind}({', '.join(inner)})"
+    return f"{kind}, deflated" if "deflated" in record else kind
+
+
+def rank_of(record: Mapping[str, Any]) -> int | None:
+    """Ranks of a record and all of its parts; None where nothing is factored."""
+    if record["kind"] == "svd":
+        return sum(int(run["count"]) for run in record["ranks"])
+    if record["kind"] == "low-rank":
+        return int(record["rank"])
+    ranks = [rank_of(part) for part in _parts(record)]
+    found = [rank for rank in ranks if rank is not None]
+    return sum(found) if found else None
+
+
+def widths_of(record: Mapping[str, Any]) -> dict[str, int]:
+    """How many ranks, rows or entries of a record and its parts have each width."""
+    widths: Counter[str] = Counter()
+    if record["kind"] == "svd":
+        for run in record["ranks"]:
+            v, u = run["v_bits"], run["u_bits"]
+            widths[str(v) if v == u else f"{v}/{u}"] += run["count"]
+    elif record["kind"] == "rows":
+        for run in record["runs"]:
+            widths[str(run["bits"])] += run["count"]
+    elif record["kind"] == "sparse":
+        widths[str(record["bits"])] += record["kept"]
+    elif record["kind"] == "sparse24":
+        rows, columns = record["shape"]
+        widths[str(record["bits"])] += 2 * rows * -(-columns // 4)
+    for part in _parts(record):
+        widths.update(widths_of(part))
+    return dict(widths)
+
+
+def _parts(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    known = record["kind"] in COMPOSED
+    return [part for part in record["parts"] if part is not None] if known else []
 
 
 def summarize(artifact: Artifact) -> tuple[dict[str, Any], list[TensorSummary]]:
@@ -28,21 +82,15 @@ def summarize(artifact: Artifact) -> tuple[dict[str, Any], list[TensorSummary]]:
     matrices = artifact.manifest.get("matrices", {})
     rows = []
     for name, record in artifact.records.items():
-        runs = record["ranks"] if record["kind"] == "svd" else []
         error = matrices.get(name, {}).get("error")
-        widths: dict[str, int] = {}
-        for run in runs:
-            v, u = run["v_bits"], run["u_bits"]
-            label = str(v) if v == u else f"{v}/{u}"
-            widths[label] = widths.get(label, 0) + run["count"]
         rows.append(
             TensorSummary(
                 name,
-                record["kind"],
+                kind_of(record),
                 tuple(record["shape"]),
                 artifact.tensor_bytes(name),
-                sum(run["count"] for run in runs) if record["kind"] == "svd" else None,
-                widths,
+                rank_of(record),
+                widths_of(record),
                 error if isinstance(error, float) else None,
             )
         )

@@ -8,15 +8,21 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from artifacts.compatibility import check_same_config
+from artifacts.compatibility import check_same_config, vocabulary
+from artifacts.encoding import FACTORED
 from artifacts.export import merged
 from artifacts.reader import Artifact
-from deltadock.errors import BaseMismatch, InvalidArtifact
+from deltadock.errors import BaseMismatch, InvalidArtifact, UnsupportedModel
 from inference.layers import Change, low_rank
 from inference.model import BaseModel
 from inference.tokens import Tokenizer
 
 CONFIG: Final = "config.json"
+
+MERGE: Final = (
+    "A node serves deltas with the base's own vocabulary only: write the checkpoint that it stands "
+    "for with `deltadock merge` and serve that."
+)
 
 
 class DeltaSource(Protocol):
@@ -49,7 +55,10 @@ class ArtifactSource:
 
     def change(self, name: str, base: Tensor) -> Change:
         """Low-rank factors where the artifact has them, otherwise the fine-tuned tensor."""
-        if self._artifact.records[name]["kind"] == "svd":
+        kind = self._artifact.resolved(name).record["kind"]
+        if kind == "new-rows":
+            raise UnsupportedModel(f"The delta adds rows to {name!r}. {MERGE}")
+        if kind in FACTORED:
             factors = self._artifact.factors(name)
             # Copies: an array taken from the file is read-only and keeps the file mapped.
             return low_rank(*map(torch.tensor, (factors.u, factors.s, factors.v)))
@@ -73,6 +82,7 @@ def load_delta(
         BaseMismatch: the delta was made for another base than the one with `weights_digest`.
         ArchitectureMismatch: its config.json makes other use of the weights than the base's.
         InvalidArtifact: it changes tensors that the base lacks or that have another shape.
+        UnsupportedModel: its vocabulary is larger than the base's.
     """
     if source.base_digest != weights_digest:
         raise BaseMismatch(
@@ -96,6 +106,7 @@ def _check_config(base_files: Mapping[str, str], own_files: Mapping[str, str | N
     Raises:
         ArchitectureMismatch: naming the key that differs.
         InvalidArtifact: its config.json is no JSON object.
+        UnsupportedModel: its vocabulary is larger than the base's.
     """
     base, own = base_files.get(CONFIG), own_files.get(CONFIG)
     if base is None or own is None:
@@ -106,4 +117,10 @@ def _check_config(base_files: Mapping[str, str], own_files: Mapping[str, str | N
         raise InvalidArtifact(f"The delta's {CONFIG} is not JSON.") from error
     if not isinstance(config, dict):
         raise InvalidArtifact(f"The delta's {CONFIG} is not a JSON object.")
-    check_same_config(json.loads(base), config)
+    before = json.loads(base)
+    tokens = vocabulary(before), vocabulary(config)
+    if tokens[0] is not None and tokens[1] is not None and tokens[0] < tokens[1]:
+        raise UnsupportedModel(
+            f"The delta's vocabulary has {tokens[1]} tokens, its base's {tokens[0]}. {MERGE}"
+        )
+    check_same_config(before, config)

@@ -1,6 +1,7 @@
 """How the kernels find a linear's deltas: the packed words as the artifact holds them, by slot.
 
-A delta is `U_hat diag(s) V_hat`. Its ranks lie in groups of equal widths; a group's segment on
+A delta is `diag(row_scale) U_hat diag(s) V_hat diag(column_scale)`, most often without the outer
+two. Its ranks lie in groups of equal widths; a group's segment on
 either side holds one plane after the other, and the planes of a width are its binary digits
 (3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1). Plane `p` of a segment is (count, plane_words) 32-bit
 words, row-major; segments begin at multiples of 128 bytes. Nothing is repacked on the way to the
@@ -14,7 +15,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from deltadock.errors import InvalidArtifact, TooLarge
+from deltadock.errors import InvalidArtifact, TooLarge, UnsupportedModel
 
 ALIGNMENT_WORDS: Final = 32
 TAIL_WORDS: Final = 32
@@ -58,6 +59,8 @@ class PackedDelta:
         words: int32; the segments of V, then those of U, then `TAIL_WORDS` zeros.
         scales: (3, rank) float32: `s`, the zero points of V, the zero points of U. A value is
             `code - zero`.
+        row_scale, column_scale: (h_out,) and (h_in,) float32 factors of the delta's rows and
+            columns, or None. The GPU's kernels do not take them.
     """
 
     h_out: int
@@ -65,6 +68,8 @@ class PackedDelta:
     groups: tuple[Group, ...]
     words: Tensor
     scales: Tensor
+    row_scale: Tensor | None = None
+    column_scale: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -74,16 +79,23 @@ class PackedDelta:
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return self.words.nbytes + self.scales.nbytes
+        tensors = (self.words, self.scales, self.row_scale, self.column_scale)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedDelta":
-        """The same delta on another device: two contiguous copies."""
+        """The same delta on another device: a contiguous copy of each tensor."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
         return PackedDelta(
             self.h_out,
             self.h_in,
             self.groups,
             self.words.to(device, non_blocking=non_blocking),
             self.scales.to(device, non_blocking=non_blocking),
+            moved(self.row_scale),
+            moved(self.column_scale),
         )
 
     def segments(self) -> list[tuple[int, int, int]]:
@@ -105,18 +117,23 @@ def pack_delta(
     *,
     s: Tensor,
     v: Tensor,
-    v_zero: Tensor,
     u: Tensor,
-    u_zero: Tensor,
+    v_zero: Tensor | None = None,
+    u_zero: Tensor | None = None,
+    gain: float = 1.0,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
 ) -> PackedDelta:
     """Join an artifact's segments of one matrix.
 
     Args:
         shape: (h_out, h_in) of the linear's weight.
         groups: runs of ranks of equal widths, in stored order.
-        s: (rank,) float32, the singular values times the scales of both grids.
+        s: (rank,) float32 or float16; times `gain`, the singular values times both grids' steps.
         v, u: 32-bit words of each side's segments.
-        v_zero, u_zero: (rank,) float16 zero points.
+        v_zero, u_zero: (rank,) float16 zero points; None: codes are centred, on the mid-rise grid.
+        gain: factor of `s`.
+        row_scale, column_scale: (h_out,) and (h_in,) factors of rows and columns, if there are any.
 
     Raises:
         InvalidArtifact: the sizes do not agree with the groups.
@@ -130,12 +147,25 @@ def pack_delta(
         sum(segment_words(group.ranks, h_in, group.v_bits) for group in kept),
         sum(segment_words(group.ranks, h_out, group.u_bits) for group in kept),
     )
-    if (v.numel(), u.numel()) != sizes or {len(s), len(v_zero), len(u_zero)} != {rank}:
+    v_zero = _centres(kept, 1) if v_zero is None else v_zero
+    u_zero = _centres(kept, 2) if u_zero is None else u_zero
+    wrong = (v.numel(), u.numel()) != sizes or {len(s), len(v_zero), len(u_zero)} != {rank}
+    for scale, size in ((row_scale, h_out), (column_scale, h_in)):
+        wrong |= scale is not None and scale.shape != (size,)
+    if wrong:
         raise InvalidArtifact("The segments of a delta do not have the sizes its ranks imply.")
     tail = torch.zeros(TAIL_WORDS, dtype=torch.int32, device=v.device)
     words = torch.cat([v.view(torch.int32), u.view(torch.int32), tail])
-    scales = torch.stack([s.float(), v_zero.float(), u_zero.float()])
-    return PackedDelta(h_out, h_in, kept, words, scales)
+    scales = torch.stack([s.float() * gain, *(z.float().to(s.device) for z in (v_zero, u_zero))])
+    row_scale, column_scale = (
+        None if scale is None else scale.float() for scale in (row_scale, column_scale)
+    )
+    return PackedDelta(h_out, h_in, kept, words, scales, row_scale, column_scale)
+
+
+def _centres(groups: Sequence[Group], side: int) -> Tensor:
+    """The mid-rise grid's zero point of each rank; `side` is the width's place in a group."""
+    return torch.tensor([(2 ** group[side] - 1) / 2 for group in groups for _ in range(group[0])])
 
 
 class DeltaTable:
@@ -177,6 +207,7 @@ class DeltaTable:
 
         Raises:
             TooLarge: it has more ranks or groups than the table was made for.
+            UnsupportedModel: it has row or column scales, and the table lies on a GPU.
             ValueError: it is of another shape or device, or the slot is the base's or none.
         """
         if not 0 < slot < len(self.sizes):
@@ -185,6 +216,12 @@ class DeltaTable:
             raise ValueError("The delta belongs to a linear of another shape.")
         if delta.words.device != self.addresses.device:
             raise ValueError("Move the delta to the table's device first.")
+        scaled = delta.row_scale is not None or delta.column_scale is not None
+        if scaled and self.addresses.is_cuda:
+            raise UnsupportedModel(
+                "The GPU's kernel takes no deltas with a scale for each row or column; decode the "
+                "delta to factors instead."
+            )
         if delta.rank > self.max_rank or len(delta.groups) > self.max_groups:
             raise TooLarge("The delta has more ranks or groups than this table holds.")
         fields = torch.zeros(self.max_groups, GROUP_FIELDS, dtype=torch.int32)

@@ -33,7 +33,7 @@ def unpack_codes(words: Tensor, count: int, columns: int, bits: int) -> Tensor:
 
 
 def unpack(delta: PackedDelta) -> Factors:
-    """The float32 factors of a packed delta, on its device."""
+    """The float32 factors of a packed delta, on its device, row and column scales in u and v."""
     u = delta.words.new_empty(delta.rank, delta.h_out, dtype=torch.float32)
     v = delta.words.new_empty(delta.rank, delta.h_in, dtype=torch.float32)
     for group, (rank, v_word, u_word) in zip(delta.groups, delta.segments(), strict=True):
@@ -43,6 +43,10 @@ def unpack(delta: PackedDelta) -> Factors:
     s, v_zero, u_zero = delta.scales
     v -= v_zero[:, None]
     u -= u_zero[:, None]
+    if delta.row_scale is not None:
+        u *= delta.row_scale
+    if delta.column_scale is not None:
+        v *= delta.column_scale
     return Factors(u.T, s, v)
 
 

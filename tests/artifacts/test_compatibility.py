@@ -1,20 +1,24 @@
 """Which fine-tunes fit which base."""
 
+import json
 from typing import Any
 
 import pytest
 
 from artifacts.checkpoint import CheckpointManifest, TensorEntry, assemble
-from artifacts.compatibility import check_same_architecture, check_same_config
+from artifacts.compatibility import check_same_architecture, check_same_config, vocabulary
 from deltadock.errors import ArchitectureMismatch
 
 
-def manifest(model_type: str = "qwen2", dtype: str = "BF16", **shapes: Any) -> CheckpointManifest:
+def manifest(
+    model_type: str = "qwen2", dtype: str = "BF16", config: Any = None, **shapes: Any
+) -> CheckpointManifest:
     tensors = [
         TensorEntry(name, dtype, shape, "model.safetensors", "0" * 64)
         for name, shape in shapes.items()
     ]
-    return assemble([], tensors, f'{{"model_type": "{model_type}"}}'.encode())
+    whole = {"model_type": model_type, **(config or {})}
+    return assemble([], tensors, json.dumps(whole).encode())
 
 
 BASE = manifest(a=(2, 3), b=(4,), c=())
@@ -56,3 +60,67 @@ def test_windows_count_where_they_are_used() -> None:
         check_same_config(base, finetuned)
     unused = {"use_sliding_window": False}
     check_same_config(base | unused, finetuned | unused)
+
+
+def with_vocabulary(tokens: int, rows: int | None = None, *, nested: bool = False) -> Any:
+    """A model whose embedding, head and head's bias have a row for each token."""
+    rows = tokens if rows is None else rows
+    config = {"vocab_size": tokens, "hidden_size": 4}
+    return manifest(
+        config={"text_config": config} if nested else config,
+        embed=(rows, 4),
+        head=(rows, 4),
+        bias=(rows,),
+        square=(4, 4),
+    )
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_vocabulary_may_grow(nested: bool) -> None:
+    base = with_vocabulary(10, nested=nested)
+    check_same_architecture(base, with_vocabulary(13, nested=nested))
+    with pytest.raises(ArchitectureMismatch, match=r"9 tokens, fewer.*resize_token_embeddings\(10"):
+        check_same_architecture(base, with_vocabulary(9, nested=nested))
+
+
+def test_rows_grow_with_the_vocabulary_only() -> None:
+    for finetuned in (
+        with_vocabulary(10, rows=13),
+        with_vocabulary(13, rows=12),
+        with_vocabulary(13, rows=9),
+        manifest(config={"vocab_size": 13}, embed=(13, 5), head=(13, 4), bias=(13,), square=(4, 4)),
+        manifest(config={"vocab_size": 13}, embed=(13, 4), head=(13, 4), bias=(13,), square=(7, 4)),
+    ):
+        with pytest.raises(ArchitectureMismatch, match=r"has shape.*may add rows"):
+            check_same_architecture(with_vocabulary(10), finetuned)
+
+
+def test_a_config_alone_does_not_grow() -> None:
+    base = {"vocab_size": 10, "text_config": {"vocab_size": 10}}
+    for finetuned in ({"vocab_size": 13}, {"text_config": {"vocab_size": 13}}):
+        with pytest.raises(ArchitectureMismatch, match="vocab_size = 13"):
+            check_same_config(base, finetuned)
+        check_same_config(base, finetuned, any_vocabulary=True)
+
+
+def test_parts_of_a_config_are_compared_by_key() -> None:
+    base = {"text_config": {"num_attention_heads": 4, "use_cache": True}}
+    check_same_config(base, {"text_config": {"num_attention_heads": 4, "use_cache": False}})
+    with pytest.raises(ArchitectureMismatch, match=r"text_config\.num_attention_heads = 8"):
+        check_same_config(base, {"text_config": {"num_attention_heads": 8}})
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"vocab_size": 7}, 7),
+        ({"text_config": {"vocab_size": 7}}, 7),
+        ({"vocab_size": 7, "text_config": {"vocab_size": 8}}, 7),
+        ({}, None),
+        ({"text_config": 7}, None),
+        ({"vocab_size": "7"}, None),
+        ({"vocab_size": True}, None),
+    ],
+)
+def test_the_vocabulary_of_a_config(config: Any, tokens: int | None) -> None:
+    assert vocabulary(config) == tokens

@@ -14,13 +14,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from artifacts.checkpoint import scan_folder
-from artifacts.encoding import NUMPY_DTYPES, Encoded, encode_exact, encode_rows, encode_svd
-from artifacts.export import TORCH_DTYPES, exact_tensor, merge, merged
+from artifacts.encoding import (
+    Encoded,
+    encode_exact,
+    encode_svd,
+    quantize_rows_midrise,
+)
+from artifacts.export import merge
 from artifacts.reader import Artifact
 from artifacts.writer import write_artifact
 from deltadock.errors import BaseMismatch, Conflict, InvalidArtifact, InvalidCheckpoint
 from tests.artifacts.make_golden import MANIFEST
-from tests.artifacts.test_encoding import sparse_rows, svd_matrix
+from tests.artifacts.samples import sparse_rows, svd_matrix
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 BIAS = "model.layers.0.self_attn.q_proj.bias"
@@ -53,7 +58,7 @@ def changes() -> dict[str, Encoded]:
     return {
         QUERY: encode_svd(svd_matrix(8, 32, 32, seed=1), "BF16", {}),
         "model.layers.1.mlp.down_proj.weight": encode_svd(svd_matrix(5, 32, 48), "BF16", {}),
-        EMBEDDING: encode_rows(sparse_rows(96, 32, seed=2, scale=0.01), 4, "BF16", {}),
+        EMBEDDING: quantize_rows_midrise(sparse_rows(96, 32, seed=2, scale=0.01), 4, "BF16"),
         BIAS: encode_exact(bias, "BF16", (32,)),
     }
 
@@ -251,47 +256,3 @@ def test_a_base_that_is_none_is_refused(write: Write, tmp_path: Path) -> None:
     with pytest.raises(InvalidCheckpoint):
         merge(tmp_path / "empty", write(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def data_of(tensor: Tensor) -> Tensor:
-    """The tensor's bytes."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-@pytest.mark.parametrize("dtype", TORCH_DTYPES)
-@pytest.mark.parametrize("shape", [(), (0, 2), (3, 2)])
-def test_exact_tensors_of_every_dtype(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
-    """Byte for byte, also in dtypes that numpy lacks; what torch saves is what it gets back."""
-    torch.manual_seed(0)
-    original = torch.randint(0, 2, shape).to(TORCH_DTYPES[dtype])
-    save_file({"t": original}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"model_type": "any"}')
-    (entry,) = scan_folder(tmp_path).tensors
-    assert entry.dtype == dtype
-    raw = data_of(original).numpy().view(NUMPY_DTYPES[dtype])
-    path = tmp_path / "a.delta"
-    write_artifact(path, {"t": encode_exact(raw, dtype, entry.shape)}, MANIFEST)
-    with Artifact(path) as artifact:
-        tensor = exact_tensor(artifact, "t")
-        assert (tensor.dtype, tensor.shape) == (original.dtype, original.shape)
-        assert torch.equal(data_of(tensor), data_of(original))
-        tensor.zero_()  # its own memory, not the file's
-        assert torch.equal(data_of(merged(artifact, "t", tensor)), data_of(original))
-
-
-@pytest.mark.parametrize(
-    ("base_dtype", "dtype"), [("F16", "BF16"), ("BF16", "F32"), ("F32", "F16")]
-)
-def test_the_finetune_keeps_its_own_dtype(tmp_path: Path, base_dtype: str, dtype: str) -> None:
-    delta = sparse_rows(6, 8, seed=0)
-    path = tmp_path / "a.delta"
-    write_artifact(path, {"e": encode_rows(delta, 8, dtype, {})}, MANIFEST)
-    base = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(
-        TORCH_DTYPES[base_dtype]
-    )
-    with Artifact(path) as artifact:
-        tensor = merged(artifact, "e", base)
-        assert tensor.dtype == TORCH_DTYPES[dtype]
-        exact = base.double() + torch.from_numpy(artifact.dense("e")).double()
-        assert torch.equal(tensor, exact.float().to(tensor.dtype))
-        assert merged(artifact, "another", base) is base

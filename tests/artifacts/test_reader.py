@@ -1,7 +1,6 @@
 """A delta file that is not whole, or lies, is refused; a damaged one is found out."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,31 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from artifacts.encoding import parts
 from artifacts.reader import Artifact
 from artifacts.summary import summarize
 from deltadock.errors import InvalidArtifact
+from tests.artifacts.edits import DATA_OFFSET, FILE, drop, put, rewritten
 from tests.artifacts.make_golden import GOLDEN
 from tests.artifacts.support import container, entry, split
-
-FILE = GOLDEN.read_bytes()
-DATA_OFFSET = 8 + int.from_bytes(FILE[:8], "little")
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "a.delta"
-
-
-def rewritten(edit: Callable[[Any, Any], object], data: bytes | None = None) -> bytes:
-    """The golden file after `edit(header, manifest)`."""
-    header, old = split(FILE)
-    manifest = json.loads(header["__metadata__"]["manifest"])
-    edit(header, manifest)
-    if "manifest" in header.get("__metadata__", {}):
-        document = json.dumps(manifest)
-        digest = hashlib.sha256(document.encode(errors="surrogatepass")).hexdigest()
-        header["__metadata__"].update(manifest=document, manifest_sha256=digest)
-    return container(header, old if data is None else data)
 
 
 def use(path: Path) -> None:
@@ -44,6 +30,8 @@ def use(path: Path) -> None:
         for name, record in artifact.records.items():
             if record["kind"] == "exact":
                 artifact.exact(name)
+            elif record["kind"] == "new-rows":
+                list(parts(artifact.encoded(name)))
             else:
                 artifact.dense(name)
 
@@ -53,10 +41,11 @@ def test_the_file_that_the_others_are_made_from_is_read(path: Path) -> None:
     use(path)
 
 
-def test_every_truncation_is_refused(path: Path) -> None:
+def test_truncations_are_refused(path: Path) -> None:
     path.write_bytes(FILE)
+    edges = {*range(20), *range(DATA_OFFSET - 20, DATA_OFFSET + 20), len(FILE) - 1}
     with path.open("r+b") as stream:
-        for length in range(len(FILE) - 1, -1, -1):
+        for length in sorted({*edges, *range(0, len(FILE), 13)}, reverse=True):
             stream.truncate(length)
             with pytest.raises(InvalidArtifact):
                 Artifact(path)
@@ -184,24 +173,6 @@ def test_only_text_is_carried(path: Path, text: object) -> None:
     path.write_bytes(rewritten(lambda _, manifest: manifest["files"].update({"a.json": text})))
     with pytest.raises(InvalidArtifact, match="may carry"):
         Artifact(path)
-
-
-def drop(*keys: str) -> Callable[[Any, Any], object]:
-    def edit(_header: Any, manifest: Any) -> None:
-        for key in keys[:-1]:
-            manifest = manifest[key]
-        del manifest[keys[-1]]
-
-    return edit
-
-
-def put(*keys: str, value: object) -> Callable[[Any, Any], object]:
-    def edit(_header: Any, manifest: Any) -> None:
-        for key in keys[:-1]:
-            manifest = manifest[key]
-        manifest[keys[-1]] = value
-
-    return edit
 
 
 LIES: dict[str, Callable[[Any, Any], object]] = {

@@ -3,18 +3,18 @@
 import numpy as np
 import pytest
 
-from artifacts.encoding import Encoded, encode_rows, encode_svd
+from artifacts.encoding import Encoded, encode_svd, quantize_rows_midrise
 from artifacts.serial import deserialize, serialize
 from deltadock.errors import MalformedSafetensors
 from tests.artifacts.make_golden import tensors
-from tests.artifacts.test_encoding import svd_matrix
+from tests.artifacts.samples import svd_matrix
 
 
 def blocks() -> dict[str, Encoded]:
     return {
         **tensors(),
         "no ranks": encode_svd(svd_matrix(0, 3, 4), "F32", {}),
-        "no rows": encode_rows(np.zeros((3, 4), np.float32), 4, "F32", {}),
+        "no rows": quantize_rows_midrise(np.zeros((3, 4), np.float32), 4, "F32"),
         "with: colons: inside": encode_svd(svd_matrix(5, 40, 33), "BF16", {"gap": 0.0}),
     }
 

@@ -6,13 +6,15 @@ import pytest
 
 from artifacts.reader import Artifact
 from artifacts.summary import TensorSummary, summarize
-from tests.artifacts.make_golden import GOLDEN
+from tests.artifacts.make_golden import GOLDEN, tensors
 
 
 def test_rows_name_every_changed_tensor() -> None:
     with Artifact(GOLDEN) as artifact:
         _, rows = summarize(artifact)
-    assert {row.name: row for row in rows} == {
+    found = {row.name: row for row in rows}
+    assert found.keys() == tensors().keys()
+    want = {
         "proj.weight": TensorSummary(
             "proj.weight",
             "svd",
@@ -23,10 +25,45 @@ def test_rows_name_every_changed_tensor() -> None:
             {"8": 1, "8/5": 1, "3": 1, "2": 1},
             0.25,
         ),
-        "embed.weight": TensorSummary("embed.weight", "rows", (4, 3), 128 + 4 + 8, None, {}, None),
+        "embed.weight": TensorSummary(
+            "embed.weight",
+            "rows",
+            (4, 3),
+            # Two runs, three scales and indices, and the columns' scales.
+            2 * 128 + 3 * (2 + 4) + 3 * 2,
+            None,
+            {"4": 1, "2": 2},
+            None,
+        ),
+        "both.weight": TensorSummary(
+            "both.weight",
+            "sum(svd, rows)",
+            (3, 5),
+            # Three runs a side, three scales, those of rows and columns; one run and one scale.
+            6 * 128 + 2 * (3 + 3 + 5) + 128 + 4,
+            3,
+            {"7/1": 1, "4": 1, "1/6": 1, "1": 3},
+            None,
+        ),
         "norm.weight": TensorSummary("norm.weight", "exact", (3,), 6, None, {}, None),
         "steps": TensorSummary("steps", "exact", (), 8, None, {}, None),
+        "alias.weight": TensorSummary(
+            "alias.weight", "alias of embed.weight", (4, 3), 0, None, {}, None
+        ),
     }
+    assert {name: found[name] for name in want} == want
+
+
+def test_kinds_say_what_they_are_made_of() -> None:
+    with Artifact(GOLDEN) as artifact:
+        rows = {row.name: row for row in summarize(artifact)[1]}
+    assert rows["experts.weight"].kind == "stack(rows, svd)"
+    assert rows["conv.weight"].kind == "transposed(svd)"
+    assert (rows["new.weight"].kind, rows["new.weight"].rank) == ("new-rows(rows)", None)
+    assert (rows["lora.weight"].rank, rows["lora.weight"].widths) == (2, {})
+    assert rows["thinned.weight"].kind == "sparse, deflated"
+    assert rows["thinned.weight"].widths == {"3": 9}
+    assert rows["pruned.weight"].widths == {"2": 12}
 
 
 def test_totals_count_the_whole_file() -> None:

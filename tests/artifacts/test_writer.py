@@ -10,8 +10,8 @@ from artifacts.reader import Artifact
 from artifacts.writer import ALIGNMENT, write_artifact
 from deltadock.errors import InvalidArtifact
 from tests.artifacts.make_golden import MANIFEST, tensors
+from tests.artifacts.samples import svd_matrix
 from tests.artifacts.support import split
-from tests.artifacts.test_encoding import svd_matrix
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -17,7 +17,13 @@ import pytest
 import uvicorn
 
 from artifacts.checkpoint import CheckpointManifest, scan_folder
-from artifacts.encoding import SvdMatrix, Vectors, encode_exact, encode_rows, encode_svd
+from artifacts.encoding import (
+    SvdMatrix,
+    Vectors,
+    encode_exact,
+    encode_svd,
+    quantize_rows_midrise,
+)
 from artifacts.export import merge
 from artifacts.writer import write_artifact
 from deltadock.settings import Settings
@@ -44,7 +50,7 @@ def write_delta(path: Path, model: Any, base_digest: str, seed: int, **files: st
     for name, parameter in model.named_parameters():
         if name == "model.embed_tokens.weight":
             noise = generator.normal(0, 0.2, parameter.shape).astype(np.float32)
-            tensors[name] = encode_rows(noise, 4, "F32", {})
+            tensors[name] = quantize_rows_midrise(noise, 4, "F32")
         elif parameter.ndim == 2:
             rows, columns = parameter.shape
             matrix = SvdMatrix(

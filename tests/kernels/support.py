@@ -21,7 +21,15 @@ class Delta(NamedTuple):
     dense: Tensor
 
 
-def encode(shape: tuple[int, int], widths: Widths, seed: int = 0) -> Encoded:
+def encode(
+    shape: tuple[int, int],
+    widths: Widths,
+    seed: int = 0,
+    *,
+    midrise: bool = False,
+    row_scale: bool = False,
+    column_scale: bool = False,
+) -> Encoded:
     """An artifact's record and segments of random codes."""
     rng = np.random.default_rng(seed)
 
@@ -29,7 +37,8 @@ def encode(shape: tuple[int, int], widths: Widths, seed: int = 0) -> Encoded:
         codes = [rng.integers(0, 2**b, columns) for b in bits]
         zero = (2.0 ** np.array(bits) - 1) / 2 + rng.normal(0, 0.3, len(bits))
         stacked = np.array(codes).astype(np.uint8).reshape(len(bits), columns)
-        return Vectors(stacked, np.array(bits, np.int64), zero.astype(np.float16))
+        stored = None if midrise else zero.astype(np.float16)
+        return Vectors(stacked, np.array(bits, np.int64), stored)
 
     h_out, h_in = shape
     v_bits = [bits for ranks, bits, _ in widths for _ in range(ranks)]
@@ -37,11 +46,17 @@ def encode(shape: tuple[int, int], widths: Widths, seed: int = 0) -> Encoded:
     # Entries of each rank's outer product of about one size, as quantised singular vectors have.
     sizes = 2.0 ** (np.array(v_bits) + np.array(u_bits) - 2)
     s = (rng.lognormal(0, 1, len(v_bits)) / sizes / np.sqrt(h_in)).astype(np.float32)
-    return encode_svd(SvdMatrix(side(h_out, u_bits), s, side(h_in, v_bits)), "BF16", {})
+    return encode_svd(
+        SvdMatrix(side(h_out, u_bits), s, side(h_in, v_bits)),
+        "BF16",
+        {},
+        rng.lognormal(0, 0.3, h_out) if row_scale else None,
+        rng.lognormal(0, 0.3, h_in) if column_scale else None,
+    )
 
 
 def segments(encoded: Encoded) -> dict[str, Tensor]:
-    """Keyword arguments of `pack_delta`."""
+    """Keyword arguments of `pack_delta`, but for the gain."""
     arrays = {name.replace(".", "_"): array for name, array in encoded.segments.items()}
     return {
         name: torch.from_numpy(array.view(np.int32) if array.dtype == np.uint32 else array)
@@ -54,9 +69,23 @@ def groups(encoded: Encoded) -> list[Group]:
     return [Group(run["count"], run["v_bits"], run["u_bits"]) for run in encoded.record["ranks"]]
 
 
-def make_delta(shape: tuple[int, int], widths: Widths, seed: int = 0) -> Delta:
-    encoded = encode(shape, widths, seed)
-    packed = pack_delta(shape, groups(encoded), **segments(encoded))
+def pack(encoded: Encoded) -> PackedDelta:
+    """An artifact's matrix in the kernels' form."""
+    h_out, h_in = encoded.record["shape"]
+    gain = encoded.record.get("gain", 1.0)
+    return pack_delta((h_out, h_in), groups(encoded), gain=gain, **segments(encoded))
+
+
+def make_delta(
+    shape: tuple[int, int],
+    widths: Widths,
+    seed: int = 0,
+    *,
+    midrise: bool = False,
+    scaled: bool = False,
+) -> Delta:
+    encoded = encode(shape, widths, seed, midrise=midrise, row_scale=scaled, column_scale=scaled)
+    packed = pack(encoded)
     factors = decode_factors(encoded)
     u, s, v = (torch.from_numpy(factor).double() for factor in (factors.u, factors.s, factors.v))
     return Delta(packed, (u * s) @ v)

@@ -17,7 +17,10 @@ FACTOR_BYTES = 4 * 12 * (50 + 90 + 1)
 )
 @pytest.mark.parametrize("limit", [0, 10**6])
 def test_rows_of_several_slots(limit: int, dtype: torch.dtype, tolerance: float) -> None:
-    deltas = {slot: make_delta(SHAPE, WIDTHS, seed=slot) for slot in (1, 2)}
+    deltas = {
+        1: make_delta(SHAPE, WIDTHS, seed=1),
+        2: make_delta(SHAPE, WIDTHS, seed=2, midrise=True, scaled=True),
+    }
     table = DeltaTable(4, SHAPE, max_rank=12)
     for slot, delta in deltas.items():
         table.install(slot, delta.packed)

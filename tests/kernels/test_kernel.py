@@ -63,7 +63,10 @@ def make_rows(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(131, 197), (64, 256)])
 def test_rows_of_several_slots(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    deltas = {1: make_delta(shape, SKEWED, seed=1), 2: make_delta(shape, EVEN, seed=2)}
+    deltas = {
+        1: make_delta(shape, SKEWED, seed=1),
+        2: make_delta(shape, EVEN, seed=2, midrise=True),
+    }
     # Slot 0 is the base, slot 3 is empty, and slot 1 has more rows than a chunk.
     row_slots = [1, 0, 3, 1, 2] + [1] * HEIGHT
     y, x = make_rows(len(row_slots), shape, dtype)

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from artifacts import packing
 from artifacts.encoding import decode_factors
-from deltadock.errors import InvalidArtifact, TooLarge
+from deltadock.errors import InvalidArtifact, TooLarge, UnsupportedModel
 from kernels.svd_delta import DeltaTable, Group, pack_delta, reference
 from kernels.svd_delta import triton as kernel
 from kernels.svd_delta.layout import TAIL_WORDS, planes, segment_words
-from tests.kernels.support import encode, groups, make_delta, segments
+from tests.kernels.support import encode, groups, make_delta, pack, segments
 
 SHAPE = (40, 70)
 WIDTHS = [(3, 8, 3), (2, 5, 7), (4, 2, 2)]
@@ -26,12 +26,19 @@ def test_segments_have_the_artifacts_sizes(count: int, columns: int, bits: int) 
 @given(
     st.tuples(st.integers(1, 80), st.integers(1, 80)),
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(1, 8)), max_size=4),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
 )
 def test_unpacking_gives_the_artifacts_factors(
-    shape: tuple[int, int], widths: list[tuple[int, int, int]]
+    shape: tuple[int, int],
+    widths: list[tuple[int, int, int]],
+    midrise: bool,
+    row_scale: bool,
+    column_scale: bool,
 ) -> None:
-    encoded = encode(shape, widths)
-    got = reference.unpack(pack_delta(shape, groups(encoded), **segments(encoded)))
+    encoded = encode(shape, widths, midrise=midrise, row_scale=row_scale, column_scale=column_scale)
+    got = reference.unpack(pack(encoded))
     want = decode_factors(encoded)
     for mine, theirs in zip(got, want.__class__.__slots__, strict=True):
         assert torch.equal(mine, torch.from_numpy(getattr(want, theirs)))
@@ -62,6 +69,30 @@ def test_a_segment_of_the_wrong_size_is_refused(name: str) -> None:
     parts[name] = parts[name][:-1]
     with pytest.raises(InvalidArtifact):
         pack_delta(SHAPE, groups(encoded), **parts)
+
+
+@pytest.mark.parametrize("name", ["row_scale", "column_scale"])
+def test_a_scale_of_the_wrong_size_is_refused(name: str) -> None:
+    encoded = encode(SHAPE, WIDTHS, midrise=True, row_scale=True, column_scale=True)
+    parts = segments(encoded)
+    parts[name] = parts[name][:-1]
+    with pytest.raises(InvalidArtifact):
+        pack_delta(SHAPE, groups(encoded), **parts)
+
+
+def test_a_delta_moves_with_all_that_it_has() -> None:
+    delta = pack(encode(SHAPE, WIDTHS, midrise=True, row_scale=True, column_scale=True))
+    moved = delta.to("meta")
+    assert moved.nbytes == delta.nbytes == delta.words.nbytes + 4 * (3 * delta.rank + sum(SHAPE))
+    tensors = (moved.words, moved.scales, moved.row_scale, moved.column_scale)
+    assert all(tensor is not None and tensor.is_meta for tensor in tensors)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_row_scales_are_refused_where_no_kernel_takes_them() -> None:
+    delta = pack(encode(SHAPE, WIDTHS, midrise=True, row_scale=True)).to("cuda")
+    with pytest.raises(UnsupportedModel, match="row or column"):
+        DeltaTable(2, SHAPE, max_rank=9, device="cuda").install(1, delta)
 
 
 @pytest.mark.parametrize("bits", [0, 9])
