@@ -1,5 +1,7 @@
 """Tensors of a checkpoint, one at a time, from memory-mapped safetensors files."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -13,6 +15,28 @@ FLOAT_DTYPES: Final = {"BF16", "F16", "F32", "F64"}
 """Dtypes whose differences can be compressed; every other is kept exactly."""
 
 
+@dataclass(frozen=True, slots=True)
+class MatrixRef:
+    """One linear map of a checkpoint.
+
+    Attributes:
+        name: the checkpoint's tensor.
+        part: which expert's, where the tensor holds those of all.
+        transposed: the tensor holds (h_in, h_out) in place of (h_out, h_in).
+        mixture: of an expert's map, what all experts of the layer have in common.
+    """
+
+    name: str
+    part: int | None = None
+    transposed: bool = False
+    mixture: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What the map is called in reports: its tensor, and the part."""
+        return self.name if self.part is None else f"{self.name}[{self.part}]"
+
+
 class TensorSource(Protocol):
     """Anything that has a model's tensors by name."""
 
@@ -21,6 +45,40 @@ class TensorSource(Protocol):
     def tensor(self, name: str) -> Tensor:
         """The tensor, in its stored dtype, on the CPU."""
         ...
+
+
+def tensor_names(folder: Path) -> frozenset[str]:
+    """The names of a checkpoint's tensors, from the headers of its files alone."""
+    names: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            names.update(file.keys())
+    return frozenset(names)
+
+
+class Grown:
+    """A base's tensors with the rows that a fine-tune's larger vocabulary adds.
+
+    An added row is the mean of the base's, as where a model is resized: the base has nothing
+    better to say of tokens that it does not know.
+    """
+
+    def __init__(self, base: TensorSource, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Give `base`'s tensors in the fine-tune's `shapes`."""
+        self._base = base
+        self._shapes = shapes
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._base
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, in its stored dtype, on the CPU."""
+        tensor = self._base.tensor(name)
+        added = self._shapes[name][0] - len(tensor) if tensor.ndim else 0
+        if not added:
+            return tensor
+        mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+        return torch.cat([tensor, mean.expand(added, *tensor.shape[1:])])
 
 
 class Checkpoint:
@@ -35,18 +93,29 @@ class Checkpoint:
         self.folder = folder
         self.manifest = scan_folder(folder)
         self.entries: dict[str, TensorEntry] = {t.name: t for t in self.manifest.tensors}
-        self._files = {
-            file: safe_open(str(folder / file), framework="pt")
-            for file in {entry.file for entry in self.manifest.tensors}
-        }
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, in its stored dtype, on the CPU."""
-        tensor: Tensor = self._files[self.entries[name].file].get_tensor(name)
+        with self._open(name) as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def _open(self, name: str) -> safe_open:
+        # Anew for each tensor: pages of a file that stays mapped stay resident, and in the end
+        # the whole checkpoint is.
+        return safe_open(str(self.folder / self.entries[name].file), framework="pt")
+
+    def matrix(self, ref: MatrixRef) -> Tensor:
+        """The linear map (h_out, h_in), in its stored dtype; of experts' tensors only its part."""
+        if ref.part is None:
+            matrix = self.tensor(ref.name)
+        else:
+            with self._open(ref.name) as file:
+                matrix = file.get_slice(ref.name)[ref.part]
+        return matrix.t() if ref.transposed else matrix
 
     @property
     def parameters(self) -> int:

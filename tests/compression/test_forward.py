@@ -5,19 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
-    MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
-    Qwen3Config,
 )
 
 from compression.calibration import MomentCollector
+from compression.families import read_config
 from compression.forward import BlockwiseModel
-from compression.weights import Checkpoint
+from compression.skeleton import Skeleton
+from compression.weights import Checkpoint, tensor_names
+from tests.compression.family_cases import CASES, Case
 
 SIZES: dict[str, Any] = {
     "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -25,47 +26,69 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+LONG = {
+    "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [12, 40])
 @pytest.mark.parametrize(
     "config",
     [
-        LlamaConfig(**SIZES),
-        MistralConfig(**SIZES, sliding_window=8),
-        Qwen2Config(**SIZES, tie_word_embeddings=True),
-        Qwen3Config(**SIZES, head_dim=8),
+        LlamaConfig(**SIZES, rope_parameters={**LLAMA3, "rope_theta": 1e4}),
+        Qwen2Config(**SIZES, rope_parameters={**YARN, "rope_theta": 1e4}),
+        Phi3Config(
+            **SIZES, rope_parameters={**LONG, "rope_theta": 1e4}, pad_token_id=0,
+            original_max_position_embeddings=16,
+        ),
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1),
     ],
-    ids=lambda config: str(config.model_type),
-)
-def test_blocks_equal_the_whole_model(config: PreTrainedConfig, tmp_path: Path) -> None:
+    ids=["llama3", "yarn", "longrope", "windows"],
+)  # fmt: skip
+def test_blocks_equal_the_whole_model(
+    config: PreTrainedConfig, length: int, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    model.save_pretrained(tmp_path)
-    tokens = torch.randint(0, 200, (5, 20))
-    gram: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Any:
-        def add(_module: Any, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1]).double()
-            gram[name] = gram.get(name, torch.zeros(())) + rows.T @ rows
-
-        return add
-
-    for name, module in model.model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(hook(f"model.{name}.weight"))
+    whole = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.mul_(3)
+    whole.save_pretrained(tmp_path)
+    # Loaded again, since a model that has run may keep the frequencies of its last length.
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = torch.randint(0, 200, (3, length))
     with torch.inference_mode():
-        expected = model(tokens).logits
-
-    blockwise, source = BlockwiseModel(tmp_path), Checkpoint(tmp_path)
-    hidden, moments = blockwise.embed(tokens, source), MomentCollector()
-    for index in range(len(blockwise.blocks)):
-        hidden = blockwise.run_block(index, hidden, source, moments)
-    logits = torch.cat(list(blockwise.logits(blockwise.final_hidden(hidden, source), source)))
+        expected = whole(tokens).logits.flatten(0, 1)
+    model, source = BlockwiseModel(tmp_path), Checkpoint(tmp_path)
+    hidden = model.embed(tokens, source)
+    for index in range(len(model.blocks)):
+        hidden = model.run_block(index, hidden, source)
+    final = model.final_hidden(hidden, source).flatten(0, 1)
+    logits = torch.cat(list(model.logits(final, source)))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
-    names = [name for block in blockwise.blocks for name in blockwise.linears[block]]
-    assert set(names) == gram.keys()
-    for name in names:
-        torch.testing.assert_close(moments.moment(name), gram[name], rtol=1e-4, atol=1e-4)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_buffers_are_those_of_plain_transformers(
+    case: Case, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Rotary frequencies, too, stay in float32 where the model computes in bfloat16."""
+    case.auto.from_config(case.make()).save_pretrained(tmp_path)
+    plain = case.auto.from_pretrained(tmp_path, dtype=dtype).get_decoder()
+    skeleton = Skeleton(read_config(tmp_path), tensor_names(tmp_path), torch.device("cpu"), dtype)
+    expected = dict(plain.named_buffers())
+    found = dict(skeleton.module(skeleton.body).named_buffers())
+    assert found.keys() == expected.keys()
+    for name, buffer in found.items():
+        assert buffer.dtype == expected[name].dtype, name
+        assert torch.equal(buffer, expected[name]), name
 
 
 def test_layers_with_one_input_share_a_moment(tmp_path: Path) -> None:
@@ -87,4 +110,4 @@ def test_weights_do_not_stay(tmp_path: Path) -> None:
     model, source = BlockwiseModel(tmp_path), Checkpoint(tmp_path)
     hidden = model.embed(torch.randint(0, 200, (2, 10)), source)
     model.run_block(1, hidden, source)
-    assert all(parameter.is_meta for parameter in model._model.parameters())
+    assert all(parameter.is_meta for parameter in model._skeleton._model.parameters())
