@@ -35,11 +35,6 @@ class Allocation:
     gap: float
 
 
-def rank_budget(bits: float, h_out: int, h_in: int) -> int:
-    """Rank-bits that one matrix may spend: `floor(bits * h_in * h_out / (h_in + h_out))`."""
-    return int(bits * h_in * h_out / (h_in + h_out))
-
-
 def allocate(
     errors: Array,
     budget: int,

@@ -1,7 +1,7 @@
 """GPTQ: quantization that moves each column's rounding error onto the columns still to come.
 
-Source: Frantar et al., "GPTQ" (2022), in its blocked form, without reordering of columns. Two uses
-differ in what shares a grid:
+Source: Frantar et al., "GPTQ" (2022), without reordering of columns. `sweep` is the recursion;
+what it does to one column is the caller's:
 - `quantize_rows` (for V): each row is one singular vector with its own width. Rows do not
   interact, so every candidate width of every row goes through in ONE pass as one tall stack.
 - `quantize_columns` (for U): each column is one singular vector with its own width, and its grid
@@ -12,18 +12,26 @@ spans the vector's range shrunk by the factor that leaves the least square error
 over the whole range wastes its levels on the few largest entries.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltadock.errors import InvalidCalibration
 
-BLOCK: Final = 128
+BLOCK: Final = 32
+"""Columns whose corrections are applied at once; those of earlier columns come by one product."""
+
 DAMPING: Final = 0.01
 MAX_DAMPING: Final = 1.0
 SHRINKS: Final = (1.0, 0.9, 0.8, 0.7, 0.625, 0.55, 0.475, 0.4)
+SEARCH_ELEMENTS: Final = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Entries whose grids are searched at a time: on a CPU the candidates stay in the cache."""
+
+TRIANGLE: Final = 256
+"""Largest triangular matrix inverted by substitution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,17 @@ class Codes:
     def rows(self, index: Tensor) -> "Codes":
         """The vectors at `index`, in that order."""
         return Codes(self.codes[index], self.scale[index], self.zero[index])
+
+
+class Grid(NamedTuple):
+    """Grids of r vectors, each (r,) float32; `levels` is the highest code, `2**bits - 1`.
+
+    `zero` is the code of 0: a whole number on an asymmetric grid, `levels / 2` on a symmetric one.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    levels: Tensor
 
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
@@ -73,13 +92,12 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
     dead = torch.where(diagonal <= 0, mean, torch.zeros_like(diagonal))
     damping = DAMPING
     while damping <= MAX_DAMPING:
-        damped = work + torch.diag(dead + damping * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        damped = work.clone()
+        damped.diagonal().add_(dead + damping * mean)
+        # With order reversed, a lower factor L of H makes L^-1 the upper factor of H's inverse.
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if info == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if info == 0:
-                return upper.float(), damping
+            return _invert_lower(lower.float()).flip(0, 1), damping
         damping *= 10
     raise InvalidCalibration(
         "A layer's second moment stays singular even with a damping of 100 %. Calibrate with more "
@@ -87,35 +105,97 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
     )
 
 
-def _round(values: Tensor, scale: Tensor, zero: Tensor, levels: Tensor) -> Tensor:
-    """Codes of `values`, as floats; the grids broadcast over the last dimension's vectors."""
-    return torch.minimum((values / scale).round_().add_(zero).clamp_min_(0), levels)
+def _invert_lower(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix, by products of its halves.
+
+    The damping bounds the factor's condition, so float32 suffices.
+    """
+    size = len(lower)
+    if size <= TRIANGLE:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+        return inverse
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = _invert_lower(lower[:half, :half])
+    inverse[half:, half:] = _invert_lower(lower[half:, half:])
+    corner = lower[half:, :half] @ inverse[:half, :half]
+    inverse[half:, :half] = (inverse[half:, half:] @ corner).neg_()
+    return inverse
 
 
-def search_grid(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each column's asymmetric grid of least square error among `SHRINKS` of its range.
+def sweep(
+    work: Tensor, factor: Tensor, quantize: Callable[[int, Tensor], Tensor], block: int = BLOCK
+) -> None:
+    """Quantize column by column, each column's error moved onto those after it.
+
+    Corrections reach a column in two steps: one product brings those of all earlier blocks when
+    its block begins, rank-one updates bring those of its own block.
 
     Args:
-        values: (n, r) float32, one vector a column.
-        levels: (r,) highest codes, `2**bits - 1`.
-
-    Returns:
-        scale (r,) and zero (r,), float32.
+        work: (n, r) float32 contiguous, the matrix (r, n) transposed, so that a column is
+            contiguous; overwritten.
+        factor: (n, n), see `inverse_factor`.
+        quantize: told a column's number j and the corrected columns j to the end of its block,
+            (columns, r); returns the quantized value of the first, (r,).
+        block: columns of a block.
     """
-    low = values.amin(dim=0).clamp_max(0)
-    high = values.amax(dim=0).clamp_min(0)
+    diagonal = factor.diagonal().tolist()
+    for start in range(0, len(work), block):
+        stop = min(start + block, len(work))
+        if start:
+            # The rows of `work` that are done hold their columns' errors.
+            work[start:stop].addmm_(factor[:start, start:stop].t(), work[:start], alpha=-1)
+        for j in range(start, stop):
+            error = work[j].sub_(quantize(j, work[j:stop])).div_(diagonal[j])
+            work[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+
+
+def search_grid(values: Tensor, levels: Tensor, *, symmetric: bool = False) -> Grid:
+    """Each row's grid of least square error among `SHRINKS` of its range.
+
+    Args:
+        values: (r, n) float32, one vector a row.
+        levels: (r,) float32, highest codes.
+        symmetric: grids symmetric about 0, with 0 halfway between two codes.
+    """
+    rows = max(1, SEARCH_ELEMENTS[values.device.type] // max(values.shape[1], 1))
+    pieces = [
+        _search(piece, highest, symmetric)
+        for piece, highest in zip(values.split(rows), levels.split(rows), strict=True)
+    ]
+    scale, zero = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return Grid(scale, zero, levels)
+
+
+def _search(values: Tensor, levels: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    low, high = values.amin(dim=1).clamp_max(0), values.amax(dim=1).clamp_min(0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    shrinks = torch.tensor(SHRINKS, device=values.device)[:, None]
     tiny = torch.finfo(torch.float32).tiny
-    best = torch.full_like(low, torch.inf)
-    best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-    for shrink in SHRINKS:
-        scale = (shrink * (high - low) / levels).clamp_min(tiny)
-        zero = (-shrink * low / scale).round().clamp_(min=0).minimum(levels)
-        error = (scale * (_round(values, scale, zero, levels) - zero) - values).square_().sum(dim=0)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    scale = (shrinks * (high - low) / levels).clamp_min(tiny)
+    if symmetric:
+        zero = (levels / 2).expand_as(scale)
+    else:
+        zero = (-shrinks * low / scale).round().clamp_(min=0).minimum(levels)
+    # Errors are measured in steps, from the value as a code (the exact one) to the nearest code.
+    exact = values * scale.reciprocal()[:, :, None]
+    exact.add_(zero[:, :, None])
+    code = exact.round().clamp_min_(0)
+    torch.minimum(code, levels[:, None], out=code)
+    error = torch.linalg.vector_norm(code.sub_(exact), dim=2) * scale
+    best = error.argmin(dim=0, keepdim=True)
+    return scale.gather(0, best)[0], zero.gather(0, best)[0]
+
+
+def nearest(values: Tensor, grid: Grid, codes: Tensor) -> Tensor:
+    """The grid points nearest to `values` (r,), one of each vector; writes their codes (uint8)."""
+    code = torch.addcmul(grid.zero, values, grid.scale.reciprocal()).round_().clamp_min_(0)
+    torch.minimum(code, grid.levels, out=code)
+    codes.copy_(code)
+    return code.sub_(grid.zero).mul_(grid.scale)
 
 
 def quantize_rows(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes, float]:
@@ -130,22 +210,11 @@ def quantize_rows(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes,
         The codes, and the damping used (fraction of the mean diagonal).
     """
     factor, damping = inverse_factor(hessian)
-    # Transposed, so that the inner loop walks contiguous memory.
+    grid = search_grid(values.float(), (2.0**bits - 1).float().to(values.device))
     work = values.float().t().contiguous()
-    n, r = work.shape
-    levels = (2.0**bits - 1).float()
-    scale, zero = search_grid(work, levels)
-    codes = torch.empty((n, r), dtype=torch.uint8, device=work.device)
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        errors = torch.empty((stop - start, r), device=work.device)
-        for j in range(start, stop):
-            code = _round(work[j], scale, zero, levels)
-            codes[j] = code.to(torch.uint8)
-            errors[j - start] = (work[j] - scale * (code - zero)) / factor[j, j]
-            work[j + 1 : stop] -= factor[j, j + 1 : stop, None] * errors[j - start]
-        work[stop:] -= factor[start:stop, stop:].t() @ errors
-    return Codes(codes.t().contiguous(), scale, zero), damping
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    sweep(work, factor, lambda j, columns: nearest(columns[0], grid, codes[j]))
+    return Codes(codes.t().contiguous(), grid.scale, grid.zero), damping
 
 
 def quantize_columns(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes, float]:
@@ -161,18 +230,14 @@ def quantize_columns(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Cod
     """
     factor, damping = inverse_factor(hessian)
     work = values.float().t().contiguous()
-    r, m = work.shape
-    levels = (2.0**bits - 1).float()
-    codes = torch.empty((r, m), dtype=torch.uint8, device=work.device)
-    scale, zero = torch.empty((2, r), device=work.device)
-    for start in range(0, r, BLOCK):
-        stop = min(start + BLOCK, r)
-        errors = torch.empty((stop - start, m), device=work.device)
-        for i in range(start, stop):
-            scale[i : i + 1], zero[i : i + 1] = search_grid(work[i, :, None], levels[i : i + 1])
-            code = _round(work[i], scale[i], zero[i], levels[i])
-            codes[i] = code.to(torch.uint8)
-            errors[i - start] = (work[i] - scale[i] * (code - zero[i])) / factor[i, i]
-            work[i + 1 : stop] -= factor[i, i + 1 : stop, None] * errors[i - start]
-        work[stop:] -= factor[start:stop, stop:].t() @ errors
+    levels = (2.0**bits - 1).float().to(work.device)
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    scale, zero = torch.empty((2, len(work)), device=work.device)
+
+    def quantize(j: int, columns: Tensor) -> Tensor:
+        grid = search_grid(columns[:1], levels[j : j + 1])
+        scale[j], zero[j] = grid.scale[0], grid.zero[0]
+        return nearest(columns[0], grid, codes[j])
+
+    sweep(work, factor, quantize)
     return Codes(codes, scale, zero), damping

@@ -10,7 +10,9 @@
     │   ├── HashMismatch                422 hash_mismatch
     │   ├── UnknownMethod               422 unknown_method
     │   ├── BitsOutOfRange              422 bits_out_of_range
+    │   ├── InvalidGoal                 422 invalid_goal
     │   ├── InvalidCalibration          422 invalid_calibration
+    │   ├── InvalidAdapter              422 invalid_adapter
     │   ├── InvalidArtifact             422 invalid_artifact
     │   └── UnsupportedModel            422 unsupported_model
     ├── NotFound                        404 not_found
@@ -100,10 +102,22 @@ class BitsOutOfRange(InvalidInput):
     code = "bits_out_of_range"
 
 
+class InvalidGoal(InvalidInput):
+    """What decides the artifact's size is missing, contradictory or outside its range."""
+
+    code = "invalid_goal"
+
+
 class InvalidCalibration(InvalidInput):
     """The calibration text is empty, too short or not UTF-8."""
 
     code = "invalid_calibration"
+
+
+class InvalidAdapter(InvalidInput):
+    """Not a PEFT adapter, or one with a feature that cannot be imported."""
+
+    code = "invalid_adapter"
 
 
 class InvalidArtifact(InvalidInput):

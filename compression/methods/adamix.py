@@ -16,10 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from artifacts.encoding import Factors, SvdMatrix, Vectors, encode_svd
-from compression.allocation import WIDTHS, allocate, rank_budget
+from compression.allocation import WIDTHS, allocate
+from compression.decomposition import decompose
 from compression.gptq import Codes, quantize_columns, quantize_rows
 from compression.methods.base import MatrixResult, MatrixTask
+from compression.methods.factors import svd_result
+from compression.ranks import rank_budget
 from compression.reconstruction import refit_left_factor
 
 F_MAX: Final = 4
@@ -31,7 +33,8 @@ def compress_matrix(task: MatrixTask) -> MatrixResult:
     """Compress one linear layer's delta."""
     h_out, h_in = task.delta.shape
     budget = rank_budget(task.bits, h_out, h_in)
-    u, s, v = decompose(task.delta, budget // min(CANDIDATES) + SPARE_RANKS)
+    decomposed = decompose(task.delta, budget // min(CANDIDATES) + SPARE_RANKS)
+    u, s, v = decomposed.u, decomposed.s, decomposed.v
 
     widths = torch.tensor(CANDIDATES).repeat_interleave(len(s))
     simulated, damping_v = quantize_rows(v.repeat(len(CANDIDATES), 1), widths, task.moment)
@@ -47,31 +50,16 @@ def compress_matrix(task: MatrixTask) -> MatrixResult:
     corrected, hessian, fallback = refit_left_factor(task.delta, u[:, kept], right, task.moment)
     u_hat, damping_u = quantize_columns(corrected, bits, hessian)
 
-    # One scale a rank: the singular value and both grids' steps.
-    scale = s[kept] * v_hat.scale * u_hat.scale
-    matrix = SvdMatrix(to_vectors(u_hat, bits), scale.numpy(), to_vectors(v_hat, bits))
-    notes = {
-        "rank": len(kept),
-        "widths": {str(b): int((bits == b).sum()) for b in sorted(set(bits.tolist()))[::-1]},
-        "damping": max(damping_u, damping_v),
-        "gap": allocation.gap,
-        "fallbacks": [] if fallback is None else [fallback],
-    }
-    dense = Factors(matrix.u.decode().T, matrix.s, matrix.v.decode()).dense()
-    return MatrixResult(encode_svd(matrix, task.dtype, {}), torch.from_numpy(dense), notes)
-
-
-def decompose(delta: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triples: U (h_out, k), s (k,), V (k, h_in), float32, signs fixed.
-
-    The largest entry of each row of V is made positive, so that equal inputs give equal bytes
-    whatever sign the library's SVD settles on.
-    """
-    u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
-    u, s, v = u[:, :ranks], s[:ranks], v[:ranks]
-    peak = v.abs().argmax(dim=1, keepdim=True)
-    sign = torch.sign(v.gather(1, peak)).squeeze(1)
-    return (u * sign).float(), s.float(), (v * sign[:, None]).float()
+    return svd_result(
+        task,
+        u_hat,
+        s[kept],
+        v_hat,
+        bits,
+        damping=max(damping_u, damping_v),
+        gap=allocation.gap,
+        fallbacks=[decomposed.fallback, fallback],
+    )
 
 
 def simulated_errors(
@@ -88,11 +76,6 @@ def simulated_errors(
     columns = [weighted(v)]
     columns += [weighted(v - decoded[i * k : (i + 1) * k]) for i in range(len(CANDIDATES))]
     scaled: npt.NDArray[np.float64] = (
-        torch.stack(columns, dim=1) * s.double()[:, None] ** 2
-    ).numpy()
+        (torch.stack(columns, dim=1) * s.double()[:, None] ** 2).cpu().numpy()
+    )
     return scaled
-
-
-def to_vectors(codes: Codes, bits: Tensor) -> Vectors:
-    """The artifact's form of quantized vectors, without their scales."""
-    return Vectors(codes.codes.numpy(), bits.numpy(), codes.zero.half().numpy())

@@ -3,50 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from artifacts.encoding import decode_factors, decode_svd
-from compression.allocation import WIDTHS, rank_budget
+from compression.allocation import WIDTHS
+from compression.decomposition import decompose
 from compression.gptq import quantize_rows
-from compression.methods.adamix import CANDIDATES, compress_matrix, decompose, simulated_errors
+from compression.methods.adamix import CANDIDATES, compress_matrix, simulated_errors
 from compression.methods.base import MatrixTask
+from compression.ranks import rank_budget
 from compression.reconstruction import refit_left_factor
-
-
-def make_task(h_out: int = 48, h_in: int = 80, bits: float = 1.0, seed: int = 0) -> MatrixTask:
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.randn(h_out, h_out, generator=generator)
-    right = torch.randn(h_out, h_in, generator=generator)
-    decay = torch.exp(-torch.arange(h_out) / 8)
-    mixing = torch.randn(h_in, h_in, generator=generator) / h_in**0.5
-    inputs = (mixing @ torch.randn(h_in, 600, generator=generator)).double()
-    return MatrixTask("w", (left * decay) @ right, inputs @ inputs.T, "BF16", bits, "exact")
-
-
-def output_error(delta: Tensor, approximation: Tensor, moment: Tensor) -> float:
-    error = (delta - approximation).double()
-    return float(((error @ moment) * error).sum())
-
-
-def test_decomposition_is_the_svd_with_settled_signs() -> None:
-    delta = make_task().delta
-    u, s, v = decompose(delta, 10)
-    torch.testing.assert_close(
-        s.double(), torch.linalg.svdvals(delta.double())[:10], rtol=1e-5, atol=0
-    )
-    full = decompose(delta, 48)
-    torch.testing.assert_close((full[0] * full[1]) @ full[2], delta, rtol=1e-4, atol=1e-4)
-    peaks = v.abs().argmax(dim=1)
-    assert (v[torch.arange(10), peaks] > 0).all()
-    flipped = decompose(-delta, 10)
-    torch.testing.assert_close(flipped[2], v)
-    torch.testing.assert_close(flipped[0], -u)
+from tests.compression.matrices import make_task, output_error
 
 
 def test_simulated_errors_are_those_of_the_output() -> None:
     """`E[i, b]` is what the layer's output loses when rank i alone is quantized to b bits."""
     task = make_task()
-    u, s, v = decompose(task.delta, 6)
+    u, s, v, _ = decompose(task.delta, 6)
     widths = torch.tensor(CANDIDATES).repeat_interleave(6)
     simulated, _ = quantize_rows(v.repeat(len(CANDIDATES), 1), widths, task.moment)
     errors = simulated_errors(v, s, simulated, task.moment)
@@ -64,7 +36,7 @@ def test_simulated_errors_are_those_of_the_output() -> None:
 
 def test_target_correction_is_the_least_squares_solution() -> None:
     task = make_task()
-    u, s, v = decompose(task.delta, 12)
+    u, s, v, _ = decompose(task.delta, 12)
     right = s[:, None] * (
         v + 0.1 * torch.randn(v.shape, generator=torch.Generator().manual_seed(1))
     )
@@ -82,7 +54,7 @@ def test_target_correction_is_the_least_squares_solution() -> None:
 
 def test_a_fallback_is_reported() -> None:
     task = make_task()
-    u, s, v = decompose(task.delta, 12)
+    u, s, v, _ = decompose(task.delta, 12)
     # Not a second moment at all: too indefinite for any of the ridges.
     indefinite = torch.diag(torch.tensor([1.0] * 48 + [-1.0] * 32, dtype=torch.float64))
     corrected, _, fallback = refit_left_factor(task.delta, u, s[:, None] * v, indefinite)
@@ -113,7 +85,7 @@ def test_error_falls_with_the_budget_and_beats_truncation() -> None:
     assert energies == sorted(energies, reverse=True)
     task = make_task()
     rank = 48 * 80 // (16 * (48 + 80))  # bf16 factors of the same size
-    u, s, v = decompose(task.delta, rank)
+    u, s, v, _ = decompose(task.delta, rank)
     truncated = output_error(task.delta, (u * s) @ v, task.moment)
     assert energies[2] < 0.25 * truncated
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compression.allocation import WIDTHS, Allocation, allocate, rank_budget
+from compression.allocation import WIDTHS, Allocation, allocate
+from compression.ranks import rank_budget
 from deltadock.errors import InvalidInput
 
 Array = npt.NDArray[np.float64]

@@ -1,0 +1,139 @@
+"""Leading singular triples of a delta, without the cost of the whole SVD.
+
+The left vectors are eigenvectors of the Gram matrix of the shorter side. Where many ranks are
+wanted of a small matrix they come from its eigendecomposition in float64. Otherwise a block of
+vectors is iterated in float32, almost all of it matrix products: Chebyshev polynomials of the Gram
+matrix damp what lies below the block (Zhou and Saad, 2007, the filtered subspace iteration). It is
+finished in float64, from the matrix itself, where the residual is checked.
+"""
+
+import math
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+DENSE_SIZE: Final = 1024
+"""Up to this many rows (of the shorter side) the eigendecomposition is faster."""
+
+DENSE_SHARE: Final = 3
+"""Iteration pays while the block is at most this fraction of the shorter side."""
+
+TOLERANCE: Final = 0.02
+"""Largest residual of a wanted triple, `|D D^T u - s^2 u|` in units of `s^2`."""
+
+STEEPEST: Final = 1e-5
+"""Smallest wanted eigenvalue that float32 tells from the largest one's rounding, as a share."""
+
+PASSES: Final = 12
+GROWTH: Final = 1e9
+"""How far a filter may lift the largest eigenvalue over the damped ones in float32."""
+
+RESOLUTION: Final = 1e-6
+"""Singular values below this share of the largest are nothing but float32's rounding."""
+
+
+class Decomposition(NamedTuple):
+    """`delta ~ u @ diag(s) @ v`: u (h_out, k), s (k,) falling, v (k, h_in), float32.
+
+    `fallback` says in words what did not go as planned, or is None.
+    """
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    fallback: str | None
+
+
+def decompose(delta: Tensor, ranks: int) -> Decomposition:
+    """The leading `ranks` singular triples; fewer where the others are nothing but rounding.
+
+    At least one is returned. The largest entry of each row of `v` is made positive, so that equal
+    inputs give equal bytes whatever sign an eigensolver settles on.
+
+    Args:
+        delta: (h_out, h_in), any float dtype.
+        ranks: how many are wanted, at least 1.
+    """
+    wide = delta if delta.shape[0] <= delta.shape[1] else delta.t()
+    size = len(wide)
+    ranks = min(ranks, size)
+    block = min(size, ranks + max(16, ranks // 10))
+    fallback = basis = None
+    if size > DENSE_SIZE and block <= size // DENSE_SHARE:
+        basis = _iterate(wide, ranks, block)
+        if basis is None:
+            fallback = "dense decomposition, as iteration in float32 would not do"
+    exact = wide.double()
+    if basis is None:
+        basis = _leading(exact @ exact.t(), ranks)
+    right = basis.t() @ exact
+    # Within the basis, the triples are those of a small matrix.
+    turn = _leading(right @ right.t(), ranks)
+    left, right = basis @ turn, turn.t() @ right
+    s = torch.linalg.vector_norm(right, dim=1)
+    kept = max(1, int((s > RESOLUTION * s[0]).sum()))
+    left, s, right = left[:, :kept], s[:kept], right[:kept]
+    right = right / s.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    u, v = (left, right) if wide is delta else (right.t(), left.t())
+    peak = v.abs().argmax(dim=1, keepdim=True)
+    sign = torch.where(v.gather(1, peak) < 0, -1.0, 1.0)
+    return Decomposition((u * sign.t()).float(), s.float(), (v * sign).float(), fallback)
+
+
+def _leading(gram: Tensor, count: int) -> Tensor:
+    """Eigenvectors of the largest eigenvalues, falling, one a column."""
+    vectors: Tensor = torch.linalg.eigh((gram + gram.t()) / 2).eigenvectors
+    return vectors[:, -count:].flip(1)
+
+
+def _iterate(wide: Tensor, ranks: int, block: int) -> Tensor | None:
+    """Orthonormal basis (size, block) float64 that holds the leading left vectors.
+
+    None where a wanted one's residual stays over `TOLERANCE`.
+    """
+    work = wide.float()
+    norm = torch.linalg.matrix_norm(work)
+    if norm == 0:
+        return None
+    work = work / norm
+    gram = work @ work.t()
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(gram), block, generator=generator).to(gram.device)
+    basis = torch.linalg.qr(gram @ start).Q
+    for _ in range(PASSES):
+        image = gram @ basis
+        values, turn = torch.linalg.eigh(basis.t() @ image)
+        values, turn = values.flip(0), turn.flip(1)
+        basis, image = basis @ turn, image @ turn
+        if values[ranks - 1] <= STEEPEST * values[0]:
+            return None
+        residual = torch.linalg.vector_norm(image - basis * values, dim=0)
+        if (residual <= TOLERANCE * values)[:ranks].all():
+            return _finish(wide.double(), basis, ranks)
+        basis = torch.linalg.qr(_filter(gram, basis, image, values)).Q
+    return None
+
+
+def _filter(gram: Tensor, basis: Tensor, image: Tensor, values: Tensor) -> Tensor:
+    """A Chebyshev polynomial of the Gram matrix times the basis, damping [0, last value]."""
+    edge, top = max(float(values[-1]), STEEPEST * float(values[0]) / 10), float(values[0])
+    degree = max(1, int(math.acosh(GROWTH) / math.acosh(max(2 * top / edge - 1, 1.01))))
+    before, after = basis, (2 / edge) * image - basis
+    for _ in range(degree - 1):
+        before, after = after, torch.addmm(before + 2 * after, gram, after, beta=-1, alpha=4 / edge)
+    length: Tensor = torch.linalg.vector_norm(after, dim=0)
+    return after / length
+
+
+def _finish(wide: Tensor, basis: Tensor, ranks: int) -> Tensor | None:
+    """One step in float64, and the residual against the matrix itself."""
+    basis = torch.linalg.qr(basis.double()).Q
+    right = basis.t() @ wide
+    image = wide @ right.t()
+    residual = torch.linalg.vector_norm(image - basis @ (right @ right.t()), dim=0)
+    values = right.square().sum(dim=1)
+    if (residual > TOLERANCE * values)[:ranks].any():
+        return None
+    finished: Tensor = torch.linalg.qr(image).Q
+    return finished

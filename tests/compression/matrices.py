@@ -1,0 +1,52 @@
+"""Matrices to compress, and what is measured of the result."""
+
+import torch
+from torch import Tensor
+
+from artifacts.encoding import decode_dense
+from compression.methods.base import MatrixResult, MatrixTask
+
+
+def make_moment(h_in: int, seed: int = 0) -> Tensor:
+    """Second moment (h_in, h_in) float64 of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(h_in, h_in, generator=generator) / h_in**0.5
+    inputs = (mixing @ torch.randn(h_in, 600, generator=generator)).double()
+    return inputs @ inputs.T
+
+
+def make_task(
+    h_out: int = 48,
+    h_in: int = 80,
+    bits: float = 1.0,
+    seed: int = 0,
+    delta: Tensor | None = None,
+    moment: Tensor | None = None,
+) -> MatrixTask:
+    """A task; without a delta, one whose singular values fall exponentially."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = min(h_out, h_in)
+    left = torch.randn(h_out, rank, generator=generator)
+    right = torch.randn(rank, h_in, generator=generator)
+    if delta is None:
+        delta = (left * torch.exp(-torch.arange(rank) / 8)) @ right
+    if moment is None:
+        moment = make_moment(h_in, seed)
+    return MatrixTask("w", delta, moment, "BF16", bits, "exact")
+
+
+def output_error(delta: Tensor, approximation: Tensor, moment: Tensor) -> float:
+    """`||(D - D_hat) X||^2`."""
+    error = (delta - approximation).double()
+    return float(((error @ moment) * error).sum())
+
+
+def check_result(result: MatrixResult, task: MatrixTask) -> Tensor:
+    """What every method promises; the decoded delta."""
+    decoded = torch.from_numpy(decode_dense(result.encoded))
+    assert decoded.shape == task.delta.shape
+    assert torch.isfinite(decoded).all()
+    torch.testing.assert_close(result.approximation, decoded)
+    assert result.encoded.record["dtype"] == task.dtype
+    assert result.notes.keys() == {"rank", "widths", "damping", "gap", "fallbacks"}
+    return decoded

@@ -1,0 +1,33 @@
+"""BitDelta is the sign times the mean magnitude."""
+
+import numpy as np
+import torch
+
+from compression.methods.bitdelta import compress_matrix
+from tests.compression.matrices import check_result, make_task
+
+
+def test_it_is_the_sign_times_the_mean() -> None:
+    delta = make_task(33, 70).delta
+    delta[3, 5] = delta[7, 0] = 0
+    task = make_task(33, 70, delta=delta)
+    decoded = check_result(compress_matrix(task), task)
+    mean = np.float32(delta.double().abs().mean())
+    expected = torch.where(delta >= 0, float(mean), -float(mean))
+    assert torch.equal(decoded, expected)
+
+
+def test_no_other_scale_is_better() -> None:
+    task = make_task()
+    approximation = compress_matrix(task).approximation.double()
+    delta = task.delta.double()
+    best = (delta - approximation).square().sum()
+    for factor in (0.9, 0.99, 1.01, 1.1):
+        assert (delta - factor * approximation).square().sum() > best
+
+
+def test_one_bit_a_weight_and_one_scale() -> None:
+    task = make_task(128, 256)
+    result = compress_matrix(task)
+    assert result.encoded.nbytes == 128 * 256 // 8 + 4
+    assert result.encoded.segments["scale"].shape == (1,)

@@ -1,0 +1,91 @@
+"""What holds for every method: the edges of what a matrix or a moment can be."""
+
+import pytest
+import torch
+
+from compression.catalogue import METHODS
+from compression.methods.base import MatrixMethod, MatrixTask
+from compression.methods.registry import matrix_method
+from deltadock.errors import InvalidCalibration
+from tests.compression.matrices import check_result, make_moment, make_task, output_error
+
+NAMES = [
+    name for name, info in METHODS.items() if not info.imports_adapter and not info.needs_gradients
+]
+NAMES.remove("exact")
+CALIBRATED = [name for name in NAMES if METHODS[name].needs_calibration]
+CALIBRATED.remove("bitdelta-distilled")  # for its scales alone, afterwards
+
+
+def method_of(name: str) -> MatrixMethod:
+    method = matrix_method(name)
+    assert method is not None
+    return method
+
+
+def test_what_is_kept_as_it_is_has_no_method() -> None:
+    assert matrix_method("exact") is None
+    assert matrix_method("lora") is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(4, 3), (1, 1), (3, 40), (40, 3)])
+def test_tiny_matrices(name: str, shape: tuple[int, int]) -> None:
+    task = make_task(*shape)
+    check_result(method_of(name)(task), task)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_delta_of_zero_stays_zero(name: str) -> None:
+    task = make_task(delta=torch.zeros(48, 80))
+    assert check_result(method_of(name)(task), task).abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["adamix", "delta-come", "topk-2", "topk-32", "low-rank"])
+def test_a_rank_one_delta_is_kept_by_factors(name: str) -> None:
+    delta = torch.outer(torch.linspace(-1, 1, 48), torch.linspace(0.1, 2, 80))
+    task = make_task(delta=delta)
+    result = method_of(name)(task)
+    check_result(result, task)
+    whole = output_error(delta, torch.zeros_like(delta), task.moment)
+    assert output_error(delta, result.approximation, task.moment) < 1e-3 * whole
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_and_huge_deltas_come_out_in_proportion(name: str) -> None:
+    """A power of two is no more than a shift of every scale."""
+    task = make_task(24, 40)
+    plain = method_of(name)(task).approximation
+    for exponent in (-30, 20):
+        scaled = make_task(24, 40, delta=task.delta * 2.0**exponent)
+        found = method_of(name)(scaled).approximation
+        torch.testing.assert_close(found * 2.0**-exponent, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_dead_columns_do_no_harm(name: str) -> None:
+    moment = make_moment(80)
+    moment[5] = moment[:, 5] = 0
+    moment[40:44] = moment[:, 40:44] = 0
+    task = make_task(moment=moment)
+    result = method_of(name)(task)
+    check_result(result, task)
+    whole = output_error(task.delta, torch.zeros_like(task.delta), moment)
+    assert output_error(task.delta, result.approximation, moment) < 0.8 * whole
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_a_moment_with_nan_is_refused(name: str) -> None:
+    moment = make_moment(80)
+    moment[2, 3] = torch.nan
+    with pytest.raises(InvalidCalibration, match="NaN"):
+        method_of(name)(make_task(moment=moment))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_task_gives_the_same_bytes(name: str) -> None:
+    def run(task: MatrixTask) -> tuple[object, dict[str, bytes]]:
+        encoded = method_of(name)(task).encoded
+        return encoded.record, {key: data.tobytes() for key, data in encoded.segments.items()}
+
+    assert run(make_task()) == run(make_task())
