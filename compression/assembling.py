@@ -4,12 +4,10 @@ import base64
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-import torch
-
 from artifacts.checkpoint import CheckpointManifest
-from artifacts.encoding import NUMPY_DTYPES, encode_exact, encode_rows
+from artifacts.encoding import encode_exact, quantize_rows_midrise
 from compression.calibration import CalibrationSet
+from compression.composing import raw, with_added_rows
 from compression.forward import BlockwiseModel
 from compression.report import Report, TensorReport
 from compression.run import Run
@@ -35,11 +33,12 @@ def encode_others(run: Run, model: BlockwiseModel | None) -> list[TensorReport]:
             continue
         lossy = run.options.method != "exact"
         if lossy and model is not None and name == model.embedding and run.is_float(name):
-            encoded = encode_rows(run.delta(name).numpy(), EMBEDDING_BITS, entry.dtype, {})
+            encoded = quantize_rows_midrise(run.delta(name).numpy(), EMBEDDING_BITS, entry.dtype)
+            if run.added_rows(name):
+                encoded = with_added_rows(run, name, encoded)
         else:
-            raw = run.finetuned.tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy()
             encoded = encode_exact(
-                raw.reshape(-1).view(np.dtype(NUMPY_DTYPES[entry.dtype])), entry.dtype, entry.shape
+                raw(run.finetuned.tensor(name), entry.dtype), entry.dtype, entry.shape
             )
         run.encoded[name] = encoded
         others.append(TensorReport(name, encoded.record["kind"], list(entry.shape), encoded.nbytes))
@@ -79,7 +78,9 @@ def carried_files(base: CheckpointManifest, tuned: Checkpoint) -> CarriedFiles:
     return texts, others
 
 
-def make_manifest(run: Run, data: CalibrationSet | None, carried: CarriedFiles) -> dict[str, Any]:
+def make_manifest(
+    run: Run, bits: float | None, data: CalibrationSet | None, carried: CarriedFiles
+) -> dict[str, Any]:
     """Everything of the artifact's manifest but the tensors' records."""
     texts, others = carried
     return {
@@ -87,12 +88,10 @@ def make_manifest(run: Run, data: CalibrationSet | None, carried: CarriedFiles) 
         "finetuned_digest": run.finetuned.manifest.weights_digest,
         "model_type": run.base.manifest.config["model_type"],
         "method": run.options.method,
-        "nominal_bits": run.options.bits,
+        "nominal_bits": bits,
         "settings": {"solver": run.options.solver, "embedding_bits": EMBEDDING_BITS},
         "seed": run.options.seed,
-        "calibration": None
-        if data is None
-        else {"sha256": data.sha256, "tokens": data.tokens, "seed": run.options.seed},
+        "calibration": _calibration(run, data),
         "checkpoint_bytes": run.finetuned.bf16_bytes,
         "parameters": run.finetuned.parameters,
         "version": __version__,
@@ -110,18 +109,29 @@ def make_manifest(run: Run, data: CalibrationSet | None, carried: CarriedFiles) 
 
 
 def make_report(
-    run: Run, out: Path, data: CalibrationSet | None, others: list[TensorReport]
+    run: Run, bits: float | None, out: Path, data: CalibrationSet | None, others: list[TensorReport]
 ) -> Report:
     return Report(
         method=run.options.method,
-        nominal_bits=run.options.bits,
+        nominal_bits=bits,
         artifact_bytes=out.stat().st_size,
         checkpoint_bytes=run.finetuned.bf16_bytes,
         parameters=run.finetuned.parameters,
         base_digest=run.base.manifest.weights_digest,
-        calibration=None
-        if data is None
-        else {"sha256": data.sha256, "tokens": data.tokens, "seed": run.options.seed},
+        calibration=_calibration(run, data),
+        distillation=run.distilled,
         matrices=run.matrices,
         other_tensors=others,
     )
+
+
+def _calibration(run: Run, data: CalibrationSet | None) -> dict[str, Any] | None:
+    if data is None:
+        return None
+    return {
+        "sha256": data.sha256,
+        "tokens": data.tokens,
+        "length": data.train.shape[1],
+        "seed": run.options.seed,
+        "sources": data.sources,
+    }

@@ -1,56 +1,46 @@
 """A whole checkpoint: from two folders to a delta file and its report.
 
-Weights are streamed: one decoder block is in memory at a time, and what was made of a block is
-handed to the work store at once, so that an interrupted run goes on where it was. The artifact's
-bytes do not depend on how often that happened.
+Weights are streamed, one decoder block in memory at a time. What was made of a block is handed to
+the work store at once, so that an interrupted run goes on where it was. The artifact's bytes do
+not depend on how often that happened.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
 
-from torch import Tensor
-
-from artifacts.encoding import Encoded
 from artifacts.reader import Artifact
-from artifacts.serial import deserialize, serialize
 from artifacts.writer import write_artifact
-from compression.allocation import rank_budget
-from compression.assembling import carried_files, encode_others, make_manifest, make_report
-from compression.calibration import CalibrationSet, MomentCollector, damped, load_calibration
-from compression.catalogue import check_method
+from compression.assembling import (
+    CarriedFiles,
+    carried_files,
+    encode_others,
+    make_manifest,
+    make_report,
+)
+from compression.blocks import encode_blocks
+from compression.calibration import CalibrationSet, load_calibration
+from compression.calibration_options import Source
+from compression.catalogue import MethodInfo
+from compression.compressors import Compressor, EachOnItsOwn, UnderOneBudget
+from compression.distillation import distill
 from compression.forward import BlockwiseModel
-from compression.methods.base import MatrixMethod, MatrixTask
+from compression.goal import Goal, goal_for
 from compression.methods.registry import matrix_method
 from compression.quality import MergedSource, measure
-from compression.report import MatrixReport, Report
+from compression.report import Report
 from compression.run import CompressOptions, Progress, Run, open_run
+from compression.scratch import Scratch
+from compression.search import reach_bound, reach_size
+from compression.sizes import carried_bytes, preview, shapes_of
+from compression.statistics import Matrix, Statistics, collect, matrices_of
+from compression.weights import Grown
+from compression.work import NoWorkStore, WorkStore
 from deltadock import __version__
-from deltadock.errors import InvalidCalibration
-
-
-class WorkStore(Protocol):
-    """Keeps what was made of each block until the artifact is written."""
-
-    def get(self, key: str) -> bytes | None:
-        """What was put under `key`, or None."""
-        ...
-
-    def put(self, key: str, data: bytes) -> None:
-        """Keep `data` under `key`."""
-        ...
-
-
-class _NoWorkStore:
-    def get(self, key: str) -> bytes | None:
-        return None
-
-    def put(self, key: str, data: bytes) -> None:
-        pass
+from deltadock.errors import InvalidGoal
 
 
 def _ignore(progress: Progress) -> None:
@@ -63,7 +53,7 @@ def compress(
     out: Path,
     options: CompressOptions,
     *,
-    calibration: Path | None,
+    calibration: Sequence[Source] | Path | None,
     progress: Callable[[Progress], None] = _ignore,
     work: WorkStore | None = None,
     device: str = "cpu",
@@ -73,9 +63,9 @@ def compress(
     Args:
         base, finetuned: checkpoint folders.
         out: the delta file; appears complete or not at all.
-        options: method, budget, seed and solver.
-        calibration: .txt or .jsonl file; optional for methods that need none, for which it only
-            measures the result.
+        options: method, goal, seed and solver.
+        calibration: where the text is from; none is text sampled from the fine-tune for methods
+            that need calibration, while for others, for which it measures the result, nothing is.
         progress: told of every step; what it raises (`Cancelled`) ends the run.
         work: keeps finished blocks for a later run with the same inputs.
         device: torch device.
@@ -84,125 +74,142 @@ def compress(
         InvalidInput: a subclass names what is wrong with the input and what to do.
     """
     started = time.monotonic()
-    info = check_method(options.method, options.bits)
-    if info.needs_calibration and calibration is None:
-        raise InvalidCalibration(f"The method {info.name!r} needs a calibration text.")
-    method = matrix_method(options.method, options.bits)
+    info, goal = goal_for(options.method, **options.goals())
+    sources = [Source(calibration)] if isinstance(calibration, Path) else list(calibration or ())
+    measured = goal is not None and goal.kind in ("max_kl", "min_agreement")
+    if measured and not (sources or info.needs_calibration):
+        raise InvalidGoal(f"{goal} is measured on calibration text. Give some.")
     run = open_run(base, finetuned, options, progress)
     carried = carried_files(run.base.manifest, run.finetuned)
-    model = data = None
-    if calibration is not None:
-        run.at("calibrating", 0, 1, "reading the calibration text")
-        model = BlockwiseModel(finetuned, device)
+    with Scratch() as scratch:
+        maker = _Maker(run, info, scratch, carried, work or NoWorkStore(), device)
+        if options.method != "exact" or sources:
+            maker.prepare(sources)
+        report = _reach(maker, goal, out)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _reach(maker: "_Maker", goal: Goal | None, out: Path) -> Report:
+    if goal is None or goal.kind == "bits":
+        return maker.make(None if goal is None else goal.value, out)
+    if goal.kind in ("max_kl", "min_agreement"):
+        return reach_bound(maker.make, out, maker.info, goal)
+    run = maker.run
+    limit = goal.value
+    if goal.kind == "ratio":
+        limit = run.finetuned.bf16_bytes / goal.value
+    manifests = run.finetuned.manifest, run.base.manifest
+    guess = preview(shapes_of(*manifests), maker.info.name, goal, carried=carried_bytes(*manifests))
+    assert guess.bits is not None, "a method with a goal has a budget"
+    return reach_size(maker.make, out, maker.info, limit, guess.bits, maker.weights)
+
+
+class _Maker:
+    """Everything calibrated once, to make artifacts at any budget from."""
+
+    def __init__(
+        self,
+        run: Run,
+        info: MethodInfo,
+        scratch: Scratch,
+        carried: CarriedFiles,
+        work: WorkStore,
+        device: str,
+    ) -> None:
+        self.run, self.info = run, info
+        self._scratch, self._carried, self._work, self._device = scratch, carried, work, device
+        self._model: BlockwiseModel | None = None
+        self._data: CalibrationSet | None = None
+        self._statistics: Statistics | None = None
+        self._compressor: Compressor | None = None
+        self._matrices: list[Matrix] = []
+
+    @property
+    def weights(self) -> int:
+        """How many weights the budget is for."""
+        entries = self.run.finetuned.entries
+        names = {matrix.ref.name for matrix in self._matrices}
+        return sum(_size(entries[name].shape) for name in names)
+
+    def prepare(self, sources: Sequence[Source]) -> None:
+        """Read the calibration text and gather what the method looks at."""
+        run, info = self.run, self.info
+        run.at("calibrating", 0, 2, "reading the configuration")
+        model = self._model = BlockwiseModel(run.finetuned.folder, self._device)
         model.check({name: entry.shape for name, entry in run.finetuned.entries.items()})
-        longest = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-        data = load_calibration(calibration, finetuned, longest, options.seed)
-    if method is not None and model is not None and data is not None:
-        _compress_blocks(run, model, data, method, work or _NoWorkStore())
-    run.at("assembling", 0, 1, "embeddings, norms and other tensors")
-    others = encode_others(run, model)
-    write_artifact(out, run.encoded, make_manifest(run, data, carried))
-    report = make_report(run, out, data, others)
-    if model is not None and data is not None:
+        if sources or info.needs_calibration:
+            longest = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+            self._data = load_calibration(
+                sources, run.finetuned.folder, longest, run.options.seed, run.options.calibration,
+                self._device, lambda text, done: run.at("calibrating", 0, 2, text, within=done),
+            )  # fmt: skip
+        if self._data is not None and (info.needs_calibration or info.needs_gradients):
+            self._statistics = collect(
+                run, model, self._data, self._scratch, gradients=info.needs_gradients,
+                progress=lambda done, text: run.at("calibrating", 1, 2, text, within=done),
+            )  # fmt: skip
+        self._matrices = matrices_of(run, model, with_embedding=info.needs_gradients)
+        method = matrix_method(info.name)
+        if method is not None:
+            self._compressor = EachOnItsOwn(run, self._statistics, method)
+        elif self._statistics is not None and info.needs_gradients:
+            self._compressor = UnderOneBudget(run, self._statistics, model.device)
+
+    def make(self, bits: float | None, out: Path) -> Report:
+        """An artifact at a budget, and its report."""
+        run = self.run
+        run.encoded, run.matrices, run.distilled = {}, [], None
+        if self._compressor is not None:
+            self._compressor.settle(bits)
+            made = encode_blocks(
+                run, self._matrices, self._compressor, self._statistics, self._work,
+                self._fingerprint(bits),
+            )  # fmt: skip
+            run.encoded, run.matrices = made.tensors, made.reports
+        others = encode_others(run, self._model)
+        if self.info.distills and self._model is not None and self._data is not None:
+            run.encoded, run.distilled = distill(
+                run, self._model, self._data, run.encoded,
+                lambda done, text: run.at("assembling", 0, 1, text, within=done),
+            )  # fmt: skip
+        run.at("assembling", 1, 1, "writing the artifact")
+        write_artifact(out, run.encoded, make_manifest(run, bits, self._data, self._carried))
+        report = make_report(run, bits, out, self._data, others)
+        self._measure(report, out)
+        return report
+
+    def _measure(self, report: Report, out: Path) -> None:
+        run, model, data = self.run, self._model, self._data
+        if model is None or data is None:
+            return
+        shapes = {name: entry.shape for name, entry in run.finetuned.entries.items()}
         with Artifact(out) as artifact:
             quality = measure(
                 model,
                 data.held_out,
-                base=run.base,
+                base=Grown(run.base, shapes),
                 finetuned=run.finetuned,
                 delta=MergedSource(run.base, artifact),
                 progress=lambda k, n: run.at("verifying", k, n, "comparing outputs"),
             )
         report.set_quality(quality)
-    report.seconds = time.monotonic() - started
-    return report
+
+    def _fingerprint(self, bits: float | None) -> str:
+        inputs = {
+            "version": __version__,
+            "base": self.run.base.manifest.digest,
+            "finetuned": self.run.finetuned.manifest.digest,
+            "calibration": None if self._data is None else self._data.sha256,
+            "device": self._device.partition(":")[0],
+            **asdict(self.run.options),
+            "bits": bits,
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(run: Run, data: CalibrationSet, device: str) -> str:
-    inputs = {
-        "version": __version__,
-        "base": run.base.manifest.digest,
-        "finetuned": run.finetuned.manifest.digest,
-        "calibration": data.sha256,
-        "device": device,
-        **asdict(run.options),
-    }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _compress_blocks(
-    run: Run, model: BlockwiseModel, data: CalibrationSet, method: MatrixMethod, work: WorkStore
-) -> None:
-    fingerprint = _fingerprint(run, data, model.device.type)
-    blocks = len(model.blocks) + 1
-    run.at("calibrating", 1, 2, "embedding the calibration text")
-    states = model.embed(data.train, run.finetuned)
-    held = model.embed(data.held_out, run.finetuned)
-    for index in range(blocks):
-        message = f"block {index + 1} of {blocks}"
-        run.at("compressing", index, blocks, message)
-        moments, held_moments = MomentCollector(), MomentCollector()
-        if index < len(model.blocks):
-            names = model.linears[model.blocks[index]]
-            states = model.run_block(index, states, run.finetuned, moments)
-            held = model.run_block(index, held, run.finetuned, held_moments)
-        else:
-            # The output head is the last block: it is a linear layer like the others.
-            names = [model.head] if model.head is not None else []
-            for name in names:
-                moments(name, model.final_hidden(states, run.finetuned))
-                held_moments(name, model.final_hidden(held, run.finetuned))
-        names = [name for name in names if run.changed(name) and run.is_float(name)]
-        key = f"{fingerprint}/{index}"
-        done = work.get(key)
-        if done is not None:
-            encoded, notes = deserialize(done)
-        else:
-            encoded, notes = {}, {}
-            for position, name in enumerate(names):
-                step = f"{message}, matrix {position + 1} of {len(names)}"
-                run.at("compressing", index, blocks, step, within=position / len(names))
-                made = _compress_matrix(
-                    run, method, name, moments.moment(name), held_moments.moment(name)
-                )
-                if made is not None:
-                    encoded[name], notes[name] = made
-            work.put(key, serialize(encoded, notes))
-        run.encoded.update(encoded)
-        run.matrices.extend(MatrixReport(**notes[name]) for name in names if name in notes)
-        run.at("compressing", index + 1, blocks, message)
-
-
-def _compress_matrix(
-    run: Run, method: MatrixMethod, name: str, moment: Tensor, held_moment: Tensor
-) -> tuple[Encoded, dict[str, Any]] | None:
-    """One matrix's encoding and report; None where it is smaller than the budget's granularity."""
-    delta = run.delta(name)
-    bits = run.options.bits
-    assert bits is not None, "a matrix method always has a budget"
-    if rank_budget(bits, *delta.shape) < 2:
-        return None
-    moment = damped(moment.cpu())
-    result = method(
-        MatrixTask(name, delta, moment, run.finetuned.entries[name].dtype, bits, run.options.solver)
-    )
-    error = _output_error(delta, result.approximation, held_moment.cpu())
-    notes = {
-        "name": name,
-        "shape": list(delta.shape),
-        "kind": result.encoded.record["kind"],
-        "bytes": result.encoded.nbytes,
-        "error": error,
-        **result.notes,
-    }
-    return result.encoded, notes
-
-
-def _output_error(delta: Tensor, approximation: Tensor, moment: Tensor) -> float:
-    """`||(D - D_hat) X||^2 / ||D X||^2` on held-out tokens."""
-
-    def energy(matrix: Tensor) -> float:
-        matrix = matrix.double()
-        return float(((matrix @ moment) * matrix).sum())
-
-    return energy(delta - approximation) / max(energy(delta), 1e-300)
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size

@@ -63,6 +63,7 @@ class Report:
     calibration: dict[str, Any] | None
     matrices: list[MatrixReport] = field(default_factory=list)
     other_tensors: list[TensorReport] = field(default_factory=list)
+    distillation: dict[str, float] | None = None
     kl: float | None = None
     kl_base: float | None = None
     agreement: float | None = None

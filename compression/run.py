@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,11 @@ from torch import Tensor
 from artifacts.compatibility import check_same_architecture
 from artifacts.encoding import Encoded
 from compression.allocation import Solver
+from compression.calibration_options import CalibrationOptions
+from compression.families import check_not_quantized
+from compression.goal import GOAL_KINDS
 from compression.report import MatrixReport
-from compression.weights import FLOAT_DTYPES, Checkpoint
+from compression.weights import FLOAT_DTYPES, Checkpoint, MatrixRef
 from deltadock.errors import NonFiniteWeights
 
 Stage = Literal["validating", "calibrating", "compressing", "assembling", "verifying"]
@@ -24,15 +27,26 @@ class CompressOptions:
 
     Attributes:
         method: a name of `compression.catalogue`.
-        bits: code bits per weight of a compressed matrix; None for methods without a budget.
+        bits: code bits per weight of what is compressed; 1.0 where no goal is given.
+        target_bytes, ratio, max_kl, min_agreement: the other goals, see `compression.goal.Goal`.
         seed: chooses the calibration windows.
         solver: allocation solver.
+        calibration: how much text calibrates.
     """
 
     method: str = "adamix"
-    bits: float | None = 1.0
+    bits: float | None = None
+    target_bytes: int | None = None
+    ratio: float | None = None
+    max_kl: float | None = None
+    min_agreement: float | None = None
     seed: int = 0
     solver: Solver = "exact"
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+
+    def goals(self) -> dict[str, Any]:
+        """The goals by name, as `compression.goal.goal_for` takes them."""
+        return {kind: getattr(self, kind) for kind in GOAL_KINDS}
 
 
 class Progress(NamedTuple):
@@ -47,10 +61,10 @@ class Progress(NamedTuple):
 
 SHARES: Final[dict[Stage, tuple[float, float]]] = {
     "validating": (0.0, 0.05),
-    "calibrating": (0.05, 0.08),
-    "compressing": (0.08, 0.85),
-    "assembling": (0.85, 0.88),
-    "verifying": (0.88, 1.0),
+    "calibrating": (0.05, 0.4),
+    "compressing": (0.4, 0.75),
+    "assembling": (0.75, 0.92),
+    "verifying": (0.92, 1.0),
 }
 """Each stage's part of the progress bar."""
 
@@ -65,6 +79,7 @@ class Run:
     report: Callable[[Progress], None]
     encoded: dict[str, Encoded] = field(default_factory=dict)
     matrices: list[MatrixReport] = field(default_factory=list)
+    distilled: dict[str, float] | None = None
 
     def at(self, stage: Stage, block: int, blocks: int, message: str, within: float = 0.0) -> None:
         """Tell where the run is: `block` blocks are done, and the share `within` of the next."""
@@ -81,9 +96,20 @@ class Run:
         """Whether base and fine-tune both hold plain floats under this name."""
         return {self.finetuned.entries[name].dtype, self.base.entries[name].dtype} <= FLOAT_DTYPES
 
+    def added_rows(self, name: str) -> int:
+        """Rows that a larger vocabulary has added to a tensor of the base."""
+        ours, theirs = self.finetuned.entries[name].shape, self.base.entries[name].shape
+        return ours[0] - theirs[0] if ours else 0
+
     def delta(self, name: str) -> Tensor:
-        """Fine-tuned minus base, float32."""
-        return self.finetuned.tensor(name).float() - self.base.tensor(name).float()
+        """Fine-tuned minus base, float32; added rows are left out."""
+        return self.matrix_delta(MatrixRef(name))
+
+    def matrix_delta(self, ref: MatrixRef) -> Tensor:
+        """Fine-tuned minus base of a linear map, (h_out, h_in) float32, without added rows."""
+        before = self.base.matrix(ref)
+        after = self.finetuned.matrix(ref)
+        return (after[: len(before)] if after.ndim else after).float() - before.float()
 
 
 def open_run(
@@ -93,11 +119,15 @@ def open_run(
 
     Raises:
         ArchitectureMismatch: the fine-tune is not one of this base.
+        UnsupportedModel: weights are quantized, and the method is not `exact`.
         NonFiniteWeights: a tensor holds NaN or an infinity.
     """
     progress(Progress("validating", 0, 1, 0.0, "hashing the checkpoints"))
     run = Run(Checkpoint(base), Checkpoint(finetuned), options, progress)
     check_same_architecture(run.base.manifest, run.finetuned.manifest)
+    if options.method != "exact":
+        check_not_quantized(run.base.manifest.config)
+        check_not_quantized(run.finetuned.manifest.config)
     names = list(run.finetuned.entries)
     for number, name in enumerate(names):
         if number % 64 == 0:

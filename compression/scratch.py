@@ -1,0 +1,58 @@
+"""Tensors set aside while a checkpoint is worked on: in memory while they are few, then on disk."""
+
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MEMORY_BYTES: Final = 1 << 29
+
+
+class Scratch:
+    """A context manager; what was put is gone when it ends. On disk tensors stay under `TMPDIR`."""
+
+    def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
+        """Keep up to `memory_bytes` in memory."""
+        self._free = memory_bytes
+        self._held: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._held.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._held or key in self._files
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """Set `tensor` aside on the CPU; a key is put once."""
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.nbytes <= self._free:
+            self._free -= tensor.nbytes
+            self._held[key] = tensor
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="deltadock-")
+        path = Path(self._folder.name) / f"{len(self._files)}.safetensors"
+        save_file({"": tensor}, path)
+        self._files[key] = path
+
+    def get(self, key: str, device: torch.device | str = "cpu") -> Tensor:
+        """What was put under `key`."""
+        held = self._held.get(key)
+        tensor: Tensor = load_file(self._files[key])[""] if held is None else held
+        return tensor.to(device)

@@ -1,0 +1,163 @@
+"""From a goal to an artifact: the budget that a size, a ratio or a bound on fidelity asks for."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from compression.catalogue import MethodInfo
+from compression.goal import Goal
+from compression.report import Report
+from deltadock.errors import InvalidGoal
+
+SIZE_TRIALS: Final = 5
+CLOSE: Final = 0.995
+"""An artifact of at least this share of the bytes allowed is close enough."""
+BOUND_TRIALS: Final = 9
+FIRST_BITS: Final = 1.0
+RESOLUTION: Final = 1.03
+"""Budgets closer than this factor are not told apart."""
+
+Make = Callable[[float, Path], Report]
+"""Compresses at a budget into a file."""
+
+
+@dataclass(slots=True)
+class _Best:
+    """The best artifact so far; the file of any other is removed at once."""
+
+    out: Path
+    report: Report | None = None
+
+    def offer(self, report: Report, path: Path, better: bool) -> None:
+        if better:
+            path.replace(self.out)
+            self.report = report
+        else:
+            path.unlink()
+
+
+def reach_size(
+    make: Make, out: Path, info: MethodInfo, limit: float, guess: float, weights: int
+) -> Report:
+    """The largest artifact of at most `limit` bytes.
+
+    Args:
+        make: compresses at a budget.
+        out: where the artifact goes.
+        info: the method.
+        limit: in bytes.
+        guess: the first budget, code bits per weight.
+        weights: how many weights the budget is for.
+
+    Raises:
+        InvalidGoal: the method's smallest artifact is larger.
+    """
+    low, high = _range(info)
+    best = _Best(out)
+    bits = min(max(guess, low), high)
+    below, above = low, math.inf
+    trial = _beside(out)
+    for _ in range(SIZE_TRIALS):
+        report = make(bits, trial)
+        size = report.artifact_bytes
+        fits = size <= limit
+        best.offer(
+            report, trial, fits and (best.report is None or size > best.report.artifact_bytes)
+        )
+        if (fits and (size >= CLOSE * limit or bits == high)) or (not fits and bits == low):
+            break
+        below, above = (max(below, bits), above) if fits else (below, min(above, bits))
+        wish = bits + 8 * ((CLOSE + 1) / 2 * limit - size) / weights
+        if info.budgets:
+            left = [b for b in info.budgets if below < b < above]
+            wish = left[-1] if left and fits else left[0] if left else bits
+        elif not below <= wish <= min(above, high):
+            wish = min((below + above) / 2, high) if above < math.inf else min(max(wish, low), high)
+        if wish == bits:
+            break
+        bits = wish
+    if best.report is None:
+        raise InvalidGoal(
+            f"{info.name!r} cannot make an artifact of {limit:.0f} bytes of this model: its "
+            f"smallest takes {size}. Allow more bytes, or take another method."
+        )
+    return best.report
+
+
+def reach_bound(make: Make, out: Path, info: MethodInfo, goal: Goal) -> Report:
+    """The smallest artifact that keeps a bound on KL or agreement on held-out calibration text.
+
+    Raises:
+        InvalidGoal: not even the method's largest budget keeps it; the message says what was
+            reached.
+    """
+    low, high = _range(info)
+    best = _Best(out)
+    trial = _beside(out)
+    # Budgets that fail and that hold, with what they reached.
+    failing, holding = low / RESOLUTION, math.inf
+    bits = min(max(FIRST_BITS, low), high)
+    reached: dict[float, float] = {}
+    for _ in range(BOUND_TRIALS):
+        report = make(bits, trial)
+        held, figure = _kept(report, goal)
+        reached[bits] = figure
+        best.offer(report, trial, held)
+        failing, holding = (failing, bits) if held else (bits, holding)
+        if bits == high and not held:
+            break
+        if holding <= failing * RESOLUTION or (bits == low and held):
+            break
+        bits = _next(reached, goal, failing, holding, low, high)
+        if info.budgets:
+            left = [b for b in info.budgets if failing < b < holding]
+            if not left:
+                break
+            bits = left[len(left) // 2]
+    if best.report is None:
+        raise InvalidGoal(
+            f"{goal} is not kept even at {max(reached):g} bits: {reached[max(reached)]:.4g} was "
+            "reached. Loosen the bound, or keep the fine-tune itself with the method 'exact'."
+        )
+    return best.report
+
+
+def _next(
+    reached: dict[float, float], goal: Goal, failing: float, holding: float, low: float, high: float
+) -> float:
+    """The next budget: where a power law through the last two would meet the bound, kept off the
+    ends of what is still open."""
+    if holding == math.inf:
+        return min(failing * 2, high)
+    if failing < low:
+        return max(holding / 2, low)
+    losses = {b: max(_loss(figure, goal), 1e-12) for b, figure in reached.items()}
+    wanted = max(_loss(goal.value, goal), 1e-12)
+    first, second = math.log(losses[failing]), math.log(losses[holding])
+    middle = 0.5
+    if first > second:
+        # A little to the safe side: what fails is of no use.
+        middle = min(max((first - math.log(wanted)) / (first - second) + 0.05, 0.15), 0.85)
+    return math.exp(math.log(failing) * (1 - middle) + math.log(holding) * middle)
+
+
+def _loss(figure: float, goal: Goal) -> float:
+    return figure if goal.kind == "max_kl" else 1 - figure
+
+
+def _kept(report: Report, goal: Goal) -> tuple[bool, float]:
+    figure = report.kl if goal.kind == "max_kl" else report.agreement
+    assert figure is not None, "a bound needs calibration text"
+    return _loss(figure, goal) <= _loss(goal.value, goal), figure
+
+
+def _range(info: MethodInfo) -> tuple[float, float]:
+    assert info.bits_min is not None, "a method without a budget has no goal"
+    assert info.bits_max is not None
+    return info.bits_min, info.bits_max
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(out.name + ".trial")
