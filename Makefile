@@ -15,7 +15,7 @@ install: $(STAMP)  ## Make .venv with the command .venv/bin/deltadock
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,embedded,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,embedded,benchmarks,dev]'
 	@touch $@
 
 demo: install  ## Compress the sample fine-tune and compare it with its delta, in a few minutes

@@ -7,10 +7,10 @@ from typing import Final
 from artifacts.compatibility import check_same_architecture
 from artifacts.export import check_base
 from artifacts.reader import Artifact
-from compression.calibration import read_text, tokenize
+from compression.calibration import read_windows
 from compression.forward import BlockwiseModel
 from compression.quality import MergedSource, Quality, measure
-from compression.weights import Checkpoint
+from compression.weights import Checkpoint, Grown
 
 WINDOW: Final = 256
 """Tokens of a window by default: about what a prompt and its answer take together."""
@@ -31,7 +31,7 @@ def evaluate(
     Args:
         base, finetuned: checkpoint folders.
         delta: the delta file.
-        text: .txt or .jsonl file.
+        text: .txt or .jsonl file, as for calibration.
         window: tokens that are run together; each window begins without context.
         progress: told how many of how many block passes are done.
         device: torch device.
@@ -47,13 +47,14 @@ def evaluate(
         tuned = Checkpoint(finetuned)
         check_same_architecture(source.manifest, tuned.manifest)
         model = BlockwiseModel(finetuned, device)
-        model.check({name: entry.shape for name, entry in tuned.entries.items()})
+        shapes = {name: entry.shape for name, entry in tuned.entries.items()}
+        model.check(shapes)
         longest = getattr(model.config, "max_position_embeddings", None) or window
-        windows = tokenize(read_text(text), finetuned, min(window, longest))
+        windows = read_windows(text, finetuned, min(window, longest))
         return measure(
             model,
             windows,
-            base=source,
+            base=Grown(source, shapes),
             finetuned=tuned,
             delta=MergedSource(source, artifact),
             progress=progress,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from artifacts.reader import Artifact
 from artifacts.writer import write_artifact
+from compression.adapters import import_delta
 from compression.assembling import (
     CarriedFiles,
     carried_files,
@@ -31,10 +32,10 @@ from compression.forward import BlockwiseModel
 from compression.goal import Goal, goal_for
 from compression.methods.registry import matrix_method
 from compression.quality import MergedSource, measure
-from compression.report import Report
+from compression.report import Report, TensorReport
 from compression.run import CompressOptions, Progress, Run, open_run
 from compression.scratch import Scratch
-from compression.search import reach_bound, reach_size
+from compression.search import fit_size, reach_bound
 from compression.sizes import carried_bytes, preview, shapes_of
 from compression.statistics import Matrix, Statistics, collect, matrices_of
 from compression.weights import Grown
@@ -61,7 +62,7 @@ def compress(
     """Compress `finetuned` against `base` into the delta file `out`.
 
     Args:
-        base, finetuned: checkpoint folders.
+        base, finetuned: checkpoint folders; for the method `lora`, `finetuned` is an adapter's.
         out: the delta file; appears complete or not at all.
         options: method, goal, seed and solver.
         calibration: where the text is from; none is text sampled from the fine-tune for methods
@@ -76,6 +77,10 @@ def compress(
     started = time.monotonic()
     info, goal = goal_for(options.method, **options.goals())
     sources = [Source(calibration)] if isinstance(calibration, Path) else list(calibration or ())
+    if info.imports_adapter:
+        return import_delta(
+            base, finetuned, out, options, calibration=sources, progress=progress, device=device
+        )
     measured = goal is not None and goal.kind in ("max_kl", "min_agreement")
     if measured and not (sources or info.needs_calibration):
         raise InvalidGoal(f"{goal} is measured on calibration text. Give some.")
@@ -102,7 +107,10 @@ def _reach(maker: "_Maker", goal: Goal | None, out: Path) -> Report:
     manifests = run.finetuned.manifest, run.base.manifest
     guess = preview(shapes_of(*manifests), maker.info.name, goal, carried=carried_bytes(*manifests))
     assert guess.bits is not None, "a method with a goal has a budget"
-    return reach_size(maker.make, out, maker.info, limit, guess.bits, maker.weights)
+    bits = fit_size(
+        lambda bits: maker.draft(bits, out), maker.info, limit, guess.bits, maker.weights
+    )
+    return maker.make(bits, out)
 
 
 class _Maker:
@@ -124,6 +132,8 @@ class _Maker:
         self._statistics: Statistics | None = None
         self._compressor: Compressor | None = None
         self._matrices: list[Matrix] = []
+        self._others: list[TensorReport] = []
+        self._drafted: tuple[float | None] | None = None
 
     @property
     def weights(self) -> int:
@@ -156,28 +166,49 @@ class _Maker:
         elif self._statistics is not None and info.needs_gradients:
             self._compressor = UnderOneBudget(run, self._statistics, model.device)
 
-    def make(self, bits: float | None, out: Path) -> Report:
-        """An artifact at a budget, and its report."""
+    def draft(self, bits: float | None, out: Path) -> int:
+        """Encode everything at a budget and write it; the artifact's bytes."""
         run = self.run
         run.encoded, run.matrices, run.distilled = {}, [], None
         if self._compressor is not None:
             self._compressor.settle(bits)
             made = encode_blocks(
-                run, self._matrices, self._compressor, self._statistics, self._work,
+                run,
+                self._matrices,
+                self._compressor,
+                self._statistics,
+                self._work,
                 self._fingerprint(bits),
-            )  # fmt: skip
+            )
             run.encoded, run.matrices = made.tensors, made.reports
-        others = encode_others(run, self._model)
+        self._others = encode_others(run, self._model)
+        self._drafted = (bits,)
+        return self._write(bits, out)
+
+    def make(self, bits: float | None, out: Path) -> Report:
+        """An artifact at a budget, and its report."""
+        run = self.run
+        if self._drafted != (bits,):
+            self.draft(bits, out)
+        self._drafted = None
         if self.info.distills and self._model is not None and self._data is not None:
             run.encoded, run.distilled = distill(
-                run, self._model, self._data, run.encoded,
+                run,
+                self._model,
+                self._data,
+                run.encoded,
                 lambda done, text: run.at("assembling", 0, 1, text, within=done),
-            )  # fmt: skip
-        run.at("assembling", 1, 1, "writing the artifact")
-        write_artifact(out, run.encoded, make_manifest(run, bits, self._data, self._carried))
-        report = make_report(run, bits, out, self._data, others)
+            )
+        self._write(bits, out)
+        report = make_report(run, bits, out, self._data, self._others)
         self._measure(report, out)
         return report
+
+    def _write(self, bits: float | None, out: Path) -> int:
+        self.run.at("assembling", 1, 1, "writing the artifact")
+        manifest = make_manifest(self.run, bits, self._data, self._carried)
+        write_artifact(out, self.run.encoded, manifest)
+        return out.stat().st_size
 
     def _measure(self, report: Report, out: Path) -> None:
         run, model, data = self.run, self._model, self._data

@@ -38,14 +38,13 @@ class _Best:
             path.unlink()
 
 
-def reach_size(
-    make: Make, out: Path, info: MethodInfo, limit: float, guess: float, weights: int
-) -> Report:
-    """The largest artifact of at most `limit` bytes.
+def fit_size(
+    draft: Callable[[float], int], info: MethodInfo, limit: float, guess: float, weights: int
+) -> float:
+    """The budget whose artifact is the largest of at most `limit` bytes.
 
     Args:
-        make: compresses at a budget.
-        out: where the artifact goes.
+        draft: compresses at a budget as far as needed to tell the artifact's bytes.
         info: the method.
         limit: in bytes.
         guess: the first budget, code bits per weight.
@@ -55,35 +54,34 @@ def reach_size(
         InvalidGoal: the method's smallest artifact is larger.
     """
     low, high = _range(info)
-    best = _Best(out)
     bits = min(max(guess, low), high)
-    below, above = low, math.inf
-    trial = _beside(out)
+    if info.budgets:
+        bits = min(info.budgets, key=lambda budget: abs(budget - bits))
+    below, above = 0.0, math.inf
+    smallest = math.inf
     for _ in range(SIZE_TRIALS):
-        report = make(bits, trial)
-        size = report.artifact_bytes
+        size = draft(bits)
+        smallest = min(smallest, size)
         fits = size <= limit
-        best.offer(
-            report, trial, fits and (best.report is None or size > best.report.artifact_bytes)
-        )
+        below, above = (bits, above) if fits else (below, bits)
         if (fits and (size >= CLOSE * limit or bits == high)) or (not fits and bits == low):
             break
-        below, above = (max(below, bits), above) if fits else (below, min(above, bits))
-        wish = bits + 8 * ((CLOSE + 1) / 2 * limit - size) / weights
         if info.budgets:
-            left = [b for b in info.budgets if below < b < above]
-            wish = left[-1] if left and fits else left[0] if left else bits
-        elif not below <= wish <= min(above, high):
-            wish = min((below + above) / 2, high) if above < math.inf else min(max(wish, low), high)
-        if wish == bits:
-            break
-        bits = wish
-    if best.report is None:
+            between = [budget for budget in info.budgets if below < budget < above]
+            if not between:
+                break
+            bits = between[-1] if fits else between[0]
+            continue
+        wish = bits + 8 * ((CLOSE + 1) / 2 * limit - size) / weights
+        if not below < wish < above:
+            wish = (below + above) / 2
+        bits = min(max(wish, low), high)
+    if below == 0.0:
         raise InvalidGoal(
-            f"{info.name!r} cannot make an artifact of {limit:.0f} bytes of this model: its "
-            f"smallest takes {size}. Allow more bytes, or take another method."
+            f"{info.name!r} cannot make an artifact of {limit:.0f} bytes of this model: the "
+            f"smallest tried takes {smallest:.0f}. Allow more bytes, or take another method."
         )
-    return best.report
+    return below
 
 
 def reach_bound(make: Make, out: Path, info: MethodInfo, goal: Goal) -> Report:

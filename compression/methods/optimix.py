@@ -63,11 +63,10 @@ def profile(delta: Tensor, rows: Metric, columns: Metric) -> tuple[Prepared, Pro
     wide = h_out * h_in >= SCALED_RANKS * (h_out + h_in)
     weights = spectrum.s / spectrum.s.sum()
     overhead = 0
-    # Coordinates that are weighted one by one pass no errors on: a scale does it for them.
-    if wide or rows.diagonal:
+    if _scale_pays(rows, wide):
         u_side = u_side.with_scale(spectrum.u, weights)
         overhead += 16 * h_out
-    if wide or columns.diagonal:
+    if _scale_pays(columns, wide):
         v_side = v_side.with_scale(spectrum.v, weights)
         overhead += 16 * h_in
     return (
@@ -80,6 +79,11 @@ def profile(delta: Tensor, rows: Metric, columns: Metric) -> tuple[Prepared, Pro
             overhead,
         ),
     )
+
+
+def _scale_pays(metric: Metric, wide: bool) -> bool:
+    """Coordinates that are weighted one by one pass no errors on: a scale does it for them."""
+    return wide or metric.diagonal
 
 
 def compress(

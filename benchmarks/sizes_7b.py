@@ -1,0 +1,78 @@
+"""Artifact sizes at the shapes of Qwen2.5-7B, from the product's own size preview.
+
+    python -m benchmarks.sizes_7b [--bits 1.0]
+
+For every method with a budget: once with every tensor changed, once with only the linear layers
+of the decoder blocks changed. No weights are needed: sizes follow from shapes.
+"""
+
+import argparse
+
+from compression.catalogue import METHODS
+from compression.goal import Goal
+from compression.layouts import Shape
+from compression.sizes import SizePreview, preview
+
+VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS = 152064, 3584, 18944, 28
+KEY_VALUE = 4 * HIDDEN // 28
+"""Four key and value heads of the twenty-eight that queries have."""
+
+
+def qwen2_5_7b(*, only_linear: bool = False) -> list[Shape]:
+    """Every tensor of the model; with `only_linear`, nothing but the blocks' matrices changed."""
+    block = {
+        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+        "self_attn.q_proj.bias": (HIDDEN,),
+        "self_attn.k_proj.weight": (KEY_VALUE, HIDDEN),
+        "self_attn.k_proj.bias": (KEY_VALUE,),
+        "self_attn.v_proj.weight": (KEY_VALUE, HIDDEN),
+        "self_attn.v_proj.bias": (KEY_VALUE,),
+        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+        "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+        "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+        "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+        "input_layernorm.weight": (HIDDEN,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+    }
+    shapes = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "lm_head.weight": (VOCABULARY, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        **{
+            f"model.layers.{layer}.{name}": shape
+            for layer in range(LAYERS)
+            for name, shape in block.items()
+        },
+    }
+    tensors = [Shape(name, "BF16", shape) for name, shape in shapes.items()]
+    if not only_linear:
+        return tensors
+    return [tensor._replace(changed=tensor.role == "linear layers") for tensor in tensors]
+
+
+def study(bits: float) -> list[tuple[str, bool, SizePreview]]:
+    """Method, whether only linear layers changed, and what it comes to."""
+    return [
+        (method, only_linear, preview(qwen2_5_7b(only_linear=only_linear), method, goal))
+        for method, info in METHODS.items()
+        if not info.imports_adapter
+        for goal in [None if info.bits_min is None else Goal("bits", bits)]
+        for only_linear in (False, True)
+    ]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--bits", type=float, default=1.0)
+    arguments = parser.parse_args()
+    print(f"Qwen2.5-7B's shapes at {arguments.bits:g} bit")
+    print(f"{'method':18} {'changed':12} {'artifact':>12} {'ratio':>7} {'true bits':>9}")
+    for method, only_linear, size in study(arguments.bits):
+        changed = "linear only" if only_linear else "everything"
+        megabytes = f"{size.artifact_bytes / 1e6:,.1f} MB"
+        print(f"{method:18} {changed:12} {megabytes:>12} {size.ratio:7.2f} {size.true_bits:9.3f}")
+
+
+if __name__ == "__main__":
+    main()

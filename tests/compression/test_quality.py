@@ -1,0 +1,49 @@
+"""The figures are those of the models run whole, however the vocabulary is cut into pieces."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from compression import forward
+from compression.forward import BlockwiseModel
+from compression.quality import measure
+from compression.weights import Checkpoint
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_figures_are_those_of_the_whole_models(
+    make_pair: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    base, tuned = make_pair(tied=tied, scale=0.05)
+    windows = torch.randint(256, (6, 40), generator=torch.Generator().manual_seed(0))
+    sources = Checkpoint(base), Checkpoint(tuned)
+
+    def figures() -> dict[str, float]:
+        model = BlockwiseModel(tuned)
+        return asdict(
+            measure(model, windows, base=sources[0], finetuned=sources[1], delta=sources[1])
+        )
+
+    whole = figures()
+    # The heads of the three models are read in turn, piece by piece.
+    monkeypatch.setattr(forward, "LOGITS_PER_STEP", 256 * 50)
+    assert figures() == pytest.approx(whole, rel=1e-5, abs=1e-9)
+
+    with torch.inference_mode():
+        other, target = (
+            F.log_softmax(
+                AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(windows).logits,
+                dim=-1,
+            ).flatten(0, 1)
+            for folder in (base, tuned)
+        )
+    kl = float(F.kl_div(other, target, reduction="batchmean", log_target=True))
+    assert kl > 0.001
+    assert whole["kl_base"] == pytest.approx(kl, rel=1e-4)
+    assert whole["kl"] == pytest.approx(0, abs=1e-9)
+    assert whole["agreement"] == 1
