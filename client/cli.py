@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from client import offline
+from client import compressing, offline
 from deltadock import __version__
 from deltadock.errors import DeltadockError
 
@@ -21,8 +21,8 @@ OFFLINE = "Offline: two folders, no service"
 RUNNING = "Running Deltadock"
 
 for command in (
-    offline.compress, offline.evaluate, offline.merge, offline.inspect, offline.verify,
-    offline.methods,
+    compressing.preview, compressing.compress, offline.evaluate, offline.merge, offline.inspect,
+    offline.verify, offline.methods,
 ):  # fmt: skip
     app.command(rich_help_panel=OFFLINE)(command)
 

@@ -117,27 +117,37 @@ class DeltadockClient:
         checkpoint: str,
         *,
         method: str,
-        bits: float | None = None,
         seed: int = 0,
         solver: Literal["exact", "scip"] = "exact",
-        calibration: str | None = None,
+        calibration: str | Json | None = None,
+        **goal: float | None,
     ) -> Json:
         """Have a fine-tuned checkpoint compressed; `{"delta": ..., "job": ...}`.
 
-        `calibration` is the digest of an uploaded text.
+        Args:
+            name, base, checkpoint, method, seed, solver: as the REST interface describes them.
+            calibration: the digest of an uploaded text, or a mixture `{"sources": [...]}`; None:
+                text sampled from the fine-tune, for the methods that need calibration.
+            goal: at most one of `bits`, `target_bytes`, `ratio`, `max_kl` and `min_agreement`.
         """
+        if isinstance(calibration, str):
+            calibration = {"source": "text", "digest": calibration}
         body: Json = {
             "name": name,
             "base": base,
             "checkpoint": checkpoint,
             "method": method,
-            "bits": bits,
             "seed": seed,
             "solver": solver,
+            "calibration": calibration,
+            **goal,
         }
-        if calibration is not None:
-            body["calibration"] = {"source": "text", "digest": calibration}
         return self._json("POST", "/v1/deltas", json=body)
+
+    def preview(self, base: str, checkpoint: str, *, method: str, **goal: float | None) -> Json:
+        """The size that a compression would come to; `goal` as for `create_delta`."""
+        body: Json = {"base": base, "checkpoint": checkpoint, "method": method, **goal}
+        return self._json("POST", "/v1/previews", json=body)
 
     def wait(self, job: str, progress: Callable[[Json], None] = _ignore_job) -> Json:
         """Follow a job to its end; the job as it ended. `progress` gets it after every change.

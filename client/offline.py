@@ -6,15 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
-
-from compression.catalogue import check_method
-from deltadock.errors import Conflict, NotFound
 
 Folder = Annotated[
     Path, typer.Option(exists=True, file_okay=False, help="A Hugging Face checkpoint folder.")
@@ -58,106 +55,6 @@ def resolve_device(device: str) -> str:
     if device != "cpu" and device not in cuda and not (device == "cuda" and cuda):
         raise typer.BadParameter(f"there is no device {device!r} here", param_hint="--device")
     return device
-
-
-def check_writable(out: Path, report: Path | None) -> None:
-    """Refuse places that cannot be written to before hours of work depend on them.
-
-    Raises:
-        Conflict: `out` exists.
-        NotFound: a file's folder does not exist.
-    """
-    if out.exists():
-        raise Conflict(f"{out} exists already; choose another name or remove it.")
-    for path in (out, report):
-        if path is not None and not path.parent.is_dir():
-            raise NotFound(f"There is no folder {path.parent}; make it first.")
-
-
-def compress(
-    base: Folder,
-    finetuned: Folder,
-    out: Annotated[Path, typer.Option(help="The delta file to write.")],
-    method: Annotated[str, typer.Option(help="See `deltadock methods`.")] = "adamix",
-    bits: Annotated[
-        float | None,
-        typer.Option(help="Code bits per weight of a linear layer, 0.1 to 8; adamix: 1.0."),
-    ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help=".txt or .jsonl")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
-    solver: Annotated[str, typer.Option(help="exact or scip")] = "exact",
-    report: Annotated[Path | None, typer.Option(help="Where to write the report (JSON).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n]")] = "auto",
-) -> None:
-    """Compress a fine-tuned checkpoint against its base."""
-    if bits is None and method != "exact":
-        bits = 1.0
-    check_method(method, bits)
-    if solver not in ("exact", "scip"):
-        raise typer.BadParameter("choose exact or scip", param_hint="--solver")
-    check_writable(out, report)
-    chosen_device = resolve_device(device)
-    from compression.pipeline import compress as run
-    from compression.run import CompressOptions
-
-    chosen: Literal["exact", "scip"] = "scip" if solver == "scip" else "exact"
-    with progress_bar() as bar:
-        task = bar.add_task("validating", total=1.0)
-        try:
-            result = run(
-                base,
-                finetuned,
-                out,
-                CompressOptions(method=method, bits=bits, seed=seed, solver=chosen),
-                calibration=calibration,
-                progress=lambda at: bar.update(
-                    task, completed=at.fraction, description=f"{at.stage}: {at.message}"
-                ),
-                device=chosen_device,
-            )
-        except BaseException:
-            # The delta file is there before it has been measured; a run that fails leaves none.
-            out.unlink(missing_ok=True)
-            raise
-        bar.update(task, completed=1.0, description="done")
-    document = result.to_dict()
-    if report is not None:
-        report.write_text(json.dumps(document, indent=2) + "\n")
-    print_report(document)
-
-
-def print_report(document: dict[str, Any]) -> None:
-    """The report's figures as a table."""
-    table = Table(show_header=False, box=None)
-
-    def figure(key: str, form: str, unit: str = "") -> str:
-        value = document.get(key)
-        return "–" if value is None else f"{value:{form}}{unit}"
-
-    megabytes = (
-        f"{document['artifact_bytes'] / 1e6:.2f} of {document['checkpoint_bytes'] / 1e6:.2f}"
-    )
-    for label, text in (
-        ("method", document["method"]),
-        ("size", f"{megabytes} MB"),
-        ("ratio", figure("ratio", ".2f", " x (whole artifact over bf16 checkpoint)")),
-        (
-            "bits per weight",
-            f"{figure('true_bits', '.3f')} true, {figure('nominal_bits', 'g')} nominal",
-        ),
-        ("KL to the fine-tune", figure("kl", ".5f", " nats per token")),
-        ("KL of the bare base", figure("kl_base", ".5f", " nats per token")),
-        ("same top token", figure("agreement", ".2%")),
-        (
-            "NLL delta / fine-tuned / base",
-            " / ".join(figure(key, ".4f") for key in ("nll", "nll_finetuned", "nll_base")),
-        ),
-        ("time", figure("seconds", ".1f", " s")),
-    ):
-        table.add_row(label, text)
-    output.print(table)
 
 
 def evaluate(
@@ -217,7 +114,7 @@ def inspect(
     if as_json:
         print_json({**totals, "tensors": [asdict(row) for row in rows]})
         return
-    headings = ("kind", "shape", "rank", "ranks at width", "error", "bytes")
+    headings = ("kind", "shape", "rank", "count at width", "error", "bytes")
     table = Table(Column("tensor", no_wrap=True), *headings, box=None)
     for row in rows:
         table.add_row(

@@ -23,7 +23,9 @@ Array = npt.NDArray[np.float64]
 Solver = Literal["exact", "scip"]
 
 WIDTHS: Final = (0, 2, 3, 4, 5, 6, 7, 8)
-BISECTIONS: Final = 60
+PRECISION: Final = 1e-9
+"""Relative width at which the search for a multiplier ends; any multiplier gives a true bound."""
+NEAR: Final = 16.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,50 +66,67 @@ def allocate(
 
 def _solve_exact(errors: Array, budget: int, widths: tuple[int, ...], f_max: int) -> Allocation:
     costs = np.asarray(widths, np.float64)
-    relaxed = []
+    subsets = [
+        list(columns)
+        for columns in combinations(range(len(widths)), min(f_max, len(widths)))
+        if len(errors) * costs[list(columns)].min() <= budget
+    ]
+    # Any multiplier bounds every subset: that of all widths together tells which are hopeless.
+    _, shared, _ = _relax(errors, costs, budget, None)
+    priced = np.ascontiguousarray((errors + shared * costs).T)
+    first = [float(priced[columns].min(axis=0).sum() - shared * budget) for columns in subsets]
     best_error, best_choice = np.inf, np.zeros(len(errors), np.int64)
-    for subset in combinations(range(len(widths)), min(f_max, len(widths))):
-        columns = list(subset)
-        if len(errors) * costs[columns].min() > budget:
-            continue
-        bound, multiplier, choice = _relax(errors[:, columns], costs[columns], budget)
-        error = float(np.take_along_axis(errors[:, columns], choice[:, None], 1).sum())
-        relaxed.append((bound, multiplier, columns))
+    for rough, columns in sorted(zip(first, subsets, strict=True)):
+        if rough >= best_error:
+            break
+        part, prices = errors[:, columns], costs[columns]
+        bound, multiplier, choice = _relax(part, prices, budget, shared)
+        error = float(np.take_along_axis(part, choice[:, None], 1).sum())
         if error < best_error:
             best_error, best_choice = error, np.asarray(columns)[choice]
-    relaxed.sort(key=lambda entry: entry[0])
-    for bound, multiplier, columns in relaxed:
-        if bound >= best_error:
-            break
-        found = _decide(errors[:, columns], costs[columns], budget, multiplier, bound, best_error)
-        if found is not None:
-            error, choice = found
-            best_error, best_choice = error, np.asarray(columns)[choice]
+        if bound < best_error:
+            found = _decide(part, prices, budget, multiplier, bound, best_error)
+            if found is not None:
+                best_error, best_choice = found[0], np.asarray(columns)[found[1]]
     return Allocation(np.asarray(widths, np.int64)[best_choice], best_error, 0.0)
 
 
-def _relax(errors: Array, costs: Array, budget: int) -> tuple[float, float, npt.NDArray[np.int64]]:
+def _relax(
+    errors: Array, costs: Array, budget: int, near: float | None
+) -> tuple[float, float, npt.NDArray[np.int64]]:
     """Lagrangian relaxation of the budget.
+
+    Args:
+        errors: (r, k).
+        costs: (k,).
+        budget: most that the costs may sum to.
+        near: a multiplier that is likely close, if one is known.
 
     Returns:
         The bound `max_m sum_i min_k(errors + m * costs) - m * budget`, its multiplier `m`, and
         the choice (r,) that the smallest feasible multiplier makes, which fits the budget.
     """
-    ceiling = float(errors.max()) + np.finfo(np.float64).tiny
-    low, high = ceiling * 1e-18, ceiling
-    choice = np.argmin(errors, axis=1)
+    columns, prices = np.ascontiguousarray(errors.T), costs[:, None]
+    choice = np.argmin(columns, axis=0)
     if costs[choice].sum() <= budget:
         return float(errors.min(axis=1).sum()), 0.0, choice
-    for _ in range(BISECTIONS):
+
+    def spent(multiplier: float) -> float:
+        return float(costs[np.argmin(columns + multiplier * prices, axis=0)].sum())
+
+    ceiling = float(errors.max()) + np.finfo(np.float64).tiny
+    low, high = ceiling * 1e-18, ceiling
+    if near:
+        below, above = max(near / NEAR, low), min(near * NEAR, high)
+        low = below if spent(below) > budget else low
+        high = above if spent(above) <= budget else high
+    while high > low * (1 + PRECISION):
         middle = np.sqrt(low * high)
-        if costs[np.argmin(errors + middle * costs, axis=1)].sum() > budget:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if spent(middle) > budget else (low, middle)
     bound, multiplier = max(
-        (float((errors + m * costs).min(axis=1).sum() - m * budget), m) for m in (low, high)
+        (float((columns + m * prices).min(axis=0).sum() - m * budget), m) for m in (low, high)
     )
-    choice = np.argmin(errors + high * costs, axis=1)
+    choice = np.argmin(columns + high * prices, axis=0)
     if costs[choice].sum() > budget:
         # No multiplier up to the ceiling was dear enough: the cheapest width for every rank is.
         choice = np.full(len(errors), np.argmin(costs))

@@ -23,7 +23,10 @@ DISTORTION: Final = {1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.0115, 5: 0.0035, 6: 0
 
 @dataclass(frozen=True, slots=True)
 class Midrise:
-    """Quantized vectors, one a row: codes (r, n) uint8, bits (r,) int64, step (r,) float32."""
+    """Quantized vectors, one a row: codes (r, n) uint8, bits (r,) int64, step (r,) float32.
+
+    The grid has no zero: the step of a vector of zeros is 0.
+    """
 
     codes: Tensor
     bits: Tensor
@@ -37,10 +40,6 @@ class Midrise:
         """The values, (r, n) float32."""
         return self.step[:, None] * self.units()
 
-    def rows(self, index: Tensor) -> "Midrise":
-        """The vectors at `index`, in that order."""
-        return Midrise(self.codes[index], self.bits[index], self.step[index])
-
 
 def quantize(values: Tensor, bits: Tensor, feedback: Tensor | None) -> Midrise:
     """Quantize each row; the error of one coordinate is passed on to those still to come.
@@ -51,11 +50,11 @@ def quantize(values: Tensor, bits: Tensor, feedback: Tensor | None) -> Midrise:
         feedback: `Metric.feedback()` of the metric to quantize under, (n, n); None where the
             coordinates are weighed one by one, and there is nothing to pass on.
     """
-    work = values.float().t().contiguous()
+    work = values.t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     top = (2.0**bits - 1).float()
     step = _search_step(work, top)
     # In units of the step, rows are independent, and a code is a floor away.
-    work /= step
+    work /= torch.where(step > 0, step, torch.ones_like(step))
     half = top / 2
     if feedback is None:
         codes = _codes(work, half, top)
@@ -83,18 +82,18 @@ def _codes(values: Tensor, half: Tensor, top: Tensor) -> Tensor:
 
 
 def _search_step(values: Tensor, top: Tensor) -> Tensor:
-    """The step (r,) of least square error for each column of `values` (n, r)."""
+    """The step (r,) of least square error for each column of `values` (n, r), 0 where all are."""
     half = top / 2
     peak = values.abs().amax(0) / half
-    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
     # Where there are many coordinates, a part of them tells the step as well.
     sample = values[:: max(1, len(values) // SAMPLED)]
     best = torch.full_like(peak, torch.inf)
     step = peak.clone()
     for shrink in SHRINKS:
         trial = peak * shrink
-        scaled = sample / trial
-        error = (_codes(scaled, half, top) - half - scaled).square_().sum(0) * trial.square()
+        scaled = sample / torch.where(trial > 0, trial, torch.ones_like(trial))
+        # Relative to the peak, whose square may be beyond float32.
+        error = (_codes(scaled, half, top) - half - scaled).square_().sum(0) * shrink**2
         better = error < best
         best = torch.where(better, error, best)
         step = torch.where(better, trial, step)

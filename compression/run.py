@@ -12,6 +12,7 @@ from artifacts.compatibility import check_same_architecture
 from artifacts.encoding import Encoded
 from compression.allocation import Solver
 from compression.calibration_options import CalibrationOptions
+from compression.catalogue import default_method
 from compression.families import check_not_quantized
 from compression.goal import GOAL_KINDS
 from compression.report import MatrixReport
@@ -34,7 +35,7 @@ class CompressOptions:
         calibration: how much text calibrates.
     """
 
-    method: str = "adamix"
+    method: str = default_method().name
     bits: float | None = None
     target_bytes: int | None = None
     ratio: float | None = None

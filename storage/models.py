@@ -165,6 +165,8 @@ class Delta(Model):
     method: Mapped[str] = mapped_column(String(32))
     bits: Mapped[float | None]
     options: Mapped[dict[str, Any]]
+    """`seed`, `solver`, `goal` ({kind, value}, or null for a method of one size), `calibration`
+    ({sources: [{digest or null, weight}], tokens, length}, or null)."""
     fingerprint: Mapped[str] = mapped_column(String(64), index=True)
     """SHA-256 (hex) over everything that determines the artifact: the same again is no new work."""
     artifact_digest: Mapped[str | None] = mapped_column(String(64))

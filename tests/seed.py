@@ -174,7 +174,16 @@ def add_delta(session: Session, base: Base, name: str, bits: float) -> Delta:
         checkpoint_digest=tuned.digest,
         method="adamix",
         bits=bits,
-        options={"seed": 0, "solver": "exact", "calibration": digest_of("calibration")},
+        options={
+            "seed": 0,
+            "solver": "exact",
+            "goal": {"kind": "bits", "value": bits},
+            "calibration": {
+                "sources": [{"digest": digest_of("calibration"), "weight": 1.0}],
+                "tokens": 131_072,
+                "length": 2048,
+            },
+        },
         fingerprint=digest_of(f"{words} fingerprint"),
     )
 

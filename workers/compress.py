@@ -14,10 +14,11 @@ import uuid
 from collections.abc import Callable
 from enum import Enum, auto
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
+from compression.calibration_options import CalibrationOptions, Source
 from compression.pipeline import compress
 from compression.run import CompressOptions, Progress
 from deltadock.errors import Cancelled, DeltadockError, HashMismatch, WorkerLost
@@ -158,22 +159,39 @@ def job_folder(settings: Settings, job_id: str) -> Path:
 
 
 def _options(delta: Delta) -> CompressOptions:
+    options = delta.options
+    goals: dict[str, Any] = {"bits": None}
+    if goal := options["goal"]:
+        whole = goal["kind"] == "target_bytes"
+        goals[goal["kind"]] = int(goal["value"]) if whole else goal["value"]
+    wish = options["calibration"]
+    calibration = CalibrationOptions(wish["tokens"], wish["length"]) if wish else None
     return CompressOptions(
         method=delta.method,
-        bits=delta.bits,
-        seed=delta.options["seed"],
-        solver=delta.options["solver"],
+        seed=options["seed"],
+        solver=options["solver"],
+        calibration=calibration or CalibrationOptions(),
+        **goals,
     )
 
 
-def _calibration(delta: Delta, context: Context, folder: Path) -> Path | None:
-    digest = delta.options["calibration"]
-    if digest is None:
-        return None
+def _calibration(delta: Delta, context: Context, folder: Path) -> list[Source]:
+    """The sources, their texts fetched into the job's folder."""
+    wish = delta.options["calibration"]
+    return [
+        Source(
+            None if source["digest"] is None else _text(source["digest"], context, folder),
+            source["weight"],
+        )
+        for source in (wish["sources"] if wish else ())
+    ]
+
+
+def _text(digest: str, context: Context, folder: Path) -> Path:
     with context.database.read_scope() as session:
         uploaded = UploadRepository(session).calibration_path(digest)
     # Its suffix says how the text is to be read.
-    path = folder / f"calibration{PurePosixPath(uploaded or '').suffix or '.txt'}"
+    path = folder / f"{digest}{PurePosixPath(uploaded or '').suffix or '.txt'}"
     context.blobs.fetch(digest, path)
     return path
 

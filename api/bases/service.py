@@ -3,7 +3,10 @@
 from sqlalchemy.orm import Session
 
 from api.bases.schemas import BaseIn
+from artifacts.checkpoint import CheckpointManifest
 from deltadock.errors import NotFound
+from storage.blobs import BlobStore
+from storage.cache import MANIFEST_BYTES
 from storage.models import Base, Checkpoint
 from storage.repositories import BaseRepository, CheckpointRepository
 
@@ -18,6 +21,11 @@ def get_checkpoint(session: Session, digest: str) -> Checkpoint:
     if checkpoint is None:
         raise NotFound(f"There is no checkpoint {digest}; upload and complete it first.")
     return checkpoint
+
+
+def read_manifest(blobs: BlobStore, digest: str) -> CheckpointManifest:
+    """The manifest of a stored checkpoint."""
+    return CheckpointManifest.from_json(blobs.read(digest, MANIFEST_BYTES))
 
 
 def get_base(session: Session, id_or_name: str) -> Base:

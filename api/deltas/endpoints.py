@@ -22,7 +22,7 @@ from api.problems import problems
 from deltadock.errors import (
     ArchitectureMismatch,
     BitsOutOfRange,
-    InvalidCalibration,
+    InvalidGoal,
     InvalidInput,
     NotFound,
     NotReady,
@@ -58,7 +58,7 @@ DeltaId = Annotated[str, Path(examples=[EXAMPLE_DELTA_ID])]
             InvalidInput,
             UnknownMethod,
             BitsOutOfRange,
-            InvalidCalibration,
+            InvalidGoal,
             ArchitectureMismatch,
         ),
     },

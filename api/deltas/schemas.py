@@ -5,21 +5,16 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.deltas.calibration import CalibrationIn, CalibrationOut, Source
+from api.goals import GoalFields, GoalOut
 from api.jobs.schemas import EXAMPLE_JOB_ID, JobError, JobOut
-from api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, Digest, RequestBody
+from api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, Digest
 from storage.models import Delta, JobState
 
 EXAMPLE_DELTA_ID = "dlt_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 
 
-class CalibrationIn(RequestBody):
-    """A calibration text that was uploaded before."""
-
-    source: Literal["text"]
-    digest: Digest
-
-
-class DeltaIn(RequestBody):
+class DeltaIn(GoalFields):
     """A compression to be done."""
 
     model_config = ConfigDict(
@@ -45,17 +40,15 @@ class DeltaIn(RequestBody):
     )
     base: str = Field(min_length=1, max_length=96, description="The base's id or name.")
     checkpoint: Digest = Field(description="The fine-tuned checkpoint's digest.")
-    method: str = Field(description="One of GET /v1/methods.", max_length=32)
-    bits: float | None = Field(
-        default=None,
-        allow_inf_nan=False,
-        description="Code bits per weight, for the methods that take a budget.",
-    )
     seed: int = Field(default=0, ge=0, lt=2**53)
     solver: Literal["exact", "scip"] = Field(
         default="exact", description="What allots the bits; both find the same optimum."
     )
-    calibration: CalibrationIn | None = None
+    calibration: CalibrationIn | Source | None = Field(
+        default=None,
+        description="A source or a mixture; none is text sampled from the fine-tune, for the "
+        "methods that need calibration.",
+    )
 
 
 class BaseRefOut(BaseModel):
@@ -94,10 +87,13 @@ class DeltaOut(BaseModel):
     base: BaseRefOut
     checkpoint: Digest
     method: str = Field(examples=["adamix"])
-    bits: float | None = Field(examples=[1.0])
+    bits: float | None = Field(
+        examples=[1.0], description="The budget; null where there is none or another goal."
+    )
+    goal: GoalOut | None
     seed: int
     solver: str
-    calibration: Digest | None
+    calibration: CalibrationOut | None
     state: JobState = Field(examples=["ready"])
     percent: float = Field(examples=[100.0])
     job: str = Field(examples=[EXAMPLE_JOB_ID])
@@ -123,9 +119,12 @@ class DeltaOut(BaseModel):
             checkpoint=delta.checkpoint_digest,
             method=delta.method,
             bits=delta.bits,
+            goal=GoalOut(**delta.options["goal"]) if delta.options["goal"] else None,
             seed=delta.options["seed"],
             solver=delta.options["solver"],
-            calibration=delta.options["calibration"],
+            calibration=CalibrationOut.of(delta.options["calibration"])
+            if delta.options["calibration"]
+            else None,
             state=job.state,
             percent=job.percent,
             job=job.id,

@@ -2,21 +2,20 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from sqlalchemy.orm import Session
 
-from api.bases.service import get_base, get_checkpoint
+from api.bases.service import get_base, get_checkpoint, read_manifest
+from api.deltas.calibration import CalibrationIn, mixture
 from api.deltas.schemas import DeltaIn
 from api.dependencies import UnitOfWork
 from api.resources import Resources
-from artifacts.checkpoint import CheckpointManifest
 from artifacts.compatibility import check_same_architecture
-from compression.catalogue import check_method
-from deltadock.errors import InvalidCalibration, InvalidInput, NotFound, NotReady
-from storage.blobs import BlobStore
-from storage.cache import MANIFEST_BYTES
+from compression.goal import SIZES
+from deltadock.errors import InvalidInput, NotFound, NotReady
 from storage.models import Base, Delta, JobState
 from storage.repositories import DeltaRepository, JobRepository, UploadRepository
 
@@ -56,21 +55,29 @@ def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tupl
 
     Raises:
         NotFound: no such base, checkpoint or calibration text.
-        UnknownMethod, BitsOutOfRange, InvalidCalibration, ArchitectureMismatch.
+        UnknownMethod, BitsOutOfRange, InvalidGoal, ArchitectureMismatch.
     """
     session = unit.session
     base = get_base(session, body.base)
     checkpoint = get_checkpoint(session, body.checkpoint)
-    _check_wish(session, body)
+    method, goal = body.check_goal()
+    if method.imports_adapter:
+        raise InvalidInput(
+            f"The method {method.name!r} imports a PEFT adapter's folder, which cannot be uploaded "
+            "as a checkpoint; `deltadock compress` takes it."
+        )
+    is_bound = goal is not None and goal.kind not in SIZES
+    calibration = _calibration(session, body, needed=method.needs_calibration or is_bound)
     if checkpoint.digest != base.checkpoint_digest:
         check_same_architecture(
-            _manifest(resources.blobs, base.checkpoint_digest),
-            _manifest(resources.blobs, checkpoint.digest),
+            read_manifest(resources.blobs, base.checkpoint_digest),
+            read_manifest(resources.blobs, checkpoint.digest),
         )
     options = {
         "seed": body.seed,
         "solver": body.solver,
-        "calibration": body.calibration.digest if body.calibration else None,
+        "goal": asdict(goal) if goal else None,
+        "calibration": calibration.to_options() if calibration else None,
     }
     deltas = DeltaRepository(session)
     fingerprint = _fingerprint(base, body, options)
@@ -83,7 +90,7 @@ def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tupl
         base=base,
         checkpoint_digest=checkpoint.digest,
         method=body.method,
-        bits=body.bits,
+        bits=goal.bits if goal else None,
         options=options,
         fingerprint=fingerprint,
     )
@@ -123,22 +130,20 @@ def delete_delta(session: Session, delta_id: str) -> None:
     DeltaRepository(session).delete(delta)
 
 
-def _check_wish(session: Session, body: DeltaIn) -> None:
-    method = check_method(body.method, body.bits)
+def _calibration(session: Session, body: DeltaIn, *, needed: bool) -> CalibrationIn | None:
+    """What is to calibrate, or only to measure; None: nothing.
+
+    Raises:
+        NotFound: a text that was never uploaded.
+    """
     if body.calibration is None:
-        if method.needs_calibration:
-            raise InvalidCalibration(
-                f"The method {method.name!r} needs a calibration text: upload one and name it in "
-                "calibration."
-            )
-    elif not UploadRepository(session).has_calibration(body.calibration.digest):
-        raise NotFound(
-            f"There is no calibration text {body.calibration.digest}; upload and complete it first."
-        )
-
-
-def _manifest(blobs: BlobStore, digest: str) -> CheckpointManifest:
-    return CheckpointManifest.from_json(blobs.read(digest, MANIFEST_BYTES))
+        return CalibrationIn() if needed else None
+    wish = mixture(body.calibration)
+    uploads = UploadRepository(session)
+    for digest in wish.digests:
+        if not uploads.has_calibration(digest):
+            raise NotFound(f"There is no calibration text {digest}; upload and complete it first.")
+    return wish
 
 
 def _fingerprint(base: Base, body: DeltaIn, options: dict[str, Any]) -> str:
@@ -146,7 +151,6 @@ def _fingerprint(base: Base, body: DeltaIn, options: dict[str, Any]) -> str:
         "base": base.checkpoint_digest,
         "checkpoint": body.checkpoint,
         "method": body.method,
-        "bits": body.bits,
         "options": options,
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -17,7 +17,11 @@ class MethodOut(BaseModel):
     title: str
     bits_min: float | None = Field(examples=[0.1])
     bits_max: float | None = Field(examples=[8.0])
+    budgets: list[float] = Field(
+        description="The only budgets that it takes; empty: every one within the bounds."
+    )
     needs_calibration: bool
+    default: bool = Field(description="Used where no method is named.")
 
     @classmethod
     def of(cls, method: MethodInfo) -> Self:
@@ -27,7 +31,9 @@ class MethodOut(BaseModel):
             title=method.title,
             bits_min=method.bits_min,
             bits_max=method.bits_max,
+            budgets=list(method.budgets),
             needs_calibration=method.needs_calibration,
+            default=method.default,
         )
 
 

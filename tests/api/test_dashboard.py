@@ -149,13 +149,30 @@ def test_shows_provenance(site: Site, seeded: seed.Seeded) -> None:
     for digest in (
         delta["artifact"]["digest"],
         delta["checkpoint"],
-        delta["calibration"],
+        delta["calibration"]["sources"][0]["digest"],
         delta["base"]["checkpoint"],
         seed.report()["base_digest"],
     ):
         assert f'data-copy="{digest}"' in page
     assert f'href="/v1/deltas/{delta["id"]}/artifact"' in page
     assert "131\N{NARROW NO-BREAK SPACE}072 tokens" in page
+
+
+def test_shows_what_is_aimed_at_and_what_calibrates(site: Site, seeded: seed.Seeded) -> None:
+    with site.resources.database.session_scope() as session:
+        delta = DeltaRepository(session).find(seeded.queued)
+        assert delta is not None
+        sources = [{"digest": "a" * 64, "weight": 3.0}, {"digest": None, "weight": 1.0}]
+        delta.options = {
+            **delta.options,
+            "goal": {"kind": "max_kl", "value": 0.02},
+            "calibration": {"sources": sources, "tokens": 4096, "length": 128},
+        }
+    assert "KL at most 0.02" in site.text("/")
+    page = site.text(f"/deltas/{seeded.queued}")
+    assert "adamix, KL at most 0.02 on" in page
+    assert f'data-copy="{"a" * 64}"' in page
+    assert "sampled from the fine-tune × 1" in page
 
 
 def test_shows_a_report_with_little_in_it(site: Site, seeded: seed.Seeded) -> None:

@@ -9,6 +9,7 @@ import pytest
 import redis
 from sqlalchemy import event
 
+from compression.catalogue import default_method
 from storage.models import JobState
 from storage.repositories import JobRepository
 from tests.api.support import CONFIG, Api, sha256, weights
@@ -32,7 +33,9 @@ def test_a_delta_is_accepted_with_a_job(api: Api, broker_url: str) -> None:
     assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
     assert (delta["name"], delta["version"], delta["state"]) == ("maths/skills", 1, "queued")
     assert delta["base"]["name"] == "tiny"
-    assert delta["calibration"] == body["calibration"]["digest"]
+    source = {"source": "text", "digest": body["calibration"]["digest"], "weight": 1.0}
+    assert delta["calibration"] == {"sources": [source], "tokens": 262_144, "length": 2048}
+    assert (delta["bits"], delta["goal"]) == (1.0, {"kind": "bits", "value": 1.0})
     assert delta["artifact"] is delta["metrics"] is delta["error"] is None
     assert api.client.get(f"/v1/deltas/{delta['id']}").json() == delta
     assert api.client.get(f"/v1/jobs/{job['id']}").json() == job
@@ -128,8 +131,14 @@ def test_bad_requests_leave_no_delta(api: Api, broker_url: str, subtests: pytest
         ({"method": "magic"}, 422, "unknown_method"),
         ({"bits": 0.01}, 422, "bits_out_of_range"),
         ({"bits": 9}, 422, "bits_out_of_range"),
-        ({"bits": None}, 422, "bits_out_of_range"),
+        ({"ratio": 10.0}, 422, "invalid_goal"),
+        ({"bits": None, "ratio": 0.5}, 422, "invalid_goal"),
+        ({"bits": None, "target_bytes": 0}, 422, "invalid_goal"),
+        ({"bits": None, "target_bytes": 1.5}, 422, "invalid_input"),
+        ({"bits": None, "max_kl": -1}, 422, "invalid_goal"),
+        ({"bits": None, "min_agreement": 99}, 422, "invalid_goal"),
         ({"method": "exact"}, 422, "bits_out_of_range"),
+        ({"method": "lora", "bits": None}, 422, "invalid_input"),
         ({"bits": "many"}, 422, "invalid_input"),
         ({"name": "no-project"}, 422, "invalid_input"),
         ({"name": "a/b/c"}, 422, "invalid_input"),
@@ -139,8 +148,13 @@ def test_bad_requests_leave_no_delta(api: Api, broker_url: str, subtests: pytest
         ({"base": "other"}, 404, "not_found"),
         ({"checkpoint": "0" * 64}, 404, "not_found"),
         ({"checkpoint": "not hex"}, 422, "invalid_input"),
-        ({"calibration": None}, 422, "invalid_calibration"),
         ({"calibration": {"source": "text", "digest": "0" * 64}}, 404, "not_found"),
+        ({"calibration": {"sources": [{"digest": "0" * 64}]}}, 404, "not_found"),
+        ({"calibration": {"sources": []}}, 422, "invalid_input"),
+        ({"calibration": {"sources": [{"source": "sampled"}] * 17}}, 422, "invalid_input"),
+        ({"calibration": {"sources": [{"source": "sampled", "weight": 0}]}}, 422, "invalid_input"),
+        ({"calibration": {"tokens": 10}}, 422, "invalid_input"),
+        ({"calibration": {"length": 1 << 30}}, 422, "invalid_input"),
         ({"calibration": {"source": "url", "digest": "0" * 64}}, 422, "invalid_input"),
     ):
         with subtests.test(change=change):
@@ -149,6 +163,63 @@ def test_bad_requests_leave_no_delta(api: Api, broker_url: str, subtests: pytest
             assert answer.headers["content-type"] == "application/problem+json"
             assert api.client.get("/v1/deltas").json() == {"data": [], "next": None}
             assert queued_jobs(broker_url) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("target_bytes", 10**9), ("ratio", 12.5), ("max_kl", 0.01), ("min_agreement", 0.98)],
+)
+def test_other_goals_than_bits(api: Api, kind: str, value: float) -> None:
+    body = api.delta_body() | {"bits": None, kind: value}
+    answer = api.client.post("/v1/deltas", json=body)
+    assert answer.status_code == 202
+    delta = answer.json()["delta"]
+    assert (delta["bits"], delta["goal"]) == (None, {"kind": kind, "value": value})
+    assert api.client.post("/v1/deltas", json=body).json()["delta"] == delta
+    other = api.client.post("/v1/deltas", json=body | {kind: None}).json()["delta"]
+    assert (other["version"], other["goal"]) == (2, {"kind": "bits", "value": 1.0})
+
+
+def test_a_bound_is_measured_on_something(api: Api) -> None:
+    body = api.delta_body() | {"method": "low-rank", "calibration": None, "bits": None}
+    delta = api.client.post("/v1/deltas", json=body | {"max_kl": 0.1}).json()["delta"]
+    assert delta["calibration"]["sources"][0]["source"] == "sampled"
+    delta = api.client.post("/v1/deltas", json=body | {"ratio": 4.0}).json()["delta"]
+    assert delta["calibration"] is None
+
+
+def test_mixtures(api: Api) -> None:
+    body = api.delta_body()
+    digest = body["calibration"]["digest"]
+    mixed = {
+        "sources": [{"digest": digest, "weight": 3}, {"source": "sampled"}],
+        "tokens": 4096,
+        "length": 128,
+    }
+    answer = api.client.post("/v1/deltas", json=body | {"calibration": mixed})
+    assert answer.status_code == 202
+    assert answer.json()["delta"]["calibration"] == {
+        "sources": [
+            {"source": "text", "digest": digest, "weight": 3.0},
+            {"source": "sampled", "digest": None, "weight": 1.0},
+        ],
+        "tokens": 4096,
+        "length": 128,
+    }
+
+
+def test_without_calibration_the_fine_tune_writes_it(api: Api) -> None:
+    body = api.delta_body()
+    bodies = [
+        {key: value for key, value in body.items() if key != "calibration"},
+        body | {"calibration": None},
+        body | {"calibration": {"source": "sampled"}},
+        body | {"calibration": {}},
+    ]
+    deltas = [api.client.post("/v1/deltas", json=each).json()["delta"] for each in bodies]
+    assert len({delta["id"] for delta in deltas}) == 1
+    (source,) = deltas[0]["calibration"]["sources"]
+    assert source == {"source": "sampled", "digest": None, "weight": 1.0}
 
 
 def test_a_blob_that_is_no_calibration_text_is_none(api: Api) -> None:
@@ -182,7 +253,8 @@ def test_exact_needs_neither_bits_nor_calibration(api: Api) -> None:
     body = api.delta_body() | {"method": "exact", "bits": None, "calibration": None}
     answer = api.client.post("/v1/deltas", json=body)
     assert answer.status_code == 202
-    assert answer.json()["delta"]["bits"] is None
+    delta = answer.json()["delta"]
+    assert delta["bits"] is delta["goal"] is delta["calibration"] is None
 
 
 def test_pages(api: Api) -> None:
@@ -255,6 +327,16 @@ def test_methods(api: Api) -> None:
     methods = {method["name"]: method for method in api.client.get("/v1/methods").json()["data"]}
     assert methods["adamix"]["needs_calibration"]
     assert methods["exact"]["bits_min"] is None
+    assert [name for name, method in methods.items() if method["default"]] == [
+        default_method().name
+    ]
+
+
+def test_the_default_method_needs_no_name(api: Api) -> None:
+    body = api.delta_body()
+    del body["method"]
+    delta = api.client.post("/v1/deltas", json=body).json()["delta"]
+    assert delta["method"] == default_method().name
 
 
 def test_job_events_end_with_the_job(api: Api) -> None:

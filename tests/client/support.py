@@ -75,6 +75,7 @@ def compress(inputs: Inputs, out: Path, *more: object, **instead: object) -> lis
         "base": inputs.base,
         "finetuned": inputs.finetuned,
         "calibration": inputs.calibration,
+        "method": "adamix",
         "out": out,
         **instead,
     }

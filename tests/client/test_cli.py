@@ -39,6 +39,39 @@ def test_compress_is_reproducible(
     assert again.read_bytes() == delta.path.read_bytes()
 
 
+def test_sources_mix_and_the_fine_tune_writes_where_there_is_none(
+    inputs: Inputs, deltadock: Command, tmp_path: Path
+) -> None:
+    amount = ("--calibration-tokens", 1024, "--calibration-length", 32)
+    mixed = ("--calibration", f"{inputs.text}:3", "--calibration", "sampled")
+    tokens = {}
+    for name, sources in (("mixed", mixed), ("sampled", ())):
+        report = tmp_path / f"{name}.json"
+        arguments = compress(inputs, tmp_path / name, *amount, *sources, calibration=None)
+        assert deltadock(*arguments, "--report", report).code == 0
+        tokens[name] = json.loads(report.read_text())["calibration"]["tokens"]
+    assert tokens == {"mixed": 1024, "sampled": 1024}
+
+
+def test_preview_as_json(inputs: Inputs, delta: Delta, deltadock: Command) -> None:
+    pair = ("--base", inputs.base, "--finetuned", inputs.finetuned)
+    outcome = deltadock("preview", *pair, "--method", "adamix", "--bits", 2, "--json")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    size = json.loads(outcome.stdout)
+    assert size["artifact_bytes"] == pytest.approx(delta.report["artifact_bytes"], rel=0.1)
+    assert size["checkpoint_bytes"] == delta.report["checkpoint_bytes"]
+    assert {part["kind"] for part in size["parts"]} == {
+        "linear layers", "embeddings", "other tensors", "manifest",
+    }  # fmt: skip
+
+
+def test_preview_as_a_table(inputs: Inputs, deltadock: Command) -> None:
+    outcome = deltadock("preview", "--finetuned", inputs.finetuned, "--ratio", 2)
+    assert outcome.code == 0
+    for words in ("linear layers", "embeddings", "ratio 2.0", "true bits per weight"):
+        assert words in outcome.stdout
+
+
 def test_inspect_as_json(inputs: Inputs, delta: Delta, deltadock: Command) -> None:
     outcome = deltadock("inspect", delta.path, "--json")
     assert (outcome.code, outcome.stderr) == (0, "")

@@ -49,7 +49,15 @@ def test_verify_finds_damage(delta: Delta, deltadock: Command, tmp_path: Path) -
         ({"bits": 9}, "bits_out_of_range", "between 0.1 and 8"),
         ({"bits": "nan"}, "bits_out_of_range", "between 0.1 and 8"),
         ({"method": "exact", "bits": 1}, "bits_out_of_range", "leave bits out"),
-        ({"calibration": None}, "invalid_calibration", "needs a calibration text"),
+        ({"bits": 1, "ratio": 9}, "invalid_goal", "bits and ratio exclude each other"),
+        ({"ratio": 0.5}, "invalid_goal", "above 1"),
+        ({"target-bytes": 0}, "invalid_goal", "positive"),
+        ({"max-kl": "nan"}, "invalid_goal", "above 0"),
+        ({"min-agreement": 98}, "invalid_goal", "between 0 and 1"),
+        ({"method": "exact", "max-kl": 0.1}, "invalid_goal", "one size only"),
+        ({"calibration": "sampled:0"}, "invalid_calibration", "weight 0"),
+        ({"calibration-tokens": 10}, "invalid_calibration", "not 10"),
+        ({"calibration-length": 3}, "invalid_calibration", "not 3"),
     ],
 )
 def test_options_are_refused(
@@ -76,6 +84,9 @@ def test_options_are_refused(
         {"bits": "one"},
         {"base": "/nowhere"},
         {"calibration": "/nowhere.txt"},
+        {"calibration": "/nowhere.txt:2"},
+        {"calibration": "sampled:much"},
+        {"calibration": ""},
     ],
 )
 def test_usage_errors(

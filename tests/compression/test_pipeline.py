@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from artifacts.export import merge
 from artifacts.reader import Artifact
-from compression.calibration import excerpt
+from compression.calibration_options import CalibrationOptions, Source
 from compression.evaluation import evaluate
 from compression.pipeline import compress
 from compression.run import CompressOptions, Progress
@@ -53,7 +53,9 @@ def test_every_changed_tensor_is_stored_and_none_other(
     unchanged = "model.layers.0.mlp.up_proj.weight"
     weights[unchanged] = load_file(base / "model.safetensors")[unchanged]
     save_file(weights, finetuned / "model.safetensors", metadata={"format": "pt"})
-    report = compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    report = compress(
+        base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)]
+    )
     with Artifact(tmp_path / "a.delta") as artifact:
         kinds = {name: record["kind"] for name, record in artifact.records.items()}
         assert artifact.nbytes == report.artifact_bytes
@@ -79,7 +81,7 @@ def test_an_untied_head_is_compressed_as_a_linear_layer(
     make_pair: Callable[..., Pair], text: Path, tmp_path: Path
 ) -> None:
     base, finetuned = make_pair(tied=False)
-    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
     with Artifact(tmp_path / "a.delta") as artifact:
         assert artifact.records["lm_head.weight"]["kind"] == "svd"
         assert artifact.records["model.embed_tokens.weight"]["kind"] == "rows"
@@ -88,7 +90,7 @@ def test_an_untied_head_is_compressed_as_a_linear_layer(
 def test_exact_is_lossless(pair: Pair, text: Path, tmp_path: Path) -> None:
     base, finetuned = pair
     options = CompressOptions(method="exact", bits=None)
-    report = compress(base, finetuned, tmp_path / "a.delta", options, calibration=text)
+    report = compress(base, finetuned, tmp_path / "a.delta", options, calibration=[Source(text)])
     assert report.kl == pytest.approx(0, abs=1e-9)
     assert report.agreement == 1
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
@@ -99,14 +101,14 @@ def test_exact_is_lossless(pair: Pair, text: Path, tmp_path: Path) -> None:
 
 def test_evaluation_equals_plain_transformers(pair: Pair, text: Path, tmp_path: Path) -> None:
     base, finetuned = pair
-    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
     quality = evaluate(base, finetuned, tmp_path / "a.delta", text, window=64)
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
     tokens = torch.tensor(list(text.read_bytes()))
     # The byte-level alphabet's order is not that of the bytes: take ids from the tokenizer.
-    from compression.calibration import tokenize
+    from compression.calibration import read_windows
 
-    windows = tokenize(text.read_text(), finetuned, 64)
+    windows = read_windows(text, finetuned, 64)
     assert windows.numel() <= len(tokens)
     scores = []
     for folder in (finetuned, tmp_path / "merged", base):
@@ -129,7 +131,9 @@ def test_same_inputs_give_the_same_bytes_however_often_interrupted(
     pair: Pair, text: Path, tmp_path: Path
 ) -> None:
     base, finetuned = pair
-    compress(base, finetuned, tmp_path / "whole.delta", CompressOptions(), calibration=text)
+    compress(
+        base, finetuned, tmp_path / "whole.delta", CompressOptions(), calibration=[Source(text)]
+    )
     work = MemoryWork()
 
     def interrupt(progress: Progress) -> None:
@@ -139,11 +143,18 @@ def test_same_inputs_give_the_same_bytes_however_often_interrupted(
     with pytest.raises(Cancelled):
         compress(
             base, finetuned, tmp_path / "b.delta", CompressOptions(),
-            calibration=text, progress=interrupt, work=work,
+            calibration=[Source(text)], progress=interrupt, work=work,
         )  # fmt: skip
     assert not (tmp_path / "b.delta").exists()
     assert len(work.kept) == 1
-    compress(base, finetuned, tmp_path / "b.delta", CompressOptions(), calibration=text, work=work)
+    compress(
+        base,
+        finetuned,
+        tmp_path / "b.delta",
+        CompressOptions(),
+        calibration=[Source(text)],
+        work=work,
+    )
     assert work.hits == 1
     assert (tmp_path / "b.delta").read_bytes() == (tmp_path / "whole.delta").read_bytes()
 
@@ -154,14 +165,20 @@ def test_work_of_other_inputs_is_not_taken(pair: Pair, text: Path, tmp_path: Pat
     for seed in (0, 1):
         compress(
             base, finetuned, tmp_path / f"{seed}.delta", CompressOptions(seed=seed),
-            calibration=text, work=work,
+            calibration=[Source(text)], work=work,
         )  # fmt: skip
     assert work.hits == 0
 
 
 def test_progress_only_rises(pair: Pair, text: Path, tmp_path: Path) -> None:
     seen: list[Progress] = []
-    compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text, progress=seen.append)
+    compress(
+        *pair,
+        tmp_path / "a.delta",
+        CompressOptions(),
+        calibration=[Source(text)],
+        progress=seen.append,
+    )
     fractions = [progress.fraction for progress in seen]
     assert fractions == sorted(fractions)
     assert fractions[0] == 0
@@ -175,7 +192,7 @@ def test_files_that_differ_travel_in_the_artifact(pair: Pair, text: Path, tmp_pa
     base, finetuned = pair
     (finetuned / "generation_config.json").write_text('{"temperature": 0.5}')
     (base / "added_tokens.json").write_text("{}")
-    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
     assert (tmp_path / "merged" / "generation_config.json").read_text() == '{"temperature": 0.5}'
     assert not (tmp_path / "merged" / "added_tokens.json").exists()
@@ -188,7 +205,7 @@ def test_files_that_are_not_text_travel_byte_for_byte(
     binary, lines = bytes(range(256)), b"{% if a %}\r\n\xc3\xa9\n"
     (finetuned / "tokenizer.model").write_bytes(binary)
     (finetuned / "chat_template.jinja").write_bytes(lines)
-    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == binary
     assert (tmp_path / "merged" / "chat_template.jinja").read_bytes() == lines
@@ -200,7 +217,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(
     for path in pair[1].glob("tokenizer*"):
         path.unlink()
     with pytest.raises(InvalidCheckpoint, match="tokenizer"):
-        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text)
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
 
 
 def change(finetuned: Path, name: str, value: torch.Tensor | None) -> None:
@@ -219,7 +236,7 @@ def test_weights_that_are_not_finite_are_refused(
     tensor[5] = bad
     change(pair[1], "model.norm.weight", tensor)
     with pytest.raises(NonFiniteWeights, match=r"model\.norm\.weight"):
-        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text)
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
     assert not list(tmp_path.glob("a.delta*"))
 
 
@@ -230,21 +247,30 @@ def test_another_architecture_is_refused(
     name = "model.layers.1.self_attn.q_proj.weight"
     change(pair[1], name, value)
     with pytest.raises(ArchitectureMismatch, match="q_proj"):
-        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text)
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
 
 
 def test_an_unknown_model_type_is_refused(pair: Pair, text: Path, tmp_path: Path) -> None:
     for folder in pair:
         (folder / "config.json").write_text('{"model_type": "abacus"}')
     with pytest.raises(UnsupportedModel, match="abacus"):
-        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text)
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
 
 
-def test_no_calibration_and_no_such_method(pair: Pair, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidCalibration):
-        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=None)
+def test_without_a_source_the_fine_tune_writes_its_own(pair: Pair, tmp_path: Path) -> None:
+    options = CompressOptions(calibration=CalibrationOptions(tokens=2048, length=64))
+    report = compress(*pair, tmp_path / "a.delta", options, calibration=[])
+    again = compress(*pair, tmp_path / "b.delta", options, calibration=[])
+    assert report.calibration is not None
+    assert report.calibration == again.calibration
+    assert report.calibration["tokens"] == 2048
+    assert report.kl is not None
+    assert (tmp_path / "a.delta").read_bytes() == (tmp_path / "b.delta").read_bytes()
+
+
+def test_no_such_method(pair: Pair, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownMethod):
-        compress(*pair, tmp_path / "a", CompressOptions(method="zip"), calibration=text)
+        compress(*pair, tmp_path / "a", CompressOptions(method="zip"), calibration=[Source(text)])
 
 
 @pytest.mark.parametrize(
@@ -254,13 +280,15 @@ def test_bad_calibration_text(pair: Pair, tmp_path: Path, content: bytes) -> Non
     path = tmp_path / "bad.txt"
     path.write_bytes(content)
     with pytest.raises(InvalidCalibration):
-        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=path)
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(path)])
 
 
 def test_a_fine_tune_equal_to_its_base(pair: Pair, text: Path, tmp_path: Path) -> None:
     base, finetuned = pair
     shutil.copy(base / "model.safetensors", finetuned / "model.safetensors")
-    report = compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=text)
+    report = compress(
+        base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)]
+    )
     assert report.kl == pytest.approx(0, abs=1e-9)
     with Artifact(tmp_path / "a.delta") as artifact:
         assert artifact.records == {}
@@ -286,7 +314,7 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(error):
-        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text)
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
     assert not list(tmp_path.glob("a.delta*"))
 
 
@@ -294,12 +322,4 @@ def test_another_use_of_the_same_weights_is_refused(pair: Pair, text: Path, tmp_
     config = json.loads((pair[1] / "config.json").read_text())
     (pair[1] / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     with pytest.raises(ArchitectureMismatch, match="rms_norm_eps"):
-        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=text)
-
-
-def test_long_text_is_sampled_by_its_seed() -> None:
-    text = "".join(f"{n:07d} " for n in range(700_000))
-    first, second = excerpt(text, 0), excerpt(text, 1)
-    assert len(first) == len(second) == 4_000_000
-    assert first == excerpt(text, 0) != second
-    assert excerpt("short", 3) == "short"
+        compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])

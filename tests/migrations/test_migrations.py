@@ -2,16 +2,17 @@
 
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect
+from sqlalchemy import MetaData, inspect, select
 
 from storage.database import Database, alembic_config, make_engine, migrate
-from storage.models import Model, UploadKind
+from storage.models import Delta, Model, UploadKind
 from storage.repositories import UploadRepository
 
 
@@ -60,6 +61,58 @@ def test_processes_that_migrate_at_once_take_turns(empty_url: str) -> None:
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     engine = make_engine(empty_url)
     assert set(Model.metadata.tables) < set(inspect(engine).get_table_names())
+    engine.dispose()
+
+
+def test_deltas_of_the_first_version_keep_what_they_were_made_with(empty_url: str) -> None:
+    engine = make_engine(empty_url)
+    Path(engine.url.database or "").parent.mkdir(parents=True, exist_ok=True)
+    config = alembic_config(engine)
+    command.upgrade(config, "0001")
+    old = {
+        "dlt_text": (1.5, {"seed": 3, "solver": "scip", "calibration": "a" * 64}),
+        "dlt_exact": (None, {"seed": 0, "solver": "exact", "calibration": None}),
+    }
+    with engine.begin() as connection:
+        tables = MetaData()
+        tables.reflect(connection)
+        stamp = datetime.now(UTC).replace(tzinfo=None)
+        connection.execute(
+            tables.tables["checkpoints"].insert(),
+            {"digest": "c", "weights_digest": "w", "model_type": "m", "total_bytes": 1,
+             "created_at": stamp},
+        )  # fmt: skip
+        connection.execute(
+            tables.tables["bases"].insert(),
+            {"id": "b", "name": "b", "checkpoint_digest": "c", "created_at": stamp},
+        )
+        for delta_id, (bits, options) in old.items():
+            connection.execute(
+                tables.tables["deltas"].insert(),
+                {"id": delta_id, "name": delta_id, "version": 1, "base_id": "b",
+                 "checkpoint_digest": "c", "method": "m", "bits": bits, "options": options,
+                 "fingerprint": "f", "created_at": stamp},
+            )  # fmt: skip
+    command.upgrade(config, "head")
+    database = Database(empty_url)
+    with database.read_scope() as session:
+        found = {delta.id: delta.options for delta in session.scalars(select(Delta))}
+    database.dispose()
+    assert found["dlt_text"] == {
+        "seed": 3,
+        "solver": "scip",
+        "goal": {"kind": "bits", "value": 1.5},
+        "calibration": {
+            "sources": [{"digest": "a" * 64, "weight": 1.0}],
+            "tokens": 262_144,
+            "length": 2048,
+        },
+    }
+    assert found["dlt_exact"] == old["dlt_exact"][1] | {"goal": None}
+    command.downgrade(config, "0001")
+    with engine.connect() as connection:
+        rows = connection.execute(select(tables.tables["deltas"]))
+        assert {row.id: (row.bits, row.options) for row in rows} == old
     engine.dispose()
 
 

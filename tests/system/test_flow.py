@@ -24,7 +24,7 @@ def test_progress_is_told_as_it_happens(stored: Stored) -> None:
     assert seen[-1] == STATES.index("ready")
     assert all(a["percent"] <= b["percent"] for a, b in pairwise(stored.events))
     blocks = [event for event in stored.events if event["state"] == "compressing"]
-    assert {event["blocks"] for event in blocks} == {5}  # four decoder blocks and the head
+    assert {event["blocks"] for event in blocks} == {4}  # the head is tied to the embedding
     assert len({event["block"] for event in blocks}) >= 3
 
 
@@ -128,6 +128,13 @@ def test_openai_clients_are_at_home(stored: Stored, url: str) -> None:
         assert error.value.code == "model_not_found"
 
 
+def test_the_size_is_told_before_the_work(stored: Stored, client: DeltadockClient) -> None:
+    wish = ("sample-base", stored.finetuned["digest"])
+    size = client.preview(*wish, method="adamix", bits=1.0)
+    assert size["artifact_bytes"] == pytest.approx(stored.delta["artifact"]["bytes"], rel=0.03)
+    assert client.preview(*wish, method="adamix", ratio=12.0)["bits"] < 1.0
+
+
 def test_the_same_request_again_is_no_new_work(stored: Stored, client: DeltadockClient) -> None:
     again = client.create_delta(
         "maths/skills",
@@ -144,4 +151,4 @@ def test_the_same_request_again_is_no_new_work(stored: Stored, client: Deltadock
 def test_the_dashboard_and_the_description_are_served(stored: Stored, http: httpx.Client) -> None:
     assert stored.delta["name"] in http.get("/").text
     paths = http.get("/openapi.json").json()["paths"]
-    assert {"/v1/uploads", "/v1/deltas", "/v1/completions", "/v1/models"} <= paths.keys()
+    assert {"/v1/uploads", "/v1/deltas", "/v1/previews", "/v1/completions"} <= paths.keys()

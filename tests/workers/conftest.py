@@ -92,7 +92,10 @@ def submit(context: Context, pair: Pair) -> Callable[..., str]:
     """Puts a compression's inputs and rows where the api would; returns the job's id."""
 
     def submit(
-        method: str = "exact", bits: float | None = None, finetuned: Path | None = None
+        method: str = "exact",
+        bits: float | None = None,
+        finetuned: Path | None = None,
+        sampled: bool = False,
     ) -> str:
         base = put_checkpoint(context.blobs, pair.base)
         tuned = put_checkpoint(context.blobs, finetuned or pair.finetuned)
@@ -111,7 +114,19 @@ def submit(context: Context, pair: Pair) -> Callable[..., str]:
                 checkpoint_digest=checkpoints.add(row_of(tuned)).digest,
                 method=method,
                 bits=bits,
-                options={"seed": 0, "solver": "exact", "calibration": text},
+                options={
+                    "seed": 0,
+                    "solver": "exact",
+                    "goal": None if bits is None else {"kind": "bits", "value": bits},
+                    "calibration": {
+                        "sources": [
+                            {"digest": text, "weight": 1.0},
+                            *([{"digest": None, "weight": 3.0}] if sampled else ()),
+                        ],
+                        "tokens": 2048,
+                        "length": 64,
+                    },
+                },
                 fingerprint="0" * 64,
             )
             return delta.job.id

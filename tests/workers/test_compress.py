@@ -14,6 +14,8 @@ from artifacts.checkpoint import scan_folder
 from artifacts.reader import Artifact
 from client.processes import free_ports
 from compression import pipeline
+from compression.run import CompressOptions
+from deltadock.errors import Cancelled
 from deltadock.settings import Settings
 from storage.blobs import make_blob_store
 from storage.models import Job, JobState
@@ -74,6 +76,50 @@ def test_a_job_becomes_a_ready_delta(context: Context, submit: Submit, look: Loo
     with Artifact(context.settings.blob_folder / "blobs" / delta.artifact_digest) as artifact:
         assert artifact.manifest["base_digest"] == delta.report["base_digest"]
     assert_nothing_left(context, job_id)
+
+
+def test_the_row_says_what_calibrates(context: Context, submit: Submit, look: Look) -> None:
+    job_id = submit("adamix", 1.0, sampled=True)
+    assert compress_job(job_id, context) is Outcome.FINISHED
+    job = look(job_id)
+    assert job.state is JobState.READY, job.error_message
+    with context.database.read_scope() as session:
+        delta = DeltaRepository(session).find(job.delta_id)
+    assert delta is not None
+    assert delta.report is not None
+    assert delta.report["calibration"]["tokens"] == 2048
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("target_bytes", 250_000.0), ("ratio", 5.5), ("max_kl", 0.25), ("min_agreement", 0.875)],
+)
+def test_the_row_says_what_is_aimed_at(
+    context: Context,
+    submit: Submit,
+    look: Look,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    value: float,
+) -> None:
+    job_id = submit("adamix", 1.0)
+    with context.database.session_scope() as session:
+        delta = DeltaRepository(session).find(look(job_id).delta_id)
+        assert delta is not None
+        delta.options = {**delta.options, "goal": {"kind": kind, "value": value}}
+        delta.bits = None
+    asked: list[CompressOptions] = []
+
+    def compress(*arguments: object, **_: object) -> None:
+        asked.extend(each for each in arguments if isinstance(each, CompressOptions))
+        raise Cancelled("seen")
+
+    monkeypatch.setattr(module, "compress", compress)
+    compress_job(job_id, context)
+    (options,) = asked
+    assert (options.bits, getattr(options, kind)) == (None, value)
+    assert isinstance(options.target_bytes, int | None)
+    assert (options.calibration.tokens, options.calibration.length) == (2048, 64)
 
 
 def test_a_redelivered_task_exits(

@@ -1,0 +1,1 @@
+"""Sizes of artifacts that have not been made."""

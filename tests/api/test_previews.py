@@ -1,0 +1,75 @@
+"""Sizes told before any work."""
+
+from typing import Any
+
+import pytest
+
+from tests.api.support import Api, weights
+
+LAYER = {"model.layers.0.mlp.up_proj.weight": (64, 32)}
+
+
+def wish(api: Api, **more: Any) -> dict[str, Any]:
+    """A good request for a preview on the base `tiny`."""
+    api.base(data=weights(0, rows=16, **LAYER))
+    checkpoint = api.checkpoint(weights(1, rows=16, **LAYER))
+    return {"base": "tiny", "checkpoint": checkpoint, "method": "adamix", **more}
+
+
+def test_a_preview_tells_size_and_parts_and_keeps_nothing(api: Api) -> None:
+    body = wish(api, bits=2.0)
+    blobs = api.blobs()
+    answer = api.client.post("/v1/previews", json=body)
+    assert answer.status_code == 200
+    size = answer.json()
+    assert (size["method"], size["bits"]) == ("adamix", 2.0)
+    assert size["parameters"] == 16 * 8 + 8 + 64 * 32
+    assert size["checkpoint_bytes"] == 2 * size["parameters"]
+    assert size["artifact_bytes"] == sum(part["bytes"] for part in size["parts"])
+    assert size["ratio"] == size["checkpoint_bytes"] / size["artifact_bytes"]
+    kinds = {part["kind"]: part for part in size["parts"]}
+    assert kinds.keys() == {"linear layers", "embeddings", "other tensors", "manifest"}
+    assert kinds["linear layers"]["weights"] == 64 * 32
+    assert kinds["other tensors"]["bytes"] == 8 * 4
+    assert api.client.get("/v1/deltas").json()["data"] == []
+    assert api.blobs() == blobs
+
+
+def test_what_did_not_change_takes_nothing(api: Api) -> None:
+    body = wish(api, bits=1.0)
+    base = api.client.get("/v1/bases/tiny").json()["checkpoint"]["digest"]
+    size = api.client.post("/v1/previews", json=body | {"checkpoint": base}).json()
+    assert [part["kind"] for part in size["parts"]] == ["manifest"]
+
+
+def test_a_size_becomes_a_budget(api: Api) -> None:
+    body = wish(api)
+    size = api.client.post("/v1/previews", json=body | {"target_bytes": 4_500}).json()
+    assert size["artifact_bytes"] <= 4_500
+    assert 0 < size["bits"] <= 8
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"max_kl": 0.01}, 422, "invalid_goal"),
+        ({"ratio": 500.0}, 422, "invalid_goal"),
+        ({"bits": 1.0, "ratio": 2.0}, 422, "invalid_goal"),
+        ({"bits": 99.0}, 422, "bits_out_of_range"),
+        ({"method": "zip"}, 422, "unknown_method"),
+        ({"base": "other"}, 404, "not_found"),
+        ({"checkpoint": "0" * 64}, 404, "not_found"),
+        ({"seed": 1}, 422, "invalid_input"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(
+    api: Api, change: dict[str, Any], status: int, code: str
+) -> None:
+    answer = api.client.post("/v1/previews", json=wish(api) | change)
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+
+
+def test_another_architecture_is_refused(api: Api) -> None:
+    body = wish(api) | {"checkpoint": api.checkpoint(weights(1, rows=9))}
+    answer = api.client.post("/v1/previews", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (422, "architecture_mismatch")

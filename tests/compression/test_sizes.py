@@ -1,0 +1,190 @@
+"""Sizes told before any work, held to the artifacts that the work then makes."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from artifacts.checkpoint import scan_folder
+from benchmarks.sizes_7b import qwen2_5_7b
+from compression.calibration_options import CalibrationOptions, Source
+from compression.catalogue import METHODS
+from compression.goal import Goal, goal_for
+from compression.layouts import LAYOUTS, RUNS_PADDING, Shape
+from compression.pipeline import compress
+from compression.run import CompressOptions
+from compression.sizes import carried_bytes, preview, read_shapes, shapes_of
+from deltadock.errors import InvalidCheckpoint, InvalidGoal, InvalidInput, MalformedSafetensors
+
+Pair = tuple[Path, Path]
+SAMPLES = Path(__file__).parents[2] / "samples"
+ONE_BIT = Goal("bits", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "role"),
+    [
+        ("model.embed_tokens.weight", (100, 8), "embeddings"),
+        ("transformer.wte.weight", (100, 8), "embeddings"),
+        ("transformer.wpe.weight", (100, 8), "other tensors"),
+        ("lm_head.weight", (100, 8), "output head"),
+        ("model.layers.3.self_attn.q_proj.weight", (8, 8), "linear layers"),
+        ("model.layers.3.self_attn.q_proj.bias", (8,), "other tensors"),
+        ("model.layers.3.self_attn.q_norm.weight", (8, 8), "other tensors"),
+        ("transformer.h.0.mlp.c_fc.weight", (8, 32), "linear layers"),
+        ("model.layers.0.mlp.experts.gate_up_proj", (4, 8, 16), "linear layers"),
+        ("model.layers.0.mlp.experts.2.w1.weight", (8, 16), "linear layers"),
+        ("model.layers.0.block_sparse_moe.router.weight", (4, 16), "other tensors"),
+        ("model.norm.weight", (8,), "other tensors"),
+        ("visual.blocks.0.attn.qkv.weight", (24, 8), "other tensors"),
+        ("vision_tower.encoder.layers.1.fc1.weight", (24, 8), "other tensors"),
+        ("model.patch.conv.weight", (8, 3, 14, 14), "other tensors"),
+    ],
+)
+def test_roles_are_told_from_names(name: str, shape: tuple[int, ...], role: str) -> None:
+    assert Shape(name, "BF16", shape).role == role
+    assert Shape(name, "I8", shape).role == "other tensors"
+
+
+# Distillation moves scales and takes no bytes, but a minute.
+QUICK = sorted((LAYOUTS.keys() & METHODS.keys()) - {"bitdelta-distilled"})
+
+
+@pytest.mark.parametrize(
+    ("method", "bits"), [*((method, 1.0) for method in QUICK), ("adamix", 0.5)]
+)
+def test_the_preview_is_near_the_artifact(method: str, bits: float, tmp_path: Path) -> None:
+    """On the sample pair, within 3 %."""
+    budget = bits if METHODS[method].bits_min is not None else None
+    text = tmp_path / "text.txt"
+    text.write_text((SAMPLES / "calibration.txt").read_text()[:8_000])
+    base, finetuned = SAMPLES / "base", SAMPLES / "finetuned"
+    out = tmp_path / "a.delta"
+    options = CompressOptions(
+        method=method, bits=budget, calibration=CalibrationOptions(tokens=1024, length=64)
+    )
+    report = compress(base, finetuned, out, options, calibration=[Source(text)])
+    before, after = scan_folder(base), scan_folder(finetuned)
+    expected = preview(
+        shapes_of(after, before), method, goal_for(method, bits=budget)[1],
+        carried=carried_bytes(after, before),
+    )  # fmt: skip
+    assert expected.artifact_bytes == pytest.approx(out.stat().st_size, rel=0.03)
+    assert (expected.checkpoint_bytes, expected.parameters) == (
+        report.checkpoint_bytes,
+        report.parameters,
+    )
+    assert expected.ratio == pytest.approx(report.ratio, rel=0.03)
+
+
+def test_what_travels_in_the_manifest_is_counted(pair: Pair, text: Path, tmp_path: Path) -> None:
+    base, finetuned = pair
+    lines = "".join(f'{{"{n}": "täglich"}}\n' for n in range(4000))
+    (finetuned / "chat_template.jinja").write_text(lines)
+    (base / "gone.json").write_text(lines)
+    options = CompressOptions(method="exact", bits=None)
+    compress(base, finetuned, tmp_path / "a.delta", options, calibration=[])
+    before, after = scan_folder(base), scan_folder(finetuned)
+    expected = preview(
+        shapes_of(after, before), "exact", None, carried=carried_bytes(after, before)
+    )
+    assert expected.artifact_bytes == pytest.approx((tmp_path / "a.delta").stat().st_size, rel=0.15)
+    assert carried_bytes(after) == 0
+
+
+def test_only_what_changed_takes_bytes(make_pair: Callable[..., Pair]) -> None:
+    base, finetuned = (scan_folder(folder) for folder in make_pair(tied=False))
+    assert all(shape.changed for shape in shapes_of(finetuned))
+    assert not any(shape.changed for shape in shapes_of(finetuned, finetuned))
+    nothing = preview(shapes_of(finetuned, finetuned), "optimix", ONE_BIT)
+    assert nothing.artifact_bytes < 2_000
+    assert [part.kind for part in nothing.parts] == ["manifest"]
+    whole = preview(shapes_of(finetuned, base), "optimix", ONE_BIT)
+    assert [part.kind for part in whole.parts] == [
+        "linear layers", "output head", "embeddings", "other tensors", "manifest",
+    ]  # fmt: skip
+    assert sum(part.weights for part in whole.parts) == whole.parameters
+
+
+def test_the_global_budget_covers_all_that_is_compressed() -> None:
+    shapes = [
+        Shape("model.embed_tokens.weight", "BF16", (1000, 64)),
+        Shape("lm_head.weight", "BF16", (1000, 64)),
+        Shape("model.layers.0.mlp.experts.down_proj", "BF16", (4, 64, 128)),
+        Shape("model.layers.0.mlp.up_proj.weight", "BF16", (128, 64), changed=False),
+        Shape("model.norm.weight", "F32", (64,)),
+    ]
+    found = preview(shapes, "optimix", Goal("bits", 2.0))
+    sizes = {part.kind: part.bytes for part in found.parts}
+    assert sizes["embeddings"] == sizes["output head"] == 1000 * 64 / 4 + RUNS_PADDING
+    assert sizes["linear layers"] == 4 * (64 * 128 / 4 + RUNS_PADDING)
+    assert sizes["other tensors"] == 256
+    assert found.artifact_bytes == sum(sizes.values())
+    assert found.to_dict()["ratio"] == found.checkpoint_bytes / found.artifact_bytes
+
+
+@pytest.mark.parametrize("method", ["adamix", "optimix"])
+@pytest.mark.parametrize("ratio", [4.0, 8.0, 15.0])
+def test_a_size_asked_for_becomes_a_budget(
+    method: str, ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compression.sizes.METHODS", {method: METHODS["adamix"]})
+    shapes = qwen2_5_7b(only_linear=True)
+    found = preview(shapes, method, Goal("ratio", ratio))
+    assert found.ratio == pytest.approx(ratio, rel=0.01)
+    assert found.ratio >= ratio
+    assert found.bits is not None
+    same = preview(shapes, method, Goal("target_bytes", found.artifact_bytes))
+    assert same.bits == pytest.approx(found.bits, rel=0.01)
+    assert preview(shapes, method, Goal("bits", found.bits)) == found
+
+
+@pytest.mark.parametrize("budget", [1.0, 2.0])
+def test_of_few_budgets_the_largest_that_fits_is_taken(budget: float) -> None:
+    shapes = qwen2_5_7b()
+    size = preview(shapes, "delta-zip", Goal("bits", budget))
+    for more in (0, 1_000_000):
+        found = preview(shapes, "delta-zip", Goal("target_bytes", size.artifact_bytes + more))
+        assert found == size
+
+
+def test_an_adapter_is_as_large_as_it_is() -> None:
+    with pytest.raises(InvalidInput, match="as large as the adapter"):
+        preview(qwen2_5_7b(), "lora", None)
+
+
+def test_what_no_budget_reaches_is_refused_with_the_least_there_is() -> None:
+    shapes = qwen2_5_7b()
+    with pytest.raises(InvalidGoal, match=r"smallest artifact .* takes about \d+ bytes"):
+        preview(shapes, "adamix", Goal("ratio", 1000))
+    largest = preview(shapes, "adamix", Goal("target_bytes", 10**12))
+    assert largest.bits == METHODS["adamix"].bits_max
+
+
+@pytest.mark.parametrize("kind", ["max_kl", "min_agreement"])
+def test_what_must_be_measured_cannot_be_told_before(kind: str) -> None:
+    with pytest.raises(InvalidGoal, match="after the work"):
+        preview(qwen2_5_7b(), "adamix", Goal(kind, 0.5))  # type: ignore[arg-type]
+
+
+def test_qwen_7b_is_whole() -> None:
+    parameters = sum(tensor.weights for tensor in qwen2_5_7b())
+    assert parameters == 7_615_616_512, "as the model card says: 7.61 billion"
+
+
+@pytest.mark.parametrize(("only_linear", "bar"), [(False, 13.0), (True, 14.5)])
+def test_the_ratio_at_one_bit_on_qwen_7b(only_linear: bool, bar: float) -> None:
+    found = preview(qwen2_5_7b(only_linear=only_linear), "optimix", ONE_BIT)
+    assert found.ratio >= bar
+    assert math.isclose(found.true_bits, 16 / found.ratio)
+
+
+def test_headers_alone_tell_the_shapes(make_pair: Callable[..., Pair], tmp_path: Path) -> None:
+    _, finetuned = make_pair()
+    assert sorted(read_shapes(finetuned)) == sorted(shapes_of(scan_folder(finetuned)))
+    with pytest.raises(InvalidCheckpoint, match=r"no \.safetensors"):
+        read_shapes(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 16)
+    with pytest.raises(MalformedSafetensors):
+        read_shapes(tmp_path)
