@@ -121,7 +121,7 @@ def _relax(
         low = below if spent(below) > budget else low
         high = above if spent(above) <= budget else high
     while high > low * (1 + PRECISION):
-        middle = np.sqrt(low * high)
+        middle = float(np.sqrt(low * high))
         low, high = (middle, high) if spent(middle) > budget else (low, middle)
     bound, multiplier = max(
         (float((columns + m * prices).min(axis=0).sum() - m * budget), m) for m in (low, high)
