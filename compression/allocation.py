@@ -10,6 +10,7 @@ a multiple-choice knapsack. Two solvers reach the same optimum:
 - `scip`: the 0/1 programme as it is printed, given to SCIP, which certifies the gap.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Final, Literal
@@ -114,14 +115,14 @@ def _relax(
     def spent(multiplier: float) -> float:
         return float(costs[np.argmin(columns + multiplier * prices, axis=0)].sum())
 
-    ceiling = float(errors.max()) + np.finfo(np.float64).tiny
+    ceiling = float(errors.max()) + float(np.finfo(np.float64).tiny)
     low, high = ceiling * 1e-18, ceiling
     if near:
         below, above = max(near / NEAR, low), min(near * NEAR, high)
         low = below if spent(below) > budget else low
         high = above if spent(above) <= budget else high
     while high > low * (1 + PRECISION):
-        middle = float(np.sqrt(low * high))
+        middle = math.sqrt(low * high)
         low, high = (middle, high) if spent(middle) > budget else (low, middle)
     bound, multiplier = max(
         (float((columns + m * prices).min(axis=0).sum() - m * budget), m) for m in (low, high)
