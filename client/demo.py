@@ -87,7 +87,7 @@ def _is_ready(url: str) -> bool:
 
 
 def _store(console: Console, client: DeltadockClient, samples: Path) -> tuple[Json, Json]:
-    """Upload the samples and compress the fine-tune twice: AdaMix at one bit, and exactly."""
+    """Upload the samples and compress the fine-tune twice: at one bit, and exactly."""
     console.print("[bold]2. Upload[/] the base and its fine-tune, hashed while they stream")
     base = client.upload_folder(samples / "base")
     client.create_base(BASE, base["digest"])
@@ -96,18 +96,18 @@ def _store(console: Console, client: DeltadockClient, samples: Path) -> tuple[Js
         size = checkpoint["total_bytes"] / 1e6
         console.print(f"   {title:<10}{size:5.1f} MB  sha256 {checkpoint['digest'][:16]}")
     text = client.upload_calibration(samples / "calibration.txt")
-    console.print("[bold]3. Compress[/] with AdaMix at 1.0 bit per weight")
-    adamix = client.create_delta(
-        "demo/skills", BASE, finetuned["digest"], method="adamix", bits=1.0, calibration=text
+    console.print("[bold]3. Compress[/] at 1.0 bit per weight, all that is stored counted")
+    small = client.create_delta(
+        "demo/skills", BASE, finetuned["digest"], bits=1.0, calibration=text
     )
     exact = client.create_delta("demo/skills-exact", BASE, finetuned["digest"], method="exact")
     for job in (
-        _follow(console, client, adamix["job"]["id"]),
+        _follow(console, client, small["job"]["id"]),
         client.wait(exact["job"]["id"]),  # quick, and not what the demonstration is about
     ):
         if job["state"] != "ready":
             raise DeltadockError(f"The compression {job['state']}: {job['error']['message']}")
-    return client.delta(adamix["delta"]["id"]), client.delta(exact["delta"]["id"])
+    return client.delta(small["delta"]["id"]), client.delta(exact["delta"]["id"])
 
 
 def _follow(console: Console, client: DeltadockClient, job: str) -> Json:

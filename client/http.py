@@ -116,7 +116,7 @@ class DeltadockClient:
         base: str,
         checkpoint: str,
         *,
-        method: str,
+        method: str | None = None,
         seed: int = 0,
         solver: Literal["exact", "scip"] = "exact",
         calibration: str | Json | None = None,
@@ -125,7 +125,8 @@ class DeltadockClient:
         """Have a fine-tuned checkpoint compressed; `{"delta": ..., "job": ...}`.
 
         Args:
-            name, base, checkpoint, method, seed, solver: as the REST interface describes them.
+            name, base, checkpoint, seed, solver: as the REST interface describes them.
+            method: None: the service's default.
             calibration: the digest of an uploaded text, or a mixture `{"sources": [...]}`; None:
                 text sampled from the fine-tune, for the methods that need calibration.
             goal: at most one of `bits`, `target_bytes`, `ratio`, `max_kl` and `min_agreement`.
@@ -136,7 +137,7 @@ class DeltadockClient:
             "name": name,
             "base": base,
             "checkpoint": checkpoint,
-            "method": method,
+            **({} if method is None else {"method": method}),
             "seed": seed,
             "solver": solver,
             "calibration": calibration,

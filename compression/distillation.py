@@ -7,6 +7,7 @@ weights are in memory at a time. The outcome is kept only where it is better on 
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 import torch
@@ -21,10 +22,12 @@ from compression.scratch import Scratch
 from compression.trainable import TrainableDelta, flat, ones
 from compression.weights import TensorSource
 
-STEPS: Final = 60
-TOKENS_PER_STEP: Final = 2048
+STEPS: Final = 80
+TOKENS_PER_STEP: Final = 1024
 HELD_TOKENS: Final = 8192
-LEARNING_RATE: Final = 3e-3
+LEARNING_SHARE: Final = 0.25
+"""Learning rate of the factors, as a share of the delta's relative error: what is already close
+must not be moved by more than it is wrong."""
 
 
 class _Student:
@@ -96,19 +99,24 @@ def _distill(
     held = data.held_out[: max(1, HELD_TOKENS // data.held_out.shape[1])]
     generator = torch.Generator().manual_seed(run.options.seed)
     progress(0.0, "measuring before distillation")
-    before = _held_out_kl(model, held, student, teacher)
-    optimizer = torch.optim.Adam(list(flat(student.factors)), lr=LEARNING_RATE)
+    held_kl = partial(_held_out_kl, model, held, student, teacher)
+    before = held_kl()
+    if not any(student.factors.values()):
+        return dict(encoded), {"before": before, "after": before, "kept": 0.0}
+    wrong = max(before, 0.0) / max(_without(student, held_kl), 1e-30)
+    rate = LEARNING_SHARE * min(1.0, math.sqrt(wrong))
+    optimizer = torch.optim.Adam(list(flat(student.factors)), lr=rate)
     for step in range(STEPS):
         progress(step / STEPS, f"distillation, step {step + 1} of {STEPS}")
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
+            group["lr"] = rate * (1 + math.cos(math.pi * step / STEPS)) / 2
         chosen = torch.randperm(len(data.train), generator=generator)[:size]
         _accumulate(model, data.train[chosen], student, teacher)
         optimizer.step()
         optimizer.zero_grad()
-    after = _held_out_kl(model, held, student, teacher)
+    after = held_kl()
     figures = {"before": before, "after": after, "kept": float(after < before)}
-    if after >= before:
+    if not figures["kept"]:
         return dict(encoded), figures
     trained = {
         name: student.deltas[name].rescaled(student.factors[name])
@@ -117,6 +125,17 @@ def _distill(
         for name, one in encoded.items()
     }
     return trained, figures
+
+
+@torch.no_grad()
+def _without(student: _Student, held_kl: Callable[[], float]) -> float:
+    """The KL divergence that the compressed deltas make good: that without them."""
+    for factor in flat(student.factors):
+        factor.zero_()
+    kl = held_kl()
+    for factor in flat(student.factors):
+        factor.fill_(1.0)
+    return kl
 
 
 def _forward(model: BlockwiseModel, tokens: Tensor, source: TensorSource) -> list[Tensor]:
