@@ -143,22 +143,17 @@ def compress(
     )  # fmt: skip
     with progress_bar() as bar:
         task = bar.add_task("validating", total=1.0)
-        try:
-            result = run(
-                base,
-                finetuned,
-                out,
-                options,
-                calibration=sources,
-                progress=lambda at: bar.update(
-                    task, completed=at.fraction, description=f"{at.stage}: {at.message}"
-                ),
-                device=chosen_device,
-            )
-        except BaseException:
-            # The delta file is there before it has been measured; a run that fails leaves none.
-            out.unlink(missing_ok=True)
-            raise
+        result = run(
+            base,
+            finetuned,
+            out,
+            options,
+            calibration=sources,
+            progress=lambda at: bar.update(
+                task, completed=at.fraction, description=f"{at.stage}: {at.message}"
+            ),
+            device=chosen_device,
+        )
         bar.update(task, completed=1.0, description="done")
     document = result.to_dict()
     if report is not None:

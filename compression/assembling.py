@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from artifacts.checkpoint import CheckpointManifest
-from artifacts.encoding import encode_exact, quantize_rows_midrise
+from artifacts.encoding import encode_alias, encode_exact, quantize_rows_midrise
 from compression.calibration import CalibrationSet
 from compression.composing import raw, with_added_rows
 from compression.forward import BlockwiseModel
@@ -26,13 +26,25 @@ CarriedFiles = tuple[dict[str, str | None], dict[str, str]]
 
 
 def encode_others(run: Run, model: BlockwiseModel | None) -> list[TensorReport]:
-    """Every changed tensor that no method took: embeddings row by row, the rest exactly."""
+    """Every changed tensor that no method took: embeddings row by row, the rest exactly.
+
+    A copy of another tensor, in base and fine-tune alike, is its alias: a tied head on disk.
+    """
     others = []
-    for name, entry in run.finetuned.entries.items():
+    stored = {run.content(name): name for name in run.encoded}
+    embedding = None if model is None else model.embedding
+    # The embedding first: what is a copy of it must not be kept exactly in its place.
+    for name in sorted(run.finetuned.entries, key=lambda name: name != embedding):
+        entry = run.finetuned.entries[name]
         if name in run.encoded or not run.changed(name):
             continue
+        twin = stored.setdefault(run.content(name), name)
+        if twin != name:
+            run.encoded[name] = encode_alias(twin, entry.shape, entry.dtype)
+            others.append(TensorReport(name, "alias", list(entry.shape), 0))
+            continue
         lossy = run.options.method != "exact"
-        if lossy and model is not None and name == model.embedding and run.is_float(name):
+        if lossy and name == embedding and run.is_float(name):
             encoded = quantize_rows_midrise(run.delta(name).numpy(), EMBEDDING_BITS, entry.dtype)
             if run.added_rows(name):
                 encoded = with_added_rows(run, name, encoded)

@@ -82,6 +82,7 @@ def _encode(
         parts[matrix.ref.key] = None
         return
     result = compressor.compress(matrix, delta)
-    if result is not None:
+    # A delta beyond what codes and scales can express is kept exactly, as one without a budget is.
+    if result is not None and result.approximation.isfinite().all():
         parts[matrix.ref.key] = result.encoded
         notes[matrix.ref.key] = notes_of(matrix, delta, result, statistics)

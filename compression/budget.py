@@ -32,7 +32,7 @@ class Profile:
         shape: (h_out, h_in).
         s: (r,) singular values under both metrics; a dropped rank costs `s ** 2 / 2`.
         u_losses, v_losses: (r, len(WIDTHS)): share of a vector's energy that a width loses.
-        overhead: bits that the matrix takes whatever its widths, if any rank is kept.
+        overhead: bits that the matrix takes whatever its widths, and where no rank is kept.
     """
 
     shape: tuple[int, int]
@@ -69,8 +69,8 @@ class Widths:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """An allocation: each matrix's widths, the error expected in nats, and the relative gap to the
-    Lagrangian bound."""
+    """An allocation: each matrix's widths, the error expected in nats, and the gap to the
+    Lagrangian bound as a share of that error."""
 
     widths: list[Widths]
     error: float
@@ -105,7 +105,7 @@ def share(profiles: Sequence[Profile], budget: float) -> Shares:
     )
     _spend(picked, choose(low)[0], errors, costs, budget - spent)
     total = sum(float(e.gather(1, p[:, None]).sum()) for e, p in zip(errors, picked, strict=True))
-    gap = max(0.0, total - bound) / max(bound, 1e-300) if bound > 0 else 0.0
+    gap = (total - min(max(bound, 0.0), total)) / total if total > 0 else 0.0
     return Shares([_widths(p) for p in picked], total, gap)
 
 

@@ -240,6 +240,14 @@ def _hash(train: Tensor, held_out: Tensor) -> str:
     return digest.hexdigest()
 
 
+def spaced(available: int, wanted: int) -> Tensor:
+    """At most `wanted` of `available` windows, (n,) int64, from all over them.
+
+    The sources of a mixture follow one another, and so does a text from its beginning to its end.
+    """
+    return torch.linspace(0, available - 1, min(available, wanted)).round().long()
+
+
 @dataclass(slots=True)
 class MomentCollector:
     """Second moments `X X^T` of linear layers' inputs, shared by layers with the same input.
@@ -268,8 +276,10 @@ class MomentCollector:
 
 
 def damped(moment: Tensor) -> Tensor:
-    """`moment` plus 1 % of its mean diagonal on the diagonal.
+    """`moment` plus 1 % of its mean diagonal on the diagonal; of zeros, the identity.
 
     What the calibration text never excites would otherwise cost nothing, and be given up.
     """
-    return moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    mean = moment.diagonal().mean()
+    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    return moment + DAMPING * mean * eye if mean != 0 else eye

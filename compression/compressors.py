@@ -13,6 +13,7 @@ from compression.metric import Metric, weighted_error
 from compression.ranks import rank_budget
 from compression.run import Run
 from compression.statistics import Matrix, Statistics
+from deltadock.errors import BitsOutOfRange
 
 
 class Compressor(Protocol):
@@ -31,9 +32,16 @@ class Compressor(Protocol):
 class EachOnItsOwn:
     """Every linear layer gets the same bits per weight; embeddings are not for the method."""
 
-    def __init__(self, run: Run, statistics: Statistics | None, method: MatrixMethod) -> None:
+    def __init__(
+        self,
+        run: Run,
+        statistics: Statistics | None,
+        method: MatrixMethod,
+        device: torch.device,
+    ) -> None:
         """Without `statistics` the method looks at no moment."""
         self._run, self._statistics, self._method = run, statistics, method
+        self._device = device
         self._bits: float | None = None
 
     def settle(self, bits: float | None) -> None:
@@ -47,9 +55,15 @@ class EachOnItsOwn:
             moment = torch.eye(delta.shape[1], dtype=torch.float64)
         else:
             moment = damped(self._statistics.inputs(key))
-        dtype = self._run.finetuned.entries[matrix.ref.name].dtype
-        solver = self._run.options.solver
-        return self._method(MatrixTask(key, delta, moment, dtype, self._bits or 0.0, solver))
+        task = MatrixTask(
+            key,
+            delta.to(self._device),
+            moment.to(self._device),
+            self._run.finetuned.entries[matrix.ref.name].dtype,
+            self._bits or 0.0,
+            self._run.options.solver,
+        )
+        return self._method(task)
 
 
 class UnderOneBudget:
@@ -65,11 +79,18 @@ class UnderOneBudget:
         matrices = statistics.matrices
         for position, matrix in enumerate(matrices):
             message = f"spectrum {position + 1} of {len(matrices)}"
-            run.at("calibrating", 1, 2, message, within=position / len(matrices))
+            run.at("calibrating", 2, 3, message, within=position / len(matrices))
             delta = run.matrix_delta(matrix.ref)
             self._weights += delta.numel()
             if delta.any():
                 self._profile(matrix, delta)
+
+    @property
+    def least_bits(self) -> float:
+        """The budget that holds what the matrices take without any code."""
+        overhead = sum(profile.overhead for profile in self._profiles.values())
+        # A little more, lest rounding takes it back.
+        return (overhead + 1) / self._weights if overhead else 0.0
 
     def _metrics(self, matrix: Matrix, rows: int) -> tuple[Metric, Metric]:
         """B and A; a vocabulary's added rows are not compressed and have no part in B."""
@@ -89,6 +110,11 @@ class UnderOneBudget:
 
     def settle(self, bits: float | None) -> None:
         assert bits is not None, "one budget for the model needs a budget"
+        if bits < self.least_bits:
+            raise BitsOutOfRange(
+                f"{bits:g} bits a weight do not hold the scales of this model's matrices alone. "
+                f"Allow more than {self.least_bits:.3g}."
+            )
         shares = share(list(self._profiles.values()), bits * self._weights)
         self._widths = dict(zip(self._profiles, shares.widths, strict=True))
         self.gap = shares.gap
@@ -132,7 +158,7 @@ def notes_of(
 ) -> dict[str, Any]:
     """What the report says of a matrix."""
     held = None if statistics is None else statistics.held_inputs(matrix.ref.key)
-    if held is None:
+    if held is None or not held.any():
         held = torch.eye(delta.shape[1], dtype=torch.float64)
     planned = [] if statistics is None else statistics.notes.get(matrix.ref.key, [])
     notes = {

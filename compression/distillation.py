@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from artifacts.encoding import DELTA_KINDS, Encoded
-from compression.calibration import CalibrationSet
+from compression.calibration import CalibrationSet, spaced
 from compression.forward import BlockwiseModel
 from compression.run import Run
 from compression.scratch import Scratch
@@ -44,7 +44,7 @@ class _Student:
         self.deltas = {
             name: TrainableDelta(one, scratch, name, model.device)
             for name, one in encoded.items()
-            if one.record["kind"] in DELTA_KINDS
+            if _stands_for_delta(one)
         }
         self.factors = ones(self.deltas, model.device)
 
@@ -53,12 +53,27 @@ class _Student:
 
     def tensor(self, name: str) -> Tensor:
         """The student's tensor; of the compressed ones in float32, with gradients."""
+        encoded = self._encoded.get(name)
+        if encoded is not None and encoded.record["kind"] == "alias":
+            return self.tensor(encoded.record["of"])
         if name in self.deltas:
             delta = self.deltas[name](self.factors[name])
-            return self._run.base.tensor(name).to(delta.device, torch.float32) + delta
-        if name in self._encoded:
+            tensor = self._run.base.tensor(name).to(delta.device, torch.float32) + delta
+            added = self._run.added_rows(name)
+            if added:
+                rows = self._run.finetuned.tensor(name)[-added:].to(tensor)
+                tensor = torch.cat([tensor, rows])
+            return tensor
+        if encoded is not None:
             return self._run.finetuned.tensor(name)
         return self._run.base.tensor(name)
+
+
+def _stands_for_delta(encoded: Encoded) -> bool:
+    record = encoded.record
+    if record["kind"] == "new-rows":
+        return record["parts"][0] is not None
+    return record["kind"] in DELTA_KINDS
 
 
 def distill(
@@ -96,7 +111,8 @@ def _distill(
     student = _Student(run, encoded, model, scratch)
     teacher = _Teacher(run, model, scratch)
     size = max(1, TOKENS_PER_STEP // data.train.shape[1])
-    held = data.held_out[: max(1, HELD_TOKENS // data.held_out.shape[1])]
+    held_windows = max(1, HELD_TOKENS // data.held_out.shape[1])
+    held = data.held_out[spaced(len(data.held_out), held_windows)]
     generator = torch.Generator().manual_seed(run.options.seed)
     progress(0.0, "measuring before distillation")
     held_kl = partial(_held_out_kl, model, held, student, teacher)

@@ -151,6 +151,11 @@ def sweep(
             work[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
 
 
+def columns_first(values: Tensor) -> Tensor:
+    """(m, n) as `sweep` overwrites it, (n, m) float32: a copy, also of a single row or column."""
+    return values.t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
 def search_grid(values: Tensor, levels: Tensor, *, symmetric: bool = False) -> Grid:
     """Each row's grid of least square error among `SHRINKS` of its range.
 
@@ -211,7 +216,7 @@ def quantize_rows(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes,
     """
     factor, damping = inverse_factor(hessian)
     grid = search_grid(values.float(), (2.0**bits - 1).float().to(values.device))
-    work = values.float().t().contiguous()
+    work = columns_first(values)
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     sweep(work, factor, lambda j, columns: nearest(columns[0], grid, codes[j]))
     return Codes(codes.t().contiguous(), grid.scale, grid.zero), damping
@@ -229,7 +234,7 @@ def quantize_columns(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Cod
         The codes as (r, m), one singular vector a row, and the damping used.
     """
     factor, damping = inverse_factor(hessian)
-    work = values.float().t().contiguous()
+    work = columns_first(values)
     levels = (2.0**bits - 1).float().to(work.device)
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     scale, zero = torch.empty((2, len(work)), device=work.device)

@@ -9,8 +9,10 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import torch
 
 from artifacts.reader import Artifact
 from artifacts.writer import write_artifact
@@ -75,42 +77,86 @@ def compress(
         InvalidInput: a subclass names what is wrong with the input and what to do.
     """
     started = time.monotonic()
-    info, goal = goal_for(options.method, **options.goals())
+    info, _ = goal_for(options.method, **options.goals())
     sources = [Source(calibration)] if isinstance(calibration, Path) else list(calibration or ())
-    if info.imports_adapter:
-        return import_delta(
-            base, finetuned, out, options, calibration=sources, progress=progress, device=device
-        )
+    unfinished = out.with_name(out.name + ".unfinished")
+    try:
+        if info.imports_adapter:
+            report = import_delta(
+                base,
+                finetuned,
+                unfinished,
+                options,
+                calibration=sources,
+                progress=progress,
+                device=device,
+            )
+        else:
+            report = _compress(
+                (base, finetuned, unfinished), options, sources, progress, work, device
+            )
+        unfinished.replace(out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _compress(
+    paths: tuple[Path, Path, Path],
+    options: CompressOptions,
+    sources: Sequence[Source],
+    progress: Callable[[Progress], None],
+    work: WorkStore | None,
+    device: str,
+) -> Report:
+    base, finetuned, out = paths
+    info, goal = goal_for(options.method, **options.goals())
     measured = goal is not None and goal.kind in ("max_kl", "min_agreement")
     if measured and not (sources or info.needs_calibration):
         raise InvalidGoal(f"{goal} is measured on calibration text. Give some.")
     run = open_run(base, finetuned, options, progress)
     carried = carried_files(run.base.manifest, run.finetuned)
+    limit = _most_bytes(run, goal)
+    guess = 0.0 if goal is None or limit is None else _first_guess(run, info, goal, limit)
     with Scratch() as scratch:
         maker = _Maker(run, info, scratch, carried, work or NoWorkStore(), device)
         if options.method != "exact" or sources:
             maker.prepare(sources)
-        report = _reach(maker, goal, out)
-    report.seconds = time.monotonic() - started
-    return report
+        if goal is None or goal.kind == "bits":
+            return maker.make(None if goal is None else goal.value, out)
+        if limit is None:
+            return reach_bound(maker.make, out, maker.info, goal)
+        bits = fit_size(
+            lambda bits: maker.draft(bits, out), maker.info, limit, guess, maker.weights
+        )
+        return maker.make(bits, out)
 
 
-def _reach(maker: "_Maker", goal: Goal | None, out: Path) -> Report:
-    if goal is None or goal.kind == "bits":
-        return maker.make(None if goal is None else goal.value, out)
-    if goal.kind in ("max_kl", "min_agreement"):
-        return reach_bound(maker.make, out, maker.info, goal)
-    run = maker.run
-    limit = goal.value
-    if goal.kind == "ratio":
-        limit = run.finetuned.bf16_bytes / goal.value
+def _most_bytes(run: Run, goal: Goal | None) -> float | None:
+    """The bytes that a goal allows; None where it is of another kind."""
+    if goal is None or goal.kind not in ("target_bytes", "ratio"):
+        return None
+    return goal.value if goal.kind == "target_bytes" else run.finetuned.bf16_bytes / goal.value
+
+
+def _first_guess(run: Run, info: MethodInfo, goal: Goal, limit: float) -> float:
+    """The budget to try first for a size.
+
+    Raises:
+        InvalidGoal: before any work, where the size is far below all that the method can make.
+    """
     manifests = run.finetuned.manifest, run.base.manifest
-    guess = preview(shapes_of(*manifests), maker.info.name, goal, carried=carried_bytes(*manifests))
-    assert guess.bits is not None, "a method with a goal has a budget"
-    bits = fit_size(
-        lambda bits: maker.draft(bits, out), maker.info, limit, guess.bits, maker.weights
-    )
-    return maker.make(bits, out)
+    shapes, carried = shapes_of(*manifests), carried_bytes(*manifests)
+    try:
+        return preview(shapes, info.name, goal, carried=carried).bits or 0.0
+    except InvalidGoal:
+        assert info.bits_min is not None, "a method with a goal has a budget"
+        least = preview(shapes, info.name, Goal("bits", info.bits_min), carried=carried)
+        # An estimate, which of small models is too high.
+        if limit < least.artifact_bytes / 2:
+            raise
+        return info.bits_min
 
 
 class _Maker:
@@ -145,26 +191,28 @@ class _Maker:
     def prepare(self, sources: Sequence[Source]) -> None:
         """Read the calibration text and gather what the method looks at."""
         run, info = self.run, self.info
-        run.at("calibrating", 0, 2, "reading the configuration")
+        run.at("calibrating", 0, 3, "reading the configuration")
         model = self._model = BlockwiseModel(run.finetuned.folder, self._device)
         model.check({name: entry.shape for name, entry in run.finetuned.entries.items()})
         if sources or info.needs_calibration:
             longest = getattr(model.config, "max_position_embeddings", None) or 1 << 30
             self._data = load_calibration(
                 sources, run.finetuned.folder, longest, run.options.seed, run.options.calibration,
-                self._device, lambda text, done: run.at("calibrating", 0, 2, text, within=done),
+                self._device, lambda text, done: run.at("calibrating", 0, 3, text, within=done),
             )  # fmt: skip
         if self._data is not None and (info.needs_calibration or info.needs_gradients):
             self._statistics = collect(
                 run, model, self._data, self._scratch, gradients=info.needs_gradients,
-                progress=lambda done, text: run.at("calibrating", 1, 2, text, within=done),
+                progress=lambda done, text: run.at("calibrating", 1, 3, text, within=done),
             )  # fmt: skip
         self._matrices = matrices_of(run, model, with_embedding=info.needs_gradients)
         method = matrix_method(info.name)
         if method is not None:
-            self._compressor = EachOnItsOwn(run, self._statistics, method)
+            self._compressor = EachOnItsOwn(run, self._statistics, method, model.device)
         elif self._statistics is not None and info.needs_gradients:
-            self._compressor = UnderOneBudget(run, self._statistics, model.device)
+            shared = UnderOneBudget(run, self._statistics, model.device)
+            self.info = replace(info, bits_min=max(info.bits_min or 0.0, shared.least_bits))
+            self._compressor = shared
 
     def draft(self, bits: float | None, out: Path) -> int:
         """Encode everything at a budget and write it; the artifact's bytes."""
@@ -183,7 +231,7 @@ class _Maker:
             run.encoded, run.matrices = made.tensors, made.reports
         self._others = encode_others(run, self._model)
         self._drafted = (bits,)
-        return self._write(bits, out)
+        return self._write(bits, out, 0)
 
     def make(self, bits: float | None, out: Path) -> Report:
         """An artifact at a budget, and its report."""
@@ -197,15 +245,15 @@ class _Maker:
                 self._model,
                 self._data,
                 run.encoded,
-                lambda done, text: run.at("assembling", 0, 1, text, within=done),
+                lambda done, text: run.at("assembling", 1, 3, text, within=done),
             )
-        self._write(bits, out)
+        self._write(bits, out, 2)
         report = make_report(run, bits, out, self._data, self._others)
         self._measure(report, out)
         return report
 
-    def _write(self, bits: float | None, out: Path) -> int:
-        self.run.at("assembling", 1, 1, "writing the artifact")
+    def _write(self, bits: float | None, out: Path, step: int) -> int:
+        self.run.at("assembling", step, 3, "writing the artifact")
         manifest = make_manifest(self.run, bits, self._data, self._carried)
         write_artifact(out, self.run.encoded, manifest)
         return out.stat().st_size
@@ -228,7 +276,7 @@ class _Maker:
 
     def _fingerprint(self, bits: float | None) -> str:
         inputs = {
-            "version": __version__,
+            "versions": [__version__, torch.__version__],
             "base": self.run.base.manifest.digest,
             "finetuned": self.run.finetuned.manifest.digest,
             "calibration": None if self._data is None else self._data.sha256,

@@ -16,9 +16,11 @@ class MatrixReport:
         shape: [h_out, h_in].
         kind: how it is stored.
         bytes: in the artifact.
-        error: `||(D - D_hat) X||^2 / ||D X||^2` on held-out tokens.
+        error: `||(D - D_hat) X||^2 / ||D X||^2` on held-out tokens; of an embedding, under its
+            metric. Of codes as they were quantized: distillation, which aims at the model's
+            outputs and not at each matrix's, comes after.
         rank: ranks kept.
-        widths: how many ranks have each width.
+        widths: how many ranks have each width; where U and V have their own, how many vectors.
         damping: largest damping used, as a fraction of the Hessian's mean diagonal.
         gap: relative optimality gap of the allocation; 0 is proven optimal.
         fallbacks: what did not go as planned, in words.

@@ -93,6 +93,11 @@ class Run:
         ours, theirs = self.finetuned.entries[name], self.base.entries[name]
         return (ours.sha256, ours.dtype) != (theirs.sha256, theirs.dtype)
 
+    def content(self, name: str) -> tuple[Any, ...]:
+        """Equal for tensors that are copies of each other, in the base and in the fine-tune."""
+        both = self.base.entries[name], self.finetuned.entries[name]
+        return tuple((entry.sha256, entry.dtype, entry.shape) for entry in both)
+
     def is_float(self, name: str) -> bool:
         """Whether base and fine-tune both hold plain floats under this name."""
         return {self.finetuned.entries[name].dtype, self.base.entries[name].dtype} <= FLOAT_DTYPES

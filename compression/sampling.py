@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from compression.calibration_sources import encode
 from compression.families import auto_class
-from deltadock.errors import DeltadockError, InvalidCalibration, UnsupportedModel
+from deltadock.errors import InvalidCalibration, UnsupportedModel
 
 CACHE_BYTES: Final = {"cpu": 1 << 30, "cuda": 8 << 30}
 """Keys and values of one batch may take about this much."""
@@ -67,6 +67,7 @@ class Sampler:
         self._tokenizer = tokenizer
         self._progress = progress
         self._shown = 0.0
+        self._stopped: Exception | None = None
         self._ends = _end_tokens(self._model, tokenizer)
         # What a checkpoint recommends (top-k, penalties) would distort the distribution.
         self._model.generation_config = GenerationConfig()
@@ -143,7 +144,11 @@ class Sampler:
             # Documents that end early take part of it back; what is shown only rises.
             share = min((done + steps * len(begins)) / max(total, 1), 1.0)
             self._shown = max(self._shown, share)
-            self._progress("sampling from the fine-tuned model", self._shown)
+            try:
+                self._progress("sampling from the fine-tuned model", self._shown)
+            except Exception as error:
+                self._stopped = error
+                raise
 
         try:
             with torch.inference_mode():
@@ -158,9 +163,10 @@ class Sampler:
                     ),
                     logits_processor=[_Drawing(self._generator, watch)],
                 )
-        except DeltadockError:
-            raise
         except Exception as error:
+            # Whoever listens to the progress may end the work; that says nothing of the model.
+            if error is self._stopped:
+                raise
             raise _unsupported(error) from error
         return [
             torch.cat([begin, self._until_end(row[longest:])])

@@ -32,6 +32,7 @@ class Scratch:
         trace: TracebackType | None,
     ) -> None:
         self._held.clear()
+        self._files.clear()
         if self._folder is not None:
             self._folder.cleanup()
 

@@ -54,14 +54,18 @@ def fit_size(
         InvalidGoal: the method's smallest artifact is larger.
     """
     low, high = _range(info)
-    bits = min(max(guess, low), high)
-    if info.budgets:
-        bits = min(info.budgets, key=lambda budget: abs(budget - bits))
+    bits = _nearest(info, guess)
     below, above = 0.0, math.inf
-    smallest = math.inf
-    for _ in range(SIZE_TRIALS):
+    # Bytes that one bit more takes: what the codes alone do, and then what was seen.
+    slope = max(weights, 1) / 8
+    tried: dict[float, int] = {}
+    for left in reversed(range(SIZE_TRIALS)):
         size = draft(bits)
-        smallest = min(smallest, size)
+        if tried:
+            last = next(reversed(tried))
+            seen = (size - tried[last]) / (bits - last)
+            slope = seen if seen > 0 else slope
+        tried[bits] = size
         fits = size <= limit
         below, above = (bits, above) if fits else (below, bits)
         if (fits and (size >= CLOSE * limit or bits == high)) or (not fits and bits == low):
@@ -72,14 +76,18 @@ def fit_size(
                 break
             bits = between[-1] if fits else between[0]
             continue
-        wish = bits + 8 * ((CLOSE + 1) / 2 * limit - size) / weights
+        wish = bits + ((CLOSE + 1) / 2 * limit - size) / slope
         if not below < wish < above:
             wish = (below + above) / 2
         bits = min(max(wish, low), high)
+        if left == 1 and below == 0.0:
+            bits = low
+        if bits in tried:
+            break
     if below == 0.0:
         raise InvalidGoal(
-            f"{info.name!r} cannot make an artifact of {limit:.0f} bytes of this model: the "
-            f"smallest tried takes {smallest:.0f}. Allow more bytes, or take another method."
+            f"{info.name!r} cannot make an artifact of {limit:.0f} bytes of this model: its "
+            f"smallest takes {min(tried.values())}. Allow more bytes, or take another method."
         )
     return below
 
@@ -96,10 +104,14 @@ def reach_bound(make: Make, out: Path, info: MethodInfo, goal: Goal) -> Report:
     trial = _beside(out)
     # Budgets that fail and that hold, with what they reached.
     failing, holding = low / RESOLUTION, math.inf
-    bits = min(max(FIRST_BITS, low), high)
+    bits = _nearest(info, FIRST_BITS)
     reached: dict[float, float] = {}
     for _ in range(BOUND_TRIALS):
-        report = make(bits, trial)
+        try:
+            report = make(bits, trial)
+        except BaseException:
+            trial.unlink(missing_ok=True)
+            raise
         held, figure = _kept(report, goal)
         reached[bits] = figure
         best.offer(report, trial, held)
@@ -155,6 +167,14 @@ def _range(info: MethodInfo) -> tuple[float, float]:
     assert info.bits_min is not None, "a method without a budget has no goal"
     assert info.bits_max is not None
     return info.bits_min, info.bits_max
+
+
+def _nearest(info: MethodInfo, bits: float) -> float:
+    """The budget nearest to `bits` that the method takes."""
+    low, high = _range(info)
+    if info.budgets:
+        return min(info.budgets, key=lambda budget: abs(budget - bits))
+    return min(max(bits, low), high)
 
 
 def _beside(out: Path) -> Path:

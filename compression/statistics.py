@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compression.calibration import CalibrationSet, MomentCollector
+from compression.calibration import CalibrationSet, MomentCollector, spaced
 from compression.expert_moments import ExpertMoments
 from compression.forward import BlockwiseModel
 from compression.run import Run
@@ -95,10 +95,11 @@ def collect(
     result = Statistics(scratch, matrices)
     forward = _Forward(run, model, data, result)
     share = 0.5 if gradients else 1.0
-    sequences = max(1, GRADIENT_TOKENS // data.train.shape[1]) if gradients else 0
+    wanted = max(1, GRADIENT_TOKENS // data.train.shape[1]) if gradients else 0
+    sequences = spaced(len(data.train), wanted)
     forward.run(sequences, lambda done, text: progress(share * done, text))
     if gradients:
-        _Backward(run, model, data.train[:sequences], result).run(
+        _Backward(run, model, data.train[sequences], result).run(
             lambda done, text: progress(share + (1 - share) * done, text)
         )
     return result
@@ -126,16 +127,16 @@ class _Forward:
     ) -> None:
         self._run, self._model, self._data, self._result = run, model, data, result
 
-    def run(self, sequences: int, progress: Callable[[float, str], None]) -> None:
-        """Put every matrix's input moments, and the blocks' inputs for the first `sequences`."""
+    def run(self, sequences: Tensor, progress: Callable[[float, str], None]) -> None:
+        """Put every matrix's input moments, and the blocks' inputs for `sequences` (n,) int64."""
         model, source, scratch = self._model, self._run.finetuned, self._result.scratch
         states = model.embed(self._data.train, source)
         held = model.embed(self._data.held_out, source)
         count = len(model.blocks)
         for index, name in enumerate(model.blocks):
             progress(index / (count + 1), f"block {index + 1} of {count}, inputs")
-            if sequences:
-                scratch.put(f"states {index}", states[:sequences].clone())
+            if len(sequences):
+                scratch.put(f"states {index}", states[sequences])
             seen, seen_held = ExpertMoments(MomentCollector()), ExpertMoments(MomentCollector())
             states = model.run_block(index, states, source, seen, out=states)
             held = model.run_block(index, held, source, seen_held, out=held)
@@ -144,8 +145,8 @@ class _Forward:
                 if matrix.block == index:
                     self._put(matrix.ref, refs, seen, seen_held)
         progress(count / (count + 1), "output head, inputs")
-        if sequences:
-            scratch.put(f"states {count}", states[:sequences].clone())
+        if len(sequences):
+            scratch.put(f"states {count}", states[sequences])
         tokens, held_tokens = states[..., 0].numel(), held[..., 0].numel()
         for matrix in self._result.matrices:
             key, tied = matrix.ref.key, model.head is None
@@ -164,6 +165,8 @@ class _Forward:
         held: ExpertMoments,
     ) -> None:
         moment, notes = seen.moment(ref, refs)
+        if not moment.any():
+            notes = [*notes, "its inputs on the calibration text are all zero, so they count alike"]
         self._result.notes[ref.key] = notes
         scratch = self._result.scratch
         scratch.put(f"inputs {ref.key}", (moment / self._data.train.numel()).float())
@@ -239,8 +242,8 @@ class _Backward:
             first, second = frequency.sum() * moment.trace(), spread.sum() * as_head.trace()
             columns = (
                 moment * (first / moment.trace().clamp_min(1e-300))
-                + as_head * (second / as_head.trace())
-            ) / (first + second)
+                + as_head * (second / as_head.trace().clamp_min(1e-300))
+            ) / (first + second).clamp_min(1e-300)
         scratch.put(f"outputs {key}", rows / columns.trace().clamp_min(1e-300))
         scratch.put(f"inputs {key}", columns)
 

@@ -22,7 +22,7 @@ Delta = Callable[[Factors], Tensor]
 
 
 class TrainableDelta:
-    """The delta (float32, in the tensor's shape) of one encoding for any factors of its scales.
+    """The delta (float32, in the base's shape) of one encoding for any factors of its scales.
 
     Attributes:
         factors: segment key to how many factors it takes.
@@ -61,6 +61,10 @@ class TrainableDelta:
                     for k, part in enumerate(parts(encoded))
                 ]
                 return self._combine(kind, record["shape"], found)
+            case "new-rows":
+                (old,) = parts(encoded)
+                assert old is not None, "there is nothing to train where only rows were added"
+                return self._build(old, f"{name} 0", f"{prefix}0/")
         key = f"constant {name}"
         self._scratch.put(key, torch.from_numpy(decode_dense(encoded)))
         return lambda _: self._scratch.get(key, self._device)

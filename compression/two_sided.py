@@ -143,7 +143,7 @@ def losses(side: Side, vectors: Tensor) -> Tensor:
     along = (weighed * target).sum(1).clamp_min(0).square()
     length = (weighed * quantized).sum(1).clamp_min(torch.finfo(torch.float64).tiny)
     energy = (side.metric.times(target) * target).sum(1)
-    lost = (1 - along / length / energy).clamp(0, 1).view(len(WIDTHS), -1).t()
+    lost = (1 - along / length / energy).clamp(0, 1).view(len(WIDTHS), len(sample)).t()
     position = torch.arange(count, device=vectors.device)
     right = (
         torch.searchsorted(picked, position).clamp(1, len(picked) - 1) if count > 1 else position
@@ -235,7 +235,7 @@ def _refit(
     weighed = metric.times(other)
     system = weighed @ other.t()
     system = (system + system.t()) / 2
-    ridge = RIDGE * system.diagonal().mean()
+    ridge = RIDGE * system.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny / RIDGE)
     right = weighed @ target.t() + ridge * start
     system.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(system)

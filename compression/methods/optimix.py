@@ -25,6 +25,8 @@ from compression.metric import Metric
 from compression.midrise import Midrise
 from compression.two_sided import Side, Spectrum, decompose, encode, losses
 
+DROPPED: Final = "the budget gives it no rank, so its delta is dropped"
+
 SCALED_RANKS: Final = 400
 """Rank-bits that one bit a weight must give before scales of rows and columns pay."""
 
@@ -106,7 +108,7 @@ def compress(
         "rank": len(kept),
         "widths": _count(torch.cat([widths.u, widths.v])),
         "damping": max(rows.damping, columns.damping),
-        "fallbacks": coded.fallbacks,
+        "fallbacks": coded.fallbacks if len(kept) else [DROPPED],
     }
     return MatrixResult(encoded, torch.from_numpy(decode_dense(encoded)), notes)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from artifacts.encoding import Encoded, decode_dense, deflated
-from compression.gptq import Grid, inverse_factor, nearest, search_grid, sweep
+from compression.gptq import Grid, columns_first, inverse_factor, nearest, search_grid, sweep
 from compression.methods.base import MatrixResult, MatrixTask
 
 BLOCK: Final = 128
@@ -75,7 +75,7 @@ def prune_and_quantize(
         What is kept, and the damping used.
     """
     factor, damping = inverse_factor(moment)
-    work = delta.float().t().contiguous()
+    work = columns_first(delta)
     h_in, h_out = work.shape
     weight = factor.diagonal().square().reciprocal()
     codes = torch.empty((h_in, h_out), dtype=torch.uint8, device=work.device)

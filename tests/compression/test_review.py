@@ -1,0 +1,213 @@
+"""Whole compressions where something is unusual: the checkpoints, the goal, or how they end."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from artifacts.export import merge
+from artifacts.reader import Artifact
+from compression.calibration import damped, spaced
+from compression.calibration_options import CalibrationOptions, Source
+from compression.methods.base import MatrixTask
+from compression.methods.registry import matrix_method
+from compression.pipeline import compress
+from compression.report import Report
+from compression.run import CompressOptions, Progress
+from deltadock.errors import BitsOutOfRange, Cancelled, InvalidGoal
+
+Pair = tuple[Path, Path]
+WEIGHTS = "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    weights = change(load_file(folder / WEIGHTS))
+    kept = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def make(pair: Pair, text: Path, tmp_path: Path, **options: object) -> Report:
+    """Compress into `a.delta` and merge it into `merged`."""
+    out = tmp_path / "a.delta"
+    chosen = CompressOptions(**options)  # type: ignore[arg-type] # whatever the test asks for
+    report = compress(*pair, out, chosen, calibration=[Source(text)])
+    merge(pair[0], out, tmp_path / "merged")
+    json.dumps(report.to_dict(), allow_nan=False)
+    return report
+
+
+class StoppingError(Exception):
+    """What a caller's own reason to stop looks like."""
+
+
+def test_a_callers_own_error_ends_sampling_as_it_is(pair: Pair, tmp_path: Path) -> None:
+    """A worker that is asked to stop must not be told that the model is at fault."""
+
+    def stop(progress: Progress) -> None:
+        if progress.message.startswith("sampling"):
+            raise StoppingError
+
+    options = CompressOptions(calibration=CalibrationOptions(tokens=512, length=64))
+    with pytest.raises(StoppingError):
+        compress(*pair, tmp_path / "a.delta", options, calibration=None, progress=stop)
+
+
+@pytest.mark.parametrize("method", ["optimix", "bitdelta-distilled", "adamix"])
+def test_a_fine_tune_that_is_its_base(pair: Pair, text: Path, tmp_path: Path, method: str) -> None:
+    report = make((pair[0], pair[0]), text, tmp_path, method=method)
+    assert (report.kl, report.agreement) == (0, 1)
+    assert not report.matrices
+    assert not report.other_tensors
+
+
+@pytest.mark.parametrize("goal", [{"bits": 0.5}, {"target_bytes": 30_000}, {"max_kl": 0.1}])
+def test_only_norms_have_changed(
+    pair: Pair, text: Path, tmp_path: Path, goal: dict[str, float]
+) -> None:
+    before = load_file(pair[0] / WEIGHTS)
+    rewrite(pair[1], lambda w: {k: t if t.ndim == 1 else before[k] for k, t in w.items()})
+    report = make(pair, text, tmp_path, **goal)
+    assert report.kl == pytest.approx(0, abs=1e-9)
+    assert {tensor.kind for tensor in report.other_tensors} == {"exact"}
+    merged, tuned = (load_file(folder / WEIGHTS) for folder in (tmp_path / "merged", pair[1]))
+    assert all(torch.equal(merged[name], tensor) for name, tensor in tuned.items())
+
+
+def test_a_budget_below_the_scales_names_the_least(pair: Pair, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(BitsOutOfRange, match=r"0\.05 bits .* more than 0\.0\d+"):
+        make(pair, text, tmp_path, bits=0.05)
+
+
+def test_a_loose_bound_ends_at_the_least_budget(pair: Pair, text: Path, tmp_path: Path) -> None:
+    report = make(pair, text, tmp_path, max_kl=5.0)
+    assert report.kl is not None
+    assert report.kl < 5
+    assert report.nominal_bits is not None
+    assert report.nominal_bits < 0.1
+    dropped = [matrix for matrix in report.matrices if matrix.rank == 0]
+    assert dropped
+    assert all("no rank" in " ".join(matrix.fallbacks) for matrix in dropped)
+
+
+def test_a_size_out_of_reach_is_refused_before_any_work(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+    with pytest.raises(InvalidGoal, match="1000 bytes cannot be reached"):
+        compress(
+            *pair,
+            tmp_path / "a.delta",
+            CompressOptions(target_bytes=1000),
+            calibration=[Source(text)],
+            progress=lambda progress: seen.append(progress.stage),
+        )
+    assert set(seen) == {"validating"}
+
+
+@pytest.mark.parametrize("goal", [{}, {"max_kl": 0.1}, {"target_bytes": 40_000}])
+@pytest.mark.parametrize("stage", ["assembling", "verifying"])
+def test_what_ends_early_leaves_nothing(
+    pair: Pair, text: Path, tmp_path: Path, stage: str, goal: dict[str, float]
+) -> None:
+    def cancel(progress: Progress) -> None:
+        if progress.stage == stage:
+            raise Cancelled("Cancelled on request.")
+
+    out = tmp_path / "out" / "a.delta"
+    out.parent.mkdir()
+    options = CompressOptions(method="adamix", **goal)  # type: ignore[arg-type]
+    with pytest.raises(Cancelled):
+        compress(*pair, out, options, calibration=[Source(text)], progress=cancel)
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["optimix", "adamix"])
+def test_a_tied_head_that_lies_on_disk_as_well(
+    pair: Pair, text: Path, tmp_path: Path, method: str
+) -> None:
+    for folder in pair:
+        rewrite(folder, lambda w: {**w, HEAD: w[EMBEDDING].clone()})
+    report = make(pair, text, tmp_path, method=method)
+    kinds = {tensor.name: tensor.kind for tensor in report.other_tensors}
+    assert kinds[HEAD] == "alias"
+    merged = load_file(tmp_path / "merged" / WEIGHTS)
+    assert torch.equal(merged[HEAD], merged[EMBEDDING])
+    assert not torch.equal(merged[HEAD], load_file(pair[0] / WEIGHTS)[HEAD])
+    assert report.kl is not None
+    assert report.kl_base is not None
+    assert 0 < report.kl < 0.5 * report.kl_base
+    if report.distillation is not None and report.distillation["kept"]:
+        assert report.kl == pytest.approx(report.distillation["after"], rel=0.02)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_what_is_distilled_is_what_is_measured_where_a_vocabulary_has_grown(
+    make_pair: Callable[..., Pair], text: Path, tmp_path: Path, tied: bool
+) -> None:
+    base, tuned = make_pair(tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(tuned)
+    model.resize_token_embeddings(261)
+    model.save_pretrained(tuned)
+    report = make((base, tuned), text, tmp_path, bits=0.5)
+    with Artifact(tmp_path / "a.delta") as artifact:
+        assert artifact.records[EMBEDDING]["kind"] == "new-rows"
+    assert report.distillation is not None
+    assert report.distillation["kept"]
+    assert report.kl == pytest.approx(report.distillation["after"], rel=0.02)
+    added = load_file(tuned / WEIGHTS)[EMBEDDING][256:]
+    assert torch.equal(load_file(tmp_path / "merged" / WEIGHTS)[EMBEDDING][256:], added)
+
+
+METHODS = [
+    "adamix", "delta-come", "topk-2", "topk-32", "low-rank", "bitdelta", "delta-zip", "gpt-zip"
+]  # fmt: skip
+
+
+def encode(method: str, delta: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The delta as the method left it, and what it made of it."""
+    found = matrix_method(method)
+    assert found is not None
+    given = delta.clone()
+    result = found(MatrixTask("layer", given, moment, "BF16", 1.0, "exact"))
+    return given, result.approximation
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_the_text_gives_no_inputs(method: str) -> None:
+    delta = 0.01 * torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    _, approximation = encode(method, delta, damped(torch.zeros(64, 64, dtype=torch.float64)))
+    assert torch.linalg.norm(delta - approximation) < torch.linalg.norm(delta)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1)])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_delta_is_left_as_it_is(method: str, shape: tuple[int, int]) -> None:
+    delta = 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    given, approximation = encode(method, delta, torch.eye(shape[1], dtype=torch.float64))
+    assert torch.equal(given, delta)
+    assert approximation.isfinite().all()
+
+
+def test_a_delta_too_small_for_codes_is_kept_exactly(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(pair[0], lambda w: {**w, name: torch.zeros_like(w[name])})
+    tiny = (3e-40 * torch.randn(96, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
+    rewrite(pair[1], lambda w: {**w, name: tiny})
+    report = make(pair, text, tmp_path, method="adamix")
+    assert {t.name: t.kind for t in report.other_tensors}[name] == "exact"
+    assert torch.equal(load_file(tmp_path / "merged" / WEIGHTS)[name], tiny)
+
+
+def test_windows_are_taken_from_all_over() -> None:
+    assert spaced(128, 32).tolist()[:2] == [0, 4]
+    assert spaced(128, 32).tolist()[-1] == 127
+    assert spaced(5, 32).tolist() == [0, 1, 2, 3, 4]
+    assert spaced(5, 1).tolist() == [0]
