@@ -1,0 +1,288 @@
+"""Optimix, one matrix and whole checkpoints."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from artifacts.encoding import decode_dense
+from artifacts.export import merge
+from artifacts.reader import Artifact
+from compression import distillation, search
+from compression.budget import share
+from compression.calibration import load_calibration
+from compression.calibration_options import CalibrationOptions, Source
+from compression.methods import optimix
+from compression.metric import Metric, weighted_error
+from compression.pipeline import compress
+from compression.report import Report
+from compression.run import CompressOptions, Progress
+from deltadock.errors import Cancelled, InvalidGoal, InvalidInput
+from tests.compression.matrices import make_moment, make_task
+from tests.compression.test_pipeline import MemoryWork
+
+Pair = tuple[Path, Path]
+CALIBRATION = CalibrationOptions(tokens=512, length=32)
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "STEPS", 1)
+    monkeypatch.setattr(distillation, "TOKENS_PER_STEP", 128)
+    monkeypatch.setattr(distillation, "LEARNING_SHARE", 0.01)
+
+
+def options(**goal: float) -> CompressOptions:
+    return CompressOptions(method="optimix", calibration=CALIBRATION, **goal)  # type: ignore[arg-type]
+
+
+def run(pair: Pair, out: Path, text: Path, **goal: float) -> Report:
+    return compress(*pair, out, options(**goal), calibration=[Source(text)])
+
+
+def change(finetuned: Path, changed: dict[str, torch.Tensor]) -> None:
+    weights = load_file(finetuned / "model.safetensors")
+    save_file({**weights, **changed}, finetuned / "model.safetensors", metadata={"format": "pt"})
+
+
+def metrics(h_out: int, h_in: int, *, diagonal: bool = False) -> tuple[Metric, Metric]:
+    rows = make_moment(h_out, seed=1)
+    return Metric.of(rows.diagonal() if diagonal else rows), Metric.of(make_moment(h_in, seed=2))
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (48, 32), (1, 5), (4, 3), (40, 1)])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("bits", [0.0, 1.0, 4.0])
+def test_one_matrix(shape: tuple[int, int], diagonal: bool, bits: float) -> None:
+    delta, (rows, columns) = make_task(*shape).delta, metrics(*shape, diagonal=diagonal)
+    prepared, profile = optimix.profile(delta, rows, columns)
+    assert profile.overhead == (16 * shape[0] if diagonal else 0)
+    # Short vectors are padded to words, so that they need more.
+    shares = share([profile], profile.overhead + bits * (shape[0] + 31) * (shape[1] + 31))
+    stored = optimix.Prepared.from_tensors(prepared.tensors())
+    result = optimix.compress(delta, stored, shares.widths[0], rows, columns, "BF16")
+    decoded = torch.from_numpy(decode_dense(result.encoded))
+    assert torch.equal(result.approximation, decoded)
+    assert decoded.shape == delta.shape
+    assert torch.isfinite(decoded).all()
+    widths = shares.widths[0]
+    kept = len(widths.kept)
+    assert result.notes["rank"] == kept
+    assert sum(result.notes["widths"].values()) == 2 * kept
+    taken = 8 * sum(data.nbytes for data in result.encoded.segments.values())
+    # Each run of ranks of equal widths is padded to 128 bytes on both sides.
+    padding = 2 * 8 * 128 * len(result.encoded.record["ranks"])
+    assert taken <= profile.overhead + padding + sum(
+        (-(-shape[0] // 32) * u + -(-shape[1] // 32) * v) * 32 + 16
+        for u, v in zip(widths.u.tolist(), widths.v.tolist(), strict=True)
+    )
+    if not bits:
+        assert kept == 0
+        assert not decoded.any()
+        return
+    whole = weighted_error(delta.double(), rows, columns)
+    error = weighted_error((delta - decoded).double(), rows, columns)
+    assert error < whole
+    if min(shape) > 30:
+        # What the budget was shared by is what came of it, but for what refitting gains.
+        assert 0.2 * shares.error < error / 2 < 1.3 * shares.error
+
+
+def test_large_matrices_scale_their_rows_and_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimix, "SCALED_RANKS", 10)
+    delta = make_task(40, 60).delta * torch.logspace(-8, 2, 40)[:, None]
+    rows, columns = metrics(40, 60)
+    prepared, profile = optimix.profile(delta, rows, columns)
+    assert profile.overhead == 16 * (40 + 60)
+    shares = share([profile], 2.0 * delta.numel())
+    result = optimix.compress(delta, prepared, shares.widths[0], rows, columns, "BF16")
+    record = result.encoded.record
+    assert record["row_scale"]
+    assert record["column_scale"]
+    error = weighted_error((delta - result.approximation).double(), rows, columns)
+    assert error < 0.2 * weighted_error(delta.double(), rows, columns)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-6, 1e6, 1e15])
+def test_deltas_of_any_size(size: float) -> None:
+    delta, (rows, columns) = size * make_task(32, 48).delta, metrics(32, 48, diagonal=True)
+    prepared, profile = optimix.profile(delta, rows, columns)
+    shares = share([profile], 3.0 * delta.numel())
+    result = optimix.compress(delta, prepared, shares.widths[0], rows, columns, "BF16")
+    error = weighted_error((delta - result.approximation).double(), rows, columns)
+    assert error < 0.05 * weighted_error(delta.double(), rows, columns)
+
+
+def test_a_delta_of_zero_has_no_ranks() -> None:
+    rows, columns = metrics(32, 48, diagonal=True)
+    prepared, profile = optimix.profile(torch.zeros(32, 48), rows, columns)
+    widths = share([profile], 1000).widths[0]
+    result = optimix.compress(torch.zeros(32, 48), prepared, widths, rows, columns, "BF16")
+    assert torch.equal(result.approximation, torch.zeros(32, 48))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint(
+    make_pair: Callable[..., Pair], text: Path, tmp_path: Path, tied: bool
+) -> None:
+    pair = make_pair(tied=tied)
+    base, finetuned = pair
+    report = run(pair, tmp_path / "a.delta", text, bits=2.0)
+    weights = load_file(finetuned / "model.safetensors")
+    with Artifact(tmp_path / "a.delta") as artifact:
+        kinds = {name: record["kind"] for name, record in artifact.records.items()}
+        runs = sum(len(record.get("ranks", ())) for record in artifact.records.values())
+        assert list(artifact.damaged()) == []
+        assert artifact.nbytes == report.artifact_bytes
+    assert kinds == {name: "svd" if t.ndim == 2 else "exact" for name, t in weights.items()}
+    assert ("lm_head.weight" in kinds) == (not tied)
+    assert {matrix.name for matrix in report.matrices} == {
+        name for name, kind in kinds.items() if kind == "svd"
+    }
+    assert all(0 < matrix.error <= 1 and 0 <= matrix.gap < 0.02 for matrix in report.matrices)
+    # All codes and scales within one budget, but for the padding of runs.
+    taken = 8 * sum(matrix.bytes for matrix in report.matrices)
+    budget = 2.0 * sum(tensor.numel() for tensor in weights.values() if tensor.ndim == 2)
+    assert 0.97 * budget < taken <= budget + 2 * 8 * 128 * runs
+    assert report.distillation is not None
+    assert report.kl is not None
+    assert report.kl_base is not None
+    assert 0 < report.kl < 0.1 * report.kl_base
+
+    merge(base, tmp_path / "a.delta", tmp_path / "merged")
+    data = load_calibration([Source(text)], finetuned, 128, 0, CALIBRATION)
+    scores = []
+    for folder in (finetuned, tmp_path / "merged"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            scores.append(model(data.held_out).logits.double().log_softmax(-1))
+    kl = float((scores[0].exp() * (scores[0] - scores[1])).sum(-1).mean())
+    assert report.kl == pytest.approx(kl, rel=1e-2)
+    assert list(tmp_path.glob("a.delta?*")) == []
+
+
+def test_the_bytes_do_not_depend_on_interruptions(pair: Pair, text: Path, tmp_path: Path) -> None:
+    sources = [Source(text)]
+    wanted = options(bits=1.0)
+    compress(*pair, tmp_path / "whole.delta", wanted, calibration=sources)
+    whole = (tmp_path / "whole.delta").read_bytes()
+    work, blocks = MemoryWork(), 3  # two layers, and the embedding
+    for crash in range(1, blocks + 1):
+
+        def interrupt(progress: Progress, at: int = crash) -> None:
+            later = progress.stage == "assembling" and progress.message.startswith("distillation")
+            if (progress.stage, progress.block) == ("compressing", at) or later:
+                raise Cancelled("stop")
+
+        with pytest.raises(Cancelled):
+            compress(
+                *pair, tmp_path / "b.delta", wanted, calibration=sources, progress=interrupt,
+                work=work,
+            )  # fmt: skip
+        assert list(tmp_path.glob("b.delta*")) == []
+        assert len(work.kept) == crash
+    work.hits = 0
+    compress(*pair, tmp_path / "b.delta", wanted, calibration=sources, work=work)
+    assert work.hits == blocks
+    assert (tmp_path / "b.delta").read_bytes() == whole
+
+
+def test_a_fine_tune_equal_to_its_base(
+    make_pair: Callable[..., Pair], text: Path, tmp_path: Path
+) -> None:
+    pair = make_pair(scale=0.0)
+    report = run(pair, tmp_path / "a.delta", text, bits=1.0)
+    assert report.kl == pytest.approx(0, abs=1e-9)
+    assert report.agreement == 1
+    with Artifact(tmp_path / "a.delta") as artifact:
+        assert artifact.records == {}
+
+
+def test_matrices_without_a_delta(pair: Pair, text: Path, tmp_path: Path) -> None:
+    equal, signed = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    before = load_file(pair[0] / "model.safetensors")
+    before[signed][0, 0] = 0.0
+    change(pair[0], {signed: before[signed]})
+    # A zero of the other sign: other bytes, and yet no delta.
+    after = before[signed].clone()
+    after[0, 0] = -0.0
+    change(pair[1], {equal: before[equal], signed: after})
+    report = run(pair, tmp_path / "a.delta", text, bits=1.0)
+    with Artifact(tmp_path / "a.delta") as artifact:
+        assert equal not in artifact.records
+        assert artifact.records[signed]["kind"] == "exact"
+        assert artifact.records[equal.replace("0", "1").replace("up", "gate")]["kind"] == "svd"
+    assert {equal, signed}.isdisjoint(matrix.name for matrix in report.matrices)
+    assert report.kl is not None
+    assert report.kl_base is not None
+    assert report.kl < report.kl_base
+
+
+@pytest.mark.parametrize("goal", ["target_bytes", "ratio"])
+def test_a_size_is_reached_from_below(goal: str, pair: Pair, text: Path, tmp_path: Path) -> None:
+    weights = load_file(pair[1] / "model.safetensors")
+    bf16 = 2 * sum(tensor.numel() for tensor in weights.values())
+    limit, value = (42_000, 42_000) if goal == "target_bytes" else (bf16 / 3, 3)
+    report = run(pair, tmp_path / "a.delta", text, **{goal: value})
+    assert 0.98 * limit < report.artifact_bytes <= limit
+    assert (tmp_path / "a.delta").stat().st_size == report.artifact_bytes
+    assert list(tmp_path.glob("a.delta?*")) == []
+
+
+@pytest.mark.parametrize("goal", ["max_kl", "min_agreement"])
+def test_a_bound_is_kept_by_hardly_more_than_it_takes(
+    goal: str, pair: Pair, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "STEPS", 0)
+    monkeypatch.setattr(search, "RESOLUTION", 1.3)
+    some = run(pair, tmp_path / "some.delta", text, bits=1.2)
+    assert some.kl is not None
+    assert some.agreement is not None
+    # On so few tokens all may agree, which is no goal.
+    figure = some.kl if goal == "max_kl" else min(some.agreement, 0.98)
+    report = run(pair, tmp_path / "a.delta", text, **{goal: figure})
+    assert report.kl is not None
+    assert report.agreement is not None
+    assert report.kl <= figure if goal == "max_kl" else report.agreement >= figure
+    assert report.artifact_bytes < 1.2 * some.artifact_bytes
+    with Artifact(tmp_path / "a.delta") as artifact:
+        assert artifact.nbytes == report.artifact_bytes
+    assert list(tmp_path.glob("*.delta?*")) == []
+
+
+def test_a_bound_that_anything_keeps_takes_the_least(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    report = run(pair, tmp_path / "a.delta", text, max_kl=50)
+    assert report.nominal_bits is not None
+    # Here the embedding's scales alone are more than the method's smallest budget.
+    weights = load_file(pair[1] / "model.safetensors")
+    matrices = sum(tensor.numel() for tensor in weights.values() if tensor.ndim == 2)
+    assert report.nominal_bits == pytest.approx(16 * 256 / matrices, rel=1e-3)
+    with pytest.raises(InvalidInput, match="Allow more"):
+        run(pair, tmp_path / "b.delta", text, bits=0.05)
+
+
+@pytest.mark.parametrize("goal", [{"max_kl": 1e-9}, {"target_bytes": 5_000}])
+def test_what_cannot_be_reached_is_refused_and_leaves_nothing(
+    goal: dict[str, float], pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidGoal):
+        run(pair, tmp_path / "a.delta", text, **goal)
+    assert list(tmp_path.glob("a.delta*")) == []
+
+
+def test_less_is_lost_than_by_adamix_at_its_size(pair: Pair, text: Path, tmp_path: Path) -> None:
+    adamix = compress(
+        *pair, tmp_path / "a.delta",
+        CompressOptions(method="adamix", bits=1.0, calibration=CALIBRATION),
+        calibration=[Source(text)],
+    )  # fmt: skip
+    report = run(pair, tmp_path / "b.delta", text, target_bytes=adamix.artifact_bytes)
+    assert report.artifact_bytes <= adamix.artifact_bytes
+    assert report.kl is not None
+    assert adamix.kl is not None
+    assert report.kl < 0.7 * adamix.kl

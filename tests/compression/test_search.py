@@ -1,0 +1,196 @@
+"""From goals to budgets, on laws of size and loss that are known."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compression.catalogue import METHODS, MethodInfo
+from compression.goal import Goal
+from compression.report import Report
+from compression.search import BOUND_TRIALS, RESOLUTION, SIZE_TRIALS, fit_size, reach_bound
+from deltadock.errors import Cancelled, InvalidGoal
+
+INFO = METHODS["optimix"]
+DISCRETE = MethodInfo("two", "Two sizes only", bits_min=1.0, bits_max=2.0, budgets=(1.0, 2.0))
+WEIGHTS = 10_000_000
+Curve = Callable[[float], float]
+
+
+class Drafts:
+    """A law of size that keeps what was asked."""
+
+    def __init__(self, size: Callable[[float], float], info: MethodInfo = INFO) -> None:
+        self.size, self.info = size, info
+        self.asked: list[float] = []
+
+    def __call__(self, bits: float) -> int:
+        assert self.info.bits_min is not None
+        assert self.info.bits_max is not None
+        assert self.info.bits_min <= bits <= self.info.bits_max
+        assert bits not in self.asked
+        self.asked.append(bits)
+        return int(self.size(bits))
+
+
+def linear(slope: float = 1.0, overhead: float = 400_000) -> Callable[[float], float]:
+    return lambda bits: overhead + slope * bits * WEIGHTS / 8
+
+
+@pytest.mark.parametrize("slope", [0.4, 0.9, 1.0, 1.1, 2.5])
+@pytest.mark.parametrize("wanted", [0.06, 0.5, 1.0, 4.0, 7.9])
+@pytest.mark.parametrize("guess", [0.5, 0.95, 1.0, 1.1, 2.0])
+def test_the_largest_artifact_under_the_limit(slope: float, wanted: float, guess: float) -> None:
+    draft = Drafts(linear(slope))
+    limit = linear(slope)(wanted)
+    bits = fit_size(draft, INFO, limit, guess * wanted, WEIGHTS)
+    assert 0.995 * limit <= draft.size(bits) <= limit
+    assert bits in draft.asked
+    assert len(draft.asked) <= SIZE_TRIALS
+
+
+@given(
+    wanted=st.floats(0.1, 8),
+    guess=st.floats(0, 20),
+    bend=st.floats(0.7, 1.3),
+    slope=st.floats(0.5, 2),
+)
+@settings(max_examples=80, deadline=None)
+def test_never_over_the_limit_on_bent_laws(
+    wanted: float, guess: float, bend: float, slope: float
+) -> None:
+    draft = Drafts(lambda bits: 50_000 + slope * bits**bend * WEIGHTS / 8)
+    limit = draft.size(wanted)
+    bits = fit_size(draft, INFO, limit, guess, WEIGHTS)
+    assert draft.size(bits) <= limit
+    assert bits == max(asked for asked in draft.asked if int(draft.size(asked)) <= limit)
+    assert len(draft.asked) <= SIZE_TRIALS
+
+
+def test_a_limit_for_more_than_the_largest_takes_the_largest() -> None:
+    draft = Drafts(linear())
+    assert fit_size(draft, INFO, 1e12, 3.0, WEIGHTS) == INFO.bits_max
+    assert len(draft.asked) == 2
+
+
+def test_the_smallest_is_found_from_far_above() -> None:
+    draft = Drafts(linear(0.05, 10_000))
+    limit = draft.size(0.052)
+    assert draft.size(fit_size(draft, INFO, limit, 8.0, WEIGHTS)) <= limit
+
+
+@pytest.mark.parametrize("guess", [0.05, 1.0, 8.0])
+def test_what_not_even_the_smallest_fits_is_refused(guess: float) -> None:
+    draft = Drafts(linear())
+    smallest = int(draft.size(0.05))
+    with pytest.raises(InvalidGoal, match=rf"{smallest - 1} bytes .* smallest takes {smallest}\."):
+        fit_size(draft, INFO, smallest - 1, guess, WEIGHTS)
+    assert min(draft.asked) == INFO.bits_min
+
+
+@pytest.mark.parametrize("guess", [0.3, 1.0, 1.4, 1.6, 9.0])
+def test_sizes_that_are_given(guess: float) -> None:
+    law = linear()
+    for limit, expected in ((law(1.0), 1.0), (law(1.99), 1.0), (law(2.0), 2.0), (law(5), 2.0)):
+        assert fit_size(Drafts(law, DISCRETE), DISCRETE, limit, guess, WEIGHTS) == expected
+    with pytest.raises(InvalidGoal, match="smallest"):
+        fit_size(Drafts(law, DISCRETE), DISCRETE, law(0.99), guess, WEIGHTS)
+
+
+class Makes:
+    """A curve of KL that writes files and keeps what was asked."""
+
+    def __init__(self, curve: Curve, out: Path) -> None:
+        self.curve, self.out = curve, out
+        self.asked: list[float] = []
+
+    def __call__(self, bits: float, path: Path) -> Report:
+        assert path != self.out
+        self.asked.append(bits)
+        path.write_text(f"{bits}")
+        report = Report("optimix", bits, int(1000 * bits), 10**6, 10**6, "", None)
+        report.kl = self.curve(bits)
+        report.agreement = 1 - report.kl / 2
+        return report
+
+
+def reach(make: Makes, goal: Goal, info: MethodInfo = INFO) -> float:
+    """The budget that was settled on; whatever else was written is gone."""
+    report = reach_bound(make, make.out, info, goal)
+    bits = report.nominal_bits
+    assert bits is not None
+    assert make.out.read_text() == f"{bits}"
+    assert list(make.out.parent.iterdir()) == [make.out]
+    assert len(make.asked) <= BOUND_TRIALS
+    assert len(set(make.asked)) == len(make.asked)
+    return bits
+
+
+@pytest.mark.parametrize("kind", ["max_kl", "min_agreement"])
+@pytest.mark.parametrize("power", [0.7, 1.5, 3.0])
+@pytest.mark.parametrize("wanted", [0.06, 0.3, 0.99, 1.0, 2.7, 7.5])
+def test_the_smallest_budget_that_keeps_the_bound(
+    kind: str, power: float, wanted: float, tmp_path: Path
+) -> None:
+    make = Makes(lambda bits: 0.01 * bits**-power, tmp_path / "out")
+    kl = make.curve(wanted) * (1 + 1e-9)
+    goal = Goal("max_kl", kl) if kind == "max_kl" else Goal("min_agreement", 1 - kl / 2)
+    assert 1 - 1e-6 <= reach(make, goal) / wanted <= RESOLUTION * 1.001
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_on_a_noisy_curve_the_bound_is_kept_and_hardly_less_would_do(
+    seed: int, tmp_path: Path
+) -> None:
+    def curve(bits: float) -> float:
+        return 0.02 * math.pow(bits, -1.2) * (1 + 0.1 * math.sin(37 * bits + seed))
+
+    make, limit = Makes(curve, tmp_path / "out"), 0.02 * (0.4 + 0.3 * seed) ** -1.2
+    bits = reach(make, Goal("max_kl", limit))
+    assert curve(bits) <= limit
+    failed = [asked for asked in make.asked if curve(asked) > limit]
+    assert bits <= max(b for b in failed if b < bits) * 1.1
+    assert all(asked >= bits for asked in make.asked if curve(asked) <= limit)
+
+
+def test_a_curve_that_falls_off_a_cliff(tmp_path: Path) -> None:
+    make = Makes(lambda bits: 1e-4 if bits >= 0.71 else 2.0, tmp_path / "out")
+    assert 0.71 <= reach(make, Goal("max_kl", 0.01)) <= 0.71 * 1.15
+
+
+@pytest.mark.parametrize("kl", [0.0, 1e-5])
+def test_the_smallest_budget_will_do(kl: float, tmp_path: Path) -> None:
+    make = Makes(lambda _: kl, tmp_path / "out")
+    assert reach(make, Goal("max_kl", 0.01)) == INFO.bits_min
+
+
+def test_budgets_that_are_given(tmp_path: Path) -> None:
+    for kl, expected in ((0.5, 2.0), (1.0, 1.0), (3.0, 1.0)):
+        make = Makes(lambda bits: 1 / bits, tmp_path / "out")
+        assert reach(make, Goal("max_kl", kl), DISCRETE) == expected
+        assert set(make.asked) <= {1.0, 2.0}
+
+
+@pytest.mark.parametrize("curve", [lambda bits: 1 / bits, lambda bits: math.nan])
+@pytest.mark.parametrize("info", [INFO, DISCRETE])
+def test_a_bound_that_nothing_keeps_is_refused(
+    curve: Curve, info: MethodInfo, tmp_path: Path
+) -> None:
+    make = Makes(curve, tmp_path / "out")
+    reached = f"{curve(info.bits_max or 0):.4g}"
+    with pytest.raises(InvalidGoal, match=rf"KL at most 0.1 .* {info.bits_max:g} bits: {reached}"):
+        reach_bound(make, make.out, info, Goal("max_kl", 0.1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_of_a_trial_that_fails(tmp_path: Path) -> None:
+    def stopped(bits: float, path: Path) -> Report:
+        path.write_text("half")
+        raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        reach_bound(stopped, tmp_path / "out", INFO, Goal("max_kl", 0.1))
+    assert list(tmp_path.iterdir()) == []
