@@ -9,6 +9,7 @@ Two identities are kept apart:
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self
@@ -78,7 +79,8 @@ def check_path(path: str) -> str:
     return path
 
 
-def _merkle_root(tensors: tuple[TensorEntry, ...]) -> str:
+def merkle_root(tensors: Iterable[TensorEntry]) -> str:
+    """Weights digest: SHA-256 (hex) over the tensors' hashed leaves, sorted by name."""
     root = hashlib.sha256()
     for tensor in sorted(tensors, key=lambda entry: entry.name):
         leaf = json.dumps([tensor.name, tensor.dtype, list(tensor.shape), tensor.sha256])
@@ -97,7 +99,7 @@ class CheckpointManifest:
     @property
     def weights_digest(self) -> str:
         """SHA-256 (hex) over the tensors' names, dtypes, shapes and bytes."""
-        return _merkle_root(self.tensors)
+        return merkle_root(self.tensors)
 
     @property
     def digest(self) -> str:

@@ -16,6 +16,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from artifacts.container import DTYPE_BITS
 from artifacts.kinds import composed, exact, low_rank, rows, sparse, svd
 from artifacts.kinds import deflated as deflation
@@ -76,6 +79,7 @@ __all__ = [
     "parts",
     "quantize_midrise",
     "quantize_rows_midrise",
+    "raw_data",
     "to_raw",
 ]
 
@@ -177,27 +181,56 @@ def inflated(encoded: Encoded) -> Encoded:
     )
 
 
+def raw_data(encoded: Encoded) -> npt.NDArray[Any]:
+    """What an encoding holds as it is: an `exact` tensor, or the rows that `new-rows` adds.
+
+    Raises:
+        InvalidArtifact: it is deflated, and not to what its record implies.
+    """
+    record, data = encoded.record, encoded.segments["data"]
+    if "deflated" not in record:
+        return data
+    shape = composed.added_rows(record)[1] if record["kind"] == "new-rows" else shape_of(record)
+    return deflation.inflate(data, record["dtype"], shape)
+
+
 def parts(encoded: Encoded) -> Iterator[Encoded | None]:
-    """The parts of a composed encoding, in order; None where there is no change."""
-    encoded = inflated(encoded)
+    """The parts of a composed encoding, in order; None where there is no change.
+
+    Parts of what is deflated are deflated, so that only one at a time need be inflated.
+    """
     segments: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, data in encoded.segments.items():
         number, _, own = key.partition("/")
         segments[number][own] = data
     for index, record in enumerate(composed.part_records(encoded.record)):
-        yield None if record is None else Encoded(record, segments[str(index)])
+        if record is None:
+            yield None
+            continue
+        found = segments[str(index)]
+        if "deflated" in encoded.record:
+            sizes = {key: len(data) for key, data in found.items()}
+            yield Encoded({**record, "deflated": sizes}, found)
+        else:
+            yield Encoded(record, found)
 
 
 def decode_dense(encoded: Encoded) -> FloatArray:
     """The delta, float32, in the tensor's shape.
 
+    Takes memory in proportion to the elements, or to 4096 times the sides of a small matrix;
+    whoever has the base holds the shape against it first.
+
     Raises:
         InvalidArtifact: the kind stands for no delta (exact, alias, new-rows), or the segments
             contradict each other.
     """
-    kind = encoded.record["kind"]
+    kind, shape = encoded.record["kind"], encoded.record["shape"]
     if kind not in DELTA_KINDS:
         raise InvalidArtifact(f"A tensor stored as {kind!r} has no delta; merge it with its base.")
+    if 0 in shape:
+        # Its other sides may be of any size.
+        return np.zeros(shape, np.float32)
     if kind in DECODERS:
         return DECODERS[kind](inflated(encoded))
     return composed.combine(

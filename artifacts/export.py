@@ -1,9 +1,8 @@
 """From a delta back to weights: single tensors, and whole checkpoints for any engine."""
 
-import base64
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from artifacts.checkpoint import scan_folder
-from artifacts.encoding import Encoded, decode_dense, inflated, parts
+from artifacts.checkpoint import CheckpointManifest, scan_folder
+from artifacts.encoding import Encoded, decode_dense, parts, raw_data
 from artifacts.reader import Artifact
 from deltadock.errors import BaseMismatch, Conflict, InvalidArtifact
 
@@ -57,18 +56,18 @@ def merged(artifact: Artifact, name: str, base: Tensor) -> Tensor:
             f"{artifact.path.name} has {name!r} for a base of the shape {shape}, but the base has "
             f"it in {list(base.shape)}."
         )
-    return _applied(inflated(encoded), base)
+    return _applied(encoded, base)
 
 
 def _applied(encoded: Encoded, base: Tensor) -> Tensor:
     record = encoded.record
     dtype = TORCH_DTYPES[record["dtype"]]
     if record["kind"] == "exact":
-        return _tensor(encoded.segments["data"], record["dtype"]).to(base.device)
+        return _tensor(raw_data(encoded), record["dtype"]).to(base.device)
     if record["kind"] == "new-rows":
         (part,) = parts(encoded)
         rows = base.to(dtype) if part is None else _applied(part, base)
-        added = _tensor(encoded.segments["data"], record["dtype"])
+        added = _tensor(raw_data(encoded), record["dtype"])
         return torch.cat([rows, added.to(base.device)])
     return (base.float() + torch.from_numpy(decode_dense(encoded)).to(base.device)).to(dtype)
 
@@ -96,7 +95,7 @@ def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_B
     """Write the checkpoint that the delta stands for, as an ordinary Hugging Face folder.
 
     Weights are written in shards of about `shard_bytes`, read and merged one tensor at a time;
-    config and tokenizer files are the fine-tune's.
+    config and tokenizer files are the fine-tune's. Takes memory for one shard and one tensor.
 
     Raises:
         BaseMismatch: `base` is not the artifact's base.
@@ -118,41 +117,56 @@ def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_B
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            files = {
-                e.file: safe_open(str(base / e.file), framework="pt") for e in manifest.tensors
-            }
-            shards: list[dict[str, Tensor]] = [{}]
-            names: list[list[str]] = [[]]
-            size = 0
-            for entry in manifest.tensors:
-                tensor = merged(artifact, entry.name, files[entry.file].get_tensor(entry.name))
-                nbytes = tensor.numel() * tensor.element_size()
-                if shards[-1] and size + nbytes > shard_bytes:
-                    _write_shard(partial, shards[-1], len(shards))
-                    shards[-1] = {}
-                    shards.append({})
-                    names.append([])
-                    size = 0
-                shards[-1][entry.name] = tensor.contiguous()
-                names[-1].append(entry.name)
-                size += nbytes
-            _write_shard(partial, shards[-1], len(shards))
-            _name_shards(partial, names)
-            for file in manifest.files:
-                if not file.path.endswith((".safetensors", ".safetensors.index.json")):
-                    shutil.copyfile(base / file.path, partial / file.path)
-            for name, text in artifact.manifest["files"].items():
-                if text is None:
-                    (partial / name).unlink(missing_ok=True)
-                else:
-                    (partial / name).write_bytes(text.encode())
-            for name, encoded in artifact.manifest["binary_files"].items():
-                (partial / name).write_bytes(base64.b64decode(encoded))
+            _write_shards(_merged_tensors(base, manifest, artifact), partial, shard_bytes)
+            _write_files(base, manifest, artifact, partial)
             if out.exists():
                 out.rmdir()
             partial.rename(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _merged_tensors(
+    base: Path, manifest: CheckpointManifest, artifact: Artifact
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by name, in the manifest's order."""
+    for entry in manifest.tensors:
+        # Opened for each: pages of a file that stays open are kept mapped, all that were read.
+        with safe_open(str(base / entry.file), framework="pt") as file:
+            # A tensor without a change still points into the file.
+            tensor = merged(artifact, entry.name, file.get_tensor(entry.name))
+            yield entry.name, tensor
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
+    shard: dict[str, Tensor] = {}
+    names: list[list[str]] = []
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            _write_shard(folder, shard, len(names) + 1)
+            names.append(list(shard))
+            shard, size = {}, 0
+        shard[name] = tensor.contiguous()
+        size += tensor.nbytes
+    _write_shard(folder, shard, len(names) + 1)
+    _name_shards(folder, [*names, list(shard)])
+
+
+def _write_files(
+    base: Path, manifest: CheckpointManifest, artifact: Artifact, folder: Path
+) -> None:
+    """The base's files but its weights, with the fine-tune's in their place."""
+    for file in manifest.files:
+        if not file.path.endswith((".safetensors", ".safetensors.index.json")):
+            shutil.copyfile(base / file.path, folder / file.path)
+    for name, text in artifact.files.items():
+        if text is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            (folder / name).write_bytes(text.encode())
+    for name, content in artifact.binary_files.items():
+        (folder / name).write_bytes(content)
 
 
 def _write_shard(folder: Path, tensors: dict[str, Tensor], number: int) -> None:

@@ -7,19 +7,18 @@ data is read until it is asked for.
 import base64
 import contextlib
 import hashlib
-import json
 import mmap
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self
+from typing import Any, BinaryIO, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from artifacts.checkpoint import check_path
-from artifacts.container import Header, header_length, parse_header
+from artifacts.container import header_length, parse_header
 from artifacts.encoding import (
     FACTORED,
     NUMPY_DTYPES,
@@ -29,20 +28,13 @@ from artifacts.encoding import (
     decode_dense,
     decode_factors,
     expected_segments,
-    inflated,
+    raw_data,
 )
-from artifacts.writer import FORMAT
-from deltadock.errors import InvalidArtifact, InvalidCheckpoint, MalformedSafetensors
+from artifacts.manifest import parse_manifest
+from deltadock.errors import InvalidArtifact, MalformedSafetensors
 
-REQUIRED_KEYS: Final[Mapping[str, type | tuple[type, ...]]] = {
-    "base_digest": str,
-    "method": str,
-    "tensors": dict,
-    "files": dict,
-    "checkpoint_bytes": int,
-    "parameters": int,
-    "nominal_bits": (int, float, type(None)),
-}
+UNCHECKED: Final = re.compile(rb"[\x00-\x1f]|(?<!\\)(?:\\\\)*\\u")
+"""Spellings within a header that could change and mean the same: nothing would notice."""
 
 
 class Artifact:
@@ -50,6 +42,8 @@ class Artifact:
 
     Attributes:
         path: the file.
+        nbytes: its size.
+        header: where each segment lies.
         manifest: the manifest as parsed; keys this version does not know are kept.
         records: each changed tensor's record, by name; a tensor without one equals the base's.
     """
@@ -63,23 +57,35 @@ class Artifact:
         self.path = path
         try:
             with path.open("rb") as stream:
-                self.nbytes = stream.seek(0, 2)
-                stream.seek(0)
-                length = header_length(stream.read(8))
-                self._header = parse_header(stream.read(min(length, self.nbytes)))
-                if (8 + length, self._header.file_bytes) != (self._header.data_offset, self.nbytes):
-                    raise MalformedSafetensors(
-                        f"{self._header.file_bytes} bytes announced, {self.nbytes} there."
-                    )
+                self._read_head(stream)
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except MalformedSafetensors as error:
             raise InvalidArtifact(f"{path.name} is not a whole delta file: {error}") from error
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise InvalidArtifact(f"There is no file {path}.") from error
-        self.manifest = _parse_manifest(path, self._header)
-        self.records: Mapping[str, dict[str, Any]] = self.manifest["tensors"]
-        self._specs = {spec.name: spec for spec in self._header.tensors}
-        self._check_segments()
+        try:
+            self.manifest = parse_manifest(self.header.metadata)
+            self.records: Mapping[str, dict[str, Any]] = self.manifest["tensors"]
+            self._specs = {spec.name: spec for spec in self.header.tensors}
+            self._check_segments()
+        except InvalidArtifact as error:
+            self._map.close()
+            raise InvalidArtifact(f"{path.name}: {error}") from error
+
+    def _read_head(self, stream: BinaryIO) -> None:
+        self.nbytes = stream.seek(0, 2)
+        stream.seek(0)
+        length = header_length(stream.read(8))
+        if length > self.nbytes - 8:
+            raise MalformedSafetensors("It ends inside its header. Was it cut off?")
+        raw = stream.read(length)
+        self.header = parse_header(raw)
+        if self.header.file_bytes != self.nbytes:
+            raise MalformedSafetensors(
+                f"{self.header.file_bytes} bytes announced, {self.nbytes} there."
+            )
+        if UNCHECKED.search(raw):
+            raise MalformedSafetensors("Its header has control characters or \\u escapes.")
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -109,6 +115,18 @@ class Artifact:
         digest: str = self.manifest["base_digest"]
         return digest
 
+    @property
+    def files(self) -> Mapping[str, str | None]:
+        """Config and tokenizer files that differ from the base's; None: the fine-tune has none."""
+        files: Mapping[str, str | None] = self.manifest["files"]
+        return files
+
+    @property
+    def binary_files(self) -> Mapping[str, bytes]:
+        """Such files that are not text."""
+        files: Mapping[str, str] = self.manifest.get("binary_files", {})
+        return {name: base64.b64decode(encoded) for name, encoded in files.items()}
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of the whole file."""
@@ -118,34 +136,31 @@ class Artifact:
         announced: set[str] = set()
         for name, record in self.records.items():
             expected = expected_segments(record)
-            if not isinstance(record.get("sha256"), dict):
-                raise InvalidArtifact(f"{self.path.name}: the record of {name!r} has no hashes.")
+            hashes = record.get("sha256")
+            if not isinstance(hashes, dict) or hashes.keys() != expected.keys():
+                raise InvalidArtifact(f"The record of {name!r} has not a hash for each segment.")
             if record["kind"] == "alias":
                 self._check_alias(name, record)
             for key, (dtype, shape) in expected.items():
                 full = f"{name}:{key}"
                 spec = self._specs.get(full)
                 if spec is None or (spec.dtype, spec.shape) != (dtype, shape):
-                    raise InvalidArtifact(
-                        f"{self.path.name}: segment {full!r} is missing or not {dtype} {shape}."
-                    )
+                    raise InvalidArtifact(f"Segment {full!r} is missing or not {dtype} {shape}.")
                 announced.add(full)
         if extra := self._specs.keys() - announced:
-            raise InvalidArtifact(
-                f"{self.path.name}: segment {min(extra)!r} belongs to no tensor of the manifest."
-            )
+            raise InvalidArtifact(f"Segment {min(extra)!r} belongs to no tensor of the manifest.")
 
     def _check_alias(self, name: str, record: dict[str, Any]) -> None:
         target = self.records.get(record["of"])
         same = ("shape", "dtype")
         if (
-            target is None
+            not isinstance(target, dict)
             or target.get("kind") == "alias"
             or [target.get(key) for key in same] != [record[key] for key in same]
         ):
             raise InvalidArtifact(
-                f"{self.path.name}: {name!r} is an alias of {record['of']!r}, which is no tensor "
-                "of its shape and dtype with an encoding of its own."
+                f"{name!r} is an alias of {record['of']!r:.80}, which is no tensor of its shape "
+                "and dtype with an encoding of its own."
             )
 
     def segment(self, full_name: str) -> npt.NDArray[Any]:
@@ -154,7 +169,7 @@ class Artifact:
         count = int(np.prod(spec.shape, dtype=np.int64))
         data = (
             np.frombuffer(
-                self._map, NUMPY_DTYPES[spec.dtype], count, self._header.data_offset + spec.begin
+                self._map, NUMPY_DTYPES[spec.dtype], count, self.header.data_offset + spec.begin
             )
             if count
             else np.empty(0, NUMPY_DTYPES[spec.dtype])
@@ -190,7 +205,7 @@ class Artifact:
         encoded = self.resolved(name)
         if encoded.record["kind"] != "exact":
             raise KeyError(f"{name} is stored as {encoded.record['kind']}, not exact")
-        return inflated(encoded).segments["data"]
+        return raw_data(encoded)
 
     def dense(self, name: str) -> FloatArray:
         """The whole delta of a tensor, float32, in the tensor's shape.
@@ -203,10 +218,12 @@ class Artifact:
     def damaged(self) -> Iterator[str]:
         """Full names of the segments whose bytes do not have the manifest's SHA-256."""
         for name, record in self.records.items():
-            for key in expected_segments(record):
-                data = self.segment(f"{name}:{key}")
-                if hashlib.sha256(data.tobytes()).hexdigest() != record["sha256"].get(key):
-                    yield f"{name}:{key}"
+            for key, sha256 in record["sha256"].items():
+                spec = self._specs[f"{name}:{key}"]
+                begin = self.header.data_offset + spec.begin
+                with memoryview(self._map)[begin : begin + spec.nbytes] as data:
+                    if hashlib.sha256(data).hexdigest() != sha256:
+                        yield f"{name}:{key}"
 
     def check_intact(self) -> None:
         """Read every segment and hold it against its SHA-256.
@@ -219,59 +236,3 @@ class Artifact:
                 f"{self.path.name} is damaged: {len(damaged)} of its segments do not have their "
                 f"hash, {damaged[0]!r} first. Fetch it again."
             )
-
-
-def _parse_manifest(path: Path, header: Header) -> dict[str, Any]:
-    version = header.metadata.get("format", "")
-    if version != FORMAT:
-        advice = "Upgrade Deltadock." if version.startswith("deltadock/") else "Is it a checkpoint?"
-        raise InvalidArtifact(
-            f"{path.name} has the format {version!r}; this version reads {FORMAT!r}. {advice}"
-        )
-    try:
-        document = header.metadata["manifest"]
-        if hashlib.sha256(document.encode()).hexdigest() != header.metadata["manifest_sha256"]:
-            raise InvalidArtifact(f"{path.name}: the manifest is damaged. Fetch it again.")
-        manifest = json.loads(document, parse_constant=_refuse_constant)
-    except (KeyError, ValueError, RecursionError) as error:
-        raise InvalidArtifact(f"{path.name} has no readable manifest.") from error
-    if not isinstance(manifest, dict):
-        raise InvalidArtifact(f"{path.name}: the manifest is not an object.")
-    for key, kind in REQUIRED_KEYS.items():
-        if key not in manifest or not isinstance(manifest[key], kind):
-            raise InvalidArtifact(f"{path.name}: the manifest's {key!r} is missing or wrong.")
-    for key in ("checkpoint_bytes", "parameters"):
-        if not 0 <= manifest[key] < 2**63:
-            raise InvalidArtifact(f"{path.name}: the manifest's {key!r} is impossible.")
-    matrices = manifest.get("matrices", {})
-    if not isinstance(matrices, dict) or not all(isinstance(m, dict) for m in matrices.values()):
-        raise InvalidArtifact(f"{path.name}: the manifest's 'matrices' is wrong.")
-    binary = manifest.setdefault("binary_files", {})
-    if not isinstance(binary, dict):
-        raise InvalidArtifact(f"{path.name}: the manifest's 'binary_files' is wrong.")
-    for name, text in [*manifest["files"].items(), *binary.items()]:
-        if not _may_carry(name, text):
-            raise InvalidArtifact(f"{path.name}: {name!r} is no file that a delta may carry.")
-    for name, encoded in binary.items():
-        try:
-            base64.b64decode(encoded, validate=True)
-        except (ValueError, TypeError) as error:
-            raise InvalidArtifact(f"{path.name}: {name!r} is not base64.") from error
-    return manifest
-
-
-def _may_carry(name: str, text: object) -> bool:
-    """Whether a delta may bring this file: text that lies beside the weights and is not them."""
-    if "/" in name or name.endswith((".safetensors", ".safetensors.index.json")):
-        return False
-    try:
-        check_path(name)
-        if isinstance(text, str):
-            text.encode()
-    except (InvalidCheckpoint, UnicodeEncodeError):
-        return False
-    return isinstance(text, str | None)
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")

@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from artifacts.container import header_length, parse_header
 from artifacts.encoding import NUMPY_DTYPES, Encoded, expected_segments
+from artifacts.manifest import readable_format
+from deltadock.errors import MalformedSafetensors
 
-FORMAT: Final = "deltadock/1"
 ALIGNMENT: Final = 128
 
 Segments = dict[str, tuple[str, npt.NDArray[Any]]]
@@ -28,6 +29,9 @@ def pack_container(segments: Segments, metadata: Mapping[str, str]) -> tuple[byt
 
     The data begins at a multiple of 128 bytes. Segments whose size keeps that alignment come
     first, the others after them with the widest dtypes leading, so each is aligned for its dtype.
+
+    Raises:
+        MalformedSafetensors: a name has no UTF-8.
     """
     order = sorted(
         segments,
@@ -47,7 +51,11 @@ def pack_container(segments: Segments, metadata: Mapping[str, str]) -> tuple[byt
             "data_offsets": [position, position + data.nbytes],
         }
         position += data.nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
+    try:
+        # Without escapes, whose spelling no hash would cover.
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise MalformedSafetensors("A tensor's name has no UTF-8.") from error
     raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
     return len(raw).to_bytes(8, "little") + raw, order
 
@@ -73,9 +81,11 @@ def write_artifact(path: Path, tensors: Mapping[str, Encoded], manifest: Mapping
     Args:
         path: where to write.
         tensors: every tensor that differs from the base, by name.
-        manifest: everything but the tensors' records, JSON-able (see docs/format.md).
+        manifest: everything but the tensors' records, JSON-able (see docs/format.md). One that
+            was read, with records as they were read, gives the file that it was read from.
 
     Raises:
+        InvalidArtifact: the manifest names a format that this version does not know.
         MalformedSafetensors: the manifest or a name is longer than any reader accepts.
     """
     segments, records = _collect(tensors)
@@ -85,7 +95,7 @@ def write_artifact(path: Path, tensors: Mapping[str, Encoded], manifest: Mapping
     head, order = pack_container(
         segments,
         {
-            "format": FORMAT,
+            "format": readable_format(manifest),
             "manifest": document,
             "manifest_sha256": hashlib.sha256(document.encode()).hexdigest(),
         },

@@ -12,6 +12,7 @@ from artifacts.kinds.record import (
     Expected,
     FloatArray,
     Record,
+    check_rank,
     count_of,
     from_raw,
     make_record,
@@ -79,6 +80,7 @@ def expected(record: Record) -> Expected:
     """The segments that a record implies."""
     h_out, h_in = matrix_shape(record)
     rank, dtype = count_of(record["rank"]), record["factor_dtype"]
+    check_rank(rank, (h_out, h_in))
     number_of(record["scaling"])
     if dtype not in FLOAT_DTYPES:
         raise InvalidArtifact("A record's factors are of a dtype that holds no factors.")

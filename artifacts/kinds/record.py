@@ -29,6 +29,9 @@ MAX_DIMENSIONS: Final = 16
 MAX_ELEMENTS: Final = 2**40
 """Bound of a tensor's elements, an empty dimension counted as one: all sizes fit 64 bits."""
 
+MANY_RANKS: Final = 4096
+"""Ranks that even a small matrix may have: an adapter's rank is chosen for the large ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -81,6 +84,16 @@ def shape_of(record: Record) -> tuple[int, ...]:
     if len(shape) > MAX_DIMENSIONS or math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
         raise InvalidArtifact("A record's shape is too large.")
     return shape
+
+
+def check_rank(rank: int, shape: tuple[int, int]) -> None:
+    """Refuse factors that are far larger than their product, which a base's shape bounds.
+
+    Raises:
+        InvalidArtifact: more ranks than the matrix's smaller side has, and than `MANY_RANKS`.
+    """
+    if rank > max(min(shape), MANY_RANKS):
+        raise InvalidArtifact("A record has more ranks than its matrix can need.")
 
 
 def matrix_shape(record: Record) -> tuple[int, int]:

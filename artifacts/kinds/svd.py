@@ -17,6 +17,7 @@ from artifacts.kinds.record import (
     Expected,
     FloatArray,
     Record,
+    check_rank,
     count_of,
     flag_of,
     half,
@@ -188,6 +189,7 @@ def expected(record: Record) -> Expected:
     if 0 in counts or any(a <= b for a, b in pairwise(widths)):
         raise InvalidArtifact("A record's runs of ranks are empty or not of falling widths.")
     total = sum(counts)
+    check_rank(total, (h_out, h_in))
     segments: Expected = {}
     for number, (side, columns) in enumerate((("v", h_in), ("u", h_out))):
         words = sum(

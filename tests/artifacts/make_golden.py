@@ -1,4 +1,4 @@
-"""Writes tests/data/golden.delta: `python -m tests.artifacts.make_golden`.
+"""Writes tests/data/golden*.delta: `python -m tests.artifacts.make_golden`.
 
 Only for a new version of the format. Every value is written out or counted, none is drawn: the
 file must never depend on a library's generator.
@@ -29,7 +29,13 @@ from artifacts.encoding import (
 from artifacts.packing import CodeArray
 from artifacts.writer import write_artifact
 
-GOLDEN: Final = Path(__file__).parents[1] / "data" / "golden.delta"
+DATA: Final = Path(__file__).parents[1] / "data"
+
+GOLDEN: Final = DATA / "golden.delta"
+"""One tensor of every kind."""
+
+WIDE: Final = DATA / "golden-wide.delta"
+"""What kinds have besides: every width, long vectors, other dtypes, compositions of others."""
 
 MANIFEST: Final[dict[str, Any]] = {
     "base_digest": "b" * 64,
@@ -136,6 +142,99 @@ def tensors() -> dict[str, Encoded]:
     }
 
 
+def every_width() -> Encoded:
+    """As optimix makes them: U and V each with widths 8 to 1 of its own, over several words."""
+    v, u = np.array([8, 8, 7, 6, 5, 4, 3, 2, 1]), np.array([8, 1, 2, 3, 4, 5, 6, 7, 8])
+    matrix = SvdMatrix(
+        u=Vectors(codes(9, 37, u.tolist()), u, None),
+        s=np.array([2, -1, 0.5, 0.25, 1, 2, 4, -8, 16]) / 1024,
+        v=Vectors(codes(9, 70, v.tolist()), v, None),
+    )
+    row_scale = np.arange(1, 38) / 16
+    return encode_svd(matrix, "BF16", {"colour": "blue"}, row_scale, np.arange(70, 0, -1) / 64)
+
+
+def all_rows() -> Encoded:
+    """Every row is stored, in order, with a scale of its own: nothing needs an index."""
+    widths = [8, 7, 6, 5, 4, 3, 2, 1]
+    scale = 2.0 ** -np.arange(8)
+    return encode_rows(codes(8, 33, widths), np.array(widths), scale, "F16")
+
+
+def unchanged_rows() -> Encoded:
+    """No row has a delta."""
+    return encode_rows(codes(2, 5, [1, 1]), np.zeros(2, np.int64), np.ones(2), "BF16")
+
+
+def no_ranks() -> Encoded:
+    """A decomposition of nothing."""
+    nothing = np.zeros(0, np.int64)
+    matrix = SvdMatrix(
+        u=Vectors(np.zeros((0, 3), np.uint8), nothing, np.zeros(0, np.float16)),
+        s=np.zeros(0, np.float32),
+        v=Vectors(np.zeros((0, 5), np.uint8), nothing, np.zeros(0, np.float16)),
+    )
+    return encode_svd(matrix, "BF16")
+
+
+def lora(factor_dtype: str) -> Encoded:
+    u = np.array([[1.5], [-2], [0.125]], np.float32)
+    v = np.array([[1, 0, 0.5, -1, 4]], np.float32)
+    return encode_low_rank(u, v, -0.25, "BF16", None, factor_dtype)
+
+
+def wide_tensors() -> dict[str, Encoded]:
+    """What `tensors` lacks."""
+    bytes_of = np.arange(24, dtype=np.uint8)
+    thinned = stored(sparse()[1])
+    added = np.array([[0x3F80, 0xBF80, 0x4049, 0, 0x8000]], np.uint16)
+    dtypes = {
+        "BOOL": np.array([True, False]), "U8": bytes_of[:3], "I8": -bytes_of[:3].view(np.int8),
+        "F8_E4M3": bytes_of[:5], "F8_E5M2": bytes_of[5:9], "U16": bytes_of.view("<u2")[:3],
+        "I16": -bytes_of.view("<i2")[:3], "F16": np.array([1, -2], np.float16),
+        "U32": bytes_of.view("<u4")[:3], "I32": -bytes_of.view("<i4")[:3],
+        "F32": np.array([[1, -0.5]], np.float32), "U64": bytes_of.view("<u8"),
+        "F64": np.array([1, -0.1]),
+    }  # fmt: skip
+    exact = {
+        f"exact.{dtype}": encode_exact(values, dtype, values.shape)
+        for dtype, values in dtypes.items()
+    }
+    return {
+        **exact,
+        "added.weight": encode_new_rows(None, added, 3, "BF16"),
+        "empty.weight": encode_exact(np.zeros((0, 4), np.float32), "F32", (0, 4)),
+        "every.width": every_width(),
+        "f16.lora": lora("F16"),
+        "f32.lora": lora("F32"),
+        "grown.weight": encode_new_rows(encode_sum([signs(), no_ranks()]), added, 3, "BF16"),
+        "no.ranks": no_ranks(),
+        "packed.experts": stored(encode_stack([signs(), None, encode_transposed(transposed())])),
+        "packed.new": stored(encode_new_rows(signs(), added, 3, "BF16")),
+        "part.deflated": encode_stack([None, thinned]),
+        "rows.all": all_rows(),
+        "rows.none": unchanged_rows(),
+        "same.é": encode_alias("exact.F32", (1, 2), "F32"),
+        "stack.of.sums": encode_stack([encode_sum([signs(), centred(), lora("BF16")])] * 2),
+    }
+
+
+def transposed() -> Encoded:
+    """A (5, 3) delta, of which the transpose is stored."""
+    return encode_rows(codes(5, 3, [2] * 5), np.full(5, 2), np.full(5, 0.5), "BF16")
+
+
+WIDE_MANIFEST: Final[dict[str, Any]] = {
+    **MANIFEST,
+    "method": "optimix",
+    "nominal_bits": None,
+    "calibration": None,
+    "binary_files": {"tokenizer.model": "AAH/"},
+    "colour": {"blue": [1, 2.5, "é"]},
+}
+
+
 if __name__ == "__main__":
-    GOLDEN.parent.mkdir(exist_ok=True)
+    DATA.mkdir(exist_ok=True)
     write_artifact(GOLDEN, tensors(), MANIFEST)
+    write_artifact(WIDE, wide_tensors(), WIDE_MANIFEST)

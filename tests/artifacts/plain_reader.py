@@ -12,7 +12,10 @@ from tests.artifacts.support import split
 Matrix = list[list[float]]
 Fetch = Callable[[str], list[Any]]
 
-FORMS = {"U8": "B", "F16": "e", "BF16": "H", "F32": "f", "I32": "i", "U32": "I", "I64": "q"}
+FORMS = {
+    "BOOL": "?", "U8": "B", "I8": "b", "F8_E4M3": "B", "F8_E5M2": "B", "U16": "H", "I16": "h",
+    "F16": "e", "BF16": "H", "U32": "I", "I32": "i", "F32": "f", "U64": "Q", "I64": "q", "F64": "d",
+}  # fmt: skip
 PLANES = {3: [2, 1], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1]}
 
 
@@ -141,6 +144,30 @@ def delta_of(record: Any, fetch: Fetch) -> Any:
     return found[0]
 
 
+def dtype_of(record: Any, key: str) -> str:
+    """The dtype of a segment by the tables of docs/format.md, where the file says U8."""
+    kind, (number, _, inner) = record["kind"], key.partition("/")
+    if inner:
+        return dtype_of(record["parts"][int(number)], inner)
+    if kind in {"exact", "new-rows"}:
+        return str(record["dtype"])
+    if kind == "low-rank":
+        return str(record["factor_dtype"])
+    if key == "index":
+        return "I32"
+    if key in {"u", "v", "codes", "bitmap", "positions"}:
+        return "U32"
+    wide = record.get("scale") == "shared" if key == "scale" else record.get("grid") == "zeros"
+    return "F32" if wide and key in {"s", "scale"} else "F16"
+
+
+def is_deflated(record: Any, key: str) -> bool:
+    number, _, inner = key.partition("/")
+    if "deflated" in record or not inner:
+        return "deflated" in record
+    return is_deflated(record["parts"][int(number)], inner)
+
+
 def read(file: bytes) -> dict[str, Any]:
     """Every tensor's delta, or raw data where it is exact; (delta, data) where there are both."""
     header, data = split(file)
@@ -154,9 +181,8 @@ def read(file: bytes) -> dict[str, Any]:
         def fetch(key: str) -> list[Any]:
             spec = header[f"{name}:{key}"]
             raw, dtype = data[slice(*spec["data_offsets"])], spec["dtype"]
-            if "deflated" in record:
-                raw = zlib.decompress(raw)
-                dtype = "F16" if key == "scale" else "U32"
+            if is_deflated(record, key):
+                raw, dtype = zlib.decompress(raw), dtype_of(record, key)
             return [value for (value,) in struct.iter_unpack("<" + FORMS[dtype], raw)]
 
         if record["kind"] == "exact":

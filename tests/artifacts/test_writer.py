@@ -8,7 +8,7 @@ import pytest
 from artifacts.encoding import Encoded, encode_exact, encode_svd
 from artifacts.reader import Artifact
 from artifacts.writer import ALIGNMENT, write_artifact
-from deltadock.errors import InvalidArtifact
+from deltadock.errors import InvalidArtifact, MalformedSafetensors
 from tests.artifacts.make_golden import MANIFEST, tensors
 from tests.artifacts.samples import svd_matrix
 from tests.artifacts.support import split
@@ -89,6 +89,18 @@ def test_arrays_of_any_memory_layout_are_written_in_row_order(tmp_path: Path) ->
     with Artifact(tmp_path / "a.delta") as artifact:
         np.testing.assert_array_equal(artifact.exact("fortran"), values)
         np.testing.assert_array_equal(artifact.exact("strided"), values[:, ::2])
+
+
+def test_names_are_not_escaped(tmp_path: Path) -> None:
+    """No hash covers how a name is spelt in the header."""
+    path = tmp_path / "a.delta"
+    exact = encode_exact(np.arange(3, dtype=np.uint8), "U8", (3,))
+    write_artifact(path, {"pröj.weight": exact}, MANIFEST)
+    assert "pröj.weight:data".encode() in path.read_bytes()
+    with Artifact(path) as artifact:
+        assert artifact.exact("pröj.weight").tolist() == [0, 1, 2]
+    with pytest.raises(MalformedSafetensors, match="UTF-8"):
+        write_artifact(path, {"\ud800": exact}, MANIFEST)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Files of versions to come: what may be passed over is kept, the rest is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.reader import Artifact
+from artifacts.writer import write_artifact
+from deltadock.errors import InvalidArtifact
+from tests.artifacts.edits import rewritten
+from tests.artifacts.make_golden import MANIFEST
+from tests.artifacts.use import use
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "a.delta"
+
+
+def of_version(version: str) -> Callable[[Any, Any], object]:
+    def edit(header: Any, manifest: Any) -> None:
+        header["__metadata__"]["format"] = manifest["format"] = version
+        manifest["colour"] = {"blue": [1, None, "é"]}
+        manifest["tensors"]["norm.weight"]["colour"] = "blue"
+
+    return edit
+
+
+def test_a_newer_major_version_is_refused(path: Path) -> None:
+    path.write_bytes(rewritten(of_version("deltadock/2")))
+    with pytest.raises(InvalidArtifact, match=r"'deltadock/2'.*reads 'deltadock/1'.*Upgrade"):
+        Artifact(path)
+
+
+def test_a_newer_minor_version_is_read_and_written_again(path: Path, tmp_path: Path) -> None:
+    """With all that it has beyond what this version knows."""
+    path.write_bytes(rewritten(of_version("deltadock/1.2")))
+    assert use(path) == []
+    again = tmp_path / "again.delta"
+    with Artifact(path) as artifact:
+        assert artifact.manifest["colour"] == {"blue": [1, None, "é"]}
+        tensors = {name: artifact.encoded(name) for name in artifact.records}
+        write_artifact(again, tensors, artifact.manifest)
+    with Artifact(path) as old, Artifact(again) as new:
+        assert new.header.metadata["format"] == "deltadock/1.2"
+        assert new.manifest == old.manifest
+        assert new.records["norm.weight"]["colour"] == "blue"
+    with pytest.raises(InvalidArtifact, match="format"):
+        write_artifact(again, {}, {**MANIFEST, "format": "deltadock/2"})

@@ -1,0 +1,39 @@
+"""Everything that a reader can be asked to do with a file."""
+
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from artifacts.encoding import DELTA_KINDS, FACTORED, decode_dense, parts, raw_data
+from artifacts.reader import Artifact
+from artifacts.summary import summarize
+
+MOST_ELEMENTS = 1 << 16
+"""Largest tensor that is decoded: as a loader has its base's shapes, so these are small ones."""
+
+
+def use(path: Path) -> list[str]:
+    """Open a file, decode all that is in it, and say which segments are damaged."""
+    with Artifact(path) as artifact, np.errstate(all="ignore"):
+        summarize(artifact)
+        assert artifact.files.keys().isdisjoint(artifact.binary_files)
+        damaged = list(artifact.damaged())
+        for name in artifact.records:
+            encoded = artifact.resolved(name)
+            if prod(encoded.record["shape"]) > MOST_ELEMENTS:
+                continue
+            kind = encoded.record["kind"]
+            if kind in DELTA_KINDS:
+                assert artifact.dense(name).shape == tuple(encoded.record["shape"])
+            else:
+                raw_data(encoded)
+            if kind in FACTORED:
+                artifact.factors(name)
+            if kind == "exact":
+                artifact.exact(name)
+            if kind == "new-rows":
+                for part in parts(encoded):
+                    if part is not None:
+                        decode_dense(part)
+        return damaged
