@@ -267,14 +267,14 @@ def test_a_run_that_fails_at_the_end_leaves_nothing(
     written = []
 
     def interrupted(*_: object, **__: object) -> None:
-        written.append(out.is_file())
+        written.append(len(list(tmp_path.glob("a.delta*"))))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("compression.pipeline.measure", interrupted)
     out = tmp_path / "a.delta"
     outcome = deltadock(*compress(inputs, out, method="exact"))
     assert outcome.code != 0
-    assert written == [True], "the delta is written before it is measured"
+    assert written == [1], "something is written before it is measured"
     assert list(tmp_path.iterdir()) == []
 
 
