@@ -1,19 +1,19 @@
 """`y += U_hat (s * (V_hat x))` for a batch whose rows belong to different deltas.
 
-table = DeltaTable(slots, (h_out, h_in), max_rank=..., device=device)   # one a linear
+table = DeltaTable(slots, h_in, [h_out], max_rank=..., device=device)  # one a linear, or q, k, v
 table.install(3, pack_delta(...).to(device))
-chunks = Chunks(max_rows, slots, max_rank=..., device=device)           # one a model
-chunks.assign(row_slots)                                                # once a step
-svd_delta(y, x, table, chunks, cache)                                   # at every linear
+chunks = Chunks(max_rows, slots, tables, device=device)                # one a model
+chunks.assign(row_slots)                                               # once a step
+svd_delta(y, x, table, chunks, cache)                                  # at every linear
 """
 
 import torch
 from torch import Tensor
 
-from kernels.svd_delta import cpu
 from kernels.svd_delta.chunks import Chunks
-from kernels.svd_delta.cpu import FactorCache
-from kernels.svd_delta.layout import DeltaTable, Group, PackedDelta, pack_delta
+from kernels.svd_delta.factors import FactorCache, add_products
+from kernels.svd_delta.layout import Group, PackedDelta, pack_delta
+from kernels.svd_delta.table import DeltaTable
 
 __all__ = [
     "Chunks",
@@ -29,15 +29,17 @@ __all__ = [
 def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: FactorCache) -> None:
     """Add each row's delta to `y` in place; rows of slot 0 and of empty slots stay as they are.
 
-    On a GPU it launches two kernels and neither allocates nor waits. There a row's result does
+    On a GPU it launches three kernels and neither allocates nor waits. There a row's result does
     not depend on which other rows are in the batch, to the last bit.
 
     Args:
-        y: (rows, h_out), the base's output; float16 or bfloat16 on a GPU; each row contiguous.
+        y: (rows, h_out), the base's outputs, the linears' side by side; float16 or bfloat16 on a
+            GPU; each row contiguous.
         x: (rows, h_in), of the same type; each row contiguous.
-        table: the linear's deltas.
+        table: the linears' deltas.
         chunks: which rows belong to which slot.
-        cache: unpacked factors; only the CPU uses them.
+        cache: unpacked factors; a GPU uses them for slots past `Chunks`' `dense_rows` only, whose
+            rows then depend on how many rows of their own slot there are.
 
     Raises:
         ValueError: shapes, types or strides are not these, or the table and the chunks were made
@@ -48,8 +50,10 @@ def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: Fa
         from kernels.svd_delta import triton
 
         triton.svd_delta(y, x, table, chunks)
+        if chunks.dense:
+            add_products(y, x, table, chunks.dense, cache)
     else:
-        cpu.svd_delta(y, x, table, chunks, cache)
+        add_products(y, x, table, chunks.by_slot, cache)
 
 
 def _check(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks) -> None:
@@ -61,5 +65,6 @@ def _check(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks) -> None:
         raise ValueError("x and y need one type and contiguous rows.")
     if x.is_cuda and x.dtype not in {torch.float16, torch.bfloat16}:
         raise ValueError("The kernel takes float16 or bfloat16.")
-    if chunks.slot_count > len(table.sizes) or chunks.max_rank < table.max_rank:
-        raise ValueError("The chunks have more slots, or fewer ranks, than the table.")
+    too_small = chunks.max_rank < table.max_rank or chunks.width < table.linears * table.padded
+    if chunks.slot_count > table.slot_count or too_small:
+        raise ValueError("The chunks have more slots than the table, or were not made for it.")

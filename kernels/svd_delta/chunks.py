@@ -1,14 +1,18 @@
 """Which rows of a step belong to which slot, in the form that the kernels of every layer share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-HEIGHT: Final = 16
+from kernels.svd_delta.table import DeltaTable
+
+HEIGHT: Final = 8
 """Rows of a chunk: the least that a tensor core multiplies. It is fixed, for a row's result would
 otherwise depend on how many others are in the batch."""
+SUM_COLUMNS: Final = 1024
+"""Inputs that one number of `Chunks.sums` is the sum of."""
 
 
 class Chunks:
@@ -20,28 +24,46 @@ class Chunks:
     Attributes:
         rows: (max_chunks * HEIGHT,) int32, the row at each place of each chunk; -1 for none.
         slots: (max_chunks,) int32, each chunk's slot.
-        projected: (max_chunks * HEIGHT, max_rank) float32 scratch between the two kernels.
-        sums: (max_chunks * HEIGHT,) float32 scratch, the sum of each row's inputs.
+        scaled, sums, projected: (max_chunks * HEIGHT, ...) scratch of one call: 16-bit inputs of
+            each linear, float32 sums of `SUM_COLUMNS` of them, float32 projections on the ranks.
         count: chunks to launch: a power of two at least the number of chunks of this step, or
             `max_chunks`. A captured CUDA graph serves every step of the same count.
     """
 
     def __init__(
-        self, max_rows: int, slots: int, *, max_rank: int, device: torch.device | str = "cpu"
+        self,
+        max_rows: int,
+        slots: int,
+        tables: Iterable[DeltaTable],
+        *,
+        dense_rows: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.max_rows, self.slot_count, self.max_rank = max_rows, slots, max_rank
+        """Make the buffers for steps of up to `max_rows` rows, and scratch for calls on `tables`.
+
+        A slot with `dense_rows` rows or more in a step is left to plain matrix products with its
+        unpacked factors: worth it once those are read less often than chunks would unpack them.
+        """
+        tables = tuple(tables)
+        self.max_rows, self.slot_count = max_rows, slots
+        self.max_rank = max((table.max_rank for table in tables), default=0)
+        self.width = max((table.linears * table.padded for table in tables), default=0)
         self.max_chunks = max(1, min(max_rows, max_rows // HEIGHT + slots))
-        self.rows = torch.full((self.max_chunks * HEIGHT,), -1, dtype=torch.int32, device=device)
+        places = self.max_chunks * HEIGHT
+        self.rows = torch.full((places,), -1, dtype=torch.int32, device=device)
         self.slots = torch.zeros(self.max_chunks, dtype=torch.int32, device=device)
-        self.projected = torch.empty(
-            self.max_chunks * HEIGHT, max_rank, dtype=torch.float32, device=device
-        )
-        self.sums = torch.empty(self.max_chunks * HEIGHT, dtype=torch.float32, device=device)
+        self.scaled = torch.empty(places, self.width, dtype=torch.int16, device=device)
+        self.sums = torch.empty(places, self.width // SUM_COLUMNS, device=device)
+        self.projected = torch.empty(places, self.max_rank, device=device)
+        self._dense_rows = dense_rows
+        self._device = device
         self.row_count = 0
         """Rows of this step, those of slot 0 included."""
         self.count = 0
         self.by_slot: dict[int, Tensor] = {}
         """Row numbers of each slot but 0, int64 on the CPU."""
+        self.dense: dict[int, Tensor] = {}
+        """Row numbers of the slots that are in no chunk, int64 on the device."""
 
     def assign(self, row_slots: Sequence[int]) -> None:
         """Lay out a step in which row i belongs to slot `row_slots[i]`.
@@ -59,7 +81,11 @@ class Chunks:
                 members.setdefault(slot, []).append(row)
         rows: list[int] = []
         slots: list[int] = []
+        most = self._dense_rows
+        dense = [s for s, found in members.items() if most is not None and len(found) >= most]
         for slot, found in sorted(members.items()):
+            if slot in dense:
+                continue
             chunks = -(-len(found) // HEIGHT)
             rows += found + [-1] * (chunks * HEIGHT - len(found))
             slots += [slot] * chunks
@@ -68,6 +94,7 @@ class Chunks:
         self._fill(self.rows, rows, -1)
         self._fill(self.slots, slots, 0)
         self.by_slot = {slot: torch.tensor(found) for slot, found in members.items()}
+        self.dense = {slot: self.by_slot[slot].to(self._device) for slot in dense}
 
     @staticmethod
     def _fill(buffer: Tensor, values: list[int], rest: int) -> None:

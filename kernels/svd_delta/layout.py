@@ -1,11 +1,11 @@
-"""How the kernels find a linear's deltas: the packed words as the artifact holds them, by slot.
+"""One linear's delta as the kernels read it: the packed words as the artifact holds them.
 
-A delta is `diag(row_scale) U_hat diag(s) V_hat diag(column_scale)`, most often without the outer
-two. Its ranks lie in groups of equal widths; a group's segment on
-either side holds one plane after the other, and the planes of a width are its binary digits
-(3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1). Plane `p` of a segment is (count, plane_words) 32-bit
-words, row-major; segments begin at multiples of 128 bytes. Nothing is repacked on the way to the
-device: both sides are one contiguous copy.
+A delta is `diag(row_scale) U_hat diag(s) V_hat diag(column_scale)`, with a difference of the bias
+beside it. Its ranks lie in groups of equal widths; a group's segment on either side holds one plane
+after the other, and the planes of a width are its binary digits (3 = 2+1, 5 = 4+1, 6 = 4+2,
+7 = 4+2+1). Plane `p` of a segment is (count, plane_words) 32-bit words, row-major; segments begin
+at multiples of 128 bytes. Nothing is repacked on the way to the device: segments, scales and the
+lists that tell the kernels' programs where to read are one run of words, and one copy.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,18 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from deltadock.errors import InvalidArtifact, TooLarge, UnsupportedModel
+from deltadock.errors import InvalidArtifact
 
 ALIGNMENT_WORDS: Final = 32
-TAIL_WORDS: Final = 32
-"""Words after the last segment: a kernel reads whole tiles of 128 columns, up to 32 words, and
-drops what it read past the end of a vector."""
-GROUP_FIELDS: Final = 6
-"""int32 fields of a group in `DeltaTable.groups`; the kernels read them in this order."""
+PLANES: Final = (8, 4, 2, 1)
+TILE_RANKS: Final = 32
+"""Ranks of a program of the shrink kernel."""
+BLOCK_RANKS: Final = 16
+"""Ranks that a warp of the expand kernel takes at a time."""
+TILE_FIELDS: Final = 8
+"""int32 fields of a tile: v_bits, first rank, ranks, then the first word of each of `PLANES`."""
+BLOCK_FIELDS: Final = 4
+"""int32 fields of a block: first rank, ranks, first word, bits below the plane."""
 
 
 class Group(NamedTuple):
@@ -35,7 +39,7 @@ class Group(NamedTuple):
 
 def planes(bits: int) -> list[int]:
     """The planes of a width, most significant first."""
-    return [plane for plane in (8, 4, 2, 1) if bits & plane]
+    return [plane for plane in PLANES if bits & plane]
 
 
 def plane_words(columns: int, plane: int) -> int:
@@ -45,8 +49,18 @@ def plane_words(columns: int, plane: int) -> int:
 
 def segment_words(count: int, columns: int, bits: int) -> int:
     """Words of a group's segment on one side, with the padding to 128 bytes."""
-    words = count * sum(plane_words(columns, plane) for plane in planes(bits))
+    return _aligned(count * sum(plane_words(columns, plane) for plane in planes(bits)))
+
+
+def _aligned(words: int) -> int:
     return -(-words // ALIGNMENT_WORDS) * ALIGNMENT_WORDS
+
+
+class Region(NamedTuple):
+    """A part of a delta's words; it begins at a multiple of 128 bytes."""
+
+    begin: int
+    size: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -56,59 +70,51 @@ class PackedDelta:
     Attributes:
         h_out, h_in: shape of the linear's weight.
         groups: the ranks, in stored order.
-        words: int32; the segments of V, then those of U, then `TAIL_WORDS` zeros.
-        scales: (3, rank) float32: `s`, the zero points of V, the zero points of U. A value is
-            `code - zero`.
-        row_scale, column_scale: (h_out,) and (h_in,) float32 factors of the delta's rows and
-            columns, or None. The GPU's kernels do not take them.
+        words: int32, all that a kernel reads of this delta.
+        regions: where in `words` each part lies. Always there: `v` and `u`, the segments; `s`
+            (rank) float32; `tiles` (n, TILE_FIELDS) and `blocks` (n, BLOCK_FIELDS) int32. Where the
+            delta has them, float32: `v_offset` and `u_offset` (rank), what a value is less than
+            `code - (2**bits - 1) / 2`; `row_scale` (h_out); `column_scale` (h_in); `bias` (h_out).
+        block_bounds: for each of `PLANES` its first block, then the number of blocks.
     """
 
     h_out: int
     h_in: int
     groups: tuple[Group, ...]
     words: Tensor
-    scales: Tensor
-    row_scale: Tensor | None = None
-    column_scale: Tensor | None = None
+    regions: dict[str, Region]
+    block_bounds: tuple[int, ...]
 
     @property
     def rank(self) -> int:
         """Ranks of all groups together."""
-        return self.scales.shape[1]
+        return self.regions["s"].size
+
+    @property
+    def tile_count(self) -> int:
+        """Tiles of the shrink kernel."""
+        return self.regions["tiles"].size // TILE_FIELDS
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        tensors = (self.words, self.scales, self.row_scale, self.column_scale)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return self.words.nbytes
+
+    def integers(self, name: str) -> Tensor:
+        """A region's words, int32; a view."""
+        begin, size = self.regions[name]
+        return self.words[begin : begin + size]
+
+    def numbers(self, name: str) -> Tensor | None:
+        """A region's float32 numbers, a view; None if the delta has no such region."""
+        return self.integers(name).view(torch.float32) if name in self.regions else None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedDelta":
-        """The same delta on another device: a contiguous copy of each tensor."""
-
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
-
+        """The same delta on another device: one contiguous copy."""
+        words = self.words.to(device, non_blocking=non_blocking)
         return PackedDelta(
-            self.h_out,
-            self.h_in,
-            self.groups,
-            self.words.to(device, non_blocking=non_blocking),
-            self.scales.to(device, non_blocking=non_blocking),
-            moved(self.row_scale),
-            moved(self.column_scale),
+            self.h_out, self.h_in, self.groups, words, self.regions, self.block_bounds
         )
-
-    def segments(self) -> list[tuple[int, int, int]]:
-        """For each group its first rank and where its segments of V and of U begin in `words`."""
-        rank, v_word = 0, 0
-        u_word = sum(segment_words(count, self.h_in, bits) for count, bits, _ in self.groups)
-        found = []
-        for count, v_bits, u_bits in self.groups:
-            found.append((rank, v_word, u_word))
-            rank += count
-            v_word += segment_words(count, self.h_in, v_bits)
-            u_word += segment_words(count, self.h_out, u_bits)
-        return found
 
 
 def pack_delta(
@@ -123,6 +129,7 @@ def pack_delta(
     gain: float = 1.0,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> PackedDelta:
     """Join an artifact's segments of one matrix.
 
@@ -134,109 +141,102 @@ def pack_delta(
         v_zero, u_zero: (rank,) float16 zero points; None: codes are centred, on the mid-rise grid.
         gain: factor of `s`.
         row_scale, column_scale: (h_out,) and (h_in,) factors of rows and columns, if there are any.
+        bias: (h_out,) difference of the bias, if there is one.
 
     Raises:
         InvalidArtifact: the sizes do not agree with the groups.
     """
     h_out, h_in = shape
     kept = tuple(Group(*group) for group in groups if group[0])
-    rank = sum(group.ranks for group in kept)
     if any(not 1 <= bits <= 8 for group in kept for bits in group[1:]):
         raise InvalidArtifact("A delta has a width outside 1 to 8 bits.")
-    sizes = (
-        sum(segment_words(group.ranks, h_in, group.v_bits) for group in kept),
-        sum(segment_words(group.ranks, h_out, group.u_bits) for group in kept),
-    )
-    v_zero = _centres(kept, 1) if v_zero is None else v_zero
-    u_zero = _centres(kept, 2) if u_zero is None else u_zero
-    wrong = (v.numel(), u.numel()) != sizes or {len(s), len(v_zero), len(u_zero)} != {rank}
-    for scale, size in ((row_scale, h_out), (column_scale, h_in)):
-        wrong |= scale is not None and scale.shape != (size,)
-    if wrong:
+    rank = sum(group.ranks for group in kept)
+    sizes = {
+        "v": sum(segment_words(group.ranks, h_in, group.v_bits) for group in kept),
+        "u": sum(segment_words(group.ranks, h_out, group.u_bits) for group in kept),
+        "s": rank,
+        "v_offset": rank,
+        "u_offset": rank,
+        "row_scale": h_out,
+        "column_scale": h_in,
+        "bias": h_out,
+    }
+    parts = {
+        "v": v.view(torch.int32),
+        "u": u.view(torch.int32),
+        "s": s.float() * gain,
+        "v_offset": None if v_zero is None else v_zero.float(),
+        "u_offset": None if u_zero is None else u_zero.float(),
+        "row_scale": row_scale,
+        "column_scale": column_scale,
+        "bias": bias,
+    }
+    found = {name: part for name, part in parts.items() if part is not None}
+    if any(part.shape != (sizes[name],) for name, part in found.items()):
         raise InvalidArtifact("The segments of a delta do not have the sizes its ranks imply.")
-    tail = torch.zeros(TAIL_WORDS, dtype=torch.int32, device=v.device)
-    words = torch.cat([v.view(torch.int32), u.view(torch.int32), tail])
-    scales = torch.stack([s.float() * gain, *(z.float().to(s.device) for z in (v_zero, u_zero))])
-    row_scale, column_scale = (
-        None if scale is None else scale.float() for scale in (row_scale, column_scale)
-    )
-    return PackedDelta(h_out, h_in, kept, words, scales, row_scale, column_scale)
+    for name, side in (("v_offset", 1), ("u_offset", 2)):
+        if name in found:
+            found[name] = found[name] - centres(kept, side).to(found[name].device)
+    return _join(shape, kept, found)
 
 
-def _centres(groups: Sequence[Group], side: int) -> Tensor:
-    """The mid-rise grid's zero point of each rank; `side` is the width's place in a group."""
+def centres(groups: Sequence[Group], side: int) -> Tensor:
+    """(rank,) the middle of each rank's codes; `side` is the width's place in a group."""
     return torch.tensor([(2 ** group[side] - 1) / 2 for group in groups for _ in range(group[0])])
 
 
-class DeltaTable:
-    """The deltas of one linear, by slot, behind tensors whose addresses never change.
+def _join(
+    shape: tuple[int, int], groups: tuple[Group, ...], parts: dict[str, Tensor]
+) -> PackedDelta:
+    tiles, blocks, bounds = _programs(shape, groups, _aligned(len(parts["v"])))
+    parts["tiles"] = torch.tensor(tiles, dtype=torch.int32).flatten()
+    parts["blocks"] = torch.tensor(blocks, dtype=torch.int32).flatten()
+    regions: dict[str, Region] = {}
+    end = 0
+    for name, part in parts.items():
+        regions[name] = Region(end, len(part))
+        end += _aligned(len(part))
+    # At least one word, so that a delta without ranks has an address too.
+    words = torch.zeros(max(end, ALIGNMENT_WORDS), dtype=torch.int32, device=parts["v"].device)
+    for name, part in parts.items():
+        begin, size = regions[name]
+        raw = part if part.dtype == torch.int32 else part.float().contiguous().view(torch.int32)
+        words[begin : begin + size] = raw
+    return PackedDelta(*shape, groups, words, regions, bounds)
 
-    Slot 0 is the bare base and stays empty. A slot's words stay where `install` found them: the
-    table keeps their address, so that deltas of any size share a table without padding.
 
-    Attributes:
-        addresses: (slots,) int64, where each slot's words begin.
-        sizes: (slots,) int32, groups of each slot; 0 for an empty one.
-        groups: (slots, max_groups, 6) int32: ranks, first rank, v_bits, u_bits, first word of V,
-            first word of U. `max_groups` is rounded up to a power of two.
-        scales: (slots, 3, max_rank) float32, as in `PackedDelta`.
-    """
-
-    def __init__(
-        self,
-        slots: int,
-        shape: tuple[int, int],
-        *,
-        max_rank: int,
-        max_groups: int = 64,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.h_out, self.h_in = shape
-        self.max_rank = max_rank
-        self.max_groups = 1 << (max_groups - 1).bit_length()
-        self.addresses = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.sizes = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.groups = torch.zeros(
-            slots, self.max_groups, GROUP_FIELDS, dtype=torch.int32, device=device
-        )
-        self.scales = torch.zeros(slots, 3, max_rank, dtype=torch.float32, device=device)
-        self.deltas: dict[int, PackedDelta] = {}
-
-    def install(self, slot: int, delta: PackedDelta) -> None:
-        """Let the rows of `slot` use `delta`, which lies on the table's device.
-
-        Raises:
-            TooLarge: it has more ranks or groups than the table was made for.
-            UnsupportedModel: it has row or column scales, and the table lies on a GPU.
-            ValueError: it is of another shape or device, or the slot is the base's or none.
-        """
-        if not 0 < slot < len(self.sizes):
-            raise ValueError(f"Slot {slot} is not one of 1 to {len(self.sizes) - 1}.")
-        if (delta.h_out, delta.h_in) != (self.h_out, self.h_in):
-            raise ValueError("The delta belongs to a linear of another shape.")
-        if delta.words.device != self.addresses.device:
-            raise ValueError("Move the delta to the table's device first.")
-        scaled = delta.row_scale is not None or delta.column_scale is not None
-        if scaled and self.addresses.is_cuda:
-            raise UnsupportedModel(
-                "The GPU's kernel takes no deltas with a scale for each row or column; decode the "
-                "delta to factors instead."
-            )
-        if delta.rank > self.max_rank or len(delta.groups) > self.max_groups:
-            raise TooLarge("The delta has more ranks or groups than this table holds.")
-        fields = torch.zeros(self.max_groups, GROUP_FIELDS, dtype=torch.int32)
-        for index, (group, begins) in enumerate(zip(delta.groups, delta.segments(), strict=True)):
-            rank, v_word, u_word = begins
-            row = (group.ranks, rank, group.v_bits, group.u_bits, v_word, u_word)
-            fields[index] = torch.tensor(row, dtype=torch.int32)
-        self.groups[slot].copy_(fields)
-        self.scales[slot, :, : delta.rank].copy_(delta.scales)
-        self.addresses[slot] = delta.words.data_ptr()
-        self.sizes[slot] = len(delta.groups)
-        self.deltas[slot] = delta
-
-    def remove(self, slot: int) -> None:
-        """Empty a slot; no kernel that reads it may still be running."""
-        self.sizes[slot] = 0
-        self.groups[slot] = 0
-        self.deltas.pop(slot, None)
+def _programs(
+    shape: tuple[int, int], groups: Sequence[Group], u_begin: int
+) -> tuple[list[list[int]], list[list[int]], tuple[int, ...]]:
+    """The shrink kernel's tiles, and the expand kernel's blocks by plane with their bounds."""
+    h_out, h_in = shape
+    tiles: list[list[int]] = []
+    blocks: dict[int, list[list[int]]] = {plane: [] for plane in PLANES}
+    rank, v_word, u_word = 0, 0, u_begin
+    for count, v_bits, u_bits in groups:
+        starts = dict.fromkeys(PLANES, 0)
+        position = v_word
+        for plane in planes(v_bits):
+            starts[plane] = position
+            position += count * plane_words(h_in, plane)
+        for first in range(0, count, TILE_RANKS):
+            begins = [
+                starts[plane] + first * plane_words(h_in, plane) if v_bits & plane else 0
+                for plane in PLANES
+            ]
+            tiles.append([v_bits, rank + first, min(TILE_RANKS, count - first), *begins, 0])
+        position, below = u_word, u_bits
+        for plane in planes(u_bits):
+            below -= plane
+            for first in range(0, count, BLOCK_RANKS):
+                word = position + first * plane_words(h_out, plane)
+                ranks = min(BLOCK_RANKS, count - first)
+                blocks[plane].append([rank + first, ranks, word, below])
+            position += count * plane_words(h_out, plane)
+        rank += count
+        v_word += segment_words(count, h_in, v_bits)
+        u_word += segment_words(count, h_out, u_bits)
+    bounds = [0]
+    for plane in PLANES:
+        bounds.append(bounds[-1] + len(blocks[plane]))
+    return tiles, [block for plane in PLANES for block in blocks[plane]], tuple(bounds)

@@ -6,15 +6,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.svd_delta.layout import PackedDelta, plane_words, planes
+from kernels.svd_delta.layout import PackedDelta, centres, plane_words, planes, segment_words
 
 
 class Factors(NamedTuple):
-    """`delta = u @ diag(s) @ v`, float32: u (h_out, rank), s (rank,), v (rank, h_in)."""
+    """`delta = u @ diag(s) @ v`, float32: u (h_out, rank), s (rank,), v (rank, h_in).
+
+    Beside it the difference of the bias, (h_out,), if there is one.
+    """
 
     u: Tensor
     s: Tensor
     v: Tensor
+    bias: Tensor | None = None
 
 
 def unpack_codes(words: Tensor, count: int, columns: int, bits: int) -> Tensor:
@@ -34,26 +38,33 @@ def unpack_codes(words: Tensor, count: int, columns: int, bits: int) -> Tensor:
 
 def unpack(delta: PackedDelta) -> Factors:
     """The float32 factors of a packed delta, on its device, row and column scales in u and v."""
-    u = delta.words.new_empty(delta.rank, delta.h_out, dtype=torch.float32)
-    v = delta.words.new_empty(delta.rank, delta.h_in, dtype=torch.float32)
-    for group, (rank, v_word, u_word) in zip(delta.groups, delta.segments(), strict=True):
-        ranks = slice(rank, rank + group.ranks)
-        v[ranks] = unpack_codes(delta.words[v_word:], group.ranks, delta.h_in, group.v_bits)
-        u[ranks] = unpack_codes(delta.words[u_word:], group.ranks, delta.h_out, group.u_bits)
-    s, v_zero, u_zero = delta.scales
-    v -= v_zero[:, None]
-    u -= u_zero[:, None]
-    if delta.row_scale is not None:
-        u *= delta.row_scale
-    if delta.column_scale is not None:
-        v *= delta.column_scale
-    return Factors(u.T, s, v)
+    sides = []
+    for name, columns, side in (("v", delta.h_in, 1), ("u", delta.h_out, 2)):
+        words = delta.integers(name)
+        values = words.new_empty(delta.rank, columns, dtype=torch.float32)
+        rank = word = 0
+        for group in delta.groups:
+            count, bits = group.ranks, group[side]
+            values[rank : rank + count] = unpack_codes(words[word:], count, columns, bits)
+            rank += count
+            word += segment_words(count, columns, bits)
+        zero = centres(delta.groups, side).to(words.device)
+        if (offset := delta.numbers(f"{name}_offset")) is not None:
+            zero += offset
+        sides.append(values.sub_(zero[:, None]))
+    v, u = sides
+    if (row_scale := delta.numbers("row_scale")) is not None:
+        u *= row_scale
+    if (column_scale := delta.numbers("column_scale")) is not None:
+        v *= column_scale
+    s = delta.integers("s").view(torch.float32)
+    return Factors(u.T, s, v, delta.numbers("bias"))
 
 
 def svd_delta(
     y: Tensor, x: Tensor, factors: Mapping[int, Factors], by_slot: Mapping[int, Tensor]
 ) -> None:
-    """Add `((x @ v.T) * s) @ u.T` to the rows of each slot, in place, in the factors' precision.
+    """Add `((x @ v.T) * s) @ u.T + bias` to each slot's rows, in place, in the factors' precision.
 
     Args:
         y: (rows, h_out), any float type.
@@ -63,6 +74,8 @@ def svd_delta(
     """
     for slot, rows in by_slot.items():
         if slot in factors:
-            u, s, v = factors[slot]
+            u, s, v, bias = factors[slot]
             delta = ((x[rows].to(v.dtype) @ v.T) * s) @ u.T
+            if bias is not None:
+                delta += bias
             y[rows] = (y[rows].to(delta.dtype) + delta).to(y.dtype)

@@ -69,11 +69,11 @@ def groups(encoded: Encoded) -> list[Group]:
     return [Group(run["count"], run["v_bits"], run["u_bits"]) for run in encoded.record["ranks"]]
 
 
-def pack(encoded: Encoded) -> PackedDelta:
+def pack(encoded: Encoded, bias: Tensor | None = None) -> PackedDelta:
     """An artifact's matrix in the kernels' form."""
     h_out, h_in = encoded.record["shape"]
     gain = encoded.record.get("gain", 1.0)
-    return pack_delta((h_out, h_in), groups(encoded), gain=gain, **segments(encoded))
+    return pack_delta((h_out, h_in), groups(encoded), gain=gain, bias=bias, **segments(encoded))
 
 
 def make_delta(

@@ -4,15 +4,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from kernels.svd_delta import Chunks
+from kernels.svd_delta import Chunks, DeltaTable
 from kernels.svd_delta.chunks import HEIGHT
+
+
+def scratch(chunks: Chunks) -> tuple[Tensor, ...]:
+    return chunks.rows, chunks.slots, chunks.projected, chunks.sums, chunks.scaled
 
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=90), min_size=1, max_size=3))
 def test_every_row_is_in_one_chunk_of_its_slot(steps: list[list[int]]) -> None:
-    chunks = Chunks(90, 6, max_rank=8)
-    addresses = [t.data_ptr() for t in (chunks.rows, chunks.slots, chunks.projected, chunks.sums)]
+    chunks = Chunks(90, 6, [DeltaTable(6, 9, [4, 5], max_rank=8)])
+    addresses = [t.data_ptr() for t in scratch(chunks)]
     for row_slots in steps:
         chunks.assign(row_slots)
         found = {
@@ -27,21 +32,21 @@ def test_every_row_is_in_one_chunk_of_its_slot(steps: list[list[int]]) -> None:
         assert int((chunks.rows >= 0).sum()) == len(found)
         assert not chunks.slots[chunks.count :].any()
         assert chunks.by_slot.keys() == set(found.values())
-    now = [t.data_ptr() for t in (chunks.rows, chunks.slots, chunks.projected, chunks.sums)]
+    now = [t.data_ptr() for t in scratch(chunks)]
     assert now == addresses
 
 
 def test_few_counts_serve_all_steps() -> None:
-    chunks = Chunks(256, 40, max_rank=8)
+    chunks = Chunks(256, 40, [])
     counts = set()
     for slots in range(40):
         chunks.assign(list(range(slots)))
         counts.add(chunks.count)
-    assert counts == {0, 1, 2, 4, 8, 16, 32, chunks.max_chunks}
+    assert counts == {0, 1, 2, 4, 8, 16, 32, 64}
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    chunks = Chunks(4, 3, max_rank=8)
+    chunks = Chunks(4, 3, [])
     chunks.assign([1, 2, 1, 2])
     before = chunks.rows.clone()
     for slot in (-1, 3):
@@ -50,3 +55,12 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="rows"):
         chunks.assign([1] * 5)
     assert torch.equal(chunks.rows, before)
+
+
+def test_a_slot_with_many_rows_is_left_to_matrix_products() -> None:
+    chunks = Chunks(40, 4, [], dense_rows=10)
+    chunks.assign([1] * 10 + [2] * 9 + [0] * 12)
+    assert {slot: rows.tolist() for slot, rows in chunks.dense.items()} == {1: list(range(10))}
+    assert set(chunks.slots.tolist()) == {0, 2}
+    chunks.assign([1])
+    assert not chunks.dense

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.svd_delta import Chunks, DeltaTable, FactorCache, svd_delta
+from artifacts.encoding import decode_factors
+from kernels.svd_delta import Chunks, DeltaTable, FactorCache, PackedDelta, svd_delta
 from kernels.svd_delta import triton as kernel
 from kernels.svd_delta.chunks import HEIGHT
-from tests.kernels.support import Delta, expected, make_delta, relative_error
+from tests.kernels.support import Delta, encode, expected, make_delta, pack, relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -22,22 +23,23 @@ pytestmark = pytest.mark.skipif(
 
 DTYPES = [torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 5e-3}
-SLOTS, MAX_RANK, MAX_GROUPS = 4, 40, 4
+SLOTS, MAX_RANK = 4, 40
 
 SKEWED = [(1, 8, 8), (37, 3, 2), (2, 2, 7)]
 EVEN = [(9, 5, 4), (9, 4, 6)]
 
 
 def make_table(shape: tuple[int, int], deltas: dict[int, Delta]) -> DeltaTable:
-    table = DeltaTable(SLOTS, shape, max_rank=MAX_RANK, max_groups=MAX_GROUPS, device=DEVICE)
+    table = DeltaTable(SLOTS, shape[1], [shape[0]], max_rank=MAX_RANK, device=DEVICE)
     for slot, delta in deltas.items():
         table.install(slot, delta.packed.to(DEVICE))
     return table
 
 
-def make_chunks(row_slots: Sequence[int]) -> Chunks:
+def make_chunks(table: DeltaTable, row_slots: Sequence[int]) -> Chunks:
     """Chunks whose scratch is NaN, so that a number read before it is written shows."""
-    chunks = Chunks(64, SLOTS, max_rank=MAX_RANK, device=DEVICE)
+    chunks = Chunks(64, SLOTS, [table], device=DEVICE)
+    chunks.scaled.fill_(0x7FFF)
     chunks.projected.fill_(torch.nan)
     chunks.sums.fill_(torch.nan)
     chunks.assign(row_slots)
@@ -46,7 +48,7 @@ def make_chunks(row_slots: Sequence[int]) -> Chunks:
 
 def run(y: Tensor, x: Tensor, table: DeltaTable, row_slots: Sequence[int]) -> Tensor:
     out = y.clone()
-    kernel.svd_delta(out, x, table, make_chunks(row_slots))
+    kernel.svd_delta(out, x, table, make_chunks(table, row_slots))
     return out
 
 
@@ -76,6 +78,40 @@ def test_rows_of_several_slots(shape: tuple[int, int], dtype: torch.dtype) -> No
         assert relative_error(got[row], want[row]) < TOLERANCE[dtype]
     for row in (1, 2):
         assert torch.equal(got[row], y[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linears_that_share_their_input(dtype: torch.dtype) -> None:
+    h_in, h_outs = 150, (70, 300, 33)
+    tables = DeltaTable(SLOTS, h_in, h_outs, max_rank=3 * MAX_RANK, device=DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    dense, biases = [], []
+    packed: list[PackedDelta | None] = []
+    for linear, (h_out, widths) in enumerate(zip(h_outs, (EVEN, SKEWED, []), strict=True)):
+        bias = torch.randn(h_out, generator=generator) if linear != 1 else None
+        encoded = encode(
+            (h_out, h_in), widths, linear, midrise=linear != 1, row_scale=True, column_scale=True
+        )
+        packed.append(pack(encoded, bias).to(DEVICE))
+        factors = [torch.from_numpy(getattr(decode_factors(encoded), n)).double() for n in "usv"]
+        dense.append((factors[0] * factors[1]) @ factors[2])
+        biases.append(torch.zeros(h_out) if bias is None else bias)
+    tables.install(1, *packed)
+    tables.install(3, None, packed[1], None)
+    row_slots = [3, 0, 1, 2]
+    y, x = make_rows(4, (sum(h_outs), h_in), dtype)
+    got = run(y, x, tables, row_slots)
+    begins = [0, 70, 370]
+    for linear, begin in enumerate(begins):
+        part = slice(begin, begin + h_outs[linear])
+        for row, slot in enumerate(row_slots):
+            if slot == 1 or (slot == 3 and linear == 1):
+                want = y[row, part].double().cpu() + dense[linear] @ x[row].double().cpu()
+                error = relative_error(got[row, part], want + biases[linear].double())
+                # The column scale rounds the inputs once more.
+                assert error < TOLERANCE[dtype]
+            else:
+                assert torch.equal(got[row, part], y[row, part])
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -127,7 +163,8 @@ def test_rows_with_a_stride_keep_what_lies_between() -> None:
     y, x = wide_y[:, : shape[0]], wide_x[:, : shape[1]]
     want = expected(y, x, [1, 1], {1: delta.dense})
     between = wide_y[:, shape[0] :].clone()
-    kernel.svd_delta(y, x, make_table(shape, {1: delta}), make_chunks([1, 1]))
+    table = make_table(shape, {1: delta})
+    kernel.svd_delta(y, x, table, make_chunks(table, [1, 1]))
     assert relative_error(y, want) < TOLERANCE[torch.float16]
     assert torch.equal(wide_y[:, shape[0] :], between)
 
@@ -148,7 +185,7 @@ def test_a_slot_changes_hands() -> None:
 def test_a_graph_serves_later_steps() -> None:
     shape = (256, 512)
     table = make_table(shape, {1: make_delta(shape, EVEN, seed=1)})
-    chunks = make_chunks([1, 1, 0])
+    chunks = make_chunks(table, [1, 1, 0])
     y, x = make_rows(3, shape, torch.bfloat16)
     cache = FactorCache(0)
     out = y.clone()

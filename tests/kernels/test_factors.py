@@ -21,11 +21,11 @@ def test_rows_of_several_slots(limit: int, dtype: torch.dtype, tolerance: float)
         1: make_delta(SHAPE, WIDTHS, seed=1),
         2: make_delta(SHAPE, WIDTHS, seed=2, midrise=True, scaled=True),
     }
-    table = DeltaTable(4, SHAPE, max_rank=12)
+    table = DeltaTable(4, SHAPE[1], [SHAPE[0]], max_rank=12)
     for slot, delta in deltas.items():
         table.install(slot, delta.packed)
     row_slots = [2, 0, 1, 3, 1]
-    chunks = Chunks(8, 4, max_rank=12)
+    chunks = Chunks(8, 4, [table])
     chunks.assign(row_slots)
     y, x = torch.randn(5, SHAPE[0]).to(dtype), torch.randn(5, SHAPE[1]).to(dtype)
     want = expected(y, x, row_slots, {slot: delta.dense for slot, delta in deltas.items()})
@@ -58,8 +58,8 @@ def test_a_delta_beyond_the_limit_is_not_kept() -> None:
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
-    table = DeltaTable(2, SHAPE, max_rank=12)
-    chunks = Chunks(4, 2, max_rank=12)
+    table = DeltaTable(2, SHAPE[1], [SHAPE[0]], max_rank=12)
+    chunks = Chunks(4, 2, [table])
     chunks.assign([1, 0])
     cache = FactorCache(0)
     y, x = torch.zeros(2, SHAPE[0]), torch.zeros(2, SHAPE[1])
@@ -73,7 +73,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     for bad_y, bad_x in wrong:
         with pytest.raises(ValueError, match="x and y need"):
             svd_delta(bad_y, bad_x, table, chunks, cache)
-    small = Chunks(4, 2, max_rank=11)
+    small = Chunks(4, 2, [])
     small.assign([1, 0])
     with pytest.raises(ValueError, match="chunks"):
         svd_delta(y, x, table, small, cache)
