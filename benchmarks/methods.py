@@ -194,7 +194,7 @@ def run(
     goal = f"the bytes of {REFERENCE} at this budget" if equal_bytes else "code bits per weight"
     measured = [cell for cell in mine if cell.kl_base is not None]
     lines = [
-        f"Pair {pair.finetuned} on {pair.base}, inputs {inputs}",
+        f"Pair {pair.finetuned.name} on {pair.base.name}, inputs {inputs}",
         f"Calibrated on {pair.calibration.name}, measured on {pair.heldout.name}; budget: {goal}",
         *(f"KL of the base {cell.kl_base:.4f} nats per token" for cell in measured[:1]),
         *(f"Accuracy of {name}: {score:.1%}" for name, score in references.items() if score),

@@ -17,6 +17,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a longer training gains is for the benchmarks; here it only has to happen.
+    monkeypatch.setattr("compression.distillation.STEPS", 3)
+
+
 def save_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer of 256 tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
