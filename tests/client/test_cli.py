@@ -175,7 +175,7 @@ def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_a_process_ends_with_one_line_and_status_1(inputs: Inputs) -> None:
     ended = run_process("verify", inputs.base / "model.safetensors")
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr.startswith("error (invalid_artifact): model.safetensors ")
+    assert ended.stderr.startswith("error (invalid_artifact): model.safetensors: ")
     assert len(ended.stderr.splitlines()) == 1
 
 

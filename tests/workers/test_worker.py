@@ -12,6 +12,7 @@ import pytest
 from celery import Celery
 
 from client.processes import Child
+from compression.calibration_options import CalibrationOptions
 from compression.pipeline import compress
 from compression.run import CompressOptions
 from storage.models import Job, JobState
@@ -77,7 +78,9 @@ def test_a_killed_workers_successor_makes_the_same_bytes(
     with context.database.read_scope() as session:
         delta = DeltaRepository(session).find(job.delta_id)
     assert delta is not None
-    options = CompressOptions(method="adamix", bits=1.0)
+    options = CompressOptions(
+        method="adamix", bits=1.0, calibration=CalibrationOptions(tokens=2048, length=64)
+    )
     alone = tmp_path / "alone.safetensors"
     compress(pair.base, pair.finetuned, alone, options, calibration=pair.calibration)
     assert delta.artifact_digest == context.blobs.put_file(alone)
