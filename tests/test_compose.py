@@ -84,7 +84,11 @@ def test_the_images_have_what_the_builder_is_sent() -> None:
         for word in line.split()[1:-1]
     }
     assert copied == sent
-    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "samples", "benchmarks"}
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {
+        "tests",
+        "samples",
+        "benchmarks",
+    }
     assert packages <= copied
 
 
