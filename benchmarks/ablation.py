@@ -22,20 +22,22 @@ from torch import Tensor
 
 from artifacts.writer import write_artifact
 from benchmarks.machine import describe
-from compression import budget, compressors, distillation, two_sided
-from compression.assembling import encode_others, make_manifest
-from compression.blocks import encode_blocks
-from compression.budget import Profile, Shares
-from compression.calibration import CalibrationSet, load_calibration
-from compression.calibration_options import TOKENS, CalibrationOptions, Source
-from compression.compressors import UnderOneBudget
+from compression.assembly import compressors
+from compression.assembly.assembling import encode_others, make_manifest
+from compression.assembly.blocks import encode_blocks
+from compression.assembly.compressors import UnderOneBudget
+from compression.assembly.scratch import Scratch
+from compression.calibration.options import TOKENS, CalibrationOptions, Source
+from compression.calibration.windows import CalibrationSet, load_calibration
+from compression.distillation import training as distillation
 from compression.evaluation import evaluate
-from compression.forward import BlockwiseModel
 from compression.methods import optimix
-from compression.midrise import DISTORTION
+from compression.model.forward import BlockwiseModel
+from compression.numerics import budget, two_sided
+from compression.numerics.budget import Profile, Shares
+from compression.numerics.midrise import DISTORTION
 from compression.run import CompressOptions, Run, open_run
-from compression.scratch import Scratch
-from compression.statistics import Statistics, collect
+from compression.statistics.collecting import Statistics, collect
 from compression.work import NoWorkStore
 
 Patches = list[Any]

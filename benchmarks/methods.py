@@ -7,7 +7,8 @@
 Writes PREFIX.csv, PREFIX.txt, PREFIX.svg and PREFIX.png. Cells that PREFIX.csv has already are not
 measured again (`--again` does), so an interrupted run goes on where it was. Quality is measured on
 the held-out text, never on the calibration text, in windows of 256 tokens. With `--equal-bytes`
-every method gets the TRUE artifact bytes that `adamix` took at the same budget and seed.
+every method gets the TRUE artifact bytes that `adamix` took at the same budget and seed. A method
+calibrates once a seed for all budgets; that time is part of every artifact's seconds.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Final
 
@@ -26,12 +28,16 @@ from artifacts.export import merge
 from benchmarks.cells import Cell, Key, read_cells, write_cells
 from benchmarks.exercises import accuracy, read_exercises
 from benchmarks.machine import describe
-from benchmarks.tables import format_table, plot
-from compression.calibration_options import TOKENS, CalibrationOptions
+from benchmarks.tables import format_table, plot, verdict
+from compression.assembly.scratch import Scratch
+from compression.calibration.options import TOKENS, CalibrationOptions, Source
 from compression.catalogue import METHODS, check_method
 from compression.evaluation import evaluate
-from compression.pipeline import compress
-from compression.run import CompressOptions
+from compression.goal import Goal
+from compression.maker import Maker
+from compression.pipeline import reach
+from compression.run import CompressOptions, open_run
+from compression.work import NoWorkStore
 from deltadock.errors import BitsOutOfRange, DeltadockError
 from kernels.device import choose_device
 
@@ -88,57 +94,75 @@ def planned(methods: list[str], budgets: list[float], seeds: list[int]) -> Itera
         if info.imports_adapter:
             continue
         sized = info.bits_min is not None
-        for budget in [b for b in budgets if accepts(name, b)] if sized else [None]:
-            for seed in seeds if info.needs_calibration else seeds[:1]:
+        for seed in seeds if info.needs_calibration else seeds[:1]:
+            for budget in [b for b in budgets if accepts(name, b)] if sized else [None]:
                 yield Cell("", name, budget, seed, equal_bytes=False)
 
 
-def options_of(cell: Cell, tokens: int) -> CompressOptions:
-    """The goal is the bytes where the cell has some, else the bits."""
-    return CompressOptions(
-        method=cell.method,
-        bits=cell.budget if cell.target_bytes is None else None,
-        target_bytes=cell.target_bytes,
-        seed=cell.seed,
-        calibration=CalibrationOptions(tokens=tokens),
-    )
+class Bench:
+    """One method with one calibration seed, calibrated once for all of its budgets."""
 
+    def __init__(self, pair: Pair, method: str, seed: int, scratch: Scratch, device: str) -> None:
+        """Calibrate; how long that took counts for every artifact.
 
-def measure(cell: Cell, pair: Pair, device: str) -> Cell:
-    """The cell with its figures, or with the reason why it has none."""
-    with tempfile.TemporaryDirectory() as name:
-        delta, merged = Path(name) / "out.delta", Path(name) / "merged"
+        Raises:
+            DeltadockError: the pair or its text cannot be used.
+        """
+        self._pair, self._device = pair, device
         started = time.monotonic()
-        try:
-            report = compress(
-                pair.base,
-                pair.finetuned,
-                delta,
-                options_of(cell, pair.tokens),
-                calibration=pair.calibration,
-                device=device,
-            )
-        except DeltadockError as error:
-            return replace(cell, status=str(error))
-        seconds = time.monotonic() - started
-        quality = evaluate(pair.base, pair.finetuned, delta, pair.heldout, device=device)
-        score = None
-        if pair.exercises is not None:
-            merge(pair.base, delta, merged)
-            score = pair.accuracy(merged, device)
-    return replace(
-        cell,
-        artifact_bytes=report.artifact_bytes,
-        ratio=report.ratio,
-        true_bits=report.true_bits,
-        kl=quality.kl,
-        kl_base=quality.kl_base,
-        agreement=quality.agreement,
-        nll=quality.nll,
-        nll_finetuned=quality.nll_finetuned,
-        accuracy=score,
-        seconds=seconds,
-    )
+        options = CompressOptions(
+            method=method, seed=seed, calibration=CalibrationOptions(tokens=pair.tokens)
+        )
+        run = open_run(pair.base, pair.finetuned, options, lambda progress: None)
+        self._maker = Maker(run, METHODS[method], scratch, NoWorkStore(), device)
+        self._maker.prepare([Source(pair.calibration)])
+        self._seconds = time.monotonic() - started
+
+    def measure(self, cell: Cell) -> Cell:
+        """The cell with its figures.
+
+        Raises:
+            DeltadockError: the method cannot make an artifact of this size.
+        """
+        pair = self._pair
+        goal = None if cell.budget is None else Goal("bits", cell.budget)
+        if cell.target_bytes is not None:
+            goal = Goal("target_bytes", cell.target_bytes)
+        with tempfile.TemporaryDirectory() as name:
+            delta, merged = Path(name) / "out.delta", Path(name) / "merged"
+            started = time.monotonic()
+            report = reach(self._maker, goal, delta)
+            seconds = self._seconds + time.monotonic() - started
+            quality = evaluate(pair.base, pair.finetuned, delta, pair.heldout, device=self._device)
+            score = None
+            if pair.exercises is not None:
+                merge(pair.base, delta, merged)
+                score = pair.accuracy(merged, self._device)
+        return replace(
+            cell,
+            artifact_bytes=report.artifact_bytes,
+            ratio=report.ratio,
+            true_bits=report.true_bits,
+            kl=quality.kl,
+            kl_base=quality.kl_base,
+            agreement=quality.agreement,
+            nll=quality.nll,
+            nll_finetuned=quality.nll_finetuned,
+            accuracy=score,
+            seconds=seconds,
+        )
+
+
+def measured(cells: list[Cell], pair: Pair, device: str) -> Iterator[Cell]:
+    """Cells of one method and seed with their figures, or with the reason why they have none."""
+    with Scratch() as scratch:
+        bench: Bench | None = None
+        for cell in cells:
+            try:
+                bench = bench or Bench(pair, cell.method, cell.seed, scratch, device)
+                yield bench.measure(cell)
+            except DeltadockError as error:
+                yield replace(cell, status=str(error))
 
 
 def with_target(cell: Cell, done: dict[Key, Cell]) -> Cell:
@@ -181,27 +205,27 @@ def run(
             done[cell.key] = replace(cell, accuracy=pair.accuracy(folder, device))
         references[name] = done.get(cell.key, cell).accuracy
     mine = []
-    for plan in cells:
-        cell = replace(plan, inputs=inputs, machine=machine)
+    for _, plans in groupby(cells, key=lambda cell: (cell.method, cell.seed)):
+        group = [replace(plan, inputs=inputs, machine=machine) for plan in plans]
         if equal_bytes:
-            cell = with_target(cell, done)
-        kept = done.get(cell.key)
-        if again or kept is None or kept.status != "ok":
-            done[cell.key] = measure(cell, pair, device)
+            group = [with_target(cell, done) for cell in group]
+        kept = {cell.key for cell in done.values() if cell.status == "ok" and not again}
+        for cell in measured([cell for cell in group if cell.key not in kept], pair, device):
+            done[cell.key] = cell
             write_cells(table, done.values())
-            print(describe_cell(done[cell.key]), flush=True)
-        mine.append(done[cell.key])
+            print(describe_cell(cell), flush=True)
+        mine += [done[cell.key] for cell in group]
     goal = f"the bytes of {REFERENCE} at this budget" if equal_bytes else "code bits per weight"
-    measured = [cell for cell in mine if cell.kl_base is not None]
+    bases = [cell.kl_base for cell in mine if cell.kl_base is not None]
     lines = [
         f"Pair {pair.finetuned.name} on {pair.base.name}, inputs {inputs}",
         f"Calibrated on {pair.calibration.name}, measured on {pair.heldout.name}; budget: {goal}",
-        *(f"KL of the base {cell.kl_base:.4f} nats per token" for cell in measured[:1]),
+        *(f"KL of the base {kl:.4f} nats per token" for kl in bases[:1]),
         *(f"Accuracy of {name}: {score:.1%}" for name, score in references.items() if score),
         *sorted({f"Machine: {cell.machine}" for cell in mine}),
         "",
     ]
-    text = "\n".join(lines) + "\n" + format_table(mine)
+    text = "\n".join(lines) + "\n" + format_table(mine) + verdict(mine)
     out.with_name(out.name + ".txt").write_text(text, encoding="utf-8")
     plot(mine, out.name, out)
     print(text)

@@ -5,6 +5,10 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.cells import Cell, Row, summarize
+from compression.catalogue import default_method
+
+CLOSE = 1.005
+"""Bytes that an artifact may have over another's and still count as no larger."""
 
 HEADINGS = (
     "budget", "method", "seeds", "true bytes", "ratio", "true bits", "KL", "KL range",
@@ -61,6 +65,39 @@ def format_table(cells: Sequence[Cell]) -> str:
         if cell.status != "ok"
     ]
     return "\n".join(text) + "\n"
+
+
+def verdict(cells: Sequence[Cell]) -> str:
+    """What the default method's artifact of no more bytes leaves of every other's KL, at worst.
+
+    Artifacts of one seed are compared, and of several that fit the largest. Bytes within `CLOSE`
+    of each other count as equal.
+    """
+    best = default_method().name
+    worst: list[tuple[float, str]] = []
+    for other in cells:
+        if other.method in (best, "exact") or other.kl is None or other.artifact_bytes is None:
+            continue
+        fitting = [
+            (cell.artifact_bytes, cell.kl)
+            for cell in cells
+            if cell.method == best
+            and cell.seed == other.seed
+            and cell.kl is not None
+            and cell.artifact_bytes is not None
+            and cell.artifact_bytes <= CLOSE * other.artifact_bytes
+        ]
+        if fitting and other.kl > 0:
+            budget = "" if other.budget is None else f" at {other.budget:g}"
+            ratio = max(fitting)[1] / other.kl
+            worst.append((ratio, f"{other.method}{budget}, seed {other.seed}"))
+    if not worst:
+        return ""
+    ratio, name = max(worst)
+    return (
+        f"{best} at no more bytes, against {len(worst)} artifacts of other methods: at worst "
+        f"{ratio:.3f} of the KL ({name})\n"
+    )
 
 
 def plot(cells: Sequence[Cell], title: str, out: Path) -> None:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from client.offline import Folder, output, print_json, progress_bar, resolve_device
-from compression.calibration_options import (
+from compression.calibration.options import (
     LENGTH,
     TOKENS,
     CalibrationOptions,

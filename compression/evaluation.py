@@ -7,10 +7,10 @@ from typing import Final
 from artifacts.compatibility import check_same_architecture
 from artifacts.export import check_base
 from artifacts.reader import Artifact
-from compression.calibration import read_windows
-from compression.forward import BlockwiseModel
+from compression.calibration.windows import read_windows
+from compression.model.forward import BlockwiseModel
+from compression.model.weights import Checkpoint, Grown
 from compression.quality import MergedSource, Quality, measure
-from compression.weights import Checkpoint, Grown
 
 WINDOW: Final = 256
 """Tokens of a window by default: about what a prompt and its answer take together."""

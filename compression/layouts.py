@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
 from artifacts.container import DTYPE_BITS
-from compression.ranks import rank_budget
+from compression.numerics.ranks import rank_budget
 
 Role = Literal["linear layers", "output head", "embeddings", "other tensors"]
 ROLES: Final[tuple[Role, ...]] = (

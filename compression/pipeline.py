@@ -5,44 +5,21 @@ the work store at once, so that an interrupted run goes on where it was. The art
 not depend on how often that happened.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
-from artifacts.reader import Artifact
-from artifacts.writer import write_artifact
-from compression.adapters import import_delta
-from compression.assembling import (
-    CarriedFiles,
-    carried_files,
-    encode_others,
-    make_manifest,
-    make_report,
-)
-from compression.blocks import encode_blocks
-from compression.calibration import CalibrationSet, load_calibration
-from compression.calibration_options import Source
+from compression.assembly.scratch import Scratch
+from compression.calibration.options import Source
 from compression.catalogue import MethodInfo
-from compression.compressors import Compressor, EachOnItsOwn, UnderOneBudget
-from compression.distillation import distill
-from compression.forward import BlockwiseModel
 from compression.goal import Goal, goal_for
-from compression.methods.registry import matrix_method
-from compression.quality import MergedSource, measure
-from compression.report import Report, TensorReport
+from compression.importing import import_delta
+from compression.maker import Maker
+from compression.report import Report
 from compression.run import CompressOptions, Progress, Run, open_run
-from compression.scratch import Scratch
 from compression.search import fit_size, reach_bound
 from compression.sizes import carried_bytes, preview, shapes_of
-from compression.statistics import Matrix, Statistics, collect, matrices_of
-from compression.weights import Grown
 from compression.work import NoWorkStore, WorkStore
-from deltadock import __version__
 from deltadock.errors import InvalidGoal
 
 
@@ -116,21 +93,33 @@ def _compress(
     if measured and not (sources or info.needs_calibration):
         raise InvalidGoal(f"{goal} is measured on calibration text. Give some.")
     run = open_run(base, finetuned, options, progress)
-    carried = carried_files(run.base.manifest, run.finetuned)
-    limit = _most_bytes(run, goal)
-    guess = 0.0 if goal is None or limit is None else _first_guess(run, info, goal, limit)
+    _first_guess(run, info, goal)
     with Scratch() as scratch:
-        maker = _Maker(run, info, scratch, carried, work or NoWorkStore(), device)
+        maker = Maker(run, info, scratch, work or NoWorkStore(), device)
         if options.method != "exact" or sources:
             maker.prepare(sources)
-        if goal is None or goal.kind == "bits":
-            return maker.make(None if goal is None else goal.value, out)
-        if limit is None:
-            return reach_bound(maker.make, out, maker.info, goal)
-        bits = fit_size(
-            lambda bits: maker.draft(bits, out), maker.info, limit, guess, maker.weights
-        )
-        return maker.make(bits, out)
+        return reach(maker, goal, out)
+
+
+def reach(maker: Maker, goal: Goal | None, out: Path) -> Report:
+    """The artifact that a goal asks for, by a maker that is prepared.
+
+    Args:
+        maker: may have made others before.
+        goal: None for a method of one size.
+        out: the delta file.
+
+    Raises:
+        InvalidGoal: the method cannot reach it on this pair.
+    """
+    if goal is None or goal.kind == "bits":
+        return maker.make(None if goal is None else goal.value, out)
+    limit = _most_bytes(maker.run, goal)
+    if limit is None:
+        return reach_bound(maker.make, out, maker.info, goal)
+    guess = _first_guess(maker.run, maker.info, goal)
+    bits = fit_size(lambda bits: maker.draft(bits, out), maker.info, limit, guess, maker.weights)
+    return maker.make(bits, out)
 
 
 def _most_bytes(run: Run, goal: Goal | None) -> float | None:
@@ -140,12 +129,15 @@ def _most_bytes(run: Run, goal: Goal | None) -> float | None:
     return goal.value if goal.kind == "target_bytes" else run.finetuned.bf16_bytes / goal.value
 
 
-def _first_guess(run: Run, info: MethodInfo, goal: Goal, limit: float) -> float:
-    """The budget to try first for a size.
+def _first_guess(run: Run, info: MethodInfo, goal: Goal | None) -> float:
+    """The budget to try first for a size; 0 where the goal is none.
 
     Raises:
         InvalidGoal: before any work, where the size is far below all that the method can make.
     """
+    limit = _most_bytes(run, goal)
+    if goal is None or limit is None:
+        return 0.0
     manifests = run.finetuned.manifest, run.base.manifest
     shapes, carried = shapes_of(*manifests), carried_bytes(*manifests)
     try:
@@ -157,138 +149,3 @@ def _first_guess(run: Run, info: MethodInfo, goal: Goal, limit: float) -> float:
         if limit < least.artifact_bytes / 2:
             raise
         return info.bits_min
-
-
-class _Maker:
-    """Everything calibrated once, to make artifacts at any budget from."""
-
-    def __init__(
-        self,
-        run: Run,
-        info: MethodInfo,
-        scratch: Scratch,
-        carried: CarriedFiles,
-        work: WorkStore,
-        device: str,
-    ) -> None:
-        self.run, self.info = run, info
-        self._scratch, self._carried, self._work, self._device = scratch, carried, work, device
-        self._model: BlockwiseModel | None = None
-        self._data: CalibrationSet | None = None
-        self._statistics: Statistics | None = None
-        self._compressor: Compressor | None = None
-        self._matrices: list[Matrix] = []
-        self._others: list[TensorReport] = []
-        self._drafted: tuple[float | None] | None = None
-
-    @property
-    def weights(self) -> int:
-        """How many weights the budget is for."""
-        entries = self.run.finetuned.entries
-        names = {matrix.ref.name for matrix in self._matrices}
-        return sum(_size(entries[name].shape) for name in names)
-
-    def prepare(self, sources: Sequence[Source]) -> None:
-        """Read the calibration text and gather what the method looks at."""
-        run, info = self.run, self.info
-        run.at("calibrating", 0, 3, "reading the configuration")
-        model = self._model = BlockwiseModel(run.finetuned.folder, self._device)
-        model.check({name: entry.shape for name, entry in run.finetuned.entries.items()})
-        if sources or info.needs_calibration:
-            longest = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-            self._data = load_calibration(
-                sources, run.finetuned.folder, longest, run.options.seed, run.options.calibration,
-                self._device, lambda text, done: run.at("calibrating", 0, 3, text, within=done),
-            )  # fmt: skip
-        if self._data is not None and (info.needs_calibration or info.needs_gradients):
-            self._statistics = collect(
-                run, model, self._data, self._scratch, gradients=info.needs_gradients,
-                progress=lambda done, text: run.at("calibrating", 1, 3, text, within=done),
-            )  # fmt: skip
-        self._matrices = matrices_of(run, model, with_embedding=info.needs_gradients)
-        method = matrix_method(info.name)
-        if method is not None:
-            self._compressor = EachOnItsOwn(run, self._statistics, method, model.device)
-        elif self._statistics is not None and info.needs_gradients:
-            shared = UnderOneBudget(run, self._statistics, model.device)
-            self.info = replace(info, bits_min=max(info.bits_min or 0.0, shared.least_bits))
-            self._compressor = shared
-
-    def draft(self, bits: float | None, out: Path) -> int:
-        """Encode everything at a budget and write it; the artifact's bytes."""
-        run = self.run
-        run.encoded, run.matrices, run.distilled = {}, [], None
-        if self._compressor is not None:
-            self._compressor.settle(bits)
-            made = encode_blocks(
-                run,
-                self._matrices,
-                self._compressor,
-                self._statistics,
-                self._work,
-                self._fingerprint(bits),
-            )
-            run.encoded, run.matrices = made.tensors, made.reports
-        self._others = encode_others(run, self._model)
-        self._drafted = (bits,)
-        return self._write(bits, out, 0)
-
-    def make(self, bits: float | None, out: Path) -> Report:
-        """An artifact at a budget, and its report."""
-        run = self.run
-        if self._drafted != (bits,):
-            self.draft(bits, out)
-        self._drafted = None
-        if self.info.distills and self._model is not None and self._data is not None:
-            run.encoded, run.distilled = distill(
-                run,
-                self._model,
-                self._data,
-                run.encoded,
-                lambda done, text: run.at("assembling", 1, 3, text, within=done),
-            )
-        self._write(bits, out, 2)
-        report = make_report(run, bits, out, self._data, self._others)
-        self._measure(report, out)
-        return report
-
-    def _write(self, bits: float | None, out: Path, step: int) -> int:
-        self.run.at("assembling", step, 3, "writing the artifact")
-        manifest = make_manifest(self.run, bits, self._data, self._carried)
-        write_artifact(out, self.run.encoded, manifest)
-        return out.stat().st_size
-
-    def _measure(self, report: Report, out: Path) -> None:
-        run, model, data = self.run, self._model, self._data
-        if model is None or data is None:
-            return
-        shapes = {name: entry.shape for name, entry in run.finetuned.entries.items()}
-        with Artifact(out) as artifact:
-            quality = measure(
-                model,
-                data.held_out,
-                base=Grown(run.base, shapes),
-                finetuned=run.finetuned,
-                delta=MergedSource(run.base, artifact),
-                progress=lambda k, n: run.at("verifying", k, n, "comparing outputs"),
-            )
-        report.set_quality(quality)
-
-    def _fingerprint(self, bits: float | None) -> str:
-        inputs = {
-            "versions": [__version__, torch.__version__],
-            "base": self.run.base.manifest.digest,
-            "finetuned": self.run.finetuned.manifest.digest,
-            "calibration": None if self._data is None else self._data.sha256,
-            "device": self._device.partition(":")[0],
-            **asdict(self.run.options),
-            "bits": bits,
-        }
-        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from artifacts.export import merged
 from artifacts.reader import Artifact
-from compression.forward import BlockwiseModel
-from compression.weights import TensorSource
+from compression.model.forward import BlockwiseModel
+from compression.model.weights import TensorSource
 
 NO_TOKEN: Final = -100
 

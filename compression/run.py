@@ -10,13 +10,13 @@ from torch import Tensor
 
 from artifacts.compatibility import check_same_architecture
 from artifacts.encoding import Encoded
-from compression.allocation import Solver
-from compression.calibration_options import CalibrationOptions
+from compression.calibration.options import CalibrationOptions
 from compression.catalogue import default_method
-from compression.families import check_not_quantized
 from compression.goal import GOAL_KINDS
+from compression.model.families import check_not_quantized
+from compression.model.weights import FLOAT_DTYPES, Checkpoint, MatrixRef
+from compression.numerics.allocation import Solver
 from compression.report import MatrixReport
-from compression.weights import FLOAT_DTYPES, Checkpoint, MatrixRef
 from deltadock.errors import NonFiniteWeights
 
 Stage = Literal["validating", "calibrating", "compressing", "assembling", "verifying"]

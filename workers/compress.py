@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import structlog
 
-from compression.calibration_options import CalibrationOptions, Source
+from compression.calibration.options import CalibrationOptions, Source
 from compression.pipeline import compress
 from compression.run import CompressOptions, Progress
 from deltadock.errors import Cancelled, DeltadockError, HashMismatch, WorkerLost

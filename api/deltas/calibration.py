@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import EXAMPLE_DIGEST, Digest, RequestBody
-from compression.calibration_options import (
+from compression.calibration.options import (
     LENGTH,
     MAX_LENGTH,
     MAX_SOURCES,

@@ -16,13 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from compression.allocation import WIDTHS, allocate
-from compression.decomposition import decompose
-from compression.gptq import Codes, quantize_columns, quantize_rows
 from compression.methods.base import MatrixResult, MatrixTask
 from compression.methods.factors import svd_result
-from compression.ranks import rank_budget
-from compression.reconstruction import refit_left_factor
+from compression.numerics.allocation import WIDTHS, allocate
+from compression.numerics.decomposition import decompose
+from compression.numerics.gptq import Codes, quantize_columns, quantize_rows
+from compression.numerics.ranks import rank_budget
+from compression.numerics.reconstruction import refit_left_factor
 
 F_MAX: Final = 4
 SPARE_RANKS: Final = 8

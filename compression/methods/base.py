@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from artifacts.encoding import Encoded
-from compression.allocation import Solver
+from compression.numerics.allocation import Solver
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from artifacts.encoding import SvdMatrix, Vectors, decode_dense, encode_svd
-from compression.decomposition import decompose
-from compression.gptq import Codes, quantize_columns, quantize_rows
 from compression.methods.base import MatrixResult, MatrixTask
-from compression.ranks import rank_budget
+from compression.numerics.decomposition import decompose
+from compression.numerics.gptq import Codes, quantize_columns, quantize_rows
+from compression.numerics.ranks import rank_budget
 
 
 def svd_result(

@@ -24,9 +24,9 @@ from artifacts.encoding import (
     encode_new_rows,
     encode_transposed,
 )
-from compression.adapter_config import CONFIG, LoraConfig, read_config
-from compression.composing import raw
-from compression.weights import Checkpoint
+from compression.assembly.composing import raw
+from compression.methods.lora_config import CONFIG, LoraConfig, read_config
+from compression.model.weights import Checkpoint
 from deltadock.errors import (
     ArchitectureMismatch,
     InvalidAdapter,

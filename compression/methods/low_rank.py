@@ -9,8 +9,8 @@ from typing import Final
 import torch
 
 from artifacts.encoding import decode_dense, encode_low_rank
-from compression.decomposition import decompose
 from compression.methods.base import MatrixResult, MatrixTask
+from compression.numerics.decomposition import decompose
 
 FACTOR_BITS: Final = 16
 

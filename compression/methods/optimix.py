@@ -1,12 +1,12 @@
 """Optimix: ranks of all matrices compete for one budget in the model's own unit, nats per token.
 
 Ours. One matrix at a time:
-1. `profile`: the delta's spectrum under both metrics (see `compression.two_sided`), and what each
-   rank loses at each width of U and of V.
-2. `compression.budget.share` then gives every rank of every matrix its widths.
+1. `profile`: the delta's spectrum under both metrics (see `numerics.two_sided`), and what each rank
+   loses at each width of U and of V.
+2. `numerics.budget.share` then gives every rank of every matrix its widths.
 3. `encode`: codes on symmetric grids without zero points, one bit allowed, both sides refitted to
    the full delta in turn.
-The scales are trained end to end afterwards (`compression.distillation`).
+The scales are trained end to end afterwards (`compression.distillation.training`).
 """
 
 from collections import Counter
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from artifacts.encoding import SvdMatrix, Vectors, decode_dense, encode_svd
-from compression.budget import Profile, Widths
 from compression.methods.base import MatrixResult
-from compression.metric import Metric
-from compression.midrise import Midrise
-from compression.two_sided import Side, Spectrum, decompose, encode, losses
+from compression.numerics.budget import Profile, Widths
+from compression.numerics.metric import Metric
+from compression.numerics.midrise import Midrise
+from compression.numerics.two_sided import Side, Spectrum, decompose, encode, losses
 
 DROPPED: Final = "the budget gives it no rank, so its delta is dropped"
 

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 from artifacts.encoding import Encoded, decode_dense, deflated
-from compression.gptq import Grid, columns_first, inverse_factor, nearest, search_grid, sweep
 from compression.methods.base import MatrixResult, MatrixTask
+from compression.numerics.gptq import (
+    Grid,
+    columns_first,
+    inverse_factor,
+    nearest,
+    search_grid,
+    sweep,
+)
 
 BLOCK: Final = 128
 """Columns that a mask or a scale may look ahead to."""

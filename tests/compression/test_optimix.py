@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 from artifacts.encoding import decode_dense
 from artifacts.export import merge
 from artifacts.reader import Artifact
-from compression import distillation, search
-from compression.budget import share
-from compression.calibration import load_calibration
-from compression.calibration_options import CalibrationOptions, Source
+from compression import search
+from compression.calibration.options import CalibrationOptions, Source
+from compression.calibration.windows import load_calibration
+from compression.distillation import training as distillation
 from compression.methods import optimix
-from compression.metric import Metric, weighted_error
+from compression.numerics.budget import share
+from compression.numerics.metric import Metric, weighted_error
 from compression.pipeline import compress
 from compression.report import Report
 from compression.run import CompressOptions, Progress

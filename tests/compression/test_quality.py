@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from compression import forward
-from compression.forward import BlockwiseModel
+from compression.model import forward
+from compression.model.forward import BlockwiseModel
+from compression.model.weights import Checkpoint
 from compression.quality import measure
-from compression.weights import Checkpoint
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from artifacts.export import merge
 from artifacts.reader import Artifact
-from compression.calibration import damped, spaced
-from compression.calibration_options import CalibrationOptions, Source
+from compression.calibration.options import CalibrationOptions, Source
+from compression.calibration.windows import spaced
 from compression.methods.base import MatrixTask
 from compression.methods.registry import matrix_method
 from compression.pipeline import compress
 from compression.report import Report
 from compression.run import CompressOptions, Progress
+from compression.statistics.moments import damped
 from deltadock.errors import BitsOutOfRange, Cancelled, InvalidGoal
 
 Pair = tuple[Path, Path]

@@ -8,7 +8,7 @@ import pytest
 
 from artifacts.checkpoint import scan_folder
 from benchmarks.sizes_7b import qwen2_5_7b
-from compression.calibration_options import CalibrationOptions, Source
+from compression.calibration.options import CalibrationOptions, Source
 from compression.catalogue import METHODS
 from compression.goal import Goal, goal_for
 from compression.layouts import LAYOUTS, RUNS_PADDING, Shape

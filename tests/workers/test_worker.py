@@ -12,7 +12,7 @@ import pytest
 from celery import Celery
 
 from client.processes import Child
-from compression.calibration_options import CalibrationOptions
+from compression.calibration.options import CalibrationOptions
 from compression.pipeline import compress
 from compression.run import CompressOptions
 from storage.models import Job, JobState

@@ -1,0 +1,1 @@
+"""From matrices to the encodings of a whole checkpoint, block by block."""

@@ -1,0 +1,1 @@
+"""From files, conversations or the fine-tuned model itself to token windows."""

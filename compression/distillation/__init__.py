@@ -1,0 +1,1 @@
+"""The scales trained end to end, the codes frozen."""

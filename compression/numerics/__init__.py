@@ -1,0 +1,1 @@
+"""Decompositions, quantizers and allocations of one matrix or of all; no model, no files."""

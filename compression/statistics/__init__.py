@@ -1,0 +1,1 @@
+"""What calibration tells of every matrix: second moments of inputs and of gradients."""

@@ -1,0 +1,217 @@
+"""Checkpoints in other forms than `save_pretrained` gives them today, and those refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Model
+
+from artifacts.export import merge
+from artifacts.reader import Artifact
+from compression.calibration.options import Source
+from compression.evaluation import evaluate
+from compression.model.forward import BlockwiseModel
+from compression.model.weights import Checkpoint
+from compression.pipeline import compress
+from compression.report import Report
+from compression.run import CompressOptions
+from deltadock.errors import InvalidCheckpoint, UnsupportedModel
+from tests.compression.conftest import save_tokenizer
+from tests.compression.family_cases import CASES, TOKENS, VOCABULARY, save
+
+Pair = tuple[Path, Path]
+WEIGHTS = "model.safetensors"
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    weights = change(load_file(folder / WEIGHTS))
+    kept = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def family_pair(family: str, tmp_path: Path) -> Pair:
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    save(CASES[family], base)
+    save(CASES[family], tuned, scale=0.02)
+    return base, tuned
+
+
+def run(pair: Pair, text: Path, tmp_path: Path) -> tuple[Report, dict[str, str]]:
+    """The report, and each stored tensor's kind; the merged checkpoint is in `merged`."""
+    out = tmp_path / "a.delta"
+    report = compress(*pair, out, CompressOptions(method="adamix"), calibration=[Source(text)])
+    merge(pair[0], out, tmp_path / "merged")
+    with Artifact(out) as artifact:
+        return report, {name: record["kind"] for name, record in artifact.records.items()}
+
+
+def blockwise_logits(folder: Path) -> Tensor:
+    model, source = BlockwiseModel(folder), Checkpoint(folder)
+    model.check({name: entry.shape for name, entry in source.entries.items()})
+    hidden = model.embed(TOKENS, source)
+    for index in range(len(model.blocks)):
+        hidden = model.run_block(index, hidden, source)
+    final = model.final_hidden(hidden, source).flatten(0, 1)
+    return torch.cat(list(model.logits(final, source)))
+
+
+def test_experts_stored_in_one_tensor(text: Path, tmp_path: Path) -> None:
+    pair = family_pair("mixtral", tmp_path)
+    expected = blockwise_logits(pair[1])
+    for folder in pair:
+        whole = AutoModelForCausalLM.from_pretrained(folder)
+        save_file(dict(whole.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
+    torch.testing.assert_close(blockwise_logits(pair[1]), expected)
+    # One expert alone has not changed.
+    name = "model.layers.0.mlp.experts.down_proj"
+    unchanged = load_file(pair[0] / WEIGHTS)[name][2]
+
+    def restore(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights[name][2] = unchanged
+        return weights
+
+    rewrite(pair[1], restore)
+    report, kinds = run(pair, text, tmp_path)
+    assert kinds[name] == kinds["model.layers.1.mlp.experts.gate_up_proj"] == "stack"
+    parts = [matrix.name for matrix in report.matrices if matrix.name.startswith(name)]
+    assert parts == [f"{name}[{expert}]" for expert in (0, 1, 3)]
+    merged = load_file(tmp_path / "merged" / WEIGHTS)
+    assert torch.equal(merged[name][2], unchanged)
+    assert report.kl is not None
+    assert report.kl_base is not None
+    assert 0 < report.kl < 0.7 * report.kl_base
+
+
+def test_gpt2_without_its_prefix_and_with_old_masks(text: Path, tmp_path: Path) -> None:
+    pair = family_pair("gpt2", tmp_path)
+    expected = blockwise_logits(pair[1])
+    mask = torch.ones(1, 1, 128, 128).tril().bool()
+    for folder in pair:
+        GPT2Model.from_pretrained(folder).save_pretrained(folder)
+        rewrite(folder, lambda weights: {**weights, "h.0.attn.bias": mask})
+    assert "h.1.mlp.c_fc.weight" in load_file(pair[1] / WEIGHTS)
+    torch.testing.assert_close(blockwise_logits(pair[1]), expected)
+    _, kinds = run(pair, text, tmp_path)
+    assert kinds["h.1.mlp.c_fc.weight"] == "transposed"
+    assert kinds["wte.weight"] == "rows"
+    assert kinds["wpe.weight"] == kinds["ln_f.bias"] == "exact"
+    assert "h.0.attn.bias" not in kinds
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.inference_mode():
+        logits = merged(TOKENS).logits.flatten(0, 1)
+    torch.testing.assert_close(blockwise_logits(tmp_path / "merged"), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "llava", "gemma3-sight", "qwen2-moe"])
+def test_tensors_named_as_the_modules_are(family: str, tmp_path: Path) -> None:
+    whole = save(CASES[family], tmp_path)
+    expected = blockwise_logits(tmp_path)
+    whole.save_pretrained(tmp_path, save_original_format=False)
+    named = load_file(tmp_path / WEIGHTS).keys()
+    assert named <= whole.state_dict().keys()
+    torch.testing.assert_close(blockwise_logits(tmp_path), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_other_floats(pair: Pair, text: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    for folder in pair:
+        rewrite(folder, lambda weights: {name: w.to(dtype) for name, w in weights.items()})
+    report, kinds = run(pair, text, tmp_path)
+    assert kinds["model.layers.0.mlp.up_proj.weight"] == "svd"
+    assert all(w.dtype == dtype for w in load_file(tmp_path / "merged" / WEIGHTS).values())
+    assert report.kl is not None
+    assert report.kl_base is not None
+    assert report.kl < 0.5 * report.kl_base
+
+
+def test_float8_is_kept_exactly(pair: Pair, text: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    for folder in pair:
+        rewrite(folder, lambda w: {**w, name: w[name].to(torch.float8_e4m3fn)})
+    report, kinds = run(pair, text, tmp_path)
+    assert kinds[name] == "exact"
+    assert name in {tensor.name for tensor in report.other_tensors}
+    merged, tuned = (load_file(folder / WEIGHTS)[name] for folder in (tmp_path / "merged", pair[1]))
+    assert torch.equal(merged.view(torch.uint8), tuned.view(torch.uint8))
+
+
+def test_float8_with_scales_is_refused(pair: Pair, text: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    for folder in pair:
+        scales = {f"{name}_scale_inv": torch.ones(1, 1)}
+        rewrite(folder, lambda w, s=scales: {**w, **s, name: w[name].to(torch.float8_e4m3fn)})
+    with pytest.raises(UnsupportedModel, match=r"weight_scale_inv.*dequantize"):
+        run(pair, text, tmp_path)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["base", "fine-tune"])
+def test_a_quantized_checkpoint_is_refused(
+    pair: Pair, text: Path, tmp_path: Path, which: int
+) -> None:
+    config = json.loads((pair[which] / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (pair[which] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"gptq.*dequantize"):
+        run(pair, text, tmp_path)
+
+
+def test_an_unknown_family_is_refused_by_name_and_can_be_stored_exactly(
+    text: Path, tmp_path: Path
+) -> None:
+    pair = tmp_path / "base", tmp_path / "tuned"
+    for seed, folder in enumerate(pair):
+        torch.manual_seed(seed)
+        config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        save_tokenizer(folder)
+    with pytest.raises(UnsupportedModel, match=r"'bloom'.*'exact'"):
+        run(pair, text, tmp_path)
+    exact = CompressOptions(method="exact", bits=None)
+    compress(*pair, tmp_path / "a.delta", exact, calibration=None)
+    merge(pair[0], tmp_path / "a.delta", tmp_path / "merged")
+    merged, tuned = (load_file(folder / WEIGHTS) for folder in (tmp_path / "merged", pair[1]))
+    assert all(torch.equal(merged[name], tensor) for name, tensor in tuned.items())
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_vocabulary_that_has_grown(
+    make_pair: Callable[..., Pair], text: Path, tmp_path: Path, tied: bool
+) -> None:
+    base, tuned = make_pair(tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(tuned)
+    model.resize_token_embeddings(VOCABULARY + 5)
+    model.save_pretrained(tuned)
+    report, kinds = run((base, tuned), text, tmp_path)
+    assert kinds["model.embed_tokens.weight"] == "new-rows"
+    assert kinds.get("lm_head.weight") == (None if tied else "new-rows")
+    assert report.kl is not None
+    assert report.kl_base is not None
+    assert report.kl < 0.5 * report.kl_base
+    weights, merged = (load_file(folder / WEIGHTS) for folder in (tuned, tmp_path / "merged"))
+    name = "model.embed_tokens.weight"
+    assert torch.equal(merged[name][VOCABULARY:], weights[name][VOCABULARY:])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 261
+    quality = evaluate(base, tuned, tmp_path / "a.delta", text)
+    assert quality.kl < 0.5 * quality.kl_base
+
+
+def test_a_head_of_its_own_under_a_tied_configuration(pair: Pair, tmp_path: Path) -> None:
+    """`transformers` then takes the head that is there."""
+    rewrite(pair[1], lambda w: {**w, "lm_head.weight": 2 * w["model.embed_tokens.weight"]})
+    whole = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = whole(TOKENS).logits.flatten(0, 1)
+    torch.testing.assert_close(blockwise_logits(pair[1]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_missing_tensor_is_named_as_the_checkpoint_would(tmp_path: Path) -> None:
+    save(CASES["llava"], tmp_path)
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    rewrite(tmp_path, lambda w: {key: tensor for key, tensor in w.items() if key != name})
+    source = Checkpoint(tmp_path)
+    with pytest.raises(InvalidCheckpoint, match=name):
+        BlockwiseModel(tmp_path).check({n: entry.shape for n, entry in source.entries.items()})

@@ -1,0 +1,306 @@
+"""Calibration from files and mixtures: what is read, what is held out, what is refused."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from compression.calibration.options import CalibrationOptions, Source
+from compression.calibration.sources import excerpt
+from compression.calibration.windows import CalibrationSet, load_calibration, read_windows
+from deltadock.errors import InvalidCalibration, InvalidCheckpoint
+from tests.compression.conftest import save_tokenizer
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A folder with a byte-level tokenizer, which is all that files need."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def chat(checkpoint: Path) -> Path:
+    (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
+    return checkpoint
+
+
+def lines(path: Path, records: Sequence[object]) -> Source:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return Source(path)
+
+
+def load(
+    checkpoint: Path, *sources: Source, seed: int = 0, tokens: int = 4096, length: int = 32
+) -> CalibrationSet:
+    options = CalibrationOptions(tokens, length)
+    return load_calibration(sources, checkpoint, 1 << 20, seed, options)
+
+
+def words(checkpoint: Path, windows: Tensor) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return str(tokenizer.decode(windows.flatten()))
+
+
+def numbered(count: int) -> str:
+    return "".join(f"{n:05d} " for n in range(count))
+
+
+def test_text_is_cut_into_windows_that_do_not_overlap(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(numbered(2000))
+    found = load(checkpoint, Source(path), length=30)
+    assert (found.train.shape, found.held_out.shape) == ((136, 30), (17, 30))
+    assert found.train.dtype == torch.int64
+    train, held = (words(checkpoint, part).split() for part in (found.train, found.held_out))
+    assert not set(train) & set(held)
+    assert len(set(train)) == len(train)
+    assert found.tokens == 136 * 30
+    assert found.sources == [
+        {
+            "kind": "text",
+            "sha256": found.sources[0]["sha256"],
+            "weight": 1.0,
+            "tokens": 136 * 30,
+            "held_out": 17 * 30,
+        }
+    ]
+
+
+def test_the_hash_covers_all_and_follows_the_seed(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(numbered(2000))
+    first, again = (load(checkpoint, Source(path)) for _ in range(2))
+    assert first.sha256 == again.sha256
+    assert torch.equal(first.train, again.train)
+    others = [
+        load(checkpoint, Source(path), seed=1),
+        load(checkpoint, Source(path), tokens=2048),
+        load(checkpoint, Source(path), length=64),
+    ]
+    assert len({first.sha256, *(other.sha256 for other in others)}) == 4
+
+
+def test_windows_are_shorter_for_short_models_and_short_texts(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(numbered(2000))
+    found = load_calibration([Source(path)], checkpoint, 24, 0)
+    assert found.train.shape[1] == 24
+    path.write_text(numbered(100))
+    assert load(checkpoint, Source(path), length=2048).train.shape[1] == 600 // 16
+
+
+def test_jsonl_texts_are_one_text(checkpoint: Path, tmp_path: Path) -> None:
+    source = lines(tmp_path / "text.jsonl", [{"text": f"line\u2028 {n:04d}"} for n in range(300)])
+    found = load(checkpoint, source)
+    assert found.sources[0]["kind"] == "text"
+    assert "0001\nline\u2028 0002" in words(checkpoint, read_windows(source.path, checkpoint, 32))
+
+
+def conversation(number: int) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": f"question {number:04d}?"},
+            {"role": "assistant", "content": f"answer {number:04d}!"},
+        ]
+    }
+
+
+def test_messages_go_through_the_chat_template(chat: Path, tmp_path: Path) -> None:
+    source = lines(tmp_path / "chat.jsonl", [conversation(n) for n in range(60)])
+    found = load(chat, source)
+    assert found.sources[0]["kind"] == "conversations"
+    text = words(chat, read_windows(source.path, chat, 32))
+    assert "[user]question 0003?[end][assistant]answer 0003![end][user]question 0004?" in text
+
+
+def test_conversations_are_held_out_as_a_whole(chat: Path, tmp_path: Path) -> None:
+    source = lines(tmp_path / "chat.jsonl", [conversation(n) for n in range(200)])
+    found = load(chat, source)
+
+    def numbers(windows: Tensor) -> set[str]:
+        text = words(chat, windows)
+        return {
+            text[at + 9 : at + 13] for at in range(len(text)) if text.startswith("question ", at)
+        }
+
+    train, held = numbers(found.train), numbers(found.held_out)
+    assert len(train) > 5 * len(held) > 0
+    assert not train & held
+
+
+def test_a_long_conversation_calibrates_and_short_ones_measure(chat: Path, tmp_path: Path) -> None:
+    long = {"messages": [{"role": "user", "content": numbered(1000)}]}
+    source = lines(tmp_path / "chat.jsonl", [long, conversation(1), conversation(2)])
+    for seed in range(5):
+        found = load(chat, source, seed=seed)
+        assert "question" in words(chat, found.held_out)
+        assert "question" not in words(chat, found.train)
+
+
+def test_prompts_and_completions_are_joined(checkpoint: Path, tmp_path: Path) -> None:
+    records = [{"prompt": f"Q{n:03d}:", "completion": f" A{n:03d}."} for n in range(100)]
+    source = lines(tmp_path / "pairs.jsonl", records)
+    assert "Q003: A003.Q004: A004." in words(checkpoint, read_windows(source.path, checkpoint, 32))
+
+
+def test_prompts_may_be_messages(chat: Path, tmp_path: Path) -> None:
+    turns = [conversation(n)["messages"] for n in range(60)]
+    records = [{"prompt": turn[:1], "completion": turn[1:]} for turn in turns]
+    same = [{"messages": turn} for turn in turns]
+    first = load(chat, lines(tmp_path / "a.jsonl", records))
+    assert first.sha256 == load(chat, lines(tmp_path / "b.jsonl", same)).sha256
+
+
+def test_a_mixture_keeps_its_proportions(chat: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(numbered(3000))
+    talk = lines(tmp_path / "chat.jsonl", [conversation(n) for n in range(500)])
+    found = load(chat, Source(text, 3.0), Source(talk.path, 1.0))
+    assert [source["tokens"] for source in found.sources] == [3072, 1024]
+    assert [source["held_out"] for source in found.sources] == [12 * 32, 4 * 32]
+    assert sum(source["tokens"] for source in found.sources) == found.tokens
+    assert found.held_out.numel() == 16 * 32
+    swapped = load(chat, Source(talk.path, 1.0), Source(text, 3.0))
+    assert swapped.sha256 != found.sha256
+
+
+def test_a_source_that_is_short_gives_what_it_has(checkpoint: Path, tmp_path: Path) -> None:
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text(numbered(3000))
+    short.write_text(numbered(50))
+    found = load(checkpoint, Source(long), Source(short))
+    assert [source["tokens"] for source in found.sources] == [2048, 8 * 32]
+
+
+def test_long_files_are_sampled_by_their_seed() -> None:
+    text = "".join(f"{n:07d} " for n in range(700_000))
+    first, second = excerpt(text, 0), excerpt(text, 1)
+    assert len(first) == len(second) == 4_000_000
+    assert first == excerpt(text, 0) != second
+    assert excerpt("short", 3) == "short"
+
+
+def test_long_jsonl_files_are_sampled_by_their_seed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compression.calibration.sources.MAX_CHARACTERS", 2000)
+    records = [{"prompt": f"Q{n:04d}", "completion": f"A{n:04d}"} for n in range(1000)]
+    path = lines(tmp_path / "pairs.jsonl", records).path
+    first, second = (load(checkpoint, Source(path), seed=seed) for seed in (0, 1))
+    assert first.sha256 != second.sha256
+    assert first.sha256 == load(checkpoint, Source(path)).sha256
+    assert 1000 < first.train.numel() + first.held_out.numel() <= 2000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"", "0 tokens; at least 256"),
+        ("a.txt", b"too short", "at least 256"),
+        ("a.txt", b"fine " * 99 + b"\xff", "not UTF-8 text .byte 495"),
+        ("a.jsonl", b"", "no lines"),
+        ("a.jsonl", b"\n \n", "no lines"),
+        ("a.jsonl", b"\xff\xfe{}", "not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"txt": "b"}', "Line 3 .* `text`"),
+        ("a.jsonl", b'{"text": "a"}\n{', "Line 2 .* JSON"),
+        ("a.jsonl", b"[" * 100_000, "Line 1 .* JSON"),
+        ("a.jsonl", b'["text"]', "Line 1"),
+        ("a.jsonl", b'{"text": 7}', "Line 1"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "Line 1 .* surrogate"),
+        ("a.jsonl", b'{"messages": []}', "Line 1"),
+        ("a.jsonl", b'{"messages": [{"content": "x"}]}', "Line 1"),
+        ("a.jsonl", b'{"messages": "hello"}', "Line 1"),
+        ("a.jsonl", b'{"prompt": "a", "completion": [{"role": "x"}]}', "Line 1"),
+        ("a.jsonl", b'{"prompt": "a", "completion": null}', "Line 1"),
+        ("a.jsonl", b'{"completion": "a"}', "Line 1"),
+        ("a.jsonl", b'{"text": "a"}\n{"prompt": "a", "completion": "b"}', "Line 2 .* has conv"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}', "two conversations"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n' * 9, "18 tokens; at least 256"),
+        ("a.jsonl", b'{"prompt": "a"}', "two prompts"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused(
+    checkpoint: Path, tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InvalidCalibration, match=said):
+        load(checkpoint, Source(path))
+
+
+def test_messages_need_a_chat_template(checkpoint: Path, tmp_path: Path) -> None:
+    source = lines(tmp_path / "chat.jsonl", [conversation(n) for n in range(60)])
+    with pytest.raises(InvalidCalibration, match=r"Line 1 .* no chat template"):
+        load(checkpoint, source)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[0].content.nothing.here }}",
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{% for %}",
+    ],
+    ids=["refuses", "undefined", "leaves the sandbox", "no template"],
+)
+def test_a_template_that_fails_is_refused_with_its_line(
+    checkpoint: Path, tmp_path: Path, template: str
+) -> None:
+    (checkpoint / "chat_template.jinja").write_text(template)
+    source = lines(tmp_path / "chat.jsonl", [conversation(n) for n in range(60)])
+    with pytest.raises(InvalidCalibration, match="template refuses line 1"):
+        load(checkpoint, source)
+
+
+def test_files_too_short_for_any_window_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    records = [{"prompt": numbered(100), "completion": ""}, {"prompt": "a", "completion": "b"}]
+    source = lines(tmp_path / "pairs.jsonl", records)
+    with pytest.raises(InvalidCalibration, match="windows of 2 tokens only"):
+        load(checkpoint, source)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_weights_that_are_none_are_refused(checkpoint: Path, tmp_path: Path, weight: float) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(numbered(500))
+    with pytest.raises(InvalidCalibration, match="weight"):
+        load(checkpoint, Source(path, weight))
+
+
+@pytest.mark.parametrize("sizes", [(255, 32), (1 << 25, 32), (4096, 15), (4096, 1 << 18)])
+def test_sizes_that_cannot_be_are_refused(
+    checkpoint: Path, tmp_path: Path, sizes: tuple[int, int]
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(numbered(500))
+    with pytest.raises(InvalidCalibration, match="not "):
+        load(checkpoint, Source(path), tokens=sizes[0], length=sizes[1])
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(numbered(500))
+    with pytest.raises(InvalidCheckpoint, match="tokenizer"):
+        load(tmp_path, Source(path))
+
+
+def test_prompts_alone_measure_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    source = lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    with pytest.raises(InvalidCalibration, match="prompts alone"):
+        read_windows(source.path, checkpoint, 32)

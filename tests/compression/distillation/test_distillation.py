@@ -1,0 +1,182 @@
+"""Scales trained end to end: better on held-out text, or as they were."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from artifacts.encoding import Encoded, decode_dense
+from compression.assembly.assembling import encode_others
+from compression.calibration.windows import CalibrationSet
+from compression.distillation import training as distillation
+from compression.distillation.trainable import flat
+from compression.distillation.training import distill
+from compression.methods import optimix
+from compression.model.forward import BlockwiseModel
+from compression.numerics.budget import Widths
+from compression.numerics.metric import Metric
+from compression.run import CompressOptions, Run, open_run
+from compression.statistics.collecting import matrices_of
+from deltadock.errors import Cancelled
+
+Pair = tuple[Path, Path]
+Outcome = tuple[dict[str, Encoded], dict[str, float]]
+
+GENERATOR = torch.Generator().manual_seed(0)
+TRAIN = torch.randint(0, 256, (12, 32), generator=GENERATOR)
+HELD = torch.randint(0, 256, (6, 32), generator=GENERATOR)
+DATA = CalibrationSet(TRAIN, HELD, "", [])
+
+
+class Prepared:
+    """A pair whose matrices are encoded in a bit or two, with scales that fit badly."""
+
+    def __init__(self, base: Path, tuned: Path) -> None:
+        self.base, self.tuned = base, tuned
+        options = CompressOptions(method="optimix", seed=2)
+        self.run: Run = open_run(base, tuned, options, lambda _: None)
+        self.model = BlockwiseModel(tuned)
+        self.encoded: dict[str, Encoded] = {}
+        for matrix in matrices_of(self.run, self.model, with_embedding=True):
+            delta = self.run.matrix_delta(matrix.ref)
+            rows, columns = (Metric.of(torch.ones(n)) for n in delta.shape)
+            prepared, profile = optimix.profile(delta, rows, columns)
+            count = len(profile.s)
+            widths = Widths(torch.arange(count), *(torch.full((count,), w) for w in (1, 2)))
+            made = optimix.compress(delta, prepared, widths, rows, columns, "BF16").encoded
+            made.segments["s"] = (1.1 * made.segments["s"]).astype(np.float16)
+            self.encoded[matrix.ref.name] = made
+        self.run.encoded = dict(self.encoded)
+        encode_others(self.run, self.model)
+        self.encoded = self.run.encoded
+
+    def distill(self) -> Outcome:
+        shares: list[float] = []
+        outcome = distill(
+            self.run, self.model, DATA, self.encoded, lambda done, _: shares.append(done)
+        )
+        assert shares == sorted(shares)
+        assert all(0 <= done <= 1 for done in shares)
+        return outcome
+
+    def kl(self, encoded: dict[str, Encoded]) -> float:
+        """On the held-out tokens, in plain transformers with plain tensors."""
+        scores = []
+        for changed in (False, True):
+            whole = AutoModelForCausalLM.from_pretrained(self.tuned, dtype=torch.float32).eval()
+            if changed:
+                weights = load_file(self.base / "model.safetensors")
+                for name, parameter in whole.named_parameters():
+                    if encoded[name].record["kind"] != "exact":
+                        delta = torch.from_numpy(decode_dense(encoded[name]))
+                        parameter.data = weights[name].float() + delta
+            with torch.inference_mode():
+                scores.append(whole(HELD).logits.double().log_softmax(-1).flatten(0, 1))
+        target, guess = scores
+        return float((target.exp() * (target - guess)).sum(-1).mean())
+
+
+@pytest.fixture(autouse=True)
+def _few_and_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    # For the little text there is here; each step sees five windows.
+    monkeypatch.setattr(distillation, "STEPS", 8)
+    monkeypatch.setattr(distillation, "LEARNING_SHARE", 0.03)
+    monkeypatch.setattr(distillation, "TOKENS_PER_STEP", 5 * TRAIN.shape[1])
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def prepared(request: pytest.FixtureRequest, make_pair: Callable[..., Pair]) -> Prepared:
+    return Prepared(*make_pair(tied=request.param))
+
+
+def same(first: Encoded, second: Encoded) -> bool:
+    return first.record == second.record and all(
+        np.array_equal(data, second.segments[key]) for key, data in first.segments.items()
+    )
+
+
+def test_less_is_lost_at_the_same_size(prepared: Prepared) -> None:
+    before = dict(prepared.encoded)
+    copies = {
+        name: {key: data.copy() for key, data in one.segments.items()}
+        for name, one in before.items()
+    }
+    trained, figures = prepared.distill()
+    assert figures["kept"] == 1
+    assert figures["after"] < 0.95 * figures["before"]
+    assert figures["before"] == pytest.approx(prepared.kl(before), rel=1e-3)
+    # What is stored is in half precision, what was trained in single.
+    assert figures["after"] == pytest.approx(prepared.kl(trained), rel=1e-2)
+    assert trained.keys() == before.keys()
+    moved = set()
+    for name, one in before.items():
+        assert trained[name].record == one.record
+        assert trained[name].nbytes == one.nbytes
+        for key, data in trained[name].segments.items():
+            assert np.array_equal(one.segments[key], copies[name][key])
+            assert data.dtype == one.segments[key].dtype
+            if not np.array_equal(data, one.segments[key]):
+                moved.add(key)
+    assert moved == {"s", "row_scale", "column_scale"}
+
+
+def test_the_same_again_gives_the_same_bytes(prepared: Prepared) -> None:
+    (first, figures), (second, again) = prepared.distill(), prepared.distill()
+    assert figures == again
+    assert all(same(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_what_does_not_help_is_not_kept(
+    value: float, make_pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, accumulate = Prepared(*make_pair()), distillation._accumulate
+
+    def astray(*args: Any) -> None:
+        """Uphill, or into nowhere."""
+        accumulate(*args)
+        for factor in flat(args[2].factors):
+            assert factor.grad is not None
+            factor.grad.mul_(value)
+
+    monkeypatch.setattr(distillation, "_accumulate", astray)
+    found, figures = prepared.distill()
+    assert figures["kept"] == 0
+    assert not figures["after"] < figures["before"]
+    assert found.keys() == prepared.encoded.keys()
+    assert all(same(one, prepared.encoded[name]) for name, one in found.items())
+
+
+def test_without_scales_there_is_nothing_to_train(make_pair: Callable[..., Pair]) -> None:
+    prepared = Prepared(*make_pair())
+    prepared.encoded = {
+        name: one for name, one in prepared.encoded.items() if one.record["kind"] == "exact"
+    }
+    found, figures = prepared.distill()
+    assert found == prepared.encoded
+    assert figures["kept"] == 0
+    assert figures["before"] == figures["after"] > 0
+
+
+def test_a_fine_tune_equal_to_its_base(make_pair: Callable[..., Pair]) -> None:
+    prepared = Prepared(*make_pair(scale=0.0))
+    assert prepared.encoded == {}
+    found, figures = prepared.distill()
+    assert found == {}
+    assert figures["before"] == pytest.approx(0, abs=1e-6)
+
+
+def test_what_hears_of_the_progress_may_stop_it(make_pair: Callable[..., Pair]) -> None:
+    prepared = Prepared(*make_pair())
+
+    def stop(done: float, _text: str) -> None:
+        if done > 0:
+            raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        distill(prepared.run, prepared.model, DATA, prepared.encoded, stop)

@@ -1,0 +1,71 @@
+"""Delta-CoMe and Topk-x: widths by place, and GPTQ without any correction of U."""
+
+import numpy as np
+import pytest
+import torch
+
+from artifacts.encoding import decode_svd
+from compression.methods import delta_come
+from compression.methods.factors import fixed_widths
+from compression.methods.topk import topk
+from compression.numerics.decomposition import decompose
+from compression.numerics.gptq import quantize_columns, quantize_rows
+from compression.numerics.ranks import rank_budget
+from tests.compression.matrices import check_result, make_task, output_error
+
+METHODS = {"delta-come": delta_come.compress_matrix, "topk-2": topk(2), "topk-32": topk(32)}
+
+
+def test_widths_of_the_papers() -> None:
+    # Delta-CoMe's published setting of a 4096 x 4096 matrix at 1 bit: 2, 32 and 968 ranks.
+    widths = fixed_widths(rank_budget(1.0, 4096, 4096), delta_come.LEADING, delta_come.REST)
+    assert widths == [8] * 2 + [3] * 32 + [2] * 968
+    assert fixed_widths(2048, [(8, 32)], 2) == [8] * 32 + [2] * 896
+
+
+@pytest.mark.parametrize("budget", range(0, 130, 7))
+@pytest.mark.parametrize("leading", [delta_come.LEADING, [(8, 2)], [(8, 32)]])
+def test_the_budget_is_spent_and_not_exceeded(budget: int, leading: list[tuple[int, int]]) -> None:
+    widths = fixed_widths(budget, leading, 2)
+    assert budget - 1 <= sum(widths) <= budget
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_steps_against_float64() -> None:
+    """The decoded delta is V under G, then every width's part of U under its own inputs."""
+    task = make_task(60, 70, bits=2.0)
+    result = delta_come.compress_matrix(task)
+    check_result(result, task)
+    widths = torch.tensor(fixed_widths(rank_budget(2.0, 60, 70), delta_come.LEADING, 2))
+    u, s, v, _ = decompose(task.delta, len(widths))
+    v_hat, _ = quantize_rows(v, widths, task.moment)
+    expected = torch.zeros(60, 70, dtype=torch.float64)
+    for width in (8, 3, 2):
+        of = widths == width
+        right = s[of, None].double() * v_hat.decode()[of].double()
+        part, _ = quantize_columns(u[:, of], widths[of], right @ task.moment @ right.T)
+        expected += part.decode().double().T @ right
+    torch.testing.assert_close(result.approximation.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_codes_and_report_agree(name: str) -> None:
+    task = make_task(64, 96, bits=1.5)
+    result = METHODS[name](task)
+    check_result(result, task)
+    matrix = decode_svd(result.encoded)
+    np.testing.assert_array_equal(matrix.u.bits, matrix.v.bits)
+    assert matrix.v.bits.sum() <= rank_budget(1.5, 64, 96)
+    counted = {str(b): int((matrix.v.bits == b).sum()) for b in set(matrix.v.bits.tolist())}
+    assert result.notes["widths"] == counted
+    assert result.notes["rank"] == len(matrix.s)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_error_falls_with_the_budget(name: str) -> None:
+    energies = []
+    for bits in (0.25, 0.5, 1.0, 2.0, 4.0):
+        task = make_task(bits=bits)
+        approximation = METHODS[name](task).approximation
+        energies.append(output_error(task.delta, approximation, task.moment))
+    assert energies == sorted(energies, reverse=True)

@@ -1,0 +1,282 @@
+"""Importing PEFT adapters: exactly what PEFT's own formula gives, or a refusal that names why."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from artifacts.encoding import Encoded, decode_dense, from_raw
+from artifacts.export import merge
+from artifacts.reader import Artifact
+from artifacts.writer import write_artifact
+from compression.methods.lora import adapter_digest, import_adapter
+from compression.model.weights import Checkpoint
+from deltadock.errors import (
+    ArchitectureMismatch,
+    DeltadockError,
+    InvalidAdapter,
+    MalformedSafetensors,
+    NonFiniteWeights,
+    UnsafeFile,
+)
+
+LAYER = "model.layers.0.self_attn.q_proj"
+HEAD = "lm_head"
+EMBEDDING = "model.embed_tokens"
+PREFIX = "base_model.model."
+
+Tensors = dict[str, Tensor]
+MakeAdapter = Callable[..., Path]
+
+
+@pytest.fixture
+def base(make_pair: Callable[..., tuple[Path, Path]]) -> Path:
+    return make_pair(tied=False)[0]
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> MakeAdapter:
+    """Writes an adapter as PEFT's `save_pretrained` does."""
+
+    def make(tensors: Tensors, **config: Any) -> Path:
+        folder = tmp_path / "adapter"
+        folder.mkdir(exist_ok=True)
+        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "bias": "none", **config}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        save_file(
+            {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()},
+            folder / "adapter_model.safetensors",
+        )
+        return folder
+
+    return make
+
+
+def factors(h_out: int, h_in: int, rank: int = 4, dtype: torch.dtype = torch.float32) -> Tensors:
+    generator = torch.Generator().manual_seed(h_out + 3 * h_in)
+    return {
+        f"{LAYER}.lora_A.weight": torch.randn(rank, h_in, generator=generator).to(dtype),
+        f"{LAYER}.lora_B.weight": torch.randn(h_out, rank, generator=generator).to(dtype),
+    }
+
+
+def delta_of(encoded: Encoded) -> Tensor:
+    return torch.from_numpy(decode_dense(encoded)).double()
+
+
+def product(tensors: Tensors, scaling: float) -> Tensor:
+    a, b = (tensors[f"{LAYER}.lora_{side}.weight"].double() for side in "AB")
+    return scaling * b @ a
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_outputs_are_those_of_the_adapter(
+    base: Path, make_adapter: MakeAdapter, dtype: torch.dtype, stabilised: bool
+) -> None:
+    tensors = factors(64, 64, dtype=dtype)
+    encoded = import_adapter(base, make_adapter(tensors, use_rslora=stabilised))
+    assert encoded.keys() == {f"{LAYER}.weight"}
+    inputs = torch.randn(7, 64, dtype=torch.float64)
+    a, b = (tensors[f"{LAYER}.lora_{side}.weight"].double() for side in "AB")
+    scaling = 12 / math.sqrt(4) if stabilised else 12 / 4
+    expected = (inputs @ a.T @ b.T) * scaling
+    found = inputs @ delta_of(encoded[f"{LAYER}.weight"]).T
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_factors_are_kept_bit_for_bit(
+    base: Path, make_adapter: MakeAdapter, dtype: torch.dtype
+) -> None:
+    tensors = factors(64, 64, dtype=dtype)
+    encoded = import_adapter(base, make_adapter(tensors))[f"{LAYER}.weight"]
+    record = encoded.record
+    assert (record["kind"], record["rank"], record["scaling"]) == ("low-rank", 4, 3.0)
+    for side, key in (("u", "B"), ("v", "A")):
+        stored = torch.from_numpy(from_raw(encoded.segments[side], record["factor_dtype"]))
+        assert torch.equal(stored, tensors[f"{LAYER}.lora_{key}.weight"].float())
+        assert encoded.segments[side].nbytes == 256 * dtype.itemsize
+
+
+@pytest.mark.parametrize("pattern", [LAYER, "q_proj", r".*\.self_attn\.q_proj", r"^model\..*proj"])
+def test_ranks_and_alphas_of_patterns(base: Path, make_adapter: MakeAdapter, pattern: str) -> None:
+    tensors = factors(64, 64, rank=2)
+    adapter = make_adapter(
+        tensors,
+        rank_pattern={"other": 9, pattern: 2},
+        alpha_pattern={pattern: 5, r"self_attn\.q_proj": 7},
+    )
+    found = delta_of(import_adapter(base, adapter)[f"{LAYER}.weight"])
+    torch.testing.assert_close(found, product(tensors, 5 / 2), rtol=1e-5, atol=1e-5)
+
+
+def test_head_and_embedding(base: Path, make_adapter: MakeAdapter) -> None:
+    a, b = torch.randn(4, 64), torch.randn(256, 4)
+    tensors = {
+        f"{HEAD}.lora_A.weight": a,
+        f"{HEAD}.lora_B.weight": b,
+        f"{EMBEDDING}.lora_embedding_A": b.T,
+        f"{EMBEDDING}.lora_embedding_B": a.T,
+    }
+    encoded = import_adapter(base, make_adapter(tensors))
+    expected = 3 * b.double() @ a.double()
+    for name in (HEAD, EMBEDDING):
+        found = delta_of(encoded[f"{name}.weight"])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_tensors_replace_and_equal_ones_are_left_out(
+    base: Path, make_adapter: MakeAdapter
+) -> None:
+    checkpoint = Checkpoint(base)
+    bias, norm = f"{LAYER}.bias", "model.norm.weight"
+    tensors = {
+        f"{LAYER}.base_layer.bias": checkpoint.tensor(bias) + 1,
+        norm: checkpoint.tensor(norm).float() + 0.125,
+        "lm_head.weight": checkpoint.tensor("lm_head.weight"),
+    }
+    encoded = import_adapter(base, make_adapter(tensors, bias="lora_only"))
+    assert {name: e.record["dtype"] for name, e in encoded.items()} == {bias: "BF16", norm: "F32"}
+    assert encoded[norm].segments["data"].tolist() == tensors[norm].tolist()
+
+
+def test_a_resized_vocabulary(base: Path, make_adapter: MakeAdapter) -> None:
+    name = "model.embed_tokens.weight"
+    table = Checkpoint(base).tensor(name)
+    longer = torch.cat([table, torch.ones(3, 64, dtype=table.dtype)])
+    encoded = import_adapter(base, make_adapter({name: longer}))[name]
+    assert encoded.record["kind"] == "new-rows"
+    assert encoded.nbytes == 3 * 64 * 2
+    longer[0] += 1
+    with pytest.raises(InvalidAdapter, match="adds rows"):
+        import_adapter(base, make_adapter({name: longer}))
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_conv1d_weights_are_the_transpose(
+    make_adapter: MakeAdapter, tmp_path: Path, square: bool
+) -> None:
+    h_in, h_out = (24, 24) if square else (24, 72)
+    base = tmp_path / "gpt2"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "gpt2"}')
+    save_file({f"{LAYER}.weight": torch.randn(h_in, h_out)}, base / "model.safetensors")
+    tensors = factors(h_out, h_in)
+    found = import_adapter(base, make_adapter(tensors, fan_in_fan_out=True))[f"{LAYER}.weight"]
+    assert found.record["kind"] == "transposed"
+    torch.testing.assert_close(delta_of(found), product(tensors, 3).T, rtol=1e-5, atol=1e-5)
+    if square:  # told by the configuration alone
+        plain = import_adapter(base, make_adapter(tensors))[f"{LAYER}.weight"]
+        torch.testing.assert_close(delta_of(plain), product(tensors, 3), rtol=1e-5, atol=1e-5)
+
+
+def test_the_merged_checkpoint_is_the_adapters(
+    base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    tensors = factors(64, 64)
+    encoded = import_adapter(base, make_adapter(tensors))
+    checkpoint = Checkpoint(base)
+    manifest = {
+        "base_digest": checkpoint.manifest.weights_digest, "method": "lora", "files": {},
+        "nominal_bits": None, "checkpoint_bytes": checkpoint.bf16_bytes,
+        "parameters": checkpoint.parameters,
+    }  # fmt: skip
+    path = tmp_path / "a.delta"
+    write_artifact(path, encoded, manifest)
+    with Artifact(path) as artifact:
+        artifact.check_intact()
+    merge(base, path, tmp_path / "merged")
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    before = checkpoint.tensor(f"{LAYER}.weight")
+    expected = (before.float() + product(tensors, 3).float()).to(before.dtype)
+    torch.testing.assert_close(after[f"{LAYER}.weight"], expected)
+    assert torch.equal(after["model.norm.weight"], checkpoint.tensor("model.norm.weight"))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"target_parameters": ["experts"]}, "target_parameters"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"peft_type": "IA3"}, "LORA"),
+        ({"r": 8}, "8"),
+        ({"r": 0}, "r or lora_alpha"),
+        ({"r": True}, "r or lora_alpha"),
+        ({"lora_alpha": None}, "r or lora_alpha"),
+        ({"lora_alpha": "inf"}, "r or lora_alpha"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "intricate"),
+        ({"alpha_pattern": {"(": 4}}, "invalid"),
+        ({"alpha_pattern": ["q_proj"]}, "r or lora_alpha"),
+    ],
+)
+def test_configurations_that_are_refused(
+    base: Path, make_adapter: MakeAdapter, config: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidAdapter, match=words):
+        import_adapter(base, make_adapter(factors(64, 64), **config))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({f"{LAYER}.lora_A.weight": None}, InvalidAdapter, "both factors"),
+        ({f"{LAYER}.weight": torch.zeros(64, 64)}, InvalidAdapter, "both factors"),
+        ({f"{LAYER}.lora_magnitude_vector": torch.ones(64)}, InvalidAdapter, "DoRA"),
+        ({f"{LAYER}.lora_B.bias": torch.ones(64)}, InvalidAdapter, "cannot be imported"),
+        ({f"{LAYER}.lora_A.weight": torch.ones(5, 64)}, InvalidAdapter, "no product"),
+        ({f"{LAYER}.lora_A.weight": torch.ones(4, 63)}, ArchitectureMismatch, "one of shape"),
+        ({"model.layers.9.mlp.weight": torch.ones(2, 2)}, ArchitectureMismatch, "none"),
+        ({f"{LAYER}.lora_A.weight": torch.full((4, 64), torch.nan)}, NonFiniteWeights, "NaN"),
+        ({f"{LAYER}.lora_A.weight": torch.ones(4, 64).double()}, InvalidAdapter, "float64"),
+    ],
+)
+def test_tensors_that_are_refused(
+    base: Path,
+    make_adapter: MakeAdapter,
+    change: dict[str, Tensor | None],
+    error: type[DeltadockError],
+    words: str,
+) -> None:
+    tensors = {**factors(64, 64), **change}
+    adapter = make_adapter({name: t for name, t in tensors.items() if t is not None})
+    with pytest.raises(error, match=words):
+        import_adapter(base, adapter)
+
+
+def test_files_that_are_missing_or_damaged(base: Path, make_adapter: MakeAdapter) -> None:
+    adapter = make_adapter(factors(64, 64))
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(MalformedSafetensors):
+        import_adapter(base, adapter)
+    weights.rename(adapter / "adapter_model.bin")
+    with pytest.raises(UnsafeFile, match="safe_serialization"):
+        import_adapter(base, adapter)
+    (adapter / "adapter_model.bin").unlink()
+    with pytest.raises(InvalidAdapter, match="no adapter_model"):
+        import_adapter(base, adapter)
+    config.write_text("{")
+    with pytest.raises(InvalidAdapter, match="JSON"):
+        import_adapter(base, adapter)
+    config.unlink()
+    with pytest.raises(InvalidAdapter, match="no adapter_config"):
+        import_adapter(base, adapter)
+
+
+def test_the_digest_is_of_both_files(make_adapter: MakeAdapter) -> None:
+    digests = {
+        adapter_digest(make_adapter(tensors, lora_alpha=alpha))
+        for tensors in (factors(64, 64), factors(64, 32))
+        for alpha in (1, 2)
+    }
+    assert len(digests) == 4

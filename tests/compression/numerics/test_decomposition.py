@@ -1,0 +1,105 @@
+"""Truncated decompositions against the whole SVD in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from compression.numerics import decomposition
+from compression.numerics.decomposition import Decomposition, decompose
+from tests.compression.matrices import make_task
+
+Spectrum = Callable[[Tensor], Tensor]
+SPECTRA: dict[str, Spectrum] = {
+    "flat": lambda rank: 1 - rank / 400,
+    "exponential": lambda rank: torch.exp(-rank / 12),
+    "power": lambda rank: (1 + rank) ** -0.7,
+}
+
+
+def make_matrix(rows: int, columns: int, spectrum: Spectrum) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(rows, rows, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(columns, rows, generator=generator)).Q
+    return (left * spectrum(torch.arange(rows).float())) @ right.T
+
+
+def lost(delta: Tensor, found: Decomposition) -> float:
+    """Squared norm of what the triples leave."""
+    product = (found.u.double() * found.s.double()) @ found.v.double()
+    return float((delta.double() - product).square().sum())
+
+
+@pytest.fixture
+def iterated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets small matrices take the way of large ones."""
+    monkeypatch.setattr(decomposition, "DENSE_SIZE", 64)
+
+
+@pytest.mark.parametrize("shape", [(48, 80), (80, 48), (4, 3), (1, 5)])
+def test_all_ranks_give_the_matrix_with_settled_signs(shape: tuple[int, int]) -> None:
+    delta = make_task(*shape).delta
+    found = decompose(delta, min(shape))
+    values = torch.linalg.svdvals(delta.double())[: len(found.s)]
+    torch.testing.assert_close(found.s.double(), values, rtol=1e-5, atol=0)
+    torch.testing.assert_close((found.u * found.s) @ found.v, delta, rtol=1e-4, atol=1e-4)
+    assert found.fallback is None
+    peaks = found.v.abs().argmax(dim=1)
+    assert (found.v[torch.arange(len(found.s)), peaks] > 0).all()
+    flipped = decompose(-delta, min(shape))
+    torch.testing.assert_close(flipped.v, found.v)
+    torch.testing.assert_close(flipped.u, -found.u)
+
+
+@pytest.mark.usefixtures("iterated")
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_iteration_keeps_what_the_svd_keeps(name: str, turned: bool) -> None:
+    delta = make_matrix(300, 340, SPECTRA[name])
+    delta = delta.T if turned else delta
+    found = decompose(delta, 40)
+    values = torch.linalg.svdvals(delta.double())
+    assert found.fallback is None
+    assert len(found.s) == 40
+    torch.testing.assert_close(found.s.double(), values[:40], rtol=2e-3, atol=0)
+    assert lost(delta, found) < (1 + 1e-3) * float(values[40:].square().sum())
+    eye = torch.eye(40)
+    torch.testing.assert_close(found.u.T @ found.u, eye, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.v @ found.v.T, eye, rtol=0, atol=1e-5)
+    again = decompose(delta, 40)
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], again[:3], strict=True))
+
+
+@pytest.mark.usefixtures("iterated")
+def test_a_spectrum_too_steep_for_float32_falls_back_and_says_so() -> None:
+    delta = make_matrix(300, 340, lambda rank: torch.where(rank < 5, 1.0, 1e-4))
+    found = decompose(delta, 40)
+    assert found.fallback is not None
+    values = torch.linalg.svdvals(delta.double())
+    torch.testing.assert_close(found.s.double(), values[:40], rtol=1e-3, atol=0)
+
+
+@pytest.mark.usefixtures("iterated")
+def test_no_pass_left_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decomposition, "PASSES", 1)
+    delta = make_matrix(300, 340, SPECTRA["power"])
+    found = decompose(delta, 40)
+    assert found.fallback is not None
+    values = torch.linalg.svdvals(delta.double())
+    torch.testing.assert_close(found.s.double(), values[:40], rtol=1e-5, atol=0)
+
+
+def test_ranks_that_are_only_rounding_are_left_out() -> None:
+    delta = torch.outer(torch.linspace(-1, 1, 48), torch.linspace(0.1, 2, 80))
+    found = decompose(delta, 20)
+    assert len(found.s) == 1
+    torch.testing.assert_close((found.u * found.s) @ found.v, delta)
+
+
+@pytest.mark.parametrize("size", [(6, 9), (2000, 8)])
+def test_a_delta_of_zero_has_one_rank_of_zero(size: tuple[int, int]) -> None:
+    found = decompose(torch.zeros(size), 5)
+    assert found.s.tolist() == [0.0]
+    assert torch.isfinite(found.u).all()
+    assert torch.isfinite(found.v).all()

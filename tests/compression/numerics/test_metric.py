@@ -1,0 +1,124 @@
+"""Metrics against plain float64 linear algebra."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from compression.numerics.metric import DAMPING, Metric, weighted_error
+from deltadock.errors import InvalidCalibration
+from tests.compression.matrices import make_moment
+
+N = 12
+ROWS = torch.randn(5, N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def moment_of(*, diagonal: bool) -> Tensor:
+    moment = make_moment(N)
+    return moment.diagonal().clone() if diagonal else moment
+
+
+def dense(metric: Metric) -> Tensor:
+    return metric.moment.diag() if metric.diagonal else metric.moment
+
+
+@pytest.fixture(params=[False, True], ids=["dense", "diagonal"])
+def metric(request: pytest.FixtureRequest) -> Metric:
+    return Metric.of(moment_of(diagonal=request.param))
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("damping", [DAMPING, 0.3])
+def test_a_share_of_the_mean_diagonal_is_added(diagonal: bool, damping: float) -> None:
+    moment = moment_of(diagonal=diagonal)
+    metric = Metric.of(moment.float(), damping)
+    assert metric.damping == damping
+    assert metric.diagonal == diagonal
+    added = damping * make_moment(N).diagonal().mean()
+    expected = (moment.diag() if diagonal else moment) + added * torch.eye(N)
+    torch.testing.assert_close(dense(metric), expected, rtol=1e-6, atol=1e-6)
+    factor = metric.factor.diag() if diagonal else metric.factor
+    torch.testing.assert_close(factor @ factor.T, dense(metric))
+    assert torch.equal(factor, factor.tril())
+
+
+def test_products_and_solutions(metric: Metric) -> None:
+    moment = dense(metric)
+    factor = torch.linalg.cholesky(moment)
+    torch.testing.assert_close(metric.whiten(ROWS), ROWS @ factor)
+    torch.testing.assert_close(metric.unwhiten(ROWS), ROWS @ torch.linalg.inv(factor))
+    torch.testing.assert_close(metric.times(ROWS), ROWS @ moment)
+    torch.testing.assert_close(metric.solve(ROWS), ROWS @ torch.linalg.inv(moment))
+    determinant = np.linalg.slogdet(moment.numpy()).logabsdet
+    assert metric.geometric_mean == pytest.approx(np.exp(determinant / N), rel=1e-9)
+
+
+def test_plus_and_scaled(metric: Metric) -> None:
+    more = metric.plus(0.7)
+    torch.testing.assert_close(dense(more), dense(metric) + 0.7 * torch.eye(N))
+    torch.testing.assert_close(more.whiten(ROWS).square(), (
+        ROWS @ torch.linalg.cholesky(dense(metric) + 0.7 * torch.eye(N))
+    ).square())  # fmt: skip
+    scale = torch.logspace(-6, 1, N, dtype=torch.float64)
+    scaled = metric.scaled(scale)
+    torch.testing.assert_close(dense(scaled), scale[:, None] * dense(metric) * scale)
+    # Coordinates divided by the scale are worth under it what they were.
+    torch.testing.assert_close(
+        scaled.whiten(ROWS / scale).square().sum(1), metric.whiten(ROWS).square().sum(1)
+    )
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-7])
+def test_feedback_is_the_upper_factor_of_the_inverse(smallest: float) -> None:
+    # The scales of a half-precision side may lie seven decades apart.
+    scale = torch.logspace(float(np.log10(smallest)), 0, N, dtype=torch.float64)
+    metric = Metric.of(make_moment(N)).scaled(scale)
+    upper = metric.feedback()
+    assert upper.dtype == torch.float32
+    assert torch.equal(upper, upper.triu())
+    inverse = torch.linalg.inv(Metric.of(make_moment(N)).moment) / scale[:, None] / scale
+    scaled = scale[:, None] * (upper.double().T @ upper.double()) * scale
+    torch.testing.assert_close(scaled, scale[:, None] * inverse * scale, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4,)])
+def test_a_moment_of_zero_weighs_all_alike(shape: tuple[int, ...]) -> None:
+    metric = Metric.of(torch.zeros(shape))
+    torch.testing.assert_close(dense(metric), torch.eye(4, dtype=torch.float64))
+    assert metric.damping == DAMPING
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(3, 3), (3,)])
+def test_what_is_not_finite_is_refused(bad: float, shape: tuple[int, ...]) -> None:
+    moment = torch.ones(shape)
+    moment[1] = bad
+    with pytest.raises(InvalidCalibration, match="NaN"):
+        Metric.of(moment)
+
+
+@pytest.mark.parametrize(
+    ("negative", "damping"), [(0.0, DAMPING), (0.05, 10 * DAMPING), (0.5, 100 * DAMPING)]
+)
+def test_damping_rises_until_the_moment_is_positive(negative: float, damping: float) -> None:
+    values = torch.ones(N, dtype=torch.float64)
+    values[0], values[1] = -negative, 1 + negative
+    turn = torch.linalg.qr(torch.randn(N, N, dtype=torch.float64)).Q
+    metric = Metric.of(turn * values @ turn.T)
+    assert metric.damping == pytest.approx(damping)
+    assert torch.linalg.eigvalsh(metric.moment)[0] > 0
+
+
+def test_a_moment_that_no_damping_helps_is_refused() -> None:
+    with pytest.raises(InvalidCalibration, match="not positive"):
+        Metric.of(torch.tensor([[10.0, 20.0], [20.0, 10.0]]))
+
+
+def test_weighted_error_is_the_trace() -> None:
+    residual = torch.randn(7, N, dtype=torch.float64)
+    rows, columns = Metric.of(make_moment(7)), Metric.of(make_moment(N))
+    expected = torch.trace(rows.moment @ residual @ columns.moment @ residual.T)
+    assert weighted_error(residual, rows, columns) == pytest.approx(float(expected))
+    diagonal = Metric.of(make_moment(7).diagonal())
+    expected = torch.trace(diagonal.moment.diag() @ residual @ columns.moment @ residual.T)
+    assert weighted_error(residual, diagonal, columns) == pytest.approx(float(expected))

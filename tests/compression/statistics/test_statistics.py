@@ -1,0 +1,237 @@
+"""Moments gathered block by block, against hooks and autograd in plain transformers."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compression.assembly.scratch import Scratch
+from compression.calibration.windows import CalibrationSet
+from compression.model.forward import BlockwiseModel
+from compression.run import CompressOptions, Run, open_run
+from compression.statistics import collecting as statistics
+from compression.statistics.collecting import Statistics, collect, matrices_of
+from tests.compression.family_cases import CASES, TOKENS, save
+
+TRAIN, HELD = TOKENS, TOKENS.flip(1)[:2]
+SEEN = TRAIN[[0, 2, 4]]
+"""What gradients are taken on: three sequences from all over the text."""
+
+
+class Collected(NamedTuple):
+    """Moments, and what they were gathered from."""
+
+    statistics: Statistics
+    model: BlockwiseModel
+    run: Run
+    whole: Any
+    labels: Tensor
+
+
+@pytest.fixture
+def scratch() -> Iterator[Scratch]:
+    with Scratch(10_000) as found:  # most of it on disk
+        yield found
+
+
+def collected(
+    family: str, folder: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> Collected:
+    save(CASES[family], folder / "base")
+    whole = save(CASES[family], folder / "tuned", scale=0.02)
+    monkeypatch.setattr(statistics, "GRADIENT_TOKENS", SEEN.numel() + 5)
+    drawn, multinomial = [], torch.multinomial
+
+    def kept(*args: Any, **kwargs: Any) -> Tensor:
+        drawn.append(multinomial(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "multinomial", kept)
+    options = CompressOptions(method="optimix", seed=3)
+    run = open_run(folder / "base", folder / "tuned", options, lambda _: None)
+    model = BlockwiseModel(folder / "tuned")
+    data = CalibrationSet(TRAIN, HELD, "", [])
+    seen: list[float] = []
+    found = collect(
+        run, model, data, scratch, gradients=True, progress=lambda done, _: seen.append(done)
+    )
+    assert seen == sorted(seen)
+    assert seen[0] >= 0
+    assert seen[-1] <= 1
+    return Collected(found, model, run, whole, torch.cat(drawn).squeeze(1))
+
+
+def second_moment(rows: Tensor) -> Tensor:
+    flat = rows.detach().flatten(0, -2).double()
+    return flat.T @ flat / len(flat)
+
+
+def run_whole(whole: Any, tokens: Tensor, labels: Tensor | None) -> tuple[dict[str, Tensor], ...]:
+    """Every module's inputs and, with labels, the gradients at its outputs; and the logits."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def keep(_module: Any, args: tuple[Any, ...], result: Any) -> None:
+            inputs[name], outputs[name] = args[0], result
+            if labels is not None:
+                result.retain_grad()
+
+        return keep
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in whole.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+    ]
+    logits = whole(tokens).logits.float().flatten(0, 1)
+    gradients = {}
+    if labels is not None:
+        torch.autograd.backward([F.cross_entropy(logits, labels, reduction="sum")])
+        gradients = {name: out.grad for name, out in outputs.items() if out.grad is not None}
+    for handle in handles:
+        handle.remove()
+    return inputs, gradients, {"logits": logits.detach()}
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    size = float(expected.abs().max())
+    torch.testing.assert_close(found, expected.double(), rtol=1e-3, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+def test_moments_equal_those_of_plain_transformers(
+    family: str, tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, model, _, whole, labels = collected(family, tmp_path, scratch, monkeypatch)
+    inputs, _, _ = run_whole(whole, TRAIN, None)
+    held, _, _ = run_whole(whole, HELD, None)
+    _, gradients, scores = run_whole(whole, SEEN, labels)
+    linear = [matrix for matrix in found.matrices if matrix.role == "linear"]
+    assert [matrix.ref for matrix in linear] == [
+        ref for name in model.blocks for ref in model.matrices[name]
+    ]
+    for matrix in linear:
+        key, path = matrix.ref.key, matrix.ref.name.removesuffix(".weight")
+        close(found.inputs(key), second_moment(inputs[path]))
+        held_moment = found.held_inputs(key)
+        assert held_moment is not None
+        close(held_moment, second_moment(held[path]))
+        close(found.outputs(key), second_moment(gradients[path]))
+        assert found.notes[key] == []
+
+    chances = scores["logits"].softmax(-1).double()
+    spread = (chances * (1 - chances)).mean(0)
+    embedding = found.matrices[-1]
+    assert (embedding.role, embedding.ref.name) == ("embedding", model.embedding)
+    assert found.held_inputs(model.embedding) is None
+    name = model.embedding.removesuffix(".weight")
+    frequency = torch.bincount(SEEN.flatten(), minlength=256) / SEEN.numel()
+    # Where the module multiplies its rows, what comes before that is a row's gradient.
+    module = whole.get_submodule(name)
+    row = module.weight[TRAIN[0, 0]]
+    factor = float((module(TRAIN[:1, :1])[0, 0] / row).detach().median())
+    assert factor == pytest.approx(32**0.5 if family == "gemma" else 1)
+    lookup = second_moment(gradients[name]) * factor**2
+    if model.head is not None:
+        head = found.matrices[-2]
+        assert (head.role, head.ref) == ("head", model.head)
+        close(found.inputs(head.ref.key), second_moment(inputs["lm_head"]))
+        close(found.outputs(head.ref.key), spread)
+        close(found.outputs(embedding.ref.key), frequency)
+        close(found.inputs(embedding.ref.key), lookup)
+        return
+    as_head = second_moment(inputs["lm_head"])
+    # The nearest product in the sense of traces: along each side, and of the whole.
+    rows = frequency * lookup.trace() + spread * as_head.trace()
+    columns = frequency.sum() * lookup + spread.sum() * as_head
+    close(
+        found.outputs(embedding.ref.key).outer(found.inputs(embedding.ref.key).flatten()),
+        rows.outer((columns / columns.trace()).flatten()),
+    )
+
+
+def test_labels_are_sampled_from_the_models_own_predictions(
+    tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, _, whole, labels = collected("qwen2", tmp_path, scratch, monkeypatch)
+    scores = run_whole(whole, SEEN, None)[2]["logits"].log_softmax(-1).double()
+    surprise = -scores.gather(1, labels[:, None]).squeeze(1)
+    entropy = -(scores.exp() * scores).sum(-1)
+    spread = (scores.exp() * scores.square()).sum(-1) - entropy.square()
+    assert len(labels) == SEEN.numel()
+    difference = float((surprise - entropy).sum())
+    assert abs(difference) < 4 * float(spread.sum()) ** 0.5
+    assert not torch.equal(labels, scores.argmax(-1))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_experts_count_by_the_tokens_that_reach_them(
+    family: str, tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, model, run, _, labels = collected(family, tmp_path, scratch, monkeypatch)
+    tokens, source = SEEN, run.finetuned
+    inputs: dict[str, list[Tensor]] = defaultdict(list)
+    gradients: dict[str, list[Tensor]] = defaultdict(list)
+    whole = model.embed(TRAIN, source)
+    states = [model.embed(tokens, source)]
+    for index in range(len(model.blocks)):
+        whole = model.run_block(index, whole, source, lambda key, x: inputs[key].append(x))
+        states.append(model.run_block(index, states[-1], source))
+    _, gradient = model.backward_head(
+        states[-1],
+        source,
+        lambda logits, piece: F.cross_entropy(logits, labels[piece], reduction="sum"),
+    )
+    for index in reversed(range(len(model.blocks))):
+        gradient = model.backward_block(
+            index, states[index], gradient, source,
+            observe_gradients=lambda key, g: gradients[key].append(g),
+        )  # fmt: skip
+    refs = [ref for name in model.blocks for ref in model.matrices[name]]
+    experts = [ref for ref in refs if ref.mixture is not None]
+    assert experts
+    for ref in experts:
+        peers = [peer.key for peer in experts if peer.mixture == ref.mixture]
+        for samples, count, moment in (
+            (inputs, TRAIN.numel(), found.inputs(ref.key)),
+            (gradients, None, found.outputs(ref.key)),
+        ):
+            own = _rows(samples[ref.key], len(moment))
+            mean = second_moment(torch.cat([_rows(samples[key], len(moment)) for key in peers]))
+            lacking = max(0, len(moment) - len(own))
+            total = own.T @ own + lacking * mean
+            # Of the inputs per token of the text, of the gradients per token that came by.
+            close(moment, total / (count or max(len(own), len(moment))))
+
+
+def _rows(pieces: list[Tensor], width: int) -> Tensor:
+    rows = [piece.detach().reshape(-1, width).double() for piece in pieces]
+    return torch.cat(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
+
+
+def test_only_what_changed_is_looked_at(tmp_path: Path) -> None:
+    save(CASES["llama"], tmp_path / "base")
+    save(CASES["llama"], tmp_path / "tuned")
+    run = open_run(tmp_path / "base", tmp_path / "tuned", CompressOptions(), lambda _: None)
+    assert matrices_of(run, BlockwiseModel(tmp_path / "tuned"), with_embedding=True) == []
+
+
+def test_without_gradients_there_are_inputs_alone(tmp_path: Path, scratch: Scratch) -> None:
+    save(CASES["qwen2"], tmp_path / "base")
+    save(CASES["qwen2"], tmp_path / "tuned", scale=0.02)
+    run = open_run(tmp_path / "base", tmp_path / "tuned", CompressOptions(), lambda _: None)
+    found = collect(
+        run, BlockwiseModel(tmp_path / "tuned"), CalibrationSet(TRAIN, HELD, "", []), scratch,
+        gradients=False, progress=lambda *_: None,
+    )  # fmt: skip
+    assert {matrix.role for matrix in found.matrices} == {"linear"}
+    key = found.matrices[0].ref.key
+    assert found.inputs(key).shape == (32, 32)
+    with pytest.raises(KeyError):
+        found.outputs(key)
