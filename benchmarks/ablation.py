@@ -35,7 +35,6 @@ from compression.methods import optimix
 from compression.model.forward import BlockwiseModel
 from compression.numerics import budget, two_sided
 from compression.numerics.budget import Profile, Shares
-from compression.numerics.midrise import DISTORTION
 from compression.run import CompressOptions, Run, open_run
 from compression.statistics.collecting import Statistics, collect
 from compression.work import NoWorkStore
@@ -85,7 +84,6 @@ def _no_sign(losses: Tensor) -> Tensor:
 def variants() -> dict[str, Patches]:
     """Each variant's patches; none of them is an option of the product."""
     outputs, losses = Statistics.outputs, two_sided.losses
-    still = dict.fromkeys(DISTORTION, 0.0)
     return {
         "as it is, not distilled": [],
         "errors weighed by the inputs alone": [
@@ -98,7 +96,6 @@ def variants() -> dict[str, Patches]:
             mock.patch.object(Profile, "costs", _equal_widths(Profile.costs))
         ],
         "no 1-bit codes": [mock.patch.object(optimix, "losses", lambda *a: _no_sign(losses(*a)))],
-        "no shrinking towards the metric": [mock.patch.object(two_sided, "DISTORTION", still)],
         "no refitting of V": [_refinements(0)],
         "one refitting of V": [_refinements(1)],
         "scales of rows and columns everywhere": [mock.patch.object(optimix, "SCALED_RANKS", 0)],

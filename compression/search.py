@@ -1,7 +1,7 @@
 """From a goal to an artifact: the budget that a size, a ratio or a bound on fidelity asks for."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,7 +11,7 @@ from compression.goal import Goal
 from compression.report import Report
 from deltadock.errors import InvalidGoal
 
-SIZE_TRIALS: Final = 5
+SIZE_TRIALS: Final = 6
 CLOSE: Final = 0.995
 """An artifact of at least this share of the bytes allowed is close enough."""
 BOUND_TRIALS: Final = 9
@@ -56,15 +56,11 @@ def fit_size(
     low, high = _range(info)
     bits = _nearest(info, guess)
     below, above = 0.0, math.inf
-    # Bytes that one bit more takes: what the codes alone do, and then what was seen.
+    # Bytes that one bit more takes, from the codes alone.
     slope = max(weights, 1) / 8
     tried: dict[float, int] = {}
     for left in reversed(range(SIZE_TRIALS)):
         size = draft(bits)
-        if tried:
-            last = next(reversed(tried))
-            seen = (size - tried[last]) / (bits - last)
-            slope = seen if seen > 0 else slope
         tried[bits] = size
         fits = size <= limit
         below, above = (bits, above) if fits else (below, bits)
@@ -76,10 +72,7 @@ def fit_size(
                 break
             bits = between[-1] if fits else between[0]
             continue
-        wish = bits + ((CLOSE + 1) / 2 * limit - size) / slope
-        if not below < wish < above:
-            wish = (below + above) / 2
-        bits = min(max(wish, low), high)
+        bits = min(max(_towards((CLOSE + 1) / 2 * limit, tried, below, above, slope), low), high)
         if left == 1 and below == 0.0:
             bits = low
         if bits in tried:
@@ -90,6 +83,30 @@ def fit_size(
             f"smallest takes {min(tried.values())}. Allow more bytes, or take another method."
         )
     return below
+
+
+def _towards(
+    aim: float, tried: Mapping[float, int], below: float, above: float, slope: float
+) -> float:
+    """The next budget to try for `aim` bytes: on the line through what was seen.
+
+    Sizes grow in small jumps: a line through two close budgets would say little, and so it is drawn
+    through the nearest that fit and do not; a fifth of the way is given up where it missed on the
+    same side again.
+    """
+    *_, last = tried
+    if below in tried and above in tried:
+        share = (aim - tried[below]) / max(tried[above] - tried[below], 1)
+        sides = [budget >= above for budget in list(tried)[-2:]]
+        if sides[0] == sides[1]:
+            share = share * 0.8 if sides[0] else 1 - (1 - share) * 0.8
+        return below + (above - below) * min(max(share, 0.05), 0.95)
+    if len(tried) > 1:
+        first, second = list(tried)[-2:]
+        seen = (tried[second] - tried[first]) / (second - first)
+        slope = seen if seen > 0 else slope
+    wish = last + (aim - tried[last]) / slope
+    return wish if below < wish < above else (below + above) / 2
 
 
 def reach_bound(make: Make, out: Path, info: MethodInfo, goal: Goal) -> Report:

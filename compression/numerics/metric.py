@@ -64,12 +64,6 @@ class Metric:
         """Whether the coordinates are weighted one by one."""
         return self.moment.ndim == 1
 
-    @property
-    def geometric_mean(self) -> float:
-        """`det(M) ** (1/n)`: the noise power that feedback quantization leaves per coordinate."""
-        factor = self.factor if self.diagonal else self.factor.diagonal()
-        return float(torch.exp(2 * factor.log().mean()))
-
     def whiten(self, rows: Tensor) -> Tensor:
         """(r, n) times L."""
         return rows * self.factor if self.diagonal else rows @ self.factor
@@ -84,18 +78,6 @@ class Metric:
     def times(self, rows: Tensor) -> Tensor:
         """(r, n) times M."""
         return rows * self.moment if self.diagonal else rows @ self.moment
-
-    def solve(self, rows: Tensor) -> Tensor:
-        """(r, n) times the inverse of M."""
-        if self.diagonal:
-            return rows / self.moment
-        return torch.cholesky_solve(rows.t(), self.factor).t()
-
-    def plus(self, strength: float) -> "Metric":
-        """`M + strength * I`."""
-        moment = _plus_diagonal(self.moment, strength)
-        factor = moment.sqrt() if self.diagonal else torch.linalg.cholesky(moment)
-        return Metric(moment, factor, self.damping)
 
     def scaled(self, scale: Tensor) -> "Metric":
         """The metric of coordinates that are divided by `scale` (n,), positive: `C M C`."""

@@ -17,9 +17,6 @@ SHRINKS: Final = (1.0, 0.88, 0.78, 0.7, 0.62, 0.56, 0.5, 0.44, 0.39, 0.34, 0.29,
 SAMPLED: Final = 1024
 """Coordinates that decide a step."""
 
-DISTORTION: Final = {1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.0115, 5: 0.0035, 6: 0.001, 8: 0.0001}
-"""Mean square error of the best uniform quantizer of a unit Gaussian (Max, 1960), by width."""
-
 
 @dataclass(frozen=True, slots=True)
 class Midrise:

@@ -5,10 +5,6 @@ moment of the layer's inputs, B that of the gradients at its outputs (a Kronecke
 matrix). With `A = L L^T` and `B = M M^T`, the singular value decomposition of `M^T D L` splits the
 delta D into ranks whose errors add up, and a rank that is dropped costs its singular value squared.
 Both factors are then quantized, V's rows under A and U's columns under B.
-
-A quantizer of d bits leaves noise whatever its input, so that what it is given should not hold
-directions weaker than that noise: a vector v is first shrunk to `v M (M + m I)^-1`, m being the
-noise that the width is expected to leave (reverse water-filling).
 """
 
 from dataclasses import dataclass
@@ -18,11 +14,9 @@ import torch
 from torch import Tensor
 
 from compression.numerics.metric import Metric, weighted_error
-from compression.numerics.midrise import DISTORTION, Midrise, quantize
+from compression.numerics.midrise import Midrise, quantize
 
 WIDTHS: Final = (1, 2, 3, 4, 5, 6, 8)
-SHRUNK: Final = (1, 2)
-"""Widths whose noise is worth shrinking for; errors are shaped for the last of them."""
 SIMULATED: Final = 128
 """Ranks of a matrix whose quantization is simulated; those between are interpolated."""
 RIDGE: Final = 1e-6
@@ -36,13 +30,10 @@ class Side:
         """Factor what quantization under `metric` needs; a coordinate of scale 0 decodes to 0."""
         self.metric = metric
         self.scale = scale
-        mean = metric.geometric_mean
-        self._noisy = {width: metric.plus(DISTORTION[width] * mean) for width in SHRUNK}
         self._feedback = None
         if not metric.diagonal:
-            shaped = self._noisy[max(SHRUNK)]
             self._feedback = (
-                shaped if scale is None else shaped.scaled(self._divisor())
+                metric if scale is None else metric.scaled(self._divisor())
             ).feedback()
 
     def _divisor(self) -> Tensor:
@@ -51,18 +42,8 @@ class Side:
 
     def quantize(self, vectors: Tensor, bits: Tensor) -> Midrise:
         """Quantize rows (r, n) of any length, row i to `bits[i]`, in scaled coordinates."""
-        target = vectors
-        for width in SHRUNK:
-            chosen = (bits == width).nonzero().squeeze(1)
-            if len(chosen):
-                target = target.index_copy(0, chosen, self._shrink(vectors[chosen], width))
-        if self.scale is not None:
-            target = target / self._divisor()
+        target = vectors if self.scale is None else vectors / self._divisor()
         return quantize(target, bits, self._feedback)
-
-    def _shrink(self, vectors: Tensor, width: int) -> Tensor:
-        """What a quantizer of this width is given."""
-        return self._noisy[width].solve(self.metric.times(vectors))
 
     def units(self, codes: Midrise) -> Tensor:
         """Quantized vectors without their steps, (r, n) float64, in the side's own coordinates."""
@@ -71,8 +52,7 @@ class Side:
 
     def with_scale(self, vectors: Tensor, weights: Tensor) -> "Side":
         """The side with each coordinate scaled to the size that the vectors (r, n) have there."""
-        target = self._shrink(vectors, max(SHRUNK))
-        scale = (target.square() * weights[:, None]).sum(0).sqrt()
+        scale = (vectors.square() * weights[:, None]).sum(0).sqrt()
         # The artifact keeps the scale in half precision.
         scale = (scale / scale.max().clamp_min(torch.finfo(torch.float64).tiny)).half().double()
         return Side(self.metric, scale)
