@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 
 from deltadock.errors import InferenceFailed
-from inference.attention import Span, make_step
-from inference.layers import to_groups
 from inference.model import BaseModel
+from inference.passes import Passes
 from inference.sampler import SampledToken, Scores
-from inference.scheduler import Event, FinishReason, Scheduler, Sequence, Work
+from inference.scheduler import Scheduler, Work
+from inference.sequence import Event, FinishReason, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +27,28 @@ class Engine:
     """
 
     def __init__(
-        self, model: BaseModel, *, max_sequences: int, context_tokens: int, pass_tokens: int
+        self,
+        model: BaseModel,
+        *,
+        max_sequences: int,
+        context_tokens: int,
+        pass_tokens: int,
+        cache_slots: int = 0,
     ) -> None:
-        self._model = model
+        """Make the cache; nothing runs before `start`.
+
+        Args:
+            model: the base.
+            max_sequences: sequences of a pass.
+            context_tokens: tokens of a sequence, the answer's included.
+            pass_tokens: tokens of a pass; longer prompts are taken in parts.
+            cache_slots: sequences whose keys and values are kept, those of ended ones included;
+                `max_sequences` at least.
+        """
         self.context_tokens = min(context_tokens, model.context_tokens)
-        self._cache = model.make_cache(max_sequences, self.context_tokens)
-        self._scheduler = Scheduler(self._cache, pass_tokens)
+        cache = model.make_cache(max(cache_slots, max_sequences), self.context_tokens)
+        self._passes = Passes(model, cache)
+        self._scheduler = Scheduler(cache, pass_tokens, max_sequences)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -58,8 +74,13 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for a cache slot."""
+        """Sequences that wait for a place in the batch."""
         return len(self._scheduler.waiting)
+
+    @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens whose keys and values were found in the cache, since the start."""
+        return self._scheduler.slots.reused_tokens
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence; its tokens must fit the context."""
@@ -111,46 +132,34 @@ class Engine:
         a token again does no harm.
         """
         try:
-            logits = self._forward(work)
+            logits = self._passes.logits(work)
         except Exception as error:
-            if len(work) > 1:
-                middle = len(work) // 2
-                self._compute(work[:middle])
-                self._compute(work[middle:])
-            else:
-                logger.exception("A pass failed")
-                self._fail(work[0].sequence, error)
+            logger.exception("A pass of %d sequences failed", len(work))
+            failure = error.with_traceback(None)  # it holds the pass's tensors: memory ran out
+        else:
+            self._advance(work, Scores(logits))
             return
-        scores, row = Scores(logits), 0
+        if len(work) == 1:
+            self._fail(work[0].sequence, failure)
+            return
+        middle = len(work) // 2
+        self._compute(work[:middle])
+        self._compute(work[middle:])
+
+    def _advance(self, work: list[Work], scores: Scores) -> None:
+        row = 0
         for item in work:
             samples = item.samples
-            item.sequence.computed = item.end
+            self._scheduler.computed(item)
             if samples:
-                self._advance(item.sequence, scores, row)
+                self._draw(item.sequence, scores, row)
                 row += 1
 
-    def _forward(self, work: list[Work]) -> torch.Tensor:
-        """Logits (rows, vocabulary) of the sequences whose next token can be drawn."""
-        tokens: list[int] = []
-        slots: list[int] = []
-        spans: list[Span] = []
-        for sequence, begin, end in work:
-            spans.append(Span(sequence.kv_slot, len(tokens), len(tokens) + end - begin, begin))
-            tokens += sequence.tokens[begin:end]
-            slots += [sequence.delta_slot] * (end - begin)
-        step = make_step(self._cache, spans)
-        hidden = self._model.forward(
-            torch.tensor(tokens, device=self._model.device), step, to_groups(slots)
-        )
-        last = [span.end - 1 for span, item in zip(spans, work, strict=True) if item.samples]
-        if len(last) < len(tokens):
-            hidden = hidden[:, last]
-        return self._model.logits(hidden, to_groups([slots[row] for row in last]))
-
-    def _advance(self, sequence: Sequence, scores: Scores, row: int) -> None:
+    def _draw(self, sequence: Sequence, scores: Scores, row: int) -> None:
         """Draw a sequence's next token and tell what came of it."""
         try:
             token = scores.sample(row, sequence.sampling, sequence.generator)
+            self._scheduler.drawn(sequence)
             self._take(sequence, token)
         except Exception as error:
             logger.exception("A sequence failed")
@@ -177,11 +186,11 @@ class Engine:
         text += sequence.stream.finish()
         if sequence.stream.stopped:
             reason = "stop"
-        if self._scheduler.drop(sequence):
+        if self._scheduler.drop(sequence, keep=True):
             self._tell(sequence, Event(text, self._sent(sequence), reason))
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        if self._scheduler.drop(sequence):
+        if self._scheduler.drop(sequence, keep=False):
             failure = InferenceFailed(f"The request could not be computed: {error}")
             self._tell(sequence, Event(finish="error", error=failure))
 

@@ -8,7 +8,7 @@ from functools import partial
 from inference.base import ServedBase
 from inference.metrics import Metrics
 from inference.sampler import SamplingParams, make_generator
-from inference.scheduler import Event, Sequence
+from inference.sequence import Event, Sequence
 from inference.tokens import TextStream
 
 
@@ -46,6 +46,7 @@ class Generation:
                         tokens=list(prompt),
                         sampling=sampling,
                         delta_slot=slot,
+                        weights=self._artifact or self._base.digest,
                         eos_ids=self.tokenizer.eos_ids,
                         stream=TextStream(self.tokenizer, prompt, sampling.stop),
                         emit=partial(self._relay, len(self._sequences)),

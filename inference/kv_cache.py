@@ -1,7 +1,5 @@
 """The slotted key/value cache: a sequence owns one slot, long enough for the whole context."""
 
-import heapq
-
 import torch
 from torch import Tensor
 
@@ -24,29 +22,17 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.length = length
-        store = torch.zeros(
+        self.slots, self.length = slots, length
+        self._store = torch.zeros(
             (layers, 2, slots, kv_heads, length, head_dim), dtype=dtype, device=device
         )
-        self.keys: list[Tensor] = [layer[0] for layer in store]
-        self.values: list[Tensor] = [layer[1] for layer in store]
-        self._free = list(range(slots))
+        self.keys: list[Tensor] = [layer[0] for layer in self._store]
+        self.values: list[Tensor] = [layer[1] for layer in self._store]
 
-    @property
-    def free_slots(self) -> int:
-        """How many more sequences fit."""
-        return len(self._free)
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` tokens of one slot to another."""
+        self._store[:, :, target, :, :count] = self._store[:, :, source, :, :count]
 
-    def allocate(self) -> int:
-        """Take the lowest free slot: neighbours are attended to in one call, without copies."""
-        return heapq.heappop(self._free)
-
-    def release(self, slot: int, used: int) -> None:
-        """Give a slot back and erase the `used` tokens in it.
-
-        Masked positions are still read, and 0 * NaN is NaN: what a broken delta left behind
-        would reach the next sequence.
-        """
-        for layer in (*self.keys, *self.values):
-            layer[slot, :, :used].zero_()
-        heapq.heappush(self._free, slot)
+    def erase(self, slot: int, begin: int, end: int) -> None:
+        """Zero the tokens `[begin, end)` of a slot."""
+        self._store[:, :, slot, :, begin:end] = 0

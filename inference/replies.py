@@ -9,8 +9,8 @@ from contextlib import aclosing
 from deltadock.errors import DeltadockError
 from inference.generation import Generation
 from inference.sampler import SampledToken
-from inference.scheduler import Event
 from inference.schemas import Choice, Completion, CompletionRequest, ErrorBody, Logprobs, Usage
+from inference.sequence import Event
 
 
 class Reply:

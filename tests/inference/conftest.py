@@ -18,7 +18,7 @@ from inference.engine import Engine
 from inference.layers import Change
 from inference.model import FAMILIES, BaseModel, load_base
 from inference.sampler import SamplingParams, make_generator
-from inference.scheduler import Event, Sequence
+from inference.sequence import Event, Sequence
 from inference.tokens import TextStream, Tokenizer
 
 VOCABULARY = 264
@@ -157,6 +157,7 @@ class Bench:
                 tokens=list(prompt),
                 sampling=sampling,
                 delta_slot=slot,
+                weights=f"digest-{slot}",
                 eos_ids=self.tokenizer.eos_ids,
                 stream=TextStream(self.tokenizer, prompt, sampling.stop),
                 emit=lambda event: self._told.put((outcome, event)),

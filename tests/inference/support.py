@@ -1,0 +1,54 @@
+"""Scheduling without a model: sequences, and passes that only pretend to compute."""
+
+from typing import Any
+
+import torch
+
+from inference.kv_cache import KVCache
+from inference.sampler import SamplingParams
+from inference.scheduler import Scheduler, Work
+from inference.sequence import Sequence
+from inference.tokens import TextStream, Tokenizer
+
+
+def make_cache(slots: int, length: int = 64) -> KVCache:
+    return KVCache(1, slots, 1, length, 2, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def make_sequence(
+    tokenizer: Tokenizer,
+    prompt: int | list[int],
+    slot: int = 0,
+    *,
+    weights: str | None = None,
+    **how: Any,
+) -> Sequence:
+    """A prompt, or one of so many tokens that is like no other's."""
+    tokens = prompt if isinstance(prompt, list) else [make_sequence.number + 300] * prompt
+    make_sequence.number += 1
+    return Sequence(
+        tokens=list(tokens),
+        sampling=SamplingParams(**how),
+        delta_slot=slot,
+        weights=weights if weights is not None else f"digest-{slot}",
+        eos_ids=frozenset(),
+        stream=TextStream(tokenizer, [1], ()),
+        emit=lambda _: None,
+    )
+
+
+make_sequence.number = 0
+
+
+def run_pass(scheduler: Scheduler, token: int = 2) -> list[Work]:
+    """Plan a pass and pretend that it was computed and every finished prompt got a token."""
+    work = scheduler.plan()
+    for item in work:
+        samples = item.samples
+        scheduler.computed(item)
+        if samples:
+            scheduler.drawn(item.sequence)
+            item.sequence.tokens.append(token)
+            if item.sequence.generated == item.sequence.sampling.max_tokens:
+                assert scheduler.drop(item.sequence, keep=True)
+    return work
