@@ -49,6 +49,15 @@ class Settings(BaseSettings):
     node_max_waiting: int = Field(
         default=64, ge=0, description="Sequences that may wait; more are answered with 429."
     )
+    node_max_waiting_per_delta: int = Field(
+        default=32, ge=0, description="How many of them may be of one delta."
+    )
+    node_cache_slots: int = Field(
+        default=32,
+        ge=1,
+        description="Sequences whose keys and values a node keeps, for prompts that begin alike; "
+        "`node_max_sequences` at least.",
+    )
     node_max_deltas: int = Field(default=8, ge=1, description="Deltas in a node's memory at once.")
     node_context_tokens: int = Field(
         default=4096, ge=2, description="Longest sequence of a node; the model's own limit if less."

@@ -44,6 +44,7 @@ class ServedBase:
             max_sequences=settings.node_max_sequences,
             context_tokens=settings.node_context_tokens,
             pass_tokens=settings.node_pass_tokens,
+            cache_slots=settings.node_cache_slots,
         )
         self.deltas = SlotManager(
             settings.node_max_deltas,

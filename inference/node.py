@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from artifacts.checkpoint import CheckpointManifest, scan_folder
-from deltadock.errors import InvalidInput, NotFound, Overloaded, Unavailable
+from deltadock.errors import InvalidInput, NotFound, Unavailable
 from deltadock.settings import Settings
+from inference.admission import Admission
 from inference.base import ServedBase
 from inference.generation import Generation
 from inference.metrics import Metrics
@@ -27,6 +29,11 @@ class Target:
     base: str
     artifact: str | None = None
 
+    @property
+    def weights(self) -> str:
+        """What is competed for and cached under."""
+        return self.artifact or self.base
+
 
 class Node:
     """Serves one base at a time, adopting the one that requests name unless it was given one."""
@@ -34,8 +41,10 @@ class Node:
     def __init__(self, settings: Settings, blobs: BlobStore) -> None:
         self._settings = settings
         self._files = FileCache(blobs, settings.cache_folder)
-        self._limit = settings.node_max_sequences + settings.node_max_waiting
-        self._admitted = 0
+        running = settings.node_max_sequences
+        self._admission = Admission(
+            running + settings.node_max_waiting, running + settings.node_max_waiting_per_delta
+        )
         self._base_lock = asyncio.Lock()
         self.base: ServedBase | None = None
         self.metrics = Metrics()
@@ -78,28 +87,18 @@ class Node:
         """Begin to answer a request; load the base and the delta first where needed.
 
         Raises:
-            Overloaded: as many sequences as the queue holds are waiting.
+            Overloaded: the node's queue, or the delta's, is full.
             Unavailable: the node is busy with another base.
             InvalidInput: a prompt is empty or too long, or more answers than the queue holds.
             DeltadockError: whatever loading the base or the delta raised.
         """
         count = len(prompts) * n
-        if count > self._limit:
-            raise InvalidInput(
-                f"The request asks for {count} answers; this node takes {self._limit} at once."
-            )
-        if self._admitted + count > self._limit:
-            raise Overloaded("The node's queue is full; try again in a moment.")
-        self._admitted += count
+        self._admission.enter(target.weights, count)
         try:
             return await self._begin(target, prompts, n, sampling)
         except BaseException:
-            self.ended(count)
+            self._admission.leave(target.weights, count)
             raise
-
-    def ended(self, count: int) -> None:
-        """So many sequences make room in the queue."""
-        self._admitted -= count
 
     async def _begin(
         self, target: Target, prompts: Sequence[Prompt], n: int, sampling: SamplingParams
@@ -108,7 +107,12 @@ class Node:
         with ExitStack() as undo:
             undo.callback(_leave, base)
             slot = 0
-            generation = Generation(base, target.artifact, self.metrics, self.ended)
+            generation = Generation(
+                base,
+                target.artifact,
+                self.metrics,
+                partial(self._admission.leave, target.weights),
+            )
             if target.artifact is not None:
                 slot, delta = await base.deltas.acquire(target.artifact)
                 undo.callback(base.deltas.release, target.artifact)
@@ -195,7 +199,7 @@ class Node:
         """The Prometheus metrics of this moment."""
         if (base := self.base) is not None:
             self.metrics.running.set(base.engine.running)
-            self.metrics.waiting.set(self._admitted - base.engine.running)
+            self.metrics.waiting.set(self._admission.admitted - base.engine.running)
             self.metrics.deltas.set(len(base.deltas.digests))
             self.metrics.evictions.set(base.deltas.evictions)
         return self.metrics.render()

@@ -145,7 +145,8 @@ def _on_invalid(_: Request, error: Exception) -> JSONResponse:
 
 
 def _error_response(error: DeltadockError, param: str | None = None) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.retryable else None
+    seconds = error.details.get("retry_after", RETRY_AFTER_SECONDS)
+    headers = {"Retry-After": str(seconds)} if error.retryable else None
     body = ErrorBody.of(error, param).model_dump()
     return JSONResponse(body, status_code=error.status, headers=headers)
 

@@ -1,45 +1,15 @@
 """The engine answers as transformers would, whoever else is in the batch."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 
 from deltadock.errors import InvalidArtifact
-from inference.layers import Change, LowRank
+from inference.layers import Change, Group, LowRank
+from tests.inference.merging import make_delta, merge
 
 PROMPTS = [[1, 2, 3], [5] * 17, [7], list(range(20, 60)), [4, 4], [9] * 6]
-
-
-def merge(base: Any, changes: dict[str, Change]) -> Any:
-    """The fine-tuned model that a delta stands for."""
-    model = copy.deepcopy(base)
-    with torch.no_grad():
-        for name, change in changes.items():
-            parameter = model.get_parameter(name)
-            if isinstance(change, LowRank):
-                parameter += change.u @ change.v
-            else:
-                parameter.copy_(change)
-    return model
-
-
-def make_delta(model: Any, seed: int, *, low_rank: bool = True) -> dict[str, Change]:
-    """Changes of every kind of tensor that the model has: factors of matrices, the rest exactly."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    changes: dict[str, Change] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and low_rank:
-            rows, columns = parameter.shape
-            changes[name] = LowRank(noise(rows, 3) * 0.2, noise(3, columns) * 0.2)
-        else:
-            changes[name] = parameter.detach() + 0.1 * noise(*parameter.shape)
-    return changes
 
 
 @pytest.mark.parametrize(
@@ -162,6 +132,35 @@ def test_a_pass_that_fails_fails_only_the_sequences_at_fault(
     ] * 2
     for outcome in (*outcomes[:2], *outcomes[4:]):
         assert outcome.answer == generate(base, outcome.sequence.tokens[:-12], 12)
+
+
+@pytest.mark.parametrize("out_of", ["a pass with others", "a prompt alone"])
+def test_out_of_memory_for_one_slot_fails_it_alone(
+    make_bench: Any,
+    make_model: Any,
+    generate: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    out_of: str,
+) -> None:
+    base = make_model("llama")
+    bench = make_bench(base)
+    forward = bench.model.forward
+
+    def exhausted(tokens: torch.Tensor, step: Any, groups: list[Group]) -> torch.Tensor:
+        if any(group.slot == 3 for group in groups):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(tokens, step, groups)
+
+    monkeypatch.setattr(bench.model, "forward", exhausted)
+    slots = (0, 3, 0) if out_of == "a pass with others" else (3,)
+    outcomes = [bench.submit(prompt, slot) for slot in slots for prompt in PROMPTS[:2]]
+    bench.finish(*outcomes)
+    for outcome in outcomes:
+        if outcome.sequence.delta_slot == 3:
+            assert outcome.finish == "error"
+            assert "out of memory" in outcome.events[-1].error.message
+        else:
+            assert outcome.answer == generate(base, outcome.sequence.tokens[:-12], 12)
 
 
 def test_a_delta_of_nans_reaches_nobody_else(

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from inference.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, Counters
 from inference.scheduler import Scheduler
 from inference.tokens import Tokenizer
-from tests.inference.support import make_cache, make_sequence, run_pass
+from tests.inference.scheduling import make_cache, make_sequence, run_pass
 
 NAMES = st.sampled_from(["base", "one", "two"])
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from inference.scheduler import Scheduler
 from inference.tokens import Tokenizer
-from tests.inference.support import make_cache, make_sequence, run_pass
+from tests.inference.scheduling import make_cache, make_sequence, run_pass
 
 
 @given(
