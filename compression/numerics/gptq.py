@@ -1,11 +1,12 @@
 """GPTQ: quantization that moves each column's rounding error onto the columns still to come.
 
-Source: Frantar et al., "GPTQ" (2022), without reordering of columns. `sweep` is the recursion;
-what it does to one column is the caller's:
+Source: Frantar et al., "GPTQ" (2022), without reordering of columns.
 - `quantize_rows` (for V): each row is one singular vector with its own width. Rows do not
-  interact, so every candidate width of every row goes through in ONE pass as one tall stack.
+  interact, so every candidate width of every row goes through in ONE pass as one tall stack, on
+  grids that are known beforehand: `kernels.feedback`.
 - `quantize_columns` (for U): each column is one singular vector with its own width, and its grid
-  is set when its turn comes, after every correction from its predecessors.
+  is set when its turn comes, after every correction from its predecessors: `sweep` is the
+  recursion, and what it does to one column is the caller's.
 
 A singular vector has one asymmetric grid, so its scale folds into the singular value. The grid
 spans the vector's range shrunk by the factor that leaves the least square error: at 2 bits a grid
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from deltadock.errors import InvalidCalibration
+from kernels.feedback import round_with_feedback
 
 BLOCK: Final = 32
 """Columns whose corrections are applied at once; those of earlier columns come by one product."""
@@ -216,9 +218,8 @@ def quantize_rows(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes,
     """
     factor, damping = inverse_factor(hessian)
     grid = search_grid(values.float(), (2.0**bits - 1).float().to(values.device))
-    work = columns_first(values)
-    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    sweep(work, factor, lambda j, columns: nearest(columns[0], grid, codes[j]))
+    work = columns_first(values).div_(grid.scale)
+    codes = round_with_feedback(work, factor, grid.zero, grid.levels)
     return Codes(codes.t().contiguous(), grid.scale, grid.zero), damping
 
 

@@ -11,7 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-BLOCK: Final = 64
+from kernels.feedback import round_with_feedback
+
 SHRINKS: Final = (1.0, 0.88, 0.78, 0.7, 0.62, 0.56, 0.5, 0.44, 0.39, 0.34, 0.29, 0.24, 0.19, 0.14)
 """Steps that are tried, as shares of the one whose grid spans the largest entry."""
 SAMPLED: Final = 1024
@@ -56,21 +57,8 @@ def quantize(values: Tensor, bits: Tensor, feedback: Tensor | None) -> Midrise:
     if feedback is None:
         codes = _codes(work, half, top)
         return Midrise(codes.to(torch.uint8).t().contiguous(), bits, step)
-    n = len(work)
-    codes = torch.empty_like(work)
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        errors = torch.empty_like(work[start:stop])
-        inverse = 1 / feedback[start:stop, start:stop].diagonal()
-        local = feedback[start:stop, start:stop] * inverse[:, None]
-        for j in range(start, stop):
-            code = torch.add(work[j], half, out=codes[j]).add_(0.5).floor_().clamp_(min=0)
-            torch.minimum(code, top, out=code)
-            error = torch.sub(work[j], code, out=errors[j - start]).add_(half)
-            work[j + 1 : stop].addr_(local[j - start, j - start + 1 :], error, alpha=-1)
-        tail = feedback[start:stop, stop:] * inverse[:, None]
-        work[stop:].addmm_(tail.t(), errors, alpha=-1)
-    return Midrise(codes.to(torch.uint8).t().contiguous(), bits, step)
+    codes = round_with_feedback(work, feedback, half, top)
+    return Midrise(codes.t().contiguous(), bits, step)
 
 
 def _codes(values: Tensor, half: Tensor, top: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compression.numerics.metric import Metric
-from compression.numerics.midrise import BLOCK, Midrise, quantize
+from compression.numerics.midrise import Midrise, quantize
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 DISTORTION = {1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.0115, 5: 0.0035, 6: 0.001, 8: 0.0001}
@@ -35,7 +35,7 @@ def square_error(values: Tensor, codes: Midrise) -> Tensor:
 
 @pytest.mark.parametrize("feedback", [False, True])
 def test_codes_are_in_range_and_values_on_the_grid(feedback: bool) -> None:
-    n = 2 * BLOCK + 5
+    n = 133
     values, bits = normal(len(WIDTHS), n), torch.tensor(WIDTHS)
     codes = quantize(values, bits, steep(n).feedback() if feedback else None)
     assert codes.codes.dtype == torch.uint8
@@ -73,7 +73,7 @@ def test_the_step_beats_the_one_that_spans_the_largest_entry(width: int) -> None
 
 @pytest.mark.parametrize(("width", "share"), [(1, 0.85), (2, 0.5), (4, 0.3)])
 def test_feedback_beats_rounding_under_a_steep_metric(width: int, share: float) -> None:
-    n = BLOCK + 32
+    n = 96
     values, metric = normal(8, n), steep(n)
     fed = quantize(values, all_of(width, 8), metric.feedback())
     rounded = quantize(values, all_of(width, 8), None)
@@ -90,7 +90,7 @@ def test_feedback_beats_rounding_under_a_steep_metric(width: int, share: float) 
 
 
 def test_feedback_is_gptq_one_coordinate_at_a_time() -> None:
-    n, width = BLOCK + 7, 3
+    n, width = 71, 3
     values, metric = normal(2, n), steep(n)
     codes = quantize(values, all_of(width, 2), metric.feedback())
     # OBQ's update with the inverse of what is left, from scratch at every coordinate.
