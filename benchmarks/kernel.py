@@ -20,9 +20,9 @@ from torch import Tensor
 from kernels.svd_delta import (
     Chunks,
     DeltaTable,
-    FactorCache,
     Group,
     PackedDelta,
+    TensorCache,
     pack_delta,
     reference,
     svd_delta,
@@ -99,7 +99,7 @@ class Workload:
         self.row_slots = sorted(1 + row % deltas for row in range(rows))
         self.chunks = Chunks(rows, deltas + 1, self.tables, dense_rows=dense, device=device)
         self.chunks.assign(self.row_slots)
-        self.cache = FactorCache(8 << 30)
+        self.cache = TensorCache(8 << 30)
 
         def normal(columns: int) -> Tensor:
             made = torch.randn(rows, columns, device=device, generator=generator)
@@ -177,8 +177,7 @@ def low_rank_of(work: Workload) -> Callable[[], None]:
     """bfloat16 factors of as many bytes, one pair of products a delta and linear."""
     parts = []
     for y, x, table in zip(work.outputs, work.inputs, work.tables, strict=True):
-        for slot, members in work.chunks.by_slot.items():
-            rows = slice(int(members[0]), int(members[-1]) + 1)
+        for slot, rows in work.chunks.by_slot.items():
             begin = 0
             for delta in table.deltas[slot]:
                 assert delta is not None

@@ -8,6 +8,7 @@ from artifacts.reader import Artifact
 from deltadock.settings import Settings
 from inference.deltas import ArtifactSource, LoadedDelta, load_delta
 from inference.engine import Engine
+from inference.layers import DeltaLimits
 from inference.metrics import Metrics
 from inference.model import BaseModel, load_base
 from inference.slots import SlotManager
@@ -38,7 +39,13 @@ class ServedBase:
         self._cache = files
         self._metrics = metrics
         self.tokenizer = Tokenizer(self._files)
-        self.model: BaseModel = load_base(folder, manifest, choose_device(settings.device))
+        limits = DeltaLimits(
+            slots=settings.node_max_deltas + 1,
+            rows=max(settings.node_pass_tokens, settings.node_max_sequences),
+            cache_bytes=settings.node_factor_cache_bytes,
+        )
+        device = choose_device(settings.device)
+        self.model: BaseModel = load_base(folder, manifest, device, limits)
         self.engine = Engine(
             self.model,
             max_sequences=settings.node_max_sequences,

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from artifacts.compatibility import check_same_config, vocabulary
-from artifacts.encoding import FACTORED
+from artifacts.encoding import inflated
 from artifacts.export import merged
+from artifacts.packed import packed_delta
 from artifacts.reader import Artifact
 from deltadock.errors import BaseMismatch, InvalidArtifact, UnsupportedModel
-from inference.layers import Change, low_rank
+from inference.changes import Change, Coded, CodedRows, low_rank
 from inference.model import BaseModel
 from inference.tokens import Tokenizer
 
@@ -54,15 +55,24 @@ class ArtifactSource:
         self.names = tuple(artifact.records)
 
     def change(self, name: str, base: Tensor) -> Change:
-        """Low-rank factors where the artifact has them, otherwise the fine-tuned tensor."""
-        kind = self._artifact.resolved(name).record["kind"]
+        """The change as compact as the artifact has it; it keeps no file mapped."""
+        encoded = self._artifact.resolved(name)
+        kind = encoded.record["kind"]
         if kind == "new-rows":
             raise UnsupportedModel(f"The delta adds rows to {name!r}. {MERGE}")
-        if kind in FACTORED:
+        if kind == "exact":
+            return merged(self._artifact, name, base)
+        if encoded.record["shape"] != list(base.shape):
+            raise InvalidArtifact(f"The delta's {name!r} is of another shape than its base's.")
+        if kind == "svd":
+            return packed_delta(encoded)
+        if kind == "low-rank":
             factors = self._artifact.factors(name)
             # Copies: an array taken from the file is read-only and keeps the file mapped.
             return low_rank(*map(torch.tensor, (factors.u, factors.s, factors.v)))
-        return merged(self._artifact, name, base)
+        if kind == "rows":
+            return CodedRows.of(inflated(encoded))
+        return Coded(encoded.copy())
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +100,9 @@ def load_delta(
             "Name the base it was made for."
         )
     _check_config(base_files, source.files)
-    changes = {
-        name: model.prepare(name, source.change(name, model.base_tensor(name)))
-        for name in source.names
-    }
+    changes = model.prepare(
+        {name: source.change(name, model.base_tensor(name)) for name in source.names}
+    )
     files = {**base_files, **source.files}
     return LoadedDelta(
         changes, Tokenizer({name: text for name, text in files.items() if text is not None})

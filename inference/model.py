@@ -1,7 +1,7 @@
 """The base model: transformers' modelling code with every weight open to per-row deltas."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,8 +23,20 @@ from transformers.utils import logging as transformers_logging
 from artifacts.checkpoint import CheckpointManifest
 from deltadock.errors import InvalidArtifact, InvalidCheckpoint, UnsupportedModel
 from inference.attention import ATTENTION, Step
+from inference.changes import Change, fits, place
 from inference.kv_cache import KVCache
-from inference.layers import Change, DeltaModule, Group, LowRank, Routing, delta_module
+from inference.layers import (
+    DEFAULT_LIMITS,
+    DENSE_ROWS,
+    DeltaEmbedding,
+    DeltaLimits,
+    DeltaLinears,
+    DeltaModule,
+    DeltaNorm,
+    Output,
+    Routing,
+)
+from kernels.svd_delta import Chunks, PackedDelta, empty_delta
 
 FAMILIES: Final[dict[str, tuple[Any, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -38,10 +50,14 @@ EMBEDDING: Final = "model.embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"
 
 
+FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that share their input wherever one module has them all."""
+
+
 class BaseModel:
     """A causal language model whose rows each run with their own delta slot's weights."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, limits: DeltaLimits = DEFAULT_LIMITS) -> None:
         """Take over `model` (one of FAMILIES, built with attn_implementation=ATTENTION).
 
         Raises:
@@ -52,27 +68,62 @@ class BaseModel:
         self.config = model.config
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
-        self._routing = Routing()
+        self._routing = Routing(limits)
         self._owners: dict[str, list[tuple[DeltaModule, str]]] = {}
         self._parameters: dict[str, Tensor] = {}
+        self._slow_slots: set[int] = set()
         for path, module in list(model.named_modules()):
             self._take_over(path, module)
         if self.config.tie_word_embeddings:
             # One tensor under two names: a change of either acts on both sides of the model.
             owners = self._owners[EMBEDDING] + self._owners[LM_HEAD]
             self._owners[EMBEDDING] = self._owners[LM_HEAD] = owners
+        linears = [module for module in self._modules if isinstance(module, DeltaLinears)]
+        self._routing.chunks = Chunks(
+            limits.rows,
+            limits.slots,
+            [module.table for module in linears],
+            dense_rows=DENSE_ROWS,
+            device=self.device,
+        )
+
+    @property
+    def _modules(self) -> set[DeltaModule]:
+        return {module for owners in self._owners.values() for module, _ in owners}
 
     def _take_over(self, path: str, module: nn.Module) -> None:
+        for names in FUSED:
+            linears = {name: getattr(module, name, None) for name in names}
+            found = {name: it for name, it in linears.items() if isinstance(it, nn.Linear)}
+            if len(found) == len(names):
+                self._replace_linears(path, found)
         parameters = dict(module.named_parameters(recurse=False))
-        if not parameters:
+        if not parameters or f"{path}.{next(iter(parameters))}" in self._owners:
             return
-        replacement = delta_module(module, self._routing)
-        if replacement is None:
+        if isinstance(module, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            self._replace_linears(parent, {name: module})
+        elif isinstance(module, nn.Embedding):
+            self._replace(path, module, DeltaEmbedding(module, self._routing))
+        elif parameters.keys() == {"weight"} and parameters["weight"].ndim == 1:
+            self._replace(path, module, DeltaNorm(module, self._routing))
+        else:
             raise UnsupportedModel(f"{path} is a {type(module).__name__}, which cannot be served.")
-        self.model.set_submodule(path, replacement)
-        for name, parameter in parameters.items():
+
+    def _replace_linears(self, path: str, linears: dict[str, nn.Linear]) -> None:
+        joined = DeltaLinears(linears, self._routing)
+        for number, (name, linear) in enumerate(linears.items()):
+            own = f"{path}.{name}".lstrip(".")
+            self.model.set_submodule(own, Output(joined, number) if len(linears) > 1 else joined)
+            for parameter, tensor in linear.named_parameters():
+                self._owners[f"{own}.{parameter}"] = [(joined, f"{name}.{parameter}")]
+                self._parameters[f"{own}.{parameter}"] = tensor
+
+    def _replace(self, path: str, module: nn.Module, replacement: DeltaModule) -> None:
+        for name, parameter in module.named_parameters():
             self._owners[f"{path}.{name}"] = [(replacement, name)]
             self._parameters[f"{path}.{name}"] = parameter
+        self.model.set_submodule(path, replacement)
 
     @property
     def context_tokens(self) -> int:
@@ -93,17 +144,50 @@ class BaseModel:
             device=self.device,
         )
 
-    def forward(self, tokens: Tensor, step: Step, groups: list[Group]) -> Tensor:
-        """Hidden states (1, rows, hidden) of the packed `tokens` (rows,); fills the cache."""
-        self._routing.groups = groups
+    def forward(self, tokens: Tensor, step: Step, slots: Sequence[int]) -> Tensor:
+        """Hidden states (1, rows, hidden) of the packed `tokens` (rows,); fills the cache.
+
+        Row i belongs to the delta slot `slots[i]`. Rows of a slot that lie together are fastest.
+        """
+        self.route(slots)
+        return self.body(self.embed(tokens), step)
+
+    def route(self, slots: Sequence[int]) -> None:
+        """Begin a pass over rows that belong to `slots`, on buffers that stay in place."""
+        self._routing.cache.begin_step()
+        self._routing.chunks.assign(slots)
+
+    @property
+    def graph_key(self) -> tuple[int, int] | None:
+        """What a CUDA graph of this pass's `body` serves: all passes with this key.
+
+        None: some rows need work slot by slot, which no graph can hold.
+        """
+        chunks = self._routing.chunks
+        if chunks.dense or not self._slow_slots.isdisjoint(chunks.by_slot):
+            return None
+        return chunks.row_count, chunks.count
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that unpacked deltas take at the moment."""
+        return self._routing.cache.nbytes
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(1, rows, hidden) of the tokens (rows,) of the pass that `route` began."""
+        embedded: Tensor = self.model.model.embed_tokens(tokens[None])
+        return embedded
+
+    def body(self, embedded: Tensor, step: Step) -> Tensor:
+        """All layers over what `embed` gave. On a GPU it neither waits nor reads host memory."""
         hidden: Tensor = self.model.model(
-            input_ids=tokens[None], position_ids=step.positions[None], use_cache=False, step=step
+            inputs_embeds=embedded, position_ids=step.positions[None], use_cache=False, step=step
         ).last_hidden_state
         return hidden
 
-    def logits(self, hidden: Tensor, groups: list[Group]) -> Tensor:
-        """Logits (rows, vocabulary), float32, of hidden states (1, rows, hidden)."""
-        self._routing.groups = groups
+    def logits(self, hidden: Tensor, slots: Sequence[int]) -> Tensor:
+        """Logits (rows, vocabulary), float32, of hidden states (1, rows, hidden) of `slots`."""
+        self._routing.chunks.assign(slots)
         logits: Tensor = self.model.lm_head(hidden)
         return logits[0].float()
 
@@ -117,28 +201,38 @@ class BaseModel:
             raise InvalidArtifact(f"The delta changes {name!r}, a tensor that its base lacks.")
         return self._parameters[name]
 
-    def prepare(self, name: str, change: Change) -> Change:
-        """Bring a change to the model's device and dtype, laid out for `install`.
+    def prepare(self, changes: Mapping[str, Change]) -> dict[str, Change]:
+        """Bring a delta's changes, by name, to the model's device and dtype, for `install`.
+
+        What a bias changes goes into its weight's packed delta.
 
         Raises:
-            InvalidArtifact: it does not fit the base's tensor.
+            InvalidArtifact: one does not fit the base's tensor.
         """
+        found = {name: self._fitting(name, change) for name, change in changes.items()}
+        for name, bias in changes.items():
+            path, _, kind = name.rpartition(".")
+            weight = found.get(f"{path}.weight")
+            if kind != "bias" or not isinstance(bias, Tensor) or isinstance(weight, Tensor):
+                continue
+            difference = bias.cpu().float() - self.base_tensor(name).cpu().float()
+            if weight is None:
+                weight = empty_delta(*self.base_tensor(f"{path}.weight").shape)
+            if isinstance(weight, PackedDelta):
+                found[f"{path}.weight"] = weight.with_bias(difference)
+                del found[name]
+            else:
+                found[name] = difference
+        return {name: place(change, self.device, self.dtype) for name, change in found.items()}
+
+    def _fitting(self, name: str, change: Change) -> Change:
         base = self.base_tensor(name)
-        if isinstance(change, LowRank):
-            u, v = change
-            fits = base.ndim == 2 and (u.shape[0], v.shape[1]) == base.shape
-            if not fits or u.shape[1] != v.shape[0]:
-                raise InvalidArtifact(f"The delta's factors of {name!r} do not fit its base.")
-            return LowRank(self._place(u), self._place(v))
-        if change.shape != base.shape:
+        if not fits(change, base.shape):
             raise InvalidArtifact(
-                f"The delta's {name!r} has shape {tuple(change.shape)}; its base's has "
+                f"The delta's {name!r} does not fit its base's, which has the shape "
                 f"{tuple(base.shape)}."
             )
-        return self._place(change)
-
-    def _place(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+        return change
 
     def install(self, slot: int, changes: Mapping[str, Change]) -> None:
         """Give `slot` its prepared changes. No running sequence may be on the slot."""
@@ -146,13 +240,15 @@ class BaseModel:
         for name, change in changes.items():
             for module, parameter in self._owners[name]:
                 by_module[module][parameter] = change
-        for module, found in by_module.items():
-            module.install(slot, found)
+        slow = [module.install(slot, found) for module, found in by_module.items()]
+        if any(slow):
+            self._slow_slots.add(slot)
 
     def remove(self, slot: int) -> None:
         """Forget the changes of `slot`. No running sequence may be on the slot."""
-        for module in {module for owners in self._owners.values() for module, _ in owners}:
+        for module in self._modules:
             module.remove(slot)
+        self._slow_slots.discard(slot)
 
 
 def _read_tensors(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
@@ -163,7 +259,12 @@ def _read_tensors(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_base(folder: Path, manifest: CheckpointManifest, device: torch.device) -> BaseModel:
+def load_base(
+    folder: Path,
+    manifest: CheckpointManifest,
+    device: torch.device,
+    limits: DeltaLimits = DEFAULT_LIMITS,
+) -> BaseModel:
     """Load a checkpoint folder's weights: float32 on the CPU, the checkpoint's dtype on a GPU.
 
     Nothing in the folder but the manifest's safetensors is opened, and no code that it names.
@@ -196,4 +297,4 @@ def load_base(folder: Path, manifest: CheckpointManifest, device: torch.device) 
     for kind, names in faults.items():
         if names:
             raise InvalidCheckpoint(f"The checkpoint has {kind} tensors: {', '.join(names[:3])}.")
-    return BaseModel(model.to(device))
+    return BaseModel(model.to(device), limits)

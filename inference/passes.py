@@ -5,7 +5,6 @@ from torch import Tensor
 
 from inference.attention import Span, make_step
 from inference.kv_cache import KVCache
-from inference.layers import to_groups
 from inference.model import BaseModel
 from inference.scheduler import Work
 
@@ -30,10 +29,8 @@ class Passes:
             tokens += sequence.tokens[begin:end]
             slots += [sequence.delta_slot] * (end - begin)
         step = make_step(self._cache, spans)
-        hidden = self._model.forward(
-            torch.tensor(tokens, device=self._model.device), step, to_groups(slots)
-        )
+        hidden = self._model.forward(torch.tensor(tokens, device=self._model.device), step, slots)
         last = [span.end - 1 for span, item in zip(spans, work, strict=True) if item.samples]
         if len(last) < len(tokens):
             hidden = hidden[:, last]
-        return self._model.logits(hidden, to_groups([slots[row] for row in last]))
+        return self._model.logits(hidden, [slots[row] for row in last])

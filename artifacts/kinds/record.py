@@ -45,6 +45,10 @@ class Encoded:
         """Bytes of the segments."""
         return sum(segment.nbytes for segment in self.segments.values())
 
+    def copy(self) -> "Encoded":
+        """The same with segments of its own, which keep no file mapped."""
+        return Encoded(self.record, {name: np.array(data) for name, data in self.segments.items()})
+
 
 def count_of(value: object) -> int:
     """`value` if it is a whole number of at least 0; JSON's `true`, `1.0` and `"1"` are not."""

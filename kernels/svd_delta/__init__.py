@@ -10,23 +10,26 @@ svd_delta(y, x, table, chunks, cache)                                  # at ever
 import torch
 from torch import Tensor
 
+from kernels.cache import TensorCache
 from kernels.svd_delta.chunks import Chunks
-from kernels.svd_delta.factors import FactorCache, add_products
-from kernels.svd_delta.layout import Group, PackedDelta, pack_delta
+from kernels.svd_delta.factors import add_products, add_rows
+from kernels.svd_delta.layout import Group, PackedDelta, empty_delta, pack_delta
 from kernels.svd_delta.table import DeltaTable
 
 __all__ = [
     "Chunks",
     "DeltaTable",
-    "FactorCache",
     "Group",
     "PackedDelta",
+    "TensorCache",
+    "add_rows",
+    "empty_delta",
     "pack_delta",
     "svd_delta",
 ]
 
 
-def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: FactorCache) -> None:
+def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: TensorCache) -> None:
     """Add each row's delta to `y` in place; rows of slot 0 and of empty slots stay as they are.
 
     On a GPU it launches three kernels and neither allocates nor waits. There a row's result does

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 import torch
-from torch import Tensor
 
+from kernels.svd_delta.factors import Rows
 from kernels.svd_delta.table import DeltaTable
 
 HEIGHT: Final = 8
@@ -24,6 +24,7 @@ class Chunks:
     Attributes:
         rows: (max_chunks * HEIGHT,) int32, the row at each place of each chunk; -1 for none.
         slots: (max_chunks,) int32, each chunk's slot.
+        row_slots: (max_rows,) int32, each row's slot; 0 past the last row.
         scaled, sums, projected: (max_chunks * HEIGHT, ...) scratch of one call: 16-bit inputs of
             each linear, float32 sums of `SUM_COLUMNS` of them, float32 projections on the ranks.
         count: chunks to launch: a power of two at least the number of chunks of this step, or
@@ -50,20 +51,23 @@ class Chunks:
         self.width = max((table.linears * table.padded for table in tables), default=0)
         self.max_chunks = max(1, min(max_rows, max_rows // HEIGHT + slots))
         places = self.max_chunks * HEIGHT
-        self.rows = torch.full((places,), -1, dtype=torch.int32, device=device)
-        self.slots = torch.zeros(self.max_chunks, dtype=torch.int32, device=device)
+        self._buffer = torch.zeros(
+            places + self.max_chunks + max_rows, dtype=torch.int32, device=device
+        )
+        end = places + self.max_chunks
+        self.rows, self.slots = self._buffer[:places], self._buffer[places:end]
+        self.row_slots = self._buffer[end:]
         self.scaled = torch.empty(places, self.width, dtype=torch.int16, device=device)
         self.sums = torch.empty(places, self.width // SUM_COLUMNS, device=device)
         self.projected = torch.empty(places, self.max_rank, device=device)
         self._dense_rows = dense_rows
-        self._device = device
         self.row_count = 0
         """Rows of this step, those of slot 0 included."""
         self.count = 0
-        self.by_slot: dict[int, Tensor] = {}
-        """Row numbers of each slot but 0, int64 on the CPU."""
-        self.dense: dict[int, Tensor] = {}
-        """Row numbers of the slots that are in no chunk, int64 on the device."""
+        self.by_slot: dict[int, Rows] = {}
+        """Rows of each slot but 0."""
+        self.dense: dict[int, Rows] = {}
+        """Of these, the slots that are in no chunk."""
 
     def assign(self, row_slots: Sequence[int]) -> None:
         """Lay out a step in which row i belongs to slot `row_slots[i]`.
@@ -79,10 +83,10 @@ class Chunks:
         for row, slot in enumerate(row_slots):
             if slot:
                 members.setdefault(slot, []).append(row)
-        rows: list[int] = []
-        slots: list[int] = []
         most = self._dense_rows
         dense = [s for s, found in members.items() if most is not None and len(found) >= most]
+        rows: list[int] = []
+        slots: list[int] = []
         for slot, found in sorted(members.items()):
             if slot in dense:
                 continue
@@ -91,12 +95,21 @@ class Chunks:
             slots += [slot] * chunks
         self.row_count = len(row_slots)
         self.count = min(1 << (len(slots) - 1).bit_length(), self.max_chunks) if slots else 0
-        self._fill(self.rows, rows, -1)
-        self._fill(self.slots, slots, 0)
-        self.by_slot = {slot: torch.tensor(found) for slot, found in members.items()}
-        self.dense = {slot: self.by_slot[slot].to(self._device) for slot in dense}
+        # Pinned memory is not given to others before the copy has read it.
+        source = torch.empty(self._buffer.shape, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
+        layout = source.numpy()
+        places, end = len(self.rows), len(self.rows) + self.max_chunks
+        layout[:places], layout[places:] = -1, 0
+        layout[: len(rows)] = rows
+        layout[places : places + len(slots)] = slots
+        layout[end : end + len(row_slots)] = row_slots
+        self._buffer.copy_(source, non_blocking=True)
+        self.by_slot = {slot: self._index(found) for slot, found in members.items()}
+        self.dense = {slot: self.by_slot[slot] for slot in dense}
 
-    @staticmethod
-    def _fill(buffer: Tensor, values: list[int], rest: int) -> None:
-        padded = values + [rest] * (len(buffer) - len(values))
-        buffer.copy_(torch.tensor(padded, dtype=torch.int32), non_blocking=True)
+    def _index(self, rows: list[int]) -> Rows:
+        """Neighbours as a slice, which copies nothing."""
+        first, last = rows[0], rows[-1]
+        if last - first + 1 == len(rows):
+            return slice(first, last + 1)
+        return torch.tensor(rows, device=self._buffer.device)

@@ -1,86 +1,86 @@
-"""Unpacked factors: the delta without a GPU, and on one for a slot with many rows."""
+"""Plain matrix products with unpacked factors: without a GPU, and on one for prefill."""
 
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.cache import TensorCache
 from kernels.svd_delta import reference
 from kernels.svd_delta.layout import PackedDelta
-from kernels.svd_delta.reference import Factors
 from kernels.svd_delta.table import DeltaTable
 
-
-class FactorCache:
-    """Unpacked factors of the deltas used last, within a limit; one serves all linears."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._factors: OrderedDict[PackedDelta, Factors] = OrderedDict()
-        self.nbytes = 0
-        """Bytes held, at most the limit."""
-
-    def get(self, delta: PackedDelta, dtype: torch.dtype = torch.float32) -> Factors:
-        """The factors of a delta; one too large for the cache is unpacked at every call.
-
-        Other types than float32 fit a GPU's matrix products: see `lowered`. A delta is always
-        asked for in one type.
-        """
-        if delta in self._factors:
-            self._factors.move_to_end(delta)
-            return self._factors[delta]
-        factors = reference.unpack(delta)
-        if dtype != torch.float32:
-            factors = lowered(factors, dtype)
-        size = _nbytes(factors)
-        if size > self._limit_bytes:
-            return factors
-        while self.nbytes + size > self._limit_bytes:
-            self.discard(next(iter(self._factors)))
-        self._factors[delta] = factors
-        self.nbytes += size
-        return factors
-
-    def discard(self, delta: PackedDelta) -> None:
-        """Forget a delta's factors, if they are held."""
-        factors = self._factors.pop(delta, None)
-        if factors is not None:
-            self.nbytes -= _nbytes(factors)
+Rows = slice | Tensor
+"""Row numbers of a step: neighbours, or int64 of any."""
 
 
-def _nbytes(factors: Factors) -> int:
-    return sum(tensor.nbytes for tensor in factors if tensor is not None)
+class Products(NamedTuple):
+    """`delta = u @ v`: (h_out, rank), (rank, h_in); beside it the bias's difference, float32."""
+
+    u: Tensor
+    v: Tensor
+    bias: Tensor | None
 
 
-def lowered(factors: Factors, dtype: torch.dtype) -> Factors:
-    """The factors in a 16-bit type: rows of v at most 1, what is left of the scales in u."""
-    u, s, v, bias = factors
+def unpack_products(delta: PackedDelta, dtype: torch.dtype) -> Products:
+    """Both factors in `dtype`, the scales within them.
+
+    In a 16-bit type the rows of v are at most 1, so that nothing overflows, and u has the rest.
+    """
+    u, s, v, bias = reference.unpack(delta)
+    if dtype == torch.float32:
+        return Products(u, v.mul_(s[:, None]), bias)
     largest = v.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = (v / largest[:, None]).to(dtype)
-    return Factors((u * (s * largest)).to(dtype), torch.ones_like(s, dtype=dtype), scaled, bias)
+    return Products((u * (s * largest)).to(dtype), (v / largest[:, None]).to(dtype), bias)
 
 
 def add_products(
-    y: Tensor, x: Tensor, table: DeltaTable, rows: Mapping[int, Tensor], cache: FactorCache
+    y: Tensor, x: Tensor, table: DeltaTable, rows: Mapping[int, Rows], cache: TensorCache
 ) -> None:
-    """Add the deltas of the slots in `rows`, to the rows named there, by plain matrix products.
+    """Add the deltas of the slots in `rows`, to the rows named there.
 
-    `y` and `x` are as in `kernels.svd_delta.svd_delta`; float32 factors on the CPU, `x.dtype` on a
-    GPU.
+    `y` and `x` are as in `kernels.svd_delta.svd_delta`; the factors are float32 on the CPU, of
+    x's type on a GPU.
     """
     dtype = x.dtype if x.is_cuda else torch.float32
-    end = 0
-    for linear, h_out in enumerate(table.h_outs):
-        begin, end = end, end + h_out
-        reference.svd_delta(y[:, begin:end], x, _found(table, linear, rows, cache, dtype), rows)
+    for slot, members in rows.items():
+        if slot not in table.deltas:
+            continue
+        inputs = x[members].to(dtype)
+        end = 0
+        for delta, h_out in zip(table.deltas[slot], table.h_outs, strict=True):
+            begin, end = end, end + h_out
+            if delta is not None:
+                factors = cache.get(delta, partial(unpack_products, delta, dtype))
+                _add(y, members, slice(begin, end), inputs, factors)
 
 
-def _found(
-    table: DeltaTable, linear: int, slots: Iterable[int], cache: FactorCache, dtype: torch.dtype
-) -> dict[int, Factors]:
-    return {
-        slot: cache.get(delta, dtype)
-        for slot in slots
-        if slot in table.deltas and (delta := table.deltas[slot][linear]) is not None
-    }
+def _add(y: Tensor, rows: Rows, columns: slice, x: Tensor, factors: Products) -> None:
+    u, v, bias = factors
+    if isinstance(rows, slice) and y.dtype == u.dtype:
+        out = y[rows, columns]
+        out.addmm_(x @ v.T, u.T)
+        if bias is not None:
+            out += bias
+        return
+    delta = (x @ v.T) @ u.T
+    if bias is not None:
+        delta = delta + bias
+    y[rows, columns] = (y[rows, columns] + delta).to(y.dtype)
+
+
+def add_rows(y: Tensor, rows: Tensor, delta: PackedDelta, cache: TensorCache) -> None:
+    """Add row `rows[i]` of a delta to `y[i]`, in place: what it does to an embedding.
+
+    Only these rows of U are unpacked, and V, which the cache keeps under `("v", delta)`.
+
+    Args:
+        y: (n, h_in), any float type.
+        rows: (n,) int64, from 0 to h_out - 1.
+        delta: on the device of `y`.
+        cache: where V is kept.
+    """
+    (v,) = cache.get(("v", delta), lambda: (reference.unpack_v(delta),))
+    y += (reference.rows_of_u(delta, rows) * delta.s) @ v

@@ -9,7 +9,7 @@ lists that tell the kernels' programs where to read are one run of words, and on
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 import torch
@@ -109,12 +109,21 @@ class PackedDelta:
         """A region's float32 numbers, a view; None if the delta has no such region."""
         return self.integers(name).view(torch.float32) if name in self.regions else None
 
+    @property
+    def s(self) -> Tensor:
+        """(rank,) float32, a view."""
+        return self.integers("s").view(torch.float32)
+
+    def with_bias(self, bias: Tensor) -> "PackedDelta":
+        """The same delta with a difference of the bias, (h_out,), beside it; a copy."""
+        padding = self.words.new_zeros(_aligned(self.h_out) - self.h_out)
+        words = torch.cat([self.words, bias.float().contiguous().view(torch.int32), padding])
+        regions = {**self.regions, "bias": Region(len(self.words), self.h_out)}
+        return replace(self, words=words, regions=regions)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedDelta":
         """The same delta on another device: one contiguous copy."""
-        words = self.words.to(device, non_blocking=non_blocking)
-        return PackedDelta(
-            self.h_out, self.h_in, self.groups, words, self.regions, self.block_bounds
-        )
+        return replace(self, words=self.words.to(device, non_blocking=non_blocking))
 
 
 def pack_delta(
@@ -129,7 +138,6 @@ def pack_delta(
     gain: float = 1.0,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
-    bias: Tensor | None = None,
 ) -> PackedDelta:
     """Join an artifact's segments of one matrix.
 
@@ -141,7 +149,6 @@ def pack_delta(
         v_zero, u_zero: (rank,) float16 zero points; None: codes are centred, on the mid-rise grid.
         gain: factor of `s`.
         row_scale, column_scale: (h_out,) and (h_in,) factors of rows and columns, if there are any.
-        bias: (h_out,) difference of the bias, if there is one.
 
     Raises:
         InvalidArtifact: the sizes do not agree with the groups.
@@ -159,7 +166,6 @@ def pack_delta(
         "u_offset": rank,
         "row_scale": h_out,
         "column_scale": h_in,
-        "bias": h_out,
     }
     parts = {
         "v": v.view(torch.int32),
@@ -169,7 +175,6 @@ def pack_delta(
         "u_offset": None if u_zero is None else u_zero.float(),
         "row_scale": row_scale,
         "column_scale": column_scale,
-        "bias": bias,
     }
     found = {name: part for name, part in parts.items() if part is not None}
     if any(part.shape != (sizes[name],) for name, part in found.items()):
@@ -178,6 +183,12 @@ def pack_delta(
         if name in found:
             found[name] = found[name] - centres(kept, side).to(found[name].device)
     return _join(shape, kept, found)
+
+
+def empty_delta(h_out: int, h_in: int) -> PackedDelta:
+    """A delta without ranks, for a change of the bias alone."""
+    nothing = torch.zeros(0, dtype=torch.int32)
+    return pack_delta((h_out, h_in), [], s=torch.zeros(0), v=nothing, u=nothing)
 
 
 def centres(groups: Sequence[Group], side: int) -> Tensor:

@@ -1,12 +1,15 @@
 """The truth: decode a packed delta and add its product to each row, in plain PyTorch."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.svd_delta.layout import PackedDelta, centres, plane_words, planes, segment_words
+
+SIDES: Final = {"v": 1, "u": 2}
+"""The place of a side's width in a `Group`."""
 
 
 class Factors(NamedTuple):
@@ -36,29 +39,65 @@ def unpack_codes(words: Tensor, count: int, columns: int, bits: int) -> Tensor:
     return codes
 
 
+def _unpack_side(delta: PackedDelta, name: str, columns: int) -> Tensor:
+    """(rank, columns) float32 of a side, without the scales."""
+    words, side = delta.integers(name), SIDES[name]
+    values = words.new_empty(delta.rank, columns, dtype=torch.float32)
+    rank = word = 0
+    for group in delta.groups:
+        count, bits = group.ranks, group[side]
+        values[rank : rank + count] = unpack_codes(words[word:], count, columns, bits)
+        rank += count
+        word += segment_words(count, columns, bits)
+    return values.sub_(_zeros(delta, name)[:, None])
+
+
+def _zeros(delta: PackedDelta, name: str) -> Tensor:
+    """(rank,) what a side's codes are more than their values."""
+    zeros = centres(delta.groups, SIDES[name]).to(delta.words.device)
+    offset = delta.numbers(f"{name}_offset")
+    return zeros if offset is None else zeros + offset
+
+
+def unpack_v(delta: PackedDelta) -> Tensor:
+    """V (rank, h_in) float32, the column scale in it."""
+    v = _unpack_side(delta, "v", delta.h_in)
+    column_scale = delta.numbers("column_scale")
+    return v if column_scale is None else v.mul_(column_scale)
+
+
 def unpack(delta: PackedDelta) -> Factors:
     """The float32 factors of a packed delta, on its device, row and column scales in u and v."""
-    sides = []
-    for name, columns, side in (("v", delta.h_in, 1), ("u", delta.h_out, 2)):
-        words = delta.integers(name)
-        values = words.new_empty(delta.rank, columns, dtype=torch.float32)
-        rank = word = 0
-        for group in delta.groups:
-            count, bits = group.ranks, group[side]
-            values[rank : rank + count] = unpack_codes(words[word:], count, columns, bits)
-            rank += count
-            word += segment_words(count, columns, bits)
-        zero = centres(delta.groups, side).to(words.device)
-        if (offset := delta.numbers(f"{name}_offset")) is not None:
-            zero += offset
-        sides.append(values.sub_(zero[:, None]))
-    v, u = sides
+    u = _unpack_side(delta, "u", delta.h_out)
     if (row_scale := delta.numbers("row_scale")) is not None:
         u *= row_scale
-    if (column_scale := delta.numbers("column_scale")) is not None:
-        v *= column_scale
-    s = delta.integers("s").view(torch.float32)
-    return Factors(u.T, s, v, delta.numbers("bias"))
+    return Factors(u.T, delta.s, unpack_v(delta), delta.numbers("bias"))
+
+
+def rows_of_u(delta: PackedDelta, rows: Tensor) -> Tensor:
+    """(n, rank) float32, the rows of U that `rows` (n,) int64 names, the row scale in them.
+
+    It reads a word a code and plane, wherever the row lies: U's vectors run along h_out.
+    """
+    words = delta.integers("u")
+    values = words.new_empty(delta.rank, len(rows), dtype=torch.float32)
+    rank = word = 0
+    for group in delta.groups:
+        count, shift, position = group.ranks, group.u_bits, word
+        codes = words.new_zeros(count, len(rows))
+        for plane in planes(group.u_bits):
+            shift -= plane
+            size = plane_words(delta.h_out, plane)
+            block = words[position : position + count * size].view(count, size)
+            at = rows * plane
+            codes |= ((block[:, at // 32] >> (at % 32)) & (2**plane - 1)) << shift
+            position += count * size
+        values[rank : rank + count] = codes
+        rank += count
+        word += segment_words(count, delta.h_out, group.u_bits)
+    u = values.sub_(_zeros(delta, "u")[:, None]).T
+    row_scale = delta.numbers("row_scale")
+    return u if row_scale is None else u * row_scale[rows, None]
 
 
 def svd_delta(

@@ -31,6 +31,9 @@ MEMORY: Final = 256 << 20
 SECONDS: Final = 5
 """What a case may take."""
 
+PROGRESS: Final = 50_000
+"""Cases between two lines of progress."""
+
 SHARED: Final = Path("/dev/shm")
 
 
@@ -90,6 +93,13 @@ def main() -> int:
                 print(f"case {number} ({mutation}):\n{traceback.format_exc()}")  # noqa: T201
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
+            done = number + 1 - arguments.start
+            if done % PROGRESS == 0:
+                print(  # noqa: T201
+                    f"{done:,} cases, {findings} findings, {time.monotonic() - began:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     for outcome, count in sorted(outcomes.items()):
         print(f"{count:10,} {outcome}")  # noqa: T201
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from artifacts.checkpoint import scan_folder
+from inference.changes import Change
 from inference.engine import Engine
-from inference.layers import Change
 from inference.model import FAMILIES, BaseModel, load_base
 from inference.sampler import SamplingParams, make_generator
 from inference.sequence import Event, Sequence
@@ -147,7 +147,7 @@ class Bench:
 
     def install(self, slot: int, changes: Mapping[str, Change]) -> None:
         """Give a slot its changes as they would come from an artifact."""
-        self.model.install(slot, {k: self.model.prepare(k, v) for k, v in changes.items()})
+        self.model.install(slot, self.model.prepare(changes))
 
     def submit(self, prompt: list[int], slot: int = 0, choice: int = 0, **how: Any) -> Outcome:
         """Start a sequence, greedy unless told otherwise."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from inference.layers import Change, LowRank
+from inference.changes import Change, LowRank
 
 
 def merge(base: Any, changes: dict[str, Change]) -> Any:

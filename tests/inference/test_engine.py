@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltadock.errors import InvalidArtifact
-from inference.layers import Change, Group, LowRank
+from inference.changes import Change, LowRank
 from tests.inference.merging import make_delta, merge
 
 PROMPTS = [[1, 2, 3], [5] * 17, [7], list(range(20, 60)), [4, 4], [9] * 6]
@@ -124,7 +124,7 @@ def test_a_pass_that_fails_fails_only_the_sequences_at_fault(
 ) -> None:
     base = make_model("llama")
     bench = make_bench(base)
-    bench.model.install(3, {"model.norm.weight": torch.ones(5)})  # cannot be multiplied with
+    bench.model.install(3, {"lm_head.weight": torch.ones(5, 5)})  # cannot be multiplied with
     outcomes = [bench.submit(prompt, slot) for slot in (0, 3, 0) for prompt in PROMPTS[:2]]
     bench.finish(*outcomes)
     assert [outcome.finish for outcome in outcomes] == ["length"] * 2 + ["error"] * 2 + [
@@ -146,10 +146,10 @@ def test_out_of_memory_for_one_slot_fails_it_alone(
     bench = make_bench(base)
     forward = bench.model.forward
 
-    def exhausted(tokens: torch.Tensor, step: Any, groups: list[Group]) -> torch.Tensor:
-        if any(group.slot == 3 for group in groups):
+    def exhausted(tokens: torch.Tensor, step: Any, slots: list[int]) -> torch.Tensor:
+        if 3 in slots:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(tokens, step, groups)
+        return forward(tokens, step, slots)
 
     monkeypatch.setattr(bench.model, "forward", exhausted)
     slots = (0, 3, 0) if out_of == "a pass with others" else (3,)
@@ -196,4 +196,4 @@ def test_a_change_that_does_not_fit_is_refused(
     make_bench: Any, make_model: Any, name: str, change: Change
 ) -> None:
     with pytest.raises(InvalidArtifact, match=name):
-        make_bench(make_model("llama")).model.prepare(name, change)
+        make_bench(make_model("llama")).model.prepare({name: change})

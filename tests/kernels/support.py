@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from artifacts.encoding import Encoded, SvdMatrix, Vectors, decode_factors, encode_svd
-from kernels.svd_delta import Group, PackedDelta, pack_delta
+from artifacts.packed import packed_delta
+from kernels.svd_delta import Group, PackedDelta
 
 Widths = Sequence[tuple[int, int, int]]
 """Runs of (ranks, v_bits, u_bits)."""
@@ -29,6 +30,7 @@ def encode(
     midrise: bool = False,
     row_scale: bool = False,
     column_scale: bool = False,
+    dtype: str = "BF16",
 ) -> Encoded:
     """An artifact's record and segments of random codes."""
     rng = np.random.default_rng(seed)
@@ -48,7 +50,7 @@ def encode(
     s = (rng.lognormal(0, 1, len(v_bits)) / sizes / np.sqrt(h_in)).astype(np.float32)
     return encode_svd(
         SvdMatrix(side(h_out, u_bits), s, side(h_in, v_bits)),
-        "BF16",
+        dtype,
         {},
         rng.lognormal(0, 0.3, h_out) if row_scale else None,
         rng.lognormal(0, 0.3, h_in) if column_scale else None,
@@ -71,9 +73,8 @@ def groups(encoded: Encoded) -> list[Group]:
 
 def pack(encoded: Encoded, bias: Tensor | None = None) -> PackedDelta:
     """An artifact's matrix in the kernels' form."""
-    h_out, h_in = encoded.record["shape"]
-    gain = encoded.record.get("gain", 1.0)
-    return pack_delta((h_out, h_in), groups(encoded), gain=gain, bias=bias, **segments(encoded))
+    packed = packed_delta(encoded)
+    return packed if bias is None else packed.with_bias(bias)
 
 
 def make_delta(

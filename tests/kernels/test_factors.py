@@ -1,14 +1,13 @@
-"""The delta without a GPU, and the limits of its cache."""
+"""The delta without a GPU."""
 
 import pytest
 import torch
 
-from kernels.svd_delta import Chunks, DeltaTable, FactorCache, svd_delta
+from kernels.svd_delta import Chunks, DeltaTable, TensorCache, add_rows, svd_delta
 from tests.kernels.support import expected, make_delta, relative_error
 
 SHAPE = (50, 90)
 WIDTHS = [(2, 8, 8), (7, 3, 4), (3, 2, 2)]
-FACTOR_BYTES = 4 * 12 * (50 + 90 + 1)
 
 
 @pytest.mark.parametrize(
@@ -30,38 +29,25 @@ def test_rows_of_several_slots(limit: int, dtype: torch.dtype, tolerance: float)
     y, x = torch.randn(5, SHAPE[0]).to(dtype), torch.randn(5, SHAPE[1]).to(dtype)
     want = expected(y, x, row_slots, {slot: delta.dense for slot, delta in deltas.items()})
     got = y.clone()
-    svd_delta(got, x, table, chunks, FactorCache(limit))
+    svd_delta(got, x, table, chunks, TensorCache(limit))
     assert relative_error(got, want) < tolerance
     assert torch.equal(got[[1, 3]], y[[1, 3]])
 
 
-def test_the_cache_keeps_what_was_used_last() -> None:
-    first, second, third = (make_delta(SHAPE, WIDTHS, seed=seed).packed for seed in range(3))
-    cache = FactorCache(2 * FACTOR_BYTES)
-    kept = cache.get(first)
-    dropped = cache.get(second)
-    assert cache.get(first) is kept
-    cache.get(third)
-    assert cache.nbytes == 2 * FACTOR_BYTES
-    assert cache.get(first) is kept
-    assert cache.get(second) is not dropped
-    cache.discard(second)
-    cache.discard(second)
-    assert cache.nbytes == FACTOR_BYTES
-
-
-def test_a_delta_beyond_the_limit_is_not_kept() -> None:
-    delta = make_delta(SHAPE, WIDTHS).packed
-    cache = FactorCache(FACTOR_BYTES - 1)
-    assert cache.get(delta) is not cache.get(delta)
-    assert cache.nbytes == 0
+def test_rows_of_an_embedding() -> None:
+    delta = make_delta((300, 70), [(1, 8, 7), (4, 5, 3), (3, 2, 1)], scaled=True)
+    rows = torch.tensor([299, 0, 31, 31, 64, 33])
+    y = torch.randn(len(rows), 70)
+    got = y.clone()
+    add_rows(got, rows, delta.packed, TensorCache(0))
+    assert relative_error(got, y.double() + delta.dense[rows]) < 1e-6
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     table = DeltaTable(2, SHAPE[1], [SHAPE[0]], max_rank=12)
     chunks = Chunks(4, 2, [table])
     chunks.assign([1, 0])
-    cache = FactorCache(0)
+    cache = TensorCache(0)
     y, x = torch.zeros(2, SHAPE[0]), torch.zeros(2, SHAPE[1])
     svd_delta(y, x, table, chunks, cache)
     wrong = [

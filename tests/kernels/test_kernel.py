@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from artifacts.encoding import decode_factors
-from kernels.svd_delta import Chunks, DeltaTable, FactorCache, PackedDelta, svd_delta
+from kernels.svd_delta import Chunks, DeltaTable, PackedDelta, TensorCache, svd_delta
 from kernels.svd_delta import triton as kernel
 from kernels.svd_delta.chunks import HEIGHT
 from tests.kernels.support import Delta, encode, expected, make_delta, pack, relative_error
@@ -187,7 +187,7 @@ def test_a_graph_serves_later_steps() -> None:
     table = make_table(shape, {1: make_delta(shape, EVEN, seed=1)})
     chunks = make_chunks(table, [1, 1, 0])
     y, x = make_rows(3, shape, torch.bfloat16)
-    cache = FactorCache(0)
+    cache = TensorCache(0)
     out = y.clone()
     svd_delta(out, x, table, chunks, cache)  # compiles
     graph = torch.cuda.CUDAGraph()

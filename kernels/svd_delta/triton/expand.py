@@ -40,7 +40,7 @@ def _expand_plane(
             word = tl.load(block_ptr + 2)[:, None, None]
             last = tl.maximum(count - 1, 0)[:, None]
             upper = tl.minimum(tl.arange(0, HALF)[None, :], last)
-            lower = tl.minimum(HALF + tl.arange(0, HALF)[None, :], last)
+            lower = tl.minimum(tl.arange(0, HALF)[None, :] + HALF, last)
             first = load_words(
                 words_ptr, word + (upper * words)[:, :, None], columns, words, ALIGNED
             )
