@@ -1,8 +1,8 @@
 """Attention over the slotted cache, entered in transformers' registry under `ATTENTION`.
 
 The rows of a pass are tokens of many sequences, packed as (1, rows). Each sequence is either
-decoding (one row) or prefilling a chunk of its prompt (many). Decoding sequences in neighbouring
-cache slots form a run that is attended to in one call on a view of the cache.
+decoding (one row) or prefilling a chunk of its prompt (many). Decoding sequences in nearby cache
+slots form a run that is attended to in one call on a view of the cache.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,8 @@ from transformers import AttentionInterface
 from inference.kv_cache import KVCache
 
 ATTENTION: Final = "deltadock_slotted"
+GAP: Final = 2
+"""Idle cache slots between two decoding ones that are attended to for nothing, to save a call."""
 
 
 @dataclass(slots=True)
@@ -65,15 +67,34 @@ class _Chunk:
         return self._masks[window]
 
 
-class _Run:
-    """Decoding sequences in neighbouring cache slots, one row each."""
+class Run:
+    """Decoding sequences in a range of cache slots, one row each."""
 
-    def __init__(self, spans: list[Span], device: torch.device) -> None:
-        self.rows = _rows([span.begin for span in spans], device)
-        self.slots = slice(spans[0].slot, spans[-1].slot + 1)
-        self.length = max(span.length for span in spans)
-        self._even = all(span.length == self.length for span in spans)
-        self._lengths = torch.tensor([span.length for span in spans], device=device)
+    def __init__(
+        self,
+        slots: slice,
+        length: int,
+        lengths: Tensor,
+        *,
+        rows: Tensor | slice,
+        places: Tensor | slice,
+        queries: Tensor | slice,
+        even: bool = False,
+    ) -> None:
+        """Describe a run; masks are built at the first use.
+
+        Args:
+            slots: the range.
+            length: tokens of a slot that are looked at.
+            lengths: (slots,) int64, tokens of each slot's sequence; at least 1, idle or not.
+            rows: the pass's rows of these sequences.
+            places: for each of the rows, its slot's place in the range.
+            queries: for each slot of the range, its row; any row for an idle one.
+            even: all lengths are `length`.
+        """
+        self.slots, self.length = slots, length
+        self.rows, self.places, self.queries = rows, places, queries
+        self._lengths, self._even = lengths, even
         self._masks: dict[int | None, Tensor | None] = {}
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
@@ -111,13 +132,6 @@ class _Run:
         return mask.masked_fill_(hidden, float("-inf"))[:, None, None]
 
 
-def _rows(rows: list[int], device: torch.device) -> Tensor | slice:
-    """An index of these rows: a slice, which copies nothing, if they follow each other."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    return torch.tensor(rows, device=device)
-
-
 @dataclass(slots=True)
 class Step:
     """What one pass needs to know of its rows; masks are built once and serve all layers."""
@@ -127,7 +141,7 @@ class Step:
     """(rows,) int64: each row's cache slot."""
     positions: Tensor
     """(rows,) int64: each row's position in its sequence."""
-    runs: list[_Run] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
     chunks: list[_Chunk] = field(default_factory=list)
 
 
@@ -142,13 +156,38 @@ def make_step(cache: KVCache, spans: list[Span]) -> Step:
         if span.end - span.begin > 1:
             step.chunks.append(_Chunk(span, device))
             continue
-        if run and span.slot != run[-1].slot + 1:
-            step.runs.append(_Run(run, device))
+        if run and span.slot > run[-1].slot + 1 + GAP:
+            step.runs.append(_make_run(run, device))
             run = []
         run.append(span)
     if run:
-        step.runs.append(_Run(run, device))
+        step.runs.append(_make_run(run, device))
     return step
+
+
+def _make_run(spans: list[Span], device: torch.device) -> Run:
+    """The run of decoding sequences, which are in the order of their slots."""
+    first, last = spans[0].slot, spans[-1].slot
+    rows = [span.begin for span in spans]
+    by_slot = {span.slot: span for span in spans}
+    at = [by_slot.get(slot, spans[0]) for slot in range(first, last + 1)]
+    length = max(span.length for span in spans)
+    return Run(
+        slice(first, last + 1),
+        length,
+        torch.tensor([span.length for span in at], device=device),
+        rows=_index(rows, device),
+        places=_index([span.slot - first for span in spans], device),
+        queries=_index([span.begin for span in at], device),
+        even=all(span.length == length for span in at),
+    )
+
+
+def _index(rows: list[int], device: torch.device) -> Tensor | slice:
+    """An index of these rows: a slice, which copies nothing, if they follow each other."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)
 
 
 def slotted_attention(
@@ -176,9 +215,10 @@ def slotted_attention(
     out = torch.empty_like(by_row, memory_format=torch.contiguous_format)
     for run in step.runs:
         seen = (run.slots, slice(None), slice(0, run.length))
-        out[run.rows] = run.attend(
-            by_row[run.rows], keys[seen], values[seen], scale=scaling, window=sliding_window
+        attended = run.attend(
+            by_row[run.queries], keys[seen], values[seen], scale=scaling, window=sliding_window
         )
+        out[run.rows] = attended[run.places]
     for chunk in step.chunks:
         seen = (chunk.slots, slice(None), slice(0, chunk.length))
         attended = chunk.attend(

@@ -1,5 +1,8 @@
 """The slotted key/value cache: a sequence owns one slot, long enough for the whole context."""
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -7,8 +10,7 @@ from torch import Tensor
 class KVCache:
     """Keys and values of `slots` sequences of at most `length` tokens, per layer.
 
-    `keys[layer]` and `values[layer]` are (slots, kv_heads, length, head_dim). On the CPU, zeroed
-    pages are only given memory once they are written to.
+    `keys[layer]` and `values[layer]` are (slots, kv_heads, length, head_dim).
     """
 
     def __init__(
@@ -23,9 +25,12 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.slots, self.length = slots, length
-        self._store = torch.zeros(
-            (layers, 2, slots, kv_heads, length, head_dim), dtype=dtype, device=device
-        )
+        shape = (layers, 2, slots, kv_heads, length, head_dim)
+        if device.type == "cpu":  # numpy's zeros take memory only where they are written to
+            raw = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+            self._store = raw.view(dtype).view(shape)
+        else:
+            self._store = torch.zeros(shape, dtype=dtype, device=device)
         self.keys: list[Tensor] = [layer[0] for layer in self._store]
         self.values: list[Tensor] = [layer[1] for layer in self._store]
 
