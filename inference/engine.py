@@ -47,7 +47,7 @@ class Engine:
         """
         self.context_tokens = min(context_tokens, model.context_tokens)
         cache = model.make_cache(max(cache_slots, max_sequences), self.context_tokens)
-        self._passes = Passes(model, cache)
+        self._passes = Passes(model, cache, max_sequences)
         self._scheduler = Scheduler(cache, pass_tokens, max_sequences)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False

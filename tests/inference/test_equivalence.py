@@ -16,6 +16,7 @@ from compression.catalogue import METHODS
 from compression.pipeline import compress
 from compression.run import CompressOptions
 from inference.deltas import ArtifactSource, load_delta
+from inference.layers import DeltaLimits
 from inference.model import load_base
 from inference.passes import Passes
 from inference.scheduler import Work
@@ -73,7 +74,8 @@ def test_every_method_in_one_batch_has_the_logits_of_its_merged_checkpoint(
     base: Path, home: Path, artifacts: dict[str, Path], tokenizer: Tokenizer
 ) -> None:
     manifest = scan_folder(base)
-    model = load_base(base, manifest, torch.device("cpu"))
+    limits = DeltaLimits(slots=len(artifacts) + 1, rows=1024)
+    model = load_base(base, manifest, torch.device("cpu"), limits)
     references: list[Any] = [None]
     for slot, (name, path) in enumerate(artifacts.items(), 1):
         with Artifact.open(path) as artifact:
@@ -91,7 +93,7 @@ def test_every_method_in_one_batch_has_the_logits_of_its_merged_checkpoint(
     ]
     for place, sequence in enumerate(sequences):
         sequence.kv_slot = place
-    passes = Passes(model, model.make_cache(len(sequences), 64))
+    passes = Passes(model, model.make_cache(len(sequences), 64), len(sequences))
     with torch.inference_mode():
         found = [passes.logits([Work(item, 0, len(item.tokens)) for item in sequences])]
         for token in CONTINUED:
