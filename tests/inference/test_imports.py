@@ -1,0 +1,17 @@
+"""The engine runs where only the libraries of the GPU benchmark are installed."""
+
+import subprocess
+import sys
+
+BLOCKED = (
+    "alembic", "boto3", "celery", "fastapi", "jinja2", "prometheus_client", "psycopg", "pydantic",
+    "pydantic_settings", "pyscipopt", "redis", "sqlalchemy", "structlog", "uvicorn",
+)  # fmt: skip
+
+
+def test_the_engine_and_its_benchmark_need_few_libraries() -> None:
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r})); "
+        "import inference.engine, inference.slots, inference.deltas, benchmarks.node"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
