@@ -6,20 +6,36 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from artifacts.checkpoint import CheckpointManifest, scan_folder
 from deltadock.errors import InvalidInput, NotFound, Unavailable
 from deltadock.settings import Settings
 from inference.admission import Admission
 from inference.base import ServedBase
+from inference.chat import Conversation, TemplateSandbox
 from inference.generation import Generation
+from inference.generation_config import SamplingDefaults
 from inference.metrics import Metrics
 from inference.sampler import SamplingParams
 from inference.tokens import Tokenizer
 from storage.blobs import BlobStore
 from storage.cache import FileCache
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Conversation
+
+
+class Request(Protocol):
+    """What a route asks of the node."""
+
+    n: int
+    """Answers to each prompt."""
+
+    def prompts(self) -> Sequence[Prompt]:
+        """What is to be continued or answered."""
+
+    def sampling(self, defaults: SamplingDefaults, room: int) -> SamplingParams:
+        """How; `room` is the number of tokens that the longest prompt leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +62,7 @@ class Node:
             running + settings.node_max_waiting, running + settings.node_max_waiting_per_delta
         )
         self._base_lock = asyncio.Lock()
+        self._templates = TemplateSandbox()
         self.base: ServedBase | None = None
         self.metrics = Metrics()
 
@@ -58,6 +75,7 @@ class Node:
         """End the engine; what still runs is cancelled."""
         if self.base is not None:
             await asyncio.to_thread(self.base.close)
+        await asyncio.to_thread(self._templates.close)
 
     @property
     def ready(self) -> bool:
@@ -81,9 +99,7 @@ class Node:
             "headers Deltadock-Base and Deltadock-Artifact."
         )
 
-    async def generate(
-        self, target: Target, prompts: Sequence[Prompt], n: int, sampling: SamplingParams
-    ) -> Generation:
+    async def generate(self, target: Target, request: Request) -> Generation:
         """Begin to answer a request; load the base and the delta first where needed.
 
         Raises:
@@ -92,16 +108,17 @@ class Node:
             InvalidInput: a prompt is empty or too long, or more answers than the queue holds.
             DeltadockError: whatever loading the base or the delta raised.
         """
-        count = len(prompts) * n
+        prompts = request.prompts()
+        count = len(prompts) * request.n
         self._admission.enter(target.weights, count)
         try:
-            return await self._begin(target, prompts, n, sampling)
+            return await self._begin(target, prompts, request)
         except BaseException:
             self._admission.leave(target.weights, count)
             raise
 
     async def _begin(
-        self, target: Target, prompts: Sequence[Prompt], n: int, sampling: SamplingParams
+        self, target: Target, prompts: Sequence[Prompt], request: Request
     ) -> Generation:
         base = await self._enter(target.base)
         with ExitStack() as undo:
@@ -117,36 +134,37 @@ class Node:
                 slot, delta = await base.deltas.acquire(target.artifact)
                 undo.callback(base.deltas.release, target.artifact)
                 generation.tokenizer = delta.tokenizer
-            encoded = await asyncio.to_thread(
-                self._encode, base, generation.tokenizer, prompts, sampling.max_tokens
-            )
-            generation.start(encoded, n, sampling, slot)
+            tokenizer = generation.tokenizer
+            encoded = await asyncio.to_thread(self._encode, base, tokenizer, prompts)
+            room = base.engine.context_tokens - max(map(len, encoded))
+            sampling = request.sampling(tokenizer.defaults, room)
+            if sampling.max_tokens > room:
+                raise InvalidInput(
+                    f"The prompt's {max(map(len, encoded))} tokens and max_tokens "
+                    f"{sampling.max_tokens} exceed the context of {base.engine.context_tokens} "
+                    "tokens. Shorten one of them."
+                )
+            generation.start(encoded, request.n, sampling, slot)
             undo.pop_all()
         return generation
 
     def _encode(
-        self,
-        base: ServedBase,
-        tokenizer: Tokenizer,
-        prompts: Sequence[Prompt],
-        max_tokens: int,
+        self, base: ServedBase, tokenizer: Tokenizer, prompts: Sequence[Prompt]
     ) -> list[list[int]]:
         vocabulary = base.model.config.vocab_size
-        encoded = [
-            tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            for prompt in prompts
-        ]
+        encoded = [self._tokens(tokenizer, prompt) for prompt in prompts]
         for tokens in encoded:
             if not tokens:
                 raise InvalidInput("The prompt is empty; send at least one token.")
             if not all(0 <= token < vocabulary for token in tokens):
                 raise InvalidInput(f"Token ids must lie in 0..{vocabulary - 1}.")
-            if len(tokens) + max_tokens > base.engine.context_tokens:
-                raise InvalidInput(
-                    f"The prompt's {len(tokens)} tokens and max_tokens {max_tokens} exceed the "
-                    f"context of {base.engine.context_tokens} tokens. Shorten one of them."
-                )
         return encoded
+
+    def _tokens(self, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, Conversation):
+            text = self._templates.prompt(tokenizer.chat, prompt)
+            return tokenizer.encode(text, special_tokens=False)  # the template wrote its own
+        return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     async def _enter(self, digest: str) -> ServedBase:
         """The base `digest`, which stays until `_leave`."""

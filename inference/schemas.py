@@ -1,13 +1,17 @@
 """OpenAI's shapes of completions and errors."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.errors import DeltadockError
+from inference.generation_config import SamplingDefaults
 from inference.sampler import SamplingParams
 
+COMPLETION_TOKENS: Final = 16
+
 Tokens = Annotated[list[int], Field(min_length=1)]
+Number = TypeVar("Number", int, float)
 
 
 class StreamOptions(BaseModel):
@@ -16,11 +20,50 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class CompletionRequest(BaseModel):
-    """A request for /v1/completions. `top_k` and `min_p` go beyond OpenAI's.
+class SamplingFields(BaseModel):
+    """What both routes take. `top_k` and `min_p` go beyond OpenAI's.
 
-    OpenAI's other parameters are accepted with the value that turns them off, and nothing else.
+    Where a request is silent, the model's own generation config decides. OpenAI's other parameters
+    are accepted with the value that turns them off, and nothing else.
     """
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    def _params(
+        self, defaults: SamplingDefaults, max_tokens: int, logprobs: int | None
+    ) -> SamplingParams:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=_either(self.temperature, defaults.temperature),
+            top_p=_either(self.top_p, defaults.top_p),
+            top_k=max(_either(self.top_k, defaults.top_k), 0),
+            min_p=_either(self.min_p, defaults.min_p),
+            seed=self.seed,
+            stop=tuple(text for text in stop if text),
+            logprobs=logprobs,
+        )
+
+
+def _either(asked: Number | None, default: Number) -> Number:
+    return default if asked is None else asked
+
+
+class CompletionRequest(SamplingFields):
+    """A request for /v1/completions."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -33,26 +76,12 @@ class CompletionRequest(BaseModel):
         }
     )
 
-    model: str
     prompt: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=64)]
-    max_tokens: Annotated[int, Field(ge=1)] = 16
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    n: Annotated[int, Field(ge=1, le=16)] = 1
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    echo: Literal[False] = False
+    echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
     best_of: Literal[1] | None = None
-    presence_penalty: Literal[0] = 0
-    frequency_penalty: Literal[0] = 0
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, also where there is only one."""
@@ -62,19 +91,10 @@ class CompletionRequest(BaseModel):
         tokens = [part for part in parts if isinstance(part, int)]
         return [tokens] if tokens else [part for part in parts if not isinstance(part, int)]
 
-    def sampling(self) -> SamplingParams:
-        """The engine's form of the settings."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
-            seed=self.seed,
-            stop=tuple(text for text in stop if text),
-            logprobs=self.logprobs,
-        )
+    def sampling(self, defaults: SamplingDefaults, room: int) -> SamplingParams:
+        """The engine's form of the settings; of the `room` tokens, OpenAI's 16 unless asked."""
+        asked = min(COMPLETION_TOKENS, room) if self.max_tokens is None else self.max_tokens
+        return self._params(defaults, asked, self.logprobs)
 
 
 class Logprobs(BaseModel):

@@ -15,19 +15,24 @@ from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
 from deltadock import __version__
 from deltadock.errors import Cancelled, DeltadockError, InvalidInput, Unavailable
 from deltadock.logs import configure_logging
 from deltadock.settings import Settings, get_settings
+from inference.chat_replies import ChatReply
+from inference.chat_schemas import ChatCompletion, ChatRequest
 from inference.node import Node, Target
-from inference.replies import Reply
+from inference.replies import CompletionReply, Reply
 from inference.schemas import Completion, CompletionRequest, ErrorBody, Model, ModelList
 from storage.blobs import BlobStore, make_blob_store
 
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 RETRY_AFTER_SECONDS: Final = 1
 
+BaseHeader = Annotated[str | None, Header(alias="Deltadock-Base")]
+ArtifactHeader = Annotated[str | None, Header(alias="Deltadock-Artifact")]
 Result = TypeVar("Result")
 
 
@@ -55,23 +60,33 @@ def _add_routes(app: FastAPI, node: Node) -> None:
         status: {"model": ErrorBody} for status in (404, 409, 422, 429, 500, 503)
     }
 
+    async def answer(request: Request, reply: Reply[Any]) -> Response | BaseModel:
+        if reply.request.stream:
+            return StreamingResponse(reply.stream(), media_type="text/event-stream")
+        return await _while_connected(request, reply.whole())
+
     @app.post("/v1/completions", response_model=Completion, responses=errors)
     async def complete(
-        body: CompletionRequest,
-        request: Request,
-        base: Annotated[str | None, Header(alias="Deltadock-Base")] = None,
-        artifact: Annotated[str | None, Header(alias="Deltadock-Artifact")] = None,
-    ) -> Response | Completion:
+        body: CompletionRequest, request: Request, base: BaseHeader = None,
+        artifact: ArtifactHeader = None,
+    ) -> Response | BaseModel:  # fmt: skip
         """Continue a prompt with the base or one of its deltas.
 
         The headers name the weights by digest; without them `model` is the base's name.
         """
         target = _target(base, artifact) or node.target(body.model)
-        begin = node.generate(target, body.prompts(), body.n, body.sampling())
-        reply = Reply(body, await _while_connected(request, begin))
-        if body.stream:
-            return StreamingResponse(reply.stream(), media_type="text/event-stream")
-        return await _while_connected(request, reply.whole())
+        generation = await _while_connected(request, node.generate(target, body))
+        return await answer(request, CompletionReply(body, generation))
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=errors)
+    async def chat(
+        body: ChatRequest, request: Request, base: BaseHeader = None,
+        artifact: ArtifactHeader = None,
+    ) -> Response | BaseModel:  # fmt: skip
+        """Answer a conversation, in the way that the delta's own chat template puts it."""
+        target = _target(base, artifact) or node.target(body.model)
+        generation = await _while_connected(request, node.generate(target, body))
+        return await answer(request, ChatReply(body, generation))
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -139,9 +154,10 @@ def _on_error(_: Request, error: Exception) -> JSONResponse:
 def _on_invalid(_: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, RequestValidationError):
         raise error
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:])
-    return _error_response(InvalidInput(f"{where}: {first['msg']}"), where)
+    # Of the forms that a field may have, the one that was followed furthest was meant.
+    fault = max(error.errors(), key=lambda fault: len(fault["loc"]))
+    where = ".".join(str(part) for part in fault["loc"][1:])
+    return _error_response(InvalidInput(f"{where}: {fault['msg']}"), where)
 
 
 def _error_response(error: DeltadockError, param: str | None = None) -> JSONResponse:

@@ -1,6 +1,5 @@
 """Text to tokens and back, one token at a time: incremental detokenisation and stop strings."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -8,8 +7,13 @@ from typing import Any, Final
 from tokenizers import Tokenizer as FastTokenizer
 
 from deltadock.errors import InvalidArtifact, UnsupportedModel
+from inference.chat import chat_format
+from inference.generation_config import eos_ids, sampling_defaults
 
-TOKENIZER_FILES: Final = ("tokenizer.json", "generation_config.json", "config.json")
+TOKENIZER_FILES: Final = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json", "config.json",
+)  # fmt: skip
 """What the node reads of a checkpoint's text files. A tokenizer.json is data, never code."""
 
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
@@ -24,17 +28,8 @@ def read_tokenizer_files(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text("utf-8") for path in paths if path.is_file()}
 
 
-def _eos_ids(files: Mapping[str, str]) -> frozenset[int]:
-    """The end-of-sequence ids: generation_config.json's, else config.json's, as in transformers."""
-    for name in ("generation_config.json", "config.json"):
-        eos = json.loads(files.get(name, "{}")).get("eos_token_id")
-        if eos is not None:
-            return frozenset(eos if isinstance(eos, list) else [eos])
-    return frozenset()
-
-
 class Tokenizer:
-    """One model's tokenizer and end-of-sequence ids, from its files' text."""
+    """One model's tokenizer, chat format and generation config, from its files' text."""
 
     def __init__(self, files: Mapping[str, str]) -> None:
         """`files` maps names of TOKENIZER_FILES to their text; others are ignored.
@@ -50,15 +45,17 @@ class Tokenizer:
             )
         try:
             self._tokenizer: Any = FastTokenizer.from_str(files["tokenizer.json"])
-            self.eos_ids = _eos_ids(files)
+            self.eos_ids = eos_ids(files)
+            self.chat = chat_format(files)
+            self.defaults = sampling_defaults(files)
         except Exception as error:  # the library raises nothing more specific
             raise InvalidArtifact(f"The tokenizer files cannot be read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids with the model's special tokens (a BOS where it has one)."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids; `special_tokens` adds the model's own (a BOS where it has one)."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,6 +20,9 @@ from inference.model import FAMILIES, BaseModel, load_base
 from inference.sampler import SamplingParams, make_generator
 from inference.sequence import Event, Sequence
 from inference.tokens import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from tests.inference.support import Site
 
 VOCABULARY = 264
 EOS = 257
@@ -111,6 +114,14 @@ def generate() -> Callable[[Any, list[int], int], list[int]]:
 def save_checkpoint(tokenizer_json: str) -> Callable[..., Path]:
     """`save_checkpoint(model, folder, eos)`: write a checkpoint folder."""
     return partial(_save, tokenizer_json=tokenizer_json)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[..., Path]) -> "Site":
+    """A blob store with two bases and deltas of the first, and the merged models."""
+    from tests.inference.support import make_site  # the engine's tests do without a web server
+
+    return make_site(tmp_path_factory.mktemp("site"), _make_model, save_checkpoint)
 
 
 @dataclass

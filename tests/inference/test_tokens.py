@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltadock.errors import InvalidArtifact, UnsupportedModel
+from inference.generation_config import SamplingDefaults
 from inference.tokens import TextStream, Tokenizer
 
 
@@ -87,6 +88,23 @@ def test_the_generation_config_names_the_end(
 ) -> None:
     texts = {name: json.dumps(content) for name, content in files.items()}
     assert Tokenizer({"tokenizer.json": tokenizer_json, **texts}).eos_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, SamplingDefaults()),
+        ({"temperature": 0.6, "top_k": 20, "top_p": 0.95}, SamplingDefaults(0.6, 0.95, 20)),
+        ({"do_sample": True, "min_p": 0.1, "temperature": None}, SamplingDefaults(min_p=0.1)),
+        ({"do_sample": False, "temperature": 0.6}, SamplingDefaults(temperature=0.0)),
+        ({"temperature": "hot", "top_p": 7, "top_k": -1, "min_p": True}, SamplingDefaults()),
+    ],
+)
+def test_the_generation_config_says_how_to_sample(
+    tokenizer_json: str, config: dict[str, object], expected: SamplingDefaults
+) -> None:
+    files = {"tokenizer.json": tokenizer_json, "generation_config.json": json.dumps(config)}
+    assert Tokenizer(files).defaults == expected
 
 
 def test_a_truncating_tokenizer_file_truncates_nothing(tokenizer_json: str) -> None:

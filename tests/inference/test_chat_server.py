@@ -1,0 +1,191 @@
+"""/v1/chat/completions on the running node: each delta's own template, tokens and habits."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from artifacts.checkpoint import scan_folder
+from tests.inference.support import RunningNode, Site, start, write_delta
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TALK: Any = [
+    {"role": "system", "content": "Answer."},
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+]
+PROMPT = "[system] Answer.\n[user] a\nb\n[assistant]"
+
+Carry = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def node(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
+    with start(site, tmp_path_factory.mktemp("home")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def carry(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Carry:
+    """`carry(name=text)`: a delta with files of its own."""
+    digest = scan_folder(site.home / "base-0").weights_digest
+
+    def write(**files: str | None) -> str:
+        path = tmp_path_factory.mktemp("delta") / "delta"
+        named = {name.replace("__", "."): text for name, text in files.items()}
+        write_delta(path, site.models[None], digest, 1, **named)
+        return site.blobs.put_file(path)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def chatty(carry: Carry) -> str:
+    return carry(chat_template__jinja=TEMPLATE)
+
+
+def test_a_conversation_is_the_completion_of_its_prompt(
+    site: Site, node: RunningNode, chatty: str
+) -> None:
+    how: Any = {"model": "m", "temperature": 0, "max_tokens": 12}
+    with node.client(site.base, chatty) as client:
+        chat = client.chat.completions.create(messages=TALK, **how)
+        plain = client.completions.create(prompt=PROMPT, **how)
+    assert chat.object == "chat.completion"
+    [choice] = chat.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", plain.choices[0].text)
+    assert choice.finish_reason == plain.choices[0].finish_reason == "length"
+    assert chat.usage == plain.usage
+
+
+def test_streaming_tells_the_same(site: Site, node: RunningNode, chatty: str) -> None:
+    how: Any = {
+        "model": "m", "messages": TALK, "max_completion_tokens": 20, "seed": 5, "n": 2,
+        "stop": ["e"], "logprobs": True, "top_logprobs": 2,
+    }  # fmt: skip
+    with node.client(site.base, chatty) as client:
+        whole = client.chat.completions.create(**how)
+        texts, ends, first = ["", ""], {}, {}
+        tokens: list[list[Any]] = [[], []]
+        usage = None
+        for chunk in client.chat.completions.create(
+            **how, stream=True, stream_options={"include_usage": True}
+        ):
+            assert chunk.object == "chat.completion.chunk"
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                first.setdefault(choice.index, choice.delta.role)
+                ends[choice.index] = choice.finish_reason
+                tokens[choice.index] += choice.logprobs.content
+    assert first == {0: "assistant", 1: "assistant"}
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert [ends[0], ends[1]] == [choice.finish_reason for choice in whole.choices]
+    assert tokens == [choice.logprobs.content for choice in whole.choices]
+    assert usage == whole.usage
+    assert texts[0] != texts[1]
+    told = tokens[0][0]
+    assert len(told.top_logprobs) == 2
+    assert told.top_logprobs[0].logprob >= told.logprob
+    assert told.bytes is None or bytes(told.bytes).decode() == told.token
+
+
+def test_each_model_has_its_own_template_or_none(
+    site: Site, node: RunningNode, chatty: str, carry: Carry
+) -> None:
+    curt = carry(chat_template__jinja="{{ messages[-1].content }}")
+    config = carry(tokenizer_config__json=json.dumps({"chat_template": "{{ messages[0].role }}"}))
+    lengths = {}
+    for artifact in (chatty, curt, config):
+        with node.client(site.base, artifact) as client:
+            answer = client.chat.completions.create(model="m", messages=TALK, max_tokens=1)
+            lengths[artifact] = answer.usage.prompt_tokens
+    assert lengths == {chatty: len(PROMPT), curt: len("a\nb"), config: len("system")}
+    for without in (None, site.artifacts[0]):
+        with (
+            node.client(site.base, without) as client,
+            pytest.raises(openai.UnprocessableEntityError, match="no chat template") as caught,
+        ):
+            client.chat.completions.create(model="m", messages=TALK)
+        assert caught.value.code == "unsupported_model"
+
+
+def test_a_silent_request_is_sampled_as_the_model_was_published(
+    site: Site, node: RunningNode, carry: Carry
+) -> None:
+    greedy = carry(
+        chat_template__jinja=TEMPLATE, generation_config__json=json.dumps({"do_sample": False})
+    )
+    with node.client(site.base, greedy) as client:
+        silent, again = (
+            client.chat.completions.create(model="m", messages=TALK, max_tokens=24)
+            for _ in range(2)
+        )
+        asked = client.chat.completions.create(
+            model="m", messages=TALK, max_tokens=24, temperature=1.5, seed=1
+        )
+    answers = [answer.choices[0].message.content for answer in (silent, again, asked)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_without_a_limit_an_answer_may_fill_the_context(
+    site: Site, node: RunningNode, chatty: str
+) -> None:
+    with node.client(site.base, chatty) as client:
+        answer = client.chat.completions.create(model="m", messages=TALK, seed=3)
+        ended = answer.choices[0].finish_reason == "stop"
+        assert ended or answer.usage.total_tokens == node.node.base.engine.context_tokens
+        with pytest.raises(openai.UnprocessableEntityError, match="context"):
+            client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": "x" * 500}]
+            )
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "content"),
+        ({"messages": [{"role": "pilot", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "tool_calls"),
+        ({"tools": [{}]}, "tools"),
+        ({"top_logprobs": 2}, "top_logprobs needs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_bad_requests_are_told_what_is_wrong(
+    site: Site, node: RunningNode, body: dict[str, Any], named: str
+) -> None:
+    response = httpx.post(
+        f"{node.url}/v1/chat/completions",
+        json={"model": "m", "messages": [{"role": "user", "content": "a"}], **body},
+        headers={"Deltadock-Base": site.base},
+    )
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert (error["code"], error["type"]) == ("invalid_input", "invalid_request_error")
+    assert named in error["message"]
+
+
+def test_a_template_that_never_ends_fails_its_own_request(
+    site: Site, node: RunningNode, carry: Carry, chatty: str, tmp_path: Path
+) -> None:
+    endless = carry(
+        chat_template__jinja="{% set r = range(99999) %}{% for a in r %}{% for b in r %}"
+        "{% endfor %}{% endfor %}"
+    )
+    with (
+        node.client(site.base, endless) as client,
+        pytest.raises(openai.UnprocessableEntityError, match="more time or memory"),
+    ):
+        client.chat.completions.create(model="m", messages=TALK)
+    with node.client(site.base, chatty) as client:
+        assert client.chat.completions.create(model="m", messages=TALK, max_tokens=1).choices
