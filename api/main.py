@@ -19,6 +19,7 @@ from api.health.endpoints import router as health
 from api.jobs.endpoints import router as jobs
 from api.methods.endpoints import router as methods
 from api.middleware import BodyLimit, RequestContext
+from api.nodes.endpoints import router as nodes
 from api.openapi import DescribedApp
 from api.previews.endpoints import router as previews
 from api.problems import install_error_handlers, problems
@@ -55,7 +56,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit)
     app.add_middleware(RequestContext)
     install_error_handlers(app)
-    for router in (uploads, bases, previews, deltas, jobs, methods, generation, health, dashboard):
+    for router in (
+        uploads, bases, previews, deltas, jobs, methods, generation, nodes, health, dashboard,
+    ):  # fmt: skip
         app.include_router(router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.mount("/static", static_files)

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from deltadock.errors import DeltadockError, InvalidInput, NotFound, RangeNotSatisfiable
+from deltadock.errors import DeltadockError, InvalidInput, RangeNotSatisfiable
 
 log = structlog.get_logger(__name__)
 
@@ -157,9 +157,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
     detail = error.detail
     if error.status_code == HTTPStatus.NOT_FOUND and detail == phrase:
         detail = f"There is nothing at {request.url.path}; see /openapi.json for what there is."
-        if request.url.path in OPENAI_PATHS:  # no model is missing, so not through _openai_terms
-            detail = f"{request.url.path} does not exist; use /v1/completions."
-            return JSONResponse(openai_body(404, NotFound.code, detail), 404)
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         detail = f"{request.method} is not possible here; the Allow header names what is."
     code = {413: "too_large", 400: "bad_request"}.get(

@@ -6,6 +6,7 @@ from typing import Self
 import httpx
 from starlette.concurrency import run_in_threadpool
 
+from api.nodes.fleet import Fleet
 from api.tasks import TaskSender
 from deltadock.settings import Settings
 from storage.blobs import BlobStore, make_blob_store
@@ -20,26 +21,33 @@ class Resources:
     database: Database
     blobs: BlobStore
     tasks: TaskSender
-    node: httpx.AsyncClient
+    http: httpx.AsyncClient
+    """For the nodes."""
+    fleet: Fleet
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """What these settings name."""
+        database = Database(settings.sqlalchemy_url)
         return cls(
             settings=settings,
-            database=Database(settings.sqlalchemy_url),
+            database=database,
             blobs=make_blob_store(settings),
             tasks=TaskSender(settings.broker_url),
-            node=httpx.AsyncClient(
-                base_url=settings.node_url,
+            http=httpx.AsyncClient(
                 # A long prompt may take minutes until its first token.
                 timeout=httpx.Timeout(600.0, connect=5.0),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=50),
+                # A node closes what was idle for five seconds; we must not be surprised by that.
+                limits=httpx.Limits(
+                    max_connections=None, max_keepalive_connections=50, keepalive_expiry=2.0
+                ),
+                trust_env=False,
             ),
+            fleet=Fleet(database),
         )
 
     async def close(self) -> None:
         """Give every connection back."""
-        await self.node.aclose()
+        await self.http.aclose()
         await run_in_threadpool(self.tasks.close)
         await run_in_threadpool(self.database.dispose)

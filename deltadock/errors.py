@@ -15,6 +15,7 @@
     │   ├── InvalidAdapter              422 invalid_adapter
     │   ├── InvalidArtifact             422 invalid_artifact
     │   └── UnsupportedModel            422 unsupported_model
+    ├── Unauthorized                    401 unauthorized
     ├── NotFound                        404 not_found
     ├── Conflict                        409 conflict
     │   ├── BaseMismatch                409 base_mismatch
@@ -130,6 +131,13 @@ class UnsupportedModel(InvalidInput):
     """The model family cannot be calibrated or served."""
 
     code = "unsupported_model"
+
+
+class Unauthorized(DeltadockError):
+    """The request needs a secret that it does not bring."""
+
+    status = 401
+    code = "unauthorized"
 
 
 class NotFound(DeltadockError):

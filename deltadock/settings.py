@@ -34,8 +34,22 @@ class Settings(BaseSettings):
     s3_access_key_id: str | None = None
     s3_secret_access_key: SecretStr | None = None
 
-    node_url: str = Field(
-        default="http://127.0.0.1:8100", description="The inference node that the api forwards to."
+    api_url: str | None = Field(
+        default=None, description="The api that a node registers with; unset, it serves alone."
+    )
+    node_url: str | None = Field(
+        default=None, description="Where the api finds a node; unset, its host's name and port."
+    )
+    node_secret: SecretStr | None = Field(
+        default=None,
+        description="What the api and its nodes know each other by; unset, both trust only "
+        "this machine.",
+    )
+    node_heartbeat_seconds: float = Field(
+        default=2.0,
+        gt=0,
+        description="A node tells the api of itself this often; silent for "
+        "five times as long, it is gone.",
     )
     device: str = Field(
         default="auto", description="Torch device of workers and nodes: auto, cpu or cuda[:n]."

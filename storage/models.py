@@ -204,3 +204,28 @@ class Job(Model):
     finished_at: Mapped[datetime | None]
 
     delta: Mapped[Delta] = relationship(lazy="raise", back_populates="job")
+
+
+class Node(Model):
+    """An inference node, as it told of itself last; not told again, it is gone at `expires_at`."""
+
+    __tablename__ = "nodes"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    url: Mapped[str] = mapped_column(String(255), index=True)
+    base_digest: Mapped[str | None] = mapped_column(String(64))
+    """The base in its memory; None before the first request."""
+    adopts: Mapped[bool]
+    """Whether it changes its base to what requests name."""
+    draining: Mapped[bool]
+    """Whether it only finishes what runs."""
+    capacity: Mapped[int]
+    """Sequences that it takes at once, running and waiting."""
+    admitted: Mapped[int]
+    """Sequences that it has."""
+    delta_slots: Mapped[int]
+    deltas: Mapped[list[dict[str, Any]]]
+    """[{digest, tier, bytes, references, pinned}], each in the fastest tier that has it."""
+    started_at: Mapped[datetime] = mapped_column(default=_utcnow)
+    seen_at: Mapped[datetime]
+    expires_at: Mapped[datetime]

@@ -1,5 +1,7 @@
 """Routes that generate: OpenAI's, and one prompt for a delta or a base by its own URL."""
 
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
@@ -9,17 +11,29 @@ from api.deltas.endpoints import DeltaId
 from api.deltas.service import get_delta
 from api.dependencies import ReadSession, ResourcesDep
 from api.generation import service
-from api.generation.node import ForwardedResponse, ask_node
-from api.generation.resolver import Target, resolve, target_of_base, target_of_delta
+from api.generation.answer import ForwardedResponse
+from api.generation.forward import CHAT, COMPLETIONS, ask_nodes
+from api.generation.resolver import resolve, target_of_base, target_of_delta
 from api.generation.schemas import (
     BaseGenerated,
+    ChatIn,
     CompletionIn,
     DeltaGenerated,
     GenerateIn,
+    ModelIn,
     ModelList,
 )
+from api.generation.target import Target
 from api.problems import openai_problems, problems
-from deltadock.errors import InvalidInput, NotFound, NotReady, Overloaded, Unavailable
+from api.resources import Resources
+from deltadock.errors import (
+    InvalidInput,
+    NotFound,
+    NotReady,
+    Overloaded,
+    Unavailable,
+    UnsupportedModel,
+)
 
 router = APIRouter(tags=["generation"])
 
@@ -30,30 +44,45 @@ def list_models(session: ReadSession) -> ModelList:
     return service.list_models(session)
 
 
-@router.post(
-    "/v1/completions",
-    response_class=Response,
-    responses={
+def _answers(what: str) -> dict[int | str, dict[str, Any]]:
+    return {
         200: {
-            "description": "OpenAI's completion; with stream, chunks of it as server-sent events",
+            "description": f"OpenAI's {what}; with stream, chunks of it as server-sent events",
             "content": {
                 "application/json": {"schema": {"type": "object"}},
                 "text/event-stream": {"schema": {"type": "string"}},
             },
         },
-        **openai_problems(InvalidInput, NotFound, NotReady, Overloaded, Unavailable),
-    },
-)
+        **openai_problems(
+            InvalidInput, UnsupportedModel, NotFound, NotReady, Overloaded, Unavailable
+        ),
+    }
+
+
+@router.post("/v1/completions", response_class=Response, responses=_answers("completion"))
 async def complete(body: CompletionIn, request: Request, resources: ResourcesDep) -> Response:
     """OpenAI's completions, answered by the weights that `model` stands for."""
+    return await _forward(resources, request, COMPLETIONS, body)
+
+
+@router.post("/v1/chat/completions", response_class=Response, responses=_answers("chat completion"))
+async def chat(body: ChatIn, request: Request, resources: ResourcesDep) -> Response:
+    """OpenAI's chat completions; each delta has its own chat template."""
+    return await _forward(resources, request, CHAT, body)
+
+
+async def _forward(
+    resources: Resources, request: Request, path: str, body: ModelIn
+) -> ForwardedResponse:
+    """The node's answer; whatever the name comes to mean, this request keeps its weights."""
 
     def find() -> Target:
         with resources.database.read_scope() as session:
             return resolve(session, body.model)
 
     target = await run_in_threadpool(find)
-    answer = await ask_node(resources.node, request, target, body.model_dump(exclude_none=True))
-    return ForwardedResponse(answer)
+    wish = body.model_dump(exclude_none=True)
+    return ForwardedResponse(await ask_nodes(resources, request, target, path, wish))
 
 
 GENERATE_PROBLEMS = problems(NotFound, NotReady, InvalidInput, Overloaded, Unavailable)

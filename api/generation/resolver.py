@@ -1,21 +1,12 @@
 """From what a client calls a model to what the node is to run."""
 
-from dataclasses import dataclass
-
 from sqlalchemy.orm import Session
 
 from api.deltas.service import require_ready
+from api.generation.target import Target
 from deltadock.errors import NotFound
 from storage.models import Base, Delta
 from storage.repositories import BaseRepository, DeltaRepository
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Weights by digest: the base's checkpoint, and the artifact on top of it, if any."""
-
-    base_digest: str
-    artifact_digest: str | None
 
 
 def resolve(session: Session, model: str) -> Target:

@@ -9,8 +9,24 @@ from api.schemas import RequestBody
 from storage.models import Base, Delta
 
 
-class CompletionIn(BaseModel):
-    """OpenAI's completion request. Fields not named here go to the node as they are."""
+class ModelIn(BaseModel):
+    """What OpenAI's requests share. Fields not named here go to the node as they are."""
+
+    model: str = Field(
+        min_length=1,
+        max_length=256,
+        description="A delta's id, project/model, project/model:version, or a base's name or id.",
+    )
+    max_tokens: int | None = Field(default=None, ge=0)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+
+
+class CompletionIn(ModelIn):
+    """OpenAI's completion request."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -19,18 +35,27 @@ class CompletionIn(BaseModel):
         },
     )
 
-    model: str = Field(
-        min_length=1,
-        max_length=256,
-        description="A delta's id, project/model, project/model:version, or a base's name or id.",
-    )
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(default=None, ge=0)
-    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
+
+
+class ChatIn(ModelIn):
+    """OpenAI's chat completion request; a message has a `role` and a `content` of text."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": EXAMPLE_DELTA_ID,
+                    "messages": [{"role": "user", "content": "What is 17 + 25?"}],
+                    "max_completion_tokens": 8,
+                }
+            ]
+        },
+    )
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=0)
 
 
 class GenerateIn(RequestBody):
@@ -42,10 +67,14 @@ class GenerateIn(RequestBody):
 
     prompt: str
     max_tokens: int = Field(default=128, ge=1)
-    temperature: float = Field(
-        default=1.0, ge=0, le=2, allow_inf_nan=False, description="0: always the likeliest token."
+    temperature: float | None = Field(
+        default=None,
+        ge=0,
+        le=2,
+        allow_inf_nan=False,
+        description="0: always the likeliest token. Unset, the model's generation config decides.",
     )
-    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = None
     stop: str | list[str] | None = None
 

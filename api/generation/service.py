@@ -5,9 +5,9 @@ from typing import Any
 from fastapi import Request
 from sqlalchemy.orm import Session
 
-from api.generation.node import ask_node, read_answer
-from api.generation.resolver import Target
+from api.generation.forward import COMPLETIONS, ask_nodes
 from api.generation.schemas import GenerateIn, ModelList, ModelOut
+from api.generation.target import Target
 from api.resources import Resources
 from deltadock.errors import (
     BaseMismatch,
@@ -56,11 +56,11 @@ async def generate(
         Unavailable, Overloaded, InvalidInput and the like: as the node says.
     """
     wish = {"model": model, **body.model_dump(exclude_none=True)}
-    answer = await ask_node(resources.node, request, target, wish)
-    completion: dict[str, Any] = await read_answer(answer)
-    if not answer.is_success:
+    answer = await ask_nodes(resources, request, target, COMPLETIONS, wish)
+    completion: dict[str, Any] = await answer.read()
+    if answer.status != 200:
         fault = completion.get("error", {}) if isinstance(completion, dict) else {}
-        message = str(fault.get("message", f"The inference node answered {answer.status_code}."))
-        kind = InvalidInput if answer.is_client_error else Unavailable
+        message = str(fault.get("message", f"The inference node answered {answer.status}."))
+        kind = InvalidInput if answer.status < 500 else Unavailable
         raise NODE_ERRORS.get(str(fault.get("code")), kind)(message)
     return completion

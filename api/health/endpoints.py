@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Annotated
 
-import httpx
 import structlog
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
@@ -50,7 +49,7 @@ async def readiness(resources: ResourcesDep, response: Response) -> Readiness:
     """Ready: the database, the broker and the blob store answer."""
     checks = await run_in_threadpool(_check_required, resources)
     ready = all(state == OK for state in checks.values())
-    checks["node"] = await _check_node(resources.node)
+    checks["node"] = await _check_nodes(resources)
     response.status_code = 200 if ready else 503
     return Readiness(status=OK if ready else DOWN, checks=checks)
 
@@ -77,9 +76,9 @@ def _state(name: str, check: Callable[[], object]) -> str:
     return OK
 
 
-async def _check_node(node: httpx.AsyncClient) -> str:
+async def _check_nodes(resources: Resources) -> str:
     try:
-        answer = await node.get("/readyz", timeout=2.0)
-    except httpx.HTTPError:
+        nodes = await resources.fleet.nodes()
+    except DeltadockError:
         return DOWN
-    return OK if answer.is_success else DOWN
+    return OK if any(not node.draining for node in nodes) else DOWN

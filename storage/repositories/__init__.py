@@ -4,6 +4,7 @@ from storage.repositories.bases import BaseRepository
 from storage.repositories.checkpoints import CheckpointRepository
 from storage.repositories.deltas import DeltaRepository
 from storage.repositories.jobs import JobRepository
+from storage.repositories.nodes import NodeRepository
 from storage.repositories.uploads import UploadRepository
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "CheckpointRepository",
     "DeltaRepository",
     "JobRepository",
+    "NodeRepository",
     "UploadRepository",
 ]

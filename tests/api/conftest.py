@@ -33,7 +33,7 @@ def settings_fields() -> dict[str, Any]:
 
 @pytest.fixture
 def settings(tmp_path: Path, broker_url: str, settings_fields: dict[str, Any]) -> Settings:
-    fields = {"home": tmp_path / "home", "broker_url": broker_url, "node_url": "http://127.0.0.1:1"}
+    fields = {"home": tmp_path / "home", "broker_url": broker_url}
     return Settings.model_validate(fields | settings_fields)
 
 

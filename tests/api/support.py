@@ -134,6 +134,15 @@ class Api:
         delta: dict[str, Any] = answer.json()["delta"]
         return delta
 
+    def register(self, url: str, node: str = "node_a", **told: Any) -> None:
+        """Do what a node does at its start and every other second."""
+        body = {
+            "url": url, "adopts": True, "capacity": 8, "admitted": 0, "delta_slots": 4,
+            "lives_seconds": 600, **told,
+        }  # fmt: skip
+        answer = self.client.put(f"/v1/nodes/{node}", json=body)
+        assert answer.status_code == 204, answer.text
+
     def make_ready(self, delta: dict[str, Any], artifact: bytes = b"artifact") -> str:
         """Do what the worker does at the end; the artifact's digest."""
         digest = self.resources.blobs.put_bytes(artifact)
@@ -164,16 +173,15 @@ class StandInNode:
     def app(self) -> ASGIApp:
         routes = [
             Route("/v1/completions", self._complete, methods=["POST"]),
-            Route("/readyz", self._ready),
+            Route("/v1/chat/completions", self._complete, methods=["POST"]),
         ]
         return Starlette(routes=routes)
 
-    async def _ready(self, _request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
     async def _complete(self, request: Request) -> Response:
         body = await request.json()
-        self.requests.append({"headers": dict(request.headers), "body": body})
+        self.requests.append(
+            {"path": request.url.path, "headers": dict(request.headers), "body": body}
+        )
         if self.gate is not None:
             self.gate.set()
             while (await request.receive())["type"] != "http.disconnect":

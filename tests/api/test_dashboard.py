@@ -35,7 +35,7 @@ class Site:
 
 @pytest.fixture
 def empty(tmp_path: Path) -> Iterator[Site]:
-    settings = Settings(home=tmp_path / "home", node_url="http://127.0.0.1:1")
+    settings = Settings(home=tmp_path / "home")
     migrate(settings.sqlalchemy_url)
     app = create_app(settings)
     resources: Resources = app.state.resources

@@ -14,8 +14,10 @@ Ready = tuple[dict[str, Any], str, str]
 
 
 @pytest.fixture
-def settings_fields(node_url: str) -> dict[str, Any]:
-    return {"node_url": node_url}
+def api(api: Api, node_url: str) -> Api:
+    """An api with a node."""
+    api.register(node_url)
+    return api
 
 
 @pytest.fixture
@@ -113,11 +115,21 @@ def test_what_json_cannot_carry(api: Api, node: StandInNode, ready: Ready, extra
     assert node.requests == []
 
 
-def test_openais_routes_that_do_not_exist(api: Api) -> None:
-    answer = api.client.post("/v1/chat/completions", json={"model": "tiny", "messages": []})
-    error = answer.json()["error"]
-    assert (answer.status_code, error["code"], error["param"]) == (404, "not_found", None)
-    assert "/v1/completions" in error["message"]
+def test_conversations_go_the_same_way(api: Api, node: StandInNode, ready: Ready) -> None:
+    delta, artifact, base = ready
+    messages = [{"role": "user", "content": "17 + 25 =", "name": "Ada"}]
+    body = {"model": delta["id"], "messages": messages, "max_completion_tokens": 3, "top_k": 2}
+    assert api.client.post("/v1/chat/completions", json=body).status_code == 200
+    asked = node.requests[-1]
+    assert (asked["path"], asked["body"]) == ("/v1/chat/completions", body)
+    assert asked["headers"]["deltadock-artifact"] == artifact
+    assert asked["headers"]["deltadock-base"] == base
+    for bad in ({"messages": messages}, {"model": "tiny"}, {"model": "tiny", "messages": []}):
+        answer = api.client.post("/v1/chat/completions", json=bad)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    answer = api.client.post("/v1/chat/completions", json={"model": "none", "messages": messages})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
 def test_the_openai_package(api: Api, ready: Ready) -> None:
@@ -148,7 +160,7 @@ def test_generating_by_url(api: Api, node: StandInNode, ready: Ready) -> None:
         "usage": usage,
     }
     assert node.requests[-1]["headers"]["deltadock-artifact"] == artifact
-    assert node.requests[-1]["body"] == {"model": delta["id"], "top_p": 1.0} | body
+    assert node.requests[-1]["body"] == {"model": delta["id"]} | body
     answer = api.client.post("/v1/bases/tiny/generate", json=body)
     assert answer.json()["base"] == "tiny"
     assert node.requests[-1]["headers"]["deltadock-base"] == base
@@ -216,8 +228,8 @@ def test_a_client_that_goes_away_stops_the_node(api: Api, node: StandInNode, rea
 
 class TestNodeDown:
     @pytest.fixture
-    def settings_fields(self) -> dict[str, Any]:
-        return {}
+    def node_url(self) -> str:
+        return "http://127.0.0.1:1"
 
     def test_it_is_unavailable(self, api: Api, ready: Ready) -> None:
         answer = api.client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
@@ -225,7 +237,10 @@ class TestNodeDown:
         assert answer.headers["retry-after"] == "1"
         answer = api.client.post("/v1/bases/tiny/generate", json={"prompt": "x"})
         assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+        assert "deltadock node" in answer.json()["detail"], "the dead one is not asked again"
 
-    def test_the_api_is_ready_nevertheless(self, api: Api) -> None:
+    def test_the_api_is_ready_nevertheless(self, api: Api, ready: Ready) -> None:
+        assert api.client.get("/readyz").json()["checks"]["node"] == "ok", "it told so"
+        api.client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
         answer = api.client.get("/readyz")
         assert (answer.status_code, answer.json()["checks"]["node"]) == (200, "unavailable")

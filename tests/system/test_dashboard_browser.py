@@ -20,7 +20,7 @@ from deltadock.settings import Settings
 from storage.blobs import BlobStore, make_blob_store
 from storage.database import Database, migrate
 from storage.models import Delta, JobState
-from storage.repositories import BaseRepository, DeltaRepository, JobRepository
+from storage.repositories import BaseRepository, DeltaRepository, JobRepository, NodeRepository
 from tests import browser as chromium
 from tests import seed
 from tests.api.support import StandInNode, serving
@@ -76,10 +76,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with serving(node.app()) as node_url:
         environment = os.environ | {
             "DELTADOCK_HOME": str(settings.home),
-            "DELTADOCK_NODE_URL": node_url,
         }
         with Child("api", command, log=folder / "api.log", env=environment) as child:
             child.wait_until(partial(_answers, port))
+            with database.session_scope() as session:
+                NodeRepository(session).put(
+                    "node_a", node_url, lives_seconds=3600, base_digest=None, adopts=True,
+                    draining=False, capacity=8, admitted=0, delta_slots=4, deltas=[],
+                )  # fmt: skip
             yield Site(f"http://127.0.0.1:{port}", database, blobs, node, seeded)
             child.stop()
     database.dispose()

@@ -1,0 +1,51 @@
+"""Inference nodes: who is there, and with what."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import and_, delete, or_, select
+from sqlalchemy.orm import Session
+
+from storage.models import Node
+from storage.types import database_now
+
+
+class NodeRepository:
+    """A node is there until its time is up; times are the database's clock."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def put(self, node_id: str, url: str, *, lives_seconds: float, **told: Any) -> Node:
+        """Record what a node tells of itself; it is there for `lives_seconds` more.
+
+        Nodes whose time is up go, and so does who was at the same address before.
+        """
+        now = database_now(self.session)
+        successor_of = and_(Node.url == url, Node.id != node_id)
+        self.session.execute(delete(Node).where(or_(successor_of, Node.expires_at <= now)))
+        found = self.session.get(Node, node_id)
+        node = found or Node(id=node_id, started_at=now)
+        values = {
+            "url": url,
+            "seen_at": now,
+            "expires_at": now + timedelta(seconds=lives_seconds),
+            **told,
+        }
+        for name, value in values.items():
+            setattr(node, name, value)
+        self.session.add(node)
+        self.session.flush()
+        return node
+
+    def drop(self, node_id: str) -> None:
+        """Forget a node, if it is there."""
+        self.session.execute(delete(Node).where(Node.id == node_id))
+
+    def alive(self) -> Sequence[Node]:
+        """The nodes that are there, by their start."""
+        now = database_now(self.session)
+        return self.session.scalars(
+            select(Node).where(Node.expires_at > now).order_by(Node.started_at, Node.id)
+        ).all()
