@@ -76,7 +76,7 @@ def running(
         for child in children.values():
             stack.callback(child.ask_to_stop)
         children["api"].wait_until(lambda: _responds(f"http://{HOST}:{api_port}/readyz"))
-        children["node"].wait_until(lambda: _responds(f"http://{HOST}:{node_port}/readyz"))
+        children["node"].wait_until(lambda: _knows_a_node(f"http://{HOST}:{api_port}/readyz"))
         children["worker"].wait_until(parsed.worker_alive.exists)
         yield list(children.values())
 
@@ -92,6 +92,13 @@ def worker_command() -> list[str]:
 def _responds(url: str) -> bool:
     try:
         return httpx.get(url, timeout=2.0).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _knows_a_node(url: str) -> bool:
+    try:
+        return bool(httpx.get(url, timeout=2.0).json()["checks"]["node"] == "ok")
     except httpx.TransportError:
         return False
 

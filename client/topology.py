@@ -4,6 +4,7 @@ Postgres, Valkey and SeaweedFS stand where the compose file has its containers; 
 those of the embedded start, and the environment variables those of the compose file.
 """
 
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,12 @@ from client.up import announce
 from deltadock.settings import get_settings
 
 
-def topology_settings(home: Path, node_port: int, *services: dict[str, str]) -> dict[str, str]:
+def topology_settings(home: Path, api_port: int, *services: dict[str, str]) -> dict[str, str]:
     """Fields of `Settings` for the production shape: all that the compose file sets, too."""
     settings = {
         "home": str(home),
-        "node_url": f"http://{HOST}:{node_port}",
+        "api_url": f"http://{HOST}:{api_port}",
+        "node_secret": secrets.token_urlsafe(),
         "device": get_settings().device,
     }
     for service in services:
@@ -47,7 +49,7 @@ def topology(home: Path | None = None, api_port: int = 8000, node_port: int = 81
         ):
             services = (database, broker, blobs)
             settings = topology_settings(
-                folder / "home", node_port, *(service.settings for service in services)
+                folder / "home", api_port, *(service.settings for service in services)
             )
             console.print("Starting Deltadock ...")
             with running(settings, folder, api_port=api_port, node_port=node_port) as children:

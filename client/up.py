@@ -1,6 +1,7 @@
 """`deltadock up`: the embedded system, everything on this machine with its data in one folder."""
 
 import fcntl
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,14 @@ from deltadock.errors import Conflict
 from deltadock.settings import get_settings
 
 
-def embedded_settings(home: Path, node_port: int) -> dict[str, str]:
+def embedded_settings(home: Path, api_port: int) -> dict[str, str]:
     """Fields of `Settings` for SQLite, a blob folder and a node, all of them here."""
     return {
         "home": str(home),
         "database_url": "",
         "blob_store": "local",
-        "node_url": f"http://{HOST}:{node_port}",
+        "api_url": f"http://{HOST}:{api_port}",
+        "node_secret": secrets.token_urlsafe(),
     }
 
 
@@ -37,7 +39,7 @@ def up(home: Path | None = None, api_port: int = 8000, node_port: int = 8100) ->
         check_ports(api_port, node_port)
         console.print(f"Starting Deltadock in {home} ...", soft_wrap=True)
         with valkey(home / "valkey") as broker:
-            settings = embedded_settings(home, node_port) | broker.settings
+            settings = embedded_settings(home, api_port) | broker.settings
             with running(settings, home, api_port=api_port, node_port=node_port) as children:
                 announce(console, api_port, home)
                 console.print("Ctrl-C stops everything; the next start finds the data again.")

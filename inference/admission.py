@@ -21,7 +21,7 @@ class Admission:
         self, limit: int, delta_limit: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Take `limit` sequences at once, `delta_limit` of them of the same weights."""
-        self._limit, self._delta_limit = limit, min(delta_limit, limit)
+        self.limit, self._delta_limit = limit, min(delta_limit, limit)
         self._clock = clock
         self._admitted: Counter[str] = Counter()
         self._ends: deque[float] = deque(maxlen=RECENT)
@@ -45,7 +45,7 @@ class Admission:
                 f"The request asks for {count} answers; this node takes {self._delta_limit} of one "
                 "delta at once."
             )
-        excess = self.admitted + count - self._limit
+        excess = self.admitted + count - self.limit
         if excess > 0:
             raise Overloaded(
                 "The node's queue is full; try again later.",

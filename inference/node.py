@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from artifacts.checkpoint import CheckpointManifest, scan_folder
 from deltadock.errors import InvalidInput, NotFound, Unavailable
@@ -17,6 +17,7 @@ from inference.chat import Conversation, TemplateSandbox
 from inference.generation import Generation
 from inference.generation_config import SamplingDefaults
 from inference.metrics import Metrics
+from inference.registration import Registration
 from inference.sampler import SamplingParams
 from inference.tokens import Tokenizer
 from storage.blobs import BlobStore
@@ -63,7 +64,10 @@ class Node:
         )
         self._base_lock = asyncio.Lock()
         self._templates = TemplateSandbox()
+        self._registration: Registration | None = None
         self.base: ServedBase | None = None
+        self.draining = False
+        """Whether new requests are refused, because the node is about to stop."""
         self.metrics = Metrics()
 
     async def start(self) -> None:
@@ -71,8 +75,21 @@ class Node:
         if (folder := self._settings.node_base) is not None:
             self.base = await asyncio.to_thread(self._load_folder, folder)
 
+    def register(self, url: str) -> None:
+        """Tell the api, if the settings name one, that the node is at `url`; until `stop`."""
+        if self._settings.api_url is not None:
+            self._registration = Registration(self._settings, url, self.state)
+
+    async def drain(self) -> None:
+        """Take no new requests, and say so; what runs goes on."""
+        self.draining = True
+        if self._registration is not None:
+            await self._registration.tell()
+
     async def stop(self) -> None:
         """End the engine; what still runs is cancelled."""
+        if self._registration is not None:
+            await self._registration.close()
         if self.base is not None:
             await asyncio.to_thread(self.base.close)
         await asyncio.to_thread(self._templates.close)
@@ -81,6 +98,19 @@ class Node:
     def ready(self) -> bool:
         """Whether requests can be taken: the engine runs, or the first request will start it."""
         return self.base is None or self.base.engine.alive
+
+    def state(self) -> dict[str, Any]:
+        """What the api is told of the node."""
+        base = self.base
+        return {
+            "base": None if base is None else base.digest,
+            "adopts": self._settings.node_base is None,
+            "draining": self.draining or not self.ready,
+            "capacity": self._admission.limit,
+            "admitted": self._admission.admitted,
+            "delta_slots": self._settings.node_max_deltas,
+            "deltas": [],
+        }
 
     def target(self, model: str) -> Target:
         """What a request's `model` means to the node itself, which knows no names but its base's.
@@ -104,10 +134,12 @@ class Node:
 
         Raises:
             Overloaded: the node's queue, or the delta's, is full.
-            Unavailable: the node is busy with another base.
+            Unavailable: the node is busy with another base, or about to stop.
             InvalidInput: a prompt is empty or too long, or more answers than the queue holds.
             DeltadockError: whatever loading the base or the delta raised.
         """
+        if self.draining:
+            raise Unavailable("The node is stopping; send the request to another.")
         prompts = request.prompts()
         count = len(prompts) * request.n
         self._admission.enter(target.weights, count)

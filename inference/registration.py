@@ -26,7 +26,9 @@ class Registration:
     An api that does not answer is no fault of the node's: it serves on, and tells again.
     """
 
-    def __init__(self, settings: Settings, url: str, state: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(
+        self, settings: Settings, url: str, state: Callable[[], Mapping[str, Any]]
+    ) -> None:
         """`state` gives what the api is told of the node, besides where it is."""
         assert settings.api_url is not None
         self.id = new_id("node")

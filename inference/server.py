@@ -5,7 +5,9 @@ Run it with `python -m inference.server`, or `uvicorn --factory inference.server
 
 import argparse
 import asyncio
+import logging
 import re
+import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Final, TypeVar
@@ -167,15 +169,42 @@ def _error_response(error: DeltadockError, param: str | None = None) -> JSONResp
     return JSONResponse(body, status_code=error.status, headers=headers)
 
 
+class NodeServer(uvicorn.Server):
+    """Serves a node: registers it once it listens, and drains it before it stops."""
+
+    def __init__(self, app: FastAPI, host: str, port: int, url: str) -> None:
+        super().__init__(uvicorn.Config(app, host=host, port=port, log_config=None, lifespan="on"))
+        self.node: Node = app.state.node
+        self._url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; only then may anybody be sent here."""
+        await super().startup(sockets)
+        if self.started:
+            self.node.register(self._url)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say that nobody is to come any more, and finish what runs."""
+        await self.node.drain()
+        await super().shutdown(sockets)
+
+
+def serve(settings: Settings, host: str, port: int) -> None:
+    """Run a node until SIGTERM; running requests are finished first."""
+    configure_logging(settings, process="node")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # every heartbeat
+    own = socket.gethostname() if host in {"0.0.0.0", "::"} else host
+    url = settings.node_url or f"http://{own}:{port}"
+    NodeServer(create_app(settings), host, port, url).run()
+
+
 def main() -> None:
-    """Run the node until it is told to stop; running requests are finished first."""
+    """Run the node that the environment describes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8100)
     options = parser.parse_args()
-    settings = get_settings()
-    configure_logging(settings, process="node")
-    uvicorn.run(create_app(settings), host=options.host, port=options.port, log_config=None)
+    serve(get_settings(), options.host, options.port)
 
 
 if __name__ == "__main__":
