@@ -18,8 +18,8 @@ from inference.chat_schemas import (
 from inference.generation import Generation
 from inference.replies import Reply
 from inference.sampler import SampledToken
-from inference.sequence import Event
 from inference.schemas import Usage
+from inference.sequence import Event
 from inference.tokens import REPLACEMENT
 
 

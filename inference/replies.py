@@ -13,7 +13,6 @@ from pydantic import BaseModel
 from deltadock.errors import DeltadockError
 from inference.generation import Generation
 from inference.sampler import SampledToken
-from inference.sequence import Event
 from inference.schemas import (
     Choice,
     Completion,
@@ -23,6 +22,7 @@ from inference.schemas import (
     SamplingFields,
     Usage,
 )
+from inference.sequence import Event
 
 Request = TypeVar("Request", bound=SamplingFields)
 
