@@ -28,6 +28,13 @@ RUNNABLE_SUFFIXES: Final = PICKLE_SUFFIXES | {".py", ".joblib", ".npy", ".npz", 
 KNOWN_SUFFIXES: Final = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
 
 
+CONFIG: Final = "config.json"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+"""What a PEFT adapter's folder has in place of a model's configuration."""
+ADAPTER_TYPE: Final = "peft-adapter"
+"""The `model_type` that an adapter goes by."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileEntry:
     """One file: its path inside the checkpoint, size in bytes and SHA-256 (hex)."""
@@ -90,7 +97,11 @@ def merkle_root(tensors: Iterable[TensorEntry]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointManifest:
-    """A checkpoint's files and tensors, both sorted by name, and its parsed config.json."""
+    """A checkpoint's files and tensors, both sorted by name, and its parsed config.json.
+
+    Of a PEFT adapter the configuration is `adapter_config.json`, with `ADAPTER_TYPE` as its
+    `model_type`.
+    """
 
     files: tuple[FileEntry, ...]
     tensors: tuple[TensorEntry, ...]
@@ -105,6 +116,11 @@ class CheckpointManifest:
     def digest(self) -> str:
         """SHA-256 (hex) of the canonical JSON form."""
         return hashlib.sha256(self.to_json()).hexdigest()
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether this is a PEFT adapter and no whole model."""
+        return bool(self.config["model_type"] == ADAPTER_TYPE)
 
     @property
     def total_bytes(self) -> int:
@@ -130,20 +146,32 @@ class CheckpointManifest:
 
 
 def assemble(
-    files: list[FileEntry], tensors: list[TensorEntry], config_json: bytes | None
+    files: list[FileEntry],
+    tensors: list[TensorEntry],
+    config_json: bytes | None,
+    adapter_json: bytes | None = None,
 ) -> CheckpointManifest:
-    """Put a checkpoint together from what was learned of its files.
+    """Put a checkpoint, or a PEFT adapter, together from what was learned of its files.
+
+    Args:
+        files: all of them.
+        tensors: of all safetensors files.
+        config_json: the bytes of `config.json`, if there is one.
+        adapter_json: those of `adapter_config.json`: without the other, this is an adapter.
 
     Raises:
-        InvalidCheckpoint: no weights, no config.json, or a tensor in two files.
+        InvalidCheckpoint: no weights, no configuration, or a tensor in two files.
     """
-    if config_json is None:
+    if config_json is None and adapter_json is None:
         raise InvalidCheckpoint("config.json is missing; a checkpoint folder always has one.")
-    try:
-        config = json.loads(config_json)
-    except (ValueError, RecursionError) as error:
-        raise InvalidCheckpoint("config.json is not valid JSON.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    if config_json is None:
+        config = _parsed(ADAPTER_CONFIG, adapter_json)
+        config["model_type"] = ADAPTER_TYPE
+    else:
+        config = _parsed(CONFIG, config_json)
+        if config.get("model_type") == ADAPTER_TYPE:
+            raise InvalidCheckpoint(f"{CONFIG} is that of no model; an adapter has none.")
+    if not isinstance(config.get("model_type"), str):
         raise InvalidCheckpoint("config.json names no model_type.")
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", config["model_type"]):
         raise InvalidCheckpoint("config.json's model_type is not a plain name.")
@@ -164,6 +192,16 @@ def assemble(
         tensors=tuple(sorted(tensors, key=lambda entry: entry.name)),
         config=config,
     )
+
+
+def _parsed(name: str, text: bytes | None) -> dict[str, Any]:
+    try:
+        config = json.loads(text or b"")
+    except (ValueError, RecursionError) as error:
+        raise InvalidCheckpoint(f"{name} is not valid JSON.") from error
+    if not isinstance(config, dict):
+        raise InvalidCheckpoint(f"{name} is not a JSON object.")
+    return config
 
 
 class FileInspector:
@@ -223,5 +261,9 @@ def scan_folder(folder: Path) -> CheckpointManifest:
             f"{folder} holds its weights only as PyTorch pickles, which can run code when opened. "
             "Save the model again with safe_serialization=True."
         )
-    config = folder / "config.json"
+    config = folder / CONFIG
+    if not config.is_file() and (folder / ADAPTER_CONFIG).is_file():
+        raise InvalidCheckpoint(
+            f"{folder} is a PEFT adapter and no whole model; the method 'lora' imports it."
+        )
     return assemble(files, tensors, config.read_bytes() if config.is_file() else None)

@@ -3,8 +3,8 @@
 from sqlalchemy.orm import Session
 
 from api.bases.schemas import BaseIn
-from artifacts.checkpoint import CheckpointManifest
-from deltadock.errors import NotFound
+from artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest
+from deltadock.errors import InvalidInput, NotFound
 from storage.blobs import BlobStore
 from storage.cache import MANIFEST_BYTES
 from storage.models import Base, Checkpoint
@@ -45,6 +45,12 @@ def register_base(session: Session, body: BaseIn) -> tuple[Base, bool]:
 
     Raises:
         NotFound: there is no such checkpoint.
+        InvalidInput: it is an adapter.
         Conflict: the name stands for another one.
     """
-    return BaseRepository(session).add(body.name, get_checkpoint(session, body.checkpoint))
+    checkpoint = get_checkpoint(session, body.checkpoint)
+    if checkpoint.model_type == ADAPTER_TYPE:
+        raise InvalidInput(
+            "This is a PEFT adapter and no whole model. Upload the base that it was trained on."
+        )
+    return BaseRepository(session).add(body.name, checkpoint)

@@ -13,6 +13,7 @@ from api.deltas.calibration import CalibrationIn, mixture
 from api.deltas.schemas import DeltaIn
 from api.dependencies import UnitOfWork
 from api.resources import Resources
+from artifacts.checkpoint import ADAPTER_TYPE
 from artifacts.compatibility import check_same_architecture
 from compression.goal import SIZES
 from deltadock.errors import InvalidInput, NotFound, NotReady
@@ -55,20 +56,21 @@ def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tupl
 
     Raises:
         NotFound: no such base, checkpoint or calibration text.
+        InvalidInput: an adapter that is to be compressed, or a whole model to be imported as one.
         UnknownMethod, BitsOutOfRange, InvalidGoal, ArchitectureMismatch.
     """
     session = unit.session
     base = get_base(session, body.base)
     checkpoint = get_checkpoint(session, body.checkpoint)
     method, goal = body.check_goal()
-    if method.imports_adapter:
-        raise InvalidInput(
-            f"The method {method.name!r} imports a PEFT adapter's folder, which cannot be uploaded "
-            "as a checkpoint; `deltadock compress` takes it."
-        )
+    is_adapter = checkpoint.model_type == ADAPTER_TYPE
+    if is_adapter != method.imports_adapter:
+        wanted = "'lora'" if is_adapter else f"another than {method.name!r}"
+        kind = "a PEFT adapter" if is_adapter else "a whole model and no PEFT adapter"
+        raise InvalidInput(f"The checkpoint is {kind}: the method must be {wanted}.")
     is_bound = goal is not None and goal.kind not in SIZES
     calibration = _calibration(session, body, needed=method.needs_calibration or is_bound)
-    if checkpoint.digest != base.checkpoint_digest:
+    if checkpoint.digest != base.checkpoint_digest and not is_adapter:
         check_same_architecture(
             read_manifest(resources.blobs, base.checkpoint_digest),
             read_manifest(resources.blobs, checkpoint.digest),

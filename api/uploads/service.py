@@ -6,13 +6,19 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
-from artifacts.checkpoint import CheckpointManifest, FileEntry, TensorEntry, assemble
+from artifacts.checkpoint import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    CheckpointManifest,
+    FileEntry,
+    TensorEntry,
+    assemble,
+)
 from deltadock.errors import Conflict, InvalidCalibration, InvalidCheckpoint, NotFound
 from storage.blobs import BlobStore
 from storage.models import Checkpoint, Upload, UploadFile, UploadKind, UploadState
 from storage.repositories import CheckpointRepository, UploadRepository
 
-CONFIG: Final = "config.json"
 SHARD_INDEX: Final = "model.safetensors.index.json"
 MAX_JSON_BYTES: Final = 32 << 20
 """For the files that are read whole; the shard index of a 1T-parameter model takes a tenth."""
@@ -86,6 +92,8 @@ def abort_upload(session: Session, upload_id: str) -> None:
 def complete_upload(session: Session, blobs: BlobStore, upload_id: str) -> Upload:
     """Turn an upload's files into a checkpoint or a calibration text; again changes nothing.
 
+    A PEFT adapter's folder becomes a checkpoint of its own kind.
+
     Raises:
         Conflict: the upload was aborted.
         InvalidCheckpoint: the files are no complete checkpoint; the upload stays open for the rest.
@@ -116,7 +124,6 @@ def complete_upload(session: Session, blobs: BlobStore, upload_id: str) -> Uploa
 
 def _manifest(upload: Upload, blobs: BlobStore) -> CheckpointManifest:
     digests = {file.path: file.sha256 for file in upload.files}
-    config = digests.get(CONFIG)
     if index := digests.get(SHARD_INDEX):
         _check_shards(blobs.read(index, MAX_JSON_BYTES), digests.keys())
     return assemble(
@@ -132,7 +139,10 @@ def _manifest(upload: Upload, blobs: BlobStore) -> CheckpointManifest:
             for file in upload.files
             for tensor in file.tensors
         ],
-        blobs.read(config, MAX_JSON_BYTES) if config else None,
+        *(
+            blobs.read(digests[name], MAX_JSON_BYTES) if name in digests else None
+            for name in (CONFIG, ADAPTER_CONFIG)
+        ),
     )
 
 

@@ -1,0 +1,55 @@
+"""PEFT adapters arrive as checkpoints of their own kind, and are imported by `lora` alone."""
+
+import json
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from tests.api.support import Api
+
+ADAPTER = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}).encode()
+
+
+def upload_adapter(api: Api) -> dict[str, Any]:
+    factor = {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 8), np.float32)}
+    files = {"adapter_config.json": ADAPTER, "adapter_model.safetensors": save(factor)}
+    checkpoint: dict[str, Any] = api.upload("checkpoint", files)["checkpoint"]
+    return checkpoint
+
+
+def test_an_adapter_becomes_a_checkpoint_of_its_own_kind(api: Api) -> None:
+    checkpoint = upload_adapter(api)
+    assert checkpoint["model_type"] == "peft-adapter"
+    assert upload_adapter(api) == checkpoint
+
+
+def test_it_is_no_base(api: Api) -> None:
+    body = {"name": "tiny", "checkpoint": upload_adapter(api)["digest"]}
+    answer = api.client.post("/v1/bases", json=body)
+    assert answer.status_code == 422
+    assert "no whole model" in answer.json()["detail"]
+
+
+def test_only_lora_imports_it_and_nothing_else(api: Api) -> None:
+    whole = api.delta_body(method="lora", bits=None, calibration=None)
+    answer = api.client.post("/v1/deltas", json=whole)
+    assert answer.status_code == 422
+    assert "no PEFT adapter" in answer.json()["detail"]
+
+    adapter = whole | {"checkpoint": upload_adapter(api)["digest"]}
+    answer = api.client.post("/v1/deltas", json=adapter | {"method": "adamix", "bits": 1.0})
+    assert answer.status_code == 422
+    assert "must be 'lora'" in answer.json()["detail"]
+
+    answer = api.client.post("/v1/deltas", json=adapter)
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["delta"]["method"] == "lora"
+
+
+def test_a_config_that_is_no_object_is_refused(api: Api) -> None:
+    upload = api.open_upload()
+    api.put(upload, "adapter_config.json", b"[1]")
+    answer = api.client.post(f"/v1/uploads/{upload}/complete")
+    assert answer.status_code == 422
+    assert "adapter_config.json is not a JSON object" in answer.json()["detail"]

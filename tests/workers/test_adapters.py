@@ -1,0 +1,78 @@
+"""An uploaded PEFT adapter becomes a delta whose layer changes by its product."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from artifacts.checkpoint import CheckpointManifest, FileInspector, assemble
+from artifacts.reader import Artifact
+from storage.blobs import BlobStore
+from storage.models import Job, JobState
+from storage.repositories import CheckpointRepository, DeltaRepository
+from tests.workers.conftest import Pair, row_of
+from workers import compress as module
+from workers.compress import Outcome, compress_job
+from workers.context import Context
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+def store(blobs: BlobStore, folder: Path) -> CheckpointManifest:
+    """Put an adapter's files where an upload puts them."""
+    files, tensors = [], []
+    for path in folder.iterdir():
+        inspector = FileInspector(path.name)
+        inspector.update(path.read_bytes())
+        file, found = inspector.finish()
+        files.append(file)
+        tensors += found
+        blobs.put_file(path)
+    manifest = assemble(files, tensors, None, (folder / "adapter_config.json").read_bytes())
+    assert manifest.is_adapter
+    blobs.put_bytes(manifest.to_json())
+    return manifest
+
+
+@pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
+def test_a_job_imports_it(
+    context: Context,
+    pair: Pair,
+    submit: Callable[..., str],
+    look: Callable[[str], Job],
+    tmp_path: Path,
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    a, b = torch.randn(4, 32), torch.randn(64, 4)
+    save_file(
+        {
+            f"base_model.model.{LAYER}.lora_A.weight": a,
+            f"base_model.model.{LAYER}.lora_B.weight": b,
+        },
+        adapter / "adapter_model.safetensors",
+    )
+    job_id = submit("lora")
+    with context.database.session_scope() as session:
+        delta = DeltaRepository(session).find(look(job_id).delta_id)
+        assert delta is not None
+        row = CheckpointRepository(session).add(row_of(store(context.blobs, adapter)))
+        delta.checkpoint_digest = row.digest
+    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert look(job_id).state is JobState.READY, look(job_id).error_message
+    with context.database.read_scope() as session:
+        delta = DeltaRepository(session).find(look(job_id).delta_id)
+    assert delta is not None
+    assert delta.report is not None
+    assert delta.report["kl"] == 0.0
+    assert delta.report["kl_base"] > 0
+    with Artifact(context.settings.blob_folder / "blobs" / str(delta.artifact_digest)) as artifact:
+        factors = artifact.factors(f"{LAYER}.weight")
+        found = torch.tensor(factors.u) * torch.tensor(factors.s) @ torch.tensor(factors.v)
+    torch.testing.assert_close(found.double(), 3.0 * b.double() @ a.double(), rtol=1e-5, atol=1e-4)
+    assert not module.job_folder(context.settings, job_id).exists()
