@@ -64,8 +64,9 @@ class Timeline:
         self._close(time.perf_counter())
 
 
-PER_BLOCK: Final = ("validating", "calibrating", "verifying")
-"""Stages that are taken to grow with the blocks; the embeddings' part of them does not."""
+PER_BLOCK: Final = ("validating", "calibrating", "assembling", "verifying")
+"""Stages that are taken to grow with the blocks, distillation in `assembling`; the embeddings' part
+of them does not."""
 
 
 def project(timeline: Timeline, blocks: int, whole: int) -> float:

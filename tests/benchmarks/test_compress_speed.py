@@ -55,5 +55,5 @@ def test_the_projection_counts_steady_blocks_and_the_head_once() -> None:
     timeline = Timeline()
     timeline.stages = {"validating": 2.0, "compressing": 15.0, "assembling": 1.0}
     timeline.blocks = [6.0, 4.0, 3.0]
-    # Ten blocks of 4 s, the head's 3 s, 2 s between, validation five times as long.
-    assert project(timeline, 2, 10) == pytest.approx(40 + 3 + 2 + 10 + 1)
+    # Ten blocks of 4 s, the head's 3 s, 2 s between, the other stages five times as long.
+    assert project(timeline, 2, 10) == pytest.approx(40 + 3 + 2 + 10 + 5)
