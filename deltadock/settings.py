@@ -72,11 +72,17 @@ class Settings(BaseSettings):
         description="Sequences whose keys and values a node keeps, for prompts that begin alike; "
         "`node_max_sequences` at least.",
     )
-    node_max_deltas: int = Field(default=8, ge=1, description="Deltas in a node's memory at once.")
+    node_max_deltas: int = Field(default=8, ge=1, description="Deltas in a node's slots at once.")
     node_factor_cache_bytes: int = Field(
         default=2**30,
         ge=0,
         description="Memory of a node for unpacked deltas; those beyond are unpacked at every use.",
+    )
+    node_host_bytes: int = Field(
+        default=8 * 2**30, ge=0, description="Deltas in a node's host memory, ready for a slot."
+    )
+    node_disk_bytes: int = Field(
+        default=64 * 2**30, ge=0, description="Artifacts on a node's disk."
     )
     node_context_tokens: int = Field(
         default=4096, ge=2, description="Longest sequence of a node; the model's own limit if less."

@@ -1,20 +1,21 @@
 """The base in memory and what runs on it: the engine, and the deltas in their slots."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from artifacts.checkpoint import CheckpointManifest
 from artifacts.reader import Artifact
 from deltadock.settings import Settings
-from inference.deltas import ArtifactSource, LoadedDelta, load_delta
+from inference.deltas import ArtifactSource, HostDelta, place_delta, read_delta
+from inference.disk import DiskTier
 from inference.engine import Engine
 from inference.layers import DeltaLimits
 from inference.metrics import Metrics
 from inference.model import BaseModel, load_base
-from inference.slots import SlotManager
+from inference.tiers import DeltaTiers
 from inference.tokens import Tokenizer, read_tokenizer_files
 from kernels.device import choose_device
-from storage.cache import FileCache
 
 
 class ServedBase:
@@ -26,18 +27,20 @@ class ServedBase:
         name: str,
         manifest: CheckpointManifest,
         folder: Path,
-        files: FileCache,
+        disk: DiskTier,
         settings: Settings,
         metrics: Metrics,
+        changed: Callable[[], None],
     ) -> None:
+        """Load it; `changed` is called whenever another delta is in a slot."""
         self.digest = manifest.digest
         self.name = name
+        self.max_sequences = settings.node_max_sequences
         self.users = 0
         """Requests that have not ended yet."""
         self._weights_digest = manifest.weights_digest
         self._files: Mapping[str, str] = read_tokenizer_files(folder)
-        self._cache = files
-        self._metrics = metrics
+        self._disk = disk
         self.tokenizer = Tokenizer(self._files)
         limits = DeltaLimits(
             slots=settings.node_max_deltas + 1,
@@ -53,11 +56,15 @@ class ServedBase:
             pass_tokens=settings.node_pass_tokens,
             cache_slots=settings.node_cache_slots,
         )
-        self.deltas = SlotManager(
-            settings.node_max_deltas,
-            load=self._load_delta,
-            install=lambda slot, delta: self.model.install(slot, delta.changes),
+        self.deltas = DeltaTiers(
+            disk,
+            host_bytes=settings.node_host_bytes,
+            slots=settings.node_max_deltas,
+            read=self._read_delta,
+            place=partial(place_delta, self.model),
             remove=self.model.remove,
+            metrics=metrics,
+            changed=changed,
         )
         self.engine.start()
 
@@ -66,8 +73,7 @@ class ServedBase:
         self.engine.stop()
         self.deltas.close()
 
-    def _load_delta(self, digest: str) -> LoadedDelta:
-        timing = self._metrics.load_seconds.time()
-        with timing, Artifact.open(self._cache.artifact(digest)) as artifact:
+    def _read_delta(self, digest: str) -> HostDelta:
+        with self._disk.open(digest) as path, Artifact.open(path) as artifact:
             source = ArtifactSource(artifact)
-            return load_delta(source, self.model, self._weights_digest, self._files)
+            return read_delta(source, self.model, self._weights_digest, self._files)

@@ -111,6 +111,10 @@ class CodedRows:
             self._record, {n: tensor.to(device) for n, tensor in self._tensors.items()}
         )
 
+    def pin_memory(self) -> "CodedRows":
+        """The same in page-locked memory."""
+        return CodedRows(self._record, {n: held.pin_memory() for n, held in self._tensors.items()})
+
     def rows(self, numbers: Tensor) -> Tensor:
         """(n, columns) float32, the rows that `numbers` (n,) int64 names."""
         columns = self.shape[1]
@@ -167,6 +171,17 @@ def place(change: Change, device: torch.device, dtype: torch.dtype) -> Change:
     if isinstance(change, LowRank):
         return LowRank(*(tensor.to(device, dtype).contiguous() for tensor in change))
     return change.to(device, dtype).contiguous()
+
+
+def pinned(change: Change) -> Change:
+    """The change in page-locked memory, from which a GPU copies at full speed."""
+    if isinstance(change, PackedDelta):
+        return replace(change, words=change.words.pin_memory())
+    if isinstance(change, CodedRows):
+        return change.pin_memory()
+    if isinstance(change, LowRank):
+        return LowRank(*(tensor.pin_memory() for tensor in change))
+    return change if isinstance(change, Coded) else change.pin_memory()
 
 
 def low_rank(u: Tensor, s: Tensor, v: Tensor) -> LowRank:

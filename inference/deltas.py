@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from artifacts.export import merged
 from artifacts.packed import packed_delta
 from artifacts.reader import Artifact
 from deltadock.errors import BaseMismatch, InvalidArtifact, UnsupportedModel
-from inference.changes import Change, Coded, CodedRows, low_rank
+from inference.changes import Change, Coded, CodedRows, low_rank, nbytes, pinned
 from inference.model import BaseModel
 from inference.tokens import Tokenizer
 
@@ -76,16 +77,25 @@ class ArtifactSource:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedDelta:
-    """A delta in memory: its changes, placed on the model's device, and its own tokenizer."""
+class HostDelta:
+    """A delta in host memory: its changes, packed, and its own tokenizer."""
 
     changes: Mapping[str, Change]
     tokenizer: Tokenizer
+    nbytes: int
+    """Bytes of the changes."""
 
 
-def load_delta(
+class PlacedDelta(NamedTuple):
+    """A delta in a slot: what is needed of it besides the weights there."""
+
+    tokenizer: Tokenizer
+    nbytes: int
+
+
+def read_delta(
     source: DeltaSource, model: BaseModel, weights_digest: str, base_files: Mapping[str, str]
-) -> LoadedDelta:
+) -> HostDelta:
     """Read every change of a delta; its own files win over the base's.
 
     Raises:
@@ -100,13 +110,31 @@ def load_delta(
             "Name the base it was made for."
         )
     _check_config(base_files, source.files)
-    changes = model.prepare(
+    changes = model.fit(
         {name: source.change(name, model.base_tensor(name)) for name in source.names}
     )
+    if model.device.type == "cuda":
+        changes = {name: pinned(change) for name, change in changes.items()}
     files = {**base_files, **source.files}
-    return LoadedDelta(
-        changes, Tokenizer({name: text for name, text in files.items() if text is not None})
+    return HostDelta(
+        changes,
+        Tokenizer({name: text for name, text in files.items() if text is not None}),
+        sum(map(nbytes, changes.values())),
     )
+
+
+def place_delta(model: BaseModel, slot: int, delta: HostDelta) -> None:
+    """Put a delta into an empty slot that no running sequence is on.
+
+    On a GPU the copies have a stream of their own, so that they run beside the passes; when this
+    returns, they have arrived.
+    """
+    on_gpu = model.device.type == "cuda"
+    stream = torch.cuda.Stream(model.device) if on_gpu else None
+    with torch.cuda.stream(stream) if stream is not None else nullcontext():
+        model.install(slot, model.place(delta.changes))
+    if stream is not None:
+        stream.synchronize()
 
 
 def _check_config(base_files: Mapping[str, str], own_files: Mapping[str, str | None]) -> None:

@@ -31,7 +31,8 @@ class Generation:
         self._sequences: list[Sequence] = []
         self._open = 0
         self._began = time.monotonic()
-        self._answered = False
+        self._told_at: dict[int, float] = {}
+        """When each answer last had a token."""
         self.tokenizer = base.tokenizer
         self.prompt_tokens = 0
 
@@ -85,17 +86,24 @@ class Generation:
         self._loop.call_soon_threadsafe(self._receive, index, event)
 
     def _receive(self, index: int, event: Event) -> None:
-        if event.tokens and not self._answered:
-            self._answered = True
-            self._metrics.first_token_seconds.observe(time.monotonic() - self._began)
+        if event.tokens:
+            self._observe(index, len(event.tokens))
         self._metrics.generated_tokens.inc(len(event.tokens))
         self._events.put_nowait((index, event))
         if event.finish is not None:
-            self._metrics.requests.labels(event.finish).inc()
+            self._metrics.sequences.labels(event.finish).inc()
             self._open -= 1
             self._ended(1)
             if self._open == 0:
                 self._leave()
+
+    def _observe(self, index: int, tokens: int) -> None:
+        now, before = time.monotonic(), self._told_at.get(index)
+        if before is not None:
+            self._metrics.inter_token_seconds.observe((now - before) / tokens)
+        elif not self._told_at:
+            self._metrics.first_token_seconds.observe(now - self._began)
+        self._told_at[index] = now
 
     def _leave(self) -> None:
         if self._artifact is not None:

@@ -204,6 +204,18 @@ class BaseModel:
     def prepare(self, changes: Mapping[str, Change]) -> dict[str, Change]:
         """Bring a delta's changes, by name, to the model's device and dtype, for `install`.
 
+        Raises:
+            InvalidArtifact: one does not fit the base's tensor.
+        """
+        return self.place(self.fit(changes))
+
+    def place(self, changes: Mapping[str, Change]) -> dict[str, Change]:
+        """Copy what `fit` gave to the model's device; what is there already stays as it is."""
+        return {name: place(change, self.device, self.dtype) for name, change in changes.items()}
+
+    def fit(self, changes: Mapping[str, Change]) -> dict[str, Change]:
+        """A delta's changes, by name, as `install` takes them, in host memory.
+
         What a bias changes goes into its weight's packed delta.
 
         Raises:
@@ -223,7 +235,7 @@ class BaseModel:
                 del found[name]
             else:
                 found[name] = difference
-        return {name: place(change, self.device, self.dtype) for name, change in found.items()}
+        return found
 
     def _fitting(self, name: str, change: Change) -> Change:
         base = self.base_tensor(name)

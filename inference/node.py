@@ -1,27 +1,32 @@
 """The node: admits requests, brings their base and delta in, and follows them to their end."""
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from artifacts.checkpoint import CheckpointManifest, scan_folder
-from deltadock.errors import InvalidInput, NotFound, Unavailable
+from deltadock.errors import InvalidInput, NotFound, NotReady, Unavailable
 from deltadock.settings import Settings
 from inference.admission import Admission
 from inference.base import ServedBase
 from inference.chat import Conversation, TemplateSandbox
+from inference.disk import DiskTier
 from inference.generation import Generation
 from inference.generation_config import SamplingDefaults
 from inference.metrics import Metrics
 from inference.registration import Registration
 from inference.sampler import SamplingParams
+from inference.tiers import Held
 from inference.tokens import Tokenizer
 from storage.blobs import BlobStore
 from storage.cache import FileCache
+
+TOLD_DELTAS: Final = 2000
+"""The api is told of so many at most; what is beyond lies on the slowest tier."""
 
 Prompt = str | Sequence[int] | Conversation
 
@@ -56,8 +61,9 @@ class Node:
     """Serves one base at a time, adopting the one that requests name unless it was given one."""
 
     def __init__(self, settings: Settings, blobs: BlobStore) -> None:
-        self._settings = settings
+        self.settings = settings
         self._files = FileCache(blobs, settings.cache_folder)
+        self._disk = DiskTier(self._files, settings.node_disk_bytes)
         running = settings.node_max_sequences
         self._admission = Admission(
             running + settings.node_max_waiting, running + settings.node_max_waiting_per_delta
@@ -72,13 +78,17 @@ class Node:
 
     async def start(self) -> None:
         """Load the base that the node was given, if any."""
-        if (folder := self._settings.node_base) is not None:
+        if (folder := self.settings.node_base) is not None:
             self.base = await asyncio.to_thread(self._load_folder, folder)
 
     def register(self, url: str) -> None:
         """Tell the api, if the settings name one, that the node is at `url`; until `stop`."""
-        if self._settings.api_url is not None:
-            self._registration = Registration(self._settings, url, self.state)
+        if self.settings.api_url is not None:
+            self._registration = Registration(self.settings, url, self.state)
+
+    def _tell_soon(self) -> None:
+        if self._registration is not None:
+            self._registration.changed()
 
     async def drain(self) -> None:
         """Take no new requests, and say so; what runs goes on."""
@@ -104,25 +114,34 @@ class Node:
         base = self.base
         return {
             "base": None if base is None else base.digest,
-            "adopts": self._settings.node_base is None,
+            "adopts": self.settings.node_base is None,
             "draining": self.draining or not self.ready,
             "capacity": self._admission.limit,
-            "admitted": self._admission.admitted,
-            "delta_slots": self._settings.node_max_deltas,
-            "deltas": [],
+            "admitted": self.admitted,
+            "delta_slots": self.settings.node_max_deltas,
+            "deltas": [held._asdict() for held in self.held()[:TOLD_DELTAS]],
         }
+
+    @property
+    def admitted(self) -> int:
+        """Sequences that wait or run."""
+        return self._admission.admitted
+
+    def held(self) -> list[Held]:
+        """The deltas of the present base in every tier, fast tiers first."""
+        return [] if self.base is None else self.base.deltas.held()
 
     def target(self, model: str) -> Target:
         """What a request's `model` means to the node itself, which knows no names but its base's.
 
         Raises:
-            NotFound: it is neither the base nor a delta in memory.
+            NotFound: it is neither the base nor the digest of a delta that the node holds.
         """
         base = self.base
         if base is not None:
             if model in {base.name, base.digest}:
                 return Target(base.digest)
-            if model in base.deltas.digests:
+            if any(held.digest == model for held in base.deltas.held()):
                 return Target(base.digest, model)
         raise NotFound(
             f"This node does not know the model {model!r}. Ask the api, or name the weights in the "
@@ -178,7 +197,25 @@ class Node:
                 )
             generation.start(encoded, request.n, sampling, slot)
             undo.pop_all()
+        self.metrics.requests.labels("ok").inc()
         return generation
+
+    @asynccontextmanager
+    async def using(self, digest: str | None) -> AsyncIterator[ServedBase]:
+        """The base `digest`, or without one the present base, which stays while the block runs.
+
+        Raises:
+            NotReady: there is no base yet, and none is named.
+            DeltadockError: whatever loading the base raised.
+        """
+        digest = digest or (None if self.base is None else self.base.digest)
+        if digest is None:
+            raise NotReady("The node has no base yet; name one in the header Deltadock-Base.")
+        base = await self._enter(digest)
+        try:
+            yield base
+        finally:
+            _leave(base)
 
     def _encode(
         self, base: ServedBase, tokenizer: Tokenizer, prompts: Sequence[Prompt]
@@ -225,7 +262,7 @@ class Node:
 
     def _check_idle(self, digest: str) -> None:
         base = self.base
-        if base is not None and (base.users or self._settings.node_base is not None):
+        if base is not None and (base.users or self.settings.node_base is not None):
             raise Unavailable(
                 f"This node serves the base {base.digest} and cannot change to {digest} now. "
                 "Try again later, or send the request to a node with that base."
@@ -240,19 +277,11 @@ class Node:
             name=name,
             manifest=manifest,
             folder=folder,
-            files=self._files,
-            settings=self._settings,
+            disk=self._disk,
+            settings=self.settings,
             metrics=self.metrics,
+            changed=self._tell_soon,
         )
-
-    def render_metrics(self) -> bytes:
-        """The Prometheus metrics of this moment."""
-        if (base := self.base) is not None:
-            self.metrics.running.set(base.engine.running)
-            self.metrics.waiting.set(self._admission.admitted - base.engine.running)
-            self.metrics.deltas.set(len(base.deltas.digests))
-            self.metrics.evictions.set(base.deltas.evictions)
-        return self.metrics.render()
 
 
 def _leave(base: ServedBase) -> None:

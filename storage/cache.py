@@ -26,7 +26,28 @@ class FileCache:
             NotFound: there is no such artifact.
             HashMismatch: its bytes are damaged.
         """
-        return self._file(digest, self._folder / "artifacts" / f"{digest}.safetensors")
+        return self._file(digest, self._artifact(digest))
+
+    def artifact_size(self, digest: str) -> int:
+        """Bytes of the artifact in the store.
+
+        Raises:
+            NotFound: there is no such artifact.
+        """
+        return self._blobs.size(digest)
+
+    def artifacts(self) -> list[tuple[str, int]]:
+        """(digest, bytes) of the artifact files that lie here, oldest first; none is verified."""
+        paths = list(self._artifact("*").parent.glob(self._artifact("*").name))
+        found = [(path.stat().st_mtime, path.stem, path.stat().st_size) for path in paths]
+        return [(digest, size) for _, digest, size in sorted(found)]
+
+    def remove_artifact(self, digest: str) -> None:
+        """Remove an artifact's file, if it is here; whoever has it open reads on."""
+        self._artifact(digest).unlink(missing_ok=True)
+
+    def _artifact(self, digest: str) -> Path:
+        return self._folder / "artifacts" / f"{digest}.safetensors"
 
     def checkpoint(self, digest: str) -> tuple[Path, CheckpointManifest]:
         """The folder with a checkpoint's files, and its manifest, whose SHA-256 is `digest`.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltadock.errors import ArchitectureMismatch, InvalidArtifact, UnsupportedModel
 from inference.changes import Change
-from inference.deltas import load_delta
+from inference.deltas import read_delta
 
 from .conftest import BenchMaker
 
@@ -36,7 +36,7 @@ def load(
     files = {"tokenizer.json": tokenizer_json, "config.json": json.dumps({"rope_theta": 10000.0})}
 
     def load(config: str) -> None:
-        load_delta(EmptySource({"config.json": config}), model, "base", files)
+        read_delta(EmptySource({"config.json": config}), model, "base", files)
 
     return load
 
@@ -57,4 +57,4 @@ def test_a_larger_vocabulary_is_refused(
     files = {"tokenizer.json": tokenizer_json, "config.json": json.dumps({"vocab_size": 10})}
     source = EmptySource({"config.json": json.dumps({"vocab_size": 11})})
     with pytest.raises(UnsupportedModel, match=r"11 tokens, its base's 10.*deltadock merge"):
-        load_delta(source, model, "base", files)
+        read_delta(source, model, "base", files)

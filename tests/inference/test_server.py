@@ -100,7 +100,7 @@ def test_deltas_take_turns_in_the_slots(site: Site, tmp_path: Path, generate: An
                     model="m", prompt=PROMPT, max_tokens=16, temperature=0
                 )
             assert answer.choices[0].text == expected_text(site, artifact, generate, 16)
-        assert node.node.base.deltas.evictions == 3
+        assert node.node.base.deltas.slots.counts.evictions == 3
 
 
 def test_a_delta_brings_its_own_tokenizer_files(
@@ -172,7 +172,7 @@ def test_weights_that_cannot_be_had_fail_their_request_alone(
     with node.client(site.base, site.artifacts[1]) as client:
         answer = client.completions.create(model="m", prompt=PROMPT, max_tokens=8, temperature=0)
     assert answer.choices[0].text == expected_text(site, site.artifacts[1], generate, 8)
-    assert broken not in node.node.base.deltas.digests
+    assert broken not in {held.digest for held in node.node.held()}
 
 
 def test_without_headers_the_model_is_the_nodes_own(site: Site, tmp_path: Path) -> None:
@@ -264,17 +264,64 @@ def test_a_client_that_goes_away_frees_its_place(
 
     with node.client(site.base) as client:
         client.completions.create(model="m", prompt="a", max_tokens=1)
-    cancelled = node.node.metrics.requests.labels("cancelled")
+    cancelled = node.node.metrics.sequences.labels("cancelled")
     before = cancelled._value.get()
     asyncio.run(asyncio.wait_for(leave(), 30))
     assert cancelled._value.get() == before + 8
 
 
-def test_health_and_metrics(site: Site, node: RunningNode) -> None:
+def test_health(site: Site, node: RunningNode) -> None:
     with node.client(site.base) as client:
         client.completions.create(model="m", prompt="a", max_tokens=1)
     assert httpx.get(f"{node.url}/healthz").json() == {"status": "ok"}
     assert httpx.get(f"{node.url}/readyz").json() == {"status": "ok", "base": site.base}
-    metrics = httpx.get(f"{node.url}/metrics").text
-    assert "deltadock_node_generated_tokens_total" in metrics
-    assert "deltadock_node_first_token_seconds_bucket" in metrics
+
+
+def test_metrics_tell_what_happened(site: Site, tmp_path: Path) -> None:
+    with start(site, tmp_path, node_max_deltas=1, node_max_sequences=4) as node:
+        before = read_metrics(node)
+        assert "deltadock_node_running_sequences" not in before, "there is no base yet"
+        prompt = "the same beginning of a prompt"
+        for artifact in (*site.artifacts, site.artifacts[1]):
+            with node.client(site.base, artifact) as client:
+                answer = client.completions.create(
+                    model="m", prompt=prompt, max_tokens=6, temperature=0, logprobs=1
+                )
+        with node.client(site.base, "0" * 64) as client, pytest.raises(openai.NotFoundError):
+            client.completions.create(model="m", prompt="a")
+        told = read_metrics(node)
+    generated = len(answer.choices[0].logprobs.tokens)
+    in_slot = site.artifacts[1]
+    size = (site.home / "delta-2").stat().st_size
+    expected = {
+        'requests_total{outcome="ok"}': 3,
+        'requests_total{outcome="not_found"}': 1,
+        "first_token_seconds_count": 3,
+        'load_seconds_count{tier="host"}': 3,  # one of them failed
+        'load_seconds_count{tier="device"}': 2,
+        "running_sequences": 0,
+        "waiting_sequences": 0,
+        "batch_occupancy": 0,
+        "draining": 0,
+        'deltas{tier="device"}': 1,
+        'deltas{tier="host"}': 2,
+        'deltas{tier="disk"}': 2,
+        'tier_evictions_total{tier="device"}': 1,
+        'tier_hits_total{tier="device"}': 1,
+        'tier_misses_total{tier="disk"}': 2,
+        f'resident_references{{artifact="{in_slot}"}}': 0,
+        "prompt_tokens_total": 3 * len(prompt),
+    }
+    assert {name: told.get(f"deltadock_node_{name}") for name in expected} == expected
+    assert told['deltadock_node_delta_bytes{tier="disk"}'] >= 2 * size - 4096
+    assert told["deltadock_node_generated_tokens_total"] >= generated
+    assert told["deltadock_node_inter_token_seconds_count"] >= generated - 1
+    assert told["deltadock_node_prefix_tokens_total"] == len(prompt) - 1, "the third had it cached"
+    assert sum(name.startswith("deltadock_node_resident_references") for name in told) == 1
+
+
+def read_metrics(node: RunningNode) -> dict[str, float]:
+    """The samples by name and labels, as they are written."""
+    text = httpx.get(f"{node.url}/metrics").text
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
