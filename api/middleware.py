@@ -21,8 +21,8 @@ MAX_BODY_BYTES: Final = 8 << 20
 """For bodies that are read whole, which is all but uploaded files."""
 
 _PLAIN_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_QUIET_PATHS: Final = ("/healthz", "/readyz", "/metrics", "/parts/", "/static/")
-"""Probes, and what an open dashboard asks for every second."""
+_QUIET_PATHS: Final = ("/healthz", "/readyz", "/metrics", "/parts/", "/static/", "/v1/nodes/")
+"""Probes, heartbeats, and what an open dashboard asks for every second."""
 
 
 class RequestContext:

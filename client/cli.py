@@ -48,6 +48,24 @@ def topology(home: Home = None, api_port: ApiPort = 8000, node_port: NodePort = 
 
 
 @app.command(rich_help_panel=RUNNING)
+def node(
+    base: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of the base.")
+    ] = None,
+    api: Annotated[str | None, typer.Option(help="Address of an api to register with.")] = None,
+    delta: Annotated[
+        list[Path] | None, typer.Option(exists=True, dir_okay=False, help="A delta file to load.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8100,
+) -> None:
+    """Run one inference node, for an api or alone, until SIGTERM."""
+    from client.node import node as run
+
+    run(base, api, delta or [], host, port)
+
+
+@app.command(rich_help_panel=RUNNING)
 def demo() -> None:
     """Compress the sample fine-tune and compare it with its delta, over HTTP."""
     from client.demo import demo as run

@@ -59,6 +59,9 @@ class Settings(BaseSettings):
         default=None,
         description="Folder of the base that a node serves; unset, it adopts what requests name.",
     )
+    node_deltas: list[str] = Field(
+        default=[], description="Artifact digests that a node with a `node_base` loads at start."
+    )
     node_max_sequences: int = Field(default=16, ge=1, description="Sequences in a node's batch.")
     node_max_waiting: int = Field(
         default=64, ge=0, description="Sequences that may wait; more are answered with 429."

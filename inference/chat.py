@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,9 @@ from typing import Any, Final
 from deltadock.errors import InvalidInput, UnsupportedModel
 
 SANDBOX: Final = Path(__file__).with_name("sandbox.py")
+PAUSE_SECONDS: Final = 60.0
+"""For a template that brought the sandbox down: others wait for it meanwhile."""
+MAX_PAUSED: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,8 @@ class TemplateSandbox:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._paused: OrderedDict[str, float] = OrderedDict()
+        """Templates that may not run before a time."""
 
     def prompt(self, form: ChatFormat, conversation: Conversation) -> str:
         """The text that asks a model for its next answer. Blocks: async code uses threads.
@@ -80,11 +87,11 @@ class TemplateSandbox:
             "tools": None,
             "documents": None,
         }
-        answer = self._ask({"template": form.template, "variables": variables})
+        answer = self._ask(form.template, variables)
         if answer is None:
             raise InvalidInput(
-                "The model's chat template took more time or memory than it may. Shorten the "
-                "conversation, or send a prompt to /v1/completions."
+                "The model's chat template took more time or memory than it may, and is not tried "
+                "again for a minute. Send a prompt to /v1/completions."
             )
         if "error" in answer:
             raise InvalidInput(
@@ -92,23 +99,33 @@ class TemplateSandbox:
             )
         return answer["text"]
 
-    def _ask(self, request: Mapping[str, Any]) -> dict[str, str] | None:
+    def _ask(self, template: str, variables: Mapping[str, Any]) -> dict[str, str] | None:
         """The sandbox's answer; None if it did not survive the question."""
+        request = json.dumps({"template": template, "variables": variables})
         with self._lock:
+            if self._paused.get(template, 0.0) > time.monotonic():
+                return None
             process = self._running()
             assert process.stdin is not None
             assert process.stdout is not None
             try:
-                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.write(request.encode() + b"\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
             except BrokenPipeError:
                 line = b""
             if not line:
                 self._end()
+                self._pause(template)
                 return None
             answer: dict[str, str] = json.loads(line)
             return answer
+
+    def _pause(self, template: str) -> None:
+        self._paused[template] = time.monotonic() + PAUSE_SECONDS
+        self._paused.move_to_end(template)
+        if len(self._paused) > MAX_PAUSED:
+            self._paused.popitem(last=False)
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is not None:

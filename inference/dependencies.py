@@ -9,7 +9,8 @@ from fastapi import Depends, Header, Path, Request
 
 from deltadock.errors import Cancelled, InvalidInput
 from deltadock.trust import check_trusted
-from inference.node import Node, Target
+from inference.node import Node
+from inference.request import Target
 
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 

@@ -3,58 +3,27 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from artifacts.checkpoint import CheckpointManifest, scan_folder
-from deltadock.errors import InvalidInput, NotFound, NotReady, Unavailable
+from deltadock.errors import NotFound, NotReady, Unavailable
 from deltadock.settings import Settings
 from inference.admission import Admission
 from inference.base import ServedBase
-from inference.chat import Conversation, TemplateSandbox
+from inference.chat import TemplateSandbox
 from inference.disk import DiskTier
 from inference.generation import Generation
-from inference.generation_config import SamplingDefaults
 from inference.metrics import Metrics
 from inference.registration import Registration
-from inference.sampler import SamplingParams
+from inference.request import Prompt, Request, Target, encode, sampling_of
 from inference.tiers import Held
-from inference.tokens import Tokenizer
 from storage.blobs import BlobStore
 from storage.cache import FileCache
 
 TOLD_DELTAS: Final = 2000
 """The api is told of so many at most; what is beyond lies on the slowest tier."""
-
-Prompt = str | Sequence[int] | Conversation
-
-
-class Request(Protocol):
-    """What a route asks of the node."""
-
-    n: int
-    """Answers to each prompt."""
-
-    def prompts(self) -> Sequence[Prompt]:
-        """What is to be continued or answered."""
-
-    def sampling(self, defaults: SamplingDefaults, room: int) -> SamplingParams:
-        """How; `room` is the number of tokens that the longest prompt leaves."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The weights that a request is for, by digest: a base, or one of its deltas."""
-
-    base: str
-    artifact: str | None = None
-
-    @property
-    def weights(self) -> str:
-        """What is competed for and cached under."""
-        return self.artifact or self.base
 
 
 class Node:
@@ -77,9 +46,15 @@ class Node:
         self.metrics = Metrics()
 
     async def start(self) -> None:
-        """Load the base that the node was given, if any."""
+        """Load the base and the deltas that the node was given, if any.
+
+        Raises:
+            DeltadockError: one of them cannot be loaded.
+        """
         if (folder := self.settings.node_base) is not None:
             self.base = await asyncio.to_thread(self._load_folder, folder)
+            for digest in self.settings.node_deltas:
+                await self.base.deltas.load(digest)
 
     def register(self, url: str) -> None:
         """Tell the api, if the settings name one, that the node is at `url`; until `stop`."""
@@ -186,15 +161,11 @@ class Node:
                 undo.callback(base.deltas.release, target.artifact)
                 generation.tokenizer = delta.tokenizer
             tokenizer = generation.tokenizer
-            encoded = await asyncio.to_thread(self._encode, base, tokenizer, prompts)
-            room = base.engine.context_tokens - max(map(len, encoded))
-            sampling = request.sampling(tokenizer.defaults, room)
-            if sampling.max_tokens > room:
-                raise InvalidInput(
-                    f"The prompt's {max(map(len, encoded))} tokens and max_tokens "
-                    f"{sampling.max_tokens} exceed the context of {base.engine.context_tokens} "
-                    "tokens. Shorten one of them."
-                )
+            encoded = await asyncio.to_thread(
+                encode, prompts, tokenizer, self._templates, base.model.config.vocab_size
+            )
+            context = base.engine.context_tokens
+            sampling = sampling_of(request, tokenizer.defaults, encoded, context)
             generation.start(encoded, request.n, sampling, slot)
             undo.pop_all()
         self.metrics.requests.labels("ok").inc()
@@ -216,24 +187,6 @@ class Node:
             yield base
         finally:
             _leave(base)
-
-    def _encode(
-        self, base: ServedBase, tokenizer: Tokenizer, prompts: Sequence[Prompt]
-    ) -> list[list[int]]:
-        vocabulary = base.model.config.vocab_size
-        encoded = [self._tokens(tokenizer, prompt) for prompt in prompts]
-        for tokens in encoded:
-            if not tokens:
-                raise InvalidInput("The prompt is empty; send at least one token.")
-            if not all(0 <= token < vocabulary for token in tokens):
-                raise InvalidInput(f"Token ids must lie in 0..{vocabulary - 1}.")
-        return encoded
-
-    def _tokens(self, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, Conversation):
-            text = self._templates.prompt(tokenizer.chat, prompt)
-            return tokenizer.encode(text, special_tokens=False)  # the template wrote its own
-        return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     async def _enter(self, digest: str) -> ServedBase:
         """The base `digest`, which stays until `_leave`."""

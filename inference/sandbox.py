@@ -22,7 +22,7 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-CPU_SECONDS: Final = 2.0
+CPU_SECONDS: Final = 1.0
 """For one rendering; the process ends beyond it."""
 MEMORY_BYTES: Final = 512 * 2**20
 MAX_CHARACTERS: Final = 4 * 2**20

@@ -1,6 +1,7 @@
 """Chat templates: rendered as transformers renders them, whatever a stranger wrote in them."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,27 @@ def test_a_hostile_template_fails_its_own_request(
     assert sandbox.prompt(form("{{ messages | length }}{{ bos_token }}"), Conversation(TALK)) == (
         "4<s>"
     )
+
+
+def test_a_template_that_brought_the_sandbox_down_does_not_hold_others_up_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sandbox = TemplateSandbox()
+    endless = form("{{ 7 ** (9 ** 9) > 2 }}")
+    try:
+        for _ in range(2):
+            with pytest.raises(InvalidInput, match="not tried again for a minute"):
+                sandbox.prompt(endless, Conversation(TALK))
+            assert sandbox._process is None, "the second time nothing is started"
+        assert sandbox.prompt(form("x"), Conversation(TALK)) == "x"
+        monkeypatch.setattr(sandbox, "_paused", OrderedDict({endless.template: 0.0}))
+        before = sandbox._process
+        with pytest.raises(InvalidInput):
+            sandbox.prompt(endless, Conversation(TALK))
+        assert before is not None
+        assert sandbox._process is None, "the minute is over"
+    finally:
+        sandbox.close()
 
 
 def test_a_sandbox_that_was_killed_is_started_again(sandbox: TemplateSandbox) -> None:

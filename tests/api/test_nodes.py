@@ -1,0 +1,234 @@
+"""Nodes come, tell of themselves, and go; requests go where the weights are, or elsewhere."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import SecretStr
+from starlette.responses import JSONResponse
+
+from api.generation.target import Target
+from api.nodes.routing import NodeView, rank
+from deltadock.errors import Unauthorized
+from deltadock.trust import check_trusted, credentials
+from tests.api.support import Api, StandInNode, serving
+
+BASE, OTHER, ARTIFACT = "b" * 64, "c" * 64, "a" * 64
+
+
+def view(name: str, **told: Any) -> NodeView:
+    return NodeView(
+        **{
+            "id": name, "url": f"http://{name}", "base_digest": BASE, "adopts": False,
+            "draining": False, "capacity": 10, "admitted": 0, "tiers": {}, **told,
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "sent", "expected"),
+    [
+        # The delta's tier comes before the load, as long as the node has room.
+        ([view("idle"), view("disk", tiers={ARTIFACT: "disk"}, admitted=5),
+          view("host", tiers={ARTIFACT: "host"}, admitted=8),
+          view("slot", tiers={ARTIFACT: "device"}, admitted=9)], {},
+         ["slot", "host", "disk", "idle"]),
+        ([view("full", tiers={ARTIFACT: "device"}, admitted=10), view("idle")], {},
+         ["idle", "full"]),
+        # Load is a part of what a node takes; what we sent counts before the node tells of it.
+        ([view("small", capacity=2, admitted=1), view("large", admitted=3)], {},
+         ["large", "small"]),
+        ([view("a"), view("b")], {"a": 1}, ["b", "a"]),
+        # A base that is somewhere stays there; otherwise an empty node takes it first.
+        ([view("empty", base_digest=None, adopts=True), view("has", admitted=9)], {}, ["has"]),
+        ([view("changes", base_digest=OTHER, adopts=True), view("fixed", base_digest=OTHER),
+          view("empty", base_digest=None, adopts=True, admitted=3)], {}, ["empty", "changes"]),
+        ([view("leaving", draining=True)], {}, []),
+    ],
+)  # fmt: skip
+def test_the_order_in_which_nodes_are_asked(
+    nodes: list[NodeView], sent: dict[str, int], expected: list[str]
+) -> None:
+    for order in (nodes, nodes[::-1]):
+        assert [node.id for node in rank(order, Target(BASE, ARTIFACT), sent)] == expected
+
+
+def test_the_bare_base_goes_where_least_is_done() -> None:
+    nodes = [view("slot", tiers={ARTIFACT: "device"}, admitted=2), view("idle")]
+    assert [node.id for node in rank(nodes, Target(BASE, None), {})] == ["idle", "slot"]
+
+
+def test_who_is_trusted() -> None:
+    secret = SecretStr("s3cret")
+    check_trusted(secret, credentials(secret)["Authorization"], "192.0.2.1")
+    for wrong in (None, "", "Bearer", "Bearer other", "s3cret", "Bearer s3crét"):
+        with pytest.raises(Unauthorized, match="bearer"):
+            check_trusted(secret, wrong, "127.0.0.1")
+    for own in ("127.0.0.1", "::1", None):
+        check_trusted(None, None, own)
+    for foreign in ("192.0.2.1", "10.0.0.1", "testclient"):
+        with pytest.raises(Unauthorized, match="DELTADOCK_NODE_SECRET"):
+            check_trusted(None, None, foreign)
+
+
+def test_a_node_registers_tells_and_leaves(api: Api) -> None:
+    assert api.client.get("/v1/nodes").json() == {"data": []}
+    delta = api.delta()
+    artifact, base = api.make_ready(delta), delta["base"]["checkpoint"]
+    held = {"digest": artifact, "tier": "device", "bytes": 8, "references": 2, "pinned": True}
+    api.register("http://10.0.0.7:8100/", base=base, admitted=3, deltas=[held])
+    [node] = api.client.get("/v1/nodes").json()["data"]
+    assert (node["url"], node["state"], node["base_name"]) == (
+        "http://10.0.0.7:8100", "ready", "tiny",
+    )  # fmt: skip
+    assert (node["capacity"], node["admitted"]) == (8, 3)
+    [found] = node["deltas"]
+    assert (found["deltas"], found["names"]) == ([delta["id"]], ["maths/skills:1"])
+    assert (found["tier"], found["references"], found["pinned"]) == ("device", 2, True)
+
+    api.register("http://10.0.0.7:8100", draining=True)
+    [again] = api.client.get("/v1/nodes").json()["data"]
+    assert (again["id"], again["state"], again["base"]) == (node["id"], "draining", None)
+    assert again["started_at"] == node["started_at"]
+    api.register("http://10.0.0.7:8100", node="node_b")
+    assert [n["id"] for n in api.client.get("/v1/nodes").json()["data"]] == ["node_b"]
+    assert api.client.delete("/v1/nodes/node_b").status_code == 204
+    assert api.client.delete("/v1/nodes/node_b").status_code == 204
+    assert api.client.get("/v1/nodes").json() == {"data": []}
+
+
+def test_a_silent_node_is_gone(api: Api) -> None:
+    api.register("http://10.0.0.7:8100", lives_seconds=0.5)
+    assert len(api.client.get("/v1/nodes").json()["data"]) == 1
+    deadline = time.monotonic() + 10
+    while api.client.get("/v1/nodes").json()["data"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    api.client.post("/v1/bases", json={"name": "tiny", "checkpoint": api.base()})
+    answer = api.client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"url": "file:///etc/passwd"}, {"url": "10.0.0.7:8100"}, {"base": "tiny"},
+        {"capacity": 0}, {"lives_seconds": 0}, {"wish": 1},
+        {"deltas": [{"digest": "a", "tier": "device", "bytes": 1}]},
+        {"deltas": [{"digest": ARTIFACT, "tier": "moon", "bytes": 1}]},
+    ],
+)  # fmt: skip
+def test_what_a_node_may_not_tell(api: Api, wrong: dict[str, Any]) -> None:
+    good = {"url": "http://a", "capacity": 1, "admitted": 0, "delta_slots": 1, "lives_seconds": 9}
+    answer = api.client.put("/v1/nodes/node_a", json=good | wrong)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_input")
+    assert api.client.put("/v1/nodes/node_a", json=good).status_code == 204
+
+
+class TestWithSecret:
+    @pytest.fixture
+    def settings_fields(self) -> dict[str, Any]:
+        return {"node_secret": "s3cret"}
+
+    def test_only_nodes_register_and_only_nodes_are_asked(
+        self, api: Api, node: StandInNode, node_url: str
+    ) -> None:
+        for headers in ({}, {"Authorization": "Bearer other"}):
+            for method in ("PUT", "DELETE"):
+                answer = api.client.request(
+                    method, "/v1/nodes/node_a", json={"url": node_url}, headers=headers
+                )
+                assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
+        api.client.headers["Authorization"] = "Bearer s3cret"
+        api.register(node_url)
+        del api.client.headers["Authorization"]
+        assert len(api.client.get("/v1/nodes").json()["data"]) == 1
+        api.base()
+        mine = {"Authorization": "Bearer of my own"}
+        ask = {"model": "tiny", "prompt": "x"}
+        assert api.client.post("/v1/completions", json=ask, headers=mine).status_code == 200
+        assert node.requests[-1]["headers"]["authorization"] == "Bearer s3cret"
+
+
+@pytest.fixture
+def second() -> Iterator[tuple[StandInNode, str]]:
+    node = StandInNode()
+    with serving(node.app()) as url:
+        yield node, url
+
+
+ASK = {"model": "tiny", "prompt": "x"}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_node_that_cannot_now_is_passed_by(
+    api: Api, node: StandInNode, node_url: str, second: tuple[StandInNode, str], status: int
+) -> None:
+    base = api.base()
+    other, other_url = second
+    refusal = {"error": {"message": "no", "type": "x", "param": None, "code": "busy"}}
+    node.answer = JSONResponse(refusal, status, {"Retry-After": "7"})
+    api.register(node_url, "node_a", base=base)
+    api.register(other_url, "node_b", base=base, admitted=1)
+    assert api.client.post("/v1/completions", json=ASK).status_code == 200
+    assert (len(node.requests), len(other.requests)) == (1, 1)
+    other.answer = JSONResponse({}, 429)
+    answer = api.client.post("/v1/completions", json=ASK)
+    assert (answer.status_code, answer.json()) == (status, refusal), "as the best of them said"
+    assert answer.headers["retry-after"] == "7"
+
+
+def test_a_dead_node_is_passed_by_and_forgotten(api: Api, node: StandInNode, node_url: str) -> None:
+    base = api.base()
+    api.register("http://127.0.0.1:1", "node_dead", base=base)
+    api.register(node_url, "node_a", base=base, admitted=1)
+    assert api.client.post("/v1/completions", json=ASK).status_code == 200
+    assert [n["id"] for n in api.client.get("/v1/nodes").json()["data"]] == ["node_a"]
+
+
+def test_a_request_does_not_bring_every_node_down(
+    api: Api, node: StandInNode, node_url: str
+) -> None:
+    base = api.base()
+    for number in (1, 2):
+        api.register(f"http://127.0.0.1:{number}", f"node_{number}", base=base)
+    api.register(node_url, "node_a", base=base, admitted=1)
+    assert api.client.post("/v1/completions", json=ASK).status_code == 503
+    assert node.requests == []
+
+
+def test_a_node_that_falls_silent_while_it_is_asked(
+    api: Api, node: StandInNode, node_url: str, second: tuple[StandInNode, str]
+) -> None:
+    base = api.base()
+    other, other_url = second
+    node.gate = threading.Event()
+    api.register(node_url, "node_a", base=base, lives_seconds=2)
+    api.register(other_url, "node_b", base=base, admitted=1)
+    answer = api.client.post("/v1/completions", json=ASK, timeout=20)
+    assert answer.status_code == 200
+    assert node.gate.is_set()
+    assert len(other.requests) == 1
+    assert node.gone.wait(10), "the first one is told that nobody waits for it"
+
+
+def test_what_was_sent_is_counted_until_the_answer_ends(
+    api: Api, node: StandInNode, node_url: str
+) -> None:
+    base = api.base()
+    api.register(node_url, base=base)
+    fleet = api.resources.fleet
+    api.client.post("/v1/completions", json=ASK)
+    api.client.post("/v1/completions", json=ASK | {"stream": True})
+    assert not fleet._sent
+    node.gate = threading.Event()
+    with pytest.raises(httpx.ReadTimeout):
+        api.client.post("/v1/completions", json=ASK, timeout=httpx.Timeout(10, read=0.5))
+    assert node.gone.wait(10)
+    deadline = time.monotonic() + 10
+    while fleet._sent:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
