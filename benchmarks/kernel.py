@@ -1,266 +1,188 @@
-"""The delta kernel at Qwen2.5-7B's shapes: time, packed bytes, bandwidth, beside its alternatives.
+"""The delta kernel at Qwen2.5-7B's shapes: time and bandwidth, beside its alternatives.
 
-    python -m benchmarks.kernel [--rows 8 16 64] [--deltas 1 4 8 16]
+    python -m benchmarks.kernel
 
-For a whole layer's projections it prints, with and without a CUDA graph, the time of the deltas of
-a step; the bandwidth over the packed bytes as a share of a device-to-device copy measured in the
-same run; bfloat16 low-rank factors of the same bytes; dense bfloat16 deltas; and the prefill of
-2,048 rows of one delta as a multiple of the base's own products. Nothing is timed before the
-kernel's results have been checked against float64. `--device cpu` checks a small layer in Triton's
-interpreter (TRITON_INTERPRET=1) and times nothing.
+It needs a GPU, torch, triton and numpy, and stops itself before five minutes are over. First every
+case of `tests/kernels/cases.py` must hold, and nothing is timed before its own results have been
+checked against float64. Then, for steps of 1 to 64 rows on 1 to 16 deltas of one bit a weight, it
+prints for a layer's projections: the time of the deltas in a CUDA graph; the bandwidth over the
+packed bytes as a share of a device-to-device copy of the same run; how many times longer bfloat16
+low-rank factors of the same bytes take, and dense bfloat16 deltas. Last, the prefill of 2,048 rows
+of one delta as a multiple of the base's own products. Layers take turns, as in a model, so that no
+cache holds what a step reads.
+
+    TRITON_INTERPRET=1 python -m benchmarks.kernel --device cpu
+
+goes the same way at a tiny size without a GPU, and times nothing.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from torch import Tensor
 
-from kernels.svd_delta import (
-    Chunks,
-    DeltaTable,
-    Group,
-    PackedDelta,
-    TensorCache,
-    pack_delta,
-    reference,
-    svd_delta,
-)
-from kernels.svd_delta.layout import segment_words
+from benchmarks.kernel_layers import LAYER, SMALL, TOLERANCE, Layers, Projection, Step
+from benchmarks.kernel_peers import dense_products, low_rank_products
+from benchmarks.timing import copy_bandwidth, seconds
+from tests.kernels.cases import CASES, GRAPH_CASES
 
-WIDTHS = ((0.02, 8, 8), (0.28, 3, 3), (0.70, 2, 2))
-"""Shares of the ranks and their widths, as the mixed methods choose them at about one bit."""
-HIDDEN, INTERMEDIATE, KEY_VALUE = 3584, 18944, 512
-TOLERANCE = 5e-3
-
-
-@dataclass(frozen=True)
-class Projection:
-    """Linears that share an input."""
-
-    name: str
-    h_in: int
-    h_outs: tuple[int, ...]
+GPU_STEPS = [
+    *[(rows, 8) for rows in (8, 16, 32, 64)],
+    *[(rows, 16) for rows in (16, 32, 64)],
+    *[(rows, 1) for rows in (1, 8, 16, 64)],
+    *[(rows, 4) for rows in (4, 16, 64)],
+    *[(rows, 2) for rows in (2, 64)],
+]
+"""Rows and distinct deltas, the most important first."""
+PREFILL_ROWS = 2048
+ROTATED_BYTES = 256 << 20
+"""Packed bytes that a measured step reads in all: several times a GPU's cache."""
+LIMIT_SECONDS = 270.0
 
 
-LAYER = (
-    Projection("q, k, v", HIDDEN, (HIDDEN, KEY_VALUE, KEY_VALUE)),
-    Projection("o", HIDDEN, (HIDDEN,)),
-    Projection("gate, up", HIDDEN, (INTERMEDIATE, INTERMEDIATE)),
-    Projection("down", INTERMEDIATE, (HIDDEN,)),
-)
-SMALL = (Projection("q, k, v", 150, (70, 40, 33)), Projection("o", 64, (300,)))
+class WrongResult(Exception):
+    """What was to be timed is not right."""
 
 
-def random_delta(h_out: int, h_in: int, device: str, generator: torch.Generator) -> PackedDelta:
-    """A delta of one bit a weight with random codes."""
-    mean = sum(share * (v + u) / 2 for share, v, u in WIDTHS)
-    rank = max(3, int(h_out * h_in / mean / (h_out + h_in)))
-    groups = [Group(max(1, int(share * rank)), v, u) for share, v, u in WIDTHS]
+def run_case(name: str) -> str:
+    """Check one case, or one projection, in a process of its own; the error's text."""
+    try:
+        if name in CASES or name in GRAPH_CASES:
+            (CASES | GRAPH_CASES)[name]()
+        else:
+            check(Layers([part for part in LAYER if part.name == name], 1, 1, "cuda"), 1, 1)
+    except Exception:  # noqa: BLE001 (all are told)
+        return traceback.format_exc()
+    return ""
 
-    def words(columns: int, side: int) -> Tensor:
-        count = sum(segment_words(group.ranks, columns, group[side]) for group in groups)
-        return torch.randint(
-            -(2**31), 2**31, (count,), dtype=torch.int32, device=device, generator=generator
+
+def run_cases(names: Sequence[str], device: str) -> None:
+    """Check all, in many processes: compiling takes longest, and they share what is compiled."""
+    workers = min(12, len(names), os.cpu_count() or 1) if device == "cuda" else 1
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as pool:
+        errors = dict(zip(names, pool.map(run_case, names), strict=True))
+    for name, error in errors.items():
+        if error:
+            print(f"FAILED {name}\n{error}")
+    if any(errors.values()):
+        raise WrongResult(f"{sum(map(bool, errors.values()))} of {len(names)} cases do not hold")
+    print(f"{len(names)} of {len(names)} cases hold")
+
+
+def check(layers: Layers, rows: int, deltas: int, dense_rows: int | None = None) -> Step:
+    """A step whose results are right.
+
+    Raises:
+        WrongResult: a row's relative RMS error is over TOLERANCE.
+    """
+    step = Step(layers, rows, deltas, dense_rows)
+    error = step.error()
+    if not error <= TOLERANCE:
+        plain = step.error(emulate=True)
+        raise WrongResult(
+            f"{rows} rows, {deltas} deltas: relative error {error:.1e}; without inline assembly "
+            f"{plain:.1e}"
+        )
+    return step
+
+
+def measure_decode(
+    layers: Layers, steps: Sequence[tuple[int, int]], bandwidth: float, until: float
+) -> None:
+    """Print a line a step, as long as there is time."""
+    print(
+        f"\n{'projections':12} rows deltas      MB        us  of copy  low-rank     dense"
+        "   (the last two: how many times longer)"
+    )
+    shares = []
+    for rows, deltas in steps:
+        if time.monotonic() > until:
+            print("... stopped: the time is over")
+            break
+        step = check(layers, rows, deltas)
+        took = seconds(step.run, graph=True) / layers.copies
+        peers = [
+            seconds(peer, graph=True) / copies
+            for peer, copies in (low_rank_products(step), dense_products(step))
+        ]
+        share = step.nbytes / took / bandwidth
+        if deltas >= 8 and len(layers.parts) > 1:
+            shares.append(share)
+        print(
+            f"{layers.name:12} {rows:4} {deltas:6} {step.nbytes / 1e6:7.1f} {took * 1e6:9.1f}"
+            f" {share:8.1%} {peers[0] / took:8.2f}x {peers[1] / took:8.2f}x",
+            flush=True,
+        )
+    if shares:
+        print(f"least share with 8 or more deltas: {min(shares):.1%} (bar: 75 %)")
+
+
+def measure_prefill(layers: Layers, rows: int) -> None:
+    """Print what one delta's rows cost beside the base's own products."""
+    base = seconds(layers.base_products(rows), repeats=10)
+    for dense_rows, path in ((None, "packed, in chunks"), (1, "products of unpacked factors")):
+        step = check(layers, rows, 1, dense_rows)
+        took = seconds(step.run, repeats=5) / layers.copies
+        print(
+            f"prefill of {rows:,} rows of one delta, {path}: "
+            f"{(base + took) / base:.2f}x of the base's products (bar: 1.7x)",
+            flush=True,
         )
 
-    ranks = sum(group.ranks for group in groups)
-    sizes = torch.cat([torch.full((n,), 2.0 ** (-v - u)) for n, v, u in groups])
-    return pack_delta(
-        (h_out, h_in),
-        groups,
-        s=sizes.to(device) / (h_in * ranks) ** 0.5,
-        v=words(h_in, 1),
-        u=words(h_out, 2),
-        row_scale=torch.ones(h_out, device=device),
-        column_scale=torch.ones(h_in, device=device),
-    )
 
-
-class Workload:
-    """One step's rows at every projection of a layer."""
-
-    def __init__(
-        self, layer: Sequence[Projection], rows: int, deltas: int, device: str, dense: int | None
-    ) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        self.tables = []
-        for part in layer:
-            made = [
-                [random_delta(h_out, part.h_in, device, generator) for h_out in part.h_outs]
-                for _ in range(deltas)
-            ]
-            most = max(sum(delta.rank for delta in found) for found in made)
-            table = DeltaTable(deltas + 1, part.h_in, part.h_outs, max_rank=most, device=device)
-            for slot, found in enumerate(made, 1):
-                table.install(slot, *found)
-            self.tables.append(table)
-        self.row_slots = sorted(1 + row % deltas for row in range(rows))
-        self.chunks = Chunks(rows, deltas + 1, self.tables, dense_rows=dense, device=device)
-        self.chunks.assign(self.row_slots)
-        self.cache = TensorCache(8 << 30)
-
-        def normal(columns: int) -> Tensor:
-            made = torch.randn(rows, columns, device=device, generator=generator)
-            return made.to(torch.bfloat16)
-
-        self.inputs = [normal(part.h_in) for part in layer]
-        self.outputs = [normal(sum(part.h_outs)) * 0 for part in layer]
-
-    @property
-    def nbytes(self) -> int:
-        """Packed bytes that a step reads."""
-        found = [delta for t in self.tables for slot in t.deltas.values() for delta in slot]
-        return sum(delta.nbytes for delta in found if delta is not None)
-
-    def run(self) -> None:
-        """Add the deltas of all projections."""
-        for y, x, table in zip(self.outputs, self.inputs, self.tables, strict=True):
-            if x.is_cuda:
-                svd_delta(y, x, table, self.chunks, self.cache)
-            else:
-                from kernels.svd_delta import triton
-
-                triton.svd_delta(y, x, table, self.chunks)
-
-    def error(self) -> float:
-        """The largest relative RMS error of a row against float64."""
-        self.run()
-        worst = 0.0
-        for y, x, table in zip(self.outputs, self.inputs, self.tables, strict=True):
-            for row in {self.row_slots.index(slot) for slot in set(self.row_slots)}:
-                found = []
-                for delta in table.deltas[self.row_slots[row]]:
-                    assert delta is not None
-                    u, s, v, _ = reference.unpack(delta)
-                    found.append(u.double() @ (s.double() * (v.double() @ x[row].double())))
-                want = torch.cat(found)
-                error = (y[row].double() - want).square().sum() / want.square().sum()
-                worst = max(worst, float(error.sqrt()))
-            y.zero_()
-        return worst
-
-
-def seconds(work: Callable[[], None], *, graph: bool = False, repeats: int = 20) -> float:
-    """Median time of a call on the GPU."""
-    for _ in range(3):
-        work()
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            work()
-        work = captured.replay
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(float(begin.elapsed_time(end)) / 1e3)
-    return sorted(times)[repeats // 2]
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a device-to-device copy of 2 GiB."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-
-    def copy() -> None:
-        target.copy_(source)
-
-    return float(2 * source.numel() / seconds(copy))
-
-
-def low_rank_of(work: Workload) -> Callable[[], None]:
-    """bfloat16 factors of as many bytes, one pair of products a delta and linear."""
-    parts = []
-    for y, x, table in zip(work.outputs, work.inputs, work.tables, strict=True):
-        for slot, rows in work.chunks.by_slot.items():
-            begin = 0
-            for delta in table.deltas[slot]:
-                assert delta is not None
-                rank = max(1, delta.nbytes // 2 // (delta.h_out + delta.h_in))
-                v = torch.randn(delta.h_in, rank, device=x.device, dtype=x.dtype)
-                u = torch.randn(rank, delta.h_out, device=x.device, dtype=x.dtype)
-                parts.append((y[rows, begin : begin + delta.h_out], x[rows], v, u))
-                begin += delta.h_out
-
-    def run() -> None:
-        for out, x, v, u in parts:
-            out.addmm_(x @ v, u)
-
-    return run
-
-
-def products_of(layer: Sequence[Projection], rows: int, copies: int) -> Callable[[], None]:
-    """`copies` dense bfloat16 products of a layer, on `rows` rows each."""
-
-    def normal(height: int, width: int) -> Tensor:
-        return torch.randn(height, width, device="cuda", dtype=torch.bfloat16)
-
-    parts = [
-        (normal(rows, part.h_in), normal(sum(part.h_outs), part.h_in))
-        for _ in range(copies)
-        for part in layer
-    ]
-
-    def run() -> None:
-        for x, weight in parts:
-            torch.nn.functional.linear(x, weight)
-
-    return run
-
-
-def measure(rows: Sequence[int], deltas: Sequence[int]) -> None:
-    """Print the tables of a GPU."""
-    bandwidth = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+def measure(
+    parts: Sequence[Projection],
+    steps: Sequence[tuple[int, int]],
+    prefill_rows: int,
+    cases: int | None,
+    device: str,
+) -> None:
+    """The whole benchmark."""
+    began = time.monotonic()
+    until = began + LIMIT_SECONDS
+    gpu = device == "cuda"
+    names = [*CASES, *GRAPH_CASES, *[part.name for part in LAYER]] if gpu else [*CASES]
+    run_cases(names[:cases], device)
+    bandwidth = copy_bandwidth() if gpu else float("nan")
+    name = torch.cuda.get_device_name() if gpu else "Triton's interpreter"
+    print(f"{name}, torch {torch.__version__}, {time.monotonic() - began:.0f} s so far")
     print(f"device-to-device copy: {bandwidth / 1e12:.2f} TB/s")
-    print("rows deltas      MB      us  us graph  of copy  low-rank  dense")
-    for count in deltas:
-        for total in rows:
-            if total < count:
-                continue
-            work = Workload(LAYER, total, count, "cuda", None)
-            error = work.error()
-            if error > TOLERANCE:
-                raise SystemExit(f"{total} rows, {count} deltas: relative error {error:.1e}")
-            plain, graph = seconds(work.run), seconds(work.run, graph=True)
-            low_rank = seconds(low_rank_of(work), graph=True)
-            dense = seconds(products_of(LAYER, max(1, total // count), count), graph=True)
-            share = work.nbytes / graph / bandwidth
-            print(
-                f"{total:4} {count:6} {work.nbytes / 1e6:7.1f} {plain * 1e6:7.1f}"
-                f" {graph * 1e6:9.1f} {share:8.1%} {low_rank / graph:8.2f}x {dense / graph:5.2f}x"
-            )
-    base = seconds(products_of(LAYER, 2048, 1))
-    for threshold in (None, 128):
-        work = Workload(LAYER, 2048, 1, "cuda", threshold)
-        error = work.error()
-        if error > TOLERANCE:
-            raise SystemExit(f"prefill: relative error {error:.1e}")
-        path = "chunks" if threshold is None else "products"
-        ratio = (base + seconds(work.run, repeats=5)) / base
-        print(f"prefill of 2,048 rows of one delta by {path}: {ratio:.2f}x of the base's products")
+    most = max(deltas for _, deltas in steps)
+    with torch.inference_mode():
+        layer = Layers(parts, 1, 1, device)
+        measure_prefill(layer, prefill_rows)
+        copies = 1 + ROTATED_BYTES // layer.delta_bytes if gpu else 1
+        measure_decode(Layers(parts, most, copies, device), steps, bandwidth, until)
+        for part in parts if gpu else ():
+            one = Layers([part], steps[0][1], copies, device)
+            measure_decode(one, steps[:1], bandwidth, until)
+    print(f"{time.monotonic() - began:.0f} s in all")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Check, then measure."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, then measure; 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 64])
-    parser.add_argument("--deltas", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--cases", type=int, help="check only so many of the kernel's cases")
     options = parser.parse_args(arguments)
-    if options.device == "cuda":
-        measure(options.rows, options.deltas)
-        return
-    error = Workload(SMALL, 3, 2, "cpu", None).error()
-    if error > TOLERANCE:
-        raise SystemExit(f"relative error {error:.1e}")
-    print(f"relative error {error:.1e}: correct; nothing is timed without a GPU")
+    try:
+        if options.device == "cuda":
+            measure(LAYER, GPU_STEPS, PREFILL_ROWS, options.cases, "cuda")
+        else:
+            measure(SMALL, [(3, 2)], 9, options.cases, "cpu")
+            print("All is correct; nothing is timed without a GPU.")
+    except WrongResult as error:
+        print(error)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

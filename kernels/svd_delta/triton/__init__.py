@@ -27,8 +27,14 @@ EXPAND_STAGES: Final = 3
 """Tiles in flight in each kernel's loop."""
 
 
-def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks) -> None:
-    """Add each row's delta to `y` in place; see `kernels.svd_delta.svd_delta`."""
+def svd_delta(
+    y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, *, emulate: bool | None = None
+) -> None:
+    """Add each row's delta to `y` in place; see `kernels.svd_delta.svd_delta`.
+
+    With `emulate` the kernels do without inline assembly and bfloat16 products, which Triton's
+    interpreter needs; on a GPU it is slow, and tells whether a fault is in those.
+    """
     if not chunks.count:
         return
     shared: dict[str, Any] = {
@@ -37,7 +43,7 @@ def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks) -> None:
         # What Triton does of its own accord changes in 3.10.
         "enable_fp_fusion": True,
     }
-    emulate = not x.is_cuda
+    emulate = not x.is_cuda if emulate is None else emulate
     xs = chunks.scaled.view(x.dtype)
     sum_count = table.padded // SUM_COLUMNS
     prepare_kernel[(sum_count, table.linears, chunks.count)](

@@ -5,7 +5,14 @@ import triton.language as tl
 
 from kernels.svd_delta.layout import BLOCK_FIELDS, BLOCK_RANKS
 from kernels.svd_delta.table import ENTRY_FIELDS, OUTPUT_FIELDS, TILE_COLUMNS
-from kernels.svd_delta.triton.unpack import dot, load_words, round_to, row_words, unpack
+from kernels.svd_delta.triton.unpack import (
+    UNSPECIALIZED,
+    dot,
+    load_words,
+    round_to,
+    row_words,
+    unpack,
+)
 
 _ENTRY = tl.constexpr(ENTRY_FIELDS)
 _BLOCK = tl.constexpr(BLOCK_FIELDS)
@@ -82,7 +89,7 @@ def _rest(projected_ptr, max_rank, places, offset_ptr, rank, BLOCK: tl.constexpr
     return tl.sum(rest, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def expand_kernel(
     y_ptr, y_stride, projected_ptr, max_rank, rows_ptr, slots_ptr,
     addresses_ptr, entries_ptr, outputs_ptr,

@@ -5,13 +5,20 @@ import triton.language as tl
 
 from kernels.svd_delta.layout import TILE_FIELDS
 from kernels.svd_delta.table import ENTRY_FIELDS
-from kernels.svd_delta.triton.unpack import dot, load_words, round_to, row_words, unpack
+from kernels.svd_delta.triton.unpack import (
+    UNSPECIALIZED,
+    dot,
+    load_words,
+    round_to,
+    row_words,
+    unpack,
+)
 
 _ENTRY = tl.constexpr(ENTRY_FIELDS)
 _TILE = tl.constexpr(TILE_FIELDS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def prepare_kernel(
     xs_ptr, xs_stride, sums_ptr, sums_stride, x_ptr, x_stride, h_in, padded,
     rows_ptr, slots_ptr, addresses_ptr, entries_ptr,
@@ -77,7 +84,7 @@ def _shrink_plane(
     return total + acc * (weight * 2.0**UNIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def shrink_kernel(
     projected_ptr, max_rank, sums_ptr, sums_stride, sum_count, xs_ptr, xs_stride, h_in, padded,
     slots_ptr, addresses_ptr, entries_ptr,

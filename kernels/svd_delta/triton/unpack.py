@@ -6,8 +6,13 @@ each half, which read as a float is a subnormal, and one packed multiply-add mak
 that each code is used in the thread that loaded its word: only the other operand is rearranged.
 """
 
+from typing import Final
+
 import triton
 import triton.language as tl
+
+UNSPECIALIZED: Final = ("h_in", "max_rank", "sums_stride", "sum_count")
+"""Numbers whose divisibility by 16 gains nothing: each would have its own kernels compiled."""
 
 
 @triton.jit
