@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel import random_delta
+from benchmarks.kernel_layers import random_delta
 from inference.attention import ATTENTION
 from inference.changes import Change
 from inference.engine import Engine

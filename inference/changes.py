@@ -10,6 +10,7 @@ What is coded is decoded to a dense difference at use, and kept while `TensorCac
 product costs what the base's own does, and the first use of a delta the decoding.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np

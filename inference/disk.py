@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltadock.errors import TooLarge, Unavailable
+from inference.counts import TierCounts
 from storage.cache import FileCache
 
 
@@ -15,15 +16,6 @@ from storage.cache import FileCache
 class _File:
     bytes: int
     users: int = 0
-
-
-@dataclass(slots=True)
-class TierCounts:
-    """What a tier was asked, since the start."""
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
 
 
 @dataclass(slots=True)

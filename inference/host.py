@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from inference.disk import TierCounts
+from inference.counts import TierCounts
 
 
 class Sized(Protocol):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from deltadock.errors import Conflict
-from inference.disk import TierCounts
+from inference.counts import TierCounts
 
 Delta = TypeVar("Delta")
 

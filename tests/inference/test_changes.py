@@ -32,7 +32,7 @@ from artifacts.writer import write_artifact
 from deltadock.errors import UnsupportedModel
 from inference.attention import Span, make_step
 from inference.changes import Change, Coded, CodedRows, LowRank, nbytes
-from inference.deltas import ArtifactSource, load_delta
+from inference.deltas import ArtifactSource, place_delta, read_delta
 from inference.layers import DeltaLimits
 from inference.model import BaseModel, load_base
 from kernels.svd_delta import PackedDelta
@@ -147,8 +147,8 @@ def test_every_kind_computes_what_its_merged_checkpoint_does(
                 )
         files[slot] = write(tmp_path / f"{slot}.delta", encoded, digest)
         with Artifact(files[slot]) as artifact:
-            loaded = load_delta(ArtifactSource(artifact), model, digest, read(base_folder))
-        model.install(slot, loaded.changes)
+            loaded = read_delta(ArtifactSource(artifact), model, digest, read(base_folder))
+        place_delta(model, slot, loaded)
         assert {type(change).__name__ for change in loaded.changes.values()} >= {
             "PackedDelta" if "svd" in name else "Tensor" if make is None else EXPECTED[name]
         }

@@ -15,7 +15,7 @@ from compression.calibration.options import Source
 from compression.catalogue import METHODS
 from compression.pipeline import compress
 from compression.run import CompressOptions
-from inference.deltas import ArtifactSource, load_delta
+from inference.deltas import ArtifactSource, place_delta, read_delta
 from inference.layers import DeltaLimits
 from inference.model import load_base
 from inference.passes import Passes
@@ -81,8 +81,8 @@ def test_every_method_in_one_batch_has_the_logits_of_its_merged_checkpoint(
         with Artifact.open(path) as artifact:
             source = ArtifactSource(artifact)
             files = read_tokenizer_files(base)
-            loaded = load_delta(source, model, manifest.weights_digest, files)
-        model.install(slot, loaded.changes)
+            loaded = read_delta(source, model, manifest.weights_digest, files)
+        place_delta(model, slot, loaded)
         merge(base, path, home / f"merged-{name}")
         references.append(home / f"merged-{name}")
     references[0] = base

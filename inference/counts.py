@@ -1,0 +1,12 @@
+"""What each tier of deltas (disk, host, device) was asked."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class TierCounts:
+    """What a tier was asked, since the start."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
