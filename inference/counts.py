@@ -1,4 +1,4 @@
-"""What each tier of deltas (disk, host, device) was asked."""
+"""What a tier counts."""
 
 from dataclasses import dataclass
 
