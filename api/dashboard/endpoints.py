@@ -1,20 +1,24 @@
 """Pages of the dashboard, and the parts of them that refresh themselves."""
 
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request
+from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse, Response
 
 from api.dashboard import service
 from api.dashboard.pages import HEADERS, PageRoute, render
 from api.deltas.endpoints import DeltaId
 from api.dependencies import ReadSession
+from api.nodes.service import list_nodes
 from deltadock.errors import NotFound
 
 router = APIRouter(
     include_in_schema=False, route_class=PageRoute, default_response_class=HTMLResponse
 )
 
+SHOWN_DELTAS: Final = 50
+"""Of a node; the fastest tiers come first."""
 REFRESH: Final = {"HX-Refresh": "true"}
 REMOVE: Final = {"HX-Reswap": "delete"}
 ENDED: Final = {"HX-Trigger": "job-ended"}
@@ -56,6 +60,22 @@ def show_job(delta_id: DeltaId, request: Request, session: ReadSession) -> Respo
     if entry.job.state.is_final:
         return HTMLResponse(headers=HEADERS | REFRESH)
     return render(request, "parts/job.html", {"entry": entry})
+
+
+@router.get("/nodes")
+def show_nodes(request: Request, session: ReadSession) -> Response:
+    """The inference nodes, and what they hold."""
+    return render(request, "nodes.html", _nodes(session))
+
+
+@router.get("/parts/nodes")
+def refresh_nodes(request: Request, session: ReadSession) -> Response:
+    """The same without the page around it."""
+    return render(request, "parts/nodes.html", _nodes(session))
+
+
+def _nodes(session: Session) -> dict[str, Any]:
+    return {"nodes": list_nodes(session).data, "shown": SHOWN_DELTAS}
 
 
 @router.get("/deltas/{delta_id}")

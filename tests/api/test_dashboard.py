@@ -196,6 +196,14 @@ def test_shows_a_report_with_little_in_it(site: Site, seeded: seed.Seeded) -> No
     site.text("/")
 
 
+def test_says_how_to_start_a_node_when_none_is_there(site: Site) -> None:
+    page = unescape(site.text("/nodes"))
+    assert "No inference node is there" in page
+    assert "deltadock node --base FOLDER --api http://testserver/" in page
+    assert 'aria-current="page">Nodes' in page
+    assert "<html" not in site.text("/parts/nodes")
+
+
 def test_names_are_text_and_never_markup(site: Site) -> None:
     name = "<script>alert(1)</script>/<b onclick='x'>\"&"
     with site.resources.database.session_scope() as session:

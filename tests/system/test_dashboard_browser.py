@@ -222,6 +222,40 @@ def test_charts_have_a_cell_per_matrix(site: Site, page: Page, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nodes_and_what_they_hold_are_live(site: Site, page: Page, tmp_path: Path) -> None:
+    with site.database.read_scope() as session:
+        delta = DeltaRepository(session).find(site.seeded.ready[0])
+        assert delta is not None
+        artifact, base = delta.artifact_digest, delta.base.checkpoint_digest
+
+    def tell(**held: object) -> None:
+        deltas = [{"digest": artifact, "bytes": 416_992, "references": 2, "pinned": True} | held]
+        with site.database.session_scope() as session:
+            NodeRepository(session).put(
+                "node_b", "http://10.0.0.7:8100", lives_seconds=60, base_digest=base, adopts=False,
+                draining=False, capacity=80, admitted=3, delta_slots=32, deltas=deltas,
+            )  # fmt: skip
+
+    tell(tier="device")
+    page.goto("/nodes")
+    card = page.get_by_label("Node http://10.0.0.7:8100", exact=True)
+    expect(card).to_contain_text("3 of 80 sequences")
+    expect(card).to_contain_text("1 of 32 slots")
+    row = card.locator("tbody tr")
+    expect(row.get_by_role("link")).to_have_text(f"{delta.name}:{delta.version}")
+    expect(row).to_contain_text("pinned")
+    assert page.screenshot(path=tmp_path / "nodes.png", full_page=True)
+    row.get_by_role("link").focus()
+    tell(tier="disk", references=0, pinned=False)
+    expect(row).to_contain_text("disk")
+    expect(row.get_by_role("link")).to_be_focused()
+    page.set_viewport_size(PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert page.screenshot(path=tmp_path / "nodes-phone.png", full_page=True)
+    row.get_by_role("link").click()
+    expect(page.locator("h1")).to_contain_text(delta.name)
+
+
 def test_fits_a_phone_and_follows_the_colour_scheme(
     site: Site, page: Page, tmp_path: Path, scheme: str
 ) -> None:

@@ -1,0 +1,128 @@
+"""The operators' routes: moving deltas by hand, for those who may."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from pydantic import SecretStr
+
+from tests.inference.support import RunningNode, Site, hold, start
+
+
+@pytest.fixture(scope="module")
+def node(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
+    home = tmp_path_factory.mktemp("home")
+    with start(site, home, node_base=site.home / "base-0", node_max_deltas=2) as running:
+        yield running
+
+
+@pytest.fixture
+def http(node: RunningNode) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"{node.url}/v1/deltas", timeout=60) as client:
+        yield client
+
+
+def held(http: httpx.Client) -> dict[str, dict[str, Any]]:
+    return {delta["digest"]: delta for delta in http.get("").json()["data"]}
+
+
+def test_a_delta_is_moved_by_hand(site: Site, node: RunningNode, http: httpx.Client) -> None:
+    first, second = site.artifacts
+    on_disk = http.post(f"/{first}/load", json={"tier": "disk"}).json()
+    assert (on_disk["tier"], on_disk["bytes"]) == ("disk", (site.home / "delta-1").stat().st_size)
+    assert http.post(f"/{first}/load", json={"tier": "host"}).json()["tier"] == "host"
+    assert http.post(f"/{first}/load").json()["tier"] == "device"
+    pinned = http.post(f"/{first}/pin").json()
+    assert (pinned["tier"], pinned["pinned"], pinned["references"]) == ("device", True, 0)
+    assert list(held(http)) == [first]
+    for url in (f"/{first}/unload", f"/{second}/pin"):
+        refused = http.post(url)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict")
+    assert http.post(f"/{first}/unpin").json()["pinned"] is False
+    assert http.post(f"/{first}/unload").status_code == 204
+    assert held(http)[first]["tier"] == "disk"
+
+
+def test_a_delta_in_use_is_not_unloaded(site: Site, node: RunningNode, http: httpx.Client) -> None:
+    artifact = site.artifacts[0]
+    go_on = hold(node)
+    with node.client(site.base, artifact) as client:
+        running = client.completions.create(model="m", prompt="a", max_tokens=4, n=2, stream=True)
+        assert held(http)[artifact]["references"] == 1
+        refused = http.post(f"/{artifact}/unload")
+        assert refused.status_code == 409
+        assert "used by 1" in refused.json()["error"]["message"]
+        go_on.set()
+        assert list(running)
+    while held(http)[artifact]["references"]:
+        pass
+    assert http.post(f"/{artifact}/unload").status_code == 204
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code"),
+    [
+        (f"/{'0' * 64}/load", None, 404, "not_found"),
+        (f"/{'0' * 64}/unload", None, 404, "not_found"),
+        (f"/{'0' * 64}/unpin", None, 404, "not_found"),
+        ("/..%2Fescape/load", None, 404, "not_found"),
+        ("/escape/load", None, 422, "invalid_input"),
+        (f"/{'0' * 64}/load", {"tier": "moon"}, 422, "invalid_input"),
+    ],
+)
+def test_bad_wishes_are_refused(
+    http: httpx.Client, path: str, body: Any, status: int, code: str
+) -> None:
+    answer = http.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+def test_loaded_deltas_are_models_of_a_node_that_serves_alone(
+    site: Site, node: RunningNode, http: httpx.Client
+) -> None:
+    artifact = site.artifacts[1]
+    http.post(f"/{artifact}/load")
+    with openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0) as client:
+        assert {model.id for model in client.models.list()} >= {"base-0", artifact}
+        answer = client.completions.create(model=artifact, prompt="a", max_tokens=1)
+    assert answer.model == artifact
+
+
+def test_a_node_without_a_base_is_told_one(site: Site, tmp_path: Path) -> None:
+    with start(site, tmp_path) as node:
+        url = f"{node.url}/v1/deltas/{site.artifacts[0]}/load"
+        unknown = httpx.post(url)
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (409, "not_ready")
+        named = httpx.post(url, headers={"Deltadock-Base": site.base}, timeout=60)
+        assert named.json()["tier"] == "device"
+
+
+def test_with_a_secret_every_route_but_health_needs_it(site: Site, tmp_path: Path) -> None:
+    secret = SecretStr("s3cret")
+    with start(site, tmp_path, node_base=site.home / "base-0", node_secret=secret) as node:
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert httpx.get(f"{node.url}{path}").status_code == 200
+        for method, path in (
+            ("GET", "/v1/models"), ("GET", "/v1/deltas"), ("POST", "/v1/completions"),
+            ("POST", "/v1/chat/completions"), ("POST", f"/v1/deltas/{site.artifacts[0]}/load"),
+        ):  # fmt: skip
+            body = {"model": "base-0", "prompt": "a", "messages": [{"role": "user", "content": ""}]}
+            answer = httpx.request(method, f"{node.url}{path}", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
+        with openai.OpenAI(base_url=f"{node.url}/v1", api_key="s3cret") as client:
+            assert client.completions.create(model="base-0", prompt="a", max_tokens=1).choices
+        headers = {"Authorization": "Bearer s3cret"}
+        assert httpx.get(f"{node.url}/v1/deltas", headers=headers).json() == {"data": []}
+
+
+def test_deltas_of_the_settings_are_there_from_the_start(site: Site, tmp_path: Path) -> None:
+    with (
+        start(
+            site, tmp_path, node_base=site.home / "base-0", node_deltas=[site.artifacts[1]]
+        ) as node,
+        httpx.Client(base_url=f"{node.url}/v1/deltas") as http,
+    ):
+        assert held(http)[site.artifacts[1]]["tier"] == "device"
