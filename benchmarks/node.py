@@ -27,6 +27,7 @@ from benchmarks.serving import (
     random_changes,
     random_model,
     run,
+    shapes_of,
     taken_over,
 )
 from inference.engine import Engine
@@ -51,8 +52,8 @@ class Contest:
     def __init__(self, shape: dict[str, int]) -> None:
         self.plain = random_model("llama", "cpu", torch.float32, **shape)
         other = random_model("llama", "cpu", torch.float32, **shape)
+        first = random_changes(shapes_of(other), "cpu")
         model = taken_over(other, DeltaLimits(slots=REQUESTS + 1, rows=1024, cache_bytes=4 << 30))
-        first = random_changes(model, "cpu")
         for slot in range(1, REQUESTS + 1):
             model.install(slot, model.prepare(copied(first)))
         self.engine = Engine(

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -36,28 +37,29 @@ def taken_over(model: Any, limits: DeltaLimits) -> BaseModel:
     return BaseModel(model, limits)
 
 
-def random_changes(model: BaseModel, device: str) -> dict[str, Change]:
-    """A delta of one bit a weight for every linear layer of the blocks."""
-    generator = torch.Generator(device).manual_seed(0)
+def shapes_of(model: Any) -> dict[str, torch.Size]:
+    """Name and shape of the linear layers of the blocks, which a delta changes."""
     return {
-        name: random_delta(parameter.shape[0], parameter.shape[1], device, generator)
-        for name, parameter in model._parameters.items()
+        name: parameter.shape
+        for name, parameter in model.named_parameters()
         if name.endswith("_proj.weight")
     }
 
 
-def copied(changes: dict[str, Change]) -> dict[str, Change]:
+def random_changes(shapes: Mapping[str, torch.Size], device: str) -> dict[str, PackedDelta]:
+    """A delta of one bit a weight."""
+    generator = torch.Generator(device).manual_seed(0)
+    return {
+        name: random_delta(h_out, h_in, device, generator) for name, (h_out, h_in) in shapes.items()
+    }
+
+
+def copied(changes: Mapping[str, PackedDelta]) -> dict[str, Change]:
     """The same delta again, in memory of its own."""
     return {
         name: dataclasses.replace(change, words=change.words.clone())
         for name, change in changes.items()
-        if isinstance(change, PackedDelta)
     }
-
-
-def packed_bytes(changes: dict[str, Change]) -> int:
-    """Bytes of a delta as a kernel reads it."""
-    return sum(change.nbytes for change in changes.values() if isinstance(change, PackedDelta))
 
 
 class _Dots(TextStream):
@@ -76,10 +78,19 @@ class _Dots(TextStream):
 class Request:
     """One greedy answer of `tokens` tokens, and when it came (seconds of the monotonic clock)."""
 
-    def __init__(self, prompt: list[int], slot: int, weights: str, tokens: int) -> None:
+    def __init__(
+        self,
+        prompt: list[int],
+        slot: int,
+        weights: str,
+        tokens: int,
+        ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`ended` is called from the engine's thread."""
         self.sent = self.first = self.ended = 0.0
         self.error: Exception | None = None
         self.done = threading.Event()
+        self._tell_end = ended
         self.sequence = Sequence(
             tokens=list(prompt),
             sampling=SamplingParams(max_tokens=tokens, temperature=0.0),
@@ -102,6 +113,7 @@ class Request:
         if event.finish is not None:
             self.ended, self.error = now, event.error
             self.done.set()
+            self._tell_end()
 
     def wait(self) -> None:
         """Wait for the end; raise what the request failed with."""
