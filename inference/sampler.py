@@ -101,8 +101,8 @@ class Scores:
 
 def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     probabilities, ids = candidates(logits, params)
-    cumulative = probabilities.double().cumsum(-1).cpu()
-    draw = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
-    place = int(torch.searchsorted(cumulative, draw, right=True))
-    place = min(place, cumulative.numel() - 1)
-    return place if ids is None else int(ids[place])
+    cumulative = probabilities.double().cumsum(-1)
+    draw = torch.rand((), generator=generator, dtype=torch.float64).to(logits.device)
+    place = torch.searchsorted(cumulative, draw * cumulative[-1], right=True)
+    place = place.clamp_max(cumulative.numel() - 1)
+    return int(place if ids is None else ids[place])
