@@ -1,7 +1,7 @@
 """Forwarding to the inference nodes."""
 
 import json
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Final
 
 import anyio
@@ -59,30 +59,31 @@ async def ask_nodes(
     }
     if target.artifact_digest is not None:
         headers[ARTIFACT_HEADER] = target.artifact_digest
-    busy: Answer | None = None
     lost = 0
-    for node in await resources.fleet.candidates(target):
-        call = resources.http.build_request(
-            "POST", f"{node.url}{path}", content=content, headers=headers
-        )
-        try:
-            answer = await _ask(resources, request, node, call)
-        except NodeLost:
-            await resources.fleet.lost(node)
-            lost += 1
-            if lost == MAX_LOST:
-                break
-            continue
-        if answer.status not in BUSY:
-            if busy is not None:
-                await busy.close()
-            return answer
-        if busy is None:
-            busy = answer  # what the client is told if no other node can, either
-        else:
-            await answer.close()
-    if busy is not None:
-        return busy
+    async with AsyncExitStack() as unused:
+        busy: Answer | None = None
+        for node in await resources.fleet.candidates(target):
+            call = resources.http.build_request(
+                "POST", f"{node.url}{path}", content=content, headers=headers
+            )
+            try:
+                answer = await _ask(resources, request, node, call)
+            except NodeLost:
+                await resources.fleet.lost(node)
+                lost += 1
+                if lost == MAX_LOST:
+                    break
+                continue
+            if answer.status not in BUSY:
+                return answer
+            if busy is None:
+                busy = answer
+                unused.push_async_callback(answer.close)
+            else:
+                await answer.close()
+        if busy is not None:  # no other node can, either: this is what the client is told
+            unused.pop_all()
+            return busy
     if lost:
         raise Unavailable("The inference node does not answer; try again shortly.")
     raise Unavailable(

@@ -26,7 +26,9 @@ def http(node: RunningNode) -> Iterator[httpx.Client]:
 
 
 def held(http: httpx.Client) -> dict[str, dict[str, Any]]:
-    return {delta["digest"]: delta for delta in http.get("").json()["data"]}
+    return {
+        delta["digest"]: delta for delta in http.get(str(http.base_url).rstrip("/")).json()["data"]
+    }
 
 
 def test_a_delta_is_moved_by_hand(site: Site, node: RunningNode, http: httpx.Client) -> None:

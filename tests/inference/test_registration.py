@@ -1,0 +1,76 @@
+"""A node tells the api of itself, whatever the api is doing."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import SecretStr
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from deltadock.settings import Settings
+from inference.registration import Registration
+from tests.api.support import serving
+
+
+class Listener:
+    """Stands in for the api: answers with `status`, and remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.status = 204
+        self.told: list[tuple[str, str, Any]] = []
+        route = Route("/v1/nodes/{node}", self._hear, methods=["PUT", "DELETE"])
+        self.app = Starlette(routes=[route])
+
+    async def _hear(self, request: Request) -> Response:
+        assert request.headers["authorization"] == "Bearer s3cret"
+        body = await request.json() if request.method == "PUT" else None
+        self.told.append((request.method, request.path_params["node"], body))
+        return Response(status_code=self.status)
+
+
+async def until(true: Callable[[], Any]) -> None:
+    async with asyncio.timeout(20):
+        while not true():
+            await asyncio.sleep(0.01)
+
+
+def test_a_node_tells_again_and_again_and_leaves() -> None:
+    listener = Listener()
+    load = {"admitted": 0}
+
+    async def scenario(url: str) -> None:
+        settings = Settings(
+            api_url=f"{url}/", node_secret=SecretStr("s3cret"), node_heartbeat_seconds=600
+        )
+        listener.status = 503
+        node = Registration(settings, "http://node:8100", lambda: dict(load))
+        await until(lambda: listener.told)
+        listener.status = 204
+        load["admitted"] = 3
+        node.changed()  # long before the next heartbeat
+        await until(lambda: len(listener.told) == 2)
+        await node.tell()
+        await node.close()
+
+    with serving(listener.app) as url:
+        asyncio.run(scenario(url))
+    first, second, third, last = listener.told
+    assert first[2] == {"url": "http://node:8100", "lives_seconds": 3000, "admitted": 0}
+    assert (second[2]["admitted"], third[2]["admitted"]) == (3, 3)
+    assert [method for method, _, _ in listener.told] == ["PUT", "PUT", "PUT", "DELETE"]
+    assert {node for _, node, _ in listener.told} == {last[1]}
+
+
+def test_an_api_that_is_not_there_harms_nobody() -> None:
+    async def scenario() -> None:
+        settings = Settings(api_url="http://127.0.0.1:1", node_heartbeat_seconds=0.2)
+        node = Registration(settings, "http://node:8100", dict)
+        await node.tell()
+        await asyncio.sleep(0.3)
+        assert not node._beating.done(), "it goes on trying"
+        await node.close()
+
+    asyncio.run(scenario())
