@@ -221,7 +221,6 @@ def test_charts_have_a_cell_per_matrix(site: Site, page: Page, tmp_path: Path) -
     assert page.screenshot(path=tmp_path / "delta.png", full_page=True)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nodes_and_what_they_hold_are_live(site: Site, page: Page, tmp_path: Path) -> None:
     with site.database.read_scope() as session:
         delta = DeltaRepository(session).find(site.seeded.ready[0])
@@ -256,6 +255,7 @@ def test_nodes_and_what_they_hold_are_live(site: Site, page: Page, tmp_path: Pat
     expect(page.locator("h1")).to_contain_text(delta.name)
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_fits_a_phone_and_follows_the_colour_scheme(
     site: Site, page: Page, tmp_path: Path, scheme: str
 ) -> None:
