@@ -7,7 +7,7 @@ import sys
 
 def test_a_small_layer_is_checked_in_the_interpreter() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kernel", "--device", "cpu"],
+        [sys.executable, "-m", "benchmarks.kernel", "--device", "cpu", "--cases", "1"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

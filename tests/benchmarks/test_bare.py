@@ -1,0 +1,55 @@
+"""The scripts for a GPU run where only torch, triton, transformers, safetensors and numpy are."""
+
+import subprocess
+import sys
+
+import pytest
+
+BLOCK = """
+import importlib, re, sys
+from importlib.metadata import distribution, packages_distributions
+
+wanted, allowed = ["torch", "triton", "transformers", "safetensors", "numpy"], set()
+while wanted:
+    name = re.sub(r"[-_.]+", "-", wanted.pop()).lower()
+    if name in allowed:
+        continue
+    try:
+        needs = distribution(name).requires or []
+    except importlib.metadata.PackageNotFoundError:
+        continue
+    allowed.add(name)
+    needs = [need for need in needs if not re.search("extra *==", need)]
+    wanted += [re.match(r"[\\w.-]+", need)[0] for need in needs]
+allowed.add("deltadock")  # the checkout itself
+owners = packages_distributions()
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        found = [re.sub(r"[-_.]+", "-", owner).lower() for owner in owners.get(name, [])]
+        if found and allowed.isdisjoint(found):
+            raise ImportError(f"{name} is not there")
+        return None
+
+
+sys.meta_path.insert(0, Blocker())
+for absent in ("fastapi", "pytest", "pydantic_settings"):
+    try:
+        importlib.import_module(absent)
+    except ImportError:
+        continue
+    raise SystemExit(f"{absent} is not blocked")
+importlib.import_module(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("module", ["benchmarks.kernel"])
+def test_it_imports_nothing_else(module: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BLOCK, module],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
