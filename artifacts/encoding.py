@@ -42,7 +42,12 @@ from artifacts.kinds.record import (
     shape_of,
     to_raw,
 )
-from artifacts.kinds.rows import encode_rows, quantize_midrise, quantize_rows_midrise
+from artifacts.kinds.rows import (
+    encode_rows,
+    quantize_midrise,
+    quantize_rows_midrise,
+    stored_rows,
+)
 from artifacts.kinds.sparse import encode_sparse, encode_sparse24
 from artifacts.kinds.svd import Factors, SvdMatrix, Vectors, encode_svd
 from deltadock.errors import InvalidArtifact
@@ -80,6 +85,7 @@ __all__ = [
     "quantize_midrise",
     "quantize_rows_midrise",
     "raw_data",
+    "stored_rows",
     "to_raw",
 ]
 

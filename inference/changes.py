@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from artifacts.encoding import Encoded, decode_dense
+from artifacts.encoding import Encoded, decode_dense, stored_rows
 from kernels.svd_delta import PackedDelta
 from kernels.svd_delta.layout import plane_words, planes, segment_words
 from kernels.svd_delta.reference import unpack_codes
@@ -90,18 +90,17 @@ class CodedRows:
 
     @classmethod
     def of(cls, encoded: Encoded) -> "CodedRows":
-        """A `rows` matrix, not deflated, copied from the file."""
+        """A `rows` matrix, not deflated, copied from the file.
+
+        Raises:
+            InvalidArtifact: its stored rows are not distinct rows.
+        """
         record, segments = encoded.record, encoded.segments
-        rows, stored = record["shape"][0], sum(run["count"] for run in record["runs"])
-        scale = segments["scale"].astype(np.float32) * np.float32(record.get("gain", 1.0))
-        place = np.full(rows, -1, np.int32)
-        index = segments["index"] if record.get("index") else np.arange(rows)
-        place[index] = np.arange(stored, dtype=np.int32)
-        found = {
-            "codes": np.array(segments["codes"].view(np.int32)),
-            "scale": np.array(np.broadcast_to(scale, stored)),
-            "place": place,
-        }
+        numbers, scale = stored_rows(encoded)
+        place = np.full(record["shape"][0], -1, np.int32)
+        place[numbers] = np.arange(len(numbers), dtype=np.int32)
+        codes = np.array(segments["codes"].view(np.int32))
+        found = {"codes": codes, "scale": np.array(scale), "place": place}
         if record.get("column_scale"):
             found["column_scale"] = segments["column_scale"].astype(np.float32)
         return cls(record, {name: torch.from_numpy(array) for name, array in found.items()})

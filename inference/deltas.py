@@ -73,7 +73,9 @@ class ArtifactSource:
             return low_rank(*map(torch.tensor, (factors.u, factors.s, factors.v)))
         if kind == "rows":
             return CodedRows.of(inflated(encoded))
-        return Coded(encoded.copy())
+        coded = Coded(encoded.copy())
+        coded.dense()  # what cannot be decoded is refused now, not in the midst of a pass
+        return coded
 
 
 @dataclass(frozen=True, slots=True)

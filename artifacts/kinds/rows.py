@@ -91,15 +91,7 @@ def decode_rows(encoded: Encoded) -> FloatArray:
     record, segments = encoded.record, encoded.segments
     rows, columns = record["shape"]
     runs = record["runs"]
-    stored = sum(run["count"] for run in runs)
-    index = segments["index"].astype(np.int64) if record.get("index") else np.arange(rows)
-    ascending = np.sort(index)
-    if stored and (ascending[0] < 0 or ascending[-1] >= rows or (np.diff(ascending) == 0).any()):
-        raise InvalidArtifact("The indices of a tensor's stored rows are not distinct rows of it.")
-    if record["scale"] == "shared":
-        scale = np.broadcast_to(segments["scale"].astype(np.float32), stored)
-    else:
-        scale = unhalf(segments["scale"], record["gain"])
+    index, scale = stored_rows(encoded)
     words: WordArray = segments["codes"].view(np.uint32)
     delta = np.zeros((rows, columns), np.float32)
     row = position = 0
@@ -113,6 +105,23 @@ def decode_rows(encoded: Encoded) -> FloatArray:
     if record.get("column_scale"):
         delta *= unhalf(segments["column_scale"])
     return delta
+
+
+def stored_rows(encoded: Encoded) -> tuple[npt.NDArray[np.int64], FloatArray]:
+    """Number and scale of each stored row, in stored order.
+
+    Raises:
+        InvalidArtifact: the numbers are not distinct row numbers.
+    """
+    record, segments = encoded.record, encoded.segments
+    rows, stored = record["shape"][0], sum(run["count"] for run in record["runs"])
+    index = segments["index"].astype(np.int64) if record.get("index") else np.arange(rows)
+    ascending = np.sort(index)
+    if stored and (ascending[0] < 0 or ascending[-1] >= rows or (np.diff(ascending) == 0).any()):
+        raise InvalidArtifact("The indices of a tensor's stored rows are not distinct rows of it.")
+    if record["scale"] == "shared":
+        return index, np.broadcast_to(segments["scale"].astype(np.float32), stored)
+    return index, unhalf(segments["scale"], record["gain"])
 
 
 def expected(record: Record) -> Expected:

@@ -29,7 +29,7 @@ from artifacts.export import merge
 from artifacts.packed import packed_delta
 from artifacts.reader import Artifact
 from artifacts.writer import write_artifact
-from deltadock.errors import UnsupportedModel
+from deltadock.errors import InvalidArtifact, UnsupportedModel
 from inference.attention import Span, make_step
 from inference.changes import Change, Coded, CodedRows, LowRank, nbytes
 from inference.deltas import ArtifactSource, place_delta, read_delta
@@ -233,6 +233,22 @@ def test_a_change_is_as_compact_as_its_record(tmp_path: Path) -> None:
     for name in ("svd", "rows", "low-rank", "sparse", "sum"):
         # Scales in float32, and where each program of a kernel, or each row, begins.
         assert nbytes(changes[name]) <= sizes[name] + 12 * sum(shape)
+
+
+def test_what_cannot_be_decoded_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    shape = (64, 96)
+    doubled, short = rows(shape, 1), sparse(shape, 2)
+    doubled.segments["index"][0] = doubled.segments["index"][1]
+    short.segments["bitmap"][0] ^= 1
+    packed = deflated(short)
+    path = write(tmp_path / "a.delta", {"doubled": doubled, "short": short, "packed": packed})
+    with Artifact(path) as artifact:
+        source = ArtifactSource(artifact)
+        for name in ("doubled", "short", "packed"):
+            with pytest.raises(InvalidArtifact):
+                source.change(name, torch.zeros(shape))
+        with pytest.raises(InvalidArtifact, match="another shape"):
+            source.change("short", torch.zeros(96, 64))
 
 
 def difference(change: Change) -> Tensor:
