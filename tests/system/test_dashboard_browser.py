@@ -253,6 +253,8 @@ def test_nodes_and_what_they_hold_are_live(site: Site, page: Page, tmp_path: Pat
     assert page.screenshot(path=tmp_path / "nodes-phone.png", full_page=True)
     row.get_by_role("link").click()
     expect(page.locator("h1")).to_contain_text(delta.name)
+    with site.database.session_scope() as session:
+        NodeRepository(session).drop("node_b")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
