@@ -22,7 +22,7 @@ from inference.tiers import Held
 from storage.blobs import BlobStore
 from storage.cache import FileCache
 
-TOLD_DELTAS: Final = 2000
+TOLD_DELTAS: Final = 500
 """The api is told of so many at most; what is beyond lies on the slowest tier."""
 
 

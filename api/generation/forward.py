@@ -16,7 +16,7 @@ from api.middleware import REQUEST_ID
 from api.nodes.fleet import Fleet
 from api.nodes.routing import NodeView
 from api.resources import Resources
-from deltadock.errors import DeltadockError, InvalidInput, Unavailable
+from deltadock.errors import DeltadockError, InvalidInput, Unauthorized, Unavailable
 from deltadock.trust import credentials
 
 log = structlog.get_logger(__name__)
@@ -73,6 +73,10 @@ async def ask_nodes(
                 lost += 1
                 if lost == MAX_LOST:
                     break
+                continue
+            if answer.status == Unauthorized.status:  # no fault of the client's
+                log.error("node_refuses_our_secret", node=node.id, url=node.url)
+                await answer.close()
                 continue
             if answer.status not in BUSY:
                 return answer

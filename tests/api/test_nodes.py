@@ -181,6 +181,15 @@ def test_a_node_that_cannot_now_is_passed_by(
     assert answer.headers["retry-after"] == "7"
 
 
+def test_a_node_with_another_secret_is_passed_by(
+    api: Api, node: StandInNode, node_url: str
+) -> None:
+    api.register(node_url, base=api.base())
+    node.answer = JSONResponse({"error": {"code": "unauthorized"}}, 401)
+    answer = api.client.post("/v1/completions", json=ASK)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+
+
 def test_a_dead_node_is_passed_by_and_forgotten(api: Api, node: StandInNode, node_url: str) -> None:
     base = api.base()
     api.register("http://127.0.0.1:1", "node_dead", base=base)
