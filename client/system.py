@@ -4,6 +4,7 @@ The embedded start and the topology differ in the settings they pass in, and in 
 """
 
 import os
+import secrets
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from client.processes import HOST, Child, port_is_free
 from deltadock.errors import Unavailable
-from deltadock.settings import Settings
+from deltadock.settings import Settings, get_settings
 from storage.database import migrate
 
 MAX_RESTARTS: Final = 3
@@ -37,6 +38,12 @@ def check_ports(api_port: int, node_port: int) -> None:
                 f"Port {port} is in use, perhaps by a Deltadock that is already running. "
                 f"Stop what listens there or choose another port with {option}."
             )
+
+
+def node_secret() -> str:
+    """What the api and the node know each other by: the environment's secret, else a new one."""
+    own = get_settings().node_secret
+    return secrets.token_urlsafe() if own is None else own.get_secret_value()
 
 
 @contextmanager

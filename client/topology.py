@@ -4,7 +4,6 @@ Postgres, Valkey and SeaweedFS stand where the compose file has its containers; 
 those of the embedded start, and the environment variables those of the compose file.
 """
 
-import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from client.processes import HOST, stop_on_signals
 from client.services import postgres, seaweedfs, valkey
-from client.system import check_ports, keep_running, running
+from client.system import check_ports, keep_running, node_secret, running
 from client.up import announce
 from deltadock.settings import get_settings
 
@@ -24,7 +23,7 @@ def topology_settings(home: Path, api_port: int, *services: dict[str, str]) -> d
     settings = {
         "home": str(home),
         "api_url": f"http://{HOST}:{api_port}",
-        "node_secret": secrets.token_urlsafe(),
+        "node_secret": node_secret(),
         "device": get_settings().device,
     }
     for service in services:

@@ -1,7 +1,6 @@
 """`deltadock up`: the embedded system, everything on this machine with its data in one folder."""
 
 import fcntl
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from rich.console import Console
 
 from client.processes import HOST, stop_on_signals
 from client.services import valkey
-from client.system import check_ports, keep_running, running
+from client.system import check_ports, keep_running, node_secret, running
 from deltadock.errors import Conflict
 from deltadock.settings import get_settings
 
@@ -22,7 +21,7 @@ def embedded_settings(home: Path, api_port: int) -> dict[str, str]:
         "database_url": "",
         "blob_store": "local",
         "api_url": f"http://{HOST}:{api_port}",
-        "node_secret": secrets.token_urlsafe(),
+        "node_secret": node_secret(),
     }
 
 
