@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,14 +28,12 @@ from inference.kv_cache import KVCache
 from inference.layers import (
     DEFAULT_LIMITS,
     DENSE_ROWS,
-    DeltaEmbedding,
     DeltaLimits,
     DeltaLinears,
     DeltaModule,
-    DeltaNorm,
-    Output,
     Routing,
 )
+from inference.takeover import take_over
 from kernels.svd_delta import Chunks, PackedDelta, empty_delta
 
 FAMILIES: Final[dict[str, tuple[Any, Any]]] = {
@@ -48,10 +46,6 @@ FAMILIES: Final[dict[str, tuple[Any, Any]]] = {
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"
-
-
-FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that share their input wherever one module has them all."""
 
 
 class BaseModel:
@@ -69,11 +63,8 @@ class BaseModel:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self._routing = Routing(limits)
-        self._owners: dict[str, list[tuple[DeltaModule, str]]] = {}
-        self._parameters: dict[str, Tensor] = {}
         self._slow_slots: set[int] = set()
-        for path, module in list(model.named_modules()):
-            self._take_over(path, module)
+        self._owners, self._parameters = take_over(model, self._routing)
         if self.config.tie_word_embeddings:
             # One tensor under two names: a change of either acts on both sides of the model.
             owners = self._owners[EMBEDDING] + self._owners[LM_HEAD]
@@ -90,40 +81,6 @@ class BaseModel:
     @property
     def _modules(self) -> set[DeltaModule]:
         return {module for owners in self._owners.values() for module, _ in owners}
-
-    def _take_over(self, path: str, module: nn.Module) -> None:
-        for names in FUSED:
-            linears = {name: getattr(module, name, None) for name in names}
-            found = {name: it for name, it in linears.items() if isinstance(it, nn.Linear)}
-            if len(found) == len(names):
-                self._replace_linears(path, found)
-        parameters = dict(module.named_parameters(recurse=False))
-        if not parameters or f"{path}.{next(iter(parameters))}" in self._owners:
-            return
-        if isinstance(module, nn.Linear):
-            parent, _, name = path.rpartition(".")
-            self._replace_linears(parent, {name: module})
-        elif isinstance(module, nn.Embedding):
-            self._replace(path, module, DeltaEmbedding(module, self._routing))
-        elif parameters.keys() == {"weight"} and parameters["weight"].ndim == 1:
-            self._replace(path, module, DeltaNorm(module, self._routing))
-        else:
-            raise UnsupportedModel(f"{path} is a {type(module).__name__}, which cannot be served.")
-
-    def _replace_linears(self, path: str, linears: dict[str, nn.Linear]) -> None:
-        joined = DeltaLinears(linears, self._routing)
-        for number, (name, linear) in enumerate(linears.items()):
-            own = f"{path}.{name}".lstrip(".")
-            self.model.set_submodule(own, Output(joined, number) if len(linears) > 1 else joined)
-            for parameter, tensor in linear.named_parameters():
-                self._owners[f"{own}.{parameter}"] = [(joined, f"{name}.{parameter}")]
-                self._parameters[f"{own}.{parameter}"] = tensor
-
-    def _replace(self, path: str, module: nn.Module, replacement: DeltaModule) -> None:
-        for name, parameter in module.named_parameters():
-            self._owners[f"{path}.{name}"] = [(replacement, name)]
-            self._parameters[f"{path}.{name}"] = parameter
-        self.model.set_submodule(path, replacement)
 
     @property
     def context_tokens(self) -> int:
