@@ -1,9 +1,11 @@
 """The truth: decode a packed delta and add its product to each row, in plain PyTorch."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Final, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.svd_delta.layout import PackedDelta, centres, plane_words, planes, segment_words
@@ -24,19 +26,29 @@ class Factors(NamedTuple):
     bias: Tensor | None = None
 
 
+@cache
+def _byte_table(plane: int, shift: int, device: torch.device) -> Tensor:
+    """(256, 8 // plane) float32: the codes of a plane in each byte, times `2**shift`."""
+    lanes = torch.arange(0, 8, plane)
+    codes: Tensor = (torch.arange(256)[:, None] >> lanes) & (2**plane - 1)
+    return (codes << shift).float().to(device)
+
+
 def unpack_codes(words: Tensor, count: int, columns: int, bits: int) -> Tensor:
-    """The (count, columns) codes, uint8, of a segment's int32 words."""
-    codes = torch.zeros(count, columns, dtype=torch.uint8, device=words.device)
+    """The (count, columns) codes, float32, of a segment's int32 words: a look-up a byte."""
+    found = []
     position, shift = 0, bits
     for plane in planes(bits):
         shift -= plane
-        size = plane_words(columns, plane)
-        block = words[position : position + count * size].reshape(count, size, 1)
-        lanes = torch.arange(0, 32, plane, dtype=torch.int32, device=words.device)
-        values = (block >> lanes) & (2**plane - 1)
-        codes |= values.reshape(count, -1)[:, :columns].to(torch.uint8) << shift
-        position += count * size
-    return codes
+        size = count * plane_words(columns, plane)
+        block = words[position : position + size].view(torch.uint8)  # little endian, as files are
+        values = F.embedding(block.int(), _byte_table(plane, shift, words.device))
+        found.append(values.view(count, -1)[:, :columns])
+        position += size
+    first, *others = found
+    for values in others:
+        first += values
+    return first
 
 
 def _unpack_side(delta: PackedDelta, name: str, columns: int) -> Tensor:
