@@ -39,7 +39,8 @@ def take_over(model: Any, routing: Routing) -> tuple[Owners, dict[str, Tensor]]:
             tensors[f"{path}.{name}"] = parameter
 
     def join(parent: str, linears: dict[str, nn.Linear]) -> None:
-        joined = DeltaLinears(linears, routing)
+        tied = "lm_head" in linears and model.config.tie_word_embeddings
+        joined = DeltaLinears(linears, routing, tied=tied)
         for number, (name, linear) in enumerate(linears.items()):
             path = f"{parent}.{name}".lstrip(".")
             own(path, linear, joined, f"{name}.")
