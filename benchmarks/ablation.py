@@ -26,7 +26,6 @@ from compression.assembly import compressors
 from compression.assembly.assembling import encode_others, make_manifest
 from compression.assembly.blocks import encode_blocks
 from compression.assembly.compressors import UnderOneBudget
-from compression.assembly.scratch import Scratch
 from compression.calibration.options import TOKENS, CalibrationOptions, Source
 from compression.calibration.windows import CalibrationSet, load_calibration
 from compression.distillation import training as distillation
@@ -36,6 +35,7 @@ from compression.model.forward import BlockwiseModel
 from compression.numerics import budget, two_sided
 from compression.numerics.budget import Profile, Shares
 from compression.run import CompressOptions, Run, open_run
+from compression.scratch import Scratch
 from compression.statistics.collecting import Statistics, collect
 from compression.work import NoWorkStore
 

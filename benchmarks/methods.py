@@ -29,7 +29,6 @@ from benchmarks.cells import Cell, Key, read_cells, write_cells
 from benchmarks.exercises import accuracy, read_exercises
 from benchmarks.machine import describe
 from benchmarks.tables import format_table, plot, verdict
-from compression.assembly.scratch import Scratch
 from compression.calibration.options import TOKENS, CalibrationOptions, Source
 from compression.catalogue import METHODS, check_method
 from compression.evaluation import evaluate
@@ -37,6 +36,7 @@ from compression.goal import Goal
 from compression.maker import Maker
 from compression.pipeline import reach
 from compression.run import CompressOptions, open_run
+from compression.scratch import Scratch
 from compression.work import NoWorkStore
 from deltadock.errors import BitsOutOfRange, DeltadockError
 from kernels.device import choose_device

@@ -30,8 +30,8 @@ from benchmarks.serving import (
     shapes_of,
     taken_over,
 )
-from inference.engine import Engine
-from inference.layers import DeltaLimits
+from inference.engine.engine import Engine
+from inference.model.layers import DeltaLimits
 
 SHAPE = {
     "hidden_size": 512,

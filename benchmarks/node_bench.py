@@ -17,12 +17,12 @@ from benchmarks.serving import (
     shapes_of,
     taken_over,
 )
-from inference.changes import Change, pinned
-from inference.deltas import HostDelta
-from inference.engine import Engine
-from inference.layers import DeltaLimits
-from inference.model import BaseModel
-from inference.tokens import Tokenizer
+from inference.deltas.reading import HostDelta
+from inference.engine.engine import Engine
+from inference.model.changes import Change, pinned
+from inference.model.layers import DeltaLimits
+from inference.model.model import BaseModel
+from inference.prompts.tokens import Tokenizer
 
 
 @dataclass(frozen=True)

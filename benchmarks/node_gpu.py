@@ -34,10 +34,10 @@ from benchmarks.serving import (
     shapes_of,
     taken_over,
 )
-from inference.deltas import place_delta
-from inference.layers import DeltaLimits
-from inference.passes import Passes
-from inference.scheduler import Work
+from inference.deltas.reading import place_delta
+from inference.engine.passes import Passes
+from inference.engine.scheduler import Work
+from inference.model.layers import DeltaLimits
 from kernels.svd_delta import reference
 
 SECONDS: Final = 500

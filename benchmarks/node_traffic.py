@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 from benchmarks.node_bench import Bench
-from inference.deltas import place_delta
-from inference.slots import SlotManager
+from inference.deltas.reading import place_delta
+from inference.deltas.slots import SlotManager
 
 
 class _Traffic:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from benchmarks.kernel_layers import random_delta
-from inference.attention import ATTENTION
-from inference.changes import Change
-from inference.engine import Engine
-from inference.layers import DeltaLimits
-from inference.model import FAMILIES, BaseModel
-from inference.sampler import SamplingParams
-from inference.sequence import Event, Sequence
-from inference.tokens import TextStream
+from inference.engine.engine import Engine
+from inference.engine.sampler import SamplingParams
+from inference.engine.sequence import Event, Sequence
+from inference.model.attention import ATTENTION
+from inference.model.changes import Change
+from inference.model.layers import DeltaLimits
+from inference.model.model import FAMILIES, BaseModel
+from inference.prompts.tokens import TextStream
 from kernels.svd_delta import PackedDelta
 
 

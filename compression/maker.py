@@ -13,7 +13,6 @@ from artifacts.writer import write_artifact
 from compression.assembly.assembling import carried_files, encode_others, make_manifest, make_report
 from compression.assembly.blocks import encode_blocks
 from compression.assembly.compressors import Compressor, EachOnItsOwn, UnderOneBudget
-from compression.assembly.scratch import Scratch
 from compression.calibration.options import Source
 from compression.calibration.windows import CalibrationSet, load_calibration
 from compression.catalogue import MethodInfo
@@ -24,6 +23,7 @@ from compression.model.weights import Grown
 from compression.quality import MergedSource, measure
 from compression.report import Report, TensorReport
 from compression.run import Run
+from compression.scratch import Scratch
 from compression.statistics.collecting import Matrix, Statistics, collect, matrices_of
 from compression.work import WorkStore
 from deltadock import __version__

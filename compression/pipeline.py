@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from compression.assembly.scratch import Scratch
 from compression.calibration.options import Source
 from compression.catalogue import MethodInfo
 from compression.goal import Goal, goal_for
@@ -17,6 +16,7 @@ from compression.importing import import_delta
 from compression.maker import Maker
 from compression.report import Report
 from compression.run import CompressOptions, Progress, Run, open_run
+from compression.scratch import Scratch
 from compression.search import fit_size, reach_bound
 from compression.sizes import carried_bytes, preview, shapes_of
 from compression.work import NoWorkStore, WorkStore

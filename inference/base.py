@@ -7,14 +7,14 @@ from pathlib import Path
 from artifacts.checkpoint import CheckpointManifest
 from artifacts.reader import Artifact
 from deltadock.settings import Settings
-from inference.deltas import ArtifactSource, HostDelta, place_delta, read_delta
-from inference.disk import DiskTier
-from inference.engine import Engine
-from inference.layers import DeltaLimits
+from inference.deltas.disk import DiskTier
+from inference.deltas.reading import ArtifactSource, HostDelta, place_delta, read_delta
+from inference.deltas.tiers import DeltaTiers
+from inference.engine.engine import Engine
 from inference.metrics import Metrics
-from inference.model import BaseModel, load_base
-from inference.tiers import DeltaTiers
-from inference.tokens import Tokenizer, read_tokenizer_files
+from inference.model.layers import DeltaLimits
+from inference.model.model import BaseModel, load_base
+from inference.prompts.tokens import Tokenizer, read_tokenizer_files
 from kernels.device import choose_device
 
 

@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 from inference.base import ServedBase
+from inference.engine.sampler import SamplingParams, make_generator
+from inference.engine.sequence import Event, Sequence
 from inference.metrics import Metrics
-from inference.sampler import SamplingParams, make_generator
-from inference.sequence import Event, Sequence
-from inference.tokens import TextStream
+from inference.prompts.tokens import TextStream
 
 
 class Generation:

@@ -12,13 +12,13 @@ from deltadock.errors import NotFound, NotReady, Unavailable
 from deltadock.settings import Settings
 from inference.admission import Admission
 from inference.base import ServedBase
-from inference.chat import TemplateSandbox
-from inference.disk import DiskTier
+from inference.deltas.disk import DiskTier
+from inference.deltas.tiers import Held
 from inference.generation import Generation
 from inference.metrics import Metrics
+from inference.prompts.chat import TemplateSandbox
 from inference.registration import Registration
 from inference.request import Prompt, Request, Target, encode, sampling_of
-from inference.tiers import Held
 from storage.blobs import BlobStore
 from storage.cache import FileCache
 

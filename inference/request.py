@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from deltadock.errors import InvalidInput
-from inference.chat import Conversation, TemplateSandbox
-from inference.generation_config import SamplingDefaults
-from inference.sampler import SamplingParams
-from inference.tokens import Tokenizer
+from inference.engine.sampler import SamplingParams
+from inference.prompts.chat import Conversation, TemplateSandbox
+from inference.prompts.generation_config import SamplingDefaults
+from inference.prompts.tokens import Tokenizer
 
 Prompt = str | Sequence[int] | Conversation
 

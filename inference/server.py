@@ -16,10 +16,10 @@ from fastapi import FastAPI
 from deltadock import __version__
 from deltadock.logs import configure_logging
 from deltadock.settings import Settings, get_settings
-from inference import endpoints, operators
-from inference.collector import NodeCollector
+from inference.http import endpoints, operators
+from inference.http.collector import NodeCollector
+from inference.http.problems import install_error_handlers
 from inference.node import Node
-from inference.problems import install_error_handlers
 from storage.blobs import BlobStore, make_blob_store
 
 EVERY_ADDRESS: Final = ("0.0.0.0", "::")

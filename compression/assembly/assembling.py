@@ -6,10 +6,10 @@ from typing import Any, Final
 
 from artifacts.checkpoint import CheckpointManifest
 from artifacts.encoding import encode_alias, encode_exact, quantize_rows_midrise
-from compression.assembly.composing import raw, with_added_rows
+from compression.assembly.composing import with_added_rows
 from compression.calibration.windows import CalibrationSet
 from compression.model.forward import BlockwiseModel
-from compression.model.weights import Checkpoint
+from compression.model.weights import Checkpoint, raw
 from compression.report import Report, TensorReport
 from compression.run import Run
 from deltadock import __version__

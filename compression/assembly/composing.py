@@ -1,28 +1,15 @@
 """From the encodings of a checkpoint's linear maps to those of its tensors."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from artifacts.encoding import (
-    NUMPY_DTYPES,
     Encoded,
     encode_new_rows,
     encode_stack,
     encode_transposed,
 )
-from compression.model.weights import MatrixRef
+from compression.model.weights import MatrixRef, raw
 from compression.run import Run
-
-
-def raw(tensor: Tensor, dtype: str) -> npt.NDArray[Any]:
-    """A tensor's data in numpy's type for `dtype`, safetensors' spelling."""
-    data: npt.NDArray[Any] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return data.view(np.dtype(NUMPY_DTYPES[dtype])).reshape(tensor.shape)
 
 
 def with_added_rows(run: Run, name: str, encoded: Encoded | None) -> Encoded:

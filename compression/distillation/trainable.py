@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from artifacts.encoding import Encoded, decode_dense, decode_svd, parts
-from compression.assembly.scratch import Scratch
+from compression.scratch import Scratch
 
 SCALES: Final = ("s", "scale", "row_scale", "column_scale")
 

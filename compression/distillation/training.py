@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from artifacts.encoding import DELTA_KINDS, Encoded
-from compression.assembly.scratch import Scratch
 from compression.calibration.windows import CalibrationSet, spaced
 from compression.distillation.trainable import TrainableDelta, flat, ones
 from compression.model.forward import BlockwiseModel
 from compression.model.weights import TensorSource
 from compression.run import Run
+from compression.scratch import Scratch
 
 STEPS: Final = 80
 TOKENS_PER_STEP: Final = 1024

@@ -24,9 +24,8 @@ from artifacts.encoding import (
     encode_new_rows,
     encode_transposed,
 )
-from compression.assembly.composing import raw
 from compression.methods.lora_config import CONFIG, LoraConfig, read_config
-from compression.model.weights import Checkpoint
+from compression.model.weights import Checkpoint, raw
 from deltadock.errors import (
     ArchitectureMismatch,
     InvalidAdapter,

@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from artifacts.checkpoint import TensorEntry, scan_folder
+from artifacts.encoding import NUMPY_DTYPES
 
 FLOAT_DTYPES: Final = {"BF16", "F16", "F32", "F64"}
 """Dtypes whose differences can be compressed; every other is kept exactly."""
@@ -126,3 +129,9 @@ class Checkpoint:
     def bf16_bytes(self) -> int:
         """Size of the weights at two bytes each: what ratios are measured against."""
         return 2 * self.parameters
+
+
+def raw(tensor: Tensor, dtype: str) -> npt.NDArray[Any]:
+    """A tensor's data in numpy's type for `dtype`, safetensors' spelling."""
+    data: npt.NDArray[Any] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return data.view(np.dtype(NUMPY_DTYPES[dtype])).reshape(tensor.shape)

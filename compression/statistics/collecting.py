@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compression.assembly.scratch import Scratch
 from compression.calibration.windows import CalibrationSet, spaced
 from compression.model.forward import BlockwiseModel
 from compression.model.weights import MatrixRef
 from compression.run import Run
+from compression.scratch import Scratch
 from compression.statistics.expert_moments import ExpertMoments
 from compression.statistics.moments import MomentCollector
 

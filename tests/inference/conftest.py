@@ -14,12 +14,12 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from artifacts.checkpoint import scan_folder
-from inference.changes import Change
-from inference.engine import Engine
-from inference.model import FAMILIES, BaseModel, load_base
-from inference.sampler import SamplingParams, make_generator
-from inference.sequence import Event, Sequence
-from inference.tokens import TextStream, Tokenizer
+from inference.engine.engine import Engine
+from inference.engine.sampler import SamplingParams, make_generator
+from inference.engine.sequence import Event, Sequence
+from inference.model.changes import Change
+from inference.model.model import FAMILIES, BaseModel, load_base
+from inference.prompts.tokens import TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from tests.inference.support import Site

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from inference.changes import Change, LowRank
+from inference.model.changes import Change, LowRank
 
 
 def merge(base: Any, changes: dict[str, Change]) -> Any:

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from inference.kv_cache import KVCache
-from inference.sampler import SamplingParams
-from inference.scheduler import Scheduler, Work
-from inference.sequence import Sequence
-from inference.tokens import TextStream, Tokenizer
+from inference.engine.sampler import SamplingParams
+from inference.engine.scheduler import Scheduler, Work
+from inference.engine.sequence import Sequence
+from inference.model.kv_cache import KVCache
+from inference.prompts.tokens import TextStream, Tokenizer
 
 
 def make_cache(slots: int, length: int = 64) -> KVCache:

@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 from deltadock.errors import ArchitectureMismatch, InvalidArtifact, UnsupportedModel
-from inference.changes import Change
-from inference.deltas import read_delta
+from inference.deltas.reading import read_delta
+from inference.model.changes import Change
 
 from .conftest import BenchMaker
 

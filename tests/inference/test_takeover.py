@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltadock.errors import UnsupportedModel
-from inference.layers import DeltaLimits, DeltaLinears, DeltaModule, Output, Routing
-from inference.takeover import take_over
+from inference.model.layers import DeltaLimits, DeltaLinears, DeltaModule, Output, Routing
+from inference.model.takeover import take_over
 from kernels.svd_delta import Chunks
 
 

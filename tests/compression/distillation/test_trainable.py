@@ -21,8 +21,8 @@ from artifacts.encoding import (
     encode_svd,
     encode_transposed,
 )
-from compression.assembly.scratch import Scratch
 from compression.distillation.trainable import TrainableDelta, flat, ones
+from compression.scratch import Scratch
 
 H_OUT, H_IN = 6, 10
 CPU = torch.device("cpu")

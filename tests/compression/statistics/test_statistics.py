@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compression.assembly.scratch import Scratch
 from compression.calibration.windows import CalibrationSet
 from compression.model.forward import BlockwiseModel
 from compression.run import CompressOptions, Run, open_run
+from compression.scratch import Scratch
 from compression.statistics import collecting as statistics
 from compression.statistics.collecting import Statistics, collect, matrices_of
 from tests.compression.family_cases import CASES, TOKENS, save

@@ -1,0 +1,1 @@
+"""The node's routes, bodies and answers."""

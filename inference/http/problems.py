@@ -1,0 +1,58 @@
+"""Errors as HTTP, in OpenAI's shape."""
+
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from deltadock.errors import DeltadockError, InvalidInput, NotFound
+from inference.http.schemas import ErrorBody
+from inference.metrics import Metrics
+
+RETRY_AFTER_SECONDS: Final = 1
+STATUSES: Final = (401, 404, 409, 413, 422, 429, 500, 503)
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ErrorBody} for status in STATUSES
+}
+"""The `responses=` of every route."""
+
+
+def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
+    """Answer every error with a body of ours, and count it by its code."""
+
+    def answer(error: DeltadockError, param: str | None = None) -> JSONResponse:
+        metrics.requests.labels(error.code).inc()
+        seconds = error.details.get("retry_after", RETRY_AFTER_SECONDS)
+        headers = {"Retry-After": str(seconds)} if error.retryable else None
+        body = ErrorBody.of(error, param).model_dump()
+        return JSONResponse(body, status_code=error.status, headers=headers)
+
+    def on_error(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, DeltadockError)
+        return answer(error)
+
+    def on_invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        # Of the forms that a field may have, the one that was followed furthest was meant.
+        fault = max(error.errors(), key=lambda fault: len(fault["loc"]))
+        where = ".".join(str(part) for part in fault["loc"][1:])
+        return answer(InvalidInput(f"{where}: {fault['msg']}"), where)
+
+    def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        if error.status_code == NotFound.status:
+            return answer(NotFound(f"There is nothing at {request.url.path}."))
+        response = answer(InvalidInput(str(error.detail)))
+        response.status_code = error.status_code
+        return response
+
+    def on_unexpected(_: Request, error: Exception) -> JSONResponse:
+        # Starlette raises it again after this, so the server logs it.
+        return answer(DeltadockError("Something unexpected happened; the node's log has it."))
+
+    app.add_exception_handler(DeltadockError, on_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(Exception, on_unexpected)

@@ -1,0 +1,269 @@
+"""The base model: transformers' modelling code with every weight open to per-row deltas."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging as transformers_logging
+
+from artifacts.checkpoint import CheckpointManifest
+from deltadock.errors import InvalidArtifact, InvalidCheckpoint, UnsupportedModel
+from inference.model.attention import ATTENTION, Step
+from inference.model.changes import Change, fits, place
+from inference.model.kv_cache import KVCache
+from inference.model.layers import (
+    DEFAULT_LIMITS,
+    DENSE_ROWS,
+    DeltaLimits,
+    DeltaLinears,
+    DeltaModule,
+    Routing,
+)
+from inference.model.takeover import take_over
+from kernels.svd_delta import Chunks, PackedDelta, empty_delta
+
+FAMILIES: Final[dict[str, tuple[Any, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+"""What can be served: model_type to its config and model class."""
+
+EMBEDDING: Final = "model.embed_tokens.weight"
+LM_HEAD: Final = "lm_head.weight"
+
+
+class BaseModel:
+    """A causal language model whose rows each run with their own delta slot's weights."""
+
+    def __init__(self, model: Any, limits: DeltaLimits = DEFAULT_LIMITS) -> None:
+        """Take over `model` (one of FAMILIES, built with attn_implementation=ATTENTION).
+
+        Raises:
+            UnsupportedModel: it holds weights in a kind of module that has no per-row form.
+        """
+        model.eval().requires_grad_(requires_grad=False)
+        self.model = model
+        self.config = model.config
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self._routing = Routing(limits)
+        self._slow_slots: set[int] = set()
+        self._owners, self._parameters = take_over(model, self._routing)
+        if self.config.tie_word_embeddings:
+            # One tensor under two names: a change of either acts on both sides of the model.
+            owners = self._owners[EMBEDDING] + self._owners[LM_HEAD]
+            self._owners[EMBEDDING] = self._owners[LM_HEAD] = owners
+        linears = [module for module in self._modules if isinstance(module, DeltaLinears)]
+        self._routing.chunks = Chunks(
+            limits.rows,
+            limits.slots,
+            [module.table for module in linears],
+            dense_rows=DENSE_ROWS,
+            device=self.device,
+        )
+
+    @property
+    def _modules(self) -> set[DeltaModule]:
+        return {module for owners in self._owners.values() for module, _ in owners}
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence that the model was made for."""
+        return int(self.config.max_position_embeddings)
+
+    def make_cache(self, slots: int, length: int) -> KVCache:
+        """A key/value cache for `slots` sequences of up to `length` tokens."""
+        config = self.config
+        heads = config.num_attention_heads
+        return KVCache(
+            layers=config.num_hidden_layers,
+            slots=slots,
+            kv_heads=config.num_key_value_heads,
+            length=length,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def forward(self, tokens: Tensor, step: Step, slots: Sequence[int]) -> Tensor:
+        """Hidden states (1, rows, hidden) of the packed `tokens` (rows,); fills the cache.
+
+        Row i belongs to the delta slot `slots[i]`. Rows of a slot that lie together are fastest.
+        """
+        self.route(slots)
+        return self.body(self.embed(tokens), step)
+
+    def route(self, slots: Sequence[int]) -> None:
+        """Begin a pass over rows that belong to `slots`, on buffers that stay in place."""
+        self._routing.cache.begin_step()
+        self._routing.chunks.assign(slots)
+
+    @property
+    def graph_key(self) -> tuple[int, int] | None:
+        """What a CUDA graph of this pass's `body` serves: all passes with this key.
+
+        None: some rows need work slot by slot, which no graph can hold.
+        """
+        chunks = self._routing.chunks
+        if chunks.dense or not self._slow_slots.isdisjoint(chunks.by_slot):
+            return None
+        return chunks.row_count, chunks.count
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that unpacked deltas take at the moment."""
+        return self._routing.cache.nbytes
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(1, rows, hidden) of the tokens (rows,) of the pass that `route` began."""
+        embedded: Tensor = self.model.model.embed_tokens(tokens[None])
+        return embedded
+
+    def body(self, embedded: Tensor, step: Step) -> Tensor:
+        """All layers over what `embed` gave. On a GPU it neither waits nor reads host memory."""
+        hidden: Tensor = self.model.model(
+            inputs_embeds=embedded, position_ids=step.positions[None], use_cache=False, step=step
+        ).last_hidden_state
+        return hidden
+
+    def logits(self, hidden: Tensor, slots: Sequence[int]) -> Tensor:
+        """Logits (rows, vocabulary), float32, of hidden states (1, rows, hidden) of `slots`."""
+        self._routing.chunks.assign(slots)
+        logits: Tensor = self.model.lm_head(hidden)
+        return logits[0].float()
+
+    def base_tensor(self, name: str) -> Tensor:
+        """The base's tensor of this name.
+
+        Raises:
+            InvalidArtifact: the base has no such tensor.
+        """
+        if name not in self._parameters:
+            raise InvalidArtifact(f"The delta changes {name!r}, a tensor that its base lacks.")
+        return self._parameters[name]
+
+    def prepare(self, changes: Mapping[str, Change]) -> dict[str, Change]:
+        """Bring a delta's changes, by name, to the model's device and dtype, for `install`.
+
+        Raises:
+            InvalidArtifact: one does not fit the base's tensor.
+        """
+        return self.place(self.fit(changes))
+
+    def place(self, changes: Mapping[str, Change]) -> dict[str, Change]:
+        """Copy what `fit` gave to the model's device; what is there already stays as it is."""
+        return {name: place(change, self.device, self.dtype) for name, change in changes.items()}
+
+    def fit(self, changes: Mapping[str, Change]) -> dict[str, Change]:
+        """A delta's changes, by name, as `install` takes them, in host memory.
+
+        What a bias changes goes into its weight's packed delta.
+
+        Raises:
+            InvalidArtifact: one does not fit the base's tensor.
+        """
+        found = {name: self._fitting(name, change) for name, change in changes.items()}
+        for name, bias in changes.items():
+            path, _, kind = name.rpartition(".")
+            weight = found.get(f"{path}.weight")
+            if kind != "bias" or not isinstance(bias, Tensor) or isinstance(weight, Tensor):
+                continue
+            difference = bias.cpu().float() - self.base_tensor(name).cpu().float()
+            if weight is None:
+                weight = empty_delta(*self.base_tensor(f"{path}.weight").shape)
+            if isinstance(weight, PackedDelta):
+                found[f"{path}.weight"] = weight.with_bias(difference)
+                del found[name]
+            else:
+                found[name] = difference
+        return found
+
+    def _fitting(self, name: str, change: Change) -> Change:
+        base = self.base_tensor(name)
+        if not fits(change, base.shape):
+            raise InvalidArtifact(
+                f"The delta's {name!r} does not fit its base's, which has the shape "
+                f"{tuple(base.shape)}."
+            )
+        return change
+
+    def install(self, slot: int, changes: Mapping[str, Change]) -> None:
+        """Give `slot` its prepared changes. No running sequence may be on the slot."""
+        by_module: dict[DeltaModule, dict[str, Change]] = defaultdict(dict)
+        for name, change in changes.items():
+            for module, parameter in self._owners[name]:
+                by_module[module][parameter] = change
+        slow = [module.install(slot, found) for module, found in by_module.items()]
+        if any(slow):
+            self._slow_slots.add(slot)
+
+    def remove(self, slot: int) -> None:
+        """Forget the changes of `slot`. No running sequence may be on the slot."""
+        for module in self._modules:
+            module.remove(slot)
+        self._slow_slots.discard(slot)
+
+
+def _read_tensors(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(folder / file, framework="pt") as opened:
+            tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (safe_open is no mapping)
+    return tensors
+
+
+def load_base(
+    folder: Path,
+    manifest: CheckpointManifest,
+    device: torch.device,
+    limits: DeltaLimits = DEFAULT_LIMITS,
+) -> BaseModel:
+    """Load a checkpoint folder's weights: float32 on the CPU, the checkpoint's dtype on a GPU.
+
+    Nothing in the folder but the manifest's safetensors is opened, and no code that it names.
+
+    Raises:
+        UnsupportedModel: a family that is not served, or quantised weights.
+        InvalidCheckpoint: tensors are missing, too many or misshapen.
+    """
+    settings = dict(manifest.config)
+    family = settings.get("model_type")
+    if family not in FAMILIES or "quantization_config" in settings:
+        raise UnsupportedModel(
+            f"A {family!r} checkpoint of this kind cannot be served; "
+            f"unquantised {', '.join(FAMILIES)} can."
+        )
+    config_class, model_class = FAMILIES[family]
+    tensors = _read_tensors(folder, sorted({tensor.file for tensor in manifest.tensors}))
+    dtype = torch.float32 if device.type == "cpu" else tensors[EMBEDDING].dtype
+    transformers_logging.disable_progress_bar()
+    model, report = model_class.from_pretrained(
+        None,
+        config=config_class.from_dict(settings),
+        state_dict=tensors,
+        dtype=dtype,
+        attn_implementation=ATTENTION,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    faults = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "mismatched")}
+    for kind, names in faults.items():
+        if names:
+            raise InvalidCheckpoint(f"The checkpoint has {kind} tensors: {', '.join(names[:3])}.")
+    return BaseModel(model.to(device), limits)

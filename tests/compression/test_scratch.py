@@ -1,0 +1,76 @@
+"""Tensors set aside: the same again, wherever they were."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compression.scratch import Scratch
+
+TENSORS = {
+    "bfloat16": torch.randn(7, 5).bfloat16(),
+    "float64": torch.randn(3, 4, 2, dtype=torch.float64),
+    "int64": torch.arange(12),
+    "turned": torch.randn(6, 9).t(),
+    "part": torch.randn(10, 10)[2:5],
+    "empty": torch.zeros(0, 4),
+    "number": torch.tensor(3.5),
+    "graph": torch.randn(4, requires_grad=True) * 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where files go."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def same(found: Tensor, put: Tensor) -> bool:
+    return found.dtype == put.dtype and torch.equal(found, put.detach())
+
+
+@pytest.mark.parametrize("memory", [0, 200, 1 << 20])
+def test_what_was_put_comes_back(memory: int, folder: Path) -> None:
+    with Scratch(memory) as scratch:
+        for key, tensor in TENSORS.items():
+            assert key not in scratch
+            scratch.put(key, tensor)
+            assert key in scratch
+        for key, tensor in reversed(TENSORS.items()):
+            assert same(scratch.get(key), tensor), key
+            assert not scratch.get(key, "cpu").requires_grad
+    assert list(folder.iterdir()) == []
+
+
+def test_memory_is_bounded_and_the_rest_on_disk(folder: Path) -> None:
+    with Scratch(1000) as scratch:
+        for number in range(5):
+            scratch.put(f"{number}", torch.full((100,), float(number)))  # 400 bytes each
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert len(files) == 3
+        assert [float(scratch.get(f"{n}")[0]) for n in range(5)] == [0, 1, 2, 3, 4]
+        # What is small enough still goes to memory.
+        scratch.put("small", torch.zeros(10))
+        assert len([path for path in folder.rglob("*") if path.is_file()]) == 3
+    assert list(folder.iterdir()) == []
+
+
+def test_nothing_is_left_after_a_failure(folder: Path) -> None:
+    scratch = Scratch(0)
+
+    def fail() -> None:
+        with scratch:
+            scratch.put("a", torch.ones(3))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert list(folder.iterdir()) == []
+    assert "a" not in scratch
+
+
+def test_there_is_nothing_under_another_key() -> None:
+    with Scratch() as scratch, pytest.raises(KeyError):
+        scratch.get("a")

@@ -1,0 +1,189 @@
+"""Deltas come into slots and leave them; nobody's slot is ever given away."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deltadock.errors import Conflict
+from inference.deltas.slots import SlotManager
+
+Fill = Callable[[int, str], Awaitable[Any]]
+
+
+class Slots:
+    """What lies in the slots, as the model sees it."""
+
+    def __init__(self) -> None:
+        self.installed: dict[int, str] = {}
+        self.loads: list[str] = []
+
+    async def fill(self, slot: int, digest: str) -> Any:
+        self.loads.append(digest)
+        await asyncio.sleep(0)
+        self.installed[slot] = digest
+        return digest
+
+    async def clear(self, slot: int) -> None:
+        await asyncio.sleep(0)
+        self.installed.pop(slot, None)
+
+    def manager(self, limit: int, fill: Fill | None = None) -> SlotManager[Any]:
+        return SlotManager(limit, fill=fill or self.fill, clear=self.clear)
+
+
+def test_a_delta_is_loaded_once_for_all_who_want_it() -> None:
+    async def scenario() -> None:
+        slots = Slots()
+        manager = slots.manager(2)
+        found = await asyncio.gather(*(manager.acquire("a") for _ in range(5)))
+        assert found == [(1, "a")] * 5
+        assert slots.loads == ["a"]
+
+    asyncio.run(scenario())
+
+
+def test_the_least_recently_used_idle_delta_leaves() -> None:
+    async def scenario() -> None:
+        slots = Slots()
+        manager = slots.manager(3)
+        for digest in ("a", "b", "c", "a"):
+            await manager.acquire(digest)
+            if digest != "b":
+                manager.release(digest)
+        await manager.acquire("d")
+        assert manager.digests == ["b", "a", "d"], "b is in use, c was idle for longest"
+        assert manager.counts.evictions == 1
+
+    asyncio.run(scenario())
+
+
+def test_whoever_finds_no_slot_waits_for_one() -> None:
+    async def scenario() -> None:
+        slots = Slots()
+        manager = slots.manager(1)
+        await manager.acquire("a")
+        assert manager.full
+        waiting = asyncio.create_task(manager.acquire("b"))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        manager.release("a")
+        assert await waiting == (1, "b")
+        assert slots.installed == {1: "b"}
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_load_fails_those_who_wanted_it_and_is_tried_again() -> None:
+    async def scenario() -> None:
+        slots = Slots()
+
+        async def fill(slot: int, digest: str) -> Any:
+            slots.installed[slot] = "half of it"
+            if len(slots.loads) == 0:
+                slots.loads.append(digest)
+                raise OSError("the disk is gone")
+            return await slots.fill(slot, digest)
+
+        manager = slots.manager(1, fill)
+        failures = await asyncio.gather(
+            manager.acquire("a"), manager.acquire("a"), return_exceptions=True
+        )
+        assert [str(failure) for failure in failures] == ["the disk is gone"] * 2
+        assert manager.digests == []
+        assert slots.installed == {}, "nothing is left of the first half"
+        assert await manager.acquire("a") == (1, "a")
+
+    asyncio.run(scenario())
+
+
+def test_a_load_goes_on_when_the_one_who_waits_gives_up() -> None:
+    async def scenario() -> None:
+        slots = Slots()
+        may_end = asyncio.Event()
+
+        async def fill(slot: int, digest: str) -> Any:
+            await may_end.wait()
+            return await slots.fill(slot, digest)
+
+        manager = slots.manager(1, fill)
+        impatient = asyncio.create_task(manager.acquire("a"))
+        patient = asyncio.create_task(manager.acquire("a"))
+        other = asyncio.create_task(manager.acquire("b"))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        await asyncio.wait({impatient})
+        may_end.set()
+        assert await patient == (1, "a")
+        assert not other.done(), "the slot is in use"
+        manager.release("a")
+        assert await other == (1, "b")
+
+    asyncio.run(scenario())
+
+
+def test_a_pinned_delta_stays_and_leaves_room_for_others() -> None:
+    async def scenario() -> None:
+        manager = Slots().manager(2)
+        for digest in "ab":
+            await manager.acquire(digest)
+            manager.release(digest)
+        manager.pin("a")
+        with pytest.raises(Conflict, match="1 of 2 slots are pinned"):
+            manager.pin("b")
+        for digest in "cd":
+            await manager.acquire(digest)
+            manager.release(digest)
+        assert manager.digests == ["a", "d"]
+        with pytest.raises(Conflict, match="pinned"):
+            await manager.drop("a")
+        manager.unpin("a")
+        await manager.drop("a")
+        assert manager.digests == ["d"]
+
+    asyncio.run(scenario())
+
+
+def test_a_delta_that_is_dropped_cannot_be_acquired_half_gone() -> None:
+    async def scenario() -> None:
+        slots = Slots()
+        manager = slots.manager(1)
+        await manager.acquire("a")
+        with pytest.raises(Conflict, match="used by 1"):
+            await manager.drop("a")
+        manager.release("a")
+        dropping = asyncio.create_task(manager.drop("a"))
+        await asyncio.sleep(0)
+        again = asyncio.create_task(manager.acquire("a"))
+        await dropping
+        assert await again == (1, "a")
+        assert slots.loads == ["a", "a"]
+        assert slots.installed == {1: "a"}
+
+    asyncio.run(scenario())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    limit=st.integers(1, 3),
+    users=st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 3)), max_size=12),
+)
+def test_a_user_keeps_its_delta_until_it_lets_go(limit: int, users: list[tuple[str, int]]) -> None:
+    async def use(manager: SlotManager[Any], slots: Slots, digest: str, pauses: int) -> None:
+        slot, _ = await manager.acquire(digest)
+        for _ in range(pauses + 1):
+            assert slots.installed[slot] == digest
+            await asyncio.sleep(0)
+        manager.release(digest)
+
+    async def scenario() -> None:
+        slots = Slots()
+        manager = slots.manager(limit)
+        await asyncio.gather(*(use(manager, slots, *user) for user in users))
+        assert sorted(slots.installed.values()) == sorted(manager.digests)
+        assert len(manager.digests) <= limit
+
+    asyncio.run(scenario())

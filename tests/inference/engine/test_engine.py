@@ -1,0 +1,199 @@
+"""The engine answers as transformers would, whoever else is in the batch."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from deltadock.errors import InvalidArtifact
+from inference.model.changes import Change, LowRank
+from tests.inference.merging import make_delta, merge
+
+PROMPTS = [[1, 2, 3], [5] * 17, [7], list(range(20, 60)), [4, 4], [9] * 6]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "num_key_value_heads": 4}),
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        ("qwen3", {"tie_word_embeddings": True}),
+    ],
+)
+def test_a_batch_of_base_and_deltas_answers_as_each_merged_model(
+    make_bench: Any, make_model: Any, generate: Any, family: str, settings: dict[str, Any]
+) -> None:
+    base = make_model(family, **settings)
+    bench = make_bench(base)
+    deltas = {slot: make_delta(base, slot, low_rank=slot != 2) for slot in (1, 2)}
+    models = {0: base} | {slot: merge(base, changes) for slot, changes in deltas.items()}
+    for slot, changes in deltas.items():
+        bench.install(slot, changes)
+    jobs = [(prompt, (index + 1) % 3) for index, prompt in enumerate(PROMPTS)]
+    jobs += [(PROMPTS[0], slot) for slot in models]
+    outcomes = [bench.submit(prompt, slot) for prompt, slot in jobs]
+    bench.finish(*outcomes)
+    for (prompt, slot), outcome in zip(jobs, outcomes, strict=True):
+        assert outcome.answer == generate(models[slot], prompt, 12)
+    solo = [bench.run(PROMPTS[0], slot).answer for slot in models]
+    assert solo == [outcome.answer for outcome in outcomes[-3:]]
+    assert len({tuple(answer) for answer in solo}) == 3, "the deltas make a difference"
+
+
+def test_a_removed_delta_leaves_the_base(make_bench: Any, make_model: Any, generate: Any) -> None:
+    base = make_model("qwen2")
+    bench = make_bench(base)
+    bench.install(1, make_delta(base, 1))
+    bench.model.remove(1)
+    assert bench.run(PROMPTS[0], 1).answer == generate(base, PROMPTS[0], 12)
+
+
+def test_seeded_sampling_does_not_depend_on_neighbours(make_bench: Any, make_model: Any) -> None:
+    base = make_model("llama")
+    bench = make_bench(base)
+    bench.install(1, make_delta(base, 1))
+    how = {"temperature": 0.9, "top_p": 0.95, "seed": 7}
+    solo = bench.run(PROMPTS[0], 1, **how).answer
+    crowd = [bench.submit(prompt, 0, temperature=1.0) for prompt in PROMPTS]
+    crowded = bench.submit(PROMPTS[0], 1, **how)
+    bench.finish(crowded, *crowd)
+    assert crowded.answer == solo
+    assert bench.run(PROMPTS[0], 1, choice=1, **how).answer != solo
+    assert bench.run(PROMPTS[0], 1, **(how | {"seed": 8})).answer != solo
+
+
+def test_logprobs_are_the_models(make_bench: Any, make_model: Any) -> None:
+    base = make_model("qwen3")
+    outcome = make_bench(base).run(PROMPTS[1], logprobs=3, temperature=0.0)
+    told = [token for event in outcome.events for token in event.tokens]
+    tokens = torch.tensor([PROMPTS[1] + outcome.answer])
+    with torch.no_grad():
+        expected = base(tokens).logits[0].log_softmax(-1)[len(PROMPTS[1]) - 1 : -1]
+    assert [token.id for token in told] == outcome.answer
+    for token, row in zip(told, expected, strict=True):
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
+        assert [i for i, _ in token.top] == row.topk(3).indices.tolist()
+
+
+def test_an_end_of_sequence_token_ends_the_answer(
+    make_bench: Any, make_model: Any, generate: Any
+) -> None:
+    base = make_model("llama")
+    expected = generate(base, PROMPTS[0], 12)
+    place = next(i for i, token in enumerate(expected) if i > 2 and token not in expected[:i])
+    outcome = make_bench(base, eos=expected[place]).run(PROMPTS[0])
+    assert outcome.finish == "stop"
+    assert outcome.answer == expected[: place + 1]
+
+
+def test_cancelling_frees_the_slot(make_bench: Any, make_model: Any) -> None:
+    bench = make_bench(make_model("llama"), max_sequences=1)
+    endless = bench.submit([1], max_tokens=60)
+    bench.step()
+    waiting = bench.submit([2])
+    gone = bench.submit([3])
+    bench.engine.cancel(gone.sequence)
+    bench.engine.cancel(endless.sequence)
+    bench.finish(endless, waiting, gone)
+    assert [endless.finish, waiting.finish, gone.finish] == ["cancelled", "length", "cancelled"]
+    assert len(endless.answer) < 60
+    bench.engine.cancel(waiting.sequence)
+    assert bench.run([4]).finish == "length", "cancelling what has ended is harmless"
+
+
+def test_an_exception_in_one_sequence_fails_it_alone(
+    make_bench: Any, make_model: Any, generate: Any
+) -> None:
+    base = make_model("llama")
+    bench = make_bench(base)
+    broken = bench.submit(
+        PROMPTS[0], temperature=1.0, top_k=5, logprobs=10_000
+    )  # over the vocabulary
+    other = bench.submit(PROMPTS[1])
+    bench.finish(broken, other)
+    assert broken.finish == "error"
+    assert broken.events[-1].error.code == "inference_failed"
+    assert other.answer == generate(base, PROMPTS[1], 12)
+
+
+def test_a_pass_that_fails_fails_only_the_sequences_at_fault(
+    make_bench: Any, make_model: Any, generate: Any
+) -> None:
+    base = make_model("llama")
+    bench = make_bench(base)
+    bench.model.install(3, {"lm_head.weight": torch.ones(5, 5)})  # cannot be multiplied with
+    outcomes = [bench.submit(prompt, slot) for slot in (0, 3, 0) for prompt in PROMPTS[:2]]
+    bench.finish(*outcomes)
+    assert [outcome.finish for outcome in outcomes] == ["length"] * 2 + ["error"] * 2 + [
+        "length"
+    ] * 2
+    for outcome in (*outcomes[:2], *outcomes[4:]):
+        assert outcome.answer == generate(base, outcome.sequence.tokens[:-12], 12)
+
+
+@pytest.mark.parametrize("out_of", ["a pass with others", "a prompt alone"])
+def test_out_of_memory_for_one_slot_fails_it_alone(
+    make_bench: Any,
+    make_model: Any,
+    generate: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    out_of: str,
+) -> None:
+    base = make_model("llama")
+    bench = make_bench(base)
+    forward = bench.model.forward
+
+    def exhausted(tokens: torch.Tensor, step: Any, slots: list[int]) -> torch.Tensor:
+        if 3 in slots:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(tokens, step, slots)
+
+    monkeypatch.setattr(bench.model, "forward", exhausted)
+    slots = (0, 3, 0) if out_of == "a pass with others" else (3,)
+    outcomes = [bench.submit(prompt, slot) for slot in slots for prompt in PROMPTS[:2]]
+    bench.finish(*outcomes)
+    for outcome in outcomes:
+        if outcome.sequence.delta_slot == 3:
+            assert outcome.finish == "error"
+            assert "out of memory" in outcome.events[-1].error.message
+        else:
+            assert outcome.answer == generate(base, outcome.sequence.tokens[:-12], 12)
+
+
+def test_a_delta_of_nans_reaches_nobody_else(
+    make_bench: Any, make_model: Any, generate: Any
+) -> None:
+    base = make_model("llama")
+    bench = make_bench(base, max_sequences=2)
+    name = "model.layers.0.self_attn.v_proj.weight"
+    bench.install(1, {name: torch.full_like(base.get_parameter(name), float("nan"))})
+    others = [bench.submit([8], max_tokens=40)]
+    broken = bench.submit(PROMPTS[3], 1)
+    bench.finish(broken)
+    others += [bench.submit([6], max_tokens=8)]  # takes the broken one's cache slot
+    bench.finish(*others)
+    assert broken.finish == "error"
+    assert [outcome.answer for outcome in others] == [
+        generate(base, [8], 40),
+        generate(base, [6], 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.layers.9.mlp.up_proj.weight", torch.ones(2, 2)),
+        ("model.norm.weight", torch.ones(31)),
+        ("model.norm.weight", LowRank(torch.ones(32, 1), torch.ones(1, 1))),
+        ("model.layers.0.mlp.up_proj.weight", LowRank(torch.ones(48, 2), torch.ones(3, 32))),
+        ("model.layers.0.mlp.up_proj.weight", LowRank(torch.ones(32, 2), torch.ones(2, 48))),
+    ],
+)
+def test_a_change_that_does_not_fit_is_refused(
+    make_bench: Any, make_model: Any, name: str, change: Change
+) -> None:
+    with pytest.raises(InvalidArtifact, match=name):
+        make_bench(make_model("llama")).model.prepare({name: change})

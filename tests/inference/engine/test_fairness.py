@@ -1,0 +1,108 @@
+"""Virtual token counters as a state machine, and the bound that they keep between deltas."""
+
+from collections import Counter, defaultdict
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from inference.engine.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, Counters
+from inference.engine.scheduler import Scheduler
+from inference.prompts.tokens import Tokenizer
+from tests.inference.scheduling import make_cache, make_sequence, run_pass
+
+NAMES = st.sampled_from(["base", "one", "two"])
+
+
+class CountersMachine(RuleBasedStateMachine):
+    """Any order of arrivals, service and departures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counters = Counters()
+        self.present: Counter[str] = Counter()
+        self.owed: defaultdict[str, int] = defaultdict(int)
+
+    def active(self) -> list[str]:
+        return [name for name, count in self.present.items() if count]
+
+    @rule(name=NAMES)
+    def arrive(self, name: str) -> None:
+        others = [self.counters.served(other) for other in self.active()]
+        self.counters.arrive(name)
+        if not self.present[name] and others:
+            assert self.counters.served(name) >= min(others), "idleness is not saved up"
+        self.present[name] += 1
+
+    @precondition(lambda self: self.active())
+    @rule(data=st.data(), tokens=st.integers(1, 50))
+    def take_on(self, data: st.DataObject, tokens: int) -> None:
+        name = data.draw(st.sampled_from(self.active()))
+        before = self.counters.level(name)
+        self.counters.owe(name, tokens)
+        self.owed[name] += tokens
+        assert self.counters.level(name) == before + PROMPT_WEIGHT * tokens
+
+    @precondition(lambda self: any(self.owed.values()))
+    @rule(data=st.data())
+    def compute(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from([name for name, owed in self.owed.items() if owed]))
+        level, served = self.counters.level(name), self.counters.served(name)
+        tokens = data.draw(st.integers(1, self.owed[name]))
+        self.counters.prompt(name, tokens)
+        self.owed[name] -= tokens
+        assert self.counters.level(name) == level, "taking on has counted it already"
+        assert self.counters.served(name) == served + PROMPT_WEIGHT * tokens
+
+    @precondition(lambda self: self.active())
+    @rule(data=st.data())
+    def generate(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.active()))
+        before = self.counters.served(name)
+        self.counters.output(name)
+        assert self.counters.served(name) == before + OUTPUT_WEIGHT
+
+    @precondition(lambda self: self.active())
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.active()))
+        if self.present[name] == 1 and self.owed[name]:
+            self.counters.owe(name, -self.owed.pop(name))
+        before = self.counters.served(name)
+        self.present[name] -= 1
+        self.counters.leave(name)
+        others = [self.counters.served(other) for other in self.active()]
+        if others and not self.present[name] and before > min(others):
+            assert self.counters.served(name) == before, "leaving pays no debt"
+
+    @invariant()
+    def remembers_no_more_than_it_must(self) -> None:
+        kept = self.counters._accounts
+        assert kept.keys() >= set(self.active())
+        if not self.active():
+            assert not kept
+
+
+TestCounters = CountersMachine.TestCase
+TestCounters.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), min_size=2, max_size=4),
+    places=st.integers(1, 6),
+    budget=st.integers(4, 32),
+)
+@settings(deadline=None, max_examples=60)
+def test_deltas_that_always_wait_are_served_alike(
+    tokenizer: Tokenizer, shapes: list[tuple[int, int]], places: int, budget: int
+) -> None:
+    scheduler = Scheduler(make_cache(places, 128), budget, places)
+    longest = max(PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * answer for prompt, answer in shapes)
+    for _ in range(150):
+        waiting = Counter(sequence.weights for sequence in scheduler.waiting)
+        for slot, (prompt, answer) in enumerate(shapes):
+            for _ in range(waiting[f"digest-{slot}"], places + 1):
+                scheduler.add(make_sequence(tokenizer, prompt, slot, max_tokens=answer))
+        run_pass(scheduler)
+        levels = [scheduler.counters.level(f"digest-{slot}") for slot in range(len(shapes))]
+        assert max(levels) - min(levels) <= places * longest

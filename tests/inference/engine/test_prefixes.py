@@ -1,0 +1,134 @@
+"""What a cache slot keeps, for whom, and what nobody may see again."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from inference.engine.prefixes import CacheSlots, common_prefix
+from tests.inference.scheduling import make_cache
+
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+
+
+@given(TOKENS, TOKENS, st.integers(0, 14))
+def test_common_prefix(first: list[int], second: list[int], most: int) -> None:
+    count = common_prefix(first, second, most)
+    assert first[:count] == second[:count]
+    if count < min(most, len(first), len(second)):
+        assert first[count] != second[count]
+
+
+def test_the_same_weights_go_on_where_the_last_sequence_ended() -> None:
+    slots = CacheSlots(make_cache(2))
+    slot, found = slots.take("a", tokens := [1, 2, 3])
+    assert found == 0
+    tokens += [4, 5]
+    slots.confirm(slot, 4)
+    slots.give_back(slot, 5, keep=True)
+    assert slots.take("a", [1, 2, 3, 4, 5, 6]) == (slot, 4)
+
+
+def test_other_weights_never_share() -> None:
+    cache = make_cache(1)
+    slots = CacheSlots(cache)
+    slot, _ = slots.take("a", [1, 2, 3])
+    for layer in (*cache.keys, *cache.values):
+        layer[slot, :, :3] = 7
+    slots.confirm(slot, 3)
+    slots.give_back(slot, 3, keep=True)
+    assert slots.take("b", [1, 2, 3]) == (slot, 0)
+    assert all(bool((layer == 0).all()) for layer in (*cache.keys, *cache.values))
+
+
+def test_a_running_sequences_prompt_is_copied() -> None:
+    cache = make_cache(2)
+    slots = CacheSlots(cache)
+    first, _ = slots.take("a", [1, 2, 3])
+    for layer in (*cache.keys, *cache.values):
+        layer[first, :, :3] = torch.arange(3.0)[:, None]
+    assert slots.find("a", [1, 2, 3]) == (-1, 0), "nothing vouches for it yet"
+    slots.confirm(first, 3)
+    second, found = slots.take("a", [1, 2, 9])
+    assert (second != first, found) == (True, 2)
+    for layer in (*cache.keys, *cache.values):
+        assert layer[second, 0, :3, 0].tolist() == [0, 1, 0]
+
+
+def test_the_least_recently_used_prefix_goes_first() -> None:
+    slots = CacheSlots(make_cache(2))
+    for weights in ("a", "b"):
+        slot, _ = slots.take(weights, [1, 2, 3])
+        slots.confirm(slot, 3)
+        slots.give_back(slot, 3, keep=True)
+    slot, _ = slots.take("a", [1, 2, 3, 4])
+    slots.give_back(slot, 3, keep=True)
+    slot, _ = slots.take("c", [5])
+    assert slots.find("b", [1, 2, 3]) == (-1, 0)
+    assert slots.find("a", [1, 2, 3, 4])[1] == 3
+
+
+def test_a_short_match_leaves_a_long_conversation_alone() -> None:
+    slots = CacheSlots(make_cache(2))
+    slot, _ = slots.take("a", list(range(40)))
+    slots.confirm(slot, 40)
+    slots.give_back(slot, 40, keep=True)
+    other, found = slots.take("a", [0, 1, 2, 3, 99])
+    assert (other != slot, found) == (True, 4)
+    assert slots.find("a", [*range(40), 50]) == (slot, 40)
+
+
+class SlotsMachine(RuleBasedStateMachine):
+    """Sequences of three digests come and go; some write NaN. The cache itself is the witness:
+    the value at a position says whose token was written there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = make_cache(3, 16)
+        self.slots = CacheSlots(self.cache)
+        self.running: dict[int, tuple[int, list[int], int]] = {}
+
+    @staticmethod
+    def mark(weights: int, tokens: list[int], at: int) -> float:
+        return float(hash((weights, *tokens[: at + 1])) % 1009 + 1)
+
+    @precondition(lambda self: self.slots.free)
+    @rule(weights=st.integers(0, 2), tokens=TOKENS)
+    def take(self, weights: int, tokens: list[int]) -> None:
+        slot, found = self.slots.take(str(weights), tokens)
+        assert slot not in self.running
+        assert found < len(tokens)
+        for at in range(found):
+            assert self.cache.keys[0][slot, 0, at, 0] == self.mark(weights, tokens, at)
+        self.running[slot] = (weights, tokens, found)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), broken=st.booleans())
+    def compute(self, data: st.DataObject, broken: bool) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.running)))
+        weights, tokens, done = self.running[slot]
+        for layer in (*self.cache.keys, *self.cache.values):
+            for at in range(done, len(tokens)):
+                layer[slot, :, at] = float("nan") if broken else self.mark(weights, tokens, at)
+        if broken:
+            self.slots.give_back(slot, len(tokens), keep=False)
+            del self.running[slot]
+        else:
+            self.slots.confirm(slot, len(tokens))
+            self.running[slot] = (weights, tokens, len(tokens))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), keep=st.booleans())
+    def give_back(self, data: st.DataObject, keep: bool) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.running)))
+        self.slots.give_back(slot, len(self.running.pop(slot)[1]), keep=keep)
+
+    @invariant()
+    def nothing_broken_is_left(self) -> None:
+        assert self.slots.free == 3 - len(self.running)
+        for layer in (*self.cache.keys, *self.cache.values):
+            assert not bool(layer.isnan().any())
+
+
+TestSlots = SlotsMachine.TestCase
+TestSlots.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

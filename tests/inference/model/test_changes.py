@@ -1,0 +1,273 @@
+"""A delta of any kind acts as its merged checkpoint, and is held as compact as its file."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from artifacts.checkpoint import scan_folder
+from artifacts.encoding import (
+    Encoded,
+    decode_dense,
+    deflated,
+    encode_alias,
+    encode_exact,
+    encode_low_rank,
+    encode_new_rows,
+    encode_rows,
+    encode_sparse,
+    encode_sum,
+)
+from artifacts.export import merge
+from artifacts.packed import packed_delta
+from artifacts.reader import Artifact
+from artifacts.writer import write_artifact
+from deltadock.errors import InvalidArtifact, UnsupportedModel
+from inference.deltas.reading import ArtifactSource, place_delta, read_delta
+from inference.model.attention import Span, make_step
+from inference.model.changes import Change, Coded, CodedRows, LowRank, nbytes
+from inference.model.layers import DeltaLimits
+from inference.model.model import BaseModel, load_base
+from kernels.svd_delta import PackedDelta
+from kernels.svd_delta.reference import unpack
+from tests.artifacts.samples import rows_sample
+from tests.kernels.support import encode
+
+MANIFEST = {
+    "base_digest": "base",
+    "method": "test",
+    "files": {},
+    "nominal_bits": None,
+    "checkpoint_bytes": 0,
+    "parameters": 0,
+}
+WIDTHS = [(2, 5, 4), (4, 3, 2), (6, 2, 1)]
+
+
+def svd(shape: tuple[int, int], seed: int, *, midrise: bool = False) -> Encoded:
+    scaled = {"midrise": True, "row_scale": True, "column_scale": True} if midrise else {}
+    return encode(shape, WIDTHS, seed, dtype="F32", **scaled)
+
+
+def rows(shape: tuple[int, int], seed: int) -> Encoded:
+    rng = np.random.default_rng(seed)
+    widths = rng.integers(0, 5, shape[0])
+    codes = (rng.integers(0, 256, shape) % 2 ** widths[:, None]).astype(np.uint8)
+    return encode_rows(codes, widths, rng.uniform(0.01, 0.05, shape[0]), "F32")
+
+
+def low_rank(shape: tuple[int, int], seed: int) -> Encoded:
+    rng = np.random.default_rng(seed)
+    u, v = rng.normal(size=(shape[0], 3)), rng.normal(size=(3, shape[1]))
+    return encode_low_rank(u, v, 0.05, "F32", {}, "F32")
+
+
+def sparse(shape: tuple[int, int], seed: int) -> Encoded:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16, shape).astype(np.uint8)
+    scale = rng.uniform(0.01, 0.05, (shape[0], -(-shape[1] // 8)))
+    return encode_sparse(codes, rng.random(shape) < 0.3, scale, 4, 8, "F32")
+
+
+def exact(tensor: Tensor, seed: int) -> Encoded:
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
+    return encode_exact((tensor + 0.1 * noise).numpy(), "F32", tuple(tensor.shape))
+
+
+KINDS: dict[str, Callable[[tuple[int, int], int], Encoded]] = {
+    "svd": svd,
+    "svd with scales": lambda shape, seed: svd(shape, seed, midrise=True),
+    "svd deflated": lambda shape, seed: deflated(svd(shape, seed)),
+    "rows": rows,
+    "rows deflated": lambda shape, seed: deflated(rows(shape, seed)),
+    "low-rank": low_rank,
+    "sparse": lambda shape, seed: deflated(sparse(shape, seed)),
+    "sum": lambda shape, seed: encode_sum([low_rank(shape, seed), rows(shape, seed)]),
+}
+
+
+def write(path: Path, encoded: Mapping[str, Encoded], base_digest: str = "base") -> Path:
+    write_artifact(path, dict(encoded), {**MANIFEST, "base_digest": base_digest})
+    return path
+
+
+def logits_of(model: BaseModel, prompts: list[tuple[list[int], int]]) -> list[Tensor]:
+    """Logits (tokens, vocabulary) of each prompt on its slot, all in one pass."""
+    spans, begin = [], 0
+    for number, (prompt, _) in enumerate(prompts):
+        spans.append(Span(number, begin, begin + len(prompt), 0))
+        begin += len(prompt)
+    slots = [slot for prompt, slot in prompts for _ in prompt]
+    tokens = torch.tensor([token for prompt, _ in prompts for token in prompt])
+    with torch.inference_mode():
+        step = make_step(model.make_cache(len(prompts), 32), spans)
+        logits = model.logits(model.forward(tokens, step, slots), slots)
+    return list(logits.split([len(prompt) for prompt, _ in prompts]))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base_folder(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[..., Any],
+    save_checkpoint: Callable[..., Path],
+) -> Path:
+    """A float32 model with biases and norms of queries and keys, or with tied embeddings."""
+    family = "qwen3" if request.param else "qwen2"
+    model = make_model(family, tie_word_embeddings=request.param)
+    return save_checkpoint(model, tmp_path_factory.mktemp("base") / "model")
+
+
+def test_every_kind_computes_what_its_merged_checkpoint_does(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    """All matrices of a slot are of one kind; a slot changes nothing else, or everything else."""
+    manifest = scan_folder(base_folder)
+    digest = manifest.weights_digest
+    limits = DeltaLimits(slots=len(KINDS) + 2, rows=128, cache_bytes=100_000)
+    model = load_base(base_folder, manifest, torch.device("cpu"), limits)
+    files: dict[int, Path] = {}
+    for slot, (name, make) in enumerate([*KINDS.items(), ("exact", None)], 1):
+        encoded = {}
+        for number, tensor in enumerate(manifest.tensors):
+            stored = model.base_tensor(tensor.name)
+            if len(tensor.shape) == 1 and slot % 2:
+                encoded[tensor.name] = exact(stored, number)
+            elif len(tensor.shape) == 2 and not (slot % 3 == 0 and "k_proj" in tensor.name):
+                rows_, columns = tensor.shape
+                encoded[tensor.name] = (
+                    exact(stored, number) if make is None else make((rows_, columns), number)
+                )
+        files[slot] = write(tmp_path / f"{slot}.delta", encoded, digest)
+        with Artifact(files[slot]) as artifact:
+            loaded = read_delta(ArtifactSource(artifact), model, digest, read(base_folder))
+        place_delta(model, slot, loaded)
+        assert {type(change).__name__ for change in loaded.changes.values()} >= {
+            "PackedDelta" if "svd" in name else "Tensor" if make is None else EXPECTED[name]
+        }
+    prompt = [5, 9, 200, 33, 7]
+    order = [0, *files, 0, *reversed(files)]
+    found = logits_of(model, [(prompt, slot) for slot in order])
+    # Decoded differences that did not fit the cache, and rows in another order.
+    assert model.cache_bytes <= 100_000
+    for slot, logits in zip(order, found, strict=True):
+        folder = base_folder
+        if slot:
+            folder = tmp_path / f"merged-{slot}"
+            if not folder.exists():
+                merge(base_folder, files[slot], folder)
+        merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            want = merged(torch.tensor([prompt])).logits[0]
+        torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+        assert slot == 0 or (logits - found[0]).abs().max() > 0.1, "the delta makes a difference"
+    for slot in files:
+        model.remove(slot)
+    assert model.cache_bytes == 0
+    bare = logits_of(model, [(prompt, slot) for slot in order])
+    for logits in bare[1:]:
+        torch.testing.assert_close(logits, bare[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_holds_passes_without_work_slot_by_slot(base_folder: Path) -> None:
+    limits = DeltaLimits(slots=4, rows=16)
+    manifest = scan_folder(base_folder)
+    model = load_base(base_folder, manifest, torch.device("cpu"), limits)
+    name = "model.layers.0.mlp.up_proj.weight"
+    shape = tuple(model.base_tensor(name).shape)
+    quick = model.prepare({name: packed_delta(svd(shape, 0)), "model.norm.weight": torch.ones(32)})
+    model.install(1, quick)
+    model.install(2, model.prepare({name: LowRank(torch.ones(48, 1), torch.ones(1, 32))}))
+    keys = []
+    for slots in ([1, 0, 1], [0, 3, 1], [1] * 9, [0, 0], [1, 2]):
+        model.route(slots)
+        keys.append(model.graph_key)
+    assert keys == [(3, 1), (3, 2), (9, 2), (2, 0), None]
+    model.remove(2)
+    model.route([1, 2])
+    assert model.graph_key == (2, 2)
+
+
+EXPECTED = {
+    "rows": "CodedRows",
+    "rows deflated": "CodedRows",
+    "low-rank": "LowRank",
+    "sparse": "Coded",
+    "sum": "Coded",
+}
+
+
+def read(folder: Path) -> dict[str, str]:
+    return {name: (folder / name).read_text() for name in ("tokenizer.json", "config.json")}
+
+
+def test_a_change_is_as_compact_as_its_record(tmp_path: Path) -> None:
+    shape = (64, 96)
+    made = {name: make(shape, 1) for name, make in KINDS.items()}
+    path = write(
+        tmp_path / "a.delta",
+        made
+        | {
+            "alias": encode_alias("svd", shape, "F32"),
+            "new": encode_new_rows(made["svd"], np.zeros((1, 96), np.float32), 64, "F32"),
+        },
+    )
+    base = torch.randn(shape)
+    with Artifact(path) as artifact:
+        source = ArtifactSource(artifact)
+        changes = {name: source.change(name, base) for name in [*made, "alias"]}
+        dense = {name: torch.from_numpy(artifact.dense(name)) for name in changes}
+        sizes = {name: artifact.tensor_bytes(name) for name in made}
+        with pytest.raises(UnsupportedModel, match="adds rows to 'new'"):
+            source.change("new", base)
+    path.unlink()
+    for name, change in changes.items():
+        torch.testing.assert_close(difference(change), dense[name], rtol=1e-5, atol=1e-5)
+    for name in ("svd", "rows", "low-rank", "sparse", "sum"):
+        # Scales in float32, and where each program of a kernel, or each row, begins.
+        assert nbytes(changes[name]) <= sizes[name] + 12 * sum(shape)
+
+
+def test_what_cannot_be_decoded_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    shape = (64, 96)
+    doubled, short = rows(shape, 1), sparse(shape, 2)
+    doubled.segments["index"][0] = doubled.segments["index"][1]
+    short.segments["bitmap"][0] ^= 1
+    packed = deflated(short)
+    path = write(tmp_path / "a.delta", {"doubled": doubled, "short": short, "packed": packed})
+    with Artifact(path) as artifact:
+        source = ArtifactSource(artifact)
+        for name in ("doubled", "short", "packed"):
+            with pytest.raises(InvalidArtifact):
+                source.change(name, torch.zeros(shape))
+        with pytest.raises(InvalidArtifact, match="another shape"):
+            source.change("short", torch.zeros(96, 64))
+
+
+def difference(change: Change) -> Tensor:
+    """(h_out, h_in), by a product with the identity where the change has factors."""
+    if isinstance(change, PackedDelta):
+        u, s, v, _ = unpack(change)
+        return (u * s) @ v
+    if isinstance(change, LowRank):
+        return change.u @ change.v
+    assert isinstance(change, Coded | CodedRows)
+    return change.dense()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 70))
+def test_single_rows_are_those_of_the_whole(seed: int, height: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    encoded = rows_sample((height, width), rng).encoded
+    numbers = rng.integers(0, height, 5)
+    want = decode_dense(encoded)
+    change = CodedRows.of(encoded)
+    assert torch.equal(change.dense(), torch.from_numpy(want))
+    assert torch.equal(change.rows(torch.from_numpy(numbers)), torch.from_numpy(want[numbers]))

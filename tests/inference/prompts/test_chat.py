@@ -1,0 +1,152 @@
+"""Chat templates: rendered as transformers renders them, whatever a stranger wrote in them."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from deltadock.errors import InvalidInput, UnsupportedModel
+from inference.prompts.chat import ChatFormat, Conversation, TemplateSandbox, chat_format
+from inference.prompts.tokens import Tokenizer, read_tokenizer_files
+
+CHATML = """
+{%- if messages[0].role == 'system' %}
+    {{- '<|system|>' + messages[0].content | trim + '\\n' }}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- set state = namespace(turns=0) %}
+{%- for message in messages %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('Roles must alternate.') }}
+    {%- endif %}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{ bos_token + message.content }}{% endgeneration %}
+    {%- else %}
+        {{- '<|' + message.role + '|>' + (message | tojson) }}
+    {%- endif %}
+    {%- set state.turns = state.turns + 1 %}
+    {%- if state.turns > 50 %}{% break %}{% endif %}
+{%- endfor %}
+{%- if tools is none and add_generation_prompt %}
+    {{- '<|assistant|>' + eos_token }}
+{%- endif %}
+"""
+TALK = (
+    {"role": "system", "content": " Kürze! "},
+    {"role": "user", "content": "<b>'17 + 25'</b>?"},
+    {"role": "assistant", "content": "42"},
+    {"role": "user", "content": "\N{GRINNING FACE}"},
+)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[TemplateSandbox]:
+    sandbox = TemplateSandbox()
+    yield sandbox
+    sandbox.close()
+
+
+def form(template: str | None) -> ChatFormat:
+    return ChatFormat(template, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+@pytest.mark.parametrize("jinja_file", [True, False])
+def test_prompts_are_those_of_transformers(
+    sandbox: TemplateSandbox, tokenizer_json: str, tmp_path: Path, jinja_file: bool
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json)
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"),
+        bos_token="<special-0>",
+        eos_token="<special-1>",
+        chat_template=CHATML,
+    )
+    theirs.save_pretrained(tmp_path, save_jinja_files=jinja_file)
+    assert (tmp_path / "chat_template.jinja").exists() == jinja_file
+    ours = Tokenizer(read_tokenizer_files(tmp_path))
+    text = sandbox.prompt(ours.chat, Conversation(TALK))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert text == theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    ids = theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+    assert ours.encode(text, special_tokens=False) == ids
+
+
+def test_the_template_file_comes_first_and_the_default_of_several_is_taken() -> None:
+    several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    config = json.dumps(
+        {"chat_template": several, "bos_token": {"content": "<s>", "lstrip": False}}
+    )
+    assert chat_format({"tokenizer_config.json": config}) == ChatFormat("d", {"bos_token": "<s>"})
+    both = {"tokenizer_config.json": config, "chat_template.jinja": "file"}
+    assert chat_format(both).template == "file"
+    assert chat_format({}) == ChatFormat(None, {})
+
+
+def test_a_model_without_a_template_is_told_what_to_do(sandbox: TemplateSandbox) -> None:
+    with pytest.raises(UnsupportedModel, match=r"no chat template\. Send a prompt to /v1/comple"):
+        sandbox.prompt(form(None), Conversation(TALK))
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{{ raise_exception('No system role here.') }}", "No system role here"),
+        ("{{ messages[0].content.nothing.further }}", "UndefinedError"),
+        ("{% for %}", "TemplateSyntaxError"),
+        # Ways into the interpreter.
+        ("{{ ''.__class__.__mro__ }}", "SecurityError|UndefinedError"),
+        ("{{ raise_exception.__globals__['sys'] }}", "SecurityError|UndefinedError"),
+        ("{{ namespace(__init__=1) }}", "SecurityError"),
+        ("{{ lipsum.__globals__ }}", "UndefinedError"),
+        ("{% set x = messages.append(1) %}", "SecurityError"),
+        # More than its share of the machine.
+        ("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "exceeds"),
+        ("{{ 'x' | center(1000000000) }}", "MemoryError"),
+        ("{% set n = namespace(x='x') %}{% for i in range(50) %}{% set n.x = n.x + n.x %}"
+         "{% endfor %}{{ n.x }}", "MemoryError"),
+        ("{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+         "more time or memory"),
+        ("{{ 7 ** (9 ** 9) > 1 }}", "more time or memory"),
+    ],
+)  # fmt: skip
+def test_a_hostile_template_fails_its_own_request(
+    sandbox: TemplateSandbox, template: str, named: str
+) -> None:
+    with pytest.raises(InvalidInput, match=named):
+        sandbox.prompt(form(template), Conversation(TALK))
+    assert sandbox.prompt(form("{{ messages | length }}{{ bos_token }}"), Conversation(TALK)) == (
+        "4<s>"
+    )
+
+
+def test_a_template_that_brought_the_sandbox_down_does_not_hold_others_up_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sandbox = TemplateSandbox()
+    endless = form("{{ 7 ** (9 ** 9) > 2 }}")
+    try:
+        for _ in range(2):
+            with pytest.raises(InvalidInput, match="not tried again for a minute"):
+                sandbox.prompt(endless, Conversation(TALK))
+            assert sandbox._process is None, "the second time nothing is started"
+        assert sandbox.prompt(form("x"), Conversation(TALK)) == "x"
+        monkeypatch.setattr(sandbox, "_paused", OrderedDict({endless.template: 0.0}))
+        before = sandbox._process
+        with pytest.raises(InvalidInput):
+            sandbox.prompt(endless, Conversation(TALK))
+        assert before is not None
+        assert sandbox._process is None, "the minute is over"
+    finally:
+        sandbox.close()
+
+
+def test_a_sandbox_that_was_killed_is_started_again(sandbox: TemplateSandbox) -> None:
+    assert sandbox.prompt(form("a"), Conversation(TALK)) == "a"
+    process: Any = sandbox._process
+    process.kill()
+    process.wait()
+    assert sandbox.prompt(form("b"), Conversation(TALK)) == "b"
