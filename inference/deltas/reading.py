@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, NamedTuple, Protocol
 
 import torch
@@ -131,12 +132,17 @@ def place_delta(model: BaseModel, slot: int, delta: HostDelta) -> None:
     On a GPU the copies have a stream of their own, so that they run beside the passes; when this
     returns, they have arrived.
     """
-    on_gpu = model.device.type == "cuda"
-    stream = torch.cuda.Stream(model.device) if on_gpu else None
+    stream = _copy_stream(model.device) if model.device.type == "cuda" else None
     with torch.cuda.stream(stream) if stream is not None else nullcontext():
         model.install(slot, model.place(delta.changes))
     if stream is not None:
         stream.synchronize()
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all loads: what is freed on a stream is used again on that stream alone."""
+    return torch.cuda.Stream(device)
 
 
 def _check_config(base_files: Mapping[str, str], own_files: Mapping[str, str | None]) -> None:
