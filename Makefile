@@ -28,7 +28,7 @@ topology: install  ## The same on a real Postgres, Redis and S3 server
 	$(BIN)/deltadock topology
 
 test: install browser check  ## Run the checks and the whole suite on real servers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: install  ## Format, lint, types, import directions
 	$(BIN)/ruff format --check .
