@@ -110,7 +110,7 @@ def error_response(
     headers = dict(headers or {})
     if retryable:
         headers.setdefault("Retry-After", "1")
-    if path in OPENAI_PATHS:
+    if path in OPENAI_PATHS or path.startswith("/v1/models/"):
         status, code, param = _openai_terms(status, code)
         return JSONResponse(openai_body(status, code, detail, param), status, headers)
     body = problem_body(status, code, detail, retryable=retryable, extensions=extensions)

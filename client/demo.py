@@ -25,6 +25,8 @@ from client.processes import HOST, Child, free_ports
 from deltadock.errors import DeltadockError, NotFound
 
 SAMPLES: Final = Path(__file__).parents[1] / "samples"
+SILENT_PERCENT: Final = 5
+"""Progress that is always worth a line."""
 BASE: Final = "sample-base"
 PARALLEL: Final = 8
 
@@ -118,18 +120,20 @@ def _follow(console: Console, client: DeltadockClient, job: str) -> Json:
         TextColumn("{task.percentage:3.0f} %"),
         TimeElapsedColumn(),
     )
-    last = ""
+    last, told = "", 0.0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("queued", total=100.0)
 
         def show(state: Json) -> None:
-            nonlocal last
+            nonlocal last, told
             text = state["state"]
             if state["state"] == "compressing":
                 text += f" block {min(state['block'] + 1, state['blocks'])} of {state['blocks']}"
             bar.update(task, description=text, completed=state["percent"])
-            if text != last and not console.is_terminal:
+            far = state["percent"] >= told + SILENT_PERCENT
+            if (text != last or far) and not console.is_terminal:
                 console.print(f"   {state['percent']:3.0f} %  {text}")
+                told = state["percent"]
             last = text
 
         return client.wait(job, show)

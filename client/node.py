@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from artifacts.reader import Artifact
+from client.system import SECRET_FILE
 from deltadock.settings import get_settings
 from storage.blobs import make_blob_store
 
@@ -30,6 +31,9 @@ def node(base: Path | None, api: str | None, deltas: Sequence[Path], host: str, 
         environment["DELTADOCK_NODE_BASE"] = str(base.resolve())
     if api is not None:
         environment["DELTADOCK_API_URL"] = api
+        own = get_settings().home / SECRET_FILE  # of a `deltadock up` with the same home
+        if own.is_file():
+            environment.setdefault("DELTADOCK_NODE_SECRET", own.read_text(encoding="utf-8"))
     if deltas:
         environment["DELTADOCK_NODE_DELTAS"] = json.dumps(_store(deltas))
     command = [sys.executable, "-m", "inference.server", "--host", host, "--port", str(port)]

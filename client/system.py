@@ -22,6 +22,8 @@ from deltadock.errors import Unavailable
 from deltadock.settings import Settings, get_settings
 from storage.database import migrate
 
+SECRET_FILE: Final = "node.secret"
+"""In the home of the embedded start."""
 MAX_RESTARTS: Final = 3
 RESTART_WINDOW_SECONDS: Final = 60.0
 
@@ -40,10 +42,20 @@ def check_ports(api_port: int, node_port: int) -> None:
             )
 
 
-def node_secret() -> str:
-    """What the api and the node know each other by: the environment's secret, else a new one."""
+def node_secret(home: Path) -> str:
+    """What the api and the nodes know each other by: the environment's secret, else the home's own.
+
+    The home's is made at the first start, for its owner's eyes alone; `deltadock node` finds it.
+    """
     own = get_settings().node_secret
-    return secrets.token_urlsafe() if own is None else own.get_secret_value()
+    if own is not None:
+        return own.get_secret_value()
+    path = home / SECRET_FILE
+    if not path.is_file():
+        home.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_urlsafe(), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 @contextmanager

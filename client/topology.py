@@ -23,7 +23,7 @@ def topology_settings(home: Path, api_port: int, *services: dict[str, str]) -> d
     settings = {
         "home": str(home),
         "api_url": f"http://{HOST}:{api_port}",
-        "node_secret": node_secret(),
+        "node_secret": node_secret(home),
         "device": get_settings().device,
     }
     for service in services:

@@ -21,7 +21,7 @@ def embedded_settings(home: Path, api_port: int) -> dict[str, str]:
         "database_url": "",
         "blob_store": "local",
         "api_url": f"http://{HOST}:{api_port}",
-        "node_secret": node_secret(),
+        "node_secret": node_secret(home),
     }
 
 

@@ -20,6 +20,15 @@ QUICKEST_SECONDS: Final = 0.1
 """Between two heartbeats, however fast things change."""
 
 
+def _reason(error: httpx.HTTPError) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        answer = error.response
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            return "The api has another DELTADOCK_NODE_SECRET; start the node with the api's."
+        return f"The api answered {answer.status_code}: {answer.text[:500]}"
+    return repr(error)
+
+
 class Registration:
     """Heartbeats to the api until it is closed. Belongs to one event loop.
 
@@ -56,7 +65,7 @@ class Registration:
             answer.raise_for_status()
         except httpx.HTTPError as error:
             if self._known is not False:
-                log.warning("api_unreachable", url=self._place, error=repr(error))
+                log.warning("not_registered", url=self._place, error=_reason(error))
             self._known = False
         else:
             if not self._known:

@@ -1,13 +1,14 @@
 """Routes that generate: OpenAI's, and one prompt for a delta or a base by its own URL."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from api.bases.endpoints import BaseRef
 from api.bases.service import get_base
 from api.deltas.endpoints import DeltaId
+from api.deltas.schemas import EXAMPLE_DELTA_ID
 from api.deltas.service import get_delta
 from api.dependencies import ReadSession, ResourcesDep
 from api.generation import service
@@ -22,6 +23,7 @@ from api.generation.schemas import (
     GenerateIn,
     ModelIn,
     ModelList,
+    ModelOut,
 )
 from api.generation.target import Target
 from api.problems import openai_problems, problems
@@ -42,6 +44,14 @@ router = APIRouter(tags=["generation"])
 def list_models(session: ReadSession) -> ModelList:
     """What can be asked, in OpenAI's shape."""
     return service.list_models(session)
+
+
+@router.get("/v1/models/{model:path}", responses=openai_problems(NotFound, NotReady))
+def get_model(
+    model: Annotated[str, Path(max_length=256, examples=[EXAMPLE_DELTA_ID])], session: ReadSession
+) -> ModelOut:
+    """One model: a delta by id, project/model or project/model:version, or a base."""
+    return service.find_model(session, model)
 
 
 def _answers(what: str) -> dict[int | str, dict[str, Any]]:

@@ -19,7 +19,7 @@ def resolve(session: Session, model: str) -> Target:
         NotFound: it stands for nothing.
         NotReady: the delta has no artifact.
     """
-    if delta := _find_delta(DeltaRepository(session), model):
+    if delta := find_delta(DeltaRepository(session), model):
         return target_of_delta(delta)
     if base := BaseRepository(session).find(model):
         return target_of_base(base)
@@ -36,7 +36,8 @@ def target_of_base(base: Base) -> Target:
     return Target(base.checkpoint_digest, None)
 
 
-def _find_delta(deltas: DeltaRepository, model: str) -> Delta | None:
+def find_delta(deltas: DeltaRepository, model: str) -> Delta | None:
+    """The delta with this id or name, of the version named or else the highest ready one."""
     if found := deltas.find(model):
         return found
     name, _, version = model.partition(":")

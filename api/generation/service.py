@@ -5,7 +5,9 @@ from typing import Any
 from fastapi import Request
 from sqlalchemy.orm import Session
 
+from api.deltas.service import require_ready
 from api.generation.forward import COMPLETIONS, ask_nodes
+from api.generation.resolver import find_delta
 from api.generation.schemas import GenerateIn, ModelList, ModelOut
 from api.generation.target import Target
 from api.resources import Resources
@@ -45,6 +47,21 @@ def list_models(session: Session) -> ModelList:
             *(ModelOut.of_delta(name, delta) for name, delta in sorted(latest.items())),
         ]
     )
+
+
+def find_model(session: Session, model: str) -> ModelOut:
+    """One model in OpenAI's shape, under the name that was asked for.
+
+    Raises:
+        NotFound: it stands for nothing.
+        NotReady: the delta has no artifact.
+    """
+    if delta := find_delta(DeltaRepository(session), model):
+        require_ready(delta)
+        return ModelOut.of_delta(model, delta)
+    if base := BaseRepository(session).find(model):
+        return ModelOut.of_base(base)
+    raise NotFound(f"There is no model {model!r}; GET /v1/models lists them.")
 
 
 async def generate(

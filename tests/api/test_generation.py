@@ -139,6 +139,10 @@ def test_the_openai_package(api: Api, ready: Ready) -> None:
     ) as client:
         models = {model.id for model in client.models.list()}
         assert models == {"tiny", delta["id"], "maths/skills"}
+        for model in (*models, "maths/skills:1"):
+            assert client.models.retrieve(model).id == model
+        with pytest.raises(openai.NotFoundError, match="There is no model 'maths/none'"):
+            client.models.retrieve("maths/none")
         whole = client.completions.create(model=delta["id"], prompt="17 + 25 =", max_tokens=8)
         assert whole.choices[0].text == " 42"
         parts = client.completions.create(model=delta["id"], prompt="17 + 25 =", stream=True)

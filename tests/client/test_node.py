@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from client.node import node
+from client.system import node_secret
 from deltadock.errors import DeltadockError
 from deltadock.settings import Settings, get_settings
 from storage.blobs import make_blob_store
@@ -48,3 +49,20 @@ def test_what_is_no_delta_is_refused(become: list[Any], tmp_path: Path) -> None:
     with pytest.raises(DeltadockError):
         node(None, None, [tmp_path / "text"], "127.0.0.1", 8100)
     assert become == []
+
+
+def test_the_secret_of_an_embedded_start_is_found(
+    become: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DELTADOCK_NODE_SECRET", raising=False)
+    home = tmp_path / "home"
+    secret = node_secret(home)
+    assert node_secret(home) == secret
+    assert (home / "node.secret").stat().st_mode & 0o777 == 0o600
+    node(None, "http://127.0.0.1:8000", [], "127.0.0.1", 8100)
+    monkeypatch.setenv("DELTADOCK_NODE_SECRET", "the api's")
+    get_settings.cache_clear()
+    node(None, "http://127.0.0.1:8000", [], "127.0.0.1", 8100)
+    found = [environment["DELTADOCK_NODE_SECRET"] for _, _, environment in become]
+    assert found == [secret, "the api's"]
+    assert node_secret(home) == "the api's"

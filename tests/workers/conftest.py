@@ -24,6 +24,13 @@ from storage.repositories import (
 from workers.context import Context
 
 SAMPLES = Path(__file__).parents[2] / "samples"
+THREADS = torch.get_num_threads()
+"""Of a process of its own, such as a worker: the order of sums may depend on it, and so bytes."""
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_a_worker() -> None:
+    torch.set_num_threads(THREADS)  # tests of other folders set theirs
 
 
 @dataclass(frozen=True)
