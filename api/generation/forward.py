@@ -60,9 +60,14 @@ async def ask_nodes(
     if target.artifact_digest is not None:
         headers[ARTIFACT_HEADER] = target.artifact_digest
     lost = 0
+    asked: set[str] = set()
     async with AsyncExitStack() as unused:
         busy: Answer | None = None
-        for node in await resources.fleet.candidates(target):
+        # Ranked anew each time: once the last node with the base is lost, another may adopt it.
+        while node := next(
+            (n for n in await resources.fleet.candidates(target) if n.id not in asked), None
+        ):
+            asked.add(node.id)
             call = resources.http.build_request(
                 "POST", f"{node.url}{path}", content=content, headers=headers
             )

@@ -198,6 +198,15 @@ def test_a_dead_node_is_passed_by_and_forgotten(api: Api, node: StandInNode, nod
     assert [n["id"] for n in api.client.get("/v1/nodes").json()["data"]] == ["node_a"]
 
 
+def test_once_the_last_node_with_the_base_is_lost_another_adopts_it(
+    api: Api, node: StandInNode, node_url: str
+) -> None:
+    api.register("http://127.0.0.1:1", "node_dead", base=api.base())
+    api.register(node_url, "node_a", base=None)
+    assert api.client.post("/v1/completions", json=ASK).status_code == 200
+    assert len(node.requests) == 1
+
+
 def test_a_request_does_not_bring_every_node_down(
     api: Api, node: StandInNode, node_url: str
 ) -> None:
