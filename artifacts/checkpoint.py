@@ -118,11 +118,6 @@ class CheckpointManifest:
         return hashlib.sha256(self.to_json()).hexdigest()
 
     @property
-    def is_adapter(self) -> bool:
-        """Whether this is a PEFT adapter and no whole model."""
-        return bool(self.config["model_type"] == ADAPTER_TYPE)
-
-    @property
     def total_bytes(self) -> int:
         """Sum of the files' sizes in bytes."""
         return sum(file.size for file in self.files)

@@ -19,11 +19,20 @@ def resolve(session: Session, model: str) -> Target:
         NotFound: it stands for nothing.
         NotReady: the delta has no artifact.
     """
-    if delta := find_delta(DeltaRepository(session), model):
-        return target_of_delta(delta)
-    if base := BaseRepository(session).find(model):
-        return target_of_base(base)
-    raise NotFound(f"There is no model {model!r}; GET /v1/models lists them.")
+    found = find(session, model)
+    return target_of_delta(found) if isinstance(found, Delta) else target_of_base(found)
+
+
+def find(session: Session, model: str) -> Delta | Base:
+    """The delta or base that `model` names, see `resolve`.
+
+    Raises:
+        NotFound: it stands for nothing.
+    """
+    found = _find_delta(DeltaRepository(session), model) or BaseRepository(session).find(model)
+    if found is None:
+        raise NotFound(f"There is no model {model!r}; GET /v1/models lists them.")
+    return found
 
 
 def target_of_delta(delta: Delta) -> Target:
@@ -36,8 +45,7 @@ def target_of_base(base: Base) -> Target:
     return Target(base.checkpoint_digest, None)
 
 
-def find_delta(deltas: DeltaRepository, model: str) -> Delta | None:
-    """The delta with this id or name, of the version named or else the highest ready one."""
+def _find_delta(deltas: DeltaRepository, model: str) -> Delta | None:
     if found := deltas.find(model):
         return found
     name, _, version = model.partition(":")

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from api.deltas.service import require_ready
 from api.generation.forward import COMPLETIONS, ask_nodes
-from api.generation.resolver import find_delta
+from api.generation.resolver import find
 from api.generation.schemas import GenerateIn, ModelList, ModelOut
 from api.generation.target import Target
 from api.resources import Resources
@@ -20,6 +20,7 @@ from deltadock.errors import (
     Unavailable,
     UnsupportedModel,
 )
+from storage.models import Base
 from storage.repositories import BaseRepository, DeltaRepository
 
 NODE_ERRORS = {
@@ -56,12 +57,11 @@ def find_model(session: Session, model: str) -> ModelOut:
         NotFound: it stands for nothing.
         NotReady: the delta has no artifact.
     """
-    if delta := find_delta(DeltaRepository(session), model):
-        require_ready(delta)
-        return ModelOut.of_delta(model, delta)
-    if base := BaseRepository(session).find(model):
-        return ModelOut.of_base(base)
-    raise NotFound(f"There is no model {model!r}; GET /v1/models lists them.")
+    found = find(session, model)
+    if isinstance(found, Base):
+        return ModelOut.of_base(found)
+    require_ready(found)
+    return ModelOut.of_delta(model, found)
 
 
 async def generate(

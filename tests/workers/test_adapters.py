@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from artifacts.checkpoint import CheckpointManifest, FileInspector, assemble
+from artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest, FileInspector, assemble
 from artifacts.reader import Artifact
 from storage.blobs import BlobStore
 from storage.models import Job, JobState
@@ -32,7 +32,7 @@ def store(blobs: BlobStore, folder: Path) -> CheckpointManifest:
         tensors += found
         blobs.put_file(path)
     manifest = assemble(files, tensors, None, (folder / "adapter_config.json").read_bytes())
-    assert manifest.is_adapter
+    assert manifest.config["model_type"] == ADAPTER_TYPE
     blobs.put_bytes(manifest.to_json())
     return manifest
 
