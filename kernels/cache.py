@@ -4,11 +4,21 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
-from torch import Tensor
+from kernels.pool import RowPool
 
-Unpacked = TypeVar("Unpacked", bound="tuple[Tensor | None, ...]")
+
+class Unpacked(Protocol):
+    """What can be kept."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+
+
+Kept = TypeVar("Kept", bound=Unpacked)
 
 
 @dataclass(slots=True)
@@ -35,21 +45,26 @@ class TensorCache:
         self.nbytes = 0
         """Bytes held, at most the limit."""
 
+    @cached_property
+    def pool(self) -> RowPool:
+        """Where byte rows lie; of no more than the limit, and for one thread."""
+        return RowPool(self._limit_bytes)
+
     def begin_step(self) -> None:
         """Tell that a new pass over the model begins."""
         self._step += 1
 
-    def get(self, key: Hashable, make: Callable[[], Unpacked]) -> Unpacked:
+    def get(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """What `make` gave for this key, now or earlier. A key is always used with one `make`."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
                 entry.step = self._step
                 self._entries.move_to_end(key)
-                found: Unpacked = entry.value
+                found: Kept = entry.value
                 return found
         value = make()
-        size = sum(tensor.nbytes for tensor in value if tensor is not None)
+        size = value.nbytes
         with self._lock:
             if key not in self._entries and self._make_room(size):
                 self._entries[key] = _Entry(value, size, self._step)

@@ -8,11 +8,10 @@ from functools import cache
 from typing import Final, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from artifacts.compatibility import check_same_config, vocabulary
 from artifacts.encoding import inflated
-from artifacts.export import merged
+from artifacts.export import exact_tensor
 from artifacts.packed import packed_delta
 from artifacts.reader import Artifact
 from deltadock.errors import BaseMismatch, InvalidArtifact, UnsupportedModel
@@ -43,8 +42,8 @@ class DeltaSource(Protocol):
     def names(self) -> Iterable[str]:
         """The tensors that differ from the base's."""
 
-    def change(self, name: str, base: Tensor) -> Change:
-        """What the delta does to the tensor `name`, which is `base` in the base."""
+    def change(self, name: str, shape: torch.Size) -> Change:
+        """What the delta does to the tensor `name`, which has this shape in the base."""
 
 
 class ArtifactSource:
@@ -56,16 +55,16 @@ class ArtifactSource:
         self.files: Mapping[str, str | None] = artifact.manifest["files"]
         self.names = tuple(artifact.records)
 
-    def change(self, name: str, base: Tensor) -> Change:
+    def change(self, name: str, shape: torch.Size) -> Change:
         """The change as compact as the artifact has it; it keeps no file mapped."""
         encoded = self._artifact.resolved(name)
         kind = encoded.record["kind"]
         if kind == "new-rows":
             raise UnsupportedModel(f"The delta adds rows to {name!r}. {MERGE}")
-        if kind == "exact":
-            return merged(self._artifact, name, base)
-        if encoded.record["shape"] != list(base.shape):
+        if encoded.record["shape"] != list(shape):
             raise InvalidArtifact(f"The delta's {name!r} is of another shape than its base's.")
+        if kind == "exact":
+            return exact_tensor(self._artifact, name)
         if kind == "svd":
             return packed_delta(encoded)
         if kind == "low-rank":
@@ -114,7 +113,7 @@ def read_delta(
         )
     _check_config(base_files, source.files)
     changes = model.fit(
-        {name: source.change(name, model.base_tensor(name)) for name in source.names}
+        {name: source.change(name, model.base_shape(name)) for name in source.names}
     )
     if model.device.type == "cuda":
         changes = {name: pinned(change) for name, change in changes.items()}

@@ -7,7 +7,7 @@ at once on static buffers, so that a CUDA graph can hold it; other changes go sl
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple, cast
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference.model.changes import Change, Coded, CodedRows, LowRank
+from inference.model.product import BaseProduct
 from kernels.cache import TensorCache
 from kernels.svd_delta import Chunks, DeltaTable, PackedDelta, add_rows, svd_delta
 
@@ -75,8 +76,7 @@ class DeltaModule(nn.Module, ABC):
 
     def dense(self, change: Coded | CodedRows, dtype: torch.dtype) -> Tensor:
         """A coded difference decoded, in the cache if there is room."""
-        (found,) = self.routing.cache.get(change, lambda: (change.dense().to(dtype),))
-        return found
+        return self.routing.cache.get(change, lambda: change.dense().to(dtype))
 
 
 class _Exception(NamedTuple):
@@ -94,28 +94,20 @@ class DeltaLinears(DeltaModule):
     def __init__(
         self, linears: Mapping[str, nn.Linear], routing: Routing, *, tied: bool = False
     ) -> None:
-        """Take over the linears; where they are several, their parameters become views of one.
+        """Take over the linears, whose parameters become one product's.
 
         All have a bias, or none has. The weight of one that is `tied` is an embedding, too.
         """
         super().__init__(routing)
         self._names = tuple(linears)
-        found = list(linears.values())
-        self._h_outs = [linear.out_features for linear in found]
-        self.weight = _joined(
-            [linear.weight for linear in found],
-            # Twice as fast for a batch's few rows, where nothing else looks the weight's rows up.
-            transposed=not (tied or found[0].weight.is_cuda),
-        )
-        biases = [linear.bias for linear in found if linear.bias is not None]
-        self.bias = _joined(biases) if biases else None
-        h_in = found[0].in_features
+        self._base = BaseProduct(list(linears.values()), keep=tied)
+        self._h_outs, h_in = self._base.h_outs, self._base.h_in
         self.table = DeltaTable(
             routing.limits.slots,
             h_in,
             self._h_outs,
             max_rank=sum(min(h_out, h_in) for h_out in self._h_outs),
-            device=self.weight.device,
+            device=self._base.device,
         )
         self._exceptions: dict[int, list[_Exception | None]] = {}
         self._input: Tensor | None = None
@@ -138,8 +130,8 @@ class DeltaLinears(DeltaModule):
         return any(exceptions)
 
     def remove(self, slot: int) -> None:
-        for delta in self.table.deltas.get(slot, ()):
-            self.routing.cache.discard(delta)
+        for key in (deltas := self.table.deltas.get(slot, ())), *deltas:
+            self.routing.cache.discard(key)
         self.table.remove(slot)
         for exception in self._exceptions.pop(slot, ()):
             if exception is not None:
@@ -147,7 +139,7 @@ class DeltaLinears(DeltaModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, rows, h_in) to (1, rows, h_out), the linears' outputs side by side."""
-        y = F.linear(x, self.weight, self.bias)
+        y = self._base(x)
         chunks = self.routing.chunks
         if x.is_cuda or (
             self.table.deltas and chunks.by_slot
@@ -183,19 +175,6 @@ class DeltaLinears(DeltaModule):
         if number == len(self._h_outs) - 1:
             self._input, self._outputs = None, ()
         return found
-
-
-def _joined(parameters: Sequence[Tensor], *, transposed: bool = False) -> Tensor:
-    """Parameters one after another, columns together if `transposed`; each becomes a view."""
-    if len(parameters) == 1 and not transposed:
-        return parameters[0]
-    whole = torch.cat([parameter.data for parameter in parameters])
-    if transposed:
-        whole = whole.t().contiguous().t()
-    sizes = [len(parameter) for parameter in parameters]
-    for parameter, part in zip(parameters, whole.split(sizes), strict=True):
-        parameter.data = part
-    return whole
 
 
 class Output(nn.Module):

@@ -148,15 +148,15 @@ class BaseModel:
         logits: Tensor = self.model.lm_head(hidden)
         return logits[0].float()
 
-    def base_tensor(self, name: str) -> Tensor:
-        """The base's tensor of this name.
+    def base_shape(self, name: str) -> torch.Size:
+        """The shape of the base's tensor of this name.
 
         Raises:
             InvalidArtifact: the base has no such tensor.
         """
         if name not in self._parameters:
             raise InvalidArtifact(f"The delta changes {name!r}, a tensor that its base lacks.")
-        return self._parameters[name]
+        return self._parameters[name].shape
 
     def prepare(self, changes: Mapping[str, Change]) -> dict[str, Change]:
         """Bring a delta's changes, by name, to the model's device and dtype, for `install`.
@@ -184,9 +184,9 @@ class BaseModel:
             weight = found.get(f"{path}.weight")
             if kind != "bias" or not isinstance(bias, Tensor) or isinstance(weight, Tensor):
                 continue
-            difference = bias.cpu().float() - self.base_tensor(name).cpu().float()
+            difference = bias.cpu().float() - self._parameters[name].cpu().float()
             if weight is None:
-                weight = empty_delta(*self.base_tensor(f"{path}.weight").shape)
+                weight = empty_delta(*self.base_shape(f"{path}.weight"))
             if isinstance(weight, PackedDelta):
                 found[f"{path}.weight"] = weight.with_bias(difference)
                 del found[name]
@@ -195,11 +195,10 @@ class BaseModel:
         return found
 
     def _fitting(self, name: str, change: Change) -> Change:
-        base = self.base_tensor(name)
-        if not fits(change, base.shape):
+        shape = self.base_shape(name)
+        if not fits(change, shape):
             raise InvalidArtifact(
-                f"The delta's {name!r} does not fit its base's, which has the shape "
-                f"{tuple(base.shape)}."
+                f"The delta's {name!r} does not fit its base's, which has the shape {tuple(shape)}."
             )
         return change
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.cache import TensorCache
+from kernels.svd_delta.bags import add_deltas
 from kernels.svd_delta.chunks import Chunks
 from kernels.svd_delta.factors import add_products, add_rows
 from kernels.svd_delta.layout import Group, PackedDelta, empty_delta, pack_delta
@@ -56,7 +57,7 @@ def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: Te
         if chunks.dense:
             add_products(y, x, table, chunks.dense, cache)
     else:
-        add_products(y, x, table, chunks.by_slot, cache)
+        add_deltas(y, x, table, chunks, cache)
 
 
 def _check(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks) -> None:

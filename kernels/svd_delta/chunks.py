@@ -64,8 +64,10 @@ class Chunks:
         self.row_count = 0
         """Rows of this step, those of slot 0 included."""
         self.count = 0
+        self.members: dict[int, list[int]] = {}
+        """Numbers of the rows of each slot but 0."""
         self.by_slot: dict[int, Rows] = {}
-        """Rows of each slot but 0."""
+        """The same, to index with."""
         self.dense: dict[int, Rows] = {}
         """Of these, the slots that are in no chunk."""
 
@@ -104,6 +106,7 @@ class Chunks:
         layout[places : places + len(slots)] = slots
         layout[end : end + len(row_slots)] = row_slots
         self._buffer.copy_(source, non_blocking=True)
+        self.members = members
         self.by_slot = {slot: self._index(found) for slot, found in members.items()}
         self.dense = {slot: self.by_slot[slot] for slot in dense}
 

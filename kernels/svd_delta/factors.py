@@ -1,4 +1,4 @@
-"""Plain matrix products with unpacked factors: without a GPU, and on one for prefill."""
+"""Plain matrix products with unpacked factors: on a GPU, for prefill; and an embedding's rows."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -23,6 +23,11 @@ class Products(NamedTuple):
     v: Tensor
     bias: Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in self if tensor is not None)
+
 
 def unpack_products(delta: PackedDelta, dtype: torch.dtype) -> Products:
     """Both factors in `dtype`, the scales within them.
@@ -41,34 +46,27 @@ def add_products(
 ) -> None:
     """Add the deltas of the slots in `rows`, to the rows named there.
 
-    `y` and `x` are as in `kernels.svd_delta.svd_delta`; the factors are float32 on the CPU, of
-    x's type on a GPU.
+    `y` and `x` are as in `kernels.svd_delta.svd_delta`, and the factors are of their type.
     """
-    dtype = x.dtype if x.is_cuda else torch.float32
     for slot, members in rows.items():
         if slot not in table.deltas:
             continue
-        inputs = x[members].to(dtype)
+        inputs = x[members]
         end = 0
         for delta, h_out in zip(table.deltas[slot], table.h_outs, strict=True):
             begin, end = end, end + h_out
             if delta is not None:
-                factors = cache.get(delta, partial(unpack_products, delta, dtype))
+                factors = cache.get(delta, partial(unpack_products, delta, x.dtype))
                 _add(y, members, slice(begin, end), inputs, factors)
 
 
 def _add(y: Tensor, rows: Rows, columns: slice, x: Tensor, factors: Products) -> None:
     u, v, bias = factors
-    if isinstance(rows, slice) and y.dtype == u.dtype:
-        out = y[rows, columns]
-        out.addmm_(x @ v.T, u.T)
-        if bias is not None:
-            out += bias
-        return
-    delta = (x @ v.T) @ u.T
+    out = y[rows, columns].addmm_(x @ v.T, u.T)
     if bias is not None:
-        delta = delta + bias
-    y[rows, columns] = (y[rows, columns] + delta).to(y.dtype)
+        out += bias
+    if not isinstance(rows, slice):  # otherwise `out` is a view
+        y[rows, columns] = out
 
 
 def add_rows(y: Tensor, rows: Tensor, delta: PackedDelta, cache: TensorCache) -> None:
@@ -82,5 +80,5 @@ def add_rows(y: Tensor, rows: Tensor, delta: PackedDelta, cache: TensorCache) ->
         delta: on the device of `y`.
         cache: where V is kept.
     """
-    (v,) = cache.get(("v", delta), lambda: (reference.unpack_v(delta),))
+    v = cache.get(("v", delta), lambda: reference.unpack_v(delta))
     y += (reference.rows_of_u(delta, rows) * delta.s) @ v

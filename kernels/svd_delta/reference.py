@@ -51,9 +51,10 @@ def unpack_codes(words: Tensor, count: int, columns: int, bits: int) -> Tensor:
     return first
 
 
-def _unpack_side(delta: PackedDelta, name: str, columns: int) -> Tensor:
-    """(rank, columns) float32 of a side, without the scales."""
+def codes(delta: PackedDelta, name: str) -> Tensor:
+    """(rank, columns) float32, the codes of a side: `v`, along h_in, or `u`, along h_out."""
     words, side = delta.integers(name), SIDES[name]
+    columns = delta.h_in if name == "v" else delta.h_out
     values = words.new_empty(delta.rank, columns, dtype=torch.float32)
     rank = word = 0
     for group in delta.groups:
@@ -61,26 +62,31 @@ def _unpack_side(delta: PackedDelta, name: str, columns: int) -> Tensor:
         values[rank : rank + count] = unpack_codes(words[word:], count, columns, bits)
         rank += count
         word += segment_words(count, columns, bits)
-    return values.sub_(_zeros(delta, name)[:, None])
+    return values
 
 
-def _zeros(delta: PackedDelta, name: str) -> Tensor:
-    """(rank,) what a side's codes are more than their values."""
-    zeros = centres(delta.groups, SIDES[name]).to(delta.words.device)
+def zeros(delta: PackedDelta, name: str) -> Tensor:
+    """(rank,) float32, what a side's codes are more than their values."""
+    centre = centres(delta.groups, SIDES[name]).to(delta.words.device)
     offset = delta.numbers(f"{name}_offset")
-    return zeros if offset is None else zeros + offset
+    return centre if offset is None else centre + offset
+
+
+def _unpack_side(delta: PackedDelta, name: str) -> Tensor:
+    """(rank, columns) float32 of a side, without the scales."""
+    return codes(delta, name).sub_(zeros(delta, name)[:, None])
 
 
 def unpack_v(delta: PackedDelta) -> Tensor:
     """V (rank, h_in) float32, the column scale in it."""
-    v = _unpack_side(delta, "v", delta.h_in)
+    v = _unpack_side(delta, "v")
     column_scale = delta.numbers("column_scale")
     return v if column_scale is None else v.mul_(column_scale)
 
 
 def unpack(delta: PackedDelta) -> Factors:
     """The float32 factors of a packed delta, on its device, row and column scales in u and v."""
-    u = _unpack_side(delta, "u", delta.h_out)
+    u = _unpack_side(delta, "u")
     if (row_scale := delta.numbers("row_scale")) is not None:
         u *= row_scale
     return Factors(u.T, delta.s, unpack_v(delta), delta.numbers("bias"))
@@ -96,18 +102,18 @@ def rows_of_u(delta: PackedDelta, rows: Tensor) -> Tensor:
     rank = word = 0
     for group in delta.groups:
         count, shift, position = group.ranks, group.u_bits, word
-        codes = words.new_zeros(count, len(rows))
+        found = words.new_zeros(count, len(rows))
         for plane in planes(group.u_bits):
             shift -= plane
             size = plane_words(delta.h_out, plane)
             block = words[position : position + count * size].view(count, size)
             at = rows * plane
-            codes |= ((block[:, at // 32] >> (at % 32)) & (2**plane - 1)) << shift
+            found |= ((block[:, at // 32] >> (at % 32)) & (2**plane - 1)) << shift
             position += count * size
-        values[rank : rank + count] = codes
+        values[rank : rank + count] = found
         rank += count
         word += segment_words(count, delta.h_out, group.u_bits)
-    u = values.sub_(_zeros(delta, "u")[:, None]).T
+    u = values.sub_(zeros(delta, "u")[:, None]).T
     row_scale = delta.numbers("row_scale")
     return u if row_scale is None else u * row_scale[rows, None]
 

@@ -1,12 +1,15 @@
 """The deltas of the linears that share an input, by slot, behind addresses that never change."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from deltadock.errors import TooLarge
 from kernels.svd_delta.layout import PLANES, PackedDelta
+
+if TYPE_CHECKING:
+    from kernels.svd_delta.bags import BagPlan
 
 ENTRY_FIELDS: Final = 16
 """int32 fields of a slot and linear in `DeltaTable.entries`; the kernels read them in this order:
@@ -72,6 +75,8 @@ class DeltaTable:
         empty = torch.tensor(_EMPTY, dtype=torch.int32, device=device)
         self.entries = empty.repeat(slots, self.linears, 1)
         self.outputs = torch.tensor(self._tiles(), dtype=torch.int32, device=device)
+        self.plan: BagPlan | None = None
+        """Of the latest step without a GPU."""
         self.deltas: dict[int, tuple[PackedDelta | None, ...]] = {}
         """The deltas of each slot that is not empty, one a linear; None for an unchanged linear."""
 
@@ -124,6 +129,7 @@ class DeltaTable:
         """Empty a slot; no kernel that reads it may still be running."""
         self.entries[slot].copy_(torch.tensor(_EMPTY, dtype=torch.int32))
         self.deltas.pop(slot, None)
+        self.plan = None
 
 
 def _entry(delta: PackedDelta, first_rank: int) -> tuple[int, ...]:
