@@ -1,5 +1,6 @@
 """The dashboard's pages, as the server sends them."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import unescape
@@ -9,11 +10,17 @@ import pytest
 from starlette.testclient import TestClient
 
 from api.main import create_app
+from api.nodes.routing import TIERS
 from api.resources import Resources
 from deltadock.settings import Settings
 from storage.database import migrate
 from storage.models import JobState
-from storage.repositories import BaseRepository, DeltaRepository, JobRepository
+from storage.repositories import (
+    BaseRepository,
+    DeltaRepository,
+    JobRepository,
+    NodeRepository,
+)
 from tests import seed
 
 PAGES = ("/", "/deltas/{delta}", "/deltas/nothing", "/parts/totals", "/parts/deltas/{delta}/row")
@@ -202,6 +209,23 @@ def test_says_how_to_start_a_node_when_none_is_there(site: Site) -> None:
     assert "deltadock node --base FOLDER --api http://testserver/" in page
     assert 'aria-current="page">Nodes' in page
     assert "<html" not in site.text("/parts/nodes")
+
+
+def test_nodes_are_told_in_the_words_of_the_api(site: Site) -> None:
+    deltas = [
+        {"digest": digest * 64, "tier": tier, "bytes": 416_992, "references": 2, "pinned": False}
+        for digest, tier in zip("abc", TIERS, strict=True)
+    ]
+    with site.resources.database.session_scope() as session:
+        NodeRepository(session).put(
+            "node_a", "http://10.0.0.7:8100", lives_seconds=60, base_digest=None, adopts=True,
+            draining=False, capacity=80, admitted=3, delta_slots=32, deltas=deltas,
+        )  # fmt: skip
+    page = site.text("/nodes")
+    assert re.findall('<td data-label="Tier">(.*?)</td>', page) == [
+        held["tier"] for held in site.http.get("/v1/nodes").json()["data"][0]["deltas"]
+    ]
+    assert re.findall('<td data-label="In flight" class="number">(.*?)</td>', page) == ["2"] * 3
 
 
 def test_names_are_text_and_never_markup(site: Site) -> None:

@@ -239,7 +239,7 @@ def test_nodes_and_what_they_hold_are_live(site: Site, page: Page, tmp_path: Pat
     page.goto("/nodes")
     card = page.get_by_label("Node http://10.0.0.7:8100", exact=True)
     expect(card).to_contain_text("3 of 80 sequences")
-    expect(card).to_contain_text("1 of 32 slots")
+    expect(card).to_contain_text("1 of 32 device slots")
     row = card.locator("tbody tr")
     expect(row.get_by_role("link")).to_have_text(f"{delta.name}:{delta.version}")
     expect(row).to_contain_text("pinned")
