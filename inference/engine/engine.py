@@ -158,7 +158,9 @@ class Engine:
     def _draw(self, sequence: Sequence, scores: Scores, row: int) -> None:
         """Draw a sequence's next token and tell what came of it."""
         try:
-            token = scores.sample(row, sequence.sampling, sequence.generator)
+            token = scores.sample(
+                row, sequence.sampling, sequence.generator, sequence.tokens, sequence.prompt_length
+            )
             self._scheduler.drawn(sequence)
             self._take(sequence, token)
         except Exception as error:

@@ -1,6 +1,7 @@
 """From logits to tokens: every sequence has its own settings and its own random numbers."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """What is added to the logits, by token id."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
@@ -22,7 +28,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A token with its log-probability under the model (nats, before temperature and filters).
+    """A token with its log-probability under the model (nats, before anything a request changes).
 
     `logprob` and the `top` most likely alternatives (id, log-probability) only where asked for.
     """
@@ -46,6 +52,32 @@ def make_generator(params: SamplingParams, choice: int) -> torch.Generator | Non
     else:
         generator.manual_seed((params.seed + choice) % 2**63)
     return generator
+
+
+def adjusted(
+    logits: Tensor, params: SamplingParams, tokens: Sequence[int], prompt_length: int
+) -> Tensor:
+    """The logits (vocabulary,) with bias and penalties; a new tensor where there are any.
+
+    `tokens` is the prompt, then the answer so far. As in vLLM the bias comes first, then the
+    repetition penalty over all tokens, then OpenAI's other two penalties over the answer alone.
+    """
+    bias, repetition = params.logit_bias, params.repetition_penalty
+    frequency, presence = params.frequency_penalty, params.presence_penalty
+    if bias:
+        ids = torch.tensor(list(bias), device=logits.device)
+        values = torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
+        logits = logits.index_add(0, ids, values)
+    if repetition != 1:
+        ids = torch.tensor(tokens, device=logits.device)
+        found = logits[ids]
+        changed = torch.where(found > 0, found / repetition, found * repetition)
+        logits = logits.scatter(0, ids, changed)
+    if (frequency or presence) and len(tokens) > prompt_length:
+        answer = torch.tensor(tokens[prompt_length:], device=logits.device)
+        ids, counts = answer.unique(return_counts=True)
+        logits = logits.index_add(0, ids, -frequency * counts.to(logits.dtype) - presence)
+    return logits
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
@@ -79,9 +111,14 @@ class Scores:
         self._best = logits.argmax(-1).tolist()
 
     def sample(
-        self, row: int, params: SamplingParams, generator: torch.Generator | None
+        self,
+        row: int,
+        params: SamplingParams,
+        generator: torch.Generator | None,
+        tokens: Sequence[int],
+        prompt_length: int,
     ) -> SampledToken:
-        """Draw one row's token; without a generator, the most likely one.
+        """Draw one row's token, which follows `tokens`; without a generator, the likeliest one.
 
         Raises:
             FloatingPointError: the row's logits hold NaN or an infinity.
@@ -89,7 +126,11 @@ class Scores:
         if not self._finite[row]:
             raise FloatingPointError("The model's output is not finite; its weights are broken.")
         logits = self._logits[row]
-        token = self._best[row] if generator is None else _draw(logits, params, generator)
+        scores = adjusted(logits, params, tokens, prompt_length)
+        if generator is not None:
+            token = _draw(scores, params, generator)
+        else:
+            token = self._best[row] if scores is logits else int(scores.argmax())
         if params.logprobs is None:
             return SampledToken(token)
         logprobs = torch.log_softmax(logits, -1)

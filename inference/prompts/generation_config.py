@@ -16,6 +16,7 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def eos_ids(files: Mapping[str, str]) -> frozenset[int]:
@@ -30,16 +31,18 @@ def eos_ids(files: Mapping[str, str]) -> frozenset[int]:
 def sampling_defaults(files: Mapping[str, str]) -> SamplingDefaults:
     """The sampling that the model was published with; greedy if it says `do_sample: false`.
 
-    A value out of its range counts as none. Penalties are not applied.
+    A value out of its range counts as none. The repetition penalty applies to greedy answers too.
     """
     config = _read(files, GENERATION_CONFIG)
+    repetition = _number(config, "repetition_penalty", 0.1, 10.0, 1.0)
     if config.get("do_sample") is False:
-        return SamplingDefaults(temperature=0.0)
+        return SamplingDefaults(temperature=0.0, repetition_penalty=repetition)
     return SamplingDefaults(
         temperature=_number(config, "temperature", 0.0, 2.0, 1.0),
         top_p=_number(config, "top_p", 1e-6, 1.0, 1.0),
         top_k=int(_number(config, "top_k", 0, 2**31, 0)),
         min_p=_number(config, "min_p", 0.0, 1.0, 0.0),
+        repetition_penalty=repetition,
     )
 
 

@@ -1,5 +1,6 @@
 """The engine answers as transformers would, whoever else is in the batch."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -63,6 +64,47 @@ def test_seeded_sampling_does_not_depend_on_neighbours(make_bench: Any, make_mod
     assert crowded.answer == solo
     assert bench.run(PROMPTS[0], 1, choice=1, **how).answer != solo
     assert bench.run(PROMPTS[0], 1, **(how | {"seed": 8})).answer != solo
+
+
+def test_penalties_and_bias_are_those_of_transformers_generate(
+    make_bench: Any, make_model: Any
+) -> None:
+    base = make_model("llama")
+    bench = make_bench(base)
+    bias = {7: 2.0, 73: -100.0}
+    hows: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.4}, {"logit_bias": bias}]
+    hows.append(hows[1] | hows[2])
+    outcomes = [bench.submit(prompt, **how) for prompt in PROMPTS for how in hows]
+    bench.finish(*outcomes)
+    expected = []
+    for prompt in PROMPTS:
+        for how in hows:
+            settings = dict(how)
+            if biases := settings.pop("logit_bias", None):
+                settings["sequence_bias"] = [[[token], value] for token, value in biases.items()]
+            tokens = torch.tensor([prompt])
+            out = base.generate(
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False,
+                eos_token_id=None, pad_token_id=0, **settings,
+            )  # fmt: skip
+            expected.append(out[0, len(prompt) :].tolist())
+    assert [outcome.answer for outcome in outcomes] == expected
+    assert len({tuple(answer) for answer in expected[:4]}) == 4, "each makes a difference"
+
+
+def test_frequency_and_presence_count_the_answer_alone(make_bench: Any, make_model: Any) -> None:
+    base = make_model("llama")
+    bench = make_bench(base)
+    for frequency, presence in ((1.5, 0.5), (-1.0, 0.0), (0.0, 2.0)):
+        tokens = list(PROMPTS[4])
+        for _ in range(12):
+            with torch.no_grad():
+                logits = base(torch.tensor([tokens])).logits[0, -1]
+            for token, count in Counter(tokens[2:]).items():
+                logits[token] -= count * frequency + presence
+            tokens.append(int(logits.argmax()))
+        how = {"frequency_penalty": frequency, "presence_penalty": presence}
+        assert bench.run(PROMPTS[4], **how).answer == tokens[2:]
 
 
 def test_logprobs_are_the_models(make_bench: Any, make_model: Any) -> None:

@@ -1,15 +1,27 @@
 """What may be drawn is what transformers would allow, in the right proportions."""
 
+from collections import Counter
+
 import pytest
 import torch
 from transformers import (
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from inference.engine.sampler import SamplingParams, Scores, candidates, make_generator
+from inference.engine.sampler import (
+    SamplingParams,
+    Scores,
+    adjusted,
+    candidates,
+    make_generator,
+)
+
+PROMPT, ANSWER = [3, 3, 5, 8], [5, 9, 9, 9, 11]
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
@@ -35,11 +47,57 @@ def test_the_filters_are_those_of_transformers(
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.3, 0.7])
+@pytest.mark.parametrize("logit_bias", [{}, {5: 100.0, 9: -100.0, 20: 0.5}])
+def test_bias_and_repetition_are_those_of_transformers(
+    repetition_penalty: float, logit_bias: dict[int, float]
+) -> None:
+    logits = torch.randn(97, generator=torch.Generator().manual_seed(0)) * 2
+    expected, tokens = logits[None], torch.tensor([PROMPT + ANSWER])
+    if logit_bias:
+        biases = [[[token], bias] for token, bias in logit_bias.items()]
+        expected = SequenceBiasLogitsProcessor(biases)(tokens, expected)
+    expected = RepetitionPenaltyLogitsProcessor(repetition_penalty)(tokens, expected)
+    params = SamplingParams(repetition_penalty=repetition_penalty, logit_bias=logit_bias)
+    found = adjusted(logits, params, PROMPT + ANSWER, len(PROMPT))
+    torch.testing.assert_close(found, expected[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frequency", [0, 0.5, -2.0])
+@pytest.mark.parametrize("presence", [0, 1.5, -0.25])
+@pytest.mark.parametrize("answer", [[], ANSWER])
+def test_frequency_and_presence_are_openais_formula(
+    frequency: float, presence: float, answer: list[int]
+) -> None:
+    """mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, c of the answer alone."""
+    logits = torch.randn(97, generator=torch.Generator().manual_seed(0))
+    expected = logits.clone()
+    for token, count in Counter(answer).items():
+        expected[token] += -count * frequency - float(count > 0) * presence
+    params = SamplingParams(frequency_penalty=frequency, presence_penalty=presence)
+    torch.testing.assert_close(adjusted(logits, params, PROMPT + answer, len(PROMPT)), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_what_is_adjusted_is_drawn_and_the_log_probability_stays_the_models(
+    temperature: float,
+) -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+    scores = Scores(logits)
+    params = SamplingParams(temperature=temperature, logit_bias={2: 100.0}, logprobs=1)
+    biased = scores.sample(0, params, make_generator(params, 0), [0], 1)
+    assert biased.id == 2
+    assert biased.logprob == pytest.approx(float(logits[0].log_softmax(-1)[2]))
+    assert biased.top[0][0] == 0
+    plain = SamplingParams(temperature=0)
+    assert scores.sample(1, plain, None, [0], 1).id == 0, "a neighbour's bias is its own"
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     scores, params = Scores(logits[None]), SamplingParams(seed=0)
     generator = make_generator(params, 0)
-    drawn = [scores.sample(0, params, generator).id for _ in range(4000)]
+    drawn = [scores.sample(0, params, generator, [], 0).id for _ in range(4000)]
     shares = torch.bincount(torch.tensor(drawn), minlength=4) / 4000
     torch.testing.assert_close(shares, logits.exp(), atol=0.03, rtol=0)
 
@@ -63,6 +121,6 @@ def test_broken_logits_are_refused(bad: float, temperature: float) -> None:
     logits[1, 3] = bad
     params = SamplingParams(temperature=temperature)
     scores = Scores(logits)
-    assert scores.sample(0, params, make_generator(params, 0)).id in range(5)
+    assert scores.sample(0, params, make_generator(params, 0), [], 0).id in range(5)
     with pytest.raises(FloatingPointError, match="not finite"):
-        scores.sample(1, params, make_generator(params, 0))
+        scores.sample(1, params, make_generator(params, 0), [], 0)

@@ -97,6 +97,12 @@ def test_the_generation_config_names_the_end(
         ({"temperature": 0.6, "top_k": 20, "top_p": 0.95}, SamplingDefaults(0.6, 0.95, 20)),
         ({"do_sample": True, "min_p": 0.1, "temperature": None}, SamplingDefaults(min_p=0.1)),
         ({"do_sample": False, "temperature": 0.6}, SamplingDefaults(temperature=0.0)),
+        ({"repetition_penalty": 1.05}, SamplingDefaults(repetition_penalty=1.05)),
+        (
+            {"do_sample": False, "repetition_penalty": 1.05},
+            SamplingDefaults(temperature=0.0, repetition_penalty=1.05),
+        ),
+        ({"repetition_penalty": 0}, SamplingDefaults()),
         ({"temperature": "hot", "top_p": 7, "top_k": -1, "min_p": True}, SamplingDefaults()),
     ],
 )
