@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from deltadock.errors import InvalidArtifact, UnsupportedModel
+from deltadock.errors import InvalidArtifact, InvalidInput, UnsupportedModel
 from inference.prompts.chat import chat_format
 from inference.prompts.generation_config import eos_ids, sampling_defaults
 
@@ -54,8 +54,17 @@ class Tokenizer:
         self._tokenizer.no_padding()
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids; `special_tokens` adds the model's own (a BOS where it has one)."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        """Token ids; `special_tokens` adds the model's own (a BOS where it has one).
+
+        Raises:
+            InvalidInput: the text holds half a surrogate pair, as JSON allows.
+        """
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        except TypeError as error:
+            raise InvalidInput(
+                "A text holds half a surrogate pair, which is no character; leave it out."
+            ) from error
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:

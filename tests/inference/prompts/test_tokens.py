@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltadock.errors import InvalidArtifact, UnsupportedModel
+from deltadock.errors import InvalidArtifact, InvalidInput, UnsupportedModel
 from inference.prompts.generation_config import SamplingDefaults
 from inference.prompts.tokens import TextStream, Tokenizer
 
@@ -111,6 +111,11 @@ def test_the_generation_config_says_how_to_sample(
 ) -> None:
     files = {"tokenizer.json": tokenizer_json, "generation_config.json": json.dumps(config)}
     assert Tokenizer(files).defaults == expected
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidInput, match="half a surrogate pair"):
+        tokenizer.encode("a\ud800")
 
 
 def test_a_truncating_tokenizer_file_truncates_nothing(tokenizer_json: str) -> None:
