@@ -6,7 +6,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from api.problems import OpenAIProblem, Problem
+from api.problems import Problem
+from deltadock.openai.errors import ErrorBody
 
 DESCRIPTION = """
 Keep fine-tuned LLMs as small deltas on a shared base, and serve them.
@@ -35,7 +36,7 @@ class DescribedApp(FastAPI):
                 routes=self.routes,
             )
             _, errors = models_json_schema(
-                [(Problem, "serialization"), (OpenAIProblem, "serialization")],
+                [(Problem, "serialization"), (ErrorBody, "serialization")],
                 ref_template="#/components/schemas/{model}",
             )
             schema["components"]["schemas"] |= errors["$defs"]

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from deltadock.errors import DeltadockError, InvalidInput, RangeNotSatisfiable
+from deltadock.openai.errors import ErrorBody, openai_status, refusal
 
 log = structlog.get_logger(__name__)
 
@@ -38,21 +39,6 @@ class Problem(BaseModel):
     retryable: bool = Field(examples=[False])
 
 
-class OpenAIError(BaseModel):
-    """What went wrong, in OpenAI's words."""
-
-    message: str
-    type: str = Field(examples=["invalid_request_error"])
-    param: str | None = Field(examples=["model"])
-    code: str = Field(examples=["model_not_found"])
-
-
-class OpenAIProblem(BaseModel):
-    """An error as OpenAI's clients expect it."""
-
-    error: OpenAIError
-
-
 def problem_body(
     status: int,
     code: str,
@@ -73,27 +59,11 @@ def problem_body(
     }
 
 
-def openai_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {
-        "error": {
-            "message": message,
-            "type": "rate_limit_error" if status == 429 else kind,
-            "param": param,
-            "code": code,
-        }
-    }
-
-
 def _openai_terms(status: int, code: str) -> tuple[int, str, str | None]:
-    """Status, code and param as OpenAI's own service would say it.
-
-    It answers 400 to every malformed request, and its 404 is about the model.
-    """
+    """Status, code and param as OpenAI's own service would say it; its 404 is about the model."""
     if code == "not_found":
         return status, "model_not_found", "model"
-    return 400 if status == 422 else status, code, None
+    return openai_status(status), code, None
 
 
 def error_response(
@@ -110,11 +80,16 @@ def error_response(
     headers = dict(headers or {})
     if retryable:
         headers.setdefault("Retry-After", "1")
-    if path in OPENAI_PATHS or path.startswith("/v1/models/"):
+    if _is_openais(path):
         status, code, param = _openai_terms(status, code)
-        return JSONResponse(openai_body(status, code, detail, param), status, headers)
+        body = ErrorBody.of(status, code, detail, param).model_dump()
+        return JSONResponse(body, status, headers)
     body = problem_body(status, code, detail, retryable=retryable, extensions=extensions)
     return JSONResponse(body, status, headers, media_type=PROBLEM_TYPE)
+
+
+def _is_openais(path: str) -> bool:
+    return path in OPENAI_PATHS or path.startswith("/v1/models/")
 
 
 async def _domain_error(request: Request, error: Exception) -> Response:
@@ -137,6 +112,10 @@ async def _domain_error(request: Request, error: Exception) -> Response:
 
 async def _invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
+    if _is_openais(request.url.path):
+        status = openai_status(InvalidInput.status)
+        body = ErrorBody.of(status, InvalidInput.code, *refusal(error.errors()))
+        return JSONResponse(body.model_dump(), status)
     faults = [
         {"where": ".".join(map(str, fault["loc"])), "message": fault["msg"]}
         for fault in error.errors()
@@ -188,10 +167,10 @@ def problems(*errors: type[DeltadockError]) -> Responses:
 
 def openai_problems(*errors: type[DeltadockError]) -> Responses:
     """The same for OpenAI's routes."""
-    responses = _any_error("application/json", "OpenAIProblem")
+    responses = _any_error("application/json", "ErrorBody")
     for error in errors:
         status, code, param = _openai_terms(error.status, error.code)
-        body = openai_body(status, code, _summary(error), param)
+        body = ErrorBody.of(status, code, _summary(error), param).model_dump()
         _add_example(responses, "application/json", error, (status, body))
     return responses
 

@@ -135,7 +135,7 @@ class Node:
         if self.draining:
             raise Unavailable("The node is stopping; send the request to another.")
         prompts = request.prompts()
-        count = len(prompts) * request.n
+        count = len(prompts) * request.answers
         self._admission.enter(target.weights, count)
         try:
             return await self._begin(target, prompts, request)
@@ -161,12 +161,13 @@ class Node:
                 undo.callback(base.deltas.release, target.artifact)
                 generation.tokenizer = delta.tokenizer
             tokenizer = generation.tokenizer
+            vocabulary = base.model.config.vocab_size
             encoded = await asyncio.to_thread(
-                encode, prompts, tokenizer, self._templates, base.model.config.vocab_size
+                encode, prompts, tokenizer, self._templates, vocabulary
             )
             context = base.engine.context_tokens
-            sampling = sampling_of(request, tokenizer.defaults, encoded, context)
-            generation.start(encoded, request.n, sampling, slot)
+            sampling = sampling_of(request, tokenizer.defaults, encoded, context, vocabulary)
+            generation.start(encoded, request.answers, sampling, slot)
             undo.pop_all()
         self.metrics.requests.labels("ok").inc()
         return generation

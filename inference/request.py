@@ -29,8 +29,9 @@ class Target:
 class Request(Protocol):
     """What a route asks of the node."""
 
-    n: int
-    """Answers to each prompt."""
+    @property
+    def answers(self) -> int:
+        """How many to each prompt."""
 
     def prompts(self) -> Sequence[Prompt]:
         """What is to be continued or answered."""
@@ -49,11 +50,19 @@ def encode(
         UnsupportedModel: a conversation, and the model has no chat template.
     """
     encoded = [_tokens(prompt, tokenizer, templates) for prompt in prompts]
-    for tokens in encoded:
+    for prompt, tokens in zip(prompts, encoded, strict=True):
         if not tokens:
-            raise InvalidInput("The prompt is empty; send at least one token.")
-        if not all(0 <= token < vocabulary for token in tokens):
-            raise InvalidInput(f"Token ids must lie in 0..{vocabulary - 1}.")
+            raise InvalidInput(
+                "A prompt has no tokens, so there is nothing to go on from. Send at least one "
+                "character or token id.",
+                param="messages" if isinstance(prompt, Conversation) else "prompt",
+            )
+        unknown = [token for token in tokens if not 0 <= token < vocabulary]
+        if unknown:
+            raise InvalidInput(
+                f"`prompt` holds the token id {unknown[0]}; the model has 0 to {vocabulary - 1}.",
+                param="prompt",
+            )
     return encoded
 
 
@@ -65,18 +74,33 @@ def _tokens(prompt: Prompt, tokenizer: Tokenizer, templates: TemplateSandbox) ->
 
 
 def sampling_of(
-    request: Request, defaults: SamplingDefaults, encoded: Sequence[Sequence[int]], context: int
+    request: Request,
+    defaults: SamplingDefaults,
+    encoded: Sequence[Sequence[int]],
+    context: int,
+    vocabulary: int,
 ) -> SamplingParams:
     """How the prompts are continued within a context of so many tokens.
 
     Raises:
-        InvalidInput: a prompt and its answer do not fit.
+        InvalidInput: a prompt and its answer do not fit, or a bias is none of the `vocabulary`'s.
     """
     longest = max(map(len, encoded))
+    if longest >= context:
+        raise InvalidInput(
+            f"The prompt has {longest} tokens; together with its answer it must fit the context of "
+            f"{context} tokens. Shorten it."
+        )
     sampling = request.sampling(defaults, context - longest)
     if longest + sampling.max_tokens > context:
         raise InvalidInput(
             f"The prompt's {longest} tokens and max_tokens {sampling.max_tokens} exceed the "
             f"context of {context} tokens. Shorten one of them."
+        )
+    unknown = [token for token in sampling.logit_bias if token >= vocabulary]
+    if unknown:
+        raise InvalidInput(
+            f"`logit_bias` names the token id {unknown[0]}; the model has 0 to {vocabulary - 1}.",
+            param="logit_bias",
         )
     return sampling

@@ -11,8 +11,8 @@ import structlog
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from api.problems import openai_body
 from deltadock.errors import Unavailable
+from deltadock.openai.errors import ErrorBody
 
 log = structlog.get_logger(__name__)
 
@@ -106,5 +106,5 @@ async def _passed_on(answer: Answer) -> AsyncIterator[bytes]:
         log.warning("node_broke_off", error=repr(error))
         if not answer.is_stream:
             raise  # a connection that breaks is all that can still tell the client
-        body = openai_body(503, Unavailable.code, "The inference node broke off its answer.")
-        yield f"\n\ndata: {json.dumps(body)}\n\n".encode()
+        body = ErrorBody.of(503, Unavailable.code, "The inference node broke off its answer.")
+        yield f"\n\ndata: {body.model_dump_json()}\n\n".encode()

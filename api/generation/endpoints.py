@@ -21,7 +21,6 @@ from api.generation.schemas import (
     CompletionIn,
     DeltaGenerated,
     GenerateIn,
-    ModelIn,
     ModelList,
     ModelOut,
 )
@@ -36,6 +35,7 @@ from deltadock.errors import (
     Unavailable,
     UnsupportedModel,
 )
+from deltadock.openai.fields import SamplingFields
 
 router = APIRouter(tags=["generation"])
 
@@ -82,7 +82,7 @@ async def chat(body: ChatIn, request: Request, resources: ResourcesDep) -> Respo
 
 
 async def _forward(
-    resources: Resources, request: Request, path: str, body: ModelIn
+    resources: Resources, request: Request, path: str, body: SamplingFields
 ) -> ForwardedResponse:
     """The node's answer; whatever the name comes to mean, this request keeps its weights."""
 
@@ -91,7 +91,7 @@ async def _forward(
             return resolve(session, body.model)
 
     target = await run_in_threadpool(find)
-    wish = body.model_dump(exclude_none=True)
+    wish = body.model_dump(exclude_unset=True)
     return ForwardedResponse(await ask_nodes(resources, request, target, path, wish))
 
 

@@ -1,48 +1,40 @@
 """Bodies of the generation routes."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.deltas.schemas import EXAMPLE_DELTA_ID
 from api.schemas import RequestBody
+from deltadock.openai.chat import ChatRequest
+from deltadock.openai.completions import CompletionRequest
+from deltadock.openai.fields import MaxTokens, ModelName, Seed, Stop, Temperature, TopP
 from storage.models import Base, Delta
 
-
-class ModelIn(BaseModel):
-    """What OpenAI's requests share. Fields not named here go to the node as they are."""
-
-    model: str = Field(
-        min_length=1,
-        max_length=256,
-        description="A delta's id, project/model, project/model:version, or a base's name or id.",
-    )
-    max_tokens: int | None = Field(default=None, ge=0)
-    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
+Model = Annotated[
+    ModelName,
+    Field(
+        description="A delta's id, project/model, project/model:version, or a base's name or id."
+    ),
+]
 
 
-class CompletionIn(ModelIn):
+class CompletionIn(CompletionRequest):
     """OpenAI's completion request."""
 
     model_config = ConfigDict(
-        extra="allow",
         json_schema_extra={
             "examples": [{"model": EXAMPLE_DELTA_ID, "prompt": "17 + 25 =", "max_tokens": 8}]
-        },
+        }
     )
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    model: Model
 
 
-class ChatIn(ModelIn):
+class ChatIn(ChatRequest):
     """OpenAI's chat completion request; a message has a `role` and a `content` of text."""
 
     model_config = ConfigDict(
-        extra="allow",
         json_schema_extra={
             "examples": [
                 {
@@ -51,11 +43,10 @@ class ChatIn(ModelIn):
                     "max_completion_tokens": 8,
                 }
             ]
-        },
+        }
     )
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=0)
+    model: Model
 
 
 class GenerateIn(RequestBody):
@@ -66,17 +57,14 @@ class GenerateIn(RequestBody):
     )
 
     prompt: str
-    max_tokens: int = Field(default=128, ge=1)
-    temperature: float | None = Field(
+    max_tokens: MaxTokens = 128
+    temperature: Temperature | None = Field(
         default=None,
-        ge=0,
-        le=2,
-        allow_inf_nan=False,
         description="0: always the likeliest token. Unset, the model's generation config decides.",
     )
-    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    top_p: TopP | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
 
 
 class UsageOut(BaseModel):

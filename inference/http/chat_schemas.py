@@ -1,55 +1,17 @@
-"""OpenAI's shapes of chat completions."""
+"""Chat completions as the node reads and answers them."""
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict
 
+from deltadock.openai import chat
 from inference.engine.sampler import SamplingParams
-from inference.http.schemas import SamplingFields, Usage
+from inference.http.schemas import Usage, sampling_params
 from inference.prompts.chat import Conversation
 from inference.prompts.generation_config import SamplingDefaults
 
 
-class TextPart(BaseModel):
-    """A part of a message; only text can be served."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One turn of a conversation. Parts of text are joined by line breaks."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    @model_validator(mode="after")
-    def _knows_all_fields(self) -> "Message":
-        """Refuse what a template would need and this node does not pass on."""
-        asked = [name for name, value in (self.model_extra or {}).items() if value]
-        if asked:
-            raise ValueError(f"{asked[0]} is not supported in a message; send role and content.")
-        return self
-
-    def plain(self) -> dict[str, str]:
-        """What a chat template reads."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": content, **named}
-
-
-class TextFormat(BaseModel):
-    """The form of an answer: text."""
-
-    type: Literal["text"] = "text"
-
-
-class ChatRequest(SamplingFields):
+class ChatRequest(chat.ChatRequest):
     """A request for /v1/chat/completions; without a limit an answer may fill the context."""
 
     model_config = ConfigDict(
@@ -63,32 +25,15 @@ class ChatRequest(SamplingFields):
         }
     )
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: TextFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    functions: Annotated[list[Any], Field(max_length=0)] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-
-    @field_validator("top_logprobs")
-    @classmethod
-    def _only_with_logprobs(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and not info.data.get("logprobs"):
-            raise ValueError("top_logprobs needs logprobs: true.")
-        return value
-
     def prompts(self) -> list[Conversation]:
         """The conversation."""
         return [Conversation(tuple(message.plain() for message in self.messages))]
 
     def sampling(self, defaults: SamplingDefaults, room: int) -> SamplingParams:
         """The engine's form of the settings, for a prompt that leaves `room` tokens."""
-        asked = self.max_completion_tokens or self.max_tokens or max(room, 1)
-        return self._params(defaults, asked, (self.top_logprobs or 0) if self.logprobs else None)
+        asked = self.max_completion_tokens or self.max_tokens or room
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return sampling_params(self, defaults, asked, logprobs)
 
 
 class TokenLogprob(BaseModel):

@@ -1,4 +1,4 @@
-"""Errors as HTTP, in OpenAI's shape."""
+"""Errors as HTTP, in OpenAI's shape and with its statuses, on every route."""
 
 from typing import Any, Final
 
@@ -8,26 +8,33 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from deltadock.errors import DeltadockError, InvalidInput, NotFound
-from inference.http.schemas import ErrorBody
+from deltadock.openai.errors import ErrorBody, openai_status, refusal
 from inference.metrics import Metrics
 
 RETRY_AFTER_SECONDS: Final = 1
-STATUSES: Final = (401, 404, 409, 413, 422, 429, 500, 503)
+STATUSES: Final = (400, 401, 404, 409, 413, 429, 500, 503)
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": ErrorBody} for status in STATUSES
 }
 """The `responses=` of every route."""
 
 
+def error_body(error: DeltadockError) -> ErrorBody:
+    """The body that tells an error; its detail `param` names the field at fault."""
+    param = error.details.get("param")
+    status = openai_status(error.status)
+    return ErrorBody.of(status, error.code, error.message, None if param is None else str(param))
+
+
 def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Answer every error with a body of ours, and count it by its code."""
 
-    def answer(error: DeltadockError, param: str | None = None) -> JSONResponse:
+    def answer(error: DeltadockError) -> JSONResponse:
         metrics.requests.labels(error.code).inc()
         seconds = error.details.get("retry_after", RETRY_AFTER_SECONDS)
         headers = {"Retry-After": str(seconds)} if error.retryable else None
-        body = ErrorBody.of(error, param).model_dump()
-        return JSONResponse(body, status_code=error.status, headers=headers)
+        body = error_body(error).model_dump()
+        return JSONResponse(body, status_code=openai_status(error.status), headers=headers)
 
     def on_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, DeltadockError)
@@ -35,10 +42,8 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     def on_invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        # Of the forms that a field may have, the one that was followed furthest was meant.
-        fault = max(error.errors(), key=lambda fault: len(fault["loc"]))
-        where = ".".join(str(part) for part in fault["loc"][1:])
-        return answer(InvalidInput(f"{where}: {fault['msg']}"), where)
+        message, param = refusal(error.errors())
+        return answer(InvalidInput(message, param=param))
 
     def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

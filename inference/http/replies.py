@@ -11,16 +11,16 @@ from typing import Any, ClassVar, Generic, TypeVar
 from pydantic import BaseModel
 
 from deltadock.errors import DeltadockError
+from deltadock.openai.fields import SamplingFields
 from inference.engine.sampler import SampledToken
 from inference.engine.sequence import Event
 from inference.generation import Generation
+from inference.http.problems import error_body
 from inference.http.schemas import (
     Choice,
     Completion,
     CompletionRequest,
-    ErrorBody,
     Logprobs,
-    SamplingFields,
     Usage,
 )
 
@@ -75,7 +75,7 @@ class Reply(ABC, Generic[Request]):
                     self._generated += len(event.tokens)
                     yield _line(self._chunk(index, event).model_dump_json())
         except DeltadockError as error:
-            yield _line(ErrorBody.of(error).model_dump_json())
+            yield _line(error_body(error).model_dump_json())
             return
         options = self.request.stream_options
         if options is not None and options.include_usage:

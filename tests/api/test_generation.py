@@ -71,7 +71,10 @@ def test_a_client_cannot_choose_weights_by_header(
 
 
 def test_the_body_goes_through_as_it_is(api: Api, node: StandInNode, ready: Ready) -> None:
-    body = {"model": "tiny", "prompt": [1, 2], "top_k": 5, "stop": ["a"], "temperature": 0}
+    body = {
+        "model": "tiny", "prompt": [1, 2], "top_k": 5, "stop": ["a"], "temperature": 0,
+        "logit_bias": {"7": -1.5}, "repetition_penalty": 1.1, "store": False, "n": None,
+    }  # fmt: skip
     api.client.post("/v1/completions", json=body, headers={"X-Request-ID": "trace-1"})
     assert node.requests[-1]["body"] == body
     assert node.requests[-1]["headers"]["x-request-id"] == "trace-1"
@@ -91,12 +94,25 @@ def test_unknown_models(api: Api, ready: Ready, subtests: pytest.Subtests) -> No
             )
 
 
-def test_malformed_requests_are_400_as_at_openai(api: Api, subtests: pytest.Subtests) -> None:
-    for body in ({"model": "tiny"}, {"prompt": "x"}, {"model": "tiny", "prompt": 1}):
+def test_malformed_requests_are_400_as_at_openai(
+    api: Api, node: StandInNode, subtests: pytest.Subtests
+) -> None:
+    for body, param in (
+        ({"model": "tiny"}, "prompt"),
+        ({"prompt": "x"}, "model"),
+        ({"model": "tiny", "prompt": 1}, "prompt"),
+        ({"model": "tiny", "prompt": "x", "max_tokens": 0}, "max_tokens"),
+        ({"model": "tiny", "prompt": "x", "best_of": 2}, "best_of"),
+        ({"model": "tiny", "prompt": "x", "wish": 1}, "wish"),
+        ([1], None),
+    ):
         with subtests.test(body=body):
             answer = api.client.post("/v1/completions", json=body)
             assert answer.status_code == 400
-            assert answer.json()["error"]["type"] == "invalid_request_error"
+            error = answer.json()["error"]
+            assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_input")
+            assert error["param"] == param
+    assert node.requests == []
 
 
 @pytest.mark.parametrize(
@@ -147,6 +163,9 @@ def test_the_openai_package(api: Api, ready: Ready) -> None:
         assert whole.choices[0].text == " 42"
         parts = client.completions.create(model=delta["id"], prompt="17 + 25 =", stream=True)
         assert "".join(part.choices[0].text for part in parts) == " 42"
+        with pytest.raises(openai.BadRequestError, match="`echo` is not supported yet") as refused:
+            client.completions.create(model=delta["id"], prompt="x", echo=True)
+        assert refused.value.param == "echo"
         with pytest.raises(openai.NotFoundError) as caught:
             client.completions.create(model="none", prompt="x")
         assert caught.value.code == "model_not_found"
@@ -180,7 +199,9 @@ def test_generating_wants_what_exists_and_is_ready(api: Api) -> None:
     ):
         answer = api.client.post(url, json={"prompt": "x"})
         assert (answer.status_code, answer.json()["code"]) == (status, code)
-    for bad in ({}, {"prompt": "x", "temperature": -1}, {"prompt": "x", "wish": 1}):
+    for bad in ({}, *({"prompt": "x"} | wrong for wrong in (
+        {"temperature": -1}, {"wish": 1}, {"max_tokens": 0}, {"stop": ["a"] * 17}
+    ))):  # fmt: skip
         assert api.client.post("/v1/bases/tiny/generate", json=bad).status_code == 422
 
 
@@ -189,7 +210,7 @@ def test_generating_wants_what_exists_and_is_ready(api: Api) -> None:
     [
         (409, "base_mismatch", 409, "base_mismatch"),
         (429, "overloaded", 429, "overloaded"),
-        (422, "invalid_input", 422, "invalid_input"),
+        (400, "invalid_input", 422, "invalid_input"),
         (400, "something", 422, "invalid_input"),
         (500, "internal_error", 503, "unavailable"),
     ],

@@ -140,6 +140,40 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0},
+        {"temperature": 3},
+        {"stop": ["a"] * 17},
+        {"prompt": []},
+        {"prompt": [999]},
+        {"prompt": ["a", [1]]},
+        {"echo": True},
+        {"wish": 1},
+        {"logit_bias": {"999": 1}},
+        {"max_tokens": 10_000},
+    ],
+)
+def test_the_api_and_a_node_refuse_alike(fleet: Fleet, wrong: dict[str, Any]) -> None:
+    body = {"model": "tiny", "prompt": "a", **wrong}
+    node = f"http://127.0.0.1:{next(iter(fleet.known()))}"
+    headers = {"Authorization": f"Bearer {SECRET}", "Deltadock-Base": fleet.site.base}
+    answers = [
+        httpx.post(f"{fleet.url}/v1/completions", json=body),
+        httpx.post(f"{node}/v1/completions", json=body, headers=headers),
+    ]
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert answers[0].json() == answers[1].json()
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"prompt": ""}, {"max_tokens": 10_000}])
+def test_generating_by_url_refuses_in_its_own_shape(fleet: Fleet, wrong: dict[str, Any]) -> None:
+    answer = httpx.post(f"{fleet.url}/v1/bases/tiny/generate", json={"prompt": "a", **wrong})
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_input")
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
 def test_a_fleet_loses_its_nodes_one_by_one_and_no_request(
     fleet: Fleet, generate: Any, threads: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
@@ -175,7 +209,7 @@ def test_a_fleet_loses_its_nodes_one_by_one_and_no_request(
         assert whole.choices[0].message.content == "".join(
             piece.choices[0].delta.content for piece in pieces if piece.choices
         )
-        with pytest.raises(openai.UnprocessableEntityError, match="no chat template"):
+        with pytest.raises(openai.BadRequestError, match="no chat template"):
             client.chat.completions.create(model="maths/skills", messages=TALK)
 
     # A request keeps the weights that its name stood for when it began.

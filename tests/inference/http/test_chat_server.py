@@ -114,7 +114,7 @@ def test_each_model_has_its_own_template_or_none(
     for without in (None, site.artifacts[0]):
         with (
             node.client(site.base, without) as client,
-            pytest.raises(openai.UnprocessableEntityError, match="no chat template") as caught,
+            pytest.raises(openai.BadRequestError, match="no chat template") as caught,
         ):
             client.chat.completions.create(model="m", messages=TALK)
         assert caught.value.code == "unsupported_model"
@@ -138,6 +138,27 @@ def test_a_silent_request_is_sampled_as_the_model_was_published(
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_a_model_published_with_a_repetition_penalty_has_it_unless_asked_otherwise(
+    site: Site, node: RunningNode, carry: Carry
+) -> None:
+    greedy: dict[str, Any] = {"do_sample": False}
+    published = greedy | {"repetition_penalty": 5.0}
+    plain, penalised = (
+        carry(chat_template__jinja=TEMPLATE, generation_config__json=json.dumps(config))
+        for config in (greedy, published)
+    )
+
+    def ask(artifact: str, **how: Any) -> str | None:
+        with node.client(site.base, artifact) as client:
+            answer = client.chat.completions.create(
+                model="m", messages=TALK, max_tokens=24, extra_body=how
+            )
+        return answer.choices[0].message.content
+
+    assert ask(penalised) == ask(plain, repetition_penalty=5.0)
+    assert ask(penalised, repetition_penalty=1.0) == ask(plain) != ask(penalised)
+
+
 def test_without_a_limit_an_answer_may_fill_the_context(
     site: Site, node: RunningNode, chatty: str
 ) -> None:
@@ -145,38 +166,57 @@ def test_without_a_limit_an_answer_may_fill_the_context(
         answer = client.chat.completions.create(model="m", messages=TALK, seed=3)
         ended = answer.choices[0].finish_reason == "stop"
         assert ended or answer.usage.total_tokens == node.node.base.engine.context_tokens
-        with pytest.raises(openai.UnprocessableEntityError, match="context"):
+        with pytest.raises(openai.BadRequestError, match="context"):
             client.chat.completions.create(
                 model="m", messages=[{"role": "user", "content": "x" * 500}]
             )
 
 
 @pytest.mark.parametrize(
-    ("body", "named"),
+    ("body", "param"),
     [
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user"}]}, "content"),
-        ({"messages": [{"role": "pilot", "content": "x"}]}, "role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "tool_calls"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "\\ud800"}]}, None),
         ({"tools": [{}]}, "tools"),
-        ({"top_logprobs": 2}, "top_logprobs needs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"logit_bias": {"264": 1}}, "logit_bias"),
     ],
 )
 def test_bad_requests_are_told_what_is_wrong(
-    site: Site, node: RunningNode, body: dict[str, Any], named: str
+    site: Site, node: RunningNode, chatty: str, body: dict[str, Any], param: str | None
 ) -> None:
+    wish = {"model": "m", "messages": [{"role": "user", "content": "a"}], **body}
     response = httpx.post(
         f"{node.url}/v1/chat/completions",
-        json={"model": "m", "messages": [{"role": "user", "content": "a"}], **body},
-        headers={"Deltadock-Base": site.base},
+        content=json.dumps(wish).replace("\\\\", "\\"),
+        headers={
+            "Deltadock-Base": site.base,
+            "Deltadock-Artifact": chatty,
+            "Content-Type": "application/json",
+        },
     )
-    assert response.status_code == 422
+    assert response.status_code == 400
     error = response.json()["error"]
     assert (error["code"], error["type"]) == ("invalid_input", "invalid_request_error")
-    assert named in error["message"]
+    assert error["param"] == param
+
+
+def test_the_client_may_spell_out_what_is_off(site: Site, node: RunningNode, chatty: str) -> None:
+    how: Any = {"model": "m", "messages": TALK, "max_tokens": 4, "temperature": 0}
+    spelt: Any = {
+        "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "n": 1,
+        "modalities": ["text"], "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {},
+        "store": False, "metadata": {"a": "b"}, "user": "u", "service_tier": "auto", "seed": 1,
+        "parallel_tool_calls": True, "stream_options": None, "stop": None, "top_p": 1,
+    }  # fmt: skip
+    with node.client(site.base, chatty) as client:
+        answers = [client.chat.completions.create(**(how | more)) for more in ({}, spelt)]
+        with pytest.raises(openai.BadRequestError, match="`tools` is not supported yet") as caught:
+            client.chat.completions.create(**how, tools=[{"type": "custom", "custom": {}}])
+    assert answers[0].choices == answers[1].choices
+    assert caught.value.param == "tools"
 
 
 def test_a_template_that_never_ends_fails_its_own_request(
@@ -188,7 +228,7 @@ def test_a_template_that_never_ends_fails_its_own_request(
     )
     with (
         node.client(site.base, endless) as client,
-        pytest.raises(openai.UnprocessableEntityError, match="more time or memory"),
+        pytest.raises(openai.BadRequestError, match="more time or memory"),
     ):
         client.chat.completions.create(model="m", messages=TALK)
     with node.client(site.base, chatty) as client:

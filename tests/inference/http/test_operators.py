@@ -71,8 +71,8 @@ def test_a_delta_in_use_is_not_unloaded(site: Site, node: RunningNode, http: htt
         (f"/{'0' * 64}/unload", None, 404, "not_found"),
         (f"/{'0' * 64}/unpin", None, 404, "not_found"),
         ("/..%2Fescape/load", None, 404, "not_found"),
-        ("/escape/load", None, 422, "invalid_input"),
-        (f"/{'0' * 64}/load", {"tier": "moon"}, 422, "invalid_input"),
+        ("/escape/load", None, 400, "invalid_input"),
+        (f"/{'0' * 64}/load", {"tier": "moon"}, 400, "invalid_input"),
     ],
 )
 def test_bad_wishes_are_refused(

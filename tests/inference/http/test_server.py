@@ -121,33 +121,45 @@ def test_a_delta_brings_its_own_tokenizer_files(
 
 
 @pytest.mark.parametrize(
-    ("body", "named"),
+    ("body", "param", "message"),
     [
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": [999]}, "Token ids"),
-        ({"prompt": []}, "prompt"),
-        ({"max_tokens": 500}, "context"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"temperature": -1}, "temperature"),
-        ({"echo": True}, "echo"),
-        ({"best_of": 3}, "best_of"),
-        ({"frequency_penalty": 1}, "frequency_penalty"),
-        ({"prompt": None}, "prompt"),
+        ({"prompt": ""}, "prompt", "Send at least one character or token id."),
+        ({"prompt": ["a", ""]}, "prompt", "Send at least one character or token id."),
+        ({"prompt": [999]}, "prompt", "`prompt` holds the token id 999; the model has 0 to 263."),
+        ({"prompt": [[1], [-1]]}, "prompt", "`prompt` holds the token id -1; the model has 0 to"),
+        ({"prompt": []}, "prompt", "`prompt` is an empty list; send a text"),
+        ({"prompt": "x" * 120}, None, "The prompt has 120 tokens; together with its answer"),
+        ({"max_tokens": 500}, None, "exceed the context of 120 tokens. Shorten one of them."),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"echo": True}, "echo", "`echo` is not supported yet; leave it out."),
+        ({"logit_bias": {"264": 1}}, "logit_bias", "the token id 264; the model has 0 to 263."),
     ],
 )
 def test_bad_requests_are_told_what_is_wrong(
-    site: Site, node: RunningNode, body: dict[str, Any], named: str
+    site: Site, node: RunningNode, body: dict[str, Any], param: str | None, message: str
 ) -> None:
     response = httpx.post(
         f"{node.url}/v1/completions",
         json={"model": "m", "prompt": "a", **body},
         headers={"Deltadock-Base": site.base},
     )
-    assert response.status_code == 422
+    assert response.status_code == 400
     error = response.json()["error"]
     assert error["code"] == "invalid_input"
     assert error["type"] == "invalid_request_error"
-    assert named in error["message"]
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+def test_half_a_surrogate_pair_is_refused_and_not_fatal(site: Site, node: RunningNode) -> None:
+    response = httpx.post(
+        f"{node.url}/v1/completions",
+        content='{"model": "m", "prompt": "\\ud800"}',
+        headers={"Deltadock-Base": site.base, "Content-Type": "application/json"},
+    )
+    assert response.status_code == 400
+    assert "surrogate" in response.json()["error"]["message"]
 
 
 def test_weights_that_cannot_be_had_fail_their_request_alone(
@@ -158,12 +170,12 @@ def test_weights_that_cannot_be_had_fail_their_request_alone(
     site.blobs.path(broken).unlink()
     shutil.copyfile(site.home / "delta-1", site.blobs.path(broken))  # a good delta, but another
     cases = [
-        (site.base, broken, 422, "hash_mismatch"),
-        (site.base, not_a_delta, 422, "invalid_artifact"),
+        (site.base, broken, 400, "hash_mismatch"),
+        (site.base, not_a_delta, 400, "invalid_artifact"),
         (site.base, site.foreign, 409, "base_mismatch"),
         (site.base, "0" * 64, 404, "not_found"),
-        (site.base, "../../etc/passwd", 422, "invalid_input"),
-        ("nonsense", None, 422, "invalid_input"),
+        (site.base, "../../etc/passwd", 400, "invalid_input"),
+        ("nonsense", None, 400, "invalid_input"),
     ]
     for base, artifact, status, code in cases:
         with node.client(base, artifact) as client, pytest.raises(openai.APIStatusError) as caught:
@@ -233,7 +245,7 @@ def test_a_full_queue_is_429(site: Site, tmp_path: Path) -> None:
         assert caught.value.code == "overloaded"
         assert int(caught.value.response.headers["Retry-After"]) > 0
         assert client.completions.create(model="m", prompt="a", max_tokens=2).choices
-        with pytest.raises(openai.UnprocessableEntityError, match="takes 2"):
+        with pytest.raises(openai.BadRequestError, match="takes 2"):
             client.completions.create(model="m", prompt="a", n=3)
 
 

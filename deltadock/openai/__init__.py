@@ -1,0 +1,1 @@
+"""OpenAI's requests and errors: the api and its nodes take and give them by the same rules."""
