@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +33,17 @@ def _tensor(raw: npt.NDArray[Any], dtype: str) -> Tensor:
     return torch.from_numpy(np.array(raw)).view(TORCH_DTYPES[dtype])
 
 
+def stored_tensor(encoded: Encoded) -> Tensor:
+    """What an encoding holds as it is: an `exact` tensor, or the rows that `new-rows` adds.
+
+    As torch has it, a copy of its own.
+
+    Raises:
+        InvalidArtifact: it is deflated, and not to what its record implies.
+    """
+    return _tensor(raw_data(encoded), encoded.record["dtype"])
+
+
 def exact_tensor(artifact: Artifact, name: str) -> Tensor:
     """An `exact` tensor as torch has it, a copy of its own."""
     return _tensor(artifact.exact(name), artifact.records[name]["dtype"])
@@ -42,7 +53,7 @@ def merged(artifact: Artifact, name: str, base: Tensor) -> Tensor:
     """The fine-tuned tensor: the base's with the delta applied, in the fine-tune's dtype.
 
     The delta is added in float32 and rounded once; a tensor that the artifact does not name is
-    the base's own. A tensor with new rows is longer than the base's.
+    the base's own. Where the vocabulary has grown, a tensor is longer than the base's.
 
     Raises:
         InvalidArtifact: the delta is of another shape than the base's tensor.
@@ -50,11 +61,10 @@ def merged(artifact: Artifact, name: str, base: Tensor) -> Tensor:
     if name not in artifact.records:
         return base
     encoded = artifact.resolved(name)
-    shape = base_shape(encoded.record)
-    if shape != list(base.shape):
+    if not fits(encoded.record, base.shape):
         raise InvalidArtifact(
-            f"{artifact.path.name} has {name!r} for a base of the shape {shape}, but the base has "
-            f"it in {list(base.shape)}."
+            f"{artifact.path.name} has {name!r} for a base of the shape "
+            f"{_base_shape(encoded.record)}, but the base has it in {list(base.shape)}."
         )
     return _applied(encoded, base)
 
@@ -63,17 +73,24 @@ def _applied(encoded: Encoded, base: Tensor) -> Tensor:
     record = encoded.record
     dtype = TORCH_DTYPES[record["dtype"]]
     if record["kind"] == "exact":
-        return _tensor(raw_data(encoded), record["dtype"]).to(base.device)
+        return stored_tensor(encoded).to(base.device)
     if record["kind"] == "new-rows":
         (part,) = parts(encoded)
         rows = base.to(dtype) if part is None else _applied(part, base)
-        added = _tensor(raw_data(encoded), record["dtype"])
-        return torch.cat([rows, added.to(base.device)])
+        return torch.cat([rows, stored_tensor(encoded).to(base.device)])
     return (base.float() + torch.from_numpy(decode_dense(encoded)).to(base.device)).to(dtype)
 
 
-def base_shape(record: Mapping[str, Any]) -> list[int]:
-    """The shape that the base's tensor must have."""
+def fits(record: Mapping[str, Any], base: Sequence[int]) -> bool:
+    """Whether a tensor stored so is one of a base's of this shape; an exact one may be longer."""
+    shape, wanted = list(base), _base_shape(record)
+    if record["kind"] == "exact" and shape and wanted:
+        return wanted[1:] == shape[1:] and wanted[0] >= shape[0]
+    return wanted == shape
+
+
+def _base_shape(record: Mapping[str, Any]) -> list[int]:
+    """The shape of the base's tensor, so far as the record tells it."""
     shape: list[int] = record["shape"]
     return [record["base_rows"], *shape[1:]] if record["kind"] == "new-rows" else shape
 

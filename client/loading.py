@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from artifacts.checkpoint import CheckpointManifest, TensorEntry, merkle_root, scan_folder
-from artifacts.export import TORCH_DTYPES, base_shape, check_base, merged
+from artifacts.export import TORCH_DTYPES, check_base, fits, merged
 from artifacts.reader import Artifact
 from client.views import checkpoint_views, tensors_of
 from deltadock.errors import BaseMismatch, InvalidArtifact, UnsupportedModel
@@ -225,7 +225,7 @@ def _replaced(artifact: Artifact, base: _Base, model: Any) -> list[tuple[Tensor,
         view = base.views.get(name)
         if view is None:
             raise InvalidArtifact(f"The delta changes {name!r}, which the model lacks.")
-        if base_shape(artifact.records[name]) != list(view.shape):
+        if not fits(artifact.resolved(name).record, view.shape):
             raise InvalidArtifact(f"The delta's {name!r} is of another shape than the model's.")
         owner = owners.of(view)
         if owner is None or not owner.is_contiguous():

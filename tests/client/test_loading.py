@@ -168,14 +168,29 @@ def resized(base: Path, tmp_path: Path, **tensors: Encoded) -> Path:
     return write(base, tmp_path / "a.delta", tensors, files={"config.json": json.dumps(config)})
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_a_larger_vocabulary(family: str, tmp_path: Path) -> None:
+LONGER = (VOCABULARY + 4, 32)
+ADDED = encode_new_rows(
+    encoded_matrix((VOCABULARY, 32), 1, "BF16"),
+    to_raw(np.full((4, 32), 0.5, np.float32), "BF16"),
+    VOCABULARY,
+    "BF16",
+)
+WHOLE = encode_exact(to_raw(np.full(LONGER, 0.5, np.float32), "BF16"), "BF16", LONGER)
+
+
+@pytest.mark.parametrize(
+    ("family", "grown"),
+    [
+        ("qwen2", {EMBEDDING: ADDED}),
+        ("qwen2", {EMBEDDING: WHOLE}),
+        ("llama", {EMBEDDING: ADDED, HEAD: ADDED}),
+        ("llama", {EMBEDDING: ADDED, HEAD: encode_alias(EMBEDDING, LONGER, "BF16")}),
+        ("llama", {EMBEDDING: WHOLE, HEAD: ADDED}),
+    ],
+)
+def test_a_larger_vocabulary(family: str, grown: dict[str, Encoded], tmp_path: Path) -> None:
     """Tied, one tensor grows under both names; otherwise both do."""
     base = make_base(family, tmp_path / "base")
-    added = to_raw(np.full((4, 32), 0.5, np.float32), "BF16")
-    part = encoded_matrix((VOCABULARY, 32), 1, "BF16")
-    names = [EMBEDDING] if family == "qwen2" else [EMBEDDING, HEAD]
-    grown = {name: encode_new_rows(part, added, VOCABULARY, "BF16") for name in names}
     delta = resized(base, tmp_path, **grown)
     merge(base, delta, tmp_path / "merged")
     model, merged = load(base), load(tmp_path / "merged")

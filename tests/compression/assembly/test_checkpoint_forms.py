@@ -197,6 +197,12 @@ def test_a_vocabulary_that_has_grown(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 261
     quality = evaluate(base, tuned, tmp_path / "a.delta", text)
     assert quality.kl < 0.5 * quality.kl_base
+    exact = CompressOptions(method="exact", bits=None)
+    compress(base, tuned, tmp_path / "exact.delta", exact, calibration=[Source(text)])
+    merge(base, tmp_path / "exact.delta", tmp_path / "same")
+    same = load_file(tmp_path / "same" / WEIGHTS)
+    assert same.keys() == weights.keys()
+    assert all(torch.equal(same[name], tensor) for name, tensor in weights.items())
 
 
 def test_a_head_of_its_own_under_a_tied_configuration(pair: Pair, tmp_path: Path) -> None:
