@@ -161,7 +161,7 @@ class Node:
                 undo.callback(base.deltas.release, target.artifact)
                 generation.tokenizer = delta.tokenizer
             tokenizer = generation.tokenizer
-            vocabulary = base.model.config.vocab_size
+            vocabulary = base.model.vocabulary(slot)
             encoded = await asyncio.to_thread(
                 encode, prompts, tokenizer, self._templates, vocabulary
             )

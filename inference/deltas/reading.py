@@ -5,26 +5,30 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 
 from artifacts.compatibility import check_same_config, vocabulary
-from artifacts.encoding import inflated
-from artifacts.export import exact_tensor
+from artifacts.encoding import Encoded, decode_factors, inflated, parts
+from artifacts.export import fits, stored_tensor
 from artifacts.packed import packed_delta
 from artifacts.reader import Artifact
-from deltadock.errors import BaseMismatch, InvalidArtifact, UnsupportedModel
-from inference.model.changes import Change, Coded, CodedRows, low_rank, nbytes, pinned
+from deltadock.errors import BaseMismatch, InvalidArtifact
+from inference.model.changes import (
+    Change,
+    Coded,
+    CodedRows,
+    NewRows,
+    TensorChange,
+    low_rank,
+    nbytes,
+    pinned,
+)
 from inference.model.model import BaseModel
 from inference.prompts.tokens import Tokenizer
 
 CONFIG: Final = "config.json"
-
-MERGE: Final = (
-    "A node serves deltas with the base's own vocabulary only: write the checkpoint that it stands "
-    "for with `deltadock merge` and serve that."
-)
 
 
 class DeltaSource(Protocol):
@@ -42,7 +46,7 @@ class DeltaSource(Protocol):
     def names(self) -> Iterable[str]:
         """The tensors that differ from the base's."""
 
-    def change(self, name: str, shape: torch.Size) -> Change:
+    def change(self, name: str, shape: torch.Size) -> TensorChange:
         """What the delta does to the tensor `name`, which has this shape in the base."""
 
 
@@ -55,34 +59,44 @@ class ArtifactSource:
         self.files: Mapping[str, str | None] = artifact.manifest["files"]
         self.names = tuple(artifact.records)
 
-    def change(self, name: str, shape: torch.Size) -> Change:
+    def change(self, name: str, shape: torch.Size) -> TensorChange:
         """The change as compact as the artifact has it; it keeps no file mapped."""
         encoded = self._artifact.resolved(name)
-        kind = encoded.record["kind"]
-        if kind == "new-rows":
-            raise UnsupportedModel(f"The delta adds rows to {name!r}. {MERGE}")
-        if encoded.record["shape"] != list(shape):
+        if not fits(encoded.record, shape):
             raise InvalidArtifact(f"The delta's {name!r} is of another shape than its base's.")
+        kind = encoded.record["kind"]
         if kind == "exact":
-            return exact_tensor(self._artifact, name)
-        if kind == "svd":
-            return packed_delta(encoded)
-        if kind == "low-rank":
-            factors = self._artifact.factors(name)
-            # Copies: an array taken from the file is read-only and keeps the file mapped.
-            return low_rank(*map(torch.tensor, (factors.u, factors.s, factors.v)))
-        if kind == "rows":
-            return CodedRows.of(inflated(encoded))
-        coded = Coded(encoded.copy())
-        coded.dense()  # what cannot be decoded is refused now, not in the midst of a pass
-        return coded
+            tensor = stored_tensor(encoded)
+            if tensor.shape == shape:
+                return tensor
+            return NewRows(*tensor.tensor_split([shape[0]]))
+        if kind == "new-rows":
+            (part,) = parts(encoded)
+            return NewRows(None if part is None else _change(part), stored_tensor(encoded))
+        return _change(encoded)
+
+
+def _change(encoded: Encoded) -> Change:
+    """What a record that stands for a delta does to a tensor of its shape."""
+    kind = encoded.record["kind"]
+    if kind == "svd":
+        return packed_delta(encoded)
+    if kind == "low-rank":
+        factors = decode_factors(encoded)
+        # Copies: an array taken from the file is read-only and keeps the file mapped.
+        return low_rank(*map(torch.tensor, (factors.u, factors.s, factors.v)))
+    if kind == "rows":
+        return CodedRows.of(inflated(encoded))
+    coded = Coded(encoded.copy())
+    coded.dense()  # what cannot be decoded is refused now, not in the midst of a pass
+    return coded
 
 
 @dataclass(frozen=True, slots=True)
 class HostDelta:
     """A delta in host memory: its changes, packed, and its own tokenizer."""
 
-    changes: Mapping[str, Change]
+    changes: Mapping[str, TensorChange]
     tokenizer: Tokenizer
     nbytes: int
     """Bytes of the changes."""
@@ -103,18 +117,21 @@ def read_delta(
     Raises:
         BaseMismatch: the delta was made for another base than the one with `weights_digest`.
         ArchitectureMismatch: its config.json makes other use of the weights than the base's.
-        InvalidArtifact: it changes tensors that the base lacks or that have another shape.
-        UnsupportedModel: its vocabulary is larger than the base's.
+        InvalidArtifact: it changes tensors that the base lacks or that have another shape, or its
+            tensors and its config.json do not agree in how many tokens there are.
     """
     if source.base_digest != weights_digest:
         raise BaseMismatch(
             f"The delta was made for the base {source.base_digest}, not for {weights_digest}. "
             "Name the base it was made for."
         )
-    _check_config(base_files, source.files)
+    config = _own_config(source.files)
+    if config is not None and CONFIG in base_files:
+        check_same_config(json.loads(base_files[CONFIG]), config, any_vocabulary=True)
     changes = model.fit(
         {name: source.change(name, model.base_shape(name)) for name in source.names}
     )
+    _check_vocabulary(config, model.vocabulary_with(changes))
     if model.device.type == "cuda":
         changes = {name: pinned(change) for name, change in changes.items()}
     files = {**base_files, **source.files}
@@ -144,27 +161,33 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _check_config(base_files: Mapping[str, str], own_files: Mapping[str, str | None]) -> None:
-    """Refuse a delta that the base's modelling code would run otherwise than its fine-tune.
+def _own_config(files: Mapping[str, str | None]) -> dict[str, Any] | None:
+    """The delta's config.json, if it has one that is not its base's.
 
     Raises:
-        ArchitectureMismatch: naming the key that differs.
-        InvalidArtifact: its config.json is no JSON object.
-        UnsupportedModel: its vocabulary is larger than the base's.
+        InvalidArtifact: it is no JSON object.
     """
-    base, own = base_files.get(CONFIG), own_files.get(CONFIG)
-    if base is None or own is None:
-        return
+    text = files.get(CONFIG)
+    if text is None:
+        return None
     try:
-        config = json.loads(own)
+        config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidArtifact(f"The delta's {CONFIG} is not JSON.") from error
     if not isinstance(config, dict):
         raise InvalidArtifact(f"The delta's {CONFIG} is not a JSON object.")
-    before = json.loads(base)
-    tokens = vocabulary(before), vocabulary(config)
-    if tokens[0] is not None and tokens[1] is not None and tokens[0] < tokens[1]:
-        raise UnsupportedModel(
-            f"The delta's vocabulary has {tokens[1]} tokens, its base's {tokens[0]}. {MERGE}"
+    return config
+
+
+def _check_vocabulary(config: Mapping[str, Any] | None, tokens: int) -> None:
+    """Refuse tensors with rows for more or fewer tokens than the delta's own config says.
+
+    Raises:
+        InvalidArtifact: with both numbers.
+    """
+    said = None if config is None else vocabulary(config)
+    if said is not None and said != tokens:
+        raise InvalidArtifact(
+            f"The delta's {CONFIG} says that there are {said} tokens, but its tensors have rows "
+            f"for {tokens}. Save the fine-tune again and compress it anew."
         )
-    check_same_config(before, config)

@@ -7,6 +7,7 @@ from inference.engine.decode import Row, StaticDecode
 from inference.engine.scheduler import Work
 from inference.model.attention import Span, make_step
 from inference.model.kv_cache import KVCache
+from inference.model.logits import Logits
 from inference.model.model import BaseModel
 
 
@@ -26,8 +27,8 @@ class Passes:
         if model.device.type == "cuda" if static is None else static:
             self._decode = StaticDecode(model, cache, max_rows)
 
-    def logits(self, work: list[Work]) -> Tensor:
-        """Logits (rows, vocabulary), float32, of the sequences whose next token can be drawn.
+    def logits(self, work: list[Work]) -> Logits:
+        """Logits of the sequences whose next token can be drawn, a row each.
 
         The keys and values of all of the work's tokens are in the cache afterwards.
         """
@@ -41,7 +42,7 @@ class Passes:
                 return self._last(hidden, work, list(range(len(work))))
         return self._packed(work)
 
-    def _packed(self, work: list[Work]) -> Tensor:
+    def _packed(self, work: list[Work]) -> Logits:
         tokens: list[int] = []
         slots: list[int] = []
         spans: list[Span] = []
@@ -53,7 +54,7 @@ class Passes:
         hidden = self._model.forward(torch.tensor(tokens, device=self._model.device), step, slots)
         return self._last(hidden, work, [span.end - 1 for span in spans])
 
-    def _last(self, hidden: Tensor, work: list[Work], rows: list[int]) -> Tensor:
+    def _last(self, hidden: Tensor, work: list[Work], rows: list[int]) -> Logits:
         """Logits of the sequences that sample, whose last rows are `rows`."""
         last = [row for row, item in zip(rows, work, strict=True) if item.samples]
         slots = [item.sequence.delta_slot for item in work if item.samples]

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from inference.model.logits import Logits
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -103,12 +105,14 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor |
 
 
 class Scores:
-    """One pass's logits, (rows, vocabulary) float32, looked over once for all rows."""
+    """One pass's logits, looked over once for all rows of equal length."""
 
-    def __init__(self, logits: Tensor) -> None:
-        self._logits = logits
-        self._finite = torch.isfinite(logits).all(-1).tolist()
-        self._best = logits.argmax(-1).tolist()
+    def __init__(self, logits: Logits) -> None:
+        self._rows = logits.rows()
+        self._finite, self._best = _look_over(logits.known)
+        for numbers, whole in logits.longer:
+            for row, finite, best in zip(numbers, *_look_over(whole), strict=True):
+                self._finite[row], self._best[row] = finite, best
 
     def sample(
         self,
@@ -125,7 +129,7 @@ class Scores:
         """
         if not self._finite[row]:
             raise FloatingPointError("The model's output is not finite; its weights are broken.")
-        logits = self._logits[row]
+        logits = self._rows[row]
         scores = adjusted(logits, params, tokens, prompt_length)
         if generator is not None:
             token = _draw(scores, params, generator)
@@ -138,6 +142,11 @@ class Scores:
         return SampledToken(
             token, float(logprobs[token]), tuple(zip(best.tolist(), values.tolist(), strict=True))
         )
+
+
+def _look_over(logits: Tensor) -> tuple[list[bool], list[int]]:
+    """Of each row of (rows, vocabulary): whether it is finite, and its most likely token."""
+    return torch.isfinite(logits).all(-1).tolist(), logits.argmax(-1).tolist()
 
 
 def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:

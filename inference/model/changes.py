@@ -5,13 +5,14 @@ LowRank       factors as a LoRA adapter has them, in the model's dtype: two prod
 CodedRows     a `rows` matrix, its words as in the artifact
 Coded         a matrix of any other kind, as in the artifact
 Tensor        takes the place of the base's tensor
+NewRows       one of these, and rows that the base's tensor lacks
 
 What is coded is decoded to a dense difference at use, and kept while `TensorCache` has room: a
 product costs what the base's own does, and the first use of a delta the decoding.
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -144,15 +145,33 @@ class CodedRows:
 Change = PackedDelta | LowRank | CodedRows | Coded | Tensor
 
 
-def nbytes(change: Change) -> int:
+class NewRows(NamedTuple):
+    """A matrix with more rows than the base's."""
+
+    old: Change | None
+    """What becomes of the base's rows; None: nothing."""
+    added: Tensor
+    """(added rows, columns)"""
+
+
+TensorChange = Change | NewRows
+"""All that a delta can do to a tensor."""
+
+
+def nbytes(change: TensorChange) -> int:
     """Bytes of memory that a change holds."""
+    if isinstance(change, NewRows):
+        return change.added.nbytes + (0 if change.old is None else nbytes(change.old))
     if isinstance(change, LowRank):
         return change.u.nbytes + change.v.nbytes
     return change.nbytes
 
 
-def fits(change: Change, shape: torch.Size) -> bool:
+def fits(change: TensorChange, shape: torch.Size) -> bool:
     """Whether a base's tensor of this shape can have the change."""
+    if isinstance(change, NewRows):
+        same_columns = len(shape) == 2 and change.added.shape[1:] == shape[1:]
+        return same_columns and (change.old is None or fits(change.old, shape))
     if isinstance(change, LowRank):
         u, v = change
         return (len(u), v.shape[1]) == shape and u.shape[1] == len(v)
@@ -162,8 +181,18 @@ def fits(change: Change, shape: torch.Size) -> bool:
     return change.shape == shape and (isinstance(change, Tensor) or len(shape) == 2)
 
 
-def place(change: Change, device: torch.device, dtype: torch.dtype) -> Change:
+@overload
+def place(change: Change, device: torch.device, dtype: torch.dtype) -> Change: ...
+@overload
+def place(change: TensorChange, device: torch.device, dtype: torch.dtype) -> TensorChange: ...
+def place(change: TensorChange, device: torch.device, dtype: torch.dtype) -> TensorChange:
     """The change in the memory of a model's device; what is in no code, in the model's dtype."""
+    if isinstance(change, NewRows):
+        old, added = change
+        return NewRows(
+            None if old is None else place(old, device, dtype),
+            added.to(device, dtype).contiguous(),
+        )
     if isinstance(change, PackedDelta | CodedRows):
         return change.to(device)
     if isinstance(change, Coded):
@@ -173,8 +202,15 @@ def place(change: Change, device: torch.device, dtype: torch.dtype) -> Change:
     return change.to(device, dtype).contiguous()
 
 
-def pinned(change: Change) -> Change:
+@overload
+def pinned(change: Change) -> Change: ...
+@overload
+def pinned(change: TensorChange) -> TensorChange: ...
+def pinned(change: TensorChange) -> TensorChange:
     """The change in page-locked memory, from which a GPU copies at full speed."""
+    if isinstance(change, NewRows):
+        old, added = change
+        return NewRows(None if old is None else pinned(old), added.pin_memory())
     if isinstance(change, PackedDelta):
         return replace(change, words=change.words.pin_memory())
     if isinstance(change, CodedRows):

@@ -22,8 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from artifacts.checkpoint import CheckpointManifest
 from deltadock.errors import InvalidArtifact, InvalidCheckpoint, UnsupportedModel
+from inference.model.added_tokens import EMBEDDING, LM_HEAD, AddedTokens
 from inference.model.attention import ATTENTION, Step
-from inference.model.changes import Change, fits, place
+from inference.model.changes import Change, NewRows, TensorChange, fits, place
 from inference.model.kv_cache import KVCache
 from inference.model.layers import (
     DEFAULT_LIMITS,
@@ -33,6 +34,7 @@ from inference.model.layers import (
     DeltaModule,
     Routing,
 )
+from inference.model.logits import Logits
 from inference.model.takeover import take_over
 from kernels.svd_delta import Chunks, PackedDelta, empty_delta
 
@@ -43,9 +45,6 @@ FAMILIES: Final[dict[str, tuple[Any, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 """What can be served: model_type to its config and model class."""
-
-EMBEDDING: Final = "model.embed_tokens.weight"
-LM_HEAD: Final = "lm_head.weight"
 
 
 class BaseModel:
@@ -65,7 +64,9 @@ class BaseModel:
         self._routing = Routing(limits)
         self._slow_slots: set[int] = set()
         self._owners, self._parameters = take_over(model, self._routing)
-        if self.config.tie_word_embeddings:
+        tied: bool = self.config.tie_word_embeddings
+        self._added = AddedTokens(self.config.vocab_size, self._routing, tied=tied)
+        if tied:
             # One tensor under two names: a change of either acts on both sides of the model.
             owners = self._owners[EMBEDDING] + self._owners[LM_HEAD]
             self._owners[EMBEDDING] = self._owners[LM_HEAD] = owners
@@ -132,8 +133,7 @@ class BaseModel:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(1, rows, hidden) of the tokens (rows,) of the pass that `route` began."""
-        embedded: Tensor = self.model.model.embed_tokens(tokens[None])
-        return embedded
+        return self._added.embed(tokens, self.model.model.embed_tokens)
 
     def body(self, embedded: Tensor, step: Step) -> Tensor:
         """All layers over what `embed` gave. On a GPU it neither waits nor reads host memory."""
@@ -142,11 +142,23 @@ class BaseModel:
         ).last_hidden_state
         return hidden
 
-    def logits(self, hidden: Tensor, slots: Sequence[int]) -> Tensor:
-        """Logits (rows, vocabulary), float32, of hidden states (1, rows, hidden) of `slots`."""
+    def logits(self, hidden: Tensor, slots: Sequence[int]) -> Logits:
+        """Of hidden states (1, rows, hidden), whose rows belong to `slots`."""
         self._routing.chunks.assign(slots)
-        logits: Tensor = self.model.lm_head(hidden)
-        return logits[0].float()
+        known: Tensor = self.model.lm_head(hidden)[0].float()
+        return self._added.logits(known, hidden[0], slots)
+
+    def vocabulary(self, slot: int) -> int:
+        """Tokens that the rows of `slot` know: the base's, and what its delta adds."""
+        return self._added.vocabulary(slot)
+
+    def vocabulary_with(self, changes: Mapping[str, TensorChange]) -> int:
+        """Tokens that rows with these changes know.
+
+        Raises:
+            InvalidArtifact: the changes contradict each other in what they add.
+        """
+        return self._added.vocabulary(0) + self._added.count(changes)
 
     def base_shape(self, name: str) -> torch.Size:
         """The shape of the base's tensor of this name.
@@ -158,7 +170,7 @@ class BaseModel:
             raise InvalidArtifact(f"The delta changes {name!r}, a tensor that its base lacks.")
         return self._parameters[name].shape
 
-    def prepare(self, changes: Mapping[str, Change]) -> dict[str, Change]:
+    def prepare(self, changes: Mapping[str, TensorChange]) -> dict[str, TensorChange]:
         """Bring a delta's changes, by name, to the model's device and dtype, for `install`.
 
         Raises:
@@ -166,17 +178,17 @@ class BaseModel:
         """
         return self.place(self.fit(changes))
 
-    def place(self, changes: Mapping[str, Change]) -> dict[str, Change]:
+    def place(self, changes: Mapping[str, TensorChange]) -> dict[str, TensorChange]:
         """Copy what `fit` gave to the model's device; what is there already stays as it is."""
         return {name: place(change, self.device, self.dtype) for name, change in changes.items()}
 
-    def fit(self, changes: Mapping[str, Change]) -> dict[str, Change]:
+    def fit(self, changes: Mapping[str, TensorChange]) -> dict[str, TensorChange]:
         """A delta's changes, by name, as `install` takes them, in host memory.
 
         What a bias changes goes into its weight's packed delta.
 
         Raises:
-            InvalidArtifact: one does not fit the base's tensor.
+            InvalidArtifact: one does not fit the base's tensor, or the others.
         """
         found = {name: self._fitting(name, change) for name, change in changes.items()}
         for name, bias in changes.items():
@@ -192,9 +204,10 @@ class BaseModel:
                 del found[name]
             else:
                 found[name] = difference
+        self._added.count(found)  # refuses tables of different lengths
         return found
 
-    def _fitting(self, name: str, change: Change) -> Change:
+    def _fitting(self, name: str, change: TensorChange) -> TensorChange:
         shape = self.base_shape(name)
         if not fits(change, shape):
             raise InvalidArtifact(
@@ -202,21 +215,25 @@ class BaseModel:
             )
         return change
 
-    def install(self, slot: int, changes: Mapping[str, Change]) -> None:
+    def install(self, slot: int, changes: Mapping[str, TensorChange]) -> None:
         """Give `slot` its prepared changes. No running sequence may be on the slot."""
         by_module: dict[DeltaModule, dict[str, Change]] = defaultdict(dict)
-        for name, change in changes.items():
-            for module, parameter in self._owners[name]:
-                by_module[module][parameter] = change
-        slow = [module.install(slot, found) for module, found in by_module.items()]
+        for name, found in changes.items():
+            change = found.old if isinstance(found, NewRows) else found
+            if change is not None:
+                for module, parameter in self._owners[name]:
+                    by_module[module][parameter] = change
+        slow = [module.install(slot, own) for module, own in by_module.items()]
         if any(slow):
             self._slow_slots.add(slot)
+        self._added.install(slot, changes)
 
     def remove(self, slot: int) -> None:
         """Forget the changes of `slot`. No running sequence may be on the slot."""
         for module in self._modules:
             module.remove(slot)
         self._slow_slots.discard(slot)
+        self._added.remove(slot)
 
 
 def _read_tensors(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:

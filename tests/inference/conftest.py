@@ -17,7 +17,7 @@ from artifacts.checkpoint import scan_folder
 from inference.engine.engine import Engine
 from inference.engine.sampler import SamplingParams, make_generator
 from inference.engine.sequence import Event, Sequence
-from inference.model.changes import Change
+from inference.model.changes import TensorChange
 from inference.model.model import FAMILIES, BaseModel, load_base
 from inference.prompts.tokens import TextStream, Tokenizer
 
@@ -156,7 +156,7 @@ class Bench:
         self._told: queue.SimpleQueue[tuple[Outcome, Event]] = queue.SimpleQueue()
         self.engine.start()
 
-    def install(self, slot: int, changes: Mapping[str, Change]) -> None:
+    def install(self, slot: int, changes: Mapping[str, TensorChange]) -> None:
         """Give a slot its changes as they would come from an artifact."""
         self.model.install(slot, self.model.prepare(changes))
 

@@ -5,34 +5,48 @@ from typing import Any
 
 import torch
 
-from inference.model.changes import Change, LowRank
+from inference.model.changes import LowRank, NewRows, TensorChange
 
 
-def merge(base: Any, changes: dict[str, Change]) -> Any:
+def merge(base: Any, changes: dict[str, TensorChange]) -> Any:
     """The fine-tuned model that a delta stands for."""
     model = copy.deepcopy(base)
+    added = {len(change.added) for change in changes.values() if isinstance(change, NewRows)}
+    for count in added:
+        model.resize_token_embeddings(base.config.vocab_size + count, mean_resizing=False)
     with torch.no_grad():
         for name, change in changes.items():
-            parameter = model.get_parameter(name)
-            if isinstance(change, LowRank):
-                parameter += change.u @ change.v
-            else:
-                parameter.copy_(change)
+            parameter, old = model.get_parameter(name), change
+            if isinstance(change, NewRows):
+                rows = len(parameter) - len(change.added)
+                parameter[rows:] = change.added
+                parameter, old = parameter[:rows], change.old
+            if isinstance(old, LowRank):
+                parameter += old.u @ old.v
+            elif old is not None:
+                parameter.copy_(old)
     return model
 
 
-def make_delta(model: Any, seed: int, *, low_rank: bool = True) -> dict[str, Change]:
-    """Changes of every kind of tensor that the model has: factors of matrices, the rest exactly."""
+def make_delta(
+    model: Any, seed: int, *, low_rank: bool = True, added: int = 0
+) -> dict[str, TensorChange]:
+    """Changes of every kind of tensor that the model has: factors of matrices, the rest exactly.
+
+    The rows of `added` tokens are larger than the others, so that answers are full of them.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    changes: dict[str, Change] = {}
+    changes: dict[str, TensorChange] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and low_rank:
             rows, columns = parameter.shape
             changes[name] = LowRank(noise(rows, 3) * 0.2, noise(3, columns) * 0.2)
         else:
             changes[name] = parameter.detach() + 0.1 * noise(*parameter.shape)
+        if added and len(parameter) == model.config.vocab_size:
+            changes[name] = NewRows(changes[name], noise(added, parameter.shape[1]))
     return changes

@@ -4,9 +4,10 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from artifacts.encoding import (
     SvdMatrix,
     Vectors,
     encode_exact,
+    encode_new_rows,
     encode_svd,
     quantize_rows_midrise,
 )
@@ -40,8 +42,19 @@ def make_vectors(generator: np.random.Generator, ranks: int, length: int) -> Vec
     )
 
 
-def write_delta(path: Path, model: Any, base_digest: str, seed: int, **files: str | None) -> Path:
-    """An artifact of every kind: matrices low-rank, the embedding by rows, the norm exactly."""
+def write_delta(
+    path: Path,
+    model: Any,
+    base_digest: str,
+    seed: int,
+    *,
+    added: Mapping[str, Any] = MappingProxyType({}),
+    **files: str | None,
+) -> Path:
+    """An artifact of every kind: matrices low-rank, the embedding by rows, the norm exactly.
+
+    `added` maps names of matrices to float32 rows that the base lacks.
+    """
     generator = np.random.default_rng(seed)
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -56,6 +69,8 @@ def write_delta(path: Path, model: Any, base_digest: str, seed: int, **files: st
                 make_vectors(generator, 4, columns),
             )
             tensors[name] = encode_svd(matrix, "F32", {})
+    for name, rows in added.items():
+        tensors[name] = encode_new_rows(tensors[name], rows, len(model.get_parameter(name)), "F32")
     norm = model.model.norm.weight.detach().numpy() * generator.uniform(0.5, 1.5, 32)
     tensors["model.norm.weight"] = encode_exact(norm.astype(np.float32), "F32", (32,))
     manifest = {

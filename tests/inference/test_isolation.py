@@ -1,6 +1,7 @@
 """What goes wrong with one delta stays with it: those beside it never notice."""
 
 import asyncio
+import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -8,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
 
+from artifacts.checkpoint import scan_folder
 from deltadock.errors import Unavailable
 from inference.base import ServedBase
-from tests.inference.support import PROMPT, RunningNode, Site, expected_text, hold, start
+from tests.inference.support import (
+    PROMPT,
+    RunningNode,
+    Site,
+    expected_text,
+    hold,
+    start,
+    write_delta,
+)
 
 
 @pytest.fixture
@@ -69,6 +80,41 @@ def others(site: Site, node: RunningNode, generate: Any) -> Iterator[Callable[[]
     yield check
     enough.set()
     thread.join()
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TWO = np.ones((2, 32), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("added", "says", "words"),
+    [
+        ({EMBEDDING: TWO}, 266, "2 tokens to the embedding, but 0 to the head"),
+        ({EMBEDDING: TWO, HEAD: TWO[:1]}, 266, "2 tokens to the embedding, but 1 to the head"),
+        ({EMBEDDING: TWO, HEAD: TWO}, 267, "says that there are 267 tokens"),
+        ({EMBEDDING: TWO, HEAD: TWO}, 264, "says that there are 264 tokens"),
+        ({}, 266, "says that there are 266 tokens"),
+        ({"model.layers.0.mlp.up_proj.weight": TWO}, 264, "not one for each token"),
+    ],
+)
+def test_a_vocabulary_that_contradicts_itself_is_refused(
+    site: Site,
+    node: RunningNode,
+    others: Callable[[], None],
+    tmp_path: Path,
+    added: dict[str, Any],
+    says: int,
+    words: str,
+) -> None:
+    folder = site.home / "base-0"
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": says}
+    digest = scan_folder(folder).weights_digest
+    path, files = tmp_path / "a.delta", {"config.json": json.dumps(config)}
+    write_delta(path, site.models[None], digest, 5, added=added, **files)
+    error = refused(node, site.base, site.blobs.put_file(path))
+    assert error.code == "invalid_artifact"
+    assert words in error.message
+    others()
 
 
 def test_a_corrupt_artifact_is_refused_and_fetched_again(

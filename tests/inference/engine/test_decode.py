@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from inference.engine.decode import StaticDecode
 from inference.engine.passes import Passes
 from inference.engine.scheduler import Work
-from inference.model.changes import Change
+from inference.model.changes import NewRows, TensorChange
 from inference.prompts.tokens import Tokenizer
 from tests.inference.merging import make_delta
 from tests.inference.scheduling import make_sequence
@@ -35,12 +35,14 @@ def static_bench(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[.
     return make_bench
 
 
-def packed_delta(model: Any) -> dict[str, Change]:
-    """Changes that a graph can hold: packed factors, and norms."""
-    changes: dict[str, Change] = {}
+def packed_delta(model: Any) -> dict[str, TensorChange]:
+    """Changes that a graph can hold: packed factors, and norms; and two added tokens."""
+    changes: dict[str, TensorChange] = {}
     for seed, (name, parameter) in enumerate(model.named_parameters()):
-        if "proj.weight" in name:
-            changes[name] = kernels.make_delta(tuple(parameter.shape), [(6, 3, 3)], seed).packed
+        if parameter.ndim == 2:
+            changed = kernels.make_delta(tuple(parameter.shape), [(6, 3, 3)], seed).packed
+            proj = "proj.weight" in name
+            changes[name] = changed if proj else NewRows(changed, torch.randn(2, 32))
         elif parameter.ndim == 1 and name.endswith("norm.weight"):
             changes[name] = parameter.detach() * 1.5
     return changes
@@ -65,14 +67,15 @@ def test_static_decoding_has_the_logits_of_packed_passes(
         logits = []
         with torch.inference_mode():
             passes.logits([Work(one, 0, len(one.tokens)) for one in sequences])
-            for token in (7, 8, 9):
+            for token in (7, 264, 9):
                 for one in sequences:
-                    one.tokens.append(token)
+                    one.tokens.append(token if one.delta_slot else 8)
                 work = [Work(one, len(one.tokens) - 1, len(one.tokens)) for one in sequences]
-                logits.append(passes.logits(work))
+                logits += passes.logits(work).rows()
                 sequences.pop()
         found.append(logits)
     assert bench.model.graph_key is not None
+    assert {len(row) for row in found[0]} == {264, 266}
     for packed, static_logits in zip(*found, strict=True):
         torch.testing.assert_close(static_logits, packed, rtol=1e-4, atol=1e-4)
 

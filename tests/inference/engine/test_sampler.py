@@ -20,6 +20,7 @@ from inference.engine.sampler import (
     candidates,
     make_generator,
 )
+from inference.model.logits import Logits
 
 PROMPT, ANSWER = [3, 3, 5, 8], [5, 9, 9, 9, 11]
 
@@ -83,7 +84,7 @@ def test_what_is_adjusted_is_drawn_and_the_log_probability_stays_the_models(
     temperature: float,
 ) -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
-    scores = Scores(logits)
+    scores = Scores(Logits(logits))
     params = SamplingParams(temperature=temperature, logit_bias={2: 100.0}, logprobs=1)
     biased = scores.sample(0, params, make_generator(params, 0), [0], 1)
     assert biased.id == 2
@@ -95,7 +96,7 @@ def test_what_is_adjusted_is_drawn_and_the_log_probability_stays_the_models(
 
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    scores, params = Scores(logits[None]), SamplingParams(seed=0)
+    scores, params = Scores(Logits(logits[None])), SamplingParams(seed=0)
     generator = make_generator(params, 0)
     drawn = [scores.sample(0, params, generator, [], 0).id for _ in range(4000)]
     shares = torch.bincount(torch.tensor(drawn), minlength=4) / 4000
@@ -120,7 +121,25 @@ def test_broken_logits_are_refused(bad: float, temperature: float) -> None:
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     params = SamplingParams(temperature=temperature)
-    scores = Scores(logits)
+    scores = Scores(Logits(logits))
     assert scores.sample(0, params, make_generator(params, 0), [], 0).id in range(5)
     with pytest.raises(FloatingPointError, match="not finite"):
         scores.sample(1, params, make_generator(params, 0), [], 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_longer_rows_have_the_tokens_past_the_others(temperature: float) -> None:
+    known = torch.zeros(4, 5)
+    known[3, 0] = float("inf")
+    added = torch.tensor([[50.0, 0.0], [0.0, float("nan")]])
+    scores = Scores(Logits(known, [([2, 0], torch.cat([known[[2, 0]], added], -1))]))
+    params = SamplingParams(temperature=temperature, logprobs=2)
+    generator = make_generator(params, 0)
+    assert scores.sample(2, params, generator, [], 0).id == 5
+    for _ in range(20):
+        found = scores.sample(1, params, generator, [], 0)
+        assert found.id in range(5)
+        assert max(token for token, _ in found.top) < 5
+    for broken in (0, 3):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            scores.sample(broken, params, generator, [], 0)

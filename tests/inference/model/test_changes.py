@@ -1,5 +1,6 @@
 """A delta of any kind acts as its merged checkpoint, and is held as compact as its file."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,22 @@ from artifacts.encoding import (
     encode_rows,
     encode_sparse,
     encode_sum,
+    raw_data,
 )
 from artifacts.export import merge
 from artifacts.packed import packed_delta
 from artifacts.reader import Artifact
 from artifacts.writer import write_artifact
-from deltadock.errors import InvalidArtifact, UnsupportedModel
+from deltadock.errors import InvalidArtifact
 from inference.deltas.reading import ArtifactSource, place_delta, read_delta
 from inference.model.attention import Span, make_step
-from inference.model.changes import Change, Coded, CodedRows, LowRank, nbytes
+from inference.model.changes import Change, Coded, CodedRows, LowRank, NewRows, nbytes
 from inference.model.layers import DeltaLimits
 from inference.model.model import BaseModel, load_base
 from kernels.svd_delta import PackedDelta
 from kernels.svd_delta.reference import unpack
 from tests.artifacts.samples import rows_sample
+from tests.inference.conftest import VOCABULARY
 from tests.kernels.support import encode
 
 MANIFEST = {
@@ -49,6 +52,8 @@ MANIFEST = {
     "checkpoint_bytes": 0,
     "parameters": 0,
 }
+ADDED = 3
+"""Tokens that a fine-tune adds."""
 WIDTHS = [(2, 5, 4), (4, 3, 2), (6, 2, 1)]
 
 
@@ -94,13 +99,13 @@ KINDS: dict[str, Callable[[tuple[int, int], int], Encoded]] = {
 }
 
 
-def write(path: Path, encoded: Mapping[str, Encoded], base_digest: str = "base") -> Path:
-    write_artifact(path, dict(encoded), {**MANIFEST, "base_digest": base_digest})
+def write(path: Path, encoded: Mapping[str, Encoded], **manifest: Any) -> Path:
+    write_artifact(path, dict(encoded), {**MANIFEST, **manifest})
     return path
 
 
 def logits_of(model: BaseModel, prompts: list[tuple[list[int], int]]) -> list[Tensor]:
-    """Logits (tokens, vocabulary) of each prompt on its slot, all in one pass."""
+    """Logits (tokens, the slot's vocabulary) of each prompt on its slot, all in one pass."""
     spans, begin = [], 0
     for number, (prompt, _) in enumerate(prompts):
         spans.append(Span(number, begin, begin + len(prompt), 0))
@@ -109,8 +114,8 @@ def logits_of(model: BaseModel, prompts: list[tuple[list[int], int]]) -> list[Te
     tokens = torch.tensor([token for prompt, _ in prompts for token in prompt])
     with torch.inference_mode():
         step = make_step(model.make_cache(len(prompts), 32), spans)
-        logits = model.logits(model.forward(tokens, step, slots), slots)
-    return list(logits.split([len(prompt) for prompt, _ in prompts]))
+        rows = model.logits(model.forward(tokens, step, slots), slots).rows()
+    return [torch.stack(rows[span.begin : span.end]) for span in spans]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -126,8 +131,19 @@ def base_folder(
     return save_checkpoint(model, tmp_path_factory.mktemp("base") / "model")
 
 
+def grown(encoded: Encoded, seed: int) -> Encoded:
+    """A tensor whose old rows change so, with the rows of added tokens."""
+    rows_, columns = encoded.record["shape"]
+    added = np.random.default_rng(seed).normal(0, 0.3, (ADDED, columns)).astype(np.float32)
+    if encoded.record["kind"] != "exact":
+        return encode_new_rows(encoded, added, rows_, "F32")
+    whole = np.concatenate([raw_data(encoded), added])
+    return encode_exact(whole, "F32", whole.shape)
+
+
+@pytest.mark.parametrize("longer", [False, True], ids=["the base's vocabulary", "a larger one"])
 def test_every_kind_computes_what_its_merged_checkpoint_does(
-    base_folder: Path, tmp_path: Path
+    base_folder: Path, tmp_path: Path, longer: bool
 ) -> None:
     """All matrices of a slot are of one kind; a slot changes nothing else, or everything else."""
     manifest = scan_folder(base_folder)
@@ -147,16 +163,24 @@ def test_every_kind_computes_what_its_merged_checkpoint_does(
                 encoded[tensor.name] = (
                     exact(stored, number) if make is None else make((rows_, columns), number)
                 )
-        files[slot] = write(tmp_path / f"{slot}.delta", encoded, digest)
+                if longer and rows_ == VOCABULARY:
+                    encoded[tensor.name] = grown(encoded[tensor.name], number)
+        config = json.loads((base_folder / "config.json").read_text())
+        config["vocab_size"] += ADDED if longer else 0
+        carried = {"config.json": json.dumps(config)}
+        path = tmp_path / f"{slot}.delta"
+        files[slot] = write(path, encoded, base_digest=digest, files=carried)
         with Artifact(files[slot]) as artifact:
             loaded = read_delta(ArtifactSource(artifact), model, digest, read(base_folder))
         place_delta(model, slot, loaded)
+        assert model.vocabulary(slot) == VOCABULARY + (ADDED if longer else 0)
         assert {type(change).__name__ for change in loaded.changes.values()} >= {
             "PackedDelta" if "svd" in name else "Tensor" if make is None else EXPECTED[name]
         }
     prompt = [5, 9, 200, 33, 7]
+    own = {slot: [5, 264, 200, 266, 7] if slot and longer else prompt for slot in (0, *files)}
     order = [0, *files, 0, *reversed(files)]
-    found = logits_of(model, [(prompt, slot) for slot in order])
+    found = logits_of(model, [(own[slot], slot) for slot in order])
     # Decoded differences that did not fit the cache, and rows in another order.
     assert model.cache_bytes <= 100_000
     for slot, logits in zip(order, found, strict=True):
@@ -167,12 +191,14 @@ def test_every_kind_computes_what_its_merged_checkpoint_does(
                 merge(base_folder, files[slot], folder)
         merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         with torch.no_grad():
-            want = merged(torch.tensor([prompt])).logits[0]
+            want = merged(torch.tensor([own[slot]])).logits[0]
         torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
-        assert slot == 0 or (logits - found[0]).abs().max() > 0.1, "the delta makes a difference"
+        known = logits[:, :VOCABULARY]
+        assert slot == 0 or (known - found[0]).abs().max() > 0.1, "the delta makes a difference"
     for slot in files:
         model.remove(slot)
     assert model.cache_bytes == 0
+    assert {model.vocabulary(slot) for slot in files} == {VOCABULARY}
     bare = logits_of(model, [(prompt, slot) for slot in order])
     for logits in bare[1:]:
         torch.testing.assert_close(logits, bare[0], rtol=1e-5, atol=1e-5)
@@ -213,12 +239,15 @@ def read(folder: Path) -> dict[str, str]:
 def test_a_change_is_as_compact_as_its_record(tmp_path: Path) -> None:
     shape = (64, 96)
     made = {name: make(shape, 1) for name, make in KINDS.items()}
+    base, added = torch.randn(shape), np.ones((2, 96), np.float32)
+    whole = np.concatenate([base.numpy(), added])
     path = write(
         tmp_path / "a.delta",
         made
         | {
             "alias": encode_alias("svd", shape, "F32"),
-            "new": encode_new_rows(made["svd"], np.zeros((1, 96), np.float32), 64, "F32"),
+            "new": deflated(encode_new_rows(made["svd"], added, 64, "F32")),
+            "long": encode_exact(whole, "F32", whole.shape),
         },
     )
     with Artifact(path) as artifact:
@@ -226,9 +255,15 @@ def test_a_change_is_as_compact_as_its_record(tmp_path: Path) -> None:
         changes = {name: source.change(name, torch.Size(shape)) for name in [*made, "alias"]}
         dense = {name: torch.from_numpy(artifact.dense(name)) for name in changes}
         sizes = {name: artifact.tensor_bytes(name) for name in made}
-        with pytest.raises(UnsupportedModel, match="adds rows to 'new'"):
-            source.change("new", torch.Size(shape))
+        longer = [source.change(name, torch.Size(shape)) for name in ("new", "long")]
     path.unlink()
+    for change, old in zip(longer, (changes["svd"], base), strict=True):
+        assert isinstance(change, NewRows)
+        assert change.old is not None
+        assert torch.equal(change.added, torch.ones(2, 96))
+        assert nbytes(change) == nbytes(old) + 2 * 96 * 4
+    assert torch.equal(difference(longer[0].old), difference(changes["svd"]))
+    assert torch.equal(longer[1].old, base)
     for name, change in changes.items():
         torch.testing.assert_close(difference(change), dense[name], rtol=1e-5, atol=1e-5)
     for name in ("svd", "rows", "low-rank", "sparse", "sum"):

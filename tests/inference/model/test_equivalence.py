@@ -1,4 +1,4 @@
-"""Every method's delta on the node is its merged checkpoint in plain transformers."""
+"""Every method's delta on the node is its merged checkpoint in transformers, added tokens too."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from artifacts.checkpoint import scan_folder
 from artifacts.export import merge
@@ -21,24 +22,40 @@ from inference.engine.scheduler import Work
 from inference.model.layers import DeltaLimits
 from inference.model.model import load_base
 from inference.prompts.tokens import Tokenizer, read_tokenizer_files
+from tests.inference.conftest import VOCABULARY
 from tests.inference.scheduling import make_sequence
 
-PROMPTS = ([1, 2, 3], list(range(30, 70)), [5] * 9)
-CONTINUED = [7, 8]
+ADDED = 5
+"""Tokens that the fine-tune adds; the adapter adds none."""
+PROMPTS = ([1, 2, 3], list(range(30, 70)), [5] * 9, [9, VOCABULARY, 9, VOCABULARY + 4])
+CONTINUED = [7, VOCABULARY + 2]
+
+
+def known(tokens: list[int], vocabulary: int) -> list[int]:
+    """The tokens, those past a vocabulary replaced."""
+    return [token if token < vocabulary else token % 7 for token in tokens]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def tied(request: pytest.FixtureRequest) -> bool:
+    """Whether embedding and head are one."""
+    found: bool = request.param
+    return found
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("equivalence")
+def home(tmp_path_factory: pytest.TempPathFactory, tied: bool) -> Path:
+    return tmp_path_factory.mktemp("tied" if tied else "untied")
 
 
 @pytest.fixture(scope="module")
-def base(home: Path, make_model: Any, save_checkpoint: Any) -> Path:
-    model = make_model("qwen2", initializer_range=0.1)
+def base(home: Path, tied: bool, make_model: Any, save_checkpoint: Any) -> Path:
+    model = make_model("qwen2", initializer_range=0.1, tie_word_embeddings=tied)
     folder: Path = save_checkpoint(model, home / "base")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
+    model.resize_token_embeddings(VOCABULARY + ADDED, mean_resizing=False)
     save_checkpoint(model, home / "tuned")
     (home / "lora").mkdir()
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
@@ -86,8 +103,12 @@ def test_every_method_in_one_batch_has_the_logits_of_its_merged_checkpoint(
         merge(base, path, home / f"merged-{name}")
         references.append(home / f"merged-{name}")
     references[0] = base
+    vocabularies = [model.vocabulary(slot) for slot in range(len(references))]
+    assert vocabularies == [
+        VOCABULARY + (0 if name in ("base", "lora") else ADDED) for name in ("base", *artifacts)
+    ]
     sequences = [
-        make_sequence(tokenizer, prompt, slot)
+        make_sequence(tokenizer, known(prompt, vocabularies[slot]), slot)
         for slot in range(len(references))
         for prompt in PROMPTS
     ]
@@ -95,25 +116,25 @@ def test_every_method_in_one_batch_has_the_logits_of_its_merged_checkpoint(
         sequence.kv_slot = place
     passes = Passes(model, model.make_cache(len(sequences), 64), len(sequences))
     with torch.inference_mode():
-        found = [passes.logits([Work(item, 0, len(item.tokens)) for item in sequences])]
+        found = [passes.logits([Work(item, 0, len(item.tokens)) for item in sequences]).rows()]
         for token in CONTINUED:
             for item in sequences:
-                item.tokens.append(token)
+                item.tokens += known([token], vocabularies[item.delta_slot])
             work = [Work(item, len(item.tokens) - 1, len(item.tokens)) for item in sequences]
-            found.append(passes.logits(work))
-    logits = torch.stack(found, 1).unflatten(0, (-1, len(PROMPTS)))
-    for folder, slot_logits in zip(references, logits, strict=True):
-        check(folder, slot_logits)
-    bare = logits[0]
+            found.append(passes.logits(work).rows())
+    logits = [torch.stack(steps) for steps in zip(*found, strict=True)]
+    for slot, folder in enumerate(references):
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for item, own in zip(sequences, logits, strict=True):
+            if item.delta_slot == slot:
+                check(reference, item.tokens, own)
+    bare = torch.stack(logits[: len(PROMPTS)])
     for slot, name in enumerate(artifacts, 1):
-        assert (logits[slot] - bare).abs().max() > 1e-2, f"{name} changes nothing"
+        own = torch.stack(logits[slot * len(PROMPTS) :][: len(PROMPTS)])[..., :VOCABULARY]
+        assert (own - bare).abs().max() > 1e-2, f"{name} changes nothing"
 
 
-def check(folder: Path, logits: torch.Tensor) -> None:
-    from transformers import AutoModelForCausalLM
-
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for prompt, found in zip(PROMPTS, logits, strict=True):
-        with torch.inference_mode():
-            expected = reference(torch.tensor([prompt + CONTINUED])).logits[0]
-        torch.testing.assert_close(found, expected[len(prompt) - 1 :], rtol=1e-4, atol=1e-4)
+def check(reference: Any, tokens: list[int], logits: torch.Tensor) -> None:
+    with torch.inference_mode():
+        expected = reference(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(logits, expected[-len(logits) :], rtol=1e-4, atol=1e-4)

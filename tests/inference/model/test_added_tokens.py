@@ -1,0 +1,163 @@
+"""A delta with more tokens than its base, beside the base and deltas that have none."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltadock.errors import InvalidArtifact
+from inference.model.attention import Span, make_step
+from inference.model.changes import NewRows, TensorChange
+from inference.model.logits import Logits
+from inference.model.model import BaseModel
+from tests.inference.conftest import VOCABULARY, Bench
+from tests.inference.merging import make_delta, merge
+
+ADDED = 5
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PLAIN = [1, 2, 3, 250, 7]
+OWN = [1, VOCABULARY, 3, VOCABULARY + ADDED - 1, 7]
+"""A prompt that only a delta with added tokens can read."""
+
+TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+
+
+def deltas(base: Any) -> dict[int, dict[str, TensorChange]]:
+    """Slot 1 adds no tokens; what changes in the old rows is another kind in each of the others."""
+    unchanged = make_delta(base, 4, added=ADDED - 2)
+    for name, change in unchanged.items():
+        if isinstance(change, NewRows):
+            unchanged[name] = NewRows(None, change.added)
+    return {
+        1: make_delta(base, 1),
+        2: make_delta(base, 2, added=ADDED),
+        3: make_delta(base, 3, added=ADDED, low_rank=False),
+        4: unchanged,
+    }
+
+
+@pytest.fixture
+def fill(make_bench: Callable[..., Bench], make_model: Any) -> Callable[[bool], tuple[Any, Bench]]:
+    """`fill(tied)`: a base, and an engine on it with `deltas` in its slots."""
+
+    def make(tied: bool) -> tuple[Any, Bench]:
+        base = make_model("qwen3", tie_word_embeddings=tied)
+        bench = make_bench(base, max_sequences=8)
+        for slot, changes in deltas(base).items():
+            bench.install(slot, changes)
+        return base, bench
+
+    return make
+
+
+def prompt_of(slot: int) -> list[int]:
+    return OWN if slot in (2, 3) else [VOCABULARY + 2, *PLAIN] if slot == 4 else PLAIN
+
+
+@TIED
+def test_a_batch_answers_as_each_merged_model(fill: Any, generate: Any, tied: bool) -> None:
+    base, bench = fill(tied)
+    models = {0: base} | {slot: merge(base, changes) for slot, changes in deltas(base).items()}
+    outcomes = {slot: bench.submit(prompt_of(slot), slot) for slot in models}
+    bench.finish(*outcomes.values())
+    for slot, model in models.items():
+        assert bench.model.vocabulary(slot) == model.config.vocab_size
+        assert outcomes[slot].answer == generate(model, prompt_of(slot), 12)
+        assert bench.run(prompt_of(slot), slot).answer == outcomes[slot].answer
+    assert any(token >= VOCABULARY for slot in (2, 3, 4) for token in outcomes[slot].answer)
+
+
+@TIED
+def test_sampling_does_not_depend_on_neighbours(fill: Any, tied: bool) -> None:
+    """Nor does any slot draw a token that it does not know, however hot."""
+    _, bench = fill(tied)
+    how = {"temperature": 5.0, "seed": 7, "max_tokens": 40, "logprobs": 5}
+    together = {slot: bench.submit(prompt_of(slot), slot, **how) for slot in range(5)}
+    bench.finish(*together.values())
+    for slot, outcome in together.items():
+        assert outcome.answer == bench.run(prompt_of(slot), slot, **how).answer
+        told = [token for event in outcome.events for token in event.tokens]
+        ids = {token.id for token in told} | {i for token in told for i, _ in token.top}
+        assert (max(ids) >= VOCABULARY) == (slot > 1)
+        assert max(ids) < bench.model.vocabulary(slot)
+
+
+def pass_over(model: BaseModel, prompts: list[list[int]]) -> Logits:
+    """Prompt i on slot i, all of one length."""
+    length = len(prompts[0])
+    spans = [Span(i, i * length, (i + 1) * length, 0) for i in range(len(prompts))]
+    slots = [slot for slot, prompt in enumerate(prompts) for _ in prompt]
+    with torch.inference_mode():
+        step = make_step(model.make_cache(len(prompts), 8), spans)
+        hidden = model.forward(torch.tensor(prompts).flatten(), step, slots)
+        return model.logits(hidden, slots)
+
+
+@TIED
+def test_other_rows_are_the_same_bit_for_bit(fill: Any, tied: bool) -> None:
+    base, bench = fill(tied)
+    model, changes = bench.model, deltas(base)[2]
+    found = pass_over(model, [PLAIN, PLAIN, OWN])
+    longer = pass_over(model, [PLAIN, PLAIN, PLAIN])
+    model.remove(2)
+    old = {n: one.old if isinstance(one, NewRows) else one for n, one in changes.items()}
+    bench.install(2, old)
+    without = pass_over(model, [PLAIN, PLAIN, PLAIN])
+    others = 2 * len(PLAIN)
+    assert not without.longer
+    assert torch.equal(found.known[:others], without.known[:others])
+    assert torch.equal(longer.known, without.known)
+    assert [len(row) for row in found.rows()] == [VOCABULARY] * others + [VOCABULARY + ADDED] * 5
+
+
+def test_a_removed_delta_takes_its_tokens_along(fill: Any, generate: Any) -> None:
+    base, bench = fill(False)
+    bench.model.remove(2)
+    assert bench.model.vocabulary(2) == VOCABULARY
+    assert bench.run(PLAIN, 2).answer == generate(base, PLAIN, 12)
+
+
+def test_no_added_row_is_no_added_token(fill: Any, generate: Any) -> None:
+    base, bench = fill(False)
+    none = NewRows(None, torch.empty(0, 32))
+    bench.install(5, {EMBEDDING: none, HEAD: none})
+    outcomes = [bench.submit(PLAIN, 5), bench.submit(OWN, 2)]
+    bench.finish(*outcomes)
+    assert bench.model.vocabulary(5) == VOCABULARY
+    assert outcomes[0].answer == generate(base, PLAIN, 12)
+
+
+def rows(count: int, columns: int = 32) -> NewRows:
+    return NewRows(None, torch.ones(count, columns))
+
+
+def matrix(*shape: int) -> Tensor:
+    return torch.ones(shape)
+
+
+@pytest.mark.parametrize(
+    ("tied", "changes", "words"),
+    [
+        (False, {EMBEDDING: rows(2), HEAD: rows(2, 31)}, "'lm_head.weight' does not fit"),
+        (True, {EMBEDDING: rows(2, 33)}, "'model.embed_tokens.weight' does not fit"),
+        (False, {EMBEDDING: rows(2)}, "2 tokens to the embedding, but 0 to the head"),
+        (False, {HEAD: rows(3)}, "0 tokens to the embedding, but 3 to the head"),
+        (False, {EMBEDDING: rows(2), HEAD: rows(1)}, "2 tokens to the embedding, but 1 to the"),
+        (True, {EMBEDDING: rows(2), HEAD: rows(1)}, "2 tokens to the embedding, but 1 to the"),
+        (True, {"model.layers.0.mlp.up_proj.weight": rows(2)}, "not one for each token"),
+        (True, {"model.norm.weight": rows(2)}, "'model.norm.weight' does not fit"),
+        (True, {EMBEDDING: NewRows(matrix(9, 32), matrix(2, 32))}, "does not fit"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(
+    make_bench: Callable[..., Bench],
+    make_model: Any,
+    tied: bool,
+    changes: dict[str, TensorChange],
+    words: str,
+) -> None:
+    model = make_bench(make_model("qwen3", tie_word_embeddings=tied)).model
+    with pytest.raises(InvalidArtifact, match=words):
+        model.prepare(changes)
