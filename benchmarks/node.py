@@ -31,7 +31,7 @@ from benchmarks.serving import (
     taken_over,
 )
 from inference.engine.engine import Engine
-from inference.model.layers import DeltaLimits
+from inference.model.routing import DeltaLimits
 
 SHAPE = {
     "hidden_size": 512,

@@ -20,8 +20,8 @@ from benchmarks.serving import (
 from inference.deltas.reading import HostDelta
 from inference.engine.engine import Engine
 from inference.model.changes import Change, pinned
-from inference.model.layers import DeltaLimits
 from inference.model.model import BaseModel
+from inference.model.routing import DeltaLimits
 from inference.prompts.tokens import Tokenizer
 
 

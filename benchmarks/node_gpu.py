@@ -37,7 +37,7 @@ from benchmarks.serving import (
 from inference.deltas.reading import place_delta
 from inference.engine.passes import Passes
 from inference.engine.scheduler import Work
-from inference.model.layers import DeltaLimits
+from inference.model.routing import DeltaLimits
 from kernels.svd_delta import reference
 
 SECONDS: Final = 500

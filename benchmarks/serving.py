@@ -15,8 +15,9 @@ from inference.engine.sampler import SamplingParams
 from inference.engine.sequence import Event, Sequence
 from inference.model.attention import ATTENTION
 from inference.model.changes import Change
-from inference.model.layers import DeltaLimits
-from inference.model.model import FAMILIES, BaseModel
+from inference.model.loading import FAMILIES
+from inference.model.model import BaseModel
+from inference.model.routing import DeltaLimits
 from inference.prompts.tokens import TextStream
 from kernels.svd_delta import PackedDelta
 

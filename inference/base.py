@@ -12,8 +12,9 @@ from inference.deltas.reading import ArtifactSource, HostDelta, place_delta, rea
 from inference.deltas.tiers import DeltaTiers
 from inference.engine.engine import Engine
 from inference.metrics import Metrics
-from inference.model.layers import DeltaLimits
-from inference.model.model import BaseModel, load_base
+from inference.model.loading import load_base
+from inference.model.model import BaseModel
+from inference.model.routing import DeltaLimits
 from inference.prompts.tokens import Tokenizer, read_tokenizer_files
 from kernels.device import choose_device
 

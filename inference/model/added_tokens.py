@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deltadock.errors import InvalidArtifact
 from inference.model.changes import NewRows, TensorChange
-from inference.model.layers import Routing
 from inference.model.logits import Logits
+from inference.model.routing import Routing
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"

@@ -1,57 +1,35 @@
 """The base model: transformers' modelling code with every weight open to per-row deltas."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from transformers.utils import logging as transformers_logging
 
-from artifacts.checkpoint import CheckpointManifest
-from deltadock.errors import InvalidArtifact, InvalidCheckpoint, UnsupportedModel
+from deltadock.errors import InvalidArtifact
 from inference.model.added_tokens import EMBEDDING, LM_HEAD, AddedTokens
-from inference.model.attention import ATTENTION, Step
+from inference.model.attention import Step
 from inference.model.changes import Change, NewRows, TensorChange, fits, place
 from inference.model.kv_cache import KVCache
-from inference.model.layers import (
+from inference.model.linears import DeltaLinears
+from inference.model.logits import Logits
+from inference.model.routing import (
     DEFAULT_LIMITS,
     DENSE_ROWS,
     DeltaLimits,
-    DeltaLinears,
     DeltaModule,
     Routing,
 )
-from inference.model.logits import Logits
 from inference.model.takeover import take_over
 from kernels.svd_delta import Chunks, PackedDelta, empty_delta
-
-FAMILIES: Final[dict[str, tuple[Any, Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-"""What can be served: model_type to its config and model class."""
 
 
 class BaseModel:
     """A causal language model whose rows each run with their own delta slot's weights."""
 
     def __init__(self, model: Any, limits: DeltaLimits = DEFAULT_LIMITS) -> None:
-        """Take over `model` (one of FAMILIES, built with attn_implementation=ATTENTION).
+        """Take over `model` (of `loading.FAMILIES`, built with attn_implementation=ATTENTION).
 
         Raises:
             UnsupportedModel: it holds weights in a kind of module that has no per-row form.
@@ -70,11 +48,13 @@ class BaseModel:
             # One tensor under two names: a change of either acts on both sides of the model.
             owners = self._owners[EMBEDDING] + self._owners[LM_HEAD]
             self._owners[EMBEDDING] = self._owners[LM_HEAD] = owners
-        linears = [module for module in self._modules if isinstance(module, DeltaLinears)]
+        self._linears = [module for module in self._modules if isinstance(module, DeltaLinears)]
+        self._merges = 0
+        """Merged weights so far: graphs hold the addresses of each."""
         self._routing.chunks = Chunks(
             limits.rows,
             limits.slots,
-            [module.table for module in linears],
+            [module.table for module in self._linears],
             dense_rows=DENSE_ROWS,
             device=self.device,
         )
@@ -113,7 +93,7 @@ class BaseModel:
     def route(self, slots: Sequence[int]) -> None:
         """Begin a pass over rows that belong to `slots`, on buffers that stay in place."""
         self._routing.cache.begin_step()
-        self._routing.chunks.assign(slots)
+        self._routing.assign(slots)
 
     @property
     def graph_key(self) -> tuple[int, int] | None:
@@ -122,6 +102,8 @@ class BaseModel:
         None: some rows need work slot by slot, which no graph can hold.
         """
         chunks = self._routing.chunks
+        if self._routing.merged:
+            return chunks.row_count, -self._merges
         if chunks.dense or not self._slow_slots.isdisjoint(chunks.by_slot):
             return None
         return chunks.row_count, chunks.count
@@ -144,7 +126,7 @@ class BaseModel:
 
     def logits(self, hidden: Tensor, slots: Sequence[int]) -> Logits:
         """Of hidden states (1, rows, hidden), whose rows belong to `slots`."""
-        self._routing.chunks.assign(slots)
+        self._routing.assign(slots)
         known: Tensor = self.model.lm_head(hidden)[0].float()
         return self._added.logits(known, hidden[0], slots)
 
@@ -228,58 +210,37 @@ class BaseModel:
             self._slow_slots.add(slot)
         self._added.install(slot, changes)
 
+    @property
+    def merged_slot(self) -> int | None:
+        """The slot that has merged weights."""
+        return self._routing.merged_slot
+
+    def merge(self, slot: int) -> None:
+        """Make merged weights of `slot`, which passes of its rows alone use from then on.
+
+        They take the memory of the base's linear layers once more, until `remove`. No other slot
+        may have any, and no changes may come or go meanwhile; passes go on.
+        """
+        assert self.merged_slot is None
+        try:
+            for module in self._linears:
+                module.merge(slot)
+        except BaseException:
+            self._unmerge()
+            raise
+        self._merges += 1
+        self._routing.merged_slot = slot
+
+    def _unmerge(self) -> None:
+        self._routing.merged_slot = None
+        for module in self._linears:
+            module.unmerge()
+
     def remove(self, slot: int) -> None:
         """Forget the changes of `slot`. No running sequence may be on the slot."""
+        if slot == self.merged_slot:
+            self._unmerge()
         for module in self._modules:
             module.remove(slot)
         self._slow_slots.discard(slot)
         self._added.remove(slot)
-
-
-def _read_tensors(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(folder / file, framework="pt") as opened:
-            tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (safe_open is no mapping)
-    return tensors
-
-
-def load_base(
-    folder: Path,
-    manifest: CheckpointManifest,
-    device: torch.device,
-    limits: DeltaLimits = DEFAULT_LIMITS,
-) -> BaseModel:
-    """Load a checkpoint folder's weights: float32 on the CPU, the checkpoint's dtype on a GPU.
-
-    Nothing in the folder but the manifest's safetensors is opened, and no code that it names.
-
-    Raises:
-        UnsupportedModel: a family that is not served, or quantised weights.
-        InvalidCheckpoint: tensors are missing, too many or misshapen.
-    """
-    settings = dict(manifest.config)
-    family = settings.get("model_type")
-    if family not in FAMILIES or "quantization_config" in settings:
-        raise UnsupportedModel(
-            f"A {family!r} checkpoint of this kind cannot be served; "
-            f"unquantised {', '.join(FAMILIES)} can."
-        )
-    config_class, model_class = FAMILIES[family]
-    tensors = _read_tensors(folder, sorted({tensor.file for tensor in manifest.tensors}))
-    dtype = torch.float32 if device.type == "cpu" else tensors[EMBEDDING].dtype
-    transformers_logging.disable_progress_bar()
-    model, report = model_class.from_pretrained(
-        None,
-        config=config_class.from_dict(settings),
-        state_dict=tensors,
-        dtype=dtype,
-        attn_implementation=ATTENTION,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    faults = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "mismatched")}
-    for kind, names in faults.items():
-        if names:
-            raise InvalidCheckpoint(f"The checkpoint has {kind} tensors: {', '.join(names[:3])}.")
-    return BaseModel(model.to(device), limits)

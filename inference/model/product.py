@@ -1,4 +1,4 @@
-"""The base's product: `x @ weight.T + bias` for linear layers that share their input."""
+"""The base's product, `x @ weight.T + bias`, for linear layers that share their input."""
 
 from collections.abc import Sequence
 
@@ -7,47 +7,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class BaseProduct:
-    """Takes over the parameters of linears: one product, the outputs side by side.
+class Product:
+    """A weight (h_out, h_in) and, if there is one, a bias (h_out,).
 
-    On the CPU, oneDNN keeps a float32 weight in an order of its own, in which a batch's few rows
-    are up to twice as fast. The linears' own weights are then empty tensors of the meta device:
-    of the shapes that they had.
-
-    Attributes:
-        h_in, h_outs: inputs, and outputs of each linear.
-        device, dtype: the parameters'.
+    On the CPU, oneDNN puts a float32 weight in an order of its own, in which a batch's few rows
+    are up to twice as fast.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], *, keep: bool = False) -> None:
-        """All linears have a bias, or none has; `keep` the weight's rows, for another's use."""
-        weights = [linear.weight for linear in linears]
-        self.h_in, self.h_outs = linears[0].in_features, [len(weight) for weight in weights]
-        self.device, self.dtype = weights[0].device, weights[0].dtype
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        self._bias = _joined(biases) if biases else None
-        self._packed: Tensor | None = None
-        self._weight = _joined(weights)
-        if self._packs and not keep:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight.detach(), None)
-            for linear in linears:
-                shape = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
-                linear.weight = shape
-            self._weight = linears[0].weight
-
-    @property
-    def _packs(self) -> bool:
-        kind = self.device.type, self.dtype
-        return kind == ("cpu", torch.float32) and torch.backends.mkldnn.is_available()
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, plain: bool = False) -> None:
+        """Take over the tensors; a `plain` weight stays as it is."""
+        self.device, self.dtype = weight.device, weight.dtype
+        self.packed = (
+            not plain
+            and (self.device.type, self.dtype) == ("cpu", torch.float32)
+            and torch.backends.mkldnn.is_available()
+        )
+        """Whether the weight is in oneDNN's order."""
+        self.bias = bias
+        self._weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.packed else weight
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """(1, rows, h_in) to (1, rows, h_out)."""
-        if self._packed is None:
-            return F.linear(x, self._weight, self._bias)
+        if not self.packed:
+            return F.linear(x, self._weight, self.bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self._bias, "none", [], ""
+            x, self._weight, self.bias, "none", [], ""
         )
         return product
+
+    def copy(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in float32, in memory of their own."""
+        weight = (
+            self._weight.to_dense() if self.packed else self._weight.to(torch.float32, copy=True)
+        )
+        return weight, None if self.bias is None else self.bias.to(torch.float32, copy=True)
+
+
+def joined(linears: Sequence[nn.Linear], *, plain: bool = False) -> Product:
+    """Take over the parameters of linears, which all have a bias, or none has; outputs lie side by
+    side.
+
+    The linears' own weights become views, or tensors of the meta device that tell their shapes.
+    """
+    weight = _joined([linear.weight for linear in linears])
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    product = Product(weight.detach(), _joined(biases) if biases else None, plain=plain)
+    if product.packed:
+        for linear in linears:
+            linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+    return product
 
 
 def _joined(parameters: Sequence[Tensor]) -> Tensor:

@@ -5,14 +5,9 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from deltadock.errors import UnsupportedModel
-from inference.model.layers import (
-    DeltaEmbedding,
-    DeltaLinears,
-    DeltaModule,
-    DeltaNorm,
-    Output,
-    Routing,
-)
+from inference.model.layers import DeltaEmbedding, DeltaNorm
+from inference.model.linears import DeltaLinears, Output
+from inference.model.routing import DeltaModule, Routing
 
 JOINED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that share their input wherever one module has them all."""

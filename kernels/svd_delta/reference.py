@@ -92,6 +92,12 @@ def unpack(delta: PackedDelta) -> Factors:
     return Factors(u.T, delta.s, unpack_v(delta), delta.numbers("bias"))
 
 
+def dense(delta: PackedDelta) -> Tensor:
+    """The difference of the weight, (h_out, h_in) float32."""
+    u, s, v, _ = unpack(delta)
+    return (u * s) @ v
+
+
 def rows_of_u(delta: PackedDelta, rows: Tensor) -> Tensor:
     """(n, rank) float32, the rows of U that `rows` (n,) int64 names, the row scale in them.
 

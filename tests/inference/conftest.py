@@ -18,7 +18,8 @@ from inference.engine.engine import Engine
 from inference.engine.sampler import SamplingParams, make_generator
 from inference.engine.sequence import Event, Sequence
 from inference.model.changes import TensorChange
-from inference.model.model import FAMILIES, BaseModel, load_base
+from inference.model.loading import FAMILIES, load_base
+from inference.model.model import BaseModel
 from inference.prompts.tokens import TextStream, Tokenizer
 
 if TYPE_CHECKING:

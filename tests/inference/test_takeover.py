@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltadock.errors import UnsupportedModel
-from inference.model.layers import DeltaLimits, DeltaLinears, DeltaModule, Output, Routing
+from inference.model.linears import DeltaLinears, Output
+from inference.model.routing import DeltaLimits, DeltaModule, Routing
 from inference.model.takeover import take_over
 from kernels.svd_delta import Chunks
 

@@ -34,10 +34,12 @@ from artifacts.reader import Artifact
 from artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact
 from inference.deltas.reading import ArtifactSource, place_delta, read_delta
+from inference.model import linears
 from inference.model.attention import Span, make_step
 from inference.model.changes import Change, Coded, CodedRows, LowRank, NewRows, nbytes
-from inference.model.layers import DeltaLimits
-from inference.model.model import BaseModel, load_base
+from inference.model.loading import load_base
+from inference.model.model import BaseModel
+from inference.model.routing import DeltaLimits
 from kernels.svd_delta import PackedDelta
 from kernels.svd_delta.reference import unpack
 from tests.artifacts.samples import rows_sample
@@ -143,7 +145,7 @@ def grown(encoded: Encoded, seed: int) -> Encoded:
 
 @pytest.mark.parametrize("longer", [False, True], ids=["the base's vocabulary", "a larger one"])
 def test_every_kind_computes_what_its_merged_checkpoint_does(
-    base_folder: Path, tmp_path: Path, longer: bool
+    base_folder: Path, tmp_path: Path, longer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All matrices of a slot are of one kind; a slot changes nothing else, or everything else."""
     manifest = scan_folder(base_folder)
@@ -196,12 +198,58 @@ def test_every_kind_computes_what_its_merged_checkpoint_does(
         known = logits[:, :VOCABULARY]
         assert slot == 0 or (known - found[0]).abs().max() > 0.1, "the delta makes a difference"
     for slot in files:
+        model.merge(slot)
+        with monkeypatch.context() as patch:
+            patch.setattr(linears, "svd_delta", None)  # merged weights need no delta beside them
+            (alone,) = logits_of(model, [(own[slot], slot)])
+        torch.testing.assert_close(alone, found[slot], rtol=1e-4, atol=1e-4)
+        beside = logits_of(model, [(own[slot], slot), (prompt, 0)])
+        torch.testing.assert_close(beside[0], found[slot], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(beside[1], found[0], rtol=1e-4, atol=1e-4)
         model.remove(slot)
+        assert model.merged_slot is None
     assert model.cache_bytes == 0
     assert {model.vocabulary(slot) for slot in files} == {VOCABULARY}
     bare = logits_of(model, [(prompt, slot) for slot in order])
     for logits in bare[1:]:
         torch.testing.assert_close(logits, bare[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_of_its_own_keeps_the_bases_bias(base_folder: Path) -> None:
+    model = load_base(base_folder, scan_folder(base_folder), torch.device("cpu"))
+    weights = load_file(base_folder / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert weights.get("model.layers.0.self_attn.k_proj.bias", torch.ones(1)).abs().max() > 0.01
+    model.install(1, model.prepare({name: weights[name].clone()}))
+    base, same = logits_of(model, [([5, 9, 200], slot) for slot in (0, 1)])
+    torch.testing.assert_close(same, base, rtol=1e-5, atol=1e-5)
+    model.merge(1)
+    torch.testing.assert_close(logits_of(model, [([5, 9, 200], 1)])[0], base, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_merged_leaves_the_base(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_base(base_folder, scan_folder(base_folder), torch.device("cpu"))
+    name = "model.layers.{}.mlp.up_proj.weight"
+    change = {name.format(layer): packed_delta(svd((48, 32), layer)) for layer in range(2)}
+    model.install(1, model.prepare(change))
+    (before,) = logits_of(model, [([5, 9], 1)])
+    made: list[Any] = []
+
+    def until_memory_is_out(*tensors: Any) -> None:
+        if made:
+            raise RuntimeError("can't allocate memory")
+        made.append(tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linears, "Product", until_memory_is_out)
+        with pytest.raises(RuntimeError, match="allocate"):
+            model.merge(1)
+    assert model.merged_slot is None
+    assert torch.equal(logits_of(model, [([5, 9], 1)])[0], before)
+    model.merge(1)
+    assert model.merged_slot == 1
 
 
 def test_a_graph_holds_passes_without_work_slot_by_slot(base_folder: Path) -> None:
@@ -221,6 +269,16 @@ def test_a_graph_holds_passes_without_work_slot_by_slot(base_folder: Path) -> No
     model.remove(2)
     model.route([1, 2])
     assert model.graph_key == (2, 2)
+    merged = []
+    for _ in range(2):
+        model.merge(1)
+        model.route([1, 1])
+        merged.append(model.graph_key)
+        model.route([1, 0])
+        assert model.graph_key == (2, 1)
+        model.remove(1)
+        model.install(1, quick)
+    assert len({*merged, (2, 1), (2, 2)}) == 4, "a graph holds the addresses of merged weights"
 
 
 EXPECTED = {

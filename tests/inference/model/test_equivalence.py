@@ -19,8 +19,8 @@ from compression.run import CompressOptions
 from inference.deltas.reading import ArtifactSource, place_delta, read_delta
 from inference.engine.passes import Passes
 from inference.engine.scheduler import Work
-from inference.model.layers import DeltaLimits
-from inference.model.model import load_base
+from inference.model.loading import load_base
+from inference.model.routing import DeltaLimits
 from inference.prompts.tokens import Tokenizer, read_tokenizer_files
 from tests.inference.conftest import VOCABULARY
 from tests.inference.scheduling import make_sequence
