@@ -5,8 +5,9 @@
 A random Llama of 31 million parameters in float32 answers eight prompts with 64 tokens each, in
 turns by (1) transformers' batched `generate`, (2) the node's engine on the base alone and (3) the
 engine with each prompt on a delta of its own, of one bit a weight. Throughput is of generated
-tokens, prefill included. Ratios are of figures of the same round; their median is printed. Last,
-the time to the first token of a prompt that the prefix cache holds, against one that it does not.
+tokens, prefill included. Ratios are of figures of the same round; their median is printed. Then
+all prompts on one delta, packed and merged; and the time to the first token of a prompt that the
+prefix cache holds, against one that it does not.
 `--tiny` proves the script on a small model.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -30,6 +32,7 @@ from benchmarks.serving import (
     shapes_of,
     taken_over,
 )
+from inference.deltas.reading import merge_delta
 from inference.engine.engine import Engine
 from inference.model.routing import DeltaLimits
 
@@ -60,6 +63,7 @@ class Contest:
             model, max_sequences=REQUESTS, context_tokens=1024, pass_tokens=1024, cache_slots=16
         )
         self.engine.start()
+        self.merge = partial(merge_delta, model)
         self._vocabulary = shape["vocab_size"]
         self._seeds = count()
 
@@ -122,6 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     to_base = statistics.median(deltas / bare for _, bare, deltas in rounds)
     print(f"base over transformers' batched generate: {to_plain:.2f}x")
     print(f"8 deltas over the base alone: {to_base:.1%}")
+    one = [1] * REQUESTS
+    contest.node(one)
+    packed = statistics.median(contest.node(one) for _ in range(options.rounds))
+    contest.merge(1)
+    contest.node(one)
+    merged = statistics.median(contest.node(one) for _ in range(options.rounds))
+    print(f"one delta for all: packed {packed:.0f}, merged {merged:.0f} tokens/s")
+    print(f"merged over packed: {merged / packed:.2f}x")
     pairs = [
         (contest.first_token(tokens), contest.first_token(tokens))
         for tokens in contest.prompts(LONG_PROMPT)[: options.rounds]

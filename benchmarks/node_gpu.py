@@ -34,7 +34,7 @@ from benchmarks.serving import (
     shapes_of,
     taken_over,
 )
-from inference.deltas.reading import place_delta
+from inference.deltas.reading import merge_delta, place_delta
 from inference.engine.passes import Passes
 from inference.engine.scheduler import Work
 from inference.model.routing import DeltaLimits
@@ -138,6 +138,16 @@ def decode(bench: Bench, plain_step: float, bandwidth: float) -> float:
     return together
 
 
+def favourite(bench: Bench) -> None:
+    """All sequences on one delta: its packed weights beside the base's, against merged ones."""
+    slots = [1] * bench.scale.running
+    packed = bench.step_seconds(slots)
+    merge = timed(partial(merge_delta, bench.model, 1), bench.device)
+    merged = bench.step_seconds(slots)
+    print(f"one delta for all: {packed * 1e3:.2f} ms a step, merged {merged * 1e3:.2f} ms")
+    print(f"merged over packed: {packed / merged:.2f}x; merging took {merge:.1f} s")
+
+
 def cold_swap(bench: Bench) -> None:
     """A delta from host memory into a slot, against a plain copy of as many bytes."""
     size = bench.host.nbytes
@@ -193,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench(scale, device, model)
     bench.hold(scale.running)
     step = decode(bench, plain, bandwidth)
+    favourite(bench)
     cold_swap(bench)
     if time.monotonic() - began < SECONDS:
         for count in scale.held:

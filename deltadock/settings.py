@@ -81,6 +81,11 @@ class Settings(BaseSettings):
         ge=0,
         description="Memory of a node for unpacked deltas; those beyond are unpacked at every use.",
     )
+    node_merge: bool = Field(
+        default=False,
+        description="Whether a node merges the delta that takes three quarters of its traffic, in "
+        "the memory of the base's linear layers once more.",
+    )
     node_host_bytes: int = Field(
         default=8 * 2**30, ge=0, description="Deltas in a node's host memory, ready for a slot."
     )

@@ -8,7 +8,8 @@ from artifacts.checkpoint import CheckpointManifest
 from artifacts.reader import Artifact
 from deltadock.settings import Settings
 from inference.deltas.disk import DiskTier
-from inference.deltas.reading import ArtifactSource, HostDelta, place_delta, read_delta
+from inference.deltas.favourite import Favourite
+from inference.deltas.reading import ArtifactSource, HostDelta, merge_delta, place_delta, read_delta
 from inference.deltas.tiers import DeltaTiers
 from inference.engine.engine import Engine
 from inference.metrics import Metrics
@@ -64,10 +65,18 @@ class ServedBase:
             read=self._read_delta,
             place=partial(place_delta, self.model),
             remove=self.model.remove,
+            merge=partial(merge_delta, self.model),
+            merged_slot=lambda: self.model.merged_slot,
             metrics=metrics,
             changed=changed,
         )
+        self._favourite = Favourite(self.deltas, self.digest) if settings.node_merge else None
         self.engine.start()
+
+    def served(self, weights: str, tokens: int) -> None:
+        """A request has ended that read and generated so many tokens; called in the event loop."""
+        if self._favourite is not None:
+            self._favourite.served(weights, tokens)
 
     def close(self) -> None:
         """End the engine; what still runs is cancelled."""

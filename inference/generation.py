@@ -30,6 +30,7 @@ class Generation:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._sequences: list[Sequence] = []
         self._open = 0
+        self._generated = 0
         self._began = time.monotonic()
         self._told_at: dict[int, float] = {}
         """When each answer last had a token."""
@@ -89,6 +90,7 @@ class Generation:
         if event.tokens:
             self._observe(index, len(event.tokens))
         self._metrics.generated_tokens.inc(len(event.tokens))
+        self._generated += len(event.tokens)
         self._events.put_nowait((index, event))
         if event.finish is not None:
             self._metrics.sequences.labels(event.finish).inc()
@@ -108,4 +110,6 @@ class Generation:
     def _leave(self) -> None:
         if self._artifact is not None:
             self._base.deltas.release(self._artifact)
+        weights = self._artifact or self._base.digest
+        self._base.served(weights, self.prompt_tokens + self._generated)
         self._base.users -= 1

@@ -1,8 +1,8 @@
 """From an artifact to the changes that a delta slot holds."""
 
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, NamedTuple, Protocol
@@ -148,11 +148,26 @@ def place_delta(model: BaseModel, slot: int, delta: HostDelta) -> None:
     On a GPU the copies have a stream of their own, so that they run beside the passes; when this
     returns, they have arrived.
     """
-    stream = _copy_stream(model.device) if model.device.type == "cuda" else None
-    with torch.cuda.stream(stream) if stream is not None else nullcontext():
+    with _beside_the_passes(model.device):
         model.install(slot, model.place(delta.changes))
-    if stream is not None:
-        stream.synchronize()
+
+
+def merge_delta(model: BaseModel, slot: int) -> None:
+    """Give merged weights to a slot; the passes go on."""
+    with torch.inference_mode(), _beside_the_passes(model.device):
+        model.merge(slot)
+
+
+@contextmanager
+def _beside_the_passes(device: torch.device) -> Iterator[None]:
+    """Work on a stream of its own on a GPU, which is done when the block ends."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _copy_stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 @cache

@@ -52,6 +52,8 @@ class DeltaTiers:
         read: Callable[[str], HostDelta],
         place: Callable[[int, HostDelta], None],
         remove: Callable[[int], None],
+        merge: Callable[[int], None],
+        merged_slot: Callable[[], int | None],
         metrics: Metrics,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
@@ -64,6 +66,8 @@ class DeltaTiers:
             read: an artifact's delta in host memory; blocks.
             place: put a delta into a slot, which is empty; blocks.
             remove: empty a slot; blocks.
+            merge: give merged weights to a slot, until it is emptied; blocks.
+            merged_slot: the slot that has them.
             metrics: where times are told.
             changed: called whenever another delta is in a slot.
         """
@@ -74,6 +78,7 @@ class DeltaTiers:
         # One thread: whoever fills a slot has the device's tables to itself.
         self._placer = ThreadPoolExecutor(1, "place-delta")
         self._read, self._place, self._remove = read, place, remove
+        self._merge, self._merged_slot = merge, merged_slot
         self._metrics = metrics
         self._changed = changed
 
@@ -138,6 +143,31 @@ class DeltaTiers:
         self.find(digest)
         self.slots.unpin(digest)
         self._changed()
+
+    @property
+    def merged(self) -> str | None:
+        """The delta that has merged weights."""
+        slot = self._merged_slot()
+        residents = self.slots.residents.items()
+        return next((digest for digest, found in residents if found.slot == slot), None)
+
+    async def merge(self, digest: str) -> None:
+        """Bring a delta into a slot and merge its weights; whatever had merged weights leaves its
+        slot for that. Raises as `acquire`.
+
+        Raises:
+            Conflict: the other is in use or pinned.
+        """
+        merged = self.merged
+        if merged == digest:
+            return
+        if merged is not None:
+            await self.slots.drop(merged)
+        slot, _ = await self.acquire(digest)
+        try:
+            await self._run(self._placer, partial(self._merge, slot))
+        finally:
+            self.release(digest)
 
     def held(self) -> list[Held]:
         """Every delta of every tier, in its fastest one; fast tiers first, last used first."""

@@ -62,6 +62,7 @@ def _tiers(base: ServedBase) -> Iterator[Metric]:
         held_bytes.add_metric([tier], size)
     yield deltas
     yield held_bytes
+    yield _gauge("merged_deltas", "Deltas with merged weights.", tiers.merged is not None)
     families = {
         name: CounterMetricFamily(f"deltadock_node_tier_{name}", text, labels=["tier"])
         for name, text in (

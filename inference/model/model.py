@@ -218,10 +218,11 @@ class BaseModel:
     def merge(self, slot: int) -> None:
         """Make merged weights of `slot`, which passes of its rows alone use from then on.
 
-        They take the memory of the base's linear layers once more, until `remove`. No other slot
-        may have any, and no changes may come or go meanwhile; passes go on.
+        They take the memory of the base's linear layers once more, until `remove`, or until
+        another slot has them; no running sequence may be on the one that had them. Passes may go
+        on meanwhile, but no changes come or go.
         """
-        assert self.merged_slot is None
+        self._unmerge()
         try:
             for module in self._linears:
                 module.merge(slot)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from deltadock.errors import (
+    Conflict,
     DeltadockError,
     HashMismatch,
     InferenceFailed,
@@ -49,6 +50,7 @@ class Site:
         self.files = FileCache(self.blobs, folder / "cache")
         self.folder = folder / "cache" / "artifacts"
         self.device: dict[int, str] = {}
+        self.merged: int | None = None
         self.faults: Counter[str] = Counter()
         """How many of the next reads or placements fail, and as what."""
         self.tiers = DeltaTiers(
@@ -58,6 +60,8 @@ class Site:
             read=self.read,  # type: ignore[arg-type]
             place=self.place,  # type: ignore[arg-type]
             remove=self.remove,
+            merge=self.merge,
+            merged_slot=lambda: self.merged,
             metrics=Metrics(),
         )
 
@@ -74,6 +78,15 @@ class Site:
 
     def remove(self, slot: int) -> None:
         self.device.pop(slot, None)
+        self.merged = None if self.merged == slot else self.merged
+
+    def merge(self, slot: int) -> None:
+        assert slot in self.device
+        used = {found.slot for found in self.tiers.slots.residents.values()} - {slot}
+        assert self.merged not in used, "a request may be running on merged weights"
+        self.merged = None
+        self._fail("merge", MemoryError())
+        self.merged = slot
 
     def _fail(self, kind: str, error: Exception) -> None:
         if self.faults[kind]:
@@ -136,6 +149,33 @@ def test_a_fault_fails_its_own_delta_and_leaves_nothing(site: Site) -> None:
             await site.tiers.load(bad)
             assert tier_of(site, bad) == "device"
             await site.tiers.unload(bad)
+
+    asyncio.run(scenario())
+
+
+def test_one_delta_at_a_time_has_merged_weights(site: Site) -> None:
+    first, second, third, *_ = site.digests
+
+    async def scenario() -> None:
+        await site.tiers.merge(first)
+        await site.tiers.merge(first)
+        assert site.tiers.merged == first
+        await site.tiers.acquire(first)
+        with pytest.raises(Conflict, match="used by 1"):
+            await site.tiers.merge(second)
+        site.tiers.release(first)
+        site.faults["merge"] = 1
+        with pytest.raises(Unavailable, match="no memory"):
+            await site.tiers.merge(second)
+        assert site.tiers.merged is None
+        assert tier_of(site, second) == "device", "it is served as before"
+        await site.tiers.merge(second)
+        await site.tiers.load(first)
+        await site.tiers.load(third)
+        assert site.tiers.merged is None, "it left its slot"
+        await site.tiers.merge(third)
+        assert site.tiers.merged == third
+        assert site.device[site.merged or 0] == third
 
     asyncio.run(scenario())
 
@@ -268,6 +308,10 @@ class Users(RuleBasedStateMachine):
         self.do(self.site.tiers.load(self.site.digests[number], tier))
 
     @rule(number=st.integers(0, len(SIZES) - 1))
+    def merge(self, number: int) -> None:
+        self.do(self.site.tiers.merge(self.site.digests[number]))
+
+    @rule(number=st.integers(0, len(SIZES) - 1))
     def pin(self, number: int) -> None:
         self.do(self.site.tiers.pin(self.site.digests[number]))
 
@@ -284,7 +328,7 @@ class Users(RuleBasedStateMachine):
         self.do(self.site.tiers.unload(digest))
         assert not used or digest in self.site.device.values()
 
-    @rule(kind=st.sampled_from(["read", "place", "memory"]))
+    @rule(kind=st.sampled_from(["read", "place", "memory", "merge"]))
     def break_something(self, kind: str) -> None:
         self.site.faults[kind] = 1
 
@@ -302,6 +346,8 @@ class Users(RuleBasedStateMachine):
         assert len(self.site.device) <= slots
         for digest, slot in self.running:
             assert self.site.device[slot] == digest, "a slot in use was given away"
+        merged = tiers.merged
+        assert merged is None or self.site.device[self.site.merged or 0] == merged
         pinned = [r for r in tiers.slots.residents.values() if r.pinned]
         assert len(pinned) < max(slots, 1)
 
