@@ -1,20 +1,32 @@
 """A PEFT adapter as a delta file: imported as it is, beside what is compressed."""
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
+from artifacts.checkpoint import CONFIG
+from artifacts.compatibility import VOCABULARY
 from artifacts.reader import Artifact
 from artifacts.writer import write_artifact
+from compression.assembly.assembling import CarriedFiles, read_carried
 from compression.calibration.options import Source
 from compression.calibration.windows import load_calibration
 from compression.methods.lora import adapter_digest, import_adapter
 from compression.model.forward import BlockwiseModel
-from compression.model.weights import Checkpoint
+from compression.model.weights import Checkpoint, Grown
 from compression.quality import MergedSource, measure
 from compression.report import Report, TensorReport
 from compression.run import CompressOptions, Progress
 from deltadock import __version__
+
+TOKENIZER_FILES: Final = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+"""What of an adapter's folder is for serving; a trainer leaves much else there."""
 
 
 def import_delta(
@@ -29,6 +41,7 @@ def import_delta(
 ) -> Report:
     """Write the delta file that a PEFT adapter stands for, without loss.
 
+    The tokenizer and chat template that were saved with the adapter travel along.
     The fine-tune is the base with the adapter: where calibration text is given, the report's KL of
     the base says what the adapter changes, and its own is zero.
 
@@ -48,6 +61,9 @@ def import_delta(
     progress(Progress("validating", 0, 1, 0.0, "hashing the base"))
     source = Checkpoint(base)
     encoded = import_adapter(base, adapter)
+    shapes = {name: entry.shape for name, entry in source.entries.items()}
+    shapes |= {name: tuple(one.record["shape"]) for name, one in encoded.items()}
+    texts, others = _carried(source, adapter, shapes)
     progress(Progress("assembling", 0, 1, 0.5, "writing the artifact"))
     manifest = {
         "base_digest": source.manifest.weights_digest,
@@ -61,8 +77,8 @@ def import_delta(
         "checkpoint_bytes": source.bf16_bytes,
         "parameters": source.parameters,
         "version": __version__,
-        "files": {},
-        "binary_files": {},
+        "files": texts,
+        "binary_files": others,
         "matrices": {},
     }
     write_artifact(out, encoded, manifest)
@@ -91,7 +107,7 @@ def import_delta(
                 measure(
                     model,
                     data.held_out,
-                    base=source,
+                    base=Grown(source, shapes),
                     finetuned=merged,
                     delta=merged,
                     progress=lambda k, n: progress(
@@ -101,3 +117,25 @@ def import_delta(
             )
     report.seconds = time.monotonic() - started
     return report
+
+
+def _carried(
+    base: Checkpoint, adapter: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> CarriedFiles:
+    """Tokenizer files of the adapter's folder that differ from the base's, and a config.json that
+    tells of tokens which the adapter adds."""
+    before = {file.path: file.sha256 for file in base.manifest.files}
+    found = [
+        name
+        for name in TOKENIZER_FILES
+        if (path := adapter / name).is_file()
+        and hashlib.sha256(path.read_bytes()).hexdigest() != before.get(name)
+    ]
+    texts, others = read_carried(adapter, found)
+    rows = max(
+        (shape[0] for name, shape in shapes.items() if shape > base.entries[name].shape), default=0
+    )
+    if rows and VOCABULARY in base.manifest.config:
+        config = dict(base.manifest.config) | {VOCABULARY: rows}
+        texts[CONFIG] = json.dumps(config, indent=2)
+    return texts, others

@@ -1,6 +1,7 @@
 """What the methods leave: embeddings, small tensors, tokenizer files, the manifest, the report."""
 
 import base64
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,29 +65,40 @@ def carried_files(base: CheckpointManifest, tuned: Checkpoint) -> CarriedFiles:
         TooLarge: together they are over `MAX_CARRIED_BYTES`.
     """
     before = {file.path: file.sha256 for file in base.files}
-    after = {file.path: file for file in tuned.manifest.files}
+    after = {file.path: file.sha256 for file in tuned.manifest.files}
+    differing = [
+        path
+        for path in sorted(before.keys() | after.keys())
+        if "/" not in path
+        and path.endswith(CARRIED_SUFFIXES)
+        and not path.endswith(".safetensors.index.json")
+        and before.get(path) != after.get(path)
+    ]
+    texts, others = read_carried(tuned.folder, [path for path in differing if path in after])
+    return texts | {path: None for path in differing if path not in after}, others
+
+
+def read_carried(folder: Path, paths: Iterable[str]) -> CarriedFiles:
+    """These files of a folder, as an artifact carries them.
+
+    Raises:
+        TooLarge: together they are over `MAX_CARRIED_BYTES`.
+    """
     texts: dict[str, str | None] = {}
     others: dict[str, str] = {}
     size = 0
-    for path in sorted(before.keys() | after.keys()):
-        if "/" in path or path.endswith(".safetensors.index.json"):
-            continue
-        if not path.endswith(CARRIED_SUFFIXES):
-            continue
-        if path not in after:
-            texts[path] = None
-        elif before.get(path) != after[path].sha256:
-            size += after[path].size
-            if size > MAX_CARRIED_BYTES:
-                raise TooLarge(
-                    f"The fine-tune's config and tokenizer files that differ from the base's are "
-                    f"over {MAX_CARRIED_BYTES} bytes. Leave out what serving does not need."
-                )
-            content = (tuned.folder / path).read_bytes()
-            try:
-                texts[path] = content.decode("utf-8")
-            except UnicodeDecodeError:
-                others[path] = base64.b64encode(content).decode()
+    for path in paths:
+        size += (folder / path).stat().st_size
+        if size > MAX_CARRIED_BYTES:
+            raise TooLarge(
+                f"The fine-tune's config and tokenizer files that differ from the base's are "
+                f"over {MAX_CARRIED_BYTES} bytes. Leave out what serving does not need."
+            )
+        content = (folder / path).read_bytes()
+        try:
+            texts[path] = content.decode("utf-8")
+        except UnicodeDecodeError:
+            others[path] = base64.b64encode(content).decode()
     return texts, others
 
 

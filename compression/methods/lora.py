@@ -137,21 +137,14 @@ def _as_factor(name: str) -> tuple[str, str, bool]:
 
 
 def _whole(base: Checkpoint, name: str, tensor: Tensor) -> Encoded | None:
-    """A tensor that replaces the base's; None where it is the base's.
-
-    Raises:
-        InvalidAdapter: it has more rows than the base's, and has changed those of the base.
-    """
+    """A tensor that replaces the base's; None where it is the base's."""
     dtype, shape = DTYPES[tensor.dtype], tuple(tensor.shape)
     entry = base.entries.get(name)
     if entry is not None and shape[1:] == entry.shape[1:] and shape[:1] > entry.shape[:1]:
-        rows = entry.shape[0]
-        if tensor.dtype != base.tensor(name).dtype or not tensor[:rows].equal(base.tensor(name)):
-            raise InvalidAdapter(
-                f"The adapter adds rows to {name!r} and changes the others. Merge it into its base "
-                "with PEFT's merge_and_unload and compress the merged checkpoint."
-            )
-        return encode_new_rows(None, raw(tensor[rows:], dtype), rows, dtype)
+        rows, old = entry.shape[0], base.tensor(name)
+        if tensor.dtype == old.dtype and tensor[:rows].equal(old):
+            return encode_new_rows(None, raw(tensor[rows:], dtype), rows, dtype)
+        return encode_exact(raw(tensor, dtype), dtype, shape)
     entry = _entry(base.entries, name, shape)
     data = raw(tensor, dtype)
     if (dtype, hashlib.sha256(data.tobytes()).hexdigest()) == (entry.dtype, entry.sha256):
