@@ -1,15 +1,13 @@
 """The deltas of the linears that share an input, by slot, behind addresses that never change."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 
 from deltadock.errors import TooLarge
 from kernels.svd_delta.layout import PLANES, PackedDelta
-
-if TYPE_CHECKING:
-    from kernels.svd_delta.bags import BagPlan
+from kernels.svd_delta.plan import BagPlan
 
 ENTRY_FIELDS: Final = 16
 """int32 fields of a slot and linear in `DeltaTable.entries`; the kernels read them in this order:

@@ -56,7 +56,7 @@ class Shared:
     h_in, h_outs = 130, (70, 64, 33)
 
     def __init__(self) -> None:
-        self.table = DeltaTable(5, self.h_in, self.h_outs, max_rank=210)
+        self.table = DeltaTable(6, self.h_in, self.h_outs, max_rank=210)
         self.dense: dict[int, Tensor] = {}
         self.bias: dict[int, Tensor] = {}
 
@@ -74,7 +74,7 @@ class Shared:
         self.dense[slot], self.bias[slot] = torch.cat(dense), torch.cat(biases).double()
 
     def check(self, row_slots: list[int], cache: TensorCache) -> None:
-        chunks = Chunks(64, 5, [self.table])
+        chunks = Chunks(64, 6, [self.table])
         chunks.assign(row_slots)
         # Rows of a wider matrix, as a view has them.
         y, x = (
@@ -95,13 +95,15 @@ def test_linears_that_share_their_input(limit: int) -> None:
     shared.install(1, [WIDTHS, WIDE, WIDTHS])
     shared.install(2, [None, WIDE, None])
     shared.install(3, [WIDE, [], WIDTHS])
+    shared.install(4, [[], [], []])
     for row_slots in (
         [1, 2, 0, 3],
         [1, 2, 0, 3],
         [3, 3, 1],
         [2, *[3] * MANY_ROWS, 1, *[1] * MANY_ROWS],
-        [2],
+        [2, 5],
         [0, 4],
+        [4] * MANY_ROWS,
     ):
         shared.check(row_slots, cache)
     assert cache.nbytes <= limit
