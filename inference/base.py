@@ -39,7 +39,7 @@ class ServedBase:
         self.name = name
         self.max_sequences = settings.node_max_sequences
         self.users = 0
-        """Requests that have not ended yet."""
+        """Requests and merges that have not ended yet."""
         self._weights_digest = manifest.weights_digest
         self._files: Mapping[str, str] = read_tokenizer_files(folder)
         self._disk = disk
@@ -70,13 +70,31 @@ class ServedBase:
             metrics=metrics,
             changed=changed,
         )
-        self._favourite = Favourite(self.deltas, self.digest) if settings.node_merge else None
+        self._favourite = Favourite(self, self.digest) if settings.node_merge else None
         self.engine.start()
 
     def served(self, weights: str, tokens: int) -> None:
         """A request has ended that read and generated so many tokens; called in the event loop."""
         if self._favourite is not None:
             self._favourite.served(weights, tokens)
+
+    @property
+    def merged(self) -> str | None:
+        """The delta that has merged weights."""
+        return self.deltas.merged
+
+    async def merge(self, digest: str) -> None:
+        """Give a delta merged weights; the base stays meanwhile. Raises as `DeltaTiers.merge`."""
+        self.users += 1
+        try:
+            await self.deltas.merge(digest)
+        finally:
+            self.users -= 1
+
+    def stop_merging(self) -> None:
+        """Begin no more merges; called in the event loop."""
+        if self._favourite is not None:
+            self._favourite.stop()
 
     def close(self) -> None:
         """End the engine; what still runs is cancelled."""

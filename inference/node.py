@@ -76,6 +76,7 @@ class Node:
         if self._registration is not None:
             await self._registration.close()
         if self.base is not None:
+            self.base.stop_merging()
             await asyncio.to_thread(self.base.close)
         await asyncio.to_thread(self._templates.close)
 

@@ -51,17 +51,18 @@ def encode(
     """
     encoded = [_tokens(prompt, tokenizer, templates) for prompt in prompts]
     for prompt, tokens in zip(prompts, encoded, strict=True):
+        param = "messages" if isinstance(prompt, Conversation) else "prompt"
         if not tokens:
             raise InvalidInput(
                 "A prompt has no tokens, so there is nothing to go on from. Send at least one "
                 "character or token id.",
-                param="messages" if isinstance(prompt, Conversation) else "prompt",
+                param=param,
             )
         unknown = [token for token in tokens if not 0 <= token < vocabulary]
         if unknown:
             raise InvalidInput(
-                f"`prompt` holds the token id {unknown[0]}; the model has 0 to {vocabulary - 1}.",
-                param="prompt",
+                f"`{param}` holds the token id {unknown[0]}; the model has 0 to {vocabulary - 1}.",
+                param=param,
             )
     return encoded
 

@@ -32,21 +32,26 @@ class RowPool:
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        pages = limit_bytes // (ROW_BYTES * PAGE_ROWS)
-        self._unused = iter(range(pages))
+        # Rows are numbered in int32.
+        pages = min(limit_bytes // (ROW_BYTES * PAGE_ROWS), 2**31 // PAGE_ROWS)
+        self._pages, self._used = pages, 0
         self._free: list[int] = []
         self.table = torch.empty(pages * PAGE_ROWS, ROW_BYTES, dtype=torch.uint8)
         """(rows, ROW_BYTES) uint8."""
 
+    def has_room(self, rows: int) -> bool:
+        """Whether so many rows fit."""
+        return -(-rows // PAGE_ROWS) <= self._pages - self._used + len(self._free)
+
     def put(self, rows: Tensor) -> PooledRows | None:
         """Copy rows (n, ROW_BYTES) in; None if there is no room for them."""
-        pages: list[int] = []
-        for _ in range(0, len(rows), PAGE_ROWS):
-            page = self._free.pop() if self._free else next(self._unused, None)
-            if page is None:
-                self._free += pages
-                return None
-            pages.append(page)
+        if not self.has_room(len(rows)):
+            return None
+        count = -(-len(rows) // PAGE_ROWS)
+        pages = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        rest = count - len(pages)
+        pages += range(self._used, self._used + rest)
+        self._used += rest
         starts = PAGE_ROWS * torch.tensor(pages, dtype=torch.int32)[:, None]
         numbers = (starts + torch.arange(PAGE_ROWS, dtype=torch.int32)).flatten()[: len(rows)]
         self.table[numbers.long()] = rows

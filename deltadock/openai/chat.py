@@ -1,6 +1,6 @@
 """OpenAI's request for chat completions."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -48,13 +48,14 @@ class Message(BaseModel):
     content: Content
     name: str | None = None
 
-    @model_validator(mode="after")
-    def _knows_all_fields(self) -> Self:
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_all_fields(cls, message: Any) -> Any:
         """Refuse what a template would need and no node passes on; clients send much as null."""
-        for name, value in (self.model_extra or {}).items():
-            if value:
+        for name, value in message.items() if isinstance(message, dict) else ():
+            if value and name not in cls.model_fields:
                 raise fault("is not supported yet; send `role` and `content` alone.", field=name)
-        return self
+        return message
 
     def plain(self) -> dict[str, str]:
         """What a chat template reads."""
@@ -68,7 +69,9 @@ class Message(BaseModel):
 class TextFormat(BaseModel):
     """The form of an answer: text."""
 
-    type: Literal["text"] = "text"
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
 
 
 class ChatRequest(SamplingFields):

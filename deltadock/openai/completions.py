@@ -34,8 +34,12 @@ def _kind(part: Any) -> str:
     if isinstance(part, str):
         return "text"
     if isinstance(part, list):
-        return "tokens" if all(_kind(token) == "token" for token in part) else "other"
-    return "token" if isinstance(part, int) and not isinstance(part, bool) else "other"
+        return "tokens" if all(map(_is_token, part)) else "other"
+    return "token" if _is_token(part) else "other"
+
+
+def _is_token(part: Any) -> bool:
+    return isinstance(part, int) and not isinstance(part, bool)
 
 
 Tokens = Annotated[list[int], Field(min_length=1)]

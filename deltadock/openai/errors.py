@@ -43,6 +43,8 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     subject = "The body" if param is None else f"`{param}`"
     if kind == "json_invalid":
         return f"The body is no JSON: {error['ctx']['error']}.", None
+    if param is None and kind in {"model_attributes_type", "model_type"}:
+        return "The body must be a JSON object, sent as Content-Type: application/json.", None
     if kind == "missing":
         return f"{subject} is missing; send it.", param
     if kind == "extra_forbidden":

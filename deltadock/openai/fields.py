@@ -47,8 +47,10 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 LogitBias = Annotated[
-    dict[TokenId, Bias], told("must map token ids in decimal digits to numbers from -100 to 100.")
+    Annotated[dict[TokenId, Bias], Field(max_length=300)],
+    told("must map at most 300 token ids in decimal digits to numbers from -100 to 100."),
 ]
+"""Each is added at every token, while all others wait."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[
     str | Annotated[list[str], Field(max_length=16)], told("must be a text, or at most 16 of them.")

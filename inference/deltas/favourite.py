@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from typing import Final, Protocol
 
 from deltadock.errors import Conflict, DeltadockError
@@ -14,6 +15,10 @@ LEAST_TOKENS: Final = 10_000
 """Before so many there is no favourite."""
 SHARE: Final = 0.75
 """Part of all tokens that a favourite has; below it, others are in most of its passes."""
+
+
+REST_SECONDS: Final = 600.0
+"""A merge that failed, for want of memory say, is not tried again before that."""
 
 
 class Traffic:
@@ -40,7 +45,7 @@ class Traffic:
 
 
 class Merges(Protocol):
-    """What can merge a delta; see `DeltaTiers`."""
+    """What can merge a delta; see `ServedBase`."""
 
     @property
     def merged(self) -> str | None:
@@ -57,19 +62,24 @@ class Favourite:
         """`base` is what the bare base's traffic is counted under."""
         self._tiers, self._base = tiers, base
         self._traffic = Traffic()
-        self._failed: set[str] = set()
+        self._rests: dict[str, float] = {}
+        """When (seconds of the monotonic clock) one that failed may be tried again."""
         self._task: asyncio.Task[None] | None = None
 
     def served(self, weights: str, tokens: int) -> None:
         """A request has ended that computed so many tokens; this may begin a merge."""
         self._traffic.add(weights, tokens)
         found = self._traffic.favourite
-        if (
-            found not in {None, self._base, self._tiers.merged, *self._failed}
-            and found is not None
-            and (self._task is None or self._task.done())
-        ):
+        if found is None or found in {self._base, self._tiers.merged}:
+            return
+        rested = time.monotonic() >= self._rests.get(found, 0.0)
+        if rested and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._merge(found))
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        if self._task is not None:
+            self._task.cancel()
 
     async def _merge(self, digest: str) -> None:
         try:
@@ -78,6 +88,6 @@ class Favourite:
             return  # the last favourite is still in use: the next request tries again
         except DeltadockError:
             logger.exception("The delta %s takes most of the traffic but cannot be merged", digest)
-            self._failed.add(digest)
+            self._rests[digest] = time.monotonic() + REST_SECONDS
         else:
             logger.info("Merged the delta %s, which takes most of the traffic", digest)

@@ -156,6 +156,7 @@ def merge_delta(model: BaseModel, slot: int) -> None:
     """Give merged weights to a slot; the passes go on."""
     with torch.inference_mode(), _beside_the_passes(model.device):
         model.merge(slot)
+    model.use_merged(slot)
 
 
 @contextmanager

@@ -148,8 +148,10 @@ class DeltaTiers:
     def merged(self) -> str | None:
         """The delta that has merged weights."""
         slot = self._merged_slot()
-        residents = self.slots.residents.items()
-        return next((digest for digest, found in residents if found.slot == slot), None)
+        for digest, found in self.slots.residents.items():
+            if found.slot == slot and found.loading.done():
+                return digest
+        return None
 
     async def merge(self, digest: str) -> None:
         """Bring a delta into a slot and merge its weights; whatever had merged weights leaves its
@@ -158,13 +160,12 @@ class DeltaTiers:
         Raises:
             Conflict: the other is in use or pinned.
         """
-        merged = self.merged
-        if merged == digest:
+        if self.merged == digest:
             return
-        if merged is not None:
-            await self.slots.drop(merged)
         slot, _ = await self.acquire(digest)
         try:
+            if (merged := self.merged) is not None:
+                await self.slots.drop(merged)
             await self._run(self._placer, partial(self._merge, slot))
         finally:
             self.release(digest)

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from inference.model.logits import Logits
+
+LEAST_TEMPERATURE: Final = 1e-5
+"""Anything less is 0, as in vLLM: logits divided by it would not be finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ def make_generator(params: SamplingParams, choice: int) -> torch.Generator | Non
     Choices of the same request draw different ones, from `seed` on; without a seed nobody draws
     the same twice.
     """
-    if params.temperature == 0:
+    if params.temperature < LEAST_TEMPERATURE:
         return None
     generator = torch.Generator()
     if params.seed is None:

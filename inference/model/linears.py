@@ -13,7 +13,7 @@ from inference.model.routing import DeltaModule, Routing
 from kernels.svd_delta import DeltaTable, PackedDelta, reference, svd_delta
 
 
-class _Exception(NamedTuple):
+class _Other(NamedTuple):
     """A change of one linear that is no packed delta."""
 
     weight: Change | None
@@ -45,41 +45,41 @@ class DeltaLinears(DeltaModule):
             max_rank=sum(min(h_out, h_in) for h_out in self._h_outs),
             device=self._base.device,
         )
-        self._exceptions: dict[int, list[_Exception | None]] = {}
+        self._others: dict[int, list[_Other | None]] = {}
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
     def install(self, slot: int, changes: Mapping[str, Change]) -> bool:
         """Packed weights go into the table, with their biases in them; see `BaseModel.prepare`."""
         packed: list[PackedDelta | None] = []
-        exceptions: list[_Exception | None] = []
+        others: list[_Other | None] = []
         for name in self._names:
             weight, bias = changes.get(f"{name}.weight"), changes.get(f"{name}.bias")
             assert bias is None or isinstance(bias, Tensor)
             packed.append(weight if isinstance(weight, PackedDelta) else None)
-            other = None if isinstance(weight, PackedDelta) else weight
-            if bias is None and isinstance(other, Tensor) and self._base.bias is not None:
-                bias = self._base.bias.split(self._h_outs)[len(exceptions)]
-            exceptions.append(None if other is bias is None else _Exception(other, bias))
+            own = None if isinstance(weight, PackedDelta) else weight
+            if bias is None and isinstance(own, Tensor) and self._base.bias is not None:
+                bias = self._base.bias.split(self._h_outs)[len(others)]
+            others.append(None if own is bias is None else _Other(own, bias))
         if any(packed):
             self.table.install(slot, *packed)
-        if any(exceptions):
-            self._exceptions[slot] = exceptions
-        return any(exceptions)
+        if any(others):
+            self._others[slot] = others
+        return any(others)
 
     def remove(self, slot: int) -> None:
         for key in (deltas := self.table.deltas.get(slot, ())), *deltas:
             self.routing.cache.discard(key)
         self.table.remove(slot)
-        for exception in self._exceptions.pop(slot, ()):
-            if exception is not None:
-                self.routing.cache.discard(exception.weight)
+        for other in self._others.pop(slot, ()):
+            if other is not None:
+                self.routing.cache.discard(other.weight)
 
     def merge(self, slot: int) -> None:
         """Keep the weights of `slot` as one product, until `unmerge`: what it changes is added in
         float32 and rounded once."""
-        packed, exceptions = self.table.deltas.get(slot), self._exceptions.get(slot)
-        if packed is None and exceptions is None:
+        packed, others = self.table.deltas.get(slot), self._others.get(slot)
+        if packed is None and others is None:
             return
         weight, bias = self._base.copy()
         begin = 0
@@ -87,7 +87,7 @@ class DeltaLinears(DeltaModule):
             own = slice(begin, begin + h_out)
             if packed is not None and (delta := packed[number]) is not None:
                 _apply(weight[own], bias, own, delta, delta.numbers("bias"))
-            if exceptions is not None and (other := exceptions[number]) is not None:
+            if others is not None and (other := others[number]) is not None:
                 _apply(weight[own], bias, own, other.weight, other.bias)
             begin += h_out
         plain = None if bias is None else bias.to(self._base.dtype)
@@ -107,20 +107,18 @@ class DeltaLinears(DeltaModule):
             self.table.deltas and chunks.by_slot
         ):  # a graph must hold what is installed later, too
             svd_delta(y[0], x[0], self.table, chunks, self.routing.cache)
-        if self._exceptions:
+        if self._others:
             for slot, rows in chunks.by_slot.items():
                 begin = 0
-                for exception, h_out in zip(
-                    self._exceptions.get(slot, ()), self._h_outs, strict=False
-                ):
+                for other, h_out in zip(self._others.get(slot, ()), self._h_outs, strict=False):
                     part = (0, rows, slice(begin, begin + h_out))
-                    if exception is not None:
-                        y[part] = self._changed(y[part], x[0, rows], exception)
+                    if other is not None:
+                        y[part] = self._changed(y[part], x[0, rows], other)
                     begin += h_out
         return y
 
-    def _changed(self, y: Tensor, x: Tensor, exception: _Exception) -> Tensor:
-        weight, bias = exception
+    def _changed(self, y: Tensor, x: Tensor, other: _Other) -> Tensor:
+        weight, bias = other
         if isinstance(weight, Tensor):
             return F.linear(x, weight, bias)
         if isinstance(weight, LowRank):

@@ -216,7 +216,7 @@ class BaseModel:
         return self._routing.merged_slot
 
     def merge(self, slot: int) -> None:
-        """Make merged weights of `slot`, which passes of its rows alone use from then on.
+        """Make merged weights of `slot`, for `use_merged` once the device has computed them.
 
         They take the memory of the base's linear layers once more, until `remove`, or until
         another slot has them; no running sequence may be on the one that had them. Passes may go
@@ -229,6 +229,9 @@ class BaseModel:
         except BaseException:
             self._unmerge()
             raise
+
+    def use_merged(self, slot: int) -> None:
+        """Let passes whose rows are all of `slot` use what `merge` made of it."""
         self._merges += 1
         self._routing.merged_slot = slot
 

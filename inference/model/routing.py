@@ -48,7 +48,7 @@ class Routing:
         """Lay out a pass in which row i belongs to slot `row_slots[i]`."""
         self.chunks.assign(row_slots)
         merged = self.merged_slot
-        self.merged = merged is not None and all(slot == merged for slot in row_slots)
+        self.merged = merged is not None and set(row_slots) == {merged}
 
     @property
     def row_slots(self) -> Tensor:

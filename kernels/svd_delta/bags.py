@@ -4,7 +4,8 @@ A decode step reads the deltas of all its rows, and reading is what it costs: a 
 quarter of float32 factors. A bag is a weighted sum of rows of a byte table that have a scale and
 a bias each: `sum_i w_i (scale_i * code_i + bias_i)`. A product with V is one bag for each
 `COLUMNS` ranks, over the inputs; a product with U one for each `COLUMNS` outputs, over the ranks.
-A row's result depends on the other rows of its slot only where they are `MANY_ROWS`.
+Where a slot has `MANY_ROWS`, or the pool has no room for it, matrix products take the bags' place;
+otherwise a row's result does not depend on its neighbours.
 """
 
 from functools import partial
@@ -20,7 +21,7 @@ from kernels.pool import COLUMNS
 from kernels.svd_delta.chunks import Chunks
 from kernels.svd_delta.coded import CodedSlot, code_slot
 from kernels.svd_delta.factors import Rows
-from kernels.svd_delta.plan import BagPlan, Few, sum_bags
+from kernels.svd_delta.plan import BagPlan, Few, centred, sum_bags
 from kernels.svd_delta.table import DeltaTable
 
 MANY_ROWS: Final = 12
@@ -33,25 +34,33 @@ def add_deltas(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: T
     for slot, rows in chunks.members.items():
         if (deltas := table.deltas.get(slot)) is None:
             continue
-        coded = cache.get(deltas, partial(code_slot, deltas, table.h_outs, cache.pool))
+        make = partial(code_slot, deltas, table.h_outs, cache.pool)
+        coded = cache.get(deltas, make)
+        if coded.pooled is None and cache.pool.has_room(coded.row_count):
+            cache.discard(deltas)
+            coded = cache.get(deltas, make)  # the pool was full when it was coded
         if len(rows) < MANY_ROWS and coded.pooled is not None:
             few.append((coded, rows))
         else:
             _add_products(y, x, coded, chunks.by_slot[slot])
-    if few:
-        if (plan := table.plan) is None or not plan.serves(few, x, y):
-            plan = table.plan = BagPlan(few, x, y)
-        plan.add(y, x, cache.pool)
+    if not few:
+        table.plan = None  # it holds rows of the pool
+        return
+    if (plan := table.plan) is None or not plan.serves(few, y):
+        plan = table.plan = BagPlan(few, x, y)
+    plan.add(y, x, cache.pool)
 
 
 def _add_products(y: Tensor, x: Tensor, coded: CodedSlot, rows: Rows) -> None:
     """The same for one slot, by matrix products on float32 copies of its vectors."""
-    x, firsts, zeros, row_scale, bias = (
-        x[rows].float(),
-        *map(torch.from_numpy, (coded.firsts, coded.zeros, coded.row_scale, coded.bias)),
+    firsts, zeros, totals, row_scale, bias = map(
+        torch.from_numpy,
+        (coded.firsts, coded.zeros, coded.totals, coded.row_scale, coded.bias),
     )
+    x, means = centred(x[rows])
     sums = _joined(x @ _floats(coded.table, coded.v, x.shape[1]))
     projected = torch.addcmul(sums, sums.index_select(1, firsts), zeros, value=-1)
+    projected += means[:, None] * totals
     for part in coded.parts:
         added = bias[part.outputs]
         if height := part.ranks.stop - part.ranks.start:

@@ -43,7 +43,8 @@ class CodedSlot:
         v_bags: (blocks of ranks,) where in `v` each begins.
         v_inputs: the input of each row of V.
         firsts: (ranks,) the first rank of each rank's linear.
-        zeros: (ranks,) float32, what a rank's codes are more than its values.
+        zeros: (ranks,) float32, what each rank's codes are more than its values.
+        totals: (ranks,) float32, the sum of each rank's values.
         u: (for each linear blocks of outputs * ranks,) numbers of U's rows in `table`.
         u_bags: (blocks of outputs,) where in `u` each begins.
         u_ranks: the rank of each row of U.
@@ -59,6 +60,7 @@ class CodedSlot:
     v_inputs: NDArray[np.int32]
     firsts: NDArray[np.int32]
     zeros: NDArray[np.float32]
+    totals: NDArray[np.float32]
     u: NDArray[np.int32]
     u_bags: NDArray[np.int32]
     u_ranks: NDArray[np.int32]
@@ -70,11 +72,16 @@ class CodedSlot:
     pooled: PooledRows | None
 
     @property
+    def row_count(self) -> int:
+        """Rows of V and of U."""
+        return len(self.v) + len(self.u)
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         fields = (getattr(self, name) for name in self.__slots__)
         arrays = sum(field.nbytes for field in fields if isinstance(field, np.ndarray))
-        return arrays + ROW_BYTES * (len(self.v) + len(self.u))
+        return arrays + ROW_BYTES * self.row_count
 
 
 def code_slot(
@@ -106,6 +113,8 @@ def code_slot(
         found["v_inputs"].append(_range(0, delta.h_in).repeat(len(zeros) // COLUMNS))
         found["firsts"].append(torch.full_like(zeros, rank, dtype=torch.int32))
         found["zeros"].append(zeros)
+        totals = reference.unpack_v(delta).sum(1, dtype=torch.float64).float()
+        found["totals"].append(_padded(F.pad(totals, (1, 0))))
         found["u"].append(_u_rows(delta))
         found["u_bags"].append(_range(0, blocks) * delta.rank + row)
         found["u_ranks"].append(_range(part.ranks.start, part.ranks.stop).repeat(blocks))

@@ -1,14 +1,26 @@
 """The delta without a GPU."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.svd_delta import Chunks, DeltaTable, PackedDelta, TensorCache, add_rows, svd_delta
+from kernels.pool import RowPool
+from kernels.svd_delta import (
+    Chunks,
+    DeltaTable,
+    PackedDelta,
+    TensorCache,
+    add_rows,
+    bags,
+    svd_delta,
+)
 from kernels.svd_delta.bags import MANY_ROWS
+from kernels.svd_delta.coded import CodedSlot, code_slot
 from kernels.svd_delta.factors import add_products
+from kernels.svd_delta.plan import BagPlan
 from tests.kernels.support import Delta, expected, make_delta, relative_error
 
 SHAPE = (50, 90)
@@ -73,12 +85,12 @@ class Shared:
         self.table.install(slot, *packed)
         self.dense[slot], self.bias[slot] = torch.cat(dense), torch.cat(biases).double()
 
-    def check(self, row_slots: list[int], cache: TensorCache) -> None:
+    def check(self, row_slots: list[int], cache: TensorCache, width: int = 200) -> None:
         chunks = Chunks(64, 6, [self.table])
         chunks.assign(row_slots)
         # Rows of a wider matrix, as a view has them.
         y, x = (
-            torch.randn(len(row_slots), 200)[:, : sum(self.h_outs)],
+            torch.randn(len(row_slots), width)[:, : sum(self.h_outs)],
             torch.randn(len(row_slots), 140)[:, : self.h_in],
         )
         want = expected(y, x, row_slots, self.dense)
@@ -109,9 +121,63 @@ def test_linears_that_share_their_input(limit: int) -> None:
     assert cache.nbytes <= limit
     # Another delta in a slot, for the same rows.
     shared.check([1, 2], cache)
-    shared.table.remove(1)
     shared.install(1, [WIDE, None, WIDTHS])
     shared.check([1, 2], cache)
+
+
+def test_steps_of_the_same_batch_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[BagPlan] = []
+
+    class Counted(BagPlan):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            plans.append(self)
+
+    monkeypatch.setattr(bags, "BagPlan", Counted)
+    shared, cache = Shared(), TensorCache(10**6)
+    shared.install(1, [WIDTHS, WIDE, WIDTHS])
+    shared.install(2, [None, WIDE, None])
+    for row_slots, width, made in (
+        ([1, 2], 200, 1),
+        ([1, 2], 200, 1),
+        ([1, 2], 201, 2),
+        ([2, 1], 201, 3),
+        ([0, 2, 1], 201, 4),
+    ):
+        shared.check(row_slots, cache, width)
+        assert len(plans) == made
+    shared.table.remove(1)
+    assert shared.table.plan is None, "it holds memory"
+
+
+def test_what_found_no_room_in_the_pool_is_coded_anew_once_there_is() -> None:
+    shared = Shared()
+    shared.install(1, [WIDTHS, WIDE, WIDTHS])
+    shared.install(2, [WIDTHS, WIDE, WIDTHS])
+    size = code_slot(shared.table.deltas[1], shared.h_outs, RowPool(10**6)).nbytes
+    cache = TensorCache(int(1.6 * size))
+    shared.check([1], cache)
+    for _ in range(4):  # evicts the other, whose plan still held its rows
+        cache.begin_step()
+        shared.check([2], cache)
+    coded: CodedSlot = cache.get(shared.table.deltas[2], pytest.fail)
+    assert coded.pooled is not None
+    assert coded.nbytes == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.parametrize("more", [0, MANY_ROWS])
+def test_inputs_with_a_mean_do_not_drown_the_rest(more: int) -> None:
+    shape = (64, 4096)
+    delta = make_delta(shape, [(3, 8, 8), (70, 4, 4)], scaled=True)
+    table = DeltaTable(2, shape[1], [shape[0]], max_rank=80)
+    table.install(1, delta.packed)
+    rows = [1] * (1 + more)
+    chunks = Chunks(32, 2, [table])
+    chunks.assign(rows)
+    y, x = torch.zeros(len(rows), shape[0]), torch.randn(len(rows), shape[1]) + 1
+    want = expected(y, x, rows, {1: delta.dense})
+    svd_delta(y, x, table, chunks, TensorCache(10**7))
+    assert relative_error(y, want) < 1e-5
 
 
 @pytest.mark.parametrize("neighbours", [[], [1] * 3, [2, 0, 2]])

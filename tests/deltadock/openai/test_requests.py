@@ -20,6 +20,14 @@ OFF = "is not supported yet; leave it out."
 UNKNOWN = "is not a field that is known here; leave it out."
 
 
+def nested(depth: int) -> list[Any]:
+    """A list in a list in a list."""
+    found: list[Any] = [1]
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 def refused(kind: type[SamplingFields], body: Any) -> tuple[str, str | None]:
     """Message and param, as a route would answer."""
     with pytest.raises(ValidationError) as caught:
@@ -82,8 +90,9 @@ def test_values_that_change_nothing_are_taken_by_chat(values: dict[str, Any]) ->
         ({"max_tokens": 0}, "`max_tokens`: Input should be greater than or equal to 1."),
         ({"presence_penalty": 2.5}, "`presence_penalty`: Input should be less than or equal to 2."),
         ({"repetition_penalty": 0}, "`repetition_penalty`: Input should be greater than"),
-        ({"logit_bias": {"5": 101}}, "`logit_bias` must map token ids in decimal digits to"),
-        ({"logit_bias": {"the": 1}}, "`logit_bias` must map token ids in decimal digits to"),
+        ({"logit_bias": {"5": 101}}, "`logit_bias` must map at most 300"),
+        ({"logit_bias": {"the": 1}}, "`logit_bias` must map at most 300"),
+        ({"logit_bias": {str(n): 1 for n in range(301)}}, "`logit_bias` must map at most 300"),
         ({"stop": ["a"] * 17}, "`stop` must be a text, or at most 16 of them."),
         ({"stop": 1}, "`stop` must be a text, or at most 16 of them."),
         ({"min_p": float("nan")}, "`min_p`: "),
@@ -93,6 +102,7 @@ def test_values_that_change_nothing_are_taken_by_chat(values: dict[str, Any]) ->
         ({"prompt": [1, "a"]}, f"`prompt` holds parts of mixed or unknown kinds; {LISTS}"),
         ({"prompt": [True]}, f"`prompt` holds parts of mixed or unknown kinds; {LISTS}"),
         ({"prompt": [[1], [2.5]]}, f"`prompt` holds parts of mixed or unknown kinds; {LISTS}"),
+        ({"prompt": nested(900)}, f"`prompt` holds parts of mixed or unknown kinds; {LISTS}"),
         ({"prompt": ["a"] * 65}, "`prompt` holds 65 prompts; send at most 64 in one request."),
         ({"prompt": None}, f"`prompt` is no prompt; {LISTS}"),
         ({"prompt": {"text": "a"}}, f"`prompt` is no prompt; {LISTS}"),
@@ -114,6 +124,8 @@ def test_completions_say_what_to_do(values: dict[str, Any], message: str) -> Non
         ({"functions": [{"name": "f"}]}, f"`functions` {OFF}"),
         ({"function_call": {"name": "f"}}, f"`function_call` {OFF}"),
         ({"response_format": {"type": "json_object"}}, f"`response_format` {OFF}"),
+        ({"response_format": {"schema": {}}}, f"`response_format` {OFF}"),
+        ({"response_format": {"type": "text", "strict": True}}, f"`response_format` {OFF}"),
         ({"modalities": ["text", "audio"]}, f"`modalities` {OFF}"),
         ({"audio": {"voice": "v"}}, f"`audio` {OFF}"),
         ({"web_search_options": {}}, f"`web_search_options` {OFF}"),
@@ -153,6 +165,11 @@ def test_chat_says_what_to_do(values: dict[str, Any], message: str) -> None:
             "messages[1].tool_calls",
             "is not supported yet; send `role` and `content` alone.",
         ),
+        (
+            {"role": "assistant", "content": None, "tool_calls": [{}]},
+            "messages[1].tool_calls",
+            "is not supported yet; send `role` and `content` alone.",
+        ),
         ("x", "messages[1]", ""),
     ],
 )
@@ -172,6 +189,6 @@ def test_a_clients_own_answer_can_be_sent_back() -> None:
 
 def test_a_body_that_is_no_object() -> None:
     assert refused(ChatRequest, [1])[1] is None
-    assert refused(ChatRequest, [1])[0].startswith("The body: ")
+    assert refused(ChatRequest, [1])[0].startswith("The body must be a JSON object, sent as")
     missing = {"type": "missing", "loc": ("body",), "msg": "Field required"}
     assert refusal([missing]) == ("The body is missing; send it.", None)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltadock.errors import Conflict, Unavailable
+from inference.deltas import favourite
 from inference.deltas.favourite import LEAST_TOKENS, SHARE, WINDOW_TOKENS, Favourite, Traffic
 
 
@@ -55,6 +56,34 @@ def test_what_cannot_be_merged_is_left_and_what_is_in_use_tried_again(
     tiers = Tiers()
     tiers.error = error
     assert after(tiers, ("a", LEAST_TOKENS), ("a", 1), ("a", 1)) == ["a"] * calls
+
+
+def test_what_failed_is_tried_again_after_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(favourite, "REST_SECONDS", 0.0)
+    tiers = Tiers()
+    tiers.error = Unavailable("no memory")
+    assert after(tiers, ("a", LEAST_TOKENS), ("a", 1)) == ["a", "a"]
+
+
+def test_a_merge_that_goes_on_can_be_stopped() -> None:
+    class Slow(Tiers):
+        async def merge(self, digest: str) -> None:
+            self.calls.append(digest)
+            await asyncio.sleep(60)
+
+    async def scenario() -> list[str]:
+        tiers = Slow()
+        found = Favourite(tiers, "base")
+        found.served("a", LEAST_TOKENS)
+        await asyncio.sleep(0)
+        found.served("a", 1)
+        found.stop()
+        await asyncio.sleep(0)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not others
+        return tiers.calls
+
+    assert asyncio.run(scenario()) == ["a"]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, WINDOW_TOKENS)), max_size=20))

@@ -164,6 +164,7 @@ def test_one_delta_at_a_time_has_merged_weights(site: Site) -> None:
         with pytest.raises(Conflict, match="used by 1"):
             await site.tiers.merge(second)
         site.tiers.release(first)
+        assert site.tiers.merged == first
         site.faults["merge"] = 1
         with pytest.raises(Unavailable, match="no memory"):
             await site.tiers.merge(second)

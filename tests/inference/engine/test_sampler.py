@@ -94,6 +94,14 @@ def test_what_is_adjusted_is_drawn_and_the_log_probability_stays_the_models(
     assert scores.sample(1, plain, None, [0], 1).id == 0, "a neighbour's bias is its own"
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40])
+def test_next_to_no_temperature_is_none(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature)
+    assert make_generator(params, 0) is None
+    scores = Scores(Logits(torch.tensor([[1.0, 9.0, 2.0]])))
+    assert scores.sample(0, params, None, [0], 1).id == 1
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     scores, params = Scores(Logits(logits[None])), SamplingParams(seed=0)

@@ -41,6 +41,9 @@ def test_who_takes_most_of_the_traffic_is_merged(
         ask(first)
         all_at_once()
         assert merged(node) == first
+        base = node.node.base
+        assert base is not None
+        assert base.users == 0, "a merge that has ended holds the base no more"
         until(lambda: merged(node) == second, lambda: ask(second))
         ask(second)
         all_at_once()

@@ -199,6 +199,7 @@ def test_every_kind_computes_what_its_merged_checkpoint_does(
         assert slot == 0 or (known - found[0]).abs().max() > 0.1, "the delta makes a difference"
     for slot in files:
         model.merge(slot)
+        model.use_merged(slot)
         with monkeypatch.context() as patch:
             patch.setattr(linears, "svd_delta", None)  # merged weights need no delta beside them
             (alone,) = logits_of(model, [(own[slot], slot)])
@@ -224,6 +225,7 @@ def test_a_weight_of_its_own_keeps_the_bases_bias(base_folder: Path) -> None:
     base, same = logits_of(model, [([5, 9, 200], slot) for slot in (0, 1)])
     torch.testing.assert_close(same, base, rtol=1e-5, atol=1e-5)
     model.merge(1)
+    model.use_merged(1)
     torch.testing.assert_close(logits_of(model, [([5, 9, 200], 1)])[0], base, rtol=1e-5, atol=1e-5)
 
 
@@ -249,6 +251,7 @@ def test_what_cannot_be_merged_leaves_the_base(
     assert model.merged_slot is None
     assert torch.equal(logits_of(model, [([5, 9], 1)])[0], before)
     model.merge(1)
+    model.use_merged(1)
     assert model.merged_slot == 1
 
 
@@ -272,6 +275,7 @@ def test_a_graph_holds_passes_without_work_slot_by_slot(base_folder: Path) -> No
     merged = []
     for _ in range(2):
         model.merge(1)
+        model.use_merged(1)
         model.route([1, 1])
         merged.append(model.graph_key)
         model.route([1, 0])
