@@ -8,8 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from artifacts.checkpoint import CONFIG
 from artifacts.reader import Artifact
 from client.system import SECRET_FILE
+from deltadock.errors import InvalidCheckpoint
 from deltadock.settings import get_settings
 from storage.blobs import make_blob_store
 
@@ -24,10 +26,14 @@ def node(base: Path | None, api: str | None, deltas: Sequence[Path], host: str, 
         host, port: where it listens.
 
     Raises:
+        InvalidCheckpoint: the folder is not a base's.
         InvalidArtifact: a file is no delta.
     """
     environment = dict(os.environ)
     if base is not None:
+        if not (base / CONFIG).is_file():
+            raise InvalidCheckpoint(f"{base} is no checkpoint folder: it has no {CONFIG}.")
+        Console().print(f"{base} is the model {base.resolve().name}", soft_wrap=True)
         environment["DELTADOCK_NODE_BASE"] = str(base.resolve())
     if api is not None:
         environment["DELTADOCK_API_URL"] = api

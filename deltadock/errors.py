@@ -91,6 +91,12 @@ class HashMismatch(InvalidInput):
     code = "hash_mismatch"
 
 
+class ContextExceeded(InvalidInput):
+    """Prompt and answer are longer than the node's context."""
+
+    code = "context_length_exceeded"
+
+
 class UnknownMethod(InvalidInput):
     """No compression method has this name."""
 
@@ -145,6 +151,12 @@ class NotFound(DeltadockError):
 
     status = 404
     code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No model has this name."""
+
+    code = "model_not_found"
 
 
 class Conflict(DeltadockError):

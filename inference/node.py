@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from artifacts.checkpoint import CheckpointManifest, scan_folder
-from deltadock.errors import NotFound, NotReady, Unavailable
+from deltadock.errors import ModelNotFound, NotReady, Unavailable
 from deltadock.settings import Settings
 from inference.admission import Admission
 from inference.base import ServedBase
@@ -111,7 +111,7 @@ class Node:
         """What a request's `model` means to the node itself, which knows no names but its base's.
 
         Raises:
-            NotFound: it is neither the base nor the digest of a delta that the node holds.
+            ModelNotFound: it is neither the base nor the digest of a delta that the node holds.
         """
         base = self.base
         if base is not None:
@@ -119,9 +119,11 @@ class Node:
                 return Target(base.digest)
             if any(held.digest == model for held in base.deltas.held()):
                 return Target(base.digest, model)
-        raise NotFound(
-            f"This node does not know the model {model!r}. Ask the api, or name the weights in the "
-            "headers Deltadock-Base and Deltadock-Artifact."
+        raise ModelNotFound(
+            f"This node does not know the model {model!r}; GET /v1/models lists what it holds. "
+            "Weights that it is to fetch are named in the headers Deltadock-Base and "
+            "Deltadock-Artifact.",
+            param="model",
         )
 
     async def generate(self, target: Target, request: Request) -> Generation:

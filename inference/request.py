@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from deltadock.errors import InvalidInput
+from deltadock.errors import ContextExceeded, InvalidInput
 from inference.engine.sampler import SamplingParams
 from inference.prompts.chat import Conversation, TemplateSandbox
 from inference.prompts.generation_config import SamplingDefaults
@@ -84,19 +84,23 @@ def sampling_of(
     """How the prompts are continued within a context of so many tokens.
 
     Raises:
-        InvalidInput: a prompt and its answer do not fit, or a bias is none of the `vocabulary`'s.
+        ContextExceeded: a prompt and its answer do not fit.
+        InvalidInput: a bias is none of the `vocabulary`'s.
     """
     longest = max(map(len, encoded))
     if longest >= context:
-        raise InvalidInput(
+        chat = any(isinstance(prompt, Conversation) for prompt in request.prompts())
+        raise ContextExceeded(
             f"The prompt has {longest} tokens; together with its answer it must fit the context of "
-            f"{context} tokens. Shorten it."
+            f"{context} tokens. Shorten it.",
+            param="messages" if chat else "prompt",
         )
     sampling = request.sampling(defaults, context - longest)
     if longest + sampling.max_tokens > context:
-        raise InvalidInput(
+        raise ContextExceeded(
             f"The prompt's {longest} tokens and max_tokens {sampling.max_tokens} exceed the "
-            f"context of {context} tokens. Shorten one of them."
+            f"context of {context} tokens. Shorten one of them.",
+            param="max_tokens",
         )
     unknown = [token for token in sampling.logit_bias if token >= vocabulary]
     if unknown:

@@ -84,7 +84,9 @@ def width_bars(grid: Grid) -> Markup:
         words += f" ({percentage(matrix.kept)})\n{matrix.widths_text}"
         cell = _cell(parent, "cell stack", words)
         _rect(cell, box, "ground")
-        unit = box.height / (full_height * matrix.full_rank) if matrix.full_rank else 0.0
+        # Of ranks, or of both factors' vectors, which are twice as many.
+        vectors = sum(matrix.widths.values())
+        unit = box.height * matrix.kept / full_height / vectors if vectors else 0.0
         bottom = box.y + box.height
         for width, count in sorted(matrix.widths.items(), reverse=True):
             bottom -= count * unit

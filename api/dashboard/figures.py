@@ -42,7 +42,9 @@ class Matrix(BaseModel):
     @property
     def widths_text(self) -> str:
         """Such as `6 x 4 bit, 18 x 3 bit`, widest first."""
-        return ", ".join(f"{n} × {w} bit" for w, n in sorted(self.widths.items(), reverse=True))
+        told = ", ".join(f"{n} × {w} bit" for w, n in sorted(self.widths.items(), reverse=True))
+        # U and V have widths of their own: these are both factors' vectors.
+        return f"{told} in two factors" if sum(self.widths.values()) > self.rank else told
 
 
 class Tensor(BaseModel):

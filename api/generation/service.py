@@ -13,8 +13,10 @@ from api.generation.target import Target
 from api.resources import Resources
 from deltadock.errors import (
     BaseMismatch,
+    ContextExceeded,
     InvalidArtifact,
     InvalidInput,
+    ModelNotFound,
     NotFound,
     Overloaded,
     Unavailable,
@@ -27,8 +29,10 @@ NODE_ERRORS = {
     error.code: error
     for error in (
         BaseMismatch,
+        ContextExceeded,
         InvalidArtifact,
         InvalidInput,
+        ModelNotFound,
         NotFound,
         Overloaded,
         UnsupportedModel,

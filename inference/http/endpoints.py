@@ -58,6 +58,13 @@ async def models(node: NodeDep) -> ModelList:
     return ModelList(data=[Model(id=name) for name in names])
 
 
+@openai.get("/models/{model:path}")
+async def model(model: str, node: NodeDep) -> Model:
+    """One of them; 404 `model_not_found` for any other."""
+    node.target(model)
+    return Model(id=model)
+
+
 @health.get("/healthz")
 async def healthy() -> dict[str, str]:
     """The process is alive."""

@@ -1,5 +1,6 @@
 """Errors as HTTP, in OpenAI's shape and with its statuses, on every route."""
 
+from http import HTTPStatus
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -49,9 +50,13 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         assert isinstance(error, HTTPException)
         if error.status_code == NotFound.status:
             return answer(NotFound(f"There is nothing at {request.url.path}."))
-        response = answer(InvalidInput(str(error.detail)))
-        response.status_code = error.status_code
-        return response
+        detail = str(error.detail)
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            detail = f"{request.method} is not possible here; the Allow header names what is."
+        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        metrics.requests.labels(code).inc()
+        body = ErrorBody.of(error.status_code, code, detail).model_dump()
+        return JSONResponse(body, error.status_code, error.headers)
 
     def on_unexpected(_: Request, error: Exception) -> JSONResponse:
         # Starlette raises it again after this, so the server logs it.

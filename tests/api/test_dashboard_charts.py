@@ -84,6 +84,17 @@ def test_bars_are_as_high_as_the_ranks_they_stand_for() -> None:
     assert heights["w3"] == pytest.approx(full * 0.5, abs=0.01)
 
 
+def test_bars_of_two_factors_are_no_higher_than_the_ranks() -> None:
+    widths = {8: 20, 3: 30, 2: 50}
+    matrix = Matrix(name="layers.0.q", shape=[100, 200], rank=50, widths=widths)
+    root = ET.fromstring(charts.width_bars(Grid.of([matrix])))
+    heights = {rect.get("class", ""): float(rect.attrib["height"]) for rect in root.iter("rect")}
+    full = heights["ground"]
+    assert heights["w8"] == pytest.approx(full * 0.2, abs=0.01)
+    assert heights["w8"] + heights["w3"] + heights["w2"] == pytest.approx(full, abs=0.01)
+    assert titles(root)[0].endswith("20 × 8 bit, 30 × 3 bit, 50 × 2 bit in two factors")
+
+
 @given(st.floats(1e-6, 10), st.floats(1e-6, 10), st.floats(0, 20))
 def test_scale_keeps_order(low: float, high: float, value: float) -> None:
     scale = charts.Scale(min(low, high), max(low, high))

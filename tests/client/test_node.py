@@ -11,7 +11,7 @@ import pytest
 
 from client.node import node
 from client.system import node_secret
-from deltadock.errors import DeltadockError
+from deltadock.errors import DeltadockError, InvalidCheckpoint
 from deltadock.settings import Settings, get_settings
 from storage.blobs import make_blob_store
 from tests.client.support import Delta
@@ -31,6 +31,7 @@ def become(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any
 def test_options_become_settings(
     become: list[Any], delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "config.json").write_text("{}")
     node(tmp_path, "http://api:8000", [delta.path], "0.0.0.0", 8200)
     [(program, command, environment)] = become
     assert program == sys.executable
@@ -42,6 +43,12 @@ def test_options_become_settings(
     [digest] = settings.node_deltas
     assert json.loads(environment["DELTADOCK_NODE_DELTAS"]) == [digest]
     assert make_blob_store(settings).size(digest) == delta.path.stat().st_size
+
+
+def test_what_is_no_base_is_refused(become: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(InvalidCheckpoint, match=r"has no config\.json"):
+        node(tmp_path, None, [], "127.0.0.1", 8100)
+    assert become == []
 
 
 def test_what_is_no_delta_is_refused(become: list[Any], tmp_path: Path) -> None:

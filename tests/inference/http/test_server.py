@@ -128,8 +128,12 @@ def test_a_delta_brings_its_own_tokenizer_files(
         ({"prompt": [999]}, "prompt", "`prompt` holds the token id 999; the model has 0 to 263."),
         ({"prompt": [[1], [-1]]}, "prompt", "`prompt` holds the token id -1; the model has 0 to"),
         ({"prompt": []}, "prompt", "`prompt` is an empty list; send a text"),
-        ({"prompt": "x" * 120}, None, "The prompt has 120 tokens; together with its answer"),
-        ({"max_tokens": 500}, None, "exceed the context of 120 tokens. Shorten one of them."),
+        ({"prompt": "x" * 120}, "prompt", "The prompt has 120 tokens; together with its answer"),
+        (
+            {"max_tokens": 500},
+            "max_tokens",
+            "exceed the context of 120 tokens. Shorten one of them.",
+        ),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"echo": True}, "echo", "`echo` is not supported yet; leave it out."),
@@ -146,7 +150,8 @@ def test_bad_requests_are_told_what_is_wrong(
     )
     assert response.status_code == 400
     error = response.json()["error"]
-    assert error["code"] == "invalid_input"
+    too_long = "together with its answer" in message or "exceed the context" in message
+    assert error["code"] == ("context_length_exceeded" if too_long else "invalid_input")
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert message in error["message"]
@@ -196,8 +201,15 @@ def test_without_headers_the_model_is_the_nodes_own(site: Site, tmp_path: Path) 
             assert names == ["base-0", site.artifacts[0]]
             for name in names:
                 assert client.completions.create(model=name, prompt="a", max_tokens=1).model == name
-            with pytest.raises(openai.NotFoundError):
+                assert client.models.retrieve(name).id == name
+            with pytest.raises(openai.NotFoundError, match="GET /v1/models lists") as missing:
                 client.completions.create(model="unknown", prompt="a")
+            assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+            with pytest.raises(openai.NotFoundError, match="'unknown'"):
+                client.models.retrieve("unknown")
+        wrong = httpx.get(f"{node.url}/v1/completions")
+        assert (wrong.status_code, wrong.headers["Allow"]) == (405, "POST")
+        assert wrong.json()["error"]["code"] == "method_not_allowed"
         with (
             node.client(site.other_base) as client,
             pytest.raises(openai.InternalServerError) as caught,
