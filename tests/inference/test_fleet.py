@@ -167,10 +167,19 @@ def test_the_api_and_a_node_refuse_alike(fleet: Fleet, wrong: dict[str, Any]) ->
     assert answers[0].json() == answers[1].json()
 
 
-@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"prompt": ""}, {"max_tokens": 10_000}])
-def test_generating_by_url_refuses_in_its_own_shape(fleet: Fleet, wrong: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"max_tokens": 0}, "invalid_input"),
+        ({"prompt": ""}, "invalid_input"),
+        ({"max_tokens": 10_000}, "context_length_exceeded"),
+    ],
+)
+def test_generating_by_url_refuses_in_its_own_shape(
+    fleet: Fleet, wrong: dict[str, Any], code: str
+) -> None:
     answer = httpx.post(f"{fleet.url}/v1/bases/tiny/generate", json={"prompt": "a", **wrong})
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_input")
+    assert (answer.status_code, answer.json()["code"]) == (422, code)
     assert answer.headers["content-type"] == "application/problem+json"
 
 

@@ -105,9 +105,9 @@ def test_a_model_without_a_template_is_told_what_to_do(sandbox: TemplateSandbox)
         ("{% set x = messages.append(1) %}", "SecurityError"),
         # More than its share of the machine.
         ("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "exceeds"),
-        ("{{ 'x' | center(1000000000) }}", "MemoryError"),
+        ("{{ 'x' | center(1000000000) }}", "MemoryError|more time or memory"),
         ("{% set n = namespace(x='x') %}{% for i in range(50) %}{% set n.x = n.x + n.x %}"
-         "{% endfor %}{{ n.x }}", "MemoryError"),
+         "{% endfor %}{{ n.x }}", "MemoryError|more time or memory"),
         ("{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
          "more time or memory"),
         ("{{ 7 ** (9 ** 9) > 1 }}", "more time or memory"),
