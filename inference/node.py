@@ -1,6 +1,7 @@
 """The node: admits requests, brings their base and delta in, and follows them to their end."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
@@ -214,6 +215,8 @@ class Node:
                 self.base = None
                 await asyncio.to_thread(base.close)
                 del base
+                # Its parts refer to each other, and two bases may have no room.
+                await asyncio.to_thread(gc.collect)
             self.base = await asyncio.to_thread(self._serve, digest, manifest, folder)
             return self.base
 

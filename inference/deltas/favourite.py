@@ -58,32 +58,34 @@ class Merges(Protocol):
 class Favourite:
     """Merges the favourite among deltas. Belongs to one event loop."""
 
-    def __init__(self, tiers: Merges, base: str) -> None:
+    def __init__(self, merges: Merges, base: str) -> None:
         """`base` is what the bare base's traffic is counted under."""
-        self._tiers, self._base = tiers, base
+        self._merges, self._base = merges, base
         self._traffic = Traffic()
         self._rests: dict[str, float] = {}
         """When (seconds of the monotonic clock) one that failed may be tried again."""
         self._task: asyncio.Task[None] | None = None
+        self._stopped = False
 
     def served(self, weights: str, tokens: int) -> None:
         """A request has ended that computed so many tokens; this may begin a merge."""
         self._traffic.add(weights, tokens)
         found = self._traffic.favourite
-        if found is None or found in {self._base, self._tiers.merged}:
+        if found is None or found in {self._base, self._merges.merged}:
             return
         rested = time.monotonic() >= self._rests.get(found, 0.0)
-        if rested and (self._task is None or self._task.done()):
+        if rested and not self._stopped and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._merge(found))
 
     def stop(self) -> None:
         """Begin nothing more."""
+        self._stopped = True
         if self._task is not None:
             self._task.cancel()
 
     async def _merge(self, digest: str) -> None:
         try:
-            await self._tiers.merge(digest)
+            await self._merges.merge(digest)
         except Conflict:
             return  # the last favourite is still in use: the next request tries again
         except DeltadockError:

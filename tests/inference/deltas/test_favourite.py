@@ -79,6 +79,7 @@ def test_a_merge_that_goes_on_can_be_stopped() -> None:
         found.served("a", 1)
         found.stop()
         await asyncio.sleep(0)
+        found.served("a", 1)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         assert not others
         return tiers.calls

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,27 @@ def test_a_client_that_goes_away_frees_its_place(
     before = cancelled._value.get()
     asyncio.run(asyncio.wait_for(leave(), 30))
     assert cancelled._value.get() == before + 8
+
+
+def test_a_base_is_gone_before_the_next_is_loaded(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two large bases have no room beside each other."""
+    with start(site, tmp_path, node_merge=True) as node:
+        with node.client(site.base, site.artifacts[0]) as client:
+            client.completions.create(model="m", prompt="a", max_tokens=1)
+        old = weakref.ref(node.node.base.model)
+        found: list[object] = []
+        serve = node.node._serve
+
+        def look(*arguments: Any) -> Any:
+            found.append(old())
+            return serve(*arguments)
+
+        monkeypatch.setattr(node.node, "_serve", look)
+        with node.client(site.other_base) as client:
+            client.completions.create(model="m", prompt="a", max_tokens=1)
+    assert found == [None]
 
 
 def test_health(site: Site, node: RunningNode) -> None:
