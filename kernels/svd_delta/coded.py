@@ -106,14 +106,15 @@ def code_slot(
             outputs=slice(output, output + blocks * COLUMNS),
             columns=slice(begin, column),
         )
-        zeros = _padded(F.pad(reference.zeros(delta, "v"), (1, 0)))
-        found["v"].append(_v_rows(delta))
+        zeros = reference.zeros(delta, "v")
+        v, totals = _v_rows(delta, zeros)
+        zeros = _padded(F.pad(zeros, (1, 0)))
+        found["v"].append(v)
         begins = _range(rank // COLUMNS, (rank + len(zeros)) // COLUMNS)
         found["v_bags"].append(begins * delta.h_in)
         found["v_inputs"].append(_range(0, delta.h_in).repeat(len(zeros) // COLUMNS))
         found["firsts"].append(torch.full_like(zeros, rank, dtype=torch.int32))
         found["zeros"].append(zeros)
-        totals = reference.unpack_v(delta).sum(1, dtype=torch.float64).float()
         found["totals"].append(_padded(F.pad(totals, (1, 0))))
         found["u"].append(_u_rows(delta))
         found["u_bags"].append(_range(0, blocks) * delta.rank + row)
@@ -138,10 +139,13 @@ def code_slot(
     )
 
 
-def _v_rows(delta: PackedDelta) -> Tensor:
-    codes = torch.cat([torch.ones(1, delta.h_in), reference.codes(delta, "v")])
+def _v_rows(delta: PackedDelta, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """V's rows, and the sum of each rank's values, (rank,) float32."""
+    codes = reference.codes(delta, "v")
     scale = _or(1.0, delta.numbers("column_scale"), delta.h_in)
-    return _byte_rows(codes.T, scale, torch.zeros(delta.h_in))
+    totals = codes.double() @ scale.double() - zeros.double() * scale.double().sum()
+    codes = torch.cat([torch.ones(1, delta.h_in), codes])
+    return _byte_rows(codes.T, scale, torch.zeros(delta.h_in)), totals.float()
 
 
 def _u_rows(delta: PackedDelta) -> Tensor:
