@@ -1,24 +1,35 @@
 # Two images: `api`, small and without torch, and `torch` for workers and nodes.
 
-FROM python:3.11-slim AS build
+# Dependencies come before the sources, so that a change of code does not install them again.
+FROM python:3.11-slim AS dependencies
 RUN python -m venv /opt/deltadock
 ENV PATH=/opt/deltadock/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md ./
-COPY deltadock deltadock
-COPY kernels kernels
-COPY artifacts artifacts
-COPY compression compression
-COPY storage storage
-COPY migrations migrations
-COPY api api
-COPY workers workers
-COPY inference inference
-COPY client client
+COPY deltadock/version.py deltadock/version.py
 RUN pip install -c constraints.txt .
 
-FROM build AS build-torch
+FROM dependencies AS dependencies-torch
 RUN pip install -c constraints.txt ".[torch]"
+
+FROM scratch AS sources
+COPY pyproject.toml constraints.txt README.md ./
+# It holds links to the folders beside it.
+COPY deltadock deltadock
+COPY api api
+COPY workers workers
+COPY storage storage
+COPY kernels kernels
+COPY migrations migrations
+COPY samples samples
+
+FROM dependencies AS build
+COPY --from=sources / /src/
+RUN pip install --no-deps --force-reinstall .
+
+FROM dependencies-torch AS build-torch
+COPY --from=sources / /src/
+RUN pip install --no-deps --force-reinstall .
 
 FROM python:3.11-slim AS runtime
 # HOME takes what libraries cache; the rest of the file system may be read-only.
@@ -36,9 +47,9 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
 COPY --from=build-torch /opt/deltadock /opt/deltadock
 USER deltadock
 EXPOSE 8100
-CMD ["python", "-m", "inference.server", "--host", "0.0.0.0", "--port", "8100"]
+CMD ["python", "-m", "deltadock.inference.server", "--host", "0.0.0.0", "--port", "8100"]
 
 FROM runtime AS api
 COPY --from=build /opt/deltadock /opt/deltadock
 EXPOSE 8000
-CMD ["uvicorn", "api.main:app", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["uvicorn", "deltadock.api.main:app", "--host", "0.0.0.0", "--port", "8000"]

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from sqlalchemy.orm import Session
 
-from api.resources import Resources
+from deltadock.api.resources import Resources
 
 
 def get_resources(request: Request) -> Resources:

@@ -4,9 +4,9 @@ from typing import Self
 
 from pydantic import BaseModel, Field
 
-from api.schemas import RequestBody
-from compression.catalogue import MethodInfo, default_method
-from compression.goal import Goal, GoalKind, goal_for
+from deltadock.api.schemas import RequestBody
+from deltadock.compression.catalogue import MethodInfo, default_method
+from deltadock.compression.goal import Goal, GoalKind, goal_for
 
 
 class GoalFields(RequestBody):

@@ -10,24 +10,24 @@ from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse
 
-from api.bases.endpoints import router as bases
-from api.dashboard.endpoints import router as dashboard
-from api.dashboard.pages import asset, static_files
-from api.deltas.endpoints import router as deltas
-from api.generation.endpoints import router as generation
-from api.health.endpoints import router as health
-from api.jobs.endpoints import router as jobs
-from api.methods.endpoints import router as methods
-from api.middleware import BodyLimit, RequestContext
-from api.nodes.endpoints import router as nodes
-from api.openapi import DescribedApp
-from api.previews.endpoints import router as previews
-from api.problems import install_error_handlers, problems
-from api.resources import Resources
-from api.uploads.endpoints import router as uploads
-from deltadock import __version__
+from deltadock.api.bases.endpoints import router as bases
+from deltadock.api.dashboard.endpoints import router as dashboard
+from deltadock.api.dashboard.pages import asset, static_files
+from deltadock.api.deltas.endpoints import router as deltas
+from deltadock.api.generation.endpoints import router as generation
+from deltadock.api.health.endpoints import router as health
+from deltadock.api.jobs.endpoints import router as jobs
+from deltadock.api.methods.endpoints import router as methods
+from deltadock.api.middleware import BodyLimit, RequestContext
+from deltadock.api.nodes.endpoints import router as nodes
+from deltadock.api.openapi import DescribedApp
+from deltadock.api.previews.endpoints import router as previews
+from deltadock.api.problems import install_error_handlers, problems
+from deltadock.api.resources import Resources
+from deltadock.api.uploads.endpoints import router as uploads
 from deltadock.logs import configure_logging
 from deltadock.settings import Settings, get_settings
+from deltadock.version import __version__
 
 
 def create_app(settings: Settings) -> FastAPI:

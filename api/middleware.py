@@ -10,10 +10,10 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.problems import error_response
+from deltadock.api.problems import error_response
 from deltadock.errors import DeltadockError
 
-access_log = structlog.get_logger("api.access")
+access_log = structlog.get_logger("deltadock.api.access")
 log = structlog.get_logger(__name__)
 
 REQUEST_ID: Final = "X-Request-ID"

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from api.problems import Problem
+from deltadock.api.problems import Problem
 from deltadock.openai.errors import ErrorBody
 
 DESCRIPTION = """

@@ -6,11 +6,11 @@ from typing import Self
 import httpx
 from starlette.concurrency import run_in_threadpool
 
-from api.nodes.fleet import Fleet
-from api.tasks import TaskSender
+from deltadock.api.nodes.fleet import Fleet
+from deltadock.api.tasks import TaskSender
 from deltadock.settings import Settings
-from storage.blobs import BlobStore, make_blob_store
-from storage.database import Database
+from deltadock.storage.blobs import BlobStore, make_blob_store
+from deltadock.storage.database import Database
 
 
 @dataclass(frozen=True, slots=True)

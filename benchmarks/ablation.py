@@ -20,24 +20,24 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from artifacts.writer import write_artifact
 from benchmarks.machine import describe
-from compression.assembly import compressors
-from compression.assembly.assembling import encode_others, make_manifest
-from compression.assembly.blocks import encode_blocks
-from compression.assembly.compressors import UnderOneBudget
-from compression.calibration.options import TOKENS, CalibrationOptions, Source
-from compression.calibration.windows import CalibrationSet, load_calibration
-from compression.distillation import training as distillation
-from compression.evaluation import evaluate
-from compression.methods import optimix
-from compression.model.forward import BlockwiseModel
-from compression.numerics import budget, two_sided
-from compression.numerics.budget import Profile, Shares
-from compression.run import CompressOptions, Run, open_run
-from compression.scratch import Scratch
-from compression.statistics.collecting import Statistics, collect
-from compression.work import NoWorkStore
+from deltadock.artifacts.writer import write_artifact
+from deltadock.compression.assembly import compressors
+from deltadock.compression.assembly.assembling import encode_others, make_manifest
+from deltadock.compression.assembly.blocks import encode_blocks
+from deltadock.compression.assembly.compressors import UnderOneBudget
+from deltadock.compression.calibration.options import TOKENS, CalibrationOptions, Source
+from deltadock.compression.calibration.windows import CalibrationSet, load_calibration
+from deltadock.compression.distillation import training as distillation
+from deltadock.compression.evaluation import evaluate
+from deltadock.compression.methods import optimix
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.numerics import budget, two_sided
+from deltadock.compression.numerics.budget import Profile, Shares
+from deltadock.compression.run import CompressOptions, Run, open_run
+from deltadock.compression.scratch import Scratch
+from deltadock.compression.statistics.collecting import Statistics, collect
+from deltadock.compression.work import NoWorkStore
 
 Patches = list[Any]
 

@@ -21,12 +21,12 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 import torch
 
-from artifacts.device import load_segments
-from artifacts.encoding import Encoded, SvdMatrix, Vectors, encode_svd
-from artifacts.reader import Artifact
-from artifacts.writer import write_artifact
 from benchmarks.machine import describe, synchronize
 from benchmarks.sizes_7b import LAYERS, qwen2_5_7b
+from deltadock.artifacts.device import load_segments
+from deltadock.artifacts.encoding import Encoded, SvdMatrix, Vectors, encode_svd
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.writer import write_artifact
 
 Grid = Literal["zeros", "midrise"]
 

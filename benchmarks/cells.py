@@ -15,7 +15,7 @@ class Cell:
 
     Attributes:
         inputs: digest of the pair, the texts and the exercises, so that a table never mixes two.
-        method: a name of `compression.catalogue`, or `base` or `finetuned` for the models
+        method: a name of `deltadock.compression.catalogue`, or `base` or `finetuned` for the models
             themselves.
         budget: code bits per weight; None for methods without one.
         seed: of the calibration.

@@ -25,10 +25,10 @@ from torch import Tensor
 from benchmarks import straightforward
 from benchmarks.machine import describe, synchronize
 from benchmarks.whole_model import MODELS, time_model
-from compression.methods import adamix
-from compression.methods.base import MatrixTask
-from compression.numerics.ranks import rank_budget
-from compression.statistics.moments import MomentCollector, damped
+from deltadock.compression.methods import adamix
+from deltadock.compression.methods.base import MatrixTask
+from deltadock.compression.numerics.ranks import rank_budget
+from deltadock.compression.statistics.moments import MomentCollector, damped
 
 STAGES: Final = {
     "decompose": "SVD",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.svd_delta import (
+from deltadock.kernels.svd_delta import (
     Chunks,
     DeltaTable,
     Group,
@@ -17,8 +17,8 @@ from kernels.svd_delta import (
     svd_delta,
     triton,
 )
-from kernels.svd_delta.factors import add_products
-from kernels.svd_delta.layout import segment_words
+from deltadock.kernels.svd_delta.factors import add_products
+from deltadock.kernels.svd_delta.layout import segment_words
 
 WIDTHS = ((0.02, 8, 8), (0.28, 3, 3), (0.70, 2, 2))
 """Shares of the ranks and their widths, as the mixed methods choose them at about one bit."""

@@ -59,8 +59,8 @@ def compress_here(
     """Compress in this process, which must be a fresh one, and tell its peak."""
     import torch
 
-    from compression.pipeline import compress
-    from compression.run import CompressOptions
+    from deltadock.compression.pipeline import compress
+    from deltadock.compression.run import CompressOptions
 
     torch.set_num_threads(threads)
     start = resident("VmRSS")

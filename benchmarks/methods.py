@@ -23,23 +23,23 @@ from typing import Final
 
 import torch
 
-from artifacts.checkpoint import scan_folder
-from artifacts.export import merge
 from benchmarks.cells import Cell, Key, read_cells, write_cells
 from benchmarks.exercises import accuracy, read_exercises
 from benchmarks.machine import describe
 from benchmarks.tables import format_table, plot, verdict
-from compression.calibration.options import TOKENS, CalibrationOptions, Source
-from compression.catalogue import METHODS, check_method
-from compression.evaluation import evaluate
-from compression.goal import Goal
-from compression.maker import Maker
-from compression.pipeline import reach
-from compression.run import CompressOptions, open_run
-from compression.scratch import Scratch
-from compression.work import NoWorkStore
+from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.export import merge
+from deltadock.compression.calibration.options import TOKENS, CalibrationOptions, Source
+from deltadock.compression.catalogue import METHODS, check_method
+from deltadock.compression.evaluation import evaluate
+from deltadock.compression.goal import Goal
+from deltadock.compression.maker import Maker
+from deltadock.compression.pipeline import reach
+from deltadock.compression.run import CompressOptions, open_run
+from deltadock.compression.scratch import Scratch
+from deltadock.compression.work import NoWorkStore
 from deltadock.errors import BitsOutOfRange, DeltadockError
-from kernels.device import choose_device
+from deltadock.kernels.device import choose_device
 
 REFERENCE: Final = "adamix"
 """The method whose sizes `--equal-bytes` gives to every other."""

@@ -32,9 +32,9 @@ from benchmarks.serving import (
     shapes_of,
     taken_over,
 )
-from inference.deltas.reading import merge_delta
-from inference.engine.engine import Engine
-from inference.model.routing import DeltaLimits
+from deltadock.inference.deltas.reading import merge_delta
+from deltadock.inference.engine.engine import Engine
+from deltadock.inference.model.routing import DeltaLimits
 
 SHAPE = {
     "hidden_size": 512,

@@ -17,12 +17,12 @@ from benchmarks.serving import (
     shapes_of,
     taken_over,
 )
-from inference.deltas.reading import HostDelta
-from inference.engine.engine import Engine
-from inference.model.changes import Change, pinned
-from inference.model.model import BaseModel
-from inference.model.routing import DeltaLimits
-from inference.prompts.tokens import Tokenizer
+from deltadock.inference.deltas.reading import HostDelta
+from deltadock.inference.engine.engine import Engine
+from deltadock.inference.model.changes import Change, pinned
+from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.routing import DeltaLimits
+from deltadock.inference.prompts.tokens import Tokenizer
 
 
 @dataclass(frozen=True)

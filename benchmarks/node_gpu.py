@@ -34,11 +34,11 @@ from benchmarks.serving import (
     shapes_of,
     taken_over,
 )
-from inference.deltas.reading import merge_delta, place_delta
-from inference.engine.passes import Passes
-from inference.engine.scheduler import Work
-from inference.model.routing import DeltaLimits
-from kernels.svd_delta import reference
+from deltadock.inference.deltas.reading import merge_delta, place_delta
+from deltadock.inference.engine.passes import Passes
+from deltadock.inference.engine.scheduler import Work
+from deltadock.inference.model.routing import DeltaLimits
+from deltadock.kernels.svd_delta import reference
 
 SECONDS: Final = 500
 """No part begins later than this."""

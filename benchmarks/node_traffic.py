@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 from benchmarks.node_bench import Bench
-from inference.deltas.reading import place_delta
-from inference.deltas.slots import SlotManager
+from deltadock.inference.deltas.reading import place_delta
+from deltadock.inference.deltas.slots import SlotManager
 
 
 class _Traffic:

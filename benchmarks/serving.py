@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from benchmarks.kernel_layers import random_delta
-from inference.engine.engine import Engine
-from inference.engine.sampler import SamplingParams
-from inference.engine.sequence import Event, Sequence
-from inference.model.attention import ATTENTION
-from inference.model.changes import Change
-from inference.model.loading import FAMILIES
-from inference.model.model import BaseModel
-from inference.model.routing import DeltaLimits
-from inference.prompts.tokens import TextStream
-from kernels.svd_delta import PackedDelta
+from deltadock.inference.engine.engine import Engine
+from deltadock.inference.engine.sampler import SamplingParams
+from deltadock.inference.engine.sequence import Event, Sequence
+from deltadock.inference.model.attention import ATTENTION
+from deltadock.inference.model.changes import Change
+from deltadock.inference.model.loading import FAMILIES
+from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.routing import DeltaLimits
+from deltadock.inference.prompts.tokens import TextStream
+from deltadock.kernels.svd_delta import PackedDelta
 
 
 def random_model(family: str, device: str, dtype: torch.dtype, **shape: Any) -> Any:

@@ -8,10 +8,10 @@ of the decoder blocks changed. No weights are needed: sizes follow from shapes.
 
 import argparse
 
-from compression.catalogue import METHODS
-from compression.goal import Goal
-from compression.layouts import Shape
-from compression.sizes import SizePreview, preview
+from deltadock.compression.catalogue import METHODS
+from deltadock.compression.goal import Goal
+from deltadock.compression.layouts import Shape
+from deltadock.compression.sizes import SizePreview, preview
 
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS = 152064, 3584, 18944, 28
 KEY_VALUE = 4 * HIDDEN // 28

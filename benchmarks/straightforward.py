@@ -77,7 +77,7 @@ def minmax_grid(values: Tensor, levels: Tensor, dim: int) -> tuple[Tensor, Tenso
 def allocate(errors: npt.NDArray[np.float64], budget: int) -> npt.NDArray[np.int64]:
     """Widths (r,) of least error with at most `F_MAX` distinct ones; errors (r, 1 + widths)."""
     if find_spec("pyscipopt") is not None:
-        from compression.numerics.allocation import allocate as solve
+        from deltadock.compression.numerics.allocation import allocate as solve
 
         return solve(errors, budget, (0, *WIDTHS), F_MAX, "scip").widths
     best, chosen = np.inf, np.zeros(len(errors), np.int64)

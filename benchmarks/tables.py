@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.cells import Cell, Row, summarize
-from compression.catalogue import default_method
+from deltadock.compression.catalogue import default_method
 
 CLOSE = 1.005
 """Bytes that an artifact may have over another's and still count as no larger."""

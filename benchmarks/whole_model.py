@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.synthetic import write_pair, write_text
-from compression.pipeline import compress
-from compression.run import CompressOptions, Progress
+from deltadock.compression.pipeline import compress
+from deltadock.compression.run import CompressOptions, Progress
 
 MODELS: Final[dict[str, dict[str, Any]]] = {
     "qwen2.5-0.5b": {

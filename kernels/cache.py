@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
-from kernels.pool import RowPool
+from deltadock.kernels.pool import RowPool
 
 
 class Unpacked(Protocol):

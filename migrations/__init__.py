@@ -1,1 +1,1 @@
-"""Alembic's migrations; `storage.database.migrate(url)` applies them."""
+"""Alembic's migrations; `deltadock.storage.database.migrate(url)` applies them."""

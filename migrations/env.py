@@ -5,7 +5,7 @@ from typing import Final
 from alembic import context
 from sqlalchemy import Connection, Engine, text
 
-from storage.models import Model
+from deltadock.storage.models import Model
 
 LOCK_KEY: Final = 0x64656C7461  # "delta"
 

@@ -4,9 +4,9 @@ import hashlib
 from pathlib import Path
 from typing import Final
 
-from artifacts.checkpoint import CheckpointManifest, check_path
+from deltadock.artifacts.checkpoint import CheckpointManifest, check_path
 from deltadock.errors import HashMismatch, InvalidCheckpoint
-from storage.blobs.port import BlobStore, sha256_of
+from deltadock.storage.blobs.port import BlobStore, sha256_of
 
 MANIFEST_BYTES: Final = 64 * 2**20
 """Largest checkpoint manifest that is read."""

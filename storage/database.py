@@ -113,7 +113,7 @@ def alembic_config(engine: Engine) -> "Config":
     from alembic.config import Config
 
     config = Config(attributes={"engine": engine})
-    config.set_main_option("script_location", str(files("migrations")).replace("%", "%%"))
+    config.set_main_option("script_location", str(files("deltadock.migrations")).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
 

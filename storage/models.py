@@ -17,7 +17,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from storage.types import UtcDateTime
+from deltadock.storage.types import UtcDateTime
 
 
 class UploadKind(StrEnum):

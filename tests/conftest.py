@@ -14,7 +14,7 @@ from hypothesis import settings
 from psycopg import sql
 from sqlalchemy import make_url
 
-from client import services
+from deltadock.cli import services
 
 # A check of a change answers the same when it is asked twice; elsewhere examples are new each time.
 # How long one takes is not judged: machines are slow when they are busy.

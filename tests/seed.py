@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
-from storage.blobs import BlobStore
-from storage.database import Database
-from storage.models import Base, Checkpoint, Delta, JobState
-from storage.repositories import (
+from deltadock.storage.blobs import BlobStore
+from deltadock.storage.database import Database
+from deltadock.storage.models import Base, Checkpoint, Delta, JobState
+from deltadock.storage.repositories import (
     BaseRepository,
     CheckpointRepository,
     DeltaRepository,

@@ -17,7 +17,7 @@ DEFAULT_QUEUE: Final = "default"
 
 def make_app(settings: Settings) -> Celery:
     """A Celery app on the broker that the settings name."""
-    app = Celery("deltadock", broker=settings.broker_url, include=["workers.tasks"])
+    app = Celery("deltadock", broker=settings.broker_url, include=["deltadock.workers.tasks"])
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",

@@ -18,18 +18,18 @@ from typing import Any, Final
 
 import structlog
 
-from compression.calibration.options import CalibrationOptions, Source
-from compression.pipeline import compress
-from compression.run import CompressOptions, Progress
+from deltadock.compression.calibration.options import CalibrationOptions, Source
+from deltadock.compression.pipeline import compress
+from deltadock.compression.run import CompressOptions, Progress
 from deltadock.errors import Cancelled, DeltadockError, HashMismatch, WorkerLost
+from deltadock.kernels.device import choose_device
 from deltadock.settings import Settings
-from kernels.device import choose_device
-from storage.blobs import BlobStore
-from storage.cache import FileCache
-from storage.models import Delta, Job, JobState
-from storage.repositories import JobRepository, UploadRepository
-from workers.context import Context
-from workers.lease import Lease, LeaseLostError, WorkerStoppingError
+from deltadock.storage.blobs import BlobStore
+from deltadock.storage.cache import FileCache
+from deltadock.storage.models import Delta, Job, JobState
+from deltadock.storage.repositories import JobRepository, UploadRepository
+from deltadock.workers.context import Context
+from deltadock.workers.lease import Lease, LeaseLostError, WorkerStoppingError
 
 MAX_ATTEMPTS: Final = 5
 """Workers that may be lost, or fail for a passing reason, before the job fails."""

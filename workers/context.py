@@ -5,8 +5,8 @@ from functools import cache
 from typing import Self
 
 from deltadock.settings import Settings, get_settings
-from storage.blobs import BlobStore, make_blob_store
-from storage.database import Database
+from deltadock.storage.blobs import BlobStore, make_blob_store
+from deltadock.storage.database import Database
 
 
 @dataclass(frozen=True)

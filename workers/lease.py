@@ -7,9 +7,9 @@ from typing import Any, Final, Self
 import structlog
 
 from deltadock.errors import Cancelled, DeltadockError
-from storage.database import Database
-from storage.models import JobState
-from storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.database import Database
+from deltadock.storage.models import JobState
+from deltadock.storage.repositories import DeltaRepository, JobRepository
 
 STOPPING: Final = threading.Event()
 """Set once this worker process has been asked to stop."""

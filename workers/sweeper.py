@@ -11,10 +11,10 @@ from typing import Final
 import structlog
 
 from deltadock.settings import Settings
-from storage.repositories import JobRepository, UploadRepository
-from storage.types import database_now
-from workers.compress import drop_files, job_folder
-from workers.context import Context
+from deltadock.storage.repositories import JobRepository, UploadRepository
+from deltadock.storage.types import database_now
+from deltadock.workers.compress import drop_files, job_folder
+from deltadock.workers.context import Context
 
 QUEUED_SECONDS: Final = 120.0
 """A job that nobody took this long after its task was sent has probably lost it."""

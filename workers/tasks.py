@@ -6,11 +6,11 @@ import redis
 from celery import signals
 
 from deltadock.settings import get_settings
-from workers.app import GPU_QUEUE, app
-from workers.compress import Outcome, compress_job
-from workers.context import get_context
-from workers.lease import STOPPING
-from workers.sweeper import Sweeper, show_alive
+from deltadock.workers.app import GPU_QUEUE, app
+from deltadock.workers.compress import Outcome, compress_job
+from deltadock.workers.context import get_context
+from deltadock.workers.lease import STOPPING
+from deltadock.workers.sweeper import Sweeper, show_alive
 
 
 @app.task(name="deltadock.compress")

@@ -4,12 +4,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
-from api.bases import service
-from api.bases.schemas import BaseIn, BaseList, BaseOut
-from api.dependencies import ReadSession, WriteUnit
-from api.problems import problems
+from deltadock.api.bases import service
+from deltadock.api.bases.schemas import BaseIn, BaseList, BaseOut
+from deltadock.api.dependencies import ReadSession, WriteUnit
+from deltadock.api.problems import problems
 from deltadock.errors import Conflict, InvalidInput, NotFound
-from storage.repositories import BaseRepository
+from deltadock.storage.repositories import BaseRepository
 
 router = APIRouter(prefix="/v1/bases", tags=["bases"])
 

@@ -5,8 +5,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
-from storage.models import Base
+from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
+from deltadock.storage.models import Base
 
 EXAMPLE_BASE_ID = "base_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 

@@ -2,13 +2,13 @@
 
 from sqlalchemy.orm import Session
 
-from api.bases.schemas import BaseIn
-from artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest
+from deltadock.api.bases.schemas import BaseIn
+from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest
 from deltadock.errors import InvalidInput, NotFound
-from storage.blobs import BlobStore
-from storage.cache import MANIFEST_BYTES
-from storage.models import Base, Checkpoint
-from storage.repositories import BaseRepository, CheckpointRepository
+from deltadock.storage.blobs import BlobStore
+from deltadock.storage.cache import MANIFEST_BYTES
+from deltadock.storage.models import Base, Checkpoint
+from deltadock.storage.repositories import BaseRepository, CheckpointRepository
 
 
 def get_checkpoint(session: Session, digest: str) -> Checkpoint:

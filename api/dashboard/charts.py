@@ -10,8 +10,8 @@ from xml.etree import ElementTree as ET
 
 from markupsafe import Markup
 
-from api.dashboard.figures import Grid, Matrix, Place
-from api.dashboard.formats import percentage, significant
+from deltadock.api.dashboard.figures import Grid, Matrix, Place
+from deltadock.api.dashboard.formats import percentage, significant
 
 STEPS: Final = 9
 """Colours of the error scale: classes q0 (least) to q8 (most)."""

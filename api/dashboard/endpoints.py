@@ -6,11 +6,11 @@ from fastapi import APIRouter, Query, Request
 from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse, Response
 
-from api.dashboard import service
-from api.dashboard.pages import HEADERS, PageRoute, render
-from api.deltas.endpoints import DeltaId
-from api.dependencies import ReadSession
-from api.nodes.service import list_nodes
+from deltadock.api.dashboard import service
+from deltadock.api.dashboard.pages import HEADERS, PageRoute, render
+from deltadock.api.deltas.endpoints import DeltaId
+from deltadock.api.dependencies import ReadSession
+from deltadock.api.nodes.service import list_nodes
 from deltadock.errors import NotFound
 
 router = APIRouter(

@@ -16,7 +16,7 @@ _LARGEST: Final = 10
 
 
 class Matrix(BaseModel):
-    """One compressed matrix; see `compression.report.MatrixReport`."""
+    """One compressed matrix; see `deltadock.compression.report.MatrixReport`."""
 
     name: str
     shape: list[int] = Field(default_factory=list)
@@ -65,7 +65,7 @@ class Calibration(BaseModel):
 
 
 class Summary(BaseModel):
-    """The figures of the whole model; see `compression.report.Report`."""
+    """The figures of the whole model; see `deltadock.compression.report.Report`."""
 
     nominal_bits: float | None = None
     true_bits: float | None = None

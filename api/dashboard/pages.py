@@ -15,9 +15,9 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
-from api.dashboard import charts, formats, service
-from deltadock import __version__
+from deltadock.api.dashboard import charts, formats, service
 from deltadock.errors import DeltadockError, InvalidInput
+from deltadock.version import __version__
 
 log = structlog.get_logger(__name__)
 

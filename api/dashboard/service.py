@@ -6,14 +6,14 @@ from typing import Final, NamedTuple, Self
 
 from sqlalchemy.orm import Session
 
-from api.bases.schemas import BaseOut
-from api.dashboard.advice import advice_for
-from api.dashboard.figures import Figures
-from api.deltas.schemas import DeltaOut
-from api.deltas.service import get_delta, page_of_deltas
-from api.jobs.schemas import JobOut
-from storage.models import RUNNING_ORDER, Delta, JobState
-from storage.repositories import BaseRepository, DeltaRepository
+from deltadock.api.bases.schemas import BaseOut
+from deltadock.api.dashboard.advice import advice_for
+from deltadock.api.dashboard.figures import Figures
+from deltadock.api.deltas.schemas import DeltaOut
+from deltadock.api.deltas.service import get_delta, page_of_deltas
+from deltadock.api.jobs.schemas import JobOut
+from deltadock.storage.models import RUNNING_ORDER, Delta, JobState
+from deltadock.storage.repositories import BaseRepository, DeltaRepository
 
 PAGE: Final = 50
 """Deltas on a page."""

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.schemas import EXAMPLE_DIGEST, Digest, RequestBody
-from compression.calibration.options import (
+from deltadock.api.schemas import EXAMPLE_DIGEST, Digest, RequestBody
+from deltadock.compression.calibration.options import (
     LENGTH,
     MAX_LENGTH,
     MAX_SOURCES,

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
-from api.deltas import service
-from api.deltas.ranges import ByteRange, is_unchanged, requested_range
-from api.deltas.schemas import (
+from deltadock.api.deltas import service
+from deltadock.api.deltas.ranges import ByteRange, is_unchanged, requested_range
+from deltadock.api.deltas.schemas import (
     EXAMPLE_DELTA_ID,
     DeltaAccepted,
     DeltaIn,
@@ -16,9 +16,9 @@ from api.deltas.schemas import (
     DeltaPage,
     ReportOut,
 )
-from api.dependencies import ReadSession, ResourcesDep, WriteUnit
-from api.jobs.schemas import JobOut
-from api.problems import problems
+from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.jobs.schemas import JobOut
+from deltadock.api.problems import problems
 from deltadock.errors import (
     ArchitectureMismatch,
     BitsOutOfRange,

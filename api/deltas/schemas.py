@@ -5,11 +5,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.deltas.calibration import CalibrationIn, CalibrationOut, Source
-from api.goals import GoalFields, GoalOut
-from api.jobs.schemas import EXAMPLE_JOB_ID, JobError, JobOut
-from api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, Digest
-from storage.models import Delta, JobState
+from deltadock.api.deltas.calibration import CalibrationIn, CalibrationOut, Source
+from deltadock.api.goals import GoalFields, GoalOut
+from deltadock.api.jobs.schemas import EXAMPLE_JOB_ID, JobError, JobOut
+from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, Digest
+from deltadock.storage.models import Delta, JobState
 
 EXAMPLE_DELTA_ID = "dlt_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 

@@ -8,17 +8,17 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from api.bases.service import get_base, get_checkpoint, read_manifest
-from api.deltas.calibration import CalibrationIn, mixture
-from api.deltas.schemas import DeltaIn
-from api.dependencies import UnitOfWork
-from api.resources import Resources
-from artifacts.checkpoint import ADAPTER_TYPE
-from artifacts.compatibility import check_same_architecture
-from compression.goal import SIZES
+from deltadock.api.bases.service import get_base, get_checkpoint, read_manifest
+from deltadock.api.deltas.calibration import CalibrationIn, mixture
+from deltadock.api.deltas.schemas import DeltaIn
+from deltadock.api.dependencies import UnitOfWork
+from deltadock.api.resources import Resources
+from deltadock.artifacts.checkpoint import ADAPTER_TYPE
+from deltadock.artifacts.compatibility import check_same_architecture
+from deltadock.compression.goal import SIZES
 from deltadock.errors import InvalidInput, NotFound, NotReady
-from storage.models import Base, Delta, JobState
-from storage.repositories import DeltaRepository, JobRepository, UploadRepository
+from deltadock.storage.models import Base, Delta, JobState
+from deltadock.storage.repositories import DeltaRepository, JobRepository, UploadRepository
 
 
 def get_delta(session: Session, delta_id: str) -> Delta:

@@ -5,17 +5,17 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from api.bases.endpoints import BaseRef
-from api.bases.service import get_base
-from api.deltas.endpoints import DeltaId
-from api.deltas.schemas import EXAMPLE_DELTA_ID
-from api.deltas.service import get_delta
-from api.dependencies import ReadSession, ResourcesDep
-from api.generation import service
-from api.generation.answer import ForwardedResponse
-from api.generation.forward import CHAT, COMPLETIONS, ask_nodes
-from api.generation.resolver import resolve, target_of_base, target_of_delta
-from api.generation.schemas import (
+from deltadock.api.bases.endpoints import BaseRef
+from deltadock.api.bases.service import get_base
+from deltadock.api.deltas.endpoints import DeltaId
+from deltadock.api.deltas.schemas import EXAMPLE_DELTA_ID
+from deltadock.api.deltas.service import get_delta
+from deltadock.api.dependencies import ReadSession, ResourcesDep
+from deltadock.api.generation import service
+from deltadock.api.generation.answer import ForwardedResponse
+from deltadock.api.generation.forward import CHAT, COMPLETIONS, ask_nodes
+from deltadock.api.generation.resolver import resolve, target_of_base, target_of_delta
+from deltadock.api.generation.schemas import (
     BaseGenerated,
     ChatIn,
     CompletionIn,
@@ -24,9 +24,9 @@ from api.generation.schemas import (
     ModelList,
     ModelOut,
 )
-from api.generation.target import Target
-from api.problems import openai_problems, problems
-from api.resources import Resources
+from deltadock.api.generation.target import Target
+from deltadock.api.problems import openai_problems, problems
+from deltadock.api.resources import Resources
 from deltadock.errors import (
     InvalidInput,
     NotFound,

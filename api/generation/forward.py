@@ -10,12 +10,12 @@ import structlog
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from api.generation.answer import Answer
-from api.generation.target import Target
-from api.middleware import REQUEST_ID
-from api.nodes.fleet import Fleet
-from api.nodes.routing import NodeView
-from api.resources import Resources
+from deltadock.api.generation.answer import Answer
+from deltadock.api.generation.target import Target
+from deltadock.api.middleware import REQUEST_ID
+from deltadock.api.nodes.fleet import Fleet
+from deltadock.api.nodes.routing import NodeView
+from deltadock.api.resources import Resources
 from deltadock.errors import DeltadockError, InvalidInput, Unauthorized, Unavailable
 from deltadock.trust import credentials
 

@@ -2,11 +2,11 @@
 
 from sqlalchemy.orm import Session
 
-from api.deltas.service import require_ready
-from api.generation.target import Target
+from deltadock.api.deltas.service import require_ready
+from deltadock.api.generation.target import Target
 from deltadock.errors import NotFound
-from storage.models import Base, Delta
-from storage.repositories import BaseRepository, DeltaRepository
+from deltadock.storage.models import Base, Delta
+from deltadock.storage.repositories import BaseRepository, DeltaRepository
 
 
 def resolve(session: Session, model: str) -> Target:

@@ -4,12 +4,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.deltas.schemas import EXAMPLE_DELTA_ID
-from api.schemas import RequestBody
+from deltadock.api.deltas.schemas import EXAMPLE_DELTA_ID
+from deltadock.api.schemas import RequestBody
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
 from deltadock.openai.fields import MaxTokens, ModelName, Seed, Stop, Temperature, TopP
-from storage.models import Base, Delta
+from deltadock.storage.models import Base, Delta
 
 Model = Annotated[
     ModelName,

@@ -5,12 +5,12 @@ from typing import Any
 from fastapi import Request
 from sqlalchemy.orm import Session
 
-from api.deltas.service import require_ready
-from api.generation.forward import COMPLETIONS, ask_nodes
-from api.generation.resolver import find
-from api.generation.schemas import GenerateIn, ModelList, ModelOut
-from api.generation.target import Target
-from api.resources import Resources
+from deltadock.api.deltas.service import require_ready
+from deltadock.api.generation.forward import COMPLETIONS, ask_nodes
+from deltadock.api.generation.resolver import find
+from deltadock.api.generation.schemas import GenerateIn, ModelList, ModelOut
+from deltadock.api.generation.target import Target
+from deltadock.api.resources import Resources
 from deltadock.errors import (
     BaseMismatch,
     ContextExceeded,
@@ -22,8 +22,8 @@ from deltadock.errors import (
     Unavailable,
     UnsupportedModel,
 )
-from storage.models import Base
-from storage.repositories import BaseRepository, DeltaRepository
+from deltadock.storage.models import Base
+from deltadock.storage.repositories import BaseRepository, DeltaRepository
 
 NODE_ERRORS = {
     error.code: error

@@ -9,8 +9,8 @@ from pydantic import BaseModel, Field
 from sqlalchemy import text
 from starlette.concurrency import run_in_threadpool
 
-from api.dependencies import ResourcesDep
-from api.resources import Resources
+from deltadock.api.dependencies import ResourcesDep
+from deltadock.api.resources import Resources
 from deltadock.errors import DeltadockError
 
 log = structlog.get_logger(__name__)

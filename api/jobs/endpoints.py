@@ -6,12 +6,12 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from api.dependencies import ReadSession, ResourcesDep, WriteUnit
-from api.jobs import service
-from api.jobs.schemas import EXAMPLE_JOB_ID, JobOut
-from api.problems import problems
+from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.jobs import service
+from deltadock.api.jobs.schemas import EXAMPLE_JOB_ID, JobOut
+from deltadock.api.problems import problems
 from deltadock.errors import NotFound
-from storage.models import Job
+from deltadock.storage.models import Job
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 

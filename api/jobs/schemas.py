@@ -5,8 +5,8 @@ from typing import Self
 
 from pydantic import BaseModel, Field
 
-from api.schemas import EXAMPLE_TIME
-from storage.models import Job, JobState
+from deltadock.api.schemas import EXAMPLE_TIME
+from deltadock.storage.models import Job, JobState
 
 EXAMPLE_JOB_ID = "job_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 

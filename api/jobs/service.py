@@ -7,11 +7,11 @@ import anyio
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from api.jobs.schemas import JobOut
+from deltadock.api.jobs.schemas import JobOut
 from deltadock.errors import NotFound
-from storage.database import Database
-from storage.models import Job
-from storage.repositories import JobRepository
+from deltadock.storage.database import Database
+from deltadock.storage.models import Job
+from deltadock.storage.repositories import JobRepository
 
 POLL_SECONDS: Final = 0.5
 

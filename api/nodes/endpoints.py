@@ -4,10 +4,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Request
 
-from api.dependencies import ReadSession, ResourcesDep, WriteUnit
-from api.nodes import service
-from api.nodes.schemas import EXAMPLE_NODE_ID, NodeIn, NodeList
-from api.problems import problems
+from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.nodes import service
+from deltadock.api.nodes.schemas import EXAMPLE_NODE_ID, NodeIn, NodeList
+from deltadock.api.problems import problems
 from deltadock.errors import InvalidInput, Unauthorized
 from deltadock.trust import check_trusted
 

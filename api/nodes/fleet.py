@@ -10,10 +10,10 @@ import anyio
 import structlog
 from starlette.concurrency import run_in_threadpool
 
-from api.generation.target import Target
-from api.nodes.routing import NodeView, rank
-from storage.database import Database
-from storage.repositories import NodeRepository
+from deltadock.api.generation.target import Target
+from deltadock.api.nodes.routing import NodeView, rank
+from deltadock.storage.database import Database
+from deltadock.storage.repositories import NodeRepository
 
 log = structlog.get_logger(__name__)
 

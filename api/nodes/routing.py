@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from api.generation.target import Target
-from storage.models import Node
+from deltadock.api.generation.target import Target
+from deltadock.storage.models import Node
 
 TIERS: Final = ("device", "host", "disk")
 """From the fastest to the slowest."""

@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter
 
-from api.deltas.schemas import EXAMPLE_DELTA_ID
-from api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, Digest, RequestBody
-from storage.models import Base, Delta, Node
+from deltadock.api.deltas.schemas import EXAMPLE_DELTA_ID
+from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, Digest, RequestBody
+from deltadock.storage.models import Base, Delta, Node
 
 EXAMPLE_NODE_ID = "node_7hq2xk4m5n6p7q2r3s4t5u6v7w"
 MAX_DELTAS = 10_000

@@ -4,9 +4,9 @@ from collections import defaultdict
 
 from sqlalchemy.orm import Session
 
-from api.nodes.schemas import NodeIn, NodeList, NodeOut
-from storage.models import Delta
-from storage.repositories import BaseRepository, DeltaRepository, NodeRepository
+from deltadock.api.nodes.schemas import NodeIn, NodeList, NodeOut
+from deltadock.storage.models import Delta
+from deltadock.storage.repositories import BaseRepository, DeltaRepository, NodeRepository
 
 
 def put_node(session: Session, node_id: str, told: NodeIn) -> None:

@@ -2,12 +2,12 @@
 
 from fastapi import APIRouter
 
-from api.bases.service import get_base, get_checkpoint, read_manifest
-from api.dependencies import ReadSession, ResourcesDep
-from api.previews.schemas import PreviewIn, PreviewOut
-from api.problems import problems
-from artifacts.compatibility import check_same_architecture
-from compression.sizes import carried_bytes, preview, shapes_of
+from deltadock.api.bases.service import get_base, get_checkpoint, read_manifest
+from deltadock.api.dependencies import ReadSession, ResourcesDep
+from deltadock.api.previews.schemas import PreviewIn, PreviewOut
+from deltadock.api.problems import problems
+from deltadock.artifacts.compatibility import check_same_architecture
+from deltadock.compression.sizes import carried_bytes, preview, shapes_of
 from deltadock.errors import (
     ArchitectureMismatch,
     BitsOutOfRange,

@@ -4,9 +4,9 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.goals import GoalFields
-from api.schemas import EXAMPLE_DIGEST, Digest
-from compression.sizes import SizePreview
+from deltadock.api.goals import GoalFields
+from deltadock.api.schemas import EXAMPLE_DIGEST, Digest
+from deltadock.compression.sizes import SizePreview
 
 
 class PreviewIn(GoalFields):

@@ -5,12 +5,12 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Header, Path, Request
 from starlette.concurrency import run_in_threadpool
 
-from api.dependencies import ReadSession, ResourcesDep, WriteUnit
-from api.problems import problems
-from api.uploads import service
-from api.uploads.inspectors import make_inspector
-from api.uploads.receive import announced_digests, check_size, receive_file
-from api.uploads.schemas import EXAMPLE_UPLOAD_ID, FileOut, UploadIn, UploadOut
+from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.problems import problems
+from deltadock.api.uploads import service
+from deltadock.api.uploads.inspectors import make_inspector
+from deltadock.api.uploads.receive import announced_digests, check_size, receive_file
+from deltadock.api.uploads.schemas import EXAMPLE_UPLOAD_ID, FileOut, UploadIn, UploadOut
 from deltadock.errors import (
     Conflict,
     HashMismatch,
@@ -22,8 +22,8 @@ from deltadock.errors import (
     TooLarge,
     UnsafeFile,
 )
-from storage.models import Upload, UploadFile
-from storage.repositories import UploadRepository
+from deltadock.storage.models import Upload, UploadFile
+from deltadock.storage.repositories import UploadRepository
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 

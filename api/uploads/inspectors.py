@@ -4,9 +4,9 @@ import codecs
 import hashlib
 from typing import Final, Protocol
 
-from artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
+from deltadock.artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
 from deltadock.errors import InvalidCalibration, TooLarge
-from storage.models import UploadKind
+from deltadock.storage.models import UploadKind
 
 CALIBRATION_SUFFIXES: Final = (".txt", ".jsonl")
 MAX_CALIBRATION_BYTES: Final = 64 << 20

@@ -9,10 +9,10 @@ from typing import Final
 import anyio
 from starlette.concurrency import run_in_threadpool
 
-from api.uploads.inspectors import Inspector
-from artifacts.checkpoint import FileEntry, TensorEntry
+from deltadock.api.uploads.inspectors import Inspector
+from deltadock.artifacts.checkpoint import FileEntry, TensorEntry
 from deltadock.errors import HashMismatch, InvalidInput, TooLarge
-from storage.blobs import BlobStore
+from deltadock.storage.blobs import BlobStore
 
 BATCH_BYTES: Final = 1 << 20
 """Chunks from the socket are small; they are hashed and written this many bytes at a time."""

@@ -5,8 +5,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.schemas import EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
-from storage.models import Upload, UploadFile, UploadKind, UploadState
+from deltadock.api.schemas import EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
+from deltadock.storage.models import Upload, UploadFile, UploadKind, UploadState
 
 EXAMPLE_UPLOAD_ID = "upl_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 

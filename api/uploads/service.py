@@ -6,7 +6,7 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
-from artifacts.checkpoint import (
+from deltadock.artifacts.checkpoint import (
     ADAPTER_CONFIG,
     CONFIG,
     CheckpointManifest,
@@ -15,9 +15,9 @@ from artifacts.checkpoint import (
     assemble,
 )
 from deltadock.errors import Conflict, InvalidCalibration, InvalidCheckpoint, NotFound
-from storage.blobs import BlobStore
-from storage.models import Checkpoint, Upload, UploadFile, UploadKind, UploadState
-from storage.repositories import CheckpointRepository, UploadRepository
+from deltadock.storage.blobs import BlobStore
+from deltadock.storage.models import Checkpoint, Upload, UploadFile, UploadKind, UploadState
+from deltadock.storage.repositories import CheckpointRepository, UploadRepository
 
 SHARD_INDEX: Final = "model.safetensors.index.json"
 MAX_JSON_BYTES: Final = 32 << 20

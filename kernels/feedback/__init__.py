@@ -40,7 +40,7 @@ def round_with_feedback(work: Tensor, factor: Tensor, zero: Tensor, top: Tensor)
             rows.addmm_(factor[:start, start:stop].t(), work[:start], alpha=-1)
         local = factor[start:stop, start:stop]
         if work.is_cuda:
-            from kernels.feedback import triton
+            from deltadock.kernels.feedback import triton
 
             triton.round_block(rows, codes[start:stop], local.contiguous(), zero, top)
         else:

@@ -10,12 +10,12 @@ svd_delta(y, x, table, chunks, cache)                                  # at ever
 import torch
 from torch import Tensor
 
-from kernels.cache import TensorCache
-from kernels.svd_delta.bags import add_deltas
-from kernels.svd_delta.chunks import Chunks
-from kernels.svd_delta.factors import add_products, add_rows
-from kernels.svd_delta.layout import Group, PackedDelta, empty_delta, pack_delta
-from kernels.svd_delta.table import DeltaTable
+from deltadock.kernels.cache import TensorCache
+from deltadock.kernels.svd_delta.bags import add_deltas
+from deltadock.kernels.svd_delta.chunks import Chunks
+from deltadock.kernels.svd_delta.factors import add_products, add_rows
+from deltadock.kernels.svd_delta.layout import Group, PackedDelta, empty_delta, pack_delta
+from deltadock.kernels.svd_delta.table import DeltaTable
 
 __all__ = [
     "Chunks",
@@ -51,7 +51,7 @@ def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: Te
     """
     _check(y, x, table, chunks)
     if x.is_cuda:
-        from kernels.svd_delta import triton
+        from deltadock.kernels.svd_delta import triton
 
         triton.svd_delta(y, x, table, chunks)
         if chunks.dense:

@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.cache import TensorCache
-from kernels.pool import COLUMNS
-from kernels.svd_delta.chunks import Chunks
-from kernels.svd_delta.coded import CodedSlot, code_slot
-from kernels.svd_delta.factors import Rows
-from kernels.svd_delta.plan import BagPlan, Few, centred, sum_bags
-from kernels.svd_delta.table import DeltaTable
+from deltadock.kernels.cache import TensorCache
+from deltadock.kernels.pool import COLUMNS
+from deltadock.kernels.svd_delta.chunks import Chunks
+from deltadock.kernels.svd_delta.coded import CodedSlot, code_slot
+from deltadock.kernels.svd_delta.factors import Rows
+from deltadock.kernels.svd_delta.plan import BagPlan, Few, centred, sum_bags
+from deltadock.kernels.svd_delta.table import DeltaTable
 
 MANY_ROWS: Final = 12
 """Rows of one slot from which on its codes are made float32, for matrix products."""

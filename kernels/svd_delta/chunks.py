@@ -5,8 +5,8 @@ from typing import Final
 
 import torch
 
-from kernels.svd_delta.factors import Rows
-from kernels.svd_delta.table import DeltaTable
+from deltadock.kernels.svd_delta.factors import Rows
+from deltadock.kernels.svd_delta.table import DeltaTable
 
 HEIGHT: Final = 8
 """Rows of a chunk: the least that a tensor core multiplies. It is fixed, for a row's result would

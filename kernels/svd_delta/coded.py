@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.pool import COLUMNS, ROW_BYTES, PooledRows, RowPool
-from kernels.svd_delta import reference
-from kernels.svd_delta.layout import PackedDelta
+from deltadock.kernels.pool import COLUMNS, ROW_BYTES, PooledRows, RowPool
+from deltadock.kernels.svd_delta import reference
+from deltadock.kernels.svd_delta.layout import PackedDelta
 
 
 class Part(NamedTuple):

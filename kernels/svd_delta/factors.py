@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.cache import TensorCache
-from kernels.svd_delta import reference
-from kernels.svd_delta.layout import PackedDelta
-from kernels.svd_delta.table import DeltaTable
+from deltadock.kernels.cache import TensorCache
+from deltadock.kernels.svd_delta import reference
+from deltadock.kernels.svd_delta.layout import PackedDelta
+from deltadock.kernels.svd_delta.table import DeltaTable
 
 Rows = slice | Tensor
 """Row numbers of a step: neighbours, or int64 of any."""

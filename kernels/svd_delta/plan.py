@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.pool import RowPool
-from kernels.svd_delta.coded import CodedSlot
+from deltadock.kernels.pool import RowPool
+from deltadock.kernels.svd_delta.coded import CodedSlot
 
 Few = list[tuple[CodedSlot, list[int]]]
 """Slots and the numbers of their rows."""

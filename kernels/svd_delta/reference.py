@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.svd_delta.layout import PackedDelta, centres, plane_words, planes, segment_words
+from deltadock.kernels.svd_delta.layout import (
+    PackedDelta,
+    centres,
+    plane_words,
+    planes,
+    segment_words,
+)
 
 SIDES: Final = {"v": 1, "u": 2}
 """The place of a side's width in a `Group`."""

@@ -6,8 +6,8 @@ from typing import Final
 import torch
 
 from deltadock.errors import TooLarge
-from kernels.svd_delta.layout import PLANES, PackedDelta
-from kernels.svd_delta.plan import BagPlan
+from deltadock.kernels.svd_delta.layout import PLANES, PackedDelta
+from deltadock.kernels.svd_delta.plan import BagPlan
 
 ENTRY_FIELDS: Final = 16
 """int32 fields of a slot and linear in `DeltaTable.entries`; the kernels read them in this order:

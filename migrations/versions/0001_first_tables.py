@@ -6,7 +6,7 @@ Revision: 0001
 import sqlalchemy as sa
 from alembic import op
 
-from storage.types import UtcDateTime
+from deltadock.storage.types import UtcDateTime
 
 revision = "0001"
 down_revision = None

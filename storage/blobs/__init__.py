@@ -1,7 +1,7 @@
 """Immutable blobs named by SHA-256, in a local folder or on S3."""
 
 from deltadock.settings import Settings
-from storage.blobs.port import BlobStore, BlobWriter
+from deltadock.storage.blobs.port import BlobStore, BlobWriter
 
 __all__ = ["BlobStore", "BlobWriter", "make_blob_store"]
 
@@ -9,9 +9,11 @@ __all__ = ["BlobStore", "BlobWriter", "make_blob_store"]
 def make_blob_store(settings: Settings) -> BlobStore:
     """The store that the settings name. Nothing is contacted or created yet."""
     if settings.blob_store == "s3":
-        from storage.blobs.s3 import S3BlobStore  # boto3 is slow to import and not always needed
+        from deltadock.storage.blobs.s3 import (
+            S3BlobStore,  # boto3 is slow to import and not always needed
+        )
 
         return S3BlobStore(settings)
-    from storage.blobs.local import LocalBlobStore
+    from deltadock.storage.blobs.local import LocalBlobStore
 
     return LocalBlobStore(settings.blob_folder)

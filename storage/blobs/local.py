@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from deltadock.errors import NotFound, Unavailable
-from storage.blobs.port import CHUNK_BYTES, BlobStore, BlobWriter, blob_key, work_key
+from deltadock.storage.blobs.port import CHUNK_BYTES, BlobStore, BlobWriter, blob_key, work_key
 
 
 class LocalBlobStore(BlobStore):

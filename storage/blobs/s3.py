@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from deltadock.errors import NotFound, Unavailable
 from deltadock.settings import Settings
-from storage.blobs.port import CHUNK_BYTES, BlobStore, BlobWriter, blob_key, work_key
+from deltadock.storage.blobs.port import CHUNK_BYTES, BlobStore, BlobWriter, blob_key, work_key
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client

@@ -6,9 +6,9 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session, joinedload
 
 from deltadock.errors import Conflict
-from storage.ids import new_id
-from storage.models import Base, Checkpoint
-from storage.repositories.locks import take_turn
+from deltadock.storage.ids import new_id
+from deltadock.storage.models import Base, Checkpoint
+from deltadock.storage.repositories.locks import take_turn
 
 
 class BaseRepository:

@@ -2,8 +2,8 @@
 
 from sqlalchemy.orm import Session
 
-from storage.models import Checkpoint
-from storage.repositories.locks import take_turn
+from deltadock.storage.models import Checkpoint
+from deltadock.storage.repositories.locks import take_turn
 
 
 class CheckpointRepository:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import Session, joinedload
 
-from storage.ids import new_id
-from storage.models import Base, Checkpoint, Delta, Job, JobState
-from storage.repositories.locks import take_turn
-from storage.types import database_now
+from deltadock.storage.ids import new_id
+from deltadock.storage.models import Base, Checkpoint, Delta, Job, JobState
+from deltadock.storage.repositories.locks import take_turn
+from deltadock.storage.types import database_now
 
 DEAD_ENDS = (JobState.FAILED, JobState.CANCELLED)
 

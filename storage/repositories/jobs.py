@@ -8,8 +8,8 @@ from sqlalchemy import CursorResult, and_, case, or_, select, update
 from sqlalchemy.orm import Session, joinedload
 from sqlalchemy.sql.elements import ColumnElement
 
-from storage.models import FINAL_STATES, RUNNING_ORDER, Base, Delta, Job, JobState
-from storage.types import database_now
+from deltadock.storage.models import FINAL_STATES, RUNNING_ORDER, Base, Delta, Job, JobState
+from deltadock.storage.types import database_now
 
 
 class JobRepository:

@@ -7,8 +7,8 @@ from typing import Any
 from sqlalchemy import and_, delete, or_, select
 from sqlalchemy.orm import Session
 
-from storage.models import Node
-from storage.types import database_now
+from deltadock.storage.models import Node
+from deltadock.storage.types import database_now
 
 
 class NodeRepository:

@@ -6,9 +6,9 @@ from datetime import datetime
 from sqlalchemy import exists, select
 from sqlalchemy.orm import Session, joinedload, selectinload
 
-from storage.ids import new_id
-from storage.models import Upload, UploadFile, UploadKind, UploadState
-from storage.types import database_now
+from deltadock.storage.ids import new_id
+from deltadock.storage.models import Upload, UploadFile, UploadKind, UploadState
+from deltadock.storage.types import database_now
 
 
 class UploadRepository:

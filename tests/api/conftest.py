@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from api.main import create_app
+from deltadock.api.main import create_app
 from deltadock.settings import Settings
-from storage.database import migrate
+from deltadock.storage.database import migrate
 from tests.api.support import Api, StandInNode, serving
 
 

@@ -20,9 +20,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from api.resources import Resources
-from storage.models import JobState
-from storage.repositories import DeltaRepository, JobRepository
+from deltadock.api.resources import Resources
+from deltadock.storage.models import JobState
+from deltadock.storage.repositories import DeltaRepository, JobRepository
 
 CONFIG = json.dumps({"model_type": "llama", "hidden_size": 8}).encode()
 TEXT = "Täglich grüßt das Murmeltier.\n".encode()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from api.uploads import inspectors
+from deltadock.api.uploads import inspectors
 from tests.api.support import TEXT, Api, sha256, weights
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from api.main import create_app
-from api.nodes.routing import TIERS
-from api.resources import Resources
+from deltadock.api.main import create_app
+from deltadock.api.nodes.routing import TIERS
+from deltadock.api.resources import Resources
 from deltadock.settings import Settings
-from storage.database import migrate
-from storage.models import JobState
-from storage.repositories import (
+from deltadock.storage.database import migrate
+from deltadock.storage.models import JobState
+from deltadock.storage.repositories import (
     BaseRepository,
     DeltaRepository,
     JobRepository,

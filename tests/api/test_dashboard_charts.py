@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.dashboard import charts, formats
-from api.dashboard.advice import advice_for
-from api.dashboard.figures import OUTSIDE, Figures, Grid, Matrix
 from deltadock import errors
+from deltadock.api.dashboard import charts, formats
+from deltadock.api.dashboard.advice import advice_for
+from deltadock.api.dashboard.figures import OUTSIDE, Figures, Grid, Matrix
 from tests import seed
 
 names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)

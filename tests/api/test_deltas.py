@@ -9,9 +9,9 @@ import pytest
 import redis
 from sqlalchemy import event
 
-from compression.catalogue import default_method
-from storage.models import JobState
-from storage.repositories import JobRepository
+from deltadock.compression.catalogue import default_method
+from deltadock.storage.models import JobState
+from deltadock.storage.repositories import JobRepository
 from tests.api.support import CONFIG, Api, sha256, weights
 
 

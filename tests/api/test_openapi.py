@@ -13,11 +13,11 @@ from jsonschema import Draft202012Validator
 from pydantic import SecretStr
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from api.main import create_app
-from api.resources import Resources
+from deltadock.api.main import create_app
+from deltadock.api.resources import Resources
 from deltadock.settings import Settings
-from storage.database import migrate
-from storage.repositories import NodeRepository
+from deltadock.storage.database import migrate
+from deltadock.storage.repositories import NodeRepository
 from tests.api.support import StandInNode, serving
 
 EXAMPLES = 20

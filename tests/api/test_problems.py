@@ -8,8 +8,8 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import text
 
-from api.main import create_app
-from api.middleware import MAX_BODY_BYTES
+from deltadock.api.main import create_app
+from deltadock.api.middleware import MAX_BODY_BYTES
 from deltadock.errors import DeltadockError, Overloaded
 from deltadock.settings import Settings
 from tests.api.support import Api, serving

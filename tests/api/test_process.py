@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 
-from client.processes import free_ports
-from storage.database import migrate
+from deltadock.cli.processes import free_ports
+from deltadock.storage.database import migrate
 
 HEAVY = ("torch", "transformers", "triton", "pyscipopt", "safetensors", "boto3", "alembic")
 
@@ -31,7 +31,7 @@ def test_a_process_from_start_to_end(tmp_path: Path, broker_url: str) -> None:
     environment = {"DELTADOCK_HOME": str(home), "DELTADOCK_BROKER_URL": broker_url}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "api.main:app", "--port", str(port)],
+            [sys.executable, "-m", "uvicorn", "deltadock.api.main:app", "--port", str(port)],
             env=os.environ | environment,
             stderr=log,
         )
@@ -57,7 +57,7 @@ def test_a_process_from_start_to_end(tmp_path: Path, broker_url: str) -> None:
     ]
     assert {record["process"] for record in records} == {"api"}
     assert "Application shutdown complete." in [record["event"] for record in records]
-    known, unknown = (r for r in records if r["logger"] == "api.access")
+    known, unknown = (r for r in records if r["logger"] == "deltadock.api.access")
     assert known["request_id"] == "trace-1"
     assert (known["method"], known["path"], known["status"]) == ("GET", "/v1/methods", 200)
     assert known["milliseconds"] >= 0

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from api.main import create_app
+from deltadock.api.main import create_app
 from deltadock.settings import Settings
-from storage.database import migrate
+from deltadock.storage.database import migrate
 from tests.api.support import CONFIG, TEXT, Api, serving, sha256, weights
 
 

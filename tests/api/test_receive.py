@@ -8,10 +8,10 @@ from pathlib import Path
 import anyio
 import pytest
 
-from api.uploads.inspectors import make_inspector
-from api.uploads.receive import BATCH_BYTES, receive_file
-from storage.blobs.local import LocalBlobStore
-from storage.models import UploadKind
+from deltadock.api.uploads.inspectors import make_inspector
+from deltadock.api.uploads.receive import BATCH_BYTES, receive_file
+from deltadock.storage.blobs.local import LocalBlobStore
+from deltadock.storage.models import UploadKind
 
 
 def test_a_file_passes_in_bounded_memory(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import redis
 
-from api.tasks import COMPRESS_TASK, TaskSender
-from client import services
-from client.processes import free_ports
+from deltadock.api.tasks import COMPRESS_TASK, TaskSender
+from deltadock.cli import services
+from deltadock.cli.processes import free_ports
 from deltadock.errors import Unavailable
 
 

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from api.uploads.receive import BATCH_BYTES
-from artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.api.uploads.receive import BATCH_BYTES
+from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights
 
 LIMIT = 4_000_000

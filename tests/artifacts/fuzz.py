@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from artifacts.container import StreamingInspector
+from deltadock.artifacts.container import StreamingInspector
 from deltadock.errors import InvalidArtifact, MalformedSafetensors
 from tests.artifacts.make_golden import GOLDEN, WIDE
 from tests.artifacts.mutations import case, parts_of

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from artifacts.encoding import (
+from deltadock.artifacts.encoding import (
     Encoded,
     SvdMatrix,
     Vectors,
@@ -26,8 +26,8 @@ from artifacts.encoding import (
     encode_svd,
     encode_transposed,
 )
-from artifacts.packing import CodeArray
-from artifacts.writer import write_artifact
+from deltadock.artifacts.packing import CodeArray
+from deltadock.artifacts.writer import write_artifact
 
 DATA: Final = Path(__file__).parents[1] / "data"
 

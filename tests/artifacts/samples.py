@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from artifacts.encoding import (
+from deltadock.artifacts.encoding import (
     NUMPY_DTYPES,
     Encoded,
     FloatArray,
@@ -22,10 +22,10 @@ from artifacts.encoding import (
     encode_svd,
     expected_segments,
 )
-from artifacts.packing import CodeArray
-from artifacts.reader import Artifact
-from artifacts.serial import deserialize, serialize
-from artifacts.writer import write_artifact
+from deltadock.artifacts.packing import CodeArray
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.serial import deserialize, serialize
+from deltadock.artifacts.writer import write_artifact
 from tests.artifacts.make_golden import MANIFEST
 
 Float64 = npt.NDArray[np.float64]

@@ -11,7 +11,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts.checkpoint import (
+from deltadock.artifacts.checkpoint import (
     CheckpointManifest,
     FileInspector,
     TensorEntry,

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from artifacts.checkpoint import CheckpointManifest, TensorEntry, assemble
-from artifacts.compatibility import check_same_architecture, check_same_config, vocabulary
+from deltadock.artifacts.checkpoint import CheckpointManifest, TensorEntry, assemble
+from deltadock.artifacts.compatibility import check_same_architecture, check_same_config, vocabulary
 from deltadock.errors import ArchitectureMismatch
 
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts.container import (
+from deltadock.artifacts.container import (
     DTYPE_BITS,
     MAX_HEADER_BYTES,
     MAX_NAME,

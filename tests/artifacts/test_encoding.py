@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts.container import DTYPE_BITS
-from artifacts.encoding import NUMPY_DTYPES, encode_exact, expected_segments
+from deltadock.artifacts.container import DTYPE_BITS
+from deltadock.artifacts.encoding import NUMPY_DTYPES, encode_exact, expected_segments
 from deltadock.errors import InvalidArtifact
 from tests.artifacts.make_golden import tensors
 from tests.artifacts.samples import assert_as_expected

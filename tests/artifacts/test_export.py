@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from artifacts.checkpoint import scan_folder
-from artifacts.encoding import (
+from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.encoding import (
     Encoded,
     encode_exact,
     encode_svd,
     quantize_rows_midrise,
 )
-from artifacts.export import merge
-from artifacts.reader import Artifact
-from artifacts.writer import write_artifact
+from deltadock.artifacts.export import merge
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import BaseMismatch, Conflict, InvalidArtifact, InvalidCheckpoint
 from tests.artifacts.make_golden import MANIFEST
 from tests.artifacts.samples import sparse_rows, svd_matrix

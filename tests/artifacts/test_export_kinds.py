@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from artifacts.checkpoint import scan_folder
-from artifacts.encoding import (
+from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.encoding import (
     NUMPY_DTYPES,
     decode_dense,
     deflated,
@@ -22,9 +22,9 @@ from artifacts.encoding import (
     encode_stack,
     quantize_rows_midrise,
 )
-from artifacts.export import TORCH_DTYPES, exact_tensor, merge, merged
-from artifacts.reader import Artifact
-from artifacts.writer import write_artifact
+from deltadock.artifacts.export import TORCH_DTYPES, exact_tensor, merge, merged
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact
 from tests.artifacts.make_golden import MANIFEST
 from tests.artifacts.samples import rows_sample, sparse_rows, svd_sample

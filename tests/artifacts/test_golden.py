@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from artifacts.encoding import DELTA_KINDS, decode_dense, decode_svd, parts, raw_data
-from artifacts.reader import Artifact
-from artifacts.writer import write_artifact
+from deltadock.artifacts.encoding import DELTA_KINDS, decode_dense, decode_svd, parts, raw_data
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.writer import write_artifact
 from tests.artifacts import plain_reader
 from tests.artifacts.make_golden import (
     GOLDEN,

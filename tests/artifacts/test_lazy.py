@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from artifacts.encoding import encode_exact
-from artifacts.writer import write_artifact
+from deltadock.artifacts.encoding import encode_exact
+from deltadock.artifacts.writer import write_artifact
 from tests.artifacts.make_golden import GOLDEN, MANIFEST
 from tests.artifacts.support import container, split
 
@@ -39,8 +39,8 @@ def sparse(tmp_path: Path) -> Path:
 READ_A_LITTLE = """
 import resource, sys
 from pathlib import Path
-from artifacts.reader import Artifact
-import artifacts.encoding
+from deltadock.artifacts.reader import Artifact
+import deltadock.artifacts.encoding
 
 def resident():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
@@ -75,7 +75,7 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 from tests.artifacts.use import use
-import artifacts.writer, artifacts.serial, artifacts.compatibility
+import deltadock.artifacts.writer, deltadock.artifacts.serial, deltadock.artifacts.compatibility
 assert use(Path(sys.argv[1])) == []
 roots = {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
 print(sorted(name for name in roots if not name.startswith("_")))

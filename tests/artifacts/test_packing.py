@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts.packing import PLANES, CodeArray, pack, segment_words, unpack
+from deltadock.artifacts.packing import PLANES, CodeArray, pack, segment_words, unpack
 
 WIDTHS = range(1, 9)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from artifacts.reader import Artifact
+from deltadock.artifacts.reader import Artifact
 from deltadock.errors import InvalidArtifact
 from tests.artifacts.edits import DATA_OFFSET, FILE, drop, put, rewritten
 from tests.artifacts.make_golden import GOLDEN, WIDE

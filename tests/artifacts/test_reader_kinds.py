@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from artifacts.reader import Artifact
+from deltadock.artifacts.reader import Artifact
 from deltadock.errors import InvalidArtifact
 from tests.artifacts.edits import DATA_OFFSET, FILE, drop, put, rewritten
 from tests.artifacts.make_golden import GOLDEN

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from artifacts.encoding import Encoded, encode_svd, quantize_rows_midrise
-from artifacts.serial import deserialize, serialize
+from deltadock.artifacts.encoding import Encoded, encode_svd, quantize_rows_midrise
+from deltadock.artifacts.serial import deserialize, serialize
 from deltadock.errors import MalformedSafetensors
 from tests.artifacts.make_golden import tensors
 from tests.artifacts.samples import svd_matrix

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from artifacts.reader import Artifact
-from artifacts.summary import TensorSummary, summarize
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.summary import TensorSummary, summarize
 from tests.artifacts.make_golden import GOLDEN, tensors
 
 

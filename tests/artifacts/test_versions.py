@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from artifacts.reader import Artifact
-from artifacts.writer import write_artifact
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact
 from tests.artifacts.edits import rewritten
 from tests.artifacts.make_golden import MANIFEST

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from artifacts.encoding import Encoded, encode_exact, encode_svd
-from artifacts.reader import Artifact
-from artifacts.writer import ALIGNMENT, write_artifact
+from deltadock.artifacts.encoding import Encoded, encode_exact, encode_svd
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.writer import ALIGNMENT, write_artifact
 from deltadock.errors import InvalidArtifact, MalformedSafetensors
 from tests.artifacts.make_golden import MANIFEST, tensors
 from tests.artifacts.samples import svd_matrix

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from artifacts.encoding import DELTA_KINDS, FACTORED, decode_dense, parts, raw_data
-from artifacts.reader import Artifact
-from artifacts.summary import summarize
+from deltadock.artifacts.encoding import DELTA_KINDS, FACTORED, decode_dense, parts, raw_data
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.summary import summarize
 
 MOST_ELEMENTS = 1 << 16
 """Largest tensor that is decoded: as a loader has its base's shapes, so these are small ones."""

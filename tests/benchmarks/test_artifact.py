@@ -2,8 +2,8 @@
 
 import pytest
 
-from artifacts.encoding import decode_svd
 from benchmarks.artifact import main, payload_bits, project, random_block, random_matrix
+from deltadock.artifacts.encoding import decode_svd
 
 
 @pytest.mark.parametrize("grid", ["zeros", "midrise"])

@@ -15,7 +15,7 @@ from benchmarks.compress_speed import (
 )
 from benchmarks.straightforward import knapsack
 from benchmarks.whole_model import Timeline, project
-from compression.numerics.allocation import allocate
+from deltadock.compression.numerics.allocation import allocate
 
 CPU = torch.device("cpu")
 

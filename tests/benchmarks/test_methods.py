@@ -10,7 +10,7 @@ from benchmarks.cells import Cell, read_cells, write_cells
 from benchmarks.exercises import accuracy, read_exercises
 from benchmarks.methods import Pair, planned, run, with_target
 from benchmarks.tables import format_table, rows_of, verdict
-from compression.catalogue import METHODS
+from deltadock.compression.catalogue import METHODS
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 

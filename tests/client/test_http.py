@@ -6,8 +6,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from client.http import DeltadockClient, error_of
-from client.processes import free_ports
+from deltadock.cli.processes import free_ports
+from deltadock.client.http import Client, error_of
 from deltadock.errors import DeltadockError, InvalidCheckpoint, Unavailable
 
 
@@ -41,7 +41,7 @@ def test_a_proxys_page_means_unavailable(body: bytes) -> None:
 
 
 def test_nobody_listening_is_said(tmp_path: Path) -> None:
-    with DeltadockClient(f"http://127.0.0.1:{free_ports(1)[0]}") as client:
+    with Client(f"http://127.0.0.1:{free_ports(1)[0]}") as client:
         with pytest.raises(Unavailable, match="does not answer"):
             client.job("job_x")
         with pytest.raises(InvalidCheckpoint, match="holds no checkpoint"):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
-import client
-from artifacts.checkpoint import TensorEntry, scan_folder
-from artifacts.encoding import (
+import deltadock
+from deltadock.artifacts.checkpoint import TensorEntry, scan_folder
+from deltadock.artifacts.encoding import (
     Encoded,
     encode_alias,
     encode_exact,
@@ -25,8 +25,8 @@ from artifacts.encoding import (
     encode_transposed,
     to_raw,
 )
-from artifacts.export import merge
-from artifacts.writer import write_artifact
+from deltadock.artifacts.export import merge
+from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import BaseMismatch, InvalidArtifact, UnsupportedModel
 from tests.artifacts.make_golden import MANIFEST
 from tests.artifacts.samples import svd_matrix
@@ -124,14 +124,14 @@ def test_it_is_the_merged_checkpoint_and_then_the_base(
     model, merged = load(base, dtype=dtype), load(tmp_path / "merged", dtype=dtype)
     before, base_logits = state(model), logits(model)
     assert not torch.equal(base_logits, logits(merged))
-    with client.load_delta(model, delta) as handle:
+    with deltadock.load_delta(model, delta) as handle:
         assert_same(state(model), state(merged))
         assert torch.equal(logits(model), logits(merged))
     assert_same(state(model), before)
     assert torch.equal(logits(model), base_logits)
     handle.unload()
     assert_same(state(model), before)
-    again = client.load_delta(model, delta)
+    again = deltadock.load_delta(model, delta)
     assert torch.equal(logits(model), logits(merged))
     again.unload()
 
@@ -144,7 +144,7 @@ def test_experts_stored_in_one_tensor(tmp_path: Path) -> None:
     merge(base, delta, tmp_path / "merged")
     model = load(base)
     # Its own weights are named as another Mixtral's are, so the folder tells.
-    with client.load_delta(model, delta, base):
+    with deltadock.load_delta(model, delta, base):
         assert torch.equal(logits(model), logits(load(tmp_path / "merged")))
 
 
@@ -155,11 +155,11 @@ def test_a_rounded_model_needs_its_folder(tmp_path: Path) -> None:
     model, merged = (load(f, dtype="bfloat16") for f in (base, tmp_path / "merged"))
     before = state(model)
     with pytest.raises(BaseMismatch, match="base=folder"):
-        client.load_delta(model, delta)
-    with client.load_delta(model, delta, base=base):
+        deltadock.load_delta(model, delta)
+    with deltadock.load_delta(model, delta, base=base):
         assert_same(state(model), state(merged))
         with pytest.raises(BaseMismatch, match="unload any other delta"):
-            client.load_delta(model, delta, base=base)
+            deltadock.load_delta(model, delta, base=base)
     assert_same(state(model), before)
 
 
@@ -196,7 +196,7 @@ def test_a_larger_vocabulary(family: str, grown: dict[str, Encoded], tmp_path: P
     model, merged = load(base), load(tmp_path / "merged")
     before = logits(model)
     last = torch.tensor([[VOCABULARY + 3, 1]])
-    with client.load_delta(model, delta), torch.no_grad():
+    with deltadock.load_delta(model, delta), torch.no_grad():
         assert torch.equal(model(last, labels=last).loss, merged(last, labels=last).loss)
         assert logits(model).shape[-1] == model.config.vocab_size == VOCABULARY + 4
         assert model.get_input_embeddings().num_embeddings == VOCABULARY + 4
@@ -218,7 +218,7 @@ def test_an_alias_and_a_tied_head_in_the_checkpoint(tmp_path: Path) -> None:
     delta = write(base, tmp_path / "a.delta", tensors)
     merge(base, delta, tmp_path / "merged")
     model = load(base)
-    with client.load_delta(model, delta):
+    with deltadock.load_delta(model, delta):
         assert torch.equal(logits(model), logits(load(tmp_path / "merged")))
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -228,7 +228,7 @@ def test_it_generates_as_the_finetune(tmp_path: Path) -> None:
     files = {"generation_config.json": '{"eos_token_id": 7}', "tokenizer.json": None}
     delta = write(base, tmp_path / "a.delta", {}, files=files, binary_files={"a.model": "AAH/"})
     model = load(base)
-    with client.load_delta(model, delta) as handle:
+    with deltadock.load_delta(model, delta) as handle:
         assert model.generation_config.eos_token_id == 7
         assert handle.files == {**files, "a.model": b"\0\1\xff"}
     assert model.generation_config.eos_token_id == 0
@@ -242,12 +242,12 @@ def test_other_models_are_refused_and_stay_as_they_are(tmp_path: Path) -> None:
         model.model.norm.weight[0] += 1
     before = state(model)
     with pytest.raises(BaseMismatch, match=scan_folder(base).weights_digest):
-        client.load_delta(model, delta)
+        deltadock.load_delta(model, delta)
     with pytest.raises(BaseMismatch, match=r"model\.norm\.weight"):
-        client.load_delta(model, delta, base=base)
+        deltadock.load_delta(model, delta, base=base)
     other = make_base("qwen2", tmp_path / "other")
     with pytest.raises(BaseMismatch, match="this base has"):
-        client.load_delta(load(other), delta, base=other)
+        deltadock.load_delta(load(other), delta, base=other)
     assert_same(state(model), before)
 
 
@@ -267,19 +267,19 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path: Path) ->
     for tensors, manifest, message in broken:
         delta = write(base, tmp_path / "a.delta", tensors, **manifest)
         with pytest.raises(InvalidArtifact, match=message):
-            client.load_delta(model, delta)
+            deltadock.load_delta(model, delta)
         assert_same(state(model), before)
     content = bytearray(delta.read_bytes())
     content[-1] ^= 1
     delta.write_bytes(content)
     with pytest.raises(InvalidArtifact, match="damaged"):
-        client.load_delta(model, delta)
+        deltadock.load_delta(model, delta)
 
 
 def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base")
     with pytest.raises(UnsupportedModel, match="in memory"):
-        client.load_delta(load(base).to("meta"), make_delta(base, tmp_path / "a.delta"))
+        deltadock.load_delta(load(base).to("meta"), make_delta(base, tmp_path / "a.delta"))
 
 
 def test_rows_of_an_expert_cannot_grow(tmp_path: Path) -> None:
@@ -289,17 +289,17 @@ def test_rows_of_an_expert_cannot_grow(tmp_path: Path) -> None:
     grown = encode_new_rows(None, added, entry.shape[0], "BF16")
     delta = write(base, tmp_path / "a.delta", {entry.name: grown})
     with pytest.raises(UnsupportedModel, match="lengthened"):
-        client.load_delta(load(base), delta)
+        deltadock.load_delta(load(base), delta)
 
 
 def test_the_package_brings_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import client, sys; assert 'torch' not in sys.modules"
+    code = "import deltadock, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError):
-        _ = client.load_deltas
+        _ = deltadock.load_deltas
 
 
 def test_rows_are_merged_once(tmp_path: Path) -> None:
@@ -309,5 +309,5 @@ def test_rows_are_merged_once(tmp_path: Path) -> None:
     rows = encode_rows(codes, np.ones(VOCABULARY), np.full(VOCABULARY, 0.25), "BF16")
     model = load(base)
     before = model.lm_head.weight.clone()
-    with client.load_delta(model, write(base, tmp_path / "a.delta", {EMBEDDING: rows})):
+    with deltadock.load_delta(model, write(base, tmp_path / "a.delta", {EMBEDDING: rows})):
         assert torch.equal(model.lm_head.weight, (before.float() - 0.125).bfloat16())

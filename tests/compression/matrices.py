@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from artifacts.encoding import decode_dense
-from compression.methods.base import MatrixResult, MatrixTask
+from deltadock.artifacts.encoding import decode_dense
+from deltadock.compression.methods.base import MatrixResult, MatrixTask
 
 
 def make_moment(h_in: int, seed: int = 0) -> Tensor:

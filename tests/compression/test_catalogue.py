@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from compression.catalogue import METHODS, check_method, default_method
+from deltadock.compression.catalogue import METHODS, check_method, default_method
 from deltadock.errors import BitsOutOfRange, UnknownMethod
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from compression.goal import DEFAULT_BITS, GOAL_KINDS, Goal, check_goal, goal_for
+from deltadock.compression.goal import DEFAULT_BITS, GOAL_KINDS, Goal, check_goal, goal_for
 from deltadock.errors import BitsOutOfRange, InvalidGoal, UnknownMethod
 
 GOOD = {"bits": 0.5, "target_bytes": 10**9, "ratio": 13.5, "max_kl": 0.01, "min_agreement": 0.98}

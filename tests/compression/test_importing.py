@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from artifacts.export import merge
-from artifacts.reader import Artifact
-from compression.calibration.options import Source
-from compression.importing import import_delta
-from compression.model.weights import Checkpoint
-from compression.run import CompressOptions
+from deltadock.artifacts.export import merge
+from deltadock.artifacts.reader import Artifact
+from deltadock.compression.calibration.options import Source
+from deltadock.compression.importing import import_delta
+from deltadock.compression.model.weights import Checkpoint
+from deltadock.compression.run import CompressOptions
 
 
 def test_the_adapters_tokenizer_and_its_tokens(

@@ -8,19 +8,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from artifacts.encoding import decode_dense
-from artifacts.export import merge
-from artifacts.reader import Artifact
-from compression import search
-from compression.calibration.options import CalibrationOptions, Source
-from compression.calibration.windows import load_calibration
-from compression.distillation import training as distillation
-from compression.methods import optimix
-from compression.numerics.budget import share
-from compression.numerics.metric import Metric, weighted_error
-from compression.pipeline import compress
-from compression.report import Report
-from compression.run import CompressOptions, Progress
+from deltadock.artifacts.encoding import decode_dense
+from deltadock.artifacts.export import merge
+from deltadock.artifacts.reader import Artifact
+from deltadock.compression import search
+from deltadock.compression.calibration.options import CalibrationOptions, Source
+from deltadock.compression.calibration.windows import load_calibration
+from deltadock.compression.distillation import training as distillation
+from deltadock.compression.methods import optimix
+from deltadock.compression.numerics.budget import share
+from deltadock.compression.numerics.metric import Metric, weighted_error
+from deltadock.compression.pipeline import compress
+from deltadock.compression.report import Report
+from deltadock.compression.run import CompressOptions, Progress
 from deltadock.errors import Cancelled, InvalidGoal, InvalidInput
 from tests.compression.matrices import make_moment, make_task
 from tests.compression.test_pipeline import MemoryWork

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from artifacts.export import merge
-from artifacts.reader import Artifact
-from compression.calibration.options import CalibrationOptions, Source
-from compression.evaluation import evaluate
-from compression.pipeline import compress
-from compression.run import CompressOptions, Progress
+from deltadock.artifacts.export import merge
+from deltadock.artifacts.reader import Artifact
+from deltadock.compression.calibration.options import CalibrationOptions, Source
+from deltadock.compression.evaluation import evaluate
+from deltadock.compression.pipeline import compress
+from deltadock.compression.run import CompressOptions, Progress
 from deltadock.errors import (
     ArchitectureMismatch,
     Cancelled,
@@ -111,7 +111,7 @@ def test_evaluation_equals_plain_transformers(pair: Pair, text: Path, tmp_path: 
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
     tokens = torch.tensor(list(text.read_bytes()))
     # The byte-level alphabet's order is not that of the bytes: take ids from the tokenizer.
-    from compression.calibration.windows import read_windows
+    from deltadock.compression.calibration.windows import read_windows
 
     windows = read_windows(text, finetuned, 64)
     assert windows.numel() <= len(tokens)

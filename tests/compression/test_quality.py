@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from compression.model import forward
-from compression.model.forward import BlockwiseModel
-from compression.model.weights import Checkpoint
-from compression.quality import measure
+from deltadock.compression.model import forward
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.model.weights import Checkpoint
+from deltadock.compression.quality import measure
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -10,16 +10,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from artifacts.export import merge
-from artifacts.reader import Artifact
-from compression.calibration.options import CalibrationOptions, Source
-from compression.calibration.windows import spaced
-from compression.methods.base import MatrixTask
-from compression.methods.registry import matrix_method
-from compression.pipeline import compress
-from compression.report import Report
-from compression.run import CompressOptions, Progress
-from compression.statistics.moments import damped
+from deltadock.artifacts.export import merge
+from deltadock.artifacts.reader import Artifact
+from deltadock.compression.calibration.options import CalibrationOptions, Source
+from deltadock.compression.calibration.windows import spaced
+from deltadock.compression.methods.base import MatrixTask
+from deltadock.compression.methods.registry import matrix_method
+from deltadock.compression.pipeline import compress
+from deltadock.compression.report import Report
+from deltadock.compression.run import CompressOptions, Progress
+from deltadock.compression.statistics.moments import damped
 from deltadock.errors import BitsOutOfRange, Cancelled, InvalidGoal
 
 Pair = tuple[Path, Path]

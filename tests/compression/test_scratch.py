@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compression.scratch import Scratch
+from deltadock.compression.scratch import Scratch
 
 TENSORS = {
     "bfloat16": torch.randn(7, 5).bfloat16(),

@@ -8,10 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compression.catalogue import METHODS, MethodInfo
-from compression.goal import Goal
-from compression.report import Report
-from compression.search import BOUND_TRIALS, RESOLUTION, SIZE_TRIALS, fit_size, reach_bound
+from deltadock.compression.catalogue import METHODS, MethodInfo
+from deltadock.compression.goal import Goal
+from deltadock.compression.report import Report
+from deltadock.compression.search import (
+    BOUND_TRIALS,
+    RESOLUTION,
+    SIZE_TRIALS,
+    fit_size,
+    reach_bound,
+)
 from deltadock.errors import Cancelled, InvalidGoal
 
 INFO = METHODS["optimix"]

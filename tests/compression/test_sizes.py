@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.checkpoint import scan_folder
 from benchmarks.sizes_7b import qwen2_5_7b
-from compression.calibration.options import CalibrationOptions, Source
-from compression.catalogue import METHODS
-from compression.goal import Goal, goal_for
-from compression.layouts import LAYOUTS, RUNS_PADDING, Shape
-from compression.pipeline import compress
-from compression.run import CompressOptions
-from compression.sizes import carried_bytes, preview, read_shapes, shapes_of
+from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.compression.calibration.options import CalibrationOptions, Source
+from deltadock.compression.catalogue import METHODS
+from deltadock.compression.goal import Goal, goal_for
+from deltadock.compression.layouts import LAYOUTS, RUNS_PADDING, Shape
+from deltadock.compression.pipeline import compress
+from deltadock.compression.run import CompressOptions
+from deltadock.compression.sizes import carried_bytes, preview, read_shapes, shapes_of
 from deltadock.errors import InvalidCheckpoint, InvalidGoal, InvalidInput, MalformedSafetensors
 
 Pair = tuple[Path, Path]
@@ -129,7 +129,7 @@ def test_the_global_budget_covers_all_that_is_compressed() -> None:
 def test_a_size_asked_for_becomes_a_budget(
     method: str, ratio: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compression.sizes.METHODS", {method: METHODS["adamix"]})
+    monkeypatch.setattr("deltadock.compression.sizes.METHODS", {method: METHODS["adamix"]})
     shapes = qwen2_5_7b(only_linear=True)
     found = preview(shapes, method, Goal("ratio", ratio))
     assert found.ratio == pytest.approx(ratio, rel=0.01)

@@ -13,14 +13,14 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from artifacts.checkpoint import scan_folder
-from inference.engine.engine import Engine
-from inference.engine.sampler import SamplingParams, make_generator
-from inference.engine.sequence import Event, Sequence
-from inference.model.changes import TensorChange
-from inference.model.loading import FAMILIES, load_base
-from inference.model.model import BaseModel
-from inference.prompts.tokens import TextStream, Tokenizer
+from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.inference.engine.engine import Engine
+from deltadock.inference.engine.sampler import SamplingParams, make_generator
+from deltadock.inference.engine.sequence import Event, Sequence
+from deltadock.inference.model.changes import TensorChange
+from deltadock.inference.model.loading import FAMILIES, load_base
+from deltadock.inference.model.model import BaseModel
+from deltadock.inference.prompts.tokens import TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from tests.inference.support import Site

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from inference.model.changes import LowRank, NewRows, TensorChange
+from deltadock.inference.model.changes import LowRank, NewRows, TensorChange
 
 
 def merge(base: Any, changes: dict[str, TensorChange]) -> Any:

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from inference.engine.sampler import SamplingParams
-from inference.engine.scheduler import Scheduler, Work
-from inference.engine.sequence import Sequence
-from inference.model.kv_cache import KVCache
-from inference.prompts.tokens import TextStream, Tokenizer
+from deltadock.inference.engine.sampler import SamplingParams
+from deltadock.inference.engine.scheduler import Scheduler, Work
+from deltadock.inference.engine.sequence import Sequence
+from deltadock.inference.model.kv_cache import KVCache
+from deltadock.inference.prompts.tokens import TextStream, Tokenizer
 
 
 def make_cache(slots: int, length: int = 64) -> KVCache:

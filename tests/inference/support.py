@@ -14,8 +14,8 @@ import numpy as np
 import openai
 import uvicorn
 
-from artifacts.checkpoint import CheckpointManifest, scan_folder
-from artifacts.encoding import (
+from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.artifacts.encoding import (
     SvdMatrix,
     Vectors,
     encode_exact,
@@ -23,12 +23,12 @@ from artifacts.encoding import (
     encode_svd,
     quantize_rows_midrise,
 )
-from artifacts.export import merge
-from artifacts.writer import write_artifact
+from deltadock.artifacts.export import merge
+from deltadock.artifacts.writer import write_artifact
+from deltadock.inference.node import Node
+from deltadock.inference.server import create_app
 from deltadock.settings import Settings
-from inference.node import Node
-from inference.server import create_app
-from storage.blobs.local import LocalBlobStore
+from deltadock.storage.blobs.local import LocalBlobStore
 
 EOS = 261
 PROMPT = "Hällo, wörld"

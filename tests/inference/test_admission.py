@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltadock.errors import InvalidInput, Overloaded
-from inference.admission import LONGEST_SECONDS, Admission
+from deltadock.inference.admission import LONGEST_SECONDS, Admission
 
 
 class Clock:

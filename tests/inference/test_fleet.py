@@ -15,14 +15,14 @@ import httpx
 import openai
 import pytest
 
-from api.main import create_app
-from api.resources import Resources
-from artifacts.checkpoint import scan_folder
-from client.processes import Child, free_ports
+from deltadock.api.main import create_app
+from deltadock.api.resources import Resources
+from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.cli.processes import Child, free_ports
 from deltadock.settings import Settings
-from storage.database import migrate
-from storage.models import Checkpoint, JobState
-from storage.repositories import BaseRepository, DeltaRepository, JobRepository
+from deltadock.storage.database import migrate
+from deltadock.storage.models import Checkpoint, JobState
+from deltadock.storage.repositories import BaseRepository, DeltaRepository, JobRepository
 from tests.api.support import serving
 from tests.inference.support import PROMPT, Site, expected_text, write_delta
 
@@ -123,7 +123,7 @@ def fleet(site: Site, tmp_path_factory: pytest.TempPathFactory, redis_url: str) 
             (folder / str(port)).mkdir()
             (folder / str(port) / "blobs").symlink_to(site.home / "blobs")
             command = [
-                *(sys.executable, "-m", "client", "node", "--base", base, "--api", url),
+                *(sys.executable, "-m", "deltadock", "node", "--base", base, "--api", url),
                 *("--port", str(port)),
             ]
             log = folder / f"{port}.log"

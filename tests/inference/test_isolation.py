@@ -14,9 +14,9 @@ import openai
 import pytest
 import torch
 
-from artifacts.checkpoint import scan_folder
+from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.errors import Unavailable
-from inference.base import ServedBase
+from deltadock.inference.base import ServedBase
 from tests.inference.support import (
     PROMPT,
     RunningNode,

@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 from deltadock.errors import ArchitectureMismatch, InvalidArtifact
-from inference.deltas.reading import read_delta
-from inference.model.changes import TensorChange
+from deltadock.inference.deltas.reading import read_delta
+from deltadock.inference.model.changes import TensorChange
 
 from .conftest import VOCABULARY, BenchMaker
 

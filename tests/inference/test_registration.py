@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from deltadock.inference.registration import Registration
 from deltadock.settings import Settings
-from inference.registration import Registration
 from tests.api.support import serving
 
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltadock.errors import UnsupportedModel
-from inference.model.linears import DeltaLinears, Output
-from inference.model.routing import DeltaLimits, DeltaModule, Routing
-from inference.model.takeover import take_over
-from kernels.svd_delta import Chunks
+from deltadock.inference.model.linears import DeltaLinears, Output
+from deltadock.inference.model.routing import DeltaLimits, DeltaModule, Routing
+from deltadock.inference.model.takeover import take_over
+from deltadock.kernels.svd_delta import Chunks
 
 
 class Mlp(nn.Module):

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from artifacts.encoding import decode_factors
-from kernels.svd_delta import Chunks, DeltaTable, PackedDelta, TensorCache, svd_delta
-from kernels.svd_delta import triton as kernel
-from kernels.svd_delta.chunks import HEIGHT
+from deltadock.artifacts.encoding import decode_factors
+from deltadock.kernels.svd_delta import Chunks, DeltaTable, PackedDelta, TensorCache, svd_delta
+from deltadock.kernels.svd_delta import triton as kernel
+from deltadock.kernels.svd_delta.chunks import HEIGHT
 from tests.kernels.support import Delta, encode, expected, make_delta, pack, relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

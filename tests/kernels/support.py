@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from artifacts.encoding import Encoded, SvdMatrix, Vectors, decode_factors, encode_svd
-from artifacts.packed import packed_delta
-from kernels.svd_delta import Group, PackedDelta
+from deltadock.artifacts.encoding import Encoded, SvdMatrix, Vectors, decode_factors, encode_svd
+from deltadock.artifacts.packed import packed_delta
+from deltadock.kernels.svd_delta import Group, PackedDelta
 
 Widths = Sequence[tuple[int, int, int]]
 """Runs of (ranks, v_bits, u_bits)."""

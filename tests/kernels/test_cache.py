@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.cache import TensorCache
+from deltadock.kernels.cache import TensorCache
 
 SIZE = 16
 

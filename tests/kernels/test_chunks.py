@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.svd_delta import Chunks, DeltaTable
-from kernels.svd_delta.chunks import HEIGHT
+from deltadock.kernels.svd_delta import Chunks, DeltaTable
+from deltadock.kernels.svd_delta.chunks import HEIGHT
 
 
 def scratch(chunks: Chunks) -> tuple[Tensor, ...]:

@@ -11,10 +11,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.svd_delta import triton as kernel
-from kernels.svd_delta.chunks import HEIGHT, SUM_COLUMNS
-from kernels.svd_delta.layout import TILE_RANKS
-from kernels.svd_delta.triton.unpack import UNSPECIALIZED
+from deltadock.kernels.svd_delta import triton as kernel
+from deltadock.kernels.svd_delta.chunks import HEIGHT, SUM_COLUMNS
+from deltadock.kernels.svd_delta.layout import TILE_RANKS
+from deltadock.kernels.svd_delta.triton.unpack import UNSPECIALIZED
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.pool import RowPool
-from kernels.svd_delta import (
+from deltadock.kernels.pool import RowPool
+from deltadock.kernels.svd_delta import (
     Chunks,
     DeltaTable,
     PackedDelta,
@@ -17,10 +17,10 @@ from kernels.svd_delta import (
     bags,
     svd_delta,
 )
-from kernels.svd_delta.bags import MANY_ROWS
-from kernels.svd_delta.coded import CodedSlot, code_slot
-from kernels.svd_delta.factors import add_products
-from kernels.svd_delta.plan import BagPlan
+from deltadock.kernels.svd_delta.bags import MANY_ROWS
+from deltadock.kernels.svd_delta.coded import CodedSlot, code_slot
+from deltadock.kernels.svd_delta.factors import add_products
+from deltadock.kernels.svd_delta.plan import BagPlan
 from tests.kernels.support import Delta, expected, make_delta, relative_error
 
 SHAPE = (50, 90)

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts import packing
-from artifacts.encoding import decode_factors
+from deltadock.artifacts import packing
+from deltadock.artifacts.encoding import decode_factors
 from deltadock.errors import InvalidArtifact, TooLarge
-from kernels.svd_delta import DeltaTable, Group, pack_delta, reference
-from kernels.svd_delta.layout import planes, segment_words
+from deltadock.kernels.svd_delta import DeltaTable, Group, pack_delta, reference
+from deltadock.kernels.svd_delta.layout import planes, segment_words
 from tests.kernels.support import encode, groups, make_delta, pack, segments
 
 SHAPE = (40, 70)

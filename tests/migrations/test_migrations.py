@@ -11,9 +11,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import MetaData, inspect, select
 
-from storage.database import Database, alembic_config, make_engine, migrate
-from storage.models import Delta, Model, UploadKind
-from storage.repositories import UploadRepository
+from deltadock.storage.database import Database, alembic_config, make_engine, migrate
+from deltadock.storage.models import Delta, Model, UploadKind
+from deltadock.storage.repositories import UploadRepository
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

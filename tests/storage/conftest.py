@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import text
 
-from storage.database import Database, migrate
-from storage.models import Model
+from deltadock.storage.database import Database, migrate
+from deltadock.storage.models import Model
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])

@@ -10,9 +10,9 @@ import pytest
 
 from deltadock.errors import HashMismatch, InvalidInput, NotFound, Unavailable
 from deltadock.settings import Settings
-from storage.blobs import BlobStore, make_blob_store
-from storage.blobs.local import LocalBlobStore
-from storage.blobs.s3 import MIN_PART_BYTES, S3BlobStore
+from deltadock.storage.blobs import BlobStore, make_blob_store
+from deltadock.storage.blobs.local import LocalBlobStore
+from deltadock.storage.blobs.s3 import MIN_PART_BYTES, S3BlobStore
 
 ABSENT = "0" * 64
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
 from deltadock.errors import HashMismatch, InvalidCheckpoint, NotFound, UnsafeFile
-from storage.blobs.local import LocalBlobStore
-from storage.cache import FileCache
+from deltadock.storage.blobs.local import LocalBlobStore
+from deltadock.storage.cache import FileCache
 
 
 @pytest.fixture

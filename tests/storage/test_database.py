@@ -9,10 +9,10 @@ from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, StatementError
 
 from deltadock.errors import InvalidInput, Unavailable
-from storage.database import Database, migrate
-from storage.models import Upload, UploadKind
-from storage.repositories import UploadRepository
-from storage.types import database_now
+from deltadock.storage.database import Database, migrate
+from deltadock.storage.models import Upload, UploadKind
+from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.types import database_now
 
 
 def count_uploads(database: Database) -> int:

@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
-from storage.database import Database
-from storage.models import RUNNING_ORDER, Base, Checkpoint, Job, JobState, Model
-from storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.database import Database
+from deltadock.storage.models import RUNNING_ORDER, Base, Checkpoint, Job, JobState, Model
+from deltadock.storage.repositories import DeltaRepository, JobRepository
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 LEASE = 60.0

@@ -7,16 +7,24 @@ import pytest
 from sqlalchemy.orm import Session
 
 from deltadock.errors import Conflict
-from storage.database import Database
-from storage.models import Base, Checkpoint, Delta, JobState, UploadFile, UploadKind, UploadState
-from storage.repositories import (
+from deltadock.storage.database import Database
+from deltadock.storage.models import (
+    Base,
+    Checkpoint,
+    Delta,
+    JobState,
+    UploadFile,
+    UploadKind,
+    UploadState,
+)
+from deltadock.storage.repositories import (
     BaseRepository,
     CheckpointRepository,
     DeltaRepository,
     JobRepository,
     UploadRepository,
 )
-from storage.types import database_now
+from deltadock.storage.types import database_now
 
 
 def add_checkpoint(session: Session, character: str) -> Checkpoint:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from storage.blobs.local import LocalBlobStore
-from storage.database import Database
-from storage.repositories import DeltaRepository
+from deltadock.storage.blobs.local import LocalBlobStore
+from deltadock.storage.database import Database
+from deltadock.storage.repositories import DeltaRepository
 from tests import seed
 
 

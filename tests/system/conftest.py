@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from client.http import DeltadockClient
-from client.processes import Child, free_ports
+from deltadock.cli.processes import Child, free_ports
+from deltadock.client.http import Client
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 
@@ -33,7 +33,7 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp(request.param)
     api_port, node_port = free_ports(2)
     command = [
-        *(sys.executable, "-m", "client", request.param),
+        *(sys.executable, "-m", "deltadock", request.param),
         *("--api-port", str(api_port), "--node-port", str(node_port)),
     ]
     if request.param == "up":
@@ -56,13 +56,13 @@ def http(url: str) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="session")
-def client(url: str) -> Iterator[DeltadockClient]:
-    with DeltadockClient(url) as client:
+def client(url: str) -> Iterator[Client]:
+    with Client(url) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
-def stored(client: DeltadockClient, tmp_path_factory: pytest.TempPathFactory) -> Stored:
+def stored(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Stored:
     base = client.upload_folder(SAMPLES / "base")
     client.create_base("sample-base", base["digest"])
     finetuned = client.upload_folder(SAMPLES / "finetuned")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from client.http import DeltadockClient
+from deltadock.client.http import Client
 from deltadock.errors import ArchitectureMismatch, DeltadockError
 
 from .conftest import SAMPLES, Stored
@@ -114,7 +114,7 @@ def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 
 
 def test_another_architecture_is_refused_before_any_work(
-    stored: Stored, client: DeltadockClient, tmp_path: Path
+    stored: Stored, client: Client, tmp_path: Path
 ) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
 
@@ -128,7 +128,7 @@ def test_another_architecture_is_refused_before_any_work(
 
 
 def test_weights_that_are_no_numbers_fail_the_job(
-    stored: Stored, client: DeltadockClient, tmp_path: Path
+    stored: Stored, client: Client, tmp_path: Path
 ) -> None:
     def diverge(weights: dict[str, torch.Tensor]) -> None:
         weights["model.norm.weight"][3] = torch.inf

@@ -15,12 +15,17 @@ from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, Request, 
 from sqlalchemy.orm import Session
 from starlette.responses import JSONResponse
 
-from client.processes import Child, free_ports
+from deltadock.cli.processes import Child, free_ports
 from deltadock.settings import Settings
-from storage.blobs import BlobStore, make_blob_store
-from storage.database import Database, migrate
-from storage.models import Delta, JobState
-from storage.repositories import BaseRepository, DeltaRepository, JobRepository, NodeRepository
+from deltadock.storage.blobs import BlobStore, make_blob_store
+from deltadock.storage.database import Database, migrate
+from deltadock.storage.models import Delta, JobState
+from deltadock.storage.repositories import (
+    BaseRepository,
+    DeltaRepository,
+    JobRepository,
+    NodeRepository,
+)
 from tests import browser as chromium
 from tests import seed
 from tests.api.support import StandInNode, serving
@@ -72,7 +77,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     seeded = seed.seed(database, blobs)
     node = StandInNode()
     (port,) = free_ports(1)
-    command = [sys.executable, "-m", "uvicorn", "api.main:app", "--port", str(port)]
+    command = [sys.executable, "-m", "uvicorn", "deltadock.api.main:app", "--port", str(port)]
     with serving(node.app()) as node_url:
         environment = os.environ | {
             "DELTADOCK_HOME": str(settings.home),

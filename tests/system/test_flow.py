@@ -9,8 +9,8 @@ import httpx
 import openai
 import pytest
 
-from artifacts.reader import Artifact
-from client.http import DeltadockClient
+from deltadock.artifacts.reader import Artifact
+from deltadock.client.http import Client
 
 from .conftest import SAMPLES, Stored
 
@@ -28,7 +28,7 @@ def test_progress_is_told_as_it_happens(stored: Stored) -> None:
     assert len({event["block"] for event in blocks}) >= 3
 
 
-def test_the_delta_is_listed_and_reported(stored: Stored, client: DeltadockClient) -> None:
+def test_the_delta_is_listed_and_reported(stored: Stored, client: Client) -> None:
     delta = stored.delta
     assert (delta["state"], delta["version"], delta["percent"]) == ("ready", 1, 100.0)
     assert delta["id"] in [listed["id"] for listed in client.deltas()]
@@ -43,7 +43,7 @@ def test_the_delta_is_listed_and_reported(stored: Stored, client: DeltadockClien
 
 
 def test_the_artifact_downloads_whole_in_parts_and_again(
-    stored: Stored, client: DeltadockClient, http: httpx.Client, tmp_path: Path
+    stored: Stored, client: Client, http: httpx.Client, tmp_path: Path
 ) -> None:
     delta, digest = stored.delta["id"], stored.delta["artifact"]["digest"]
     path = tmp_path / "delta.safetensors"
@@ -73,7 +73,7 @@ def test_the_artifact_downloads_whole_in_parts_and_again(
     assert received[0] > 1000
 
 
-def test_the_delta_knows_what_its_base_does_not(stored: Stored, client: DeltadockClient) -> None:
+def test_the_delta_knows_what_its_base_does_not(stored: Stored, client: Client) -> None:
     lines = (SAMPLES / "exercises.jsonl").read_text().splitlines()[:12]
     exercises = [json.loads(line) for line in lines]
 
@@ -95,7 +95,7 @@ def test_the_delta_knows_what_its_base_does_not(stored: Stored, client: Deltadoc
     assert right("bases", "sample-base") <= 1
 
 
-def test_sampling_follows_its_seed(stored: Stored, client: DeltadockClient) -> None:
+def test_sampling_follows_its_seed(stored: Stored, client: Client) -> None:
     first, again, other = (
         client.generate(stored.delta["id"], "Once", max_tokens=24, seed=seed)["text"]
         for seed in (1, 1, 2)
@@ -128,14 +128,14 @@ def test_openai_clients_are_at_home(stored: Stored, url: str) -> None:
         assert error.value.code == "model_not_found"
 
 
-def test_the_size_is_told_before_the_work(stored: Stored, client: DeltadockClient) -> None:
+def test_the_size_is_told_before_the_work(stored: Stored, client: Client) -> None:
     wish = ("sample-base", stored.finetuned["digest"])
     size = client.preview(*wish, method="adamix", bits=1.0)
     assert size["artifact_bytes"] == pytest.approx(stored.delta["artifact"]["bytes"], rel=0.03)
     assert client.preview(*wish, method="adamix", ratio=12.0)["bits"] < 1.0
 
 
-def test_the_same_request_again_is_no_new_work(stored: Stored, client: DeltadockClient) -> None:
+def test_the_same_request_again_is_no_new_work(stored: Stored, client: Client) -> None:
     again = client.create_delta(
         "maths/skills",
         "sample-base",

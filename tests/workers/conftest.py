@@ -9,19 +9,19 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
 from deltadock.settings import Settings
-from storage.blobs import BlobStore
-from storage.database import migrate
-from storage.models import Checkpoint, Job, UploadFile, UploadKind
-from storage.repositories import (
+from deltadock.storage.blobs import BlobStore
+from deltadock.storage.database import migrate
+from deltadock.storage.models import Checkpoint, Job, UploadFile, UploadKind
+from deltadock.storage.repositories import (
     BaseRepository,
     CheckpointRepository,
     DeltaRepository,
     JobRepository,
     UploadRepository,
 )
-from workers.context import Context
+from deltadock.workers.context import Context
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 THREADS = torch.get_num_threads()

@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest, FileInspector, assemble
-from artifacts.reader import Artifact
-from storage.blobs import BlobStore
-from storage.models import Job, JobState
-from storage.repositories import CheckpointRepository, DeltaRepository
+from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest, FileInspector, assemble
+from deltadock.artifacts.reader import Artifact
+from deltadock.storage.blobs import BlobStore
+from deltadock.storage.models import Job, JobState
+from deltadock.storage.repositories import CheckpointRepository, DeltaRepository
+from deltadock.workers import compress as module
+from deltadock.workers.compress import Outcome, compress_job
+from deltadock.workers.context import Context
 from tests.workers.conftest import Pair, row_of
-from workers import compress as module
-from workers.compress import Outcome, compress_job
-from workers.context import Context
 
 LAYER = "model.layers.1.mlp.up_proj"
 

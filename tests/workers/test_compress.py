@@ -10,20 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from artifacts.checkpoint import scan_folder
-from artifacts.reader import Artifact
-from client.processes import free_ports
-from compression import pipeline
-from compression.run import CompressOptions
+from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.reader import Artifact
+from deltadock.cli.processes import free_ports
+from deltadock.compression import pipeline
+from deltadock.compression.run import CompressOptions
 from deltadock.errors import Cancelled
 from deltadock.settings import Settings
-from storage.blobs import make_blob_store
-from storage.models import Job, JobState
-from storage.repositories import DeltaRepository, JobRepository
-from workers import compress as module
-from workers.compress import MAX_ATTEMPTS, Outcome, compress_job, job_folder
-from workers.context import Context
-from workers.lease import STOPPING
+from deltadock.storage.blobs import make_blob_store
+from deltadock.storage.models import Job, JobState
+from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.workers import compress as module
+from deltadock.workers.compress import MAX_ATTEMPTS, Outcome, compress_job, job_folder
+from deltadock.workers.context import Context
+from deltadock.workers.lease import STOPPING
 
 Submit = Callable[..., str]
 Look = Callable[[str], Job]

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 
-from compression.run import Progress
+from deltadock.compression.run import Progress
 from deltadock.errors import Cancelled
-from storage.models import Job, JobState
-from storage.repositories import JobRepository
-from workers.compress import _reporter
-from workers.context import Context
-from workers.lease import STOPPING, Lease, LeaseLostError, WorkerStoppingError
+from deltadock.storage.models import Job, JobState
+from deltadock.storage.repositories import JobRepository
+from deltadock.workers.compress import _reporter
+from deltadock.workers.context import Context
+from deltadock.workers.lease import STOPPING, Lease, LeaseLostError, WorkerStoppingError
 
 SECONDS = 0.6
 

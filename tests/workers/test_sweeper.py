@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from storage.models import JobState, UploadKind, UploadState
-from storage.repositories import JobRepository, UploadRepository
-from workers.compress import job_folder
-from workers.context import Context
-from workers.sweeper import ABANDONED, drop_abandoned, drop_job_folders, resend_lost
+from deltadock.storage.models import JobState, UploadKind, UploadState
+from deltadock.storage.repositories import JobRepository, UploadRepository
+from deltadock.workers.compress import job_folder
+from deltadock.workers.context import Context
+from deltadock.workers.sweeper import ABANDONED, drop_abandoned, drop_job_folders, resend_lost
 
 Submit = Callable[..., str]
 SetJob = Callable[..., None]

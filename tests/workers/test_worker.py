@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from client.processes import Child
-from compression.calibration.options import CalibrationOptions
-from compression.pipeline import compress
-from compression.run import CompressOptions
-from storage.models import Job, JobState
-from storage.repositories import DeltaRepository
-from workers.context import Context
+from deltadock.cli.processes import Child
+from deltadock.compression.calibration.options import CalibrationOptions
+from deltadock.compression.pipeline import compress
+from deltadock.compression.run import CompressOptions
+from deltadock.storage.models import Job, JobState
+from deltadock.storage.repositories import DeltaRepository
+from deltadock.workers.context import Context
 
 LEASE_SECONDS = "3"
 
@@ -33,7 +33,16 @@ def workers(context: Context, broker_url: str, tmp_path: Path) -> Iterator[list[
         "DELTADOCK_LEASE_SECONDS": LEASE_SECONDS,
         "DELTADOCK_DEVICE": "cpu",
     }
-    command = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-P", "solo"]
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "deltadock.workers.app",
+        "worker",
+        "-P",
+        "solo",
+    ]
     with ExitStack() as stack:
         yield [
             stack.enter_context(

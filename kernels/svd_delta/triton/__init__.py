@@ -12,11 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.svd_delta.chunks import HEIGHT, SUM_COLUMNS, Chunks
-from kernels.svd_delta.layout import TILE_RANKS
-from kernels.svd_delta.table import DeltaTable
-from kernels.svd_delta.triton.expand import expand_kernel
-from kernels.svd_delta.triton.shrink import prepare_kernel, shrink_kernel
+from deltadock.kernels.svd_delta.chunks import HEIGHT, SUM_COLUMNS, Chunks
+from deltadock.kernels.svd_delta.layout import TILE_RANKS
+from deltadock.kernels.svd_delta.table import DeltaTable
+from deltadock.kernels.svd_delta.triton.expand import expand_kernel
+from deltadock.kernels.svd_delta.triton.shrink import prepare_kernel, shrink_kernel
 
 WARPS: Final = 8
 """Warps of a program of the shrink and of the expand kernel; each has a share of the sum."""
@@ -30,7 +30,7 @@ EXPAND_STAGES: Final = 3
 def svd_delta(
     y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, *, emulate: bool | None = None
 ) -> None:
-    """Add each row's delta to `y` in place; see `kernels.svd_delta.svd_delta`.
+    """Add each row's delta to `y` in place; see `deltadock.kernels.svd_delta.svd_delta`.
 
     With `emulate` the kernels do without inline assembly and bfloat16 products, which Triton's
     interpreter needs; on a GPU it is slow, and tells whether a fault is in those.

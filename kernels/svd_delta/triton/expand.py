@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from kernels.svd_delta.layout import BLOCK_FIELDS, BLOCK_RANKS
-from kernels.svd_delta.table import ENTRY_FIELDS, OUTPUT_FIELDS, TILE_COLUMNS
-from kernels.svd_delta.triton.unpack import (
+from deltadock.kernels.svd_delta.layout import BLOCK_FIELDS, BLOCK_RANKS
+from deltadock.kernels.svd_delta.table import ENTRY_FIELDS, OUTPUT_FIELDS, TILE_COLUMNS
+from deltadock.kernels.svd_delta.triton.unpack import (
     UNSPECIALIZED,
     dot,
     load_words,

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from kernels.svd_delta.layout import TILE_FIELDS
-from kernels.svd_delta.table import ENTRY_FIELDS
-from kernels.svd_delta.triton.unpack import (
+from deltadock.kernels.svd_delta.layout import TILE_FIELDS
+from deltadock.kernels.svd_delta.table import ENTRY_FIELDS
+from deltadock.kernels.svd_delta.triton.unpack import (
     UNSPECIALIZED,
     dot,
     load_words,

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from artifacts.container import MAX_HEADER_BYTES, MAX_NAME, MAX_TENSORS
+from deltadock.artifacts.container import MAX_HEADER_BYTES, MAX_NAME, MAX_TENSORS
 from tests.artifacts.attacks.registry import add_all, attack
 from tests.artifacts.edits import FILE
 from tests.artifacts.support import container, entry, split

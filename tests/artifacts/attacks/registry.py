@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from artifacts.writer import pack_container
+from deltadock.artifacts.writer import pack_container
 from tests.artifacts.make_golden import MANIFEST
 
 ATTACKS: Final[dict[str, Callable[[], bytes]]] = {}

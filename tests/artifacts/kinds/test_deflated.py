@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts.encoding import (
+from deltadock.artifacts.encoding import (
     Encoded,
     decode_dense,
     decode_factors,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts.encoding import decode_factors, encode_low_rank, from_raw, to_raw
+from deltadock.artifacts.encoding import decode_factors, encode_low_rank, from_raw, to_raw
 from tests.artifacts.samples import assert_as_expected, assert_decodes, low_rank_sample
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

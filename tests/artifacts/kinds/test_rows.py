@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts.encoding import (
+from deltadock.artifacts.encoding import (
     decode_rows,
     encode_rows,
     quantize_midrise,

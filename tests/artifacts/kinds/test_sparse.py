@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts.encoding import Encoded, decode_dense, encode_sparse, encode_sparse24
-from artifacts.packing import pack
+from deltadock.artifacts.encoding import Encoded, decode_dense, encode_sparse, encode_sparse24
+from deltadock.artifacts.packing import pack
 from deltadock.errors import InvalidArtifact
 from tests.artifacts.samples import assert_decodes, sparse_sample
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from artifacts.encoding import SvdMatrix, decode_factors, decode_svd, encode_svd
+from deltadock.artifacts.encoding import SvdMatrix, decode_factors, decode_svd, encode_svd
 from tests.artifacts.samples import assert_as_expected, assert_decodes, svd_matrix, svd_sample
 
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 70))

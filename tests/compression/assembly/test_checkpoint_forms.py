@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Model
 
-from artifacts.export import merge
-from artifacts.reader import Artifact
-from compression.calibration.options import Source
-from compression.evaluation import evaluate
-from compression.model.forward import BlockwiseModel
-from compression.model.weights import Checkpoint
-from compression.pipeline import compress
-from compression.report import Report
-from compression.run import CompressOptions
+from deltadock.artifacts.export import merge
+from deltadock.artifacts.reader import Artifact
+from deltadock.compression.calibration.options import Source
+from deltadock.compression.evaluation import evaluate
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.model.weights import Checkpoint
+from deltadock.compression.pipeline import compress
+from deltadock.compression.report import Report
+from deltadock.compression.run import CompressOptions
 from deltadock.errors import InvalidCheckpoint, UnsupportedModel
 from tests.compression.conftest import save_tokenizer
 from tests.compression.family_cases import CASES, TOKENS, VOCABULARY, save

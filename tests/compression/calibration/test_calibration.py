@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from compression.calibration.options import CalibrationOptions, Source
-from compression.calibration.sources import excerpt
-from compression.calibration.windows import CalibrationSet, load_calibration, read_windows
+from deltadock.compression.calibration.options import CalibrationOptions, Source
+from deltadock.compression.calibration.sources import excerpt
+from deltadock.compression.calibration.windows import CalibrationSet, load_calibration, read_windows
 from deltadock.errors import InvalidCalibration, InvalidCheckpoint
 from tests.compression.conftest import save_tokenizer
 
@@ -198,7 +198,7 @@ def test_long_files_are_sampled_by_their_seed() -> None:
 def test_long_jsonl_files_are_sampled_by_their_seed(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compression.calibration.sources.MAX_CHARACTERS", 2000)
+    monkeypatch.setattr("deltadock.compression.calibration.sources.MAX_CHARACTERS", 2000)
     records = [{"prompt": f"Q{n:04d}", "completion": f"A{n:04d}"} for n in range(1000)]
     path = lines(tmp_path / "pairs.jsonl", records).path
     first, second = (load(checkpoint, Source(path), seed=seed) for seed in (0, 1))

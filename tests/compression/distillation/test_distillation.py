@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from artifacts.encoding import Encoded, decode_dense
-from compression.assembly.assembling import encode_others
-from compression.calibration.windows import CalibrationSet
-from compression.distillation import training as distillation
-from compression.distillation.trainable import flat
-from compression.distillation.training import distill
-from compression.methods import optimix
-from compression.model.forward import BlockwiseModel
-from compression.numerics.budget import Widths
-from compression.numerics.metric import Metric
-from compression.run import CompressOptions, Run, open_run
-from compression.statistics.collecting import matrices_of
+from deltadock.artifacts.encoding import Encoded, decode_dense
+from deltadock.compression.assembly.assembling import encode_others
+from deltadock.compression.calibration.windows import CalibrationSet
+from deltadock.compression.distillation import training as distillation
+from deltadock.compression.distillation.trainable import flat
+from deltadock.compression.distillation.training import distill
+from deltadock.compression.methods import optimix
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.numerics.budget import Widths
+from deltadock.compression.numerics.metric import Metric
+from deltadock.compression.run import CompressOptions, Run, open_run
+from deltadock.compression.statistics.collecting import matrices_of
 from deltadock.errors import Cancelled
 
 Pair = tuple[Path, Path]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from artifacts.encoding import (
+from deltadock.artifacts.encoding import (
     Encoded,
     SvdMatrix,
     Vectors,
@@ -21,8 +21,8 @@ from artifacts.encoding import (
     encode_svd,
     encode_transposed,
 )
-from compression.distillation.trainable import TrainableDelta, flat, ones
-from compression.scratch import Scratch
+from deltadock.compression.distillation.trainable import TrainableDelta, flat, ones
+from deltadock.compression.scratch import Scratch
 
 H_OUT, H_IN = 6, 10
 CPU = torch.device("cpu")

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts.encoding import decode_factors, decode_svd
-from compression.methods.adamix import CANDIDATES, compress_matrix, simulated_errors
-from compression.methods.base import MatrixTask
-from compression.numerics.allocation import WIDTHS
-from compression.numerics.decomposition import decompose
-from compression.numerics.gptq import quantize_rows
-from compression.numerics.ranks import rank_budget
-from compression.numerics.reconstruction import refit_left_factor
+from deltadock.artifacts.encoding import decode_factors, decode_svd
+from deltadock.compression.methods.adamix import CANDIDATES, compress_matrix, simulated_errors
+from deltadock.compression.methods.base import MatrixTask
+from deltadock.compression.numerics.allocation import WIDTHS
+from deltadock.compression.numerics.decomposition import decompose
+from deltadock.compression.numerics.gptq import quantize_rows
+from deltadock.compression.numerics.ranks import rank_budget
+from deltadock.compression.numerics.reconstruction import refit_left_factor
 from tests.compression.matrices import make_task, output_error
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from compression.methods.bitdelta import compress_matrix
+from deltadock.compression.methods.bitdelta import compress_matrix
 from tests.compression.matrices import check_result, make_task
 
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts.encoding import decode_svd
-from compression.methods import delta_come
-from compression.methods.factors import fixed_widths
-from compression.methods.topk import topk
-from compression.numerics.decomposition import decompose
-from compression.numerics.gptq import quantize_columns, quantize_rows
-from compression.numerics.ranks import rank_budget
+from deltadock.artifacts.encoding import decode_svd
+from deltadock.compression.methods import delta_come
+from deltadock.compression.methods.factors import fixed_widths
+from deltadock.compression.methods.topk import topk
+from deltadock.compression.numerics.decomposition import decompose
+from deltadock.compression.numerics.gptq import quantize_columns, quantize_rows
+from deltadock.compression.numerics.ranks import rank_budget
 from tests.compression.matrices import check_result, make_task, output_error
 
 METHODS = {"delta-come": delta_come.compress_matrix, "topk-2": topk(2), "topk-32": topk(32)}

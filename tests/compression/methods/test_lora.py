@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from artifacts.encoding import Encoded, decode_dense, from_raw
-from artifacts.export import merge
-from artifacts.reader import Artifact
-from artifacts.writer import write_artifact
-from compression.methods.lora import adapter_digest, import_adapter
-from compression.model.weights import Checkpoint
+from deltadock.artifacts.encoding import Encoded, decode_dense, from_raw
+from deltadock.artifacts.export import merge
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.writer import write_artifact
+from deltadock.compression.methods.lora import adapter_digest, import_adapter
+from deltadock.compression.model.weights import Checkpoint
 from deltadock.errors import (
     ArchitectureMismatch,
     DeltadockError,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compression.methods.low_rank import compress_matrix, rank_of
+from deltadock.compression.methods.low_rank import compress_matrix, rank_of
 from tests.compression.matrices import check_result, make_task
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from compression.catalogue import METHODS
-from compression.methods.base import MatrixMethod, MatrixTask
-from compression.methods.registry import matrix_method
+from deltadock.compression.catalogue import METHODS
+from deltadock.compression.methods.base import MatrixMethod, MatrixTask
+from deltadock.compression.methods.registry import matrix_method
 from deltadock.errors import InvalidCalibration
 from tests.compression.matrices import check_result, make_moment, make_task, output_error
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from artifacts.encoding import inflated
-from compression.methods import delta_zip, gpt_zip
-from compression.methods.sparse import row_scales
-from compression.numerics.gptq import DAMPING
+from deltadock.artifacts.encoding import inflated
+from deltadock.compression.methods import delta_zip, gpt_zip
+from deltadock.compression.methods.sparse import row_scales
+from deltadock.compression.numerics.gptq import DAMPING
 from tests.compression.matrices import check_result, make_task, output_error
 
 

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2MoeConfig
 
-from compression.calibration.options import Source
-from compression.model.weights import MatrixRef
-from compression.pipeline import compress
-from compression.run import CompressOptions
-from compression.statistics.expert_moments import ExpertMoments
-from compression.statistics.moments import MomentCollector
+from deltadock.compression.calibration.options import Source
+from deltadock.compression.model.weights import MatrixRef
+from deltadock.compression.pipeline import compress
+from deltadock.compression.run import CompressOptions
+from deltadock.compression.statistics.expert_moments import ExpertMoments
+from deltadock.compression.statistics.moments import MomentCollector
 from tests.compression.family_cases import SIZES, Case, save
 
 WIDTH = 8

@@ -9,16 +9,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from artifacts.export import merge
-from artifacts.reader import Artifact
-from compression.calibration.options import Source
-from compression.model import forward
-from compression.model.forward import BlockwiseModel
-from compression.model.weights import Checkpoint
-from compression.pipeline import compress
-from compression.run import CompressOptions
-from compression.statistics.expert_moments import ExpertMoments
-from compression.statistics.moments import MomentCollector
+from deltadock.artifacts.export import merge
+from deltadock.artifacts.reader import Artifact
+from deltadock.compression.calibration.options import Source
+from deltadock.compression.model import forward
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.model.weights import Checkpoint
+from deltadock.compression.pipeline import compress
+from deltadock.compression.run import CompressOptions
+from deltadock.compression.statistics.expert_moments import ExpertMoments
+from deltadock.compression.statistics.moments import MomentCollector
 from tests.compression.family_cases import CASES, TOKENS, Case, save
 
 ADAMIX = CompressOptions(method="adamix")

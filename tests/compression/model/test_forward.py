@@ -13,11 +13,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from compression.model.families import read_config
-from compression.model.forward import BlockwiseModel
-from compression.model.skeleton import Skeleton
-from compression.model.weights import Checkpoint, tensor_names
-from compression.statistics.moments import MomentCollector
+from deltadock.compression.model.families import read_config
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.model.skeleton import Skeleton
+from deltadock.compression.model.weights import Checkpoint, tensor_names
+from deltadock.compression.statistics.moments import MomentCollector
 from tests.compression.family_cases import CASES, Case
 
 SIZES: dict[str, Any] = {

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from compression.model import forward
-from compression.model.forward import BlockwiseModel
-from compression.model.weights import Checkpoint
+from deltadock.compression.model import forward
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.model.weights import Checkpoint
 from tests.compression.family_cases import CASES, SIZES, Case
 
 TOKENS = torch.randint(0, 200, (5, 20), generator=torch.Generator().manual_seed(1))

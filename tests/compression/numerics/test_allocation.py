@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compression.numerics.allocation import WIDTHS, Allocation, allocate
-from compression.numerics.ranks import rank_budget
+from deltadock.compression.numerics.allocation import WIDTHS, Allocation, allocate
+from deltadock.compression.numerics.ranks import rank_budget
 from deltadock.errors import InvalidInput
 
 Array = npt.NDArray[np.float64]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compression.numerics.budget import SCALE_BITS, Profile, Shares, Widths, share
-from compression.numerics.two_sided import WIDTHS
+from deltadock.compression.numerics.budget import SCALE_BITS, Profile, Shares, Widths, share
+from deltadock.compression.numerics.two_sided import WIDTHS
 from deltadock.errors import InvalidInput
 
 CHOICES = 1 + len(WIDTHS) ** 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compression.numerics import decomposition
-from compression.numerics.decomposition import Decomposition, decompose
+from deltadock.compression.numerics import decomposition
+from deltadock.compression.numerics.decomposition import Decomposition, decompose
 from tests.compression.matrices import make_task
 
 Spectrum = Callable[[Tensor], Tensor]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compression.numerics.gptq import (
+from deltadock.compression.numerics.gptq import (
     DAMPING,
     inverse_factor,
     quantize_columns,

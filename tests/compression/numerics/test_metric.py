@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compression.numerics.metric import DAMPING, Metric, weighted_error
+from deltadock.compression.numerics.metric import DAMPING, Metric, weighted_error
 from deltadock.errors import InvalidCalibration
 from tests.compression.matrices import make_moment
 

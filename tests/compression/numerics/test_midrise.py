@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compression.numerics.metric import Metric
-from compression.numerics.midrise import Midrise, quantize
+from deltadock.compression.numerics.metric import Metric
+from deltadock.compression.numerics.midrise import Midrise, quantize
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 DISTORTION = {1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.0115, 5: 0.0035, 6: 0.001, 8: 0.0001}

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from compression.numerics import two_sided
-from compression.numerics.metric import Metric, weighted_error
-from compression.numerics.two_sided import (
+from deltadock.compression.numerics import two_sided
+from deltadock.compression.numerics.metric import Metric, weighted_error
+from deltadock.compression.numerics.two_sided import (
     WIDTHS,
     Coded,
     Side,

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compression.calibration.windows import CalibrationSet
-from compression.model.forward import BlockwiseModel
-from compression.run import CompressOptions, Run, open_run
-from compression.scratch import Scratch
-from compression.statistics import collecting as statistics
-from compression.statistics.collecting import Statistics, collect, matrices_of
+from deltadock.compression.calibration.windows import CalibrationSet
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.run import CompressOptions, Run, open_run
+from deltadock.compression.scratch import Scratch
+from deltadock.compression.statistics import collecting as statistics
+from deltadock.compression.statistics.collecting import Statistics, collect, matrices_of
 from tests.compression.family_cases import CASES, TOKENS, save
 
 TRAIN, HELD = TOKENS, TOKENS.flip(1)[:2]

@@ -7,8 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltadock.errors import Conflict, Unavailable
-from inference.deltas import favourite
-from inference.deltas.favourite import LEAST_TOKENS, SHARE, WINDOW_TOKENS, Favourite, Traffic
+from deltadock.inference.deltas import favourite
+from deltadock.inference.deltas.favourite import (
+    LEAST_TOKENS,
+    SHARE,
+    WINDOW_TOKENS,
+    Favourite,
+    Traffic,
+)
 
 
 class Tiers:

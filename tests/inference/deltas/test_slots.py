@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltadock.errors import Conflict
-from inference.deltas.slots import SlotManager
+from deltadock.inference.deltas.slots import SlotManager
 
 Fill = Callable[[int, str], Awaitable[Any]]
 

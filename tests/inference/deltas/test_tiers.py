@@ -23,11 +23,11 @@ from deltadock.errors import (
     TooLarge,
     Unavailable,
 )
-from inference.deltas.disk import DiskTier
-from inference.deltas.tiers import DeltaTiers
-from inference.metrics import Metrics
-from storage.blobs.local import LocalBlobStore
-from storage.cache import FileCache
+from deltadock.inference.deltas.disk import DiskTier
+from deltadock.inference.deltas.tiers import DeltaTiers
+from deltadock.inference.metrics import Metrics
+from deltadock.storage.blobs.local import LocalBlobStore
+from deltadock.storage.cache import FileCache
 
 SIZES = (10, 20, 30, 40, 60)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from inference.engine.decode import StaticDecode
-from inference.engine.passes import Passes
-from inference.engine.scheduler import Work
-from inference.model.changes import NewRows, TensorChange
-from inference.prompts.tokens import Tokenizer
+from deltadock.inference.engine.decode import StaticDecode
+from deltadock.inference.engine.passes import Passes
+from deltadock.inference.engine.scheduler import Work
+from deltadock.inference.model.changes import NewRows, TensorChange
+from deltadock.inference.prompts.tokens import Tokenizer
 from tests.inference.merging import make_delta
 from tests.inference.scheduling import make_sequence
 from tests.kernels import support as kernels

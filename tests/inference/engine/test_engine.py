@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deltadock.errors import InvalidArtifact
-from inference.model.changes import LowRank, TensorChange
+from deltadock.inference.model.changes import LowRank, TensorChange
 from tests.inference.merging import make_delta, merge
 
 PROMPTS = [[1, 2, 3], [5] * 17, [7], list(range(20, 60)), [4, 4], [9] * 6]

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from inference.engine.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, Counters
-from inference.engine.scheduler import Scheduler
-from inference.prompts.tokens import Tokenizer
+from deltadock.inference.engine.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, Counters
+from deltadock.inference.engine.scheduler import Scheduler
+from deltadock.inference.prompts.tokens import Tokenizer
 from tests.inference.scheduling import make_cache, make_sequence, run_pass
 
 NAMES = st.sampled_from(["base", "one", "two"])

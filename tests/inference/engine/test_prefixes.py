@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from inference.engine.prefixes import CacheSlots, common_prefix
+from deltadock.inference.engine.prefixes import CacheSlots, common_prefix
 from tests.inference.scheduling import make_cache
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)

@@ -13,14 +13,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from inference.engine.sampler import (
+from deltadock.inference.engine.sampler import (
     SamplingParams,
     Scores,
     adjusted,
     candidates,
     make_generator,
 )
-from inference.model.logits import Logits
+from deltadock.inference.model.logits import Logits
 
 PROMPT, ANSWER = [3, 3, 5, 8], [5, 9, 9, 9, 11]
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.engine.scheduler import Scheduler
-from inference.prompts.tokens import Tokenizer
+from deltadock.inference.engine.scheduler import Scheduler
+from deltadock.inference.prompts.tokens import Tokenizer
 from tests.inference.scheduling import make_cache, make_sequence, run_pass
 
 

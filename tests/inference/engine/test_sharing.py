@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from inference.engine.sampler import SamplingParams, make_generator
+from deltadock.inference.engine.sampler import SamplingParams, make_generator
 from tests.inference.merging import make_delta, merge
 
 PROMPT = list(range(40, 90))
@@ -16,7 +16,7 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 11}
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of every pass, from now on."""
-    from inference.model.model import BaseModel
+    from deltadock.inference.model.model import BaseModel
 
     counted: list[int] = []
     forward = BaseModel.forward

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from artifacts.checkpoint import scan_folder
+from deltadock.artifacts.checkpoint import scan_folder
 from tests.inference.support import RunningNode, Site, start, write_delta
 
 TEMPLATE = (

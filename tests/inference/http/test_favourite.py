@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from inference.deltas import favourite
+from deltadock.inference.deltas import favourite
 from tests.inference.support import PROMPT, RunningNode, Site, expected_text, start
 
 

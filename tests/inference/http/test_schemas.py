@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from inference.engine.sampler import SamplingParams
-from inference.http.chat_schemas import ChatRequest
-from inference.http.schemas import CompletionRequest
-from inference.prompts.generation_config import SamplingDefaults
+from deltadock.inference.engine.sampler import SamplingParams
+from deltadock.inference.http.chat_schemas import ChatRequest
+from deltadock.inference.http.schemas import CompletionRequest
+from deltadock.inference.prompts.generation_config import SamplingDefaults
 
 PUBLISHED = SamplingDefaults(
     temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.05

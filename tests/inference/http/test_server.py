@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from artifacts.checkpoint import scan_folder
+from deltadock.artifacts.checkpoint import scan_folder
 from tests.inference.support import (
     PROMPT,
     RunningNode,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from deltadock.errors import InvalidArtifact
-from inference.model.attention import Span, make_step
-from inference.model.changes import NewRows, TensorChange
-from inference.model.logits import Logits
-from inference.model.model import BaseModel
+from deltadock.inference.model.attention import Span, make_step
+from deltadock.inference.model.changes import NewRows, TensorChange
+from deltadock.inference.model.logits import Logits
+from deltadock.inference.model.model import BaseModel
 from tests.inference.conftest import VOCABULARY, Bench
 from tests.inference.merging import make_delta, merge
 

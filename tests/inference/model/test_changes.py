@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from artifacts.checkpoint import scan_folder
-from artifacts.encoding import (
+from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.encoding import (
     Encoded,
     decode_dense,
     deflated,
@@ -28,20 +28,20 @@ from artifacts.encoding import (
     encode_sum,
     raw_data,
 )
-from artifacts.export import merge
-from artifacts.packed import packed_delta
-from artifacts.reader import Artifact
-from artifacts.writer import write_artifact
+from deltadock.artifacts.export import merge
+from deltadock.artifacts.packed import packed_delta
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact
-from inference.deltas.reading import ArtifactSource, place_delta, read_delta
-from inference.model import linears
-from inference.model.attention import Span, make_step
-from inference.model.changes import Change, Coded, CodedRows, LowRank, NewRows, nbytes
-from inference.model.loading import load_base
-from inference.model.model import BaseModel
-from inference.model.routing import DeltaLimits
-from kernels.svd_delta import PackedDelta
-from kernels.svd_delta.reference import unpack
+from deltadock.inference.deltas.reading import ArtifactSource, place_delta, read_delta
+from deltadock.inference.model import linears
+from deltadock.inference.model.attention import Span, make_step
+from deltadock.inference.model.changes import Change, Coded, CodedRows, LowRank, NewRows, nbytes
+from deltadock.inference.model.loading import load_base
+from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.routing import DeltaLimits
+from deltadock.kernels.svd_delta import PackedDelta
+from deltadock.kernels.svd_delta.reference import unpack
 from tests.artifacts.samples import rows_sample
 from tests.inference.conftest import VOCABULARY
 from tests.kernels.support import encode

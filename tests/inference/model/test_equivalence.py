@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from artifacts.checkpoint import scan_folder
-from artifacts.export import merge
-from artifacts.reader import Artifact
-from compression.calibration.options import Source
-from compression.catalogue import METHODS
-from compression.pipeline import compress
-from compression.run import CompressOptions
-from inference.deltas.reading import ArtifactSource, place_delta, read_delta
-from inference.engine.passes import Passes
-from inference.engine.scheduler import Work
-from inference.model.loading import load_base
-from inference.model.routing import DeltaLimits
-from inference.prompts.tokens import Tokenizer, read_tokenizer_files
+from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.export import merge
+from deltadock.artifacts.reader import Artifact
+from deltadock.compression.calibration.options import Source
+from deltadock.compression.catalogue import METHODS
+from deltadock.compression.pipeline import compress
+from deltadock.compression.run import CompressOptions
+from deltadock.inference.deltas.reading import ArtifactSource, place_delta, read_delta
+from deltadock.inference.engine.passes import Passes
+from deltadock.inference.engine.scheduler import Work
+from deltadock.inference.model.loading import load_base
+from deltadock.inference.model.routing import DeltaLimits
+from deltadock.inference.prompts.tokens import Tokenizer, read_tokenizer_files
 from tests.inference.conftest import VOCABULARY
 from tests.inference.scheduling import make_sequence
 
@@ -78,7 +78,7 @@ def artifacts(base: Path, home: Path) -> dict[str, Path]:
     text.write_text("".join(f"{n} squared is {n * n}.\n" for n in range(100)))
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compression.distillation.training.STEPS", 3)
+        patch.setattr("deltadock.compression.distillation.training.STEPS", 3)
         for name, method in METHODS.items():
             made[name] = home / f"{name}.delta"
             options = CompressOptions(name, bits=None if method.bits_min is None else 1.0)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.feedback import reference
+from deltadock.kernels.feedback import reference
 
 
 def make(n: int, r: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.feedback.triton import COLUMNS, ROWS, round_block_kernel
+from deltadock.kernels.feedback.triton import COLUMNS, ROWS, round_block_kernel
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"

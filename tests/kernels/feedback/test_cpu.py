@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.feedback import BLOCK, round_with_feedback
+from deltadock.kernels.feedback import BLOCK, round_with_feedback
 from tests.kernels.feedback.cases import check, make
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.feedback import BLOCK, round_with_feedback
-from kernels.feedback.triton import ROWS, round_block
+from deltadock.kernels.feedback import BLOCK, round_with_feedback
+from deltadock.kernels.feedback.triton import ROWS, round_block
 from tests.kernels.feedback.cases import check, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

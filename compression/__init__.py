@@ -1,4 +1,0 @@
-"""Tensors in, codes out: one module per method; knows no database, queue or HTTP.
-
-Importing this package imports no torch: `compression.catalogue` is for every process.
-"""

@@ -1,0 +1,148 @@
+"""The manifest of a delta file: read from the header's metadata, believed only after checks."""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn
+
+from deltadock.artifacts.checkpoint import check_path
+from deltadock.artifacts.container import MAX_NAME
+from deltadock.errors import InvalidArtifact, InvalidCheckpoint
+
+FORMAT: Final = "deltadock/1"
+"""The format's name and major version; a minor version may follow, as in `deltadock/1.2`."""
+
+READABLE: Final = re.compile(r"deltadock/1(\.[1-9][0-9]{0,3})?", re.ASCII)
+
+ENTRIES: Final = frozenset({"format", "manifest", "manifest_sha256"})
+"""What a header's metadata consists of."""
+
+REQUIRED_KEYS: Final[Mapping[str, type | tuple[type, ...]]] = {
+    "base_digest": str,
+    "method": str,
+    "tensors": dict,
+    "files": dict,
+    "checkpoint_bytes": int,
+    "parameters": int,
+    "nominal_bits": (int, float, type(None)),
+}
+
+NAMES: Final = ("base_digest", "finetuned_digest", "model_type", "method", "version")
+"""Keys whose values are shown to people as they are."""
+
+
+def readable_format(manifest: Mapping[str, Any]) -> str:
+    """The format that a file with this manifest says it has.
+
+    A minor version is told in the manifest as well, under the manifest's hash.
+
+    Raises:
+        InvalidArtifact: this version does not know it.
+    """
+    version = manifest.get("format", FORMAT)
+    if not isinstance(version, str) or not READABLE.fullmatch(version):
+        raise InvalidArtifact(f"A manifest names an impossible format: {version!r:.40}.")
+    return version
+
+
+def parse_manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest in a header's metadata; keys that this version does not know are kept.
+
+    Raises:
+        InvalidArtifact: of a newer major version, damaged, or not what a manifest must be.
+    """
+    manifest = _load(metadata)
+    for key, kind in REQUIRED_KEYS.items():
+        if key not in manifest or not isinstance(manifest[key], kind):
+            raise InvalidArtifact(f"The manifest's {key!r} is missing or wrong.")
+    for key in ("checkpoint_bytes", "parameters"):
+        if not 0 <= manifest[key] < 2**63:
+            raise InvalidArtifact(f"The manifest's {key!r} is impossible.")
+    for key in NAMES:
+        _check_name(manifest.get(key, "-"), f"The manifest's {key!r}")
+    for name in manifest["tensors"]:
+        _check_name(name, "A tensor's name")
+    matrices = manifest.get("matrices", {})
+    if not isinstance(matrices, dict) or not all(isinstance(m, dict) for m in matrices.values()):
+        raise InvalidArtifact("The manifest's 'matrices' is wrong.")
+    _check_files(manifest["files"], manifest.get("binary_files", {}))
+    return manifest
+
+
+def _load(metadata: Mapping[str, str]) -> dict[str, Any]:
+    version = metadata.get("format", "")
+    if not READABLE.fullmatch(version):
+        advice = "Upgrade Deltadock." if version.startswith("deltadock/") else "Is it a checkpoint?"
+        raise InvalidArtifact(
+            f"It has the format {version!r:.40}; this version reads {FORMAT!r}. {advice}"
+        )
+    if metadata.keys() != ENTRIES:
+        raise InvalidArtifact("It has no manifest with its hash, or more beside them.")
+    document = metadata["manifest"]
+    try:
+        if hashlib.sha256(document.encode()).hexdigest() != metadata["manifest_sha256"]:
+            raise InvalidArtifact("The manifest is damaged. Fetch it again.")
+        manifest = json.loads(
+            document,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_no_duplicates,
+        )
+    except (ValueError, RecursionError) as error:
+        raise InvalidArtifact("It has no readable manifest.") from error
+    if not isinstance(manifest, dict):
+        raise InvalidArtifact("The manifest is not an object.")
+    if readable_format(manifest) != version:
+        raise InvalidArtifact("The manifest is of another minor version than its file.")
+    return manifest
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{text:.20} is no float64")
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _check_name(name: object, what: str) -> None:
+    if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
+        raise InvalidArtifact(f"{what} is not plain text of at most {MAX_NAME} characters.")
+
+
+def _check_files(texts: Mapping[str, Any], binary: Any) -> None:
+    if not isinstance(binary, dict) or texts.keys() & binary.keys():
+        raise InvalidArtifact("The manifest's 'binary_files' is wrong.")
+    for name, content in [*texts.items(), *binary.items()]:
+        if not _may_carry(name, content):
+            raise InvalidArtifact(f"{name!r:.80} is no file that a delta may carry.")
+    for name, encoded in binary.items():
+        try:
+            base64.b64decode(encoded, validate=True)
+        except (ValueError, TypeError) as error:
+            raise InvalidArtifact(f"{name!r} is not base64.") from error
+
+
+def _may_carry(name: str, text: object) -> bool:
+    """Whether a delta may bring this file: text that lies beside the weights and is not them."""
+    if "/" in name or name.endswith((".safetensors", ".safetensors.index.json")):
+        return False
+    try:
+        check_path(name)
+        if isinstance(text, str):
+            text.encode()
+    except (InvalidCheckpoint, UnicodeEncodeError):
+        return False
+    return isinstance(text, str | None)

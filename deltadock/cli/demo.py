@@ -1,0 +1,206 @@
+"""`deltadock demo`: the whole job on the samples, seen from outside over HTTP.
+
+Starts an embedded Deltadock in a temporary folder, stores the sample fine-tune as a one-bit delta
+and as an exact one, and lets base, fine-tune and delta answer the same held-out exercises.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from deltadock.cli.processes import HOST, Child, free_ports
+from deltadock.client.http import Client, Json
+from deltadock.errors import DeltadockError, NotFound
+
+SAMPLES: Final = Path(str(files("deltadock") / "samples"))
+SILENT_PERCENT: Final = 5
+"""Progress that is always worth a line."""
+BASE: Final = "sample-base"
+PARALLEL: Final = 8
+
+
+def demo(samples: Path = SAMPLES, shown: int = 5, measured: int = 60) -> None:
+    """Run the demonstration and print it.
+
+    Args:
+        samples: folder with the sample pair, calibration text and exercises.
+        shown: exercises whose answers are printed.
+        measured: exercises whose exact matches are counted.
+
+    Raises:
+        NotFound: `samples` is not there.
+        DeltadockError: a step was refused or a process did not start.
+    """
+    console, began = Console(), time.monotonic()
+    if not (samples / "base").is_dir():
+        raise NotFound(f"There are no samples in {samples}. Run the demo from a checkout.")
+    lines = (samples / "exercises.jsonl").read_text(encoding="utf-8").splitlines()
+    exercises = [json.loads(line) for line in lines[: max(shown, measured)]]
+    console.print("[bold]1. Start[/]: api, worker and node with a broker, SQLite and a folder")
+    with _running_system() as url, Client(url) as client:
+        console.print(f"   running at {url}")
+        delta, exact = _store(console, client, samples)
+        _show_report(console, delta, client.report(delta["id"]))
+        models = {"base": BASE, "fine-tuned": exact["id"], "delta": delta["id"]}
+        answers = {
+            title: _answers(client, title, model, exercises) for title, model in models.items()
+        }
+        _show_answers(console, exercises[:shown], answers)
+        _show_accuracy(console, exercises[:measured], answers)
+        console.print("[bold]5. Stop[/]")
+    console.print(f"Everything has stopped, after {time.monotonic() - began:.0f} seconds in all.")
+
+
+@contextmanager
+def _running_system() -> Iterator[str]:
+    """A Deltadock of its own, as `deltadock up` starts it; yields its address."""
+    api_port, node_port = free_ports(2)
+    url = f"http://{HOST}:{api_port}"
+    with tempfile.TemporaryDirectory(prefix="deltadock-demo-") as name:
+        home = Path(name)
+        command: list[str | Path] = [
+            *(sys.executable, "-m", "deltadock", "up", "--home", home),
+            *("--api-port", str(api_port), "--node-port", str(node_port)),
+        ]
+        with Child("deltadock up", command, log=home / "up.log", grace=30.0) as system:
+            # Its worker and node may still be on their way: jobs wait for the one, and the report
+            # is there after the other.
+            system.wait_until(lambda: _is_ready(url), seconds=120)
+            yield url
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=5.0).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _store(console: Console, client: Client, samples: Path) -> tuple[Json, Json]:
+    """Upload the samples and compress the fine-tune twice: at one bit, and exactly."""
+    console.print("[bold]2. Upload[/] the base and its fine-tune, hashed while they stream")
+    base = client.upload_folder(samples / "base")
+    client.create_base(BASE, base["digest"])
+    finetuned = client.upload_folder(samples / "finetuned")
+    for title, checkpoint in (("base", base), ("fine-tune", finetuned)):
+        size = checkpoint["total_bytes"] / 1e6
+        console.print(f"   {title:<10}{size:5.1f} MB  sha256 {checkpoint['digest'][:16]}")
+    text = client.upload_calibration(samples / "calibration.txt")
+    console.print("[bold]3. Compress[/] at 1.0 bit per weight, all that is stored counted")
+    small = client.create_delta(
+        "demo/skills", BASE, finetuned["digest"], bits=1.0, calibration=text
+    )
+    exact = client.create_delta("demo/skills-exact", BASE, finetuned["digest"], method="exact")
+    for job in (
+        _follow(console, client, small["job"]["id"]),
+        client.wait(exact["job"]["id"]),  # quick, and not what the demonstration is about
+    ):
+        if job["state"] != "ready":
+            raise DeltadockError(f"The compression {job['state']}: {job['error']['message']}")
+    return client.delta(small["delta"]["id"]), client.delta(exact["delta"]["id"])
+
+
+def _follow(console: Console, client: Client, job: str) -> Json:
+    """Wait for a job; a live bar in a terminal, a line per block elsewhere."""
+    columns = (
+        TextColumn("   {task.description:<34}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+    )
+    last, told = "", 0.0
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("queued", total=100.0)
+
+        def show(state: Json) -> None:
+            nonlocal last, told
+            text = state["state"]
+            if state["state"] == "compressing":
+                text += f" block {min(state['block'] + 1, state['blocks'])} of {state['blocks']}"
+            bar.update(task, description=text, completed=state["percent"])
+            far = state["percent"] >= told + SILENT_PERCENT
+            if (text != last or far) and not console.is_terminal:
+                console.print(f"   {state['percent']:3.0f} %  {text}")
+                told = state["percent"]
+            last = text
+
+        return client.wait(job, show)
+
+
+def _show_report(console: Console, delta: Json, report: Json) -> None:
+    table = Table(title=f"{delta['name']} version {delta['version']} on {delta['base']['name']}")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    rows = {
+        "checkpoint in bf16": f"{report['checkpoint_bytes'] / 1e6:.2f} MB",
+        "delta": f"{report['artifact_bytes'] / 1e6:.3f} MB",
+        "ratio": f"{report['ratio']:.1f}x",
+        "bits per weight, budget": f"{report['nominal_bits']:g}",
+        "bits per weight, all stored": f"{report['true_bits']:.3f}",
+        "KL to the fine-tune": f"{report['kl']:.4f} nats per token",
+        "same next token": f"{100 * report['agreement']:.1f} %",
+        "loss of the base": f"{report['nll_base']:.3f} nats per token",
+        "loss of the fine-tune": f"{report['nll_finetuned']:.3f} nats per token",
+        "loss of base with delta": f"{report['nll']:.3f} nats per token",
+        "matrices compressed": f"{len(report['matrices'])}",
+        "seconds": f"{report['seconds']:.1f}",
+    }
+    for row in rows.items():
+        table.add_row(*row)
+    console.print(table)
+
+
+def _answers(client: Client, title: str, model: str, exercises: Sequence[Json]) -> list[str]:
+    """The model's first line for every prompt, most likely tokens only."""
+
+    def answer(exercise: Json) -> str:
+        text: str = client.generate(
+            model,
+            exercise["prompt"],
+            kind="bases" if title == "base" else "deltas",
+            max_tokens=16,
+            temperature=0.0,
+            stop="\n",
+        )["text"]
+        return text.strip()
+
+    with ThreadPoolExecutor(PARALLEL) as pool:  # the node puts them into one batch
+        return list(pool.map(answer, exercises))
+
+
+def _show_answers(
+    console: Console, exercises: Sequence[Json], answers: dict[str, list[str]]
+) -> None:
+    console.print("[bold]4. Generate[/] over HTTP: the same base serves all three")
+    table = Table("exercise", "expected", *answers)
+    for number, exercise in enumerate(exercises):
+        given = [_marked(found[number], exercise["answer"]) for found in answers.values()]
+        table.add_row(" ".join(exercise["prompt"].split()), exercise["answer"], *given)
+    console.print(table)
+
+
+def _marked(answer: str, expected: str) -> Text:
+    return Text(answer or "(nothing)", style="green" if answer == expected else "red")
+
+
+def _show_accuracy(
+    console: Console, exercises: Sequence[Json], answers: dict[str, list[str]]
+) -> None:
+    for title, found in answers.items():
+        right = sum(
+            answer == exercise["answer"] for answer, exercise in zip(found, exercises, strict=False)
+        )
+        console.print(f"   {title:<11}{right:3d} of {len(exercises)} held-out exercises right")

@@ -1,0 +1,230 @@
+"""Child processes that end when we end.
+
+Every child leads a session of its own, so a Ctrl-C in the terminal reaches only us and we stop the
+children in order. Should we be killed, the watchdog (`client/watchdog.py`) ends them.
+"""
+
+import atexit
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from deltadock.cli import watchdog
+from deltadock.errors import Unavailable
+
+HOST: Final = "127.0.0.1"
+POLL_SECONDS: Final = 0.05
+
+
+class _Watchdog:
+    """The one watchdog of this process."""
+
+    def __init__(self) -> None:
+        reader, self._writer = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", watchdog.__file__],
+            stdin=reader,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        os.close(reader)
+
+    def started(self, group: int) -> None:
+        os.write(self._writer, f"+{group}\n".encode())
+
+    def ended(self, group: int) -> None:
+        os.write(self._writer, f"-{group}\n".encode())
+
+    def close(self) -> None:
+        """Let it end what is left, and wait for it."""
+        os.close(self._writer)
+        self._process.wait()
+
+
+@cache
+def _watchdog() -> _Watchdog:
+    watcher = _Watchdog()
+    atexit.register(watcher.close)
+    return watcher
+
+
+_stopping = threading.Event()
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Within the block, Ctrl-C, SIGTERM and SIGHUP only set the event that it yields.
+
+    An exception out of a signal handler could come between a child's start and our knowing of it.
+    The KeyboardInterrupt by which `Child.wait_until` heeds the event ends the block quietly.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = [signal.signal(number, lambda *_: _stopping.set()) for number in signals]
+    try:
+        yield _stopping
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)
+        _stopping.clear()
+
+
+class Child:
+    """A running child process whose output goes to a log file; a context manager that stops it.
+
+    `user` (an id) drops root's rights to that user. `stop_signal` asks the process to end in an
+    orderly way; after `grace` seconds its whole process group is killed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        user: int | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
+        grace: float = 10.0,
+    ) -> None:
+        self.name = name
+        self.log = log
+        self._command = command
+        self._env = env
+        self._cwd = cwd
+        self._user = user
+        self._stop_signal = stop_signal
+        self._grace = grace
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        guard = _watchdog()
+        with self.log.open("ab") as output:
+            process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                cwd=self._cwd,
+                user=self._user,
+                group=self._user,
+                extra_groups=None if self._user is None else [],
+                start_new_session=True,
+            )
+        guard.started(process.pid)
+        self._asked = False
+        return process
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """The process id, which is also the id of its process group."""
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit status, or None while the process runs."""
+        return self._process.poll()
+
+    def ask_to_stop(self) -> None:
+        """Send the stop signal without waiting, so that several children can stop at once."""
+        if self.poll() is None and not self._asked:  # a second signal means haste to many
+            self._asked = True
+            self._process.send_signal(self._stop_signal)
+
+    def stop(self) -> None:
+        """End the process and everything in its group; returns when it is gone."""
+        self.ask_to_stop()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(self._grace)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        _watchdog().ended(self.pid)
+
+    def restart(self) -> None:
+        """Run the same command again, after what is left of its last run has been ended."""
+        self.stop()
+        self._process = self._start()
+
+    def wait_until(self, ready: Callable[[], bool], seconds: float = 60.0) -> None:
+        """Poll `ready` until it is true.
+
+        Raises:
+            Unavailable: the process ended, or was not ready in time; the log's end is quoted.
+            KeyboardInterrupt: we were asked to stop, see `stop_on_signals`.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            # Looked at first: what made `ready` true may have been the process's last act.
+            ended = self.poll() is not None
+            if ready():
+                return
+            if ended:
+                raise self.ended()
+            if _stopping.is_set():
+                raise KeyboardInterrupt
+            if time.monotonic() > deadline:
+                raise self._unavailable(f"{self.name} was not ready after {seconds:.0f} seconds.")
+            time.sleep(POLL_SECONDS)
+
+    def ended(self, consequence: str = "") -> Unavailable:
+        """The error that tells how an ended process ended; its `details` have the log's end."""
+        return self._unavailable(f"{self.name} ended with status {self.poll()}. {consequence}")
+
+    def _unavailable(self, what: str) -> Unavailable:
+        with self.log.open(errors="replace") as stream:
+            tail = "".join(deque(stream, maxlen=15))
+        return Unavailable(f"{what.strip()} The end of {self.log}:", log_tail=tail)
+
+
+def port_is_free(port: int, host: str = HOST) -> bool:
+    """Whether a server could listen on the port now."""
+    with socket.socket() as probe:
+        # As servers do, so that connections of a server that just stopped are no obstacle.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def free_ports(count: int) -> list[int]:
+    """Different free ports, from below the range that outgoing connections take theirs from."""
+    with ExitStack() as held:
+        ports: list[int] = []
+        for port in random.sample(range(20_000, 30_000), k=1_000):
+            probe = held.enter_context(socket.socket())
+            with suppress(OSError):
+                probe.bind((HOST, port))
+                ports.append(port)
+            if len(ports) == count:
+                return ports
+    raise Unavailable("There are not enough free ports between 20000 and 30000 on this machine.")

@@ -1,0 +1,271 @@
+"""Text that the fine-tuned model writes itself: temperature 1, its full distribution.
+
+Documents begin with the start token, with given prompts, or, where the tokenizer has a chat
+template, with questions that the model first asks itself in the user's place. A document ends
+where the model ends it, or with the window.
+
+Unlike calibration itself, this holds the whole model in memory.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor
+from transformers.utils import logging
+
+from deltadock.compression.calibration.sources import encode
+from deltadock.compression.model.families import auto_class
+from deltadock.errors import InvalidCalibration, UnsupportedModel
+
+CACHE_BYTES: Final = {"cpu": 1 << 30, "cuda": 8 << 30}
+"""Keys and values of one batch may take about this much."""
+MAX_ROWS: Final = 128
+QUESTION: Final = "\N{WHITE MEDIUM STAR}question\N{WHITE MEDIUM STAR}"
+"""Marks the place of the user's words in a rendered template."""
+QUESTIONS: Final = 256
+"""Most questions that a chat model asks itself."""
+ENOUGH_DOCUMENTS: Final = 32
+"""So many that are but one token long are no chance: the model has nothing to say."""
+
+Watcher = Callable[[str, float], None]
+
+
+class Sampler:
+    """Samples from the model in `checkpoint`; the same seed, versions and machine: the same text.
+
+    Each `sample` draws on from the last one's random state.
+    """
+
+    def __init__(
+        self, checkpoint: Path, tokenizer: Any, seed: int, device: str, progress: Watcher
+    ) -> None:
+        """Load the model.
+
+        Raises:
+            UnsupportedModel: `transformers` cannot load or run it.
+        """
+        progress("loading the model to sample from", 0.0)
+        logging.disable_progress_bar()  # ours tells of the loading
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        try:
+            loader = auto_class(AutoConfig.from_pretrained(checkpoint).model_type)
+            self._model = loader.from_pretrained(
+                checkpoint,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            ).to(device)
+        except Exception as error:
+            raise _unsupported(error) from error
+        self._model.eval()
+        self._device = torch.device(device)
+        self._tokenizer = tokenizer
+        self._progress = progress
+        self._shown = 0.0
+        self._stopped: Exception | None = None
+        self._ends = _end_tokens(self._model, tokenizer)
+        # What a checkpoint recommends (top-k, penalties) would distort the distribution.
+        self._model.generation_config = GenerationConfig()
+        self._generator = torch.Generator(self._device).manual_seed(seed)
+
+    def sample(
+        self, prompts: Sequence[Tensor] | None, length: int, train: int, held_out: int
+    ) -> tuple[Tensor, Tensor]:
+        """At least `train` and `held_out` tokens (n,) int64 of documents of at most `length`.
+
+        Args:
+            prompts: (n,) int64 each; None: what the class says. Those that begin documents of
+                one part begin none of the other, where there are several.
+
+        Raises:
+            InvalidCalibration: the model names no start token, or ends every document at once.
+        """
+        begun_by = list(prompts) if prompts is not None else self._beginnings(length, train)
+        begun_by = [prompt[-(length // 2) :] for prompt in begun_by]
+        cut = max(1, len(begun_by) // 10)
+        pools = [begun_by[cut:] or begun_by, begun_by[:cut]]
+        sources = [cycle(pool) for pool in pools]
+        needs, made = [train, held_out], [0, 0]
+        streams: list[list[Tensor]] = [[], []]
+        rows = self._rows(length)
+        tokens = 0
+        while any(has < need for has, need in zip(made, needs, strict=True)):
+            documents = sum(map(len, streams))
+            mean = max(sum(made) / documents, 1.0) if documents else float(length)
+            parts = [
+                part
+                for part in (0, 1)
+                for _ in range(_ceil(max(needs[part] - made[part], 0) / mean))
+            ][:rows]
+            begins = [next(sources[part]) for part in parts]
+            written = self._continue(begins, length, sum(made), sum(needs))
+            for part, document in zip(parts, written, strict=True):
+                streams[part].append(document)
+                made[part] += document.numel()
+            tokens += sum(document.numel() for document in written)
+            tokens -= sum(begin.numel() for begin in begins)
+            documents += len(written)
+            if documents >= ENOUGH_DOCUMENTS and tokens < 2 * documents:
+                raise InvalidCalibration(
+                    "The fine-tuned model ends its text at once, so that none can be sampled from "
+                    "it. Give a calibration text."
+                )
+        train_tokens, held_tokens = (torch.cat(stream) for stream in streams)
+        return train_tokens, held_tokens
+
+    def _rows(self, length: int) -> int:
+        """Sequences of a batch: by a fixed budget, since the batches decide what is drawn."""
+        config = self._model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        row = 2 * length * config.num_hidden_layers * heads * width * self._model.dtype.itemsize
+        budget = CACHE_BYTES["cpu" if self._device.type == "cpu" else "cuda"]
+        return int(min(max(budget // row, 1), MAX_ROWS))
+
+    def _continue(
+        self, begins: Sequence[Tensor], length: int, done: int, total: int
+    ) -> list[Tensor]:
+        """Each beginning with what the model writes after it, up to and with an end token."""
+        longest = max(begin.numel() for begin in begins)
+        tokens = torch.zeros(len(begins), longest, dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row, begin in enumerate(begins):
+            tokens[row, longest - begin.numel() :] = begin
+            mask[row, longest - begin.numel() :] = 1
+
+        def watch(steps: int) -> None:
+            # Documents that end early take part of it back; what is shown only rises.
+            share = min((done + steps * len(begins)) / max(total, 1), 1.0)
+            self._shown = max(self._shown, share)
+            try:
+                self._progress("sampling from the fine-tuned model", self._shown)
+            except Exception as error:
+                self._stopped = error
+                raise
+
+        try:
+            with torch.inference_mode():
+                written = self._model.generate(
+                    tokens.to(self._device),
+                    attention_mask=mask.to(self._device),
+                    generation_config=GenerationConfig(
+                        do_sample=False,
+                        max_new_tokens=length - longest,
+                        eos_token_id=self._ends or None,
+                        pad_token_id=self._ends[0] if self._ends else 0,
+                    ),
+                    logits_processor=[_Drawing(self._generator, watch)],
+                )
+        except Exception as error:
+            # Whoever listens to the progress may end the work; that says nothing of the model.
+            if error is self._stopped:
+                raise
+            raise _unsupported(error) from error
+        return [
+            torch.cat([begin, self._until_end(row[longest:])])
+            for begin, row in zip(begins, written.cpu(), strict=True)
+        ]
+
+    def _until_end(self, tokens: Tensor) -> Tensor:
+        ends = torch.isin(tokens, torch.tensor(self._ends, dtype=torch.int64)).nonzero()
+        return tokens[: int(ends[0]) + 1] if len(ends) else tokens
+
+    def _beginnings(self, length: int, train: int) -> list[Tensor]:
+        """Questions that a chat model asks itself, or the start token."""
+        opening = self._opening()
+        if opening is not None and opening.numel() <= length // 2:
+            count = min(max(train // length * 2, 16), QUESTIONS)
+            asked: list[Tensor] = []
+            while len(asked) < count:
+                begins = [opening] * min(count - len(asked), self._rows(length))
+                asked += self._continue(begins, opening.numel() + length // 4, 0, train)
+            questions = [self._render(document[opening.numel() :]) for document in asked]
+            if found := [question for question in questions if question is not None]:
+                return found
+        return [self._start()]
+
+    def _opening(self) -> Tensor | None:
+        """What the chat template writes before a user's words; None: it has no such place."""
+        if not self._tokenizer.chat_template:
+            return None
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": QUESTION}], tokenize=False
+            )
+        except Exception:  # noqa: BLE001 - a template may fail in any way; then it begins nothing
+            return None
+        before, found, _ = str(text).partition(QUESTION)
+        tokens = encode(self._tokenizer, before)
+        return tokens if found and tokens.numel() else None
+
+    def _render(self, question: Tensor) -> Tensor | None:
+        """The question in the template, up to where the model answers."""
+        words = self._tokenizer.decode(question, skip_special_tokens=True).strip()
+        if not words:
+            return None
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception:  # noqa: BLE001 - as above
+            return None
+        return encode(self._tokenizer, str(text))
+
+    def _start(self) -> Tensor:
+        config = self._model.config.get_text_config()
+        candidates = (self._tokenizer.bos_token_id, getattr(config, "bos_token_id", None))
+        for token in (*candidates, *self._ends[:1]):
+            if isinstance(token, int) and 0 <= token < config.vocab_size:
+                return torch.tensor([token])
+        raise InvalidCalibration(
+            "The fine-tune names no start token to sample from. Give a calibration text, or "
+            "prompts."
+        )
+
+
+class _Drawing(LogitsProcessor):  # type: ignore[misc] # transformers has no types
+    """Turns the likeliest token into a draw from the softmax: the Gumbel-max trick.
+
+    `generate` draws from torch's global state; this has a generator of its own.
+    """
+
+    def __init__(self, generator: torch.Generator, watch: Callable[[int], None]) -> None:
+        self._generator = generator
+        self._watch = watch
+        self._steps = 0
+
+    def __call__(self, _tokens: Tensor, scores: Tensor) -> Tensor:
+        self._steps += 1
+        self._watch(self._steps)
+        scores = scores.float()
+        return scores - torch.empty_like(scores).exponential_(generator=self._generator).log()
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that the checkpoint says ends a text, in a fixed order."""
+    found: set[int] = set()
+    named = (
+        tokenizer.eos_token_id,
+        model.config.get_text_config().eos_token_id,
+        model.generation_config.eos_token_id,
+    )
+    for tokens in named:
+        found.update([tokens] if isinstance(tokens, int) else tokens or [])
+    return sorted(found)
+
+
+def _ceil(value: float) -> int:
+    return int(-(-value // 1))
+
+
+def _unsupported(error: Exception) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"Text cannot be sampled from this fine-tune, so give a calibration text: {error}"
+    )

@@ -1,0 +1,262 @@
+"""Files of calibration text: read, rendered through the chat template, and tokenized."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from deltadock.compression.calibration.options import MIN_TOKENS, TOKENS
+from deltadock.errors import InvalidCalibration, InvalidCheckpoint
+
+TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+MAX_CHARACTERS: Final = 4_000_000
+"""Tokenizing takes hundreds of bytes a character; of longer texts a part is chosen."""
+PIECE_CHARACTERS: Final = 40_000
+
+KINDS: Final = "`text`, `messages`, `prompt` and `completion`, or `prompt`"
+
+Turns = str | list[dict[str, Any]]
+"""Plain text, or messages with `role` and `content`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Running text: one stream of tokens (n,) int64, of which windows are held out."""
+
+    tokens: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Conversations:
+    """Documents that belong together: each a stream of tokens (n,) int64, held out as a whole."""
+
+    documents: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Beginnings (n,) int64 that the fine-tuned model is to continue."""
+
+    prompts: list[Tensor]
+
+
+Material = Text | Conversations | Prompts
+
+
+def load_tokenizer(checkpoint: Path) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        InvalidCheckpoint: there is none, or it cannot be loaded.
+    """
+    if not any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make up an empty one.
+        raise InvalidCheckpoint(
+            "The fine-tune has no tokenizer; put its tokenizer.json and tokenizer_config.json "
+            "beside the weights."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise InvalidCheckpoint(f"The fine-tune's tokenizer cannot be loaded: {error}") from error
+    # Truncation and its warning belong to one prompt; this is a corpus.
+    tokenizer.model_max_length = 1 << 60
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """`text` as tokens (n,) int64; special tokens only where the text spells them."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+
+
+def read_source(path: Path, tokenizer: Any, seed: int) -> Material:
+    """The tokens of a file; of one that is longer than calibration can use, a part by `seed`.
+
+    Raises:
+        InvalidCalibration: empty, too short, not UTF-8, or a line that cannot be used, by number.
+    """
+    content = _read(path)
+    if path.suffix != ".jsonl":
+        return Text(_enough(encode(tokenizer, excerpt(content, seed))))
+    records = [_Record.of(number, record) for number, record in _lines(content)]
+    if not records:
+        raise InvalidCalibration("The calibration file has no lines.")
+    kind = records[0].kind
+    for record in records:
+        if record.kind != kind:
+            raise InvalidCalibration(
+                f"Line {record.number} of the calibration file has {record.kind}, but the lines "
+                f"before it {kind}. Give each kind a file of its own."
+            )
+    if kind == "text":
+        text = "\n".join(str(record.prompt) for record in records)
+        return Text(_enough(encode(tokenizer, excerpt(text, seed))))
+    chosen = _some(records, lambda record: record.characters, seed)
+    documents = [encode(tokenizer, record.render(tokenizer)) for record in chosen]
+    documents = [document for document in documents if document.numel()]
+    if kind == "prompt":
+        if len(documents) < 2:
+            raise InvalidCalibration("At least two prompts are needed: one is held out.")
+        return Prompts(documents)
+    if len(documents) < 2:
+        raise InvalidCalibration("At least two conversations are needed: one is held out.")
+    _enough(torch.cat(documents))
+    return Conversations(documents)
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def excerpt(text: str, seed: int) -> str:
+    """`text`, or pieces of it chosen by `seed` where it is longer than calibration can use."""
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    pieces = len(text) // PIECE_CHARACTERS
+    order = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))
+    chosen = order[: MAX_CHARACTERS // PIECE_CHARACTERS].sort().values.tolist()
+    return "".join(text[k * PIECE_CHARACTERS : (k + 1) * PIECE_CHARACTERS] for k in chosen)
+
+
+def _some(
+    records: Sequence["_Record"], size: Callable[["_Record"], int], seed: int
+) -> list["_Record"]:
+    """As many of `records`, chosen by `seed`, as calibration can use, in their order."""
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
+    chosen: list[int] = []
+    total = 0
+    for index in order.tolist():
+        total += size(records[index])
+        if chosen and total > MAX_CHARACTERS:
+            break
+        chosen.append(index)
+    return [records[index] for index in sorted(chosen)]
+
+
+def _enough(tokens: Tensor) -> Tensor:
+    if tokens.numel() < MIN_TOKENS:
+        raise InvalidCalibration(
+            f"The text has {tokens.numel()} tokens; at least {MIN_TOKENS} are needed, and "
+            f"{TOKENS} are recommended for calibration."
+        )
+    return tokens
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidCalibration(
+            f"The calibration file is not UTF-8 text (byte {error.start}). Convert it first."
+        ) from error
+
+
+def _lines(content: str) -> Iterator[tuple[int, object]]:
+    """Each line's number and JSON value; other separators than newlines may stand in strings."""
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InvalidCalibration(
+                f"Line {number} of the calibration file is not a JSON object."
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """One line: what stands before the model's turn, and the turn; `kind` as in `KINDS`."""
+
+    number: int
+    kind: str
+    prompt: Turns
+    completion: Turns = ""
+
+    @classmethod
+    def of(cls, number: int, record: object) -> "_Record":
+        """The line's fields.
+
+        Raises:
+            InvalidCalibration: it has none of `KINDS`, or they are of other types.
+        """
+        if isinstance(record, dict):
+            match record:
+                case {"text": str(text)}:
+                    return cls(number, "text", _utf8(text, number))
+                case {"messages": messages} if _is_turns(messages):
+                    return cls(number, "conversations", messages)
+                case {"prompt": str(prompt), "completion": str(completion)}:
+                    return cls(number, "conversations", prompt, completion)
+                case {"prompt": prompt, "completion": completion} if _is_turns(
+                    prompt
+                ) and _is_turns(completion):
+                    return cls(number, "conversations", [*prompt, *completion])
+                case {"prompt": prompt} if "completion" not in record and (
+                    isinstance(prompt, str) or _is_turns(prompt)
+                ):
+                    return cls(number, "prompt", prompt)
+        raise InvalidCalibration(
+            f"Line {number} of the calibration file is not an object with {KINDS}."
+        )
+
+    @property
+    def characters(self) -> int:
+        """About how long the rendered line is."""
+        return sum(
+            len(part) if isinstance(part, str) else sum(len(str(turn)) for turn in part)
+            for part in (self.prompt, self.completion)
+        )
+
+    def render(self, tokenizer: Any) -> str:
+        """The line as the model reads it: messages through its chat template.
+
+        Raises:
+            InvalidCalibration: there is no template, or it refuses the messages.
+        """
+        if isinstance(self.prompt, str):
+            end = "" if self.kind == "prompt" else tokenizer.eos_token or ""
+            return _utf8(f"{self.prompt}{self.completion}{end}", self.number)
+        if not tokenizer.chat_template:
+            raise InvalidCalibration(
+                f"Line {self.number} of the calibration file holds messages, but the fine-tune's "
+                "tokenizer has no chat template. Write them out as `prompt` and `completion`."
+            )
+        try:
+            text = tokenizer.apply_chat_template(
+                self.prompt, tokenize=False, add_generation_prompt=self.kind == "prompt"
+            )
+        except Exception as error:
+            # A template is a program of the fine-tune's, in transformers' sandbox.
+            raise InvalidCalibration(
+                f"The fine-tune's chat template refuses line {self.number} of the calibration "
+                f"file: {error}"
+            ) from error
+        return _utf8(str(text), self.number)
+
+
+def _is_turns(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in value)
+    )
+
+
+def _utf8(text: str, number: int) -> str:
+    """`text` if it can be encoded: JSON may spell half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidCalibration(
+            f"Line {number} of the calibration file holds half a surrogate pair, which is no text."
+        ) from error
+    return text

@@ -1,0 +1,256 @@
+"""A causal language model run block by block, forwards and backwards.
+
+One block's weights are in memory at a time. Hidden states stay where the caller keeps them, on
+any device or memory-mapped, and are moved a few thousand tokens at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from deltadock.compression.model.families import read_config
+from deltadock.compression.model.observing import Observer, observed, sites
+from deltadock.compression.model.skeleton import Skeleton, Weights
+from deltadock.compression.model.weights import MatrixRef, TensorSource, tensor_names
+
+TOKENS_PER_STEP: Final = 4096
+LOGITS_PER_STEP: Final = 1 << 24
+
+Loss = Callable[[Tensor, slice], Tensor]
+"""Loss, summed over the tokens, of a piece's logits (tokens, vocabulary) float32; the slice says
+which of all tokens these are."""
+
+
+class _Leaves:
+    """Weights cut off from what they were computed from.
+
+    Several backward passes add to their gradients, which then flow on in one.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self._origins = weights
+        self.weights = {
+            name: weight.detach().requires_grad_(weight.requires_grad)
+            for name, weight in weights.items()
+        }
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any gradient is asked for."""
+        return any(leaf.requires_grad for leaf in self.weights.values())
+
+    def flow(self) -> None:
+        """Pass the gradients on to what the weights were computed from."""
+        pairs = [
+            (self._origins[name], leaf.grad)
+            for name, leaf in self.weights.items()
+            if leaf.grad is not None
+        ]
+        if pairs:
+            torch.autograd.backward([origin for origin, _ in pairs], [grad for _, grad in pairs])
+
+
+class BlockwiseModel:
+    """The model in `folder`'s configuration, with weights taken from any source.
+
+    It computes in float32 on the CPU and in bfloat16, with float32 logits, elsewhere. A model
+    that sees is run as the language model that it contains.
+
+    Attributes:
+        blocks: names of the decoder blocks, in order, such as `model.layers.0`.
+        matrices: each block's linear maps, in the order of the modules.
+        embedding: the checkpoint's tensor with the input embedding.
+        head: the output head, or None where it is tied to the embedding.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        """Build the skeleton.
+
+        Raises:
+            UnsupportedModel: the model is of no known family, `transformers` cannot build it, or
+                its weights are quantized.
+        """
+        self.device = torch.device(device)
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self._skeleton = Skeleton(
+            read_config(folder), tensor_names(folder), self.device, self.dtype
+        )
+        self.config: Any = self._skeleton.config
+        self.blocks = self._skeleton.blocks
+        self._sites = {
+            name: sites(self._skeleton.module(name), name, self._skeleton.stored)
+            for name in self.blocks
+        }
+        self.matrices = {
+            name: [site.ref for site in places] for name, places in self._sites.items()
+        }
+        self.embedding = self._tensor(self._skeleton.embedding)
+        self.head = None if self._skeleton.tied else MatrixRef(self._tensor(self._skeleton.head))
+        self._arguments: dict[tuple[int, ...], Any] = {}
+
+    def _tensor(self, parameter: str) -> str:
+        (name,) = self._skeleton.stored[parameter].all_names()
+        return name
+
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Hold the checkpoint's tensors (name to shape) against what config.json describes.
+
+        Raises:
+            InvalidCheckpoint: naming the first tensor that is missing or of another shape.
+            UnsupportedModel: the weights are quantized.
+        """
+        self._skeleton.check(shapes)
+
+    def _batches(self, sequences: int, length: int) -> Iterator[slice]:
+        """Slices of the sequences, a few thousand tokens each."""
+        return _slices(sequences, TOKENS_PER_STEP // length)
+
+    def _pieces(self, tokens: int) -> Iterator[slice]:
+        """Slices of the tokens whose logits are in memory together."""
+        return _slices(tokens, LOGITS_PER_STEP // self.config.vocab_size)
+
+    def _inputs(self, hidden: Tensor) -> Tensor:
+        """A batch of the caller's hidden states where this model computes, cut off from them."""
+        hidden = hidden.detach().to(self.device, self.dtype)
+        return hidden.clone() if hidden.is_inference() else hidden
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor, source: TensorSource) -> Tensor:
+        """Input of the first block, (sequences, length, hidden), for `tokens` of equal lengths."""
+        weights = self._skeleton.body_weights(source, embedding=True)
+        return torch.cat(
+            [
+                self._skeleton.embed(weights, tokens[rows].to(self.device))
+                for rows in self._batches(*tokens.shape)
+            ]
+        )
+
+    @torch.enable_grad()
+    def embed_backward(self, tokens: Tensor, gradient: Tensor, source: TensorSource) -> None:
+        """Backpropagate `gradient`, that of `embed`'s result, into weights that require it."""
+        leaves = _Leaves(self._skeleton.body_weights(source, embedding=True))
+        if not leaves.wanted:
+            return
+        for rows in self._batches(*tokens.shape):
+            hidden = self._skeleton.embed(leaves.weights, tokens[rows].to(self.device))
+            if hidden.requires_grad:
+                hidden.backward(self._inputs(gradient[rows]))
+        leaves.flow()
+
+    @torch.no_grad()
+    def run_block(
+        self,
+        index: int,
+        hidden: Tensor,
+        source: TensorSource,
+        observe: Observer | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs of block `index` for its inputs `hidden` (sequences, length, hidden).
+
+        `observe` sees every linear map's inputs on the way, by the map's key: of an expert, those
+        that chose it. Maps that share an input (q, k and v; gate and up) are reported one after
+        another with the SAME tensor object. The outputs are written to `out`, which may be
+        `hidden` itself; by default to a new tensor on the same device.
+        """
+        weights = self._skeleton.block_weights(index, source)
+        out = torch.empty_like(hidden) if out is None else out
+        with self._observed(index, observe, None):
+            for rows in self._batches(*hidden.shape[:2]):
+                out[rows] = self._call(index, weights, self._inputs(hidden[rows]))
+        return out
+
+    @torch.enable_grad()
+    def backward_block(
+        self,
+        index: int,
+        hidden: Tensor,
+        gradient: Tensor,
+        source: TensorSource,
+        observe_inputs: Observer | None = None,
+        observe_gradients: Observer | None = None,
+    ) -> Tensor:
+        """Gradient with respect to block `index`'s inputs `hidden` (sequences, length, hidden).
+
+        Args:
+            index: which block.
+            hidden: the inputs that `run_block` got; the block runs again on them.
+            gradient: with respect to the block's outputs, shape of `hidden`.
+            source: weights; gradients flow into what those that require grad were computed from.
+            observe_inputs: sees every linear map's inputs, as in `run_block`.
+            observe_gradients: sees the gradient at every linear map's outputs.
+        """
+        leaves = _Leaves(self._skeleton.block_weights(index, source))
+        result = torch.empty_like(gradient)
+        with self._observed(index, observe_inputs, observe_gradients):
+            for rows in self._batches(*hidden.shape[:2]):
+                batch = self._inputs(hidden[rows]).requires_grad_()
+                self._call(index, leaves.weights, batch).backward(self._inputs(gradient[rows]))
+                assert batch.grad is not None
+                result[rows] = batch.grad
+        leaves.flow()
+        return result
+
+    def _observed(self, index: int, inputs: Observer | None, gradients: Observer | None) -> Any:
+        name = self.blocks[index]
+        places = self._sites[name] if inputs is not None or gradients is not None else []
+        return observed(self._skeleton.module(name), places, inputs, gradients)
+
+    def _call(self, index: int, weights: Weights, hidden: Tensor) -> Tensor:
+        shape = tuple(hidden.shape)
+        if shape not in self._arguments:
+            self._arguments[shape] = self._skeleton.arguments(shape)
+        return self._skeleton.call_block(index, weights, hidden, self._arguments[shape][index])
+
+    @torch.no_grad()
+    def final_hidden(self, hidden: Tensor, source: TensorSource) -> Tensor:
+        """The last block's outputs after the final norm: the head's inputs."""
+        weights = self._skeleton.body_weights(source, embedding=False)
+        out = torch.empty_like(hidden)
+        for rows in self._batches(*hidden.shape[:2]):
+            batch = self._inputs(hidden[rows])
+            out[rows] = self._skeleton.finish(weights, batch.flatten(0, 1)).view(batch.shape)
+        return out
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor, source: TensorSource) -> Iterator[Tensor]:
+        """Logits of flat `hidden` (tokens, hidden): (tokens of a piece, vocabulary) float32."""
+        weights = self._skeleton.head_weights(source)
+        for piece in self._pieces(len(hidden)):
+            yield self._skeleton.logits(weights, self._inputs(hidden[piece]))
+
+    @torch.enable_grad()
+    def backward_head(
+        self, hidden: Tensor, source: TensorSource, loss: Loss
+    ) -> tuple[float, Tensor]:
+        """The loss, summed, and its gradient with respect to the last block's outputs `hidden`.
+
+        Args:
+            hidden: (sequences, length, hidden).
+            source: weights; gradients flow into what those that require grad were computed from.
+            loss: called piece by piece.
+        """
+        body = _Leaves(self._skeleton.body_weights(source, embedding=False))
+        head = _Leaves(self._skeleton.head_weights(source))
+        flat = hidden.flatten(0, 1)
+        gradient = torch.empty(flat.shape, dtype=hidden.dtype, device=hidden.device)
+        total = 0.0
+        for piece in self._pieces(len(flat)):
+            batch = self._inputs(flat[piece]).requires_grad_()
+            final = self._skeleton.finish(body.weights, batch)
+            value = loss(self._skeleton.logits(head.weights, final), piece)
+            value.backward()
+            total += float(value.detach())
+            assert batch.grad is not None
+            gradient[piece] = batch.grad
+        body.flow()
+        head.flow()
+        return total, gradient.view(hidden.shape)
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    for begin in range(0, count, max(step, 1)):
+        yield slice(begin, min(begin + max(step, 1), count))

@@ -1,0 +1,260 @@
+"""A model without weights, whose parts run with weights that are handed in.
+
+The modelling code is `transformers`': the model is on the meta device, and its parts are called
+functionally. What comes before, between and after the blocks (rotary embeddings, masks, norms,
+scaled or capped logits) is the model's own code too, run with stand-ins in the blocks' place.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from deltadock.compression.model.experts import is_experts
+from deltadock.compression.model.families import FAMILIES, build, restore_buffers
+from deltadock.compression.model.naming import Stored, locate
+from deltadock.compression.model.weights import TensorSource
+from deltadock.errors import InvalidCheckpoint, UnsupportedModel
+
+Weights = dict[str, Tensor]
+"""Weights of a module, by their names within it."""
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a block besides its hidden states."""
+
+SCALES: Final = ("weight_scale", "weight_scale_inv", "input_scale", "scale_weight")
+"""What tensors are called by which others must be multiplied."""
+
+
+class _StandIn(nn.Module):
+    """Stands in a block's place: remembers what it was called with, and gives `output` if any."""
+
+    def __init__(self, block: nn.Module, output: Tensor | None = None) -> None:
+        super().__init__()
+        # In a tuple, so that the block's parameters are not taken for this module's.
+        self.block = (block,)
+        self.output = output
+        self.inputs: list[Tensor] = []
+        self.arguments: Arguments = ((), {})
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.inputs.append(hidden)
+        self.arguments = args, kwargs
+        return hidden if self.output is None else self.output
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model reads of a block before it calls it, such as its attention type."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"][0], name)
+
+
+class _Result(nn.Module):
+    """Stands in the place of all that is below the output head: gives `hidden` as its result."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.last_hidden_state = hidden
+
+    def forward(self, *_: Any, **__: Any) -> "_Result":
+        return self
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> Any:
+        """None: nothing else (caches, attentions, ...) was asked for."""
+
+
+class Skeleton:
+    """The language model of a configuration, and where a checkpoint has its weights.
+
+    Attributes:
+        config: of the language model.
+        blocks: names of the decoder blocks, in order.
+        body: name of the module that holds them.
+        stored: where the checkpoint has each parameter of the language model.
+        embedding, head: names of the input embedding's and output head's weights.
+        tied: whether the two are one.
+    """
+
+    def __init__(
+        self, config: Any, names: Collection[str], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Build it for the checkpoint with the tensors `names`.
+
+        Raises:
+            UnsupportedModel: `transformers` cannot build it, or its blocks cannot be told.
+        """
+        self._device, self._dtype = device, dtype
+        self._model = build(config, dtype).eval()
+        self.config = config.get_text_config(decoder=True)
+        self._body = self._model.get_decoder()
+        modules = {id(module): name for name, module in self._model.named_modules()}
+        self.body = modules[id(self._body)]
+        self._layers_name, self._layers = self._find_blocks()
+        self.blocks = [f"{self.body}.{self._layers_name}.{k}" for k in range(len(self._layers))]
+        restore_buffers(self._body, device)
+        self.embedding = f"{modules[id(self._body.get_input_embeddings())]}.weight"
+        self.head = f"{modules[id(self._model.get_output_embeddings())]}.weight"
+        self.tied = self.head in self._model.all_tied_weights_keys
+        self.stored = self._locate(FAMILIES[config.model_type], names)
+
+    def _find_blocks(self) -> tuple[str, nn.ModuleList]:
+        """Name, within the body, of the list of decoder blocks, and the list."""
+        for name, module in self._body.named_children():
+            if isinstance(module, nn.ModuleList) and len(module) == self.config.num_hidden_layers:
+                return name, module
+        raise UnsupportedModel(
+            f"The decoder blocks of a {self.config.model_type!r} model cannot be told."
+        )
+
+    def _locate(self, family: Any, names: Collection[str]) -> dict[str, Stored]:
+        stored = {}
+        base = self._model.base_model_prefix
+        for name, parameter in self._model.state_dict().items():
+            if name.startswith(f"{base}.") and not name.startswith(f"{self.body}."):
+                continue  # The vision tower and projector are never run.
+            owner = self._model.get_submodule(name.rpartition(".")[0])
+            experts = parameter.shape[0] if is_experts(owner) else 0
+            stored[name] = locate(name, experts, family, base, names)
+        if self.tied:
+            present = [
+                stored[name]
+                for name in (self.embedding, self.head)
+                if set(stored[name].all_names()) <= set(names)
+            ]
+            for name in (self.embedding, self.head):
+                if present and stored[name] not in present:
+                    stored[name] = present[0]
+        return stored
+
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Hold a checkpoint's tensors (name to shape) against what config.json describes.
+
+        Raises:
+            InvalidCheckpoint: naming the first tensor that is missing or of another shape.
+            UnsupportedModel: there are scales that tensors would have to be multiplied by.
+        """
+        for name in shapes:
+            if name.rpartition(".")[2] in SCALES:
+                raise UnsupportedModel(
+                    f"{name!r} scales another tensor's codes: the weights are quantized. Load "
+                    "this checkpoint with transformers, dequantize and save it; base and fine-tune "
+                    "alike."
+                )
+        for name, parameter in self._model.state_dict().items():
+            if name not in self.stored:
+                continue
+            stored, expected = self.stored[name], list(parameter.shape)
+            for tensor in stored.all_names():
+                found = shapes.get(tensor)
+                if stored.stacked:
+                    expected = [parameter.shape[1] // len(stored.names[0]), parameter.shape[2]]
+                if found is None or list(found) != expected:
+                    raise InvalidCheckpoint(
+                        f"config.json describes {tensor!r} with shape {expected}, but the "
+                        f"weights have {'no such tensor' if found is None else list(found)}."
+                    )
+
+    def module(self, name: str) -> nn.Module:
+        """The module of this name."""
+        found: nn.Module = self._model.get_submodule(name)
+        return found
+
+    def _weight(self, name: str, source: TensorSource) -> Tensor:
+        return self.stored[name].tensor(source).to(self._device, self._dtype)
+
+    def block_weights(self, index: int, source: TensorSource) -> Weights:
+        """The weights of block `index`."""
+        block = self.blocks[index]
+        return {
+            key: self._weight(f"{block}.{key}", source) for key in self._layers[index].state_dict()
+        }
+
+    def _outside_blocks(self, *, embedding: bool) -> dict[str, Tensor]:
+        """The body's parameters that are in no block, on meta."""
+        return {
+            key: parameter
+            for key, parameter in self._body.state_dict().items()
+            if not key.startswith(f"{self._layers_name}.")
+            and (embedding or f"{self.body}.{key}" != self.embedding)
+        }
+
+    def body_weights(self, source: TensorSource, *, embedding: bool) -> Weights:
+        """The weights of the body that are in no block, with or without the input embedding."""
+        keys = self._outside_blocks(embedding=embedding)
+        return {key: self._weight(f"{self.body}.{key}", source) for key in keys}
+
+    def head_weights(self, source: TensorSource) -> Weights:
+        """The weights of the model that are outside its base model."""
+        outside = [
+            name for name in self.stored if not name.startswith(f"{self._model.base_model_prefix}.")
+        ]
+        return {name: self._weight(name, source) for name in outside}
+
+    def _run_body(
+        self, weights: Weights, output: Tensor | None, **inputs: Any
+    ) -> tuple[list[_StandIn], Any]:
+        """The body around its blocks, which pass on what they get, or `output`."""
+        stands = [_StandIn(block, output) for block in self._layers]
+        with _replaced(self._body, self._layers_name, nn.ModuleList(stands)):
+            result = functional_call(self._body, weights, kwargs={**inputs, "use_cache": False})
+        return stands, result
+
+    def embed(self, weights: Weights, tokens: Tensor) -> Tensor:
+        """What the first block gets for `tokens` (sequences, length), on the model's device."""
+        return self._run_body(weights, None, input_ids=tokens)[0][0].inputs[0]
+
+    def call_block(
+        self, index: int, weights: Weights, hidden: Tensor, arguments: Arguments
+    ) -> Tensor:
+        """Block `index`'s outputs for `hidden`, called as `arguments` says."""
+        args, kwargs = arguments
+        output: Any = functional_call(self._layers[index], weights, (hidden, *args), kwargs)
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+    @torch.no_grad()
+    def arguments(self, shape: Sequence[int]) -> list[Arguments]:
+        """What each block is called with besides hidden states of `shape`.
+
+        These depend on positions only, so that no weights are needed to learn them.
+        """
+        zeros = {
+            key: torch.zeros(parameter.shape, dtype=self._dtype, device=self._device)
+            for key, parameter in self._outside_blocks(embedding=False).items()
+        }
+        hidden = torch.zeros(*shape, dtype=self._dtype, device=self._device)
+        return [stand.arguments for stand in self._run_body(zeros, None, inputs_embeds=hidden)[0]]
+
+    def finish(self, weights: Weights, hidden: Tensor) -> Tensor:
+        """What the body makes of the last block's outputs (tokens, hidden): the final norm."""
+        # Every token is a sequence of its own, so that no mask of tokens by tokens is made.
+        tokens = hidden[:, None]
+        embeddings = torch.zeros_like(tokens)
+        result = self._run_body(weights, tokens, inputs_embeds=embeddings)[1]
+        final: Tensor = result.last_hidden_state
+        return final[:, 0]
+
+    def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
+        """Logits (tokens, vocabulary) float32 of the body's results (tokens, hidden)."""
+        with _replaced(self._model, self._model.base_model_prefix, _Result(hidden[None])):
+            logits: Tensor = functional_call(
+                self._model, weights, kwargs={"input_ids": None, "use_cache": False}
+            ).logits
+        return logits[0].float()
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, module: nn.Module) -> Iterator[None]:
+    original = owner.get_submodule(name)
+    owner.set_submodule(name, module)
+    try:
+        yield
+    finally:
+        owner.set_submodule(name, original)

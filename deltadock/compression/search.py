@@ -1,0 +1,198 @@
+"""From a goal to an artifact: the budget that a size, a ratio or a bound on fidelity asks for."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from deltadock.compression.catalogue import MethodInfo
+from deltadock.compression.goal import Goal
+from deltadock.compression.report import Report
+from deltadock.errors import InvalidGoal
+
+SIZE_TRIALS: Final = 6
+CLOSE: Final = 0.995
+"""An artifact of at least this share of the bytes allowed is close enough."""
+BOUND_TRIALS: Final = 9
+FIRST_BITS: Final = 1.0
+RESOLUTION: Final = 1.03
+"""Budgets closer than this factor are not told apart."""
+
+Make = Callable[[float, Path], Report]
+"""Compresses at a budget into a file."""
+
+
+@dataclass(slots=True)
+class _Best:
+    """The best artifact so far; the file of any other is removed at once."""
+
+    out: Path
+    report: Report | None = None
+
+    def offer(self, report: Report, path: Path, better: bool) -> None:
+        if better:
+            path.replace(self.out)
+            self.report = report
+        else:
+            path.unlink()
+
+
+def fit_size(
+    draft: Callable[[float], int], info: MethodInfo, limit: float, guess: float, weights: int
+) -> float:
+    """The budget whose artifact is the largest of at most `limit` bytes.
+
+    Args:
+        draft: compresses at a budget as far as needed to tell the artifact's bytes.
+        info: the method.
+        limit: in bytes.
+        guess: the first budget, code bits per weight.
+        weights: how many weights the budget is for.
+
+    Raises:
+        InvalidGoal: the method's smallest artifact is larger.
+    """
+    low, high = _range(info)
+    bits = _nearest(info, guess)
+    below, above = 0.0, math.inf
+    # Bytes that one bit more takes, from the codes alone.
+    slope = max(weights, 1) / 8
+    tried: dict[float, int] = {}
+    for left in reversed(range(SIZE_TRIALS)):
+        size = draft(bits)
+        tried[bits] = size
+        fits = size <= limit
+        below, above = (bits, above) if fits else (below, bits)
+        if (fits and (size >= CLOSE * limit or bits == high)) or (not fits and bits == low):
+            break
+        if info.budgets:
+            between = [budget for budget in info.budgets if below < budget < above]
+            if not between:
+                break
+            bits = between[-1] if fits else between[0]
+            continue
+        bits = min(max(_towards((CLOSE + 1) / 2 * limit, tried, below, above, slope), low), high)
+        if left == 1 and below == 0.0:
+            bits = low
+        if bits in tried:
+            break
+    if below == 0.0:
+        raise InvalidGoal(
+            f"{info.name!r} cannot make an artifact of {limit:.0f} bytes of this model: its "
+            f"smallest takes {min(tried.values())}. Allow more bytes, or take another method."
+        )
+    return below
+
+
+def _towards(
+    aim: float, tried: Mapping[float, int], below: float, above: float, slope: float
+) -> float:
+    """The next budget to try for `aim` bytes: on the line through what was seen.
+
+    Sizes grow in small jumps: a line through two close budgets would say little, and so it is drawn
+    through the nearest that fit and do not; a fifth of the way is given up where it missed on the
+    same side again.
+    """
+    *_, last = tried
+    if below in tried and above in tried:
+        share = (aim - tried[below]) / max(tried[above] - tried[below], 1)
+        sides = [budget >= above for budget in list(tried)[-2:]]
+        if sides[0] == sides[1]:
+            share = share * 0.8 if sides[0] else 1 - (1 - share) * 0.8
+        return below + (above - below) * min(max(share, 0.05), 0.95)
+    if len(tried) > 1:
+        first, second = list(tried)[-2:]
+        seen = (tried[second] - tried[first]) / (second - first)
+        slope = seen if seen > 0 else slope
+    wish = last + (aim - tried[last]) / slope
+    return wish if below < wish < above else (below + above) / 2
+
+
+def reach_bound(make: Make, out: Path, info: MethodInfo, goal: Goal) -> Report:
+    """The smallest artifact that keeps a bound on KL or agreement on held-out calibration text.
+
+    Raises:
+        InvalidGoal: not even the method's largest budget keeps it; the message says what was
+            reached.
+    """
+    low, high = _range(info)
+    best = _Best(out)
+    trial = _beside(out)
+    # Budgets that fail and that hold, with what they reached.
+    failing, holding = low / RESOLUTION, math.inf
+    bits = _nearest(info, FIRST_BITS)
+    reached: dict[float, float] = {}
+    for _ in range(BOUND_TRIALS):
+        try:
+            report = make(bits, trial)
+        except BaseException:
+            trial.unlink(missing_ok=True)
+            raise
+        held, figure = _kept(report, goal)
+        reached[bits] = figure
+        best.offer(report, trial, held)
+        failing, holding = (failing, bits) if held else (bits, holding)
+        if bits == high and not held:
+            break
+        if holding <= failing * RESOLUTION or (bits == low and held):
+            break
+        bits = _next(reached, goal, failing, holding, low, high)
+        if info.budgets:
+            left = [b for b in info.budgets if failing < b < holding]
+            if not left:
+                break
+            bits = left[len(left) // 2]
+    if best.report is None:
+        raise InvalidGoal(
+            f"{goal} is not kept even at {max(reached):g} bits: {reached[max(reached)]:.4g} was "
+            "reached. Loosen the bound, or keep the fine-tune itself with the method 'exact'."
+        )
+    return best.report
+
+
+def _next(
+    reached: dict[float, float], goal: Goal, failing: float, holding: float, low: float, high: float
+) -> float:
+    """The next budget: where a power law through the last two would meet the bound, kept off the
+    ends of what is still open."""
+    if holding == math.inf:
+        return min(failing * 2, high)
+    if failing < low:
+        return max(holding / 2, low)
+    losses = {b: max(_loss(figure, goal), 1e-12) for b, figure in reached.items()}
+    wanted = max(_loss(goal.value, goal), 1e-12)
+    first, second = math.log(losses[failing]), math.log(losses[holding])
+    middle = 0.5
+    if first > second:
+        # A little to the safe side: what fails is of no use.
+        middle = min(max((first - math.log(wanted)) / (first - second) + 0.05, 0.15), 0.85)
+    return math.exp(math.log(failing) * (1 - middle) + math.log(holding) * middle)
+
+
+def _loss(figure: float, goal: Goal) -> float:
+    return figure if goal.kind == "max_kl" else 1 - figure
+
+
+def _kept(report: Report, goal: Goal) -> tuple[bool, float]:
+    figure = report.kl if goal.kind == "max_kl" else report.agreement
+    assert figure is not None, "a bound needs calibration text"
+    return _loss(figure, goal) <= _loss(goal.value, goal), figure
+
+
+def _range(info: MethodInfo) -> tuple[float, float]:
+    assert info.bits_min is not None, "a method without a budget has no goal"
+    assert info.bits_max is not None
+    return info.bits_min, info.bits_max
+
+
+def _nearest(info: MethodInfo, bits: float) -> float:
+    """The budget nearest to `bits` that the method takes."""
+    low, high = _range(info)
+    if info.budgets:
+        return min(info.budgets, key=lambda budget: abs(budget - bits))
+    return min(max(bits, low), high)
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(out.name + ".trial")

@@ -1,0 +1,113 @@
+"""The base in memory and what runs on it: the engine, and the deltas in their slots."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from deltadock.artifacts.checkpoint import CheckpointManifest
+from deltadock.artifacts.reader import Artifact
+from deltadock.inference.deltas.disk import DiskTier
+from deltadock.inference.deltas.favourite import Favourite
+from deltadock.inference.deltas.reading import (
+    ArtifactSource,
+    HostDelta,
+    merge_delta,
+    place_delta,
+    read_delta,
+)
+from deltadock.inference.deltas.tiers import DeltaTiers
+from deltadock.inference.engine.engine import Engine
+from deltadock.inference.metrics import Metrics
+from deltadock.inference.model.loading import load_base
+from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.routing import DeltaLimits
+from deltadock.inference.prompts.tokens import Tokenizer, read_tokenizer_files
+from deltadock.kernels.device import choose_device
+from deltadock.settings import Settings
+
+
+class ServedBase:
+    """One base, loaded and running."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        manifest: CheckpointManifest,
+        folder: Path,
+        disk: DiskTier,
+        settings: Settings,
+        metrics: Metrics,
+        changed: Callable[[], None],
+    ) -> None:
+        """Load it; `changed` is called whenever another delta is in a slot."""
+        self.digest = manifest.digest
+        self.name = name
+        self.max_sequences = settings.node_max_sequences
+        self.users = 0
+        """Requests and merges that have not ended yet."""
+        self._weights_digest = manifest.weights_digest
+        self._files: Mapping[str, str] = read_tokenizer_files(folder)
+        self._disk = disk
+        self.tokenizer = Tokenizer(self._files)
+        limits = DeltaLimits(
+            slots=settings.node_max_deltas + 1,
+            rows=max(settings.node_pass_tokens, settings.node_max_sequences),
+            cache_bytes=settings.node_factor_cache_bytes,
+        )
+        device = choose_device(settings.device)
+        self.model: BaseModel = load_base(folder, manifest, device, limits)
+        self.engine = Engine(
+            self.model,
+            max_sequences=settings.node_max_sequences,
+            context_tokens=settings.node_context_tokens,
+            pass_tokens=settings.node_pass_tokens,
+            cache_slots=settings.node_cache_slots,
+        )
+        self.deltas = DeltaTiers(
+            disk,
+            host_bytes=settings.node_host_bytes,
+            slots=settings.node_max_deltas,
+            read=self._read_delta,
+            place=partial(place_delta, self.model),
+            remove=self.model.remove,
+            merge=partial(merge_delta, self.model),
+            merged_slot=lambda: self.model.merged_slot,
+            metrics=metrics,
+            changed=changed,
+        )
+        self._favourite = Favourite(self, self.digest) if settings.node_merge else None
+        self.engine.start()
+
+    def served(self, weights: str, tokens: int) -> None:
+        """A request has ended that read and generated so many tokens; called in the event loop."""
+        if self._favourite is not None:
+            self._favourite.served(weights, tokens)
+
+    @property
+    def merged(self) -> str | None:
+        """The delta that has merged weights."""
+        return self.deltas.merged
+
+    async def merge(self, digest: str) -> None:
+        """Give a delta merged weights; the base stays meanwhile. Raises as `DeltaTiers.merge`."""
+        self.users += 1
+        try:
+            await self.deltas.merge(digest)
+        finally:
+            self.users -= 1
+
+    def stop_merging(self) -> None:
+        """Begin no more merges; called in the event loop."""
+        if self._favourite is not None:
+            self._favourite.stop()
+
+    def close(self) -> None:
+        """End the engine; what still runs is cancelled."""
+        self.engine.stop()
+        self.deltas.close()
+
+    def _read_delta(self, digest: str) -> HostDelta:
+        with self._disk.open(digest) as path, Artifact.open(path) as artifact:
+            source = ArtifactSource(artifact)
+            return read_delta(source, self.model, self._weights_digest, self._files)

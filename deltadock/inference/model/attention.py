@@ -1,0 +1,231 @@
+"""Attention over the slotted cache, entered in transformers' registry under `ATTENTION`.
+
+The rows of a pass are tokens of many sequences, packed as (1, rows). Each sequence is either
+decoding (one row) or prefilling a chunk of its prompt (many). Decoding sequences in nearby cache
+slots form a run that is attended to in one call on a view of the cache.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from deltadock.inference.model.kv_cache import KVCache
+
+ATTENTION: Final = "deltadock_slotted"
+GAP: Final = 2
+"""Idle cache slots between two decoding ones that are attended to for nothing, to save a call."""
+
+
+@dataclass(slots=True)
+class Span:
+    """Rows `[begin, end)` of the pass are one sequence's tokens from position `start` on."""
+
+    slot: int
+    begin: int
+    end: int
+    start: int
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache once this pass has written its own."""
+        return self.start + self.end - self.begin
+
+
+class _Chunk:
+    """One sequence's prefill chunk."""
+
+    def __init__(self, span: Span, device: torch.device) -> None:
+        self.rows = slice(span.begin, span.end)
+        self.slots = slice(span.slot, span.slot + 1)
+        self.length = span.length
+        self._start = span.start
+        self._device = device
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+        """(1, heads, n, d) queries over (1, kv_heads, length, d), to (1, heads, n, d)."""
+        window = options.pop("window")
+        grouped = query.shape[1] != keys.shape[1]
+        if self._start == 0 and (window is None or self.length <= window):
+            return F.scaled_dot_product_attention(
+                query, keys, values, is_causal=True, enable_gqa=grouped, **options
+            )
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=self._mask(window), enable_gqa=grouped, **options
+        )
+
+    def _mask(self, window: int | None) -> Tensor:
+        if window not in self._masks:
+            at = torch.arange(self._start, self.length, device=self._device)[:, None]
+            seen = torch.arange(self.length, device=self._device)[None]
+            mask = seen <= at
+            self._masks[window] = mask if window is None else mask & (seen > at - window)
+        return self._masks[window]
+
+
+class Run:
+    """Decoding sequences in a range of cache slots, one row each."""
+
+    def __init__(
+        self,
+        slots: slice,
+        length: int,
+        lengths: Tensor,
+        *,
+        rows: Tensor | slice,
+        places: Tensor | slice,
+        queries: Tensor | slice,
+        even: bool = False,
+    ) -> None:
+        """Describe a run; masks are built at the first use.
+
+        Args:
+            slots: the range.
+            length: tokens of a slot that are looked at.
+            lengths: (slots,) int64, tokens of each slot's sequence; at least 1, idle or not.
+            rows: the pass's rows of these sequences.
+            places: for each of the rows, its slot's place in the range.
+            queries: for each slot of the range, its row; any row for an idle one.
+            even: all lengths are `length`.
+        """
+        self.slots, self.length = slots, length
+        self.rows, self.places, self.queries = rows, places, queries
+        self._lengths, self._even = lengths, even
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+        """(n, heads, d) queries over (n, kv_heads, length, d), to (n, heads, d).
+
+        The query heads that share a key head stand as that head's queries.
+        """
+        count, heads, width = query.shape
+        kv_heads = keys.shape[1]
+        mask = self._mask(options.pop("window"), query.dtype)
+        out = F.scaled_dot_product_attention(
+            query.reshape(count, kv_heads, heads // kv_heads, width),
+            keys,
+            values,
+            attn_mask=mask,
+            **options,
+        )
+        return out.reshape(count, heads, width)
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        if window is not None and self.length <= window:
+            window = None
+        if window not in self._masks:
+            self._masks[window] = self._build(window, dtype)
+        return self._masks[window]
+
+    def _build(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        if self._even and window is None:
+            return None
+        seen = torch.arange(self.length, device=self._lengths.device)[None]
+        hidden = seen >= self._lengths[:, None]
+        if window is not None:
+            hidden |= seen < self._lengths[:, None] - window
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, float("-inf"))[:, None, None]
+
+
+@dataclass(slots=True)
+class Step:
+    """What one pass needs to know of its rows; masks are built once and serve all layers."""
+
+    cache: KVCache
+    slots: Tensor
+    """(rows,) int64: each row's cache slot."""
+    positions: Tensor
+    """(rows,) int64: each row's position in its sequence."""
+    runs: list[Run] = field(default_factory=list)
+    chunks: list[_Chunk] = field(default_factory=list)
+
+
+def make_step(cache: KVCache, spans: list[Span]) -> Step:
+    """Lay out a pass over `spans`, which cover its rows in order."""
+    device = cache.keys[0].device
+    slots = [span.slot for span in spans for _ in range(span.begin, span.end)]
+    positions = [at for span in spans for at in range(span.start, span.length)]
+    step = Step(cache, torch.tensor(slots, device=device), torch.tensor(positions, device=device))
+    run: list[Span] = []
+    for span in sorted(spans, key=lambda span: span.slot):
+        if span.end - span.begin > 1:
+            step.chunks.append(_Chunk(span, device))
+            continue
+        if run and span.slot > run[-1].slot + 1 + GAP:
+            step.runs.append(_make_run(run, device))
+            run = []
+        run.append(span)
+    if run:
+        step.runs.append(_make_run(run, device))
+    return step
+
+
+def _make_run(spans: list[Span], device: torch.device) -> Run:
+    """The run of decoding sequences, which are in the order of their slots."""
+    first, last = spans[0].slot, spans[-1].slot
+    rows = [span.begin for span in spans]
+    by_slot = {span.slot: span for span in spans}
+    at = [by_slot.get(slot, spans[0]) for slot in range(first, last + 1)]
+    length = max(span.length for span in spans)
+    return Run(
+        slice(first, last + 1),
+        length,
+        torch.tensor([span.length for span in at], device=device),
+        rows=_index(rows, device),
+        places=_index([span.slot - first for span in spans], device),
+        queries=_index([span.begin for span in at], device),
+        even=all(span.length == length for span in at),
+    )
+
+
+def _index(rows: list[int], device: torch.device) -> Tensor | slice:
+    """An index of these rows: a slice, which copies nothing, if they follow each other."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)
+
+
+def slotted_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    step: Step,
+    sliding_window: int | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Write this pass's keys and values, then attend to each sequence's slot.
+
+    `query` (1, heads, rows, d), `key` and `value` (1, kv_heads, rows, d); returns
+    (1, rows, heads, d).
+    """
+    layer: int = module.layer_idx
+    keys, values = step.cache.keys[layer], step.cache.values[layer]
+    keys[step.slots, :, step.positions] = key[0].transpose(0, 1)
+    values[step.slots, :, step.positions] = value[0].transpose(0, 1)
+    by_row = query[0].transpose(0, 1)
+    out = torch.empty_like(by_row, memory_format=torch.contiguous_format)
+    for run in step.runs:
+        seen = (run.slots, slice(None), slice(0, run.length))
+        attended = run.attend(
+            by_row[run.queries], keys[seen], values[seen], scale=scaling, window=sliding_window
+        )
+        out[run.rows] = attended[run.places]
+    for chunk in step.chunks:
+        seen = (chunk.slots, slice(None), slice(0, chunk.length))
+        attended = chunk.attend(
+            query[:, :, chunk.rows], keys[seen], values[seen], scale=scaling, window=sliding_window
+        )
+        out[chunk.rows] = attended[0].transpose(0, 1)
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION, slotted_attention)

@@ -1,0 +1,82 @@
+"""`deltadock node` hands its wishes to the process that it becomes."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltadock.cli.node import node
+from deltadock.cli.system import node_secret
+from deltadock.errors import DeltadockError, InvalidCheckpoint
+from deltadock.settings import Settings, get_settings
+from deltadock.storage.blobs import make_blob_store
+from tests.cli.support import Delta
+
+
+@pytest.fixture
+def become(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]]:
+    """What the process would have become."""
+    calls: list[Any] = []
+    monkeypatch.setenv("DELTADOCK_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
+    get_settings.cache_clear()
+    yield calls
+    get_settings.cache_clear()
+
+
+def test_options_become_settings(
+    become: list[Any], delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    node(tmp_path, "http://api:8000", [delta.path], "0.0.0.0", 8200)
+    [(program, command, environment)] = become
+    assert program == sys.executable
+    assert command[1:] == [
+        "-m",
+        "deltadock.inference.server",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "8200",
+    ]
+    for name in environment.keys() - os.environ.keys():
+        monkeypatch.setenv(name, environment[name])
+    settings = Settings()
+    assert (settings.node_base, settings.api_url) == (tmp_path, "http://api:8000")
+    [digest] = settings.node_deltas
+    assert json.loads(environment["DELTADOCK_NODE_DELTAS"]) == [digest]
+    assert make_blob_store(settings).size(digest) == delta.path.stat().st_size
+
+
+def test_what_is_no_base_is_refused(become: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(InvalidCheckpoint, match=r"has no config\.json"):
+        node(tmp_path, None, [], "127.0.0.1", 8100)
+    assert become == []
+
+
+def test_what_is_no_delta_is_refused(become: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no delta")
+    with pytest.raises(DeltadockError):
+        node(None, None, [tmp_path / "text"], "127.0.0.1", 8100)
+    assert become == []
+
+
+def test_the_secret_of_an_embedded_start_is_found(
+    become: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DELTADOCK_NODE_SECRET", raising=False)
+    home = tmp_path / "home"
+    secret = node_secret(home)
+    assert node_secret(home) == secret
+    assert (home / "node.secret").stat().st_mode & 0o777 == 0o600
+    node(None, "http://127.0.0.1:8000", [], "127.0.0.1", 8100)
+    monkeypatch.setenv("DELTADOCK_NODE_SECRET", "the api's")
+    get_settings.cache_clear()
+    node(None, "http://127.0.0.1:8000", [], "127.0.0.1", 8100)
+    found = [environment["DELTADOCK_NODE_SECRET"] for _, _, environment in become]
+    assert found == [secret, "the api's"]
+    assert node_secret(home) == "the api's"

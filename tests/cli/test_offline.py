@@ -1,0 +1,209 @@
+"""The offline commands, as someone with two folders and no service uses them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sqlalchemy import make_url
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltadock import __version__
+from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.compression.catalogue import METHODS
+from deltadock.settings import get_settings
+from tests.cli.support import QUERY, Command, Delta, Inputs, compress, evaluate
+
+
+def test_compress_writes_delta_and_report(inputs: Inputs, delta: Delta) -> None:
+    report = delta.report
+    assert (report["method"], report["nominal_bits"]) == ("adamix", 2.0)
+    assert report["artifact_bytes"] == delta.path.stat().st_size
+    assert report["base_digest"] == scan_folder(inputs.base).weights_digest
+    assert report["calibration"]["seed"] == 3
+    assert report["kl"] < report["kl_base"]
+    assert len(report["matrices"]) == 2 * 7
+    for words in ("adamix", "2 nominal", "nats per token"):
+        assert words in delta.stdout
+
+
+def test_compress_is_reproducible(
+    inputs: Inputs, delta: Delta, deltadock: Command, tmp_path: Path
+) -> None:
+    again = tmp_path / "again.delta"
+    outcome = deltadock(*compress(inputs, again, "--bits", 2, "--seed", 3))
+    assert outcome.code == 0
+    assert again.read_bytes() == delta.path.read_bytes()
+
+
+def test_sources_mix_and_the_fine_tune_writes_where_there_is_none(
+    inputs: Inputs, deltadock: Command, tmp_path: Path
+) -> None:
+    amount = ("--calibration-tokens", 1024, "--calibration-length", 32)
+    mixed = ("--calibration", f"{inputs.text}:3", "--calibration", "sampled")
+    tokens = {}
+    for name, sources in (("mixed", mixed), ("sampled", ())):
+        report = tmp_path / f"{name}.json"
+        arguments = compress(inputs, tmp_path / name, *amount, *sources, calibration=None)
+        assert deltadock(*arguments, "--report", report).code == 0
+        tokens[name] = json.loads(report.read_text())["calibration"]["tokens"]
+    assert tokens == {"mixed": 1024, "sampled": 1024}
+
+
+def test_preview_as_json(inputs: Inputs, delta: Delta, deltadock: Command) -> None:
+    pair = ("--base", inputs.base, "--finetuned", inputs.finetuned)
+    outcome = deltadock("preview", *pair, "--method", "adamix", "--bits", 2, "--json")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    size = json.loads(outcome.stdout)
+    assert size["artifact_bytes"] == pytest.approx(delta.report["artifact_bytes"], rel=0.1)
+    assert size["checkpoint_bytes"] == delta.report["checkpoint_bytes"]
+    assert {part["kind"] for part in size["parts"]} == {
+        "linear layers", "embeddings", "other tensors", "manifest",
+    }  # fmt: skip
+
+
+def test_preview_as_a_table(inputs: Inputs, deltadock: Command) -> None:
+    outcome = deltadock("preview", "--finetuned", inputs.finetuned, "--ratio", 2)
+    assert outcome.code == 0
+    for words in ("linear layers", "embeddings", "ratio 2.0", "true bits per weight"):
+        assert words in outcome.stdout
+
+
+def test_inspect_as_json(inputs: Inputs, delta: Delta, deltadock: Command) -> None:
+    outcome = deltadock("inspect", delta.path, "--json")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    document = json.loads(outcome.stdout)
+    for key in (
+        "artifact_bytes", "checkpoint_bytes", "ratio", "nominal_bits", "true_bits", "method",
+        "base_digest",
+    ):  # fmt: skip
+        assert document[key] == delta.report[key], key
+    weights = load_file(inputs.finetuned / "model.safetensors")
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    assert document["checkpoint_bytes"] == 2 * parameters
+    assert document["ratio"] == pytest.approx(2 * parameters / delta.path.stat().st_size)
+    assert document["true_bits"] == pytest.approx(8 * delta.path.stat().st_size / parameters)
+    assert {tensor["name"] for tensor in document["tensors"]} == set(weights)
+    rows = {tensor["name"]: tensor for tensor in document["tensors"]}
+    assert rows[QUERY]["kind"] == "svd"
+    assert rows[QUERY]["rank"] == sum(rows[QUERY]["widths"].values())
+    assert rows[QUERY]["error"] > 0
+    assert document["files"] == ["chat_template.jinja"]
+
+
+def test_inspect_as_a_table(delta: Delta, deltadock: Command) -> None:
+    outcome = deltadock("inspect", delta.path)
+    assert outcome.code == 0
+    for words in (QUERY, "64x64", "svd", "rows", "true_bits", delta.report["base_digest"]):
+        assert words in outcome.stdout
+
+
+def test_evaluate_as_json(inputs: Inputs, delta: Delta, deltadock: Command) -> None:
+    outcome = deltadock(*evaluate(inputs, delta.path, "--window", 32, "--json"))
+    assert (outcome.code, outcome.stderr.strip()) == (0, "")
+    quality = json.loads(outcome.stdout)
+    assert quality.keys() >= {"kl", "agreement", "nll", "nll_finetuned", "nll_base"}
+    assert 0 < quality["kl"] < quality["kl_base"]
+    assert 0 < quality["agreement"] <= 1
+    distance = abs(quality["nll"] - quality["nll_finetuned"])
+    assert distance < abs(quality["nll_base"] - quality["nll_finetuned"])
+
+
+def test_an_exact_delta_is_the_finetune(inputs: Inputs, deltadock: Command, tmp_path: Path) -> None:
+    exact, out = tmp_path / "exact.delta", tmp_path / "merged"
+    outcome = deltadock(*compress(inputs, exact, method="exact", calibration=None))
+    assert outcome.code == 0
+    assert "–" in outcome.stdout, "what was not measured is not made up"
+    quality = json.loads(deltadock(*evaluate(inputs, exact, "--json")).stdout)
+    assert quality["kl"] == pytest.approx(0, abs=1e-6)
+    assert (quality["agreement"], quality["nll"]) == (1, quality["nll_finetuned"])
+    assert deltadock("merge", "--base", inputs.base, "--delta", exact, "--out", out).code == 0
+    assert scan_folder(out).weights_digest == scan_folder(inputs.finetuned).weights_digest
+
+
+def test_evaluate_as_a_table(inputs: Inputs, delta: Delta, deltadock: Command) -> None:
+    outcome = deltadock(*evaluate(inputs, delta.path))
+    assert outcome.code == 0
+    assert "nll_finetuned" in outcome.stdout
+
+
+def test_verify(delta: Delta, deltadock: Command) -> None:
+    outcome = deltadock("verify", delta.path)
+    assert outcome.code == 0
+    assert outcome.stdout.startswith(f"{delta.path}: every hash is right")
+    assert len(outcome.stdout.splitlines()) == 1
+
+
+def test_merge_writes_what_transformers_loads(
+    inputs: Inputs, delta: Delta, deltadock: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "merged [v2]"
+    outcome = deltadock("merge", "--base", inputs.base, "--delta", delta.path, "--out", out)
+    assert (outcome.code, outcome.stdout) == (0, f"Wrote {out}\n")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokens = AutoTokenizer.from_pretrained(out)("the quick", return_tensors="pt")
+    assert torch.isfinite(model(**tokens).logits).all()
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    weights = load_file(out / "model.safetensors")
+    assert weights.keys() == load_file(inputs.finetuned / "model.safetensors").keys()
+    assert not torch.equal(weights[QUERY], load_file(inputs.base / "model.safetensors")[QUERY])
+
+
+def test_methods_are_listed(deltadock: Command) -> None:
+    outcome = deltadock("methods")
+    assert outcome.code == 0
+    assert all(name in outcome.stdout for name in METHODS)
+
+
+def test_version(deltadock: Command) -> None:
+    assert deltadock("version").stdout == f"{__version__}\n"
+
+
+def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-m", "deltadock", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_process_ends_with_one_line_and_status_1(inputs: Inputs) -> None:
+    ended = run_process("verify", inputs.base / "model.safetensors")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("error (invalid_artifact): model.safetensors: ")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_process_prints_json_alone(delta: Delta) -> None:
+    ended = run_process("inspect", delta.path, "--json")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert json.loads(ended.stdout)["method"] == "adamix"
+
+
+def test_migrating_says_what_became_of_which_database(
+    deltadock: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELTADOCK_HOME", str(tmp_path))
+    get_settings.cache_clear()
+    outcome = deltadock("migrate")
+    get_settings.cache_clear()
+    assert outcome.code == 0
+    assert f"{tmp_path / 'deltadock.db'} is at revision " in outcome.stdout
+
+
+def test_migrating_hides_the_password(
+    deltadock: Command, postgres_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = make_url(postgres_database)
+    monkeypatch.setenv("DELTADOCK_DATABASE_URL", postgres_database)
+    get_settings.cache_clear()
+    outcome = deltadock("migrate")
+    get_settings.cache_clear()
+    assert (url.database or "") in outcome.stdout
+    assert url.password
+    assert str(url.password) not in outcome.stdout + outcome.stderr

@@ -1,0 +1,292 @@
+"""What the offline commands refuse: in one line with a code, and nothing is left behind."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from deltadock.artifacts.checkpoint import scan_folder
+from tests.cli.support import (
+    QUERY,
+    Command,
+    Delta,
+    Inputs,
+    Outcome,
+    compress,
+    evaluate,
+    save_model,
+)
+
+
+def assert_refused(outcome: Outcome, code: str, words: str) -> None:
+    """One line on stderr that has the code, exit status 1, nothing on stdout."""
+    assert (outcome.code, outcome.stdout) == (1, ""), outcome
+    lines = outcome.stderr.strip().splitlines()
+    assert [line.startswith(f"error ({code}): ") for line in lines] == [True], outcome.stderr
+    assert words in lines[0]
+
+
+def test_verify_finds_damage(delta: Delta, deltadock: Command, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.delta"
+    content = bytearray(delta.path.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    assert_refused(deltadock("verify", damaged), "invalid_artifact", "1 of its segments")
+    damaged.write_bytes(content[:-1])
+    assert_refused(deltadock("verify", damaged), "invalid_artifact", "not a whole delta file")
+
+
+@pytest.mark.parametrize(
+    ("instead", "code", "words"),
+    [
+        ({"method": "zip"}, "unknown_method", "adamix"),
+        ({"bits": 0.01}, "bits_out_of_range", "between 0.1 and 8"),
+        ({"bits": 9}, "bits_out_of_range", "between 0.1 and 8"),
+        ({"bits": "nan"}, "bits_out_of_range", "between 0.1 and 8"),
+        ({"method": "exact", "bits": 1}, "bits_out_of_range", "leave bits out"),
+        ({"bits": 1, "ratio": 9}, "invalid_goal", "bits and ratio exclude each other"),
+        ({"ratio": 0.5}, "invalid_goal", "above 1"),
+        ({"target-bytes": 0}, "invalid_goal", "positive"),
+        ({"max-kl": "nan"}, "invalid_goal", "above 0"),
+        ({"min-agreement": 98}, "invalid_goal", "between 0 and 1"),
+        ({"method": "exact", "max-kl": 0.1}, "invalid_goal", "one size only"),
+        ({"calibration": "sampled:0"}, "invalid_calibration", "weight 0"),
+        ({"calibration-tokens": 10}, "invalid_calibration", "not 10"),
+        ({"calibration-length": 3}, "invalid_calibration", "not 3"),
+    ],
+)
+def test_options_are_refused(
+    inputs: Inputs,
+    deltadock: Command,
+    tmp_path: Path,
+    instead: dict[str, Any],
+    code: str,
+    words: str,
+) -> None:
+    arguments = compress(inputs, tmp_path / "a.delta", **instead)
+    assert_refused(deltadock(*arguments), code, words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [
+        {"solver": "greedy"},
+        {"device": "tpu"},
+        {"device": "cuda:99"},
+        {"seed": -1},
+        {"seed": 2**70},
+        {"bits": "one"},
+        {"base": "/nowhere"},
+        {"calibration": "/nowhere.txt"},
+        {"calibration": "/nowhere.txt:2"},
+        {"calibration": "sampled:much"},
+        {"calibration": ""},
+    ],
+)
+def test_usage_errors(
+    inputs: Inputs, deltadock: Command, tmp_path: Path, instead: dict[str, Any]
+) -> None:
+    (option,) = instead
+    outcome = deltadock(*compress(inputs, tmp_path / "a.delta", **instead))
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert f"--{option}" in outcome.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def copied(folder: Path, to: Path, **tensors: Any) -> Path:
+    """A checkpoint like `folder` with some tensors replaced."""
+    shutil.copytree(folder, to)
+    weights = load_file(to / "model.safetensors")
+    save_file({**weights, **tensors}, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def with_nan(inputs: Inputs, folder: Path) -> Path:
+    weights = load_file(inputs.finetuned / "model.safetensors")[QUERY]
+    weights[3, 5] = torch.nan
+    return copied(inputs.finetuned, folder, **{QUERY: weights})
+
+
+def with_infinity(inputs: Inputs, folder: Path) -> Path:
+    weights = load_file(inputs.finetuned / "model.safetensors")[QUERY]
+    weights[0, 0] = -torch.inf
+    return copied(inputs.finetuned, folder, **{QUERY: weights})
+
+
+def of_another_family(_inputs: Inputs, folder: Path) -> Path:
+    return save_model(folder, LlamaConfig)
+
+
+def of_another_shape(_inputs: Inputs, folder: Path) -> Path:
+    return save_model(folder, intermediate_size=128)
+
+
+def deeper(_inputs: Inputs, folder: Path) -> Path:
+    return save_model(folder, num_hidden_layers=3)
+
+
+def pickled(inputs: Inputs, folder: Path) -> Path:
+    shutil.copytree(inputs.finetuned, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def truncated(inputs: Inputs, folder: Path) -> Path:
+    shutil.copytree(inputs.finetuned, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return folder
+
+
+def lying(inputs: Inputs, folder: Path) -> Path:
+    shutil.copytree(inputs.finetuned, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b'"BF16"', b'"F32" ', 1))
+    return folder
+
+
+def without_config(inputs: Inputs, folder: Path) -> Path:
+    shutil.copytree(inputs.finetuned, folder)
+    (folder / "config.json").unlink()
+    return folder
+
+
+def empty(_inputs: Inputs, folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "words"),
+    [
+        (with_nan, "non_finite_weights", QUERY),
+        (with_infinity, "non_finite_weights", QUERY),
+        (of_another_family, "architecture_mismatch", "'llama'"),
+        (of_another_shape, "architecture_mismatch", "model.layers.0.mlp.down_proj.weight"),
+        (deeper, "architecture_mismatch", "model.layers.2."),
+        (pickled, "unsafe_file", "safe_serialization=True"),
+        (truncated, "malformed_safetensors", "ends inside tensor"),
+        (lying, "malformed_safetensors", "takes"),
+        (without_config, "invalid_checkpoint", "config.json is missing"),
+        (empty, "invalid_checkpoint", "config.json is missing"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_finetunes_are_refused(
+    inputs: Inputs,
+    deltadock: Command,
+    tmp_path: Path,
+    make: Callable[[Inputs, Path], Path],
+    code: str,
+    words: str,
+) -> None:
+    finetuned = make(inputs, tmp_path / "finetuned")
+    out, report = tmp_path / "a.delta", tmp_path / "a.json"
+    arguments = compress(inputs, out, finetuned=finetuned, report=report)
+    assert_refused(deltadock(*arguments), code, words)
+    assert list(tmp_path.iterdir()) == [finetuned]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("short.txt", b"too short", "at least 256"),
+        ("empty.txt", b"", "at least 256"),
+        ("latin.txt", "käse ".encode("latin-1") * 200, "not UTF-8"),
+        ("lines.jsonl", b'{"text": "fine"}\n{"txt": "not"}\n', "Line 2"),
+        ("broken.jsonl", b"{", "Line 1"),
+    ],
+)
+def test_texts_are_refused(
+    inputs: Inputs,
+    delta: Delta,
+    deltadock: Command,
+    tmp_path: Path,
+    name: str,
+    content: bytes,
+    words: str,
+) -> None:
+    text = tmp_path / name
+    text.write_bytes(content)
+    out = tmp_path / "a.delta"
+    arguments = compress(inputs, out, calibration=text)
+    assert_refused(deltadock(*arguments), "invalid_calibration", words)
+    arguments = evaluate(inputs, delta.path, text=text)
+    assert_refused(deltadock(*arguments), "invalid_calibration", words)
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_a_base_that_the_delta_does_not_belong_to(
+    inputs: Inputs, delta: Delta, deltadock: Command, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    wrong = copied(inputs.base, other, **{QUERY: torch.zeros(64, 64, dtype=torch.bfloat16)})
+    mine = scan_folder(wrong).weights_digest
+    arguments = evaluate(inputs, delta.path, "--json", base=wrong)
+    assert_refused(deltadock(*arguments), "base_mismatch", mine)
+    arguments = ["merge", "--base", wrong, "--delta", delta.path, "--out", tmp_path / "out"]
+    assert_refused(deltadock(*arguments), "base_mismatch", mine)
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_what_exists_is_not_overwritten(
+    inputs: Inputs, delta: Delta, deltadock: Command, tmp_path: Path
+) -> None:
+    file, folder = tmp_path / "a.delta", tmp_path / "folder"
+    file.write_text("precious")
+    folder.mkdir()
+    (folder / "file").touch()
+    for out in (file, folder):
+        assert_refused(deltadock(*compress(inputs, out)), "conflict", str(out))
+        arguments = ["merge", "--base", inputs.base, "--delta", delta.path, "--out", out]
+        assert_refused(deltadock(*arguments), "conflict", str(out))
+    assert file.read_text() == "precious"
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_at_once(
+    inputs: Inputs, deltadock: Command, tmp_path: Path
+) -> None:
+    nowhere = tmp_path / "nowhere"
+    for places in ({"out": nowhere / "a.delta"}, {"report": nowhere / "a.json"}):
+        arguments = compress(inputs, **{"out": tmp_path / "a.delta", **places})
+        assert_refused(deltadock(*arguments), "not_found", str(nowhere))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_at_the_end_leaves_nothing(
+    inputs: Inputs, deltadock: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def interrupted(*_: object, **__: object) -> None:
+        written.append(len(list(tmp_path.glob("a.delta*"))))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deltadock.compression.maker.measure", interrupted)
+    out = tmp_path / "a.delta"
+    outcome = deltadock(*compress(inputs, out, method="exact"))
+    assert outcome.code != 0
+    assert written == [1], "something is written before it is measured"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "merge", "evaluate"])
+def test_files_that_are_no_deltas(
+    inputs: Inputs, deltadock: Command, tmp_path: Path, command: str
+) -> None:
+    weights = inputs.base / "model.safetensors"
+    out = tmp_path / "out"
+    arguments = {
+        "merge": ["merge", "--base", inputs.base, "--delta", weights, "--out", out],
+        "evaluate": evaluate(inputs, weights),
+    }.get(command, [command, weights])
+    assert_refused(deltadock(*arguments), "invalid_artifact", "Is it a checkpoint?")
+    assert list(tmp_path.iterdir()) == []

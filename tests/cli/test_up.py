@@ -1,0 +1,116 @@
+"""`deltadock up`: keeps its children running, its data, and leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from deltadock.cli.processes import Child, free_ports
+
+PROCESSES = 5  # api, worker, node, valkey and the watchdog
+
+
+def start(home: Path, log: Path, api_port: int, node_port: int) -> Child:
+    command = [
+        *(sys.executable, "-m", "deltadock", "up", "--home", str(home)),
+        *("--api-port", str(api_port), "--node-port", str(node_port)),
+    ]
+    environment = os.environ | {"DELTADOCK_DEVICE": "cpu"}
+    return Child("deltadock up", command, log=log, env=environment, grace=60.0)
+
+
+def children_of(pid: int) -> set[int]:
+    return {child.pid for child in psutil.Process(pid).children()}
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process; empty once it has ended, waited for or not."""
+    try:
+        return " ".join(psutil.Process(pid).cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def assert_gone(pids: set[int], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while left := [command_of(pid) for pid in pids if command_of(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").is_success
+    except httpx.TransportError:
+        return False
+
+
+def test_up_keeps_running_keeps_its_data_and_leaves_nothing(tmp_path: Path) -> None:
+    home, log = tmp_path / "home", tmp_path / "up.log"
+    api_port, node_port = free_ports(2)
+    url = f"http://127.0.0.1:{api_port}"
+
+    with start(home, log, api_port, node_port) as up:
+        up.wait_until(lambda: "Ctrl-C" in log.read_text(), seconds=180)
+        upload = httpx.post(f"{url}/v1/uploads", json={"kind": "checkpoint"}).json()["id"]
+
+        # A second one is refused on the same folder, and on the same ports.
+        for other, reason in ((home, "already running"), (tmp_path / "other", "in use")):
+            refused = tmp_path / "refused.log"
+            with start(other, refused, api_port, node_port) as second:
+                second.wait_until(lambda: second.poll() == 1)
+            assert reason in refused.read_text()
+
+        # A child that dies is started again.
+        first = children_of(up.pid)
+        assert len(first) == PROCESSES
+        [api] = [pid for pid in first if "uvicorn" in command_of(pid)]
+        os.kill(api, signal.SIGKILL)
+        up.wait_until(lambda: "api ended with status -9" in log.read_text())
+        up.wait_until(lambda: is_ready(url))
+
+        # SIGTERM, like Ctrl-C, ends everything in good order.
+        last = children_of(up.pid)
+        up.stop()
+        assert up.poll() == 0
+        assert_gone(first | last)
+
+    with start(home, tmp_path / "again.log", api_port, node_port) as up:
+        up.wait_until(lambda: len(children_of(up.pid)) == PROCESSES)
+        up.wait_until(lambda: is_ready(url), seconds=120)
+        assert httpx.get(f"{url}/v1/uploads/{upload}").json()["state"] == "open"
+
+        # Killed itself, it still takes its children along.
+        children = children_of(up.pid)
+        os.kill(up.pid, signal.SIGKILL)
+        assert_gone(children)
+
+
+@pytest.mark.parametrize("command", ["up", "topology"])
+def test_a_taken_port_is_named(command: str, tmp_path: Path) -> None:
+    api_port, node_port = free_ports(2)
+    busy = [sys.executable, "-m", "http.server", str(node_port), "--bind", "127.0.0.1"]
+    with Child("busy", busy, log=tmp_path / "busy.log") as server:
+        server.wait_until(lambda: is_listening(node_port))
+        line = [
+            *(sys.executable, "-m", "deltadock", command, "--home", str(tmp_path / "home")),
+            *("--api-port", str(api_port), "--node-port", str(node_port)),
+        ]
+        shown = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert shown.returncode == 1
+    assert f"Port {node_port} is in use" in shown.stderr
+    assert "--node-port" in shown.stderr
+
+
+def is_listening(port: int) -> bool:
+    try:
+        httpx.get(f"http://127.0.0.1:{port}")
+    except httpx.TransportError:
+        return False
+    return True
