@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltadock.storage.models import Checkpoint
+from deltadock.storage.models import CheckpointRow
 
 EXAMPLE_DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 EXAMPLE_TIME = datetime.fromisoformat("2026-11-22T12:00:00+00:00")
@@ -37,7 +37,7 @@ class CheckpointOut(BaseModel):
     total_bytes: int = Field(examples=[4_196_352])
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Self:
+    def of(cls, checkpoint: CheckpointRow) -> Self:
         """The public form of a row."""
         return cls(
             digest=checkpoint.digest,

@@ -5,7 +5,7 @@ from typing import Final
 from alembic import context
 from sqlalchemy import Connection, Engine, text
 
-from deltadock.storage.models import Model
+from deltadock.storage.models import TableRow
 
 LOCK_KEY: Final = 0x64656C7461  # "delta"
 
@@ -27,7 +27,7 @@ def run(engine: Engine) -> None:
         take_turns(connection)
         context.configure(
             connection=connection,
-            target_metadata=Model.metadata,
+            target_metadata=TableRow.metadata,
             render_as_batch=connection.dialect.name == "sqlite",
         )
         context.run_migrations()

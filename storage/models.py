@@ -73,7 +73,7 @@ def _enum(kind: type[StrEnum]) -> Enum:
     )
 
 
-class Model(DeclarativeBase):
+class TableRow(DeclarativeBase):
     """Root of the tables; constraints get names, so that migrations can address them."""
 
     metadata = MetaData(
@@ -91,7 +91,7 @@ class Model(DeclarativeBase):
     }
 
 
-class Checkpoint(Model):
+class CheckpointRow(TableRow):
     """A complete checkpoint; `digest` is its manifest's, which is also the manifest's blob."""
 
     __tablename__ = "checkpoints"
@@ -103,7 +103,7 @@ class Checkpoint(Model):
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
 
 
-class Base(Model):
+class BaseRow(TableRow):
     """A checkpoint that deltas may be made against, under a name."""
 
     __tablename__ = "bases"
@@ -113,10 +113,10 @@ class Base(Model):
     checkpoint_digest: Mapped[str] = mapped_column(ForeignKey("checkpoints.digest"))
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
 
-    checkpoint: Mapped[Checkpoint] = relationship(lazy="raise")
+    checkpoint: Mapped[CheckpointRow] = relationship(lazy="raise")
 
 
-class Upload(Model):
+class UploadRow(TableRow):
     """Files on their way to become a checkpoint or a calibration text."""
 
     __tablename__ = "uploads"
@@ -129,11 +129,11 @@ class Upload(Model):
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
     updated_at: Mapped[datetime] = mapped_column(default=_utcnow)
 
-    files: Mapped[list["UploadFile"]] = relationship(lazy="raise", order_by="UploadFile.path")
-    checkpoint: Mapped[Checkpoint | None] = relationship(lazy="raise")
+    files: Mapped[list["UploadFileRow"]] = relationship(lazy="raise", order_by="UploadFileRow.path")
+    checkpoint: Mapped[CheckpointRow | None] = relationship(lazy="raise")
 
 
-class UploadFile(Model):
+class UploadFileRow(TableRow):
     """One file that arrived whole; `tensors` is what its safetensors header holds."""
 
     __tablename__ = "upload_files"
@@ -147,7 +147,7 @@ class UploadFile(Model):
     tensors: Mapped[list[dict[str, Any]]]
 
 
-class Delta(Model):
+class DeltaRow(TableRow):
     """A fine-tune kept as its difference from a base, under `name` and an integer version."""
 
     __tablename__ = "deltas"
@@ -175,11 +175,11 @@ class Delta(Model):
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
     deleted_at: Mapped[datetime | None]
 
-    base: Mapped[Base] = relationship(lazy="raise")
-    job: Mapped["Job"] = relationship(lazy="raise", back_populates="delta")
+    base: Mapped[BaseRow] = relationship(lazy="raise")
+    job: Mapped["JobRow"] = relationship(lazy="raise", back_populates="delta")
 
 
-class Job(Model):
+class JobRow(TableRow):
     """The truth about one delta's compression; workers change it only while they hold the lease."""
 
     __tablename__ = "jobs"
@@ -203,10 +203,10 @@ class Job(Model):
     updated_at: Mapped[datetime] = mapped_column(default=_utcnow)
     finished_at: Mapped[datetime | None]
 
-    delta: Mapped[Delta] = relationship(lazy="raise", back_populates="job")
+    delta: Mapped[DeltaRow] = relationship(lazy="raise", back_populates="job")
 
 
-class Node(Model):
+class NodeRow(TableRow):
     """An inference node, as it told of itself last; not told again, it is gone at `expires_at`."""
 
     __tablename__ = "nodes"

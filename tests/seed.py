@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.database import Database
-from deltadock.storage.models import Base, Checkpoint, Delta, JobState
+from deltadock.storage.models import BaseRow, CheckpointRow, DeltaRow, JobState
 from deltadock.storage.repositories import (
     BaseRepository,
     CheckpointRepository,
@@ -144,10 +144,10 @@ def seed(database: Database, blobs: BlobStore) -> Seeded:
         return Seeded([delta.id for delta in ready], compressing.id, queued.id, failed.id)
 
 
-def add_base(session: Session, name: str, size: int) -> Base:
+def add_base(session: Session, name: str, size: int) -> BaseRow:
     """A base with a checkpoint of its own."""
     checkpoint = CheckpointRepository(session).add(
-        Checkpoint(
+        CheckpointRow(
             digest=digest_of(name),
             weights_digest=digest_of(f"{name} weights"),
             model_type="llama",
@@ -157,11 +157,11 @@ def add_base(session: Session, name: str, size: int) -> Base:
     return BaseRepository(session).add(name, checkpoint)[0]
 
 
-def add_delta(session: Session, base: Base, name: str, bits: float) -> Delta:
+def add_delta(session: Session, base: BaseRow, name: str, bits: float) -> DeltaRow:
     """A queued delta of a fine-tune of its own."""
     words = f"{name} {bits}"
     tuned = CheckpointRepository(session).add(
-        Checkpoint(
+        CheckpointRow(
             digest=digest_of(words),
             weights_digest=digest_of(f"{words} weights"),
             model_type="llama",
@@ -188,14 +188,14 @@ def add_delta(session: Session, base: Base, name: str, bits: float) -> Delta:
     )
 
 
-def start(session: Session, delta: Delta) -> None:
+def start(session: Session, delta: DeltaRow) -> None:
     """Let a worker be at block 9 of 24 of a delta."""
     job_id = delta.job.id
     JobRepository(session).acquire(job_id, WORKER, 600)
     advance(session, job_id, 9)
 
 
-def finish(session: Session, blobs: BlobStore, delta: Delta, outcome: dict[str, Any]) -> None:
+def finish(session: Session, blobs: BlobStore, delta: DeltaRow, outcome: dict[str, Any]) -> None:
     """Make a delta ready with this report; its artifact is a stand-in."""
     jobs, job_id = JobRepository(session), delta.job.id
     jobs.acquire(job_id, WORKER, 600)
@@ -208,7 +208,7 @@ def finish(session: Session, blobs: BlobStore, delta: Delta, outcome: dict[str, 
     jobs.finish(job_id, WORKER, JobState.READY)
 
 
-def fail(session: Session, delta: Delta) -> None:
+def fail(session: Session, delta: DeltaRow) -> None:
     """Let a delta's job end with NaN in its weights."""
     jobs, job_id = JobRepository(session), delta.job.id
     where = "model.layers.3.mlp.up_proj.weight"

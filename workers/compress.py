@@ -26,7 +26,7 @@ from deltadock.kernels.device import choose_device
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import FileCache
-from deltadock.storage.models import Delta, Job, JobState
+from deltadock.storage.models import DeltaRow, JobRow, JobState
 from deltadock.storage.repositories import JobRepository, UploadRepository
 from deltadock.workers.context import Context
 from deltadock.workers.lease import Lease, LeaseLostError, WorkerStoppingError
@@ -78,7 +78,7 @@ def drop_files(job_id: str, context: Context) -> None:
     shutil.rmtree(job_folder(context.settings, job_id), ignore_errors=True)
 
 
-def _settle(job: Job, lease: Lease, context: Context) -> Outcome:
+def _settle(job: JobRow, lease: Lease, context: Context) -> Outcome:
     """Run the job and record how it ended."""
     try:
         if job.cancel_requested or job.delta.deleted_at is not None:
@@ -120,7 +120,7 @@ def _end(lease: Lease, state: JobState, error: DeltadockError) -> Outcome:
     return Outcome.FINISHED
 
 
-def _run(job: Job, lease: Lease, context: Context) -> None:
+def _run(job: JobRow, lease: Lease, context: Context) -> None:
     """Make and store the artifact.
 
     Raises:
@@ -158,7 +158,7 @@ def job_folder(settings: Settings, job_id: str) -> Path:
     return settings.cache_folder / "jobs" / job_id
 
 
-def _options(delta: Delta) -> CompressOptions:
+def _options(delta: DeltaRow) -> CompressOptions:
     options = delta.options
     goals: dict[str, Any] = {"bits": None}
     if goal := options["goal"]:
@@ -175,7 +175,7 @@ def _options(delta: Delta) -> CompressOptions:
     )
 
 
-def _calibration(delta: Delta, context: Context, folder: Path) -> list[Source]:
+def _calibration(delta: DeltaRow, context: Context, folder: Path) -> list[Source]:
     """The sources, their texts fetched into the job's folder."""
     wish = delta.options["calibration"]
     return [

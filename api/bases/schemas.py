@@ -6,7 +6,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
-from deltadock.storage.models import Base
+from deltadock.storage.models import BaseRow
 
 EXAMPLE_BASE_ID = "base_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 
@@ -34,7 +34,7 @@ class BaseOut(BaseModel):
     created_at: datetime = Field(examples=[EXAMPLE_TIME])
 
     @classmethod
-    def of(cls, base: Base) -> Self:
+    def of(cls, base: BaseRow) -> Self:
         """The public form of a row."""
         return cls(
             id=base.id,

@@ -7,11 +7,11 @@ from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest
 from deltadock.errors import InvalidInput, NotFound
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import MANIFEST_BYTES
-from deltadock.storage.models import Base, Checkpoint
+from deltadock.storage.models import BaseRow, CheckpointRow
 from deltadock.storage.repositories import BaseRepository, CheckpointRepository
 
 
-def get_checkpoint(session: Session, digest: str) -> Checkpoint:
+def get_checkpoint(session: Session, digest: str) -> CheckpointRow:
     """The checkpoint with this digest.
 
     Raises:
@@ -28,7 +28,7 @@ def read_manifest(blobs: BlobStore, digest: str) -> CheckpointManifest:
     return CheckpointManifest.from_json(blobs.read(digest, MANIFEST_BYTES))
 
 
-def get_base(session: Session, id_or_name: str) -> Base:
+def get_base(session: Session, id_or_name: str) -> BaseRow:
     """The base with this id or name.
 
     Raises:
@@ -40,7 +40,7 @@ def get_base(session: Session, id_or_name: str) -> Base:
     return base
 
 
-def register_base(session: Session, body: BaseIn) -> tuple[Base, bool]:
+def register_base(session: Session, body: BaseIn) -> tuple[BaseRow, bool]:
     """Name a checkpoint a base: the base, and whether it is new.
 
     Raises:

@@ -12,7 +12,7 @@ from deltadock.api.dashboard.figures import Figures
 from deltadock.api.deltas.schemas import DeltaOut
 from deltadock.api.deltas.service import get_delta, page_of_deltas
 from deltadock.api.jobs.schemas import JobOut
-from deltadock.storage.models import RUNNING_ORDER, Delta, JobState
+from deltadock.storage.models import RUNNING_ORDER, DeltaRow, JobState
 from deltadock.storage.repositories import BaseRepository, DeltaRepository
 
 PAGE: Final = 50
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     job: JobOut
 
     @classmethod
-    def of(cls, delta: Delta) -> Self:
+    def of(cls, delta: DeltaRow) -> Self:
         """The public forms of a row."""
         return cls(DeltaOut.of(delta), JobOut.of(delta.job))
 

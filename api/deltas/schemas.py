@@ -9,7 +9,7 @@ from deltadock.api.deltas.calibration import CalibrationIn, CalibrationOut, Sour
 from deltadock.api.goals import GoalFields, GoalOut
 from deltadock.api.jobs.schemas import EXAMPLE_JOB_ID, JobError, JobOut
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, Digest
-from deltadock.storage.models import Delta, JobState
+from deltadock.storage.models import DeltaRow, JobState
 
 EXAMPLE_DELTA_ID = "dlt_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 
@@ -103,7 +103,7 @@ class DeltaOut(BaseModel):
     created_at: datetime = Field(examples=[EXAMPLE_TIME])
 
     @classmethod
-    def of(cls, delta: Delta) -> Self:
+    def of(cls, delta: DeltaRow) -> Self:
         """The public form of a row."""
         job = JobOut.of(delta.job)
         artifact = None

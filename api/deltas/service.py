@@ -17,11 +17,11 @@ from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.artifacts.compatibility import check_same_architecture
 from deltadock.compression.goal import SIZES
 from deltadock.errors import InvalidInput, NotFound, NotReady
-from deltadock.storage.models import Base, Delta, JobState
+from deltadock.storage.models import BaseRow, DeltaRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, UploadRepository
 
 
-def get_delta(session: Session, delta_id: str) -> Delta:
+def get_delta(session: Session, delta_id: str) -> DeltaRow:
     """The delta with this id.
 
     Raises:
@@ -33,7 +33,7 @@ def get_delta(session: Session, delta_id: str) -> Delta:
     return delta
 
 
-def require_ready(delta: Delta) -> str:
+def require_ready(delta: DeltaRow) -> str:
     """The artifact's digest.
 
     Raises:
@@ -48,7 +48,7 @@ def require_ready(delta: Delta) -> str:
     return delta.artifact_digest
 
 
-def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tuple[Delta, bool]:
+def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tuple[DeltaRow, bool]:
     """Accept a compression: the delta, and whether there is work to do for it.
 
     The same request again gets the delta that is ready or on its way. A ready delta with other
@@ -106,7 +106,7 @@ def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tupl
 
 def page_of_deltas(
     session: Session, *, limit: int, after: str | None
-) -> tuple[list[Delta], str | None]:
+) -> tuple[list[DeltaRow], str | None]:
     """A page, newest first, and the `after` of the next one.
 
     Raises:
@@ -148,7 +148,7 @@ def _calibration(session: Session, body: DeltaIn, *, needed: bool) -> Calibratio
     return wish
 
 
-def _fingerprint(base: Base, body: DeltaIn, options: dict[str, Any]) -> str:
+def _fingerprint(base: BaseRow, body: DeltaIn, options: dict[str, Any]) -> str:
     inputs = {
         "base": base.checkpoint_digest,
         "checkpoint": body.checkpoint,

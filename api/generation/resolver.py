@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 from deltadock.api.deltas.service import require_ready
 from deltadock.api.generation.target import Target
 from deltadock.errors import NotFound
-from deltadock.storage.models import Base, Delta
+from deltadock.storage.models import BaseRow, DeltaRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository
 
 
@@ -20,10 +20,10 @@ def resolve(session: Session, model: str) -> Target:
         NotReady: the delta has no artifact.
     """
     found = find(session, model)
-    return target_of_delta(found) if isinstance(found, Delta) else target_of_base(found)
+    return target_of_delta(found) if isinstance(found, DeltaRow) else target_of_base(found)
 
 
-def find(session: Session, model: str) -> Delta | Base:
+def find(session: Session, model: str) -> DeltaRow | BaseRow:
     """The delta or base that `model` names, see `resolve`.
 
     Raises:
@@ -35,17 +35,17 @@ def find(session: Session, model: str) -> Delta | Base:
     return found
 
 
-def target_of_delta(delta: Delta) -> Target:
+def target_of_delta(delta: DeltaRow) -> Target:
     """The base with the delta's artifact; NotReady if it has none."""
     return Target(delta.base.checkpoint_digest, require_ready(delta))
 
 
-def target_of_base(base: Base) -> Target:
+def target_of_base(base: BaseRow) -> Target:
     """The bare base."""
     return Target(base.checkpoint_digest, None)
 
 
-def _find_delta(deltas: DeltaRepository, model: str) -> Delta | None:
+def _find_delta(deltas: DeltaRepository, model: str) -> DeltaRow | None:
     if found := deltas.find(model):
         return found
     name, _, version = model.partition(":")

@@ -9,7 +9,7 @@ from deltadock.api.schemas import RequestBody
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
 from deltadock.openai.fields import MaxTokens, ModelName, Seed, Stop, Temperature, TopP
-from deltadock.storage.models import Base, Delta
+from deltadock.storage.models import BaseRow, DeltaRow
 
 Model = Annotated[
     ModelName,
@@ -118,12 +118,12 @@ class ModelOut(BaseModel):
     base: str = Field(examples=["tiny-base"])
 
     @classmethod
-    def of_base(cls, base: Base) -> Self:
+    def of_base(cls, base: BaseRow) -> Self:
         """A base, by its name."""
         return cls(id=base.name, created=int(base.created_at.timestamp()), base=base.name)
 
     @classmethod
-    def of_delta(cls, model_id: str, delta: Delta) -> Self:
+    def of_delta(cls, model_id: str, delta: DeltaRow) -> Self:
         """A delta, under its id or its name."""
         return cls(
             id=model_id,

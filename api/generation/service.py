@@ -22,7 +22,7 @@ from deltadock.errors import (
     Unavailable,
     UnsupportedModel,
 )
-from deltadock.storage.models import Base
+from deltadock.storage.models import BaseRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository
 
 NODE_ERRORS = {
@@ -62,7 +62,7 @@ def find_model(session: Session, model: str) -> ModelOut:
         NotReady: the delta has no artifact.
     """
     found = find(session, model)
-    if isinstance(found, Base):
+    if isinstance(found, BaseRow):
         return ModelOut.of_base(found)
     require_ready(found)
     return ModelOut.of_delta(model, found)

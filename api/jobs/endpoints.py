@@ -11,19 +11,19 @@ from deltadock.api.jobs import service
 from deltadock.api.jobs.schemas import EXAMPLE_JOB_ID, JobOut
 from deltadock.api.problems import problems
 from deltadock.errors import NotFound
-from deltadock.storage.models import Job
+from deltadock.storage.models import JobRow
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 JobId = Annotated[str, Path(examples=[EXAMPLE_JOB_ID])]
 
 
-def existing_job(job_id: JobId, session: ReadSession) -> Job:
+def existing_job(job_id: JobId, session: ReadSession) -> JobRow:
     """The job, so that an unknown id is a 404 before anything is streamed."""
     return service.get_job(session, job_id)
 
 
-ExistingJob = Annotated[Job, Depends(existing_job, scope="function")]
+ExistingJob = Annotated[JobRow, Depends(existing_job, scope="function")]
 
 
 @router.get("/{job_id}", responses=problems(NotFound))

@@ -6,7 +6,7 @@ from typing import Self
 from pydantic import BaseModel, Field
 
 from deltadock.api.schemas import EXAMPLE_TIME
-from deltadock.storage.models import Job, JobState
+from deltadock.storage.models import JobRow, JobState
 
 EXAMPLE_JOB_ID = "job_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 
@@ -36,7 +36,7 @@ class JobOut(BaseModel):
     finished_at: datetime | None = None
 
     @classmethod
-    def of(cls, job: Job) -> Self:
+    def of(cls, job: JobRow) -> Self:
         """The public form of a row."""
         error = None
         if job.error_code is not None:

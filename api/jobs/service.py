@@ -10,13 +10,13 @@ from starlette.concurrency import run_in_threadpool
 from deltadock.api.jobs.schemas import JobOut
 from deltadock.errors import NotFound
 from deltadock.storage.database import Database
-from deltadock.storage.models import Job
+from deltadock.storage.models import JobRow
 from deltadock.storage.repositories import JobRepository
 
 POLL_SECONDS: Final = 0.5
 
 
-def get_job(session: Session, job_id: str) -> Job:
+def get_job(session: Session, job_id: str) -> JobRow:
     """The job with this id.
 
     Raises:
@@ -28,7 +28,7 @@ def get_job(session: Session, job_id: str) -> Job:
     return job
 
 
-def cancel_job(session: Session, job_id: str) -> Job:
+def cancel_job(session: Session, job_id: str) -> JobRow:
     """Ask a job to stop; one that has ended stays as it is.
 
     Raises:

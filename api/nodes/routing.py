@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from deltadock.api.generation.target import Target
-from deltadock.storage.models import Node
+from deltadock.storage.models import NodeRow
 
 TIERS: Final = ("device", "host", "disk")
 """From the fastest to the slowest."""
@@ -26,7 +26,7 @@ class NodeView:
     """The fastest tier of each artifact that it has."""
 
     @classmethod
-    def of(cls, node: Node) -> "NodeView":
+    def of(cls, node: NodeRow) -> "NodeView":
         """The view of a row."""
         return cls(
             id=node.id,

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, Type
 
 from deltadock.api.deltas.schemas import EXAMPLE_DELTA_ID
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, Digest, RequestBody
-from deltadock.storage.models import Base, Delta, Node
+from deltadock.storage.models import BaseRow, DeltaRow, NodeRow
 
 EXAMPLE_NODE_ID = "node_7hq2xk4m5n6p7q2r3s4t5u6v7w"
 MAX_DELTAS = 10_000
@@ -99,7 +99,7 @@ class NodeOut(BaseModel):
 
     @classmethod
     def of(
-        cls, node: Node, bases: Mapping[str, Base], deltas: Mapping[str, Sequence[Delta]]
+        cls, node: NodeRow, bases: Mapping[str, BaseRow], deltas: Mapping[str, Sequence[DeltaRow]]
     ) -> Self:
         """A row with the names of what it holds, both by digest."""
         base = bases.get(node.base_digest or "")

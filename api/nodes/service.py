@@ -5,7 +5,7 @@ from collections import defaultdict
 from sqlalchemy.orm import Session
 
 from deltadock.api.nodes.schemas import NodeIn, NodeList, NodeOut
-from deltadock.storage.models import Delta
+from deltadock.storage.models import DeltaRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, NodeRepository
 
 
@@ -26,7 +26,7 @@ def list_nodes(session: Session) -> NodeList:
     nodes = NodeRepository(session).alive()
     bases = {base.checkpoint_digest: base for base in BaseRepository(session).all()}
     held = {delta["digest"] for node in nodes for delta in node.deltas}
-    deltas: defaultdict[str, list[Delta]] = defaultdict(list)
+    deltas: defaultdict[str, list[DeltaRow]] = defaultdict(list)
     for delta in DeltaRepository(session).ready():
         if delta.artifact_digest is not None and delta.artifact_digest in held:
             deltas[delta.artifact_digest].append(delta)

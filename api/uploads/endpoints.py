@@ -22,7 +22,7 @@ from deltadock.errors import (
     TooLarge,
     UnsafeFile,
 )
-from deltadock.storage.models import Upload, UploadFile
+from deltadock.storage.models import UploadFileRow, UploadRow
 from deltadock.storage.repositories import UploadRepository
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
@@ -97,7 +97,7 @@ async def put_file(
     if length.isdecimal():
         check_size(int(length), limit)
 
-    def admit() -> Upload:
+    def admit() -> UploadRow:
         with resources.database.read_scope() as session:
             upload = service.get_upload(session, upload_id)
             service.check_may_add(upload, path)
@@ -110,7 +110,7 @@ async def put_file(
         request.stream(), inspector, resources.blobs, limit=limit, announced=announced
     )
 
-    def record() -> UploadFile:
+    def record() -> UploadFileRow:
         with resources.database.session_scope() as session:
             return service.record_file(session, upload_id, file, tensors)
 

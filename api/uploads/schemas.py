@@ -6,7 +6,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.api.schemas import EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
-from deltadock.storage.models import Upload, UploadFile, UploadKind, UploadState
+from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 
 EXAMPLE_UPLOAD_ID = "upl_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 
@@ -27,7 +27,7 @@ class FileOut(BaseModel):
     sha256: Digest
 
     @classmethod
-    def of(cls, file: UploadFile) -> Self:
+    def of(cls, file: UploadFileRow) -> Self:
         """The public form of a row."""
         return cls(path=file.path, size=file.size, sha256=file.sha256)
 
@@ -51,7 +51,7 @@ class UploadOut(BaseModel):
     created_at: datetime = Field(examples=[EXAMPLE_TIME])
 
     @classmethod
-    def of(cls, upload: Upload) -> Self:
+    def of(cls, upload: UploadRow) -> Self:
         """The public form of a row."""
         calibration = None
         if upload.calibration_digest is not None:

@@ -16,7 +16,13 @@ from deltadock.artifacts.checkpoint import (
 )
 from deltadock.errors import Conflict, InvalidCalibration, InvalidCheckpoint, NotFound
 from deltadock.storage.blobs import BlobStore
-from deltadock.storage.models import Checkpoint, Upload, UploadFile, UploadKind, UploadState
+from deltadock.storage.models import (
+    CheckpointRow,
+    UploadFileRow,
+    UploadKind,
+    UploadRow,
+    UploadState,
+)
 from deltadock.storage.repositories import CheckpointRepository, UploadRepository
 
 SHARD_INDEX: Final = "model.safetensors.index.json"
@@ -24,7 +30,7 @@ MAX_JSON_BYTES: Final = 32 << 20
 """For the files that are read whole; the shard index of a 1T-parameter model takes a tenth."""
 
 
-def get_upload(session: Session, upload_id: str, *, lock: bool = False) -> Upload:
+def get_upload(session: Session, upload_id: str, *, lock: bool = False) -> UploadRow:
     """The upload with this id.
 
     Raises:
@@ -36,7 +42,7 @@ def get_upload(session: Session, upload_id: str, *, lock: bool = False) -> Uploa
     return upload
 
 
-def check_may_add(upload: Upload, path: str) -> None:
+def check_may_add(upload: UploadRow, path: str) -> None:
     """Refuse a file that could not be recorded, before its bytes are sent.
 
     Raises:
@@ -54,11 +60,11 @@ def check_may_add(upload: Upload, path: str) -> None:
 
 def record_file(
     session: Session, upload_id: str, file: FileEntry, tensors: list[TensorEntry]
-) -> UploadFile:
+) -> UploadFileRow:
     """Add a file, whose bytes are in the store, to an upload that must still be open."""
     upload = get_upload(session, upload_id, lock=True)
     check_may_add(upload, file.path)
-    row = UploadFile(
+    row = UploadFileRow(
         upload_id=upload.id,
         path=file.path,
         size=file.size,
@@ -89,7 +95,7 @@ def abort_upload(session: Session, upload_id: str) -> None:
     UploadRepository(session).abort(upload)
 
 
-def complete_upload(session: Session, blobs: BlobStore, upload_id: str) -> Upload:
+def complete_upload(session: Session, blobs: BlobStore, upload_id: str) -> UploadRow:
     """Turn an upload's files into a checkpoint or a calibration text; again changes nothing.
 
     A PEFT adapter's folder becomes a checkpoint of its own kind.
@@ -111,7 +117,7 @@ def complete_upload(session: Session, blobs: BlobStore, upload_id: str) -> Uploa
     else:
         manifest = _manifest(upload, blobs)
         upload.checkpoint = CheckpointRepository(session).add(
-            Checkpoint(
+            CheckpointRow(
                 digest=blobs.put_bytes(manifest.to_json()),
                 weights_digest=manifest.weights_digest,
                 model_type=manifest.config["model_type"],
@@ -122,7 +128,7 @@ def complete_upload(session: Session, blobs: BlobStore, upload_id: str) -> Uploa
     return upload
 
 
-def _manifest(upload: Upload, blobs: BlobStore) -> CheckpointManifest:
+def _manifest(upload: UploadRow, blobs: BlobStore) -> CheckpointManifest:
     digests = {file.path: file.sha256 for file in upload.files}
     if index := digests.get(SHARD_INDEX):
         _check_shards(blobs.read(index, MAX_JSON_BYTES), digests.keys())

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session, joinedload
 
 from deltadock.errors import Conflict
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import Base, Checkpoint
+from deltadock.storage.models import BaseRow, CheckpointRow
 from deltadock.storage.repositories.locks import take_turn
 
 
@@ -17,22 +17,22 @@ class BaseRepository:
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def find(self, id_or_name: str) -> Base | None:
+    def find(self, id_or_name: str) -> BaseRow | None:
         """The base with this id or, failing that, this name."""
         found = self.session.scalars(
-            select(Base)
-            .options(joinedload(Base.checkpoint))
-            .where(or_(Base.id == id_or_name, Base.name == id_or_name))
+            select(BaseRow)
+            .options(joinedload(BaseRow.checkpoint))
+            .where(or_(BaseRow.id == id_or_name, BaseRow.name == id_or_name))
         ).all()
         return max(found, key=lambda base: base.id == id_or_name, default=None)
 
-    def all(self) -> Sequence[Base]:
+    def all(self) -> Sequence[BaseRow]:
         """Every base, by name."""
         return self.session.scalars(
-            select(Base).options(joinedload(Base.checkpoint)).order_by(Base.name)
+            select(BaseRow).options(joinedload(BaseRow.checkpoint)).order_by(BaseRow.name)
         ).all()
 
-    def add(self, name: str, checkpoint: Checkpoint) -> tuple[Base, bool]:
+    def add(self, name: str, checkpoint: CheckpointRow) -> tuple[BaseRow, bool]:
         """Name `checkpoint` a base: its row, and whether it is new.
 
         Raises:
@@ -40,10 +40,10 @@ class BaseRepository:
         """
         take_turn(self.session, "base", name)
         found = self.session.scalars(
-            select(Base).options(joinedload(Base.checkpoint)).where(Base.name == name)
+            select(BaseRow).options(joinedload(BaseRow.checkpoint)).where(BaseRow.name == name)
         ).one_or_none()
         if found is None:
-            base = Base(id=new_id("base"), name=name, checkpoint=checkpoint)
+            base = BaseRow(id=new_id("base"), name=name, checkpoint=checkpoint)
             self.session.add(base)
             self.session.flush()
             return base, True

@@ -2,7 +2,7 @@
 
 from sqlalchemy.orm import Session
 
-from deltadock.storage.models import Checkpoint
+from deltadock.storage.models import CheckpointRow
 from deltadock.storage.repositories.locks import take_turn
 
 
@@ -12,11 +12,11 @@ class CheckpointRepository:
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def find(self, digest: str) -> Checkpoint | None:
+    def find(self, digest: str) -> CheckpointRow | None:
         """The checkpoint with this digest."""
-        return self.session.get(Checkpoint, digest)
+        return self.session.get(CheckpointRow, digest)
 
-    def add(self, checkpoint: Checkpoint) -> Checkpoint:
+    def add(self, checkpoint: CheckpointRow) -> CheckpointRow:
         """The stored row of this digest, which is `checkpoint` itself if there was none."""
         take_turn(self.session, "checkpoint", checkpoint.digest)
         if found := self.find(checkpoint.digest):

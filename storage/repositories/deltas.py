@@ -7,7 +7,7 @@ from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import Session, joinedload
 
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import Base, Checkpoint, Delta, Job, JobState
+from deltadock.storage.models import BaseRow, CheckpointRow, DeltaRow, JobRow, JobState
 from deltadock.storage.repositories.locks import take_turn
 from deltadock.storage.types import database_now
 
@@ -28,34 +28,36 @@ class DeltaRepository:
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def _living(self) -> Select[Delta]:
+    def _living(self) -> Select[DeltaRow]:
         return (
-            select(Delta)
-            .join(Delta.job)
-            .options(joinedload(Delta.base).joinedload(Base.checkpoint), joinedload(Delta.job))
-            .where(Delta.deleted_at.is_(None))
+            select(DeltaRow)
+            .join(DeltaRow.job)
+            .options(
+                joinedload(DeltaRow.base).joinedload(BaseRow.checkpoint), joinedload(DeltaRow.job)
+            )
+            .where(DeltaRow.deleted_at.is_(None))
         )
 
-    def find(self, delta_id: str) -> Delta | None:
+    def find(self, delta_id: str) -> DeltaRow | None:
         """The delta with this id."""
-        return self.session.scalars(self._living().where(Delta.id == delta_id)).one_or_none()
+        return self.session.scalars(self._living().where(DeltaRow.id == delta_id)).one_or_none()
 
-    def find_version(self, name: str, version: int) -> Delta | None:
+    def find_version(self, name: str, version: int) -> DeltaRow | None:
         """One version of a name."""
         return self.session.scalars(
-            self._living().where(Delta.name == name, Delta.version == version)
+            self._living().where(DeltaRow.name == name, DeltaRow.version == version)
         ).one_or_none()
 
-    def find_latest(self, name: str) -> Delta | None:
+    def find_latest(self, name: str) -> DeltaRow | None:
         """The highest version of a name that is ready or, while none is, the highest of all."""
         return self.session.scalars(
             self._living()
-            .where(Delta.name == name)
-            .order_by((Job.state == JobState.READY).desc(), Delta.version.desc())
+            .where(DeltaRow.name == name)
+            .order_by((JobRow.state == JobState.READY).desc(), DeltaRow.version.desc())
             .limit(1)
         ).one_or_none()
 
-    def find_same(self, fingerprint: str) -> Sequence[Delta]:
+    def find_same(self, fingerprint: str) -> Sequence[DeltaRow]:
         """Deltas of any name with this fingerprint, ready or on their way, newest first.
 
         Until the transaction ends, others that ask for the same fingerprint wait.
@@ -64,47 +66,49 @@ class DeltaRepository:
         return self.session.scalars(
             self._living()
             .where(
-                Delta.fingerprint == fingerprint,
-                Job.state.not_in(DEAD_ENDS),
-                Job.cancel_requested.is_(False),
+                DeltaRow.fingerprint == fingerprint,
+                JobRow.state.not_in(DEAD_ENDS),
+                JobRow.cancel_requested.is_(False),
             )
-            .order_by(Delta.version.desc())
+            .order_by(DeltaRow.version.desc())
         ).all()
 
-    def page(self, *, limit: int, after: Delta | None = None) -> Sequence[Delta]:
+    def page(self, *, limit: int, after: DeltaRow | None = None) -> Sequence[DeltaRow]:
         """Up to `limit` deltas, newest first, beginning behind `after`."""
-        query = self._living().order_by(Delta.created_at.desc(), Delta.id.desc()).limit(limit)
+        query = self._living().order_by(DeltaRow.created_at.desc(), DeltaRow.id.desc()).limit(limit)
         if after is not None:
-            query = query.where(tuple_(Delta.created_at, Delta.id) < (after.created_at, after.id))
+            query = query.where(
+                tuple_(DeltaRow.created_at, DeltaRow.id) < (after.created_at, after.id)
+            )
         return self.session.scalars(query).all()
 
-    def cursor(self, delta_id: str) -> Delta | None:
+    def cursor(self, delta_id: str) -> DeltaRow | None:
         """The delta that a page ended with, even if it was deleted since."""
-        return self.session.get(Delta, delta_id)
+        return self.session.get(DeltaRow, delta_id)
 
-    def ready(self) -> Sequence[Delta]:
+    def ready(self) -> Sequence[DeltaRow]:
         """Every delta that can be served, newest first."""
         return self.session.scalars(
             self._living()
-            .where(Job.state == JobState.READY)
-            .order_by(Delta.created_at.desc(), Delta.id.desc())
+            .where(JobRow.state == JobState.READY)
+            .order_by(DeltaRow.created_at.desc(), DeltaRow.id.desc())
         ).all()
 
     def totals(self) -> DeltaTotals:
         """Number of the ready deltas, their bytes, and the bytes of their full checkpoints."""
         ready = (
-            select(Delta.artifact_digest, Delta.artifact_bytes, Delta.checkpoint_digest)
-            .join(Delta.job)
-            .where(Delta.deleted_at.is_(None), Job.state == JobState.READY)
+            select(DeltaRow.artifact_digest, DeltaRow.artifact_bytes, DeltaRow.checkpoint_digest)
+            .join(DeltaRow.job)
+            .where(DeltaRow.deleted_at.is_(None), JobRow.state == JobState.READY)
             .cte("ready")
         )
         artifacts = select(ready.c.artifact_digest, ready.c.artifact_bytes).distinct().subquery()
-        checkpoints = Checkpoint.digest.in_(select(ready.c.checkpoint_digest))
+        checkpoints = CheckpointRow.digest.in_(select(ready.c.checkpoint_digest))
         found = self.session.execute(
             select(
                 select(func.count()).select_from(ready).scalar_subquery(),
                 select(func.sum(artifacts.c.artifact_bytes)).scalar_subquery(),
-                select(func.sum(Checkpoint.total_bytes)).where(checkpoints).scalar_subquery(),
+                select(func.sum(CheckpointRow.total_bytes)).where(checkpoints).scalar_subquery(),
             )
         ).one()
         # Postgres sums big integers as decimals, and nothing as NULL.
@@ -114,21 +118,23 @@ class DeltaRepository:
         self,
         *,
         name: str,
-        base: Base,
+        base: BaseRow,
         checkpoint_digest: str,
         method: str,
         bits: float | None,
         options: dict[str, Any],
         fingerprint: str,
-    ) -> Delta:
+    ) -> DeltaRow:
         """A new delta under the next version of `name`, with its queued job.
 
         Versions of deleted deltas are counted too: they are never given to other bytes.
         """
         take_turn(self.session, "name", name)
-        latest = self.session.scalar(select(func.max(Delta.version)).where(Delta.name == name))
+        latest = self.session.scalar(
+            select(func.max(DeltaRow.version)).where(DeltaRow.name == name)
+        )
         now = database_now(self.session)
-        delta = Delta(
+        delta = DeltaRow(
             id=new_id("dlt"),
             name=name,
             version=(latest or 0) + 1,
@@ -139,14 +145,14 @@ class DeltaRepository:
             options=options,
             fingerprint=fingerprint,
             created_at=now,
-            job=Job(id=new_id("job"), created_at=now, updated_at=now, sent_at=now),
+            job=JobRow(id=new_id("job"), created_at=now, updated_at=now, sent_at=now),
         )
         self.session.add(delta)
         self.session.flush()
         return delta
 
     def set_result(
-        self, delta: Delta, *, artifact_digest: str, artifact_bytes: int, report: dict[str, Any]
+        self, delta: DeltaRow, *, artifact_digest: str, artifact_bytes: int, report: dict[str, Any]
     ) -> None:
         """Record what the compression made; in one transaction with the job's `finish`."""
         delta.artifact_digest = artifact_digest
@@ -154,7 +160,7 @@ class DeltaRepository:
         delta.report = report
         self.session.flush()
 
-    def share_result(self, delta: Delta, twin: Delta) -> None:
+    def share_result(self, delta: DeltaRow, twin: DeltaRow) -> None:
         """Make a new delta ready with the artifact of `twin`, whose fingerprint is the same."""
         delta.artifact_digest = twin.artifact_digest
         delta.artifact_bytes = twin.artifact_bytes
@@ -164,7 +170,7 @@ class DeltaRepository:
         delta.job.finished_at = delta.created_at
         self.session.flush()
 
-    def delete(self, delta: Delta) -> None:
+    def delete(self, delta: DeltaRow) -> None:
         """Hide the delta; its row keeps name and version."""
         delta.deleted_at = database_now(self.session)
         self.session.flush()

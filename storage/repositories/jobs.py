@@ -8,7 +8,14 @@ from sqlalchemy import CursorResult, and_, case, or_, select, update
 from sqlalchemy.orm import Session, joinedload
 from sqlalchemy.sql.elements import ColumnElement
 
-from deltadock.storage.models import FINAL_STATES, RUNNING_ORDER, Base, Delta, Job, JobState
+from deltadock.storage.models import (
+    FINAL_STATES,
+    RUNNING_ORDER,
+    BaseRow,
+    DeltaRow,
+    JobRow,
+    JobState,
+)
 from deltadock.storage.types import database_now
 
 
@@ -18,31 +25,37 @@ class JobRepository:
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def find(self, job_id: str) -> Job | None:
+    def find(self, job_id: str) -> JobRow | None:
         """The job with this id, as it is in the database now."""
-        return self.session.get(Job, job_id, populate_existing=True)
+        return self.session.get(JobRow, job_id, populate_existing=True)
 
     def acquire(
         self, job_id: str, owner: str, lease_seconds: float, *, now: datetime | None = None
-    ) -> Job | None:
+    ) -> JobRow | None:
         """Take the lease for `owner`: the job, with its delta and the delta's base loaded.
 
         None if another's lease is live, the state is final or there is no such job.
         """
         now = now or database_now(self.session)
-        free = or_(Job.lease_owner.is_(None), Job.lease_owner == owner, Job.lease_expires_at <= now)
+        free = or_(
+            JobRow.lease_owner.is_(None),
+            JobRow.lease_owner == owner,
+            JobRow.lease_expires_at <= now,
+        )
         if not self._set(
-            and_(Job.id == job_id, Job.state.not_in(FINAL_STATES), free),
+            and_(JobRow.id == job_id, JobRow.state.not_in(FINAL_STATES), free),
             lease_owner=owner,
             lease_expires_at=now + timedelta(seconds=lease_seconds),
-            attempt=Job.attempt + 1,
+            attempt=JobRow.attempt + 1,
             updated_at=now,
         ):
             return None
         return self.session.scalars(
-            select(Job)
-            .options(joinedload(Job.delta).joinedload(Delta.base).joinedload(Base.checkpoint))
-            .where(Job.id == job_id)
+            select(JobRow)
+            .options(
+                joinedload(JobRow.delta).joinedload(DeltaRow.base).joinedload(BaseRow.checkpoint)
+            )
+            .where(JobRow.id == job_id)
             .execution_options(populate_existing=True)
         ).one()
 
@@ -78,13 +91,15 @@ class JobRepository:
         if state.is_final:
             raise ValueError(f"{state} is final: use finish.")
         earlier = RUNNING_ORDER[: RUNNING_ORDER.index(state)]
-        ahead = or_(Job.state.in_(earlier), and_(Job.state == state, Job.percent <= percent))
+        ahead = or_(
+            JobRow.state.in_(earlier), and_(JobRow.state == state, JobRow.percent <= percent)
+        )
         moved = self._set(
             and_(_held(job_id, owner), ahead),
             state=state,
             stage_block=block,
             stage_blocks=blocks,
-            percent=case((Job.percent > percent, Job.percent), else_=percent),
+            percent=case((JobRow.percent > percent, JobRow.percent), else_=percent),
             message=message,
             updated_at=now or database_now(self.session),
         )
@@ -119,18 +134,18 @@ class JobRepository:
             _held(job_id, owner),
             lease_owner=None,
             lease_expires_at=None,
-            attempt=Job.attempt - 1,
+            attempt=JobRow.attempt - 1,
             updated_at=now or database_now(self.session),
         )
 
-    def request_cancel(self, job_id: str, *, now: datetime | None = None) -> Job | None:
+    def request_cancel(self, job_id: str, *, now: datetime | None = None) -> JobRow | None:
         """Ask for the job to stop: at once if no worker has it, else at its next progress report.
 
         A job in a final state stays as it is. None if there is no such job.
         """
         now = now or database_now(self.session)
-        idle = or_(Job.lease_owner.is_(None), Job.lease_expires_at <= now)
-        unfinished = and_(Job.id == job_id, Job.state.not_in(FINAL_STATES))
+        idle = or_(JobRow.lease_owner.is_(None), JobRow.lease_expires_at <= now)
+        unfinished = and_(JobRow.id == job_id, JobRow.state.not_in(FINAL_STATES))
         self._set(
             unfinished,
             cancel_requested=True,
@@ -145,7 +160,7 @@ class JobRepository:
 
     def stale(
         self, now: datetime | None = None, *, queued_seconds: float = 120.0, limit: int = 100
-    ) -> Sequence[Job]:
+    ) -> Sequence[JobRow]:
         """Jobs whose task may be lost, for the sweeper to send again, oldest first.
 
         Those whose worker fell silent, and those that nobody has taken for `queued_seconds` after
@@ -153,27 +168,27 @@ class JobRepository:
         """
         now = now or database_now(self.session)
         waiting = and_(
-            Job.lease_owner.is_(None), Job.sent_at <= now - timedelta(seconds=queued_seconds)
+            JobRow.lease_owner.is_(None), JobRow.sent_at <= now - timedelta(seconds=queued_seconds)
         )
         return self.session.scalars(
-            select(Job)
-            .where(Job.state.not_in(FINAL_STATES), or_(waiting, Job.lease_expires_at <= now))
-            .order_by(Job.created_at)
+            select(JobRow)
+            .where(JobRow.state.not_in(FINAL_STATES), or_(waiting, JobRow.lease_expires_at <= now))
+            .order_by(JobRow.created_at)
             .limit(limit)
         ).all()
 
     def mark_sent(self, job_ids: Iterable[str], *, now: datetime | None = None) -> None:
         """Record that the tasks of these jobs go to the broker now."""
         now = now or database_now(self.session)
-        self._set(Job.id.in_(list(job_ids)), sent_at=now)
+        self._set(JobRow.id.in_(list(job_ids)), sent_at=now)
 
     def _holds(self, job_id: str, owner: str) -> bool:
-        return self.session.scalar(select(Job.id).where(_held(job_id, owner))) is not None
+        return self.session.scalar(select(JobRow.id).where(_held(job_id, owner))) is not None
 
     def _set(self, condition: ColumnElement[bool], **values: Any) -> bool:
         """UPDATE ... WHERE condition; whether a row was changed."""
         result = self.session.execute(
-            update(Job).where(condition).values(**values),
+            update(JobRow).where(condition).values(**values),
             execution_options={"synchronize_session": False},
         )
         return cast(CursorResult[Any], result).rowcount > 0
@@ -181,7 +196,7 @@ class JobRepository:
 
 def _held(job_id: str, owner: str) -> ColumnElement[bool]:
     # An expired lease that nobody has taken over is still the owner's.
-    return and_(Job.id == job_id, Job.lease_owner == owner, Job.state.not_in(FINAL_STATES))
+    return and_(JobRow.id == job_id, JobRow.lease_owner == owner, JobRow.state.not_in(FINAL_STATES))
 
 
 def _ending(

@@ -7,7 +7,7 @@ from sqlalchemy import exists, select
 from sqlalchemy.orm import Session, joinedload, selectinload
 
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import Upload, UploadFile, UploadKind, UploadState
+from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 from deltadock.storage.types import database_now
 
 
@@ -17,28 +17,28 @@ class UploadRepository:
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def add(self, kind: UploadKind) -> Upload:
+    def add(self, kind: UploadKind) -> UploadRow:
         """A new, open upload without files."""
-        upload = Upload(id=new_id("upl"), kind=kind, files=[], checkpoint=None)
+        upload = UploadRow(id=new_id("upl"), kind=kind, files=[], checkpoint=None)
         self.session.add(upload)
         self.session.flush()
         return upload
 
-    def find(self, upload_id: str, *, lock: bool = False) -> Upload | None:
+    def find(self, upload_id: str, *, lock: bool = False) -> UploadRow | None:
         """The upload with this id; with `lock`, others that want to change it wait."""
-        mine = Upload.id == upload_id
+        mine = UploadRow.id == upload_id
         if lock:
             # On its own: a row that is locked together with others, after a wait, comes as it is
             # now, but they come as they were when the statement began.
-            self.session.execute(select(Upload.id).where(mine).with_for_update())
+            self.session.execute(select(UploadRow.id).where(mine).with_for_update())
         return self.session.scalars(
-            select(Upload)
-            .options(selectinload(Upload.files), joinedload(Upload.checkpoint))
+            select(UploadRow)
+            .options(selectinload(UploadRow.files), joinedload(UploadRow.checkpoint))
             .where(mine)
             .execution_options(populate_existing=lock)
         ).one_or_none()
 
-    def put_file(self, upload: Upload, file: UploadFile) -> None:
+    def put_file(self, upload: UploadRow, file: UploadFileRow) -> None:
         """Add `file` to a locked upload; one with the same path is replaced."""
         file.upload_id = upload.id
         self.session.merge(file)
@@ -51,7 +51,8 @@ class UploadRepository:
             self.session.scalar(
                 select(
                     exists().where(
-                        Upload.calibration_digest == digest, Upload.state == UploadState.COMPLETE
+                        UploadRow.calibration_digest == digest,
+                        UploadRow.state == UploadState.COMPLETE,
                     )
                 )
             )
@@ -60,33 +61,33 @@ class UploadRepository:
     def calibration_path(self, digest: str) -> str | None:
         """The file name under which the calibration text with this SHA-256 was first uploaded."""
         return self.session.scalar(
-            select(UploadFile.path)
-            .join(Upload, Upload.id == UploadFile.upload_id)
-            .where(Upload.calibration_digest == digest, Upload.state == UploadState.COMPLETE)
-            .order_by(Upload.created_at)
+            select(UploadFileRow.path)
+            .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
+            .where(UploadRow.calibration_digest == digest, UploadRow.state == UploadState.COMPLETE)
+            .order_by(UploadRow.created_at)
             .limit(1)
         )
 
-    def abandoned(self, before: datetime) -> Sequence[Upload]:
+    def abandoned(self, before: datetime) -> Sequence[UploadRow]:
         """Open uploads that nothing has been added to since `before`."""
         return self.session.scalars(
-            select(Upload)
-            .options(selectinload(Upload.files))
-            .where(Upload.state == UploadState.OPEN, Upload.updated_at < before)
+            select(UploadRow)
+            .options(selectinload(UploadRow.files))
+            .where(UploadRow.state == UploadState.OPEN, UploadRow.updated_at < before)
         ).all()
 
-    def complete(self, upload: Upload) -> None:
+    def complete(self, upload: UploadRow) -> None:
         """Close a locked upload that has become a checkpoint or a calibration text."""
         self._close(upload, UploadState.COMPLETE)
 
-    def abort(self, upload: Upload) -> None:
+    def abort(self, upload: UploadRow) -> None:
         """Close a locked upload for good and forget its files; a complete one stays as it is."""
         if upload.state is UploadState.OPEN:
             for file in upload.files:
                 self.session.delete(file)
             self._close(upload, UploadState.ABORTED)
 
-    def _close(self, upload: Upload, state: UploadState) -> None:
+    def _close(self, upload: UploadRow, state: UploadState) -> None:
         upload.state = state
         upload.updated_at = database_now(self.session)
         self.session.flush()

@@ -21,7 +21,7 @@ from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.cli.processes import Child, free_ports
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
-from deltadock.storage.models import Checkpoint, JobState
+from deltadock.storage.models import CheckpointRow, JobState
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, JobRepository
 from tests.api.support import serving
 from tests.inference.support import PROMPT, Site, expected_text, write_delta
@@ -104,7 +104,7 @@ def fleet(site: Site, tmp_path_factory: pytest.TempPathFactory, redis_url: str) 
     app = create_app(settings)
     resources: Resources = app.state.resources
     with resources.database.session_scope() as session:
-        checkpoint = Checkpoint(
+        checkpoint = CheckpointRow(
             digest=site.base, weights_digest=manifest.weights_digest, model_type="qwen2",
             total_bytes=1,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import MetaData, inspect, select
 
 from deltadock.storage.database import Database, alembic_config, make_engine, migrate
-from deltadock.storage.models import Delta, Model, UploadKind
+from deltadock.storage.models import DeltaRow, TableRow, UploadKind
 from deltadock.storage.repositories import UploadRepository
 
 
@@ -29,7 +29,7 @@ def test_models_and_migrations_agree(empty_url: str) -> None:
     engine = make_engine(empty_url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, Model.metadata) == []
+        assert compare_metadata(context, TableRow.metadata) == []
     engine.dispose()
 
 
@@ -40,7 +40,7 @@ def test_a_missing_column_would_be_noticed(empty_url: str) -> None:
         connection.exec_driver_sql("ALTER TABLE jobs DROP COLUMN message")
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert [step[0] for step in compare_metadata(context, Model.metadata)] == ["add_column"]
+        assert [step[0] for step in compare_metadata(context, TableRow.metadata)] == ["add_column"]
     engine.dispose()
 
 
@@ -60,7 +60,7 @@ def test_processes_that_migrate_at_once_take_turns(empty_url: str) -> None:
     processes = [subprocess.Popen([sys.executable, "-c", code, empty_url]) for _ in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     engine = make_engine(empty_url)
-    assert set(Model.metadata.tables) < set(inspect(engine).get_table_names())
+    assert set(TableRow.metadata.tables) < set(inspect(engine).get_table_names())
     engine.dispose()
 
 
@@ -96,7 +96,7 @@ def test_deltas_of_the_first_version_keep_what_they_were_made_with(empty_url: st
     command.upgrade(config, "head")
     database = Database(empty_url)
     with database.read_scope() as session:
-        found = {delta.id: delta.options for delta in session.scalars(select(Delta))}
+        found = {delta.id: delta.options for delta in session.scalars(select(DeltaRow))}
     database.dispose()
     assert found["dlt_text"] == {
         "seed": 3,

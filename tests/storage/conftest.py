@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import text
 
 from deltadock.storage.database import Database, migrate
-from deltadock.storage.models import Model
+from deltadock.storage.models import TableRow
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])
@@ -27,5 +27,5 @@ def migrated(
 def database(migrated: Database) -> Iterator[Database]:
     yield migrated
     with migrated.session_scope() as session:
-        for table in reversed(Model.metadata.sorted_tables):
+        for table in reversed(TableRow.metadata.sorted_tables):
             session.execute(text(f"DELETE FROM {table.name}"))

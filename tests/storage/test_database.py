@@ -10,14 +10,14 @@ from sqlalchemy.exc import DBAPIError, StatementError
 
 from deltadock.errors import InvalidInput, Unavailable
 from deltadock.storage.database import Database, migrate
-from deltadock.storage.models import Upload, UploadKind
+from deltadock.storage.models import UploadKind, UploadRow
 from deltadock.storage.repositories import UploadRepository
 from deltadock.storage.types import database_now
 
 
 def count_uploads(database: Database) -> int:
     with database.read_scope() as session:
-        return len(session.scalars(select(Upload)).all())
+        return len(session.scalars(select(UploadRow)).all())
 
 
 def test_a_scope_commits_at_its_end(database: Database) -> None:
@@ -56,7 +56,7 @@ def test_writers_that_read_first_wait_instead_of_failing(database: Database) -> 
             failures.append(error)
 
     with database.read_scope() as session:
-        before = session.get_one(Upload, upload_id).updated_at
+        before = session.get_one(UploadRow, upload_id).updated_at
     threads = [threading.Thread(target=touch) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -64,7 +64,7 @@ def test_writers_that_read_first_wait_instead_of_failing(database: Database) -> 
         thread.join()
     assert failures == []
     with database.read_scope() as session:
-        after = session.get_one(Upload, upload_id).updated_at
+        after = session.get_one(UploadRow, upload_id).updated_at
     assert after - before == timedelta(seconds=20)
 
 
@@ -89,7 +89,7 @@ def test_times_come_back_in_utc(database: Database) -> None:
         upload = UploadRepository(session).add(UploadKind.CHECKPOINT)
         upload.created_at = elsewhere
     with database.read_scope() as session:
-        stored = session.get_one(Upload, upload.id).created_at
+        stored = session.get_one(UploadRow, upload.id).created_at
     assert stored == elsewhere
     assert stored.tzinfo is UTC
 
@@ -123,5 +123,5 @@ def test_migrating_tells_the_revision(tmp_path: Path) -> None:
 def test_a_database_that_does_not_answer_is_unavailable() -> None:
     database = Database("postgresql://nobody:secret@127.0.0.1:1/none")
     with pytest.raises(Unavailable) as caught, database.read_scope() as session:
-        session.scalars(select(Upload)).all()
+        session.scalars(select(UploadRow)).all()
     assert "secret" not in str(caught.value)

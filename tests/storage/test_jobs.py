@@ -13,7 +13,14 @@ from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
 from deltadock.storage.database import Database
-from deltadock.storage.models import RUNNING_ORDER, Base, Checkpoint, Job, JobState, Model
+from deltadock.storage.models import (
+    RUNNING_ORDER,
+    BaseRow,
+    CheckpointRow,
+    JobRow,
+    JobState,
+    TableRow,
+)
 from deltadock.storage.repositories import DeltaRepository, JobRepository
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -24,11 +31,11 @@ def later(seconds: float) -> datetime:
     return NOW + timedelta(seconds=seconds)
 
 
-def add_job(session: Session) -> Job:
-    checkpoint = Checkpoint(
+def add_job(session: Session) -> JobRow:
+    checkpoint = CheckpointRow(
         digest="a" * 64, weights_digest="a" * 64, model_type="llama", total_bytes=1
     )
-    base = Base(id="base_1", name="tiny", checkpoint=session.merge(checkpoint))
+    base = BaseRow(id="base_1", name="tiny", checkpoint=session.merge(checkpoint))
     delta = DeltaRepository(session).add(
         name="p/m",
         base=session.merge(base),
@@ -55,7 +62,7 @@ def jobs(session: Session) -> JobRepository:
 
 
 @pytest.fixture
-def job(session: Session) -> Job:
+def job(session: Session) -> JobRow:
     return add_job(session)
 
 
@@ -63,7 +70,7 @@ def progress(state: JobState, percent: float) -> dict[str, Any]:
     return {"state": state, "block": 1, "blocks": 4, "percent": percent, "message": "layer 1"}
 
 
-def test_a_live_lease_keeps_others_out(jobs: JobRepository, job: Job) -> None:
+def test_a_live_lease_keeps_others_out(jobs: JobRepository, job: JobRow) -> None:
     held = jobs.acquire(job.id, "one", LEASE, now=NOW)
     assert held is not None
     assert (held.attempt, held.delta.base.checkpoint.digest) == (1, "a" * 64)
@@ -76,7 +83,7 @@ def test_a_live_lease_keeps_others_out(jobs: JobRepository, job: Job) -> None:
     assert found.state is JobState.QUEUED
 
 
-def test_an_expired_lease_may_be_taken_over(jobs: JobRepository, job: Job) -> None:
+def test_an_expired_lease_may_be_taken_over(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     taken = jobs.acquire(job.id, "two", LEASE, now=later(60))
     assert taken is not None
@@ -85,13 +92,13 @@ def test_an_expired_lease_may_be_taken_over(jobs: JobRepository, job: Job) -> No
     assert not jobs.finish(job.id, "one", JobState.READY, now=later(61))
 
 
-def test_a_renewed_lease_lasts(jobs: JobRepository, job: Job) -> None:
+def test_a_renewed_lease_lasts(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     assert jobs.renew(job.id, "one", LEASE, now=later(50))
     assert jobs.acquire(job.id, "two", LEASE, now=later(100)) is None
 
 
-def test_a_released_lease_is_free_at_once(jobs: JobRepository, job: Job) -> None:
+def test_a_released_lease_is_free_at_once(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     assert not jobs.release(job.id, "two", now=later(1))
     assert jobs.release(job.id, "one", now=later(1))
@@ -112,7 +119,7 @@ def test_one_of_many_gets_the_lease(database: Database) -> None:
         assert sum(pool.map(acquire, range(8))) == 1
 
 
-def test_progress_moves_forward_only(jobs: JobRepository, job: Job) -> None:
+def test_progress_moves_forward_only(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     assert jobs.advance(job.id, "one", **progress(JobState.COMPRESSING, 40))
     assert jobs.advance(job.id, "one", **progress(JobState.VALIDATING, 2))
@@ -122,14 +129,16 @@ def test_progress_moves_forward_only(jobs: JobRepository, job: Job) -> None:
     assert (found.state, found.percent, found.stage_block) == (JobState.COMPRESSING, 40.0, 1)
 
 
-def test_final_states_are_for_finish_and_others_for_advance(jobs: JobRepository, job: Job) -> None:
+def test_final_states_are_for_finish_and_others_for_advance(
+    jobs: JobRepository, job: JobRow
+) -> None:
     with pytest.raises(ValueError, match="final"):
         jobs.advance(job.id, "one", **progress(JobState.READY, 100))
     with pytest.raises(ValueError, match="not final"):
         jobs.finish(job.id, "one", JobState.COMPRESSING)
 
 
-def test_a_finished_job_stays_finished(jobs: JobRepository, job: Job) -> None:
+def test_a_finished_job_stays_finished(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     assert jobs.finish(job.id, "one", JobState.FAILED, error_code="x", error_message="y", now=NOW)
     assert jobs.acquire(job.id, "one", LEASE, now=later(1000)) is None
@@ -140,13 +149,13 @@ def test_a_finished_job_stays_finished(jobs: JobRepository, job: Job) -> None:
     assert (found.finished_at, found.lease_owner) == (NOW, None)
 
 
-def test_cancelling_an_idle_job_ends_it(jobs: JobRepository, job: Job) -> None:
+def test_cancelling_an_idle_job_ends_it(jobs: JobRepository, job: JobRow) -> None:
     cancelled = jobs.request_cancel(job.id)
     assert cancelled is not None
     assert (cancelled.state, cancelled.error_code) == (JobState.CANCELLED, "cancelled")
 
 
-def test_cancelling_a_running_job_asks_its_worker(jobs: JobRepository, job: Job) -> None:
+def test_cancelling_a_running_job_asks_its_worker(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     asked = jobs.request_cancel(job.id, now=later(1))
     assert asked is not None
@@ -158,7 +167,7 @@ def test_cancelling_a_running_job_asks_its_worker(jobs: JobRepository, job: Job)
     assert ended.message == ""
 
 
-def test_cancelling_a_silent_workers_job_ends_it(jobs: JobRepository, job: Job) -> None:
+def test_cancelling_a_silent_workers_job_ends_it(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     asked = jobs.request_cancel(job.id, now=later(60))
     assert asked is not None
@@ -166,7 +175,7 @@ def test_cancelling_a_silent_workers_job_ends_it(jobs: JobRepository, job: Job) 
     assert jobs.request_cancel("job_unknown") is None
 
 
-def test_stale_are_the_silent_and_the_forgotten(jobs: JobRepository, job: Job) -> None:
+def test_stale_are_the_silent_and_the_forgotten(jobs: JobRepository, job: JobRow) -> None:
     def stale(seconds: float) -> list[str]:
         return [found.id for found in jobs.stale(later(seconds), queued_seconds=120)]
 
@@ -189,7 +198,7 @@ class JobMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.engine = create_engine("sqlite://")
-        Model.metadata.create_all(self.engine)
+        TableRow.metadata.create_all(self.engine)
         self.session = Session(self.engine)
         self.jobs = JobRepository(self.session)
         self.job_id = add_job(self.session).id

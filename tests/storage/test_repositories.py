@@ -9,11 +9,11 @@ from sqlalchemy.orm import Session
 from deltadock.errors import Conflict
 from deltadock.storage.database import Database
 from deltadock.storage.models import (
-    Base,
-    Checkpoint,
-    Delta,
+    BaseRow,
+    CheckpointRow,
+    DeltaRow,
     JobState,
-    UploadFile,
+    UploadFileRow,
     UploadKind,
     UploadState,
 )
@@ -27,9 +27,9 @@ from deltadock.storage.repositories import (
 from deltadock.storage.types import database_now
 
 
-def add_checkpoint(session: Session, character: str) -> Checkpoint:
+def add_checkpoint(session: Session, character: str) -> CheckpointRow:
     return CheckpointRepository(session).add(
-        Checkpoint(
+        CheckpointRow(
             digest=character * 64,
             weights_digest=character * 64,
             model_type="llama",
@@ -38,11 +38,11 @@ def add_checkpoint(session: Session, character: str) -> Checkpoint:
     )
 
 
-def add_base(session: Session, name: str = "tiny") -> Base:
+def add_base(session: Session, name: str = "tiny") -> BaseRow:
     return BaseRepository(session).add(name, add_checkpoint(session, "a"))[0]
 
 
-def add_delta(session: Session, name: str = "p/m", fingerprint: str = "f") -> Delta:
+def add_delta(session: Session, name: str = "p/m", fingerprint: str = "f") -> DeltaRow:
     return DeltaRepository(session).add(
         name=name,
         base=add_base(session),
@@ -54,7 +54,7 @@ def add_delta(session: Session, name: str = "p/m", fingerprint: str = "f") -> De
     )
 
 
-def make_ready(session: Session, delta: Delta) -> None:
+def make_ready(session: Session, delta: DeltaRow) -> None:
     jobs, job_id = JobRepository(session), delta.job.id
     assert jobs.acquire(job_id, "worker", 60)
     DeltaRepository(session).set_result(
@@ -115,7 +115,7 @@ def test_a_file_of_the_same_path_replaces(database: Database) -> None:
             upload = uploads.find(upload_id, lock=True)
             assert upload is not None
             for path in ("b.json", "a.json"):
-                file = UploadFile(path=path, size=size, sha256="a" * 64, tensors=[{"x": size}])
+                file = UploadFileRow(path=path, size=size, sha256="a" * 64, tensors=[{"x": size}])
                 uploads.put_file(upload, file)
     with database.read_scope() as session:
         upload = UploadRepository(session).find(upload_id)

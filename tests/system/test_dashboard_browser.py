@@ -19,7 +19,7 @@ from deltadock.cli.processes import Child, free_ports
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
 from deltadock.storage.database import Database, migrate
-from deltadock.storage.models import Delta, JobState
+from deltadock.storage.models import DeltaRow, JobState
 from deltadock.storage.repositories import (
     BaseRepository,
     DeltaRepository,
@@ -44,7 +44,7 @@ class Site:
     node: StandInNode
     seeded: seed.Seeded
 
-    def new_delta(self, name: str) -> Delta:
+    def new_delta(self, name: str) -> DeltaRow:
         """A delta that a worker is compressing."""
         with self.database.session_scope() as session:
             base = BaseRepository(session).find("pilot-0.3b")

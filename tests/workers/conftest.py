@@ -13,7 +13,7 @@ from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.database import migrate
-from deltadock.storage.models import Checkpoint, Job, UploadFile, UploadKind
+from deltadock.storage.models import CheckpointRow, JobRow, UploadFileRow, UploadKind
 from deltadock.storage.repositories import (
     BaseRepository,
     CheckpointRepository,
@@ -109,7 +109,7 @@ def submit(context: Context, pair: Pair) -> Callable[..., str]:
         text = context.blobs.put_file(pair.calibration)
         with context.database.session_scope() as session:
             upload = UploadRepository(session).add(UploadKind.CALIBRATION)
-            file = UploadFile(path="calibration.txt", size=1, sha256=text, tensors=[])
+            file = UploadFileRow(path="calibration.txt", size=1, sha256=text, tensors=[])
             UploadRepository(session).put_file(upload, file)
             upload.calibration_digest = text
             UploadRepository(session).complete(upload)
@@ -142,10 +142,10 @@ def submit(context: Context, pair: Pair) -> Callable[..., str]:
 
 
 @pytest.fixture
-def look(context: Context) -> Callable[[str], Job]:
+def look(context: Context) -> Callable[[str], JobRow]:
     """A job as the database has it now."""
 
-    def look(job_id: str) -> Job:
+    def look(job_id: str) -> JobRow:
         with context.database.read_scope() as session:
             job = JobRepository(session).find(job_id)
             assert job is not None
@@ -163,8 +163,8 @@ def put_checkpoint(blobs: BlobStore, folder: Path) -> CheckpointManifest:
     return manifest
 
 
-def row_of(manifest: CheckpointManifest) -> Checkpoint:
-    return Checkpoint(
+def row_of(manifest: CheckpointManifest) -> CheckpointRow:
+    return CheckpointRow(
         digest=manifest.digest,
         weights_digest=manifest.weights_digest,
         model_type=manifest.config["model_type"],

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest, FileInspector, assemble
 from deltadock.artifacts.reader import Artifact
 from deltadock.storage.blobs import BlobStore
-from deltadock.storage.models import Job, JobState
+from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import CheckpointRepository, DeltaRepository
 from deltadock.workers import compress as module
 from deltadock.workers.compress import Outcome, compress_job
@@ -42,7 +42,7 @@ def test_a_job_imports_it(
     context: Context,
     pair: Pair,
     submit: Callable[..., str],
-    look: Callable[[str], Job],
+    look: Callable[[str], JobRow],
     tmp_path: Path,
 ) -> None:
     adapter = tmp_path / "adapter"

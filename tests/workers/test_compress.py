@@ -18,7 +18,7 @@ from deltadock.compression.run import CompressOptions
 from deltadock.errors import Cancelled
 from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
-from deltadock.storage.models import Job, JobState
+from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
 from deltadock.workers import compress as module
 from deltadock.workers.compress import MAX_ATTEMPTS, Outcome, compress_job, job_folder
@@ -26,7 +26,7 @@ from deltadock.workers.context import Context
 from deltadock.workers.lease import STOPPING
 
 Submit = Callable[..., str]
-Look = Callable[[str], Job]
+Look = Callable[[str], JobRow]
 SetJob = Callable[..., None]
 
 

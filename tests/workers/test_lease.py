@@ -7,7 +7,7 @@ import pytest
 
 from deltadock.compression.run import Progress
 from deltadock.errors import Cancelled
-from deltadock.storage.models import Job, JobState
+from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import JobRepository
 from deltadock.workers.compress import _reporter
 from deltadock.workers.context import Context
@@ -36,7 +36,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 def test_the_heartbeat_outlives_the_lease_it_began_with(
-    context: Context, job_id: str, look: Callable[[str], Job]
+    context: Context, job_id: str, look: Callable[[str], JobRow]
 ) -> None:
     first = look(job_id).lease_expires_at
     assert first is not None

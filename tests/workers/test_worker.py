@@ -15,7 +15,7 @@ from deltadock.cli.processes import Child
 from deltadock.compression.calibration.options import CalibrationOptions
 from deltadock.compression.pipeline import compress
 from deltadock.compression.run import CompressOptions
-from deltadock.storage.models import Job, JobState
+from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository
 from deltadock.workers.context import Context
 
@@ -60,7 +60,7 @@ def workers(context: Context, broker_url: str, tmp_path: Path) -> Iterator[list[
 def test_a_killed_workers_successor_makes_the_same_bytes(
     context: Context,
     submit: Callable[..., str],
-    look: Callable[[str], Job],
+    look: Callable[[str], JobRow],
     workers: list[Child],
     broker_url: str,
     pair: Any,
@@ -98,7 +98,7 @@ def test_a_killed_workers_successor_makes_the_same_bytes(
 @pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
 def test_a_worker_that_stops_hands_its_job_on_without_alarm(
     submit: Callable[..., str],
-    look: Callable[[str], Job],
+    look: Callable[[str], JobRow],
     workers: list[Child],
     broker_url: str,
     tmp_path: Path,
