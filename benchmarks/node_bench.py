@@ -19,10 +19,10 @@ from benchmarks.serving import (
 )
 from deltadock.inference.deltas.reading import HostDelta
 from deltadock.inference.engine.engine import Engine
-from deltadock.inference.model.changes import Change, pinned
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.routing import DeltaLimits
-from deltadock.inference.prompts.tokens import Tokenizer
+from deltadock.inference.model.weight_deltas import WeightDelta, pinned
+from deltadock.inference.prompts.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Bench:
             self.model, max_sequences=slots - 1, context_tokens=256, pass_tokens=1024
         )
         self.engine.start()
-        host: dict[str, Change] = {name: it.to("cpu") for name, it in self.delta.items()}
+        host: dict[str, WeightDelta] = {name: it.to("cpu") for name, it in self.delta.items()}
         if device.type == "cuda":
             host = {name: pinned(change) for name, change in host.items()}
         tokenizer = Tokenizer({"tokenizer.json": FastTokenizer(models.BPE()).to_str()})

@@ -35,8 +35,8 @@ from benchmarks.serving import (
     taken_over,
 )
 from deltadock.inference.deltas.reading import merge_delta, place_delta
-from deltadock.inference.engine.passes import Passes
-from deltadock.inference.engine.scheduler import Work
+from deltadock.inference.engine.model_runner import ModelRunner
+from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.model.routing import DeltaLimits
 from deltadock.kernels.svd_delta import reference
 
@@ -107,11 +107,11 @@ def check(scale: Scale, device: torch.device, dtype: torch.dtype) -> None:
     tokens = prompt(16, 0, shape["vocab_size"])
     sequence = Request(tokens, 1, "delta", 1).sequence
     sequence.kv_slot = 0
-    passes = Passes(model, model.make_cache(1, 128), 1, static=True)
+    passes = ModelRunner(model, model.make_cache(1, 128), 1, static=True)
     inputs = torch.tensor([tokens], device=device)
     with torch.inference_mode():
-        passes.logits([Work(sequence, 0, 15)])
-        node = passes.logits([Work(sequence, 15, 16)]).known[0]
+        passes.logits([ScheduledChunk(sequence, 0, 15)])
+        node = passes.logits([ScheduledChunk(sequence, 15, 16)]).known[0]
         plain = merged(inputs).logits[0, -1].float()
         exact = merged.float()(inputs).logits[0, -1]
     of_node, of_plain = (float((it - exact).norm() / exact.norm()) for it in (node, plain))

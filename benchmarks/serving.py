@@ -14,11 +14,11 @@ from deltadock.inference.engine.engine import Engine
 from deltadock.inference.engine.sampler import SamplingParams
 from deltadock.inference.engine.sequence import Event, Sequence
 from deltadock.inference.model.attention import ATTENTION
-from deltadock.inference.model.changes import Change
 from deltadock.inference.model.loading import FAMILIES
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.routing import DeltaLimits
-from deltadock.inference.prompts.tokens import TextStream
+from deltadock.inference.model.weight_deltas import WeightDelta
+from deltadock.inference.prompts.tokenizer import TextStream
 from deltadock.kernels.svd_delta import PackedDelta
 
 
@@ -55,7 +55,7 @@ def random_changes(shapes: Mapping[str, torch.Size], device: str) -> dict[str, P
     }
 
 
-def copied(changes: Mapping[str, PackedDelta]) -> dict[str, Change]:
+def copied(changes: Mapping[str, PackedDelta]) -> dict[str, WeightDelta]:
     """The same delta again, in memory of its own."""
     return {
         name: dataclasses.replace(change, words=change.words.clone())
@@ -96,7 +96,7 @@ class Request:
             tokens=list(prompt),
             sampling=SamplingParams(max_tokens=tokens, temperature=0.0),
             delta_slot=slot,
-            weights=weights,
+            model_key=weights,
             eos_ids=frozenset(),
             stream=_Dots(),
             emit=self._receive,

@@ -20,7 +20,7 @@ class Admission:
     def __init__(
         self, limit: int, delta_limit: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Take `limit` sequences at once, `delta_limit` of them of the same weights."""
+        """Take `limit` sequences at once, `delta_limit` of them of the same model."""
         self.limit, self._delta_limit = limit, min(delta_limit, limit)
         self._clock = clock
         self._admitted: Counter[str] = Counter()
@@ -32,8 +32,8 @@ class Admission:
         """Sequences that wait or run."""
         return self._admitted.total()
 
-    def enter(self, weights: str, count: int) -> None:
-        """Take on `count` sequences of the weights with this digest.
+    def enter(self, model_key: str, count: int) -> None:
+        """Take on `count` sequences of the model with this key.
 
         Raises:
             InvalidInput: so many never fit.
@@ -51,24 +51,24 @@ class Admission:
                 "The node's queue is full; try again later.",
                 retry_after=self._seconds(self._ends, excess),
             )
-        excess = self._admitted[weights] + count - self._delta_limit
+        excess = self._admitted[model_key] + count - self._delta_limit
         if excess > 0:
             raise Overloaded(
                 "The queue of this delta is full; try again later.",
-                retry_after=self._seconds(self._delta_ends[weights], excess),
+                retry_after=self._seconds(self._delta_ends[model_key], excess),
             )
-        self._admitted[weights] += count
+        self._admitted[model_key] += count
 
-    def leave(self, weights: str, count: int = 1) -> None:
+    def leave(self, model_key: str, count: int = 1) -> None:
         """So many sequences have ended."""
-        self._admitted[weights] -= count
+        self._admitted[model_key] -= count
         now = self._clock()
         self._ends.extend([now] * count)
-        if self._admitted[weights] > 0:
-            self._delta_ends[weights].extend([now] * count)
+        if self._admitted[model_key] > 0:
+            self._delta_ends[model_key].extend([now] * count)
         else:
-            del self._admitted[weights]
-            self._delta_ends.pop(weights, None)
+            del self._admitted[model_key]
+            self._delta_ends.pop(model_key, None)
 
     def _seconds(self, ends: deque[float], excess: int) -> int:
         """When `excess` more sequences will have ended; a second if nothing is known yet."""

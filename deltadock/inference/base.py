@@ -7,7 +7,7 @@ from pathlib import Path
 from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.artifacts.reader import Artifact
 from deltadock.inference.deltas.disk import DiskTier
-from deltadock.inference.deltas.favourite import Favourite
+from deltadock.inference.deltas.hot_adapter import Favourite
 from deltadock.inference.deltas.reading import (
     ArtifactSource,
     HostDelta,
@@ -15,13 +15,13 @@ from deltadock.inference.deltas.reading import (
     place_delta,
     read_delta,
 )
-from deltadock.inference.deltas.tiers import DeltaTiers
+from deltadock.inference.deltas.store import DeltaStore
 from deltadock.inference.engine.engine import Engine
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.model.loading import load_base
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.routing import DeltaLimits
-from deltadock.inference.prompts.tokens import Tokenizer, read_tokenizer_files
+from deltadock.inference.prompts.tokenizer import Tokenizer, read_tokenizer_files
 from deltadock.kernels.device import choose_device
 from deltadock.settings import Settings
 
@@ -64,7 +64,7 @@ class ServedBase:
             pass_tokens=settings.node_pass_tokens,
             cache_slots=settings.node_cache_slots,
         )
-        self.deltas = DeltaTiers(
+        self.deltas = DeltaStore(
             disk,
             host_bytes=settings.node_host_bytes,
             slots=settings.node_max_deltas,
@@ -90,7 +90,7 @@ class ServedBase:
         return self.deltas.merged
 
     async def merge(self, digest: str) -> None:
-        """Give a delta merged weights; the base stays meanwhile. Raises as `DeltaTiers.merge`."""
+        """Give a delta merged weights; the base stays meanwhile. Raises as `DeltaStore.merge`."""
         self.users += 1
         try:
             await self.deltas.merge(digest)

@@ -9,7 +9,7 @@ from deltadock.inference.base import ServedBase
 from deltadock.inference.engine.sampler import SamplingParams, make_generator
 from deltadock.inference.engine.sequence import Event, Sequence
 from deltadock.inference.metrics import Metrics
-from deltadock.inference.prompts.tokens import TextStream
+from deltadock.inference.prompts.tokenizer import TextStream
 
 
 class Generation:
@@ -48,7 +48,7 @@ class Generation:
                         tokens=list(prompt),
                         sampling=sampling,
                         delta_slot=slot,
-                        weights=self._artifact or self._base.digest,
+                        model_key=self._artifact or self._base.digest,
                         eos_ids=self.tokenizer.eos_ids,
                         stream=TextStream(self.tokenizer, prompt, sampling.stop),
                         emit=partial(self._relay, len(self._sequences)),

@@ -13,7 +13,7 @@ from deltadock.errors import ModelNotFound, NotReady, Unavailable
 from deltadock.inference.admission import Admission
 from deltadock.inference.base import ServedBase
 from deltadock.inference.deltas.disk import DiskTier
-from deltadock.inference.deltas.tiers import Held
+from deltadock.inference.deltas.store import Held
 from deltadock.inference.generation import Generation
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.prompts.chat import TemplateSandbox
@@ -140,11 +140,11 @@ class Node:
             raise Unavailable("The node is stopping; send the request to another.")
         prompts = request.prompts()
         count = len(prompts) * request.answers
-        self._admission.enter(target.weights, count)
+        self._admission.enter(target.model_key, count)
         try:
             return await self._begin(target, prompts, request)
         except BaseException:
-            self._admission.leave(target.weights, count)
+            self._admission.leave(target.model_key, count)
             raise
 
     async def _begin(
@@ -158,7 +158,7 @@ class Node:
                 base,
                 target.artifact,
                 self.metrics,
-                partial(self._admission.leave, target.weights),
+                partial(self._admission.leave, target.model_key),
             )
             if target.artifact is not None:
                 slot, delta = await base.deltas.acquire(target.artifact)

@@ -8,7 +8,7 @@ from deltadock.errors import ContextExceeded, InvalidInput
 from deltadock.inference.engine.sampler import SamplingParams
 from deltadock.inference.prompts.chat import Conversation, TemplateSandbox
 from deltadock.inference.prompts.generation_config import SamplingDefaults
-from deltadock.inference.prompts.tokens import Tokenizer
+from deltadock.inference.prompts.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Conversation
 
@@ -21,7 +21,7 @@ class Target:
     artifact: str | None = None
 
     @property
-    def weights(self) -> str:
+    def model_key(self) -> str:
         """What is competed for and cached under."""
         return self.artifact or self.base
 

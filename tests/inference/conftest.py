@@ -17,10 +17,10 @@ from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.inference.engine.engine import Engine
 from deltadock.inference.engine.sampler import SamplingParams, make_generator
 from deltadock.inference.engine.sequence import Event, Sequence
-from deltadock.inference.model.changes import TensorChange
 from deltadock.inference.model.loading import FAMILIES, load_base
 from deltadock.inference.model.model import BaseModel
-from deltadock.inference.prompts.tokens import TextStream, Tokenizer
+from deltadock.inference.model.weight_deltas import TensorDelta
+from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from tests.inference.support import Site
@@ -157,7 +157,7 @@ class Bench:
         self._told: queue.SimpleQueue[tuple[Outcome, Event]] = queue.SimpleQueue()
         self.engine.start()
 
-    def install(self, slot: int, changes: Mapping[str, TensorChange]) -> None:
+    def install(self, slot: int, changes: Mapping[str, TensorDelta]) -> None:
         """Give a slot its changes as they would come from an artifact."""
         self.model.install(slot, self.model.prepare(changes))
 
@@ -169,7 +169,7 @@ class Bench:
                 tokens=list(prompt),
                 sampling=sampling,
                 delta_slot=slot,
-                weights=f"digest-{slot}",
+                model_key=f"digest-{slot}",
                 eos_ids=self.tokenizer.eos_ids,
                 stream=TextStream(self.tokenizer, prompt, sampling.stop),
                 emit=lambda event: self._told.put((outcome, event)),

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from deltadock.inference.model.changes import LowRank, NewRows, TensorChange
+from deltadock.inference.model.weight_deltas import LowRank, NewRows, TensorDelta
 
 
-def merge(base: Any, changes: dict[str, TensorChange]) -> Any:
+def merge(base: Any, changes: dict[str, TensorDelta]) -> Any:
     """The fine-tuned model that a delta stands for."""
     model = copy.deepcopy(base)
     added = {len(change.added) for change in changes.values() if isinstance(change, NewRows)}
@@ -30,7 +30,7 @@ def merge(base: Any, changes: dict[str, TensorChange]) -> Any:
 
 def make_delta(
     model: Any, seed: int, *, low_rank: bool = True, added: int = 0
-) -> dict[str, TensorChange]:
+) -> dict[str, TensorDelta]:
     """Changes of every kind of tensor that the model has: factors of matrices, the rest exactly.
 
     The rows of `added` tokens are larger than the others, so that answers are full of them.
@@ -40,7 +40,7 @@ def make_delta(
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    changes: dict[str, TensorChange] = {}
+    changes: dict[str, TensorDelta] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and low_rank:
             rows, columns = parameter.shape

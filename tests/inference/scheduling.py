@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from deltadock.inference.engine.sampler import SamplingParams
-from deltadock.inference.engine.scheduler import Scheduler, Work
+from deltadock.inference.engine.scheduler import ScheduledChunk, Scheduler
 from deltadock.inference.engine.sequence import Sequence
 from deltadock.inference.model.kv_cache import KVCache
-from deltadock.inference.prompts.tokens import TextStream, Tokenizer
+from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
 
 
 def make_cache(slots: int, length: int = 64) -> KVCache:
@@ -20,7 +20,7 @@ def make_sequence(
     prompt: int | list[int],
     slot: int = 0,
     *,
-    weights: str | None = None,
+    model_key: str | None = None,
     **how: Any,
 ) -> Sequence:
     """A prompt, or one of so many tokens that is like no other's."""
@@ -30,7 +30,7 @@ def make_sequence(
         tokens=list(tokens),
         sampling=SamplingParams(**how),
         delta_slot=slot,
-        weights=weights if weights is not None else f"digest-{slot}",
+        model_key=model_key if model_key is not None else f"digest-{slot}",
         eos_ids=frozenset(),
         stream=TextStream(tokenizer, [1], ()),
         emit=lambda _: None,
@@ -40,7 +40,7 @@ def make_sequence(
 make_sequence.number = 0
 
 
-def run_pass(scheduler: Scheduler, token: int = 2) -> list[Work]:
+def run_pass(scheduler: Scheduler, token: int = 2) -> list[ScheduledChunk]:
     """Plan a pass and pretend that it was computed and every finished prompt got a token."""
     work = scheduler.plan()
     for item in work:

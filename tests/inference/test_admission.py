@@ -16,9 +16,9 @@ class Clock:
         return self.now
 
 
-def retry_after(admission: Admission, weights: str, count: int = 1) -> object:
+def retry_after(admission: Admission, model_key: str, count: int = 1) -> object:
     with pytest.raises(Overloaded) as caught:
-        admission.enter(weights, count)
+        admission.enter(model_key, count)
     return caught.value.details["retry_after"]
 
 
@@ -56,18 +56,18 @@ def test_limits_hold_and_nothing_is_remembered_of_the_idle(
     moves: list[tuple[str, int, bool]],
 ) -> None:
     admission, inside = Admission(6, 4), dict.fromkeys("abc", 0)
-    for weights, count, enters in moves:
+    for model_key, count, enters in moves:
         if enters:
-            fits = sum(inside.values()) + count <= 6 and inside[weights] + count <= 4
+            fits = sum(inside.values()) + count <= 6 and inside[model_key] + count <= 4
             try:
-                admission.enter(weights, count)
+                admission.enter(model_key, count)
             except Overloaded:
                 assert not fits
             else:
                 assert fits
-                inside[weights] += count
-        elif inside[weights] >= count:
-            admission.leave(weights, count)
-            inside[weights] -= count
+                inside[model_key] += count
+        elif inside[model_key] >= count:
+            admission.leave(model_key, count)
+            inside[model_key] -= count
         assert admission.admitted == sum(inside.values())
         assert admission._delta_ends.keys() <= {name for name in inside if inside[name]}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltadock.errors import ArchitectureMismatch, InvalidArtifact
 from deltadock.inference.deltas.reading import read_delta
-from deltadock.inference.model.changes import TensorChange
+from deltadock.inference.model.weight_deltas import TensorDelta
 
 from .conftest import VOCABULARY, BenchMaker
 
@@ -23,7 +23,7 @@ class EmptySource:
     base_digest: str = "base"
     names: list[str] = field(default_factory=list)
 
-    def change(self, name: str, base: Tensor) -> TensorChange:
+    def change(self, name: str, base: Tensor) -> TensorDelta:
         raise NotImplementedError
 
 

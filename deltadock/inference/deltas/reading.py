@@ -15,18 +15,18 @@ from deltadock.artifacts.export import fits, stored_tensor
 from deltadock.artifacts.packed import packed_delta
 from deltadock.artifacts.reader import Artifact
 from deltadock.errors import BaseMismatch, InvalidArtifact
-from deltadock.inference.model.changes import (
-    Change,
-    Coded,
-    CodedRows,
+from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.weight_deltas import (
+    EncodedDelta,
     NewRows,
-    TensorChange,
+    RowsDelta,
+    TensorDelta,
+    WeightDelta,
     low_rank,
     nbytes,
     pinned,
 )
-from deltadock.inference.model.model import BaseModel
-from deltadock.inference.prompts.tokens import Tokenizer
+from deltadock.inference.prompts.tokenizer import Tokenizer
 
 CONFIG: Final = "config.json"
 
@@ -46,7 +46,7 @@ class DeltaSource(Protocol):
     def names(self) -> Iterable[str]:
         """The tensors that differ from the base's."""
 
-    def change(self, name: str, shape: torch.Size) -> TensorChange:
+    def change(self, name: str, shape: torch.Size) -> TensorDelta:
         """What the delta does to the tensor `name`, which has this shape in the base."""
 
 
@@ -59,7 +59,7 @@ class ArtifactSource:
         self.files: Mapping[str, str | None] = artifact.manifest["files"]
         self.names = tuple(artifact.records)
 
-    def change(self, name: str, shape: torch.Size) -> TensorChange:
+    def change(self, name: str, shape: torch.Size) -> TensorDelta:
         """The change as compact as the artifact has it; it keeps no file mapped."""
         encoded = self._artifact.resolved(name)
         if not fits(encoded.record, shape):
@@ -76,7 +76,7 @@ class ArtifactSource:
         return _change(encoded)
 
 
-def _change(encoded: Encoded) -> Change:
+def _change(encoded: Encoded) -> WeightDelta:
     """What a record that stands for a delta does to a tensor of its shape."""
     kind = encoded.record["kind"]
     if kind == "svd":
@@ -86,8 +86,8 @@ def _change(encoded: Encoded) -> Change:
         # Copies: an array taken from the file is read-only and keeps the file mapped.
         return low_rank(*map(torch.tensor, (factors.u, factors.s, factors.v)))
     if kind == "rows":
-        return CodedRows.of(inflated(encoded))
-    coded = Coded(encoded.copy())
+        return RowsDelta.of(inflated(encoded))
+    coded = EncodedDelta(encoded.copy())
     coded.dense()  # what cannot be decoded is refused now, not in the midst of a pass
     return coded
 
@@ -96,7 +96,7 @@ def _change(encoded: Encoded) -> Change:
 class HostDelta:
     """A delta in host memory: its changes, packed, and its own tokenizer."""
 
-    changes: Mapping[str, TensorChange]
+    changes: Mapping[str, TensorDelta]
     tokenizer: Tokenizer
     nbytes: int
     """Bytes of the changes."""
@@ -161,7 +161,7 @@ def merge_delta(model: BaseModel, slot: int) -> None:
 
 @contextmanager
 def _beside_the_passes(device: torch.device) -> Iterator[None]:
-    """Work on a stream of its own on a GPU, which is done when the block ends."""
+    """ScheduledChunk on a stream of its own on a GPU, which is done when the block ends."""
     if device.type != "cuda":
         yield
         return

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from deltadock.inference.model.attention import Run, Step
+from deltadock.inference.model.attention import AttentionMetadata, DecodeBatch
 from deltadock.inference.model.kv_cache import KVCache
 from deltadock.inference.model.model import BaseModel
 
@@ -103,7 +103,7 @@ class StaticDecode:
     def _body(self, key: _Key) -> Tensor:
         """The layers, on views of the buffers; the masks are new, for a graph must compute them."""
         kv_slots = self._kv_slots[: key.rows]
-        run = Run(
+        run = DecodeBatch(
             slice(0, key.slots),
             key.tokens,
             self._lengths[: key.slots],
@@ -111,7 +111,7 @@ class StaticDecode:
             places=kv_slots,
             queries=self._queries[: key.slots],
         )
-        step = Step(self._cache, kv_slots, self._positions[: key.rows], runs=[run])
+        step = AttentionMetadata(self._cache, kv_slots, self._positions[: key.rows], runs=[run])
         return self._model.body(self._embedded[:, : key.rows], step)
 
     def _capture(self, key: _Key) -> Callable[[], Tensor]:

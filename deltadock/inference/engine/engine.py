@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 from deltadock.errors import InferenceFailed
-from deltadock.inference.engine.passes import Passes
-from deltadock.inference.engine.sampler import SampledToken, Scores
-from deltadock.inference.engine.scheduler import Scheduler, Work
+from deltadock.inference.engine.model_runner import ModelRunner
+from deltadock.inference.engine.sampler import SampledToken, Sampler
+from deltadock.inference.engine.scheduler import ScheduledChunk, Scheduler
 from deltadock.inference.engine.sequence import Event, FinishReason, Sequence
 from deltadock.inference.model.model import BaseModel
 
@@ -47,7 +47,7 @@ class Engine:
         """
         self.context_tokens = min(context_tokens, model.context_tokens)
         cache = model.make_cache(max(cache_slots, max_sequences), self.context_tokens)
-        self._passes = Passes(model, cache, max_sequences)
+        self._passes = ModelRunner(model, cache, max_sequences)
         self._scheduler = Scheduler(cache, pass_tokens, max_sequences)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
@@ -125,7 +125,7 @@ class Engine:
                 return
             command()
 
-    def _compute(self, work: list[Work]) -> None:
+    def _compute(self, work: list[ScheduledChunk]) -> None:
         """One pass. If it fails, halves are tried, until only the sequences at fault have failed.
 
         A pass writes keys and values to places that its tokens alone determine, so computing
@@ -137,7 +137,7 @@ class Engine:
             logger.exception("A pass of %d sequences failed", len(work))
             failure = error.with_traceback(None)  # it holds the pass's tensors: memory ran out
         else:
-            self._advance(work, Scores(logits))
+            self._advance(work, Sampler(logits))
             return
         if len(work) == 1:
             self._fail(work[0].sequence, failure)
@@ -146,7 +146,7 @@ class Engine:
         self._compute(work[:middle])
         self._compute(work[middle:])
 
-    def _advance(self, work: list[Work], scores: Scores) -> None:
+    def _advance(self, work: list[ScheduledChunk], scores: Sampler) -> None:
         row = 0
         for item in work:
             samples = item.samples
@@ -155,7 +155,7 @@ class Engine:
                 self._draw(item.sequence, scores, row)
                 row += 1
 
-    def _draw(self, sequence: Sequence, scores: Scores, row: int) -> None:
+    def _draw(self, sequence: Sequence, scores: Sampler, row: int) -> None:
         """Draw a sequence's next token and tell what came of it."""
         try:
             token = scores.sample(

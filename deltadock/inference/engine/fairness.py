@@ -21,27 +21,27 @@ class _Account:
     sequences: int = 0
 
 
-class Counters:
-    """A virtual token counter for each digest of weights, the base's included."""
+class VirtualTokenCounters:
+    """A virtual token counter for each digest of model_key, the base's included."""
 
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
 
-    def arrive(self, weights: str) -> None:
+    def arrive(self, model_key: str) -> None:
         """A sequence has come: it waits or runs until `leave`."""
-        account = self._accounts.setdefault(weights, _Account())
+        account = self._accounts.setdefault(model_key, _Account())
         if account.sequences == 0:
             active = [other.served for other in self._accounts.values() if other.sequences]
             account.served = max(account.served, min(active, default=0))
         account.sequences += 1
 
-    def leave(self, weights: str) -> None:
+    def leave(self, model_key: str) -> None:
         """A sequence has ended.
 
         An idle delta's counter is kept while it is above the lowest active one: it would be lifted
         to that one otherwise.
         """
-        self._accounts[weights].sequences -= 1
+        self._accounts[model_key].sequences -= 1
         active = [account.served for account in self._accounts.values() if account.sequences]
         lowest = min(active, default=None)
         self._accounts = {
@@ -50,25 +50,25 @@ class Counters:
             if account.sequences or (lowest is not None and account.served > lowest)
         }
 
-    def owe(self, weights: str, prompt_tokens: int) -> None:
+    def owe(self, model_key: str, prompt_tokens: int) -> None:
         """So many prompt tokens have been taken on, or given up if negative."""
-        self._accounts[weights].owed += PROMPT_WEIGHT * prompt_tokens
+        self._accounts[model_key].owed += PROMPT_WEIGHT * prompt_tokens
 
-    def prompt(self, weights: str, tokens: int) -> None:
+    def prompt(self, model_key: str, tokens: int) -> None:
         """So many of the prompt tokens taken on have been computed."""
-        account = self._accounts[weights]
+        account = self._accounts[model_key]
         account.owed -= PROMPT_WEIGHT * tokens
         account.served += PROMPT_WEIGHT * tokens
 
-    def output(self, weights: str) -> None:
+    def output(self, model_key: str) -> None:
         """A token has been generated."""
-        self._accounts[weights].served += OUTPUT_WEIGHT
+        self._accounts[model_key].served += OUTPUT_WEIGHT
 
-    def served(self, weights: str) -> int:
+    def served(self, model_key: str) -> int:
         """What a delta has been served, in weighted tokens."""
-        return self._accounts[weights].served
+        return self._accounts[model_key].served
 
-    def level(self, weights: str) -> int:
+    def level(self, model_key: str) -> int:
         """What a delta will have been served once the prompts taken on are computed."""
-        account = self._accounts[weights]
+        account = self._accounts[model_key]
         return account.served + account.owed

@@ -108,7 +108,7 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor |
     return probabilities / probabilities.sum(), ids[: probabilities.numel()]
 
 
-class Scores:
+class Sampler:
     """One pass's logits, looked over once for all rows of equal length."""
 
     def __init__(self, logits: Logits) -> None:

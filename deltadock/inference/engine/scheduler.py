@@ -3,8 +3,8 @@
 from collections import Counter, deque
 from typing import Final, NamedTuple
 
-from deltadock.inference.engine.fairness import Counters
-from deltadock.inference.engine.prefixes import CacheSlots, common_prefix
+from deltadock.inference.engine.fairness import VirtualTokenCounters
+from deltadock.inference.engine.prefix_cache import CacheSlots, common_prefix
 from deltadock.inference.engine.sequence import Sequence
 from deltadock.inference.model.kv_cache import KVCache
 
@@ -12,7 +12,7 @@ WORTH_WAITING: Final = 32
 """A sequence waits for another's prompt only if that spares it at least so many tokens."""
 
 
-class Work(NamedTuple):
+class ScheduledChunk(NamedTuple):
     """Compute the tokens `[begin, end)` of a sequence."""
 
     sequence: Sequence
@@ -41,7 +41,7 @@ class Scheduler:
         self._max_running = min(max_running, cache.slots)
         self._queues: dict[str, deque[Sequence]] = {}
         self.slots = CacheSlots(cache)
-        self.counters = Counters()
+        self.counters = VirtualTokenCounters()
         self.running: list[Sequence] = []
         """In the order in which they were admitted."""
 
@@ -57,8 +57,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self.counters.arrive(sequence.weights)
-        self._queues.setdefault(sequence.weights, deque()).append(sequence)
+        self.counters.arrive(sequence.model_key)
+        self._queues.setdefault(sequence.model_key, deque()).append(sequence)
 
     def drop(self, sequence: Sequence, *, keep: bool) -> bool:
         """Take a sequence out and free its cache slot; False if it was not here any more.
@@ -67,104 +67,104 @@ class Scheduler:
         """
         if sequence in self.running:
             self._stop(sequence, keep=keep)
-        elif sequence in self._queues.get(sequence.weights, ()):
-            queue = self._queues[sequence.weights]
+        elif sequence in self._queues.get(sequence.model_key, ()):
+            queue = self._queues[sequence.model_key]
             queue.remove(sequence)
             if not queue:
-                del self._queues[sequence.weights]
+                del self._queues[sequence.model_key]
         else:
             return False
-        self.counters.leave(sequence.weights)
+        self.counters.leave(sequence.model_key)
         return True
 
-    def computed(self, work: Work) -> None:
+    def computed(self, work: ScheduledChunk) -> None:
         """A pass has computed these tokens."""
         sequence = work.sequence
         sequence.computed = work.end
         fresh = min(work.end, sequence.prompt_length) - sequence.charged
         if fresh > 0:
-            self.counters.prompt(sequence.weights, fresh)
+            self.counters.prompt(sequence.model_key, fresh)
             sequence.charged += fresh
 
     def drawn(self, sequence: Sequence) -> None:
         """A token was drawn from finite logits, which vouches for all that led to it."""
         self.slots.confirm(sequence.kv_slot, sequence.computed)
-        self.counters.output(sequence.weights)
+        self.counters.output(sequence.model_key)
 
-    def plan(self) -> list[Work]:
+    def plan(self) -> list[ScheduledChunk]:
         """The next pass, ordered by delta slot, so that each slot's rows lie together."""
         self._admit()
-        work: list[Work] = []
+        work: list[ScheduledChunk] = []
         prompts: list[Sequence] = []
         for sequence in self.running:
             if len(sequence.tokens) - sequence.computed == 1:
-                work.append(Work(sequence, sequence.computed, sequence.computed + 1))
+                work.append(ScheduledChunk(sequence, sequence.computed, sequence.computed + 1))
             else:
                 prompts.append(sequence)
         budget = max(self._pass_tokens - len(work), 1)
-        for sequence in sorted(prompts, key=lambda found: self.counters.served(found.weights)):
+        for sequence in sorted(prompts, key=lambda found: self.counters.served(found.model_key)):
             end = min(len(sequence.tokens), sequence.computed + budget)
             budget -= end - sequence.computed
-            work.append(Work(sequence, sequence.computed, end))
+            work.append(ScheduledChunk(sequence, sequence.computed, end))
             if budget == 0:
                 break
         return sorted(work, key=lambda item: item.sequence.delta_slot)
 
     def _admit(self) -> None:
-        while (weights := self._next()) is not None:
-            queue = self._queues[weights]
+        while (model_key := self._next()) is not None:
+            queue = self._queues[model_key]
             sequence = queue.popleft()
             if not queue:
-                del self._queues[weights]
+                del self._queues[model_key]
             self._start(sequence)
 
     def _next(self) -> str | None:
         """The least served delta with a sequence that can start now; makes room for it."""
-        running = Counter(sequence.weights for sequence in self.running)
+        running = Counter(sequence.model_key for sequence in self.running)
         richest = None
         if len(self.running) == self._max_running:
             richest = max(running, key=lambda found: (running[found], self.counters.level(found)))
             if running[richest] < 2:
                 return None
-        for weights in sorted(
+        for model_key in sorted(
             self._queues, key=lambda found: (self.counters.level(found), running[found])
         ):
             if richest is not None and (
-                running[richest] - running[weights] < 2
-                or self.counters.level(richest) < self.counters.level(weights)
+                running[richest] - running[model_key] < 2
+                or self.counters.level(richest) < self.counters.level(model_key)
             ):
                 continue
-            if not self._awaits_prefix(self._queues[weights][0]):
+            if not self._awaits_prefix(self._queues[model_key][0]):
                 if richest is not None:
                     self._preempt(richest)
-                return weights
+                return model_key
         return None
 
     def _start(self, sequence: Sequence) -> None:
-        sequence.kv_slot, sequence.computed = self.slots.take(sequence.weights, sequence.tokens)
+        sequence.kv_slot, sequence.computed = self.slots.take(sequence.model_key, sequence.tokens)
         cached = min(sequence.computed, sequence.prompt_length)
         sequence.charged = max(sequence.charged, cached)
-        self.counters.owe(sequence.weights, sequence.prompt_length - sequence.charged)
+        self.counters.owe(sequence.model_key, sequence.prompt_length - sequence.charged)
         self.running.append(sequence)
 
     def _stop(self, sequence: Sequence, *, keep: bool) -> None:
         self.running.remove(sequence)
-        self.counters.owe(sequence.weights, sequence.charged - sequence.prompt_length)
+        self.counters.owe(sequence.model_key, sequence.charged - sequence.prompt_length)
         self.slots.give_back(sequence.kv_slot, len(sequence.tokens), keep=keep)
         sequence.kv_slot, sequence.computed = -1, 0
 
-    def _preempt(self, weights: str) -> None:
+    def _preempt(self, model_key: str) -> None:
         """Send the sequence of a delta that was admitted last back to the head of its queue."""
-        last = next(found for found in reversed(self.running) if found.weights == weights)
+        last = next(found for found in reversed(self.running) if found.model_key == model_key)
         self._stop(last, keep=True)
-        self._queues.setdefault(weights, deque()).appendleft(last)
+        self._queues.setdefault(model_key, deque()).appendleft(last)
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
         """Whether a prompt is being computed whose beginning is worth waiting for."""
         for other in self.running:
-            if other.weights != sequence.weights or other.generated:
+            if other.model_key != sequence.model_key or other.generated:
                 continue
-            _, cached = self.slots.find(sequence.weights, sequence.tokens)
+            _, cached = self.slots.find(sequence.model_key, sequence.tokens)
             shared = common_prefix(other.tokens, sequence.tokens, len(sequence.tokens) - 1)
             gain = shared - cached
             if gain >= WORTH_WAITING and 2 * gain >= len(other.tokens) - other.computed:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from deltadock.inference.engine.sampler import SampledToken, SamplingParams
-from deltadock.inference.prompts.tokens import TextStream
+from deltadock.inference.prompts.tokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -30,7 +30,7 @@ class Sequence:
     """The prompt, then what was generated."""
     sampling: SamplingParams
     delta_slot: int
-    weights: str
+    model_key: str
     """Digest of the weights: the artifact's, or the base's. Sequences of equal digests share cached
     keys and values, and are one party where deltas compete. Never a name: names move."""
     eos_ids: frozenset[int]

@@ -20,7 +20,7 @@ from deltadock.inference.http.chat_schemas import (
 )
 from deltadock.inference.http.replies import Reply
 from deltadock.inference.http.schemas import Usage
-from deltadock.inference.prompts.tokens import REPLACEMENT
+from deltadock.inference.prompts.tokenizer import REPLACEMENT
 
 
 class ChatReply(Reply[ChatRequest]):

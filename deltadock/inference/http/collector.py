@@ -6,7 +6,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from deltadock.inference.base import ServedBase
-from deltadock.inference.deltas.tiers import Tier
+from deltadock.inference.deltas.store import Tier
 from deltadock.inference.node import Node
 
 

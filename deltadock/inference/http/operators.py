@@ -6,7 +6,7 @@ Each takes the header Deltadock-Base, for a node that has no base yet, or is to 
 from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel
 
-from deltadock.inference.deltas.tiers import Held, Tier
+from deltadock.inference.deltas.store import Held, Tier
 from deltadock.inference.http.dependencies import ArtifactDigest, NamedBase, NodeDep, only_trusted
 from deltadock.inference.http.problems import ERRORS
 

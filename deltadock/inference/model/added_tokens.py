@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltadock.errors import InvalidArtifact
-from deltadock.inference.model.changes import NewRows, TensorChange
 from deltadock.inference.model.logits import Logits
 from deltadock.inference.model.routing import Routing
+from deltadock.inference.model.weight_deltas import NewRows, TensorDelta
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"
@@ -36,7 +36,7 @@ class AddedTokens:
         self._vocabulary, self._routing, self._tied = vocabulary, routing, tied
         self._tables: dict[int, _Tables] = {}
 
-    def count(self, changes: Mapping[str, TensorChange]) -> int:
+    def count(self, changes: Mapping[str, TensorDelta]) -> int:
         """How many tokens a delta adds.
 
         Raises:
@@ -62,7 +62,7 @@ class AddedTokens:
             )
         return max(counts.values(), default=0)
 
-    def install(self, slot: int, changes: Mapping[str, TensorChange]) -> None:
+    def install(self, slot: int, changes: Mapping[str, TensorDelta]) -> None:
         """Let the rows of `slot` use the tokens that its prepared changes add, if any."""
         found = [changes.get(name) for name in (EMBEDDING, LM_HEAD)]
         added = [change.added for change in found if isinstance(change, NewRows)]

@@ -35,7 +35,7 @@ class Span:
         return self.start + self.end - self.begin
 
 
-class _Chunk:
+class PrefillChunk:
     """One sequence's prefill chunk."""
 
     def __init__(self, span: Span, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class _Chunk:
         return self._masks[window]
 
 
-class Run:
+class DecodeBatch:
     """Decoding sequences in a range of cache slots, one row each."""
 
     def __init__(
@@ -133,7 +133,7 @@ class Run:
 
 
 @dataclass(slots=True)
-class Step:
+class AttentionMetadata:
     """What one pass needs to know of its rows; masks are built once and serve all layers."""
 
     cache: KVCache
@@ -141,38 +141,40 @@ class Step:
     """(rows,) int64: each row's cache slot."""
     positions: Tensor
     """(rows,) int64: each row's position in its sequence."""
-    runs: list[Run] = field(default_factory=list)
-    chunks: list[_Chunk] = field(default_factory=list)
+    runs: list[DecodeBatch] = field(default_factory=list)
+    chunks: list[PrefillChunk] = field(default_factory=list)
 
 
-def make_step(cache: KVCache, spans: list[Span]) -> Step:
+def make_attention_metadata(cache: KVCache, spans: list[Span]) -> AttentionMetadata:
     """Lay out a pass over `spans`, which cover its rows in order."""
     device = cache.keys[0].device
     slots = [span.slot for span in spans for _ in range(span.begin, span.end)]
     positions = [at for span in spans for at in range(span.start, span.length)]
-    step = Step(cache, torch.tensor(slots, device=device), torch.tensor(positions, device=device))
+    step = AttentionMetadata(
+        cache, torch.tensor(slots, device=device), torch.tensor(positions, device=device)
+    )
     run: list[Span] = []
     for span in sorted(spans, key=lambda span: span.slot):
         if span.end - span.begin > 1:
-            step.chunks.append(_Chunk(span, device))
+            step.chunks.append(PrefillChunk(span, device))
             continue
         if run and span.slot > run[-1].slot + 1 + GAP:
-            step.runs.append(_make_run(run, device))
+            step.runs.append(_decode_batch(run, device))
             run = []
         run.append(span)
     if run:
-        step.runs.append(_make_run(run, device))
+        step.runs.append(_decode_batch(run, device))
     return step
 
 
-def _make_run(spans: list[Span], device: torch.device) -> Run:
+def _decode_batch(spans: list[Span], device: torch.device) -> DecodeBatch:
     """The run of decoding sequences, which are in the order of their slots."""
     first, last = spans[0].slot, spans[-1].slot
     rows = [span.begin for span in spans]
     by_slot = {span.slot: span for span in spans}
     at = [by_slot.get(slot, spans[0]) for slot in range(first, last + 1)]
     length = max(span.length for span in spans)
-    return Run(
+    return DecodeBatch(
         slice(first, last + 1),
         length,
         torch.tensor([span.length for span in at], device=device),
@@ -198,7 +200,7 @@ def slotted_attention(
     attention_mask: None,
     *,
     scaling: float,
-    step: Step,
+    step: AttentionMetadata,
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:

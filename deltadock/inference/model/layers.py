@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltadock.inference.model.changes import Change, Coded, CodedRows, LowRank
 from deltadock.inference.model.routing import DeltaModule, Routing
+from deltadock.inference.model.weight_deltas import EncodedDelta, LowRank, RowsDelta, WeightDelta
 from deltadock.kernels.svd_delta import PackedDelta, add_rows
 
 
@@ -22,9 +22,9 @@ class DeltaEmbedding(DeltaModule):
     def __init__(self, embedding: nn.Embedding, routing: Routing) -> None:
         super().__init__(routing)
         self.weight = embedding.weight
-        self._deltas: dict[int, Change] = {}
+        self._deltas: dict[int, WeightDelta] = {}
 
-    def install(self, slot: int, changes: Mapping[str, Change]) -> bool:
+    def install(self, slot: int, changes: Mapping[str, WeightDelta]) -> bool:
         self._deltas[slot] = changes["weight"]
         return False
 
@@ -42,15 +42,15 @@ class DeltaEmbedding(DeltaModule):
                     y[0, rows] = self._changed(y[0, rows], tokens[0, rows], self._deltas[slot])
         return y
 
-    def _changed(self, y: Tensor, tokens: Tensor, change: Change) -> Tensor:
+    def _changed(self, y: Tensor, tokens: Tensor, change: WeightDelta) -> Tensor:
         if isinstance(change, PackedDelta):
             add_rows(y, tokens, change, self.routing.cache)
             return y
         if isinstance(change, LowRank):
             return torch.addmm(y, F.embedding(tokens, change.u), change.v)
-        if isinstance(change, CodedRows):
+        if isinstance(change, RowsDelta):
             return y + change.rows(tokens).to(y.dtype)
-        if isinstance(change, Coded):
+        if isinstance(change, EncodedDelta):
             return y + F.embedding(tokens, self.dense(change, y.dtype))
         return F.embedding(tokens, change)
 
@@ -73,7 +73,7 @@ class DeltaNorm(DeltaModule):
     def _make_weights(self) -> Tensor:
         return self.weight.repeat(self.routing.limits.slots, 1)
 
-    def install(self, slot: int, changes: Mapping[str, Change]) -> bool:
+    def install(self, slot: int, changes: Mapping[str, WeightDelta]) -> bool:
         weight = changes["weight"]
         assert isinstance(weight, Tensor)
         if self._weights is None:

@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltadock.inference.model.changes import Change, Coded, CodedRows, LowRank
 from deltadock.inference.model.product import Product, joined
 from deltadock.inference.model.routing import DeltaModule, Routing
+from deltadock.inference.model.weight_deltas import EncodedDelta, LowRank, RowsDelta, WeightDelta
 from deltadock.kernels.svd_delta import DeltaTable, PackedDelta, reference, svd_delta
 
 
 class _Other(NamedTuple):
     """A change of one linear that is no packed delta."""
 
-    weight: Change | None
+    weight: WeightDelta | None
     bias: Tensor | None
     """The bias itself where the weight is replaced, otherwise its difference from the base's."""
 
@@ -49,7 +49,7 @@ class DeltaLinears(DeltaModule):
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
-    def install(self, slot: int, changes: Mapping[str, Change]) -> bool:
+    def install(self, slot: int, changes: Mapping[str, WeightDelta]) -> bool:
         """Packed weights go into the table, with their biases in them; see `BaseModel.prepare`."""
         packed: list[PackedDelta | None] = []
         others: list[_Other | None] = []
@@ -123,7 +123,7 @@ class DeltaLinears(DeltaModule):
             return F.linear(x, weight, bias)
         if isinstance(weight, LowRank):
             y = torch.addmm(y, F.linear(x, weight.v), weight.u.T)
-        elif isinstance(weight, Coded | CodedRows):
+        elif isinstance(weight, EncodedDelta | RowsDelta):
             y = torch.addmm(y, x, self.dense(weight, x.dtype).T)
         return y if bias is None else y + bias
 
@@ -141,7 +141,7 @@ def _apply(
     weight: Tensor,
     biases: Tensor | None,
     own: slice,
-    change: Change | None,
+    change: WeightDelta | None,
     bias: Tensor | None,
 ) -> None:
     """Apply a change to one linear's part of the joined weights and biases, both float32."""

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from deltadock.errors import InvalidArtifact
 from deltadock.inference.model.added_tokens import EMBEDDING, LM_HEAD, AddedTokens
-from deltadock.inference.model.attention import Step
-from deltadock.inference.model.changes import Change, NewRows, TensorChange, fits, place
+from deltadock.inference.model.attention import AttentionMetadata
 from deltadock.inference.model.kv_cache import KVCache
 from deltadock.inference.model.linears import DeltaLinears
 from deltadock.inference.model.logits import Logits
@@ -21,7 +20,8 @@ from deltadock.inference.model.routing import (
     DeltaModule,
     Routing,
 )
-from deltadock.inference.model.takeover import take_over
+from deltadock.inference.model.takeover import replace_modules
+from deltadock.inference.model.weight_deltas import NewRows, TensorDelta, WeightDelta, fits, place
 from deltadock.kernels.svd_delta import Chunks, PackedDelta, empty_delta
 
 
@@ -41,7 +41,7 @@ class BaseModel:
         self.device: torch.device = model.device
         self._routing = Routing(limits)
         self._slow_slots: set[int] = set()
-        self._owners, self._parameters = take_over(model, self._routing)
+        self._owners, self._parameters = replace_modules(model, self._routing)
         tied: bool = self.config.tie_word_embeddings
         self._added = AddedTokens(self.config.vocab_size, self._routing, tied=tied)
         if tied:
@@ -82,7 +82,7 @@ class BaseModel:
             device=self.device,
         )
 
-    def forward(self, tokens: Tensor, step: Step, slots: Sequence[int]) -> Tensor:
+    def forward(self, tokens: Tensor, step: AttentionMetadata, slots: Sequence[int]) -> Tensor:
         """Hidden states (1, rows, hidden) of the packed `tokens` (rows,); fills the cache.
 
         Row i belongs to the delta slot `slots[i]`. Rows of a slot that lie together are fastest.
@@ -117,7 +117,7 @@ class BaseModel:
         """(1, rows, hidden) of the tokens (rows,) of the pass that `route` began."""
         return self._added.embed(tokens, self.model.model.embed_tokens)
 
-    def body(self, embedded: Tensor, step: Step) -> Tensor:
+    def body(self, embedded: Tensor, step: AttentionMetadata) -> Tensor:
         """All layers over what `embed` gave. On a GPU it neither waits nor reads host memory."""
         hidden: Tensor = self.model.model(
             inputs_embeds=embedded, position_ids=step.positions[None], use_cache=False, step=step
@@ -134,7 +134,7 @@ class BaseModel:
         """Tokens that the rows of `slot` know: the base's, and what its delta adds."""
         return self._added.vocabulary(slot)
 
-    def vocabulary_with(self, changes: Mapping[str, TensorChange]) -> int:
+    def vocabulary_with(self, changes: Mapping[str, TensorDelta]) -> int:
         """Tokens that rows with these changes know.
 
         Raises:
@@ -152,7 +152,7 @@ class BaseModel:
             raise InvalidArtifact(f"The delta changes {name!r}, a tensor that its base lacks.")
         return self._parameters[name].shape
 
-    def prepare(self, changes: Mapping[str, TensorChange]) -> dict[str, TensorChange]:
+    def prepare(self, changes: Mapping[str, TensorDelta]) -> dict[str, TensorDelta]:
         """Bring a delta's changes, by name, to the model's device and dtype, for `install`.
 
         Raises:
@@ -160,11 +160,11 @@ class BaseModel:
         """
         return self.place(self.fit(changes))
 
-    def place(self, changes: Mapping[str, TensorChange]) -> dict[str, TensorChange]:
+    def place(self, changes: Mapping[str, TensorDelta]) -> dict[str, TensorDelta]:
         """Copy what `fit` gave to the model's device; what is there already stays as it is."""
         return {name: place(change, self.device, self.dtype) for name, change in changes.items()}
 
-    def fit(self, changes: Mapping[str, TensorChange]) -> dict[str, TensorChange]:
+    def fit(self, changes: Mapping[str, TensorDelta]) -> dict[str, TensorDelta]:
         """A delta's changes, by name, as `install` takes them, in host memory.
 
         What a bias changes goes into its weight's packed delta.
@@ -189,7 +189,7 @@ class BaseModel:
         self._added.count(found)  # refuses tables of different lengths
         return found
 
-    def _fitting(self, name: str, change: TensorChange) -> TensorChange:
+    def _fitting(self, name: str, change: TensorDelta) -> TensorDelta:
         shape = self.base_shape(name)
         if not fits(change, shape):
             raise InvalidArtifact(
@@ -197,9 +197,9 @@ class BaseModel:
             )
         return change
 
-    def install(self, slot: int, changes: Mapping[str, TensorChange]) -> None:
+    def install(self, slot: int, changes: Mapping[str, TensorDelta]) -> None:
         """Give `slot` its prepared changes. No running sequence may be on the slot."""
-        by_module: dict[DeltaModule, dict[str, Change]] = defaultdict(dict)
+        by_module: dict[DeltaModule, dict[str, WeightDelta]] = defaultdict(dict)
         for name, found in changes.items():
             change = found.old if isinstance(found, NewRows) else found
             if change is not None:

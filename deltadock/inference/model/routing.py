@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from deltadock.inference.model.changes import Change, Coded, CodedRows
+from deltadock.inference.model.weight_deltas import EncodedDelta, RowsDelta, WeightDelta
 from deltadock.kernels.cache import TensorCache
 from deltadock.kernels.svd_delta import Chunks
 
@@ -65,7 +65,7 @@ class DeltaModule(nn.Module, ABC):
         self.routing = routing
 
     @abstractmethod
-    def install(self, slot: int, changes: Mapping[str, Change]) -> bool:
+    def install(self, slot: int, changes: Mapping[str, WeightDelta]) -> bool:
         """Let the rows of `slot` use `changes`, by parameter name.
 
         Returns:
@@ -76,6 +76,6 @@ class DeltaModule(nn.Module, ABC):
     def remove(self, slot: int) -> None:
         """Forget the changes of `slot`, if there are any."""
 
-    def dense(self, change: Coded | CodedRows, dtype: torch.dtype) -> Tensor:
+    def dense(self, change: EncodedDelta | RowsDelta, dtype: torch.dtype) -> Tensor:
         """A coded difference decoded, in the cache if there is room."""
         return self.routing.cache.get(change, lambda: change.dense().to(dtype))

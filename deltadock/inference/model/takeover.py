@@ -16,7 +16,7 @@ Owners = dict[str, list[tuple[DeltaModule, str]]]
 """By a tensor's name: the modules that a change of it acts in, and what they call it."""
 
 
-def take_over(model: Any, routing: Routing) -> tuple[Owners, dict[str, Tensor]]:
+def replace_modules(model: Any, routing: Routing) -> tuple[Owners, dict[str, Tensor]]:
     """Replace every module of `model` that has parameters of its own.
 
     Returns:

@@ -8,10 +8,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from deltadock.inference.engine.decode import StaticDecode
-from deltadock.inference.engine.passes import Passes
-from deltadock.inference.engine.scheduler import Work
-from deltadock.inference.model.changes import NewRows, TensorChange
-from deltadock.inference.prompts.tokens import Tokenizer
+from deltadock.inference.engine.model_runner import ModelRunner
+from deltadock.inference.engine.scheduler import ScheduledChunk
+from deltadock.inference.model.weight_deltas import NewRows, TensorDelta
+from deltadock.inference.prompts.tokenizer import Tokenizer
 from tests.inference.merging import make_delta
 from tests.inference.scheduling import make_sequence
 from tests.kernels import support as kernels
@@ -26,18 +26,18 @@ FAMILIES = [
 @pytest.fixture
 def static_bench(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`make_bench`, whose engines decode on static buffers."""
-    start = Passes.__init__
+    start = ModelRunner.__init__
 
-    def static(self: Passes, *rest: Any) -> None:
+    def static(self: ModelRunner, *rest: Any) -> None:
         start(self, *rest, static=True)
 
-    monkeypatch.setattr(Passes, "__init__", static)
+    monkeypatch.setattr(ModelRunner, "__init__", static)
     return make_bench
 
 
-def packed_delta(model: Any) -> dict[str, TensorChange]:
+def packed_delta(model: Any) -> dict[str, TensorDelta]:
     """Changes that a graph can hold: packed factors, and norms; and two added tokens."""
-    changes: dict[str, TensorChange] = {}
+    changes: dict[str, TensorDelta] = {}
     for seed, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.ndim == 2:
             changed = kernels.make_delta(tuple(parameter.shape), [(6, 3, 3)], seed).packed
@@ -57,7 +57,7 @@ def test_static_decoding_has_the_logits_of_packed_passes(
     bench.install(1, packed_delta(base))
     found = []
     for static in (False, True):
-        passes = Passes(bench.model, bench.model.make_cache(12, 64), 8, static=static)
+        passes = ModelRunner(bench.model, bench.model.make_cache(12, 64), 8, static=static)
         sequences = [
             make_sequence(tokenizer, list(range(3, 3 + length)), slot)
             for length, slot in ((20, 0), (3, 1), (9, 1), (12, 0), (1, 1))
@@ -66,11 +66,13 @@ def test_static_decoding_has_the_logits_of_packed_passes(
             sequence.kv_slot = place
         logits = []
         with torch.inference_mode():
-            passes.logits([Work(one, 0, len(one.tokens)) for one in sequences])
+            passes.logits([ScheduledChunk(one, 0, len(one.tokens)) for one in sequences])
             for token in (7, 264, 9):
                 for one in sequences:
                     one.tokens.append(token if one.delta_slot else 8)
-                work = [Work(one, len(one.tokens) - 1, len(one.tokens)) for one in sequences]
+                work = [
+                    ScheduledChunk(one, len(one.tokens) - 1, len(one.tokens)) for one in sequences
+                ]
                 logits += passes.logits(work).rows()
                 sequences.pop()
         found.append(logits)

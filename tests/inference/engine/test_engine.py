@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deltadock.errors import InvalidArtifact
-from deltadock.inference.model.changes import LowRank, TensorChange
+from deltadock.inference.model.weight_deltas import LowRank, TensorDelta
 from tests.inference.merging import make_delta, merge
 
 PROMPTS = [[1, 2, 3], [5] * 17, [7], list(range(20, 60)), [4, 4], [9] * 6]
@@ -235,7 +235,7 @@ def test_a_delta_of_nans_reaches_nobody_else(
     ],
 )
 def test_a_change_that_does_not_fit_is_refused(
-    make_bench: Any, make_model: Any, name: str, change: TensorChange
+    make_bench: Any, make_model: Any, name: str, change: TensorDelta
 ) -> None:
     with pytest.raises(InvalidArtifact, match=name):
         make_bench(make_model("llama")).model.prepare({name: change})

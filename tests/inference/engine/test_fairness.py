@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from deltadock.inference.engine.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, Counters
+from deltadock.inference.engine.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT, VirtualTokenCounters
 from deltadock.inference.engine.scheduler import Scheduler
-from deltadock.inference.prompts.tokens import Tokenizer
+from deltadock.inference.prompts.tokenizer import Tokenizer
 from tests.inference.scheduling import make_cache, make_sequence, run_pass
 
 NAMES = st.sampled_from(["base", "one", "two"])
@@ -19,7 +19,7 @@ class CountersMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counters = Counters()
+        self.counters = VirtualTokenCounters()
         self.present: Counter[str] = Counter()
         self.owed: defaultdict[str, int] = defaultdict(int)
 
@@ -99,7 +99,7 @@ def test_deltas_that_always_wait_are_served_alike(
     scheduler = Scheduler(make_cache(places, 128), budget, places)
     longest = max(PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * answer for prompt, answer in shapes)
     for _ in range(150):
-        waiting = Counter(sequence.weights for sequence in scheduler.waiting)
+        waiting = Counter(sequence.model_key for sequence in scheduler.waiting)
         for slot, (prompt, answer) in enumerate(shapes):
             for _ in range(waiting[f"digest-{slot}"], places + 1):
                 scheduler.add(make_sequence(tokenizer, prompt, slot, max_tokens=answer))

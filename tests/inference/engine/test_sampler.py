@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from deltadock.inference.engine.sampler import (
+    Sampler,
     SamplingParams,
-    Scores,
     adjusted,
     candidates,
     make_generator,
@@ -84,7 +84,7 @@ def test_what_is_adjusted_is_drawn_and_the_log_probability_stays_the_models(
     temperature: float,
 ) -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
-    scores = Scores(Logits(logits))
+    scores = Sampler(Logits(logits))
     params = SamplingParams(temperature=temperature, logit_bias={2: 100.0}, logprobs=1)
     biased = scores.sample(0, params, make_generator(params, 0), [0], 1)
     assert biased.id == 2
@@ -98,13 +98,13 @@ def test_what_is_adjusted_is_drawn_and_the_log_probability_stays_the_models(
 def test_next_to_no_temperature_is_none(temperature: float) -> None:
     params = SamplingParams(temperature=temperature)
     assert make_generator(params, 0) is None
-    scores = Scores(Logits(torch.tensor([[1.0, 9.0, 2.0]])))
+    scores = Sampler(Logits(torch.tensor([[1.0, 9.0, 2.0]])))
     assert scores.sample(0, params, None, [0], 1).id == 1
 
 
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    scores, params = Scores(Logits(logits[None])), SamplingParams(seed=0)
+    scores, params = Sampler(Logits(logits[None])), SamplingParams(seed=0)
     generator = make_generator(params, 0)
     drawn = [scores.sample(0, params, generator, [], 0).id for _ in range(4000)]
     shares = torch.bincount(torch.tensor(drawn), minlength=4) / 4000
@@ -129,7 +129,7 @@ def test_broken_logits_are_refused(bad: float, temperature: float) -> None:
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     params = SamplingParams(temperature=temperature)
-    scores = Scores(Logits(logits))
+    scores = Sampler(Logits(logits))
     assert scores.sample(0, params, make_generator(params, 0), [], 0).id in range(5)
     with pytest.raises(FloatingPointError, match="not finite"):
         scores.sample(1, params, make_generator(params, 0), [], 0)
@@ -140,7 +140,7 @@ def test_only_longer_rows_have_the_tokens_past_the_others(temperature: float) ->
     known = torch.zeros(4, 5)
     known[3, 0] = float("inf")
     added = torch.tensor([[50.0, 0.0], [0.0, float("nan")]])
-    scores = Scores(Logits(known, [([2, 0], torch.cat([known[[2, 0]], added], -1))]))
+    scores = Sampler(Logits(known, [([2, 0], torch.cat([known[[2, 0]], added], -1))]))
     params = SamplingParams(temperature=temperature, logprobs=2)
     generator = make_generator(params, 0)
     assert scores.sample(2, params, generator, [], 0).id == 5

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltadock.inference.engine.scheduler import Scheduler
-from deltadock.inference.prompts.tokens import Tokenizer
+from deltadock.inference.prompts.tokenizer import Tokenizer
 from tests.inference.scheduling import make_cache, make_sequence, run_pass
 
 
@@ -106,7 +106,7 @@ def test_a_place_goes_to_the_delta_that_has_none(tokenizer: Tokenizer) -> None:
     run_pass(scheduler)
     assert others[0].generated == 1, "at once"
     run_pass(scheduler)
-    assert Counter(sequence.weights for sequence in scheduler.running) == {
+    assert Counter(sequence.model_key for sequence in scheduler.running) == {
         "digest-1": 2,
         "digest-2": 2,
     }
@@ -129,11 +129,11 @@ def time_to_first_token(
     quiet, arrived, waited = [], {}, {}
     for passes in range(400):
         if passes % every == 0:
-            quiet.append(make_sequence(tokenizer, prompt, 1, weights="quiet"))
+            quiet.append(make_sequence(tokenizer, prompt, 1, model_key="quiet"))
             arrived[quiet[-1]] = passes
             scheduler.add(quiet[-1])
             for _ in range(flood):
-                scheduler.add(make_sequence(tokenizer, prompt, 2, weights=sender))
+                scheduler.add(make_sequence(tokenizer, prompt, 2, model_key=sender))
         run_pass(scheduler)
         for sequence in quiet:
             if sequence.generated:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from deltadock.errors import InvalidArtifact
-from deltadock.inference.model.attention import Span, make_step
-from deltadock.inference.model.changes import NewRows, TensorChange
+from deltadock.inference.model.attention import Span, make_attention_metadata
 from deltadock.inference.model.logits import Logits
 from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.weight_deltas import NewRows, TensorDelta
 from tests.inference.conftest import VOCABULARY, Bench
 from tests.inference.merging import make_delta, merge
 
@@ -24,7 +24,7 @@ OWN = [1, VOCABULARY, 3, VOCABULARY + ADDED - 1, 7]
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
-def deltas(base: Any) -> dict[int, dict[str, TensorChange]]:
+def deltas(base: Any) -> dict[int, dict[str, TensorDelta]]:
     """Slot 1 adds no tokens; what changes in the old rows is another kind in each of the others."""
     unchanged = make_delta(base, 4, added=ADDED - 2)
     for name, change in unchanged.items():
@@ -90,7 +90,7 @@ def pass_over(model: BaseModel, prompts: list[list[int]]) -> Logits:
     spans = [Span(i, i * length, (i + 1) * length, 0) for i in range(len(prompts))]
     slots = [slot for slot, prompt in enumerate(prompts) for _ in prompt]
     with torch.inference_mode():
-        step = make_step(model.make_cache(len(prompts), 8), spans)
+        step = make_attention_metadata(model.make_cache(len(prompts), 8), spans)
         hidden = model.forward(torch.tensor(prompts).flatten(), step, slots)
         return model.logits(hidden, slots)
 
@@ -155,7 +155,7 @@ def test_rows_that_do_not_fit_are_refused(
     make_bench: Callable[..., Bench],
     make_model: Any,
     tied: bool,
-    changes: dict[str, TensorChange],
+    changes: dict[str, TensorDelta],
     words: str,
 ) -> None:
     model = make_bench(make_model("qwen3", tie_word_embeddings=tied)).model

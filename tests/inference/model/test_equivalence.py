@@ -17,11 +17,11 @@ from deltadock.compression.catalogue import METHODS
 from deltadock.compression.pipeline import compress
 from deltadock.compression.run import CompressOptions
 from deltadock.inference.deltas.reading import ArtifactSource, place_delta, read_delta
-from deltadock.inference.engine.passes import Passes
-from deltadock.inference.engine.scheduler import Work
+from deltadock.inference.engine.model_runner import ModelRunner
+from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.model.loading import load_base
 from deltadock.inference.model.routing import DeltaLimits
-from deltadock.inference.prompts.tokens import Tokenizer, read_tokenizer_files
+from deltadock.inference.prompts.tokenizer import Tokenizer, read_tokenizer_files
 from tests.inference.conftest import VOCABULARY
 from tests.inference.scheduling import make_sequence
 
@@ -114,13 +114,17 @@ def test_every_method_in_one_batch_has_the_logits_of_its_merged_checkpoint(
     ]
     for place, sequence in enumerate(sequences):
         sequence.kv_slot = place
-    passes = Passes(model, model.make_cache(len(sequences), 64), len(sequences))
+    passes = ModelRunner(model, model.make_cache(len(sequences), 64), len(sequences))
     with torch.inference_mode():
-        found = [passes.logits([Work(item, 0, len(item.tokens)) for item in sequences]).rows()]
+        found = [
+            passes.logits([ScheduledChunk(item, 0, len(item.tokens)) for item in sequences]).rows()
+        ]
         for token in CONTINUED:
             for item in sequences:
                 item.tokens += known([token], vocabularies[item.delta_slot])
-            work = [Work(item, len(item.tokens) - 1, len(item.tokens)) for item in sequences]
+            work = [
+                ScheduledChunk(item, len(item.tokens) - 1, len(item.tokens)) for item in sequences
+            ]
             found.append(passes.logits(work).rows())
     logits = [torch.stack(steps) for steps in zip(*found, strict=True)]
     for slot, folder in enumerate(references):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deltadock.errors import InvalidInput, UnsupportedModel
 from deltadock.inference.prompts.chat import ChatFormat, Conversation, TemplateSandbox, chat_format
-from deltadock.inference.prompts.tokens import Tokenizer, read_tokenizer_files
+from deltadock.inference.prompts.tokenizer import Tokenizer, read_tokenizer_files
 
 CHATML = """
 {%- if messages[0].role == 'system' %}

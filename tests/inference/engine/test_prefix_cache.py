@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from deltadock.inference.engine.prefixes import CacheSlots, common_prefix
+from deltadock.inference.engine.prefix_cache import CacheSlots, common_prefix
 from tests.inference.scheduling import make_cache
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
@@ -57,8 +57,8 @@ def test_a_running_sequences_prompt_is_copied() -> None:
 
 def test_the_least_recently_used_prefix_goes_first() -> None:
     slots = CacheSlots(make_cache(2))
-    for weights in ("a", "b"):
-        slot, _ = slots.take(weights, [1, 2, 3])
+    for model_key in ("a", "b"):
+        slot, _ = slots.take(model_key, [1, 2, 3])
         slots.confirm(slot, 3)
         slots.give_back(slot, 3, keep=True)
     slot, _ = slots.take("a", [1, 2, 3, 4])
@@ -89,33 +89,33 @@ class SlotsMachine(RuleBasedStateMachine):
         self.running: dict[int, tuple[int, list[int], int]] = {}
 
     @staticmethod
-    def mark(weights: int, tokens: list[int], at: int) -> float:
-        return float(hash((weights, *tokens[: at + 1])) % 1009 + 1)
+    def mark(model_key: int, tokens: list[int], at: int) -> float:
+        return float(hash((model_key, *tokens[: at + 1])) % 1009 + 1)
 
     @precondition(lambda self: self.slots.free)
-    @rule(weights=st.integers(0, 2), tokens=TOKENS)
-    def take(self, weights: int, tokens: list[int]) -> None:
-        slot, found = self.slots.take(str(weights), tokens)
+    @rule(model_key=st.integers(0, 2), tokens=TOKENS)
+    def take(self, model_key: int, tokens: list[int]) -> None:
+        slot, found = self.slots.take(str(model_key), tokens)
         assert slot not in self.running
         assert found < len(tokens)
         for at in range(found):
-            assert self.cache.keys[0][slot, 0, at, 0] == self.mark(weights, tokens, at)
-        self.running[slot] = (weights, tokens, found)
+            assert self.cache.keys[0][slot, 0, at, 0] == self.mark(model_key, tokens, at)
+        self.running[slot] = (model_key, tokens, found)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), broken=st.booleans())
     def compute(self, data: st.DataObject, broken: bool) -> None:
         slot = data.draw(st.sampled_from(sorted(self.running)))
-        weights, tokens, done = self.running[slot]
+        model_key, tokens, done = self.running[slot]
         for layer in (*self.cache.keys, *self.cache.values):
             for at in range(done, len(tokens)):
-                layer[slot, :, at] = float("nan") if broken else self.mark(weights, tokens, at)
+                layer[slot, :, at] = float("nan") if broken else self.mark(model_key, tokens, at)
         if broken:
             self.slots.give_back(slot, len(tokens), keep=False)
             del self.running[slot]
         else:
             self.slots.confirm(slot, len(tokens))
-            self.running[slot] = (weights, tokens, len(tokens))
+            self.running[slot] = (model_key, tokens, len(tokens))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), keep=st.booleans())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from deltadock.errors import InvalidArtifact, InvalidInput, UnsupportedModel
 from deltadock.inference.prompts.generation_config import SamplingDefaults
-from deltadock.inference.prompts.tokens import TextStream, Tokenizer
+from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
 
 
 def stream(

@@ -24,7 +24,7 @@ from deltadock.errors import (
     Unavailable,
 )
 from deltadock.inference.deltas.disk import DiskTier
-from deltadock.inference.deltas.tiers import DeltaTiers
+from deltadock.inference.deltas.store import DeltaStore
 from deltadock.inference.metrics import Metrics
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.cache import FileCache
@@ -53,7 +53,7 @@ class Site:
         self.merged: int | None = None
         self.faults: Counter[str] = Counter()
         """How many of the next reads or placements fail, and as what."""
-        self.tiers = DeltaTiers(
+        self.tiers = DeltaStore(
             DiskTier(self.files, disk),
             host_bytes=host,
             slots=slots,

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltadock.errors import Conflict, Unavailable
-from deltadock.inference.deltas import favourite
-from deltadock.inference.deltas.favourite import (
+from deltadock.inference.deltas import hot_adapter
+from deltadock.inference.deltas.hot_adapter import (
     LEAST_TOKENS,
     SHARE,
     WINDOW_TOKENS,
     Favourite,
-    Traffic,
+    TrafficShares,
 )
 
 
@@ -38,8 +38,8 @@ def after(tiers: Tiers, *served: tuple[str, int]) -> list[str]:
 
     async def scenario() -> None:
         favourite = Favourite(tiers, "base")
-        for weights, tokens in served:
-            favourite.served(weights, tokens)
+        for model_key, tokens in served:
+            favourite.served(model_key, tokens)
             for _ in range(3):
                 await asyncio.sleep(0)
 
@@ -65,7 +65,7 @@ def test_what_cannot_be_merged_is_left_and_what_is_in_use_tried_again(
 
 
 def test_what_failed_is_tried_again_after_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(favourite, "REST_SECONDS", 0.0)
+    monkeypatch.setattr(hot_adapter, "REST_SECONDS", 0.0)
     tiers = Tiers()
     tiers.error = Unavailable("no memory")
     assert after(tiers, ("a", LEAST_TOKENS), ("a", 1)) == ["a", "a"]
@@ -95,13 +95,13 @@ def test_a_merge_that_goes_on_can_be_stopped() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, WINDOW_TOKENS)), max_size=20))
 def test_a_favourite_has_its_share_of_recent_tokens(served: list[tuple[str, int]]) -> None:
-    traffic = Traffic()
-    for weights, tokens in served:
-        traffic.add(weights, tokens)
+    traffic = TrafficShares()
+    for model_key, tokens in served:
+        traffic.add(model_key, tokens)
     found = traffic.favourite
     total = sum(tokens for _, tokens in served)
     if total <= WINDOW_TOKENS:
-        own = sum(tokens for weights, tokens in served if weights == found)
+        own = sum(tokens for model_key, tokens in served if model_key == found)
         assert found is None or own >= SHARE * total >= SHARE * LEAST_TOKENS
     for _ in range(8):
         traffic.add("z", WINDOW_TOKENS)

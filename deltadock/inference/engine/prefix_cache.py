@@ -1,6 +1,6 @@
 """Which sequence is in which cache slot, and what a slot still holds for the next one.
 
-What a sequence leaves in its slot serves the next one of the same weights whose tokens begin alike.
+What a sequence leaves in its slot serves the next one of the same model whose tokens begin alike.
 Weights are known by digest, so a name that moves to other bytes finds nothing; a cache belongs to
 one base. Two rules keep a broken delta's NaN where it is (a masked position is still read, and
 0 * NaN is NaN): only what has led to finite logits is shared, and a slot passes from one digest to
@@ -17,7 +17,7 @@ class _Held:
     """A slot's contents: keys and values of the first `confirmed` of `tokens` are known to be good;
     the first `written` positions may hold anything."""
 
-    weights: str
+    model_key: str
     tokens: list[int]
     confirmed: int
     written: int
@@ -38,24 +38,24 @@ class CacheSlots:
         """How many more sequences fit."""
         return len(self._free)
 
-    def find(self, weights: str, tokens: list[int]) -> tuple[int, int]:
+    def find(self, model_key: str, tokens: list[int]) -> tuple[int, int]:
         """(slot, n): the slot that holds most, n, of the first tokens; (-1, 0) if none does.
 
         The last token is never among them: its logits are not in the cache.
         """
         best = (0, False, -1)
         for slot, held in self._held.items():
-            if held.weights == weights:
+            if held.model_key == model_key:
                 count = common_prefix(held.tokens, tokens, min(held.confirmed, len(tokens) - 1))
                 best = max(best, (count, slot in self._free, slot))
         return (best[2], best[0]) if best[0] else (-1, 0)
 
-    def take(self, weights: str, tokens: list[int]) -> tuple[int, int]:
+    def take(self, model_key: str, tokens: list[int]) -> tuple[int, int]:
         """A free slot, and how many of the sequence's `tokens` are computed in it already.
 
         `tokens` may grow while the sequence runs; `confirm` says how far they are computed.
         """
-        source, count = self.find(weights, tokens)
+        source, count = self.find(model_key, tokens)
         # Continuing in place would waste a slot that holds much more than what is shared.
         if source in self._free and 2 * count >= self._held[source].confirmed:
             slot = source
@@ -63,13 +63,13 @@ class CacheSlots:
             slot = next(iter(self._free))
         held = self._held.get(slot)
         written = held.written if held is not None else 0
-        if held is not None and held.weights != weights:
+        if held is not None and held.model_key != model_key:
             self._cache.erase(slot, 0, written)
             written = 0
         if count and slot != source:
             self._cache.copy(source, slot, count)
         del self._free[slot]
-        self._held[slot] = _Held(weights, tokens, count, max(written, count))
+        self._held[slot] = _Held(model_key, tokens, count, max(written, count))
         self.reused_tokens += count
         return slot, count
 

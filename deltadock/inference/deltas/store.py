@@ -40,7 +40,7 @@ class Held(NamedTuple):
     pinned: bool = False
 
 
-class DeltaTiers:
+class DeltaStore:
     """One base's deltas in every tier. Belongs to one event loop."""
 
     def __init__(

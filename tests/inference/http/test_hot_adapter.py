@@ -9,15 +9,15 @@ from typing import Any
 import httpx
 import pytest
 
-from deltadock.inference.deltas import favourite
+from deltadock.inference.deltas import hot_adapter
 from tests.inference.support import PROMPT, RunningNode, Site, expected_text, start
 
 
 def test_who_takes_most_of_the_traffic_is_merged(
     site: Site, tmp_path: Path, generate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(favourite, "LEAST_TOKENS", 100)
-    monkeypatch.setattr(favourite, "WINDOW_TOKENS", 400)
+    monkeypatch.setattr(hot_adapter, "LEAST_TOKENS", 100)
+    monkeypatch.setattr(hot_adapter, "WINDOW_TOKENS", 400)
     first, second = site.artifacts
     wanted = {artifact: expected_text(site, artifact, generate, 24) for artifact in site.models}
     with start(site, tmp_path, node_max_deltas=3, node_merge=True) as node:

@@ -21,7 +21,7 @@ REST_SECONDS: Final = 600.0
 """A merge that failed, for want of memory say, is not tried again before that."""
 
 
-class Traffic:
+class TrafficShares:
     """Tokens by weights, the recent ones counting most."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Favourite:
     def __init__(self, merges: Merges, base: str) -> None:
         """`base` is what the bare base's traffic is counted under."""
         self._merges, self._base = merges, base
-        self._traffic = Traffic()
+        self._traffic = TrafficShares()
         self._rests: dict[str, float] = {}
         """When (seconds of the monotonic clock) one that failed may be tried again."""
         self._task: asyncio.Task[None] | None = None

@@ -35,11 +35,18 @@ from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact
 from deltadock.inference.deltas.reading import ArtifactSource, place_delta, read_delta
 from deltadock.inference.model import linears
-from deltadock.inference.model.attention import Span, make_step
-from deltadock.inference.model.changes import Change, Coded, CodedRows, LowRank, NewRows, nbytes
+from deltadock.inference.model.attention import Span, make_attention_metadata
 from deltadock.inference.model.loading import load_base
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.routing import DeltaLimits
+from deltadock.inference.model.weight_deltas import (
+    EncodedDelta,
+    LowRank,
+    NewRows,
+    RowsDelta,
+    WeightDelta,
+    nbytes,
+)
 from deltadock.kernels.svd_delta import PackedDelta
 from deltadock.kernels.svd_delta.reference import unpack
 from tests.artifacts.samples import rows_sample
@@ -115,7 +122,7 @@ def logits_of(model: BaseModel, prompts: list[tuple[list[int], int]]) -> list[Te
     slots = [slot for prompt, slot in prompts for _ in prompt]
     tokens = torch.tensor([token for prompt, _ in prompts for token in prompt])
     with torch.inference_mode():
-        step = make_step(model.make_cache(len(prompts), 32), spans)
+        step = make_attention_metadata(model.make_cache(len(prompts), 32), spans)
         rows = model.logits(model.forward(tokens, step, slots), slots).rows()
     return [torch.stack(rows[span.begin : span.end]) for span in spans]
 
@@ -286,11 +293,11 @@ def test_a_graph_holds_passes_without_work_slot_by_slot(base_folder: Path) -> No
 
 
 EXPECTED = {
-    "rows": "CodedRows",
-    "rows deflated": "CodedRows",
+    "rows": "RowsDelta",
+    "rows deflated": "RowsDelta",
     "low-rank": "LowRank",
-    "sparse": "Coded",
-    "sum": "Coded",
+    "sparse": "EncodedDelta",
+    "sum": "EncodedDelta",
 }
 
 
@@ -349,14 +356,14 @@ def test_what_cannot_be_decoded_is_refused_when_it_is_loaded(tmp_path: Path) -> 
             source.change("short", torch.Size((96, 64)))
 
 
-def difference(change: Change) -> Tensor:
+def difference(change: WeightDelta) -> Tensor:
     """(h_out, h_in), by a product with the identity where the change has factors."""
     if isinstance(change, PackedDelta):
         u, s, v, _ = unpack(change)
         return (u * s) @ v
     if isinstance(change, LowRank):
         return change.u @ change.v
-    assert isinstance(change, Coded | CodedRows)
+    assert isinstance(change, EncodedDelta | RowsDelta)
     return change.dense()
 
 
@@ -366,6 +373,6 @@ def test_single_rows_are_those_of_the_whole(seed: int, height: int, width: int) 
     encoded = rows_sample((height, width), rng).encoded
     numbers = rng.integers(0, height, 5)
     want = decode_dense(encoded)
-    change = CodedRows.of(encoded)
+    change = RowsDelta.of(encoded)
     assert torch.equal(change.dense(), torch.from_numpy(want))
     assert torch.equal(change.rows(torch.from_numpy(numbers)), torch.from_numpy(want[numbers]))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from deltadock.errors import UnsupportedModel
 from deltadock.inference.model.linears import DeltaLinears, Output
 from deltadock.inference.model.routing import DeltaLimits, DeltaModule, Routing
-from deltadock.inference.model.takeover import take_over
+from deltadock.inference.model.takeover import replace_modules
 from deltadock.kernels.svd_delta import Chunks
 
 
@@ -28,7 +28,7 @@ class Model(nn.Module):
 
 def routed(model: nn.Module) -> tuple[dict[str, list[tuple[DeltaModule, str]]], dict[str, Tensor]]:
     routing = Routing(DeltaLimits(slots=2, rows=4))
-    owners, tensors = take_over(model, routing)
+    owners, tensors = replace_modules(model, routing)
     modules = {module for found in owners.values() for module, _ in found}
     tables = [module.table for module in modules if isinstance(module, DeltaLinears)]
     routing.chunks = Chunks(4, 2, tables)

@@ -2,8 +2,8 @@
 
 PackedDelta   an `svd` matrix, packed as in the artifact: it runs through `kernels.svd_delta`
 LowRank       factors as a LoRA adapter has them, in the model's dtype: two products a slot
-CodedRows     a `rows` matrix, its words as in the artifact
-Coded         a matrix of any other kind, as in the artifact
+RowsDelta     a `rows` matrix, its words as in the artifact
+EncodedDelta         a matrix of any other kind, as in the artifact
 Tensor        takes the place of the base's tensor
 NewRows       one of these, and rows that the base's tensor lacks
 
@@ -33,7 +33,7 @@ class LowRank(NamedTuple):
     """(rank, h_in)"""
 
 
-class Coded:
+class EncodedDelta:
     """A weight difference as the artifact codes it, in host memory.
 
     Attributes:
@@ -49,16 +49,16 @@ class Coded:
         self.nbytes = encoded.nbytes
         self._encoded, self._device, self._dtype = encoded, device, dtype
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Coded":
+    def to(self, device: torch.device, dtype: torch.dtype) -> "EncodedDelta":
         """The same, decoded to a device and dtype."""
-        return Coded(self._encoded, device, dtype)
+        return EncodedDelta(self._encoded, device, dtype)
 
     def dense(self) -> Tensor:
         """The difference, in the tensor's shape."""
         return torch.from_numpy(decode_dense(self._encoded)).to(self._device, self._dtype)
 
 
-class _Run(NamedTuple):
+class _RowBlock(NamedTuple):
     """Stored rows of one width."""
 
     first: int
@@ -67,7 +67,7 @@ class _Run(NamedTuple):
     word: int
 
 
-class CodedRows:
+class RowsDelta:
     """A matrix difference of directly coded rows, on the model's device.
 
     Attributes:
@@ -85,12 +85,12 @@ class CodedRows:
         self._runs = []
         first = word = 0
         for run in record["runs"]:
-            self._runs.append(_Run(first, run["count"], run["bits"], word))
+            self._runs.append(_RowBlock(first, run["count"], run["bits"], word))
             first += run["count"]
             word += segment_words(run["count"], self.shape[1], run["bits"])
 
     @classmethod
-    def of(cls, encoded: Encoded) -> "CodedRows":
+    def of(cls, encoded: Encoded) -> "RowsDelta":
         """A `rows` matrix, not deflated, copied from the file.
 
         Raises:
@@ -106,15 +106,15 @@ class CodedRows:
             found["column_scale"] = segments["column_scale"].astype(np.float32)
         return cls(record, {name: torch.from_numpy(array) for name, array in found.items()})
 
-    def to(self, device: torch.device) -> "CodedRows":
+    def to(self, device: torch.device) -> "RowsDelta":
         """The same on another device."""
-        return CodedRows(
+        return RowsDelta(
             self._record, {n: tensor.to(device) for n, tensor in self._tensors.items()}
         )
 
-    def pin_memory(self) -> "CodedRows":
+    def pin_memory(self) -> "RowsDelta":
         """The same in page-locked memory."""
-        return CodedRows(self._record, {n: held.pin_memory() for n, held in self._tensors.items()})
+        return RowsDelta(self._record, {n: held.pin_memory() for n, held in self._tensors.items()})
 
     def rows(self, numbers: Tensor) -> Tensor:
         """(n, columns) float32, the rows that `numbers` (n,) int64 names."""
@@ -142,23 +142,23 @@ class CodedRows:
         return self.rows(torch.arange(self.shape[0], device=self._tensors["place"].device))
 
 
-Change = PackedDelta | LowRank | CodedRows | Coded | Tensor
+WeightDelta = PackedDelta | LowRank | RowsDelta | EncodedDelta | Tensor
 
 
 class NewRows(NamedTuple):
     """A matrix with more rows than the base's."""
 
-    old: Change | None
+    old: WeightDelta | None
     """What becomes of the base's rows; None: nothing."""
     added: Tensor
     """(added rows, columns)"""
 
 
-TensorChange = Change | NewRows
+TensorDelta = WeightDelta | NewRows
 """All that a delta can do to a tensor."""
 
 
-def nbytes(change: TensorChange) -> int:
+def nbytes(change: TensorDelta) -> int:
     """Bytes of memory that a change holds."""
     if isinstance(change, NewRows):
         return change.added.nbytes + (0 if change.old is None else nbytes(change.old))
@@ -167,7 +167,7 @@ def nbytes(change: TensorChange) -> int:
     return change.nbytes
 
 
-def fits(change: TensorChange, shape: torch.Size) -> bool:
+def fits(change: TensorDelta, shape: torch.Size) -> bool:
     """Whether a base's tensor of this shape can have the change."""
     if isinstance(change, NewRows):
         same_columns = len(shape) == 2 and change.added.shape[1:] == shape[1:]
@@ -182,10 +182,10 @@ def fits(change: TensorChange, shape: torch.Size) -> bool:
 
 
 @overload
-def place(change: Change, device: torch.device, dtype: torch.dtype) -> Change: ...
+def place(change: WeightDelta, device: torch.device, dtype: torch.dtype) -> WeightDelta: ...
 @overload
-def place(change: TensorChange, device: torch.device, dtype: torch.dtype) -> TensorChange: ...
-def place(change: TensorChange, device: torch.device, dtype: torch.dtype) -> TensorChange:
+def place(change: TensorDelta, device: torch.device, dtype: torch.dtype) -> TensorDelta: ...
+def place(change: TensorDelta, device: torch.device, dtype: torch.dtype) -> TensorDelta:
     """The change in the memory of a model's device; what is in no code, in the model's dtype."""
     if isinstance(change, NewRows):
         old, added = change
@@ -193,9 +193,9 @@ def place(change: TensorChange, device: torch.device, dtype: torch.dtype) -> Ten
             None if old is None else place(old, device, dtype),
             added.to(device, dtype).contiguous(),
         )
-    if isinstance(change, PackedDelta | CodedRows):
+    if isinstance(change, PackedDelta | RowsDelta):
         return change.to(device)
-    if isinstance(change, Coded):
+    if isinstance(change, EncodedDelta):
         return change.to(device, dtype)
     if isinstance(change, LowRank):
         return LowRank(*(tensor.to(device, dtype).contiguous() for tensor in change))
@@ -203,21 +203,21 @@ def place(change: TensorChange, device: torch.device, dtype: torch.dtype) -> Ten
 
 
 @overload
-def pinned(change: Change) -> Change: ...
+def pinned(change: WeightDelta) -> WeightDelta: ...
 @overload
-def pinned(change: TensorChange) -> TensorChange: ...
-def pinned(change: TensorChange) -> TensorChange:
+def pinned(change: TensorDelta) -> TensorDelta: ...
+def pinned(change: TensorDelta) -> TensorDelta:
     """The change in page-locked memory, from which a GPU copies at full speed."""
     if isinstance(change, NewRows):
         old, added = change
         return NewRows(None if old is None else pinned(old), added.pin_memory())
     if isinstance(change, PackedDelta):
         return replace(change, words=change.words.pin_memory())
-    if isinstance(change, CodedRows):
+    if isinstance(change, RowsDelta):
         return change.pin_memory()
     if isinstance(change, LowRank):
         return LowRank(*(tensor.pin_memory() for tensor in change))
-    return change if isinstance(change, Coded) else change.pin_memory()
+    return change if isinstance(change, EncodedDelta) else change.pin_memory()
 
 
 def low_rank(u: Tensor, s: Tensor, v: Tensor) -> LowRank:
