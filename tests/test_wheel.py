@@ -1,0 +1,154 @@
+"""The wheel, installed in an environment of its own, beside everything that has similar names.
+
+The environment sees the test environment's dependencies, but not its editable Deltadock. Commands
+run in a folder full of modules with which a bare import, or one from the working directory, would
+collide: the user's `api/`, `client.py`, `redis.py`; Hugging Face's `kernels`; and `compression`,
+which is in Python's standard library from 3.14 on.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+import deltadock
+from deltadock.cli.processes import Child, free_ports
+
+ROOT = Path(__file__).parents[1]
+SHADOWS = ("api/__init__", "client", "redis", "storage", "torch", "workers/__init__")
+HF_KERNELS = "kernels==0.17.2"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A virtual environment with the wheel, and the folder that its commands run in."""
+
+    bin: Path
+    folder: Path
+    variables: Mapping[str, str]
+
+    def run(self, *command: str | Path, timeout: float = 60) -> str:
+        """The output of a command of this environment."""
+        result = subprocess.run(
+            [self.bin / command[0], *command[1:]],
+            cwd=self.folder,
+            env=self.variables,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: setuptools writes beside the sources."""
+    sources, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in names.splitlines():
+        if name.startswith(("tests/", "docs/", "benchmarks/")) or not (ROOT / name).exists():
+            continue
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, sources / name, follow_symlinks=False)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", out, sources], check=True)
+    [wheel] = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    environment = tmp_path_factory.mktemp("environment")
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    packages = sysconfig.get_path("purelib", vars={"base": str(environment)})
+    Path(packages, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    install = [sys.executable, "-m", "pip", "--quiet", "--python", python, "install", "--no-deps"]
+    subprocess.run([*install, "--disable-pip-version-check", wheel, HF_KERNELS], check=True)
+
+    # As in 3.14: found before everything that is installed.
+    library = tmp_path_factory.mktemp("library")
+    (library / "compression").mkdir()
+    (library / "compression" / "__init__.py").write_text("STANDARD_LIBRARY = True\n")
+
+    folder = tmp_path_factory.mktemp("project")
+    for name in SHADOWS:
+        path = folder / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'raise ImportError("the user\'s {name} was imported")\n')
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return Installation(
+        environment / "bin",
+        folder,
+        variables
+        | {"PYTHONPATH": str(library), "DELTADOCK_DEVICE": "cpu", "COLUMNS": "200", "TERM": "dumb"},
+    )
+
+
+def test_it_installs_one_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"deltadock"}
+    assert "deltadock/py.typed" in names
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    for source in (ROOT / "deltadock").rglob("*"):
+        if source.suffix in {".py", ".html", ".js", ".css", ".mako", ".jinja"}:
+            assert f"deltadock/{source.relative_to(ROOT / 'deltadock')}" in names
+
+
+def test_its_neighbours_keep_their_names(installation: Installation) -> None:
+    code = (
+        "import compression, json, kernels, deltadock.kernels, deltadock.compression;"
+        "print(json.dumps([compression.STANDARD_LIBRARY, hasattr(kernels, 'get_kernel'),"
+        "deltadock.__version__, deltadock.__file__, deltadock.kernels.__file__]))"
+    )
+    *facts, package, kernels = json.loads(installation.run("python", "-P", "-c", code))
+    assert facts == [True, True, deltadock.__version__]
+    environment = str(installation.bin.parent)
+    assert package.startswith(environment)
+    assert kernels.startswith(environment)
+
+
+def test_demo_runs_api_worker_and_node(installation: Installation) -> None:
+    said = installation.run("deltadock", "demo", timeout=280)
+    assert "delta       58 of 60 held-out exercises right" in said
+    assert sorted(path.name for path in installation.folder.iterdir()) == sorted(
+        {f"{name}.py".split("/")[0] for name in SHADOWS}
+    )
+
+
+def test_a_node_serves_the_bundled_base(installation: Installation, tmp_path: Path) -> None:
+    [port] = free_ports(1)
+    samples = "import deltadock; from importlib.resources import files;"
+    code = samples + "print(files('deltadock') / 'samples' / 'base')"
+    base = installation.run("python", "-P", "-c", code).strip()
+    command = [
+        *(str(installation.bin / "deltadock"), "node", "--base", base, "--port", str(port)),
+    ]
+    log = tmp_path / "node.log"
+    with Child("node", command, log=log, env=installation.variables, cwd=installation.folder) as node:
+        node.wait_until(lambda: _answers(port), seconds=120)
+        body = {"model": "base", "prompt": "Q: sort h b d a =\nA:", "max_tokens": 4}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] >= 1
+
+
+def _answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/v1/models").is_success
+    except httpx.TransportError:
+        return False
