@@ -75,7 +75,7 @@ def installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Insta
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
     packages = sysconfig.get_path("purelib", vars={"base": str(environment)})
-    Path(packages, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    Path(packages, "dependencies.pth").write_text(f"{Path(httpx.__file__).parents[1]}\n")
     install = [sys.executable, "-m", "pip", "--quiet", "--python", python, "install", "--no-deps"]
     subprocess.run([*install, "--disable-pip-version-check", wheel, HF_KERNELS], check=True)
 
@@ -139,7 +139,9 @@ def test_a_node_serves_the_bundled_base(installation: Installation, tmp_path: Pa
         *(str(installation.bin / "deltadock"), "node", "--base", base, "--port", str(port)),
     ]
     log = tmp_path / "node.log"
-    with Child("node", command, log=log, env=installation.variables, cwd=installation.folder) as node:
+    with Child(
+        "node", command, log=log, env=installation.variables, cwd=installation.folder
+    ) as node:
         node.wait_until(lambda: _answers(port), seconds=120)
         body = {"model": "base", "prompt": "Q: sort h b d a =\nA:", "max_tokens": 4}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)

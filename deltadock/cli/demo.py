@@ -72,7 +72,7 @@ def _running_system() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="deltadock-demo-") as name:
         home = Path(name)
         command: list[str | Path] = [
-            *(sys.executable, "-m", "deltadock", "up", "--home", home),
+            *(sys.executable, "-P", "-m", "deltadock", "up", "--home", home),
             *("--api-port", str(api_port), "--node-port", str(node_port)),
         ]
         with Child("deltadock up", command, log=home / "up.log", grace=30.0) as system:

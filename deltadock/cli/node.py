@@ -44,6 +44,7 @@ def node(base: Path | None, api: str | None, deltas: Sequence[Path], host: str, 
         environment["DELTADOCK_NODE_DELTAS"] = json.dumps(_store(deltas))
     command = [
         sys.executable,
+        "-P",
         "-m",
         "deltadock.inference.server",
         "--host",

@@ -72,6 +72,8 @@ def running(
     """
     variables = {f"DELTADOCK_{name.upper()}": value for name, value in settings.items()}
     environment = os.environ | variables
+    if base := environment.get("DELTADOCK_NODE_BASE"):
+        environment["DELTADOCK_NODE_BASE"] = str(Path(base).resolve())
     parsed = Settings.model_validate(settings)
     migrate(parsed.sqlalchemy_url)
     # A busy worker answers no ping, and after a crash it may be busy from the start: the file that
@@ -88,7 +90,9 @@ def running(
     with ExitStack() as stack:
         children = {
             name: stack.enter_context(
-                Child(name, command, log=home / "logs" / f"{name}.log", env=environment)
+                # Uvicorn and Celery search the working directory first: in the user's they would import
+                # the user's modules.
+                Child(name, command, log=home / "logs" / f"{name}.log", env=environment, cwd=home)
             )
             for name, command in commands.items()
         }

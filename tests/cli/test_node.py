@@ -35,14 +35,8 @@ def test_options_become_settings(
     node(tmp_path, "http://api:8000", [delta.path], "0.0.0.0", 8200)
     [(program, command, environment)] = become
     assert program == sys.executable
-    assert command[1:] == [
-        "-m",
-        "deltadock.inference.server",
-        "--host",
-        "0.0.0.0",
-        "--port",
-        "8200",
-    ]
+    assert command[1:4] == ["-P", "-m", "deltadock.inference.server"]
+    assert command[4:] == ["--host", "0.0.0.0", "--port", "8200"]
     for name in environment.keys() - os.environ.keys():
         monkeypatch.setenv(name, environment[name])
     settings = Settings()
