@@ -122,8 +122,9 @@ def test_its_neighbours_keep_their_names(installation: Installation) -> None:
     assert kernels.startswith(environment)
 
 
+@pytest.mark.timeout(900)
 def test_demo_runs_api_worker_and_node(installation: Installation) -> None:
-    said = installation.run("deltadock", "demo", timeout=280)
+    said = installation.run("deltadock", "demo", timeout=800)
     assert "delta       58 of 60 held-out exercises right" in said
     assert sorted(path.name for path in installation.folder.iterdir()) == sorted(
         {f"{name}.py".split("/")[0] for name in SHADOWS}

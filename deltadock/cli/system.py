@@ -90,8 +90,8 @@ def running(
     with ExitStack() as stack:
         children = {
             name: stack.enter_context(
-                # Uvicorn and Celery search the working directory first: in the user's they would import
-                # the user's modules.
+                # Uvicorn and Celery search the working directory first: the user's holds other
+                # modules.
                 Child(name, command, log=home / "logs" / f"{name}.log", env=environment, cwd=home)
             )
             for name, command in commands.items()
