@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe
+from benchmarks.harness import describe_machine
 from deltadock.artifacts.writer import write_artifact
 from deltadock.compression.assembly import compressors
 from deltadock.compression.assembly.assembling import encode_others, make_manifest
@@ -205,7 +205,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    print(describe("cpu"), flush=True)
+    print(describe_machine("cpu"), flush=True)
     print(HEADINGS)
     with Scratch() as scratch:
         ablation = Ablation(arguments, scratch)

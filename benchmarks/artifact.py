@@ -21,7 +21,7 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.machine import describe, synchronize
+from benchmarks.harness import describe_machine, synchronize
 from benchmarks.sizes_7b import LAYERS, qwen2_5_7b
 from deltadock.artifacts.device import load_segments
 from deltadock.artifacts.encoding import Encoded, SvdMatrix, Vectors, encode_svd
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cold", action="store_true", help="drop the page cache before each run")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
-    print(describe(arguments.device))
+    print(describe_machine(arguments.device))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print(f"{'grid':8} {'codes + scales':>14} {'whole file':>10} {'added':>7}  bits a weight")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import straightforward
-from benchmarks.machine import describe, synchronize
+from benchmarks.harness import describe_machine, synchronize
 from benchmarks.whole_model import MODELS, time_model
 from deltadock.compression.methods import adamix
 from deltadock.compression.methods.base import MatrixTask
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    print(f"Machine: {describe(arguments.device)}")
+    print(f"Machine: {describe_machine(arguments.device)}")
     if arguments.model is not None:
         time_model(
             arguments.model, arguments.blocks, arguments.method, arguments.bits,

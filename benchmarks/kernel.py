@@ -1,19 +1,19 @@
-"""The delta kernel at Qwen2.5-7B's shapes: time and bandwidth, beside its alternatives.
+"""The SVD-delta kernel at Qwen2.5-7B's shapes: time and bandwidth, beside its alternatives.
 
     python -m benchmarks.kernel
 
-It needs a GPU, torch, triton and numpy, and stops itself before five minutes are over. First every
-case of `tests/kernels/cases.py` must hold, and nothing is timed before its own results have been
-checked against float64. Then, for steps of 1 to 64 rows on 1 to 16 deltas of one bit a weight, it
+It needs a GPU, torch, triton and numpy, and ends within five minutes. First every case of
+`tests/kernels/cases.py` must pass, and no configuration is timed before its own results have been
+checked against float64. Then, for steps of 1 to 64 rows on 1 to 16 deltas of one bit per weight, it
 prints for a layer's projections: the time of the deltas in a CUDA graph; the bandwidth over the
-packed bytes as a share of a device-to-device copy of the same run; how many times longer bfloat16
-low-rank factors of the same bytes take, and dense bfloat16 deltas. Last, the prefill of 2,048 rows
-of one delta as a multiple of the base's own products. Layers take turns, as in a model, so that no
-cache holds what a step reads.
+packed bytes as a fraction of a device-to-device copy of the same run; how many times longer
+low-rank bfloat16 factors of the same bytes take, and dense bfloat16 deltas. Last, the prefill of
+2,048 rows of one delta as a multiple of the base's matrix products. Several layers alternate, as in
+a model, so that no cache holds what a step reads.
 
     TRITON_INTERPRET=1 python -m benchmarks.kernel --device cpu
 
-goes the same way at a tiny size without a GPU, and times nothing.
+runs the same code at a tiny size without a GPU, and times nothing.
 """
 
 import argparse
@@ -22,16 +22,35 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from benchmarks.kernel_layers import LAYER, SMALL, TOLERANCE, Layers, Projection, Step
-from benchmarks.kernel_peers import dense_products, low_rank_products
-from benchmarks.timing import copy_bandwidth, seconds
+from benchmarks.harness import device_bandwidth, gpu_seconds
+from deltadock.kernels.svd_delta import (
+    Chunks,
+    DeltaTable,
+    Group,
+    PackedDelta,
+    TensorCache,
+    pack_delta,
+    reference,
+    svd_delta,
+    triton,
+)
+from deltadock.kernels.svd_delta.factors import add_products
+from deltadock.kernels.svd_delta.layout import segment_words
 from tests.kernels.cases import CASES, GRAPH_CASES
 
+WIDTHS = ((0.02, 8, 8), (0.28, 3, 3), (0.70, 2, 2))
+"""(fraction of the ranks, bits of V, bits of U), as mixed methods allocate one bit per weight."""
+HIDDEN, INTERMEDIATE, KEY_VALUE = 3584, 18944, 512
+TOLERANCE = 5e-3
+"""Largest accepted relative RMS error of an output row in bfloat16."""
+CHECKED_ROWS = 64
 GPU_STEPS = [
     *[(rows, 8) for rows in (8, 16, 32, 64)],
     *[(rows, 16) for rows in (16, 32, 64)],
@@ -39,31 +58,247 @@ GPU_STEPS = [
     *[(rows, 4) for rows in (4, 16, 64)],
     *[(rows, 2) for rows in (2, 64)],
 ]
-"""Rows and distinct deltas, the most important first."""
+"""(rows, distinct deltas), the most important first."""
 PREFILL_ROWS = 2048
-ROTATED_BYTES = 256 << 20
-"""Packed bytes that a measured step reads in all: several times a GPU's cache."""
+WORKING_SET_BYTES = 256 << 20
+"""Packed bytes of all layers together: several times a GPU's L2 cache."""
 LIMIT_SECONDS = 270.0
 
 
+@dataclass(frozen=True)
+class Projection:
+    """Linear layers with a common input: (h_in) to each of `h_outs`."""
+
+    name: str
+    h_in: int
+    h_outs: tuple[int, ...]
+
+
+LAYER = (
+    Projection("q, k, v", HIDDEN, (HIDDEN, KEY_VALUE, KEY_VALUE)),
+    Projection("o", HIDDEN, (HIDDEN,)),
+    Projection("gate, up", HIDDEN, (INTERMEDIATE, INTERMEDIATE)),
+    Projection("down", INTERMEDIATE, (HIDDEN,)),
+)
+SMALL = (Projection("q, k", 150, (70, 40)), Projection("o", 64, (30,)))
+
+
 class WrongResult(Exception):
-    """What was to be timed is not right."""
+    """A kernel's result is wrong, so it is not timed."""
+
+
+def random_delta(h_out: int, h_in: int, device: str, generator: torch.Generator) -> PackedDelta:
+    """A delta of one bit per weight with random codes."""
+    mean = sum(share * (v + u) / 2 for share, v, u in WIDTHS)
+    rank = max(3, int(h_out * h_in / mean / (h_out + h_in)))
+    groups = [Group(max(1, int(share * rank)), v, u) for share, v, u in WIDTHS]
+
+    def words(columns: int, side: int) -> Tensor:
+        count = sum(segment_words(group.ranks, columns, group[side]) for group in groups)
+        return torch.randint(
+            -(2**31), 2**31, (count,), dtype=torch.int32, device=device, generator=generator
+        )
+
+    ranks = sum(group.ranks for group in groups)
+    sizes = torch.cat([torch.full((n,), 2.0 ** (-v - u)) for n, v, u in groups])
+    return pack_delta(
+        (h_out, h_in),
+        groups,
+        s=sizes.to(device) / (h_in * ranks) ** 0.5,
+        v=words(h_in, 1),
+        u=words(h_out, 2),
+        row_scale=torch.ones(h_out, device=device),
+        column_scale=torch.ones(h_in, device=device),
+    )
+
+
+class RandomLayers:
+    """`copies` layers of the same shapes, each with its own deltas in slots 1 to `deltas`."""
+
+    def __init__(
+        self, projections: Sequence[Projection], deltas: int, copies: int, device: str
+    ) -> None:
+        self.projections, self.deltas, self.copies = projections, deltas, copies
+        self.device = device
+        self.name = projections[0].name if len(projections) == 1 else "whole layer"
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.tables = [[self._table(each) for each in projections] for _ in range(copies)]
+        self.inputs = [self.normal(CHECKED_ROWS, each.h_in) for each in projections]
+
+    def _table(self, projection: Projection) -> DeltaTable:
+        deltas = [
+            [
+                random_delta(h_out, projection.h_in, self.device, self.generator)
+                for h_out in projection.h_outs
+            ]
+            for _ in range(self.deltas)
+        ]
+        max_rank = max(sum(delta.rank for delta in slot) for slot in deltas)
+        table = DeltaTable(
+            self.deltas + 1,
+            projection.h_in,
+            projection.h_outs,
+            max_rank=max_rank,
+            device=self.device,
+        )
+        for slot, installed in enumerate(deltas, 1):
+            table.install(slot, *installed)
+        return table
+
+    def normal(self, height: int, width: int) -> Tensor:
+        """Standard normal values, (height, width) bfloat16."""
+        values = torch.randn(height, width, device=self.device, generator=self.generator)
+        return values.to(torch.bfloat16)
+
+    @property
+    def delta_bytes(self) -> int:
+        """Packed bytes of one delta in one layer."""
+        deltas = [delta for table in self.tables[0] for delta in table.deltas[1]]
+        return sum(delta.nbytes for delta in deltas if delta is not None)
+
+    def base_products(self, rows: int) -> Callable[[], None]:
+        """The base's matrix products of one layer on `rows` rows."""
+        operands = [
+            (self.normal(rows, each.h_in), self.normal(sum(each.h_outs), each.h_in))
+            for each in self.projections
+        ]
+
+        def run() -> None:
+            for x, weight in operands:
+                torch.nn.functional.linear(x, weight)
+
+        return run
+
+
+class DeltaStep:
+    """The deltas of one step: `rows` rows spread over `deltas` slots, at every layer."""
+
+    def __init__(
+        self, layers: RandomLayers, rows: int, deltas: int, dense_rows: int | None = None
+    ) -> None:
+        self.layers = layers
+        self.row_slots = sorted(1 + row % deltas for row in range(rows))
+        self.deltas = deltas
+        tables = [table for layer in layers.tables for table in layer]
+        self.chunks = Chunks(
+            rows, layers.deltas + 1, tables, dense_rows=dense_rows, device=layers.device
+        )
+        self.chunks.assign(self.row_slots)
+        self.cache = TensorCache(8 << 30)
+        repeats = -(-rows // CHECKED_ROWS)
+        self.inputs = [x.repeat(repeats, 1)[:rows].contiguous() for x in layers.inputs]
+        self.outputs = [
+            x.new_zeros(rows, sum(each.h_outs))
+            for x, each in zip(self.inputs, layers.projections, strict=True)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Packed bytes that the step reads in one layer."""
+        return self.deltas * self.layers.delta_bytes
+
+    def run(self) -> None:
+        """Add the deltas of all projections of all layers."""
+        for layer in self.layers.tables:
+            self._add(layer)
+
+    def _add(self, layer: Sequence[DeltaTable], *, emulate: bool | None = None) -> None:
+        for y, x, table in zip(self.outputs, self.inputs, layer, strict=True):
+            if x.is_cuda and emulate is None:
+                svd_delta(y, x, table, self.chunks, self.cache)
+                continue
+            triton.svd_delta(y, x, table, self.chunks, emulate=emulate)
+            if self.chunks.dense:
+                add_products(y, x, table, self.chunks.dense, self.cache)
+
+    def error(self, *, emulate: bool | None = None) -> float:
+        """Largest relative RMS error of a row of the first layer, against float64."""
+        layer = self.layers.tables[0]
+        for y in self.outputs:
+            y.fill_(0)
+        self._add(layer, emulate=emulate)
+        worst = 0.0
+        for y, x, table in zip(self.outputs, self.inputs, layer, strict=True):
+            for slot in range(1, self.deltas + 1):
+                rows = [row for row, of_row in enumerate(self.row_slots) if of_row == slot]
+                rows = rows[:: max(1, len(rows) // 4)]
+                expected = torch.cat(
+                    [_product(x[rows], delta) for delta in table.deltas[slot] if delta], dim=1
+                )
+                error = (y[rows].double() - expected).square().sum(dim=1)
+                relative = (error / expected.square().sum(dim=1)).sqrt()
+                worst = max(worst, float(relative.nan_to_num(torch.inf).max()))
+        return worst
+
+
+def _product(x: Tensor, delta: PackedDelta) -> Tensor:
+    u, s, v, _ = reference.unpack(delta)
+    product: Tensor = ((x.double() @ v.double().T) * s.double()) @ u.double().T
+    return product
+
+
+Alternative = tuple[Callable[[], None], int]
+"""A callable, and the number of layers that it stands for."""
+
+
+def low_rank_products(step: DeltaStep) -> Alternative:
+    """bfloat16 low-rank factors of the deltas' bytes: two products per delta and linear layer."""
+    layers = step.layers
+    operands = []
+    for _ in range(layers.copies):
+        for y, x, table in zip(step.outputs, step.inputs, layers.tables[0], strict=True):
+            for slot, rows in step.chunks.by_slot.items():
+                begin = 0
+                for delta in table.deltas[slot]:
+                    assert delta is not None
+                    rank = max(1, delta.nbytes // 2 // (delta.h_out + delta.h_in))
+                    v, u = layers.normal(delta.h_in, rank), layers.normal(rank, delta.h_out)
+                    end = begin + delta.h_out
+                    operands.append((y[rows, begin:end], x[rows], v, u))
+                    begin = end
+
+    def run() -> None:
+        for out, x, v, u in operands:
+            out.addmm_(x @ v, u)
+
+    return run, layers.copies
+
+
+def dense_products(step: DeltaStep) -> Alternative:
+    """Dense bfloat16 deltas: a product per delta and projection of one layer, too big to cache."""
+    layers = step.layers
+    operands = [
+        (x[rows], layers.normal(sum(each.h_outs), each.h_in))
+        for x, each in zip(step.inputs, layers.projections, strict=True)
+        for rows in step.chunks.by_slot.values()
+    ]
+
+    def run() -> None:
+        for x, weight in operands:
+            torch.nn.functional.linear(x, weight)
+
+    return run, 1
 
 
 def run_case(name: str) -> str:
-    """Check one case, or one projection, in a process of its own; the error's text."""
+    """Check one case or one projection; returns the traceback, empty on success."""
     try:
         if name in CASES or name in GRAPH_CASES:
             (CASES | GRAPH_CASES)[name]()
         else:
-            check(Layers([part for part in LAYER if part.name == name], 1, 1, "cuda"), 1, 1)
-    except Exception:  # noqa: BLE001 (all are told)
+            projections = [each for each in LAYER if each.name == name]
+            checked_step(RandomLayers(projections, 1, 1, "cuda"), 1, 1)
+    except Exception:  # noqa: BLE001 (all are reported)
         return traceback.format_exc()
     return ""
 
 
 def run_cases(names: Sequence[str], device: str) -> None:
-    """Check all, in many processes: compiling takes longest, and they share what is compiled."""
+    """Check all cases in a pool of processes: compilation dominates, and its cache is shared.
+
+    Raises:
+        WrongResult: a case failed.
+    """
     workers = min(12, len(names), os.cpu_count() or 1) if device == "cuda" else 1
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool:
@@ -72,112 +307,121 @@ def run_cases(names: Sequence[str], device: str) -> None:
         if error:
             print(f"FAILED {name}\n{error}")
     if any(errors.values()):
-        raise WrongResult(f"{sum(map(bool, errors.values()))} of {len(names)} cases do not hold")
-    print(f"{len(names)} of {len(names)} cases hold")
+        raise WrongResult(f"{sum(map(bool, errors.values()))} of {len(names)} cases failed")
+    print(f"{len(names)} of {len(names)} cases passed")
 
 
-def check(layers: Layers, rows: int, deltas: int, dense_rows: int | None = None) -> Step:
-    """A step whose results are right.
+def checked_step(
+    layers: RandomLayers, rows: int, deltas: int, dense_rows: int | None = None
+) -> DeltaStep:
+    """A step whose results have been checked against float64.
 
     Raises:
-        WrongResult: a row's relative RMS error is over TOLERANCE.
+        WrongResult: a row's relative RMS error exceeds TOLERANCE.
     """
-    step = Step(layers, rows, deltas, dense_rows)
+    step = DeltaStep(layers, rows, deltas, dense_rows)
     error = step.error()
     if not error <= TOLERANCE:
-        plain = step.error(emulate=True)
+        emulated = step.error(emulate=True)
         raise WrongResult(
             f"{rows} rows, {deltas} deltas: relative error {error:.1e}; without inline assembly "
-            f"{plain:.1e}"
+            f"{emulated:.1e}"
         )
     return step
 
 
 def measure_decode(
-    layers: Layers, steps: Sequence[tuple[int, int]], bandwidth: float, until: float
+    layers: RandomLayers, steps: Sequence[tuple[int, int]], bandwidth: float, deadline: float
 ) -> None:
-    """Print a line a step, as long as there is time."""
+    """Print one line per step until `deadline` (monotonic seconds)."""
     print(
         f"\n{'projections':12} rows deltas      MB        us  of copy  low-rank     dense"
         "   (the last two: how many times longer)"
     )
-    shares = []
+    fractions = []
     for rows, deltas in steps:
-        if time.monotonic() > until:
-            print("... stopped: the time is over")
+        if time.monotonic() > deadline:
+            print("... stopped: time limit reached")
             break
-        step = check(layers, rows, deltas)
-        took = seconds(step.run, graph=True) / layers.copies
-        peers = [
-            seconds(peer, graph=True) / copies
-            for peer, copies in (low_rank_products(step), dense_products(step))
-        ]
-        share = step.nbytes / took / bandwidth
-        if deltas >= 8 and len(layers.parts) > 1:
-            shares.append(share)
+        step = checked_step(layers, rows, deltas)
+        seconds = gpu_seconds(step.run, graph=True) / layers.copies
+        low_rank, dense = (
+            gpu_seconds(run, graph=True) / copies
+            for run, copies in (low_rank_products(step), dense_products(step))
+        )
+        fraction = step.nbytes / seconds / bandwidth
+        if deltas >= 8 and len(layers.projections) > 1:
+            fractions.append(fraction)
         print(
-            f"{layers.name:12} {rows:4} {deltas:6} {step.nbytes / 1e6:7.1f} {took * 1e6:9.1f}"
-            f" {share:8.1%} {peers[0] / took:8.2f}x {peers[1] / took:8.2f}x",
+            f"{layers.name:12} {rows:4} {deltas:6} {step.nbytes / 1e6:7.1f} {seconds * 1e6:9.1f}"
+            f" {fraction:8.1%} {low_rank / seconds:8.2f}x {dense / seconds:8.2f}x",
             flush=True,
         )
-    if shares:
-        print(f"least share with 8 or more deltas: {min(shares):.1%} (bar: 75 %)")
+    if fractions:
+        print(f"lowest fraction with 8 or more deltas: {min(fractions):.1%} (target: 75 %)")
 
 
-def measure_prefill(layers: Layers, rows: int) -> None:
-    """Print what one delta's rows cost beside the base's own products."""
-    base = seconds(layers.base_products(rows), repeats=10)
+def measure_prefill(layers: RandomLayers, rows: int) -> None:
+    """Print the cost of one delta's rows relative to the base's matrix products."""
+    base = gpu_seconds(layers.base_products(rows), repeats=10)
     for dense_rows, path in ((None, "packed, in chunks"), (1, "products of unpacked factors")):
-        step = check(layers, rows, 1, dense_rows)
-        took = seconds(step.run, repeats=5) / layers.copies
+        step = checked_step(layers, rows, 1, dense_rows)
+        seconds = gpu_seconds(step.run, repeats=5) / layers.copies
         print(
             f"prefill of {rows:,} rows of one delta, {path}: "
-            f"{(base + took) / base:.2f}x of the base's products (bar: 1.7x)",
+            f"{(base + seconds) / base:.2f}x of the base's products (target: 1.7x)",
             flush=True,
         )
 
 
 def measure(
-    parts: Sequence[Projection],
+    projections: Sequence[Projection],
     steps: Sequence[tuple[int, int]],
     prefill_rows: int,
     cases: int | None,
     device: str,
 ) -> None:
-    """The whole benchmark."""
-    began = time.monotonic()
-    until = began + LIMIT_SECONDS
+    """Check the first `cases` cases (None: all), then measure prefill and decode steps."""
+    start = time.monotonic()
+    deadline = start + LIMIT_SECONDS
     gpu = device == "cuda"
-    names = [*CASES, *GRAPH_CASES, *[part.name for part in LAYER]] if gpu else [*CASES]
+    names = [*CASES, *GRAPH_CASES, *[each.name for each in LAYER]] if gpu else [*CASES]
     run_cases(names[:cases], device)
-    bandwidth = copy_bandwidth() if gpu else float("nan")
+    bandwidth = device_bandwidth() if gpu else float("nan")
     name = torch.cuda.get_device_name() if gpu else "Triton's interpreter"
-    print(f"{name}, torch {torch.__version__}, {time.monotonic() - began:.0f} s so far")
+    print(f"{name}, torch {torch.__version__}, {time.monotonic() - start:.0f} s so far")
     print(f"device-to-device copy: {bandwidth / 1e12:.2f} TB/s")
-    most = max(deltas for _, deltas in steps)
+    max_deltas = max(deltas for _, deltas in steps)
     with torch.inference_mode():
-        layer = Layers(parts, 1, 1, device)
+        layer = RandomLayers(projections, 1, 1, device)
         measure_prefill(layer, prefill_rows)
-        copies = 1 + ROTATED_BYTES // layer.delta_bytes if gpu else 1
-        measure_decode(Layers(parts, most, copies, device), steps, bandwidth, until)
-        for part in parts if gpu else ():
-            one = Layers([part], steps[0][1], copies, device)
-            measure_decode(one, steps[:1], bandwidth, until)
-    print(f"{time.monotonic() - began:.0f} s in all")
+        copies = 1 + WORKING_SET_BYTES // layer.delta_bytes if gpu else 1
+        # Neither is bound to a name: its memory is free before the next is allocated.
+        measure_decode(
+            RandomLayers(projections, max_deltas, copies, device), steps, bandwidth, deadline
+        )
+        for projection in projections if gpu else ():
+            measure_decode(
+                RandomLayers([projection], steps[0][1], copies, device),
+                steps[:1],
+                bandwidth,
+                deadline,
+            )
+    print(f"{time.monotonic() - start:.0f} s in all")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, then measure; 1 where something is wrong."""
+    """Check, then measure; returns 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--cases", type=int, help="check only so many of the kernel's cases")
+    parser.add_argument("--cases", type=int, help="check only the first N kernel cases")
     options = parser.parse_args(arguments)
     try:
         if options.device == "cuda":
             measure(LAYER, GPU_STEPS, PREFILL_ROWS, options.cases, "cuda")
         else:
             measure(SMALL, [(3, 2)], 9, options.cases, "cpu")
-            print("All is correct; nothing is timed without a GPU.")
+            print("All results are correct; nothing is timed without a GPU.")
     except WrongResult as error:
         print(error)
         return 1

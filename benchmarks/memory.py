@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.machine import describe
+from benchmarks.harness import describe_machine
 from benchmarks.synthetic import group_of, shapes_of, write_pair, write_text
 
 GB: Final = 1e9
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> tuple[float, float]:
             ).result()
     parts = allowance(config, arguments.tokens)
     limit = sum(parts.values()) + arguments.overhead_gb * GB
-    print(f"Machine: {describe()}")
+    print(f"Machine: {describe_machine()}")
     print(f"{arguments.method}, {arguments.bits:g} bits, {arguments.blocks} blocks, of which "
           f"{len(chosen)} are compressed, {arguments.tokens} tokens")  # fmt: skip
     for part, number in (*parts.items(), ("overhead", arguments.overhead_gb * GB)):

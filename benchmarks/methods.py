@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.cells import Cell, Key, read_cells, write_cells
 from benchmarks.exercises import accuracy, read_exercises
-from benchmarks.machine import describe
+from benchmarks.harness import describe_machine
 from benchmarks.tables import format_table, plot, verdict
 from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.export import merge
@@ -196,7 +196,7 @@ def run(
         device: torch device.
     """
     table = out.with_name(out.name + ".csv")
-    inputs, machine = pair.digest(), describe(device)
+    inputs, machine = pair.digest(), describe_machine(device)
     done = read_cells(table)
     references = {}
     for name, folder in (("base", pair.base), ("finetuned", pair.finetuned)):

@@ -14,4 +14,4 @@ def test_a_small_layer_is_checked_in_the_interpreter() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "correct" in run.stdout
+    assert "All results are correct" in run.stdout
