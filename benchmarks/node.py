@@ -156,9 +156,10 @@ def random_deltas(model: Any) -> dict[str, PackedDelta]:
     device = str(model.device)
     generator = torch.Generator(device).manual_seed(0)
     return {
-        name: random_delta(*parameter.shape, device, generator)
+        name: random_delta(h_out, h_in, device, generator)
         for name, parameter in model.named_parameters()
         if name.endswith("_proj.weight")
+        for h_out, h_in in [parameter.shape]
     }
 
 
