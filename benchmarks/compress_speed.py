@@ -1,33 +1,38 @@
-"""Time of each stage of AdaMix against a straightforward implementation and the flop floor.
+"""Time of each stage of AdaMix, against a straightforward implementation and its FLOP floor.
 
     python -m benchmarks.compress_speed [896x4864 ...] [--bits 1] [--device cpu]
     python -m benchmarks.compress_speed --model qwen2.5-7b --blocks 2 [--method adamix] \
         --device cuda
 
-The first form takes layer shapes, h_out x h_in, and runs our code and `straightforward.py` on the
-same random layer in one process. The floor is the stage's arithmetic at the rate that a large
-matrix product of the same precision reaches on the device. The second compresses a synthetic pair
-of a model's real shapes with fewer blocks, prints the time of every block, and projects the whole
-model from it.
+The first form takes layer shapes, h_out x h_in, and runs the product's code and
+`straightforward.py` on the same random layer in one process. The floor is the stage's arithmetic at
+the rate of a large matrix product of the same precision on the device. The second compresses a
+synthetic pair with a model's real shapes but fewer blocks, prints the time of every block, and
+projects the time of the whole model.
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from transformers import Qwen2Config
 
 from benchmarks import straightforward
 from benchmarks.harness import describe_machine, synchronize
-from benchmarks.whole_model import MODELS, time_model
+from benchmarks.synthetic import write_pair, write_text
 from deltadock.compression.methods import adamix
 from deltadock.compression.methods.base import MatrixTask
 from deltadock.compression.numerics.ranks import rank_budget
+from deltadock.compression.pipeline import compress
+from deltadock.compression.run import CompressOptions, Progress
 from deltadock.compression.statistics.moments import MomentCollector, damped
 
 STAGES: Final = {
@@ -38,16 +43,16 @@ STAGES: Final = {
     "refit_left_factor": "target correction",
     "quantize_columns": "GPTQ of U",
 }
-"""The functions that `adamix` is made of, and the stage that each is part of."""
+"""Functions of `adamix`, by name, and their stages."""
 MOMENTS: Final = "moments"
 LENGTH: Final = 512
 BATCH: Final = 4096
-"""Tokens that the product runs through a block at a time."""
+"""Tokens per forward pass of a block in the product."""
 RATE_SIZE: Final = 2048
 
 
 class Stopwatch:
-    """Seconds by stage; the device is waited for at each reading."""
+    """Seconds by stage; every reading synchronizes the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
@@ -56,7 +61,7 @@ class Stopwatch:
         self.start()
 
     def start(self) -> None:
-        """Begin to measure."""
+        """Start timing."""
         synchronize(self._device)
         self._began = time.perf_counter()
 
@@ -69,7 +74,7 @@ class Stopwatch:
 
     @contextmanager
     def watching(self, module: ModuleType, stages: dict[str, str]) -> Iterator[None]:
-        """Time the functions of `module` named in `stages`; the time between them is `other`."""
+        """Time the functions of `module` named in `stages`; time between them counts as `other`."""
         originals = {name: getattr(module, name) for name in stages}
         for name, stage in stages.items():
             setattr(module, name, self._timed(originals[name], stage))
@@ -92,15 +97,15 @@ class Stopwatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """A random layer: its delta (h_out, h_in) and its inputs, sequences (length, h_in) float32."""
+class RandomLayer:
+    """A random layer: its delta (h_out, h_in) and input sequences (length, h_in), float32."""
 
     delta: Tensor
     inputs: list[Tensor]
 
 
-def random_layer(h_out: int, h_in: int, tokens: int, device: torch.device) -> Layer:
-    """A delta with a falling spectrum over noise, and correlated inputs, from one seed."""
+def random_layer(h_out: int, h_in: int, tokens: int, device: torch.device) -> RandomLayer:
+    """A delta with a decaying spectrum plus noise, and correlated inputs, from a fixed seed."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -115,10 +120,12 @@ def random_layer(h_out: int, h_in: int, tokens: int, device: torch.device) -> La
     inputs = [
         normal(LENGTH, h_in) + normal(LENGTH, strong) @ mix for _ in range(max(1, tokens // LENGTH))
     ]
-    return Layer(delta, inputs)
+    return RandomLayer(delta, inputs)
 
 
-def time_ours(layer: Layer, bits: float, device: torch.device) -> tuple[dict[str, float], Tensor]:
+def time_ours(
+    layer: RandomLayer, bits: float, device: torch.device
+) -> tuple[dict[str, float], Tensor]:
     """Seconds by stage of the product's method, and the compressed delta."""
     watch = Stopwatch(device)
     collector = MomentCollector()
@@ -133,7 +140,7 @@ def time_ours(layer: Layer, bits: float, device: torch.device) -> tuple[dict[str
 
 
 def time_straightforward(
-    layer: Layer, bits: float, device: torch.device, block: int = 1
+    layer: RandomLayer, bits: float, device: torch.device, block: int = 1
 ) -> tuple[dict[str, float], Tensor]:
     """Seconds by stage of the straightforward implementation, and the compressed delta."""
     watch = Stopwatch(device)
@@ -141,7 +148,7 @@ def time_straightforward(
     return watch.seconds, approximation
 
 
-def output_error(layer: Layer, approximation: Tensor) -> float:
+def output_error(layer: RandomLayer, approximation: Tensor) -> float:
     """`||(D - D_hat) X||^2 / ||D X||^2`."""
     rest = layer.delta - approximation.to(layer.delta.device)
     lost = sum(float((x @ rest.t()).double().square().sum()) for x in layer.inputs)
@@ -149,7 +156,7 @@ def output_error(layer: Layer, approximation: Tensor) -> float:
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
-    """Floating point operations a second of a large matrix product, the best of some."""
+    """FLOP/s of a large matrix product, the best of `repeats`."""
     a = torch.randn(RATE_SIZE, RATE_SIZE, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(repeats):
@@ -164,9 +171,9 @@ def gemm_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> flo
 def floors(
     h_out: int, h_in: int, tokens: int, bits: float, device: torch.device
 ) -> dict[str, float]:
-    """Least seconds of each stage: its arithmetic at the rate of a matrix product.
+    """Lower bound on each stage's seconds: its arithmetic at the rate of a matrix product.
 
-    With k candidate ranks: moments, the products alone; SVD, two products of the delta with k
+    With k candidate ranks: moments, only the products; SVD, two products of the delta with k
     vectors; GPTQ of V, every width of every candidate in one sweep after one inversion; target
     correction, its four products and its solve; GPTQ of U, one sweep and one inversion.
     """
@@ -191,7 +198,7 @@ def floors(
 def compare(
     h_out: int, h_in: int, tokens: int, bits: float, device: torch.device, block: int
 ) -> float:
-    """Print the table of one layer; returns how many times faster ours is."""
+    """Print the table of one layer; returns the speed-up over the straightforward code."""
     layer = random_layer(h_out, h_in, tokens, device)
     least = floors(h_out, h_in, tokens, bits, device)
     ours, approximation = time_ours(layer, bits, device)
@@ -215,6 +222,115 @@ def compare(
     return other / mine
 
 
+MODELS: Final[dict[str, dict[str, Any]]] = {
+    "qwen2.5-0.5b": {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": {
+        "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 256,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""Qwen2 configurations by name."""
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Seconds of each stage of a compression, and of each block within `compressing`."""
+
+    stages: dict[str, float] = field(default_factory=dict)
+    blocks: list[float] = field(default_factory=list)
+    _stage: str = ""
+    _block: int = 0
+    _stage_began: float = field(default_factory=time.perf_counter)
+    _block_began: float = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        """Record a progress report."""
+        now = time.perf_counter()
+        if progress.stage != self._stage:
+            self._close(now)
+            self._stage, self._block, self._block_began = progress.stage, 0, now
+            print(f"{progress.stage} ...", flush=True)
+        if progress.stage == "compressing" and progress.block > self._block:
+            self.blocks.append(now - self._block_began)
+            name = f"block {progress.block} of {progress.blocks}"
+            print(f"  {name}: {self.blocks[-1]:.2f} s", flush=True)
+            self._block, self._block_began = progress.block, now
+
+    def _close(self, now: float) -> None:
+        if self._stage:
+            self.stages[self._stage] = self.stages.get(self._stage, 0.0) + now - self._stage_began
+        self._stage_began = now
+
+    def end(self) -> None:
+        """Close the last stage."""
+        self._close(time.perf_counter())
+
+
+PER_BLOCK: Final = ("validating", "calibrating", "assembling", "verifying")
+"""Stages projected as proportional to the number of blocks; distillation is in `assembling`. The
+embeddings' part of them is constant, so the projection is slightly high."""
+
+
+def project(timeline: Timeline, blocks: int, whole: int) -> float:
+    """Project the seconds of `whole` blocks from a run of `blocks`.
+
+    A compressed output head is one more block in the timeline and is counted once.
+    """
+    decoder, head = timeline.blocks[:blocks], sum(timeline.blocks[blocks:])
+    # The first block includes warm-up.
+    steady = decoder[1:] or decoder
+    rest = timeline.stages["compressing"] - sum(timeline.blocks)
+    seconds = sum(steady) / len(steady) * whole + head + rest
+    for stage, spent in timeline.stages.items():
+        if stage != "compressing":
+            seconds += spent * (whole / blocks if stage in PER_BLOCK else 1.0)
+    return seconds
+
+
+def time_model(
+    name: str, blocks: int, method: str, bits: float, tokens: int, device: str
+) -> Timeline:
+    """Compress a synthetic pair with a model's shapes; print each block's time and a projection."""
+
+    values = MODELS[name]
+    whole = values["num_hidden_layers"]
+    config = Qwen2Config(
+        **{**values, "num_hidden_layers": blocks}, max_position_embeddings=32_768,
+        bos_token_id=0, eos_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        base, tuned = write_pair(config, Path(folder), lambda tensor: True, device=device)
+        # One more eighth: a tenth of the windows is held out.
+        text = write_text(Path(folder) / "calibration.txt", tokens + tokens // 8)
+        print(f"{name} with {blocks} of {whole} blocks, {method}, {bits:g} bits, {tokens} tokens; "
+              f"pair written in {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+        timeline = Timeline()
+        options = CompressOptions(method=method, bits=bits)
+        report = compress(
+            base, tuned, Path(folder) / "out.delta", options,
+            calibration=text, progress=timeline, device=device,
+        )  # fmt: skip
+        timeline.end()
+    for stage, seconds in timeline.stages.items():
+        print(f"{stage:12} {seconds:8.2f} s")
+    print(f"{'total':12} {sum(timeline.stages.values()):8.2f} s; ratio {report.ratio:.2f}, "
+          f"KL {report.kl}")  # fmt: skip
+    projected = project(timeline, blocks, whole)
+    print(f"projected to {whole} blocks: {projected:.0f} s ({projected / 60:.1f} minutes)")
+    return timeline
+
+
 def shape_of(text: str) -> tuple[int, int]:
     """`896x4864` as (896, 4864)."""
     h_out, _, h_in = text.partition("x")
@@ -222,19 +338,19 @@ def shape_of(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the command line and print the tables."""
+    """Parse the command line and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("shapes", nargs="*", type=shape_of, help="h_out x h_in, as 896x4864")
     parser.add_argument("--bits", type=float, default=1.0)
-    parser.add_argument("--tokens", type=int, default=4096, help="of calibration")
+    parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens")
     parser.add_argument(
-        "--gptq-block", type=int, default=1, help="columns of a block in the straightforward GPTQ"
+        "--gptq-block", type=int, default=1, help="block size of the straightforward GPTQ, columns"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="torch's threads")
-    parser.add_argument("--model", choices=MODELS, help="time a part of this model instead")
-    parser.add_argument("--blocks", type=int, default=2, help="blocks of that part")
-    parser.add_argument("--method", default="adamix", help="what compresses it")
+    parser.add_argument("--threads", type=int, help="number of torch threads")
+    parser.add_argument("--model", choices=MODELS, help="time some blocks of this model instead")
+    parser.add_argument("--blocks", type=int, default=2, help="number of these blocks")
+    parser.add_argument("--method", default="adamix", help="compression method")
     arguments = parser.parse_args(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -246,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
             arguments.tokens, arguments.device,
         )  # fmt: skip
         return
-    # A first run pays for the libraries' warm-up.
+    # Libraries warm up in an untimed first run.
     warm_up = random_layer(64, 96, LENGTH, device)
     time_ours(warm_up, arguments.bits, device)
     time_straightforward(warm_up, arguments.bits, device)

@@ -1,4 +1,4 @@
-"""The speed benchmark: both implementations do the same work, and every stage is timed."""
+"""The speed benchmark: both implementations compute the same, and every stage is timed."""
 
 import numpy as np
 import pytest
@@ -7,20 +7,21 @@ import torch
 from benchmarks.compress_speed import (
     MOMENTS,
     STAGES,
+    Timeline,
     main,
     output_error,
+    project,
     random_layer,
     time_ours,
     time_straightforward,
 )
 from benchmarks.straightforward import knapsack
-from benchmarks.whole_model import Timeline, project
 from deltadock.compression.numerics.allocation import allocate
 
 CPU = torch.device("cpu")
 
 
-def test_both_implementations_leave_about_the_same_error() -> None:
+def test_both_implementations_have_about_the_same_error() -> None:
     layer = random_layer(64, 96, 2048, CPU)
     ours, approximation = time_ours(layer, 2.0, CPU)
     theirs, other = time_straightforward(layer, 2.0, CPU)
