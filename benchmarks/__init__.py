@@ -1,1 +1,1 @@
-"""Measurements: what the methods keep, what they cost, and the pairs to measure them on."""
+"""Benchmarks, one script per question; results/ has their output."""

@@ -1,11 +1,11 @@
-"""What each part of `optimix` is worth: the method with one part changed at a time.
+"""Ablation of `optimix`: the method with one part changed at a time.
 
     python -m benchmarks.ablation --base DIR --finetuned DIR --calibration FILE --heldout FILE \
         [--bits 1.0] [--calibration-tokens N] [--seed 0] [--threads N]
 
 Calibration runs once; every variant then encodes the whole checkpoint at the same budget, without
-distillation except where it says so. KL in nats per token and agreement are measured on the
-held-out text in windows of 256. Prints a table in Markdown.
+distillation unless it says so. KL (nats per token) and top-token agreement are measured on the
+held-out text in windows of 256 tokens. Prints a Markdown table.
 """
 
 import argparse
@@ -43,13 +43,13 @@ Patches = list[Any]
 
 
 def _one_sided(outputs: Tensor) -> Tensor:
-    """Every output alike, the matrix's mean kept."""
+    """Weigh all outputs equally, by the matrix's mean."""
     mean = (outputs if outputs.ndim == 1 else outputs.diagonal()).mean()
     return mean * torch.ones(len(outputs), dtype=outputs.dtype)
 
 
-def _each_alone(profiles: Sequence[Profile], bits: float) -> Shares:
-    """The same bits per weight for every matrix."""
+def _per_matrix_budget(profiles: Sequence[Profile], bits: float) -> Shares:
+    """Allocate the same bits per weight to every matrix."""
     total = sum(profile.shape[0] * profile.shape[1] for profile in profiles)
     shares = [
         budget.share([profile], bits * profile.shape[0] * profile.shape[1] / total)
@@ -63,7 +63,7 @@ def _each_alone(profiles: Sequence[Profile], bits: float) -> Shares:
 
 
 def _equal_widths(costs: Callable[[Profile], Tensor]) -> Callable[[Profile], Tensor]:
-    """U and V of a rank have one width: other pairs cost more than any budget."""
+    """Force U and V of a rank to one width: other pairs cost more than any budget."""
     count = len(two_sided.WIDTHS)
 
     def priced(profile: Profile) -> Tensor:
@@ -82,7 +82,7 @@ def _no_sign(losses: Tensor) -> Tensor:
 
 
 def variants() -> dict[str, Patches]:
-    """Each variant's patches; none of them is an option of the product."""
+    """Patches by variant; none of these is an option of the product."""
     outputs, losses = Statistics.outputs, two_sided.losses
     return {
         "as it is, not distilled": [],
@@ -91,7 +91,9 @@ def variants() -> dict[str, Patches]:
                 Statistics, "outputs", lambda self, key: _one_sided(outputs(self, key))
             )
         ],
-        "the same bits for every matrix": [mock.patch.object(compressors, "share", _each_alone)],
+        "the same bits for every matrix": [
+            mock.patch.object(compressors, "share", _per_matrix_budget)
+        ],
         "one width for U and V of a rank": [
             mock.patch.object(Profile, "costs", _equal_widths(Profile.costs))
         ],
@@ -118,7 +120,7 @@ def _patched(patches: Patches) -> Iterator[None]:
 
 
 class Ablation:
-    """One pair, calibrated once."""
+    """A pair that is calibrated once and encoded in several variants."""
 
     def __init__(self, arguments: argparse.Namespace, scratch: Scratch) -> None:
         self.arguments = arguments
@@ -147,10 +149,10 @@ class Ablation:
         )
 
     def measure(self, *, distilled: bool) -> tuple[float, float, int]:
-        """KL, agreement and bytes of the method as it now is."""
+        """KL, agreement and artifact bytes with the patches currently applied."""
         run = self.run
         with Scratch() as scratch:
-            seen = _View(self.statistics, scratch)
+            seen = _ScratchStatistics(self.statistics, scratch)
             compressor = UnderOneBudget(run, seen, self.model.device)
             compressor.settle(self.arguments.bits)
             made = encode_blocks(run, seen.matrices, compressor, seen, NoWorkStore(), "")
@@ -169,8 +171,8 @@ class Ablation:
             return quality.kl, quality.agreement, out.stat().st_size
 
 
-class _View(Statistics):
-    """The same moments, with a place of its own for what a variant sets aside."""
+class _ScratchStatistics(Statistics):
+    """The same moments with separate scratch space for a variant's intermediate results."""
 
     def __init__(self, statistics: Statistics, scratch: Scratch) -> None:
         super().__init__(scratch, statistics.matrices)
@@ -201,7 +203,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibration-tokens", type=int, default=TOKENS)
-    parser.add_argument("--threads", type=int, help="torch's threads")
+    parser.add_argument("--threads", type=int, help="number of torch threads")
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

@@ -1,13 +1,13 @@
-"""The delta file: what it takes beyond its codes, and how fast it gets into memory.
+"""The delta file: its size overhead over codes and scales, and its loading bandwidth.
 
     python -m benchmarks.artifact [--device cuda] [--layers 28] [--cold]
 
-Random codes at the shapes of Qwen2.5-7B's linear layers, at about one bit a weight. Sizes are
-measured on files of one and of two decoder blocks and projected to all: every block takes what
-the second one added. Loading is `artifacts.device.load_segments`, opening included, against a
-plain read of the file into new memory, the two by turns in one process; the better of several
-runs each. The page cache holds the file, unless --cold asks the kernel to drop it before each run
-(a request that not every file system honours: look whether the plain read became slower).
+Random codes at the shapes of Qwen2.5-7B's linear layers, at about one bit per weight. Sizes are
+measured on files of one and of two decoder blocks and extrapolated: every block takes as much as
+the second one added. Loading is `artifacts.device.load_segments`, opening included, against a plain
+read of the file into new memory, alternating in one process; the best of several runs each. The
+page cache holds the file, unless --cold asks the kernel to drop it before each run (not every file
+system honours this: check that the plain read became slower).
 """
 
 import argparse
@@ -28,10 +28,10 @@ from deltadock.artifacts.encoding import Encoded, SvdMatrix, Vectors, encode_svd
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 
-Grid = Literal["zeros", "midrise"]
+GridKind = Literal["zeros", "midrise"]
 
-SHARES: Final = {8: 0.01, 4: 0.09, 3: 0.4, 2: 0.5}
-"""Share of the ranks at each width, about what the allocation gives at one bit a weight."""
+WIDTH_FRACTIONS: Final = {8: 0.01, 4: 0.09, 3: 0.4, 2: 0.5}
+"""Fraction of the ranks at each width, about as allocated at one bit per weight."""
 
 MANIFEST: Final = {
     "base_digest": "b" * 64, "finetuned_digest": "f" * 64, "model_type": "qwen2",
@@ -40,20 +40,20 @@ MANIFEST: Final = {
 }  # fmt: skip
 
 
-class Size(NamedTuple):
-    """Bits a weight of the linear layers: codes and scales alone, and with all of the file."""
+class BitsPerWeight(NamedTuple):
+    """Bits per weight of the linear layers: codes and scales alone, and the whole file."""
 
     payload: float
     file: float
 
     @property
     def overhead(self) -> float:
-        """Share that headers, hashes and padding add."""
+        """Relative size of headers, hashes and padding."""
         return self.file / self.payload - 1
 
 
-class Speed(NamedTuple):
-    """Bytes a second of a plain read and of loading, and seconds to open the file."""
+class LoadingSpeed(NamedTuple):
+    """Bytes per second of a plain read and of loading, and seconds to open the file."""
 
     plain: float
     load: float
@@ -61,22 +61,24 @@ class Speed(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Loading against the plain read."""
+        """Loading bandwidth over the plain read's."""
         return self.load / self.plain
 
 
-def _vectors(rng: np.random.Generator, bits: np.ndarray, columns: int, grid: Grid) -> Vectors:
+def _vectors(rng: np.random.Generator, bits: np.ndarray, columns: int, grid: GridKind) -> Vectors:
     codes = rng.integers(0, 256, (len(bits), columns), np.uint8) >> (8 - bits)[:, None]
     zero = np.full(len(bits), 1.5, np.float16) if grid == "zeros" else None
     return Vectors(codes.astype(np.uint8), bits, zero)
 
 
-def random_matrix(shape: tuple[int, int], grid: Grid, bits: float, seed: int) -> Encoded:
-    """A decomposition of random codes, about `bits` a weight; with scales where `midrise`."""
+def random_matrix(shape: tuple[int, int], grid: GridKind, bits: float, seed: int) -> Encoded:
+    """An `svd` encoding of random codes, about `bits` per weight; `midrise` adds scales."""
     rng = np.random.default_rng(seed)
-    mean = sum(width * share for width, share in SHARES.items())
+    mean = sum(width * fraction for width, fraction in WIDTH_FRACTIONS.items())
     ranks = min(round(bits * shape[0] * shape[1] / (mean * sum(shape))), *shape)
-    widths = np.repeat(list(SHARES), [round(ranks * share) for share in SHARES.values()])
+    widths = np.repeat(
+        list(WIDTH_FRACTIONS), [round(ranks * fraction) for fraction in WIDTH_FRACTIONS.values()]
+    )
     v, u = (_vectors(rng, widths, side, grid) for side in (shape[1], shape[0]))
     matrix = SvdMatrix(u, np.ones(len(widths), np.float32), v)
     if grid == "zeros":
@@ -85,7 +87,7 @@ def random_matrix(shape: tuple[int, int], grid: Grid, bits: float, seed: int) ->
 
 
 def payload_bits(encoded: Encoded) -> int:
-    """Bits of codes and scales, without what packing and the file add."""
+    """Bits of codes and scales, without packing and file overhead."""
     h_out, h_in = encoded.record["shape"]
     codes: int = sum(
         run["count"] * (run["v_bits"] * h_in + run["u_bits"] * h_out)
@@ -95,8 +97,8 @@ def payload_bits(encoded: Encoded) -> int:
     return codes + 8 * scales
 
 
-def random_block(grid: Grid, bits: float = 1.0, shrink: int = 1) -> dict[str, Encoded]:
-    """The matrices of a decoder block, by name within it; sides divided by `shrink`."""
+def random_block(grid: GridKind, bits: float = 1.0, shrink: int = 1) -> dict[str, Encoded]:
+    """The matrices of a decoder block by name within it; `shrink` divides their sides."""
     prefix = "model.layers.0."
     shapes = {
         tensor.name.removeprefix(prefix): tensor.shape
@@ -110,7 +112,7 @@ def random_block(grid: Grid, bits: float = 1.0, shrink: int = 1) -> dict[str, En
 
 
 def write(path: Path, block: dict[str, Encoded], layers: int) -> int:
-    """A file of `layers` equal blocks; its size in bytes."""
+    """Write a file of `layers` identical blocks; returns its size in bytes."""
     tensors = {
         f"model.layers.{layer}.{name}": encoded
         for layer in range(layers)
@@ -121,13 +123,15 @@ def write(path: Path, block: dict[str, Encoded], layers: int) -> int:
     return path.stat().st_size
 
 
-def project(block: dict[str, Encoded], folder: Path, layers: int = LAYERS) -> Size:
-    """Bits a weight of a model of `layers` such blocks, from files of one and of two."""
+def project(block: dict[str, Encoded], folder: Path, layers: int = LAYERS) -> BitsPerWeight:
+    """Extrapolate the bits per weight of `layers` blocks from files of one and of two."""
     one, two = (write(folder / f"{count}.delta", block, count) for count in (1, 2))
     weights = sum(encoded.record["shape"][0] * encoded.record["shape"][1]
                   for encoded in block.values())  # fmt: skip
     payload = sum(payload_bits(encoded) for encoded in block.values())
-    return Size(payload / weights, 8 * (one + (layers - 1) * (two - one)) / (layers * weights))
+    return BitsPerWeight(
+        payload / weights, 8 * (one + (layers - 1) * (two - one)) / (layers * weights)
+    )
 
 
 def _drop_pages(path: Path) -> None:
@@ -150,8 +154,8 @@ def _load(path: Path, device: torch.device) -> object:
 
 def time_loading(
     path: Path, device: torch.device, repeats: int = 5, *, cold: bool = False
-) -> Speed:
-    """The better of `repeats` runs of each, by turns, after one that is not counted."""
+) -> LoadingSpeed:
+    """The best of `repeats` alternating runs of each, after one warm-up."""
 
     def seconds(action: Callable[[], object]) -> float:
         if cold:
@@ -159,7 +163,7 @@ def time_loading(
         began = time.perf_counter()
         kept = action()
         ended = time.perf_counter()
-        del kept  # what giving the memory back takes is not counted
+        del kept  # freeing the memory is not timed
         return ended - began
 
     actions = (
@@ -168,15 +172,17 @@ def time_loading(
     runs = [[seconds(action) for action in actions] for _ in range(repeats + 1)][1:]
     plain, load, opening = (min(column) for column in zip(*runs, strict=True))
     size = path.stat().st_size
-    return Speed(size / plain, size / load, opening)
+    return LoadingSpeed(size / plain, size / load, opening)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="blocks in the file loaded")
-    parser.add_argument("--shrink", type=int, default=1, help="divides the matrices' sides")
+    parser.add_argument(
+        "--layers", type=int, default=LAYERS, help="blocks in the file that is loaded"
+    )
+    parser.add_argument("--shrink", type=int, default=1, help="divisor of the matrices' sides")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="drop the page cache before each run")
     arguments = parser.parse_args(argv)
@@ -184,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe_machine(arguments.device))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print(f"{'grid':8} {'codes + scales':>14} {'whole file':>10} {'added':>7}  bits a weight")
-        grids: tuple[Grid, ...] = ("zeros", "midrise")
+        print(f"{'grid':8} {'codes + scales':>14} {'whole file':>10} {'added':>7}  bits per weight")
+        grids: tuple[GridKind, ...] = ("zeros", "midrise")
         for grid in grids:
             block = random_block(grid, shrink=arguments.shrink)
             size = project(block, folder)
@@ -193,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = folder / "model.delta"
         nbytes = write(path, block, arguments.layers)
         speed = time_loading(path, device, arguments.repeats, cold=arguments.cold)
-    cache = "asked to be empty" if arguments.cold else "warm"
+    cache = "dropped (requested)" if arguments.cold else "warm"
     print(f"{nbytes / 1e6:,.1f} MB in {arguments.layers} blocks, page cache {cache}")
     print(f"open        {speed.opening * 1e3:8.1f} ms")
     print(f"plain read  {speed.plain / 1e9:8.2f} GB/s")

@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure rows in the file again")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--calibration-tokens", type=int, default=TOKENS)
-    parser.add_argument("--threads", type=int, help="torch's threads")
+    parser.add_argument("--threads", type=int, help="number of torch threads")
     parser.add_argument("--out", type=Path, required=True, metavar="PREFIX")
     arguments = parser.parse_args()
     unknown = set(arguments.methods) - METHODS.keys()

@@ -1,10 +1,10 @@
-"""Further fine-tunes of the sample base to measure methods on, made from this Python's library.
+"""Further fine-tunes of the sample base, trained on Python's standard library, to measure methods.
 
     python -m benchmarks.pairs --out DIR [code] [mild] [embeddings]
 
-Each pair is a folder with `base`, `finetuned`, `calibration.txt` and `heldout.txt`; no module of
-the standard library is in two of training, calibration and held-out text. The text is that of the
-Python that runs the script; everything else depends on the seed alone.
+Each pair is a folder with `base`, `finetuned`, `calibration.txt` and `heldout.txt`; training,
+calibration and held-out text come from disjoint modules of the standard library. The text is that
+of the running interpreter; everything else depends only on the seed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SEED: Final = 2_025
 DOCUMENTED: Final = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SKIPPED: Final = {"site-packages", "dist-packages", "test", "tests", "pydoc_data", "idlelib"}
 LONGEST_MODULE: Final = 12_000
-"""Characters that one module gives: a few long ones would fill a text alone."""
+"""Characters taken from one module, so that a few long ones do not fill a text."""
 HELD_OUT_CHARACTERS: Final = 60_000
 CALIBRATION_CHARACTERS: Final = 250_000
 QUICK_MODULES: Final = 60
@@ -43,12 +43,12 @@ class Recipe:
     """How a pair's fine-tune is trained.
 
     Attributes:
-        text_of: what of a module it is trained on.
-        steps: of AdamW, each on `ROWS` windows of `LENGTH` tokens.
-        rate: peak learning rate; it warms up over a tenth of the steps and falls to 0.
-        embedding_rate: that of the embedding.
+        text_of: extracts the training text from a module.
+        steps: AdamW steps, each on `ROWS` windows of `LENGTH` tokens.
+        rate: peak learning rate, with linear warm-up over a tenth of the steps, then linear decay.
+        embedding_rate: peak learning rate of the embedding.
         decay: weight decay of the matrices.
-        about: what the pair is there for.
+        about: purpose of the pair.
     """
 
     text_of: Callable[[ast.Module], str]
@@ -60,7 +60,7 @@ class Recipe:
 
 
 def code_of(tree: ast.Module) -> str:
-    """The module's code alone: the sample base was trained on the docstrings."""
+    """The module's code without docstrings, on which the sample base was trained."""
     for node in ast.walk(tree):
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             node.body[:1] = [ast.Pass()] if len(node.body) == 1 else []
@@ -68,13 +68,13 @@ def code_of(tree: ast.Module) -> str:
 
 
 def docstrings_of(tree: ast.Module) -> str:
-    """The module's docstrings: text of the kind that the sample base was trained on."""
+    """The module's docstrings, the kind of text that the sample base was trained on."""
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, DOCUMENTED))
     return "\n\n".join(text for text in found if text)
 
 
 def standard_library(text_of: Callable[[ast.Module], str]) -> Iterator[str]:
-    """A text of each module of the running interpreter's standard library, by path."""
+    """One text per module of the running interpreter's standard library, ordered by path."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         if SKIPPED.intersection(path.relative_to(library).parts):
@@ -98,7 +98,7 @@ RECIPES: Final = {
 def split_modules(
     text_of: Callable[[ast.Module], str], limit: int | None = None
 ) -> tuple[list[str], list[str], list[str]]:
-    """Modules to train on, to calibrate with and to hold out, of the first `limit`."""
+    """Split the first `limit` modules' texts into training, calibration and held-out."""
     modules = sorted(set(islice(standard_library(text_of), limit)))
     random.Random(SEED).shuffle(modules)
     parts = []
@@ -112,7 +112,7 @@ def split_modules(
 
 
 def windows(tokenizer: object, text: str) -> Tensor:
-    """The text's tokens, (n, LENGTH) int64."""
+    """The text's tokens in windows, (n, LENGTH) int64."""
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # type: ignore[operator]
     return tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
 
@@ -157,7 +157,7 @@ def divergence(finetuned: torch.nn.Module, base: torch.nn.Module, data: Tensor) 
 
 
 def make(name: str, out: Path, base: Path, quick: bool) -> None:
-    """Write the pair `name` as `out`/`name` and print what it is."""
+    """Write the pair `name` to `out`/`name` and print its figures."""
     recipe = RECIPES[name]
     folder = out / name
     tuned = folder / "finetuned"

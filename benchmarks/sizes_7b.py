@@ -1,9 +1,9 @@
-"""Artifact sizes at the shapes of Qwen2.5-7B, from the product's own size preview.
+"""Artifact sizes at the shapes of Qwen2.5-7B, from the size preview.
 
     python -m benchmarks.sizes_7b [--bits 1.0]
 
-For every method with a budget: once with every tensor changed, once with only the linear layers
-of the decoder blocks changed. No weights are needed: sizes follow from shapes.
+For every method, with all tensors changed and with only the linear layers of the decoder blocks
+changed. No weights are needed: sizes follow from shapes.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from deltadock.compression.sizes import SizePreview, preview
 
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS = 152064, 3584, 18944, 28
 KEY_VALUE = 4 * HIDDEN // 28
-"""Four key and value heads of the twenty-eight that queries have."""
+"""4 key/value heads for 28 query heads."""
 
 
 def qwen2_5_7b(*, only_linear: bool = False) -> list[Shape]:
-    """Every tensor of the model; with `only_linear`, nothing but the blocks' matrices changed."""
+    """Every tensor of the model; with `only_linear`, only the blocks' matrices are changed."""
     block = {
         "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
         "self_attn.q_proj.bias": (HIDDEN,),
@@ -51,7 +51,7 @@ def qwen2_5_7b(*, only_linear: bool = False) -> list[Shape]:
 
 
 def study(bits: float) -> list[tuple[str, bool, SizePreview]]:
-    """Method, whether only linear layers changed, and what it comes to."""
+    """(method, whether only linear layers changed, preview) for every method."""
     return [
         (method, only_linear, preview(qwen2_5_7b(only_linear=only_linear), method, goal))
         for method, info in METHODS.items()

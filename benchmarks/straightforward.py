@@ -1,9 +1,9 @@
-"""AdaMix's Algorithm 1 as it is printed, one matrix at a time: what our code is measured against.
+"""AdaMix's Algorithm 1 as printed, one matrix at a time: the baseline of `compress_speed`.
 
 Source: Xiong et al., "AdaMix" (arXiv 2506.11087). Nothing is shared between widths, matrices or
-steps: a full float64 SVD, one GPTQ for each width with a Hessian inversion of its own, column by
-column, the 0/1 programme given to SCIP (dynamic programming over each subset of widths where SCIP
-is not installed), a second GPTQ of V at the chosen widths, target correction by an inverse.
+steps: a full float64 SVD, one GPTQ with its own Hessian inversion per width, column by column, the
+0/1 programme solved by SCIP (without SCIP: dynamic programming over each subset of widths), a
+second GPTQ of V at the chosen widths, target correction by an explicit inverse.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 F_MAX = 4
 DAMPING = 0.01
 
-Clock = Callable[[str], None]
-"""Told the name of a stage that has just ended."""
+StageCallback = Callable[[str], None]
+"""Called with the name of a stage when it ends."""
 
 
 def moment_of(sequences: list[Tensor]) -> Tensor:
-    """`X X^T` over sequences (length, h_in), one after another: (h_in, h_in) float32."""
+    """`X X^T` summed over sequences (length, h_in): (h_in, h_in) float32."""
     total = torch.zeros(2 * (sequences[0].shape[1],), device=sequences[0].device)
     for sequence in sequences:
         total += sequence.float().t() @ sequence.float()
@@ -32,13 +32,13 @@ def moment_of(sequences: list[Tensor]) -> Tensor:
 
 
 def gptq(weights: Tensor, bits: Tensor, hessian: Tensor, block: int = 1) -> Tensor:
-    """GPTQ of (rows, n) under a Hessian (n, n): the decoded values.
+    """GPTQ (Frantar et al., arXiv 2210.17323) of a matrix under a Hessian; returns decoded values.
 
     Args:
         weights: (rows, n).
-        bits: (rows, 1) for a grid a row, or (1, n) for a grid a column.
+        bits: (rows, 1) for one grid per row, or (1, n) for one grid per column.
         hessian: (n, n).
-        block: columns whose corrections reach the columns after the block in one product.
+        block: columns per block; a block's errors reach later columns in one product.
     """
     damped = hessian.double().clone()
     damped.diagonal().add_(DAMPING * damped.diagonal().mean())
@@ -67,7 +67,7 @@ def gptq(weights: Tensor, bits: Tensor, hessian: Tensor, block: int = 1) -> Tens
 
 
 def minmax_grid(values: Tensor, levels: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The asymmetric grid over each vector's range: scale and zero point."""
+    """Scale and zero point of the asymmetric grid over each vector's range."""
     low = values.amin(dim=dim, keepdim=True).clamp_max(0)
     high = values.amax(dim=dim, keepdim=True).clamp_min(0)
     scale = ((high - low) / levels).clamp_min(torch.finfo(torch.float32).tiny)
@@ -75,7 +75,7 @@ def minmax_grid(values: Tensor, levels: Tensor, dim: int) -> tuple[Tensor, Tenso
 
 
 def allocate(errors: npt.NDArray[np.float64], budget: int) -> npt.NDArray[np.int64]:
-    """Widths (r,) of least error with at most `F_MAX` distinct ones; errors (r, 1 + widths)."""
+    """Widths (r,) of least error with at most `F_MAX` distinct ones, for errors (r, 1 + widths)."""
     if find_spec("pyscipopt") is not None:
         from deltadock.compression.numerics.allocation import allocate as solve
 
@@ -92,7 +92,7 @@ def allocate(errors: npt.NDArray[np.float64], budget: int) -> npt.NDArray[np.int
 def knapsack(
     errors: npt.NDArray[np.float64], costs: npt.NDArray[np.int64], budget: int
 ) -> tuple[float, npt.NDArray[np.int64]]:
-    """Least total error of one choice a row whose costs sum to at most `budget`; and its costs."""
+    """Multiple-choice knapsack: least total error within `budget`, and the chosen cost per row."""
     best = np.zeros(budget + 1)
     taken = np.zeros((len(errors), budget + 1), np.int8)
     for row, offers in enumerate(errors):
@@ -113,7 +113,7 @@ def knapsack(
 
 
 def compress(
-    delta: Tensor, sequences: list[Tensor], bits: float, done: Clock, block: int = 1
+    delta: Tensor, sequences: list[Tensor], bits: float, done: StageCallback, block: int = 1
 ) -> Tensor:
     """Algorithm 1 for one layer.
 
@@ -121,8 +121,8 @@ def compress(
         delta: (h_out, h_in).
         sequences: the layer's inputs, each (length, h_in).
         bits: code bits per weight.
-        done: told after each stage.
-        block: GPTQ's, see there.
+        done: called after each stage.
+        block: see `gptq`.
 
     Returns:
         The compressed delta (h_out, h_in) float32.

@@ -1,4 +1,4 @@
-"""Random checkpoints of any size and architecture, written block by block."""
+"""Random checkpoint pairs of any size and architecture, written block by block."""
 
 import json
 import shutil
@@ -15,17 +15,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 STD = 0.02
-"""Standard deviation of the weights, as models are initialised."""
+"""Standard deviation of the weights, as at initialization."""
 
 
 def random_tensor(name: str, shape: torch.Size, device: str) -> Tensor:
-    """Normal values, float32, that depend on the name, the shape and the device's kind alone."""
+    """Normal values, float32, determined by name, shape and device type."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     return STD * torch.randn(shape, generator=generator, device=device)
 
 
 def shapes_of(config: Any) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of a checkpoint with this configuration."""
+    """Shapes of a checkpoint's tensors by name, for a `transformers` configuration."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -34,12 +34,12 @@ def shapes_of(config: Any) -> dict[str, torch.Size]:
     return shapes
 
 
-def group_of(name: str) -> str:
-    """`model.layers.3` for what is in a block; everything else is one group."""
+def block_of(name: str) -> str:
+    """The block of a tensor, such as `model.layers.3`; empty for tensors outside the blocks."""
     parts = name.split(".")
-    for place, part in enumerate(parts):
+    for index, part in enumerate(parts):
         if part.isdigit():
-            return ".".join(parts[: place + 1])
+            return ".".join(parts[: index + 1])
     return ""
 
 
@@ -51,20 +51,20 @@ def write_pair(
     delta: float = 0.002,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
-    alike: bool = False,
+    identical_blocks: bool = False,
 ) -> tuple[Path, Path]:
-    """Write a random base and a fine-tune of it; one block is in memory at a time.
+    """Write a random base and a fine-tune of it, one block in memory at a time.
 
-    Shards without a changed tensor are hard links: they take no room on the disk.
+    Shards without a changed tensor are hard links, to save disk space.
 
     Args:
         config: a `transformers` configuration.
-        folder: where `base` and `finetuned` are made.
+        folder: parent of the new folders `base` and `finetuned`.
         changed: whether the fine-tune changes the tensor of this name.
-        delta: standard deviation of the change.
+        delta: standard deviation of the weight delta.
         dtype: of the stored weights.
-        device: where the numbers are drawn.
-        alike: draw one block and give its values to all, which is quicker.
+        device: where random numbers are drawn.
+        identical_blocks: draw one block and copy it to all, which is faster.
 
     Returns:
         The two folders.
@@ -72,7 +72,7 @@ def write_pair(
     base, tuned = folder / "base", folder / "finetuned"
     groups: dict[str, dict[str, torch.Size]] = {}
     for name, shape in shapes_of(config).items():
-        groups.setdefault(group_of(name), {})[name] = shape
+        groups.setdefault(block_of(name), {})[name] = shape
     weight_map = {}
     for path in (base, tuned):
         path.mkdir(parents=True)
@@ -82,13 +82,13 @@ def write_pair(
         weight_map.update(dict.fromkeys(shapes, file))
         tensors = {}
         for name, shape in shapes.items():
-            key = name.removeprefix(group) if alike and group else name
+            key = name.removeprefix(group) if identical_blocks and group else name
             if key not in drawn:
                 # Norms are near one.
                 values = random_tensor(key, shape, device) + name.endswith("norm.weight")
                 drawn[key] = values.to(dtype)
             tensors[name] = drawn[key]
-        if not alike:
+        if not identical_blocks:
             drawn.clear()
         save_file(tensors, base / file, metadata={"format": "pt"})
         moved = [name for name in shapes if changed(name)]
@@ -110,7 +110,7 @@ def write_pair(
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of the 256 bytes."""
+    """Write a byte-level tokenizer without merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -119,7 +119,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_text(path: Path, characters: int) -> Path:
-    """A text of numbers and their squares, at least that long."""
+    """Write numbers and their squares until the text has at least `characters`."""
     lines, length, number = [], 0, 0
     while length < characters:
         lines.append(f"{number} squared is {number * number}.\n")

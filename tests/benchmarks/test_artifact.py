@@ -29,4 +29,4 @@ def test_it_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "midrise" in out
     assert "of the plain read" in out
-    assert "page cache asked to be empty" in out
+    assert "page cache dropped" in out

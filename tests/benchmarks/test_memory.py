@@ -1,4 +1,4 @@
-"""The memory benchmark measures a process of its own and tells both outcomes apart."""
+"""The memory benchmark measures a fresh process and distinguishes both outcomes."""
 
 import pytest
 
@@ -13,5 +13,5 @@ def test_a_tiny_checkpoint_is_within_the_limit(capsys: pytest.CaptureFixture[str
     assert "PASS" in out
 
 
-def test_a_peak_over_the_limit_ends_with_status_1() -> None:
+def test_a_peak_over_the_limit_exits_with_status_1() -> None:
     assert verdict(3.0, 2.0) == 1
