@@ -1,8 +1,11 @@
 """Deltadock's public names.
 
-`Client` talks to a running Deltadock; `load_delta` turns a `transformers` model into its fine-tune
-and back. They are imported on first use: a process that needs neither loads no HTTP client and no
-torch.
+- `Client`: client of a running Deltadock's REST interface.
+- `load_delta`: load a delta into a `transformers` model in place; returns a `LoadedDelta`.
+- `DeltadockError`: base class of all errors, see `deltadock.errors`.
+
+`Client` and `load_delta` are imported on first use, so that `import deltadock` loads neither httpx
+nor torch.
 """
 
 from importlib import import_module
@@ -13,11 +16,15 @@ from deltadock.version import __version__
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
-    from deltadock.client.loading import load_delta
+    from deltadock.client.loading import LoadedDelta, load_delta
 
-__all__ = ["Client", "DeltadockError", "__version__", "load_delta"]
+__all__ = ["Client", "DeltadockError", "LoadedDelta", "__version__", "load_delta"]
 
-_LAZY: Final = {"Client": "deltadock.client.http", "load_delta": "deltadock.client.loading"}
+_LAZY: Final = {
+    "Client": "deltadock.client.http",
+    "LoadedDelta": "deltadock.client.loading",
+    "load_delta": "deltadock.client.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
-"""`python -m deltadock`: the `deltadock` command where its script is not on the path."""
+"""`python -m deltadock`: the `deltadock` command."""
 
-from deltadock.cli.main import main
+from deltadock.cli.main import app
 
-main()
+app()

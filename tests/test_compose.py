@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from deltadock.cli.services import Service
-from deltadock.cli.topology import topology_settings
+from deltadock.cli.system import topology_settings
 from deltadock.settings import Settings
 
 ROOT = Path(__file__).parent.parent

@@ -1,1 +1,1 @@
-"""The `deltadock` command, and what it starts: one process, or a whole system."""
+"""The `deltadock` command and the processes that it starts."""

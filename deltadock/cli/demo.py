@@ -1,4 +1,4 @@
-"""`deltadock demo`: the whole job on the samples, seen from outside over HTTP.
+"""`deltadock demo`: compress and serve the sample fine-tune over HTTP.
 
 Starts an embedded Deltadock in a temporary folder, stores the sample fine-tune as a one-bit delta
 and as an exact one, and lets base, fine-tune and delta answer the same held-out exercises.
@@ -22,12 +22,12 @@ from rich.table import Table
 from rich.text import Text
 
 from deltadock.cli.processes import HOST, Child, free_ports
-from deltadock.client.http import Client, Json
+from deltadock.client.http import Client, JsonObject
 from deltadock.errors import DeltadockError, NotFound
 
 SAMPLES: Final = Path(str(files("deltadock") / "samples"))
-SILENT_PERCENT: Final = 5
-"""Progress that is always worth a line."""
+PROGRESS_STEP: Final = 5
+"""Percent of progress after which another line is printed."""
 BASE: Final = "sample-base"
 PARALLEL: Final = 8
 
@@ -37,16 +37,18 @@ def demo(samples: Path = SAMPLES, shown: int = 5, measured: int = 60) -> None:
 
     Args:
         samples: folder with the sample pair, calibration text and exercises.
-        shown: exercises whose answers are printed.
-        measured: exercises whose exact matches are counted.
+        shown: number of exercises whose answers are printed.
+        measured: number of exercises for the accuracy.
 
     Raises:
-        NotFound: `samples` is not there.
-        DeltadockError: a step was refused or a process did not start.
+        NotFound: `samples` does not exist.
+        DeltadockError: a request failed or a process did not start.
     """
     console, began = Console(), time.monotonic()
     if not (samples / "base").is_dir():
-        raise NotFound(f"There are no samples in {samples}. Run the demo from a checkout.")
+        raise NotFound(
+            f"{samples} has no samples. Install Deltadock again, or run the demo from a checkout."
+        )
     lines = (samples / "exercises.jsonl").read_text(encoding="utf-8").splitlines()
     exercises = [json.loads(line) for line in lines[: max(shown, measured)]]
     console.print("[bold]1. Start[/]: api, worker and node with a broker, SQLite and a folder")
@@ -61,12 +63,12 @@ def demo(samples: Path = SAMPLES, shown: int = 5, measured: int = 60) -> None:
         _show_answers(console, exercises[:shown], answers)
         _show_accuracy(console, exercises[:measured], answers)
         console.print("[bold]5. Stop[/]")
-    console.print(f"Everything has stopped, after {time.monotonic() - began:.0f} seconds in all.")
+    console.print(f"Stopped after {time.monotonic() - began:.0f} seconds in all.")
 
 
 @contextmanager
 def _running_system() -> Iterator[str]:
-    """A Deltadock of its own, as `deltadock up` starts it; yields its address."""
+    """Run `deltadock up` in a temporary folder; yields its URL."""
     api_port, node_port = free_ports(2)
     url = f"http://{HOST}:{api_port}"
     with tempfile.TemporaryDirectory(prefix="deltadock-demo-") as name:
@@ -76,8 +78,8 @@ def _running_system() -> Iterator[str]:
             *("--api-port", str(api_port), "--node-port", str(node_port)),
         ]
         with Child("deltadock up", command, log=home / "up.log", grace=30.0) as system:
-            # Its worker and node may still be on their way: jobs wait for the one, and the report
-            # is there after the other.
+            # The worker and the node may still be starting: jobs wait for the worker, and the node
+            # is up long before the first compression ends.
             system.wait_until(lambda: _is_ready(url), seconds=120)
             yield url
 
@@ -89,8 +91,8 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-def _store(console: Console, client: Client, samples: Path) -> tuple[Json, Json]:
-    """Upload the samples and compress the fine-tune twice: at one bit, and exactly."""
+def _store(console: Console, client: Client, samples: Path) -> tuple[JsonObject, JsonObject]:
+    """Upload the samples and compress the fine-tune twice: at one bit per weight, and exactly."""
     console.print("[bold]2. Upload[/] the base and its fine-tune, hashed while they stream")
     base = client.upload_folder(samples / "base")
     client.create_base(BASE, base["digest"])
@@ -106,41 +108,41 @@ def _store(console: Console, client: Client, samples: Path) -> tuple[Json, Json]
     exact = client.create_delta("demo/skills-exact", BASE, finetuned["digest"], method="exact")
     for job in (
         _follow(console, client, small["job"]["id"]),
-        client.wait(exact["job"]["id"]),  # quick, and not what the demonstration is about
+        client.wait(exact["job"]["id"]),  # fast: no progress to show
     ):
         if job["state"] != "ready":
             raise DeltadockError(f"The compression {job['state']}: {job['error']['message']}")
     return client.delta(small["delta"]["id"]), client.delta(exact["delta"]["id"])
 
 
-def _follow(console: Console, client: Client, job: str) -> Json:
-    """Wait for a job; a live bar in a terminal, a line per block elsewhere."""
+def _follow(console: Console, client: Client, job: str) -> JsonObject:
+    """Wait for a job; shows a progress bar in a terminal, else a line per block."""
     columns = (
         TextColumn("   {task.description:<34}"),
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),
         TimeElapsedColumn(),
     )
-    last, told = "", 0.0
+    last, printed = "", 0.0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("queued", total=100.0)
 
-        def show(state: Json) -> None:
-            nonlocal last, told
+        def show(state: JsonObject) -> None:
+            nonlocal last, printed
             text = state["state"]
             if state["state"] == "compressing":
                 text += f" block {min(state['block'] + 1, state['blocks'])} of {state['blocks']}"
             bar.update(task, description=text, completed=state["percent"])
-            far = state["percent"] >= told + SILENT_PERCENT
-            if (text != last or far) and not console.is_terminal:
+            advanced = state["percent"] >= printed + PROGRESS_STEP
+            if (text != last or advanced) and not console.is_terminal:
                 console.print(f"   {state['percent']:3.0f} %  {text}")
-                told = state["percent"]
+                printed = state["percent"]
             last = text
 
         return client.wait(job, show)
 
 
-def _show_report(console: Console, delta: Json, report: Json) -> None:
+def _show_report(console: Console, delta: JsonObject, report: JsonObject) -> None:
     table = Table(title=f"{delta['name']} version {delta['version']} on {delta['base']['name']}")
     table.add_column("what")
     table.add_column("value", justify="right")
@@ -163,10 +165,10 @@ def _show_report(console: Console, delta: Json, report: Json) -> None:
     console.print(table)
 
 
-def _answers(client: Client, title: str, model: str, exercises: Sequence[Json]) -> list[str]:
-    """The model's first line for every prompt, most likely tokens only."""
+def _answers(client: Client, title: str, model: str, exercises: Sequence[JsonObject]) -> list[str]:
+    """The first line of the model's greedy answer to every prompt."""
 
-    def answer(exercise: Json) -> str:
+    def answer(exercise: JsonObject) -> str:
         text: str = client.generate(
             model,
             exercise["prompt"],
@@ -177,12 +179,12 @@ def _answers(client: Client, title: str, model: str, exercises: Sequence[Json]) 
         )["text"]
         return text.strip()
 
-    with ThreadPoolExecutor(PARALLEL) as pool:  # the node puts them into one batch
+    with ThreadPoolExecutor(PARALLEL) as pool:  # the node batches them
         return list(pool.map(answer, exercises))
 
 
 def _show_answers(
-    console: Console, exercises: Sequence[Json], answers: dict[str, list[str]]
+    console: Console, exercises: Sequence[JsonObject], answers: dict[str, list[str]]
 ) -> None:
     console.print("[bold]4. Generate[/] over HTTP: the same base serves all three")
     table = Table("exercise", "expected", *answers)
@@ -197,7 +199,7 @@ def _marked(answer: str, expected: str) -> Text:
 
 
 def _show_accuracy(
-    console: Console, exercises: Sequence[Json], answers: dict[str, list[str]]
+    console: Console, exercises: Sequence[JsonObject], answers: dict[str, list[str]]
 ) -> None:
     for title, found in answers.items():
         right = sum(

@@ -1,27 +1,52 @@
 """The `deltadock` command."""
 
-import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from deltadock.cli import compressing, offline
+from deltadock.cli import offline
 from deltadock.errors import DeltadockError
 from deltadock.version import __version__
 
+OFFLINE = "Offline: checkpoint folders, no service"
+RUNNING = "Running Deltadock"
+
+
+class ErrorReportingGroup(TyperGroup):
+    """Prints a DeltadockError as one line on stderr and exits with status 1.
+
+    The end of a failed process's log follows, indented.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command.
+
+        Raises:
+            typer.Exit: the command raised a DeltadockError.
+        """
+        try:
+            return super().invoke(ctx)
+        except DeltadockError as error:
+            message = " ".join(error.message.split())
+            typer.echo(f"error ({error.code}): {message}", err=True)
+            if log_tail := error.details.get("log_tail"):
+                typer.echo(textwrap.indent(str(log_tail), "    "), err=True, nl=False)
+            raise typer.Exit(1) from None
+
+
 app = typer.Typer(
+    cls=ErrorReportingGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Store and serve fine-tuned LLMs as deltas of about one bit per weight.",
 )
-OFFLINE = "Offline: two folders, no service"
-RUNNING = "Running Deltadock"
 
 for command in (
-    compressing.preview, compressing.compress, offline.evaluate, offline.merge, offline.inspect,
+    offline.preview, offline.compress, offline.evaluate, offline.merge, offline.inspect,
     offline.verify, offline.methods,
 ):  # fmt: skip
     app.command(rich_help_panel=OFFLINE)(command)
@@ -31,18 +56,36 @@ ApiPort = Annotated[int, typer.Option(help="Port of the api and dashboard.")]
 NodePort = Annotated[int, typer.Option(help="Port of the inference node.")]
 
 
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Parse the options that precede a command."""
+
+
 @app.command(rich_help_panel=RUNNING)
 def up(home: Home = None, api_port: ApiPort = 8000, node_port: NodePort = 8100) -> None:
-    """Run everything on this machine: api, worker, node, broker. Ctrl-C stops it."""
-    from deltadock.cli.up import up as run
+    """Run api, worker, node and broker on this machine. Ctrl-C stops them."""
+    from deltadock.cli.system import up as run
 
     run(home, api_port, node_port)
 
 
 @app.command(rich_help_panel=RUNNING)
 def topology(home: Home = None, api_port: ApiPort = 8000, node_port: NodePort = 8100) -> None:
-    """The same on a real Postgres, Redis and S3 server, as in docker-compose.yml."""
-    from deltadock.cli.topology import topology as run
+    """Like `up`, on Postgres, Valkey and an S3 server, as in docker-compose.yml."""
+    from deltadock.cli.system import topology as run
 
     run(home, api_port, node_port)
 
@@ -50,16 +93,17 @@ def topology(home: Home = None, api_port: ApiPort = 8000, node_port: NodePort = 
 @app.command(rich_help_panel=RUNNING)
 def node(
     base: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Folder of the base.")
+        Path | None, typer.Option(exists=True, file_okay=False, help="Base checkpoint folder.")
     ] = None,
-    api: Annotated[str | None, typer.Option(help="Address of an api to register with.")] = None,
+    api: Annotated[str | None, typer.Option(help="URL of the api to register with.")] = None,
     delta: Annotated[
-        list[Path] | None, typer.Option(exists=True, dir_okay=False, help="A delta file to load.")
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="Delta file to load; may be repeated."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8100,
 ) -> None:
-    """Run one inference node, for an api or alone, until SIGTERM."""
+    """Run one inference node, registered with an api or standalone, until SIGTERM."""
     from deltadock.cli.node import node as run
 
     run(base, api, delta or [], host, port)
@@ -67,7 +111,7 @@ def node(
 
 @app.command(rich_help_panel=RUNNING)
 def demo() -> None:
-    """Compress the sample fine-tune and compare it with its delta, over HTTP."""
+    """Compress the sample fine-tune and compare it with its delta over HTTP."""
     from deltadock.cli.demo import demo as run
 
     run()
@@ -75,7 +119,7 @@ def demo() -> None:
 
 @app.command(rich_help_panel=RUNNING)
 def migrate() -> None:
-    """Bring the database that DELTADOCK_DATABASE_URL names up to this version."""
+    """Upgrade the database at DELTADOCK_DATABASE_URL to this version's schema."""
     from deltadock.settings import get_settings
     from deltadock.storage.database import migrate as run
     from deltadock.storage.database import normalise_url
@@ -85,22 +129,7 @@ def migrate() -> None:
     typer.echo(f"{normalise_url(url).render_as_string()} is at revision {revision}.")
 
 
-@app.command(rich_help_panel=RUNNING)
-def version() -> None:
+@app.command("version", rich_help_panel=RUNNING)
+def print_version() -> None:
     """Print the version."""
     typer.echo(__version__)
-
-
-def main() -> None:
-    """Entry point: domain errors become one line on stderr and exit status 1.
-
-    The end of a failed process's log follows it, as it is.
-    """
-    try:
-        app()
-    except DeltadockError as error:
-        message = " ".join(error.message.split())
-        sys.stderr.write(f"error ({error.code}): {message}\n")
-        if log_tail := error.details.get("log_tail"):
-            sys.stderr.write(textwrap.indent(str(log_tail), "    "))
-        raise SystemExit(1) from None

@@ -1,4 +1,4 @@
-"""`deltadock node`: one inference node, for an api or alone."""
+"""`deltadock node`: one inference node, registered with an api or standalone."""
 
 import json
 import os
@@ -17,29 +17,29 @@ from deltadock.storage.blobs import make_blob_store
 
 
 def node(base: Path | None, api: str | None, deltas: Sequence[Path], host: str, port: int) -> None:
-    """Become a node; settings of the environment hold where nothing is given.
+    """Replace this process with an inference node; arguments override settings.
 
     Args:
-        base: folder of the base that it serves; None: it adopts what requests name.
-        api: address of the api that it registers with; None: it serves alone.
-        deltas: delta files that it loads at its start.
-        host, port: where it listens.
+        base: base checkpoint folder; None: the setting, else the base that requests name.
+        api: URL of the api to register with; None: the setting, else standalone.
+        deltas: delta files to load at startup.
+        host, port: address to listen on.
 
     Raises:
-        InvalidCheckpoint: the folder is not a base's.
-        InvalidArtifact: a file is no delta.
+        InvalidCheckpoint: `base` is not a checkpoint folder.
+        InvalidArtifact: a file is not a delta.
     """
     environment = dict(os.environ)
     if base is not None:
         if not (base / CONFIG).is_file():
-            raise InvalidCheckpoint(f"{base} is no checkpoint folder: it has no {CONFIG}.")
-        Console().print(f"{base} is the model {base.resolve().name}", soft_wrap=True)
+            raise InvalidCheckpoint(f"{base} is not a checkpoint folder: it has no {CONFIG}.")
+        Console().print(f"{base} is served as model {base.resolve().name}", soft_wrap=True)
         environment["DELTADOCK_NODE_BASE"] = str(base.resolve())
     if api is not None:
         environment["DELTADOCK_API_URL"] = api
-        own = get_settings().home / SECRET_FILE  # of a `deltadock up` with the same home
-        if own.is_file():
-            environment.setdefault("DELTADOCK_NODE_SECRET", own.read_text(encoding="utf-8"))
+        secret_file = get_settings().home / SECRET_FILE  # written by `deltadock up`
+        if secret_file.is_file():
+            environment.setdefault("DELTADOCK_NODE_SECRET", secret_file.read_text(encoding="utf-8"))
     if deltas:
         environment["DELTADOCK_NODE_DELTAS"] = json.dumps(_store(deltas))
     command = [
@@ -52,11 +52,11 @@ def node(base: Path | None, api: str | None, deltas: Sequence[Path], host: str, 
         "--port",
         str(port),
     ]
-    os.execve(sys.executable, command, environment)  # signals reach the node itself
+    os.execve(sys.executable, command, environment)  # signals reach the node directly
 
 
 def _store(deltas: Sequence[Path]) -> list[str]:
-    """Put delta files where the node finds them, and say by which name; their digests."""
+    """Put delta files into the blob store and print their model names; returns their digests."""
     console = Console()
     blobs = make_blob_store(get_settings())
     blobs.prepare()
@@ -64,5 +64,5 @@ def _store(deltas: Sequence[Path]) -> list[str]:
     for path in deltas:
         with Artifact.open(path):
             digests.append(blobs.put_file(path))
-        console.print(f"{path} is the model {digests[-1]}", soft_wrap=True)
+        console.print(f"{path} is served as model {digests[-1]}", soft_wrap=True)
     return digests

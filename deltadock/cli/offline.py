@@ -1,4 +1,4 @@
-"""The offline commands: two folders, no service."""
+"""The offline commands: checkpoint folders and delta files, without a service."""
 
 import json
 import sys
@@ -6,28 +6,78 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-Folder = Annotated[
-    Path, typer.Option(exists=True, file_okay=False, help="A Hugging Face checkpoint folder.")
-]
-File = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A file.")]
+from deltadock.compression.calibration.options import (
+    LENGTH,
+    TOKENS,
+    CalibrationOptions,
+    Source,
+    check_weights,
+)
+from deltadock.compression.catalogue import default_method
+from deltadock.compression.goal import Goal, goal_for
+from deltadock.compression.sizes import SizePreview
+from deltadock.errors import Conflict, NotFound
 
-# Progress goes to stderr, so that --json leaves nothing but JSON on stdout.
-# Names come from files that others wrote: without markup, brackets in them are only brackets.
+DEFAULT_METHOD: Final = default_method().name
+SAMPLED: Final = "sampled"
+"""Calibration source: text sampled from the fine-tune."""
+GOALS: Final = "Goal, at most one of"
+CALIBRATION: Final = "Calibration"
+TABLE_WIDTH: Final = 120
+
+Method = Annotated[str, typer.Option(help="Compression method; `deltadock methods` lists them.")]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        help="Bits per compressed weight; 1.0 if no goal is given.",
+        rich_help_panel=GOALS,
+    ),
+]
+TargetBytes = Annotated[
+    int | None, typer.Option(help="Maximum size of the delta file in bytes.", rich_help_panel=GOALS)
+]
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        help="Minimum ratio of bf16 checkpoint bytes to delta bytes.", rich_help_panel=GOALS
+    ),
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        help="Maximum KL to the fine-tune in nats per held-out token; finds the smallest delta.",
+        rich_help_panel=GOALS,
+    ),
+]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(
+        help="Minimum fraction of equal top tokens, such as 0.98; finds the smallest delta.",
+        rich_help_panel=GOALS,
+    ),
+]
+
+Folder = Annotated[
+    Path, typer.Option(exists=True, file_okay=False, help="Hugging Face checkpoint folder.")
+]
+File = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Input file.")]
+
+# Progress goes to stderr: with --json, stdout holds only JSON. Markup is off: tensor and file names
+# come from untrusted files.
 errors = Console(stderr=True, markup=False)
-TABLE_WIDTH = 120
 output = Console(markup=False)
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar with the stage's name, a percentage and the time so far."""
+    """A progress bar with description, percentage and elapsed time."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -39,12 +89,16 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def print_json(data: object) -> None:
-    """One JSON document on stdout."""
+    """Print a JSON document on stdout."""
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
 def resolve_device(device: str) -> str:
-    """The device to compute on, refused as a usage error where this machine lacks it."""
+    """The torch device for `--device`.
+
+    Raises:
+        typer.BadParameter: this machine has no such device.
+    """
     import torch
 
     from deltadock.kernels.device import choose_device
@@ -53,8 +107,195 @@ def resolve_device(device: str) -> str:
         return str(choose_device(device))
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if device != "cpu" and device not in cuda and not (device == "cuda" and cuda):
-        raise typer.BadParameter(f"there is no device {device!r} here", param_hint="--device")
+        raise typer.BadParameter(f"this machine has no device {device!r}", param_hint="--device")
     return device
+
+
+def parse_source(text: str) -> Source:
+    """Parse `FILE`, `FILE:WEIGHT`, `sampled` or `sampled:WEIGHT`.
+
+    Raises:
+        typer.BadParameter: the file does not exist, or the weight is not a number.
+    """
+    for name, weight in ((text, "1"), text.rpartition(":")[::2]):
+        if name == SAMPLED or (name and Path(name).is_file()):
+            try:
+                return Source(None if name == SAMPLED else Path(name), float(weight))
+            except ValueError:
+                break
+    raise typer.BadParameter(
+        f"{text!r} is neither a file nor FILE:WEIGHT nor {SAMPLED!r}", param_hint="--calibration"
+    )
+
+
+def check_writable(out: Path, report: Path | None) -> None:
+    """Check the output paths before a compression that may take hours.
+
+    Raises:
+        Conflict: `out` exists.
+        NotFound: a parent folder does not exist.
+    """
+    if out.exists():
+        raise Conflict(f"{out} already exists. Choose another name or remove it.")
+    for path in (out, report):
+        if path is not None and not path.parent.is_dir():
+            raise NotFound(f"The folder {path.parent} does not exist. Create it first.")
+
+
+def compress(
+    base: Folder,
+    finetuned: Folder,
+    out: Annotated[Path, typer.Option(help="Delta file to write.")],
+    method: Method = DEFAULT_METHOD,
+    bits: Bits = None,
+    target_bytes: TargetBytes = None,
+    ratio: Ratio = None,
+    max_kl: MaxKl = None,
+    min_agreement: MinAgreement = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT]",
+            help=".txt, or .jsonl with text, messages, prompt and completion, or prompt; repeat "
+            "for a mixture. 'sampled', the default: text sampled from the fine-tune.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Maximum number of calibration tokens.", rich_help_panel=CALIBRATION)
+    ] = TOKENS,
+    calibration_length: Annotated[
+        int,
+        typer.Option(
+            help="Tokens per window; less if the model's context is shorter.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = LENGTH,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    solver: Annotated[
+        str, typer.Option(help="Solver of the bit allocation: exact or scip.")
+    ] = "exact",
+    report: Annotated[Path | None, typer.Option(help="Report file to write (JSON).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
+) -> None:
+    """Compress a fine-tuned checkpoint against its base."""
+    _, goal = goal_for(
+        method, bits=bits, target_bytes=target_bytes, ratio=ratio, max_kl=max_kl,
+        min_agreement=min_agreement,
+    )  # fmt: skip
+    if solver not in ("exact", "scip"):
+        raise typer.BadParameter("choose exact or scip", param_hint="--solver")
+    sources = [parse_source(text) for text in calibration or ()]
+    check_weights([source.weight for source in sources])
+    amount = CalibrationOptions(calibration_tokens, calibration_length)
+    amount.check()
+    check_writable(out, report)
+    chosen_device = resolve_device(device)
+    from deltadock.compression.pipeline import compress as run
+    from deltadock.compression.run import CompressOptions
+
+    chosen: Literal["exact", "scip"] = "scip" if solver == "scip" else "exact"
+    options = CompressOptions(
+        method=method, bits=goal.bits if goal else None, target_bytes=target_bytes, ratio=ratio,
+        max_kl=max_kl, min_agreement=min_agreement, seed=seed, solver=chosen, calibration=amount,
+    )  # fmt: skip
+    with progress_bar() as bar:
+        task = bar.add_task("validating", total=1.0)
+        result = run(
+            base,
+            finetuned,
+            out,
+            options,
+            calibration=sources,
+            progress=lambda update: bar.update(
+                task, completed=update.fraction, description=f"{update.stage}: {update.message}"
+            ),
+            device=chosen_device,
+        )
+        bar.update(task, completed=1.0, description="done")
+    document = result.to_dict()
+    if report is not None:
+        report.write_text(json.dumps(document, indent=2) + "\n")
+    print_report(document)
+
+
+def print_report(document: dict[str, Any]) -> None:
+    """Print the report's figures as a table."""
+    table = Table(show_header=False, box=None)
+
+    def figure(key: str, form: str, unit: str = "") -> str:
+        value = document.get(key)
+        return "–" if value is None else f"{value:{form}}{unit}"
+
+    megabytes = (
+        f"{document['artifact_bytes'] / 1e6:.2f} of {document['checkpoint_bytes'] / 1e6:.2f}"
+    )
+    for label, text in (
+        ("method", document["method"]),
+        ("size", f"{megabytes} MB"),
+        ("ratio", figure("ratio", ".2f", " x (whole artifact over bf16 checkpoint)")),
+        (
+            "bits per weight",
+            f"{figure('true_bits', '.3f')} true, {figure('nominal_bits', 'g')} nominal",
+        ),
+        ("KL to the fine-tune", figure("kl", ".5f", " nats per token")),
+        ("KL of the bare base", figure("kl_base", ".5f", " nats per token")),
+        ("same top token", figure("agreement", ".2%")),
+        (
+            "NLL delta / fine-tuned / base",
+            " / ".join(figure(key, ".4f") for key in ("nll", "nll_finetuned", "nll_base")),
+        ),
+        ("time", figure("seconds", ".1f", " s")),
+    ):
+        table.add_row(label, text)
+    output.print(table)
+
+
+def preview(
+    finetuned: Folder,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False,
+            help="Base checkpoint folder; without it, every tensor counts as changed.",
+        ),
+    ] = None,
+    method: Method = DEFAULT_METHOD,
+    bits: Bits = None,
+    target_bytes: TargetBytes = None,
+    ratio: Ratio = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:  # fmt: skip
+    """Predict the size of a delta from the tensors' shapes."""
+    _, goal = goal_for(method, bits=bits, target_bytes=target_bytes, ratio=ratio)
+    size = _preview(finetuned, base, method, goal)
+    if as_json:
+        print_json(size.to_dict())
+        return
+    table = Table("part", "tensors", "weights", "bytes", box=None)
+    for part in size.parts:
+        counts = (part.tensors, part.weights) if part.tensors else ("", "")
+        table.add_row(part.kind, *(f"{n:,}" if n else "" for n in counts), f"{part.bytes:,}")
+    output.print(table)
+    budget = "" if size.bits is None else f" at {size.bits:.4g} bit"
+    output.print(
+        f"{method}{budget}: {size.artifact_bytes / 1e6:,.2f} of "
+        f"{size.checkpoint_bytes / 1e6:,.2f} MB, ratio {size.ratio:.2f}, "
+        f"{size.true_bits:.3f} true bits per weight"
+    )
+
+
+def _preview(finetuned: Path, base: Path | None, method: str, goal: Goal | None) -> SizePreview:
+    from deltadock.artifacts.checkpoint import scan_folder
+    from deltadock.artifacts.compatibility import check_same_architecture
+    from deltadock.compression.sizes import carried_bytes, preview, read_shapes, shapes_of
+
+    if base is None:
+        return preview(read_shapes(finetuned), method, goal)
+    before, after = scan_folder(base), scan_folder(finetuned)
+    check_same_architecture(before, after)
+    shapes, carried = shapes_of(after, before), carried_bytes(after, before)
+    return preview(shapes, method, goal, carried=carried)
 
 
 def evaluate(
@@ -62,9 +303,9 @@ def evaluate(
     delta: File,
     finetuned: Folder,
     text: File,
-    window: Annotated[int, typer.Option(min=16, help="Tokens that are run together.")] = 256,
+    window: Annotated[int, typer.Option(min=16, help="Tokens per window.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n]")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
 ) -> None:
     """Measure a delta against its fine-tune and base on a text."""
     from deltadock.compression.evaluation import evaluate as run
@@ -92,9 +333,9 @@ def evaluate(
 def merge(
     base: Folder,
     delta: File,
-    out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
 ) -> None:
-    """Write the ordinary checkpoint that a delta stands for."""
+    """Merge a delta into its base and write a full checkpoint."""
     from deltadock.artifacts.export import merge as run
 
     run(base, delta, out)
@@ -105,7 +346,7 @@ def inspect(
     delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Show what is in a delta file."""
+    """Show the contents of a delta file."""
     from deltadock.artifacts.reader import Artifact
     from deltadock.artifacts.summary import summarize
 
@@ -126,7 +367,7 @@ def inspect(
             "" if row.error is None else f"{row.error:.2e}",
             f"{row.bytes:,}",
         )
-    # Names that are cut off tell nothing apart; a narrow terminal may break the lines.
+    # Truncated tensor names would be ambiguous; a narrow terminal wraps the lines instead.
     Console(width=max(output.width, TABLE_WIDTH)).print(table)
     for name, value in totals.items():
         text = f"{value:.4f}" if isinstance(value, float) else value
@@ -136,12 +377,12 @@ def inspect(
 
 
 def verify(delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:
-    """Check every hash in a delta file."""
+    """Verify every hash in a delta file."""
     from deltadock.artifacts.reader import Artifact
 
     with Artifact(delta) as artifact:
         artifact.check_intact()
-        typer.echo(f"{delta}: every hash is right, sha256 {artifact.digest}")
+        typer.echo(f"{delta}: all hashes match, sha256 {artifact.digest}")
 
 
 def methods() -> None:

@@ -1,7 +1,7 @@
-"""Child processes that end when we end.
+"""Child processes that never outlive this one.
 
-Every child leads a session of its own, so a Ctrl-C in the terminal reaches only us and we stop the
-children in order. Should we be killed, the watchdog (`client/watchdog.py`) ends them.
+Every child is a session leader, so Ctrl-C in the terminal reaches only this process, which stops
+its children in order. If it is killed, the watchdog (`cli/watchdog.py`) terminates them.
 """
 
 import atexit
@@ -29,7 +29,7 @@ POLL_SECONDS: Final = 0.05
 
 
 class _Watchdog:
-    """The one watchdog of this process."""
+    """The watchdog process; one per process, see `_watchdog`."""
 
     def __init__(self) -> None:
         reader, self._writer = os.pipe()
@@ -49,7 +49,7 @@ class _Watchdog:
         os.write(self._writer, f"-{group}\n".encode())
 
     def close(self) -> None:
-        """Let it end what is left, and wait for it."""
+        """Let it terminate the remaining groups, and wait for it."""
         os.close(self._writer)
         self._process.wait()
 
@@ -66,10 +66,11 @@ _stopping = threading.Event()
 
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-    """Within the block, Ctrl-C, SIGTERM and SIGHUP only set the event that it yields.
+    """Within the block, Ctrl-C, SIGTERM and SIGHUP only set the yielded event.
 
-    An exception out of a signal handler could come between a child's start and our knowing of it.
-    The KeyboardInterrupt by which `Child.wait_until` heeds the event ends the block quietly.
+    An exception raised by a signal handler could hit between the start of a child and its
+    registration. `Child.wait_until` raises KeyboardInterrupt once the event is set; it ends the
+    block silently.
     """
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = [signal.signal(number, lambda *_: _stopping.set()) for number in signals]
@@ -84,10 +85,16 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 
 class Child:
-    """A running child process whose output goes to a log file; a context manager that stops it.
+    """A child process whose output goes to a log file; a context manager that stops it.
 
-    `user` (an id) drops root's rights to that user. `stop_signal` asks the process to end in an
-    orderly way; after `grace` seconds its whole process group is killed.
+    Args:
+        name: for messages.
+        command: the command line.
+        log: file that stdout and stderr are appended to.
+        env, cwd: as for `subprocess.Popen`.
+        user: user id to run as; needs root.
+        stop_signal: requests a graceful exit.
+        grace: seconds from `stop_signal` to SIGKILL of the process group.
     """
 
     def __init__(
@@ -114,7 +121,7 @@ class Child:
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        guard = _watchdog()
+        watchdog_process = _watchdog()
         with self.log.open("ab") as output:
             process = subprocess.Popen(
                 self._command,
@@ -128,8 +135,8 @@ class Child:
                 extra_groups=None if self._user is None else [],
                 start_new_session=True,
             )
-        guard.started(process.pid)
-        self._asked = False
+        watchdog_process.started(process.pid)
+        self._stop_requested = False
         return process
 
     def __enter__(self) -> Self:
@@ -152,15 +159,17 @@ class Child:
         """The exit status, or None while the process runs."""
         return self._process.poll()
 
-    def ask_to_stop(self) -> None:
-        """Send the stop signal without waiting, so that several children can stop at once."""
-        if self.poll() is None and not self._asked:  # a second signal means haste to many
-            self._asked = True
+    def request_stop(self) -> None:
+        """Send the stop signal without waiting, so that several children stop concurrently."""
+        if (
+            self.poll() is None and not self._stop_requested
+        ):  # many programs exit at once on a second signal
+            self._stop_requested = True
             self._process.send_signal(self._stop_signal)
 
     def stop(self) -> None:
-        """End the process and everything in its group; returns when it is gone."""
-        self.ask_to_stop()
+        """Stop the process, kill the rest of its group, and wait until it has exited."""
+        self.request_stop()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(self._grace)
         with suppress(ProcessLookupError):
@@ -169,7 +178,7 @@ class Child:
         _watchdog().ended(self.pid)
 
     def restart(self) -> None:
-        """Run the same command again, after what is left of its last run has been ended."""
+        """Stop what remains of the process group and run the command again."""
         self.stop()
         self._process = self._start()
 
@@ -177,26 +186,26 @@ class Child:
         """Poll `ready` until it is true.
 
         Raises:
-            Unavailable: the process ended, or was not ready in time; the log's end is quoted.
-            KeyboardInterrupt: we were asked to stop, see `stop_on_signals`.
+            Unavailable: the process exited or was not ready in time; `details` has the log's end.
+            KeyboardInterrupt: a stop signal arrived, see `stop_on_signals`.
         """
         deadline = time.monotonic() + seconds
         while True:
-            # Looked at first: what made `ready` true may have been the process's last act.
-            ended = self.poll() is not None
+            # Polled before `ready`: the process may make it true and exit right away.
+            exited = self.poll() is not None
             if ready():
                 return
-            if ended:
-                raise self.ended()
+            if exited:
+                raise self.exited()
             if _stopping.is_set():
                 raise KeyboardInterrupt
             if time.monotonic() > deadline:
                 raise self._unavailable(f"{self.name} was not ready after {seconds:.0f} seconds.")
             time.sleep(POLL_SECONDS)
 
-    def ended(self, consequence: str = "") -> Unavailable:
-        """The error that tells how an ended process ended; its `details` have the log's end."""
-        return self._unavailable(f"{self.name} ended with status {self.poll()}. {consequence}")
+    def exited(self, consequence: str = "") -> Unavailable:
+        """The error for an exited process, with its status; `details` has the log's end."""
+        return self._unavailable(f"{self.name} exited with status {self.poll()}. {consequence}")
 
     def _unavailable(self, what: str) -> Unavailable:
         with self.log.open(errors="replace") as stream:
@@ -207,7 +216,7 @@ class Child:
 def port_is_free(port: int, host: str = HOST) -> bool:
     """Whether a server could listen on the port now."""
     with socket.socket() as probe:
-        # As servers do, so that connections of a server that just stopped are no obstacle.
+        # As servers do: connections in TIME_WAIT do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -217,7 +226,11 @@ def port_is_free(port: int, host: str = HOST) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different free ports, from below the range that outgoing connections take theirs from."""
+    """Distinct free ports, below the ephemeral range of outgoing connections.
+
+    Raises:
+        Unavailable: there are not enough.
+    """
     with ExitStack() as held:
         ports: list[int] = []
         for port in random.sample(range(20_000, 30_000), k=1_000):
@@ -227,4 +240,4 @@ def free_ports(count: int) -> list[int]:
                 ports.append(port)
             if len(ports) == count:
                 return ports
-    raise Unavailable("There are not enough free ports between 20000 and 30000 on this machine.")
+    raise Unavailable("This machine has too few free ports between 20000 and 30000.")

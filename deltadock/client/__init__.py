@@ -1,1 +1,1 @@
-"""The Python client: HTTP, and deltas in `transformers` models."""
+"""The Python client: the REST interface, and deltas in `transformers` models."""

@@ -1,7 +1,7 @@
-"""The Python client of the REST interface.
+"""Client of the REST interface.
 
-Answers are the JSON objects of the OpenAPI description. A refusal raises the error of
-`deltadock.errors` that its stable code names.
+Methods return the JSON objects of the OpenAPI description. An error response raises the class of
+`deltadock.errors` with its code.
 """
 
 import hashlib
@@ -18,22 +18,22 @@ import httpx
 from deltadock.artifacts.checkpoint import CHUNK_BYTES, KNOWN_SUFFIXES
 from deltadock.errors import DeltadockError, HashMismatch, InvalidCheckpoint, Unavailable
 
-Json = dict[str, Any]
+JsonObject = dict[str, Any]
 FINAL_STATES: Final = frozenset({"ready", "failed", "cancelled"})
 TIMEOUT: Final = httpx.Timeout(60.0, read=600.0)
-"""Seconds; an answer may take long while the server stores a large file or generates."""
+"""Seconds; the server responds late while it stores a large file or generates."""
 
 
 def _ignore_bytes(_path: str, _done: int, _total: int) -> None:
-    """Nobody watches the transfer."""
+    """The default progress callback of transfers."""
 
 
-def _ignore_job(_job: Json) -> None:
-    """Nobody watches the job."""
+def _ignore_job(_job: JsonObject) -> None:
+    """The default progress callback of jobs."""
 
 
 class Client:
-    """A connection to a Deltadock at `url`; a context manager that closes it."""
+    """A client of the Deltadock api at `url`; a context manager that closes its connections."""
 
     def __init__(self, url: str = "http://127.0.0.1:8000") -> None:
         self._http = httpx.Client(base_url=url, timeout=TIMEOUT)
@@ -51,30 +51,30 @@ class Client:
 
     def upload_folder(
         self, folder: Path, progress: Callable[[str, int, int], None] = _ignore_bytes
-    ) -> Json:
-        """Upload a checkpoint folder; the checkpoint with its digests.
+    ) -> JsonObject:
+        """Upload a checkpoint folder; returns the checkpoint with its digests.
 
-        `progress` is called with a file's name and its bytes sent and in all.
+        `progress` is called with a file's name, bytes sent and total bytes.
 
         Raises:
-            InvalidCheckpoint: there is nothing in it to upload, or the server refuses it.
-            HashMismatch: a file arrived as other bytes than were sent.
+            InvalidCheckpoint: the folder has no checkpoint files, or the server refuses them.
+            HashMismatch: the server received other bytes than were sent.
         """
         kinds = KNOWN_SUFFIXES - {".md"}
         paths = sorted(path for path in folder.glob("*") if path.suffix in kinds)
         if not paths:
-            raise InvalidCheckpoint(f"{folder} holds no checkpoint (.safetensors, .json).")
-        checkpoint: Json = self._upload("checkpoint", paths, progress)["checkpoint"]
+            raise InvalidCheckpoint(f"{folder} has no checkpoint files (.safetensors, .json).")
+        checkpoint: JsonObject = self._upload("checkpoint", paths, progress)["checkpoint"]
         return checkpoint
 
     def upload_calibration(self, path: Path) -> str:
-        """Upload a calibration text (.txt or .jsonl); its digest."""
+        """Upload a calibration text (.txt or .jsonl); returns its digest."""
         digest: str = self._upload("calibration", [path], _ignore_bytes)["calibration"]["digest"]
         return digest
 
     def _upload(
         self, kind: str, paths: Iterable[Path], progress: Callable[[str, int, int], None]
-    ) -> Json:
+    ) -> JsonObject:
         upload = self._json("POST", "/v1/uploads", json={"kind": kind})["id"]
         try:
             for path in paths:
@@ -104,10 +104,10 @@ class Client:
             headers={"Content-Length": str(total), "Content-Type": "application/octet-stream"},
         )
         if stored["sha256"] != digest.hexdigest():
-            raise HashMismatch(f"{path.name} did not arrive as it was sent. Upload it again.")
+            raise HashMismatch(f"{path.name} was damaged in transit. Upload it again.")
 
-    def create_base(self, name: str, checkpoint: str) -> Json:
-        """Register an uploaded checkpoint (its digest) as a base."""
+    def create_base(self, name: str, checkpoint: str) -> JsonObject:
+        """Register the uploaded checkpoint with this digest as a base."""
         return self._json("POST", "/v1/bases", json={"name": name, "checkpoint": checkpoint})
 
     def create_delta(
@@ -119,21 +119,21 @@ class Client:
         method: str | None = None,
         seed: int = 0,
         solver: Literal["exact", "scip"] = "exact",
-        calibration: str | Json | None = None,
+        calibration: str | JsonObject | None = None,
         **goal: float | None,
-    ) -> Json:
-        """Have a fine-tuned checkpoint compressed; `{"delta": ..., "job": ...}`.
+    ) -> JsonObject:
+        """Start the compression of a fine-tuned checkpoint; returns `{"delta": ..., "job": ...}`.
 
         Args:
-            name, base, checkpoint, seed, solver: as the REST interface describes them.
-            method: None: the service's default.
-            calibration: the digest of an uploaded text, or a mixture `{"sources": [...]}`; None:
-                text sampled from the fine-tune, for the methods that need calibration.
+            name, base, checkpoint, seed, solver: see the REST interface.
+            method: None: the server's default.
+            calibration: digest of an uploaded text, or a mixture `{"sources": [...]}`; None: text
+                sampled from the fine-tune, if the method needs calibration.
             goal: at most one of `bits`, `target_bytes`, `ratio`, `max_kl` and `min_agreement`.
         """
         if isinstance(calibration, str):
             calibration = {"source": "text", "digest": calibration}
-        body: Json = {
+        body: JsonObject = {
             "name": name,
             "base": base,
             "checkpoint": checkpoint,
@@ -145,41 +145,43 @@ class Client:
         }
         return self._json("POST", "/v1/deltas", json=body)
 
-    def preview(self, base: str, checkpoint: str, *, method: str, **goal: float | None) -> Json:
-        """The size that a compression would come to; `goal` as for `create_delta`."""
-        body: Json = {"base": base, "checkpoint": checkpoint, "method": method, **goal}
+    def preview(
+        self, base: str, checkpoint: str, *, method: str, **goal: float | None
+    ) -> JsonObject:
+        """Predict the size of a compression; `goal` as for `create_delta`."""
+        body: JsonObject = {"base": base, "checkpoint": checkpoint, "method": method, **goal}
         return self._json("POST", "/v1/previews", json=body)
 
-    def wait(self, job: str, progress: Callable[[Json], None] = _ignore_job) -> Json:
-        """Follow a job to its end; the job as it ended. `progress` gets it after every change.
+    def wait(self, job: str, progress: Callable[[JsonObject], None] = _ignore_job) -> JsonObject:
+        """Wait for a job's final state; `progress` is called with the job after every change.
 
         Raises:
-            Unavailable: the connection broke; call again to go on waiting.
+            Unavailable: the connection broke; call again to continue.
         """
-        state: Json = {"state": ""}
-        with self._stream("GET", f"/v1/jobs/{job}/events") as answer:
-            for line in answer.iter_lines():
+        state: JsonObject = {"state": ""}
+        with self._stream("GET", f"/v1/jobs/{job}/events") as response:
+            for line in response.iter_lines():
                 if line.startswith("data:"):
                     state = json.loads(line.removeprefix("data:"))
                     progress(state)
         if state["state"] not in FINAL_STATES:
-            raise Unavailable("The server ended the connection before the job had ended.")
+            raise Unavailable("The server closed the connection before the job ended.")
         return state
 
-    def job(self, job: str) -> Json:
-        """A job as it is now."""
+    def job(self, job: str) -> JsonObject:
+        """A job's current state."""
         return self._json("GET", f"/v1/jobs/{job}")
 
-    def cancel(self, job: str) -> Json:
-        """Ask a job to stop."""
+    def cancel(self, job: str) -> JsonObject:
+        """Request the cancellation of a job."""
         return self._json("POST", f"/v1/jobs/{job}/cancel")
 
-    def delta(self, delta: str) -> Json:
-        """One delta."""
+    def delta(self, delta: str) -> JsonObject:
+        """The delta with this id."""
         return self._json("GET", f"/v1/deltas/{delta}")
 
-    def deltas(self) -> Iterator[Json]:
-        """All deltas, newest first."""
+    def deltas(self) -> Iterator[JsonObject]:
+        """All deltas, newest first; pages are fetched lazily."""
         parameters: dict[str, str] = {}
         while True:
             page = self._json("GET", "/v1/deltas", params=parameters)
@@ -188,8 +190,8 @@ class Client:
                 return
             parameters["after"] = page["next"]
 
-    def report(self, delta: str) -> Json:
-        """What the compression of a delta measured."""
+    def report(self, delta: str) -> JsonObject:
+        """The compression report of a delta."""
         return self._json("GET", f"/v1/deltas/{delta}/report")
 
     def download_artifact(
@@ -198,32 +200,32 @@ class Client:
         path: Path,
         progress: Callable[[str, int, int], None] = _ignore_bytes,
     ) -> None:
-        """Download a delta's file to `path`, going on where an earlier call broke off.
+        """Download a delta file to `path`; resumes an interrupted download.
 
         Raises:
-            HashMismatch: the bytes are not those of the delta; what was kept is removed.
-            Unavailable: the connection broke; call again to go on.
+            HashMismatch: the bytes do not match the digest; the partial file is removed.
+            Unavailable: the connection broke; call again to resume.
         """
-        digest = self.delta(delta)["artifact"]
-        arriving = path.with_name(f"{path.name}.part")
-        received = arriving.stat().st_size if arriving.exists() else 0
+        artifact = self.delta(delta)["artifact"]
+        partial = path.with_name(f"{path.name}.part")
+        received = partial.stat().st_size if partial.exists() else 0
         headers = {}
         if received:
-            headers = {"Range": f"bytes={received}-", "If-Range": f'"{digest["digest"]}"'}
-        if received != digest["bytes"]:
-            with self._stream("GET", f"/v1/deltas/{delta}/artifact", headers=headers) as answer:
-                received = received if answer.status_code == httpx.codes.PARTIAL_CONTENT else 0
-                with arriving.open("ab" if received else "wb") as output:
-                    for chunk in answer.iter_bytes(CHUNK_BYTES):
+            headers = {"Range": f"bytes={received}-", "If-Range": f'"{artifact["digest"]}"'}
+        if received != artifact["bytes"]:
+            with self._stream("GET", f"/v1/deltas/{delta}/artifact", headers=headers) as response:
+                received = received if response.status_code == httpx.codes.PARTIAL_CONTENT else 0
+                with partial.open("ab" if received else "wb") as output:
+                    for chunk in response.iter_bytes(CHUNK_BYTES):
                         output.write(chunk)
                         received += len(chunk)
-                        progress(path.name, received, digest["bytes"])
-        with arriving.open("rb") as stream:
+                        progress(path.name, received, artifact["bytes"])
+        with partial.open("rb") as stream:
             actual = hashlib.file_digest(stream, "sha256").hexdigest()
-        if actual != digest["digest"]:
-            arriving.unlink()
+        if actual != artifact["digest"]:
+            partial.unlink()
             raise HashMismatch(f"The download of {delta} is damaged. Download it again.")
-        arriving.replace(path)
+        partial.replace(path)
 
     def generate(
         self,
@@ -236,8 +238,8 @@ class Client:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | list[str] | None = None,
-    ) -> Json:
-        """Continue a prompt with a delta, or with a bare base; `{"text": ..., "usage": ...}`."""
+    ) -> JsonObject:
+        """Complete a prompt with a delta or a bare base; returns `{"text", "usage"}`."""
         return self._json(
             "POST",
             f"/v1/{kind}/{quote(model, safe='')}/generate",
@@ -251,39 +253,39 @@ class Client:
             },
         )
 
-    def _json(self, method: str, path: str, **arguments: Any) -> Json:
-        with self._stream(method, path, **arguments) as answer:
-            raw = answer.read()
-        parsed: Json = json.loads(raw) if raw else {}
+    def _json(self, method: str, path: str, **arguments: Any) -> JsonObject:
+        with self._stream(method, path, **arguments) as response:
+            content = response.read()
+        parsed: JsonObject = json.loads(content) if content else {}
         return parsed
 
     @contextmanager
     def _stream(self, method: str, path: str, **arguments: Any) -> Iterator[httpx.Response]:
-        """The answer to a request.
+        """Send a request and stream the response.
 
         Raises:
-            DeltadockError: the server refuses it; the class is the one with its code.
-            Unavailable: no server answers, or the connection broke.
+            DeltadockError: an error response; the class has its code.
+            Unavailable: the connection failed.
         """
         try:
-            with self._http.stream(method, path, **arguments) as answer:
-                if not answer.is_success:
-                    answer.read()
-                    raise error_of(answer)
-                yield answer
+            with self._http.stream(method, path, **arguments) as response:
+                if not response.is_success:
+                    response.read()
+                    raise error_of(response)
+                yield response
         except httpx.TransportError as error:
             raise Unavailable(
                 f"Deltadock at {self._http.base_url} does not answer: {error}"
             ) from error
 
 
-def error_of(answer: httpx.Response) -> DeltadockError:
-    """The error that an answer with a problem body stands for."""
+def error_of(response: httpx.Response) -> DeltadockError:
+    """The error for a response with a problem body (RFC 9457)."""
     try:
-        problem = answer.json()
+        problem = response.json()
         code, detail = problem["code"], problem["detail"]
-    except (ValueError, KeyError, TypeError):  # a proxy's page, for instance
-        return Unavailable(f"{answer.url} answered with status {answer.status_code}.")
+    except (ValueError, KeyError, TypeError):  # such as a proxy's error page
+        return Unavailable(f"{response.url} answered with status {response.status_code}.")
     classes = [DeltadockError]
     for kind in classes:
         if kind.code == code:

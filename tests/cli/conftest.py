@@ -1,4 +1,4 @@
-"""A tiny pair of checkpoints, a delta of it, and the command in this process."""
+"""A tiny pair of checkpoints, its delta, and the command run in this process."""
 
 import json
 import sys
@@ -14,13 +14,13 @@ from tests.cli.support import Command, Delta, Inputs, Outcome, save_model
 
 @pytest.fixture(scope="session")
 def plain_terminal() -> Iterator[None]:
-    """Wide and without colours, so that words in messages stay whole."""
+    """A wide terminal without colours, so that messages are not wrapped."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "300")
         patch.setenv("NO_COLOR", "1")
         patch.delenv("FORCE_COLOR", raising=False)
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a second thread only waits on matrices this small
+        torch.set_num_threads(1)  # matrices this small do not gain from a second
         yield
         torch.set_num_threads(threads)
 
@@ -34,14 +34,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     calibration.write_text("\n".join(lines))
     text.write_text("".join(json.dumps({"text": line[::-1]}) + "\n" for line in lines[:20]))
     base = save_model(folder / "base")
-    finetuned = save_model(folder / "finetuned", change=0.02)
+    finetuned = save_model(folder / "finetuned", noise=0.02)
     (finetuned / "chat_template.jinja").write_text("{{ messages }}")
     return Inputs(base, finetuned, calibration, text)
 
 
 @pytest.fixture(scope="session")
 def delta(inputs: Inputs, plain_terminal: None, tmp_path_factory: pytest.TempPathFactory) -> Delta:
-    """What `deltadock compress` makes of the pair."""
+    """The output of `deltadock compress` for the pair."""
     folder = tmp_path_factory.mktemp("delta")
     result = CliRunner().invoke(
         cli.app,
@@ -65,13 +65,13 @@ def delta(inputs: Inputs, plain_terminal: None, tmp_path_factory: pytest.TempPat
 def deltadock(
     plain_terminal: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Command:
-    """The command in this process, through the entry point that words the errors."""
+    """Run the command in this process, through its entry point."""
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["deltadock", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            cli.app()
         captured = capsys.readouterr()
         assert isinstance(ended.value.code, int)
         return Outcome(ended.value.code, captured.out, captured.err)

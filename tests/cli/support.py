@@ -1,4 +1,4 @@
-"""What the tests of the offline commands share: models, arguments and outcomes."""
+"""Models, arguments and outcomes for the tests of the commands."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Delta:
-    """A delta file made by the command, its report and what the command printed."""
+    """A delta file written by the command, its report and the command's output."""
 
     path: Path
     report: dict[str, Any]
@@ -33,7 +33,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """Exit status and output of a command."""
 
     code: int
     stdout: str
@@ -44,7 +44,7 @@ Command = Callable[..., Outcome]
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A tokenizer in which every byte is a token."""
+    """Write a byte-level tokenizer without merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({piece: id_ for id_, piece in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,8 +52,8 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-def save_model(folder: Path, kind: type = Qwen2Config, change: float = 0.0, **other: Any) -> Path:
-    """A random model of 256 tokens; `change` is added to it as noise."""
+def save_model(folder: Path, kind: type = Qwen2Config, noise: float = 0.0, **other: Any) -> Path:
+    """Write a random model with 256 tokens, plus noise of standard deviation `noise`."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -63,14 +63,14 @@ def save_model(folder: Path, kind: type = Qwen2Config, change: float = 0.0, **ot
     model = AutoModelForCausalLM.from_config(kind(**{**sizes, **other})).to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(change * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 
 
 def compress(inputs: Inputs, out: Path, *more: object, **instead: object) -> list[object]:
-    """Arguments of a compression of the pair."""
+    """Arguments that compress the pair."""
     named = {
         "base": inputs.base,
         "finetuned": inputs.finetuned,
@@ -84,7 +84,7 @@ def compress(inputs: Inputs, out: Path, *more: object, **instead: object) -> lis
 
 
 def evaluate(inputs: Inputs, delta: Path, *more: object, **instead: object) -> list[object]:
-    """Arguments of an evaluation of a delta."""
+    """Arguments that evaluate a delta."""
     named = {
         "base": inputs.base,
         "finetuned": inputs.finetuned,

@@ -1,4 +1,4 @@
-"""`deltadock node` hands its wishes to the process that it becomes."""
+"""`deltadock node` passes its options to the process that it execs."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from tests.cli.support import Delta
 
 
 @pytest.fixture
-def become(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]]:
-    """What the process would have become."""
+def execs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]]:
+    """The recorded `os.execve` calls."""
     calls: list[Any] = []
     monkeypatch.setenv("DELTADOCK_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
@@ -29,11 +29,11 @@ def become(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any
 
 
 def test_options_become_settings(
-    become: list[Any], delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    execs: list[Any], delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     node(tmp_path, "http://api:8000", [delta.path], "0.0.0.0", 8200)
-    [(program, command, environment)] = become
+    [(program, command, environment)] = execs
     assert program == sys.executable
     assert command[1:4] == ["-P", "-m", "deltadock.inference.server"]
     assert command[4:] == ["--host", "0.0.0.0", "--port", "8200"]
@@ -46,21 +46,21 @@ def test_options_become_settings(
     assert make_blob_store(settings).size(digest) == delta.path.stat().st_size
 
 
-def test_what_is_no_base_is_refused(become: list[Any], tmp_path: Path) -> None:
+def test_a_folder_without_config_is_refused(execs: list[Any], tmp_path: Path) -> None:
     with pytest.raises(InvalidCheckpoint, match=r"has no config\.json"):
         node(tmp_path, None, [], "127.0.0.1", 8100)
-    assert become == []
+    assert execs == []
 
 
-def test_what_is_no_delta_is_refused(become: list[Any], tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_delta_is_refused(execs: list[Any], tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no delta")
     with pytest.raises(DeltadockError):
         node(None, None, [tmp_path / "text"], "127.0.0.1", 8100)
-    assert become == []
+    assert execs == []
 
 
-def test_the_secret_of_an_embedded_start_is_found(
-    become: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_secret_of_deltadock_up_is_found(
+    execs: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DELTADOCK_NODE_SECRET", raising=False)
     home = tmp_path / "home"
@@ -71,6 +71,6 @@ def test_the_secret_of_an_embedded_start_is_found(
     monkeypatch.setenv("DELTADOCK_NODE_SECRET", "the api's")
     get_settings.cache_clear()
     node(None, "http://127.0.0.1:8000", [], "127.0.0.1", 8100)
-    found = [environment["DELTADOCK_NODE_SECRET"] for _, _, environment in become]
+    found = [environment["DELTADOCK_NODE_SECRET"] for _, _, environment in execs]
     assert found == [secret, "the api's"]
     assert node_secret(home) == "the api's"

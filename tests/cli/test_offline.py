@@ -1,4 +1,4 @@
-"""The offline commands, as someone with two folders and no service uses them."""
+"""The offline commands, on checkpoint folders and without a service."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def test_compress_is_reproducible(
     assert again.read_bytes() == delta.path.read_bytes()
 
 
-def test_sources_mix_and_the_fine_tune_writes_where_there_is_none(
+def test_calibration_sources_mix_and_default_to_sampled_text(
     inputs: Inputs, deltadock: Command, tmp_path: Path
 ) -> None:
     amount = ("--calibration-tokens", 1024, "--calibration-length", 32)
@@ -116,7 +116,7 @@ def test_an_exact_delta_is_the_finetune(inputs: Inputs, deltadock: Command, tmp_
     exact, out = tmp_path / "exact.delta", tmp_path / "merged"
     outcome = deltadock(*compress(inputs, exact, method="exact", calibration=None))
     assert outcome.code == 0
-    assert "–" in outcome.stdout, "what was not measured is not made up"
+    assert "–" in outcome.stdout, "figures that were not measured are left out"
     quality = json.loads(deltadock(*evaluate(inputs, exact, "--json")).stdout)
     assert quality["kl"] == pytest.approx(0, abs=1e-6)
     assert (quality["agreement"], quality["nll"]) == (1, quality["nll_finetuned"])
@@ -130,10 +130,10 @@ def test_evaluate_as_a_table(inputs: Inputs, delta: Delta, deltadock: Command) -
     assert "nll_finetuned" in outcome.stdout
 
 
-def test_verify(delta: Delta, deltadock: Command) -> None:
+def test_verify_prints_one_line(delta: Delta, deltadock: Command) -> None:
     outcome = deltadock("verify", delta.path)
     assert outcome.code == 0
-    assert outcome.stdout.startswith(f"{delta.path}: every hash is right")
+    assert outcome.stdout.startswith(f"{delta.path}: all hashes match")
     assert len(outcome.stdout.splitlines()) == 1
 
 
@@ -158,8 +158,10 @@ def test_methods_are_listed(deltadock: Command) -> None:
     assert all(name in outcome.stdout for name in METHODS)
 
 
-def test_version(deltadock: Command) -> None:
-    assert deltadock("version").stdout == f"{__version__}\n"
+@pytest.mark.parametrize("argument", ["version", "--version"])
+def test_version(deltadock: Command, argument: str) -> None:
+    outcome = deltadock(argument)
+    assert (outcome.code, outcome.stdout) == (0, f"{__version__}\n")
 
 
 def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -172,20 +174,20 @@ def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_process_ends_with_one_line_and_status_1(inputs: Inputs) -> None:
+def test_an_error_is_one_line_and_exit_status_1(inputs: Inputs) -> None:
     ended = run_process("verify", inputs.base / "model.safetensors")
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.startswith("error (invalid_artifact): model.safetensors: ")
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_a_process_prints_json_alone(delta: Delta) -> None:
+def test_a_process_prints_only_json(delta: Delta) -> None:
     ended = run_process("inspect", delta.path, "--json")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert json.loads(ended.stdout)["method"] == "adamix"
 
 
-def test_migrating_says_what_became_of_which_database(
+def test_migrate_prints_database_and_revision(
     deltadock: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DELTADOCK_HOME", str(tmp_path))
@@ -196,7 +198,7 @@ def test_migrating_says_what_became_of_which_database(
     assert f"{tmp_path / 'deltadock.db'} is at revision " in outcome.stdout
 
 
-def test_migrating_hides_the_password(
+def test_migrate_hides_the_password(
     deltadock: Command, postgres_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = make_url(postgres_database)

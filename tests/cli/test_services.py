@@ -82,7 +82,7 @@ def test_postgres_keeps_its_data(services_folder: Path) -> None:
 def test_root_is_told_when_nobody_cannot_reach_the_folder(tmp_path: Path) -> None:
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
-    with pytest.raises(Unavailable, match="cannot reach"), services.postgres(private / "data"):
+    with pytest.raises(Unavailable, match="cannot access"), services.postgres(private / "data"):
         pass
 
 
@@ -108,7 +108,7 @@ def test_a_child_that_fails_is_reported_with_its_log(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     with (
         Child("broken", command, log=tmp_path / "broken.log") as child,
-        pytest.raises(Unavailable, match="broken ended with status 1") as caught,
+        pytest.raises(Unavailable, match="broken exited with status 1") as caught,
     ):
         child.wait_until(lambda: False)
     assert "no such thing" in str(caught.value.details["log_tail"])

@@ -1,4 +1,4 @@
-"""Children are started again, but not for ever; when they are ready, and how they fail."""
+"""Children are restarted, up to a limit; readiness, and errors of failed children."""
 
 import os
 import signal
@@ -11,26 +11,26 @@ import pytest
 from celery import Celery
 from rich.console import Console
 
-from deltadock.cli import main as cli
 from deltadock.cli.processes import Child
 from deltadock.cli.system import MAX_RESTARTS, keep_running, worker_command
 from deltadock.errors import Unavailable
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
+from tests.cli.support import Command
 
 
-def test_a_child_that_keeps_ending_stops_the_system(tmp_path: Path) -> None:
+def test_a_child_that_keeps_exiting_stops_the_system(tmp_path: Path) -> None:
     shown = StringIO()
     with (
         Child("broken", ["sh", "-c", "echo why; exit 3"], log=tmp_path / "broken.log") as child,
-        pytest.raises(Unavailable, match=r"broken ended with status 3\..*keeps ending") as caught,
+        pytest.raises(Unavailable, match=r"broken exited with status 3\..*keeps exiting") as caught,
     ):
         keep_running([child], threading.Event(), Console(file=shown))
-    assert shown.getvalue().count("starting it again") == MAX_RESTARTS
+    assert shown.getvalue().count("restarting it") == MAX_RESTARTS
     assert str(caught.value.details["log_tail"]).endswith("why\n")
 
 
-def test_asking_to_stop_ends_the_watch(tmp_path: Path) -> None:
+def test_a_stop_request_ends_supervision(tmp_path: Path) -> None:
     stopping = threading.Event()
     stopping.set()
     with Child("sleeper", ["sleep", "600"], log=tmp_path / "sleeper.log") as child:
@@ -50,7 +50,7 @@ def busy() -> None:
 """
 
 
-def test_a_worker_that_computes_from_the_start_is_ready(tmp_path: Path, broker_url: str) -> None:
+def test_a_worker_that_is_busy_from_the_start_is_ready(tmp_path: Path, broker_url: str) -> None:
     (tmp_path / "busy.py").write_text(BUSY)
     settings = Settings(home=tmp_path / "home", broker_url=broker_url)
     migrate(settings.sqlalchemy_url)
@@ -69,16 +69,16 @@ def test_a_worker_that_computes_from_the_start_is_ready(tmp_path: Path, broker_u
         assert settings.worker_alive.exists()
 
 
-def test_a_failed_child_is_told_in_one_line_and_then_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_failed_child_is_reported_in_one_line_followed_by_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deltadock: Command
 ) -> None:
-    def fail() -> None:
+    def fail(*_: object) -> None:
         with Child("broken", ["sh", "-c", "echo a; echo b; exit 3"], log=tmp_path / "log") as child:
             child.wait_until(lambda: False)
 
-    monkeypatch.setattr(cli, "app", fail)
-    with pytest.raises(SystemExit):
-        cli.main()
-    first, *rest = capsys.readouterr().err.splitlines()
-    assert first.startswith("error (unavailable): broken ended with status 3.")
+    monkeypatch.setattr("deltadock.cli.system.up", fail)
+    outcome = deltadock("up")
+    assert outcome.code == 1
+    first, *rest = outcome.stderr.splitlines()
+    assert first.startswith("error (unavailable): broken exited with status 3.")
     assert rest == ["    a", "    b"]

@@ -1,4 +1,4 @@
-"""`deltadock up`: keeps its children running, its data, and leaves nothing behind."""
+"""`deltadock up` restarts its children, keeps its data and leaves no process behind."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def children_of(pid: int) -> set[int]:
 
 
 def command_of(pid: int) -> str:
-    """The command line of a process; empty once it has ended, waited for or not."""
+    """The command line of a process; empty once it has exited, reaped or not."""
     try:
         return " ".join(psutil.Process(pid).cmdline())
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
@@ -51,7 +51,7 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def test_up_keeps_running_keeps_its_data_and_leaves_nothing(tmp_path: Path) -> None:
+def test_up_restarts_children_keeps_data_and_leaves_no_process(tmp_path: Path) -> None:
     home, log = tmp_path / "home", tmp_path / "up.log"
     api_port, node_port = free_ports(2)
     url = f"http://127.0.0.1:{api_port}"
@@ -60,22 +60,22 @@ def test_up_keeps_running_keeps_its_data_and_leaves_nothing(tmp_path: Path) -> N
         up.wait_until(lambda: "Ctrl-C" in log.read_text(), seconds=180)
         upload = httpx.post(f"{url}/v1/uploads", json={"kind": "checkpoint"}).json()["id"]
 
-        # A second one is refused on the same folder, and on the same ports.
+        # A second instance is refused in the same folder and on the same ports.
         for other, reason in ((home, "already running"), (tmp_path / "other", "in use")):
             refused = tmp_path / "refused.log"
             with start(other, refused, api_port, node_port) as second:
                 second.wait_until(lambda: second.poll() == 1)
             assert reason in refused.read_text()
 
-        # A child that dies is started again.
+        # A child that dies is restarted.
         first = children_of(up.pid)
         assert len(first) == PROCESSES
         [api] = [pid for pid in first if "uvicorn" in command_of(pid)]
         os.kill(api, signal.SIGKILL)
-        up.wait_until(lambda: "api ended with status -9" in log.read_text())
+        up.wait_until(lambda: "api exited with status -9" in log.read_text())
         up.wait_until(lambda: is_ready(url))
 
-        # SIGTERM, like Ctrl-C, ends everything in good order.
+        # SIGTERM, like Ctrl-C, stops everything gracefully.
         last = children_of(up.pid)
         up.stop()
         assert up.poll() == 0
@@ -86,14 +86,14 @@ def test_up_keeps_running_keeps_its_data_and_leaves_nothing(tmp_path: Path) -> N
         up.wait_until(lambda: is_ready(url), seconds=120)
         assert httpx.get(f"{url}/v1/uploads/{upload}").json()["state"] == "open"
 
-        # Killed itself, it still takes its children along.
+        # If it is killed, its children are terminated too.
         children = children_of(up.pid)
         os.kill(up.pid, signal.SIGKILL)
         assert_gone(children)
 
 
 @pytest.mark.parametrize("command", ["up", "topology"])
-def test_a_taken_port_is_named(command: str, tmp_path: Path) -> None:
+def test_a_port_in_use_is_named(command: str, tmp_path: Path) -> None:
     api_port, node_port = free_ports(2)
     busy = [sys.executable, "-m", "http.server", str(node_port), "--bind", "127.0.0.1"]
     with Child("busy", busy, log=tmp_path / "busy.log") as server:

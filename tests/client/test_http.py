@@ -1,4 +1,4 @@
-"""What the client makes of answers; the conversation itself is tested in tests/system."""
+"""The client's error handling; its requests are tested in tests/system."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,21 +28,21 @@ def test_a_problem_becomes_the_error_with_its_code(kind: type[DeltadockError]) -
     assert (type(error), error.message) == (kind, "what to do")
 
 
-def test_a_code_of_a_newer_server_is_told() -> None:
+def test_an_unknown_code_is_in_the_message() -> None:
     error = error_of(answer(json={"code": "new_thing", "detail": "what to do"}))
     assert "new_thing: what to do" in error.message
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'"text"'])
-def test_a_proxys_page_means_unavailable(body: bytes) -> None:
+def test_a_proxys_error_page_is_unavailable(body: bytes) -> None:
     error = error_of(answer(content=body))
     assert isinstance(error, Unavailable)
     assert "502" in error.message
 
 
-def test_nobody_listening_is_said(tmp_path: Path) -> None:
+def test_a_failed_connection_is_unavailable(tmp_path: Path) -> None:
     with Client(f"http://127.0.0.1:{free_ports(1)[0]}") as client:
         with pytest.raises(Unavailable, match="does not answer"):
             client.job("job_x")
-        with pytest.raises(InvalidCheckpoint, match="holds no checkpoint"):
+        with pytest.raises(InvalidCheckpoint, match="has no checkpoint files"):
             client.upload_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""A delta in a plain transformers model: what the merged checkpoint is, and the base again."""
+"""Loading a delta into a transformers model equals merging; unloading restores the base."""
 
 import json
 from collections.abc import Callable
@@ -58,15 +58,15 @@ def make_base(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def encoded_matrix(shape: tuple[int, ...], seed: int, dtype: str) -> Encoded:
-    """A small change of a matrix."""
+    """A small weight delta of a matrix."""
     rng = np.random.default_rng(seed)
     matrix = svd_matrix(4, *shape, seed, midrise=True)
     small = type(matrix)(matrix.u, matrix.s * np.float32(1e-6), matrix.v)
     return encode_svd(small, dtype, {}, rng.uniform(0.5, 1, shape[0]))
 
 
-def change_of(entry: TensorEntry, seed: int) -> Encoded:
-    """What methods make of a tensor: by its sides, and its name where these do not tell."""
+def encoded_delta(entry: TensorEntry, seed: int) -> Encoded:
+    """An encoding as methods produce it, chosen by the tensor's dimensions and name."""
     shape, dtype = entry.shape, entry.dtype
     if len(shape) == 1:
         values = np.random.default_rng(seed).uniform(0.9, 1.1, shape).astype(np.float32)
@@ -86,9 +86,9 @@ def write(base: Path, path: Path, tensors: dict[str, Encoded], **manifest: Any) 
 
 
 def make_delta(base: Path, path: Path) -> Path:
-    """A change of every tensor."""
+    """Write a delta that changes every tensor."""
     entries = scan_folder(base).tensors
-    return write(base, path, {e.name: change_of(e, seed) for seed, e in enumerate(entries)})
+    return write(base, path, {e.name: encoded_delta(e, seed) for seed, e in enumerate(entries)})
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -97,8 +97,8 @@ def load(folder: Path, **options: Any) -> Any:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    found: Tensor = model(TOKENS).logits
-    return found
+    values: Tensor = model(TOKENS).logits
+    return values
 
 
 def state(model: Any) -> dict[str, Tensor]:
@@ -114,10 +114,10 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_it_is_the_merged_checkpoint_and_then_the_base(
+def test_loading_equals_merging_and_unloading_restores_the_base(
     family: str, dtype: str, tmp_path: Path
 ) -> None:
-    """Also in float32, where the weights still are those of the bfloat16 checkpoint."""
+    """Also in float32, with the values of the bfloat16 checkpoint."""
     base = make_base(family, tmp_path / "base")
     delta = make_delta(base, tmp_path / "a.delta")
     merge(base, delta, tmp_path / "merged")
@@ -136,14 +136,14 @@ def test_it_is_the_merged_checkpoint_and_then_the_base(
     again.unload()
 
 
-def test_experts_stored_in_one_tensor(tmp_path: Path) -> None:
+def test_experts_stacked_in_the_checkpoint(tmp_path: Path) -> None:
     base = make_base("mixtral", tmp_path / "base")
     whole = load(base).state_dict()
     save_file(dict(whole), base / WEIGHTS, metadata={"format": "pt"})
     delta = make_delta(base, tmp_path / "a.delta")
     merge(base, delta, tmp_path / "merged")
     model = load(base)
-    # Its own weights are named as another Mixtral's are, so the folder tells.
+    # The model's tensor names do not show that the checkpoint is stacked; the folder does.
     with deltadock.load_delta(model, delta, base):
         assert torch.equal(logits(model), logits(load(tmp_path / "merged")))
 
@@ -189,7 +189,7 @@ WHOLE = encode_exact(to_raw(np.full(LONGER, 0.5, np.float32), "BF16"), "BF16", L
     ],
 )
 def test_a_larger_vocabulary(family: str, grown: dict[str, Encoded], tmp_path: Path) -> None:
-    """Tied, one tensor grows under both names; otherwise both do."""
+    """Tied weights are one tensor that is resized once; otherwise both are resized."""
     base = make_base(family, tmp_path / "base")
     delta = resized(base, tmp_path, **grown)
     merge(base, delta, tmp_path / "merged")
@@ -223,7 +223,7 @@ def test_an_alias_and_a_tied_head_in_the_checkpoint(tmp_path: Path) -> None:
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_it_generates_as_the_finetune(tmp_path: Path) -> None:
+def test_the_generation_config_is_the_finetunes(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base")
     files = {"generation_config.json": '{"eos_token_id": 7}', "tokenizer.json": None}
     delta = write(base, tmp_path / "a.delta", {}, files=files, binary_files={"a.model": "AAH/"})
@@ -234,7 +234,7 @@ def test_it_generates_as_the_finetune(tmp_path: Path) -> None:
     assert model.generation_config.eos_token_id == 0
 
 
-def test_other_models_are_refused_and_stay_as_they_are(tmp_path: Path) -> None:
+def test_other_models_are_refused_and_unchanged(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base")
     delta = make_delta(base, tmp_path / "a.delta")
     model = load(base)
@@ -251,7 +251,7 @@ def test_other_models_are_refused_and_stay_as_they_are(tmp_path: Path) -> None:
     assert_same(state(model), before)
 
 
-def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path: Path) -> None:
+def test_a_delta_that_does_not_fit_is_refused_before_any_change(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base")
     norm = "model.norm.weight"
     short = encode_exact(np.zeros(31, np.uint16), "BF16", (31,))
@@ -276,13 +276,13 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path: Path) ->
         deltadock.load_delta(model, delta)
 
 
-def test_weights_that_are_not_in_memory_are_refused(tmp_path: Path) -> None:
+def test_models_without_weights_in_memory_are_refused(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base")
     with pytest.raises(UnsupportedModel, match="in memory"):
         deltadock.load_delta(load(base).to("meta"), make_delta(base, tmp_path / "a.delta"))
 
 
-def test_rows_of_an_expert_cannot_grow(tmp_path: Path) -> None:
+def test_an_expert_cannot_be_lengthened(tmp_path: Path) -> None:
     base = make_base("mixtral", tmp_path / "base")
     (entry, *_) = [e for e in scan_folder(base).tensors if "experts.0" in e.name]
     added = np.zeros((1, entry.shape[1]), np.uint16)
@@ -292,18 +292,8 @@ def test_rows_of_an_expert_cannot_grow(tmp_path: Path) -> None:
         deltadock.load_delta(load(base), delta)
 
 
-def test_the_package_brings_no_torch() -> None:
-    import subprocess
-    import sys
-
-    code = "import deltadock, sys; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    with pytest.raises(AttributeError):
-        _ = deltadock.load_deltas
-
-
 def test_rows_are_merged_once(tmp_path: Path) -> None:
-    """An embedding of direct rows, in a model whose head is that tensor."""
+    """A `rows` encoding of an embedding that is tied to the head."""
     base = make_base("qwen2", tmp_path / "base")
     codes = np.zeros((VOCABULARY, 32), np.uint8)
     rows = encode_rows(codes, np.ones(VOCABULARY), np.full(VOCABULARY, 0.25), "BF16")

@@ -257,7 +257,7 @@ def test_a_fleet_loses_its_nodes_one_by_one_and_no_request(
             model="maths/skills:1", prompt="a", max_tokens=100, stream=True, n=8, seed=1
         )
         chunks = [next(running)]
-        child.ask_to_stop()
+        child.request_stop()
         chunks += list(running)
         ends = [choice.finish_reason for chunk in chunks for choice in chunk.choices]
         assert sum(end in {"stop", "length"} for end in ends) == 8
