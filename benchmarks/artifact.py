@@ -4,7 +4,7 @@
 
 Random codes at the shapes of Qwen2.5-7B's linear layers, at about one bit per weight. Sizes are
 measured on files of one and of two decoder blocks and extrapolated: every block takes as much as
-the second one added. Loading is `artifacts.device.load_segments`, opening included, against a plain
+the second one added. Loading is `artifacts.tensors.load_segments`, opening included, against a plain
 read of the file into new memory, alternating in one process; the best of several runs each. The
 page cache holds the file, unless --cold asks the kernel to drop it before each run (not every file
 system honours this: check that the plain read became slower).
@@ -23,9 +23,9 @@ import torch
 
 from benchmarks.harness import describe_machine, synchronize
 from benchmarks.sizes_7b import LAYERS, qwen2_5_7b
-from deltadock.artifacts.device import load_segments
-from deltadock.artifacts.encoding import Encoded, SvdMatrix, Vectors, encode_svd
+from deltadock.artifacts.encodings import Encoded, SvdMatrix, Vectors, encode_svd
 from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.tensors import load_segments
 from deltadock.artifacts.writer import write_artifact
 
 GridKind = Literal["zeros", "midrise"]

@@ -3,8 +3,8 @@
     python -m benchmarks.kernel
 
 It needs a GPU, torch, triton and numpy, and ends within five minutes. First every case of
-`tests/kernels/cases.py` must pass, and no configuration is timed before its own results have been
-checked against float64. Then, for steps of 1 to 64 rows on 1 to 16 deltas of one bit per weight, it
+`tests/kernels/svd_delta/cases.py` must pass, and no configuration is timed before its own results
+have been checked against float64. Then, for steps of 1 to 64 rows on 1 to 16 deltas of one bit per weight, it
 prints for a layer's projections: the time of the deltas in a CUDA graph; the bandwidth over the
 packed bytes as a fraction of a device-to-device copy of the same run; how many times longer
 low-rank bfloat16 factors of the same bytes take, and dense bfloat16 deltas. Last, the prefill of
@@ -41,9 +41,9 @@ from deltadock.kernels.svd_delta import (
     svd_delta,
     triton,
 )
-from deltadock.kernels.svd_delta.factors import add_products
 from deltadock.kernels.svd_delta.layout import segment_words
-from tests.kernels.cases import CASES, GRAPH_CASES
+from deltadock.kernels.svd_delta.matmul import add_products
+from tests.kernels.svd_delta.cases import CASES, GRAPH_CASES
 
 WIDTHS = ((0.02, 8, 8), (0.28, 3, 3), (0.70, 2, 2))
 """(fraction of the ranks, bits of V, bits of U), as mixed methods allocate one bit per weight."""

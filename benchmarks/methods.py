@@ -48,7 +48,7 @@ from deltadock.compression.run import CompressOptions, open_run
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.work import NoWorkStore
 from deltadock.errors import BitsOutOfRange, DeltadockError
-from deltadock.kernels.device import choose_device
+from deltadock.kernels import choose_device
 
 REFERENCE: Final = "adamix"
 """The method whose sizes `--equal-bytes` gives to every other."""

@@ -22,7 +22,7 @@ from deltadock.compression.calibration.options import CalibrationOptions, Source
 from deltadock.compression.pipeline import compress
 from deltadock.compression.run import CompressOptions, Progress
 from deltadock.errors import Cancelled, DeltadockError, HashMismatch, WorkerLost
-from deltadock.kernels.device import choose_device
+from deltadock.kernels import choose_device
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import FileCache

@@ -1,1 +1,1 @@
-"""The delta file: container, manifest, packing, reader, writer, verification and export."""
+"""The delta file: container, manifest, encodings, reader, writer, verification and export."""

@@ -1,4 +1,4 @@
-"""Whether a fine-tune fits its base, told from the two manifests alone."""
+"""Check from the manifests alone that a fine-tune has its base's architecture."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -15,17 +15,16 @@ FREE_KEYS: Final = frozenset(
         "use_cache",
     }
 )  # fmt: skip
-"""Keys of config.json that do not change what the weights compute."""
+"""Keys of config.json that do not affect what the weights compute."""
 
 WINDOW_KEYS: Final = frozenset({"sliding_window", "max_window_layers"})
-"""Keys that mean nothing where `use_sliding_window` is false."""
-
+"""Keys that are ignored if `use_sliding_window` is false."""
 
 VOCABULARY: Final = "vocab_size"
 
 
 def vocabulary(config: Mapping[str, Any]) -> int | None:
-    """Rows of the token embedding, also where a text model is a part of another; None: unknown."""
+    """Rows of the token embedding, also of a nested text model; None: unknown."""
     nested = config.get("text_config")
     size = config.get(VOCABULARY, nested.get(VOCABULARY) if isinstance(nested, dict) else None)
     return size if isinstance(size, int) and not isinstance(size, bool) else None
@@ -38,19 +37,19 @@ def check_same_config(
     any_vocabulary: bool = False,
     within: str = "",
 ) -> None:
-    """Refuse a fine-tune whose configuration makes other use of the same weights.
+    """Reject a fine-tune whose configuration uses the same weights differently.
 
-    A delta is served by the base's own modelling code, so heads, rotary frequencies, norms'
-    epsilons and the like must be the base's. A key that only one of them spells out is taken to
-    be its default.
+    A delta is served by the base's modelling code, so heads, rotary frequencies, norm epsilons
+    and the like must equal the base's. A key that only one config has is assumed to be at its
+    default.
 
     Args:
         base, finetuned: the parsed config.json files.
-        any_vocabulary: whether the vocabularies' sizes may differ.
-        within: the keys that lead to these two, where they are parts of a config.
+        any_vocabulary: whether vocabulary sizes may differ.
+        within: key path of these configs, if nested in another.
 
     Raises:
-        ArchitectureMismatch: naming the first key that differs.
+        ArchitectureMismatch: keys differ; the message names the first.
     """
     unused = WINDOW_KEYS if base.get("use_sliding_window") is False else frozenset()
     free = FREE_KEYS | unused | ({VOCABULARY} if any_vocabulary else frozenset())
@@ -65,10 +64,10 @@ def check_same_config(
             )
 
 
-def _grown(
+def _vocabulary_extended(
     before: tuple[int, ...], after: tuple[int, ...], tokens: tuple[int | None, int | None]
 ) -> bool:
-    """Whether a tensor's rows are the vocabulary's, which has grown."""
+    """Whether a tensor has one row per token and the vocabulary has grown."""
     old, new = tokens
     return (
         old is not None
@@ -80,13 +79,13 @@ def _grown(
 
 
 def check_same_architecture(base: CheckpointManifest, finetuned: CheckpointManifest) -> None:
-    """Refuse a fine-tune whose tensors, in name and shape, or configuration are not its base's.
+    """Reject a fine-tune whose tensor names, shapes or configuration differ from its base's.
 
-    Its vocabulary may be larger than the base's: the tensors with a row for each token then have
-    more rows.
+    The vocabulary may be larger than the base's; tensors with one row per token then have more
+    rows.
 
     Raises:
-        ArchitectureMismatch: naming the first tensor, by name, or key that differs.
+        ArchitectureMismatch: tensors or keys differ; the message names the first.
     """
     expected, found = base.config["model_type"], finetuned.config["model_type"]
     if expected != found:
@@ -105,7 +104,7 @@ def check_same_architecture(base: CheckpointManifest, finetuned: CheckpointManif
         if name not in shapes:
             raise ArchitectureMismatch(f"The fine-tune's tensor {name!r} is not in the base.")
         before, after = shapes[name], tuned_shapes[name]
-        if before != after and not _grown(before, after, tokens):
+        if before != after and not _vocabulary_extended(before, after, tokens):
             raise ArchitectureMismatch(
                 f"Tensor {name!r} has shape {list(after)} in the fine-tune, but {list(before)} in "
                 "the base. Only a vocabulary that config.json says has grown may add rows."

@@ -1,9 +1,9 @@
-"""The safetensors container: a header parser that trusts nothing, and hashing while bytes stream.
+"""The safetensors container: a strict header parser, and a streaming validator and hasher.
 
 Layout of a file (little endian): 8 bytes `n`, the header's length; `n` bytes of JSON; the data.
 The header maps a tensor's name to its dtype, shape and `[begin, end)` in the data; the intervals
-must tile the data without gap or overlap. Everything is checked before a byte of tensor data is
-looked at, in time and memory proportional to the header, which is bounded.
+must tile the data without gap or overlap. The header is validated before any tensor data is read,
+in time and memory linear in its bounded size.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from typing import Any, Final
 from deltadock.errors import MalformedSafetensors
 
 MAX_HEADER_BYTES: Final = 100_000_000
-"""The same bound as the reference implementation's."""
+"""The reference implementation's limit."""
 
 MAX_NAME: Final = 512
-"""Characters of a tensor's name; it is quoted in messages and stored in databases."""
+"""Maximum characters of a tensor's name, which is quoted in messages and stored in databases."""
 
 MAX_TENSORS: Final = 100_000
-"""Most tensors of a file: several times what the largest models have."""
+"""Maximum tensors per file: several times the count of the largest models."""
 
 DTYPE_BITS: Final = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
@@ -34,7 +34,7 @@ DTYPE_BITS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a file: name, dtype, shape and its bytes `[begin, end)` within the data."""
+    """One tensor of a file: name, dtype, shape and byte range `[begin, end)` within the data."""
 
     name: str
     dtype: str
@@ -44,13 +44,13 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensor's data in bytes."""
+        """Bytes of the tensor's data."""
         return self.end - self.begin
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A validated header; `tensors` is ordered by position in the data."""
+    """A validated header; `tensors` are in the order of their data."""
 
     tensors: tuple[TensorSpec, ...]
     metadata: dict[str, str]
@@ -59,15 +59,15 @@ class Header:
 
     @property
     def file_bytes(self) -> int:
-        """Size of the whole file in bytes."""
+        """Bytes of the whole file."""
         return self.data_offset + self.data_bytes
 
 
 def header_length(prefix: bytes) -> int:
-    """The header's length from a file's first 8 bytes, checked against the bound.
+    """The header's length, from the file's first 8 bytes.
 
     Raises:
-        MalformedSafetensors: fewer than 8 bytes, or a length of 0 or over the bound.
+        MalformedSafetensors: fewer than 8 bytes, or a length below 2 or above the limit.
     """
     if len(prefix) < 8:
         raise MalformedSafetensors(
@@ -83,10 +83,10 @@ def header_length(prefix: bytes) -> int:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise MalformedSafetensors("The header names a tensor twice.")
-    return found
+    return entries
 
 
 def _is_count(value: object) -> bool:
@@ -107,7 +107,7 @@ def _spec(name: str, entry: object) -> TensorSpec:
         raise MalformedSafetensors(f"Tensor {name!r} has an unknown dtype: {dtype!r:.40}.")
     if not isinstance(shape, list) or len(shape) > 16 or not all(map(_is_count, shape)):
         raise MalformedSafetensors(f"Tensor {name!r} has an invalid shape.")
-    # An empty tensor's other dimensions count as well: loaders multiply them in 64 bits.
+    # Empty dimensions count as one here: loaders multiply the others in 64 bits.
     if math.prod(max(size, 1) for size in shape) * DTYPE_BITS[dtype] // 8 >= 2**63:
         raise MalformedSafetensors(f"The shape {shape} of tensor {name!r} is too large.")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
@@ -126,15 +126,15 @@ def parse_header(raw: bytes) -> Header:
     """Parse and validate the JSON header `raw` (without its 8-byte length).
 
     Raises:
-        MalformedSafetensors: for any header that does not describe a gapless file.
+        MalformedSafetensors: the header is invalid, or its tensors leave gaps or overlap.
     """
     if raw[:1] != b"{":
         raise MalformedSafetensors("The header does not begin with '{'.")
-    # Counted before parsing, which takes many times a header's size in memory.
+    # Counted before parsing, which takes many times the header's size in memory.
     if raw.count(b'"data_offsets"') > MAX_TENSORS:
         raise MalformedSafetensors(f"The header names more than {MAX_TENSORS} tensors.")
     try:
-        # Decoded here, as json would guess at UTF-16 and let lone surrogates through.
+        # Decoded explicitly: json.loads would detect UTF-16 and accept lone surrogates.
         parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise MalformedSafetensors("The header is not valid JSON.") from error
@@ -155,11 +155,11 @@ def parse_header(raw: bytes) -> Header:
 
 
 class StreamingInspector:
-    """Validates and hashes a safetensors file while its bytes pass by, in any chunking.
+    """Validates and hashes a safetensors file as it streams, in chunks of any size.
 
-    Feed every chunk to `update`, then call `finish`. The header is validated as soon as it has
-    arrived, so a lying file is refused before its data is stored. Memory: the header, nothing
-    of the data.
+    Pass every chunk to `update`, then call `finish`. The header is validated as soon as it is
+    complete, so an invalid file is rejected before its data is stored. Only the header is held in
+    memory.
     """
 
     def __init__(self) -> None:
@@ -173,10 +173,10 @@ class StreamingInspector:
         self._digests: dict[str, str] = {}
 
     def update(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Take the file's next bytes.
+        """Process the next bytes of the file.
 
         Raises:
-            MalformedSafetensors: as soon as the bytes cannot belong to a valid file.
+            MalformedSafetensors: as soon as the bytes cannot be a prefix of a valid file.
         """
         view = memoryview(chunk)
         while self._header is None and view:
@@ -194,7 +194,7 @@ class StreamingInspector:
             self._consume(view)
 
     def _advance(self) -> None:
-        """Close every tensor that ends here and open the next one (empty tensors close at once)."""
+        """Finish each tensor that ends at this position and start the next; some may be empty."""
         while True:
             if self._current is not None:
                 if self._position < self._current.end:
@@ -216,7 +216,7 @@ class StreamingInspector:
             self._advance()
 
     def finish(self) -> tuple[Header, dict[str, str]]:
-        """The header and each tensor's SHA-256 (hex) once the whole file has passed.
+        """The header and each tensor's SHA-256 (hex), after the whole file.
 
         Raises:
             MalformedSafetensors: the file ended early.

@@ -1,4 +1,4 @@
-"""The manifest of a delta file: read from the header's metadata, believed only after checks."""
+"""Parse and validate the manifest in a delta file's header metadata."""
 
 import base64
 import hashlib
@@ -12,12 +12,12 @@ from deltadock.artifacts.container import MAX_NAME
 from deltadock.errors import InvalidArtifact, InvalidCheckpoint
 
 FORMAT: Final = "deltadock/1"
-"""The format's name and major version; a minor version may follow, as in `deltadock/1.2`."""
+"""Format name and major version; a minor version may follow, as in `deltadock/1.2`."""
 
 READABLE: Final = re.compile(r"deltadock/1(\.[1-9][0-9]{0,3})?", re.ASCII)
 
-ENTRIES: Final = frozenset({"format", "manifest", "manifest_sha256"})
-"""What a header's metadata consists of."""
+METADATA_KEYS: Final = frozenset({"format", "manifest", "manifest_sha256"})
+"""The keys of the header's metadata."""
 
 REQUIRED_KEYS: Final[Mapping[str, type | tuple[type, ...]]] = {
     "base_digest": str,
@@ -29,17 +29,17 @@ REQUIRED_KEYS: Final[Mapping[str, type | tuple[type, ...]]] = {
     "nominal_bits": (int, float, type(None)),
 }
 
-NAMES: Final = ("base_digest", "finetuned_digest", "model_type", "method", "version")
-"""Keys whose values are shown to people as they are."""
+DISPLAYED_KEYS: Final = ("base_digest", "finetuned_digest", "model_type", "method", "version")
+"""Keys whose values are displayed unescaped."""
 
 
 def readable_format(manifest: Mapping[str, Any]) -> str:
-    """The format that a file with this manifest says it has.
+    """The format string for a file with this manifest.
 
-    A minor version is told in the manifest as well, under the manifest's hash.
+    A minor version is stored in the manifest too, where the manifest's hash covers it.
 
     Raises:
-        InvalidArtifact: this version does not know it.
+        InvalidArtifact: this version does not support it.
     """
     version = manifest.get("format", FORMAT)
     if not isinstance(version, str) or not READABLE.fullmatch(version):
@@ -48,10 +48,10 @@ def readable_format(manifest: Mapping[str, Any]) -> str:
 
 
 def parse_manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The manifest in a header's metadata; keys that this version does not know are kept.
+    """The manifest in a header's metadata; unknown keys are preserved.
 
     Raises:
-        InvalidArtifact: of a newer major version, damaged, or not what a manifest must be.
+        InvalidArtifact: the manifest is damaged, invalid, or of another major version.
     """
     manifest = _load(metadata)
     for key, kind in REQUIRED_KEYS.items():
@@ -60,7 +60,7 @@ def parse_manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
     for key in ("checkpoint_bytes", "parameters"):
         if not 0 <= manifest[key] < 2**63:
             raise InvalidArtifact(f"The manifest's {key!r} is impossible.")
-    for key in NAMES:
+    for key in DISPLAYED_KEYS:
         _check_name(manifest.get(key, "-"), f"The manifest's {key!r}")
     for name in manifest["tensors"]:
         _check_name(name, "A tensor's name")
@@ -78,7 +78,7 @@ def _load(metadata: Mapping[str, str]) -> dict[str, Any]:
         raise InvalidArtifact(
             f"It has the format {version!r:.40}; this version reads {FORMAT!r}. {advice}"
         )
-    if metadata.keys() != ENTRIES:
+    if metadata.keys() != METADATA_KEYS:
         raise InvalidArtifact("It has no manifest with its hash, or more beside them.")
     document = metadata["manifest"]
     try:
@@ -111,10 +111,10 @@ def _finite(text: str) -> float:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("duplicate key")
+    return entries
 
 
 def _check_name(name: object, what: str) -> None:
@@ -126,7 +126,7 @@ def _check_files(texts: Mapping[str, Any], binary: Any) -> None:
     if not isinstance(binary, dict) or texts.keys() & binary.keys():
         raise InvalidArtifact("The manifest's 'binary_files' is wrong.")
     for name, content in [*texts.items(), *binary.items()]:
-        if not _may_carry(name, content):
+        if not _may_include(name, content):
             raise InvalidArtifact(f"{name!r:.80} is no file that a delta may carry.")
     for name, encoded in binary.items():
         try:
@@ -135,8 +135,8 @@ def _check_files(texts: Mapping[str, Any], binary: Any) -> None:
             raise InvalidArtifact(f"{name!r} is not base64.") from error
 
 
-def _may_carry(name: str, text: object) -> bool:
-    """Whether a delta may bring this file: text that lies beside the weights and is not them."""
+def _may_include(name: str, text: object) -> bool:
+    """Whether a delta may include this file: config or tokenizer text, never weights."""
     if "/" in name or name.endswith((".safetensors", ".safetensors.index.json")):
         return False
     try:

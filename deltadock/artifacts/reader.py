@@ -1,7 +1,7 @@
-"""Reading a delta file: lazy, memory-mapped, numpy only.
+"""Read a delta file lazily, memory-mapped, with numpy only.
 
-Opening validates the container's header and holds every record against its segments; no tensor
-data is read until it is asked for.
+Opening validates the header and checks every record against its segments; tensor data is read
+on access.
 """
 
 import base64
@@ -19,22 +19,22 @@ import numpy as np
 import numpy.typing as npt
 
 from deltadock.artifacts.container import header_length, parse_header
-from deltadock.artifacts.encoding import (
-    FACTORED,
+from deltadock.artifacts.encodings import (
+    FACTORED_ENCODINGS,
     NUMPY_DTYPES,
+    DecodedFactors,
     Encoded,
-    Factors,
     FloatArray,
     decode_dense,
     decode_factors,
     expected_segments,
-    raw_data,
+    stored_array,
 )
 from deltadock.artifacts.manifest import parse_manifest
-from deltadock.errors import InvalidArtifact, MalformedSafetensors
+from deltadock.errors import BaseMismatch, InvalidArtifact, MalformedSafetensors
 
-UNCHECKED: Final = re.compile(rb"[\x00-\x1f]|(?<!\\)(?:\\\\)*\\u")
-"""Spellings within a header that could change and mean the same: nothing would notice."""
+NON_CANONICAL: Final = re.compile(rb"[\x00-\x1f]|(?<!\\)(?:\\\\)*\\u")
+"""Header bytes with an equivalent spelling: a flipped bit in them could go undetected."""
 
 
 class Artifact:
@@ -42,9 +42,9 @@ class Artifact:
 
     Attributes:
         path: the file.
-        nbytes: its size.
-        header: where each segment lies.
-        manifest: the manifest as parsed; keys this version does not know are kept.
+        nbytes: its size in bytes.
+        header: the position of each segment.
+        manifest: the parsed manifest; unknown keys are preserved.
         records: each changed tensor's record, by name; a tensor without one equals the base's.
     """
 
@@ -52,7 +52,8 @@ class Artifact:
         """Open `path`.
 
         Raises:
-            InvalidArtifact: not a delta file, of a newer major version, or inconsistent.
+            InvalidArtifact: the file is missing, not a delta file, of another major version, or
+                inconsistent.
         """
         self.path = path
         try:
@@ -84,13 +85,8 @@ class Artifact:
             raise MalformedSafetensors(
                 f"{self.header.file_bytes} bytes announced, {self.nbytes} there."
             )
-        if UNCHECKED.search(raw):
+        if NON_CANONICAL.search(raw):
             raise MalformedSafetensors("Its header has control characters or \\u escapes.")
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open `path`; the same as `Artifact(path)`."""
-        return cls(path)
 
     def __enter__(self) -> Self:
         return self
@@ -104,16 +100,27 @@ class Artifact:
         self.close()
 
     def close(self) -> None:
-        """Unmap the file, once no array taken from it is alive any more."""
-        # Arrays that still point into the map keep it; it goes when the last of them does.
+        """Unmap the file; if arrays still reference it, it is unmapped with the last of them."""
         with contextlib.suppress(BufferError):
             self._map.close()
 
     @property
     def base_digest(self) -> str:
-        """`weights_digest` of the base that the delta belongs to."""
+        """`weights_digest` of the delta's base."""
         digest: str = self.manifest["base_digest"]
         return digest
+
+    def check_base(self, weights_digest: str) -> None:
+        """Reject a base other than the delta's.
+
+        Raises:
+            BaseMismatch: the digests differ.
+        """
+        if self.base_digest != weights_digest:
+            raise BaseMismatch(
+                f"{self.path.name} belongs to the base with weights digest "
+                f"{self.base_digest}; this base has {weights_digest}."
+            )
 
     @property
     def files(self) -> Mapping[str, str | None]:
@@ -123,7 +130,7 @@ class Artifact:
 
     @property
     def binary_files(self) -> Mapping[str, bytes]:
-        """Such files that are not text."""
+        """Those of these files that are not text."""
         files: Mapping[str, str] = self.manifest.get("binary_files", {})
         return {name: base64.b64decode(encoded) for name, encoded in files.items()}
 
@@ -164,7 +171,7 @@ class Artifact:
             )
 
     def segment(self, full_name: str) -> npt.NDArray[Any]:
-        """A segment's data without a copy, in its stored shape; read-only."""
+        """A segment's data in its stored shape: a read-only view of the mapped file."""
         spec = self._specs[full_name]
         count = int(np.prod(spec.shape, dtype=np.int64))
         data = (
@@ -177,46 +184,54 @@ class Artifact:
         return data.reshape(spec.shape)
 
     def encoded(self, name: str) -> Encoded:
-        """A tensor's record and segments, as the writer took them."""
+        """A tensor's record and segments, as passed to the writer."""
         record = self.records[name]
         return Encoded(
             record, {key: self.segment(f"{name}:{key}") for key in expected_segments(record)}
         )
 
     def tensor_bytes(self, name: str) -> int:
-        """Bytes that a tensor takes in the file."""
+        """Bytes of a tensor's segments in the file."""
         keys = expected_segments(self.records[name])
         return sum(self._specs[f"{name}:{key}"].nbytes for key in keys)
 
     def resolved(self, name: str) -> Encoded:
-        """What stands for a tensor: its own encoding, or that of the tensor it is an alias of."""
+        """A tensor's encoding, with aliases followed."""
         record = self.records[name]
         return self.encoded(record["of"] if record["kind"] == "alias" else name)
 
-    def factors(self, name: str) -> Factors:
-        """Decoded float32 factors of an `svd` or `low-rank` tensor."""
+    def factors(self, name: str) -> DecodedFactors:
+        """The float32 factors of an `svd` or `low-rank` tensor.
+
+        Raises:
+            KeyError: the tensor has another encoding.
+        """
         encoded = self.resolved(name)
-        if encoded.record["kind"] not in FACTORED:
+        if encoded.record["kind"] not in FACTORED_ENCODINGS:
             raise KeyError(f"{name} is stored as {encoded.record['kind']}, not as factors")
         return decode_factors(encoded)
 
     def exact(self, name: str) -> npt.NDArray[Any]:
-        """Raw data of an `exact` tensor in its shape; bfloat16 as uint16, float8 as uint8."""
+        """The data of an `exact` tensor in its shape; bfloat16 as uint16, float8 as uint8.
+
+        Raises:
+            KeyError: the tensor has another encoding.
+        """
         encoded = self.resolved(name)
         if encoded.record["kind"] != "exact":
             raise KeyError(f"{name} is stored as {encoded.record['kind']}, not exact")
-        return raw_data(encoded)
+        return stored_array(encoded)
 
     def dense(self, name: str) -> FloatArray:
-        """The whole delta of a tensor, float32, in the tensor's shape.
+        """Decode a tensor's delta to float32, in the tensor's shape.
 
         Raises:
-            InvalidArtifact: the tensor has none: it is exact, or has rows that the base lacks.
+            InvalidArtifact: the tensor has no delta: it is `exact` or `new-rows`.
         """
         return decode_dense(self.resolved(name))
 
     def damaged(self) -> Iterator[str]:
-        """Full names of the segments whose bytes do not have the manifest's SHA-256."""
+        """Full names of the segments whose SHA-256 differs from the manifest's."""
         for name, record in self.records.items():
             for key, sha256 in record["sha256"].items():
                 spec = self._specs[f"{name}:{key}"]
@@ -226,10 +241,10 @@ class Artifact:
                         yield f"{name}:{key}"
 
     def check_intact(self) -> None:
-        """Read every segment and hold it against its SHA-256.
+        """Read every segment and verify its SHA-256.
 
         Raises:
-            InvalidArtifact: some are damaged; the message counts them and names the first.
+            InvalidArtifact: segments are damaged; the message counts them and names the first.
         """
         if damaged := list(self.damaged()):
             raise InvalidArtifact(

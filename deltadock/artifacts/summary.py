@@ -1,20 +1,20 @@
-"""What is in a delta file, in figures: per tensor and in total. numpy only."""
+"""Summarize a delta file: figures per tensor and in total."""
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deltadock.artifacts.kinds.composed import COMPOSED
+from deltadock.artifacts.encodings.composed import COMPOSED
 from deltadock.artifacts.reader import Artifact
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSummary:
-    """One changed tensor: kind, bytes in the file, rank, and how many of what have which width.
+    """One changed tensor: encoding, bytes in the file, rank, and a histogram of bit widths.
 
-    Widths are of ranks (V/U where they differ), of rows, or of all that a sparse tensor keeps.
-    The rank is None where nothing is factored; in a composition it is the sum of its parts'.
+    `widths` counts ranks (as `V/U` if the widths differ), rows, or the kept entries of a sparse
+    tensor. `rank` is None if nothing is factored; for a composition it is the sum over its parts.
     """
 
     name: str
@@ -26,30 +26,29 @@ class TensorSummary:
     error: float | None
 
 
-def kind_of(record: Mapping[str, Any]) -> str:
-    """A record's kind in words, with the kinds of its parts: `sum(svd, rows)`."""
+def encoding_name(record: Mapping[str, Any]) -> str:
+    """The encoding of a record and its parts: `sum(svd, rows)`."""
     kind: str = record["kind"]
     if kind == "alias":
         kind = f"alias of {record['of']}"
     elif kind in COMPOSED:
-        inner = dict.fromkeys(kind_of(part) for part in _parts(record))
+        inner = dict.fromkeys(encoding_name(part) for part in _parts(record))
         kind = f"{kind}({', '.join(inner)})"
     return f"{kind}, deflated" if "deflated" in record else kind
 
 
 def rank_of(record: Mapping[str, Any]) -> int | None:
-    """Ranks of a record and all of its parts; None where nothing is factored."""
+    """Total rank of a record and its parts; None if nothing is factored."""
     if record["kind"] == "svd":
         return sum(int(run["count"]) for run in record["ranks"])
     if record["kind"] == "low-rank":
         return int(record["rank"])
-    ranks = [rank_of(part) for part in _parts(record)]
-    found = [rank for rank in ranks if rank is not None]
-    return sum(found) if found else None
+    ranks = [rank for part in _parts(record) if (rank := rank_of(part)) is not None]
+    return sum(ranks) if ranks else None
 
 
 def widths_of(record: Mapping[str, Any]) -> dict[str, int]:
-    """How many ranks, rows or entries of a record and its parts have each width."""
+    """Counts of ranks, rows or entries by bit width, over a record and its parts."""
     widths: Counter[str] = Counter()
     if record["kind"] == "svd":
         for run in record["ranks"]:
@@ -74,10 +73,10 @@ def _parts(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def summarize(artifact: Artifact) -> tuple[dict[str, Any], list[TensorSummary]]:
-    """Totals (JSON-able) and one row a changed tensor.
+    """Totals (JSON-able), and one row per changed tensor.
 
-    `ratio` and `true_bits` count the whole file against every weight of the checkpoint at
-    bfloat16; `nominal_bits` is the budget for linear layers.
+    `ratio` and `true_bits` compare the whole file with every weight of the checkpoint at bfloat16;
+    `nominal_bits` is the budget of the compressed matrices.
     """
     matrices = artifact.manifest.get("matrices", {})
     rows = []
@@ -86,7 +85,7 @@ def summarize(artifact: Artifact) -> tuple[dict[str, Any], list[TensorSummary]]:
         rows.append(
             TensorSummary(
                 name,
-                kind_of(record),
+                encoding_name(record),
                 tuple(record["shape"]),
                 artifact.tensor_bytes(name),
                 rank_of(record),

@@ -62,7 +62,7 @@ def _store(deltas: Sequence[Path]) -> list[str]:
     blobs.prepare()
     digests = []
     for path in deltas:
-        with Artifact.open(path):
+        with Artifact(path):
             digests.append(blobs.put_file(path))
         console.print(f"{path} is served as model {digests[-1]}", soft_wrap=True)
     return digests

@@ -101,7 +101,7 @@ def resolve_device(device: str) -> str:
     """
     import torch
 
-    from deltadock.kernels.device import choose_device
+    from deltadock.kernels import choose_device
 
     if device == "auto":
         return str(choose_device(device))

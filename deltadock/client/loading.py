@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, TensorEntry, merkle_root, scan_folder
-from deltadock.artifacts.export import TORCH_DTYPES, check_base, fits, merged
 from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.tensors import TORCH_DTYPES, fits_base, merged_tensor
 from deltadock.client.views import checkpoint_views, tensors_of
 from deltadock.errors import BaseMismatch, InvalidArtifact, UnsupportedModel
 
@@ -212,7 +212,7 @@ def _folder_weights(
     """The weights of the checkpoint folder; each is compared with the model's when it is read."""
     folder = Path(base)
     manifest: CheckpointManifest = scan_folder(folder)
-    check_base(artifact, manifest.weights_digest)
+    artifact.check_base(manifest.weights_digest)
     files = {entry.name: entry.file for entry in manifest.tensors}
     return _BaseWeights(
         {name: view for name, view in views.items() if name in files}, None, folder, files
@@ -243,7 +243,7 @@ def _new_data(artifact: Artifact, base: _BaseWeights, model: Any) -> list[tuple[
         view = base.views.get(name)
         if view is None:
             raise InvalidArtifact(f"The delta changes {name!r}, which the model does not have.")
-        if not fits(artifact.resolved(name).record, view.shape):
+        if not fits_base(artifact.resolved(name).record, view.shape):
             raise InvalidArtifact(f"The delta's {name!r} has another shape than the model's.")
         owner = owners.of(view)
         if owner is None or not owner.is_contiguous():
@@ -253,7 +253,7 @@ def _new_data(artifact: Artifact, base: _BaseWeights, model: Any) -> list[tuple[
         key = owner.data_ptr()
         if view.shape == owner.shape and key in replaced:
             continue
-        data = merged(artifact, name, base.tensor(name)).to(view.dtype)
+        data = merged_tensor(artifact, name, base.tensor(name)).to(view.dtype)
         if view.shape == owner.shape:
             replaced[key] = owner, data
         elif data.shape != view.shape:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Final
 
 from deltadock.artifacts.compatibility import check_same_architecture
-from deltadock.artifacts.export import check_base
 from deltadock.artifacts.reader import Artifact
 from deltadock.compression.calibration.windows import read_windows
 from deltadock.compression.model.forward import BlockwiseModel
@@ -42,7 +41,7 @@ def evaluate(
     """
     with Artifact(delta) as artifact:
         source = Checkpoint(base)
-        check_base(artifact, source.manifest.weights_digest)
+        artifact.check_base(source.manifest.weights_digest)
         artifact.check_intact()
         tuned = Checkpoint(finetuned)
         check_same_architecture(source.manifest, tuned.manifest)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltadock.artifacts.export import merged
 from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.tensors import merged_tensor
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.model.weights import TensorSource
 
@@ -53,7 +53,7 @@ class MergedSource:
 
     def tensor(self, name: str) -> Tensor:
         """The delta model's tensor, in the fine-tune's dtype."""
-        return merged(self._artifact, name, self._base.tensor(name))
+        return merged_tensor(self._artifact, name, self._base.tensor(name))
 
 
 def measure(

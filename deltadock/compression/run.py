@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltadock.artifacts.compatibility import check_same_architecture
-from deltadock.artifacts.encoding import Encoded
+from deltadock.artifacts.encodings import Encoded
 from deltadock.compression.calibration.options import CalibrationOptions
 from deltadock.compression.catalogue import default_method
 from deltadock.compression.goal import GOAL_KINDS

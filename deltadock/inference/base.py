@@ -22,7 +22,7 @@ from deltadock.inference.model.loading import load_base
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.routing import DeltaLimits
 from deltadock.inference.prompts.tokenizer import Tokenizer, read_tokenizer_files
-from deltadock.kernels.device import choose_device
+from deltadock.kernels import choose_device
 from deltadock.settings import Settings
 
 
@@ -108,6 +108,6 @@ class ServedBase:
         self.deltas.close()
 
     def _read_delta(self, digest: str) -> HostDelta:
-        with self._disk.open(digest) as path, Artifact.open(path) as artifact:
+        with self._disk.open(digest) as path, Artifact(path) as artifact:
             source = ArtifactSource(artifact)
             return read_delta(source, self.model, self._weights_digest, self._files)

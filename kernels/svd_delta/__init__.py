@@ -1,21 +1,26 @@
 """`y += U_hat (s * (V_hat x))` for a batch whose rows belong to different deltas.
 
-table = DeltaTable(slots, h_in, [h_out], max_rank=..., device=device)  # one a linear, or q, k, v
+table = DeltaTable(slots, h_in, [h_out], max_rank=..., device=device)  # per linear, or q, k, v
 table.install(3, pack_delta(...).to(device))
-chunks = Chunks(max_rows, slots, tables, device=device)                # one a model
-chunks.assign(row_slots)                                               # once a step
-svd_delta(y, x, table, chunks, cache)                                  # at every linear
+chunks = Chunks(max_rows, slots, tables, device=device)                # per model
+chunks.assign(row_slots)                                               # per step
+svd_delta(y, x, table, chunks, cache)                                  # per linear
 """
 
 import torch
 from torch import Tensor
 
 from deltadock.kernels.cache import TensorCache
-from deltadock.kernels.svd_delta.bags import add_deltas
+from deltadock.kernels.svd_delta import cpu
 from deltadock.kernels.svd_delta.chunks import Chunks
-from deltadock.kernels.svd_delta.factors import add_products, add_rows
-from deltadock.kernels.svd_delta.layout import Group, PackedDelta, empty_delta, pack_delta
-from deltadock.kernels.svd_delta.table import DeltaTable
+from deltadock.kernels.svd_delta.layout import (
+    DeltaTable,
+    Group,
+    PackedDelta,
+    empty_delta,
+    pack_delta,
+)
+from deltadock.kernels.svd_delta.matmul import add_products, add_rows
 
 __all__ = [
     "Chunks",
@@ -31,23 +36,23 @@ __all__ = [
 
 
 def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: TensorCache) -> None:
-    """Add each row's delta to `y` in place; rows of slot 0 and of empty slots stay as they are.
+    """Add each row's delta to `y` in place; rows of slot 0 and of empty slots are not modified.
 
-    On a GPU it launches three kernels and neither allocates nor waits. There a row's result does
-    not depend on which other rows are in the batch, to the last bit.
+    On a GPU this launches three kernels without allocation or synchronization, and a row's result
+    is bitwise independent of the other rows in the batch. Slots past `Chunks`' `dense_rows` are
+    the exception: they use matrix products, whose results depend on the slot's number of rows.
 
     Args:
-        y: (rows, h_out), the base's outputs, the linears' side by side; float16 or bfloat16 on a
+        y: (rows, h_out), the base's outputs, the linears' concatenated; float16 or bfloat16 on a
             GPU; each row contiguous.
-        x: (rows, h_in), of the same type; each row contiguous.
+        x: (rows, h_in), of the same dtype; each row contiguous.
         table: the linears' deltas.
-        chunks: which rows belong to which slot.
-        cache: unpacked factors; a GPU uses them for slots past `Chunks`' `dense_rows` only, whose
-            rows then depend on how many rows of their own slot there are.
+        chunks: the slots of this step's rows.
+        cache: cache for unpacked factors; on a GPU only for slots past `dense_rows`.
 
     Raises:
-        ValueError: shapes, types or strides are not these, or the table and the chunks were made
-            for different slots or ranks.
+        ValueError: a shape, dtype or stride differs from these, or the chunks were allocated for
+            fewer ranks or inputs than the table has, or for more slots.
     """
     _check(y, x, table, chunks)
     if x.is_cuda:
@@ -57,18 +62,18 @@ def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: Te
         if chunks.dense:
             add_products(y, x, table, chunks.dense, cache)
     else:
-        add_deltas(y, x, table, chunks, cache)
+        cpu.svd_delta(y, x, table, chunks, cache)
 
 
 def _check(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks) -> None:
-    """A kernel trusts its arguments, and what it misread would be another tenant's memory."""
+    """Validate what the kernels rely on: an out-of-bounds read could be another tenant's memory."""
     rows = chunks.row_count
     if x.shape != (rows, table.h_in) or y.shape != (rows, table.h_out):
         raise ValueError("x and y need the rows of this step, and the linear's inputs and outputs.")
     if x.dtype != y.dtype or x.stride(1) != 1 or y.stride(1) != 1:
-        raise ValueError("x and y need one type and contiguous rows.")
+        raise ValueError("x and y need one dtype and contiguous rows.")
     if x.is_cuda and x.dtype not in {torch.float16, torch.bfloat16}:
         raise ValueError("The kernel takes float16 or bfloat16.")
-    too_small = chunks.max_rank < table.max_rank or chunks.width < table.linears * table.padded
+    too_small = chunks.max_rank < table.max_rank or chunks.width < table.linears * table.padded_h_in
     if chunks.slot_count > table.slot_count or too_small:
-        raise ValueError("The chunks have more slots than the table, or were not made for it.")
+        raise ValueError("The chunks have more slots than the table, or too little scratch for it.")

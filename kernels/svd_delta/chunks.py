@@ -1,34 +1,37 @@
-"""Which rows of a step belong to which slot, in the form that the kernels of every layer share."""
+"""Batch metadata of a step: rows grouped by slot, in the form that every layer's kernels share."""
 
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 import torch
+from torch import Tensor
 
-from deltadock.kernels.svd_delta.factors import Rows
-from deltadock.kernels.svd_delta.table import DeltaTable
+from deltadock.kernels.svd_delta.layout import DeltaTable
 
-HEIGHT: Final = 8
-"""Rows of a chunk: the least that a tensor core multiplies. It is fixed, for a row's result would
-otherwise depend on how many others are in the batch."""
+CHUNK_ROWS: Final = 8
+"""Rows per chunk: the smallest operand of a tensor core. It is fixed, so that a row's result does
+not depend on how many other rows are in the batch."""
 SUM_COLUMNS: Final = 1024
-"""Inputs that one number of `Chunks.sums` is the sum of."""
+"""Inputs summed in each element of `Chunks.sums`."""
+
+RowIndex = slice | Tensor
+"""Rows of a step: a slice if they are consecutive, else int64 row numbers."""
 
 
 class Chunks:
-    """Rows sorted by slot and cut into chunks of one slot each, on buffers that stay in place.
+    """Rows sorted by slot and split into chunks of one slot each, on buffers that never move.
 
-    Built once a step and used by all layers. A chunk past the last has slot 0, and a kernel
-    leaves it at once.
+    Built once per step and used by all layers. Chunks past the last have slot 0, for which a
+    kernel returns immediately.
 
     Attributes:
-        rows: (max_chunks * HEIGHT,) int32, the row at each place of each chunk; -1 for none.
+        rows: (max_chunks * CHUNK_ROWS,) int32, row number of each position; -1: unused.
         slots: (max_chunks,) int32, each chunk's slot.
         row_slots: (max_rows,) int32, each row's slot; 0 past the last row.
-        scaled, sums, projected: (max_chunks * HEIGHT, ...) scratch of one call: 16-bit inputs of
-            each linear, float32 sums of `SUM_COLUMNS` of them, float32 projections on the ranks.
-        count: chunks to launch: a power of two at least the number of chunks of this step, or
-            `max_chunks`. A captured CUDA graph serves every step of the same count.
+        scaled, sums, projected: (max_chunks * CHUNK_ROWS, ...) scratch of one call: 16-bit inputs
+            of each linear, float32 sums of `SUM_COLUMNS` of them, float32 projections by rank.
+        count: chunks to launch: the number of chunks of this step rounded up to a power of two,
+            at most `max_chunks`. A captured CUDA graph serves every step of the same count.
     """
 
     def __init__(
@@ -40,42 +43,42 @@ class Chunks:
         dense_rows: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Make the buffers for steps of up to `max_rows` rows, and scratch for calls on `tables`.
+        """Allocate buffers for steps of up to `max_rows` rows, and scratch for calls on `tables`.
 
-        A slot with `dense_rows` rows or more in a step is left to plain matrix products with its
-        unpacked factors: worth it once those are read less often than chunks would unpack them.
+        A slot with `dense_rows` rows or more in a step uses matrix products with its unpacked
+        factors instead of chunks, which would unpack the factors once per chunk.
         """
         tables = tuple(tables)
         self.max_rows, self.slot_count = max_rows, slots
         self.max_rank = max((table.max_rank for table in tables), default=0)
-        self.width = max((table.linears * table.padded for table in tables), default=0)
-        self.max_chunks = max(1, min(max_rows, max_rows // HEIGHT + slots))
-        places = self.max_chunks * HEIGHT
+        self.width = max((table.linears * table.padded_h_in for table in tables), default=0)
+        self.max_chunks = max(1, min(max_rows, max_rows // CHUNK_ROWS + slots))
+        positions = self.max_chunks * CHUNK_ROWS
         self._buffer = torch.zeros(
-            places + self.max_chunks + max_rows, dtype=torch.int32, device=device
+            positions + self.max_chunks + max_rows, dtype=torch.int32, device=device
         )
-        end = places + self.max_chunks
-        self.rows, self.slots = self._buffer[:places], self._buffer[places:end]
+        end = positions + self.max_chunks
+        self.rows, self.slots = self._buffer[:positions], self._buffer[positions:end]
         self.row_slots = self._buffer[end:]
-        self.scaled = torch.empty(places, self.width, dtype=torch.int16, device=device)
-        self.sums = torch.empty(places, self.width // SUM_COLUMNS, device=device)
-        self.projected = torch.empty(places, self.max_rank, device=device)
+        self.scaled = torch.empty(positions, self.width, dtype=torch.int16, device=device)
+        self.sums = torch.empty(positions, self.width // SUM_COLUMNS, device=device)
+        self.projected = torch.empty(positions, self.max_rank, device=device)
         self._dense_rows = dense_rows
         self.row_count = 0
-        """Rows of this step, those of slot 0 included."""
+        """Rows of this step, including those of slot 0."""
         self.count = 0
         self.members: dict[int, list[int]] = {}
-        """Numbers of the rows of each slot but 0."""
-        self.by_slot: dict[int, Rows] = {}
-        """The same, to index with."""
-        self.dense: dict[int, Rows] = {}
-        """Of these, the slots that are in no chunk."""
+        """Row numbers of each slot but 0."""
+        self.by_slot: dict[int, RowIndex] = {}
+        """The same rows as indices into tensors."""
+        self.dense: dict[int, RowIndex] = {}
+        """The slots of `by_slot` that are in no chunk."""
 
     def assign(self, row_slots: Sequence[int]) -> None:
         """Lay out a step in which row i belongs to slot `row_slots[i]`.
 
         Raises:
-            ValueError: there are more rows, or other slots, than the buffers were made for.
+            ValueError: there are more rows or slots than the buffers hold.
         """
         if len(row_slots) > self.max_rows:
             raise ValueError(f"The step has more than {self.max_rows} rows.")
@@ -85,34 +88,34 @@ class Chunks:
         for row, slot in enumerate(row_slots):
             if slot:
                 members.setdefault(slot, []).append(row)
-        most = self._dense_rows
-        dense = [s for s, found in members.items() if most is not None and len(found) >= most]
+        limit = self._dense_rows
+        dense = [s for s, numbers in members.items() if limit is not None and len(numbers) >= limit]
         rows: list[int] = []
         slots: list[int] = []
-        for slot, found in sorted(members.items()):
+        for slot, numbers in sorted(members.items()):
             if slot in dense:
                 continue
-            chunks = -(-len(found) // HEIGHT)
-            rows += found + [-1] * (chunks * HEIGHT - len(found))
+            chunks = -(-len(numbers) // CHUNK_ROWS)
+            rows += numbers + [-1] * (chunks * CHUNK_ROWS - len(numbers))
             slots += [slot] * chunks
         self.row_count = len(row_slots)
         self.count = min(1 << (len(slots) - 1).bit_length(), self.max_chunks) if slots else 0
-        # Pinned memory is not given to others before the copy has read it.
+        # The caching allocator does not reuse pinned memory before the copy has read it.
         source = torch.empty(self._buffer.shape, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
         layout = source.numpy()
-        places, end = len(self.rows), len(self.rows) + self.max_chunks
-        layout[:places], layout[places:] = -1, 0
+        positions, end = len(self.rows), len(self.rows) + self.max_chunks
+        layout[:positions], layout[positions:] = -1, 0
         layout[: len(rows)] = rows
-        layout[places : places + len(slots)] = slots
+        layout[positions : positions + len(slots)] = slots
         layout[end : end + len(row_slots)] = row_slots
         self._buffer.copy_(source, non_blocking=True)
         self.members = members
-        self.by_slot = {slot: self._index(found) for slot, found in members.items()}
+        self.by_slot = {slot: self._index(numbers) for slot, numbers in members.items()}
         self.dense = {slot: self.by_slot[slot] for slot in dense}
 
-    def _index(self, rows: list[int]) -> Rows:
-        """Neighbours as a slice, which copies nothing."""
-        first, last = rows[0], rows[-1]
-        if last - first + 1 == len(rows):
+    def _index(self, numbers: list[int]) -> RowIndex:
+        """Consecutive rows as a slice, which indexes without a copy."""
+        first, last = numbers[0], numbers[-1]
+        if last - first + 1 == len(numbers):
             return slice(first, last + 1)
-        return torch.tensor(rows, device=self._buffer.device)
+        return torch.tensor(numbers, device=self._buffer.device)

@@ -1,36 +1,63 @@
-"""One linear's delta as the kernels read it: the packed words as the artifact holds them.
+"""Memory layout of deltas on a device: the words of one delta, and the table of a linear's slots.
 
-A delta is `diag(row_scale) U_hat diag(s) V_hat diag(column_scale)`, with a difference of the bias
-beside it. Its ranks lie in groups of equal widths; a group's segment on either side holds one plane
-after the other, and the planes of a width are its binary digits (3 = 2+1, 5 = 4+1, 6 = 4+2,
-7 = 4+2+1). Plane `p` of a segment is (count, plane_words) 32-bit words, row-major; segments begin
-at multiples of 128 bytes. Nothing is repacked on the way to the device: segments, scales and the
-lists that tell the kernels' programs where to read are one run of words, and one copy.
+A delta is `diag(row_scale) U_hat diag(s) V_hat diag(column_scale)`, plus an optional bias delta.
+Its ranks are grouped by width; a group's segment on either side is a sequence of planes, the
+binary digits of the width (3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1). Plane `p` of a segment is
+(count, plane_words) 32-bit words, row-major; segments are aligned to 128 bytes. Nothing is
+repacked for the device: segments, scales and the kernels' descriptors form one run of words,
+moved in one copy.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltadock.errors import InvalidArtifact
+from deltadock.errors import InvalidArtifact, TooLarge
+
+if TYPE_CHECKING:
+    from deltadock.kernels.svd_delta.cpu import EmbeddingBagPlan
 
 ALIGNMENT_WORDS: Final = 32
 PLANES: Final = (8, 4, 2, 1)
 TILE_RANKS: Final = 32
-"""Ranks of a program of the shrink kernel."""
+"""Ranks per tile of the shrink kernel."""
 BLOCK_RANKS: Final = 16
-"""Ranks that a warp of the expand kernel takes at a time."""
+"""Ranks per block of the expand kernel, one block per warp at a time."""
 TILE_FIELDS: Final = 8
 """int32 fields of a tile: v_bits, first rank, ranks, then the first word of each of `PLANES`."""
 BLOCK_FIELDS: Final = 4
 """int32 fields of a block: first rank, ranks, first word, bits below the plane."""
+DESCRIPTOR_FIELDS: Final = 16
+"""int32 fields of `DeltaTable.descriptors`, per slot and linear, in the order that the kernels
+read: 0 rank, 1 first rank among those of the slot's linears, 2 tiles; then the word offset of each
+region, or -1: 3 tiles, 4 s, 5 v_offset, 6 u_offset, 7 row_scale, 8 column_scale, 9 bias,
+10 blocks; 11 to 15 `PackedDelta.block_bounds`."""
+OUTPUT_TILE_FIELDS: Final = 4
+"""int32 fields of `DeltaTable.output_tiles`: linear, index of the tile in it, the linear's first
+column in y, the linear's columns."""
+TILE_COLUMNS: Final = 256
+"""Outputs per program of the expand kernel."""
+H_IN_ALIGNMENT: Final = 4096
+"""Maximum inputs per step of the shrink kernel: WARPS * 2 * WORDS words of one-bit codes."""
+
+_DESCRIBED_REGIONS: Final = (
+    "tiles",
+    "s",
+    "v_offset",
+    "u_offset",
+    "row_scale",
+    "column_scale",
+    "bias",
+    "blocks",
+)
+_EMPTY_DESCRIPTOR: Final = (0, 0, 0, *[-1] * len(_DESCRIBED_REGIONS), *[0] * (len(PLANES) + 1))
 
 
 class Group(NamedTuple):
-    """A run of ranks whose widths are equal on each side."""
+    """Consecutive ranks of equal widths."""
 
     ranks: int
     v_bits: int
@@ -43,12 +70,12 @@ def planes(bits: int) -> list[int]:
 
 
 def plane_words(columns: int, plane: int) -> int:
-    """Words that one vector of `columns` codes takes in a plane."""
+    """Words per vector of `columns` codes in a plane."""
     return -(-columns * plane // 32)
 
 
 def segment_words(count: int, columns: int, bits: int) -> int:
-    """Words of a group's segment on one side, with the padding to 128 bytes."""
+    """Words of a group's segment on one side, padded to 128 bytes."""
     return _aligned(count * sum(plane_words(columns, plane) for plane in planes(bits)))
 
 
@@ -57,7 +84,7 @@ def _aligned(words: int) -> int:
 
 
 class Region(NamedTuple):
-    """A part of a delta's words; it begins at a multiple of 128 bytes."""
+    """A range of a delta's words, aligned to 128 bytes."""
 
     begin: int
     size: int
@@ -65,17 +92,17 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PackedDelta:
-    """One linear's delta in the form that the kernels read.
+    """One linear's delta in the layout that the kernels read.
 
     Attributes:
         h_out, h_in: shape of the linear's weight.
         groups: the ranks, in stored order.
-        words: int32, all that a kernel reads of this delta.
-        regions: where in `words` each part lies. Always there: `v` and `u`, the segments; `s`
-            (rank) float32; `tiles` (n, TILE_FIELDS) and `blocks` (n, BLOCK_FIELDS) int32. Where the
-            delta has them, float32: `v_offset` and `u_offset` (rank), what a value is less than
-            `code - (2**bits - 1) / 2`; `row_scale` (h_out); `column_scale` (h_in); `bias` (h_out).
-        block_bounds: for each of `PLANES` its first block, then the number of blocks.
+        words: int32, all data of this delta.
+        regions: ranges of `words`. Always present: the segments `v` and `u`; `s` (rank) float32;
+            `tiles` (n, TILE_FIELDS) and `blocks` (n, BLOCK_FIELDS) int32. Optional, float32:
+            `v_offset` and `u_offset` (rank), `value = code - (2**bits - 1) / 2 - offset`;
+            `row_scale` (h_out); `column_scale` (h_in); `bias` (h_out).
+        block_bounds: first block of each of `PLANES`, then the number of blocks.
     """
 
     h_out: int
@@ -87,7 +114,7 @@ class PackedDelta:
 
     @property
     def rank(self) -> int:
-        """Ranks of all groups together."""
+        """Total ranks of all groups."""
         return self.regions["s"].size
 
     @property
@@ -101,28 +128,28 @@ class PackedDelta:
         return self.words.nbytes
 
     def integers(self, name: str) -> Tensor:
-        """A region's words, int32; a view."""
+        """A view of a region, int32."""
         begin, size = self.regions[name]
         return self.words[begin : begin + size]
 
-    def numbers(self, name: str) -> Tensor | None:
-        """A region's float32 numbers, a view; None if the delta has no such region."""
+    def floats(self, name: str) -> Tensor | None:
+        """A view of a region, float32; None if the delta lacks it."""
         return self.integers(name).view(torch.float32) if name in self.regions else None
 
     @property
     def s(self) -> Tensor:
-        """(rank,) float32, a view."""
+        """Singular values times both sides' steps, (rank,) float32, a view."""
         return self.integers("s").view(torch.float32)
 
     def with_bias(self, bias: Tensor) -> "PackedDelta":
-        """The same delta with a difference of the bias, (h_out,), beside it; a copy."""
+        """A copy of the delta with a bias delta, (h_out,)."""
         padding = self.words.new_zeros(_aligned(self.h_out) - self.h_out)
         words = torch.cat([self.words, bias.float().contiguous().view(torch.int32), padding])
         regions = {**self.regions, "bias": Region(len(self.words), self.h_out)}
         return replace(self, words=words, regions=regions)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedDelta":
-        """The same delta on another device: one contiguous copy."""
+        """Copy the delta to a device in one transfer."""
         return replace(self, words=self.words.to(device, non_blocking=non_blocking))
 
 
@@ -139,19 +166,19 @@ def pack_delta(
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
 ) -> PackedDelta:
-    """Join an artifact's segments of one matrix.
+    """Lay out an artifact's segments of one matrix.
 
     Args:
         shape: (h_out, h_in) of the linear's weight.
-        groups: runs of ranks of equal widths, in stored order.
-        s: (rank,) float32 or float16; times `gain`, the singular values times both grids' steps.
+        groups: consecutive ranks of equal widths, in stored order.
+        s: (rank,) float32 or float16; `s * gain` is the singular values times both sides' steps.
         v, u: 32-bit words of each side's segments.
-        v_zero, u_zero: (rank,) float16 zero points; None: codes are centred, on the mid-rise grid.
-        gain: factor of `s`.
-        row_scale, column_scale: (h_out,) and (h_in,) factors of rows and columns, if there are any.
+        v_zero, u_zero: (rank,) float16 zero points; None: the mid-rise grid.
+        gain: scale of `s`.
+        row_scale, column_scale: optional (h_out,) and (h_in,) scales.
 
     Raises:
-        InvalidArtifact: the sizes do not agree with the groups.
+        InvalidArtifact: a width is out of range, or sizes disagree with the groups.
     """
     h_out, h_in = shape
     kept = tuple(Group(*group) for group in groups if group[0])
@@ -167,7 +194,7 @@ def pack_delta(
         "row_scale": h_out,
         "column_scale": h_in,
     }
-    parts = {
+    regions = {
         "v": v.view(torch.int32),
         "u": u.view(torch.int32),
         "s": s.float() * gain,
@@ -176,50 +203,50 @@ def pack_delta(
         "row_scale": row_scale,
         "column_scale": column_scale,
     }
-    found = {name: part for name, part in parts.items() if part is not None}
-    if any(part.shape != (sizes[name],) for name, part in found.items()):
+    present = {name: data for name, data in regions.items() if data is not None}
+    if any(data.shape != (sizes[name],) for name, data in present.items()):
         raise InvalidArtifact("The segments of a delta do not have the sizes its ranks imply.")
     for name, side in (("v_offset", 1), ("u_offset", 2)):
-        if name in found:
-            found[name] = found[name] - centres(kept, side).to(found[name].device)
-    return _join(shape, kept, found)
+        if name in present:
+            present[name] = present[name] - midpoints(kept, side).to(present[name].device)
+    return _lay_out(shape, kept, present)
 
 
 def empty_delta(h_out: int, h_in: int) -> PackedDelta:
-    """A delta without ranks, for a change of the bias alone."""
-    nothing = torch.zeros(0, dtype=torch.int32)
-    return pack_delta((h_out, h_in), [], s=torch.zeros(0), v=nothing, u=nothing)
+    """A delta of rank 0, to which a bias delta can be added."""
+    words = torch.zeros(0, dtype=torch.int32)
+    return pack_delta((h_out, h_in), [], s=torch.zeros(0), v=words, u=words)
 
 
-def centres(groups: Sequence[Group], side: int) -> Tensor:
-    """(rank,) the middle of each rank's codes; `side` is the width's place in a group."""
+def midpoints(groups: Sequence[Group], side: int) -> Tensor:
+    """Midpoint of each rank's codes, (rank,) float32; `side` is the index of a width in `Group`."""
     return torch.tensor([(2 ** group[side] - 1) / 2 for group in groups for _ in range(group[0])])
 
 
-def _join(
-    shape: tuple[int, int], groups: tuple[Group, ...], parts: dict[str, Tensor]
+def _lay_out(
+    shape: tuple[int, int], groups: tuple[Group, ...], contents: dict[str, Tensor]
 ) -> PackedDelta:
-    tiles, blocks, bounds = _programs(shape, groups, _aligned(len(parts["v"])))
-    parts["tiles"] = torch.tensor(tiles, dtype=torch.int32).flatten()
-    parts["blocks"] = torch.tensor(blocks, dtype=torch.int32).flatten()
+    tiles, blocks, bounds = _tiles_and_blocks(shape, groups, _aligned(len(contents["v"])))
+    contents["tiles"] = torch.tensor(tiles, dtype=torch.int32).flatten()
+    contents["blocks"] = torch.tensor(blocks, dtype=torch.int32).flatten()
     regions: dict[str, Region] = {}
     end = 0
-    for name, part in parts.items():
-        regions[name] = Region(end, len(part))
-        end += _aligned(len(part))
-    # At least one word, so that a delta without ranks has an address too.
-    words = torch.zeros(max(end, ALIGNMENT_WORDS), dtype=torch.int32, device=parts["v"].device)
-    for name, part in parts.items():
+    for name, data in contents.items():
+        regions[name] = Region(end, len(data))
+        end += _aligned(len(data))
+    # Not empty, so that a delta of rank 0 has an address.
+    words = torch.zeros(max(end, ALIGNMENT_WORDS), dtype=torch.int32, device=contents["v"].device)
+    for name, data in contents.items():
         begin, size = regions[name]
-        raw = part if part.dtype == torch.int32 else part.float().contiguous().view(torch.int32)
-        words[begin : begin + size] = raw
+        bits = data if data.dtype == torch.int32 else data.float().contiguous().view(torch.int32)
+        words[begin : begin + size] = bits
     return PackedDelta(*shape, groups, words, regions, bounds)
 
 
-def _programs(
+def _tiles_and_blocks(
     shape: tuple[int, int], groups: Sequence[Group], u_begin: int
 ) -> tuple[list[list[int]], list[list[int]], tuple[int, ...]]:
-    """The shrink kernel's tiles, and the expand kernel's blocks by plane with their bounds."""
+    """The shrink kernel's tiles, the expand kernel's blocks by plane, and each plane's bounds."""
     h_out, h_in = shape
     tiles: list[list[int]] = []
     blocks: dict[int, list[list[int]]] = {plane: [] for plane in PLANES}
@@ -251,3 +278,105 @@ def _programs(
     for plane in PLANES:
         bounds.append(bounds[-1] + len(blocks[plane]))
     return tiles, [block for plane in PLANES for block in blocks[plane]], tuple(bounds)
+
+
+class DeltaTable:
+    """The deltas of one linear, or of several that share an input (q, k, v; gate, up), by slot.
+
+    Slot 0 is the bare base and stays empty. The table stores the addresses of the deltas' words,
+    so deltas of different sizes share a table without padding. Its own buffers never move.
+
+    Attributes:
+        addresses: (slots, linears) int64, address of each delta's words.
+        descriptors: (slots, linears, DESCRIPTOR_FIELDS) int32.
+        output_tiles: (tiles, OUTPUT_TILE_FIELDS) int32, tiles of all linears' outputs.
+        padded_h_in: `h_in` rounded up to a multiple of `H_IN_ALIGNMENT`.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        h_in: int,
+        h_outs: Sequence[int],
+        *,
+        max_rank: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Allocate an empty table.
+
+        Args:
+            slots: slots, including slot 0.
+            h_in: inputs of the linears.
+            h_outs: outputs of each linear, concatenated in y in this order.
+            max_rank: maximum total rank of a slot's deltas.
+            device: device of the deltas.
+        """
+        self.h_in, self.h_outs, self.max_rank = h_in, tuple(h_outs), max_rank
+        self.linears, self.slot_count = len(self.h_outs), slots
+        self.padded_h_in = -(-h_in // H_IN_ALIGNMENT) * H_IN_ALIGNMENT
+        self.addresses = torch.zeros(slots, self.linears, dtype=torch.int64, device=device)
+        empty = torch.tensor(_EMPTY_DESCRIPTOR, dtype=torch.int32, device=device)
+        self.descriptors = empty.repeat(slots, self.linears, 1)
+        self.output_tiles = torch.tensor(self._output_tiles(), dtype=torch.int32, device=device)
+        self.cpu_plan: EmbeddingBagPlan | None = None
+        """The embedding-bag plan of the latest step on a CPU."""
+        self.deltas: dict[int, tuple[PackedDelta | None, ...]] = {}
+        """The deltas of each occupied slot, one per linear; None: the linear is unchanged."""
+
+    def _output_tiles(self) -> list[tuple[int, int, int, int]]:
+        begins = [sum(self.h_outs[:linear]) for linear in range(self.linears)]
+        return [
+            (linear, tile, begins[linear], h_out)
+            for linear, h_out in enumerate(self.h_outs)
+            for tile in range(-(-h_out // TILE_COLUMNS))
+        ]
+
+    @property
+    def h_out(self) -> int:
+        """Total outputs of all linears."""
+        return sum(self.h_outs)
+
+    def install(self, slot: int, *deltas: PackedDelta | None) -> None:
+        """Use `deltas`, one per linear and on the table's device, for the rows of `slot`.
+
+        The table references the deltas until they are removed or replaced.
+
+        Raises:
+            TooLarge: the total rank exceeds `max_rank`.
+            ValueError: a shape or device differs from the table's, or the slot is out of range.
+        """
+        if not 0 < slot < self.slot_count:
+            raise ValueError(f"Slot {slot} is not one of 1 to {self.slot_count - 1}.")
+        if len(deltas) != self.linears:
+            raise ValueError(f"The table is of {self.linears} linears.")
+        descriptors, addresses, rank = [], [], 0
+        for delta, h_out in zip(deltas, self.h_outs, strict=True):
+            if delta is None:
+                descriptors.append(_EMPTY_DESCRIPTOR)
+                addresses.append(0)
+                continue
+            if (delta.h_out, delta.h_in) != (h_out, self.h_in):
+                raise ValueError("The delta belongs to a linear of another shape.")
+            if delta.words.device != self.addresses.device:
+                raise ValueError("Move the delta to the table's device first.")
+            descriptors.append(_descriptor(delta, rank))
+            addresses.append(delta.words.data_ptr())
+            rank += delta.rank
+        if rank > self.max_rank:
+            raise TooLarge("The delta has more ranks than this table holds.")
+        self.descriptors[slot].copy_(torch.tensor(descriptors, dtype=torch.int32))
+        self.addresses[slot].copy_(torch.tensor(addresses, dtype=torch.int64))
+        self.deltas[slot] = deltas
+
+    def remove(self, slot: int) -> None:
+        """Empty a slot, once no running kernel reads it."""
+        self.descriptors[slot].copy_(torch.tensor(_EMPTY_DESCRIPTOR, dtype=torch.int32))
+        self.deltas.pop(slot, None)
+        self.cpu_plan = None  # it references rows of the pool
+
+
+def _descriptor(delta: PackedDelta, first_rank: int) -> tuple[int, ...]:
+    offsets = [
+        delta.regions[name].begin if name in delta.regions else -1 for name in _DESCRIBED_REGIONS
+    ]
+    return (delta.rank, first_rank, delta.tile_count, *offsets, *delta.block_bounds)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from deltadock.artifacts.encoding import (
+from deltadock.artifacts.encodings import (
     Encoded,
     SvdMatrix,
     Vectors,
@@ -26,7 +26,7 @@ from deltadock.artifacts.encoding import (
     encode_svd,
     encode_transposed,
 )
-from deltadock.artifacts.packing import CodeArray
+from deltadock.artifacts.encodings.packing import CodeArray
 from deltadock.artifacts.writer import write_artifact
 
 DATA: Final = Path(__file__).parents[1] / "data"

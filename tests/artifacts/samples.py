@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from deltadock.artifacts.encoding import (
+from deltadock.artifacts.encodings import (
     NUMPY_DTYPES,
     Encoded,
     FloatArray,
@@ -22,7 +22,7 @@ from deltadock.artifacts.encoding import (
     encode_svd,
     expected_segments,
 )
-from deltadock.artifacts.packing import CodeArray
+from deltadock.artifacts.encodings.packing import CodeArray
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.serial import deserialize, serialize
 from deltadock.artifacts.writer import write_artifact

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from deltadock.artifacts.device import load_segments
-from deltadock.artifacts.export import TORCH_DTYPES
 from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.tensors import TORCH_DTYPES, load_segments
 from deltadock.errors import InvalidArtifact
 from tests.artifacts.edits import rewritten
 from tests.artifacts.make_golden import GOLDEN, WIDE
@@ -26,7 +25,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 def test_they_are_the_files(
     device: str, path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltadock.artifacts.device.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("deltadock.artifacts.tensors.CHUNK_BYTES", chunk)
     with Artifact(path) as artifact:
         segments = load_segments(artifact, device)
         assert list(segments) == [spec.name for spec in artifact.header.tensors]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from deltadock.artifacts.checkpoint import scan_folder
-from deltadock.artifacts.encoding import (
+from deltadock.artifacts.encodings import (
     Encoded,
     encode_exact,
     encode_svd,

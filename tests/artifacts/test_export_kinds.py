@@ -12,18 +12,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from deltadock.artifacts.checkpoint import scan_folder
-from deltadock.artifacts.encoding import (
+from deltadock.artifacts.encodings import (
     NUMPY_DTYPES,
     decode_dense,
-    deflated,
+    deflate,
     encode_alias,
     encode_exact,
     encode_new_rows,
     encode_stack,
     quantize_rows_midrise,
 )
-from deltadock.artifacts.export import TORCH_DTYPES, exact_tensor, merge, merged
+from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.tensors import TORCH_DTYPES, merged_tensor, stored_tensor
 from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact
 from tests.artifacts.make_golden import MANIFEST
@@ -47,14 +48,14 @@ def test_a_tensor_with_new_rows_is_longer_than_the_base(tmp_path: Path, lossless
         "none": encode_new_rows(None, bits(added), 5, "BF16"),
     }
     path = tmp_path / "a.delta"
-    write_artifact(path, {k: deflated(e) if lossless else e for k, e in encoded.items()}, MANIFEST)
+    write_artifact(path, {k: deflate(e) if lossless else e for k, e in encoded.items()}, MANIFEST)
     with Artifact(path) as artifact:
         for name, change in (("part", torch.from_numpy(decode_dense(part))), ("none", 0)):
-            tensor = merged(artifact, name, base)
+            tensor = merged_tensor(artifact, name, base)
             assert torch.equal(tensor[:5], (base.float() + change).bfloat16())
             assert tensor[5:].tolist() == added
             with pytest.raises(InvalidArtifact, match=r"\[5, 3\], but the base has it in \[7, 3\]"):
-                merged(artifact, name, torch.zeros(7, 3))
+                merged_tensor(artifact, name, torch.zeros(7, 3))
 
 
 def test_aliases_stacks_and_deflated_tensors_are_merged(tmp_path: Path) -> None:
@@ -63,9 +64,9 @@ def test_aliases_stacks_and_deflated_tensors_are_merged(tmp_path: Path) -> None:
     exact = encode_exact(bits([1.0, 2.0]), "BF16", (2,))
     path = tmp_path / "a.delta"
     tensors = {
-        "stack": deflated(stack),
+        "stack": deflate(stack),
         "also": encode_alias("stack", (3, 4, 5), "BF16"),
-        "exact": deflated(exact),
+        "exact": deflate(exact),
         "same": encode_alias("exact", (2,), "BF16"),
     }
     write_artifact(path, tensors, MANIFEST)
@@ -73,9 +74,9 @@ def test_aliases_stacks_and_deflated_tensors_are_merged(tmp_path: Path) -> None:
     want = (base + torch.from_numpy(decode_dense(stack))).bfloat16()
     with Artifact(path) as artifact:
         for name in ("stack", "also"):
-            assert torch.equal(merged(artifact, name, base), want)
+            assert torch.equal(merged_tensor(artifact, name, base), want)
         for name in ("exact", "same"):
-            assert merged(artifact, name, torch.zeros(2)).tolist() == [1, 2]
+            assert merged_tensor(artifact, name, torch.zeros(2)).tolist() == [1, 2]
 
 
 def test_a_resized_vocabulary_is_merged_and_loaded(tmp_path: Path) -> None:
@@ -134,11 +135,11 @@ def test_exact_tensors_of_every_dtype(tmp_path: Path, dtype: str, shape: tuple[i
     path = tmp_path / "a.delta"
     write_artifact(path, {"t": encode_exact(raw, dtype, entry.shape)}, MANIFEST)
     with Artifact(path) as artifact:
-        tensor = exact_tensor(artifact, "t")
+        tensor = stored_tensor(artifact.resolved("t"))
         assert (tensor.dtype, tensor.shape) == (original.dtype, original.shape)
         assert torch.equal(data_of(tensor), data_of(original))
         tensor.zero_()  # its own memory, not the file's
-        assert torch.equal(data_of(merged(artifact, "t", tensor)), data_of(original))
+        assert torch.equal(data_of(merged_tensor(artifact, "t", tensor)), data_of(original))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +153,8 @@ def test_the_finetune_keeps_its_own_dtype(tmp_path: Path, base_dtype: str, dtype
         TORCH_DTYPES[base_dtype]
     )
     with Artifact(path) as artifact:
-        tensor = merged(artifact, "e", base)
+        tensor = merged_tensor(artifact, "e", base)
         assert tensor.dtype == TORCH_DTYPES[dtype]
         exact = base.double() + torch.from_numpy(artifact.dense("e")).double()
         assert torch.equal(tensor, exact.float().to(tensor.dtype))
-        assert merged(artifact, "another", base) is base
+        assert merged_tensor(artifact, "another", base) is base

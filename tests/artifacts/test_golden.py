@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from deltadock.artifacts.encoding import DELTA_KINDS, decode_dense, decode_svd, parts, raw_data
+from deltadock.artifacts.encodings import (
+    DELTA_ENCODINGS,
+    decode_dense,
+    decode_svd,
+    parts,
+    stored_array,
+)
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 from tests.artifacts import plain_reader
@@ -93,7 +99,7 @@ def test_the_reader_reads_these_numbers() -> None:
 def test_it_holds_every_kind() -> None:
     with Artifact(GOLDEN) as artifact:
         kinds = {record["kind"] for record in artifact.records.values()}
-        assert kinds == DELTA_KINDS | {"exact", "new-rows", "alias"}
+        assert kinds == DELTA_ENCODINGS | {"exact", "new-rows", "alias"}
         assert any("deflated" in record for record in artifact.records.values())
 
 
@@ -144,7 +150,7 @@ def test_docs_format_is_enough_to_decode_it(path: Path) -> None:
             elif encoded.record["kind"] == "new-rows":
                 (part,) = parts(encoded)
                 delta, data = found[name]
-                assert data == raw_data(encoded).ravel().tolist()
+                assert data == stored_array(encoded).ravel().tolist()
                 if part is None:
                     assert delta is None
                 else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltadock.artifacts.encoding import encode_exact
+from deltadock.artifacts.encodings import encode_exact
 from deltadock.artifacts.writer import write_artifact
 from tests.artifacts.make_golden import GOLDEN, MANIFEST
 from tests.artifacts.support import container, split
@@ -40,7 +40,7 @@ READ_A_LITTLE = """
 import resource, sys
 from pathlib import Path
 from deltadock.artifacts.reader import Artifact
-import deltadock.artifacts.encoding
+import deltadock.artifacts.encodings
 
 def resident():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

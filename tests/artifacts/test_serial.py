@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deltadock.artifacts.encoding import Encoded, encode_svd, quantize_rows_midrise
+from deltadock.artifacts.encodings import Encoded, encode_svd, quantize_rows_midrise
 from deltadock.artifacts.serial import deserialize, serialize
 from deltadock.errors import MalformedSafetensors
 from tests.artifacts.make_golden import tensors

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltadock.artifacts.encoding import Encoded, encode_exact, encode_svd
+from deltadock.artifacts.encodings import Encoded, encode_exact, encode_svd
 from deltadock.artifacts.reader import Artifact
-from deltadock.artifacts.writer import ALIGNMENT, write_artifact
+from deltadock.artifacts.serial import ALIGNMENT
+from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact, MalformedSafetensors
 from tests.artifacts.make_golden import MANIFEST, tensors
 from tests.artifacts.samples import svd_matrix
@@ -17,7 +18,7 @@ from tests.artifacts.support import split
 def test_round_trip(tmp_path: Path) -> None:
     path, written = tmp_path / "a.delta", tensors()
     write_artifact(path, written, MANIFEST)
-    with Artifact.open(path) as artifact:
+    with Artifact(path) as artifact:
         assert artifact.nbytes == path.stat().st_size
         assert artifact.base_digest == MANIFEST["base_digest"]
         assert artifact.records.keys() == written.keys()

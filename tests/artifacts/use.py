@@ -5,7 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from deltadock.artifacts.encoding import DELTA_KINDS, FACTORED, decode_dense, parts, raw_data
+from deltadock.artifacts.encodings import (
+    DELTA_ENCODINGS,
+    FACTORED_ENCODINGS,
+    decode_dense,
+    parts,
+    stored_array,
+)
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.summary import summarize
 
@@ -24,11 +30,11 @@ def use(path: Path) -> list[str]:
             if prod(encoded.record["shape"]) > MOST_ELEMENTS:
                 continue
             kind = encoded.record["kind"]
-            if kind in DELTA_KINDS:
+            if kind in DELTA_ENCODINGS:
                 assert artifact.dense(name).shape == tuple(encoded.record["shape"])
             else:
-                raw_data(encoded)
-            if kind in FACTORED:
+                stored_array(encoded)
+            if kind in FACTORED_ENCODINGS:
                 artifact.factors(name)
             if kind == "exact":
                 artifact.exact(name)

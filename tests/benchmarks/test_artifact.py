@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.artifact import main, payload_bits, project, random_block, random_matrix
-from deltadock.artifacts.encoding import decode_svd
+from deltadock.artifacts.encodings import decode_svd
 
 
 @pytest.mark.parametrize("grid", ["zeros", "midrise"])

@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 import deltadock
 from deltadock.artifacts.checkpoint import TensorEntry, scan_folder
-from deltadock.artifacts.encoding import (
+from deltadock.artifacts.encodings import (
     Encoded,
     encode_alias,
     encode_exact,
+    encode_floats,
     encode_new_rows,
     encode_rows,
     encode_stack,
     encode_svd,
     encode_transposed,
-    to_raw,
 )
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.writer import write_artifact
@@ -70,7 +70,7 @@ def encoded_delta(entry: TensorEntry, seed: int) -> Encoded:
     shape, dtype = entry.shape, entry.dtype
     if len(shape) == 1:
         values = np.random.default_rng(seed).uniform(0.9, 1.1, shape).astype(np.float32)
-        return encode_exact(to_raw(values, dtype), dtype, shape)
+        return encode_exact(encode_floats(values, dtype), dtype, shape)
     if len(shape) == 3:
         parts = [encoded_matrix(shape[1:], seed + k, dtype) for k in range(1, shape[0])]
         return encode_stack([None, *parts])
@@ -171,11 +171,11 @@ def resized(base: Path, tmp_path: Path, **tensors: Encoded) -> Path:
 LONGER = (VOCABULARY + 4, 32)
 ADDED = encode_new_rows(
     encoded_matrix((VOCABULARY, 32), 1, "BF16"),
-    to_raw(np.full((4, 32), 0.5, np.float32), "BF16"),
+    encode_floats(np.full((4, 32), 0.5, np.float32), "BF16"),
     VOCABULARY,
     "BF16",
 )
-WHOLE = encode_exact(to_raw(np.full(LONGER, 0.5, np.float32), "BF16"), "BF16", LONGER)
+WHOLE = encode_exact(encode_floats(np.full(LONGER, 0.5, np.float32), "BF16"), "BF16", LONGER)
 
 
 @pytest.mark.parametrize(

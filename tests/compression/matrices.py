@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from deltadock.artifacts.encoding import decode_dense
+from deltadock.artifacts.encodings import decode_dense
 from deltadock.compression.methods.base import MatrixResult, MatrixTask
 
 

@@ -15,7 +15,7 @@ import openai
 import uvicorn
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
-from deltadock.artifacts.encoding import (
+from deltadock.artifacts.encodings import (
     SvdMatrix,
     Vectors,
     encode_exact,

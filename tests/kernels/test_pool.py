@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltadock.kernels.pool import PAGE_ROWS, ROW_BYTES, PooledRows, RowPool
+from deltadock.kernels.cache import PAGE_ROWS, ROW_BYTES, PooledRows, RowPool
 
 
 def test_what_does_not_fit_takes_nothing() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from deltadock.artifacts.checkpoint import CheckpointManifest
-from deltadock.artifacts.encoding import encode_alias, encode_exact, quantize_rows_midrise
+from deltadock.artifacts.encodings import encode_alias, encode_exact, quantize_rows_midrise
 from deltadock.compression.assembly.composing import with_added_rows
 from deltadock.compression.calibration.windows import CalibrationSet
 from deltadock.compression.model.forward import BlockwiseModel

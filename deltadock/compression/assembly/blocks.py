@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltadock.artifacts.encoding import Encoded
+from deltadock.artifacts.encodings import Encoded
 from deltadock.artifacts.serial import deserialize, serialize
 from deltadock.compression.assembly.composing import composed
 from deltadock.compression.assembly.compressors import Compressor, notes_of

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from deltadock.artifacts.encoding import (
+from deltadock.artifacts.encodings import (
     Encoded,
     encode_new_rows,
     encode_stack,

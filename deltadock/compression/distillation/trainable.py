@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltadock.artifacts.encoding import Encoded, decode_dense, decode_svd, parts
+from deltadock.artifacts.encodings import Encoded, decode_dense, decode_svd, parts
 from deltadock.compression.scratch import Scratch
 
 SCALES: Final = ("s", "scale", "row_scale", "column_scale")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltadock.artifacts.encoding import DELTA_KINDS, Encoded
+from deltadock.artifacts.encodings import DELTA_ENCODINGS, Encoded
 from deltadock.compression.calibration.windows import CalibrationSet, spaced
 from deltadock.compression.distillation.trainable import TrainableDelta, flat, ones
 from deltadock.compression.model.forward import BlockwiseModel
@@ -73,7 +73,7 @@ def _stands_for_delta(encoded: Encoded) -> bool:
     record = encoded.record
     if record["kind"] == "new-rows":
         return record["parts"][0] is not None
-    return record["kind"] in DELTA_KINDS
+    return record["kind"] in DELTA_ENCODINGS
 
 
 def distill(

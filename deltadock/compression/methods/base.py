@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from deltadock.artifacts.encoding import Encoded
+from deltadock.artifacts.encodings import Encoded
 from deltadock.compression.numerics.allocation import Solver
 
 

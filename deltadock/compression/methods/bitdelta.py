@@ -9,7 +9,7 @@ trains embeddings and norms as well and leaves biases out: here they are stored 
 import numpy as np
 import torch
 
-from deltadock.artifacts.encoding import decode_dense, encode_rows
+from deltadock.artifacts.encodings import decode_dense, encode_rows
 from deltadock.compression.methods.base import MatrixResult, MatrixTask
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltadock.artifacts.encoding import encode_sparse24
+from deltadock.artifacts.encodings import encode_sparse24
 from deltadock.compression.methods.base import MatrixResult, MatrixTask
 from deltadock.compression.methods.sparse import (
     BLOCK,

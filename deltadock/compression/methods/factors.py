@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltadock.artifacts.encoding import SvdMatrix, Vectors, decode_dense, encode_svd
+from deltadock.artifacts.encodings import SvdMatrix, Vectors, decode_dense, encode_svd
 from deltadock.compression.methods.base import MatrixResult, MatrixTask
 from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import Codes, quantize_columns, quantize_rows

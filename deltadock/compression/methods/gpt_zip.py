@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from deltadock.artifacts.encoding import encode_sparse
+from deltadock.artifacts.encodings import encode_sparse
 from deltadock.compression.methods.base import MatrixResult, MatrixTask
 from deltadock.compression.methods.sparse import (
     BLOCK,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deltadock.artifacts.checkpoint import TensorEntry
 from deltadock.artifacts.container import StreamingInspector
-from deltadock.artifacts.encoding import (
+from deltadock.artifacts.encodings import (
     Encoded,
     encode_exact,
     encode_low_rank,

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from deltadock.artifacts.encoding import decode_dense, encode_low_rank
+from deltadock.artifacts.encodings import decode_dense, encode_low_rank
 from deltadock.compression.methods.base import MatrixResult, MatrixTask
 from deltadock.compression.numerics.decomposition import decompose
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltadock.artifacts.encoding import SvdMatrix, Vectors, decode_dense, encode_svd
+from deltadock.artifacts.encodings import SvdMatrix, Vectors, decode_dense, encode_svd
 from deltadock.compression.methods.base import MatrixResult
 from deltadock.compression.numerics.budget import Profile, Widths
 from deltadock.compression.numerics.metric import Metric

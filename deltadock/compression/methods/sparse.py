@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltadock.artifacts.encoding import Encoded, decode_dense, deflated
+from deltadock.artifacts.encodings import Encoded, decode_dense, deflate
 from deltadock.compression.methods.base import MatrixResult, MatrixTask
 from deltadock.compression.numerics.gptq import (
     Grid,
@@ -117,7 +117,7 @@ def sparse_result(
     encode: Callable[..., Encoded],
 ) -> MatrixResult:
     """Encode, compress without loss, and say what was done."""
-    encoded = deflated(
+    encoded = deflate(
         encode(
             np.ascontiguousarray(sparse.codes.cpu().numpy()),
             np.ascontiguousarray(sparse.mask.cpu().numpy()),

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from deltadock.artifacts.checkpoint import TensorEntry, scan_folder
-from deltadock.artifacts.encoding import NUMPY_DTYPES
+from deltadock.artifacts.encodings import NUMPY_DTYPES
 
 FLOAT_DTYPES: Final = {"BF16", "F16", "F32", "F64"}
 """Dtypes whose differences can be compressed; every other is kept exactly."""

@@ -3,7 +3,7 @@
 Source: Frantar et al., "GPTQ" (2022), without reordering of columns.
 - `quantize_rows` (for V): each row is one singular vector with its own width. Rows do not
   interact, so every candidate width of every row goes through in ONE pass as one tall stack, on
-  grids that are known beforehand: `deltadock.kernels.feedback`.
+  grids that are known beforehand: `deltadock.kernels.error_compensation`.
 - `quantize_columns` (for U): each column is one singular vector with its own width, and its grid
   is set when its turn comes, after every correction from its predecessors: `sweep` is the
   recursion, and what it does to one column is the caller's.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from deltadock.errors import InvalidCalibration
-from deltadock.kernels.feedback import round_with_feedback
+from deltadock.kernels.error_compensation import round_with_error_compensation
 
 BLOCK: Final = 32
 """Columns whose corrections are applied at once; those of earlier columns come by one product."""
@@ -219,7 +219,7 @@ def quantize_rows(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes,
     factor, damping = inverse_factor(hessian)
     grid = search_grid(values.float(), (2.0**bits - 1).float().to(values.device))
     work = columns_first(values).div_(grid.scale)
-    codes = round_with_feedback(work, factor, grid.zero, grid.levels)
+    codes = round_with_error_compensation(work, factor, grid.zero, grid.levels)
     return Codes(codes.t().contiguous(), grid.scale, grid.zero), damping
 
 

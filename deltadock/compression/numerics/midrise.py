@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from deltadock.kernels.feedback import round_with_feedback
+from deltadock.kernels.error_compensation import round_with_error_compensation
 
 SHRINKS: Final = (1.0, 0.88, 0.78, 0.7, 0.62, 0.56, 0.5, 0.44, 0.39, 0.34, 0.29, 0.24, 0.19, 0.14)
 """Steps that are tried, as shares of the one whose grid spans the largest entry."""
@@ -57,7 +57,7 @@ def quantize(values: Tensor, bits: Tensor, feedback: Tensor | None) -> Midrise:
     if feedback is None:
         codes = _codes(work, half, top)
         return Midrise(codes.to(torch.uint8).t().contiguous(), bits, step)
-    codes = round_with_feedback(work, feedback, half, top)
+    codes = round_with_error_compensation(work, feedback, half, top)
     return Midrise(codes.t().contiguous(), bits, step)
 
 

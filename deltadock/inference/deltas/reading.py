@@ -10,10 +10,9 @@ from typing import Any, Final, NamedTuple, Protocol
 import torch
 
 from deltadock.artifacts.compatibility import check_same_config, vocabulary
-from deltadock.artifacts.encoding import Encoded, decode_factors, inflated, parts
-from deltadock.artifacts.export import fits, stored_tensor
-from deltadock.artifacts.packed import packed_delta
+from deltadock.artifacts.encodings import Encoded, decode_factors, inflate, parts
 from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.tensors import fits_base, packed_delta, stored_tensor
 from deltadock.errors import BaseMismatch, InvalidArtifact
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.weight_deltas import (
@@ -62,7 +61,7 @@ class ArtifactSource:
     def change(self, name: str, shape: torch.Size) -> TensorDelta:
         """The change as compact as the artifact has it; it keeps no file mapped."""
         encoded = self._artifact.resolved(name)
-        if not fits(encoded.record, shape):
+        if not fits_base(encoded.record, shape):
             raise InvalidArtifact(f"The delta's {name!r} is of another shape than its base's.")
         kind = encoded.record["kind"]
         if kind == "exact":
@@ -86,7 +85,7 @@ def _change(encoded: Encoded) -> WeightDelta:
         # Copies: an array taken from the file is read-only and keeps the file mapped.
         return low_rank(*map(torch.tensor, (factors.u, factors.s, factors.v)))
     if kind == "rows":
-        return RowsDelta.of(inflated(encoded))
+        return RowsDelta.of(inflate(encoded))
     coded = EncodedDelta(encoded.copy())
     coded.dense()  # what cannot be decoded is refused now, not in the midst of a pass
     return coded

@@ -86,7 +86,7 @@ class DeltaLinears(DeltaModule):
         for number, h_out in enumerate(self._h_outs):
             own = slice(begin, begin + h_out)
             if packed is not None and (delta := packed[number]) is not None:
-                _apply(weight[own], bias, own, delta, delta.numbers("bias"))
+                _apply(weight[own], bias, own, delta, delta.floats("bias"))
             if others is not None and (other := others[number]) is not None:
                 _apply(weight[own], bias, own, other.weight, other.bias)
             begin += h_out

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltadock.artifacts.encoding import Encoded, decode_dense, stored_rows
+from deltadock.artifacts.encodings import Encoded, decode_dense, stored_rows
 from deltadock.kernels.svd_delta import PackedDelta
 from deltadock.kernels.svd_delta.layout import plane_words, planes, segment_words
 from deltadock.kernels.svd_delta.reference import unpack_codes

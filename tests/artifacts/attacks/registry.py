@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from deltadock.artifacts.writer import pack_container
+from deltadock.artifacts.serial import pack_header
 from tests.artifacts.make_golden import MANIFEST
 
 ATTACKS: Final[dict[str, Callable[[], bytes]]] = {}
@@ -48,7 +48,7 @@ def forged(record: Any, segments: Segments, **others: Any) -> bytes:
     document = json.dumps(manifest)
     digest = hashlib.sha256(document.encode()).hexdigest()
     metadata = {"format": "deltadock/1", "manifest": document, "manifest_sha256": digest}
-    head, order = pack_container(named, metadata)
+    head, order = pack_header(named, metadata)
     return head + b"".join(named[name][1].tobytes() for name in order)
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from deltadock.artifacts.encoding import Encoded, decode_dense
+from deltadock.artifacts.encodings import Encoded, decode_dense
 from deltadock.compression.assembly.assembling import encode_others
 from deltadock.compression.calibration.windows import CalibrationSet
 from deltadock.compression.distillation import training as distillation

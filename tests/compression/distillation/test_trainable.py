@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltadock.artifacts.encoding import (
+from deltadock.artifacts.encodings import (
     Encoded,
     SvdMatrix,
     Vectors,
     decode_dense,
     decode_svd,
-    deflated,
+    deflate,
     encode_rows,
     encode_stack,
     encode_sum,
@@ -76,7 +76,7 @@ CASES: dict[str, Callable[[], Encoded]] = {
     "sum": lambda: encode_sum([svd(columns=True), rows(), svd(seed=9)]),
     "stack": lambda: encode_stack([svd(), None, encode_sum([rows(), svd(seed=3)])]),
     "transposed stack part": lambda: encode_stack([encode_transposed(svd()), None]),
-    "sum with a constant": lambda: encode_sum([svd(rows=True), deflated(rows())]),
+    "sum with a constant": lambda: encode_sum([svd(rows=True), deflate(rows())]),
 }
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltadock.artifacts.encoding import decode_factors, decode_svd
+from deltadock.artifacts.encodings import decode_factors, decode_svd
 from deltadock.compression.methods.adamix import CANDIDATES, compress_matrix, simulated_errors
 from deltadock.compression.methods.base import MatrixTask
 from deltadock.compression.numerics.allocation import WIDTHS

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltadock.artifacts.encoding import decode_svd
+from deltadock.artifacts.encodings import decode_svd
 from deltadock.compression.methods import delta_come
 from deltadock.compression.methods.factors import fixed_widths
 from deltadock.compression.methods.topk import topk

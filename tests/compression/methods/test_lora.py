@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deltadock.artifacts.encoding import Encoded, decode_dense, from_raw
+from deltadock.artifacts.encodings import Encoded, decode_dense, decode_floats
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
@@ -100,7 +100,7 @@ def test_factors_are_kept_bit_for_bit(
     record = encoded.record
     assert (record["kind"], record["rank"], record["scaling"]) == ("low-rank", 4, 3.0)
     for side, key in (("u", "B"), ("v", "A")):
-        stored = torch.from_numpy(from_raw(encoded.segments[side], record["factor_dtype"]))
+        stored = torch.from_numpy(decode_floats(encoded.segments[side], record["factor_dtype"]))
         assert torch.equal(stored, tensors[f"{LAYER}.lora_{key}.weight"].float())
         assert encoded.segments[side].nbytes == 256 * dtype.itemsize
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltadock.artifacts.encoding import inflated
+from deltadock.artifacts.encodings import inflate
 from deltadock.compression.methods import delta_zip, gpt_zip
 from deltadock.compression.methods.sparse import row_scales
 from deltadock.compression.numerics.gptq import DAMPING
@@ -97,7 +97,7 @@ def test_what_is_zeroed_moves_onto_what_is_kept() -> None:
 def test_the_lossless_stage_pays(method: ModuleType) -> None:
     encoded = method.compress_matrix(make_task(256, 256)).encoded
     assert "deflated" in encoded.record
-    assert encoded.nbytes < 0.95 * inflated(encoded).nbytes
+    assert encoded.nbytes < 0.95 * inflate(encoded).nbytes
 
 
 def test_scales_are_what_float16_holds() -> None:

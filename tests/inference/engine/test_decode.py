@@ -14,7 +14,7 @@ from deltadock.inference.model.weight_deltas import NewRows, TensorDelta
 from deltadock.inference.prompts.tokenizer import Tokenizer
 from tests.inference.merging import make_delta
 from tests.inference.scheduling import make_sequence
-from tests.kernels import support as kernels
+from tests.kernels.svd_delta import support as kernels
 
 FAMILIES = [
     ("llama", {}),

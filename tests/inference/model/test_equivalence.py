@@ -95,7 +95,7 @@ def test_every_method_in_one_batch_has_the_logits_of_its_merged_checkpoint(
     model = load_base(base, manifest, torch.device("cpu"), limits)
     references: list[Any] = [None]
     for slot, (name, path) in enumerate(artifacts.items(), 1):
-        with Artifact.open(path) as artifact:
+        with Artifact(path) as artifact:
             source = ArtifactSource(artifact)
             files = read_tokenizer_files(base)
             loaded = read_delta(source, model, manifest.weights_digest, files)

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from deltadock.artifacts.checkpoint import scan_folder
-from deltadock.artifacts.encoding import (
+from deltadock.artifacts.encodings import (
     Encoded,
     decode_dense,
-    deflated,
+    deflate,
     encode_alias,
     encode_exact,
     encode_low_rank,
@@ -26,11 +26,11 @@ from deltadock.artifacts.encoding import (
     encode_rows,
     encode_sparse,
     encode_sum,
-    raw_data,
+    stored_array,
 )
 from deltadock.artifacts.export import merge
-from deltadock.artifacts.packed import packed_delta
 from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.tensors import packed_delta
 from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact
 from deltadock.inference.deltas.reading import ArtifactSource, place_delta, read_delta
@@ -51,7 +51,7 @@ from deltadock.kernels.svd_delta import PackedDelta
 from deltadock.kernels.svd_delta.reference import unpack
 from tests.artifacts.samples import rows_sample
 from tests.inference.conftest import VOCABULARY
-from tests.kernels.support import encode
+from tests.kernels.svd_delta.support import encode
 
 MANIFEST = {
     "base_digest": "base",
@@ -99,11 +99,11 @@ def exact(tensor: Tensor, seed: int) -> Encoded:
 KINDS: dict[str, Callable[[tuple[int, int], int], Encoded]] = {
     "svd": svd,
     "svd with scales": lambda shape, seed: svd(shape, seed, midrise=True),
-    "svd deflated": lambda shape, seed: deflated(svd(shape, seed)),
+    "svd deflated": lambda shape, seed: deflate(svd(shape, seed)),
     "rows": rows,
-    "rows deflated": lambda shape, seed: deflated(rows(shape, seed)),
+    "rows deflated": lambda shape, seed: deflate(rows(shape, seed)),
     "low-rank": low_rank,
-    "sparse": lambda shape, seed: deflated(sparse(shape, seed)),
+    "sparse": lambda shape, seed: deflate(sparse(shape, seed)),
     "sum": lambda shape, seed: encode_sum([low_rank(shape, seed), rows(shape, seed)]),
 }
 
@@ -146,7 +146,7 @@ def grown(encoded: Encoded, seed: int) -> Encoded:
     added = np.random.default_rng(seed).normal(0, 0.3, (ADDED, columns)).astype(np.float32)
     if encoded.record["kind"] != "exact":
         return encode_new_rows(encoded, added, rows_, "F32")
-    whole = np.concatenate([raw_data(encoded), added])
+    whole = np.concatenate([stored_array(encoded), added])
     return encode_exact(whole, "F32", whole.shape)
 
 
@@ -315,7 +315,7 @@ def test_a_change_is_as_compact_as_its_record(tmp_path: Path) -> None:
         made
         | {
             "alias": encode_alias("svd", shape, "F32"),
-            "new": deflated(encode_new_rows(made["svd"], added, 64, "F32")),
+            "new": deflate(encode_new_rows(made["svd"], added, 64, "F32")),
             "long": encode_exact(whole, "F32", whole.shape),
         },
     )
@@ -345,7 +345,7 @@ def test_what_cannot_be_decoded_is_refused_when_it_is_loaded(tmp_path: Path) -> 
     doubled, short = rows(shape, 1), sparse(shape, 2)
     doubled.segments["index"][0] = doubled.segments["index"][1]
     short.segments["bitmap"][0] ^= 1
-    packed = deflated(short)
+    packed = deflate(short)
     path = write(tmp_path / "a.delta", {"doubled": doubled, "short": short, "packed": packed})
     with Artifact(path) as artifact:
         source = ArtifactSource(artifact)

@@ -1,0 +1,456 @@
+"""GPU path: three kernel launches per call, for any number of deltas.
+
+`prepare` scales and pads the inputs, `shrink` computes `s * (x V_hat^T)`, and `expand` adds
+`row_scale * (U_hat projected) + bias` to the outputs. The kernels read the packed words as the
+artifact stores them, plane by plane, and multiply on tensor cores: packed vectors are the tall
+operand, the eight rows of a chunk the other. Each warp accumulates a part of a sum, and parts are
+added in a fixed order, without atomics: a row's result is bitwise independent of the other rows.
+
+Unpacking two words yields two codes at once: their corresponding halves are placed side by side
+and a mask leaves one code in each half. Read as a float, such a half is a subnormal, and one packed
+multiply-add turns it into `code - midpoint`, exactly, in units of 2**-UNIT. Terms of a product may
+be in any order, so each code is used in the thread that loaded its word, and only the other operand
+is permuted.
+"""
+
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS, SUM_COLUMNS, Chunks
+from deltadock.kernels.svd_delta.layout import (
+    BLOCK_FIELDS,
+    BLOCK_RANKS,
+    DESCRIPTOR_FIELDS,
+    OUTPUT_TILE_FIELDS,
+    TILE_COLUMNS,
+    TILE_FIELDS,
+    TILE_RANKS,
+    DeltaTable,
+)
+
+WARPS: Final = 8
+"""Warps per program of the shrink and expand kernels; each accumulates a part of the sum."""
+WORDS: Final = 8
+"""Words of a vector that a warp of the shrink kernel pairs with the next `WORDS` words."""
+SHRINK_STAGES: Final = 2
+EXPAND_STAGES: Final = 3
+"""Pipeline stages of each kernel's loop."""
+
+UNSPECIALIZED: Final = ("h_in", "max_rank", "sums_stride", "sum_count")
+"""Arguments not specialized on divisibility by 16, which would only multiply compilations."""
+
+_DESCRIPTOR = tl.constexpr(DESCRIPTOR_FIELDS)
+_TILE = tl.constexpr(TILE_FIELDS)
+_BLOCK = tl.constexpr(BLOCK_FIELDS)
+_RANKS = tl.constexpr(BLOCK_RANKS)
+_OUTPUT_TILE = tl.constexpr(OUTPUT_TILE_FIELDS)
+_COLUMNS = tl.constexpr(TILE_COLUMNS)
+
+
+@triton.jit
+def _subtract_midpoint(
+    masked, T: tl.constexpr, P: tl.constexpr, DOWN: tl.constexpr,
+    DT: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """`code - (2**P - 1) / 2` of the codes at bit T of both halves: two DT values in 32 bits.
+
+    In units of 2**-(UNIT + DOWN).
+    """
+    MANTISSA: tl.constexpr = 7 if tl.bfloat16 == DT else 10
+    BIAS: tl.constexpr = 127 if tl.bfloat16 == DT else 15
+    UNIT: tl.constexpr = MANTISSA - 1
+    if EMULATE:  # Triton's interpreter does not support inline assembly.
+        SCALE: tl.constexpr = 2.0 ** (-UNIT - DOWN)
+        low = ((((masked & 0xFFFF) >> T) - (2**P - 1) / 2) * SCALE).to(DT)
+        high = ((((masked >> 16) & 0xFFFF) >> T) - (2**P - 1) / 2) * SCALE
+        low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        pair = low | (high.to(DT).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        # Scaling by the dtype's largest power of two maps a subnormal's lowest bit to 2**-UNIT.
+        FACTOR: tl.constexpr = ((2 * BIAS - T - DOWN) << MANTISSA) * 0x10001
+        # Exponent and leading mantissa bits of the midpoint, 1/2, 3/2 or 15/2.
+        POWER: tl.constexpr = BIAS - UNIT - DOWN + (-1 if P == 1 else (0 if P == 2 else 2))
+        BITS: tl.constexpr = (0 if P == 1 else (4 if P == 2 else 7)) << (MANTISSA - 3)
+        MIDPOINT: tl.constexpr = (0x8000 + (POWER << MANTISSA) + BITS) * 0x10001 - (1 << 32)
+        if tl.bfloat16 == DT:
+            pair = tl.inline_asm_elementwise(
+                "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [masked, FACTOR, MIDPOINT],
+                dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            pair = tl.inline_asm_elementwise(
+                "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [masked, FACTOR, MIDPOINT],
+                dtype=tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+    return pair
+
+
+@triton.jit
+def _pairs(low, high, J: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr, DOWN: tl.constexpr,
+           DT: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
+    """Codes J, J + STEP, ... of each word, on trailing axes of size 2.
+
+    A mantissa holds several bit positions, so that few codes need a shift.
+    """
+    HALF: tl.constexpr = 16 // P
+    if STEP == 2 * HALF:
+        BITS: tl.constexpr = 4 if P == 8 else P
+        FIELD: tl.constexpr = (J % HALF) * P + (4 if P == 8 and DOWN == 0 else 0)
+        SPAN: tl.constexpr = (7 if tl.bfloat16 == DT else 10) // BITS * BITS
+        SHIFT: tl.constexpr = FIELD // SPAN * SPAN
+        T: tl.constexpr = FIELD - SHIFT
+        MASK: tl.constexpr = ((1 << BITS) - 1) * 0x10001 << T
+        masked = ((low if J < HALF else high) >> SHIFT) & MASK
+        pairs = _subtract_midpoint(masked, T, BITS, DOWN, DT, EMULATE)
+    else:
+        even = _pairs(low, high, J, 2 * STEP, P, DOWN, DT, EMULATE)
+        odd = _pairs(low, high, J + STEP, 2 * STEP, P, DOWN, DT, EMULATE)
+        pairs = tl.join(even, odd)
+    return pairs
+
+
+@triton.jit
+def unpack(first, second, P: tl.constexpr, DOWN: tl.constexpr, DT: tl.constexpr,
+            EMULATE: tl.constexpr):  # fmt: skip
+    """Midpoint-subtracted codes of two (A, B, C) tensors of words: (A, B, C, 32 // P, 2) of DT.
+
+    In units of 2**-(UNIT + DOWN). Of an 8-bit code only four bits: the upper ones if DOWN is 0.
+    """
+    low = (first & 0xFFFF) | (second << 16)
+    high = ((first >> 16) & 0xFFFF) | (second & -65536)
+    pairs = _pairs(low, high, 0, 1, P, DOWN, DT, EMULATE)
+    even = (pairs & 0xFFFF).to(tl.int16).to(DT, bitcast=True)
+    odd = ((pairs >> 16) & 0xFFFF).to(tl.int16).to(DT, bitcast=True)
+    A: tl.constexpr = first.shape[0]
+    B: tl.constexpr = first.shape[1]
+    C: tl.constexpr = first.shape[2]
+    return tl.reshape(tl.join(even, odd), (A, B, C, 32 // P, 2))
+
+
+@triton.jit
+def dot(a, b, acc, EMULATE: tl.constexpr):
+    if EMULATE:  # Triton's interpreter computes bfloat16 products incorrectly.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def round_to(x, DT: tl.constexpr, EMULATE: tl.constexpr):
+    """Round float32 to DT, to nearest even."""
+    if EMULATE and tl.bfloat16 == DT:  # Triton's interpreter truncates.
+        bits = x.to(tl.int32, bitcast=True)
+        number = (bits & 0x7FFFFFFF) <= 0x7F800000  # not NaN
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(number, bits, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        rounded = x.to(DT)
+    return rounded
+
+
+@triton.jit
+def row_words(columns, P: tl.constexpr, ALIGNED: tl.constexpr):
+    """Words per vector in a plane of P bits; if ALIGNED, provably a multiple of 4."""
+    return columns // 128 * (4 * P) if ALIGNED else (columns * P + 31) // 32
+
+
+@triton.jit
+def load_words(words_ptr, rows, columns, limit, ALIGNED: tl.constexpr):
+    """Load words (A, B, C) at rows (A, B, 1) + columns (A, 1, C); 0 from column `limit`."""
+    offsets = words_ptr + (rows + columns)
+    if ALIGNED:
+        offsets = tl.multiple_of(offsets, (16, 16, 16))
+    return tl.load(offsets, mask=columns < limit, other=0)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def prepare_kernel(
+    xs_ptr, xs_stride, sums_ptr, sums_stride, x_ptr, x_stride, h_in, padded_h_in,
+    rows_ptr, slots_ptr, addresses_ptr, descriptors_ptr,
+    LINEARS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Scale a chunk's rows by each linear's column scale, zero-pad them and sum their blocks."""
+    block, linear, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = tl.load(slots_ptr + chunk)
+    if slot == 0:
+        return
+    descriptor = descriptors_ptr + (slot * LINEARS + linear) * _DESCRIPTOR
+    if tl.load(descriptor) == 0:
+        return
+    positions = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.load(rows_ptr + positions)
+    columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (rows >= 0)[:, None] & (columns < h_in)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    scale_word = tl.load(descriptor + 8)
+    if scale_word >= 0:
+        address = tl.load(addresses_ptr + slot * LINEARS + linear)
+        scale_ptr = address.to(tl.pointer_type(tl.float32)) + scale_word
+        scale = tl.load(scale_ptr + columns, mask=columns < h_in, other=0.0)
+        x = round_to(x.to(tl.float32) * scale[None, :], x.dtype, EMULATE)
+    offsets = (
+        positions.to(tl.int64)[:, None] * xs_stride + (linear * padded_h_in + columns)[None, :]
+    )
+    tl.store(xs_ptr + offsets, x)
+    sums = sums_ptr + positions * sums_stride + linear * tl.num_programs(0) + block
+    tl.store(sums, tl.sum(x.to(tl.float32), axis=1))
+
+
+@triton.jit
+def _shrink_plane(
+    total, weight, xs_ptr, xs_stride, words_ptr, ranks, h_in, positions,
+    P: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr,
+    ALIGNED: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Add one plane's projection, times `weight`, to `total` (warps, ranks, rows)."""
+    DT: tl.constexpr = xs_ptr.dtype.element_ty
+    PER: tl.constexpr = 32 // P
+    BLOCK_K: tl.constexpr = 2 * WORDS * PER
+    BLOCK_M: tl.constexpr = positions.shape[0]
+    words = row_words(h_in, P, ALIGNED)
+    warp = tl.arange(0, WARPS)[:, None, None]
+    acc = tl.zeros(total.shape, tl.float32)
+    for step in range(tl.cdiv(words, 2 * WORDS * WARPS)):
+        block = step * WARPS + warp
+        columns = block * (2 * WORDS) + tl.arange(0, WORDS)[None, None, :]
+        rows = (ranks * words)[None, :, None]
+        first = load_words(words_ptr, rows, columns, words, ALIGNED)
+        second = load_words(words_ptr, rows, columns + WORDS, words, ALIGNED)
+        offsets = (positions * xs_stride)[None, :, None] + tl.arange(0, BLOCK_K)[None, None, :]
+        x = tl.load(xs_ptr + (offsets + block * BLOCK_K))
+        x = tl.reshape(x, (WARPS, BLOCK_M, 2, WORDS, PER))
+        x = tl.reshape(tl.permute(x, (0, 4, 3, 2, 1)), (WARPS, BLOCK_K, BLOCK_M))
+        for DOWN in tl.static_range(0, 8 if P == 8 else 4, 4):
+            codes = unpack(first, second, P, DOWN, DT, EMULATE)
+            codes = tl.permute(codes, (0, 1, 3, 2, 4))
+            codes = tl.reshape(codes, (WARPS, ranks.shape[0], BLOCK_K))
+            acc = dot(codes, x, acc, EMULATE)
+    UNIT: tl.constexpr = (6 if tl.bfloat16 == DT else 9) + (4 if P == 8 else 0)
+    return total + acc * (weight * 2.0**UNIT)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def shrink_kernel(
+    projected_ptr, max_rank, sums_ptr, sums_stride, sum_count, xs_ptr, xs_stride, h_in, padded_h_in,
+    slots_ptr, addresses_ptr, descriptors_ptr,
+    LINEARS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
+    WARPS: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """`s * (xs V_hat^T)` for one chunk of rows and grid-strided tiles of ranks."""
+    chunk = tl.program_id(1)
+    slot = tl.load(slots_ptr + chunk)
+    if slot == 0:
+        return
+    descriptors_ptr += slot * LINEARS * _DESCRIPTOR
+    count = 0
+    for other in tl.static_range(LINEARS):
+        count += tl.load(descriptors_ptr + other * _DESCRIPTOR + 2)
+    positions = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
+    for tile in range(tl.program_id(0), count, tl.num_programs(0)):
+        linear = 0
+        linear_tile = tile
+        for other in tl.static_range(LINEARS - 1):
+            tiles = tl.load(descriptors_ptr + other * _DESCRIPTOR + 2)
+            past = (linear == other) & (linear_tile >= tiles)
+            linear += past.to(tl.int32)
+            linear_tile -= tl.where(past, tiles, 0)
+        descriptor = descriptors_ptr + linear * _DESCRIPTOR
+        address = tl.load(addresses_ptr + slot * LINEARS + linear)
+        words_ptr = address.to(tl.pointer_type(tl.int32))
+        tile_ptr = words_ptr + tl.load(descriptor + 3) + linear_tile * _TILE
+        bits = tl.load(tile_ptr)
+        rank_count = tl.load(tile_ptr + 2)
+        ranks = tl.minimum(tl.arange(0, BLOCK_R), rank_count - 1)
+        total = tl.zeros((WARPS, BLOCK_R, BLOCK_M), tl.float32)
+        rows_ptr = xs_ptr + linear * padded_h_in
+        for digit in tl.static_range(4):
+            if bits & (8 >> digit):
+                plane_ptr = words_ptr + tl.load(tile_ptr + 3 + digit)
+                weight = (1 << (bits & ((8 >> digit) - 1))).to(tl.float32)
+                total = _shrink_plane(
+                    total, weight, rows_ptr, xs_stride, plane_ptr, ranks, h_in, positions,
+                    8 >> digit, WARPS, WORDS, ALIGNED, EMULATE,
+                )  # fmt: skip
+        index = tl.arange(0, BLOCK_R)
+        ranks = tl.load(tile_ptr + 1) + index
+        mask = index < rank_count
+        floats_ptr = address.to(tl.pointer_type(tl.float32))
+        result = tl.sum(total, axis=0)
+        offset_word = tl.load(descriptor + 5)
+        if offset_word >= 0:
+            blocks = tl.arange(0, SUMS)
+            offsets = (positions * sums_stride)[:, None] + (linear * sum_count + blocks)[None, :]
+            sums = tl.load(sums_ptr + offsets, mask=(blocks < sum_count)[None, :], other=0.0)
+            offset = tl.load(floats_ptr + offset_word + ranks, mask=mask, other=0.0)
+            result -= offset[:, None] * tl.sum(sums, axis=1)[None, :]
+        s = tl.load(floats_ptr + tl.load(descriptor + 4) + ranks, mask=mask, other=0.0)
+        out = (positions * max_rank)[None, :] + (tl.load(descriptor + 1) + ranks)[:, None]
+        tl.store(projected_ptr + out, result * s[:, None], mask=mask[:, None])
+
+
+@triton.jit
+def _expand_plane(
+    total, projected_ptr, max_rank, positions, words_ptr, descriptor, tile, h_out,
+    P: tl.constexpr, DIGIT: tl.constexpr, TERMS: tl.constexpr,
+    WARPS: tl.constexpr, ALIGNED: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Add the products of all planes of P bits to `total` (columns, rows).
+
+    Blocks of ranks are strided over the warps.
+    """
+    HALF: tl.constexpr = _RANKS // 2
+    PER: tl.constexpr = 32 // P
+    WORDS: tl.constexpr = _COLUMNS // PER
+    BLOCK_M: tl.constexpr = positions.shape[0]
+    begin, end = tl.load(descriptor + 11 + DIGIT), tl.load(descriptor + 12 + DIGIT)
+    if begin < end:
+        blocks_ptr = words_ptr + tl.load(descriptor + 10)
+        words = row_words(h_out, P, ALIGNED)
+        warp = tl.arange(0, WARPS)
+        columns = (tile * WORDS + tl.arange(0, WORDS))[None, None, :]
+        acc = tl.zeros((WARPS, _COLUMNS, BLOCK_M), tl.float32)
+        for step in range(tl.cdiv(end - begin, WARPS)):
+            block = begin + step * WARPS + warp
+            block_ptr = blocks_ptr + tl.minimum(block, end - 1) * _BLOCK
+            count = tl.where(block < end, tl.load(block_ptr + 1), 0)
+            word = tl.load(block_ptr + 2)[:, None, None]
+            last = tl.maximum(count - 1, 0)[:, None]
+            upper = tl.minimum(tl.arange(0, HALF)[None, :], last)
+            lower = tl.minimum(tl.arange(0, HALF)[None, :] + HALF, last)
+            first = load_words(
+                words_ptr, word + (upper * words)[:, :, None], columns, words, ALIGNED
+            )
+            second = load_words(
+                words_ptr, word + (lower * words)[:, :, None], columns, words, ALIGNED
+            )
+            ranks = tl.load(block_ptr)[:, None] + tl.arange(0, _RANKS)[None, :]
+            mask = tl.arange(0, _RANKS)[None, :] < count[:, None]
+            offsets = (positions * max_rank)[None, :, None] + ranks[:, None, :]
+            t = tl.load(projected_ptr + offsets, mask=mask[:, None, :], other=0.0)
+            t *= (1 << tl.load(block_ptr + 3)).to(tl.float32)[:, None, None]
+            t = tl.reshape(t, (WARPS, BLOCK_M, 2, HALF))
+            t = tl.reshape(tl.permute(t, (0, 3, 2, 1)), (WARPS, _RANKS, BLOCK_M))
+            for DOWN in tl.static_range(0, 8 if P == 8 else 4, 4):
+                codes = unpack(first, second, P, DOWN, tl.bfloat16, EMULATE)
+                codes = tl.permute(codes, (0, 3, 2, 1, 4))
+                codes = tl.reshape(codes, (WARPS, _COLUMNS, _RANKS))
+                term = round_to(t, tl.bfloat16, EMULATE)
+                acc = dot(codes, term, acc, EMULATE)
+                if TERMS == 2:  # The rounding error of bfloat16, for float16 outputs.
+                    term = round_to(t - term.to(tl.float32), tl.bfloat16, EMULATE)
+                    acc = dot(codes, term, acc, EMULATE)
+        plane_total = tl.sum(acc, axis=0) * (1024.0 if P == 8 else 64.0)
+        plane_total = tl.permute(tl.reshape(plane_total, (PER, WORDS, BLOCK_M)), (1, 0, 2))
+        total += tl.reshape(plane_total, (_COLUMNS, BLOCK_M))
+    return total
+
+
+@triton.jit
+def _rest(projected_ptr, max_rank, positions, offset_ptr, rank, BLOCK: tl.constexpr):
+    """What U's offsets take from every output of a row: (rows)."""
+    rest = tl.zeros((positions.shape[0], BLOCK), tl.float32)
+    for first in range(0, rank, BLOCK):
+        ranks = first + tl.arange(0, BLOCK)
+        mask = (ranks < rank)[None, :]
+        offsets = (positions * max_rank)[:, None] + ranks[None, :]
+        t = tl.load(projected_ptr + offsets, mask=mask, other=0.0)
+        rest += t * tl.load(offset_ptr + ranks[None, :], mask=mask, other=0.0)
+    return tl.sum(rest, axis=1)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def expand_kernel(
+    y_ptr, y_stride, projected_ptr, max_rank, rows_ptr, slots_ptr,
+    addresses_ptr, descriptors_ptr, output_tiles_ptr,
+    LINEARS: tl.constexpr, BLOCK_M: tl.constexpr, TERMS: tl.constexpr,
+    WARPS: tl.constexpr, ALIGNED: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Add the deltas to one chunk of rows and one tile of a linear's outputs."""
+    output_tile_ptr, chunk = output_tiles_ptr + tl.program_id(0) * _OUTPUT_TILE, tl.program_id(1)
+    slot = tl.load(slots_ptr + chunk)
+    if slot == 0:
+        return
+    linear = tl.load(output_tile_ptr)
+    tile = tl.load(output_tile_ptr + 1)
+    begin = tl.load(output_tile_ptr + 2)
+    h_out = tl.load(output_tile_ptr + 3)
+    descriptor = descriptors_ptr + (slot * LINEARS + linear) * _DESCRIPTOR
+    rank, bias_word = tl.load(descriptor), tl.load(descriptor + 9)
+    if (rank == 0) & (bias_word < 0):
+        return
+    words_ptr = tl.load(addresses_ptr + slot * LINEARS + linear).to(tl.pointer_type(tl.int32))
+    floats_ptr = words_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
+    positions = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.load(rows_ptr + positions)
+    columns = tile * _COLUMNS + tl.arange(0, _COLUMNS)
+    total = tl.zeros((_COLUMNS, BLOCK_M), tl.float32)
+    if rank > 0:
+        linear_projected_ptr = projected_ptr + tl.load(descriptor + 1)
+        for DIGIT in tl.static_range(4):
+            total = _expand_plane(
+                total, linear_projected_ptr, max_rank, positions,
+                words_ptr, descriptor, tile, h_out,
+                8 >> DIGIT, DIGIT, TERMS, WARPS, ALIGNED, EMULATE,
+            )  # fmt: skip
+        offset_word = tl.load(descriptor + 6)
+        if offset_word >= 0:
+            total -= _rest(
+                linear_projected_ptr, max_rank, positions, floats_ptr + offset_word, rank, 128
+            )[None, :]
+    scale_word = tl.load(descriptor + 7)
+    if scale_word >= 0:
+        scale = tl.load(floats_ptr + scale_word + columns, mask=columns < h_out, other=0.0)
+        total *= scale[:, None]
+    if bias_word >= 0:
+        bias = tl.load(floats_ptr + bias_word + columns, mask=columns < h_out, other=0.0)
+        total += bias[:, None]
+    out = y_ptr + rows.to(tl.int64)[None, :] * y_stride + (begin + columns)[:, None]
+    mask = (rows >= 0)[None, :] & (columns < h_out)[:, None]
+    y = tl.load(out, mask=mask, other=0.0).to(tl.float32) + total
+    tl.store(out, round_to(y, y_ptr.dtype.element_ty, EMULATE), mask=mask)
+
+
+def svd_delta(
+    y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, *, emulate: bool | None = None
+) -> None:
+    """Add each row's delta to `y` in place; see `deltadock.kernels.svd_delta.svd_delta`.
+
+    With `emulate` the kernels use neither inline assembly nor bfloat16 products, which Triton's
+    interpreter lacks; on a GPU this is slow, and isolates errors in either.
+    """
+    if not chunks.count:
+        return
+    shared: dict[str, Any] = {
+        "LINEARS": table.linears,
+        "BLOCK_M": CHUNK_ROWS,
+        "enable_fp_fusion": True,  # pinned: Triton 3.10 changes the default
+    }
+    emulate = not x.is_cuda if emulate is None else emulate
+    xs = chunks.scaled.view(x.dtype)
+    sum_count = table.padded_h_in // SUM_COLUMNS
+    prepare_kernel[(sum_count, table.linears, chunks.count)](
+        xs, xs.stride(0), chunks.sums, chunks.sums.stride(0), x, x.stride(0),
+        table.h_in, table.padded_h_in, chunks.rows, chunks.slots,
+        table.addresses, table.descriptors,
+        BLOCK_K=SUM_COLUMNS, EMULATE=emulate, num_warps=4, **shared,
+    )  # fmt: skip
+    shrink_kernel[(max(1, triton.cdiv(table.max_rank, TILE_RANKS)), chunks.count)](
+        chunks.projected, chunks.max_rank, chunks.sums, chunks.sums.stride(0), sum_count,
+        xs, xs.stride(0), table.h_in, table.padded_h_in,
+        chunks.slots, table.addresses, table.descriptors,
+        BLOCK_R=TILE_RANKS, SUMS=triton.next_power_of_2(sum_count), WARPS=WARPS,
+        WORDS=WORDS, ALIGNED=table.h_in % 128 == 0,
+        EMULATE=emulate, num_warps=WARPS, num_stages=SHRINK_STAGES, **shared,
+    )  # fmt: skip
+    expand_kernel[(len(table.output_tiles), chunks.count)](
+        y, y.stride(0), chunks.projected, chunks.max_rank, chunks.rows, chunks.slots,
+        table.addresses, table.descriptors, table.output_tiles,
+        TERMS=2 if x.dtype == torch.float16 else 1,
+        WARPS=WARPS, ALIGNED=all(h_out % 128 == 0 for h_out in table.h_outs), EMULATE=emulate,
+        num_warps=WARPS, num_stages=EXPAND_STAGES, **shared,
+    )  # fmt: skip
