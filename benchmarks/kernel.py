@@ -4,12 +4,12 @@
 
 It needs a GPU, torch, triton and numpy, and ends within five minutes. First every case of
 `tests/kernels/svd_delta/cases.py` must pass, and no configuration is timed before its own results
-have been checked against float64. Then, for steps of 1 to 64 rows on 1 to 16 deltas of one bit per weight, it
-prints for a layer's projections: the time of the deltas in a CUDA graph; the bandwidth over the
-packed bytes as a fraction of a device-to-device copy of the same run; how many times longer
-low-rank bfloat16 factors of the same bytes take, and dense bfloat16 deltas. Last, the prefill of
-2,048 rows of one delta as a multiple of the base's matrix products. Several layers alternate, as in
-a model, so that no cache holds what a step reads.
+have been checked against float64. Then, for steps of 1 to 64 rows on 1 to 16 deltas of one bit per
+weight, it prints for a layer's projections: the time of the deltas in a CUDA graph; the bandwidth
+over the packed bytes as a fraction of a device-to-device copy of the same run; how many times
+longer low-rank bfloat16 factors of the same bytes take, and dense bfloat16 deltas. Last, the
+prefill of 2,048 rows of one delta as a multiple of the base's matrix products. Several layers
+alternate, as in a model, so that no cache holds what a step reads.
 
     TRITON_INTERPRET=1 python -m benchmarks.kernel --device cpu
 
