@@ -5,8 +5,7 @@ from typing import Self
 from pydantic import BaseModel, Field
 
 from deltadock.api.schemas import RequestBody
-from deltadock.compression.catalogue import MethodInfo, default_method
-from deltadock.compression.goal import Goal, GoalKind, goal_for
+from deltadock.compression.options import Goal, GoalKind, MethodInfo, default_method, goal_for
 
 
 class GoalFields(RequestBody):

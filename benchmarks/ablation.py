@@ -21,23 +21,26 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import describe_machine
+from deltadock.artifacts.encodings import Encoded
 from deltadock.artifacts.writer import write_artifact
-from deltadock.compression.assembly import compressors
-from deltadock.compression.assembly.assembling import encode_others, make_manifest
-from deltadock.compression.assembly.blocks import encode_blocks
-from deltadock.compression.assembly.compressors import UnderOneBudget
-from deltadock.compression.calibration.options import TOKENS, CalibrationOptions, Source
-from deltadock.compression.calibration.windows import CalibrationSet, load_calibration
-from deltadock.compression.distillation import training as distillation
-from deltadock.compression.evaluation import evaluate
+from deltadock.compression import compressors, distillation
+from deltadock.compression.assembly import (
+    EMBEDDING_BITS,
+    build_manifest,
+    compose_tensors,
+    encode_remaining,
+)
+from deltadock.compression.calibration.windows import load_calibration
+from deltadock.compression.checkpoints import open_pair
+from deltadock.compression.compressors import GlobalCompressor
 from deltadock.compression.methods import optimix
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.numerics import budget, two_sided
-from deltadock.compression.numerics.budget import Profile, Shares
-from deltadock.compression.run import CompressOptions, Run, open_run
+from deltadock.compression.numerics import global_allocation, two_sided
+from deltadock.compression.numerics.global_allocation import GlobalAllocation, RankProfile
+from deltadock.compression.options import TOKENS, CalibrationOptions, CompressOptions, Source
+from deltadock.compression.quality import evaluate
 from deltadock.compression.scratch import Scratch
-from deltadock.compression.statistics.collecting import Statistics, collect
-from deltadock.compression.work import NoWorkStore
+from deltadock.compression.statistics import Statistics, collect
 
 Patches = list[Any]
 
@@ -48,25 +51,25 @@ def _one_sided(outputs: Tensor) -> Tensor:
     return mean * torch.ones(len(outputs), dtype=outputs.dtype)
 
 
-def _per_matrix_budget(profiles: Sequence[Profile], bits: float) -> Shares:
+def _per_matrix_budget(profiles: Sequence[RankProfile], bits: float) -> GlobalAllocation:
     """Allocate the same bits per weight to every matrix."""
     total = sum(profile.shape[0] * profile.shape[1] for profile in profiles)
-    shares = [
-        budget.share([profile], bits * profile.shape[0] * profile.shape[1] / total)
+    allocations = [
+        global_allocation.allocate([profile], bits * profile.shape[0] * profile.shape[1] / total)
         for profile in profiles
     ]
-    return Shares(
-        [share.widths[0] for share in shares],
-        sum(share.error for share in shares),
-        max(share.gap for share in shares),
+    return GlobalAllocation(
+        [allocation.widths[0] for allocation in allocations],
+        sum(allocation.error for allocation in allocations),
+        max(allocation.gap for allocation in allocations),
     )
 
 
-def _equal_widths(costs: Callable[[Profile], Tensor]) -> Callable[[Profile], Tensor]:
+def _equal_widths(costs: Callable[[RankProfile], Tensor]) -> Callable[[RankProfile], Tensor]:
     """Force U and V of a rank to one width: other pairs cost more than any budget."""
     count = len(two_sided.WIDTHS)
 
-    def priced(profile: Profile) -> Tensor:
+    def priced(profile: RankProfile) -> Tensor:
         pairs = costs(profile)
         same = torch.eye(count, dtype=torch.bool).flatten()
         pairs[1:][~same] = 1e18
@@ -83,7 +86,7 @@ def _no_sign(losses: Tensor) -> Tensor:
 
 def variants() -> dict[str, Patches]:
     """Patches by variant; none of these is an option of the product."""
-    outputs, losses = Statistics.outputs, two_sided.losses
+    outputs, losses = Statistics.outputs, two_sided.width_losses
     return {
         "as it is, not distilled": [],
         "errors weighed by the inputs alone": [
@@ -92,12 +95,14 @@ def variants() -> dict[str, Patches]:
             )
         ],
         "the same bits for every matrix": [
-            mock.patch.object(compressors, "share", _per_matrix_budget)
+            mock.patch.object(compressors, "allocate", _per_matrix_budget)
         ],
         "one width for U and V of a rank": [
-            mock.patch.object(Profile, "costs", _equal_widths(Profile.costs))
+            mock.patch.object(RankProfile, "costs", _equal_widths(RankProfile.costs))
         ],
-        "no 1-bit codes": [mock.patch.object(optimix, "losses", lambda *a: _no_sign(losses(*a)))],
+        "no 1-bit codes": [
+            mock.patch.object(optimix, "width_losses", lambda *a: _no_sign(losses(*a)))
+        ],
         "no refitting of V": [_refinements(0)],
         "one refitting of V": [_refinements(1)],
         "scales of rows and columns everywhere": [mock.patch.object(optimix, "SCALED_RANKS", 0)],
@@ -108,7 +113,9 @@ def variants() -> dict[str, Patches]:
 
 
 def _refinements(count: int) -> Any:
-    return mock.patch.object(optimix, "encode", partial(two_sided.encode, refinements=count))
+    return mock.patch.object(
+        optimix, "quantize_factors", partial(two_sided.quantize_factors, refinements=count)
+    )
 
 
 @contextmanager
@@ -124,69 +131,57 @@ class Ablation:
 
     def __init__(self, arguments: argparse.Namespace, scratch: Scratch) -> None:
         self.arguments = arguments
-        self.run: Run = open_run(
-            arguments.base,
-            arguments.finetuned,
-            CompressOptions(bits=arguments.bits, seed=arguments.seed),
-            lambda progress: None,
-        )
+        self.pair = open_pair(arguments.base, arguments.finetuned)
         self.model = BlockwiseModel(arguments.finetuned)
-        longest = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
-        self.data: CalibrationSet = load_calibration(
+        self.data = load_calibration(
             [Source(arguments.calibration)],
             arguments.finetuned,
-            longest,
+            self.model.max_length,
             arguments.seed,
             CalibrationOptions(tokens=arguments.calibration_tokens),
         )
         self.statistics = collect(
-            self.run,
+            self.pair,
             self.model,
             self.data,
             scratch,
             gradients=True,
+            seed=arguments.seed,
             progress=lambda done, text: None,
         )
 
     def measure(self, *, distilled: bool) -> tuple[float, float, int]:
         """KL, agreement and artifact bytes with the patches currently applied."""
-        run = self.run
+        pair, arguments = self.pair, self.arguments
+        matrices = self.statistics.matrices
+        encodings: dict[str, Encoded | None] = {}
         with Scratch() as scratch:
-            seen = _ScratchStatistics(self.statistics, scratch)
-            compressor = UnderOneBudget(run, seen, self.model.device)
-            compressor.settle(self.arguments.bits)
-            made = encode_blocks(run, seen.matrices, compressor, seen, NoWorkStore(), "")
-        run.encoded, run.matrices = made.tensors, made.reports
-        encode_others(run, self.model)
+            compressor = GlobalCompressor(pair, self.statistics, scratch, self.model.device)
+            compressor.set_budget(arguments.bits)
+            for matrix in matrices:
+                delta = pair.delta(matrix.ref)
+                result = compressor.compress(matrix, delta) if delta.any() else None
+                encodings[matrix.ref.key] = None if result is None else result.encoded
+        tensors = compose_tensors(pair, [matrix.ref for matrix in matrices], encodings)
+        tensors |= encode_remaining(
+            pair, tensors, embedding=self.model.embedding, embedding_bits=EMBEDDING_BITS
+        )[0]
         if distilled:
-            run.encoded, _ = distillation.distill(
-                run, self.model, self.data, run.encoded, lambda done, text: None
+            tensors, _ = distillation.distill(
+                pair, self.model, self.data, tensors, arguments.seed, lambda done, text: None
             )
+        manifest = build_manifest(
+            pair.base,
+            CompressOptions(bits=arguments.bits, seed=arguments.seed),
+            ({}, {}),
+            finetuned_digest=pair.finetuned.manifest.weights_digest,
+            parameters=pair.finetuned.parameters,
+        )
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out.delta"
-            write_artifact(out, run.encoded, make_manifest(run, None, self.data, ({}, {})))
-            quality = evaluate(
-                self.arguments.base, self.arguments.finetuned, out, self.arguments.heldout
-            )
+            write_artifact(out, tensors, manifest)
+            quality = evaluate(arguments.base, arguments.finetuned, out, arguments.heldout)
             return quality.kl, quality.agreement, out.stat().st_size
-
-
-class _ScratchStatistics(Statistics):
-    """The same moments with separate scratch space for a variant's intermediate results."""
-
-    def __init__(self, statistics: Statistics, scratch: Scratch) -> None:
-        super().__init__(scratch, statistics.matrices)
-        self._moments = statistics
-        self.notes = statistics.notes
-
-    def inputs(self, key: str) -> Tensor:
-        return self._moments.inputs(key)
-
-    def held_inputs(self, key: str) -> Tensor | None:
-        return self._moments.held_inputs(key)
-
-    def outputs(self, key: str) -> Tensor:
-        return self._moments.outputs(key)
 
 
 HEADINGS: Final = (

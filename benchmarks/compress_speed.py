@@ -30,10 +30,11 @@ from benchmarks.harness import describe_machine, synchronize
 from benchmarks.synthetic import write_pair, write_text
 from deltadock.compression.methods import adamix
 from deltadock.compression.methods.base import MatrixTask
-from deltadock.compression.numerics.ranks import rank_budget
+from deltadock.compression.numerics.metric import damped
+from deltadock.compression.options import CompressOptions, rank_budget
 from deltadock.compression.pipeline import compress
-from deltadock.compression.run import CompressOptions, Progress
-from deltadock.compression.statistics.moments import MomentCollector, damped
+from deltadock.compression.report import Progress
+from deltadock.compression.statistics import MomentCollector
 
 STAGES: Final = {
     "decompose": "SVD",

@@ -63,8 +63,8 @@ def compress_here(
     """Compress in this process, which must be fresh, and return its peak."""
     import torch
 
+    from deltadock.compression.options import CompressOptions
     from deltadock.compression.pipeline import compress
-    from deltadock.compression.run import CompressOptions
 
     torch.set_num_threads(threads)
     start = resident("VmRSS")

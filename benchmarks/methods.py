@@ -38,15 +38,20 @@ from benchmarks.tables import (
 )
 from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.export import merge
-from deltadock.compression.calibration.options import TOKENS, CalibrationOptions, Source
-from deltadock.compression.catalogue import METHODS, check_method
-from deltadock.compression.evaluation import evaluate
-from deltadock.compression.goal import Goal
-from deltadock.compression.maker import Maker
-from deltadock.compression.pipeline import reach
-from deltadock.compression.run import CompressOptions, open_run
+from deltadock.compression.checkpoints import open_pair
+from deltadock.compression.options import (
+    METHODS,
+    TOKENS,
+    CalibrationOptions,
+    CompressOptions,
+    Goal,
+    Source,
+    check_method,
+)
+from deltadock.compression.pipeline import reach_goal
+from deltadock.compression.quality import evaluate
 from deltadock.compression.scratch import Scratch
-from deltadock.compression.work import NoWorkStore
+from deltadock.compression.session import CompressionSession
 from deltadock.errors import BitsOutOfRange, DeltadockError
 from deltadock.kernels import choose_device
 
@@ -163,9 +168,9 @@ class MethodBenchmark:
         options = CompressOptions(
             method=method, seed=seed, calibration=CalibrationOptions(tokens=pair.tokens)
         )
-        run = open_run(pair.base, pair.finetuned, options, lambda progress: None)
-        self._maker = Maker(run, METHODS[method], scratch, NoWorkStore(), device)
-        self._maker.prepare([Source(pair.calibration)])
+        checkpoints = open_pair(pair.base, pair.finetuned)
+        self._session = CompressionSession(checkpoints, options, scratch, device=device)
+        self._session.prepare([Source(pair.calibration)])
         self._seconds = time.monotonic() - started
 
     def measure(self, row: BenchmarkRow) -> BenchmarkRow:
@@ -181,7 +186,7 @@ class MethodBenchmark:
         with tempfile.TemporaryDirectory() as name:
             delta, merged = Path(name) / "out.delta", Path(name) / "merged"
             started = time.monotonic()
-            report = reach(self._maker, goal, delta)
+            report = reach_goal(self._session, goal, delta)
             seconds = self._seconds + time.monotonic() - started
             quality = evaluate(pair.base, pair.finetuned, delta, pair.heldout, device=self._device)
             score = None

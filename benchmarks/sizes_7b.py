@@ -8,17 +8,15 @@ changed. No weights are needed: sizes follow from shapes.
 
 import argparse
 
-from deltadock.compression.catalogue import METHODS
-from deltadock.compression.goal import Goal
-from deltadock.compression.layouts import Shape
-from deltadock.compression.sizes import SizePreview, preview
+from deltadock.compression.options import METHODS, Goal
+from deltadock.compression.preview import SizePreview, TensorShape, preview_size
 
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS = 152064, 3584, 18944, 28
 KEY_VALUE = 4 * HIDDEN // 28
 """4 key/value heads for 28 query heads."""
 
 
-def qwen2_5_7b(*, only_linear: bool = False) -> list[Shape]:
+def qwen2_5_7b(*, only_linear: bool = False) -> list[TensorShape]:
     """Every tensor of the model; with `only_linear`, only the blocks' matrices are changed."""
     block = {
         "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
@@ -44,7 +42,7 @@ def qwen2_5_7b(*, only_linear: bool = False) -> list[Shape]:
             for name, shape in block.items()
         },
     }
-    tensors = [Shape(name, "BF16", shape) for name, shape in shapes.items()]
+    tensors = [TensorShape(name, "BF16", shape) for name, shape in shapes.items()]
     if not only_linear:
         return tensors
     return [tensor._replace(changed=tensor.role == "linear layers") for tensor in tensors]
@@ -53,7 +51,7 @@ def qwen2_5_7b(*, only_linear: bool = False) -> list[Shape]:
 def study(bits: float) -> list[tuple[str, bool, SizePreview]]:
     """(method, whether only linear layers changed, preview) for every method."""
     return [
-        (method, only_linear, preview(qwen2_5_7b(only_linear=only_linear), method, goal))
+        (method, only_linear, preview_size(qwen2_5_7b(only_linear=only_linear), method, goal))
         for method, info in METHODS.items()
         if not info.imports_adapter
         for goal in [None if info.bits_min is None else Goal("bits", bits)]

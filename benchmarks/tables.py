@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
-from deltadock.compression.catalogue import default_method
+from deltadock.compression.options import default_method
 
 RowKey = tuple[str, str, float | None, int, bool]
 
@@ -21,7 +21,7 @@ class BenchmarkRow:
 
     Attributes:
         inputs: digest of the pair, the texts and the exercises, so that a table never mixes two.
-        method: a name of `deltadock.compression.catalogue`, or `base` or `finetuned` for the models
+        method: a name of `deltadock.compression.options`, or `base` or `finetuned` for the models
             themselves.
         budget: code bits per weight; None for methods without one.
         seed: of the calibration.

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import structlog
 
-from deltadock.compression.calibration.options import CalibrationOptions, Source
+from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from deltadock.compression.run import CompressOptions, Progress
+from deltadock.compression.report import Progress
 from deltadock.errors import Cancelled, DeltadockError, HashMismatch, WorkerLost
 from deltadock.kernels import choose_device
 from deltadock.settings import Settings
@@ -145,7 +145,7 @@ def _run(job: JobRow, lease: Lease, context: Context) -> None:
         _options(delta),
         calibration=_calibration(delta, context, folder),
         progress=progress,
-        work=JobWork(blobs, job.id),
+        store=JobWork(blobs, job.id),
         device=str(choose_device(settings.device)),
     ).to_dict()
     if report["base_digest"] != base_manifest.weights_digest:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.api.schemas import EXAMPLE_DIGEST, Digest, RequestBody
-from deltadock.compression.calibration.options import (
+from deltadock.compression.options import (
     LENGTH,
     MAX_LENGTH,
     MAX_SOURCES,

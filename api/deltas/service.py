@@ -15,7 +15,7 @@ from deltadock.api.dependencies import UnitOfWork
 from deltadock.api.resources import Resources
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.artifacts.compatibility import check_same_architecture
-from deltadock.compression.goal import SIZES
+from deltadock.compression.options import SIZES
 from deltadock.errors import InvalidInput, NotFound, NotReady
 from deltadock.storage.models import BaseRow, DeltaRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, UploadRepository

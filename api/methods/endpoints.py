@@ -5,7 +5,7 @@ from typing import Self
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from deltadock.compression.catalogue import METHODS, MethodInfo
+from deltadock.compression.options import METHODS, MethodInfo
 
 router = APIRouter(prefix="/v1/methods", tags=["methods"])
 

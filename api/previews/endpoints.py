@@ -7,7 +7,7 @@ from deltadock.api.dependencies import ReadSession, ResourcesDep
 from deltadock.api.previews.schemas import PreviewIn, PreviewOut
 from deltadock.api.problems import problems
 from deltadock.artifacts.compatibility import check_same_architecture
-from deltadock.compression.sizes import carried_bytes, preview, shapes_of
+from deltadock.compression.preview import carried_bytes, preview_size, shapes_of
 from deltadock.errors import (
     ArchitectureMismatch,
     BitsOutOfRange,
@@ -33,4 +33,6 @@ def preview_delta(body: PreviewIn, session: ReadSession, resources: ResourcesDep
     tuned = read_manifest(resources.blobs, get_checkpoint(session, body.checkpoint).digest)
     check_same_architecture(base, tuned)
     shapes = shapes_of(tuned, base)
-    return PreviewOut.of(preview(shapes, body.method, goal, carried=carried_bytes(tuned, base)))
+    return PreviewOut.of(
+        preview_size(shapes, body.method, goal, carried=carried_bytes(tuned, base))
+    )

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.api.goals import GoalFields
 from deltadock.api.schemas import EXAMPLE_DIGEST, Digest
-from deltadock.compression.sizes import SizePreview
+from deltadock.compression.preview import SizePreview
 
 
 class PreviewIn(GoalFields):

@@ -202,11 +202,13 @@ def _parsed(name: str, text: bytes | None) -> dict[str, Any]:
 class FileInspector:
     """Hashes one file of a checkpoint while it streams, and looks inside if it is safetensors."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, non_finite: set[str] | None = None) -> None:
+        """Take the file's path; for `non_finite` see `StreamingInspector`."""
         self.path = check_path(path)
         self.size = 0
         self._hash = hashlib.sha256()
-        self._tensors = StreamingInspector() if path.endswith(".safetensors") else None
+        weights = path.endswith(".safetensors")
+        self._tensors = StreamingInspector(non_finite) if weights else None
 
     def update(self, chunk: bytes | bytearray | memoryview) -> None:
         """Take the file's next bytes; raises what `StreamingInspector.update` raises."""
@@ -227,10 +229,14 @@ class FileInspector:
         ]
 
 
-def scan_folder(folder: Path) -> CheckpointManifest:
+def scan_folder(folder: Path, non_finite: set[str] | None = None) -> CheckpointManifest:
     """The manifest of a checkpoint folder on disk; every byte is read once.
 
     Files that are no part of a checkpoint (hidden files, READMEs, other formats) are left out.
+
+    Args:
+        folder: with config.json and safetensors files.
+        non_finite: if given, the names of tensors that hold NaN or an infinity are added to it.
 
     Raises:
         InvalidCheckpoint: the folder holds no complete safetensors checkpoint.
@@ -244,7 +250,7 @@ def scan_folder(folder: Path) -> CheckpointManifest:
             continue
         if not path.is_file():
             continue
-        inspector = FileInspector(path.name)
+        inspector = FileInspector(path.name, non_finite)
         with path.open("rb") as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 inspector.update(chunk)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from deltadock.errors import MalformedSafetensors
 
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -30,6 +32,12 @@ DTYPE_BITS: Final = {
     "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
+
+NON_FINITE_MASKS: Final = {
+    "F8_E4M3": ("u1", 0x7F), "F8_E5M2": ("u1", 0x7C), "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0 << 48),
+}  # fmt: skip
+"""Unsigned type of a float's bits, and the bits that are all ones in NaN and infinities only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +170,10 @@ class StreamingInspector:
     memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, non_finite: set[str] | None = None) -> None:
+        """Add the names of float tensors that hold NaN or an infinity to `non_finite`, if given."""
+        self._non_finite = non_finite
+        self._partial = b""
         self._head = bytearray()
         self._header: Header | None = None
         self._header_bytes = 8
@@ -211,9 +222,21 @@ class StreamingInspector:
                 raise MalformedSafetensors("The file is longer than its header says.")
             take = view[: self._current.end - self._position]
             self._hash.update(take)
+            if self._non_finite is not None and self._current.dtype in NON_FINITE_MASKS:
+                self._check_finite(self._current, take, self._non_finite)
             self._position += len(take)
             view = view[len(take) :]
             self._advance()
+
+    def _check_finite(self, tensor: TensorSpec, chunk: memoryview, found: set[str]) -> None:
+        kind, mask = NON_FINITE_MASKS[tensor.dtype]
+        # A chunk may begin and end within an element; a tensor ends with a whole one.
+        data = self._partial + chunk if self._partial else chunk
+        whole = len(data) - len(data) % np.dtype(kind).itemsize
+        self._partial = bytes(data[whole:])
+        bits = np.frombuffer(data[:whole], kind)
+        if ((bits & mask) == mask).any():
+            found.add(tensor.name)
 
     def finish(self) -> tuple[Header, dict[str, str]]:
         """The header and each tensor's SHA-256 (hex), after the whole file.

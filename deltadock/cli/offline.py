@@ -13,16 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from deltadock.compression.calibration.options import (
+from deltadock.compression.options import (
     LENGTH,
     TOKENS,
     CalibrationOptions,
+    Goal,
     Source,
     check_weights,
+    default_method,
+    goal_for,
 )
-from deltadock.compression.catalogue import default_method
-from deltadock.compression.goal import Goal, goal_for
-from deltadock.compression.sizes import SizePreview
+from deltadock.compression.preview import SizePreview
 from deltadock.errors import Conflict, NotFound
 
 DEFAULT_METHOD: Final = default_method().name
@@ -191,8 +192,8 @@ def compress(
     amount.check()
     check_writable(out, report)
     chosen_device = resolve_device(device)
+    from deltadock.compression.options import CompressOptions
     from deltadock.compression.pipeline import compress as run
-    from deltadock.compression.run import CompressOptions
 
     chosen: Literal["exact", "scip"] = "scip" if solver == "scip" else "exact"
     options = CompressOptions(
@@ -288,14 +289,14 @@ def preview(
 def _preview(finetuned: Path, base: Path | None, method: str, goal: Goal | None) -> SizePreview:
     from deltadock.artifacts.checkpoint import scan_folder
     from deltadock.artifacts.compatibility import check_same_architecture
-    from deltadock.compression.sizes import carried_bytes, preview, read_shapes, shapes_of
+    from deltadock.compression.preview import carried_bytes, preview_size, read_shapes, shapes_of
 
     if base is None:
-        return preview(read_shapes(finetuned), method, goal)
+        return preview_size(read_shapes(finetuned), method, goal)
     before, after = scan_folder(base), scan_folder(finetuned)
     check_same_architecture(before, after)
     shapes, carried = shapes_of(after, before), carried_bytes(after, before)
-    return preview(shapes, method, goal, carried=carried)
+    return preview_size(shapes, method, goal, carried=carried)
 
 
 def evaluate(
@@ -308,7 +309,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
 ) -> None:
     """Measure a delta against its fine-tune and base on a text."""
-    from deltadock.compression.evaluation import evaluate as run
+    from deltadock.compression.quality import evaluate as run
 
     with progress_bar() as bar:
         task = bar.add_task("comparing outputs", total=1.0)
@@ -387,7 +388,7 @@ def verify(delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) 
 
 def methods() -> None:
     """List the compression methods."""
-    from deltadock.compression.catalogue import METHODS
+    from deltadock.compression.options import METHODS
 
     table = Table("method", "bits", "what it does")
     for info in METHODS.values():

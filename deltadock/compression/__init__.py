@@ -1,4 +1,5 @@
-"""Tensors in, codes out: one module per method; knows no database, queue or HTTP.
+"""Compression: calibration, quantization, allocation, distillation and quality of deltas.
 
-Importing this package imports no torch: `deltadock.compression.catalogue` is for every process.
+Knows no database, queue or HTTP. Importing this package imports no torch: `options` and
+`preview` are plain Python.
 """

@@ -1,23 +1,29 @@
-"""How much of the fine-tune a delta keeps, in the model's own output.
+"""Quality of a delta: how closely its model's predictions follow the fine-tune's.
 
-KL divergence and negative log likelihood are in nats per token, means over every position of the
-held-out windows; agreement is the share of positions whose most likely token is the same.
+KL divergence and negative log likelihood are in nats per token, averaged over every position of
+the held-out windows; agreement is the fraction of positions with the same most likely token.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltadock.artifacts.compatibility import check_same_architecture
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import merged_tensor
+from deltadock.compression.calibration.windows import read_windows
+from deltadock.compression.checkpoints import CheckpointReader, ResizedSource, TensorSource
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.model.weights import TensorSource
 
-NO_TOKEN: Final = -100
+IGNORED: Final = -100
+"""Label of positions without a next token."""
+WINDOW: Final = 256
+"""Default window length in tokens: about that of a prompt with its answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +32,9 @@ class Quality:
 
     Attributes:
         kl: KL(fine-tuned || delta).
-        kl_base: KL(fine-tuned || base): what there was to lose.
-        agreement: share of positions with the same most likely token.
-        nll, nll_finetuned, nll_base: of the text's own next tokens.
+        kl_base: KL(fine-tuned || base), the KL of storing no delta at all.
+        agreement: fraction of positions with the same most likely token.
+        nll, nll_finetuned, nll_base: of the text's next tokens.
         tokens: positions measured.
     """
 
@@ -52,8 +58,50 @@ class MergedSource:
         return name in self._base
 
     def tensor(self, name: str) -> Tensor:
-        """The delta model's tensor, in the fine-tune's dtype."""
+        """Load a tensor of the delta's model, in the fine-tune's dtype."""
         return merged_tensor(self._artifact, name, self._base.tensor(name))
+
+
+def evaluate(
+    base: Path,
+    finetuned: Path,
+    delta: Path,
+    text: Path,
+    *,
+    window: int = WINDOW,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "cpu",
+) -> Quality:
+    """Compare a delta file's model with its fine-tune and its base on a text.
+
+    Args:
+        base, finetuned: checkpoint folders.
+        delta: the delta file.
+        text: .txt or .jsonl file, as for calibration.
+        window: window length in tokens; each window begins without context.
+        progress: called with the number of block passes done and in total.
+        device: torch device.
+
+    Raises:
+        BaseMismatch: the delta belongs to another base.
+        InvalidInput: a subclass names what cannot be used.
+    """
+    with Artifact(delta) as artifact:
+        before = CheckpointReader(base)
+        artifact.check_base(before.manifest.weights_digest)
+        artifact.check_intact()
+        after = CheckpointReader(finetuned)
+        check_same_architecture(before.manifest, after.manifest)
+        model = BlockwiseModel(finetuned, device)
+        model.check(after.shapes)
+        return measure(
+            model,
+            read_windows(text, finetuned, min(window, model.max_length)),
+            base=ResizedSource(before, after.shapes),
+            finetuned=after,
+            delta=MergedSource(before, artifact),
+            progress=progress,
+        )
 
 
 def measure(
@@ -68,10 +116,10 @@ def measure(
     """Run the three models over `windows` (n, length) and compare their outputs.
 
     Args:
-        model: the skeleton to run them in.
+        model: the skeleton that runs them.
         windows: token ids, int64.
         base, finetuned, delta: the weights.
-        progress: told how many of how many block passes are done.
+        progress: called with the number of block passes done and in total.
     """
     total = 3 * len(model.blocks)
     hidden = []
@@ -82,34 +130,34 @@ def measure(
             states = model.run_block(index, states, source)
             progress(number * len(model.blocks) + index + 1, total)
         hidden.append(model.final_hidden(states, source))
-    # The token that follows each position; the last of a window has none.
-    following = F.pad(windows[:, 1:], (0, 1), value=NO_TOKEN).flatten().to(model.device)
+    # The last position of a window has no next token.
+    labels = F.pad(windows[:, 1:], (0, 1), value=IGNORED).flatten().to(model.device)
     sums, seen = torch.zeros(6, dtype=torch.float64), 0
     streams = (
         model.logits(states.flatten(0, 1), source)
         for states, source in zip(hidden, sources, strict=True)
     )
     for target, delta_logits, base_logits in zip(*streams, strict=True):
-        tokens = following[seen : seen + len(target)]
-        sums += _compare(target, delta_logits, base_logits, tokens).cpu()
+        piece = labels[seen : seen + len(target)]
+        sums += _compare(target, delta_logits, base_logits, piece).cpu()
         seen += len(target)
     kl, kl_base, same = (sums[:3] / seen).tolist()
-    nll_finetuned, nll, nll_base = (sums[3:] / (following != NO_TOKEN).sum().cpu()).tolist()
+    nll_finetuned, nll, nll_base = (sums[3:] / (labels != IGNORED).sum().cpu()).tolist()
     return Quality(kl, kl_base, same, nll, nll_finetuned, nll_base, seen)
 
 
 @torch.inference_mode()
-def _compare(finetuned: Tensor, delta: Tensor, base: Tensor, following: Tensor) -> Tensor:
+def _compare(finetuned: Tensor, delta: Tensor, base: Tensor, labels: Tensor) -> Tensor:
     """Sums of (KL to delta, KL to base, agreements, NLLs of fine-tuned, delta and base).
 
-    Logits are (tokens, vocabulary), `following` (tokens,).
+    Logits are (tokens, vocabulary), `labels` (tokens,).
     """
     target = F.log_softmax(finetuned, dim=-1)
     others = [F.log_softmax(logits, dim=-1) for logits in (delta, base)]
     kl = [F.kl_div(other, target, reduction="sum", log_target=True) for other in others]
     same = (finetuned.argmax(dim=-1) == delta.argmax(dim=-1)).sum()
     nll = [
-        F.nll_loss(scores, following, ignore_index=NO_TOKEN, reduction="sum")
-        for scores in (target, *others)
+        F.nll_loss(log_probs, labels, ignore_index=IGNORED, reduction="sum")
+        for log_probs in (target, *others)
     ]
     return torch.stack([*kl, same.to(kl[0].dtype), *nll]).double()

@@ -1,10 +1,49 @@
-"""The report of a compression: what a reader may rely on, as JSON-able data."""
+"""Progress and report of a compression, as JSON-able data."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from deltadock.compression.quality import Quality
+
+Stage = Literal["validating", "calibrating", "compressing", "assembling", "verifying"]
+
+STAGE_FRACTIONS: Final[dict[Stage, tuple[float, float]]] = {
+    "validating": (0.0, 0.05),
+    "calibrating": (0.05, 0.4),
+    "compressing": (0.4, 0.75),
+    "assembling": (0.75, 0.92),
+    "verifying": (0.92, 1.0),
+}
+"""Begin and end of each stage as fractions of the whole compression."""
+
+
+class Progress(NamedTuple):
+    """Progress of a compression: stage, block k of n within it, fraction of the whole (0 to 1)."""
+
+    stage: Stage
+    block: int
+    blocks: int
+    fraction: float
+    message: str
+
+
+class ProgressReporter:
+    """Computes the overall fraction of each step and calls a callback with it."""
+
+    def __init__(self, callback: Callable[[Progress], None] | None = None) -> None:
+        """Report to `callback`; whatever it raises (`Cancelled`) ends the compression."""
+        self._callback = callback
+
+    def report(
+        self, stage: Stage, block: int, blocks: int, message: str, within: float = 0.0
+    ) -> None:
+        """Report that `block` blocks are done, and the fraction `within` of the next one."""
+        if self._callback is not None:
+            begin, end = STAGE_FRACTIONS[stage]
+            fraction = begin + (end - begin) * (block + within) / max(blocks, 1)
+            self._callback(Progress(stage, block, blocks, fraction, message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,16 +53,15 @@ class MatrixReport:
     Attributes:
         name: weight name.
         shape: [h_out, h_in].
-        kind: how it is stored.
-        bytes: in the artifact.
-        error: `||(D - D_hat) X||^2 / ||D X||^2` on held-out tokens; of an embedding, under its
-            metric. Of codes as they were quantized: distillation, which aims at the model's
-            outputs and not at each matrix's, comes after.
+        kind: encoding in the artifact.
+        bytes: size in the artifact.
+        error: relative output error `||(D - D_hat) X||^2 / ||D X||^2` on held-out tokens; of an
+            embedding, under its metric. Measured before distillation.
         rank: ranks kept.
-        widths: how many ranks have each width; where U and V have their own, how many vectors.
+        widths: number of ranks of each width; of vectors, where U and V have separate widths.
         damping: largest damping used, as a fraction of the Hessian's mean diagonal.
         gap: relative optimality gap of the allocation; 0 is proven optimal.
-        fallbacks: what did not go as planned, in words.
+        fallbacks: deviations from the method, in words.
     """
 
     name: str
@@ -40,7 +78,7 @@ class MatrixReport:
 
 @dataclass(frozen=True, slots=True)
 class TensorReport:
-    """One changed tensor that is stored in another way than by the method."""
+    """One changed tensor that the method did not compress."""
 
     name: str
     kind: str
@@ -50,10 +88,10 @@ class TensorReport:
 
 @dataclass(slots=True)
 class Report:
-    """What became of a fine-tune. KL and NLL are in nats per held-out calibration token.
+    """Result of a compression. KL and NLL are in nats per held-out calibration token.
 
     `ratio` and `true_bits` count every byte of the artifact against every weight of the
-    checkpoint at bfloat16; `nominal_bits` is the budget, code bits per weight of a linear layer.
+    checkpoint at bfloat16; `nominal_bits` is the budget in code bits per compressed weight.
     """
 
     method: str
@@ -85,7 +123,7 @@ class Report:
         return 8 * self.artifact_bytes / self.parameters
 
     def set_quality(self, quality: "Quality") -> None:
-        """Take over the figures of the whole model."""
+        """Copy the figures of the whole model."""
         self.kl = quality.kl
         self.kl_base = quality.kl_base
         self.agreement = quality.agreement

@@ -1,4 +1,4 @@
-"""Tensors set aside while a checkpoint is worked on: in memory while they are few, then on disk."""
+"""Scratch space for intermediate tensors: in memory up to a limit, then on disk."""
 
 import tempfile
 from pathlib import Path
@@ -13,10 +13,10 @@ MEMORY_BYTES: Final = 1 << 29
 
 
 class Scratch:
-    """A context manager; what was put is gone when it ends. On disk tensors stay under `TMPDIR`."""
+    """A context manager that drops all tensors at its end. Files are created under `TMPDIR`."""
 
     def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
-        """Keep up to `memory_bytes` in memory."""
+        """Hold up to `memory_bytes` in memory."""
         self._free = memory_bytes
         self._held: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}
@@ -40,7 +40,7 @@ class Scratch:
         return key in self._held or key in self._files
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Set `tensor` aside on the CPU; a key is put once."""
+        """Store `tensor` on the CPU; each key is stored once."""
         tensor = tensor.detach().cpu().contiguous()
         if tensor.nbytes <= self._free:
             self._free -= tensor.nbytes
@@ -53,7 +53,7 @@ class Scratch:
         self._files[key] = path
 
     def get(self, key: str, device: torch.device | str = "cpu") -> Tensor:
-        """What was put under `key`."""
+        """Load the tensor stored under `key`; raises KeyError if there is none."""
         held = self._held.get(key)
         tensor: Tensor = load_file(self._files[key])[""] if held is None else held
         return tensor.to(device)

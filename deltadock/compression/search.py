@@ -1,54 +1,34 @@
-"""From a goal to an artifact: the budget that a size, a ratio or a bound on fidelity asks for."""
+"""Search for the budget that meets a goal: a size in bytes, or a bound on the KL or agreement."""
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from deltadock.compression.catalogue import MethodInfo
-from deltadock.compression.goal import Goal
+from deltadock.compression.options import Goal, MethodInfo
 from deltadock.compression.report import Report
 from deltadock.errors import InvalidGoal
 
 SIZE_TRIALS: Final = 6
 CLOSE: Final = 0.995
-"""An artifact of at least this share of the bytes allowed is close enough."""
+"""Fraction of the byte limit at which the search ends."""
 BOUND_TRIALS: Final = 9
 FIRST_BITS: Final = 1.0
 RESOLUTION: Final = 1.03
-"""Budgets closer than this factor are not told apart."""
-
-Make = Callable[[float, Path], Report]
-"""Compresses at a budget into a file."""
-
-
-@dataclass(slots=True)
-class _Best:
-    """The best artifact so far; the file of any other is removed at once."""
-
-    out: Path
-    report: Report | None = None
-
-    def offer(self, report: Report, path: Path, better: bool) -> None:
-        if better:
-            path.replace(self.out)
-            self.report = report
-        else:
-            path.unlink()
+"""Factor between budgets at which the search ends."""
 
 
 def fit_size(
-    draft: Callable[[float], int], info: MethodInfo, limit: float, guess: float, weights: int
+    draft_bytes: Callable[[float], int], info: MethodInfo, limit: float, guess: float, weights: int
 ) -> float:
-    """The budget whose artifact is the largest of at most `limit` bytes.
+    """Find the budget whose artifact is the largest of at most `limit` bytes.
 
     Args:
-        draft: compresses at a budget as far as needed to tell the artifact's bytes.
+        draft_bytes: size of the artifact at a budget.
         info: the method.
         limit: in bytes.
         guess: the first budget, code bits per weight.
-        weights: how many weights the budget is for.
+        weights: number of weights that the budget is for.
 
     Raises:
         InvalidGoal: the method's smallest artifact is larger.
@@ -56,11 +36,11 @@ def fit_size(
     low, high = _range(info)
     bits = _nearest(info, guess)
     below, above = 0.0, math.inf
-    # Bytes that one bit more takes, from the codes alone.
+    # Bytes per bit of budget, from the codes alone.
     slope = max(weights, 1) / 8
     tried: dict[float, int] = {}
     for left in reversed(range(SIZE_TRIALS)):
-        size = draft(bits)
+        size = draft_bytes(bits)
         tried[bits] = size
         fits = size <= limit
         below, above = (bits, above) if fits else (below, bits)
@@ -88,11 +68,11 @@ def fit_size(
 def _towards(
     aim: float, tried: Mapping[float, int], below: float, above: float, slope: float
 ) -> float:
-    """The next budget to try for `aim` bytes: on the line through what was seen.
+    """The next budget to try for `aim` bytes, by linear interpolation.
 
-    Sizes grow in small jumps: a line through two close budgets would say little, and so it is drawn
-    through the nearest that fit and do not; a fifth of the way is given up where it missed on the
-    same side again.
+    Sizes grow in small jumps, which make the slope between close budgets meaningless: the line goes
+    through the nearest budget that fits and the nearest that does not, and stops a fifth short
+    if the last two trials missed on the same side (as in the Illinois method).
     """
     *_, last = tried
     if below in tried and above in tried:
@@ -103,36 +83,47 @@ def _towards(
         return below + (above - below) * min(max(share, 0.05), 0.95)
     if len(tried) > 1:
         first, second = list(tried)[-2:]
-        seen = (tried[second] - tried[first]) / (second - first)
-        slope = seen if seen > 0 else slope
-    wish = last + (aim - tried[last]) / slope
-    return wish if below < wish < above else (below + above) / 2
+        measured = (tried[second] - tried[first]) / (second - first)
+        slope = measured if measured > 0 else slope
+    bits = last + (aim - tried[last]) / slope
+    return bits if below < bits < above else (below + above) / 2
 
 
-def reach_bound(make: Make, out: Path, info: MethodInfo, goal: Goal) -> Report:
-    """The smallest artifact that keeps a bound on KL or agreement on held-out calibration text.
+def reach_bound(
+    compress: Callable[[float, Path], Report], out: Path, info: MethodInfo, goal: Goal
+) -> Report:
+    """Write the smallest artifact that keeps a bound on KL or agreement.
+
+    Args:
+        compress: writes the artifact at a budget, and measures it on held-out calibration text.
+        out: the delta file.
+        info: the method.
+        goal: of kind `max_kl` or `min_agreement`.
 
     Raises:
-        InvalidGoal: not even the method's largest budget keeps it; the message says what was
-            reached.
+        InvalidGoal: not even the method's largest budget keeps it; the message says which figure
+            was reached.
     """
     low, high = _range(info)
-    best = _Best(out)
-    trial = _beside(out)
-    # Budgets that fail and that hold, with what they reached.
+    best: Report | None = None
+    trial = out.with_name(out.name + ".trial")
     failing, holding = low / RESOLUTION, math.inf
     bits = _nearest(info, FIRST_BITS)
     reached: dict[float, float] = {}
     for _ in range(BOUND_TRIALS):
         try:
-            report = make(bits, trial)
+            report = compress(bits, trial)
         except BaseException:
             trial.unlink(missing_ok=True)
             raise
         held, figure = _kept(report, goal)
         reached[bits] = figure
-        best.offer(report, trial, held)
-        failing, holding = (failing, bits) if held else (bits, holding)
+        if held:
+            trial.replace(out)
+            best, holding = report, bits
+        else:
+            trial.unlink()
+            failing = bits
         if bits == high and not held:
             break
         if holding <= failing * RESOLUTION or (bits == low and held):
@@ -143,19 +134,19 @@ def reach_bound(make: Make, out: Path, info: MethodInfo, goal: Goal) -> Report:
             if not left:
                 break
             bits = left[len(left) // 2]
-    if best.report is None:
+    if best is None:
         raise InvalidGoal(
             f"{goal} is not kept even at {max(reached):g} bits: {reached[max(reached)]:.4g} was "
             "reached. Loosen the bound, or keep the fine-tune itself with the method 'exact'."
         )
-    return best.report
+    return best
 
 
 def _next(
     reached: dict[float, float], goal: Goal, failing: float, holding: float, low: float, high: float
 ) -> float:
-    """The next budget: where a power law through the last two would meet the bound, kept off the
-    ends of what is still open."""
+    """The next budget: where a power law through the nearest two meets the bound, away from the
+    ends of the open interval."""
     if holding == math.inf:
         return min(failing * 2, high)
     if failing < low:
@@ -165,7 +156,7 @@ def _next(
     first, second = math.log(losses[failing]), math.log(losses[holding])
     middle = 0.5
     if first > second:
-        # A little to the safe side: what fails is of no use.
+        # Slightly to the safe side, as an artifact that fails is useless.
         middle = min(max((first - math.log(wanted)) / (first - second) + 0.05, 0.15), 0.85)
     return math.exp(math.log(failing) * (1 - middle) + math.log(holding) * middle)
 
@@ -192,7 +183,3 @@ def _nearest(info: MethodInfo, bits: float) -> float:
     if info.budgets:
         return min(info.budgets, key=lambda budget: abs(budget - bits))
     return min(max(bits, low), high)
-
-
-def _beside(out: Path) -> Path:
-    return out.with_name(out.name + ".trial")

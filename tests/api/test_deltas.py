@@ -9,7 +9,7 @@ import pytest
 import redis
 from sqlalchemy import event
 
-from deltadock.compression.catalogue import default_method
+from deltadock.compression.options import default_method
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import JobRepository
 from tests.api.support import CONFIG, Api, sha256, weights

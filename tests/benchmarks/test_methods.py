@@ -15,7 +15,7 @@ from benchmarks.tables import (
     verdict,
     write_rows,
 )
-from deltadock.compression.catalogue import METHODS
+from deltadock.compression.options import METHODS
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltadock import __version__
 from deltadock.artifacts.checkpoint import scan_folder
-from deltadock.compression.catalogue import METHODS
+from deltadock.compression.options import METHODS
 from deltadock.settings import get_settings
 from tests.cli.support import QUERY, Command, Delta, Inputs, compress, evaluate
 

@@ -270,7 +270,7 @@ def test_a_run_that_fails_at_the_end_leaves_nothing(
         written.append(len(list(tmp_path.glob("a.delta*"))))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deltadock.compression.maker.measure", interrupted)
+    monkeypatch.setattr("deltadock.compression.session.measure", interrupted)
     out = tmp_path / "a.delta"
     outcome = deltadock(*compress(inputs, out, method="exact"))
     assert outcome.code != 0

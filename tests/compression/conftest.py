@@ -20,7 +20,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     # What a longer training gains is for the benchmarks; here it only has to happen.
-    monkeypatch.setattr("deltadock.compression.distillation.training.STEPS", 3)
+    monkeypatch.setattr("deltadock.compression.distillation.STEPS", 3)
 
 
 def save_tokenizer(folder: Path) -> None:

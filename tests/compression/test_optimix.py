@@ -11,19 +11,17 @@ from transformers import AutoModelForCausalLM
 from deltadock.artifacts.encodings import decode_dense
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
-from deltadock.compression import search
-from deltadock.compression.calibration.options import CalibrationOptions, Source
+from deltadock.compression import distillation, search
 from deltadock.compression.calibration.windows import load_calibration
-from deltadock.compression.distillation import training as distillation
 from deltadock.compression.methods import optimix
-from deltadock.compression.numerics.budget import share
+from deltadock.compression.numerics.global_allocation import allocate
 from deltadock.compression.numerics.metric import Metric, weighted_error
+from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from deltadock.compression.report import Report
-from deltadock.compression.run import CompressOptions, Progress
+from deltadock.compression.report import Progress, Report
 from deltadock.errors import Cancelled, InvalidGoal, InvalidInput
 from tests.compression.matrices import make_moment, make_task
-from tests.compression.test_pipeline import MemoryWork
+from tests.compression.test_pipeline import MemoryStore
 
 Pair = tuple[Path, Path]
 CALIBRATION = CalibrationOptions(tokens=512, length=32)
@@ -33,7 +31,7 @@ CALIBRATION = CalibrationOptions(tokens=512, length=32)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation, "STEPS", 1)
     monkeypatch.setattr(distillation, "TOKENS_PER_STEP", 128)
-    monkeypatch.setattr(distillation, "LEARNING_SHARE", 0.01)
+    monkeypatch.setattr(distillation, "RELATIVE_RATE", 0.01)
 
 
 def options(**goal: float) -> CompressOptions:
@@ -62,7 +60,7 @@ def test_one_matrix(shape: tuple[int, int], diagonal: bool, bits: float) -> None
     prepared, profile = optimix.profile(delta, rows, columns)
     assert profile.overhead == (16 * shape[0] if diagonal else 0)
     # Short vectors are padded to words, so that they need more.
-    shares = share([profile], profile.overhead + bits * (shape[0] + 31) * (shape[1] + 31))
+    shares = allocate([profile], profile.overhead + bits * (shape[0] + 31) * (shape[1] + 31))
     stored = optimix.Prepared.from_tensors(prepared.tensors())
     result = optimix.compress(delta, stored, shares.widths[0], rows, columns, "BF16")
     decoded = torch.from_numpy(decode_dense(result.encoded))
@@ -98,7 +96,7 @@ def test_large_matrices_scale_their_rows_and_columns(monkeypatch: pytest.MonkeyP
     rows, columns = metrics(40, 60)
     prepared, profile = optimix.profile(delta, rows, columns)
     assert profile.overhead == 16 * (40 + 60)
-    shares = share([profile], 2.0 * delta.numel())
+    shares = allocate([profile], 2.0 * delta.numel())
     result = optimix.compress(delta, prepared, shares.widths[0], rows, columns, "BF16")
     record = result.encoded.record
     assert record["row_scale"]
@@ -111,7 +109,7 @@ def test_large_matrices_scale_their_rows_and_columns(monkeypatch: pytest.MonkeyP
 def test_deltas_of_any_size(size: float) -> None:
     delta, (rows, columns) = size * make_task(32, 48).delta, metrics(32, 48, diagonal=True)
     prepared, profile = optimix.profile(delta, rows, columns)
-    shares = share([profile], 3.0 * delta.numel())
+    shares = allocate([profile], 3.0 * delta.numel())
     result = optimix.compress(delta, prepared, shares.widths[0], rows, columns, "BF16")
     error = weighted_error((delta - result.approximation).double(), rows, columns)
     assert error < 0.05 * weighted_error(delta.double(), rows, columns)
@@ -120,7 +118,7 @@ def test_deltas_of_any_size(size: float) -> None:
 def test_a_delta_of_zero_has_no_ranks() -> None:
     rows, columns = metrics(32, 48, diagonal=True)
     prepared, profile = optimix.profile(torch.zeros(32, 48), rows, columns)
-    widths = share([profile], 1000).widths[0]
+    widths = allocate([profile], 1000).widths[0]
     result = optimix.compress(torch.zeros(32, 48), prepared, widths, rows, columns, "BF16")
     assert torch.equal(result.approximation, torch.zeros(32, 48))
 
@@ -170,7 +168,7 @@ def test_the_bytes_do_not_depend_on_interruptions(pair: Pair, text: Path, tmp_pa
     wanted = options(bits=1.0)
     compress(*pair, tmp_path / "whole.delta", wanted, calibration=sources)
     whole = (tmp_path / "whole.delta").read_bytes()
-    work, blocks = MemoryWork(), 3  # two layers, and the embedding
+    store, blocks = MemoryStore(), 3  # two layers, and the embedding
     for crash in range(1, blocks + 1):
 
         def interrupt(progress: Progress, at: int = crash) -> None:
@@ -181,13 +179,13 @@ def test_the_bytes_do_not_depend_on_interruptions(pair: Pair, text: Path, tmp_pa
         with pytest.raises(Cancelled):
             compress(
                 *pair, tmp_path / "b.delta", wanted, calibration=sources, progress=interrupt,
-                work=work,
+                store=store,
             )  # fmt: skip
         assert list(tmp_path.glob("b.delta*")) == []
-        assert len(work.kept) == crash
-    work.hits = 0
-    compress(*pair, tmp_path / "b.delta", wanted, calibration=sources, work=work)
-    assert work.hits == blocks
+        assert len(store.kept) == crash
+    store.hits = 0
+    compress(*pair, tmp_path / "b.delta", wanted, calibration=sources, store=store)
+    assert store.hits == blocks
     assert (tmp_path / "b.delta").read_bytes() == whole
 
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
-from deltadock.compression.calibration.options import CalibrationOptions, Source
-from deltadock.compression.evaluation import evaluate
+from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from deltadock.compression.run import CompressOptions, Progress
+from deltadock.compression.quality import evaluate
+from deltadock.compression.report import Progress
 from deltadock.errors import (
     ArchitectureMismatch,
     Cancelled,
@@ -30,8 +30,8 @@ from deltadock.errors import (
 Pair = tuple[Path, Path]
 
 
-class MemoryWork:
-    """A work store in memory that counts what it is asked for."""
+class MemoryStore:
+    """A block store in memory that counts its hits."""
 
     def __init__(self) -> None:
         self.kept: dict[str, bytes] = {}
@@ -139,7 +139,7 @@ def test_same_inputs_give_the_same_bytes_however_often_interrupted(
     compress(
         base, finetuned, tmp_path / "whole.delta", CompressOptions(), calibration=[Source(text)]
     )
-    work = MemoryWork()
+    store = MemoryStore()
 
     def interrupt(progress: Progress) -> None:
         if progress.stage == "compressing" and progress.block == 1:
@@ -148,31 +148,31 @@ def test_same_inputs_give_the_same_bytes_however_often_interrupted(
     with pytest.raises(Cancelled):
         compress(
             base, finetuned, tmp_path / "b.delta", CompressOptions(),
-            calibration=[Source(text)], progress=interrupt, work=work,
+            calibration=[Source(text)], progress=interrupt, store=store,
         )  # fmt: skip
     assert not (tmp_path / "b.delta").exists()
-    assert len(work.kept) == 1
+    assert len(store.kept) == 1
     compress(
         base,
         finetuned,
         tmp_path / "b.delta",
         CompressOptions(),
         calibration=[Source(text)],
-        work=work,
+        store=store,
     )
-    assert work.hits == 1
+    assert store.hits == 1
     assert (tmp_path / "b.delta").read_bytes() == (tmp_path / "whole.delta").read_bytes()
 
 
 def test_work_of_other_inputs_is_not_taken(pair: Pair, text: Path, tmp_path: Path) -> None:
     base, finetuned = pair
-    work = MemoryWork()
+    store = MemoryStore()
     for seed in (0, 1):
         compress(
             base, finetuned, tmp_path / f"{seed}.delta", CompressOptions(seed=seed),
-            calibration=[Source(text)], work=work,
+            calibration=[Source(text)], store=store,
         )  # fmt: skip
-    assert work.hits == 0
+    assert store.hits == 0
 
 
 def test_progress_only_rises(pair: Pair, text: Path, tmp_path: Path) -> None:

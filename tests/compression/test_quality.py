@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.model import forward
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.model.weights import Checkpoint
 from deltadock.compression.quality import measure
 
 
@@ -21,7 +21,7 @@ def test_figures_are_those_of_the_whole_models(
 ) -> None:
     base, tuned = make_pair(tied=tied, scale=0.05)
     windows = torch.randint(256, (6, 40), generator=torch.Generator().manual_seed(0))
-    sources = Checkpoint(base), Checkpoint(tuned)
+    sources = CheckpointReader(base), CheckpointReader(tuned)
 
     def figures() -> dict[str, float]:
         model = BlockwiseModel(tuned)

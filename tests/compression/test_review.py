@@ -12,14 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
-from deltadock.compression.calibration.options import CalibrationOptions, Source
 from deltadock.compression.calibration.windows import spaced
 from deltadock.compression.methods.base import MatrixTask
 from deltadock.compression.methods.registry import matrix_method
+from deltadock.compression.numerics.metric import damped
+from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from deltadock.compression.report import Report
-from deltadock.compression.run import CompressOptions, Progress
-from deltadock.compression.statistics.moments import damped
+from deltadock.compression.report import Progress, Report
 from deltadock.errors import BitsOutOfRange, Cancelled, InvalidGoal
 
 Pair = tuple[Path, Path]

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltadock.compression.catalogue import METHODS, MethodInfo
-from deltadock.compression.goal import Goal
+from deltadock.compression.options import METHODS, Goal, MethodInfo
 from deltadock.compression.report import Report
 from deltadock.compression.search import (
     BOUND_TRIALS,

@@ -14,7 +14,7 @@ from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.cli.processes import free_ports
 from deltadock.compression import pipeline
-from deltadock.compression.run import CompressOptions
+from deltadock.compression.options import CompressOptions
 from deltadock.errors import Cancelled
 from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store

@@ -12,9 +12,8 @@ import pytest
 from celery import Celery
 
 from deltadock.cli.processes import Child
-from deltadock.compression.calibration.options import CalibrationOptions
+from deltadock.compression.options import CalibrationOptions, CompressOptions
 from deltadock.compression.pipeline import compress
-from deltadock.compression.run import CompressOptions
 from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository
 from deltadock.workers.context import Context

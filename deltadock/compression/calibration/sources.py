@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from deltadock.compression.calibration.options import MIN_TOKENS, TOKENS
+from deltadock.compression.options import MIN_TOKENS, TOKENS
 from deltadock.errors import InvalidCalibration, InvalidCheckpoint
 
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")

@@ -15,13 +15,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from deltadock.compression.calibration.options import (
-    MIN_LENGTH,
-    SAMPLED,
-    CalibrationOptions,
-    Source,
-    check_weights,
-)
 from deltadock.compression.calibration.sampling import Sampler
 from deltadock.compression.calibration.sources import (
     Conversations,
@@ -30,6 +23,13 @@ from deltadock.compression.calibration.sources import (
     hash_of,
     load_tokenizer,
     read_source,
+)
+from deltadock.compression.options import (
+    MIN_LENGTH,
+    SAMPLED,
+    CalibrationOptions,
+    Source,
+    check_weights,
 )
 from deltadock.errors import InvalidCalibration
 

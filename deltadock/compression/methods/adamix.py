@@ -1,9 +1,9 @@
-"""AdaMix: mixed-precision SVD factors with widths allotted by calibrated error.
+"""AdaMix: mixed-precision SVD factors with widths allocated by calibrated error.
 
 Source: Xiong et al., "AdaMix: Adaptive Mixed-Precision Delta-Compression with Quantization Error
 Optimization for Large Language Models" (arXiv 2506.11087), Algorithm 1. Steps:
-1. SVD `D = U diag(s) V`; as no rank can cost less than the smallest width, only the leading ranks
-   are candidates (App. C.1), a few spare ones among them.
+1. SVD `D = U diag(s) V`; as no rank costs less than the smallest width, only the leading ranks
+   are candidates (App. C.1), and a few spare ones.
 2. Every width is simulated in one GPTQ pass: `E[i, b] = s_i^2 (v - v_b) G (v - v_b)^T`.
 3. Widths by 0/1 allocation under the budget (Eq. 10); V_hat is a gather of simulated rows.
 4. Target correction (Eq. 8) refits U to the full delta; GPTQ quantizes it, column i at width b_i.
@@ -16,17 +16,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deltadock.compression.methods.base import MatrixResult, MatrixTask
-from deltadock.compression.methods.factors import svd_result
+from deltadock.compression.methods.base import MatrixResult, MatrixTask, svd_result
 from deltadock.compression.numerics.allocation import WIDTHS, allocate
 from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import Codes, quantize_columns, quantize_rows
-from deltadock.compression.numerics.ranks import rank_budget
-from deltadock.compression.numerics.reconstruction import refit_left_factor
+from deltadock.compression.options import rank_budget
 
 F_MAX: Final = 4
 SPARE_RANKS: Final = 8
 CANDIDATES: Final = tuple(width for width in WIDTHS if width > 0)
+
+RIDGES: Final = (1e-6, 1e-5, 1e-4)
+"""Ridge strengths tried in turn, as fractions of the mean diagonal of `A G A^T`."""
 
 
 def compress_matrix(task: MatrixTask) -> MatrixResult:
@@ -79,3 +80,43 @@ def simulated_errors(
         (torch.stack(columns, dim=1) * s.double()[:, None] ** 2).cpu().numpy()
     )
     return scaled
+
+
+def refit_left_factor(
+    delta: Tensor, left: Tensor, right: Tensor, moment: Tensor
+) -> tuple[Tensor, Tensor, str | None]:
+    """Target correction (Eq. 8): refit U to the full delta once V is quantized.
+
+    With `A = diag(s) V_hat`, the output error `||D X - U A X||^2` over the calibration inputs is
+    least at `U~ = D G A^T (A G A^T)^-1`, `G = X X^T`. The target is the full delta `D`, so that
+    the ranks kept recover part of those dropped. The ridge pulls towards `left`, the factor before
+    the correction, so that directions without calibration inputs keep their values.
+
+    Args:
+        delta: (h_out, h_in), D.
+        left: (h_out, r), U.
+        right: (r, h_in), A, float.
+        moment: (h_in, h_in), G.
+
+    Returns:
+        U~ (h_out, r) float32, its Hessian `A G A^T` (r, r) float64, and the fallback taken
+        (None, or a sentence for the report).
+    """
+    a = right.double()
+    weighted = a @ moment.double()
+    hessian = weighted @ a.t()
+    hessian = (hessian + hessian.t()) / 2
+    target = delta.double() @ weighted.t()
+    mean = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    eye = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    for strength in RIDGES:
+        ridge = strength * mean
+        factor, info = torch.linalg.cholesky_ex(hessian + ridge * eye)
+        if info == 0:
+            corrected = torch.cholesky_solve((target + ridge * left.double()).t(), factor).t()
+            return corrected.float(), hessian, None
+    values, vectors = torch.linalg.eigh(hessian)
+    ridge = RIDGES[-1] * mean
+    inverse = vectors / (values.clamp_min(0) + ridge) @ vectors.t()
+    corrected = (target + ridge * left.double()) @ inverse
+    return corrected.float(), hessian, "target correction by eigendecomposition"

@@ -1,12 +1,12 @@
-"""Optimix: ranks of all matrices compete for one budget in the model's own unit, nats per token.
+"""Optimix: the ranks of all matrices compete for one bit budget by their cost in nats per token.
 
-Ours. One matrix at a time:
-1. `profile`: the delta's spectrum under both metrics (see `numerics.two_sided`), and what each rank
-   loses at each width of U and of V.
-2. `numerics.budget.share` then gives every rank of every matrix its widths.
-3. `encode`: codes on symmetric grids without zero points, one bit allowed, both sides refitted to
-   the full delta in turn.
-The scales are trained end to end afterwards (`deltadock.compression.distillation.training`).
+Deltadock's own method (docs/optimix.md):
+1. `profile`: the delta's weighted SVD under both metrics (see `numerics.two_sided`), and the loss
+   of each rank at each width of U and of V.
+2. `numerics.global_allocation.allocate` chooses the widths of every rank of every matrix.
+3. `compress`: codes of 1 to 8 bits on symmetric grids without zero points, U and V alternately
+   refitted to the full delta.
+The scales are trained end to end afterwards (`deltadock.compression.distillation`).
 """
 
 from collections import Counter
@@ -20,30 +20,36 @@ from torch import Tensor
 
 from deltadock.artifacts.encodings import SvdMatrix, Vectors, decode_dense, encode_svd
 from deltadock.compression.methods.base import MatrixResult
-from deltadock.compression.numerics.budget import Profile, Widths
+from deltadock.compression.numerics.global_allocation import RankProfile, RankWidths
 from deltadock.compression.numerics.metric import Metric
-from deltadock.compression.numerics.midrise import Midrise
-from deltadock.compression.numerics.two_sided import Side, Spectrum, decompose, encode, losses
+from deltadock.compression.numerics.midrise import MidriseCodes
+from deltadock.compression.numerics.two_sided import (
+    Side,
+    Spectrum,
+    quantize_factors,
+    weighted_svd,
+    width_losses,
+)
 
 DROPPED: Final = "the budget gives it no rank, so its delta is dropped"
 
 SCALED_RANKS: Final = 400
-"""Rank-bits that one bit a weight must give before scales of rows and columns pay."""
+"""Rank-bits at one bit per weight from which row and column scales reduce the error."""
 
 
 STORED: Final = ("u", "s", "v", "row_scale", "column_scale")
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A matrix ready to be quantized at any widths: its spectrum, and its sides' scales if any."""
+class DecomposedMatrix:
+    """A matrix that can be quantized at any widths: its spectrum, and its sides' scales if any."""
 
     spectrum: Spectrum
     row_scale: Tensor | None
     column_scale: Tensor | None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What there is under the names of `STORED`, to be set aside; vectors in float32."""
+        """The tensors by the names of `STORED`, vectors in float32."""
         values = (
             self.spectrum.u.float(), self.spectrum.s, self.spectrum.v.float(),
             self.row_scale, self.column_scale,
@@ -52,14 +58,14 @@ class Prepared:
 
     @classmethod
     def from_tensors(cls, stored: Mapping[str, Tensor]) -> Self:
-        """What `tensors` gave."""
+        """Restore from the result of `tensors`."""
         spectrum = Spectrum(stored["u"].double(), stored["s"], stored["v"].double())
         return cls(spectrum, stored.get("row_scale"), stored.get("column_scale"))
 
 
-def profile(delta: Tensor, rows: Metric, columns: Metric) -> tuple[Prepared, Profile]:
-    """What each rank of a delta (h_out, h_in) is worth under B (`rows`) and A (`columns`)."""
-    spectrum = decompose(delta, rows, columns)
+def profile(delta: Tensor, rows: Metric, columns: Metric) -> tuple[DecomposedMatrix, RankProfile]:
+    """Decompose a delta (h_out, h_in) under B (`rows`) and A (`columns`), and profile its ranks."""
+    spectrum = weighted_svd(delta, rows, columns)
     u_side, v_side = Side(rows), Side(columns)
     h_out, h_in = delta.shape
     wide = h_out * h_in >= SCALED_RANKS * (h_out + h_in)
@@ -72,37 +78,44 @@ def profile(delta: Tensor, rows: Metric, columns: Metric) -> tuple[Prepared, Pro
         v_side = v_side.with_scale(spectrum.v, weights)
         overhead += 16 * h_in
     return (
-        Prepared(spectrum, u_side.scale, v_side.scale),
-        Profile(
+        DecomposedMatrix(spectrum, u_side.scale, v_side.scale),
+        RankProfile(
             (h_out, h_in),
             spectrum.s.cpu(),
-            losses(u_side, spectrum.u).cpu(),
-            losses(v_side, spectrum.v).cpu(),
+            width_losses(u_side, spectrum.u).cpu(),
+            width_losses(v_side, spectrum.v).cpu(),
             overhead,
         ),
     )
 
 
 def _scale_pays(metric: Metric, wide: bool) -> bool:
-    """Coordinates that are weighted one by one pass no errors on: a scale does it for them."""
+    """A diagonal metric has no error compensation, so a scale pays for small matrices too."""
     return wide or metric.diagonal
 
 
 def compress(
-    delta: Tensor, prepared: Prepared, widths: Widths, rows: Metric, columns: Metric, dtype: str
+    delta: Tensor,
+    decomposed: DecomposedMatrix,
+    widths: RankWidths,
+    rows: Metric,
+    columns: Metric,
+    dtype: str,
 ) -> MatrixResult:
-    """Encode the ranks that `widths` keeps, perhaps none."""
+    """Quantize and encode the ranks that `widths` keeps; there may be none."""
     kept = widths.kept.to(delta.device)
-    spectrum = prepared.spectrum
-    sides = Side(rows, prepared.row_scale), Side(columns, prepared.column_scale)
+    spectrum = decomposed.spectrum
+    sides = Side(rows, decomposed.row_scale), Side(columns, decomposed.column_scale)
     chosen = Spectrum(spectrum.u[kept], spectrum.s[kept], spectrum.v[kept])
-    coded = encode(delta, chosen, sides, (widths.u.to(delta.device), widths.v.to(delta.device)))
+    coded = quantize_factors(
+        delta, chosen, sides, (widths.u.to(delta.device), widths.v.to(delta.device))
+    )
     encoded = encode_svd(
         SvdMatrix(_vectors(coded.u), coded.s.float().cpu().numpy(), _vectors(coded.v)),
         dtype,
         {},
-        row_scale=_array(prepared.row_scale),
-        column_scale=_array(prepared.column_scale),
+        row_scale=_array(decomposed.row_scale),
+        column_scale=_array(decomposed.column_scale),
     )
     notes: dict[str, Any] = {
         "rank": len(kept),
@@ -113,7 +126,7 @@ def compress(
     return MatrixResult(encoded, torch.from_numpy(decode_dense(encoded)), notes)
 
 
-def _vectors(codes: Midrise) -> Vectors:
+def _vectors(codes: MidriseCodes) -> Vectors:
     return Vectors(codes.codes.cpu().numpy(), codes.bits.cpu().numpy(), None)
 
 

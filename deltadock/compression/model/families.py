@@ -1,34 +1,40 @@
-"""The model families that are known to work, and how each is built.
+"""The supported model families: how models are built, and how checkpoints store their parameters.
 
-A family is here because tests hold it, block by block, against plain `transformers`. Every other
-is refused by name: its modelling code may carry state from block to block, or hold weights that
-nothing here would look at.
+Tests compare every family, block by block, with plain `transformers`. All others are refused by
+name: their modelling code may carry state from block to block, or have weights that are not
+observed here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from deltadock.compression.model.experts import IMPLEMENTATION
+from deltadock.compression.checkpoints import TensorSource
 from deltadock.errors import UnsupportedModel
 
 MAX_BLOCKS: Final = 1024
 
+IMPLEMENTATION: Final = "deltadock"
+"""Name of `run_experts` in `transformers`' registry of expert implementations."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What sets a family apart.
+    """What distinguishes a family.
 
     Attributes:
-        renamed: pieces of the modules' parameter names, and what checkpoints call them instead.
-        experts: what checkpoints call an expert's gate, up and down projections.
-        vision: the language model is a part of one that sees; only that part is run here, and
-            the vision tower and projector are kept exactly.
+        renamed: pieces of the modules' parameter names, and their names in checkpoints.
+        experts: names of an expert's gate, up and down projections in checkpoints.
+        vision: the language model is part of a vision-language model; only that part is run here,
+            and the vision tower and projector are stored exactly.
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
@@ -64,7 +70,7 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
 
 
 def read_config(folder: Path) -> Any:
-    """The configuration of a checkpoint of a known family.
+    """Load the configuration of a checkpoint of a supported family.
 
     Raises:
         UnsupportedModel: it cannot be read, is of another family, or its weights are quantized.
@@ -95,11 +101,11 @@ def read_config(folder: Path) -> Any:
 
 
 _TEXT_MODELS: Final = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "gemma3_text")
-"""Language models that are known to work within one that sees."""
+"""Language models supported within a vision-language model."""
 
 
 def check_not_quantized(config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are stored as codes of some quantization.
+    """Refuse a checkpoint whose weights are quantized.
 
     Args:
         config: the parsed config.json.
@@ -118,13 +124,13 @@ def check_not_quantized(config: Mapping[str, Any]) -> None:
 
 
 def auto_class(model_type: str) -> Any:
-    """The `transformers` class that builds and loads models of a type with their heads."""
+    """The `transformers` class that builds and loads models of a type, head included."""
     vision = model_type in FAMILIES and FAMILIES[model_type].vision
     return AutoModelForImageTextToText if vision else AutoModelForCausalLM
 
 
 def build(config: Any, dtype: torch.dtype) -> Any:
-    """The model on the meta device; buffers that no checkpoint holds are without values.
+    """Build the model on the meta device; non-persistent buffers have no values yet.
 
     Raises:
         UnsupportedModel: `transformers` cannot build it.
@@ -135,17 +141,17 @@ def build(config: Any, dtype: torch.dtype) -> Any:
                 config, dtype=dtype, experts_implementation=IMPLEMENTATION
             )
     except Exception as error:
-        # Whatever modelling code stumbles over in a config, the config is at fault.
+        # Any error of the modelling code here is caused by the config.
         raise UnsupportedModel(
             f"transformers cannot build a language model from this config.json: {error}"
         ) from error
 
 
 def restore_buffers(body: Any, device: torch.device) -> None:
-    """Compute the buffers of `body` that no checkpoint holds, such as rotary frequencies.
+    """Compute the non-persistent buffers of `body`, such as rotary frequencies.
 
     Raises:
-        UnsupportedModel: one was not computed by the model's own initialisation.
+        UnsupportedModel: the model's own initialization does not compute one of them.
     """
     for name, module in body.named_modules():
         own = dict(module.named_buffers(recurse=False))
@@ -165,3 +171,114 @@ def restore_buffers(body: Any, device: torch.device) -> None:
                     f"The buffer {f'{name}.{key}'!r} of a {body.config.model_type!r} model cannot "
                     "be restored."
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredParameter:
+    """How a checkpoint stores a parameter.
+
+    Attributes:
+        names: for each expert, the tensors to concatenate along rows; for any other parameter its
+            one tensor.
+        stacked: the parameter stacks the experts' matrices along a new first dimension.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    stacked: bool = False
+
+    def tensor(self, source: TensorSource) -> Tensor:
+        """Load the parameter."""
+        if not self.stacked:
+            return source.tensor(self.names[0][0])
+        return torch.stack(
+            [torch.cat([source.tensor(name) for name in rows]) for rows in self.names]
+        )
+
+    def all_names(self) -> Iterator[str]:
+        """Names of all tensors of the parameter."""
+        for rows in self.names:
+            yield from rows
+
+
+def locate(
+    parameter: str, experts: int, family: Family, prefix: str, names: Collection[str]
+) -> StoredParameter:
+    """Find how a checkpoint with the tensors `names` stores a parameter.
+
+    Args:
+        parameter: its name in the model.
+        experts: number of experts' matrices that it stacks, or 0.
+        family: of the model.
+        prefix: name of the body in the model, which checkpoints of the body alone lack.
+        names: the checkpoint's tensors.
+    """
+    renamed = parameter
+    for module, checkpoint in family.renamed:
+        renamed = renamed.replace(module, checkpoint)
+    spellings = (renamed, parameter, parameter.removeprefix(f"{prefix}."))
+    for spelling in spellings:
+        if spelling in names:
+            return StoredParameter(((spelling,),))
+        if experts:
+            stored = _by_expert(spelling, experts, family)
+            if stored.names[0][0] in names:
+                return stored
+    return StoredParameter(((renamed,),))
+
+
+def _by_expert(parameter: str, experts: int, family: Family) -> StoredParameter:
+    folder, _, held = parameter.rpartition(".")
+    gate, up, down = family.experts
+    pieces = (gate, up) if held == "gate_up_proj" else (down,)
+    return StoredParameter(
+        tuple(
+            tuple(f"{folder}.{expert}.{piece}.weight" for piece in pieces)
+            for expert in range(experts)
+        ),
+        stacked=True,
+    )
+
+
+ExpertObserver = Callable[[str, int, Tensor, Tensor], None]
+"""Called with a parameter's name, the expert, its inputs (tokens, h_in) and outputs (tokens,
+h_out)."""
+
+
+def run_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The weighted sum of the chosen experts' outputs, (tokens, hidden).
+
+    `transformers` stacks the experts of a layer in two tensors, `gate_up_proj` (experts, 2 *
+    intermediate, hidden) and `down_proj` (experts, hidden, intermediate), and runs them by an
+    exchangeable implementation; this one lets an observer see each expert's maps.
+
+    Args:
+        experts: the module; its attribute `observer`, if any, is called for every map.
+        hidden: (tokens, hidden).
+        top_k_index: (tokens, k), the experts of each token, all different.
+        top_k_weights: (tokens, k).
+    """
+    total = torch.zeros_like(hidden)
+    for expert in top_k_index.unique().tolist():
+        token, choice = torch.where(top_k_index == expert)
+        gated = experts._apply_gate(_apply(experts, "gate_up_proj", expert, hidden[token]))
+        output = _apply(experts, "down_proj", expert, gated)
+        weighted = output * top_k_weights[token, choice, None]
+        # An expert gets a token at most once, so the order of additions is fixed.
+        total = total.index_add(0, token, weighted.to(total.dtype))
+    return total
+
+
+def _apply(experts: Any, parameter: str, expert: int, inputs: Tensor) -> Tensor:
+    outputs = F.linear(inputs, getattr(experts, parameter)[expert])
+    observer: ExpertObserver | None = getattr(experts, "observer", None)
+    if observer is not None:
+        observer(parameter, expert, inputs, outputs)
+    return outputs
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the module is run by `run_experts`."""
+    return all(hasattr(module, name) for name in ("gate_up_proj", "down_proj", "_apply_gate"))

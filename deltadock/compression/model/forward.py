@@ -11,10 +11,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from deltadock.compression.checkpoints import MatrixRef, TensorSource, tensor_names
 from deltadock.compression.model.families import read_config
 from deltadock.compression.model.observing import Observer, observed, sites
 from deltadock.compression.model.skeleton import Skeleton, Weights
-from deltadock.compression.model.weights import MatrixRef, TensorSource, tensor_names
 
 TOKENS_PER_STEP: Final = 4096
 LOGITS_PER_STEP: Final = 1 << 24
@@ -90,6 +90,11 @@ class BlockwiseModel:
         self.embedding = self._tensor(self._skeleton.embedding)
         self.head = None if self._skeleton.tied else MatrixRef(self._tensor(self._skeleton.head))
         self._arguments: dict[tuple[int, ...], Any] = {}
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence in tokens that the configuration allows."""
+        return getattr(self.config, "max_position_embeddings", None) or 1 << 30
 
     def _tensor(self, parameter: str) -> str:
         (name,) = self._skeleton.stored[parameter].all_names()

@@ -1,4 +1,4 @@
-"""Seeing what goes in and out of a block's linear maps while it runs."""
+"""Observe the inputs and output gradients of a block's linear maps while it runs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,24 +9,23 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from deltadock.compression.model.experts import is_experts
-from deltadock.compression.model.naming import Stored
-from deltadock.compression.model.weights import MatrixRef
+from deltadock.compression.checkpoints import MatrixRef
+from deltadock.compression.model.families import StoredParameter, is_experts
 
 Observer = Callable[[str, Tensor], None]
 """Called with a linear map's key and its inputs (..., h_in), or the gradient at its outputs
 (..., h_out)."""
 
 
-class Site(NamedTuple):
-    """Where in a block a linear map is.
+class LinearSite(NamedTuple):
+    """The place of a linear map in a block.
 
     Attributes:
         ref: the map in the checkpoint.
         module: the module's name within the block.
         parameter: the module's parameter.
-        expert: which expert's, in a mixture.
-        rows: its share of the outputs.
+        expert: index of the expert, in a mixture.
+        rows: the map's rows of the parameter.
     """
 
     ref: MatrixRef
@@ -36,22 +35,22 @@ class Site(NamedTuple):
     rows: slice = slice(None)
 
 
-def sites(block: nn.Module, name: str, stored: Mapping[str, Stored]) -> list[Site]:
-    """The linear maps of a block, those that share an input one after another."""
+def sites(block: nn.Module, name: str, stored: Mapping[str, StoredParameter]) -> list[LinearSite]:
+    """The linear maps of a block; those that share an input are consecutive."""
     found = []
     for path, module in block.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             (tensor,) = stored[f"{name}.{path}.weight"].all_names()
             ref = MatrixRef(tensor, transposed=isinstance(module, Conv1D))
-            found.append(Site(ref, path, "weight"))
+            found.append(LinearSite(ref, path, "weight"))
         elif is_experts(module):
             found += _expert_sites(module, path, name, stored)
     return found
 
 
 def _expert_sites(
-    module: Any, path: str, name: str, stored: Mapping[str, Stored]
-) -> Iterator[Site]:
+    module: Any, path: str, name: str, stored: Mapping[str, StoredParameter]
+) -> Iterator[LinearSite]:
     parameters = ("gate_up_proj", "down_proj")
     for expert in range(len(module.gate_up_proj)):
         for parameter in parameters:
@@ -59,25 +58,28 @@ def _expert_sites(
             if not held.stacked:
                 (tensor,) = held.all_names()
                 ref = MatrixRef(tensor, expert, mixture=f"{name}.{path}.{parameter}")
-                yield Site(ref, path, parameter, expert)
+                yield LinearSite(ref, path, parameter, expert)
                 continue
             tensors = held.names[expert]
             height = getattr(module, parameter).shape[1] // len(tensors)
             for number, tensor in enumerate(tensors):
                 rows = slice(number * height, (number + 1) * height)
                 ref = MatrixRef(tensor, mixture=f"{name}.{path}.{parameter}.{number}")
-                yield Site(ref, path, parameter, expert, rows)
+                yield LinearSite(ref, path, parameter, expert, rows)
 
 
 @contextmanager
 def observed(
-    block: nn.Module, places: Iterable[Site], inputs: Observer | None, gradients: Observer | None
+    block: nn.Module,
+    places: Iterable[LinearSite],
+    inputs: Observer | None,
+    gradients: Observer | None,
 ) -> Iterator[None]:
-    """Report the inputs and output gradients of a block's linear maps.
+    """Call observers with the inputs and output gradients of a block's linear maps.
 
-    Maps that share an input are reported one after another with the SAME tensor object.
+    Maps that share an input are observed consecutively, with the same tensor object.
     """
-    by_module: dict[str, list[Site]] = {}
+    by_module: dict[str, list[LinearSite]] = {}
     for site in places:
         by_module.setdefault(site.module, []).append(site)
     hooks = []
@@ -86,7 +88,7 @@ def observed(
         module = block.get_submodule(path)
         if is_experts(module):
             mixtures.append(module)
-            mixtures[-1].reporter = _expert_reporter(found, inputs, gradients)
+            mixtures[-1].observer = _expert_observer(found, inputs, gradients)
         else:
             hooks.append(module.register_forward_hook(_hook(found[0], inputs, gradients)))
     try:
@@ -95,31 +97,33 @@ def observed(
         for hook in hooks:
             hook.remove()
         for module in mixtures:
-            del module.reporter
+            del module.observer
 
 
-def _hook(site: Site, inputs: Observer | None, gradients: Observer | None) -> Callable[..., None]:
+def _hook(
+    site: LinearSite, inputs: Observer | None, gradients: Observer | None
+) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Tensor, ...], outputs: Tensor) -> None:
         _report([site], args[0], outputs, inputs, gradients)
 
     return hook
 
 
-def _expert_reporter(
-    places: Iterable[Site], inputs: Observer | None, gradients: Observer | None
+def _expert_observer(
+    places: Iterable[LinearSite], inputs: Observer | None, gradients: Observer | None
 ) -> Callable[[str, int, Tensor, Tensor], None]:
-    by_map: dict[tuple[str, int | None], list[Site]] = {}
+    by_map: dict[tuple[str, int | None], list[LinearSite]] = {}
     for site in places:
         by_map.setdefault((site.parameter, site.expert), []).append(site)
 
-    def report(parameter: str, expert: int, x: Tensor, y: Tensor) -> None:
+    def observe(parameter: str, expert: int, x: Tensor, y: Tensor) -> None:
         _report(by_map[parameter, expert], x, y, inputs, gradients)
 
-    return report
+    return observe
 
 
 def _report(
-    places: Iterable[Site],
+    places: Iterable[LinearSite],
     x: Tensor,
     y: Tensor,
     inputs: Observer | None,
@@ -133,5 +137,5 @@ def _report(
             y.register_hook(partial(_report_gradient, site, gradients))
 
 
-def _report_gradient(site: Site, observe: Observer, gradient: Tensor) -> None:
+def _report_gradient(site: LinearSite, observe: Observer, gradient: Tensor) -> None:
     observe(site.ref.key, gradient[..., site.rows])

@@ -13,10 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from deltadock.compression.model.experts import is_experts
-from deltadock.compression.model.families import FAMILIES, build, restore_buffers
-from deltadock.compression.model.naming import Stored, locate
-from deltadock.compression.model.weights import TensorSource
+from deltadock.compression.checkpoints import TensorSource
+from deltadock.compression.model.families import (
+    FAMILIES,
+    StoredParameter,
+    build,
+    is_experts,
+    locate,
+    restore_buffers,
+)
 from deltadock.errors import InvalidCheckpoint, UnsupportedModel
 
 Weights = dict[str, Tensor]
@@ -113,7 +118,7 @@ class Skeleton:
             f"The decoder blocks of a {self.config.model_type!r} model cannot be told."
         )
 
-    def _locate(self, family: Any, names: Collection[str]) -> dict[str, Stored]:
+    def _locate(self, family: Any, names: Collection[str]) -> dict[str, StoredParameter]:
         stored = {}
         base = self._model.base_model_prefix
         for name, parameter in self._model.state_dict().items():

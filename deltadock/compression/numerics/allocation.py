@@ -13,15 +13,15 @@ a multiple-choice knapsack. Two solvers reach the same optimum:
 import math
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from deltadock.compression.options import Solver
 from deltadock.errors import InvalidInput
 
 Array = npt.NDArray[np.float64]
-Solver = Literal["exact", "scip"]
 
 WIDTHS: Final = (0, 2, 3, 4, 5, 6, 7, 8)
 PRECISION: Final = 1e-9

@@ -1,16 +1,16 @@
-"""GPTQ: quantization that moves each column's rounding error onto the columns still to come.
+"""GPTQ: quantization that compensates each column's rounding error in the following columns.
 
 Source: Frantar et al., "GPTQ" (2022), without reordering of columns.
 - `quantize_rows` (for V): each row is one singular vector with its own width. Rows do not
-  interact, so every candidate width of every row goes through in ONE pass as one tall stack, on
-  grids that are known beforehand: `deltadock.kernels.error_compensation`.
+  interact, so all candidate widths of all rows are quantized in one pass as one tall stack, on
+  grids chosen beforehand: `deltadock.kernels.error_compensation`.
 - `quantize_columns` (for U): each column is one singular vector with its own width, and its grid
-  is set when its turn comes, after every correction from its predecessors: `sweep` is the
-  recursion, and what it does to one column is the caller's.
+  is chosen after all corrections from the columns before it: `sweep` is the recursion, the caller
+  quantizes each column.
 
 A singular vector has one asymmetric grid, so its scale folds into the singular value. The grid
-spans the vector's range shrunk by the factor that leaves the least square error: at 2 bits a grid
-over the whole range wastes its levels on the few largest entries.
+spans the vector's range, shrunk by the factor of least square error: at 2 bits a grid over the
+whole range wastes its levels on the few largest entries.
 """
 
 from collections.abc import Callable
@@ -20,17 +20,15 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from deltadock.errors import InvalidCalibration
+from deltadock.compression.numerics.metric import damped_cholesky
 from deltadock.kernels.error_compensation import round_with_error_compensation
 
 BLOCK: Final = 32
-"""Columns whose corrections are applied at once; those of earlier columns come by one product."""
+"""Columns of a block: corrections from earlier blocks are applied by one matrix product."""
 
-DAMPING: Final = 0.01
-MAX_DAMPING: Final = 1.0
 SHRINKS: Final = (1.0, 0.9, 0.8, 0.7, 0.625, 0.55, 0.475, 0.4)
 SEARCH_ELEMENTS: Final = {"cpu": 1 << 16, "cuda": 1 << 24}
-"""Entries whose grids are searched at a time: on a CPU the candidates stay in the cache."""
+"""Entries whose grids are searched at a time; on a CPU the candidates fit into the cache."""
 
 TRIANGLE: Final = 256
 """Largest triangular matrix inverted by substitution."""
@@ -48,15 +46,15 @@ class Codes:
     zero: Tensor
 
     def decode(self) -> Tensor:
-        """The values, (r, n) float32."""
+        """Dequantize, (r, n) float32."""
         return self.scale[:, None] * (self.codes.float() - self.zero[:, None])
 
     def rows(self, index: Tensor) -> "Codes":
-        """The vectors at `index`, in that order."""
+        """Select vectors by index (k,)."""
         return Codes(self.codes[index], self.scale[index], self.zero[index])
 
 
-class Grid(NamedTuple):
+class QuantizationGrid(NamedTuple):
     """Grids of r vectors, each (r,) float32; `levels` is the highest code, `2**bits - 1`.
 
     `zero` is the code of 0: a whole number on an asymmetric grid, `levels / 2` on a symmetric one.
@@ -68,11 +66,9 @@ class Grid(NamedTuple):
 
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
-    """Upper Cholesky factor of the damped Hessian's inverse, and the damping that it took.
+    """Upper Cholesky factor of the inverse of the damped Hessian, and the damping used.
 
-    Damping starts at 1 % of the mean diagonal and is raised tenfold until the factorisation
-    succeeds. Dead columns (zero diagonal) carry no error, whatever their code: they get a unit
-    diagonal.
+    Dead columns (zero diagonal) carry no error, whatever their code: they get the mean diagonal.
 
     Args:
         hessian: (n, n), symmetric positive semidefinite, any float dtype.
@@ -83,34 +79,19 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
     Raises:
         InvalidCalibration: the Hessian is not finite or stays singular at a damping of 100 %.
     """
-    work = hessian.double()
-    if not torch.isfinite(work).all():
-        raise InvalidCalibration(
-            "The model's activations on the calibration text hold NaN or an infinity. Calibrate "
-            "with other text, or check the checkpoint."
-        )
+    work = hessian.to(torch.float64, copy=True)
     diagonal = work.diagonal()
     mean = diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    dead = torch.where(diagonal <= 0, mean, torch.zeros_like(diagonal))
-    damping = DAMPING
-    while damping <= MAX_DAMPING:
-        damped = work.clone()
-        damped.diagonal().add_(dead + damping * mean)
-        # With order reversed, a lower factor L of H makes L^-1 the upper factor of H's inverse.
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if info == 0:
-            return _invert_lower(lower.float()).flip(0, 1), damping
-        damping *= 10
-    raise InvalidCalibration(
-        "A layer's second moment stays singular even with a damping of 100 %. Calibrate with more "
-        "text."
-    )
+    diagonal += torch.where(diagonal <= 0, mean, torch.zeros_like(diagonal))
+    # With order reversed, a lower factor L of H makes L^-1 the upper factor of H's inverse.
+    _, lower, damping = damped_cholesky(work.flip(0, 1), float(mean))
+    return _invert_lower(lower.float()).flip(0, 1), damping
 
 
 def _invert_lower(lower: Tensor) -> Tensor:
-    """Inverse of a lower triangular matrix, by products of its halves.
+    """Invert a lower triangular matrix by recursion on its halves.
 
-    The damping bounds the factor's condition, so float32 suffices.
+    Damping bounds the factor's condition number, so float32 suffices.
     """
     size = len(lower)
     if size <= TRIANGLE:
@@ -129,24 +110,24 @@ def _invert_lower(lower: Tensor) -> Tensor:
 def sweep(
     work: Tensor, factor: Tensor, quantize: Callable[[int, Tensor], Tensor], block: int = BLOCK
 ) -> None:
-    """Quantize column by column, each column's error moved onto those after it.
+    """Quantize column by column, compensating each column's error in those after it.
 
-    Corrections reach a column in two steps: one product brings those of all earlier blocks when
-    its block begins, rank-one updates bring those of its own block.
+    Corrections from earlier blocks are applied by one product when a block begins, those from its
+    own block by rank-one updates.
 
     Args:
         work: (n, r) float32 contiguous, the matrix (r, n) transposed, so that a column is
             contiguous; overwritten.
         factor: (n, n), see `inverse_factor`.
-        quantize: told a column's number j and the corrected columns j to the end of its block,
-            (columns, r); returns the quantized value of the first, (r,).
+        quantize: called with a column's index j and the corrected columns j to the end of its
+            block, (columns, r); returns the quantized values of the first, (r,).
         block: columns of a block.
     """
     diagonal = factor.diagonal().tolist()
     for start in range(0, len(work), block):
         stop = min(start + block, len(work))
         if start:
-            # The rows of `work` that are done hold their columns' errors.
+            # The finished rows of `work` hold their columns' errors.
             work[start:stop].addmm_(factor[:start, start:stop].t(), work[:start], alpha=-1)
         for j in range(start, stop):
             error = work[j].sub_(quantize(j, work[j:stop])).div_(diagonal[j])
@@ -154,12 +135,12 @@ def sweep(
 
 
 def columns_first(values: Tensor) -> Tensor:
-    """(m, n) as `sweep` overwrites it, (n, m) float32: a copy, also of a single row or column."""
+    """Transpose (m, n) to a contiguous float32 copy (n, m), as `sweep` takes it."""
     return values.t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
-def search_grid(values: Tensor, levels: Tensor, *, symmetric: bool = False) -> Grid:
-    """Each row's grid of least square error among `SHRINKS` of its range.
+def search_grid(values: Tensor, levels: Tensor, *, symmetric: bool = False) -> QuantizationGrid:
+    """Search each row's grid of least square error among `SHRINKS` of its range.
 
     Args:
         values: (r, n) float32, one vector a row.
@@ -172,7 +153,7 @@ def search_grid(values: Tensor, levels: Tensor, *, symmetric: bool = False) -> G
         for piece, highest in zip(values.split(rows), levels.split(rows), strict=True)
     ]
     scale, zero = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return Grid(scale, zero, levels)
+    return QuantizationGrid(scale, zero, levels)
 
 
 def _search(values: Tensor, levels: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -187,7 +168,7 @@ def _search(values: Tensor, levels: Tensor, symmetric: bool) -> tuple[Tensor, Te
         zero = (levels / 2).expand_as(scale)
     else:
         zero = (-shrinks * low / scale).round().clamp_(min=0).minimum(levels)
-    # Errors are measured in steps, from the value as a code (the exact one) to the nearest code.
+    # Errors are in steps, from the exact value in code units to the nearest code.
     exact = values * scale.reciprocal()[:, :, None]
     exact.add_(zero[:, :, None])
     code = exact.round().clamp_min_(0)
@@ -197,8 +178,8 @@ def _search(values: Tensor, levels: Tensor, symmetric: bool) -> tuple[Tensor, Te
     return scale.gather(0, best)[0], zero.gather(0, best)[0]
 
 
-def nearest(values: Tensor, grid: Grid, codes: Tensor) -> Tensor:
-    """The grid points nearest to `values` (r,), one of each vector; writes their codes (uint8)."""
+def nearest(values: Tensor, grid: QuantizationGrid, codes: Tensor) -> Tensor:
+    """Quantize `values` (r,), one per vector: write their codes (uint8), return grid points."""
     code = torch.addcmul(grid.zero, values, grid.scale.reciprocal()).round_().clamp_min_(0)
     torch.minimum(code, grid.levels, out=code)
     codes.copy_(code)
@@ -211,7 +192,7 @@ def quantize_rows(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes,
     Args:
         values: (r, n); row i is quantized to `bits[i]`.
         bits: (r,) integer widths, 1 to 8.
-        hessian: (n, n), second moment of what multiplies the columns.
+        hessian: (n, n), second moment of the inputs that multiply the columns.
 
     Returns:
         The codes, and the damping used (fraction of the mean diagonal).
@@ -224,15 +205,15 @@ def quantize_rows(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes,
 
 
 def quantize_columns(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes, float]:
-    """Quantize each column under one Hessian over the columns, with one grid a column.
+    """Quantize each column under one Hessian over the columns, with one grid per column.
 
     Args:
         values: (m, r); column i is quantized to `bits[i]`.
         bits: (r,) integer widths, 1 to 8.
-        hessian: (r, r), second moment of what multiplies the columns.
+        hessian: (r, r), second moment of the inputs that multiply the columns.
 
     Returns:
-        The codes as (r, m), one singular vector a row, and the damping used.
+        The codes as (r, m), one singular vector per row, and the damping used.
     """
     factor, damping = inverse_factor(hessian)
     work = columns_first(values)

@@ -1,10 +1,10 @@
-"""A matrix under two metrics: its spectrum, what each rank costs at each width, and its codes.
+"""A matrix under two metrics: weighted SVD, loss of each rank at each width, and quantization.
 
 An error R of a layer's weights costs about `tr(B R A R^T) / 2` nats per token: A is the second
 moment of the layer's inputs, B that of the gradients at its outputs (a Kronecker-factored Fisher
 matrix). With `A = L L^T` and `B = M M^T`, the singular value decomposition of `M^T D L` splits the
-delta D into ranks whose errors add up, and a rank that is dropped costs its singular value squared.
-Both factors are then quantized, V's rows under A and U's columns under B.
+delta D into ranks whose errors add up, and dropping a rank costs its singular value squared. Both
+factors are then quantized, V's rows under A and U's columns under B.
 """
 
 from dataclasses import dataclass
@@ -14,44 +14,44 @@ import torch
 from torch import Tensor
 
 from deltadock.compression.numerics.metric import Metric, weighted_error
-from deltadock.compression.numerics.midrise import Midrise, quantize
+from deltadock.compression.numerics.midrise import MidriseCodes, quantize
 
 WIDTHS: Final = (1, 2, 3, 4, 5, 6, 8)
 SIMULATED: Final = 128
-"""Ranks of a matrix whose quantization is simulated; those between are interpolated."""
+"""Ranks of a matrix whose quantization is simulated; the others are interpolated."""
 RIDGE: Final = 1e-6
 REFINEMENTS: Final = 3
 
 
 class Side:
-    """One side of a matrix: its metric, and a scale (n,) by which its coordinates are divided."""
+    """One side of a matrix: its metric, and a scale (n,) that divides its coordinates."""
 
     def __init__(self, metric: Metric, scale: Tensor | None = None) -> None:
-        """Factor what quantization under `metric` needs; a coordinate of scale 0 decodes to 0."""
+        """Factor the metric of the scaled coordinates; a coordinate of scale 0 decodes to 0."""
         self.metric = metric
         self.scale = scale
-        self._feedback = None
+        self._compensation = None
         if not metric.diagonal:
-            self._feedback = (
+            self._compensation = (
                 metric if scale is None else metric.scaled(self._divisor())
-            ).feedback()
+            ).error_compensation()
 
     def _divisor(self) -> Tensor:
         assert self.scale is not None
         return torch.where(self.scale > 0, self.scale, torch.ones_like(self.scale))
 
-    def quantize(self, vectors: Tensor, bits: Tensor) -> Midrise:
-        """Quantize rows (r, n) of any length, row i to `bits[i]`, in scaled coordinates."""
+    def quantize(self, vectors: Tensor, bits: Tensor) -> MidriseCodes:
+        """Quantize rows (r, n) of any norm, row i to `bits[i]`, in scaled coordinates."""
         target = vectors if self.scale is None else vectors / self._divisor()
-        return quantize(target, bits, self._feedback)
+        return quantize(target, bits, self._compensation)
 
-    def units(self, codes: Midrise) -> Tensor:
-        """Quantized vectors without their steps, (r, n) float64, in the side's own coordinates."""
+    def units(self, codes: MidriseCodes) -> Tensor:
+        """Dequantize without the steps, (r, n) float64, in unscaled coordinates."""
         units = codes.units().double()
         return units if self.scale is None else units * self.scale
 
     def with_scale(self, vectors: Tensor, weights: Tensor) -> "Side":
-        """The side with each coordinate scaled to the size that the vectors (r, n) have there."""
+        """The side with each coordinate scaled by the vectors' (r, n) weighted norm in it."""
         scale = (vectors.square() * weights[:, None]).sum(0).sqrt()
         # The artifact keeps the scale in half precision.
         scale = (scale / scale.max().clamp_min(torch.finfo(torch.float64).tiny)).half().double()
@@ -64,7 +64,7 @@ class Spectrum:
 
     Attributes:
         u: (r, h_out) float64, rows of length one under B.
-        s: (r,) falling, in the root of the errors' unit.
+        s: (r,) descending, in the root of the errors' unit.
         v: (r, h_in) float64, rows of length one under A.
     """
 
@@ -74,21 +74,23 @@ class Spectrum:
 
 
 @dataclass(frozen=True, slots=True)
-class Coded:
+class QuantizedFactors:
     """A quantized decomposition: `U_units^T diag(s) V_units` with both sides' scales applied."""
 
-    u: Midrise
-    v: Midrise
+    u: MidriseCodes
+    v: MidriseCodes
     s: Tensor
     error: float
     fallbacks: list[str]
 
 
-def decompose(delta: Tensor, rows: Metric, columns: Metric, limit: int | None = None) -> Spectrum:
+def weighted_svd(
+    delta: Tensor, rows: Metric, columns: Metric, limit: int | None = None
+) -> Spectrum:
     """Decompose a delta (h_out, h_in) under B (`rows`) and A (`columns`), at most `limit` ranks.
 
-    Through the Gram matrix of the shorter side: what its rounding hides lies 1e-8 below the
-    largest singular value, far under what any budget keeps.
+    Through the Gram matrix of the shorter side: its rounding hides singular values below 1e-8 of
+    the largest, far below what any budget keeps.
     """
     whitened = columns.whiten(rows.whiten(delta.double().t()).t())
     tall = whitened.shape[0] > whitened.shape[1]
@@ -99,7 +101,7 @@ def decompose(delta: Tensor, rows: Metric, columns: Metric, limit: int | None = 
     count = min(count, limit or count)
     s = s[:count]
     near = vectors.flip(1)[:, :count].t()
-    # Equal inputs give equal bytes whatever sign the library settles on.
+    # A fixed sign: equal inputs give equal bytes whatever sign the eigensolver returns.
     peak = near.abs().argmax(dim=1, keepdim=True)
     near = near * near.gather(1, peak).sign()
     far = near @ short / s[:, None]
@@ -107,10 +109,10 @@ def decompose(delta: Tensor, rows: Metric, columns: Metric, limit: int | None = 
     return Spectrum(rows.unwhiten(u), s, columns.unwhiten(v))
 
 
-def losses(side: Side, vectors: Tensor) -> Tensor:
-    """Share of each vector's energy that each width of `WIDTHS` loses: (r, len(WIDTHS)) float64.
+def width_losses(side: Side, vectors: Tensor) -> Tensor:
+    """Fraction of each vector's energy lost at each width: (r, len(WIDTHS)) float64.
 
-    The best multiple of the quantized vector is meant, as the rank's scale is fitted afterwards.
+    Of the best multiple of the quantized vector, as the rank's scale is fitted afterwards.
     """
     count = len(vectors)
     picked = torch.linspace(0, count - 1, min(count, SIMULATED), device=vectors.device)
@@ -134,28 +136,28 @@ def losses(side: Side, vectors: Tensor) -> Tensor:
     return lost[left] * (1 - share) + lost[right] * share
 
 
-def encode(
+def quantize_factors(
     delta: Tensor,
     spectrum: Spectrum,
     sides: tuple[Side, Side],
     widths: tuple[Tensor, Tensor],
     refinements: int = REFINEMENTS,
-) -> Coded:
-    """Quantize the given ranks, refitting each side to the full delta in turn.
+) -> QuantizedFactors:
+    """Quantize the given ranks, alternately refitting U and V to the full delta.
 
     Args:
         delta: (h_out, h_in).
-        spectrum: the ranks to keep, all of them.
+        spectrum: of the ranks to keep.
         sides: of U and of V.
         widths: (r,) int64 of U's and of V's vectors.
-        refinements: rounds of refitting U and V; the best outcome is kept.
+        refinements: rounds of refitting U and V; the best result is kept.
     """
     target = delta.double()
     (u_side, v_side), (u_bits, v_bits) = sides, widths
     fallbacks: list[str] = []
-    best: Coded | None = None
+    best: QuantizedFactors | None = None
     if not len(spectrum.s):
-        return _nothing(target, u_side.metric, v_side.metric)
+        return _empty(target, u_side.metric, v_side.metric)
     u, v = spectrum.u * spectrum.s[:, None], spectrum.v
     v_codes = v_side.quantize(v, v_bits)
     v_units = v_side.units(v_codes)
@@ -172,24 +174,24 @@ def encode(
         residual = target - (u_units.t() * s) @ v_units
         error = weighted_error(residual, u_side.metric, v_side.metric)
         if best is None or error < best.error:
-            best = Coded(u_codes, v_codes, s, error, fallbacks)
-        # The other side's start for its own refit, in the scale of what is now fixed.
+            best = QuantizedFactors(u_codes, v_codes, s, error, fallbacks)
+        # Start of the other side's refit, in the scale of the side that is now fixed.
         if step % 2 == 0:
             v = v_units * s[:, None]
         else:
             u = u_units * s[:, None]
-    assert best is not None, "the first step always counts"
+    assert best is not None, "the first step sets it"
     return best
 
 
-def _nothing(target: Tensor, rows: Metric, columns: Metric) -> Coded:
-    none = torch.zeros(0, dtype=torch.int64)
-    u, v = (Midrise(torch.zeros(0, n, dtype=torch.uint8), none, none) for n in target.shape)
-    return Coded(u, v, torch.zeros(0), weighted_error(target, rows, columns), [])
+def _empty(target: Tensor, rows: Metric, columns: Metric) -> QuantizedFactors:
+    empty = torch.zeros(0, dtype=torch.int64)
+    u, v = (MidriseCodes(torch.zeros(0, n, dtype=torch.uint8), empty, empty) for n in target.shape)
+    return QuantizedFactors(u, v, torch.zeros(0), weighted_error(target, rows, columns), [])
 
 
 def fit_scales(target: Tensor, u: Tensor, v: Tensor, rows: Metric, columns: Metric) -> Tensor:
-    """The rank scales (r,) that fit `target` best: `min_s` of the weighted error, a linear system.
+    """The rank scales (r,) of least weighted error to `target`: the solution of a linear system.
 
     Args:
         target: (h_out, h_in).
@@ -207,10 +209,10 @@ def fit_scales(target: Tensor, u: Tensor, v: Tensor, rows: Metric, columns: Metr
 def _refit(
     target: Tensor, start: Tensor, other: Tensor, metric: Metric, fallbacks: list[str]
 ) -> Tensor:
-    """The vectors (r, m) that fit `target` (m, n) best where `other` (r, n) is fixed.
+    """The vectors (r, m) of least error to `target` (m, n) for a fixed `other` (r, n).
 
-    `metric` weighs the n coordinates; a small ridge pulls towards `start`, so that what the
-    calibration never excites keeps its value.
+    `metric` weights the n coordinates; a small ridge pulls towards `start`, so that directions
+    without calibration inputs keep their values.
     """
     weighed = metric.times(other)
     system = weighed @ other.t()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from deltadock.compression.calibration.options import CalibrationOptions, Source
 from deltadock.compression.calibration.sources import excerpt
 from deltadock.compression.calibration.windows import CalibrationSet, load_calibration, read_windows
+from deltadock.compression.options import CalibrationOptions, Source
 from deltadock.errors import InvalidCalibration, InvalidCheckpoint
 from tests.compression.conftest import save_tokenizer
 

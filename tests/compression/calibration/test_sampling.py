@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from deltadock.compression.calibration.options import CalibrationOptions, Source
 from deltadock.compression.calibration.sampling import Sampler
 from deltadock.compression.calibration.sources import encode, load_tokenizer
 from deltadock.compression.calibration.windows import load_calibration
+from deltadock.compression.options import CalibrationOptions, Source
 from deltadock.errors import Cancelled, InvalidCalibration, UnsupportedModel
 
 OPTIONS = CalibrationOptions(tokens=2048, length=64)

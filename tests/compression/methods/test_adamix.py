@@ -5,13 +5,17 @@ import pytest
 import torch
 
 from deltadock.artifacts.encodings import decode_factors, decode_svd
-from deltadock.compression.methods.adamix import CANDIDATES, compress_matrix, simulated_errors
+from deltadock.compression.methods.adamix import (
+    CANDIDATES,
+    compress_matrix,
+    refit_left_factor,
+    simulated_errors,
+)
 from deltadock.compression.methods.base import MatrixTask
 from deltadock.compression.numerics.allocation import WIDTHS
 from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import quantize_rows
-from deltadock.compression.numerics.ranks import rank_budget
-from deltadock.compression.numerics.reconstruction import refit_left_factor
+from deltadock.compression.options import rank_budget
 from tests.compression.matrices import make_task, output_error
 
 

@@ -1,32 +1,43 @@
 """Delta-CoMe and Topk-x: widths by place, and GPTQ without any correction of U."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
 from deltadock.artifacts.encodings import decode_svd
-from deltadock.compression.methods import delta_come
-from deltadock.compression.methods.factors import fixed_widths
-from deltadock.compression.methods.topk import topk
+from deltadock.compression.methods.fixed_widths import (
+    DELTA_COME,
+    TOP_2,
+    TOP_32,
+    fixed_width_method,
+    fixed_widths,
+)
 from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import quantize_columns, quantize_rows
-from deltadock.compression.numerics.ranks import rank_budget
+from deltadock.compression.options import rank_budget
 from tests.compression.matrices import check_result, make_task, output_error
 
-METHODS = {"delta-come": delta_come.compress_matrix, "topk-2": topk(2), "topk-32": topk(32)}
+METHODS = {
+    name: fixed_width_method(leading)
+    for name, leading in {"delta-come": DELTA_COME, "topk-2": TOP_2, "topk-32": TOP_32}.items()
+}
 
 
 def test_widths_of_the_papers() -> None:
     # Delta-CoMe's published setting of a 4096 x 4096 matrix at 1 bit: 2, 32 and 968 ranks.
-    widths = fixed_widths(rank_budget(1.0, 4096, 4096), delta_come.LEADING, delta_come.REST)
+    widths = fixed_widths(rank_budget(1.0, 4096, 4096), DELTA_COME)
     assert widths == [8] * 2 + [3] * 32 + [2] * 968
-    assert fixed_widths(2048, [(8, 32)], 2) == [8] * 32 + [2] * 896
+    assert fixed_widths(2048, TOP_32) == [8] * 32 + [2] * 896
 
 
 @pytest.mark.parametrize("budget", range(0, 130, 7))
-@pytest.mark.parametrize("leading", [delta_come.LEADING, [(8, 2)], [(8, 32)]])
-def test_the_budget_is_spent_and_not_exceeded(budget: int, leading: list[tuple[int, int]]) -> None:
-    widths = fixed_widths(budget, leading, 2)
+@pytest.mark.parametrize("leading", [DELTA_COME, TOP_2, TOP_32])
+def test_the_budget_is_spent_and_not_exceeded(
+    budget: int, leading: Sequence[tuple[int, int]]
+) -> None:
+    widths = fixed_widths(budget, leading)
     assert budget - 1 <= sum(widths) <= budget
     assert widths == sorted(widths, reverse=True)
 
@@ -34,9 +45,9 @@ def test_the_budget_is_spent_and_not_exceeded(budget: int, leading: list[tuple[i
 def test_steps_against_float64() -> None:
     """The decoded delta is V under G, then every width's part of U under its own inputs."""
     task = make_task(60, 70, bits=2.0)
-    result = delta_come.compress_matrix(task)
+    result = METHODS["delta-come"](task)
     check_result(result, task)
-    widths = torch.tensor(fixed_widths(rank_budget(2.0, 60, 70), delta_come.LEADING, 2))
+    widths = torch.tensor(fixed_widths(rank_budget(2.0, 60, 70), DELTA_COME))
     u, s, v, _ = decompose(task.delta, len(widths))
     v_hat, _ = quantize_rows(v, widths, task.moment)
     expected = torch.zeros(60, 70, dtype=torch.float64)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from deltadock.compression.catalogue import METHODS
 from deltadock.compression.methods.base import MatrixMethod, MatrixTask
 from deltadock.compression.methods.registry import matrix_method
+from deltadock.compression.options import METHODS
 from deltadock.errors import InvalidCalibration
 from tests.compression.matrices import check_result, make_moment, make_task, output_error
 

@@ -7,12 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2MoeConfig
 
-from deltadock.compression.calibration.options import Source
-from deltadock.compression.model.weights import MatrixRef
+from deltadock.compression.checkpoints import MatrixRef
+from deltadock.compression.options import CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from deltadock.compression.run import CompressOptions
-from deltadock.compression.statistics.expert_moments import ExpertMoments
-from deltadock.compression.statistics.moments import MomentCollector
+from deltadock.compression.statistics import MomentCollector
 from tests.compression.family_cases import SIZES, Case, save
 
 WIDTH = 8
@@ -20,10 +18,10 @@ REFS = [MatrixRef(f"experts.{k}.up", mixture="up") for k in range(3)]
 OTHERS = [MatrixRef(f"experts.{k}.down", mixture="down") for k in range(3)]
 
 
-def collected(tokens: list[int]) -> tuple[ExpertMoments, list[torch.Tensor]]:
+def collected(tokens: list[int]) -> tuple[MomentCollector, list[torch.Tensor]]:
     """Moments after each expert got so many tokens, and those tokens."""
     torch.manual_seed(0)
-    moments, inputs = ExpertMoments(MomentCollector()), []
+    moments, inputs = MomentCollector(), []
     for count, ref, other in zip(tokens, REFS, OTHERS, strict=True):
         inputs.append(torch.randn(count, WIDTH))
         if count:
@@ -36,7 +34,7 @@ def collected(tokens: list[int]) -> tuple[ExpertMoments, list[torch.Tensor]]:
 def test_an_expert_with_enough_tokens_keeps_its_own_moment() -> None:
     moments, inputs = collected([WIDTH, 20, 1])
     for ref, own in zip(REFS[:2], inputs, strict=False):
-        moment, notes = moments.moment(ref, [*REFS, *OTHERS])
+        moment, notes = moments.filled_moment(ref, [*REFS, *OTHERS])
         torch.testing.assert_close(moment, (own.T @ own).double(), rtol=1e-5, atol=1e-5)
         assert notes == []
 
@@ -44,7 +42,7 @@ def test_an_expert_with_enough_tokens_keeps_its_own_moment() -> None:
 @pytest.mark.parametrize("few", [0, 1, WIDTH - 1])
 def test_tokens_that_lack_are_made_up_from_the_layer(few: int) -> None:
     moments, inputs = collected([10, 20, few])
-    moment, notes = moments.moment(REFS[2], [*REFS, *OTHERS])
+    moment, notes = moments.filled_moment(REFS[2], [*REFS, *OTHERS])
     rows = torch.cat(inputs)
     common = (rows.T @ rows).double() / len(rows)
     expected = (inputs[2].T @ inputs[2]).double() + (WIDTH - few) * common
@@ -55,10 +53,10 @@ def test_tokens_that_lack_are_made_up_from_the_layer(few: int) -> None:
 
 
 def test_other_maps_keep_theirs_however_few_tokens() -> None:
-    moments, inputs = ExpertMoments(MomentCollector()), torch.randn(2, WIDTH)
+    moments, inputs = MomentCollector(), torch.randn(2, WIDTH)
     ref = MatrixRef("q")
     moments(ref.key, inputs)
-    moment, notes = moments.moment(ref, [ref])
+    moment, notes = moments.filled_moment(ref, [ref])
     torch.testing.assert_close(moment, (inputs.T @ inputs).double(), rtol=1e-5, atol=1e-5)
     assert notes == []
 

@@ -11,14 +11,12 @@ from transformers.pytorch_utils import Conv1D
 
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
-from deltadock.compression.calibration.options import Source
+from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.model import forward
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.model.weights import Checkpoint
+from deltadock.compression.options import CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from deltadock.compression.run import CompressOptions
-from deltadock.compression.statistics.expert_moments import ExpertMoments
-from deltadock.compression.statistics.moments import MomentCollector
+from deltadock.compression.statistics import MomentCollector
 from tests.compression.family_cases import CASES, TOKENS, Case, save
 
 ADAMIX = CompressOptions(method="adamix")
@@ -73,9 +71,9 @@ def test_blocks_and_moments_equal_plain_transformers(
     expected_moments = grams(case, plain)
     with torch.inference_mode():
         expected = plain(TOKENS).logits.flatten(0, 1)
-    model, source = BlockwiseModel(tmp_path), Checkpoint(tmp_path)
+    model, source = BlockwiseModel(tmp_path), CheckpointReader(tmp_path)
     model.check({name: entry.shape for name, entry in source.entries.items()})
-    moments = ExpertMoments(MomentCollector())
+    moments = MomentCollector()
     hidden = model.embed(TOKENS, source)
     for index in range(len(model.blocks)):
         hidden = model.run_block(index, hidden, source, moments)
@@ -88,7 +86,7 @@ def test_blocks_and_moments_equal_plain_transformers(
     for ref in refs:
         gram = expected_moments[ref.key]
         assert len(gram) == source.matrix(ref).shape[1]
-        torch.testing.assert_close(moments.collector.moment(ref.key), gram, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(moments.moment(ref.key), gram, rtol=1e-3, atol=1e-4)
 
 
 @families

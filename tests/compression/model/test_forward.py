@@ -13,11 +13,11 @@ from transformers import (
     Qwen2Config,
 )
 
+from deltadock.compression.checkpoints import CheckpointReader, tensor_names
 from deltadock.compression.model.families import read_config
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.model.skeleton import Skeleton
-from deltadock.compression.model.weights import Checkpoint, tensor_names
-from deltadock.compression.statistics.moments import MomentCollector
+from deltadock.compression.statistics import MomentCollector
 from tests.compression.family_cases import CASES, Case
 
 SIZES: dict[str, Any] = {
@@ -65,7 +65,7 @@ def test_blocks_equal_the_whole_model(
     tokens = torch.randint(0, 200, (3, length))
     with torch.inference_mode():
         expected = whole(tokens).logits.flatten(0, 1)
-    model, source = BlockwiseModel(tmp_path), Checkpoint(tmp_path)
+    model, source = BlockwiseModel(tmp_path), CheckpointReader(tmp_path)
     hidden = model.embed(tokens, source)
     for index in range(len(model.blocks)):
         hidden = model.run_block(index, hidden, source)
@@ -94,7 +94,7 @@ def test_buffers_are_those_of_plain_transformers(
 def test_layers_with_one_input_share_a_moment(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
-    model, source, moments = BlockwiseModel(tmp_path), Checkpoint(tmp_path), MomentCollector()
+    model, source, moments = BlockwiseModel(tmp_path), CheckpointReader(tmp_path), MomentCollector()
     hidden = model.embed(torch.randint(0, 200, (2, 10)), source)
     model.run_block(0, hidden, source, moments)
     attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
@@ -107,7 +107,7 @@ def test_layers_with_one_input_share_a_moment(tmp_path: Path) -> None:
 def test_weights_do_not_stay(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
-    model, source = BlockwiseModel(tmp_path), Checkpoint(tmp_path)
+    model, source = BlockwiseModel(tmp_path), CheckpointReader(tmp_path)
     hidden = model.embed(torch.randint(0, 200, (2, 10)), source)
     model.run_block(1, hidden, source)
     assert all(parameter.is_meta for parameter in model._skeleton._model.parameters())

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.model import forward
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.model.weights import Checkpoint
 from tests.compression.family_cases import CASES, SIZES, Case
 
 TOKENS = torch.randint(0, 200, (5, 20), generator=torch.Generator().manual_seed(1))
@@ -29,7 +29,7 @@ class GradSource:
 
     def __init__(self, folder: Path, *, plain: bool = False) -> None:
         self.plain = plain
-        checkpoint = Checkpoint(folder)
+        checkpoint = CheckpointReader(folder)
         self.leaves = {
             name: (checkpoint.tensor(name).float() / 2).requires_grad_()
             for name in checkpoint.entries
@@ -123,7 +123,7 @@ def test_only_what_asks_for_gradients_gets_them(tmp_path: Path, plain: bool) -> 
 def test_inputs_are_observed_on_the_way_back_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
-    model, source = BlockwiseModel(tmp_path), Checkpoint(tmp_path)
+    model, source = BlockwiseModel(tmp_path), CheckpointReader(tmp_path)
     hidden = model.embed(TOKENS, source)
     seen: list[dict[str, list[Tensor]]] = [defaultdict(list), defaultdict(list)]
     model.run_block(0, hidden, source, lambda name, x: seen[0][name].append(x))
@@ -138,7 +138,7 @@ def test_inputs_are_observed_on_the_way_back_too(tmp_path: Path) -> None:
 def test_states_may_be_memory_mapped_and_replaced_in_place(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
-    model, source = BlockwiseModel(tmp_path), Checkpoint(tmp_path)
+    model, source = BlockwiseModel(tmp_path), CheckpointReader(tmp_path)
     hidden = model.embed(TOKENS, source)
     mapped = torch.from_file(
         str(tmp_path / "states"), shared=True, size=hidden.numel(), dtype=torch.bfloat16
@@ -152,7 +152,7 @@ def test_states_may_be_memory_mapped_and_replaced_in_place(tmp_path: Path) -> No
 def test_inference_tensors_can_be_gone_back_through(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
-    model, source = BlockwiseModel(tmp_path), Checkpoint(tmp_path)
+    model, source = BlockwiseModel(tmp_path), CheckpointReader(tmp_path)
     with torch.inference_mode():
         hidden = model.embed(TOKENS, source)
     gradient = model.backward_block(0, hidden, torch.ones_like(hidden), source)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltadock.compression.numerics.allocation import WIDTHS, Allocation, allocate
-from deltadock.compression.numerics.ranks import rank_budget
+from deltadock.compression.options import rank_budget
 from deltadock.errors import InvalidInput
 
 Array = npt.NDArray[np.float64]

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from deltadock.compression.numerics.gptq import (
-    DAMPING,
     inverse_factor,
     quantize_columns,
     quantize_rows,
     search_grid,
 )
+from deltadock.compression.numerics.metric import DAMPING
 from deltadock.errors import InvalidCalibration
 
 

@@ -1,4 +1,4 @@
-"""Mid-rise codes: their range, their steps, and what feedback saves."""
+"""Mid-rise codes: their range, their steps, and the gain of error compensation."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltadock.compression.numerics.metric import Metric
-from deltadock.compression.numerics.midrise import Midrise, quantize
+from deltadock.compression.numerics.midrise import MidriseCodes, quantize
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 DISTORTION = {1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.0115, 5: 0.0035, 6: 0.001, 8: 0.0001}
@@ -22,22 +22,24 @@ def steep(n: int, seed: int = 0) -> Metric:
     """A metric whose eigenvalues span five decades."""
     generator = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
-    return Metric.of(turn * torch.logspace(0, -5, n, dtype=torch.float64) @ turn.T, 1e-6)
+    moment = turn * torch.logspace(0, -5, n, dtype=torch.float64) @ turn.T
+    moment.diagonal().add_(1e-6 * moment.diagonal().mean())
+    return Metric(moment, torch.linalg.cholesky(moment), 1e-6)
 
 
 def all_of(width: int, rows: int) -> Tensor:
     return torch.full((rows,), width)
 
 
-def square_error(values: Tensor, codes: Midrise) -> Tensor:
+def square_error(values: Tensor, codes: MidriseCodes) -> Tensor:
     return (values.double() - codes.decode().double()).square().sum(1)
 
 
-@pytest.mark.parametrize("feedback", [False, True])
-def test_codes_are_in_range_and_values_on_the_grid(feedback: bool) -> None:
+@pytest.mark.parametrize("compensated", [False, True])
+def test_codes_are_in_range_and_values_on_the_grid(compensated: bool) -> None:
     n = 133
     values, bits = normal(len(WIDTHS), n), torch.tensor(WIDTHS)
-    codes = quantize(values, bits, steep(n).feedback() if feedback else None)
+    codes = quantize(values, bits, steep(n).error_compensation() if compensated else None)
     assert codes.codes.dtype == torch.uint8
     assert codes.codes.shape == values.shape
     assert (codes.codes.amax(1) <= 2**bits - 1).all()
@@ -72,13 +74,13 @@ def test_the_step_beats_the_one_that_spans_the_largest_entry(width: int) -> None
 
 
 @pytest.mark.parametrize(("width", "share"), [(1, 0.85), (2, 0.5), (4, 0.3)])
-def test_feedback_beats_rounding_under_a_steep_metric(width: int, share: float) -> None:
+def test_error_compensation_beats_rounding_under_a_steep_metric(width: int, share: float) -> None:
     n = 96
     values, metric = normal(8, n), steep(n)
-    fed = quantize(values, all_of(width, 8), metric.feedback())
+    fed = quantize(values, all_of(width, 8), metric.error_compensation())
     rounded = quantize(values, all_of(width, 8), None)
 
-    def weighted(codes: Midrise) -> float:
+    def weighted(codes: MidriseCodes) -> float:
         """With the best multiple of each row."""
         units, target = codes.units().double(), values.double()
         weighed = metric.times(units)
@@ -89,10 +91,10 @@ def test_feedback_beats_rounding_under_a_steep_metric(width: int, share: float) 
     assert weighted(fed) < share * weighted(rounded)
 
 
-def test_feedback_is_gptq_one_coordinate_at_a_time() -> None:
+def test_error_compensation_is_gptq_one_coordinate_at_a_time() -> None:
     n, width = 71, 3
     values, metric = normal(2, n), steep(n)
-    codes = quantize(values, all_of(width, 2), metric.feedback())
+    codes = quantize(values, all_of(width, 2), metric.error_compensation())
     # OBQ's update with the inverse of what is left, from scratch at every coordinate.
     work, top = values.double(), 2**width - 1
     for j in range(n):
@@ -109,15 +111,15 @@ def test_a_diagonal_metric_changes_nothing_but_the_order_of_work() -> None:
     values = normal(4, 90)
     metric = Metric.of(torch.rand(90) + 0.1)
     bits = torch.tensor([1, 2, 4, 8])
-    fed = quantize(values, bits, Metric.of(metric.moment.diag()).feedback())
+    fed = quantize(values, bits, Metric.of(metric.moment.diag()).error_compensation())
     assert torch.equal(fed.codes, quantize(values, bits, None).codes)
 
 
-@pytest.mark.parametrize("feedback", [False, True])
-def test_vectors_of_zero_stay_zero(feedback: bool) -> None:
+@pytest.mark.parametrize("compensated", [False, True])
+def test_vectors_of_zero_stay_zero(compensated: bool) -> None:
     values = normal(3, 20)
     values[1] = 0
-    upper = steep(20).feedback() if feedback else None
+    upper = steep(20).error_compensation() if compensated else None
     codes = quantize(values, torch.tensor([2, 1, 8]), upper)
     assert torch.equal(codes.decode()[1], torch.zeros(20))
     assert torch.isfinite(codes.units()).all()
@@ -129,15 +131,15 @@ def test_vectors_of_zero_stay_zero(feedback: bool) -> None:
     columns=st.integers(1, 70),
     seed=st.integers(0, 99),
     exponent=st.integers(-30, 30),
-    feedback=st.booleans(),
+    compensated=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
 def test_rows_do_not_depend_on_their_company(
-    rows: int, columns: int, seed: int, exponent: int, feedback: bool
+    rows: int, columns: int, seed: int, exponent: int, compensated: bool
 ) -> None:
     values = normal(rows, columns, seed) * 10.0 ** torch.linspace(0, exponent, rows)[:, None]
     bits = torch.randint(1, 9, (rows,), generator=torch.Generator().manual_seed(seed))
-    upper = steep(columns).feedback() if feedback and columns > 1 else None
+    upper = steep(columns).error_compensation() if compensated and columns > 1 else None
     together = quantize(values, bits, upper)
     assert torch.isfinite(together.decode()).all()
     for row in range(rows):

@@ -9,13 +9,13 @@ from deltadock.compression.numerics import two_sided
 from deltadock.compression.numerics.metric import Metric, weighted_error
 from deltadock.compression.numerics.two_sided import (
     WIDTHS,
-    Coded,
+    QuantizedFactors,
     Side,
     Spectrum,
-    decompose,
-    encode,
     fit_scales,
-    losses,
+    quantize_factors,
+    weighted_svd,
+    width_losses,
 )
 from tests.compression.matrices import make_moment, make_task
 
@@ -35,7 +35,7 @@ def product(spectrum: Spectrum) -> Tensor:
     return (spectrum.u.T * spectrum.s) @ spectrum.v
 
 
-def decoded(coded: Coded, sides: tuple[Side, Side]) -> Tensor:
+def decoded(coded: QuantizedFactors, sides: tuple[Side, Side]) -> Tensor:
     u, v = sides[0].units(coded.u), sides[1].units(coded.v)
     return (u.T * coded.s) @ v
 
@@ -49,7 +49,7 @@ def widths(ranks: int, u: int, v: int) -> tuple[Tensor, Tensor]:
 def test_the_ranks_add_up_to_the_delta(shape: tuple[int, int], diagonal: bool) -> None:
     delta = make_task(*shape).delta
     rows, columns = metrics(*shape, diagonal=diagonal)
-    spectrum = decompose(delta, rows, columns)
+    spectrum = weighted_svd(delta, rows, columns)
     assert spectrum.s.dtype == spectrum.u.dtype == spectrum.v.dtype == torch.float64
     torch.testing.assert_close(product(spectrum), delta.double(), rtol=1e-6, atol=1e-6)
     assert torch.equal(spectrum.s, spectrum.s.sort(descending=True).values)
@@ -73,7 +73,7 @@ def _root(moment: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
 def test_a_dropped_rank_costs_its_value_squared(shape: tuple[int, int]) -> None:
     delta = make_task(*shape).delta
     rows, columns = metrics(*shape)
-    spectrum = decompose(delta, rows, columns)
+    spectrum = weighted_svd(delta, rows, columns)
     for vectors, metric in ((spectrum.u, rows), (spectrum.v, columns)):
         torch.testing.assert_close(
             vectors @ metric.moment @ vectors.T,
@@ -87,7 +87,7 @@ def test_a_dropped_rank_costs_its_value_squared(shape: tuple[int, int]) -> None:
         )
         error = weighted_error(product(part), rows, columns)
         assert error == pytest.approx(float(spectrum.s[rank]) ** 2, rel=1e-5)
-    kept = decompose(delta, rows, columns, limit=2)
+    kept = weighted_svd(delta, rows, columns, limit=2)
     lost = weighted_error(delta.double() - product(kept), rows, columns)
     expected = float(spectrum.s[2:].square().sum())
     assert lost == pytest.approx(expected, rel=1e-5, abs=1e-12 * float(spectrum.s[0]) ** 2)
@@ -96,22 +96,22 @@ def test_a_dropped_rank_costs_its_value_squared(shape: tuple[int, int]) -> None:
 def test_a_delta_of_one_rank_and_one_of_none() -> None:
     rows, columns = metrics(6, 9)
     outer = torch.randn(6, 1) @ torch.randn(1, 9)
-    assert len(decompose(outer, rows, columns).s) == 1
-    nothing = decompose(torch.zeros(6, 9), rows, columns)
+    assert len(weighted_svd(outer, rows, columns).s) == 1
+    nothing = weighted_svd(torch.zeros(6, 9), rows, columns)
     assert [part.shape for part in (nothing.u, nothing.s, nothing.v)] == [(0, 6), (0,), (0, 9)]
     side = Side(rows)
-    assert losses(side, nothing.u).shape == (0, len(WIDTHS))
-    assert losses(side.with_scale(nothing.u, nothing.s), nothing.u).shape == (0, len(WIDTHS))
+    assert width_losses(side, nothing.u).shape == (0, len(WIDTHS))
+    assert width_losses(side.with_scale(nothing.u, nothing.s), nothing.u).shape == (0, len(WIDTHS))
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e12])
 def test_the_unit_of_the_delta_does_not_matter(size: float) -> None:
     delta, (rows, columns) = make_task(12, 20).delta, metrics(12, 20)
-    small, large = (decompose(delta * factor, rows, columns) for factor in (1.0, size))
+    small, large = (weighted_svd(delta * factor, rows, columns) for factor in (1.0, size))
     torch.testing.assert_close(large.s, size * small.s, rtol=1e-5, atol=0)
     sides = Side(rows), Side(columns)
     first, second = (
-        encode(delta * factor, spectrum, sides, widths(len(spectrum.s), 3, 3))
+        quantize_factors(delta * factor, spectrum, sides, widths(len(spectrum.s), 3, 3))
         for factor, spectrum in ((1.0, small), (size, large))
     )
     assert second.error == pytest.approx(first.error * size**2, rel=0.2)
@@ -124,14 +124,14 @@ def test_losses_are_those_of_quantizing_each_vector_and_fall_with_width(
 ) -> None:
     h_out, h_in = 40, 64
     rows, columns = metrics(h_out, h_in, diagonal=diagonal)
-    spectrum = decompose(make_task(h_out, h_in).delta, rows, columns)
+    spectrum = weighted_svd(make_task(h_out, h_in).delta, rows, columns)
     side, vectors = Side(rows), spectrum.u
     if scaled:
         side = side.with_scale(vectors, spectrum.s)
         assert side.scale is not None
         assert torch.equal(side.scale, side.scale.half().double())
         assert float(side.scale.max()) == 1
-    lost = losses(side, vectors)
+    lost = width_losses(side, vectors)
     assert lost.shape == (len(vectors), len(WIDTHS))
     assert ((lost >= 0) & (lost <= 1)).all()
     assert (lost.mean(0).diff() < 0).all()
@@ -149,10 +149,10 @@ def test_losses_between_the_simulated_ranks_are_interpolated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows, columns = metrics(30, 30)
-    spectrum = decompose(make_task(30, 30).delta, rows, columns)
-    whole = losses(Side(rows), spectrum.u)
+    spectrum = weighted_svd(make_task(30, 30).delta, rows, columns)
+    whole = width_losses(Side(rows), spectrum.u)
     monkeypatch.setattr(two_sided, "SIMULATED", 10)
-    some = losses(Side(rows), spectrum.u)
+    some = width_losses(Side(rows), spectrum.u)
     count = len(spectrum.u)
     picked = np.round(np.linspace(0, count - 1, 10))
     for position in range(len(WIDTHS)):
@@ -167,8 +167,8 @@ def test_codes_err_less_than_dropping_and_say_by_how_much(
     shape: tuple[int, int], width: int
 ) -> None:
     delta, (rows, columns) = make_task(*shape).delta, metrics(*shape)
-    spectrum, sides = decompose(delta, rows, columns), (Side(rows), Side(columns))
-    coded = encode(delta, spectrum, sides, widths(len(spectrum.s), width, width))
+    spectrum, sides = weighted_svd(delta, rows, columns), (Side(rows), Side(columns))
+    coded = quantize_factors(delta, spectrum, sides, widths(len(spectrum.s), width, width))
     whole = float(spectrum.s.square().sum())
     assert coded.error < whole
     assert torch.isfinite(coded.s).all()
@@ -182,22 +182,25 @@ def test_codes_err_less_than_dropping_and_say_by_how_much(
 @pytest.mark.parametrize("scaled", [False, True])
 def test_refinements_never_hurt_and_more_bits_help(diagonal: bool, scaled: bool) -> None:
     delta, (rows, columns) = make_task(32, 48).delta, metrics(32, 48, diagonal=diagonal)
-    spectrum = decompose(delta, rows, columns, limit=12)
+    spectrum = weighted_svd(delta, rows, columns, limit=12)
     sides = Side(rows), Side(columns)
     if scaled:
         sides = sides[0].with_scale(spectrum.u, spectrum.s), sides[1]
-    errors = [encode(delta, spectrum, sides, widths(12, 2, 2), count).error for count in range(4)]
+    errors = [
+        quantize_factors(delta, spectrum, sides, widths(12, 2, 2), count).error
+        for count in range(4)
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.97 * errors[0]
-    by_width = [encode(delta, spectrum, sides, widths(12, w, w)).error for w in (1, 2, 4)]
+    by_width = [quantize_factors(delta, spectrum, sides, widths(12, w, w)).error for w in (1, 2, 4)]
     assert by_width == sorted(by_width, reverse=True)
 
 
 def test_the_full_delta_is_the_target_whichever_ranks_are_kept() -> None:
     delta, (rows, columns) = make_task(32, 48).delta, metrics(32, 48)
-    spectrum, sides = decompose(delta, rows, columns), (Side(rows), Side(columns))
+    spectrum, sides = weighted_svd(delta, rows, columns), (Side(rows), Side(columns))
     kept = Spectrum(spectrum.u[:4], spectrum.s[:4], spectrum.v[:4])
-    coded = encode(delta, kept, sides, widths(4, 6, 6))
+    coded = quantize_factors(delta, kept, sides, widths(4, 6, 6))
     dropped = float(spectrum.s[4:].square().sum())
     # No four ranks do better than the best ones, and fine codes come close to them.
     assert dropped <= coded.error < 1.05 * dropped + 0.01 * float(kept.s.square().sum())
@@ -205,8 +208,8 @@ def test_the_full_delta_is_the_target_whichever_ranks_are_kept() -> None:
 
 def test_no_ranks() -> None:
     delta, (rows, columns) = make_task(6, 9).delta, metrics(6, 9)
-    none = decompose(torch.zeros(6, 9), rows, columns)
-    coded = encode(delta, none, (Side(rows), Side(columns)), widths(0, 1, 1))
+    none = weighted_svd(torch.zeros(6, 9), rows, columns)
+    coded = quantize_factors(delta, none, (Side(rows), Side(columns)), widths(0, 1, 1))
     assert coded.error == pytest.approx(weighted_error(delta.double(), rows, columns))
     assert coded.u.codes.shape == (0, 6)
     assert coded.v.codes.shape == (0, 9)
@@ -243,26 +246,26 @@ def test_coordinates_of_scale_zero_decode_to_zero() -> None:
     delta = make_task(20, 24).delta
     delta[3] = 0
     rows, columns = metrics(20, 24, diagonal=True)
-    spectrum = decompose(delta, rows, columns)
+    spectrum = weighted_svd(delta, rows, columns)
     side = Side(rows).with_scale(spectrum.u, spectrum.s)
     assert side.scale is not None
     assert side.scale[3] == 0
     sides = side, Side(columns)
-    coded = encode(delta, spectrum, sides, widths(len(spectrum.s), 2, 2))
+    coded = quantize_factors(delta, spectrum, sides, widths(len(spectrum.s), 2, 2))
     assert torch.equal(decoded(coded, sides)[3], torch.zeros(24, dtype=torch.float64))
     assert coded.error < float(spectrum.s.square().sum())
 
 
 def test_a_singular_refit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     delta, (rows, columns) = make_task(8, 12).delta, metrics(8, 12)
-    spectrum, sides = decompose(delta, rows, columns), (Side(rows), Side(columns))
-    plain = encode(delta, spectrum, sides, widths(len(spectrum.s), 3, 3))
+    spectrum, sides = weighted_svd(delta, rows, columns), (Side(rows), Side(columns))
+    plain = quantize_factors(delta, spectrum, sides, widths(len(spectrum.s), 3, 3))
     assert plain.fallbacks == []
 
     def failing(matrix: Tensor) -> tuple[Tensor, Tensor]:
         return matrix, torch.tensor(1)
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
-    coded = encode(delta, spectrum, sides, widths(len(spectrum.s), 3, 3))
+    coded = quantize_factors(delta, spectrum, sides, widths(len(spectrum.s), 3, 3))
     assert coded.fallbacks == ["refit by eigendecomposition"]
     assert coded.error == pytest.approx(plain.error, rel=0.05)

@@ -12,10 +12,8 @@ from transformers import AutoModelForCausalLM
 from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
-from deltadock.compression.calibration.options import Source
-from deltadock.compression.catalogue import METHODS
+from deltadock.compression.options import METHODS, CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from deltadock.compression.run import CompressOptions
 from deltadock.inference.deltas.reading import ArtifactSource, place_delta, read_delta
 from deltadock.inference.engine.model_runner import ModelRunner
 from deltadock.inference.engine.scheduler import ScheduledChunk
@@ -78,7 +76,7 @@ def artifacts(base: Path, home: Path) -> dict[str, Path]:
     text.write_text("".join(f"{n} squared is {n * n}.\n" for n in range(100)))
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deltadock.compression.distillation.training.STEPS", 3)
+        patch.setattr("deltadock.compression.distillation.STEPS", 3)
         for name, method in METHODS.items():
             made[name] = home / f"{name}.delta"
             options = CompressOptions(name, bits=None if method.bits_min is None else 1.0)

@@ -1,12 +1,12 @@
-"""One bit budget for the whole model: every rank's two widths, chosen by one multiplier.
+"""One bit budget for the whole model: both widths of every rank, by Lagrangian relaxation.
 
     minimise   sum over ranks of error(rank, width of U, width of V)
     subject to sum over ranks of cost(width of U, width of V) <= budget
 
-All errors are in one unit (nats per token), so that ranks of all matrices compete. For a price per
-bit every rank chooses on its own; the price is bisected until the choices fit, and what is left is
-given to the ranks that gain most from it. The Lagrangian bound at that price certifies how far
-from the optimum the outcome can be.
+All errors are in nats per token, so that the ranks of all matrices compete. At a given price per
+bit (the multiplier) the ranks' choices are independent; the price is bisected until the choices
+fit, and the remaining bits go to the ranks that gain most. The Lagrangian bound at that price
+bounds the distance to the optimum.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ WORD: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
-    """What each rank of a matrix is worth.
+class RankProfile:
+    """The error of each rank of a matrix at each pair of widths, and its cost.
 
     Attributes:
         shape: (h_out, h_in).
-        s: (r,) singular values under both metrics; a dropped rank costs `s ** 2 / 2`.
-        u_losses, v_losses: (r, len(WIDTHS)): share of a vector's energy that a width loses.
-        overhead: bits that the matrix takes whatever its widths, and where no rank is kept.
+        s: (r,) singular values under both metrics; dropping a rank costs `s ** 2 / 2`.
+        u_losses, v_losses: (r, len(WIDTHS)), fraction of a vector's energy lost at each width.
+        overhead: bits that the matrix takes whatever its widths, even without any rank.
     """
 
     shape: tuple[int, int]
@@ -44,14 +44,14 @@ class Profile:
     def errors(self) -> Tensor:
         """(r, 1 + len(WIDTHS) ** 2) float64, in nats per token: dropped, then each (U, V) pair.
 
-        A factor that loses the share l keeps `1 - l`, and so two factors keep the product.
+        A factor of loss l keeps `1 - l`; two factors keep the product.
         """
         kept = (1 - self.u_losses)[:, :, None] * (1 - self.v_losses)[:, None, :]
         lost = torch.cat([torch.ones_like(self.s)[:, None], 1 - kept.flatten(1)], dim=1)
         return lost * self.s.square()[:, None] / 2
 
     def costs(self) -> Tensor:
-        """(1 + len(WIDTHS) ** 2,) float64: bits that a rank takes, in the order of `errors`."""
+        """(1 + len(WIDTHS) ** 2,) float64: bits of a rank, in the order of `errors`."""
         widths = torch.tensor(WIDTHS, dtype=torch.float64)
         h_out, h_in = (-(-n // WORD) * WORD for n in self.shape)
         pairs = widths[:, None] * h_out + widths * h_in + SCALE_BITS
@@ -59,8 +59,8 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
-class Widths:
-    """The ranks of a matrix that are kept (k,), and the widths of their U and V vectors (k,)."""
+class RankWidths:
+    """Indices (k,) of the ranks of a matrix that are kept, and the widths (k,) of U and V."""
 
     kept: Tensor
     u: Tensor
@@ -68,20 +68,20 @@ class Widths:
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
-    """An allocation: each matrix's widths, the error expected in nats, and the gap to the
-    Lagrangian bound as a share of that error."""
+class GlobalAllocation:
+    """Each matrix's widths, the expected error in nats per token, and the optimality gap: the
+    distance to the Lagrangian bound as a fraction of that error."""
 
-    widths: list[Widths]
+    widths: list[RankWidths]
     error: float
     gap: float
 
 
-def share(profiles: Sequence[Profile], budget: float) -> Shares:
-    """Give every rank of every matrix its widths within `budget` bits.
+def allocate(profiles: Sequence[RankProfile], budget: float) -> GlobalAllocation:
+    """Choose the widths of every rank of every matrix within `budget` bits.
 
     Raises:
-        InvalidInput: the budget does not even hold the matrices' overhead.
+        InvalidInput: the budget is below the matrices' overhead.
     """
     budget -= sum(profile.overhead for profile in profiles)
     if budget < 0:
@@ -103,21 +103,21 @@ def share(profiles: Sequence[Profile], budget: float) -> Shares:
         sum(float((e + high * c).amin(dim=1).sum()) for e, c in zip(errors, costs, strict=True))
         - high * budget
     )
-    _spend(picked, choose(low)[0], errors, costs, budget - spent)
+    _spend_rest(picked, choose(low)[0], errors, costs, budget - spent)
     total = sum(float(e.gather(1, p[:, None]).sum()) for e, p in zip(errors, picked, strict=True))
     gap = (total - min(max(bound, 0.0), total)) / total if total > 0 else 0.0
-    return Shares([_widths(p) for p in picked], total, gap)
+    return GlobalAllocation([_widths(p) for p in picked], total, gap)
 
 
-def _spend(
+def _spend_rest(
     picked: list[Tensor],
-    dearer: list[Tensor],
+    larger: list[Tensor],
     errors: list[Tensor],
     costs: list[Tensor],
     left: float,
 ) -> None:
-    """Move ranks to the choice of a slightly lower price, best gain first, while it fits."""
-    for p, d, e, c in zip(picked, dearer, errors, costs, strict=True):
+    """Upgrade ranks to their choice at a slightly lower price, best gain per bit first."""
+    for p, d, e, c in zip(picked, larger, errors, costs, strict=True):
         moved = (p != d).nonzero().squeeze(1)
         gain = (e[moved, p[moved]] - e[moved, d[moved]]) / (c[d[moved]] - c[p[moved]]).clamp_min(1)
         for row in moved[gain.argsort(descending=True, stable=True)].tolist():
@@ -127,8 +127,8 @@ def _spend(
                 left -= extra
 
 
-def _widths(picked: Tensor) -> Widths:
+def _widths(picked: Tensor) -> RankWidths:
     kept = (picked > 0).nonzero().squeeze(1)
     widths = torch.tensor(WIDTHS)
     pair = picked[kept] - 1
-    return Widths(kept, widths[pair // len(WIDTHS)], widths[pair % len(WIDTHS)])
+    return RankWidths(kept, widths[pair // len(WIDTHS)], widths[pair % len(WIDTHS)])

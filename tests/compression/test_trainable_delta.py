@@ -21,7 +21,7 @@ from deltadock.artifacts.encodings import (
     encode_svd,
     encode_transposed,
 )
-from deltadock.compression.distillation.trainable import TrainableDelta, flat, ones
+from deltadock.compression.distillation import TrainableDelta, flatten_factors, unit_factors
 from deltadock.compression.scratch import Scratch
 
 H_OUT, H_IN = 6, 10
@@ -100,7 +100,7 @@ def perturbed(delta: TrainableDelta, seed: int = 0) -> dict[str, Tensor]:
 
 def test_factors_of_one_give_the_decoded_delta(encoded: Encoded, scratch: Scratch) -> None:
     delta = TrainableDelta(encoded, scratch, "w", CPU)
-    found = delta(ones({"w": delta}, CPU)["w"])
+    found = delta(unit_factors({"w": delta}, CPU)["w"])
     expected = torch.from_numpy(decode_dense(encoded))
     assert found.shape == expected.shape
     assert found.dtype == torch.float32
@@ -117,7 +117,9 @@ def test_there_is_a_factor_for_every_scale(encoded: Encoded, scratch: Scratch) -
     if "deflated" in str(encoded.record):
         wanted = {key: size for key, size in wanted.items() if not key.startswith("1/")}
     assert delta.factors == wanted
-    assert sum(factor.numel() for factor in flat(ones({"w": delta}, CPU))) == sum(wanted.values())
+    assert sum(
+        factor.numel() for factor in flatten_factors(unit_factors({"w": delta}, CPU))
+    ) == sum(wanted.values())
 
 
 def test_rescaled_decodes_to_the_delta_under_the_factors(
@@ -187,12 +189,14 @@ def test_deltas_of_many_tensors_do_not_mix(scratch: Scratch) -> None:
     deltas = {
         name: TrainableDelta(one, scratch, name, CPU) for name, one in zip(names, made, strict=True)
     }
-    factors = ones(deltas, CPU)
+    factors = unit_factors(deltas, CPU)
     for name, one in zip(names, made, strict=True):
         torch.testing.assert_close(
             deltas[name](factors[name]).detach(), torch.from_numpy(decode_dense(one))
         )
-    assert len(list(flat(factors))) == len(list(chain(*(d.factors for d in deltas.values()))))
+    assert len(list(flatten_factors(factors))) == len(
+        list(chain(*(d.factors for d in deltas.values())))
+    )
 
 
 def test_no_ranks_are_no_delta(scratch: Scratch) -> None:
@@ -200,6 +204,6 @@ def test_no_ranks_are_no_delta(scratch: Scratch) -> None:
     sides = [Vectors(np.zeros((0, n), np.uint8), nothing, None) for n in (H_OUT, H_IN)]
     encoded = encode_svd(SvdMatrix(sides[0], np.zeros(0, np.float32), sides[1]), "BF16", {})
     delta = TrainableDelta(encoded, scratch, "w", CPU)
-    factors = ones({"w": delta}, CPU)["w"]
+    factors = unit_factors({"w": delta}, CPU)["w"]
     assert torch.equal(delta(factors), torch.zeros(H_OUT, H_IN))
     assert decode_dense(delta.rescaled(factors)).shape == (H_OUT, H_IN)

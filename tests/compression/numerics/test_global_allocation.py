@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deltadock.compression.numerics.budget import SCALE_BITS, Profile, Shares, Widths, share
+from deltadock.compression.numerics.global_allocation import (
+    SCALE_BITS,
+    GlobalAllocation,
+    RankProfile,
+    RankWidths,
+    allocate,
+)
 from deltadock.compression.numerics.two_sided import WIDTHS
 from deltadock.errors import InvalidInput
 
@@ -24,14 +30,14 @@ def make_losses(ranks: int, generator: torch.Generator) -> Tensor:
 
 def make_profile(
     ranks: int, seed: int = 0, shape: tuple[int, int] = (32, 64), overhead: int = 0
-) -> Profile:
+) -> RankProfile:
     generator = torch.Generator().manual_seed(seed)
     s = torch.rand(ranks, generator=generator, dtype=torch.float64).sort(descending=True).values
     losses = make_losses(ranks, generator), make_losses(ranks, generator)
-    return Profile(shape, s, *losses, overhead)
+    return RankProfile(shape, s, *losses, overhead)
 
 
-def spent(profiles: list[Profile], shares: Shares) -> float:
+def spent(profiles: list[RankProfile], shares: GlobalAllocation) -> float:
     """Bits, counted from the shapes."""
     total = 0.0
     for profile, widths in zip(profiles, shares.widths, strict=True):
@@ -40,7 +46,7 @@ def spent(profiles: list[Profile], shares: Shares) -> float:
     return total
 
 
-def lost(profiles: list[Profile], shares: Shares) -> float:
+def lost(profiles: list[RankProfile], shares: GlobalAllocation) -> float:
     """Nats, rank by rank."""
     total = 0.0
     for profile, widths in zip(profiles, shares.widths, strict=True):
@@ -62,7 +68,7 @@ def lost(profiles: list[Profile], shares: Shares) -> float:
     return total
 
 
-def optimum(profiles: list[Profile], budget: float) -> float:
+def optimum(profiles: list[RankProfile], budget: float) -> float:
     """The least error of all choices, by exhaustion."""
     ranks = [
         (errors.tolist(), profile.costs().tolist())
@@ -95,7 +101,7 @@ def test_errors_and_costs_of_a_rank() -> None:
 @settings(max_examples=60, deadline=None)
 def test_within_the_gap_of_exhaustive_search(seed: int, budget: int) -> None:
     profiles = [make_profile(1, seed), make_profile(1, seed + 1, (64, 32))]
-    shares, best = share(profiles, budget), optimum(profiles, budget)
+    shares, best = allocate(profiles, budget), optimum(profiles, budget)
     assert spent(profiles, shares) <= budget
     assert shares.error * (1 - shares.gap) <= best * (1 + 1e-9)
     assert best <= shares.error * (1 + 1e-9)
@@ -115,7 +121,7 @@ def test_what_always_holds(sizes: list[tuple[int, int, int]], bits: float, overh
         for seed, (ranks, h_out, h_in) in enumerate(sizes)
     ]
     budget = len(profiles) * overhead + bits * sum(h_out * h_in for _, h_out, h_in in sizes)
-    shares = share(profiles, budget)
+    shares = allocate(profiles, budget)
     assert spent(profiles, shares) <= budget
     assert shares.error == pytest.approx(lost(profiles, shares), rel=1e-9, abs=1e-300)
     assert 0 <= shares.gap <= 1
@@ -124,21 +130,21 @@ def test_what_always_holds(sizes: list[tuple[int, int, int]], bits: float, overh
         assert widths.kept.tolist() == sorted(set(widths.kept.tolist()))
         assert all(0 <= rank < len(profile.s) for rank in widths.kept.tolist())
         assert {*widths.u.tolist(), *widths.v.tolist()} <= set(WIDTHS)
-    more = share(profiles, 2 * budget + 100)
+    more = allocate(profiles, 2 * budget + 100)
     assert more.error * (1 - more.gap) <= shares.error * (1 + 1e-9)
 
 
 def test_many_ranks_leave_hardly_a_gap() -> None:
     profiles = [make_profile(80, seed, (96, 160)) for seed in range(4)]
     for bits in (0.1, 0.5, 1.0, 3.0):
-        shares = share(profiles, bits * 4 * 96 * 160)
+        shares = allocate(profiles, bits * 4 * 96 * 160)
         assert shares.gap < 0.01
         assert spent(profiles, shares) > 0.95 * bits * 4 * 96 * 160
 
 
 def test_a_budget_for_everything_is_spent_on_the_widest() -> None:
     profiles = [make_profile(5), make_profile(3, 1)]
-    shares = share(profiles, 1e6)
+    shares = allocate(profiles, 1e6)
     assert all((widths.u == 8).all() and (widths.v == 8).all() for widths in shares.widths)
     assert [len(widths.kept) for widths in shares.widths] == [5, 3]
     assert shares.gap < 1e-6
@@ -147,28 +153,28 @@ def test_a_budget_for_everything_is_spent_on_the_widest() -> None:
 def test_overhead_counts_and_may_be_too_much() -> None:
     profiles = [make_profile(2, overhead=300), make_profile(2, 1, overhead=200)]
     with pytest.raises(InvalidInput, match="Allow more bits"):
-        share(profiles, 499)
+        allocate(profiles, 499)
     for budget in (500, 611, 700, 1500):
-        shares = share(profiles, budget)
+        shares = allocate(profiles, budget)
         assert spent(profiles, shares) <= budget
-    assert [len(widths.kept) for widths in share(profiles, 500).widths] == [0, 0]
+    assert [len(widths.kept) for widths in allocate(profiles, 500).widths] == [0, 0]
 
 
 def test_nothing_to_share() -> None:
-    assert share([], 0) == Shares([], 0.0, 0.0)
+    assert allocate([], 0) == GlobalAllocation([], 0.0, 0.0)
     none = torch.zeros(0, len(WIDTHS), dtype=torch.float64)
-    empty = Profile((4, 4), none[:, 0], none, none)
-    shares = share([empty], 100)
+    empty = RankProfile((4, 4), none[:, 0], none, none)
+    shares = allocate([empty], 100)
     assert (shares.error, shares.gap) == (0.0, 0.0)
-    assert isinstance(shares.widths[0], Widths)
+    assert isinstance(shares.widths[0], RankWidths)
     assert len(shares.widths[0].kept) == 0
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e10])
 def test_the_unit_of_the_errors_does_not_matter(value: float) -> None:
     plain = make_profile(6)
-    scaled = Profile(plain.shape, value * plain.s, plain.u_losses, plain.v_losses)
-    shares, same = share([scaled], 900), share([plain], 900)
+    scaled = RankProfile(plain.shape, value * plain.s, plain.u_losses, plain.v_losses)
+    shares, same = allocate([scaled], 900), allocate([plain], 900)
     assert spent([scaled], shares) <= 900
     assert shares.error == pytest.approx(value**2 * same.error, rel=1e-6)
 
@@ -193,6 +199,6 @@ def test_scip_finds_no_better_than_the_bound(seed: int) -> None:
     model.optimize()
     assert model.getStatus() == "optimal"
     best = model.getObjVal()
-    shares = share(profiles, budget)
+    shares = allocate(profiles, budget)
     assert shares.error * (1 - shares.gap) <= best * (1 + 1e-6)
     assert best <= shares.error * (1 + 1e-6)

@@ -1,11 +1,22 @@
-"""One goal, and only one, within its range."""
+"""Methods and the budgets they accept; one goal, within its range."""
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from deltadock.compression.goal import DEFAULT_BITS, GOAL_KINDS, Goal, check_goal, goal_for
+from deltadock.compression.options import (
+    DEFAULT_BITS,
+    GOAL_KINDS,
+    METHODS,
+    Goal,
+    check_goal,
+    check_method,
+    default_method,
+    goal_for,
+)
 from deltadock.errors import BitsOutOfRange, InvalidGoal, UnknownMethod
 
 GOOD = {"bits": 0.5, "target_bytes": 10**9, "ratio": 13.5, "max_kl": 0.01, "min_agreement": 0.98}
@@ -37,7 +48,7 @@ def test_two_goals_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "error"),
+    ("goals", "error"),
     [
         *(({"bits": value}, BitsOutOfRange) for value in (0, -1, 17, math.nan, math.inf)),
         *(({"target_bytes": value}, InvalidGoal) for value in (0, -1, 1.5, 2**63, math.nan)),
@@ -46,11 +57,11 @@ def test_two_goals_are_refused_by_name() -> None:
         *(({"min_agreement": value}, InvalidGoal) for value in (0, 1, 98, -0.1, math.nan)),
     ],
 )
-def test_what_lies_outside_is_refused(wish: dict[str, Any], error: type[Exception]) -> None:
+def test_what_lies_outside_is_refused(goals: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
-        check_goal(**wish)
+        check_goal(**goals)
     with pytest.raises(error):
-        goal_for("adamix", **wish)
+        goal_for("adamix", **goals)
 
 
 def test_a_budget_is_held_to_its_methods_range() -> None:
@@ -68,9 +79,9 @@ def test_methods_without_a_budget_have_no_goal() -> None:
 
 
 def test_an_unknown_method_is_named() -> None:
-    for wish in ({}, {"bits": 1.0}, {"ratio": 10.0}):
+    for goals in ({}, {"bits": 1.0}, {"ratio": 10.0}):
         with pytest.raises(UnknownMethod, match="'zip'"):
-            goal_for("zip", **wish)
+            goal_for("zip", **goals)
 
 
 def test_goals_read_as_words() -> None:
@@ -82,3 +93,54 @@ def test_goals_read_as_words() -> None:
         "KL at most 0.01",
         "agreement at least 0.98",
     ]
+
+
+def test_there_is_one_default() -> None:
+    assert [info for info in METHODS.values() if info.default] == [default_method()]
+
+
+def test_bounds_and_budgets_agree() -> None:
+    for info in METHODS.values():
+        assert (info.bits_min is None) == (info.bits_max is None)
+        if info.budgets:
+            assert (info.bits_min, info.bits_max) == (min(info.budgets), max(info.budgets))
+        for bits in (info.bits_min, info.bits_max):
+            assert check_method(info.name, bits) is info
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("adamix", 0.1), ("adamix", 8.0), ("exact", None), ("delta-zip", 2.0), ("bitdelta", None)],
+)
+def test_what_is_accepted(name: str, bits: float | None) -> None:
+    assert check_method(name, bits) is METHODS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("adamix", None),
+        ("adamix", 0.0999),
+        ("adamix", 8.001),
+        ("adamix", math.nan),
+        ("adamix", math.inf),
+        ("exact", 1.0),
+        ("delta-zip", 1.5),
+        ("delta-zip", None),
+        ("bitdelta", 1.0),
+    ],
+)
+def test_budgets_that_are_not(name: str, bits: float | None) -> None:
+    with pytest.raises(BitsOutOfRange, match=name):
+        check_method(name, bits)
+
+
+def test_unknown_methods_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(UnknownMethod, match="adamix"):
+        check_method("AdaMix", 1.0)
+
+
+def test_what_the_api_imports_needs_no_torch() -> None:
+    modules = "options, deltadock.compression.preview"
+    code = f"import deltadock.compression.{modules}, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

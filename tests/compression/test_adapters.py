@@ -10,13 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from deltadock.artifacts.encodings import Encoded, decode_dense, decode_floats
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
-from deltadock.compression.methods.lora import adapter_digest, import_adapter
-from deltadock.compression.model.weights import Checkpoint
+from deltadock.compression.adapters import adapter_digest, encode_adapter, import_adapter
+from deltadock.compression.checkpoints import CheckpointReader
+from deltadock.compression.options import CompressOptions, Source
+from deltadock.compression.report import ProgressReporter
 from deltadock.errors import (
     ArchitectureMismatch,
     DeltadockError,
@@ -81,7 +84,7 @@ def test_outputs_are_those_of_the_adapter(
     base: Path, make_adapter: MakeAdapter, dtype: torch.dtype, stabilised: bool
 ) -> None:
     tensors = factors(64, 64, dtype=dtype)
-    encoded = import_adapter(base, make_adapter(tensors, use_rslora=stabilised))
+    encoded = encode_adapter(CheckpointReader(base), make_adapter(tensors, use_rslora=stabilised))
     assert encoded.keys() == {f"{LAYER}.weight"}
     inputs = torch.randn(7, 64, dtype=torch.float64)
     a, b = (tensors[f"{LAYER}.lora_{side}.weight"].double() for side in "AB")
@@ -96,7 +99,7 @@ def test_factors_are_kept_bit_for_bit(
     base: Path, make_adapter: MakeAdapter, dtype: torch.dtype
 ) -> None:
     tensors = factors(64, 64, dtype=dtype)
-    encoded = import_adapter(base, make_adapter(tensors))[f"{LAYER}.weight"]
+    encoded = encode_adapter(CheckpointReader(base), make_adapter(tensors))[f"{LAYER}.weight"]
     record = encoded.record
     assert (record["kind"], record["rank"], record["scaling"]) == ("low-rank", 4, 3.0)
     for side, key in (("u", "B"), ("v", "A")):
@@ -113,7 +116,7 @@ def test_ranks_and_alphas_of_patterns(base: Path, make_adapter: MakeAdapter, pat
         rank_pattern={"other": 9, pattern: 2},
         alpha_pattern={pattern: 5, r"self_attn\.q_proj": 7},
     )
-    found = delta_of(import_adapter(base, adapter)[f"{LAYER}.weight"])
+    found = delta_of(encode_adapter(CheckpointReader(base), adapter)[f"{LAYER}.weight"])
     torch.testing.assert_close(found, product(tensors, 5 / 2), rtol=1e-5, atol=1e-5)
 
 
@@ -125,7 +128,7 @@ def test_head_and_embedding(base: Path, make_adapter: MakeAdapter) -> None:
         f"{EMBEDDING}.lora_embedding_A": b.T,
         f"{EMBEDDING}.lora_embedding_B": a.T,
     }
-    encoded = import_adapter(base, make_adapter(tensors))
+    encoded = encode_adapter(CheckpointReader(base), make_adapter(tensors))
     expected = 3 * b.double() @ a.double()
     for name in (HEAD, EMBEDDING):
         found = delta_of(encoded[f"{name}.weight"])
@@ -135,27 +138,27 @@ def test_head_and_embedding(base: Path, make_adapter: MakeAdapter) -> None:
 def test_whole_tensors_replace_and_equal_ones_are_left_out(
     base: Path, make_adapter: MakeAdapter
 ) -> None:
-    checkpoint = Checkpoint(base)
+    checkpoint = CheckpointReader(base)
     bias, norm = f"{LAYER}.bias", "model.norm.weight"
     tensors = {
         f"{LAYER}.base_layer.bias": checkpoint.tensor(bias) + 1,
         norm: checkpoint.tensor(norm).float() + 0.125,
         "lm_head.weight": checkpoint.tensor("lm_head.weight"),
     }
-    encoded = import_adapter(base, make_adapter(tensors, bias="lora_only"))
+    encoded = encode_adapter(CheckpointReader(base), make_adapter(tensors, bias="lora_only"))
     assert {name: e.record["dtype"] for name, e in encoded.items()} == {bias: "BF16", norm: "F32"}
     assert encoded[norm].segments["data"].tolist() == tensors[norm].tolist()
 
 
 def test_a_resized_vocabulary(base: Path, make_adapter: MakeAdapter) -> None:
     name = "model.embed_tokens.weight"
-    table = Checkpoint(base).tensor(name)
+    table = CheckpointReader(base).tensor(name)
     longer = torch.cat([table, torch.ones(3, 64, dtype=table.dtype)])
-    encoded = import_adapter(base, make_adapter({name: longer}))[name]
+    encoded = encode_adapter(CheckpointReader(base), make_adapter({name: longer}))[name]
     assert encoded.record["kind"] == "new-rows"
     assert encoded.nbytes == 3 * 64 * 2
     longer[0] += 1
-    trained = import_adapter(base, make_adapter({name: longer}))[name]
+    trained = encode_adapter(CheckpointReader(base), make_adapter({name: longer}))[name]
     assert (trained.record["kind"], trained.record["shape"]) == ("exact", list(longer.shape))
 
 
@@ -169,11 +172,13 @@ def test_conv1d_weights_are_the_transpose(
     (base / "config.json").write_text('{"model_type": "gpt2"}')
     save_file({f"{LAYER}.weight": torch.randn(h_in, h_out)}, base / "model.safetensors")
     tensors = factors(h_out, h_in)
-    found = import_adapter(base, make_adapter(tensors, fan_in_fan_out=True))[f"{LAYER}.weight"]
+    found = encode_adapter(CheckpointReader(base), make_adapter(tensors, fan_in_fan_out=True))[
+        f"{LAYER}.weight"
+    ]
     assert found.record["kind"] == "transposed"
     torch.testing.assert_close(delta_of(found), product(tensors, 3).T, rtol=1e-5, atol=1e-5)
     if square:  # told by the configuration alone
-        plain = import_adapter(base, make_adapter(tensors))[f"{LAYER}.weight"]
+        plain = encode_adapter(CheckpointReader(base), make_adapter(tensors))[f"{LAYER}.weight"]
         torch.testing.assert_close(delta_of(plain), product(tensors, 3), rtol=1e-5, atol=1e-5)
 
 
@@ -181,8 +186,8 @@ def test_the_merged_checkpoint_is_the_adapters(
     base: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     tensors = factors(64, 64)
-    encoded = import_adapter(base, make_adapter(tensors))
-    checkpoint = Checkpoint(base)
+    encoded = encode_adapter(CheckpointReader(base), make_adapter(tensors))
+    checkpoint = CheckpointReader(base)
     manifest = {
         "base_digest": checkpoint.manifest.weights_digest, "method": "lora", "files": {},
         "nominal_bits": None, "checkpoint_bytes": checkpoint.bf16_bytes,
@@ -223,7 +228,7 @@ def test_configurations_that_are_refused(
     base: Path, make_adapter: MakeAdapter, config: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InvalidAdapter, match=words):
-        import_adapter(base, make_adapter(factors(64, 64), **config))
+        encode_adapter(CheckpointReader(base), make_adapter(factors(64, 64), **config))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +255,7 @@ def test_tensors_that_are_refused(
     tensors = {**factors(64, 64), **change}
     adapter = make_adapter({name: t for name, t in tensors.items() if t is not None})
     with pytest.raises(error, match=words):
-        import_adapter(base, adapter)
+        encode_adapter(CheckpointReader(base), adapter)
 
 
 def test_files_that_are_missing_or_damaged(base: Path, make_adapter: MakeAdapter) -> None:
@@ -258,19 +263,19 @@ def test_files_that_are_missing_or_damaged(base: Path, make_adapter: MakeAdapter
     weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(MalformedSafetensors):
-        import_adapter(base, adapter)
+        encode_adapter(CheckpointReader(base), adapter)
     weights.rename(adapter / "adapter_model.bin")
     with pytest.raises(UnsafeFile, match="safe_serialization"):
-        import_adapter(base, adapter)
+        encode_adapter(CheckpointReader(base), adapter)
     (adapter / "adapter_model.bin").unlink()
     with pytest.raises(InvalidAdapter, match="no adapter_model"):
-        import_adapter(base, adapter)
+        encode_adapter(CheckpointReader(base), adapter)
     config.write_text("{")
     with pytest.raises(InvalidAdapter, match="JSON"):
-        import_adapter(base, adapter)
+        encode_adapter(CheckpointReader(base), adapter)
     config.unlink()
     with pytest.raises(InvalidAdapter, match="no adapter_config"):
-        import_adapter(base, adapter)
+        encode_adapter(CheckpointReader(base), adapter)
 
 
 def test_the_digest_is_of_both_files(make_adapter: MakeAdapter) -> None:
@@ -280,3 +285,57 @@ def test_the_digest_is_of_both_files(make_adapter: MakeAdapter) -> None:
         for alpha in (1, 2)
     }
     assert len(digests) == 4
+
+
+def test_the_adapters_tokenizer_and_its_tokens(
+    make_pair: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    base, _ = make_pair(tied=False)
+    (base / "merges.txt").write_text("#version: 0.2\n")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    before = CheckpointReader(base)
+    tensors = {
+        name: torch.cat([before.tensor(name), torch.ones(3, 64, dtype=torch.bfloat16)])
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    tensors["lm_head.weight"][0] += 1
+    count = len(tensors["lm_head.weight"])
+    save_file(
+        {f"base_model.model.{name}": tensor for name, tensor in tensors.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "bias": "none"}
+    written = {
+        "adapter_config.json": json.dumps(settings),
+        "chat_template.jinja": "{{ messages }}",
+        "tokenizer.model": b"\xff\xfe",
+        "merges.txt": (base / "merges.txt").read_text(),
+        "trainer_state.json": "{}",
+        "README.md": "An adapter.",
+    }
+    for name, content in written.items():
+        (adapter / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    out = tmp_path / "a.delta"
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 500)
+    report = import_adapter(
+        base,
+        adapter,
+        out,
+        CompressOptions(method="lora"),
+        calibration=[Source(text)],
+        progress=ProgressReporter(),
+    )
+    assert report.kl == 0.0
+    assert report.kl_base is not None
+    assert report.kl_base > 0
+    with Artifact(out) as artifact:
+        files, binary = artifact.files, artifact.binary_files
+    assert files.keys() == {"chat_template.jinja", "config.json"}
+    assert binary == {"tokenizer.model": b"\xff\xfe"}
+    assert json.loads(files["config.json"] or "")["vocab_size"] == count
+    merge(base, out, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(model.get_input_embeddings().weight, tensors["model.embed_tokens.weight"])
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])

@@ -11,17 +11,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deltadock.artifacts.encodings import Encoded, decode_dense
-from deltadock.compression.assembly.assembling import encode_others
+from deltadock.compression import distillation
+from deltadock.compression.assembly import encode_remaining
 from deltadock.compression.calibration.windows import CalibrationSet
-from deltadock.compression.distillation import training as distillation
-from deltadock.compression.distillation.trainable import flat
-from deltadock.compression.distillation.training import distill
+from deltadock.compression.checkpoints import CheckpointPair, open_pair
+from deltadock.compression.distillation import distill, flatten_factors
 from deltadock.compression.methods import optimix
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.numerics.budget import Widths
+from deltadock.compression.numerics.global_allocation import RankWidths
 from deltadock.compression.numerics.metric import Metric
-from deltadock.compression.run import CompressOptions, Run, open_run
-from deltadock.compression.statistics.collecting import matrices_of
+from deltadock.compression.statistics import changed_matrices
 from deltadock.errors import Cancelled
 
 Pair = tuple[Path, Path]
@@ -38,30 +37,30 @@ class Prepared:
 
     def __init__(self, base: Path, tuned: Path) -> None:
         self.base, self.tuned = base, tuned
-        options = CompressOptions(method="optimix", seed=2)
-        self.run: Run = open_run(base, tuned, options, lambda _: None)
+        self.pair: CheckpointPair = open_pair(base, tuned)
         self.model = BlockwiseModel(tuned)
         self.encoded: dict[str, Encoded] = {}
-        for matrix in matrices_of(self.run, self.model, with_embedding=True):
-            delta = self.run.matrix_delta(matrix.ref)
+        for matrix in changed_matrices(self.pair, self.model, with_embedding=True):
+            delta = self.pair.delta(matrix.ref)
             rows, columns = (Metric.of(torch.ones(n)) for n in delta.shape)
             prepared, profile = optimix.profile(delta, rows, columns)
             count = len(profile.s)
-            widths = Widths(torch.arange(count), *(torch.full((count,), w) for w in (1, 2)))
+            widths = RankWidths(torch.arange(count), *(torch.full((count,), w) for w in (1, 2)))
             made = optimix.compress(delta, prepared, widths, rows, columns, "BF16").encoded
             made.segments["s"] = (1.1 * made.segments["s"]).astype(np.float16)
             self.encoded[matrix.ref.name] = made
-        self.run.encoded = dict(self.encoded)
-        encode_others(self.run, self.model)
-        self.encoded = self.run.encoded
+        others, _ = encode_remaining(
+            self.pair, self.encoded, embedding=self.model.embedding, embedding_bits=4
+        )
+        self.encoded |= others
 
     def distill(self) -> Outcome:
-        shares: list[float] = []
+        fractions: list[float] = []
         outcome = distill(
-            self.run, self.model, DATA, self.encoded, lambda done, _: shares.append(done)
+            self.pair, self.model, DATA, self.encoded, 2, lambda done, _: fractions.append(done)
         )
-        assert shares == sorted(shares)
-        assert all(0 <= done <= 1 for done in shares)
+        assert fractions == sorted(fractions)
+        assert all(0 <= done <= 1 for done in fractions)
         return outcome
 
     def kl(self, encoded: dict[str, Encoded]) -> float:
@@ -85,7 +84,7 @@ class Prepared:
 def _few_and_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     # For the little text there is here; each step sees five windows.
     monkeypatch.setattr(distillation, "STEPS", 8)
-    monkeypatch.setattr(distillation, "LEARNING_SHARE", 0.03)
+    monkeypatch.setattr(distillation, "RELATIVE_RATE", 0.03)
     monkeypatch.setattr(distillation, "TOKENS_PER_STEP", 5 * TRAIN.shape[1])
 
 
@@ -140,7 +139,7 @@ def test_what_does_not_help_is_not_kept(
     def astray(*args: Any) -> None:
         """Uphill, or into nowhere."""
         accumulate(*args)
-        for factor in flat(args[2].factors):
+        for factor in flatten_factors(args[2].factors):
             assert factor.grad is not None
             factor.grad.mul_(value)
 
@@ -179,4 +178,4 @@ def test_what_hears_of_the_progress_may_stop_it(make_pair: Callable[..., Pair]) 
             raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
-        distill(prepared.run, prepared.model, DATA, prepared.encoded, stop)
+        distill(prepared.pair, prepared.model, DATA, prepared.encoded, 0, stop)

@@ -12,13 +12,12 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Model
 
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
-from deltadock.compression.calibration.options import Source
-from deltadock.compression.evaluation import evaluate
+from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.model.weights import Checkpoint
+from deltadock.compression.options import CompressOptions, Source
 from deltadock.compression.pipeline import compress
+from deltadock.compression.quality import evaluate
 from deltadock.compression.report import Report
-from deltadock.compression.run import CompressOptions
 from deltadock.errors import InvalidCheckpoint, UnsupportedModel
 from tests.compression.conftest import save_tokenizer
 from tests.compression.family_cases import CASES, TOKENS, VOCABULARY, save
@@ -50,7 +49,7 @@ def run(pair: Pair, text: Path, tmp_path: Path) -> tuple[Report, dict[str, str]]
 
 
 def blockwise_logits(folder: Path) -> Tensor:
-    model, source = BlockwiseModel(folder), Checkpoint(folder)
+    model, source = BlockwiseModel(folder), CheckpointReader(folder)
     model.check({name: entry.shape for name, entry in source.entries.items()})
     hidden = model.embed(TOKENS, source)
     for index in range(len(model.blocks)):
@@ -218,6 +217,6 @@ def test_a_missing_tensor_is_named_as_the_checkpoint_would(tmp_path: Path) -> No
     save(CASES["llava"], tmp_path)
     name = "language_model.model.layers.1.mlp.up_proj.weight"
     rewrite(tmp_path, lambda w: {key: tensor for key, tensor in w.items() if key != name})
-    source = Checkpoint(tmp_path)
+    source = CheckpointReader(tmp_path)
     with pytest.raises(InvalidCheckpoint, match=name):
         BlockwiseModel(tmp_path).check({n: entry.shape for n, entry in source.entries.items()})

@@ -8,13 +8,24 @@ import pytest
 
 from benchmarks.sizes_7b import qwen2_5_7b
 from deltadock.artifacts.checkpoint import scan_folder
-from deltadock.compression.calibration.options import CalibrationOptions, Source
-from deltadock.compression.catalogue import METHODS
-from deltadock.compression.goal import Goal, goal_for
-from deltadock.compression.layouts import LAYOUTS, RUNS_PADDING, Shape
+from deltadock.compression.options import (
+    METHODS,
+    CalibrationOptions,
+    CompressOptions,
+    Goal,
+    Source,
+    goal_for,
+)
 from deltadock.compression.pipeline import compress
-from deltadock.compression.run import CompressOptions
-from deltadock.compression.sizes import carried_bytes, preview, read_shapes, shapes_of
+from deltadock.compression.preview import (
+    RUNS_PADDING,
+    SIZE_ESTIMATES,
+    TensorShape,
+    carried_bytes,
+    preview_size,
+    read_shapes,
+    shapes_of,
+)
 from deltadock.errors import InvalidCheckpoint, InvalidGoal, InvalidInput, MalformedSafetensors
 
 Pair = tuple[Path, Path]
@@ -43,12 +54,12 @@ ONE_BIT = Goal("bits", 1.0)
     ],
 )
 def test_roles_are_told_from_names(name: str, shape: tuple[int, ...], role: str) -> None:
-    assert Shape(name, "BF16", shape).role == role
-    assert Shape(name, "I8", shape).role == "other tensors"
+    assert TensorShape(name, "BF16", shape).role == role
+    assert TensorShape(name, "I8", shape).role == "other tensors"
 
 
 # Distillation moves scales and takes no bytes, but a minute.
-QUICK = sorted((LAYOUTS.keys() & METHODS.keys()) - {"bitdelta-distilled"})
+QUICK = sorted((SIZE_ESTIMATES.keys() & METHODS.keys()) - {"bitdelta-distilled"})
 
 
 @pytest.mark.parametrize(
@@ -66,7 +77,7 @@ def test_the_preview_is_near_the_artifact(method: str, bits: float, tmp_path: Pa
     )
     report = compress(base, finetuned, out, options, calibration=[Source(text)])
     before, after = scan_folder(base), scan_folder(finetuned)
-    expected = preview(
+    expected = preview_size(
         shapes_of(after, before), method, goal_for(method, bits=budget)[1],
         carried=carried_bytes(after, before),
     )  # fmt: skip
@@ -86,7 +97,7 @@ def test_what_travels_in_the_manifest_is_counted(pair: Pair, text: Path, tmp_pat
     options = CompressOptions(method="exact", bits=None)
     compress(base, finetuned, tmp_path / "a.delta", options, calibration=[])
     before, after = scan_folder(base), scan_folder(finetuned)
-    expected = preview(
+    expected = preview_size(
         shapes_of(after, before), "exact", None, carried=carried_bytes(after, before)
     )
     assert expected.artifact_bytes == pytest.approx((tmp_path / "a.delta").stat().st_size, rel=0.15)
@@ -97,10 +108,10 @@ def test_only_what_changed_takes_bytes(make_pair: Callable[..., Pair]) -> None:
     base, finetuned = (scan_folder(folder) for folder in make_pair(tied=False))
     assert all(shape.changed for shape in shapes_of(finetuned))
     assert not any(shape.changed for shape in shapes_of(finetuned, finetuned))
-    nothing = preview(shapes_of(finetuned, finetuned), "optimix", ONE_BIT)
+    nothing = preview_size(shapes_of(finetuned, finetuned), "optimix", ONE_BIT)
     assert nothing.artifact_bytes < 2_000
     assert [part.kind for part in nothing.parts] == ["manifest"]
-    whole = preview(shapes_of(finetuned, base), "optimix", ONE_BIT)
+    whole = preview_size(shapes_of(finetuned, base), "optimix", ONE_BIT)
     assert [part.kind for part in whole.parts] == [
         "linear layers", "output head", "embeddings", "other tensors", "manifest",
     ]  # fmt: skip
@@ -109,13 +120,13 @@ def test_only_what_changed_takes_bytes(make_pair: Callable[..., Pair]) -> None:
 
 def test_the_global_budget_covers_all_that_is_compressed() -> None:
     shapes = [
-        Shape("model.embed_tokens.weight", "BF16", (1000, 64)),
-        Shape("lm_head.weight", "BF16", (1000, 64)),
-        Shape("model.layers.0.mlp.experts.down_proj", "BF16", (4, 64, 128)),
-        Shape("model.layers.0.mlp.up_proj.weight", "BF16", (128, 64), changed=False),
-        Shape("model.norm.weight", "F32", (64,)),
+        TensorShape("model.embed_tokens.weight", "BF16", (1000, 64)),
+        TensorShape("lm_head.weight", "BF16", (1000, 64)),
+        TensorShape("model.layers.0.mlp.experts.down_proj", "BF16", (4, 64, 128)),
+        TensorShape("model.layers.0.mlp.up_proj.weight", "BF16", (128, 64), changed=False),
+        TensorShape("model.norm.weight", "F32", (64,)),
     ]
-    found = preview(shapes, "optimix", Goal("bits", 2.0))
+    found = preview_size(shapes, "optimix", Goal("bits", 2.0))
     sizes = {part.kind: part.bytes for part in found.parts}
     assert sizes["embeddings"] == sizes["output head"] == 1000 * 64 / 4 + RUNS_PADDING
     assert sizes["linear layers"] == 4 * (64 * 128 / 4 + RUNS_PADDING)
@@ -129,43 +140,43 @@ def test_the_global_budget_covers_all_that_is_compressed() -> None:
 def test_a_size_asked_for_becomes_a_budget(
     method: str, ratio: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltadock.compression.sizes.METHODS", {method: METHODS["adamix"]})
+    monkeypatch.setattr("deltadock.compression.preview.METHODS", {method: METHODS["adamix"]})
     shapes = qwen2_5_7b(only_linear=True)
-    found = preview(shapes, method, Goal("ratio", ratio))
+    found = preview_size(shapes, method, Goal("ratio", ratio))
     assert found.ratio == pytest.approx(ratio, rel=0.01)
     assert found.ratio >= ratio
     assert found.bits is not None
-    same = preview(shapes, method, Goal("target_bytes", found.artifact_bytes))
+    same = preview_size(shapes, method, Goal("target_bytes", found.artifact_bytes))
     assert same.bits == pytest.approx(found.bits, rel=0.01)
-    assert preview(shapes, method, Goal("bits", found.bits)) == found
+    assert preview_size(shapes, method, Goal("bits", found.bits)) == found
 
 
 @pytest.mark.parametrize("budget", [1.0, 2.0])
 def test_of_few_budgets_the_largest_that_fits_is_taken(budget: float) -> None:
     shapes = qwen2_5_7b()
-    size = preview(shapes, "delta-zip", Goal("bits", budget))
+    size = preview_size(shapes, "delta-zip", Goal("bits", budget))
     for more in (0, 1_000_000):
-        found = preview(shapes, "delta-zip", Goal("target_bytes", size.artifact_bytes + more))
+        found = preview_size(shapes, "delta-zip", Goal("target_bytes", size.artifact_bytes + more))
         assert found == size
 
 
 def test_an_adapter_is_as_large_as_it_is() -> None:
     with pytest.raises(InvalidInput, match="as large as the adapter"):
-        preview(qwen2_5_7b(), "lora", None)
+        preview_size(qwen2_5_7b(), "lora", None)
 
 
 def test_what_no_budget_reaches_is_refused_with_the_least_there_is() -> None:
     shapes = qwen2_5_7b()
     with pytest.raises(InvalidGoal, match=r"smallest artifact .* takes about \d+ bytes"):
-        preview(shapes, "adamix", Goal("ratio", 1000))
-    largest = preview(shapes, "adamix", Goal("target_bytes", 10**12))
+        preview_size(shapes, "adamix", Goal("ratio", 1000))
+    largest = preview_size(shapes, "adamix", Goal("target_bytes", 10**12))
     assert largest.bits == METHODS["adamix"].bits_max
 
 
 @pytest.mark.parametrize("kind", ["max_kl", "min_agreement"])
 def test_what_must_be_measured_cannot_be_told_before(kind: str) -> None:
     with pytest.raises(InvalidGoal, match="after the work"):
-        preview(qwen2_5_7b(), "adamix", Goal(kind, 0.5))  # type: ignore[arg-type]
+        preview_size(qwen2_5_7b(), "adamix", Goal(kind, 0.5))  # type: ignore[arg-type]
 
 
 def test_qwen_7b_is_whole() -> None:
@@ -175,7 +186,7 @@ def test_qwen_7b_is_whole() -> None:
 
 @pytest.mark.parametrize(("only_linear", "bar"), [(False, 13.0), (True, 14.5)])
 def test_the_ratio_at_one_bit_on_qwen_7b(only_linear: bool, bar: float) -> None:
-    found = preview(qwen2_5_7b(only_linear=only_linear), "optimix", ONE_BIT)
+    found = preview_size(qwen2_5_7b(only_linear=only_linear), "optimix", ONE_BIT)
     assert found.ratio >= bar
     assert math.isclose(found.true_bits, 16 / found.ratio)
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltadock.compression import statistics
 from deltadock.compression.calibration.windows import CalibrationSet
+from deltadock.compression.checkpoints import CheckpointPair, open_pair
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.run import CompressOptions, Run, open_run
 from deltadock.compression.scratch import Scratch
-from deltadock.compression.statistics import collecting as statistics
-from deltadock.compression.statistics.collecting import Statistics, collect, matrices_of
+from deltadock.compression.statistics import Statistics, changed_matrices, collect
 from tests.compression.family_cases import CASES, TOKENS, save
 
 TRAIN, HELD = TOKENS, TOKENS.flip(1)[:2]
@@ -28,7 +28,7 @@ class Collected(NamedTuple):
 
     statistics: Statistics
     model: BlockwiseModel
-    run: Run
+    pair: CheckpointPair
     whole: Any
     labels: Tensor
 
@@ -52,18 +52,23 @@ def collected(
         return drawn[-1]
 
     monkeypatch.setattr(torch, "multinomial", kept)
-    options = CompressOptions(method="optimix", seed=3)
-    run = open_run(folder / "base", folder / "tuned", options, lambda _: None)
+    pair = open_pair(folder / "base", folder / "tuned")
     model = BlockwiseModel(folder / "tuned")
     data = CalibrationSet(TRAIN, HELD, "", [])
     seen: list[float] = []
     found = collect(
-        run, model, data, scratch, gradients=True, progress=lambda done, _: seen.append(done)
+        pair,
+        model,
+        data,
+        scratch,
+        gradients=True,
+        seed=3,
+        progress=lambda done, _: seen.append(done),
     )
     assert seen == sorted(seen)
     assert seen[0] >= 0
     assert seen[-1] <= 1
-    return Collected(found, model, run, whole, torch.cat(drawn).squeeze(1))
+    return Collected(found, model, pair, whole, torch.cat(drawn).squeeze(1))
 
 
 def second_moment(rows: Tensor) -> Tensor:
@@ -174,8 +179,8 @@ def test_labels_are_sampled_from_the_models_own_predictions(
 def test_experts_count_by_the_tokens_that_reach_them(
     family: str, tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, model, run, _, labels = collected(family, tmp_path, scratch, monkeypatch)
-    tokens, source = SEEN, run.finetuned
+    found, model, pair, _, labels = collected(family, tmp_path, scratch, monkeypatch)
+    tokens, source = SEEN, pair.finetuned
     inputs: dict[str, list[Tensor]] = defaultdict(list)
     gradients: dict[str, list[Tensor]] = defaultdict(list)
     whole = model.embed(TRAIN, source)
@@ -218,17 +223,17 @@ def _rows(pieces: list[Tensor], width: int) -> Tensor:
 def test_only_what_changed_is_looked_at(tmp_path: Path) -> None:
     save(CASES["llama"], tmp_path / "base")
     save(CASES["llama"], tmp_path / "tuned")
-    run = open_run(tmp_path / "base", tmp_path / "tuned", CompressOptions(), lambda _: None)
-    assert matrices_of(run, BlockwiseModel(tmp_path / "tuned"), with_embedding=True) == []
+    pair = open_pair(tmp_path / "base", tmp_path / "tuned")
+    assert changed_matrices(pair, BlockwiseModel(tmp_path / "tuned"), with_embedding=True) == []
 
 
 def test_without_gradients_there_are_inputs_alone(tmp_path: Path, scratch: Scratch) -> None:
     save(CASES["qwen2"], tmp_path / "base")
     save(CASES["qwen2"], tmp_path / "tuned", scale=0.02)
-    run = open_run(tmp_path / "base", tmp_path / "tuned", CompressOptions(), lambda _: None)
+    pair = open_pair(tmp_path / "base", tmp_path / "tuned")
     found = collect(
-        run, BlockwiseModel(tmp_path / "tuned"), CalibrationSet(TRAIN, HELD, "", []), scratch,
-        gradients=False, progress=lambda *_: None,
+        pair, BlockwiseModel(tmp_path / "tuned"), CalibrationSet(TRAIN, HELD, "", []), scratch,
+        gradients=False, seed=0, progress=lambda *_: None,
     )  # fmt: skip
     assert {matrix.role for matrix in found.matrices} == {"linear"}
     key = found.matrices[0].ref.key

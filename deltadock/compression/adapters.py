@@ -1,0 +1,435 @@
+"""Import a PEFT LoRA adapter as a delta file, without loss.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021); the files are those
+that PEFT's `save_pretrained` writes. A layer's delta is `scaling * B @ A`, `scaling = alpha / r`
+(rank-stabilized: `alpha / sqrt(r)`); the factors keep the adapter's dtype. Tensors that the
+adapter stores whole (`modules_to_save`, biases, a resized vocabulary) replace the base's.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from deltadock.artifacts.checkpoint import ADAPTER_CONFIG, CONFIG, TensorEntry
+from deltadock.artifacts.compatibility import VOCABULARY
+from deltadock.artifacts.container import StreamingInspector
+from deltadock.artifacts.encodings import (
+    Encoded,
+    encode_exact,
+    encode_low_rank,
+    encode_new_rows,
+    encode_transposed,
+)
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.writer import write_artifact
+from deltadock.compression.assembly import CarriedFiles, build_manifest, read_carried
+from deltadock.compression.calibration.windows import load_calibration
+from deltadock.compression.checkpoints import CheckpointReader, ResizedSource, to_numpy
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.options import CompressOptions, Source
+from deltadock.compression.quality import MergedSource, measure
+from deltadock.compression.report import ProgressReporter, Report, TensorReport
+from deltadock.errors import (
+    ArchitectureMismatch,
+    InvalidAdapter,
+    MalformedSafetensors,
+    NonFiniteWeights,
+    UnsafeFile,
+)
+
+UNSUPPORTED: Final = (
+    "use_dora", "use_qalora", "lora_bias", "layer_replication", "target_parameters",
+    "trainable_token_indices", "alora_invocation_tokens", "megatron_config", "arrow_config",
+)  # fmt: skip
+"""Features whose result is not the base's weight plus one product."""
+
+CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq")
+"""Initializations that change the base's weights, so that the adapter does not fit the base."""
+
+MAX_PATTERN: Final = 200
+MAX_QUANTIFIERS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """The settings of adapter_config.json that decide a layer's scaling."""
+
+    rank: int
+    alpha: float
+    rank_stabilized: bool
+    fan_in_fan_out: bool
+    ranks: Mapping[str, float]
+    alphas: Mapping[str, float]
+
+    def scaling(self, module: str, rank: int) -> float:
+        """Scaling of the product `B @ A` of a layer whose factors have `rank` ranks.
+
+        Raises:
+            InvalidAdapter: the configuration names another rank.
+        """
+        expected = _of_pattern(self.ranks, module, self.rank)
+        if rank != expected:
+            raise InvalidAdapter(
+                f"The adapter's factors of {module!r} have {rank} ranks, but {ADAPTER_CONFIG} says "
+                f"{expected}. Save the adapter again."
+            )
+        alpha = _of_pattern(self.alphas, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """Read adapter_config.json.
+
+    Raises:
+        InvalidAdapter: it is missing, not a LoRA adapter's, or uses an unsupported feature.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InvalidAdapter(
+            f"{folder.name} has no {ADAPTER_CONFIG}; is it a PEFT adapter?"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapter(f"{ADAPTER_CONFIG} is not valid JSON.") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise InvalidAdapter(f"{ADAPTER_CONFIG} is not that of a LoRA adapter (peft_type LORA).")
+    if used := [name for name in UNSUPPORTED if config.get(name)]:
+        raise InvalidAdapter(
+            f"The adapter uses {used[0]}, which cannot be imported. Merge it into its base with "
+            "PEFT's merge_and_unload and compress the merged checkpoint."
+        )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(CHANGED_BASES):
+        raise InvalidAdapter(
+            f"The adapter was initialised with {start!r}, which changes the base's weights. Save "
+            "it with path_initial_model_for_weight_conversion, or merge it into its base."
+        )
+    try:
+        return LoraConfig(
+            rank=_count(config["r"]),
+            alpha=_finite(config["lora_alpha"]),
+            rank_stabilized=bool(config.get("use_rslora")),
+            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+            ranks={k: _count(v) for k, v in (config.get("rank_pattern") or {}).items()},
+            alphas={k: _finite(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidAdapter(
+            f"{ADAPTER_CONFIG} lacks r or lora_alpha, or has them wrong."
+        ) from error
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError("not a positive whole number")
+    return value
+
+
+def _finite(value: str | float) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("not a finite number")
+    return number
+
+
+def _of_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """The value of the first pattern that matches the end of a module's name, as in PEFT.
+
+    Raises:
+        InvalidAdapter: a pattern is no regular expression, or could backtrack without end.
+    """
+    for pattern, value in patterns.items():
+        quantifiers = len(re.findall(r"[*+?{]", pattern))
+        if (
+            len(pattern) > MAX_PATTERN
+            or quantifiers > MAX_QUANTIFIERS
+            or re.search(r"\)[*+?{]", pattern)
+        ):
+            raise InvalidAdapter(
+                f"The pattern {pattern!r:.80} in {ADAPTER_CONFIG} is too intricate."
+            )
+        try:
+            if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
+                return value
+        except re.error as error:
+            raise InvalidAdapter(
+                f"The pattern {pattern!r} in {ADAPTER_CONFIG} is invalid."
+            ) from error
+    return default
+
+
+WEIGHTS: Final = "adapter_model.safetensors"
+PREFIX: Final = "base_model.model."
+
+DTYPES: Final = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+FACTORS: Final = {
+    "lora_A.weight": ("a", False),
+    "lora_B.weight": ("b", False),
+    "lora_embedding_A": ("a", True),
+    "lora_embedding_B": ("b", True),
+}
+"""Endings of the factors' names: which factor it is, and whether its layer is an embedding."""
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 (hex) over the adapter's configuration and weights; validates the weights' file.
+
+    Raises:
+        UnsafeFile: the weights are a pickle.
+        InvalidAdapter: there are no weights.
+        MalformedSafetensors: the weights are damaged.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        if any(folder.glob("adapter_model.bin")):
+            raise UnsafeFile(
+                "adapter_model.bin can run code when it is opened. Save the adapter with "
+                "save_pretrained(..., safe_serialization=True)."
+            )
+        raise InvalidAdapter(f"{folder.name} has no {WEIGHTS}; is it a PEFT adapter?")
+    digest = hashlib.sha256(hashlib.sha256((folder / ADAPTER_CONFIG).read_bytes()).digest())
+    inspector = StreamingInspector()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            inspector.update(chunk)
+            digest.update(chunk)
+    header, _ = inspector.finish()
+    if not header.tensors:
+        raise MalformedSafetensors(f"{WEIGHTS} holds no tensors.")
+    return digest.hexdigest()
+
+
+def encode_adapter(base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
+    """Encode every tensor that the adapter changes, by the base's names.
+
+    Args:
+        base: checkpoint that the adapter was trained on.
+        adapter: folder of adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        InvalidAdapter: a file is missing, or uses an unsupported feature; the message names it.
+        UnsafeFile, MalformedSafetensors: the weights are a pickle, or damaged.
+        ArchitectureMismatch: the base lacks a tensor, or has it in another shape.
+        NonFiniteWeights: a tensor holds NaN or an infinity.
+    """
+    config = read_config(adapter)
+    adapter_digest(adapter)
+    factors: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    encoded: dict[str, Encoded] = {}
+    with safe_open(str(adapter / WEIGHTS), framework="pt") as weights:
+        for key in weights.keys():  # noqa: SIM118 - not a mapping
+            tensor = weights.get_tensor(key)
+            if tensor.dtype not in DTYPES:
+                raise InvalidAdapter(f"Tensor {key!r} is {tensor.dtype}; floats are expected.")
+            if not torch.isfinite(tensor.float()).all():
+                raise NonFiniteWeights(f"Tensor {key!r} of the adapter holds NaN or an infinity.")
+            name = key.removeprefix(PREFIX)
+            module, side, embedding = _as_factor(name)
+            if side:
+                factors.setdefault((module, embedding), {})[side] = tensor
+            else:
+                name = name.replace(".base_layer.", ".")
+                if (whole := _whole(base, name, tensor)) is not None:
+                    encoded[name] = whole
+    for (module, embedding), pair in factors.items():
+        if f"{module}.weight" in encoded or pair.keys() != {"a", "b"}:
+            raise InvalidAdapter(
+                f"The adapter does not hold both factors of {module!r} and no more."
+            )
+        encoded[f"{module}.weight"] = _product(
+            config, base.entries, module, embedding=embedding, pair=pair
+        )
+    return encoded
+
+
+def _as_factor(name: str) -> tuple[str, str, bool]:
+    """Split a name into module, side ("a", "b", or "" for a whole tensor) and "is an embedding".
+
+    Raises:
+        InvalidAdapter: it is a LoRA tensor of another kind.
+    """
+    for ending, (side, embedding) in FACTORS.items():
+        if name.endswith(f".{ending}"):
+            return name.removesuffix(f".{ending}"), side, embedding
+    if ".lora_" in name:
+        raise InvalidAdapter(
+            f"Tensor {name!r} belongs to a feature that cannot be imported (DoRA, say). Merge the "
+            "adapter into its base with PEFT's merge_and_unload and compress the checkpoint."
+        )
+    return name, "", False
+
+
+def _whole(base: CheckpointReader, name: str, tensor: Tensor) -> Encoded | None:
+    """Encode a tensor that replaces the base's; None if it equals the base's."""
+    dtype, shape = DTYPES[tensor.dtype], tuple(tensor.shape)
+    entry = base.entries.get(name)
+    if entry is not None and shape[1:] == entry.shape[1:] and shape[:1] > entry.shape[:1]:
+        rows, old = entry.shape[0], base.tensor(name)
+        if tensor.dtype == old.dtype and tensor[:rows].equal(old):
+            return encode_new_rows(None, to_numpy(tensor[rows:], dtype), rows, dtype)
+        return encode_exact(to_numpy(tensor, dtype), dtype, shape)
+    entry = _entry(base.entries, name, shape)
+    data = to_numpy(tensor, dtype)
+    if (dtype, hashlib.sha256(data.tobytes()).hexdigest()) == (entry.dtype, entry.sha256):
+        return None
+    return encode_exact(data, dtype, shape)
+
+
+def _entry(entries: Mapping[str, TensorEntry], name: str, shape: tuple[int, ...]) -> TensorEntry:
+    """The base's tensor of this name and shape.
+
+    Raises:
+        ArchitectureMismatch: there is none, or it has another shape.
+    """
+    entry = entries.get(name)
+    if entry is None or entry.shape != shape:
+        found = "none" if entry is None else f"one of shape {list(entry.shape)}"
+        raise ArchitectureMismatch(
+            f"The adapter changes a tensor {name!r} of shape {list(shape)}, but the base has "
+            f"{found}. Is it the base that the adapter was trained on?"
+        )
+    return entry
+
+
+def _product(
+    config: LoraConfig,
+    entries: Mapping[str, TensorEntry],
+    module: str,
+    *,
+    embedding: bool,
+    pair: Mapping[str, Tensor],
+) -> Encoded:
+    """Encode the delta `scaling * B @ A`, transposed for embeddings and Conv1D layers."""
+    a, b = pair["a"], pair["b"]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise InvalidAdapter(f"The adapter's factors of {module!r} have no product.")
+    if a.dtype != b.dtype:
+        a, b = a.float(), b.float()
+    dtype = DTYPES[a.dtype]
+    scaling = config.scaling(module, len(a))
+    shape = (len(b), a.shape[1])
+    name = f"{module}.weight"
+    found = entries[name].shape if name in entries else None
+    if embedding:
+        entry = _entry(entries, name, shape[::-1])
+        return encode_low_rank(
+            to_numpy(a.t(), dtype), to_numpy(b.t(), dtype), scaling, entry.dtype, {}, dtype
+        )
+    # Only the configuration tells the orientation of a square weight.
+    transposed = found == shape[::-1] and (found != shape or config.fan_in_fan_out)
+    entry = _entry(entries, name, shape[::-1] if transposed else shape)
+    encoded = encode_low_rank(
+        to_numpy(b, dtype), to_numpy(a, dtype), scaling, entry.dtype, {}, dtype
+    )
+    return encode_transposed(encoded) if transposed else encoded
+
+
+TOKENIZER_FILES: Final = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+"""Files of an adapter's folder that serving needs; trainers leave many others there."""
+
+
+def import_adapter(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    options: CompressOptions,
+    *,
+    calibration: Sequence[Source],
+    progress: ProgressReporter,
+    device: str = "cpu",
+) -> Report:
+    """Write a PEFT adapter as a delta file, with the tokenizer files that were saved with it.
+
+    The fine-tune is the base with the adapter: with calibration text, the report has the KL of
+    the base to it, and a KL of zero for the delta.
+
+    Args:
+        base: checkpoint folder that the adapter was trained on.
+        adapter: folder of adapter_config.json and adapter_model.safetensors.
+        out: the delta file.
+        options: only the seed and the amount of text are used.
+        calibration: optional text, read with the base's tokenizer.
+        progress: reports every step.
+        device: torch device.
+
+    Raises:
+        InvalidInput: a subclass names what cannot be imported.
+    """
+    progress.report("validating", 0, 1, "reading the base")
+    reader = CheckpointReader(base)
+    encoded = encode_adapter(reader, adapter)
+    shapes = reader.shapes
+    shapes |= {name: tuple(one.record["shape"]) for name, one in encoded.items()}
+    progress.report("assembling", 0, 3, "writing the artifact")
+    manifest = build_manifest(
+        reader,
+        options,
+        _carried(reader, adapter, shapes),
+        finetuned_digest=adapter_digest(adapter),
+        parameters=reader.parameters,
+    )
+    write_artifact(out, encoded, manifest)
+    report = Report(
+        method=options.method,
+        nominal_bits=None,
+        artifact_bytes=out.stat().st_size,
+        checkpoint_bytes=reader.bf16_bytes,
+        parameters=reader.parameters,
+        base_digest=reader.manifest.weights_digest,
+        calibration=None,
+        other_tensors=[
+            TensorReport(name, one.record["kind"], list(one.record["shape"]), one.nbytes)
+            for name, one in encoded.items()
+        ],
+    )
+    if calibration:
+        model = BlockwiseModel(base, device)
+        data = load_calibration(
+            calibration, base, model.max_length, options.seed, options.calibration, device
+        )
+        with Artifact(out) as artifact:
+            merged = MergedSource(reader, artifact)
+            quality = measure(
+                model,
+                data.held_out,
+                base=ResizedSource(reader, shapes),
+                finetuned=merged,
+                delta=merged,
+                progress=lambda k, n: progress.report("verifying", k, n, "comparing outputs"),
+            )
+        report.set_quality(quality)
+    return report
+
+
+def _carried(
+    base: CheckpointReader, adapter: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> CarriedFiles:
+    """Tokenizer files that differ from the base's, and a config.json with the new vocabulary size
+    if the adapter adds tokens."""
+    before = {file.path: file.sha256 for file in base.manifest.files}
+    found = [
+        name
+        for name in TOKENIZER_FILES
+        if (path := adapter / name).is_file()
+        and hashlib.sha256(path.read_bytes()).hexdigest() != before.get(name)
+    ]
+    texts, others = read_carried(adapter, found)
+    rows = max(
+        (shape[0] for name, shape in shapes.items() if shape > base.entries[name].shape), default=0
+    )
+    if rows and VOCABULARY in base.manifest.config:
+        config = dict(base.manifest.config) | {VOCABULARY: rows}
+        texts[CONFIG] = json.dumps(config, indent=2)
+    return texts, others

@@ -1,1 +1,0 @@
-"""From matrices to the encodings of a whole checkpoint, block by block."""

@@ -1,0 +1,209 @@
+"""Base and fine-tuned checkpoints, read one tensor at a time from safetensors files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from deltadock.artifacts.checkpoint import TensorEntry, scan_folder
+from deltadock.artifacts.compatibility import check_same_architecture
+from deltadock.artifacts.encodings import NUMPY_DTYPES
+from deltadock.compression.report import ProgressReporter
+from deltadock.errors import NonFiniteWeights
+
+FLOAT_DTYPES: Final = {"BF16", "F16", "F32", "F64"}
+"""Dtypes whose deltas can be compressed; tensors of any other dtype are stored exactly."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixRef:
+    """One linear map of a checkpoint.
+
+    Attributes:
+        name: the checkpoint's tensor.
+        part: index of the expert in a tensor that stacks all experts.
+        transposed: the tensor is stored as (h_in, h_out).
+        mixture: key shared by the same projection of all experts of a layer.
+    """
+
+    name: str
+    part: int | None = None
+    transposed: bool = False
+    mixture: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Key in reports and statistics: the tensor's name and the part."""
+        return self.name if self.part is None else f"{self.name}[{self.part}]"
+
+
+class TensorSource(Protocol):
+    """A model's tensors by name."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def tensor(self, name: str) -> Tensor:
+        """Load a tensor in its stored dtype, on the CPU."""
+        ...
+
+
+def tensor_names(folder: Path) -> frozenset[str]:
+    """Names of a checkpoint's tensors, from the file headers alone."""
+    names: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            names.update(file.keys())
+    return frozenset(names)
+
+
+class CheckpointReader:
+    """Reads a checkpoint folder; opening it reads every file once, to hash and check it.
+
+    Attributes:
+        manifest: files and tensors with their digests.
+        entries: tensors by name.
+        non_finite: names of tensors that hold NaN or an infinity.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open `folder`.
+
+        Raises:
+            InvalidCheckpoint: not a complete safetensors checkpoint.
+        """
+        self.folder = folder
+        self.non_finite: set[str] = set()
+        self.manifest = scan_folder(folder, self.non_finite)
+        self.entries: dict[str, TensorEntry] = {t.name: t for t in self.manifest.tensors}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def tensor(self, name: str) -> Tensor:
+        """Load a tensor in its stored dtype, on the CPU."""
+        with self._open(name) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def _open(self, name: str) -> safe_open:
+        # Reopened for each tensor: pages of a mapped file stay resident, so that one mapping per
+        # file would end up holding the whole checkpoint in memory.
+        return safe_open(str(self.folder / self.entries[name].file), framework="pt")
+
+    def matrix(self, ref: MatrixRef) -> Tensor:
+        """Load a linear map (h_out, h_in) in its stored dtype; of stacked experts only its part."""
+        if ref.part is None:
+            matrix = self.tensor(ref.name)
+        else:
+            with self._open(ref.name) as file:
+                matrix = file.get_slice(ref.name)[ref.part]
+        return matrix.t() if ref.transposed else matrix
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor shapes by name."""
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(torch.Size(entry.shape).numel() for entry in self.entries.values())
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Size of the weights at two bytes each, the reference of compression ratios."""
+        return 2 * self.parameters
+
+
+class ResizedSource:
+    """A base's tensors extended by the rows that a fine-tune's larger vocabulary adds.
+
+    An added row is the mean of the base's rows, as `resize_token_embeddings` initializes it.
+    """
+
+    def __init__(self, base: TensorSource, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Return `base`'s tensors in the fine-tune's `shapes`."""
+        self._base = base
+        self._shapes = shapes
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._base
+
+    def tensor(self, name: str) -> Tensor:
+        """Load a tensor in its stored dtype, on the CPU."""
+        tensor = self._base.tensor(name)
+        added = self._shapes[name][0] - len(tensor) if tensor.ndim else 0
+        if not added:
+            return tensor
+        mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+        return torch.cat([tensor, mean.expand(added, *tensor.shape[1:])])
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPair:
+    """A fine-tune and its base, of one architecture."""
+
+    base: CheckpointReader
+    finetuned: CheckpointReader
+
+    def changed(self, name: str) -> bool:
+        """Whether a tensor differs from the base's, by digest and dtype."""
+        ours, theirs = self.finetuned.entries[name], self.base.entries[name]
+        return (ours.sha256, ours.dtype) != (theirs.sha256, theirs.dtype)
+
+    def content(self, name: str) -> tuple[Any, ...]:
+        """Key that is equal for tensors with equal content, in the base and in the fine-tune."""
+        both = self.base.entries[name], self.finetuned.entries[name]
+        return tuple((entry.sha256, entry.dtype, entry.shape) for entry in both)
+
+    def is_float(self, name: str) -> bool:
+        """Whether base and fine-tune both store `name` in one of `FLOAT_DTYPES`."""
+        return {self.finetuned.entries[name].dtype, self.base.entries[name].dtype} <= FLOAT_DTYPES
+
+    def added_rows(self, name: str) -> int:
+        """Rows that a larger vocabulary adds to a tensor of the base."""
+        ours, theirs = self.finetuned.entries[name].shape, self.base.entries[name].shape
+        return ours[0] - theirs[0] if ours else 0
+
+    def delta(self, ref: MatrixRef) -> Tensor:
+        """Fine-tuned minus base of a linear map, (h_out, h_in) float32, without added rows."""
+        before = self.base.matrix(ref)
+        after = self.finetuned.matrix(ref)
+        return (after[: len(before)] if after.ndim else after).float() - before.float()
+
+
+def open_pair(
+    base: Path, finetuned: Path, progress: ProgressReporter | None = None
+) -> CheckpointPair:
+    """Open both checkpoints and check that they belong together.
+
+    Raises:
+        InvalidCheckpoint: a folder is not a complete safetensors checkpoint.
+        ArchitectureMismatch: the fine-tune is not one of this base.
+        NonFiniteWeights: a tensor holds NaN or an infinity.
+    """
+    progress = progress or ProgressReporter()
+    progress.report("validating", 0, 2, "reading the base")
+    before = CheckpointReader(base)
+    progress.report("validating", 1, 2, "reading the fine-tune")
+    pair = CheckpointPair(before, CheckpointReader(finetuned))
+    check_same_architecture(pair.base.manifest, pair.finetuned.manifest)
+    for reader, owner in ((pair.finetuned, "fine-tune"), (pair.base, "base")):
+        if reader.non_finite:
+            raise NonFiniteWeights(
+                f"Tensor {min(reader.non_finite)!r} of the {owner} holds NaN or an infinity. The "
+                "training that wrote it has diverged; upload an earlier checkpoint."
+            )
+    return pair
+
+
+def to_numpy(tensor: Tensor, dtype: str) -> npt.NDArray[Any]:
+    """A tensor's bytes as a numpy array of `dtype` (safetensors' spelling) and the same shape."""
+    data: npt.NDArray[Any] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return data.view(np.dtype(NUMPY_DTYPES[dtype])).reshape(tensor.shape)

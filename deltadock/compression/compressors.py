@@ -1,0 +1,182 @@
+"""Apply a method to the matrices of a model, under a per-matrix or a global bit budget."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from deltadock.compression.checkpoints import CheckpointPair
+from deltadock.compression.methods import optimix
+from deltadock.compression.methods.base import MatrixMethod, MatrixResult, MatrixTask
+from deltadock.compression.numerics.global_allocation import RankProfile, RankWidths, allocate
+from deltadock.compression.numerics.metric import Metric, damped, weighted_error
+from deltadock.compression.options import Solver, rank_budget
+from deltadock.compression.report import MatrixReport, ProgressReporter
+from deltadock.compression.scratch import Scratch
+from deltadock.compression.statistics import DeltaMatrix, Statistics
+from deltadock.errors import BitsOutOfRange
+
+
+class Compressor(Protocol):
+    """Compresses matrices at one budget after another."""
+
+    def set_budget(self, bits: float | None) -> None:
+        """Set the code bits per compressed weight; None for methods of one size."""
+        ...
+
+    def compress(self, matrix: DeltaMatrix, delta: Tensor) -> MatrixResult | None:
+        """Compress a matrix at the budget set; None if the budget is too small for any code."""
+        ...
+
+
+class PerMatrixCompressor:
+    """Gives every linear layer the same bits per weight; embeddings are left out."""
+
+    def __init__(
+        self,
+        pair: CheckpointPair,
+        statistics: Statistics | None,
+        method: MatrixMethod,
+        solver: Solver,
+        device: torch.device,
+    ) -> None:
+        """Without `statistics` the method gets the identity as each input moment."""
+        self._pair, self._statistics, self._method = pair, statistics, method
+        self._solver, self._device = solver, device
+        self._bits: float | None = None
+
+    def set_budget(self, bits: float | None) -> None:
+        self._bits = bits
+
+    def compress(self, matrix: DeltaMatrix, delta: Tensor) -> MatrixResult | None:
+        if self._bits is not None and rank_budget(self._bits, *delta.shape) < 2:
+            return None
+        if self._statistics is None:
+            moment = torch.eye(delta.shape[1], dtype=torch.float64)
+        else:
+            moment = damped(self._statistics.inputs(matrix.ref.key))
+        task = MatrixTask(
+            matrix.ref.key,
+            delta.to(self._device),
+            moment.to(self._device),
+            self._pair.finetuned.entries[matrix.ref.name].dtype,
+            self._bits or 0.0,
+            self._solver,
+        )
+        return self._method(task)
+
+
+class GlobalCompressor:
+    """Optimix: the ranks of all layers, head and embeddings compete for one bit budget."""
+
+    def __init__(
+        self,
+        pair: CheckpointPair,
+        statistics: Statistics,
+        scratch: Scratch,
+        device: torch.device,
+        progress: ProgressReporter | None = None,
+    ) -> None:
+        """Decompose every matrix into `scratch`, and profile its ranks."""
+        self._pair, self._statistics = pair, statistics
+        self._scratch, self._device = scratch, device
+        progress = progress or ProgressReporter()
+        self._profiles: dict[str, RankProfile] = {}
+        self._widths: dict[str, RankWidths] = {}
+        self._weights = 0
+        self._gap = 0.0
+        matrices = statistics.matrices
+        for position, matrix in enumerate(matrices):
+            message = f"spectrum {position + 1} of {len(matrices)}"
+            progress.report("calibrating", 2, 3, message, within=position / len(matrices))
+            delta = pair.delta(matrix.ref)
+            self._weights += delta.numel()
+            if delta.any():
+                self._profile(matrix, delta)
+
+    @property
+    def least_bits(self) -> float:
+        """The smallest budget: bits per weight of the scales alone, without any code."""
+        overhead = sum(profile.overhead for profile in self._profiles.values())
+        # One bit more, so that rounding cannot bring it below the overhead.
+        return (overhead + 1) / self._weights if overhead else 0.0
+
+    def _metrics(self, matrix: DeltaMatrix, rows: int) -> tuple[Metric, Metric]:
+        """B and A; B without a vocabulary's added rows, which are stored exactly."""
+        outputs = self._statistics.outputs(matrix.ref.key).to(self._device)
+        outputs = outputs[:rows] if outputs.ndim == 1 else outputs
+        inputs = self._statistics.inputs(matrix.ref.key).to(self._device)
+        return Metric.of(outputs), Metric.of(inputs)
+
+    def _profile(self, matrix: DeltaMatrix, delta: Tensor) -> None:
+        key = matrix.ref.key
+        decomposed, profile = optimix.profile(
+            delta.to(self._device), *self._metrics(matrix, len(delta))
+        )
+        for name, tensor in decomposed.tensors().items():
+            self._scratch.put(f"{name} {key}", tensor)
+        self._profiles[key] = profile
+
+    def set_budget(self, bits: float | None) -> None:
+        assert bits is not None, "a global budget needs bits"
+        if bits < self.least_bits:
+            raise BitsOutOfRange(
+                f"{bits:g} bits a weight do not hold the scales of this model's matrices alone. "
+                f"Allow more than {self.least_bits:.3g}."
+            )
+        allocation = allocate(list(self._profiles.values()), bits * self._weights)
+        self._widths = dict(zip(self._profiles, allocation.widths, strict=True))
+        self._gap = allocation.gap
+
+    def compress(self, matrix: DeltaMatrix, delta: Tensor) -> MatrixResult:
+        key, scratch = matrix.ref.key, self._scratch
+        stored = {
+            name: scratch.get(f"{name} {key}", self._device)
+            for name in optimix.STORED
+            if f"{name} {key}" in scratch
+        }
+        rows, columns = self._metrics(matrix, len(delta))
+        result = optimix.compress(
+            delta.to(self._device),
+            optimix.DecomposedMatrix.from_tensors(stored),
+            self._widths[key],
+            rows,
+            columns,
+            self._pair.finetuned.entries[matrix.ref.name].dtype,
+        )
+        result.notes["gap"] = self._gap
+        if matrix.role == "embedding":
+            residual = (delta - result.approximation).double().to(self._device)
+            whole = weighted_error(delta.double().to(self._device), rows, columns)
+            result.notes["error"] = weighted_error(residual, rows, columns) / whole
+        return result
+
+
+def report_matrix(
+    matrix: DeltaMatrix, delta: Tensor, result: MatrixResult, statistics: Statistics | None
+) -> MatrixReport:
+    """The report of a compressed matrix, its error measured on held-out inputs if there are any."""
+    held = None if statistics is None else statistics.held_inputs(matrix.ref.key)
+    if held is None or not held.any():
+        held = torch.eye(delta.shape[1], dtype=torch.float64)
+    notes: dict[str, Any] = dict(result.notes)
+    notes.setdefault("error", output_error(delta, result.approximation, held))
+    calibration = [] if statistics is None else statistics.notes.get(matrix.ref.key, [])
+    notes["fallbacks"] = [*calibration, *notes["fallbacks"]]
+    return MatrixReport(
+        name=matrix.ref.key,
+        shape=list(delta.shape),
+        kind=result.encoded.record["kind"],
+        bytes=result.encoded.nbytes,
+        **notes,
+    )
+
+
+def output_error(delta: Tensor, approximation: Tensor, moment: Tensor) -> float:
+    """`||(D - D_hat) X||^2 / ||D X||^2` for inputs X with this second moment."""
+
+    def energy(matrix: Tensor) -> float:
+        matrix = matrix.double()
+        return float(((matrix @ moment) * matrix).sum())
+
+    return energy(delta - approximation) / max(energy(delta), 1e-300)

@@ -1,0 +1,351 @@
+"""Scale distillation: train the scales end to end towards the fine-tuned model's predictions.
+
+Codes stay frozen, and so does every byte count: each segment of scales is multiplied by a vector
+of factors that start at one. Factors are relative, so one learning rate suits all matrices. The
+loss is the KL divergence from the fine-tuned model on calibration text; gradients are checkpointed
+by block, so that one block's weights are in memory at a time. The result is kept only if it is
+better on held-out text.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deltadock.artifacts.encodings import (
+    DELTA_ENCODINGS,
+    Encoded,
+    decode_dense,
+    decode_svd,
+    parts,
+)
+from deltadock.compression.calibration.windows import CalibrationSet, spaced
+from deltadock.compression.checkpoints import CheckpointPair, TensorSource
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.scratch import Scratch
+
+STEPS: Final = 80
+TOKENS_PER_STEP: Final = 1024
+HELD_TOKENS: Final = 8192
+RELATIVE_RATE: Final = 0.25
+"""Learning rate of the factors, relative to the delta's relative error: a step must not be larger
+than the error that it is to remove."""
+
+ScaleFactors = Mapping[str, Tensor]
+"""Factors by the full key of the segment they multiply."""
+DeltaFunction = Callable[[ScaleFactors], Tensor]
+
+
+class TrainableDelta:
+    """The delta of one encoding, float32 in the base's shape, as a function of scale factors.
+
+    Attributes:
+        factors: number of factors by segment key.
+    """
+
+    def __init__(self, encoded: Encoded, scratch: Scratch, name: str, device: torch.device) -> None:
+        """Decode the codes of `encoded` once, and store them in `scratch` under `name`."""
+        self.encoded = encoded
+        self.factors: dict[str, int] = {}
+        self._scratch, self._device = scratch, device
+        self._delta = self._build(encoded, name, "")
+
+    def __call__(self, factors: ScaleFactors) -> Tensor:
+        """The delta with its scales multiplied by `factors`."""
+        return self._delta(factors)
+
+    def rescaled(self, factors: ScaleFactors) -> Encoded:
+        """The encoding with the factors multiplied into its scales, in their stored dtypes."""
+        segments = dict(self.encoded.segments)
+        for key in self.factors:
+            factor = factors[key].detach().cpu().numpy().astype(np.float64)
+            segments[key] = (segments[key] * factor).astype(segments[key].dtype)
+        return Encoded(self.encoded.record, segments)
+
+    def _build(self, encoded: Encoded, name: str, prefix: str) -> DeltaFunction:
+        record = encoded.record
+        kind = "constant" if "deflated" in record else record["kind"]
+        match kind:
+            case "svd":
+                return self._svd(encoded, name, prefix)
+            case "rows":
+                return self._rows(encoded, name, prefix)
+            case "sum" | "stack" | "transposed":
+                deltas = [
+                    None if part is None else self._build(part, f"{name} {k}", f"{prefix}{k}/")
+                    for k, part in enumerate(parts(encoded))
+                ]
+                return self._combine(kind, record["shape"], deltas)
+            case "new-rows":
+                (old,) = parts(encoded)
+                assert old is not None, "added rows alone have no scales to train"
+                return self._build(old, f"{name} 0", f"{prefix}0/")
+        key = f"constant {name}"
+        self._scratch.put(key, torch.from_numpy(decode_dense(encoded)))
+        return lambda _: self._scratch.get(key, self._device)
+
+    def _combine(
+        self, kind: str, shape: list[int], parts: list[DeltaFunction | None]
+    ) -> DeltaFunction:
+        def combine(factors: ScaleFactors) -> Tensor:
+            zeros = torch.zeros(shape[1:], device=self._device)
+            deltas = [zeros if part is None else part(factors) for part in parts]
+            if kind == "transposed":
+                return deltas[0].t()
+            return torch.stack(deltas) if kind == "stack" else torch.stack(deltas).sum(0)
+
+        return combine
+
+    def _register(self, encoded: Encoded, key: str, prefix: str) -> None:
+        if key in encoded.segments:
+            self.factors[prefix + key] = encoded.segments[key].size
+
+    def _svd(self, encoded: Encoded, name: str, prefix: str) -> DeltaFunction:
+        matrix = decode_svd(encoded)
+        sides = {"u": (matrix.u, "row_scale"), "v": (matrix.v, "column_scale")}
+        for side, (vectors, key) in sides.items():
+            # Multiples of one half up to 127.5 are exact in bfloat16; zero points may not be.
+            units = torch.from_numpy(vectors.decode())
+            exact = vectors.zero is None
+            self._scratch.put(f"{side} {name}", units.bfloat16() if exact else units)
+            self._register(encoded, key, prefix)
+        self._register(encoded, "s", prefix)
+        s = torch.from_numpy(matrix.s).to(self._device)
+
+        def delta(factors: ScaleFactors) -> Tensor:
+            u = self._side(f"u {name}", encoded, "row_scale", prefix, factors)
+            v = self._side(f"v {name}", encoded, "column_scale", prefix, factors)
+            return (u.t() * (s * factors[prefix + "s"])) @ v
+
+        return delta
+
+    def _side(
+        self, stored: str, encoded: Encoded, key: str, prefix: str, factors: ScaleFactors
+    ) -> Tensor:
+        units = self._scratch.get(stored, self._device).float()
+        if key not in encoded.segments:
+            return units
+        scale = torch.from_numpy(encoded.segments[key].astype(np.float32)).to(self._device)
+        return units * (scale * factors[prefix + key])
+
+    def _rows(self, encoded: Encoded, name: str, prefix: str) -> DeltaFunction:
+        key = f"constant {name}"
+        self._scratch.put(key, torch.from_numpy(decode_dense(encoded)))
+        self._register(encoded, "scale", prefix)
+        self._register(encoded, "column_scale", prefix)
+        shared = encoded.record["scale"] == "shared"
+        index = encoded.segments.get("index")
+        rows = None if index is None else torch.from_numpy(index.astype(np.int64)).to(self._device)
+
+        def delta(factors: ScaleFactors) -> Tensor:
+            dense = self._scratch.get(key, self._device)
+            factor = factors[prefix + "scale"]
+            if not shared and rows is not None:
+                factor = torch.ones(len(dense), device=self._device).index_copy(0, rows, factor)
+            dense = dense * (factor if shared else factor[:, None])
+            by_column = factors.get(prefix + "column_scale")
+            return dense if by_column is None else dense * by_column
+
+        return delta
+
+
+def unit_factors(
+    deltas: Mapping[str, TrainableDelta], device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    """Factors of one for every delta, requiring gradients."""
+    return {
+        name: {
+            key: torch.ones(size, device=device, requires_grad=True)
+            for key, size in delta.factors.items()
+        }
+        for name, delta in deltas.items()
+    }
+
+
+def flatten_factors(factors: Mapping[str, ScaleFactors]) -> Iterator[Tensor]:
+    """All factors, one tensor after another."""
+    for by_key in factors.values():
+        yield from by_key.values()
+
+
+def distill(
+    pair: CheckpointPair,
+    model: BlockwiseModel,
+    data: CalibrationSet,
+    encoded: Mapping[str, Encoded],
+    seed: int,
+    progress: Callable[[float, str], None],
+) -> tuple[dict[str, Encoded], dict[str, float]]:
+    """Train the scales of `encoded`.
+
+    Args:
+        pair: the two checkpoints.
+        model: skeleton of the fine-tuned model.
+        data: the calibration text; the held-out part decides whether the result is kept.
+        encoded: encodings by tensor name.
+        seed: of the order of the windows.
+        progress: called at every step with the fraction done and a message.
+
+    Returns:
+        The encodings, with trained scales if they are better; and the KL divergence on held-out
+        text `before` and `after`, with `kept` 1 or 0.
+    """
+    with Scratch() as scratch:
+        student = _Student(pair, encoded, model, scratch)
+        teacher = _Teacher(pair.finetuned, model, scratch)
+        size = max(1, TOKENS_PER_STEP // data.train.shape[1])
+        held_windows = max(1, HELD_TOKENS // data.held_out.shape[1])
+        held = data.held_out[spaced(len(data.held_out), held_windows)]
+        generator = torch.Generator().manual_seed(seed)
+        progress(0.0, "measuring before distillation")
+        held_kl = partial(_held_out_kl, model, held, student, teacher)
+        before = held_kl()
+        if not any(student.factors.values()):
+            return dict(encoded), {"before": before, "after": before, "kept": 0.0}
+        relative_error = max(before, 0.0) / max(_kl_without_deltas(student, held_kl), 1e-30)
+        rate = RELATIVE_RATE * min(1.0, math.sqrt(relative_error))
+        optimizer = torch.optim.Adam(list(flatten_factors(student.factors)), lr=rate)
+        for step in range(STEPS):
+            progress(step / STEPS, f"distillation, step {step + 1} of {STEPS}")
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 + math.cos(math.pi * step / STEPS)) / 2
+            chosen = torch.randperm(len(data.train), generator=generator)[:size]
+            _accumulate(model, data.train[chosen], student, teacher)
+            optimizer.step()
+            optimizer.zero_grad()
+        after = held_kl()
+        figures = {"before": before, "after": after, "kept": float(after < before)}
+        return student.rescaled() if figures["kept"] else dict(encoded), figures
+
+
+class _Student:
+    """The compressed model's tensors as functions of the scale factors."""
+
+    def __init__(
+        self,
+        pair: CheckpointPair,
+        encoded: Mapping[str, Encoded],
+        model: BlockwiseModel,
+        scratch: Scratch,
+    ) -> None:
+        self._pair, self._encoded = pair, encoded
+        self.deltas = {
+            name: TrainableDelta(one, scratch, name, model.device)
+            for name, one in encoded.items()
+            if _encodes_delta(one)
+        }
+        self.factors = unit_factors(self.deltas, model.device)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._pair.finetuned
+
+    def tensor(self, name: str) -> Tensor:
+        """Load a tensor; compressed ones in float32, with gradients."""
+        encoded = self._encoded.get(name)
+        if encoded is not None and encoded.record["kind"] == "alias":
+            return self.tensor(encoded.record["of"])
+        if name in self.deltas:
+            delta = self.deltas[name](self.factors[name])
+            tensor = self._pair.base.tensor(name).to(delta.device, torch.float32) + delta
+            added = self._pair.added_rows(name)
+            if added:
+                rows = self._pair.finetuned.tensor(name)[-added:].to(tensor)
+                tensor = torch.cat([tensor, rows])
+            return tensor
+        if encoded is not None:
+            return self._pair.finetuned.tensor(name)
+        return self._pair.base.tensor(name)
+
+    def rescaled(self) -> dict[str, Encoded]:
+        """The encodings with the current factors multiplied into their scales."""
+        return {
+            name: self.deltas[name].rescaled(self.factors[name]) if name in self.deltas else one
+            for name, one in self._encoded.items()
+        }
+
+
+def _encodes_delta(encoded: Encoded) -> bool:
+    record = encoded.record
+    if record["kind"] == "new-rows":
+        return record["parts"][0] is not None
+    return record["kind"] in DELTA_ENCODINGS
+
+
+@torch.no_grad()
+def _kl_without_deltas(student: _Student, held_kl: Callable[[], float]) -> float:
+    """The KL divergence with all compressed deltas set to zero."""
+    for factor in flatten_factors(student.factors):
+        factor.zero_()
+    kl = held_kl()
+    for factor in flatten_factors(student.factors):
+        factor.fill_(1.0)
+    return kl
+
+
+def _forward(model: BlockwiseModel, tokens: Tensor, source: TensorSource) -> list[Tensor]:
+    """Every block's inputs, and the last block's outputs."""
+    states = [model.embed(tokens, source)]
+    for index in range(len(model.blocks)):
+        states.append(model.run_block(index, states[-1], source))
+    return states
+
+
+class _Teacher:
+    """The fine-tuned model's predictions; caches the last hidden states of each window."""
+
+    def __init__(self, source: TensorSource, model: BlockwiseModel, scratch: Scratch) -> None:
+        self._source, self._model, self._scratch = source, model, scratch
+
+    def __call__(self, windows: Tensor) -> Callable[[slice], Tensor]:
+        """A function of a slice of the tokens of `windows`: log probabilities (n, vocabulary)."""
+        keys = [f"teacher {window.tolist()}" for window in windows]
+        new = [k for k, key in enumerate(keys) if key not in self._scratch]
+        if new:
+            hidden = _forward(self._model, windows[new], self._source)[-1]
+            final = self._model.final_hidden(hidden, self._source)
+            for k, states in zip(new, final, strict=True):
+                self._scratch.put(keys[k], states)
+        states = torch.cat([self._scratch.get(key, self._model.device) for key in keys])
+
+        def target(piece: slice) -> Tensor:
+            logits = list(self._model.logits(states[piece], self._source))
+            return F.log_softmax(torch.cat(logits), dim=-1)
+
+        return target
+
+
+def _accumulate(
+    model: BlockwiseModel, tokens: Tensor, student: _Student, teacher: _Teacher
+) -> None:
+    """Add the gradients of the mean KL divergence on `tokens` to the factors."""
+    target = teacher(tokens)
+    states = _forward(model, tokens, student)
+
+    def loss(logits: Tensor, piece: slice) -> Tensor:
+        log_probs = F.log_softmax(logits, dim=-1)
+        return F.kl_div(log_probs, target(piece), reduction="sum", log_target=True) / tokens.numel()
+
+    _, gradient = model.backward_head(states.pop(), student, loss)
+    for index in reversed(range(len(model.blocks))):
+        gradient = model.backward_block(index, states.pop(), gradient, student)
+    model.embed_backward(tokens, gradient, student)
+
+
+@torch.no_grad()
+def _held_out_kl(
+    model: BlockwiseModel, tokens: Tensor, student: _Student, teacher: _Teacher
+) -> float:
+    target = teacher(tokens)
+    hidden = model.final_hidden(_forward(model, tokens, student)[-1], student).flatten(0, 1)
+    total, seen = 0.0, 0
+    for logits in model.logits(hidden, student):
+        piece = slice(seen, seen + len(logits))
+        log_probs = F.log_softmax(logits, dim=-1)
+        total += float(F.kl_div(log_probs, target(piece), reduction="sum", log_target=True))
+        seen += len(logits)
+    return total / seen

@@ -1,1 +1,0 @@
-"""The scales trained end to end, the codes frozen."""

@@ -1,0 +1,376 @@
+"""Artifact sizes predicted from tensor names and shapes, before any work.
+
+Plain Python, so that the api can use it. Linear layers are recognized by name here, and from the
+modelling code in a real compression: for a family with unusual names the prediction is off by the
+weights of these tensors. Widths that an allocation will choose and zlib's ratios are estimates as
+well; tests compare them with real artifacts.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Literal, NamedTuple
+
+from deltadock.artifacts.checkpoint import CheckpointManifest
+from deltadock.artifacts.container import DTYPE_BITS, header_length, parse_header
+from deltadock.compression.options import METHODS, SIZES, Goal, rank_budget
+from deltadock.errors import InvalidCheckpoint, InvalidGoal, InvalidInput
+
+Role = Literal["linear layers", "output head", "embeddings", "other tensors"]
+ROLES: Final[tuple[Role, ...]] = (
+    "linear layers",
+    "output head",
+    "embeddings",
+    "other tensors",
+)
+FLOATS: Final = frozenset({"BF16", "F16", "F32", "F64"})
+EMBEDDINGS: Final = frozenset(
+    {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "token_embedding"}
+)
+HEADS: Final = frozenset({"lm_head", "embed_out", "output"})
+_IN_BLOCK: Final = re.compile(r"\.\d+\.")
+_NOT_COMPRESSED: Final = re.compile(
+    r"norm|conv|visual|vision|image|audio|router|rotary|relative|position|(^|\.)wpe\."
+)
+
+
+RUNS_PADDING: Final = 680
+"""Bytes of alignment per matrix, as measured."""
+
+
+class TensorShape(NamedTuple):
+    """A tensor of the fine-tune: its name, safetensors dtype, shape, and whether it changed."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    changed: bool = True
+
+    @property
+    def weights(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def role(self) -> Role:
+        """The tensor's role in the model, by its name."""
+        if self.dtype not in FLOATS or len(self.shape) < 2 or _NOT_COMPRESSED.search(self.name):
+            return "other tensors"
+        parts = self.name.removesuffix(".weight").split(".")
+        if len(self.shape) == 2 and parts[-1] in EMBEDDINGS:
+            return "embeddings"
+        if len(self.shape) == 2 and parts[-1] in HEADS and not _IN_BLOCK.search(self.name):
+            return "output head"
+        if len(self.shape) <= 3 and _IN_BLOCK.search(self.name) and parts[-1] != "bias":
+            return "linear layers"
+        return "other tensors"
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """Number of stacked matrices (a mixture's experts), and their h_out and h_in."""
+        *stacked, h_out, h_in = self.shape
+        return math.prod(stacked), h_out, h_in
+
+
+class StoredSize(NamedTuple):
+    """Size of one tensor: bytes of data, and number of segments."""
+
+    bytes: float
+    segments: int
+
+
+MatrixEstimate = Callable[[int, int, float], StoredSize | None]
+"""Size of a (h_out, h_in) matrix under a budget; None: the budget is too small for any code."""
+
+SizeEstimate = Callable[[TensorShape, float | None], StoredSize]
+"""Size of a tensor under a budget."""
+
+
+def _exact(tensor: TensorShape, bits: float | None) -> StoredSize:
+    return StoredSize(tensor.weights * DTYPE_BITS[tensor.dtype] / 8, 1)
+
+
+def _rows(tensor: TensorShape, bits: float) -> StoredSize:
+    """Row-wise codes of `bits` and a float16 scale per row."""
+    return StoredSize(tensor.weights * bits / 8 + 2 * tensor.weights / tensor.shape[-1], 2)
+
+
+def _local(matrix: MatrixEstimate) -> SizeEstimate:
+    """The same budget for every matrix, and 4 bits per weight for embeddings."""
+
+    def estimate(tensor: TensorShape, bits: float | None) -> StoredSize:
+        role = tensor.role
+        if role == "other tensors":
+            return _exact(tensor, None)
+        if role == "embeddings":
+            return _rows(tensor, 4)
+        count, h_out, h_in = tensor.matrices
+        one = matrix(h_out, h_in, bits or 0.0)
+        if one is None:
+            return _exact(tensor, None)
+        return StoredSize(count * one.bytes, count * one.segments)
+
+    return estimate
+
+
+def _decomposed(mean_width: float) -> MatrixEstimate:
+    """Codes of U and V of `mean_width` bits on average, and 8 bytes of scales per rank."""
+
+    def matrix(h_out: int, h_in: int, bits: float) -> StoredSize | None:
+        budget = rank_budget(bits, h_out, h_in)
+        codes = budget * (h_out + h_in) / 8
+        return StoredSize(codes + 8 * budget / mean_width, 5) if budget >= 2 else None
+
+    return matrix
+
+
+def _fixed(*leading: tuple[int, int], rest: int = 2) -> MatrixEstimate:
+    """The same with widths by rank: (width, number of ranks), then `rest` within the budget."""
+
+    def matrix(h_out: int, h_in: int, bits: float) -> StoredSize | None:
+        left = budget = rank_budget(bits, h_out, h_in)
+        ranks, spent = 0, 0
+        for width, most in (*leading, (rest, budget)):
+            count = min(most, left // width, min(h_out, h_in) - ranks)
+            ranks, spent, left = ranks + count, spent + count * width, left - count * width
+        return StoredSize(spent * (h_out + h_in) / 8 + 8 * ranks, 5) if budget >= 2 else None
+
+    return matrix
+
+
+def _low_rank(h_out: int, h_in: int, bits: float) -> StoredSize:
+    return StoredSize(2 * int(bits * h_out * h_in / (16 * (h_out + h_in))) * (h_out + h_in), 2)
+
+
+def _sign(h_out: int, h_in: int, bits: float) -> StoredSize:
+    return StoredSize(h_out * h_in / 8 + 4, 2)
+
+
+def _two_of_four(h_out: int, h_in: int, bits: float) -> StoredSize:
+    """Two codes of 2 bits, or 4 from 2.0 on, for every four columns; after zlib, as measured."""
+    return StoredSize(h_out * h_in * (2.65 if bits >= 2 else 1.76) / 8, 3)
+
+
+def _one_in_twenty(h_out: int, h_in: int, bits: float) -> StoredSize:
+    """A bitmap and 2-bit codes of 5 % of the entries, after zlib, as measured; a scale per row."""
+    return StoredSize(h_out * h_in * 0.42 / 8 + 2 * h_out, 3)
+
+
+def _global(tensor: TensorShape, bits: float | None) -> StoredSize:
+    """One budget for all compressed tensors, scales included.
+
+    A matrix has about ten runs of ranks of equal widths, whose alignment comes on top.
+    """
+    if tensor.role == "other tensors":
+        return _exact(tensor, None)
+    count = tensor.matrices[0]
+    return StoredSize(tensor.weights * (bits or 0.0) / 8 + RUNS_PADDING * count, 5 * count)
+
+
+SIZE_ESTIMATES: Final[Mapping[str, SizeEstimate]] = MappingProxyType(
+    {
+        "optimix": _global,
+        "adamix": _local(_decomposed(2.5)),
+        "delta-come": _local(_fixed((8, 2), (3, 32))),
+        "topk-2": _local(_fixed((8, 2))),
+        "topk-32": _local(_fixed((8, 32))),
+        "low-rank": _local(_low_rank),
+        "bitdelta": _local(_sign),
+        "bitdelta-distilled": _local(_sign),
+        "delta-zip": _local(_two_of_four),
+        "gpt-zip": _local(_one_in_twenty),
+        "exact": _exact,
+    }
+)
+"""Size estimate of each method."""
+
+
+MANIFEST_PART: Final = "manifest"
+
+HEAD_BYTES: Final = 1_000
+"""The manifest's top-level fields and the file's alignment."""
+RECORD_BYTES: Final = 105
+SEGMENT_BYTES: Final = 205
+NOTES_BYTES: Final = 150
+"""Bytes of a tensor, of each of its segments, and of a matrix's report in header and manifest."""
+FILE_GROWTH: Final = 1.5
+"""A JSON file is stored as an escaped string."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewPart:
+    """One role of tensors in the artifact; `bytes` exclude the manifest."""
+
+    kind: str
+    tensors: int
+    weights: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SizePreview:
+    """The predicted size of a compression.
+
+    Attributes:
+        method: its name.
+        bits: the budget, as given or as the size goal requires; None for methods without one.
+        artifact_bytes: of the whole file.
+        checkpoint_bytes: of the fine-tune at two bytes a weight.
+        parameters: its weights.
+        parts: changed tensors by role, then the manifest with the carried files.
+    """
+
+    method: str
+    bits: float | None
+    artifact_bytes: int
+    checkpoint_bytes: int
+    parameters: int
+    parts: list[PreviewPart]
+
+    @property
+    def ratio(self) -> float:
+        """Checkpoint bytes at bfloat16 per artifact byte."""
+        return self.checkpoint_bytes / self.artifact_bytes
+
+    @property
+    def true_bits(self) -> float:
+        """Artifact bits per weight of the checkpoint."""
+        return 8 * self.artifact_bytes / self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, with `ratio` and `true_bits`."""
+        return {**asdict(self), "ratio": self.ratio, "true_bits": self.true_bits}
+
+
+def read_shapes(folder: Path) -> list[TensorShape]:
+    """Read the tensors of a checkpoint folder from file headers; all count as changed.
+
+    Raises:
+        InvalidCheckpoint: there are no safetensors files, or one is malformed.
+    """
+    shapes = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            header = parse_header(stream.read(header_length(stream.read(8))))
+        shapes += [TensorShape(spec.name, spec.dtype, spec.shape) for spec in header.tensors]
+    if not shapes:
+        raise InvalidCheckpoint(f"{folder} holds no .safetensors file with weights.")
+    return shapes
+
+
+def shapes_of(
+    finetuned: CheckpointManifest, base: CheckpointManifest | None = None
+) -> list[TensorShape]:
+    """The fine-tune's tensors; without a base, all count as changed."""
+    before = {} if base is None else {t.name: (t.dtype, t.shape, t.sha256) for t in base.tensors}
+    return [
+        TensorShape(t.name, t.dtype, t.shape, before.get(t.name) != (t.dtype, t.shape, t.sha256))
+        for t in finetuned.tensors
+    ]
+
+
+def carried_bytes(finetuned: CheckpointManifest, base: CheckpointManifest | None = None) -> int:
+    """Bytes in the artifact of config and tokenizer files that differ from the base's; 0 without a
+    base.
+    """
+    if base is None:
+        return 0
+    before = {file.path: file.sha256 for file in base.files}
+    changed = [
+        file.size
+        for file in finetuned.files
+        if not file.path.endswith((".safetensors", ".safetensors.index.json"))
+        and before.get(file.path) != file.sha256
+    ]
+    return round(FILE_GROWTH * sum(changed))
+
+
+def preview_size(
+    tensors: Iterable[TensorShape], method: str, goal: Goal | None, *, carried: int = 0
+) -> SizePreview:
+    """Predict the size of the artifact.
+
+    Args:
+        tensors: of the fine-tune.
+        method: a name of `METHODS`.
+        goal: the result of `deltadock.compression.options.goal_for` for this method.
+        carried: bytes of the files carried in the manifest.
+
+    Raises:
+        InvalidGoal: the size depends on measurements, or is below the smallest that this method
+            can make.
+        InvalidInput: the method imports an adapter.
+    """
+    tensors = list(tensors)
+    info = METHODS[method]
+    if info.imports_adapter:
+        raise InvalidInput(
+            f"The method {method!r} keeps an adapter as it is: the artifact is about as large as "
+            "the adapter file."
+        )
+    if goal is None:
+        return _preview(tensors, method, None, carried)
+    if goal.kind not in SIZES:
+        raise InvalidGoal(
+            f"How small {goal.kind} lets the artifact be is only known after the work. Preview "
+            "bits, target_bytes or ratio."
+        )
+    if goal.kind == "bits":
+        return _preview(tensors, method, goal.value, carried)
+    assert info.bits_min is not None, "a method without a budget has no goal"
+    assert info.bits_max is not None
+    low, high = info.bits_min, info.bits_max
+    parameters = sum(tensor.weights for tensor in tensors)
+    target = goal.value if goal.kind == "target_bytes" else 2 * parameters / goal.value
+    least = _preview(tensors, method, low, carried)
+    if least.artifact_bytes > target:
+        raise InvalidGoal(
+            f"{goal} cannot be reached by {method!r}: its smallest artifact of this model takes "
+            f"about {least.artifact_bytes} bytes, a ratio of {least.ratio:.1f}."
+        )
+    most = _preview(tensors, method, high, carried)
+    if most.artifact_bytes <= target:
+        return most
+    if info.budgets:
+        found = [_preview(tensors, method, bits, carried) for bits in sorted(info.budgets)]
+        return [size for size in found if size.artifact_bytes <= target][-1]
+    for _ in range(40):
+        middle = (low + high) / 2
+        size = _preview(tensors, method, middle, carried)
+        if size.artifact_bytes <= target:
+            low, least = middle, size
+        else:
+            high = middle
+    return least
+
+
+def _preview(
+    tensors: list[TensorShape], method: str, bits: float | None, carried: int
+) -> SizePreview:
+    estimate = SIZE_ESTIMATES.get(method, SIZE_ESTIMATES["optimix"])
+    changed = [tensor for tensor in tensors if tensor.changed and tensor.weights]
+    manifest = float(HEAD_BYTES + carried)
+    parts = []
+    for role in ROLES:
+        members = [tensor for tensor in changed if tensor.role == role]
+        stored = [estimate(tensor, bits) for tensor in members]
+        parts.append(
+            PreviewPart(
+                role,
+                len(members),
+                sum(tensor.weights for tensor in members),
+                round(sum(one.bytes for one in stored)),
+            )
+        )
+        manifest += sum(RECORD_BYTES + one.segments * SEGMENT_BYTES for one in stored)
+        if method != "exact" and role in ("linear layers", "output head"):
+            manifest += NOTES_BYTES * sum(tensor.matrices[0] for tensor in members)
+    parts.append(PreviewPart(MANIFEST_PART, 0, 0, round(manifest)))
+    parameters = sum(tensor.weights for tensor in tensors)
+    return SizePreview(
+        method, bits, sum(part.bytes for part in parts), 2 * parameters, parameters,
+        [part for part in parts if part.bytes],
+    )  # fmt: skip

@@ -1,0 +1,304 @@
+"""One checkpoint pair, calibrated once: artifacts at any number of budgets."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from deltadock.artifacts.encodings import Encoded
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.serial import deserialize, serialize
+from deltadock.artifacts.writer import artifact_bytes, write_artifact
+from deltadock.compression.assembly import (
+    EMBEDDING_BITS,
+    build_manifest,
+    calibration_record,
+    carried_files,
+    compose_tensors,
+    encode_remaining,
+)
+from deltadock.compression.calibration.windows import CalibrationSet, load_calibration
+from deltadock.compression.checkpoints import CheckpointPair, MatrixRef, ResizedSource
+from deltadock.compression.compressors import (
+    Compressor,
+    GlobalCompressor,
+    PerMatrixCompressor,
+    report_matrix,
+)
+from deltadock.compression.distillation import distill
+from deltadock.compression.methods.registry import matrix_method
+from deltadock.compression.model.families import check_not_quantized
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.options import METHODS, CompressOptions, Source
+from deltadock.compression.quality import MergedSource, measure
+from deltadock.compression.report import MatrixReport, ProgressReporter, Report, TensorReport
+from deltadock.compression.scratch import Scratch
+from deltadock.compression.statistics import (
+    DeltaMatrix,
+    Statistics,
+    changed_matrices,
+    collect,
+)
+from deltadock.version import __version__
+
+
+class BlockStore(Protocol):
+    """Stores encoded blocks, so that an interrupted compression can resume."""
+
+    def get(self, key: str) -> bytes | None:
+        """Return the data stored under `key`, or None."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Store `data` under `key`."""
+        ...
+
+
+@dataclass(slots=True)
+class Draft:
+    """The encodings of a whole checkpoint at one budget, before distillation.
+
+    Attributes:
+        bits: the budget; None for methods of one size.
+        tensors: encodings by tensor name.
+        matrices: reports of the compressed matrices.
+        others: reports of the other changed tensors.
+    """
+
+    bits: float | None
+    tensors: dict[str, Encoded] = field(default_factory=dict)
+    matrices: list[MatrixReport] = field(default_factory=list)
+    others: list[TensorReport] = field(default_factory=list)
+
+
+class CompressionSession:
+    """Compresses one pair by one method at any number of budgets.
+
+    Attributes:
+        pair: the two checkpoints.
+        info: the method, with the smallest budget that this pair's matrices allow.
+    """
+
+    def __init__(
+        self,
+        pair: CheckpointPair,
+        options: CompressOptions,
+        scratch: Scratch,
+        *,
+        progress: ProgressReporter | None = None,
+        store: BlockStore | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """Read the carried files; `prepare` reads the weights.
+
+        Args:
+            pair: the two checkpoints.
+            options: method, seed, solver and amount of calibration text; its goal is not used.
+            scratch: holds intermediate tensors.
+            progress: reports every step.
+            store: keeps encoded blocks for a later session with the same inputs.
+            device: torch device.
+
+        Raises:
+            UnsupportedModel: weights are quantized, and the method is not `exact`.
+        """
+        self.pair, self.info = pair, METHODS[options.method]
+        if options.method != "exact":
+            check_not_quantized(pair.base.manifest.config)
+            check_not_quantized(pair.finetuned.manifest.config)
+        self._options, self._scratch, self._store, self._device = options, scratch, store, device
+        self._progress = progress or ProgressReporter()
+        self._carried = carried_files(pair.base.manifest, pair.finetuned)
+        self._model: BlockwiseModel | None = None
+        self._data: CalibrationSet | None = None
+        self._statistics: Statistics | None = None
+        self._compressor: Compressor | None = None
+        self._matrices: list[DeltaMatrix] = []
+        self._draft: Draft | None = None
+
+    @property
+    def budgeted_weights(self) -> int:
+        """Number of weights that the budget is for."""
+        entries = self.pair.finetuned.entries
+        return sum(math.prod(entries[name].shape) for name in {m.ref.name for m in self._matrices})
+
+    def prepare(self, sources: Sequence[Source]) -> None:
+        """Calibrate: load the text and collect the statistics that the method needs."""
+        pair, info, options, report = self.pair, self.info, self._options, self._progress.report
+        report("calibrating", 0, 3, "reading the configuration")
+        model = self._model = BlockwiseModel(pair.finetuned.folder, self._device)
+        model.check(pair.finetuned.shapes)
+        if sources or info.needs_calibration:
+            self._data = load_calibration(
+                sources, pair.finetuned.folder, model.max_length, options.seed,
+                options.calibration, self._device,
+                lambda text, done: report("calibrating", 0, 3, text, within=done),
+            )  # fmt: skip
+        if self._data is not None and info.needs_calibration:
+            self._statistics = collect(
+                pair, model, self._data, self._scratch, gradients=info.needs_gradients,
+                seed=options.seed,
+                progress=lambda done, text: report("calibrating", 1, 3, text, within=done),
+            )  # fmt: skip
+        self._matrices = changed_matrices(pair, model, with_embedding=info.needs_gradients)
+        method = matrix_method(info.name)
+        if method is not None:
+            self._compressor = PerMatrixCompressor(
+                pair, self._statistics, method, options.solver, model.device
+            )
+        elif self._statistics is not None and info.needs_gradients:
+            compressor = GlobalCompressor(
+                pair, self._statistics, self._scratch, model.device, self._progress
+            )
+            self.info = replace(info, bits_min=max(info.bits_min or 0.0, compressor.least_bits))
+            self._compressor = compressor
+
+    def draft_bytes(self, bits: float | None) -> int:
+        """Encode everything at a budget and return the size of its artifact in bytes.
+
+        Distillation changes the values of scales, never their number or dtype: the size is final.
+        """
+        draft = self._encode(bits)
+        return artifact_bytes(draft.tensors, self._manifest(draft))
+
+    def compress(self, bits: float | None, out: Path) -> Report:
+        """Write the artifact at a budget, and measure it on held-out calibration text."""
+        draft, distillation = self._encode(bits), None
+        tensors = draft.tensors
+        if self.info.distills and self._model is not None and self._data is not None:
+            tensors, distillation = distill(
+                self.pair,
+                self._model,
+                self._data,
+                tensors,
+                self._options.seed,
+                lambda done, text: self._progress.report("assembling", 1, 3, text, within=done),
+            )
+        self._progress.report("assembling", 2, 3, "writing the artifact")
+        write_artifact(out, tensors, self._manifest(draft))
+        report = Report(
+            method=self._options.method,
+            nominal_bits=bits,
+            artifact_bytes=out.stat().st_size,
+            checkpoint_bytes=self.pair.finetuned.bf16_bytes,
+            parameters=self.pair.finetuned.parameters,
+            base_digest=self.pair.base.manifest.weights_digest,
+            calibration=calibration_record(self._data, self._options.seed),
+            distillation=distillation,
+            matrices=draft.matrices,
+            other_tensors=draft.others,
+        )
+        self._measure(report, out)
+        return report
+
+    def _encode(self, bits: float | None) -> Draft:
+        """Encode the checkpoint at a budget; the draft of the last budget is kept."""
+        if self._draft is not None and self._draft.bits == bits:
+            return self._draft
+        draft = Draft(bits)
+        if self._compressor is not None:
+            self._compressor.set_budget(bits)
+            fingerprint = self._fingerprint(bits)
+            blocks = sorted({matrix.block for matrix in self._matrices})
+            for position, block in enumerate(blocks):
+                message = f"block {position + 1} of {len(blocks)}"
+                self._progress.report("compressing", position, len(blocks), message)
+                members = [matrix for matrix in self._matrices if matrix.block == block]
+                key = f"{fingerprint}/{block}"
+                stored = None if self._store is None else self._store.get(key)
+                if stored is not None:
+                    tensors, reports = deserialize(stored)
+                else:
+                    tensors, reports = self._encode_block(
+                        self._compressor, members, (position, len(blocks))
+                    )
+                    if self._store is not None:
+                        self._store.put(key, serialize(tensors, reports))
+                draft.tensors |= tensors
+                draft.matrices += [
+                    MatrixReport(**reports[matrix.ref.key])
+                    for matrix in members
+                    if matrix.ref.key in reports and matrix.ref.name in tensors
+                ]
+                self._progress.report("compressing", position + 1, len(blocks), message)
+        self._progress.report("assembling", 0, 3, "encoding the other tensors")
+        others, draft.others = encode_remaining(
+            self.pair,
+            draft.tensors,
+            embedding=None if self._model is None else self._model.embedding,
+            embedding_bits=None if self._options.method == "exact" else EMBEDDING_BITS,
+        )
+        draft.tensors |= others
+        self._draft = draft
+        return draft
+
+    def _encode_block(
+        self, compressor: Compressor, members: Sequence[DeltaMatrix], position: tuple[int, int]
+    ) -> tuple[dict[str, Encoded], dict[str, Any]]:
+        """Encode the tensors of a block; with the report of each of its matrices, as JSON."""
+        block, blocks = position
+        encodings: dict[str, Encoded | None] = {}
+        reports: dict[str, Any] = {}
+        for number, matrix in enumerate(members):
+            message = f"block {block + 1} of {blocks}, matrix {number + 1} of {len(members)}"
+            within = number / len(members)
+            self._progress.report("compressing", block, blocks, message, within=within)
+            delta = self.pair.delta(matrix.ref)
+            if not delta.any():
+                encodings[matrix.ref.key] = None
+                continue
+            result = compressor.compress(matrix, delta)
+            # A delta out of the range of codes and scales is stored exactly, as one without a
+            # budget is.
+            if result is not None and result.approximation.isfinite().all():
+                encodings[matrix.ref.key] = result.encoded
+                report = report_matrix(matrix, delta, result, self._statistics)
+                reports[matrix.ref.key] = asdict(report)
+        refs: list[MatrixRef] = [matrix.ref for matrix in members]
+        return compose_tensors(self.pair, refs, encodings), reports
+
+    def _manifest(self, draft: Draft) -> dict[str, Any]:
+        return build_manifest(
+            self.pair.base,
+            self._options,
+            self._carried,
+            finetuned_digest=self.pair.finetuned.manifest.weights_digest,
+            parameters=self.pair.finetuned.parameters,
+            bits=draft.bits,
+            data=self._data,
+            settings={"solver": self._options.solver, "embedding_bits": EMBEDDING_BITS},
+            matrices=draft.matrices,
+        )
+
+    def _measure(self, report: Report, out: Path) -> None:
+        pair, model, data = self.pair, self._model, self._data
+        if model is None or data is None:
+            return
+        with Artifact(out) as artifact:
+            quality = measure(
+                model,
+                data.held_out,
+                base=ResizedSource(pair.base, pair.finetuned.shapes),
+                finetuned=pair.finetuned,
+                delta=MergedSource(pair.base, artifact),
+                progress=lambda k, n: self._progress.report("verifying", k, n, "comparing outputs"),
+            )
+        report.set_quality(quality)
+
+    def _fingerprint(self, bits: float | None) -> str:
+        """SHA-256 (hex) over everything that decides the blocks' bytes."""
+        inputs = {
+            "versions": [__version__, torch.__version__],
+            "base": self.pair.base.manifest.digest,
+            "finetuned": self.pair.finetuned.manifest.digest,
+            "calibration": None if self._data is None else self._data.sha256,
+            "device": self._device.partition(":")[0],
+            **asdict(self._options),
+            "bits": bits,
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

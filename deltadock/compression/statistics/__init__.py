@@ -1,1 +1,0 @@
-"""What calibration tells of every matrix: second moments of inputs and of gradients."""
