@@ -6,8 +6,8 @@ Random codes at the shapes of Qwen2.5-7B's linear layers, at about one bit per w
 measured on files of one and of two decoder blocks and extrapolated: every block takes as much as
 the second one added. Loading is `artifacts.tensors.load_segments`, opening included, against a
 plain read of the file into new memory, alternating in one process; the best of several runs each.
-The page cache holds the file, unless --cold asks the kernel to drop it before each run (not every file
-system honours this: check that the plain read became slower).
+The page cache holds the file, unless --cold asks the kernel to drop it before each run (not every
+file system honours this: check that the plain read became slower).
 """
 
 import argparse
