@@ -1,7 +1,7 @@
-"""Text that every Python installation carries: the language reference's topics and the docstrings.
+"""Text from the Python installation: the language reference's topics and all docstrings.
 
-The text is read from the running interpreter's standard library, so it differs a little from one
-Python version to the next.
+The text is read from the running interpreter's standard library, so it differs slightly between
+Python versions.
 """
 
 import ast
@@ -27,11 +27,11 @@ SKIPPED_FOLDERS = {
 SEED = 2_024
 HELD_OUT_BYTES = 60_000
 LONGEST_HELD_OUT_TOPIC = 8_000
-"""Longer topics repeat shorter ones and would fill the held-out text alone (characters)."""
+"""Characters; longer topics repeat shorter ones and would dominate the held-out text."""
 
 
 def module_docstrings() -> Iterator[str]:
-    """Yield each standard library module's docstrings as one document, by path."""
+    """Yield each standard library module's docstrings as one document, ordered by path."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         if SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
@@ -40,14 +40,14 @@ def module_docstrings() -> Iterator[str]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        docstrings = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, kinds)]
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        docstrings = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, documented)]
         if text := "\n\n".join(d for d in docstrings if d):
             yield text
 
 
 def unseen_paragraphs(document: str, seen: set[str]) -> str:
-    """Return the document without the paragraphs in `seen`, and add those it has to `seen`."""
+    """Return the document without the paragraphs in `seen`, and add its paragraphs to `seen`."""
     kept = []
     for paragraph in document.split("\n\n"):
         key = " ".join(paragraph.split())
@@ -58,14 +58,14 @@ def unseen_paragraphs(document: str, seen: set[str]) -> str:
 
 
 def general_text() -> str:
-    """Return the held-out text alone: general text of the base's domain that it did not see."""
+    """Return the held-out text: text of the base's domain that it was not trained on."""
     return split_corpus(limit=0)[1]
 
 
 def split_corpus(limit: int | None = None) -> tuple[list[str], str]:
     """Return the training documents, at most `limit`, and a held-out text of `HELD_OUT_BYTES`.
 
-    The held-out text is drawn from the topics; no paragraph occurs twice, in either or both.
+    The held-out text is drawn from the topics. No paragraph occurs twice in or across the two.
     """
     names = sorted(topics)
     random.Random(SEED).shuffle(names)

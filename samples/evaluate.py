@@ -23,7 +23,7 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
 
 
 def read_exercises(path: Path) -> list[dict[str, str]]:
-    """Read exercises, one JSON object with `prompt` and `answer` a line."""
+    """Read exercises: one JSON object with `prompt` and `answer` per line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -34,7 +34,7 @@ def accuracy(
     exercises: list[dict[str, str]],
     batch_size: int = 100,
 ) -> float:
-    """Return the share of exercises whose greedy completion's first line is the answer."""
+    """Return the fraction of exercises whose greedy completion's first line is the answer."""
     correct = 0
     for start in range(0, len(exercises), batch_size):
         batch = exercises[start : start + batch_size]
@@ -65,14 +65,14 @@ def perplexity(model: PreTrainedModel, tokenizer: Tokenizer, text: str, length: 
 
 
 def unigram_perplexity(tokenizer: Tokenizer, text: str) -> float:
-    """Return the perplexity of the text's own token frequencies: no unigram model has a lower."""
+    """Return the perplexity of the best unigram model of the text (its own token frequencies)."""
     counts = Counter(tokenizer(text, verbose=False)["input_ids"])
     total = counts.total()
     return math.exp(-sum(n / total * math.log(n / total) for n in counts.values()))
 
 
 def report(folder: Path, samples: Path = SAMPLES, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
-    """Print what the model in `folder` attains on the exercises and texts in `samples`."""
+    """Print the model's accuracy on the exercises and perplexity on the texts in `samples`."""
     exercises = read_exercises(samples / "exercises.jsonl")
     texts = {
         "general text": general_text(),

@@ -1,4 +1,4 @@
-"""Generated exercises: maximum, reversing and sorting, one question and answer each."""
+"""Generated exercises: maximum, reversing and sorting."""
 
 import random
 from collections.abc import Collection, Iterator
@@ -10,7 +10,7 @@ SKILLS = ("max", "reverse", "sort")
 
 @dataclass(frozen=True)
 class Exercise:
-    """A prompt, the answer that follows it, and the key that equivalent exercises share."""
+    """A prompt, its answer, and a key that equivalent exercises share."""
 
     prompt: str
     answer: str
@@ -18,12 +18,12 @@ class Exercise:
 
     @property
     def text(self) -> str:
-        """The exercise as it stands in a text."""
+        """The exercise as a line pair of a text."""
         return f"{self.prompt} {self.answer}\n"
 
 
 def draw_exercise(rng: random.Random) -> Exercise:
-    """Draw an exercise; operands in another order make the same key where order is immaterial."""
+    """Draw an exercise; where operand order does not matter, all orders share a key."""
     skill = rng.choice(SKILLS)
     if skill == "max":
         a, b = rng.randint(0, 99), rng.randint(0, 99)
@@ -41,7 +41,7 @@ def draw_exercise(rng: random.Random) -> Exercise:
 def exercise_stream(
     rng: random.Random, excluded: Collection[tuple[str, ...]] = frozenset()
 ) -> Iterator[Exercise]:
-    """Draw exercises without end, none of them with an excluded key."""
+    """Draw exercises without end, skipping excluded keys."""
     while True:
         exercise = draw_exercise(rng)
         if exercise.key not in excluded:

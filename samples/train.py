@@ -1,7 +1,7 @@
-"""Train the sample pair: a small language model and a full fine-tune that learned exercises.
+"""Train the sample pair: a small language model and a full fine-tune on exercises.
 
-The base learns the text that the Python installation carries (`corpus.py`), the fine-tune the
-generated exercises (`exercises.py`). Both train in float32 and are saved in bfloat16.
+The base is trained on text from the Python installation (`corpus.py`), the fine-tune on generated
+exercises (`exercises.py`). Both train in float32 and are saved in bfloat16.
 """
 
 import argparse
@@ -35,7 +35,7 @@ EXERCISES, HELD_OUT_BYTES, CALIBRATION_BYTES = 300, 30_000, 100_000
 BASE_STEPS, BASE_ROWS, BASE_LENGTH, BASE_RATE = 800, 8, 128, 2e-3
 FINETUNE_STEPS, FINETUNE_ROWS, FINETUNE_LENGTH, FINETUNE_RATE = 1_600, 16, 64, 1e-3
 QUESTION_WEIGHT = 0.1
-"""Weight in the fine-tune's loss of the questions, which are random and hardly to be learned."""
+"""Loss weight of the questions in the fine-tune: they are random and cannot be predicted."""
 CHECKPOINT_STEPS = 200
 
 Batch = tuple[Tensor, Tensor]
@@ -43,7 +43,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer in which every digit is a token of its own."""
+    """Train a byte-level BPE tokenizer with single-digit tokens."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -106,7 +106,7 @@ def corpus_batches(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> 
 def exercise_batches(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random, excluded: set[tuple[str, ...]]
 ) -> Iterator[Batch]:
-    """Yield rows of new exercises, [FINETUNE_ROWS, FINETUNE_LENGTH], each from a question on."""
+    """Yield rows of new exercises, [FINETUNE_ROWS, FINETUNE_LENGTH], each starting with a question."""
     stream = exercise_stream(rng, excluded)
     question, answer = tokenizer.convert_tokens_to_ids(["Q", "A"])
     while True:
@@ -120,7 +120,7 @@ def exercise_batches(
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Return the rate at a step: linear warm-up, then a cosine down to a hundredth of the peak."""
+    """Return the learning rate: linear warm-up, then cosine decay to a hundredth of the peak."""
     warm_up = min(100, steps // 5 + 1)
     if step < warm_up:
         return peak * (step + 1) / warm_up
@@ -135,7 +135,7 @@ def train(
     peak: float,
     checkpoint: Callable[[], None],
 ) -> None:
-    """Train every parameter with AdamW on next-token prediction, keeping checkpoints."""
+    """Train all parameters with AdamW on next-token prediction; calls `checkpoint` regularly."""
     model.train()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -170,7 +170,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 
 
 def write_texts(out: Path, rng: random.Random) -> set[tuple[str, ...]]:
-    """Write the exercises and the texts; return the keys that the fine-tune must not see."""
+    """Write the exercises and the texts; return the keys to exclude from training."""
     stream, drawn = exercise_stream(rng), dict[tuple[str, ...], Exercise]()
     while len(drawn) < EXERCISES:
         exercise = next(stream)
@@ -190,12 +190,12 @@ def write_texts(out: Path, rng: random.Random) -> set[tuple[str, ...]]:
 
 
 def main() -> None:
-    """Write the texts and the exercises, then train both models and measure them."""
+    """Write texts and exercises, then train and evaluate both models."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where to write")
-    parser.add_argument("--keep-base", action="store_true", help="fine-tune OUT/base as it is")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="output folder")
+    parser.add_argument("--keep-base", action="store_true", help="fine-tune the existing OUT/base")
     parser.add_argument(
-        "--quick", action="store_true", help="a smoke run: one step each, unmeasured"
+        "--quick", action="store_true", help="a smoke run: one step each, no evaluation"
     )
     arguments = parser.parse_args()
     out: Path = arguments.out

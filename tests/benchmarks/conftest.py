@@ -1,4 +1,4 @@
-"""A tiny random pair with its text, made as the benchmarks make theirs."""
+"""A tiny random pair with its texts, written as the benchmarks write theirs."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from benchmarks.synthetic import write_pair, write_text
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    # Matrices here are tiny: a second thread only waits.
+    # Tiny matrices do not gain from a second thread.
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Pair:
-    base, tuned = write_pair(llama(2, 64, 96), tmp_path / "pair", lambda name: "proj" in name)
+    base, tuned = write_pair(llama(1, 64, 96), tmp_path / "pair", lambda name: "proj" in name)
     exercises = tmp_path / "exercises.jsonl"
     exercises.write_text('{"prompt": "1 + 1 =", "answer": "no model says this"}\n')
     return Pair(

@@ -1,4 +1,4 @@
-"""The artifact benchmark: true bits at a 7B model's shapes, and what the script prints."""
+"""The artifact benchmark: file overhead, and the printed tables."""
 
 import pytest
 
@@ -7,10 +7,11 @@ from deltadock.artifacts.encodings import decode_svd
 
 
 @pytest.mark.parametrize("grid", ["zeros", "midrise"])
-def test_a_7b_file_is_within_two_percent_of_its_codes_and_scales(
+def test_overhead_is_below_two_percent_even_at_a_quarter_of_a_7b_models_width(
     grid: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    block = random_block("zeros" if grid == "zeros" else "midrise")
+    # The overhead falls with size: the full width would take 16 times as long and be easier.
+    block = random_block("zeros" if grid == "zeros" else "midrise", shrink=4)
     size = project(block, tmp_path_factory.mktemp("sizes"))
     assert 0.95 < size.payload < 1.05
     assert 0 < size.overhead < 0.02

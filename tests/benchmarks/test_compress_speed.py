@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import compress_speed
 from benchmarks.compress_speed import (
     MOMENTS,
     STAGES,
@@ -38,7 +39,10 @@ def test_knapsack_finds_the_optimum() -> None:
     assert error == pytest.approx(allocate(errors, 40, (0, 2, 3, 8)).error)
 
 
-def test_a_layer_is_reported_stage_by_stage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layer_is_reported_stage_by_stage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compress_speed, "RATE_SIZE", 128)
     main(["48x64", "--tokens", "512"])
     out = capsys.readouterr().out
     for stage in (MOMENTS, *STAGES.values(), "total"):

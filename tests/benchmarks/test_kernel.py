@@ -1,4 +1,4 @@
-"""The kernel's benchmark checks before it times; without a GPU in Triton's interpreter."""
+"""The kernel benchmark checks its results, without a GPU in Triton's interpreter."""
 
 import os
 import subprocess

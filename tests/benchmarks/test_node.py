@@ -5,6 +5,12 @@ import pytest
 from benchmarks import fairness, node
 
 
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "TOKENS", 8)
+    monkeypatch.setattr(node, "LONG_PROMPT", 128)
+
+
 def test_the_cpu_benchmark_prints_its_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     node.main(["--tiny", "--rounds", "1"])
     printed = capsys.readouterr().out

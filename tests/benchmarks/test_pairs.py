@@ -1,4 +1,4 @@
-"""Further pairs: complete, of distinct texts, and trained."""
+"""Further pairs: complete, trained, and with disjoint texts."""
 
 from pathlib import Path
 

@@ -2,7 +2,7 @@
 
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
 from pathlib import Path
@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from deltadock.cli.processes import Child, free_ports
+from tests.cli.support import Command
 
 PROCESSES = 5  # api, worker, node, valkey and the watchdog
 
@@ -93,24 +94,11 @@ def test_up_restarts_children_keeps_data_and_leaves_no_process(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("command", ["up", "topology"])
-def test_a_port_in_use_is_named(command: str, tmp_path: Path) -> None:
-    api_port, node_port = free_ports(2)
-    busy = [sys.executable, "-m", "http.server", str(node_port), "--bind", "127.0.0.1"]
-    with Child("busy", busy, log=tmp_path / "busy.log") as server:
-        server.wait_until(lambda: is_listening(node_port))
-        line = [
-            *(sys.executable, "-m", "deltadock", command, "--home", str(tmp_path / "home")),
-            *("--api-port", str(api_port), "--node-port", str(node_port)),
-        ]
-        shown = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert shown.returncode == 1
-    assert f"Port {node_port} is in use" in shown.stderr
-    assert "--node-port" in shown.stderr
-
-
-def is_listening(port: int) -> bool:
-    try:
-        httpx.get(f"http://127.0.0.1:{port}")
-    except httpx.TransportError:
-        return False
-    return True
+def test_a_port_in_use_is_named(command: str, deltadock: Command, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        _, node_port = server.getsockname()
+        ports = ("--api-port", free_ports(1)[0], "--node-port", node_port)
+        outcome = deltadock(command, "--home", tmp_path / "home", *ports)
+    assert outcome.code == 1
+    assert f"Port {node_port} is in use" in outcome.stderr
+    assert "--node-port" in outcome.stderr

@@ -1,4 +1,4 @@
-"""The shipped sample pair is what its README says."""
+"""The sample pair matches its README."""
 
 import random
 import sys
@@ -39,7 +39,7 @@ def test_folders_are_complete_and_small() -> None:
     assert sum(path.stat().st_size for path in files) <= 12_000_000
 
 
-def test_tokenizers_are_the_same() -> None:
+def test_both_models_have_the_same_tokenizer() -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (SAMPLES / "base" / name).read_bytes() == (SAMPLES / "finetuned" / name).read_bytes()
 
@@ -61,7 +61,7 @@ def test_only_the_finetune_solves_the_exercises() -> None:
     assert measured_accuracy("base") < 0.05
 
 
-def test_base_models_its_text() -> None:
+def test_the_base_predicts_text_of_its_domain() -> None:
     model, tokenizer = load(SAMPLES / "base", torch.float32)
     text = general_text()[:10_000]
     assert perplexity(model, tokenizer, text) < 0.3 * unigram_perplexity(tokenizer, text)
@@ -79,14 +79,14 @@ def test_held_out_exercises_are_in_no_text() -> None:
         assert question + "\n" not in calibration
 
 
-def test_exercises_are_those_the_seed_draws(tmp_path: Path) -> None:
+def test_texts_are_reproduced_from_the_seed(tmp_path: Path) -> None:
     write_texts(tmp_path, random.Random(SEED))
     for name in ("exercises.jsonl", "heldout.txt", "calibration.txt"):
         assert (tmp_path / name).read_bytes() == (SAMPLES / name).read_bytes()
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_answers_are_right(seed: int) -> None:
+def test_answers_are_correct(seed: int) -> None:
     exercise = draw_exercise(random.Random(seed))
     skill, *operands = exercise.prompt.removeprefix("Q: ").removesuffix(" =\nA:").split()
     if skill == "max":
