@@ -106,7 +106,7 @@ def corpus_batches(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> 
 def exercise_batches(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random, excluded: set[tuple[str, ...]]
 ) -> Iterator[Batch]:
-    """Yield rows of new exercises, [FINETUNE_ROWS, FINETUNE_LENGTH], each starting with a question."""
+    """Yield rows of new exercises, [FINETUNE_ROWS, FINETUNE_LENGTH], each from a question on."""
     stream = exercise_stream(rng, excluded)
     question, answer = tokenizer.convert_tokens_to_ids(["Q", "A"])
     while True:
