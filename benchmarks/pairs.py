@@ -60,7 +60,7 @@ class Recipe:
 
 
 def code_of(tree: ast.Module) -> str:
-    """The module's code without docstrings, on which the sample base was trained."""
+    """The module's code without its docstrings, as the sample base was trained on those."""
     for node in ast.walk(tree):
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             node.body[:1] = [ast.Pass()] if len(node.body) == 1 else []
@@ -195,7 +195,7 @@ def make(name: str, out: Path, base: Path, quick: bool) -> None:
 
 
 def main() -> None:
-    """Make the pairs asked for, by default all."""
+    """Write the named pairs, by default all."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="name", help=", ".join(RECIPES))
     parser.add_argument("--out", type=Path, required=True, help="folder to write the pairs into")

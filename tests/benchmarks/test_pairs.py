@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from benchmarks.pairs import QUICK_MODULES, SAMPLE_BASE, code_of, make, split_modules
 
 
-def test_texts_share_no_module() -> None:
+def test_texts_have_disjoint_modules() -> None:
     training, calibration, held_out = (set(part) for part in split_modules(code_of, QUICK_MODULES))
     assert training
     assert calibration

@@ -1,4 +1,4 @@
-"""What the offline commands refuse: in one line with a code, and nothing is left behind."""
+"""Errors of the offline commands: one line with a code, and no partial output."""
 
 import shutil
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from tests.cli.support import (
 
 
 def assert_refused(outcome: Outcome, code: str, words: str) -> None:
-    """One line on stderr that has the code, exit status 1, nothing on stdout."""
+    """One line with the code on stderr, exit status 1, empty stdout."""
     assert (outcome.code, outcome.stdout) == (1, ""), outcome
     lines = outcome.stderr.strip().splitlines()
     assert [line.startswith(f"error ({code}): ") for line in lines] == [True], outcome.stderr
@@ -99,8 +99,8 @@ def test_usage_errors(
     assert list(tmp_path.iterdir()) == []
 
 
-def copied(folder: Path, to: Path, **tensors: Any) -> Path:
-    """A checkpoint like `folder` with some tensors replaced."""
+def copy_with(folder: Path, to: Path, **tensors: Any) -> Path:
+    """Copy a checkpoint folder and replace some tensors."""
     shutil.copytree(folder, to)
     weights = load_file(to / "model.safetensors")
     save_file({**weights, **tensors}, to / "model.safetensors", {"format": "pt"})
@@ -110,13 +110,13 @@ def copied(folder: Path, to: Path, **tensors: Any) -> Path:
 def with_nan(inputs: Inputs, folder: Path) -> Path:
     weights = load_file(inputs.finetuned / "model.safetensors")[QUERY]
     weights[3, 5] = torch.nan
-    return copied(inputs.finetuned, folder, **{QUERY: weights})
+    return copy_with(inputs.finetuned, folder, **{QUERY: weights})
 
 
 def with_infinity(inputs: Inputs, folder: Path) -> Path:
     weights = load_file(inputs.finetuned / "model.safetensors")[QUERY]
     weights[0, 0] = -torch.inf
-    return copied(inputs.finetuned, folder, **{QUERY: weights})
+    return copy_with(inputs.finetuned, folder, **{QUERY: weights})
 
 
 def of_another_family(_inputs: Inputs, folder: Path) -> Path:
@@ -145,7 +145,7 @@ def truncated(inputs: Inputs, folder: Path) -> Path:
     return folder
 
 
-def lying(inputs: Inputs, folder: Path) -> Path:
+def with_wrong_dtype(inputs: Inputs, folder: Path) -> Path:
     shutil.copytree(inputs.finetuned, folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes().replace(b'"BF16"', b'"F32" ', 1))
@@ -173,7 +173,7 @@ def empty(_inputs: Inputs, folder: Path) -> Path:
         (deeper, "architecture_mismatch", "model.layers.2."),
         (pickled, "unsafe_file", "safe_serialization=True"),
         (truncated, "malformed_safetensors", "ends inside tensor"),
-        (lying, "malformed_safetensors", "takes"),
+        (with_wrong_dtype, "malformed_safetensors", "takes"),
         (without_config, "invalid_checkpoint", "config.json is missing"),
         (empty, "invalid_checkpoint", "config.json is missing"),
     ],
@@ -223,11 +223,11 @@ def test_texts_are_refused(
     assert list(tmp_path.iterdir()) == [text]
 
 
-def test_a_base_that_the_delta_does_not_belong_to(
+def test_another_base_is_refused(
     inputs: Inputs, delta: Delta, deltadock: Command, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
-    wrong = copied(inputs.base, other, **{QUERY: torch.zeros(64, 64, dtype=torch.bfloat16)})
+    wrong = copy_with(inputs.base, other, **{QUERY: torch.zeros(64, 64, dtype=torch.bfloat16)})
     mine = scan_folder(wrong).weights_digest
     arguments = evaluate(inputs, delta.path, "--json", base=wrong)
     assert_refused(deltadock(*arguments), "base_mismatch", mine)
@@ -236,7 +236,7 @@ def test_a_base_that_the_delta_does_not_belong_to(
     assert list(tmp_path.iterdir()) == [other]
 
 
-def test_what_exists_is_not_overwritten(
+def test_existing_output_is_not_overwritten(
     inputs: Inputs, delta: Delta, deltadock: Command, tmp_path: Path
 ) -> None:
     file, folder = tmp_path / "a.delta", tmp_path / "folder"
@@ -251,7 +251,7 @@ def test_what_exists_is_not_overwritten(
     assert [path.name for path in folder.iterdir()] == ["file"]
 
 
-def test_a_place_that_cannot_be_written_to_is_refused_at_once(
+def test_a_missing_output_folder_is_refused_before_compressing(
     inputs: Inputs, deltadock: Command, tmp_path: Path
 ) -> None:
     nowhere = tmp_path / "nowhere"
@@ -261,7 +261,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_at_once(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_fails_at_the_end_leaves_nothing(
+def test_an_interrupted_compression_leaves_no_file(
     inputs: Inputs, deltadock: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
@@ -274,12 +274,12 @@ def test_a_run_that_fails_at_the_end_leaves_nothing(
     out = tmp_path / "a.delta"
     outcome = deltadock(*compress(inputs, out, method="exact"))
     assert outcome.code != 0
-    assert written == [1], "something is written before it is measured"
+    assert written == [1], "the file is written before it is measured"
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "merge", "evaluate"])
-def test_files_that_are_no_deltas(
+def test_files_that_are_not_deltas_are_refused(
     inputs: Inputs, deltadock: Command, tmp_path: Path, command: str
 ) -> None:
     weights = inputs.base / "model.safetensors"

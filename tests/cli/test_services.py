@@ -1,4 +1,4 @@
-"""The servers start, answer, keep their data, and are gone afterwards."""
+"""The servers start, answer, persist their data and leave no process behind."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from deltadock.cli.processes import Child, free_ports, port_is_free
 from deltadock.errors import Unavailable
 
 
-def test_valkey_keeps_its_data_and_stops_after_an_exception(tmp_path: Path) -> None:
+def test_valkey_persists_and_stops_after_an_exception(tmp_path: Path) -> None:
     ended = []
 
     def set_and_fail() -> None:
@@ -41,14 +41,14 @@ def _redis(service: services.Service) -> redis.Redis:
     return redis.Redis.from_url(service.settings["broker_url"])
 
 
-def test_valkey_listens_on_the_port_asked_for(tmp_path: Path) -> None:
+def test_valkey_listens_on_the_requested_port(tmp_path: Path) -> None:
     [port] = free_ports(1)
     with services.valkey(tmp_path, port) as service:
         assert service.settings == {"broker_url": f"redis://127.0.0.1:{port}/0"}
     assert port_is_free(port)
 
 
-def test_postgres_is_real_and_never_root(postgres_database: str) -> None:
+def test_postgres_never_runs_as_root(postgres_database: str) -> None:
     engine = create_engine(postgres_database)
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE t (n int)"))
@@ -67,7 +67,7 @@ def test_postgres_refuses_a_wrong_password(postgres_url: str) -> None:
         psycopg.connect(url.render_as_string(hide_password=False))
 
 
-def test_postgres_keeps_its_data(services_folder: Path) -> None:
+def test_postgres_persists(services_folder: Path) -> None:
     folder = services_folder / "again"
     for statement in ("CREATE TABLE kept (n int)", "SELECT n FROM kept"):
         with services.postgres(folder) as service:
@@ -78,15 +78,15 @@ def test_postgres_keeps_its_data(services_folder: Path) -> None:
         assert service.child.poll() == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights to drop")
-def test_root_is_told_when_nobody_cannot_reach_the_folder(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root drops privileges")
+def test_a_folder_that_nobody_cannot_access_is_refused(tmp_path: Path) -> None:
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
     with pytest.raises(Unavailable, match="cannot access"), services.postgres(private / "data"):
         pass
 
 
-def test_s3_stores_ranges_and_honours_conditions(s3_bucket: dict[str, str]) -> None:
+def test_s3_supports_ranges_and_conditional_writes(s3_bucket: dict[str, str]) -> None:
     client = boto3.client(
         "s3",
         endpoint_url=s3_bucket["s3_endpoint_url"],
@@ -104,7 +104,7 @@ def test_s3_stores_ranges_and_honours_conditions(s3_bucket: dict[str, str]) -> N
     client.close()
 
 
-def test_a_child_that_fails_is_reported_with_its_log(tmp_path: Path) -> None:
+def test_a_failed_child_is_reported_with_its_log(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     with (
         Child("broken", command, log=tmp_path / "broken.log") as child,
@@ -114,7 +114,7 @@ def test_a_child_that_fails_is_reported_with_its_log(tmp_path: Path) -> None:
     assert "no such thing" in str(caught.value.details["log_tail"])
 
 
-def test_a_child_starts_again(tmp_path: Path) -> None:
+def test_a_child_restarts(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with Child("echo", ["echo", "started"], log=log) as child:
         child.wait_until(lambda: child.poll() == 0)
@@ -123,7 +123,7 @@ def test_a_child_starts_again(tmp_path: Path) -> None:
     assert log.read_text() == "started\n" * 2
 
 
-def test_stopping_ends_grandchildren_and_the_deaf(tmp_path: Path) -> None:
+def test_stopping_kills_grandchildren_and_processes_that_ignore_sigterm(tmp_path: Path) -> None:
     script = """
         import signal, subprocess, sys
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -131,9 +131,9 @@ def test_stopping_ends_grandchildren_and_the_deaf(tmp_path: Path) -> None:
         print(grandchild.pid, flush=True)
         grandchild.wait()
     """
-    log = tmp_path / "deaf.log"
+    log = tmp_path / "stubborn.log"
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    with Child("deaf", command, log=log, grace=0.1) as child:
+    with Child("stubborn", command, log=log, grace=0.1) as child:
         child.wait_until(lambda: log.read_text().endswith("\n"))
     assert child.poll() == -signal.SIGKILL
     assert _ends(int(log.read_text()))
@@ -159,7 +159,7 @@ def test_children_end_when_their_parent_is_killed(tmp_path: Path) -> None:
 
 
 def _ends(pid: int, seconds: float = 20.0) -> bool:
-    """Whether the process ends in time (one that only waits for its parent to look has ended)."""
+    """Whether the process exits in time; a zombie counts as exited."""
     try:
         process = psutil.Process(pid)
         deadline = time.monotonic() + seconds

@@ -23,7 +23,7 @@ def answer(**arguments: object) -> httpx.Response:
 
 
 @pytest.mark.parametrize("kind", list(tree()), ids=lambda kind: kind.code)
-def test_a_problem_becomes_the_error_with_its_code(kind: type[DeltadockError]) -> None:
+def test_a_problem_body_becomes_the_error_class_of_its_code(kind: type[DeltadockError]) -> None:
     error = error_of(answer(json={"code": kind.code, "detail": "what to do"}))
     assert (type(error), error.message) == (kind, "what to do")
 
