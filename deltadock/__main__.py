@@ -1,5 +1,5 @@
 """`python -m deltadock`: the `deltadock` command."""
 
-from deltadock.cli.main import app
+from deltadock.cli.main import main
 
-app()
+main()

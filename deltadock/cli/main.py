@@ -133,3 +133,8 @@ def migrate() -> None:
 def print_version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+def main() -> None:
+    """Entry point of the `deltadock` script."""
+    app()

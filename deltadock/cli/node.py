@@ -43,14 +43,8 @@ def node(base: Path | None, api: str | None, deltas: Sequence[Path], host: str, 
     if deltas:
         environment["DELTADOCK_NODE_DELTAS"] = json.dumps(_store(deltas))
     command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "deltadock.inference.server",
-        "--host",
-        host,
-        "--port",
-        str(port),
+        *(sys.executable, "-P", "-m", "deltadock.inference.server"),
+        *("--host", host, "--port", str(port)),
     ]
     os.execve(sys.executable, command, environment)  # signals reach the node directly
 

@@ -71,7 +71,7 @@ def deltadock(
         monkeypatch.setattr(sys, "argv", ["deltadock", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.app()
+            cli.main()
         captured = capsys.readouterr()
         assert isinstance(ended.value.code, int)
         return Outcome(ended.value.code, captured.out, captured.err)
