@@ -1,4 +1,4 @@
-"""Alembic's entry: runs the migrations on the engine that `storage.database` passes in."""
+"""Alembic's entry point: runs the migrations on the engine that `storage.database` passes in."""
 
 from typing import Final
 
@@ -10,10 +10,10 @@ from deltadock.storage.models import TableRow
 LOCK_KEY: Final = 0x64656C7461  # "delta"
 
 
-def take_turns(connection: Connection) -> None:
-    """Let one process migrate at a time, and give up rather than block a busy table for long.
+def serialise(connection: Connection) -> None:
+    """Let one process migrate at a time, with timeouts so that no busy table is blocked for long.
 
-    SQLite needs nothing: its transactions take the write lock when they begin.
+    SQLite needs neither: its transactions take the write lock when they begin.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK_KEY})
@@ -22,9 +22,9 @@ def take_turns(connection: Connection) -> None:
 
 
 def run(engine: Engine) -> None:
-    """Apply what is missing in one transaction."""
+    """Apply the pending revisions in one transaction."""
     with engine.begin() as connection:
-        take_turns(connection)
+        serialise(connection)
         context.configure(
             connection=connection,
             target_metadata=TableRow.metadata,

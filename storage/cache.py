@@ -1,4 +1,4 @@
-"""Files of the blob store on this machine's disk: each verified before it is used."""
+"""On-disk cache of blobs; every file is verified against its digest before use."""
 
 import hashlib
 from pathlib import Path
@@ -9,11 +9,11 @@ from deltadock.errors import HashMismatch, InvalidCheckpoint
 from deltadock.storage.blobs.port import BlobStore, sha256_of
 
 MANIFEST_BYTES: Final = 64 * 2**20
-"""Largest checkpoint manifest that is read."""
+"""Maximum size of a checkpoint manifest."""
 
 
 class FileCache:
-    """Checkpoints and artifacts under `folder`, by digest. Calls block: async code uses threads."""
+    """Checkpoints and artifacts under `folder`, by digest. All calls block."""
 
     def __init__(self, blobs: BlobStore, folder: Path) -> None:
         self._blobs = blobs
@@ -23,27 +23,27 @@ class FileCache:
         """The artifact's file.
 
         Raises:
-            NotFound: there is no such artifact.
-            HashMismatch: its bytes are damaged.
+            NotFound: the artifact is not in the store.
+            HashMismatch: the stored bytes are damaged.
         """
         return self._file(digest, self._artifact(digest))
 
     def artifact_size(self, digest: str) -> int:
-        """Bytes of the artifact in the store.
+        """Size in bytes of the artifact in the store.
 
         Raises:
-            NotFound: there is no such artifact.
+            NotFound: the artifact is not in the store.
         """
         return self._blobs.size(digest)
 
     def artifacts(self) -> list[tuple[str, int]]:
-        """(digest, bytes) of the artifact files that lie here, oldest first; none is verified."""
+        """(digest, bytes) of the cached artifact files, oldest first; unverified."""
         paths = list(self._artifact("*").parent.glob(self._artifact("*").name))
         found = [(path.stat().st_mtime, path.stem, path.stat().st_size) for path in paths]
         return [(digest, size) for _, digest, size in sorted(found)]
 
     def remove_artifact(self, digest: str) -> None:
-        """Remove an artifact's file, if it is here; whoever has it open reads on."""
+        """Remove an artifact's file, if cached; open file handles stay readable."""
         self._artifact(digest).unlink(missing_ok=True)
 
     def _artifact(self, digest: str) -> Path:
@@ -54,14 +54,14 @@ class FileCache:
 
         Raises:
             NotFound: the manifest or one of its files is not in the store.
-            HashMismatch: bytes are damaged.
-            InvalidCheckpoint: the digest names something else.
+            HashMismatch: the stored bytes are damaged.
+            InvalidCheckpoint: the blob is not a checkpoint manifest.
         """
-        raw = self._blobs.read(digest, MANIFEST_BYTES)
-        if hashlib.sha256(raw).hexdigest() != digest:
+        manifest_json = self._blobs.read(digest, MANIFEST_BYTES)
+        if hashlib.sha256(manifest_json).hexdigest() != digest:
             raise HashMismatch(f"The checkpoint manifest {digest} is damaged in the store.")
         try:
-            manifest = CheckpointManifest.from_json(raw)
+            manifest = CheckpointManifest.from_json(manifest_json)
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidCheckpoint(f"{digest} is not a checkpoint.") from error
         folder = self._folder / "checkpoints" / digest
@@ -70,7 +70,7 @@ class FileCache:
         return folder, manifest
 
     def _file(self, digest: str, path: Path) -> Path:
-        """`path` with the bytes of `digest`: what lies there is not trusted, but hashed."""
+        """`path`, fetched from the store unless it already has the bytes of `digest`."""
         if not path.is_file() or sha256_of(path) != digest:
             self._blobs.fetch(digest, path)
         return path

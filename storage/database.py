@@ -1,16 +1,18 @@
-"""Engines, sessions and migrations, the same on SQLite and Postgres.
+"""Engines, sessions, locks, the clock and migrations, on SQLite and Postgres alike.
 
-The unit of work is the caller's: `with database.session_scope() as session:` commits once, at
-its end; repositories never do.
+The caller owns the unit of work: `with database.session_scope() as session:` commits once, when
+the block ends; repositories never commit.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
@@ -22,11 +24,11 @@ if TYPE_CHECKING:
 
 BUSY_TIMEOUT_SECONDS: Final = 30
 READ_ONLY: Final = "deltadock_read_only"
-"""Execution option of connections that will not write."""
+"""Execution option of read-only connections."""
 
 
 class Database:
-    """One process's connection pool. Connects at first use, not at construction."""
+    """One process's connection pool; connects lazily."""
 
     def __init__(self, url: str) -> None:
         self.engine = make_engine(url)
@@ -36,11 +38,11 @@ class Database:
 
     @contextmanager
     def session_scope(self) -> Iterator[Session]:
-        """A session that commits when the block ends, and rolls back if it raises.
+        """A session that commits when the block ends and rolls back if it raises.
 
         Raises:
             Unavailable: the database does not answer.
-            InvalidInput: it cannot hold a value, such as a NUL character.
+            InvalidInput: the database cannot store a value, such as a NUL character.
         """
         with _domain_errors(), Session(self.engine, expire_on_commit=False) as session:
             yield session
@@ -48,11 +50,11 @@ class Database:
 
     @contextmanager
     def read_scope(self) -> Iterator[Session]:
-        """A session that only reads; on SQLite it never waits for a writer.
+        """A read-only session; on SQLite it never waits for a writer.
 
         Raises:
             Unavailable: the database does not answer.
-            InvalidInput: it cannot hold a value, such as a NUL character.
+            InvalidInput: the database cannot compare with a value, such as a NUL character.
         """
         with _domain_errors(), Session(self._reading, expire_on_commit=False) as session:
             yield session
@@ -62,8 +64,32 @@ class Database:
         self.engine.dispose()
 
 
+def database_now(session: Session) -> datetime:
+    """The database's clock (UTC), which all workers share and leases are compared with.
+
+    On Postgres `clock_timestamp()`, since `now()` is constant within a transaction; SQLite runs
+    on this machine and uses its clock.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        moment: datetime = session.execute(select(text("clock_timestamp()"))).scalar_one()
+        return moment.astimezone(UTC)
+    return datetime.now(UTC)
+
+
+def lock_key(session: Session, *key: str) -> None:
+    """Hold an advisory lock on `key` until the transaction ends.
+
+    For check-then-insert sequences that a unique constraint alone does not protect. A no-op on
+    SQLite, where write transactions are serialised already.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        number = hashlib.sha256("\0".join(key).encode()).digest()[:8]
+        signed = int.from_bytes(number, "big", signed=True)
+        session.execute(select(func.pg_advisory_xact_lock(signed)))
+
+
 def make_engine(url: str) -> Engine:
-    """An engine for a SQLite or Postgres URL; `postgresql://` means psycopg 3."""
+    """An engine for a SQLite or Postgres URL; `postgresql://` selects psycopg 3."""
     target = normalise_url(url)
     if target.get_backend_name() != "sqlite":
         return create_engine(
@@ -80,7 +106,7 @@ def make_engine(url: str) -> Engine:
 
 
 def normalise_url(url: str) -> URL:
-    """The URL with Postgres's driver named."""
+    """The URL with an explicit Postgres driver."""
     target = make_url(url)
     if target.drivername in {"postgresql", "postgres"}:
         return target.set(drivername="postgresql+psycopg")
@@ -88,12 +114,12 @@ def normalise_url(url: str) -> URL:
 
 
 def migrate(url: str, revision: str = "head") -> str | None:
-    """Bring the database at `url` to `revision`, creating a SQLite file's folder if need be.
+    """Upgrade the database at `url` to `revision`, creating a SQLite file's folder if needed.
 
-    Returns the revision that it is at now; None if that is before the first one.
-    Safe to call from several processes at once: they take turns.
+    Returns the resulting revision; None if it precedes the first one.
+    Safe to call from several processes at once: migrations are serialised.
     """
-    from alembic import command  # only whoever migrates waits for its import
+    from alembic import command  # slow to import, and only needed here
     from alembic.migration import MigrationContext
 
     target = normalise_url(url)
@@ -109,7 +135,7 @@ def migrate(url: str, revision: str = "head") -> str | None:
 
 
 def alembic_config(engine: Engine) -> "Config":
-    """Alembic's configuration for the packaged migrations, run on `engine`."""
+    """Alembic's configuration for the packaged migrations on `engine`."""
     from alembic.config import Config
 
     config = Config(attributes={"engine": engine})
@@ -126,13 +152,13 @@ def _domain_errors() -> Iterator[None]:
         raise Unavailable("The database does not answer; try again shortly.") from error
     except DataError as error:
         raise InvalidInput(
-            "The database cannot hold or look for one of the values, perhaps for a NUL character "
-            "or a number out of range. Send another."
+            "The database cannot store or compare one of the values: it may contain a NUL "
+            "character or a number that is out of range."
         ) from error
 
 
 def _configure_sqlite(connection: Any, _record: object) -> None:
-    # The driver's own, implicit BEGIN would start every transaction as a reader.
+    # Disable the driver's implicit BEGIN, which would start every transaction as a reader.
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode = WAL")
@@ -142,7 +168,7 @@ def _configure_sqlite(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A writer that began as a reader fails at once, busy timeout or not, when another has
-    # written meanwhile; so writers take the write lock first and wait for it.
+    # A transaction that upgrades from reader to writer fails immediately if another has written
+    # since, regardless of the busy timeout; BEGIN IMMEDIATE waits for the write lock instead.
     read_only = connection.get_execution_options().get(READ_ONLY, False)
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

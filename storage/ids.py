@@ -1,11 +1,11 @@
-"""Ids of rows: a prefix that says what the row is, and 26 random base32 characters."""
+"""Ids of rows and nodes: a prefix for the type and 26 random base32 characters."""
 
 import secrets
 from typing import Final
 
 ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
 RANDOM_CHARACTERS: Final = 26
-"""130 bits: ids are unique without asking the database, and cannot be guessed."""
+"""130 bits: unique without a database round trip, and unguessable."""
 
 
 def new_id(prefix: str) -> str:

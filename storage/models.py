@@ -1,4 +1,4 @@
-"""The tables. Relationships refuse lazy loading: a repository says what it loads."""
+"""The tables. Relationships raise on lazy loading: repositories load what they need explicitly."""
 
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -7,28 +7,29 @@ from typing import Any, ClassVar, Final
 from sqlalchemy import (
     JSON,
     BigInteger,
+    DateTime,
+    Dialect,
     Enum,
     ForeignKey,
     Index,
     MetaData,
     String,
     Text,
+    TypeDecorator,
     UniqueConstraint,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from deltadock.storage.types import UtcDateTime
-
 
 class UploadKind(StrEnum):
-    """What an upload becomes when it is complete."""
+    """What a completed upload becomes."""
 
     CHECKPOINT = "checkpoint"
     CALIBRATION = "calibration"
 
 
 class UploadState(StrEnum):
-    """Files may be added only while an upload is open."""
+    """Files can be added only to an open upload."""
 
     OPEN = "open"
     COMPLETE = "complete"
@@ -36,7 +37,7 @@ class UploadState(StrEnum):
 
 
 class JobState(StrEnum):
-    """The life of a compression, in order; the last three are final."""
+    """States of a compression job, in order; the last three are final."""
 
     QUEUED = "queued"
     VALIDATING = "validating"
@@ -50,13 +51,13 @@ class JobState(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether a job in this state will never change again."""
+        """Whether a job in this state can no longer change."""
         return self in FINAL_STATES
 
 
 FINAL_STATES: Final = frozenset({JobState.READY, JobState.FAILED, JobState.CANCELLED})
 RUNNING_ORDER: Final = tuple(state for state in JobState if state not in FINAL_STATES)
-"""The states that a job passes through, in order."""
+"""The non-final states, in order."""
 
 
 def _utcnow() -> datetime:
@@ -64,7 +65,7 @@ def _utcnow() -> datetime:
 
 
 def _enum(kind: type[StrEnum]) -> Enum:
-    """A text column that holds the members' values, so that adding a member is no migration."""
+    """A text column of the members' values, so that adding a member needs no migration."""
     return Enum(
         kind,
         native_enum=False,
@@ -73,8 +74,34 @@ def _enum(kind: type[StrEnum]) -> Enum:
     )
 
 
+class UtcDateTime(TypeDecorator[datetime]):
+    """A timezone-aware UTC datetime on every database (SQLite stores no time zones)."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Normalise to UTC; SQLite stores the naive form, which sorts chronologically.
+
+        Raises:
+            ValueError: `value` is naive.
+        """
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("A datetime without a time zone cannot be stored.")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Attach the UTC time zone."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
 class TableRow(DeclarativeBase):
-    """Root of the tables; constraints get names, so that migrations can address them."""
+    """Declarative base; constraints are named so that migrations can refer to them."""
 
     metadata = MetaData(
         naming_convention={
@@ -92,7 +119,7 @@ class TableRow(DeclarativeBase):
 
 
 class CheckpointRow(TableRow):
-    """A complete checkpoint; `digest` is its manifest's, which is also the manifest's blob."""
+    """A complete checkpoint. `digest` is the SHA-256 of its manifest, a blob of the same name."""
 
     __tablename__ = "checkpoints"
 
@@ -104,7 +131,7 @@ class CheckpointRow(TableRow):
 
 
 class BaseRow(TableRow):
-    """A checkpoint that deltas may be made against, under a name."""
+    """A checkpoint registered under a name, against which deltas are compressed."""
 
     __tablename__ = "bases"
 
@@ -117,7 +144,7 @@ class BaseRow(TableRow):
 
 
 class UploadRow(TableRow):
-    """Files on their way to become a checkpoint or a calibration text."""
+    """Files uploaded to become a checkpoint or a calibration text."""
 
     __tablename__ = "uploads"
 
@@ -134,7 +161,7 @@ class UploadRow(TableRow):
 
 
 class UploadFileRow(TableRow):
-    """One file that arrived whole; `tensors` is what its safetensors header holds."""
+    """One completely uploaded file; `tensors` lists the tensors of its safetensors header."""
 
     __tablename__ = "upload_files"
 
@@ -148,11 +175,11 @@ class UploadFileRow(TableRow):
 
 
 class DeltaRow(TableRow):
-    """A fine-tune kept as its difference from a base, under `name` and an integer version."""
+    """A fine-tune stored as its delta to a base, under `name` and an integer version."""
 
     __tablename__ = "deltas"
     __table_args__ = (
-        # A deleted row keeps its name and version: they are never given to other bytes.
+        # Deleted rows keep their name and version, so that neither is reused for other bytes.
         UniqueConstraint("name", "version"),
         Index("ix_deltas_created_at_id", "created_at", "id"),
     )
@@ -165,10 +192,10 @@ class DeltaRow(TableRow):
     method: Mapped[str] = mapped_column(String(32))
     bits: Mapped[float | None]
     options: Mapped[dict[str, Any]]
-    """`seed`, `solver`, `goal` ({kind, value}, or null for a method of one size), `calibration`
+    """`seed`, `solver`, `goal` ({kind, value}, or null for fixed-size methods), `calibration`
     ({sources: [{digest or null, weight}], tokens, length}, or null)."""
     fingerprint: Mapped[str] = mapped_column(String(64), index=True)
-    """SHA-256 (hex) over everything that determines the artifact: the same again is no new work."""
+    """SHA-256 (hex) of all inputs that determine the artifact; equal requests share one result."""
     artifact_digest: Mapped[str | None] = mapped_column(String(64))
     artifact_bytes: Mapped[int | None] = mapped_column(BigInteger)
     report: Mapped[dict[str, Any] | None]
@@ -180,7 +207,7 @@ class DeltaRow(TableRow):
 
 
 class JobRow(TableRow):
-    """The truth about one delta's compression; workers change it only while they hold the lease."""
+    """The authoritative state of one compression; workers update it only under the lease."""
 
     __tablename__ = "jobs"
 
@@ -198,7 +225,7 @@ class JobRow(TableRow):
     lease_expires_at: Mapped[datetime | None]
     attempt: Mapped[int] = mapped_column(default=0)
     sent_at: Mapped[datetime] = mapped_column(default=_utcnow)
-    """When its task was last handed to the broker, or was about to be."""
+    """When its task was last sent to the broker (set just before sending)."""
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
     updated_at: Mapped[datetime] = mapped_column(default=_utcnow)
     finished_at: Mapped[datetime | None]
@@ -207,25 +234,25 @@ class JobRow(TableRow):
 
 
 class NodeRow(TableRow):
-    """An inference node, as it told of itself last; not told again, it is gone at `expires_at`."""
+    """An inference node's last heartbeat; the registration expires at `expires_at`."""
 
     __tablename__ = "nodes"
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     url: Mapped[str] = mapped_column(String(255), index=True)
     base_digest: Mapped[str | None] = mapped_column(String(64))
-    """The base in its memory; None before the first request."""
+    """Checkpoint digest of the loaded base; None if none is loaded yet."""
     adopts: Mapped[bool]
-    """Whether it changes its base to what requests name."""
+    """Whether it loads whichever base requests name."""
     draining: Mapped[bool]
-    """Whether it only finishes what runs."""
+    """Whether it only finishes running requests."""
     capacity: Mapped[int]
-    """Sequences that it takes at once, running and waiting."""
+    """Maximum sequences, running and waiting."""
     admitted: Mapped[int]
-    """Sequences that it has."""
+    """Current sequences, running and waiting."""
     delta_slots: Mapped[int]
     deltas: Mapped[list[dict[str, Any]]]
-    """[{digest, tier, bytes, references, pinned}], each in the fastest tier that has it."""
+    """[{digest, tier, bytes, references, pinned}], with the fastest tier that holds each."""
     started_at: Mapped[datetime] = mapped_column(default=_utcnow)
     seen_at: Mapped[datetime]
     expires_at: Mapped[datetime]

@@ -11,8 +11,8 @@ from typing import Final
 import structlog
 
 from deltadock.settings import Settings
+from deltadock.storage.database import database_now
 from deltadock.storage.repositories import JobRepository, UploadRepository
-from deltadock.storage.types import database_now
 from deltadock.workers.compress import drop_files, job_folder
 from deltadock.workers.context import Context
 

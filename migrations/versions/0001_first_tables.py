@@ -6,7 +6,7 @@ Revision: 0001
 import sqlalchemy as sa
 from alembic import op
 
-from deltadock.storage.types import UtcDateTime
+from deltadock.storage.models import UtcDateTime
 
 revision = "0001"
 down_revision = None
@@ -123,6 +123,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take back."""
+    """Revert."""
     for table in ("jobs", "deltas", "upload_files", "uploads", "bases", "checkpoints"):
         op.drop_table(table)

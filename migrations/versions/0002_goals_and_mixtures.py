@@ -1,4 +1,4 @@
-"""Deltas say what they aim at, and calibrate with a mixture of sources.
+"""Deltas store a goal, and calibrate on a mixture of sources.
 
 Revision: 0002
 """
@@ -22,7 +22,7 @@ deltas = sa.table(
 
 
 def upgrade() -> None:
-    """Apply: a digest becomes a mixture of one, of the size that was the only one before."""
+    """Apply: a digest becomes a mixture of one source, with the previously fixed size."""
     for delta_id, bits, options in _rows():
         digest = options["calibration"]
         _store(
@@ -42,7 +42,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take back: of a mixture, the first text remains."""
+    """Revert: only the first text of a mixture is kept."""
     for delta_id, _bits, options in _rows():
         sources = (options["calibration"] or {"sources": []})["sources"]
         digests = [source["digest"] for source in sources if source["digest"]]

@@ -1,4 +1,4 @@
-"""Nodes register with the api and tell what they hold.
+"""Nodes register with the api and report the deltas they hold.
 
 Revision: 0003
 """
@@ -6,7 +6,7 @@ Revision: 0003
 import sqlalchemy as sa
 from alembic import op
 
-from deltadock.storage.types import UtcDateTime
+from deltadock.storage.models import UtcDateTime
 
 revision = "0003"
 down_revision = "0002"
@@ -36,5 +36,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take back."""
+    """Revert."""
     op.drop_table("nodes")

@@ -1,1 +1,1 @@
-"""One file a revision, oldest first by number."""
+"""One module per revision, numbered in order."""

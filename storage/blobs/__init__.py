@@ -7,11 +7,10 @@ __all__ = ["BlobStore", "BlobWriter", "make_blob_store"]
 
 
 def make_blob_store(settings: Settings) -> BlobStore:
-    """The store that the settings name. Nothing is contacted or created yet."""
+    """The store that the settings select. Connects to nothing and creates nothing yet."""
     if settings.blob_store == "s3":
-        from deltadock.storage.blobs.s3 import (
-            S3BlobStore,  # boto3 is slow to import and not always needed
-        )
+        # boto3 is slow to import.
+        from deltadock.storage.blobs.s3 import S3BlobStore
 
         return S3BlobStore(settings)
     from deltadock.storage.blobs.local import LocalBlobStore

@@ -1,4 +1,4 @@
-"""Blobs in a folder of this machine."""
+"""Blobs in a local folder."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from deltadock.storage.blobs.port import CHUNK_BYTES, BlobStore, BlobWriter, blo
 
 
 class LocalBlobStore(BlobStore):
-    """A folder; renames within it make every change all-or-nothing."""
+    """A folder; files are staged and renamed, so every change is atomic."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -78,14 +78,14 @@ class LocalBlobStore(BlobStore):
     def drop_staging(self, before: datetime) -> int:
         dropped = 0
         for path in (self.root / "staging").glob("*"):
-            with suppress(FileNotFoundError):  # its writer was only slow
+            with suppress(FileNotFoundError):  # committed meanwhile by a slow writer
                 if path.stat().st_mtime < before.timestamp():
                     path.unlink()
                     dropped += 1
         return dropped
 
     def path(self, digest: str) -> Path:
-        """Where the blob lies; NotFound if `digest` is not one."""
+        """The blob's path; NotFound if `digest` is not a SHA-256."""
         return self.root / blob_key(digest)
 
     def _place(self, digest: str, target: Path) -> None:
@@ -95,7 +95,7 @@ class LocalBlobStore(BlobStore):
                 os.link(source, target)
             except FileNotFoundError:
                 raise
-            except OSError:  # another file system, or one without hard links
+            except OSError:  # a different file system, or one without hard links
                 shutil.copyfile(source, target)
         except FileNotFoundError as error:
             raise NotFound(f"The store holds no file {digest}.") from error
@@ -117,7 +117,7 @@ class _LocalWriter(BlobWriter):
         self._file.flush()
         _sync(self._file.fileno())
         self._file.close()
-        self._path.chmod(0o444)  # fetched files may be hard links to it
+        self._path.chmod(0o444)  # fetched files may be hard links to this one
         if not target.exists():
             self._path.replace(target)
             _sync_folder(target.parent)
@@ -132,7 +132,7 @@ def _sync(descriptor: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
+    """Make a rename in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _sync(descriptor)

@@ -1,8 +1,8 @@
-"""What a blob store does.
+"""The blob store's interface. Its key space:
 
-blobs/<sha256>                 immutable, named by content
-staging/...                    bytes still arriving, dropped if they never do
-work/<fingerprint>/<block>     small results of a running job, replaceable and deletable
+blobs/<sha256>                 immutable, content-addressed
+staging/...                    incomplete uploads, dropped when abandoned
+work/<job>/<block>             saved blocks of a running job, replaceable and deletable
 """
 
 import hashlib
@@ -24,22 +24,22 @@ _WORK_KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za
 
 
 class BlobWriter(ABC):
-    """Bytes on their way into the store; leaving the `with` block without `commit` drops them."""
+    """Streams one blob into the store; leaving the `with` block without `commit` discards it."""
 
     @abstractmethod
     def write(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Append `chunk`; blocks while the store is slower than the sender."""
+        """Append `chunk`; blocks until the store has accepted it."""
 
     @abstractmethod
     def commit(self, digest: str) -> None:
-        """Make the bytes the blob `digest`, their SHA-256 (hex) as the caller computed it.
+        """Store the written bytes as the blob `digest`, their SHA-256 (hex) by the caller.
 
-        Once this returns the blob is durable. A blob that exists already stays as it is.
+        The blob is durable once this returns. An existing blob is left unchanged.
         """
 
     @abstractmethod
     def discard(self) -> None:
-        """Drop what was not committed."""
+        """Drop uncommitted bytes."""
 
     def __enter__(self) -> Self:
         return self
@@ -54,11 +54,11 @@ class BlobWriter(ABC):
 
 
 class BlobStore(ABC):
-    """The port. Digests are lower-case hex; anything else names no blob."""
+    """Content-addressed immutable blobs. Digests are lower-case hex; others raise NotFound."""
 
     @abstractmethod
     def prepare(self) -> None:
-        """Create the folder or bucket if it is not there.
+        """Create the folder or bucket if it does not exist.
 
         Raises:
             Unavailable: the store does not answer.
@@ -66,14 +66,14 @@ class BlobStore(ABC):
 
     @abstractmethod
     def writer(self) -> BlobWriter:
-        """A writer for a blob whose digest will be known when its last byte has passed."""
+        """A writer for a blob whose digest is known only at the end."""
 
     @abstractmethod
     def open(self, digest: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Bytes `[start, end)` in chunks; by default all of them.
 
         Raises:
-            NotFound: before the first chunk, if there is no such blob.
+            NotFound: there is no such blob; raised before the first chunk.
         """
 
     @abstractmethod
@@ -86,15 +86,15 @@ class BlobStore(ABC):
 
     @abstractmethod
     def delete(self, digest: str) -> None:
-        """Remove a blob, if it is there."""
+        """Remove a blob, if it exists."""
 
     @abstractmethod
     def get_work(self, key: str) -> bytes | None:
-        """The value under `key` (`<fingerprint>/<block>`), or None."""
+        """The value under `key` (`<job>/<block>`), or None."""
 
     @abstractmethod
     def put_work(self, key: str, data: bytes) -> None:
-        """Set the value under `key`; readers see the old or the new one, never a part."""
+        """Set the value under `key` atomically."""
 
     @abstractmethod
     def drop_work(self, prefix: str) -> None:
@@ -102,14 +102,14 @@ class BlobStore(ABC):
 
     @abstractmethod
     def drop_staging(self, before: datetime) -> int:
-        """Remove bytes whose writer last wrote before `before` and must have died; how many."""
+        """Remove staged uploads not written to since `before`; returns how many."""
 
     @abstractmethod
     def _place(self, digest: str, target: Path) -> None:
-        """Put the blob's bytes at the new path `target`."""
+        """Write or link the blob to the new path `target`."""
 
     def exists(self, digest: str) -> bool:
-        """Whether there is such a blob."""
+        """Whether the blob exists."""
         try:
             self.size(digest)
         except NotFound:
@@ -117,7 +117,7 @@ class BlobStore(ABC):
         return True
 
     def read(self, digest: str, limit: int) -> bytes:
-        """A small blob whole.
+        """Read a small blob into memory.
 
         Raises:
             NotFound: there is no such blob.
@@ -128,13 +128,13 @@ class BlobStore(ABC):
         return b"".join(self.open(digest))
 
     def fetch(self, digest: str, path: Path) -> None:
-        """Bring a blob to `path`, which appears only once its bytes are verified.
+        """Fetch a blob to `path`, which appears only after its SHA-256 has been verified.
 
-        The file is read-only and may share its bytes with the store: never write to it.
+        The file is read-only and may be a hard link into the store: never write to it.
 
         Raises:
             NotFound: there is no such blob.
-            HashMismatch: the store's bytes are not those the digest names.
+            HashMismatch: the stored bytes do not match the digest.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         arriving = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -151,7 +151,7 @@ class BlobStore(ABC):
             arriving.unlink(missing_ok=True)
 
     def put_file(self, path: Path) -> str:
-        """Store a file; its digest."""
+        """Store a file; returns its digest."""
         digest = hashlib.sha256()
         with self.writer() as writer, path.open("rb") as stream:
             while chunk := stream.read(CHUNK_BYTES):
@@ -161,7 +161,7 @@ class BlobStore(ABC):
         return digest.hexdigest()
 
     def put_bytes(self, data: bytes) -> str:
-        """Store a few bytes; their digest."""
+        """Store bytes held in memory; returns their digest."""
         digest = hashlib.sha256(data).hexdigest()
         with self.writer() as writer:
             writer.write(data)
@@ -179,7 +179,7 @@ def blob_key(digest: str) -> str:
     """The key of a blob.
 
     Raises:
-        NotFound: `digest` is not 64 lower-case hex digits, so nothing can have it.
+        NotFound: `digest` is not 64 lower-case hex digits.
     """
     if not _DIGEST.fullmatch(digest):
         raise NotFound(f"{digest!r} is not a SHA-256 digest, so no file has it.")
@@ -187,10 +187,10 @@ def blob_key(digest: str) -> str:
 
 
 def work_key(key: str) -> str:
-    """The key of a job's intermediate result.
+    """The key of a job's saved block.
 
     Raises:
-        ValueError: `key` is not made of plain names between slashes.
+        ValueError: `key` is not plain names separated by slashes.
     """
     if not _WORK_KEY.fullmatch(key):
         raise ValueError(f"{key!r} is not a plain work key.")

@@ -29,7 +29,7 @@ MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound", "NoSuchBucket"})
 
 
 class S3BlobStore(BlobStore):
-    """A bucket; objects appear whole or not at all."""
+    """A bucket; objects appear atomically."""
 
     def __init__(self, settings: Settings) -> None:
         secret = settings.s3_secret_access_key
@@ -42,8 +42,8 @@ class S3BlobStore(BlobStore):
             aws_access_key_id=settings.s3_access_key_id,
             aws_secret_access_key=secret.get_secret_value() if secret else None,
             config=Config(
-                # Stores other than AWS reject or mangle boto3's default checksum headers; digests
-                # are verified here anyway.
+                # Other S3 implementations reject or mangle boto3's default checksum headers, and
+                # digests are verified here anyway.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
                 retries={"mode": "standard", "max_attempts": 4},
@@ -89,7 +89,7 @@ class S3BlobStore(BlobStore):
 
     def get_work(self, key: str) -> bytes | None:
         try:
-            with _errors("No such work."):
+            with _errors("No such block."):
                 return self.client.get_object(Bucket=self.bucket, Key=work_key(key))["Body"].read()
         except NotFound:
             return None
@@ -133,9 +133,9 @@ class S3BlobStore(BlobStore):
 
 
 class _S3Writer(BlobWriter):
-    """A multipart upload under staging/, copied into place by the store itself.
+    """A multipart upload under staging/, copied to its final key by the store.
 
-    What fits into one part needs neither: it is put where it belongs when its digest is known.
+    A blob that fits into one part is put directly, once its digest is known.
     """
 
     def __init__(self, store: S3BlobStore) -> None:
@@ -172,7 +172,7 @@ class _S3Writer(BlobWriter):
                 MultipartUpload={"Parts": self._parts},
             )
             self._staged, self._upload_id = True, None
-            # Copies objects over S3's limit of 5 GB for one copy in parts.
+            # boto3's managed copy: multipart for objects over S3's 5 GB limit on a single copy.
             self._client.copy({"Bucket": bucket, "Key": self._key}, bucket, key)
 
     def discard(self) -> None:
@@ -210,7 +210,7 @@ def _code(error: ClientError) -> str:
 
 @contextmanager
 def _errors(missing: str | None = None) -> Iterator[None]:
-    """Turn boto's errors into ours; a missing object into NotFound if `missing` says what it is."""
+    """Translate boto's errors; a missing object raises NotFound(`missing`), if given."""
     try:
         yield
     except ClientError as error:

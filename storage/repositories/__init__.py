@@ -1,7 +1,6 @@
-"""Every query. A repository works in the session it is given and never commits."""
+"""All database queries. A repository uses the caller's session and never commits."""
 
-from deltadock.storage.repositories.bases import BaseRepository
-from deltadock.storage.repositories.checkpoints import CheckpointRepository
+from deltadock.storage.repositories.checkpoints import BaseRepository, CheckpointRepository
 from deltadock.storage.repositories.deltas import DeltaRepository
 from deltadock.storage.repositories.jobs import JobRepository
 from deltadock.storage.repositories.nodes import NodeRepository

@@ -1,4 +1,4 @@
-"""Deltas by id, by name and version, and by what they are made from."""
+"""Deltas by id, by name and version, and by fingerprint."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,16 +6,15 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import Session, joinedload
 
+from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import BaseRow, CheckpointRow, DeltaRow, JobRow, JobState
-from deltadock.storage.repositories.locks import take_turn
-from deltadock.storage.types import database_now
 
-DEAD_ENDS = (JobState.FAILED, JobState.CANCELLED)
+UNSUCCESSFUL = (JobState.FAILED, JobState.CANCELLED)
 
 
 class DeltaTotals(NamedTuple):
-    """What the ready deltas come to; bytes that several share are counted once."""
+    """Totals over ready deltas; shared artifacts and checkpoints are counted once."""
 
     deltas: int
     artifact_bytes: int
@@ -23,12 +22,12 @@ class DeltaTotals(NamedTuple):
 
 
 class DeltaRepository:
-    """Deltas come with their base and their job; deleted ones are not found."""
+    """Deltas are loaded with their base and job; deleted ones are excluded."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def _living(self) -> Select[DeltaRow]:
+    def _not_deleted(self) -> Select[DeltaRow]:
         return (
             select(DeltaRow)
             .join(DeltaRow.job)
@@ -39,43 +38,49 @@ class DeltaRepository:
         )
 
     def find(self, delta_id: str) -> DeltaRow | None:
-        """The delta with this id."""
-        return self.session.scalars(self._living().where(DeltaRow.id == delta_id)).one_or_none()
+        """The delta with this id, or None."""
+        return self.session.scalars(
+            self._not_deleted().where(DeltaRow.id == delta_id)
+        ).one_or_none()
 
     def find_version(self, name: str, version: int) -> DeltaRow | None:
-        """One version of a name."""
+        """One version of a name, or None."""
         return self.session.scalars(
-            self._living().where(DeltaRow.name == name, DeltaRow.version == version)
+            self._not_deleted().where(DeltaRow.name == name, DeltaRow.version == version)
         ).one_or_none()
 
     def find_latest(self, name: str) -> DeltaRow | None:
-        """The highest version of a name that is ready or, while none is, the highest of all."""
+        """The highest ready version of a name; if none is ready, the highest version."""
         return self.session.scalars(
-            self._living()
+            self._not_deleted()
             .where(DeltaRow.name == name)
             .order_by((JobRow.state == JobState.READY).desc(), DeltaRow.version.desc())
             .limit(1)
         ).one_or_none()
 
     def find_same(self, fingerprint: str) -> Sequence[DeltaRow]:
-        """Deltas of any name with this fingerprint, ready or on their way, newest first.
+        """Ready or unfinished deltas with this fingerprint, of any name, highest version first.
 
-        Until the transaction ends, others that ask for the same fingerprint wait.
+        Locks the fingerprint until the transaction ends.
         """
-        take_turn(self.session, "fingerprint", fingerprint)
+        lock_key(self.session, "fingerprint", fingerprint)
         return self.session.scalars(
-            self._living()
+            self._not_deleted()
             .where(
                 DeltaRow.fingerprint == fingerprint,
-                JobRow.state.not_in(DEAD_ENDS),
+                JobRow.state.not_in(UNSUCCESSFUL),
                 JobRow.cancel_requested.is_(False),
             )
             .order_by(DeltaRow.version.desc())
         ).all()
 
     def page(self, *, limit: int, after: DeltaRow | None = None) -> Sequence[DeltaRow]:
-        """Up to `limit` deltas, newest first, beginning behind `after`."""
-        query = self._living().order_by(DeltaRow.created_at.desc(), DeltaRow.id.desc()).limit(limit)
+        """Up to `limit` deltas, newest first, starting after `after`."""
+        query = (
+            self._not_deleted()
+            .order_by(DeltaRow.created_at.desc(), DeltaRow.id.desc())
+            .limit(limit)
+        )
         if after is not None:
             query = query.where(
                 tuple_(DeltaRow.created_at, DeltaRow.id) < (after.created_at, after.id)
@@ -83,19 +88,19 @@ class DeltaRepository:
         return self.session.scalars(query).all()
 
     def cursor(self, delta_id: str) -> DeltaRow | None:
-        """The delta that a page ended with, even if it was deleted since."""
+        """The last delta of the previous page, even if it has been deleted since."""
         return self.session.get(DeltaRow, delta_id)
 
     def ready(self) -> Sequence[DeltaRow]:
-        """Every delta that can be served, newest first."""
+        """All deltas that can be served, newest first."""
         return self.session.scalars(
-            self._living()
+            self._not_deleted()
             .where(JobRow.state == JobState.READY)
             .order_by(DeltaRow.created_at.desc(), DeltaRow.id.desc())
         ).all()
 
     def totals(self) -> DeltaTotals:
-        """Number of the ready deltas, their bytes, and the bytes of their full checkpoints."""
+        """Count, artifact bytes and full-checkpoint bytes of the ready deltas."""
         ready = (
             select(DeltaRow.artifact_digest, DeltaRow.artifact_bytes, DeltaRow.checkpoint_digest)
             .join(DeltaRow.job)
@@ -111,7 +116,7 @@ class DeltaRepository:
                 select(func.sum(CheckpointRow.total_bytes)).where(checkpoints).scalar_subquery(),
             )
         ).one()
-        # Postgres sums big integers as decimals, and nothing as NULL.
+        # Postgres sums BIGINT as NUMERIC, and an empty set as NULL.
         return DeltaTotals(*(int(value or 0) for value in found))
 
     def add(
@@ -125,11 +130,11 @@ class DeltaRepository:
         options: dict[str, Any],
         fingerprint: str,
     ) -> DeltaRow:
-        """A new delta under the next version of `name`, with its queued job.
+        """Insert a delta as the next version of `name`, with a queued job.
 
-        Versions of deleted deltas are counted too: they are never given to other bytes.
+        Versions of deleted deltas count too, since they are never reused.
         """
-        take_turn(self.session, "name", name)
+        lock_key(self.session, "name", name)
         latest = self.session.scalar(
             select(func.max(DeltaRow.version)).where(DeltaRow.name == name)
         )
@@ -154,14 +159,14 @@ class DeltaRepository:
     def set_result(
         self, delta: DeltaRow, *, artifact_digest: str, artifact_bytes: int, report: dict[str, Any]
     ) -> None:
-        """Record what the compression made; in one transaction with the job's `finish`."""
+        """Record the artifact and report; call it in the transaction of the job's `finish`."""
         delta.artifact_digest = artifact_digest
         delta.artifact_bytes = artifact_bytes
         delta.report = report
         self.session.flush()
 
     def share_result(self, delta: DeltaRow, twin: DeltaRow) -> None:
-        """Make a new delta ready with the artifact of `twin`, whose fingerprint is the same."""
+        """Make a new delta ready with the artifact of `twin`, which has the same fingerprint."""
         delta.artifact_digest = twin.artifact_digest
         delta.artifact_bytes = twin.artifact_bytes
         delta.report = twin.report
@@ -171,6 +176,6 @@ class DeltaRepository:
         self.session.flush()
 
     def delete(self, delta: DeltaRow) -> None:
-        """Hide the delta; its row keeps name and version."""
+        """Mark the delta as deleted; its row keeps name and version."""
         delta.deleted_at = database_now(self.session)
         self.session.flush()

@@ -1,4 +1,4 @@
-"""Jobs: every change of state is a compare-and-set, and a worker's changes need its lease."""
+"""Jobs: every state transition is a compare-and-set; workers' updates require the lease."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
@@ -8,6 +8,7 @@ from sqlalchemy import CursorResult, and_, case, or_, select, update
 from sqlalchemy.orm import Session, joinedload
 from sqlalchemy.sql.elements import ColumnElement
 
+from deltadock.storage.database import database_now
 from deltadock.storage.models import (
     FINAL_STATES,
     RUNNING_ORDER,
@@ -16,25 +17,24 @@ from deltadock.storage.models import (
     JobRow,
     JobState,
 )
-from deltadock.storage.types import database_now
 
 
 class JobRepository:
-    """Times are the database's clock unless the caller brings a `now`."""
+    """Times are from the database's clock unless the caller passes `now`."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
 
     def find(self, job_id: str) -> JobRow | None:
-        """The job with this id, as it is in the database now."""
+        """The job with this id, re-read from the database, or None."""
         return self.session.get(JobRow, job_id, populate_existing=True)
 
     def acquire(
         self, job_id: str, owner: str, lease_seconds: float, *, now: datetime | None = None
     ) -> JobRow | None:
-        """Take the lease for `owner`: the job, with its delta and the delta's base loaded.
+        """Acquire the lease for `owner`; returns the job with its delta and base loaded.
 
-        None if another's lease is live, the state is final or there is no such job.
+        None if another owner's lease is live, the state is final or the job does not exist.
         """
         now = now or database_now(self.session)
         free = or_(
@@ -62,7 +62,7 @@ class JobRepository:
     def renew(
         self, job_id: str, owner: str, lease_seconds: float, *, now: datetime | None = None
     ) -> bool:
-        """Prolong the lease; False if `owner` no longer holds it."""
+        """Extend the lease; False if `owner` no longer holds it."""
         now = now or database_now(self.session)
         return self._set(
             _held(job_id, owner), lease_expires_at=now + timedelta(seconds=lease_seconds)
@@ -82,11 +82,11 @@ class JobRepository:
     ) -> bool:
         """Record progress; False if `owner` no longer holds the lease.
 
-        Progress only moves forward: a successor that repeats what its predecessor had reported
-        leaves the row as it is until it is past that point.
+        Progress only moves forward: a worker that repeats a predecessor's steps does not update
+        the row until it is past them.
 
         Raises:
-            ValueError: `state` is final; that is what `finish` is for.
+            ValueError: `state` is final; use `finish`.
         """
         if state.is_final:
             raise ValueError(f"{state} is final: use finish.")
@@ -115,7 +115,7 @@ class JobRepository:
         error_message: str | None = None,
         now: datetime | None = None,
     ) -> bool:
-        """Enter a final state and give the lease back; False if `owner` no longer holds it.
+        """Enter a final state and release the lease; False if `owner` no longer holds it.
 
         Raises:
             ValueError: `state` is not final.
@@ -126,9 +126,9 @@ class JobRepository:
         return self._set(_held(job_id, owner), **_ending(state, now, error_code, error_message))
 
     def release(self, job_id: str, owner: str, *, now: datetime | None = None) -> bool:
-        """Give the lease back unfinished, as a worker does that stops in good order.
+        """Release the lease of an unfinished job when its worker shuts down.
 
-        What it did was no failed attempt. False if `owner` no longer holds the lease.
+        This does not count as an attempt. False if `owner` no longer holds the lease.
         """
         return self._set(
             _held(job_id, owner),
@@ -139,9 +139,9 @@ class JobRepository:
         )
 
     def request_cancel(self, job_id: str, *, now: datetime | None = None) -> JobRow | None:
-        """Ask for the job to stop: at once if no worker has it, else at its next progress report.
+        """Cancel the job: immediately if no worker holds it, else at its next progress report.
 
-        A job in a final state stays as it is. None if there is no such job.
+        A job in a final state is unchanged. None if the job does not exist.
         """
         now = now or database_now(self.session)
         idle = or_(JobRow.lease_owner.is_(None), JobRow.lease_expires_at <= now)
@@ -149,7 +149,7 @@ class JobRepository:
         self._set(
             unfinished,
             cancel_requested=True,
-            message="Cancelling was requested; the worker stops at its next step.",
+            message="Cancellation requested; the worker stops at its next step.",
             updated_at=now,
         )
         self._set(
@@ -161,10 +161,10 @@ class JobRepository:
     def stale(
         self, now: datetime | None = None, *, queued_seconds: float = 120.0, limit: int = 100
     ) -> Sequence[JobRow]:
-        """Jobs whose task may be lost, for the sweeper to send again, oldest first.
+        """Jobs whose task may be lost, oldest first, for the sweeper to re-send.
 
-        Those whose worker fell silent, and those that nobody has taken for `queued_seconds` after
-        their task was last sent (a crash or a broken broker between commit and send).
+        Jobs whose lease expired, and jobs that no worker took within `queued_seconds` of their
+        task being sent (after a crash or broker failure between commit and send).
         """
         now = now or database_now(self.session)
         waiting = and_(
@@ -178,7 +178,7 @@ class JobRepository:
         ).all()
 
     def mark_sent(self, job_ids: Iterable[str], *, now: datetime | None = None) -> None:
-        """Record that the tasks of these jobs go to the broker now."""
+        """Record that the tasks of these jobs are sent to the broker now."""
         now = now or database_now(self.session)
         self._set(JobRow.id.in_(list(job_ids)), sent_at=now)
 
@@ -186,7 +186,7 @@ class JobRepository:
         return self.session.scalar(select(JobRow.id).where(_held(job_id, owner))) is not None
 
     def _set(self, condition: ColumnElement[bool], **values: Any) -> bool:
-        """UPDATE ... WHERE condition; whether a row was changed."""
+        """UPDATE ... WHERE condition; returns whether any row matched."""
         result = self.session.execute(
             update(JobRow).where(condition).values(**values),
             execution_options={"synchronize_session": False},
@@ -195,7 +195,7 @@ class JobRepository:
 
 
 def _held(job_id: str, owner: str) -> ColumnElement[bool]:
-    # An expired lease that nobody has taken over is still the owner's.
+    # An expired lease that no other worker has acquired still belongs to its owner.
     return and_(JobRow.id == job_id, JobRow.lease_owner == owner, JobRow.state.not_in(FINAL_STATES))
 
 
@@ -211,7 +211,7 @@ def _ending(
         "updated_at": now,
         "finished_at": now,
     }
-    if state is not JobState.FAILED:  # where a job failed is worth keeping
+    if state is not JobState.FAILED:  # a failed job keeps the message of the step that failed
         ending["message"] = ""
     if state is JobState.READY:
         ending["percent"] = 100.0

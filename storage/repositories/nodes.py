@@ -1,4 +1,4 @@
-"""Inference nodes: who is there, and with what."""
+"""Registered inference nodes and the deltas they hold."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -7,20 +7,20 @@ from typing import Any
 from sqlalchemy import and_, delete, or_, select
 from sqlalchemy.orm import Session
 
+from deltadock.storage.database import database_now
 from deltadock.storage.models import NodeRow
-from deltadock.storage.types import database_now
 
 
 class NodeRepository:
-    """A node is there until its time is up; times are the database's clock."""
+    """Registrations expire; times are from the database's clock."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def put(self, node_id: str, url: str, *, lives_seconds: float, **told: Any) -> NodeRow:
-        """Record what a node tells of itself; it is there for `lives_seconds` more.
+    def put(self, node_id: str, url: str, *, lives_seconds: float, **reported: Any) -> NodeRow:
+        """Record a node's heartbeat; the registration expires after `lives_seconds`.
 
-        Nodes whose time is up go, and so does who was at the same address before.
+        Deletes expired registrations and any earlier node at the same URL.
         """
         now = database_now(self.session)
         successor_of = and_(NodeRow.url == url, NodeRow.id != node_id)
@@ -31,7 +31,7 @@ class NodeRepository:
             "url": url,
             "seen_at": now,
             "expires_at": now + timedelta(seconds=lives_seconds),
-            **told,
+            **reported,
         }
         for name, value in values.items():
             setattr(node, name, value)
@@ -40,11 +40,11 @@ class NodeRepository:
         return node
 
     def drop(self, node_id: str) -> None:
-        """Forget a node, if it is there."""
+        """Delete a node's registration, if it exists."""
         self.session.execute(delete(NodeRow).where(NodeRow.id == node_id))
 
     def alive(self) -> Sequence[NodeRow]:
-        """The nodes that are there, by their start."""
+        """Nodes with an unexpired registration, in order of their start."""
         now = database_now(self.session)
         return self.session.scalars(
             select(NodeRow).where(NodeRow.expires_at > now).order_by(NodeRow.started_at, NodeRow.id)

@@ -363,7 +363,7 @@ def test_a_jobs_percent_has_one_decimal(api: Api) -> None:
     assert api.client.get(f"/v1/jobs/{job}").json()["percent"] == 33.3
     asked = api.client.post(f"/v1/jobs/{job}/cancel").json()
     assert (asked["state"], asked["cancel_requested"]) == ("compressing", True)
-    assert "Cancelling was requested" in asked["message"]
+    assert "Cancellation requested" in asked["message"]
 
 
 def test_cancelling(api: Api) -> None:

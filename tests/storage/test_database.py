@@ -9,10 +9,9 @@ from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, StatementError
 
 from deltadock.errors import InvalidInput, Unavailable
-from deltadock.storage.database import Database, migrate
+from deltadock.storage.database import Database, database_now, migrate
 from deltadock.storage.models import UploadKind, UploadRow
 from deltadock.storage.repositories import UploadRepository
-from deltadock.storage.types import database_now
 
 
 def count_uploads(database: Database) -> int:

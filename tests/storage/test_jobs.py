@@ -160,7 +160,7 @@ def test_cancelling_a_running_job_asks_its_worker(jobs: JobRepository, job: JobR
     asked = jobs.request_cancel(job.id, now=later(1))
     assert asked is not None
     assert (asked.state, asked.cancel_requested) == (JobState.QUEUED, True)
-    assert "Cancelling was requested" in asked.message
+    assert "Cancellation requested" in asked.message
     assert jobs.finish(job.id, "one", JobState.CANCELLED)
     ended = jobs.find(job.id)
     assert ended is not None

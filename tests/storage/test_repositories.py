@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from deltadock.errors import Conflict
-from deltadock.storage.database import Database
+from deltadock.storage.database import Database, database_now
 from deltadock.storage.models import (
     BaseRow,
     CheckpointRow,
@@ -24,7 +24,6 @@ from deltadock.storage.repositories import (
     JobRepository,
     UploadRepository,
 )
-from deltadock.storage.types import database_now
 
 
 def add_checkpoint(session: Session, character: str) -> CheckpointRow:
