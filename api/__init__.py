@@ -1,1 +1,1 @@
-"""The HTTP face: a folder per domain, each with its endpoints, schemas and service."""
+"""The REST api and the dashboard: a module or folder per domain."""

@@ -1,13 +1,59 @@
-"""What endpoints ask for: the resources, a session to read with, a unit of work to write with."""
+"""FastAPI dependencies: the process's resources, read sessions and units of work."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Self
 
+import httpx
 from fastapi import Depends, Request
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
-from deltadock.api.resources import Resources
+from deltadock.api.fleet import Fleet
+from deltadock.api.tasks import TaskSender
+from deltadock.settings import Settings
+from deltadock.storage.blobs import BlobStore, make_blob_store
+from deltadock.storage.database import Database
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Settings and connections, shared by all requests of a process; they connect lazily."""
+
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+    tasks: TaskSender
+    http: httpx.AsyncClient
+    """For requests to the nodes."""
+    fleet: Fleet
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The resources that the settings select."""
+        database = Database(settings.sqlalchemy_url)
+        return cls(
+            settings=settings,
+            database=database,
+            blobs=make_blob_store(settings),
+            tasks=TaskSender(settings.broker_url),
+            http=httpx.AsyncClient(
+                # A long prompt may take minutes until its first token.
+                timeout=httpx.Timeout(600.0, connect=5.0),
+                # Nodes close connections after five idle seconds: drop ours before they do.
+                limits=httpx.Limits(
+                    max_connections=None, max_keepalive_connections=50, keepalive_expiry=2.0
+                ),
+                trust_env=False,
+            ),
+            fleet=Fleet(database),
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.http.aclose()
+        await run_in_threadpool(self.tasks.close)
+        await run_in_threadpool(self.database.dispose)
 
 
 def get_resources(request: Request) -> Resources:
@@ -20,7 +66,7 @@ ResourcesDep = Annotated[Resources, Depends(get_resources)]
 
 
 def read_session(resources: ResourcesDep) -> Iterator[Session]:
-    """A session that only reads."""
+    """A read-only session."""
     with resources.database.read_scope() as session:
         yield session
 
@@ -31,11 +77,11 @@ class UnitOfWork:
 
     session: Session
     after_commit: list[Callable[[], None]] = field(default_factory=list)
-    """What may happen only once the changes are in the database, such as sending a task."""
+    """Actions that must wait for the commit, such as sending a task."""
 
 
 def unit_of_work(resources: ResourcesDep) -> Iterator[UnitOfWork]:
-    """A session that commits at the end, then runs what had to wait for that."""
+    """A session that commits when the endpoint returns, then runs the `after_commit` actions."""
     with resources.database.session_scope() as session:
         unit = UnitOfWork(session)
         yield unit
@@ -43,7 +89,7 @@ def unit_of_work(resources: ResourcesDep) -> Iterator[UnitOfWork]:
         action()
 
 
-# The scope "function" ends these before the response is sent: no success is reported that the
-# database then refuses, and no connection is held while a slow client reads.
+# The scope "function" ends these before the response is sent: success is reported only after the
+# commit, and no connection is held while a slow client reads.
 ReadSession = Annotated[Session, Depends(read_session, scope="function")]
 WriteUnit = Annotated[UnitOfWork, Depends(unit_of_work, scope="function")]

@@ -1,43 +1,85 @@
-"""The app: `uvicorn api.main:app`."""
+"""The app: `uvicorn deltadock.api.main:app`."""
 
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
+from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse
 
-from deltadock.api.bases.endpoints import router as bases
-from deltadock.api.dashboard.endpoints import router as dashboard
-from deltadock.api.dashboard.pages import asset, static_files
-from deltadock.api.deltas.endpoints import router as deltas
-from deltadock.api.generation.endpoints import router as generation
-from deltadock.api.health.endpoints import router as health
-from deltadock.api.jobs.endpoints import router as jobs
-from deltadock.api.methods.endpoints import router as methods
+from deltadock.api import bases, health, jobs, methods, nodes, previews
+from deltadock.api.dashboard import endpoints as dashboard
+from deltadock.api.deltas import endpoints as deltas
+from deltadock.api.dependencies import Resources
+from deltadock.api.generation import endpoints as generation
 from deltadock.api.middleware import BodyLimit, RequestContext
-from deltadock.api.nodes.endpoints import router as nodes
-from deltadock.api.openapi import DescribedApp
-from deltadock.api.previews.endpoints import router as previews
-from deltadock.api.problems import install_error_handlers, problems
-from deltadock.api.resources import Resources
-from deltadock.api.uploads.endpoints import router as uploads
+from deltadock.api.problems import Problem, install_error_handlers, problems
+from deltadock.api.uploads import endpoints as uploads
 from deltadock.logs import configure_logging
+from deltadock.openai.errors import ErrorBody
 from deltadock.settings import Settings, get_settings
 from deltadock.version import __version__
 
+DESCRIPTION: Final = """
+Store fine-tuned LLMs as small deltas on a shared base, and serve them.
+
+1. Upload a base's files, complete the upload, and register its checkpoint as a base.
+2. Upload a fine-tune of it, and a calibration text.
+3. Create a delta and follow its job.
+4. Generate with the delta's id as the model.
+
+Errors are `application/problem+json` (RFC 9457) with a stable `code`; OpenAI's routes answer errors
+in OpenAI's format.
+"""
+
+
+class DescribedApp(FastAPI):
+    """Adds to the OpenAPI description the schemas of error bodies, which no endpoint returns."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI 3.1 description, cached."""
+        if self.openapi_schema is None:
+            schema = get_openapi(
+                title=self.title,
+                version=self.version,
+                summary=self.summary,
+                description=DESCRIPTION,
+                routes=self.routes,
+            )
+            _, errors = models_json_schema(
+                [(Problem, "serialization"), (ErrorBody, "serialization")],
+                ref_template="#/components/schemas/{model}",
+            )
+            schema["components"]["schemas"] |= errors["$defs"]
+            _describe_streams_as_text(schema)
+            self.openapi_schema = schema
+        return self.openapi_schema
+
+
+def _describe_streams_as_text(schema: dict[str, Any]) -> None:
+    """Replace `itemSchema`, which FastAPI uses for event streams, but which needs OpenAPI 3.2."""
+    for path in schema["paths"].values():
+        for operation in path.values():
+            for response in operation["responses"].values():
+                stream = response.get("content", {}).get("text/event-stream", {})
+                if stream.pop("itemSchema", None):
+                    stream["schema"] = {"type": "string"}
+
 
 def create_app(settings: Settings) -> FastAPI:
-    """The api on these settings. The database must be migrated already."""
+    """The api with these settings. The database must be migrated already."""
     resources = Resources.of(settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         configure_logging(settings, process="api")
-        _join_logs()
+        _route_uvicorn_logs()
         await run_in_threadpool(resources.blobs.prepare)
         yield
         await resources.close()
@@ -56,30 +98,30 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit)
     app.add_middleware(RequestContext)
     install_error_handlers(app)
-    for router in (
+    for module in (
         uploads, bases, previews, deltas, jobs, methods, generation, nodes, health, dashboard,
     ):  # fmt: skip
-        app.include_router(router)
+        app.include_router(module.router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
-    app.mount("/static", static_files)
+    app.mount("/static", dashboard.static_files)
     return app
 
 
 def _docs() -> HTMLResponse:
-    """The routes as a page, from this server's own files: it works offline."""
+    """Swagger UI from this server's own files, so that it works offline."""
     return get_swagger_ui_html(
         openapi_url="/openapi.json",
         title="Deltadock API",
-        swagger_js_url=asset("swagger-ui-bundle.js"),
-        swagger_css_url=asset("swagger-ui.css"),
-        swagger_favicon_url=asset("icon.svg"),
+        swagger_js_url=dashboard.asset("swagger-ui-bundle.js"),
+        swagger_css_url=dashboard.asset("swagger-ui.css"),
+        swagger_favicon_url=dashboard.asset("icon.svg"),
     )
 
 
-def _join_logs() -> None:
-    """Let uvicorn's records take the way of ours; its access log says less than ours."""
+def _route_uvicorn_logs() -> None:
+    """Route uvicorn's logs through structlog; the middleware's access log replaces uvicorn's."""
     logging.getLogger("uvicorn.access").disabled = True
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # every forwarded request
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every forwarded request
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True

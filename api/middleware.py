@@ -1,4 +1,4 @@
-"""Around every request: its id, its access log line, a bound on JSON bodies, the last resort."""
+"""Middleware: request ids, the access log, a size limit on bodies, unexpected errors."""
 
 import re
 import time
@@ -18,15 +18,15 @@ log = structlog.get_logger(__name__)
 
 REQUEST_ID: Final = "X-Request-ID"
 MAX_BODY_BYTES: Final = 8 << 20
-"""For bodies that are read whole, which is all but uploaded files."""
+"""Of all bodies but uploaded files, which are streamed."""
 
-_PLAIN_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_VALID_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _QUIET_PATHS: Final = ("/healthz", "/readyz", "/metrics", "/parts/", "/static/", "/v1/nodes/")
-"""Probes, heartbeats, and what an open dashboard asks for every second."""
+"""Probes, heartbeats and the dashboard's polling: logged at debug level."""
 
 
 class RequestContext:
-    """Gives each request an id (the client's, if it is a plain one) that logs and answers carry."""
+    """Sets each request's id (the client's, if it is valid) in logs and the response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -35,8 +35,8 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        announced = Headers(scope=scope).get(REQUEST_ID, "")
-        request_id = announced if _PLAIN_ID.fullmatch(announced) else uuid.uuid4().hex
+        client_id = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = client_id if _VALID_ID.fullmatch(client_id) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
         started = time.perf_counter()
@@ -53,13 +53,13 @@ class RequestContext:
                 await self.app(scope, receive, send_with_id)
             except Exception:
                 log.exception("unexpected_error")
-                if status:  # half an answer is out: only a broken connection tells the client
+                if status:  # the response has started: only closing the connection signals it
                     raise
                 response = error_response(
                     scope["path"],
                     DeltadockError.status,
                     DeltadockError.code,
-                    f"Something unexpected happened; the logs have it under {request_id}.",
+                    f"An unexpected error occurred; it is logged under {request_id}.",
                 )
                 await response(scope, receive, send_with_id)
             finally:
@@ -75,7 +75,7 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses bodies over `MAX_BODY_BYTES`, except files (PUT), which stream under their own."""
+    """Rejects bodies over `MAX_BODY_BYTES`, except files (PUT), which have their own limit."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -91,7 +91,7 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > MAX_BODY_BYTES:
-                # FastAPI lets this kind of error through from where it reads the body.
+                # FastAPI wraps other exceptions that are raised while it reads the body.
                 raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
             return message
 

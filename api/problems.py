@@ -1,4 +1,4 @@
-"""Errors as HTTP: RFC 9457 problem bodies, and OpenAI's shape on OpenAI's routes."""
+"""Error responses: RFC 9457 problem bodies, and OpenAI's format on OpenAI's routes."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -23,11 +23,11 @@ OPENAI_PATHS: Final = frozenset({"/v1/completions", "/v1/chat/completions", "/v1
 PROBLEM_TYPE: Final = "application/problem+json"
 Responses = dict[int | str, dict[str, Any]]
 CLIENT_CLOSED_REQUEST: Final = 499
-"""Never reaches anyone; it is what the access log says of a client that went away."""
+"""Never sent: the access log's status for clients that disconnected."""
 
 
 class Problem(BaseModel):
-    """What went wrong (RFC 9457). `code` is stable; `detail` is for a person."""
+    """An error (RFC 9457). `code` is stable; `detail` is for people."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -47,7 +47,7 @@ def problem_body(
     retryable: bool = False,
     extensions: Mapping[str, object] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The members of a problem; extension members never replace the standard ones."""
+    """The members of a problem; extension members never override the standard ones."""
     members: dict[str, Any] = jsonable_encoder(dict(extensions))
     return members | {
         "type": f"urn:deltadock:error:{code}",
@@ -60,7 +60,7 @@ def problem_body(
 
 
 def _openai_terms(status: int, code: str) -> tuple[int, str, str | None]:
-    """Status, code and param as OpenAI's own service would say it; its 404 is about the model."""
+    """Status, code and param as OpenAI's service answers; its 404 is about the model."""
     if code == "not_found":
         return status, "model_not_found", "model"
     return openai_status(status), code, None
@@ -76,11 +76,11 @@ def error_response(
     retryable: bool = False,
     extensions: Mapping[str, object] = MappingProxyType({}),
 ) -> Response:
-    """The error in the shape that clients of `path` expect."""
+    """The error in the format that clients of `path` expect."""
     headers = dict(headers or {})
     if retryable:
         headers.setdefault("Retry-After", "1")
-    if _is_openais(path):
+    if _is_openai_route(path):
         status, code, param = _openai_terms(status, code)
         body = ErrorBody.of(status, code, detail, param).model_dump()
         return JSONResponse(body, status, headers)
@@ -88,7 +88,7 @@ def error_response(
     return JSONResponse(body, status, headers, media_type=PROBLEM_TYPE)
 
 
-def _is_openais(path: str) -> bool:
+def _is_openai_route(path: str) -> bool:
     return path in OPENAI_PATHS or path.startswith("/v1/models/")
 
 
@@ -112,21 +112,21 @@ async def _domain_error(request: Request, error: Exception) -> Response:
 
 async def _invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    if _is_openais(request.url.path):
+    if _is_openai_route(request.url.path):
         status = openai_status(InvalidInput.status)
         body = ErrorBody.of(status, InvalidInput.code, *refusal(error.errors()))
         return JSONResponse(body.model_dump(), status)
-    faults = [
-        {"where": ".".join(map(str, fault["loc"])), "message": fault["msg"]}
-        for fault in error.errors()
+    field_errors = [
+        {"where": ".".join(map(str, item["loc"])), "message": item["msg"]}
+        for item in error.errors()
     ]
-    detail = "; ".join(f"{fault['where']}: {fault['message']}" for fault in faults)
+    detail = "; ".join(f"{item['where']}: {item['message']}" for item in field_errors)
     return error_response(
         request.url.path,
         InvalidInput.status,
         InvalidInput.code,
         detail,
-        extensions={"errors": faults},
+        extensions={"errors": field_errors},
     )
 
 
@@ -135,29 +135,29 @@ async def _http_error(request: Request, error: Exception) -> Response:
     phrase = HTTPStatus(error.status_code).phrase
     detail = error.detail
     if error.status_code == HTTPStatus.NOT_FOUND and detail == phrase:
-        detail = f"There is nothing at {request.url.path}; see /openapi.json for what there is."
+        detail = f"There is no route {request.url.path}; /openapi.json lists them."
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        detail = f"{request.method} is not possible here; the Allow header names what is."
+        detail = f"{request.method} is not allowed here; the Allow header lists what is."
     code = {413: "too_large", 400: "bad_request"}.get(
         error.status_code, phrase.lower().replace(" ", "_")
     )
     return error_response(request.url.path, error.status_code, code, detail, headers=error.headers)
 
 
-async def _client_gone(_request: Request, _error: Exception) -> Response:
+async def _client_disconnected(_request: Request, _error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every error with a body of ours; what nobody expected is the middleware's."""
+    """Answer every expected error in the route's format; the middleware handles the others."""
     app.add_exception_handler(DeltadockError, _domain_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientDisconnect, _client_gone)
+    app.add_exception_handler(ClientDisconnect, _client_disconnected)
 
 
 def problems(*errors: type[DeltadockError]) -> Responses:
-    """The `responses=` of an endpoint that may raise these errors, among others."""
+    """The `responses=` of an endpoint that raises these errors, among others."""
     responses = _any_error(PROBLEM_TYPE, "Problem")
     for error in errors:
         body = problem_body(error.status, error.code, _summary(error), retryable=error.retryable)
@@ -166,7 +166,7 @@ def problems(*errors: type[DeltadockError]) -> Responses:
 
 
 def openai_problems(*errors: type[DeltadockError]) -> Responses:
-    """The same for OpenAI's routes."""
+    """Like `problems`, for OpenAI's routes."""
     responses = _any_error("application/json", "ErrorBody")
     for error in errors:
         status, code, param = _openai_terms(error.status, error.code)

@@ -1,4 +1,4 @@
-"""Sending tasks to the workers, by name: the api knows nothing of their code."""
+"""Sends tasks to the workers by name, without importing their code."""
 
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ COMPRESS_TASK: Final = "deltadock.compress"
 GPU_QUEUE: Final = "gpu"
 TIMEOUT_SECONDS: Final = 3
 RETRY: Final[dict[str, Any]] = {"max_retries": 1, "interval_start": 0, "interval_step": 0}
-"""Once, at once: a pooled connection may have died since, but a request waits for this."""
+"""One immediate retry, for a stale pooled connection; the client's request waits for this."""
 
 
 class TaskSender:
@@ -33,9 +33,10 @@ class TaskSender:
         )
 
     def send_compress(self, job_id: str) -> None:
-        """Hand the job to the workers; call it only after the job's row is committed.
+        """Send the job's task; call this only after the job's row is committed.
 
-        A broker that does not answer is no error: the job stays queued and the sweeper sends it.
+        Raises nothing if the broker does not answer: the job stays queued and the sweeper re-sends
+        its task.
         """
         try:
             self._celery.send_task(

@@ -1,4 +1,4 @@
-"""The domain errors of Deltadock, in one tree.
+"""Deltadock's domain errors.
 
     DeltadockError                      500 internal_error
     ├── InvalidInput                    422 invalid_input
@@ -8,6 +8,7 @@
     │   │   ├── NonFiniteWeights        422 non_finite_weights
     │   │   └── ArchitectureMismatch    422 architecture_mismatch
     │   ├── HashMismatch                422 hash_mismatch
+    │   ├── ContextExceeded             422 context_length_exceeded
     │   ├── UnknownMethod               422 unknown_method
     │   ├── BitsOutOfRange              422 bits_out_of_range
     │   ├── InvalidGoal                 422 invalid_goal
@@ -17,6 +18,7 @@
     │   └── UnsupportedModel            422 unsupported_model
     ├── Unauthorized                    401 unauthorized
     ├── NotFound                        404 not_found
+    │   └── ModelNotFound               404 model_not_found
     ├── Conflict                        409 conflict
     │   ├── BaseMismatch                409 base_mismatch
     │   └── NotReady                    409 not_ready
@@ -28,15 +30,15 @@
     └── Unavailable                     503 unavailable
         └── Overloaded                  429 overloaded
 
-`code` is stable: clients may match on it. `status` is what the api answers with. The message is
-for a person and says what to do.
+`code` is stable: clients may match on it. `status` is the HTTP status. The message is for people
+and says what to do.
 """
 
 from typing import ClassVar
 
 
 class DeltadockError(Exception):
-    """Root of every error that Deltadock raises on purpose."""
+    """Base class of all errors that Deltadock raises deliberately."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
@@ -49,7 +51,7 @@ class DeltadockError(Exception):
 
 
 class InvalidInput(DeltadockError):
-    """What was sent cannot be used as it is."""
+    """The input is invalid."""
 
     status = 422
     code = "invalid_input"
@@ -62,37 +64,37 @@ class InvalidCheckpoint(InvalidInput):
 
 
 class UnsafeFile(InvalidCheckpoint):
-    """A file of a kind that can run code when opened (a pickle), or with an unsafe path."""
+    """A file that can run code when loaded (a pickle), or with an unsafe path."""
 
     code = "unsafe_file"
 
 
 class MalformedSafetensors(InvalidCheckpoint):
-    """A safetensors file that is truncated or whose header lies about its data."""
+    """A safetensors file that is truncated or whose header contradicts its data."""
 
     code = "malformed_safetensors"
 
 
 class NonFiniteWeights(InvalidCheckpoint):
-    """A weight tensor holds NaN or an infinity."""
+    """A weight tensor contains NaN or infinity."""
 
     code = "non_finite_weights"
 
 
 class ArchitectureMismatch(InvalidCheckpoint):
-    """The fine-tune's architecture or tensor shapes are not its base's."""
+    """The fine-tune's architecture or tensor shapes differ from its base's."""
 
     code = "architecture_mismatch"
 
 
 class HashMismatch(InvalidInput):
-    """The bytes received do not have the digest that was announced."""
+    """The received bytes do not match the announced digest."""
 
     code = "hash_mismatch"
 
 
 class ContextExceeded(InvalidInput):
-    """Prompt and answer are longer than the node's context."""
+    """Prompt and completion exceed the node's context length."""
 
     code = "context_length_exceeded"
 
@@ -104,13 +106,13 @@ class UnknownMethod(InvalidInput):
 
 
 class BitsOutOfRange(InvalidInput):
-    """The bit budget is outside what the method can use."""
+    """The bit budget is outside the method's range."""
 
     code = "bits_out_of_range"
 
 
 class InvalidGoal(InvalidInput):
-    """What decides the artifact's size is missing, contradictory or outside its range."""
+    """The size or quality goal is missing, contradictory or out of range."""
 
     code = "invalid_goal"
 
@@ -122,13 +124,13 @@ class InvalidCalibration(InvalidInput):
 
 
 class InvalidAdapter(InvalidInput):
-    """Not a PEFT adapter, or one with a feature that cannot be imported."""
+    """Not a PEFT adapter, or one that uses an unsupported feature."""
 
     code = "invalid_adapter"
 
 
 class InvalidArtifact(InvalidInput):
-    """A delta file that is not a readable `deltadock` artifact."""
+    """The file is not a readable `deltadock` artifact."""
 
     code = "invalid_artifact"
 
@@ -140,79 +142,79 @@ class UnsupportedModel(InvalidInput):
 
 
 class Unauthorized(DeltadockError):
-    """The request needs a secret that it does not bring."""
+    """The request lacks the required secret."""
 
     status = 401
     code = "unauthorized"
 
 
 class NotFound(DeltadockError):
-    """Nothing has this id."""
+    """There is no object with this id."""
 
     status = 404
     code = "not_found"
 
 
 class ModelNotFound(NotFound):
-    """No model has this name."""
+    """There is no model with this name."""
 
     code = "model_not_found"
 
 
 class Conflict(DeltadockError):
-    """The request contradicts the present state."""
+    """The request conflicts with the current state."""
 
     status = 409
     code = "conflict"
 
 
 class BaseMismatch(Conflict):
-    """The artifact was made for another base."""
+    """The artifact was compressed against another base."""
 
     code = "base_mismatch"
 
 
 class NotReady(Conflict):
-    """The delta exists but has not been compressed yet, or its compression failed."""
+    """The delta's compression is unfinished or failed."""
 
     code = "not_ready"
 
 
 class TooLarge(DeltadockError):
-    """A body or file is over its limit."""
+    """A body or file exceeds its size limit."""
 
     status = 413
     code = "too_large"
 
 
 class RangeNotSatisfiable(DeltadockError):
-    """The byte range asked for lies outside the object."""
+    """The requested byte range is outside the object."""
 
     status = 416
     code = "range_not_satisfiable"
 
 
 class Cancelled(DeltadockError):
-    """The work was cancelled on request."""
+    """The job was cancelled on request."""
 
     status = 409
     code = "cancelled"
 
 
 class InferenceFailed(DeltadockError):
-    """One request could not be computed; the others were not touched."""
+    """One request failed on the node; others are unaffected."""
 
     code = "inference_failed"
 
 
 class WorkerLost(DeltadockError):
-    """Every worker that took the job ended without a word; probably it needs more memory."""
+    """Every worker that started the job disappeared; it probably needs more memory."""
 
     code = "worker_lost"
 
 
 class Unavailable(DeltadockError):
-    """A part that is needed does not answer; the same request may succeed later."""
+    """A required service does not answer; the same request may succeed later."""
 
     status = 503
     code = "unavailable"

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, or aligned text for people."""
+"""Structured logging: one JSON object per line, or aligned text for a console."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ from deltadock.settings import Settings
 
 
 def configure_logging(settings: Settings, **context: str) -> None:
-    """Send structlog's and the standard library's records to stderr in one format.
+    """Route structlog's and the standard library's records to stderr in one format.
 
     `context` (for instance `process="api"`) is added to every record of this process.
     """
@@ -17,7 +17,7 @@ def configure_logging(settings: Settings, **context: str) -> None:
     def add_process_context(
         _logger: object, _method: str, event: structlog.types.EventDict
     ) -> structlog.types.EventDict:
-        # Not through context variables: threads and requests each begin with their own.
+        # Not a context variable: new threads start with an empty context.
         return {**context, **event}
 
     shared: list[structlog.types.Processor] = [
@@ -34,7 +34,7 @@ def configure_logging(settings: Settings, **context: str) -> None:
         else [
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(),
-                # The default shows every local variable, tensors and secrets among them.
+                # The default prints all local variables, including tensors and secrets.
                 exception_formatter=structlog.dev.plain_traceback,
             )
         ]

@@ -1,6 +1,6 @@
-"""Settings of every process, read from the environment (`DELTADOCK_*`).
+"""Settings of all processes, read from the environment (`DELTADOCK_*`).
 
-The embedded start and the production topology run the same code: only these differ.
+The embedded start and production run the same code; only their settings differ.
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """One process's settings; every field is an environment variable `DELTADOCK_<FIELD>`."""
+    """One process's settings; each field is read from the variable `DELTADOCK_<FIELD>`."""
 
     model_config = SettingsConfigDict(env_prefix="DELTADOCK_", extra="ignore")
 
@@ -28,28 +28,36 @@ class Settings(BaseSettings):
     )
 
     blob_store: Literal["local", "s3"] = "local"
-    s3_endpoint_url: str | None = None
+    s3_endpoint_url: str | None = Field(
+        default=None, description="S3 server; unset, AWS's endpoint of `s3_region`."
+    )
+    s3_public_url: str | None = Field(
+        default=None,
+        description="URL at which clients reach the S3 server. Downloads are redirected there, or "
+        "to AWS if `s3_endpoint_url` is unset; otherwise the api streams them.",
+    )
     s3_bucket: str = "deltadock"
     s3_region: str = "us-east-1"
     s3_access_key_id: str | None = None
     s3_secret_access_key: SecretStr | None = None
 
     api_url: str | None = Field(
-        default=None, description="The api that a node registers with; unset, it serves alone."
+        default=None, description="The api that a node registers with; unset, it runs standalone."
     )
     node_url: str | None = Field(
-        default=None, description="Where the api finds a node; unset, its host's name and port."
+        default=None,
+        description="URL at which the api reaches the node; unset, its host name and port.",
     )
     node_secret: SecretStr | None = Field(
         default=None,
-        description="What the api and its nodes know each other by; unset, both trust only "
-        "this machine.",
+        description="Secret shared by the api and its nodes; unset, both accept only requests "
+        "from this machine.",
     )
     node_heartbeat_seconds: float = Field(
         default=2.0,
         gt=0,
-        description="A node tells the api of itself this often; silent for "
-        "five times as long, it is gone.",
+        description="Interval of a node's heartbeats; its registration expires after five "
+        "intervals without one.",
     )
     device: str = Field(
         default="auto", description="Torch device of workers and nodes: auto, cpu or cuda[:n]."
@@ -57,58 +65,62 @@ class Settings(BaseSettings):
 
     node_base: Path | None = Field(
         default=None,
-        description="Folder of the base that a node serves; unset, it adopts what requests name.",
+        description="Folder of the base that a node serves; unset, it loads whichever base "
+        "requests name.",
     )
     node_deltas: list[str] = Field(
         default=[], description="Artifact digests that a node with a `node_base` loads at start."
     )
-    node_max_sequences: int = Field(default=16, ge=1, description="Sequences in a node's batch.")
+    node_max_sequences: int = Field(
+        default=16, ge=1, description="Maximum sequences in a node's batch."
+    )
     node_max_waiting: int = Field(
-        default=64, ge=0, description="Sequences that may wait; more are answered with 429."
+        default=64, ge=0, description="Maximum waiting sequences; further ones get a 429."
     )
     node_max_waiting_per_delta: int = Field(
-        default=32, ge=0, description="How many of them may be of one delta."
+        default=32, ge=0, description="Maximum waiting sequences of one delta."
     )
     node_cache_slots: int = Field(
         default=32,
         ge=1,
-        description="Sequences whose keys and values a node keeps, for prompts that begin alike; "
-        "`node_max_sequences` at least.",
+        description="Slots of a node's KV cache, running sequences and cached prefixes; at least "
+        "`node_max_sequences`.",
     )
-    node_max_deltas: int = Field(default=8, ge=1, description="Deltas in a node's slots at once.")
+    node_max_deltas: int = Field(default=8, ge=1, description="Delta slots on a node's device.")
     node_factor_cache_bytes: int = Field(
         default=2**30,
         ge=0,
-        description="Memory of a node for unpacked deltas; those beyond are unpacked at every use.",
+        description="Memory of a node for unpacked factors; others are unpacked at every use.",
     )
     node_merge: bool = Field(
         default=False,
-        description="Whether a node merges the delta that takes three quarters of its traffic, in "
-        "the memory of the base's linear layers once more.",
+        description="Whether a node merges the delta that gets three quarters of its traffic; this "
+        "takes the memory of the base's linear layers a second time.",
     )
     node_host_bytes: int = Field(
-        default=8 * 2**30, ge=0, description="Deltas in a node's host memory, ready for a slot."
+        default=8 * 2**30, ge=0, description="Host memory of a node for deltas outside its slots."
     )
     node_disk_bytes: int = Field(
-        default=64 * 2**30, ge=0, description="Artifacts on a node's disk."
+        default=64 * 2**30, ge=0, description="Disk space of a node for artifacts."
     )
     node_context_tokens: int = Field(
-        default=4096, ge=2, description="Longest sequence of a node; the model's own limit if less."
+        default=4096, ge=2, description="Maximum sequence length; at most the model's own limit."
     )
     node_pass_tokens: int = Field(
-        default=512, ge=1, description="Tokens of a pass; longer prompts are taken in parts."
+        default=512, ge=1, description="Tokens per forward pass; longer prompts are chunked."
     )
 
-    max_file_bytes: int = Field(default=100 * 2**30, description="Largest file of an upload.")
+    max_file_bytes: int = Field(default=100 * 2**30, description="Maximum size of an upload file.")
     lease_seconds: float = Field(
-        default=60.0, description="A job whose worker is silent this long may be taken over."
+        default=60.0,
+        description="Lease on a job: not renewed for so long, another worker may acquire it.",
     )
     log_format: Literal["json", "console"] = "json"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @property
     def sqlalchemy_url(self) -> str:
-        """The database URL, with the embedded SQLite file as its default."""
+        """The database URL; by default the SQLite file in `home`."""
         return self.database_url or f"sqlite:///{self.home.resolve() / 'deltadock.db'}"
 
     @property
@@ -118,12 +130,12 @@ class Settings(BaseSettings):
 
     @property
     def cache_folder(self) -> Path:
-        """Folder for files that can be fetched again (bases, artifacts, work in progress)."""
+        """Folder for files that can be fetched again (bases, artifacts, jobs' files)."""
         return self.home / "cache"
 
     @property
     def worker_alive(self) -> Path:
-        """File that a worker touches when it is ready and then at every sweep, busy or not."""
+        """File that a worker touches when ready and at every sweep, for health checks."""
         return self.cache_folder / "worker.alive"
 
 

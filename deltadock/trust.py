@@ -1,4 +1,4 @@
-"""How the api and its nodes know each other: by a shared secret or, without one, as neighbours."""
+"""Authentication between the api and its nodes: a shared secret or, without one, loopback only."""
 
 import hmac
 from ipaddress import ip_address
@@ -9,18 +9,20 @@ from deltadock.errors import Unauthorized
 
 
 def credentials(secret: SecretStr | None) -> dict[str, str]:
-    """The headers that bring the secret."""
+    """The request headers that carry the secret."""
     return {} if secret is None else {"Authorization": f"Bearer {secret.get_secret_value()}"}
 
 
 def check_trusted(secret: SecretStr | None, authorization: str | None, client: str | None) -> None:
-    """Let through who brings the secret; where there is none, who asks from this machine.
+    """Require the secret or, if none is set, a client on this machine.
 
-    `authorization` is the request's header of that name, `client` its address (None: a socket of
-    this machine's own).
+    Args:
+        secret: the node secret, if set.
+        authorization: the request's Authorization header.
+        client: the client's address; None for a Unix socket.
 
     Raises:
-        Unauthorized: neither.
+        Unauthorized: the secret is missing or wrong, or the client is on another machine.
     """
     if secret is not None:
         expected = credentials(secret)["Authorization"]
@@ -28,8 +30,8 @@ def check_trusted(secret: SecretStr | None, authorization: str | None, client: s
             raise Unauthorized("Send DELTADOCK_NODE_SECRET as a bearer token.")
     elif client is not None and not _is_loopback(client):
         raise Unauthorized(
-            "Only this machine may do that while there is no secret: set DELTADOCK_NODE_SECRET "
-            "for the api and its nodes."
+            "Without a secret only requests from this machine are accepted: set "
+            "DELTADOCK_NODE_SECRET for the api and its nodes."
         )
 
 

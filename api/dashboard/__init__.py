@@ -1,1 +1,1 @@
-"""The dashboard: what is stored, how faithful it is, and what is being made."""
+"""The dashboard: stored deltas, their fidelity, running jobs and nodes."""

@@ -1,6 +1,6 @@
-"""The drawings: SVG made here, coloured by the style sheet's classes, needing no script.
+"""Charts: SVG rendered on the server, coloured by classes of the style sheet, without scripts.
 
-Every drawing is well-formed XML and says in a `<title>` per cell what the colour only suggests.
+Each chart is well-formed XML; the `<title>` of each cell gives its values as text.
 """
 
 import math
@@ -10,14 +10,14 @@ from xml.etree import ElementTree as ET
 
 from markupsafe import Markup
 
-from deltadock.api.dashboard.figures import Grid, Matrix, Place
+from deltadock.api.dashboard.figures import MatrixFigures, MatrixGrid, Place
 from deltadock.api.dashboard.formats import percentage, significant
 
 STEPS: Final = 9
 """Colours of the error scale: classes q0 (least) to q8 (most)."""
 
 _WIDTH: Final = 800
-"""Pixels that a grid's columns share, if that leaves them neither too thin nor too broad."""
+"""Target width of a grid in pixels, within the limits on a cell's width."""
 _MIN_CELL, _MAX_CELL = 14, 140
 _CHARACTER: Final = 6.7
 _AXIS: Final = 18
@@ -32,12 +32,12 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> "Scale":
-        """The scale that spans the positive values."""
+        """The scale spanning the positive values."""
         positive = [value for value in values if value is not None and value > 0]
         return cls(min(positive, default=1.0), max(positive, default=1.0))
 
     def step(self, value: float) -> int:
-        """The colour of a value, 0 to STEPS - 1; what lies outside takes the nearest."""
+        """The colour of a value, 0 to STEPS - 1; values outside the scale are clamped."""
         if value <= self.low:
             return 0
         if value >= self.high:
@@ -47,21 +47,21 @@ class Scale(NamedTuple):
         return min(int(STEPS * share), STEPS - 1)
 
 
-def error_scale(grid: Grid) -> Scale:
+def error_scale(grid: MatrixGrid) -> Scale:
     """The scale of a grid's errors."""
     return Scale.of(matrix.error for matrix in grid.cells.values())
 
 
-def tallest(grid: Grid) -> float:
-    """The largest share of its full rank that any matrix keeps."""
+def tallest(grid: MatrixGrid) -> float:
+    """The largest kept share of the full rank over all matrices."""
     return max((matrix.kept for matrix in grid.cells.values()), default=0.0) or 1.0
 
 
-def heat_map(grid: Grid) -> Markup:
-    """Each matrix's normalised output error as a colour, with its number where there is room."""
+def heat_map(grid: MatrixGrid) -> Markup:
+    """Each matrix's normalised output error as a colour, with its value where it fits."""
     scale = error_scale(grid)
 
-    def draw(parent: ET.Element, matrix: Matrix, box: "Box") -> None:
+    def draw(parent: ET.Element, matrix: MatrixFigures, box: "Box") -> None:
         step = "none" if matrix.error is None else f"q{scale.step(matrix.error)}"
         cell = _cell(parent, f"cell {step}", f"{matrix.name}\nerror {significant(matrix.error)}")
         _rect(cell, box)
@@ -72,19 +72,19 @@ def heat_map(grid: Grid) -> Markup:
     return _draw_grid(grid, "Normalised output error by projection and layer", 26, draw)
 
 
-def width_bars(grid: Grid) -> Markup:
+def width_bars(grid: MatrixGrid) -> Markup:
     """Each matrix's ranks, stacked by width (widest at the bottom).
 
     A cell's full height is `tallest` of its matrix's full rank.
     """
     full_height = tallest(grid)
 
-    def draw(parent: ET.Element, matrix: Matrix, box: "Box") -> None:
-        words = f"{matrix.name}\n{matrix.rank} of {matrix.full_rank} ranks"
-        words += f" ({percentage(matrix.kept)})\n{matrix.widths_text}"
-        cell = _cell(parent, "cell stack", words)
+    def draw(parent: ET.Element, matrix: MatrixFigures, box: "Box") -> None:
+        title = f"{matrix.name}\n{matrix.rank} of {matrix.full_rank} ranks"
+        title += f" ({percentage(matrix.kept)})\n{matrix.widths_text}"
+        cell = _cell(parent, "cell stack", title)
         _rect(cell, box, "ground")
-        # Of ranks, or of both factors' vectors, which are twice as many.
+        # Ranks or, where U and V differ in width, both factors' vectors (twice as many).
         vectors = sum(matrix.widths.values())
         unit = box.height * matrix.kept / full_height / vectors if vectors else 0.0
         bottom = box.y + box.height
@@ -96,12 +96,12 @@ def width_bars(grid: Grid) -> Markup:
 
 
 def stacked(parts: Sequence[tuple[str, float, str]], longest: float) -> Markup:
-    """A bar as wide as its surroundings: (class, value, title) of each part; `longest` fills it."""
+    """A stacked bar as wide as its container, from (class, value, title); full at `longest`."""
     root = _svg(100, 10, "bar", None)
     root.set("preserveAspectRatio", "none")
     start = 0.0
     for style, value, title in parts:
-        # What is there stays visible.
+        # A minimum width keeps small parts visible.
         width = max(100 * value / longest, 0.5) if value > 0 and longest > 0 else 0.0
         _rect(_cell(root, style, title), Box(start, 0, width, 10))
         start += width
@@ -118,18 +118,21 @@ class Box(NamedTuple):
 
 
 def _draw_grid(
-    grid: Grid, label: str, height: int, draw: Callable[[ET.Element, Matrix, Box], None]
+    grid: MatrixGrid,
+    label: str,
+    height: int,
+    draw: Callable[[ET.Element, MatrixFigures, Box], None],
 ) -> Markup:
-    """Axes and places; `draw` fills one."""
+    """Draw the axes, and each matrix's cell with `draw`."""
     margin = round(_CHARACTER * max((len(name) for name in grid.projections), default=0)) + 10
     columns = len(grid.layers)
     if len(grid.projections) > 24:
         height = _MIN_CELL
     width = min(max((_WIDTH - margin) // max(columns, 1), _MIN_CELL), _MAX_CELL)
     root = _svg(margin + columns * width, _AXIS + len(grid.projections) * height, "grid", label)
-    every = math.ceil(30 / width)
+    label_step = math.ceil(30 / width)
     for column, layer in enumerate(grid.layers):
-        if column % every == 0:
+        if column % label_step == 0:
             place = {"x": _n(margin + (column + 0.5) * width), "y": "12", "class": "layer"}
             ET.SubElement(root, "text", place).text = layer
     for row, projection in enumerate(grid.projections):
@@ -149,7 +152,7 @@ def _svg(width: int, height: int, style: str, label: str | None) -> ET.Element:
     if label is None:
         attributes["aria-hidden"] = "true"
     else:
-        # `img` would hide the cells' titles from assistive technology.
+        # The role `img` would hide the cells' titles from assistive technology.
         attributes |= {"width": str(width), "height": str(height)}
         attributes |= {"role": "group", "aria-label": label}
     return ET.Element("svg", attributes)
@@ -172,10 +175,10 @@ def _rect(parent: ET.Element, box: Box, style: str | None = None) -> None:
 
 
 def _n(value: float) -> str:
-    """A coordinate without needless digits."""
+    """A coordinate with at most two decimals."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def _markup(root: ET.Element) -> Markup:
-    # ElementTree has escaped every text and attribute.
+    # Safe: ElementTree escapes all texts and attributes.
     return Markup(ET.tostring(root, encoding="unicode"))

@@ -1,24 +1,112 @@
-"""Pages of the dashboard, and the parts of them that refresh themselves."""
+"""Pages of the dashboard, and the parts of them that htmx refreshes.
 
+The pages load only files of this server.
+"""
+
+import hashlib
+from collections.abc import Callable, Coroutine, Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, Final
 
+import structlog
 from fastapi import APIRouter, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from jinja2 import StrictUndefined
 from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.templating import Jinja2Templates
 
-from deltadock.api.dashboard import service
-from deltadock.api.dashboard.pages import HEADERS, PageRoute, render
+from deltadock.api.dashboard import charts, formats, views
 from deltadock.api.deltas.endpoints import DeltaId
 from deltadock.api.dependencies import ReadSession
-from deltadock.api.nodes.service import list_nodes
-from deltadock.errors import NotFound
+from deltadock.api.nodes import registered_nodes
+from deltadock.errors import DeltadockError, InvalidInput, NotFound
+from deltadock.version import __version__
+
+log = structlog.get_logger(__name__)
+
+FOLDER: Final = Path(__file__).resolve().parent.parent
+HEADERS: Final = {
+    "Content-Security-Policy": (
+        "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
+        "object-src 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+
+static_files = StaticFiles(directory=FOLDER / "static")
+
+
+@lru_cache
+def asset(name: str) -> str:
+    """The URL of a file in static/, with its digest as a cache buster."""
+    digest = hashlib.sha256((FOLDER / "static" / name).read_bytes()).hexdigest()
+    return f"/static/{name}?v={digest[:12]}"
+
+
+_templates: Final = Jinja2Templates(FOLDER / "templates")
+_templates.env.undefined = StrictUndefined
+_templates.env.trim_blocks = True
+_templates.env.lstrip_blocks = True
+_templates.env.globals |= {
+    "asset": asset,
+    "charts": charts,
+    "stages": views.stages,
+    "advice": views.advice,
+    "version": __version__,
+}
+_templates.env.filters |= {
+    name: getattr(formats, name)
+    for name in ("size", "significant", "percentage", "plain", "grouped", "moment", "seconds")
+}
+
+
+def render(
+    request: Request,
+    template: str,
+    context: Mapping[str, Any],
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Render a page or a part of one."""
+    return _templates.TemplateResponse(
+        request, template, dict(context), status, {**HEADERS, **(headers or {})}
+    )
+
+
+class PageRoute(APIRoute):
+    """Answers errors with an HTML page."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The default handler, with errors rendered."""
+        handle = super().get_route_handler()
+
+        async def handle_or_render_error(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except DeltadockError as error:
+                if error.status >= 500:
+                    log.exception("page_failed", code=error.code)
+                shown: DeltadockError = error
+            except RequestValidationError:
+                shown = InvalidInput("This is not a page of the dashboard.")
+            return render(request, "error.html", {"error": shown}, status=shown.status)
+
+        return handle_or_render_error
+
 
 router = APIRouter(
     include_in_schema=False, route_class=PageRoute, default_response_class=HTMLResponse
 )
 
-SHOWN_DELTAS: Final = 50
-"""Of a node; the fastest tiers come first."""
+DELTAS_PER_NODE: Final = 50
+"""Shown on the nodes page, fastest tier first."""
 REFRESH: Final = {"HX-Refresh": "true"}
 REMOVE: Final = {"HX-Reswap": "delete"}
 ENDED: Final = {"HX-Trigger": "job-ended"}
@@ -28,22 +116,22 @@ ENDED: Final = {"HX-Trigger": "job-ended"}
 def show_deltas(
     request: Request, session: ReadSession, after: Annotated[str | None, Query()] = None
 ) -> Response:
-    """The stored deltas and bases."""
-    context = {"overview": service.overview(session, after), "after": after}
+    """The list of stored deltas and bases."""
+    context = {"overview": views.overview(session, after), "after": after}
     return render(request, "deltas.html", context)
 
 
 @router.get("/parts/totals")
 def show_totals(request: Request, session: ReadSession) -> Response:
-    """The line of totals, once a job has ended."""
-    return render(request, "parts/totals.html", {"totals": service.totals(session)})
+    """The totals, refreshed when a job ends."""
+    return render(request, "parts/totals.html", {"totals": views.totals(session)})
 
 
 @router.get("/parts/deltas/{delta_id}/row")
 def show_row(delta_id: DeltaId, request: Request, session: ReadSession) -> Response:
-    """A line of the list while its job runs."""
+    """A row of the list, refreshed while its job runs."""
     try:
-        entry = service.entry(session, delta_id)
+        entry = views.entry(session, delta_id)
     except NotFound:
         return HTMLResponse(headers=HEADERS | REMOVE)
     headers = ENDED if entry.job.state.is_final else None
@@ -52,9 +140,9 @@ def show_row(delta_id: DeltaId, request: Request, session: ReadSession) -> Respo
 
 @router.get("/parts/deltas/{delta_id}/job")
 def show_job(delta_id: DeltaId, request: Request, session: ReadSession) -> Response:
-    """The job on a delta's page while it runs; at its end the whole page is loaded again."""
+    """The job on a delta's page; reloads the page when it has ended."""
     try:
-        entry = service.entry(session, delta_id)
+        entry = views.entry(session, delta_id)
     except NotFound:
         return HTMLResponse(headers=HEADERS | REFRESH)
     if entry.job.state.is_final:
@@ -64,21 +152,21 @@ def show_job(delta_id: DeltaId, request: Request, session: ReadSession) -> Respo
 
 @router.get("/nodes")
 def show_nodes(request: Request, session: ReadSession) -> Response:
-    """The inference nodes, and what they hold."""
+    """The inference nodes and the deltas they hold."""
     return render(request, "nodes.html", _nodes(session))
 
 
 @router.get("/parts/nodes")
 def refresh_nodes(request: Request, session: ReadSession) -> Response:
-    """The same without the page around it."""
+    """The nodes without the surrounding page."""
     return render(request, "parts/nodes.html", _nodes(session))
 
 
 def _nodes(session: Session) -> dict[str, Any]:
-    return {"nodes": list_nodes(session).data, "shown": SHOWN_DELTAS}
+    return {"nodes": registered_nodes(session).data, "shown": DELTAS_PER_NODE}
 
 
 @router.get("/deltas/{delta_id}")
 def show_delta(delta_id: DeltaId, request: Request, session: ReadSession) -> Response:
-    """One delta."""
-    return render(request, "delta.html", {"page": service.delta_page(session, delta_id)})
+    """One delta's page."""
+    return render(request, "delta.html", {"page": views.delta_view(session, delta_id)})

@@ -1,4 +1,4 @@
-"""A stored report as the pages draw it."""
+"""A stored report, parsed for the pages."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,15 +7,15 @@ from typing import Any, Final, NamedTuple, Self
 
 from pydantic import BaseModel, Field
 
-OUTSIDE: Final = "–"
-"""The layer of a matrix that belongs to none, such as an output head."""
+NO_LAYER: Final = "–"
+"""The layer of matrices outside all layers, such as an output head."""
 
-_IN_LAYER: Final = re.compile(r"(?:^|\.)(\d+)\.(?=.)")
-_LARGEST: Final = 10
-"""Groups of other tensors that get a line of their own."""
+_LAYER_NUMBER: Final = re.compile(r"(?:^|\.)(\d+)\.(?=.)")
+_LISTED_GROUPS: Final = 10
+"""Groups of other tensors with a separate bar; the smaller ones are summed up."""
 
 
-class Matrix(BaseModel):
+class MatrixFigures(BaseModel):
     """One compressed matrix; see `deltadock.compression.report.MatrixReport`."""
 
     name: str
@@ -31,24 +31,24 @@ class Matrix(BaseModel):
 
     @property
     def full_rank(self) -> int:
-        """The most ranks that a matrix of this shape can have."""
+        """The maximum rank of a matrix of this shape."""
         return min(self.shape, default=0)
 
     @property
     def kept(self) -> float:
-        """Share of the full rank that has codes."""
+        """Kept share of the full rank."""
         return self.rank / self.full_rank if self.full_rank else 0.0
 
     @property
     def widths_text(self) -> str:
         """Such as `6 x 4 bit, 18 x 3 bit`, widest first."""
-        told = ", ".join(f"{n} × {w} bit" for w, n in sorted(self.widths.items(), reverse=True))
-        # U and V have widths of their own: these are both factors' vectors.
-        return f"{told} in two factors" if sum(self.widths.values()) > self.rank else told
+        text = ", ".join(f"{n} × {w} bit" for w, n in sorted(self.widths.items(), reverse=True))
+        # Where U and V differ in width, both factors' vectors are counted.
+        return f"{text} in two factors" if sum(self.widths.values()) > self.rank else text
 
 
-class Tensor(BaseModel):
-    """One changed tensor that is stored in another way than by the method."""
+class TensorFigures(BaseModel):
+    """A changed tensor that is not compressed by the method."""
 
     name: str
     kind: str = ""
@@ -56,15 +56,15 @@ class Tensor(BaseModel):
     bytes: int = 0
 
 
-class Calibration(BaseModel):
-    """What the errors were weighed with."""
+class CalibrationFigures(BaseModel):
+    """The calibration tokens."""
 
     sha256: str | None = None
     tokens: int | None = None
     seed: int | None = None
 
 
-class Summary(BaseModel):
+class SummaryFigures(BaseModel):
     """The figures of the whole model; see `deltadock.compression.report.Report`."""
 
     nominal_bits: float | None = None
@@ -80,44 +80,44 @@ class Summary(BaseModel):
     nll_finetuned: float | None = None
     nll_base: float | None = None
     base_digest: str | None = None
-    calibration: Calibration | None = None
+    calibration: CalibrationFigures | None = None
     seconds: float | None = None
 
 
 class Place(NamedTuple):
-    """Where a matrix stands in a drawing: which projection of which layer."""
+    """A matrix's position in a chart: its projection and layer."""
 
     projection: str
     layer: str
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """Matrices by projection (rows) and layer (columns); a place may be empty."""
+class MatrixGrid:
+    """Matrices by projection (rows) and layer (columns); cells may be missing."""
 
     projections: Sequence[str]
     layers: Sequence[str]
-    cells: dict[Place, Matrix]
+    cells: dict[Place, MatrixFigures]
 
     @classmethod
-    def of(cls, matrices: Iterable[Matrix]) -> Self:
-        """Projections as they first appear, layers by number, what is in no layer last."""
+    def of(cls, matrices: Iterable[MatrixFigures]) -> Self:
+        """Projections in order of appearance, layers by number, `NO_LAYER` last."""
         matrices = list(matrices)
         places = _places([matrix.name for matrix in matrices])
         cells = dict(zip(places, matrices, strict=True))
-        layers = {place.layer for place in cells} - {OUTSIDE}
+        layers = {place.layer for place in cells} - {NO_LAYER}
         return cls(
             projections=list(dict.fromkeys(place.projection for place in cells)),
             layers=[
                 *sorted(layers, key=int),
-                *({OUTSIDE} & {place.layer for place in cells}),
+                *({NO_LAYER} & {place.layer for place in cells}),
             ],
             cells=cells,
         )
 
 
-class Share(NamedTuple):
-    """A part of the artifact; `style` is its colour's class."""
+class ByteShare(NamedTuple):
+    """A part of the artifact; `style` is the CSS class of its colour."""
 
     label: str
     bytes: int
@@ -125,69 +125,70 @@ class Share(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
-    """Everything that one report holds."""
+class ReportFigures:
+    """All figures of one report."""
 
-    summary: Summary
-    matrices: list[Matrix]
-    others: list[Tensor]
+    summary: SummaryFigures
+    matrices: list[MatrixFigures]
+    others: list[TensorFigures]
 
     @classmethod
     def of(cls, report: dict[str, Any]) -> Self:
-        """Read a report as it is stored."""
+        """Parse a stored report."""
         return cls(
-            summary=Summary.model_validate(report),
-            matrices=[Matrix.model_validate(row) for row in report.get("matrices", [])],
-            others=[Tensor.model_validate(row) for row in report.get("other_tensors", [])],
+            summary=SummaryFigures.model_validate(report),
+            matrices=[MatrixFigures.model_validate(row) for row in report.get("matrices", [])],
+            others=[TensorFigures.model_validate(row) for row in report.get("other_tensors", [])],
         )
 
     @property
-    def grid(self) -> Grid:
-        """The matrices, to be drawn."""
-        return Grid.of(self.matrices)
+    def grid(self) -> MatrixGrid:
+        """The matrices by projection and layer."""
+        return MatrixGrid.of(self.matrices)
 
     @property
     def widths(self) -> list[int]:
-        """Every width in use, in bits, rising."""
+        """All widths in use, in bits, ascending."""
         return sorted({width for matrix in self.matrices for width in matrix.widths})
 
     @property
-    def fallbacks(self) -> list[Matrix]:
-        """Matrices where something did not go as planned."""
+    def fallbacks(self) -> list[MatrixFigures]:
+        """Matrices for which a fallback was used."""
         return [matrix for matrix in self.matrices if matrix.fallbacks]
 
     @property
-    def shares(self) -> list[Share]:
-        """The artifact's bytes: matrices by projection, other tensors likewise, all the rest."""
+    def shares(self) -> list[ByteShare]:
+        """The artifact's bytes: matrices and other tensors by projection, and the remainder."""
         others = sorted(_by_projection(self.others, "base"), key=lambda share: -share.bytes)
-        shares = [*_by_projection(self.matrices, "delta"), *others[:_LARGEST]]
-        if small := others[_LARGEST:]:
-            shares.append(Share("smaller tensors", sum(share.bytes for share in small), "base"))
-        rest = (self.summary.artifact_bytes or 0) - sum(share.bytes for share in shares)
-        if rest > 0:
-            shares.append(Share("header and manifest", rest, "full"))
+        shares = [*_by_projection(self.matrices, "delta"), *others[:_LISTED_GROUPS]]
+        if small := others[_LISTED_GROUPS:]:
+            smaller = sum(share.bytes for share in small)
+            shares.append(ByteShare("smaller tensors", smaller, "base"))
+        remainder = (self.summary.artifact_bytes or 0) - sum(share.bytes for share in shares)
+        if remainder > 0:
+            shares.append(ByteShare("header and manifest", remainder, "full"))
         return shares
 
 
-def _by_projection(parts: Sequence[Matrix | Tensor], style: str) -> list[Share]:
+def _by_projection(parts: Sequence[MatrixFigures | TensorFigures], style: str) -> list[ByteShare]:
     groups: dict[str, list[int]] = {}
     for place, part in zip(_places([part.name for part in parts]), parts, strict=True):
         groups.setdefault(place.projection, []).append(part.bytes)
     return [
-        Share(f"{name} × {len(sizes)}" if len(sizes) > 1 else name, sum(sizes), style)
+        ByteShare(f"{name} × {len(sizes)}" if len(sizes) > 1 else name, sum(sizes), style)
         for name, sizes in groups.items()
     ]
 
 
 def _places(names: Sequence[str]) -> list[Place]:
-    """Where each goes. Stacks of layers are told apart by what stands before the layer's number."""
+    """Each tensor's place; with several stacks of layers, projections include the stack's name."""
     plain = [name.removesuffix(".weight") for name in names]
-    matches = [_IN_LAYER.search(name) for name in plain]
+    matches = [_LAYER_NUMBER.search(name) for name in plain]
     stacks = {match.string[: match.start()] for match in matches if match}
     places = []
     for name, match in zip(plain, matches, strict=True):
         if match is None:
-            places.append(Place(name, OUTSIDE))
+            places.append(Place(name, NO_LAYER))
             continue
         projection = name[match.end() :]
         if len(stacks) > 1:

@@ -1,16 +1,16 @@
-"""Numbers and times as the pages write them; None is a dash."""
+"""Formatting of numbers and times on the pages; None is shown as a dash."""
 
 from datetime import UTC, datetime
 from typing import Final
 
-NOTHING: Final = "–"
+MISSING: Final = "–"
 _PREFIXES: Final = ("", "k", "M", "G", "T", "P")
 
 
 def size(count: float | None) -> str:
     """Bytes with a decimal prefix and three significant digits: `561 kB`."""
     if count is None:
-        return NOTHING
+        return MISSING
     power, value = 0, float(count)
     while value >= 999.5 and power < len(_PREFIXES) - 1:
         value /= 1000
@@ -19,9 +19,9 @@ def size(count: float | None) -> str:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """`digits` significant digits at least; no exponent between 0.0001 and a million."""
+    """At least `digits` significant digits; no exponent between 0.0001 and a million."""
     if value is None:
-        return NOTHING
+        return MISSING
     if value == 0:
         return "0"
     if not 1e-4 <= abs(value) < 1e6:
@@ -32,17 +32,17 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 def percentage(share: float | None) -> str:
     """A share of one: `94.2 %`."""
-    return NOTHING if share is None else f"{100 * share:.1f} %"
+    return MISSING if share is None else f"{100 * share:.1f} %"
 
 
 def plain(value: float | None) -> str:
-    """A number as short as it is exact: `1`, `0.75`."""
-    return NOTHING if value is None else f"{value:g}"
+    """A number without trailing zeros: `1`, `0.75`."""
+    return MISSING if value is None else f"{value:g}"
 
 
 def grouped(count: int | None) -> str:
-    """An integer with its thousands apart: `56 832`, by spaces that do not break."""
-    return NOTHING if count is None else f"{count:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    """An integer with thousands separated by narrow no-break spaces: `56 832`."""
+    return MISSING if count is None else f"{count:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
 def moment(value: datetime) -> str:
@@ -53,7 +53,7 @@ def moment(value: datetime) -> str:
 def seconds(value: float | None) -> str:
     """A duration: `2 min 6 s`."""
     if value is None:
-        return NOTHING
+        return MISSING
     if value < 60:
         return f"{significant(value)} s"
     minutes, rest = divmod(round(value), 60)

@@ -1,1 +1,1 @@
-"""Deltas: making them, looking at them, downloading them."""
+"""Deltas: creating, listing and downloading them."""

@@ -1,15 +1,13 @@
 """Routes of deltas."""
 
-import base64
-from typing import Annotated, Any, Final
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from deltadock.api.deltas import service
-from deltadock.api.deltas.ranges import ByteRange, is_unchanged, requested_range
+from deltadock.api.deltas.download import ARTIFACT_RESPONSES, artifact_response
 from deltadock.api.deltas.schemas import (
-    EXAMPLE_DELTA_ID,
     DeltaAccepted,
     DeltaIn,
     DeltaOut,
@@ -17,8 +15,9 @@ from deltadock.api.deltas.schemas import (
     ReportOut,
 )
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
-from deltadock.api.jobs.schemas import JobOut
+from deltadock.api.jobs import JobOut
 from deltadock.api.problems import problems
+from deltadock.api.schemas import EXAMPLE_DELTA_ID
 from deltadock.errors import (
     ArchitectureMismatch,
     BitsOutOfRange,
@@ -26,24 +25,11 @@ from deltadock.errors import (
     InvalidInput,
     NotFound,
     NotReady,
-    RangeNotSatisfiable,
     UnknownMethod,
 )
 
 router = APIRouter(prefix="/v1/deltas", tags=["deltas"])
 
-ARTIFACT_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
-    200: {
-        "description": "The artifact (safetensors)",
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    },
-    206: {
-        "description": "The part that Range asked for",
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    },
-    304: {"description": "If-None-Match names this version"},
-    **problems(NotFound, NotReady, RangeNotSatisfiable),
-}
 
 DeltaId = Annotated[str, Path(examples=[EXAMPLE_DELTA_ID])]
 
@@ -52,7 +38,7 @@ DeltaId = Annotated[str, Path(examples=[EXAMPLE_DELTA_ID])]
     "",
     status_code=202,
     responses={
-        200: {"model": DeltaAccepted, "description": "Nothing to do: it exists, or its bytes do"},
+        200: {"model": DeltaAccepted, "description": "The delta or its artifact exists already"},
         **problems(
             NotFound,
             InvalidInput,
@@ -66,9 +52,9 @@ DeltaId = Annotated[str, Path(examples=[EXAMPLE_DELTA_ID])]
 def create_delta(
     body: DeltaIn, unit: WriteUnit, resources: ResourcesDep, response: Response
 ) -> DeltaAccepted:
-    """Compress a fine-tuned checkpoint; follow the job at `Location`."""
-    delta, is_work = service.request_delta(unit, resources, body)
-    if not is_work:
+    """Compress a fine-tuned checkpoint; `Location` is the job."""
+    delta, started = service.request_delta(unit, resources, body)
+    if not started:
         response.status_code = 200
     response.headers["Location"] = f"/v1/jobs/{delta.job.id}"
     return DeltaAccepted(delta=DeltaOut.of(delta), job=JobOut.of(delta.job))
@@ -77,30 +63,30 @@ def create_delta(
 @router.get("", responses=problems(InvalidInput))
 def list_deltas(
     session: ReadSession,
-    after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
+    after: Annotated[str | None, Query(description="`next` of the previous page.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> DeltaPage:
-    """The deltas, newest first."""
-    deltas, following = service.page_of_deltas(session, limit=limit, after=after)
-    return DeltaPage(data=[DeltaOut.of(delta) for delta in deltas], next=following)
+    """List the deltas, newest first."""
+    deltas, next_after = service.page_of_deltas(session, limit=limit, after=after)
+    return DeltaPage(data=[DeltaOut.of(delta) for delta in deltas], next=next_after)
 
 
 @router.get("/{delta_id}", responses=problems(NotFound))
 def get_delta(delta_id: DeltaId, session: ReadSession) -> DeltaOut:
-    """One delta."""
-    return DeltaOut.of(service.get_delta(session, delta_id))
+    """Get one delta."""
+    return DeltaOut.of(service.require_delta(session, delta_id))
 
 
 @router.delete("/{delta_id}", status_code=204, responses=problems(NotFound))
 def delete_delta(delta_id: DeltaId, unit: WriteUnit) -> None:
-    """Delete a delta. Its name and version are never given to other bytes."""
+    """Delete a delta. Its name and version are never reused."""
     service.delete_delta(unit.session, delta_id)
 
 
 @router.get("/{delta_id}/report", responses=problems(NotFound, NotReady))
 def get_report(delta_id: DeltaId, session: ReadSession) -> ReportOut:
-    """What the compression measured."""
-    delta = service.get_delta(session, delta_id)
+    """Get the compression's measurements."""
+    delta = service.require_delta(session, delta_id)
     service.require_ready(delta)
     return ReportOut.model_validate(delta.report)
 
@@ -115,27 +101,10 @@ def get_report(delta_id: DeltaId, session: ReadSession) -> ReportOut:
 def download_artifact(
     delta_id: DeltaId, request: Request, session: ReadSession, resources: ResourcesDep
 ) -> Response:
-    """The delta's file; `ETag` is its SHA-256, and a broken download can go on with `Range`."""
-    delta = service.get_delta(session, delta_id)
+    """Download the artifact; `ETag` is its SHA-256, and `Range` resumes a download.
+
+    Where clients can reach the object store, the answer is a redirect to it, valid for minutes.
+    """
+    delta = service.require_delta(session, delta_id)
     digest = service.require_ready(delta)
-    size = resources.blobs.size(digest)
-    etag = f'"{digest}"'
-    headers = {
-        "Accept-Ranges": "bytes",
-        "ETag": etag,
-        "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(digest)).decode()}:",
-        "Content-Disposition": f'attachment; filename="{delta.id}.delta"',
-        # The id's bytes never change, but the delta may be deleted: ask, then reuse.
-        "Cache-Control": "private, no-cache",
-    }
-    if is_unchanged(request.headers, etag):
-        return Response(status_code=304, headers=headers)
-    part = requested_range(request.headers, size, etag) if request.method == "GET" else None
-    start, end = part or ByteRange(0, size)
-    headers["Content-Length"] = str(end - start)
-    if part is not None:
-        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    body = iter(()) if request.method == "HEAD" else resources.blobs.open(digest, start, end)
-    return StreamingResponse(
-        body, 206 if part else 200, headers, media_type="application/octet-stream"
-    )
+    return artifact_response(request, resources.blobs, digest, f"{delta.id}.delta")

@@ -1,21 +1,136 @@
-"""Bodies of the delta routes."""
+"""Request and response bodies of the delta routes."""
 
 from datetime import datetime
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltadock.api.deltas.calibration import CalibrationIn, CalibrationOut, Source
-from deltadock.api.goals import GoalFields, GoalOut
-from deltadock.api.jobs.schemas import EXAMPLE_JOB_ID, JobError, JobOut
-from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, Digest
+from deltadock.api.jobs import EXAMPLE_JOB_ID, JobError, JobOut
+from deltadock.api.schemas import (
+    EXAMPLE_DELTA_ID,
+    EXAMPLE_DIGEST,
+    EXAMPLE_TIME,
+    Digest,
+    GoalFields,
+    GoalOut,
+    RequestBody,
+)
+from deltadock.compression.options import (
+    LENGTH,
+    MAX_LENGTH,
+    MAX_SOURCES,
+    MAX_TOKENS,
+    MIN_LENGTH,
+    MIN_TOKENS,
+    TOKENS,
+)
 from deltadock.storage.models import DeltaRow, JobState
 
-EXAMPLE_DELTA_ID = "dlt_k7wq2mzv5c3xj6nhy4tbr2dfsa"
+Weight = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="Share of the tokens, relative to the other sources'.",
+    ),
+]
+
+
+class TextSource(RequestBody):
+    """An uploaded calibration text."""
+
+    source: Literal["text"] = "text"
+    digest: Digest
+    weight: Weight = 1.0
+
+
+class SampledSource(RequestBody):
+    """Text sampled from the fine-tuned model."""
+
+    source: Literal["sampled"]
+    weight: Weight = 1.0
+
+
+CalibrationSource = TextSource | SampledSource
+
+
+def _sampled() -> list[CalibrationSource]:
+    return [SampledSource(source="sampled")]
+
+
+class CalibrationIn(RequestBody):
+    """A mixture of text sources, and how many tokens of it to use."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "sources": [
+                        {"digest": EXAMPLE_DIGEST, "weight": 3.0},
+                        {"source": "sampled", "weight": 1.0},
+                    ],
+                    "tokens": TOKENS,
+                    "length": LENGTH,
+                }
+            ]
+        }
+    )
+
+    sources: list[CalibrationSource] = Field(
+        default_factory=_sampled, min_length=1, max_length=MAX_SOURCES
+    )
+    tokens: int = Field(
+        default=TOKENS, ge=MIN_TOKENS, le=MAX_TOKENS, description="Maximum calibration tokens."
+    )
+    length: int = Field(
+        default=LENGTH, ge=MIN_LENGTH, le=MAX_LENGTH, description="Tokens per window."
+    )
+
+    @property
+    def digests(self) -> list[str]:
+        """Digests of the uploaded texts."""
+        return [source.digest for source in self.sources if isinstance(source, TextSource)]
+
+    def to_options(self) -> dict[str, Any]:
+        """The form stored in a delta's row; sampled sources have the digest None."""
+        sources = [
+            {
+                "digest": source.digest if isinstance(source, TextSource) else None,
+                "weight": source.weight,
+            }
+            for source in self.sources
+        ]
+        return {"sources": sources, "tokens": self.tokens, "length": self.length}
+
+
+class SourceOut(BaseModel):
+    """One source of a delta's calibration text."""
+
+    source: Literal["text", "sampled"]
+    digest: Digest | None
+    weight: float = Field(examples=[1.0])
+
+
+class CalibrationOut(BaseModel):
+    """A delta's calibration mixture."""
+
+    sources: list[SourceOut]
+    tokens: int = Field(examples=[TOKENS])
+    length: int = Field(examples=[LENGTH])
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Self:
+        """Convert the stored form (`CalibrationIn.to_options`)."""
+        sources = [
+            SourceOut(source="text" if source["digest"] else "sampled", **source)
+            for source in options["sources"]
+        ]
+        return cls(sources=sources, tokens=options["tokens"], length=options["length"])
 
 
 class DeltaIn(GoalFields):
-    """A compression to be done."""
+    """A compression to run."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -36,18 +151,18 @@ class DeltaIn(GoalFields):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
-        description="project/model; each compression becomes a new version of it.",
+        description="project/model; each compression creates a new version.",
     )
     base: str = Field(min_length=1, max_length=96, description="The base's id or name.")
     checkpoint: Digest = Field(description="The fine-tuned checkpoint's digest.")
     seed: int = Field(default=0, ge=0, lt=2**53)
     solver: Literal["exact", "scip"] = Field(
-        default="exact", description="What allots the bits; both find the same optimum."
+        default="exact", description="Solver of the bit allocation; both find the same optimum."
     )
-    calibration: CalibrationIn | Source | None = Field(
+    calibration: CalibrationIn | CalibrationSource | None = Field(
         default=None,
-        description="A source or a mixture; none is text sampled from the fine-tune, for the "
-        "methods that need calibration.",
+        description="A source or a mixture. By default, methods that need calibration use text "
+        "sampled from the fine-tune.",
     )
 
 
@@ -60,19 +175,23 @@ class BaseRefOut(BaseModel):
 
 
 class ArtifactOut(BaseModel):
-    """A delta's file."""
+    """A delta's artifact file."""
 
     digest: Digest
     bytes: int = Field(examples=[262_144])
 
 
 class MetricsOut(BaseModel):
-    """The report in short: size and fidelity against the fine-tuned model (nats per token)."""
+    """Size and fidelity to the fine-tuned model; KL and NLL in nats per token."""
 
     ratio: float | None = Field(default=None, description="Checkpoint bytes per artifact byte.")
-    true_bits: float | None = Field(default=None, description="Stored bits per weight, all in.")
+    true_bits: float | None = Field(
+        default=None, description="Bits per weight, all stored bytes counted."
+    )
     kl: float | None = None
-    agreement: float | None = Field(default=None, description="Share of equal next tokens.")
+    agreement: float | None = Field(
+        default=None, description="Share of tokens with the same most likely next token."
+    )
     nll: float | None = None
     nll_finetuned: float | None = None
     nll_base: float | None = None
@@ -88,7 +207,7 @@ class DeltaOut(BaseModel):
     checkpoint: Digest
     method: str = Field(examples=["adamix"])
     bits: float | None = Field(
-        examples=[1.0], description="The budget; null where there is none or another goal."
+        examples=[1.0], description="The budget; null for other goals and fixed-size methods."
     )
     goal: GoalOut | None
     seed: int
@@ -104,7 +223,7 @@ class DeltaOut(BaseModel):
 
     @classmethod
     def of(cls, delta: DeltaRow) -> Self:
-        """The public form of a row."""
+        """Convert a row."""
         job = JobOut.of(delta.job)
         artifact = None
         if delta.artifact_digest is not None and delta.artifact_bytes is not None:
@@ -136,21 +255,21 @@ class DeltaOut(BaseModel):
 
 
 class DeltaAccepted(BaseModel):
-    """The delta, and the job that makes it."""
+    """The delta and its compression job."""
 
     delta: DeltaOut
     job: JobOut
 
 
 class DeltaPage(BaseModel):
-    """Deltas, newest first. `next` is the `after` of the following page; null: this is the last."""
+    """Deltas, newest first. `next` is the next page's `after`; null on the last page."""
 
     data: list[DeltaOut]
     next: str | None = Field(examples=[EXAMPLE_DELTA_ID])
 
 
 class ReportOut(BaseModel):
-    """What the compression measured, per matrix and in total."""
+    """The compression's measurements, per matrix and in total."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -1,4 +1,4 @@
-"""Accepting compressions, and what may be done with their results."""
+"""Creating, finding, listing and deleting deltas."""
 
 import hashlib
 import json
@@ -8,11 +8,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from deltadock.api.bases.service import get_base, get_checkpoint, read_manifest
-from deltadock.api.deltas.calibration import CalibrationIn, mixture
-from deltadock.api.deltas.schemas import DeltaIn
-from deltadock.api.dependencies import UnitOfWork
-from deltadock.api.resources import Resources
+from deltadock.api.bases import read_manifest, require_base, require_checkpoint
+from deltadock.api.deltas.schemas import CalibrationIn, DeltaIn
+from deltadock.api.dependencies import Resources, UnitOfWork
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.artifacts.compatibility import check_same_architecture
 from deltadock.compression.options import SIZES
@@ -21,7 +19,7 @@ from deltadock.storage.models import BaseRow, DeltaRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, UploadRepository
 
 
-def get_delta(session: Session, delta_id: str) -> DeltaRow:
+def require_delta(session: Session, delta_id: str) -> DeltaRow:
     """The delta with this id.
 
     Raises:
@@ -37,11 +35,11 @@ def require_ready(delta: DeltaRow) -> str:
     """The artifact's digest.
 
     Raises:
-        NotReady: the delta has no artifact, yet or for good.
+        NotReady: the compression is unfinished, failed or was cancelled.
     """
     if delta.job.state is not JobState.READY or delta.artifact_digest is None:
         raise NotReady(
-            f"Delta {delta.id} is {delta.job.state}; GET /v1/jobs/{delta.job.id} tells more.",
+            f"Delta {delta.id} is {delta.job.state}; see GET /v1/jobs/{delta.job.id}.",
             state=delta.job.state,
             job=delta.job.id,
         )
@@ -49,25 +47,25 @@ def require_ready(delta: DeltaRow) -> str:
 
 
 def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tuple[DeltaRow, bool]:
-    """Accept a compression: the delta, and whether there is work to do for it.
+    """Create a delta; returns it and whether a compression was started.
 
-    The same request again gets the delta that is ready or on its way. A ready delta with other
-    names but the same inputs lends its artifact, for the same inputs give the same bytes.
+    A repeated request returns the existing delta, ready or unfinished. If a ready delta of another
+    name has the same inputs, its artifact is shared: equal inputs give equal bytes.
 
     Raises:
         NotFound: no such base, checkpoint or calibration text.
-        InvalidInput: an adapter that is to be compressed, or a whole model to be imported as one.
+        InvalidInput: the method does not fit: an adapter needs 'lora', a whole model another one.
         UnknownMethod, BitsOutOfRange, InvalidGoal, ArchitectureMismatch.
     """
     session = unit.session
-    base = get_base(session, body.base)
-    checkpoint = get_checkpoint(session, body.checkpoint)
+    base = require_base(session, body.base)
+    checkpoint = require_checkpoint(session, body.checkpoint)
     method, goal = body.check_goal()
     is_adapter = checkpoint.model_type == ADAPTER_TYPE
     if is_adapter != method.imports_adapter:
-        wanted = "'lora'" if is_adapter else f"another than {method.name!r}"
-        kind = "a PEFT adapter" if is_adapter else "a whole model and no PEFT adapter"
-        raise InvalidInput(f"The checkpoint is {kind}: the method must be {wanted}.")
+        wanted = "must be 'lora'" if is_adapter else f"cannot be {method.name!r}"
+        kind = "a PEFT adapter" if is_adapter else "a whole model, not a PEFT adapter"
+        raise InvalidInput(f"The checkpoint is {kind}: the method {wanted}.")
     is_bound = goal is not None and goal.kind not in SIZES
     calibration = _calibration(session, body, needed=method.needs_calibration or is_bound)
     if checkpoint.digest != base.checkpoint_digest and not is_adapter:
@@ -107,45 +105,47 @@ def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tupl
 def page_of_deltas(
     session: Session, *, limit: int, after: str | None
 ) -> tuple[list[DeltaRow], str | None]:
-    """A page, newest first, and the `after` of the next one.
+    """A page of deltas, newest first, and the next page's `after` (None on the last page).
 
     Raises:
-        InvalidInput: `after` is not what a page ended with.
+        InvalidInput: `after` is not a delta's id.
     """
     deltas = DeltaRepository(session)
     cursor = None
     if after is not None and (cursor := deltas.cursor(after)) is None:
-        raise InvalidInput(f"after={after!r} is no delta; take it from the last page's next.")
+        raise InvalidInput(f"after={after!r} is not a delta; use the previous page's `next`.")
     found = deltas.page(limit=limit + 1, after=cursor)
     page = list(found[:limit])
     return page, page[-1].id if len(found) > limit else None
 
 
 def delete_delta(session: Session, delta_id: str) -> None:
-    """Hide a delta for good, stopping its job if it is not done.
+    """Delete a delta and cancel its job if it is unfinished.
 
     Raises:
         NotFound: there is none.
     """
-    delta = get_delta(session, delta_id)
+    delta = require_delta(session, delta_id)
     JobRepository(session).request_cancel(delta.job.id)
     DeltaRepository(session).delete(delta)
 
 
 def _calibration(session: Session, body: DeltaIn, *, needed: bool) -> CalibrationIn | None:
-    """What is to calibrate, or only to measure; None: nothing.
+    """The requested mixture, or the default one if needed, for calibration or measurement.
 
     Raises:
-        NotFound: a text that was never uploaded.
+        NotFound: a text was never uploaded.
     """
-    if body.calibration is None:
+    requested = body.calibration
+    if requested is None:
         return CalibrationIn() if needed else None
-    wish = mixture(body.calibration)
+    if not isinstance(requested, CalibrationIn):
+        requested = CalibrationIn(sources=[requested])
     uploads = UploadRepository(session)
-    for digest in wish.digests:
+    for digest in requested.digests:
         if not uploads.has_calibration(digest):
             raise NotFound(f"There is no calibration text {digest}; upload and complete it first.")
-    return wish
+    return requested
 
 
 def _fingerprint(base: BaseRow, body: DeltaIn, options: dict[str, Any]) -> str:

@@ -5,12 +5,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from deltadock.api.bases.endpoints import BaseRef
-from deltadock.api.bases.service import get_base
+from deltadock.api.bases import BaseRef, require_base
 from deltadock.api.deltas.endpoints import DeltaId
-from deltadock.api.deltas.schemas import EXAMPLE_DELTA_ID
-from deltadock.api.deltas.service import get_delta
-from deltadock.api.dependencies import ReadSession, ResourcesDep
+from deltadock.api.deltas.service import require_delta
+from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep
 from deltadock.api.generation import service
 from deltadock.api.generation.answer import ForwardedResponse
 from deltadock.api.generation.forward import CHAT, COMPLETIONS, ask_nodes
@@ -26,7 +24,7 @@ from deltadock.api.generation.schemas import (
 )
 from deltadock.api.generation.target import Target
 from deltadock.api.problems import openai_problems, problems
-from deltadock.api.resources import Resources
+from deltadock.api.schemas import EXAMPLE_DELTA_ID
 from deltadock.errors import (
     InvalidInput,
     NotFound,
@@ -106,7 +104,7 @@ async def generate_with_delta(
 
     def find() -> Target:
         with resources.database.read_scope() as session:
-            return target_of_delta(get_delta(session, delta_id))
+            return target_of_delta(require_delta(session, delta_id))
 
     target = await run_in_threadpool(find)
     completion = await service.generate(resources, request, target, delta_id, body)
@@ -121,7 +119,7 @@ async def generate_with_base(
 
     def find() -> tuple[str, Target]:
         with resources.database.read_scope() as session:
-            found = get_base(session, base)
+            found = require_base(session, base)
             return found.name, target_of_base(found)
 
     name, target = await run_in_threadpool(find)

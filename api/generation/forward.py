@@ -10,12 +10,11 @@ import structlog
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from deltadock.api.dependencies import Resources
+from deltadock.api.fleet import Fleet, NodeView
 from deltadock.api.generation.answer import Answer
 from deltadock.api.generation.target import Target
 from deltadock.api.middleware import REQUEST_ID
-from deltadock.api.nodes.fleet import Fleet
-from deltadock.api.nodes.routing import NodeView
-from deltadock.api.resources import Resources
 from deltadock.errors import DeltadockError, InvalidInput, Unauthorized, Unavailable
 from deltadock.trust import credentials
 
@@ -74,7 +73,7 @@ async def ask_nodes(
             try:
                 answer = await _ask(resources, request, node, call)
             except NodeLost:
-                await resources.fleet.lost(node)
+                await resources.fleet.remove(node)
                 lost += 1
                 if lost == MAX_LOST:
                     break
@@ -154,6 +153,6 @@ async def _ask(
 
 async def _is_there(fleet: Fleet, node: NodeView) -> bool:
     try:
-        return await fleet.is_there(node)
+        return await fleet.is_registered(node)
     except DeltadockError:  # while nobody can tell, the node may well be there
         return True

@@ -4,8 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltadock.api.deltas.schemas import EXAMPLE_DELTA_ID
-from deltadock.api.schemas import RequestBody
+from deltadock.api.schemas import EXAMPLE_DELTA_ID, RequestBody
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
 from deltadock.openai.fields import MaxTokens, ModelName, Seed, Stop, Temperature, TopP

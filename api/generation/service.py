@@ -6,11 +6,11 @@ from fastapi import Request
 from sqlalchemy.orm import Session
 
 from deltadock.api.deltas.service import require_ready
+from deltadock.api.dependencies import Resources
 from deltadock.api.generation.forward import COMPLETIONS, ask_nodes
 from deltadock.api.generation.resolver import find
 from deltadock.api.generation.schemas import GenerateIn, ModelList, ModelOut
 from deltadock.api.generation.target import Target
-from deltadock.api.resources import Resources
 from deltadock.errors import (
     BaseMismatch,
     ContextExceeded,

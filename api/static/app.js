@@ -1,4 +1,4 @@
-// Copying digests, trying a prompt, and saying when the server is gone. Progress is htmx's.
+// Copy buttons, the prompt form and the offline notice. htmx refreshes the progress.
 
 document.addEventListener("click", async ({ target }) => {
   const button = target.closest("[data-copy]");
@@ -7,7 +7,7 @@ document.addEventListener("click", async ({ target }) => {
     await navigator.clipboard.writeText(button.dataset.copy);
     button.textContent = "copied";
   } catch {
-    // Without HTTPS there is no clipboard: show the whole value, selected.
+    // The clipboard API needs HTTPS: show and select the whole value instead.
     const code = button.previousElementSibling;
     code.textContent = button.dataset.copy;
     getSelection().selectAllChildren(code);
@@ -41,7 +41,7 @@ async function ask(answer, body) {
   const output = answer.querySelector("output");
   const note = answer.querySelector("p");
   const started = performance.now();
-  answer.classList.remove("fault");
+  answer.classList.remove("error");
   answer.setAttribute("aria-busy", "true");
   output.textContent = "";
   note.textContent = "Generating …";
@@ -57,7 +57,7 @@ async function ask(answer, body) {
     output.textContent = result.text;
     note.textContent = `${result.usage.completion_tokens} tokens, ${result.finish_reason}, ${seconds} s`;
   } catch (error) {
-    answer.classList.add("fault");
+    answer.classList.add("error");
     note.textContent = error.message;
   } finally {
     answer.removeAttribute("aria-busy");

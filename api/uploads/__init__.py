@@ -1,1 +1,1 @@
-"""Uploads: files on their way to become a checkpoint or a calibration text."""
+"""Uploads: receiving files that become a checkpoint or a calibration text."""

@@ -1,16 +1,22 @@
-"""Routes of uploads."""
+"""Routes of uploads, with their request and response bodies."""
 
-from typing import Annotated, Any, Final
+from datetime import datetime
+from typing import Annotated, Any, Final, Self
 
 from fastapi import APIRouter, Header, Path, Request
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.problems import problems
+from deltadock.api.schemas import EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
 from deltadock.api.uploads import service
-from deltadock.api.uploads.inspectors import make_inspector
-from deltadock.api.uploads.receive import announced_digests, check_size, receive_file
-from deltadock.api.uploads.schemas import EXAMPLE_UPLOAD_ID, FileOut, UploadIn, UploadOut
+from deltadock.api.uploads.receive import (
+    announced_digests,
+    check_size,
+    make_inspector,
+    receive_file,
+)
 from deltadock.errors import (
     Conflict,
     HashMismatch,
@@ -22,14 +28,16 @@ from deltadock.errors import (
     TooLarge,
     UnsafeFile,
 )
-from deltadock.storage.models import UploadFileRow, UploadRow
+from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 from deltadock.storage.repositories import UploadRepository
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
+EXAMPLE_UPLOAD_ID: Final = "upl_k7wq2mzv5c3xj6nhy4tbr2dfsa"
+
 UploadId = Annotated[str, Path(examples=[EXAMPLE_UPLOAD_ID])]
 
-RAW_BODY: Final[dict[str, Any]] = {
+BINARY_BODY: Final[dict[str, Any]] = {
     "requestBody": {
         "required": True,
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
@@ -37,27 +45,85 @@ RAW_BODY: Final[dict[str, Any]] = {
 }
 
 
+class UploadIn(RequestBody):
+    """A new upload."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"kind": "checkpoint"}]})
+
+    kind: UploadKind
+
+
+class FileOut(BaseModel):
+    """A stored file, with the digest that the server computed."""
+
+    path: str = Field(examples=["model.safetensors"])
+    size: int = Field(description="Bytes.", examples=[4_194_304])
+    sha256: Digest
+
+    @classmethod
+    def of(cls, file: UploadFileRow) -> Self:
+        """Convert a row."""
+        return cls(path=file.path, size=file.size, sha256=file.sha256)
+
+
+class CalibrationTextOut(BaseModel):
+    """A complete calibration text."""
+
+    digest: Digest
+    size: int = Field(description="Bytes.", examples=[65_536])
+
+
+class UploadOut(BaseModel):
+    """An upload and, once complete, its checkpoint or calibration text."""
+
+    id: str = Field(examples=[EXAMPLE_UPLOAD_ID])
+    kind: UploadKind
+    state: UploadState
+    files: list[FileOut]
+    checkpoint: CheckpointOut | None = None
+    calibration: CalibrationTextOut | None = None
+    created_at: datetime = Field(examples=[EXAMPLE_TIME])
+
+    @classmethod
+    def of(cls, upload: UploadRow) -> Self:
+        """Convert a row."""
+        calibration = None
+        if upload.calibration_digest is not None:
+            calibration = CalibrationTextOut(
+                digest=upload.calibration_digest, size=upload.files[0].size
+            )
+        return cls(
+            id=upload.id,
+            kind=upload.kind,
+            state=upload.state,
+            files=[FileOut.of(file) for file in upload.files],
+            checkpoint=CheckpointOut.of(upload.checkpoint) if upload.checkpoint else None,
+            calibration=calibration,
+            created_at=upload.created_at,
+        )
+
+
 @router.post("", status_code=201, responses=problems(InvalidInput))
 def create_upload(body: UploadIn, unit: WriteUnit) -> UploadOut:
-    """Begin an upload; put its files next, then complete it."""
+    """Start an upload; put its files next, then complete it."""
     return UploadOut.of(UploadRepository(unit.session).add(body.kind))
 
 
 @router.get("/{upload_id}", responses=problems(NotFound))
 def get_upload(upload_id: UploadId, session: ReadSession) -> UploadOut:
-    """The upload and the files that have arrived whole, so that an interrupted client can go on."""
-    return UploadOut.of(service.get_upload(session, upload_id))
+    """Get the upload and its stored files, so that an interrupted client can resume."""
+    return UploadOut.of(service.require_upload(session, upload_id))
 
 
 @router.delete("/{upload_id}", status_code=204, responses=problems(NotFound, Conflict))
 def abort_upload(upload_id: UploadId, unit: WriteUnit) -> None:
-    """Give the upload up."""
+    """Abort the upload."""
     service.abort_upload(unit.session, upload_id)
 
 
 @router.put(
     "/{upload_id}/files/{path:path}",
-    openapi_extra=RAW_BODY,
+    openapi_extra=BINARY_BODY,
     responses=problems(
         NotFound,
         Conflict,
@@ -78,18 +144,18 @@ async def put_file(
     content_digest: Annotated[
         str | None,
         Header(
-            description="RFC 9530; a mismatch is refused.",
+            description="RFC 9530; a mismatch is rejected.",
             examples=["sha-256=:n4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is0V1sFbDwCgg=:"],
         ),
     ] = None,
     x_content_sha256: Annotated[
-        str | None, Header(description="The same as 64 hex digits.")
+        str | None, Header(description="The SHA-256 as 64 hex digits.")
     ] = None,
 ) -> FileOut:
-    """Send one file as the raw body; the same path again replaces it.
+    """Upload one file as the request body; a file with the same path is replaced.
 
-    The bytes are hashed and checked while they stream: a file that cannot be right is refused as
-    soon as that is known, and nothing of it stays.
+    The bytes are hashed and checked while they stream: an invalid file is rejected as soon as
+    possible, and nothing of it is stored.
     """
     announced = announced_digests(content_digest, x_content_sha256)
     limit = resources.settings.max_file_bytes
@@ -99,13 +165,13 @@ async def put_file(
 
     def admit() -> UploadRow:
         with resources.database.read_scope() as session:
-            upload = service.get_upload(session, upload_id)
+            upload = service.require_upload(session, upload_id)
             service.check_may_add(upload, path)
             return upload
 
     upload = await run_in_threadpool(admit)
     inspector = make_inspector(upload.kind, path)
-    # No transaction is open while bytes flow, which may take hours.
+    # No transaction is open during the transfer, which may take hours.
     file, tensors = await receive_file(
         request.stream(), inspector, resources.blobs, limit=limit, announced=announced
     )
@@ -122,5 +188,5 @@ async def put_file(
     responses=problems(NotFound, Conflict, InvalidCheckpoint, InvalidCalibration),
 )
 def complete_upload(upload_id: UploadId, unit: WriteUnit, resources: ResourcesDep) -> UploadOut:
-    """Turn the files into a checkpoint or a calibration text, named by its digest."""
+    """Complete the upload: its files become a checkpoint or a calibration text."""
     return UploadOut.of(service.complete_upload(unit.session, resources.blobs, upload_id))

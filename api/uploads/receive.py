@@ -1,24 +1,89 @@
-"""One file's way from the socket to the blob store, in bounded memory."""
+"""Streams a file from the socket to the blob store, checking its bytes, in bounded memory."""
 
 import base64
 import binascii
+import codecs
+import hashlib
 import re
 from collections.abc import AsyncIterator
-from typing import Final
+from typing import Final, Protocol
 
 import anyio
 from starlette.concurrency import run_in_threadpool
 
-from deltadock.api.uploads.inspectors import Inspector
-from deltadock.artifacts.checkpoint import FileEntry, TensorEntry
-from deltadock.errors import HashMismatch, InvalidInput, TooLarge
+from deltadock.artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
+from deltadock.errors import HashMismatch, InvalidCalibration, InvalidInput, TooLarge
 from deltadock.storage.blobs import BlobStore
+from deltadock.storage.models import UploadKind
 
 BATCH_BYTES: Final = 1 << 20
-"""Chunks from the socket are small; they are hashed and written this many bytes at a time."""
+"""Small chunks from the socket are hashed and written in batches of this size."""
+
+CALIBRATION_SUFFIXES: Final = (".txt", ".jsonl")
+MAX_CALIBRATION_BYTES: Final = 64 << 20
+"""Workers read a text into memory; this is many times what calibration uses."""
 
 _CONTENT_DIGEST: Final = re.compile(r"(?:^|,)\s*sha-256=:([^:]*):")
 _HEX_DIGEST: Final = re.compile(r"[0-9a-fA-F]{64}")
+
+
+class Inspector(Protocol):
+    """Checks a file while it streams; raises as soon as the bytes cannot be valid."""
+
+    def update(self, chunk: bytes, /) -> None:
+        """Check the next bytes."""
+
+    def finish(self) -> tuple[FileEntry, list[TensorEntry]]:
+        """The file's entry and its tensors' (SHA-256 over the whole file)."""
+
+
+def make_inspector(kind: UploadKind, path: str) -> Inspector:
+    """The inspector for a file of an upload.
+
+    Raises:
+        UnsafeFile, InvalidCheckpoint, InvalidCalibration: the path alone is not acceptable.
+    """
+    return FileInspector(path) if kind is UploadKind.CHECKPOINT else CalibrationInspector(path)
+
+
+class CalibrationInspector:
+    """Hashes a text and checks its encoding (UTF-8) and size."""
+
+    def __init__(self, path: str) -> None:
+        stem, dot, suffix = path.rpartition(".")
+        if f"{dot}{suffix}" not in CALIBRATION_SUFFIXES:
+            raise InvalidCalibration("A calibration text is one .txt or .jsonl file.")
+        check_path(f"{stem}.txt")
+        self._path = path
+        self._size = 0
+        self._hash = hashlib.sha256()
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def update(self, chunk: bytes) -> None:
+        """Check the next bytes."""
+        if self._size + len(chunk) > MAX_CALIBRATION_BYTES:
+            raise TooLarge(
+                f"A calibration text may have at most {MAX_CALIBRATION_BYTES} bytes, far more than "
+                "calibration reads. Upload a part of it."
+            )
+        self._decode(chunk)
+        self._hash.update(chunk)
+        self._size += len(chunk)
+
+    def finish(self) -> tuple[FileEntry, list[TensorEntry]]:
+        """The file's entry; a text has no tensors."""
+        self._decode(b"", final=True)
+        if not self._size:
+            raise InvalidCalibration("The calibration text is empty.")
+        return FileEntry(self._path, self._size, self._hash.hexdigest()), []
+
+    def _decode(self, chunk: bytes, *, final: bool = False) -> None:
+        try:
+            self._decoder.decode(chunk, final)
+        except UnicodeDecodeError as error:
+            raise InvalidCalibration(
+                f"The calibration text is not UTF-8 near byte {self._size + error.start}."
+            ) from error
 
 
 async def receive_file(
@@ -29,22 +94,22 @@ async def receive_file(
     limit: int,
     announced: frozenset[str],
 ) -> tuple[FileEntry, list[TensorEntry]]:
-    """Store `body` as a blob if it passes; otherwise, whatever went wrong, nothing of it stays.
+    """Store `body` as a blob if it is valid; on any error nothing is stored.
 
-    The next bytes are asked for only when the last ones are written, so a sender faster than the
-    store is held back by its own connection.
+    Bytes are read only after the previous ones are written, so TCP flow control slows a sender
+    that is faster than the store.
 
     Raises:
         TooLarge: more than `limit` bytes.
-        HashMismatch: the bytes have not the digest that was announced.
-        ClientDisconnect: the client went away.
-        InvalidInput: what the inspector raises.
+        HashMismatch: the bytes do not match an announced digest.
+        ClientDisconnect: the client disconnected.
+        InvalidInput: raised by the inspector.
     """
     writer = await run_in_threadpool(blobs.writer)
     batch = bytearray()
     received = 0
 
-    def take() -> None:
+    def store_batch() -> None:
         inspector.update(bytes(batch))
         writer.write(batch)
         batch.clear()
@@ -55,8 +120,8 @@ async def receive_file(
             check_size(received, limit)
             batch += chunk
             if len(batch) >= BATCH_BYTES:
-                await run_in_threadpool(take)
-        await run_in_threadpool(take)
+                await run_in_threadpool(store_batch)
+        await run_in_threadpool(store_batch)
         file, tensors = inspector.finish()
         if announced - {file.sha256}:
             raise HashMismatch(
@@ -68,25 +133,21 @@ async def receive_file(
         await run_in_threadpool(writer.commit, file.sha256)
         return file, tensors
     finally:
-        with anyio.CancelScope(shield=True):  # also when the server is shutting down
+        with anyio.CancelScope(shield=True):  # even while the server shuts down
             await run_in_threadpool(writer.discard)
 
 
 def check_size(size: int, limit: int) -> None:
-    """Refuse a file over the limit.
-
-    Raises:
-        TooLarge: it is.
-    """
+    """Raise TooLarge if `size` exceeds `limit`."""
     if size > limit:
         raise TooLarge(f"The file is larger than {limit} bytes; upload it in smaller shards.")
 
 
 def announced_digests(content_digest: str | None, hex_digest: str | None) -> frozenset[str]:
-    """The digests (hex) that `Content-Digest` (RFC 9530) and `X-Content-SHA256` promise.
+    """The SHA-256 digests (hex) from `Content-Digest` (RFC 9530) and `X-Content-SHA256`.
 
     Raises:
-        InvalidInput: a header that cannot be read; ignoring it would be a false assurance.
+        InvalidInput: a header is malformed; ignoring it would skip a check the client relies on.
     """
     digests = set()
     if hex_digest is not None:
@@ -96,10 +157,10 @@ def announced_digests(content_digest: str | None, hex_digest: str | None) -> fro
     if content_digest is not None:
         found = _CONTENT_DIGEST.search(content_digest)
         try:
-            raw = base64.b64decode(found.group(1), validate=True) if found else b""
+            digest = base64.b64decode(found.group(1), validate=True) if found else b""
         except binascii.Error:
-            raw = b""
-        if len(raw) != 32:
+            digest = b""
+        if len(digest) != 32:
             raise InvalidInput("Content-Digest must be of the form sha-256=:BASE64: (RFC 9530).")
-        digests.add(raw.hex())
+        digests.add(digest.hex())
     return frozenset(digests)

@@ -1,4 +1,4 @@
-"""What uploads become, and when they may change."""
+"""The life of an upload: adding files, completing it, aborting it."""
 
 import json
 from collections.abc import Collection
@@ -27,10 +27,10 @@ from deltadock.storage.repositories import CheckpointRepository, UploadRepositor
 
 SHARD_INDEX: Final = "model.safetensors.index.json"
 MAX_JSON_BYTES: Final = 32 << 20
-"""For the files that are read whole; the shard index of a 1T-parameter model takes a tenth."""
+"""Of config and shard index, which are read into memory (a 1T-parameter model: a tenth of it)."""
 
 
-def get_upload(session: Session, upload_id: str, *, lock: bool = False) -> UploadRow:
+def require_upload(session: Session, upload_id: str, *, lock: bool = False) -> UploadRow:
     """The upload with this id.
 
     Raises:
@@ -43,7 +43,7 @@ def get_upload(session: Session, upload_id: str, *, lock: bool = False) -> Uploa
 
 
 def check_may_add(upload: UploadRow, path: str) -> None:
-    """Refuse a file that could not be recorded, before its bytes are sent.
+    """Reject a file that cannot be added, before its bytes are received.
 
     Raises:
         Conflict: the upload is no longer open.
@@ -61,8 +61,12 @@ def check_may_add(upload: UploadRow, path: str) -> None:
 def record_file(
     session: Session, upload_id: str, file: FileEntry, tensors: list[TensorEntry]
 ) -> UploadFileRow:
-    """Add a file, whose bytes are in the store, to an upload that must still be open."""
-    upload = get_upload(session, upload_id, lock=True)
+    """Add a stored file to an open upload.
+
+    Raises:
+        NotFound, Conflict, InvalidCalibration: as `require_upload` and `check_may_add`.
+    """
+    upload = require_upload(session, upload_id, lock=True)
     check_may_add(upload, file.path)
     row = UploadFileRow(
         upload_id=upload.id,
@@ -84,35 +88,35 @@ def record_file(
 
 
 def abort_upload(session: Session, upload_id: str) -> None:
-    """Give an upload up; again is fine.
+    """Abort an upload; idempotent.
 
     Raises:
-        Conflict: it is complete already.
+        Conflict: it is complete.
     """
-    upload = get_upload(session, upload_id, lock=True)
+    upload = require_upload(session, upload_id, lock=True)
     if upload.state is UploadState.COMPLETE:
-        raise Conflict(f"Upload {upload_id} is complete; there is nothing left to abort.")
+        raise Conflict(f"Upload {upload_id} is complete and can no longer be aborted.")
     UploadRepository(session).abort(upload)
 
 
 def complete_upload(session: Session, blobs: BlobStore, upload_id: str) -> UploadRow:
-    """Turn an upload's files into a checkpoint or a calibration text; again changes nothing.
+    """Turn an upload's files into a checkpoint or a calibration text; idempotent.
 
-    A PEFT adapter's folder becomes a checkpoint of its own kind.
+    A PEFT adapter becomes a checkpoint with a model type of its own.
 
     Raises:
         Conflict: the upload was aborted.
-        InvalidCheckpoint: the files are no complete checkpoint; the upload stays open for the rest.
+        InvalidCheckpoint: the checkpoint is incomplete or invalid; the upload stays open.
         InvalidCalibration: there is no text.
     """
-    upload = get_upload(session, upload_id, lock=True)
+    upload = require_upload(session, upload_id, lock=True)
     if upload.state is UploadState.COMPLETE:
         return upload
     if upload.state is UploadState.ABORTED:
         raise Conflict(f"Upload {upload_id} was aborted; start a new one.")
     if upload.kind is UploadKind.CALIBRATION:
         if not upload.files:
-            raise InvalidCalibration("The upload holds no text yet; put one .txt or .jsonl file.")
+            raise InvalidCalibration("The upload has no file yet; put one .txt or .jsonl file.")
         upload.calibration_digest = upload.files[0].sha256
     else:
         manifest = _manifest(upload, blobs)
@@ -153,7 +157,7 @@ def _manifest(upload: UploadRow, blobs: BlobStore) -> CheckpointManifest:
 
 
 def _check_shards(index_json: bytes, present: Collection[str]) -> None:
-    """Refuse a sharded checkpoint of which a shard never came."""
+    """Raise InvalidCheckpoint if a shard listed in the index was not uploaded."""
     try:
         shards = set(json.loads(index_json)["weight_map"].values())
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:

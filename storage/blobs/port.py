@@ -108,6 +108,19 @@ class BlobStore(ABC):
     def _place(self, digest: str, target: Path) -> None:
         """Write or link the blob to the new path `target`."""
 
+    def presigned_url(self, digest: str, *, disposition: str, media_type: str) -> str | None:
+        """A short-lived URL from which clients can GET the blob.
+
+        Args:
+            digest: of an existing blob.
+            disposition: the answer's Content-Disposition.
+            media_type: the answer's Content-Type.
+
+        Returns:
+            None if clients cannot reach the store: serve `open` instead.
+        """
+        return None
+
     def exists(self, digest: str) -> bool:
         """Whether the blob exists."""
         try:

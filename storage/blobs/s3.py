@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 MIN_PART_BYTES: Final = 16 << 20
 MAX_PARTS: Final = 10_000
-"""S3's bound on the parts of one object."""
+"""S3's limit on the parts of one object."""
+
+PRESIGNED_SECONDS: Final = 300
+"""Validity of presigned URLs; S3 checks it when a download starts, not while it runs."""
 
 MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound", "NoSuchBucket"})
 
@@ -32,27 +35,15 @@ class S3BlobStore(BlobStore):
     """A bucket; objects appear atomically."""
 
     def __init__(self, settings: Settings) -> None:
-        secret = settings.s3_secret_access_key
         self.bucket = settings.s3_bucket
         self.part_bytes = max(MIN_PART_BYTES, math.ceil(settings.max_file_bytes / MAX_PARTS))
-        self.client: S3Client = boto3.client(
-            "s3",
-            endpoint_url=settings.s3_endpoint_url,
-            region_name=settings.s3_region,
-            aws_access_key_id=settings.s3_access_key_id,
-            aws_secret_access_key=secret.get_secret_value() if secret else None,
-            config=Config(
-                # Other S3 implementations reject or mangle boto3's default checksum headers, and
-                # digests are verified here anyway.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-                retries={"mode": "standard", "max_attempts": 4},
-                connect_timeout=5,
-                read_timeout=60,
-                max_pool_connections=50,
-                s3={"addressing_style": "path" if settings.s3_endpoint_url else "auto"},
-            ),
-        )
+        self.client = _client(settings, settings.s3_endpoint_url)
+        # Signs URLs for the host that clients use; None where they cannot reach the store.
+        self._signer: S3Client | None = None
+        if settings.s3_public_url is not None:
+            self._signer = _client(settings, settings.s3_public_url)
+        elif settings.s3_endpoint_url is None:
+            self._signer = self.client
 
     def prepare(self) -> None:
         with _errors():
@@ -82,6 +73,21 @@ class S3BlobStore(BlobStore):
             return self.client.head_object(Bucket=self.bucket, Key=blob_key(digest))[
                 "ContentLength"
             ]
+
+    def presigned_url(self, digest: str, *, disposition: str, media_type: str) -> str | None:
+        if self._signer is None:
+            return None
+        with _errors():
+            return self._signer.generate_presigned_url(
+                "get_object",
+                Params={
+                    "Bucket": self.bucket,
+                    "Key": blob_key(digest),
+                    "ResponseContentDisposition": disposition,
+                    "ResponseContentType": media_type,
+                },
+                ExpiresIn=PRESIGNED_SECONDS,
+            )
 
     def delete(self, digest: str) -> None:
         with _errors():
@@ -202,6 +208,30 @@ class _S3Writer(BlobWriter):
                 Body=data,
             )
             self._parts.append({"PartNumber": number, "ETag": part["ETag"]})
+
+
+def _client(settings: Settings, endpoint_url: str | None) -> "S3Client":
+    secret = settings.s3_secret_access_key
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint_url,
+        region_name=settings.s3_region,
+        aws_access_key_id=settings.s3_access_key_id,
+        aws_secret_access_key=secret.get_secret_value() if secret else None,
+        config=Config(
+            # boto3 still presigns with Signature Version 2 in some regions by default.
+            signature_version="s3v4",
+            # Other S3 implementations reject or mangle boto3's default checksum headers, and
+            # digests are verified here anyway.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            retries={"mode": "standard", "max_attempts": 4},
+            connect_timeout=5,
+            read_timeout=60,
+            max_pool_connections=50,
+            s3={"addressing_style": "path" if endpoint_url else "auto"},
+        ),
+    )
 
 
 def _code(error: ClientError) -> str:

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from deltadock.api.resources import Resources
+from deltadock.api.dependencies import Resources
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
 

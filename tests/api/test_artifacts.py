@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltadock.api.deltas.ranges import requested_range
+from deltadock.api.deltas.download import requested_range
 from deltadock.errors import RangeNotSatisfiable
 from tests.api.support import Api
 

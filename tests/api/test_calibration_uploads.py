@@ -2,7 +2,6 @@
 
 import pytest
 
-from deltadock.api.uploads import inspectors
 from tests.api.support import TEXT, Api, sha256, weights
 
 
@@ -33,7 +32,7 @@ def test_bad_calibration_texts_leave_nothing(api: Api, path: str, data: bytes) -
 
 
 def test_a_calibration_text_that_is_too_long(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspectors, "MAX_CALIBRATION_BYTES", len(TEXT))
+    monkeypatch.setattr(receive, "MAX_CALIBRATION_BYTES", len(TEXT))
     upload = api.open_upload("calibration")
     answer = api.put(upload, "text.txt", TEXT + b"x")
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")

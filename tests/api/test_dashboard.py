@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from deltadock.api.dependencies import Resources
+from deltadock.api.fleet import TIERS
 from deltadock.api.main import create_app
-from deltadock.api.nodes.routing import TIERS
-from deltadock.api.resources import Resources
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
 from deltadock.storage.models import JobState
@@ -205,7 +205,7 @@ def test_shows_a_report_with_little_in_it(site: Site, seeded: seed.Seeded) -> No
 
 def test_says_how_to_start_a_node_when_none_is_there(site: Site) -> None:
     page = unescape(site.text("/nodes"))
-    assert "No inference node is there" in page
+    assert "No inference nodes are registered" in page
     assert "deltadock node --base FOLDER --api http://testserver/" in page
     assert 'aria-current="page">Nodes' in page
     assert "<html" not in site.text("/parts/nodes")

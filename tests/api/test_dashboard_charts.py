@@ -7,10 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltadock import errors
 from deltadock.api.dashboard import charts, formats
-from deltadock.api.dashboard.advice import advice_for
-from deltadock.api.dashboard.figures import OUTSIDE, Figures, Grid, Matrix
+from deltadock.api.dashboard.figures import NO_LAYER, MatrixFigures, MatrixGrid, ReportFigures
 from tests import seed
 
 names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
@@ -18,10 +16,10 @@ widths = st.dictionaries(st.integers(1, 8), st.integers(1, 60), max_size=7)
 
 
 @st.composite
-def matrices(draw: st.DrawFn) -> Matrix:
+def matrices(draw: st.DrawFn) -> MatrixFigures:
     kept = draw(widths)
     rank = sum(kept.values())
-    return Matrix(
+    return MatrixFigures(
         name=f"model.layers.{draw(st.integers(0, 40))}.{draw(names)}.weight",
         shape=[max(rank, 1), max(rank, 1) + draw(st.integers(0, 9))],
         error=draw(st.none() | st.floats(0, 4)),
@@ -39,8 +37,8 @@ def cells(root: ET.Element) -> list[ET.Element]:
 
 
 @given(st.lists(matrices(), max_size=30))
-def test_grids_are_sound_xml_with_a_titled_cell_per_place(many: list[Matrix]) -> None:
-    grid = Grid.of(many)
+def test_grids_are_sound_xml_with_a_titled_cell_per_place(many: list[MatrixFigures]) -> None:
+    grid = MatrixGrid.of(many)
     for draw in (charts.heat_map, charts.width_bars):
         root = ET.fromstring(draw(grid))
         assert len(cells(root)) == len(grid.cells)
@@ -56,7 +54,7 @@ def test_grids_are_sound_xml_with_a_titled_cell_per_place(many: list[Matrix]) ->
 
 def test_heat_map_says_each_error() -> None:
     report = seed.report(layers=3)
-    root = ET.fromstring(charts.heat_map(Figures.of(report).grid))
+    root = ET.fromstring(charts.heat_map(ReportFigures.of(report).grid))
     drawn = {
         title.split("\nerror ")[0]: float(title.split("\nerror ")[1]) for title in titles(root)
     }
@@ -70,9 +68,9 @@ def test_heat_map_says_each_error() -> None:
 
 
 def test_bars_are_as_high_as_the_ranks_they_stand_for() -> None:
-    matrix = Matrix(name="layers.0.q", shape=[100, 200], rank=50, widths={8: 10, 2: 40})
-    half = Matrix(name="layers.1.q", shape=[100, 200], rank=25, widths={3: 25})
-    root = ET.fromstring(charts.width_bars(Grid.of([matrix, half])))
+    matrix = MatrixFigures(name="layers.0.q", shape=[100, 200], rank=50, widths={8: 10, 2: 40})
+    half = MatrixFigures(name="layers.1.q", shape=[100, 200], rank=25, widths={3: 25})
+    root = ET.fromstring(charts.width_bars(MatrixGrid.of([matrix, half])))
     heights = {
         style: float(rect.attrib["height"])
         for rect in root.iter("rect")
@@ -86,8 +84,8 @@ def test_bars_are_as_high_as_the_ranks_they_stand_for() -> None:
 
 def test_bars_of_two_factors_are_no_higher_than_the_ranks() -> None:
     widths = {8: 20, 3: 30, 2: 50}
-    matrix = Matrix(name="layers.0.q", shape=[100, 200], rank=50, widths=widths)
-    root = ET.fromstring(charts.width_bars(Grid.of([matrix])))
+    matrix = MatrixFigures(name="layers.0.q", shape=[100, 200], rank=50, widths=widths)
+    root = ET.fromstring(charts.width_bars(MatrixGrid.of([matrix])))
     heights = {rect.get("class", ""): float(rect.attrib["height"]) for rect in root.iter("rect")}
     full = heights["ground"]
     assert heights["w8"] == pytest.approx(full * 0.2, abs=0.01)
@@ -117,17 +115,17 @@ def test_stacked_bar_has_its_parts_in_proportion() -> None:
 
 
 def test_stacks_with_equal_names_are_told_apart() -> None:
-    grid = Grid.of(
-        Matrix(name=name)
+    grid = MatrixGrid.of(
+        MatrixFigures(name=name)
         for name in ("text.layers.1.q.weight", "vision.layers.1.q.weight", "lm_head.weight")
     )
     assert len(grid.cells) == 3
     assert list(grid.projections) == ["text.layers.*.q", "vision.layers.*.q", "lm_head"]
-    assert list(grid.layers) == ["1", OUTSIDE]
+    assert list(grid.layers) == ["1", NO_LAYER]
 
 
 def test_shares_add_up_to_the_artifact() -> None:
-    figures = Figures.of(seed.report())
+    figures = ReportFigures.of(seed.report())
     assert sum(share.bytes for share in figures.shares) == figures.summary.artifact_bytes
     assert figures.shares[0].label == "self_attn.q_proj × 24"
     assert figures.shares[-1].label == "header and manifest"
@@ -161,8 +159,3 @@ def test_durations(value: float | None, text: str) -> None:
 
 def test_times_are_utc() -> None:
     assert formats.moment(datetime(2026, 11, 22, 8, 5, tzinfo=UTC)) == "2026-11-22 08:05"
-
-
-def test_advice_goes_by_code() -> None:
-    assert advice_for(errors.WorkerLost.code)
-    assert advice_for("no_such_code") is None

@@ -10,8 +10,8 @@ import pytest
 from pydantic import SecretStr
 from starlette.responses import JSONResponse
 
+from deltadock.api.fleet import NodeView, rank
 from deltadock.api.generation.target import Target
-from deltadock.api.nodes.routing import NodeView, rank
 from deltadock.errors import Unauthorized
 from deltadock.trust import check_trusted, credentials
 from tests.api.support import Api, StandInNode, serving

@@ -13,8 +13,8 @@ from jsonschema import Draft202012Validator
 from pydantic import SecretStr
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from deltadock.api.dependencies import Resources
 from deltadock.api.main import create_app
-from deltadock.api.resources import Resources
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
 from deltadock.storage.repositories import NodeRepository

@@ -8,8 +8,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from deltadock.api.uploads.inspectors import make_inspector
-from deltadock.api.uploads.receive import BATCH_BYTES, receive_file
+from deltadock.api.uploads.receive import BATCH_BYTES, make_inspector, receive_file
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.models import UploadKind
 

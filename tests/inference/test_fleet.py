@@ -15,8 +15,8 @@ import httpx
 import openai
 import pytest
 
+from deltadock.api.dependencies import Resources
 from deltadock.api.main import create_app
-from deltadock.api.resources import Resources
 from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.cli.processes import Child, free_ports
 from deltadock.settings import Settings

@@ -204,7 +204,7 @@ def test_a_job_can_be_cancelled(site: Site, page: Page) -> None:
             error_code="cancelled",
             error_message="Cancelled on request.",
         )
-    expect(page.locator(".fault")).to_contain_text("blocks that were done are not done again")
+    expect(page.locator(".card.error")).to_contain_text("finished blocks are not recomputed")
 
 
 def test_charts_have_a_cell_per_matrix(site: Site, page: Page, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_base_and_delta_answer_side_by_side(site: Site, page: Page) -> None:
     site.node.requests.clear()
     page.goto(f"/deltas/{site.seeded.ready[0]}")
     page.get_by_label("Prompt").fill("17 + 25 =")
-    page.get_by_label("Tokens at most").fill("8")
+    page.get_by_label("Max tokens").fill("8")
     page.get_by_role("button", name="Generate").click()
     for answer in page.locator(".answer").all():
         expect(answer.locator("output")).to_have_text(" 42", use_inner_text=True)

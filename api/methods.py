@@ -1,4 +1,4 @@
-"""Route of the method catalogue."""
+"""The catalogue of compression methods."""
 
 from typing import Self
 
@@ -11,21 +11,21 @@ router = APIRouter(prefix="/v1/methods", tags=["methods"])
 
 
 class MethodOut(BaseModel):
-    """One compression method and the bit budget it accepts (null: it takes none)."""
+    """A compression method and the range of its bit budget (null: it takes no budget)."""
 
     name: str = Field(examples=["adamix"])
     title: str
     bits_min: float | None = Field(examples=[0.1])
     bits_max: float | None = Field(examples=[8.0])
     budgets: list[float] = Field(
-        description="The only budgets that it takes; empty: every one within the bounds."
+        description="The budgets it accepts; empty: any within the bounds."
     )
     needs_calibration: bool
-    default: bool = Field(description="Used where no method is named.")
+    default: bool = Field(description="Used when a request names no method.")
 
     @classmethod
     def of(cls, method: MethodInfo) -> Self:
-        """The public form of a catalogue entry."""
+        """Convert a catalogue entry."""
         return cls(
             name=method.name,
             title=method.title,
@@ -38,12 +38,12 @@ class MethodOut(BaseModel):
 
 
 class MethodList(BaseModel):
-    """Every method."""
+    """All compression methods."""
 
     data: list[MethodOut]
 
 
 @router.get("")
 def list_methods() -> MethodList:
-    """The compression methods."""
+    """List the compression methods."""
     return MethodList(data=[MethodOut.of(method) for method in METHODS.values()])

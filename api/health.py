@@ -1,4 +1,4 @@
-"""Whether the process is alive, and whether it can do its work."""
+"""Liveness and readiness probes."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -9,8 +9,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy import text
 from starlette.concurrency import run_in_threadpool
 
-from deltadock.api.dependencies import ResourcesDep
-from deltadock.api.resources import Resources
+from deltadock.api.dependencies import Resources, ResourcesDep
 from deltadock.errors import DeltadockError
 
 log = structlog.get_logger(__name__)
@@ -21,13 +20,13 @@ DOWN = "unavailable"
 
 
 class Health(BaseModel):
-    """The process answers."""
+    """The process is alive."""
 
     status: str = Field(examples=[OK])
 
 
 class Readiness(BaseModel):
-    """Each part's state; `node` is told, but not required."""
+    """State of each dependency; `node` is reported, but not required."""
 
     status: str = Field(examples=[OK])
     checks: Annotated[
@@ -38,7 +37,7 @@ class Readiness(BaseModel):
 
 @router.get("/healthz")
 async def health() -> Health:
-    """Alive: answers without looking at anything else."""
+    """Liveness: checks no dependency."""
     return Health(status=OK)
 
 
@@ -46,7 +45,7 @@ async def health() -> Health:
     "/readyz", responses={503: {"model": Readiness, "description": "A required part is down"}}
 )
 async def readiness(resources: ResourcesDep, response: Response) -> Readiness:
-    """Ready: the database, the broker and the blob store answer."""
+    """Readiness: the database, the broker and the blob store answer."""
     checks = await run_in_threadpool(_check_required, resources)
     ready = all(state == OK for state in checks.values())
     checks["node"] = await _check_nodes(resources)

@@ -1,0 +1,124 @@
+"""Bases: checkpoints registered under a name, against which deltas are compressed."""
+
+from datetime import datetime
+from typing import Annotated, Self
+
+from fastapi import APIRouter, Path, Response
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
+
+from deltadock.api.dependencies import ReadSession, WriteUnit
+from deltadock.api.problems import problems
+from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
+from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest
+from deltadock.errors import Conflict, InvalidInput, NotFound
+from deltadock.storage.blobs import BlobStore
+from deltadock.storage.cache import MANIFEST_BYTES
+from deltadock.storage.models import BaseRow, CheckpointRow
+from deltadock.storage.repositories import BaseRepository, CheckpointRepository
+
+router = APIRouter(prefix="/v1/bases", tags=["bases"])
+
+BaseRef = Annotated[str, Path(description="A base's id or name.", examples=["tiny-base"])]
+
+
+class BaseIn(RequestBody):
+    """A checkpoint to register as a base."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"name": "tiny-base", "checkpoint": EXAMPLE_DIGEST}]}
+    )
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
+        description="Letters, digits, '.', '_' and '-'; at most 96.",
+    )
+    checkpoint: Digest
+
+
+class BaseOut(BaseModel):
+    """A base."""
+
+    id: str = Field(examples=["base_k7wq2mzv5c3xj6nhy4tbr2dfsa"])
+    name: str = Field(examples=["tiny-base"])
+    checkpoint: CheckpointOut
+    created_at: datetime = Field(examples=[EXAMPLE_TIME])
+
+    @classmethod
+    def of(cls, base: BaseRow) -> Self:
+        """Convert a row."""
+        return cls(
+            id=base.id,
+            name=base.name,
+            checkpoint=CheckpointOut.of(base.checkpoint),
+            created_at=base.created_at,
+        )
+
+
+class BaseList(BaseModel):
+    """All bases, ordered by name."""
+
+    data: list[BaseOut]
+
+
+def require_checkpoint(session: Session, digest: str) -> CheckpointRow:
+    """The checkpoint with this digest.
+
+    Raises:
+        NotFound: it was never uploaded.
+    """
+    checkpoint = CheckpointRepository(session).find(digest)
+    if checkpoint is None:
+        raise NotFound(f"There is no checkpoint {digest}; upload and complete it first.")
+    return checkpoint
+
+
+def read_manifest(blobs: BlobStore, digest: str) -> CheckpointManifest:
+    """The manifest of a stored checkpoint."""
+    return CheckpointManifest.from_json(blobs.read(digest, MANIFEST_BYTES))
+
+
+def require_base(session: Session, id_or_name: str) -> BaseRow:
+    """The base with this id or name.
+
+    Raises:
+        NotFound: there is none.
+    """
+    base = BaseRepository(session).find(id_or_name)
+    if base is None:
+        raise NotFound(f"There is no base {id_or_name!r}; GET /v1/bases lists them.")
+    return base
+
+
+@router.post(
+    "",
+    status_code=201,
+    responses={
+        200: {"model": BaseOut, "description": "It was registered already"},
+        **problems(InvalidInput, NotFound, Conflict),
+    },
+)
+def register_base(body: BaseIn, unit: WriteUnit, response: Response) -> BaseOut:
+    """Register a complete checkpoint as a base; repeating the request answers 200."""
+    checkpoint = require_checkpoint(unit.session, body.checkpoint)
+    if checkpoint.model_type == ADAPTER_TYPE:
+        raise InvalidInput(
+            "This checkpoint is a PEFT adapter, not a whole model. Upload the base that it was "
+            "trained on."
+        )
+    base, is_new = BaseRepository(unit.session).add(body.name, checkpoint)
+    if not is_new:
+        response.status_code = 200
+    return BaseOut.of(base)
+
+
+@router.get("")
+def list_bases(session: ReadSession) -> BaseList:
+    """List all bases."""
+    return BaseList(data=[BaseOut.of(base) for base in BaseRepository(session).all()])
+
+
+@router.get("/{base}", responses=problems(NotFound))
+def get_base(base: BaseRef, session: ReadSession) -> BaseOut:
+    """Get one base."""
+    return BaseOut.of(require_base(session, base))

@@ -1,1 +1,0 @@
-"""Bases: checkpoints that deltas are made against."""

@@ -1,0 +1,105 @@
+"""Artifact downloads: validators, byte ranges (RFC 9110, sections 13 and 14), redirects to S3."""
+
+import base64
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from fastapi import Request, Response
+from starlette.responses import StreamingResponse
+
+from deltadock.api.problems import problems
+from deltadock.errors import NotFound, NotReady, RangeNotSatisfiable
+from deltadock.storage.blobs import BlobStore
+
+MEDIA_TYPE: Final = "application/octet-stream"
+_BINARY: Final = {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+
+ARTIFACT_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"description": "The artifact (safetensors)", "content": _BINARY},
+    206: {"description": "The requested range", "content": _BINARY},
+    304: {"description": "If-None-Match names this version"},
+    307: {"description": "The artifact's presigned URL at the object store"},
+    **problems(NotFound, NotReady, RangeNotSatisfiable),
+}
+
+# Python refuses to parse integers of more than 4,300 digits.
+_ONE_RANGE: Final = re.compile(r"bytes=\s*([0-9]{0,4000})-([0-9]{0,4000})\s*", re.IGNORECASE)
+
+
+class ByteRange(NamedTuple):
+    """Bytes `[start, end)`."""
+
+    start: int
+    end: int
+
+
+def requested_range(headers: Mapping[str, str], size: int, etag: str) -> ByteRange | None:
+    """The requested range, or None for the whole file.
+
+    As the RFC permits, malformed ranges, units other than bytes and multiple ranges are ignored,
+    as is a range whose `If-Range` names another version.
+
+    Raises:
+        RangeNotSatisfiable: the range starts at or after the end, or is the last 0 bytes.
+    """
+    header = headers.get("range")
+    if header is None or headers.get("if-range", etag) != etag:
+        return None
+    match = _ONE_RANGE.fullmatch(header)
+    if match is None or match.groups() == ("", ""):
+        return None
+    first, last = match.groups()
+    if not first:
+        start, end = max(0, size - int(last)), size
+        satisfiable = int(last) > 0 and size > 0
+    else:
+        start, end = int(first), min(int(last) + 1, size) if last else size
+        if last and int(last) < int(first):
+            return None
+        satisfiable = start < size
+    if not satisfiable:
+        raise RangeNotSatisfiable(
+            f"{header!r} is outside the file, which has {size} bytes.", size=size
+        )
+    return ByteRange(start, end)
+
+
+def is_unchanged(headers: Mapping[str, str], etag: str) -> bool:
+    """Whether `If-None-Match` names this version."""
+    known = [tag.strip().removeprefix("W/") for tag in headers.get("if-none-match", "").split(",")]
+    return etag in known or known == ["*"]
+
+
+def artifact_response(request: Request, blobs: BlobStore, digest: str, filename: str) -> Response:
+    """Answer a GET or HEAD of the blob `digest`: its bytes, a range, 304 or a redirect.
+
+    Raises:
+        NotFound: the store does not hold the blob.
+        RangeNotSatisfiable: the range is outside the file.
+    """
+    size = blobs.size(digest)
+    etag = f'"{digest}"'
+    disposition = f'attachment; filename="{filename}"'
+    headers = {
+        "Accept-Ranges": "bytes",
+        "ETag": etag,
+        "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(digest)).decode()}:",
+        "Content-Disposition": disposition,
+        # The bytes never change, but the delta may be deleted: caches must revalidate.
+        "Cache-Control": "private, no-cache",
+    }
+    if is_unchanged(request.headers, etag):
+        return Response(status_code=304, headers=headers)
+    part = requested_range(request.headers, size, etag) if request.method == "GET" else None
+    # The object store knows its own ETag, not ours, so it cannot evaluate If-Range.
+    if request.method == "GET" and "if-range" not in request.headers:
+        url = blobs.presigned_url(digest, disposition=disposition, media_type=MEDIA_TYPE)
+        if url is not None:
+            return Response(status_code=307, headers={"Location": url, "Cache-Control": "no-store"})
+    start, end = part or ByteRange(0, size)
+    headers["Content-Length"] = str(end - start)
+    if part is not None:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+    body = iter(()) if request.method == "HEAD" else blobs.open(digest, start, end)
+    return StreamingResponse(body, 206 if part else 200, headers, media_type=MEDIA_TYPE)

@@ -1,1 +1,0 @@
-"""Jobs: how far a compression is, and stopping it."""

@@ -1,0 +1,210 @@
+"""Inference nodes: their registrations and heartbeats, and listing them with their deltas."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Final, Literal, Self
+
+from fastapi import APIRouter, Depends, Path, Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter
+from sqlalchemy.orm import Session
+
+from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.problems import problems
+from deltadock.api.schemas import (
+    EXAMPLE_DELTA_ID,
+    EXAMPLE_DIGEST,
+    EXAMPLE_TIME,
+    Digest,
+    RequestBody,
+)
+from deltadock.errors import InvalidInput, Unauthorized
+from deltadock.storage.models import BaseRow, DeltaRow, NodeRow
+from deltadock.storage.repositories import BaseRepository, DeltaRepository, NodeRepository
+from deltadock.trust import check_trusted
+
+router = APIRouter(prefix="/v1/nodes", tags=["nodes"])
+
+EXAMPLE_NODE_ID: Final = "node_7hq2xk4m5n6p7q2r3s4t5u6v7w"
+MAX_DELTAS: Final = 10_000
+
+
+def _check_url(url: str) -> str:
+    TypeAdapter(HttpUrl).validate_python(url)
+    return url.rstrip("/")
+
+
+NodeUrl = Annotated[
+    str, Field(max_length=255, examples=["http://10.0.0.7:8100"]), AfterValidator(_check_url)
+]
+Tier = Literal["disk", "host", "device"]
+
+
+class HeldDeltaIn(RequestBody):
+    """A delta on a node, with the fastest tier that holds it."""
+
+    digest: Digest = Field(description="The artifact's SHA-256.")
+    tier: Tier
+    bytes: int = Field(ge=0, le=2**62, examples=[416_992])
+    references: int = Field(default=0, ge=0, le=2**31 - 1, description="Requests using it now.")
+    pinned: bool = False
+
+
+class NodeIn(RequestBody):
+    """A node's heartbeat."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "url": "http://10.0.0.7:8100",
+                    "base": EXAMPLE_DIGEST,
+                    "capacity": 80,
+                    "admitted": 3,
+                    "delta_slots": 32,
+                    "lives_seconds": 10,
+                    "deltas": [{"digest": EXAMPLE_DIGEST, "tier": "device", "bytes": 416_992}],
+                }
+            ]
+        }
+    )
+
+    url: NodeUrl
+    base: Digest | None = None
+    adopts: bool = Field(default=False, description="It loads whichever base requests need.")
+    draining: bool = Field(default=False, description="It only finishes running requests.")
+    capacity: int = Field(ge=1, le=2**31 - 1, description="Maximum sequences.")
+    admitted: int = Field(ge=0, le=2**31 - 1, description="Current sequences.")
+    delta_slots: int = Field(ge=0, le=2**31 - 1)
+    deltas: list[HeldDeltaIn] = Field(default=[], max_length=MAX_DELTAS)
+    lives_seconds: float = Field(
+        gt=0, le=3600, description="The registration expires after this time without a heartbeat."
+    )
+
+
+class HeldDeltaOut(BaseModel):
+    """A delta on a node."""
+
+    artifact: Digest
+    deltas: list[str] = Field(
+        description="Ids of the deltas with these bytes.", examples=[[EXAMPLE_DELTA_ID]]
+    )
+    names: list[str] = Field(examples=[["maths/skills:1"]])
+    tier: Tier
+    bytes: int = Field(examples=[416_992])
+    references: int = Field(examples=[2])
+    pinned: bool = Field(examples=[False])
+
+
+class NodeOut(BaseModel):
+    """A registered inference node."""
+
+    id: str = Field(examples=[EXAMPLE_NODE_ID])
+    url: str = Field(examples=["http://10.0.0.7:8100"])
+    state: Literal["ready", "draining"]
+    base: Digest | None
+    base_name: str | None = Field(examples=["tiny-base"])
+    adopts: bool
+    capacity: int = Field(examples=[80])
+    admitted: int = Field(examples=[3])
+    delta_slots: int = Field(examples=[32])
+    deltas: list[HeldDeltaOut]
+    started_at: datetime = Field(examples=[EXAMPLE_TIME])
+    seen_at: datetime = Field(examples=[EXAMPLE_TIME])
+
+    @classmethod
+    def of(
+        cls, node: NodeRow, bases: Mapping[str, BaseRow], deltas: Mapping[str, Sequence[DeltaRow]]
+    ) -> Self:
+        """Convert a row; `bases` and `deltas` are keyed by checkpoint and artifact digest."""
+        base = bases.get(node.base_digest or "")
+        return cls(
+            id=node.id,
+            url=node.url,
+            state="draining" if node.draining else "ready",
+            base=node.base_digest,
+            base_name=None if base is None else base.name,
+            adopts=node.adopts,
+            capacity=node.capacity,
+            admitted=node.admitted,
+            delta_slots=node.delta_slots,
+            deltas=[
+                HeldDeltaOut(
+                    artifact=held["digest"],
+                    deltas=[delta.id for delta in deltas.get(held["digest"], ())],
+                    names=[f"{d.name}:{d.version}" for d in deltas.get(held["digest"], ())],
+                    tier=held["tier"],
+                    bytes=held["bytes"],
+                    references=held["references"],
+                    pinned=held["pinned"],
+                )
+                for held in node.deltas
+            ],
+            started_at=node.started_at,
+            seen_at=node.seen_at,
+        )
+
+
+class NodeList(BaseModel):
+    """The registered nodes."""
+
+    data: list[NodeOut]
+
+
+def registered_nodes(session: Session) -> NodeList:
+    """The registered nodes, with the names of their bases and deltas."""
+    nodes = NodeRepository(session).alive()
+    bases = {base.checkpoint_digest: base for base in BaseRepository(session).all()}
+    held = {delta["digest"] for node in nodes for delta in node.deltas}
+    deltas: defaultdict[str, list[DeltaRow]] = defaultdict(list)
+    for delta in DeltaRepository(session).ready():
+        if delta.artifact_digest is not None and delta.artifact_digest in held:
+            deltas[delta.artifact_digest].append(delta)
+    return NodeList(data=[NodeOut.of(node, bases, deltas) for node in nodes])
+
+
+NodeId = Annotated[
+    str, Path(pattern=r"^node_[a-z0-9]{1,32}$", description="Chosen by the node at its start.",
+              examples=[EXAMPLE_NODE_ID])
+]  # fmt: skip
+
+
+def require_trusted_node(request: Request, resources: ResourcesDep) -> None:
+    """Reject requests without the node secret (without a secret: from other machines)."""
+    check_trusted(
+        resources.settings.node_secret,
+        request.headers.get("Authorization"),
+        request.client.host if request.client is not None else None,
+    )
+
+
+@router.get("")
+def list_nodes(session: ReadSession) -> NodeList:
+    """List the registered inference nodes and the deltas they hold."""
+    return registered_nodes(session)
+
+
+@router.put(
+    "/{node_id}",
+    status_code=204,
+    dependencies=[Depends(require_trusted_node)],
+    responses=problems(Unauthorized, InvalidInput),
+)
+def put_node(node_id: NodeId, body: NodeIn, unit: WriteUnit, resources: ResourcesDep) -> None:
+    """Register a node, or record its heartbeat; a registration expires without heartbeats."""
+    fields = body.model_dump()
+    fields["base_digest"] = fields.pop("base")
+    NodeRepository(unit.session).put(node_id, **fields)
+    unit.after_commit.append(resources.fleet.invalidate)
+
+
+@router.delete(
+    "/{node_id}",
+    status_code=204,
+    dependencies=[Depends(require_trusted_node)],
+    responses=problems(Unauthorized, InvalidInput),
+)
+def drop_node(node_id: NodeId, unit: WriteUnit, resources: ResourcesDep) -> None:
+    """Deregister a node."""
+    NodeRepository(unit.session).drop(node_id)
+    unit.after_commit.append(resources.fleet.invalidate)

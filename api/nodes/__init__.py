@@ -1,1 +1,0 @@
-"""Inference nodes: who is there, what they hold, and which one a request goes to."""

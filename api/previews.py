@@ -1,0 +1,94 @@
+"""Size previews: the artifact's size, predicted from tensor shapes."""
+
+from typing import Self
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+
+from deltadock.api.bases import read_manifest, require_base, require_checkpoint
+from deltadock.api.dependencies import ReadSession, ResourcesDep
+from deltadock.api.problems import problems
+from deltadock.api.schemas import EXAMPLE_DIGEST, Digest, GoalFields
+from deltadock.artifacts.compatibility import check_same_architecture
+from deltadock.compression.preview import SizePreview, carried_bytes, preview_size, shapes_of
+from deltadock.errors import (
+    ArchitectureMismatch,
+    BitsOutOfRange,
+    InvalidGoal,
+    InvalidInput,
+    NotFound,
+    UnknownMethod,
+)
+
+router = APIRouter(prefix="/v1/previews", tags=["deltas"])
+
+
+class PreviewIn(GoalFields):
+    """A compression whose size to predict."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "base": "tiny-base",
+                    "checkpoint": EXAMPLE_DIGEST,
+                    "method": "adamix",
+                    "bits": 1.0,
+                }
+            ]
+        }
+    )
+
+    base: str = Field(min_length=1, max_length=96, description="The base's id or name.")
+    checkpoint: Digest = Field(description="The fine-tuned checkpoint's digest.")
+
+
+class PartOut(BaseModel):
+    """One kind of changed tensor, or the manifest, in the artifact."""
+
+    kind: str = Field(examples=["linear layers"])
+    tensors: int = Field(examples=[196])
+    weights: int = Field(examples=[6_525_288_448])
+    bytes: int = Field(examples=[815_661_056])
+
+
+class PreviewOut(BaseModel):
+    """The predicted size of a compression."""
+
+    method: str = Field(examples=["adamix"])
+    bits: float | None = Field(
+        examples=[1.0], description="The budget, as given or derived from the requested size."
+    )
+    artifact_bytes: int = Field(examples=[952_834_765])
+    checkpoint_bytes: int = Field(
+        examples=[15_231_233_024], description="Of the fine-tune at two bytes per weight."
+    )
+    parameters: int = Field(examples=[7_615_616_512])
+    ratio: float = Field(examples=[15.99], description="Checkpoint bytes per artifact byte.")
+    true_bits: float = Field(
+        examples=[1.0], description="Bits per weight, all stored bytes counted."
+    )
+    parts: list[PartOut]
+
+    @classmethod
+    def of(cls, size: SizePreview) -> Self:
+        """Convert a preview."""
+        return cls.model_validate(size.to_dict())
+
+
+@router.post(
+    "",
+    responses=problems(
+        NotFound, InvalidInput, UnknownMethod, BitsOutOfRange, InvalidGoal, ArchitectureMismatch
+    ),
+)
+def preview_delta(body: PreviewIn, session: ReadSession, resources: ResourcesDep) -> PreviewOut:
+    """Predict the size of a delta from the tensors' shapes; nothing is stored."""
+    _, goal = body.check_goal()
+    base = read_manifest(resources.blobs, require_base(session, body.base).checkpoint_digest)
+    tuned = read_manifest(resources.blobs, require_checkpoint(session, body.checkpoint).digest)
+    check_same_architecture(base, tuned)
+    shapes = shapes_of(tuned, base)
+    return PreviewOut.of(
+        preview_size(shapes, body.method, goal, carried=carried_bytes(tuned, base))
+    )

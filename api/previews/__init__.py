@@ -1,1 +1,0 @@
-"""Sizes of artifacts that have not been made."""
