@@ -28,14 +28,14 @@ def test_it_is_no_base(api: Api) -> None:
     body = {"name": "tiny", "checkpoint": upload_adapter(api)["digest"]}
     answer = api.client.post("/v1/bases", json=body)
     assert answer.status_code == 422
-    assert "no whole model" in answer.json()["detail"]
+    assert "not a whole model" in answer.json()["detail"]
 
 
 def test_only_lora_imports_it_and_nothing_else(api: Api) -> None:
     whole = api.delta_body(method="lora", bits=None, calibration=None)
     answer = api.client.post("/v1/deltas", json=whole)
     assert answer.status_code == 422
-    assert "no PEFT adapter" in answer.json()["detail"]
+    assert "not a PEFT adapter" in answer.json()["detail"]
 
     adapter = whole | {"checkpoint": upload_adapter(api)["digest"]}
     answer = api.client.post("/v1/deltas", json=adapter | {"method": "adamix", "bits": 1.0})

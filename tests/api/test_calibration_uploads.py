@@ -2,6 +2,7 @@
 
 import pytest
 
+from deltadock.api.uploads import receive
 from tests.api.support import TEXT, Api, sha256, weights
 
 

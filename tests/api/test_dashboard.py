@@ -270,7 +270,9 @@ def test_assets_are_served_under_addresses_that_change_with_them(site: Site) -> 
 def test_errors_are_pages(site: Site) -> None:
     page = unescape(site.text("/deltas/nothing", status=404))
     assert "There is no delta 'nothing'" in page
-    assert "is no delta; take it from" in unescape(site.text("/?after=nothing", status=422))
+    assert "is not a delta; use the previous page" in unescape(
+        site.text("/?after=nothing", status=422)
+    )
 
 
 def test_older_deltas_are_a_page_away(site: Site) -> None:
