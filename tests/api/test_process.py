@@ -17,7 +17,7 @@ HEAVY = ("torch", "transformers", "triton", "pyscipopt", "safetensors", "boto3",
 
 
 def test_the_api_imports_nothing_heavy() -> None:
-    code = f"import api.main, sys; print([n for n in {HEAVY} if n in sys.modules])"
+    code = f"import deltadock.api.main, sys; print([n for n in {HEAVY} if n in sys.modules])"
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
