@@ -11,7 +11,7 @@ import anyio
 import structlog
 from starlette.concurrency import run_in_threadpool
 
-from deltadock.api.generation.target import Target
+from deltadock.model_target import ModelTarget
 from deltadock.storage.database import Database
 from deltadock.storage.models import NodeRow
 from deltadock.storage.repositories import NodeRepository
@@ -52,7 +52,7 @@ class NodeView:
         )
 
 
-def rank(nodes: Iterable[NodeView], target: Target, sent: Mapping[str, int]) -> list[NodeView]:
+def rank(nodes: Iterable[NodeView], target: ModelTarget, sent: Mapping[str, int]) -> list[NodeView]:
     """The nodes that can serve `target`, best first.
 
     Nodes that have the base loaded; if there are none, nodes that load bases on request, empty
@@ -106,7 +106,7 @@ class Fleet:
         """Discard the cached nodes."""
         self._read_at = float("-inf")
 
-    async def candidates(self, target: Target) -> list[NodeView]:
+    async def candidates(self, target: ModelTarget) -> list[NodeView]:
         """The nodes that can serve `target`, best first."""
         return rank(await self.nodes(), target, self._sent)
 

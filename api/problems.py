@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from deltadock.errors import DeltadockError, InvalidInput, RangeNotSatisfiable
-from deltadock.openai.errors import ErrorBody, openai_status, refusal
+from deltadock.openai.errors import ErrorBody, openai_status, validation_message
 
 log = structlog.get_logger(__name__)
 
@@ -114,7 +114,7 @@ async def _invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     if _is_openai_route(request.url.path):
         status = openai_status(InvalidInput.status)
-        body = ErrorBody.of(status, InvalidInput.code, *refusal(error.errors()))
+        body = ErrorBody.of(status, InvalidInput.code, *validation_message(error.errors()))
         return JSONResponse(body.model_dump(), status)
     field_errors = [
         {"where": ".".join(map(str, item["loc"])), "message": item["msg"]}

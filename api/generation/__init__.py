@@ -1,1 +1,1 @@
-"""Answers from the inference node, for a delta or a base."""
+"""Text generation through the inference nodes, by delta or base."""

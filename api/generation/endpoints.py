@@ -1,4 +1,4 @@
-"""Routes that generate: OpenAI's, and one prompt for a delta or a base by its own URL."""
+"""Routes that generate text: OpenAI's, and one per delta and base."""
 
 from typing import Annotated, Any
 
@@ -10,19 +10,19 @@ from deltadock.api.deltas.endpoints import DeltaId
 from deltadock.api.deltas.service import require_delta
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep
 from deltadock.api.generation import service
-from deltadock.api.generation.answer import ForwardedResponse
-from deltadock.api.generation.forward import CHAT, COMPLETIONS, ask_nodes
-from deltadock.api.generation.resolver import resolve, target_of_base, target_of_delta
+from deltadock.api.generation.forward import (
+    CHAT,
+    COMPLETIONS,
+    ForwardedResponse,
+    ask_nodes,
+)
 from deltadock.api.generation.schemas import (
     BaseGenerated,
-    ChatIn,
-    CompletionIn,
     DeltaGenerated,
     GenerateIn,
-    ModelList,
+    ModelListOut,
     ModelOut,
 )
-from deltadock.api.generation.target import Target
 from deltadock.api.problems import openai_problems, problems
 from deltadock.api.schemas import EXAMPLE_DELTA_ID
 from deltadock.errors import (
@@ -33,14 +33,16 @@ from deltadock.errors import (
     Unavailable,
     UnsupportedModel,
 )
-from deltadock.openai.fields import SamplingFields
+from deltadock.model_target import ModelTarget
+from deltadock.openai.chat import ChatRequest
+from deltadock.openai.completions import CompletionRequest
 
 router = APIRouter(tags=["generation"])
 
 
 @router.get("/v1/models", responses=openai_problems())
-def list_models(session: ReadSession) -> ModelList:
-    """What can be asked, in OpenAI's shape."""
+def list_models(session: ReadSession) -> ModelListOut:
+    """All models, in OpenAI's format."""
     return service.list_models(session)
 
 
@@ -49,7 +51,7 @@ def get_model(
     model: Annotated[str, Path(max_length=256, examples=[EXAMPLE_DELTA_ID])], session: ReadSession
 ) -> ModelOut:
     """One model: a delta by id, project/model or project/model:version, or a base."""
-    return service.find_model(session, model)
+    return service.get_model(session, model)
 
 
 def _answers(what: str) -> dict[int | str, dict[str, Any]]:
@@ -68,29 +70,29 @@ def _answers(what: str) -> dict[int | str, dict[str, Any]]:
 
 
 @router.post("/v1/completions", response_class=Response, responses=_answers("completion"))
-async def complete(body: CompletionIn, request: Request, resources: ResourcesDep) -> Response:
-    """OpenAI's completions, answered by the weights that `model` stands for."""
+async def complete(body: CompletionRequest, request: Request, resources: ResourcesDep) -> Response:
+    """OpenAI's completions, by the delta or base that `model` names."""
     return await _forward(resources, request, COMPLETIONS, body)
 
 
 @router.post("/v1/chat/completions", response_class=Response, responses=_answers("chat completion"))
-async def chat(body: ChatIn, request: Request, resources: ResourcesDep) -> Response:
-    """OpenAI's chat completions; each delta has its own chat template."""
+async def chat(body: ChatRequest, request: Request, resources: ResourcesDep) -> Response:
+    """OpenAI's chat completions, with each delta's own chat template."""
     return await _forward(resources, request, CHAT, body)
 
 
 async def _forward(
-    resources: Resources, request: Request, path: str, body: SamplingFields
+    resources: Resources, request: Request, path: str, body: CompletionRequest | ChatRequest
 ) -> ForwardedResponse:
-    """The node's answer; whatever the name comes to mean, this request keeps its weights."""
+    """Forward the validated request; its weights are resolved once, even if the name moves."""
 
-    def find() -> Target:
+    def find() -> ModelTarget:
         with resources.database.read_scope() as session:
-            return resolve(session, body.model)
+            return service.resolve(session, body.model)
 
     target = await run_in_threadpool(find)
-    wish = body.model_dump(exclude_unset=True)
-    return ForwardedResponse(await ask_nodes(resources, request, target, path, wish))
+    content = body.model_dump(exclude_unset=True)
+    return ForwardedResponse(await ask_nodes(resources, request, target, path, content))
 
 
 GENERATE_PROBLEMS = problems(NotFound, NotReady, InvalidInput, Overloaded, Unavailable)
@@ -102,9 +104,9 @@ async def generate_with_delta(
 ) -> DeltaGenerated:
     """Continue one prompt with a delta."""
 
-    def find() -> Target:
+    def find() -> ModelTarget:
         with resources.database.read_scope() as session:
-            return target_of_delta(require_delta(session, delta_id))
+            return service.target_of_delta(require_delta(session, delta_id))
 
     target = await run_in_threadpool(find)
     completion = await service.generate(resources, request, target, delta_id, body)
@@ -117,10 +119,10 @@ async def generate_with_base(
 ) -> BaseGenerated:
     """Continue one prompt with the bare base."""
 
-    def find() -> tuple[str, Target]:
+    def find() -> tuple[str, ModelTarget]:
         with resources.database.read_scope() as session:
             found = require_base(session, base)
-            return found.name, target_of_base(found)
+            return found.name, service.target_of_base(found)
 
     name, target = await run_in_threadpool(find)
     completion = await service.generate(resources, request, target, name, body)

@@ -1,6 +1,7 @@
-"""Forwarding to the inference nodes."""
+"""Forwards requests to the inference nodes and streams their answers back."""
 
 import json
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Final
 
@@ -9,60 +10,149 @@ import httpx
 import structlog
 from fastapi import Request
 from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from deltadock.api.dependencies import Resources
 from deltadock.api.fleet import Fleet, NodeView
-from deltadock.api.generation.answer import Answer
-from deltadock.api.generation.target import Target
 from deltadock.api.middleware import REQUEST_ID
 from deltadock.errors import DeltadockError, InvalidInput, Unauthorized, Unavailable
+from deltadock.model_target import ModelTarget
+from deltadock.openai.errors import ErrorBody
 from deltadock.trust import credentials
 
 log = structlog.get_logger(__name__)
 
-BASE_HEADER: Final = "Deltadock-Base"
-ARTIFACT_HEADER: Final = "Deltadock-Artifact"
 COMPLETIONS: Final = "/v1/completions"
 CHAT: Final = "/v1/chat/completions"
+EVENT_STREAM: Final = "text/event-stream"
+FORWARDED_HEADERS: Final = ("content-type", "retry-after")
 BUSY: Final = frozenset({429, 503})
-"""Answers of a node that cannot now, though another may."""
-MAX_LOST: Final = 2
-"""Nodes that one request may see breaking off: it may be the one that brings them down."""
-WATCH_SECONDS: Final = 1.0
+"""Statuses of a node that cannot answer now, though another may."""
+MAX_LOST_NODES: Final = 2
+"""Nodes that one request may lose: the request itself may be what kills them."""
+POLL_SECONDS: Final = 1.0
+
+
+class Answer:
+    """A node's response whose first bytes have arrived."""
+
+    def __init__(self, response: httpx.Response, chunks: AsyncIterator[bytes], first: bytes):
+        self._response = response
+        self._chunks = chunks
+        self._first = first
+        self.status = response.status_code
+        self.until_closed = ExitStack()
+        """Closed with the answer."""
+
+    @classmethod
+    async def begin(cls, http: httpx.AsyncClient, call: httpx.Request) -> "Answer":
+        """Send the request and wait for the first bytes of the response body.
+
+        Raises:
+            httpx.HTTPError: the node does not respond, or disconnected before the first bytes.
+        """
+        response = await http.send(call, stream=True)
+        try:
+            chunks = response.aiter_bytes()
+            return cls(response, chunks, await anext(chunks, b""))
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await response.aclose()
+            raise
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the body is server-sent events."""
+        return str(self._response.headers.get("content-type", "")).startswith(EVENT_STREAM)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers that are forwarded to the client."""
+        headers = self._response.headers
+        return {name: headers[name] for name in FORWARDED_HEADERS if name in headers}
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body; raises httpx.HTTPError if the node disconnects."""
+        yield self._first
+        async for chunk in self._chunks:
+            yield chunk
+
+    async def read(self) -> Any:
+        """The complete body, parsed as JSON.
+
+        Raises:
+            Unavailable: the node disconnected or did not send JSON.
+        """
+        try:
+            return json.loads(b"".join([chunk async for chunk in self.chunks()]))
+        except (httpx.HTTPError, ValueError) as error:
+            raise Unavailable("The inference node broke off its answer; try again.") from error
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; the node then cancels the request."""
+        with anyio.CancelScope(shield=True):
+            await self._response.aclose()
+        self.until_closed.close()
+
+
+class ForwardedResponse(StreamingResponse):
+    """Streams the node's answer, errors included."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(_stream(answer), answer.status, answer.headers)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._answer.close()
+
+
+async def _stream(answer: Answer) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in answer.chunks():
+            yield chunk
+    except httpx.HTTPError as error:
+        log.warning("node_disconnected", error=repr(error))
+        if not answer.is_stream:
+            raise  # only a broken connection can still signal the error
+        body = ErrorBody.of(503, Unavailable.code, "The inference node disconnected.")
+        yield f"\n\ndata: {body.model_dump_json()}\n\n".encode()
 
 
 class NodeLost(Exception):
-    """A node broke off before the first byte of its answer."""
+    """A node disconnected before the first byte of its answer."""
 
 
 async def ask_nodes(
-    resources: Resources, request: Request, target: Target, path: str, body: dict[str, Any]
+    resources: Resources, request: Request, target: ModelTarget, path: str, body: dict[str, Any]
 ) -> Answer:
-    """Start an answer at the node that suits best, or at another if that one cannot or dies.
+    """Start an answer at the best-ranked node, or at another if that one is busy or lost.
 
-    Its first bytes have arrived; the rest is still to be read and closed. None of the client's
-    headers go along: only what the resolver found chooses the weights. If the client goes away
-    while a node works, the node is told by closing its connection.
+    The caller reads and closes the answer. None of the client's headers are forwarded: only
+    `target` selects the weights. If the client disconnects, so does the connection to the node.
 
     Raises:
-        InvalidInput: the body holds what JSON does not, such as NaN.
-        Unavailable: no node is there that could answer, or those that are break off.
-        ClientDisconnect: nobody waits for the answer any more.
+        InvalidInput: the body contains what JSON cannot represent, such as NaN.
+        Unavailable: no node has this base, or the nodes were lost.
+        ClientDisconnect: the client disconnected.
     """
     content = _encode(body)
     headers = {
-        BASE_HEADER: target.base_digest,
+        **target.headers,
         REQUEST_ID: request.state.request_id,
         "Content-Type": "application/json",
         **credentials(resources.settings.node_secret),
     }
-    if target.artifact_digest is not None:
-        headers[ARTIFACT_HEADER] = target.artifact_digest
     lost = 0
     asked: set[str] = set()
     async with AsyncExitStack() as unused:
         busy: Answer | None = None
-        # Ranked anew each time: once the last node with the base is lost, another may adopt it.
+        # Ranked again each time: when the last node with the base is lost, another may load it.
         while node := next(
             (n for n in await resources.fleet.candidates(target) if n.id not in asked), None
         ):
@@ -75,11 +165,11 @@ async def ask_nodes(
             except NodeLost:
                 await resources.fleet.remove(node)
                 lost += 1
-                if lost == MAX_LOST:
+                if lost == MAX_LOST_NODES:
                     break
                 continue
-            if answer.status == Unauthorized.status:  # no fault of the client's
-                log.error("node_refuses_our_secret", node=node.id, url=node.url)
+            if answer.status == Unauthorized.status:  # not the client's error
+                log.error("node_rejects_secret", node=node.id, url=node.url)
                 await answer.close()
                 continue
             if answer.status not in BUSY:
@@ -89,34 +179,34 @@ async def ask_nodes(
                 unused.push_async_callback(answer.close)
             else:
                 await answer.close()
-        if busy is not None:  # no other node can, either: this is what the client is told
+        if busy is not None:  # every node is busy: return the first one's answer
             unused.pop_all()
             return busy
     if lost:
-        raise Unavailable("The inference node does not answer; try again shortly.")
+        raise Unavailable("The inference node does not respond; try again shortly.")
     raise Unavailable(
-        "No inference node is there for this base. Start one with `deltadock node`; GET /v1/nodes "
-        "lists those that are."
+        "No inference node serves this base. Start one with `deltadock node`; GET /v1/nodes lists "
+        "the registered nodes."
     )
 
 
 def _encode(body: dict[str, Any]) -> bytes:
     try:
         return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:  # lenient parsers, like ours, let these in
+    except ValueError as error:  # Python's parser accepts these
         raise InvalidInput(
-            "The body holds NaN, an infinity or half a surrogate pair, which JSON cannot carry."
+            "The body contains NaN, an infinity or half a surrogate pair, which is not JSON."
         ) from error
 
 
 async def _ask(
     resources: Resources, request: Request, node: NodeView, call: httpx.Request
 ) -> Answer:
-    """One node's answer, begun.
+    """Start one node's answer.
 
     Raises:
-        NodeLost: it broke off, or fell silent towards the api while we waited.
-        ClientDisconnect: the client is gone.
+        NodeLost: it disconnected, or its registration expired while waiting.
+        ClientDisconnect: the client disconnected.
     """
     answer: Answer | None = None
     client_gone = False
@@ -132,8 +222,8 @@ async def _ask(
                 group.cancel_scope.cancel()
 
             async def watch_node() -> None:
-                while await _is_there(resources.fleet, node):
-                    await anyio.sleep(WATCH_SECONDS)
+                while await _is_registered(resources.fleet, node):
+                    await anyio.sleep(POLL_SECONDS)
                 group.cancel_scope.cancel()
 
             group.start_soon(watch_client)
@@ -141,7 +231,7 @@ async def _ask(
             try:
                 answer = await Answer.begin(resources.http, call)
             except httpx.HTTPError as error:
-                log.warning("node_broke_off", node=node.id, error=repr(error))
+                log.warning("node_disconnected", node=node.id, error=repr(error))
             group.cancel_scope.cancel()
         if answer is not None:
             answer.until_closed = counted.pop_all()
@@ -151,8 +241,8 @@ async def _ask(
     raise NodeLost
 
 
-async def _is_there(fleet: Fleet, node: NodeView) -> bool:
+async def _is_registered(fleet: Fleet, node: NodeView) -> bool:
     try:
         return await fleet.is_registered(node)
-    except DeltadockError:  # while nobody can tell, the node may well be there
+    except DeltadockError:  # if the store is unavailable, assume so
         return True

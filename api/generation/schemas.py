@@ -1,51 +1,14 @@
-"""Bodies of the generation routes."""
+"""Schemas of the generation routes, besides OpenAI's own."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, RequestBody
-from deltadock.openai.chat import ChatRequest
-from deltadock.openai.completions import CompletionRequest
-from deltadock.openai.fields import MaxTokens, ModelName, Seed, Stop, Temperature, TopP
+from deltadock.openai.completions import Completion
+from deltadock.openai.fields import MaxTokens, Seed, Stop, Temperature, TopP, Usage
+from deltadock.openai.models import ModelCard, ModelList
 from deltadock.storage.models import BaseRow, DeltaRow
-
-Model = Annotated[
-    ModelName,
-    Field(
-        description="A delta's id, project/model, project/model:version, or a base's name or id."
-    ),
-]
-
-
-class CompletionIn(CompletionRequest):
-    """OpenAI's completion request."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"model": EXAMPLE_DELTA_ID, "prompt": "17 + 25 =", "max_tokens": 8}]
-        }
-    )
-
-    model: Model
-
-
-class ChatIn(ChatRequest):
-    """OpenAI's chat completion request; a message has a `role` and a `content` of text."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": EXAMPLE_DELTA_ID,
-                    "messages": [{"role": "user", "content": "What is 17 + 25?"}],
-                    "max_completion_tokens": 8,
-                }
-            ]
-        }
-    )
-
-    model: Model
 
 
 class GenerateIn(RequestBody):
@@ -59,19 +22,11 @@ class GenerateIn(RequestBody):
     max_tokens: MaxTokens = 128
     temperature: Temperature | None = Field(
         default=None,
-        description="0: always the likeliest token. Unset, the model's generation config decides.",
+        description="0 is greedy; unset, the model's generation config decides.",
     )
     top_p: TopP | None = None
     seed: Seed | None = None
     stop: Stop | None = None
-
-
-class UsageOut(BaseModel):
-    """Tokens counted."""
-
-    prompt_tokens: int = Field(examples=[5])
-    completion_tokens: int = Field(examples=[3])
-    total_tokens: int = Field(examples=[8])
 
 
 class GeneratedOut(BaseModel):
@@ -79,39 +34,36 @@ class GeneratedOut(BaseModel):
 
     text: str = Field(examples=[" 42"])
     finish_reason: str | None = Field(examples=["stop"])
-    usage: UsageOut
+    usage: Usage
 
     @classmethod
-    def of(cls, completion: dict[str, Any], **ids: str) -> Self:
-        """From the node's OpenAI-style completion."""
-        choice = completion["choices"][0]
+    def of(cls, completion: Completion, **ids: str) -> Self:
+        """From the node's completion."""
+        choice = completion.choices[0]
         return cls(
-            text=choice["text"],
-            finish_reason=choice["finish_reason"],
-            usage=UsageOut.model_validate(completion["usage"]),
+            text=choice.text,
+            finish_reason=choice.finish_reason,
+            usage=completion.usage or Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0),
             **ids,
         )
 
 
 class DeltaGenerated(GeneratedOut):
-    """What a delta generated."""
+    """A continuation by a delta."""
 
     delta: str = Field(examples=[EXAMPLE_DELTA_ID])
 
 
 class BaseGenerated(GeneratedOut):
-    """What a bare base generated."""
+    """A continuation by a base."""
 
     base: str = Field(examples=["tiny-base"])
 
 
-class ModelOut(BaseModel):
-    """A model in OpenAI's list, with what Deltadock knows of it beside OpenAI's fields."""
+class ModelOut(ModelCard):
+    """A model in OpenAI's list, with Deltadock's names of it."""
 
     id: str = Field(examples=[EXAMPLE_DELTA_ID])
-    object: Literal["model"] = "model"
-    created: int = Field(description="Unix seconds.", examples=[1_795_348_800])
-    owned_by: str = "deltadock"
     name: str | None = Field(default=None, examples=["maths/skills:1"])
     delta: str | None = Field(default=None, examples=[EXAMPLE_DELTA_ID])
     base: str = Field(examples=["tiny-base"])
@@ -133,8 +85,7 @@ class ModelOut(BaseModel):
         )
 
 
-class ModelList(BaseModel):
-    """OpenAI's list of models."""
+class ModelListOut(ModelList):
+    """Bases and ready deltas."""
 
-    object: Literal["list"] = "list"
     data: list[ModelOut]

@@ -1,16 +1,13 @@
-"""Listing models, and generating through the node."""
-
-from typing import Any
+"""Resolves and lists models, and generates text with them through a node."""
 
 from fastapi import Request
+from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from deltadock.api.deltas.service import require_ready
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation.forward import COMPLETIONS, ask_nodes
-from deltadock.api.generation.resolver import find
-from deltadock.api.generation.schemas import GenerateIn, ModelList, ModelOut
-from deltadock.api.generation.target import Target
+from deltadock.api.generation.schemas import GenerateIn, ModelListOut, ModelOut
 from deltadock.errors import (
     BaseMismatch,
     ContextExceeded,
@@ -22,7 +19,9 @@ from deltadock.errors import (
     Unavailable,
     UnsupportedModel,
 )
-from deltadock.storage.models import BaseRow
+from deltadock.model_target import ModelTarget
+from deltadock.openai.completions import Completion
+from deltadock.storage.models import BaseRow, DeltaRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository
 
 NODE_ERRORS = {
@@ -40,12 +39,12 @@ NODE_ERRORS = {
 }
 
 
-def list_models(session: Session) -> ModelList:
+def list_models(session: Session) -> ModelListOut:
     """Bases by name, ready deltas by id, and each delta name for its highest ready version."""
     bases = [ModelOut.of_base(base) for base in BaseRepository(session).all()]
     ready = DeltaRepository(session).ready()
     latest = {delta.name: delta for delta in sorted(ready, key=lambda delta: delta.version)}
-    return ModelList(
+    return ModelListOut(
         data=[
             *bases,
             *(ModelOut.of_delta(delta.id, delta) for delta in ready),
@@ -54,34 +53,79 @@ def list_models(session: Session) -> ModelList:
     )
 
 
-def find_model(session: Session, model: str) -> ModelOut:
-    """One model in OpenAI's shape, under the name that was asked for.
+def get_model(session: Session, model: str) -> ModelOut:
+    """One model in OpenAI's format, under the requested name.
 
     Raises:
-        NotFound: it stands for nothing.
+        NotFound: no model has this name.
         NotReady: the delta has no artifact.
     """
-    found = find(session, model)
-    if isinstance(found, BaseRow):
-        return ModelOut.of_base(found)
-    require_ready(found)
-    return ModelOut.of_delta(model, found)
+    row = _find(session, model)
+    if isinstance(row, BaseRow):
+        return ModelOut.of_base(row)
+    require_ready(row)
+    return ModelOut.of_delta(model, row)
+
+
+def resolve(session: Session, model: str) -> ModelTarget:
+    """The weights that `model` names now.
+
+    It may be a delta's id, `project/model` (its highest ready version), `project/model:version`,
+    or a base's id or name.
+
+    Raises:
+        NotFound: no model has this name.
+        NotReady: the delta has no artifact.
+    """
+    row = _find(session, model)
+    return target_of_delta(row) if isinstance(row, DeltaRow) else target_of_base(row)
+
+
+def target_of_delta(delta: DeltaRow) -> ModelTarget:
+    """The base with the delta's artifact; raises NotReady if it has none."""
+    return ModelTarget(delta.base.checkpoint_digest, require_ready(delta))
+
+
+def target_of_base(base: BaseRow) -> ModelTarget:
+    """The bare base."""
+    return ModelTarget(base.checkpoint_digest)
+
+
+def _find(session: Session, model: str) -> DeltaRow | BaseRow:
+    row = _find_delta(DeltaRepository(session), model) or BaseRepository(session).find(model)
+    if row is None:
+        raise NotFound(f"There is no model {model!r}; GET /v1/models lists them.")
+    return row
+
+
+def _find_delta(deltas: DeltaRepository, model: str) -> DeltaRow | None:
+    if delta := deltas.find(model):
+        return delta
+    name, _, version = model.partition(":")
+    if not version:
+        return deltas.find_latest(name)
+    is_number = version.isascii() and version.isdecimal() and len(version) < 10
+    return deltas.find_version(name, int(version)) if is_number else None
 
 
 async def generate(
-    resources: Resources, request: Request, target: Target, model: str, body: GenerateIn
-) -> dict[str, Any]:
+    resources: Resources, request: Request, target: ModelTarget, model: str, body: GenerateIn
+) -> Completion:
     """The node's completion of one prompt.
 
     Raises:
-        Unavailable, Overloaded, InvalidInput and the like: as the node says.
+        DeltadockError: the error that the node reported.
+        Unavailable: no node could answer, or its response is not a completion.
     """
-    wish = {"model": model, **body.model_dump(exclude_none=True)}
-    answer = await ask_nodes(resources, request, target, COMPLETIONS, wish)
-    completion: dict[str, Any] = await answer.read()
+    completion_request = {"model": model, **body.model_dump(exclude_none=True)}
+    answer = await ask_nodes(resources, request, target, COMPLETIONS, completion_request)
+    response = await answer.read()
     if answer.status != 200:
-        fault = completion.get("error", {}) if isinstance(completion, dict) else {}
-        message = str(fault.get("message", f"The inference node answered {answer.status}."))
-        kind = InvalidInput if answer.status < 500 else Unavailable
-        raise NODE_ERRORS.get(str(fault.get("code")), kind)(message)
-    return completion
+        error = response.get("error", {}) if isinstance(response, dict) else {}
+        message = str(error.get("message", f"The inference node answered {answer.status}."))
+        default = InvalidInput if answer.status < 500 else Unavailable
+        raise NODE_ERRORS.get(str(error.get("code")), default)(message)
+    try:
+        return Completion.model_validate(response)
+    except ValidationError as error:
+        raise Unavailable("The inference node's response is not a completion.") from error

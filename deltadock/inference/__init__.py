@@ -1,1 +1,1 @@
-"""The inference node: one base model in memory, any of its deltas a request away."""
+"""The inference node: one base model in memory and any of its deltas on request."""

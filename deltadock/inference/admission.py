@@ -1,4 +1,4 @@
-"""Bounded queues: how many sequences a node takes on, in all and of one delta."""
+"""Admission control: limits on queued and running sequences, in total and per delta."""
 
 import math
 import time
@@ -8,42 +8,44 @@ from typing import Final
 
 from deltadock.errors import InvalidInput, Overloaded
 
-RECENT: Final = 32
-"""Sequences whose ends tell how fast places become free."""
-LONGEST_SECONDS: Final = 60
-"""A client is never told to wait longer: loads change."""
+RECENT_ENDS: Final = 32
+"""Ended sequences from which the throughput is estimated."""
+MAX_RETRY_SECONDS: Final = 60
+"""Upper bound of Retry-After, since load changes."""
 
 
 class Admission:
-    """Counts the sequences that wait or run. Belongs to one event loop."""
+    """Counts queued and running sequences. Belongs to one event loop."""
 
     def __init__(
         self, limit: int, delta_limit: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Take `limit` sequences at once, `delta_limit` of them of the same model."""
+        """Admit `limit` sequences at once, `delta_limit` of them per model key."""
         self.limit, self._delta_limit = limit, min(delta_limit, limit)
         self._clock = clock
         self._admitted: Counter[str] = Counter()
-        self._ends: deque[float] = deque(maxlen=RECENT)
-        self._delta_ends: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._ends: deque[float] = deque(maxlen=RECENT_ENDS)
+        self._delta_ends: defaultdict[str, deque[float]] = defaultdict(
+            lambda: deque(maxlen=RECENT_ENDS)
+        )
 
     @property
     def admitted(self) -> int:
-        """Sequences that wait or run."""
+        """Queued and running sequences."""
         return self._admitted.total()
 
     def enter(self, model_key: str, count: int) -> None:
-        """Take on `count` sequences of the model with this key.
+        """Admit `count` sequences of a model key.
 
         Raises:
-            InvalidInput: so many never fit.
-            Overloaded: they do not fit now; the detail `retry_after` says in how many seconds they
-                should, as fast as sequences have been ending lately.
+            InvalidInput: more than the limit per delta.
+            Overloaded: a queue is full; the detail `retry_after` estimates the seconds until there
+                is room, from the recent throughput.
         """
         if count > self._delta_limit:
             raise InvalidInput(
-                f"The request asks for {count} answers; this node takes {self._delta_limit} of one "
-                "delta at once."
+                f"The request asks for {count} answers; this node runs at most "
+                f"{self._delta_limit} of one delta at once."
             )
         excess = self.admitted + count - self.limit
         if excess > 0:
@@ -60,7 +62,7 @@ class Admission:
         self._admitted[model_key] += count
 
     def leave(self, model_key: str, count: int = 1) -> None:
-        """So many sequences have ended."""
+        """Remove ended sequences."""
         self._admitted[model_key] -= count
         now = self._clock()
         self._ends.extend([now] * count)
@@ -71,8 +73,8 @@ class Admission:
             self._delta_ends.pop(model_key, None)
 
     def _seconds(self, ends: deque[float], excess: int) -> int:
-        """When `excess` more sequences will have ended; a second if nothing is known yet."""
+        """Estimated seconds until `excess` sequences have ended; 1 without an estimate."""
         if len(ends) < 2:
             return 1
-        each = (self._clock() - ends[0]) / (len(ends) - 1)
-        return min(max(math.ceil(excess * each), 1), LONGEST_SECONDS)
+        interval = (self._clock() - ends[0]) / (len(ends) - 1)
+        return min(max(math.ceil(excess * interval), 1), MAX_RETRY_SECONDS)

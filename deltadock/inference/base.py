@@ -1,4 +1,4 @@
-"""The base in memory and what runs on it: the engine, and the deltas in their slots."""
+"""A base in memory with its engine and its deltas."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -6,16 +6,15 @@ from pathlib import Path
 
 from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.artifacts.reader import Artifact
-from deltadock.inference.deltas.disk import DiskTier
-from deltadock.inference.deltas.hot_adapter import Favourite
+from deltadock.inference.deltas.hot_adapter import HotAdapterMerger
 from deltadock.inference.deltas.reading import (
-    ArtifactSource,
     HostDelta,
     merge_delta,
     place_delta,
     read_delta,
 )
 from deltadock.inference.deltas.store import DeltaStore
+from deltadock.inference.deltas.tiers import DiskTier
 from deltadock.inference.engine.engine import Engine
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.model.loading import load_base
@@ -27,7 +26,7 @@ from deltadock.settings import Settings
 
 
 class ServedBase:
-    """One base, loaded and running."""
+    """One base, loaded, with its engine running."""
 
     def __init__(
         self,
@@ -40,12 +39,12 @@ class ServedBase:
         metrics: Metrics,
         changed: Callable[[], None],
     ) -> None:
-        """Load it; `changed` is called whenever another delta is in a slot."""
+        """Load the base; `changed` is called whenever the slots' contents change."""
         self.digest = manifest.digest
         self.name = name
         self.max_sequences = settings.node_max_sequences
         self.users = 0
-        """Requests and merges that have not ended yet."""
+        """Requests and merges in progress; the base is not replaced meanwhile."""
         self._weights_digest = manifest.weights_digest
         self._files: Mapping[str, str] = read_tokenizer_files(folder)
         self._disk = disk
@@ -76,21 +75,20 @@ class ServedBase:
             metrics=metrics,
             changed=changed,
         )
-        self._favourite = Favourite(self, self.digest) if settings.node_merge else None
+        self._merger = (
+            HotAdapterMerger(self.digest, self.merge, lambda: self.deltas.merged)
+            if settings.node_merge
+            else None
+        )
         self.engine.start()
 
-    def served(self, weights: str, tokens: int) -> None:
-        """A request has ended that read and generated so many tokens; called in the event loop."""
-        if self._favourite is not None:
-            self._favourite.served(weights, tokens)
-
-    @property
-    def merged(self) -> str | None:
-        """The delta that has merged weights."""
-        return self.deltas.merged
+    def record_traffic(self, model_key: str, tokens: int) -> None:
+        """Count an ended request's tokens; called in the event loop."""
+        if self._merger is not None:
+            self._merger.record(model_key, tokens)
 
     async def merge(self, digest: str) -> None:
-        """Give a delta merged weights; the base stays meanwhile. Raises as `DeltaStore.merge`."""
+        """Merge a delta's weights, keeping the base meanwhile. Raises as `DeltaStore.merge`."""
         self.users += 1
         try:
             await self.deltas.merge(digest)
@@ -98,16 +96,15 @@ class ServedBase:
             self.users -= 1
 
     def stop_merging(self) -> None:
-        """Begin no more merges; called in the event loop."""
-        if self._favourite is not None:
-            self._favourite.stop()
+        """Start no more merges; called in the event loop."""
+        if self._merger is not None:
+            self._merger.stop()
 
     def close(self) -> None:
-        """End the engine; what still runs is cancelled."""
+        """Stop the engine; running sequences are cancelled."""
         self.engine.stop()
         self.deltas.close()
 
     def _read_delta(self, digest: str) -> HostDelta:
         with self._disk.open(digest) as path, Artifact(path) as artifact:
-            source = ArtifactSource(artifact)
-            return read_delta(source, self.model, self._weights_digest, self._files)
+            return read_delta(artifact, self.model, self._weights_digest, self._files)

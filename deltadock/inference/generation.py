@@ -9,36 +9,48 @@ from deltadock.inference.base import ServedBase
 from deltadock.inference.engine.sampler import SamplingParams, make_generator
 from deltadock.inference.engine.sequence import Event, Sequence
 from deltadock.inference.metrics import Metrics
-from deltadock.inference.prompts.tokenizer import TextStream
+from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
+from deltadock.model_target import ModelTarget
 
 
 class Generation:
-    """The answers to one request as they come. Belongs to the node's event loop."""
+    """The sequences of one request and their events. Belongs to the node's event loop."""
 
     def __init__(
         self,
         base: ServedBase,
-        artifact: str | None,
+        target: ModelTarget,
+        tokenizer: Tokenizer,
         metrics: Metrics,
-        ended: Callable[[int], None],
+        *,
+        on_finish: Callable[[], None],
+        started_at: float,
     ) -> None:
-        self._metrics = metrics
-        self._ended = ended
-        self._base = base
-        self._artifact = artifact
+        """Prepare a request.
+
+        Args:
+            base: the base, entered for this request.
+            target: the weights; a delta's slot is acquired for this request.
+            tokenizer: of these weights.
+            metrics: receives counts and latencies.
+            on_finish: called as each sequence ends.
+            started_at: when the request arrived, in monotonic seconds.
+        """
+        self.tokenizer = tokenizer
+        self.prompt_tokens = 0
+        self._base, self._target, self._metrics = base, target, metrics
+        self._on_finish = on_finish
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._sequences: list[Sequence] = []
-        self._open = 0
-        self._generated = 0
-        self._began = time.monotonic()
-        self._told_at: dict[int, float] = {}
-        """When each answer last had a token."""
-        self.tokenizer = base.tokenizer
-        self.prompt_tokens = 0
+        self._running = 0
+        self._generated_tokens = 0
+        self._started_at = started_at
+        self._last_token_at: dict[int, float] = {}
+        """Monotonic seconds of each sequence's last tokens."""
 
     def start(self, prompts: list[list[int]], n: int, sampling: SamplingParams, slot: int) -> None:
-        """Hand `n` sequences for each prompt to the engine; the answers are numbered in order."""
+        """Submit `n` sequences per prompt to the engine, numbered in order."""
         self.prompt_tokens = sum(map(len, prompts))
         self._metrics.prompt_tokens.inc(self.prompt_tokens)
         for prompt in prompts:
@@ -48,28 +60,28 @@ class Generation:
                         tokens=list(prompt),
                         sampling=sampling,
                         delta_slot=slot,
-                        model_key=self._artifact or self._base.digest,
+                        model_key=self._target.model_key,
                         eos_ids=self.tokenizer.eos_ids,
                         stream=TextStream(self.tokenizer, prompt, sampling.stop),
-                        emit=partial(self._relay, len(self._sequences)),
+                        emit=partial(self._emit, len(self._sequences)),
                         generator=make_generator(sampling, choice),
                     )
                 )
-        self._open = len(self._sequences)
+        self._running = len(self._sequences)
         for sequence in self._sequences:
             self._base.engine.submit(sequence)
 
     def cancel(self) -> None:
-        """End what still runs."""
-        if self._open:
+        """Cancel the sequences that still run."""
+        if self._running:
             for sequence in self._sequences:
                 self._base.engine.cancel(sequence)
 
     async def events(self) -> AsyncGenerator[tuple[int, Event]]:
-        """(answer's number, event) until every answer has ended; cancelled if left early.
+        """(sequence number, event) until all have ended; leaving early cancels the rest.
 
         Raises:
-            DeltadockError: one of the answers failed.
+            DeltadockError: a sequence failed.
         """
         unfinished = len(self._sequences)
         try:
@@ -82,34 +94,34 @@ class Generation:
         finally:
             self.cancel()
 
-    def _relay(self, index: int, event: Event) -> None:
-        """Called from the engine's thread."""
+    def _emit(self, index: int, event: Event) -> None:
+        """Pass an event on; called from the engine thread."""
         self._loop.call_soon_threadsafe(self._receive, index, event)
 
     def _receive(self, index: int, event: Event) -> None:
         if event.tokens:
-            self._observe(index, len(event.tokens))
+            self._observe_latency(index, len(event.tokens))
         self._metrics.generated_tokens.inc(len(event.tokens))
-        self._generated += len(event.tokens)
+        self._generated_tokens += len(event.tokens)
         self._events.put_nowait((index, event))
         if event.finish is not None:
             self._metrics.sequences.labels(event.finish).inc()
-            self._open -= 1
-            self._ended(1)
-            if self._open == 0:
-                self._leave()
+            self._running -= 1
+            self._on_finish()
+            if self._running == 0:
+                self._release()
 
-    def _observe(self, index: int, tokens: int) -> None:
-        now, before = time.monotonic(), self._told_at.get(index)
+    def _observe_latency(self, index: int, tokens: int) -> None:
+        now, before = time.monotonic(), self._last_token_at.get(index)
         if before is not None:
             self._metrics.inter_token_seconds.observe((now - before) / tokens)
-        elif not self._told_at:
-            self._metrics.first_token_seconds.observe(now - self._began)
-        self._told_at[index] = now
+        elif not self._last_token_at:
+            self._metrics.first_token_seconds.observe(now - self._started_at)
+        self._last_token_at[index] = now
 
-    def _leave(self) -> None:
-        if self._artifact is not None:
-            self._base.deltas.release(self._artifact)
-        weights = self._artifact or self._base.digest
-        self._base.served(weights, self.prompt_tokens + self._generated)
+    def _release(self) -> None:
+        if self._target.artifact_digest is not None:
+            self._base.deltas.release(self._target.artifact_digest)
+        tokens = self.prompt_tokens + self._generated_tokens
+        self._base.record_traffic(self._target.model_key, tokens)
         self._base.users -= 1

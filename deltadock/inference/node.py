@@ -1,8 +1,9 @@
-"""The node: admits requests, brings their base and delta in, and follows them to their end."""
+"""The node: admits requests, loads their base and delta, and starts their generation."""
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -12,23 +13,29 @@ from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
 from deltadock.errors import ModelNotFound, NotReady, Unavailable
 from deltadock.inference.admission import Admission
 from deltadock.inference.base import ServedBase
-from deltadock.inference.deltas.disk import DiskTier
-from deltadock.inference.deltas.store import Held
+from deltadock.inference.deltas.store import ResidentDelta
+from deltadock.inference.deltas.tiers import DiskTier
 from deltadock.inference.generation import Generation
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.prompts.chat import TemplateSandbox
 from deltadock.inference.registration import Registration
-from deltadock.inference.request import Prompt, Request, Target, encode, sampling_of
+from deltadock.inference.request import (
+    GenerationRequest,
+    encode,
+    prompts_of,
+    sampling_params,
+)
+from deltadock.model_target import ModelTarget
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import FileCache
 
-TOLD_DELTAS: Final = 500
-"""The api is told of so many at most; what is beyond lies on the slowest tier."""
+MAX_REPORTED_DELTAS: Final = 500
+"""Limit of a heartbeat; deltas beyond it are in the slowest tier."""
 
 
-class Node:
-    """Serves one base at a time, adopting the one that requests name unless it was given one."""
+class InferenceNode:
+    """Serves one base at a time: the configured one, else the one that requests name."""
 
     def __init__(self, settings: Settings, blobs: BlobStore) -> None:
         self.settings = settings
@@ -43,11 +50,11 @@ class Node:
         self._registration: Registration | None = None
         self.base: ServedBase | None = None
         self.draining = False
-        """Whether new requests are refused, because the node is about to stop."""
+        """Whether new requests are rejected, because the node is stopping."""
         self.metrics = Metrics()
 
     async def start(self) -> None:
-        """Load the base and the deltas that the node was given, if any.
+        """Load the configured base and deltas, if any.
 
         Raises:
             DeltadockError: one of them cannot be loaded.
@@ -58,22 +65,22 @@ class Node:
                 await self.base.deltas.load(digest)
 
     def register(self, url: str) -> None:
-        """Tell the api, if the settings name one, that the node is at `url`; until `stop`."""
+        """Register with the api, if one is configured, under `url`; until `stop`."""
         if self.settings.api_url is not None:
             self._registration = Registration(self.settings, url, self.state)
 
-    def _tell_soon(self) -> None:
+    def _notify_api(self) -> None:
         if self._registration is not None:
-            self._registration.changed()
+            self._registration.notify()
 
     async def drain(self) -> None:
-        """Take no new requests, and say so; what runs goes on."""
+        """Reject new requests and report it; running ones continue."""
         self.draining = True
         if self._registration is not None:
-            await self._registration.tell()
+            await self._registration.report()
 
     async def stop(self) -> None:
-        """End the engine; what still runs is cancelled."""
+        """Stop the engine; running requests are cancelled."""
         if self._registration is not None:
             await self._registration.close()
         if self.base is not None:
@@ -83,11 +90,11 @@ class Node:
 
     @property
     def ready(self) -> bool:
-        """Whether requests can be taken: the engine runs, or the first request will start it."""
+        """Whether requests are accepted: the engine runs, or the first request will start it."""
         return self.base is None or self.base.engine.alive
 
     def state(self) -> dict[str, Any]:
-        """What the api is told of the node."""
+        """The node's state as heartbeats report it."""
         base = self.base
         return {
             "base": None if base is None else base.digest,
@@ -96,92 +103,90 @@ class Node:
             "capacity": self._admission.limit,
             "admitted": self.admitted,
             "delta_slots": self.settings.node_max_deltas,
-            "deltas": [held._asdict() for held in self.held()[:TOLD_DELTAS]],
+            "deltas": [delta._asdict() for delta in self.held()[:MAX_REPORTED_DELTAS]],
         }
 
     @property
     def admitted(self) -> int:
-        """Sequences that wait or run."""
+        """Queued and running sequences."""
         return self._admission.admitted
 
-    def held(self) -> list[Held]:
-        """The deltas of the present base in every tier, fast tiers first."""
+    def held(self) -> list[ResidentDelta]:
+        """The current base's deltas in every tier, fast tiers first."""
         return [] if self.base is None else self.base.deltas.held()
 
-    def target(self, model: str) -> Target:
-        """What a request's `model` means to the node itself, which knows no names but its base's.
+    def target(self, model: str) -> ModelTarget:
+        """Resolve a request's `model` without headers: the base, or a delta by digest.
 
         Raises:
-            ModelNotFound: it is neither the base nor the digest of a delta that the node holds.
+            ModelNotFound: it is neither the base nor a delta that the node holds.
         """
         base = self.base
         if base is not None:
             if model in {base.name, base.digest}:
-                return Target(base.digest)
-            if any(held.digest == model for held in base.deltas.held()):
-                return Target(base.digest, model)
+                return ModelTarget(base.digest)
+            if any(delta.digest == model for delta in base.deltas.held()):
+                return ModelTarget(base.digest, model)
         raise ModelNotFound(
-            f"This node does not know the model {model!r}; GET /v1/models lists what it holds. "
-            "Weights that it is to fetch are named in the headers Deltadock-Base and "
-            "Deltadock-Artifact.",
+            f"This node does not know the model {model!r}; GET /v1/models lists its models. Name "
+            "other weights in the headers Deltadock-Base and Deltadock-Artifact.",
             param="model",
         )
 
-    async def generate(self, target: Target, request: Request) -> Generation:
-        """Begin to answer a request; load the base and the delta first where needed.
+    async def generate(self, target: ModelTarget, request: GenerationRequest) -> Generation:
+        """Start answering a request; loads the base and the delta first if needed.
 
         Raises:
             Overloaded: the node's queue, or the delta's, is full.
-            Unavailable: the node is busy with another base, or about to stop.
-            InvalidInput: a prompt is empty or too long, or more answers than the queue holds.
+            Unavailable: the node serves another base now, or is stopping.
+            InvalidInput: a prompt is empty or too long, or there are more answers than the limit.
             DeltadockError: whatever loading the base or the delta raised.
         """
         if self.draining:
             raise Unavailable("The node is stopping; send the request to another.")
-        prompts = request.prompts()
-        count = len(prompts) * request.answers
+        count = len(prompts_of(request)) * request.answers
         self._admission.enter(target.model_key, count)
         try:
-            return await self._begin(target, prompts, request)
+            return await self._start(target, request)
         except BaseException:
             self._admission.leave(target.model_key, count)
             raise
 
-    async def _begin(
-        self, target: Target, prompts: Sequence[Prompt], request: Request
-    ) -> Generation:
-        base = await self._enter(target.base)
-        with ExitStack() as undo:
-            undo.callback(_leave, base)
-            slot = 0
-            generation = Generation(
-                base,
-                target.artifact,
-                self.metrics,
-                partial(self._admission.leave, target.model_key),
-            )
-            if target.artifact is not None:
-                slot, delta = await base.deltas.acquire(target.artifact)
-                undo.callback(base.deltas.release, target.artifact)
-                generation.tokenizer = delta.tokenizer
-            tokenizer = generation.tokenizer
+    async def _start(self, target: ModelTarget, request: GenerationRequest) -> Generation:
+        started_at = time.monotonic()
+        base = await self._enter(target.base_digest)
+        with ExitStack() as on_error:
+            on_error.callback(_leave, base)
+            slot, tokenizer = 0, base.tokenizer
+            if target.artifact_digest is not None:
+                slot, delta = await base.deltas.acquire(target.artifact_digest)
+                on_error.callback(base.deltas.release, target.artifact_digest)
+                tokenizer = delta.tokenizer
             vocabulary = base.model.vocabulary(slot)
-            encoded = await asyncio.to_thread(
-                encode, prompts, tokenizer, self._templates, vocabulary
+            prompts = await asyncio.to_thread(
+                encode, prompts_of(request), tokenizer, self._templates, vocabulary
             )
             context = base.engine.context_tokens
-            sampling = sampling_of(request, tokenizer.defaults, encoded, context, vocabulary)
-            generation.start(encoded, request.answers, sampling, slot)
-            undo.pop_all()
+            sampling = sampling_params(request, tokenizer.defaults, prompts, context, vocabulary)
+            generation = Generation(
+                base,
+                target,
+                tokenizer,
+                self.metrics,
+                on_finish=partial(self._admission.leave, target.model_key),
+                started_at=started_at,
+            )
+            generation.start(prompts, request.answers, sampling, slot)
+            on_error.pop_all()
         self.metrics.requests.labels("ok").inc()
         return generation
 
     @asynccontextmanager
     async def using(self, digest: str | None) -> AsyncIterator[ServedBase]:
-        """The base `digest`, or without one the present base, which stays while the block runs.
+        """The base `digest`, or the current one if None, kept while the block runs.
 
         Raises:
-            NotReady: there is no base yet, and none is named.
+            NotReady: there is no base, and none is named.
             DeltadockError: whatever loading the base raised.
         """
         digest = digest or (None if self.base is None else self.base.digest)
@@ -194,9 +199,9 @@ class Node:
             _leave(base)
 
     async def _enter(self, digest: str) -> ServedBase:
-        """The base `digest`, which stays until `_leave`."""
+        """The base `digest`, kept until `_leave`."""
         while True:
-            # A client that goes away must not leave a base half adopted.
+            # A cancelled request must not interrupt the change of base.
             base = await asyncio.shield(asyncio.create_task(self._adopt(digest)))
             if base is self.base:
                 base.users += 1
@@ -208,14 +213,14 @@ class Node:
             if base is not None and base.digest == digest:
                 return base
             self._check_idle(digest)
-            # The new base is on disk and whole before the old one goes.
+            # The new base is on disk and verified before the old one is freed.
             folder, manifest = await asyncio.to_thread(self._files.checkpoint, digest)
             self._check_idle(digest)
             if base is not None:
                 self.base = None
                 await asyncio.to_thread(base.close)
                 del base
-                # Its parts refer to each other, and two bases may have no room.
+                # Its parts reference each other, and memory may not hold two bases.
                 await asyncio.to_thread(gc.collect)
             self.base = await asyncio.to_thread(self._serve, digest, manifest, folder)
             return self.base
@@ -240,7 +245,7 @@ class Node:
             disk=self._disk,
             settings=self.settings,
             metrics=self.metrics,
-            changed=self._tell_soon,
+            changed=self._notify_api,
         )
 
 

@@ -1,4 +1,4 @@
-"""Telling the api of this node: where it is, what it holds, how busy it is."""
+"""Registers the node with the api: heartbeats with its address, deltas and load."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -15,73 +15,73 @@ from deltadock.trust import credentials
 log = structlog.get_logger(__name__)
 
 MISSED_BEATS: Final = 5
-"""A node that was silent for so many heartbeats is gone."""
-QUICKEST_SECONDS: Final = 0.1
-"""Between two heartbeats, however fast things change."""
+"""The registration expires after this many missed heartbeats."""
+MIN_INTERVAL_SECONDS: Final = 0.1
+"""Minimum time between heartbeats, however often the state changes."""
 
 
 def _reason(error: httpx.HTTPError) -> str:
     if isinstance(error, httpx.HTTPStatusError):
-        answer = error.response
-        if answer.status_code == httpx.codes.UNAUTHORIZED:
+        response = error.response
+        if response.status_code == httpx.codes.UNAUTHORIZED:
             return "The api has another DELTADOCK_NODE_SECRET; start the node with the api's."
-        return f"The api answered {answer.status_code}: {answer.text[:500]}"
+        return f"The api answered {response.status_code}: {response.text[:500]}"
     return repr(error)
 
 
 class Registration:
-    """Heartbeats to the api until it is closed. Belongs to one event loop.
+    """Sends heartbeats to the api until closed. Belongs to one event loop.
 
-    An api that does not answer is no fault of the node's: it serves on, and tells again.
+    If the api does not answer, the node keeps serving and retries.
     """
 
     def __init__(
         self, settings: Settings, url: str, state: Callable[[], Mapping[str, Any]]
     ) -> None:
-        """`state` gives what the api is told of the node, besides where it is."""
+        """`state` returns what a heartbeat reports besides the node's address."""
         assert settings.api_url is not None
         self.id = new_id("node")
-        self._place = f"{settings.api_url.rstrip('/')}/v1/nodes/{self.id}"
-        self._every = settings.node_heartbeat_seconds
-        self._constant = {"url": url, "lives_seconds": self._every * MISSED_BEATS}
+        self._node_url = f"{settings.api_url.rstrip('/')}/v1/nodes/{self.id}"
+        self._interval = settings.node_heartbeat_seconds
+        self._address = {"url": url, "lives_seconds": self._interval * MISSED_BEATS}
         self._state = state
         self._changed = asyncio.Event()
-        self._known: bool | None = None
-        """Whether the api heard of us last time; None before the first."""
+        self._registered: bool | None = None
+        """Whether the last heartbeat succeeded; None before the first."""
         self._http = httpx.AsyncClient(
             headers=credentials(settings.node_secret), timeout=5.0, trust_env=False
         )
-        self._beating = asyncio.create_task(self._beat())
+        self._heartbeats = asyncio.create_task(self._send_heartbeats())
 
-    def changed(self) -> None:
-        """Tell the api soon: what the node holds is no longer what it was told."""
+    def notify(self) -> None:
+        """Send a heartbeat soon, since the state has changed."""
         self._changed.set()
 
-    async def tell(self) -> None:
-        """Tell the api now."""
+    async def report(self) -> None:
+        """Send a heartbeat now."""
         self._changed.clear()
         try:
-            answer = await self._http.put(self._place, json={**self._constant, **self._state()})
-            answer.raise_for_status()
+            response = await self._http.put(self._node_url, json={**self._address, **self._state()})
+            response.raise_for_status()
         except httpx.HTTPError as error:
-            if self._known is not False:
-                log.warning("not_registered", url=self._place, error=_reason(error))
-            self._known = False
+            if self._registered is not False:
+                log.warning("not_registered", url=self._node_url, error=_reason(error))
+            self._registered = False
         else:
-            if not self._known:
-                log.info("registered", url=self._place)
-            self._known = True
+            if not self._registered:
+                log.info("registered", url=self._node_url)
+            self._registered = True
 
-    async def _beat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
-            await self.tell()
-            await asyncio.sleep(QUICKEST_SECONDS)
+            await self.report()
+            await asyncio.sleep(MIN_INTERVAL_SECONDS)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._every - QUICKEST_SECONDS)
+                await asyncio.wait_for(self._changed.wait(), self._interval - MIN_INTERVAL_SECONDS)
 
     async def close(self) -> None:
-        """Leave: the api forgets the node at once."""
-        self._beating.cancel()
+        """Deregister and stop."""
+        self._heartbeats.cancel()
         with suppress(httpx.HTTPError):
-            await self._http.delete(self._place, timeout=2.0)
+            await self._http.delete(self._node_url, timeout=2.0)
         await self._http.aclose()

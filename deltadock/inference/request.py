@@ -1,43 +1,33 @@
-"""What is asked of the node: for which weights, which prompts, how."""
+"""From an OpenAI request to prompt tokens and sampling parameters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, TypeVar
 
 from deltadock.errors import ContextExceeded, InvalidInput
 from deltadock.inference.engine.sampler import SamplingParams
 from deltadock.inference.prompts.chat import Conversation, TemplateSandbox
-from deltadock.inference.prompts.generation_config import SamplingDefaults
-from deltadock.inference.prompts.tokenizer import Tokenizer
+from deltadock.inference.prompts.tokenizer import SamplingDefaults, Tokenizer
+from deltadock.openai.chat import ChatRequest
+from deltadock.openai.completions import CompletionRequest
 
+GenerationRequest = CompletionRequest | ChatRequest
 Prompt = str | Sequence[int] | Conversation
 
+COMPLETION_TOKENS: Final = 16
+"""OpenAI's default `max_tokens` of completions."""
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The weights that a request is for, by digest: a base, or one of its deltas."""
-
-    base: str
-    artifact: str | None = None
-
-    @property
-    def model_key(self) -> str:
-        """What is competed for and cached under."""
-        return self.artifact or self.base
+Number = TypeVar("Number", int, float)
 
 
-class Request(Protocol):
-    """What a route asks of the node."""
-
-    @property
-    def answers(self) -> int:
-        """How many to each prompt."""
-
-    def prompts(self) -> Sequence[Prompt]:
-        """What is to be continued or answered."""
-
-    def sampling(self, defaults: SamplingDefaults, room: int) -> SamplingParams:
-        """How; `room` is the number of tokens that the longest prompt leaves."""
+def prompts_of(request: GenerationRequest) -> Sequence[Prompt]:
+    """The request's prompts, as a list even if there is one."""
+    if isinstance(request, ChatRequest):
+        return [Conversation(tuple(message.plain() for message in request.messages))]
+    if isinstance(request.prompt, str):
+        return [request.prompt]
+    items: list[str | list[int] | int] = [*request.prompt]
+    tokens = [item for item in items if isinstance(item, int)]
+    return [tokens] if tokens else [item for item in items if not isinstance(item, int)]
 
 
 def encode(
@@ -46,7 +36,7 @@ def encode(
     """The prompts' tokens. Blocks: async code uses threads.
 
     Raises:
-        InvalidInput: a prompt is empty, or a token is not among the `vocabulary`.
+        InvalidInput: a prompt is empty, or a token is not in the `vocabulary`.
         UnsupportedModel: a conversation, and the model has no chat template.
     """
     encoded = [_tokens(prompt, tokenizer, templates) for prompt in prompts]
@@ -54,14 +44,14 @@ def encode(
         param = "messages" if isinstance(prompt, Conversation) else "prompt"
         if not tokens:
             raise InvalidInput(
-                "A prompt has no tokens, so there is nothing to go on from. Send at least one "
-                "character or token id.",
+                "A prompt has no tokens to continue from. Send at least one character or token id.",
                 param=param,
             )
         unknown = [token for token in tokens if not 0 <= token < vocabulary]
         if unknown:
             raise InvalidInput(
-                f"`{param}` holds the token id {unknown[0]}; the model has 0 to {vocabulary - 1}.",
+                f"`{param}` contains the token id {unknown[0]}; the model has 0 to "
+                f"{vocabulary - 1}.",
                 param=param,
             )
     return encoded
@@ -74,28 +64,27 @@ def _tokens(prompt: Prompt, tokenizer: Tokenizer, templates: TemplateSandbox) ->
     return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
 
-def sampling_of(
-    request: Request,
+def sampling_params(
+    request: GenerationRequest,
     defaults: SamplingDefaults,
-    encoded: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     context: int,
     vocabulary: int,
 ) -> SamplingParams:
-    """How the prompts are continued within a context of so many tokens.
+    """Sampling parameters of the encoded prompts, within a context of `context` tokens.
 
     Raises:
-        ContextExceeded: a prompt and its answer do not fit.
-        InvalidInput: a bias is none of the `vocabulary`'s.
+        ContextExceeded: a prompt and its answer do not fit the context.
+        InvalidInput: a bias is for a token that is not in the `vocabulary`.
     """
-    longest = max(map(len, encoded))
+    longest = max(map(len, prompts))
     if longest >= context:
-        chat = any(isinstance(prompt, Conversation) for prompt in request.prompts())
         raise ContextExceeded(
             f"The prompt has {longest} tokens; together with its answer it must fit the context of "
             f"{context} tokens. Shorten it.",
-            param="messages" if chat else "prompt",
+            param="messages" if isinstance(request, ChatRequest) else "prompt",
         )
-    sampling = request.sampling(defaults, context - longest)
+    sampling = requested_sampling(request, defaults, context - longest)
     if longest + sampling.max_tokens > context:
         raise ContextExceeded(
             f"The prompt's {longest} tokens and max_tokens {sampling.max_tokens} exceed the "
@@ -109,3 +98,39 @@ def sampling_of(
             param="logit_bias",
         )
     return sampling
+
+
+def requested_sampling(
+    request: GenerationRequest, defaults: SamplingDefaults, room: int
+) -> SamplingParams:
+    """The request's sampling parameters; unset ones are the model's `defaults`.
+
+    `room` is the number of tokens that the longest prompt leaves. Without a limit, an answer to a
+    conversation may fill it, and a completion has OpenAI's 16 tokens.
+    """
+    logprobs: int | None
+    if isinstance(request, ChatRequest):
+        max_tokens = request.max_completion_tokens or request.max_tokens or room
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    else:
+        max_tokens = request.max_tokens or min(COMPLETION_TOKENS, room)
+        logprobs = request.logprobs
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=_or_default(request.temperature, defaults.temperature),
+        top_p=_or_default(request.top_p, defaults.top_p),
+        top_k=max(_or_default(request.top_k, defaults.top_k), 0),
+        min_p=_or_default(request.min_p, defaults.min_p),
+        repetition_penalty=_or_default(request.repetition_penalty, defaults.repetition_penalty),
+        frequency_penalty=request.frequency_penalty or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
+        seed=request.seed,
+        stop=tuple(text for text in stop if text),
+        logprobs=logprobs,
+    )
+
+
+def _or_default(value: Number | None, default: Number) -> Number:
+    return default if value is None else value

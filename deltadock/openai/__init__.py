@@ -1,1 +1,1 @@
-"""OpenAI's requests and errors: the api and its nodes take and give them by the same rules."""
+"""OpenAI's requests, responses and errors, shared by the api and its nodes."""

@@ -1,4 +1,4 @@
-"""OpenAI's request for chat completions."""
+"""OpenAI's chat completions: request, response and stream."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,13 +12,21 @@ from pydantic import (
     model_validator,
 )
 
-from deltadock.openai.fields import Ignored, MaxTokens, SamplingFields, Unsupported, fault, told
+from deltadock.openai.fields import (
+    Ignored,
+    MaxTokens,
+    SamplingFields,
+    Unsupported,
+    Usage,
+    field_error,
+    reported_as,
+)
 
-Nothing = Annotated[list[Any], Field(max_length=0)]
+EmptyList = Annotated[list[Any], Field(max_length=0)]
 
 
 class TextPart(BaseModel):
-    """A part of a message; only text can be served."""
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: str
@@ -28,19 +36,21 @@ def _check_parts(content: Any) -> Any:
     if isinstance(content, list) and any(
         isinstance(part, dict) and part.get("type", "text") != "text" for part in content
     ):
-        raise fault("holds a part that is not text, which is not supported yet; send text alone.")
+        raise field_error(
+            "contains a part that is not text, which is not supported yet; send text only."
+        )
     return content
 
 
 Content = Annotated[
     str | list[TextPart],
-    told("must be a text, or a list of parts of the type text."),
+    reported_as("must be a string, or a list of parts of type text."),
     BeforeValidator(_check_parts),
 ]
 
 
 class Message(BaseModel):
-    """One turn of a conversation. Parts of text are joined by line breaks."""
+    """One turn of a conversation. Text parts are joined by line breaks."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -50,24 +60,26 @@ class Message(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _knows_all_fields(cls, message: Any) -> Any:
-        """Refuse what a template would need and no node passes on; clients send much as null."""
+    def _forbid_unknown_fields(cls, message: Any) -> Any:
+        """Reject fields that no template would receive, unless empty: clients send many as null."""
         for name, value in message.items() if isinstance(message, dict) else ():
             if value and name not in cls.model_fields:
-                raise fault("is not supported yet; send `role` and `content` alone.", field=name)
+                raise field_error(
+                    "is not supported yet; send only `role` and `content`.", field=name
+                )
         return message
 
     def plain(self) -> dict[str, str]:
-        """What a chat template reads."""
+        """The message as chat templates read it."""
         content = self.content
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": content, **named}
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": content, **name}
 
 
 class TextFormat(BaseModel):
-    """The form of an answer: text."""
+    """The response format: plain text."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -75,7 +87,19 @@ class TextFormat(BaseModel):
 
 
 class ChatRequest(SamplingFields):
-    """A request for /v1/chat/completions; without a limit an answer may fill the context."""
+    """A request to /v1/chat/completions; without a limit an answer may fill the context."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "dlt_k7wq2mzv5c3xj6nhy4tbr2dfsa",
+                    "messages": [{"role": "user", "content": "What is 17 + 25?"}],
+                    "max_completion_tokens": 8,
+                }
+            ]
+        }
+    )
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_tokens: MaxTokens | None = None
@@ -86,9 +110,9 @@ class ChatRequest(SamplingFields):
     modalities: Unsupported[Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)]] = (
         None
     )
-    tools: Unsupported[Nothing] = None
+    tools: Unsupported[EmptyList] = None
     tool_choice: Unsupported[Literal["none", "auto"]] = None
-    functions: Unsupported[Nothing] = None
+    functions: Unsupported[EmptyList] = None
     function_call: Unsupported[Literal["none", "auto"]] = None
     verbosity: Unsupported[Literal["medium"]] = None
     reasoning_effort: Unsupported[None] = None
@@ -102,5 +126,79 @@ class ChatRequest(SamplingFields):
     @classmethod
     def _only_with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and not info.data.get("logprobs"):
-            raise fault("needs `logprobs`: true; send both or neither.")
+            raise field_error("needs `logprobs`: true; send both or neither.")
         return value
+
+
+class TokenLogprob(BaseModel):
+    """A token and its log-probability (nats); `bytes` is null if it is not valid UTF-8."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ContentLogprob(TokenLogprob):
+    """A generated token with its most likely alternatives."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of the tokens of one choice."""
+
+    content: list[ContentLogprob]
+
+
+class AssistantMessage(BaseModel):
+    """The model's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None
+
+
+class ChatCompletion(BaseModel):
+    """A chat completion."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class MessageDelta(BaseModel):
+    """What a chunk adds to the model's turn."""
+
+    role: Literal["assistant"] | None = None
+    content: str = ""
+
+
+class ChatChunkChoice(BaseModel):
+    """A part of one answer."""
+
+    index: int
+    delta: MessageDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatChunk(BaseModel):
+    """One chunk of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None

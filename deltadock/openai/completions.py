@@ -1,38 +1,42 @@
-"""OpenAI's request for completions."""
+"""OpenAI's completions: request and response."""
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from deltadock.openai.fields import MaxTokens, SamplingFields, Unsupported, fault
+from deltadock.openai.fields import MaxTokens, SamplingFields, Unsupported, Usage, field_error
 
 MAX_PROMPTS: Final = 64
-FORMS: Final = "send a text, a list of texts, a list of token ids, or a list of such lists."
+PROMPT_TYPES: Final = (
+    "send a string, a list of strings, a list of token ids, or a list of such lists."
+)
 
 
 def _check_prompt(prompt: Any) -> Any:
-    """Say what is wrong with a prompt, which four kinds of errors at once would not."""
+    """Report one error instead of one for each of the four accepted types."""
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list):
-        raise fault(f"is no prompt; {FORMS}")
+        raise field_error(f"is not a prompt; {PROMPT_TYPES}")
     if not prompt:
-        raise fault("is an empty list; send a text or at least one token id.")
-    kinds = {_kind(part) for part in prompt}
-    if kinds == {"token"}:
+        raise field_error("is an empty list; send a string or at least one token id.")
+    types = {_type(item) for item in prompt}
+    if types == {"token"}:
         return prompt
-    if kinds not in ({"text"}, {"tokens"}):
-        raise fault(f"holds parts of mixed or unknown kinds; {FORMS}")
+    if types not in ({"string"}, {"tokens"}):
+        raise field_error(f"contains items of mixed or unknown types; {PROMPT_TYPES}")
     if [] in prompt:
-        raise fault("holds an empty list; send at least one token id in each.")
+        raise field_error("contains an empty list; send at least one token id in each.")
     if len(prompt) > MAX_PROMPTS:
-        raise fault(f"holds {len(prompt)} prompts; send at most {MAX_PROMPTS} in one request.")
+        raise field_error(
+            f"contains {len(prompt)} prompts; send at most {MAX_PROMPTS} in one request."
+        )
     return prompt
 
 
-def _kind(part: Any) -> str:
+def _type(part: Any) -> str:
     if isinstance(part, str):
-        return "text"
+        return "string"
     if isinstance(part, list):
         return "tokens" if all(map(_is_token, part)) else "other"
     return "token" if _is_token(part) else "other"
@@ -50,7 +54,19 @@ Prompt = Annotated[
 
 
 class CompletionRequest(SamplingFields):
-    """A request for /v1/completions; `max_tokens` is 16 unless asked otherwise."""
+    """A request to /v1/completions; `max_tokens` defaults to 16."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "dlt_k7wq2mzv5c3xj6nhy4tbr2dfsa",
+                    "prompt": "17 + 25 =",
+                    "max_tokens": 8,
+                }
+            ]
+        }
+    )
 
     prompt: Prompt
     max_tokens: MaxTokens | None = None
@@ -58,3 +74,32 @@ class CompletionRequest(SamplingFields):
     echo: Unsupported[Literal[False]] = None
     suffix: Unsupported[Literal[""]] = None
     best_of: Unsupported[Literal[1]] = None
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities (nats) of the tokens of one choice."""
+
+    tokens: list[str] = []
+    token_logprobs: list[float] = []
+    top_logprobs: list[dict[str, float]] = []
+    text_offset: list[int] = []
+
+
+class CompletionChoice(BaseModel):
+    """One answer, or a part of one in a stream."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class Completion(BaseModel):
+    """A completion, or one chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None

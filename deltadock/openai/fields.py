@@ -1,4 +1,4 @@
-"""Fields of OpenAI's requests with their bounds, and what both kinds of requests share."""
+"""Fields of OpenAI's requests with their bounds, and what completions and chat share."""
 
 from typing import Annotated, Any, Final, TypeVar
 
@@ -12,34 +12,41 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-FAULT: Final = "fault"
-"""The type of a validation error whose message goes on where the field's name ends."""
+FIELD_ERROR: Final = "field_error"
+"""Type of a validation error whose message continues a sentence that begins with the field."""
 
 
-def fault(message: str, **context: str) -> PydanticCustomError:
-    """A validation error that reads: the field's name, a space, `message`."""
-    return PydanticCustomError(FAULT, message, context)
+def field_error(message: str, **context: str) -> PydanticCustomError:
+    """A validation error reported as: the field's name, a space, `message`."""
+    return PydanticCustomError(FIELD_ERROR, message, context)
 
 
-def told(message: str) -> WrapValidator:
-    """Whatever is wrong with a field, in one message instead of one for each form it may have."""
+def reported_as(message: str) -> WrapValidator:
+    """Report any error of a field as one message instead of one per accepted type."""
 
-    def explain(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
-            return check(value)
+            return handler(value)
         except ValidationError as error:
-            raise fault(message) from error
+            raise field_error(message) from error
 
-    return WrapValidator(explain)
+    return WrapValidator(validate)
 
 
 Value = TypeVar("Value")
-Unsupported = Annotated[Value | None, told("is not supported yet; leave it out.")]
-"""A field that is taken only with null or values that turn it off."""
+Unsupported = Annotated[Value | None, reported_as("is not supported yet; leave it out.")]
+"""A field that is accepted only with null or values that disable it."""
 Ignored = Any
-"""A field that changes no answer: it is for OpenAI's bills, caches, records and speed."""
+"""A field without effect on the answer: billing, caching, storage or speed at OpenAI."""
 
-ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+ModelName = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=256,
+        description="A delta's id, project/model, project/model:version, or a base's name or id.",
+    ),
+]
 MaxTokens = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -48,26 +55,27 @@ TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 LogitBias = Annotated[
     Annotated[dict[TokenId, Bias], Field(max_length=300)],
-    told("must map at most 300 token ids in decimal digits to numbers from -100 to 100."),
+    reported_as("must map at most 300 token ids in decimal digits to numbers from -100 to 100."),
 ]
-"""Each is added at every token, while all others wait."""
+"""Limited in number, since biases are added at every token while other sequences wait."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[
-    str | Annotated[list[str], Field(max_length=16)], told("must be a text, or at most 16 of them.")
+    str | Annotated[list[str], Field(max_length=16)],
+    reported_as("must be a string, or a list of at most 16 strings."),
 ]
 
 
 class StreamOptions(BaseModel):
-    """What a stream holds besides text."""
+    """What a stream contains besides text."""
 
     include_usage: bool | None = None
 
 
 class SamplingFields(BaseModel):
-    """What both kinds of requests take. An unknown field is an error, not a silently lost wish.
+    """Fields that completions and chat completions share. Unknown fields are errors.
 
-    Where a request is silent, the model's own generation config decides. `top_k`, `min_p` and
-    `repetition_penalty` go beyond OpenAI's, with the meaning that they have in vLLM.
+    Unset fields take the values of the model's generation config. `top_k`, `min_p` and
+    `repetition_penalty` extend OpenAI's request, with vLLM's meaning.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -97,5 +105,13 @@ class SamplingFields(BaseModel):
 
     @property
     def answers(self) -> int:
-        """How many answers to each prompt are asked for."""
+        """Number of answers per prompt."""
         return self.n or 1
+
+
+class Usage(BaseModel):
+    """Prompt and generated tokens."""
+
+    prompt_tokens: int = Field(examples=[5])
+    completion_tokens: int = Field(examples=[3])
+    total_tokens: int = Field(examples=[8])

@@ -1,4 +1,4 @@
-"""Generating: the right weights are asked for, and answers come through as they are."""
+"""Generation routes: model resolution, forwarding and errors."""
 
 import threading
 from typing import Any
@@ -70,7 +70,7 @@ def test_a_client_cannot_choose_weights_by_header(
     assert "cookie" not in received
 
 
-def test_the_body_goes_through_as_it_is(api: Api, node: StandInNode, ready: Ready) -> None:
+def test_the_body_is_forwarded_unchanged(api: Api, node: StandInNode, ready: Ready) -> None:
     body = {
         "model": "tiny", "prompt": [1, 2], "top_k": 5, "stop": ["a"], "temperature": 0,
         "logit_bias": {"7": -1.5}, "repetition_penalty": 1.1, "store": False, "n": None,
@@ -119,7 +119,9 @@ def test_malformed_requests_are_400_as_at_openai(
     "extra",
     ['"min_p": NaN', '"user": "\\ud800"', '"n": -Infinity', '"\\ud800": 1'],
 )
-def test_what_json_cannot_carry(api: Api, node: StandInNode, ready: Ready, extra: str) -> None:
+def test_values_that_are_not_json_are_refused(
+    api: Api, node: StandInNode, ready: Ready, extra: str
+) -> None:
     headers = {"Content-Type": "application/json"}
     body = f'{{"model": "tiny", "prompt": "x", {extra}}}'
     answer = api.client.post("/v1/completions", content=body, headers=headers)
@@ -131,7 +133,9 @@ def test_what_json_cannot_carry(api: Api, node: StandInNode, ready: Ready, extra
     assert node.requests == []
 
 
-def test_conversations_go_the_same_way(api: Api, node: StandInNode, ready: Ready) -> None:
+def test_chat_requests_are_forwarded_like_completions(
+    api: Api, node: StandInNode, ready: Ready
+) -> None:
     delta, artifact, base = ready
     messages = [{"role": "user", "content": "17 + 25 =", "name": "Ada"}]
     body = {"model": delta["id"], "messages": messages, "max_completion_tokens": 3, "top_k": 2}
@@ -190,7 +194,7 @@ def test_generating_by_url(api: Api, node: StandInNode, ready: Ready) -> None:
     assert "deltadock-artifact" not in node.requests[-1]["headers"]
 
 
-def test_generating_wants_what_exists_and_is_ready(api: Api) -> None:
+def test_generate_needs_an_existing_ready_model(api: Api) -> None:
     delta = api.delta()
     for url, status, code in (
         (f"/v1/deltas/{delta['id']}/generate", 409, "not_ready"),
@@ -215,7 +219,7 @@ def test_generating_wants_what_exists_and_is_ready(api: Api) -> None:
         (500, "internal_error", 503, "unavailable"),
     ],
 )
-def test_the_nodes_refusals(
+def test_errors_of_the_node(
     api: Api,
     node: StandInNode,
     ready: Ready,
@@ -233,13 +237,15 @@ def test_the_nodes_refusals(
     assert passed.headers["retry-after"] == "7"
 
 
-def test_a_node_that_speaks_no_json(api: Api, node: StandInNode, ready: Ready) -> None:
+def test_a_response_that_is_not_json(api: Api, node: StandInNode, ready: Ready) -> None:
     node.answer = Response("<html>", media_type="text/html")
     answer = api.client.post("/v1/bases/tiny/generate", json={"prompt": "x"})
     assert answer.json()["code"] == "unavailable"
 
 
-def test_a_client_that_goes_away_stops_the_node(api: Api, node: StandInNode, ready: Ready) -> None:
+def test_a_client_disconnect_cancels_the_request_at_the_node(
+    api: Api, node: StandInNode, ready: Ready
+) -> None:
     node.gate = threading.Event()
     with pytest.raises(httpx.ReadTimeout):
         api.client.post(
@@ -264,7 +270,7 @@ class TestNodeDown:
         assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
         assert "deltadock node" in answer.json()["detail"], "the dead one is not asked again"
 
-    def test_the_api_is_ready_nevertheless(self, api: Api, ready: Ready) -> None:
+    def test_the_api_stays_ready(self, api: Api, ready: Ready) -> None:
         assert api.client.get("/readyz").json()["checks"]["node"] == "ok", "it told so"
         api.client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
         answer = api.client.get("/readyz")

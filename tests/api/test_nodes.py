@@ -11,8 +11,8 @@ from pydantic import SecretStr
 from starlette.responses import JSONResponse
 
 from deltadock.api.fleet import NodeView, rank
-from deltadock.api.generation.target import Target
 from deltadock.errors import Unauthorized
+from deltadock.model_target import ModelTarget
 from deltadock.trust import check_trusted, credentials
 from tests.api.support import Api, StandInNode, serving
 
@@ -53,12 +53,12 @@ def test_the_order_in_which_nodes_are_asked(
     nodes: list[NodeView], sent: dict[str, int], expected: list[str]
 ) -> None:
     for order in (nodes, nodes[::-1]):
-        assert [node.id for node in rank(order, Target(BASE, ARTIFACT), sent)] == expected
+        assert [node.id for node in rank(order, ModelTarget(BASE, ARTIFACT), sent)] == expected
 
 
 def test_the_bare_base_goes_where_least_is_done() -> None:
     nodes = [view("slot", tiers={ARTIFACT: "device"}, admitted=2), view("idle")]
-    assert [node.id for node in rank(nodes, Target(BASE, None), {})] == ["idle", "slot"]
+    assert [node.id for node in rank(nodes, ModelTarget(BASE, None), {})] == ["idle", "slot"]
 
 
 def test_who_is_trusted() -> None:

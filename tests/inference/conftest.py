@@ -76,7 +76,7 @@ def _make_model(family: str, seed: int = 0, **settings: Any) -> Any:
 
 
 def _generate(model: Any, prompt: list[int], count: int) -> list[int]:
-    """What transformers' own greedy `generate` appends to `prompt`."""
+    """The tokens that transformers' greedy `generate` appends to `prompt`."""
     tokens = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(
@@ -127,7 +127,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable[...
 
 @dataclass
 class Outcome:
-    """Everything a sequence told."""
+    """A sequence and its events."""
 
     sequence: Sequence
     events: list[Event] = field(default_factory=list)
@@ -146,7 +146,7 @@ class Outcome:
 
 
 class Bench:
-    """An engine with a model, to which tests hand sequences."""
+    """An engine with a model, for tests to submit sequences to."""
 
     def __init__(self, model: BaseModel, tokenizer: Tokenizer, **limits: int) -> None:
         self.model = model
@@ -154,15 +154,15 @@ class Bench:
         self.engine = Engine(
             model, **{"max_sequences": 4, "context_tokens": 64, "pass_tokens": 16, **limits}
         )
-        self._told: queue.SimpleQueue[tuple[Outcome, Event]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[Outcome, Event]] = queue.SimpleQueue()
         self.engine.start()
 
     def install(self, slot: int, changes: Mapping[str, TensorDelta]) -> None:
-        """Give a slot its changes as they would come from an artifact."""
+        """Prepare and install deltas in a slot."""
         self.model.install(slot, self.model.prepare(changes))
 
     def submit(self, prompt: list[int], slot: int = 0, choice: int = 0, **how: Any) -> Outcome:
-        """Start a sequence, greedy unless told otherwise."""
+        """Submit a sequence, greedy by default."""
         sampling = SamplingParams(**{"max_tokens": 12, "temperature": 0.0, **how})
         outcome = Outcome(
             Sequence(
@@ -172,7 +172,7 @@ class Bench:
                 model_key=f"digest-{slot}",
                 eos_ids=self.tokenizer.eos_ids,
                 stream=TextStream(self.tokenizer, prompt, sampling.stop),
-                emit=lambda event: self._told.put((outcome, event)),
+                emit=lambda event: self._events.put((outcome, event)),
                 generator=make_generator(sampling, choice),
             )
         )
@@ -181,7 +181,7 @@ class Bench:
 
     def step(self) -> Outcome:
         """Wait for the next event of any sequence."""
-        outcome, event = self._told.get(timeout=30)
+        outcome, event = self._events.get(timeout=30)
         outcome.events.append(event)
         return outcome
 
@@ -191,7 +191,7 @@ class Bench:
             self.step()
 
     def run(self, prompt: list[int], slot: int = 0, **how: Any) -> Outcome:
-        """One sequence alone, to its end."""
+        """Run one sequence to its end."""
         outcome = self.submit(prompt, slot, **how)
         self.finish(outcome)
         return outcome
@@ -202,7 +202,7 @@ BenchMaker = Callable[..., Bench]
 
 @pytest.fixture
 def make_bench(tmp_path: Path, tokenizer: Tokenizer, tokenizer_json: str) -> Iterator[BenchMaker]:
-    """Build a Bench from a model of transformers', through a checkpoint folder."""
+    """`make_bench(model)`: a Bench with a transformers model, loaded from a checkpoint folder."""
     benches: list[Bench] = []
 
     def make(reference: Any, *, eos: int | None = None, **limits: int) -> Bench:

@@ -1,4 +1,4 @@
-"""Random deltas, and the fine-tuned models that they stand for."""
+"""Random deltas and their merged models."""
 
 import copy
 from typing import Any
@@ -9,7 +9,7 @@ from deltadock.inference.model.weight_deltas import LowRank, NewRows, TensorDelt
 
 
 def merge(base: Any, changes: dict[str, TensorDelta]) -> Any:
-    """The fine-tuned model that a delta stands for."""
+    """The base with a delta merged into it."""
     model = copy.deepcopy(base)
     added = {len(change.added) for change in changes.values() if isinstance(change, NewRows)}
     for count in added:
@@ -31,7 +31,7 @@ def merge(base: Any, changes: dict[str, TensorDelta]) -> Any:
 def make_delta(
     model: Any, seed: int, *, low_rank: bool = True, added: int = 0
 ) -> dict[str, TensorDelta]:
-    """Changes of every kind of tensor that the model has: factors of matrices, the rest exactly.
+    """Deltas of all tensors of the model: low-rank for matrices, replacements for the rest.
 
     The rows of `added` tokens are larger than the others, so that answers are full of them.
     """

@@ -1,4 +1,4 @@
-"""Scheduling without a model: sequences, and passes that only pretend to compute."""
+"""Scheduling without a model: sequences and simulated passes."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def make_sequence(
     model_key: str | None = None,
     **how: Any,
 ) -> Sequence:
-    """A prompt, or one of so many tokens that is like no other's."""
+    """A sequence with this prompt, or a unique one of this length."""
     tokens = prompt if isinstance(prompt, list) else [make_sequence.number + 300] * prompt
     make_sequence.number += 1
     return Sequence(
@@ -41,13 +41,13 @@ make_sequence.number = 0
 
 
 def run_pass(scheduler: Scheduler, token: int = 2) -> list[ScheduledChunk]:
-    """Plan a pass and pretend that it was computed and every finished prompt got a token."""
-    work = scheduler.plan()
+    """Schedule a pass and simulate it: every chunk that samples gets `token`."""
+    work = scheduler.schedule()
     for item in work:
         samples = item.samples
         scheduler.computed(item)
         if samples:
-            scheduler.drawn(item.sequence)
+            scheduler.sampled(item.sequence)
             item.sequence.tokens.append(token)
             if item.sequence.generated == item.sequence.sampling.max_tokens:
                 assert scheduler.drop(item.sequence, keep=True)

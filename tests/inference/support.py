@@ -1,4 +1,4 @@
-"""A store with bases and deltas, and nodes on real sockets to serve them."""
+"""A blob store with bases and deltas, and nodes on real sockets."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ from deltadock.artifacts.encodings import (
 )
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.writer import write_artifact
-from deltadock.inference.node import Node
+from deltadock.inference.node import InferenceNode
 from deltadock.inference.server import create_app
 from deltadock.settings import Settings
 from deltadock.storage.blobs.local import LocalBlobStore
@@ -51,7 +51,7 @@ def write_delta(
     added: Mapping[str, Any] = MappingProxyType({}),
     **files: str | None,
 ) -> Path:
-    """An artifact of every kind: matrices low-rank, the embedding by rows, the norm exactly.
+    """An artifact with several encodings: matrices svd, the embedding rows, the norm exact.
 
     `added` maps names of matrices to float32 rows that the base lacks.
     """
@@ -99,7 +99,7 @@ class Site:
 
 
 def make_site(home: Path, make_model: Any, save_checkpoint: Callable[..., Path]) -> Site:
-    """Two bases and three deltas, in a store of their own."""
+    """Two bases and three deltas in a new store."""
     blobs = LocalBlobStore(home / "blobs")
 
     def put(seed: int) -> tuple[Any, Path, CheckpointManifest]:
@@ -141,8 +141,8 @@ class RunningNode(uvicorn.Server):
         self._up.set()
 
     @property
-    def node(self) -> Node:
-        node: Node = self.app.state.node
+    def node(self) -> InferenceNode:
+        node: InferenceNode = self.app.state.node
         return node
 
     def __enter__(self) -> "RunningNode":
@@ -165,7 +165,7 @@ class RunningNode(uvicorn.Server):
 
 
 def hold(node: RunningNode) -> threading.Event:
-    """Keep the engine from doing anything until the event is set."""
+    """Block the engine until the event is set."""
     go_on, held = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -184,7 +184,7 @@ def start(site: Site, home: Path, **settings: Any) -> RunningNode:
 
 
 def expected_text(site: Site, artifact: str | None, generate: Any, count: int) -> str:
-    """transformers' own greedy answer to PROMPT as text, up to the end of sequence."""
+    """transformers' greedy answer to PROMPT as text, up to the end of sequence."""
     ids = json.loads((site.home / "base-0" / "tokenizer.json").read_text())["model"]["vocab"]
     pieces = {number: piece for piece, number in ids.items()}
     decoder = {ord(piece): byte for byte, piece in _byte_alphabet().items()}

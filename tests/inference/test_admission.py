@@ -1,11 +1,11 @@
-"""What a full node says, and when it says to come back."""
+"""Admission limits and Retry-After."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deltadock.errors import InvalidInput, Overloaded
-from deltadock.inference.admission import LONGEST_SECONDS, Admission
+from deltadock.inference.admission import MAX_RETRY_SECONDS, Admission
 
 
 class Clock:
@@ -22,7 +22,7 @@ def retry_after(admission: Admission, model_key: str, count: int = 1) -> object:
     return caught.value.details["retry_after"]
 
 
-def test_a_full_node_names_the_seconds_until_there_is_room() -> None:
+def test_retry_after_is_estimated_from_the_recent_throughput() -> None:
     clock = Clock()
     admission = Admission(8, 8, clock)
     admission.enter("a", 4)
@@ -36,7 +36,7 @@ def test_a_full_node_names_the_seconds_until_there_is_room() -> None:
     assert retry_after(admission, "c", 4) == 12
     clock.now += 20  # a slow one
     assert retry_after(admission, "c", 4) == 39
-    assert retry_after(admission, "c", 8) == LONGEST_SECONDS
+    assert retry_after(admission, "c", 8) == MAX_RETRY_SECONDS
 
 
 def test_one_delta_does_not_fill_the_queue() -> None:
@@ -47,12 +47,12 @@ def test_one_delta_does_not_fill_the_queue() -> None:
     admission.enter("b", 3)
     admission.leave("a", 2)
     admission.enter("a", 2)
-    with pytest.raises(InvalidInput, match="takes 3"):
+    with pytest.raises(InvalidInput, match="at most 3"):
         admission.enter("c", 4)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4), st.booleans()), max_size=40))
-def test_limits_hold_and_nothing_is_remembered_of_the_idle(
+def test_limits_hold_and_idle_keys_are_forgotten(
     moves: list[tuple[str, int, bool]],
 ) -> None:
     admission, inside = Admission(6, 4), dict.fromkeys("abc", 0)

@@ -1,4 +1,4 @@
-"""Three node processes behind one api: where requests go, and what happens when a node does."""
+"""Three node processes behind one api: routing and failover."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ class Fleet:
     nodes: dict[int, Child]
 
     def publish(self, name: str, artifact: str) -> str:
-        """Give a name its next version, as a worker would; its id."""
+        """Store a name's next version, as a worker would; returns its id."""
         with self.resources.database.session_scope() as session:
             base = BaseRepository(session).find("tiny")
             assert base is not None
@@ -68,7 +68,7 @@ class Fleet:
         return answer.choices[0].text
 
     def known(self) -> dict[int, dict[str, Any]]:
-        """What the api tells of each node, by port."""
+        """The api's view of each node, by port."""
         told = httpx.get(f"{self.url}/v1/nodes").json()["data"]
         return {int(node["url"].rpartition(":")[2]): node for node in told}
 
@@ -155,7 +155,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         {"max_tokens": 10_000},
     ],
 )
-def test_the_api_and_a_node_refuse_alike(fleet: Fleet, wrong: dict[str, Any]) -> None:
+def test_the_api_and_a_node_report_equal_errors(fleet: Fleet, wrong: dict[str, Any]) -> None:
     body = {"model": "tiny", "prompt": "a", **wrong}
     node = f"http://127.0.0.1:{next(iter(fleet.known()))}"
     headers = {"Authorization": f"Bearer {SECRET}", "Deltadock-Base": fleet.site.base}
@@ -175,7 +175,7 @@ def test_the_api_and_a_node_refuse_alike(fleet: Fleet, wrong: dict[str, Any]) ->
         ({"max_tokens": 10_000}, "context_length_exceeded"),
     ],
 )
-def test_generating_by_url_refuses_in_its_own_shape(
+def test_the_generate_routes_report_problems(
     fleet: Fleet, wrong: dict[str, Any], code: str
 ) -> None:
     answer = httpx.post(f"{fleet.url}/v1/bases/tiny/generate", json={"prompt": "a", **wrong})
@@ -183,7 +183,7 @@ def test_generating_by_url_refuses_in_its_own_shape(
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_fleet_loses_its_nodes_one_by_one_and_no_request(
+def test_no_request_is_lost_while_nodes_are_killed_one_by_one(
     fleet: Fleet, generate: Any, threads: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     site = fleet.site
@@ -268,7 +268,7 @@ def test_a_fleet_loses_its_nodes_one_by_one_and_no_request(
             client.completions.create(model="tiny", prompt="a")
 
 
-def test_the_api_and_the_nodes_keep_others_out(fleet: Fleet) -> None:
+def test_api_and_nodes_require_the_secret(fleet: Fleet) -> None:
     body = {"url": "http://127.0.0.1:1", "capacity": 1, "admitted": 0, "delta_slots": 1,
             "lives_seconds": 9}  # fmt: skip
     answer = httpx.put(f"{fleet.url}/v1/nodes/node_x", json=body)

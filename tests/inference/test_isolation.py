@@ -1,4 +1,4 @@
-"""What goes wrong with one delta stays with it: those beside it never notice."""
+"""Errors of one delta do not affect requests for others."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ def refused(node: RunningNode, base: str, artifact: str) -> openai.APIStatusErro
 
 @pytest.fixture
 def others(site: Site, node: RunningNode, generate: Any) -> Iterator[Callable[[], None]]:
-    """Answers on the base and a good delta, before, during and after whatever the test does."""
+    """Checks answers of the base and a good delta before, during and after the test."""
     wanted = {a: expected_text(site, a, generate, 24) for a in (None, site.artifacts[0])}
     answers: list[tuple[str | None, str]] = []
     enough = threading.Event()
@@ -91,10 +91,10 @@ TWO = np.ones((2, 32), np.float32)
     [
         ({EMBEDDING: TWO}, 266, "2 tokens to the embedding, but 0 to the head"),
         ({EMBEDDING: TWO, HEAD: TWO[:1]}, 266, "2 tokens to the embedding, but 1 to the head"),
-        ({EMBEDDING: TWO, HEAD: TWO}, 267, "says that there are 267 tokens"),
-        ({EMBEDDING: TWO, HEAD: TWO}, 264, "says that there are 264 tokens"),
-        ({}, 266, "says that there are 266 tokens"),
-        ({"model.layers.0.mlp.up_proj.weight": TWO}, 264, "not one for each token"),
+        ({EMBEDDING: TWO, HEAD: TWO}, 267, "states 267 tokens"),
+        ({EMBEDDING: TWO, HEAD: TWO}, 264, "states 264 tokens"),
+        ({}, 266, "states 266 tokens"),
+        ({"model.layers.0.mlp.up_proj.weight": TWO}, 264, "not have one row per token"),
     ],
 )
 def test_a_vocabulary_that_contradicts_itself_is_refused(
@@ -156,7 +156,7 @@ def test_a_delta_for_another_base_is_refused(
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 503, "unavailable"),
     ],
 )
-def test_a_load_that_fails_half_way_leaves_nothing_and_later_succeeds(
+def test_a_load_that_fails_halfway_is_cleaned_up_and_retried(
     site: Site,
     node: RunningNode,
     others: Callable[[], None],
@@ -189,7 +189,7 @@ def test_a_load_that_fails_half_way_leaves_nothing_and_later_succeeds(
     others()
 
 
-def test_a_slow_load_holds_nobody_up(
+def test_a_slow_load_does_not_block_other_requests(
     site: Site, node: RunningNode, others: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_end = threading.Event()
@@ -215,13 +215,13 @@ def test_a_slow_load_holds_nobody_up(
     assert loaded == [200]
 
 
-def test_a_base_that_breaks_is_told_and_given_up(site: Site, node: RunningNode) -> None:
+def test_a_broken_base_is_reported_and_released(site: Site, node: RunningNode) -> None:
     base_of(node).engine.stop()
     assert httpx.get(f"{node.url}/readyz").status_code == 503
     assert httpx.get(f"{node.url}/healthz").status_code == 200
 
 
-def test_a_draining_node_finishes_what_runs_and_takes_nothing_new(
+def test_a_draining_node_finishes_running_requests_and_rejects_new_ones(
     site: Site, node: RunningNode
 ) -> None:
     go_on = hold(node)

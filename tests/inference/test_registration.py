@@ -1,4 +1,4 @@
-"""A node tells the api of itself, whatever the api is doing."""
+"""Heartbeats, also while the api fails."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from tests.api.support import serving
 
 
 class Listener:
-    """Stands in for the api: answers with `status`, and remembers what it was told."""
+    """A fake api: responds with `status` and records the requests."""
 
     def __init__(self) -> None:
         self.status = 204
@@ -37,7 +37,7 @@ async def until(true: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
-def test_a_node_tells_again_and_again_and_leaves() -> None:
+def test_a_node_sends_heartbeats_and_deregisters() -> None:
     listener = Listener()
     load = {"admitted": 0}
 
@@ -50,9 +50,9 @@ def test_a_node_tells_again_and_again_and_leaves() -> None:
         await until(lambda: listener.told)
         listener.status = 204
         load["admitted"] = 3
-        node.changed()  # long before the next heartbeat
+        node.notify()  # long before the next heartbeat
         await until(lambda: len(listener.told) == 2)
-        await node.tell()
+        await node.report()
         await node.close()
 
     with serving(listener.app) as url:
@@ -64,13 +64,13 @@ def test_a_node_tells_again_and_again_and_leaves() -> None:
     assert {node for _, node, _ in listener.told} == {last[1]}
 
 
-def test_an_api_that_is_not_there_harms_nobody() -> None:
+def test_an_unreachable_api_does_not_stop_the_node() -> None:
     async def scenario() -> None:
         settings = Settings(api_url="http://127.0.0.1:1", node_heartbeat_seconds=0.2)
         node = Registration(settings, "http://node:8100", dict)
-        await node.tell()
+        await node.report()
         await asyncio.sleep(0.3)
-        assert not node._beating.done(), "it goes on trying"
+        assert not node._heartbeats.done(), "it keeps retrying"
         await node.close()
 
     asyncio.run(scenario())

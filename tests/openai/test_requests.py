@@ -1,4 +1,4 @@
-"""What OpenAI's client can send is taken, or refused by the field's name with what to do."""
+"""OpenAI's parameters are accepted or rejected with a message that names the field."""
 
 from collections.abc import Mapping
 from typing import Any, get_type_hints
@@ -10,18 +10,18 @@ from pydantic import ValidationError
 
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
-from deltadock.openai.errors import refusal
+from deltadock.openai.errors import validation_message
 from deltadock.openai.fields import SamplingFields
 
 COMPLETION: Mapping[str, Any] = {"model": "m", "prompt": "a"}
 CHAT: Mapping[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
-LISTS = "send a text, a list of texts, a list of token ids, or a list of such lists."
+LISTS = "send a string, a list of strings, a list of token ids, or a list of such lists."
 OFF = "is not supported yet; leave it out."
-UNKNOWN = "is not a field that is known here; leave it out."
+UNKNOWN = "is not a known field; leave it out."
 
 
 def nested(depth: int) -> list[Any]:
-    """A list in a list in a list."""
+    """A nested list."""
     found: list[Any] = [1]
     for _ in range(depth):
         found = [found]
@@ -29,10 +29,12 @@ def nested(depth: int) -> list[Any]:
 
 
 def refused(kind: type[SamplingFields], body: Any) -> tuple[str, str | None]:
-    """Message and param, as a route would answer."""
+    """Message and param of the error response."""
     with pytest.raises(ValidationError) as caught:
         kind.model_validate(body)
-    return refusal([{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()])
+    return validation_message(
+        [{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()]
+    )
 
 
 def test_every_parameter_of_openais_client_is_known() -> None:
@@ -43,7 +45,7 @@ def test_every_parameter_of_openais_client_is_known() -> None:
 
 
 @pytest.mark.parametrize(("kind", "body"), [(CompletionRequest, COMPLETION), (ChatRequest, CHAT)])
-def test_null_is_silence(kind: type[SamplingFields], body: Mapping[str, Any]) -> None:
+def test_null_equals_unset(kind: type[SamplingFields], body: Mapping[str, Any]) -> None:
     nulls = dict.fromkeys(kind.model_fields)
     request = kind.model_validate(nulls | dict(body))
     assert request.answers == 1
@@ -58,7 +60,7 @@ def test_null_is_silence(kind: type[SamplingFields], body: Mapping[str, Any]) ->
         {"user": "u", "seed": 1, "stream": False, "stream_options": {"include_usage": True}},
     ],
 )
-def test_values_that_change_nothing_are_taken_by_completions(values: dict[str, Any]) -> None:
+def test_disabling_values_are_accepted_by_completions(values: dict[str, Any]) -> None:
     CompletionRequest.model_validate({**COMPLETION, **values})
 
 
@@ -75,7 +77,7 @@ def test_values_that_change_nothing_are_taken_by_completions(values: dict[str, A
         {"top_logprobs": 0},
     ],
 )
-def test_values_that_change_nothing_are_taken_by_chat(values: dict[str, Any]) -> None:
+def test_disabling_values_are_accepted_by_chat(values: dict[str, Any]) -> None:
     ChatRequest.model_validate({**CHAT, **values})
 
 
@@ -93,23 +95,26 @@ def test_values_that_change_nothing_are_taken_by_chat(values: dict[str, Any]) ->
         ({"logit_bias": {"5": 101}}, "`logit_bias` must map at most 300"),
         ({"logit_bias": {"the": 1}}, "`logit_bias` must map at most 300"),
         ({"logit_bias": {str(n): 1 for n in range(301)}}, "`logit_bias` must map at most 300"),
-        ({"stop": ["a"] * 17}, "`stop` must be a text, or at most 16 of them."),
-        ({"stop": 1}, "`stop` must be a text, or at most 16 of them."),
+        ({"stop": ["a"] * 17}, "`stop` must be a string, or a list of at most 16 strings."),
+        ({"stop": 1}, "`stop` must be a string, or a list of at most 16 strings."),
         ({"min_p": float("nan")}, "`min_p`: "),
-        ({"prompt": []}, "`prompt` is an empty list; send a text or at least one token id."),
-        ({"prompt": [[1], []]}, "`prompt` holds an empty list; send at least one token id in each"),
-        ({"prompt": ["a", [1]]}, f"`prompt` holds parts of mixed or unknown kinds; {LISTS}"),
-        ({"prompt": [1, "a"]}, f"`prompt` holds parts of mixed or unknown kinds; {LISTS}"),
-        ({"prompt": [True]}, f"`prompt` holds parts of mixed or unknown kinds; {LISTS}"),
-        ({"prompt": [[1], [2.5]]}, f"`prompt` holds parts of mixed or unknown kinds; {LISTS}"),
-        ({"prompt": nested(900)}, f"`prompt` holds parts of mixed or unknown kinds; {LISTS}"),
-        ({"prompt": ["a"] * 65}, "`prompt` holds 65 prompts; send at most 64 in one request."),
-        ({"prompt": None}, f"`prompt` is no prompt; {LISTS}"),
-        ({"prompt": {"text": "a"}}, f"`prompt` is no prompt; {LISTS}"),
+        ({"prompt": []}, "`prompt` is an empty list; send a string or at least one token id."),
+        (
+            {"prompt": [[1], []]},
+            "`prompt` contains an empty list; send at least one token id in each",
+        ),
+        ({"prompt": ["a", [1]]}, f"`prompt` contains items of mixed or unknown types; {LISTS}"),
+        ({"prompt": [1, "a"]}, f"`prompt` contains items of mixed or unknown types; {LISTS}"),
+        ({"prompt": [True]}, f"`prompt` contains items of mixed or unknown types; {LISTS}"),
+        ({"prompt": [[1], [2.5]]}, f"`prompt` contains items of mixed or unknown types; {LISTS}"),
+        ({"prompt": nested(900)}, f"`prompt` contains items of mixed or unknown types; {LISTS}"),
+        ({"prompt": ["a"] * 65}, "`prompt` contains 65 prompts; send at most 64 in one request."),
+        ({"prompt": None}, f"`prompt` is not a prompt; {LISTS}"),
+        ({"prompt": {"text": "a"}}, f"`prompt` is not a prompt; {LISTS}"),
         ({"model": ""}, "`model`: "),
     ],
 )
-def test_completions_say_what_to_do(values: dict[str, Any], message: str) -> None:
+def test_completion_errors(values: dict[str, Any], message: str) -> None:
     told, param = refused(CompletionRequest, {**COMPLETION, **values})
     assert told.startswith(message)
     assert param == next(iter(values))
@@ -137,7 +142,7 @@ def test_completions_say_what_to_do(values: dict[str, Any], message: str) -> Non
         ({"messages": []}, "`messages`: "),
     ],
 )
-def test_chat_says_what_to_do(values: dict[str, Any], message: str) -> None:
+def test_chat_errors(values: dict[str, Any], message: str) -> None:
     told, param = refused(ChatRequest, {**CHAT, **values})
     assert told.startswith(message)
     assert param == next(iter(values))
@@ -147,48 +152,56 @@ def test_chat_says_what_to_do(values: dict[str, Any], message: str) -> None:
     ("message", "param", "told"),
     [
         ({"role": "user"}, "messages[1].content", "is missing; send it."),
-        ({"role": "user", "content": None}, "messages[1].content", "must be a text, or a list of"),
+        (
+            {"role": "user", "content": None},
+            "messages[1].content",
+            "must be a string, or a list of",
+        ),
         ({"role": "pilot", "content": "x"}, "messages[1].role", ""),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]},
             "messages[1].content",
-            "holds a part that is not text, which is not supported yet; send text alone.",
+            "contains a part that is not text, which is not supported yet; send text only.",
         ),
         (
             {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]},
             "messages[1].content",
-            "holds a part that is not text, which is not supported yet; send text alone.",
+            "contains a part that is not text, which is not supported yet; send text only.",
         ),
-        ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content", "must be a text,"),
+        (
+            {"role": "user", "content": [{"type": "text"}]},
+            "messages[1].content",
+            "must be a string,",
+        ),
         (
             {"role": "assistant", "content": "x", "tool_calls": [{}]},
             "messages[1].tool_calls",
-            "is not supported yet; send `role` and `content` alone.",
+            "is not supported yet; send only `role` and `content`.",
         ),
         (
             {"role": "assistant", "content": None, "tool_calls": [{}]},
             "messages[1].tool_calls",
-            "is not supported yet; send `role` and `content` alone.",
+            "is not supported yet; send only `role` and `content`.",
         ),
         ("x", "messages[1]", ""),
     ],
 )
-def test_a_message_that_cannot_be_read_is_pointed_at(message: Any, param: str, told: str) -> None:
+def test_message_errors_name_the_message(message: Any, param: str, told: str) -> None:
     body = {**CHAT, "messages": [*CHAT["messages"], message]}
     answer, where = refused(ChatRequest, body)
     assert where == param
     assert f"`{param}` {told}".rstrip() in answer.replace("`:", "` :")
 
 
-def test_a_clients_own_answer_can_be_sent_back() -> None:
+def test_an_answer_can_be_sent_back_as_a_message() -> None:
     turn = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "audio": None,
             "annotations": [], "function_call": None}  # fmt: skip
     request = ChatRequest.model_validate({**CHAT, "messages": [turn]})
     assert request.messages[0].plain() == {"role": "assistant", "content": "x"}
 
 
-def test_a_body_that_is_no_object() -> None:
+def test_a_body_that_is_not_an_object() -> None:
     assert refused(ChatRequest, [1])[1] is None
     assert refused(ChatRequest, [1])[0].startswith("The body must be a JSON object, sent as")
     missing = {"type": "missing", "loc": ("body",), "msg": "Field required"}
-    assert refusal([missing]) == ("The body is missing; send it.", None)
+    assert validation_message([missing]) == ("The body is missing; send it.", None)

@@ -1,1 +1,1 @@
-"""A delta's way from the store into a slot: disk, host memory, device."""
+"""Deltas in tiers: blob store, local disk, host memory, device slots."""

@@ -1,95 +1,94 @@
-"""The delta that takes most of the traffic runs on merged weights where it is alone in a pass."""
+"""Merges the hot adapter: the delta with most of the traffic, where it is alone in a pass."""
 
 import asyncio
 import logging
 import time
-from typing import Final, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Final
 
 from deltadock.errors import Conflict, DeltadockError
 
 logger = logging.getLogger(__name__)
 
 WINDOW_TOKENS: Final = 50_000
-"""Once so many tokens have been counted, all counts are halved."""
-LEAST_TOKENS: Final = 10_000
-"""Before so many there is no favourite."""
-SHARE: Final = 0.75
-"""Part of all tokens that a favourite has; below it, others are in most of its passes."""
-
-
-REST_SECONDS: Final = 600.0
-"""A merge that failed, for want of memory say, is not tried again before that."""
+"""When this many tokens have been counted, all counts are halved."""
+MIN_TOKENS: Final = 10_000
+"""Fewer counted tokens name no hot adapter."""
+HOT_FRACTION: Final = 0.75
+"""Fraction of all tokens that makes an adapter hot; below, most of its passes have other rows."""
+RETRY_SECONDS: Final = 600.0
+"""Time until a failed merge, for lack of memory for example, is retried."""
 
 
 class TrafficShares:
-    """Tokens by weights, the recent ones counting most."""
+    """Tokens per model key, weighted towards recent ones."""
 
     def __init__(self) -> None:
         self._tokens: dict[str, int] = {}
 
-    def add(self, weights: str, tokens: int) -> None:
-        """So many tokens, read or generated, have been computed."""
-        self._tokens[weights] = self._tokens.get(weights, 0) + tokens
+    def add(self, model_key: str, tokens: int) -> None:
+        """Count prompt and output tokens that have been computed."""
+        self._tokens[model_key] = self._tokens.get(model_key, 0) + tokens
         if sum(self._tokens.values()) > WINDOW_TOKENS:
-            halved = {name: count // 2 for name, count in self._tokens.items()}
-            self._tokens = {name: count for name, count in halved.items() if count}
+            halved = {key: count // 2 for key, count in self._tokens.items()}
+            self._tokens = {key: count for key, count in halved.items() if count}
 
     @property
-    def favourite(self) -> str | None:
-        """The weights with `SHARE` of the traffic, if any have."""
+    def hot(self) -> str | None:
+        """The model key with `HOT_FRACTION` of the traffic, if there is one."""
         total = sum(self._tokens.values())
         most = max(self._tokens, key=self._tokens.__getitem__, default=None)
-        if most is None or total < LEAST_TOKENS or self._tokens[most] < SHARE * total:
+        if most is None or total < MIN_TOKENS or self._tokens[most] < HOT_FRACTION * total:
             return None
         return most
 
 
-class Merges(Protocol):
-    """What can merge a delta; see `ServedBase`."""
+class HotAdapterMerger:
+    """Merges the hot adapter in the background. Belongs to one event loop."""
 
-    @property
-    def merged(self) -> str | None:
-        """The delta that has merged weights."""
+    def __init__(
+        self,
+        base: str,
+        merge: Callable[[str], Awaitable[None]],
+        merged: Callable[[], str | None],
+    ) -> None:
+        """Watch the traffic.
 
-    async def merge(self, digest: str) -> None:
-        """Give them to another."""
-
-
-class Favourite:
-    """Merges the favourite among deltas. Belongs to one event loop."""
-
-    def __init__(self, merges: Merges, base: str) -> None:
-        """`base` is what the bare base's traffic is counted under."""
-        self._merges, self._base = merges, base
+        Args:
+            base: the bare base's model key, which is never merged.
+            merge: compute a delta's merged weights.
+            merged: the delta that has merged weights.
+        """
+        self._base, self._merge, self._merged = base, merge, merged
         self._traffic = TrafficShares()
-        self._rests: dict[str, float] = {}
-        """When (seconds of the monotonic clock) one that failed may be tried again."""
+        self._retry_at: dict[str, float] = {}
+        """Monotonic seconds before which a failed merge is not retried."""
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
 
-    def served(self, weights: str, tokens: int) -> None:
-        """A request has ended that computed so many tokens; this may begin a merge."""
-        self._traffic.add(weights, tokens)
-        found = self._traffic.favourite
-        if found is None or found in {self._base, self._merges.merged}:
+    def record(self, model_key: str, tokens: int) -> None:
+        """Count an ended request's tokens; may start a merge."""
+        self._traffic.add(model_key, tokens)
+        hot = self._traffic.hot
+        if hot is None or hot in {self._base, self._merged()}:
             return
-        rested = time.monotonic() >= self._rests.get(found, 0.0)
-        if rested and not self._stopped and (self._task is None or self._task.done()):
-            self._task = asyncio.create_task(self._merge(found))
+        due = time.monotonic() >= self._retry_at.get(hot, 0.0)
+        if due and not self._stopped and (self._task is None or self._task.done()):
+            self._task = asyncio.create_task(self._run(hot))
 
     def stop(self) -> None:
-        """Begin nothing more."""
+        """Cancel a running merge and start no more."""
         self._stopped = True
         if self._task is not None:
             self._task.cancel()
 
-    async def _merge(self, digest: str) -> None:
+    async def _run(self, digest: str) -> None:
         try:
-            await self._merges.merge(digest)
+            await self._merge(digest)
         except Conflict:
-            return  # the last favourite is still in use: the next request tries again
+            return  # the previous hot adapter is in use: the next request retries
         except DeltadockError:
-            logger.exception("The delta %s takes most of the traffic but cannot be merged", digest)
-            self._rests[digest] = time.monotonic() + REST_SECONDS
+            logger.exception("The hot adapter %s cannot be merged", digest)
+            self._retry_at[digest] = time.monotonic() + RETRY_SECONDS
         else:
-            logger.info("Merged the delta %s, which takes most of the traffic", digest)
+            logger.info("Merged the hot adapter %s", digest)

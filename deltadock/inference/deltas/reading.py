@@ -1,11 +1,11 @@
-"""From an artifact to the changes that a delta slot holds."""
+"""Read a delta from its artifact into host memory, and install it in a slot."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -30,53 +30,31 @@ from deltadock.inference.prompts.tokenizer import Tokenizer
 CONFIG: Final = "config.json"
 
 
-class DeltaSource(Protocol):
-    """What the node asks of a delta file."""
+def read_tensor_delta(artifact: Artifact, name: str, shape: torch.Size) -> TensorDelta:
+    """The delta of the tensor `name`, of this shape in the base, as compact as in the artifact.
 
-    @property
-    def base_digest(self) -> str:
-        """Weights digest of the base that the delta was made for."""
+    It does not keep the file mapped.
 
-    @property
-    def files(self) -> Mapping[str, str | None]:
-        """Text files that differ from the base's, by name; None for those the delta lacks."""
-
-    @property
-    def names(self) -> Iterable[str]:
-        """The tensors that differ from the base's."""
-
-    def change(self, name: str, shape: torch.Size) -> TensorDelta:
-        """What the delta does to the tensor `name`, which has this shape in the base."""
-
-
-class ArtifactSource:
-    """An artifact file on disk as a DeltaSource."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
-        self.base_digest = artifact.base_digest
-        self.files: Mapping[str, str | None] = artifact.manifest["files"]
-        self.names = tuple(artifact.records)
-
-    def change(self, name: str, shape: torch.Size) -> TensorDelta:
-        """The change as compact as the artifact has it; it keeps no file mapped."""
-        encoded = self._artifact.resolved(name)
-        if not fits_base(encoded.record, shape):
-            raise InvalidArtifact(f"The delta's {name!r} is of another shape than its base's.")
-        kind = encoded.record["kind"]
-        if kind == "exact":
-            tensor = stored_tensor(encoded)
-            if tensor.shape == shape:
-                return tensor
-            return NewRows(*tensor.tensor_split([shape[0]]))
-        if kind == "new-rows":
-            (part,) = parts(encoded)
-            return NewRows(None if part is None else _change(part), stored_tensor(encoded))
-        return _change(encoded)
+    Raises:
+        InvalidArtifact: the record does not fit the shape, or cannot be decoded.
+    """
+    encoded = artifact.resolved(name)
+    if not fits_base(encoded.record, shape):
+        raise InvalidArtifact(f"The delta's {name!r} is of another shape than its base's.")
+    kind = encoded.record["kind"]
+    if kind == "exact":
+        tensor = stored_tensor(encoded)
+        if tensor.shape == shape:
+            return tensor
+        return NewRows(*tensor.tensor_split([shape[0]]))
+    if kind == "new-rows":
+        (old,) = parts(encoded)
+        return NewRows(None if old is None else _weight_delta(old), stored_tensor(encoded))
+    return _weight_delta(encoded)
 
 
-def _change(encoded: Encoded) -> WeightDelta:
-    """What a record that stands for a delta does to a tensor of its shape."""
+def _weight_delta(encoded: Encoded) -> WeightDelta:
+    """The weight delta that a record encodes."""
     kind = encoded.record["kind"]
     if kind == "svd":
         return packed_delta(encoded)
@@ -86,81 +64,82 @@ def _change(encoded: Encoded) -> WeightDelta:
         return low_rank(*map(torch.tensor, (factors.u, factors.s, factors.v)))
     if kind == "rows":
         return RowsDelta.of(inflate(encoded))
-    coded = EncodedDelta(encoded.copy())
-    coded.dense()  # what cannot be decoded is refused now, not in the midst of a pass
-    return coded
+    delta = EncodedDelta(encoded.copy())
+    delta.dense()  # raise decoding errors now, not during a pass
+    return delta
 
 
 @dataclass(frozen=True, slots=True)
 class HostDelta:
-    """A delta in host memory: its changes, packed, and its own tokenizer."""
+    """A delta in host memory: its tensors, packed, and its tokenizer."""
 
-    changes: Mapping[str, TensorDelta]
+    tensors: Mapping[str, TensorDelta]
     tokenizer: Tokenizer
     nbytes: int
-    """Bytes of the changes."""
+    """Bytes of the tensors."""
 
 
 class PlacedDelta(NamedTuple):
-    """A delta in a slot: what is needed of it besides the weights there."""
+    """A delta in a slot: what requests need besides the weights."""
 
     tokenizer: Tokenizer
     nbytes: int
 
 
 def read_delta(
-    source: DeltaSource, model: BaseModel, weights_digest: str, base_files: Mapping[str, str]
+    artifact: Artifact, model: BaseModel, weights_digest: str, base_files: Mapping[str, str]
 ) -> HostDelta:
-    """Read every change of a delta; its own files win over the base's.
+    """Read a delta's tensors and tokenizer; its own files override the base's.
 
     Raises:
-        BaseMismatch: the delta was made for another base than the one with `weights_digest`.
-        ArchitectureMismatch: its config.json makes other use of the weights than the base's.
-        InvalidArtifact: it changes tensors that the base lacks or that have another shape, or its
-            tensors and its config.json do not agree in how many tokens there are.
+        BaseMismatch: the delta is for another base than the one with `weights_digest`.
+        ArchitectureMismatch: its config.json describes another architecture than the base's.
+        InvalidArtifact: its tensors do not fit the base's, or its config.json states another
+            vocabulary size than its tensors have.
     """
-    if source.base_digest != weights_digest:
+    if artifact.base_digest != weights_digest:
         raise BaseMismatch(
-            f"The delta was made for the base {source.base_digest}, not for {weights_digest}. "
+            f"The delta was made for the base {artifact.base_digest}, not for {weights_digest}. "
             "Name the base it was made for."
         )
-    config = _own_config(source.files)
+    own_files: Mapping[str, str | None] = artifact.manifest["files"]
+    config = _own_config(own_files)
     if config is not None and CONFIG in base_files:
         check_same_config(json.loads(base_files[CONFIG]), config, any_vocabulary=True)
-    changes = model.fit(
-        {name: source.change(name, model.base_shape(name)) for name in source.names}
+    shapes = {name: model.base_shape(name) for name in artifact.records}
+    tensors = model.fit(
+        {name: read_tensor_delta(artifact, name, shape) for name, shape in shapes.items()}
     )
-    _check_vocabulary(config, model.vocabulary_with(changes))
+    _check_vocabulary(config, model.vocabulary_with(tensors))
     if model.device.type == "cuda":
-        changes = {name: pinned(change) for name, change in changes.items()}
-    files = {**base_files, **source.files}
+        tensors = {name: pinned(delta) for name, delta in tensors.items()}
+    files = {**base_files, **own_files}
     return HostDelta(
-        changes,
+        tensors,
         Tokenizer({name: text for name, text in files.items() if text is not None}),
-        sum(map(nbytes, changes.values())),
+        sum(map(nbytes, tensors.values())),
     )
 
 
 def place_delta(model: BaseModel, slot: int, delta: HostDelta) -> None:
-    """Put a delta into an empty slot that no running sequence is on.
+    """Install a delta in an empty slot that no running sequence uses.
 
-    On a GPU the copies have a stream of their own, so that they run beside the passes; when this
-    returns, they have arrived.
+    On a GPU the copies run on a side stream, concurrently with passes, and are complete on return.
     """
-    with _beside_the_passes(model.device):
-        model.install(slot, model.place(delta.changes))
+    with _side_stream(model.device):
+        model.install(slot, model.place(delta.tensors))
 
 
 def merge_delta(model: BaseModel, slot: int) -> None:
-    """Give merged weights to a slot; the passes go on."""
-    with torch.inference_mode(), _beside_the_passes(model.device):
+    """Compute and enable merged weights of a slot, concurrently with passes."""
+    with torch.inference_mode(), _side_stream(model.device):
         model.merge(slot)
     model.use_merged(slot)
 
 
 @contextmanager
-def _beside_the_passes(device: torch.device) -> Iterator[None]:
-    """ScheduledChunk on a stream of its own on a GPU, which is done when the block ends."""
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """Run the block on a side stream of a GPU, synchronized at the end."""
     if device.type != "cuda":
         yield
         return
@@ -172,15 +151,15 @@ def _beside_the_passes(device: torch.device) -> Iterator[None]:
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all loads: what is freed on a stream is used again on that stream alone."""
+    """One stream for all loads: the allocator reuses memory per stream."""
     return torch.cuda.Stream(device)
 
 
 def _own_config(files: Mapping[str, str | None]) -> dict[str, Any] | None:
-    """The delta's config.json, if it has one that is not its base's.
+    """The delta's config.json, if it differs from the base's.
 
     Raises:
-        InvalidArtifact: it is no JSON object.
+        InvalidArtifact: it is not a JSON object.
     """
     text = files.get(CONFIG)
     if text is None:
@@ -195,14 +174,14 @@ def _own_config(files: Mapping[str, str | None]) -> dict[str, Any] | None:
 
 
 def _check_vocabulary(config: Mapping[str, Any] | None, tokens: int) -> None:
-    """Refuse tensors with rows for more or fewer tokens than the delta's own config says.
+    """Compare the tensors' vocabulary size with the delta's config.json.
 
     Raises:
-        InvalidArtifact: with both numbers.
+        InvalidArtifact: they differ.
     """
-    said = None if config is None else vocabulary(config)
-    if said is not None and said != tokens:
+    stated = None if config is None else vocabulary(config)
+    if stated is not None and stated != tokens:
         raise InvalidArtifact(
-            f"The delta's {CONFIG} says that there are {said} tokens, but its tensors have rows "
+            f"The delta's {CONFIG} states {stated} tokens, but its tensors have rows "
             f"for {tokens}. Save the fine-tune again and compress it anew."
         )

@@ -1,36 +1,35 @@
-"""The device tier: which delta is in which slot; reference counts, pins, eviction."""
+"""The device tier: deltas in slots, with reference counts, pins and LRU eviction."""
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from deltadock.errors import Conflict
-from deltadock.inference.deltas.counts import TierCounts
+from deltadock.inference.deltas.tiers import LruTier
 
 Delta = TypeVar("Delta")
 
 
 @dataclass(eq=False, slots=True)
 class Resident(Generic[Delta]):
-    """A delta that is in a slot, or on its way there or away; either holds a reference."""
+    """A delta in a slot, or being loaded into one or removed; both hold a reference."""
 
     digest: str
     slot: int
     loading: "asyncio.Task[Delta]" = field(init=False)
-    references: int = 1
+    users: int = 1
     pinned: bool = False
     leaving: bool = False
-    """It failed, or was dropped: the slot is free once nobody holds it any more."""
+    """Loading failed, or it was dropped: the slot is freed with the last reference."""
 
 
-class SlotManager(Generic[Delta]):
+class SlotManager(LruTier[Resident[Delta]]):
     """Deltas by artifact digest in slots 1 to `limit`. Belongs to one event loop.
 
-    A slot in use is never given away; whoever acquired a delta keeps it until its `release`.
-    `fill` puts a delta into a slot, whatever is in it, and `clear` empties one; both work beside
-    the loop, and on slots that no running sequence is on.
+    An acquired delta stays in its slot until `release`. `fill` loads a delta into a slot, replacing
+    its contents, and `clear` empties a slot; both run outside the loop, on slots that no running
+    sequence uses.
     """
 
     def __init__(
@@ -40,38 +39,31 @@ class SlotManager(Generic[Delta]):
         fill: Callable[[int, str], Awaitable[Delta]],
         clear: Callable[[int], Awaitable[None]],
     ) -> None:
+        super().__init__()
         self._limit = limit
         self._fill = fill
         self._clear = clear
         self._free = list(range(limit, 0, -1))
-        self._residents: OrderedDict[str, Resident[Delta]] = OrderedDict()
         self._changed = asyncio.Event()
-        self.counts = TierCounts()
-
-    @property
-    def digests(self) -> list[str]:
-        """The deltas in slots or on their way there, least recently used first."""
-        return list(self._residents)
 
     @property
     def residents(self) -> Mapping[str, Resident[Delta]]:
-        """The same with their slots, references and pins."""
-        return self._residents
+        """The deltas in slots or being loaded, by digest; least recently used first."""
+        return self._entries
 
     @property
     def full(self) -> bool:
-        """Whether whoever wants another delta now has to wait."""
-        return not self._free and all(found.references for found in self._evictable())
+        """Whether acquiring another delta has to wait for a slot."""
+        return not self._free and not any(map(self._evictable, self._entries.values()))
 
     async def acquire(self, digest: str) -> tuple[int, Delta]:
-        """The slot of a delta and the delta, filled first where needed; waits for a slot.
+        """The slot of a delta and the delta, loaded if needed; waits for a free slot.
 
-        Raises whatever filling it raised; nothing is kept then.
+        Raises whatever loading raised; nothing is kept then.
         """
-        while (resident := self._resident(digest)) is None:
+        while (resident := self._find_or_load(digest)) is None:
             self._changed.clear()
             await self._changed.wait()
-        resident.references += 1
         try:
             return resident.slot, await asyncio.shield(resident.loading)
         except BaseException:
@@ -79,17 +71,17 @@ class SlotManager(Generic[Delta]):
             raise
 
     def release(self, digest: str) -> None:
-        """Give back what `acquire` gave; the delta stays until its slot is needed."""
-        self._drop_reference(self._residents[digest])
+        """Undo one `acquire`; the delta stays until its slot is needed."""
+        self._drop_reference(self._entries[digest])
 
     def pin(self, digest: str) -> None:
-        """Keep a delta that is in a slot there until `unpin`.
+        """Keep a delta in its slot until `unpin`.
 
         Raises:
-            Conflict: no slot would be left for the others.
+            Conflict: no slot would be left for other deltas.
         """
-        pinned = sum(resident.pinned for resident in self._residents.values())
-        resident = self._residents[digest]
+        pinned = sum(resident.pinned for resident in self._entries.values())
+        resident = self._entries[digest]
         if not resident.pinned and pinned + 1 >= self._limit:
             raise Conflict(
                 f"{pinned} of {self._limit} slots are pinned, and one must stay free. Unpin a "
@@ -98,46 +90,47 @@ class SlotManager(Generic[Delta]):
         resident.pinned = True
 
     def unpin(self, digest: str) -> None:
-        """Let a delta leave its slot again when that is needed; it need not be in one."""
-        if digest in self._residents:
-            self._residents[digest].pinned = False
+        """Make a delta evictable again; no effect if it is not in a slot."""
+        if digest in self._entries:
+            self._entries[digest].pinned = False
             self._changed.set()
 
-    async def drop(self, digest: str) -> None:
+    async def unload(self, digest: str) -> None:
         """Empty a delta's slot, if it has one.
 
         Raises:
             Conflict: it is pinned or in use.
         """
-        resident = self._residents.get(digest)
+        resident = self._entries.get(digest)
         if resident is None:
             return
-        if resident.pinned or resident.references:
-            why = "pinned" if resident.pinned else f"used by {resident.references} requests"
+        if resident.pinned or resident.users:
+            why = "pinned" if resident.pinned else f"used by {resident.users} requests"
             raise Conflict(f"The delta {digest} is {why}.")
-        resident.references += 1
+        resident.users += 1
         resident.leaving = True
         try:
             await self._clear(resident.slot)
         finally:
             self._drop_reference(resident)
 
-    def _resident(self, digest: str) -> Resident[Delta] | None:
-        resident = self._residents.get(digest)
+    def _find_or_load(self, digest: str) -> Resident[Delta] | None:
+        """The delta's slot with one more user, or None while there is none."""
+        resident = self._entries.get(digest)
         if resident is not None and resident.leaving:
             return None
         if resident is not None:
             self.counts.hits += 1
-        elif self._make_room():
+        else:
+            self._evict(lambda: bool(self._free))
+            if not self._free:
+                return None
             self.counts.misses += 1
-            resident = Resident(digest, self._free.pop())
-            resident.loading = asyncio.create_task(self._bring_in(resident))
-            self._residents[digest] = resident
-        if resident is not None:
-            self._residents.move_to_end(digest)
-        return resident
+            resident = self._entries[digest] = Resident(digest, self._free.pop())
+            resident.loading = asyncio.create_task(self._load(resident))
+        return self._use(digest)
 
-    async def _bring_in(self, resident: Resident[Delta]) -> Delta:
+    async def _load(self, resident: Resident[Delta]) -> Delta:
         try:
             return await self._fill(resident.slot, resident.digest)
         except BaseException:
@@ -148,24 +141,14 @@ class SlotManager(Generic[Delta]):
             self._drop_reference(resident)
 
     def _drop_reference(self, resident: Resident[Delta]) -> None:
-        resident.references -= 1
-        if resident.references == 0:
+        resident.users -= 1
+        if resident.users == 0:
             if resident.leaving:
-                self._vacate(resident)
+                self._remove(resident.digest)
             self._changed.set()
 
-    def _evictable(self) -> list[Resident[Delta]]:
-        return [found for found in self._residents.values() if not found.pinned]
+    def _evictable(self, entry: Resident[Delta]) -> bool:
+        return entry.users == 0 and not entry.pinned
 
-    def _make_room(self) -> bool:
-        """Whether a slot is free now; evicts the least recently used idle delta if need be."""
-        if not self._free:
-            idle = (found for found in self._evictable() if found.references == 0)
-            if (resident := next(idle, None)) is not None:
-                self._vacate(resident)
-                self.counts.evictions += 1
-        return bool(self._free)
-
-    def _vacate(self, resident: Resident[Delta]) -> None:
-        del self._residents[resident.digest]
-        self._free.append(resident.slot)
+    def _remove(self, digest: str) -> None:
+        self._free.append(self._entries.pop(digest).slot)

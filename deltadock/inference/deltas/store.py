@@ -1,8 +1,7 @@
-"""The way of a delta: blob store, local disk, host memory, device slot.
+"""One base's deltas, loaded through the tiers: blob store, local disk, host memory, device slot.
 
-Each tier keeps what was used last, under a limit of its own. Loads run beside decoding: reading and
-hashing in one pair of threads, placing on the device in another, so that a slow blob store holds up
-neither the event loop nor a delta that is in memory already.
+Loads run beside decoding: reading and hashing in one thread pool, placing on the device in another,
+so that a slow blob store blocks neither the event loop nor a delta that is already in memory.
 """
 
 import asyncio
@@ -15,28 +14,27 @@ from typing import Final, Literal, NamedTuple, TypeVar
 import torch
 
 from deltadock.errors import Conflict, DeltadockError, InferenceFailed, NotFound, Unavailable
-from deltadock.inference.deltas.disk import DiskTier
-from deltadock.inference.deltas.host import HostTier
 from deltadock.inference.deltas.reading import HostDelta, PlacedDelta
 from deltadock.inference.deltas.slots import SlotManager
+from deltadock.inference.deltas.tiers import DiskTier, HostTier
 from deltadock.inference.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-READS_AT_ONCE: Final = 2
+READER_THREADS: Final = 2
 
 Result = TypeVar("Result")
 Tier = Literal["disk", "host", "device"]
 
 
-class Held(NamedTuple):
+class ResidentDelta(NamedTuple):
     """A delta in the fastest tier that has it."""
 
     digest: str
     tier: Tier
     bytes: int
     references: int = 0
-    """Requests that run on it."""
+    """Requests that use it."""
     pinned: bool = False
 
 
@@ -57,25 +55,25 @@ class DeltaStore:
         metrics: Metrics,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make empty tiers over `disk`, whose files outlive a base.
+        """Create empty tiers above `disk`.
 
         Args:
-            disk: the files, shared by all bases that the node serves in turn.
+            disk: artifact files, shared by all bases that the node serves one after another.
             host_bytes: limit of the host tier.
             slots: device slots.
-            read: an artifact's delta in host memory; blocks.
-            place: put a delta into a slot, which is empty; blocks.
+            read: load an artifact's delta into host memory; blocks.
+            place: install a delta in an empty slot; blocks.
             remove: empty a slot; blocks.
-            merge: give merged weights to a slot, until it is emptied; blocks.
-            merged_slot: the slot that has them.
-            metrics: where times are told.
-            changed: called whenever another delta is in a slot.
+            merge: compute merged weights of a slot, kept until it is emptied; blocks.
+            merged_slot: the slot that has merged weights.
+            metrics: receives load times.
+            changed: called whenever the slots' contents change.
         """
         self.disk = disk
-        self.host = HostTier[HostDelta](host_bytes, self._read_beside)
+        self.host = HostTier[HostDelta](host_bytes, self._read_in_thread)
         self.slots = SlotManager[PlacedDelta](slots, fill=self._fill, clear=self._clear)
-        self._readers = ThreadPoolExecutor(READS_AT_ONCE, "read-delta")
-        # One thread: whoever fills a slot has the device's tables to itself.
+        self._readers = ThreadPoolExecutor(READER_THREADS, "read-delta")
+        # One thread, so that installs never run concurrently on the device's tables.
         self._placer = ThreadPoolExecutor(1, "place-delta")
         self._read, self._place, self._remove = read, place, remove
         self._merge, self._merged_slot = merge, merged_slot
@@ -83,14 +81,14 @@ class DeltaStore:
         self._changed = changed
 
     async def acquire(self, digest: str) -> tuple[int, PlacedDelta]:
-        """The slot that has the delta until `release`, and the delta.
+        """The delta's slot, kept until `release`, and the delta.
 
-        It is read before another delta leaves its slot for it; while all slots are in use, it
-        waits in host memory, as long as it may.
+        It is read into host memory before a slot is evicted for it, and waits there while all
+        slots are in use.
 
         Raises:
-            NotFound, HashMismatch, InvalidArtifact, BaseMismatch and the like: of this delta.
-            Unavailable: there is no memory for it now.
+            NotFound, HashMismatch, InvalidArtifact, BaseMismatch: this delta cannot be loaded.
+            Unavailable: there is not enough memory now.
         """
         if digest not in self.slots.residents:
             async with self.host.hold(digest):
@@ -99,13 +97,13 @@ class DeltaStore:
         return await self.slots.acquire(digest)
 
     def release(self, digest: str) -> None:
-        """Give back what `acquire` gave."""
+        """Undo one `acquire`."""
         self.slots.release(digest)
 
     async def load(self, digest: str, tier: Tier = "device") -> None:
-        """Bring a delta as far as `tier` and let it stay as long as it may; raises as `acquire`."""
+        """Load a delta into `tier`, where it stays until evicted; raises as `acquire`."""
         if tier == "disk":
-            await self._run(self._readers, partial(_touch, self.disk, digest))
+            await self._run(self._readers, partial(_fetch, self.disk, digest))
         elif tier == "host":
             await self.host.prefetch(digest)
         else:
@@ -113,23 +111,23 @@ class DeltaStore:
             self.release(digest)
 
     async def unload(self, digest: str) -> None:
-        """Take a delta out of its slot and host memory; its file goes when room is needed.
+        """Remove a delta from its slot and host memory; its file stays on disk until evicted.
 
         Raises:
             NotFound: no tier has it.
             Conflict: it is pinned or in use.
         """
         self.find(digest)
-        await self.slots.drop(digest)
+        await self.slots.unload(digest)
         if not self.host.drop(digest):
             raise Conflict(f"The delta {digest} is being placed.")
         self._changed()
 
     async def pin(self, digest: str) -> None:
-        """Bring a delta into a slot and keep it there until `unpin`; raises as `acquire`.
+        """Load a delta into a slot and keep it there until `unpin`; raises as `acquire`.
 
         Raises:
-            Conflict: no slot would be left for the others.
+            Conflict: no slot would be left for other deltas.
         """
         await self.acquire(digest)
         try:
@@ -139,7 +137,7 @@ class DeltaStore:
         self._changed()
 
     def unpin(self, digest: str) -> None:
-        """Let a delta leave again; raises NotFound if no tier has it."""
+        """Make a delta evictable again; raises NotFound if no tier has it."""
         self.find(digest)
         self.slots.unpin(digest)
         self._changed()
@@ -148,69 +146,68 @@ class DeltaStore:
     def merged(self) -> str | None:
         """The delta that has merged weights."""
         slot = self._merged_slot()
-        for digest, found in self.slots.residents.items():
-            if found.slot == slot and found.loading.done():
+        for digest, resident in self.slots.residents.items():
+            if resident.slot == slot and resident.loading.done():
                 return digest
         return None
 
     async def merge(self, digest: str) -> None:
-        """Bring a delta into a slot and merge its weights; whatever had merged weights leaves its
-        slot for that. Raises as `acquire`.
+        """Load a delta into a slot and merge its weights; the delta merged before is unloaded.
+        Raises as `acquire`.
 
         Raises:
-            Conflict: the other is in use or pinned.
+            Conflict: the delta merged before is in use or pinned.
         """
         if self.merged == digest:
             return
         slot, _ = await self.acquire(digest)
         try:
             if (merged := self.merged) is not None:
-                await self.slots.drop(merged)
+                await self.slots.unload(merged)
             await self._run(self._placer, partial(self._merge, slot))
         finally:
             self.release(digest)
 
-    def held(self) -> list[Held]:
-        """Every delta of every tier, in its fastest one; fast tiers first, last used first."""
-        found: dict[str, Held] = {}
+    def held(self) -> list[ResidentDelta]:
+        """Every delta in its fastest tier; fast tiers first, most recently used first."""
+        listed: dict[str, ResidentDelta] = {}
         for digest, resident in self.slots.residents.items():
-            there = resident.loading.done() and not resident.leaving
-            delta = resident.loading.result() if there else None
-            if delta is not None:
-                found[digest] = Held(
-                    digest, "device", delta.nbytes, resident.references, resident.pinned
+            if resident.loading.done() and not resident.leaving:
+                delta = resident.loading.result()
+                listed[digest] = ResidentDelta(
+                    digest, "device", delta.nbytes, resident.users, resident.pinned
                 )
         tiers: tuple[tuple[Tier, Mapping[str, int]], ...] = (
             ("host", self.host.held()),
             ("disk", self.disk.held()),
         )
-        ordered = list(reversed(found.values()))
+        ordered = list(reversed(listed.values()))
         for tier, held in tiers:
             ordered += [
-                Held(digest, tier, size)
+                ResidentDelta(digest, tier, size)
                 for digest, size in reversed([*held.items()])
-                if digest not in found
+                if digest not in listed
             ]
-            found |= {held.digest: held for held in ordered}
+            listed |= {delta.digest: delta for delta in ordered}
         return ordered
 
-    def find(self, digest: str) -> Held:
-        """One of them.
+    def find(self, digest: str) -> ResidentDelta:
+        """One delta in its fastest tier.
 
         Raises:
             NotFound: no tier has it.
         """
-        for held in self.held():
-            if held.digest == digest:
-                return held
+        for delta in self.held():
+            if delta.digest == digest:
+                return delta
         raise NotFound(f"The node does not hold the delta {digest}.")
 
     def close(self) -> None:
-        """Let the threads go; nothing may be loading."""
+        """Shut the threads down; no load may be running."""
         self._readers.shutdown(wait=False)
         self._placer.shutdown(wait=False)
 
-    async def _read_beside(self, digest: str) -> HostDelta:
+    async def _read_in_thread(self, digest: str) -> HostDelta:
         with self._metrics.load_seconds.labels("host").time():
             return await self._run(self._readers, partial(self._read, digest))
 
@@ -230,11 +227,11 @@ class DeltaStore:
         await self._run(self._placer, partial(self._remove, slot))
 
     async def _run(self, threads: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
-        """What `work` returns; an error that is none of ours becomes one that tells the client.
+        """Run `work` in a thread; errors other than DeltadockError become ones for the client.
 
         Raises:
-            Unavailable: memory ran out, for this delta alone.
-            InferenceFailed: something else that nobody expected.
+            Unavailable: memory ran out.
+            InferenceFailed: any other unexpected error.
         """
         try:
             return await asyncio.get_running_loop().run_in_executor(threads, work)
@@ -244,19 +241,19 @@ class DeltaStore:
             logger.exception("A delta could not be loaded")
             if _is_out_of_memory(error):
                 raise Unavailable(
-                    "The node has no memory for the delta now. Try again, or lower "
+                    "The node has too little memory for the delta now. Try again, or lower "
                     "DELTADOCK_NODE_MAX_DELTAS or DELTADOCK_NODE_HOST_BYTES."
                 ) from error
             raise InferenceFailed(f"The delta could not be loaded: {error}") from error
 
 
-def _touch(disk: DiskTier, digest: str) -> None:
+def _fetch(disk: DiskTier, digest: str) -> None:
     with disk.open(digest):
         pass
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # PyTorch's allocator for the CPU raises a plain RuntimeError.
+    # PyTorch's CPU allocator raises a plain RuntimeError.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(
         error
     )

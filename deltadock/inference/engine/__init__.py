@@ -1,1 +1,1 @@
-"""The step loop: scheduler, passes, prefixes, sampler. Of a delta it knows slot and digest."""
+"""The step loop: scheduling, the model runner, sampling."""

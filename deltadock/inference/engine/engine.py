@@ -1,4 +1,4 @@
-"""The step loop: requests in, tokens out, all in one thread."""
+"""The engine thread: receives sequences, schedules and runs passes, emits events."""
 
 import logging
 import queue
@@ -22,8 +22,8 @@ Command = Callable[[], None]
 class Engine:
     """Continues many sequences at once, each on its own delta slot.
 
-    `submit` and `cancel` may be called from any thread and return at once. What a sequence does
-    is told through its `emit`; its last event comes after the last pass that used its slot.
+    `submit` and `cancel` may be called from any thread and do not block. Sequences report through
+    their `emit`; the last event follows the last pass that used the sequence's delta slot.
     """
 
     def __init__(
@@ -35,19 +35,19 @@ class Engine:
         pass_tokens: int,
         cache_slots: int = 0,
     ) -> None:
-        """Make the cache; nothing runs before `start`.
+        """Allocate the cache; nothing runs before `start`.
 
         Args:
             model: the base.
-            max_sequences: sequences of a pass.
-            context_tokens: tokens of a sequence, the answer's included.
-            pass_tokens: tokens of a pass; longer prompts are taken in parts.
-            cache_slots: sequences whose keys and values are kept, those of ended ones included;
-                `max_sequences` at least.
+            max_sequences: sequences in a batch.
+            context_tokens: tokens of a sequence, the output included.
+            pass_tokens: tokens of a pass; longer prompts are prefilled in chunks.
+            cache_slots: sequences whose keys and values are kept, ended ones included; at least
+                `max_sequences`.
         """
         self.context_tokens = min(context_tokens, model.context_tokens)
         cache = model.make_cache(max(cache_slots, max_sequences), self.context_tokens)
-        self._passes = ModelRunner(model, cache, max_sequences)
+        self._runner = ModelRunner(model, cache, max_sequences)
         self._scheduler = Scheduler(cache, pass_tokens, max_sequences)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
@@ -58,7 +58,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the step loop after the pass at hand; what still runs is cancelled."""
+        """Stop after the current pass; running and waiting sequences are cancelled."""
         self._inbox.put(self._stop)
         self._thread.join()
 
@@ -74,12 +74,12 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for a place in the batch."""
+        """Sequences waiting to enter the batch."""
         return len(self._scheduler.waiting)
 
     @property
     def reused_tokens(self) -> int:
-        """Prompt tokens whose keys and values were found in the cache, since the start."""
+        """Prompt tokens found in the prefix cache, since the start."""
         return self._scheduler.slots.reused_tokens
 
     def submit(self, sequence: Sequence) -> None:
@@ -87,7 +87,7 @@ class Engine:
         self._inbox.put(lambda: self._scheduler.add(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
-        """End a sequence early; without effect once it has ended."""
+        """Cancel a sequence; no effect once it has ended."""
         self._inbox.put(lambda: self._cancel(sequence))
 
     def _cancel(self, sequence: Sequence) -> None:
@@ -107,15 +107,15 @@ class Engine:
             while not self._stopping:
                 try:
                     self._receive()
-                    if work := self._scheduler.plan():
-                        self._compute(work)
+                    if chunks := self._scheduler.schedule():
+                        self._compute(chunks)
                 except Exception as error:
-                    logger.exception("The step loop failed")  # and nobody may wait for ever
+                    logger.exception("The step loop failed")  # clients must not wait for ever
                     for sequence in (*self._scheduler.running, *self._scheduler.waiting):
                         self._fail(sequence, error)
 
     def _receive(self) -> None:
-        """Carry out what has arrived; wait for something if there is nothing to compute."""
+        """Run the commands that have arrived; block for one if there is nothing to compute."""
         if not self._scheduler.busy:
             self._inbox.get()()
         while True:
@@ -125,49 +125,48 @@ class Engine:
                 return
             command()
 
-    def _compute(self, work: list[ScheduledChunk]) -> None:
-        """One pass. If it fails, halves are tried, until only the sequences at fault have failed.
+    def _compute(self, chunks: list[ScheduledChunk]) -> None:
+        """Run one pass. If it fails, bisect until only the failing sequences have failed.
 
-        A pass writes keys and values to places that its tokens alone determine, so computing
-        a token again does no harm.
+        Keys and values depend only on a pass's tokens, so recomputing a token is harmless.
         """
         try:
-            logits = self._passes.logits(work)
+            logits = self._runner.logits(chunks)
         except Exception as error:
-            logger.exception("A pass of %d sequences failed", len(work))
-            failure = error.with_traceback(None)  # it holds the pass's tensors: memory ran out
+            logger.exception("A pass of %d sequences failed", len(chunks))
+            failure = error.with_traceback(None)  # which references the pass's tensors
         else:
-            self._advance(work, Sampler(logits))
+            self._sample(chunks, Sampler(logits))
             return
-        if len(work) == 1:
-            self._fail(work[0].sequence, failure)
+        if len(chunks) == 1:
+            self._fail(chunks[0].sequence, failure)
             return
-        middle = len(work) // 2
-        self._compute(work[:middle])
-        self._compute(work[middle:])
+        middle = len(chunks) // 2
+        self._compute(chunks[:middle])
+        self._compute(chunks[middle:])
 
-    def _advance(self, work: list[ScheduledChunk], scores: Sampler) -> None:
+    def _sample(self, chunks: list[ScheduledChunk], sampler: Sampler) -> None:
         row = 0
-        for item in work:
-            samples = item.samples
-            self._scheduler.computed(item)
+        for chunk in chunks:
+            samples = chunk.samples
+            self._scheduler.computed(chunk)
             if samples:
-                self._draw(item.sequence, scores, row)
+                self._sample_row(chunk.sequence, sampler, row)
                 row += 1
 
-    def _draw(self, sequence: Sequence, scores: Sampler, row: int) -> None:
-        """Draw a sequence's next token and tell what came of it."""
+    def _sample_row(self, sequence: Sequence, sampler: Sampler, row: int) -> None:
+        """Sample a sequence's next token and emit what follows from it."""
         try:
-            token = scores.sample(
+            token = sampler.sample(
                 row, sequence.sampling, sequence.generator, sequence.tokens, sequence.prompt_length
             )
-            self._scheduler.drawn(sequence)
-            self._take(sequence, token)
+            self._scheduler.sampled(sequence)
+            self._append(sequence, token)
         except Exception as error:
             logger.exception("A sequence failed")
             self._fail(sequence, error)
 
-    def _take(self, sequence: Sequence, token: SampledToken) -> None:
+    def _append(self, sequence: Sequence, token: SampledToken) -> None:
         sequence.tokens.append(token.id)
         sequence.unsent.append(token)
         ended = token.id in sequence.eos_ids
@@ -177,9 +176,9 @@ class Engine:
         elif sequence.generated >= sequence.sampling.max_tokens:
             self._finish(sequence, "length", text)
         elif text:
-            sequence.emit(Event(text, self._sent(sequence)))
+            sequence.emit(Event(text, self._take_unsent(sequence)))
 
-    def _sent(self, sequence: Sequence) -> tuple[SampledToken, ...]:
+    def _take_unsent(self, sequence: Sequence) -> tuple[SampledToken, ...]:
         tokens = tuple(sequence.unsent)
         sequence.unsent.clear()
         return tokens
@@ -189,15 +188,15 @@ class Engine:
         if sequence.stream.stopped:
             reason = "stop"
         if self._scheduler.drop(sequence, keep=True):
-            self._tell(sequence, Event(text, self._sent(sequence), reason))
+            self._emit(sequence, Event(text, self._take_unsent(sequence), reason))
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         if self._scheduler.drop(sequence, keep=False):
             failure = InferenceFailed(f"The request could not be computed: {error}")
-            self._tell(sequence, Event(finish="error", error=failure))
+            self._emit(sequence, Event(finish="error", error=failure))
 
-    def _tell(self, sequence: Sequence, event: Event) -> None:
+    def _emit(self, sequence: Sequence, event: Event) -> None:
         try:
             sequence.emit(event)
         except RuntimeError:
-            logger.warning("Nobody listens to a sequence that has ended")
+            logger.warning("The event loop of an ended sequence is closed")

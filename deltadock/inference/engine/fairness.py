@@ -1,23 +1,23 @@
-"""Virtual token counters: who has been served how much, so that a flood delays only its sender.
+"""Virtual token counters: service per delta, so that a flood delays only its sender.
 
-Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): the delta whose counter is
-lowest goes next, and one that comes back from idleness starts no lower than the lowest of those
-that are active, so that nobody saves service up.
+Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): the delta with the lowest
+counter is scheduled next; a delta that becomes active again is lifted to the lowest active counter,
+so that idle time earns no credit.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
 PROMPT_WEIGHT: Final = 1
-"""What a prompt token costs. Tokens that come from the prefix cache cost nothing."""
+"""Cost of a prompt token. Tokens from the prefix cache are free."""
 OUTPUT_WEIGHT: Final = 2
-"""What a generated token costs: it has a pass of its own."""
+"""Cost of a generated token: each takes a pass."""
 
 
 @dataclass(slots=True)
 class _Account:
     served: int = 0
-    owed: int = 0
+    reserved: int = 0
     sequences: int = 0
 
 
@@ -27,19 +27,19 @@ class VirtualTokenCounters:
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
 
-    def arrive(self, model_key: str) -> None:
-        """A sequence has come: it waits or runs until `leave`."""
+    def add_sequence(self, model_key: str) -> None:
+        """Count a sequence as active until `remove_sequence`."""
         account = self._accounts.setdefault(model_key, _Account())
         if account.sequences == 0:
             active = [other.served for other in self._accounts.values() if other.sequences]
             account.served = max(account.served, min(active, default=0))
         account.sequences += 1
 
-    def leave(self, model_key: str) -> None:
-        """A sequence has ended.
+    def remove_sequence(self, model_key: str) -> None:
+        """Remove an ended sequence.
 
-        An idle delta's counter is kept while it is above the lowest active one: it would be lifted
-        to that one otherwise.
+        An idle delta's counter is kept only while it is above the lowest active one; below, it
+        would be lifted to that one anyway.
         """
         self._accounts[model_key].sequences -= 1
         active = [account.served for account in self._accounts.values() if account.sequences]
@@ -50,25 +50,25 @@ class VirtualTokenCounters:
             if account.sequences or (lowest is not None and account.served > lowest)
         }
 
-    def owe(self, model_key: str, prompt_tokens: int) -> None:
-        """So many prompt tokens have been taken on, or given up if negative."""
-        self._accounts[model_key].owed += PROMPT_WEIGHT * prompt_tokens
+    def reserve(self, model_key: str, prompt_tokens: int) -> None:
+        """Reserve service for prompt tokens of an admitted sequence; release it if negative."""
+        self._accounts[model_key].reserved += PROMPT_WEIGHT * prompt_tokens
 
-    def prompt(self, model_key: str, tokens: int) -> None:
-        """So many of the prompt tokens taken on have been computed."""
+    def charge_prompt(self, model_key: str, tokens: int) -> None:
+        """Charge computed prompt tokens, and release their reservation."""
         account = self._accounts[model_key]
-        account.owed -= PROMPT_WEIGHT * tokens
+        account.reserved -= PROMPT_WEIGHT * tokens
         account.served += PROMPT_WEIGHT * tokens
 
-    def output(self, model_key: str) -> None:
-        """A token has been generated."""
+    def charge_output(self, model_key: str) -> None:
+        """Charge one generated token."""
         self._accounts[model_key].served += OUTPUT_WEIGHT
 
     def served(self, model_key: str) -> int:
-        """What a delta has been served, in weighted tokens."""
+        """Service so far, in weighted tokens."""
         return self._accounts[model_key].served
 
     def level(self, model_key: str) -> int:
-        """What a delta will have been served once the prompts taken on are computed."""
+        """Service including the reserved prompts, in weighted tokens."""
         account = self._accounts[model_key]
-        return account.served + account.owed
+        return account.served + account.reserved

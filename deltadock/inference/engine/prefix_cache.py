@@ -1,10 +1,9 @@
-"""Which sequence is in which cache slot, and what a slot still holds for the next one.
+"""Allocates cache slots to sequences and reuses prefixes that earlier sequences left in them.
 
-What a sequence leaves in its slot serves the next one of the same model whose tokens begin alike.
-Weights are known by digest, so a name that moves to other bytes finds nothing; a cache belongs to
-one base. Two rules keep a broken delta's NaN where it is (a masked position is still read, and
-0 * NaN is NaN): only what has led to finite logits is shared, and a slot passes from one digest to
-another only once it is erased.
+A sequence reuses the longest matching prefix of the same model key. Keys are digests, so a name
+that moves to other weights matches nothing. Two rules keep a broken delta's NaN from spreading (a
+masked position is still read, and 0 * NaN is NaN): only tokens that led to finite logits are
+shared, and a slot is erased before it passes to another model key.
 """
 
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from deltadock.inference.model.kv_cache import KVCache
 
 
 @dataclass(slots=True)
-class _Held:
-    """A slot's contents: keys and values of the first `confirmed` of `tokens` are known to be good;
-    the first `written` positions may hold anything."""
+class _SlotContents:
+    """Keys and values of the first `confirmed` of `tokens` led to finite logits; the first
+    `written` positions may hold anything."""
 
     model_key: str
     tokens: list[int]
@@ -24,81 +23,83 @@ class _Held:
 
 
 class CacheSlots:
-    """Gives the slots of a cache to sequences; the least recently used free one is given first."""
+    """Allocates the slots of a cache; the least recently used free slot is allocated first."""
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self._held: dict[int, _Held] = {}
+        self._contents: dict[int, _SlotContents] = {}
         self._free = dict.fromkeys(range(cache.slots))  # least recently used first
         self.reused_tokens = 0
-        """Tokens that sequences found computed, since the start."""
+        """Tokens that sequences found in the cache, since the start."""
 
     @property
     def free(self) -> int:
-        """How many more sequences fit."""
+        """Number of free slots."""
         return len(self._free)
 
     def find(self, model_key: str, tokens: list[int]) -> tuple[int, int]:
-        """(slot, n): the slot that holds most, n, of the first tokens; (-1, 0) if none does.
+        """Find the longest cached prefix: (slot, length), or (-1, 0) without a match.
 
-        The last token is never among them: its logits are not in the cache.
+        The last token is never part of it: its logits are not in the cache.
         """
         best = (0, False, -1)
-        for slot, held in self._held.items():
-            if held.model_key == model_key:
-                count = common_prefix(held.tokens, tokens, min(held.confirmed, len(tokens) - 1))
+        for slot, contents in self._contents.items():
+            if contents.model_key == model_key:
+                count = common_prefix(
+                    contents.tokens, tokens, min(contents.confirmed, len(tokens) - 1)
+                )
                 best = max(best, (count, slot in self._free, slot))
         return (best[2], best[0]) if best[0] else (-1, 0)
 
     def take(self, model_key: str, tokens: list[int]) -> tuple[int, int]:
-        """A free slot, and how many of the sequence's `tokens` are computed in it already.
+        """Allocate a slot: (slot, number of the sequence's `tokens` already computed in it).
 
-        `tokens` may grow while the sequence runs; `confirm` says how far they are computed.
+        `tokens` may grow while the sequence runs; `confirm` marks how many are computed.
         """
         source, count = self.find(model_key, tokens)
-        # Continuing in place would waste a slot that holds much more than what is shared.
-        if source in self._free and 2 * count >= self._held[source].confirmed:
+        # Reusing the slot in place would discard a prefix much longer than the shared one.
+        if source in self._free and 2 * count >= self._contents[source].confirmed:
             slot = source
         else:
             slot = next(iter(self._free))
-        held = self._held.get(slot)
-        written = held.written if held is not None else 0
-        if held is not None and held.model_key != model_key:
+        contents = self._contents.get(slot)
+        written = contents.written if contents is not None else 0
+        if contents is not None and contents.model_key != model_key:
             self._cache.erase(slot, 0, written)
             written = 0
         if count and slot != source:
             self._cache.copy(source, slot, count)
         del self._free[slot]
-        self._held[slot] = _Held(model_key, tokens, count, max(written, count))
+        self._contents[slot] = _SlotContents(model_key, tokens, count, max(written, count))
         self.reused_tokens += count
         return slot, count
 
     def confirm(self, slot: int, count: int) -> None:
-        """The first `count` tokens in the slot have led to finite logits."""
-        self._held[slot].confirmed = count
+        """Mark the first `count` tokens in the slot as having led to finite logits."""
+        self._contents[slot].confirmed = count
 
-    def give_back(self, slot: int, written: int, *, keep: bool) -> None:
-        """Free a slot in which up to `written` positions were written to.
+    def release(self, slot: int, written: int, *, keep: bool) -> None:
+        """Free a slot in which up to `written` positions were written.
 
-        What is confirmed stays for the next sequence if `keep`; everything else is erased.
+        The confirmed prefix is kept for later sequences if `keep`; everything else is erased.
         """
-        held = self._held[slot]
-        held.written = max(held.written, min(written, self._cache.length))
+        contents = self._contents[slot]
+        contents.written = max(contents.written, min(written, self._cache.length))
         if not keep:
-            held.confirmed = 0
-        self._cache.erase(slot, held.confirmed, held.written)
-        held.written = held.confirmed
-        if held.confirmed:
-            held.tokens = held.tokens[: held.confirmed]
+            contents.confirmed = 0
+        self._cache.erase(slot, contents.confirmed, contents.written)
+        contents.written = contents.confirmed
+        if contents.confirmed:
+            contents.tokens = contents.tokens[: contents.confirmed]
             self._free[slot] = None
         else:
-            del self._held[slot]
+            del self._contents[slot]
             self._free = {slot: None, **self._free}
 
 
-def common_prefix(first: list[int], second: list[int], most: int) -> int:
-    """With how many equal tokens two lists begin, `most` at most."""
-    low, high = 0, min(most, len(first), len(second))
+def common_prefix(first: list[int], second: list[int], limit: int) -> int:
+    """Length of the common prefix of two token lists, at most `limit`."""
+    low, high = 0, min(limit, len(first), len(second))
     if first[:high] == second[:high]:
         return high
     while high - low > 1:  # the answer is in [low, high)

@@ -1,4 +1,4 @@
-"""From logits to tokens: every sequence has its own settings and its own random numbers."""
+"""Samples tokens from logits, with settings and random numbers per sequence."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,15 +7,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from deltadock.inference.model.logits import Logits
+from deltadock.inference.model.added_tokens import Logits
 
-LEAST_TEMPERATURE: Final = 1e-5
-"""Anything less is 0, as in vLLM: logits divided by it would not be finite."""
+MIN_TEMPERATURE: Final = 1e-5
+"""Lower temperatures are greedy, as in vLLM: logits divided by them would not be finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one sequence is continued: greedily at temperature 0; `top_k` 0 and `top_p` 1 are off."""
+    """Sampling settings of a sequence. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off."""
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -26,7 +26,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """What is added to the logits, by token id."""
+    """Added to the logits, by token id."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
@@ -34,9 +34,9 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A token with its log-probability under the model (nats, before anything a request changes).
+    """A token with its log-probability under the model (nats, before penalties and filters).
 
-    `logprob` and the `top` most likely alternatives (id, log-probability) only where asked for.
+    `logprob` and the `top` most likely alternatives (id, log-probability) are set on request only.
     """
 
     id: int
@@ -45,12 +45,11 @@ class SampledToken:
 
 
 def make_generator(params: SamplingParams, choice: int) -> torch.Generator | None:
-    """Random numbers of one sequence, None if it is greedy.
+    """The random generator of one sequence, None if it is greedy.
 
-    Choices of the same request draw different ones, from `seed` on; without a seed nobody draws
-    the same twice.
+    Choice i of a request is seeded with `seed` + i; without a seed, from the system's entropy.
     """
-    if params.temperature < LEAST_TEMPERATURE:
+    if params.temperature < MIN_TEMPERATURE:
         return None
     generator = torch.Generator()
     if params.seed is None:
@@ -60,13 +59,13 @@ def make_generator(params: SamplingParams, choice: int) -> torch.Generator | Non
     return generator
 
 
-def adjusted(
+def apply_penalties(
     logits: Tensor, params: SamplingParams, tokens: Sequence[int], prompt_length: int
 ) -> Tensor:
-    """The logits (vocabulary,) with bias and penalties; a new tensor where there are any.
+    """Apply bias and penalties to the logits (vocabulary,); a new tensor if there are any.
 
-    `tokens` is the prompt, then the answer so far. As in vLLM the bias comes first, then the
-    repetition penalty over all tokens, then OpenAI's other two penalties over the answer alone.
+    `tokens` is the prompt followed by the output so far. As in vLLM: the bias, then the repetition
+    penalty over all tokens, then OpenAI's frequency and presence penalties over the output only.
     """
     bias, repetition = params.logit_bias, params.repetition_penalty
     frequency, presence = params.frequency_penalty, params.presence_penalty
@@ -76,21 +75,21 @@ def adjusted(
         logits = logits.index_add(0, ids, values)
     if repetition != 1:
         ids = torch.tensor(tokens, device=logits.device)
-        found = logits[ids]
-        changed = torch.where(found > 0, found / repetition, found * repetition)
-        logits = logits.scatter(0, ids, changed)
+        seen = logits[ids]
+        penalized = torch.where(seen > 0, seen / repetition, seen * repetition)
+        logits = logits.scatter(0, ids, penalized)
     if (frequency or presence) and len(tokens) > prompt_length:
-        answer = torch.tensor(tokens[prompt_length:], device=logits.device)
-        ids, counts = answer.unique(return_counts=True)
+        output = torch.tensor(tokens[prompt_length:], device=logits.device)
+        ids, counts = output.unique(return_counts=True)
         logits = logits.index_add(0, ids, -frequency * counts.to(logits.dtype) - presence)
     return logits
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """The tokens that may be drawn: probabilities and ids (None: all, in order of their ids).
+    """Probabilities and ids of the tokens that may be sampled (ids None: all, in id order).
 
-    Filters as in transformers: temperature, then top_k, top_p and min_p, each over what the one
-    before it left. `logits` is (vocabulary,) float32.
+    As in transformers: temperature, then top_k, top_p and min_p, each over the tokens that the
+    previous filter kept. `logits` is (vocabulary,) float32.
     """
     scaled = logits / params.temperature
     if params.top_k and params.top_k < scaled.numel():
@@ -109,14 +108,14 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor |
 
 
 class Sampler:
-    """One pass's logits, looked over once for all rows of equal length."""
+    """Samples from one pass's logits; argmax and finiteness are computed for all rows at once."""
 
     def __init__(self, logits: Logits) -> None:
         self._rows = logits.rows()
-        self._finite, self._best = _look_over(logits.known)
-        for numbers, whole in logits.longer:
-            for row, finite, best in zip(numbers, *_look_over(whole), strict=True):
-                self._finite[row], self._best[row] = finite, best
+        self._finite, self._argmax = _finite_and_argmax(logits.base)
+        for numbers, extended in logits.extended:
+            for row, finite, best in zip(numbers, *_finite_and_argmax(extended), strict=True):
+                self._finite[row], self._argmax[row] = finite, best
 
     def sample(
         self,
@@ -126,19 +125,19 @@ class Sampler:
         tokens: Sequence[int],
         prompt_length: int,
     ) -> SampledToken:
-        """Draw one row's token, which follows `tokens`; without a generator, the likeliest one.
+        """Sample the token that follows `tokens` from one row; greedily without a generator.
 
         Raises:
-            FloatingPointError: the row's logits hold NaN or an infinity.
+            FloatingPointError: the row's logits contain NaN or infinity.
         """
         if not self._finite[row]:
             raise FloatingPointError("The model's output is not finite; its weights are broken.")
         logits = self._rows[row]
-        scores = adjusted(logits, params, tokens, prompt_length)
+        penalized = apply_penalties(logits, params, tokens, prompt_length)
         if generator is not None:
-            token = _draw(scores, params, generator)
+            token = _draw(penalized, params, generator)
         else:
-            token = self._best[row] if scores is logits else int(scores.argmax())
+            token = self._argmax[row] if penalized is logits else int(penalized.argmax())
         if params.logprobs is None:
             return SampledToken(token)
         logprobs = torch.log_softmax(logits, -1)
@@ -148,8 +147,8 @@ class Sampler:
         )
 
 
-def _look_over(logits: Tensor) -> tuple[list[bool], list[int]]:
-    """Of each row of (rows, vocabulary): whether it is finite, and its most likely token."""
+def _finite_and_argmax(logits: Tensor) -> tuple[list[bool], list[int]]:
+    """For each row of (rows, vocabulary): whether it is finite, and its most likely token."""
     return torch.isfinite(logits).all(-1).tolist(), logits.argmax(-1).tolist()
 
 

@@ -1,4 +1,4 @@
-"""One prompt being continued, and what it tells."""
+"""One prompt being continued, and the events it emits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What a sequence tells: text that is certain, the tokens since the last event, its end."""
+    """Text that is final, the tokens since the last event, and the finish reason at the end."""
 
     text: str = ""
     tokens: tuple[SampledToken, ...] = ()
@@ -27,23 +27,23 @@ class Sequence:
     """One prompt being continued on one delta slot."""
 
     tokens: list[int]
-    """The prompt, then what was generated."""
+    """The prompt, followed by the generated tokens."""
     sampling: SamplingParams
     delta_slot: int
     model_key: str
-    """Digest of the weights: the artifact's, or the base's. Sequences of equal digests share cached
-    keys and values, and are one party where deltas compete. Never a name: names move."""
+    """Fairness and cache key: the digest of the artifact, or of the base. Never a name, for a name
+    may move to other weights."""
     eos_ids: frozenset[int]
     stream: TextStream
     emit: Callable[[Event], None]
-    """Called from the engine's thread; the last event has `finish` set."""
+    """Called from the engine thread; the last event has `finish` set."""
     generator: torch.Generator | None = None
     prompt_length: int = field(init=False)
     computed: int = field(default=0, init=False)
-    """Tokens whose keys and values are in the cache."""
+    """Number of tokens whose keys and values are in the cache."""
     kv_slot: int = field(default=-1, init=False)
     charged: int = field(default=0, init=False)
-    """Prompt tokens that its delta has been charged for, or that came from the cache."""
+    """Prompt tokens that were charged to the delta or came from the prefix cache."""
     unsent: list[SampledToken] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -51,5 +51,5 @@ class Sequence:
 
     @property
     def generated(self) -> int:
-        """How many tokens have been generated."""
+        """Number of generated tokens."""
         return len(self.tokens) - self.prompt_length

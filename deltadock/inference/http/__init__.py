@@ -1,1 +1,1 @@
-"""The node's routes, bodies and answers."""
+"""The node's HTTP interface: routes, OpenAI responses, errors."""

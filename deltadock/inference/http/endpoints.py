@@ -1,32 +1,119 @@
-"""The routes that answer, in OpenAI's shapes, and those that tell how the node is."""
+"""The node's routes: OpenAI's, the operators' for moving deltas, health and metrics."""
 
-from typing import Any
+import asyncio
+import re
+from collections.abc import Coroutine
+from typing import Annotated, Any, Final, TypeVar
 
-from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Depends, Header, Path, Request, Response
+from fastapi.sse import EventSourceResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from deltadock.errors import Unavailable
-from deltadock.inference.http.chat_replies import ChatReply
-from deltadock.inference.http.chat_schemas import ChatCompletion, ChatRequest
-from deltadock.inference.http.dependencies import (
-    NamedTarget,
-    NodeDep,
-    only_with_secret,
-    while_connected,
-)
-from deltadock.inference.http.problems import ERRORS
-from deltadock.inference.http.replies import CompletionReply, Reply
-from deltadock.inference.http.schemas import Completion, CompletionRequest, Model, ModelList
+from deltadock.errors import Cancelled, InvalidInput, Unavailable
+from deltadock.inference.deltas.store import ResidentDelta, Tier
+from deltadock.inference.http.errors import ERRORS
+from deltadock.inference.http.replies import ChatReply, CompletionReply, Reply
+from deltadock.inference.node import InferenceNode
+from deltadock.model_target import ARTIFACT_HEADER, BASE_HEADER, ModelTarget
+from deltadock.openai.chat import ChatCompletion, ChatRequest
+from deltadock.openai.completions import Completion, CompletionRequest
+from deltadock.openai.models import ModelCard, ModelList
+from deltadock.trust import check_trusted
 
-openai = APIRouter(prefix="/v1", dependencies=[Depends(only_with_secret)], responses=ERRORS)
-health = APIRouter()
+DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+
+Result = TypeVar("Result")
+
+
+def get_node(request: Request) -> InferenceNode:
+    """The node of this process."""
+    node: InferenceNode = request.app.state.node
+    return node
+
+
+NodeDep = Annotated[InferenceNode, Depends(get_node)]
+
+
+def base_header(base: Annotated[str | None, Header(alias=BASE_HEADER)] = None) -> str | None:
+    """The base's digest, if the request names one."""
+    if base is not None and not DIGEST.fullmatch(base):
+        raise InvalidInput(f"{BASE_HEADER} must be a SHA-256 digest in lower-case hex.")
+    return base
+
+
+BaseHeader = Annotated[str | None, Depends(base_header)]
+
+
+def target_header(
+    base: BaseHeader,
+    artifact: Annotated[str | None, Header(alias=ARTIFACT_HEADER)] = None,
+) -> ModelTarget | None:
+    """The weights that the headers name, None without headers."""
+    if artifact is not None and (base is None or not DIGEST.fullmatch(artifact)):
+        raise InvalidInput(
+            f"{ARTIFACT_HEADER} must be a SHA-256 digest in lower-case hex, beside {BASE_HEADER}."
+        )
+    return None if base is None else ModelTarget(base, artifact)
+
+
+TargetHeader = Annotated[ModelTarget | None, Depends(target_header)]
+
+
+def artifact_digest(digest: Annotated[str, Path(description="The artifact's SHA-256.")]) -> str:
+    """A delta's artifact digest in the path."""
+    if not DIGEST.fullmatch(digest):
+        raise InvalidInput(f"{digest!r} is not a SHA-256 digest in lower-case hex.")
+    return digest
+
+
+ArtifactDigest = Annotated[str, Depends(artifact_digest)]
+
+
+def require_trusted(request: Request, node: NodeDep) -> None:
+    """Require the secret or, if none is configured, a client on this machine."""
+    check_trusted(
+        node.settings.node_secret,
+        request.headers.get("Authorization"),
+        request.client.host if request.client is not None else None,
+    )
+
+
+def require_secret(request: Request, node: NodeDep) -> None:
+    """Require the secret, if one is configured."""
+    if node.settings.node_secret is not None:
+        require_trusted(request, node)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled if the client disconnects.
+
+    Raises:
+        Cancelled: the client disconnected.
+    """
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise Cancelled("The client disconnected.")
+    finally:
+        watching.cancel()
+        working.cancel()
+
+
+openai = APIRouter(prefix="/v1", dependencies=[Depends(require_secret)], responses=ERRORS)
 
 
 @openai.post("/completions", response_model=Completion)
 async def complete(
-    body: CompletionRequest, request: Request, node: NodeDep, target: NamedTarget
+    body: CompletionRequest, request: Request, node: NodeDep, target: TargetHeader
 ) -> Response | BaseModel:
     """Continue a prompt with the base or one of its deltas.
 
@@ -35,39 +122,113 @@ async def complete(
     """
     target = target or node.target(body.model)
     generation = await while_connected(request, node.generate(target, body))
-    return await _answer(request, CompletionReply(body, generation))
+    return await _respond(request, CompletionReply(body, generation))
 
 
 @openai.post("/chat/completions", response_model=ChatCompletion)
 async def chat(
-    body: ChatRequest, request: Request, node: NodeDep, target: NamedTarget
+    body: ChatRequest, request: Request, node: NodeDep, target: TargetHeader
 ) -> Response | BaseModel:
-    """Answer a conversation, put to the model by its own chat template."""
+    """Answer a conversation, rendered with the model's own chat template."""
     target = target or node.target(body.model)
     generation = await while_connected(request, node.generate(target, body))
-    return await _answer(request, ChatReply(body, generation))
+    return await _respond(request, ChatReply(body, generation))
 
 
-async def _answer(request: Request, reply: Reply[Any]) -> Response | BaseModel:
+async def _respond(request: Request, reply: Reply[Any]) -> Response | BaseModel:
     if reply.request.stream:
-        return StreamingResponse(reply.stream(), media_type="text/event-stream")
-    return await while_connected(request, reply.whole())
+        return EventSourceResponse(reply.stream())
+    return await while_connected(request, reply.complete())
 
 
 @openai.get("/models")
 async def models(node: NodeDep) -> ModelList:
-    """The base and the deltas that are held, by what `model` may name them here."""
+    """The base and the deltas that the node holds."""
     if node.base is None:
         return ModelList(data=[])
-    names = [node.base.name, *(held.digest for held in node.held())]
-    return ModelList(data=[Model(id=name) for name in names])
+    names = [node.base.name, *(delta.digest for delta in node.held())]
+    return ModelList(data=[ModelCard(id=name) for name in names])
 
 
 @openai.get("/models/{model:path}")
-async def model(model: str, node: NodeDep) -> Model:
-    """One of them; 404 `model_not_found` for any other."""
+async def model(model: str, node: NodeDep) -> ModelCard:
+    """One of these models; 404 `model_not_found` for any other."""
     node.target(model)
-    return Model(id=model)
+    return ModelCard(id=model)
+
+
+deltas = APIRouter(prefix="/v1/deltas", dependencies=[Depends(require_trusted)], responses=ERRORS)
+"""Each route accepts the header Deltadock-Base, for a node without a base or with another one."""
+
+
+class DeltaStatus(BaseModel):
+    """A delta in the fastest tier that has it."""
+
+    digest: str
+    tier: Tier
+    bytes: int
+    references: int
+    pinned: bool
+
+    @classmethod
+    def of(cls, delta: ResidentDelta) -> "DeltaStatus":
+        """Convert to the public schema."""
+        return cls(**delta._asdict())
+
+
+class DeltaStatusList(BaseModel):
+    """Fast tiers first, most recently used first."""
+
+    data: list[DeltaStatus]
+
+
+class LoadRequest(BaseModel):
+    """The tier to load a delta into."""
+
+    tier: Tier = "device"
+
+
+@deltas.get("")
+async def list_deltas(node: NodeDep) -> DeltaStatusList:
+    """Every delta that the node holds."""
+    return DeltaStatusList(data=[DeltaStatus.of(delta) for delta in node.held()])
+
+
+@deltas.post("/{digest}/load")
+async def load(
+    digest: ArtifactDigest, node: NodeDep, base: BaseHeader, body: LoadRequest | None = None
+) -> DeltaStatus:
+    """Load and verify a delta; it stays until evicted."""
+    async with node.using(base) as served:
+        await served.deltas.load(digest, (body or LoadRequest()).tier)
+        return DeltaStatus.of(served.deltas.find(digest))
+
+
+@deltas.post("/{digest}/unload", status_code=204)
+async def unload(digest: ArtifactDigest, node: NodeDep, base: BaseHeader) -> Response:
+    """Remove a delta from its slot and from memory; 409 while it is pinned or in use."""
+    async with node.using(base) as served:
+        await served.deltas.unload(digest)
+    return Response(status_code=204)
+
+
+@deltas.post("/{digest}/pin")
+async def pin(digest: ArtifactDigest, node: NodeDep, base: BaseHeader) -> DeltaStatus:
+    """Load a delta into a slot and keep it there."""
+    async with node.using(base) as served:
+        await served.deltas.pin(digest)
+        return DeltaStatus.of(served.deltas.find(digest))
+
+
+@deltas.post("/{digest}/unpin")
+async def unpin(digest: ArtifactDigest, node: NodeDep, base: BaseHeader) -> DeltaStatus:
+    """Make a delta evictable again."""
+    async with node.using(base) as served:
+        served.deltas.unpin(digest)
+        return DeltaStatus.of(served.deltas.find(digest))
+
+
+health = APIRouter()
 
 
 @health.get("/healthz")
@@ -78,7 +239,7 @@ async def healthy() -> dict[str, str]:
 
 @health.get("/readyz", responses=ERRORS)
 async def ready(node: NodeDep) -> dict[str, str | None]:
-    """Requests can be taken."""
+    """The node accepts requests."""
     if node.draining:
         raise Unavailable("The node is stopping.")
     if not node.ready:

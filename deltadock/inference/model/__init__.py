@@ -1,1 +1,1 @@
-"""The base with its per-row delta modules, attention and cache; what a delta changes in it."""
+"""The base model with per-row deltas: layers, attention, cache, loading."""

@@ -1,7 +1,7 @@
-"""Tokens that a delta adds to the base's vocabulary.
+"""Tokens that a delta adds to the base's vocabulary, and logits of different lengths.
 
-Their rows of embedding and head lie beside the base's and are read for rows of that delta's slot
-alone. Both are looked up outside of CUDA graphs.
+The added rows of embedding and head are stored per slot, beside the base's, and are read for rows
+of that slot only. Both lookups run outside of CUDA graphs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltadock.errors import InvalidArtifact
-from deltadock.inference.model.logits import Logits
 from deltadock.inference.model.routing import Routing
 from deltadock.inference.model.weight_deltas import NewRows, TensorDelta
 
@@ -20,8 +19,28 @@ EMBEDDING: Final = "model.embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"
 
 
-class _Tables(NamedTuple):
-    """One delta's, in token order; one tensor if they are tied."""
+class Logits(NamedTuple):
+    """Float32 logits of a pass's rows; rows of a delta that adds tokens are longer than others.
+
+    The other rows have no entry for added tokens, so these cannot be sampled there.
+    """
+
+    base: Tensor
+    """(rows, vocabulary): every row's logits over the base's tokens."""
+    extended: Sequence[tuple[Sequence[int], Tensor]] = ()
+    """For each delta that adds tokens: its n row numbers, and (n, extended vocabulary)."""
+
+    def rows(self) -> list[Tensor]:
+        """Each row's logits, (vocabulary,)."""
+        rows = list(self.base)
+        for numbers, extended in self.extended:
+            for number, row in zip(numbers, extended, strict=True):
+                rows[number] = row
+        return rows
+
+
+class _AddedRows(NamedTuple):
+    """One delta's added rows, in token order; the same tensor twice if they are tied."""
 
     embedding: Tensor
     """(added, hidden)"""
@@ -30,27 +49,25 @@ class _Tables(NamedTuple):
 
 
 class AddedTokens:
-    """The tokens past the base's `vocabulary`, by slot."""
+    """The tokens beyond the base's `vocabulary`, by slot."""
 
     def __init__(self, vocabulary: int, routing: Routing, *, tied: bool) -> None:
         self._vocabulary, self._routing, self._tied = vocabulary, routing, tied
-        self._tables: dict[int, _Tables] = {}
+        self._added: dict[int, _AddedRows] = {}
 
-    def count(self, changes: Mapping[str, TensorDelta]) -> int:
+    def count(self, deltas: Mapping[str, TensorDelta]) -> int:
         """How many tokens a delta adds.
 
         Raises:
-            InvalidArtifact: not as many to the embedding as to the head, or rows to what has none
-                for a token.
+            InvalidArtifact: embedding and head gain different numbers of rows, or a tensor gains
+                rows that has no row per token.
         """
         counts = {
-            name: len(change.added)
-            for name, change in changes.items()
-            if isinstance(change, NewRows)
+            name: len(delta.added) for name, delta in deltas.items() if isinstance(delta, NewRows)
         }
         if others := counts.keys() - {EMBEDDING, LM_HEAD}:
             raise InvalidArtifact(
-                f"The delta adds rows to {min(others)!r}, which has not one for each token."
+                f"The delta adds rows to {min(others)!r}, which does not have one row per token."
             )
         if not self._tied:
             counts = {name: counts.get(name, 0) for name in (EMBEDDING, LM_HEAD)}
@@ -62,52 +79,52 @@ class AddedTokens:
             )
         return max(counts.values(), default=0)
 
-    def install(self, slot: int, changes: Mapping[str, TensorDelta]) -> None:
-        """Let the rows of `slot` use the tokens that its prepared changes add, if any."""
-        found = [changes.get(name) for name in (EMBEDDING, LM_HEAD)]
-        added = [change.added for change in found if isinstance(change, NewRows)]
+    def install(self, slot: int, deltas: Mapping[str, TensorDelta]) -> None:
+        """Enable the tokens that the prepared deltas of `slot` add, if any."""
+        tables = [deltas.get(name) for name in (EMBEDDING, LM_HEAD)]
+        added = [delta.added for delta in tables if isinstance(delta, NewRows)]
         if added and len(added[0]):
-            self._tables[slot] = _Tables(added[0], added[-1])
+            self._added[slot] = _AddedRows(added[0], added[-1])
 
     def remove(self, slot: int) -> None:
-        """Forget the tokens of `slot`, if there are any."""
-        self._tables.pop(slot, None)
+        """Remove the tokens of `slot`, if it has any."""
+        self._added.pop(slot, None)
 
     def vocabulary(self, slot: int) -> int:
-        """Tokens that the rows of `slot` know."""
-        tables = self._tables.get(slot)
-        return self._vocabulary + (0 if tables is None else len(tables.embedding))
+        """Vocabulary size of the rows of `slot`."""
+        added = self._added.get(slot)
+        return self._vocabulary + (0 if added is None else len(added.embedding))
 
     def embed(self, tokens: Tensor, embedding: Callable[[Tensor], Tensor]) -> Tensor:
-        """(1, rows, hidden) of `tokens` (rows,), by an embedding that knows the base's alone."""
-        if not self._tables:
+        """(1, rows, hidden) of `tokens` (rows,); `embedding` knows the base's tokens only."""
+        if not self._added:
             return embedding(tokens[None])
         embedded = embedding(tokens.clamp(max=self._vocabulary - 1)[None])
-        for _, rows, tables in self._present():
-            own = tokens[rows, None] - self._vocabulary
-            found = F.embedding(own[:, 0].clamp(min=0), tables.embedding)
-            embedded[0, rows] = torch.where(own < 0, embedded[0, rows], found)
+        for _, rows, added in self._present():
+            index = tokens[rows, None] - self._vocabulary
+            new = F.embedding(index[:, 0].clamp(min=0), added.embedding)
+            embedded[0, rows] = torch.where(index < 0, embedded[0, rows], new)
         return embedded
 
-    def logits(self, known: Tensor, hidden: Tensor, slots: Sequence[int]) -> Logits:
-        """Add what the rows' own tokens get.
+    def logits(self, base: Tensor, hidden: Tensor, slots: Sequence[int]) -> Logits:
+        """Extend logits by those of the rows' added tokens.
 
         Args:
-            known: (rows, vocabulary) float32, on the base's tokens.
+            base: (rows, vocabulary) float32, over the base's tokens.
             hidden: (rows, hidden).
-            slots: each row's.
+            slots: each row's slot.
         """
-        longer = []
-        for slot, rows, tables in self._present():
-            added = F.linear(hidden[rows], tables.head).float()
-            numbers = [row for row, own in enumerate(slots) if own == slot]
-            longer.append((numbers, torch.cat([known[rows], added], dim=-1)))
-        return Logits(known, longer)
+        extended = []
+        for slot, rows, added in self._present():
+            new = F.linear(hidden[rows], added.head).float()
+            numbers = [row for row, row_slot in enumerate(slots) if row_slot == slot]
+            extended.append((numbers, torch.cat([base[rows], new], dim=-1)))
+        return Logits(base, extended)
 
-    def _present(self) -> list[tuple[int, slice | Tensor, _Tables]]:
-        """Of the pass at hand: slots that add tokens, their rows, their tables."""
+    def _present(self) -> list[tuple[int, slice | Tensor, _AddedRows]]:
+        """The current pass's slots that add tokens, with their rows and tables."""
         return [
-            (slot, rows, self._tables[slot])
+            (slot, rows, self._added[slot])
             for slot, rows in self._routing.chunks.by_slot.items()
-            if slot in self._tables
+            if slot in self._added
         ]

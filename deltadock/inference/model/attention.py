@@ -1,8 +1,8 @@
-"""Attention over the slotted cache, entered in transformers' registry under `ATTENTION`.
+"""Attention over the slotted cache, registered with transformers under the name `ATTENTION`.
 
 The rows of a pass are tokens of many sequences, packed as (1, rows). Each sequence is either
-decoding (one row) or prefilling a chunk of its prompt (many). Decoding sequences in nearby cache
-slots form a run that is attended to in one call on a view of the cache.
+decoding (one row) or prefilling a chunk of its prompt (many rows). Decoding sequences in nearby
+cache slots are batched: one attention call on a view of the cache.
 """
 
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ from transformers import AttentionInterface
 from deltadock.inference.model.kv_cache import KVCache
 
 ATTENTION: Final = "deltadock_slotted"
-GAP: Final = 2
-"""Idle cache slots between two decoding ones that are attended to for nothing, to save a call."""
+MAX_GAP: Final = 2
+"""Idle cache slots that a decode batch may span: wasted attention is cheaper than another call."""
 
 
 @dataclass(slots=True)
 class Span:
-    """Rows `[begin, end)` of the pass are one sequence's tokens from position `start` on."""
+    """Rows `[begin, end)` of the pass: one sequence's tokens from position `start` on."""
 
     slot: int
     begin: int
@@ -31,7 +31,7 @@ class Span:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache once this pass has written its own."""
+        """Tokens in the cache after this pass."""
         return self.start + self.end - self.begin
 
 
@@ -60,10 +60,10 @@ class PrefillChunk:
 
     def _mask(self, window: int | None) -> Tensor:
         if window not in self._masks:
-            at = torch.arange(self._start, self.length, device=self._device)[:, None]
-            seen = torch.arange(self.length, device=self._device)[None]
-            mask = seen <= at
-            self._masks[window] = mask if window is None else mask & (seen > at - window)
+            queries = torch.arange(self._start, self.length, device=self._device)[:, None]
+            keys = torch.arange(self.length, device=self._device)[None]
+            mask = keys <= queries
+            self._masks[window] = mask if window is None else mask & (keys > queries - window)
         return self._masks[window]
 
 
@@ -79,28 +79,28 @@ class DecodeBatch:
         rows: Tensor | slice,
         places: Tensor | slice,
         queries: Tensor | slice,
-        even: bool = False,
+        equal_lengths: bool = False,
     ) -> None:
-        """Describe a run; masks are built at the first use.
+        """Describe a batch; masks are built on first use.
 
         Args:
-            slots: the range.
-            length: tokens of a slot that are looked at.
-            lengths: (slots,) int64, tokens of each slot's sequence; at least 1, idle or not.
+            slots: the range of cache slots.
+            length: tokens per slot that attention reads.
+            lengths: (slots,) int64, tokens of each slot's sequence; 1 for idle slots.
             rows: the pass's rows of these sequences.
-            places: for each of the rows, its slot's place in the range.
-            queries: for each slot of the range, its row; any row for an idle one.
-            even: all lengths are `length`.
+            places: for each of the rows, its slot's index in the range.
+            queries: for each slot of the range, its row; any row for an idle slot.
+            equal_lengths: whether all lengths equal `length`.
         """
         self.slots, self.length = slots, length
         self.rows, self.places, self.queries = rows, places, queries
-        self._lengths, self._even = lengths, even
+        self._lengths, self._equal_lengths = lengths, equal_lengths
         self._masks: dict[int | None, Tensor | None] = {}
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
         """(n, heads, d) queries over (n, kv_heads, length, d), to (n, heads, d).
 
-        The query heads that share a key head stand as that head's queries.
+        Query heads that share a key head are laid out as that head's queries.
         """
         count, heads, width = query.shape
         kv_heads = keys.shape[1]
@@ -122,7 +122,7 @@ class DecodeBatch:
         return self._masks[window]
 
     def _build(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        if self._even and window is None:
+        if self._equal_lengths and window is None:
             return None
         seen = torch.arange(self.length, device=self._lengths.device)[None]
         hidden = seen >= self._lengths[:, None]
@@ -134,59 +134,59 @@ class DecodeBatch:
 
 @dataclass(slots=True)
 class AttentionMetadata:
-    """What one pass needs to know of its rows; masks are built once and serve all layers."""
+    """Layout of a pass's rows for attention; masks are built once for all layers."""
 
     cache: KVCache
     slots: Tensor
     """(rows,) int64: each row's cache slot."""
     positions: Tensor
     """(rows,) int64: each row's position in its sequence."""
-    runs: list[DecodeBatch] = field(default_factory=list)
-    chunks: list[PrefillChunk] = field(default_factory=list)
+    decode_batches: list[DecodeBatch] = field(default_factory=list)
+    prefill_chunks: list[PrefillChunk] = field(default_factory=list)
 
 
 def make_attention_metadata(cache: KVCache, spans: list[Span]) -> AttentionMetadata:
     """Lay out a pass over `spans`, which cover its rows in order."""
     device = cache.keys[0].device
     slots = [span.slot for span in spans for _ in range(span.begin, span.end)]
-    positions = [at for span in spans for at in range(span.start, span.length)]
-    step = AttentionMetadata(
+    positions = [position for span in spans for position in range(span.start, span.length)]
+    metadata = AttentionMetadata(
         cache, torch.tensor(slots, device=device), torch.tensor(positions, device=device)
     )
-    run: list[Span] = []
+    batch: list[Span] = []
     for span in sorted(spans, key=lambda span: span.slot):
         if span.end - span.begin > 1:
-            step.chunks.append(PrefillChunk(span, device))
+            metadata.prefill_chunks.append(PrefillChunk(span, device))
             continue
-        if run and span.slot > run[-1].slot + 1 + GAP:
-            step.runs.append(_decode_batch(run, device))
-            run = []
-        run.append(span)
-    if run:
-        step.runs.append(_decode_batch(run, device))
-    return step
+        if batch and span.slot > batch[-1].slot + 1 + MAX_GAP:
+            metadata.decode_batches.append(_decode_batch(batch, device))
+            batch = []
+        batch.append(span)
+    if batch:
+        metadata.decode_batches.append(_decode_batch(batch, device))
+    return metadata
 
 
 def _decode_batch(spans: list[Span], device: torch.device) -> DecodeBatch:
-    """The run of decoding sequences, which are in the order of their slots."""
+    """Batch decoding sequences, given in the order of their cache slots."""
     first, last = spans[0].slot, spans[-1].slot
     rows = [span.begin for span in spans]
     by_slot = {span.slot: span for span in spans}
-    at = [by_slot.get(slot, spans[0]) for slot in range(first, last + 1)]
+    padded = [by_slot.get(slot, spans[0]) for slot in range(first, last + 1)]
     length = max(span.length for span in spans)
     return DecodeBatch(
         slice(first, last + 1),
         length,
-        torch.tensor([span.length for span in at], device=device),
+        torch.tensor([span.length for span in padded], device=device),
         rows=_index(rows, device),
         places=_index([span.slot - first for span in spans], device),
-        queries=_index([span.begin for span in at], device),
-        even=all(span.length == length for span in at),
+        queries=_index([span.begin for span in padded], device),
+        equal_lengths=all(span.length == length for span in padded),
     )
 
 
 def _index(rows: list[int], device: torch.device) -> Tensor | slice:
-    """An index of these rows: a slice, which copies nothing, if they follow each other."""
+    """An index of these rows: a slice, which copies nothing, if they are consecutive."""
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return slice(rows[0], rows[0] + len(rows))
     return torch.tensor(rows, device=device)
@@ -200,28 +200,28 @@ def slotted_attention(
     attention_mask: None,
     *,
     scaling: float,
-    step: AttentionMetadata,
+    metadata: AttentionMetadata,
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Write this pass's keys and values, then attend to each sequence's slot.
+    """Write this pass's keys and values to the cache, then attend to each sequence's slot.
 
     `query` (1, heads, rows, d), `key` and `value` (1, kv_heads, rows, d); returns
     (1, rows, heads, d).
     """
     layer: int = module.layer_idx
-    keys, values = step.cache.keys[layer], step.cache.values[layer]
-    keys[step.slots, :, step.positions] = key[0].transpose(0, 1)
-    values[step.slots, :, step.positions] = value[0].transpose(0, 1)
+    keys, values = metadata.cache.keys[layer], metadata.cache.values[layer]
+    keys[metadata.slots, :, metadata.positions] = key[0].transpose(0, 1)
+    values[metadata.slots, :, metadata.positions] = value[0].transpose(0, 1)
     by_row = query[0].transpose(0, 1)
     out = torch.empty_like(by_row, memory_format=torch.contiguous_format)
-    for run in step.runs:
-        seen = (run.slots, slice(None), slice(0, run.length))
-        attended = run.attend(
-            by_row[run.queries], keys[seen], values[seen], scale=scaling, window=sliding_window
+    for batch in metadata.decode_batches:
+        seen = (batch.slots, slice(None), slice(0, batch.length))
+        attended = batch.attend(
+            by_row[batch.queries], keys[seen], values[seen], scale=scaling, window=sliding_window
         )
-        out[run.rows] = attended[run.places]
-    for chunk in step.chunks:
+        out[batch.rows] = attended[batch.places]
+    for chunk in metadata.prefill_chunks:
         seen = (chunk.slots, slice(None), slice(0, chunk.length))
         attended = chunk.attend(
             query[:, :, chunk.rows], keys[seen], values[seen], scale=scaling, window=sliding_window

@@ -1,4 +1,4 @@
-"""The slotted key/value cache: a sequence owns one slot, long enough for the whole context."""
+"""The slotted key/value cache: one slot per sequence, long enough for the whole context."""
 
 import math
 
@@ -26,9 +26,9 @@ class KVCache:
     ) -> None:
         self.slots, self.length = slots, length
         shape = (layers, 2, slots, kv_heads, length, head_dim)
-        if device.type == "cpu":  # numpy's zeros take memory only where they are written to
-            raw = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
-            self._store = raw.view(dtype).view(shape)
+        if device.type == "cpu":  # numpy's zeros use memory only once written to
+            zeros = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+            self._store = zeros.view(dtype).view(shape)
         else:
             self._store = torch.zeros(shape, dtype=dtype, device=device)
         self.keys: list[Tensor] = [layer[0] for layer in self._store]

@@ -1,37 +1,264 @@
-"""Embeddings and norms whose rows each have their own delta's weights."""
+"""Linear layers, embeddings and norms that apply each row's own weight deltas.
+
+`replace_modules` puts them in place of a transformers model's modules.
+"""
 
 import copy
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltadock.errors import UnsupportedModel
 from deltadock.inference.model.routing import DeltaModule, Routing
-from deltadock.inference.model.weight_deltas import EncodedDelta, LowRank, RowsDelta, WeightDelta
-from deltadock.kernels.svd_delta import PackedDelta, add_rows
+from deltadock.inference.model.weight_deltas import (
+    EncodedDelta,
+    LowRank,
+    RowsDelta,
+    WeightDelta,
+)
+from deltadock.kernels.svd_delta import DeltaTable, PackedDelta, add_rows, reference, svd_delta
+
+FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that share their input, fused wherever one module has them all."""
+
+
+class FusedLinear:
+    """`x @ weight.T + bias` with weight (h_out, h_in) and an optional bias (h_out,).
+
+    On the CPU, oneDNN reorders a float32 weight into a blocked layout of its own, which is up to
+    twice as fast for the few rows of a batch.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, reorder: bool = True) -> None:
+        """Take ownership of the tensors; `reorder` allows oneDNN's layout."""
+        self.device, self.dtype = weight.device, weight.dtype
+        self.reordered = (
+            reorder
+            and (self.device.type, self.dtype) == ("cpu", torch.float32)
+            and torch.backends.mkldnn.is_available()
+        )
+        """Whether the weight is in oneDNN's layout."""
+        self.bias = bias
+        self._weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.reordered else weight
+        )
+
+    @classmethod
+    def fuse(cls, linears: Sequence[nn.Linear], *, reorder: bool = True) -> "FusedLinear":
+        """Concatenate linears' outputs; either all have a bias or none.
+
+        The linears' own weights become views, or meta tensors of the same shapes.
+        """
+        weight = _concatenated([linear.weight for linear in linears])
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        bias = _concatenated(biases) if biases else None
+        fused = cls(weight.detach(), bias, reorder=reorder)
+        if fused.reordered:
+            for linear in linears:
+                linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
+        return fused
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(1, rows, h_in) to (1, rows, h_out)."""
+        if not self.reordered:
+            return F.linear(x, self._weight, self.bias)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._weight, self.bias, "none", [], ""
+        )
+        return product
+
+    def copy(self) -> tuple[Tensor, Tensor | None]:
+        """Copies of weight and bias in float32."""
+        weight = (
+            self._weight.to_dense() if self.reordered else self._weight.to(torch.float32, copy=True)
+        )
+        return weight, None if self.bias is None else self.bias.to(torch.float32, copy=True)
+
+
+def _concatenated(parameters: Sequence[Tensor]) -> Tensor:
+    """Concatenate parameters along their first axis; each becomes a view of the whole."""
+    if len(parameters) == 1:
+        return parameters[0]
+    whole = torch.cat([parameter.data for parameter in parameters])
+    sizes = [len(parameter) for parameter in parameters]
+    for parameter, view in zip(parameters, whole.split(sizes), strict=True):
+        parameter.data = view
+    return whole
+
+
+class _UnpackedDelta(NamedTuple):
+    """A linear's weight delta that is not packed for the kernels."""
+
+    weight: WeightDelta | None
+    bias: Tensor | None
+    """The bias itself if the weight is replaced, otherwise its difference from the base's."""
+
+
+class DeltaLinears(DeltaModule):
+    """Linear layers that share their input: one product with the base's weights for all rows,
+    then the deltas of all slots."""
+
+    def __init__(
+        self, linears: Mapping[str, nn.Linear], routing: Routing, *, tied: bool = False
+    ) -> None:
+        """Fuse the linears, of which either all have a bias or none.
+
+        A `tied` linear's weight is also an embedding.
+        """
+        super().__init__(routing)
+        self._names = tuple(linears)
+        layers = list(linears.values())
+        self._h_outs, h_in = [linear.out_features for linear in layers], layers[0].in_features
+        self._base = FusedLinear.fuse(layers, reorder=not tied)
+        self._merged: FusedLinear | None = None
+        self.table = DeltaTable(
+            routing.limits.slots,
+            h_in,
+            self._h_outs,
+            max_rank=sum(min(h_out, h_in) for h_out in self._h_outs),
+            device=self._base.device,
+        )
+        self._unpacked: dict[int, list[_UnpackedDelta | None]] = {}
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def install(self, slot: int, deltas: Mapping[str, WeightDelta]) -> bool:
+        """Packed weights, biases included, go into the table; see `BaseModel.prepare`."""
+        packed: list[PackedDelta | None] = []
+        unpacked: list[_UnpackedDelta | None] = []
+        for name in self._names:
+            weight, bias = deltas.get(f"{name}.weight"), deltas.get(f"{name}.bias")
+            assert bias is None or isinstance(bias, Tensor)
+            packed.append(weight if isinstance(weight, PackedDelta) else None)
+            other = None if isinstance(weight, PackedDelta) else weight
+            if bias is None and isinstance(other, Tensor) and self._base.bias is not None:
+                bias = self._base.bias.split(self._h_outs)[len(unpacked)]
+            unpacked.append(None if other is bias is None else _UnpackedDelta(other, bias))
+        if any(packed):
+            self.table.install(slot, *packed)
+        if any(unpacked):
+            self._unpacked[slot] = unpacked
+        return any(unpacked)
+
+    def remove(self, slot: int) -> None:
+        for key in (deltas := self.table.deltas.get(slot, ())), *deltas:
+            self.routing.cache.discard(key)
+        self.table.remove(slot)
+        for delta in self._unpacked.pop(slot, ()):
+            if delta is not None:
+                self.routing.cache.discard(delta.weight)
+
+    def merge(self, slot: int) -> None:
+        """Compute base plus delta of `slot` in float32, rounded once; kept until `unmerge`."""
+        packed, unpacked = self.table.deltas.get(slot), self._unpacked.get(slot)
+        if packed is None and unpacked is None:
+            return
+        weight, bias = self._base.copy()
+        begin = 0
+        for number, h_out in enumerate(self._h_outs):
+            rows = slice(begin, begin + h_out)
+            if packed is not None and (delta := packed[number]) is not None:
+                _add_delta(weight[rows], bias, rows, delta, delta.floats("bias"))
+            if unpacked is not None and (other := unpacked[number]) is not None:
+                _add_delta(weight[rows], bias, rows, other.weight, other.bias)
+            begin += h_out
+        rounded = None if bias is None else bias.to(self._base.dtype)
+        self._merged = FusedLinear(weight.to(self._base.dtype), rounded)
+
+    def unmerge(self) -> None:
+        """Free the merged weights, if there are any."""
+        self._merged = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, rows, h_in) to (1, rows, h_out), the linears' outputs concatenated."""
+        if self.routing.merged:
+            return (self._merged or self._base)(x)
+        y = self._base(x)
+        chunks = self.routing.chunks
+        # On a GPU always: a captured graph must also serve deltas that are installed later.
+        if x.is_cuda or (self.table.deltas and chunks.by_slot):
+            svd_delta(y[0], x[0], self.table, chunks, self.routing.cache)
+        if self._unpacked:
+            for slot, rows in chunks.by_slot.items():
+                begin = 0
+                for delta, h_out in zip(self._unpacked.get(slot, ()), self._h_outs, strict=False):
+                    part = (0, rows, slice(begin, begin + h_out))
+                    if delta is not None:
+                        y[part] = self._apply_delta(y[part], x[0, rows], delta)
+                    begin += h_out
+        return y
+
+    def _apply_delta(self, y: Tensor, x: Tensor, delta: _UnpackedDelta) -> Tensor:
+        weight, bias = delta
+        if isinstance(weight, Tensor):
+            return F.linear(x, weight, bias)
+        if isinstance(weight, LowRank):
+            y = torch.addmm(y, F.linear(x, weight.v), weight.u.T)
+        elif isinstance(weight, EncodedDelta | RowsDelta):
+            y = torch.addmm(y, x, self.decoded(weight, x.dtype).T)
+        return y if bias is None else y + bias
+
+    def output(self, x: Tensor, number: int) -> Tensor:
+        """One linear's outputs; the first linear called on an input computes all of them."""
+        if self._input is not x:
+            self._input, self._outputs = x, self(x).split(self._h_outs, dim=-1)
+        output = self._outputs[number]
+        if number == len(self._h_outs) - 1:
+            self._input, self._outputs = None, ()
+        return output
+
+
+def _add_delta(
+    weight: Tensor,
+    biases: Tensor | None,
+    rows: slice,
+    delta: WeightDelta | None,
+    bias: Tensor | None,
+) -> None:
+    """Add a delta to one linear's rows of the fused weight and biases, both float32."""
+    if isinstance(delta, Tensor):
+        weight.copy_(delta)
+    elif isinstance(delta, PackedDelta):
+        weight += reference.dense(delta)
+    elif isinstance(delta, LowRank):
+        weight += delta.u.float() @ delta.v.float()
+    elif delta is not None:
+        weight += delta.dense()
+    if biases is not None and bias is not None:
+        biases[rows] = bias if isinstance(delta, Tensor) else biases[rows] + bias
+
+
+class LinearOutput(nn.Module):
+    """One linear of a DeltaLinears, at its place in the model."""
+
+    def __init__(self, linears: DeltaLinears, number: int) -> None:
+        super().__init__()
+        self._linears, self._number = linears, number
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, rows, h_in) to (1, rows, h_out)."""
+        return self._linears.output(x, self._number)
 
 
 class DeltaEmbedding(DeltaModule):
-    """An embedding table: rows of a slot look their tokens up in that slot's table, too.
-
-    It is no part of a CUDA graph.
-    """
+    """An embedding table with the deltas of every slot; it runs outside of CUDA graphs."""
 
     def __init__(self, embedding: nn.Embedding, routing: Routing) -> None:
         super().__init__(routing)
         self.weight = embedding.weight
         self._deltas: dict[int, WeightDelta] = {}
 
-    def install(self, slot: int, changes: Mapping[str, WeightDelta]) -> bool:
-        self._deltas[slot] = changes["weight"]
+    def install(self, slot: int, deltas: Mapping[str, WeightDelta]) -> bool:
+        self._deltas[slot] = deltas["weight"]
         return False
 
     def remove(self, slot: int) -> None:
-        change = self._deltas.pop(slot, None)
-        self.routing.cache.discard(("v", change))
-        self.routing.cache.discard(change)
+        delta = self._deltas.pop(slot, None)
+        self.routing.cache.discard(("v", delta))
+        self.routing.cache.discard(delta)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(1, rows) int64 to (1, rows, hidden)."""
@@ -39,24 +266,24 @@ class DeltaEmbedding(DeltaModule):
         if self._deltas:
             for slot, rows in self.routing.chunks.by_slot.items():
                 if slot in self._deltas:
-                    y[0, rows] = self._changed(y[0, rows], tokens[0, rows], self._deltas[slot])
+                    y[0, rows] = self._apply_delta(y[0, rows], tokens[0, rows], self._deltas[slot])
         return y
 
-    def _changed(self, y: Tensor, tokens: Tensor, change: WeightDelta) -> Tensor:
-        if isinstance(change, PackedDelta):
-            add_rows(y, tokens, change, self.routing.cache)
+    def _apply_delta(self, y: Tensor, tokens: Tensor, delta: WeightDelta) -> Tensor:
+        if isinstance(delta, PackedDelta):
+            add_rows(y, tokens, delta, self.routing.cache)
             return y
-        if isinstance(change, LowRank):
-            return torch.addmm(y, F.embedding(tokens, change.u), change.v)
-        if isinstance(change, RowsDelta):
-            return y + change.rows(tokens).to(y.dtype)
-        if isinstance(change, EncodedDelta):
-            return y + F.embedding(tokens, self.dense(change, y.dtype))
-        return F.embedding(tokens, change)
+        if isinstance(delta, LowRank):
+            return torch.addmm(y, F.embedding(tokens, delta.u), delta.v)
+        if isinstance(delta, RowsDelta):
+            return y + delta.rows(tokens).to(y.dtype)
+        if isinstance(delta, EncodedDelta):
+            return y + F.embedding(tokens, self.decoded(delta, y.dtype))
+        return F.embedding(tokens, delta)
 
 
 class DeltaNorm(DeltaModule):
-    """A normalisation that multiplies by its weight: each row by that of its slot."""
+    """A normalization layer that multiplies each row by the weight of its slot."""
 
     def __init__(self, norm: nn.Module, routing: Routing) -> None:
         super().__init__(routing)
@@ -64,7 +291,7 @@ class DeltaNorm(DeltaModule):
         self.weight: Tensor = norm.weight.data  # type: ignore[assignment]
         self._changed: set[int] = set()
         self._weights: Tensor | None = None
-        """(slots, width), once there is a change; always on a GPU, for the graphs' sake."""
+        """(slots, width), from the first delta on; always on a GPU, where graphs need it."""
         self._by_row = copy.deepcopy(norm)
         del self._by_row.weight
         if self.weight.is_cuda:
@@ -73,8 +300,8 @@ class DeltaNorm(DeltaModule):
     def _make_weights(self) -> Tensor:
         return self.weight.repeat(self.routing.limits.slots, 1)
 
-    def install(self, slot: int, changes: Mapping[str, WeightDelta]) -> bool:
-        weight = changes["weight"]
+    def install(self, slot: int, deltas: Mapping[str, WeightDelta]) -> bool:
+        weight = deltas["weight"]
         assert isinstance(weight, Tensor)
         if self._weights is None:
             self._weights = self._make_weights()
@@ -93,6 +320,65 @@ class DeltaNorm(DeltaModule):
         if self._weights is None or not (self._changed or x.is_cuda):
             y: Tensor = self._norm(x)
             return y
-        own = self._weights[self.routing.row_slots]
-        self._by_row.weight = own.view(1, len(own), *[1] * (x.ndim - 3), -1)
+        weights = self._weights[self.routing.row_slots]
+        self._by_row.weight = weights.view(1, len(weights), *[1] * (x.ndim - 3), -1)
         return cast("Tensor", self._by_row(x))
+
+
+Owners = dict[str, list[tuple[DeltaModule, str]]]
+"""By tensor name: the modules that apply its deltas, with their name for the parameter."""
+
+
+def replace_modules(model: Any, routing: Routing) -> tuple[Owners, dict[str, Tensor]]:
+    """Replace every module of `model` that has parameters of its own by one with per-row deltas.
+
+    Returns:
+        The owners of each tensor, and the tensors, by the checkpoint's names.
+
+    Raises:
+        UnsupportedModel: a module with parameters has no per-row counterpart.
+    """
+    owners: Owners = {}
+    tensors: dict[str, Tensor] = {}
+
+    def register(path: str, module: nn.Module, owner: DeltaModule, prefix: str = "") -> None:
+        for name, parameter in module.named_parameters():
+            owners[f"{path}.{name}"] = [(owner, prefix + name)]
+            tensors[f"{path}.{name}"] = parameter
+
+    def replace_linears(parent: str, linears: dict[str, nn.Linear]) -> None:
+        tied = "lm_head" in linears and model.config.tie_word_embeddings
+        fused = DeltaLinears(linears, routing, tied=tied)
+        for number, (name, linear) in enumerate(linears.items()):
+            path = f"{parent}.{name}".lstrip(".")
+            register(path, linear, fused, f"{name}.")
+            model.set_submodule(path, LinearOutput(fused, number) if len(linears) > 1 else fused)
+
+    for path, module in list(model.named_modules()):
+        for names in FUSED:
+            if (linears := _fusable(module, names)) is not None:
+                replace_linears(path, linears)
+        parameters = dict(module.named_parameters(recurse=False))
+        if not parameters or any(f"{path}.{name}" in owners for name in parameters):
+            continue
+        if isinstance(module, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            replace_linears(parent, {name: module})
+            continue
+        if isinstance(module, nn.Embedding):
+            replacement: DeltaModule = DeltaEmbedding(module, routing)
+        elif parameters.keys() == {"weight"} and parameters["weight"].ndim == 1:
+            replacement = DeltaNorm(module, routing)
+        else:
+            raise UnsupportedModel(f"{path} is a {type(module).__name__}, which cannot be served.")
+        register(path, module, replacement)
+        model.set_submodule(path, replacement)
+    return owners, tensors
+
+
+def _fusable(module: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Linear] | None:
+    """The module's linears of these names, if it has all of them, all with a bias or none."""
+    children = {name: getattr(module, name, None) for name in names}
+    linears = {name: child for name, child in children.items() if isinstance(child, nn.Linear)}
+    alike = len({linear.bias is None for linear in linears.values()}) == 1
+    return linears if len(linears) == len(names) and alike else None

@@ -1,4 +1,4 @@
-"""A base from its checkpoint."""
+"""Load a base model from its checkpoint folder."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,7 +32,7 @@ FAMILIES: Final[dict[str, tuple[Any, Any]]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
-"""What can be served: model_type to its config and model class."""
+"""Families that can be served: model_type to config and model class."""
 
 
 def _read_tensors(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
@@ -51,18 +51,18 @@ def load_base(
 ) -> BaseModel:
     """Load a checkpoint folder's weights: float32 on the CPU, the checkpoint's dtype on a GPU.
 
-    Nothing in the folder but the manifest's safetensors is opened, and no code that it names.
+    Only the safetensors files of the manifest are opened; no code of the checkpoint is run.
 
     Raises:
-        UnsupportedModel: a family that is not served, or quantised weights.
-        InvalidCheckpoint: tensors are missing, too many or misshapen.
+        UnsupportedModel: the family cannot be served, or the weights are quantized.
+        InvalidCheckpoint: tensors are missing or have other shapes.
     """
     settings = dict(manifest.config)
     family = settings.get("model_type")
     if family not in FAMILIES or "quantization_config" in settings:
         raise UnsupportedModel(
             f"A {family!r} checkpoint of this kind cannot be served; "
-            f"unquantised {', '.join(FAMILIES)} can."
+            f"unquantized {', '.join(FAMILIES)} can."
         )
     config_class, model_class = FAMILIES[family]
     tensors = _read_tensors(folder, sorted({tensor.file for tensor in manifest.tensors}))
@@ -77,8 +77,9 @@ def load_base(
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    faults = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "mismatched")}
-    for kind, names in faults.items():
-        if names:
-            raise InvalidCheckpoint(f"The checkpoint has {kind} tensors: {', '.join(names[:3])}.")
+    for problem in ("missing", "mismatched"):
+        if names := sorted(map(str, report[f"{problem}_keys"])):
+            raise InvalidCheckpoint(
+                f"The checkpoint has {problem} tensors: {', '.join(names[:3])}."
+            )
     return BaseModel(model.to(device), limits)

@@ -1,4 +1,4 @@
-"""Which rows of a pass belong to which delta, and what every module that knows deltas can do."""
+"""Which rows of a pass belong to which delta slot, and the interface of per-row delta modules."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,36 +13,37 @@ from deltadock.kernels.cache import TensorCache
 from deltadock.kernels.svd_delta import Chunks
 
 DENSE_ROWS: Final = 256
-"""Rows of one delta in a pass from which on a GPU multiplies with its unpacked factors."""
+"""Rows of one delta in a pass from which on a GPU multiplies by its unpacked factors."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaLimits:
-    """What the modules make room for."""
+    """Sizes that the modules allocate for."""
 
     slots: int = 9
-    """The bare base's included."""
+    """Delta slots, slot 0 (the bare base) included."""
     rows: int = 512
-    """Of the largest pass."""
+    """Rows of the largest pass."""
     cache_bytes: int = 1 << 30
-    """For what is unpacked: on the CPU all that is used, on a GPU what its kernels do not read."""
+    """Cache for unpacked tensors: on the CPU all that are used, on a GPU those that its kernels
+    cannot read packed."""
 
 
 DEFAULT_LIMITS: Final = DeltaLimits()
 
 
 class Routing:
-    """Which rows of the pass at hand belong to which slot; shared by all modules of a model."""
+    """The current pass's rows by delta slot; shared by all modules of a model."""
 
     def __init__(self, limits: DeltaLimits) -> None:
         self.limits = limits
         self.cache = TensorCache(limits.cache_bytes)
         self.chunks: Chunks
-        """Made once all tables are known."""
+        """Set once all delta tables exist."""
         self.merged_slot: int | None = None
-        """The slot that has merged weights, too."""
+        """The slot that also has merged weights."""
         self.merged = False
-        """Whether all rows of the pass are of that slot, so that they use these."""
+        """Whether all rows of the pass belong to that slot, so that the merged weights are used."""
 
     def assign(self, row_slots: Sequence[int]) -> None:
         """Lay out a pass in which row i belongs to slot `row_slots[i]`."""
@@ -53,29 +54,29 @@ class Routing:
     @property
     def row_slots(self) -> Tensor:
         """(rows,) int32, the slot of each row; a view of a static buffer."""
-        found: Tensor = self.chunks.row_slots[: self.chunks.row_count]
-        return found
+        slots: Tensor = self.chunks.row_slots[: self.chunks.row_count]
+        return slots
 
 
 class DeltaModule(nn.Module, ABC):
-    """A module of the base model together with what each delta slot changes in it."""
+    """A module of the base model with the weight deltas of every slot."""
 
     def __init__(self, routing: Routing) -> None:
         super().__init__()
         self.routing = routing
 
     @abstractmethod
-    def install(self, slot: int, changes: Mapping[str, WeightDelta]) -> bool:
-        """Let the rows of `slot` use `changes`, by parameter name.
+    def install(self, slot: int, deltas: Mapping[str, WeightDelta]) -> bool:
+        """Apply `deltas`, by parameter name, to the rows of `slot`.
 
         Returns:
-            Whether these rows need work slot by slot, which no CUDA graph can hold.
+            Whether these rows are computed slot by slot, which a CUDA graph cannot hold.
         """
 
     @abstractmethod
     def remove(self, slot: int) -> None:
-        """Forget the changes of `slot`, if there are any."""
+        """Remove the deltas of `slot`, if it has any."""
 
-    def dense(self, change: EncodedDelta | RowsDelta, dtype: torch.dtype) -> Tensor:
-        """A coded difference decoded, in the cache if there is room."""
-        return self.routing.cache.get(change, lambda: change.dense().to(dtype))
+    def decoded(self, delta: EncodedDelta | RowsDelta, dtype: torch.dtype) -> Tensor:
+        """The decoded difference, cached while there is room."""
+        return self.routing.cache.get(delta, lambda: delta.dense().to(dtype))

@@ -1,1 +1,1 @@
-"""From what is asked to tokens: tokenizers, chat templates, generation configs."""
+"""Prompts as tokens and tokens as text: tokenizer, chat templates and their sandbox."""

@@ -1,4 +1,4 @@
-"""From a conversation to a prompt: each model's own chat template, rendered in a sandbox."""
+"""Renders a conversation with the model's chat template, in a sandboxed process."""
 
 import json
 import subprocess
@@ -15,33 +15,33 @@ from deltadock.errors import InvalidInput, UnsupportedModel
 
 SANDBOX: Final = Path(__file__).with_name("sandbox.py")
 PAUSE_SECONDS: Final = 60.0
-"""For a template that brought the sandbox down: others wait for it meanwhile."""
+"""A template that killed the sandbox is refused for this long: others wait while it runs."""
 MAX_PAUSED: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages to be answered, each with `role` and `content`."""
+    """Messages with `role` and `content`, to be answered."""
 
     messages: tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """How a model was taught to read conversations."""
+    """A model's chat template and special tokens."""
 
     template: str | None
     special_tokens: Mapping[str, str]
-    """Text by role, such as `bos_token`."""
+    """Text by name, such as `bos_token`."""
 
 
 def chat_format(files: Mapping[str, str]) -> ChatFormat:
     """The chat template and special tokens of a checkpoint's text files, by name.
 
-    `chat_template.jinja` comes before the template in tokenizer_config.json, as in transformers.
+    `chat_template.jinja` overrides the template in tokenizer_config.json, as in transformers.
 
     Raises:
-        ValueError, TypeError, AttributeError: the files are not what their names say.
+        ValueError, TypeError, AttributeError: a file cannot be parsed.
     """
     config = json.loads(files.get("tokenizer_config.json", "{}"))
     named = json.loads(files.get("special_tokens_map.json", "{}")) | config
@@ -55,25 +55,25 @@ def chat_format(files: Mapping[str, str]) -> ChatFormat:
         by_name = {entry["name"]: entry["template"] for entry in template}
         template = by_name.get("default")
     if not isinstance(template, str | None):
-        raise TypeError("chat_template is no text")
+        raise TypeError("chat_template is not a string")
     return ChatFormat(template, special_tokens)
 
 
 class TemplateSandbox:
-    """The process in which chat templates run; started at first use, and again after its end."""
+    """The process that renders chat templates; started on first use and restarted when it dies."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._paused: OrderedDict[str, float] = OrderedDict()
-        """Templates that may not run before a time."""
+        """Monotonic seconds until which each template is refused."""
 
     def prompt(self, form: ChatFormat, conversation: Conversation) -> str:
-        """The text that asks a model for its next answer. Blocks: async code uses threads.
+        """Render the prompt for the model's next turn. Blocks: async code uses threads.
 
         Raises:
             UnsupportedModel: the model has no chat template.
-            InvalidInput: the template refuses the conversation, or takes too long or too much.
+            InvalidInput: the template raises, or exceeds its time or memory limit.
         """
         if form.template is None:
             raise UnsupportedModel(
@@ -87,11 +87,11 @@ class TemplateSandbox:
             "tools": None,
             "documents": None,
         }
-        answer = self._ask(form.template, variables)
+        answer = self._request(form.template, variables)
         if answer is None:
             raise InvalidInput(
-                "The model's chat template took more time or memory than it may, and is not tried "
-                "again for a minute. Send a prompt to /v1/completions."
+                "The model's chat template took more time or memory than allowed, and is refused "
+                "for a minute. Send a prompt to /v1/completions."
             )
         if "error" in answer:
             raise InvalidInput(
@@ -99,13 +99,13 @@ class TemplateSandbox:
             )
         return answer["text"]
 
-    def _ask(self, template: str, variables: Mapping[str, Any]) -> dict[str, str] | None:
-        """The sandbox's answer; None if it did not survive the question."""
+    def _request(self, template: str, variables: Mapping[str, Any]) -> dict[str, str] | None:
+        """The sandbox's answer; None if the request killed it or the template is refused."""
         request = json.dumps({"template": template, "variables": variables})
         with self._lock:
             if self._paused.get(template, 0.0) > time.monotonic():
                 return None
-            process = self._running()
+            process = self._ensure_process()
             assert process.stdin is not None
             assert process.stdout is not None
             try:
@@ -115,7 +115,7 @@ class TemplateSandbox:
             except BrokenPipeError:
                 line = b""
             if not line:
-                self._end()
+                self._kill()
                 self._pause(template)
                 return None
             answer: dict[str, str] = json.loads(line)
@@ -127,25 +127,25 @@ class TemplateSandbox:
         if len(self._paused) > MAX_PAUSED:
             self._paused.popitem(last=False)
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _ensure_process(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is not None:
-            self._end()
+            self._kill()
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", SANDBOX],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={},
-                start_new_session=True,  # a Ctrl-C for the node is not for it
+                start_new_session=True,  # Ctrl-C must not reach it
             )
         return self._process
 
     def close(self) -> None:
-        """End the process, if it runs."""
+        """Stop the process, if it runs."""
         with self._lock:
-            self._end()
+            self._kill()
 
-    def _end(self) -> None:
+    def _kill(self) -> None:
         if self._process is not None:
             self._process.kill()
             with self._process:  # closes the pipes and waits

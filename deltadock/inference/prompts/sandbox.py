@@ -1,9 +1,9 @@
-"""Renders chat templates; run as a process of its own, which a hostile template may bring down.
+"""Renders chat templates in a separate process, which a hostile template may kill.
 
-A template comes with a delta, so it is a stranger's program. Jinja's sandbox keeps it from the
-interpreter; the kernel bounds the memory and the processor time of this process, whatever the
-template does. One request a line of stdin, `{"template", "variables"}`; one answer a line of
-stdout, `{"text"}` or `{"error"}`. On the standard library and Jinja alone.
+A template comes with a delta and is untrusted code. Jinja's sandbox isolates it from the
+interpreter; the kernel limits this process's memory and CPU time. Each line of stdin is a request
+`{"template", "variables"}`, each line of stdout an answer `{"text"}` or `{"error"}`. Needs only the
+standard library and Jinja.
 """
 
 import json
@@ -23,25 +23,25 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 CPU_SECONDS: Final = 1.0
-"""For one rendering; the process ends beyond it."""
+"""Per rendering; the kernel kills the process beyond it."""
 MEMORY_BYTES: Final = 512 * 2**20
 MAX_CHARACTERS: Final = 4 * 2**20
-KEPT_TEMPLATES: Final = 64
+MAX_CACHED_TEMPLATES: Final = 64
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}`: marks the model's own words for training, and means nothing here."""
+    """`{% generation %}`: marks the assistant's tokens for training; ignored here."""
 
     tags = {"generation"}  # noqa: RUF012 (as in Jinja's own)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """The body alone."""
+        """Parse the block's body."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class PlainNamespace(Namespace):
-    """A template's mutable object, without the names that lead into the interpreter."""
+    """A template's `namespace()`, without underscore names, which lead into the interpreter."""
 
     def __init__(self, /, **values: Any) -> None:
         for name in values:
@@ -55,7 +55,7 @@ class PlainNamespace(Namespace):
 
 def _check_name(name: str) -> None:
     if name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"A namespace has no {name!r}.")
+        raise jinja2.exceptions.SecurityError(f"A namespace cannot have the attribute {name!r}.")
 
 
 def _raise_exception(message: str) -> None:
@@ -83,7 +83,7 @@ def _to_json(
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:
-    """What chat templates are written for: transformers' functions and ways with white space."""
+    """The environment that chat templates expect: transformers' functions and whitespace rules."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
@@ -100,17 +100,19 @@ def make_environment() -> ImmutableSandboxedEnvironment:
 
 
 def render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-    """The text of a template.
+    """Render a template.
 
     Raises:
-        TemplateError: the template refuses, or its text is too long.
+        TemplateError: the template raises, or its output is too long.
     """
     pieces, left = [], MAX_CHARACTERS
     for piece in template.generate(variables):
         pieces.append(piece)
         left -= len(piece)
         if left < 0:
-            raise jinja2.exceptions.TemplateError(f"The text exceeds {MAX_CHARACTERS} characters.")
+            raise jinja2.exceptions.TemplateError(
+                f"The output exceeds {MAX_CHARACTERS} characters."
+            )
     return "".join(pieces)
 
 
@@ -118,17 +120,17 @@ def _answer(compiled: Callable[[str], jinja2.Template], line: bytes) -> dict[str
     try:
         request = json.loads(line)
         return {"text": render(compiled(request["template"]), request["variables"])}
-    except Exception as error:  # noqa: BLE001 (a stranger's program may raise anything)
+    except Exception as error:  # noqa: BLE001 (untrusted code may raise anything)
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
 def main() -> None:
-    """Answer until stdin ends."""
+    """Serve requests until stdin is closed."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    compiled = lru_cache(KEPT_TEMPLATES)(make_environment().from_string)
+    compiled = lru_cache(MAX_CACHED_TEMPLATES)(make_environment().from_string)
     for line in sys.stdin.buffer:
-        # Nobody handles its signal, so it ends the process even within one long call.
+        # Its signal has no handler, so it kills the process even inside one long C call.
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         answer = _answer(compiled, line)
         signal.setitimer(signal.ITIMER_PROF, 0)

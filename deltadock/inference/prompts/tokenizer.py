@@ -1,29 +1,31 @@
-"""Text to tokens and back, one token at a time: incremental detokenisation and stop strings."""
+"""A model's tokenizer, chat format and generation config; incremental decoding of its output."""
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import DecodeStream
 
 from deltadock.errors import InvalidArtifact, InvalidInput, UnsupportedModel
 from deltadock.inference.prompts.chat import chat_format
-from deltadock.inference.prompts.generation_config import eos_ids, sampling_defaults
 
+GENERATION_CONFIG: Final = "generation_config.json"
 TOKENIZER_FILES: Final = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "generation_config.json", "config.json",
+    GENERATION_CONFIG, "config.json",
 )  # fmt: skip
-"""What the node reads of a checkpoint's text files. A tokenizer.json is data, never code."""
+"""The text files of a checkpoint that the node reads. A tokenizer.json is data, never code."""
 
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
-CONTEXT: Final = 6
-"""Tokens already turned into text that are decoded again with new ones: spaces depend on them."""
-WINDOW: Final = 16
+MAX_CHARACTER_TOKENS: Final = 4
+"""A character's UTF-8 bytes are spread over at most this many tokens."""
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, str]:
-    """The text of each of TOKENIZER_FILES that a checkpoint folder has."""
+    """Read those of TOKENIZER_FILES that a checkpoint folder has."""
     paths = [folder / name for name in TOKENIZER_FILES]
     return {path.name: path.read_text("utf-8") for path in paths if path.is_file()}
 
@@ -36,7 +38,7 @@ class Tokenizer:
 
         Raises:
             UnsupportedModel: there is no tokenizer.json.
-            InvalidArtifact: a file is not what its name says.
+            InvalidArtifact: a file cannot be parsed.
         """
         if "tokenizer.json" not in files:
             raise UnsupportedModel(
@@ -45,25 +47,25 @@ class Tokenizer:
             )
         try:
             self._tokenizer: Any = FastTokenizer.from_str(files["tokenizer.json"])
-            self.eos_ids = eos_ids(files)
+            self.eos_ids = _eos_ids(files)
             self.chat = chat_format(files)
-            self.defaults = sampling_defaults(files)
+            self.defaults = _sampling_defaults(files)
         except Exception as error:  # the library raises nothing more specific
             raise InvalidArtifact(f"The tokenizer files cannot be read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids; `special_tokens` adds the model's own (a BOS where it has one).
+        """Token ids; `special_tokens` adds the model's own, such as BOS.
 
         Raises:
-            InvalidInput: the text holds half a surrogate pair, as JSON allows.
+            InvalidInput: the text contains a lone surrogate, as JSON allows.
         """
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
         except TypeError as error:
             raise InvalidInput(
-                "A text holds half a surrogate pair, which is no character; leave it out."
+                "A text contains half a surrogate pair, which is not a character; leave it out."
             ) from error
         return ids
 
@@ -72,69 +74,149 @@ class Tokenizer:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
+    def decode_step(self, stream: DecodeStream, token: int) -> str | None:
+        """The text that `token` completes, None if it completes no character.
+
+        Raises:
+            Exception: the text before this token has changed, since its bytes are not UTF-8.
+        """
+        text: str | None = stream.step(self._tokenizer, token)
+        return text
+
     def token_text(self, token: int) -> str:
-        """One token for a person to read, special tokens included."""
+        """One token as text, special tokens included."""
         text: str = self._tokenizer.decode([token], skip_special_tokens=False)
         return text
 
 
 class TextStream:
-    """Turns one sequence's tokens into text as they come.
+    """Decodes one sequence's tokens incrementally.
 
-    A character whose bytes are spread over tokens is held back until it is whole, and text that
-    may be the beginning of a stop string until it is known not to be.
+    A character whose bytes are spread over several tokens is held back until it is complete, and
+    text that may begin a stop string until it is known not to.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._tokens = list(prompt[-CONTEXT:])
-        self._begin = 0
-        self._known = tokenizer.decode(self._tokens)
+        self._pending: list[int] = []
+        """Tokens that have not completed a character."""
         self._stop = tuple(stop)
-        self._held = ""
+        self._held_back = ""
         self.stopped = False
-        """A stop string has come; the text ends just before it."""
+        """Whether a stop string has been generated; the text ends before it."""
+        self._start(list(prompt))
+
+    def _start(self, prompt: list[int]) -> None:
+        """Decode in the context of the prompt: spaces depend on the tokens before them.
+
+        DecodeStream needs a context of complete characters. A prompt's last tokens may be an
+        incomplete one, which the output completes: they are pending. `_prompt_tail` is their text
+        so far; if it remains invalid, it belongs to the prompt and is not output.
+        """
+        self._prompt_tail = ""
+        for length in range(len(prompt), max(len(prompt) - MAX_CHARACTER_TOKENS, -1), -1):
+            text = self._tokenizer.decode(prompt[:length])
+            if not text.endswith(REPLACEMENT):
+                self._stream = DecodeStream(ids=prompt[:length], skip_special_tokens=True)
+                self._prompt_tail = self._tokenizer.decode(prompt[length:])
+                for token in prompt[length:]:
+                    self._decode(token)
+                return
+        self._stream = DecodeStream(skip_special_tokens=True)
 
     def push(self, token: int) -> str:
-        """Take the next token; returns the text that is certain now."""
-        self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens[self._begin :])
-        if text.endswith(REPLACEMENT) or len(text) <= len(self._known):
-            return ""
-        self._held += text[len(self._known) :]
-        self._begin, self._known = self._advance(text)
+        """Append a token; returns the text that is final now."""
+        text = self._decode(token)
+        if text:
+            self._held_back += text.removeprefix(self._prompt_tail)
+            self._prompt_tail = ""
         return self._release()
 
-    def _advance(self, text: str) -> tuple[int, str]:
-        """Forget old tokens now and then, keeping the last few as the context of the next ones."""
-        if len(self._tokens) - self._begin <= WINDOW:
-            return self._begin, text
-        begin = len(self._tokens) - CONTEXT
-        return begin, self._tokenizer.decode(self._tokens[begin:])
+    def _decode(self, token: int) -> str | None:
+        self._pending.append(token)
+        try:
+            text = self._tokenizer.decode_step(self._stream, token)
+        except Exception:  # noqa: BLE001 (the library raises nothing more specific)
+            # A byte-fallback decoder replaces a whole run of bytes if one of them is invalid,
+            # even text that is already output: continue without that context.
+            text = self._tokenizer.decode(self._pending)
+            self._stream = DecodeStream(ids=self._pending, skip_special_tokens=True)
+        if text:
+            self._pending = []
+        return text
 
     def _release(self) -> str:
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        found = [index for index in map(self._held_back.find, self._stop) if index >= 0]
         if found:
             self.stopped = True
-            text, self._held = self._held[: min(found)], ""
+            text, self._held_back = self._held_back[: min(found)], ""
             return text
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        cut = len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
+        keep = max((_overlap(self._held_back, stop) for stop in self._stop), default=0)
+        cut = len(self._held_back) - keep
+        text, self._held_back = self._held_back[:cut], self._held_back[cut:]
         return text
 
     def finish(self) -> str:
         """The text still held back, once no token follows."""
         if self.stopped:
             return ""
-        text = self._tokenizer.decode(self._tokens[self._begin :])
-        self._held += text[len(self._known) :]
-        return self._release() + self._held
+        self._held_back += self._tokenizer.decode(self._pending).removeprefix(self._prompt_tail)
+        return self._release() + self._held_back
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop` without being all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """Sampling settings for requests that name none; the defaults here are OpenAI's."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+def _eos_ids(files: Mapping[str, str]) -> frozenset[int]:
+    """End-of-sequence ids of generation_config.json, else of config.json, as in transformers."""
+    for name in (GENERATION_CONFIG, "config.json"):
+        eos = _read_json(files, name).get("eos_token_id")
+        if eos is not None:
+            return frozenset(eos if isinstance(eos, list) else [eos])
+    return frozenset()
+
+
+def _sampling_defaults(files: Mapping[str, str]) -> SamplingDefaults:
+    """The sampling settings of generation_config.json; greedy if it has `do_sample: false`.
+
+    Values out of range are ignored. The repetition penalty applies to greedy decoding too.
+    """
+    config = _read_json(files, GENERATION_CONFIG)
+    repetition = _number(config, "repetition_penalty", 0.1, 10.0, 1.0)
+    if config.get("do_sample") is False:
+        return SamplingDefaults(temperature=0.0, repetition_penalty=repetition)
+    return SamplingDefaults(
+        temperature=_number(config, "temperature", 0.0, 2.0, 1.0),
+        top_p=_number(config, "top_p", 1e-6, 1.0, 1.0),
+        top_k=int(_number(config, "top_k", 0, 2**31, 0)),
+        min_p=_number(config, "min_p", 0.0, 1.0, 0.0),
+        repetition_penalty=repetition,
+    )
+
+
+def _read_json(files: Mapping[str, str], name: str) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(files.get(name, "{}"))
+    return parsed
+
+
+def _number(config: Mapping[str, Any], name: str, low: float, high: float, default: float) -> float:
+    value = config.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return default
+    return value if low <= value <= high else default

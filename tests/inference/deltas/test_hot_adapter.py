@@ -1,4 +1,4 @@
-"""Who takes most of the traffic is merged, once, and only while it does."""
+"""The delta with most of the traffic is merged, once, while it has most."""
 
 import asyncio
 
@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from deltadock.errors import Conflict, Unavailable
 from deltadock.inference.deltas import hot_adapter
 from deltadock.inference.deltas.hot_adapter import (
-    LEAST_TOKENS,
-    SHARE,
+    HOT_FRACTION,
+    MIN_TOKENS,
     WINDOW_TOKENS,
-    Favourite,
+    HotAdapterMerger,
     TrafficShares,
 )
 
 
 class Tiers:
-    """Merges as told, or fails."""
+    """Records merges, or fails them."""
 
     def __init__(self) -> None:
         self.merged: str | None = None
@@ -34,12 +34,12 @@ class Tiers:
 
 
 def after(tiers: Tiers, *served: tuple[str, int]) -> list[str]:
-    """Whom the favourite merged, or tried to, after these requests."""
+    """The deltas that were merged, or tried, after these requests."""
 
     async def scenario() -> None:
-        favourite = Favourite(tiers, "base")
+        merger = HotAdapterMerger("base", tiers.merge, lambda: tiers.merged)
         for model_key, tokens in served:
-            favourite.served(model_key, tokens)
+            merger.record(model_key, tokens)
             for _ in range(3):
                 await asyncio.sleep(0)
 
@@ -47,31 +47,29 @@ def after(tiers: Tiers, *served: tuple[str, int]) -> list[str]:
     return tiers.calls
 
 
-def test_a_favourite_is_merged_once() -> None:
-    assert after(Tiers(), ("a", LEAST_TOKENS - 1)) == []
-    assert after(Tiers(), ("a", LEAST_TOKENS), ("a", 1), ("a", 1)) == ["a"]
-    assert after(Tiers(), ("base", 3 * LEAST_TOKENS)) == []
-    assert after(Tiers(), ("a", LEAST_TOKENS // 2), ("b", LEAST_TOKENS // 2)) == []
-    assert after(Tiers(), ("a", LEAST_TOKENS), ("b", WINDOW_TOKENS * 8)) == ["a", "b"]
+def test_a_hot_adapter_is_merged_once() -> None:
+    assert after(Tiers(), ("a", MIN_TOKENS - 1)) == []
+    assert after(Tiers(), ("a", MIN_TOKENS), ("a", 1), ("a", 1)) == ["a"]
+    assert after(Tiers(), ("base", 3 * MIN_TOKENS)) == []
+    assert after(Tiers(), ("a", MIN_TOKENS // 2), ("b", MIN_TOKENS // 2)) == []
+    assert after(Tiers(), ("a", MIN_TOKENS), ("b", WINDOW_TOKENS * 8)) == ["a", "b"]
 
 
 @pytest.mark.parametrize(("error", "calls"), [(Unavailable("no memory"), 1), (Conflict("used"), 3)])
-def test_what_cannot_be_merged_is_left_and_what_is_in_use_tried_again(
-    error: Exception, calls: int
-) -> None:
+def test_a_failed_merge_waits_and_a_conflict_is_retried(error: Exception, calls: int) -> None:
     tiers = Tiers()
     tiers.error = error
-    assert after(tiers, ("a", LEAST_TOKENS), ("a", 1), ("a", 1)) == ["a"] * calls
+    assert after(tiers, ("a", MIN_TOKENS), ("a", 1), ("a", 1)) == ["a"] * calls
 
 
-def test_what_failed_is_tried_again_after_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hot_adapter, "REST_SECONDS", 0.0)
+def test_a_failed_merge_is_retried_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hot_adapter, "RETRY_SECONDS", 0.0)
     tiers = Tiers()
     tiers.error = Unavailable("no memory")
-    assert after(tiers, ("a", LEAST_TOKENS), ("a", 1)) == ["a", "a"]
+    assert after(tiers, ("a", MIN_TOKENS), ("a", 1)) == ["a", "a"]
 
 
-def test_a_merge_that_goes_on_can_be_stopped() -> None:
+def test_stopping_cancels_a_running_merge() -> None:
     class Slow(Tiers):
         async def merge(self, digest: str) -> None:
             self.calls.append(digest)
@@ -79,13 +77,13 @@ def test_a_merge_that_goes_on_can_be_stopped() -> None:
 
     async def scenario() -> list[str]:
         tiers = Slow()
-        found = Favourite(tiers, "base")
-        found.served("a", LEAST_TOKENS)
+        merger = HotAdapterMerger("base", tiers.merge, lambda: tiers.merged)
+        merger.record("a", MIN_TOKENS)
         await asyncio.sleep(0)
-        found.served("a", 1)
-        found.stop()
+        merger.record("a", 1)
+        merger.stop()
         await asyncio.sleep(0)
-        found.served("a", 1)
+        merger.record("a", 1)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         assert not others
         return tiers.calls
@@ -94,15 +92,15 @@ def test_a_merge_that_goes_on_can_be_stopped() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, WINDOW_TOKENS)), max_size=20))
-def test_a_favourite_has_its_share_of_recent_tokens(served: list[tuple[str, int]]) -> None:
+def test_a_hot_adapter_has_most_of_the_recent_tokens(served: list[tuple[str, int]]) -> None:
     traffic = TrafficShares()
     for model_key, tokens in served:
         traffic.add(model_key, tokens)
-    found = traffic.favourite
+    found = traffic.hot
     total = sum(tokens for _, tokens in served)
     if total <= WINDOW_TOKENS:
         own = sum(tokens for model_key, tokens in served if model_key == found)
-        assert found is None or own >= SHARE * total >= SHARE * LEAST_TOKENS
+        assert found is None or own >= HOT_FRACTION * total >= HOT_FRACTION * MIN_TOKENS
     for _ in range(8):
         traffic.add("z", WINDOW_TOKENS)
-    assert traffic.favourite == "z"
+    assert traffic.hot == "z"

@@ -1,4 +1,4 @@
-"""Deltas come into slots and leave them; nobody's slot is ever given away."""
+"""Loading, eviction and pinning of slots; a slot in use is never reassigned."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,7 +15,7 @@ Fill = Callable[[int, str], Awaitable[Any]]
 
 
 class Slots:
-    """What lies in the slots, as the model sees it."""
+    """The contents of the slots."""
 
     def __init__(self) -> None:
         self.installed: dict[int, str] = {}
@@ -35,7 +35,7 @@ class Slots:
         return SlotManager(limit, fill=fill or self.fill, clear=self.clear)
 
 
-def test_a_delta_is_loaded_once_for_all_who_want_it() -> None:
+def test_concurrent_acquires_load_a_delta_once() -> None:
     async def scenario() -> None:
         slots = Slots()
         manager = slots.manager(2)
@@ -46,7 +46,7 @@ def test_a_delta_is_loaded_once_for_all_who_want_it() -> None:
     asyncio.run(scenario())
 
 
-def test_the_least_recently_used_idle_delta_leaves() -> None:
+def test_the_least_recently_used_idle_delta_is_evicted() -> None:
     async def scenario() -> None:
         slots = Slots()
         manager = slots.manager(3)
@@ -55,13 +55,13 @@ def test_the_least_recently_used_idle_delta_leaves() -> None:
             if digest != "b":
                 manager.release(digest)
         await manager.acquire("d")
-        assert manager.digests == ["b", "a", "d"], "b is in use, c was idle for longest"
+        assert list(manager.residents) == ["b", "a", "d"], "b is in use, c was idle for longest"
         assert manager.counts.evictions == 1
 
     asyncio.run(scenario())
 
 
-def test_whoever_finds_no_slot_waits_for_one() -> None:
+def test_acquire_waits_for_a_free_slot() -> None:
     async def scenario() -> None:
         slots = Slots()
         manager = slots.manager(1)
@@ -77,7 +77,7 @@ def test_whoever_finds_no_slot_waits_for_one() -> None:
     asyncio.run(scenario())
 
 
-def test_a_failed_load_fails_those_who_wanted_it_and_is_tried_again() -> None:
+def test_a_failed_load_fails_its_waiters_and_is_retried() -> None:
     async def scenario() -> None:
         slots = Slots()
 
@@ -93,14 +93,14 @@ def test_a_failed_load_fails_those_who_wanted_it_and_is_tried_again() -> None:
             manager.acquire("a"), manager.acquire("a"), return_exceptions=True
         )
         assert [str(failure) for failure in failures] == ["the disk is gone"] * 2
-        assert manager.digests == []
+        assert list(manager.residents) == []
         assert slots.installed == {}, "nothing is left of the first half"
         assert await manager.acquire("a") == (1, "a")
 
     asyncio.run(scenario())
 
 
-def test_a_load_goes_on_when_the_one_who_waits_gives_up() -> None:
+def test_a_load_continues_when_a_waiter_is_cancelled() -> None:
     async def scenario() -> None:
         slots = Slots()
         may_end = asyncio.Event()
@@ -125,7 +125,7 @@ def test_a_load_goes_on_when_the_one_who_waits_gives_up() -> None:
     asyncio.run(scenario())
 
 
-def test_a_pinned_delta_stays_and_leaves_room_for_others() -> None:
+def test_a_pinned_delta_is_not_evicted_and_one_slot_stays_free() -> None:
     async def scenario() -> None:
         manager = Slots().manager(2)
         for digest in "ab":
@@ -137,25 +137,25 @@ def test_a_pinned_delta_stays_and_leaves_room_for_others() -> None:
         for digest in "cd":
             await manager.acquire(digest)
             manager.release(digest)
-        assert manager.digests == ["a", "d"]
+        assert list(manager.residents) == ["a", "d"]
         with pytest.raises(Conflict, match="pinned"):
-            await manager.drop("a")
+            await manager.unload("a")
         manager.unpin("a")
-        await manager.drop("a")
-        assert manager.digests == ["d"]
+        await manager.unload("a")
+        assert list(manager.residents) == ["d"]
 
     asyncio.run(scenario())
 
 
-def test_a_delta_that_is_dropped_cannot_be_acquired_half_gone() -> None:
+def test_a_delta_being_unloaded_is_loaded_again_on_acquire() -> None:
     async def scenario() -> None:
         slots = Slots()
         manager = slots.manager(1)
         await manager.acquire("a")
         with pytest.raises(Conflict, match="used by 1"):
-            await manager.drop("a")
+            await manager.unload("a")
         manager.release("a")
-        dropping = asyncio.create_task(manager.drop("a"))
+        dropping = asyncio.create_task(manager.unload("a"))
         await asyncio.sleep(0)
         again = asyncio.create_task(manager.acquire("a"))
         await dropping
@@ -171,7 +171,7 @@ def test_a_delta_that_is_dropped_cannot_be_acquired_half_gone() -> None:
     limit=st.integers(1, 3),
     users=st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 3)), max_size=12),
 )
-def test_a_user_keeps_its_delta_until_it_lets_go(limit: int, users: list[tuple[str, int]]) -> None:
+def test_an_acquired_delta_stays_until_release(limit: int, users: list[tuple[str, int]]) -> None:
     async def use(manager: SlotManager[Any], slots: Slots, digest: str, pauses: int) -> None:
         slot, _ = await manager.acquire(digest)
         for _ in range(pauses + 1):
@@ -183,7 +183,7 @@ def test_a_user_keeps_its_delta_until_it_lets_go(limit: int, users: list[tuple[s
         slots = Slots()
         manager = slots.manager(limit)
         await asyncio.gather(*(use(manager, slots, *user) for user in users))
-        assert sorted(slots.installed.values()) == sorted(manager.digests)
-        assert len(manager.digests) <= limit
+        assert sorted(slots.installed.values()) == sorted(manager.residents)
+        assert len(manager.residents) <= limit
 
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""The tiers together, under anything their users may do: limits hold, nothing leaks."""
+"""All tiers under any sequence of operations: limits hold, nothing leaks."""
 
 import asyncio
 import tempfile
@@ -23,8 +23,8 @@ from deltadock.errors import (
     TooLarge,
     Unavailable,
 )
-from deltadock.inference.deltas.disk import DiskTier
 from deltadock.inference.deltas.store import DeltaStore
+from deltadock.inference.deltas.tiers import DiskTier
 from deltadock.inference.metrics import Metrics
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.cache import FileCache
@@ -34,7 +34,7 @@ SIZES = (10, 20, 30, 40, 60)
 
 @dataclass
 class Read:
-    """A delta in host memory, as far as the tiers care."""
+    """A delta in host memory."""
 
     digest: str
     nbytes: int
@@ -42,7 +42,7 @@ class Read:
 
 
 class Site:
-    """Tiers over real files, with a device that remembers what lies in its slots."""
+    """Tiers over real files, with a fake device."""
 
     def __init__(self, folder: Path, *, disk: int, host: int, slots: int) -> None:
         self.blobs = LocalBlobStore(folder / "blobs")
@@ -52,7 +52,7 @@ class Site:
         self.device: dict[int, str] = {}
         self.merged: int | None = None
         self.faults: Counter[str] = Counter()
-        """How many of the next reads or placements fail, and as what."""
+        """How many of the next operations fail, by kind."""
         self.tiers = DeltaStore(
             DiskTier(self.files, disk),
             host_bytes=host,
@@ -111,7 +111,7 @@ def tier_of(site: Site, digest: str) -> str:
     return site.tiers.find(digest).tier
 
 
-def test_a_delta_comes_as_far_as_it_is_asked_to(site: Site) -> None:
+def test_a_delta_is_loaded_into_the_requested_tier(site: Site) -> None:
     first, second, third, *_ = site.digests
 
     async def scenario() -> None:
@@ -130,7 +130,7 @@ def test_a_delta_comes_as_far_as_it_is_asked_to(site: Site) -> None:
     asyncio.run(scenario())
 
 
-def test_a_fault_fails_its_own_delta_and_leaves_nothing(site: Site) -> None:
+def test_an_error_fails_only_its_delta_and_is_cleaned_up(site: Site) -> None:
     good, bad, *_ = site.digests
 
     async def scenario() -> None:
@@ -138,7 +138,7 @@ def test_a_fault_fails_its_own_delta_and_leaves_nothing(site: Site) -> None:
         cases: list[tuple[str, type[DeltadockError], str, str]] = [
             ("read", InferenceFailed, "a bad sector", "disk"),
             ("place", InferenceFailed, "half of it fits", "host"),
-            ("memory", Unavailable, "no memory", "host"),
+            ("memory", Unavailable, "too little memory", "host"),
         ]
         for kind, error, named, left in cases:
             site.faults[kind] = 1
@@ -166,7 +166,7 @@ def test_one_delta_at_a_time_has_merged_weights(site: Site) -> None:
         site.tiers.release(first)
         assert site.tiers.merged == first
         site.faults["merge"] = 1
-        with pytest.raises(Unavailable, match="no memory"):
+        with pytest.raises(Unavailable, match="too little memory"):
             await site.tiers.merge(second)
         assert site.tiers.merged is None
         assert tier_of(site, second) == "device", "it is served as before"
@@ -181,7 +181,7 @@ def test_one_delta_at_a_time_has_merged_weights(site: Site) -> None:
     asyncio.run(scenario())
 
 
-def test_damage_is_never_served(site: Site) -> None:
+def test_damaged_files_are_never_served(site: Site) -> None:
     first, second, *_ = site.digests
 
     async def scenario() -> None:
@@ -204,7 +204,7 @@ def test_damage_is_never_served(site: Site) -> None:
     asyncio.run(scenario())
 
 
-def test_a_delta_that_does_not_exist_displaces_nothing(site: Site) -> None:
+def test_a_missing_delta_evicts_nothing(site: Site) -> None:
     async def scenario() -> None:
         for digest in site.digests[:2]:
             await site.tiers.load(digest)
@@ -215,7 +215,7 @@ def test_a_delta_that_does_not_exist_displaces_nothing(site: Site) -> None:
     asyncio.run(scenario())
 
 
-def test_the_disk_keeps_to_its_limit_over_a_restart(tmp_path: Path) -> None:
+def test_the_disk_limit_holds_after_a_restart(tmp_path: Path) -> None:
     site = Site(tmp_path, disk=60, host=0, slots=1)
 
     async def scenario() -> None:
@@ -223,19 +223,19 @@ def test_the_disk_keeps_to_its_limit_over_a_restart(tmp_path: Path) -> None:
             await site.tiers.load(digest)
         assert site.device == {1: site.digests[-1]}
         assert site.tiers.disk.held() == {site.digests[-1]: 60}
-        assert site.tiers.host.bytes == 0
+        assert site.tiers.host.nbytes == 0
 
     asyncio.run(scenario())
     site.tiers.close()
-    assert DiskTier(site.files, 60).bytes == 60
+    assert DiskTier(site.files, 60).nbytes == 60
     smaller = DiskTier(site.files, 59)
-    assert smaller.bytes == 0
+    assert smaller.nbytes == 0
     with pytest.raises(TooLarge, match="DELTADOCK_NODE_DISK_BYTES"), smaller.open(site.digests[-1]):
         pass
 
 
 class Users(RuleBasedStateMachine):
-    """Requests, operators and faults, in any order."""
+    """Requests, operator commands and failures in any order."""
 
     @initialize(disk=st.integers(60, 120), host=st.integers(0, 100), slots=st.integers(1, 3))
     def begin(self, disk: int, host: int, slots: int) -> None:
@@ -247,7 +247,7 @@ class Users(RuleBasedStateMachine):
         self.running: list[tuple[str, int]] = []
 
     def do(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Let an operator's wish be carried out or refused; requests that wait go on waiting."""
+        """Run an operator's command; waiting requests keep waiting."""
 
         async def attempt() -> None:
             task = asyncio.ensure_future(work)
@@ -261,7 +261,7 @@ class Users(RuleBasedStateMachine):
         self.settle()
 
     def settle(self) -> None:
-        """Let every load end, and take note of who was served."""
+        """Let every load end, and record the requests that got a slot."""
 
         async def quiet() -> None:
             tiers = self.site.tiers
@@ -343,7 +343,7 @@ class Users(RuleBasedStateMachine):
         tiers = self.site.tiers
         assert sum(path.stat().st_size for path in self.site.folder.glob("*")) <= disk
         used = sum(entry.delta.nbytes for entry in tiers.host._entries.values() if entry.users)
-        assert tiers.host.bytes <= max(host, used)
+        assert tiers.host.nbytes <= max(host, used)
         assert len(self.site.device) <= slots
         for digest, slot in self.running:
             assert self.site.device[slot] == digest, "a slot in use was given away"
@@ -364,11 +364,11 @@ class Users(RuleBasedStateMachine):
             self.settle()
         tiers = self.site.tiers
         residents = tiers.slots.residents
-        assert all(resident.references == 0 for resident in residents.values())
+        assert all(resident.users == 0 for resident in residents.values())
         assert len(tiers.slots._free) + len(residents) == self.limits[2]
         assert sorted(self.site.device.values()) == sorted(residents)
         assert all(entry.users == 0 for entry in tiers.host._entries.values())
-        assert all(file.users == 0 for file in tiers.disk._held.values())
+        assert all(file.users == 0 for file in tiers.disk._entries.values())
         self.site.faults.clear()
         for digest in self.site.digests:  # and everything still works
             if all(not resident.pinned for resident in residents.values()):

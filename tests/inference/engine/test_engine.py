@@ -1,4 +1,4 @@
-"""The engine answers as transformers would, whoever else is in the batch."""
+"""The engine answers like transformers, independent of the rest of the batch."""
 
 from collections import Counter
 from typing import Any
@@ -24,7 +24,7 @@ PROMPTS = [[1, 2, 3], [5] * 17, [7], list(range(20, 60)), [4, 4], [9] * 6]
         ("qwen3", {"tie_word_embeddings": True}),
     ],
 )
-def test_a_batch_of_base_and_deltas_answers_as_each_merged_model(
+def test_a_batch_of_base_and_deltas_answers_like_each_merged_model(
     make_bench: Any, make_model: Any, generate: Any, family: str, settings: dict[str, Any]
 ) -> None:
     base = make_model(family, **settings)
@@ -44,7 +44,9 @@ def test_a_batch_of_base_and_deltas_answers_as_each_merged_model(
     assert len({tuple(answer) for answer in solo}) == 3, "the deltas make a difference"
 
 
-def test_a_removed_delta_leaves_the_base(make_bench: Any, make_model: Any, generate: Any) -> None:
+def test_removing_a_delta_restores_the_base(
+    make_bench: Any, make_model: Any, generate: Any
+) -> None:
     base = make_model("qwen2")
     bench = make_bench(base)
     bench.install(1, make_delta(base, 1))
@@ -66,9 +68,7 @@ def test_seeded_sampling_does_not_depend_on_neighbours(make_bench: Any, make_mod
     assert bench.run(PROMPTS[0], 1, **(how | {"seed": 8})).answer != solo
 
 
-def test_penalties_and_bias_are_those_of_transformers_generate(
-    make_bench: Any, make_model: Any
-) -> None:
+def test_penalties_and_bias_match_transformers_generate(make_bench: Any, make_model: Any) -> None:
     base = make_model("llama")
     bench = make_bench(base)
     bias = {7: 2.0, 73: -100.0}
@@ -92,7 +92,7 @@ def test_penalties_and_bias_are_those_of_transformers_generate(
     assert len({tuple(answer) for answer in expected[:4]}) == 4, "each makes a difference"
 
 
-def test_frequency_and_presence_count_the_answer_alone(make_bench: Any, make_model: Any) -> None:
+def test_frequency_and_presence_count_output_tokens_only(make_bench: Any, make_model: Any) -> None:
     base = make_model("llama")
     bench = make_bench(base)
     for frequency, presence in ((1.5, 0.5), (-1.0, 0.0), (0.0, 2.0)):
@@ -107,7 +107,7 @@ def test_frequency_and_presence_count_the_answer_alone(make_bench: Any, make_mod
         assert bench.run(PROMPTS[4], **how).answer == tokens[2:]
 
 
-def test_logprobs_are_the_models(make_bench: Any, make_model: Any) -> None:
+def test_logprobs_match_the_model(make_bench: Any, make_model: Any) -> None:
     base = make_model("qwen3")
     outcome = make_bench(base).run(PROMPTS[1], logprobs=3, temperature=0.0)
     told = [token for event in outcome.events for token in event.tokens]
@@ -146,7 +146,7 @@ def test_cancelling_frees_the_slot(make_bench: Any, make_model: Any) -> None:
     assert bench.run([4]).finish == "length", "cancelling what has ended is harmless"
 
 
-def test_an_exception_in_one_sequence_fails_it_alone(
+def test_an_exception_in_one_sequence_fails_only_that_sequence(
     make_bench: Any, make_model: Any, generate: Any
 ) -> None:
     base = make_model("llama")
@@ -161,7 +161,7 @@ def test_an_exception_in_one_sequence_fails_it_alone(
     assert other.answer == generate(base, PROMPTS[1], 12)
 
 
-def test_a_pass_that_fails_fails_only_the_sequences_at_fault(
+def test_a_failing_pass_fails_only_the_sequences_that_cause_it(
     make_bench: Any, make_model: Any, generate: Any
 ) -> None:
     base = make_model("llama")
@@ -177,7 +177,7 @@ def test_a_pass_that_fails_fails_only_the_sequences_at_fault(
 
 
 @pytest.mark.parametrize("out_of", ["a pass with others", "a prompt alone"])
-def test_out_of_memory_for_one_slot_fails_it_alone(
+def test_out_of_memory_for_one_slot_fails_only_that_slot(
     make_bench: Any,
     make_model: Any,
     generate: Any,
@@ -205,7 +205,7 @@ def test_out_of_memory_for_one_slot_fails_it_alone(
             assert outcome.answer == generate(base, outcome.sequence.tokens[:-12], 12)
 
 
-def test_a_delta_of_nans_reaches_nobody_else(
+def test_a_delta_of_nans_does_not_affect_others(
     make_bench: Any, make_model: Any, generate: Any
 ) -> None:
     base = make_model("llama")
@@ -234,7 +234,7 @@ def test_a_delta_of_nans_reaches_nobody_else(
         ("model.layers.0.mlp.up_proj.weight", LowRank(torch.ones(32, 2), torch.ones(2, 48))),
     ],
 )
-def test_a_change_that_does_not_fit_is_refused(
+def test_a_delta_of_another_shape_is_refused(
     make_bench: Any, make_model: Any, name: str, change: TensorDelta
 ) -> None:
     with pytest.raises(InvalidArtifact, match=name):

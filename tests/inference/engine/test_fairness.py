@@ -1,4 +1,4 @@
-"""Virtual token counters as a state machine, and the bound that they keep between deltas."""
+"""Virtual token counters as a state machine, and their bound between backlogged deltas."""
 
 from collections import Counter, defaultdict
 
@@ -29,7 +29,7 @@ class CountersMachine(RuleBasedStateMachine):
     @rule(name=NAMES)
     def arrive(self, name: str) -> None:
         others = [self.counters.served(other) for other in self.active()]
-        self.counters.arrive(name)
+        self.counters.add_sequence(name)
         if not self.present[name] and others:
             assert self.counters.served(name) >= min(others), "idleness is not saved up"
         self.present[name] += 1
@@ -39,7 +39,7 @@ class CountersMachine(RuleBasedStateMachine):
     def take_on(self, data: st.DataObject, tokens: int) -> None:
         name = data.draw(st.sampled_from(self.active()))
         before = self.counters.level(name)
-        self.counters.owe(name, tokens)
+        self.counters.reserve(name, tokens)
         self.owed[name] += tokens
         assert self.counters.level(name) == before + PROMPT_WEIGHT * tokens
 
@@ -49,7 +49,7 @@ class CountersMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from([name for name, owed in self.owed.items() if owed]))
         level, served = self.counters.level(name), self.counters.served(name)
         tokens = data.draw(st.integers(1, self.owed[name]))
-        self.counters.prompt(name, tokens)
+        self.counters.charge_prompt(name, tokens)
         self.owed[name] -= tokens
         assert self.counters.level(name) == level, "taking on has counted it already"
         assert self.counters.served(name) == served + PROMPT_WEIGHT * tokens
@@ -59,7 +59,7 @@ class CountersMachine(RuleBasedStateMachine):
     def generate(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.active()))
         before = self.counters.served(name)
-        self.counters.output(name)
+        self.counters.charge_output(name)
         assert self.counters.served(name) == before + OUTPUT_WEIGHT
 
     @precondition(lambda self: self.active())
@@ -67,10 +67,10 @@ class CountersMachine(RuleBasedStateMachine):
     def leave(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.active()))
         if self.present[name] == 1 and self.owed[name]:
-            self.counters.owe(name, -self.owed.pop(name))
+            self.counters.reserve(name, -self.owed.pop(name))
         before = self.counters.served(name)
         self.present[name] -= 1
-        self.counters.leave(name)
+        self.counters.remove_sequence(name)
         others = [self.counters.served(other) for other in self.active()]
         if others and not self.present[name] and before > min(others):
             assert self.counters.served(name) == before, "leaving pays no debt"
@@ -93,7 +93,7 @@ TestCounters.settings = settings(max_examples=60, stateful_step_count=30, deadli
     budget=st.integers(4, 32),
 )
 @settings(deadline=None, max_examples=60)
-def test_deltas_that_always_wait_are_served_alike(
+def test_backlogged_deltas_get_equal_service(
     tokenizer: Tokenizer, shapes: list[tuple[int, int]], places: int, budget: int
 ) -> None:
     scheduler = Scheduler(make_cache(places, 128), budget, places)

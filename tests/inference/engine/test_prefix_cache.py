@@ -1,4 +1,4 @@
-"""What a cache slot keeps, for whom, and what nobody may see again."""
+"""Prefix reuse between sequences of one model, and isolation between models."""
 
 import torch
 from hypothesis import given, settings
@@ -19,29 +19,29 @@ def test_common_prefix(first: list[int], second: list[int], most: int) -> None:
         assert first[count] != second[count]
 
 
-def test_the_same_weights_go_on_where_the_last_sequence_ended() -> None:
+def test_a_prefix_of_the_same_model_is_reused_in_place() -> None:
     slots = CacheSlots(make_cache(2))
     slot, found = slots.take("a", tokens := [1, 2, 3])
     assert found == 0
     tokens += [4, 5]
     slots.confirm(slot, 4)
-    slots.give_back(slot, 5, keep=True)
+    slots.release(slot, 5, keep=True)
     assert slots.take("a", [1, 2, 3, 4, 5, 6]) == (slot, 4)
 
 
-def test_other_weights_never_share() -> None:
+def test_different_models_never_share_a_prefix() -> None:
     cache = make_cache(1)
     slots = CacheSlots(cache)
     slot, _ = slots.take("a", [1, 2, 3])
     for layer in (*cache.keys, *cache.values):
         layer[slot, :, :3] = 7
     slots.confirm(slot, 3)
-    slots.give_back(slot, 3, keep=True)
+    slots.release(slot, 3, keep=True)
     assert slots.take("b", [1, 2, 3]) == (slot, 0)
     assert all(bool((layer == 0).all()) for layer in (*cache.keys, *cache.values))
 
 
-def test_a_running_sequences_prompt_is_copied() -> None:
+def test_a_running_sequences_prefix_is_copied() -> None:
     cache = make_cache(2)
     slots = CacheSlots(cache)
     first, _ = slots.take("a", [1, 2, 3])
@@ -55,24 +55,24 @@ def test_a_running_sequences_prompt_is_copied() -> None:
         assert layer[second, 0, :3, 0].tolist() == [0, 1, 0]
 
 
-def test_the_least_recently_used_prefix_goes_first() -> None:
+def test_the_least_recently_used_prefix_is_evicted_first() -> None:
     slots = CacheSlots(make_cache(2))
     for model_key in ("a", "b"):
         slot, _ = slots.take(model_key, [1, 2, 3])
         slots.confirm(slot, 3)
-        slots.give_back(slot, 3, keep=True)
+        slots.release(slot, 3, keep=True)
     slot, _ = slots.take("a", [1, 2, 3, 4])
-    slots.give_back(slot, 3, keep=True)
+    slots.release(slot, 3, keep=True)
     slot, _ = slots.take("c", [5])
     assert slots.find("b", [1, 2, 3]) == (-1, 0)
     assert slots.find("a", [1, 2, 3, 4])[1] == 3
 
 
-def test_a_short_match_leaves_a_long_conversation_alone() -> None:
+def test_a_short_match_does_not_overwrite_a_long_conversation() -> None:
     slots = CacheSlots(make_cache(2))
     slot, _ = slots.take("a", list(range(40)))
     slots.confirm(slot, 40)
-    slots.give_back(slot, 40, keep=True)
+    slots.release(slot, 40, keep=True)
     other, found = slots.take("a", [0, 1, 2, 3, 99])
     assert (other != slot, found) == (True, 4)
     assert slots.find("a", [*range(40), 50]) == (slot, 40)
@@ -111,7 +111,7 @@ class SlotsMachine(RuleBasedStateMachine):
             for at in range(done, len(tokens)):
                 layer[slot, :, at] = float("nan") if broken else self.mark(model_key, tokens, at)
         if broken:
-            self.slots.give_back(slot, len(tokens), keep=False)
+            self.slots.release(slot, len(tokens), keep=False)
             del self.running[slot]
         else:
             self.slots.confirm(slot, len(tokens))
@@ -121,7 +121,7 @@ class SlotsMachine(RuleBasedStateMachine):
     @rule(data=st.data(), keep=st.booleans())
     def give_back(self, data: st.DataObject, keep: bool) -> None:
         slot = data.draw(st.sampled_from(sorted(self.running)))
-        self.slots.give_back(slot, len(self.running.pop(slot)[1]), keep=keep)
+        self.slots.release(slot, len(self.running.pop(slot)[1]), keep=keep)
 
     @invariant()
     def nothing_broken_is_left(self) -> None:

@@ -1,4 +1,4 @@
-"""What may be drawn is what transformers would allow, in the right proportions."""
+"""Sampling matches transformers' filters and penalties."""
 
 from collections import Counter
 
@@ -16,11 +16,11 @@ from transformers import (
 from deltadock.inference.engine.sampler import (
     Sampler,
     SamplingParams,
-    adjusted,
+    apply_penalties,
     candidates,
     make_generator,
 )
-from deltadock.inference.model.logits import Logits
+from deltadock.inference.model.added_tokens import Logits
 
 PROMPT, ANSWER = [3, 3, 5, 8], [5, 9, 9, 9, 11]
 
@@ -29,7 +29,7 @@ PROMPT, ANSWER = [3, 3, 5, 8], [5, 9, 9, 9, 11]
 @pytest.mark.parametrize("top_k", [0, 1, 7, 500])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.2])
 @pytest.mark.parametrize("min_p", [0.0, 0.05, 1.0])
-def test_the_filters_are_those_of_transformers(
+def test_filters_match_transformers(
     temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     logits = torch.randn(97, generator=torch.Generator().manual_seed(0)) * 2
@@ -50,7 +50,7 @@ def test_the_filters_are_those_of_transformers(
 
 @pytest.mark.parametrize("repetition_penalty", [1.0, 1.3, 0.7])
 @pytest.mark.parametrize("logit_bias", [{}, {5: 100.0, 9: -100.0, 20: 0.5}])
-def test_bias_and_repetition_are_those_of_transformers(
+def test_bias_and_repetition_penalty_match_transformers(
     repetition_penalty: float, logit_bias: dict[int, float]
 ) -> None:
     logits = torch.randn(97, generator=torch.Generator().manual_seed(0)) * 2
@@ -60,14 +60,14 @@ def test_bias_and_repetition_are_those_of_transformers(
         expected = SequenceBiasLogitsProcessor(biases)(tokens, expected)
     expected = RepetitionPenaltyLogitsProcessor(repetition_penalty)(tokens, expected)
     params = SamplingParams(repetition_penalty=repetition_penalty, logit_bias=logit_bias)
-    found = adjusted(logits, params, PROMPT + ANSWER, len(PROMPT))
+    found = apply_penalties(logits, params, PROMPT + ANSWER, len(PROMPT))
     torch.testing.assert_close(found, expected[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("frequency", [0, 0.5, -2.0])
 @pytest.mark.parametrize("presence", [0, 1.5, -0.25])
 @pytest.mark.parametrize("answer", [[], ANSWER])
-def test_frequency_and_presence_are_openais_formula(
+def test_frequency_and_presence_penalties_match_openais_formula(
     frequency: float, presence: float, answer: list[int]
 ) -> None:
     """mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, c of the answer alone."""
@@ -76,11 +76,13 @@ def test_frequency_and_presence_are_openais_formula(
     for token, count in Counter(answer).items():
         expected[token] += -count * frequency - float(count > 0) * presence
     params = SamplingParams(frequency_penalty=frequency, presence_penalty=presence)
-    torch.testing.assert_close(adjusted(logits, params, PROMPT + answer, len(PROMPT)), expected)
+    torch.testing.assert_close(
+        apply_penalties(logits, params, PROMPT + answer, len(PROMPT)), expected
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
-def test_what_is_adjusted_is_drawn_and_the_log_probability_stays_the_models(
+def test_penalties_change_the_sample_but_not_the_log_probability(
     temperature: float,
 ) -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
@@ -95,14 +97,14 @@ def test_what_is_adjusted_is_drawn_and_the_log_probability_stays_the_models(
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-40])
-def test_next_to_no_temperature_is_none(temperature: float) -> None:
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     params = SamplingParams(temperature=temperature)
     assert make_generator(params, 0) is None
     scores = Sampler(Logits(torch.tensor([[1.0, 9.0, 2.0]])))
     assert scores.sample(0, params, None, [0], 1).id == 1
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     scores, params = Sampler(Logits(logits[None])), SamplingParams(seed=0)
     generator = make_generator(params, 0)
@@ -111,7 +113,7 @@ def test_draws_follow_the_distribution() -> None:
     torch.testing.assert_close(shares, logits.exp(), atol=0.03, rtol=0)
 
 
-def test_without_a_seed_two_requests_draw_different_numbers() -> None:
+def test_unseeded_requests_differ() -> None:
     draws = [
         torch.rand(4, generator=make_generator(SamplingParams(), 0)).tolist() for _ in range(2)
     ]
@@ -119,13 +121,13 @@ def test_without_a_seed_two_requests_draw_different_numbers() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
-def test_any_seed_of_64_bits_will_do(seed: int) -> None:
+def test_any_64_bit_seed_is_accepted(seed: int) -> None:
     assert isinstance(make_generator(SamplingParams(seed=seed), 3), torch.Generator)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_broken_logits_are_refused(bad: float, temperature: float) -> None:
+def test_non_finite_logits_raise(bad: float, temperature: float) -> None:
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     params = SamplingParams(temperature=temperature)
@@ -136,7 +138,7 @@ def test_broken_logits_are_refused(bad: float, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_only_longer_rows_have_the_tokens_past_the_others(temperature: float) -> None:
+def test_added_tokens_are_sampled_from_extended_rows_only(temperature: float) -> None:
     known = torch.zeros(4, 5)
     known[3, 0] = float("inf")
     added = torch.tensor([[50.0, 0.0], [0.0, float("nan")]])

@@ -1,4 +1,4 @@
-"""Admission, chunked prefill, and who goes first."""
+"""Admission, chunked prefill and priorities."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ from tests.inference.scheduling import make_cache, make_sequence, run_pass
     spare=st.integers(0, 2),
     budget=st.integers(1, 16),
 )
-def test_every_sequence_ends_and_every_pass_holds_its_limits(
+def test_every_sequence_ends_and_passes_keep_their_limits(
     tokenizer: Tokenizer,
     requests: list[tuple[int, int, int]],
     slots: int,
@@ -52,7 +52,7 @@ def test_every_sequence_ends_and_every_pass_holds_its_limits(
     assert scheduler.slots.free == slots + spare
 
 
-def test_a_long_prompt_does_not_hold_up_decoding(tokenizer: Tokenizer) -> None:
+def test_a_long_prompt_does_not_stall_decoding(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(make_cache(2), 8, 2)
     short, long = make_sequence(tokenizer, 4), make_sequence(tokenizer, 40)
     scheduler.add(short)
@@ -64,14 +64,14 @@ def test_a_long_prompt_does_not_hold_up_decoding(tokenizer: Tokenizer) -> None:
         assert long.computed == 7 * passes
 
 
-def test_rows_of_a_delta_lie_together(tokenizer: Tokenizer) -> None:
+def test_rows_of_a_delta_are_adjacent(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(make_cache(8), 64, 8)
     for slot in (2, 0, 1, 2, 0):
         scheduler.add(make_sequence(tokenizer, 3, slot))
-    assert [item.sequence.delta_slot for item in scheduler.plan()] == [0, 0, 1, 2, 2]
+    assert [item.sequence.delta_slot for item in scheduler.schedule()] == [0, 0, 1, 2, 2]
 
 
-def test_answers_to_one_prompt_share_its_computation(tokenizer: Tokenizer) -> None:
+def test_answers_to_one_prompt_share_its_prefill(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(make_cache(4), 50, 4)
     prompt = list(range(100))
     answers = [make_sequence(tokenizer, prompt, max_tokens=3) for _ in range(4)]
@@ -85,7 +85,7 @@ def test_answers_to_one_prompt_share_its_computation(tokenizer: Tokenizer) -> No
     assert scheduler.slots.reused_tokens == 3 * 99
 
 
-def test_an_unlike_prompt_does_not_wait(tokenizer: Tokenizer) -> None:
+def test_a_different_prompt_does_not_wait(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(make_cache(4), 50, 4)
     for prompt in ([7] * 5 + [1] * 90, [7] * 5 + [2] * 90):
         scheduler.add(make_sequence(tokenizer, prompt))
@@ -93,7 +93,7 @@ def test_an_unlike_prompt_does_not_wait(tokenizer: Tokenizer) -> None:
     assert len(scheduler.running) == 2
 
 
-def test_a_place_goes_to_the_delta_that_has_none(tokenizer: Tokenizer) -> None:
+def test_a_delta_without_sequences_preempts_the_one_with_most(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(make_cache(4), 64, 4)
     flood = [make_sequence(tokenizer, 4, 1, max_tokens=30) for _ in range(9)]
     for sequence in flood:

@@ -1,4 +1,4 @@
-"""Sequences that share: a prompt computed once, on the same weights only, and equal answers."""
+"""Sequences share a prompt's prefill, on the same weights only, with equal answers."""
 
 import threading
 from typing import Any
@@ -15,7 +15,7 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 11}
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of every pass, from now on."""
+    """Records the rows of every pass."""
     from deltadock.inference.model.model import BaseModel
 
     counted: list[int] = []
@@ -29,7 +29,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted
 
 
-def test_a_conversation_goes_on_without_computing_it_again(
+def test_a_conversation_continues_from_its_cached_prefix(
     make_bench: Any, make_model: Any, generate: Any, rows: list[int]
 ) -> None:
     base = make_model("llama")
@@ -42,7 +42,7 @@ def test_a_conversation_goes_on_without_computing_it_again(
     assert bench.engine.reused_tokens == len(PROMPT) + 5
 
 
-def test_a_prompt_is_not_shared_with_other_weights(
+def test_a_prefix_is_not_shared_with_other_weights(
     make_bench: Any, make_model: Any, generate: Any, rows: list[int]
 ) -> None:
     base = make_model("llama")
@@ -56,7 +56,7 @@ def test_a_prompt_is_not_shared_with_other_weights(
 
 
 @pytest.mark.parametrize("how", [{}, SAMPLED], ids=["greedy", "sampled"])
-def test_one_prompt_on_several_weights_at_once_is_answered_as_alone(
+def test_one_prompt_on_several_weights_is_answered_like_alone(
     make_bench: Any, make_model: Any, how: dict[str, Any]
 ) -> None:
     base = make_model("qwen2")
@@ -87,15 +87,13 @@ def test_answers_to_one_request_share_its_prompt_and_equal_their_solo_runs(
     assert len({tuple(answer.answer) for answer in answers}) == 3
 
 
-def test_a_choices_seed_is_its_own() -> None:
+def test_each_choice_has_its_own_seed() -> None:
     params = SamplingParams(seed=2**63 - 1)
     first, second = (make_generator(params, choice) for choice in (0, 1))
     assert torch.rand(4, generator=first).tolist() != torch.rand(4, generator=second).tolist()
 
 
-def test_a_sequence_sent_back_goes_on_as_if_nothing_had_happened(
-    make_bench: Any, make_model: Any
-) -> None:
+def test_a_preempted_sequence_continues_unchanged(make_bench: Any, make_model: Any) -> None:
     base = make_model("llama")
     bench = make_bench(base, context_tokens=128, pass_tokens=64, max_sequences=2)
     bench.install(1, make_delta(base, 1))
@@ -112,7 +110,7 @@ def test_a_sequence_sent_back_goes_on_as_if_nothing_had_happened(
     assert [outcome.answer for outcome in first] == alone
 
 
-def test_a_cancelled_sequence_is_gone_before_the_next_pass(
+def test_a_cancelled_sequence_is_removed_before_the_next_pass(
     make_bench: Any, make_model: Any, rows: list[int]
 ) -> None:
     bench = make_bench(make_model("llama"))
@@ -136,7 +134,7 @@ def test_a_cancelled_sequence_is_gone_before_the_next_pass(
     assert [outcome.finish for outcome in outcomes] == ["cancelled", "cancelled", "length"]
 
 
-def test_a_broken_deltas_prompt_is_not_kept(make_bench: Any, make_model: Any) -> None:
+def test_a_broken_deltas_prefix_is_not_cached(make_bench: Any, make_model: Any) -> None:
     base = make_model("llama")
     bench = make_bench(base, max_sequences=1)
     name = "model.layers.1.self_attn.k_proj.weight"

@@ -1,4 +1,4 @@
-"""A chat fine-tune that added its own tokens, beside the base that lacks them."""
+"""A chat fine-tune with added tokens, served beside its base."""
 
 import asyncio
 import json
@@ -84,10 +84,10 @@ def node(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runni
         yield running
 
 
-def test_a_conversation_in_added_tokens(
+def test_chat_with_added_tokens(
     site: Site, node: RunningNode, chatty: Chatty, generate: Any
 ) -> None:
-    """The answer, too, is made of them, and ends with one; the base answers beside it as ever."""
+    """The answer contains added tokens and ends with one; the base's answers do not change."""
     prompt = "<|im_start|>user\nHällo<|im_end|>\n<|im_start|>assistant\n"
     ids = chatty.tokens(prompt)
     assert [token for token in ids if token >= VOCABULARY] == [BEGIN, END, BEGIN]
@@ -121,7 +121,7 @@ def test_a_conversation_in_added_tokens(
     assert plain.choices[0].text == expected_text(site, site.artifacts[0], generate, 60)
 
 
-def test_a_token_is_known_to_its_own_weights_alone(
+def test_added_tokens_are_valid_for_their_delta_only(
     site: Site, node: RunningNode, chatty: Chatty
 ) -> None:
     how: Any = {"model": "m", "max_tokens": 1}
@@ -139,10 +139,10 @@ def test_a_token_is_known_to_its_own_weights_alone(
             client.completions.create(prompt=tokens, **how)
 
 
-def test_an_imported_adapter_says_nothing_of_its_vocabulary(
+def test_an_adapter_without_config_gets_its_vocabulary_from_its_rows(
     site: Site, node: RunningNode, tmp_path: Path
 ) -> None:
-    """It has no config.json; the rows themselves tell how many tokens there are."""
+    """Without a config.json, the number of added rows is the number of added tokens."""
     rows = np.ones((2, 32), np.float32)
     added = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), rows)
     digest = scan_folder(site.home / "base-0").weights_digest

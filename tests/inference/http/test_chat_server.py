@@ -1,4 +1,4 @@
-"""/v1/chat/completions on the running node: each delta's own template, tokens and habits."""
+"""/v1/chat/completions on a running node: templates, tokens and generation configs."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def node(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runni
 
 @pytest.fixture(scope="module")
 def carry(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Carry:
-    """`carry(name=text)`: a delta with files of its own."""
+    """`carry(name=text)`: a delta with its own text files."""
     digest = scan_folder(site.home / "base-0").weights_digest
 
     def write(**files: str | None) -> str:
@@ -50,7 +50,7 @@ def chatty(carry: Carry) -> str:
     return carry(chat_template__jinja=TEMPLATE)
 
 
-def test_a_conversation_is_the_completion_of_its_prompt(
+def test_chat_equals_the_completion_of_its_rendered_prompt(
     site: Site, node: RunningNode, chatty: str
 ) -> None:
     how: Any = {"model": "m", "temperature": 0, "max_tokens": 12}
@@ -64,7 +64,7 @@ def test_a_conversation_is_the_completion_of_its_prompt(
     assert chat.usage == plain.usage
 
 
-def test_streaming_tells_the_same(site: Site, node: RunningNode, chatty: str) -> None:
+def test_a_stream_equals_the_whole_answer(site: Site, node: RunningNode, chatty: str) -> None:
     how: Any = {
         "model": "m", "messages": TALK, "max_completion_tokens": 20, "seed": 5, "n": 2,
         "stop": ["e"], "logprobs": True, "top_logprobs": 2,
@@ -100,7 +100,7 @@ def test_streaming_tells_the_same(site: Site, node: RunningNode, chatty: str) ->
     assert told.bytes is None or bytes(told.bytes).decode() == told.token
 
 
-def test_each_model_has_its_own_template_or_none(
+def test_each_model_uses_its_own_template(
     site: Site, node: RunningNode, chatty: str, carry: Carry
 ) -> None:
     curt = carry(chat_template__jinja="{{ messages[-1].content }}")
@@ -120,7 +120,7 @@ def test_each_model_has_its_own_template_or_none(
         assert caught.value.code == "unsupported_model"
 
 
-def test_a_silent_request_is_sampled_as_the_model_was_published(
+def test_unset_parameters_come_from_the_generation_config(
     site: Site, node: RunningNode, carry: Carry
 ) -> None:
     greedy = carry(
@@ -138,7 +138,7 @@ def test_a_silent_request_is_sampled_as_the_model_was_published(
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_a_model_published_with_a_repetition_penalty_has_it_unless_asked_otherwise(
+def test_the_generation_configs_repetition_penalty_can_be_overridden(
     site: Site, node: RunningNode, carry: Carry
 ) -> None:
     greedy: dict[str, Any] = {"do_sample": False}
@@ -184,7 +184,7 @@ def test_without_a_limit_an_answer_may_fill_the_context(
         ({"logit_bias": {"264": 1}}, "logit_bias"),
     ],
 )
-def test_bad_requests_are_told_what_is_wrong(
+def test_bad_requests_name_the_field_in_error(
     site: Site, node: RunningNode, chatty: str, body: dict[str, Any], param: str | None
 ) -> None:
     wish = {"model": "m", "messages": [{"role": "user", "content": "a"}], **body}
@@ -203,7 +203,7 @@ def test_bad_requests_are_told_what_is_wrong(
     assert error["param"] == param
 
 
-def test_the_client_may_spell_out_what_is_off(site: Site, node: RunningNode, chatty: str) -> None:
+def test_disabled_parameters_are_accepted(site: Site, node: RunningNode, chatty: str) -> None:
     how: Any = {"model": "m", "messages": TALK, "max_tokens": 4, "temperature": 0}
     spelt: Any = {
         "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "n": 1,

@@ -1,4 +1,4 @@
-"""A node merges the delta that takes most of its traffic, and everybody's answers stay theirs."""
+"""A node merges its hot adapter; all answers stay the same."""
 
 import time
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from deltadock.inference.deltas import hot_adapter
 from tests.inference.support import PROMPT, RunningNode, Site, expected_text, start
 
 
-def test_who_takes_most_of_the_traffic_is_merged(
+def test_the_hot_adapter_is_merged(
     site: Site, tmp_path: Path, generate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hot_adapter, "LEAST_TOKENS", 100)
+    monkeypatch.setattr(hot_adapter, "MIN_TOKENS", 100)
     monkeypatch.setattr(hot_adapter, "WINDOW_TOKENS", 400)
     first, second = site.artifacts
     wanted = {artifact: expected_text(site, artifact, generate, 24) for artifact in site.models}

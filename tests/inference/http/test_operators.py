@@ -1,4 +1,4 @@
-"""The operators' routes: moving deltas by hand, for those who may."""
+"""The operators' routes, and their authorization."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +31,9 @@ def held(http: httpx.Client) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_a_delta_is_moved_by_hand(site: Site, node: RunningNode, http: httpx.Client) -> None:
+def test_a_delta_is_loaded_pinned_and_unloaded(
+    site: Site, node: RunningNode, http: httpx.Client
+) -> None:
     first, second = site.artifacts
     on_disk = http.post(f"/{first}/load", json={"tier": "disk"}).json()
     assert (on_disk["tier"], on_disk["bytes"]) == ("disk", (site.home / "delta-1").stat().st_size)
@@ -75,14 +77,14 @@ def test_a_delta_in_use_is_not_unloaded(site: Site, node: RunningNode, http: htt
         (f"/{'0' * 64}/load", {"tier": "moon"}, 400, "invalid_input"),
     ],
 )
-def test_bad_wishes_are_refused(
+def test_bad_requests_are_refused(
     http: httpx.Client, path: str, body: Any, status: int, code: str
 ) -> None:
     answer = http.post(path, json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
-def test_loaded_deltas_are_models_of_a_node_that_serves_alone(
+def test_loaded_deltas_are_models_of_a_standalone_node(
     site: Site, node: RunningNode, http: httpx.Client
 ) -> None:
     artifact = site.artifacts[1]
@@ -93,7 +95,7 @@ def test_loaded_deltas_are_models_of_a_node_that_serves_alone(
     assert answer.model == artifact
 
 
-def test_a_node_without_a_base_is_told_one(site: Site, tmp_path: Path) -> None:
+def test_a_node_without_a_base_loads_the_one_in_the_header(site: Site, tmp_path: Path) -> None:
     with start(site, tmp_path) as node:
         url = f"{node.url}/v1/deltas/{site.artifacts[0]}/load"
         unknown = httpx.post(url)
@@ -120,7 +122,7 @@ def test_with_a_secret_every_route_but_health_needs_it(site: Site, tmp_path: Pat
         assert httpx.get(f"{node.url}/v1/deltas", headers=headers).json() == {"data": []}
 
 
-def test_deltas_of_the_settings_are_there_from_the_start(site: Site, tmp_path: Path) -> None:
+def test_configured_deltas_are_loaded_at_start(site: Site, tmp_path: Path) -> None:
     with (
         start(
             site, tmp_path, node_base=site.home / "base-0", node_deltas=[site.artifacts[1]]

@@ -1,4 +1,4 @@
-"""The running node, asked by the official client and by raw HTTP."""
+"""A running node, through OpenAI's client and plain HTTP."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ def node(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runni
         yield running
 
 
-def test_base_and_deltas_at_once_answer_as_their_merged_checkpoints(
+def test_concurrent_base_and_deltas_answer_like_their_merged_checkpoints(
     site: Site, node: RunningNode, generate: Any
 ) -> None:
     async def ask(artifact: str | None) -> Any:
@@ -54,7 +54,7 @@ def test_base_and_deltas_at_once_answer_as_their_merged_checkpoints(
     assert len({answer.choices[0].text for answer in answers}) == 3
 
 
-def test_streaming_tells_the_same(site: Site, node: RunningNode) -> None:
+def test_a_stream_equals_the_whole_answer(site: Site, node: RunningNode) -> None:
     how: dict[str, Any] = {
         "model": "m",
         "prompt": [PROMPT, "second"],
@@ -84,7 +84,7 @@ def test_streaming_tells_the_same(site: Site, node: RunningNode) -> None:
     assert whole.choices[0].text != whole.choices[1].text, "choices differ"
 
 
-def test_token_ids_are_a_prompt_too(site: Site, node: RunningNode) -> None:
+def test_a_prompt_may_be_token_ids(site: Site, node: RunningNode) -> None:
     with node.client(site.base) as client:
         answer = client.completions.create(model="m", prompt=[1, 2, 3], max_tokens=4)
         assert answer.usage.prompt_tokens == 3
@@ -93,7 +93,7 @@ def test_token_ids_are_a_prompt_too(site: Site, node: RunningNode) -> None:
         assert [choice.index for choice in several.choices] == [0, 1]
 
 
-def test_deltas_take_turns_in_the_slots(site: Site, tmp_path: Path, generate: Any) -> None:
+def test_more_deltas_than_slots_are_served(site: Site, tmp_path: Path, generate: Any) -> None:
     with start(site, tmp_path, node_max_deltas=1) as node:
         for artifact in (*site.artifacts, *site.artifacts):
             with node.client(site.base, artifact) as client:
@@ -126,9 +126,17 @@ def test_a_delta_brings_its_own_tokenizer_files(
     [
         ({"prompt": ""}, "prompt", "Send at least one character or token id."),
         ({"prompt": ["a", ""]}, "prompt", "Send at least one character or token id."),
-        ({"prompt": [999]}, "prompt", "`prompt` holds the token id 999; the model has 0 to 263."),
-        ({"prompt": [[1], [-1]]}, "prompt", "`prompt` holds the token id -1; the model has 0 to"),
-        ({"prompt": []}, "prompt", "`prompt` is an empty list; send a text"),
+        (
+            {"prompt": [999]},
+            "prompt",
+            "`prompt` contains the token id 999; the model has 0 to 263.",
+        ),
+        (
+            {"prompt": [[1], [-1]]},
+            "prompt",
+            "`prompt` contains the token id -1; the model has 0 to",
+        ),
+        ({"prompt": []}, "prompt", "`prompt` is an empty list; send a string"),
         ({"prompt": "x" * 120}, "prompt", "The prompt has 120 tokens; together with its answer"),
         (
             {"max_tokens": 500},
@@ -141,7 +149,7 @@ def test_a_delta_brings_its_own_tokenizer_files(
         ({"logit_bias": {"264": 1}}, "logit_bias", "the token id 264; the model has 0 to 263."),
     ],
 )
-def test_bad_requests_are_told_what_is_wrong(
+def test_bad_requests_name_the_field_in_error(
     site: Site, node: RunningNode, body: dict[str, Any], param: str | None, message: str
 ) -> None:
     response = httpx.post(
@@ -158,7 +166,7 @@ def test_bad_requests_are_told_what_is_wrong(
     assert message in error["message"]
 
 
-def test_half_a_surrogate_pair_is_refused_and_not_fatal(site: Site, node: RunningNode) -> None:
+def test_a_lone_surrogate_is_refused(site: Site, node: RunningNode) -> None:
     response = httpx.post(
         f"{node.url}/v1/completions",
         content='{"model": "m", "prompt": "\\ud800"}',
@@ -168,7 +176,7 @@ def test_half_a_surrogate_pair_is_refused_and_not_fatal(site: Site, node: Runnin
     assert "surrogate" in response.json()["error"]["message"]
 
 
-def test_weights_that_cannot_be_had_fail_their_request_alone(
+def test_weights_that_cannot_be_loaded_fail_only_their_request(
     site: Site, node: RunningNode, generate: Any
 ) -> None:
     not_a_delta = site.blobs.put_file(site.home / "base-0" / "model.safetensors")
@@ -193,7 +201,7 @@ def test_weights_that_cannot_be_had_fail_their_request_alone(
     assert broken not in {held.digest for held in node.node.held()}
 
 
-def test_without_headers_the_model_is_the_nodes_own(site: Site, tmp_path: Path) -> None:
+def test_without_headers_the_model_is_the_base_or_a_held_delta(site: Site, tmp_path: Path) -> None:
     with start(site, tmp_path, node_base=site.home / "base-0") as node:
         with node.client(site.base, site.artifacts[0]) as client:
             client.completions.create(model="m", prompt="a", max_tokens=1)
@@ -219,7 +227,7 @@ def test_without_headers_the_model_is_the_nodes_own(site: Site, tmp_path: Path) 
         assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
 
 
-def test_an_idle_node_changes_its_base_and_a_busy_one_does_not(site: Site, tmp_path: Path) -> None:
+def test_only_an_idle_node_changes_its_base(site: Site, tmp_path: Path) -> None:
     with start(site, tmp_path) as node:
         with node.client(site.other_base) as client:
             client.completions.create(model="m", prompt="a", max_tokens=1)
@@ -258,12 +266,12 @@ def test_a_full_queue_is_429(site: Site, tmp_path: Path) -> None:
         assert caught.value.code == "overloaded"
         assert int(caught.value.response.headers["Retry-After"]) > 0
         assert client.completions.create(model="m", prompt="a", max_tokens=2).choices
-        with pytest.raises(openai.BadRequestError, match="takes 2"):
+        with pytest.raises(openai.BadRequestError, match="at most 2"):
             client.completions.create(model="m", prompt="a", n=3)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_place(
+def test_a_disconnected_clients_sequences_are_cancelled(
     site: Site, node: RunningNode, stream: bool
 ) -> None:
     async def leave() -> None:
@@ -295,10 +303,10 @@ def test_a_client_that_goes_away_frees_its_place(
     assert cancelled._value.get() == before + 8
 
 
-def test_a_base_is_gone_before_the_next_is_loaded(
+def test_a_base_is_freed_before_the_next_is_loaded(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two large bases have no room beside each other."""
+    """Memory may not hold two bases at once."""
     with start(site, tmp_path, node_merge=True) as node:
         with node.client(site.base, site.artifacts[0]) as client:
             client.completions.create(model="m", prompt="a", max_tokens=1)
@@ -323,7 +331,7 @@ def test_health(site: Site, node: RunningNode) -> None:
     assert httpx.get(f"{node.url}/readyz").json() == {"status": "ok", "base": site.base}
 
 
-def test_metrics_tell_what_happened(site: Site, tmp_path: Path) -> None:
+def test_metrics(site: Site, tmp_path: Path) -> None:
     with start(site, tmp_path, node_max_deltas=1, node_max_sequences=4) as node:
         before = read_metrics(node)
         assert "deltadock_node_running_sequences" not in before, "there is no base yet"
@@ -367,7 +375,7 @@ def test_metrics_tell_what_happened(site: Site, tmp_path: Path) -> None:
 
 
 def read_metrics(node: RunningNode) -> dict[str, float]:
-    """The samples by name and labels, as they are written."""
+    """Metric values by name and labels."""
     text = httpx.get(f"{node.url}/metrics").text
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}

@@ -1,4 +1,4 @@
-"""A delta with more tokens than its base, beside the base and deltas that have none."""
+"""Deltas that add tokens, in one batch with the base and other deltas."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from deltadock.errors import InvalidArtifact
+from deltadock.inference.model.added_tokens import Logits
 from deltadock.inference.model.attention import Span, make_attention_metadata
-from deltadock.inference.model.logits import Logits
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.weight_deltas import NewRows, TensorDelta
 from tests.inference.conftest import VOCABULARY, Bench
@@ -19,13 +19,13 @@ ADDED = 5
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PLAIN = [1, 2, 3, 250, 7]
 OWN = [1, VOCABULARY, 3, VOCABULARY + ADDED - 1, 7]
-"""A prompt that only a delta with added tokens can read."""
+"""A prompt with added tokens."""
 
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
 def deltas(base: Any) -> dict[int, dict[str, TensorDelta]]:
-    """Slot 1 adds no tokens; what changes in the old rows is another kind in each of the others."""
+    """Slot 1 adds no tokens; the others do, each with another delta of the old rows."""
     unchanged = make_delta(base, 4, added=ADDED - 2)
     for name, change in unchanged.items():
         if isinstance(change, NewRows):
@@ -57,7 +57,7 @@ def prompt_of(slot: int) -> list[int]:
 
 
 @TIED
-def test_a_batch_answers_as_each_merged_model(fill: Any, generate: Any, tied: bool) -> None:
+def test_a_batch_answers_like_each_merged_model(fill: Any, generate: Any, tied: bool) -> None:
     base, bench = fill(tied)
     models = {0: base} | {slot: merge(base, changes) for slot, changes in deltas(base).items()}
     outcomes = {slot: bench.submit(prompt_of(slot), slot) for slot in models}
@@ -71,7 +71,7 @@ def test_a_batch_answers_as_each_merged_model(fill: Any, generate: Any, tied: bo
 
 @TIED
 def test_sampling_does_not_depend_on_neighbours(fill: Any, tied: bool) -> None:
-    """Nor does any slot draw a token that it does not know, however hot."""
+    """Nor is a token beyond a slot's vocabulary sampled, even at a high temperature."""
     _, bench = fill(tied)
     how = {"temperature": 5.0, "seed": 7, "max_tokens": 40, "logprobs": 5}
     together = {slot: bench.submit(prompt_of(slot), slot, **how) for slot in range(5)}
@@ -85,7 +85,7 @@ def test_sampling_does_not_depend_on_neighbours(fill: Any, tied: bool) -> None:
 
 
 def pass_over(model: BaseModel, prompts: list[list[int]]) -> Logits:
-    """Prompt i on slot i, all of one length."""
+    """Logits of prompt i on slot i; all prompts have the same length."""
     length = len(prompts[0])
     spans = [Span(i, i * length, (i + 1) * length, 0) for i in range(len(prompts))]
     slots = [slot for slot, prompt in enumerate(prompts) for _ in prompt]
@@ -96,7 +96,7 @@ def pass_over(model: BaseModel, prompts: list[list[int]]) -> Logits:
 
 
 @TIED
-def test_other_rows_are_the_same_bit_for_bit(fill: Any, tied: bool) -> None:
+def test_other_rows_are_bitwise_equal(fill: Any, tied: bool) -> None:
     base, bench = fill(tied)
     model, changes = bench.model, deltas(base)[2]
     found = pass_over(model, [PLAIN, PLAIN, OWN])
@@ -106,20 +106,20 @@ def test_other_rows_are_the_same_bit_for_bit(fill: Any, tied: bool) -> None:
     bench.install(2, old)
     without = pass_over(model, [PLAIN, PLAIN, PLAIN])
     others = 2 * len(PLAIN)
-    assert not without.longer
-    assert torch.equal(found.known[:others], without.known[:others])
-    assert torch.equal(longer.known, without.known)
+    assert not without.extended
+    assert torch.equal(found.base[:others], without.base[:others])
+    assert torch.equal(longer.base, without.base)
     assert [len(row) for row in found.rows()] == [VOCABULARY] * others + [VOCABULARY + ADDED] * 5
 
 
-def test_a_removed_delta_takes_its_tokens_along(fill: Any, generate: Any) -> None:
+def test_removing_a_delta_removes_its_tokens(fill: Any, generate: Any) -> None:
     base, bench = fill(False)
     bench.model.remove(2)
     assert bench.model.vocabulary(2) == VOCABULARY
     assert bench.run(PLAIN, 2).answer == generate(base, PLAIN, 12)
 
 
-def test_no_added_row_is_no_added_token(fill: Any, generate: Any) -> None:
+def test_empty_added_rows_add_no_token(fill: Any, generate: Any) -> None:
     base, bench = fill(False)
     none = NewRows(None, torch.empty(0, 32))
     bench.install(5, {EMBEDDING: none, HEAD: none})
@@ -146,7 +146,7 @@ def matrix(*shape: int) -> Tensor:
         (False, {HEAD: rows(3)}, "0 tokens to the embedding, but 3 to the head"),
         (False, {EMBEDDING: rows(2), HEAD: rows(1)}, "2 tokens to the embedding, but 1 to the"),
         (True, {EMBEDDING: rows(2), HEAD: rows(1)}, "2 tokens to the embedding, but 1 to the"),
-        (True, {"model.layers.0.mlp.up_proj.weight": rows(2)}, "not one for each token"),
+        (True, {"model.layers.0.mlp.up_proj.weight": rows(2)}, "not have one row per token"),
         (True, {"model.norm.weight": rows(2)}, "'model.norm.weight' does not fit"),
         (True, {EMBEDDING: NewRows(matrix(9, 32), matrix(2, 32))}, "does not fit"),
     ],

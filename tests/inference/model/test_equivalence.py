@@ -1,4 +1,4 @@
-"""Every method's delta on the node is its merged checkpoint in transformers, added tokens too."""
+"""Every method's delta on the node matches its merged checkpoint, added tokens included."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.compression.options import METHODS, CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from deltadock.inference.deltas.reading import ArtifactSource, place_delta, read_delta
+from deltadock.inference.deltas.reading import place_delta, read_delta
 from deltadock.inference.engine.model_runner import ModelRunner
 from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.model.loading import load_base
@@ -30,13 +30,13 @@ CONTINUED = [7, VOCABULARY + 2]
 
 
 def known(tokens: list[int], vocabulary: int) -> list[int]:
-    """The tokens, those past a vocabulary replaced."""
+    """The tokens, with those beyond the vocabulary replaced."""
     return [token if token < vocabulary else token % 7 for token in tokens]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def tied(request: pytest.FixtureRequest) -> bool:
-    """Whether embedding and head are one."""
+    """Whether embedding and head are tied."""
     found: bool = request.param
     return found
 
@@ -94,9 +94,8 @@ def test_every_method_in_one_batch_has_the_logits_of_its_merged_checkpoint(
     references: list[Any] = [None]
     for slot, (name, path) in enumerate(artifacts.items(), 1):
         with Artifact(path) as artifact:
-            source = ArtifactSource(artifact)
             files = read_tokenizer_files(base)
-            loaded = read_delta(source, model, manifest.weights_digest, files)
+            loaded = read_delta(artifact, model, manifest.weights_digest, files)
         place_delta(model, slot, loaded)
         merge(base, path, home / f"merged-{name}")
         references.append(home / f"merged-{name}")

@@ -1,4 +1,4 @@
-"""Joined linears answer each caller for the input it gives, and only what can be joined is."""
+"""Fused linears return each caller's outputs for its input."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltadock.errors import UnsupportedModel
-from deltadock.inference.model.linears import DeltaLinears, Output
+from deltadock.inference.model.layers import DeltaLinears, LinearOutput, replace_modules
 from deltadock.inference.model.routing import DeltaLimits, DeltaModule, Routing
-from deltadock.inference.model.takeover import replace_modules
 from deltadock.kernels.svd_delta import Chunks
 
 
@@ -40,7 +39,7 @@ def test_every_input_gets_its_own_answer() -> None:
     part = Mlp()
     weights = {name: tensor.clone() for name, tensor in part.named_parameters()}
     owners, tensors = routed(Model(part))
-    assert isinstance(part.gate_proj, Output)
+    assert isinstance(part.gate_proj, LinearOutput)
     joined = owners["part.gate_proj.weight"][0][0]
     assert owners["part.up_proj.weight"] == [(joined, "up_proj.weight")]
     for name, before in weights.items():
@@ -55,7 +54,7 @@ def test_every_input_gets_its_own_answer() -> None:
             torch.testing.assert_close(getattr(part, f"{name}_proj")(x), want)
 
 
-def test_what_cannot_be_joined_stays_apart() -> None:
+def test_linears_that_cannot_be_fused_stay_separate() -> None:
     part = Mlp(bias_up=True)
     owners, _ = routed(Model(part))
     assert isinstance(part.gate_proj, DeltaLinears)

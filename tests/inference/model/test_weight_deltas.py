@@ -1,4 +1,4 @@
-"""A delta of any kind acts as its merged checkpoint, and is held as compact as its file."""
+"""Weight deltas of every encoding match their merged checkpoint and stay compact in memory."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -33,8 +33,8 @@ from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import packed_delta
 from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact
-from deltadock.inference.deltas.reading import ArtifactSource, place_delta, read_delta
-from deltadock.inference.model import linears
+from deltadock.inference.deltas.reading import place_delta, read_delta, read_tensor_delta
+from deltadock.inference.model import layers
 from deltadock.inference.model.attention import Span, make_attention_metadata
 from deltadock.inference.model.loading import load_base
 from deltadock.inference.model.model import BaseModel
@@ -141,7 +141,7 @@ def base_folder(
 
 
 def grown(encoded: Encoded, seed: int) -> Encoded:
-    """A tensor whose old rows change so, with the rows of added tokens."""
+    """The encoded delta of the old rows, with rows of added tokens."""
     rows_, columns = encoded.record["shape"]
     added = np.random.default_rng(seed).normal(0, 0.3, (ADDED, columns)).astype(np.float32)
     if encoded.record["kind"] != "exact":
@@ -151,10 +151,10 @@ def grown(encoded: Encoded, seed: int) -> Encoded:
 
 
 @pytest.mark.parametrize("longer", [False, True], ids=["the base's vocabulary", "a larger one"])
-def test_every_kind_computes_what_its_merged_checkpoint_does(
+def test_every_encoding_computes_the_logits_of_its_merged_checkpoint(
     base_folder: Path, tmp_path: Path, longer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All matrices of a slot are of one kind; a slot changes nothing else, or everything else."""
+    """Each slot has matrices of one encoding; even slots leave all other tensors unchanged."""
     manifest = scan_folder(base_folder)
     digest = manifest.weights_digest
     limits = DeltaLimits(slots=len(KINDS) + 2, rows=128, cache_bytes=100_000)
@@ -180,10 +180,10 @@ def test_every_kind_computes_what_its_merged_checkpoint_does(
         path = tmp_path / f"{slot}.delta"
         files[slot] = write(path, encoded, base_digest=digest, files=carried)
         with Artifact(files[slot]) as artifact:
-            loaded = read_delta(ArtifactSource(artifact), model, digest, read(base_folder))
+            loaded = read_delta(artifact, model, digest, read(base_folder))
         place_delta(model, slot, loaded)
         assert model.vocabulary(slot) == VOCABULARY + (ADDED if longer else 0)
-        assert {type(change).__name__ for change in loaded.changes.values()} >= {
+        assert {type(change).__name__ for change in loaded.tensors.values()} >= {
             "PackedDelta" if "svd" in name else "Tensor" if make is None else EXPECTED[name]
         }
     prompt = [5, 9, 200, 33, 7]
@@ -208,7 +208,7 @@ def test_every_kind_computes_what_its_merged_checkpoint_does(
         model.merge(slot)
         model.use_merged(slot)
         with monkeypatch.context() as patch:
-            patch.setattr(linears, "svd_delta", None)  # merged weights need no delta beside them
+            patch.setattr(layers, "svd_delta", None)  # merged weights need no delta beside them
             (alone,) = logits_of(model, [(own[slot], slot)])
         torch.testing.assert_close(alone, found[slot], rtol=1e-4, atol=1e-4)
         beside = logits_of(model, [(own[slot], slot), (prompt, 0)])
@@ -223,7 +223,7 @@ def test_every_kind_computes_what_its_merged_checkpoint_does(
         torch.testing.assert_close(logits, bare[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_weight_of_its_own_keeps_the_bases_bias(base_folder: Path) -> None:
+def test_a_replaced_weight_keeps_the_bases_bias(base_folder: Path) -> None:
     model = load_base(base_folder, scan_folder(base_folder), torch.device("cpu"))
     weights = load_file(base_folder / "model.safetensors")
     name = "model.layers.0.self_attn.k_proj.weight"
@@ -236,7 +236,7 @@ def test_a_weight_of_its_own_keeps_the_bases_bias(base_folder: Path) -> None:
     torch.testing.assert_close(logits_of(model, [([5, 9, 200], 1)])[0], base, rtol=1e-5, atol=1e-5)
 
 
-def test_what_cannot_be_merged_leaves_the_base(
+def test_a_failed_merge_leaves_the_base_unchanged(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_base(base_folder, scan_folder(base_folder), torch.device("cpu"))
@@ -252,7 +252,7 @@ def test_what_cannot_be_merged_leaves_the_base(
         made.append(tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(linears, "Product", until_memory_is_out)
+        patch.setattr(layers, "FusedLinear", until_memory_is_out)
         with pytest.raises(RuntimeError, match="allocate"):
             model.merge(1)
     assert model.merged_slot is None
@@ -262,7 +262,7 @@ def test_what_cannot_be_merged_leaves_the_base(
     assert model.merged_slot == 1
 
 
-def test_a_graph_holds_passes_without_work_slot_by_slot(base_folder: Path) -> None:
+def test_only_packed_deltas_are_captured_in_graphs(base_folder: Path) -> None:
     limits = DeltaLimits(slots=4, rows=16)
     manifest = scan_folder(base_folder)
     model = load_base(base_folder, manifest, torch.device("cpu"), limits)
@@ -305,7 +305,7 @@ def read(folder: Path) -> dict[str, str]:
     return {name: (folder / name).read_text() for name in ("tokenizer.json", "config.json")}
 
 
-def test_a_change_is_as_compact_as_its_record(tmp_path: Path) -> None:
+def test_a_weight_delta_is_as_compact_as_its_record(tmp_path: Path) -> None:
     shape = (64, 96)
     made = {name: make(shape, 1) for name, make in KINDS.items()}
     base, added = torch.randn(shape), np.ones((2, 96), np.float32)
@@ -319,12 +319,12 @@ def test_a_change_is_as_compact_as_its_record(tmp_path: Path) -> None:
             "long": encode_exact(whole, "F32", whole.shape),
         },
     )
+    size = torch.Size(shape)
     with Artifact(path) as artifact:
-        source = ArtifactSource(artifact)
-        changes = {name: source.change(name, torch.Size(shape)) for name in [*made, "alias"]}
+        changes = {name: read_tensor_delta(artifact, name, size) for name in [*made, "alias"]}
         dense = {name: torch.from_numpy(artifact.dense(name)) for name in changes}
         sizes = {name: artifact.tensor_bytes(name) for name in made}
-        longer = [source.change(name, torch.Size(shape)) for name in ("new", "long")]
+        longer = [read_tensor_delta(artifact, name, size) for name in ("new", "long")]
     path.unlink()
     for change, old in zip(longer, (changes["svd"], base), strict=True):
         assert isinstance(change, NewRows)
@@ -340,7 +340,7 @@ def test_a_change_is_as_compact_as_its_record(tmp_path: Path) -> None:
         assert nbytes(changes[name]) <= sizes[name] + 12 * sum(shape)
 
 
-def test_what_cannot_be_decoded_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+def test_an_undecodable_record_is_refused_at_load(tmp_path: Path) -> None:
     shape = (64, 96)
     doubled, short = rows(shape, 1), sparse(shape, 2)
     doubled.segments["index"][0] = doubled.segments["index"][1]
@@ -348,16 +348,15 @@ def test_what_cannot_be_decoded_is_refused_when_it_is_loaded(tmp_path: Path) -> 
     packed = deflate(short)
     path = write(tmp_path / "a.delta", {"doubled": doubled, "short": short, "packed": packed})
     with Artifact(path) as artifact:
-        source = ArtifactSource(artifact)
         for name in ("doubled", "short", "packed"):
             with pytest.raises(InvalidArtifact):
-                source.change(name, torch.Size(shape))
+                read_tensor_delta(artifact, name, torch.Size(shape))
         with pytest.raises(InvalidArtifact, match="another shape"):
-            source.change("short", torch.Size((96, 64)))
+            read_tensor_delta(artifact, "short", torch.Size((96, 64)))
 
 
 def difference(change: WeightDelta) -> Tensor:
-    """(h_out, h_in), by a product with the identity where the change has factors."""
+    """The dense difference (h_out, h_in)."""
     if isinstance(change, PackedDelta):
         u, s, v, _ = unpack(change)
         return (u * s) @ v
@@ -368,7 +367,7 @@ def difference(change: WeightDelta) -> Tensor:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 70))
-def test_single_rows_are_those_of_the_whole(seed: int, height: int, width: int) -> None:
+def test_decoded_rows_equal_those_of_the_whole_matrix(seed: int, height: int, width: int) -> None:
     rng = np.random.default_rng(seed)
     encoded = rows_sample((height, width), rng).encoded
     numbers = rng.integers(0, height, 5)

@@ -1,4 +1,4 @@
-"""Chat templates: rendered as transformers renders them, whatever a stranger wrote in them."""
+"""Chat templates render like in transformers; hostile ones fail only their own request."""
 
 import json
 from collections import OrderedDict
@@ -55,7 +55,7 @@ def form(template: str | None) -> ChatFormat:
 
 
 @pytest.mark.parametrize("jinja_file", [True, False])
-def test_prompts_are_those_of_transformers(
+def test_rendered_prompts_match_transformers(
     sandbox: TemplateSandbox, tokenizer_json: str, tmp_path: Path, jinja_file: bool
 ) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer_json)
@@ -75,7 +75,7 @@ def test_prompts_are_those_of_transformers(
     assert ours.encode(text, special_tokens=False) == ids
 
 
-def test_the_template_file_comes_first_and_the_default_of_several_is_taken() -> None:
+def test_the_template_file_takes_precedence_and_the_default_is_used() -> None:
     several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     config = json.dumps(
         {"chat_template": several, "bos_token": {"content": "<s>", "lstrip": False}}
@@ -86,7 +86,7 @@ def test_the_template_file_comes_first_and_the_default_of_several_is_taken() -> 
     assert chat_format({}) == ChatFormat(None, {})
 
 
-def test_a_model_without_a_template_is_told_what_to_do(sandbox: TemplateSandbox) -> None:
+def test_a_model_without_a_template_is_refused_with_advice(sandbox: TemplateSandbox) -> None:
     with pytest.raises(UnsupportedModel, match=r"no chat template\. Send a prompt to /v1/comple"):
         sandbox.prompt(form(None), Conversation(TALK))
 
@@ -123,14 +123,14 @@ def test_a_hostile_template_fails_its_own_request(
     )
 
 
-def test_a_template_that_brought_the_sandbox_down_does_not_hold_others_up_again(
+def test_a_template_that_killed_the_sandbox_is_refused_for_a_minute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sandbox = TemplateSandbox()
     endless = form("{{ 7 ** (9 ** 9) > 2 }}")
     try:
         for _ in range(2):
-            with pytest.raises(InvalidInput, match="not tried again for a minute"):
+            with pytest.raises(InvalidInput, match="is refused for a minute"):
                 sandbox.prompt(endless, Conversation(TALK))
             assert sandbox._process is None, "the second time nothing is started"
         assert sandbox.prompt(form("x"), Conversation(TALK)) == "x"
@@ -144,7 +144,7 @@ def test_a_template_that_brought_the_sandbox_down_does_not_hold_others_up_again(
         sandbox.close()
 
 
-def test_a_sandbox_that_was_killed_is_started_again(sandbox: TemplateSandbox) -> None:
+def test_a_killed_sandbox_is_restarted(sandbox: TemplateSandbox) -> None:
     assert sandbox.prompt(form("a"), Conversation(TALK)) == "a"
     process: Any = sandbox._process
     process.kill()

@@ -1,20 +1,26 @@
-"""Text comes out whole: characters spread over tokens, stop strings across token borders."""
+"""Incremental decoding: characters spread over tokens, stop strings across token boundaries."""
 
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, normalizers
 
 from deltadock.errors import InvalidArtifact, InvalidInput, UnsupportedModel
-from deltadock.inference.prompts.generation_config import SamplingDefaults
-from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
+from deltadock.inference.prompts.tokenizer import (
+    REPLACEMENT,
+    SamplingDefaults,
+    TextStream,
+    Tokenizer,
+)
 
 
 def stream(
     tokenizer: Tokenizer, prompt: str, answer: str, stop: tuple[str, ...]
 ) -> tuple[list[str], bool]:
-    """The pieces that come out when `answer` follows `prompt`, and whether it was stopped."""
+    """The pieces of text of `answer` after `prompt`, and whether a stop string was found."""
     stream = TextStream(tokenizer, tokenizer.encode(prompt), stop)
     pieces = []
     for token in tokenizer.encode(answer):
@@ -50,22 +56,82 @@ def test_the_text_ends_before_the_first_stop_string(
         assert text == answer
 
 
-def test_a_character_is_held_back_until_it_is_whole(tokenizer: Tokenizer) -> None:
+def test_a_character_is_held_back_until_it_is_complete(tokenizer: Tokenizer) -> None:
     pieces, _ = stream(tokenizer, "", "a€b", ())
     assert pieces == ["a", "", "", "€", "b", ""]
 
 
-def test_a_character_that_never_becomes_whole_is_told_at_the_end(tokenizer: Tokenizer) -> None:
+def test_an_incomplete_character_is_replaced_at_the_end(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer, [], ())
     pieces = [stream.push(token) for token in tokenizer.encode("a€")[:-1]]
     assert pieces == ["a", "", ""]
-    assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
+    assert stream.finish() == REPLACEMENT
 
 
-def test_what_may_begin_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
+def test_text_that_may_begin_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
     pieces, stopped = stream(tokenizer, "", "a<b<end>c", ("<end>",))
     assert pieces == ["a", "", "<b", "", "", "", "", "", ""]
     assert stopped
+
+
+@pytest.fixture(scope="module")
+def byte_fallback() -> Tokenizer:
+    """As Llama's: `▁` is a space, and characters outside the vocabulary are byte tokens."""
+    pieces = ["<unk>", "<s>", "▁", "a", "b", "▁a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    model = models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    tokenizer = FastTokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<s>"])
+    return Tokenizer({"tokenizer.json": tokenizer.to_str()})
+
+
+CHARACTERS = st.text("ab é€😀👍", max_size=12)
+
+
+@given(prompt=CHARACTERS, answer=CHARACTERS)
+@example(prompt="😀😀", answer="😀 a👍b")
+@example(prompt="", answer="😀")
+def test_byte_fallback_tokens_become_whole_characters(
+    byte_fallback: Tokenizer, prompt: str, answer: str
+) -> None:
+    prefix, whole = (byte_fallback.encode(text) for text in (prompt, prompt + answer))
+    stream = TextStream(byte_fallback, prefix, ())
+    pieces = [stream.push(token) for token in whole[len(prefix) :]]
+    assume(whole[: len(prefix)] == prefix)
+    assert "".join([*pieces, stream.finish()]) == answer
+
+
+def test_an_invalid_byte_does_not_garble_the_text_before_it(byte_fallback: Tokenizer) -> None:
+    euro, smile = byte_fallback.encode("€")[1:], byte_fallback.encode("😀")[1:]
+    stream = TextStream(byte_fallback, byte_fallback.encode("a"), ())
+    pieces = [stream.push(token) for token in (*euro, *smile[:2], 3, *smile)]
+    assert "".join([*pieces, stream.finish()]) == f"€{2 * REPLACEMENT}a😀"
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "byte_fallback"])
+def test_a_prompt_may_end_inside_a_character(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    *start, last = tokenizer.encode("a€")
+    completed = TextStream(tokenizer, start, ())
+    assert completed.push(last) == "€"
+    broken = TextStream(tokenizer, start, ())
+    assert "".join([*map(broken.push, tokenizer.encode("b")[-1:]), broken.finish()]) == "b"
+
+
+def test_a_prompt_that_ends_with_a_replacement_character_stays_out(tokenizer: Tokenizer) -> None:
+    pieces, _ = stream(tokenizer, f"a{REPLACEMENT}", "bc", ())
+    assert "".join(pieces) == "bc"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +149,7 @@ def test_what_may_begin_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None
         ),
     ],
 )
-def test_the_generation_config_names_the_end(
+def test_eos_ids_come_from_the_generation_config(
     tokenizer_json: str, files: dict[str, object], expected: set[int]
 ) -> None:
     texts = {name: json.dumps(content) for name, content in files.items()}
@@ -106,19 +172,19 @@ def test_the_generation_config_names_the_end(
         ({"temperature": "hot", "top_p": 7, "top_k": -1, "min_p": True}, SamplingDefaults()),
     ],
 )
-def test_the_generation_config_says_how_to_sample(
+def test_sampling_defaults_come_from_the_generation_config(
     tokenizer_json: str, config: dict[str, object], expected: SamplingDefaults
 ) -> None:
     files = {"tokenizer.json": tokenizer_json, "generation_config.json": json.dumps(config)}
     assert Tokenizer(files).defaults == expected
 
 
-def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidInput, match="half a surrogate pair"):
         tokenizer.encode("a\ud800")
 
 
-def test_a_truncating_tokenizer_file_truncates_nothing(tokenizer_json: str) -> None:
+def test_truncation_in_the_tokenizer_file_is_ignored(tokenizer_json: str) -> None:
     settings = json.loads(tokenizer_json) | {
         "truncation": {
             "direction": "Right",

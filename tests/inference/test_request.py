@@ -1,13 +1,14 @@
-"""What a request asks for as the engine takes it."""
+"""Sampling parameters of a request, with the model's defaults."""
 
 from typing import Any
 
 import pytest
 
 from deltadock.inference.engine.sampler import SamplingParams
-from deltadock.inference.http.chat_schemas import ChatRequest
-from deltadock.inference.http.schemas import CompletionRequest
-from deltadock.inference.prompts.generation_config import SamplingDefaults
+from deltadock.inference.prompts.tokenizer import SamplingDefaults
+from deltadock.inference.request import requested_sampling
+from deltadock.openai.chat import ChatRequest
+from deltadock.openai.completions import CompletionRequest
 
 PUBLISHED = SamplingDefaults(
     temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.05
@@ -27,15 +28,15 @@ ROUTES = pytest.mark.parametrize(
 
 
 @ROUTES
-def test_a_silent_request_is_sampled_as_published(make: Any) -> None:
-    assert make().sampling(PUBLISHED, 16) == SamplingParams(
+def test_unset_parameters_are_the_models_defaults(make: Any) -> None:
+    assert requested_sampling(make(), PUBLISHED, 16) == SamplingParams(
         max_tokens=16, temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.05
     )
 
 
 @ROUTES
-def test_what_is_asked_for_comes_first(make: Any) -> None:
-    assert make(**ASKED).sampling(PUBLISHED, 100) == SamplingParams(
+def test_request_parameters_override_defaults(make: Any) -> None:
+    assert requested_sampling(make(**ASKED), PUBLISHED, 100) == SamplingParams(
         max_tokens=9,
         temperature=0.0,
         repetition_penalty=1.0,
@@ -47,6 +48,10 @@ def test_what_is_asked_for_comes_first(make: Any) -> None:
     )
 
 
-def test_a_completion_without_a_limit_has_openais_or_what_room_there_is() -> None:
+def test_a_completions_default_limit_is_16_tokens_or_the_room_left() -> None:
     silent = CompletionRequest(model="m", prompt="a")
-    assert [silent.sampling(PUBLISHED, room).max_tokens for room in (1, 15, 500)] == [1, 15, 16]
+    assert [requested_sampling(silent, PUBLISHED, room).max_tokens for room in (1, 15, 500)] == [
+        1,
+        15,
+        16,
+    ]

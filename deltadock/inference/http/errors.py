@@ -1,4 +1,4 @@
-"""Errors as HTTP, in OpenAI's shape and with its statuses, on every route."""
+"""Errors in OpenAI's format and with its statuses, on every route."""
 
 from http import HTTPStatus
 from typing import Any, Final
@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from deltadock.errors import DeltadockError, InvalidInput, NotFound
 from deltadock.inference.metrics import Metrics
-from deltadock.openai.errors import ErrorBody, openai_status, refusal
+from deltadock.openai.errors import ErrorBody, openai_status, validation_message
 
 RETRY_AFTER_SECONDS: Final = 1
 STATUSES: Final = (400, 401, 404, 409, 413, 429, 500, 503)
@@ -21,16 +21,16 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 
 
 def error_body(error: DeltadockError) -> ErrorBody:
-    """The body that tells an error; its detail `param` names the field at fault."""
+    """OpenAI's body for an error; its detail `param` names the field in error."""
     param = error.details.get("param")
     status = openai_status(error.status)
     return ErrorBody.of(status, error.code, error.message, None if param is None else str(param))
 
 
 def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    """Answer every error with a body of ours, and count it by its code."""
+    """Respond to every error in OpenAI's format, and count it by its code."""
 
-    def answer(error: DeltadockError) -> JSONResponse:
+    def respond(error: DeltadockError) -> JSONResponse:
         metrics.requests.labels(error.code).inc()
         seconds = error.details.get("retry_after", RETRY_AFTER_SECONDS)
         headers = {"Retry-After": str(seconds)} if error.retryable else None
@@ -39,28 +39,28 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     def on_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, DeltadockError)
-        return answer(error)
+        return respond(error)
 
     def on_invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        message, param = refusal(error.errors())
-        return answer(InvalidInput(message, param=param))
+        message, param = validation_message(error.errors())
+        return respond(InvalidInput(message, param=param))
 
     def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         if error.status_code == NotFound.status:
-            return answer(NotFound(f"There is nothing at {request.url.path}."))
+            return respond(NotFound(f"There is nothing at {request.url.path}."))
         detail = str(error.detail)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            detail = f"{request.method} is not possible here; the Allow header names what is."
+            detail = f"{request.method} is not allowed here; see the Allow header."
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         metrics.requests.labels(code).inc()
         body = ErrorBody.of(error.status_code, code, detail).model_dump()
         return JSONResponse(body, error.status_code, error.headers)
 
     def on_unexpected(_: Request, error: Exception) -> JSONResponse:
-        # Starlette raises it again after this, so the server logs it.
-        return answer(DeltadockError("Something unexpected happened; the node's log has it."))
+        # Starlette re-raises it afterwards, so that the server logs it.
+        return respond(DeltadockError("An unexpected error occurred; see the node's log."))
 
     app.add_exception_handler(DeltadockError, on_error)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -1,4 +1,4 @@
-"""Decoding on static buffers is decoding, and reads nothing but them."""
+"""Decoding on static buffers matches packed passes and reads only these buffers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from deltadock.inference.engine.decode import StaticDecode
-from deltadock.inference.engine.model_runner import ModelRunner
+from deltadock.inference.engine.model_runner import GraphDecoder, ModelRunner
 from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.model.weight_deltas import NewRows, TensorDelta
 from deltadock.inference.prompts.tokenizer import Tokenizer
@@ -36,7 +35,7 @@ def static_bench(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 
 
 def packed_delta(model: Any) -> dict[str, TensorDelta]:
-    """Changes that a graph can hold: packed factors, and norms; and two added tokens."""
+    """Deltas that a graph can hold: packed factors and norms; and two added tokens."""
     changes: dict[str, TensorDelta] = {}
     for seed, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.ndim == 2:
@@ -49,7 +48,7 @@ def packed_delta(model: Any) -> dict[str, TensorDelta]:
 
 
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
-def test_static_decoding_has_the_logits_of_packed_passes(
+def test_static_decoding_matches_packed_passes(
     make_bench: Any, make_model: Any, tokenizer: Tokenizer, family: str, settings: dict[str, Any]
 ) -> None:
     base = make_model(family, **settings)
@@ -83,7 +82,7 @@ def test_static_decoding_has_the_logits_of_packed_passes(
 
 
 @pytest.mark.parametrize(("family", "settings"), FAMILIES)
-def test_a_recorded_pass_serves_every_pass_of_its_shape(
+def test_a_captured_pass_replays_every_pass_of_its_shape(
     static_bench: Any,
     make_model: Any,
     generate: Any,
@@ -93,13 +92,13 @@ def test_a_recorded_pass_serves_every_pass_of_its_shape(
 ) -> None:
     recorded = []
 
-    def record(self: StaticDecode, key: Any) -> Callable[[], torch.Tensor]:
-        """As a CUDA graph does: the operations are kept, and the Python code runs no more."""
+    def record(self: GraphDecoder, key: Any) -> Callable[[], torch.Tensor]:
+        """Like a CUDA graph: record the operations and replay them without the Python code."""
         recorded.append(key)
         replay: Callable[[], torch.Tensor] = make_fx(lambda: self._body(key))()
         return replay
 
-    monkeypatch.setattr(StaticDecode, "_capture", record)
+    monkeypatch.setattr(GraphDecoder, "_capture", record)
     base = make_model(family, **settings)
     bench = static_bench(base, context_tokens=128, cache_slots=6)
     prompts = [[1, 2, 3], [5] * 17, [7], list(range(20, 60)), [4, 4], [9] * 6, [1, 2, 4]]
@@ -110,7 +109,7 @@ def test_a_recorded_pass_serves_every_pass_of_its_shape(
     assert 0 < len(recorded) == len(set(recorded)) < 12
 
 
-def test_deltas_that_no_graph_can_hold_are_served_all_the_same(
+def test_deltas_that_cannot_be_captured_are_served_without_graphs(
     static_bench: Any, make_model: Any, make_bench: Any
 ) -> None:
     base = make_model("llama")
