@@ -9,7 +9,7 @@ import torch
 
 from deltadock.errors import InferenceFailed
 from deltadock.inference.engine.model_runner import ModelRunner
-from deltadock.inference.engine.sampler import SampledToken, Sampler
+from deltadock.inference.engine.sampler import SampledToken, TokenSampler
 from deltadock.inference.engine.scheduler import ScheduledChunk, Scheduler
 from deltadock.inference.engine.sequence import Event, FinishReason, Sequence
 from deltadock.inference.model.model import BaseModel
@@ -136,7 +136,7 @@ class Engine:
             logger.exception("A pass of %d sequences failed", len(chunks))
             failure = error.with_traceback(None)  # which references the pass's tensors
         else:
-            self._sample(chunks, Sampler(logits))
+            self._sample(chunks, TokenSampler(logits))
             return
         if len(chunks) == 1:
             self._fail(chunks[0].sequence, failure)
@@ -145,7 +145,7 @@ class Engine:
         self._compute(chunks[:middle])
         self._compute(chunks[middle:])
 
-    def _sample(self, chunks: list[ScheduledChunk], sampler: Sampler) -> None:
+    def _sample(self, chunks: list[ScheduledChunk], sampler: TokenSampler) -> None:
         row = 0
         for chunk in chunks:
             samples = chunk.samples
@@ -154,7 +154,7 @@ class Engine:
                 self._sample_row(chunk.sequence, sampler, row)
                 row += 1
 
-    def _sample_row(self, sequence: Sequence, sampler: Sampler, row: int) -> None:
+    def _sample_row(self, sequence: Sequence, sampler: TokenSampler, row: int) -> None:
         """Sample a sequence's next token and emit what follows from it."""
         try:
             token = sampler.sample(

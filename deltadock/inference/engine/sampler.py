@@ -107,7 +107,7 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor |
     return probabilities / probabilities.sum(), ids[: probabilities.numel()]
 
 
-class Sampler:
+class TokenSampler:
     """Samples from one pass's logits; argmax and finiteness are computed for all rows at once."""
 
     def __init__(self, logits: Logits) -> None:

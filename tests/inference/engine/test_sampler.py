@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from deltadock.inference.engine.sampler import (
-    Sampler,
     SamplingParams,
+    TokenSampler,
     apply_penalties,
     candidates,
     make_generator,
@@ -86,7 +86,7 @@ def test_penalties_change_the_sample_but_not_the_log_probability(
     temperature: float,
 ) -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
-    scores = Sampler(Logits(logits))
+    scores = TokenSampler(Logits(logits))
     params = SamplingParams(temperature=temperature, logit_bias={2: 100.0}, logprobs=1)
     biased = scores.sample(0, params, make_generator(params, 0), [0], 1)
     assert biased.id == 2
@@ -100,13 +100,13 @@ def test_penalties_change_the_sample_but_not_the_log_probability(
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     params = SamplingParams(temperature=temperature)
     assert make_generator(params, 0) is None
-    scores = Sampler(Logits(torch.tensor([[1.0, 9.0, 2.0]])))
+    scores = TokenSampler(Logits(torch.tensor([[1.0, 9.0, 2.0]])))
     assert scores.sample(0, params, None, [0], 1).id == 1
 
 
 def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    scores, params = Sampler(Logits(logits[None])), SamplingParams(seed=0)
+    scores, params = TokenSampler(Logits(logits[None])), SamplingParams(seed=0)
     generator = make_generator(params, 0)
     drawn = [scores.sample(0, params, generator, [], 0).id for _ in range(4000)]
     shares = torch.bincount(torch.tensor(drawn), minlength=4) / 4000
@@ -131,7 +131,7 @@ def test_non_finite_logits_raise(bad: float, temperature: float) -> None:
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     params = SamplingParams(temperature=temperature)
-    scores = Sampler(Logits(logits))
+    scores = TokenSampler(Logits(logits))
     assert scores.sample(0, params, make_generator(params, 0), [], 0).id in range(5)
     with pytest.raises(FloatingPointError, match="not finite"):
         scores.sample(1, params, make_generator(params, 0), [], 0)
@@ -142,7 +142,7 @@ def test_added_tokens_are_sampled_from_extended_rows_only(temperature: float) ->
     known = torch.zeros(4, 5)
     known[3, 0] = float("inf")
     added = torch.tensor([[50.0, 0.0], [0.0, float("nan")]])
-    scores = Sampler(Logits(known, [([2, 0], torch.cat([known[[2, 0]], added], -1))]))
+    scores = TokenSampler(Logits(known, [([2, 0], torch.cat([known[[2, 0]], added], -1))]))
     params = SamplingParams(temperature=temperature, logprobs=2)
     generator = make_generator(params, 0)
     assert scores.sample(2, params, generator, [], 0).id == 5
