@@ -33,11 +33,12 @@ DTYPE_BITS: Final = {
     "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
 
-NON_FINITE_MASKS: Final = {
+NON_FINITE_BITS: Final = {
     "F8_E4M3": ("u1", 0x7F), "F8_E5M2": ("u1", 0x7C), "F16": ("<u2", 0x7C00),
-    "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0 << 48),
+    "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x47EFFFFFF0000000),
 }  # fmt: skip
-"""Unsigned type of a float's bits, and the bits that are all ones in NaN and infinities only."""
+"""Unsigned type of a float's bits, and the least bits without sign of a NaN or an infinity; of F64,
+those of the least value that overflows float32, which everything is computed in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,20 +223,20 @@ class StreamingInspector:
                 raise MalformedSafetensors("The file is longer than its header says.")
             take = view[: self._current.end - self._position]
             self._hash.update(take)
-            if self._non_finite is not None and self._current.dtype in NON_FINITE_MASKS:
+            if self._non_finite is not None and self._current.dtype in NON_FINITE_BITS:
                 self._check_finite(self._current, take, self._non_finite)
             self._position += len(take)
             view = view[len(take) :]
             self._advance()
 
     def _check_finite(self, tensor: TensorSpec, chunk: memoryview, found: set[str]) -> None:
-        kind, mask = NON_FINITE_MASKS[tensor.dtype]
+        kind, least = NON_FINITE_BITS[tensor.dtype]
         # A chunk may begin and end within an element; a tensor ends with a whole one.
         data = self._partial + chunk if self._partial else chunk
         whole = len(data) - len(data) % np.dtype(kind).itemsize
         self._partial = bytes(data[whole:])
         bits = np.frombuffer(data[:whole], kind)
-        if ((bits & mask) == mask).any():
+        if ((bits & (np.iinfo(kind).max >> 1)) >= least).any():
             found.add(tensor.name)
 
     def finish(self) -> tuple[Header, dict[str, str]]:

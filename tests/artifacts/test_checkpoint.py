@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -275,3 +277,25 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidCheckpoint, match="in two files"):
         scan_folder(save(tmp_path / "a", TENSORS, {"model.a": TENSORS["model.b"]}))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_tensors_that_are_not_finite_are_found_in_any_chunking(dtype: str, bad: float) -> None:
+    kinds = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16,
+             "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}  # fmt: skip
+    largest = min(torch.finfo(kinds[dtype]).max, torch.finfo(torch.float32).max)
+    good = torch.tensor([0.0, -0.0, 1.0, largest, -largest, 0.5, 2.0]).to(kinds[dtype])
+    tensor = good.clone()
+    tensor[4] = torch.tensor(bad, dtype=torch.float64)
+    expected = set() if tensor.float().isfinite().all() else {"b"}
+    data = safetensors.torch.save(
+        {"a": good, "b": tensor, "c": good.clone(), "n": torch.tensor([-1])}
+    )
+    for size in (1, 3, 7, len(data)):
+        found: set[str] = set()
+        inspector = FileInspector("model.safetensors", found)
+        for begin in range(0, len(data), size):
+            inspector.update(data[begin : begin + size])
+        inspector.finish()
+        assert found == expected

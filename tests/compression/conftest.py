@@ -1,6 +1,8 @@
 """Small models for the compression tests: random ones of each kind, and the sample pair."""
 
+import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What a longer training gains is for the benchmarks; here it only has to happen.
+    # The benchmarks measure the gain of distillation; here it only has to run.
     monkeypatch.setattr("deltadock.compression.distillation.STEPS", 3)
 
 
@@ -35,11 +37,13 @@ def save_tokenizer(folder: Path) -> None:
 Pair = tuple[Path, Path]
 
 
-@pytest.fixture
-def make_pair(tmp_path: Path) -> Callable[..., Pair]:
-    """Makes a random Qwen2 base and a fine-tune of it whose every tensor differs."""
+@pytest.fixture(scope="session")
+def built_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
+    """Builds each random Qwen2 base and fine-tune once; tests get copies from `make_pair`."""
 
-    def make(*, tied: bool = True, scale: float = 0.02, seed: int = 0) -> Pair:
+    @cache
+    def build(*, tied: bool, scale: float, seed: int) -> Pair:
+        folder = tmp_path_factory.mktemp("pair")
         torch.manual_seed(seed)
         config = Qwen2Config(
             vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -47,14 +51,28 @@ def make_pair(tmp_path: Path) -> Callable[..., Pair]:
             tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config).bfloat16()
-        base, finetuned = tmp_path / f"base-{tied}-{seed}", tmp_path / f"tuned-{tied}-{seed}"
+        base, finetuned = folder / "base", folder / "tuned"
         model.save_pretrained(base)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(scale * torch.randn_like(parameter))
         model.save_pretrained(finetuned)
-        for folder in (base, finetuned):
-            save_tokenizer(folder)
+        for checkpoint in (base, finetuned):
+            save_tokenizer(checkpoint)
+        return base, finetuned
+
+    return build
+
+
+@pytest.fixture
+def make_pair(tmp_path: Path, built_pair: Callable[..., Pair]) -> Callable[..., Pair]:
+    """Makes a random Qwen2 base and a fine-tune of it whose every tensor differs."""
+
+    def make(*, tied: bool = True, scale: float = 0.02, seed: int = 0) -> Pair:
+        built = built_pair(tied=tied, scale=scale, seed=seed)
+        base, finetuned = tmp_path / f"base-{tied}-{seed}", tmp_path / f"tuned-{tied}-{seed}"
+        for source, copy in zip(built, (base, finetuned), strict=True):
+            shutil.copytree(source, copy)
         return base, finetuned
 
     return make

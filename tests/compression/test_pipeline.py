@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
-from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
+from deltadock.compression.checkpoints import open_pair
+from deltadock.compression.options import METHODS, CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
 from deltadock.compression.quality import evaluate
 from deltadock.compression.report import Progress
+from deltadock.compression.scratch import Scratch
+from deltadock.compression.session import CompressionSession
 from deltadock.errors import (
     ArchitectureMismatch,
     Cancelled,
@@ -28,6 +32,8 @@ from deltadock.errors import (
 )
 
 Pair = tuple[Path, Path]
+BITDELTA = CompressOptions(method="bitdelta")
+ADAMIX = CompressOptions(method="adamix")
 
 
 class MemoryStore:
@@ -137,7 +143,11 @@ def test_same_inputs_give_the_same_bytes_however_often_interrupted(
 ) -> None:
     base, finetuned = pair
     compress(
-        base, finetuned, tmp_path / "whole.delta", CompressOptions(), calibration=[Source(text)]
+        base,
+        finetuned,
+        tmp_path / "whole.delta",
+        ADAMIX,
+        calibration=[Source(text)],
     )
     store = MemoryStore()
 
@@ -147,7 +157,7 @@ def test_same_inputs_give_the_same_bytes_however_often_interrupted(
 
     with pytest.raises(Cancelled):
         compress(
-            base, finetuned, tmp_path / "b.delta", CompressOptions(),
+            base, finetuned, tmp_path / "b.delta", ADAMIX,
             calibration=[Source(text)], progress=interrupt, store=store,
         )  # fmt: skip
     assert not (tmp_path / "b.delta").exists()
@@ -156,7 +166,7 @@ def test_same_inputs_give_the_same_bytes_however_often_interrupted(
         base,
         finetuned,
         tmp_path / "b.delta",
-        CompressOptions(),
+        ADAMIX,
         calibration=[Source(text)],
         store=store,
     )
@@ -164,12 +174,12 @@ def test_same_inputs_give_the_same_bytes_however_often_interrupted(
     assert (tmp_path / "b.delta").read_bytes() == (tmp_path / "whole.delta").read_bytes()
 
 
-def test_work_of_other_inputs_is_not_taken(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_blocks_of_other_inputs_are_not_used(pair: Pair, text: Path, tmp_path: Path) -> None:
     base, finetuned = pair
     store = MemoryStore()
     for seed in (0, 1):
         compress(
-            base, finetuned, tmp_path / f"{seed}.delta", CompressOptions(seed=seed),
+            base, finetuned, tmp_path / f"{seed}.delta", replace(ADAMIX, seed=seed),
             calibration=[Source(text)], store=store,
         )  # fmt: skip
     assert store.hits == 0
@@ -193,24 +203,22 @@ def test_progress_only_rises(pair: Pair, text: Path, tmp_path: Path) -> None:
     assert all(0 <= progress.block <= progress.blocks for progress in seen)
 
 
-def test_files_that_differ_travel_in_the_artifact(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_files_that_differ_travel_in_the_artifact(pair: Pair, tmp_path: Path) -> None:
     base, finetuned = pair
     (finetuned / "generation_config.json").write_text('{"temperature": 0.5}')
     (base / "added_tokens.json").write_text("{}")
-    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
+    compress(base, finetuned, tmp_path / "a.delta", BITDELTA, calibration=None)
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
     assert (tmp_path / "merged" / "generation_config.json").read_text() == '{"temperature": 0.5}'
     assert not (tmp_path / "merged" / "added_tokens.json").exists()
 
 
-def test_files_that_are_not_text_travel_byte_for_byte(
-    pair: Pair, text: Path, tmp_path: Path
-) -> None:
+def test_files_that_are_not_text_travel_byte_for_byte(pair: Pair, tmp_path: Path) -> None:
     base, finetuned = pair
     binary, lines = bytes(range(256)), b"{% if a %}\r\n\xc3\xa9\n"
     (finetuned / "tokenizer.model").write_bytes(binary)
     (finetuned / "chat_template.jinja").write_bytes(lines)
-    compress(base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
+    compress(base, finetuned, tmp_path / "a.delta", BITDELTA, calibration=None)
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == binary
     assert (tmp_path / "merged" / "chat_template.jinja").read_bytes() == lines
@@ -262,13 +270,33 @@ def test_an_unknown_model_type_is_refused(pair: Pair, text: Path, tmp_path: Path
         compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
 
 
+@pytest.mark.parametrize("method", ["optimix", "adamix", "delta-zip", "bitdelta", "exact"])
+def test_the_bytes_of_a_draft_are_those_of_the_file(
+    pair: Pair, text: Path, tmp_path: Path, method: str
+) -> None:
+    (pair[1] / "generation_config.json").write_text('{"temperature": 0.5}')
+    calibration = CalibrationOptions(tokens=512, length=32)
+    options = CompressOptions(method=method, calibration=calibration)
+    bits = None if METHODS[method].bits_min is None else 1.0
+    out = tmp_path / "a.delta"
+    with Scratch() as scratch:
+        session = CompressionSession(open_pair(*pair), options, scratch)
+        session.prepare([Source(text)])
+        size = session.draft_bytes(bits)
+        assert not out.exists()
+        report = session.compress(bits, out)
+    assert size == report.artifact_bytes == out.stat().st_size
+
+
 def test_without_a_source_the_fine_tune_writes_its_own(pair: Pair, tmp_path: Path) -> None:
-    options = CompressOptions(calibration=CalibrationOptions(tokens=2048, length=64))
+    options = CompressOptions(
+        method="adamix", calibration=CalibrationOptions(tokens=512, length=32)
+    )
     report = compress(*pair, tmp_path / "a.delta", options, calibration=[])
     again = compress(*pair, tmp_path / "b.delta", options, calibration=[])
     assert report.calibration is not None
     assert report.calibration == again.calibration
-    assert report.calibration["tokens"] == 2048
+    assert report.calibration["tokens"] == 512
     assert report.kl is not None
     assert (tmp_path / "a.delta").read_bytes() == (tmp_path / "b.delta").read_bytes()
 

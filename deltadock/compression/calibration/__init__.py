@@ -1,1 +1,1 @@
-"""From files, conversations or the fine-tuned model itself to token windows."""
+"""Calibration text from files, conversations or the fine-tuned model, as token windows."""

@@ -1,10 +1,10 @@
-"""Text that the fine-tuned model writes itself: temperature 1, its full distribution.
+"""Sample calibration text from the fine-tuned model: temperature 1, full distribution.
 
-Documents begin with the start token, with given prompts, or, where the tokenizer has a chat
-template, with questions that the model first asks itself in the user's place. A document ends
-where the model ends it, or with the window.
+Documents begin with the start token, with given prompts, or, if the tokenizer has a chat template,
+with questions that the model generates in the user's place. A document ends with an end token or
+with the window.
 
-Unlike calibration itself, this holds the whole model in memory.
+Unlike the rest of calibration, this holds the whole model in memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,22 +22,22 @@ from deltadock.compression.model.families import auto_class
 from deltadock.errors import InvalidCalibration, UnsupportedModel
 
 CACHE_BYTES: Final = {"cpu": 1 << 30, "cuda": 8 << 30}
-"""Keys and values of one batch may take about this much."""
+"""Memory for keys and values of one batch."""
 MAX_ROWS: Final = 128
 QUESTION: Final = "\N{WHITE MEDIUM STAR}question\N{WHITE MEDIUM STAR}"
-"""Marks the place of the user's words in a rendered template."""
+"""Placeholder for the user's message in a rendered template."""
 QUESTIONS: Final = 256
-"""Most questions that a chat model asks itself."""
+"""Largest number of questions that a chat model generates."""
 ENOUGH_DOCUMENTS: Final = 32
-"""So many that are but one token long are no chance: the model has nothing to say."""
+"""Documents after which a mean length of about one token counts as an empty model."""
 
 Watcher = Callable[[str, float], None]
 
 
-class Sampler:
-    """Samples from the model in `checkpoint`; the same seed, versions and machine: the same text.
+class TextSampler:
+    """Samples from the model in `checkpoint`; reproducible for one seed, version and machine.
 
-    Each `sample` draws on from the last one's random state.
+    Each `sample` continues with the random state of the last one.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Sampler:
             UnsupportedModel: `transformers` cannot load or run it.
         """
         progress("loading the model to sample from", 0.0)
-        logging.disable_progress_bar()  # ours tells of the loading
+        logging.disable_progress_bar()  # `progress` reports the loading
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         try:
             loader = auto_class(AutoConfig.from_pretrained(checkpoint).model_type)
@@ -69,7 +69,7 @@ class Sampler:
         self._shown = 0.0
         self._stopped: Exception | None = None
         self._ends = _end_tokens(self._model, tokenizer)
-        # What a checkpoint recommends (top-k, penalties) would distort the distribution.
+        # Recommended settings of a checkpoint (top-k, penalties) would distort the distribution.
         self._model.generation_config = GenerationConfig()
         self._generator = torch.Generator(self._device).manual_seed(seed)
 
@@ -79,16 +79,16 @@ class Sampler:
         """At least `train` and `held_out` tokens (n,) int64 of documents of at most `length`.
 
         Args:
-            prompts: (n,) int64 each; None: what the class says. Those that begin documents of
-                one part begin none of the other, where there are several.
+            prompts: (n,) int64 each; None: questions or the start token. Training and held-out
+                documents begin with different prompts if there are several.
 
         Raises:
             InvalidCalibration: the model names no start token, or ends every document at once.
         """
-        begun_by = list(prompts) if prompts is not None else self._beginnings(length, train)
-        begun_by = [prompt[-(length // 2) :] for prompt in begun_by]
-        cut = max(1, len(begun_by) // 10)
-        pools = [begun_by[cut:] or begun_by, begun_by[:cut]]
+        starts = list(prompts) if prompts is not None else self._beginnings(length, train)
+        starts = [prompt[-(length // 2) :] for prompt in starts]
+        cut = max(1, len(starts) // 10)
+        pools = [starts[cut:] or starts, starts[:cut]]
         sources = [cycle(pool) for pool in pools]
         needs, made = [train, held_out], [0, 0]
         streams: list[list[Tensor]] = [[], []]
@@ -119,7 +119,7 @@ class Sampler:
         return train_tokens, held_tokens
 
     def _rows(self, length: int) -> int:
-        """Sequences of a batch: by a fixed budget, since the batches decide what is drawn."""
+        """Batch size by a fixed memory budget, since batches affect the random draws."""
         config = self._model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or (
@@ -132,7 +132,7 @@ class Sampler:
     def _continue(
         self, begins: Sequence[Tensor], length: int, done: int, total: int
     ) -> list[Tensor]:
-        """Each beginning with what the model writes after it, up to and with an end token."""
+        """Each prompt with its continuation, up to and including an end token."""
         longest = max(begin.numel() for begin in begins)
         tokens = torch.zeros(len(begins), longest, dtype=torch.int64)
         mask = torch.zeros_like(tokens)
@@ -141,7 +141,7 @@ class Sampler:
             mask[row, longest - begin.numel() :] = 1
 
         def watch(steps: int) -> None:
-            # Documents that end early take part of it back; what is shown only rises.
+            # Documents that end early reduce the fraction; reported progress only rises.
             share = min((done + steps * len(begins)) / max(total, 1), 1.0)
             self._shown = max(self._shown, share)
             try:
@@ -161,10 +161,10 @@ class Sampler:
                         eos_token_id=self._ends or None,
                         pad_token_id=self._ends[0] if self._ends else 0,
                     ),
-                    logits_processor=[_Drawing(self._generator, watch)],
+                    logits_processor=[_GumbelMax(self._generator, watch)],
                 )
         except Exception as error:
-            # Whoever listens to the progress may end the work; that says nothing of the model.
+            # An error raised by the progress callback is not the model's.
             if error is self._stopped:
                 raise
             raise _unsupported(error) from error
@@ -178,7 +178,7 @@ class Sampler:
         return tokens[: int(ends[0]) + 1] if len(ends) else tokens
 
     def _beginnings(self, length: int, train: int) -> list[Tensor]:
-        """Questions that a chat model asks itself, or the start token."""
+        """Questions generated by a chat model, or the start token."""
         opening = self._opening()
         if opening is not None and opening.numel() <= length // 2:
             count = min(max(train // length * 2, 16), QUESTIONS)
@@ -192,21 +192,21 @@ class Sampler:
         return [self._start()]
 
     def _opening(self) -> Tensor | None:
-        """What the chat template writes before a user's words; None: it has no such place."""
+        """The chat template's tokens before a user's message; None if there are none."""
         if not self._tokenizer.chat_template:
             return None
         try:
             text = self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": QUESTION}], tokenize=False
             )
-        except Exception:  # noqa: BLE001 - a template may fail in any way; then it begins nothing
+        except Exception:  # noqa: BLE001 - a template may raise anything; then it is not used
             return None
         before, found, _ = str(text).partition(QUESTION)
         tokens = encode(self._tokenizer, before)
         return tokens if found and tokens.numel() else None
 
     def _render(self, question: Tensor) -> Tensor | None:
-        """The question in the template, up to where the model answers."""
+        """The question in the template, up to the model's answer; None if it fails."""
         words = self._tokenizer.decode(question, skip_special_tokens=True).strip()
         if not words:
             return None
@@ -230,10 +230,10 @@ class Sampler:
         )
 
 
-class _Drawing(LogitsProcessor):  # type: ignore[misc] # transformers has no types
-    """Turns the likeliest token into a draw from the softmax: the Gumbel-max trick.
+class _GumbelMax(LogitsProcessor):  # type: ignore[misc] # transformers has no types
+    """Samples from the softmax by the Gumbel-max trick, as greedy decoding of perturbed logits.
 
-    `generate` draws from torch's global state; this has a generator of its own.
+    `generate` would use torch's global random state; this uses a separate generator.
     """
 
     def __init__(self, generator: torch.Generator, watch: Callable[[int], None]) -> None:
@@ -249,7 +249,7 @@ class _Drawing(LogitsProcessor):  # type: ignore[misc] # transformers has no typ
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that the checkpoint says ends a text, in a fixed order."""
+    """All end tokens that the checkpoint names, sorted."""
     found: set[int] = set()
     named = (
         tokenizer.eos_token_id,

@@ -1,4 +1,4 @@
-"""Files of calibration text: read, rendered through the chat template, and tokenized."""
+"""Read files of calibration text, render them through the chat template, and tokenize them."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ from deltadock.errors import InvalidCalibration, InvalidCheckpoint
 
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 MAX_CHARACTERS: Final = 4_000_000
-"""Tokenizing takes hundreds of bytes a character; of longer texts a part is chosen."""
+"""Tokenizing takes hundreds of bytes per character; longer texts are subsampled."""
 PIECE_CHARACTERS: Final = 40_000
 
-KINDS: Final = "`text`, `messages`, `prompt` and `completion`, or `prompt`"
+RECORD_FIELDS: Final = "`text`, `messages`, `prompt` and `completion`, or `prompt`"
 
 Turns = str | list[dict[str, Any]]
 """Plain text, or messages with `role` and `content`."""
@@ -34,14 +34,14 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Conversations:
-    """Documents that belong together: each a stream of tokens (n,) int64, held out as a whole."""
+    """Separate documents, each a stream of tokens (n,) int64; whole documents are held out."""
 
     documents: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Beginnings (n,) int64 that the fine-tuned model is to continue."""
+    """Prompts (n,) int64 for the fine-tuned model to continue."""
 
     prompts: list[Tensor]
 
@@ -50,13 +50,13 @@ Material = Text | Conversations | Prompts
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
-    """The checkpoint's tokenizer.
+    """Load the checkpoint's tokenizer.
 
     Raises:
         InvalidCheckpoint: there is none, or it cannot be loaded.
     """
     if not any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
-        # transformers would make up an empty one.
+        # transformers would create an empty one.
         raise InvalidCheckpoint(
             "The fine-tune has no tokenizer; put its tokenizer.json and tokenizer_config.json "
             "beside the weights."
@@ -65,21 +65,21 @@ def load_tokenizer(checkpoint: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise InvalidCheckpoint(f"The fine-tune's tokenizer cannot be loaded: {error}") from error
-    # Truncation and its warning belong to one prompt; this is a corpus.
+    # A corpus is longer than a model's context: no truncation, no warning.
     tokenizer.model_max_length = 1 << 60
     return tokenizer
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:
-    """`text` as tokens (n,) int64; special tokens only where the text spells them."""
+    """Tokenize `text`, (n,) int64; special tokens only where the text contains them."""
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 
 
 def read_source(path: Path, tokenizer: Any, seed: int) -> Material:
-    """The tokens of a file; of one that is longer than calibration can use, a part by `seed`.
+    """Read and tokenize a file; longer files than calibration can use are subsampled by `seed`.
 
     Raises:
-        InvalidCalibration: empty, too short, not UTF-8, or a line that cannot be used, by number.
+        InvalidCalibration: empty, too short, not UTF-8, or with an invalid line (named by number).
     """
     content = _read(path)
     if path.suffix != ".jsonl":
@@ -110,14 +110,14 @@ def read_source(path: Path, tokenizer: Any, seed: int) -> Material:
     return Conversations(documents)
 
 
-def hash_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def excerpt(text: str, seed: int) -> str:
-    """`text`, or pieces of it chosen by `seed` where it is longer than calibration can use."""
+    """`text`, or random pieces of it if it is longer than calibration can use."""
     if len(text) <= MAX_CHARACTERS:
         return text
     pieces = len(text) // PIECE_CHARACTERS
@@ -129,7 +129,7 @@ def excerpt(text: str, seed: int) -> str:
 def _some(
     records: Sequence["_Record"], size: Callable[["_Record"], int], seed: int
 ) -> list["_Record"]:
-    """As many of `records`, chosen by `seed`, as calibration can use, in their order."""
+    """A random subset of `records` of the size that calibration can use, in order."""
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))
     chosen: list[int] = []
     total = 0
@@ -160,7 +160,7 @@ def _read(path: Path) -> str:
 
 
 def _lines(content: str) -> Iterator[tuple[int, object]]:
-    """Each line's number and JSON value; other separators than newlines may stand in strings."""
+    """Each line's number and JSON value; lines end with newlines only."""
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
@@ -174,7 +174,7 @@ def _lines(content: str) -> Iterator[tuple[int, object]]:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """One line: what stands before the model's turn, and the turn; `kind` as in `KINDS`."""
+    """One line: the prompt, and the model's completion."""
 
     number: int
     kind: str
@@ -183,10 +183,10 @@ class _Record:
 
     @classmethod
     def of(cls, number: int, record: object) -> "_Record":
-        """The line's fields.
+        """Parse a line.
 
         Raises:
-            InvalidCalibration: it has none of `KINDS`, or they are of other types.
+            InvalidCalibration: it has none of the fields of `RECORD_FIELDS`, or of other types.
         """
         if isinstance(record, dict):
             match record:
@@ -205,19 +205,19 @@ class _Record:
                 ):
                     return cls(number, "prompt", prompt)
         raise InvalidCalibration(
-            f"Line {number} of the calibration file is not an object with {KINDS}."
+            f"Line {number} of the calibration file is not an object with {RECORD_FIELDS}."
         )
 
     @property
     def characters(self) -> int:
-        """About how long the rendered line is."""
+        """Approximate length of the rendered line."""
         return sum(
             len(part) if isinstance(part, str) else sum(len(str(turn)) for turn in part)
             for part in (self.prompt, self.completion)
         )
 
     def render(self, tokenizer: Any) -> str:
-        """The line as the model reads it: messages through its chat template.
+        """Render the line as text, messages through the chat template.
 
         Raises:
             InvalidCalibration: there is no template, or it refuses the messages.
@@ -235,7 +235,7 @@ class _Record:
                 self.prompt, tokenize=False, add_generation_prompt=self.kind == "prompt"
             )
         except Exception as error:
-            # A template is a program of the fine-tune's, in transformers' sandbox.
+            # A template is code of the fine-tune, run in transformers' sandbox.
             raise InvalidCalibration(
                 f"The fine-tune's chat template refuses line {self.number} of the calibration "
                 f"file: {error}"
@@ -252,7 +252,7 @@ def _is_turns(value: object) -> bool:
 
 
 def _utf8(text: str, number: int) -> str:
-    """`text` if it can be encoded: JSON may spell half a surrogate pair."""
+    """Return `text` if it is valid UTF-8: JSON may contain half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,8 +1,7 @@
-"""Calibration: token windows of equal length.
+"""Calibration text as token windows of equal length, from files, the fine-tuned model or a mixture.
 
-Windows come from files, from the fine-tuned model itself, or from a mixture. What is held out
-measures the result; nothing of it calibrates: of running text, windows; of conversations and
-sampled documents, whole ones.
+Held-out windows measure the result and never calibrate: of running text, windows are held out; of
+conversations and sampled text, whole documents.
 """
 
 import hashlib
@@ -15,12 +14,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from deltadock.compression.calibration.sampling import Sampler
+from deltadock.compression.calibration.sampling import TextSampler
 from deltadock.compression.calibration.sources import (
     Conversations,
     Prompts,
     Text,
-    hash_of,
+    file_sha256,
     load_tokenizer,
     read_source,
 )
@@ -34,23 +33,23 @@ from deltadock.compression.options import (
 from deltadock.errors import InvalidCalibration
 
 HELD_OUT: Final = 0.1
-"""Share of the windows that is kept out of calibration and measures the result."""
+"""Fraction of the windows that is held out."""
 SAFE_WINDOWS: Final = 16
-"""Least windows that a text is cut into, if need be into shorter ones."""
+"""Smallest number of windows of a text; shorter texts get shorter windows."""
 
 Watcher = Callable[[str, float], None]
-"""Told what is being done and the share done; what it raises ends the work."""
+"""Called with a message and the fraction done; whatever it raises ends the calibration."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSet:
-    """Token windows, and where they are from.
+    """Token windows and their sources.
 
     Attributes:
-        train: (n, length) int64: what calibrates.
-        held_out: (m, length) int64: what measures.
+        train: (n, length) int64, calibration windows.
+        held_out: (m, length) int64, windows that measure the result.
         sha256: over both.
-        sources: a JSON-able description of each source: kind, sha256 of its file (None where
+        sources: a JSON-able description of each source: kind, sha256 of its file (None if
             there is none), weight, and its tokens in `train` and `held_out`.
     """
 
@@ -61,7 +60,7 @@ class CalibrationSet:
 
     @property
     def tokens(self) -> int:
-        """Tokens that calibrate."""
+        """Number of calibration tokens."""
         return self.train.numel()
 
 
@@ -74,19 +73,19 @@ def load_calibration(
     device: str = "cpu",
     progress: Watcher = lambda message, done: None,
 ) -> CalibrationSet:
-    """Windows of a mixture of sources, each giving at most its share of the tokens.
+    """Load windows of a mixture of sources, each limited to its fraction of the tokens.
 
     Args:
-        sources: none is text sampled from the fine-tuned model.
+        sources: empty for text sampled from the fine-tuned model.
         checkpoint: the fine-tune's folder, with its tokenizer.
         max_length: the model's longest sequence in tokens.
-        seed: decides what is sampled, held out, and chosen where there is more than needed.
+        seed: of sampling, held-out windows, and subsampling.
         options: tokens and window length.
         device: torch device that samples.
-        progress: told of every sampled token; what it raises (`Cancelled`) ends the work.
+        progress: called for every sampled token; whatever it raises (`Cancelled`) ends it.
 
     Raises:
-        InvalidCalibration: a source that is too short, empty, not UTF-8 or has a bad line.
+        InvalidCalibration: a source is too short, empty, not UTF-8 or has an invalid line.
         InvalidCheckpoint: there is no tokenizer.
         UnsupportedModel: the model cannot be sampled from.
     """
@@ -96,29 +95,29 @@ def load_calibration(
     check_weights([source.weight for source in sources])
     total_weight = sum(source.weight for source in sources)
     tokenizer = load_tokenizer(checkpoint)
-    materials: list[_Part] = []
+    contents: list[_SourceTokens] = []
     for number, source in enumerate(sources, 1):
         progress(f"reading source {number} of {len(sources)}", 0.0)
         found = None if source.path is None else read_source(source.path, tokenizer, seed)
-        materials.append(_split(found, seed) if isinstance(found, Conversations) else found)
-    length = _window_length(materials, min(options.length, options.tokens, max_length))
-    sampler: Sampler | None = None
+        contents.append(_split(found, seed) if isinstance(found, Conversations) else found)
+    length = _window_length(contents, min(options.length, options.tokens, max_length))
+    sampler: TextSampler | None = None
     train, held_out, described = [], [], []
-    for source, material in zip(sources, materials, strict=True):
+    for source, content in zip(sources, contents, strict=True):
         limit = max(1, int(options.tokens * source.weight / total_weight) // length)
-        if isinstance(material, Text):
-            kind, parts = "text", _cut_text(material.tokens, length, limit, seed)
-        elif isinstance(material, _Halves):
-            kind, parts = "conversations", _cut_halves(material, length, limit)
+        if isinstance(content, Text):
+            kind, parts = "text", _cut_text(content.tokens, length, limit, seed)
+        elif isinstance(content, _SplitTokens):
+            kind, parts = "conversations", _cut_documents(content, length, limit)
         else:
-            sampler = sampler or Sampler(checkpoint, tokenizer, seed, device, progress)
-            kind, parts = "sampled", _sample(sampler, material, length, limit)
+            sampler = sampler or TextSampler(checkpoint, tokenizer, seed, device, progress)
+            kind, parts = "sampled", _sample(sampler, content, length, limit)
         train.append(parts[0])
         held_out.append(parts[1])
         described.append(
             {
                 "kind": kind,
-                "sha256": None if source.path is None else hash_of(source.path),
+                "sha256": None if source.path is None else file_sha256(source.path),
                 "weight": source.weight,
                 "tokens": parts[0].numel(),
                 "held_out": parts[1].numel(),
@@ -129,32 +128,32 @@ def load_calibration(
 
 
 def read_windows(path: Path, checkpoint: Path, length: int) -> Tensor:
-    """The whole of a file as windows (n, length) int64, at least 16 of them if need be shorter.
+    """Read a whole file as windows (n, length) int64; short files give 16 shorter windows.
 
     Raises:
         InvalidCalibration, InvalidCheckpoint: as `load_calibration`.
     """
-    material = read_source(path, load_tokenizer(checkpoint), seed=0)
-    if isinstance(material, Prompts):
+    content = read_source(path, load_tokenizer(checkpoint), seed=0)
+    if isinstance(content, Prompts):
         raise InvalidCalibration("The file has prompts alone, which give nothing to measure.")
-    tokens = material.tokens if isinstance(material, Text) else torch.cat(material.documents)
+    tokens = content.tokens if isinstance(content, Text) else torch.cat(content.documents)
     return _windows(tokens, min(length, tokens.numel() // SAFE_WINDOWS))
 
 
 @dataclass(frozen=True, slots=True)
-class _Halves:
-    """Two streams of tokens (n,) int64 without a document in common."""
+class _SplitTokens:
+    """Two streams of tokens (n,) int64 without a common document."""
 
     train: Tensor
     held_out: Tensor
 
 
-_Part = Text | _Halves | Prompts | None
-"""What a source gives; None: text that is yet to be sampled."""
+_SourceTokens = Text | _SplitTokens | Prompts | None
+"""Tokens or prompts of a source; None: text to sample without prompts."""
 
 
-def _split(conversations: Conversations, seed: int) -> _Halves:
-    """About `HELD_OUT` of the tokens held out, at least one document, never most of them."""
+def _split(conversations: Conversations, seed: int) -> _SplitTokens:
+    """Hold out about `HELD_OUT` of the tokens, at least one document, at most half the tokens."""
     documents = conversations.documents
     total = sum(document.numel() for document in documents)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
@@ -169,26 +168,26 @@ def _split(conversations: Conversations, seed: int) -> _Halves:
     if not held:  # every document but one is empty of tokens
         raise InvalidCalibration("At least two conversations are needed: one is held out.")
     train = [index for index in order.tolist() if index not in held]
-    return _Halves(
+    return _SplitTokens(
         torch.cat([documents[index] for index in train]),
         torch.cat([documents[index] for index in order.tolist() if index in held]),
     )
 
 
-def _window_length(materials: Sequence[_Part], length: int) -> int:
-    """The longest window up to `length` that every file fills.
+def _window_length(contents: Sequence[_SourceTokens], length: int) -> int:
+    """The longest window length up to `length` that every file can fill.
 
     Raises:
         InvalidCalibration: a file is too short for any.
     """
     sizes = []
-    for material in materials:
-        if isinstance(material, Text):
-            sizes.append(material.tokens.numel())
+    for content in contents:
+        if isinstance(content, Text):
+            sizes.append(content.tokens.numel())
             length = min(length, sizes[-1] // 2)
-        elif isinstance(material, _Halves):
-            sizes.append(material.train.numel() + material.held_out.numel())
-            length = min(length, material.held_out.numel(), material.train.numel())
+        elif isinstance(content, _SplitTokens):
+            sizes.append(content.train.numel() + content.held_out.numel())
+            length = min(length, content.held_out.numel(), content.train.numel())
     if sizes:
         length = min(length, max(sizes) // SAFE_WINDOWS)
     if length < MIN_LENGTH:
@@ -200,13 +199,13 @@ def _window_length(materials: Sequence[_Part], length: int) -> int:
 
 
 def _windows(tokens: Tensor, length: int) -> Tensor:
-    """`tokens` as (n, length); a last partial window is dropped."""
+    """Reshape `tokens` to (n, length), dropping a partial window at the end."""
     count = tokens.numel() // length
     return tokens[: count * length].view(count, length)
 
 
 def _held_windows(available: int, limit: int) -> int:
-    """How many of `available` windows are held out where at most `limit` calibrate."""
+    """Number of held-out windows among `available`, if at most `limit` calibrate."""
     return max(1, min(int(available * HELD_OUT), limit // 8))
 
 
@@ -218,17 +217,17 @@ def _cut_text(tokens: Tensor, length: int, limit: int, seed: int) -> tuple[Tenso
     return windows[train], windows[order[:held].sort().values]
 
 
-def _cut_halves(halves: _Halves, length: int, limit: int) -> tuple[Tensor, Tensor]:
-    train, held = _windows(halves.train, length), _windows(halves.held_out, length)
+def _cut_documents(split: _SplitTokens, length: int, limit: int) -> tuple[Tensor, Tensor]:
+    train, held = _windows(split.train, length), _windows(split.held_out, length)
     return train[:limit], held[: _held_windows(len(train) + len(held), limit)]
 
 
 def _sample(
-    sampler: Sampler, prompts: Prompts | None, length: int, limit: int
+    sampler: TextSampler, prompts: Prompts | None, length: int, limit: int
 ) -> tuple[Tensor, Tensor]:
     held = max(1, limit // 8)
-    begun_by = None if prompts is None else prompts.prompts
-    streams = sampler.sample(begun_by, length, limit * length, held * length)
+    starts = None if prompts is None else prompts.prompts
+    streams = sampler.sample(starts, length, limit * length, held * length)
     return _windows(streams[0], length)[:limit], _windows(streams[1], length)[:held]
 
 
@@ -240,8 +239,8 @@ def _hash(train: Tensor, held_out: Tensor) -> str:
 
 
 def spaced(available: int, wanted: int) -> Tensor:
-    """At most `wanted` of `available` windows, (n,) int64, from all over them.
+    """Indices (n,) int64 of at most `wanted` of `available` windows, evenly spaced.
 
-    The sources of a mixture follow one another, and so does a text from its beginning to its end.
+    Windows are in the order of sources and texts, so that the first ones would not represent all.
     """
     return torch.linspace(0, available - 1, min(available, wanted)).round().long()

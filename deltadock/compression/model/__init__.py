@@ -1,1 +1,1 @@
-"""A checkpoint as a model that runs block by block, forwards and backwards."""
+"""Run a checkpoint block by block, forward and backward."""

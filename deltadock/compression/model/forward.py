@@ -1,7 +1,7 @@
-"""A causal language model run block by block, forwards and backwards.
+"""Run a causal language model block by block, forward and backward.
 
-One block's weights are in memory at a time. Hidden states stay where the caller keeps them, on
-any device or memory-mapped, and are moved a few thousand tokens at a time.
+One block's weights are in memory at a time. Hidden states stay on the caller's device, or
+memory-mapped, and are moved a few thousand tokens at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ TOKENS_PER_STEP: Final = 4096
 LOGITS_PER_STEP: Final = 1 << 24
 
 Loss = Callable[[Tensor, slice], Tensor]
-"""Loss, summed over the tokens, of a piece's logits (tokens, vocabulary) float32; the slice says
-which of all tokens these are."""
+"""Loss, summed over the tokens, of logits (tokens, vocabulary) float32; the slice is their position
+among all tokens."""
 
 
-class _Leaves:
-    """Weights cut off from what they were computed from.
+class _DetachedWeights:
+    """Weights detached from the graph that computed them.
 
-    Several backward passes add to their gradients, which then flow on in one.
+    Several backward passes accumulate their gradients, which are then backpropagated once.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -39,11 +39,11 @@ class _Leaves:
 
     @property
     def wanted(self) -> bool:
-        """Whether any gradient is asked for."""
+        """Whether any weight requires a gradient."""
         return any(leaf.requires_grad for leaf in self.weights.values())
 
-    def flow(self) -> None:
-        """Pass the gradients on to what the weights were computed from."""
+    def backpropagate(self) -> None:
+        """Backpropagate the accumulated gradients into the original weights."""
         pairs = [
             (self._origins[name], leaf.grad)
             for name, leaf in self.weights.items()
@@ -54,10 +54,10 @@ class _Leaves:
 
 
 class BlockwiseModel:
-    """The model in `folder`'s configuration, with weights taken from any source.
+    """A model built from `folder`'s configuration, run with the weights of any source.
 
-    It computes in float32 on the CPU and in bfloat16, with float32 logits, elsewhere. A model
-    that sees is run as the language model that it contains.
+    It computes in float32 on the CPU and in bfloat16, with float32 logits, elsewhere. Of a
+    vision-language model the language model is run.
 
     Attributes:
         blocks: names of the decoder blocks, in order, such as `model.layers.0`.
@@ -70,8 +70,8 @@ class BlockwiseModel:
         """Build the skeleton.
 
         Raises:
-            UnsupportedModel: the model is of no known family, `transformers` cannot build it, or
-                its weights are quantized.
+            UnsupportedModel: the family is not supported, `transformers` cannot build the model,
+                or its weights are quantized.
         """
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
@@ -101,7 +101,7 @@ class BlockwiseModel:
         return name
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Hold the checkpoint's tensors (name to shape) against what config.json describes.
+        """Compare the checkpoint's tensors (name to shape) with those that config.json describes.
 
         Raises:
             InvalidCheckpoint: naming the first tensor that is missing or of another shape.
@@ -114,11 +114,11 @@ class BlockwiseModel:
         return _slices(sequences, TOKENS_PER_STEP // length)
 
     def _pieces(self, tokens: int) -> Iterator[slice]:
-        """Slices of the tokens whose logits are in memory together."""
+        """Slices of the tokens whose logits are in memory at a time."""
         return _slices(tokens, LOGITS_PER_STEP // self.config.vocab_size)
 
     def _inputs(self, hidden: Tensor) -> Tensor:
-        """A batch of the caller's hidden states where this model computes, cut off from them."""
+        """A batch of the caller's hidden states, detached, on the model's device."""
         hidden = hidden.detach().to(self.device, self.dtype)
         return hidden.clone() if hidden.is_inference() else hidden
 
@@ -136,14 +136,14 @@ class BlockwiseModel:
     @torch.enable_grad()
     def embed_backward(self, tokens: Tensor, gradient: Tensor, source: TensorSource) -> None:
         """Backpropagate `gradient`, that of `embed`'s result, into weights that require it."""
-        leaves = _Leaves(self._skeleton.body_weights(source, embedding=True))
+        leaves = _DetachedWeights(self._skeleton.body_weights(source, embedding=True))
         if not leaves.wanted:
             return
         for rows in self._batches(*tokens.shape):
             hidden = self._skeleton.embed(leaves.weights, tokens[rows].to(self.device))
             if hidden.requires_grad:
                 hidden.backward(self._inputs(gradient[rows]))
-        leaves.flow()
+        leaves.backpropagate()
 
     @torch.no_grad()
     def run_block(
@@ -156,10 +156,10 @@ class BlockwiseModel:
     ) -> Tensor:
         """Outputs of block `index` for its inputs `hidden` (sequences, length, hidden).
 
-        `observe` sees every linear map's inputs on the way, by the map's key: of an expert, those
-        that chose it. Maps that share an input (q, k and v; gate and up) are reported one after
-        another with the SAME tensor object. The outputs are written to `out`, which may be
-        `hidden` itself; by default to a new tensor on the same device.
+        `observe` is called with every linear map's key and inputs; an expert's are those routed to
+        it. Maps that share an input (q, k and v; gate and up) are observed consecutively, with the
+        same tensor object. The outputs are written to `out`, which may be `hidden` itself; by
+        default to a new tensor on the same device.
         """
         weights = self._skeleton.block_weights(index, source)
         out = torch.empty_like(hidden) if out is None else out
@@ -181,14 +181,14 @@ class BlockwiseModel:
         """Gradient with respect to block `index`'s inputs `hidden` (sequences, length, hidden).
 
         Args:
-            index: which block.
-            hidden: the inputs that `run_block` got; the block runs again on them.
+            index: of the block.
+            hidden: the inputs of `run_block`; the block runs again on them.
             gradient: with respect to the block's outputs, shape of `hidden`.
-            source: weights; gradients flow into what those that require grad were computed from.
-            observe_inputs: sees every linear map's inputs, as in `run_block`.
-            observe_gradients: sees the gradient at every linear map's outputs.
+            source: weights; those that require gradients are backpropagated into.
+            observe_inputs: called with every linear map's inputs, as in `run_block`.
+            observe_gradients: called with the gradient at every linear map's outputs.
         """
-        leaves = _Leaves(self._skeleton.block_weights(index, source))
+        leaves = _DetachedWeights(self._skeleton.block_weights(index, source))
         result = torch.empty_like(gradient)
         with self._observed(index, observe_inputs, observe_gradients):
             for rows in self._batches(*hidden.shape[:2]):
@@ -196,7 +196,7 @@ class BlockwiseModel:
                 self._call(index, leaves.weights, batch).backward(self._inputs(gradient[rows]))
                 assert batch.grad is not None
                 result[rows] = batch.grad
-        leaves.flow()
+        leaves.backpropagate()
         return result
 
     def _observed(self, index: int, inputs: Observer | None, gradients: Observer | None) -> Any:
@@ -235,11 +235,11 @@ class BlockwiseModel:
 
         Args:
             hidden: (sequences, length, hidden).
-            source: weights; gradients flow into what those that require grad were computed from.
-            loss: called piece by piece.
+            source: weights; those that require gradients are backpropagated into.
+            loss: called for a piece of the tokens at a time.
         """
-        body = _Leaves(self._skeleton.body_weights(source, embedding=False))
-        head = _Leaves(self._skeleton.head_weights(source))
+        body = _DetachedWeights(self._skeleton.body_weights(source, embedding=False))
+        head = _DetachedWeights(self._skeleton.head_weights(source))
         flat = hidden.flatten(0, 1)
         gradient = torch.empty(flat.shape, dtype=hidden.dtype, device=hidden.device)
         total = 0.0
@@ -251,8 +251,8 @@ class BlockwiseModel:
             total += float(value.detach())
             assert batch.grad is not None
             gradient[piece] = batch.grad
-        body.flow()
-        head.flow()
+        body.backpropagate()
+        head.backpropagate()
         return total, gradient.view(hidden.shape)
 
 

@@ -1,8 +1,8 @@
-"""A model without weights, whose parts run with weights that are handed in.
+"""A model without weights, whose parts are called functionally with given weights.
 
-The modelling code is `transformers`': the model is on the meta device, and its parts are called
-functionally. What comes before, between and after the blocks (rotary embeddings, masks, norms,
-scaled or capped logits) is the model's own code too, run with stand-ins in the blocks' place.
+The modelling code is that of `transformers`, with the model on the meta device. Everything around
+the blocks (rotary embeddings, masks, norms, scaled or capped logits) runs the model's code too,
+with stubs in place of the blocks.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,21 +25,21 @@ from deltadock.compression.model.families import (
 from deltadock.errors import InvalidCheckpoint, UnsupportedModel
 
 Weights = dict[str, Tensor]
-"""Weights of a module, by their names within it."""
+"""Weights of a module, by name within the module."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block besides its hidden states."""
 
 SCALES: Final = ("weight_scale", "weight_scale_inv", "input_scale", "scale_weight")
-"""What tensors are called by which others must be multiplied."""
+"""Names of tensors with the scales of quantized weights."""
 
 
-class _StandIn(nn.Module):
-    """Stands in a block's place: remembers what it was called with, and gives `output` if any."""
+class _BlockStub(nn.Module):
+    """Replaces a block: records its arguments, and returns `output` or else its input."""
 
     def __init__(self, block: nn.Module, output: Tensor | None = None) -> None:
         super().__init__()
-        # In a tuple, so that the block's parameters are not taken for this module's.
+        # In a tuple, so that the block is not registered as a submodule.
         self.block = (block,)
         self.output = output
         self.inputs: list[Tensor] = []
@@ -51,40 +51,40 @@ class _StandIn(nn.Module):
         return hidden if self.output is None else self.output
 
     def __getattr__(self, name: str) -> Any:
-        """What a model reads of a block before it calls it, such as its attention type."""
+        """The block's attributes, which models read before the call (attention type, say)."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["block"][0], name)
 
 
-class _Result(nn.Module):
-    """Stands in the place of all that is below the output head: gives `hidden` as its result."""
+class _BodyStub(nn.Module):
+    """Replaces everything below the output head: returns `hidden`."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.last_hidden_state = hidden
 
-    def forward(self, *_: Any, **__: Any) -> "_Result":
+    def forward(self, *_: Any, **__: Any) -> "_BodyStub":
         return self
 
     def __getitem__(self, index: int) -> Tensor:
         return (self.last_hidden_state,)[index]
 
     def __getattr__(self, name: str) -> Any:
-        """None: nothing else (caches, attentions, ...) was asked for."""
+        """None, for all other outputs (caches, attentions, ...)."""
 
 
 class Skeleton:
-    """The language model of a configuration, and where a checkpoint has its weights.
+    """The language model of a configuration, and the checkpoint tensors of its parameters.
 
     Attributes:
         config: of the language model.
         blocks: names of the decoder blocks, in order.
         body: name of the module that holds them.
-        stored: where the checkpoint has each parameter of the language model.
+        stored: the checkpoint tensors of each parameter.
         embedding, head: names of the input embedding's and output head's weights.
-        tied: whether the two are one.
+        tied: whether both are the same parameter.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Skeleton:
         """Build it for the checkpoint with the tensors `names`.
 
         Raises:
-            UnsupportedModel: `transformers` cannot build it, or its blocks cannot be told.
+            UnsupportedModel: `transformers` cannot build it, or its blocks are not found.
         """
         self._device, self._dtype = device, dtype
         self._model = build(config, dtype).eval()
@@ -110,12 +110,12 @@ class Skeleton:
         self.stored = self._locate(FAMILIES[config.model_type], names)
 
     def _find_blocks(self) -> tuple[str, nn.ModuleList]:
-        """Name, within the body, of the list of decoder blocks, and the list."""
+        """The list of decoder blocks, and its name within the body."""
         for name, module in self._body.named_children():
             if isinstance(module, nn.ModuleList) and len(module) == self.config.num_hidden_layers:
                 return name, module
         raise UnsupportedModel(
-            f"The decoder blocks of a {self.config.model_type!r} model cannot be told."
+            f"The decoder blocks of a {self.config.model_type!r} model are not found."
         )
 
     def _locate(self, family: Any, names: Collection[str]) -> dict[str, StoredParameter]:
@@ -139,11 +139,11 @@ class Skeleton:
         return stored
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Hold a checkpoint's tensors (name to shape) against what config.json describes.
+        """Compare a checkpoint's tensors (name to shape) with those that config.json describes.
 
         Raises:
             InvalidCheckpoint: naming the first tensor that is missing or of another shape.
-            UnsupportedModel: there are scales that tensors would have to be multiplied by.
+            UnsupportedModel: the weights are quantized.
         """
         for name in shapes:
             if name.rpartition(".")[2] in SCALES:
@@ -175,14 +175,14 @@ class Skeleton:
         return self.stored[name].tensor(source).to(self._device, self._dtype)
 
     def block_weights(self, index: int, source: TensorSource) -> Weights:
-        """The weights of block `index`."""
+        """Load the weights of block `index`."""
         block = self.blocks[index]
         return {
             key: self._weight(f"{block}.{key}", source) for key in self._layers[index].state_dict()
         }
 
     def _outside_blocks(self, *, embedding: bool) -> dict[str, Tensor]:
-        """The body's parameters that are in no block, on meta."""
+        """The body's parameters outside the blocks, on meta."""
         return {
             key: parameter
             for key, parameter in self._body.state_dict().items()
@@ -191,12 +191,12 @@ class Skeleton:
         }
 
     def body_weights(self, source: TensorSource, *, embedding: bool) -> Weights:
-        """The weights of the body that are in no block, with or without the input embedding."""
+        """Load the body's weights outside the blocks, with or without the input embedding."""
         keys = self._outside_blocks(embedding=embedding)
         return {key: self._weight(f"{self.body}.{key}", source) for key in keys}
 
     def head_weights(self, source: TensorSource) -> Weights:
-        """The weights of the model that are outside its base model."""
+        """Load the model's weights outside its base model."""
         outside = [
             name for name in self.stored if not name.startswith(f"{self._model.base_model_prefix}.")
         ]
@@ -204,21 +204,21 @@ class Skeleton:
 
     def _run_body(
         self, weights: Weights, output: Tensor | None, **inputs: Any
-    ) -> tuple[list[_StandIn], Any]:
-        """The body around its blocks, which pass on what they get, or `output`."""
-        stands = [_StandIn(block, output) for block in self._layers]
+    ) -> tuple[list[_BlockStub], Any]:
+        """Run the body with stubs as blocks, which return their input, or `output`."""
+        stands = [_BlockStub(block, output) for block in self._layers]
         with _replaced(self._body, self._layers_name, nn.ModuleList(stands)):
             result = functional_call(self._body, weights, kwargs={**inputs, "use_cache": False})
         return stands, result
 
     def embed(self, weights: Weights, tokens: Tensor) -> Tensor:
-        """What the first block gets for `tokens` (sequences, length), on the model's device."""
+        """The first block's inputs for `tokens` (sequences, length), on the model's device."""
         return self._run_body(weights, None, input_ids=tokens)[0][0].inputs[0]
 
     def call_block(
         self, index: int, weights: Weights, hidden: Tensor, arguments: Arguments
     ) -> Tensor:
-        """Block `index`'s outputs for `hidden`, called as `arguments` says."""
+        """Call block `index` with `hidden` and `arguments`."""
         args, kwargs = arguments
         output: Any = functional_call(self._layers[index], weights, (hidden, *args), kwargs)
         found: Tensor = output[0] if isinstance(output, tuple) else output
@@ -226,9 +226,9 @@ class Skeleton:
 
     @torch.no_grad()
     def arguments(self, shape: Sequence[int]) -> list[Arguments]:
-        """What each block is called with besides hidden states of `shape`.
+        """Each block's arguments besides hidden states of `shape`.
 
-        These depend on positions only, so that no weights are needed to learn them.
+        These depend on positions only, so that no weights are needed.
         """
         zeros = {
             key: torch.zeros(parameter.shape, dtype=self._dtype, device=self._device)
@@ -238,8 +238,8 @@ class Skeleton:
         return [stand.arguments for stand in self._run_body(zeros, None, inputs_embeds=hidden)[0]]
 
     def finish(self, weights: Weights, hidden: Tensor) -> Tensor:
-        """What the body makes of the last block's outputs (tokens, hidden): the final norm."""
-        # Every token is a sequence of its own, so that no mask of tokens by tokens is made.
+        """Apply the final norm to the last block's outputs (tokens, hidden)."""
+        # One sequence per token, so that no mask of (tokens, tokens) is allocated.
         tokens = hidden[:, None]
         embeddings = torch.zeros_like(tokens)
         result = self._run_body(weights, tokens, inputs_embeds=embeddings)[1]
@@ -247,8 +247,8 @@ class Skeleton:
         return final[:, 0]
 
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
-        """Logits (tokens, vocabulary) float32 of the body's results (tokens, hidden)."""
-        with _replaced(self._model, self._model.base_model_prefix, _Result(hidden[None])):
+        """Logits (tokens, vocabulary) float32 for the body's outputs (tokens, hidden)."""
+        with _replaced(self._model, self._model.base_model_prefix, _BodyStub(hidden[None])):
             logits: Tensor = functional_call(
                 self._model, weights, kwargs={"input_ids": None, "use_cache": False}
             ).logits

@@ -1,1 +1,1 @@
-"""Decompositions, quantizers and allocations of one matrix or of all; no model, no files."""
+"""Matrix decompositions, quantizers and bit allocation; no model, no files."""

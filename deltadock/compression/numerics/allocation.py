@@ -7,7 +7,7 @@ Every rank of one matrix costs `width * (h_in + h_out)` bits, so the budget is i
 a multiple-choice knapsack. Two solvers reach the same optimum:
 - `exact`: a Lagrangian bound for each subset of widths prunes the subsets; reduced costs fix most
   ranks of those that remain; dynamic programming over the capacity decides the rest;
-- `scip`: the 0/1 programme as it is printed, given to SCIP, which certifies the gap.
+- `scip`: the 0/1 program as in the paper, solved by SCIP, which certifies the gap.
 """
 
 import math
@@ -25,7 +25,7 @@ Array = npt.NDArray[np.float64]
 
 WIDTHS: Final = (0, 2, 3, 4, 5, 6, 7, 8)
 PRECISION: Final = 1e-9
-"""Relative width at which the search for a multiplier ends; any multiplier gives a true bound."""
+"""Relative width at which the multiplier search ends; any multiplier gives a valid bound."""
 NEAR: Final = 16.0
 
 
@@ -49,13 +49,13 @@ def allocate(
 
     Args:
         errors: (r, len(widths)), error of each rank at each width, not negative.
-        budget: most that the widths may sum to, in rank-bits.
+        budget: upper bound of the widths' sum, in rank-bits.
         widths: candidate widths in bits.
-        f_max: most distinct widths.
+        f_max: largest number of distinct widths.
         solver: `exact` or `scip`.
 
     Raises:
-        InvalidInput: no choice fits the budget.
+        InvalidInput: no allocation fits the budget.
     """
     if errors.shape[0] * min(widths) > budget:
         raise InvalidInput(f"No allocation of {errors.shape[0]} ranks fits {budget} rank-bits.")
@@ -72,7 +72,7 @@ def _solve_exact(errors: Array, budget: int, widths: tuple[int, ...], f_max: int
         for columns in combinations(range(len(widths)), min(f_max, len(widths)))
         if len(errors) * costs[list(columns)].min() <= budget
     ]
-    # Any multiplier bounds every subset: that of all widths together tells which are hopeless.
+    # Any multiplier bounds every subset: that of all widths together prunes most of them.
     _, shared, _ = _relax(errors, costs, budget, None)
     priced = np.ascontiguousarray((errors + shared * costs).T)
     first = [float(priced[columns].min(axis=0).sum() - shared * budget) for columns in subsets]
@@ -100,12 +100,12 @@ def _relax(
     Args:
         errors: (r, k).
         costs: (k,).
-        budget: most that the costs may sum to.
-        near: a multiplier that is likely close, if one is known.
+        budget: upper bound of the costs' sum.
+        near: initial guess of the multiplier, if there is one.
 
     Returns:
         The bound `max_m sum_i min_k(errors + m * costs) - m * budget`, its multiplier `m`, and
-        the choice (r,) that the smallest feasible multiplier makes, which fits the budget.
+        the choice (r,) at the smallest feasible multiplier, which fits the budget.
     """
     columns, prices = np.ascontiguousarray(errors.T), costs[:, None]
     choice = np.argmin(columns, axis=0)
@@ -129,7 +129,7 @@ def _relax(
     )
     choice = np.argmin(columns + high * prices, axis=0)
     if costs[choice].sum() > budget:
-        # No multiplier up to the ceiling was dear enough: the cheapest width for every rank is.
+        # No multiplier up to the ceiling is feasible: take the cheapest width for every rank.
         choice = np.full(len(errors), np.argmin(costs))
     return bound, multiplier, choice
 
@@ -140,7 +140,7 @@ def _decide(
     """The best choice within one subset of widths if its error is below `limit`, else None.
 
     A choice whose reduced cost lifts the bound over `limit` cannot be part of a better solution
-    (with a margin for rounding); ranks left with one choice are settled, dynamic programming
+    (with a margin for rounding); ranks left with one choice are fixed, dynamic programming
     over the capacity decides the others.
     """
     rows = len(errors)
@@ -150,8 +150,8 @@ def _decide(
     allowed = reduced <= limit - bound + margin
     choice = np.argmin(np.where(allowed, priced, np.inf), axis=1)
     open_rows = np.flatnonzero(allowed.sum(axis=1) > 1)
-    settled = np.setdiff1d(np.arange(rows), open_rows)
-    capacity = int(budget - costs[choice[settled]].sum())
+    fixed = np.setdiff1d(np.arange(rows), open_rows)
+    capacity = int(budget - costs[choice[fixed]].sum())
     if capacity < 0:
         return None
     # best[c]: least error of the open ranks so far within capacity c.
@@ -179,10 +179,10 @@ def _decide(
 
 
 def _solve_scip(errors: Array, budget: int, widths: tuple[int, ...], f_max: int) -> Allocation:
-    import pyscipopt  # the only user of SCIP; torch-free processes and GPU machines lack it
+    import pyscipopt  # optional: not installed everywhere
 
     ranks, count = errors.shape
-    # SCIP's tolerances are absolute, so the objective is brought to about one.
+    # SCIP's tolerances are absolute, so the objective is scaled to about one.
     unit = float(errors.sum()) / errors.size or 1.0
     model = pyscipopt.Model()
     model.hideOutput()
@@ -204,7 +204,7 @@ def _solve_scip(errors: Array, budget: int, widths: tuple[int, ...], f_max: int)
             float(errors[i, k] / unit) * choose[i][k] for i in range(ranks) for k in range(count)
         )
     )
-    # Long solves must not hold up a worker's heartbeat thread.
+    # Release the GIL: long solves must not block a worker's heartbeat thread.
     model.optimizeNogil()
     choice = np.asarray(
         [max(range(count), key=lambda k: model.getVal(choose[i][k])) for i in range(ranks)]

@@ -1,10 +1,10 @@
-"""Leading singular triples of a delta, without the cost of the whole SVD.
+"""Leading singular triples of a delta, at less cost than the whole SVD.
 
-The left vectors are eigenvectors of the Gram matrix of the shorter side. Where many ranks are
-wanted of a small matrix they come from its eigendecomposition in float64. Otherwise a block of
-vectors is iterated in float32, almost all of it matrix products: Chebyshev polynomials of the Gram
-matrix damp what lies below the block (Zhou and Saad, 2007, the filtered subspace iteration). It is
-finished in float64, from the matrix itself, where the residual is checked.
+The left vectors are eigenvectors of the Gram matrix of the shorter side. For many ranks of a small
+matrix they are computed by its eigendecomposition in float64. Otherwise a block of vectors is
+iterated in float32, mostly by matrix products: Chebyshev polynomials of the Gram matrix damp the
+eigenvalues below the block (Zhou and Saad, 2007, filtered subspace iteration). The last step is in
+float64, from the matrix itself, where the residual is checked.
 """
 
 import math
@@ -23,20 +23,20 @@ TOLERANCE: Final = 0.02
 """Largest residual of a wanted triple, `|D D^T u - s^2 u|` in units of `s^2`."""
 
 STEEPEST: Final = 1e-5
-"""Smallest wanted eigenvalue that float32 tells from the largest one's rounding, as a share."""
+"""Smallest wanted eigenvalue above float32's rounding of the largest, as a fraction of it."""
 
 PASSES: Final = 12
 GROWTH: Final = 1e9
-"""How far a filter may lift the largest eigenvalue over the damped ones in float32."""
+"""Largest amplification of the top eigenvalue over the damped ones by a filter, in float32."""
 
 RESOLUTION: Final = 1e-6
-"""Singular values below this share of the largest are nothing but float32's rounding."""
+"""Singular values below this fraction of the largest are float32 rounding errors."""
 
 
 class Decomposition(NamedTuple):
-    """`delta ~ u @ diag(s) @ v`: u (h_out, k), s (k,) falling, v (k, h_in), float32.
+    """`delta ~ u @ diag(s) @ v`: u (h_out, k), s (k,) descending, v (k, h_in), float32.
 
-    `fallback` says in words what did not go as planned, or is None.
+    `fallback` is None, or says in words why the dense decomposition was used.
     """
 
     u: Tensor
@@ -46,14 +46,14 @@ class Decomposition(NamedTuple):
 
 
 def decompose(delta: Tensor, ranks: int) -> Decomposition:
-    """The leading `ranks` singular triples; fewer where the others are nothing but rounding.
+    """The leading `ranks` singular triples; fewer if the others are rounding errors.
 
     At least one is returned. The largest entry of each row of `v` is made positive, so that equal
-    inputs give equal bytes whatever sign an eigensolver settles on.
+    inputs give equal bytes whatever sign an eigensolver returns.
 
     Args:
         delta: (h_out, h_in), any float dtype.
-        ranks: how many are wanted, at least 1.
+        ranks: number of triples, at least 1.
     """
     wide = delta if delta.shape[0] <= delta.shape[1] else delta.t()
     size = len(wide)
@@ -82,15 +82,15 @@ def decompose(delta: Tensor, ranks: int) -> Decomposition:
 
 
 def _leading(gram: Tensor, count: int) -> Tensor:
-    """Eigenvectors of the largest eigenvalues, falling, one a column."""
+    """Eigenvectors of the largest eigenvalues in descending order, one per column."""
     vectors: Tensor = torch.linalg.eigh((gram + gram.t()) / 2).eigenvectors
     return vectors[:, -count:].flip(1)
 
 
 def _iterate(wide: Tensor, ranks: int, block: int) -> Tensor | None:
-    """Orthonormal basis (size, block) float64 that holds the leading left vectors.
+    """Orthonormal basis (size, block) float64 of the leading left vectors.
 
-    None where a wanted one's residual stays over `TOLERANCE`.
+    None if the residual of a wanted vector stays above `TOLERANCE`.
     """
     work = wide.float()
     norm = torch.linalg.matrix_norm(work)
@@ -116,7 +116,7 @@ def _iterate(wide: Tensor, ranks: int, block: int) -> Tensor | None:
 
 
 def _filter(gram: Tensor, basis: Tensor, image: Tensor, values: Tensor) -> Tensor:
-    """A Chebyshev polynomial of the Gram matrix times the basis, damping [0, last value]."""
+    """Apply a Chebyshev polynomial of the Gram matrix to the basis, damping [0, last value]."""
     edge, top = max(float(values[-1]), STEEPEST * float(values[0]) / 10), float(values[0])
     degree = max(1, int(math.acosh(GROWTH) / math.acosh(max(2 * top / edge - 1, 1.01))))
     before, after = basis, (2 / edge) * image - basis

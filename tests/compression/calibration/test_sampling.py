@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from deltadock.compression.calibration.sampling import Sampler
+from deltadock.compression.calibration.sampling import TextSampler
 from deltadock.compression.calibration.sources import encode, load_tokenizer
 from deltadock.compression.calibration.windows import load_calibration
 from deltadock.compression.options import CalibrationOptions, Source
@@ -25,9 +25,9 @@ def finetuned(make_pair: Callable[..., Pair]) -> Path:
     return make_pair(scale=0.2)[1]
 
 
-def sampler(checkpoint: Path, seed: int = 0) -> Sampler:
+def sampler(checkpoint: Path, seed: int = 0) -> TextSampler:
     tokenizer = load_tokenizer(checkpoint)
-    return Sampler(checkpoint, tokenizer, seed, "cpu", lambda message, done: None)
+    return TextSampler(checkpoint, tokenizer, seed, "cpu", lambda message, done: None)
 
 
 def recommend(checkpoint: Path, **fields: object) -> None:
