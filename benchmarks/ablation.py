@@ -189,7 +189,8 @@ HEADINGS: Final = (
 )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Calibrate once, then measure every variant and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -199,7 +200,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibration-tokens", type=int, default=TOKENS)
     parser.add_argument("--threads", type=int, help="number of torch threads")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     print(describe_machine("cpu"), flush=True)
