@@ -1,4 +1,4 @@
-"""The golden file, changed."""
+"""Edits of the golden file."""
 
 import hashlib
 import json

@@ -1,10 +1,10 @@
 """A fuzzer of the reader: `python -m tests.artifacts.fuzz --cases 1000000`.
 
-Every case is a golden file, or a part of one, damaged in a way that its number alone decides: in
-its raw bytes, in the text of its header, in the values of its header or its manifest (with the
-hashes made right again), or in its data. The reader may read it or raise InvalidArtifact; any
-other exception, more memory than `MEMORY` beyond the start or more than `SECONDS` is a finding,
-which is kept as a file. Linux only, for the limits.
+Every case is a golden file, or a part of one, mutated as its number determines: in its raw bytes,
+in its header's text, in the values of its header or manifest (with hashes corrected), or in its
+data. The reader may read it or raise InvalidArtifact; any other exception, more than `MEMORY`
+additional memory or more than `SECONDS` is a finding, which is saved to a file. Linux only, for the
+limits.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from tests.artifacts.mutations import case, parts_of
 from tests.artifacts.use import use
 
 MEMORY: Final = 256 << 20
-"""Bytes of address space that a case may take beyond what the process has at the start."""
+"""Additional bytes of address space that a case may take."""
 
 SECONDS: Final = 5
-"""What a case may take."""
+"""Time limit of a case."""
 
 PROGRESS: Final = 50_000
-"""Cases between two lines of progress."""
+"""Cases per line of progress."""
 
 SHARED: Final = Path("/dev/shm")
 
@@ -51,7 +51,7 @@ def attempt(file: bytes, path: Path) -> str:
         damaged = use(path)
     except InvalidArtifact:
         return "refused"
-    assert streams, "a file is read that is refused while it streams"
+    assert streams, "the reader accepts a file that the streaming inspector rejects"
     return "damaged" if damaged else "read"
 
 
@@ -66,7 +66,7 @@ def _too_slow(_signal: int, _frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    """Run the cases; 0 where nothing was found."""
+    """Run the cases; return 0 if there are no findings."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -78,7 +78,7 @@ def main() -> int:
     _limit_memory()
     outcomes: Counter[str] = Counter()
     began, findings = time.monotonic(), 0
-    # In memory where there is such a place: files are what a case takes longest for.
+    # In memory if possible: writing files dominates a case's time.
     with tempfile.TemporaryDirectory(dir=SHARED if SHARED.is_dir() else None) as folder:
         path = Path(folder) / "a.delta"
         for number in range(arguments.start, arguments.start + arguments.cases):

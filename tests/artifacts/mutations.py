@@ -18,7 +18,7 @@ VALUES: Final[list[Any]] = [
     "\ud800", "../x.json", "é", "x" * 600, [], {}, [[]], [{}], [0], [2**40, 2**40], [0, 2**40],
     [2**40, 0], [1] * 17, {"kind": "sum"}, {"count": 1, "bits": 1},
 ]  # fmt: skip
-"""What goes in a value's place."""
+"""Replacement values."""
 
 TOKENS: Final = [
     b"", b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"0", b"-", b"1e999", b"NaN", b"Infinity",
@@ -36,7 +36,7 @@ def parts_of(file: bytes) -> Parts:
 
 
 def _join(header: Any, manifest: Any, data: bytes) -> bytes:
-    """A file with the manifest in it and the hash of the manifest right."""
+    """A file with this manifest and its correct hash."""
     metadata = header.get("__metadata__")
     if isinstance(metadata, dict):
         document = json.dumps(manifest)
@@ -46,7 +46,7 @@ def _join(header: Any, manifest: Any, data: bytes) -> bytes:
 
 
 def _some_tensors(rng: random.Random, whole: Parts) -> Parts:
-    """The file with one to three of its tensors; those that aliases are of come with them."""
+    """The file reduced to one to three of its tensors and the targets of their aliases."""
     header, manifest, data = whole
     records = manifest["tensors"]
     names = rng.sample(sorted(records), rng.randint(1, 3))
@@ -82,7 +82,7 @@ def _nodes(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _damage(rng: random.Random, tree: Any) -> None:
-    """Change a value or two of a JSON tree: another value, a near number, none, a copy."""
+    """Mutate one to three values of a JSON tree: replace, increment, delete or copy."""
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         nodes = list(_nodes(tree))
         if not nodes:
@@ -115,7 +115,7 @@ def _random_bytes(rng: random.Random, parts: Parts) -> bytes:
 
 
 def _raw(rng: random.Random, parts: Parts) -> bytes:
-    """Bytes anywhere: flipped, cut out, put in, or cut off."""
+    """Flip, delete, insert or truncate bytes anywhere."""
     file = bytearray(_join(*parts))
     for _ in range(rng.choice([1, 1, 2, 8])):
         at = rng.randrange(8 if rng.random() < 0.1 else max(len(file), 1))
@@ -130,7 +130,7 @@ def _raw(rng: random.Random, parts: Parts) -> bytes:
 
 
 def _header_text(rng: random.Random, parts: Parts) -> bytes:
-    """Tokens put into the header's text, whose length is told right."""
+    """Insert tokens into the header's text and correct its length."""
     header, data = split(_join(*parts))
     raw = bytearray(json.dumps(header, separators=(",", ":")).encode())
     for _ in range(rng.choice([1, 1, 2])):
@@ -152,7 +152,7 @@ def _manifest_values(rng: random.Random, parts: Parts) -> bytes:
 
 
 def _both(rng: random.Random, parts: Parts) -> bytes:
-    """One number for another throughout record, shapes and sizes: lies that agree."""
+    """Replace one number throughout records, shapes and sizes: consistent lies."""
     header, manifest, data = parts
     numbers = sorted({n for _, n in map(_value, _nodes(manifest["tensors"])) if n})
     old, new = rng.choice(numbers or [1]), rng.choice([0, 1, 2, 3, 8, 2**20, 2**40])
@@ -178,7 +178,7 @@ def _value(node: tuple[Any, Any]) -> tuple[Any, int]:
 
 
 def _data(rng: random.Random, parts: Parts) -> bytes:
-    """Other data; the hashes may be made right again, as by whoever made the file."""
+    """Change data, usually with correct hashes, as a malicious writer would."""
     header, manifest, data = parts
     other = bytearray(data)
     for _ in range(rng.choice([1, 4, 64])):
@@ -200,7 +200,7 @@ MUTATIONS: Final[list[Callable[[random.Random, Parts], bytes]]] = [
 
 
 def case(seed: int, number: int, wholes: list[Parts]) -> tuple[str, bytes]:
-    """What was done, and the file."""
+    """The mutation's name and the mutated file."""
     rng = random.Random(f"{seed}/{number}")
     mutation = rng.choice(MUTATIONS)
     parts = _some_tensors(rng, rng.choice(wholes))

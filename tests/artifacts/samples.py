@@ -1,4 +1,4 @@
-"""Encodings of drawn codes, each with the delta that numpy says it is."""
+"""Encodings of random codes, each with its delta computed in numpy."""
 
 import json
 import tempfile
@@ -32,7 +32,7 @@ Float64 = npt.NDArray[np.float64]
 
 
 class Sample(NamedTuple):
-    """An encoding, and the delta that it must decode to."""
+    """An encoding and its expected delta."""
 
     encoded: Encoded
     delta: Float64
@@ -76,7 +76,7 @@ def sparse_rows(rows: int, columns: int, seed: int, scale: float = 1.0) -> Float
 
 
 def svd_sample(shape: tuple[int, int], rng: np.random.Generator, dtype: str = "BF16") -> Sample:
-    """Either grid, with and without scales of rows and columns."""
+    """Either grid, with and without row and column scales."""
     midrise, by_row, by_column = rng.integers(0, 2, 3).astype(bool)
     matrix = svd_matrix(
         int(rng.integers(0, 6)), *shape, int(rng.integers(1 << 31)), midrise=midrise
@@ -96,7 +96,7 @@ def svd_sample(shape: tuple[int, int], rng: np.random.Generator, dtype: str = "B
 
 
 def rows_sample(shape: tuple[int, int], rng: np.random.Generator, dtype: str = "BF16") -> Sample:
-    """Any widths, in any order or the stored one; scales of any size."""
+    """Any widths, sorted or not; scales of any magnitude."""
     bits = rng.integers(0 if rng.integers(2) else 1, 9, shape[0])
     bits = np.sort(bits)[::-1] if rng.integers(2) else bits
     codes = draw_codes(rng, bits, shape)
@@ -111,7 +111,7 @@ def rows_sample(shape: tuple[int, int], rng: np.random.Generator, dtype: str = "
 def low_rank_sample(
     shape: tuple[int, int], rng: np.random.Generator, dtype: str = "BF16"
 ) -> Sample:
-    """Factors of values that every float type holds exactly."""
+    """Factors that every float dtype represents exactly."""
     rank = int(rng.integers(0, 5))
     u = rng.integers(-128, 129, (shape[0], rank)) / 64
     v = rng.integers(-128, 129, (rank, shape[1])) / 64
@@ -121,7 +121,7 @@ def low_rank_sample(
 
 
 def sparse_sample(shape: tuple[int, int], rng: np.random.Generator, dtype: str = "BF16") -> Sample:
-    """2:4 or of any sparsity."""
+    """2:4 or unstructured sparsity."""
     bits, group = int(rng.integers(1, 9)), int(rng.integers(1, 20))
     codes = draw_codes(rng, bits, shape)
     scale = rng.normal(size=(shape[0], -(-shape[1] // group))) * 10.0 ** rng.integers(-9, 4)
@@ -142,7 +142,7 @@ LEAVES = [svd_sample, rows_sample, low_rank_sample, sparse_sample]
 
 
 def assert_as_expected(encoded: Encoded) -> None:
-    """The segments are what a reader will look for, and the record survives JSON."""
+    """Check that a reader expects these segments, and that the record round-trips through JSON."""
     assert json.loads(json.dumps(encoded.record, allow_nan=False)) == encoded.record
     expected = expected_segments(encoded.record)
     assert expected.keys() == encoded.segments.keys()
@@ -153,7 +153,7 @@ def assert_as_expected(encoded: Encoded) -> None:
 
 
 def read_back(encoded: Encoded) -> FloatArray:
-    """The delta after a way through the work store and one through a file."""
+    """The delta after a round trip through the work store and a file."""
     assert_as_expected(encoded)
     tensors, _ = deserialize(serialize({"t": encoded}, {}))
     with tempfile.TemporaryDirectory() as folder:
@@ -168,6 +168,6 @@ def read_back(encoded: Encoded) -> FloatArray:
 
 
 def assert_decodes(sample: Sample) -> None:
-    """It is the delta, but for what float16 and float32 cannot tell apart."""
+    """Check the decoded delta, up to float16 and float32 rounding."""
     peak = np.abs(sample.delta).max(initial=0.0)
     np.testing.assert_allclose(read_back(sample.encoded), sample.delta, rtol=2e-3, atol=2e-3 * peak)

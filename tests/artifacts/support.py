@@ -1,4 +1,4 @@
-"""Safetensors files made by hand, also such as no library would write."""
+"""Safetensors files built by hand, including invalid ones."""
 
 import json
 from typing import Any

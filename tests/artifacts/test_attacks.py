@@ -1,4 +1,4 @@
-"""Every trick in attacks/ is refused, whatever it is aimed at, in bounded memory and time."""
+"""Every attack in attacks/ is rejected in bounded memory and time."""
 
 import importlib
 import subprocess
@@ -17,28 +17,28 @@ for module in ("header", "manifest", "records", "segments"):
     importlib.import_module(f"tests.artifacts.attacks.{module}")
 
 PER_BYTE = 40
-"""Bytes of memory that reading takes for each byte of the header, at most."""
+"""Maximum bytes of memory that reading takes per byte of the header."""
 
-BESIDES = 8 << 20
-"""What it takes besides: one tensor of `use`'s largest size on its way to float32."""
+FIXED_BYTES = 8 << 20
+"""Additional memory: decoding a tensor of `use`'s largest size to float32."""
 
 pytestmark = pytest.mark.timeout(60)
 
 
 def peak_of(path: Path) -> int:
-    """Most memory taken while everything in a file is used."""
+    """Peak memory while everything in a file is used."""
     tracemalloc.start()
     try:
         use(path)
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < PER_BYTE * path.stat().st_size + BESIDES
+        assert peak < PER_BYTE * path.stat().st_size + FIXED_BYTES
     return peak
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_it_is_refused(name: str, tmp_path: Path) -> None:
+def test_an_attack_is_rejected(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a.delta"
     path.write_bytes(ATTACKS[name]())
     with pytest.raises(InvalidArtifact) as refused:
@@ -48,14 +48,14 @@ def test_it_is_refused(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DEFUSED)
-def test_it_comes_to_nothing(name: str, tmp_path: Path) -> None:
+def test_a_harmless_file_takes_little_memory(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a.delta"
     path.write_bytes(DEFUSED[name]())
-    assert peak_of(path) < BESIDES
+    assert peak_of(path) < FIXED_BYTES
 
 
-def test_a_few_fuzzed_cases_find_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """In a process of its own, whose memory is limited."""
+def test_fuzzing_finds_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In a separate process with limited memory."""
     command = [sys.executable, "-m", "tests.artifacts.fuzz", "--cases", "2000"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False,

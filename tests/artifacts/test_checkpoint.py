@@ -94,7 +94,7 @@ def test_paths_of_checkpoints_are_accepted(path: str) -> None:
         "weights.npz",
     ],
 )
-def test_unsafe_paths_are_refused(path: str) -> None:
+def test_unsafe_paths_are_rejected(path: str) -> None:
     with pytest.raises(UnsafeFile):
         check_path(path)
 
@@ -102,7 +102,7 @@ def test_unsafe_paths_are_refused(path: str) -> None:
 @pytest.mark.parametrize(
     "path", [".", "run.sh", "model.gguf", "safetensors", "a.json.exe", "x.JSON"]
 )
-def test_files_that_no_checkpoint_needs_are_refused(path: str) -> None:
+def test_files_that_no_checkpoint_needs_are_rejected(path: str) -> None:
     with pytest.raises(InvalidCheckpoint, match="leave it out"):
         check_path(path)
 
@@ -246,14 +246,14 @@ ENTRY = TensorEntry("a", "F32", (1,), "model.safetensors", "0" * 64)
         ([ENTRY, ENTRY], b'{"model_type": "qwen2"}', "'a' is in two files"),
     ],
 )
-def test_incomplete_checkpoints_are_refused(
+def test_incomplete_checkpoints_are_rejected(
     tensors: list[TensorEntry], config: bytes | None, message: str
 ) -> None:
     with pytest.raises(InvalidCheckpoint, match=message):
         assemble([], tensors, config)
 
 
-def test_folders_without_safetensors_are_refused(tmp_path: Path) -> None:
+def test_folders_without_safetensors_are_rejected(tmp_path: Path) -> None:
     folder = save(tmp_path / "a")
     with pytest.raises(InvalidCheckpoint, match=r"no \.safetensors file"):
         scan_folder(folder)
@@ -266,7 +266,7 @@ def test_folders_without_safetensors_are_refused(tmp_path: Path) -> None:
         scan_folder(folder / "config.json")
 
 
-def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_shard_is_rejected(tmp_path: Path) -> None:
     folder = save(tmp_path / "a", TENSORS)
     shard = folder / "model-0.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -274,7 +274,7 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
         scan_folder(folder)
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_in_two_shards_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InvalidCheckpoint, match="in two files"):
         scan_folder(save(tmp_path / "a", TENSORS, {"model.a": TENSORS["model.b"]}))
 

@@ -44,7 +44,7 @@ def test_the_first_difference_is_named(finetuned: CheckpointManifest, message: s
         check_same_architecture(BASE, finetuned)
 
 
-def test_a_config_that_uses_the_weights_differently_is_refused() -> None:
+def test_a_config_that_uses_the_weights_differently_is_rejected() -> None:
     base = {"model_type": "qwen2", "num_attention_heads": 4, "use_cache": True, "rope_theta": 1e4}
     check_same_config(base, {**base, "use_cache": False, "torch_dtype": "float16"})
     check_same_config(base, {"model_type": "qwen2"})

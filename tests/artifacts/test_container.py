@@ -1,4 +1,4 @@
-"""The safetensors parser: what it accepts, and every way to lie to it."""
+"""The safetensors parser: accepted files, and hostile ones."""
 
 import hashlib
 import itertools
@@ -32,7 +32,7 @@ PRINTABLE = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, ma
 
 
 def inspect(file: bytes, *cuts: int) -> tuple[Header, dict[str, str]]:
-    """What the inspector says of a file that arrives in pieces."""
+    """The inspector's result for a file that arrives in pieces."""
     inspector = StreamingInspector()
     edges = [0, *sorted(cuts), len(file)]
     for begin, end in itertools.pairwise(edges):
@@ -59,7 +59,7 @@ def files(draw: st.DrawFn) -> bytes:
 
 
 def assert_consistent(header: Header, file_bytes: int) -> None:
-    """The tensors tile the data, each in the size of its shape."""
+    """Check that the tensors tile the data, each with the size of its shape."""
     assert header.data_offset + header.data_bytes == header.file_bytes == file_bytes
     position = 0
     for spec in header.tensors:
@@ -70,7 +70,7 @@ def assert_consistent(header: Header, file_bytes: int) -> None:
 
 
 @given(files(), st.data())
-def test_any_chunking_gives_what_one_chunk_gives(file: bytes, data: st.DataObject) -> None:
+def test_the_result_does_not_depend_on_chunking(file: bytes, data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(file)), max_size=12))
     header, digests = inspect(file)
     assert inspect(file, *cuts) == (header, digests)
@@ -85,7 +85,7 @@ def test_any_chunking_gives_what_one_chunk_gives(file: bytes, data: st.DataObjec
 
 
 @given(files())
-def test_what_is_accepted_the_reference_accepts(file: bytes) -> None:
+def test_the_reference_accepts_what_we_accept(file: bytes) -> None:
     header, _ = inspect(file)
     theirs = dict(safetensors.deserialize(file))
     assert {spec.name: list(spec.shape) for spec in header.tensors} == {
@@ -93,7 +93,7 @@ def test_what_is_accepted_the_reference_accepts(file: bytes) -> None:
     }
 
 
-def test_the_reference_writes_what_is_accepted() -> None:
+def test_files_of_the_reference_are_accepted() -> None:
     tensors: dict[str, Any] = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": np.array(7, np.int64),
@@ -118,7 +118,7 @@ SMALL = container(
 )
 
 
-def test_every_truncation_is_refused() -> None:
+def test_every_truncation_is_rejected() -> None:
     for length in range(len(SMALL)):
         with pytest.raises(MalformedSafetensors):
             inspect(SMALL[:length])
@@ -136,12 +136,12 @@ def test_every_changed_byte_of_the_header_is_refused_or_consistent() -> None:
             accepted += 1
             assert_consistent(header, len(file))
             safetensors.deserialize(file)
-    # Another letter in a name or another dtype of the same size is a file like any other.
+    # A different letter in a name, or another dtype of equal size, is still a valid file.
     assert accepted > 0
 
 
 @given(st.binary(max_size=64))
-def test_arbitrary_bytes_raise_nothing_else(file: bytes) -> None:
+def test_arbitrary_bytes_raise_only_our_error(file: bytes) -> None:
     for attempt in (file, container(file), container(b"{" + file + b"}")):
         with pytest.raises(MalformedSafetensors):
             inspect(attempt + b"trailing")
@@ -238,7 +238,7 @@ ATTACKS: dict[str, tuple[Any, bytes]] = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attacks_are_refused(name: str) -> None:
+def test_attacks_are_rejected(name: str) -> None:
     file = container(*ATTACKS[name])
     with pytest.raises(MalformedSafetensors) as refused:
         inspect(file)
@@ -259,7 +259,7 @@ def test_impossible_header_lengths_are_refused_on_the_eighth_byte(length: int) -
 
 
 @pytest.mark.parametrize("length", [3, 1_000, MAX_HEADER_BYTES])
-def test_a_header_longer_than_its_file_is_refused(length: int) -> None:
+def test_a_header_longer_than_its_file_is_rejected(length: int) -> None:
     with pytest.raises(MalformedSafetensors, match="ends inside its header"):
         inspect(length.to_bytes(8, "little") + b"{}")
 
@@ -280,7 +280,7 @@ def test_memory_is_bounded_by_the_header() -> None:
         for _ in range(size // len(chunk)):
             inspector.update(chunk)
         inspector.finish()
-        # A long header that is announced but never comes takes no room either.
+        # An announced header that never arrives takes no memory either.
         StreamingInspector().update(MAX_HEADER_BYTES.to_bytes(8, "little") + b"{")
         peak = tracemalloc.get_traced_memory()[1]
     finally:

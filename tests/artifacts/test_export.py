@@ -215,7 +215,7 @@ def test_what_is_there_stays(base: Path, write: Write, tmp_path: Path) -> None:
     ]
 
 
-def test_another_base_is_refused(base: Path, write: Write, tmp_path: Path) -> None:
+def test_another_base_is_rejected(base: Path, write: Write, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(base, other)
     tensors = load_file(other / "model.safetensors")
@@ -241,7 +241,7 @@ def test_a_failure_leaves_nothing(base: Path, write: Write, tmp_path: Path) -> N
         assert [path.name for path in tmp_path.iterdir()] == ["tuned.delta"]
 
 
-def test_a_damaged_delta_is_refused(base: Path, write: Write, tmp_path: Path) -> None:
+def test_a_damaged_delta_is_rejected(base: Path, write: Write, tmp_path: Path) -> None:
     delta = write()
     content = bytearray(delta.read_bytes())
     content[-1] ^= 1
@@ -251,7 +251,7 @@ def test_a_damaged_delta_is_refused(base: Path, write: Write, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["tuned.delta"]
 
 
-def test_a_base_that_is_none_is_refused(write: Write, tmp_path: Path) -> None:
+def test_a_base_that_is_none_is_rejected(write: Write, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidCheckpoint):
         merge(tmp_path / "empty", write(), tmp_path / "out")

@@ -1,6 +1,6 @@
-"""The format does not move: one stored file, its bytes and what they mean.
+"""The format is stable: golden files, byte for byte, and their decoded values.
 
-If a test here fails, files that people have stored are no longer read or written as they were.
+If a test here fails, files that users have stored are read or written differently.
 """
 
 from pathlib import Path
@@ -60,7 +60,7 @@ PRUNED = [
 ]
 
 
-def test_the_writer_writes_these_bytes(tmp_path: Path) -> None:
+def test_the_writer_reproduces_the_golden_bytes(tmp_path: Path) -> None:
     write_artifact(tmp_path / "new.delta", tensors(), MANIFEST)
     assert (tmp_path / "new.delta").read_bytes() == GOLDEN.read_bytes()
     write_artifact(tmp_path / "wide.delta", wide_tensors(), WIDE_MANIFEST)
@@ -68,15 +68,15 @@ def test_the_writer_writes_these_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [GOLDEN, WIDE])
-def test_what_was_read_is_written_again_byte_for_byte(path: Path, tmp_path: Path) -> None:
-    """Also what this version does not know."""
+def test_a_file_that_was_read_is_written_byte_for_byte(path: Path, tmp_path: Path) -> None:
+    """Including keys that this version does not know."""
     with Artifact(path) as artifact:
         again = {name: artifact.encoded(name) for name in artifact.records}
         write_artifact(tmp_path / "again.delta", again, artifact.manifest)
     assert (tmp_path / "again.delta").read_bytes() == path.read_bytes()
 
 
-def test_the_reader_reads_these_numbers() -> None:
+def test_the_reader_decodes_the_golden_values() -> None:
     with Artifact(GOLDEN) as artifact:
         assert artifact.digest == SHA256
         assert {key: artifact.manifest[key] for key in MANIFEST} == MANIFEST
@@ -96,14 +96,14 @@ def test_the_reader_reads_these_numbers() -> None:
         assert list(artifact.damaged()) == []
 
 
-def test_it_holds_every_kind() -> None:
+def test_the_golden_file_has_every_encoding() -> None:
     with Artifact(GOLDEN) as artifact:
         kinds = {record["kind"] for record in artifact.records.values()}
         assert kinds == DELTA_ENCODINGS | {"exact", "new-rows", "alias"}
         assert any("deflated" in record for record in artifact.records.values())
 
 
-def test_the_second_file_holds_every_width_and_dtype() -> None:
+def test_the_wide_file_has_every_width_and_dtype() -> None:
     with Artifact(WIDE) as artifact:
         assert artifact.digest == WIDE_SHA256
         assert {key: artifact.manifest[key] for key in WIDE_MANIFEST} == WIDE_MANIFEST
@@ -138,8 +138,8 @@ def test_any_safetensors_reader_finds_the_segments() -> None:
 
 
 @pytest.mark.parametrize("path", [GOLDEN, WIDE])
-def test_docs_format_is_enough_to_decode_it(path: Path) -> None:
-    """Every tensor decoded from the bytes as docs/format.md tells it."""
+def test_the_plain_reader_decodes_the_golden_files(path: Path) -> None:
+    """A reader written from docs/format.md alone decodes every tensor."""
     found = plain_reader.read(path.read_bytes())
     with Artifact(path) as artifact:
         assert found.keys() == artifact.records.keys()

@@ -1,4 +1,4 @@
-"""Opening reads the header alone, and reading needs numpy alone."""
+"""Opening reads only the header, and reading needs only numpy."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from tests.artifacts.make_golden import GOLDEN, MANIFEST
 from tests.artifacts.support import container, split
 
 SIZE = 4 << 30
-"""Of a sparse file's data, more than is read in the blink that opening takes."""
+"""Bytes of a sparse file's data: too many to read by accident."""
 
 
 @pytest.fixture
 def sparse(tmp_path: Path) -> Path:
-    """A delta file of one tensor of 4 GB that take no room on disk."""
+    """A sparse delta file with one tensor of 4 GiB."""
     path = tmp_path / "sparse.delta"
     write_artifact(path, {"t": encode_exact(np.zeros(8, np.uint8), "U8", (8,))}, MANIFEST)
     header, _ = split(path.read_bytes())
@@ -56,7 +56,7 @@ print(resident() - before)
 
 
 def test_opening_a_large_file_reads_its_header_only(sparse: Path) -> None:
-    """Where a byte of the data is looked at, a few pages around it are read and no more."""
+    """Accessing a byte of the data reads only a few pages around it."""
     command = [sys.executable, "-c", READ_A_LITTLE, str(sparse), str(SIZE)]
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]

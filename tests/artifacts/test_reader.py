@@ -1,4 +1,4 @@
-"""A delta file that is not whole, or lies, is refused; a damaged one is found out."""
+"""Truncated and inconsistent delta files are rejected; damage is detected."""
 
 import hashlib
 import tempfile
@@ -26,12 +26,12 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "a.delta"
 
 
-def test_the_file_that_the_others_are_made_from_is_read(path: Path) -> None:
+def test_the_unedited_file_is_read(path: Path) -> None:
     path.write_bytes(rewritten(lambda _header, _manifest: None))
     use(path)
 
 
-def test_truncations_are_refused(path: Path) -> None:
+def test_truncations_are_rejected(path: Path) -> None:
     path.write_bytes(FILE)
     edges = {*range(20), *range(DATA_OFFSET - 20, DATA_OFFSET + 20), len(FILE) - 1}
     with path.open("r+b") as stream:
@@ -41,7 +41,7 @@ def test_truncations_are_refused(path: Path) -> None:
                 Artifact(path)
 
 
-def test_a_header_cut_off_in_its_padding_is_refused(path: Path) -> None:
+def test_a_header_cut_off_in_its_padding_is_rejected(path: Path) -> None:
     def without_tensors(header: Any, manifest: Any) -> None:
         manifest["tensors"] = {}
         for name in header.keys() - {"__metadata__"}:
@@ -57,13 +57,13 @@ def test_a_header_cut_off_in_its_padding_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", [b"\0", b" " * 4096, FILE])
-def test_trailing_bytes_are_refused(path: Path, extra: bytes) -> None:
+def test_trailing_bytes_are_rejected(path: Path, extra: bytes) -> None:
     path.write_bytes(FILE + extra)
     with pytest.raises(InvalidArtifact, match="announced"):
         Artifact(path)
 
 
-def test_every_changed_byte_of_the_header_is_refused(path: Path) -> None:
+def test_every_changed_byte_of_the_header_is_rejected(path: Path) -> None:
     path.write_bytes(FILE)
     refused = 0
     with path.open("r+b", buffering=0) as stream:
@@ -81,7 +81,7 @@ def test_every_changed_byte_of_the_header_is_refused(path: Path) -> None:
 
 
 def flips() -> Iterator[tuple[str, int]]:
-    """A few places in every segment."""
+    """A few positions in every segment."""
     header, _ = split(FILE)
     for name, spec in header.items():
         if name != "__metadata__":
@@ -90,7 +90,7 @@ def flips() -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(("segment", "at"), list(flips()))
-def test_a_flipped_bit_in_a_segment_is_found(path: Path, segment: str, at: int) -> None:
+def test_a_flipped_bit_in_a_segment_is_detected(path: Path, segment: str, at: int) -> None:
     file = bytearray(FILE)
     file[DATA_OFFSET + at] ^= 1 << at % 8
     path.write_bytes(file)
@@ -103,7 +103,7 @@ def test_a_flipped_bit_in_a_segment_is_found(path: Path, segment: str, at: int) 
 @given(st.integers(0, 8 * len(WIDE_FILE) - 1))
 @example(0)
 @example(8 * WIDE_FILE.index(b" " * 8))
-def test_a_flipped_bit_anywhere_is_found(bit: int) -> None:
+def test_a_flipped_bit_anywhere_is_detected(bit: int) -> None:
     """In the header's length, its text, its padding, the manifest, the data."""
     file = bytearray(WIDE_FILE)
     file[bit // 8] ^= 1 << bit % 8
@@ -115,14 +115,14 @@ def test_a_flipped_bit_anywhere_is_found(bit: int) -> None:
 
 
 @pytest.mark.parametrize("header", [{}, {"w": entry("U8", [1], 0, 1)}])
-def test_a_checkpoint_is_no_delta(path: Path, header: Any) -> None:
+def test_a_checkpoint_is_rejected(path: Path, header: Any) -> None:
     path.write_bytes(container({**header, "__metadata__": {"format": "pt"}}, b"1" * len(header)))
     with pytest.raises(InvalidArtifact, match="checkpoint"):
         Artifact(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4", b"\x80\x04}q\0.", b"\0" * 64])
-def test_other_files_are_no_delta(path: Path, content: bytes) -> None:
+def test_other_files_are_rejected(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(InvalidArtifact, match="not a whole delta file"):
         Artifact(path)
@@ -156,20 +156,28 @@ UNSAFE_NAMES = [
 
 @pytest.mark.parametrize("name", UNSAFE_NAMES)
 @pytest.mark.parametrize("text", ["{}", None])
-def test_no_file_is_carried_under_an_unsafe_name(path: Path, name: str, text: str | None) -> None:
+def test_included_files_need_safe_names(path: Path, name: str, text: str | None) -> None:
     path.write_bytes(rewritten(lambda _, manifest: manifest["files"].update({name: text})))
     with pytest.raises(InvalidArtifact, match="may carry"):
         Artifact(path)
 
 
 @pytest.mark.parametrize("text", [1, {}, ["{}"], True, "\udcff"])
-def test_only_text_is_carried(path: Path, text: object) -> None:
+def test_included_files_that_are_not_text_are_rejected(path: Path, text: object) -> None:
     path.write_bytes(rewritten(lambda _, manifest: manifest["files"].update({"a.json": text})))
     with pytest.raises(InvalidArtifact, match="may carry"):
         Artifact(path)
 
 
-LIES: dict[str, Callable[[Any, Any], object]] = {
+NO_SEGMENTS = {
+    "kind": "alias",
+    "of": "proj.weight",
+    "shape": [3, 5],
+    "dtype": "BF16",
+    "sha256": {},
+}
+
+INCONSISTENCIES: dict[str, Callable[[Any, Any], object]] = {
     "no metadata": lambda header, _: header.pop("__metadata__"),
     "no manifest": lambda header, _: header["__metadata__"].pop("manifest"),
     "no base": drop("base_digest"),
@@ -203,18 +211,37 @@ LIES: dict[str, Callable[[Any, Any], object]] = {
     "record without segments": put(
         "tensors", "ghost", value={"kind": "exact", "shape": [1], "dtype": "U8", "sha256": {}}
     ),
+    "alias of nothing": put("tensors", "alias.weight", "of", value="ghost"),
+    "alias of itself": put("tensors", "alias.weight", "of", value="alias.weight"),
+    "alias of another shape": put("tensors", "alias.weight", "of", value="proj.weight"),
+    "alias of another dtype": put("tensors", "alias.weight", "dtype", value="F16"),
+    "alias with a segment": put("tensors", "signs.weight", value=NO_SEGMENTS),
+    "part of another shape": put("tensors", "both.weight", "parts", 0, "shape", value=[5, 3]),
+    "part missing": put("tensors", "both.weight", "parts", value=[]),
+    "part of another kind": put("tensors", "both.weight", "parts", 1, "kind", value="svd"),
+    "stack longer": put("tensors", "experts.weight", "shape", value=[4, 3, 5]),
+    "deflated of another size": put("tensors", "thinned.weight", "deflated", "codes", value=20),
+    "not deflated": drop("tensors", "thinned.weight", "deflated"),
+    "base without rows": put("tensors", "new.weight", "base_rows", value=0),
+    "another grid": put("tensors", "scaled.weight", "grid", value="zeros"),
+    "no row scale": drop("tensors", "scaled.weight", "row_scale"),
+    "one scale for all": put("tensors", "embed.weight", "scale", value="shared"),
+    "no index": drop("tensors", "embed.weight", "index"),
+    "more ranks": put("tensors", "lora.weight", "rank", value=3),
+    "factors of another dtype": put("tensors", "lora.weight", "factor_dtype", value="F16"),
+    "wider groups": put("tensors", "pruned.weight", "group", value=128),
 }
 
 
-@pytest.mark.parametrize("name", LIES)
-def test_lies_are_refused(path: Path, name: str) -> None:
-    path.write_bytes(rewritten(LIES[name]))
+@pytest.mark.parametrize("name", INCONSISTENCIES)
+def test_inconsistent_records_are_rejected(path: Path, name: str) -> None:
+    path.write_bytes(rewritten(INCONSISTENCIES[name]))
     with pytest.raises(InvalidArtifact):
         Artifact(path)
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "{", "null", '"x"', "[" * 100_000])
-def test_an_unreadable_manifest_is_refused(path: Path, manifest: str) -> None:
+def test_an_unreadable_manifest_is_rejected(path: Path, manifest: str) -> None:
     digest = hashlib.sha256(manifest.encode()).hexdigest()
     metadata = {"format": "deltadock/1", "manifest": manifest, "manifest_sha256": digest}
     path.write_bytes(container({"__metadata__": metadata}))
@@ -222,7 +249,7 @@ def test_an_unreadable_manifest_is_refused(path: Path, manifest: str) -> None:
         Artifact(path)
 
 
-def test_an_extra_segment_is_refused(path: Path) -> None:
+def test_an_extra_segment_is_rejected(path: Path) -> None:
     size = len(FILE) - DATA_OFFSET
     extra = entry("U8", [4], size, size + 4)
     file = rewritten(lambda header, _: header.update({"norm.weight:more": extra}),
@@ -232,7 +259,7 @@ def test_an_extra_segment_is_refused(path: Path) -> None:
         Artifact(path)
 
 
-def test_a_missing_segment_is_refused(path: Path) -> None:
+def test_a_missing_segment_is_rejected(path: Path) -> None:
     def without_the_last(header: Any, _manifest: Any) -> None:
         last = max(header.keys() - {"__metadata__"}, key=lambda k: header[k]["data_offsets"])
         del header[last]
@@ -246,7 +273,7 @@ def test_a_missing_segment_is_refused(path: Path) -> None:
         Artifact(path)
 
 
-def test_a_kind_is_not_read_as_another() -> None:
+def test_reading_a_tensor_by_another_encoding_fails() -> None:
     with Artifact(GOLDEN) as artifact:
         with pytest.raises(KeyError, match=r"norm\.weight is stored as exact"):
             artifact.factors("norm.weight")
@@ -260,3 +287,43 @@ def test_arrays_outlive_the_file(path: Path) -> None:
         kept = artifact.exact("norm.weight")
     path.unlink()
     np.testing.assert_array_equal(kept, [0x3F80, 0xBF80, 0x4049])
+
+
+def test_arrays_are_views_of_the_map() -> None:
+    """Two arrays of one segment share memory: nothing is copied."""
+    with Artifact(GOLDEN) as artifact:
+        one, two = (artifact.segment("proj.weight:v") for _ in range(2))
+        assert one.size
+        assert np.shares_memory(one, two)
+        assert not one.flags.owndata
+        assert not one.flags.writeable
+        encoded = artifact.encoded("proj.weight").segments["v"]
+        assert np.shares_memory(one, encoded)
+
+
+@pytest.mark.parametrize(
+    "segment", ["pruned.weight:positions", "thinned.weight:bitmap", "embed.weight:index"]
+)
+def test_codes_that_contradict_their_record_are_rejected(tmp_path: Path, segment: str) -> None:
+    header, _ = split(FILE)
+    begin, end = header[segment]["data_offsets"]
+    file = bytearray(FILE)
+    file[DATA_OFFSET + begin : DATA_OFFSET + end] = b"\xff" * (end - begin)
+    path = tmp_path / "a.delta"
+    path.write_bytes(file)
+    with Artifact(path) as artifact, pytest.raises(InvalidArtifact):
+        artifact.dense(segment.partition(":")[0])
+
+
+def test_an_alias_reads_as_its_target() -> None:
+    with Artifact(GOLDEN) as artifact:
+        np.testing.assert_array_equal(
+            artifact.dense("alias.weight"), artifact.dense("embed.weight")
+        )
+        assert artifact.tensor_bytes("alias.weight") == 0
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "new.weight"])
+def test_a_tensor_without_a_delta_cannot_be_decoded(name: str) -> None:
+    with Artifact(GOLDEN) as artifact, pytest.raises(InvalidArtifact, match="no delta"):
+        artifact.dense(name)

@@ -1,4 +1,4 @@
-"""A block's results through the work store and back."""
+"""Encoded tensors as blobs for the work store."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_round_trip() -> None:
             assert back[name].segments[key].dtype == data.dtype
 
 
-def test_what_comes_back_is_written_as_before() -> None:
+def test_serializing_is_deterministic() -> None:
     once = serialize(blocks(), {})
     assert serialize(deserialize(once)[0], {}) == once
 
@@ -41,6 +41,6 @@ def test_an_empty_block() -> None:
     assert deserialize(serialize({}, {})) == ({}, {})
 
 
-def test_bytes_of_another_kind_are_refused() -> None:
+def test_other_bytes_are_rejected() -> None:
     with pytest.raises(MalformedSafetensors):
         deserialize(b"not a block")

@@ -1,4 +1,4 @@
-"""The figures of a delta file."""
+"""The summary of a delta file."""
 
 import json
 

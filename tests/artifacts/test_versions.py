@@ -1,4 +1,4 @@
-"""Files of versions to come: what may be passed over is kept, the rest is refused."""
+"""Files of later versions: unknown keys are preserved, the rest is rejected."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +28,14 @@ def of_version(version: str) -> Callable[[Any, Any], object]:
     return edit
 
 
-def test_a_newer_major_version_is_refused(path: Path) -> None:
+def test_a_newer_major_version_is_rejected(path: Path) -> None:
     path.write_bytes(rewritten(of_version("deltadock/2")))
     with pytest.raises(InvalidArtifact, match=r"'deltadock/2'.*reads 'deltadock/1'.*Upgrade"):
         Artifact(path)
 
 
 def test_a_newer_minor_version_is_read_and_written_again(path: Path, tmp_path: Path) -> None:
-    """With all that it has beyond what this version knows."""
+    """Including keys that this version does not know."""
     path.write_bytes(rewritten(of_version("deltadock/1.2")))
     assert use(path) == []
     again = tmp_path / "again.delta"

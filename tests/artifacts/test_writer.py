@@ -1,4 +1,4 @@
-"""What is written is read again, and the same input gives the same bytes."""
+"""Writing and reading round-trip, and writing is deterministic."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_round_trip(tmp_path: Path) -> None:
         artifact.check_intact()
 
 
-def test_nothing_changed_is_a_delta_too(tmp_path: Path) -> None:
+def test_an_empty_delta_round_trips(tmp_path: Path) -> None:
     write_artifact(tmp_path / "none.delta", {}, MANIFEST)
     with Artifact(tmp_path / "none.delta") as artifact:
         assert artifact.records == {}
@@ -53,7 +53,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_packed_segments_are_aligned(tmp_path: Path) -> None:
-    # Sizes and names are such that no order but the writer's would leave them aligned.
+    # With these sizes and names only the writer's order keeps every segment aligned.
     written = {
         "a.odd": encode_exact(np.arange(3, dtype=np.uint8), "U8", (3,)),
         "b.half": encode_exact(np.arange(5, dtype=np.uint16), "BF16", (5,)),
@@ -93,7 +93,7 @@ def test_arrays_of_any_memory_layout_are_written_in_row_order(tmp_path: Path) ->
 
 
 def test_names_are_not_escaped(tmp_path: Path) -> None:
-    """No hash covers how a name is spelt in the header."""
+    """No hash covers how the header spells a name."""
     path = tmp_path / "a.delta"
     exact = encode_exact(np.arange(3, dtype=np.uint8), "U8", (3,))
     write_artifact(path, {"pröj.weight": exact}, MANIFEST)
@@ -111,13 +111,13 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         write_artifact(path, {"a": unreadable}, MANIFEST)
     with pytest.raises(ValueError, match="JSON compliant"):
         write_artifact(path, {}, {**MANIFEST, "nominal_bits": float("nan")})
-    path.mkdir()  # in the way of the last step
+    path.mkdir()  # makes the final rename fail
     with pytest.raises(OSError, match="directory"):
         write_artifact(path, tensors(), MANIFEST)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_replaces_what_was_there(tmp_path: Path) -> None:
+def test_a_write_replaces_an_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "a.delta"
     path.write_bytes(b"older")
     write_artifact(path, tensors(), MANIFEST)
@@ -126,7 +126,7 @@ def test_a_write_replaces_what_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_large_matrix_takes_its_code_bits() -> None:
+def test_a_large_matrix_takes_little_more_than_its_codes() -> None:
     matrix = svd_matrix(64, 256, 512)
     encoded = encode_svd(matrix, "BF16", {})
     code_bits = int(matrix.u.bits.sum()) * 256 + int(matrix.v.bits.sum()) * 512

@@ -1,4 +1,4 @@
-"""Everything that a reader can be asked to do with a file."""
+"""Exercise every operation of a reader on a file."""
 
 from math import prod
 from pathlib import Path
@@ -16,11 +16,11 @@ from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.summary import summarize
 
 MOST_ELEMENTS = 1 << 16
-"""Largest tensor that is decoded: as a loader has its base's shapes, so these are small ones."""
+"""Largest tensor that is decoded: a loader compares shapes with its base first."""
 
 
 def use(path: Path) -> list[str]:
-    """Open a file, decode all that is in it, and say which segments are damaged."""
+    """Open a file, decode everything, and return the damaged segments."""
     with Artifact(path) as artifact, np.errstate(all="ignore"):
         summarize(artifact)
         assert artifact.files.keys().isdisjoint(artifact.binary_files)

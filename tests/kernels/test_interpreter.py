@@ -1,4 +1,4 @@
-"""Triton's interpreter is chosen when a kernel is imported, so it has a process of its own."""
+"""Run the kernel tests in Triton's interpreter: a separate process, as it is chosen at import."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Encodings within encodings."""
+"""Composed encodings."""
 
 from collections.abc import Callable
 
@@ -53,7 +53,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 @given(SHAPES, SEEDS)
-def test_what_is_written_is_read(shape: tuple[int, int], seed: int) -> None:
+def test_round_trip(shape: tuple[int, int], seed: int) -> None:
     assert_decodes(matrix(shape, np.random.default_rng(seed)))
 
 
@@ -87,7 +87,7 @@ def test_new_rows_have_no_delta(part: Encoded | None) -> None:
         decode_dense(encoded)
 
 
-def test_what_has_no_delta_is_no_part() -> None:
+def test_encodings_without_a_delta_cannot_be_parts() -> None:
     exact = encode_exact(np.zeros((3, 4), np.float32), "F32", (3, 4))
     alias = encode_alias("other", (3, 4), "F32")
     grown = encode_new_rows(None, np.zeros((1, 4), np.float32), 2, "F32")
@@ -100,7 +100,7 @@ def test_what_has_no_delta_is_no_part() -> None:
             decode_dense(part)
 
 
-def test_depth_is_bounded() -> None:
+def test_nesting_is_bounded() -> None:
     encoded = small()
     for _ in range(3):
         encoded = encode_transposed(encoded)
@@ -114,7 +114,7 @@ def test_depth_is_bounded() -> None:
         expected_segments(record)
 
 
-def test_parts_that_do_not_fit_are_refused() -> None:
+def test_parts_that_do_not_fit_are_rejected() -> None:
     with pytest.raises(ValueError, match="one shape"):
         encode_sum([small(), small(4, 3)])
     with pytest.raises(ValueError, match="1 to 8"):

@@ -1,4 +1,4 @@
-"""Lossless compression of segments, and what a hostile one cannot do."""
+"""Lossless compression of segments, hostile data included."""
 
 import tracemalloc
 import zlib
@@ -33,7 +33,7 @@ from tests.artifacts.samples import (
 
 
 @given(st.sampled_from(range(len(LEAVES))), st.integers(0, 2**32 - 1))
-def test_what_is_written_is_read(kind: int, seed: int) -> None:
+def test_round_trip(kind: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     sample = LEAVES[kind]((int(rng.integers(1, 20)), int(rng.integers(1, 20))), rng)
     packed = deflate(sample.encoded)
@@ -57,11 +57,11 @@ def signs() -> Encoded:
     return encode_rows(np.ones((64, 512), np.uint8), np.ones(64, np.int64), np.ones(1), "F32")
 
 
-def test_zeros_shrink() -> None:
+def test_constant_codes_compress() -> None:
     assert deflate(signs()).nbytes < signs().nbytes / 20
 
 
-def test_it_is_done_once() -> None:
+def test_deflating_twice_is_rejected() -> None:
     with pytest.raises(ValueError, match="already"):
         deflate(deflate(signs()))
     for whole in (encode_sum([deflate(signs())]), encode_sum([signs()])):
@@ -92,14 +92,14 @@ def with_codes(data: bytes) -> Encoded:
         zlib.compress(bytes(4096)) + b"more",
     ],
 )
-def test_other_data_are_refused(data: bytes) -> None:
+def test_other_data_are_rejected(data: bytes) -> None:
     encoded = with_codes(data)
     assert expected_segments(encoded.record)["codes"] == ("U8", (len(data),))
     with pytest.raises(InvalidArtifact, match="deflated segment"):
         decode_dense(encoded)
 
 
-def test_a_bomb_takes_no_more_than_the_record_implies() -> None:
+def test_a_zip_bomb_is_rejected_in_bounded_memory() -> None:
     encoded = with_codes(zlib.compress(bytes(2**22), 9))
     tracemalloc.start()
     with pytest.raises(InvalidArtifact, match="size that its record implies"):
@@ -110,13 +110,13 @@ def test_a_bomb_takes_no_more_than_the_record_implies() -> None:
 
 
 @pytest.mark.parametrize("size", [-1, 3, 10**6, 2.0, True, None])
-def test_sizes_that_cannot_be_are_refused(size: object) -> None:
+def test_sizes_that_cannot_be_are_rejected(size: object) -> None:
     record = deflate(signs()).record
     with pytest.raises(InvalidArtifact):
         expected_segments({**record, "deflated": {**record["deflated"], "codes": size}})
 
 
 @pytest.mark.parametrize("sizes", [True, {}, [], None, {"codes": 20}, {"more": 20}])
-def test_sizes_of_other_segments_are_refused(sizes: object) -> None:
+def test_sizes_of_other_segments_are_rejected(sizes: object) -> None:
     with pytest.raises(InvalidArtifact):
         expected_segments({**deflate(signs()).record, "deflated": sizes})

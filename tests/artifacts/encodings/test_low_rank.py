@@ -1,4 +1,4 @@
-"""Float factors, kept bit for bit."""
+"""Float factors, stored bit for bit."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @given(st.tuples(st.integers(0, 40), st.integers(0, 40)), st.integers(0, 2**32 - 1))
-def test_what_is_written_is_read(shape: tuple[int, int], seed: int) -> None:
+def test_round_trip(shape: tuple[int, int], seed: int) -> None:
     assert_decodes(low_rank_sample(shape, np.random.default_rng(seed)))
 
 
@@ -49,7 +49,7 @@ def test_bfloat16_is_rounded_as_torch_does(values: list[float]) -> None:
     np.testing.assert_array_equal(decode_floats(raw, "BF16"), want.float().numpy())
 
 
-def test_what_cannot_be_stored_is_refused() -> None:
+def test_invalid_input_is_rejected() -> None:
     u, v = np.ones((3, 2), np.float32), np.ones((2, 4), np.float32)
     with pytest.raises(ValueError, match="no product"):
         encode_low_rank(u, v[:1], 1.0, "F32")

@@ -1,4 +1,4 @@
-"""Codes in words: the layout that a kernel reads."""
+"""Codes packed into words: the layout that the kernels read."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_round_trip_at_the_edges(rows: int, columns: int, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_32_codes_are_as_many_words_as_they_have_bits(bits: int) -> None:
+def test_32_codes_take_one_word_per_bit(bits: int) -> None:
     assert sum(PLANES[bits]) == bits
     assert segment_words(1, 32 * 32, bits) == 32 * bits
 

@@ -1,4 +1,4 @@
-"""Exact tensors, and records that make no sense: they do not pass, whatever their kind."""
+"""Exact tensors, and invalid records of every encoding."""
 
 import copy
 import math
@@ -57,9 +57,9 @@ STACK = {**EXACT, "kind": "stack", "shape": [3, 4, 6], "parts": [ROWS, None, SVD
 TRANSPOSED = {**EXACT, "kind": "transposed", "shape": [6, 4], "parts": [ROWS]}
 NEW_ROWS = {**EXACT, "kind": "new-rows", "shape": [9, 6], "base_rows": 4, "parts": [ROWS]}
 ALIAS = {**EXACT, "kind": "alias", "of": "other"}
-SENSE = [SVD, CENTRED, ROWS, LOW_RANK, SPARSE24, SPARSE, EXACT, SUM, STACK, TRANSPOSED, NEW_ROWS]
+VALID = [SVD, CENTRED, ROWS, LOW_RANK, SPARSE24, SPARSE, EXACT, SUM, STACK, TRANSPOSED, NEW_ROWS]
 
-NONSENSE: dict[str, Any] = {
+INVALID: dict[str, Any] = {
     "null": None,
     "a number": 7,
     "text": "svd",
@@ -137,14 +137,14 @@ NONSENSE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", NONSENSE)
-def test_nonsense_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", INVALID)
+def test_an_invalid_record_is_rejected(name: str) -> None:
     with pytest.raises(InvalidArtifact):
-        expected_segments(NONSENSE[name])
+        expected_segments(INVALID[name])
 
 
-@pytest.mark.parametrize("record", SENSE, ids=lambda record: record["kind"])
-def test_what_the_nonsense_was_made_from_is_accepted(record: dict[str, Any]) -> None:
+@pytest.mark.parametrize("record", VALID, ids=lambda record: record["kind"])
+def test_the_unedited_records_are_accepted(record: dict[str, Any]) -> None:
     assert expected_segments(record)
 
 
@@ -153,7 +153,7 @@ def test_an_alias_has_no_segments() -> None:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where values lie in a JSON value."""
+    """The paths of all values in a JSON value."""
     keys = list(value) if isinstance(value, dict) else []
     keys = list(range(len(value))) if isinstance(value, list) else keys
     return [path, *(found for key in keys for found in places(value[key], (*path, key)))]
@@ -165,8 +165,8 @@ HOSTILE = st.sampled_from(
 
 
 @given(st.sampled_from(sorted(RECORDS)), st.data())
-def test_any_record_is_refused_or_understood(name: str, data: st.DataObject) -> None:
-    """One or two values of a record are replaced; nothing but the domain's error comes of it."""
+def test_a_mutated_record_is_rejected_or_accepted(name: str, data: st.DataObject) -> None:
+    """With one or two values replaced, only the domain's error may be raised."""
     record = copy.deepcopy(RECORDS[name])
     for _ in range(data.draw(st.integers(1, 2))):
         path = data.draw(st.sampled_from(places(record)[1:]))

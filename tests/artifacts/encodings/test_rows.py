@@ -1,4 +1,4 @@
-"""Direct codes, each row with its own width, and the quantizer of embeddings."""
+"""Quantized rows, one width per row, and the quantizer of embeddings."""
 
 from typing import Any
 
@@ -27,11 +27,11 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 @given(st.tuples(st.integers(0, 20), st.integers(0, 40)), SEEDS)
-def test_what_is_written_is_read(shape: tuple[int, int], seed: int) -> None:
+def test_round_trip(shape: tuple[int, int], seed: int) -> None:
     assert_decodes(rows_sample(shape, np.random.default_rng(seed)))
 
 
-def test_rows_lie_in_the_order_of_falling_widths() -> None:
+def test_rows_are_sorted_by_descending_width() -> None:
     bits = np.array([2, 0, 8, 2, 3])
     encoded = encode_rows(
         draw_codes(np.random.default_rng(0), bits, (5, 7)), bits, np.arange(1.0, 6), "F32"
@@ -46,7 +46,7 @@ def test_rows_lie_in_the_order_of_falling_widths() -> None:
     assert scale.tolist() == [3, 5, 1, 4]
 
 
-def test_an_order_that_says_itself_is_not_stored() -> None:
+def test_the_identity_order_is_not_stored() -> None:
     for bits in ([3, 3, 3], [8, 2, 1]):
         encoded = encode_rows(np.zeros((3, 4), np.uint8), np.array(bits), np.ones(1), "F32")
         assert encoded.segments.keys() == {"codes", "scale"}
@@ -56,14 +56,14 @@ def test_an_order_that_says_itself_is_not_stored() -> None:
         assert "index" in encoded.segments
 
 
-def test_one_scale_for_all_is_float32() -> None:
+def test_a_shared_scale_is_float32() -> None:
     scale = np.array([1 / 3], np.float32)
     encoded = encode_rows(np.ones((2, 3), np.uint8), np.array([1, 1]), scale, "F32")
     assert encoded.segments["scale"].tolist() == scale.tolist()
     np.testing.assert_array_equal(decode_rows(encoded), np.full((2, 3), scale / 2))
 
 
-def test_what_cannot_be_stored_is_refused() -> None:
+def test_invalid_input_is_rejected() -> None:
     codes, ones = np.zeros((3, 4), np.uint8), np.ones(3)
     wrong: list[tuple[str, Any, Any, Any]] = [
         ("one width each", np.ones(2, int), ones, None),
@@ -98,19 +98,19 @@ def test_quantized_rows_round_trip(rows: int, columns: int, bits: int, seed: int
     assert (error <= 1.01 * columns * half_step**2 + 1e-12).all()
 
 
-def test_no_changed_row_is_no_delta() -> None:
+def test_unchanged_rows_decode_to_zero() -> None:
     encoded = quantize_rows_midrise(np.zeros((5, 7), np.float32), 4, "F32")
     np.testing.assert_array_equal(decode_rows(encoded), np.zeros((5, 7)))
 
 
 @pytest.mark.parametrize("scale", [1e12, 1.0, 1e-3, 1e-5, 1e-12])
-def test_rows_lose_the_same_at_every_scale(scale: float) -> None:
+def test_the_relative_error_does_not_depend_on_scale(scale: float) -> None:
     delta = np.random.default_rng(0).normal(scale=scale, size=(50, 64)).astype(np.float32)
     decoded = decode_rows(quantize_rows_midrise(delta, 4, "BF16"))
     assert np.linalg.norm(decoded - delta) / np.linalg.norm(delta) < 0.12
 
 
-def test_rows_of_very_different_sizes_share_a_grid_of_scales() -> None:
+def test_rows_of_very_different_magnitudes_have_finite_scales() -> None:
     values = np.array([[1e9, -1e9], [1e-12, 0], [1e-45, 0]], np.float32)
     codes, scale = quantize_midrise(values, 2)
     assert codes.tolist()[0] == [3, 0]
@@ -119,7 +119,7 @@ def test_rows_of_very_different_sizes_share_a_grid_of_scales() -> None:
 
 
 @pytest.mark.parametrize("index", [[-1, 2], [1, 4], [1, 1], [1, 2**31 - 1]])
-def test_rows_outside_the_tensor_are_refused(index: list[int]) -> None:
+def test_rows_outside_the_tensor_are_rejected(index: list[int]) -> None:
     delta = np.zeros((4, 6), np.float32)
     delta[[1, 2]] = 1
     encoded = quantize_rows_midrise(delta, 4, "BF16")

@@ -1,4 +1,4 @@
-"""Decompositions: every rank with its widths, on either grid, scaled or not."""
+"""Decompositions: one width per rank and side, on either grid, scaled or not."""
 
 import itertools
 
@@ -15,12 +15,12 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 @given(SHAPES, SEEDS)
-def test_what_is_written_is_read(shape: tuple[int, int], seed: int) -> None:
+def test_round_trip(shape: tuple[int, int], seed: int) -> None:
     assert_decodes(svd_sample(shape, np.random.default_rng(seed)))
 
 
 @given(st.integers(0, 9), SHAPES, st.booleans(), SEEDS)
-def test_codes_come_back(ranks: int, shape: tuple[int, int], midrise: bool, seed: int) -> None:
+def test_codes_round_trip(ranks: int, shape: tuple[int, int], midrise: bool, seed: int) -> None:
     matrix = svd_matrix(ranks, *shape, seed, midrise=midrise)
     encoded = encode_svd(matrix, "BF16", {"damping": 0.5})
     assert_as_expected(encoded)
@@ -55,7 +55,7 @@ def test_factors_multiply_to_the_delta() -> None:
     np.testing.assert_allclose(factors.dense(), (u.T * matrix.s) @ v, rtol=1e-3, atol=0.5)
 
 
-def test_scales_of_rows_and_columns_are_in_the_factors() -> None:
+def test_row_and_column_scales_are_folded_into_the_factors() -> None:
     matrix = svd_matrix(3, 4, 5, midrise=True)
     rows, columns = np.array([1, 2, -0.5, 4]), np.array([1, 0.25, 8, -2, 0])
     plain = decode_factors(encode_svd(matrix, "F32"))
@@ -81,13 +81,13 @@ def test_a_midrise_matrix_stores_no_zero_points() -> None:
     assert encode_svd(matrix, "BF16").segments.keys() == {"u", "v", "s"}
 
 
-def test_a_matrix_of_no_ranks_is_no_delta() -> None:
+def test_a_matrix_of_rank_0_decodes_to_zero() -> None:
     for midrise in (False, True):
         factors = decode_factors(encode_svd(svd_matrix(0, 3, 4, midrise=midrise), "F32", {}))
         np.testing.assert_array_equal(factors.dense(), np.zeros((3, 4)))
 
 
-def test_what_cannot_be_stored_is_refused() -> None:
+def test_invalid_input_is_rejected() -> None:
     zeros, midrise = svd_matrix(3, 4, 5), svd_matrix(3, 4, 5, midrise=True)
     with pytest.raises(ValueError, match="zero points"):
         encode_svd(SvdMatrix(zeros.u, zeros.s, midrise.v), "F32")

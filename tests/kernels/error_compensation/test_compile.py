@@ -1,4 +1,4 @@
-"""The kernel compiles without a GPU, its errors in registers."""
+"""The kernel compiles without a GPU and keeps its errors in registers."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Blocks on the CPU against one coordinate at a time in float64."""
+"""The blocked CPU path against the float64 reference."""
 
 import pytest
 import torch
@@ -10,31 +10,31 @@ from tests.kernels.error_compensation.cases import check, make
 @pytest.mark.parametrize(("n", "r"), [(1, 1), (7, 3), (BLOCK["cpu"], 16), (133, 40)])
 def test_equals_the_reference(n: int, r: int) -> None:
     inputs = make(n, r, seed=n)
-    work = inputs[0].clone()
-    codes = round_with_error_compensation(work, *inputs[1:])
+    values = inputs[0].clone()
+    codes = round_with_error_compensation(values, *inputs[1:])
     assert codes.dtype == torch.uint8
     assert (codes <= inputs[3]).all()
-    check(codes, work, inputs)
+    check(codes, values, inputs)
 
 
 def test_vectors_do_not_interact() -> None:
-    work, factor, zero, top = make(70, 24)
-    together = round_with_error_compensation(work.clone(), factor, zero, top)
+    values, factor, zero, top = make(70, 24)
+    together = round_with_error_compensation(values.clone(), factor, zero, top)
     for column in (0, 5, 23):
         one = slice(column, column + 1)
-        alone = round_with_error_compensation(work[:, one].clone(), factor, zero[one], top[one])
-        assert (alone == together[:, one]).double().mean() > 0.98  # sums of another order
+        alone = round_with_error_compensation(values[:, one].clone(), factor, zero[one], top[one])
+        assert (alone == together[:, one]).double().mean() > 0.98  # sums in another order
 
 
-@pytest.mark.parametrize("fault", ["shape", "type", "layout"])
-def test_other_arguments_are_refused(fault: str) -> None:
-    work, factor, zero, top = make(8, 8)
-    match fault:
+@pytest.mark.parametrize("error", ["shape", "type", "layout"])
+def test_invalid_arguments_are_rejected(error: str) -> None:
+    values, factor, zero, top = make(8, 8)
+    match error:
         case "shape":
             zero = zero[:-1]
         case "type":
             factor = factor.double()
         case "layout":
-            work = work.t()
+            values = values.t()
     with pytest.raises(ValueError, match=r"values|float32"):
-        round_with_error_compensation(work, factor, zero, top)
+        round_with_error_compensation(values, factor, zero, top)

@@ -1,4 +1,4 @@
-"""The Triton kernel against the truth: on a GPU, or in Triton's interpreter."""
+"""The Triton kernel against the reference: on a GPU, or in Triton's interpreter."""
 
 import os
 
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Codes and errors of a single block, poisoned beforehand."""
-    work, factor, zero, top = (tensor.to(DEVICE) for tensor in inputs)
-    work = work.clone()
-    codes = torch.full(work.shape, 255, dtype=torch.uint8, device=DEVICE)
-    round_block(work, codes, factor.contiguous(), zero, top)
-    return codes, work
+    """Codes and errors of one block; the codes are poisoned first."""
+    values, factor, zero, top = (tensor.to(DEVICE) for tensor in inputs)
+    values = values.clone()
+    codes = torch.full(values.shape, 255, dtype=torch.uint8, device=DEVICE)
+    round_block(values, codes, factor.contiguous(), zero, top)
+    return codes, values
 
 
 @pytest.mark.parametrize(("rows", "vectors"), [(1, 1), (5, 33), (ROWS - 1, 32), (ROWS, 70)])
@@ -35,18 +35,18 @@ def test_a_block_equals_the_reference(rows: int, vectors: int) -> None:
 
 
 def test_a_vector_does_not_depend_on_its_neighbours() -> None:
-    work, factor, zero, top = make(20, 40)
-    codes, errors = run((work, factor, zero, top))
-    other_codes, other_errors = run((work[:, :9].contiguous(), factor, zero[:9], top[:9]))
+    values, factor, zero, top = make(20, 40)
+    codes, errors = run((values, factor, zero, top))
+    other_codes, other_errors = run((values[:, :9].contiguous(), factor, zero[:9], top[:9]))
     assert torch.equal(other_codes, codes[:, :9])
     assert torch.equal(other_errors, errors[:, :9])
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the blocks of a GPU need a GPU")
+@pytest.mark.skipif(DEVICE == "cpu", reason="the blocked GPU path needs a GPU")
 @pytest.mark.parametrize(("n", "r"), [(BLOCK["cuda"] + 1, 5), (500, 300)])
 def test_all_blocks_equal_the_reference(n: int, r: int) -> None:
     inputs = make(n, r)
-    work, factor, zero, top = (tensor.to(DEVICE) for tensor in inputs)
-    work = work.clone()
-    codes = round_with_error_compensation(work, factor, zero, top)
-    check(codes, work, inputs)
+    values, factor, zero, top = (tensor.to(DEVICE) for tensor in inputs)
+    values = values.clone()
+    codes = round_with_error_compensation(values, factor, zero, top)
+    check(codes, values, inputs)

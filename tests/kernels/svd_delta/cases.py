@@ -1,7 +1,7 @@
-"""What the Triton kernels must do, against float64: on a GPU, or in Triton's interpreter.
+"""Cases of the Triton kernels against float64, on a GPU or in Triton's interpreter.
 
-They are plain functions in `CASES`, for a machine with a GPU may have no pytest: `test_kernel.py`
-makes a test of each, and `benchmarks/kernel.py` runs them before it times anything.
+They are plain functions, because a machine with a GPU may lack pytest: `test_kernel.py` makes each
+a test, and `benchmarks/kernel.py` runs them before timing.
 """
 
 import os
@@ -36,21 +36,21 @@ SLOTS, MAX_RANK = 4, 40
 CASES: dict[str, Callable[[], None]] = {}
 """By name."""
 GRAPH_CASES: dict[str, Callable[[], None]] = {}
-"""Those that need CUDA graphs, which the interpreter has not."""
+"""Cases that need CUDA graphs, which the interpreter lacks."""
 
 
 def case(
     cases: dict[str, Callable[[], None]] = CASES, **parameters: Sequence[Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Enter a function into `cases`, once for each combination of its parameters."""
+    """Register a function in `cases`, once per combination of its parameters."""
 
-    def enter(function: Callable[..., None]) -> Callable[..., None]:
+    def register(function: Callable[..., None]) -> Callable[..., None]:
         for values in product(*parameters.values()):
             name = " ".join([function.__name__, *map(str, values)]).replace("_", " ")
             cases[name] = partial(function, **dict(zip(parameters, values, strict=True)))
         return function
 
-    return enter
+    return register
 
 
 SKEWED = [(1, 8, 8), (37, 3, 2), (2, 2, 7)]
@@ -65,7 +65,7 @@ def make_table(shape: tuple[int, int], deltas: dict[int, Delta]) -> DeltaTable:
 
 
 def make_chunks(table: DeltaTable, row_slots: Sequence[int]) -> Chunks:
-    """Chunks whose scratch is NaN, so that a number read before it is written shows."""
+    """Chunks with NaN in their scratch, which exposes reads of unwritten memory."""
     chunks = Chunks(64, SLOTS, [table], device=DEVICE)
     chunks.scaled.fill_(0x7FFF)
     chunks.projected.fill_(torch.nan)
@@ -83,7 +83,7 @@ def run(y: Tensor, x: Tensor, table: DeltaTable, row_slots: Sequence[int]) -> Te
 def make_rows(
     rows: int, shape: tuple[int, int], dtype: torch.dtype, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The base's output and the inputs."""
+    """The base's outputs y and the inputs x."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randn(rows, shape[0], generator=generator) * 0.5
     x = torch.randn(rows, shape[1], generator=generator)
@@ -135,7 +135,7 @@ def linears_that_share_their_input(dtype: torch.dtype) -> None:
             if slot == 1 or (slot == 3 and linear == 1):
                 want = y[row, part].double().cpu() + dense[linear] @ x[row].double().cpu()
                 error = relative_error(got[row, part], want + biases[linear].double())
-                # The column scale rounds the inputs once more.
+                # The column scale rounds the inputs a second time.
                 assert error < TOLERANCE[dtype]
             else:
                 assert torch.equal(got[row, part], y[row, part])
@@ -165,16 +165,16 @@ def odd_shapes(shape: tuple[int, int]) -> None:
 def a_row_does_not_depend_on_its_neighbours() -> None:
     shape = (64, 130)
     table = make_table(shape, {1: make_delta(shape, EVEN), 2: make_delta(shape, SKEWED)})
-    y, x = make_rows(20, shape, torch.float16)
+    y, x = make_rows(CHUNK_ROWS + 1, shape, torch.float16)
     alone = run(y[:1], x[:1], table, [1])
-    first = run(y, x, table, [1] * 20)
-    last = run(y.flip(0), x.flip(0), table, [2, 0, 1, *[2] * 10, *[1] * 7])
+    first = run(y, x, table, [1] * (CHUNK_ROWS + 1))
+    last = run(y.flip(0), x.flip(0), table, [2, 0, 1, 2, 2, *[1] * (CHUNK_ROWS - 4)])
     assert torch.equal(alone[0], first[0])
-    assert torch.equal(alone[0], last[19])
+    assert torch.equal(alone[0], last[CHUNK_ROWS])
 
 
 @case()
-def a_poisoned_row_poisons_no_other() -> None:
+def nan_in_a_row_does_not_spread() -> None:
     shape = (40, 64)
     table = make_table(shape, {1: make_delta(shape, EVEN)})
     y, x = make_rows(3, shape, torch.float16)
@@ -186,7 +186,7 @@ def a_poisoned_row_poisons_no_other() -> None:
 
 
 @case()
-def rows_with_a_stride_keep_what_lies_between() -> None:
+def strided_rows_leave_the_gaps_unmodified() -> None:
     shape = (40, 64)
     delta = make_delta(shape, EVEN)
     wide_y, wide_x = make_rows(2, (2 * shape[0], 2 * shape[1]), torch.float16)
@@ -200,7 +200,7 @@ def rows_with_a_stride_keep_what_lies_between() -> None:
 
 
 @case()
-def a_slot_changes_hands() -> None:
+def a_slot_is_reused() -> None:
     shape = (40, 64)
     first, second = make_delta(shape, SKEWED, seed=1), make_delta(shape, EVEN, seed=2)
     table = make_table(shape, {1: first})

@@ -1,4 +1,4 @@
-"""Deltas as the artifact writes them, and what they must give."""
+"""Deltas as the artifact stores them, and their expected results."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ Widths = Sequence[tuple[int, int, int]]
 
 
 class Delta(NamedTuple):
-    """A delta in the kernels' form, and the same as a float64 matrix (h_out, h_in)."""
+    """A delta in the kernels' layout, and as a float64 matrix (h_out, h_in)."""
 
     packed: PackedDelta
     dense: Tensor
@@ -32,7 +32,7 @@ def encode(
     column_scale: bool = False,
     dtype: str = "BF16",
 ) -> Encoded:
-    """An artifact's record and segments of random codes."""
+    """An artifact's record and segments with random codes."""
     rng = np.random.default_rng(seed)
 
     def side(columns: int, bits: list[int]) -> Vectors:
@@ -45,7 +45,7 @@ def encode(
     h_out, h_in = shape
     v_bits = [bits for ranks, bits, _ in widths for _ in range(ranks)]
     u_bits = [bits for ranks, _, bits in widths for _ in range(ranks)]
-    # Entries of each rank's outer product of about one size, as quantised singular vectors have.
+    # Scale the ranks so that their outer products have entries of similar magnitude.
     sizes = 2.0 ** (np.array(v_bits) + np.array(u_bits) - 2)
     s = (rng.lognormal(0, 1, len(v_bits)) / sizes / np.sqrt(h_in)).astype(np.float32)
     return encode_svd(
@@ -58,7 +58,7 @@ def encode(
 
 
 def segments(encoded: Encoded) -> dict[str, Tensor]:
-    """Keyword arguments of `pack_delta`, but for the gain."""
+    """The keyword arguments of `pack_delta`, except the gain."""
     arrays = {name.replace(".", "_"): array for name, array in encoded.segments.items()}
     return {
         name: torch.from_numpy(array.view(np.int32) if array.dtype == np.uint32 else array)
@@ -72,7 +72,7 @@ def groups(encoded: Encoded) -> list[Group]:
 
 
 def pack(encoded: Encoded, bias: Tensor | None = None) -> PackedDelta:
-    """An artifact's matrix in the kernels' form."""
+    """An artifact's matrix in the kernels' layout."""
     packed = packed_delta(encoded)
     return packed if bias is None else packed.with_bias(bias)
 
@@ -93,7 +93,7 @@ def make_delta(
 
 
 def expected(y: Tensor, x: Tensor, row_slots: Sequence[int], dense: Mapping[int, Tensor]) -> Tensor:
-    """What each row must become, float64 on the CPU."""
+    """The expected output rows, float64 on the CPU."""
     out = y.double().cpu()
     inputs = x.double().cpu()
     for row, slot in enumerate(row_slots):
@@ -103,6 +103,6 @@ def expected(y: Tensor, x: Tensor, row_slots: Sequence[int], dense: Mapping[int,
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Root mean square of the error over that of `want`."""
+    """RMS of the error relative to the RMS of `want`."""
     error = (got.double().cpu() - want).square().sum() / want.square().sum()
     return float(error.sqrt())

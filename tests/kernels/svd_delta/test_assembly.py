@@ -1,8 +1,8 @@
-"""The one instruction of the kernels that no interpreter runs, held against what it stands for.
+"""The inline assembly that Triton's interpreter cannot run: the packed multiply-add.
 
-Without a GPU nothing executes the packed multiply-add that turns codes into floats. Its operands
-are read from the PTX here, and the instruction is carried out in exact arithmetic, by the rules of
-the PTX manual: subnormal inputs count, as there is no `.ftz`, and the sum is rounded once.
+Without a GPU nothing executes the instruction that turns codes into floats. Its operands are read
+from the PTX, and it is evaluated in exact arithmetic by the rules of the PTX manual: without
+`.ftz` subnormal inputs keep their value, and the sum is rounded once.
 """
 
 import os
@@ -30,7 +30,7 @@ class Format(NamedTuple):
     torch_type: torch.dtype
     operation: str
     mantissa: int
-    """Bits of a mantissa; the lowest bit of a subnormal of UNIT is worth 2**-UNIT in the end."""
+    """Mantissa bits."""
 
     @property
     def unit(self) -> int:
@@ -44,10 +44,10 @@ FORMATS = {
 
 
 @triton.jit
-def centre_kernel(
+def midpoint_kernel(
     out_ptr, in_ptr, type_ptr, BITS: tl.constexpr, SPAN: tl.constexpr, DOWN: tl.constexpr
 ):  # fmt: skip
-    """A word of masked codes at each place of a mantissa that codes of BITS bits can have."""
+    """Process a word of masked codes at each bit position that codes of BITS bits can have."""
     for T in tl.static_range(0, SPAN, BITS):
         masked = tl.load(in_ptr + T)
         pair = _subtract_midpoint(masked, T, BITS, DOWN, type_ptr.dtype.element_ty, False)
@@ -55,7 +55,7 @@ def centre_kernel(
 
 
 def operands(ptx: str, operation: str) -> list[tuple[int, int]]:
-    """Second factor and addend, 32 bits each, of every such instruction."""
+    """Second factor and addend, 32 bits each, of every `operation`."""
     numbers = dict(re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", ptx))
     found = re.findall(
         rf"{re.escape(operation)}\s+%r\d+, %r\d+, (%r\d+|-?\d+), (%r\d+|-?\d+);", ptx
@@ -78,14 +78,14 @@ def as_numbers(halves: np.ndarray, form: Format) -> np.ndarray:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize(("bits", "down"), [(1, 0), (2, 0), (4, 0), (4, 4)])
-def test_the_packed_multiply_add_centres_every_code(
+def test_the_packed_multiply_add_subtracts_the_midpoint(
     bits: int, down: int, dtype: str, capability: int
 ) -> None:
     form = FORMATS[dtype]
     span = form.mantissa // bits * bits
     compiled = triton.compile(
         ASTSource(
-            centre_kernel,
+            midpoint_kernel,
             {"out_ptr": "*i32", "in_ptr": "*i32", "type_ptr": f"*{dtype}"}
             | dict.fromkeys(("BITS", "SPAN", "DOWN"), "constexpr"),
             {"BITS": bits, "SPAN": span, "DOWN": down},
@@ -100,13 +100,13 @@ def test_the_packed_multiply_add_centres_every_code(
     assert len(found) == len(places)
     codes = np.arange(2**bits)
     want = (codes - (2**bits - 1) / 2) * 2.0 ** (-form.unit - down)
-    # The larger the factor, the lower the place of the codes that it lifts.
+    # The larger the factor, the lower the bit position of the codes that it scales.
     for place, (factor, addend) in zip(places, sorted(found, reverse=True), strict=True):
-        assert factor >> 16 == factor & 0xFFFF, "both halves are treated alike"
+        assert factor >> 16 == factor & 0xFFFF, "both halves have the same operands"
         assert addend >> 16 == addend & 0xFFFF
         masked = as_numbers(codes << place, form)
         by, plus = as_numbers(np.array([factor & 0xFFFF, addend & 0xFFFF]), form)
-        exact = masked * by + plus  # all of few bits: float64 has them all
+        exact = masked * by + plus  # exact in float64: all operands have few bits
         np.testing.assert_array_equal(exact, want)
         rounded = torch.from_numpy(exact).to(form.torch_type).double().numpy()
         np.testing.assert_array_equal(rounded, exact)

@@ -1,4 +1,4 @@
-"""Every row lies in one chunk of its slot, on buffers that stay in place."""
+"""Every row is in one chunk of its slot, on buffers that never move."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_every_row_is_in_one_chunk_of_its_slot(steps: list[list[int]]) -> None:
     assert now == addresses
 
 
-def test_few_counts_serve_all_steps() -> None:
+def test_launch_counts_are_powers_of_two() -> None:
     chunks = Chunks(256, 40, [])
     counts = set()
     for slots in range(40):
@@ -49,7 +49,7 @@ def test_few_counts_serve_all_steps() -> None:
     assert counts == {0, 1, 2, 4, 8, 16, 32, 64}
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_steps_that_do_not_fit_are_rejected() -> None:
     chunks = Chunks(4, 3, [])
     chunks.assign([1, 2, 1, 2])
     before = chunks.rows.clone()
@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_refused() -> None:
     assert torch.equal(chunks.rows, before)
 
 
-def test_a_slot_with_many_rows_is_left_to_matrix_products() -> None:
+def test_a_slot_with_many_rows_uses_matrix_products() -> None:
     chunks = Chunks(40, 4, [], dense_rows=10)
     chunks.assign([1] * 10 + [2] * 9 + [0] * 12)
     assert chunks.dense == {1: slice(0, 10)}

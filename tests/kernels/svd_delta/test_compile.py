@@ -1,4 +1,4 @@
-"""Both kernels compile without a GPU, within the registers that leave a GPU enough warps."""
+"""The kernels compile without a GPU, within a register budget that keeps occupancy."""
 
 import os
 import re
@@ -37,7 +37,7 @@ CONSTANTS = {
 
 
 def compile_for(capability: int, function: Any, dtype: str, warps: int, stages: int) -> Any:
-    """Compile as it is launched on rows of a 16-bit type whose shape is a multiple of 128."""
+    """Compile as launched for a 16-bit dtype and shapes that are multiples of 128."""
     names = function.arg_names
     constants = {name: CONSTANTS[name] for name in names if name in CONSTANTS}
     if dtype == "fp16" and "TERMS" in constants:
@@ -78,7 +78,8 @@ def test_registers_spills_and_shared_memory(
     tmp_path: Path,
 ) -> None:
     compiled = compile_for(capability, getattr(kernel, name), dtype, warps, stages)
-    # Codes are used where they were unpacked: no dot's tall operand comes out of shared memory.
+    # Codes are used in the thread that unpacked them: no dot loads its tall operand from shared
+    # memory.
     assert not re.search(r"local_load .*opIdx = 0", compiled.asm["ttgir"])
     assert compiled.metadata.shared <= shared
     cubin = tmp_path / "kernel.cubin"
@@ -93,5 +94,5 @@ def test_registers_spills_and_shared_memory(
     assert found is not None, usage
     used, stack = map(int, found.groups())
     assert used <= registers
-    # Spilled registers lie on the stack; ptxas may leave a few numbers there that no loop reads.
+    # Spilled registers are on the stack; ptxas may keep a few values there outside of loops.
     assert stack <= 32

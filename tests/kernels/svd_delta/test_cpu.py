@@ -1,4 +1,4 @@
-"""The delta without a GPU."""
+"""The CPU path against float64."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,6 @@ from deltadock.kernels.svd_delta import (
     DeltaTable,
     PackedDelta,
     TensorCache,
-    add_rows,
     cpu,
     svd_delta,
 )
@@ -23,14 +22,13 @@ from deltadock.kernels.svd_delta.cpu import (
     EmbeddingBagSlot,
     unpack_slot,
 )
-from deltadock.kernels.svd_delta.matmul import add_products
 from tests.kernels.svd_delta.support import Delta, expected, make_delta, relative_error
 
 SHAPE = (50, 90)
 WIDTHS = [(2, 8, 8), (7, 3, 4), (3, 2, 2)]
 WIDE = [(1, 8, 7), (60, 1, 2), (9, 5, 3)]
 ROOM = [0, 10**6]
-"""For what is unpacked: none, or enough."""
+"""Cache limits: nothing fits, or everything."""
 
 
 def make_table(deltas: dict[int, Delta]) -> DeltaTable:
@@ -65,8 +63,8 @@ def test_rows_of_several_slots(limit: int, more: int, dtype: torch.dtype, tolera
     assert torch.equal(got[[1, 3]], y[[1, 3]])
 
 
-class Shared:
-    """Three linears that share their input; slots change some or all of them."""
+class SharedInput:
+    """Three linears that share an input; slots have deltas for some or all of them."""
 
     h_in, h_outs = 130, (70, 64, 33)
 
@@ -78,12 +76,12 @@ class Shared:
     def install(self, slot: int, widths: Sequence[list[tuple[int, int, int]] | None]) -> None:
         packed: list[PackedDelta | None] = []
         dense, biases = [], []
-        for linear, (h_out, found) in enumerate(zip(self.h_outs, widths, strict=True)):
-            bias = torch.randn(h_out) if linear == 1 and found is not None else None
-            delta = make_delta((h_out, self.h_in), found or [], slot + linear, scaled=linear > 0)
-            made = delta.packed if bias is None else delta.packed.with_bias(bias)
-            packed.append(None if found is None else made)
-            dense.append(delta.dense if found else torch.zeros(h_out, self.h_in).double())
+        for linear, (h_out, runs) in enumerate(zip(self.h_outs, widths, strict=True)):
+            bias = torch.randn(h_out) if linear == 1 and runs is not None else None
+            delta = make_delta((h_out, self.h_in), runs or [], slot + linear, scaled=linear > 0)
+            with_bias = delta.packed if bias is None else delta.packed.with_bias(bias)
+            packed.append(None if runs is None else with_bias)
+            dense.append(delta.dense if runs else torch.zeros(h_out, self.h_in).double())
             biases.append(torch.zeros(h_out) if bias is None else bias)
         self.table.install(slot, *packed)
         self.dense[slot], self.bias[slot] = torch.cat(dense), torch.cat(biases).double()
@@ -91,7 +89,7 @@ class Shared:
     def check(self, row_slots: list[int], cache: TensorCache, width: int = 200) -> None:
         chunks = Chunks(64, 6, [self.table])
         chunks.assign(row_slots)
-        # Rows of a wider matrix, as a view has them.
+        # Strided rows: views of wider matrices.
         y, x = (
             torch.randn(len(row_slots), width)[:, : sum(self.h_outs)],
             torch.randn(len(row_slots), 140)[:, : self.h_in],
@@ -106,7 +104,7 @@ class Shared:
 
 @pytest.mark.parametrize("limit", ROOM)
 def test_linears_that_share_their_input(limit: int) -> None:
-    shared, cache = Shared(), TensorCache(limit)
+    shared, cache = SharedInput(), TensorCache(limit)
     shared.install(1, [WIDTHS, WIDE, WIDTHS])
     shared.install(2, [None, WIDE, None])
     shared.install(3, [WIDE, [], WIDTHS])
@@ -122,13 +120,13 @@ def test_linears_that_share_their_input(limit: int) -> None:
     ):
         shared.check(row_slots, cache)
     assert cache.nbytes <= limit
-    # Another delta in a slot, for the same rows.
+    # Replace a slot's delta, for the same rows.
     shared.check([1, 2], cache)
     shared.install(1, [WIDE, None, WIDTHS])
     shared.check([1, 2], cache)
 
 
-def test_steps_of_the_same_batch_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_with_an_unchanged_batch_reuse_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[EmbeddingBagPlan] = []
 
     class Counted(EmbeddingBagPlan):
@@ -137,10 +135,10 @@ def test_steps_of_the_same_batch_share_a_plan(monkeypatch: pytest.MonkeyPatch) -
             plans.append(self)
 
     monkeypatch.setattr(cpu, "EmbeddingBagPlan", Counted)
-    shared, cache = Shared(), TensorCache(10**6)
+    shared, cache = SharedInput(), TensorCache(10**6)
     shared.install(1, [WIDTHS, WIDE, WIDTHS])
     shared.install(2, [None, WIDE, None])
-    for row_slots, width, made in (
+    for row_slots, width, count in (
         ([1, 2], 200, 1),
         ([1, 2], 200, 1),
         ([1, 2], 201, 2),
@@ -148,19 +146,19 @@ def test_steps_of_the_same_batch_share_a_plan(monkeypatch: pytest.MonkeyPatch) -
         ([0, 2, 1], 201, 4),
     ):
         shared.check(row_slots, cache, width)
-        assert len(plans) == made
+        assert len(plans) == count
     shared.table.remove(1)
-    assert shared.table.cpu_plan is None, "it holds memory"
+    assert shared.table.cpu_plan is None, "it references rows of the pool"
 
 
-def test_what_found_no_room_in_the_pool_is_coded_anew_once_there_is() -> None:
-    shared = Shared()
+def test_a_slot_moves_to_the_pool_once_it_has_room() -> None:
+    shared = SharedInput()
     shared.install(1, [WIDTHS, WIDE, WIDTHS])
     shared.install(2, [WIDTHS, WIDE, WIDTHS])
     size = unpack_slot(shared.table.deltas[1], shared.h_outs, RowPool(10**6)).nbytes
     cache = TensorCache(int(1.6 * size))
     shared.check([1], cache)
-    for _ in range(4):  # evicts the other, whose plan still held its rows
+    for _ in range(4):  # evicts slot 1, whose rows the plan still references
         cache.begin_step()
         shared.check([2], cache)
     unpacked: EmbeddingBagSlot = cache.get(shared.table.deltas[2], pytest.fail)
@@ -169,7 +167,7 @@ def test_what_found_no_room_in_the_pool_is_coded_anew_once_there_is() -> None:
 
 
 @pytest.mark.parametrize("more", [0, MATMUL_ROWS])
-def test_inputs_with_a_mean_do_not_drown_the_rest(more: int) -> None:
+def test_inputs_with_a_large_mean_keep_their_precision(more: int) -> None:
     shape = (64, 4096)
     delta = make_delta(shape, [(3, 8, 8), (70, 4, 4)], scaled=True)
     table = DeltaTable(2, shape[1], [shape[0]], max_rank=80)
@@ -198,7 +196,7 @@ def test_a_row_does_not_depend_on_its_neighbours(neighbours: list[int]) -> None:
     assert torch.equal(*rows)
 
 
-def test_a_poisoned_row_poisons_no_other() -> None:
+def test_nan_in_a_row_does_not_spread() -> None:
     table = make_table({1: make_delta(SHAPE, WIDTHS)})
     chunks = Chunks(4, 4, [table])
     chunks.assign([1, 1, 1])
@@ -209,29 +207,7 @@ def test_a_poisoned_row_poisons_no_other() -> None:
     assert not y[[0, 2]].isnan().any()
 
 
-@pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([3, 0])])
-def test_products_with_unpacked_factors(rows: slice | Tensor) -> None:
-    delta = make_delta(SHAPE, WIDTHS, scaled=True)
-    packed = delta.packed.with_bias(torch.ones(SHAPE[0]))
-    table = DeltaTable(2, SHAPE[1], [SHAPE[0]], max_rank=12)
-    table.install(1, packed)
-    y, x = torch.randn(4, SHAPE[0]), torch.randn(4, SHAPE[1])
-    want = y.double()
-    want[rows] += x[rows].double() @ delta.dense.T + 1
-    add_products(y, x, table, {1: rows, 0: slice(0, 1)}, TensorCache(0))
-    assert relative_error(y, want) < 1e-6
-
-
-def test_rows_of_an_embedding() -> None:
-    delta = make_delta((300, 70), [(1, 8, 7), (4, 5, 3), (3, 2, 1)], scaled=True)
-    rows = torch.tensor([299, 0, 31, 31, 64, 33])
-    y = torch.randn(len(rows), 70)
-    got = y.clone()
-    add_rows(got, rows, delta.packed, TensorCache(0))
-    assert relative_error(got, y.double() + delta.dense[rows]) < 1e-6
-
-
-def test_arguments_that_do_not_fit_are_refused() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     table = DeltaTable(2, SHAPE[1], [SHAPE[0]], max_rank=12)
     chunks = Chunks(4, 2, [table])
     chunks.assign([1, 0])

@@ -1,4 +1,4 @@
-"""The tables that the kernels read, held to the artifact's own packing and decoding."""
+"""The kernels' layout and tables against the artifact's packing and decoding."""
 
 import pytest
 import torch
@@ -38,8 +38,8 @@ def test_unpacking_gives_the_artifacts_factors(
     encoded = encode(shape, widths, midrise=midrise, row_scale=row_scale, column_scale=column_scale)
     got = reference.unpack(pack(encoded))
     want = decode_factors(encoded)
-    for mine, theirs in zip(got[:3], want.__class__.__slots__, strict=True):
-        assert torch.equal(mine, torch.from_numpy(getattr(want, theirs)))
+    for factor, name in zip(got[:3], want.__class__.__slots__, strict=True):
+        assert torch.equal(factor, torch.from_numpy(getattr(want, name)))
 
 
 def test_the_words_are_the_artifacts_bytes() -> None:
@@ -49,7 +49,7 @@ def test_the_words_are_the_artifacts_bytes() -> None:
     assert packed.words.numpy().tobytes().startswith(stored)
 
 
-def test_a_group_without_ranks_is_left_out() -> None:
+def test_an_empty_group_is_skipped() -> None:
     encoded = encode(SHAPE, WIDTHS)
     runs = [Group(0, 6, 6), *groups(encoded), Group(0, 2, 2)]
     packed = pack_delta(SHAPE, runs, **segments(encoded))
@@ -57,7 +57,7 @@ def test_a_group_without_ranks_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", ["s", "v", "v_zero", "u", "u_zero"])
-def test_a_segment_of_the_wrong_size_is_refused(name: str) -> None:
+def test_a_segment_of_the_wrong_size_is_rejected(name: str) -> None:
     encoded = encode(SHAPE, WIDTHS)
     parts = segments(encoded)
     parts[name] = parts[name][:-1]
@@ -66,7 +66,7 @@ def test_a_segment_of_the_wrong_size_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["row_scale", "column_scale"])
-def test_a_scale_of_the_wrong_size_is_refused(name: str) -> None:
+def test_a_scale_of_the_wrong_size_is_rejected(name: str) -> None:
     encoded = encode(SHAPE, WIDTHS, midrise=True, row_scale=True, column_scale=True)
     parts = segments(encoded)
     parts[name] = parts[name][:-1]
@@ -74,7 +74,7 @@ def test_a_scale_of_the_wrong_size_is_refused(name: str) -> None:
         pack_delta(SHAPE, groups(encoded), **parts)
 
 
-def test_a_delta_moves_with_all_that_it_has() -> None:
+def test_a_delta_moves_with_all_regions() -> None:
     delta = pack(encode(SHAPE, WIDTHS, row_scale=True, column_scale=True), torch.ones(SHAPE[0]))
     moved = delta.to("meta")
     assert moved.nbytes == delta.nbytes == delta.words.nbytes
@@ -87,13 +87,13 @@ def test_a_delta_moves_with_all_that_it_has() -> None:
 
 
 @pytest.mark.parametrize("bits", [0, 9])
-def test_an_impossible_width_is_refused(bits: int) -> None:
+def test_a_width_out_of_range_is_rejected(bits: int) -> None:
     encoded = encode(SHAPE, WIDTHS)
     with pytest.raises(InvalidArtifact):
         pack_delta(SHAPE, [Group(9, bits, 2)], **segments(encoded))
 
 
-def test_what_does_not_fit_a_table_is_refused() -> None:
+def test_deltas_that_do_not_fit_a_table_are_rejected() -> None:
     delta = make_delta(SHAPE, WIDTHS).packed
     with pytest.raises(TooLarge):
         DeltaTable(2, 70, [40], max_rank=8).install(1, delta)
@@ -108,7 +108,7 @@ def test_what_does_not_fit_a_table_is_refused() -> None:
     table.install(1, delta)
 
 
-def test_a_tables_addresses_stay() -> None:
+def test_a_tables_buffers_never_move() -> None:
     table = DeltaTable(3, 70, [40, 40], max_rank=9)
     tensors = (table.addresses, table.descriptors, table.output_tiles)
     before = [tensor.data_ptr() for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Merging single tensors of every kind and dtype."""
+"""Artifacts as torch tensors: merging every encoding and dtype, and segments on a device."""
 
 import json
 from pathlib import Path
@@ -24,10 +24,16 @@ from deltadock.artifacts.encodings import (
 )
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
-from deltadock.artifacts.tensors import TORCH_DTYPES, merged_tensor, stored_tensor
+from deltadock.artifacts.tensors import (
+    TORCH_DTYPES,
+    load_segments,
+    merged_tensor,
+    stored_tensor,
+)
 from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact
-from tests.artifacts.make_golden import MANIFEST
+from tests.artifacts.edits import rewritten
+from tests.artifacts.make_golden import GOLDEN, MANIFEST, WIDE
 from tests.artifacts.samples import rows_sample, sparse_rows, svd_sample
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -158,3 +164,70 @@ def test_the_finetune_keeps_its_own_dtype(tmp_path: Path, base_dtype: str, dtype
         exact = base.double() + torch.from_numpy(artifact.dense("e")).double()
         assert torch.equal(tensor, exact.float().to(tensor.dtype))
         assert merged_tensor(artifact, "another", base) is base
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", [GOLDEN, WIDE])
+@pytest.mark.parametrize("chunk", [32 << 20, 1000])
+def test_loaded_segments_equal_the_files(
+    device: str, path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltadock.artifacts.tensors.CHUNK_BYTES", chunk)
+    with Artifact(path) as artifact:
+        segments = load_segments(artifact, device)
+        assert list(segments) == [spec.name for spec in artifact.header.tensors]
+        for spec in artifact.header.tensors:
+            tensor = segments[spec.name]
+            assert (tensor.dtype, tensor.shape) == (TORCH_DTYPES[spec.dtype], spec.shape)
+            assert bytes_of(tensor) == artifact.segment(spec.name).tobytes()
+    words = segments.get("proj.weight:v", segments.get("every.width:v"))
+    assert words is not None
+    assert words.data_ptr() % 64 == 0
+    starts = {tensor.untyped_storage().data_ptr() for tensor in segments.values()}
+    assert len(starts) == 1, "one allocation"
+
+
+def test_unaligned_segments_are_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "a.delta"
+
+    # Reorder: three bytes of U8 first, so that nothing after them is aligned.
+    def edit(header: object, manifest: object) -> None:
+        assert isinstance(header, dict)
+        specs = {name: spec for name, spec in header.items() if name != "__metadata__"}
+        order = sorted(specs, key=lambda name: (specs[name]["dtype"] != "U8", name))
+        position = 0
+        for name in order:
+            begin, end = specs[name]["data_offsets"]
+            specs[name]["data_offsets"] = [position, position + end - begin]
+            position += end - begin
+            pieces.append(data[begin:end])
+
+    data = GOLDEN.read_bytes()[8 + int.from_bytes(GOLDEN.read_bytes()[:8], "little") :]
+    pieces: list[bytes] = []
+    rewritten(edit)
+    moved = b"".join(pieces)
+    pieces.clear()
+    path.write_bytes(rewritten(edit, moved))
+    with Artifact(path) as artifact:
+        artifact.check_intact()
+        assert any(spec.begin % 2 for spec in artifact.header.tensors if spec.dtype != "U8")
+        for name, tensor in load_segments(artifact, "cpu").items():
+            assert bytes_of(tensor) == artifact.segment(name).tobytes()
+
+
+def test_a_file_truncated_after_opening_is_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "a.delta"
+    path.write_bytes(GOLDEN.read_bytes())
+    with Artifact(path) as artifact:
+        shorter = tmp_path / "b.delta"
+        shorter.write_bytes(GOLDEN.read_bytes()[:-1])
+        shorter.replace(path)
+        with pytest.raises(InvalidArtifact, match="shorter"):
+            load_segments(artifact, "cpu")
