@@ -1,9 +1,9 @@
-"""What a checkpoint is made of: its files and tensors, each named by SHA-256.
+"""A checkpoint's files and tensors, each identified by SHA-256.
 
-Two identities are kept apart:
-- `weights_digest`, a Merkle root over the tensors alone: the same weights give the same digest
-  however they are sharded into files, so a base is recognised wherever it was downloaded from;
-- `digest`, over the files as well: what the blob store and the caches are keyed by.
+There are two digests:
+- `weights_digest`, a Merkle root over the tensors: it does not depend on how weights are sharded
+  into files, so that a base is recognized wherever it was downloaded from;
+- `digest`, which also covers the files: the key of the blob store and the caches.
 """
 
 import hashlib
@@ -20,24 +20,23 @@ from deltadock.errors import InvalidCheckpoint, UnsafeFile
 CHUNK_BYTES: Final = 1 << 20
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
-"""What PyTorch's pickles are called."""
+"""Suffixes of PyTorch pickles."""
 
 RUNNABLE_SUFFIXES: Final = PICKLE_SUFFIXES | {".py", ".joblib", ".npy", ".npz", ".h5"}
-"""Formats that run code when opened, or that other loaders would prefer to safetensors."""
+"""Formats that can run code when opened, or that other loaders prefer to safetensors."""
 
 KNOWN_SUFFIXES: Final = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
 
-
 CONFIG: Final = "config.json"
 ADAPTER_CONFIG: Final = "adapter_config.json"
-"""What a PEFT adapter's folder has in place of a model's configuration."""
+"""A PEFT adapter's configuration, in place of `config.json`."""
 ADAPTER_TYPE: Final = "peft-adapter"
-"""The `model_type` that an adapter goes by."""
+"""The `model_type` of an adapter's manifest."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file: its path inside the checkpoint, size in bytes and SHA-256 (hex)."""
+    """One file: path inside the checkpoint, size in bytes, SHA-256 (hex)."""
 
     path: str
     size: int
@@ -46,7 +45,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor: name, dtype (safetensors' spelling), shape, the file it is in, SHA-256 (hex)."""
+    """One tensor: name, safetensors dtype, shape, file, SHA-256 (hex)."""
 
     name: str
     dtype: str
@@ -56,11 +55,11 @@ class TensorEntry:
 
 
 def check_path(path: str) -> str:
-    """Return `path` if it is a safe relative path of a kind that checkpoints consist of.
+    """Return `path` if it is a safe relative path of a checkpoint file.
 
     Raises:
-        UnsafeFile: absolute or escaping paths, and files that can run code when opened.
-        InvalidCheckpoint: kinds of files that no checkpoint needs.
+        UnsafeFile: the path is absolute or escapes, or the file can run code when opened.
+        InvalidCheckpoint: checkpoints have no such files.
     """
     pure = PurePosixPath(path)
     if (
@@ -87,7 +86,7 @@ def check_path(path: str) -> str:
 
 
 def merkle_root(tensors: Iterable[TensorEntry]) -> str:
-    """Weights digest: SHA-256 (hex) over the tensors' hashed leaves, sorted by name."""
+    """The weights digest: SHA-256 (hex) over the tensors' hashed leaves, sorted by name."""
     root = hashlib.sha256()
     for tensor in sorted(tensors, key=lambda entry: entry.name):
         leaf = json.dumps([tensor.name, tensor.dtype, list(tensor.shape), tensor.sha256])
@@ -99,8 +98,7 @@ def merkle_root(tensors: Iterable[TensorEntry]) -> str:
 class CheckpointManifest:
     """A checkpoint's files and tensors, both sorted by name, and its parsed config.json.
 
-    Of a PEFT adapter the configuration is `adapter_config.json`, with `ADAPTER_TYPE` as its
-    `model_type`.
+    For a PEFT adapter, `config` is `adapter_config.json` with `ADAPTER_TYPE` as `model_type`.
     """
 
     files: tuple[FileEntry, ...]
@@ -123,12 +121,12 @@ class CheckpointManifest:
         return sum(file.size for file in self.files)
 
     def to_json(self) -> bytes:
-        """The canonical JSON form: sorted keys, no spaces."""
+        """Canonical JSON: sorted keys, no spaces."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, raw: bytes) -> Self:
-        """The manifest that `to_json` wrote."""
+        """Parse the output of `to_json`."""
         parsed = json.loads(raw)
         return cls(
             files=tuple(FileEntry(**entry) for entry in parsed["files"]),
@@ -146,16 +144,16 @@ def assemble(
     config_json: bytes | None,
     adapter_json: bytes | None = None,
 ) -> CheckpointManifest:
-    """Put a checkpoint, or a PEFT adapter, together from what was learned of its files.
+    """Build the manifest of a checkpoint or a PEFT adapter from its inspected files.
 
     Args:
-        files: all of them.
-        tensors: of all safetensors files.
-        config_json: the bytes of `config.json`, if there is one.
-        adapter_json: those of `adapter_config.json`: without the other, this is an adapter.
+        files: all files.
+        tensors: the tensors of all safetensors files.
+        config_json: the bytes of `config.json`, if present.
+        adapter_json: the bytes of `adapter_config.json`; without `config.json` it is an adapter.
 
     Raises:
-        InvalidCheckpoint: no weights, no configuration, or a tensor in two files.
+        InvalidCheckpoint: there are no weights or no configuration, or a tensor is in two files.
     """
     if config_json is None and adapter_json is None:
         raise InvalidCheckpoint("config.json is missing; a checkpoint folder always has one.")
@@ -200,10 +198,10 @@ def _parsed(name: str, text: bytes | None) -> dict[str, Any]:
 
 
 class FileInspector:
-    """Hashes one file of a checkpoint while it streams, and looks inside if it is safetensors."""
+    """Hashes one file of a checkpoint as it streams, and the tensors of a safetensors file."""
 
     def __init__(self, path: str, non_finite: set[str] | None = None) -> None:
-        """Take the file's path; for `non_finite` see `StreamingInspector`."""
+        """`path` is inside the checkpoint; for `non_finite` see `StreamingInspector`."""
         self.path = check_path(path)
         self.size = 0
         self._hash = hashlib.sha256()
@@ -211,14 +209,14 @@ class FileInspector:
         self._tensors = StreamingInspector(non_finite) if weights else None
 
     def update(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Take the file's next bytes; raises what `StreamingInspector.update` raises."""
+        """Process the file's next bytes; raises like `StreamingInspector.update`."""
         self.size += len(chunk)
         self._hash.update(chunk)
         if self._tensors is not None:
             self._tensors.update(chunk)
 
     def finish(self) -> tuple[FileEntry, list[TensorEntry]]:
-        """The file's entry and those of its tensors; raises if the file ended early."""
+        """The entries of the file and its tensors; raises if a safetensors file ended early."""
         entry = FileEntry(self.path, self.size, self._hash.hexdigest())
         if self._tensors is None:
             return entry, []
@@ -232,14 +230,15 @@ class FileInspector:
 def scan_folder(folder: Path, non_finite: set[str] | None = None) -> CheckpointManifest:
     """The manifest of a checkpoint folder on disk; every byte is read once.
 
-    Files that are no part of a checkpoint (hidden files, READMEs, other formats) are left out.
+    Files that are not part of a checkpoint (hidden files, READMEs, other formats) are skipped.
 
     Args:
-        folder: with config.json and safetensors files.
-        non_finite: if given, the names of tensors that hold NaN or an infinity are added to it.
+        folder: contains config.json and safetensors files.
+        non_finite: if given, names of tensors with NaN or infinities are added to it.
 
     Raises:
-        InvalidCheckpoint: the folder holds no complete safetensors checkpoint.
+        InvalidCheckpoint: the folder is not a complete safetensors checkpoint.
+        UnsafeFile: its only weights are PyTorch pickles.
     """
     if not folder.is_dir():
         raise InvalidCheckpoint(f"{folder} is not a folder with a Hugging Face checkpoint.")
@@ -254,9 +253,9 @@ def scan_folder(folder: Path, non_finite: set[str] | None = None) -> CheckpointM
         with path.open("rb") as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 inspector.update(chunk)
-        file, found = inspector.finish()
+        file, file_tensors = inspector.finish()
         files.append(file)
-        tensors.extend(found)
+        tensors.extend(file_tensors)
     if not tensors and any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
         raise UnsafeFile(
             f"{folder} holds its weights only as PyTorch pickles, which can run code when opened. "
