@@ -209,11 +209,14 @@ class Client:
         artifact = self.delta(delta)["artifact"]
         partial = path.with_name(f"{path.name}.part")
         received = partial.stat().st_size if partial.exists() else 0
-        headers = {}
-        if received:
-            headers = {"Range": f"bytes={received}-", "If-Range": f'"{artifact["digest"]}"'}
+        # No If-Range: a delta's bytes never change, and an object store does not know our ETag.
+        headers = {"Range": f"bytes={received}-"} if received else {}
         if received != artifact["bytes"]:
-            with self._stream("GET", f"/v1/deltas/{delta}/artifact", headers=headers) as response:
+            # Only here: the api may redirect to a presigned URL of its object store. httpx sends
+            # neither Authorization nor this server's cookies to another host.
+            with self._stream(
+                "GET", f"/v1/deltas/{delta}/artifact", headers=headers, follow_redirects=True
+            ) as response:
                 received = received if response.status_code == httpx.codes.PARTIAL_CONTENT else 0
                 with partial.open("ab" if received else "wb") as output:
                     for chunk in response.iter_bytes(CHUNK_BYTES):
@@ -273,7 +276,7 @@ class Client:
                     response.read()
                     raise error_of(response)
                 yield response
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise Unavailable(
                 f"Deltadock at {self._http.base_url} does not answer: {error}"
             ) from error
@@ -285,7 +288,8 @@ def error_of(response: httpx.Response) -> DeltadockError:
         problem = response.json()
         code, detail = problem["code"], problem["detail"]
     except (ValueError, KeyError, TypeError):  # such as a proxy's error page
-        return Unavailable(f"{response.url} answered with status {response.status_code}.")
+        url = response.url.copy_with(query=None)  # presigned URLs have their signature there
+        return Unavailable(f"{url} answered with status {response.status_code}.")
     classes = [DeltadockError]
     for kind in classes:
         if kind.code == code:

@@ -2,19 +2,33 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 
 from deltadock.api.main import create_app
+from deltadock.client.http import Client
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
 from tests.api.support import CONFIG, TEXT, Api, serving, sha256, weights
 
 
 @pytest.fixture
-def api(postgres_database: str, s3_bucket: dict[str, str], broker_url: str) -> Iterator[Api]:
+def settings_fields() -> dict[str, str]:
+    """Settings that a test overrides."""
+    return {}
+
+
+@pytest.fixture
+def api(
+    postgres_database: str,
+    s3_bucket: dict[str, str],
+    broker_url: str,
+    settings_fields: dict[str, str],
+) -> Iterator[Api]:
     fields = {"database_url": postgres_database, "broker_url": broker_url, **s3_bucket}
+    fields |= settings_fields
     migrate(postgres_database)
     app = create_app(Settings.model_validate(fields))
     with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
@@ -70,3 +84,46 @@ def test_ids_that_postgres_cannot_look_for(api: Api, subtests: pytest.Subtests) 
             assert (answer.status_code, answer.json()["code"]) == (422, "invalid_input")
     answer = api.client.post("/v1/completions", json={"model": "a\0b", "prompt": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_input")
+
+
+class TestRedirects:
+    """Where clients can reach the object store, it serves the downloads."""
+
+    @pytest.fixture
+    def settings_fields(self, s3_bucket: dict[str, str]) -> dict[str, str]:
+        return {"s3_public_url": s3_bucket["s3_endpoint_url"].replace("127.0.0.1", "localhost")}
+
+    def test_downloads(self, api: Api, tmp_path: Path) -> None:
+        delta = api.delta()
+        artifact = bytes(range(256)) * 1000
+        digest = api.make_ready(delta, artifact)
+        url = f"/v1/deltas/{delta['id']}/artifact"
+
+        redirect = api.client.get(url)
+        assert (redirect.status_code, redirect.content) == (307, b"")
+        assert redirect.headers["location"].startswith("http://localhost:")
+        assert redirect.headers["cache-control"] == "no-store"
+        answer = api.client.get(url, follow_redirects=True)
+        assert (answer.status_code, answer.content) == (200, artifact)
+        assert (
+            answer.headers["content-disposition"] == f'attachment; filename="{delta["id"]}.delta"'
+        )
+        assert answer.headers["content-type"] == "application/octet-stream"
+        part = api.client.get(url, headers={"Range": "bytes=-5"}, follow_redirects=True)
+        assert (part.status_code, part.content) == (206, artifact[-5:])
+
+        # What only the api can answer is not redirected.
+        head = api.client.head(url)
+        assert (head.status_code, head.headers["etag"]) == (200, f'"{digest}"')
+        assert api.client.get(url, headers={"If-None-Match": f'"{digest}"'}).status_code == 304
+        beyond = api.client.get(url, headers={"Range": f"bytes={len(artifact)}-"})
+        assert (beyond.status_code, beyond.json()["code"]) == (416, "range_not_satisfiable")
+        same = {"Range": "bytes=0-3", "If-Range": f'"{digest}"'}
+        assert api.client.get(url, headers=same).content == artifact[:4]
+        changed = {"Range": "bytes=0-3", "If-Range": '"other"'}
+        assert api.client.get(url, headers=changed).content == artifact
+
+        (tmp_path / "x.delta.part").write_bytes(artifact[:100_000])
+        with Client(str(api.client.base_url)) as client:
+            client.download_artifact(delta["id"], tmp_path / "x.delta")
+        assert (tmp_path / "x.delta").read_bytes() == artifact

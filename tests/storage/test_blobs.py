@@ -1,18 +1,20 @@
 """One contract for every blob store."""
 
 import hashlib
+import time
 import tracemalloc
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import cast
 
+import httpx
 import pytest
 
 from deltadock.errors import HashMismatch, InvalidInput, NotFound, Unavailable
 from deltadock.settings import Settings
-from deltadock.storage.blobs import BlobStore, make_blob_store
+from deltadock.storage.blobs import BlobStore, make_blob_store, s3
 from deltadock.storage.blobs.local import LocalBlobStore
-from deltadock.storage.blobs.s3 import MIN_PART_BYTES, S3BlobStore
+from deltadock.storage.blobs.s3 import MIN_PART_BYTES, PRESIGNED_SECONDS, S3BlobStore
 
 ABSENT = "0" * 64
 
@@ -31,9 +33,9 @@ def staged(store: BlobStore) -> list[str]:
     """What lies in staging, multipart uploads under way included."""
     if isinstance(store, LocalBlobStore):
         return [path.name for path in (store.root / "staging").iterdir()]
-    s3 = cast(S3BlobStore, store)
-    objects = s3.client.list_objects_v2(Bucket=s3.bucket, Prefix="staging/").get("Contents", [])
-    uploads = s3.client.list_multipart_uploads(Bucket=s3.bucket).get("Uploads", [])
+    client, bucket = cast(S3BlobStore, store).client, cast(S3BlobStore, store).bucket
+    objects = client.list_objects_v2(Bucket=bucket, Prefix="staging/").get("Contents", [])
+    uploads = client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])
     return [entry["Key"] for entry in [*objects, *uploads]]
 
 
@@ -217,3 +219,45 @@ def test_preparing_creates_the_bucket(s3_settings: dict[str, str], tmp_path: Pat
     store.prepare()
     store.prepare()
     assert store.exists(store.put_bytes(b"x"))
+
+
+def presign(store: BlobStore, digest: str = ABSENT) -> str | None:
+    return store.presigned_url(
+        digest, disposition='attachment; filename="x.delta"', media_type="application/octet-stream"
+    )
+
+
+def test_a_store_that_clients_cannot_reach_signs_no_url(store: BlobStore) -> None:
+    assert presign(store) is None
+
+
+def test_urls_are_signed_for_aws_without_an_endpoint() -> None:
+    fields = {"blob_store": "s3", "s3_access_key_id": "key", "s3_secret_access_key": "secret"}
+    url = httpx.URL(presign(make_blob_store(Settings.model_validate(fields))) or "")
+    assert (url.scheme, url.host) == ("https", "deltadock.s3.amazonaws.com")
+    assert url.params["X-Amz-Algorithm"] == "AWS4-HMAC-SHA256"
+    assert url.params["X-Amz-Expires"] == str(PRESIGNED_SECONDS)
+
+
+def test_a_presigned_url_serves_one_blob_until_it_expires(
+    s3_bucket: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another name of the same server: the URL must be signed for the host that clients use.
+    public = s3_bucket["s3_endpoint_url"].replace("127.0.0.1", "localhost")
+    store = make_blob_store(Settings.model_validate(s3_bucket | {"s3_public_url": public}))
+    digest, other = store.put_bytes(b"0123456789"), store.put_bytes(b"other")
+    url = presign(store, digest)
+    assert url is not None
+    assert url.startswith(f"{public}/")
+    answer = httpx.get(url)
+    assert (answer.status_code, answer.content) == (200, b"0123456789")
+    assert answer.headers["content-type"] == "application/octet-stream"
+    assert answer.headers["content-disposition"] == 'attachment; filename="x.delta"'
+    part = httpx.get(url, headers={"Range": "bytes=3-6"})
+    assert (part.status_code, part.content) == (206, b"3456")
+    assert httpx.get(url.replace(digest, other)).status_code == 403
+    monkeypatch.setattr(s3, "PRESIGNED_SECONDS", 1)
+    expiring = presign(store, digest)
+    assert expiring is not None
+    time.sleep(2.1)
+    assert httpx.get(expiring).status_code == 403
