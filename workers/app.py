@@ -1,7 +1,7 @@
-"""The Celery app: `celery -A workers.app worker -P solo -Q gpu,default`.
+"""The Celery app: `celery -A deltadock.workers.app worker -P solo -Q gpu,default`.
 
-The job row, not the broker, is the truth. A message only says "look at this job": it may come
-twice, late or not at all, and the lease in the row and the sweeper make up for it.
+The job row, not the broker, is authoritative. Messages may be duplicated, late or lost: the row's
+lease and the sweeper handle that.
 """
 
 from typing import Final
@@ -16,7 +16,7 @@ DEFAULT_QUEUE: Final = "default"
 
 
 def make_app(settings: Settings) -> Celery:
-    """A Celery app on the broker that the settings name."""
+    """A Celery app on the settings' broker."""
     app = Celery("deltadock", broker=settings.broker_url, include=["deltadock.workers.tasks"])
     app.conf.update(
         accept_content=["json"],
@@ -24,14 +24,14 @@ def make_app(settings: Settings) -> Celery:
         task_ignore_result=True,
         task_default_queue=DEFAULT_QUEUE,
         task_routes={"deltadock.compress": {"queue": GPU_QUEUE}},
-        # A message is held until its task has ended, so that a killed worker's comes again.
+        # Messages are acknowledged when their task ends, so that a killed worker's is redelivered.
         task_acks_late=True,
         task_reject_on_worker_lost=True,
         worker_prefetch_multiplier=1,
         broker_connection_retry_on_startup=True,
         worker_cancel_long_running_tasks_on_connection_loss=False,  # the lease decides
         broker_transport_options={
-            # When a killed worker's message comes again, its lease has run out.
+            # Longer than a lease: on redelivery the killed worker's lease has expired.
             "visibility_timeout": 2 * settings.lease_seconds,
             "unacked_restore_interval": 1,
             "unacked_restore_throttle": 1,
@@ -41,7 +41,7 @@ def make_app(settings: Settings) -> Celery:
 
 
 @signals.setup_logging.connect
-def _use_our_logs(**_: object) -> None:
+def _configure_logging(**_: object) -> None:
     configure_logging(get_settings(), process="worker")
 
 

@@ -1,9 +1,9 @@
-"""One compression job, from its row to its artifact.
+"""Runs one compression job, from its row to its artifact.
 
-    acquire the lease -> bring base and fine-tune to disk -> compress -> store -> ready
+    acquire the lease -> fetch base and fine-tune to disk -> compress -> store -> ready
 
-Blocks are saved as they are finished, so that whoever takes the job over goes on where its
-predecessor was; the artifact's bytes are the same as without the interruption.
+Finished blocks are saved, so that another worker can resume an interrupted job; the artifact's
+bytes are the same as without the interruption.
 """
 
 import os
@@ -12,9 +12,11 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import structlog
 
@@ -23,34 +25,58 @@ from deltadock.compression.pipeline import compress
 from deltadock.compression.report import Progress
 from deltadock.errors import Cancelled, DeltadockError, HashMismatch, WorkerLost
 from deltadock.kernels import choose_device
-from deltadock.settings import Settings
-from deltadock.storage.blobs import BlobStore
+from deltadock.settings import Settings, get_settings
+from deltadock.storage.blobs import BlobStore, make_blob_store
 from deltadock.storage.cache import FileCache
+from deltadock.storage.database import Database
 from deltadock.storage.models import DeltaRow, JobRow, JobState
 from deltadock.storage.repositories import JobRepository, UploadRepository
-from deltadock.workers.context import Context
 from deltadock.workers.lease import Lease, LeaseLostError, WorkerStoppingError
 
 MAX_ATTEMPTS: Final = 5
-"""Workers that may be lost, or fail for a passing reason, before the job fails."""
+"""Lost workers and retryable errors after which the job fails."""
 
 REPORT_SECONDS: Final = 0.25
-"""Progress within one block is written to the row at most this often."""
+"""Minimum interval between progress updates within one block."""
 
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class WorkerContext:
+    """A worker process's settings, database and blob store; they connect lazily."""
+
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The context that the settings select."""
+        return cls(settings, Database(settings.sqlalchemy_url), make_blob_store(settings))
+
+
+@cache
+def get_context() -> WorkerContext:
+    """This process's context, created at first use: never before a fork."""
+    return WorkerContext.of(get_settings())
+
+
 class Outcome(Enum):
-    """How a task ended; the row says the rest."""
+    """How a task ended."""
 
     SKIPPED = auto()
+    """Another worker holds the job, or it had ended."""
     FINISHED = auto()
+    """The job is in a final state."""
     STOPPED = auto()
+    """The worker is shutting down."""
     LATER = auto()
+    """After a retryable error, the sweeper re-sends the job."""
 
 
-def compress_job(job_id: str, context: Context) -> Outcome:
-    """Do the job if nobody else does; every failure ends in the row."""
+def compress_job(job_id: str, context: WorkerContext) -> Outcome:
+    """Run the job unless another worker holds it; every failure is recorded in its row."""
     owner = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
     seconds = context.settings.lease_seconds
     with context.database.session_scope() as session:
@@ -61,15 +87,15 @@ def compress_job(job_id: str, context: Context) -> Outcome:
             return Outcome.SKIPPED
         log.info("job_acquired", attempt=job.attempt)
         with Lease(context.database, job_id, owner, seconds) as lease:
-            outcome = _settle(job, lease, context)
+            outcome = _run_and_record(job, lease, context)
         log.info("job_left", outcome=outcome.name.lower())
         if outcome is Outcome.FINISHED:
             drop_files(job_id, context)
     return outcome
 
 
-def drop_files(job_id: str, context: Context) -> None:
-    """Remove what an ended job leaves; the sweeper tries again where a store was away."""
+def drop_files(job_id: str, context: WorkerContext) -> None:
+    """Remove an ended job's files; the sweeper retries if a store does not answer."""
     try:
         context.blobs.drop_work(job_id)
     except DeltadockError as error:
@@ -78,16 +104,16 @@ def drop_files(job_id: str, context: Context) -> None:
     shutil.rmtree(job_folder(context.settings, job_id), ignore_errors=True)
 
 
-def _settle(job: JobRow, lease: Lease, context: Context) -> Outcome:
-    """Run the job and record how it ended."""
+def _run_and_record(job: JobRow, lease: Lease, context: WorkerContext) -> Outcome:
+    """Run the job and record its outcome."""
     try:
         if job.cancel_requested or job.delta.deleted_at is not None:
             lease.finish(JobState.CANCELLED, Cancelled("Cancelled on request."))
             return Outcome.FINISHED
         if job.attempt > MAX_ATTEMPTS:
             raise WorkerLost(
-                f"{MAX_ATTEMPTS} workers began this job and none could finish it. The worker's "
-                "log may say why; a larger machine may help."
+                f"{MAX_ATTEMPTS} workers started this job and none finished it. See the workers' "
+                "logs; a machine with more memory may help."
             )
         _run(job, lease, context)
     except LeaseLostError:
@@ -107,7 +133,7 @@ def _settle(job: JobRow, lease: Lease, context: Context) -> Outcome:
         return _end(lease, JobState.FAILED, error)
     except Exception:
         log.exception("job_failed")
-        hidden = DeltadockError("The compression failed unexpectedly; the worker's log says why.")
+        hidden = DeltadockError("The compression failed unexpectedly; see the worker's log.")
         return _end(lease, JobState.FAILED, hidden)
     return Outcome.FINISHED
 
@@ -120,12 +146,12 @@ def _end(lease: Lease, state: JobState, error: DeltadockError) -> Outcome:
     return Outcome.FINISHED
 
 
-def _run(job: JobRow, lease: Lease, context: Context) -> None:
-    """Make and store the artifact.
+def _run(job: JobRow, lease: Lease, context: WorkerContext) -> None:
+    """Compress and store the artifact.
 
     Raises:
-        DeltadockError: what is wrong with the input, or that a part does not answer.
-        LeaseLostError, WorkerStoppingError: the job is not ours to finish.
+        DeltadockError: the input is invalid, or a service does not answer.
+        LeaseLostError, WorkerStoppingError: this worker must not finish the job.
     """
     delta, settings, blobs = job.delta, context.settings, context.blobs
     folder = job_folder(settings, job.id)
@@ -134,9 +160,9 @@ def _run(job: JobRow, lease: Lease, context: Context) -> None:
     base, base_manifest = FileCache(blobs, settings.cache_folder).checkpoint(
         delta.base.checkpoint_digest
     )
-    # Needed once: it goes with the job, while a base is kept for the next one.
+    # In the job's folder, since it is needed only once; bases are cached for later jobs.
     finetuned, _ = FileCache(blobs, folder).checkpoint(delta.checkpoint_digest)
-    # A predecessor that has lost the lease but not noticed yet may still write its own.
+    # Per owner: a worker that has not noticed the loss of its lease may still be writing.
     artifact = folder / f"{lease.owner}.safetensors"
     report = compress(
         base,
@@ -145,16 +171,16 @@ def _run(job: JobRow, lease: Lease, context: Context) -> None:
         _options(delta),
         calibration=_calibration(delta, context, folder),
         progress=progress,
-        store=JobWork(blobs, job.id),
+        store=JobBlocks(blobs, job.id),
         device=str(choose_device(settings.device)),
     ).to_dict()
     if report["base_digest"] != base_manifest.weights_digest:
-        raise HashMismatch("The base's files on this worker are not those that were uploaded.")
+        raise HashMismatch("The base's files on this worker differ from the uploaded ones.")
     lease.complete(blobs.put_file(artifact), artifact.stat().st_size, report)
 
 
 def job_folder(settings: Settings, job_id: str) -> Path:
-    """Where a worker keeps the files of one job."""
+    """The folder of one job's files on this worker."""
     return settings.cache_folder / "jobs" / job_id
 
 
@@ -162,10 +188,12 @@ def _options(delta: DeltaRow) -> CompressOptions:
     options = delta.options
     goals: dict[str, Any] = {"bits": None}
     if goal := options["goal"]:
-        whole = goal["kind"] == "target_bytes"
-        goals[goal["kind"]] = int(goal["value"]) if whole else goal["value"]
-    wish = options["calibration"]
-    calibration = CalibrationOptions(wish["tokens"], wish["length"]) if wish else None
+        is_integer = goal["kind"] == "target_bytes"
+        goals[goal["kind"]] = int(goal["value"]) if is_integer else goal["value"]
+    requested = options["calibration"]
+    calibration = (
+        CalibrationOptions(requested["tokens"], requested["length"]) if requested else None
+    )
     return CompressOptions(
         method=delta.method,
         seed=options["seed"],
@@ -175,31 +203,31 @@ def _options(delta: DeltaRow) -> CompressOptions:
     )
 
 
-def _calibration(delta: DeltaRow, context: Context, folder: Path) -> list[Source]:
-    """The sources, their texts fetched into the job's folder."""
-    wish = delta.options["calibration"]
+def _calibration(delta: DeltaRow, context: WorkerContext, folder: Path) -> list[Source]:
+    """The calibration sources, with their texts fetched into the job's folder."""
+    requested = delta.options["calibration"]
     return [
         Source(
             None if source["digest"] is None else _text(source["digest"], context, folder),
             source["weight"],
         )
-        for source in (wish["sources"] if wish else ())
+        for source in (requested["sources"] if requested else ())
     ]
 
 
-def _text(digest: str, context: Context, folder: Path) -> Path:
+def _text(digest: str, context: WorkerContext, folder: Path) -> Path:
     with context.database.read_scope() as session:
         uploaded = UploadRepository(session).calibration_path(digest)
-    # Its suffix says how the text is to be read.
+    # The suffix selects the text's parser.
     path = folder / f"{digest}{PurePosixPath(uploaded or '').suffix or '.txt'}"
     context.blobs.fetch(digest, path)
     return path
 
 
 def _reporter(lease: Lease) -> Callable[[Progress], None]:
-    """Writes progress to the row: every new block at once, steps within one now and then.
+    """A callback that writes progress to the row: each new block, and steps at an interval.
 
-    Whether to stop is looked up at each of them: the next one may be far away.
+    It checks at every step whether to stop, since the next one may be minutes away.
     """
     last_key: tuple[str, int] = ("", 0)
     last_time = 0.0
@@ -222,17 +250,17 @@ def _reporter(lease: Lease) -> Callable[[Progress], None]:
     return report
 
 
-class JobWork:
-    """The saved blocks of one job, kept in the blob store until it has ended."""
+class JobBlocks:
+    """Saved blocks of one job, kept in the blob store until it ends."""
 
     def __init__(self, blobs: BlobStore, job_id: str) -> None:
         self._blobs = blobs
         self._job_id = job_id
 
     def get(self, key: str) -> bytes | None:
-        """What was saved under `key`, or None."""
+        """The block saved under `key`, or None."""
         return self._blobs.get_work(f"{self._job_id}/{key}")
 
     def put(self, key: str, data: bytes) -> None:
-        """Save `data` under `key`."""
+        """Save the block `data` under `key`."""
         self._blobs.put_work(f"{self._job_id}/{key}", data)

@@ -1,4 +1,4 @@
-"""The lease on a job: kept alive by a heartbeat, checked at every step of the work."""
+"""The lease on a job: renewed by a heartbeat thread, checked at every progress report."""
 
 import threading
 from types import TracebackType
@@ -18,15 +18,15 @@ log = structlog.get_logger(__name__)
 
 
 class LeaseLostError(Exception):
-    """Another worker has the job now, or it has ended: this one must not touch it again."""
+    """Another worker holds the job, or it has ended: this worker must not update it."""
 
 
 class WorkerStoppingError(Exception):
-    """This worker was asked to stop; the job goes on elsewhere from its saved blocks."""
+    """This worker was asked to stop; another one resumes the job from its saved blocks."""
 
 
 class Lease:
-    """A lease that `owner` has acquired; within the `with` block a thread renews it."""
+    """A lease acquired by `owner`; a thread renews it within the `with` block."""
 
     def __init__(self, database: Database, job_id: str, owner: str, seconds: float) -> None:
         self.job_id = job_id
@@ -35,10 +35,10 @@ class Lease:
         self._seconds = seconds
         self._lost = threading.Event()
         self._done = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
-        self._heart.start()
+        self._thread.start()
         return self
 
     def __exit__(
@@ -48,19 +48,19 @@ class Lease:
         trace: TracebackType | None,
     ) -> None:
         self._done.set()
-        self._heart.join()
+        self._thread.join()
 
     @property
     def held(self) -> bool:
-        """Whether no heartbeat has found the lease gone."""
+        """Whether every renewal so far found the lease still held."""
         return not self._lost.is_set()
 
-    def _beat(self) -> None:
+    def _renew(self) -> None:
         while not self._done.wait(self._seconds / 3):
             try:
                 with self._database.session_scope() as session:
                     held = JobRepository(session).renew(self.job_id, self.owner, self._seconds)
-            except DeltadockError as error:  # the next beat may get through in time
+            except DeltadockError as error:  # the next renewal may succeed before the lease expires
                 log.warning("lease_not_renewed", job=self.job_id, error=error.message)
                 continue
             if not held:
@@ -68,11 +68,11 @@ class Lease:
                 return
 
     def check(self) -> None:
-        """Stop here if the work is not wanted from us any more.
+        """Raise if this worker must stop.
 
         Raises:
-            Cancelled: the job's owner wants it to end.
-            LeaseLostError: another worker has it.
+            Cancelled: cancellation was requested.
+            LeaseLostError: another worker holds the job.
             WorkerStoppingError: this process was asked to stop.
         """
         if STOPPING.is_set():
@@ -87,7 +87,7 @@ class Lease:
     def advance(
         self, state: JobState, *, block: int, blocks: int, percent: float, message: str
     ) -> None:
-        """Record progress, unless the work is not wanted from us any more.
+        """Record progress.
 
         Raises:
             Cancelled, LeaseLostError, WorkerStoppingError: as `check`.
@@ -110,7 +110,7 @@ class Lease:
         """Enter a final state.
 
         Raises:
-            LeaseLostError: another worker has the job.
+            LeaseLostError: another worker holds the job.
         """
         with self._database.session_scope() as session:
             finished = JobRepository(session).finish(
@@ -124,11 +124,11 @@ class Lease:
             raise LeaseLostError
 
     def complete(self, artifact_digest: str, artifact_bytes: int, report: dict[str, Any]) -> None:
-        """Record the stored artifact and make the job ready, both or neither.
+        """Record the stored artifact and make the job ready, in one transaction.
 
         Raises:
             Cancelled: the delta was deleted meanwhile.
-            LeaseLostError: another worker has the job.
+            LeaseLostError: another worker holds the job.
         """
         with self._database.session_scope() as session:
             jobs = JobRepository(session)
@@ -146,11 +146,11 @@ class Lease:
                 raise LeaseLostError
 
     def release(self) -> None:
-        """Give the job back for another worker to go on with at once."""
+        """Release the lease, so that another worker can resume the job at once."""
         with self._database.session_scope() as session:
             JobRepository(session).release(self.job_id, self.owner)
 
     def expire(self) -> None:
-        """Give the job back for the sweeper to send again after a while."""
+        """Let the lease expire now, so that the sweeper re-sends the job."""
         with self._database.session_scope() as session:
             JobRepository(session).renew(self.job_id, self.owner, 0.0)

@@ -1,6 +1,6 @@
-"""Makes up for what crashes left: lost tasks, abandoned uploads, files of jobs that have ended.
+"""Cleans up after crashes: lost tasks, abandoned uploads, files of ended jobs.
 
-Every worker runs one; they may meet, since each step can be repeated.
+Every worker runs a sweeper; all steps are idempotent, so they may overlap.
 """
 
 import threading
@@ -13,28 +13,27 @@ import structlog
 from deltadock.settings import Settings
 from deltadock.storage.database import database_now
 from deltadock.storage.repositories import JobRepository, UploadRepository
-from deltadock.workers.compress import drop_files, job_folder
-from deltadock.workers.context import Context
+from deltadock.workers.compress import WorkerContext, drop_files, job_folder
 
 QUEUED_SECONDS: Final = 120.0
-"""A job that nobody took this long after its task was sent has probably lost it."""
+"""A task not taken by any worker for this long is presumed lost."""
 
 ABANDONED: Final = timedelta(hours=24)
-"""An upload that nothing was added to for this long is dropped."""
+"""Open uploads not updated for this long are aborted."""
 
 log = structlog.get_logger(__name__)
 
 
 def resend_lost(
-    context: Context,
+    context: WorkerContext,
     send: Callable[[str], None],
     queue_is_empty: Callable[[], bool],
     queued_seconds: float = QUEUED_SECONDS,
 ) -> list[str]:
-    """Send the tasks of stale jobs again; their ids.
+    """Re-send the tasks of stale jobs; returns the jobs' ids.
 
-    Only while no message waits for a worker: otherwise a job's own message may be among them,
-    and a long queue would grow by its own length at every sweep.
+    Only while the queue is empty: otherwise their messages may still be waiting in it, and every
+    sweep would enqueue them again.
     """
     if not queue_is_empty():
         return []
@@ -47,22 +46,22 @@ def resend_lost(
     return stale
 
 
-def drop_abandoned(context: Context) -> int:
-    """Abort uploads that were left open, and drop bytes whose sender went away; how many."""
+def drop_abandoned(context: WorkerContext) -> int:
+    """Abort abandoned uploads and drop abandoned staged bytes; returns how many."""
     with context.database.session_scope() as session:
         uploads = UploadRepository(session)
         before = database_now(session) - ABANDONED
         abandoned = uploads.abandoned(before)
         for upload in abandoned:
-            # Once more under its lock: its sender may just have come back.
+            # Check again under the lock: the client may just have resumed.
             locked = uploads.find(upload.id, lock=True)
             if locked is not None and locked.updated_at < before:
                 uploads.abort(locked)
     return len(abandoned) + context.blobs.drop_staging(before)
 
 
-def drop_job_folders(context: Context) -> int:
-    """Remove this machine's files of jobs that have ended elsewhere; how many jobs'."""
+def drop_job_folders(context: WorkerContext) -> int:
+    """Remove this machine's files of ended jobs; returns the number of jobs."""
     dropped = 0
     for folder in job_folder(context.settings, "").glob("job_*"):
         with context.database.read_scope() as session:
@@ -74,17 +73,17 @@ def drop_job_folders(context: Context) -> int:
 
 
 def show_alive(settings: Settings) -> None:
-    """Touch the file by which others see that this worker runs."""
+    """Touch the file that health checks look at."""
     settings.worker_alive.parent.mkdir(parents=True, exist_ok=True)
     settings.worker_alive.touch()
 
 
 class Sweeper:
-    """A thread that sweeps at every interval, from the start to the end of its worker."""
+    """A thread that sweeps at a fixed interval while its worker runs."""
 
     def __init__(
         self,
-        context: Context,
+        context: WorkerContext,
         send: Callable[[str], None],
         queue_is_empty: Callable[[], bool],
         interval: float,
@@ -97,11 +96,11 @@ class Sweeper:
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
 
     def start(self) -> None:
-        """Sweep at once and then again and again."""
+        """Start sweeping; the first sweep is immediate."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop after the sweep that is under way."""
+        """Stop after the current sweep."""
         self._done.set()
         self._thread.join()
 
@@ -109,16 +108,16 @@ class Sweeper:
         while not self._done.is_set():
             try:
                 self.sweep()
-            except Exception:  # a broker or database that is away comes back
+            except Exception:  # such as a broker or database that is temporarily down
                 log.exception("sweep_failed")
             self._done.wait(self._interval)
 
     def sweep(self) -> None:
-        """Everything once."""
+        """Run all steps once."""
         for job_id in resend_lost(self._context, self._send, self._queue_is_empty):
             log.info("job_sent_again", job=job_id)
         if dropped := drop_abandoned(self._context):
             log.info("abandoned_dropped", count=dropped)
         drop_job_folders(self._context)
-        # Health checks look at its age: this thread runs during a long compression, too.
+        # Health checks look at the file's age; this thread runs during long compressions, too.
         show_alive(self._context.settings)

@@ -1,4 +1,4 @@
-"""The tasks by name, and what goes with a worker's life."""
+"""Celery tasks, and the hooks that run at a worker's start and shutdown."""
 
 from functools import cache
 
@@ -7,27 +7,26 @@ from celery import signals
 
 from deltadock.settings import get_settings
 from deltadock.workers.app import GPU_QUEUE, app
-from deltadock.workers.compress import Outcome, compress_job
-from deltadock.workers.context import get_context
+from deltadock.workers.compress import Outcome, compress_job, get_context
 from deltadock.workers.lease import STOPPING
 from deltadock.workers.sweeper import Sweeper, show_alive
 
 
 @app.task(name="deltadock.compress")
 def compress(job_id: str) -> None:
-    """Compress the delta of this job, unless another worker does or it is done."""
+    """Compress the delta of this job, unless another worker does or it has ended."""
     if compress_job(job_id, get_context()) is Outcome.STOPPED:
-        # For another worker, at once; otherwise the sweeper would send it, but later.
+        # Another worker can start at once, without waiting for the sweeper.
         send_compress(job_id)
 
 
 def send_compress(job_id: str) -> None:
-    """Put the task into its queue again."""
+    """Enqueue the job's task."""
     compress.apply_async((job_id,))
 
 
 def gpu_queue_is_empty() -> bool:
-    """Whether no message waits for a free worker."""
+    """Whether no message is waiting for a worker."""
     with redis.Redis.from_url(get_settings().broker_url) as connection:
         return bool(connection.llen(GPU_QUEUE) == 0)
 
@@ -43,12 +42,12 @@ def _start_sweeping(**_: object) -> None:
     context = get_context()
     context.blobs.prepare()
     _sweeper().start()
-    # Here, not in the sweeper's thread: Celery takes the first task only after this.
+    # Not in the sweeper's thread: this signal returns before Celery takes the first task.
     show_alive(context.settings)
 
 
 @signals.worker_shutting_down.connect
-def _stop_in_good_order(**_: object) -> None:
+def _request_stop(**_: object) -> None:
     STOPPING.set()
 
 

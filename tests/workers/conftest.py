@@ -21,7 +21,7 @@ from deltadock.storage.repositories import (
     JobRepository,
     UploadRepository,
 )
-from deltadock.workers.context import Context
+from deltadock.workers.compress import WorkerContext
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 THREADS = torch.get_num_threads()
@@ -87,15 +87,15 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def context(settings: Settings) -> Iterator[Context]:
-    context = Context.of(settings)
+def context(settings: Settings) -> Iterator[WorkerContext]:
+    context = WorkerContext.of(settings)
     context.blobs.prepare()
     yield context
     context.database.dispose()
 
 
 @pytest.fixture
-def submit(context: Context, pair: Pair) -> Callable[..., str]:
+def submit(context: WorkerContext, pair: Pair) -> Callable[..., str]:
     """Puts a compression's inputs and rows where the api would; returns the job's id."""
 
     def submit(
@@ -142,7 +142,7 @@ def submit(context: Context, pair: Pair) -> Callable[..., str]:
 
 
 @pytest.fixture
-def look(context: Context) -> Callable[[str], JobRow]:
+def look(context: WorkerContext) -> Callable[[str], JobRow]:
     """A job as the database has it now."""
 
     def look(job_id: str) -> JobRow:
@@ -173,7 +173,7 @@ def row_of(manifest: CheckpointManifest) -> CheckpointRow:
 
 
 @pytest.fixture
-def set_job(context: Context) -> Callable[..., None]:
+def set_job(context: WorkerContext) -> Callable[..., None]:
     """Sets columns of a job's row, as another process or the passing of time would."""
 
     def set_job(job_id: str, **values: object) -> None:

@@ -14,8 +14,7 @@ from deltadock.storage.blobs import BlobStore
 from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import CheckpointRepository, DeltaRepository
 from deltadock.workers import compress as module
-from deltadock.workers.compress import Outcome, compress_job
-from deltadock.workers.context import Context
+from deltadock.workers.compress import Outcome, WorkerContext, compress_job
 from tests.workers.conftest import Pair, row_of
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -39,7 +38,7 @@ def store(blobs: BlobStore, folder: Path) -> CheckpointManifest:
 
 @pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
 def test_a_job_imports_it(
-    context: Context,
+    context: WorkerContext,
     pair: Pair,
     submit: Callable[..., str],
     look: Callable[[str], JobRow],

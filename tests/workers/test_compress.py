@@ -21,8 +21,13 @@ from deltadock.storage.blobs import make_blob_store
 from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
 from deltadock.workers import compress as module
-from deltadock.workers.compress import MAX_ATTEMPTS, Outcome, compress_job, job_folder
-from deltadock.workers.context import Context
+from deltadock.workers.compress import (
+    MAX_ATTEMPTS,
+    Outcome,
+    WorkerContext,
+    compress_job,
+    job_folder,
+)
 from deltadock.workers.lease import STOPPING
 
 Submit = Callable[..., str]
@@ -55,12 +60,12 @@ def stopping() -> Iterator[Callable[[], None]]:
     STOPPING.clear()
 
 
-def assert_nothing_left(context: Context, job_id: str) -> None:
+def assert_nothing_left(context: WorkerContext, job_id: str) -> None:
     assert not job_folder(context.settings, job_id).exists()
     assert not (context.settings.blob_folder / "work" / job_id).exists()
 
 
-def test_a_job_becomes_a_ready_delta(context: Context, submit: Submit, look: Look) -> None:
+def test_a_job_becomes_a_ready_delta(context: WorkerContext, submit: Submit, look: Look) -> None:
     job_id = submit()
     assert compress_job(job_id, context) is Outcome.FINISHED
     job = look(job_id)
@@ -78,7 +83,7 @@ def test_a_job_becomes_a_ready_delta(context: Context, submit: Submit, look: Loo
     assert_nothing_left(context, job_id)
 
 
-def test_the_row_says_what_calibrates(context: Context, submit: Submit, look: Look) -> None:
+def test_the_row_says_what_calibrates(context: WorkerContext, submit: Submit, look: Look) -> None:
     job_id = submit("adamix", 1.0, sampled=True)
     assert compress_job(job_id, context) is Outcome.FINISHED
     job = look(job_id)
@@ -95,7 +100,7 @@ def test_the_row_says_what_calibrates(context: Context, submit: Submit, look: Lo
     [("target_bytes", 250_000.0), ("ratio", 5.5), ("max_kl", 0.25), ("min_agreement", 0.875)],
 )
 def test_the_row_says_what_is_aimed_at(
-    context: Context,
+    context: WorkerContext,
     submit: Submit,
     look: Look,
     monkeypatch: pytest.MonkeyPatch,
@@ -123,7 +128,7 @@ def test_the_row_says_what_is_aimed_at(
 
 
 def test_a_redelivered_task_exits(
-    context: Context, submit: Submit, look: Look, set_job: SetJob
+    context: WorkerContext, submit: Submit, look: Look, set_job: SetJob
 ) -> None:
     job_id = submit()
     with context.database.session_scope() as session:
@@ -140,7 +145,7 @@ def test_a_redelivered_task_exits(
 
 
 def test_cancelling_during_compression_leaves_nothing(
-    context: Context,
+    context: WorkerContext,
     submit: Submit,
     look: Look,
     during: Callable[[Callable[[], None]], None],
@@ -161,7 +166,7 @@ def test_cancelling_during_compression_leaves_nothing(
 
 
 def test_deleting_the_delta_ends_its_job(
-    context: Context, submit: Submit, look: Look, during: Callable[[Callable[[], None]], None]
+    context: WorkerContext, submit: Submit, look: Look, during: Callable[[Callable[[], None]], None]
 ) -> None:
     job_id = submit("adamix", 1.0)
 
@@ -178,7 +183,7 @@ def test_deleting_the_delta_ends_its_job(
 
 
 def test_a_worker_that_lost_its_lease_keeps_its_hands_off(
-    context: Context,
+    context: WorkerContext,
     submit: Submit,
     look: Look,
     set_job: SetJob,
@@ -196,7 +201,7 @@ def test_a_worker_that_lost_its_lease_keeps_its_hands_off(
 
 
 def test_a_stopping_worker_hands_the_job_on(
-    context: Context,
+    context: WorkerContext,
     submit: Submit,
     look: Look,
     during: Callable[[Callable[[], None]], None],
@@ -217,7 +222,7 @@ def test_a_stopping_worker_hands_the_job_on(
 
 
 def test_bad_input_fails_with_its_stable_code(
-    context: Context, submit: Submit, look: Look, pair: Any, tmp_path: Path
+    context: WorkerContext, submit: Submit, look: Look, pair: Any, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(pair.finetuned, broken)
@@ -233,7 +238,7 @@ def test_bad_input_fails_with_its_stable_code(
 
 
 def test_damaged_bytes_are_never_compressed(
-    context: Context, submit: Submit, look: Look, pair: Any
+    context: WorkerContext, submit: Submit, look: Look, pair: Any
 ) -> None:
     job_id = submit()
     manifest = scan_folder(pair.finetuned)
@@ -248,7 +253,7 @@ def test_damaged_bytes_are_never_compressed(
 
 
 def test_what_passes_is_tried_again_and_in_the_end_fails(
-    context: Context, submit: Submit, look: Look, set_job: SetJob
+    context: WorkerContext, submit: Submit, look: Look, set_job: SetJob
 ) -> None:
     job_id = submit()
     away = Settings.model_validate(
@@ -256,7 +261,7 @@ def test_what_passes_is_tried_again_and_in_the_end_fails(
         | {"blob_store": "s3", "s3_endpoint_url": f"http://127.0.0.1:{free_ports(1)[0]}"}
         | {"s3_access_key_id": "key", "s3_secret_access_key": "secret"}
     )
-    without_blobs = Context(away, context.database, make_blob_store(away))
+    without_blobs = WorkerContext(away, context.database, make_blob_store(away))
     assert compress_job(job_id, without_blobs) is Outcome.LATER
     with context.database.read_scope() as session:
         assert [job.id for job in JobRepository(session).stale()] == [job_id]
@@ -266,7 +271,7 @@ def test_what_passes_is_tried_again_and_in_the_end_fails(
 
 
 def test_a_job_that_kills_its_workers_ends(
-    context: Context, submit: Submit, look: Look, set_job: SetJob
+    context: WorkerContext, submit: Submit, look: Look, set_job: SetJob
 ) -> None:
     job_id = submit()
     set_job(job_id, attempt=MAX_ATTEMPTS)
@@ -275,7 +280,7 @@ def test_a_job_that_kills_its_workers_ends(
 
 
 def test_the_unexpected_is_logged_and_not_shown(
-    context: Context, submit: Submit, look: Look, monkeypatch: pytest.MonkeyPatch
+    context: WorkerContext, submit: Submit, look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("secret detail")

@@ -9,15 +9,14 @@ from deltadock.compression.report import Progress
 from deltadock.errors import Cancelled
 from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import JobRepository
-from deltadock.workers.compress import _reporter
-from deltadock.workers.context import Context
+from deltadock.workers.compress import WorkerContext, _reporter
 from deltadock.workers.lease import STOPPING, Lease, LeaseLostError, WorkerStoppingError
 
 SECONDS = 0.6
 
 
 @pytest.fixture
-def job_id(context: Context, submit: Callable[..., str]) -> str:
+def job_id(context: WorkerContext, submit: Callable[..., str]) -> str:
     job_id = submit()
     with context.database.session_scope() as session:
         assert JobRepository(session).acquire(job_id, "me", SECONDS)
@@ -36,7 +35,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 def test_the_heartbeat_outlives_the_lease_it_began_with(
-    context: Context, job_id: str, look: Callable[[str], JobRow]
+    context: WorkerContext, job_id: str, look: Callable[[str], JobRow]
 ) -> None:
     first = look(job_id).lease_expires_at
     assert first is not None
@@ -48,7 +47,7 @@ def test_the_heartbeat_outlives_the_lease_it_began_with(
 
 
 def test_a_lost_lease_ends_the_work(
-    context: Context, job_id: str, set_job: Callable[..., None]
+    context: WorkerContext, job_id: str, set_job: Callable[..., None]
 ) -> None:
     with Lease(context.database, job_id, "me", SECONDS) as lease:
         advance(lease)
@@ -60,7 +59,7 @@ def test_a_lost_lease_ends_the_work(
 
 
 def test_the_heartbeat_alone_notices_a_loss(
-    context: Context, job_id: str, set_job: Callable[..., None]
+    context: WorkerContext, job_id: str, set_job: Callable[..., None]
 ) -> None:
     with Lease(context.database, job_id, "me", SECONDS) as lease:
         set_job(job_id, lease_owner="another")
@@ -70,7 +69,7 @@ def test_the_heartbeat_alone_notices_a_loss(
             advance(lease)
 
 
-def test_wishes_are_heeded_at_the_next_step(context: Context, job_id: str) -> None:
+def test_wishes_are_heeded_at_the_next_step(context: WorkerContext, job_id: str) -> None:
     with Lease(context.database, job_id, "me", SECONDS) as lease:
         STOPPING.set()
         try:
@@ -85,7 +84,7 @@ def test_wishes_are_heeded_at_the_next_step(context: Context, job_id: str) -> No
 
 
 def test_what_is_too_early_to_report_still_heeds_a_cancellation(
-    context: Context, job_id: str
+    context: WorkerContext, job_id: str
 ) -> None:
     with Lease(context.database, job_id, "me", SECONDS) as lease:
         report = _reporter(lease)

@@ -5,8 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 from deltadock.storage.models import JobState, UploadKind, UploadState
 from deltadock.storage.repositories import JobRepository, UploadRepository
-from deltadock.workers.compress import job_folder
-from deltadock.workers.context import Context
+from deltadock.workers.compress import WorkerContext, job_folder
 from deltadock.workers.sweeper import ABANDONED, drop_abandoned, drop_job_folders, resend_lost
 
 Submit = Callable[..., str]
@@ -15,7 +14,7 @@ SetJob = Callable[..., None]
 LONG_AGO = datetime.now(UTC) - timedelta(days=2)
 
 
-def resend(context: Context, *, queue_is_empty: bool = True) -> list[str]:
+def resend(context: WorkerContext, *, queue_is_empty: bool = True) -> list[str]:
     sent: list[str] = []
     found = resend_lost(context, sent.append, lambda: queue_is_empty)
     assert sent == found
@@ -23,7 +22,7 @@ def resend(context: Context, *, queue_is_empty: bool = True) -> list[str]:
 
 
 def test_a_task_lost_before_any_worker_saw_it_is_sent_once(
-    context: Context, submit: Submit, set_job: SetJob
+    context: WorkerContext, submit: Submit, set_job: SetJob
 ) -> None:
     job_id = submit()
     assert resend(context) == [], "its message may still be on the way"
@@ -34,7 +33,7 @@ def test_a_task_lost_before_any_worker_saw_it_is_sent_once(
 
 
 def test_a_dead_workers_job_is_sent_and_a_live_ones_is_not(
-    context: Context, submit: Submit, set_job: SetJob
+    context: WorkerContext, submit: Submit, set_job: SetJob
 ) -> None:
     job_id = submit()
     with context.database.session_scope() as session:
@@ -45,7 +44,7 @@ def test_a_dead_workers_job_is_sent_and_a_live_ones_is_not(
     assert resend(context) == [job_id]
 
 
-def test_abandoned_uploads_are_aborted(context: Context) -> None:
+def test_abandoned_uploads_are_aborted(context: WorkerContext) -> None:
     with context.database.session_scope() as session:
         uploads = UploadRepository(session)
         old, new = (uploads.add(UploadKind.CHECKPOINT) for _ in range(2))
@@ -60,7 +59,7 @@ def test_abandoned_uploads_are_aborted(context: Context) -> None:
 
 
 def test_only_the_files_of_ended_jobs_are_dropped(
-    context: Context, submit: Submit, set_job: SetJob
+    context: WorkerContext, submit: Submit, set_job: SetJob
 ) -> None:
     job_id = submit()
     folder = job_folder(context.settings, job_id)

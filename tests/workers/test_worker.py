@@ -16,13 +16,13 @@ from deltadock.compression.options import CalibrationOptions, CompressOptions
 from deltadock.compression.pipeline import compress
 from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository
-from deltadock.workers.context import Context
+from deltadock.workers.compress import WorkerContext
 
 LEASE_SECONDS = "3"
 
 
 @pytest.fixture
-def workers(context: Context, broker_url: str, tmp_path: Path) -> Iterator[list[Child]]:
+def workers(context: WorkerContext, broker_url: str, tmp_path: Path) -> Iterator[list[Child]]:
     """Two workers that share a broker, a database and blobs."""
     settings = context.settings
     environment = os.environ | {
@@ -57,7 +57,7 @@ def workers(context: Context, broker_url: str, tmp_path: Path) -> Iterator[list[
 
 
 def test_a_killed_workers_successor_makes_the_same_bytes(
-    context: Context,
+    context: WorkerContext,
     submit: Callable[..., str],
     look: Callable[[str], JobRow],
     workers: list[Child],
