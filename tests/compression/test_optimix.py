@@ -61,7 +61,7 @@ def test_one_matrix(shape: tuple[int, int], diagonal: bool, bits: float) -> None
     assert profile.overhead == (16 * shape[0] if diagonal else 0)
     # Short vectors are padded to words, so that they need more.
     shares = allocate([profile], profile.overhead + bits * (shape[0] + 31) * (shape[1] + 31))
-    stored = optimix.Prepared.from_tensors(prepared.tensors())
+    stored = optimix.DecomposedMatrix.from_tensors(prepared.tensors())
     result = optimix.compress(delta, stored, shares.widths[0], rows, columns, "BF16")
     decoded = torch.from_numpy(decode_dense(result.encoded))
     assert torch.equal(result.approximation, decoded)
