@@ -144,7 +144,7 @@ def test_bad_requests_leave_no_delta(api: Api, broker_url: str, subtests: pytest
         ({"name": "a/b/c"}, 422, "invalid_input"),
         ({"solver": "guess"}, 422, "invalid_input"),
         ({"seed": -1}, 422, "invalid_input"),
-        ({"wish": 1}, 422, "invalid_input"),
+        ({"unknown": 1}, 422, "invalid_input"),
         ({"base": "other"}, 404, "not_found"),
         ({"checkpoint": "0" * 64}, 404, "not_found"),
         ({"checkpoint": "not hex"}, 422, "invalid_input"),

@@ -103,7 +103,7 @@ def test_malformed_requests_are_400_as_at_openai(
         ({"model": "tiny", "prompt": 1}, "prompt"),
         ({"model": "tiny", "prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"model": "tiny", "prompt": "x", "best_of": 2}, "best_of"),
-        ({"model": "tiny", "prompt": "x", "wish": 1}, "wish"),
+        ({"model": "tiny", "prompt": "x", "unknown": 1}, "unknown"),
         ([1], None),
     ):
         with subtests.test(body=body):
@@ -204,7 +204,7 @@ def test_generate_needs_an_existing_ready_model(api: Api) -> None:
         answer = api.client.post(url, json={"prompt": "x"})
         assert (answer.status_code, answer.json()["code"]) == (status, code)
     for bad in ({}, *({"prompt": "x"} | wrong for wrong in (
-        {"temperature": -1}, {"wish": 1}, {"max_tokens": 0}, {"stop": ["a"] * 17}
+        {"temperature": -1}, {"unknown": 1}, {"max_tokens": 0}, {"stop": ["a"] * 17}
     ))):  # fmt: skip
         assert api.client.post("/v1/bases/tiny/generate", json=bad).status_code == 422
 

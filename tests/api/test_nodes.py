@@ -116,7 +116,7 @@ def test_a_silent_node_is_gone(api: Api) -> None:
     "wrong",
     [
         {"url": "file:///etc/passwd"}, {"url": "10.0.0.7:8100"}, {"base": "tiny"},
-        {"capacity": 0}, {"lives_seconds": 0}, {"wish": 1},
+        {"capacity": 0}, {"lives_seconds": 0}, {"unknown": 1},
         {"deltas": [{"digest": "a", "tier": "device", "bytes": 1}]},
         {"deltas": [{"digest": ARTIFACT, "tier": "moon", "bytes": 1}]},
     ],

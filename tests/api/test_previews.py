@@ -9,7 +9,7 @@ from tests.api.support import Api, weights
 LAYER = {"model.layers.0.mlp.up_proj.weight": (64, 32)}
 
 
-def wish(api: Api, **more: Any) -> dict[str, Any]:
+def request_body(api: Api, **more: Any) -> dict[str, Any]:
     """A good request for a preview on the base `tiny`."""
     api.base(data=weights(0, rows=16, **LAYER))
     checkpoint = api.checkpoint(weights(1, rows=16, **LAYER))
@@ -17,7 +17,7 @@ def wish(api: Api, **more: Any) -> dict[str, Any]:
 
 
 def test_a_preview_tells_size_and_parts_and_keeps_nothing(api: Api) -> None:
-    body = wish(api, bits=2.0)
+    body = request_body(api, bits=2.0)
     blobs = api.blobs()
     answer = api.client.post("/v1/previews", json=body)
     assert answer.status_code == 200
@@ -36,14 +36,14 @@ def test_a_preview_tells_size_and_parts_and_keeps_nothing(api: Api) -> None:
 
 
 def test_what_did_not_change_takes_nothing(api: Api) -> None:
-    body = wish(api, bits=1.0)
+    body = request_body(api, bits=1.0)
     base = api.client.get("/v1/bases/tiny").json()["checkpoint"]["digest"]
     size = api.client.post("/v1/previews", json=body | {"checkpoint": base}).json()
     assert [part["kind"] for part in size["parts"]] == ["manifest"]
 
 
 def test_a_size_becomes_a_budget(api: Api) -> None:
-    body = wish(api)
+    body = request_body(api)
     size = api.client.post("/v1/previews", json=body | {"target_bytes": 4_500}).json()
     assert size["artifact_bytes"] <= 4_500
     assert 0 < size["bits"] <= 8
@@ -65,11 +65,11 @@ def test_a_size_becomes_a_budget(api: Api) -> None:
 def test_what_cannot_be_told_is_refused(
     api: Api, change: dict[str, Any], status: int, code: str
 ) -> None:
-    answer = api.client.post("/v1/previews", json=wish(api) | change)
+    answer = api.client.post("/v1/previews", json=request_body(api) | change)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
 
 
 def test_another_architecture_is_refused(api: Api) -> None:
-    body = wish(api) | {"checkpoint": api.checkpoint(weights(1, rows=9))}
+    body = request_body(api) | {"checkpoint": api.checkpoint(weights(1, rows=9))}
     answer = api.client.post("/v1/previews", json=body)
     assert (answer.status_code, answer.json()["code"]) == (422, "architecture_mismatch")

@@ -150,7 +150,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         {"prompt": [999]},
         {"prompt": ["a", [1]]},
         {"echo": True},
-        {"wish": 1},
+        {"unknown": 1},
         {"logit_bias": {"999": 1}},
         {"max_tokens": 10_000},
     ],

@@ -82,7 +82,7 @@ def test_a_wrong_hash(put: Callable[..., httpx.Response]) -> None:
 def test_impossible_wishes(
     stored: Stored, http: httpx.Client, change: dict[str, Any], status: int, code: str
 ) -> None:
-    wish = {
+    request_body = {
         "name": "maths/other",
         "base": "sample-base",
         "checkpoint": stored.finetuned["digest"],
@@ -90,7 +90,7 @@ def test_impossible_wishes(
         "bits": 1.0,
         "calibration": {"source": "text", "digest": stored.calibration},
     }
-    answer = http.post("/v1/deltas", json=wish | change)
+    answer = http.post("/v1/deltas", json=request_body | change)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
     names = {delta["name"] for delta in http.get("/v1/deltas").json()["data"]}
     assert "maths/other" not in names

@@ -129,10 +129,10 @@ def test_openai_clients_are_at_home(stored: Stored, url: str) -> None:
 
 
 def test_the_size_is_told_before_the_work(stored: Stored, client: Client) -> None:
-    wish = ("sample-base", stored.finetuned["digest"])
-    size = client.preview(*wish, method="adamix", bits=1.0)
+    pair = ("sample-base", stored.finetuned["digest"])
+    size = client.preview(*pair, method="adamix", bits=1.0)
     assert size["artifact_bytes"] == pytest.approx(stored.delta["artifact"]["bytes"], rel=0.03)
-    assert client.preview(*wish, method="adamix", ratio=12.0)["bits"] < 1.0
+    assert client.preview(*pair, method="adamix", ratio=12.0)["bits"] < 1.0
 
 
 def test_the_same_request_again_is_no_new_work(stored: Stored, client: Client) -> None:

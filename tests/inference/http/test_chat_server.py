@@ -187,10 +187,10 @@ def test_without_a_limit_an_answer_may_fill_the_context(
 def test_bad_requests_name_the_field_in_error(
     site: Site, node: RunningNode, chatty: str, body: dict[str, Any], param: str | None
 ) -> None:
-    wish = {"model": "m", "messages": [{"role": "user", "content": "a"}], **body}
+    request_body = {"model": "m", "messages": [{"role": "user", "content": "a"}], **body}
     response = httpx.post(
         f"{node.url}/v1/chat/completions",
-        content=json.dumps(wish).replace("\\\\", "\\"),
+        content=json.dumps(request_body).replace("\\\\", "\\"),
         headers={
             "Deltadock-Base": site.base,
             "Deltadock-Artifact": chatty,
