@@ -1,7 +1,6 @@
 """Nodes come, tell of themselves, and go; requests go where the weights are, or elsewhere."""
 
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from deltadock.errors import Unauthorized
 from deltadock.model_target import ModelTarget
 from deltadock.trust import check_trusted, credentials
 from tests.api.support import Api, StandInNode, serving
+from tests.waiting import wait_until
 
 BASE, OTHER, ARTIFACT = "b" * 64, "c" * 64, "a" * 64
 
@@ -103,10 +103,7 @@ def test_a_node_registers_tells_and_leaves(api: Api) -> None:
 def test_a_silent_node_is_gone(api: Api) -> None:
     api.register("http://10.0.0.7:8100", lives_seconds=3)
     assert len(api.client.get("/v1/nodes").json()["data"]) == 1
-    deadline = time.monotonic() + 20
-    while api.client.get("/v1/nodes").json()["data"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not api.client.get("/v1/nodes").json()["data"])
     api.client.post("/v1/bases", json={"name": "tiny", "checkpoint": api.base()})
     answer = api.client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
@@ -241,12 +238,9 @@ def test_what_was_sent_is_counted_until_the_answer_ends(
     fleet = api.resources.fleet
     api.client.post("/v1/completions", json=ASK)
     api.client.post("/v1/completions", json=ASK | {"stream": True})
-    assert not fleet._sent
+    wait_until(lambda: not fleet._sent)
     node.gate = threading.Event()
     with pytest.raises(httpx.ReadTimeout):
         api.client.post("/v1/completions", json=ASK, timeout=httpx.Timeout(10, read=0.5))
     assert node.gone.wait(10)
-    deadline = time.monotonic() + 10
-    while fleet._sent:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not fleet._sent)

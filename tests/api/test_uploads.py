@@ -5,7 +5,6 @@ import http.client
 import json
 import pickle
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import pytest
 from deltadock.api.uploads.receive import BATCH_BYTES
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights
+from tests.waiting import wait_until
 
 LIMIT = 4_000_000
 
@@ -173,14 +173,6 @@ def test_a_client_that_goes_away_leaves_nothing(api: Api) -> None:
         wait_until(lambda: api.staged() != [])
     wait_until(lambda: api.staged() == [])
     assert_nothing_stayed(api, upload)
-
-
-def wait_until(condition: Any) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        time.sleep(0.02)
-    pytest.fail("it did not come to that")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from deltadock.storage.models import CheckpointRow, JobState
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, JobRepository
 from tests.api.support import serving
 from tests.inference.support import PROMPT, Site, expected_text, write_delta
+from tests.waiting import wait_until
 
 TALK: Any = [{"role": "user", "content": [{"type": "text", "text": "17 + 25 ="}]}]
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[assistant]"
@@ -83,13 +83,6 @@ class Fleet:
     def sent(self) -> int:
         """Requests that the api has sent to nodes and that have not ended."""
         return self.resources.fleet._sent.total()
-
-
-def until(true: Callable[[], Any], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +189,7 @@ def test_no_request_is_lost_while_nodes_are_killed_one_by_one(
     fleet.publish("maths/skills", first)
     for _ in range(4):
         assert fleet.ask("maths/skills") == texts[first]
-    until(lambda: fleet.holding(first))
+    wait_until(lambda: fleet.holding(first))
     assert len(fleet.holding(first)) == 1
     assert fleet.ask("tiny") == expected_text(site, None, generate, 16)
 
@@ -225,7 +218,7 @@ def test_no_request_is_lost_while_nodes_are_killed_one_by_one(
     [home] = fleet.holding(first)
     os.kill(fleet.nodes[home].pid, signal.SIGSTOP)
     asked = threads.submit(fleet.ask, "maths/skills")
-    until(lambda: fleet.sent() == 1)
+    wait_until(lambda: fleet.sent() == 1)
     fleet.publish("maths/skills", second)
     os.kill(fleet.nodes[home].pid, signal.SIGCONT)
     assert asked.result(60) == texts[first]
@@ -233,20 +226,20 @@ def test_no_request_is_lost_while_nodes_are_killed_one_by_one(
     assert fleet.ask("maths/skills:1") == texts[first]
 
     # A node that is killed while a request waits for its first byte: another answers.
-    until(lambda: fleet.holding(first))
+    wait_until(lambda: fleet.holding(first))
     [home] = fleet.holding(first)
     os.kill(fleet.nodes[home].pid, signal.SIGSTOP)
     asked = threads.submit(fleet.ask, "maths/skills:1")
-    until(lambda: fleet.sent() == 1)
+    wait_until(lambda: fleet.sent() == 1)
     os.kill(fleet.nodes[home].pid, signal.SIGKILL)
     assert asked.result(60) == texts[first]
     assert home not in fleet.known()
 
     # One that is killed while it is idle.
-    until(lambda: fleet.holding(first))
+    wait_until(lambda: fleet.holding(first))
     [home] = fleet.holding(first)
     os.kill(fleet.nodes[home].pid, signal.SIGKILL)
-    until(lambda: fleet.nodes[home].poll() is not None)
+    wait_until(lambda: fleet.nodes[home].poll() is not None)
     assert fleet.ask("maths/skills:1") == texts[first]
     [last] = fleet.known()
 

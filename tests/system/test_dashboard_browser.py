@@ -297,7 +297,10 @@ def test_hostile_text_stays_text(site: Site, page: Page) -> None:
     delta = site.new_delta(name)
     site.node.answer = JSONResponse(
         {
-            "choices": [{"text": "<img src=x onerror=window.hurt=1>", "finish_reason": "stop"}],
+            **{"id": "cmpl-1", "created": 0, "model": "m"},
+            "choices": [
+                {"index": 0, "text": "<img src=x onerror=window.hurt=1>", "finish_reason": "stop"}
+            ],
             "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
         }
     )

@@ -11,6 +11,7 @@ from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import JobRepository
 from deltadock.workers.compress import WorkerContext, _reporter
 from deltadock.workers.lease import STOPPING, Lease, LeaseLostError, WorkerStoppingError
+from tests.waiting import wait_until
 
 SECONDS = 0.6
 
@@ -27,20 +28,13 @@ def advance(lease: Lease, percent: float = 10.0) -> None:
     lease.advance(JobState.COMPRESSING, block=1, blocks=4, percent=percent, message="block 1")
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_the_heartbeat_outlives_the_lease_it_began_with(
     context: WorkerContext, job_id: str, look: Callable[[str], JobRow]
 ) -> None:
     first = look(job_id).lease_expires_at
     assert first is not None
     with Lease(context.database, job_id, "me", SECONDS):
-        eventually(lambda: (look(job_id).lease_expires_at or first) > first)
+        wait_until(lambda: (look(job_id).lease_expires_at or first) > first)
     last = look(job_id).lease_expires_at
     time.sleep(SECONDS / 2)  # longer than a beat: nothing beats any more
     assert look(job_id).lease_expires_at == last
@@ -63,7 +57,7 @@ def test_the_heartbeat_alone_notices_a_loss(
 ) -> None:
     with Lease(context.database, job_id, "me", SECONDS) as lease:
         set_job(job_id, lease_owner="another")
-        eventually(lambda: not lease.held)
+        wait_until(lambda: not lease.held)
         set_job(job_id, lease_owner="me")  # too late: somebody else has worked meanwhile
         with pytest.raises(LeaseLostError):
             advance(lease)

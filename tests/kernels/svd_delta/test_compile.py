@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TYPES = {"addresses_ptr": "*i64", "projected_ptr": "*fp32", "sums_ptr": "*fp32"}
-NUMBERS = ("x_stride", "y_stride", "xs_stride", "sums_stride", "h_in", "padded", "max_rank")
+NUMBERS = ("x_stride", "y_stride", "xs_stride", "sums_stride", "h_in", "padded_h_in", "max_rank")
 CONSTANTS = {
     "LINEARS": 3,
     "BLOCK_M": CHUNK_ROWS,
