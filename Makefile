@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up topology test check format browser clean
+.PHONY: help install demo up topology unit test check format browser clean
 
 help:  ## List the habits
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -27,8 +27,11 @@ up: install  ## Run everything on this machine; Ctrl-C stops it
 topology: install  ## The same on a real Postgres, Redis and S3 server
 	$(BIN)/deltadock topology
 
+unit: install check  ## Run the checks and the quick tests, in under three minutes
+	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadgroup -m 'not slow'
+
 test: install browser check  ## Run the checks and the whole suite on real servers
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 check: install  ## Format, lint, types, import directions
 	$(BIN)/ruff format --check .

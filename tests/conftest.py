@@ -22,6 +22,68 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("here", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
+SLOW = (
+    "test_wheel.py",
+    "system",
+    "workers",
+    "compression/test_optimix.py",
+    "kernels/test_interpreter.py",
+    "kernels/svd_delta/test_compile.py",
+    "compression/test_preview.py",
+    "cli/test_up.py",
+    "inference/test_fleet.py",
+    "benchmarks",
+    "compression/test_review.py",
+    "compression/test_pipeline.py",
+    "compression/test_distillation.py",
+    "compression/model/test_families.py",
+    "inference/test_isolation.py",
+    "inference/test_imports.py",
+    "inference/model/test_equivalence.py",
+    "inference/model/test_added_tokens.py",
+    "api/test_openapi.py",
+    "api/test_production.py",
+    "cli/test_system.py",
+    "cli/test_services.py",
+    "migrations",
+    "storage/test_jobs.py",
+    "artifacts/test_attacks.py",
+    "artifacts/test_reader.py",
+    "api/test_generation.py",
+    "api/test_nodes.py",
+    "api/test_deltas.py",
+    "storage/test_blobs.py",
+    "api/test_process.py",
+    "inference/model/test_weight_deltas.py",
+    "inference/engine/test_model_runner.py",
+    "inference/http/test_hot_adapter.py",
+)
+"""Files and folders that take long, the longest first; `make unit` leaves them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark slow tests and run them first, so that no process ends on a long one.
+
+    A process gets whole files, since fixtures are made once per file; the files that drive a
+    running system share it.
+    """
+
+    def rank(item: pytest.Item) -> int:
+        path = item.path.relative_to(Path(__file__).parent)
+        names = [path.as_posix(), *(parent.as_posix() for parent in path.parents)]
+        return next((number for number, name in enumerate(SLOW) if name in names), len(SLOW))
+
+    items.sort(key=rank)
+    for item in items:
+        if rank(item) < len(SLOW):
+            item.add_marker(pytest.mark.slow)
+        whole = item.path if item.path.name not in SYSTEM else item.path.parent
+        item.add_marker(pytest.mark.xdist_group(str(whole)))
+
+
+SYSTEM = ("test_flow.py", "test_bad_input.py")
+"""Tests of `deltadock up` and `topology` as they run."""
+
 
 @pytest.fixture(scope="session")
 def services_folder() -> Iterator[Path]:
