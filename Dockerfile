@@ -5,7 +5,7 @@ FROM python:3.11-slim AS dependencies
 RUN python -m venv /opt/deltadock
 ENV PATH=/opt/deltadock/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY deltadock/version.py deltadock/version.py
 RUN pip install -c constraints.txt .
 
@@ -13,7 +13,7 @@ FROM dependencies AS dependencies-torch
 RUN pip install -c constraints.txt ".[torch]"
 
 FROM scratch AS sources
-COPY pyproject.toml constraints.txt README.md ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 # It holds links to the folders beside it.
 COPY deltadock deltadock
 COPY api api
