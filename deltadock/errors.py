@@ -26,6 +26,7 @@
     ├── RangeNotSatisfiable             416 range_not_satisfiable
     ├── Cancelled                       409 cancelled
     ├── WorkerLost                      500 worker_lost
+    ├── DamagedBlob                     502 damaged_blob
     ├── InferenceFailed                 500 inference_failed
     └── Unavailable                     503 unavailable
         └── Overloaded                  429 overloaded
@@ -205,6 +206,13 @@ class InferenceFailed(DeltadockError):
     """One request failed on the node; others are unaffected."""
 
     code = "inference_failed"
+
+
+class DamagedBlob(DeltadockError):
+    """The store's bytes of a blob do not match its digest; restore it or upload it again."""
+
+    status = 502
+    code = "damaged_blob"
 
 
 class WorkerLost(DeltadockError):

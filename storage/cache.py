@@ -1,11 +1,10 @@
 """On-disk cache of blobs; every file is verified against its digest before use."""
 
-import hashlib
 from pathlib import Path
 from typing import Final
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, check_path
-from deltadock.errors import HashMismatch, InvalidCheckpoint
+from deltadock.errors import InvalidCheckpoint
 from deltadock.storage.blobs.port import BlobStore, sha256_of
 
 MANIFEST_BYTES: Final = 64 * 2**20
@@ -24,7 +23,7 @@ class FileCache:
 
         Raises:
             NotFound: the artifact is not in the store.
-            HashMismatch: the stored bytes are damaged.
+            DamagedBlob: the stored bytes are damaged.
         """
         return self._file(digest, self._artifact(digest))
 
@@ -54,12 +53,10 @@ class FileCache:
 
         Raises:
             NotFound: the manifest or one of its files is not in the store.
-            HashMismatch: the stored bytes are damaged.
+            DamagedBlob: the stored bytes are damaged.
             InvalidCheckpoint: the blob is not a checkpoint manifest.
         """
         manifest_json = self._blobs.read(digest, MANIFEST_BYTES)
-        if hashlib.sha256(manifest_json).hexdigest() != digest:
-            raise HashMismatch(f"The checkpoint manifest {digest} is damaged in the store.")
         try:
             manifest = CheckpointManifest.from_json(manifest_json)
         except (ValueError, KeyError, TypeError) as error:

@@ -23,7 +23,7 @@ import structlog
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
 from deltadock.compression.report import Progress
-from deltadock.errors import Cancelled, DeltadockError, HashMismatch, WorkerLost
+from deltadock.errors import Cancelled, DamagedBlob, DeltadockError, WorkerLost
 from deltadock.kernels import choose_device
 from deltadock.settings import Settings, get_settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
@@ -175,7 +175,7 @@ def _run(job: JobRow, lease: Lease, context: WorkerContext) -> None:
         device=str(choose_device(settings.device)),
     ).to_dict()
     if report["base_digest"] != base_manifest.weights_digest:
-        raise HashMismatch("The base's files on this worker differ from the uploaded ones.")
+        raise DamagedBlob("The base's files on this worker differ from the uploaded ones.")
     lease.complete(blobs.put_file(artifact), artifact.stat().st_size, report)
 
 

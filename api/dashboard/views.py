@@ -37,7 +37,7 @@ _ADVICE: Final[Mapping[str, str]] = MappingProxyType(
         errors.UnsupportedModel.code: (
             "This model family cannot be run for calibration. The method “exact” needs none."
         ),
-        errors.HashMismatch.code: "Stored bytes are damaged. Upload the checkpoint again.",
+        errors.DamagedBlob.code: "Stored bytes are damaged. Upload the checkpoint again.",
         errors.WorkerLost.code: (f"Give the worker more memory, or see its log. {_SEND_AGAIN}"),
         errors.Unavailable.code: f"A service did not answer; GET /readyz says which. {_SEND_AGAIN}",
         errors.Cancelled.code: _SEND_AGAIN,

@@ -283,3 +283,6 @@ class ReportOut(BaseModel):
     agreement: float | None = None
     matrices: list[dict[str, Any]] = Field(default_factory=list)
     other_tensors: list[dict[str, Any]] = Field(default_factory=list)
+    notes: list[str] = Field(
+        default_factory=list, description="What was not taken from the fine-tune's folder."
+    )

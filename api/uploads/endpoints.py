@@ -19,6 +19,7 @@ from deltadock.api.uploads.receive import (
 )
 from deltadock.errors import (
     Conflict,
+    DamagedBlob,
     HashMismatch,
     InvalidCalibration,
     InvalidCheckpoint,
@@ -82,6 +83,12 @@ class UploadOut(BaseModel):
     files: list[FileOut]
     checkpoint: CheckpointOut | None = None
     calibration: CalibrationTextOut | None = None
+    ignored: list[str] = Field(
+        default_factory=list,
+        description="Files that are not the model's, and so not part of the checkpoint; named "
+        "when the upload is completed.",
+        examples=[["trainer_state.json"]],
+    )
     created_at: datetime = Field(examples=[EXAMPLE_TIME])
 
     @classmethod
@@ -185,8 +192,9 @@ async def put_file(
 
 @router.post(
     "/{upload_id}/complete",
-    responses=problems(NotFound, Conflict, InvalidCheckpoint, InvalidCalibration),
+    responses=problems(NotFound, Conflict, InvalidCheckpoint, InvalidCalibration, DamagedBlob),
 )
 def complete_upload(upload_id: UploadId, unit: WriteUnit, resources: ResourcesDep) -> UploadOut:
     """Complete the upload: its files become a checkpoint or a calibration text."""
-    return UploadOut.of(service.complete_upload(unit.session, resources.blobs, upload_id))
+    upload, ignored = service.complete_upload(unit.session, resources.blobs, upload_id)
+    return UploadOut.of(upload).model_copy(update={"ignored": ignored})

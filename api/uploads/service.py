@@ -1,7 +1,5 @@
 """The life of an upload: adding files, completing it, aborting it."""
 
-import json
-from collections.abc import Collection
 from typing import Final
 
 from sqlalchemy.orm import Session
@@ -9,12 +7,13 @@ from sqlalchemy.orm import Session
 from deltadock.artifacts.checkpoint import (
     ADAPTER_CONFIG,
     CONFIG,
+    SHARD_INDEX,
     CheckpointManifest,
     FileEntry,
     TensorEntry,
     assemble,
 )
-from deltadock.errors import Conflict, InvalidCalibration, InvalidCheckpoint, NotFound
+from deltadock.errors import Conflict, InvalidCalibration, NotFound
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.models import (
     CheckpointRow,
@@ -25,7 +24,6 @@ from deltadock.storage.models import (
 )
 from deltadock.storage.repositories import CheckpointRepository, UploadRepository
 
-SHARD_INDEX: Final = "model.safetensors.index.json"
 MAX_JSON_BYTES: Final = 32 << 20
 """Of config and shard index, which are read into memory (a 1T-parameter model: a tenth of it)."""
 
@@ -99,10 +97,13 @@ def abort_upload(session: Session, upload_id: str) -> None:
     UploadRepository(session).abort(upload)
 
 
-def complete_upload(session: Session, blobs: BlobStore, upload_id: str) -> UploadRow:
+def complete_upload(
+    session: Session, blobs: BlobStore, upload_id: str
+) -> tuple[UploadRow, list[str]]:
     """Turn an upload's files into a checkpoint or a calibration text; idempotent.
 
-    A PEFT adapter becomes a checkpoint with a model type of its own.
+    A PEFT adapter becomes a checkpoint with a model type of its own. Files that are not the
+    model's are not part of the checkpoint; their paths are returned.
 
     Raises:
         Conflict: the upload was aborted.
@@ -111,15 +112,18 @@ def complete_upload(session: Session, blobs: BlobStore, upload_id: str) -> Uploa
     """
     upload = require_upload(session, upload_id, lock=True)
     if upload.state is UploadState.COMPLETE:
-        return upload
+        return upload, []
     if upload.state is UploadState.ABORTED:
         raise Conflict(f"Upload {upload_id} was aborted; start a new one.")
+    ignored: list[str] = []
     if upload.kind is UploadKind.CALIBRATION:
         if not upload.files:
             raise InvalidCalibration("The upload has no file yet; put one .txt or .jsonl file.")
         upload.calibration_digest = upload.files[0].sha256
     else:
         manifest = _manifest(upload, blobs)
+        kept = {file.path for file in manifest.files}
+        ignored = sorted(file.path for file in upload.files if file.path not in kept)
         upload.checkpoint = CheckpointRepository(session).add(
             CheckpointRow(
                 digest=blobs.put_bytes(manifest.to_json()),
@@ -129,13 +133,11 @@ def complete_upload(session: Session, blobs: BlobStore, upload_id: str) -> Uploa
             )
         )
     UploadRepository(session).complete(upload)
-    return upload
+    return upload, ignored
 
 
 def _manifest(upload: UploadRow, blobs: BlobStore) -> CheckpointManifest:
     digests = {file.path: file.sha256 for file in upload.files}
-    if index := digests.get(SHARD_INDEX):
-        _check_shards(blobs.read(index, MAX_JSON_BYTES), digests.keys())
     return assemble(
         [FileEntry(file.path, file.size, file.sha256) for file in upload.files],
         [
@@ -151,19 +153,6 @@ def _manifest(upload: UploadRow, blobs: BlobStore) -> CheckpointManifest:
         ],
         *(
             blobs.read(digests[name], MAX_JSON_BYTES) if name in digests else None
-            for name in (CONFIG, ADAPTER_CONFIG)
+            for name in (CONFIG, ADAPTER_CONFIG, SHARD_INDEX)
         ),
     )
-
-
-def _check_shards(index_json: bytes, present: Collection[str]) -> None:
-    """Raise InvalidCheckpoint if a shard listed in the index was not uploaded."""
-    try:
-        shards = set(json.loads(index_json)["weight_map"].values())
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise InvalidCheckpoint(f"{SHARD_INDEX} is not a shard index.") from error
-    if missing := sorted(str(shard) for shard in shards if shard not in present):
-        raise InvalidCheckpoint(
-            f"{SHARD_INDEX} names {missing[0]!r}, which was not uploaded "
-            f"({len(missing)} of {len(shards)} shards are missing)."
-        )

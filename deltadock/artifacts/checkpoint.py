@@ -9,7 +9,7 @@ There are two digests:
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self
@@ -28,10 +28,28 @@ RUNNABLE_SUFFIXES: Final = PICKLE_SUFFIXES | {".py", ".joblib", ".npy", ".npz", 
 KNOWN_SUFFIXES: Final = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
 
 CONFIG: Final = "config.json"
+WEIGHTS: Final = "model.safetensors"
+SHARD_INDEX: Final = "model.safetensors.index.json"
 ADAPTER_CONFIG: Final = "adapter_config.json"
-"""A PEFT adapter's configuration, in place of `config.json`."""
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 ADAPTER_TYPE: Final = "peft-adapter"
 """The `model_type` of an adapter's manifest."""
+
+MODEL_FILES: Final = frozenset(
+    {
+        CONFIG, "generation_config.json",
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+        "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
+        "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    }
+)  # fmt: skip
+"""The files besides weights that a model needs to answer; trainers leave many others."""
+
+_INNER_CHECKPOINT: Final = re.compile(
+    rf"(.+)/(?:{re.escape(ADAPTER_WEIGHTS)}|{re.escape(WEIGHTS)}|{re.escape(SHARD_INDEX)})"
+)
+_OTHER_WEIGHTS: Final = re.compile(r"(adapter|consolidated|optimizer|ema)[._-].*|adapter_model.*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,28 +156,112 @@ class CheckpointManifest:
         )
 
 
+def weight_files(paths: Collection[str], index_json: bytes | None) -> frozenset[str]:
+    """The files that `from_pretrained` reads a model's weights from; empty: there are none.
+
+    As in `transformers`, `model.safetensors` comes first, then the shards that the index names.
+    Without either, it is every file that is not known for something else.
+
+    Args:
+        paths: all files of the folder.
+        index_json: the bytes of `SHARD_INDEX`, if present.
+
+    Raises:
+        InvalidCheckpoint: the index is damaged, or names a shard that is not there.
+    """
+    if WEIGHTS in paths:
+        return frozenset({WEIGHTS})
+    if index_json is None:
+        return frozenset(
+            path
+            for path in paths
+            if path.endswith(".safetensors") and "/" not in path and not _OTHER_WEIGHTS.match(path)
+        )
+    try:
+        shards = frozenset(json.loads(index_json)["weight_map"].values())
+        missing = sorted(str(shard) for shard in shards if shard not in paths)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise InvalidCheckpoint(f"{SHARD_INDEX} is not a shard index.") from error
+    if missing:
+        raise InvalidCheckpoint(
+            f"{SHARD_INDEX} names {missing[0]!r}, which is not there ({len(missing)} of "
+            f"{len(shards)} shards are missing). Copy or upload the missing files."
+        )
+    if foreign := [shard for shard in shards if not shard.endswith(".safetensors")]:
+        raise InvalidCheckpoint(f"{SHARD_INDEX} names {min(foreign)!r}, no .safetensors file.")
+    return shards
+
+
+def model_files(
+    paths: Collection[str], index_json: bytes | None, *, adapter: bool = False
+) -> frozenset[str]:
+    """The files of a folder that belong to the model or adapter in it; all others are ignored.
+
+    Args:
+        paths: all files of the folder, relative to it.
+        index_json: the bytes of `SHARD_INDEX`, if present.
+        adapter: take a folder that holds both for an adapter, not for a model.
+
+    Raises:
+        InvalidCheckpoint: there are no weights, or a model and an adapter; the message says what
+            to do.
+    """
+    is_adapter = {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(paths)
+    weights = frozenset[str]() if adapter else weight_files(paths, index_json)
+    if is_adapter and weights:
+        raise InvalidCheckpoint(
+            f"The folder holds a whole model ({min(weights)}) and a PEFT adapter: transformers "
+            f"would load the base that {ADAPTER_CONFIG} names. Keep only the files of one of them."
+        )
+    others = MODEL_FILES & set(paths)
+    if weights:
+        index = {SHARD_INDEX} if WEIGHTS not in weights and index_json is not None else set()
+        return weights | others | index
+    if is_adapter:
+        return (others - {CONFIG}) | {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    inner = {found[1] for path in paths if (found := _INNER_CHECKPOINT.fullmatch(path))}
+    if inner:
+        last = max(inner, key=lambda name: (int((re.findall(r"\d+", name) or ["0"])[-1]), name))
+        raise InvalidCheckpoint(
+            f"The weights are in inner folders ({', '.join(sorted(inner)[:4])}). Take the one to "
+            f"use, such as {last!r}, as the checkpoint's folder."
+        )
+    raise InvalidCheckpoint("There is no .safetensors file with weights.")
+
+
 def assemble(
     files: list[FileEntry],
     tensors: list[TensorEntry],
     config_json: bytes | None,
     adapter_json: bytes | None = None,
+    index_json: bytes | None = None,
 ) -> CheckpointManifest:
     """Build the manifest of a checkpoint or a PEFT adapter from its inspected files.
+
+    Files that are not the model's (`model_files`) are left out.
 
     Args:
         files: all files.
         tensors: the tensors of all safetensors files.
         config_json: the bytes of `config.json`, if present.
-        adapter_json: the bytes of `adapter_config.json`; without `config.json` it is an adapter.
+        adapter_json: the bytes of `adapter_config.json`, if present.
+        index_json: the bytes of `SHARD_INDEX`, if present.
 
     Raises:
         InvalidCheckpoint: there are no weights or no configuration, or a tensor is in two files.
     """
     if config_json is None and adapter_json is None:
         raise InvalidCheckpoint("config.json is missing; a checkpoint folder always has one.")
-    if config_json is None:
+    paths = {file.path for file in files}
+    if clash := paths & {str(parent) for path in paths for parent in PurePosixPath(path).parents}:
+        raise InvalidCheckpoint(f"{min(clash)!r} is a file and a folder at once.")
+    kept = model_files(paths, index_json)
+    tensors = [tensor for tensor in tensors if tensor.file in kept]
+    if ADAPTER_CONFIG in kept:
         config = _parsed(ADAPTER_CONFIG, adapter_json)
         config["model_type"] = ADAPTER_TYPE
+    elif config_json is None:
+        raise InvalidCheckpoint("config.json is missing; a checkpoint folder always has one.")
     else:
         config = _parsed(CONFIG, config_json)
         if config.get("model_type") == ADAPTER_TYPE:
@@ -170,9 +272,6 @@ def assemble(
         raise InvalidCheckpoint("config.json's model_type is not a plain name.")
     if not tensors:
         raise InvalidCheckpoint("There is no .safetensors file with weights.")
-    paths = {file.path for file in files}
-    if clash := paths & {str(parent) for path in paths for parent in PurePosixPath(path).parents}:
-        raise InvalidCheckpoint(f"{min(clash)!r} is a file and a folder at once.")
     if len(tensors) > MAX_TENSORS:
         raise InvalidCheckpoint(f"The checkpoint has more than {MAX_TENSORS} tensors.")
     names: set[str] = set()
@@ -181,7 +280,7 @@ def assemble(
             raise InvalidCheckpoint(f"Tensor {tensor.name!r} is in two files.")
         names.add(tensor.name)
     return CheckpointManifest(
-        files=tuple(sorted(files, key=lambda entry: entry.path)),
+        files=tuple(sorted((f for f in files if f.path in kept), key=lambda entry: entry.path)),
         tensors=tuple(sorted(tensors, key=lambda entry: entry.name)),
         config=config,
     )
@@ -227,10 +326,20 @@ class FileInspector:
         ]
 
 
+def list_folder(folder: Path) -> frozenset[str]:
+    """The folder's files as relative paths, in inner folders too; hidden ones are left out."""
+    return frozenset(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
 def scan_folder(folder: Path, non_finite: set[str] | None = None) -> CheckpointManifest:
     """The manifest of a checkpoint folder on disk; every byte is read once.
 
-    Files that are not part of a checkpoint (hidden files, READMEs, other formats) are skipped.
+    Files that are not the model's (`model_files`) are skipped.
 
     Args:
         folder: contains config.json and safetensors files.
@@ -240,30 +349,45 @@ def scan_folder(folder: Path, non_finite: set[str] | None = None) -> CheckpointM
         InvalidCheckpoint: the folder is not a complete safetensors checkpoint.
         UnsafeFile: its only weights are PyTorch pickles.
     """
-    if not folder.is_dir():
-        raise InvalidCheckpoint(f"{folder} is not a folder with a Hugging Face checkpoint.")
     files: list[FileEntry] = []
     tensors: list[TensorEntry] = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.suffix not in KNOWN_SUFFIXES - {".md"}:
-            continue
-        if not path.is_file():
-            continue
-        inspector = FileInspector(path.name, non_finite)
-        with path.open("rb") as stream:
+    for name in sorted(folder_files(folder)):
+        inspector = FileInspector(name, non_finite)
+        with (folder / name).open("rb") as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 inspector.update(chunk)
         file, file_tensors = inspector.finish()
         files.append(file)
         tensors.extend(file_tensors)
-    if not tensors and any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
-        raise UnsafeFile(
-            f"{folder} holds its weights only as PyTorch pickles, which can run code when opened. "
-            "Save the model again with safe_serialization=True."
-        )
-    config = folder / CONFIG
-    if not config.is_file() and (folder / ADAPTER_CONFIG).is_file():
+    kept = {file.path for file in files}
+    if ADAPTER_CONFIG in kept:
         raise InvalidCheckpoint(
             f"{folder} is a PEFT adapter and no whole model; the method 'lora' imports it."
         )
-    return assemble(files, tensors, config.read_bytes() if config.is_file() else None)
+    config, index = (
+        (folder / name).read_bytes() if name in kept else None for name in (CONFIG, SHARD_INDEX)
+    )
+    return assemble(files, tensors, config, index_json=index)
+
+
+def folder_files(folder: Path, *, adapter: bool = False) -> frozenset[str]:
+    """The files of a folder on disk that belong to the model or adapter in it (`model_files`).
+
+    Raises:
+        InvalidCheckpoint: as `model_files`.
+        UnsafeFile: its only weights are PyTorch pickles.
+    """
+    if not folder.is_dir():
+        raise InvalidCheckpoint(f"{folder} is not a folder with a Hugging Face checkpoint.")
+    paths = list_folder(folder)
+    index = (folder / SHARD_INDEX).read_bytes() if SHARD_INDEX in paths else None
+    try:
+        return model_files(paths, index, adapter=adapter)
+    except InvalidCheckpoint as error:
+        weights = any(path.endswith(".safetensors") for path in paths)
+        if not weights and any(PurePosixPath(path).suffix in PICKLE_SUFFIXES for path in paths):
+            raise UnsafeFile(
+                f"{folder} holds its weights only as PyTorch pickles, which can run code when "
+                "opened. Save the model again with safe_serialization=True."
+            ) from error
+        raise InvalidCheckpoint(f"{folder}: {error.message}") from error

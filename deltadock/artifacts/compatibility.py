@@ -1,10 +1,13 @@
 """Check from the manifests alone that a fine-tune has its base's architecture."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
-from deltadock.artifacts.checkpoint import CheckpointManifest
-from deltadock.errors import ArchitectureMismatch
+from deltadock.artifacts.checkpoint import CheckpointManifest, TensorEntry
+from deltadock.artifacts.names import find_name, is_buffer, is_embedding, is_head
+from deltadock.errors import ArchitectureMismatch, InvalidCheckpoint, UnsupportedModel
 
 FREE_KEYS: Final = frozenset(
     {
@@ -79,34 +82,186 @@ def _vocabulary_extended(
 
 
 def check_same_architecture(base: CheckpointManifest, finetuned: CheckpointManifest) -> None:
-    """Reject a fine-tune whose tensor names, shapes or configuration differ from its base's.
+    """Reject a fine-tune whose tensors, shapes or configuration differ from its base's.
 
     The vocabulary may be larger than the base's; tensors with one row per token then have more
     rows.
 
     Raises:
         ArchitectureMismatch: tensors or keys differ; the message names the first.
+        InvalidCheckpoint: a tensor is an empty placeholder.
+        UnsupportedModel: only one of the two is quantized.
     """
-    expected, found = base.config["model_type"], finetuned.config["model_type"]
-    if expected != found:
-        raise ArchitectureMismatch(f"The base is a {expected!r} model, the fine-tune a {found!r}.")
+    match_tensors(base, finetuned)
+    check_same_config(base.config, finetuned.config, any_vocabulary=True)
+
+
+def match_tensors(
+    base: CheckpointManifest, finetuned: CheckpointManifest
+) -> dict[str, TensorEntry]:
+    """The fine-tune's tensors by the base's names, as `from_pretrained` would load them.
+
+    Spellings may differ (`find_name`), and a head tied to the embedding may be stored in only one
+    of the two. Buffers that `transformers` computes itself are left out.
+
+    Raises:
+        ArchitectureMismatch, InvalidCheckpoint, UnsupportedModel: as `check_same_architecture`.
+    """
+    kind, found = base.config["model_type"], finetuned.config["model_type"]
+    if kind != found:
+        raise ArchitectureMismatch(f"The base is a {kind!r} model, the fine-tune a {found!r}.")
+    ours, theirs = quantization(finetuned), quantization(base)
+    if ours != theirs:
+        owner, method = ("fine-tune", ours) if ours else ("base", theirs)
+        raise _quantized(f"The {owner}'s weights are", method or "")
     tokens = (vocabulary(base.config), vocabulary(finetuned.config))
     if tokens[0] is not None and tokens[1] is not None and tokens[1] < tokens[0]:
         raise ArchitectureMismatch(
             f"The fine-tune's vocabulary has {tokens[1]} tokens, fewer than the base's "
             f"{tokens[0]}. Call resize_token_embeddings({tokens[0]}) on it and save it again."
         )
-    shapes = {tensor.name: tensor.shape for tensor in base.tensors}
-    tuned_shapes = {tensor.name: tensor.shape for tensor in finetuned.tensors}
-    for name in sorted(shapes.keys() | tuned_shapes.keys()):
-        if name not in tuned_shapes:
+    before = {t.name: t for t in base.tensors if not is_buffer(t.name, t.shape)}
+    matched = _by_base_names(before, finetuned, kind)
+    for name, entry in sorted(before.items()):
+        if name not in matched:
             raise ArchitectureMismatch(f"The fine-tune lacks the base's tensor {name!r}.")
-        if name not in shapes:
-            raise ArchitectureMismatch(f"The fine-tune's tensor {name!r} is not in the base.")
-        before, after = shapes[name], tuned_shapes[name]
-        if before != after and not _vocabulary_extended(before, after, tokens):
+        shape = matched[name].shape
+        if 0 in shape and 0 not in entry.shape:
+            raise InvalidCheckpoint(f"Tensor {name!r} of the fine-tune is empty: {EMPTY_TENSOR}")
+        if shape != entry.shape and not _vocabulary_extended(entry.shape, shape, tokens):
             raise ArchitectureMismatch(
-                f"Tensor {name!r} has shape {list(after)} in the fine-tune, but {list(before)} in "
-                "the base. Only a vocabulary that config.json says has grown may add rows."
+                f"Tensor {name!r} has shape {list(shape)} in the fine-tune, but "
+                f"{list(entry.shape)} in the base. Only a vocabulary that config.json says has "
+                "grown may add rows."
             )
-    check_same_config(base.config, finetuned.config, any_vocabulary=True)
+    return matched
+
+
+def _by_base_names(
+    before: Mapping[str, TensorEntry], finetuned: CheckpointManifest, model_type: str
+) -> dict[str, TensorEntry]:
+    """The fine-tune's tensors by the names of `before`, the base's tensors."""
+    matched: dict[str, TensorEntry] = {}
+    for entry in finetuned.tensors:
+        if is_buffer(entry.name, entry.shape):
+            continue
+        name = find_name(entry.name, before, model_type)
+        if name is None and is_head(entry.name) and _is_copy(entry, finetuned):
+            continue
+        if name is None:
+            raise ArchitectureMismatch(
+                f"The fine-tune's tensor {entry.name!r} is not in the base."
+                + (" The base's head is tied to its embedding." if is_head(entry.name) else "")
+            )
+        if name in matched:
+            raise ArchitectureMismatch(
+                f"The fine-tune's tensors {matched[name].name!r} and {entry.name!r} are both the "
+                f"base's {name!r}. Leave one out."
+            )
+        matched[name] = entry
+    for name in before:
+        if name not in matched and is_head(name) and ties_head(finetuned.config):
+            table = next((one for one in before if is_embedding(one) and one in matched), None)
+            if table is not None:
+                matched[name] = matched[table]
+    return matched
+
+
+def _is_copy(head: TensorEntry, checkpoint: CheckpointManifest) -> bool:
+    """Whether a head has the content of the checkpoint's embedding."""
+    return any(
+        is_embedding(entry.name) and (entry.sha256, entry.dtype) == (head.sha256, head.dtype)
+        for entry in checkpoint.tensors
+    )
+
+
+TIED_BY_DEFAULT: Final = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "gpt2"})
+"""Families whose head is tied to the embedding if config.json does not say."""
+
+
+def ties_head(config: Mapping[str, Any]) -> bool:
+    """Whether a model without a head in its files takes the embedding for it."""
+    nested = config.get("text_config")
+    parts = [config, nested] if isinstance(nested, Mapping) else [config]
+    stated = [bool(part[TIED]) for part in parts if part.get(TIED) is not None]
+    return any(stated) if stated else config.get("model_type") in TIED_BY_DEFAULT
+
+
+TIED: Final = "tie_word_embeddings"
+
+EMPTY_TENSOR: Final = (
+    "DeepSpeed ZeRO-3 saves such placeholders where each GPU holds a part of the weights. Save "
+    "with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on the checkpoint."
+)
+
+_QUANTIZED_PARTS: Final[Mapping[str, re.Pattern[str]]] = MappingProxyType(
+    {
+        "bitsandbytes": re.compile(r"\.(?:absmax|quant_map|SCB|quant_state\..*)$"),
+        "gptq or awq": re.compile(r"\.(?:qweight|qzeros|g_idx)$"),
+        "compressed-tensors": re.compile(r"\.weight_(?:packed|zero_point|shape)$"),
+        "fp8": re.compile(r"\.(?:weight_scale|weight_scale_inv|input_scale|scale_weight)$"),
+        "mxfp4": re.compile(r"proj_(?:blocks|scales)$"),
+    }
+)
+"""Names of tensors that only quantized checkpoints have, by quantization method."""
+
+_DEQUANTIZED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "bitsandbytes": "load it with transformers, call model.dequantize() and save it",
+        "higgs": "load it with transformers, call model.dequantize() and save it",
+        "fp8": "load it with quantization_config=FineGrainedFP8Config(dequantize=True) and save it",
+        "mxfp4": "load it with quantization_config=Mxfp4Config(dequantize=True) and save it",
+        "compressed-tensors": (
+            "load it with quantization_config=CompressedTensorsConfig(dequantize=True) and save it"
+        ),
+    }
+)
+"""How `transformers` dequantizes, by quantization method."""
+
+
+def quantized_by(names: Iterable[str]) -> str | None:
+    """The quantization method that tensor names reveal; None: none of them does."""
+    names = list(names)
+    return next(
+        (
+            method
+            for method, pattern in _QUANTIZED_PARTS.items()
+            if any(pattern.search(name) for name in names)
+        ),
+        None,
+    )
+
+
+def quantization(checkpoint: CheckpointManifest) -> str | None:
+    """The quantization method of a checkpoint's weights; None: they are not quantized."""
+    return _configured(checkpoint.config) or quantized_by(t.name for t in checkpoint.tensors)
+
+
+def _configured(config: Mapping[str, Any]) -> str | None:
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping) and (found := part.get("quantization_config")):
+            method = found.get("quant_method") if isinstance(found, Mapping) else None
+            return str(method or "of an unnamed kind")
+    return None
+
+
+def check_not_quantized(config: Mapping[str, Any], names: Iterable[str] = ()) -> None:
+    """Refuse a checkpoint whose weights are quantized.
+
+    Args:
+        config: the parsed config.json.
+        names: of its tensors.
+
+    Raises:
+        UnsupportedModel: naming the quantization, and how to undo it.
+    """
+    if method := _configured(config) or quantized_by(names):
+        raise _quantized("The weights are", method)
+
+
+def _quantized(subject: str, method: str) -> UnsupportedModel:
+    how = _DEQUANTIZED.get(method, "load it in its own library, dequantize and save it")
+    return UnsupportedModel(
+        f"{subject} quantized ({method:.40}), so that a difference of them means nothing. Take the "
+        f"checkpoint before its quantization, or {how}; base and fine-tune alike."
+    )

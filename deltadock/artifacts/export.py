@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.artifacts.checkpoint import MODEL_FILES, CheckpointManifest, scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import merged_tensor
 from deltadock.errors import Conflict, InvalidArtifact
@@ -86,7 +86,7 @@ def _write_files(
 ) -> None:
     """Copy the base's files except weights, then overwrite them with the fine-tune's."""
     for file in manifest.files:
-        if not file.path.endswith((".safetensors", ".safetensors.index.json")):
+        if file.path in MODEL_FILES:
             shutil.copyfile(base / file.path, folder / file.path)
     for name, text in artifact.files.items():
         if text is None:

@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 import httpx
 
-from deltadock.artifacts.checkpoint import CHUNK_BYTES, KNOWN_SUFFIXES
-from deltadock.errors import DeltadockError, HashMismatch, InvalidCheckpoint, Unavailable
+from deltadock.artifacts.checkpoint import CHUNK_BYTES, folder_files
+from deltadock.errors import DeltadockError, HashMismatch, Unavailable
 
 JsonObject = dict[str, Any]
 FINAL_STATES: Final = frozenset({"ready", "failed", "cancelled"})
@@ -54,38 +54,45 @@ class Client:
     ) -> JsonObject:
         """Upload a checkpoint folder; returns the checkpoint with its digests.
 
+        Only the files of the model or adapter are sent, not what a trainer left beside them.
         `progress` is called with a file's name, bytes sent and total bytes.
 
         Raises:
             InvalidCheckpoint: the folder has no checkpoint files, or the server refuses them.
             HashMismatch: the server received other bytes than were sent.
         """
-        kinds = KNOWN_SUFFIXES - {".md"}
-        paths = sorted(path for path in folder.glob("*") if path.suffix in kinds)
-        if not paths:
-            raise InvalidCheckpoint(f"{folder} has no checkpoint files (.safetensors, .json).")
-        checkpoint: JsonObject = self._upload("checkpoint", paths, progress)["checkpoint"]
+        names = sorted(folder_files(folder))
+        checkpoint: JsonObject = self._upload("checkpoint", folder, names, progress)["checkpoint"]
         return checkpoint
 
     def upload_calibration(self, path: Path) -> str:
         """Upload a calibration text (.txt or .jsonl); returns its digest."""
-        digest: str = self._upload("calibration", [path], _ignore_bytes)["calibration"]["digest"]
+        digest: str = self._upload("calibration", path.parent, [path.name], _ignore_bytes)[
+            "calibration"
+        ]["digest"]
         return digest
 
     def _upload(
-        self, kind: str, paths: Iterable[Path], progress: Callable[[str, int, int], None]
+        self,
+        kind: str,
+        folder: Path,
+        names: Iterable[str],
+        progress: Callable[[str, int, int], None],
     ) -> JsonObject:
         upload = self._json("POST", "/v1/uploads", json={"kind": kind})["id"]
         try:
-            for path in paths:
-                self._put_file(upload, path, progress)
+            for name in names:
+                self._put_file(upload, folder, name, progress)
             return self._json("POST", f"/v1/uploads/{upload}/complete")
         except BaseException:
             with suppress(DeltadockError):
                 self._json("DELETE", f"/v1/uploads/{upload}")
             raise
 
-    def _put_file(self, upload: str, path: Path, progress: Callable[[str, int, int], None]) -> None:
+    def _put_file(
+        self, upload: str, folder: Path, name: str, progress: Callable[[str, int, int], None]
+    ) -> None:
+        path = folder / name
         total, digest = path.stat().st_size, hashlib.sha256()
 
         def chunks() -> Iterator[bytes]:
@@ -95,16 +102,16 @@ class Client:
                     digest.update(chunk)
                     sent += len(chunk)
                     yield chunk
-                    progress(path.name, sent, total)
+                    progress(name, sent, total)
 
         stored = self._json(
             "PUT",
-            f"/v1/uploads/{upload}/files/{quote(path.name)}",
+            f"/v1/uploads/{upload}/files/{quote(name)}",
             content=chunks(),
             headers={"Content-Length": str(total), "Content-Type": "application/octet-stream"},
         )
         if stored["sha256"] != digest.hexdigest():
-            raise HashMismatch(f"{path.name} was damaged in transit. Upload it again.")
+            raise HashMismatch(f"{name} was damaged in transit. Upload it again.")
 
     def create_base(self, name: str, checkpoint: str) -> JsonObject:
         """Register the uploaded checkpoint with this digest as a base."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, TensorEntry, merkle_root, scan_folder
+from deltadock.artifacts.names import find_name
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import TORCH_DTYPES, fits_base, merged_tensor
 from deltadock.client.views import checkpoint_views, tensors_of
@@ -192,12 +193,16 @@ def _verified_weights(artifact: Artifact, model: Any, views: Mapping[str, Tensor
         BaseMismatch: they do not.
     """
     tied = _tied(model)
+    prefix = f"{model.base_model_prefix}."
+    # A checkpoint of the body alone lacks the prefix.
+    body = {name.removeprefix(prefix): view for name, view in views.items()}
     for dtype in _stored_dtypes(views):
-        entries = [_entry(name, _narrowed(view, dtype)) for name, view in views.items()]
-        # A checkpoint may hold a tied weight once or twice.
-        for candidate in (entries, [entry for entry in entries if entry.name not in tied]):
-            if merkle_root(candidate) == artifact.base_digest:
-                return _BaseWeights(views, dtype)
+        for named in (views, body):
+            entries = [_entry(name, _narrowed(view, dtype)) for name, view in named.items()]
+            # A checkpoint may hold a tied weight once or twice.
+            for candidate in (entries, [entry for entry in entries if entry.name not in tied]):
+                if merkle_root(candidate) == artifact.base_digest:
+                    return _BaseWeights(named, dtype)
     raise BaseMismatch(
         f"{artifact.path.name} needs the base with weights digest {artifact.base_digest}, which is "
         "not the digest of this model's weights. Load that base, unmodified and without another "
@@ -214,9 +219,11 @@ def _folder_weights(
     manifest: CheckpointManifest = scan_folder(folder)
     artifact.check_base(manifest.weights_digest)
     files = {entry.name: entry.file for entry in manifest.tensors}
-    return _BaseWeights(
-        {name: view for name, view in views.items() if name in files}, None, folder, files
-    )
+    kind = manifest.config["model_type"]
+    named = {
+        name: views[view] for name in files if (view := find_name(name, views, kind)) is not None
+    }
+    return _BaseWeights(named, None, folder, files)
 
 
 class _OwnerIndex:

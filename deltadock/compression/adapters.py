@@ -9,26 +9,36 @@ adapter stores whole (`modules_to_save`, biases, a resized vocabulary) replace t
 import hashlib
 import json
 import math
-import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import regex
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from deltadock.artifacts.checkpoint import ADAPTER_CONFIG, CONFIG, TensorEntry
-from deltadock.artifacts.compatibility import VOCABULARY
+from deltadock.artifacts.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    TensorEntry,
+    folder_files,
+)
+from deltadock.artifacts.compatibility import EMPTY_TENSOR, VOCABULARY
 from deltadock.artifacts.container import StreamingInspector
 from deltadock.artifacts.encodings import (
     Encoded,
+    decode_dense,
+    decode_factors,
     encode_exact,
     encode_low_rank,
     encode_new_rows,
     encode_transposed,
 )
+from deltadock.artifacts.names import find_name, unwrapped
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 from deltadock.compression.assembly import CarriedFiles, build_manifest, read_carried
@@ -49,14 +59,54 @@ from deltadock.errors import (
 UNSUPPORTED: Final = (
     "use_dora", "use_qalora", "lora_bias", "layer_replication", "target_parameters",
     "trainable_token_indices", "alora_invocation_tokens", "megatron_config", "arrow_config",
+    "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
 """Features whose result is not the base's weight plus one product."""
 
 CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq")
 """Initializations that change the base's weights, so that the adapter does not fit the base."""
 
-MAX_PATTERN: Final = 200
-MAX_QUANTIFIERS: Final = 3
+MAX_PATTERN: Final = 1000
+PATTERN_SECONDS: Final = 2.0
+"""Time for matching all patterns of an adapter: a hostile one could backtrack without end."""
+
+
+class _Patterns:
+    """The value of the first pattern that matches the end of a module's name, as in PEFT."""
+
+    def __init__(self, patterns: Mapping[str, float]) -> None:
+        self._patterns = patterns
+        self._seconds = PATTERN_SECONDS
+
+    def value(self, module: str, default: float) -> float:
+        """The value for `module`.
+
+        Raises:
+            InvalidAdapter: a pattern is no regular expression, or takes too long.
+        """
+        for pattern, value in self._patterns.items():
+            if self._matches(pattern, module):
+                return value
+        return default
+
+    def _matches(self, pattern: str, module: str) -> bool:
+        started = time.monotonic()
+        try:
+            if len(pattern) > MAX_PATTERN:
+                raise TimeoutError
+            expression = rf"(?:.*\.)?(?:{pattern})$"
+            return bool(regex.match(expression, module, timeout=max(self._seconds, 1e-3)))
+        except TimeoutError as error:
+            raise InvalidAdapter(
+                f"The pattern {pattern!r:.80} in {ADAPTER_CONFIG} is too intricate. Write the "
+                "modules' names instead."
+            ) from error
+        except regex.error as error:
+            raise InvalidAdapter(
+                f"The pattern {pattern!r:.80} in {ADAPTER_CONFIG} is invalid."
+            ) from error
+        finally:
+            self._seconds -= time.monotonic() - started
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +117,8 @@ class LoraConfig:
     alpha: float
     rank_stabilized: bool
     fan_in_fan_out: bool
-    ranks: Mapping[str, float]
-    alphas: Mapping[str, float]
+    ranks: _Patterns
+    alphas: _Patterns
 
     def scaling(self, module: str, rank: int) -> float:
         """Scaling of the product `B @ A` of a layer whose factors have `rank` ranks.
@@ -76,13 +126,13 @@ class LoraConfig:
         Raises:
             InvalidAdapter: the configuration names another rank.
         """
-        expected = _of_pattern(self.ranks, module, self.rank)
+        expected = self.ranks.value(module, self.rank)
         if rank != expected:
             raise InvalidAdapter(
                 f"The adapter's factors of {module!r} have {rank} ranks, but {ADAPTER_CONFIG} says "
                 f"{expected}. Save the adapter again."
             )
-        alpha = _of_pattern(self.alphas, module, self.alpha)
+        alpha = self.alphas.value(module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
@@ -101,7 +151,12 @@ def read_config(folder: Path) -> LoraConfig:
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"{ADAPTER_CONFIG} is not valid JSON.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise InvalidAdapter(f"{ADAPTER_CONFIG} is not that of a LoRA adapter (peft_type LORA).")
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise InvalidAdapter(
+            f"{ADAPTER_CONFIG} is not that of a LoRA adapter (LORA): its peft_type is "
+            f"{kind!r:.40}. Merge it into its base with PEFT's merge_and_unload and compress the "
+            "merged checkpoint."
+        )
     if used := [name for name in UNSUPPORTED if config.get(name)]:
         raise InvalidAdapter(
             f"The adapter uses {used[0]}, which cannot be imported. Merge it into its base with "
@@ -119,8 +174,10 @@ def read_config(folder: Path) -> LoraConfig:
             alpha=_finite(config["lora_alpha"]),
             rank_stabilized=bool(config.get("use_rslora")),
             fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-            ranks={k: _count(v) for k, v in (config.get("rank_pattern") or {}).items()},
-            alphas={k: _finite(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+            ranks=_Patterns({k: _count(v) for k, v in (config.get("rank_pattern") or {}).items()}),
+            alphas=_Patterns(
+                {k: _finite(v) for k, v in (config.get("alpha_pattern") or {}).items()}
+            ),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidAdapter(
@@ -141,33 +198,6 @@ def _finite(value: str | float) -> float:
     return number
 
 
-def _of_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The value of the first pattern that matches the end of a module's name, as in PEFT.
-
-    Raises:
-        InvalidAdapter: a pattern is no regular expression, or could backtrack without end.
-    """
-    for pattern, value in patterns.items():
-        quantifiers = len(re.findall(r"[*+?{]", pattern))
-        if (
-            len(pattern) > MAX_PATTERN
-            or quantifiers > MAX_QUANTIFIERS
-            or re.search(r"\)[*+?{]", pattern)
-        ):
-            raise InvalidAdapter(
-                f"The pattern {pattern!r:.80} in {ADAPTER_CONFIG} is too intricate."
-            )
-        try:
-            if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
-                return value
-        except re.error as error:
-            raise InvalidAdapter(
-                f"The pattern {pattern!r} in {ADAPTER_CONFIG} is invalid."
-            ) from error
-    return default
-
-
-WEIGHTS: Final = "adapter_model.safetensors"
 PREFIX: Final = "base_model.model."
 
 DTYPES: Final = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -188,14 +218,14 @@ def adapter_digest(folder: Path) -> str:
         InvalidAdapter: there are no weights.
         MalformedSafetensors: the weights are damaged.
     """
-    path = folder / WEIGHTS
+    path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         if any(folder.glob("adapter_model.bin")):
             raise UnsafeFile(
                 "adapter_model.bin can run code when it is opened. Save the adapter with "
                 "save_pretrained(..., safe_serialization=True)."
             )
-        raise InvalidAdapter(f"{folder.name} has no {WEIGHTS}; is it a PEFT adapter?")
+        raise InvalidAdapter(f"{folder.name} has no {ADAPTER_WEIGHTS}; is it a PEFT adapter?")
     digest = hashlib.sha256(hashlib.sha256((folder / ADAPTER_CONFIG).read_bytes()).digest())
     inspector = StreamingInspector()
     with path.open("rb") as stream:
@@ -204,7 +234,7 @@ def adapter_digest(folder: Path) -> str:
             digest.update(chunk)
     header, _ = inspector.finish()
     if not header.tensors:
-        raise MalformedSafetensors(f"{WEIGHTS} holds no tensors.")
+        raise MalformedSafetensors(f"{ADAPTER_WEIGHTS} holds no tensors.")
     return digest.hexdigest()
 
 
@@ -221,34 +251,88 @@ def encode_adapter(base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
         ArchitectureMismatch: the base lacks a tensor, or has it in another shape.
         NonFiniteWeights: a tensor holds NaN or an infinity.
     """
-    config = read_config(adapter)
+    config = read_config(_adapter_folder(adapter))
     adapter_digest(adapter)
+    model_type = base.manifest.config["model_type"]
     factors: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    tables: dict[str, Tensor] = {}
     encoded: dict[str, Encoded] = {}
-    with safe_open(str(adapter / WEIGHTS), framework="pt") as weights:
+    with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as weights:
         for key in weights.keys():  # noqa: SIM118 - not a mapping
             tensor = weights.get_tensor(key)
             if tensor.dtype not in DTYPES:
                 raise InvalidAdapter(f"Tensor {key!r} is {tensor.dtype}; floats are expected.")
             if not torch.isfinite(tensor.float()).all():
                 raise NonFiniteWeights(f"Tensor {key!r} of the adapter holds NaN or an infinity.")
-            name = key.removeprefix(PREFIX)
+            if not tensor.numel():
+                raise InvalidAdapter(f"Tensor {key!r} of the adapter is empty: {EMPTY_TENSOR}")
+            name = unwrapped(unwrapped(key).removeprefix(PREFIX))
             module, side, embedding = _as_factor(name)
             if side:
                 factors.setdefault((module, embedding), {})[side] = tensor
-            else:
-                name = name.replace(".base_layer.", ".")
-                if (whole := _whole(base, name, tensor)) is not None:
-                    encoded[name] = whole
+                continue
+            tables[name] = tensor
     for (module, embedding), pair in factors.items():
-        if f"{module}.weight" in encoded or pair.keys() != {"a", "b"}:
+        if pair.keys() != {"a", "b"} or f"{module}.weight" in tables:
             raise InvalidAdapter(
                 f"The adapter does not hold both factors of {module!r} and no more."
             )
-        encoded[f"{module}.weight"] = _product(
-            config, base.entries, module, embedding=embedding, pair=pair
+        name = find_name(f"{module}.weight", base.entries, model_type) or f"{module}.weight"
+        table = tables.pop(f"{module}.base_layer.weight", None)
+        product = _product(
+            config, base.entries, module, name, table, embedding=embedding, pair=pair
         )
+        if name in encoded:
+            raise InvalidAdapter(f"The adapter holds {name!r} twice.")
+        encoded[name] = product if table is None else _on_table(base, name, table, product)
+    for key, tensor in tables.items():
+        plain = key.replace(".base_layer.", ".")
+        name = find_name(plain, base.entries, model_type) or plain
+        if name in encoded:
+            raise InvalidAdapter(f"The adapter holds {name!r} twice.")
+        if (whole := _whole(base, name, tensor)) is not None:
+            encoded[name] = whole
     return encoded
+
+
+def _adapter_folder(folder: Path) -> Path:
+    """`folder`, if it holds an adapter.
+
+    Raises:
+        InvalidAdapter: its adapters are in inner folders, such as `checkpoint-500`.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
+        inner = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_WEIGHTS}"))
+        if inner:
+            raise InvalidAdapter(
+                f"{folder.name} has its adapters in inner folders ({', '.join(inner[:4])}). Take "
+                "the one to use as the adapter's folder."
+            )
+    return folder
+
+
+def _on_table(base: CheckpointReader, name: str, table: Tensor, product: Encoded) -> Encoded:
+    """Encode a saved base layer (an embedding with added tokens) with its product on top."""
+    whole = _whole(base, name, table)
+    if whole is None:
+        return product
+    dtype = DTYPES[table.dtype]
+    if whole.record["kind"] == "new-rows" and product.record["kind"] == "low-rank":
+        rows = base.entries[name].shape[0]
+        factors = decode_factors(product)
+        u, s, v = map(torch.from_numpy, (factors.u, factors.s, factors.v))
+        added = (table[rows:].float() + (u[rows:] * s) @ v).to(table.dtype)
+        first = encode_low_rank(
+            product.segments["u"][:rows],
+            product.segments["v"],
+            product.record["scaling"],
+            dtype,
+            {},
+            product.record["factor_dtype"],
+        )
+        return encode_new_rows(first, to_numpy(added, dtype), rows, dtype)
+    changed = (table.float() + torch.from_numpy(decode_dense(product))).to(table.dtype)
+    return encode_exact(to_numpy(changed, dtype), dtype, tuple(changed.shape))
 
 
 def _as_factor(name: str) -> tuple[str, str, bool]:
@@ -304,11 +388,23 @@ def _product(
     config: LoraConfig,
     entries: Mapping[str, TensorEntry],
     module: str,
+    name: str,
+    table: Tensor | None,
     *,
     embedding: bool,
     pair: Mapping[str, Tensor],
 ) -> Encoded:
-    """Encode the delta `scaling * B @ A`, transposed for embeddings and Conv1D layers."""
+    """Encode the delta `scaling * B @ A`, transposed for embeddings and Conv1D layers.
+
+    Args:
+        config: the adapter's.
+        entries: the base's tensors.
+        module: the layer, as the adapter names it; patterns match this name.
+        name: the base's tensor.
+        table: the layer's weight as saved in the adapter, whose shape counts; None: the base's.
+        embedding: whether the layer is an embedding.
+        pair: the factors `a` and `b`.
+    """
     a, b = pair["a"], pair["b"]
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise InvalidAdapter(f"The adapter's factors of {module!r} have no product.")
@@ -317,8 +413,11 @@ def _product(
     dtype = DTYPES[a.dtype]
     scaling = config.scaling(module, len(a))
     shape = (len(b), a.shape[1])
-    name = f"{module}.weight"
     found = entries[name].shape if name in entries else None
+    if table is not None and name in entries:
+        found = tuple(table.shape)
+        saved = TensorEntry(name, DTYPES[table.dtype], found, "", "")
+        entries = {**entries, name: saved}
     if embedding:
         entry = _entry(entries, name, shape[::-1])
         return encode_low_rank(
@@ -331,13 +430,6 @@ def _product(
         to_numpy(b, dtype), to_numpy(a, dtype), scaling, entry.dtype, {}, dtype
     )
     return encode_transposed(encoded) if transposed else encoded
-
-
-TOKENIZER_FILES: Final = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
-"""Files of an adapter's folder that serving needs; trainers leave many others there."""
 
 
 def import_adapter(
@@ -421,7 +513,7 @@ def _carried(
     before = {file.path: file.sha256 for file in base.manifest.files}
     found = [
         name
-        for name in TOKENIZER_FILES
+        for name in sorted(folder_files(adapter, adapter=True) - {ADAPTER_CONFIG, ADAPTER_WEIGHTS})
         if (path := adapter / name).is_file()
         and hashlib.sha256(path.read_bytes()).hexdigest() != before.get(name)
     ]

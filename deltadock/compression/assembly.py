@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from deltadock.artifacts.checkpoint import CheckpointManifest
+from deltadock.artifacts.checkpoint import MODEL_FILES, CheckpointManifest
 from deltadock.artifacts.encodings import (
     Encoded,
     encode_alias,
@@ -25,7 +25,6 @@ from deltadock.version import __version__
 EMBEDDING_BITS: Final = 4
 """Width of an embedding's rows; a tied embedding is the output head as well."""
 
-CARRIED_SUFFIXES: Final = (".json", ".txt", ".model", ".jinja")
 MAX_CARRIED_BYTES: Final = 32 * 2**20
 
 CarriedFiles = tuple[dict[str, str | None], dict[str, str]]
@@ -128,10 +127,7 @@ def carried_files(base: CheckpointManifest, finetuned: CheckpointReader) -> Carr
     differing = [
         path
         for path in sorted(before.keys() | after.keys())
-        if "/" not in path
-        and path.endswith(CARRIED_SUFFIXES)
-        and not path.endswith(".safetensors.index.json")
-        and before.get(path) != after.get(path)
+        if path in MODEL_FILES and before.get(path) != after.get(path)
     ]
     texts, others = read_carried(finetuned.folder, [path for path in differing if path in after])
     return texts | {path: None for path in differing if path not in after}, others

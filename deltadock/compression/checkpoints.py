@@ -1,6 +1,6 @@
 """Base and fine-tuned checkpoints, read one tensor at a time from safetensors files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -9,13 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from deltadock.artifacts.checkpoint import TensorEntry, scan_folder
-from deltadock.artifacts.compatibility import check_same_architecture
+from deltadock.artifacts.checkpoint import TensorEntry, folder_files, scan_folder
+from deltadock.artifacts.compatibility import check_same_architecture, match_tensors
 from deltadock.artifacts.encodings import NUMPY_DTYPES
+from deltadock.artifacts.names import is_embedding, is_head
 from deltadock.compression.report import ProgressReporter
-from deltadock.errors import NonFiniteWeights
+from deltadock.errors import InvalidCheckpoint, NonFiniteWeights
 
 FLOAT_DTYPES: Final = {"BF16", "F16", "F32", "F64"}
 """Dtypes whose deltas can be compressed; tensors of any other dtype are stored exactly."""
@@ -56,9 +58,10 @@ class TensorSource(Protocol):
 def tensor_names(folder: Path) -> frozenset[str]:
     """Names of a checkpoint's tensors, from the file headers alone."""
     names: set[str] = set()
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(path), framework="pt") as file:
-            names.update(file.keys())
+    for path in folder_files(folder):
+        if path.endswith(".safetensors"):
+            with safe_open(str(folder / path), framework="pt") as file:
+                names.update(file.keys())
     return frozenset(names)
 
 
@@ -67,8 +70,9 @@ class CheckpointReader:
 
     Attributes:
         manifest: files and tensors with their digests.
-        entries: tensors by name.
-        non_finite: names of tensors that hold NaN or an infinity.
+        entries: tensors by name; those of a fine-tune by its base's names (`align`).
+        non_finite: names of tensors, as stored, that hold NaN or an infinity.
+        replaced: row numbers and rows that are read in place of the stored ones, by tensor.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,6 +84,7 @@ class CheckpointReader:
         self.folder = folder
         self.non_finite: set[str] = set()
         self.manifest = scan_folder(folder, self.non_finite)
+        self.replaced: dict[str, tuple[Tensor, Tensor]] = {}
         self.entries: dict[str, TensorEntry] = {t.name: t for t in self.manifest.tensors}
 
     def __contains__(self, name: object) -> bool:
@@ -88,8 +93,20 @@ class CheckpointReader:
     def tensor(self, name: str) -> Tensor:
         """Load a tensor in its stored dtype, on the CPU."""
         with self._open(name) as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(self.entries[name].name)
+        if name in self.replaced:
+            numbers, rows = self.replaced[name]
+            tensor = tensor.index_copy(0, numbers, rows.to(tensor.dtype))
         return tensor
+
+    def align(self, base: "CheckpointReader") -> None:
+        """Name the tensors as in `base`.
+
+        Raises:
+            InvalidInput: this is not a fine-tune of `base`, as `check_same_architecture`.
+        """
+        check_same_architecture(base.manifest, self.manifest)
+        self.entries = match_tensors(base.manifest, self.manifest)
 
     def _open(self, name: str) -> safe_open:
         # Reopened for each tensor: pages of a mapped file stay resident, so that one mapping per
@@ -102,7 +119,7 @@ class CheckpointReader:
             matrix = self.tensor(ref.name)
         else:
             with self._open(ref.name) as file:
-                matrix = file.get_slice(ref.name)[ref.part]
+                matrix = file.get_slice(self.entries[ref.name].name)[ref.part]
         return matrix.t() if ref.transposed else matrix
 
     @property
@@ -151,6 +168,8 @@ class CheckpointPair:
 
     base: CheckpointReader
     finetuned: CheckpointReader
+    notes: tuple[str, ...] = ()
+    """What was not taken from the fine-tune, in words."""
 
     def changed(self, name: str) -> bool:
         """Whether a tensor differs from the base's, by digest and dtype."""
@@ -186,21 +205,81 @@ def open_pair(
     Raises:
         InvalidCheckpoint: a folder is not a complete safetensors checkpoint.
         ArchitectureMismatch: the fine-tune is not one of this base.
-        NonFiniteWeights: a tensor holds NaN or an infinity.
+        NonFiniteWeights: a tensor holds NaN or an infinity in a row that a token uses.
     """
     progress = progress or ProgressReporter()
     progress.report("validating", 0, 2, "reading the base")
     before = CheckpointReader(base)
     progress.report("validating", 1, 2, "reading the fine-tune")
-    pair = CheckpointPair(before, CheckpointReader(finetuned))
-    check_same_architecture(pair.base.manifest, pair.finetuned.manifest)
-    for reader, owner in ((pair.finetuned, "fine-tune"), (pair.base, "base")):
-        if reader.non_finite:
-            raise NonFiniteWeights(
-                f"Tensor {min(reader.non_finite)!r} of the {owner} holds NaN or an infinity. The "
-                "training that wrote it has diverged; upload an earlier checkpoint."
-            )
-    return pair
+    after = CheckpointReader(finetuned)
+    after.align(before)
+    return CheckpointPair(before, after, tuple(keep_unused_rows(before, after)))
+
+
+def keep_unused_rows(base: CheckpointReader, finetuned: CheckpointReader) -> Iterator[str]:
+    """Read the base's rows where the fine-tune has NaN for tokens that no text has.
+
+    Such are rows past the tokenizer's size, and input embeddings that are NaN in both. Yields a
+    note for each tensor.
+
+    Raises:
+        NonFiniteWeights: a tensor holds NaN or an infinity elsewhere.
+    """
+    used = tokenizer_size(finetuned.folder) or tokenizer_size(base.folder)
+    for name, entry in finetuned.entries.items():
+        bad = entry.name in finetuned.non_finite, name in base.non_finite
+        if not any(bad):
+            continue
+        owner = "fine-tune" if bad[0] else "base"
+        if not (is_embedding(name) or is_head(name)) or used is None:
+            raise _diverged(name, owner)
+        old = base.tensor(name)
+        damaged, found = _non_finite_rows(old), _non_finite_rows(finetuned.tensor(name))
+        excused = damaged & found if is_embedding(name) else set()
+        rows = sorted(damaged | found)
+        if any(row < used and row not in excused for row in rows):
+            raise _diverged(name, owner)
+        mean = old[[row for row in range(len(old)) if row not in damaged]].float().mean(0)
+        missing = damaged.union(range(len(old), max(rows) + 1))
+        values = torch.stack([mean if row in missing else old[row].float() for row in rows])
+        finetuned.replaced[name] = torch.tensor(rows), values
+        known = [row for row in rows if row < len(old)]
+        base.replaced[name] = torch.tensor(known, dtype=torch.int64), values[: len(known)]
+        yield (
+            f"{len(rows)} rows of {name!r} hold NaN or an infinity, from row {rows[0]} on; no "
+            "token uses them, and they are kept as the base's."
+        )
+    checked = {entry.name for entry in finetuned.entries.values()}
+    if others := finetuned.non_finite - checked:
+        raise _diverged(min(others), "fine-tune")
+
+
+def _non_finite_rows(tensor: Tensor) -> set[int]:
+    finite = torch.isfinite(tensor.float()).flatten(1).all(1)
+    return set((~finite).nonzero().flatten().tolist())
+
+
+def _diverged(name: str, owner: str) -> NonFiniteWeights:
+    return NonFiniteWeights(
+        f"Tensor {name!r} of the {owner} holds NaN or an infinity. The training that wrote it has "
+        "diverged; upload an earlier checkpoint."
+    )
+
+
+def tokenizer_size(folder: Path) -> int | None:
+    """Number of token ids that a folder's tokenizer.json can give; None: there is none.
+
+    Raises:
+        InvalidCheckpoint: it cannot be read.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises nothing more specific
+        raise InvalidCheckpoint(f"{path} cannot be read: {error}") from error
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def to_numpy(tensor: Tensor, dtype: str) -> npt.NDArray[Any]:

@@ -14,8 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
-from deltadock.artifacts.checkpoint import CheckpointManifest
+from deltadock.artifacts.checkpoint import MODEL_FILES, CheckpointManifest, folder_files
+from deltadock.artifacts.compatibility import match_tensors
 from deltadock.artifacts.container import DTYPE_BITS, header_length, parse_header
+from deltadock.artifacts.names import EMBEDDINGS, HEADS
 from deltadock.compression.options import METHODS, SIZES, Goal, rank_budget
 from deltadock.errors import InvalidCheckpoint, InvalidGoal, InvalidInput
 
@@ -27,10 +29,6 @@ ROLES: Final[tuple[Role, ...]] = (
     "other tensors",
 )
 FLOATS: Final = frozenset({"BF16", "F16", "F32", "F64"})
-EMBEDDINGS: Final = frozenset(
-    {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "token_embedding"}
-)
-HEADS: Final = frozenset({"lm_head", "embed_out", "output"})
 _IN_BLOCK: Final = re.compile(r"\.\d+\.")
 _NOT_COMPRESSED: Final = re.compile(
     r"norm|conv|visual|vision|image|audio|router|rotary|relative|position|(^|\.)wpe\."
@@ -252,8 +250,10 @@ def read_shapes(folder: Path) -> list[TensorShape]:
         InvalidCheckpoint: there are no safetensors files, or one is malformed.
     """
     shapes = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as stream:
+    for path in sorted(folder_files(folder)):
+        if not path.endswith(".safetensors"):
+            continue
+        with (folder / path).open("rb") as stream:
             header = parse_header(stream.read(header_length(stream.read(8))))
         shapes += [TensorShape(spec.name, spec.dtype, spec.shape) for spec in header.tensors]
     if not shapes:
@@ -265,10 +265,12 @@ def shapes_of(
     finetuned: CheckpointManifest, base: CheckpointManifest | None = None
 ) -> list[TensorShape]:
     """The fine-tune's tensors; without a base, all count as changed."""
-    before = {} if base is None else {t.name: (t.dtype, t.shape, t.sha256) for t in base.tensors}
+    if base is None:
+        return [TensorShape(t.name, t.dtype, t.shape) for t in finetuned.tensors]
+    before = {t.name: (t.dtype, t.shape, t.sha256) for t in base.tensors}
     return [
-        TensorShape(t.name, t.dtype, t.shape, before.get(t.name) != (t.dtype, t.shape, t.sha256))
-        for t in finetuned.tensors
+        TensorShape(name, t.dtype, t.shape, before[name] != (t.dtype, t.shape, t.sha256))
+        for name, t in sorted(match_tensors(base, finetuned).items())
     ]
 
 
@@ -282,8 +284,7 @@ def carried_bytes(finetuned: CheckpointManifest, base: CheckpointManifest | None
     changed = [
         file.size
         for file in finetuned.files
-        if not file.path.endswith((".safetensors", ".safetensors.index.json"))
-        and before.get(file.path) != file.sha256
+        if file.path in MODEL_FILES and before.get(file.path) != file.sha256
     ]
     return round(FILE_GROWTH * sum(changed))
 

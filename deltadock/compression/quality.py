@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltadock.artifacts.compatibility import check_same_architecture
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import merged_tensor
 from deltadock.compression.calibration.windows import read_windows
@@ -91,8 +90,8 @@ def evaluate(
         artifact.check_base(before.manifest.weights_digest)
         artifact.check_intact()
         after = CheckpointReader(finetuned)
-        check_same_architecture(before.manifest, after.manifest)
-        model = BlockwiseModel(finetuned, device)
+        after.align(before)
+        model = BlockwiseModel(finetuned, device, after.entries)
         model.check(after.shapes)
         return measure(
             model,

@@ -111,6 +111,8 @@ class Report:
     nll_finetuned: float | None = None
     nll_base: float | None = None
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    """What was not taken from the fine-tune's folder, in words."""
 
     @property
     def ratio(self) -> float:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from deltadock.artifacts.compatibility import check_not_quantized
 from deltadock.artifacts.encodings import Encoded
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.serial import deserialize, serialize
@@ -32,7 +33,6 @@ from deltadock.compression.compressors import (
 )
 from deltadock.compression.distillation import distill
 from deltadock.compression.methods.registry import matrix_method
-from deltadock.compression.model.families import check_not_quantized
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.options import METHODS, CompressOptions, Source
 from deltadock.compression.quality import MergedSource, measure
@@ -109,8 +109,7 @@ class CompressionSession:
         """
         self.pair, self.info = pair, METHODS[options.method]
         if options.method != "exact":
-            check_not_quantized(pair.base.manifest.config)
-            check_not_quantized(pair.finetuned.manifest.config)
+            check_not_quantized(pair.base.manifest.config)  # the fine-tune is stored alike
         self._options, self._scratch, self._store, self._device = options, scratch, store, device
         self._progress = progress or ProgressReporter()
         self._carried = carried_files(pair.base.manifest, pair.finetuned)
@@ -131,7 +130,9 @@ class CompressionSession:
         """Calibrate: load the text and collect the statistics that the method needs."""
         pair, info, options, report = self.pair, self.info, self._options, self._progress.report
         report("calibrating", 0, 3, "reading the configuration")
-        model = self._model = BlockwiseModel(pair.finetuned.folder, self._device)
+        model = self._model = BlockwiseModel(
+            pair.finetuned.folder, self._device, pair.finetuned.entries
+        )
         model.check(pair.finetuned.shapes)
         if sources or info.needs_calibration:
             self._data = load_calibration(
@@ -192,6 +193,7 @@ class CompressionSession:
             distillation=distillation,
             matrices=draft.matrices,
             other_tensors=draft.others,
+            notes=list(self.pair.notes),
         )
         self._measure(report, out)
         return report

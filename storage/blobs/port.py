@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from deltadock.errors import HashMismatch, InvalidInput, NotFound
+from deltadock.errors import DamagedBlob, InvalidInput, NotFound
 
 CHUNK_BYTES: Final = 1 << 20
 
@@ -135,10 +135,13 @@ class BlobStore(ABC):
         Raises:
             NotFound: there is no such blob.
             InvalidInput: it is larger than `limit` bytes.
+            DamagedBlob: the stored bytes do not match the digest.
         """
         if self.size(digest) > limit:
             raise InvalidInput(f"The file {digest} is larger than {limit} bytes.")
-        return b"".join(self.open(digest))
+        content = b"".join(self.open(digest))
+        _check(digest, hashlib.sha256(content).hexdigest())
+        return content
 
     def fetch(self, digest: str, path: Path) -> None:
         """Fetch a blob to `path`, which appears only after its SHA-256 has been verified.
@@ -147,18 +150,13 @@ class BlobStore(ABC):
 
         Raises:
             NotFound: there is no such blob.
-            HashMismatch: the stored bytes do not match the digest.
+            DamagedBlob: the stored bytes do not match the digest.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         arriving = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             self._place(digest, arriving)
-            actual = sha256_of(arriving)
-            if actual != digest:
-                raise HashMismatch(
-                    f"Blob {digest} is damaged in the store: its bytes hash to {actual}. "
-                    "Restore it from a backup or upload it again."
-                )
+            _check(digest, sha256_of(arriving))
             arriving.replace(path)
         finally:
             arriving.unlink(missing_ok=True)
@@ -180,6 +178,14 @@ class BlobStore(ABC):
             writer.write(data)
             writer.commit(digest)
         return digest
+
+
+def _check(digest: str, actual: str) -> None:
+    if actual != digest:
+        raise DamagedBlob(
+            f"Blob {digest} is damaged in the store: its bytes hash to {actual}. Restore it from "
+            "a backup or upload it again."
+        )
 
 
 def sha256_of(path: Path) -> str:

@@ -50,6 +50,7 @@ def test_only_lora_imports_it_and_nothing_else(api: Api) -> None:
 def test_a_config_that_is_no_object_is_refused(api: Api) -> None:
     upload = api.open_upload()
     api.put(upload, "adapter_config.json", b"[1]")
+    api.put(upload, "adapter_model.safetensors", save({"a": np.ones(1)}))
     answer = api.client.post(f"/v1/uploads/{upload}/complete")
     assert answer.status_code == 422
     assert "adapter_config.json is not a JSON object" in answer.json()["detail"]

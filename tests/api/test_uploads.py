@@ -199,7 +199,7 @@ def test_a_client_that_goes_away_leaves_nothing(api: Api) -> None:
         (
             {
                 "config.json": CONFIG,
-                "model.safetensors": weights(),
+                "weights.safetensors": weights(),
                 "model.safetensors.index.json": b"[]",
             },
             "not a shard index",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from deltadock.artifacts.checkpoint import (
     CheckpointManifest,
+    FileEntry,
     FileInspector,
     TensorEntry,
     assemble,
@@ -215,7 +216,8 @@ def test_digests_do_not_move() -> None:
         TensorEntry("b", "F32", (1,), "2.safetensors", "1" * 64),
         TensorEntry("a", "BF16", (2, 3), "1.safetensors", "0" * 64),
     ]
-    manifest = assemble([], tensors, b'{"model_type": "qwen2"}')
+    by_name = tuple(sorted(tensors, key=lambda entry: entry.name))
+    manifest = CheckpointManifest((), by_name, {"model_type": "qwen2"})
     leaves = [json.dumps(["a", "BF16", [2, 3], "0" * 64]), json.dumps(["b", "F32", [1], "1" * 64])]
     root = b"".join(hashlib.sha256(leaf.encode()).digest() for leaf in leaves)
     assert manifest.weights_digest == hashlib.sha256(root).hexdigest()
@@ -250,7 +252,7 @@ def test_incomplete_checkpoints_are_rejected(
     tensors: list[TensorEntry], config: bytes | None, message: str
 ) -> None:
     with pytest.raises(InvalidCheckpoint, match=message):
-        assemble([], tensors, config)
+        assemble([FileEntry(ENTRY.file, 0, "0" * 64)], tensors, config)
 
 
 def test_folders_without_safetensors_are_rejected(tmp_path: Path) -> None:

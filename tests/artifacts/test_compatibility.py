@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from deltadock.artifacts.checkpoint import CheckpointManifest, TensorEntry, assemble
+from deltadock.artifacts.checkpoint import CheckpointManifest, FileEntry, TensorEntry, assemble
 from deltadock.artifacts.compatibility import check_same_architecture, check_same_config, vocabulary
 from deltadock.errors import ArchitectureMismatch
 
@@ -18,7 +18,8 @@ def manifest(
         for name, shape in shapes.items()
     ]
     whole = {"model_type": model_type, **(config or {})}
-    return assemble([], tensors, json.dumps(whole).encode())
+    files = [FileEntry("model.safetensors", 0, "0" * 64)]
+    return assemble(files, tensors, json.dumps(whole).encode())
 
 
 BASE = manifest(a=(2, 3), b=(4,), c=())

@@ -219,7 +219,7 @@ def test_the_merged_checkpoint_is_the_adapters(
         ({"r": True}, "r or lora_alpha"),
         ({"lora_alpha": None}, "r or lora_alpha"),
         ({"lora_alpha": "inf"}, "r or lora_alpha"),
-        ({"rank_pattern": {"(a+)+$": 4}}, "intricate"),
+        ({"rank_pattern": {"q" * 1001: 4}}, "intricate"),
         ({"alpha_pattern": {"(": 4}}, "invalid"),
         ({"alpha_pattern": ["q_proj"]}, "r or lora_alpha"),
     ],
@@ -339,3 +339,12 @@ def test_the_adapters_tokenizer_and_its_tokens(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(model.get_input_embeddings().weight, tensors["model.embed_tokens.weight"])
     assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+
+
+def test_a_pattern_that_backtracks_is_refused_in_time(
+    base: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltadock.compression.adapters.PATTERN_SECONDS", 0.05)
+    adapter = make_adapter(factors(64, 64), rank_pattern={r"(.|.)*(.|.)*\d": 4})
+    with pytest.raises(InvalidAdapter, match="intricate"):
+        encode_adapter(CheckpointReader(base), adapter)

@@ -200,8 +200,10 @@ def test_the_ratio_at_one_bit_on_qwen_7b(only_linear: bool, bar: float) -> None:
 def test_headers_alone_tell_the_shapes(make_pair: Callable[..., Pair], tmp_path: Path) -> None:
     _, finetuned = make_pair()
     assert sorted(read_shapes(finetuned)) == sorted(shapes_of(scan_folder(finetuned)))
+    folder = tmp_path / "empty"
+    folder.mkdir()
     with pytest.raises(InvalidCheckpoint, match=r"no \.safetensors"):
-        read_shapes(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 16)
+        read_shapes(folder)
+    (folder / "model.safetensors").write_bytes(b"\x00" * 16)
     with pytest.raises(MalformedSafetensors):
-        read_shapes(tmp_path)
+        read_shapes(folder)

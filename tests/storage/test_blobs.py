@@ -10,7 +10,7 @@ from typing import cast
 import httpx
 import pytest
 
-from deltadock.errors import HashMismatch, InvalidInput, NotFound, Unavailable
+from deltadock.errors import DamagedBlob, InvalidInput, NotFound, Unavailable
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, make_blob_store, s3
 from deltadock.storage.blobs.local import LocalBlobStore
@@ -163,7 +163,7 @@ def test_fetch_refuses_damaged_bytes(store: BlobStore, tmp_path: Path) -> None:
     else:
         s3 = cast(S3BlobStore, store)
         s3.client.put_object(Bucket=s3.bucket, Key=f"blobs/{digest}", Body=b"weightz")
-    with pytest.raises(HashMismatch):
+    with pytest.raises(DamagedBlob):
         store.fetch(digest, tmp_path / "cache" / "file")
     assert list((tmp_path / "cache").iterdir()) == []
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
-from deltadock.errors import HashMismatch, InvalidCheckpoint, NotFound, UnsafeFile
+from deltadock.errors import DamagedBlob, InvalidCheckpoint, NotFound, UnsafeFile
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.cache import FileCache
 
@@ -60,11 +60,11 @@ def test_a_damaged_cache_is_fetched_again(cache: FileCache, blobs: LocalBlobStor
 def test_a_damaged_blob_is_refused(cache: FileCache, blobs: LocalBlobStore) -> None:
     digest = blobs.put_bytes(b"delta")
     damage(blobs.path(digest))
-    with pytest.raises(HashMismatch):
+    with pytest.raises(DamagedBlob):
         cache.artifact(digest)
     manifest = blobs.put_bytes(b'{"files": [], "tensors": [], "config": {}}')
     damage(blobs.path(manifest))
-    with pytest.raises(HashMismatch):
+    with pytest.raises(DamagedBlob):
         cache.checkpoint(manifest)
 
 

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from deltadock.artifacts.compatibility import check_not_quantized
+from deltadock.artifacts.names import RENAMED
 from deltadock.compression.checkpoints import TensorSource
 from deltadock.errors import UnsupportedModel
 
@@ -31,21 +33,14 @@ class Family:
     """What distinguishes a family.
 
     Attributes:
-        renamed: pieces of the modules' parameter names, and their names in checkpoints.
         experts: names of an expert's gate, up and down projections in checkpoints.
         vision: the language model is part of a vision-language model; only that part is run here,
             and the vision tower and projector are stored exactly.
     """
 
-    renamed: tuple[tuple[str, str], ...] = ()
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     vision: bool = False
 
-
-_INNER_LANGUAGE_MODEL: Final = (
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-)
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
     {
@@ -59,12 +54,12 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         "phi": Family(),
         "phi3": Family(),
         "gpt2": Family(),
-        "mixtral": Family(renamed=((".mlp.", ".block_sparse_moe."),), experts=("w1", "w3", "w2")),
+        "mixtral": Family(experts=("w1", "w3", "w2")),
         "qwen2_moe": Family(),
         "qwen3_moe": Family(),
-        "qwen2_5_vl": Family(renamed=(("model.language_model.", "model."),), vision=True),
-        "llava": Family(renamed=_INNER_LANGUAGE_MODEL, vision=True),
-        "gemma3": Family(renamed=_INNER_LANGUAGE_MODEL, vision=True),
+        "qwen2_5_vl": Family(vision=True),
+        "llava": Family(vision=True),
+        "gemma3": Family(vision=True),
     }
 )
 
@@ -102,25 +97,6 @@ def read_config(folder: Path) -> Any:
 
 _TEXT_MODELS: Final = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "gemma3_text")
 """Language models supported within a vision-language model."""
-
-
-def check_not_quantized(config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are quantized.
-
-    Args:
-        config: the parsed config.json.
-
-    Raises:
-        UnsupportedModel: naming the quantization.
-    """
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and (found := part.get("quantization_config")):
-            method = found.get("quant_method") if isinstance(found, Mapping) else None
-            raise UnsupportedModel(
-                f"The weights are quantized ({method or 'of an unnamed kind'}), so that a "
-                "difference of them means nothing. Take the original checkpoint, or load this one "
-                "with transformers, call model.dequantize() and save it; base and fine-tune alike."
-            )
 
 
 def auto_class(model_type: str) -> Any:
@@ -201,26 +177,26 @@ class StoredParameter:
 
 
 def locate(
-    parameter: str, experts: int, family: Family, prefix: str, names: Collection[str]
+    parameter: str, experts: int, model_type: str, prefix: str, names: Collection[str]
 ) -> StoredParameter:
     """Find how a checkpoint with the tensors `names` stores a parameter.
 
     Args:
         parameter: its name in the model.
         experts: number of experts' matrices that it stacks, or 0.
-        family: of the model.
+        model_type: of the model.
         prefix: name of the body in the model, which checkpoints of the body alone lack.
         names: the checkpoint's tensors.
     """
     renamed = parameter
-    for module, checkpoint in family.renamed:
+    for module, checkpoint in RENAMED.get(model_type, ()):
         renamed = renamed.replace(module, checkpoint)
     spellings = (renamed, parameter, parameter.removeprefix(f"{prefix}."))
     for spelling in spellings:
         if spelling in names:
             return StoredParameter(((spelling,),))
         if experts:
-            stored = _by_expert(spelling, experts, family)
+            stored = _by_expert(spelling, experts, FAMILIES[model_type])
             if stored.names[0][0] in names:
                 return stored
     return StoredParameter(((renamed,),))

@@ -4,7 +4,7 @@ One block's weights are in memory at a time. Hidden states stay on the caller's 
 memory-mapped, and are moved a few thousand tokens at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,8 +66,10 @@ class BlockwiseModel:
         head: the output head, or None where it is tied to the embedding.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        """Build the skeleton.
+    def __init__(
+        self, folder: Path, device: str = "cpu", names: Collection[str] | None = None
+    ) -> None:
+        """Build the skeleton for sources with the tensors `names`; None: those of `folder`.
 
         Raises:
             UnsupportedModel: the family is not supported, `transformers` cannot build the model,
@@ -76,7 +78,10 @@ class BlockwiseModel:
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self._skeleton = Skeleton(
-            read_config(folder), tensor_names(folder), self.device, self.dtype
+            read_config(folder),
+            tensor_names(folder) if names is None else names,
+            self.device,
+            self.dtype,
         )
         self.config: Any = self._skeleton.config
         self.blocks = self._skeleton.blocks

@@ -7,15 +7,15 @@ with stubs in place of the blocks.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from deltadock.artifacts.compatibility import check_not_quantized
 from deltadock.compression.checkpoints import TensorSource
 from deltadock.compression.model.families import (
-    FAMILIES,
     StoredParameter,
     build,
     is_experts,
@@ -29,9 +29,6 @@ Weights = dict[str, Tensor]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a block besides its hidden states."""
-
-SCALES: Final = ("weight_scale", "weight_scale_inv", "input_scale", "scale_weight")
-"""Names of tensors with the scales of quantized weights."""
 
 
 class _BlockStub(nn.Module):
@@ -107,7 +104,7 @@ class Skeleton:
         self.embedding = f"{modules[id(self._body.get_input_embeddings())]}.weight"
         self.head = f"{modules[id(self._model.get_output_embeddings())]}.weight"
         self.tied = self.head in self._model.all_tied_weights_keys
-        self.stored = self._locate(FAMILIES[config.model_type], names)
+        self.stored = self._locate(config.model_type, names)
 
     def _find_blocks(self) -> tuple[str, nn.ModuleList]:
         """The list of decoder blocks, and its name within the body."""
@@ -118,7 +115,7 @@ class Skeleton:
             f"The decoder blocks of a {self.config.model_type!r} model are not found."
         )
 
-    def _locate(self, family: Any, names: Collection[str]) -> dict[str, StoredParameter]:
+    def _locate(self, model_type: str, names: Collection[str]) -> dict[str, StoredParameter]:
         stored = {}
         base = self._model.base_model_prefix
         for name, parameter in self._model.state_dict().items():
@@ -126,7 +123,7 @@ class Skeleton:
                 continue  # The vision tower and projector are never run.
             owner = self._model.get_submodule(name.rpartition(".")[0])
             experts = parameter.shape[0] if is_experts(owner) else 0
-            stored[name] = locate(name, experts, family, base, names)
+            stored[name] = locate(name, experts, model_type, base, names)
         if self.tied:
             present = [
                 stored[name]
@@ -145,13 +142,7 @@ class Skeleton:
             InvalidCheckpoint: naming the first tensor that is missing or of another shape.
             UnsupportedModel: the weights are quantized.
         """
-        for name in shapes:
-            if name.rpartition(".")[2] in SCALES:
-                raise UnsupportedModel(
-                    f"{name!r} scales another tensor's codes: the weights are quantized. Load "
-                    "this checkpoint with transformers, dequantize and save it; base and fine-tune "
-                    "alike."
-                )
+        check_not_quantized({}, shapes)
         for name, parameter in self._model.state_dict().items():
             if name not in self.stored:
                 continue

@@ -106,9 +106,12 @@ def read_delta(
     config = _own_config(own_files)
     if config is not None and CONFIG in base_files:
         check_same_config(json.loads(base_files[CONFIG]), config, any_vocabulary=True)
-    shapes = {name: model.base_shape(name) for name in artifact.records}
+    parameters = {name: model.parameter_name(name) for name in artifact.records}
     tensors = model.fit(
-        {name: read_tensor_delta(artifact, name, shape) for name, shape in shapes.items()}
+        {
+            parameter: read_tensor_delta(artifact, name, model.base_shape(parameter))
+            for name, parameter in parameters.items()
+        }
     )
     _check_vocabulary(config, model.vocabulary_with(tensors))
     if model.device.type == "cuda":

@@ -87,7 +87,7 @@ class DeltaStore:
         slots are in use.
 
         Raises:
-            NotFound, HashMismatch, InvalidArtifact, BaseMismatch: this delta cannot be loaded.
+            NotFound, DamagedBlob, InvalidArtifact, BaseMismatch: this delta cannot be loaded.
             Unavailable: there is not enough memory now.
         """
         if digest not in self.slots.residents:

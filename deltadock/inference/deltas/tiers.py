@@ -106,7 +106,7 @@ class DiskTier(LruTier[_ArtifactFile]):
 
         Raises:
             NotFound: there is no such artifact.
-            HashMismatch: the store's bytes are damaged; nothing is kept.
+            DamagedBlob: the store's bytes are damaged; nothing is kept.
             TooLarge: the file exceeds the limit.
             Unavailable: the tier is full of files in use.
         """

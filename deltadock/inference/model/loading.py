@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from deltadock.artifacts.checkpoint import CheckpointManifest
+from deltadock.artifacts.names import find_name
 from deltadock.errors import InvalidCheckpoint, UnsupportedModel
 from deltadock.inference.model.added_tokens import EMBEDDING
 from deltadock.inference.model.attention import ATTENTION
@@ -66,7 +67,10 @@ def load_base(
         )
     config_class, model_class = FAMILIES[family]
     tensors = _read_tensors(folder, sorted({tensor.file for tensor in manifest.tensors}))
-    dtype = torch.float32 if device.type == "cpu" else tensors[EMBEDDING].dtype
+    embedding = find_name(EMBEDDING, tensors, family)
+    if embedding is None:
+        raise InvalidCheckpoint(f"The checkpoint has no tensor {EMBEDDING!r}.")
+    dtype = torch.float32 if device.type == "cpu" else tensors[embedding].dtype
     transformers_logging.disable_progress_bar()
     model, report = model_class.from_pretrained(
         None,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltadock.artifacts.names import find_name
 from deltadock.errors import InvalidArtifact
 from deltadock.inference.model.added_tokens import EMBEDDING, LM_HEAD, AddedTokens, Logits
 from deltadock.inference.model.attention import AttentionMetadata
@@ -148,6 +149,17 @@ class BaseModel:
             InvalidArtifact: the deltas add different numbers of tokens.
         """
         return self._added.vocabulary(0) + self._added.count(deltas)
+
+    def parameter_name(self, name: str) -> str:
+        """The model's parameter for a tensor of the base's checkpoint.
+
+        Raises:
+            InvalidArtifact: the base has no such tensor.
+        """
+        found = find_name(name, self._parameters, self.config.model_type)
+        if found is None:
+            raise InvalidArtifact(f"The delta changes {name!r}, a tensor that its base lacks.")
+        return found
 
     def base_shape(self, name: str) -> torch.Size:
         """The shape of the base's tensor of this name.

@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from deltadock.errors import (
     Conflict,
+    DamagedBlob,
     DeltadockError,
-    HashMismatch,
     InferenceFailed,
     NotFound,
     TooLarge,
@@ -194,7 +194,7 @@ def test_damaged_files_are_never_served(site: Site) -> None:
         whole = site.blobs.path(second).read_bytes()
         site.blobs.path(second).unlink()
         site.blobs.path(second).write_bytes(b"damaged, too")
-        with pytest.raises(HashMismatch):
+        with pytest.raises(DamagedBlob):
             await site.tiers.load(second)
         assert not list(site.folder.glob(f"*{second}*")), "nothing is kept of it"
         site.blobs.path(second).write_bytes(whole)
