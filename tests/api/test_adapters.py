@@ -54,3 +54,16 @@ def test_a_config_that_is_no_object_is_refused(api: Api) -> None:
     answer = api.client.post(f"/v1/uploads/{upload}/complete")
     assert answer.status_code == 422
     assert "adapter_config.json is not a JSON object" in answer.json()["detail"]
+
+
+def test_a_folder_with_the_bases_config_is_an_adapter(api: Api) -> None:
+    factor = {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 8), np.float32)}
+    files = {
+        "adapter_config.json": ADAPTER,
+        "adapter_model.safetensors": save(factor),
+        "config.json": b'{"model_type": "qwen2"}',
+        "checkpoint-2/adapter_model.safetensors": save(factor),
+    }
+    done = api.upload("checkpoint", files)
+    assert done["checkpoint"]["digest"] == upload_adapter(api)["digest"]
+    assert done["ignored"] == ["checkpoint-2/adapter_model.safetensors", "config.json"]

@@ -275,3 +275,33 @@ def test_unknown_uploads_are_not_found(api: Api) -> None:
     ):
         assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
     assert api.staged() == []
+
+
+def test_only_what_a_model_needs_is_part_of_the_checkpoint(api: Api) -> None:
+    upload = api.open_upload()
+    needed = {"config.json": CONFIG, "model.safetensors": weights(), "merges.txt": b"a b"}
+    left = {
+        "trainer_state.json": b"{}",
+        "all_results.json": b"{}",
+        "README.md": b"# A model",
+        "consolidated.safetensors": weights(),
+        "adapter_model.safetensors": weights(),
+        "checkpoint-2/model.safetensors": weights(),
+    }
+    for path, data in (needed | left).items():
+        assert api.put(upload, path, data).status_code == 200
+    done = api.client.post(f"/v1/uploads/{upload}/complete").json()
+    assert done["ignored"] == sorted(left)
+    alone = api.upload("checkpoint", needed)
+    assert alone["checkpoint"] == done["checkpoint"]
+    assert alone["ignored"] == []
+
+
+def test_weights_in_inner_folders_are_named(api: Api) -> None:
+    upload = api.open_upload()
+    api.put(upload, "config.json", CONFIG)
+    for step in (5, 20):
+        api.put(upload, f"checkpoint-{step}/model.safetensors", weights())
+    answer = api.client.post(f"/v1/uploads/{upload}/complete")
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_checkpoint")
+    assert "such as 'checkpoint-20'" in answer.json()["detail"]

@@ -128,7 +128,7 @@ def test_a_corrupt_artifact_is_refused_and_fetched_again(
         blob.unlink()
         shutil.copyfile(site.home / "delta-1", blob)  # whole, but another
         error = refused(node, site.base, artifact)
-        assert (error.status_code, error.code) == (400, "hash_mismatch")
+        assert (error.status_code, error.code) == (502, "damaged_blob")
         assert "damaged" in error.message
         assert not list((tmp_path / "cache").rglob(f"*{artifact}*")), "nothing is kept of it"
     finally:

@@ -155,7 +155,7 @@ def test_fetch_brings_a_verified_read_only_file(store: BlobStore, tmp_path: Path
     assert b"".join(store.open(digest)) == b"weights"
 
 
-def test_fetch_refuses_damaged_bytes(store: BlobStore, tmp_path: Path) -> None:
+def test_damaged_bytes_are_refused(store: BlobStore, tmp_path: Path) -> None:
     digest = store.put_bytes(b"weights")
     if isinstance(store, LocalBlobStore):
         store.path(digest).chmod(0o644)
@@ -165,6 +165,8 @@ def test_fetch_refuses_damaged_bytes(store: BlobStore, tmp_path: Path) -> None:
         s3.client.put_object(Bucket=s3.bucket, Key=f"blobs/{digest}", Body=b"weightz")
     with pytest.raises(DamagedBlob):
         store.fetch(digest, tmp_path / "cache" / "file")
+    with pytest.raises(DamagedBlob):
+        store.read(digest, 100)
     assert list((tmp_path / "cache").iterdir()) == []
 
 

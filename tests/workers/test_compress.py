@@ -249,7 +249,7 @@ def test_damaged_bytes_are_never_compressed(
     blob.chmod(0o600)
     blob.write_bytes(damaged)
     assert compress_job(job_id, context) is Outcome.FINISHED
-    assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "hash_mismatch")
+    assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "damaged_blob")
 
 
 def test_what_passes_is_tried_again_and_in_the_end_fails(

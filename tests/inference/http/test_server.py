@@ -184,7 +184,7 @@ def test_weights_that_cannot_be_loaded_fail_only_their_request(
     site.blobs.path(broken).unlink()
     shutil.copyfile(site.home / "delta-1", site.blobs.path(broken))  # a good delta, but another
     cases = [
-        (site.base, broken, 400, "hash_mismatch"),
+        (site.base, broken, 502, "damaged_blob"),
         (site.base, not_a_delta, 400, "invalid_artifact"),
         (site.base, site.foreign, 409, "base_mismatch"),
         (site.base, "0" * 64, 404, "not_found"),

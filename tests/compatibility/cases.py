@@ -1,0 +1,374 @@
+"""Checkpoints and adapters as people have them, with the model that transformers or PEFT makes.
+
+`docs/compatibility.md` is printed from this table by `python -m tests.compatibility.table`.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from deltadock.errors import (
+    ArchitectureMismatch,
+    DeltadockError,
+    InvalidAdapter,
+    InvalidCheckpoint,
+    NonFiniteWeights,
+    UnsafeFile,
+    UnsupportedModel,
+)
+from tests.compression.conftest import save_tokenizer
+from tests.compression.family_cases import CASES as FAMILIES
+from tests.compression.family_cases import save as save_family
+
+WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+PADDED = 260
+"""Rows of the embedding; the tokenizer has 256 tokens."""
+EMBEDDING = "model.embed_tokens.weight"
+
+Tensors = dict[str, Tensor]
+Rename = Callable[[str], str]
+
+
+class Made(NamedTuple):
+    """A base, a fine-tune or adapter of it, and the model that transformers or PEFT makes."""
+
+    base: Path
+    tuned: Path
+    model: Any = None
+    method: str = "exact"
+
+
+class Case(NamedTuple):
+    """One input; `error` and `words` of its message if it is refused."""
+
+    trainer: str
+    given: str
+    make: Callable[[Path], Made]
+    note: str = ""
+    error: type[DeltadockError] | None = None
+    words: str = ""
+    served: bool = True
+
+
+def build(*, tied: bool = False, rows: int = PADDED) -> Any:
+    """A Qwen2 model of two layers with random weights."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=rows, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def moved(model: Any) -> Any:
+    """A fine-tune of the model: every weight has moved."""
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return tuned
+
+
+def pair(home: Path, *, tied: bool = False) -> Made:
+    """Both as `save_pretrained` writes them."""
+    base = build(tied=tied)
+    tuned = moved(base)
+    for name, model in (("base", base), ("tuned", tuned)):
+        model.save_pretrained(home / name)
+        save_tokenizer(home / name)
+    return Made(home / "base", home / "tuned", tuned)
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], Tensors], name: str = WEIGHTS) -> None:
+    """Save a folder's tensors changed."""
+    tensors = change(load_file(folder / name))
+    kept = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
+    save_file(kept, folder / name, metadata={"format": "pt"})
+
+
+def edited(
+    *steps: tuple[str, Callable[[Tensors], Tensors]], tied: bool = False
+) -> Callable[[Path], Made]:
+    """A pair in which the tensors of `base` or `tuned` are changed on disk."""
+
+    def make(home: Path) -> Made:
+        made = pair(home, tied=tied)
+        for which, change in steps:
+            rewrite(home / which, change)
+        return made
+
+    return make
+
+
+def renamed(rename: Rename) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {rename(name): tensor for name, tensor in tensors.items()}
+
+
+def plus(**added: Tensor) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {**tensors, **{k.replace("__", "."): v for k, v in added.items()}}
+
+
+def with_head(tensors: Tensors) -> Tensors:
+    return {**tensors, "lm_head.weight": tensors[EMBEDDING]}
+
+
+def with_frequencies(tensors: Tensors) -> Tensors:
+    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    return {**tensors, **{name.format(layer): torch.ones(4) for layer in range(2)}}
+
+
+def without_prefix(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def files(write: Callable[[Made], None]) -> Callable[[Path], Made]:
+    """A pair with more files."""
+
+    def make(home: Path) -> Made:
+        made = pair(home)
+        write(made)
+        return made
+
+    return make
+
+
+def sharded(made: Made) -> None:
+    """Shards with an index, and a second set of the same weights in another layout."""
+    whole = load_file(made.tuned / WEIGHTS)
+    (made.tuned / WEIGHTS).unlink()
+    made.model.save_pretrained(made.tuned, max_shard_size="20KB")
+    junk = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    save_file(junk, made.tuned / "consolidated.safetensors")
+    (made.tuned / "original").mkdir()
+    save_file(junk, made.tuned / "original" / WEIGHTS)
+
+
+def leftover_adapter(made: Made) -> None:
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, made.tuned / ADAPTER)
+
+
+def trainer_files(made: Made) -> None:
+    for name in ("trainer_state.json", "all_results.json", "train_results.json", "wandb-a.json"):
+        (made.tuned / name).write_text('{"api_key": "secret"}')
+    (made.tuned / "training_args.bin").write_bytes(b"\x80\x04")
+    inner = made.tuned / "checkpoint-2"
+    inner.mkdir()
+    save_file({"x": torch.ones(1)}, inner / WEIGHTS)
+    (inner / "optimizer.pt").write_bytes(b"\x80\x04")
+
+
+def nan_rows(row: int) -> Callable[[Tensors], Tensors]:
+    def change(tensors: Tensors) -> Tensors:
+        tensors[EMBEDDING][row:] = torch.nan
+        return tensors
+
+    return change
+
+
+def nan_padding(home: Path) -> Made:
+    """NaN in the rows of the embedding that the tokenizer has no token for."""
+    return edited(("tuned", nan_rows(256)))(home)
+
+
+def lora(
+    *, tied: bool = False, added: int = 0, wrap: Rename | None = None, config: bool = False,
+    kind: Any = LoraConfig, **settings: Any,
+) -> Callable[[Path], Made]:  # fmt: skip
+    """An adapter with random factors, as PEFT saves it."""
+
+    def make(home: Path) -> Made:
+        model = build(tied=tied)
+        model.save_pretrained(home / "base")
+        save_tokenizer(home / "base")
+        if added:
+            model.resize_token_embeddings(PADDED + added, mean_resizing=False)
+        return save_adapter(home, model, wrap, config, kind, settings)
+
+    return make
+
+
+def save_adapter(
+    home: Path, model: Any, wrap: Rename | None, config: bool, kind: Any, settings: dict[str, Any]
+) -> Made:
+    """Save an adapter of `model`; names are changed by `wrap`, and `config` adds a config.json."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = get_peft_model(model, kind(task_type="CAUSAL_LM", **settings)).eval()
+        with torch.no_grad():
+            for name, parameter in tuned.named_parameters():
+                if any(part in name for part in ("lora_", "modules_to_save", "ia3")):
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        tuned.save_pretrained(home / "tuned")
+    if wrap is not None:
+        rewrite(home / "tuned", renamed(wrap), ADAPTER)
+    if config:
+        model.config.save_pretrained(home / "tuned")
+    return Made(home / "base", home / "tuned", tuned, "lora")
+
+
+def vision_lora(home: Path) -> Made:
+    """LoRA on the language part of a Qwen2.5-VL."""
+    model = save_family(FAMILIES["qwen2.5-vl"], home / "base").float()
+    settings = {"r": 4, "target_modules": r".*language_model.*\.(q_proj|v_proj|up_proj)"}
+    return save_adapter(home, model, None, False, LoraConfig, settings)
+
+
+def quantized(method: str, part: str, dtype: torch.dtype = torch.uint8) -> Callable[[Path], Made]:
+    """A fine-tune whose up projection is quantized."""
+
+    def make(home: Path) -> Made:
+        made = pair(home)
+        name = "model.layers.0.mlp.up_proj"
+
+        def change(tensors: Tensors) -> Tensors:
+            tensors[f"{name}.weight"] = torch.ones(768, 1).to(dtype)
+            return {**tensors, f"{name}.{part}": torch.ones(2)}
+
+        rewrite(made.tuned, change)
+        config = json.loads((made.tuned / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": method}
+        (made.tuned / "config.json").write_text(json.dumps(config))
+        return made
+
+    return make
+
+
+def only_inner(home: Path) -> Made:
+    made = pair(home)
+    inner = made.tuned / "checkpoint-20"
+    inner.mkdir()
+    (made.tuned / WEIGHTS).rename(inner / WEIGHTS)
+    return made
+
+
+def only_pickle(made: Made) -> None:
+    (made.tuned / WEIGHTS).rename(made.tuned / "pytorch_model.bin")
+
+
+def both(made: Made) -> None:
+    leftover_adapter(made)
+    (made.tuned / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def lost_shard(made: Made) -> None:
+    sharded(made)
+    min(made.tuned.glob("model-*.safetensors")).unlink()
+
+
+def emptied(tensors: Tensors) -> Tensors:
+    return {name: torch.empty(0) if "proj" in name else t for name, t in tensors.items()}
+
+
+def without_head(tensors: Tensors) -> Tensors:
+    del tensors["lm_head.weight"]
+    return tensors
+
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DEEP = r"(?:model\.)?layers\.[01]+\.(?:self_attn|mlp)\.[a-z]*?q[a-z_]*.*"
+DEQUANTIZE = "the message says how to dequantize"
+MERGE = "merge it with PEFT's `merge_and_unload` and compress the merged checkpoint"
+
+
+def wrapped(prefix: str) -> Rename:
+    return lambda name: name.replace("layers.0.", f"layers.0.{prefix}")
+
+
+CASES: tuple[Case, ...] = (
+    Case("transformers, TRL, axolotl, Unsloth", "`save_pretrained`, untied", pair),
+    Case("transformers, TRL, axolotl, Unsloth", "`save_pretrained`, tied head",
+         lambda home: pair(home, tied=True)),
+    Case("transformers, TRL", "shards with an index; a second set of weights beside them "
+         "(`consolidated.safetensors`, `original/`)", files(sharded),
+         "`model.safetensors`, else the index decides, as in `from_pretrained`"),
+    Case("transformers", "a leftover `adapter_model.safetensors`", files(leftover_adapter),
+         "ignored"),
+    Case("transformers, TRL, axolotl", "`trainer_state.json`, `all_results.json`, `wandb` files, "
+         "`training_args.bin`, inner `checkpoint-N/`", files(trainer_files),
+         "ignored; never part of an artifact"),
+    Case("transformers", "a tied head stored only in the base",
+         edited(("base", with_head), tied=True), "the embedding is the head"),
+    Case("DeepSpeed, Unsloth", "a tied head stored only in the fine-tune",
+         edited(("tuned", with_head), tied=True), "left out if it equals the embedding"),
+    Case("older transformers", "rotary `inv_freq` buffers in the fine-tune",
+         edited(("tuned", with_frequencies)), "computed by the model, not read"),
+    Case("older transformers", "rotary `inv_freq` buffers in the base",
+         edited(("base", with_frequencies)), "computed by the model, not read"),
+    Case("transformers", "a fine-tune saved as `AutoModel`: names without `model.`",
+         edited(("tuned", renamed(without_prefix)), tied=True)),
+    Case("transformers", "a base saved as `AutoModel`: names without `model.`",
+         edited(("base", renamed(without_prefix)), tied=True)),
+    Case("torch.compile", "prefix `_orig_mod.`",
+         edited(("tuned", renamed(lambda name: f"_orig_mod.{name}")))),
+    Case("FSDP", "prefixes `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.`",
+         edited(("tuned", renamed(wrapped("_fsdp_wrapped_module._checkpoint_wrapped_module."))))),
+    Case("DDP, DeepSpeed", "prefix `module.`",
+         edited(("tuned", renamed(lambda name: f"module.{name}")))),
+    Case("any", "NaN in embedding rows past the tokenizer's size", nan_padding,
+         "kept as the base's, with a note in the report"),
+    Case("PEFT", "LoRA on all projections", lora(r=4, target_modules=PROJECTIONS)),
+    Case("PEFT", "rank-stabilized LoRA (`use_rslora`)",
+         lora(r=4, use_rslora=True, target_modules=["q_proj"])),
+    Case("PEFT", "`rank_pattern` and `alpha_pattern`",
+         lora(r=4, target_modules=PROJECTIONS, rank_pattern={DEEP: 2}, alpha_pattern={DEEP: 5}),
+         "any regular expression that is matched within two seconds"),
+    Case("PEFT", "LoRA on the embedding",
+         lora(r=4, target_modules=["embed_tokens", "q_proj"])),
+    Case("PEFT", "`modules_to_save`, untied",
+         lora(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])),
+    Case("PEFT", "added tokens, LoRA on embedding and head with their saved base layers",
+         lora(r=4, added=3, target_modules=["embed_tokens", "lm_head", "q_proj"])),
+    Case("axolotl, TRL", "an adapter's folder with a `config.json`",
+         lora(r=4, target_modules=["q_proj"], config=True), "an adapter, over REST too"),
+    Case("torch.compile with PEFT", "prefix `_orig_mod.`",
+         lora(r=4, target_modules=["q_proj"], wrap=lambda name: name.replace(
+             "base_model.model.", "base_model.model._orig_mod."))),
+    Case("FSDP with PEFT", "prefix `_fsdp_wrapped_module.`",
+         lora(r=4, target_modules=["q_proj"], wrap=wrapped("_fsdp_wrapped_module."))),
+    Case("PEFT", "LoRA on the language part of Qwen2.5-VL", vision_lora, served=False),
+    Case("bitsandbytes", "4-bit weights",
+         quantized("bitsandbytes", "weight.quant_state.bitsandbytes__nf4"), DEQUANTIZE,
+         UnsupportedModel, r"quantized \(bitsandbytes\).*dequantize\(\)"),
+    Case("GPTQ", "`qweight`", quantized("gptq", "qweight"), DEQUANTIZE,
+         UnsupportedModel, r"quantized \(gptq\).*dequantize"),
+    Case("AWQ", "`qweight`", quantized("awq", "qweight"), DEQUANTIZE,
+         UnsupportedModel, r"quantized \(awq\).*dequantize"),
+    Case("FP8", "`weight_scale_inv`", quantized("fp8", "weight_scale_inv", torch.float8_e4m3fn),
+         DEQUANTIZE, UnsupportedModel, r"quantized \(fp8\).*dequantize=True"),
+    Case("compressed-tensors", "`weight_packed`", quantized("compressed-tensors", "weight_packed"),
+         DEQUANTIZE, UnsupportedModel, r"quantized \(compressed-tensors\).*dequantize=True"),
+    Case("DeepSpeed ZeRO-3", "empty tensors", edited(("tuned", emptied)),
+         "save with `stage3_gather_16bit_weights_on_model_save`", InvalidCheckpoint,
+         r"is empty.*ZeRO-3.*zero_to_fp32"),
+    Case("any", "NaN where tokens use it", edited(("tuned", nan_rows(7))),
+         "training has diverged", NonFiniteWeights, "diverged"),
+    Case("any", "an untied head that is missing", edited(("tuned", without_head)),
+         "transformers would initialise it at random", ArchitectureMismatch, "lacks"),
+    Case("older transformers", "weights as `pytorch_model.bin` only", files(only_pickle),
+         "save with `safe_serialization=True`", UnsafeFile, "safe_serialization"),
+    Case("transformers, PEFT", "a whole model and an adapter in one folder", files(both),
+         "keep only one of them", InvalidCheckpoint, "Keep only"),
+    Case("transformers, TRL, axolotl", "weights only in inner `checkpoint-N/` folders", only_inner,
+         "the message names the last one", InvalidCheckpoint, "checkpoint-20"),
+    Case("transformers", "a shard of the index is missing", files(lost_shard), "copy it",
+         InvalidCheckpoint, "is not there"),
+    Case("PEFT", "DoRA", lora(r=4, use_dora=True, target_modules=["q_proj"]), MERGE,
+         InvalidAdapter, "use_dora.*merge_and_unload"),
+    Case("PEFT", "IA3 and other kinds",
+         lora(kind=IA3Config, target_modules=["k_proj", "down_proj"],
+              feedforward_modules=["down_proj"]), MERGE,
+         InvalidAdapter, "IA3.*merge_and_unload"),
+    Case("PEFT", "PiSSA, OLoRA, CorDA, LoftQ: the base's weights change",
+         lora(r=4, target_modules=["q_proj"], init_lora_weights="pissa"),
+         "save with `path_initial_model_for_weight_conversion`, or merge", InvalidAdapter, "pissa"),
+)  # fmt: skip
