@@ -46,6 +46,9 @@ MODEL_FILES: Final = frozenset(
 )  # fmt: skip
 """The files besides weights that a model needs to answer; trainers leave many others."""
 
+NAMED_FILES: Final = 8
+"""Ignored files that a note names."""
+
 _INNER_CHECKPOINT: Final = re.compile(
     rf"(.+)/(?:{re.escape(ADAPTER_WEIGHTS)}|{re.escape(WEIGHTS)}|{re.escape(SHARD_INDEX)})"
 )
@@ -334,6 +337,19 @@ def list_folder(folder: Path) -> frozenset[str]:
         if path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+
+
+def ignored_files(folder: Path, kept: Collection[str]) -> list[str]:
+    """A note that names the files of a folder that are not among `kept`; empty: there are none."""
+    others = sorted(
+        path
+        for path in list_folder(folder)
+        if path not in kept and path != CONFIG and not path.endswith(".md")
+    )
+    if not others:
+        return []
+    more = f" and {len(others) - NAMED_FILES} more" if len(others) > NAMED_FILES else ""
+    return [f"Ignored, as no part of the model: {', '.join(others[:NAMED_FILES])}{more}."]
 
 
 def scan_folder(folder: Path, non_finite: set[str] | None = None) -> CheckpointManifest:

@@ -250,6 +250,8 @@ def print_report(document: dict[str, Any]) -> None:
     ):
         table.add_row(label, text)
     output.print(table)
+    for note in document["notes"]:
+        output.print(note)
 
 
 def preview(

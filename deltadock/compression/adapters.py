@@ -26,6 +26,7 @@ from deltadock.artifacts.checkpoint import (
     CONFIG,
     TensorEntry,
     folder_files,
+    ignored_files,
 )
 from deltadock.artifacts.compatibility import EMPTY_TENSOR, VOCABULARY
 from deltadock.artifacts.container import StreamingInspector
@@ -485,6 +486,7 @@ def import_adapter(
             TensorReport(name, one.record["kind"], list(one.record["shape"]), one.nbytes)
             for name, one in encoded.items()
         ],
+        notes=ignored_files(adapter, folder_files(adapter, adapter=True)),
     )
     if calibration:
         model = BlockwiseModel(base, device)

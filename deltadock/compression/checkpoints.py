@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from deltadock.artifacts.checkpoint import TensorEntry, folder_files, scan_folder
+from deltadock.artifacts.checkpoint import TensorEntry, folder_files, ignored_files, scan_folder
 from deltadock.artifacts.compatibility import check_same_architecture, match_tensors
 from deltadock.artifacts.encodings import NUMPY_DTYPES
 from deltadock.artifacts.names import is_embedding, is_head
@@ -213,7 +213,8 @@ def open_pair(
     progress.report("validating", 1, 2, "reading the fine-tune")
     after = CheckpointReader(finetuned)
     after.align(before)
-    return CheckpointPair(before, after, tuple(keep_unused_rows(before, after)))
+    ignored = ignored_files(finetuned, {file.path for file in after.manifest.files})
+    return CheckpointPair(before, after, (*ignored, *keep_unused_rows(before, after)))
 
 
 def keep_unused_rows(base: CheckpointReader, finetuned: CheckpointReader) -> Iterator[str]:
@@ -246,8 +247,8 @@ def keep_unused_rows(base: CheckpointReader, finetuned: CheckpointReader) -> Ite
         known = [row for row in rows if row < len(old)]
         base.replaced[name] = torch.tensor(known, dtype=torch.int64), values[: len(known)]
         yield (
-            f"{len(rows)} rows of {name!r} hold NaN or an infinity, from row {rows[0]} on; no "
-            "token uses them, and they are kept as the base's."
+            f"{len(rows)} rows of {name!r} hold NaN or an infinity, from row {rows[0]} on: past "
+            "the tokenizer's size, or in the base too. They are kept as the base's."
         )
     checked = {entry.name for entry in finetuned.entries.values()}
     if others := finetuned.non_finite - checked:

@@ -175,6 +175,11 @@ def nan_rows(row: int) -> Callable[[Tensors], Tensors]:
     return change
 
 
+def nan_row(tensors: Tensors) -> Tensors:
+    tensors[EMBEDDING][40] = torch.inf
+    return tensors
+
+
 def nan_padding(home: Path) -> Made:
     """NaN in the rows of the embedding that the tokenizer has no token for."""
     return edited(("tuned", nan_rows(256)))(home)
@@ -251,6 +256,14 @@ def only_inner(home: Path) -> Made:
     return made
 
 
+def inner_adapter(home: Path) -> Made:
+    made = lora(r=4, target_modules=["q_proj"])(home)
+    made.tuned.rename(home / "checkpoint-20")
+    made.tuned.mkdir()
+    (home / "checkpoint-20").rename(made.tuned / "checkpoint-20")
+    return made
+
+
 def only_pickle(made: Made) -> None:
     (made.tuned / WEIGHTS).rename(made.tuned / "pytorch_model.bin")
 
@@ -290,7 +303,8 @@ CASES: tuple[Case, ...] = (
          lambda home: pair(home, tied=True)),
     Case("transformers, TRL", "shards with an index; a second set of weights beside them "
          "(`consolidated.safetensors`, `original/`)", files(sharded),
-         "`model.safetensors`, else the index decides, as in `from_pretrained`"),
+         "`model.safetensors`, else the index decides, as in `from_pretrained`; the rest is "
+         "ignored"),
     Case("transformers", "a leftover `adapter_model.safetensors`", files(leftover_adapter),
          "ignored"),
     Case("transformers, TRL, axolotl", "`trainer_state.json`, `all_results.json`, `wandb` files, "
@@ -315,6 +329,9 @@ CASES: tuple[Case, ...] = (
     Case("DDP, DeepSpeed", "prefix `module.`",
          edited(("tuned", renamed(lambda name: f"module.{name}")))),
     Case("any", "NaN in embedding rows past the tokenizer's size", nan_padding,
+         "kept as the base's, with a note in the report"),
+    Case("any", "NaN in an input embedding, of base and fine-tune alike",
+         edited(("base", nan_row), ("tuned", nan_row)),
          "kept as the base's, with a note in the report"),
     Case("PEFT", "LoRA on all projections", lora(r=4, target_modules=PROJECTIONS)),
     Case("PEFT", "rank-stabilized LoRA (`use_rslora`)",
@@ -360,6 +377,8 @@ CASES: tuple[Case, ...] = (
          "keep only one of them", InvalidCheckpoint, "Keep only"),
     Case("transformers, TRL, axolotl", "weights only in inner `checkpoint-N/` folders", only_inner,
          "the message names the last one", InvalidCheckpoint, "checkpoint-20"),
+    Case("PEFT", "adapters only in inner `checkpoint-N/` folders", inner_adapter,
+         "the message names them", InvalidAdapter, "checkpoint-20"),
     Case("transformers", "a shard of the index is missing", files(lost_shard), "copy it",
          InvalidCheckpoint, "is not there"),
     Case("PEFT", "DoRA", lora(r=4, use_dora=True, target_modules=["q_proj"]), MERGE,
