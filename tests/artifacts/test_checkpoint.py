@@ -21,6 +21,7 @@ from deltadock.artifacts.checkpoint import (
     assemble,
     check_path,
     scan_folder,
+    weight_files,
 )
 from deltadock.errors import InvalidCheckpoint, MalformedSafetensors, UnsafeFile
 
@@ -301,3 +302,29 @@ def test_tensors_that_are_not_finite_are_found_in_any_chunking(dtype: str, bad: 
             inspector.update(data[begin : begin + size])
         inspector.finish()
         assert found == expected
+
+
+def test_weights_are_those_that_from_pretrained_reads() -> None:
+    shards = {"a-00001.safetensors", "a-00002.safetensors"}
+    index = json.dumps({"weight_map": dict(zip("xy", sorted(shards), strict=True))}).encode()
+    others = {"consolidated.safetensors", "adapter_model.safetensors", "original/a.safetensors"}
+    assert weight_files({*shards, *others}, index) == shards
+    assert weight_files({*shards, *others, "model.safetensors"}, index) == {"model.safetensors"}
+    assert weight_files({"weights.safetensors", *others}, None) == {"weights.safetensors"}
+    assert weight_files(others, None) == frozenset()
+    with pytest.raises(InvalidCheckpoint, match=r"a-00002.*1 of 2 shards are missing"):
+        weight_files({"a-00001.safetensors"}, index)
+    for bad in (b"[]", b"{", b'{"weight_map": {"x": 1}}', b'{"weight_map": {"x": []}}'):
+        with pytest.raises(InvalidCheckpoint):
+            weight_files({"weights.safetensors"}, bad)
+
+
+def test_a_shard_outside_the_folder_is_not_read(tmp_path: Path) -> None:
+    save(tmp_path / "secret", TENSORS)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    outside = {"weight_map": {"x": "../secret/model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(outside))
+    with pytest.raises(InvalidCheckpoint, match="is not there"):
+        scan_folder(folder)
