@@ -93,6 +93,11 @@ class InferenceNode:
         """Whether requests are accepted: the engine runs, or the first request will start it."""
         return self.base is None or self.base.engine.alive
 
+    @property
+    def device_lost(self) -> bool:
+        """Whether only a new process can serve again."""
+        return self.base is not None and self.base.engine.device_lost
+
     def state(self) -> dict[str, Any]:
         """The node's state as heartbeats report it."""
         base = self.base
@@ -199,19 +204,23 @@ class InferenceNode:
             _leave(base)
 
     async def _enter(self, digest: str) -> ServedBase:
-        """The base `digest`, kept until `_leave`."""
-        while True:
-            # A cancelled request must not interrupt the change of base.
-            base = await asyncio.shield(asyncio.create_task(self._adopt(digest)))
-            if base is self.base:
-                base.users += 1
-                return base
+        """The base `digest`, kept until `_leave`.
 
-    async def _adopt(self, digest: str) -> ServedBase:
+        Requests for the current base do not wait while another one is downloaded; it replaces the
+        current base only if that is idle afterwards.
+        """
+        while True:
+            if self.base is not None and self.base.digest == digest:
+                self.base.users += 1
+                return self.base
+            # A cancelled request must not interrupt the change of base.
+            await asyncio.shield(asyncio.create_task(self._adopt(digest)))
+
+    async def _adopt(self, digest: str) -> None:
         async with self._base_lock:
             base = self.base
             if base is not None and base.digest == digest:
-                return base
+                return
             self._check_idle(digest)
             # The new base is on disk and verified before the old one is freed.
             folder, manifest = await asyncio.to_thread(self._files.checkpoint, digest)
@@ -223,7 +232,6 @@ class InferenceNode:
                 # Its parts reference each other, and memory may not hold two bases.
                 await asyncio.to_thread(gc.collect)
             self.base = await asyncio.to_thread(self._serve, digest, manifest, folder)
-            return self.base
 
     def _check_idle(self, digest: str) -> None:
         base = self.base

@@ -74,7 +74,11 @@ class Registration:
 
     async def _send_heartbeats(self) -> None:
         while True:
-            await self.report()
+            try:
+                await self.report()
+            except Exception:
+                # Without heartbeats the api would forget a node that still serves.
+                log.exception("heartbeat_failed", url=self._node_url)
             await asyncio.sleep(MIN_INTERVAL_SECONDS)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), self._interval - MIN_INTERVAL_SECONDS)

@@ -62,6 +62,10 @@ class NodeServer(uvicorn.Server):
         if self.started:
             self.node.register(self.url)
 
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop: when asked to, or when the device is lost."""
+        return await super().on_tick(counter) or self.node.device_lost
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Report that the node is draining, then finish the running requests."""
         await self.node.drain()
@@ -72,13 +76,19 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8100,
 ) -> None:
-    """Run the node that the environment configures, until SIGTERM."""
+    """Run the node that the environment configures, until SIGTERM.
+
+    Exits with status 1 if the device is lost, so that a supervisor starts it again.
+    """
     settings = get_settings()
     configure_logging(settings, process="node")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every heartbeat
     reachable = socket.gethostname() if host in WILDCARD_HOSTS else host
     url = settings.node_url or f"http://{reachable}:{port}"
-    NodeServer(create_app(settings), host, port, url).run()
+    server = NodeServer(create_app(settings), host, port, url)
+    server.run()
+    if server.node.device_lost:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -74,3 +74,26 @@ def test_an_unreachable_api_does_not_stop_the_node() -> None:
         await node.close()
 
     asyncio.run(scenario())
+
+
+def test_heartbeats_survive_any_exception() -> None:
+    listener = Listener()
+    states: list[dict[str, int]] = []
+
+    def state() -> dict[str, int]:
+        if len(states) < 2:
+            states.append({})
+            raise KeyError("a fault")
+        return {"admitted": 1}
+
+    async def scenario(url: str) -> None:
+        settings = Settings(
+            api_url=url, node_secret=SecretStr("s3cret"), node_heartbeat_seconds=0.11
+        )
+        node = Registration(settings, "http://node:8100", state)
+        await until(lambda: listener.told)
+        await node.close()
+
+    with serving(listener.app) as url:
+        asyncio.run(scenario(url))
+    assert listener.told[0][2]["admitted"] == 1

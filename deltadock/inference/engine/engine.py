@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from typing import Final
 
 import torch
 
@@ -17,6 +18,9 @@ from deltadock.inference.model.model import BaseModel
 logger = logging.getLogger(__name__)
 
 Command = Callable[[], None]
+
+MAX_DEVICE_FAILURES: Final = 3
+"""Consecutive failed passes after which the device did not compute either."""
 
 
 class Engine:
@@ -51,6 +55,7 @@ class Engine:
         self._scheduler = Scheduler(cache, pass_tokens, max_sequences)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
+        self._device_failures = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -64,8 +69,13 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the step loop runs."""
-        return self._thread.is_alive()
+        """Whether the step loop runs, on a device that computes."""
+        return self._thread.is_alive() and not self.device_lost
+
+    @property
+    def device_lost(self) -> bool:
+        """Whether the device has failed; every sequence fails from then on."""
+        return self._device_failures >= MAX_DEVICE_FAILURES
 
     @property
     def running(self) -> int:
@@ -107,6 +117,8 @@ class Engine:
             while not self._stopping:
                 try:
                     self._receive()
+                    if self.device_lost:
+                        raise RuntimeError("The device does not compute any more.")
                     if chunks := self._scheduler.schedule():
                         self._compute(chunks)
                 except Exception as error:
@@ -136,14 +148,27 @@ class Engine:
             logger.exception("A pass of %d sequences failed", len(chunks))
             failure = error.with_traceback(None)  # which references the pass's tensors
         else:
+            self._device_failures = 0
             self._sample(chunks, TokenSampler(logits))
             return
-        if len(chunks) == 1:
-            self._fail(chunks[0].sequence, failure)
+        if not self._device_computes() or len(chunks) == 1:
+            for chunk in chunks:
+                self._fail(chunk.sequence, failure)
             return
         middle = len(chunks) // 2
         self._compute(chunks[:middle])
         self._compute(chunks[middle:])
+
+    def _device_computes(self) -> bool:
+        """Check the device after a failed pass, which may be a delta's fault; counts failures."""
+        try:
+            self._runner.check_device()
+        except Exception:
+            logger.exception("The device failed")
+            self._device_failures += 1
+            return False
+        self._device_failures = 0
+        return True
 
     def _sample(self, chunks: list[ScheduledChunk], sampler: TokenSampler) -> None:
         row = 0

@@ -49,6 +49,10 @@ class ModelRunner:
         if model.device.type == "cuda" if static is None else static:
             self._decode = GraphDecoder(model, cache, max_rows)
 
+    def check_device(self) -> None:
+        """Compute and read back a number; raises what the device raises, if it is lost."""
+        torch.ones(1, device=self._model.device).add_(1).item()
+
     def logits(self, chunks: list[ScheduledChunk]) -> Logits:
         """Compute the chunks; returns a row of logits for each one that samples.
 

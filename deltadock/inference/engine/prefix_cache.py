@@ -6,9 +6,16 @@ masked position is still read, and 0 * NaN is NaN): only tokens that led to fini
 shared, and a slot is erased before it passes to another model key.
 """
 
+import logging
 from dataclasses import dataclass
+from typing import Final
 
 from deltadock.inference.model.kv_cache import KVCache
+
+logger = logging.getLogger(__name__)
+
+NO_MODEL: Final = ""
+"""Model key of contents that must be erased before the slot is used again."""
 
 
 @dataclass(slots=True)
@@ -81,13 +88,20 @@ class CacheSlots:
     def release(self, slot: int, written: int, *, keep: bool) -> None:
         """Free a slot in which up to `written` positions were written.
 
-        The confirmed prefix is kept for later sequences if `keep`; everything else is erased.
+        The confirmed prefix is kept for later sequences if `keep`; everything else is erased. If
+        erasing fails, the slot is free all the same, and `take` erases it first.
         """
         contents = self._contents[slot]
         contents.written = max(contents.written, min(written, self._cache.length))
         if not keep:
             contents.confirmed = 0
-        self._cache.erase(slot, contents.confirmed, contents.written)
+        try:
+            self._cache.erase(slot, contents.confirmed, contents.written)
+        except Exception:
+            logger.exception("A cache slot could not be erased")
+            self._contents[slot] = _SlotContents(NO_MODEL, [], 0, contents.written)
+            self._free[slot] = None
+            return
         contents.written = contents.confirmed
         if contents.confirmed:
             contents.tokens = contents.tokens[: contents.confirmed]

@@ -113,10 +113,10 @@ class Scheduler:
     def _admit(self) -> None:
         while (model_key := self._next()) is not None:
             queue = self._queues[model_key]
-            sequence = queue.popleft()
+            self._start(queue[0])  # if it raises, the sequence is still queued
+            queue.popleft()
             if not queue:
                 del self._queues[model_key]
-            self._start(sequence)
 
     def _next(self) -> str | None:
         """The least served delta with a sequence that can start now; may preempt another."""

@@ -3,16 +3,21 @@
 import asyncio
 import json
 import shutil
+import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import typer
 
 from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.inference.engine.engine import MAX_DEVICE_FAILURES
+from deltadock.inference.server import NodeServer, serve
 from tests.inference.support import (
     PROMPT,
     RunningNode,
@@ -22,6 +27,7 @@ from tests.inference.support import (
     start,
     write_delta,
 )
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +253,55 @@ def test_only_an_idle_node_changes_its_base(site: Site, tmp_path: Path) -> None:
         node.node.base.users -= 1
         with node.client(site.other_base) as client:
             client.completions.create(model="m", prompt="a", max_tokens=1)
+
+
+def test_a_base_that_downloads_delays_and_interrupts_nobody(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests for the current base are answered meanwhile, and the busy node keeps it."""
+    with start(site, tmp_path) as node, node.client(site.base) as client:
+        ask = {"model": "m", "prompt": "a", "max_tokens": 1}
+        client.completions.create(**ask)
+        downloading, downloaded = threading.Event(), threading.Event()
+        fetch = node.node._files.checkpoint
+
+        def slow(digest: str) -> Any:
+            downloading.set()
+            assert downloaded.wait(60)
+            return fetch(digest)
+
+        monkeypatch.setattr(node.node._files, "checkpoint", slow)
+        with ThreadPoolExecutor() as threads, node.client(site.other_base) as other:
+            change = threads.submit(lambda: other.completions.create(**ask))
+            assert downloading.wait(60)
+            assert client.completions.create(**ask).choices  # does not wait for the download
+            go_on = hold(node)
+            running = threads.submit(lambda: client.completions.create(**ask))
+            wait_until(lambda: node.node.base.users == 1)
+            downloaded.set()
+            assert isinstance(change.exception(60), openai.InternalServerError)
+            go_on.set()
+            assert running.result(60).choices
+        assert node.node.base.digest == site.base
+
+
+def test_a_lost_device_ends_the_process(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with start(site, tmp_path) as node, node.client(site.base) as client:
+        client.completions.create(model="m", prompt="a", max_tokens=1)
+        assert httpx.get(f"{node.url}/readyz").is_success
+        monkeypatch.setattr(node.node.base.engine, "_device_failures", MAX_DEVICE_FAILURES)
+        assert httpx.get(f"{node.url}/readyz").status_code == 503
+        assert node.node.state()["draining"], "the api sends nothing more"
+        server = NodeServer(node.app, "127.0.0.1", 0, node.url)
+        assert asyncio.run(server.on_tick(0)) is True
+        monkeypatch.setattr(NodeServer, "run", lambda self: None)
+        monkeypatch.setattr("deltadock.inference.server.configure_logging", lambda *_, **__: None)
+        monkeypatch.setattr("deltadock.inference.server.create_app", lambda _: node.app)
+        with pytest.raises(typer.Exit) as exit_:
+            serve()
+        assert exit_.value.exit_code == 1
 
 
 def test_a_full_queue_is_429(site: Site, tmp_path: Path) -> None:
