@@ -4,10 +4,12 @@ import asyncio
 import gc
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
 from deltadock.errors import ModelNotFound, NotReady, Unavailable
@@ -17,7 +19,7 @@ from deltadock.inference.deltas.store import ResidentDelta
 from deltadock.inference.deltas.tiers import DiskTier
 from deltadock.inference.generation import Generation
 from deltadock.inference.metrics import Metrics
-from deltadock.inference.prompts.chat import TemplateSandbox
+from deltadock.inference.prompts.chat import PROCESSES, TemplateSandbox
 from deltadock.inference.registration import Registration
 from deltadock.inference.request import (
     GenerationRequest,
@@ -47,6 +49,10 @@ class InferenceNode:
         )
         self._base_lock = asyncio.Lock()
         self._templates = TemplateSandbox()
+        # Threads of their own: a slow template must not hold up loads, which use the default ones.
+        self._encoders = ThreadPoolExecutor(2 * PROCESSES, thread_name_prefix="encode")
+        self._encoding: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """One prompt of a model key is encoded at a time, so that others find a thread."""
         self._registration: Registration | None = None
         self.base: ServedBase | None = None
         self.draining = False
@@ -86,6 +92,7 @@ class InferenceNode:
         if self.base is not None:
             self.base.stop_merging()
             await asyncio.to_thread(self.base.close)
+        await asyncio.to_thread(self._encoders.shutdown)
         await asyncio.to_thread(self._templates.close)
 
     @property
@@ -168,9 +175,11 @@ class InferenceNode:
                 on_error.callback(base.deltas.release, target.artifact_digest)
                 tokenizer = delta.tokenizer
             vocabulary = base.model.vocabulary(slot)
-            prompts = await asyncio.to_thread(
-                encode, prompts_of(request), tokenizer, self._templates, vocabulary
-            )
+            async with self._encoding.setdefault(target.model_key, asyncio.Lock()):
+                prompts = await asyncio.get_running_loop().run_in_executor(
+                    self._encoders,
+                    partial(encode, prompts_of(request), tokenizer, self._templates, vocabulary),
+                )
             context = base.engine.context_tokens
             sampling = sampling_params(request, tokenizer.defaults, prompts, context, vocabulary)
             generation = Generation(

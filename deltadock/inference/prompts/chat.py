@@ -1,6 +1,7 @@
-"""Renders a conversation with the model's chat template, in a sandboxed process."""
+"""Renders a conversation with the model's chat template, in sandboxed processes."""
 
 import json
+import queue
 import subprocess
 import sys
 import threading
@@ -14,8 +15,12 @@ from typing import Any, Final
 from deltadock.errors import InvalidInput, UnsupportedModel
 
 SANDBOX: Final = Path(__file__).with_name("sandbox.py")
+PROCESSES: Final = 4
+"""Templates that render at the same time."""
+WALL_SECONDS: Final = 5.0
+"""Limit of a rendering, beside its CPU time (`sandbox.CPU_SECONDS`)."""
 PAUSE_SECONDS: Final = 60.0
-"""A template that killed the sandbox is refused for this long: others wait while it runs."""
+"""A template that killed its process is refused for this long."""
 MAX_PAUSED: Final = 256
 
 
@@ -59,12 +64,60 @@ def chat_format(files: Mapping[str, str]) -> ChatFormat:
     return ChatFormat(template, special_tokens)
 
 
-class TemplateSandbox:
-    """The process that renders chat templates; started on first use and restarted when it dies."""
+class _Sandbox:
+    """One process that renders; started on first use and restarted when it dies."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+
+    def request(self, line: bytes) -> bytes:
+        """The process's answer to a line; empty if the request killed it."""
+        process = self._ensure_process()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = threading.Timer(WALL_SECONDS, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        finally:
+            timer.cancel()
+        if not answer:
+            self.kill()
+        return answer
+
+    def _ensure_process(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is not None:
+            self.kill()
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", SANDBOX],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={},
+                start_new_session=True,  # Ctrl-C must not reach it
+            )
+        return self._process
+
+    def kill(self) -> None:
+        """Stop the process, if it runs."""
+        if self._process is not None:
+            self._process.kill()
+            with self._process:  # closes the pipes and waits
+                self._process = None
+
+
+class TemplateSandbox:
+    """The processes that render chat templates, each one template at a time."""
+
+    def __init__(self) -> None:
+        self._idle: queue.LifoQueue[_Sandbox] = queue.LifoQueue()
+        for _ in range(PROCESSES):
+            self._idle.put(_Sandbox())
+        self._lock = threading.Lock()
         self._paused: OrderedDict[str, float] = OrderedDict()
         """Monotonic seconds until which each template is refused."""
 
@@ -100,53 +153,36 @@ class TemplateSandbox:
         return answer["text"]
 
     def _request(self, template: str, variables: Mapping[str, Any]) -> dict[str, str] | None:
-        """The sandbox's answer; None if the request killed it or the template is refused."""
+        """A sandbox's answer; None if the request killed it or the template is refused."""
         request = json.dumps({"template": template, "variables": variables})
+        if self._is_paused(template):
+            return None
+        sandbox = self._idle.get()
+        try:
+            if self._is_paused(template):  # another request of it was killed meanwhile
+                return None
+            line = sandbox.request(request.encode() + b"\n")
+        finally:
+            self._idle.put(sandbox)
+        if not line:
+            self._pause(template)
+            return None
+        answer: dict[str, str] = json.loads(line)
+        return answer
+
+    def _is_paused(self, template: str) -> bool:
         with self._lock:
-            if self._paused.get(template, 0.0) > time.monotonic():
-                return None
-            process = self._ensure_process()
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                process.stdin.write(request.encode() + b"\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
-            except BrokenPipeError:
-                line = b""
-            if not line:
-                self._kill()
-                self._pause(template)
-                return None
-            answer: dict[str, str] = json.loads(line)
-            return answer
+            return self._paused.get(template, 0.0) > time.monotonic()
 
     def _pause(self, template: str) -> None:
-        self._paused[template] = time.monotonic() + PAUSE_SECONDS
-        self._paused.move_to_end(template)
-        if len(self._paused) > MAX_PAUSED:
-            self._paused.popitem(last=False)
-
-    def _ensure_process(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._process.poll() is not None:
-            self._kill()
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", SANDBOX],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={},
-                start_new_session=True,  # Ctrl-C must not reach it
-            )
-        return self._process
+        with self._lock:
+            self._paused[template] = time.monotonic() + PAUSE_SECONDS
+            self._paused.move_to_end(template)
+            if len(self._paused) > MAX_PAUSED:
+                self._paused.popitem(last=False)
 
     def close(self) -> None:
-        """Stop the process, if it runs."""
-        with self._lock:
-            self._kill()
-
-    def _kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            with self._process:  # closes the pipes and waits
-                self._process = None
+        """Stop the processes, once none renders."""
+        for sandbox in [self._idle.get() for _ in range(PROCESSES)]:
+            sandbox.kill()
+            self._idle.put(sandbox)

@@ -1,7 +1,9 @@
 """/v1/chat/completions on a running node: templates, tokens and generation configs."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from deltadock.artifacts.checkpoint import scan_folder
 from tests.inference.support import RunningNode, Site, start, write_delta
+from tests.waiting import wait_until
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -233,3 +236,30 @@ def test_a_template_that_never_ends_fails_its_own_request(
         client.chat.completions.create(model="m", messages=TALK)
     with node.client(site.base, chatty) as client:
         assert client.chat.completions.create(model="m", messages=TALK, max_tokens=1).choices
+
+
+def test_a_slow_template_delays_only_its_own_delta(
+    site: Site, node: RunningNode, chatty: str, carry: Carry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More requests of it wait than there are threads that encode."""
+    slow = carry(chat_template__jinja="slow" + TEMPLATE)
+    ask: dict[str, Any] = {"model": "m", "messages": TALK, "max_tokens": 1}
+    go_on, prompt = threading.Event(), node.node._templates.prompt
+
+    def render(form: Any, *arguments: Any) -> str:
+        if form.template.startswith("slow"):
+            assert go_on.wait(60)
+        return prompt(form, *arguments)
+
+    monkeypatch.setattr(node.node._templates, "prompt", render)
+    with (
+        ThreadPoolExecutor(12) as threads,
+        node.client(site.base, slow) as flood,
+        node.client(site.base, chatty) as client,
+    ):
+        waiting = [threads.submit(lambda: flood.chat.completions.create(**ask)) for _ in range(12)]
+        wait_until(lambda: node.node.admitted == 12)
+        assert client.chat.completions.create(**ask).choices
+        assert not any(request.done() for request in waiting)
+        go_on.set()
+        assert all(request.result(60).choices for request in waiting)

@@ -1,16 +1,23 @@
 """Chat templates render like in transformers; hostile ones fail only their own request."""
 
 import json
+import signal
+import subprocess
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deltadock.errors import InvalidInput, UnsupportedModel
-from deltadock.inference.prompts.chat import ChatFormat, Conversation, TemplateSandbox, chat_format
+from deltadock.inference.prompts.chat import (
+    PROCESSES,
+    ChatFormat,
+    Conversation,
+    TemplateSandbox,
+    chat_format,
+)
 from deltadock.inference.prompts.tokenizer import Tokenizer, read_tokenizer_files
 
 CHATML = """
@@ -123,6 +130,13 @@ def test_a_hostile_template_fails_its_own_request(
     )
 
 
+def process_of(sandbox: TemplateSandbox) -> subprocess.Popen[bytes] | None:
+    """The process that rendered last; the others start only when it is busy."""
+    *others, last = sandbox._idle.queue
+    assert [other._process for other in others] == [None] * (PROCESSES - 1)
+    return last._process
+
+
 def test_a_template_that_killed_the_sandbox_is_refused_for_a_minute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -132,21 +146,45 @@ def test_a_template_that_killed_the_sandbox_is_refused_for_a_minute(
         for _ in range(2):
             with pytest.raises(InvalidInput, match="is refused for a minute"):
                 sandbox.prompt(endless, Conversation(TALK))
-            assert sandbox._process is None, "the second time nothing is started"
+            assert process_of(sandbox) is None, "the second time nothing is started"
         assert sandbox.prompt(form("x"), Conversation(TALK)) == "x"
         monkeypatch.setattr(sandbox, "_paused", OrderedDict({endless.template: 0.0}))
-        before = sandbox._process
+        before = process_of(sandbox)
         with pytest.raises(InvalidInput):
             sandbox.prompt(endless, Conversation(TALK))
         assert before is not None
-        assert sandbox._process is None, "the minute is over"
+        assert process_of(sandbox) is None, "the minute is over"
     finally:
         sandbox.close()
 
 
 def test_a_killed_sandbox_is_restarted(sandbox: TemplateSandbox) -> None:
     assert sandbox.prompt(form("a"), Conversation(TALK)) == "a"
-    process: Any = sandbox._process
+    process = process_of(sandbox)
+    assert process is not None
     process.kill()
     process.wait()
     assert sandbox.prompt(form("b"), Conversation(TALK)) == "b"
+
+
+def test_a_template_that_sleeps_is_stopped_by_the_clock(
+    sandbox: TemplateSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its CPU time never runs out."""
+    assert sandbox.prompt(form("a"), Conversation(TALK)) == "a"
+    process = process_of(sandbox)
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr("deltadock.inference.prompts.chat.WALL_SECONDS", 0.2)
+    with pytest.raises(InvalidInput, match="is refused for a minute"):
+        sandbox.prompt(form("b"), Conversation(TALK))
+    monkeypatch.setattr("deltadock.inference.prompts.chat.WALL_SECONDS", 60.0)
+    assert sandbox.prompt(form("c"), Conversation(TALK)) == "c"
+
+
+def test_templates_render_at_the_same_time(sandbox: TemplateSandbox) -> None:
+    """All but one process are stuck; the last answers."""
+    stuck = [sandbox._idle.get() for _ in range(PROCESSES - 1)]
+    assert sandbox.prompt(form("a"), Conversation(TALK)) == "a"
+    for process in stuck:
+        sandbox._idle.put(process)
