@@ -207,7 +207,7 @@ class TimedRequest:
             sampling=SamplingParams(max_tokens=tokens, temperature=0.0),
             delta_slot=slot,
             model_key=model_key,
-            eos_ids=frozenset(),
+            end_ids=frozenset(),
             stream=_DotStream(),
             emit=self._receive,
         )

@@ -37,6 +37,7 @@ class Generation:
             started_at: when the request arrived, in monotonic seconds.
         """
         self.tokenizer = tokenizer
+        self.prompts: list[list[int]] = []
         self.prompt_tokens = 0
         self._base, self._target, self._metrics = base, target, metrics
         self._on_finish = on_finish
@@ -51,6 +52,7 @@ class Generation:
 
     def start(self, prompts: list[list[int]], n: int, sampling: SamplingParams, slot: int) -> None:
         """Submit `n` sequences per prompt to the engine, numbered in order."""
+        self.prompts = prompts
         self.prompt_tokens = sum(map(len, prompts))
         self._metrics.prompt_tokens.inc(self.prompt_tokens)
         for prompt in prompts:
@@ -61,8 +63,14 @@ class Generation:
                         sampling=sampling,
                         delta_slot=slot,
                         model_key=self._target.model_key,
-                        eos_ids=self.tokenizer.eos_ids,
-                        stream=TextStream(self.tokenizer, prompt, sampling.stop),
+                        end_ids=sampling.stop_token_ids
+                        | (frozenset() if sampling.ignore_eos else self.tokenizer.eos_ids),
+                        stream=TextStream(
+                            self.tokenizer,
+                            prompt,
+                            sampling.stop,
+                            skip_special_tokens=sampling.skip_special_tokens,
+                        ),
                         emit=partial(self._emit, len(self._sequences)),
                         generator=make_generator(sampling, choice),
                     )

@@ -16,13 +16,21 @@ Prompt = str | Sequence[int] | Conversation
 COMPLETION_TOKENS: Final = 16
 """OpenAI's default `max_tokens` of completions."""
 
-Number = TypeVar("Number", int, float)
+Value = TypeVar("Value")
 
 
 def prompts_of(request: GenerationRequest) -> Sequence[Prompt]:
     """The request's prompts, as a list even if there is one."""
     if isinstance(request, ChatRequest):
-        return [Conversation(tuple(message.plain() for message in request.messages))]
+        continues = bool(request.continue_final_message)
+        return [
+            Conversation(
+                tuple(message.plain() for message in request.messages),
+                add_generation_prompt=_or_default(request.add_generation_prompt, not continues),
+                continue_final_message=continues,
+                variables=request.chat_template_kwargs or {},
+            )
+        ]
     if isinstance(request.prompt, str):
         return [request.prompt]
     items: list[str | list[int] | int] = [*request.prompt]
@@ -112,9 +120,11 @@ def requested_sampling(
     if isinstance(request, ChatRequest):
         max_tokens = request.max_completion_tokens or request.max_tokens or room
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        echo = False
     else:
-        max_tokens = request.max_tokens or min(COMPLETION_TOKENS, room)
+        max_tokens = _or_default(request.max_tokens, min(COMPLETION_TOKENS, room))
         logprobs = request.logprobs
+        echo = bool(request.echo)
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return SamplingParams(
         max_tokens=max_tokens,
@@ -128,9 +138,13 @@ def requested_sampling(
         logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
         seed=request.seed,
         stop=tuple(text for text in stop if text),
+        stop_token_ids=frozenset(request.stop_token_ids or ()),
+        ignore_eos=bool(request.ignore_eos),
+        skip_special_tokens=_or_default(request.skip_special_tokens, True),
         logprobs=logprobs,
+        prompt_logprobs=echo and logprobs is not None,
     )
 
 
-def _or_default(value: Number | None, default: Number) -> Number:
+def _or_default(value: Value | None, default: Value) -> Value:
     return default if value is None else value

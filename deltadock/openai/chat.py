@@ -1,6 +1,6 @@
 """OpenAI's chat completions: request, response and stream."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -55,7 +55,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content
+    content: Content | None = Field(description="Null only in the assistant's turns.")
     name: str | None = None
 
     @model_validator(mode="before")
@@ -69,9 +69,15 @@ class Message(BaseModel):
                 )
         return message
 
+    @model_validator(mode="after")
+    def _require_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise field_error("must be a string, or a list of parts of type text.", field="content")
+        return self
+
     def plain(self) -> dict[str, str]:
         """The message as chat templates read it."""
-        content = self.content
+        content = self.content or ""
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
         name = {} if self.name is None else {"name": self.name}
@@ -87,7 +93,11 @@ class TextFormat(BaseModel):
 
 
 class ChatRequest(SamplingFields):
-    """A request to /v1/chat/completions; without a limit an answer may fill the context."""
+    """A request to /v1/chat/completions; without a limit an answer may fill the context.
+
+    `add_generation_prompt` (true unless `continue_final_message` is), `continue_final_message` and
+    `chat_template_kwargs` go to the chat template, with vLLM's meaning.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -106,6 +116,9 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
     response_format: Unsupported[TextFormat] = None
     modalities: Unsupported[Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)]] = (
         None
@@ -129,13 +142,24 @@ class ChatRequest(SamplingFields):
             raise field_error("needs `logprobs`: true; send both or neither.")
         return value
 
+    @field_validator("continue_final_message")
+    @classmethod
+    def _not_with_generation_prompt(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        if value and info.data.get("add_generation_prompt"):
+            raise field_error("excludes `add_generation_prompt`; send one of them.")
+        return value
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
 
 class TokenLogprob(BaseModel):
-    """A token and its log-probability (nats); `bytes` is null if it is not valid UTF-8."""
+    """A token and its log-probability (nats); the `bytes` of consecutive tokens add up to UTF-8."""
 
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class ContentLogprob(TokenLogprob):
@@ -178,9 +202,9 @@ class ChatCompletion(BaseModel):
 
 
 class MessageDelta(BaseModel):
-    """What a chunk adds to the model's turn."""
+    """What a chunk adds to the model's turn; the role is in the first one only."""
 
-    role: Literal["assistant"] | None = None
+    role: Literal["assistant"] | None = Field(default=None, exclude_if=_is_none)
     content: str = ""
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from deltadock.openai.fields import MaxTokens, SamplingFields, Unsupported, Usage, field_error
+from deltadock.openai.fields import SamplingFields, Unsupported, Usage, field_error
 
 MAX_PROMPTS: Final = 64
 PROMPT_TYPES: Final = (
@@ -54,7 +54,11 @@ Prompt = Annotated[
 
 
 class CompletionRequest(SamplingFields):
-    """A request to /v1/completions; `max_tokens` defaults to 16."""
+    """A request to /v1/completions; `max_tokens` defaults to 16.
+
+    With `echo` the answer begins with the prompt, and with `logprobs` too the prompt's tokens have
+    theirs; `max_tokens` 0 generates nothing.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -69,19 +73,19 @@ class CompletionRequest(SamplingFields):
     )
 
     prompt: Prompt
-    max_tokens: MaxTokens | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Unsupported[Literal[False]] = None
+    echo: bool | None = None
     suffix: Unsupported[Literal[""]] = None
     best_of: Unsupported[Literal[1]] = None
 
 
 class CompletionLogprobs(BaseModel):
-    """Log-probabilities (nats) of the tokens of one choice."""
+    """Log-probabilities (nats) of the tokens of one choice; a prompt's first token has none."""
 
     tokens: list[str] = []
-    token_logprobs: list[float] = []
-    top_logprobs: list[dict[str, float]] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
     text_offset: list[int] = []
 
 

@@ -58,6 +58,7 @@ LogitBias = Annotated[
     reported_as("must map at most 300 token ids in decimal digits to numbers from -100 to 100."),
 ]
 """Limited in number, since biases are added at every token while other sequences wait."""
+EndTokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=128)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[
     str | Annotated[list[str], Field(max_length=16)],
@@ -74,8 +75,9 @@ class StreamOptions(BaseModel):
 class SamplingFields(BaseModel):
     """Fields that completions and chat completions share. Unknown fields are errors.
 
-    Unset fields take the values of the model's generation config. `top_k`, `min_p` and
-    `repetition_penalty` extend OpenAI's request, with vLLM's meaning.
+    Unset fields take the values of the model's generation config. `top_k`, `min_p`,
+    `repetition_penalty`, `stop_token_ids`, `ignore_eos` and `skip_special_tokens` extend OpenAI's
+    request, with vLLM's meaning.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -92,6 +94,9 @@ class SamplingFields(BaseModel):
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     seed: Seed | None = None
     stop: Stop | None = None
+    stop_token_ids: EndTokens | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Ignored = None

@@ -101,7 +101,7 @@ def test_malformed_requests_are_400_as_at_openai(
         ({"model": "tiny"}, "prompt"),
         ({"prompt": "x"}, "model"),
         ({"model": "tiny", "prompt": 1}, "prompt"),
-        ({"model": "tiny", "prompt": "x", "max_tokens": 0}, "max_tokens"),
+        ({"model": "tiny", "prompt": "x", "max_tokens": -1}, "max_tokens"),
         ({"model": "tiny", "prompt": "x", "best_of": 2}, "best_of"),
         ({"model": "tiny", "prompt": "x", "unknown": 1}, "unknown"),
         ([1], None),
@@ -167,9 +167,11 @@ def test_the_openai_package(api: Api, ready: Ready) -> None:
         assert whole.choices[0].text == " 42"
         parts = client.completions.create(model=delta["id"], prompt="17 + 25 =", stream=True)
         assert "".join(part.choices[0].text for part in parts) == " 42"
-        with pytest.raises(openai.BadRequestError, match="`echo` is not supported yet") as refused:
-            client.completions.create(model=delta["id"], prompt="x", echo=True)
-        assert refused.value.param == "echo"
+        with pytest.raises(
+            openai.BadRequestError, match="`suffix` is not supported yet"
+        ) as refused:
+            client.completions.create(model=delta["id"], prompt="x", suffix="y")
+        assert refused.value.param == "suffix"
         with pytest.raises(openai.NotFoundError) as caught:
             client.completions.create(model="none", prompt="x")
         assert caught.value.code == "model_not_found"
@@ -204,7 +206,7 @@ def test_generate_needs_an_existing_ready_model(api: Api) -> None:
         answer = api.client.post(url, json={"prompt": "x"})
         assert (answer.status_code, answer.json()["code"]) == (status, code)
     for bad in ({}, *({"prompt": "x"} | wrong for wrong in (
-        {"temperature": -1}, {"unknown": 1}, {"max_tokens": 0}, {"stop": ["a"] * 17}
+        {"temperature": -1}, {"unknown": 1}, {"max_tokens": -1}, {"stop": ["a"] * 17}
     ))):  # fmt: skip
         assert api.client.post("/v1/bases/tiny/generate", json=bad).status_code == 422
 

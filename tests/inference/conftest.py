@@ -170,7 +170,7 @@ class Bench:
                 sampling=sampling,
                 delta_slot=slot,
                 model_key=f"digest-{slot}",
-                eos_ids=self.tokenizer.eos_ids,
+                end_ids=self.tokenizer.eos_ids,
                 stream=TextStream(self.tokenizer, prompt, sampling.stop),
                 emit=lambda event: self._events.put((outcome, event)),
                 generator=make_generator(sampling, choice),

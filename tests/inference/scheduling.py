@@ -31,7 +31,7 @@ def make_sequence(
         sampling=SamplingParams(**how),
         delta_slot=slot,
         model_key=model_key if model_key is not None else f"digest-{slot}",
-        eos_ids=frozenset(),
+        end_ids=frozenset(),
         stream=TextStream(tokenizer, [1], ()),
         emit=lambda _: None,
     )

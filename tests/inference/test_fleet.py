@@ -136,13 +136,13 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_tokens": 0},
+        {"max_tokens": -1},
         {"temperature": 3},
         {"stop": ["a"] * 17},
         {"prompt": []},
         {"prompt": [999]},
         {"prompt": ["a", [1]]},
-        {"echo": True},
+        {"suffix": "x"},
         {"unknown": 1},
         {"logit_bias": {"999": 1}},
         {"max_tokens": 10_000},
@@ -163,7 +163,7 @@ def test_the_api_and_a_node_report_equal_errors(fleet: Fleet, wrong: dict[str, A
 @pytest.mark.parametrize(
     ("wrong", "code"),
     [
-        ({"max_tokens": 0}, "invalid_input"),
+        ({"max_tokens": -1}, "invalid_input"),
         ({"prompt": ""}, "invalid_input"),
         ({"max_tokens": 10_000}, "context_length_exceeded"),
     ],

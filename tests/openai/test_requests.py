@@ -84,12 +84,11 @@ def test_disabling_values_are_accepted_by_chat(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"echo": True}, f"`echo` {OFF}"),
         ({"best_of": 3}, f"`best_of` {OFF}"),
         ({"suffix": "end"}, f"`suffix` {OFF}"),
         ({"tools": []}, f"`tools` {UNKNOWN}"),
         ({"guided_choice": ["a"]}, f"`guided_choice` {UNKNOWN}"),
-        ({"max_tokens": 0}, "`max_tokens`: Input should be greater than or equal to 1."),
+        ({"max_tokens": -1}, "`max_tokens`: Input should be greater than or equal to 0."),
         ({"presence_penalty": 2.5}, "`presence_penalty`: Input should be less than or equal to 2."),
         ({"repetition_penalty": 0}, "`repetition_penalty`: Input should be greater than"),
         ({"logit_bias": {"5": 101}}, "`logit_bias` must map at most 300"),

@@ -176,7 +176,10 @@ class Engine:
             samples = chunk.samples
             self._scheduler.computed(chunk)
             if samples:
-                self._sample_row(chunk.sequence, sampler, row)
+                if chunk.sequence.sampling.max_tokens:
+                    self._sample_row(chunk.sequence, sampler, row)
+                else:
+                    self._finish(chunk.sequence, "length")
                 row += 1
 
     def _sample_row(self, sequence: Sequence, sampler: TokenSampler, row: int) -> None:
@@ -194,14 +197,20 @@ class Engine:
     def _append(self, sequence: Sequence, token: SampledToken) -> None:
         sequence.tokens.append(token.id)
         sequence.unsent.append(token)
-        ended = token.id in sequence.eos_ids
+        ended = token.id in sequence.end_ids
         text = "" if ended else sequence.stream.push(token.id)
         if ended or sequence.stream.stopped:
             self._finish(sequence, "stop", text)
         elif sequence.generated >= sequence.sampling.max_tokens:
             self._finish(sequence, "length", text)
         elif text:
-            sequence.emit(Event(text, self._take_unsent(sequence)))
+            sequence.emit(self._event(sequence, text))
+
+    def _event(self, sequence: Sequence, text: str, finish: FinishReason | None = None) -> Event:
+        """An event with the tokens and prompt scores that have not been sent."""
+        scores = tuple(sequence.prompt_scores[place] for place in sorted(sequence.prompt_scores))
+        sequence.prompt_scores.clear()
+        return Event(text, self._take_unsent(sequence), finish, prompt=scores)
 
     def _take_unsent(self, sequence: Sequence) -> tuple[SampledToken, ...]:
         tokens = tuple(sequence.unsent)
@@ -213,7 +222,7 @@ class Engine:
         if sequence.stream.stopped:
             reason = "stop"
         if self._scheduler.drop(sequence, keep=True):
-            self._emit(sequence, Event(text, self._take_unsent(sequence), reason))
+            self._emit(sequence, self._event(sequence, text, reason))
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         if self._scheduler.drop(sequence, keep=False):

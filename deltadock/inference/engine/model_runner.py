@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from deltadock.inference.engine.sampler import score_tokens
 from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.model.added_tokens import Logits
 from deltadock.inference.model.attention import (
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MAX_GRAPHS: Final = 64
 """Captured graphs kept; the least recently used is evicted."""
+SCORED_ROWS: Final = 64
+"""Prompt tokens scored at a time: their logits are float32 over the whole vocabulary."""
 MIN_TOKENS: Final = 128
 """Smallest padded length that attention sees."""
 
@@ -56,9 +59,12 @@ class ModelRunner:
     def logits(self, chunks: list[ScheduledChunk]) -> Logits:
         """Compute the chunks; returns a row of logits for each one that samples.
 
-        Writes the keys and values of every chunk's tokens to the cache.
+        Writes the keys and values of every chunk's tokens to the cache, and the scores of prompt
+        tokens to the sequences that ask for them.
         """
-        if self._decode is not None and all(chunk.end - chunk.begin == 1 for chunk in chunks):
+        if self._decode is not None and all(
+            chunk.end - chunk.begin == 1 and not chunk.scored for chunk in chunks
+        ):
             rows = [
                 DecodeRow(sequence.tokens[begin], begin, sequence.kv_slot, sequence.delta_slot)
                 for sequence, begin, _ in chunks
@@ -79,7 +85,20 @@ class ModelRunner:
         metadata = make_attention_metadata(self._cache, spans)
         packed = torch.tensor(tokens, device=self._model.device)
         hidden = self._model.forward(packed, metadata, slots)
+        for span, chunk in zip(spans, chunks, strict=True):
+            self._score(hidden[:, span.begin : span.begin + chunk.scored], chunk)
         return self._sampled_logits(hidden, chunks, [span.end - 1 for span in spans])
+
+    def _score(self, hidden: Tensor, chunk: ScheduledChunk) -> None:
+        """Score the prompt tokens that follow the rows of `hidden`."""
+        sequence = chunk.sequence
+        for begin in range(0, hidden.shape[1], SCORED_ROWS):
+            rows = hidden[:, begin : begin + SCORED_ROWS]
+            count, first = rows.shape[1], chunk.begin + begin + 1
+            logits = self._model.logits(rows, [sequence.delta_slot] * count)
+            tokens = sequence.tokens[first : first + count]
+            scores = score_tokens(logits, tokens, sequence.sampling.logprobs or 0)
+            sequence.prompt_scores.update(enumerate(scores, start=first))
 
     def _sampled_logits(
         self, hidden: Tensor, chunks: list[ScheduledChunk], last_rows: list[int]

@@ -58,12 +58,13 @@ class CacheSlots:
                 best = max(best, (count, slot in self._free, slot))
         return (best[2], best[0]) if best[0] else (-1, 0)
 
-    def take(self, model_key: str, tokens: list[int]) -> tuple[int, int]:
+    def take(self, model_key: str, tokens: list[int], *, reuse: bool = True) -> tuple[int, int]:
         """Allocate a slot: (slot, number of the sequence's `tokens` already computed in it).
 
+        Without `reuse` none is, so that all logits are computed.
         `tokens` may grow while the sequence runs; `confirm` marks how many are computed.
         """
-        source, count = self.find(model_key, tokens)
+        source, count = self.find(model_key, tokens) if reuse else (-1, 0)
         # Reusing the slot in place would discard a prefix much longer than the shared one.
         if source in self._free and 2 * count >= self._contents[source].confirmed:
             slot = source

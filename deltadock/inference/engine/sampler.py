@@ -29,7 +29,13 @@ class SamplingParams:
     """Added to the logits, by token id."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    """End the answer, beside the model's end-of-sequence tokens."""
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: bool = False
+    """Whether to score the prompt's tokens too, with `logprobs` alternatives each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +151,20 @@ class TokenSampler:
         return SampledToken(
             token, float(logprobs[token]), tuple(zip(best.tolist(), values.tolist(), strict=True))
         )
+
+
+def score_tokens(logits: Logits, tokens: Sequence[int], alternatives: int) -> list[SampledToken]:
+    """Log-probabilities of the tokens of one sequence; row i of the logits precedes `tokens[i]`."""
+    logprobs = torch.log_softmax(torch.stack(logits.rows()), -1)
+    ids = torch.tensor(tokens, device=logprobs.device)
+    own = logprobs.gather(1, ids[:, None])[:, 0].tolist()
+    values, best = torch.topk(logprobs, alternatives)
+    return [
+        SampledToken(token, logprob, tuple(zip(*top, strict=True)))
+        for token, logprob, top in zip(
+            tokens, own, zip(best.tolist(), values.tolist(), strict=True), strict=True
+        )
+    ]
 
 
 def _finite_and_argmax(logits: Tensor) -> tuple[list[bool], list[int]]:

@@ -24,6 +24,13 @@ class ScheduledChunk(NamedTuple):
         """Whether the chunk includes the sequence's last token, so that the next is sampled."""
         return self.end == len(self.sequence.tokens)
 
+    @property
+    def scored(self) -> int:
+        """How many of the chunk's rows come before a prompt token whose score is asked for."""
+        if not self.sequence.sampling.prompt_logprobs:
+            return 0
+        return max(min(self.end, self.sequence.prompt_length - 1) - self.begin, 0)
+
 
 class Scheduler:
     """Fair between deltas, first come first served within a delta.
@@ -141,7 +148,9 @@ class Scheduler:
         return None
 
     def _start(self, sequence: Sequence) -> None:
-        sequence.kv_slot, sequence.computed = self.slots.take(sequence.model_key, sequence.tokens)
+        sequence.kv_slot, sequence.computed = self.slots.take(
+            sequence.model_key, sequence.tokens, reuse=not sequence.sampling.prompt_logprobs
+        )
         cached = min(sequence.computed, sequence.prompt_length)
         sequence.charged = max(sequence.charged, cached)
         self.counters.reserve(sequence.model_key, sequence.prompt_length - sequence.charged)
@@ -161,6 +170,8 @@ class Scheduler:
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
         """Whether a running prefill will soon provide a long enough prefix of this sequence."""
+        if sequence.sampling.prompt_logprobs:
+            return False
         for other in self.running:
             if other.model_key != sequence.model_key or other.generated:
                 continue

@@ -14,12 +14,17 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Text that is final, the tokens since the last event, and the finish reason at the end."""
+    """Text that is final, the tokens since the last event, and the finish reason at the end.
+
+    `prompt` has the scores of the prompt's tokens but the first, in the first event of a sequence
+    that asks for them.
+    """
 
     text: str = ""
     tokens: tuple[SampledToken, ...] = ()
     finish: FinishReason | None = None
     error: Exception | None = None
+    prompt: tuple[SampledToken, ...] = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -33,7 +38,8 @@ class Sequence:
     model_key: str
     """Fairness and cache key: the digest of the artifact, or of the base. Never a name, for a name
     may move to other weights."""
-    eos_ids: frozenset[int]
+    end_ids: frozenset[int]
+    """Tokens that end the answer."""
     stream: TextStream
     emit: Callable[[Event], None]
     """Called from the engine thread; the last event has `finish` set."""
@@ -45,6 +51,8 @@ class Sequence:
     charged: int = field(default=0, init=False)
     """Prompt tokens that were charged to the delta or came from the prefix cache."""
     unsent: list[SampledToken] = field(default_factory=list, init=False)
+    prompt_scores: dict[int, SampledToken] = field(default_factory=dict, init=False)
+    """Scores of the prompt's tokens, by position, until they are sent."""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)

@@ -1,12 +1,13 @@
 """Builds OpenAI's responses from a generation's events: whole and streamed."""
 
+import codecs
 import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
@@ -16,7 +17,7 @@ from deltadock.inference.engine.sampler import SampledToken
 from deltadock.inference.engine.sequence import Event
 from deltadock.inference.generation import Generation
 from deltadock.inference.http.errors import error_body
-from deltadock.inference.prompts.tokenizer import REPLACEMENT
+from deltadock.inference.prompts.tokenizer import Tokenizer
 from deltadock.openai.chat import (
     AssistantMessage,
     ChatChoice,
@@ -74,7 +75,10 @@ class Reply(ABC, Generic[RequestBody]):
             async for index, event in events:
                 answer = answers[index]
                 answers[index] = Event(
-                    answer.text + event.text, answer.tokens + event.tokens, event.finish
+                    answer.text + event.text,
+                    answer.tokens + event.tokens,
+                    event.finish,
+                    prompt=answer.prompt + event.prompt,
                 )
                 self._generated_tokens += len(event.tokens)
         return self._completion([answers[index] for index in sorted(answers)], self._usage())
@@ -112,7 +116,8 @@ class CompletionReply(Reply[CompletionRequest]):
 
     def __init__(self, request: CompletionRequest, generation: Generation) -> None:
         super().__init__(request, generation)
-        self._offsets: dict[int, int] = defaultdict(int)
+        self._writers: dict[int, _LogprobsWriter] = {}
+        self._echoed: set[int] = set()
 
     def _completion(self, answers: Sequence[Event], usage: Usage) -> Completion:
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
@@ -125,28 +130,85 @@ class CompletionReply(Reply[CompletionRequest]):
         return Completion(**self.head, choices=[], usage=usage)
 
     def _choice(self, index: int, event: Event) -> CompletionChoice:
+        echo = bool(self.request.echo) and index not in self._echoed
+        self._echoed.add(index)
         return CompletionChoice(
             index=index,
-            text=event.text,
-            logprobs=self._logprobs(index, event.tokens),
+            text=(self._prompt_text(index) if echo else "") + event.text,
+            logprobs=self._logprobs(index, event, echo=echo),
             finish_reason=event.finish,
         )
 
-    def _logprobs(self, index: int, tokens: Sequence[SampledToken]) -> CompletionLogprobs | None:
+    def _prompt(self, index: int) -> str | list[int]:
+        """The prompt of an answer, as it was sent."""
+        sent = self.request.prompt
+        if isinstance(sent, str) or isinstance(sent[0], int):
+            return sent
+        return cast("list[str | list[int]]", sent)[index // self.request.answers]
+
+    def _prompt_text(self, index: int) -> str:
+        sent = self._prompt(index)
+        return sent if isinstance(sent, str) else self.generation.tokenizer.decode(sent)
+
+    def _logprobs(self, index: int, event: Event, *, echo: bool) -> CompletionLogprobs | None:
         if self.request.logprobs is None:
             return None
-        logprobs = CompletionLogprobs()
-        text_of = self.generation.tokenizer.token_text
-        for token in tokens:
-            text, logprob = text_of(token.id), token.logprob or 0.0
-            logprobs.tokens.append(text)
-            logprobs.token_logprobs.append(logprob)
-            logprobs.top_logprobs.append(
-                {text: logprob} | {text_of(top): value for top, value in token.top}
+        if index not in self._writers:
+            self._writers[index] = _LogprobsWriter(
+                self.generation.tokenizer, hidden=self.request.skip_special_tokens is not False
             )
-            logprobs.text_offset.append(self._offsets[index])
-            self._offsets[index] += len(text)
+        writer, logprobs = self._writers[index], CompletionLogprobs()
+        if echo:
+            tokens = self.generation.prompts[index // self.request.answers]
+            scores = [SampledToken(tokens[0]), *event.prompt]
+            writer.add_prompt(logprobs, scores, self._prompt(index))
+        writer.add(logprobs, event.tokens)
         return logprobs
+
+
+class _LogprobsWriter:
+    """Appends tokens to the log-probabilities of one completion, with their offsets in its text."""
+
+    def __init__(self, tokenizer: Tokenizer, *, hidden: bool) -> None:
+        """`hidden`: whether special tokens are no part of the text."""
+        self._tokenizer, self._hidden = tokenizer, hidden
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._offset = 0
+
+    def add_prompt(
+        self, logprobs: CompletionLogprobs, tokens: Sequence[SampledToken], sent: str | list[int]
+    ) -> None:
+        """Append the tokens of a prompt that was sent as text or token ids."""
+        if isinstance(sent, list):
+            self.add(logprobs, tokens)
+            self._offset = len(self._tokenizer.decode(sent))
+            return
+        for token, offset in zip(tokens, self._tokenizer.offsets(sent), strict=True):
+            self._append(logprobs, token, offset)
+        self._offset = len(sent)
+
+    def add(self, logprobs: CompletionLogprobs, tokens: Sequence[SampledToken]) -> None:
+        """Append tokens that follow the text so far."""
+        for token in tokens:
+            self._append(logprobs, token, self._offset)
+            if not (self._hidden and self._tokenizer.is_hidden(token.id)):
+                self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token.id)))
+
+    def _append(self, logprobs: CompletionLogprobs, token: SampledToken, offset: int) -> None:
+        logprobs.tokens.append(self._tokenizer.token_text(token.id))
+        logprobs.token_logprobs.append(token.logprob)
+        logprobs.top_logprobs.append(None if token.logprob is None else self._alternatives(token))
+        logprobs.text_offset.append(offset)
+
+    def _alternatives(self, token: SampledToken) -> dict[str, float]:
+        """Log-probabilities by text; a token whose text another has is named by its id."""
+        alternatives: dict[str, float] = {}
+        for number, logprob in [(token.id, token.logprob or 0.0), *token.top]:
+            if number == token.id and alternatives:
+                continue
+            text = self._tokenizer.token_text(number)
+            alternatives[f"token_id:{number}" if text in alternatives else text] = logprob
+        return alternatives
 
 
 class ChatReply(Reply[ChatRequest]):
@@ -200,6 +262,9 @@ class ChatReply(Reply[ChatRequest]):
         )
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.generation.tokenizer.token_text(token)
-        valid = REPLACEMENT not in text
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if valid else None}
+        tokenizer = self.generation.tokenizer
+        return {
+            "token": tokenizer.token_text(token),
+            "logprob": logprob,
+            "bytes": list(tokenizer.token_bytes(token)),
+        }

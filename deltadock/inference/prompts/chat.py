@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,11 +24,26 @@ PAUSE_SECONDS: Final = 60.0
 MAX_PAUSED: Final = 256
 
 
+RESERVED: Final = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
+"""Variables of a template that `chat_template_kwargs` cannot set."""
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages with `role` and `content`, to be answered."""
+    """Messages with `role` and `content`, to be answered.
+
+    Attributes:
+        messages: the turns.
+        add_generation_prompt: whether the prompt opens the assistant's turn.
+        continue_final_message: whether the answer continues the last message, whose turn stays
+            open.
+        variables: further variables of the template.
+    """
 
     messages: tuple[Mapping[str, str], ...]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +77,22 @@ def chat_format(files: Mapping[str, str]) -> ChatFormat:
     if not isinstance(template, str | None):
         raise TypeError("chat_template is not a string")
     return ChatFormat(template, special_tokens)
+
+
+def _open_final_message(text: str, content: str) -> str:
+    """The rendered text up to the end of the last message's content, as in transformers.
+
+    Raises:
+        InvalidInput: there is none, or the template changes it beyond stripping it.
+    """
+    content = content if content in text else content.strip()
+    if not content or content not in text:
+        raise InvalidInput(
+            "continue_final_message needs a last message with content that the chat template does "
+            "not change.",
+            param="continue_final_message",
+        )
+    return text[: text.rindex(content) + len(content)]
 
 
 class _Sandbox:
@@ -133,12 +164,22 @@ class TemplateSandbox:
                 "The model has no chat template. Send a prompt to /v1/completions, or save the "
                 "fine-tune again with a chat_template.jinja beside its tokenizer.json."
             )
+        if reserved := RESERVED & conversation.variables.keys():
+            raise InvalidInput(
+                f"chat_template_kwargs cannot set {min(reserved)!r}.", param="chat_template_kwargs"
+            )
+        messages = [dict(message) for message in conversation.messages]
+        if "developer" not in form.template:
+            # OpenAI's newer name for the system role; a template that does not know it drops it.
+            for message in messages:
+                message["role"] = message["role"].replace("developer", "system")
         variables = {
-            **form.special_tokens,
-            "messages": conversation.messages,
-            "add_generation_prompt": True,
             "tools": None,
             "documents": None,
+            **form.special_tokens,
+            **conversation.variables,
+            "messages": messages,
+            "add_generation_prompt": conversation.add_generation_prompt,
         }
         answer = self._request(form.template, variables)
         if answer is None:
@@ -150,7 +191,9 @@ class TemplateSandbox:
             raise InvalidInput(
                 f"The model's chat template cannot be applied to the messages: {answer['error']}"
             )
-        return answer["text"]
+        if not conversation.continue_final_message:
+            return answer["text"]
+        return _open_final_message(answer["text"], messages[-1]["content"])
 
     def _request(self, template: str, variables: Mapping[str, Any]) -> dict[str, str] | None:
         """A sandbox's answer; None if the request killed it or the template is refused."""

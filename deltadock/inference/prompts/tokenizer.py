@@ -1,6 +1,7 @@
 """A model's tokenizer, chat format and generation config; incremental decoding of its output."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,29 @@ TOKENIZER_FILES: Final = (
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 MAX_CHARACTER_TOKENS: Final = 4
 """A character's UTF-8 bytes are spread over at most this many tokens."""
+
+MARKUP: Final = frozenset(
+    {
+        "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "[TOOL_CALLS]",
+        "<|python_tag|>", "<think>", "</think>",
+    }
+)  # fmt: skip
+"""Special tokens of some tokenizers that are part of the answer: clients parse them."""
+
+BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""How byte-fallback tokenizers spell a byte."""
+
+
+def _byte_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level token stands for, as in GPT-2's tokenizer:
+    printable Latin-1 characters are themselves, the other bytes are shifted beyond U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    shifted = {chr(256 + number): byte for number, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | shifted
+
+
+BYTE_CHARACTERS: Final = _byte_characters()
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, str]:
@@ -47,8 +71,16 @@ class Tokenizer:
             )
         try:
             self._tokenizer: Any = FastTokenizer.from_str(files["tokenizer.json"])
-            self.eos_ids = _eos_ids(files)
+            self._special = {
+                number: token.content
+                for number, token in self._tokenizer.get_added_tokens_decoder().items()
+                if token.special
+            }
+            self._byte_level = '"ByteLevel"' in json.dumps(
+                json.loads(files["tokenizer.json"]).get("decoder")
+            )
             self.chat = chat_format(files)
+            self.eos_ids = _eos_ids(files) | self._own_eos_id()
             self.defaults = _sampling_defaults(files)
         except Exception as error:  # the library raises nothing more specific
             raise InvalidArtifact(f"The tokenizer files cannot be read: {error}") from error
@@ -69,10 +101,30 @@ class Tokenizer:
             ) from error
         return ids
 
+    def offsets(self, text: str) -> list[int]:
+        """Where each token of `encode(text)` begins in the text, in characters."""
+        return [begin for begin, _ in self._tokenizer.encode(text).offsets]
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text without special tokens."""
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
+
+    def _own_eos_id(self) -> frozenset[int]:
+        """The tokenizer's end-of-sequence token, which ends the turns of many chat models whose
+        generation config names the base's."""
+        token = self.chat.special_tokens.get("eos_token")
+        number = None if token is None else self._tokenizer.token_to_id(token)
+        return frozenset() if number is None else frozenset({number})
+
+    def special_text(self, token: int) -> str | None:
+        """The text of a special token, None for others."""
+        return self._special.get(token)
+
+    def is_hidden(self, token: int) -> bool:
+        """Whether a token is no part of the answer, unless special tokens are asked for."""
+        special = self._special.get(token)
+        return special is not None and special not in MARKUP
 
     def decode_step(self, stream: DecodeStream, token: int) -> str | None:
         """The text that `token` completes, None if it completes no character.
@@ -83,25 +135,56 @@ class Tokenizer:
         text: str | None = stream.step(self._tokenizer, token)
         return text
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds to a text, special tokens included; UTF-8 or a part of it."""
+        special = self._special.get(token)
+        if special is not None:
+            return special.encode()
+        piece: str = self._tokenizer.id_to_token(token) or ""
+        if self._byte_level and all(character in BYTE_CHARACTERS for character in piece):
+            return bytes(BYTE_CHARACTERS[character] for character in piece)
+        if found := BYTE_TOKEN.fullmatch(piece):
+            return bytes.fromhex(found[1])
+        # Twice, since many tokenizers drop the space before a text's first token.
+        once, twice = (
+            self._tokenizer.decode(tokens, skip_special_tokens=False)
+            for tokens in ([token], [token, token])
+        )
+        return bytes(twice[len(once) :].encode())
+
     def token_text(self, token: int) -> str:
-        """One token as text, special tokens included."""
-        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
-        return text
+        """A token as text; OpenAI's notation `bytes:\\xe2\\x82` for parts of a character."""
+        data = self.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 class TextStream:
     """Decodes one sequence's tokens incrementally.
 
     A character whose bytes are spread over several tokens is held back until it is complete, and
-    text that may begin a stop string until it is known not to.
+    text that may begin a stop string until it is known not to. Stop strings may contain special
+    tokens, which are no part of the answer unless they are `MARKUP`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str],
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """Decode what follows `prompt`; `skip_special_tokens` hides special tokens."""
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._pending: list[int] = []
         """Tokens that have not completed a character."""
         self._stop = tuple(stop)
-        self._held_back = ""
+        self._held_back: list[tuple[str, bool]] = []
+        """Pieces of text, and whether each is part of the answer."""
         self.stopped = False
         """Whether a stop string has been generated; the text ends before it."""
         self._start(list(prompt))
@@ -128,8 +211,12 @@ class TextStream:
         """Append a token; returns the text that is final now."""
         text = self._decode(token)
         if text:
-            self._held_back += text.removeprefix(self._prompt_tail)
+            self._held_back.append((text.removeprefix(self._prompt_tail), True))
             self._prompt_tail = ""
+        special = self._tokenizer.special_text(token)
+        if special is not None:
+            visible = not (self._skip_special_tokens and self._tokenizer.is_hidden(token))
+            self._held_back.append((special, visible))
         return self._release()
 
     def _decode(self, token: int) -> str | None:
@@ -146,22 +233,34 @@ class TextStream:
         return text
 
     def _release(self) -> str:
-        found = [index for index in map(self._held_back.find, self._stop) if index >= 0]
+        text = "".join(piece for piece, _ in self._held_back)
+        found = [index for index in map(text.find, self._stop) if index >= 0]
         if found:
             self.stopped = True
-            text, self._held_back = self._held_back[: min(found)], ""
-            return text
-        keep = max((_overlap(self._held_back, stop) for stop in self._stop), default=0)
-        cut = len(self._held_back) - keep
-        text, self._held_back = self._held_back[:cut], self._held_back[cut:]
-        return text
+            return self._take(min(found))
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        return self._take(len(text) - keep)
+
+    def _take(self, length: int) -> str:
+        """The answer's part of the first `length` characters held back, which are dropped."""
+        taken = ""
+        rest: list[tuple[str, bool]] = []
+        for piece, visible in self._held_back:
+            if visible:
+                taken += piece[:length]
+            if piece[length:]:
+                rest.append((piece[length:], visible))
+            length = max(length - len(piece), 0)
+        self._held_back = rest
+        return taken
 
     def finish(self) -> str:
         """The text still held back, once no token follows."""
         if self.stopped:
             return ""
-        self._held_back += self._tokenizer.decode(self._pending).removeprefix(self._prompt_tail)
-        return self._release() + self._held_back
+        text = self._tokenizer.decode(self._pending).removeprefix(self._prompt_tail)
+        self._held_back.append((text, True))
+        return self._release() + self._take(sum(len(piece) for piece, _ in self._held_back))
 
 
 def _overlap(text: str, stop: str) -> int:

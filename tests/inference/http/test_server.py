@@ -13,10 +13,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 import typer
 
 from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.inference.engine.engine import MAX_DEVICE_FAILURES
+from deltadock.inference.prompts.tokenizer import Tokenizer, read_tokenizer_files
 from deltadock.inference.server import NodeServer, serve
 from tests.inference.support import (
     PROMPT,
@@ -149,9 +151,9 @@ def test_a_delta_brings_its_own_tokenizer_files(
             "max_tokens",
             "exceed the context of 120 tokens. Shorten one of them.",
         ),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"echo": True}, "echo", "`echo` is not supported yet; leave it out."),
+        ({"suffix": "x"}, "suffix", "`suffix` is not supported yet; leave it out."),
         ({"logit_bias": {"264": 1}}, "logit_bias", "the token id 264; the model has 0 to 263."),
     ],
 )
@@ -302,6 +304,85 @@ def test_a_lost_device_ends_the_process(
         with pytest.raises(typer.Exit) as exit_:
             serve()
         assert exit_.value.exit_code == 1
+
+
+@pytest.fixture(scope="module")
+def chunking(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningNode]:
+    """A node that computes prompts four tokens at a time."""
+    home = tmp_path_factory.mktemp("home")
+    with start(site, home, node_pass_tokens=4, node_max_sequences=3) as running:
+        yield running
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 3])
+@pytest.mark.parametrize("as_tokens", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_scores_the_prompt_like_transformers(
+    site: Site, chunking: RunningNode, max_tokens: int, as_tokens: bool, stream: bool
+) -> None:
+    """What lm-evaluation-harness sends, for base and deltas, over chunks and cached prefixes."""
+    tokenizer = Tokenizer(read_tokenizer_files(site.home / "base-0"))
+    texts = [PROMPT, f"{PROMPT}!", "é"]
+    prompts: Any = [tokenizer.encode(text) for text in texts] if as_tokens else texts
+    for artifact in (None, site.artifacts[0], None):
+        with chunking.client(site.base, artifact) as client:
+            answer = client.completions.create(
+                model="m", prompt=prompts, max_tokens=max_tokens, temperature=0, echo=True,
+                logprobs=2, stream=stream, extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            choices = gather(answer) if stream else answer.choices
+        for text, choice in zip(texts, choices, strict=True):
+            tokens = tokenizer.encode(text)
+            with torch.no_grad():
+                logits = site.models[artifact](torch.tensor([tokens])).logits[0]
+            expected = logits.log_softmax(-1)[range(len(tokens) - 1), tokens[1:]].tolist()
+            scores = choice.logprobs
+            assert choice.text.startswith(text)
+            assert len(scores.tokens) == len(tokens) + max_tokens
+            assert (scores.token_logprobs[0], scores.top_logprobs[0]) == (None, None)
+            assert scores.token_logprobs[1 : len(tokens)] == pytest.approx(expected, abs=1e-4)
+            for token, top in zip(scores.tokens[1:], scores.top_logprobs[1:], strict=True):
+                assert len(top) in {2, 3}
+                assert token in top
+            # A character's tokens all begin where it begins.
+            sizes = [len(character.encode()) for character in text]
+            offsets = [place for place, size in enumerate(sizes) for _ in range(size)]
+            assert scores.text_offset[: len(tokens)] == offsets
+            assert choice.finish_reason == "length"
+
+
+def gather(chunks: Any) -> list[Any]:
+    """The choices of a stream of completions, put together."""
+    choices: dict[int, Any] = {}
+    for chunk in chunks:
+        for part in chunk.choices:
+            if (whole := choices.setdefault(part.index, part)) is part:
+                continue
+            whole.text += part.text
+            whole.finish_reason = part.finish_reason or whole.finish_reason
+            for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+                getattr(whole.logprobs, name).extend(getattr(part.logprobs, name))
+    return [choices[index] for index in sorted(choices)]
+
+
+def test_end_tokens_can_be_chosen(site: Site, node: RunningNode) -> None:
+    ask: dict[str, Any] = {"model": "m", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+    with node.client(site.base) as client:
+        plain = client.completions.create(**ask, logprobs=0, extra_body={"ignore_eos": True})
+        assert plain.usage.completion_tokens == 6
+        tokenizer = Tokenizer(read_tokenizer_files(site.home / "base-0"))
+        with torch.no_grad():
+            prompt = torch.tensor([tokenizer.encode(PROMPT)])
+            answer = (
+                site.models[None]
+                .generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None)[
+                    0, prompt.shape[1] :
+                ]
+                .tolist()
+            )
+        stopped = client.completions.create(**ask, extra_body={"stop_token_ids": [answer[2]]})
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.usage.completion_tokens == answer.index(answer[2]) + 1
 
 
 def test_a_full_queue_is_429(site: Site, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -188,3 +189,52 @@ def test_templates_render_at_the_same_time(sandbox: TemplateSandbox) -> None:
     assert sandbox.prompt(form("a"), Conversation(TALK)) == "a"
     for process in stuck:
         sandbox._idle.put(process)
+
+
+def test_the_developer_role_is_the_system_role_where_a_template_does_not_know_it(
+    sandbox: TemplateSandbox,
+) -> None:
+    talk = Conversation(({"role": "developer", "content": "a"},))
+    old = form("{% for m in messages %}{{ m.role }}{% endfor %}")
+    new = form("{% if messages[0].role == 'developer' %}new{% endif %}")
+    assert [sandbox.prompt(template, talk) for template in (old, new)] == ["system", "new"]
+
+
+TURNS = form(
+    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if thinking %}<think>{% endif %}{% endif %}"
+)
+ANSWERED = ({"role": "user", "content": "a"}, {"role": "assistant", "content": " b "})
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt"),
+    [
+        ({}, "<user>a<end><assistant>b<end><assistant>"),
+        ({"variables": {"thinking": True}}, "<user>a<end><assistant>b<end><assistant><think>"),
+        ({"add_generation_prompt": False}, "<user>a<end><assistant>b<end>"),
+        (
+            {"add_generation_prompt": False, "continue_final_message": True},
+            "<user>a<end><assistant>b",
+        ),
+    ],
+)  # fmt: skip
+def test_template_options_reach_the_template(
+    sandbox: TemplateSandbox, settings: dict[str, Any], prompt: str
+) -> None:
+    assert sandbox.prompt(TURNS, Conversation(ANSWERED, **settings)) == prompt
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"variables": {"messages": []}}, "cannot set 'messages'"),
+        ({"continue_final_message": True}, "needs a last message"),
+    ],
+)
+def test_template_options_that_cannot_apply_are_refused(
+    sandbox: TemplateSandbox, settings: dict[str, Any], message: str
+) -> None:
+    empty = Conversation(({"role": "assistant", "content": ""},), **settings)
+    with pytest.raises(InvalidInput, match=message):
+        sandbox.prompt(TURNS, empty)

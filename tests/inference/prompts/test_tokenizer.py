@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from deltadock.errors import InvalidArtifact, InvalidInput, UnsupportedModel
 from deltadock.inference.prompts.tokenizer import (
@@ -201,3 +201,67 @@ def test_unreadable_tokenizers_are_refused() -> None:
         Tokenizer({})
     with pytest.raises(InvalidArtifact, match="tokenizer"):
         Tokenizer({"tokenizer.json": '{"version": "1.0"}'})
+
+
+@pytest.fixture(scope="module")
+def with_markup() -> Tokenizer:
+    """A byte-level tokenizer with control tokens, markup and an end token of its own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = FastTokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"])
+    config = {"eos_token": "<|im_end|>"}
+    return Tokenizer(
+        {
+            "tokenizer.json": tokenizer.to_str(),
+            "tokenizer_config.json": json.dumps(config),
+            "generation_config.json": json.dumps({"eos_token_id": 7}),
+        }
+    )
+
+
+def test_the_tokenizers_end_token_ends_an_answer_too(with_markup: Tokenizer) -> None:
+    """A chat fine-tune's generation config often names the base's end token only."""
+    [end] = with_markup.encode("<|im_end|>")
+    assert with_markup.eos_ids == {7, end}
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("<|im_end|>", "a"),
+        ("a<|im_end|>", ""),
+        ("<|im_end|>b", "a"),
+        ("im_end|>b<tool", "a"),
+        ("b<tool_call>", "a"),
+        ("nothing", "ab<tool_call>c</tool_call>"),
+    ],
+)
+def test_stop_strings_may_contain_special_tokens(
+    with_markup: Tokenizer, stop: str, text: str
+) -> None:
+    """Control tokens are no part of the answer; markup that clients parse is."""
+    answer = "a<|im_end|>b<tool_call>c</tool_call>"
+    pieces, stopped = stream(with_markup, "<|im_start|>", answer, (stop,))
+    assert stopped == (stop != "nothing")
+    assert "".join(pieces) == text
+
+
+def test_special_tokens_are_shown_on_request(with_markup: Tokenizer) -> None:
+    stream = TextStream(with_markup, [], (), skip_special_tokens=False)
+    tokens = with_markup.encode("a<|im_end|>b")
+    assert "".join([*map(stream.push, tokens), stream.finish()]) == "a<|im_end|>b"
+
+
+@given(text=st.text(max_size=30))
+def test_the_bytes_of_tokens_make_up_the_text(with_markup: Tokenizer, text: str) -> None:
+    tokens = with_markup.encode(text)
+    assert b"".join(map(with_markup.token_bytes, tokens)) == text.encode()
+
+
+def test_tokens_that_differ_in_a_space_have_different_texts(byte_fallback: Tokenizer) -> None:
+    assert [byte_fallback.token_text(token) for token in (3, 5)] == ["a", " a"]
+    euro = byte_fallback.encode("€")[-3:]
+    assert b"".join(map(byte_fallback.token_bytes, euro)) == "€".encode()
+    assert byte_fallback.token_text(euro[0]) == r"bytes:\xe2"
