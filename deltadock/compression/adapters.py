@@ -57,6 +57,8 @@ from deltadock.errors import (
     UnsafeFile,
 )
 
+CHAT_TEMPLATE: Final = "chat_template.jinja"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 UNSUPPORTED: Final = (
     "use_dora", "use_qalora", "lora_bias", "layer_replication", "target_parameters",
     "trainable_token_indices", "alora_invocation_tokens", "megatron_config", "arrow_config",
@@ -511,7 +513,11 @@ def _carried(
     base: CheckpointReader, adapter: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> CarriedFiles:
     """Tokenizer files that differ from the base's, and a config.json with the new vocabulary size
-    if the adapter adds tokens."""
+    if the adapter adds tokens.
+
+    A chat template in the adapter's tokenizer_config.json removes the base's chat_template.jinja,
+    which would override it.
+    """
     before = {file.path: file.sha256 for file in base.manifest.files}
     found = [
         name
@@ -520,6 +526,12 @@ def _carried(
         and hashlib.sha256(path.read_bytes()).hexdigest() != before.get(name)
     ]
     texts, others = read_carried(adapter, found)
+    if (
+        CHAT_TEMPLATE in before
+        and not (adapter / CHAT_TEMPLATE).is_file()
+        and _has_chat_template(texts.get(TOKENIZER_CONFIG))
+    ):
+        texts[CHAT_TEMPLATE] = None
     rows = max(
         (shape[0] for name, shape in shapes.items() if shape > base.entries[name].shape), default=0
     )
@@ -527,3 +539,11 @@ def _carried(
         config = dict(base.manifest.config) | {VOCABULARY: rows}
         texts[CONFIG] = json.dumps(config, indent=2)
     return texts, others
+
+
+def _has_chat_template(tokenizer_config: str | None) -> bool:
+    try:
+        config = json.loads(tokenizer_config or "{}")
+    except ValueError:
+        return False  # the node refuses it by name
+    return isinstance(config, dict) and bool(config.get("chat_template"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from deltadock.errors import (
     NonFiniteWeights,
     UnsafeFile,
 )
+from deltadock.inference.prompts.chat import chat_format
 
 LAYER = "model.layers.0.self_attn.q_proj"
 HEAD = "lm_head"
@@ -339,6 +341,30 @@ def test_the_adapters_tokenizer_and_its_tokens(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(model.get_input_embeddings().weight, tensors["model.embed_tokens.weight"])
     assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize("own_file", [False, True])
+def test_an_adapters_chat_template_overrides_the_bases(
+    base: Path, make_adapter: MakeAdapter, tmp_path: Path, own_file: bool
+) -> None:
+    """Older trainers write it to tokenizer_config.json, while the base has a file for it."""
+    with_template = tmp_path / "with-template"
+    shutil.copytree(base, with_template)
+    (with_template / "chat_template.jinja").write_text("the base's")
+    q = CheckpointReader(base).tensor(f"{LAYER}.weight")
+    adapter = make_adapter(factors(*q.shape))
+    config = {"chat_template": "the adapter's", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(config))
+    if own_file:
+        (adapter / "chat_template.jinja").write_text("the adapter's file")
+    out = tmp_path / "a.delta"
+    import_adapter(
+        with_template, adapter, out, CompressOptions(method="lora"),
+        calibration=[], progress=ProgressReporter(),
+    )  # fmt: skip
+    merge(with_template, out, tmp_path / "merged")
+    files = {path.name: path.read_text() for path in (tmp_path / "merged").glob("*.j*")}
+    assert chat_format(files).template == ("the adapter's file" if own_file else "the adapter's")
 
 
 def test_a_pattern_that_backtracks_is_refused_in_time(
