@@ -5,9 +5,9 @@ FROM python:3.11-slim AS dependencies
 RUN python -m venv /opt/deltadock
 ENV PATH=/opt/deltadock/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml constraints.txt ./
 COPY deltadock/version.py deltadock/version.py
-RUN pip install -c constraints.txt .
+RUN touch README.md LICENSE && pip install -c constraints.txt .
 
 FROM dependencies AS dependencies-torch
 RUN pip install -c constraints.txt ".[torch]"

@@ -33,8 +33,8 @@ class Settings(BaseSettings):
     )
     s3_public_url: str | None = Field(
         default=None,
-        description="URL at which clients reach the S3 server. Downloads are redirected there, or "
-        "to AWS if `s3_endpoint_url` is unset; otherwise the api streams them.",
+        description="URL at which clients reach the S3 server. Downloads are redirected there; "
+        "unset, the api streams them.",
     )
     s3_bucket: str = "deltadock"
     s3_region: str = "us-east-1"

@@ -104,9 +104,18 @@ def test_it_installs_one_package(wheel: Path) -> None:
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"deltadock"}
     assert "deltadock/py.typed" in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
-    for source in (ROOT / "deltadock").rglob("*"):
-        if source.suffix in {".py", ".html", ".js", ".css", ".mako", ".jinja"}:
-            assert f"deltadock/{source.relative_to(ROOT / 'deltadock')}" in names
+    suffixes = {".py", ".html", ".js", ".css", ".mako"}
+    linked = {link.name for link in (ROOT / "deltadock").iterdir() if link.is_symlink()}
+    sources = [
+        str(path.relative_to(ROOT))
+        for folder in (linked - {"samples"}) | {"deltadock"}
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in suffixes and "__pycache__" not in path.parts
+    ]
+    assert {Path(source).suffix for source in sources} == suffixes
+    assert {source.split("/")[0] for source in sources} == (linked - {"samples"}) | {"deltadock"}
+    for source in sources:
+        assert (source if source.startswith("deltadock/") else f"deltadock/{source}") in names
 
 
 def test_its_neighbours_keep_their_names(installation: Installation) -> None:

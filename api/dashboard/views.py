@@ -20,7 +20,7 @@ DELTAS_PER_PAGE: Final = 50
 
 _SEND_AGAIN: Final = "Send the same request again: finished blocks are not recomputed."
 
-_ADVICE: Final[Mapping[str, str]] = MappingProxyType(
+ADVICE: Final[Mapping[str, str]] = MappingProxyType(
     {
         errors.NonFiniteWeights.code: (
             "The fine-tune diverged or was saved badly. Upload a checkpoint without NaN and "
@@ -153,7 +153,7 @@ def stages(job: JobOut) -> list[Stage]:
 
 def advice(job: JobOut) -> str | None:
     """What to do about a failed or cancelled job; None where its error message says it."""
-    return _ADVICE.get(job.error.code) if job.error else None
+    return ADVICE.get(job.error.code) if job.error else None
 
 
 def _sum(session: Session, bases: Sequence[BaseOut]) -> Totals:

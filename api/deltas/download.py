@@ -92,8 +92,9 @@ def artifact_response(request: Request, blobs: BlobStore, digest: str, filename:
     if is_unchanged(request.headers, etag):
         return Response(status_code=304, headers=headers)
     part = requested_range(request.headers, size, etag) if request.method == "GET" else None
-    # The object store knows its own ETag, not ours, so it cannot evaluate If-Range.
-    if request.method == "GET" and "if-range" not in request.headers:
+    # The object store knows its own ETag, not ours: conditions on ours are evaluated here.
+    ours = "if-match" in request.headers or request.headers.get("if-range") == etag
+    if request.method == "GET" and not ours:
         url = blobs.presigned_url(digest, disposition=disposition, media_type=MEDIA_TYPE)
         if url is not None:
             return Response(status_code=307, headers={"Location": url, "Cache-Control": "no-store"})

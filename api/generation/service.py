@@ -1,7 +1,6 @@
 """Resolves and lists models, and generates text with them through a node."""
 
 from fastapi import Request
-from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from deltadock.api.deltas.service import require_ready
@@ -126,6 +125,9 @@ async def generate(
         default = InvalidInput if answer.status < 500 else Unavailable
         raise NODE_ERRORS.get(str(error.get("code")), default)(message)
     try:
-        return Completion.model_validate(response)
-    except ValidationError as error:
+        completion = Completion.model_validate(response)
+        if not completion.choices:
+            raise ValueError("no choices")
+    except ValueError as error:  # pydantic's ValidationError is one
         raise Unavailable("The inference node's response is not a completion.") from error
+    return completion

@@ -96,12 +96,13 @@ def running(
                 "--port", str(api_port),
                 "--timeout-graceful-shutdown", "5"),
     }  # fmt: skip
+    # Uvicorn and Celery search the working directory first: the user's holds other modules.
+    empty = home / "run"
+    empty.mkdir(exist_ok=True)
     with ExitStack() as stack:
         children = {
             name: stack.enter_context(
-                # Uvicorn and Celery search the working directory first: the user's holds other
-                # modules.
-                Child(name, command, log=home / "logs" / f"{name}.log", env=environment, cwd=home)
+                Child(name, command, log=home / "logs" / f"{name}.log", env=environment, cwd=empty)
             )
             for name, command in commands.items()
         }

@@ -202,6 +202,7 @@ class CompressionSession:
         """Encode the checkpoint at a budget; the draft of the last budget is kept."""
         if self._draft is not None and self._draft.bits == bits:
             return self._draft
+        self._draft = None  # its memory is free before the next is encoded
         draft = Draft(bits)
         if self._compressor is not None:
             self._compressor.set_budget(bits)

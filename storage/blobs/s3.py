@@ -38,12 +38,10 @@ class S3BlobStore(BlobStore):
         self.bucket = settings.s3_bucket
         self.part_bytes = max(MIN_PART_BYTES, math.ceil(settings.max_file_bytes / MAX_PARTS))
         self.client = _client(settings, settings.s3_endpoint_url)
-        # Signs URLs for the host that clients use; None where they cannot reach the store.
+        # Signs URLs for the host that clients use.
         self._signer: S3Client | None = None
         if settings.s3_public_url is not None:
             self._signer = _client(settings, settings.s3_public_url)
-        elif settings.s3_endpoint_url is None:
-            self._signer = self.client
 
     def prepare(self) -> None:
         with _errors():

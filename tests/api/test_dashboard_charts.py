@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltadock import errors
 from deltadock.api.dashboard import charts, formats
 from deltadock.api.dashboard.figures import NO_LAYER, MatrixFigures, MatrixGrid, ReportFigures
+from deltadock.api.dashboard.views import ADVICE
 from tests import seed
 
 names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
@@ -159,3 +161,13 @@ def test_durations(value: float | None, text: str) -> None:
 
 def test_times_are_utc() -> None:
     assert formats.moment(datetime(2026, 11, 22, 8, 5, tzinfo=UTC)) == "2026-11-22 08:05"
+
+
+def test_advice_depends_on_the_error_code() -> None:
+    """Where a message does not say what to do, the page does."""
+    assert ADVICE[errors.WorkerLost.code]
+    assert ADVICE.keys() <= {error.code for error in _tree(errors.DeltadockError)}
+
+
+def _tree(root: type[errors.DeltadockError]) -> set[type[errors.DeltadockError]]:
+    return {root}.union(*map(_tree, root.__subclasses__()))

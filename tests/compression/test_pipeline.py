@@ -270,7 +270,7 @@ def test_an_unknown_model_type_is_refused(pair: Pair, text: Path, tmp_path: Path
         compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
 
 
-@pytest.mark.parametrize("method", ["optimix", "adamix", "delta-zip", "bitdelta", "exact"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
 def test_the_bytes_of_a_draft_are_those_of_the_file(
     pair: Pair, text: Path, tmp_path: Path, method: str
 ) -> None:

@@ -123,6 +123,8 @@ class Engine:
                         self._compute(chunks)
                 except Exception as error:
                     logger.exception("The step loop failed")  # clients must not wait for ever
+                    if not self.device_lost:
+                        self._device_computes()
                     for sequence in (*self._scheduler.running, *self._scheduler.waiting):
                         self._fail(sequence, error)
 

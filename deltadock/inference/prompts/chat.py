@@ -107,6 +107,7 @@ class _Sandbox:
         assert process.stdin is not None
         assert process.stdout is not None
         timer = threading.Timer(WALL_SECONDS, process.kill)
+        timer.daemon = True
         timer.start()
         try:
             process.stdin.write(line)
@@ -116,7 +117,8 @@ class _Sandbox:
             answer = b""
         finally:
             timer.cancel()
-        if not answer:
+            timer.join()  # it must not kill the next request's process
+        if not answer or process.poll() is not None:
             self.kill()
         return answer
 

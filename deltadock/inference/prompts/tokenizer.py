@@ -23,6 +23,8 @@ TOKENIZER_FILES: Final = (
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 MAX_CHARACTER_TOKENS: Final = 4
 """A character's UTF-8 bytes are spread over at most this many tokens."""
+CONTEXT_TOKENS: Final = 16
+"""Tokens of the prompt in whose context the output is decoded."""
 
 MARKUP: Final = frozenset(
     {
@@ -152,6 +154,10 @@ class Tokenizer:
         )
         return bytes(twice[len(once) :].encode())
 
+    def continues_character(self, token: int) -> bool:
+        """Whether a token begins inside a character of UTF-8."""
+        return 0x80 <= self.token_bytes(token)[:1].ljust(1)[0] < 0xC0
+
     def token_text(self, token: int) -> str:
         """A token as text; OpenAI's notation `bytes:\\xe2\\x82` for parts of a character."""
         data = self.token_bytes(token)
@@ -187,7 +193,10 @@ class TextStream:
         """Pieces of text, and whether each is part of the answer."""
         self.stopped = False
         """Whether a stop string has been generated; the text ends before it."""
-        self._start(list(prompt))
+        begin = max(len(prompt) - CONTEXT_TOKENS, 0)
+        while 0 < begin < len(prompt) and tokenizer.continues_character(prompt[begin]):
+            begin += 1
+        self._start(list(prompt[begin:]))
 
     def _start(self, prompt: list[int]) -> None:
         """Decode in the context of the prompt: spaces depend on the tokens before them.

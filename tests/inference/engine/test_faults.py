@@ -69,11 +69,15 @@ def test_a_slot_that_could_not_be_erased_is_erased_before_its_next_use(
     assert erased[0][2] >= len(PROMPTS[1])
 
 
+@pytest.mark.parametrize("more", [(), ("erase",)])
 def test_a_lost_device_stops_the_engine_and_fails_every_request(
-    make_bench: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
+    make_bench: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
-    bench = make_bench(make_model("llama"))
+    """Also where it is noticed while a cache slot is prepared, before any pass."""
+    bench = make_bench(make_model("llama"), max_sequences=1)
+    bench.run(PROMPTS[0], slot=1)
     patch(monkeypatch, bench.engine._runner, "logits", "check_device")
+    patch(monkeypatch, bench.engine._scheduler.slots._cache, *more)
     for count in range(engine_module.MAX_DEVICE_FAILURES):
         assert bench.engine.alive, count
         assert bench.run(PROMPTS[0]).events[-1].error.code == "inference_failed"
