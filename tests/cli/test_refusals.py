@@ -174,7 +174,7 @@ def empty(_inputs: Inputs, folder: Path) -> Path:
         (pickled, "unsafe_file", "safe_serialization=True"),
         (truncated, "malformed_safetensors", "ends inside tensor"),
         (with_wrong_dtype, "malformed_safetensors", "takes"),
-        (without_config, "invalid_checkpoint", "There is no .safetensors file"),
+        (without_config, "invalid_checkpoint", "config.json is missing"),
         (empty, "invalid_checkpoint", "There is no .safetensors file"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
