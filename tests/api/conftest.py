@@ -1,4 +1,4 @@
-"""A fresh api for every test: SQLite, a folder of blobs, a real broker, a stand-in node."""
+"""A new api per test: SQLite, a blob folder, a real broker, a stub node."""
 
 import shutil
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def node_url(node: StandInNode) -> Iterator[str]:
 
 @pytest.fixture
 def settings_fields() -> dict[str, Any]:
-    """Settings that a test module wants otherwise."""
+    """Settings that a test module overrides."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""A running api and a stand-in for the node, both on real sockets."""
+"""A running api and a stub node, both on real sockets."""
 
 import hashlib
 import json
@@ -62,13 +62,13 @@ def serving(app: ASGIApp) -> Iterator[str]:
 
 @dataclass
 class Api:
-    """A running api: its client, and its resources to look behind it."""
+    """A running api: a client for it, and its resources for inspection."""
 
     client: httpx.Client
     resources: Resources
 
     def staged(self) -> list[str]:
-        """Bytes in the (local) blob store that belong to nothing."""
+        """Staging files in the (local) blob store."""
         folder = self.resources.settings.blob_folder
         return [path.name for path in (folder / "staging").iterdir()]
 
@@ -115,7 +115,7 @@ class Api:
         return digest
 
     def delta_body(self, seed: int = 1, name: str = "maths/skills", **more: Any) -> dict[str, Any]:
-        """A good request for a delta on the base `tiny`."""
+        """A valid request for a delta on the base `tiny`."""
         self.base()
         return {
             "name": name,
@@ -128,23 +128,23 @@ class Api:
         }
 
     def delta(self, **more: Any) -> dict[str, Any]:
-        """A delta on its way."""
+        """A new delta with its job."""
         answer = self.client.post("/v1/deltas", json=self.delta_body(**more))
         assert answer.status_code == 202, answer.text
         delta: dict[str, Any] = answer.json()["delta"]
         return delta
 
-    def register(self, url: str, node: str = "node_a", **told: Any) -> None:
-        """Do what a node does at its start and every other second."""
+    def register(self, url: str, node: str = "node_a", **fields: Any) -> None:
+        """Register a node; also its heartbeat."""
         body = {
             "url": url, "adopts": True, "capacity": 8, "admitted": 0, "delta_slots": 4,
-            "lives_seconds": 600, **told,
+            "lives_seconds": 600, **fields,
         }  # fmt: skip
         answer = self.client.put(f"/v1/nodes/{node}", json=body)
         assert answer.status_code == 204, answer.text
 
     def make_ready(self, delta: dict[str, Any], artifact: bytes = b"artifact") -> str:
-        """Do what the worker does at the end; the artifact's digest."""
+        """Finish the delta's job as a worker does; returns the artifact's digest."""
         digest = self.resources.blobs.put_bytes(artifact)
         with self.resources.database.session_scope() as session:
             jobs, deltas = JobRepository(session), DeltaRepository(session)
@@ -163,7 +163,7 @@ class Api:
 
 @dataclass
 class StandInNode:
-    """Speaks the node's protocol and says what it was asked; `answer` may be replaced."""
+    """Speaks the node's protocol and records requests; `answer` may be replaced."""
 
     requests: list[dict[str, Any]] = field(default_factory=list)
     answer: Response | None = None

@@ -1,4 +1,4 @@
-"""PEFT adapters arrive as checkpoints of their own kind, and are imported by `lora` alone."""
+"""PEFT adapters are uploaded as checkpoints and imported by the method `lora` only."""
 
 import json
 from typing import Any
@@ -18,20 +18,20 @@ def upload_adapter(api: Api) -> dict[str, Any]:
     return checkpoint
 
 
-def test_an_adapter_becomes_a_checkpoint_of_its_own_kind(api: Api) -> None:
+def test_an_uploaded_adapter_is_a_checkpoint_with_its_own_model_type(api: Api) -> None:
     checkpoint = upload_adapter(api)
     assert checkpoint["model_type"] == "peft-adapter"
     assert upload_adapter(api) == checkpoint
 
 
-def test_it_is_no_base(api: Api) -> None:
+def test_an_adapter_cannot_be_a_base(api: Api) -> None:
     body = {"name": "tiny", "checkpoint": upload_adapter(api)["digest"]}
     answer = api.client.post("/v1/bases", json=body)
     assert answer.status_code == 422
     assert "not a whole model" in answer.json()["detail"]
 
 
-def test_only_lora_imports_it_and_nothing_else(api: Api) -> None:
+def test_lora_imports_adapters_only_and_other_methods_reject_them(api: Api) -> None:
     whole = api.delta_body(method="lora", bits=None, calibration=None)
     answer = api.client.post("/v1/deltas", json=whole)
     assert answer.status_code == 422
@@ -47,7 +47,7 @@ def test_only_lora_imports_it_and_nothing_else(api: Api) -> None:
     assert answer.json()["delta"]["method"] == "lora"
 
 
-def test_a_config_that_is_no_object_is_refused(api: Api) -> None:
+def test_an_adapter_config_that_is_not_an_object_is_rejected(api: Api) -> None:
     upload = api.open_upload()
     api.put(upload, "adapter_config.json", b"[1]")
     api.put(upload, "adapter_model.safetensors", save({"a": np.ones(1)}))
@@ -56,7 +56,7 @@ def test_a_config_that_is_no_object_is_refused(api: Api) -> None:
     assert "adapter_config.json is not a JSON object" in answer.json()["detail"]
 
 
-def test_a_folder_with_the_bases_config_is_an_adapter(api: Api) -> None:
+def test_an_adapter_folder_may_contain_the_bases_config(api: Api) -> None:
     factor = {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 8), np.float32)}
     files = {
         "adapter_config.json": ADAPTER,

@@ -1,4 +1,4 @@
-"""Downloads, as RFC 9110 wants them."""
+"""Artifact downloads follow RFC 9110: ranges and conditional requests."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def url(api: Api) -> str:
     return f"/v1/deltas/{delta['id']}/artifact"
 
 
-def test_the_whole(api: Api, url: str) -> None:
+def test_a_full_download(api: Api, url: str) -> None:
     answer = api.client.get(url)
     assert answer.status_code == 200
     assert answer.content == ARTIFACT
@@ -35,7 +35,9 @@ def test_the_whole(api: Api, url: str) -> None:
         assert head.headers[name] == answer.headers[name]
 
 
-def test_a_part(api: Api, url: str, subtests: pytest.Subtests) -> None:
+def test_a_range_returns_206_with_these_bytes(
+    api: Api, url: str, subtests: pytest.Subtests
+) -> None:
     for header, start, end in (
         ("bytes=0-0", 0, 1),
         ("bytes=0-99", 0, 100),
@@ -55,7 +57,7 @@ def test_a_part(api: Api, url: str, subtests: pytest.Subtests) -> None:
             assert answer.headers["content-length"] == str(end - start)
 
 
-def test_a_part_behind_the_end(api: Api, url: str, subtests: pytest.Subtests) -> None:
+def test_a_range_past_the_end_is_416(api: Api, url: str, subtests: pytest.Subtests) -> None:
     for header in (f"bytes={SIZE}-", "bytes=-0", f"bytes={'9' * 1000}-"):
         with subtests.test(header=header[:40]):
             answer = api.client.get(url, headers={"Range": header})
@@ -63,7 +65,9 @@ def test_a_part_behind_the_end(api: Api, url: str, subtests: pytest.Subtests) ->
             assert answer.headers["content-range"] == f"bytes */{SIZE}"
 
 
-def test_what_is_no_single_range_is_ignored(api: Api, url: str, subtests: pytest.Subtests) -> None:
+def test_headers_without_a_single_valid_range_are_ignored(
+    api: Api, url: str, subtests: pytest.Subtests
+) -> None:
     for header in (
         "bytes=-",
         "bytes=5-2",
@@ -78,7 +82,7 @@ def test_what_is_no_single_range_is_ignored(api: Api, url: str, subtests: pytest
             assert (answer.status_code, answer.content) == (200, ARTIFACT)
 
 
-def test_conditions(api: Api, url: str) -> None:
+def test_conditional_requests(api: Api, url: str) -> None:
     etag = api.client.head(url).headers["etag"]
     for known in (etag, f"W/{etag}", f'"x", {etag}', "*"):
         answer = api.client.get(url, headers={"If-None-Match": known})
@@ -92,13 +96,13 @@ def test_conditions(api: Api, url: str) -> None:
     assert api.client.head(url, headers=part).headers["content-length"] == str(SIZE)
 
 
-def test_a_broken_download_goes_on(api: Api, url: str) -> None:
+def test_an_interrupted_download_resumes(api: Api, url: str) -> None:
     first = api.client.get(url, headers={"Range": "bytes=0-999"})
     rest = api.client.get(url, headers={"Range": "bytes=1000-", "If-Range": first.headers["etag"]})
     assert first.content + rest.content == ARTIFACT
 
 
-def test_no_artifact_yet(api: Api) -> None:
+def test_an_unfinished_delta_has_no_artifact(api: Api) -> None:
     answer = api.client.get(f"/v1/deltas/{api.delta()['id']}/artifact")
     assert (answer.status_code, answer.json()["code"]) == (409, "not_ready")
 
@@ -108,7 +112,7 @@ def test_no_artifact_yet(api: Api) -> None:
     first=st.one_of(st.none(), st.integers(0, 60)),
     last=st.one_of(st.none(), st.integers(0, 60)),
 )
-def test_ranges_are_what_the_rfc_says(size: int, first: int | None, last: int | None) -> None:
+def test_range_parsing_follows_the_rfc(size: int, first: int | None, last: int | None) -> None:
     def text(number: Any) -> str:
         return "" if number is None else str(number)
 

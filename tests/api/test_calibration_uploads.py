@@ -1,4 +1,4 @@
-"""Calibration texts: one UTF-8 file an upload."""
+"""Calibration texts: one UTF-8 file per upload."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from deltadock.api.uploads import receive
 from tests.api.support import TEXT, Api, sha256, weights
 
 
-def test_calibration_texts(api: Api) -> None:
+def test_a_calibration_text_is_stored(api: Api) -> None:
     done = api.upload("calibration", {"text.jsonl": TEXT})
     assert done["calibration"] == {"digest": sha256(TEXT), "size": len(TEXT)}
     assert done["checkpoint"] is None
@@ -22,7 +22,7 @@ def test_calibration_texts(api: Api) -> None:
         ("model.safetensors", weights()),
     ],
 )
-def test_bad_calibration_texts_leave_nothing(api: Api, path: str, data: bytes) -> None:
+def test_rejected_calibration_texts_are_not_stored(api: Api, path: str, data: bytes) -> None:
     upload = api.open_upload("calibration")
     answer = api.put(upload, path, data)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_calibration")
@@ -32,7 +32,9 @@ def test_bad_calibration_texts_leave_nothing(api: Api, path: str, data: bytes) -
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_calibration")
 
 
-def test_a_calibration_text_that_is_too_long(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_calibration_text_over_the_limit_is_413(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(receive, "MAX_CALIBRATION_BYTES", len(TEXT))
     upload = api.open_upload("calibration")
     answer = api.put(upload, "text.txt", TEXT + b"x")
@@ -42,7 +44,7 @@ def test_a_calibration_text_that_is_too_long(api: Api, monkeypatch: pytest.Monke
     assert api.put(upload, "text.txt", TEXT).status_code == 200
 
 
-def test_a_calibration_upload_holds_one_text(api: Api) -> None:
+def test_a_calibration_upload_has_one_text(api: Api) -> None:
     upload = api.open_upload("calibration")
     assert api.put(upload, "a.txt", TEXT).status_code == 200
     assert api.put(upload, "a.txt", TEXT * 2).status_code == 200

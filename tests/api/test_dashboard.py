@@ -1,4 +1,4 @@
-"""The dashboard's pages, as the server sends them."""
+"""The dashboard's pages as HTML from the server."""
 
 import re
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ PAGES = ("/", "/deltas/{delta}", "/deltas/nothing", "/parts/totals", "/parts/del
 
 @dataclass
 class Site:
-    """The app without a socket, and what is behind it."""
+    """The app, called without a socket, and its resources."""
 
     http: TestClient
     resources: Resources
@@ -86,7 +86,7 @@ def test_lists_every_delta_with_its_figures(site: Site, seeded: seed.Seeded) -> 
 
 
 def test_totals_count_shared_bytes_once(site: Site, seeded: seed.Seeded) -> None:
-    """A second name for the same bytes is one more delta and no more bytes."""
+    """A second name for an artifact adds a delta but no bytes."""
     with site.resources.database.session_scope() as session:
         deltas = DeltaRepository(session)
         before = deltas.totals()
@@ -109,7 +109,7 @@ def test_totals_count_shared_bytes_once(site: Site, seeded: seed.Seeded) -> None
     assert f"<strong>{after.deltas}</strong> ready deltas" in site.text("/parts/totals")
 
 
-def test_only_unfinished_rows_ask_again(site: Site, seeded: seed.Seeded) -> None:
+def test_only_unfinished_rows_poll(site: Site, seeded: seed.Seeded) -> None:
     for delta, again in (
         (seeded.compressing, True),
         (seeded.queued, True),
@@ -121,7 +121,7 @@ def test_only_unfinished_rows_ask_again(site: Site, seeded: seed.Seeded) -> None
         assert (answer.headers.get("hx-trigger") == "job-ended") is not again
 
 
-def test_a_row_that_was_deleted_goes_away(site: Site, seeded: seed.Seeded) -> None:
+def test_a_deleted_row_is_removed(site: Site, seeded: seed.Seeded) -> None:
     site.http.delete(f"/v1/deltas/{seeded.queued}")
     answer = site.http.get(f"/parts/deltas/{seeded.queued}/row")
     assert (answer.status_code, answer.text) == (200, "")
@@ -142,7 +142,7 @@ def test_a_job_reloads_its_page_when_it_ends(site: Site, seeded: seed.Seeded) ->
     assert site.http.get(path).headers["hx-refresh"] == "true"
 
 
-def test_a_failure_says_its_code_and_what_to_do(site: Site, seeded: seed.Seeded) -> None:
+def test_a_failure_shows_its_code_and_advice(site: Site, seeded: seed.Seeded) -> None:
     page = unescape(site.text(f"/deltas/{seeded.failed}"))
     assert "non_finite_weights" in page
     assert "model.layers.3.mlp.up_proj.weight holds NaN at [17, 901]." in page
@@ -165,7 +165,7 @@ def test_shows_provenance(site: Site, seeded: seed.Seeded) -> None:
     assert "131\N{NARROW NO-BREAK SPACE}072 tokens" in page
 
 
-def test_shows_what_is_aimed_at_and_what_calibrates(site: Site, seeded: seed.Seeded) -> None:
+def test_shows_goal_and_calibration_sources(site: Site, seeded: seed.Seeded) -> None:
     with site.resources.database.session_scope() as session:
         delta = DeltaRepository(session).find(seeded.queued)
         assert delta is not None
@@ -182,7 +182,7 @@ def test_shows_what_is_aimed_at_and_what_calibrates(site: Site, seeded: seed.See
     assert "sampled from the fine-tune × 1" in page
 
 
-def test_shows_a_report_with_little_in_it(site: Site, seeded: seed.Seeded) -> None:
+def test_shows_a_report_without_matrices_and_quality(site: Site, seeded: seed.Seeded) -> None:
     """The method `exact` compresses no matrix and measures no quality."""
     lean = {
         "method": "exact",
@@ -203,7 +203,7 @@ def test_shows_a_report_with_little_in_it(site: Site, seeded: seed.Seeded) -> No
     site.text("/")
 
 
-def test_says_how_to_start_a_node_when_none_is_there(site: Site) -> None:
+def test_says_how_to_start_a_node_when_none_is_registered(site: Site) -> None:
     page = unescape(site.text("/nodes"))
     assert "No inference nodes are registered" in page
     assert "deltadock node --base FOLDER --api http://testserver/" in page
@@ -211,7 +211,7 @@ def test_says_how_to_start_a_node_when_none_is_there(site: Site) -> None:
     assert "<html" not in site.text("/parts/nodes")
 
 
-def test_nodes_are_told_in_the_words_of_the_api(site: Site) -> None:
+def test_shows_tiers_and_requests_of_nodes_as_the_api_does(site: Site) -> None:
     deltas = [
         {"digest": digest * 64, "tier": tier, "bytes": 416_992, "references": 2, "pinned": False}
         for digest, tier in zip("abc", TIERS, strict=True)
@@ -228,7 +228,7 @@ def test_nodes_are_told_in_the_words_of_the_api(site: Site) -> None:
     assert re.findall('<td data-label="In flight" class="number">(.*?)</td>', page) == ["2"] * 3
 
 
-def test_names_are_text_and_never_markup(site: Site) -> None:
+def test_names_are_escaped(site: Site) -> None:
     name = "<script>alert(1)</script>/<b onclick='x'>\"&"
     with site.resources.database.session_scope() as session:
         base = BaseRepository(session).find("pilot-0.3b")
@@ -246,7 +246,7 @@ def test_names_are_text_and_never_markup(site: Site) -> None:
         assert name in unescape(page)
 
 
-def test_pages_load_nothing_from_elsewhere(site: Site, seeded: seed.Seeded) -> None:
+def test_pages_load_nothing_from_other_hosts(site: Site, seeded: seed.Seeded) -> None:
     for path in PAGES:
         answer = site.http.get(path.format(delta=seeded.ready[0]))
         policy = answer.headers["content-security-policy"]
@@ -258,7 +258,7 @@ def test_pages_load_nothing_from_elsewhere(site: Site, seeded: seed.Seeded) -> N
         assert " onclick=" not in answer.text
 
 
-def test_assets_are_served_under_addresses_that_change_with_them(site: Site) -> None:
+def test_asset_urls_contain_a_content_hash(site: Site) -> None:
     page = site.text("/")
     for name in ("app.css", "app.js", "htmx.min.js", "icon.svg"):
         address = page.split(f"/static/{name}?v=")[1][:12]
@@ -267,7 +267,7 @@ def test_assets_are_served_under_addresses_that_change_with_them(site: Site) -> 
         assert answer.headers["etag"]
 
 
-def test_errors_are_pages(site: Site) -> None:
+def test_errors_are_html_pages(site: Site) -> None:
     page = unescape(site.text("/deltas/nothing", status=404))
     assert "There is no delta 'nothing'" in page
     assert "is not a delta; use the previous page" in unescape(
@@ -275,7 +275,7 @@ def test_errors_are_pages(site: Site) -> None:
     )
 
 
-def test_older_deltas_are_a_page_away(site: Site) -> None:
+def test_deltas_are_paginated(site: Site) -> None:
     with site.resources.database.session_scope() as session:
         base = BaseRepository(session).find("pilot-0.3b")
         assert base is not None
@@ -289,6 +289,6 @@ def test_older_deltas_are_a_page_away(site: Site) -> None:
     assert 'rel="next"' not in second
 
 
-def test_pages_are_no_part_of_the_rest_description(site: Site) -> None:
+def test_pages_are_not_in_the_openapi_document(site: Site) -> None:
     paths = site.http.get("/openapi.json").json()["paths"]
     assert all(path.startswith(("/v1/", "/healthz", "/readyz", "/metrics")) for path in paths)

@@ -1,4 +1,4 @@
-"""Drawings and formats, apart from any page."""
+"""Charts and number formats of the dashboard."""
 
 from datetime import UTC, datetime
 from xml.etree import ElementTree as ET
@@ -39,7 +39,7 @@ def cells(root: ET.Element) -> list[ET.Element]:
 
 
 @given(st.lists(matrices(), max_size=30))
-def test_grids_are_sound_xml_with_a_titled_cell_per_place(many: list[MatrixFigures]) -> None:
+def test_grids_are_valid_xml_with_a_titled_cell_per_matrix(many: list[MatrixFigures]) -> None:
     grid = MatrixGrid.of(many)
     for draw in (charts.heat_map, charts.width_bars):
         root = ET.fromstring(draw(grid))
@@ -54,7 +54,7 @@ def test_grids_are_sound_xml_with_a_titled_cell_per_place(many: list[MatrixFigur
             assert y + h <= height + 0.02
 
 
-def test_heat_map_says_each_error() -> None:
+def test_heat_map_titles_show_each_error() -> None:
     report = seed.report(layers=3)
     root = ET.fromstring(charts.heat_map(ReportFigures.of(report).grid))
     drawn = {
@@ -69,7 +69,7 @@ def test_heat_map_says_each_error() -> None:
     assert (colours[0], colours[-1]) == ("cell q0", "cell q8")
 
 
-def test_bars_are_as_high_as_the_ranks_they_stand_for() -> None:
+def test_bar_heights_are_proportional_to_ranks() -> None:
     matrix = MatrixFigures(name="layers.0.q", shape=[100, 200], rank=50, widths={8: 10, 2: 40})
     half = MatrixFigures(name="layers.1.q", shape=[100, 200], rank=25, widths={3: 25})
     root = ET.fromstring(charts.width_bars(MatrixGrid.of([matrix, half])))
@@ -84,7 +84,7 @@ def test_bars_are_as_high_as_the_ranks_they_stand_for() -> None:
     assert heights["w3"] == pytest.approx(full * 0.5, abs=0.01)
 
 
-def test_bars_of_two_factors_are_no_higher_than_the_ranks() -> None:
+def test_bars_of_two_factors_do_not_exceed_the_ranks() -> None:
     widths = {8: 20, 3: 30, 2: 50}
     matrix = MatrixFigures(name="layers.0.q", shape=[100, 200], rank=50, widths=widths)
     root = ET.fromstring(charts.width_bars(MatrixGrid.of([matrix])))
@@ -96,27 +96,27 @@ def test_bars_of_two_factors_are_no_higher_than_the_ranks() -> None:
 
 
 @given(st.floats(1e-6, 10), st.floats(1e-6, 10), st.floats(0, 20))
-def test_scale_keeps_order(low: float, high: float, value: float) -> None:
+def test_color_scale_is_monotonic(low: float, high: float, value: float) -> None:
     scale = charts.Scale(min(low, high), max(low, high))
     assert 0 <= scale.step(value) < charts.STEPS
     assert scale.step(value) <= scale.step(value * 1.5)
     assert scale.step(scale.low) == 0
 
 
-def test_scale_spans_what_is_measured() -> None:
+def test_color_scale_spans_the_measured_range() -> None:
     scale = charts.Scale.of([0.2, None, 0.0, 0.01])
     assert scale == (0.01, 0.2)
     assert (scale.step(0.01), scale.step(0.2)) == (0, charts.STEPS - 1)
 
 
-def test_stacked_bar_has_its_parts_in_proportion() -> None:
+def test_stacked_bar_widths_are_proportional() -> None:
     root = ET.fromstring(charts.stacked([("a", 30, "<b>"), ("b", 20, "two"), ("c", 0, "")], 100))
     rects = [(float(rect.attrib["x"]), float(rect.attrib["width"])) for rect in root.iter("rect")]
     assert rects == [(0, 30), (30, 20), (50, 0)]
     assert titles(root) == ["<b>", "two", ""]
 
 
-def test_stacks_with_equal_names_are_told_apart() -> None:
+def test_equal_projections_of_different_stacks_are_distinguished() -> None:
     grid = MatrixGrid.of(
         MatrixFigures(name=name)
         for name in ("text.layers.1.q.weight", "vision.layers.1.q.weight", "lm_head.weight")

@@ -1,4 +1,4 @@
-"""Deltas: what is accepted, what is done only once, what comes back."""
+"""Deltas: validation, deduplication, versions, reports and cancellation."""
 
 import json
 import threading
@@ -16,7 +16,7 @@ from tests.api.support import CONFIG, Api, sha256, weights
 
 
 def queued_jobs(broker_url: str) -> list[str]:
-    """Job ids of the compress tasks that wait in the broker."""
+    """Job ids of the compress tasks queued in the broker."""
     with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
         messages = connection.lrange("gpu", 0, -1)
     assert isinstance(messages, list)
@@ -25,7 +25,7 @@ def queued_jobs(broker_url: str) -> list[str]:
     return [json.loads(header["argsrepr"].replace("'", '"'))[0] for header in headers]
 
 
-def test_a_delta_is_accepted_with_a_job(api: Api, broker_url: str) -> None:
+def test_creating_a_delta_creates_a_job(api: Api, broker_url: str) -> None:
     body = api.delta_body()
     answer = api.client.post("/v1/deltas", json=body)
     assert answer.status_code == 202
@@ -42,21 +42,21 @@ def test_a_delta_is_accepted_with_a_job(api: Api, broker_url: str) -> None:
     assert queued_jobs(broker_url) == [job["id"]]
 
 
-def test_the_task_is_sent_after_the_one_commit(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_task_is_sent_after_a_single_commit(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     body = api.delta_body()
-    happened: list[str] = []
+    events_seen: list[str] = []
     engine = api.resources.database.engine
-    event.listen(engine, "commit", lambda _connection: happened.append("commit"))
+    event.listen(engine, "commit", lambda _connection: events_seen.append("commit"))
 
     def send(job_id: str) -> None:
         with api.resources.database.read_scope() as session:
             assert JobRepository(session).find(job_id) is not None
-        happened.append("send")
+        events_seen.append("send")
 
-    # The class has slots, so that the seam is its method.
+    # Patched on the class: instances have slots.
     monkeypatch.setattr(type(api.resources.tasks), "send_compress", lambda _self, job: send(job))
     assert api.client.post("/v1/deltas", json=body).status_code == 202
-    assert happened == ["commit", "send"]
+    assert events_seen == ["commit", "send"]
 
 
 class TestBrokerDown:
@@ -83,7 +83,7 @@ class TestBrokerDown:
         assert api.client.get("/healthz").status_code == 200
 
 
-def test_the_same_again_is_no_new_work(api: Api, broker_url: str) -> None:
+def test_a_repeated_request_returns_the_same_delta(api: Api, broker_url: str) -> None:
     body = api.delta_body()
     first = api.client.post("/v1/deltas", json=body).json()
     again = api.client.post("/v1/deltas", json=body)
@@ -96,7 +96,7 @@ def test_the_same_again_is_no_new_work(api: Api, broker_url: str) -> None:
     assert len(queued_jobs(broker_url)) == 1
 
 
-def test_the_same_asked_for_at_once_is_one_delta(api: Api, broker_url: str) -> None:
+def test_concurrent_equal_requests_create_one_delta(api: Api, broker_url: str) -> None:
     body = api.delta_body()
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda _: api.client.post("/v1/deltas", json=body), range(6)))
@@ -105,7 +105,7 @@ def test_the_same_asked_for_at_once_is_one_delta(api: Api, broker_url: str) -> N
     assert len(queued_jobs(broker_url)) == 1
 
 
-def test_other_options_or_a_dead_end_are_a_new_version(api: Api) -> None:
+def test_other_options_or_a_failed_job_create_a_new_version(api: Api) -> None:
     body = api.delta_body()
     first = api.client.post("/v1/deltas", json=body).json()
     second = api.client.post("/v1/deltas", json=body | {"bits": 2.0}).json()["delta"]
@@ -125,7 +125,9 @@ def test_another_name_shares_a_ready_artifact(api: Api, broker_url: str) -> None
     assert len(queued_jobs(broker_url)) == 1
 
 
-def test_bad_requests_leave_no_delta(api: Api, broker_url: str, subtests: pytest.Subtests) -> None:
+def test_invalid_requests_create_no_delta(
+    api: Api, broker_url: str, subtests: pytest.Subtests
+) -> None:
     body = api.delta_body()
     for change, status, code in (
         ({"method": "magic"}, 422, "unknown_method"),
@@ -169,7 +171,7 @@ def test_bad_requests_leave_no_delta(api: Api, broker_url: str, subtests: pytest
     ("kind", "value"),
     [("target_bytes", 10**9), ("ratio", 12.5), ("max_kl", 0.01), ("min_agreement", 0.98)],
 )
-def test_other_goals_than_bits(api: Api, kind: str, value: float) -> None:
+def test_goals_other_than_bits(api: Api, kind: str, value: float) -> None:
     body = api.delta_body() | {"bits": None, kind: value}
     answer = api.client.post("/v1/deltas", json=body)
     assert answer.status_code == 202
@@ -180,7 +182,7 @@ def test_other_goals_than_bits(api: Api, kind: str, value: float) -> None:
     assert (other["version"], other["goal"]) == (2, {"kind": "bits", "value": 1.0})
 
 
-def test_a_bound_is_measured_on_something(api: Api) -> None:
+def test_a_quality_bound_samples_text_if_none_is_given(api: Api) -> None:
     body = api.delta_body() | {"method": "low-rank", "calibration": None, "bits": None}
     delta = api.client.post("/v1/deltas", json=body | {"max_kl": 0.1}).json()["delta"]
     assert delta["calibration"]["sources"][0]["source"] == "sampled"
@@ -188,7 +190,7 @@ def test_a_bound_is_measured_on_something(api: Api) -> None:
     assert delta["calibration"] is None
 
 
-def test_mixtures(api: Api) -> None:
+def test_calibration_from_several_sources(api: Api) -> None:
     body = api.delta_body()
     digest = body["calibration"]["digest"]
     mixed = {
@@ -208,7 +210,7 @@ def test_mixtures(api: Api) -> None:
     }
 
 
-def test_without_calibration_the_fine_tune_writes_it(api: Api) -> None:
+def test_without_calibration_text_is_sampled_from_the_fine_tune(api: Api) -> None:
     body = api.delta_body()
     bodies = [
         {key: value for key, value in body.items() if key != "calibration"},
@@ -222,7 +224,7 @@ def test_without_calibration_the_fine_tune_writes_it(api: Api) -> None:
     assert source == {"source": "sampled", "digest": None, "weight": 1.0}
 
 
-def test_a_blob_that_is_no_calibration_text_is_none(api: Api) -> None:
+def test_a_digest_of_another_blob_is_not_a_calibration_text(api: Api) -> None:
     body = api.delta_body()
     body["calibration"]["digest"] = sha256(CONFIG)
     assert api.client.post("/v1/deltas", json=body).status_code == 404
@@ -235,14 +237,14 @@ def test_a_blob_that_is_no_calibration_text_is_none(api: Api) -> None:
         (weights(1, **{"model.extra": (2,), "model.more": (2,)}), "model.extra"),
     ],
 )
-def test_another_architecture_is_refused(api: Api, data: bytes, named: str) -> None:
+def test_another_architecture_is_rejected(api: Api, data: bytes, named: str) -> None:
     body = api.delta_body() | {"checkpoint": api.checkpoint(data)}
     answer = api.client.post("/v1/deltas", json=body)
     assert (answer.status_code, answer.json()["code"]) == (422, "architecture_mismatch")
     assert named in answer.json()["detail"]
 
 
-def test_another_model_type_is_refused(api: Api) -> None:
+def test_another_model_type_is_rejected(api: Api) -> None:
     files = {"config.json": b'{"model_type": "qwen2"}', "model.safetensors": weights(1)}
     digest = api.upload("checkpoint", files)["checkpoint"]["digest"]
     answer = api.client.post("/v1/deltas", json=api.delta_body() | {"checkpoint": digest})
@@ -257,7 +259,7 @@ def test_exact_needs_neither_bits_nor_calibration(api: Api) -> None:
     assert delta["bits"] is delta["goal"] is delta["calibration"] is None
 
 
-def test_pages(api: Api) -> None:
+def test_deltas_are_paginated(api: Api) -> None:
     body = api.delta_body()
     ids = [
         api.client.post("/v1/deltas", json=body | {"seed": seed}).json()["delta"]["id"]
@@ -288,7 +290,7 @@ def test_reports_and_metrics(api: Api) -> None:
     assert (ready["state"], ready["percent"], ready["metrics"]["ratio"]) == ("ready", 100, 12.5)
 
 
-def test_deleted_deltas_are_gone_but_keep_their_version(api: Api) -> None:
+def test_deleted_deltas_are_not_found_and_their_version_is_not_reused(api: Api) -> None:
     body = api.delta_body()
     delta = api.client.post("/v1/deltas", json=body).json()["delta"]
     assert api.client.delete(f"/v1/deltas/{delta['id']}").status_code == 204
@@ -339,7 +341,7 @@ def test_the_default_method_needs_no_name(api: Api) -> None:
     assert delta["method"] == default_method().name
 
 
-def test_job_events_end_with_the_job(api: Api) -> None:
+def test_the_event_stream_ends_with_the_job(api: Api) -> None:
     delta = api.delta()
     events: list[dict[str, Any]] = []
     with api.client.stream("GET", f"/v1/jobs/{delta['job']}/events") as answer:
@@ -366,7 +368,7 @@ def test_a_jobs_percent_has_one_decimal(api: Api) -> None:
     assert "Cancellation requested" in asked["message"]
 
 
-def test_cancelling(api: Api) -> None:
+def test_cancelling_a_job(api: Api) -> None:
     delta = api.delta()
     for _ in range(2):
         job = api.client.post(f"/v1/jobs/{delta['job']}/cancel").json()

@@ -1,4 +1,4 @@
-"""Nodes come, tell of themselves, and go; requests go where the weights are, or elsewhere."""
+"""Node registration, routing and failover."""
 
 import threading
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from tests.waiting import wait_until
 BASE, OTHER, ARTIFACT = "b" * 64, "c" * 64, "a" * 64
 
 
-def view(name: str, **told: Any) -> NodeView:
+def view(name: str, **fields: Any) -> NodeView:
     return NodeView(
         **{
             "id": name, "url": f"http://{name}", "base_digest": BASE, "adopts": False,
-            "draining": False, "capacity": 10, "admitted": 0, "tiers": {}, **told,
+            "draining": False, "capacity": 10, "admitted": 0, "tiers": {}, **fields,
         }
     )  # fmt: skip
 
@@ -31,37 +31,35 @@ def view(name: str, **told: Any) -> NodeView:
 @pytest.mark.parametrize(
     ("nodes", "sent", "expected"),
     [
-        # The delta's tier comes before the load, as long as the node has room.
+        # The delta's tier outranks load, unless the node is full.
         ([view("idle"), view("disk", tiers={ARTIFACT: "disk"}, admitted=5),
           view("host", tiers={ARTIFACT: "host"}, admitted=8),
           view("slot", tiers={ARTIFACT: "device"}, admitted=9)], {},
          ["slot", "host", "disk", "idle"]),
         ([view("full", tiers={ARTIFACT: "device"}, admitted=10), view("idle")], {},
          ["idle", "full"]),
-        # Load is a part of what a node takes; what we sent counts before the node tells of it.
+        # Load is relative to capacity; requests sent since the last heartbeat count.
         ([view("small", capacity=2, admitted=1), view("large", admitted=3)], {},
          ["large", "small"]),
         ([view("a"), view("b")], {"a": 1}, ["b", "a"]),
-        # A base that is somewhere stays there; otherwise an empty node takes it first.
+        # A loaded base is not adopted elsewhere; otherwise empty nodes come first.
         ([view("empty", base_digest=None, adopts=True), view("has", admitted=9)], {}, ["has"]),
         ([view("changes", base_digest=OTHER, adopts=True), view("fixed", base_digest=OTHER),
           view("empty", base_digest=None, adopts=True, admitted=3)], {}, ["empty", "changes"]),
         ([view("leaving", draining=True)], {}, []),
     ],
 )  # fmt: skip
-def test_the_order_in_which_nodes_are_asked(
-    nodes: list[NodeView], sent: dict[str, int], expected: list[str]
-) -> None:
+def test_routing_order(nodes: list[NodeView], sent: dict[str, int], expected: list[str]) -> None:
     for order in (nodes, nodes[::-1]):
         assert [node.id for node in rank(order, ModelTarget(BASE, ARTIFACT), sent)] == expected
 
 
-def test_the_bare_base_goes_where_least_is_done() -> None:
+def test_base_requests_go_to_the_least_loaded_node() -> None:
     nodes = [view("slot", tiers={ARTIFACT: "device"}, admitted=2), view("idle")]
     assert [node.id for node in rank(nodes, ModelTarget(BASE, None), {})] == ["idle", "slot"]
 
 
-def test_who_is_trusted() -> None:
+def test_only_the_secret_or_this_machine_is_trusted() -> None:
     secret = SecretStr("s3cret")
     check_trusted(secret, credentials(secret)["Authorization"], "192.0.2.1")
     for wrong in (None, "", "Bearer", "Bearer other", "s3cret", "Bearer s3crét"):
@@ -74,7 +72,7 @@ def test_who_is_trusted() -> None:
             check_trusted(None, None, foreign)
 
 
-def test_a_node_registers_tells_and_leaves(api: Api) -> None:
+def test_a_node_registers_reports_and_deregisters(api: Api) -> None:
     assert api.client.get("/v1/nodes").json() == {"data": []}
     delta = api.delta()
     artifact, base = api.make_ready(delta), delta["base"]["checkpoint"]
@@ -100,7 +98,7 @@ def test_a_node_registers_tells_and_leaves(api: Api) -> None:
     assert api.client.get("/v1/nodes").json() == {"data": []}
 
 
-def test_a_silent_node_is_gone(api: Api) -> None:
+def test_a_registration_expires_without_heartbeats(api: Api) -> None:
     api.register("http://10.0.0.7:8100", lives_seconds=3)
     assert len(api.client.get("/v1/nodes").json()["data"]) == 1
     wait_until(lambda: not api.client.get("/v1/nodes").json()["data"])
@@ -118,7 +116,7 @@ def test_a_silent_node_is_gone(api: Api) -> None:
         {"deltas": [{"digest": ARTIFACT, "tier": "moon", "bytes": 1}]},
     ],
 )  # fmt: skip
-def test_what_a_node_may_not_tell(api: Api, wrong: dict[str, Any]) -> None:
+def test_invalid_registrations_are_rejected(api: Api, wrong: dict[str, Any]) -> None:
     good = {"url": "http://a", "capacity": 1, "admitted": 0, "delta_slots": 1, "lives_seconds": 9}
     answer = api.client.put("/v1/nodes/node_a", json=good | wrong)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_input")
@@ -130,7 +128,7 @@ class TestWithSecret:
     def settings_fields(self) -> dict[str, Any]:
         return {"node_secret": "s3cret"}
 
-    def test_only_nodes_register_and_only_nodes_are_asked(
+    def test_registration_and_requests_to_nodes_need_the_secret(
         self, api: Api, node: StandInNode, node_url: str
     ) -> None:
         for headers in ({}, {"Authorization": "Bearer other"}):
@@ -161,7 +159,7 @@ ASK = {"model": "tiny", "prompt": "x"}
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_node_that_cannot_now_is_passed_by(
+def test_a_busy_node_is_skipped(
     api: Api, node: StandInNode, node_url: str, second: tuple[StandInNode, str], status: int
 ) -> None:
     base = api.base()
@@ -174,20 +172,20 @@ def test_a_node_that_cannot_now_is_passed_by(
     assert (len(node.requests), len(other.requests)) == (1, 1)
     other.answer = JSONResponse({}, 429)
     answer = api.client.post("/v1/completions", json=ASK)
-    assert (answer.status_code, answer.json()) == (status, refusal), "as the best of them said"
+    assert (answer.status_code, answer.json()) == (status, refusal), "the response of the best node"
     assert answer.headers["retry-after"] == "7"
 
 
-def test_a_node_with_another_secret_is_passed_by(
-    api: Api, node: StandInNode, node_url: str
-) -> None:
+def test_a_node_with_another_secret_is_skipped(api: Api, node: StandInNode, node_url: str) -> None:
     api.register(node_url, base=api.base())
     node.answer = JSONResponse({"error": {"code": "unauthorized"}}, 401)
     answer = api.client.post("/v1/completions", json=ASK)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
 
 
-def test_a_dead_node_is_passed_by_and_forgotten(api: Api, node: StandInNode, node_url: str) -> None:
+def test_a_dead_node_is_skipped_and_deregistered(
+    api: Api, node: StandInNode, node_url: str
+) -> None:
     base = api.base()
     api.register("http://127.0.0.1:1", "node_dead", base=base)
     api.register(node_url, "node_a", base=base, admitted=1)
@@ -195,7 +193,7 @@ def test_a_dead_node_is_passed_by_and_forgotten(api: Api, node: StandInNode, nod
     assert [n["id"] for n in api.client.get("/v1/nodes").json()["data"]] == ["node_a"]
 
 
-def test_once_the_last_node_with_the_base_is_lost_another_adopts_it(
+def test_when_the_last_node_with_the_base_dies_another_adopts_it(
     api: Api, node: StandInNode, node_url: str
 ) -> None:
     api.register("http://127.0.0.1:1", "node_dead", base=api.base())
@@ -204,7 +202,7 @@ def test_once_the_last_node_with_the_base_is_lost_another_adopts_it(
     assert len(node.requests) == 1
 
 
-def test_a_request_does_not_bring_every_node_down(
+def test_a_request_is_retried_on_one_other_node_only(
     api: Api, node: StandInNode, node_url: str
 ) -> None:
     base = api.base()
@@ -215,7 +213,7 @@ def test_a_request_does_not_bring_every_node_down(
     assert node.requests == []
 
 
-def test_a_node_that_falls_silent_while_it_is_asked(
+def test_a_node_that_stops_responding_is_replaced(
     api: Api, node: StandInNode, node_url: str, second: tuple[StandInNode, str]
 ) -> None:
     base = api.base()
@@ -227,10 +225,10 @@ def test_a_node_that_falls_silent_while_it_is_asked(
     assert answer.status_code == 200
     assert node.gate.is_set()
     assert len(other.requests) == 1
-    assert node.gone.wait(10), "the first one is told that nobody waits for it"
+    assert node.gone.wait(10), "the first node's request is cancelled"
 
 
-def test_what_was_sent_is_counted_until_the_answer_ends(
+def test_a_request_counts_as_load_until_its_response_ends(
     api: Api, node: StandInNode, node_url: str
 ) -> None:
     base = api.base()

@@ -1,4 +1,4 @@
-"""The description: valid, with examples that hold, and kept to by the running api."""
+"""The OpenAPI document is valid, its examples match, and the running api conforms to it."""
 
 import re
 import secrets
@@ -27,7 +27,7 @@ METHODS = ("get", "put", "post", "delete", "head")
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Any]:
     home: Path = tmp_path_factory.mktemp("home")
-    # With a secret, so that no generated request registers a node that others are then sent to.
+    # With a secret, no generated request can register a node that would receive others.
     secret = SecretStr(secrets.token_hex())
     configured = Settings(home=home, broker_url=redis_url, node_secret=secret)
     migrate(configured.sqlalchemy_url)
@@ -61,7 +61,7 @@ def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
                 yield f"{method} {path}", item[method]
 
 
-def test_the_description_is_valid(api_schema: Any) -> None:
+def test_the_document_is_valid(api_schema: Any) -> None:
     api_schema.validate()
 
 
@@ -75,7 +75,7 @@ def test_every_route_is_described(document: dict[str, Any]) -> None:
         assert not any("HTTPValidationError" in str(part) for part in operation.values()), name
 
 
-def test_every_json_body_has_an_example_that_holds(document: dict[str, Any]) -> None:
+def test_every_json_body_has_a_valid_example(document: dict[str, Any]) -> None:
     checked = 0
     for name, operation in operations(document):
         content = operation.get("requestBody", {}).get("content", {})
@@ -107,12 +107,12 @@ def test_every_error_example_is_a_problem(document: dict[str, Any]) -> None:
     assert seen >= {"not_found", "conflict", "hash_mismatch", "malformed_safetensors", "not_ready"}
 
 
-def test_the_readable_names_have_no_machine_paths(document: dict[str, Any]) -> None:
+def test_the_document_has_no_machine_paths(document: dict[str, Any]) -> None:
     assert not re.search(r"/(home|root|work)/", str(document))
 
 
-def test_the_api_keeps_to_its_description(api_schema: Any) -> None:
-    """Generated requests, good and bad: no crash, and only answers that are described."""
+def test_the_api_conforms_to_the_document(api_schema: Any) -> None:
+    """Generated requests, valid and invalid: no crash, only documented responses."""
     tried = 0
     for result in api_schema.get_all_operations():
         operation = result.ok()
@@ -125,10 +125,10 @@ def test_the_api_keeps_to_its_description(api_schema: Any) -> None:
             database=None,
             suppress_health_check=list(HealthCheck),
         )
-        def keeps(case: Any) -> None:
-            # What a schema cannot say (does the text exist? is it a checkpoint?) is a 4xx too.
+        def conforms(case: Any) -> None:
+            # Conditions that a schema cannot express (does the text exist?) are a 4xx too.
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
-        keeps()
+        conforms()
         tried += 1
     assert tried >= 20

@@ -1,4 +1,4 @@
-"""Sizes told before any work."""
+"""Predicted artifact sizes."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ LAYER = {"model.layers.0.mlp.up_proj.weight": (64, 32)}
 
 
 def request_body(api: Api, **more: Any) -> dict[str, Any]:
-    """A good request for a preview on the base `tiny`."""
+    """A valid preview request on the base `tiny`."""
     api.base(data=weights(0, rows=16, **LAYER))
     checkpoint = api.checkpoint(weights(1, rows=16, **LAYER))
     return {"base": "tiny", "checkpoint": checkpoint, "method": "adamix", **more}
 
 
-def test_a_preview_tells_size_and_parts_and_keeps_nothing(api: Api) -> None:
+def test_a_preview_returns_sizes_and_stores_nothing(api: Api) -> None:
     body = request_body(api, bits=2.0)
     blobs = api.blobs()
     answer = api.client.post("/v1/previews", json=body)
@@ -35,7 +35,7 @@ def test_a_preview_tells_size_and_parts_and_keeps_nothing(api: Api) -> None:
     assert api.blobs() == blobs
 
 
-def test_what_did_not_change_takes_nothing(api: Api) -> None:
+def test_unchanged_tensors_take_no_bytes(api: Api) -> None:
     body = request_body(api, bits=1.0)
     base = api.client.get("/v1/bases/tiny").json()["checkpoint"]["digest"]
     size = api.client.post("/v1/previews", json=body | {"checkpoint": base}).json()
@@ -62,14 +62,14 @@ def test_a_size_becomes_a_budget(api: Api) -> None:
         ({"seed": 1}, 422, "invalid_input"),
     ],
 )
-def test_what_cannot_be_told_is_refused(
+def test_invalid_preview_requests_are_rejected(
     api: Api, change: dict[str, Any], status: int, code: str
 ) -> None:
     answer = api.client.post("/v1/previews", json=request_body(api) | change)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
 
 
-def test_another_architecture_is_refused(api: Api) -> None:
+def test_another_architecture_is_rejected(api: Api) -> None:
     body = request_body(api) | {"checkpoint": api.checkpoint(weights(1, rows=9))}
     answer = api.client.post("/v1/previews", json=body)
     assert (answer.status_code, answer.json()["code"]) == (422, "architecture_mismatch")

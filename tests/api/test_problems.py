@@ -1,4 +1,4 @@
-"""Errors: one shape with stable codes, whatever goes wrong."""
+"""Errors have one shape and stable codes."""
 
 import threading
 from typing import Any
@@ -28,17 +28,17 @@ def check(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
     return problem
 
 
-def test_what_is_not_there(api: Api) -> None:
+def test_unknown_paths_are_404(api: Api) -> None:
     assert "/v1/nothing" in check(api.client.get("/v1/nothing"), 404, "not_found")["detail"]
 
 
-def test_what_cannot_be_done(api: Api) -> None:
+def test_unsupported_methods_are_405(api: Api) -> None:
     answer = api.client.put("/v1/bases")
     check(answer, 405, "method_not_allowed")
     assert set(answer.headers["allow"].replace(" ", "").split(",")) <= {"GET", "POST"}
 
 
-def test_what_is_malformed(api: Api) -> None:
+def test_malformed_bodies_are_422(api: Api) -> None:
     problem = check(api.client.post("/v1/uploads", json={"kind": "x"}), 422, "invalid_input")
     assert problem["errors"][0]["where"] == "body.kind"
     json_type = {"Content-Type": "application/json"}
@@ -47,11 +47,11 @@ def test_what_is_malformed(api: Api) -> None:
     check(api.client.post("/v1/uploads", content=b"{}"), 422, "invalid_input")
 
 
-def test_bodies_that_are_read_whole_are_bounded(api: Api) -> None:
+def test_body_size_is_limited(api: Api) -> None:
     check(api.client.post("/v1/uploads", content=bytes(MAX_BODY_BYTES + 1)), 413, "too_large")
 
 
-def test_openais_routes_have_openais_shape(api: Api) -> None:
+def test_openai_routes_return_openai_errors(api: Api) -> None:
     answer = api.client.delete("/v1/models")
     assert (answer.status_code, answer.headers["content-type"]) == (405, "application/json")
     assert answer.json()["error"]["code"] == "method_not_allowed"
@@ -84,7 +84,7 @@ def faulty(settings: Settings) -> FastAPI:
     return app
 
 
-def test_bugs_say_nothing_of_themselves(faulty: FastAPI) -> None:
+def test_unexpected_exceptions_are_not_disclosed(faulty: FastAPI) -> None:
     with serving(faulty) as url:
         answer = httpx.get(f"{url}/bug", headers={"X-Request-ID": "trace-1"})
         problem = check(answer, 500, "internal_error")
@@ -94,7 +94,7 @@ def test_bugs_say_nothing_of_themselves(faulty: FastAPI) -> None:
         assert httpx.get(f"{url}/healthz").status_code == 200
 
 
-def test_details_come_along_but_replace_nothing(faulty: FastAPI) -> None:
+def test_error_details_do_not_override_members(faulty: FastAPI) -> None:
     with serving(faulty) as url:
         problem = check(httpx.get(f"{url}/root"), 500, "internal_error")
         assert (problem["path"], problem["hint"]) == ("/x", {"a": [1]})
@@ -104,12 +104,12 @@ def test_details_come_along_but_replace_nothing(faulty: FastAPI) -> None:
 
 
 @pytest.mark.parametrize("announced", ["", "a b", "x" * 65, "{}"])
-def test_only_plain_request_ids_are_taken_over(api: Api, announced: str) -> None:
+def test_only_plain_request_ids_are_accepted(api: Api, announced: str) -> None:
     answer = api.client.get("/healthz", headers={"X-Request-ID": announced})
     assert answer.headers["x-request-id"] not in {announced, ""}
 
 
-def test_requests_at_once_keep_their_ids_apart(api: Api) -> None:
+def test_concurrent_requests_have_their_own_ids(api: Api) -> None:
     answers: dict[str, str] = {}
 
     def ask(name: str) -> None:

@@ -1,4 +1,4 @@
-"""The api as a process of its own: light, logging in JSON, stopping cleanly."""
+"""The api as a process: light imports, JSON logs, clean shutdown."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_the_api_imports_nothing_heavy() -> None:
     assert answer.stdout.strip() == "[]"
 
 
-def test_a_process_from_start_to_end(tmp_path: Path, broker_url: str) -> None:
+def test_start_log_and_shutdown(tmp_path: Path, broker_url: str) -> None:
     home = tmp_path / "home"
     migrate(f"sqlite:///{home / 'deltadock.db'}")
     port = free_ports(1)[0]
@@ -48,7 +48,7 @@ def test_a_process_from_start_to_end(tmp_path: Path, broker_url: str) -> None:
         httpx.get(f"{url}/v1/nothing")
     finally:
         process.send_signal(signal.SIGTERM)
-        # Once it has stopped in order, uvicorn passes the signal on to the default handler.
+        # After a graceful shutdown uvicorn raises the signal again for the default handler.
         assert process.wait(20) in {0, -signal.SIGTERM}
     records = [
         json.loads(line)

@@ -1,4 +1,4 @@
-"""The same api on Postgres and S3: from the first byte to the artifact."""
+"""The api on Postgres and S3, from upload to download."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +46,7 @@ def test_from_upload_to_download(api: Api) -> None:
     assert api.client.get("/readyz").json()["status"] == "ok"
 
 
-def test_requests_at_once_agree(api: Api) -> None:
+def test_concurrent_requests_agree(api: Api) -> None:
     upload = api.open_upload()
     for path, data in (("config.json", CONFIG), ("model.safetensors", weights(1))):
         assert api.put(upload, path, data).status_code == 200
@@ -63,7 +63,7 @@ def test_requests_at_once_agree(api: Api) -> None:
     assert sorted(answer.status_code for answer in deltas) == [200] * 5 + [202]
 
 
-def test_a_bad_file_leaves_nothing(api: Api) -> None:
+def test_a_rejected_file_is_not_stored(api: Api) -> None:
     upload = api.open_upload("calibration")
     answer = api.put(upload, "text.txt", TEXT, **{"X-Content-SHA256": "0" * 64})
     assert answer.json()["code"] == "hash_mismatch"
@@ -71,7 +71,7 @@ def test_a_bad_file_leaves_nothing(api: Api) -> None:
     assert api.client.get(f"/v1/uploads/{upload}").json()["files"] == []
 
 
-def test_ids_that_postgres_cannot_look_for(api: Api, subtests: pytest.Subtests) -> None:
+def test_ids_that_postgres_rejects_are_invalid_input(api: Api, subtests: pytest.Subtests) -> None:
     for path in (
         "deltas/a%00b",
         "uploads/a%00b",
@@ -87,13 +87,13 @@ def test_ids_that_postgres_cannot_look_for(api: Api, subtests: pytest.Subtests) 
 
 
 class TestRedirects:
-    """Where clients can reach the object store, it serves the downloads."""
+    """Downloads are redirected to an object store that clients can reach."""
 
     @pytest.fixture
     def settings_fields(self, s3_bucket: dict[str, str]) -> dict[str, str]:
         return {"s3_public_url": s3_bucket["s3_endpoint_url"].replace("127.0.0.1", "localhost")}
 
-    def test_downloads(self, api: Api, tmp_path: Path) -> None:
+    def test_downloads_are_redirected(self, api: Api, tmp_path: Path) -> None:
         delta = api.delta()
         artifact = bytes(range(256)) * 1000
         digest = api.make_ready(delta, artifact)
@@ -112,7 +112,7 @@ class TestRedirects:
         part = api.client.get(url, headers={"Range": "bytes=-5"}, follow_redirects=True)
         assert (part.status_code, part.content) == (206, artifact[-5:])
 
-        # What only the api can answer is not redirected.
+        # HEAD, conditional and invalid requests are not redirected.
         head = api.client.head(url)
         assert (head.status_code, head.headers["etag"]) == (200, f'"{digest}"')
         assert api.client.get(url, headers={"If-None-Match": f'"{digest}"'}).status_code == 304

@@ -1,4 +1,4 @@
-"""Receiving one file: in bounded memory, as fast as the store, and all or nothing."""
+"""Receiving a file: bounded memory, backpressure, atomicity."""
 
 import time
 import tracemalloc
@@ -13,8 +13,8 @@ from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.models import UploadKind
 
 
-def test_a_file_passes_in_bounded_memory(tmp_path: Path) -> None:
-    """64 MiB go through while a few hundred KiB more than two batches are held."""
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """Receiving 64 MiB takes memory for two batches and a few hundred KiB."""
     store = LocalBlobStore(tmp_path)
     total = 64 * BATCH_BYTES
 
@@ -36,10 +36,8 @@ def test_a_file_passes_in_bounded_memory(tmp_path: Path) -> None:
     assert peak < 3 * BATCH_BYTES
 
 
-def test_the_sender_is_held_back_by_the_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is read ahead: at most a batch has been taken that is not written."""
+def test_a_slow_store_slows_the_sender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most one batch is read ahead of the store."""
     store = LocalBlobStore(tmp_path)
     writer = store.writer()
     given = written = most = 0
@@ -70,7 +68,7 @@ def test_the_sender_is_held_back_by_the_store(
     assert most <= BATCH_BYTES
 
 
-def test_a_cancelled_receiver_leaves_nothing(tmp_path: Path) -> None:
+def test_cancelling_leaves_no_staging_file(tmp_path: Path) -> None:
     store = LocalBlobStore(tmp_path)
 
     async def body(scope: anyio.CancelScope) -> AsyncIterator[bytes]:

@@ -19,7 +19,7 @@ def waiting(url: str) -> list[str]:
     return [json.loads(message)["headers"]["task"] for message in messages]
 
 
-def test_a_broker_that_comes_and_goes(tmp_path: Path) -> None:
+def test_tasks_are_sent_when_the_broker_is_up_and_dropped_when_it_is_down(tmp_path: Path) -> None:
     port = free_ports(1)[0]
     url = f"redis://127.0.0.1:{port}/0"
     sender = TaskSender(url)

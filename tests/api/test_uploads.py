@@ -1,4 +1,4 @@
-"""Uploads: what arrives whole is kept, and of everything else nothing stays."""
+"""Uploads: complete files are stored, rejected and interrupted ones leave nothing."""
 
 import base64
 import http.client
@@ -27,13 +27,13 @@ def settings_fields() -> dict[str, Any]:
     return {"max_file_bytes": LIMIT}
 
 
-def assert_nothing_stayed(api: Api, upload: str) -> None:
+def assert_nothing_stored(api: Api, upload: str) -> None:
     assert api.staged() == []
     assert api.blobs() == set()
     assert api.client.get(f"/v1/uploads/{upload}").json()["files"] == []
 
 
-def test_a_checkpoint_arrives_and_is_what_the_folder_scan_says(api: Api, tmp_path: Path) -> None:
+def test_an_uploaded_checkpoint_equals_a_scan_of_its_folder(api: Api, tmp_path: Path) -> None:
     files = {"config.json": CONFIG, "model.safetensors": weights(), "tokenizer.json": b"{}"}
     done = api.upload("checkpoint", files)
     folder = tmp_path / "checkpoint"
@@ -55,7 +55,7 @@ def test_a_checkpoint_arrives_and_is_what_the_folder_scan_says(api: Api, tmp_pat
     assert api.client.get(f"/v1/uploads/{done['id']}").json() == done
 
 
-def test_a_file_may_be_put_again(api: Api) -> None:
+def test_a_file_can_be_replaced(api: Api) -> None:
     upload = api.open_upload()
     for data in (b"{}", CONFIG):
         answer = api.put(upload, "config.json", data)
@@ -73,7 +73,7 @@ def test_announced_digests_are_checked(api: Api) -> None:
     assert api.put(upload, "config.json", CONFIG, **good).status_code == 200
 
 
-def test_a_wrong_digest_leaves_nothing(api: Api, subtests: pytest.Subtests) -> None:
+def test_a_file_with_a_wrong_digest_is_not_stored(api: Api, subtests: pytest.Subtests) -> None:
     for headers, code in (
         ({"Content-Digest": content_digest(b"other")}, "hash_mismatch"),
         ({"X-Content-SHA256": sha256(b"other")}, "hash_mismatch"),
@@ -89,12 +89,12 @@ def test_a_wrong_digest_leaves_nothing(api: Api, subtests: pytest.Subtests) -> N
             upload = api.open_upload()
             answer = api.put(upload, "config.json", CONFIG, **headers)
             assert (answer.status_code, answer.json()["code"]) == (422, code)
-            assert_nothing_stayed(api, upload)
+            assert_nothing_stored(api, upload)
 
 
 @contextmanager
 def begin_put(api: Api, path: str, size: int) -> Iterator[http.client.HTTPConnection]:
-    """A PUT of `size` bytes, of which none are sent yet; the connection breaks at the end."""
+    """The headers of a PUT of `size` bytes; closes the connection at the end."""
     address = urlsplit(str(api.client.base_url))
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=30)
     connection.putrequest("PUT", path)
@@ -106,22 +106,22 @@ def begin_put(api: Api, path: str, size: int) -> Iterator[http.client.HTTPConnec
         connection.close()
 
 
-def lying_header(change: dict[str, Any]) -> bytes:
+def invalid_header(change: dict[str, Any]) -> bytes:
     header = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | change}
     raw = json.dumps(header).encode()
     return len(raw).to_bytes(8, "little") + raw + bytes(8)
 
 
-def test_a_bad_file_leaves_nothing(api: Api, subtests: pytest.Subtests) -> None:
+def test_a_rejected_file_is_not_stored(api: Api, subtests: pytest.Subtests) -> None:
     for path, data, code in (
         ("model.safetensors", weights()[:-1], "malformed_safetensors"),
         ("model.safetensors", weights() + b"\0", "malformed_safetensors"),
         ("model.safetensors", weights()[:20], "malformed_safetensors"),
         ("model.safetensors", b"", "malformed_safetensors"),
         ("model.safetensors", pickle.dumps({"w": [1.0]}), "malformed_safetensors"),
-        ("model.safetensors", lying_header({"shape": [3]}), "malformed_safetensors"),
-        ("model.safetensors", lying_header({"dtype": "F99"}), "malformed_safetensors"),
-        ("model.safetensors", lying_header({"data_offsets": [4, 12]}), "malformed_safetensors"),
+        ("model.safetensors", invalid_header({"shape": [3]}), "malformed_safetensors"),
+        ("model.safetensors", invalid_header({"dtype": "F99"}), "malformed_safetensors"),
+        ("model.safetensors", invalid_header({"data_offsets": [4, 12]}), "malformed_safetensors"),
         ("pytorch_model.bin", pickle.dumps({"w": [1.0]}), "unsafe_file"),
         ("modeling_evil.py", b"import os", "unsafe_file"),
         ("..%2F..%2Fconfig.json", CONFIG, "unsafe_file"),
@@ -133,28 +133,28 @@ def test_a_bad_file_leaves_nothing(api: Api, subtests: pytest.Subtests) -> None:
             upload = api.open_upload()
             answer = api.put(upload, path, data)
             assert (answer.status_code, answer.json()["code"]) == (422, code)
-            assert_nothing_stayed(api, upload)
+            assert_nothing_stored(api, upload)
 
 
-def test_a_lying_file_is_refused_before_its_end(api: Api) -> None:
-    """The answer comes when the header has arrived, though most of the body never does."""
+def test_an_invalid_header_is_rejected_before_the_body_ends(api: Api) -> None:
+    """The error is sent once the header has arrived, before the rest of the body."""
     upload = api.open_upload()
-    data = lying_header({"dtype": "F99"}) + bytes(2 * BATCH_BYTES)
+    data = invalid_header({"dtype": "F99"}) + bytes(2 * BATCH_BYTES)
     with begin_put(api, f"/v1/uploads/{upload}/files/model.safetensors", LIMIT) as connection:
         connection.send(data)
         answer = connection.getresponse()
         assert json.loads(answer.read())["code"] == "malformed_safetensors"
-    assert_nothing_stayed(api, upload)
+    assert_nothing_stored(api, upload)
 
 
-def test_too_large_is_refused_by_its_announced_size(api: Api) -> None:
+def test_a_too_large_content_length_is_413(api: Api) -> None:
     upload = api.open_upload()
     answer = api.put(upload, "tokenizer.json", bytes(LIMIT + 1))
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
-    assert_nothing_stayed(api, upload)
+    assert_nothing_stored(api, upload)
 
 
-def test_too_large_is_refused_while_it_streams(api: Api) -> None:
+def test_a_too_large_stream_is_413(api: Api) -> None:
     upload = api.open_upload()
 
     def chunks() -> Iterator[bytes]:
@@ -163,16 +163,16 @@ def test_too_large_is_refused_while_it_streams(api: Api) -> None:
 
     answer = api.client.put(f"/v1/uploads/{upload}/files/tokenizer.json", content=chunks())
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
-    assert_nothing_stayed(api, upload)
+    assert_nothing_stored(api, upload)
 
 
-def test_a_client_that_goes_away_leaves_nothing(api: Api) -> None:
+def test_a_disconnected_client_leaves_no_staging_file(api: Api) -> None:
     upload = api.open_upload()
     with begin_put(api, f"/v1/uploads/{upload}/files/tokenizer.json", LIMIT) as connection:
         connection.send(bytes(2 * BATCH_BYTES))
         wait_until(lambda: api.staged() != [])
     wait_until(lambda: api.staged() == [])
-    assert_nothing_stayed(api, upload)
+    assert_nothing_stored(api, upload)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_an_incomplete_checkpoint_stays_open(
     assert api.client.get(f"/v1/uploads/{upload}").json()["state"] == "open"
 
 
-def test_completes_at_once_agree(api: Api) -> None:
+def test_concurrent_completes_agree(api: Api) -> None:
     uploads = [api.open_upload() for _ in range(2)]
     for upload in uploads:
         api.put(upload, "config.json", CONFIG)
@@ -231,8 +231,8 @@ def test_completes_at_once_agree(api: Api) -> None:
     assert len({answer.json()["checkpoint"]["digest"] for answer in answers}) == 1
 
 
-def test_a_put_and_a_complete_at_once_never_disagree(api: Api) -> None:
-    """Either the file is in the checkpoint, or it was refused."""
+def test_a_concurrent_put_and_complete_are_consistent(api: Api) -> None:
+    """Either the file is in the checkpoint, or it was rejected."""
     for attempt in range(5):
         upload = api.open_upload()
         api.put(upload, "config.json", CONFIG)
@@ -254,7 +254,7 @@ def test_a_put_and_a_complete_at_once_never_disagree(api: Api) -> None:
         assert (status.result() == 200) == ("tokenizer.json" in [f.path for f in manifest.files])
 
 
-def test_closed_uploads_take_nothing_more(api: Api) -> None:
+def test_closed_uploads_accept_no_files(api: Api) -> None:
     complete = api.upload("calibration", {"text.txt": TEXT})["id"]
     aborted = api.open_upload()
     assert api.client.delete(f"/v1/uploads/{aborted}").status_code == 204
@@ -277,7 +277,7 @@ def test_unknown_uploads_are_not_found(api: Api) -> None:
     assert api.staged() == []
 
 
-def test_only_what_a_model_needs_is_part_of_the_checkpoint(api: Api) -> None:
+def test_files_that_a_model_does_not_need_are_ignored(api: Api) -> None:
     upload = api.open_upload()
     needed = {"config.json": CONFIG, "model.safetensors": weights(), "merges.txt": b"a b"}
     left = {
@@ -297,7 +297,7 @@ def test_only_what_a_model_needs_is_part_of_the_checkpoint(api: Api) -> None:
     assert alone["ignored"] == []
 
 
-def test_weights_in_inner_folders_are_named(api: Api) -> None:
+def test_the_error_names_folders_with_weights(api: Api) -> None:
     upload = api.open_upload()
     api.put(upload, "config.json", CONFIG)
     for step in (5, 20):

@@ -1,4 +1,4 @@
-"""The migrations make exactly the tables that the models describe, on both databases."""
+"""The migrations create exactly the models' tables, on both databases."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def test_models_and_migrations_agree(empty_url: str) -> None:
     engine.dispose()
 
 
-def test_a_missing_column_would_be_noticed(empty_url: str) -> None:
+def test_a_missing_column_is_detected(empty_url: str) -> None:
     migrate(empty_url)
     engine = make_engine(empty_url)
     with engine.begin() as connection:
@@ -44,7 +44,7 @@ def test_a_missing_column_would_be_noticed(empty_url: str) -> None:
     engine.dispose()
 
 
-def test_migrating_again_changes_nothing_and_loses_nothing(empty_url: str) -> None:
+def test_migrating_twice_keeps_data(empty_url: str) -> None:
     migrate(empty_url)
     database = Database(empty_url)
     with database.session_scope() as session:
@@ -55,7 +55,7 @@ def test_migrating_again_changes_nothing_and_loses_nothing(empty_url: str) -> No
     database.dispose()
 
 
-def test_processes_that_migrate_at_once_take_turns(empty_url: str) -> None:
+def test_concurrent_migrations_are_serialized(empty_url: str) -> None:
     code = "import sys; from storage.database import migrate; migrate(sys.argv[1])"
     processes = [subprocess.Popen([sys.executable, "-c", code, empty_url]) for _ in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
@@ -64,7 +64,7 @@ def test_processes_that_migrate_at_once_take_turns(empty_url: str) -> None:
     engine.dispose()
 
 
-def test_deltas_of_the_first_version_keep_what_they_were_made_with(empty_url: str) -> None:
+def test_options_of_old_deltas_are_migrated_both_ways(empty_url: str) -> None:
     engine = make_engine(empty_url)
     Path(engine.url.database or "").parent.mkdir(parents=True, exist_ok=True)
     config = alembic_config(engine)
@@ -96,9 +96,9 @@ def test_deltas_of_the_first_version_keep_what_they_were_made_with(empty_url: st
     command.upgrade(config, "head")
     database = Database(empty_url)
     with database.read_scope() as session:
-        found = {delta.id: delta.options for delta in session.scalars(select(DeltaRow))}
+        migrated = {delta.id: delta.options for delta in session.scalars(select(DeltaRow))}
     database.dispose()
-    assert found["dlt_text"] == {
+    assert migrated["dlt_text"] == {
         "seed": 3,
         "solver": "scip",
         "goal": {"kind": "bits", "value": 1.5},
@@ -108,7 +108,7 @@ def test_deltas_of_the_first_version_keep_what_they_were_made_with(empty_url: st
             "length": 2048,
         },
     }
-    assert found["dlt_exact"] == old["dlt_exact"][1] | {"goal": None}
+    assert migrated["dlt_exact"] == old["dlt_exact"][1] | {"goal": None}
     command.downgrade(config, "0001")
     with engine.connect() as connection:
         rows = connection.execute(select(tables.tables["deltas"]))
@@ -116,7 +116,7 @@ def test_deltas_of_the_first_version_keep_what_they_were_made_with(empty_url: st
     engine.dispose()
 
 
-def test_the_way_back_leaves_no_table(empty_url: str) -> None:
+def test_downgrading_to_base_drops_all_tables(empty_url: str) -> None:
     migrate(empty_url)
     engine = make_engine(empty_url)
     command.downgrade(alembic_config(engine), "base")

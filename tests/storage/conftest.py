@@ -1,4 +1,4 @@
-"""An empty, migrated database of each kind for every test; the migrations run once a session."""
+"""An empty, migrated database of each kind per test; migrations run once per session."""
 
 from collections.abc import Iterator
 

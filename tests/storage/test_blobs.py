@@ -1,4 +1,4 @@
-"""One contract for every blob store."""
+"""The contract of blob stores, local and S3."""
 
 import hashlib
 import time
@@ -30,7 +30,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
 
 
 def staged(store: BlobStore) -> list[str]:
-    """What lies in staging, multipart uploads under way included."""
+    """Staging entries, including unfinished multipart uploads."""
     if isinstance(store, LocalBlobStore):
         return [path.name for path in (store.root / "staging").iterdir()]
     client, bucket = cast(S3BlobStore, store).client, cast(S3BlobStore, store).bucket
@@ -44,12 +44,12 @@ def sha256(data: bytes) -> str:
 
 
 def large_blob(store: BlobStore) -> bytes:
-    """More than an S3 store sends as one part."""
+    """Data of several S3 parts."""
     size = MIN_PART_BYTES * 2 + 12_345 if isinstance(store, S3BlobStore) else 3_000_000
     return (b"0123456789abcdef" * (size // 16 + 1))[:size]
 
 
-def test_what_is_put_comes_back(store: BlobStore, tmp_path: Path) -> None:
+def test_a_stored_blob_is_read_back(store: BlobStore, tmp_path: Path) -> None:
     data = b"weights" * 1000
     digest = store.put_bytes(data)
     assert digest == sha256(data)
@@ -63,14 +63,14 @@ def test_what_is_put_comes_back(store: BlobStore, tmp_path: Path) -> None:
     assert staged(store) == []
 
 
-def test_the_empty_blob_is_a_blob(store: BlobStore) -> None:
+def test_an_empty_blob_is_stored(store: BlobStore) -> None:
     digest = store.put_bytes(b"")
     assert store.size(digest) == 0
     assert b"".join(store.open(digest)) == b""
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (3, 7), (6, 10), (9, 10), (0, 10), (4, None)])
-def test_a_part_is_exactly_that_part(store: BlobStore, start: int, end: int | None) -> None:
+def test_open_reads_a_byte_range(store: BlobStore, start: int, end: int | None) -> None:
     digest = store.put_bytes(b"0123456789")
     assert b"".join(store.open(digest, start, end)) == b"0123456789"[start:end]
 
@@ -85,18 +85,18 @@ def test_absent_blobs_are_not_found(store: BlobStore, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "../../etc/passwd", "A" * 64, "0" * 63, f"{ABSENT}\n"])
-def test_what_is_no_digest_names_no_blob(store: BlobStore, name: str) -> None:
+def test_an_invalid_digest_is_not_found(store: BlobStore, name: str) -> None:
     with pytest.raises(NotFound):
         store.size(name)
 
 
-def test_a_small_read_refuses_a_large_blob(store: BlobStore) -> None:
+def test_read_rejects_a_blob_over_its_limit(store: BlobStore) -> None:
     digest = store.put_bytes(b"12345")
     with pytest.raises(InvalidInput):
         store.read(digest, 4)
 
 
-def test_a_large_blob_passes_in_bounded_memory(store: BlobStore) -> None:
+def test_a_large_blob_is_streamed_in_bounded_memory(store: BlobStore) -> None:
     data = large_blob(store)
     view = memoryview(data)
     tracemalloc.start()
@@ -115,11 +115,11 @@ def test_a_large_blob_passes_in_bounded_memory(store: BlobStore) -> None:
         digest.update(chunk)
     assert digest.hexdigest() == sha256(data)
     assert staged(store) == []
-    # S3 holds a part, and a copy of it while it is sent.
+    # The S3 store buffers a part, and a copy while it is sent.
     assert peak < (3.5 * MIN_PART_BYTES if isinstance(store, S3BlobStore) else 1_000_000)
 
 
-def test_what_is_not_committed_leaves_nothing(store: BlobStore) -> None:
+def test_uncommitted_writes_leave_nothing(store: BlobStore) -> None:
     data = large_blob(store)
     with store.writer() as writer:
         writer.write(data)
@@ -128,7 +128,7 @@ def test_what_is_not_committed_leaves_nothing(store: BlobStore) -> None:
     assert not store.exists(sha256(data))
 
 
-def test_committing_what_exists_changes_nothing(store: BlobStore) -> None:
+def test_committing_an_existing_blob_changes_nothing(store: BlobStore) -> None:
     data = large_blob(store)
     for _ in range(2):
         with store.writer() as writer:
@@ -138,13 +138,13 @@ def test_committing_what_exists_changes_nothing(store: BlobStore) -> None:
     assert staged(store) == []
 
 
-def test_deleted_blobs_are_gone(store: BlobStore) -> None:
+def test_deleted_blobs_do_not_exist(store: BlobStore) -> None:
     digest = store.put_bytes(b"x")
     store.delete(digest)
     assert not store.exists(digest)
 
 
-def test_fetch_brings_a_verified_read_only_file(store: BlobStore, tmp_path: Path) -> None:
+def test_fetch_writes_a_verified_read_only_file(store: BlobStore, tmp_path: Path) -> None:
     digest = store.put_bytes(b"weights")
     target = tmp_path / "cache" / "model.safetensors"
     store.fetch(digest, target)
@@ -155,7 +155,7 @@ def test_fetch_brings_a_verified_read_only_file(store: BlobStore, tmp_path: Path
     assert b"".join(store.open(digest)) == b"weights"
 
 
-def test_damaged_bytes_are_refused(store: BlobStore, tmp_path: Path) -> None:
+def test_damaged_blobs_are_rejected(store: BlobStore, tmp_path: Path) -> None:
     digest = store.put_bytes(b"weights")
     if isinstance(store, LocalBlobStore):
         store.path(digest).chmod(0o644)
@@ -170,7 +170,7 @@ def test_damaged_bytes_are_refused(store: BlobStore, tmp_path: Path) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_work_is_replaceable_and_droppable(store: BlobStore) -> None:
+def test_work_files_are_replaced_and_dropped(store: BlobStore) -> None:
     assert store.get_work("job_a/block-0") is None
     store.put_work("job_a/block-0", b"first")
     store.put_work("job_a/block-0", b"second")
@@ -183,12 +183,12 @@ def test_work_is_replaceable_and_droppable(store: BlobStore) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "/etc", "../a", "a//b", "a/", ".hidden", "a/.."])
-def test_work_keys_are_plain(store: BlobStore, key: str) -> None:
+def test_invalid_work_keys_are_rejected(store: BlobStore, key: str) -> None:
     with pytest.raises(ValueError, match="plain"):
         store.put_work(key, b"")
 
 
-def test_only_old_staging_is_dropped(store: BlobStore) -> None:
+def test_only_old_staging_files_are_dropped(store: BlobStore) -> None:
     writer = store.writer()
     writer.write(large_blob(store))
     now = datetime.now(UTC)
@@ -251,7 +251,7 @@ def test_urls_are_signed_for_the_public_host() -> None:
 def test_a_presigned_url_serves_one_blob_until_it_expires(
     s3_bucket: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Another name of the same server: the URL must be signed for the host that clients use.
+    # Another name of the same server: the URL is signed for the host that clients use.
     public = s3_bucket["s3_endpoint_url"].replace("127.0.0.1", "localhost")
     store = make_blob_store(Settings.model_validate(s3_bucket | {"s3_public_url": public}))
     digest, other = store.put_bytes(b"0123456789"), store.put_bytes(b"other")

@@ -1,4 +1,4 @@
-"""Nothing is used whose bytes do not have the digest that names them."""
+"""Cached files are verified against their digests before use."""
 
 import json
 from pathlib import Path
@@ -37,11 +37,11 @@ def put_checkpoint(blobs: LocalBlobStore, folder: Path) -> CheckpointManifest:
 def damage(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
-    path.unlink()  # it may be linked to its blob
+    path.unlink()  # it may be a hard link to its blob
     path.write_bytes(raw)
 
 
-def test_a_checkpoint_is_fetched_whole(
+def test_a_checkpoint_is_fetched_completely(
     tmp_path: Path, blobs: LocalBlobStore, cache: FileCache
 ) -> None:
     manifest = put_checkpoint(blobs, tmp_path / "source")
@@ -51,13 +51,13 @@ def test_a_checkpoint_is_fetched_whole(
         assert (folder / file.path).read_bytes() == (tmp_path / "source" / file.path).read_bytes()
 
 
-def test_a_damaged_cache_is_fetched_again(cache: FileCache, blobs: LocalBlobStore) -> None:
+def test_a_damaged_cached_file_is_fetched_again(cache: FileCache, blobs: LocalBlobStore) -> None:
     digest = blobs.put_bytes(b"delta")
     damage(cache.artifact(digest))
     assert cache.artifact(digest).read_bytes() == b"delta"
 
 
-def test_a_damaged_blob_is_refused(cache: FileCache, blobs: LocalBlobStore) -> None:
+def test_a_damaged_blob_is_rejected(cache: FileCache, blobs: LocalBlobStore) -> None:
     digest = blobs.put_bytes(b"delta")
     damage(blobs.path(digest))
     with pytest.raises(DamagedBlob):
@@ -68,7 +68,7 @@ def test_a_damaged_blob_is_refused(cache: FileCache, blobs: LocalBlobStore) -> N
         cache.checkpoint(manifest)
 
 
-def test_what_is_not_there_is_not_found(cache: FileCache) -> None:
+def test_an_unknown_checkpoint_is_not_found(cache: FileCache) -> None:
     for digest in ("0" * 64, "../../etc/passwd"):
         with pytest.raises(NotFound):
             cache.artifact(digest)
@@ -76,13 +76,15 @@ def test_what_is_not_there_is_not_found(cache: FileCache) -> None:
             cache.checkpoint(digest)
 
 
-def test_a_blob_that_is_no_manifest_is_refused(cache: FileCache, blobs: LocalBlobStore) -> None:
+def test_a_blob_that_is_not_a_manifest_is_rejected(cache: FileCache, blobs: LocalBlobStore) -> None:
     for content in (b"\xff", b"[]", b"{}", b'{"files": [1], "tensors": [], "config": {}}'):
         with pytest.raises(InvalidCheckpoint):
             cache.checkpoint(blobs.put_bytes(content))
 
 
-def test_a_manifest_cannot_name_a_path_outside(cache: FileCache, blobs: LocalBlobStore) -> None:
+def test_a_manifest_with_an_escaping_path_is_rejected(
+    cache: FileCache, blobs: LocalBlobStore
+) -> None:
     files = [{"path": "../escaped.json", "size": 2, "sha256": blobs.put_bytes(b"{}")}]
     crafted = json.dumps({"files": files, "tensors": [], "config": {}}).encode()
     with pytest.raises(UnsafeFile):

@@ -1,4 +1,4 @@
-"""Units of work, on both databases."""
+"""Session scopes, on both databases."""
 
 import threading
 from datetime import UTC, datetime, timedelta, timezone
@@ -19,13 +19,13 @@ def count_uploads(database: Database) -> int:
         return len(session.scalars(select(UploadRow)).all())
 
 
-def test_a_scope_commits_at_its_end(database: Database) -> None:
+def test_a_scope_commits_on_exit(database: Database) -> None:
     with database.session_scope() as session:
         UploadRepository(session).add(UploadKind.CHECKPOINT)
     assert count_uploads(database) == 1
 
 
-def test_a_scope_that_raises_leaves_nothing(database: Database) -> None:
+def test_a_scope_that_raises_rolls_back(database: Database) -> None:
     def fail() -> None:
         with database.session_scope() as session:
             UploadRepository(session).add(UploadKind.CHECKPOINT)
@@ -36,8 +36,8 @@ def test_a_scope_that_raises_leaves_nothing(database: Database) -> None:
     assert count_uploads(database) == 0
 
 
-def test_writers_that_read_first_wait_instead_of_failing(database: Database) -> None:
-    """On SQLite a transaction that began as a reader could not become a writer here."""
+def test_concurrent_read_then_write_scopes_wait_for_each_other(database: Database) -> None:
+    """On SQLite a deferred transaction could not be upgraded to a write here."""
     with database.session_scope() as session:
         upload_id = UploadRepository(session).add(UploadKind.CHECKPOINT).id
     start = threading.Barrier(4)
@@ -74,7 +74,7 @@ def test_readers_do_not_wait_for_a_writer(database: Database) -> None:
 
 
 def test_a_reading_scope_cannot_write(postgres_url: str) -> None:
-    """Postgres sees to it; SQLite has no such transactions."""
+    """Enforced by Postgres; SQLite has no read-only transactions."""
     migrate(postgres_url)
     database = Database(postgres_url)
     with pytest.raises(DBAPIError, match="read-only"), database.read_scope() as session:
@@ -82,7 +82,7 @@ def test_a_reading_scope_cannot_write(postgres_url: str) -> None:
     database.dispose()
 
 
-def test_times_come_back_in_utc(database: Database) -> None:
+def test_times_are_returned_in_utc(database: Database) -> None:
     elsewhere = datetime(2026, 11, 22, 18, 0, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     with database.session_scope() as session:
         upload = UploadRepository(session).add(UploadKind.CHECKPOINT)
@@ -93,12 +93,12 @@ def test_times_come_back_in_utc(database: Database) -> None:
     assert stored.tzinfo is UTC
 
 
-def test_times_without_a_zone_are_refused(database: Database) -> None:
+def test_naive_times_are_rejected(database: Database) -> None:
     with pytest.raises(StatementError, match="time zone"), database.session_scope() as session:
         UploadRepository(session).add(UploadKind.CHECKPOINT).created_at = datetime(2026, 1, 1)
 
 
-def test_the_databases_clock_moves_within_a_transaction(database: Database) -> None:
+def test_the_database_clock_advances_within_a_transaction(database: Database) -> None:
     with database.read_scope() as session:
         first = database_now(session)
         assert database_now(session) > first
@@ -112,14 +112,14 @@ def test_a_value_that_postgres_cannot_hold_is_invalid_input(postgres_database: s
     database.dispose()
 
 
-def test_migrating_tells_the_revision(tmp_path: Path) -> None:
+def test_migrate_returns_the_revision(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'deltadock.db'}"
     revision = migrate(url)
     assert revision
     assert migrate(url) == revision
 
 
-def test_a_database_that_does_not_answer_is_unavailable() -> None:
+def test_an_unreachable_database_is_unavailable() -> None:
     database = Database("postgresql://nobody:secret@127.0.0.1:1/none")
     with pytest.raises(Unavailable) as caught, database.read_scope() as session:
         session.scalars(select(UploadRow)).all()

@@ -1,4 +1,4 @@
-"""Leases and states of jobs: examples on both databases, and a state machine."""
+"""Job leases and states: examples on both databases, and a state machine."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +70,7 @@ def progress(state: JobState, percent: float) -> dict[str, Any]:
     return {"state": state, "block": 1, "blocks": 4, "percent": percent, "message": "layer 1"}
 
 
-def test_a_live_lease_keeps_others_out(jobs: JobRepository, job: JobRow) -> None:
+def test_a_live_lease_excludes_other_workers(jobs: JobRepository, job: JobRow) -> None:
     held = jobs.acquire(job.id, "one", LEASE, now=NOW)
     assert held is not None
     assert (held.attempt, held.delta.base.checkpoint.digest) == (1, "a" * 64)
@@ -83,7 +83,7 @@ def test_a_live_lease_keeps_others_out(jobs: JobRepository, job: JobRow) -> None
     assert found.state is JobState.QUEUED
 
 
-def test_an_expired_lease_may_be_taken_over(jobs: JobRepository, job: JobRow) -> None:
+def test_an_expired_lease_can_be_acquired(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     taken = jobs.acquire(job.id, "two", LEASE, now=later(60))
     assert taken is not None
@@ -92,13 +92,13 @@ def test_an_expired_lease_may_be_taken_over(jobs: JobRepository, job: JobRow) ->
     assert not jobs.finish(job.id, "one", JobState.READY, now=later(61))
 
 
-def test_a_renewed_lease_lasts(jobs: JobRepository, job: JobRow) -> None:
+def test_a_renewed_lease_expires_later(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     assert jobs.renew(job.id, "one", LEASE, now=later(50))
     assert jobs.acquire(job.id, "two", LEASE, now=later(100)) is None
 
 
-def test_a_released_lease_is_free_at_once(jobs: JobRepository, job: JobRow) -> None:
+def test_a_released_lease_can_be_acquired_immediately(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     assert not jobs.release(job.id, "two", now=later(1))
     assert jobs.release(job.id, "one", now=later(1))
@@ -107,7 +107,7 @@ def test_a_released_lease_is_free_at_once(jobs: JobRepository, job: JobRow) -> N
     assert taken.attempt == 1
 
 
-def test_one_of_many_gets_the_lease(database: Database) -> None:
+def test_one_of_many_concurrent_workers_acquires_the_lease(database: Database) -> None:
     with database.session_scope() as session:
         job_id = add_job(session).id
 
@@ -119,7 +119,7 @@ def test_one_of_many_gets_the_lease(database: Database) -> None:
         assert sum(pool.map(acquire, range(8))) == 1
 
 
-def test_progress_moves_forward_only(jobs: JobRepository, job: JobRow) -> None:
+def test_progress_never_decreases(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     assert jobs.advance(job.id, "one", **progress(JobState.COMPRESSING, 40))
     assert jobs.advance(job.id, "one", **progress(JobState.VALIDATING, 2))
@@ -129,9 +129,7 @@ def test_progress_moves_forward_only(jobs: JobRepository, job: JobRow) -> None:
     assert (found.state, found.percent, found.stage_block) == (JobState.COMPRESSING, 40.0, 1)
 
 
-def test_final_states_are_for_finish_and_others_for_advance(
-    jobs: JobRepository, job: JobRow
-) -> None:
+def test_finish_needs_a_final_state_and_advance_another(jobs: JobRepository, job: JobRow) -> None:
     with pytest.raises(ValueError, match="final"):
         jobs.advance(job.id, "one", **progress(JobState.READY, 100))
     with pytest.raises(ValueError, match="not final"):
@@ -149,13 +147,15 @@ def test_a_finished_job_stays_finished(jobs: JobRepository, job: JobRow) -> None
     assert (found.finished_at, found.lease_owner) == (NOW, None)
 
 
-def test_cancelling_an_idle_job_ends_it(jobs: JobRepository, job: JobRow) -> None:
+def test_cancelling_an_unleased_job_ends_it(jobs: JobRepository, job: JobRow) -> None:
     cancelled = jobs.request_cancel(job.id)
     assert cancelled is not None
     assert (cancelled.state, cancelled.error_code) == (JobState.CANCELLED, "cancelled")
 
 
-def test_cancelling_a_running_job_asks_its_worker(jobs: JobRepository, job: JobRow) -> None:
+def test_cancelling_a_running_job_sets_a_request_for_its_worker(
+    jobs: JobRepository, job: JobRow
+) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     asked = jobs.request_cancel(job.id, now=later(1))
     assert asked is not None
@@ -167,7 +167,7 @@ def test_cancelling_a_running_job_asks_its_worker(jobs: JobRepository, job: JobR
     assert ended.message == ""
 
 
-def test_cancelling_a_silent_workers_job_ends_it(jobs: JobRepository, job: JobRow) -> None:
+def test_cancelling_a_job_with_an_expired_lease_ends_it(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     asked = jobs.request_cancel(job.id, now=later(60))
     assert asked is not None
@@ -175,7 +175,7 @@ def test_cancelling_a_silent_workers_job_ends_it(jobs: JobRepository, job: JobRo
     assert jobs.request_cancel("job_unknown") is None
 
 
-def test_stale_are_the_silent_and_the_forgotten(jobs: JobRepository, job: JobRow) -> None:
+def test_stale_jobs_have_an_expired_lease_or_a_lost_task(jobs: JobRepository, job: JobRow) -> None:
     def stale(seconds: float) -> list[str]:
         return [found.id for found in jobs.stale(later(seconds), queued_seconds=120)]
 
@@ -191,7 +191,7 @@ def test_stale_are_the_silent_and_the_forgotten(jobs: JobRepository, job: JobRow
 
 
 class JobMachine(RuleBasedStateMachine):
-    """Two workers and a user do anything at any time."""
+    """Two workers and a user act in any order."""
 
     owners = st.sampled_from(["one", "two"])
 
@@ -251,7 +251,7 @@ class JobMachine(RuleBasedStateMachine):
             self.holder = None if idle else self.holder
 
     @invariant()
-    def only_forward(self) -> None:
+    def progress_never_decreases(self) -> None:
         job = self.jobs.find(self.job_id)
         assert job is not None
         if self.state.is_final:
@@ -264,7 +264,7 @@ class JobMachine(RuleBasedStateMachine):
         self.state, self.percent = job.state, job.percent
 
     @invariant()
-    def stale_means_nobody_works_on_it(self) -> None:
+    def stale_jobs_have_no_live_lease(self) -> None:
         stale = self.jobs.stale(self.now, queued_seconds=0) != []
         waiting = self.holder is None or self.expires <= self.now
         assert stale == (waiting and not self.state.is_final)

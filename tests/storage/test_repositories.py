@@ -84,7 +84,7 @@ def test_a_base_is_found_by_id_and_name(database: Database) -> None:
         assert [found.name for found in bases.all()] == ["tiny"]
 
 
-def test_an_id_wins_over_a_name_that_imitates_it(database: Database) -> None:
+def test_an_id_takes_precedence_over_an_equal_name(database: Database) -> None:
     with database.session_scope() as session:
         victim = add_base(session)
         BaseRepository(session).add(victim.id, add_checkpoint(session, "b"))
@@ -94,7 +94,7 @@ def test_an_id_wins_over_a_name_that_imitates_it(database: Database) -> None:
         assert found.id == victim.id
 
 
-def test_a_base_name_is_never_given_to_other_bytes(database: Database) -> None:
+def test_a_base_name_cannot_be_reused_for_another_checkpoint(database: Database) -> None:
     with database.session_scope() as session:
         bases = BaseRepository(session)
         first, is_new = bases.add("tiny", add_checkpoint(session, "a"))
@@ -105,7 +105,7 @@ def test_a_base_name_is_never_given_to_other_bytes(database: Database) -> None:
             bases.add("tiny", add_checkpoint(session, "b"))
 
 
-def test_a_file_of_the_same_path_replaces(database: Database) -> None:
+def test_a_file_with_the_same_path_is_replaced(database: Database) -> None:
     with database.session_scope() as session:
         upload_id = UploadRepository(session).add(UploadKind.CHECKPOINT).id
     for size in (1, 2):
@@ -123,7 +123,7 @@ def test_a_file_of_the_same_path_replaces(database: Database) -> None:
         assert upload.files[0].tensors == [{"x": 2}]
 
 
-def test_only_open_uploads_are_abandoned_or_aborted(database: Database) -> None:
+def test_only_open_uploads_can_be_abandoned_or_aborted(database: Database) -> None:
     with database.session_scope() as session:
         uploads = UploadRepository(session)
         upload = uploads.add(UploadKind.CALIBRATION)
@@ -139,7 +139,7 @@ def test_only_open_uploads_are_abandoned_or_aborted(database: Database) -> None:
         assert upload.state is UploadState.COMPLETE
 
 
-def test_versions_count_up_and_deleted_ones_are_not_given_again(database: Database) -> None:
+def test_versions_increase_and_deleted_ones_are_not_reused(database: Database) -> None:
     with database.session_scope() as session:
         deltas = DeltaRepository(session)
         first, second = add_delta(session), add_delta(session)
@@ -150,7 +150,7 @@ def test_versions_count_up_and_deleted_ones_are_not_given_again(database: Databa
         assert add_delta(session).version == 3
 
 
-def test_versions_are_unique_when_asked_for_at_once(database: Database) -> None:
+def test_concurrently_created_versions_are_unique(database: Database) -> None:
     with database.session_scope() as session:
         add_delta(session)
 
@@ -163,7 +163,7 @@ def test_versions_are_unique_when_asked_for_at_once(database: Database) -> None:
     assert sorted(versions) == list(range(2, 10))
 
 
-def test_a_name_stands_for_its_highest_ready_version(database: Database) -> None:
+def test_a_name_resolves_to_its_highest_ready_version(database: Database) -> None:
     with database.session_scope() as session:
         deltas = DeltaRepository(session)
         first, second, third = (add_delta(session) for _ in range(3))
@@ -182,7 +182,7 @@ def test_a_name_stands_for_its_highest_ready_version(database: Database) -> None
         assert deltas.find_latest("p/none") is None
 
 
-def test_the_same_request_is_found_unless_it_came_to_nothing(database: Database) -> None:
+def test_an_equal_request_is_found_unless_it_failed_or_was_deleted(database: Database) -> None:
     with database.session_scope() as session:
         deltas, jobs = DeltaRepository(session), JobRepository(session)
         first, second = add_delta(session), add_delta(session, "p/other")
@@ -196,7 +196,7 @@ def test_the_same_request_is_found_unless_it_came_to_nothing(database: Database)
         assert deltas.find_same("f" * 64) == []
 
 
-def test_pages_hold_everything_once_newest_first(database: Database) -> None:
+def test_pages_contain_every_delta_once_newest_first(database: Database) -> None:
     with database.session_scope() as session:
         ids = [add_delta(session).id for _ in range(5)]
     seen: list[str] = []
@@ -208,5 +208,5 @@ def test_pages_hold_everything_once_newest_first(database: Database) -> None:
             after = deltas.cursor(page[-1].id)
             assert after is not None
             if len(seen) == 2:
-                deltas.delete(after)  # a page may end with what is deleted before the next
+                deltas.delete(after)  # the last delta of a page may be deleted before the next page
     assert seen == ids[::-1]

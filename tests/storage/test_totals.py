@@ -1,4 +1,4 @@
-"""What the ready deltas come to, on both databases."""
+"""Totals over ready deltas, on both databases."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from deltadock.storage.repositories import DeltaRepository
 from tests import seed
 
 
-def test_nothing_is_zero(database: Database) -> None:
+def test_totals_of_an_empty_database_are_zero(database: Database) -> None:
     with database.session_scope() as session:
         assert DeltaRepository(session).totals() == (0, 0, 0)
 
 
-def test_counts_ready_deltas_and_every_byte_once(database: Database, tmp_path: Path) -> None:
+def test_counts_ready_deltas_and_shared_bytes_once(database: Database, tmp_path: Path) -> None:
     blobs = LocalBlobStore(tmp_path)
     blobs.prepare()
     huge = 2**40

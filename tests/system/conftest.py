@@ -1,4 +1,4 @@
-"""A running Deltadock to drive from outside: the embedded default, and the production shape."""
+"""A running Deltadock: `deltadock up` and `deltadock topology`."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ SAMPLES = Path(__file__).parents[2] / "samples"
 
 @dataclass(frozen=True)
 class Stored:
-    """The sample fine-tune as a ready delta, and what its job said on the way."""
+    """The sample fine-tune as a ready delta, and its job's events."""
 
     base: dict[str, Any]
     finetuned: dict[str, Any]
@@ -29,7 +29,7 @@ class Stored:
 
 @pytest.fixture(scope="session", params=["up", "topology"])
 def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a system that the `deltadock` command has started."""
+    """URL of a system started by the `deltadock` command."""
     folder = tmp_path_factory.mktemp(request.param)
     api_port, node_port = free_ports(2)
     command = [
@@ -50,7 +50,7 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def http(url: str) -> Iterator[httpx.Client]:
-    """A bare HTTP client, for what no well-meaning client would send."""
+    """A plain HTTP client, for requests that `Client` does not send."""
     with httpx.Client(base_url=url, timeout=120.0) as http:
         yield http
 

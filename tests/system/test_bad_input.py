@@ -1,4 +1,4 @@
-"""What must be refused, with its stable code, and leave nothing half-made."""
+"""Invalid input is rejected with a stable code and leaves nothing behind."""
 
 import hashlib
 import pickle
@@ -34,7 +34,7 @@ def put(http: httpx.Client) -> Callable[..., httpx.Response]:
     return put
 
 
-def lying_header() -> bytes:
+def invalid_header() -> bytes:
     header = b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,999]}}'
     return len(header).to_bytes(8, "little") + header + bytes(16)
 
@@ -45,12 +45,12 @@ def lying_header() -> bytes:
         ("pytorch_model.bin", pickle.dumps({"weight": [1.0]}), "unsafe_file"),
         ("model.safetensors", pickle.dumps({"weight": [1.0]}), "malformed_safetensors"),
         ("model.safetensors", WEIGHTS[:-1000], "malformed_safetensors"),
-        ("model.safetensors", lying_header(), "malformed_safetensors"),
+        ("model.safetensors", invalid_header(), "malformed_safetensors"),
         ("%2e%2e/config.json", b"{}", "unsafe_file"),
     ],
     ids=["pickle", "renamed-pickle", "truncated", "lying", "escaping"],
 )
-def test_hostile_files(
+def test_hostile_files_are_rejected(
     put: Callable[..., httpx.Response], path: str, body: bytes, code: str
 ) -> None:
     answer = put(path, body)
@@ -59,7 +59,7 @@ def test_hostile_files(
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_wrong_hash(put: Callable[..., httpx.Response]) -> None:
+def test_a_wrong_hash_is_rejected(put: Callable[..., httpx.Response]) -> None:
     wrong = hashlib.sha256(b"other bytes").hexdigest()
     answer = put("model.safetensors", WEIGHTS, **{"X-Content-SHA256": wrong})
     assert (answer.status_code, answer.json()["code"]) == (422, "hash_mismatch")
@@ -79,7 +79,7 @@ def test_a_wrong_hash(put: Callable[..., httpx.Response]) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_impossible_wishes(
+def test_invalid_delta_requests_are_rejected(
     stored: Stored, http: httpx.Client, change: dict[str, Any], status: int, code: str
 ) -> None:
     request_body = {
@@ -99,13 +99,13 @@ def test_impossible_wishes(
 @pytest.mark.parametrize(
     "path", ["/v1/deltas/dlt_x", "/v1/jobs/job_x", "/v1/uploads/upl_x", "/v1/bases/x", "/v1/x"]
 )
-def test_unknown_ids(http: httpx.Client, path: str) -> None:
+def test_unknown_ids_are_404(http: httpx.Client, path: str) -> None:
     answer = http.get(path)
     assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
 
 
 def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """The sample fine-tune with other weights."""
+    """A copy of the sample fine-tune with changed weights."""
     shutil.copytree(SAMPLES / "finetuned", folder)
     weights = load_file(folder / "model.safetensors")
     change(weights)
@@ -113,7 +113,7 @@ def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
     return folder
 
 
-def test_another_architecture_is_refused_before_any_work(
+def test_another_architecture_is_rejected_before_a_job_starts(
     stored: Stored, client: Client, tmp_path: Path
 ) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
@@ -127,9 +127,7 @@ def test_another_architecture_is_refused_before_any_work(
     assert stored.delta["id"] in {delta["id"] for delta in client.deltas()}
 
 
-def test_weights_that_are_no_numbers_fail_the_job(
-    stored: Stored, client: Client, tmp_path: Path
-) -> None:
+def test_non_finite_weights_fail_the_job(stored: Stored, client: Client, tmp_path: Path) -> None:
     def diverge(weights: dict[str, torch.Tensor]) -> None:
         weights["model.norm.weight"][3] = torch.inf
 

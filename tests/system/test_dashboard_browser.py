@@ -36,7 +36,7 @@ PHONE: Final[ViewportSize] = {"width": 390, "height": 844}
 
 @dataclass
 class Site:
-    """A running api on a seeded database, with a stand-in for the node."""
+    """A running api on a seeded database, with a stub node."""
 
     url: str
     database: Database
@@ -45,7 +45,7 @@ class Site:
     seeded: seed.Seeded
 
     def new_delta(self, name: str) -> DeltaRow:
-        """A delta that a worker is compressing."""
+        """Add a delta that a worker is compressing."""
         with self.database.session_scope() as session:
             base = BaseRepository(session).find("pilot-0.3b")
             assert base is not None
@@ -107,22 +107,22 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(site: Site, browser: Browser) -> Iterator[Page]:
-    """A page on which nothing may go wrong, and which may only speak with the site."""
+    """A page that fails the test on console errors or requests to other hosts."""
     context = browser.new_context(base_url=site.url, viewport=WIDE)
     page = context.new_page()
-    faults: list[str] = []
+    errors: list[str] = []
     hosts: set[str] = set()
 
-    def hear(message: ConsoleMessage) -> None:
+    def on_console(message: ConsoleMessage) -> None:
         if message.type in {"error", "warning"}:
-            faults.append(message.text)
+            errors.append(message.text)
 
-    page.on("console", hear)
-    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", on_console)
+    page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
     yield page
     context.close()
-    assert faults == []
+    assert errors == []
     assert hosts == {urlsplit(site.url).netloc}
 
 
@@ -137,7 +137,7 @@ def test_shows_every_delta(site: Site, page: Page, tmp_path: Path) -> None:
     assert page.screenshot(path=tmp_path / "list.png", full_page=True)
 
 
-def test_progress_is_live_and_ends(site: Site, page: Page) -> None:
+def test_progress_updates_until_the_job_ends(site: Site, page: Page) -> None:
     delta = site.new_delta("live/list")
     asked: list[str] = []
 
@@ -155,17 +155,17 @@ def test_progress_is_live_and_ends(site: Site, page: Page) -> None:
         seed.advance(session, site.job_id(session, delta.id), 18)
     expect(row.locator("progress")).to_have_attribute("value", "70.0")
     expect(row).to_contain_text("18/24 · 70 %")
-    expect(row.locator("a")).to_be_focused()  # a refresh takes nothing from the keyboard
+    expect(row.locator("a")).to_be_focused()  # a refresh keeps the keyboard focus
     site.finish(delta.id)
     expect(row.locator(".state")).to_have_text("ready")
     expect(row.locator("progress")).to_have_count(0)
     expect(page.locator("#totals strong").first).to_have_text(str(ready + 1))
     settled = len(asked)
     page.wait_for_timeout(2500)
-    assert len(asked) == settled, "a finished row still asks"
+    assert len(asked) == settled, "a finished row still polls"
 
 
-def test_the_page_of_a_job_follows_it_to_its_report(site: Site, page: Page, tmp_path: Path) -> None:
+def test_a_deltas_page_updates_until_its_report(site: Site, page: Page, tmp_path: Path) -> None:
     delta = site.new_delta("live/page")
     page.goto(f"/deltas/{delta.id}")
     expect(page.locator("[aria-current=step]")).to_have_text("compressing")
@@ -226,13 +226,13 @@ def test_charts_have_a_cell_per_matrix(site: Site, page: Page, tmp_path: Path) -
     assert page.screenshot(path=tmp_path / "delta.png", full_page=True)
 
 
-def test_nodes_and_what_they_hold_are_live(site: Site, page: Page, tmp_path: Path) -> None:
+def test_nodes_and_their_deltas_update(site: Site, page: Page, tmp_path: Path) -> None:
     with site.database.read_scope() as session:
         delta = DeltaRepository(session).find(site.seeded.ready[0])
         assert delta is not None
         artifact, base = delta.artifact_digest, delta.base.checkpoint_digest
 
-    def tell(**held: object) -> None:
+    def heartbeat(**held: object) -> None:
         deltas = [{"digest": artifact, "bytes": 416_992, "references": 2, "pinned": True} | held]
         with site.database.session_scope() as session:
             NodeRepository(session).put(
@@ -240,7 +240,7 @@ def test_nodes_and_what_they_hold_are_live(site: Site, page: Page, tmp_path: Pat
                 draining=False, capacity=80, admitted=3, delta_slots=32, deltas=deltas,
             )  # fmt: skip
 
-    tell(tier="device")
+    heartbeat(tier="device")
     page.goto("/nodes")
     card = page.get_by_label("Node http://10.0.0.7:8100", exact=True)
     expect(card).to_contain_text("3 of 80 sequences")
@@ -250,7 +250,7 @@ def test_nodes_and_what_they_hold_are_live(site: Site, page: Page, tmp_path: Pat
     expect(row).to_contain_text("pinned")
     assert page.screenshot(path=tmp_path / "nodes.png", full_page=True)
     row.get_by_role("link").focus()
-    tell(tier="disk", references=0, pinned=False)
+    heartbeat(tier="disk", references=0, pinned=False)
     expect(row).to_contain_text("disk")
     expect(row.get_by_role("link")).to_be_focused()
     page.set_viewport_size(PHONE)
@@ -263,7 +263,7 @@ def test_nodes_and_what_they_hold_are_live(site: Site, page: Page, tmp_path: Pat
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_fits_a_phone_and_follows_the_colour_scheme(
+def test_pages_fit_a_phone_and_follow_the_colour_scheme(
     site: Site, page: Page, tmp_path: Path, scheme: str
 ) -> None:
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
@@ -277,7 +277,7 @@ def test_fits_a_phone_and_follows_the_colour_scheme(
         assert page.screenshot(path=tmp_path / f"{name}-{scheme}.png", full_page=True)
 
 
-def test_base_and_delta_answer_side_by_side(site: Site, page: Page) -> None:
+def test_base_and_delta_generate_side_by_side(site: Site, page: Page) -> None:
     site.node.requests.clear()
     page.goto(f"/deltas/{site.seeded.ready[0]}")
     page.get_by_label("Prompt").fill("17 + 25 =")
@@ -292,7 +292,7 @@ def test_base_and_delta_answer_side_by_side(site: Site, page: Page) -> None:
     assert [request["body"]["max_tokens"] for request in asked] == [8] * 2
 
 
-def test_hostile_text_stays_text(site: Site, page: Page) -> None:
+def test_hostile_text_is_escaped(site: Site, page: Page) -> None:
     name = "<script>window.hurt=1</script>/<img src=x onerror=window.hurt=1>"
     delta = site.new_delta(name)
     site.node.answer = JSONResponse(
@@ -317,6 +317,6 @@ def test_hostile_text_stays_text(site: Site, page: Page) -> None:
         site.node.answer = None
 
 
-def test_the_description_of_the_routes_works_offline(page: Page) -> None:
+def test_the_api_docs_work_offline(page: Page) -> None:
     page.goto("/docs")
     expect(page.get_by_text("/v1/deltas/{delta_id}/report")).to_be_visible()

@@ -1,4 +1,4 @@
-"""The whole job over HTTP: a fine-tune goes in, a delta is stored, and it answers."""
+"""End to end over HTTP: upload, compression, download and generation."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from .conftest import SAMPLES, Stored
 STATES = ("queued", "validating", "calibrating", "compressing", "assembling", "verifying", "ready")
 
 
-def test_progress_is_told_as_it_happens(stored: Stored) -> None:
+def test_progress_is_streamed(stored: Stored) -> None:
     seen = [STATES.index(event["state"]) for event in stored.events]
     assert seen == sorted(seen)
     assert STATES.index("compressing") in seen
@@ -28,7 +28,7 @@ def test_progress_is_told_as_it_happens(stored: Stored) -> None:
     assert len({event["block"] for event in blocks}) >= 3
 
 
-def test_the_delta_is_listed_and_reported(stored: Stored, client: Client) -> None:
+def test_the_delta_has_a_listing_and_a_report(stored: Stored, client: Client) -> None:
     delta = stored.delta
     assert (delta["state"], delta["version"], delta["percent"]) == ("ready", 1, 100.0)
     assert delta["id"] in [listed["id"] for listed in client.deltas()]
@@ -42,7 +42,7 @@ def test_the_delta_is_listed_and_reported(stored: Stored, client: Client) -> Non
     assert delta["metrics"]["kl"] == report["kl"]
 
 
-def test_the_artifact_downloads_whole_in_parts_and_again(
+def test_the_artifact_downloads_in_full_in_ranges_and_resumed(
     stored: Stored, client: Client, http: httpx.Client, tmp_path: Path
 ) -> None:
     delta, digest = stored.delta["id"], stored.delta["artifact"]["digest"]
@@ -65,19 +65,19 @@ def test_the_artifact_downloads_whole_in_parts_and_again(
     assert head.headers["etag"] == f'"{digest}"'
     assert int(head.headers["content-length"]) == len(whole)
 
-    broken_off = tmp_path / "again.safetensors"
-    broken_off.with_name("again.safetensors.part").write_bytes(whole[:1000])
+    interrupted = tmp_path / "again.safetensors"
+    interrupted.with_name("again.safetensors.part").write_bytes(whole[:1000])
     received: list[int] = []
-    client.download_artifact(delta, broken_off, lambda _, done, __: received.append(done))
-    assert broken_off.read_bytes() == whole
+    client.download_artifact(delta, interrupted, lambda _, done, __: received.append(done))
+    assert interrupted.read_bytes() == whole
     assert received[0] > 1000
 
 
-def test_the_delta_knows_what_its_base_does_not(stored: Stored, client: Client) -> None:
+def test_the_delta_solves_exercises_that_its_base_does_not(stored: Stored, client: Client) -> None:
     lines = (SAMPLES / "exercises.jsonl").read_text().splitlines()[:12]
     exercises = [json.loads(line) for line in lines]
 
-    def right(kind: str, model: str) -> int:
+    def correct(kind: str, model: str) -> int:
         return sum(
             client.generate(
                 model,
@@ -91,11 +91,11 @@ def test_the_delta_knows_what_its_base_does_not(stored: Stored, client: Client) 
             for exercise in exercises
         )
 
-    assert right("deltas", stored.delta["id"]) >= 9
-    assert right("bases", "sample-base") <= 1
+    assert correct("deltas", stored.delta["id"]) >= 9
+    assert correct("bases", "sample-base") <= 1
 
 
-def test_sampling_follows_its_seed(stored: Stored, client: Client) -> None:
+def test_sampling_is_determined_by_its_seed(stored: Stored, client: Client) -> None:
     first, again, other = (
         client.generate(stored.delta["id"], "Once", max_tokens=24, seed=seed)["text"]
         for seed in (1, 1, 2)
@@ -104,7 +104,7 @@ def test_sampling_follows_its_seed(stored: Stored, client: Client) -> None:
     assert first != other
 
 
-def test_openai_clients_are_at_home(stored: Stored, url: str) -> None:
+def test_openai_clients_work(stored: Stored, url: str) -> None:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         models = {model.id for model in client.models.list()}
         assert {stored.delta["id"], "maths/skills", "sample-base"} <= models
@@ -128,14 +128,14 @@ def test_openai_clients_are_at_home(stored: Stored, url: str) -> None:
         assert error.value.code == "model_not_found"
 
 
-def test_the_size_is_told_before_the_work(stored: Stored, client: Client) -> None:
+def test_the_preview_predicts_the_size(stored: Stored, client: Client) -> None:
     pair = ("sample-base", stored.finetuned["digest"])
     size = client.preview(*pair, method="adamix", bits=1.0)
     assert size["artifact_bytes"] == pytest.approx(stored.delta["artifact"]["bytes"], rel=0.03)
     assert client.preview(*pair, method="adamix", ratio=12.0)["bits"] < 1.0
 
 
-def test_the_same_request_again_is_no_new_work(stored: Stored, client: Client) -> None:
+def test_a_repeated_request_returns_the_same_delta(stored: Stored, client: Client) -> None:
     again = client.create_delta(
         "maths/skills",
         "sample-base",
@@ -148,7 +148,9 @@ def test_the_same_request_again_is_no_new_work(stored: Stored, client: Client) -
     assert again["job"]["state"] == "ready"
 
 
-def test_the_dashboard_and_the_description_are_served(stored: Stored, http: httpx.Client) -> None:
+def test_the_dashboard_and_the_openapi_document_are_served(
+    stored: Stored, http: httpx.Client
+) -> None:
     assert stored.delta["name"] in http.get("/").text
     paths = http.get("/openapi.json").json()["paths"]
     assert {"/v1/uploads", "/v1/deltas", "/v1/previews", "/v1/completions"} <= paths.keys()

@@ -1,4 +1,4 @@
-"""A tiny pair of checkpoints, and contexts on both databases to compress it in."""
+"""A tiny pair of checkpoints, and worker contexts on both databases."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,12 +30,12 @@ THREADS = torch.get_num_threads()
 
 @pytest.fixture(autouse=True)
 def _threads_of_a_worker() -> None:
-    torch.set_num_threads(THREADS)  # tests of other folders set theirs
+    torch.set_num_threads(THREADS)  # tests of other folders set their own
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A base, a fine-tune of it and a text, on disk."""
+    """Paths of a base, its fine-tune and a calibration text."""
 
     base: Path
     finetuned: Path
@@ -96,7 +96,7 @@ def context(settings: Settings) -> Iterator[WorkerContext]:
 
 @pytest.fixture
 def submit(context: WorkerContext, pair: Pair) -> Callable[..., str]:
-    """Puts a compression's inputs and rows where the api would; returns the job's id."""
+    """Stores a compression's inputs and rows as the api does; returns the job's id."""
 
     def submit(
         method: str = "exact",
@@ -143,7 +143,7 @@ def submit(context: WorkerContext, pair: Pair) -> Callable[..., str]:
 
 @pytest.fixture
 def look(context: WorkerContext) -> Callable[[str], JobRow]:
-    """A job as the database has it now."""
+    """Returns the current row of a job."""
 
     def look(job_id: str) -> JobRow:
         with context.database.read_scope() as session:
@@ -174,7 +174,7 @@ def row_of(manifest: CheckpointManifest) -> CheckpointRow:
 
 @pytest.fixture
 def set_job(context: WorkerContext) -> Callable[..., None]:
-    """Sets columns of a job's row, as another process or the passing of time would."""
+    """Sets columns of a job's row, to simulate another process or elapsed time."""
 
     def set_job(job_id: str, **values: object) -> None:
         with context.database.session_scope() as session:

@@ -1,4 +1,4 @@
-"""An uploaded PEFT adapter becomes a delta whose layer changes by its product."""
+"""A job imports an uploaded PEFT adapter as a delta of its scaled product."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ LAYER = "model.layers.1.mlp.up_proj"
 
 
 def store(blobs: BlobStore, folder: Path) -> CheckpointManifest:
-    """Put an adapter's files where an upload puts them."""
+    """Store an adapter's files as an upload does."""
     files, tensors = [], []
     for path in folder.iterdir():
         inspector = FileInspector(path.name)
@@ -37,7 +37,7 @@ def store(blobs: BlobStore, folder: Path) -> CheckpointManifest:
 
 
 @pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
-def test_a_job_imports_it(
+def test_a_job_imports_an_adapter(
     context: WorkerContext,
     pair: Pair,
     submit: Callable[..., str],

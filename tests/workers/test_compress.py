@@ -1,4 +1,4 @@
-"""How a job can end, in this process."""
+"""Outcomes of a compression job, in this process."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ SetJob = Callable[..., None]
 
 @pytest.fixture
 def during(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
-    """Runs an action once the real pipeline has begun to compress blocks."""
+    """Runs an action while the real pipeline compresses its first block."""
 
     def during(action: Callable[[], None]) -> None:
         def compress(*arguments: object, progress: Callable[..., None], **named: object) -> object:
@@ -55,7 +55,7 @@ def during(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], No
 
 @pytest.fixture
 def stopping() -> Iterator[Callable[[], None]]:
-    """What a SIGTERM does."""
+    """Set the flag that SIGTERM sets."""
     yield STOPPING.set
     STOPPING.clear()
 
@@ -83,7 +83,9 @@ def test_a_job_becomes_a_ready_delta(context: WorkerContext, submit: Submit, loo
     assert_nothing_left(context, job_id)
 
 
-def test_the_row_says_what_calibrates(context: WorkerContext, submit: Submit, look: Look) -> None:
+def test_the_row_contains_the_calibration_sources(
+    context: WorkerContext, submit: Submit, look: Look
+) -> None:
     job_id = submit("adamix", 1.0, sampled=True)
     assert compress_job(job_id, context) is Outcome.FINISHED
     job = look(job_id)
@@ -99,7 +101,7 @@ def test_the_row_says_what_calibrates(context: WorkerContext, submit: Submit, lo
     ("kind", "value"),
     [("target_bytes", 250_000.0), ("ratio", 5.5), ("max_kl", 0.25), ("min_agreement", 0.875)],
 )
-def test_the_row_says_what_is_aimed_at(
+def test_the_row_contains_the_goal(
     context: WorkerContext,
     submit: Submit,
     look: Look,
@@ -127,7 +129,7 @@ def test_the_row_says_what_is_aimed_at(
     assert (options.calibration.tokens, options.calibration.length) == (2048, 64)
 
 
-def test_a_redelivered_task_exits(
+def test_a_redelivered_task_is_skipped(
     context: WorkerContext, submit: Submit, look: Look, set_job: SetJob
 ) -> None:
     job_id = submit()
@@ -165,7 +167,7 @@ def test_cancelling_during_compression_leaves_nothing(
     assert_nothing_left(context, job_id)
 
 
-def test_deleting_the_delta_ends_its_job(
+def test_deleting_the_delta_cancels_its_job(
     context: WorkerContext, submit: Submit, look: Look, during: Callable[[Callable[[], None]], None]
 ) -> None:
     job_id = submit("adamix", 1.0)
@@ -182,7 +184,7 @@ def test_deleting_the_delta_ends_its_job(
     assert look(job_id).state is JobState.CANCELLED
 
 
-def test_a_worker_that_lost_its_lease_keeps_its_hands_off(
+def test_a_worker_without_its_lease_writes_nothing(
     context: WorkerContext,
     submit: Submit,
     look: Look,
@@ -200,7 +202,7 @@ def test_a_worker_that_lost_its_lease_keeps_its_hands_off(
     )
 
 
-def test_a_stopping_worker_hands_the_job_on(
+def test_a_stopping_worker_releases_the_job(
     context: WorkerContext,
     submit: Submit,
     look: Look,
@@ -221,7 +223,7 @@ def test_a_stopping_worker_hands_the_job_on(
     assert_nothing_left(context, job_id)
 
 
-def test_bad_input_fails_with_its_stable_code(
+def test_bad_input_fails_the_job_with_a_stable_code(
     context: WorkerContext, submit: Submit, look: Look, pair: Any, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -237,7 +239,7 @@ def test_bad_input_fails_with_its_stable_code(
     assert_nothing_left(context, job_id)
 
 
-def test_damaged_bytes_are_never_compressed(
+def test_a_damaged_blob_fails_the_job(
     context: WorkerContext, submit: Submit, look: Look, pair: Any
 ) -> None:
     job_id = submit()
@@ -252,16 +254,16 @@ def test_damaged_bytes_are_never_compressed(
     assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "damaged_blob")
 
 
-def test_what_passes_is_tried_again_and_in_the_end_fails(
+def test_an_unavailable_store_is_retried_up_to_the_limit(
     context: WorkerContext, submit: Submit, look: Look, set_job: SetJob
 ) -> None:
     job_id = submit()
-    away = Settings.model_validate(
+    unreachable = Settings.model_validate(
         context.settings.model_dump()
         | {"blob_store": "s3", "s3_endpoint_url": f"http://127.0.0.1:{free_ports(1)[0]}"}
         | {"s3_access_key_id": "key", "s3_secret_access_key": "secret"}
     )
-    without_blobs = WorkerContext(away, context.database, make_blob_store(away))
+    without_blobs = WorkerContext(unreachable, context.database, make_blob_store(unreachable))
     assert compress_job(job_id, without_blobs) is Outcome.LATER
     with context.database.read_scope() as session:
         assert [job.id for job in JobRepository(session).stale()] == [job_id]
@@ -270,7 +272,7 @@ def test_what_passes_is_tried_again_and_in_the_end_fails(
     assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "unavailable")
 
 
-def test_a_job_that_kills_its_workers_ends(
+def test_a_job_that_kills_its_workers_fails(
     context: WorkerContext, submit: Submit, look: Look, set_job: SetJob
 ) -> None:
     job_id = submit()
@@ -279,7 +281,7 @@ def test_a_job_that_kills_its_workers_ends(
     assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "worker_lost")
 
 
-def test_the_unexpected_is_logged_and_not_shown(
+def test_an_unexpected_exception_is_logged_but_not_disclosed(
     context: WorkerContext, submit: Submit, look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:

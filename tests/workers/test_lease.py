@@ -1,4 +1,4 @@
-"""The heartbeat keeps a lease, and notices when it is gone."""
+"""The heartbeat renews a lease and detects its loss."""
 
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def advance(lease: Lease, percent: float = 10.0) -> None:
     lease.advance(JobState.COMPRESSING, block=1, blocks=4, percent=percent, message="block 1")
 
 
-def test_the_heartbeat_outlives_the_lease_it_began_with(
+def test_the_heartbeat_renews_the_lease_until_it_ends(
     context: WorkerContext, job_id: str, look: Callable[[str], JobRow]
 ) -> None:
     first = look(job_id).lease_expires_at
@@ -36,11 +36,11 @@ def test_the_heartbeat_outlives_the_lease_it_began_with(
     with Lease(context.database, job_id, "me", SECONDS):
         wait_until(lambda: (look(job_id).lease_expires_at or first) > first)
     last = look(job_id).lease_expires_at
-    time.sleep(SECONDS / 2)  # longer than a beat: nothing beats any more
+    time.sleep(SECONDS / 2)  # longer than a heartbeat interval: the heartbeat has stopped
     assert look(job_id).lease_expires_at == last
 
 
-def test_a_lost_lease_ends_the_work(
+def test_a_lost_lease_raises_at_the_next_step(
     context: WorkerContext, job_id: str, set_job: Callable[..., None]
 ) -> None:
     with Lease(context.database, job_id, "me", SECONDS) as lease:
@@ -52,18 +52,20 @@ def test_a_lost_lease_ends_the_work(
             lease.finish(JobState.READY)
 
 
-def test_the_heartbeat_alone_notices_a_loss(
+def test_the_heartbeat_detects_a_lost_lease(
     context: WorkerContext, job_id: str, set_job: Callable[..., None]
 ) -> None:
     with Lease(context.database, job_id, "me", SECONDS) as lease:
         set_job(job_id, lease_owner="another")
         wait_until(lambda: not lease.held)
-        set_job(job_id, lease_owner="me")  # too late: somebody else has worked meanwhile
+        set_job(job_id, lease_owner="me")  # too late: another worker has had the job
         with pytest.raises(LeaseLostError):
             advance(lease)
 
 
-def test_wishes_are_heeded_at_the_next_step(context: WorkerContext, job_id: str) -> None:
+def test_shutdown_and_cancel_take_effect_at_the_next_step(
+    context: WorkerContext, job_id: str
+) -> None:
     with Lease(context.database, job_id, "me", SECONDS) as lease:
         STOPPING.set()
         try:
@@ -77,7 +79,7 @@ def test_wishes_are_heeded_at_the_next_step(context: WorkerContext, job_id: str)
             advance(lease)
 
 
-def test_what_is_too_early_to_report_still_heeds_a_cancellation(
+def test_a_throttled_report_still_checks_for_cancellation(
     context: WorkerContext, job_id: str
 ) -> None:
     with Lease(context.database, job_id, "me", SECONDS) as lease:

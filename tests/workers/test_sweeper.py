@@ -1,4 +1,4 @@
-"""What crashes leave is made up for, and what is alive is left alone."""
+"""Lost tasks are resent and leftovers removed; live jobs and uploads are kept."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -21,18 +21,18 @@ def resend(context: WorkerContext, *, queue_is_empty: bool = True) -> list[str]:
     return sent
 
 
-def test_a_task_lost_before_any_worker_saw_it_is_sent_once(
+def test_a_lost_task_is_resent_once(
     context: WorkerContext, submit: Submit, set_job: SetJob
 ) -> None:
     job_id = submit()
-    assert resend(context) == [], "its message may still be on the way"
+    assert resend(context) == [], "its task may still be in flight"
     set_job(job_id, sent_at=LONG_AGO)
-    assert resend(context, queue_is_empty=False) == [], "its message may be waiting"
+    assert resend(context, queue_is_empty=False) == [], "its task may be queued"
     assert resend(context) == [job_id]
     assert resend(context) == []
 
 
-def test_a_dead_workers_job_is_sent_and_a_live_ones_is_not(
+def test_a_job_is_resent_once_its_lease_has_expired(
     context: WorkerContext, submit: Submit, set_job: SetJob
 ) -> None:
     job_id = submit()
@@ -58,7 +58,7 @@ def test_abandoned_uploads_are_aborted(context: WorkerContext) -> None:
     assert [upload.state for upload in states if upload] == [UploadState.ABORTED, UploadState.OPEN]
 
 
-def test_only_the_files_of_ended_jobs_are_dropped(
+def test_only_files_of_finished_jobs_are_dropped(
     context: WorkerContext, submit: Submit, set_job: SetJob
 ) -> None:
     job_id = submit()

@@ -1,4 +1,4 @@
-"""Real worker processes on a real broker: one is killed, another finishes."""
+"""Real worker processes on a real broker."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ LEASE_SECONDS = "3"
 
 @pytest.fixture
 def workers(context: WorkerContext, broker_url: str, tmp_path: Path) -> Iterator[list[Child]]:
-    """Two workers that share a broker, a database and blobs."""
+    """Two workers with a shared broker, database and blob store."""
     settings = context.settings
     environment = os.environ | {
         "DELTADOCK_HOME": str(settings.home),
@@ -56,7 +56,7 @@ def workers(context: WorkerContext, broker_url: str, tmp_path: Path) -> Iterator
         ]
 
 
-def test_a_killed_workers_successor_makes_the_same_bytes(
+def test_a_job_of_a_killed_worker_resumes_with_the_same_bytes(
     context: WorkerContext,
     submit: Callable[..., str],
     look: Callable[[str], JobRow],
@@ -69,11 +69,11 @@ def test_a_killed_workers_successor_makes_the_same_bytes(
     with Celery(broker=broker_url, set_as_current=False) as sender:
         sender.send_task("deltadock.compress", args=[job_id], queue="gpu")
 
-    def under_way() -> bool:
+    def is_compressing() -> bool:
         job = look(job_id)
         return job.state is JobState.COMPRESSING and job.stage_block >= 1
 
-    workers[0].wait_until(under_way, seconds=120)
+    workers[0].wait_until(is_compressing, seconds=120)
     owner = look(job_id).lease_owner
     assert owner is not None
     victim = next(worker for worker in workers if f"-{worker.pid}-" in owner)
@@ -95,7 +95,7 @@ def test_a_killed_workers_successor_makes_the_same_bytes(
 
 
 @pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
-def test_a_worker_that_stops_hands_its_job_on_without_alarm(
+def test_a_stopped_worker_releases_its_job_without_error_logs(
     submit: Callable[..., str],
     look: Callable[[str], JobRow],
     workers: list[Child],
