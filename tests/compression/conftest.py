@@ -1,4 +1,4 @@
-"""Small models for the compression tests: random ones of each kind, and the sample pair."""
+"""Small random models and calibration text for the compression tests."""
 
 import shutil
 from collections.abc import Callable
@@ -15,13 +15,13 @@ SAMPLES = Path(__file__).parents[2] / "samples"
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    # Matrices here are tiny: a second thread only waits.
+    # The matrices are too small for a second thread.
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The benchmarks measure the gain of distillation; here it only has to run.
+    # Benchmarks measure the gain of distillation; tests only run it.
     monkeypatch.setattr("deltadock.compression.distillation.STEPS", 3)
 
 
@@ -39,7 +39,7 @@ Pair = tuple[Path, Path]
 
 @pytest.fixture(scope="session")
 def built_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
-    """Builds each random Qwen2 base and fine-tune once; tests get copies from `make_pair`."""
+    """Builds each random Qwen2 pair once; `make_pair` returns copies."""
 
     @cache
     def build(*, tied: bool, scale: float, seed: int) -> Pair:
@@ -66,7 +66,7 @@ def built_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
 
 @pytest.fixture
 def make_pair(tmp_path: Path, built_pair: Callable[..., Pair]) -> Callable[..., Pair]:
-    """Makes a random Qwen2 base and a fine-tune of it whose every tensor differs."""
+    """Returns a random Qwen2 base and a fine-tune in which every tensor differs."""
 
     def make(*, tied: bool = True, scale: float = 0.02, seed: int = 0) -> Pair:
         built = built_pair(tied=tied, scale=scale, seed=seed)

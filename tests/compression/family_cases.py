@@ -44,14 +44,14 @@ SIGHT: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "image_size": 28, "patch_size": 14,
 }  # fmt: skip
-# One rotary frequency for sliding layers, another for the full one; shorter than the windows.
+# Sliding and full layers have different rotary bases; the window is shorter than the texts.
 LAYERS: dict[str, Any] = {
     "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
 
 
 class Case(NamedTuple):
-    """A family's configuration, and what its checkpoints call what the modules call otherwise."""
+    """A family's configuration, and checkpoint names that differ from module names."""
 
     make: Callable[[], PreTrainedConfig]
     renamed: tuple[tuple[str, str], ...] = ()
@@ -140,12 +140,12 @@ TOKENS = torch.randint(8, VOCABULARY, (5, 24), generator=torch.Generator().manua
 
 
 def save(case: Case, folder: Path, *, scale: float = 0.0, **kwargs: Any) -> Any:
-    """A random model, moved from its base by noise of `scale`."""
+    """Save a random model plus noise of `scale`."""
     torch.manual_seed(0)
     model = case.auto.from_config(case.make()).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Norms and biases begin as ones and zeros, which would hide what is mixed up.
+            # Norms and biases start as ones and zeros, which would hide swapped tensors.
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif "lm_head" in name or "embed" in name:

@@ -1,4 +1,4 @@
-"""Matrices to compress, and what is measured of the result."""
+"""Matrices to compress, and checks of the result."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def make_task(
     delta: Tensor | None = None,
     moment: Tensor | None = None,
 ) -> MatrixTask:
-    """A task; without a delta, one whose singular values fall exponentially."""
+    """A task; the default delta has exponentially decaying singular values."""
     generator = torch.Generator().manual_seed(seed)
     rank = min(h_out, h_in)
     left = torch.randn(h_out, rank, generator=generator)
@@ -42,7 +42,7 @@ def output_error(delta: Tensor, approximation: Tensor, moment: Tensor) -> float:
 
 
 def check_result(result: MatrixResult, task: MatrixTask) -> Tensor:
-    """What every method promises; the decoded delta."""
+    """Check what holds for every method; returns the decoded delta."""
     decoded = torch.from_numpy(decode_dense(result.encoded))
     assert decoded.shape == task.delta.shape
     assert torch.isfinite(decoded).all()

@@ -1,4 +1,4 @@
-"""Importing PEFT adapters: exactly what PEFT's own formula gives, or a refusal that names why."""
+"""Importing PEFT adapters: equal to PEFT's formula, or rejected with the reason."""
 
 import json
 import math
@@ -82,7 +82,7 @@ def product(tensors: Tensors, scaling: float) -> Tensor:
 
 @pytest.mark.parametrize("stabilised", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_outputs_are_those_of_the_adapter(
+def test_outputs_equal_the_adapters(
     base: Path, make_adapter: MakeAdapter, dtype: torch.dtype, stabilised: bool
 ) -> None:
     tensors = factors(64, 64, dtype=dtype)
@@ -92,12 +92,12 @@ def test_outputs_are_those_of_the_adapter(
     a, b = (tensors[f"{LAYER}.lora_{side}.weight"].double() for side in "AB")
     scaling = 12 / math.sqrt(4) if stabilised else 12 / 4
     expected = (inputs @ a.T @ b.T) * scaling
-    found = inputs @ delta_of(encoded[f"{LAYER}.weight"]).T
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    actual = inputs @ delta_of(encoded[f"{LAYER}.weight"]).T
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_factors_are_kept_bit_for_bit(
+def test_factors_are_stored_unchanged(
     base: Path, make_adapter: MakeAdapter, dtype: torch.dtype
 ) -> None:
     tensors = factors(64, 64, dtype=dtype)
@@ -111,18 +111,18 @@ def test_factors_are_kept_bit_for_bit(
 
 
 @pytest.mark.parametrize("pattern", [LAYER, "q_proj", r".*\.self_attn\.q_proj", r"^model\..*proj"])
-def test_ranks_and_alphas_of_patterns(base: Path, make_adapter: MakeAdapter, pattern: str) -> None:
+def test_rank_and_alpha_patterns(base: Path, make_adapter: MakeAdapter, pattern: str) -> None:
     tensors = factors(64, 64, rank=2)
     adapter = make_adapter(
         tensors,
         rank_pattern={"other": 9, pattern: 2},
         alpha_pattern={pattern: 5, r"self_attn\.q_proj": 7},
     )
-    found = delta_of(encode_adapter(CheckpointReader(base), adapter)[f"{LAYER}.weight"])
-    torch.testing.assert_close(found, product(tensors, 5 / 2), rtol=1e-5, atol=1e-5)
+    actual = delta_of(encode_adapter(CheckpointReader(base), adapter)[f"{LAYER}.weight"])
+    torch.testing.assert_close(actual, product(tensors, 5 / 2), rtol=1e-5, atol=1e-5)
 
 
-def test_head_and_embedding(base: Path, make_adapter: MakeAdapter) -> None:
+def test_adapters_of_head_and_embedding(base: Path, make_adapter: MakeAdapter) -> None:
     a, b = torch.randn(4, 64), torch.randn(256, 4)
     tensors = {
         f"{HEAD}.lora_A.weight": a,
@@ -133,11 +133,11 @@ def test_head_and_embedding(base: Path, make_adapter: MakeAdapter) -> None:
     encoded = encode_adapter(CheckpointReader(base), make_adapter(tensors))
     expected = 3 * b.double() @ a.double()
     for name in (HEAD, EMBEDDING):
-        found = delta_of(encoded[f"{name}.weight"])
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        actual = delta_of(encoded[f"{name}.weight"])
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_whole_tensors_replace_and_equal_ones_are_left_out(
+def test_full_tensors_are_stored_unless_they_equal_the_base(
     base: Path, make_adapter: MakeAdapter
 ) -> None:
     checkpoint = CheckpointReader(base)
@@ -174,17 +174,17 @@ def test_conv1d_weights_are_the_transpose(
     (base / "config.json").write_text('{"model_type": "gpt2"}')
     save_file({f"{LAYER}.weight": torch.randn(h_in, h_out)}, base / "model.safetensors")
     tensors = factors(h_out, h_in)
-    found = encode_adapter(CheckpointReader(base), make_adapter(tensors, fan_in_fan_out=True))[
+    actual = encode_adapter(CheckpointReader(base), make_adapter(tensors, fan_in_fan_out=True))[
         f"{LAYER}.weight"
     ]
-    assert found.record["kind"] == "transposed"
-    torch.testing.assert_close(delta_of(found), product(tensors, 3).T, rtol=1e-5, atol=1e-5)
-    if square:  # told by the configuration alone
+    assert actual.record["kind"] == "transposed"
+    torch.testing.assert_close(delta_of(actual), product(tensors, 3).T, rtol=1e-5, atol=1e-5)
+    if square:  # detected by the configuration alone
         plain = encode_adapter(CheckpointReader(base), make_adapter(tensors))[f"{LAYER}.weight"]
         torch.testing.assert_close(delta_of(plain), product(tensors, 3), rtol=1e-5, atol=1e-5)
 
 
-def test_the_merged_checkpoint_is_the_adapters(
+def test_the_merged_checkpoint_equals_the_merged_adapter(
     base: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     tensors = factors(64, 64)
@@ -226,7 +226,7 @@ def test_the_merged_checkpoint_is_the_adapters(
         ({"alpha_pattern": ["q_proj"]}, "r or lora_alpha"),
     ],
 )
-def test_configurations_that_are_refused(
+def test_unsupported_configurations_are_rejected(
     base: Path, make_adapter: MakeAdapter, config: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InvalidAdapter, match=words):
@@ -247,7 +247,7 @@ def test_configurations_that_are_refused(
         ({f"{LAYER}.lora_A.weight": torch.ones(4, 64).double()}, InvalidAdapter, "float64"),
     ],
 )
-def test_tensors_that_are_refused(
+def test_unsupported_tensors_are_rejected(
     base: Path,
     make_adapter: MakeAdapter,
     change: dict[str, Tensor | None],
@@ -260,7 +260,7 @@ def test_tensors_that_are_refused(
         encode_adapter(CheckpointReader(base), adapter)
 
 
-def test_files_that_are_missing_or_damaged(base: Path, make_adapter: MakeAdapter) -> None:
+def test_missing_and_damaged_files_are_rejected(base: Path, make_adapter: MakeAdapter) -> None:
     adapter = make_adapter(factors(64, 64))
     weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -280,7 +280,7 @@ def test_files_that_are_missing_or_damaged(base: Path, make_adapter: MakeAdapter
         encode_adapter(CheckpointReader(base), adapter)
 
 
-def test_the_digest_is_of_both_files(make_adapter: MakeAdapter) -> None:
+def test_the_digest_covers_both_files(make_adapter: MakeAdapter) -> None:
     digests = {
         adapter_digest(make_adapter(tensors, lora_alpha=alpha))
         for tensors in (factors(64, 64), factors(64, 32))
@@ -289,7 +289,7 @@ def test_the_digest_is_of_both_files(make_adapter: MakeAdapter) -> None:
     assert len(digests) == 4
 
 
-def test_the_adapters_tokenizer_and_its_tokens(
+def test_the_adapters_tokenizer_and_added_tokens_are_stored(
     make_pair: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     base, _ = make_pair(tied=False)
@@ -367,7 +367,7 @@ def test_an_adapters_chat_template_overrides_the_bases(
     assert chat_format(files).template == ("the adapter's file" if own_file else "the adapter's")
 
 
-def test_a_pattern_that_backtracks_is_refused_in_time(
+def test_a_backtracking_pattern_is_rejected_quickly(
     base: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deltadock.compression.adapters.PATTERN_SECONDS", 0.05)

@@ -1,4 +1,4 @@
-"""Checkpoints in other forms than `save_pretrained` gives them today, and those refused."""
+"""Checkpoints in other layouts than `save_pretrained` writes today, and unsupported ones."""
 
 import json
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def family_pair(family: str, tmp_path: Path) -> Pair:
 
 
 def run(pair: Pair, text: Path, tmp_path: Path) -> tuple[Report, dict[str, str]]:
-    """The report, and each stored tensor's kind; the merged checkpoint is in `merged`."""
+    """Compress and merge into `merged`; returns the report and each tensor's kind."""
     out = tmp_path / "a.delta"
     report = compress(*pair, out, CompressOptions(method="adamix"), calibration=[Source(text)])
     merge(pair[0], out, tmp_path / "merged")
@@ -65,7 +65,7 @@ def test_experts_stored_in_one_tensor(text: Path, tmp_path: Path) -> None:
         whole = AutoModelForCausalLM.from_pretrained(folder)
         save_file(dict(whole.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
     torch.testing.assert_close(blockwise_logits(pair[1]), expected)
-    # One expert alone has not changed.
+    # One expert is unchanged.
     name = "model.layers.0.mlp.experts.down_proj"
     unchanged = load_file(pair[0] / WEIGHTS)[name][2]
 
@@ -85,7 +85,7 @@ def test_experts_stored_in_one_tensor(text: Path, tmp_path: Path) -> None:
     assert 0 < report.kl < 0.7 * report.kl_base
 
 
-def test_gpt2_without_its_prefix_and_with_old_masks(text: Path, tmp_path: Path) -> None:
+def test_gpt2_without_prefix_and_with_old_masks(text: Path, tmp_path: Path) -> None:
     pair = family_pair("gpt2", tmp_path)
     expected = blockwise_logits(pair[1])
     mask = torch.ones(1, 1, 128, 128).tril().bool()
@@ -106,7 +106,7 @@ def test_gpt2_without_its_prefix_and_with_old_masks(text: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "llava", "gemma3-sight", "qwen2-moe"])
-def test_tensors_named_as_the_modules_are(family: str, tmp_path: Path) -> None:
+def test_tensors_may_have_module_names(family: str, tmp_path: Path) -> None:
     whole = save(CASES[family], tmp_path)
     expected = blockwise_logits(tmp_path)
     whole.save_pretrained(tmp_path, save_original_format=False)
@@ -116,7 +116,7 @@ def test_tensors_named_as_the_modules_are(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_other_floats(pair: Pair, text: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_other_float_dtypes(pair: Pair, text: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     for folder in pair:
         rewrite(folder, lambda weights: {name: w.to(dtype) for name, w in weights.items()})
     report, kinds = run(pair, text, tmp_path)
@@ -138,7 +138,7 @@ def test_float8_is_kept_exactly(pair: Pair, text: Path, tmp_path: Path) -> None:
     assert torch.equal(merged.view(torch.uint8), tuned.view(torch.uint8))
 
 
-def test_float8_with_scales_is_refused(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_float8_with_scales_is_rejected(pair: Pair, text: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     for folder in pair:
         scales = {f"{name}_scale_inv": torch.ones(1, 1)}
@@ -148,7 +148,7 @@ def test_float8_with_scales_is_refused(pair: Pair, text: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["base", "fine-tune"])
-def test_a_quantized_checkpoint_is_refused(
+def test_a_quantized_checkpoint_is_rejected(
     pair: Pair, text: Path, tmp_path: Path, which: int
 ) -> None:
     config = json.loads((pair[which] / "config.json").read_text())
@@ -158,7 +158,7 @@ def test_a_quantized_checkpoint_is_refused(
         run(pair, text, tmp_path)
 
 
-def test_an_unknown_family_is_refused_by_name_and_can_be_stored_exactly(
+def test_an_unknown_family_is_rejected_by_name_but_can_be_stored_exactly(
     text: Path, tmp_path: Path
 ) -> None:
     pair = tmp_path / "base", tmp_path / "tuned"
@@ -177,7 +177,7 @@ def test_an_unknown_family_is_refused_by_name_and_can_be_stored_exactly(
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_vocabulary_that_has_grown(
+def test_a_larger_vocabulary(
     make_pair: Callable[..., Pair], text: Path, tmp_path: Path, tied: bool
 ) -> None:
     base, tuned = make_pair(tied=tied)
@@ -204,8 +204,8 @@ def test_a_vocabulary_that_has_grown(
     assert all(torch.equal(same[name], tensor) for name, tensor in weights.items())
 
 
-def test_a_head_of_its_own_under_a_tied_configuration(pair: Pair, tmp_path: Path) -> None:
-    """`transformers` then takes the head that is there."""
+def test_a_separate_head_under_a_tied_configuration(pair: Pair, tmp_path: Path) -> None:
+    """`transformers` uses the stored head."""
     rewrite(pair[1], lambda w: {**w, "lm_head.weight": 2 * w["model.embed_tokens.weight"]})
     whole = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -213,7 +213,7 @@ def test_a_head_of_its_own_under_a_tied_configuration(pair: Pair, tmp_path: Path
     torch.testing.assert_close(blockwise_logits(pair[1]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_missing_tensor_is_named_as_the_checkpoint_would(tmp_path: Path) -> None:
+def test_the_error_names_a_missing_tensor_as_in_the_checkpoint(tmp_path: Path) -> None:
     save(CASES["llava"], tmp_path)
     name = "language_model.model.layers.1.mlp.up_proj.weight"
     rewrite(tmp_path, lambda w: {key: tensor for key, tensor in w.items() if key != name})

@@ -1,4 +1,4 @@
-"""Scales trained end to end: better on held-out text, or as they were."""
+"""Scales are trained end to end and kept only if held-out KL improves."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ DATA = CalibrationSet(TRAIN, HELD, "", [])
 
 
 class Prepared:
-    """A pair whose matrices are encoded in a bit or two, with scales that fit badly."""
+    """A pair whose matrices are encoded in one or two bits, with poor scales."""
 
     def __init__(self, base: Path, tuned: Path) -> None:
         self.base, self.tuned = base, tuned
@@ -64,7 +64,7 @@ class Prepared:
         return outcome
 
     def kl(self, encoded: dict[str, Encoded]) -> float:
-        """On the held-out tokens, in plain transformers with plain tensors."""
+        """KL on the held-out tokens, computed by plain transformers."""
         scores = []
         for changed in (False, True):
             whole = AutoModelForCausalLM.from_pretrained(self.tuned, dtype=torch.float32).eval()
@@ -82,7 +82,7 @@ class Prepared:
 
 @pytest.fixture(autouse=True)
 def _few_and_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    # For the little text there is here; each step sees five windows.
+    # For a short text: five windows per step.
     monkeypatch.setattr(distillation, "STEPS", 8)
     monkeypatch.setattr(distillation, "RELATIVE_RATE", 0.03)
     monkeypatch.setattr(distillation, "TOKENS_PER_STEP", 5 * TRAIN.shape[1])
@@ -99,7 +99,7 @@ def same(first: Encoded, second: Encoded) -> bool:
     )
 
 
-def test_less_is_lost_at_the_same_size(prepared: Prepared) -> None:
+def test_kl_decreases_at_the_same_size(prepared: Prepared) -> None:
     before = dict(prepared.encoded)
     copies = {
         name: {key: data.copy() for key, data in one.segments.items()}
@@ -109,7 +109,7 @@ def test_less_is_lost_at_the_same_size(prepared: Prepared) -> None:
     assert figures["kept"] == 1
     assert figures["after"] < 0.95 * figures["before"]
     assert figures["before"] == pytest.approx(prepared.kl(before), rel=1e-3)
-    # What is stored is in half precision, what was trained in single.
+    # Scales are trained in single precision and stored in half.
     assert figures["after"] == pytest.approx(prepared.kl(trained), rel=1e-2)
     assert trained.keys() == before.keys()
     moved = set()
@@ -124,40 +124,40 @@ def test_less_is_lost_at_the_same_size(prepared: Prepared) -> None:
     assert moved == {"s", "row_scale", "column_scale"}
 
 
-def test_the_same_again_gives_the_same_bytes(prepared: Prepared) -> None:
+def test_distillation_is_deterministic(prepared: Prepared) -> None:
     (first, figures), (second, again) = prepared.distill(), prepared.distill()
     assert figures == again
     assert all(same(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
-def test_what_does_not_help_is_not_kept(
+def test_scales_that_do_not_improve_are_discarded(
     value: float, make_pair: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared, accumulate = Prepared(*make_pair()), distillation._accumulate
 
-    def astray(*args: Any) -> None:
-        """Uphill, or into nowhere."""
+    def wrong_gradients(*args: Any) -> None:
+        """Ascend, or follow NaN."""
         accumulate(*args)
         for factor in flatten_factors(args[2].factors):
             assert factor.grad is not None
             factor.grad.mul_(value)
 
-    monkeypatch.setattr(distillation, "_accumulate", astray)
-    found, figures = prepared.distill()
+    monkeypatch.setattr(distillation, "_accumulate", wrong_gradients)
+    returned, figures = prepared.distill()
     assert figures["kept"] == 0
     assert not figures["after"] < figures["before"]
-    assert found.keys() == prepared.encoded.keys()
-    assert all(same(one, prepared.encoded[name]) for name, one in found.items())
+    assert returned.keys() == prepared.encoded.keys()
+    assert all(same(one, prepared.encoded[name]) for name, one in returned.items())
 
 
-def test_without_scales_there_is_nothing_to_train(make_pair: Callable[..., Pair]) -> None:
+def test_records_without_scales_are_not_trained(make_pair: Callable[..., Pair]) -> None:
     prepared = Prepared(*make_pair())
     prepared.encoded = {
         name: one for name, one in prepared.encoded.items() if one.record["kind"] == "exact"
     }
-    found, figures = prepared.distill()
-    assert found == prepared.encoded
+    returned, figures = prepared.distill()
+    assert returned == prepared.encoded
     assert figures["kept"] == 0
     assert figures["before"] == figures["after"] > 0
 
@@ -165,12 +165,12 @@ def test_without_scales_there_is_nothing_to_train(make_pair: Callable[..., Pair]
 def test_a_fine_tune_equal_to_its_base(make_pair: Callable[..., Pair]) -> None:
     prepared = Prepared(*make_pair(scale=0.0))
     assert prepared.encoded == {}
-    found, figures = prepared.distill()
-    assert found == {}
+    returned, figures = prepared.distill()
+    assert returned == {}
     assert figures["before"] == pytest.approx(0, abs=1e-6)
 
 
-def test_what_hears_of_the_progress_may_stop_it(make_pair: Callable[..., Pair]) -> None:
+def test_the_progress_callback_can_stop_it(make_pair: Callable[..., Pair]) -> None:
     prepared = Prepared(*make_pair())
 
     def stop(done: float, _text: str) -> None:

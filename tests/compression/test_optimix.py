@@ -1,4 +1,4 @@
-"""Optimix, one matrix and whole checkpoints."""
+"""Optimix on single matrices and on whole checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_one_matrix(shape: tuple[int, int], diagonal: bool, bits: float) -> None
     delta, (rows, columns) = make_task(*shape).delta, metrics(*shape, diagonal=diagonal)
     prepared, profile = optimix.profile(delta, rows, columns)
     assert profile.overhead == (16 * shape[0] if diagonal else 0)
-    # Short vectors are padded to words, so that they need more.
+    # Short vectors are padded to words and take more bits.
     shares = allocate([profile], profile.overhead + bits * (shape[0] + 31) * (shape[1] + 31))
     stored = optimix.DecomposedMatrix.from_tensors(prepared.tensors())
     result = optimix.compress(delta, stored, shares.widths[0], rows, columns, "BF16")
@@ -71,10 +71,10 @@ def test_one_matrix(shape: tuple[int, int], diagonal: bool, bits: float) -> None
     kept = len(widths.kept)
     assert result.notes["rank"] == kept
     assert sum(result.notes["widths"].values()) == 2 * kept
-    taken = 8 * sum(data.nbytes for data in result.encoded.segments.values())
-    # Each run of ranks of equal widths is padded to 128 bytes on both sides.
+    used_bits = 8 * sum(data.nbytes for data in result.encoded.segments.values())
+    # Each run of ranks with equal widths is padded to 128 bytes in U and in V.
     padding = 2 * 8 * 128 * len(result.encoded.record["ranks"])
-    assert taken <= profile.overhead + padding + sum(
+    assert used_bits <= profile.overhead + padding + sum(
         (-(-shape[0] // 32) * u + -(-shape[1] // 32) * v) * 32 + 16
         for u, v in zip(widths.u.tolist(), widths.v.tolist(), strict=True)
     )
@@ -86,7 +86,7 @@ def test_one_matrix(shape: tuple[int, int], diagonal: bool, bits: float) -> None
     error = weighted_error((delta - decoded).double(), rows, columns)
     assert error < whole
     if min(shape) > 30:
-        # What the budget was shared by is what came of it, but for what refitting gains.
+        # The allocation predicts the error, up to what refitting gains.
         assert 0.2 * shares.error < error / 2 < 1.3 * shares.error
 
 
@@ -106,7 +106,7 @@ def test_large_matrices_scale_their_rows_and_columns(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("size", [1e-18, 1e-6, 1e6, 1e15])
-def test_deltas_of_any_size(size: float) -> None:
+def test_deltas_of_any_magnitude(size: float) -> None:
     delta, (rows, columns) = size * make_task(32, 48).delta, metrics(32, 48, diagonal=True)
     prepared, profile = optimix.profile(delta, rows, columns)
     shares = allocate([profile], 3.0 * delta.numel())
@@ -124,7 +124,7 @@ def test_a_delta_of_zero_has_no_ranks() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_checkpoint(
+def test_a_checkpoint_within_its_budget(
     make_pair: Callable[..., Pair], text: Path, tmp_path: Path, tied: bool
 ) -> None:
     pair = make_pair(tied=tied)
@@ -142,10 +142,10 @@ def test_a_checkpoint(
         name for name, kind in kinds.items() if kind == "svd"
     }
     assert all(0 < matrix.error <= 1 and 0 <= matrix.gap < 0.02 for matrix in report.matrices)
-    # All codes and scales within one budget, but for the padding of runs.
-    taken = 8 * sum(matrix.bytes for matrix in report.matrices)
+    # Codes and scales stay within the budget, except for the padding of runs.
+    used_bits = 8 * sum(matrix.bytes for matrix in report.matrices)
     budget = 2.0 * sum(tensor.numel() for tensor in weights.values() if tensor.ndim == 2)
-    assert 0.97 * budget < taken <= budget + 2 * 8 * 128 * runs
+    assert 0.97 * budget < used_bits <= budget + 2 * 8 * 128 * runs
     assert report.distillation is not None
     assert report.kl is not None
     assert report.kl_base is not None
@@ -163,10 +163,10 @@ def test_a_checkpoint(
     assert list(tmp_path.glob("a.delta?*")) == []
 
 
-def test_the_bytes_do_not_depend_on_interruptions(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_interruptions_do_not_change_the_bytes(pair: Pair, text: Path, tmp_path: Path) -> None:
     sources = [Source(text)]
-    wanted = options(bits=1.0)
-    compress(*pair, tmp_path / "whole.delta", wanted, calibration=sources)
+    requested = options(bits=1.0)
+    compress(*pair, tmp_path / "whole.delta", requested, calibration=sources)
     whole = (tmp_path / "whole.delta").read_bytes()
     store, blocks = MemoryStore(), 3  # two layers, and the embedding
     for crash in range(1, blocks + 1):
@@ -178,13 +178,13 @@ def test_the_bytes_do_not_depend_on_interruptions(pair: Pair, text: Path, tmp_pa
 
         with pytest.raises(Cancelled):
             compress(
-                *pair, tmp_path / "b.delta", wanted, calibration=sources, progress=interrupt,
+                *pair, tmp_path / "b.delta", requested, calibration=sources, progress=interrupt,
                 store=store,
             )  # fmt: skip
         assert list(tmp_path.glob("b.delta*")) == []
         assert len(store.kept) == crash
     store.hits = 0
-    compress(*pair, tmp_path / "b.delta", wanted, calibration=sources, store=store)
+    compress(*pair, tmp_path / "b.delta", requested, calibration=sources, store=store)
     assert store.hits == blocks
     assert (tmp_path / "b.delta").read_bytes() == whole
 
@@ -205,7 +205,7 @@ def test_matrices_without_a_delta(pair: Pair, text: Path, tmp_path: Path) -> Non
     before = load_file(pair[0] / "model.safetensors")
     before[signed][0, 0] = 0.0
     change(pair[0], {signed: before[signed]})
-    # A zero of the other sign: other bytes, and yet no delta.
+    # A zero of the other sign: different bytes, but a delta of zero.
     after = before[signed].clone()
     after[0, 0] = -0.0
     change(pair[1], {equal: before[equal], signed: after})
@@ -221,7 +221,9 @@ def test_matrices_without_a_delta(pair: Pair, text: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("goal", ["target_bytes", "ratio"])
-def test_a_size_is_reached_from_below(goal: str, pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_a_size_goal_is_met_without_exceeding_it(
+    goal: str, pair: Pair, text: Path, tmp_path: Path
+) -> None:
     weights = load_file(pair[1] / "model.safetensors")
     bf16 = 2 * sum(tensor.numel() for tensor in weights.values())
     limit, value = (42_000, 42_000) if goal == "target_bytes" else (bf16 / 3, 3)
@@ -232,32 +234,30 @@ def test_a_size_is_reached_from_below(goal: str, pair: Pair, text: Path, tmp_pat
 
 
 @pytest.mark.parametrize("goal", ["max_kl", "min_agreement"])
-def test_a_bound_is_kept_by_hardly_more_than_it_takes(
+def test_a_quality_bound_is_met_near_its_smallest_size(
     goal: str, pair: Pair, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distillation, "STEPS", 0)
     monkeypatch.setattr(search, "RESOLUTION", 1.3)
-    some = run(pair, tmp_path / "some.delta", text, bits=1.2)
-    assert some.kl is not None
-    assert some.agreement is not None
-    # On so few tokens all may agree, which is no goal.
-    figure = some.kl if goal == "max_kl" else min(some.agreement, 0.98)
+    reference = run(pair, tmp_path / "some.delta", text, bits=1.2)
+    assert reference.kl is not None
+    assert reference.agreement is not None
+    # On so few tokens agreement may be 1, which is not a valid goal.
+    figure = reference.kl if goal == "max_kl" else min(reference.agreement, 0.98)
     report = run(pair, tmp_path / "a.delta", text, **{goal: figure})
     assert report.kl is not None
     assert report.agreement is not None
     assert report.kl <= figure if goal == "max_kl" else report.agreement >= figure
-    assert report.artifact_bytes < 1.2 * some.artifact_bytes
+    assert report.artifact_bytes < 1.2 * reference.artifact_bytes
     with Artifact(tmp_path / "a.delta") as artifact:
         assert artifact.nbytes == report.artifact_bytes
     assert list(tmp_path.glob("*.delta?*")) == []
 
 
-def test_a_bound_that_anything_keeps_takes_the_least(
-    pair: Pair, text: Path, tmp_path: Path
-) -> None:
+def test_a_loose_bound_uses_the_smallest_budget(pair: Pair, text: Path, tmp_path: Path) -> None:
     report = run(pair, tmp_path / "a.delta", text, max_kl=50)
     assert report.nominal_bits is not None
-    # Here the embedding's scales alone are more than the method's smallest budget.
+    # The embedding's scales alone exceed the method's smallest budget.
     weights = load_file(pair[1] / "model.safetensors")
     matrices = sum(tensor.numel() for tensor in weights.values() if tensor.ndim == 2)
     assert report.nominal_bits == pytest.approx(16 * 256 / matrices, rel=1e-3)
@@ -266,7 +266,7 @@ def test_a_bound_that_anything_keeps_takes_the_least(
 
 
 @pytest.mark.parametrize("goal", [{"max_kl": 1e-9}, {"target_bytes": 5_000}])
-def test_what_cannot_be_reached_is_refused_and_leaves_nothing(
+def test_an_unreachable_goal_is_rejected_and_leaves_no_file(
     goal: dict[str, float], pair: Pair, text: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidGoal):
@@ -274,7 +274,7 @@ def test_what_cannot_be_reached_is_refused_and_leaves_nothing(
     assert list(tmp_path.glob("a.delta*")) == []
 
 
-def test_less_is_lost_than_by_adamix_at_its_size(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_kl_is_below_adamix_at_equal_size(pair: Pair, text: Path, tmp_path: Path) -> None:
     adamix = compress(
         *pair, tmp_path / "a.delta",
         CompressOptions(method="adamix", bits=1.0, calibration=CALIBRATION),

@@ -1,4 +1,4 @@
-"""Methods and the budgets they accept; one goal, within its range."""
+"""Methods, the budgets that they accept, and goals."""
 
 import math
 import subprocess
@@ -23,7 +23,7 @@ GOOD = {"bits": 0.5, "target_bytes": 10**9, "ratio": 13.5, "max_kl": 0.01, "min_
 
 
 @pytest.mark.parametrize("kind", GOAL_KINDS)
-def test_each_goal_alone_is_taken(kind: str) -> None:
+def test_each_goal_is_accepted_alone(kind: str) -> None:
     assert check_goal(**{kind: GOOD[kind]}) == Goal(kind, GOOD[kind])  # type: ignore[arg-type]
     method, goal = goal_for("adamix", **{kind: GOOD[kind]})
     assert method.name == "adamix"
@@ -31,12 +31,12 @@ def test_each_goal_alone_is_taken(kind: str) -> None:
     assert (goal.kind, goal.value, goal.bits) == (kind, GOOD[kind], 0.5 if kind == "bits" else None)
 
 
-def test_without_a_goal_there_is_a_budget() -> None:
+def test_the_default_goal_is_a_budget() -> None:
     assert check_goal() == Goal("bits", DEFAULT_BITS)
     assert goal_for("adamix")[1] == Goal("bits", 1.0)
 
 
-def test_two_goals_are_refused_by_name() -> None:
+def test_two_goals_are_rejected_by_name() -> None:
     for first in GOAL_KINDS:
         for second in GOAL_KINDS:
             if first != second:
@@ -57,14 +57,14 @@ def test_two_goals_are_refused_by_name() -> None:
         *(({"min_agreement": value}, InvalidGoal) for value in (0, 1, 98, -0.1, math.nan)),
     ],
 )
-def test_what_lies_outside_is_refused(goals: dict[str, Any], error: type[Exception]) -> None:
+def test_goals_out_of_range_are_rejected(goals: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         check_goal(**goals)
     with pytest.raises(error):
         goal_for("adamix", **goals)
 
 
-def test_a_budget_is_held_to_its_methods_range() -> None:
+def test_a_budget_must_lie_in_its_methods_range() -> None:
     with pytest.raises(BitsOutOfRange, match=r"between 0\.1 and 8"):
         goal_for("adamix", bits=9)
 
@@ -84,7 +84,7 @@ def test_an_unknown_method_is_named() -> None:
             goal_for("zip", **goals)
 
 
-def test_goals_read_as_words() -> None:
+def test_goals_as_text() -> None:
     words = [str(check_goal(**{kind: GOOD[kind]})) for kind in GOAL_KINDS]
     assert words == [
         "0.5 bit",
@@ -99,7 +99,7 @@ def test_there_is_one_default() -> None:
     assert [info for info in METHODS.values() if info.default] == [default_method()]
 
 
-def test_bounds_and_budgets_agree() -> None:
+def test_methods_have_a_range_of_budgets_or_none() -> None:
     for info in METHODS.values():
         assert (info.bits_min is None) == (info.bits_max is None)
         if info.budgets:
@@ -112,7 +112,7 @@ def test_bounds_and_budgets_agree() -> None:
     ("name", "bits"),
     [("adamix", 0.1), ("adamix", 8.0), ("exact", None), ("delta-zip", 2.0), ("bitdelta", None)],
 )
-def test_what_is_accepted(name: str, bits: float | None) -> None:
+def test_accepted_budgets(name: str, bits: float | None) -> None:
     assert check_method(name, bits) is METHODS[name]
 
 
@@ -130,17 +130,17 @@ def test_what_is_accepted(name: str, bits: float | None) -> None:
         ("bitdelta", 1.0),
     ],
 )
-def test_budgets_that_are_not(name: str, bits: float | None) -> None:
+def test_rejected_budgets(name: str, bits: float | None) -> None:
     with pytest.raises(BitsOutOfRange, match=name):
         check_method(name, bits)
 
 
-def test_unknown_methods_are_refused_with_the_known_ones() -> None:
+def test_an_unknown_methods_error_lists_the_known_ones() -> None:
     with pytest.raises(UnknownMethod, match="adamix"):
         check_method("AdaMix", 1.0)
 
 
-def test_what_the_api_imports_needs_no_torch() -> None:
+def test_options_import_without_torch() -> None:
     modules = "options, deltadock.compression.preview"
     code = f"import deltadock.compression.{modules}, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Whole checkpoints: what is stored how, resuming, cancelling, refusing."""
+"""Compressing whole checkpoints: encodings, resuming, cancellation, invalid input."""
 
 import json
 import shutil
@@ -51,9 +51,7 @@ class MemoryStore:
         self.kept[key] = data
 
 
-def test_every_changed_tensor_is_stored_and_none_other(
-    pair: Pair, text: Path, tmp_path: Path
-) -> None:
+def test_exactly_the_changed_tensors_are_stored(pair: Pair, text: Path, tmp_path: Path) -> None:
     base, finetuned = pair
     weights = load_file(finetuned / "model.safetensors")
     unchanged = "model.layers.0.mlp.up_proj.weight"
@@ -116,7 +114,7 @@ def test_evaluation_equals_plain_transformers(pair: Pair, text: Path, tmp_path: 
     quality = evaluate(base, finetuned, tmp_path / "a.delta", text, window=64)
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
     tokens = torch.tensor(list(text.read_bytes()))
-    # The byte-level alphabet's order is not that of the bytes: take ids from the tokenizer.
+    # The byte-level alphabet is not in byte order: ids come from the tokenizer.
     from deltadock.compression.calibration.windows import read_windows
 
     windows = read_windows(text, finetuned, 64)
@@ -138,9 +136,7 @@ def test_evaluation_equals_plain_transformers(pair: Pair, text: Path, tmp_path: 
         assert value == pytest.approx(float(nll), rel=1e-4)
 
 
-def test_same_inputs_give_the_same_bytes_however_often_interrupted(
-    pair: Pair, text: Path, tmp_path: Path
-) -> None:
+def test_interruptions_do_not_change_the_bytes(pair: Pair, text: Path, tmp_path: Path) -> None:
     base, finetuned = pair
     compress(
         base,
@@ -174,7 +170,9 @@ def test_same_inputs_give_the_same_bytes_however_often_interrupted(
     assert (tmp_path / "b.delta").read_bytes() == (tmp_path / "whole.delta").read_bytes()
 
 
-def test_blocks_of_other_inputs_are_not_used(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_stored_blocks_of_other_inputs_are_not_reused(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
     base, finetuned = pair
     store = MemoryStore()
     for seed in (0, 1):
@@ -185,7 +183,7 @@ def test_blocks_of_other_inputs_are_not_used(pair: Pair, text: Path, tmp_path: P
     assert store.hits == 0
 
 
-def test_progress_only_rises(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_progress_never_decreases(pair: Pair, text: Path, tmp_path: Path) -> None:
     seen: list[Progress] = []
     compress(
         *pair,
@@ -203,7 +201,7 @@ def test_progress_only_rises(pair: Pair, text: Path, tmp_path: Path) -> None:
     assert all(0 <= progress.block <= progress.blocks for progress in seen)
 
 
-def test_files_that_differ_travel_in_the_artifact(pair: Pair, tmp_path: Path) -> None:
+def test_files_that_differ_are_stored_in_the_artifact(pair: Pair, tmp_path: Path) -> None:
     base, finetuned = pair
     (finetuned / "generation_config.json").write_text('{"temperature": 0.5}')
     (base / "added_tokens.json").write_text("{}")
@@ -213,7 +211,7 @@ def test_files_that_differ_travel_in_the_artifact(pair: Pair, tmp_path: Path) ->
     assert not (tmp_path / "merged" / "added_tokens.json").exists()
 
 
-def test_files_that_are_not_text_travel_byte_for_byte(pair: Pair, tmp_path: Path) -> None:
+def test_binary_files_are_stored_unchanged(pair: Pair, tmp_path: Path) -> None:
     base, finetuned = pair
     binary, lines = bytes(range(256)), b"{% if a %}\r\n\xc3\xa9\n"
     (finetuned / "tokenizer.model").write_bytes(binary)
@@ -224,7 +222,7 @@ def test_files_that_are_not_text_travel_byte_for_byte(pair: Pair, tmp_path: Path
     assert (tmp_path / "merged" / "chat_template.jinja").read_bytes() == lines
 
 
-def test_a_checkpoint_without_a_tokenizer_is_refused(
+def test_a_checkpoint_without_a_tokenizer_is_rejected(
     pair: Pair, text: Path, tmp_path: Path
 ) -> None:
     for path in pair[1].glob("tokenizer*"):
@@ -242,7 +240,7 @@ def change(finetuned: Path, name: str, value: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(
+def test_non_finite_weights_are_rejected(
     pair: Pair, text: Path, tmp_path: Path, bad: float
 ) -> None:
     tensor = load_file(pair[1] / "model.safetensors")["model.norm.weight"]
@@ -254,7 +252,7 @@ def test_weights_that_are_not_finite_are_refused(
 
 
 @pytest.mark.parametrize("value", [None, torch.zeros(3, 3)])
-def test_another_architecture_is_refused(
+def test_another_architecture_is_rejected(
     pair: Pair, text: Path, tmp_path: Path, value: torch.Tensor | None
 ) -> None:
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -263,7 +261,7 @@ def test_another_architecture_is_refused(
         compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
 
 
-def test_an_unknown_model_type_is_refused(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_an_unknown_model_type_is_rejected(pair: Pair, text: Path, tmp_path: Path) -> None:
     for folder in pair:
         (folder / "config.json").write_text('{"model_type": "abacus"}')
     with pytest.raises(UnsupportedModel, match="abacus"):
@@ -271,7 +269,7 @@ def test_an_unknown_model_type_is_refused(pair: Pair, text: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
-def test_the_bytes_of_a_draft_are_those_of_the_file(
+def test_a_drafts_size_equals_the_files(
     pair: Pair, text: Path, tmp_path: Path, method: str
 ) -> None:
     (pair[1] / "generation_config.json").write_text('{"temperature": 0.5}')
@@ -288,7 +286,7 @@ def test_the_bytes_of_a_draft_are_those_of_the_file(
     assert size == report.artifact_bytes == out.stat().st_size
 
 
-def test_without_a_source_the_fine_tune_writes_its_own(pair: Pair, tmp_path: Path) -> None:
+def test_without_a_source_text_is_sampled_from_the_fine_tune(pair: Pair, tmp_path: Path) -> None:
     options = CompressOptions(
         method="adamix", calibration=CalibrationOptions(tokens=512, length=32)
     )
@@ -301,7 +299,7 @@ def test_without_a_source_the_fine_tune_writes_its_own(pair: Pair, tmp_path: Pat
     assert (tmp_path / "a.delta").read_bytes() == (tmp_path / "b.delta").read_bytes()
 
 
-def test_no_such_method(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_an_unknown_method_is_rejected(pair: Pair, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownMethod):
         compress(*pair, tmp_path / "a", CompressOptions(method="zip"), calibration=[Source(text)])
 
@@ -309,7 +307,7 @@ def test_no_such_method(pair: Pair, text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"too short", b"\xff\xfe" * 4000], ids=["empty", "short", "not utf-8"]
 )
-def test_bad_calibration_text(pair: Pair, tmp_path: Path, content: bytes) -> None:
+def test_invalid_calibration_text_is_rejected(pair: Pair, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.txt"
     path.write_bytes(content)
     with pytest.raises(InvalidCalibration):
@@ -340,7 +338,7 @@ def test_a_fine_tune_equal_to_its_base(pair: Pair, text: Path, tmp_path: Path) -
         ("hidden_size", "abc", UnsupportedModel),
     ],
 )
-def test_a_config_that_does_not_fit_the_weights_is_refused(
+def test_a_config_that_does_not_match_the_weights_is_rejected(
     pair: Pair, text: Path, tmp_path: Path, key: str, value: object, error: type[Exception]
 ) -> None:
     for folder in pair:
@@ -351,7 +349,9 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
     assert not list(tmp_path.glob("a.delta*"))
 
 
-def test_another_use_of_the_same_weights_is_refused(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_a_config_with_other_computations_is_rejected(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
     config = json.loads((pair[1] / "config.json").read_text())
     (pair[1] / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     with pytest.raises(ArchitectureMismatch, match="rms_norm_eps"):

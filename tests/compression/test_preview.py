@@ -1,4 +1,4 @@
-"""Predicted sizes, compared with those of real artifacts."""
+"""Predicted sizes against real artifacts."""
 
 import math
 from collections.abc import Callable
@@ -56,20 +56,22 @@ ONE_BIT = Goal("bits", 1.0)
         ("model.patch.conv.weight", (8, 3, 14, 14), "other tensors"),
     ],
 )
-def test_roles_by_name(name: str, shape: tuple[int, ...], role: str) -> None:
+def test_roles_from_tensor_names(name: str, shape: tuple[int, ...], role: str) -> None:
     assert TensorShape(name, "BF16", shape).role == role
     assert TensorShape(name, "I8", shape).role == "other tensors"
 
 
-# The same artifact as bitdelta's, up to the values of its scales.
+# The artifact has bitdelta's size; only its scales' values differ.
 METHODS_BY_SIZE = sorted((SIZE_ESTIMATES.keys() & METHODS.keys()) - {"bitdelta-distilled"})
 
 
 @pytest.mark.parametrize(
     ("method", "bits"), [*((method, 1.0) for method in METHODS_BY_SIZE), ("adamix", 0.5)]
 )
-def test_the_preview_is_near_the_artifact(method: str, bits: float, tmp_path: Path) -> None:
-    """On the sample pair, within 3 %."""
+def test_the_preview_is_close_to_the_artifacts_size(
+    method: str, bits: float, tmp_path: Path
+) -> None:
+    """Within 3 % on the sample pair."""
     budget = bits if METHODS[method].bits_min is not None else None
     text = tmp_path / "text.txt"
     text.write_text((SAMPLES / "calibration.txt").read_text()[:8_000])
@@ -95,7 +97,7 @@ def test_the_preview_is_near_the_artifact(method: str, bits: float, tmp_path: Pa
     assert expected.ratio == pytest.approx(pair.finetuned.bf16_bytes / size, rel=0.03)
 
 
-def test_what_travels_in_the_manifest_is_counted(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_files_in_the_manifest_are_counted(pair: Pair, text: Path, tmp_path: Path) -> None:
     base, finetuned = pair
     lines = "".join(f'{{"{n}": "täglich"}}\n' for n in range(4000))
     (finetuned / "chat_template.jinja").write_text(lines)
@@ -110,7 +112,7 @@ def test_what_travels_in_the_manifest_is_counted(pair: Pair, text: Path, tmp_pat
     assert carried_bytes(after) == 0
 
 
-def test_only_what_changed_takes_bytes(make_pair: Callable[..., Pair]) -> None:
+def test_only_changed_tensors_take_bytes(make_pair: Callable[..., Pair]) -> None:
     base, finetuned = (scan_folder(folder) for folder in make_pair(tied=False))
     assert all(shape.changed for shape in shapes_of(finetuned))
     assert not any(shape.changed for shape in shapes_of(finetuned, finetuned))
@@ -124,7 +126,7 @@ def test_only_what_changed_takes_bytes(make_pair: Callable[..., Pair]) -> None:
     assert sum(part.weights for part in whole.parts) == whole.parameters
 
 
-def test_the_global_budget_covers_all_that_is_compressed() -> None:
+def test_the_global_budget_covers_all_compressed_tensors() -> None:
     shapes = [
         TensorShape("model.embed_tokens.weight", "BF16", (1000, 64)),
         TensorShape("lm_head.weight", "BF16", (1000, 64)),
@@ -132,46 +134,48 @@ def test_the_global_budget_covers_all_that_is_compressed() -> None:
         TensorShape("model.layers.0.mlp.up_proj.weight", "BF16", (128, 64), changed=False),
         TensorShape("model.norm.weight", "F32", (64,)),
     ]
-    found = preview_size(shapes, "optimix", Goal("bits", 2.0))
-    sizes = {part.kind: part.bytes for part in found.parts}
+    predicted = preview_size(shapes, "optimix", Goal("bits", 2.0))
+    sizes = {part.kind: part.bytes for part in predicted.parts}
     assert sizes["embeddings"] == sizes["output head"] == 1000 * 64 / 4 + RUNS_PADDING
     assert sizes["linear layers"] == 4 * (64 * 128 / 4 + RUNS_PADDING)
     assert sizes["other tensors"] == 256
-    assert found.artifact_bytes == sum(sizes.values())
-    assert found.to_dict()["ratio"] == found.checkpoint_bytes / found.artifact_bytes
+    assert predicted.artifact_bytes == sum(sizes.values())
+    assert predicted.to_dict()["ratio"] == predicted.checkpoint_bytes / predicted.artifact_bytes
 
 
 @pytest.mark.parametrize("method", ["adamix", "optimix"])
 @pytest.mark.parametrize("ratio", [4.0, 8.0, 15.0])
-def test_a_size_asked_for_becomes_a_budget(
+def test_a_size_goal_is_converted_to_a_budget(
     method: str, ratio: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deltadock.compression.preview.METHODS", {method: METHODS["adamix"]})
     shapes = qwen2_5_7b(only_linear=True)
-    found = preview_size(shapes, method, Goal("ratio", ratio))
-    assert found.ratio == pytest.approx(ratio, rel=0.01)
-    assert found.ratio >= ratio
-    assert found.bits is not None
-    same = preview_size(shapes, method, Goal("target_bytes", found.artifact_bytes))
-    assert same.bits == pytest.approx(found.bits, rel=0.01)
-    assert preview_size(shapes, method, Goal("bits", found.bits)) == found
+    predicted = preview_size(shapes, method, Goal("ratio", ratio))
+    assert predicted.ratio == pytest.approx(ratio, rel=0.01)
+    assert predicted.ratio >= ratio
+    assert predicted.bits is not None
+    same = preview_size(shapes, method, Goal("target_bytes", predicted.artifact_bytes))
+    assert same.bits == pytest.approx(predicted.bits, rel=0.01)
+    assert preview_size(shapes, method, Goal("bits", predicted.bits)) == predicted
 
 
 @pytest.mark.parametrize("budget", [1.0, 2.0])
-def test_of_few_budgets_the_largest_that_fits_is_taken(budget: float) -> None:
+def test_the_largest_discrete_budget_that_fits_is_chosen(budget: float) -> None:
     shapes = qwen2_5_7b()
     size = preview_size(shapes, "delta-zip", Goal("bits", budget))
     for more in (0, 1_000_000):
-        found = preview_size(shapes, "delta-zip", Goal("target_bytes", size.artifact_bytes + more))
-        assert found == size
+        predicted = preview_size(
+            shapes, "delta-zip", Goal("target_bytes", size.artifact_bytes + more)
+        )
+        assert predicted == size
 
 
-def test_an_adapter_is_as_large_as_it_is() -> None:
+def test_an_adapters_size_is_not_predicted() -> None:
     with pytest.raises(InvalidInput, match="as large as the adapter"):
         preview_size(qwen2_5_7b(), "lora", None)
 
 
-def test_what_no_budget_reaches_is_refused_with_the_least_there_is() -> None:
+def test_the_error_of_an_unreachable_size_names_the_smallest() -> None:
     shapes = qwen2_5_7b()
     with pytest.raises(InvalidGoal, match=r"smallest artifact .* takes about \d+ bytes"):
         preview_size(shapes, "adamix", Goal("ratio", 1000))
@@ -180,24 +184,24 @@ def test_what_no_budget_reaches_is_refused_with_the_least_there_is() -> None:
 
 
 @pytest.mark.parametrize("kind", ["max_kl", "min_agreement"])
-def test_what_must_be_measured_cannot_be_told_before(kind: str) -> None:
+def test_quality_goals_have_no_preview(kind: str) -> None:
     with pytest.raises(InvalidGoal, match="after the work"):
         preview_size(qwen2_5_7b(), "adamix", Goal(kind, 0.5))  # type: ignore[arg-type]
 
 
-def test_qwen_7b_is_whole() -> None:
+def test_qwen_7b_has_all_parameters() -> None:
     parameters = sum(tensor.weights for tensor in qwen2_5_7b())
-    assert parameters == 7_615_616_512, "as the model card says: 7.61 billion"
+    assert parameters == 7_615_616_512, "7.61 billion according to the model card"
 
 
 @pytest.mark.parametrize(("only_linear", "bar"), [(False, 13.0), (True, 14.5)])
 def test_the_ratio_at_one_bit_on_qwen_7b(only_linear: bool, bar: float) -> None:
-    found = preview_size(qwen2_5_7b(only_linear=only_linear), "optimix", ONE_BIT)
-    assert found.ratio >= bar
-    assert math.isclose(found.true_bits, 16 / found.ratio)
+    predicted = preview_size(qwen2_5_7b(only_linear=only_linear), "optimix", ONE_BIT)
+    assert predicted.ratio >= bar
+    assert math.isclose(predicted.true_bits, 16 / predicted.ratio)
 
 
-def test_headers_alone_tell_the_shapes(make_pair: Callable[..., Pair], tmp_path: Path) -> None:
+def test_shapes_are_read_from_headers_only(make_pair: Callable[..., Pair], tmp_path: Path) -> None:
     _, finetuned = make_pair()
     assert sorted(read_shapes(finetuned)) == sorted(shapes_of(scan_folder(finetuned)))
     folder = tmp_path / "empty"

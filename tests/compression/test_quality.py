@@ -1,4 +1,4 @@
-"""The figures are those of the models run whole, however the vocabulary is cut into pieces."""
+"""Quality figures equal those of whole models, for any split of the vocabulary."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,7 +16,7 @@ from deltadock.compression.quality import measure
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_figures_are_those_of_the_whole_models(
+def test_figures_equal_those_of_whole_models(
     make_pair: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, tied: bool
 ) -> None:
     base, tuned = make_pair(tied=tied, scale=0.05)
@@ -30,7 +30,7 @@ def test_figures_are_those_of_the_whole_models(
         )
 
     whole = figures()
-    # The heads of the three models are read in turn, piece by piece.
+    # The heads of the three models are read alternately, piece by piece.
     monkeypatch.setattr(forward, "LOGITS_PER_STEP", 256 * 50)
     assert figures() == pytest.approx(whole, rel=1e-5, abs=1e-9)
 

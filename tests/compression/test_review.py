@@ -1,4 +1,4 @@
-"""Whole compressions where something is unusual: the checkpoints, the goal, or how they end."""
+"""Whole compressions in unusual cases: checkpoints, goals, cancellation."""
 
 import json
 from collections.abc import Callable
@@ -35,19 +35,19 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
 def make(pair: Pair, text: Path, tmp_path: Path, **options: object) -> Report:
     """Compress into `a.delta` and merge it into `merged`."""
     out = tmp_path / "a.delta"
-    chosen = CompressOptions(**options)  # type: ignore[arg-type] # whatever the test asks for
-    report = compress(*pair, out, chosen, calibration=[Source(text)])
+    compress_options = CompressOptions(**options)  # type: ignore[arg-type] # as the test requires
+    report = compress(*pair, out, compress_options, calibration=[Source(text)])
     merge(pair[0], out, tmp_path / "merged")
     json.dumps(report.to_dict(), allow_nan=False)
     return report
 
 
 class StoppingError(Exception):
-    """What a caller's own reason to stop looks like."""
+    """A caller's own exception."""
 
 
-def test_a_callers_own_error_ends_sampling_as_it_is(pair: Pair, tmp_path: Path) -> None:
-    """A worker that is asked to stop must not be told that the model is at fault."""
+def test_sampling_propagates_the_callers_exception(pair: Pair, tmp_path: Path) -> None:
+    """A worker that stops must not report a fault of the model."""
 
     def stop(progress: Progress) -> None:
         if progress.message.startswith("sampling"):
@@ -59,7 +59,7 @@ def test_a_callers_own_error_ends_sampling_as_it_is(pair: Pair, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("method", ["optimix", "bitdelta-distilled", "adamix"])
-def test_a_fine_tune_that_is_its_base(pair: Pair, text: Path, tmp_path: Path, method: str) -> None:
+def test_a_fine_tune_equal_to_its_base(pair: Pair, text: Path, tmp_path: Path, method: str) -> None:
     report = make((pair[0], pair[0]), text, tmp_path, method=method)
     assert (report.kl, report.agreement) == (0, 1)
     assert not report.matrices
@@ -79,12 +79,16 @@ def test_only_norms_have_changed(
     assert all(torch.equal(merged[name], tensor) for name, tensor in tuned.items())
 
 
-def test_a_budget_below_the_scales_names_the_least(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_too_small_budget_names_the_smallest(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
     with pytest.raises(BitsOutOfRange, match=r"0\.05 bits .* more than 0\.0\d+"):
         make(pair, text, tmp_path, bits=0.05)
 
 
-def test_a_loose_bound_ends_at_the_least_budget(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_a_loose_bound_uses_a_small_budget_and_drops_matrices(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
     report = make(pair, text, tmp_path, max_kl=5.0)
     assert report.kl is not None
     assert report.kl < 5
@@ -95,7 +99,7 @@ def test_a_loose_bound_ends_at_the_least_budget(pair: Pair, text: Path, tmp_path
     assert all("no rank" in " ".join(matrix.fallbacks) for matrix in dropped)
 
 
-def test_a_size_out_of_reach_is_refused_before_any_work(
+def test_an_unreachable_size_is_rejected_during_validation(
     pair: Pair, text: Path, tmp_path: Path
 ) -> None:
     seen: list[str] = []
@@ -112,7 +116,7 @@ def test_a_size_out_of_reach_is_refused_before_any_work(
 
 @pytest.mark.parametrize("goal", [{}, {"max_kl": 0.1}, {"target_bytes": 40_000}])
 @pytest.mark.parametrize("stage", ["assembling", "verifying"])
-def test_what_ends_early_leaves_nothing(
+def test_a_cancelled_compression_leaves_no_file(
     pair: Pair, text: Path, tmp_path: Path, stage: str, goal: dict[str, float]
 ) -> None:
     def cancel(progress: Progress) -> None:
@@ -128,7 +132,7 @@ def test_what_ends_early_leaves_nothing(
 
 
 @pytest.mark.parametrize("method", ["optimix", "adamix"])
-def test_a_tied_head_that_lies_on_disk_as_well(
+def test_a_tied_head_that_is_also_stored_is_an_alias(
     pair: Pair, text: Path, tmp_path: Path, method: str
 ) -> None:
     for folder in pair:
@@ -147,7 +151,7 @@ def test_a_tied_head_that_lies_on_disk_as_well(
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_what_is_distilled_is_what_is_measured_where_a_vocabulary_has_grown(
+def test_distillation_and_verification_agree_for_a_larger_vocabulary(
     make_pair: Callable[..., Pair], text: Path, tmp_path: Path, tied: bool
 ) -> None:
     base, tuned = make_pair(tied=tied)
@@ -170,16 +174,16 @@ METHODS = [
 
 
 def encode(method: str, delta: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The delta as the method left it, and what it made of it."""
-    found = matrix_method(method)
-    assert found is not None
+    """The delta after the call, to detect changes in place, and its approximation."""
+    compress_matrix = matrix_method(method)
+    assert compress_matrix is not None
     given = delta.clone()
-    result = found(MatrixTask("layer", given, moment, "BF16", 1.0, "exact"))
+    result = compress_matrix(MatrixTask("layer", given, moment, "BF16", 1.0, "exact"))
     return given, result.approximation
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_layer_that_the_text_gives_no_inputs(method: str) -> None:
+def test_a_layer_without_calibration_inputs(method: str) -> None:
     delta = 0.01 * torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
     _, approximation = encode(method, delta, damped(torch.zeros(64, 64, dtype=torch.float64)))
     assert torch.linalg.norm(delta - approximation) < torch.linalg.norm(delta)
@@ -187,7 +191,7 @@ def test_a_layer_that_the_text_gives_no_inputs(method: str) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 64), (64, 1)])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_delta_is_left_as_it_is(method: str, shape: tuple[int, int]) -> None:
+def test_methods_do_not_modify_the_delta(method: str, shape: tuple[int, int]) -> None:
     delta = 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     given, approximation = encode(method, delta, torch.eye(shape[1], dtype=torch.float64))
     assert torch.equal(given, delta)
@@ -206,7 +210,7 @@ def test_a_delta_too_small_for_codes_is_kept_exactly(
     assert torch.equal(load_file(tmp_path / "merged" / WEIGHTS)[name], tiny)
 
 
-def test_windows_are_taken_from_all_over() -> None:
+def test_spaced_windows_cover_the_text() -> None:
     assert spaced(128, 32).tolist()[:2] == [0, 4]
     assert spaced(128, 32).tolist()[-1] == 127
     assert spaced(5, 32).tolist() == [0, 1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""Tensors set aside: the same again, wherever they were."""
+"""Scratch storage of tensors in memory and on disk."""
 
 from pathlib import Path
 
@@ -22,17 +22,17 @@ TENSORS = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where files go."""
+    """The folder of temporary files."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path
 
 
-def same(found: Tensor, put: Tensor) -> bool:
-    return found.dtype == put.dtype and torch.equal(found, put.detach())
+def same(actual: Tensor, put: Tensor) -> bool:
+    return actual.dtype == put.dtype and torch.equal(actual, put.detach())
 
 
 @pytest.mark.parametrize("memory", [0, 200, 1 << 20])
-def test_what_was_put_comes_back(memory: int, folder: Path) -> None:
+def test_get_returns_the_stored_tensor(memory: int, folder: Path) -> None:
     with Scratch(memory) as scratch:
         for key, tensor in TENSORS.items():
             assert key not in scratch
@@ -44,20 +44,20 @@ def test_what_was_put_comes_back(memory: int, folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_memory_is_bounded_and_the_rest_on_disk(folder: Path) -> None:
+def test_tensors_beyond_the_memory_limit_go_to_disk(folder: Path) -> None:
     with Scratch(1000) as scratch:
         for number in range(5):
             scratch.put(f"{number}", torch.full((100,), float(number)))  # 400 bytes each
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert len(files) == 3
         assert [float(scratch.get(f"{n}")[0]) for n in range(5)] == [0, 1, 2, 3, 4]
-        # What is small enough still goes to memory.
+        # Small tensors still fit in memory.
         scratch.put("small", torch.zeros(10))
         assert len([path for path in folder.rglob("*") if path.is_file()]) == 3
     assert list(folder.iterdir()) == []
 
 
-def test_nothing_is_left_after_a_failure(folder: Path) -> None:
+def test_files_are_removed_after_an_exception(folder: Path) -> None:
     scratch = Scratch(0)
 
     def fail() -> None:
@@ -71,6 +71,6 @@ def test_nothing_is_left_after_a_failure(folder: Path) -> None:
     assert "a" not in scratch
 
 
-def test_there_is_nothing_under_another_key() -> None:
+def test_an_unknown_key_raises() -> None:
     with Scratch() as scratch, pytest.raises(KeyError):
         scratch.get("a")

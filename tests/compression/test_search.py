@@ -1,4 +1,4 @@
-"""From goals to budgets, on laws of size and loss that are known."""
+"""Search of the budget for a goal, on known functions of size and loss."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Curve = Callable[[float], float]
 
 
 class Drafts:
-    """A law of size that keeps what was asked."""
+    """A size function that records the budgets it is called with."""
 
     def __init__(self, size: Callable[[float], float], info: MethodInfo = INFO) -> None:
         self.size, self.info = size, info
@@ -48,7 +48,9 @@ def linear(slope: float = 1.0, overhead: float = 400_000) -> Callable[[float], f
 @pytest.mark.parametrize("slope", [0.4, 0.9, 1.0, 1.1, 2.5])
 @pytest.mark.parametrize("wanted", [0.06, 0.5, 1.0, 4.0, 7.9])
 @pytest.mark.parametrize("guess", [0.5, 0.95, 1.0, 1.1, 2.0])
-def test_the_largest_artifact_under_the_limit(slope: float, wanted: float, guess: float) -> None:
+def test_finds_the_largest_artifact_under_the_limit(
+    slope: float, wanted: float, guess: float
+) -> None:
     draft = Drafts(linear(slope))
     limit = linear(slope)(wanted)
     bits = fit_size(draft, INFO, limit, guess * wanted, WEIGHTS)
@@ -64,7 +66,7 @@ def test_the_largest_artifact_under_the_limit(slope: float, wanted: float, guess
     slope=st.floats(0.5, 2),
 )
 @settings(max_examples=80, deadline=None)
-def test_never_over_the_limit_on_bent_laws(
+def test_the_limit_holds_for_nonlinear_sizes(
     wanted: float, guess: float, bend: float, slope: float
 ) -> None:
     draft = Drafts(lambda bits: 50_000 + slope * bits**bend * WEIGHTS / 8)
@@ -75,20 +77,20 @@ def test_never_over_the_limit_on_bent_laws(
     assert len(draft.asked) <= SIZE_TRIALS
 
 
-def test_a_limit_for_more_than_the_largest_takes_the_largest() -> None:
+def test_a_limit_above_the_largest_size_selects_the_largest() -> None:
     draft = Drafts(linear())
     assert fit_size(draft, INFO, 1e12, 3.0, WEIGHTS) == INFO.bits_max
     assert len(draft.asked) == 2
 
 
-def test_the_smallest_is_found_from_far_above() -> None:
+def test_finds_the_smallest_from_far_above() -> None:
     draft = Drafts(linear(0.05, 10_000))
     limit = draft.size(0.052)
     assert draft.size(fit_size(draft, INFO, limit, 8.0, WEIGHTS)) <= limit
 
 
 @pytest.mark.parametrize("guess", [0.05, 1.0, 8.0])
-def test_what_not_even_the_smallest_fits_is_refused(guess: float) -> None:
+def test_a_limit_below_the_smallest_size_is_rejected(guess: float) -> None:
     draft = Drafts(linear())
     smallest = int(draft.size(0.05))
     with pytest.raises(InvalidGoal, match=rf"{smallest - 1} bytes .* smallest takes {smallest}\."):
@@ -97,7 +99,7 @@ def test_what_not_even_the_smallest_fits_is_refused(guess: float) -> None:
 
 
 @pytest.mark.parametrize("guess", [0.3, 1.0, 1.4, 1.6, 9.0])
-def test_sizes_that_are_given(guess: float) -> None:
+def test_sizes_at_discrete_budgets(guess: float) -> None:
     law = linear()
     for limit, expected in ((law(1.0), 1.0), (law(1.99), 1.0), (law(2.0), 2.0), (law(5), 2.0)):
         assert fit_size(Drafts(law, DISCRETE), DISCRETE, limit, guess, WEIGHTS) == expected
@@ -106,7 +108,7 @@ def test_sizes_that_are_given(guess: float) -> None:
 
 
 class Makes:
-    """A curve of KL that writes files and keeps what was asked."""
+    """A KL function that writes files and records the budgets it is called with."""
 
     def __init__(self, curve: Curve, out: Path) -> None:
         self.curve, self.out = curve, out
@@ -123,7 +125,7 @@ class Makes:
 
 
 def reach(make: Makes, goal: Goal, info: MethodInfo = INFO) -> float:
-    """The budget that was settled on; whatever else was written is gone."""
+    """Returns the chosen budget; checks that other trials' files are deleted."""
     report = reach_bound(make, make.out, info, goal)
     bits = report.nominal_bits
     assert bits is not None
@@ -137,7 +139,7 @@ def reach(make: Makes, goal: Goal, info: MethodInfo = INFO) -> float:
 @pytest.mark.parametrize("kind", ["max_kl", "min_agreement"])
 @pytest.mark.parametrize("power", [0.7, 1.5, 3.0])
 @pytest.mark.parametrize("wanted", [0.06, 0.3, 0.99, 1.0, 2.7, 7.5])
-def test_the_smallest_budget_that_keeps_the_bound(
+def test_finds_the_smallest_budget_within_the_bound(
     kind: str, power: float, wanted: float, tmp_path: Path
 ) -> None:
     make = Makes(lambda bits: 0.01 * bits**-power, tmp_path / "out")
@@ -147,7 +149,7 @@ def test_the_smallest_budget_that_keeps_the_bound(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_on_a_noisy_curve_the_bound_is_kept_and_hardly_less_would_do(
+def test_on_a_noisy_curve_the_bound_holds_and_the_budget_is_near_the_smallest(
     seed: int, tmp_path: Path
 ) -> None:
     def curve(bits: float) -> float:
@@ -161,18 +163,18 @@ def test_on_a_noisy_curve_the_bound_is_kept_and_hardly_less_would_do(
     assert all(asked >= bits for asked in make.asked if curve(asked) <= limit)
 
 
-def test_a_curve_that_falls_off_a_cliff(tmp_path: Path) -> None:
+def test_a_curve_with_a_step(tmp_path: Path) -> None:
     make = Makes(lambda bits: 1e-4 if bits >= 0.71 else 2.0, tmp_path / "out")
     assert 0.71 <= reach(make, Goal("max_kl", 0.01)) <= 0.71 * 1.15
 
 
 @pytest.mark.parametrize("kl", [0.0, 1e-5])
-def test_the_smallest_budget_will_do(kl: float, tmp_path: Path) -> None:
+def test_the_smallest_budget_may_suffice(kl: float, tmp_path: Path) -> None:
     make = Makes(lambda _: kl, tmp_path / "out")
     assert reach(make, Goal("max_kl", 0.01)) == INFO.bits_min
 
 
-def test_budgets_that_are_given(tmp_path: Path) -> None:
+def test_discrete_budgets(tmp_path: Path) -> None:
     for kl, expected in ((0.5, 2.0), (1.0, 1.0), (3.0, 1.0)):
         make = Makes(lambda bits: 1 / bits, tmp_path / "out")
         assert reach(make, Goal("max_kl", kl), DISCRETE) == expected
@@ -181,9 +183,7 @@ def test_budgets_that_are_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("curve", [lambda bits: 1 / bits, lambda bits: math.nan])
 @pytest.mark.parametrize("info", [INFO, DISCRETE])
-def test_a_bound_that_nothing_keeps_is_refused(
-    curve: Curve, info: MethodInfo, tmp_path: Path
-) -> None:
+def test_an_unreachable_bound_is_rejected(curve: Curve, info: MethodInfo, tmp_path: Path) -> None:
     make = Makes(curve, tmp_path / "out")
     reached = f"{curve(info.bits_max or 0):.4g}"
     with pytest.raises(InvalidGoal, match=rf"KL at most 0.1 .* {info.bits_max:g} bits: {reached}"):
@@ -191,7 +191,7 @@ def test_a_bound_that_nothing_keeps_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_left_of_a_trial_that_fails(tmp_path: Path) -> None:
+def test_a_failed_trial_leaves_no_file(tmp_path: Path) -> None:
     def stopped(bits: float, path: Path) -> Report:
         path.write_text("half")
         raise Cancelled("stop")

@@ -1,4 +1,4 @@
-"""Moments gathered block by block, against hooks and autograd in plain transformers."""
+"""Moments collected block by block, against hooks and autograd in plain transformers."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ SEEN = TRAIN[[0, 2, 4]]
 
 
 class Collected(NamedTuple):
-    """Moments, and what they were gathered from."""
+    """Moments, with the model and data that they come from."""
 
     statistics: Statistics
     model: BlockwiseModel
@@ -77,7 +77,7 @@ def second_moment(rows: Tensor) -> Tensor:
 
 
 def run_whole(whole: Any, tokens: Tensor, labels: Tensor | None) -> tuple[dict[str, Tensor], ...]:
-    """Every module's inputs and, with labels, the gradients at its outputs; and the logits."""
+    """Each module's inputs, with labels the gradients at its outputs, and the logits."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -110,7 +110,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
-def test_moments_equal_those_of_plain_transformers(
+def test_moments_equal_plain_transformers(
     family: str, tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, model, _, whole, labels = collected(family, tmp_path, scratch, monkeypatch)
@@ -137,7 +137,7 @@ def test_moments_equal_those_of_plain_transformers(
     assert found.held_inputs(model.embedding) is None
     name = model.embedding.removesuffix(".weight")
     frequency = torch.bincount(SEEN.flatten(), minlength=256) / SEEN.numel()
-    # Where the module multiplies its rows, what comes before that is a row's gradient.
+    # If the module scales its rows, a row's gradient is taken before the scaling.
     module = whole.get_submodule(name)
     row = module.weight[TRAIN[0, 0]]
     factor = float((module(TRAIN[:1, :1])[0, 0] / row).detach().median())
@@ -152,7 +152,7 @@ def test_moments_equal_those_of_plain_transformers(
         close(found.inputs(embedding.ref.key), lookup)
         return
     as_head = second_moment(inputs["lm_head"])
-    # The nearest product in the sense of traces: along each side, and of the whole.
+    # The Kronecker product with equal traces: along each side, and overall.
     rows = frequency * lookup.trace() + spread * as_head.trace()
     columns = frequency.sum() * lookup + spread.sum() * as_head
     close(
@@ -176,7 +176,7 @@ def test_labels_are_sampled_from_the_models_own_predictions(
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
-def test_experts_count_by_the_tokens_that_reach_them(
+def test_experts_moments_are_weighted_by_routed_tokens(
     family: str, tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, model, pair, _, labels = collected(family, tmp_path, scratch, monkeypatch)
@@ -211,7 +211,7 @@ def test_experts_count_by_the_tokens_that_reach_them(
             mean = second_moment(torch.cat([_rows(samples[key], len(moment)) for key in peers]))
             lacking = max(0, len(moment) - len(own))
             total = own.T @ own + lacking * mean
-            # Of the inputs per token of the text, of the gradients per token that came by.
+            # Inputs per token of the text, gradients per token routed to the expert.
             close(moment, total / (count or max(len(own), len(moment))))
 
 
@@ -220,14 +220,16 @@ def _rows(pieces: list[Tensor], width: int) -> Tensor:
     return torch.cat(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
 
 
-def test_only_what_changed_is_looked_at(tmp_path: Path) -> None:
+def test_only_changed_tensors_are_observed(tmp_path: Path) -> None:
     save(CASES["llama"], tmp_path / "base")
     save(CASES["llama"], tmp_path / "tuned")
     pair = open_pair(tmp_path / "base", tmp_path / "tuned")
     assert changed_matrices(pair, BlockwiseModel(tmp_path / "tuned"), with_embedding=True) == []
 
 
-def test_without_gradients_there_are_inputs_alone(tmp_path: Path, scratch: Scratch) -> None:
+def test_without_gradients_only_input_moments_are_collected(
+    tmp_path: Path, scratch: Scratch
+) -> None:
     save(CASES["qwen2"], tmp_path / "base")
     save(CASES["qwen2"], tmp_path / "tuned", scale=0.02)
     pair = open_pair(tmp_path / "base", tmp_path / "tuned")

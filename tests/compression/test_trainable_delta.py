@@ -1,4 +1,4 @@
-"""Deltas as functions of their scales, held to the decoder and to the dense formula."""
+"""Deltas as functions of their scales, against the decoder and the dense formula."""
 
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -82,8 +82,8 @@ CASES: dict[str, Callable[[], Encoded]] = {
 
 @pytest.fixture
 def scratch() -> Iterator[Scratch]:
-    with Scratch() as found:
-        yield found
+    with Scratch() as actual:
+        yield actual
 
 
 @pytest.fixture(params=CASES)
@@ -98,16 +98,16 @@ def perturbed(delta: TrainableDelta, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def test_factors_of_one_give_the_decoded_delta(encoded: Encoded, scratch: Scratch) -> None:
+def test_unit_factors_give_the_decoded_delta(encoded: Encoded, scratch: Scratch) -> None:
     delta = TrainableDelta(encoded, scratch, "w", CPU)
-    found = delta(unit_factors({"w": delta}, CPU)["w"])
+    actual = delta(unit_factors({"w": delta}, CPU)["w"])
     expected = torch.from_numpy(decode_dense(encoded))
-    assert found.shape == expected.shape
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-5)
+    assert actual.shape == expected.shape
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.detach(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_there_is_a_factor_for_every_scale(encoded: Encoded, scratch: Scratch) -> None:
+def test_every_scale_has_a_factor(encoded: Encoded, scratch: Scratch) -> None:
     delta = TrainableDelta(encoded, scratch, "w", CPU)
     wanted = {
         key: data.size
@@ -122,7 +122,7 @@ def test_there_is_a_factor_for_every_scale(encoded: Encoded, scratch: Scratch) -
     ) == sum(wanted.values())
 
 
-def test_rescaled_decodes_to_the_delta_under_the_factors(
+def test_the_rescaled_record_decodes_to_the_delta_with_factors(
     encoded: Encoded, scratch: Scratch
 ) -> None:
     delta = TrainableDelta(encoded, scratch, "w", CPU)
@@ -134,20 +134,20 @@ def test_rescaled_decodes_to_the_delta_under_the_factors(
         assert rescaled.segments[key].dtype == data.dtype
         assert rescaled.segments[key].shape == data.shape
         assert key in delta.factors or np.array_equal(rescaled.segments[key], data)
-    decoded, found = torch.from_numpy(decode_dense(rescaled)), delta(factors)
-    # The scales are stored in half precision.
-    torch.testing.assert_close(found, decoded, rtol=0, atol=2e-3 * float(decoded.abs().max()))
-    assert not torch.allclose(found, torch.from_numpy(decode_dense(encoded)), rtol=1e-2)
+    decoded, actual = torch.from_numpy(decode_dense(rescaled)), delta(factors)
+    # Scales are stored in half precision.
+    torch.testing.assert_close(actual, decoded, rtol=0, atol=2e-3 * float(decoded.abs().max()))
+    assert not torch.allclose(actual, torch.from_numpy(decode_dense(encoded)), rtol=1e-2)
 
 
-def test_gradients_equal_differences(encoded: Encoded, scratch: Scratch) -> None:
+def test_gradients_equal_finite_differences(encoded: Encoded, scratch: Scratch) -> None:
     delta = TrainableDelta(encoded, scratch, "w", CPU)
     factors = {key: value.requires_grad_() for key, value in perturbed(delta).items()}
     weights = torch.randn(encoded.record["shape"], generator=torch.Generator().manual_seed(1))
     gradients = _gradients((delta(factors) * weights).sum(), factors)
     for key, factor in factors.items():
         for index in {0, factor.numel() - 1}:
-            # The delta is linear in each factor, so that a difference of any size is exact.
+            # The delta is linear in each factor: a finite difference of any step is exact.
             step = torch.zeros_like(factor)
             step[index] = 1.0
             with torch.no_grad():
@@ -158,7 +158,7 @@ def test_gradients_equal_differences(encoded: Encoded, scratch: Scratch) -> None
             assert float(gradients[key][index]) == pytest.approx(change, rel=1e-3, abs=1e-3 * size)
 
 
-def test_gradients_equal_those_of_the_dense_formula(scratch: Scratch) -> None:
+def test_gradients_equal_the_dense_formulas(scratch: Scratch) -> None:
     encoded = svd(rows=True, columns=True)
     matrix = decode_svd(encoded)
     delta = TrainableDelta(encoded, scratch, "w", CPU)
@@ -172,9 +172,9 @@ def test_gradients_equal_those_of_the_dense_formula(scratch: Scratch) -> None:
     s = torch.from_numpy(matrix.s).double() * plain["s"]
     dense = scale["row_scale"][:, None] * (u.T @ (s[:, None] * v)) * scale["column_scale"]
     weights = torch.randn(H_OUT, H_IN, generator=torch.Generator().manual_seed(1))
-    found = _gradients((delta(factors) * weights).sum(), factors)
+    actual = _gradients((delta(factors) * weights).sum(), factors)
     expected = _gradients((dense * weights).sum(), plain)
-    for key, gradient in found.items():
+    for key, gradient in actual.items():
         size = float(expected[key].abs().max())
         torch.testing.assert_close(gradient.double(), expected[key], rtol=1e-4, atol=1e-5 * size)
 
@@ -183,7 +183,7 @@ def _gradients(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
 
 
-def test_deltas_of_many_tensors_do_not_mix(scratch: Scratch) -> None:
+def test_factors_of_different_tensors_are_independent(scratch: Scratch) -> None:
     names = ("w", "w.0", "w.0.1")
     made = [encode_sum([svd(seed=k), svd(seed=k + 20)]) for k in range(3)]
     deltas = {
@@ -199,7 +199,7 @@ def test_deltas_of_many_tensors_do_not_mix(scratch: Scratch) -> None:
     )
 
 
-def test_no_ranks_are_no_delta(scratch: Scratch) -> None:
+def test_a_delta_without_ranks_is_zero(scratch: Scratch) -> None:
     nothing = np.zeros(0, np.int64)
     sides = [Vectors(np.zeros((0, n), np.uint8), nothing, None) for n in (H_OUT, H_IN)]
     encoded = encode_svd(SvdMatrix(sides[0], np.zeros(0, np.float32), sides[1]), "BF16", {})

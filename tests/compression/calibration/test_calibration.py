@@ -1,4 +1,4 @@
-"""Calibration from files and mixtures: what is read, what is held out, what is refused."""
+"""Calibration from files and mixtures: formats, held-out text, invalid input."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A folder with a byte-level tokenizer, which is all that files need."""
+    """A folder with only a byte-level tokenizer."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     save_tokenizer(folder)
@@ -58,20 +58,22 @@ def numbered(count: int) -> str:
     return "".join(f"{n:05d} " for n in range(count))
 
 
-def test_text_is_cut_into_windows_that_do_not_overlap(checkpoint: Path, tmp_path: Path) -> None:
+def test_text_is_split_into_disjoint_windows(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(numbered(2000))
-    found = load(checkpoint, Source(path), length=30)
-    assert (found.train.shape, found.held_out.shape) == ((136, 30), (17, 30))
-    assert found.train.dtype == torch.int64
-    train, held = (words(checkpoint, part).split() for part in (found.train, found.held_out))
+    calibration = load(checkpoint, Source(path), length=30)
+    assert (calibration.train.shape, calibration.held_out.shape) == ((136, 30), (17, 30))
+    assert calibration.train.dtype == torch.int64
+    train, held = (
+        words(checkpoint, part).split() for part in (calibration.train, calibration.held_out)
+    )
     assert not set(train) & set(held)
     assert len(set(train)) == len(train)
-    assert found.tokens == 136 * 30
-    assert found.sources == [
+    assert calibration.tokens == 136 * 30
+    assert calibration.sources == [
         {
             "kind": "text",
-            "sha256": found.sources[0]["sha256"],
+            "sha256": calibration.sources[0]["sha256"],
             "weight": 1.0,
             "tokens": 136 * 30,
             "held_out": 17 * 30,
@@ -79,7 +81,7 @@ def test_text_is_cut_into_windows_that_do_not_overlap(checkpoint: Path, tmp_path
     ]
 
 
-def test_the_hash_covers_all_and_follows_the_seed(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_hash_depends_on_text_seed_and_sizes(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(numbered(2000))
     first, again = (load(checkpoint, Source(path)) for _ in range(2))
@@ -93,21 +95,21 @@ def test_the_hash_covers_all_and_follows_the_seed(checkpoint: Path, tmp_path: Pa
     assert len({first.sha256, *(other.sha256 for other in others)}) == 4
 
 
-def test_windows_are_shorter_for_short_models_and_short_texts(
+def test_windows_are_shorter_for_short_contexts_and_short_texts(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "text.txt"
     path.write_text(numbered(2000))
-    found = load_calibration([Source(path)], checkpoint, 24, 0)
-    assert found.train.shape[1] == 24
+    calibration = load_calibration([Source(path)], checkpoint, 24, 0)
+    assert calibration.train.shape[1] == 24
     path.write_text(numbered(100))
     assert load(checkpoint, Source(path), length=2048).train.shape[1] == 600 // 16
 
 
-def test_jsonl_texts_are_one_text(checkpoint: Path, tmp_path: Path) -> None:
+def test_jsonl_texts_are_concatenated(checkpoint: Path, tmp_path: Path) -> None:
     source = lines(tmp_path / "text.jsonl", [{"text": f"line\u2028 {n:04d}"} for n in range(300)])
-    found = load(checkpoint, source)
-    assert found.sources[0]["kind"] == "text"
+    calibration = load(checkpoint, source)
+    assert calibration.sources[0]["kind"] == "text"
     assert "0001\nline\u2028 0002" in words(checkpoint, read_windows(source.path, checkpoint, 32))
 
 
@@ -120,17 +122,17 @@ def conversation(number: int) -> dict[str, Any]:
     }
 
 
-def test_messages_go_through_the_chat_template(chat: Path, tmp_path: Path) -> None:
+def test_messages_are_rendered_with_the_chat_template(chat: Path, tmp_path: Path) -> None:
     source = lines(tmp_path / "chat.jsonl", [conversation(n) for n in range(60)])
-    found = load(chat, source)
-    assert found.sources[0]["kind"] == "conversations"
+    calibration = load(chat, source)
+    assert calibration.sources[0]["kind"] == "conversations"
     text = words(chat, read_windows(source.path, chat, 32))
     assert "[user]question 0003?[end][assistant]answer 0003![end][user]question 0004?" in text
 
 
-def test_conversations_are_held_out_as_a_whole(chat: Path, tmp_path: Path) -> None:
+def test_whole_conversations_are_held_out(chat: Path, tmp_path: Path) -> None:
     source = lines(tmp_path / "chat.jsonl", [conversation(n) for n in range(200)])
-    found = load(chat, source)
+    calibration = load(chat, source)
 
     def numbers(windows: Tensor) -> set[str]:
         text = words(chat, windows)
@@ -138,18 +140,20 @@ def test_conversations_are_held_out_as_a_whole(chat: Path, tmp_path: Path) -> No
             text[at + 9 : at + 13] for at in range(len(text)) if text.startswith("question ", at)
         }
 
-    train, held = numbers(found.train), numbers(found.held_out)
+    train, held = numbers(calibration.train), numbers(calibration.held_out)
     assert len(train) > 5 * len(held) > 0
     assert not train & held
 
 
-def test_a_long_conversation_calibrates_and_short_ones_measure(chat: Path, tmp_path: Path) -> None:
+def test_a_long_conversation_calibrates_and_short_ones_are_held_out(
+    chat: Path, tmp_path: Path
+) -> None:
     long = {"messages": [{"role": "user", "content": numbered(1000)}]}
     source = lines(tmp_path / "chat.jsonl", [long, conversation(1), conversation(2)])
     for seed in range(5):
-        found = load(chat, source, seed=seed)
-        assert "question" in words(chat, found.held_out)
-        assert "question" not in words(chat, found.train)
+        calibration = load(chat, source, seed=seed)
+        assert "question" in words(chat, calibration.held_out)
+        assert "question" not in words(chat, calibration.train)
 
 
 def test_prompts_and_completions_are_joined(checkpoint: Path, tmp_path: Path) -> None:
@@ -166,28 +170,28 @@ def test_prompts_may_be_messages(chat: Path, tmp_path: Path) -> None:
     assert first.sha256 == load(chat, lines(tmp_path / "b.jsonl", same)).sha256
 
 
-def test_a_mixture_keeps_its_proportions(chat: Path, tmp_path: Path) -> None:
+def test_a_mixture_has_its_proportions(chat: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(numbered(3000))
     talk = lines(tmp_path / "chat.jsonl", [conversation(n) for n in range(500)])
-    found = load(chat, Source(text, 3.0), Source(talk.path, 1.0))
-    assert [source["tokens"] for source in found.sources] == [3072, 1024]
-    assert [source["held_out"] for source in found.sources] == [12 * 32, 4 * 32]
-    assert sum(source["tokens"] for source in found.sources) == found.tokens
-    assert found.held_out.numel() == 16 * 32
+    calibration = load(chat, Source(text, 3.0), Source(talk.path, 1.0))
+    assert [source["tokens"] for source in calibration.sources] == [3072, 1024]
+    assert [source["held_out"] for source in calibration.sources] == [12 * 32, 4 * 32]
+    assert sum(source["tokens"] for source in calibration.sources) == calibration.tokens
+    assert calibration.held_out.numel() == 16 * 32
     swapped = load(chat, Source(talk.path, 1.0), Source(text, 3.0))
-    assert swapped.sha256 != found.sha256
+    assert swapped.sha256 != calibration.sha256
 
 
-def test_a_source_that_is_short_gives_what_it_has(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_short_source_is_used_completely(checkpoint: Path, tmp_path: Path) -> None:
     long, short = tmp_path / "long.txt", tmp_path / "short.txt"
     long.write_text(numbered(3000))
     short.write_text(numbered(50))
-    found = load(checkpoint, Source(long), Source(short))
-    assert [source["tokens"] for source in found.sources] == [2048, 8 * 32]
+    calibration = load(checkpoint, Source(long), Source(short))
+    assert [source["tokens"] for source in calibration.sources] == [2048, 8 * 32]
 
 
-def test_long_files_are_sampled_by_their_seed() -> None:
+def test_long_texts_are_sampled_by_seed() -> None:
     text = "".join(f"{n:07d} " for n in range(700_000))
     first, second = excerpt(text, 0), excerpt(text, 1)
     assert len(first) == len(second) == 4_000_000
@@ -195,7 +199,7 @@ def test_long_files_are_sampled_by_their_seed() -> None:
     assert excerpt("short", 3) == "short"
 
 
-def test_long_jsonl_files_are_sampled_by_their_seed(
+def test_long_jsonl_files_are_sampled_by_seed(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deltadock.compression.calibration.sources.MAX_CHARACTERS", 2000)
@@ -234,7 +238,7 @@ def test_long_jsonl_files_are_sampled_by_their_seed(
         ("a.jsonl", b'{"prompt": "a"}', "two prompts"),
     ],
 )
-def test_files_that_cannot_be_used_are_refused(
+def test_unusable_files_are_rejected(
     checkpoint: Path, tmp_path: Path, name: str, content: bytes, said: str
 ) -> None:
     path = tmp_path / name
@@ -259,7 +263,7 @@ def test_messages_need_a_chat_template(checkpoint: Path, tmp_path: Path) -> None
     ],
     ids=["refuses", "undefined", "leaves the sandbox", "no template"],
 )
-def test_a_template_that_fails_is_refused_with_its_line(
+def test_a_failing_template_is_rejected_with_the_line(
     checkpoint: Path, tmp_path: Path, template: str
 ) -> None:
     (checkpoint / "chat_template.jinja").write_text(template)
@@ -268,7 +272,7 @@ def test_a_template_that_fails_is_refused_with_its_line(
         load(checkpoint, source)
 
 
-def test_files_too_short_for_any_window_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_files_too_short_for_a_window_are_rejected(checkpoint: Path, tmp_path: Path) -> None:
     records = [{"prompt": numbered(100), "completion": ""}, {"prompt": "a", "completion": "b"}]
     source = lines(tmp_path / "pairs.jsonl", records)
     with pytest.raises(InvalidCalibration, match="windows of 2 tokens only"):
@@ -276,7 +280,7 @@ def test_files_too_short_for_any_window_are_refused(checkpoint: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_weights_that_are_none_are_refused(checkpoint: Path, tmp_path: Path, weight: float) -> None:
+def test_invalid_weights_are_rejected(checkpoint: Path, tmp_path: Path, weight: float) -> None:
     path = tmp_path / "text.txt"
     path.write_text(numbered(500))
     with pytest.raises(InvalidCalibration, match="weight"):
@@ -284,7 +288,7 @@ def test_weights_that_are_none_are_refused(checkpoint: Path, tmp_path: Path, wei
 
 
 @pytest.mark.parametrize("sizes", [(255, 32), (1 << 25, 32), (4096, 15), (4096, 1 << 18)])
-def test_sizes_that_cannot_be_are_refused(
+def test_invalid_sizes_are_rejected(
     checkpoint: Path, tmp_path: Path, sizes: tuple[int, int]
 ) -> None:
     path = tmp_path / "text.txt"
@@ -293,14 +297,14 @@ def test_sizes_that_cannot_be_are_refused(
         load(checkpoint, Source(path), tokens=sizes[0], length=sizes[1])
 
 
-def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(numbered(500))
     with pytest.raises(InvalidCheckpoint, match="tokenizer"):
         load(tmp_path, Source(path))
 
 
-def test_prompts_alone_measure_nothing(checkpoint: Path, tmp_path: Path) -> None:
+def test_prompts_alone_cannot_be_read_as_windows(checkpoint: Path, tmp_path: Path) -> None:
     source = lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     with pytest.raises(InvalidCalibration, match="prompts alone"):
         read_windows(source.path, checkpoint, 32)

@@ -1,4 +1,4 @@
-"""Text that the fine-tuned model writes: from its own distribution, the same for the same seed."""
+"""Text sampled from the fine-tuned model, deterministic in its seed."""
 
 import json
 from collections.abc import Callable
@@ -34,25 +34,25 @@ def recommend(checkpoint: Path, **fields: object) -> None:
     (checkpoint / "generation_config.json").write_text(json.dumps(fields))
 
 
-def without_ends(checkpoint: Path) -> None:
+def remove_end_tokens(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     config |= {"bos_token_id": None, "eos_token_id": None}
     (checkpoint / "config.json").write_text(json.dumps(config))
 
 
-def found_in(tokens: Tensor, text: Tensor) -> bool:
+def contains(tokens: Tensor, text: Tensor) -> bool:
     windows = tokens.unfold(0, text.numel(), 1)
     return bool((windows == text).all(dim=1).any())
 
 
-def test_the_default_is_text_of_the_models_own(finetuned: Path) -> None:
+def test_by_default_text_is_sampled_from_the_model(finetuned: Path) -> None:
     shown: list[float] = []
-    found = load_calibration(
+    calibration = load_calibration(
         [], finetuned, 128, 0, OPTIONS, progress=lambda message, done: shown.append(done)
     )
-    assert (found.train.shape, found.held_out.shape) == ((32, 64), (4, 64))
-    assert found.train[0, 0] == 0, "documents begin with the start token"
-    assert found.sources == [
+    assert (calibration.train.shape, calibration.held_out.shape) == ((32, 64), (4, 64))
+    assert calibration.train[0, 0] == 0, "documents begin with the start token"
+    assert calibration.sources == [
         {"kind": "sampled", "sha256": None, "weight": 1.0, "tokens": 2048, "held_out": 256}
     ]
     assert shown == sorted(shown)
@@ -61,7 +61,7 @@ def test_the_default_is_text_of_the_models_own(finetuned: Path) -> None:
     assert len(shown) > 64
 
 
-def test_the_seed_decides_and_nothing_else(finetuned: Path) -> None:
+def test_samples_depend_on_the_seed_only(finetuned: Path) -> None:
     torch.manual_seed(1)
     first = load_calibration([], finetuned, 128, 0, OPTIONS)
     torch.manual_seed(2)
@@ -72,15 +72,15 @@ def test_the_seed_decides_and_nothing_else(finetuned: Path) -> None:
     assert load_calibration([], finetuned, 128, 1, OPTIONS).sha256 != first.sha256
 
 
-def test_windows_are_no_longer_than_the_model_reads(finetuned: Path) -> None:
+def test_windows_are_limited_to_the_context_length(finetuned: Path) -> None:
     options = CalibrationOptions(tokens=2048)
     assert load_calibration([], finetuned, 128, 0, options).train.shape == (16, 128)
 
 
 def test_tokens_are_drawn_from_the_full_distribution(finetuned: Path) -> None:
-    """What the checkpoint recommends for chatting is not asked for."""
+    """The checkpoint's generation config is not applied."""
     recommend(finetuned, do_sample=True, top_k=1, temperature=0.1)
-    without_ends(finetuned)
+    remove_end_tokens(finetuned)
     begin = torch.tensor([7])
     drawn, _ = sampler(finetuned).sample([begin], 3, 18_000, 3)
     assert (drawn[0::3] == 7).all()
@@ -88,81 +88,79 @@ def test_tokens_are_drawn_from_the_full_distribution(finetuned: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(finetuned, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = torch.softmax(model(begin[None]).logits[0, -1].double(), dim=-1)
-    # Pearson's statistic over tokens that are expected often enough, against its mean and spread.
-    often = expected * counts.sum() > 5
-    assert often.sum() > 50, "a flat distribution, which top-k would have cut"
-    means = expected[often] * counts.sum()
-    statistic = float(((counts[often] - means).square() / means).sum())
-    freedom = int(often.sum())
+    # Pearson's chi-squared over tokens with an expected count above 5.
+    frequent = expected * counts.sum() > 5
+    assert frequent.sum() > 50, "the distribution is flat, so that top-k would truncate it"
+    means = expected[frequent] * counts.sum()
+    statistic = float(((counts[frequent] - means).square() / means).sum())
+    freedom = int(frequent.sum())
     assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5
 
 
-def test_documents_end_where_the_model_ends_them(finetuned: Path) -> None:
+def test_documents_end_at_the_models_end_tokens(finetuned: Path) -> None:
     recommend(finetuned, eos_token_id=list(range(128)))
     tokens, _ = sampler(finetuned).sample([torch.tensor([200])], 64, 4096, 64)
     ends = (tokens < 128).nonzero().flatten()[:-1]
     assert len(ends) > 500
-    assert (tokens[ends + 1] == 200).all(), "every end is followed by the next beginning"
+    assert (tokens[ends + 1] == 200).all(), "every end token is followed by a start token"
 
 
-def test_a_model_that_says_nothing_is_refused(finetuned: Path) -> None:
+def test_a_model_that_generates_nothing_is_rejected(finetuned: Path) -> None:
     recommend(finetuned, eos_token_id=list(range(256)))
     with pytest.raises(InvalidCalibration, match="ends its text at once"):
         load_calibration([], finetuned, 128, 0, OPTIONS)
 
 
-def test_prompts_begin_the_text_and_are_not_shared_with_what_is_held_out(
+def test_prompts_of_held_out_text_are_not_used_for_training(
     finetuned: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "prompts.jsonl"
     prompts = [f"prompt {n:02d}:" for n in range(20)]
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    found = load_calibration([Source(path)], finetuned, 128, 0, OPTIONS)
-    assert found.sources[0]["kind"] == "sampled"
-    assert found.sources[0]["sha256"] is not None
+    calibration = load_calibration([Source(path)], finetuned, 128, 0, OPTIONS)
+    assert calibration.sources[0]["kind"] == "sampled"
+    assert calibration.sources[0]["sha256"] is not None
     tokenizer = load_tokenizer(finetuned)
     train, held = (
         {
             prompt
             for prompt in prompts
-            if found_in(windows.flatten(), encode(tokenizer, prompt))
+            if contains(windows.flatten(), encode(tokenizer, prompt))
         }
-        for windows in (found.train, found.held_out)
+        for windows in (calibration.train, calibration.held_out)
     )  # fmt: skip
     assert len(train) > 10
     assert held
     assert not train & held
 
 
-def test_a_chat_model_asks_itself(finetuned: Path) -> None:
+def test_a_chat_model_generates_its_own_questions(finetuned: Path) -> None:
     (finetuned / "chat_template.jinja").write_text(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     recommend(finetuned, eos_token_id=list(range(64)))
     options = CalibrationOptions(tokens=2048, length=128)
-    found = load_calibration([], finetuned, 128, 0, options)
-    text = load_tokenizer(finetuned).decode(found.train.flatten())
+    calibration = load_calibration([], finetuned, 128, 0, options)
+    text = load_tokenizer(finetuned).decode(calibration.train.flatten())
     assert text.startswith("<user>")
     assert text.count("<user>") == text.count("</><assistant>") > 16
     again = load_calibration([], finetuned, 128, 0, options)
-    assert found.sha256 == again.sha256
+    assert calibration.sha256 == again.sha256
 
 
 @pytest.mark.parametrize(
     "template", ["{{ raise_exception('no') }}", "constant", "{{ messages[9] }}"]
 )
-def test_a_template_without_a_place_for_questions_is_passed_over(
-    finetuned: Path, template: str
-) -> None:
+def test_an_unusable_template_is_ignored(finetuned: Path, template: str) -> None:
     (finetuned / "chat_template.jinja").write_text(template)
     assert load_calibration([], finetuned, 128, 0, OPTIONS).train[0, 0] == 0
 
 
-def test_sampled_text_and_a_file_mix(finetuned: Path, text: Path) -> None:
-    found = load_calibration([Source(text), Source(None, 1.0)], finetuned, 128, 0, OPTIONS)
-    assert [source["kind"] for source in found.sources] == ["text", "sampled"]
-    assert [source["tokens"] for source in found.sources] == [1024, 1024]
+def test_sampled_text_and_a_file_are_mixed(finetuned: Path, text: Path) -> None:
+    calibration = load_calibration([Source(text), Source(None, 1.0)], finetuned, 128, 0, OPTIONS)
+    assert [source["kind"] for source in calibration.sources] == ["text", "sampled"]
+    assert [source["tokens"] for source in calibration.sources] == [1024, 1024]
 
 
 def test_sampling_can_be_cancelled(finetuned: Path) -> None:
@@ -174,14 +172,14 @@ def test_sampling_can_be_cancelled(finetuned: Path) -> None:
         load_calibration([], finetuned, 128, 0, OPTIONS, progress=stop)
 
 
-def test_a_model_that_cannot_be_sampled_from_is_refused(finetuned: Path) -> None:
+def test_an_unsupported_model_is_rejected(finetuned: Path) -> None:
     (finetuned / "config.json").write_text('{"model_type": "abacus"}')
     with pytest.raises(UnsupportedModel, match="give a calibration text"):
         load_calibration([], finetuned, 128, 0, OPTIONS)
 
 
-def test_a_model_without_a_start_token_is_refused(finetuned: Path) -> None:
-    without_ends(finetuned)
+def test_a_model_without_a_start_token_is_rejected(finetuned: Path) -> None:
+    remove_end_tokens(finetuned)
     (finetuned / "generation_config.json").unlink()
     with pytest.raises(InvalidCalibration, match="no start token"):
         load_calibration([], finetuned, 128, 0, OPTIONS)

@@ -1,4 +1,4 @@
-"""AdaMix, step by step against plain float64, and its behaviour at the edges."""
+"""AdaMix: each step against plain float64, and edge cases."""
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ from deltadock.compression.options import rank_budget
 from tests.compression.matrices import make_task, output_error
 
 
-def test_simulated_errors_are_those_of_the_output() -> None:
-    """`E[i, b]` is what the layer's output loses when rank i alone is quantized to b bits."""
+def test_simulated_errors_equal_the_output_errors() -> None:
+    """`E[i, b]` is the layer's output error when only rank i is quantized to b bits."""
     task = make_task()
     u, s, v, _ = decompose(task.delta, 6)
     widths = torch.tensor(CANDIDATES).repeat_interleave(6)
@@ -59,7 +59,7 @@ def test_target_correction_is_the_least_squares_solution() -> None:
 def test_a_fallback_is_reported() -> None:
     task = make_task()
     u, s, v, _ = decompose(task.delta, 12)
-    # Not a second moment at all: too indefinite for any of the ridges.
+    # Not a second moment: too indefinite for every ridge.
     indefinite = torch.diag(torch.tensor([1.0] * 48 + [-1.0] * 32, dtype=torch.float64))
     corrected, _, fallback = refit_left_factor(task.delta, u, s[:, None] * v, indefinite)
     assert fallback is not None
@@ -68,7 +68,7 @@ def test_a_fallback_is_reported() -> None:
 
 @pytest.mark.parametrize("shape", [(48, 80), (33, 7), (80, 48)])
 @pytest.mark.parametrize("bits", [0.5, 1.0, 3.0])
-def test_budget_is_kept_and_reported(shape: tuple[int, int], bits: float) -> None:
+def test_the_budget_holds_and_is_reported(shape: tuple[int, int], bits: float) -> None:
     result = compress_matrix(make_task(*shape, bits=bits))
     matrix = decode_svd(result.encoded)
     np.testing.assert_array_equal(matrix.u.bits, matrix.v.bits)

@@ -7,7 +7,7 @@ from deltadock.compression.methods.bitdelta import compress_matrix
 from tests.compression.matrices import check_result, make_task
 
 
-def test_it_is_the_sign_times_the_mean() -> None:
+def test_the_approximation_is_the_sign_times_the_mean() -> None:
     delta = make_task(33, 70).delta
     delta[3, 5] = delta[7, 0] = 0
     task = make_task(33, 70, delta=delta)
@@ -17,7 +17,7 @@ def test_it_is_the_sign_times_the_mean() -> None:
     assert torch.equal(decoded, expected)
 
 
-def test_no_other_scale_is_better() -> None:
+def test_the_scale_is_optimal() -> None:
     task = make_task()
     approximation = compress_matrix(task).approximation.double()
     delta = task.delta.double()
@@ -26,7 +26,7 @@ def test_no_other_scale_is_better() -> None:
         assert (delta - factor * approximation).square().sum() > best
 
 
-def test_one_bit_a_weight_and_one_scale() -> None:
+def test_one_bit_per_weight_and_one_scale() -> None:
     task = make_task(128, 256)
     result = compress_matrix(task)
     assert result.encoded.nbytes == 128 * 256 // 8 + 4

@@ -1,4 +1,4 @@
-"""Delta-CoMe and Topk-x: widths by place, and GPTQ without any correction of U."""
+"""Delta-CoMe and Topk-x: widths by rank index, and GPTQ without correcting U."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ METHODS = {
 }
 
 
-def test_widths_of_the_papers() -> None:
+def test_widths_equal_the_papers() -> None:
     # Delta-CoMe's published setting of a 4096 x 4096 matrix at 1 bit: 2, 32 and 968 ranks.
     widths = fixed_widths(rank_budget(1.0, 4096, 4096), DELTA_COME)
     assert widths == [8] * 2 + [3] * 32 + [2] * 968
@@ -34,7 +34,7 @@ def test_widths_of_the_papers() -> None:
 
 @pytest.mark.parametrize("budget", range(0, 130, 7))
 @pytest.mark.parametrize("leading", [DELTA_COME, TOP_2, TOP_32])
-def test_the_budget_is_spent_and_not_exceeded(
+def test_the_budget_is_used_and_not_exceeded(
     budget: int, leading: Sequence[tuple[int, int]]
 ) -> None:
     widths = fixed_widths(budget, leading)
@@ -43,7 +43,7 @@ def test_the_budget_is_spent_and_not_exceeded(
 
 
 def test_steps_against_float64() -> None:
-    """The decoded delta is V under G, then every width's part of U under its own inputs."""
+    """V is quantized under G, then U width by width under the moment of its inputs."""
     task = make_task(60, 70, bits=2.0)
     result = METHODS["delta-come"](task)
     check_result(result, task)

@@ -8,7 +8,7 @@ from tests.compression.matrices import check_result, make_task
 
 
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48)])
-def test_it_is_the_truncated_svd(shape: tuple[int, int]) -> None:
+def test_the_approximation_is_the_truncated_svd(shape: tuple[int, int]) -> None:
     task = make_task(*shape, bits=5.0)
     result = compress_matrix(task)
     check_result(result, task)
@@ -16,7 +16,7 @@ def test_it_is_the_truncated_svd(shape: tuple[int, int]) -> None:
     u, s, v = torch.linalg.svd(task.delta.double(), full_matrices=False)
     expected = (u[:, :rank] * s[:rank]) @ v[:rank]
     error = torch.linalg.matrix_norm(result.approximation.double() - expected)
-    # bfloat16 keeps 8 bits of each factor.
+    # bfloat16 has 8 significant bits.
     assert error < 2**-8 * torch.linalg.matrix_norm(expected)
     assert result.notes["rank"] == rank
 

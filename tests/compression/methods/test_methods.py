@@ -1,4 +1,4 @@
-"""What holds for every method: the edges of what a matrix or a moment can be."""
+"""Properties of every method: edge cases of matrices and moments."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ NAMES = [
 ]
 NAMES.remove("exact")
 CALIBRATED = [name for name in NAMES if METHODS[name].needs_calibration]
-CALIBRATED.remove("bitdelta-distilled")  # for its scales alone, afterwards
+CALIBRATED.remove("bitdelta-distilled")  # uses it only to distill its scales afterwards
 
 
 def method_of(name: str) -> MatrixMethod:
@@ -23,7 +23,7 @@ def method_of(name: str) -> MatrixMethod:
     return method
 
 
-def test_what_is_kept_as_it_is_has_no_method() -> None:
+def test_exact_and_lora_have_no_matrix_method() -> None:
     assert matrix_method("exact") is None
     assert matrix_method("lora") is None
 
@@ -42,7 +42,7 @@ def test_a_delta_of_zero_stays_zero(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamix", "delta-come", "topk-2", "topk-32", "low-rank"])
-def test_a_rank_one_delta_is_kept_by_factors(name: str) -> None:
+def test_factor_methods_reproduce_a_rank_one_delta(name: str) -> None:
     delta = torch.outer(torch.linspace(-1, 1, 48), torch.linspace(0.1, 2, 80))
     task = make_task(delta=delta)
     result = method_of(name)(task)
@@ -52,18 +52,18 @@ def test_a_rank_one_delta_is_kept_by_factors(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tiny_and_huge_deltas_come_out_in_proportion(name: str) -> None:
-    """A power of two is no more than a shift of every scale."""
+def test_the_approximation_scales_with_the_delta(name: str) -> None:
+    """A power of two only shifts the exponents of the scales."""
     task = make_task(24, 40)
     plain = method_of(name)(task).approximation
     for exponent in (-30, 20):
         scaled = make_task(24, 40, delta=task.delta * 2.0**exponent)
-        found = method_of(name)(scaled).approximation
-        torch.testing.assert_close(found * 2.0**-exponent, plain, rtol=1e-3, atol=1e-3)
+        approximation = method_of(name)(scaled).approximation
+        torch.testing.assert_close(approximation * 2.0**-exponent, plain, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
-def test_dead_columns_do_no_harm(name: str) -> None:
+def test_columns_without_inputs(name: str) -> None:
     moment = make_moment(80)
     moment[5] = moment[:, 5] = 0
     moment[40:44] = moment[:, 40:44] = 0
@@ -75,7 +75,7 @@ def test_dead_columns_do_no_harm(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
-def test_a_moment_with_nan_is_refused(name: str) -> None:
+def test_a_moment_with_nan_is_rejected(name: str) -> None:
     moment = make_moment(80)
     moment[2, 3] = torch.nan
     with pytest.raises(InvalidCalibration, match="NaN"):
@@ -83,7 +83,7 @@ def test_a_moment_with_nan_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_task_gives_the_same_bytes(name: str) -> None:
+def test_methods_are_deterministic(name: str) -> None:
     def run(task: MatrixTask) -> tuple[object, dict[str, bytes]]:
         encoded = method_of(name)(task).encoded
         return encoded.record, {key: data.tobytes() for key, data in encoded.segments.items()}

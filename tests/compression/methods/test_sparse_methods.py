@@ -12,7 +12,7 @@ from tests.compression.matrices import check_result, make_task, output_error
 
 
 def corrected(delta: Tensor, moment: Tensor, decoded: Tensor) -> Tensor:
-    """Each entry as it was when its column was decided, replayed in float64 from the decisions."""
+    """Each entry when its column was quantized, recomputed in float64 from the result."""
     n = delta.shape[1]
     eye = torch.eye(n, dtype=torch.float64)
     damped = moment + DAMPING * moment.diagonal().mean() * eye
@@ -24,7 +24,7 @@ def corrected(delta: Tensor, moment: Tensor, decoded: Tensor) -> Tensor:
     return work
 
 
-def test_two_of_four_are_kept_and_rounded_after_correction() -> None:
+def test_two_of_four_are_kept_and_rounded_after_compensation() -> None:
     task = make_task(40, 144)
     decoded = check_result(delta_zip(task), task)
     assert ((decoded.reshape(40, 36, 4) != 0).sum(dim=2) == 2).all()
@@ -36,12 +36,12 @@ def test_two_of_four_are_kept_and_rounded_after_correction() -> None:
             grid = values[at].abs().min() * torch.tensor([-3.0, -1.0, 1.0, 3.0])
             entries = work[row, columns][at]
             nearest = (entries[:, None] - grid).abs().min(dim=1).values
-            # What lies on the fence may fall the other way in float32.
+            # Near a tie, float32 may round the other way.
             assert ((entries - values[at]).abs() <= nearest + 1e-3 * grid[3]).all()
 
 
 @pytest.mark.parametrize(("bits", "width"), [(1.0, 2), (2.0, 4)])
-def test_it_beats_magnitude_pruning_and_rounding(bits: float, width: int) -> None:
+def test_delta_zip_beats_magnitude_pruning_and_rounding(bits: float, width: int) -> None:
     task = make_task(64, 128, bits=bits)
     result = delta_zip(task)
     check_result(result, task)
@@ -58,7 +58,7 @@ def test_it_beats_magnitude_pruning_and_rounding(bits: float, width: int) -> Non
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 6, 129, 131])
-def test_columns_that_are_no_multiple_of_four(columns: int) -> None:
+def test_column_counts_that_are_not_a_multiple_of_four(columns: int) -> None:
     task = make_task(9, columns)
     decoded = check_result(delta_zip(task), task)
     tail = columns % 4
@@ -76,12 +76,12 @@ def test_one_of_twenty_is_kept() -> None:
         assert len(row[row != 0].unique()) <= 4
 
 
-def test_what_is_zeroed_moves_onto_what_is_kept() -> None:
+def test_pruning_errors_are_compensated_by_kept_entries() -> None:
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(256, 256, generator=generator) * torch.exp(-torch.arange(256) / 60)
     task = make_task(80, 256, moment=(mixing @ mixing.T).double())
     approximation = gpt_zip(task).approximation
-    # The same share of the entries by magnitude alone, each row's on a grid of its own.
+    # The same fraction by magnitude, with a grid per row.
     at = task.delta.abs().topk(round(0.05 * 256), dim=1).indices
     kept = task.delta.gather(1, at)
     scale = row_scales(kept, 2)[:, None]
@@ -92,13 +92,13 @@ def test_what_is_zeroed_moves_onto_what_is_kept() -> None:
 
 
 @pytest.mark.parametrize("method", [delta_zip, gpt_zip])
-def test_the_lossless_stage_pays(method: MatrixMethod) -> None:
+def test_deflating_saves_bytes(method: MatrixMethod) -> None:
     encoded = method(make_task(256, 256)).encoded
     assert "deflated" in encoded.record
     assert encoded.nbytes < 0.95 * inflate(encoded).nbytes
 
 
-def test_scales_are_what_float16_holds() -> None:
+def test_scales_are_exact_in_float16() -> None:
     values = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * 3e-6
     values[7] = 0
     scale = row_scales(values, 2)

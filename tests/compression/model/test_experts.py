@@ -40,7 +40,7 @@ def test_an_expert_with_enough_tokens_keeps_its_own_moment() -> None:
 
 
 @pytest.mark.parametrize("few", [0, 1, WIDTH - 1])
-def test_tokens_that_lack_are_made_up_from_the_layer(few: int) -> None:
+def test_missing_tokens_are_filled_from_the_layers_moment(few: int) -> None:
     moments, inputs = collected([10, 20, few])
     moment, notes = moments.filled_moment(REFS[2], [*REFS, *OTHERS])
     rows = torch.cat(inputs)
@@ -52,7 +52,7 @@ def test_tokens_that_lack_are_made_up_from_the_layer(few: int) -> None:
     assert torch.linalg.matrix_rank(moment) == WIDTH
 
 
-def test_other_maps_keep_theirs_however_few_tokens() -> None:
+def test_other_layers_keep_their_moment_for_any_number_of_tokens() -> None:
     moments, inputs = MomentCollector(), torch.randn(2, WIDTH)
     ref = MatrixRef("q")
     moments(ref.key, inputs)

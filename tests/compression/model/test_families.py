@@ -1,4 +1,4 @@
-"""Every supported family against plain `transformers`, and its whole checkpoint compressed."""
+"""Every supported family: blocks against plain `transformers`, and a compressed checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def test_the_whole_checkpoint_is_compressed(case: Case, text: Path, tmp_path: Pa
     named = {matrix.name for matrix in report.matrices}
     others = {tensor.name for tensor in report.other_tensors}
     assert {name.partition("[")[0] for name in named} | others == weights.keys()
-    # What the decoder's blocks have of matrices is compressed, but for routers.
+    # Every matrix of the decoder's blocks is compressed, except routers.
     for name, tensor in weights.items():
         inside = ".layers." in name or ".h." in name
         seeing = "vision" in name or "visual" in name

@@ -60,7 +60,7 @@ def test_blocks_equal_the_whole_model(
         for parameter in whole.parameters():
             parameter.mul_(3)
     whole.save_pretrained(tmp_path)
-    # Loaded again, since a model that has run may keep the frequencies of its last length.
+    # Loaded again: a model may keep the rotary frequencies of its last input length.
     whole = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokens = torch.randint(0, 200, (3, length))
     with torch.inference_mode():
@@ -76,10 +76,8 @@ def test_blocks_equal_the_whole_model(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_buffers_are_those_of_plain_transformers(
-    case: Case, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    """Rotary frequencies, too, stay in float32 where the model computes in bfloat16."""
+def test_buffers_equal_plain_transformers(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Rotary frequencies stay in float32 when the model computes in bfloat16."""
     case.auto.from_config(case.make()).save_pretrained(tmp_path)
     plain = case.auto.from_pretrained(tmp_path, dtype=dtype).get_decoder()
     skeleton = Skeleton(read_config(tmp_path), tensor_names(tmp_path), torch.device("cpu"), dtype)
@@ -91,7 +89,7 @@ def test_buffers_are_those_of_plain_transformers(
         assert torch.equal(buffer, expected[name]), name
 
 
-def test_layers_with_one_input_share_a_moment(tmp_path: Path) -> None:
+def test_layers_with_equal_inputs_share_a_moment(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
     model, source, moments = BlockwiseModel(tmp_path), CheckpointReader(tmp_path), MomentCollector()
@@ -104,7 +102,7 @@ def test_layers_with_one_input_share_a_moment(tmp_path: Path) -> None:
     assert moments.moment(f"{attention}.o_proj.weight") is not shared
 
 
-def test_weights_do_not_stay(tmp_path: Path) -> None:
+def test_weights_are_released_after_a_block(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
     model, source = BlockwiseModel(tmp_path), CheckpointReader(tmp_path)

@@ -25,7 +25,7 @@ def loss(logits: Tensor, rows: slice) -> Tensor:
 
 
 class GradSource:
-    """A checkpoint whose tensors are made from leaves that collect gradients."""
+    """A checkpoint whose tensors are computed from leaves that accumulate gradients."""
 
     def __init__(self, folder: Path, *, plain: bool = False) -> None:
         self.plain = plain
@@ -83,7 +83,7 @@ def test_gradients_equal_whole_model_autograd(case: Case, tmp_path: Path) -> Non
         torch.testing.assert_close(gradient, states[index].grad, rtol=1e-4, atol=1e-6)
     model.embed_backward(TOKENS, gradient, source)
 
-    # Saved as if they were weights, the gradients go by the checkpoint's names and shapes.
+    # Gradients saved as if they were weights have the checkpoint's names and shapes.
     with torch.no_grad():
         for parameter in whole.parameters():
             grad = parameter.grad
@@ -99,7 +99,7 @@ def test_gradients_equal_whole_model_autograd(case: Case, tmp_path: Path) -> Non
     refs = [ref for refs in model.matrices.values() for ref in refs]
     assert inputs.keys() == gradients.keys() == {ref.key for ref in refs}
     for ref in refs:
-        # What reaches a map's outputs makes its weight's gradient, together with its inputs.
+        # A linear layer's output gradients and inputs give its weight's gradient.
         pairs = zip(gradients[ref.key], inputs[ref.key], strict=True)
         made = sum(g.flatten(0, -2).T @ x.flatten(0, -2) for g, x in pairs)
         weight = expected[ref.name].T if ref.transposed else expected[ref.name]
@@ -107,7 +107,7 @@ def test_gradients_equal_whole_model_autograd(case: Case, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["leaves", "computed"])
-def test_only_what_asks_for_gradients_gets_them(tmp_path: Path, plain: bool) -> None:
+def test_only_tensors_that_require_gradients_get_them(tmp_path: Path, plain: bool) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
     model, source = BlockwiseModel(tmp_path), GradSource(tmp_path, plain=plain)
@@ -120,7 +120,7 @@ def test_only_what_asks_for_gradients_gets_them(tmp_path: Path, plain: bool) -> 
     assert [name for name, leaf in source.leaves.items() if leaf.grad is not None] == [wanted]
 
 
-def test_inputs_are_observed_on_the_way_back_too(tmp_path: Path) -> None:
+def test_inputs_are_observed_in_the_backward_pass(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
     model, source = BlockwiseModel(tmp_path), CheckpointReader(tmp_path)
@@ -149,7 +149,7 @@ def test_states_may_be_memory_mapped_and_replaced_in_place(tmp_path: Path) -> No
     torch.testing.assert_close(mapped, expected.bfloat16())
 
 
-def test_inference_tensors_can_be_gone_back_through(tmp_path: Path) -> None:
+def test_the_backward_pass_accepts_inference_tensors(tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
     model, source = BlockwiseModel(tmp_path), CheckpointReader(tmp_path)

@@ -46,7 +46,7 @@ def test_exact_equals_exhaustive_search(case: tuple[list[list[float]], int, int]
 
 
 def spectrum(ranks: int, seed: int) -> Array:
-    """Errors as a delta gives them: falling energies, a factor of four a bit, some noise."""
+    """Typical errors: decaying energies, a factor of four per bit, some noise."""
     rng = np.random.default_rng(seed)
     energy = np.exp(-np.arange(ranks) / ranks * 6) * (1 + 0.2 * rng.random(ranks))
     noise = np.exp(0.3 * rng.standard_normal((ranks, len(WIDTHS))))
@@ -82,7 +82,7 @@ def test_more_budget_is_never_worse() -> None:
     assert found == sorted(found, reverse=True)
 
 
-def test_no_ranks_and_no_room() -> None:
+def test_no_ranks_or_no_budget() -> None:
     assert allocate(np.zeros((0, 8)), 5).error == 0
     with pytest.raises(InvalidInput, match="No allocation"):
         allocate(np.ones((3, 1)), 5, widths=(2,))

@@ -1,4 +1,4 @@
-"""Truncated decompositions against the whole SVD in float64."""
+"""Truncated decompositions against the full SVD in float64."""
 
 from collections.abc import Callable
 
@@ -26,19 +26,19 @@ def make_matrix(rows: int, columns: int, spectrum: Spectrum) -> Tensor:
 
 
 def lost(delta: Tensor, found: Decomposition) -> float:
-    """Squared norm of what the triples leave."""
+    """Squared norm of the residual."""
     product = (found.u.double() * found.s.double()) @ found.v.double()
     return float((delta.double() - product).square().sum())
 
 
 @pytest.fixture
 def iterated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets small matrices take the way of large ones."""
+    """Uses the iteration for small matrices too."""
     monkeypatch.setattr(decomposition, "DENSE_SIZE", 64)
 
 
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48), (4, 3), (1, 5)])
-def test_all_ranks_give_the_matrix_with_settled_signs(shape: tuple[int, int]) -> None:
+def test_all_ranks_reproduce_the_matrix_with_fixed_signs(shape: tuple[int, int]) -> None:
     delta = make_task(*shape).delta
     found = decompose(delta, min(shape))
     values = torch.linalg.svdvals(delta.double())[: len(found.s)]
@@ -55,7 +55,7 @@ def test_all_ranks_give_the_matrix_with_settled_signs(shape: tuple[int, int]) ->
 @pytest.mark.usefixtures("iterated")
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("turned", [False, True])
-def test_the_iteration_keeps_what_the_svd_keeps(name: str, turned: bool) -> None:
+def test_the_iteration_equals_the_truncated_svd(name: str, turned: bool) -> None:
     delta = make_matrix(300, 340, SPECTRA[name])
     delta = delta.T if turned else delta
     found = decompose(delta, 40)
@@ -72,7 +72,7 @@ def test_the_iteration_keeps_what_the_svd_keeps(name: str, turned: bool) -> None
 
 
 @pytest.mark.usefixtures("iterated")
-def test_a_spectrum_too_steep_for_float32_falls_back_and_says_so() -> None:
+def test_a_spectrum_too_steep_for_float32_falls_back_with_a_note() -> None:
     delta = make_matrix(300, 340, lambda rank: torch.where(rank < 5, 1.0, 1e-4))
     found = decompose(delta, 40)
     assert found.fallback is not None
@@ -81,7 +81,7 @@ def test_a_spectrum_too_steep_for_float32_falls_back_and_says_so() -> None:
 
 
 @pytest.mark.usefixtures("iterated")
-def test_no_pass_left_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unconverged_iteration_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decomposition, "PASSES", 1)
     delta = make_matrix(300, 340, SPECTRA["power"])
     found = decompose(delta, 40)
@@ -90,7 +90,7 @@ def test_no_pass_left_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found.s.double(), values[:40], rtol=1e-5, atol=0)
 
 
-def test_ranks_that_are_only_rounding_are_left_out() -> None:
+def test_ranks_at_rounding_level_are_dropped() -> None:
     delta = torch.outer(torch.linspace(-1, 1, 48), torch.linspace(0.1, 2, 80))
     found = decompose(delta, 20)
     assert len(found.s) == 1

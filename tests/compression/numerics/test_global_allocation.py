@@ -1,4 +1,4 @@
-"""One budget for all ranks, held to exhaustive search, SCIP and its own bound."""
+"""One budget for all ranks: against exhaustive search, SCIP and the Lagrangian bound."""
 
 from itertools import product
 
@@ -23,7 +23,7 @@ CHOICES = 1 + len(WIDTHS) ** 2
 
 
 def make_losses(ranks: int, generator: torch.Generator) -> Tensor:
-    """Losses that fall with width about as a quantizer's do."""
+    """Losses that decay with width like a quantizer's."""
     decay = 0.4 + 2 * torch.rand(ranks, 1, generator=generator, dtype=torch.float64)
     return torch.exp(-decay * torch.tensor(WIDTHS, dtype=torch.float64))
 
@@ -37,19 +37,19 @@ def make_profile(
     return RankProfile(shape, s, *losses, overhead)
 
 
-def spent(profiles: list[RankProfile], shares: GlobalAllocation) -> float:
-    """Bits, counted from the shapes."""
+def spent(profiles: list[RankProfile], allocation: GlobalAllocation) -> float:
+    """Bits used, counted from the shapes."""
     total = 0.0
-    for profile, widths in zip(profiles, shares.widths, strict=True):
+    for profile, widths in zip(profiles, allocation.widths, strict=True):
         h_out, h_in = (-(-n // 32) * 32 for n in profile.shape)
         total += float((widths.u * h_out + widths.v * h_in + SCALE_BITS).sum()) + profile.overhead
     return total
 
 
-def lost(profiles: list[RankProfile], shares: GlobalAllocation) -> float:
-    """Nats, rank by rank."""
+def lost(profiles: list[RankProfile], allocation: GlobalAllocation) -> float:
+    """Error in nats, summed over ranks."""
     total = 0.0
-    for profile, widths in zip(profiles, shares.widths, strict=True):
+    for profile, widths in zip(profiles, allocation.widths, strict=True):
         chosen = dict(
             zip(
                 widths.kept.tolist(),
@@ -69,7 +69,7 @@ def lost(profiles: list[RankProfile], shares: GlobalAllocation) -> float:
 
 
 def optimum(profiles: list[RankProfile], budget: float) -> float:
-    """The least error of all choices, by exhaustion."""
+    """The smallest error, by exhaustive search."""
     ranks = [
         (errors.tolist(), profile.costs().tolist())
         for profile in profiles
@@ -99,12 +99,12 @@ def test_errors_and_costs_of_a_rank() -> None:
 
 @given(seed=st.integers(0, 999), budget=st.integers(0, 1600))
 @settings(max_examples=60, deadline=None)
-def test_within_the_gap_of_exhaustive_search(seed: int, budget: int) -> None:
+def test_the_error_is_within_the_gap_of_the_optimum(seed: int, budget: int) -> None:
     profiles = [make_profile(1, seed), make_profile(1, seed + 1, (64, 32))]
-    shares, best = allocate(profiles, budget), optimum(profiles, budget)
-    assert spent(profiles, shares) <= budget
-    assert shares.error * (1 - shares.gap) <= best * (1 + 1e-9)
-    assert best <= shares.error * (1 + 1e-9)
+    allocation, best = allocate(profiles, budget), optimum(profiles, budget)
+    assert spent(profiles, allocation) <= budget
+    assert allocation.error * (1 - allocation.gap) <= best * (1 + 1e-9)
+    assert best <= allocation.error * (1 + 1e-9)
 
 
 @given(
@@ -115,73 +115,73 @@ def test_within_the_gap_of_exhaustive_search(seed: int, budget: int) -> None:
     overhead=st.integers(0, 500),
 )
 @settings(max_examples=60, deadline=None)
-def test_what_always_holds(sizes: list[tuple[int, int, int]], bits: float, overhead: int) -> None:
+def test_invariants(sizes: list[tuple[int, int, int]], bits: float, overhead: int) -> None:
     profiles = [
         make_profile(ranks, seed, (h_out, h_in), overhead)
         for seed, (ranks, h_out, h_in) in enumerate(sizes)
     ]
     budget = len(profiles) * overhead + bits * sum(h_out * h_in for _, h_out, h_in in sizes)
-    shares = allocate(profiles, budget)
-    assert spent(profiles, shares) <= budget
-    assert shares.error == pytest.approx(lost(profiles, shares), rel=1e-9, abs=1e-300)
-    assert 0 <= shares.gap <= 1
-    for profile, widths in zip(profiles, shares.widths, strict=True):
+    allocation = allocate(profiles, budget)
+    assert spent(profiles, allocation) <= budget
+    assert allocation.error == pytest.approx(lost(profiles, allocation), rel=1e-9, abs=1e-300)
+    assert 0 <= allocation.gap <= 1
+    for profile, widths in zip(profiles, allocation.widths, strict=True):
         assert len(widths.kept) == len(widths.u) == len(widths.v)
         assert widths.kept.tolist() == sorted(set(widths.kept.tolist()))
         assert all(0 <= rank < len(profile.s) for rank in widths.kept.tolist())
         assert {*widths.u.tolist(), *widths.v.tolist()} <= set(WIDTHS)
     more = allocate(profiles, 2 * budget + 100)
-    assert more.error * (1 - more.gap) <= shares.error * (1 + 1e-9)
+    assert more.error * (1 - more.gap) <= allocation.error * (1 + 1e-9)
 
 
-def test_many_ranks_leave_hardly_a_gap() -> None:
+def test_the_gap_is_small_for_many_ranks() -> None:
     profiles = [make_profile(80, seed, (96, 160)) for seed in range(4)]
     for bits in (0.1, 0.5, 1.0, 3.0):
-        shares = allocate(profiles, bits * 4 * 96 * 160)
-        assert shares.gap < 0.01
-        assert spent(profiles, shares) > 0.95 * bits * 4 * 96 * 160
+        allocation = allocate(profiles, bits * 4 * 96 * 160)
+        assert allocation.gap < 0.01
+        assert spent(profiles, allocation) > 0.95 * bits * 4 * 96 * 160
 
 
-def test_a_budget_for_everything_is_spent_on_the_widest() -> None:
+def test_a_large_budget_selects_the_widest_codes() -> None:
     profiles = [make_profile(5), make_profile(3, 1)]
-    shares = allocate(profiles, 1e6)
-    assert all((widths.u == 8).all() and (widths.v == 8).all() for widths in shares.widths)
-    assert [len(widths.kept) for widths in shares.widths] == [5, 3]
-    assert shares.gap < 1e-6
+    allocation = allocate(profiles, 1e6)
+    assert all((widths.u == 8).all() and (widths.v == 8).all() for widths in allocation.widths)
+    assert [len(widths.kept) for widths in allocation.widths] == [5, 3]
+    assert allocation.gap < 1e-6
 
 
-def test_overhead_counts_and_may_be_too_much() -> None:
+def test_overhead_counts_towards_the_budget() -> None:
     profiles = [make_profile(2, overhead=300), make_profile(2, 1, overhead=200)]
     with pytest.raises(InvalidInput, match="Allow more bits"):
         allocate(profiles, 499)
     for budget in (500, 611, 700, 1500):
-        shares = allocate(profiles, budget)
-        assert spent(profiles, shares) <= budget
+        allocation = allocate(profiles, budget)
+        assert spent(profiles, allocation) <= budget
     assert [len(widths.kept) for widths in allocate(profiles, 500).widths] == [0, 0]
 
 
-def test_nothing_to_share() -> None:
+def test_an_allocation_without_ranks() -> None:
     assert allocate([], 0) == GlobalAllocation([], 0.0, 0.0)
     none = torch.zeros(0, len(WIDTHS), dtype=torch.float64)
     empty = RankProfile((4, 4), none[:, 0], none, none)
-    shares = allocate([empty], 100)
-    assert (shares.error, shares.gap) == (0.0, 0.0)
-    assert isinstance(shares.widths[0], RankWidths)
-    assert len(shares.widths[0].kept) == 0
+    allocation = allocate([empty], 100)
+    assert (allocation.error, allocation.gap) == (0.0, 0.0)
+    assert isinstance(allocation.widths[0], RankWidths)
+    assert len(allocation.widths[0].kept) == 0
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e10])
-def test_the_unit_of_the_errors_does_not_matter(value: float) -> None:
+def test_the_allocation_is_invariant_to_the_scale_of_errors(value: float) -> None:
     plain = make_profile(6)
     scaled = RankProfile(plain.shape, value * plain.s, plain.u_losses, plain.v_losses)
-    shares, same = allocate([scaled], 900), allocate([plain], 900)
-    assert spent([scaled], shares) <= 900
-    assert shares.error == pytest.approx(value**2 * same.error, rel=1e-6)
+    allocation, same = allocate([scaled], 900), allocate([plain], 900)
+    assert spent([scaled], allocation) <= 900
+    assert allocation.error == pytest.approx(value**2 * same.error, rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_scip_finds_no_better_than_the_bound(seed: int) -> None:
-    """The same choice as a 0/1 programme, solved to the end by another solver."""
+    """The same problem as a 0/1 program, solved to optimality by SCIP."""
     profiles = [make_profile(3, seed), make_profile(3, seed + 10, (64, 64), overhead=64)]
     budget = 1500
     model = pyscipopt.Model()
@@ -199,6 +199,6 @@ def test_scip_finds_no_better_than_the_bound(seed: int) -> None:
     model.optimize()
     assert model.getStatus() == "optimal"
     best = model.getObjVal()
-    shares = allocate(profiles, budget)
-    assert shares.error * (1 - shares.gap) <= best * (1 + 1e-6)
-    assert best <= shares.error * (1 + 1e-6)
+    allocation = allocate(profiles, budget)
+    assert allocation.error * (1 - allocation.gap) <= best * (1 + 1e-6)
+    assert best <= allocation.error * (1 + 1e-6)

@@ -38,7 +38,7 @@ def reference_rows(
         work -= torch.outer(error / inverse[j, j], inverse[j])
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
         inverse[j] = inverse[:, j] = 0
-        inverse[j, j] = 1  # the column is done; what is written to it no longer matters
+        inverse[j, j] = 1  # the column is finished; later writes to it have no effect
     return codes
 
 
@@ -51,12 +51,12 @@ def test_rows_equal_the_reference(columns: int) -> None:
     codes, damping = quantize_rows(values, bits, hessian)
     expected = reference_rows(values, codes.scale, codes.zero, bits, hessian)
     assert damping == DAMPING
-    # A rounding that lies on the fence may fall the other way in float32, and moves what follows.
+    # Near a tie float32 may round the other way, which changes later columns.
     assert (codes.codes.double() == expected).double().mean() > 0.98
     assert (codes.codes.long() < 2 ** bits[:, None]).all()
 
 
-def test_a_stack_of_widths_equals_each_width_alone() -> None:
+def test_several_widths_at_once_equal_each_width_alone() -> None:
     values, hessian = (
         torch.randn(5, 40, generator=torch.Generator().manual_seed(1)),
         make_moment(40),
@@ -70,7 +70,7 @@ def test_a_stack_of_widths_equals_each_width_alone() -> None:
         assert torch.equal(stacked.rows(index).codes, alone.codes)
 
 
-def test_errors_move_to_later_columns() -> None:
+def test_compensation_reduces_the_output_error() -> None:
     values, hessian = (
         torch.randn(8, 96, generator=torch.Generator().manual_seed(2)),
         make_moment(96),
@@ -89,12 +89,12 @@ def test_errors_move_to_later_columns() -> None:
 
 
 @pytest.mark.parametrize("columns", [9, 140])
-def test_columns_are_rows_of_the_transpose_with_their_own_widths(columns: int) -> None:
+def test_columns_are_quantized_with_their_own_widths(columns: int) -> None:
     values = torch.randn(30, columns, generator=torch.Generator().manual_seed(3))
     bits = torch.arange(columns) % 7 + 2
     hessian = make_moment(columns)
     codes, _ = quantize_columns(values, bits, hessian)
-    # The reference with each column's final grid, set for all rows alike.
+    # The reference with each column's final grid, shared by all rows.
     eye = torch.eye(columns, dtype=torch.float64)
     damped = hessian + DAMPING * hessian.diagonal().mean() * eye
     factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
@@ -127,7 +127,7 @@ def test_dead_columns_and_constant_rows() -> None:
 
 def test_damping_is_raised_for_a_singular_hessian() -> None:
     hessian = make_moment(12)
-    # Indefinite by rounding, as a moment in low precision can be.
+    # Indefinite through rounding, as moments in low precision can be.
     hessian -= 0.05 * hessian.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     values = torch.linalg.eigvalsh(hessian)
     hessian -= (values.min() + 0.05 * hessian.diagonal().mean()) * torch.eye(12)
@@ -137,7 +137,7 @@ def test_damping_is_raised_for_a_singular_hessian() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_hessian_that_is_not_finite_is_refused(bad: float) -> None:
+def test_a_non_finite_hessian_is_rejected(bad: float) -> None:
     hessian = torch.eye(4)
     hessian[1, 2] = bad
     with pytest.raises(InvalidCalibration, match="NaN"):

@@ -41,7 +41,7 @@ def test_a_fraction_of_the_mean_diagonal_is_added(diagonal: bool) -> None:
     assert torch.equal(factor, factor.tril())
 
 
-def test_products_and_solutions(metric: Metric) -> None:
+def test_products_and_solves(metric: Metric) -> None:
     moment = dense(metric)
     factor = torch.linalg.cholesky(moment)
     torch.testing.assert_close(metric.whiten(ROWS), ROWS @ factor)
@@ -49,11 +49,11 @@ def test_products_and_solutions(metric: Metric) -> None:
     torch.testing.assert_close(metric.times(ROWS), ROWS @ moment)
 
 
-def test_a_scaled_metric_weighs_divided_coordinates_alike(metric: Metric) -> None:
+def test_a_scaled_metric_preserves_the_norm_of_divided_coordinates(metric: Metric) -> None:
     scale = torch.logspace(-6, 1, N, dtype=torch.float64)
     scaled = metric.scaled(scale)
     torch.testing.assert_close(dense(scaled), scale[:, None] * dense(metric) * scale)
-    # Coordinates divided by the scale are worth under it what they were.
+    # Coordinates divided by the scale have the same norm under the scaled metric.
     torch.testing.assert_close(
         scaled.whiten(ROWS / scale).square().sum(1), metric.whiten(ROWS).square().sum(1)
     )
@@ -61,7 +61,7 @@ def test_a_scaled_metric_weighs_divided_coordinates_alike(metric: Metric) -> Non
 
 @pytest.mark.parametrize("smallest", [1.0, 1e-7])
 def test_error_compensation_is_the_upper_factor_of_the_inverse(smallest: float) -> None:
-    # The scales of a half-precision side may lie seven decades apart.
+    # Half-precision scales may span seven decades.
     scale = torch.logspace(float(np.log10(smallest)), 0, N, dtype=torch.float64)
     metric = Metric.of(make_moment(N)).scaled(scale)
     upper = metric.error_compensation()
@@ -73,7 +73,7 @@ def test_error_compensation_is_the_upper_factor_of_the_inverse(smallest: float) 
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4,)])
-def test_a_moment_of_zero_weighs_all_alike(shape: tuple[int, ...]) -> None:
+def test_a_zero_moment_gives_the_identity(shape: tuple[int, ...]) -> None:
     metric = Metric.of(torch.zeros(shape))
     torch.testing.assert_close(dense(metric), torch.eye(4, dtype=torch.float64))
     assert metric.damping == DAMPING
@@ -81,7 +81,7 @@ def test_a_moment_of_zero_weighs_all_alike(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("shape", [(3, 3), (3,)])
-def test_what_is_not_finite_is_refused(bad: float, shape: tuple[int, ...]) -> None:
+def test_a_non_finite_moment_is_rejected(bad: float, shape: tuple[int, ...]) -> None:
     moment = torch.ones(shape)
     moment[1] = bad
     with pytest.raises(InvalidCalibration, match="NaN"):
@@ -100,7 +100,7 @@ def test_damping_rises_until_the_moment_is_positive(negative: float, damping: fl
     assert torch.linalg.eigvalsh(metric.moment)[0] > 0
 
 
-def test_a_moment_that_no_damping_helps_is_refused() -> None:
+def test_a_moment_that_stays_indefinite_is_rejected() -> None:
     with pytest.raises(InvalidCalibration, match="not positive"):
         Metric.of(torch.tensor([[10.0, 20.0], [20.0, 10.0]]))
 

@@ -1,4 +1,4 @@
-"""Mid-rise codes: their range, their steps, and the gain of error compensation."""
+"""Mid-rise codes: range, step sizes, and the gain of error compensation."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def square_error(values: Tensor, codes: MidriseCodes) -> Tensor:
 
 
 @pytest.mark.parametrize("compensated", [False, True])
-def test_codes_are_in_range_and_values_on_the_grid(compensated: bool) -> None:
+def test_codes_are_in_range_and_values_are_on_the_grid(compensated: bool) -> None:
     n = 133
     values, bits = normal(len(WIDTHS), n), torch.tensor(WIDTHS)
     codes = quantize(values, bits, steep(n).error_compensation() if compensated else None)
@@ -47,7 +47,7 @@ def test_codes_are_in_range_and_values_on_the_grid(compensated: bool) -> None:
         grid = codes.codes[row].double() - (2**width - 1) / 2
         torch.testing.assert_close(codes.units()[row].double(), grid)
         torch.testing.assert_close(codes.decode()[row].double(), codes.step[row].double() * grid)
-    # A wider vector is a better one.
+    # The error decreases with width.
     error = square_error(values, codes) / values.double().square().sum(1)
     assert (error[1:] < error[:-1]).all()
 
@@ -61,15 +61,17 @@ def test_one_bit_is_a_sign_with_the_mean_magnitude() -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_step_beats_the_one_that_spans_the_largest_entry(width: int) -> None:
+def test_the_step_beats_a_step_that_spans_the_largest_entry(width: int) -> None:
     values = normal(6, 600)
     codes = quantize(values, all_of(width, 6), None)
-    top = 2**width - 1
-    spanning = 2 * values.abs().amax(1, keepdim=True) / top
-    plain = ((values / spanning + (top + 1) / 2).floor().clamp(0, top) - top / 2) * spanning
+    highest = 2**width - 1
+    spanning = 2 * values.abs().amax(1, keepdim=True) / highest
+    plain = (
+        (values / spanning + (highest + 1) / 2).floor().clamp(0, highest) - highest / 2
+    ) * spanning
     lost = square_error(values, codes)
     assert (lost <= (values - plain).double().square().sum(1) * (1 + 1e-5)).all()
-    if width in DISTORTION:  # the finer grids keep 1e-4 and less, and are held to no more
+    if width in DISTORTION:  # finer grids lose 1e-4 or less, without an exact bound
         assert float((lost / values.double().square().sum(1)).mean()) < 1.35 * DISTORTION[width]
 
 
@@ -77,42 +79,42 @@ def test_the_step_beats_the_one_that_spans_the_largest_entry(width: int) -> None
 def test_error_compensation_beats_rounding_under_a_steep_metric(width: int, share: float) -> None:
     n = 96
     values, metric = normal(8, n), steep(n)
-    fed = quantize(values, all_of(width, 8), metric.error_compensation())
+    compensated_codes = quantize(values, all_of(width, 8), metric.error_compensation())
     rounded = quantize(values, all_of(width, 8), None)
 
     def weighted(codes: MidriseCodes) -> float:
-        """With the best multiple of each row."""
+        """Error under the metric with the optimal scale per row."""
         units, target = codes.units().double(), values.double()
         weighed = metric.times(units)
         best = (weighed * target).sum(1) / (weighed * units).sum(1)
         residual = target - best[:, None] * units
         return float((metric.times(residual) * residual).sum())
 
-    assert weighted(fed) < share * weighted(rounded)
+    assert weighted(compensated_codes) < share * weighted(rounded)
 
 
-def test_error_compensation_is_gptq_one_coordinate_at_a_time() -> None:
+def test_error_compensation_equals_gptq_one_coordinate_at_a_time() -> None:
     n, width = 71, 3
     values, metric = normal(2, n), steep(n)
     codes = quantize(values, all_of(width, 2), metric.error_compensation())
-    # OBQ's update with the inverse of what is left, from scratch at every coordinate.
-    work, top = values.double(), 2**width - 1
+    # OBQ's update, with the inverse of the remaining moment recomputed at every coordinate.
+    work, highest = values.double(), 2**width - 1
     for j in range(n):
         inverse = torch.linalg.inv(metric.moment[j:, j:])
-        place = work[:, j] / codes.step.double() + (top + 1) / 2
-        # In float32 what lies on an edge may fall to either side.
-        on_edge = (place - place.round()).abs() < 1e-3
-        assert (on_edge | (place.floor().clamp(0, top) == codes.codes[:, j])).all()
+        position = work[:, j] / codes.step.double() + (highest + 1) / 2
+        # On a boundary, float32 may round to either side.
+        on_edge = (position - position.round()).abs() < 1e-3
+        assert (on_edge | (position.floor().clamp(0, highest) == codes.codes[:, j])).all()
         error = work[:, j] - codes.decode()[:, j].double()
         work[:, j:] -= error[:, None] * inverse[0] / inverse[0, 0]
 
 
-def test_a_diagonal_metric_changes_nothing_but_the_order_of_work() -> None:
+def test_under_a_diagonal_metric_codes_equal_plain_rounding() -> None:
     values = normal(4, 90)
     metric = Metric.of(torch.rand(90) + 0.1)
     bits = torch.tensor([1, 2, 4, 8])
-    fed = quantize(values, bits, Metric.of(metric.moment.diag()).error_compensation())
-    assert torch.equal(fed.codes, quantize(values, bits, None).codes)
+    compensated_codes = quantize(values, bits, Metric.of(metric.moment.diag()).error_compensation())
+    assert torch.equal(compensated_codes.codes, quantize(values, bits, None).codes)
 
 
 @pytest.mark.parametrize("compensated", [False, True])
@@ -134,7 +136,7 @@ def test_vectors_of_zero_stay_zero(compensated: bool) -> None:
     compensated=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
-def test_rows_do_not_depend_on_their_company(
+def test_rows_are_quantized_independently(
     rows: int, columns: int, seed: int, exponent: int, compensated: bool
 ) -> None:
     values = normal(rows, columns, seed) * 10.0 ** torch.linspace(0, exponent, rows)[:, None]

@@ -1,4 +1,4 @@
-"""Decompositions under two metrics, what widths cost, and codes refitted in turn."""
+"""Decompositions under two metrics, losses per width, and alternating refits."""
 
 import numpy as np
 import pytest
@@ -46,14 +46,14 @@ def widths(ranks: int, u: int, v: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_the_ranks_add_up_to_the_delta(shape: tuple[int, int], diagonal: bool) -> None:
+def test_the_ranks_sum_to_the_delta(shape: tuple[int, int], diagonal: bool) -> None:
     delta = make_task(*shape).delta
     rows, columns = metrics(*shape, diagonal=diagonal)
     spectrum = weighted_svd(delta, rows, columns)
     assert spectrum.s.dtype == spectrum.u.dtype == spectrum.v.dtype == torch.float64
     torch.testing.assert_close(product(spectrum), delta.double(), rtol=1e-6, atol=1e-6)
     assert torch.equal(spectrum.s, spectrum.s.sort(descending=True).values)
-    # Plain numpy, with symmetric roots: any root of the moments gives the same values.
+    # Plain numpy with symmetric roots: singular values do not depend on the choice of root.
     left, right = (_root(dense(metric)) for metric in (rows, columns))
     values = np.linalg.svd(left @ delta.double().numpy() @ right, compute_uv=False)
     np.testing.assert_allclose(
@@ -105,7 +105,7 @@ def test_a_delta_of_one_rank_and_one_of_none() -> None:
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e12])
-def test_the_unit_of_the_delta_does_not_matter(size: float) -> None:
+def test_the_decomposition_scales_with_the_delta(size: float) -> None:
     delta, (rows, columns) = make_task(12, 20).delta, metrics(12, 20)
     small, large = (weighted_svd(delta * factor, rows, columns) for factor in (1.0, size))
     torch.testing.assert_close(large.s, size * small.s, rtol=1e-5, atol=0)
@@ -119,7 +119,7 @@ def test_the_unit_of_the_delta_does_not_matter(size: float) -> None:
 
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_losses_are_those_of_quantizing_each_vector_and_fall_with_width(
+def test_losses_equal_each_vectors_quantization_error_and_decrease_with_width(
     diagonal: bool, scaled: bool
 ) -> None:
     h_out, h_in = 40, 64
@@ -163,7 +163,7 @@ def test_losses_between_the_simulated_ranks_are_interpolated(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("width", [1, 2, 8])
-def test_codes_err_less_than_dropping_and_say_by_how_much(
+def test_codes_beat_dropping_ranks_and_report_their_error(
     shape: tuple[int, int], width: int
 ) -> None:
     delta, (rows, columns) = make_task(*shape).delta, metrics(*shape)
@@ -180,7 +180,7 @@ def test_codes_err_less_than_dropping_and_say_by_how_much(
 
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_refinements_never_hurt_and_more_bits_help(diagonal: bool, scaled: bool) -> None:
+def test_the_error_does_not_increase_with_refinements_or_bits(diagonal: bool, scaled: bool) -> None:
     delta, (rows, columns) = make_task(32, 48).delta, metrics(32, 48, diagonal=diagonal)
     spectrum = weighted_svd(delta, rows, columns, limit=12)
     sides = Side(rows), Side(columns)
@@ -196,13 +196,13 @@ def test_refinements_never_hurt_and_more_bits_help(diagonal: bool, scaled: bool)
     assert by_width == sorted(by_width, reverse=True)
 
 
-def test_the_full_delta_is_the_target_whichever_ranks_are_kept() -> None:
+def test_kept_ranks_are_refitted_to_the_full_delta() -> None:
     delta, (rows, columns) = make_task(32, 48).delta, metrics(32, 48)
     spectrum, sides = weighted_svd(delta, rows, columns), (Side(rows), Side(columns))
     kept = Spectrum(spectrum.u[:4], spectrum.s[:4], spectrum.v[:4])
     coded = quantize_factors(delta, kept, sides, widths(4, 6, 6))
     dropped = float(spectrum.s[4:].square().sum())
-    # No four ranks do better than the best ones, and fine codes come close to them.
+    # Four ranks cannot beat the four largest, and fine codes approach them.
     assert dropped <= coded.error < 1.05 * dropped + 0.01 * float(kept.s.square().sum())
 
 
@@ -256,7 +256,7 @@ def test_coordinates_of_scale_zero_decode_to_zero() -> None:
     assert coded.error < float(spectrum.s.square().sum())
 
 
-def test_a_singular_refit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_singular_refit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     delta, (rows, columns) = make_task(8, 12).delta, metrics(8, 12)
     spectrum, sides = weighted_svd(delta, rows, columns), (Side(rows), Side(columns))
     plain = quantize_factors(delta, spectrum, sides, widths(len(spectrum.s), 3, 3))
