@@ -1,4 +1,4 @@
-"""A real browser for the tests that look at pages."""
+"""A real browser for the dashboard's tests."""
 
 import os
 import shutil
@@ -22,15 +22,15 @@ FLAGS = (
 
 
 def executable() -> str | None:
-    """The browser to start; None lets Playwright take the one it has installed itself."""
+    """Path of the browser; None selects the one that Playwright installed."""
     if chosen := os.environ.get("DELTADOCK_TEST_BROWSER"):
         return chosen
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    return next((found for name in names if (found := shutil.which(name))), None)
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def install() -> None:
-    """See to it that there is a browser: Debian's where root may install it, else Playwright's."""
+    """Install a browser if there is none: Debian's as root, otherwise Playwright's."""
     with sync_playwright() as playwright:
         if Path(executable() or playwright.chromium.executable_path).is_file():
             return
@@ -45,7 +45,7 @@ def install() -> None:
 
 @contextmanager
 def open_browser() -> Iterator[Browser]:
-    """A headless Chromium that does nothing of its own accord."""
+    """A headless Chromium without background traffic."""
     flags = [*FLAGS, "--no-sandbox"] if os.geteuid() == 0 else list(FLAGS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable(), args=flags)

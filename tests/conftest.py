@@ -1,4 +1,4 @@
-"""Fixtures for every folder: real servers, one of each kind a session, with fresh room a test."""
+"""Shared fixtures: one real server of each kind per session, with an empty database per test."""
 
 import os
 import tempfile
@@ -16,8 +16,8 @@ from sqlalchemy import make_url
 
 from deltadock.cli import services
 
-# A check of a change answers the same when it is asked twice; elsewhere examples are new each time.
-# How long one takes is not judged: machines are slow when they are busy.
+# In CI, Hypothesis examples are deterministic; elsewhere they are new in each run.
+# No deadlines: run times vary on busy machines.
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("here", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
@@ -58,14 +58,14 @@ SLOW = (
     "inference/engine/test_model_runner.py",
     "inference/http/test_hot_adapter.py",
 )
-"""Files and folders that take long, the longest first; `make unit` leaves them out."""
+"""Slow files and folders, slowest first; `make unit` skips them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark slow tests and run them first, so that no process ends on a long one.
+    """Mark slow tests and run them first, so that no process ends with a long one.
 
-    A process gets whole files, since fixtures are made once per file; the files that drive a
-    running system share it.
+    Files are not split over processes, since fixtures are created once per file; the files that
+    test a running system share a process.
     """
 
     def rank(item: pytest.Item) -> int:
@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 SYSTEM = ("test_flow.py", "test_bad_input.py")
-"""Tests of `deltadock up` and `topology` as they run."""
+"""Tests of a running `deltadock up` and `topology`."""
 
 
 @pytest.fixture(scope="session")
@@ -114,19 +114,19 @@ def seaweedfs_service(services_folder: Path) -> Iterator[services.Service]:
 
 @pytest.fixture(scope="session")
 def postgres_url(postgres_service: services.Service) -> str:
-    """SQLAlchemy URL of a running Postgres; for a database of your own take `postgres_database`."""
+    """SQLAlchemy URL of a running Postgres; for an empty database use `postgres_database`."""
     return postgres_service.settings["database_url"]
 
 
 @pytest.fixture(scope="session")
 def redis_url(valkey_service: services.Service) -> str:
-    """URL of a running Valkey; for an empty one take `broker_url`."""
+    """URL of a running Valkey; for an empty one use `broker_url`."""
     return valkey_service.settings["broker_url"]
 
 
 @pytest.fixture(scope="session")
 def s3_settings(seaweedfs_service: services.Service) -> dict[str, str]:
-    """Fields of `Settings` for a running S3 server; for a bucket of your own take `s3_bucket`."""
+    """Fields of `Settings` for a running S3 server; for an empty bucket use `s3_bucket`."""
     return seaweedfs_service.settings
 
 

@@ -1,4 +1,4 @@
-"""A database with something to look at: bases, and deltas in every state of life."""
+"""Seed data: a base, and deltas in every state."""
 
 import hashlib
 import random
@@ -40,7 +40,7 @@ READY = (
 
 
 class Seeded(NamedTuple):
-    """Ids of what was put in."""
+    """Ids of the seeded deltas."""
 
     ready: Sequence[str]
     compressing: str
@@ -49,12 +49,12 @@ class Seeded(NamedTuple):
 
 
 def digest_of(text: str) -> str:
-    """Some SHA-256."""
+    """A SHA-256 for this text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def report(layers: int = 24, bits: float | None = 1.0, seed: int = 0) -> dict[str, Any]:
-    """A report as a compression of a model with this many layers writes it."""
+    """A compression report of a model with this many layers."""
     chance = random.Random(seed)
     budget = bits or 16.0
     matrices = [
@@ -130,7 +130,7 @@ def _matrix(
 
 
 def seed(database: Database, blobs: BlobStore) -> Seeded:
-    """A base; deltas that are `READY`, one compressing, one queued, one that failed."""
+    """Add a base, the `READY` deltas, and one compressing, one queued and one failed delta."""
     with database.session_scope() as session:
         base = add_base(session, "pilot-0.3b", report()["checkpoint_bytes"])
         ready = [add_delta(session, base, name, bits) for name, bits in READY]
@@ -145,7 +145,7 @@ def seed(database: Database, blobs: BlobStore) -> Seeded:
 
 
 def add_base(session: Session, name: str, size: int) -> BaseRow:
-    """A base with a checkpoint of its own."""
+    """Add a base with a new checkpoint."""
     checkpoint = CheckpointRepository(session).add(
         CheckpointRow(
             digest=digest_of(name),
@@ -158,7 +158,7 @@ def add_base(session: Session, name: str, size: int) -> BaseRow:
 
 
 def add_delta(session: Session, base: BaseRow, name: str, bits: float) -> DeltaRow:
-    """A queued delta of a fine-tune of its own."""
+    """Add a queued delta of a new fine-tune."""
     words = f"{name} {bits}"
     tuned = CheckpointRepository(session).add(
         CheckpointRow(
@@ -189,14 +189,14 @@ def add_delta(session: Session, base: BaseRow, name: str, bits: float) -> DeltaR
 
 
 def start(session: Session, delta: DeltaRow) -> None:
-    """Let a worker be at block 9 of 24 of a delta."""
+    """Start a delta's job and advance it to block 9 of 24."""
     job_id = delta.job.id
     JobRepository(session).acquire(job_id, WORKER, 600)
     advance(session, job_id, 9)
 
 
 def finish(session: Session, blobs: BlobStore, delta: DeltaRow, outcome: dict[str, Any]) -> None:
-    """Make a delta ready with this report; its artifact is a stand-in."""
+    """Finish a delta with this report and a placeholder artifact."""
     jobs, job_id = JobRepository(session), delta.job.id
     jobs.acquire(job_id, WORKER, 600)
     DeltaRepository(session).set_result(
@@ -209,7 +209,7 @@ def finish(session: Session, blobs: BlobStore, delta: DeltaRow, outcome: dict[st
 
 
 def fail(session: Session, delta: DeltaRow) -> None:
-    """Let a delta's job end with NaN in its weights."""
+    """Fail a delta's job with NaN in its weights."""
     jobs, job_id = JobRepository(session), delta.job.id
     where = "model.layers.3.mlp.up_proj.weight"
     jobs.acquire(job_id, WORKER, 600)
@@ -226,7 +226,7 @@ def fail(session: Session, delta: DeltaRow) -> None:
 
 
 def advance(session: Session, job_id: str, block: int, blocks: int = 24) -> None:
-    """Let the worker that holds the job report this block."""
+    """Advance the job to this block."""
     moved = JobRepository(session).advance(
         job_id,
         WORKER,

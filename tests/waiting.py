@@ -1,4 +1,4 @@
-"""Waiting for what another thread or process does."""
+"""Waiting for a condition that another thread or process fulfils."""
 
 import time
 from collections.abc import Callable

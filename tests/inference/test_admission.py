@@ -27,7 +27,7 @@ def test_retry_after_is_estimated_from_the_recent_throughput() -> None:
     admission = Admission(8, 8, clock)
     admission.enter("a", 4)
     admission.enter("b", 4)
-    assert retry_after(admission, "c") == 1, "nothing has ended yet"
+    assert retry_after(admission, "c") == 1, "no sequence has ended yet"
     for _ in range(4):  # one every three seconds
         clock.now += 3
         admission.leave("a")

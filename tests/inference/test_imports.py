@@ -1,4 +1,4 @@
-"""The engine runs where only the libraries of the GPU benchmark are installed."""
+"""The engine imports only the libraries that the GPU benchmark has."""
 
 import subprocess
 import sys

@@ -50,12 +50,12 @@ def refused(node: RunningNode, base: str, artifact: str) -> openai.APIStatusErro
 @pytest.fixture
 def others(site: Site, node: RunningNode, generate: Any) -> Iterator[Callable[[], None]]:
     """Checks answers of the base and a good delta before, during and after the test."""
-    wanted = {a: expected_text(site, a, generate, 24) for a in (None, site.artifacts[0])}
+    expected = {a: expected_text(site, a, generate, 24) for a in (None, site.artifacts[0])}
     answers: list[tuple[str | None, str]] = []
     enough = threading.Event()
 
     def ask() -> None:
-        for artifact in wanted:
+        for artifact in expected:
             with node.client(site.base, artifact) as client:
                 answer = client.completions.create(
                     model="m", prompt=PROMPT, max_tokens=24, temperature=0
@@ -75,7 +75,7 @@ def others(site: Site, node: RunningNode, generate: Any) -> Iterator[Callable[[]
         thread.join()
         ask()
         assert len(answers) >= 4
-        assert [text for artifact, text in answers if text != wanted[artifact]] == []
+        assert [text for artifact, text in answers if text != expected[artifact]] == []
 
     yield check
     enough.set()
@@ -126,11 +126,11 @@ def test_a_corrupt_artifact_is_refused_and_fetched_again(
     shutil.copyfile(blob, good)
     try:
         blob.unlink()
-        shutil.copyfile(site.home / "delta-1", blob)  # whole, but another
+        shutil.copyfile(site.home / "delta-1", blob)  # intact, but not the named artifact
         error = refused(node, site.base, artifact)
         assert (error.status_code, error.code) == (502, "damaged_blob")
         assert "damaged" in error.message
-        assert not list((tmp_path / "cache").rglob(f"*{artifact}*")), "nothing is kept of it"
+        assert not list((tmp_path / "cache").rglob(f"*{artifact}*")), "nothing of it is cached"
     finally:
         blob.unlink()
         shutil.copyfile(good, blob)
@@ -185,7 +185,7 @@ def test_a_load_that_fails_halfway_is_cleaned_up_and_retried(
     with node.client(site.base, site.artifacts[1]) as client:
         answer = client.completions.create(model="m", prompt=PROMPT, max_tokens=8, temperature=0)
     assert answer.choices[0].text == expected_text(site, artifact, generate, 8)
-    assert tiers.slots.residents[artifact].slot == slot, "the slot was not lost"
+    assert tiers.slots.residents[artifact].slot == slot, "the slot is free again"
     others()
 
 

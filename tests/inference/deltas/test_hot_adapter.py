@@ -1,4 +1,4 @@
-"""The delta with most of the traffic is merged, once, while it has most."""
+"""The delta with most of the traffic is merged once."""
 
 import asyncio
 
@@ -34,7 +34,7 @@ class Tiers:
 
 
 def after(tiers: Tiers, *served: tuple[str, int]) -> list[str]:
-    """The deltas that were merged, or tried, after these requests."""
+    """Runs these requests; returns the deltas whose merge was tried."""
 
     async def scenario() -> None:
         merger = HotAdapterMerger("base", tiers.merge, lambda: tiers.merged)

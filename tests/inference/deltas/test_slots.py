@@ -39,8 +39,8 @@ def test_concurrent_acquires_load_a_delta_once() -> None:
     async def scenario() -> None:
         slots = Slots()
         manager = slots.manager(2)
-        found = await asyncio.gather(*(manager.acquire("a") for _ in range(5)))
-        assert found == [(1, "a")] * 5
+        acquired = await asyncio.gather(*(manager.acquire("a") for _ in range(5)))
+        assert acquired == [(1, "a")] * 5
         assert slots.loads == ["a"]
 
     asyncio.run(scenario())
@@ -55,7 +55,7 @@ def test_the_least_recently_used_idle_delta_is_evicted() -> None:
             if digest != "b":
                 manager.release(digest)
         await manager.acquire("d")
-        assert list(manager.residents) == ["b", "a", "d"], "b is in use, c was idle for longest"
+        assert list(manager.residents) == ["b", "a", "d"], "b is in use, c has been idle longest"
         assert manager.counts.evictions == 1
 
     asyncio.run(scenario())
@@ -94,7 +94,7 @@ def test_a_failed_load_fails_its_waiters_and_is_retried() -> None:
         )
         assert [str(failure) for failure in failures] == ["the disk is gone"] * 2
         assert list(manager.residents) == []
-        assert slots.installed == {}, "nothing is left of the first half"
+        assert slots.installed == {}, "the partial load is cleared"
         assert await manager.acquire("a") == (1, "a")
 
     asyncio.run(scenario())

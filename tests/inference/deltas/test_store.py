@@ -96,7 +96,7 @@ class Site:
     def damage(self, digest: str) -> None:
         path = self.folder / f"{digest}.safetensors"
         if path.exists():
-            path.unlink()  # it may be linked to its blob
+            path.unlink()  # it may be a hard link to its blob
             path.write_bytes(b"damaged")
 
 
@@ -169,7 +169,7 @@ def test_one_delta_at_a_time_has_merged_weights(site: Site) -> None:
         with pytest.raises(Unavailable, match="too little memory"):
             await site.tiers.merge(second)
         assert site.tiers.merged is None
-        assert tier_of(site, second) == "device", "it is served as before"
+        assert tier_of(site, second) == "device", "it is served without merged weights"
         await site.tiers.merge(second)
         await site.tiers.load(first)
         await site.tiers.load(third)
@@ -188,7 +188,7 @@ def test_damaged_files_are_never_served(site: Site) -> None:
         await site.tiers.load(first, "disk")
         site.damage(first)
         await site.tiers.load(first)
-        assert site.device == {1: first}, "what lay there was fetched again"
+        assert site.device == {1: first}, "the damaged file is fetched again"
         await site.tiers.load(second, "disk")
         site.damage(second)
         whole = site.blobs.path(second).read_bytes()
@@ -196,7 +196,7 @@ def test_damaged_files_are_never_served(site: Site) -> None:
         site.blobs.path(second).write_bytes(b"damaged, too")
         with pytest.raises(DamagedBlob):
             await site.tiers.load(second)
-        assert not list(site.folder.glob(f"*{second}*")), "nothing is kept of it"
+        assert not list(site.folder.glob(f"*{second}*")), "nothing of it is cached"
         site.blobs.path(second).write_bytes(whole)
         await site.tiers.load(second)
         assert tier_of(site, second) == "device"
@@ -251,7 +251,7 @@ class Users(RuleBasedStateMachine):
 
         async def attempt() -> None:
             task = asyncio.ensure_future(work)
-            await asyncio.wait({task}, timeout=0.02)  # a pin may wait for a slot for ever
+            await asyncio.wait({task}, timeout=0.02)  # a pin may wait for a slot indefinitely
             task.cancel()
             await asyncio.wait({task})
             if not task.cancelled() and (error := task.exception()):
@@ -370,7 +370,7 @@ class Users(RuleBasedStateMachine):
         assert all(entry.users == 0 for entry in tiers.host._entries.values())
         assert all(file.users == 0 for file in tiers.disk._entries.values())
         self.site.faults.clear()
-        for digest in self.site.digests:  # and everything still works
+        for digest in self.site.digests:  # every delta can still be loaded
             if all(not resident.pinned for resident in residents.values()):
                 self.loop.run_until_complete(tiers.load(digest))
         tiers.close()

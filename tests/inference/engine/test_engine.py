@@ -41,7 +41,7 @@ def test_a_batch_of_base_and_deltas_answers_like_each_merged_model(
         assert outcome.answer == generate(models[slot], prompt, 12)
     solo = [bench.run(PROMPTS[0], slot).answer for slot in models]
     assert solo == [outcome.answer for outcome in outcomes[-3:]]
-    assert len({tuple(answer) for answer in solo}) == 3, "the deltas make a difference"
+    assert len({tuple(answer) for answer in solo}) == 3, "the deltas change the answers"
 
 
 def test_removing_a_delta_restores_the_base(
@@ -58,28 +58,28 @@ def test_seeded_sampling_does_not_depend_on_neighbours(make_bench: Any, make_mod
     base = make_model("llama")
     bench = make_bench(base)
     bench.install(1, make_delta(base, 1))
-    how = {"temperature": 0.9, "top_p": 0.95, "seed": 7}
-    solo = bench.run(PROMPTS[0], 1, **how).answer
+    params = {"temperature": 0.9, "top_p": 0.95, "seed": 7}
+    solo = bench.run(PROMPTS[0], 1, **params).answer
     crowd = [bench.submit(prompt, 0, temperature=1.0) for prompt in PROMPTS]
-    crowded = bench.submit(PROMPTS[0], 1, **how)
+    crowded = bench.submit(PROMPTS[0], 1, **params)
     bench.finish(crowded, *crowd)
     assert crowded.answer == solo
-    assert bench.run(PROMPTS[0], 1, choice=1, **how).answer != solo
-    assert bench.run(PROMPTS[0], 1, **(how | {"seed": 8})).answer != solo
+    assert bench.run(PROMPTS[0], 1, choice=1, **params).answer != solo
+    assert bench.run(PROMPTS[0], 1, **(params | {"seed": 8})).answer != solo
 
 
 def test_penalties_and_bias_match_transformers_generate(make_bench: Any, make_model: Any) -> None:
     base = make_model("llama")
     bench = make_bench(base)
     bias = {7: 2.0, 73: -100.0}
-    hows: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.4}, {"logit_bias": bias}]
-    hows.append(hows[1] | hows[2])
-    outcomes = [bench.submit(prompt, **how) for prompt in PROMPTS for how in hows]
+    variants: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.4}, {"logit_bias": bias}]
+    variants.append(variants[1] | variants[2])
+    outcomes = [bench.submit(prompt, **params) for prompt in PROMPTS for params in variants]
     bench.finish(*outcomes)
     expected = []
     for prompt in PROMPTS:
-        for how in hows:
-            settings = dict(how)
+        for params in variants:
+            settings = dict(params)
             if biases := settings.pop("logit_bias", None):
                 settings["sequence_bias"] = [[[token], value] for token, value in biases.items()]
             tokens = torch.tensor([prompt])
@@ -89,7 +89,7 @@ def test_penalties_and_bias_match_transformers_generate(make_bench: Any, make_mo
             )  # fmt: skip
             expected.append(out[0, len(prompt) :].tolist())
     assert [outcome.answer for outcome in outcomes] == expected
-    assert len({tuple(answer) for answer in expected[:4]}) == 4, "each makes a difference"
+    assert len({tuple(answer) for answer in expected[:4]}) == 4, "each parameter changes the answer"
 
 
 def test_frequency_and_presence_count_output_tokens_only(make_bench: Any, make_model: Any) -> None:
@@ -103,19 +103,19 @@ def test_frequency_and_presence_count_output_tokens_only(make_bench: Any, make_m
             for token, count in Counter(tokens[2:]).items():
                 logits[token] -= count * frequency + presence
             tokens.append(int(logits.argmax()))
-        how = {"frequency_penalty": frequency, "presence_penalty": presence}
-        assert bench.run(PROMPTS[4], **how).answer == tokens[2:]
+        params = {"frequency_penalty": frequency, "presence_penalty": presence}
+        assert bench.run(PROMPTS[4], **params).answer == tokens[2:]
 
 
 def test_logprobs_match_the_model(make_bench: Any, make_model: Any) -> None:
     base = make_model("qwen3")
     outcome = make_bench(base).run(PROMPTS[1], logprobs=3, temperature=0.0)
-    told = [token for event in outcome.events for token in event.tokens]
+    tokens_out = [token for event in outcome.events for token in event.tokens]
     tokens = torch.tensor([PROMPTS[1] + outcome.answer])
     with torch.no_grad():
         expected = base(tokens).logits[0].log_softmax(-1)[len(PROMPTS[1]) - 1 : -1]
-    assert [token.id for token in told] == outcome.answer
-    for token, row in zip(told, expected, strict=True):
+    assert [token.id for token in tokens_out] == outcome.answer
+    for token, row in zip(tokens_out, expected, strict=True):
         assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
         assert [i for i, _ in token.top] == row.topk(3).indices.tolist()
 
@@ -125,10 +125,10 @@ def test_an_end_of_sequence_token_ends_the_answer(
 ) -> None:
     base = make_model("llama")
     expected = generate(base, PROMPTS[0], 12)
-    place = next(i for i, token in enumerate(expected) if i > 2 and token not in expected[:i])
-    outcome = make_bench(base, eos=expected[place]).run(PROMPTS[0])
+    position = next(i for i, token in enumerate(expected) if i > 2 and token not in expected[:i])
+    outcome = make_bench(base, eos=expected[position]).run(PROMPTS[0])
     assert outcome.finish == "stop"
-    assert outcome.answer == expected[: place + 1]
+    assert outcome.answer == expected[: position + 1]
 
 
 def test_cancelling_frees_the_slot(make_bench: Any, make_model: Any) -> None:
@@ -143,7 +143,7 @@ def test_cancelling_frees_the_slot(make_bench: Any, make_model: Any) -> None:
     assert [endless.finish, waiting.finish, gone.finish] == ["cancelled", "length", "cancelled"]
     assert len(endless.answer) < 60
     bench.engine.cancel(waiting.sequence)
-    assert bench.run([4]).finish == "length", "cancelling what has ended is harmless"
+    assert bench.run([4]).finish == "length", "cancelling an ended sequence has no effect"
 
 
 def test_an_exception_in_one_sequence_fails_only_that_sequence(
@@ -215,7 +215,7 @@ def test_a_delta_of_nans_does_not_affect_others(
     others = [bench.submit([8], max_tokens=40)]
     broken = bench.submit(PROMPTS[3], 1)
     bench.finish(broken)
-    others += [bench.submit([6], max_tokens=8)]  # takes the broken one's cache slot
+    others += [bench.submit([6], max_tokens=8)]  # reuses the broken sequence's cache slot
     bench.finish(*others)
     assert broken.finish == "error"
     assert [outcome.answer for outcome in others] == [

@@ -21,7 +21,7 @@ class CountersMachine(RuleBasedStateMachine):
         super().__init__()
         self.counters = VirtualTokenCounters()
         self.present: Counter[str] = Counter()
-        self.owed: defaultdict[str, int] = defaultdict(int)
+        self.reserved: defaultdict[str, int] = defaultdict(int)
 
     def active(self) -> list[str]:
         return [name for name, count in self.present.items() if count]
@@ -31,27 +31,29 @@ class CountersMachine(RuleBasedStateMachine):
         others = [self.counters.served(other) for other in self.active()]
         self.counters.add_sequence(name)
         if not self.present[name] and others:
-            assert self.counters.served(name) >= min(others), "idleness is not saved up"
+            assert self.counters.served(name) >= min(others), "idle time gives no credit"
         self.present[name] += 1
 
     @precondition(lambda self: self.active())
     @rule(data=st.data(), tokens=st.integers(1, 50))
-    def take_on(self, data: st.DataObject, tokens: int) -> None:
+    def reserve(self, data: st.DataObject, tokens: int) -> None:
         name = data.draw(st.sampled_from(self.active()))
         before = self.counters.level(name)
         self.counters.reserve(name, tokens)
-        self.owed[name] += tokens
+        self.reserved[name] += tokens
         assert self.counters.level(name) == before + PROMPT_WEIGHT * tokens
 
-    @precondition(lambda self: any(self.owed.values()))
+    @precondition(lambda self: any(self.reserved.values()))
     @rule(data=st.data())
     def compute(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from([name for name, owed in self.owed.items() if owed]))
+        name = data.draw(
+            st.sampled_from([name for name, reserved in self.reserved.items() if reserved])
+        )
         level, served = self.counters.level(name), self.counters.served(name)
-        tokens = data.draw(st.integers(1, self.owed[name]))
+        tokens = data.draw(st.integers(1, self.reserved[name]))
         self.counters.charge_prompt(name, tokens)
-        self.owed[name] -= tokens
-        assert self.counters.level(name) == level, "taking on has counted it already"
+        self.reserved[name] -= tokens
+        assert self.counters.level(name) == level, "already counted by reserve"
         assert self.counters.served(name) == served + PROMPT_WEIGHT * tokens
 
     @precondition(lambda self: self.active())
@@ -66,17 +68,17 @@ class CountersMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.active()))
-        if self.present[name] == 1 and self.owed[name]:
-            self.counters.reserve(name, -self.owed.pop(name))
+        if self.present[name] == 1 and self.reserved[name]:
+            self.counters.reserve(name, -self.reserved.pop(name))
         before = self.counters.served(name)
         self.present[name] -= 1
         self.counters.remove_sequence(name)
         others = [self.counters.served(other) for other in self.active()]
         if others and not self.present[name] and before > min(others):
-            assert self.counters.served(name) == before, "leaving pays no debt"
+            assert self.counters.served(name) == before, "leaving does not reduce the counter"
 
     @invariant()
-    def remembers_no_more_than_it_must(self) -> None:
+    def only_needed_accounts_are_kept(self) -> None:
         kept = self.counters._accounts
         assert kept.keys() >= set(self.active())
         if not self.active():

@@ -1,4 +1,4 @@
-"""What fails ends with an error, and nothing stays allocated."""
+"""Failed requests end with an error and release their resources."""
 
 from typing import Any
 
@@ -83,7 +83,7 @@ def test_a_lost_device_stops_the_engine_and_fails_every_request(
         assert bench.run(PROMPTS[0]).events[-1].error.code == "inference_failed"
     assert bench.engine.device_lost
     assert not bench.engine.alive
-    # Nobody waits for an engine that will not compute again.
+    # Later requests fail at once.
     waiting = [bench.submit(prompt) for prompt in PROMPTS]
     bench.finish(*waiting)
     assert {outcome.events[-1].error.code for outcome in waiting} == {"inference_failed"}

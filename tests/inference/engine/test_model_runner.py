@@ -54,7 +54,7 @@ def test_static_decoding_matches_packed_passes(
     base = make_model(family, **settings)
     bench = make_bench(base)
     bench.install(1, packed_delta(base))
-    found = []
+    results = []
     for static in (False, True):
         passes = ModelRunner(bench.model, bench.model.make_cache(12, 64), 8, static=static)
         sequences = [
@@ -74,10 +74,10 @@ def test_static_decoding_matches_packed_passes(
                 ]
                 logits += passes.logits(work).rows()
                 sequences.pop()
-        found.append(logits)
+        results.append(logits)
     assert bench.model.graph_key is not None
-    assert {len(row) for row in found[0]} == {264, 266}
-    for packed, static_logits in zip(*found, strict=True):
+    assert {len(row) for row in results[0]} == {264, 266}
+    for packed, static_logits in zip(*results, strict=True):
         torch.testing.assert_close(static_logits, packed, rtol=1e-4, atol=1e-4)
 
 

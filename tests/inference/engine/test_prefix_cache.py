@@ -21,8 +21,8 @@ def test_common_prefix(first: list[int], second: list[int], most: int) -> None:
 
 def test_a_prefix_of_the_same_model_is_reused_in_place() -> None:
     slots = CacheSlots(make_cache(2))
-    slot, found = slots.take("a", tokens := [1, 2, 3])
-    assert found == 0
+    slot, reused = slots.take("a", tokens := [1, 2, 3])
+    assert reused == 0
     tokens += [4, 5]
     slots.confirm(slot, 4)
     slots.release(slot, 5, keep=True)
@@ -47,10 +47,10 @@ def test_a_running_sequences_prefix_is_copied() -> None:
     first, _ = slots.take("a", [1, 2, 3])
     for layer in (*cache.keys, *cache.values):
         layer[first, :, :3] = torch.arange(3.0)[:, None]
-    assert slots.find("a", [1, 2, 3]) == (-1, 0), "nothing vouches for it yet"
+    assert slots.find("a", [1, 2, 3]) == (-1, 0), "no finite logits have confirmed it yet"
     slots.confirm(first, 3)
-    second, found = slots.take("a", [1, 2, 9])
-    assert (second != first, found) == (True, 2)
+    second, reused = slots.take("a", [1, 2, 9])
+    assert (second != first, reused) == (True, 2)
     for layer in (*cache.keys, *cache.values):
         assert layer[second, 0, :3, 0].tolist() == [0, 1, 0]
 
@@ -73,14 +73,14 @@ def test_a_short_match_does_not_overwrite_a_long_conversation() -> None:
     slot, _ = slots.take("a", list(range(40)))
     slots.confirm(slot, 40)
     slots.release(slot, 40, keep=True)
-    other, found = slots.take("a", [0, 1, 2, 3, 99])
-    assert (other != slot, found) == (True, 4)
+    other, reused = slots.take("a", [0, 1, 2, 3, 99])
+    assert (other != slot, reused) == (True, 4)
     assert slots.find("a", [*range(40), 50]) == (slot, 40)
 
 
 class SlotsMachine(RuleBasedStateMachine):
-    """Sequences of three digests come and go; some write NaN. The cache itself is the witness:
-    the value at a position says whose token was written there."""
+    """Sequences of three digests in any order; some write NaN. The value at a cache position
+    identifies the token written there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,12 +95,12 @@ class SlotsMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.slots.free)
     @rule(model_key=st.integers(0, 2), tokens=TOKENS)
     def take(self, model_key: int, tokens: list[int]) -> None:
-        slot, found = self.slots.take(str(model_key), tokens)
+        slot, reused = self.slots.take(str(model_key), tokens)
         assert slot not in self.running
-        assert found < len(tokens)
-        for at in range(found):
+        assert reused < len(tokens)
+        for at in range(reused):
             assert self.cache.keys[0][slot, 0, at, 0] == self.mark(model_key, tokens, at)
-        self.running[slot] = (model_key, tokens, found)
+        self.running[slot] = (model_key, tokens, reused)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), broken=st.booleans())
@@ -124,7 +124,7 @@ class SlotsMachine(RuleBasedStateMachine):
         self.slots.release(slot, len(self.running.pop(slot)[1]), keep=keep)
 
     @invariant()
-    def nothing_broken_is_left(self) -> None:
+    def free_slots_contain_no_nan(self) -> None:
         assert self.slots.free == 3 - len(self.running)
         for layer in (*self.cache.keys, *self.cache.values):
             assert not bool(layer.isnan().any())

@@ -43,9 +43,9 @@ def test_filters_match_transformers(
     expected = scores[0].softmax(-1)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     probabilities, ids = candidates(logits, params)
-    found = torch.zeros(97)
-    found[ids if ids is not None else slice(None)] = probabilities
-    torch.testing.assert_close(found, expected)
+    actual = torch.zeros(97)
+    actual[ids if ids is not None else slice(None)] = probabilities
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("repetition_penalty", [1.0, 1.3, 0.7])
@@ -60,8 +60,8 @@ def test_bias_and_repetition_penalty_match_transformers(
         expected = SequenceBiasLogitsProcessor(biases)(tokens, expected)
     expected = RepetitionPenaltyLogitsProcessor(repetition_penalty)(tokens, expected)
     params = SamplingParams(repetition_penalty=repetition_penalty, logit_bias=logit_bias)
-    found = apply_penalties(logits, params, PROMPT + ANSWER, len(PROMPT))
-    torch.testing.assert_close(found, expected[0], rtol=0, atol=0)
+    actual = apply_penalties(logits, params, PROMPT + ANSWER, len(PROMPT))
+    torch.testing.assert_close(actual, expected[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("frequency", [0, 0.5, -2.0])
@@ -93,7 +93,7 @@ def test_penalties_change_the_sample_but_not_the_log_probability(
     assert biased.logprob == pytest.approx(float(logits[0].log_softmax(-1)[2]))
     assert biased.top[0][0] == 0
     plain = SamplingParams(temperature=0)
-    assert scores.sample(1, plain, None, [0], 1).id == 0, "a neighbour's bias is its own"
+    assert scores.sample(1, plain, None, [0], 1).id == 0, "a bias affects its own row only"
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-40])
@@ -147,9 +147,9 @@ def test_added_tokens_are_sampled_from_extended_rows_only(temperature: float) ->
     generator = make_generator(params, 0)
     assert scores.sample(2, params, generator, [], 0).id == 5
     for _ in range(20):
-        found = scores.sample(1, params, generator, [], 0)
-        assert found.id in range(5)
-        assert max(token for token, _ in found.top) < 5
+        actual = scores.sample(1, params, generator, [], 0)
+        assert actual.id in range(5)
+        assert max(token for token, _ in actual.top) < 5
     for broken in (0, 3):
         with pytest.raises(FloatingPointError, match="not finite"):
             scores.sample(broken, params, generator, [], 0)

@@ -39,7 +39,7 @@ def test_every_sequence_ends_and_passes_keep_their_limits(
         work = run_pass(scheduler)
         passes += 1
         assert passes < 2000
-        assert work, "something runs in every pass"
+        assert work, "every pass runs a chunk"
         assert len({item.sequence.kv_slot for item in work if item.sequence.kv_slot >= 0}) == len(
             [item for item in work if item.sequence.kv_slot >= 0]
         )
@@ -47,7 +47,7 @@ def test_every_sequence_ends_and_passes_keep_their_limits(
         assert sum(end - begin for _, begin, end in work) <= max(budget, len(work))
         for sequence, begin, end in work:
             assert begin < end
-            assert begin == starts.get(id(sequence), begin), "no token is left out"
+            assert begin == starts.get(id(sequence), begin), "every token is computed"
     assert [sequence.generated for sequence in sequences] == [count for _, _, count in requests]
     assert scheduler.slots.free == slots + spare
 
@@ -104,14 +104,14 @@ def test_a_delta_without_sequences_preempts_the_one_with_most(tokenizer: Tokeniz
     for sequence in others:
         scheduler.add(sequence)
     run_pass(scheduler)
-    assert others[0].generated == 1, "at once"
+    assert others[0].generated == 1, "immediately"
     run_pass(scheduler)
     assert Counter(sequence.model_key for sequence in scheduler.running) == {
         "digest-1": 2,
         "digest-2": 2,
     }
     assert [flood[2] in scheduler.waiting, flood[3] in scheduler.waiting] == [True, True]
-    assert flood[3].generated >= 5, "what it has generated stays"
+    assert flood[3].generated >= 5, "its generated tokens are kept"
     while scheduler.busy:
         run_pass(scheduler)
     assert {sequence.generated for sequence in (*flood, *others)} == {30}
@@ -120,10 +120,10 @@ def test_a_delta_without_sequences_preempts_the_one_with_most(tokenizer: Tokeniz
 def time_to_first_token(
     tokenizer: Tokenizer, *, flood: int, every: int, prompt: int, sender: str = "flood"
 ) -> float:
-    """Mean passes from arrival to first token of a tenant whose load is always the same.
+    """Mean number of passes from arrival to first token of a tenant with constant load.
 
-    Both tenants have a request every so many passes, which together is what the node can carry;
-    the second tenant sends `flood` at a time.
+    Every `every` passes the first tenant sends one request and the second sends `flood`; at
+    `flood=1` the two together are the node's capacity.
     """
     scheduler = Scheduler(make_cache(8, 256), 64, 8)
     quiet, arrived, waited = [], {}, {}
@@ -152,4 +152,4 @@ def test_a_flood_does_not_double_the_other_tenants_time_to_first_token(
         )
 
     assert wait(20) <= 2 * wait(1)
-    assert wait(20, "quiet") > 10 * wait(1), "a flood of one's own is one's own to wait for"
+    assert wait(20, "quiet") > 10 * wait(1), "a tenant waits for its own flood"

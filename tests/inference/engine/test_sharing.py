@@ -55,18 +55,18 @@ def test_a_prefix_is_not_shared_with_other_weights(
     assert bench.engine.reused_tokens == 0
 
 
-@pytest.mark.parametrize("how", [{}, SAMPLED], ids=["greedy", "sampled"])
-def test_one_prompt_on_several_weights_is_answered_like_alone(
-    make_bench: Any, make_model: Any, how: dict[str, Any]
+@pytest.mark.parametrize("params", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_one_prompt_on_several_deltas_is_answered_like_alone(
+    make_bench: Any, make_model: Any, params: dict[str, Any]
 ) -> None:
     base = make_model("qwen2")
     bench = make_bench(base, context_tokens=128, pass_tokens=32, max_sequences=6, cache_slots=8)
     for slot in (1, 2):
         bench.install(slot, make_delta(base, slot))
-    alone = [bench.run(PROMPT, slot, **how).answer for slot in (0, 1, 2)]
+    alone = [bench.run(PROMPT, slot, **params).answer for slot in (0, 1, 2)]
     assert len(set(map(tuple, alone))) == 3
     crowd = [bench.submit([3, slot], slot, temperature=1.0, max_tokens=20) for slot in (0, 1, 2)]
-    together = [bench.submit(PROMPT, slot, **how) for slot in (2, 0, 1, 1, 0, 2)]
+    together = [bench.submit(PROMPT, slot, **params) for slot in (2, 0, 1, 1, 0, 2)]
     bench.finish(*crowd, *together)
     assert [outcome.answer for outcome in together] == [alone[i] for i in (2, 0, 1, 1, 0, 2)]
     assert bench.engine.reused_tokens >= 6 * (len(PROMPT) - 1)
@@ -97,15 +97,15 @@ def test_a_preempted_sequence_continues_unchanged(make_bench: Any, make_model: A
     base = make_model("llama")
     bench = make_bench(base, context_tokens=128, pass_tokens=64, max_sequences=2)
     bench.install(1, make_delta(base, 1))
-    how = SAMPLED | {"max_tokens": 40}
-    alone = [bench.run([9, 9], **how).answer, bench.run([8], **how).answer]
-    first = [bench.submit([9, 9], **how), bench.submit([8], **how)]
+    params = SAMPLED | {"max_tokens": 40}
+    alone = [bench.run([9, 9], **params).answer, bench.run([8], **params).answer]
+    first = [bench.submit([9, 9], **params), bench.submit([8], **params)]
     while min(len(outcome.answer) for outcome in first) < 5:
         bench.step()
     late = bench.submit([7], 1, max_tokens=3)
     while late.finish is None:
         bench.step()
-    assert all(outcome.finish is None for outcome in first), "it did not wait for them"
+    assert all(outcome.finish is None for outcome in first), "it was admitted before they ended"
     bench.finish(*first)
     assert [outcome.answer for outcome in first] == alone
 
@@ -140,6 +140,6 @@ def test_a_broken_deltas_prefix_is_not_cached(make_bench: Any, make_model: Any) 
     name = "model.layers.1.self_attn.k_proj.weight"
     bench.install(1, {name: torch.full_like(base.get_parameter(name), float("inf"))})
     assert bench.run(PROMPT[:20], 1).finish == "error"
-    bench.model.remove(1)  # the same digest, whole this time
+    bench.model.remove(1)  # the same digest, now without NaN
     assert bench.run(PROMPT[:20], 1).answer == bench.run(PROMPT[:20], 0).answer
     assert bench.engine.reused_tokens == 0

@@ -103,10 +103,10 @@ def test_chat_with_added_tokens(
         async with openai.AsyncOpenAI(
             base_url=f"{node.url}/v1", api_key="none", default_headers=headers, max_retries=0
         ) as client:
-            how: Any = {"model": "m", "temperature": 0, "max_tokens": 60}
+            arguments: Any = {"model": "m", "temperature": 0, "max_tokens": 60}
             if artifact == chatty.artifact:
-                return await client.chat.completions.create(messages=TALK, **how)
-            return await client.completions.create(prompt=PROMPT, **how)
+                return await client.chat.completions.create(messages=TALK, **arguments)
+            return await client.completions.create(prompt=PROMPT, **arguments)
 
     async def ask_all() -> list[Any]:
         return await asyncio.gather(*map(ask, (None, chatty.artifact, site.artifacts[0])))
@@ -124,9 +124,9 @@ def test_chat_with_added_tokens(
 def test_added_tokens_are_valid_for_their_delta_only(
     site: Site, node: RunningNode, chatty: Chatty
 ) -> None:
-    how: Any = {"model": "m", "max_tokens": 1}
+    arguments: Any = {"model": "m", "max_tokens": 1}
     with node.client(site.base, chatty.artifact) as client:
-        assert client.completions.create(prompt=[CALL, 1, BEGIN], **how).choices
+        assert client.completions.create(prompt=[CALL, 1, BEGIN], **arguments).choices
     for artifact, tokens, most in (
         (None, [BEGIN], VOCABULARY - 1),
         (site.artifacts[0], [1, CALL], VOCABULARY - 1),
@@ -136,7 +136,7 @@ def test_added_tokens_are_valid_for_their_delta_only(
             node.client(site.base, artifact) as client,
             pytest.raises(openai.BadRequestError, match=rf"the model has 0 to {most}\."),
         ):
-            client.completions.create(prompt=tokens, **how)
+            client.completions.create(prompt=tokens, **arguments)
 
 
 def test_an_adapter_without_config_gets_its_vocabulary_from_its_rows(

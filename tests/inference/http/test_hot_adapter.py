@@ -19,7 +19,7 @@ def test_the_hot_adapter_is_merged(
     monkeypatch.setattr(hot_adapter, "MIN_TOKENS", 100)
     monkeypatch.setattr(hot_adapter, "WINDOW_TOKENS", 400)
     first, second = site.artifacts
-    wanted = {artifact: expected_text(site, artifact, generate, 24) for artifact in site.models}
+    expected = {artifact: expected_text(site, artifact, generate, 24) for artifact in site.models}
     with start(site, tmp_path, node_max_deltas=3, node_merge=True) as node:
 
         def ask(artifact: str | None) -> None:
@@ -27,14 +27,14 @@ def test_the_hot_adapter_is_merged(
                 answer = client.completions.create(
                     model="m", prompt=PROMPT, max_tokens=24, temperature=0
                 )
-            assert answer.choices[0].text == wanted[artifact]
+            assert answer.choices[0].text == expected[artifact]
 
         def all_at_once() -> None:
             with ThreadPoolExecutor(6) as pool:
                 list(pool.map(ask, [*site.models, *site.models]))
 
         all_at_once()
-        assert merged(node) is None, "nobody takes most of the traffic"
+        assert merged(node) is None, "no delta has most of the traffic"
         until(lambda: merged(node) == first, lambda: ask(first))
         metrics = httpx.get(f"{node.url}/metrics").text
         assert "deltadock_node_merged_deltas 1.0" in metrics
@@ -43,7 +43,7 @@ def test_the_hot_adapter_is_merged(
         assert merged(node) == first
         base = node.node.base
         assert base is not None
-        assert base.users == 0, "a merge that has ended holds the base no more"
+        assert base.users == 0, "a finished merge does not keep the base in use"
         until(lambda: merged(node) == second, lambda: ask(second))
         ask(second)
         all_at_once()

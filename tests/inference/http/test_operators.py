@@ -1,4 +1,4 @@
-"""The operators' routes, and their authorization."""
+"""Operator routes and their authorization."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -73,13 +73,13 @@ def test_a_batch_answers_like_each_merged_model(fill: Any, generate: Any, tied: 
 def test_sampling_does_not_depend_on_neighbours(fill: Any, tied: bool) -> None:
     """Nor is a token beyond a slot's vocabulary sampled, even at a high temperature."""
     _, bench = fill(tied)
-    how = {"temperature": 5.0, "seed": 7, "max_tokens": 40, "logprobs": 5}
-    together = {slot: bench.submit(prompt_of(slot), slot, **how) for slot in range(5)}
+    params = {"temperature": 5.0, "seed": 7, "max_tokens": 40, "logprobs": 5}
+    together = {slot: bench.submit(prompt_of(slot), slot, **params) for slot in range(5)}
     bench.finish(*together.values())
     for slot, outcome in together.items():
-        assert outcome.answer == bench.run(prompt_of(slot), slot, **how).answer
-        told = [token for event in outcome.events for token in event.tokens]
-        ids = {token.id for token in told} | {i for token in told for i, _ in token.top}
+        assert outcome.answer == bench.run(prompt_of(slot), slot, **params).answer
+        tokens_out = [token for event in outcome.events for token in event.tokens]
+        ids = {token.id for token in tokens_out} | {i for token in tokens_out for i, _ in token.top}
         assert (max(ids) >= VOCABULARY) == (slot > 1)
         assert max(ids) < bench.model.vocabulary(slot)
 
@@ -99,7 +99,7 @@ def pass_over(model: BaseModel, prompts: list[list[int]]) -> Logits:
 def test_other_rows_are_bitwise_equal(fill: Any, tied: bool) -> None:
     base, bench = fill(tied)
     model, changes = bench.model, deltas(base)[2]
-    found = pass_over(model, [PLAIN, PLAIN, OWN])
+    logits = pass_over(model, [PLAIN, PLAIN, OWN])
     longer = pass_over(model, [PLAIN, PLAIN, PLAIN])
     model.remove(2)
     old = {n: one.old if isinstance(one, NewRows) else one for n, one in changes.items()}
@@ -107,9 +107,9 @@ def test_other_rows_are_bitwise_equal(fill: Any, tied: bool) -> None:
     without = pass_over(model, [PLAIN, PLAIN, PLAIN])
     others = 2 * len(PLAIN)
     assert not without.extended
-    assert torch.equal(found.base[:others], without.base[:others])
+    assert torch.equal(logits.base[:others], without.base[:others])
     assert torch.equal(longer.base, without.base)
-    assert [len(row) for row in found.rows()] == [VOCABULARY] * others + [VOCABULARY + ADDED] * 5
+    assert [len(row) for row in logits.rows()] == [VOCABULARY] * others + [VOCABULARY + ADDED] * 5
 
 
 def test_removing_a_delta_removes_its_tokens(fill: Any, generate: Any) -> None:

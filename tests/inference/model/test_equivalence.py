@@ -37,8 +37,8 @@ def known(tokens: list[int], vocabulary: int) -> list[int]:
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def tied(request: pytest.FixtureRequest) -> bool:
     """Whether embedding and head are tied."""
-    found: bool = request.param
-    return found
+    results: bool = request.param
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +74,15 @@ def artifacts(base: Path, home: Path) -> dict[str, Path]:
     """An artifact of every method."""
     text = home / "calibration.txt"
     text.write_text("".join(f"{n} squared is {n * n}.\n" for n in range(100)))
-    made = {}
+    written = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("deltadock.compression.distillation.STEPS", 3)
         for name, method in METHODS.items():
-            made[name] = home / f"{name}.delta"
+            written[name] = home / f"{name}.delta"
             options = CompressOptions(name, bits=None if method.bits_min is None else 1.0)
             tuned = home / ("lora" if method.imports_adapter else "tuned")
-            compress(base, tuned, made[name], options, calibration=[Source(text)])
-    return made
+            compress(base, tuned, written[name], options, calibration=[Source(text)])
+    return written
 
 
 def test_every_method_in_one_batch_has_the_logits_of_its_merged_checkpoint(
@@ -113,7 +113,7 @@ def test_every_method_in_one_batch_has_the_logits_of_its_merged_checkpoint(
         sequence.kv_slot = place
     passes = ModelRunner(model, model.make_cache(len(sequences), 64), len(sequences))
     with torch.inference_mode():
-        found = [
+        results = [
             passes.logits([ScheduledChunk(item, 0, len(item.tokens)) for item in sequences]).rows()
         ]
         for token in CONTINUED:
@@ -122,8 +122,8 @@ def test_every_method_in_one_batch_has_the_logits_of_its_merged_checkpoint(
             work = [
                 ScheduledChunk(item, len(item.tokens) - 1, len(item.tokens)) for item in sequences
             ]
-            found.append(passes.logits(work).rows())
-    logits = [torch.stack(steps) for steps in zip(*found, strict=True)]
+            results.append(passes.logits(work).rows())
+    logits = [torch.stack(steps) for steps in zip(*results, strict=True)]
     for slot, folder in enumerate(references):
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         for item, own in zip(sequences, logits, strict=True):

@@ -28,7 +28,7 @@ class Model(nn.Module):
 def routed(model: nn.Module) -> tuple[dict[str, list[tuple[DeltaModule, str]]], dict[str, Tensor]]:
     routing = Routing(DeltaLimits(slots=2, rows=4))
     owners, tensors = replace_modules(model, routing)
-    modules = {module for found in owners.values() for module, _ in found}
+    modules = {module for owned in owners.values() for module, _ in owned}
     tables = [module.table for module in modules if isinstance(module, DeltaLinears)]
     routing.chunks = Chunks(4, 2, tables)
     routing.chunks.assign([0, 0, 0])
@@ -50,8 +50,8 @@ def test_every_input_gets_its_own_answer() -> None:
     calls += [("gate", second), ("gate", first), ("up", first)]
     with torch.inference_mode():
         for name, x in calls:
-            want = F.linear(x, weights[f"{name}_proj.weight"])
-            torch.testing.assert_close(getattr(part, f"{name}_proj")(x), want)
+            expected = F.linear(x, weights[f"{name}_proj.weight"])
+            torch.testing.assert_close(getattr(part, f"{name}_proj")(x), expected)
 
 
 def test_linears_that_cannot_be_fused_stay_separate() -> None:

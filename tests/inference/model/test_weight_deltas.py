@@ -190,7 +190,7 @@ def test_every_encoding_computes_the_logits_of_its_merged_checkpoint(
     own = {slot: [5, 264, 200, 266, 7] if slot and longer else prompt for slot in (0, *files)}
     order = [0, *files, 0, *reversed(files)]
     found = logits_of(model, [(own[slot], slot) for slot in order])
-    # Decoded differences that did not fit the cache, and rows in another order.
+    # With decoded differences beyond the cache limit, and with rows in another order.
     assert model.cache_bytes <= 100_000
     for slot, logits in zip(order, found, strict=True):
         folder = base_folder
@@ -200,15 +200,15 @@ def test_every_encoding_computes_the_logits_of_its_merged_checkpoint(
                 merge(base_folder, files[slot], folder)
         merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         with torch.no_grad():
-            want = merged(torch.tensor([own[slot]])).logits[0]
-        torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+            expected = merged(torch.tensor([own[slot]])).logits[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         known = logits[:, :VOCABULARY]
-        assert slot == 0 or (known - found[0]).abs().max() > 0.1, "the delta makes a difference"
+        assert slot == 0 or (known - found[0]).abs().max() > 0.1, "the delta changes the logits"
     for slot in files:
         model.merge(slot)
         model.use_merged(slot)
         with monkeypatch.context() as patch:
-            patch.setattr(layers, "svd_delta", None)  # merged weights need no delta beside them
+            patch.setattr(layers, "svd_delta", None)  # merged weights are used without the delta
             (alone,) = logits_of(model, [(own[slot], slot)])
         torch.testing.assert_close(alone, found[slot], rtol=1e-4, atol=1e-4)
         beside = logits_of(model, [(own[slot], slot), (prompt, 0)])
@@ -336,7 +336,7 @@ def test_a_weight_delta_is_as_compact_as_its_record(tmp_path: Path) -> None:
     for name, change in changes.items():
         torch.testing.assert_close(difference(change), dense[name], rtol=1e-5, atol=1e-5)
     for name in ("svd", "rows", "low-rank", "sparse", "sum"):
-        # Scales in float32, and where each program of a kernel, or each row, begins.
+        # Overhead: float32 scales, and the offsets of kernel programs and rows.
         assert nbytes(changes[name]) <= sizes[name] + 12 * sum(shape)
 
 
@@ -371,7 +371,7 @@ def test_decoded_rows_equal_those_of_the_whole_matrix(seed: int, height: int, wi
     rng = np.random.default_rng(seed)
     encoded = rows_sample((height, width), rng).encoded
     numbers = rng.integers(0, height, 5)
-    want = decode_dense(encoded)
+    expected = decode_dense(encoded)
     change = RowsDelta.of(encoded)
-    assert torch.equal(change.dense(), torch.from_numpy(want))
-    assert torch.equal(change.rows(torch.from_numpy(numbers)), torch.from_numpy(want[numbers]))
+    assert torch.equal(change.dense(), torch.from_numpy(expected))
+    assert torch.equal(change.rows(torch.from_numpy(numbers)), torch.from_numpy(expected[numbers]))
