@@ -1,4 +1,4 @@
-# The project's habits; `make help` lists them.
+# Common tasks; `make help` lists them.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,10 +7,10 @@ STAMP := .venv/.installed
 .DEFAULT_GOAL := help
 .PHONY: help install demo up topology unit test check format browser clean
 
-help:  ## List the habits
+help:  ## List the tasks
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-install: $(STAMP)  ## Make .venv with the command .venv/bin/deltadock
+install: $(STAMP)  ## Create .venv with the command .venv/bin/deltadock
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -21,10 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install  ## Compress the sample fine-tune and compare it with its delta, in a few minutes
 	$(BIN)/deltadock demo
 
-up: install  ## Run everything on this machine; Ctrl-C stops it
+up: install  ## Run all services on this machine; Ctrl-C stops them
 	$(BIN)/deltadock up
 
-topology: install  ## The same on a real Postgres, Redis and S3 server
+topology: install  ## Like up, with real Postgres, Redis and S3 servers
 	$(BIN)/deltadock topology
 
 unit: install check  ## Run the checks and the quick tests, in under three minutes
@@ -33,7 +33,7 @@ unit: install check  ## Run the checks and the quick tests, in under three minut
 test: install browser check  ## Run the checks and the whole suite on real servers
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-check: install  ## Format, lint, types, import directions
+check: install  ## Check format, lint, types and import order
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
