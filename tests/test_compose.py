@@ -1,4 +1,4 @@
-"""The production shape: the compose file and the Dockerfile."""
+"""The compose file and the Dockerfile."""
 
 import shutil
 import subprocess
@@ -33,7 +33,7 @@ def test_the_file_follows_the_compose_specification() -> None:
     assert shown.returncode == 0, shown.stdout
 
 
-def test_everything_is_there(services: dict[str, Any]) -> None:
+def test_the_services_of_each_profile(services: dict[str, Any]) -> None:
     assert services.keys() == APPLICATION | SERVERS
     by_profile = {
         profile: {name for name in services if profile in services[name].get("profiles", [profile])}
@@ -44,11 +44,11 @@ def test_everything_is_there(services: dict[str, Any]) -> None:
         "gpu": always | {"worker", "node"},
         "cpu": always | {"worker-cpu", "node-cpu"},
     }
-    for name in services.keys() - {"migrate"}:  # which ends at once
+    for name in services.keys() - {"migrate"}:  # which exits when done
         assert "healthcheck" in services[name], name
 
 
-def test_variables_are_settings_and_those_of_the_topology(
+def test_variables_are_the_topologys_settings(
     services: dict[str, Any],
     postgres_service: Service,
     valkey_service: Service,
@@ -63,15 +63,15 @@ def test_variables_are_settings_and_those_of_the_topology(
         assert services[name]["environment"].keys() == expected, name
 
 
-def test_what_waits_for_a_service_waits_for_an_existing_one(services: dict[str, Any]) -> None:
+def test_dependencies_exist_and_have_healthchecks(services: dict[str, Any]) -> None:
     for name, service in services.items():
-        for other, how in service.get("depends_on", {}).items():
+        for other, dependency in service.get("depends_on", {}).items():
             assert "profiles" not in services[other], name
-            if how["condition"] == "service_healthy":
+            if dependency["condition"] == "service_healthy":
                 assert "healthcheck" in services[other], name
 
 
-def test_the_images_have_what_the_builder_is_sent() -> None:
+def test_the_build_context_equals_the_copied_files() -> None:
     sent = {
         line[1:]
         for line in (ROOT / ".dockerignore").read_text().splitlines()
@@ -88,7 +88,7 @@ def test_the_images_have_what_the_builder_is_sent() -> None:
     assert {*links, "deltadock"} <= copied
 
 
-def test_the_images_end_unprivileged() -> None:
+def test_the_images_run_unprivileged() -> None:
     stages: dict[str, str] = {}
     for line in (ROOT / "Dockerfile").read_text().splitlines():
         if line.startswith("FROM"):

@@ -1,4 +1,4 @@
-"""The wheel, installed in an environment of its own, beside everything that has similar names.
+"""The wheel, installed in a separate environment, with packages and modules of similar names.
 
 The environment sees the test environment's dependencies, but not its editable Deltadock. Commands
 run in a folder full of modules with which a bare import, or one from the working directory, would
@@ -54,7 +54,7 @@ class Installation:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools writes beside the sources."""
+    """Built from a copy: setuptools writes into the source folder."""
     sources, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -79,7 +79,7 @@ def installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Insta
     install = [sys.executable, "-m", "pip", "--quiet", "--python", python, "install", "--no-deps"]
     subprocess.run([*install, "--disable-pip-version-check", wheel, HF_KERNELS], check=True)
 
-    # As in 3.14: found before everything that is installed.
+    # As in 3.14: takes precedence over installed packages.
     library = tmp_path_factory.mktemp("library")
     (library / "compression").mkdir()
     (library / "compression" / "__init__.py").write_text("STANDARD_LIBRARY = True\n")
@@ -118,7 +118,7 @@ def test_it_installs_one_package(wheel: Path) -> None:
         assert (source if source.startswith("deltadock/") else f"deltadock/{source}") in names
 
 
-def test_its_neighbours_keep_their_names(installation: Installation) -> None:
+def test_packages_with_similar_names_stay_importable(installation: Installation) -> None:
     code = (
         "import compression, json, kernels, deltadock.kernels, deltadock.compression;"
         "print(json.dumps([compression.STANDARD_LIBRARY, hasattr(kernels, 'get_kernel'),"

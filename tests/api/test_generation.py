@@ -27,17 +27,19 @@ def ready(api: Api) -> Ready:
     return delta, api.make_ready(delta), delta["base"]["checkpoint"]
 
 
-def test_each_way_to_name_a_model(api: Api, node: StandInNode, ready: Ready) -> None:
+def test_models_can_be_named_by_id_name_and_version(
+    api: Api, node: StandInNode, ready: Ready
+) -> None:
     delta, artifact, base = ready
     base_id = delta["base"]["id"]
-    wanted = {
+    expected = {
         delta["id"]: artifact,
         "maths/skills": artifact,
         "maths/skills:1": artifact,
         "tiny": None,
         base_id: None,
     }
-    for model, artifact_digest in wanted.items():
+    for model, artifact_digest in expected.items():
         answer = api.client.post("/v1/completions", json={"model": model, "prompt": "17 + 25 ="})
         assert answer.status_code == 200
         assert answer.json()["model"] == model
@@ -46,7 +48,9 @@ def test_each_way_to_name_a_model(api: Api, node: StandInNode, ready: Ready) -> 
         assert headers.get("deltadock-artifact") == artifact_digest
 
 
-def test_a_name_means_its_highest_ready_version(api: Api, node: StandInNode, ready: Ready) -> None:
+def test_a_name_resolves_to_its_highest_ready_version(
+    api: Api, node: StandInNode, ready: Ready
+) -> None:
     second = api.delta(seed=2)
     assert second["version"] == 2
     ask = {"model": "maths/skills", "prompt": "x"}
@@ -119,7 +123,7 @@ def test_malformed_requests_are_400_as_at_openai(
     "extra",
     ['"min_p": NaN', '"user": "\\ud800"', '"n": -Infinity', '"\\ud800": 1'],
 )
-def test_values_that_are_not_json_are_refused(
+def test_values_that_are_not_json_are_rejected(
     api: Api, node: StandInNode, ready: Ready, extra: str
 ) -> None:
     headers = {"Content-Type": "application/json"}
@@ -264,16 +268,18 @@ class TestNodeDown:
     def node_url(self) -> str:
         return "http://127.0.0.1:1"
 
-    def test_it_is_unavailable(self, api: Api, ready: Ready) -> None:
+    def test_requests_are_unavailable(self, api: Api, ready: Ready) -> None:
         answer = api.client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
         assert answer.headers["retry-after"] == "1"
         answer = api.client.post("/v1/bases/tiny/generate", json={"prompt": "x"})
         assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
-        assert "deltadock node" in answer.json()["detail"], "the dead one is not asked again"
+        assert "deltadock node" in answer.json()["detail"], "the dead node is not tried again"
 
     def test_the_api_stays_ready(self, api: Api, ready: Ready) -> None:
-        assert api.client.get("/readyz").json()["checks"]["node"] == "ok", "it told so"
+        assert api.client.get("/readyz").json()["checks"]["node"] == "ok", (
+            "its registration is still valid"
+        )
         api.client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
         answer = api.client.get("/readyz")
         assert (answer.status_code, answer.json()["checks"]["node"]) == (200, "unavailable")

@@ -41,7 +41,7 @@ class Fleet:
     nodes: dict[int, Child]
 
     def publish(self, name: str, artifact: str) -> str:
-        """Store a name's next version, as a worker would; returns its id."""
+        """Store a name's next version as a worker does; returns its id."""
         with self.resources.database.session_scope() as session:
             base = BaseRepository(session).find("tiny")
             assert base is not None
@@ -69,8 +69,8 @@ class Fleet:
 
     def known(self) -> dict[int, dict[str, Any]]:
         """The api's view of each node, by port."""
-        told = httpx.get(f"{self.url}/v1/nodes").json()["data"]
-        return {int(node["url"].rpartition(":")[2]): node for node in told}
+        listed = httpx.get(f"{self.url}/v1/nodes").json()["data"]
+        return {int(node["url"].rpartition(":")[2]): node for node in listed}
 
     def holding(self, artifact: str) -> list[int]:
         """Ports of the nodes that have the delta in a slot."""
@@ -185,7 +185,7 @@ def test_no_request_is_lost_while_nodes_are_killed_one_by_one(
     assert {node["base"] for node in fleet.known().values()} == {site.base}
     assert {node["base_name"] for node in fleet.known().values()} == {"tiny"}
 
-    # Requests for a delta go where it is.
+    # Requests for a delta go to the node that has it.
     fleet.publish("maths/skills", first)
     for _ in range(4):
         assert fleet.ask("maths/skills") == texts[first]
@@ -193,17 +193,17 @@ def test_no_request_is_lost_while_nodes_are_killed_one_by_one(
     assert len(fleet.holding(first)) == 1
     assert fleet.ask("tiny") == expected_text(site, None, generate, 16)
 
-    # A conversation, with a delta's own template, by the official client.
+    # A conversation through the official client, with the delta's own template.
     chatty = write_delta(
         tmp_path / "chatty", site.models[None], scan_folder(site.home / "base-0").weights_digest, 1,
         **{"chat_template.jinja": TEMPLATE},
     )  # fmt: skip
     fleet.publish("talk/er", site.blobs.put_file(chatty))
     with fleet.client() as client:
-        how: Any = {"model": "talk/er", "messages": TALK, "max_completion_tokens": 9, "seed": 7}
-        whole = client.chat.completions.create(**how)
+        params: Any = {"model": "talk/er", "messages": TALK, "max_completion_tokens": 9, "seed": 7}
+        whole = client.chat.completions.create(**params)
         stream = client.chat.completions.create(
-            **how, stream=True, stream_options={"include_usage": True}
+            **params, stream=True, stream_options={"include_usage": True}
         )
         pieces = list(stream)
         assert whole.model == "talk/er"
@@ -214,7 +214,7 @@ def test_no_request_is_lost_while_nodes_are_killed_one_by_one(
         with pytest.raises(openai.BadRequestError, match="no chat template"):
             client.chat.completions.create(model="maths/skills", messages=TALK)
 
-    # A request keeps the weights that its name stood for when it began.
+    # A request keeps the weights that its name resolved to at its start.
     [home] = fleet.holding(first)
     os.kill(fleet.nodes[home].pid, signal.SIGSTOP)
     asked = threads.submit(fleet.ask, "maths/skills")
@@ -225,7 +225,7 @@ def test_no_request_is_lost_while_nodes_are_killed_one_by_one(
     assert fleet.ask("maths/skills") == texts[second]
     assert fleet.ask("maths/skills:1") == texts[first]
 
-    # A node that is killed while a request waits for its first byte: another answers.
+    # If a node is killed while a request waits for the first byte, another answers.
     wait_until(lambda: fleet.holding(first))
     [home] = fleet.holding(first)
     os.kill(fleet.nodes[home].pid, signal.SIGSTOP)
@@ -235,7 +235,7 @@ def test_no_request_is_lost_while_nodes_are_killed_one_by_one(
     assert asked.result(60) == texts[first]
     assert home not in fleet.known()
 
-    # One that is killed while it is idle.
+    # A node is killed while idle.
     wait_until(lambda: fleet.holding(first))
     [home] = fleet.holding(first)
     os.kill(fleet.nodes[home].pid, signal.SIGKILL)
@@ -243,7 +243,7 @@ def test_no_request_is_lost_while_nodes_are_killed_one_by_one(
     assert fleet.ask("maths/skills:1") == texts[first]
     [last] = fleet.known()
 
-    # The last one is asked to stop: it finishes what runs, takes nothing new, and leaves.
+    # The last node gets SIGTERM: it finishes running requests, rejects new ones, deregisters.
     child = fleet.nodes[last]
     with fleet.client() as client:
         running = client.completions.create(

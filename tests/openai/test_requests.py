@@ -22,10 +22,10 @@ UNKNOWN = "is not a known field; leave it out."
 
 def nested(depth: int) -> list[Any]:
     """A nested list."""
-    found: list[Any] = [1]
+    result: list[Any] = [1]
     for _ in range(depth):
-        found = [found]
-    return found
+        result = [result]
+    return result
 
 
 def refused(kind: type[SamplingFields], body: Any) -> tuple[str, str | None]:
@@ -38,10 +38,10 @@ def refused(kind: type[SamplingFields], body: Any) -> tuple[str, str | None]:
 
 
 def test_every_parameter_of_openais_client_is_known() -> None:
-    told = get_type_hints(chat_params.CompletionCreateParamsBase).keys()
-    assert told - ChatRequest.model_fields.keys() == set()
-    told = get_type_hints(completion_params.CompletionCreateParamsBase).keys()
-    assert told - CompletionRequest.model_fields.keys() == set()
+    parameters = get_type_hints(chat_params.CompletionCreateParamsBase).keys()
+    assert parameters - ChatRequest.model_fields.keys() == set()
+    parameters = get_type_hints(completion_params.CompletionCreateParamsBase).keys()
+    assert parameters - CompletionRequest.model_fields.keys() == set()
 
 
 @pytest.mark.parametrize(("kind", "body"), [(CompletionRequest, COMPLETION), (ChatRequest, CHAT)])
@@ -114,8 +114,8 @@ def test_disabling_values_are_accepted_by_chat(values: dict[str, Any]) -> None:
     ],
 )
 def test_completion_errors(values: dict[str, Any], message: str) -> None:
-    told, param = refused(CompletionRequest, {**COMPLETION, **values})
-    assert told.startswith(message)
+    text, param = refused(CompletionRequest, {**COMPLETION, **values})
+    assert text.startswith(message)
     assert param == next(iter(values))
 
 
@@ -142,13 +142,13 @@ def test_completion_errors(values: dict[str, Any], message: str) -> None:
     ],
 )
 def test_chat_errors(values: dict[str, Any], message: str) -> None:
-    told, param = refused(ChatRequest, {**CHAT, **values})
-    assert told.startswith(message)
+    text, param = refused(ChatRequest, {**CHAT, **values})
+    assert text.startswith(message)
     assert param == next(iter(values))
 
 
 @pytest.mark.parametrize(
-    ("message", "param", "told"),
+    ("message", "param", "text"),
     [
         ({"role": "user"}, "messages[1].content", "is missing; send it."),
         (
@@ -185,11 +185,11 @@ def test_chat_errors(values: dict[str, Any], message: str) -> None:
         ("x", "messages[1]", ""),
     ],
 )
-def test_message_errors_name_the_message(message: Any, param: str, told: str) -> None:
+def test_message_errors_name_the_message(message: Any, param: str, text: str) -> None:
     body = {**CHAT, "messages": [*CHAT["messages"], message]}
     answer, where = refused(ChatRequest, body)
     assert where == param
-    assert f"`{param}` {told}".rstrip() in answer.replace("`:", "` :")
+    assert f"`{param}` {text}".rstrip() in answer.replace("`:", "` :")
 
 
 def test_an_answer_can_be_sent_back_as_a_message() -> None:

@@ -25,7 +25,7 @@ from deltadock.workers.compress import WorkerContext
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 THREADS = torch.get_num_threads()
-"""Of a process of its own, such as a worker: the order of sums may depend on it, and so bytes."""
+"""As in a worker process: the order of sums, and so an artifact's bytes, may depend on it."""
 
 
 @pytest.fixture(autouse=True)

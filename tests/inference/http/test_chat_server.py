@@ -56,10 +56,10 @@ def chatty(carry: Carry) -> str:
 def test_chat_equals_the_completion_of_its_rendered_prompt(
     site: Site, node: RunningNode, chatty: str
 ) -> None:
-    how: Any = {"model": "m", "temperature": 0, "max_tokens": 12}
+    params: Any = {"model": "m", "temperature": 0, "max_tokens": 12}
     with node.client(site.base, chatty) as client:
-        chat = client.chat.completions.create(messages=TALK, **how)
-        plain = client.completions.create(prompt=PROMPT, **how)
+        chat = client.chat.completions.create(messages=TALK, **params)
+        plain = client.completions.create(prompt=PROMPT, **params)
     assert chat.object == "chat.completion"
     [choice] = chat.choices
     assert (choice.message.role, choice.message.content) == ("assistant", plain.choices[0].text)
@@ -68,17 +68,17 @@ def test_chat_equals_the_completion_of_its_rendered_prompt(
 
 
 def test_a_stream_equals_the_whole_answer(site: Site, node: RunningNode, chatty: str) -> None:
-    how: Any = {
+    params: Any = {
         "model": "m", "messages": TALK, "max_completion_tokens": 20, "seed": 5, "n": 2,
         "stop": ["e"], "logprobs": True, "top_logprobs": 2,
     }  # fmt: skip
     with node.client(site.base, chatty) as client:
-        whole = client.chat.completions.create(**how)
+        whole = client.chat.completions.create(**params)
         texts, ends, first = ["", ""], {}, {}
         tokens: list[list[Any]] = [[], []]
         usage = None
         for chunk in client.chat.completions.create(
-            **how, stream=True, stream_options={"include_usage": True}
+            **params, stream=True, stream_options={"include_usage": True}
         ):
             assert chunk.object == "chat.completion.chunk"
             usage = chunk.usage or usage
@@ -92,14 +92,14 @@ def test_a_stream_equals_the_whole_answer(site: Site, node: RunningNode, chatty:
     assert [ends[0], ends[1]] == [choice.finish_reason for choice in whole.choices]
     for streamed, choice in zip(tokens, whole.choices, strict=True):
         assert [token.token for token in streamed] == [t.token for t in choice.logprobs.content]
-        # The prompt's keys came from the cache, and a product's last bits depend on its rows.
-        want = [pytest.approx(token.logprob, abs=1e-4) for token in choice.logprobs.content]
-        assert [token.logprob for token in streamed] == want
+        # Cached keys of the prompt: a product's last bits depend on its number of rows.
+        expected = [pytest.approx(token.logprob, abs=1e-4) for token in choice.logprobs.content]
+        assert [token.logprob for token in streamed] == expected
     assert usage == whole.usage
     assert texts[0] != texts[1]
-    told = tokens[0][0]
-    assert len(told.top_logprobs) == 2
-    assert told.top_logprobs[0].logprob >= told.logprob
+    first_token = tokens[0][0]
+    assert len(first_token.top_logprobs) == 2
+    assert first_token.top_logprobs[0].logprob >= first_token.logprob
     whole_bytes = b"".join(bytes(token.bytes) for token in tokens[0])
     assert whole_bytes.decode(errors="replace").startswith(texts[0])
 
@@ -152,10 +152,10 @@ def test_the_generation_configs_repetition_penalty_can_be_overridden(
         for config in (greedy, published)
     )
 
-    def ask(artifact: str, **how: Any) -> str | None:
+    def ask(artifact: str, **params: Any) -> str | None:
         with node.client(site.base, artifact) as client:
             answer = client.chat.completions.create(
-                model="m", messages=TALK, max_tokens=24, extra_body=how
+                model="m", messages=TALK, max_tokens=24, extra_body=params
             )
         return answer.choices[0].message.content
 
@@ -208,7 +208,7 @@ def test_bad_requests_name_the_field_in_error(
 
 
 def test_disabled_parameters_are_accepted(site: Site, node: RunningNode, chatty: str) -> None:
-    how: Any = {"model": "m", "messages": TALK, "max_tokens": 4, "temperature": 0}
+    params: Any = {"model": "m", "messages": TALK, "max_tokens": 4, "temperature": 0}
     spelt: Any = {
         "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "n": 1,
         "modalities": ["text"], "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {},
@@ -216,9 +216,9 @@ def test_disabled_parameters_are_accepted(site: Site, node: RunningNode, chatty:
         "parallel_tool_calls": True, "stream_options": None, "stop": None, "top_p": 1,
     }  # fmt: skip
     with node.client(site.base, chatty) as client:
-        answers = [client.chat.completions.create(**(how | more)) for more in ({}, spelt)]
+        answers = [client.chat.completions.create(**(params | more)) for more in ({}, spelt)]
         with pytest.raises(openai.BadRequestError, match="`tools` is not supported yet") as caught:
-            client.chat.completions.create(**how, tools=[{"type": "custom", "custom": {}}])
+            client.chat.completions.create(**params, tools=[{"type": "custom", "custom": {}}])
     assert answers[0].choices == answers[1].choices
     assert caught.value.param == "tools"
 
@@ -242,7 +242,7 @@ def test_a_template_that_never_ends_fails_its_own_request(
 def test_a_slow_template_delays_only_its_own_delta(
     site: Site, node: RunningNode, chatty: str, carry: Carry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More requests of it wait than there are threads that encode."""
+    """More of its requests wait than there are encoding threads."""
     slow = carry(chat_template__jinja="slow" + TEMPLATE)
     ask: dict[str, Any] = {"model": "m", "messages": TALK, "max_tokens": 1}
     go_on, prompt = threading.Event(), node.node._templates.prompt
@@ -266,7 +266,7 @@ def test_a_slow_template_delays_only_its_own_delta(
         assert all(request.result(60).choices for request in waiting)
 
 
-def test_chunks_leave_out_what_they_do_not_have(site: Site, node: RunningNode, chatty: str) -> None:
+def test_chunks_omit_unset_fields(site: Site, node: RunningNode, chatty: str) -> None:
     """Strict clients reject `role: null`."""
     headers = {"Deltadock-Base": site.base, "Deltadock-Artifact": chatty}
     messages = [*TALK, {"role": "assistant", "content": None}, {"role": "user", "content": "a"}]

@@ -63,7 +63,7 @@ def test_concurrent_base_and_deltas_answer_like_their_merged_checkpoints(
 
 
 def test_a_stream_equals_the_whole_answer(site: Site, node: RunningNode) -> None:
-    how: dict[str, Any] = {
+    params: dict[str, Any] = {
         "model": "m",
         "prompt": [PROMPT, "second"],
         "max_tokens": 30,
@@ -73,11 +73,11 @@ def test_a_stream_equals_the_whole_answer(site: Site, node: RunningNode) -> None
         "logprobs": 2,
     }
     with node.client(site.base, site.artifacts[0]) as client:
-        whole = client.completions.create(**how)
+        whole = client.completions.create(**params)
         texts, ends, tokens = dict.fromkeys(range(4), ""), {}, {i: [] for i in range(4)}
         usage = None
         for chunk in client.completions.create(
-            **how, stream=True, stream_options={"include_usage": True}
+            **params, stream=True, stream_options={"include_usage": True}
         ):
             usage = chunk.usage or usage
             for choice in chunk.choices:
@@ -112,7 +112,7 @@ def test_more_deltas_than_slots_are_served(site: Site, tmp_path: Path, generate:
         assert node.node.base.deltas.slots.counts.evictions == 3
 
 
-def test_a_delta_brings_its_own_tokenizer_files(
+def test_a_delta_has_its_own_tokenizer_files(
     site: Site, node: RunningNode, tmp_path: Path, generate: Any
 ) -> None:
     ends = json.dumps({"eos_token_id": list(range(256))})
@@ -190,7 +190,8 @@ def test_weights_that_cannot_be_loaded_fail_only_their_request(
     not_a_delta = site.blobs.put_file(site.home / "base-0" / "model.safetensors")
     broken = site.blobs.put_bytes(b"what the digest names")
     site.blobs.path(broken).unlink()
-    shutil.copyfile(site.home / "delta-1", site.blobs.path(broken))  # a good delta, but another
+    # a valid delta, but not the named one
+    shutil.copyfile(site.home / "delta-1", site.blobs.path(broken))
     cases = [
         (site.base, broken, 502, "damaged_blob"),
         (site.base, not_a_delta, 400, "invalid_artifact"),
@@ -242,11 +243,11 @@ def test_only_an_idle_node_changes_its_base(site: Site, tmp_path: Path) -> None:
         adopted = node.node.base
         with node.client("0" * 64) as client, pytest.raises(openai.NotFoundError):
             client.completions.create(model="m", prompt="a")
-        assert node.node.base is adopted, "a base that cannot be had displaces nothing"
+        assert node.node.base is adopted, "the current base is kept"
         with node.client(site.base) as client:
             client.completions.create(model="m", prompt="a", max_tokens=1)
             assert node.node.base.digest == site.base
-        node.node.base.users += 1  # as a request that has not ended
+        node.node.base.users += 1  # like a running request
         with (
             node.client(site.other_base) as client,
             pytest.raises(openai.InternalServerError, match="cannot change"),
@@ -257,10 +258,10 @@ def test_only_an_idle_node_changes_its_base(site: Site, tmp_path: Path) -> None:
             client.completions.create(model="m", prompt="a", max_tokens=1)
 
 
-def test_a_base_that_downloads_delays_and_interrupts_nobody(
+def test_downloading_a_base_does_not_block_requests(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests for the current base are answered meanwhile, and the busy node keeps it."""
+    """Meanwhile requests for the current base are answered, and the busy node keeps it."""
     with start(site, tmp_path) as node, node.client(site.base) as client:
         ask = {"model": "m", "prompt": "a", "max_tokens": 1}
         client.completions.create(**ask)
@@ -320,7 +321,7 @@ def chunking(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
 def test_echo_scores_the_prompt_like_transformers(
     site: Site, chunking: RunningNode, max_tokens: int, as_tokens: bool, stream: bool
 ) -> None:
-    """What lm-evaluation-harness sends, for base and deltas, over chunks and cached prefixes."""
+    """lm-evaluation-harness's request, on base and deltas, over chunks and cached prefixes."""
     tokenizer = Tokenizer(read_tokenizer_files(site.home / "base-0"))
     texts = [PROMPT, f"{PROMPT}!", "é"]
     prompts: Any = [tokenizer.encode(text) for text in texts] if as_tokens else texts
@@ -344,7 +345,7 @@ def test_echo_scores_the_prompt_like_transformers(
             for token, top in zip(scores.tokens[1:], scores.top_logprobs[1:], strict=True):
                 assert len(top) in {2, 3}
                 assert token in top
-            # A character's tokens all begin where it begins.
+            # All tokens of a character have its offset.
             sizes = [len(character.encode()) for character in text]
             offsets = [place for place, size in enumerate(sizes) for _ in range(size)]
             assert scores.text_offset[: len(tokens)] == offsets
@@ -352,7 +353,7 @@ def test_echo_scores_the_prompt_like_transformers(
 
 
 def gather(chunks: Any) -> list[Any]:
-    """The choices of a stream of completions, put together."""
+    """The choices of a completion stream, concatenated."""
     choices: dict[int, Any] = {}
     for chunk in chunks:
         for part in chunk.choices:
@@ -447,17 +448,17 @@ def test_a_base_is_freed_before_the_next_is_loaded(
         with node.client(site.base, site.artifacts[0]) as client:
             client.completions.create(model="m", prompt="a", max_tokens=1)
         old = weakref.ref(node.node.base.model)
-        found: list[object] = []
+        collected: list[object] = []
         serve = node.node._serve
 
         def look(*arguments: Any) -> Any:
-            found.append(old())
+            collected.append(old())
             return serve(*arguments)
 
         monkeypatch.setattr(node.node, "_serve", look)
         with node.client(site.other_base) as client:
             client.completions.create(model="m", prompt="a", max_tokens=1)
-    assert found == [None]
+    assert collected == [None]
 
 
 def test_health(site: Site, node: RunningNode) -> None:
@@ -470,7 +471,7 @@ def test_health(site: Site, node: RunningNode) -> None:
 def test_metrics(site: Site, tmp_path: Path) -> None:
     with start(site, tmp_path, node_max_deltas=1, node_max_sequences=4) as node:
         before = read_metrics(node)
-        assert "deltadock_node_running_sequences" not in before, "there is no base yet"
+        assert "deltadock_node_running_sequences" not in before, "no base is loaded yet"
         prompt = "the same beginning of a prompt"
         for artifact in (*site.artifacts, site.artifacts[1]):
             with node.client(site.base, artifact) as client:
@@ -479,7 +480,7 @@ def test_metrics(site: Site, tmp_path: Path) -> None:
                 )
         with node.client(site.base, "0" * 64) as client, pytest.raises(openai.NotFoundError):
             client.completions.create(model="m", prompt="a")
-        told = read_metrics(node)
+        metrics = read_metrics(node)
     generated = len(answer.choices[0].logprobs.tokens)
     in_slot = site.artifacts[1]
     size = (site.home / "delta-2").stat().st_size
@@ -502,12 +503,12 @@ def test_metrics(site: Site, tmp_path: Path) -> None:
         f'resident_references{{artifact="{in_slot}"}}': 0,
         "prompt_tokens_total": 3 * len(prompt),
     }
-    assert {name: told.get(f"deltadock_node_{name}") for name in expected} == expected
-    assert told['deltadock_node_delta_bytes{tier="disk"}'] >= 2 * size - 4096
-    assert told["deltadock_node_generated_tokens_total"] >= generated
-    assert told["deltadock_node_inter_token_seconds_count"] >= generated - 1
-    assert told["deltadock_node_prefix_tokens_total"] == len(prompt) - 1, "the third had it cached"
-    assert sum(name.startswith("deltadock_node_resident_references") for name in told) == 1
+    assert {name: metrics.get(f"deltadock_node_{name}") for name in expected} == expected
+    assert metrics['deltadock_node_delta_bytes{tier="disk"}'] >= 2 * size - 4096
+    assert metrics["deltadock_node_generated_tokens_total"] >= generated
+    assert metrics["deltadock_node_inter_token_seconds_count"] >= generated - 1
+    assert metrics["deltadock_node_prefix_tokens_total"] == len(prompt) - 1, "a cached prefix"
+    assert sum(name.startswith("deltadock_node_resident_references") for name in metrics) == 1
 
 
 def read_metrics(node: RunningNode) -> dict[str, float]:

@@ -105,13 +105,13 @@ def test_a_model_without_a_template_is_refused_with_advice(sandbox: TemplateSand
         ("{{ raise_exception('No system role here.') }}", "No system role here"),
         ("{{ messages[0].content.nothing.further }}", "UndefinedError"),
         ("{% for %}", "TemplateSyntaxError"),
-        # Ways into the interpreter.
+        # Escapes into the interpreter.
         ("{{ ''.__class__.__mro__ }}", "SecurityError|UndefinedError"),
         ("{{ raise_exception.__globals__['sys'] }}", "SecurityError|UndefinedError"),
         ("{{ namespace(__init__=1) }}", "SecurityError"),
         ("{{ lipsum.__globals__ }}", "UndefinedError"),
         ("{% set x = messages.append(1) %}", "SecurityError"),
-        # More than its share of the machine.
+        # Excessive use of CPU and memory.
         ("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "exceeds"),
         ("{{ 'x' | center(1000000000) }}", "MemoryError|more time or memory"),
         ("{% set n = namespace(x='x') %}{% for i in range(50) %}{% set n.x = n.x + n.x %}"
@@ -132,7 +132,7 @@ def test_a_hostile_template_fails_its_own_request(
 
 
 def process_of(sandbox: TemplateSandbox) -> subprocess.Popen[bytes] | None:
-    """The process that rendered last; the others start only when it is busy."""
+    """The process that rendered last; others start only while it is busy."""
     *others, last = sandbox._idle.queue
     assert [other._process for other in others] == [None] * (PROCESSES - 1)
     return last._process
@@ -147,14 +147,14 @@ def test_a_template_that_killed_the_sandbox_is_refused_for_a_minute(
         for _ in range(2):
             with pytest.raises(InvalidInput, match="is refused for a minute"):
                 sandbox.prompt(endless, Conversation(TALK))
-            assert process_of(sandbox) is None, "the second time nothing is started"
+            assert process_of(sandbox) is None, "the second request starts no process"
         assert sandbox.prompt(form("x"), Conversation(TALK)) == "x"
         monkeypatch.setattr(sandbox, "_paused", OrderedDict({endless.template: 0.0}))
         before = process_of(sandbox)
         with pytest.raises(InvalidInput):
             sandbox.prompt(endless, Conversation(TALK))
         assert before is not None
-        assert process_of(sandbox) is None, "the minute is over"
+        assert process_of(sandbox) is None, "the minute has elapsed"
     finally:
         sandbox.close()
 

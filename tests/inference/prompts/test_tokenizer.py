@@ -32,7 +32,7 @@ def stream(
 
 
 @given(prompt=st.text(max_size=20), answer=st.text(max_size=60))
-def test_the_pieces_make_up_the_text(tokenizer: Tokenizer, prompt: str, answer: str) -> None:
+def test_the_pieces_concatenate_to_the_text(tokenizer: Tokenizer, prompt: str, answer: str) -> None:
     pieces, stopped = stream(tokenizer, prompt, answer, ())
     assert "".join(pieces) == answer
     assert not stopped
@@ -129,7 +129,9 @@ def test_a_prompt_may_end_inside_a_character(kind: str, request: pytest.FixtureR
     assert "".join([*map(broken.push, tokenizer.encode("b")[-1:]), broken.finish()]) == "b"
 
 
-def test_a_prompt_that_ends_with_a_replacement_character_stays_out(tokenizer: Tokenizer) -> None:
+def test_a_prompts_trailing_replacement_character_is_not_part_of_the_answer(
+    tokenizer: Tokenizer,
+) -> None:
     pieces, _ = stream(tokenizer, f"a{REPLACEMENT}", "bc", ())
     assert "".join(pieces) == "bc"
 
@@ -205,7 +207,7 @@ def test_unreadable_tokenizers_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def with_markup() -> Tokenizer:
-    """A byte-level tokenizer with control tokens, markup and an end token of its own."""
+    """A byte-level tokenizer with control tokens, markup and its own end token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = FastTokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -241,7 +243,7 @@ def test_the_tokenizers_end_token_ends_an_answer_too(with_markup: Tokenizer) -> 
 def test_stop_strings_may_contain_special_tokens(
     with_markup: Tokenizer, stop: str, text: str
 ) -> None:
-    """Control tokens are no part of the answer; markup that clients parse is."""
+    """Control tokens are omitted from the answer; markup that clients parse is not."""
     answer = "a<|im_end|>b<tool_call>c</tool_call>"
     pieces, stopped = stream(with_markup, "<|im_start|>", answer, (stop,))
     assert stopped == (stop != "nothing")
@@ -255,7 +257,7 @@ def test_special_tokens_are_shown_on_request(with_markup: Tokenizer) -> None:
 
 
 @given(text=st.text(max_size=30))
-def test_the_bytes_of_tokens_make_up_the_text(with_markup: Tokenizer, text: str) -> None:
+def test_the_tokens_bytes_concatenate_to_the_text(with_markup: Tokenizer, text: str) -> None:
     tokens = with_markup.encode(text)
     assert b"".join(map(with_markup.token_bytes, tokens)) == text.encode()
 
