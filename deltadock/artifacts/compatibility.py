@@ -9,19 +9,11 @@ from deltadock.artifacts.checkpoint import CheckpointManifest, TensorEntry
 from deltadock.artifacts.names import find_name, is_buffer, is_embedding, is_head
 from deltadock.errors import ArchitectureMismatch, InvalidCheckpoint, UnsupportedModel
 
-FREE_KEYS: Final = frozenset(
-    {
-        "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype",
-        "eos_token_id", "hidden_dropout", "id2label", "initializer_range", "label2id",
-        "max_position_embeddings", "output_attentions", "output_hidden_states", "pad_token_id",
-        "problem_type", "return_dict", "tokenizer_class", "torch_dtype", "transformers_version",
-        "use_cache",
-    }
+STRUCTURE: Final = (
+    "activation_function", "head_dim", "hidden_act", "n_head", "num_attention_heads",
+    "num_experts_per_tok", "num_key_value_heads",
 )  # fmt: skip
-"""Keys of config.json that do not affect what the weights compute."""
-
-WINDOW_KEYS: Final = frozenset({"sliding_window", "max_window_layers"})
-"""Keys that are ignored if `use_sliding_window` is false."""
+"""Keys of config.json by which equal shapes are used differently, in any version's spelling."""
 
 VOCABULARY: Final = "vocab_size"
 
@@ -33,38 +25,24 @@ def vocabulary(config: Mapping[str, Any]) -> int | None:
     return size if isinstance(size, int) and not isinstance(size, bool) else None
 
 
-def check_same_config(
-    base: Mapping[str, Any],
-    finetuned: Mapping[str, Any],
-    *,
-    any_vocabulary: bool = False,
-    within: str = "",
-) -> None:
-    """Reject a fine-tune whose configuration uses the same weights differently.
+def check_structure(base: Mapping[str, Any], finetuned: Mapping[str, Any]) -> None:
+    """Reject a fine-tune whose heads or activations are spelled differently than the base's.
 
-    A delta is served by the base's modelling code, so heads, rotary frequencies, norm epsilons
-    and the like must equal the base's. A key that only one config has is assumed to be at its
-    default.
-
-    Args:
-        base, finetuned: the parsed config.json files.
-        any_vocabulary: whether vocabulary sizes may differ.
-        within: key path of these configs, if nested in another.
+    `artifacts.configs.check_same_forward` compares everything, but needs `transformers`.
 
     Raises:
-        ArchitectureMismatch: keys differ; the message names the first.
+        ArchitectureMismatch: naming the first key.
     """
-    unused = WINDOW_KEYS if base.get("use_sliding_window") is False else frozenset()
-    free = FREE_KEYS | unused | ({VOCABULARY} if any_vocabulary else frozenset())
-    for key in sorted((base.keys() & finetuned.keys()) - free):
-        old, new = base[key], finetuned[key]
-        if key.endswith("_config") and isinstance(old, dict) and isinstance(new, dict):
-            check_same_config(old, new, any_vocabulary=any_vocabulary, within=f"{within}{key}.")
-        elif old != new:
+    for key in STRUCTURE:
+        old, new = base.get(key), finetuned.get(key)
+        if None not in (old, new) and old != new:
             raise ArchitectureMismatch(
-                f"config.json says {within}{key} = {new!r} for the fine-tune, but "
-                f"{old!r} for the base. A delta can only change weights."
+                f"config.json says {key} = {new!r} for the fine-tune, but {old!r} for the base. "
+                "A delta can only change weights."
             )
+    before, after = base.get("text_config"), finetuned.get("text_config")
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        check_structure(before, after)
 
 
 def _vocabulary_extended(
@@ -82,7 +60,7 @@ def _vocabulary_extended(
 
 
 def check_same_architecture(base: CheckpointManifest, finetuned: CheckpointManifest) -> None:
-    """Reject a fine-tune whose tensors, shapes or configuration differ from its base's.
+    """Reject a fine-tune whose tensors, shapes or structure differ from its base's.
 
     The vocabulary may be larger than the base's; tensors with one row per token then have more
     rows.
@@ -93,7 +71,7 @@ def check_same_architecture(base: CheckpointManifest, finetuned: CheckpointManif
         UnsupportedModel: only one of the two is quantized.
     """
     match_tensors(base, finetuned)
-    check_same_config(base.config, finetuned.config, any_vocabulary=True)
+    check_structure(base.config, finetuned.config)
 
 
 def match_tensors(

@@ -14,7 +14,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from deltadock.artifacts.checkpoint import CheckpointManifest, TensorEntry, merkle_root, scan_folder
+from deltadock.artifacts.checkpoint import (
+    CONFIG,
+    CheckpointManifest,
+    TensorEntry,
+    merkle_root,
+    scan_folder,
+)
+from deltadock.artifacts.configs import EPSILONS, ROPE, check_same_forward, expand
 from deltadock.artifacts.names import find_name
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import TORCH_DTYPES, fits_base, merged_tensor
@@ -124,7 +131,8 @@ def load_delta(model: Any, delta: Path | str, base: Path | str | None = None) ->
     """Turn a `transformers` model into the fine-tuned one, in place.
 
     Changed weights get new tensors and the old ones are kept for `unload`, so memory grows by the
-    size of the changed weights. A larger vocabulary lengthens embedding and head.
+    size of the changed weights. A larger vocabulary lengthens embedding and head. Rotary embeddings
+    and norms' epsilons become the fine-tune's.
 
     Args:
         model: the base as loaded by `from_pretrained`, on any device, in any floating-point dtype.
@@ -135,6 +143,7 @@ def load_delta(model: Any, delta: Path | str, base: Path | str | None = None) ->
     Raises:
         BaseMismatch: the model is not the delta's base, or cannot be verified to be.
         InvalidArtifact: the delta is unreadable, damaged or does not fit the model.
+        ArchitectureMismatch: the fine-tune's config.json uses the weights differently otherwise.
         UnsupportedModel: weights are quantized or not in memory, so they cannot be replaced.
     """
     with Artifact(Path(delta)) as artifact, torch.no_grad():
@@ -152,6 +161,7 @@ def load_delta(model: Any, delta: Path | str, base: Path | str | None = None) ->
                 if data.shape != tensor.shape:
                     _resize_vocabulary(replacements, model, tensor, len(data))
                 replacements.replace(tensor, data)
+            _set_config(replacements, model, artifact.files.get(CONFIG))
             _set_generation_config(replacements, model, artifact.files.get(GENERATION))
         except BaseException:
             replacements.restore()
@@ -285,6 +295,34 @@ def _resize_vocabulary(replacements: _Replacements, model: Any, tensor: Tensor, 
     for owner, name in [*owners, (config, "vocab_size"), (model, "vocab_size")]:
         if name is not None and getattr(owner, name, None) == before:
             replacements.set_attribute(owner, name, rows)
+
+
+def _set_config(replacements: _Replacements, model: Any, text: str | None) -> None:
+    """Set the fine-tune's rotary embeddings and epsilons of norms, if they are not the base's."""
+    if text is None:
+        return
+    try:
+        config = json.loads(text)
+        differences = check_same_forward(model.config.to_dict(), config)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InvalidArtifact(f"The delta's {CONFIG} is invalid.") from error
+    if not differences:
+        return
+    old, new = model.config.get_text_config(), expand(config).get_text_config()
+    for key in (one.key.rpartition(".")[2] for one in differences):
+        before, after = getattr(old, key), getattr(new, key)
+        for module in model.get_decoder().modules():
+            if key in EPSILONS:
+                for name in ("eps", "variance_epsilon"):
+                    if getattr(module, name, None) == before:
+                        replacements.set_attribute(module, name, after)
+                continue
+            for name, child in list(module.named_children()):
+                if key == ROPE and name.endswith("rotary_emb"):
+                    rotary = type(child)(new).to(model.device)
+                    replacements.set_attribute(module, name, rotary)
+        replacements.set_attribute(old, key, after)
+    replacements.set_attribute(old, "max_position_embeddings", new.max_position_embeddings)
 
 
 def _set_generation_config(replacements: _Replacements, model: Any, text: str | None) -> None:

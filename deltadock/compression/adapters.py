@@ -499,6 +499,7 @@ def import_adapter(
             merged = MergedSource(reader, artifact)
             quality = measure(
                 model,
+                model,
                 data.held_out,
                 base=ResizedSource(reader, shapes),
                 finetuned=merged,

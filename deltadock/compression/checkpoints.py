@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from deltadock.artifacts.checkpoint import TensorEntry, folder_files, ignored_files, scan_folder
-from deltadock.artifacts.compatibility import check_same_architecture, match_tensors
+from deltadock.artifacts.compatibility import match_tensors
+from deltadock.artifacts.configs import check_same_forward
 from deltadock.artifacts.encodings import NUMPY_DTYPES
 from deltadock.artifacts.names import is_embedding, is_head
 from deltadock.compression.report import ProgressReporter
@@ -103,10 +104,11 @@ class CheckpointReader:
         """Name the tensors as in `base`.
 
         Raises:
-            InvalidInput: this is not a fine-tune of `base`, as `check_same_architecture`.
+            InvalidInput: this is not a fine-tune of `base`: as `match_tensors` and
+                `check_same_forward`.
         """
-        check_same_architecture(base.manifest, self.manifest)
         self.entries = match_tensors(base.manifest, self.manifest)
+        check_same_forward(base.manifest.config, self.manifest.config)
 
     def _open(self, name: str) -> safe_open:
         # Reopened for each tensor: pages of a mapped file stay resident, so that one mapping per

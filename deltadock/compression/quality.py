@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltadock.artifacts.configs import differences
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import merged_tensor
 from deltadock.compression.calibration.windows import read_windows
@@ -95,6 +96,7 @@ def evaluate(
         model.check(after.shapes)
         return measure(
             model,
+            base_model(model, before, after),
             read_windows(text, finetuned, min(window, model.max_length)),
             base=ResizedSource(before, after.shapes),
             finetuned=after,
@@ -103,8 +105,18 @@ def evaluate(
         )
 
 
+def base_model(
+    model: BlockwiseModel, base: CheckpointReader, finetuned: CheckpointReader
+) -> BlockwiseModel:
+    """The model that runs the base's weights: `model`, the fine-tune's, unless settings differ."""
+    if not differences(base.manifest.config, finetuned.manifest.config):
+        return model
+    return BlockwiseModel(base.folder, str(model.device), finetuned.entries)
+
+
 def measure(
     model: BlockwiseModel,
+    model_of_base: BlockwiseModel,
     windows: Tensor,
     *,
     base: TensorSource,
@@ -115,26 +127,27 @@ def measure(
     """Run the three models over `windows` (n, length) and compare their outputs.
 
     Args:
-        model: the skeleton that runs them.
+        model: the skeleton that runs fine-tune and delta.
+        model_of_base: the one that runs the base.
         windows: token ids, int64.
         base, finetuned, delta: the weights.
         progress: called with the number of block passes done and in total.
     """
     total = 3 * len(model.blocks)
     hidden = []
-    sources = (finetuned, delta, base)
-    for number, source in enumerate(sources):
-        states = model.embed(windows, source)
+    runs = ((model, finetuned), (model, delta), (model_of_base, base))
+    for number, (runner, source) in enumerate(runs):
+        states = runner.embed(windows, source)
         for index in range(len(model.blocks)):
-            states = model.run_block(index, states, source)
+            states = runner.run_block(index, states, source)
             progress(number * len(model.blocks) + index + 1, total)
-        hidden.append(model.final_hidden(states, source))
+        hidden.append(runner.final_hidden(states, source))
     # The last position of a window has no next token.
     labels = F.pad(windows[:, 1:], (0, 1), value=IGNORED).flatten().to(model.device)
     sums, seen = torch.zeros(6, dtype=torch.float64), 0
     streams = (
-        model.logits(states.flatten(0, 1), source)
-        for states, source in zip(hidden, sources, strict=True)
+        runner.logits(states.flatten(0, 1), source)
+        for states, (runner, source) in zip(hidden, runs, strict=True)
     )
     for target, delta_logits, base_logits in zip(*streams, strict=True):
         piece = labels[seen : seen + len(target)]

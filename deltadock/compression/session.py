@@ -35,7 +35,7 @@ from deltadock.compression.distillation import distill
 from deltadock.compression.methods.registry import matrix_method
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.options import METHODS, CompressOptions, Source
-from deltadock.compression.quality import MergedSource, measure
+from deltadock.compression.quality import MergedSource, base_model, measure
 from deltadock.compression.report import MatrixReport, ProgressReporter, Report, TensorReport
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.statistics import (
@@ -285,6 +285,7 @@ class CompressionSession:
         with Artifact(out) as artifact:
             quality = measure(
                 model,
+                base_model(model, pair.base, pair.finetuned),
                 data.held_out,
                 base=ResizedSource(pair.base, pair.finetuned.shapes),
                 finetuned=pair.finetuned,

@@ -167,6 +167,22 @@ def trainer_files(made: Made) -> None:
     (inner / "optimizer.pt").write_bytes(b"\x80\x04")
 
 
+def configured(**settings: Any) -> Callable[[Path], Made]:
+    """A pair whose fine-tune's config.json has other settings, spelled as trainers do."""
+
+    def make(home: Path) -> Made:
+        made = pair(home)
+        path = made.tuned / "config.json"
+        config = json.loads(path.read_text())
+        if settings.keys() & {"rope_scaling", "rope_theta"}:
+            del config["rope_parameters"]
+        path.write_text(json.dumps(config | settings))
+        model = AutoModelForCausalLM.from_pretrained(made.tuned, dtype=torch.float32)
+        return made._replace(model=model.eval())
+
+    return make
+
+
 def nan_rows(row: int) -> Callable[[Tensors], Tensors]:
     def change(tensors: Tensors) -> Tensors:
         tensors[EMBEDDING][row:] = torch.nan
@@ -287,6 +303,14 @@ def without_head(tensors: Tensors) -> Tensors:
     return tensors
 
 
+ROPES: tuple[dict[str, Any], ...] = (
+    {"rope_scaling": {"type": "linear", "factor": 4}},
+    {"rope_theta": 500.0},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                      "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+)  # fmt: skip
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DEEP = r"(?:model\.)?layers\.[01]+\.(?:self_attn|mlp)\.[a-z]*?q[a-z_]*.*"
 DEQUANTIZE = "the message says how to dequantize"
@@ -328,6 +352,16 @@ CASES: tuple[Case, ...] = (
          edited(("tuned", renamed(wrapped("_fsdp_wrapped_module._checkpoint_wrapped_module."))))),
     Case("DDP, DeepSpeed", "prefix `module.`",
          edited(("tuned", renamed(lambda name: f"module.{name}")))),
+    *(
+        Case("transformers, TRL, axolotl", f"another rotary embedding: `{json.dumps(settings)}`",
+             configured(**settings), "the fine-tune's, per delta")
+        for settings in ROPES
+    ),
+    Case("any", "another epsilon of norms: `rms_norm_eps`", configured(rms_norm_eps=0.05),
+         "the fine-tune's, per delta"),
+    Case("any", "config.json of another version: `rope_scaling` null, `torch_dtype`",
+         configured(rope_scaling=None, torch_dtype="bfloat16", _name_or_path="x",
+                    use_cache=False, unsloth_version="2025.1"), "need not match"),
     Case("any", "NaN in embedding rows past the tokenizer's size", nan_padding,
          "kept as the base's, with a note in the report"),
     Case("any", "NaN in an input embedding, of base and fine-tune alike",
@@ -371,6 +405,12 @@ CASES: tuple[Case, ...] = (
          "training has diverged", NonFiniteWeights, "diverged"),
     Case("any", "an untied head that is missing", edited(("tuned", without_head)),
          "transformers would initialise it at random", ArchitectureMismatch, "lacks"),
+    Case("any", "another sliding window",
+         configured(use_sliding_window=True, sliding_window=4,
+                    layer_types=["sliding_attention"] * 2),
+         "train with the base's", ArchitectureMismatch, "layer_types = .*sliding"),
+    Case("any", "another activation", configured(hidden_act="gelu"), "train with the base's",
+         ArchitectureMismatch, "hidden_act = 'gelu'"),
     Case("older transformers", "weights as `pytorch_model.bin` only", files(only_pickle),
          "save with `safe_serialization=True`", UnsafeFile, "safe_serialization"),
     Case("transformers, PEFT", "a whole model and an adapter in one folder", files(both),

@@ -1,8 +1,10 @@
 """Quality figures equal those of whole models, for any split of the vocabulary."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,21 +14,41 @@ from transformers import AutoModelForCausalLM
 from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.model import forward
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.quality import measure
+from deltadock.compression.quality import base_model, measure
 
 
+@pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 4.0}])
 @pytest.mark.parametrize("tied", [True, False])
+<<<<<<< HEAD
 def test_figures_equal_those_of_whole_models(
     make_pair: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, tied: bool
+=======
+def test_figures_are_those_of_the_whole_models(
+    make_pair: Callable[..., tuple[Path, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    tied: bool,
+    rope: dict[str, Any] | None,
+>>>>>>> ca45fc5 (Base and fine-tune are compared as transformers reads them; each delta has its own rotary embedding and norm epsilon; length-dependent rotary types never depend on a pass)
 ) -> None:
     base, tuned = make_pair(tied=tied, scale=0.05)
+    config = json.loads((tuned / "config.json").read_text())
+    if rope is not None:
+        config["rope_parameters"] |= rope
+        (tuned / "config.json").write_text(json.dumps(config))
     windows = torch.randint(256, (6, 40), generator=torch.Generator().manual_seed(0))
     sources = CheckpointReader(base), CheckpointReader(tuned)
 
     def figures() -> dict[str, float]:
         model = BlockwiseModel(tuned)
         return asdict(
-            measure(model, windows, base=sources[0], finetuned=sources[1], delta=sources[1])
+            measure(
+                model,
+                base_model(model, *sources),
+                windows,
+                base=sources[0],
+                finetuned=sources[1],
+                delta=sources[1],
+            )
         )
 
     whole = figures()

@@ -12,6 +12,8 @@ from deltadock.inference.deltas.reading import read_delta
 
 from .conftest import VOCABULARY, BenchMaker
 
+BASE = {"model_type": "qwen2", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 264}
+
 
 @pytest.fixture
 def load(
@@ -19,7 +21,7 @@ def load(
 ) -> Callable[[str], None]:
     """`load(config)`: load a delta with this config.json."""
     model = make_bench(make_model("qwen2")).model
-    files = {"tokenizer.json": tokenizer_json, "config.json": json.dumps({"rope_theta": 10000.0})}
+    files = {"tokenizer.json": tokenizer_json, "config.json": json.dumps(BASE)}
 
     def load(config: str) -> None:
         manifest = {"files": {"config.json": config}}
@@ -30,16 +32,18 @@ def load(
 
 
 def test_a_config_of_another_architecture_is_refused(load: Callable[[str], None]) -> None:
-    load(json.dumps({"rope_theta": 10000.0, "eos_token_id": 1}))
-    with pytest.raises(ArchitectureMismatch, match="rope_theta"):
-        load(json.dumps({"rope_theta": 500000.0}))
+    load(json.dumps(BASE | {"eos_token_id": 1, "head_dim": 8, "rope_theta": 500000.0}))
+    with pytest.raises(ArchitectureMismatch, match="num_attention_heads = 8"):
+        load(json.dumps(BASE | {"num_attention_heads": 8, "head_dim": 8}))
+    with pytest.raises(InvalidArtifact, match="rope_parameters"):
+        load(json.dumps(BASE | {"rope_theta": "x", "head_dim": 8}))
     for broken in ("{", "[]"):
         with pytest.raises(InvalidArtifact, match=r"config\.json"):
             load(broken)
 
 
 def test_a_config_with_another_vocabulary_is_refused(load: Callable[[str], None]) -> None:
-    load(json.dumps({"vocab_size": VOCABULARY}))
+    load(json.dumps(BASE | {"vocab_size": VOCABULARY}))
     for size in (VOCABULARY - 1, VOCABULARY + 1):
         with pytest.raises(InvalidArtifact, match=rf"states {size} .* for {VOCABULARY}"):
-            load(json.dumps({"vocab_size": size}))
+            load(json.dumps(BASE | {"vocab_size": size}))

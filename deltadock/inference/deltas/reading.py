@@ -9,12 +9,13 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from deltadock.artifacts.compatibility import check_same_config, vocabulary
+from deltadock.artifacts.compatibility import vocabulary
+from deltadock.artifacts.configs import check_same_forward, expand
 from deltadock.artifacts.encodings import Encoded, decode_factors, inflate, parts
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import fits_base, packed_delta, stored_tensor
 from deltadock.errors import BaseMismatch, InvalidArtifact
-from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.model import BaseModel, RowSettings
 from deltadock.inference.model.weight_deltas import (
     EncodedDelta,
     NewRows,
@@ -77,6 +78,8 @@ class HostDelta:
     tokenizer: Tokenizer
     nbytes: int
     """Bytes of the tensors."""
+    settings: RowSettings | None = None
+    """What its config.json changes; None: nothing."""
 
 
 class PlacedDelta(NamedTuple):
@@ -93,7 +96,9 @@ def read_delta(
 
     Raises:
         BaseMismatch: the delta is for another base than the one with `weights_digest`.
-        ArchitectureMismatch: its config.json describes another architecture than the base's.
+        ArchitectureMismatch: its config.json uses the weights differently, in a way that cannot
+            be served per delta.
+        UnsupportedModel: its config.json cannot be read.
         InvalidArtifact: its tensors do not fit the base's, or its config.json states another
             vocabulary size than its tensors have.
     """
@@ -104,8 +109,9 @@ def read_delta(
         )
     own_files: Mapping[str, str | None] = artifact.manifest["files"]
     config = _own_config(own_files)
-    if config is not None and CONFIG in base_files:
-        check_same_config(json.loads(base_files[CONFIG]), config, any_vocabulary=True)
+    settings = None
+    if config is not None and check_same_forward(json.loads(base_files[CONFIG]), config):
+        settings = model.row_settings(expand(config))
     parameters = {name: model.parameter_name(name) for name in artifact.records}
     tensors = model.fit(
         {
@@ -121,6 +127,7 @@ def read_delta(
         tensors,
         Tokenizer({name: text for name, text in files.items() if text is not None}),
         sum(map(nbytes, tensors.values())),
+        settings,
     )
 
 
@@ -130,7 +137,7 @@ def place_delta(model: BaseModel, slot: int, delta: HostDelta) -> None:
     On a GPU the copies run on a side stream, concurrently with passes, and are complete on return.
     """
     with _side_stream(model.device):
-        model.install(slot, model.place(delta.tensors))
+        model.install(slot, model.place(delta.tensors), delta.settings)
 
 
 def merge_delta(model: BaseModel, slot: int) -> None:

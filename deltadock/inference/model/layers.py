@@ -283,7 +283,10 @@ class DeltaEmbedding(DeltaModule):
 
 
 class DeltaNorm(DeltaModule):
-    """A normalization layer that multiplies each row by the weight of its slot."""
+    """A normalization layer that multiplies each row by the weight of its slot.
+
+    A slot may also have an epsilon of its own; its rows are then computed outside of CUDA graphs.
+    """
 
     def __init__(self, norm: nn.Module, routing: Routing) -> None:
         super().__init__(routing)
@@ -294,6 +297,8 @@ class DeltaNorm(DeltaModule):
         """(slots, width), from the first delta on; always on a GPU, where graphs need it."""
         self._by_row = copy.deepcopy(norm)
         del self._by_row.weight
+        self._epsilon = float(norm.variance_epsilon)  # type: ignore[arg-type]
+        self._epsilons: dict[int, float] = {}
         if self.weight.is_cuda:
             self._weights = self._make_weights()
 
@@ -309,7 +314,14 @@ class DeltaNorm(DeltaModule):
         self._changed.add(slot)
         return False
 
+    def set_epsilon(self, slot: int, epsilon: float) -> None:
+        """Use `epsilon` for the rows of `slot`, until it is removed."""
+        if self._weights is None:
+            self._weights = self._make_weights()
+        self._epsilons[slot] = epsilon
+
     def remove(self, slot: int) -> None:
+        self._epsilons.pop(slot, None)
         if slot in self._changed:
             assert self._weights is not None
             self._weights[slot] = self.weight
@@ -317,12 +329,25 @@ class DeltaNorm(DeltaModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, rows, ..., width) to the same shape."""
-        if self._weights is None or not (self._changed or x.is_cuda):
+        if self._weights is None or not (self._changed or self._epsilons or x.is_cuda):
             y: Tensor = self._norm(x)
             return y
         weights = self._weights[self.routing.row_slots]
         self._by_row.weight = weights.view(1, len(weights), *[1] * (x.ndim - 3), -1)
+        epsilon = self._row_epsilons(x)
+        self._by_row.variance_epsilon = self._epsilon if epsilon is None else epsilon  # type: ignore[assignment]
         return cast("Tensor", self._by_row(x))
+
+    def _row_epsilons(self, x: Tensor) -> Tensor | None:
+        """(1, rows, ..., 1) float32; None: all rows have the base's."""
+        by_slot = self.routing.chunks.by_slot
+        if self._epsilons.keys().isdisjoint(by_slot):
+            return None
+        epsilons = torch.full((x.shape[1],), self._epsilon, device=x.device)
+        for slot, epsilon in self._epsilons.items():
+            if slot in by_slot:
+                epsilons[by_slot[slot]] = epsilon
+        return epsilons.view(1, -1, *[1] * (x.ndim - 2))
 
 
 Owners = dict[str, list[tuple[DeltaModule, str]]]

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from deltadock.errors import InvalidArtifact
 from deltadock.inference.model.added_tokens import EMBEDDING, LM_HEAD, AddedTokens, Logits
 from deltadock.inference.model.attention import AttentionMetadata
 from deltadock.inference.model.kv_cache import KVCache
-from deltadock.inference.model.layers import DeltaLinears, replace_modules
+from deltadock.inference.model.layers import DeltaLinears, DeltaNorm, replace_modules
+from deltadock.inference.model.rotary import DeltaRotary, Rope, context_limit
 from deltadock.inference.model.routing import (
     DEFAULT_LIMITS,
     DENSE_ROWS,
@@ -28,6 +29,14 @@ from deltadock.inference.model.weight_deltas import (
     place,
 )
 from deltadock.kernels.svd_delta import Chunks, PackedDelta, empty_delta
+
+
+class RowSettings(NamedTuple):
+    """What the rows of a delta have for themselves besides weights."""
+
+    rope: Rope
+    epsilon: float
+    """Of all norms."""
 
 
 class BaseModel:
@@ -47,6 +56,7 @@ class BaseModel:
         self._routing = Routing(limits)
         self._uncapturable_slots: set[int] = set()
         self._owners, self._parameters = replace_modules(model, self._routing)
+        self._rotary = model.model.rotary_emb = DeltaRotary(model.model.rotary_emb, self._routing)
         tied: bool = self.config.tie_word_embeddings
         self._added = AddedTokens(self.config.vocab_size, self._routing, tied=tied)
         if tied:
@@ -70,8 +80,8 @@ class BaseModel:
 
     @property
     def context_tokens(self) -> int:
-        """The longest sequence that the model supports."""
-        return int(self.config.max_position_embeddings)
+        """The longest sequence that the model supports with one set of rotary frequencies."""
+        return context_limit(self.config)
 
     def make_cache(self, slots: int, length: int) -> KVCache:
         """Allocate a key/value cache for `slots` sequences of up to `length` tokens."""
@@ -214,8 +224,22 @@ class BaseModel:
             )
         return delta
 
-    def install(self, slot: int, deltas: Mapping[str, TensorDelta]) -> None:
-        """Install prepared deltas in `slot`, which no running sequence may use."""
+    def row_settings(self, config: Any) -> RowSettings:
+        """What rows of a delta with this `transformers` configuration have for themselves.
+
+        Raises:
+            ArchitectureMismatch, InvalidArtifact: as `DeltaRotary.rope`.
+        """
+        rope = self._rotary.rope(config, self.context_tokens)
+        return RowSettings(rope, float(config.rms_norm_eps))
+
+    def install(
+        self, slot: int, deltas: Mapping[str, TensorDelta], settings: RowSettings | None = None
+    ) -> None:
+        """Install prepared deltas in `slot`, which no running sequence may use.
+
+        `settings` None: those of the base.
+        """
         by_module: dict[DeltaModule, dict[str, WeightDelta]] = defaultdict(dict)
         for name, tensor_delta in deltas.items():
             delta = tensor_delta.old if isinstance(tensor_delta, NewRows) else tensor_delta
@@ -226,6 +250,13 @@ class BaseModel:
         if any(uncapturable):
             self._uncapturable_slots.add(slot)
         self._added.install(slot, deltas)
+        if settings is not None:
+            self._rotary.install(slot, settings.rope)
+            if settings.epsilon != self.config.rms_norm_eps:
+                self._uncapturable_slots.add(slot)
+                for module in self._modules:
+                    if isinstance(module, DeltaNorm):
+                        module.set_epsilon(slot, settings.epsilon)
 
     @property
     def merged_slot(self) -> int | None:
@@ -264,4 +295,5 @@ class BaseModel:
         for module in self._modules:
             module.remove(slot)
         self._uncapturable_slots.discard(slot)
+        self._rotary.remove(slot)
         self._added.remove(slot)

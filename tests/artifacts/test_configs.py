@@ -1,0 +1,90 @@
+"""Which config.json files mean the same forward pass."""
+
+from typing import Any
+
+import pytest
+
+from deltadock.artifacts.configs import check_same_forward, differences, expand
+from deltadock.errors import ArchitectureMismatch, UnsupportedModel
+
+BASE: dict[str, Any] = {"model_type": "qwen2", "hidden_size": 32, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_scaling": None},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+        {"rope_theta": 1e4},
+        {"torch_dtype": "bfloat16", "_name_or_path": "x", "transformers_version": "4.1"},
+        {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 3},
+        {"head_dim": 8},
+        {"attention_dropout": 0.1, "unsloth_version": "2025.1", "vocab_size": 7},
+        {"max_position_embeddings": 64},
+    ],
+)
+def test_what_changes_no_answer(settings: dict[str, Any]) -> None:
+    assert differences(BASE, BASE | settings) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 4}}, "rope_parameters"),
+        ({"rope_theta": 1e6}, "rope_parameters"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps"),
+    ],
+)
+def test_what_a_delta_has_for_itself(settings: dict[str, Any], key: str) -> None:
+    assert [one.key for one in check_same_forward(BASE, BASE | settings)] == [key]
+    assert [one.key for one in check_same_forward(BASE | settings, BASE)] == [key]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_attention_heads": 8}, "head_dim = 4 .*8 for the base"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"use_sliding_window": True, "max_window_layers": 0}, "layer_types"),
+    ],
+)
+def test_what_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ArchitectureMismatch, match=words):
+        check_same_forward(BASE, BASE | settings)
+
+
+def test_the_length_matters_to_rotary_embeddings_that_depend_on_it() -> None:
+    base = BASE | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    assert differences(base, base | {"max_position_embeddings": 64})
+
+
+def test_a_vision_models_language_model_may_have_its_own() -> None:
+    base = {"model_type": "gemma3"}
+    text = base | {"text_config": {"rms_norm_eps": 1e-3}}
+    assert [one.key for one in check_same_forward(base, text)] == ["text_config.rms_norm_eps"]
+    vision = base | {"vision_config": {"layer_norm_eps": 1e-3}}
+    with pytest.raises(ArchitectureMismatch, match=r"vision_config\.layer_norm_eps"):
+        check_same_forward(base, vision)
+
+
+def test_unknown_types_are_compared_as_spelled() -> None:
+    base = {"model_type": "own", "heads": 4, "use_cache": True}
+    assert not differences(base, base | {"use_cache": False})
+    with pytest.raises(ArchitectureMismatch, match="heads = 8"):
+        check_same_forward(base, base | {"heads": 8})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "own"},
+        BASE | {"num_hidden_layers": 10**9},
+        {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}},
+        BASE | {"rope_scaling": 7},
+        BASE | {"rope_scaling": {"rope_type": "linear"}},
+    ],
+)
+def test_a_config_that_cannot_be_read(config: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel):
+        expand(config)
