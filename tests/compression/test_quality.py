@@ -19,16 +19,11 @@ from deltadock.compression.quality import base_model, measure
 
 @pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 4.0}])
 @pytest.mark.parametrize("tied", [True, False])
-<<<<<<< HEAD
 def test_figures_equal_those_of_whole_models(
-    make_pair: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, tied: bool
-=======
-def test_figures_are_those_of_the_whole_models(
     make_pair: Callable[..., tuple[Path, Path]],
     monkeypatch: pytest.MonkeyPatch,
     tied: bool,
     rope: dict[str, Any] | None,
->>>>>>> ca45fc5 (Base and fine-tune are compared as transformers reads them; each delta has its own rotary embedding and norm epsilon; length-dependent rotary types never depend on a pass)
 ) -> None:
     base, tuned = make_pair(tied=tied, scale=0.05)
     config = json.loads((tuned / "config.json").read_text())
