@@ -9,6 +9,7 @@ from deltadock.inference.base import ServedBase
 from deltadock.inference.engine.sampler import SamplingParams, make_generator
 from deltadock.inference.engine.sequence import Event, Sequence
 from deltadock.inference.metrics import Metrics
+from deltadock.inference.prompts.grammar import TokenGrammar
 from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
 from deltadock.model_target import ModelTarget
 
@@ -50,7 +51,14 @@ class Generation:
         self._last_token_at: dict[int, float] = {}
         """Monotonic seconds of each sequence's last tokens."""
 
-    def start(self, prompts: list[list[int]], n: int, sampling: SamplingParams, slot: int) -> None:
+    def start(
+        self,
+        prompts: list[list[int]],
+        n: int,
+        sampling: SamplingParams,
+        slot: int,
+        grammar: TokenGrammar | None = None,
+    ) -> None:
         """Submit `n` sequences per prompt to the engine, numbered in order."""
         self.prompts = prompts
         self.prompt_tokens = sum(map(len, prompts))
@@ -63,8 +71,7 @@ class Generation:
                         sampling=sampling,
                         delta_slot=slot,
                         model_key=self._target.model_key,
-                        end_ids=sampling.stop_token_ids
-                        | (frozenset() if sampling.ignore_eos else self.tokenizer.eos_ids),
+                        end_ids=sampling.end_ids(self.tokenizer.eos_ids),
                         stream=TextStream(
                             self.tokenizer,
                             prompt,
@@ -73,6 +80,7 @@ class Generation:
                         ),
                         emit=partial(self._emit, len(self._sequences)),
                         generator=make_generator(sampling, choice),
+                        matcher=None if grammar is None else grammar.matcher(),
                     )
                 )
         self._running = len(self._sequences)

@@ -3,12 +3,12 @@
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
@@ -17,13 +17,17 @@ from deltadock.inference.admission import Admission
 from deltadock.inference.base import ServedBase
 from deltadock.inference.deltas.store import ResidentDelta
 from deltadock.inference.deltas.tiers import DiskTier
+from deltadock.inference.engine.sampler import SamplingParams
 from deltadock.inference.generation import Generation
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.prompts.chat import PROCESSES, TemplateSandbox
+from deltadock.inference.prompts.grammar import TokenGrammar
+from deltadock.inference.prompts.tokenizer import Tokenizer
 from deltadock.inference.registration import Registration
 from deltadock.inference.request import (
     GenerationRequest,
     encode,
+    grammar_of,
     prompts_of,
     sampling_params,
 )
@@ -31,6 +35,8 @@ from deltadock.model_target import ModelTarget
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import FileCache
+
+Result = TypeVar("Result")
 
 MAX_REPORTED_DELTAS: Final = 500
 """Limit of a heartbeat; deltas beyond it are in the slowest tier."""
@@ -175,13 +181,12 @@ class InferenceNode:
                 on_error.callback(base.deltas.release, target.artifact_digest)
                 tokenizer = delta.tokenizer
             vocabulary = base.model.vocabulary(slot)
-            async with self._encoding.setdefault(target.model_key, asyncio.Lock()):
-                prompts = await asyncio.get_running_loop().run_in_executor(
-                    self._encoders,
-                    partial(encode, prompts_of(request), tokenizer, self._templates, vocabulary),
-                )
+            prompts = await self._encode(
+                target, partial(encode, prompts_of(request), tokenizer, self._templates, vocabulary)
+            )
             context = base.engine.context_tokens
             sampling = sampling_params(request, tokenizer.defaults, prompts, context, vocabulary)
+            grammar = await self._compile_grammar(target, tokenizer, request, sampling)
             generation = Generation(
                 base,
                 target,
@@ -190,10 +195,28 @@ class InferenceNode:
                 on_finish=partial(self._admission.leave, target.model_key),
                 started_at=started_at,
             )
-            generation.start(prompts, request.answers, sampling, slot)
+            generation.start(prompts, request.answers, sampling, slot, grammar)
             on_error.pop_all()
         self.metrics.requests.labels("ok").inc()
         return generation
+
+    async def _encode(self, target: ModelTarget, work: Callable[[], Result]) -> Result:
+        """Run blocking work on a request in a thread; one request of a delta at a time."""
+        async with self._encoding.setdefault(target.model_key, asyncio.Lock()):
+            return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
+
+    async def _compile_grammar(
+        self,
+        target: ModelTarget,
+        tokenizer: Tokenizer,
+        request: GenerationRequest,
+        sampling: SamplingParams,
+    ) -> TokenGrammar | None:
+        spec = grammar_of(request)
+        if spec is None:
+            return None
+        end_ids = sampling.end_ids(tokenizer.eos_ids)
+        return await self._encode(target, lambda: tokenizer.grammars.compile(spec, end_ids))
 
     @asynccontextmanager
     async def using(self, digest: str | None) -> AsyncIterator[ServedBase]:

@@ -1,14 +1,17 @@
 """From an OpenAI request to prompt tokens and sampling parameters."""
 
+import json
 from collections.abc import Sequence
 from typing import Final, TypeVar
 
 from deltadock.errors import ContextExceeded, InvalidInput
 from deltadock.inference.engine.sampler import SamplingParams
 from deltadock.inference.prompts.chat import Conversation, TemplateSandbox
+from deltadock.inference.prompts.grammar import GrammarSpec
 from deltadock.inference.prompts.tokenizer import SamplingDefaults, Tokenizer
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
+from deltadock.openai.fields import JsonObjectFormat, JsonSchemaFormat
 
 GenerationRequest = CompletionRequest | ChatRequest
 Prompt = str | Sequence[int] | Conversation
@@ -70,6 +73,27 @@ def _tokens(prompt: Prompt, tokenizer: Tokenizer, templates: TemplateSandbox) ->
         text = templates.prompt(tokenizer.chat, prompt)
         return tokenizer.encode(text, special_tokens=False)  # the template wrote its own
     return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+
+def grammar_of(request: GenerationRequest) -> GrammarSpec | None:
+    """The grammar that the answers must follow, if any."""
+    form = request.response_format
+    if isinstance(form, JsonObjectFormat):
+        return GrammarSpec("json_object", "", "response_format")
+    if isinstance(form, JsonSchemaFormat):
+        return GrammarSpec("json_schema", json.dumps(form.json_schema.schema_), "response_format")
+    if request.guided_json is not None:
+        schema = request.guided_json
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        return GrammarSpec("json_schema", text, "guided_json")
+    if request.guided_regex is not None:
+        return GrammarSpec("regex", request.guided_regex, "guided_regex")
+    if request.guided_grammar is not None:
+        return GrammarSpec("ebnf", request.guided_grammar, "guided_grammar")
+    if request.guided_choice is not None:
+        choices = " | ".join(json.dumps(choice) for choice in request.guided_choice)
+        return GrammarSpec("ebnf", f"root ::= {choices}", "guided_choice")
+    return None
 
 
 def sampling_params(

@@ -84,14 +84,6 @@ class Message(BaseModel):
         return {"role": self.role, "content": content, **name}
 
 
-class TextFormat(BaseModel):
-    """The response format: plain text."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-
-
 class ChatRequest(SamplingFields):
     """A request to /v1/chat/completions; without a limit an answer may fill the context.
 
@@ -119,7 +111,6 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
-    response_format: Unsupported[TextFormat] = None
     modalities: Unsupported[Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)]] = (
         None
     )

@@ -1,14 +1,17 @@
 """Fields of OpenAI's requests with their bounds, and what completions and chat share."""
 
-from typing import Annotated, Any, Final, TypeVar
+import json
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -59,10 +62,69 @@ LogitBias = Annotated[
 ]
 """Limited in number, since biases are added at every token while other sequences wait."""
 EndTokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=128)]
+GUIDED: Final = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[
     str | Annotated[list[str], Field(max_length=16)],
     reported_as("must be a string, or a list of at most 16 strings."),
+]
+
+
+MAX_GRAMMAR_CHARACTERS: Final = 65_536
+GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARACTERS)]
+
+
+def _check_schema_size(schema: dict[str, Any]) -> dict[str, Any]:
+    if len(json.dumps(schema)) > MAX_GRAMMAR_CHARACTERS:
+        raise field_error(f"is longer than {MAX_GRAMMAR_CHARACTERS} characters.")
+    return schema
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_check_schema_size)]
+
+
+class TextFormat(BaseModel):
+    """Plain text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(BaseModel):
+    """Any JSON object."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(BaseModel):
+    """A JSON schema with OpenAI's name for it; `strict` is always true."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Schema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(BaseModel):
+    """JSON that follows a schema."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")],
+    reported_as(
+        'must be {"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", '
+        '"json_schema": {"name": ..., "schema": {...}}}.'
+    ),
 ]
 
 
@@ -76,8 +138,8 @@ class SamplingFields(BaseModel):
     """Fields that completions and chat completions share. Unknown fields are errors.
 
     Unset fields take the values of the model's generation config. `top_k`, `min_p`,
-    `repetition_penalty`, `stop_token_ids`, `ignore_eos` and `skip_special_tokens` extend OpenAI's
-    request, with vLLM's meaning.
+    `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `skip_special_tokens` and `guided_*`
+    extend OpenAI's request, with vLLM's meaning. `guided_grammar` is in EBNF, with a rule `root`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -97,6 +159,11 @@ class SamplingFields(BaseModel):
     stop_token_ids: EndTokens | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: Schema | GrammarText | None = None
+    guided_regex: GrammarText | None = None
+    guided_choice: Annotated[list[GrammarText], Field(min_length=1, max_length=1024)] | None = None
+    guided_grammar: GrammarText | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Ignored = None
@@ -107,6 +174,16 @@ class SamplingFields(BaseModel):
     prompt_cache_key: Ignored = None
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
+
+    @model_validator(mode="after")
+    def _one_grammar(self) -> Self:
+        """Refuse several restrictions of one answer."""
+        form = self.response_format
+        names = ["response_format"] if form is not None and form.type != "text" else []
+        names += [name for name in GUIDED if getattr(self, name) is not None]
+        if len(names) > 1:
+            raise field_error(f"excludes `{names[0]}`; send one of them.", field=names[1])
+        return self
 
     @property
     def answers(self) -> int:

@@ -56,7 +56,7 @@ def test_migrating_twice_keeps_data(empty_url: str) -> None:
 
 
 def test_concurrent_migrations_are_serialized(empty_url: str) -> None:
-    code = "import sys; from storage.database import migrate; migrate(sys.argv[1])"
+    code = "import sys; from deltadock.storage.database import migrate; migrate(sys.argv[1])"
     processes = [subprocess.Popen([sys.executable, "-c", code, empty_url]) for _ in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     engine = make_engine(empty_url)

@@ -188,7 +188,12 @@ class Engine:
         """Sample a sequence's next token and emit what follows from it."""
         try:
             token = sampler.sample(
-                row, sequence.sampling, sequence.generator, sequence.tokens, sequence.prompt_length
+                row,
+                sequence.sampling,
+                sequence.generator,
+                sequence.tokens,
+                sequence.prompt_length,
+                sequence.matcher,
             )
             self._scheduler.sampled(sequence)
             self._append(sequence, token)
@@ -201,6 +206,8 @@ class Engine:
         sequence.unsent.append(token)
         ended = token.id in sequence.end_ids
         text = "" if ended else sequence.stream.push(token.id)
+        if not ended and sequence.matcher is not None:
+            ended = sequence.matcher.accept(token.id)
         if ended or sequence.stream.stopped:
             self._finish(sequence, "stop", text)
         elif sequence.generated >= sequence.sampling.max_tokens:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltadock.inference.model.added_tokens import Logits
+from deltadock.inference.prompts.grammar import TokenMatcher
 
 MIN_TEMPERATURE: Final = 1e-5
 """Lower temperatures are greedy, as in vLLM: logits divided by them would not be finite."""
@@ -36,6 +37,10 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     """Whether to score the prompt's tokens too, with `logprobs` alternatives each."""
+
+    def end_ids(self, eos_ids: frozenset[int]) -> frozenset[int]:
+        """The tokens that end the answer of a model with these end-of-sequence tokens."""
+        return self.stop_token_ids | (frozenset() if self.ignore_eos else eos_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +135,11 @@ class TokenSampler:
         generator: torch.Generator | None,
         tokens: Sequence[int],
         prompt_length: int,
+        matcher: TokenMatcher | None = None,
     ) -> SampledToken:
         """Sample the token that follows `tokens` from one row; greedily without a generator.
+
+        With a `matcher` it is one that the answer's grammar allows.
 
         Raises:
             FloatingPointError: the row's logits contain NaN or infinity.
@@ -140,6 +148,8 @@ class TokenSampler:
             raise FloatingPointError("The model's output is not finite; its weights are broken.")
         logits = self._rows[row]
         penalized = apply_penalties(logits, params, tokens, prompt_length)
+        if matcher is not None:
+            penalized = matcher.apply(penalized)
         if generator is not None:
             token = _draw(penalized, params, generator)
         else:

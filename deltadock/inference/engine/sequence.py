@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from deltadock.inference.engine.sampler import SampledToken, SamplingParams
+from deltadock.inference.prompts.grammar import TokenMatcher
 from deltadock.inference.prompts.tokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -44,6 +45,8 @@ class Sequence:
     emit: Callable[[Event], None]
     """Called from the engine thread; the last event has `finish` set."""
     generator: torch.Generator | None = None
+    matcher: TokenMatcher | None = None
+    """Restricts the answer to a grammar."""
     prompt_length: int = field(init=False)
     computed: int = field(default=0, init=False)
     """Number of tokens whose keys and values are in the cache."""

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from tokenizers.decoders import DecodeStream
 
 from deltadock.errors import InvalidArtifact, InvalidInput, UnsupportedModel
 from deltadock.inference.prompts.chat import chat_format
+from deltadock.inference.prompts.grammar import GrammarCompiler
 
 GENERATION_CONFIG: Final = "generation_config.json"
 TOKENIZER_FILES: Final = (
@@ -78,9 +80,9 @@ class Tokenizer:
                 for number, token in self._tokenizer.get_added_tokens_decoder().items()
                 if token.special
             }
-            self._byte_level = '"ByteLevel"' in json.dumps(
-                json.loads(files["tokenizer.json"]).get("decoder")
-            )
+            decoder = json.dumps(json.loads(files["tokenizer.json"]).get("decoder"))
+            self._byte_level = '"ByteLevel"' in decoder
+            self._byte_fallback = '"ByteFallback"' in decoder
             self.chat = chat_format(files)
             self.eos_ids = _eos_ids(files) | self._own_eos_id()
             self.defaults = _sampling_defaults(files)
@@ -118,6 +120,17 @@ class Tokenizer:
         token = self.chat.special_tokens.get("eos_token")
         number = None if token is None else self._tokenizer.token_to_id(token)
         return frozenset() if number is None else frozenset({number})
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles grammars of structured output; made on first use, which may take a second."""
+        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        pieces = [self._tokenizer.id_to_token(number) or "" for number in range(size)]
+        for number in self._special.keys() & range(size):
+            pieces[number] = ""
+        if self._byte_level:
+            return GrammarCompiler(pieces, "byte_level")
+        return GrammarCompiler(pieces, "byte_fallback" if self._byte_fallback else "raw")
 
     def special_text(self, token: int) -> str | None:
         """The text of a special token, None for others."""

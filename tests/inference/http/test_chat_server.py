@@ -183,7 +183,6 @@ def test_without_a_limit_an_answer_may_fill_the_context(
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "\\ud800"}]}, None),
         ({"tools": [{}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"logit_bias": {"264": 1}}, "logit_bias"),
     ],

@@ -1,0 +1,121 @@
+"""Structured output: only tokens that continue a JSON document, regex or grammar can be sampled."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltadock.errors import InvalidInput
+
+CACHE_BYTES: Final = 64 * 2**20
+"""Compiled grammars kept per tokenizer."""
+MAX_WHITESPACE: Final = 8
+"""Characters of whitespace between two tokens of JSON: a model could fill its answer with it."""
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "ebnf"]
+
+
+class GrammarSpec(NamedTuple):
+    """A grammar as a request gives it; `json_object` is any JSON object, and has no text."""
+
+    kind: GrammarKind
+    text: str
+    param: str
+    """The request's field, for errors."""
+
+
+class TokenMatcher:
+    """Follows one answer through a grammar."""
+
+    def __init__(self, compiled: Any, *, ends_itself: bool) -> None:
+        """Begin an answer; it `ends_itself` as soon as it can, where no token may end it."""
+        import xgrammar
+
+        self._matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=ends_itself)
+        self._mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """The logits (vocabulary,) with -inf for tokens that cannot follow."""
+        self._matcher.fill_next_token_bitmask(self._mask)
+        bits = (self._mask[0, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
+        allowed = torch.zeros(len(logits), dtype=torch.bool)
+        count = min(len(logits), bits.numel())
+        allowed[:count] = bits.flatten()[:count].bool()
+        return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+
+    def accept(self, token: int) -> bool:
+        """Follow a sampled token; whether the answer is complete."""
+        self._matcher.accept_token(token)
+        return bool(self._matcher.is_terminated())
+
+
+class TokenGrammar:
+    """A grammar compiled for one tokenizer."""
+
+    def __init__(self, compiled: Any, *, ends_itself: bool) -> None:
+        self._compiled, self._ends_itself = compiled, ends_itself
+
+    def matcher(self) -> TokenMatcher:
+        """A matcher for one answer."""
+        return TokenMatcher(self._compiled, ends_itself=self._ends_itself)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer. Any thread may use it."""
+
+    def __init__(
+        self, pieces: Sequence[str], vocabulary: Literal["byte_level", "byte_fallback", "raw"]
+    ) -> None:
+        """Take the tokens' spellings, by id; empty for special tokens, which match nothing."""
+        self._pieces, self._vocabulary = pieces, vocabulary
+        self._compilers: dict[frozenset[int], Any] = {}
+        self._lock = threading.Lock()
+
+    def compile(self, spec: GrammarSpec, end_ids: frozenset[int]) -> TokenGrammar:
+        """Compile a grammar whose answers end with one of `end_ids`. Blocks.
+
+        Raises:
+            InvalidInput: it is invalid, or uses what is not supported.
+        """
+        compiler = self._compiler(end_ids)
+        compile_with: Mapping[GrammarKind, Any] = {
+            "json_object": lambda _: compiler.compile_json_schema(
+                '{"type": "object"}', strict_mode=False, max_whitespace_cnt=MAX_WHITESPACE
+            ),
+            "json_schema": lambda text: compiler.compile_json_schema(
+                text, max_whitespace_cnt=MAX_WHITESPACE
+            ),
+            "regex": compiler.compile_regex,
+            "ebnf": compiler.compile_grammar,
+        }
+        try:
+            compiled = compile_with[spec.kind](spec.text)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0].partition(": ")[2] or str(error)
+            raise InvalidInput(
+                f"`{spec.param}` cannot be used: {reason.strip()}", param=spec.param
+            ) from error
+        return TokenGrammar(compiled, ends_itself=not end_ids)
+
+    def _compiler(self, end_ids: frozenset[int]) -> Any:
+        import xgrammar
+
+        with self._lock:
+            if end_ids not in self._compilers:
+                kinds = {
+                    "byte_level": xgrammar.VocabType.BYTE_LEVEL,
+                    "byte_fallback": xgrammar.VocabType.BYTE_FALLBACK,
+                    "raw": xgrammar.VocabType.RAW,
+                }
+                tokenizer = xgrammar.TokenizerInfo(
+                    list(self._pieces),
+                    vocab_type=kinds[self._vocabulary],
+                    stop_token_ids=sorted(end_ids) or None,
+                )
+                self._compilers.clear()  # a tokenizer's end tokens seldom change
+                self._compilers[end_ids] = xgrammar.GrammarCompiler(
+                    tokenizer, max_threads=1, cache_limit_bytes=CACHE_BYTES
+                )
+            return self._compilers[end_ids]
