@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from deltadock.errors import ContextExceeded, InvalidInput
 from deltadock.inference.engine.sampler import SamplingParams
@@ -12,6 +12,7 @@ from deltadock.inference.prompts.tokenizer import SamplingDefaults, Tokenizer
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
 from deltadock.openai.fields import JsonObjectFormat, JsonSchemaFormat
+from deltadock.openai.tools import Tool
 
 GenerationRequest = CompletionRequest | ChatRequest
 Prompt = str | Sequence[int] | Conversation
@@ -32,6 +33,7 @@ def prompts_of(request: GenerationRequest) -> Sequence[Prompt]:
                 add_generation_prompt=_or_default(request.add_generation_prompt, not continues),
                 continue_final_message=continues,
                 variables=request.chat_template_kwargs or {},
+                tools=tuple(tool.model_dump(exclude_none=True) for tool in request.offered_tools),
             )
         ]
     if isinstance(request.prompt, str):
@@ -77,6 +79,8 @@ def _tokens(prompt: Prompt, tokenizer: Tokenizer, templates: TemplateSandbox) ->
 
 def grammar_of(request: GenerationRequest) -> GrammarSpec | None:
     """The grammar that the answers must follow, if any."""
+    if isinstance(request, ChatRequest) and (tools := request.forced_tools):
+        return GrammarSpec("compact_json_schema", json.dumps(_calls_schema(tools)), "tools")
     form = request.response_format
     if isinstance(form, JsonObjectFormat):
         return GrammarSpec("json_object", "", "response_format")
@@ -94,6 +98,28 @@ def grammar_of(request: GenerationRequest) -> GrammarSpec | None:
         choices = " | ".join(json.dumps(choice) for choice in request.guided_choice)
         return GrammarSpec("ebnf", f"root ::= {choices}", "guided_choice")
     return None
+
+
+def _calls_schema(tools: Sequence[Tool]) -> dict[str, Any]:
+    """The JSON schema of one or more calls of these tools, as `tool_calls.parse_calls` reads it."""
+    return {
+        "type": "array",
+        "minItems": 1,
+        "items": {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "properties": {
+                        "name": {"const": tool.function.name},
+                        "parameters": tool.function.parameters or {"type": "object"},
+                    },
+                    "required": ["name", "parameters"],
+                    "additionalProperties": False,
+                }
+                for tool in tools
+            ]
+        },
+    }
 
 
 def sampling_params(

@@ -21,6 +21,15 @@ from deltadock.openai.fields import (
     field_error,
     reported_as,
 )
+from deltadock.openai.tools import (
+    MAX_TOOLS,
+    NamedTool,
+    Tool,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
+    Tools,
+)
 
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 
@@ -55,8 +64,12 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = Field(description="Null only in the assistant's turns.")
+    content: Content | None = Field(
+        default=None, description="Missing or null only in the assistant's turns."
+    )
     name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -64,9 +77,7 @@ class Message(BaseModel):
         """Reject fields that no template would receive, unless empty: clients send many as null."""
         for name, value in message.items() if isinstance(message, dict) else ():
             if value and name not in cls.model_fields:
-                raise field_error(
-                    "is not supported yet; send only `role` and `content`.", field=name
-                )
+                raise field_error("is not supported yet; leave it out.", field=name)
         return message
 
     @model_validator(mode="after")
@@ -75,13 +86,19 @@ class Message(BaseModel):
             raise field_error("must be a string, or a list of parts of type text.", field="content")
         return self
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """The message as chat templates read it."""
         content = self.content or ""
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
-        name = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": content, **name}
+        fields = {"name": self.name, "tool_call_id": self.tool_call_id}
+        calls = [call.plain() for call in self.tool_calls or ()]
+        return {
+            "role": self.role,
+            "content": content,
+            **{name: value for name, value in fields.items() if value is not None},
+            **({"tool_calls": calls} if calls else {}),
+        }
 
 
 class ChatRequest(SamplingFields):
@@ -114,8 +131,8 @@ class ChatRequest(SamplingFields):
     modalities: Unsupported[Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)]] = (
         None
     )
-    tools: Unsupported[EmptyList] = None
-    tool_choice: Unsupported[Literal["none", "auto"]] = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     functions: Unsupported[EmptyList] = None
     function_call: Unsupported[Literal["none", "auto"]] = None
     verbosity: Unsupported[Literal["medium"]] = None
@@ -132,6 +149,29 @@ class ChatRequest(SamplingFields):
         if value and not info.data.get("logprobs"):
             raise field_error("needs `logprobs`: true; send both or neither.")
         return value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _only_known_tools(cls, value: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None:
+        names = {tool.function.name for tool in info.data.get("tools") or ()}
+        if value == "required" and not names:
+            raise field_error("needs `tools`; send at least one.")
+        if isinstance(value, NamedTool) and value.function.name not in names:
+            raise field_error(f"names {value.function.name!r}, which is not in `tools`.")
+        return value
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that may be called."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def forced_tools(self) -> list[Tool]:
+        """The tools of which one must be called, if one must."""
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.offered_tools if tool.function.name == name]
+        return self.offered_tools if self.tool_choice == "required" else []
 
     @field_validator("continue_final_message")
     @classmethod
@@ -166,10 +206,11 @@ class ChatLogprobs(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """The model's turn."""
+    """The model's turn: text, calls of tools, or both."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=_is_none)
 
 
 class ChatChoice(BaseModel):
@@ -196,7 +237,8 @@ class MessageDelta(BaseModel):
     """What a chunk adds to the model's turn; the role is in the first one only."""
 
     role: Literal["assistant"] | None = Field(default=None, exclude_if=_is_none)
-    content: str = ""
+    content: str | None = Field(default=None, exclude_if=_is_none)
+    tool_calls: list[ToolCallDelta] | None = Field(default=None, exclude_if=_is_none)
 
 
 class ChatChunkChoice(BaseModel):

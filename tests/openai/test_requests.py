@@ -124,9 +124,14 @@ def test_completion_errors(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tools": [{"type": "function"}]}, f"`tools` {OFF}"),
-        ({"tool_choice": "required"}, f"`tool_choice` {OFF}"),
-        ({"tool_choice": {"type": "function"}}, f"`tool_choice` {OFF}"),
+        ({"tools": [{"type": "function"}]}, "`tools` must be a list of at most 128 tools"),
+        ({"tools": [{"type": "custom", "custom": {}}]}, "`tools` must be a list of at most 128"),
+        ({"tool_choice": "required"}, "`tool_choice` needs `tools`; send at least one."),
+        ({"tool_choice": {"type": "function"}}, '`tool_choice` must be "none", "auto"'),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "`tool_choice` names 'f', which is not in `tools`.",
+        ),
         ({"functions": [{"name": "f"}]}, f"`functions` {OFF}"),
         ({"function_call": {"name": "f"}}, f"`function_call` {OFF}"),
         ({"response_format": {"schema": {}}}, "`response_format` must be"),
@@ -152,7 +157,7 @@ def test_chat_errors(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("message", "param", "text"),
     [
-        ({"role": "user"}, "messages[1].content", "is missing; send it."),
+        ({"role": "user"}, "messages[1].content", "must be a string, or a list of"),
         (
             {"role": "user", "content": None},
             "messages[1].content",
@@ -175,14 +180,14 @@ def test_chat_errors(values: dict[str, Any], message: str) -> None:
             "must be a string,",
         ),
         (
-            {"role": "assistant", "content": "x", "tool_calls": [{}]},
-            "messages[1].tool_calls",
-            "is not supported yet; send only `role` and `content`.",
+            {"role": "assistant", "content": None, "tool_calls": [{}]},
+            "messages[1].tool_calls[0].id",
+            "is missing; send it.",
         ),
         (
-            {"role": "assistant", "content": None, "tool_calls": [{}]},
-            "messages[1].tool_calls",
-            "is not supported yet; send only `role` and `content`.",
+            {"role": "assistant", "content": None, "audio": {"id": "a"}},
+            "messages[1].audio",
+            "is not supported yet; leave it out.",
         ),
         ("x", "messages[1]", ""),
     ],
@@ -199,6 +204,18 @@ def test_an_answer_can_be_sent_back_as_a_message() -> None:
             "annotations": [], "function_call": None}  # fmt: skip
     request = ChatRequest.model_validate({**CHAT, "messages": [turn]})
     assert request.messages[0].plain() == {"role": "assistant", "content": "x"}
+
+
+def test_tool_calls_reach_templates_with_parsed_arguments() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "2"},
+    ]
+    request = ChatRequest.model_validate({**CHAT, "messages": turns})
+    called, result = (message.plain() for message in request.messages)
+    assert called["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert result == {"role": "tool", "content": "2", "tool_call_id": "c"}
 
 
 def test_a_body_that_is_not_an_object() -> None:

@@ -18,6 +18,7 @@ from deltadock.inference.engine.sequence import Event
 from deltadock.inference.generation import Generation
 from deltadock.inference.http.errors import error_body
 from deltadock.inference.prompts.tokenizer import Tokenizer
+from deltadock.inference.prompts.tool_calls import ToolForm, call_begins, parse_calls, tool_form
 from deltadock.openai.chat import (
     AssistantMessage,
     ChatChoice,
@@ -37,6 +38,7 @@ from deltadock.openai.completions import (
     CompletionRequest,
 )
 from deltadock.openai.fields import SamplingFields, Usage
+from deltadock.openai.tools import FunctionCall, ToolCall, ToolCallDelta
 
 RequestBody = TypeVar("RequestBody", bound=SamplingFields)
 
@@ -212,37 +214,73 @@ class _LogprobsWriter:
 
 
 class ChatReply(Reply[ChatRequest]):
-    """The response of /v1/chat/completions."""
+    """The response of /v1/chat/completions.
+
+    With tools, text from where a call may begin is held back until the answer is complete.
+    """
 
     id_prefix = "chatcmpl"
 
     def __init__(self, request: ChatRequest, generation: Generation) -> None:
         super().__init__(request, generation)
         self._started: set[int] = set()
+        self._held_back: dict[int, str] = defaultdict(str)
+        self._form: ToolForm | None = None
+        if request.forced_tools:
+            self._form = "json"
+        elif request.offered_tools:
+            self._form = tool_form(generation.tokenizer.chat.template)
 
     def _completion(self, answers: Sequence[Event], usage: Usage) -> ChatCompletion:
-        choices = [
-            ChatChoice(
-                index=index,
-                message=AssistantMessage(content=answer.text),
-                logprobs=self._logprobs(answer.tokens),
-                finish_reason=answer.finish,
+        choices = []
+        for index, answer in enumerate(answers):
+            text, calls = self._parse(answer.text)
+            message = AssistantMessage(content=text or (None if calls else ""))
+            if calls:
+                message.tool_calls = [ToolCall(**call) for call in calls]
+            choices.append(
+                ChatChoice(
+                    index=index,
+                    message=message,
+                    logprobs=self._logprobs(answer.tokens),
+                    finish_reason="tool_calls" if calls else answer.finish,
+                )
             )
-            for index, answer in enumerate(answers)
-        ]
         return ChatCompletion(**self.head, choices=choices, usage=usage)
 
+    def _parse(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """An answer's text without the calls of tools, and the calls."""
+        if self._form is None:
+            return text, []
+        text, calls = parse_calls(self._form, text)
+        return text, [
+            {"id": f"call_{secrets.token_hex(12)}", "function": FunctionCall(**call._asdict())}
+            for call in calls
+        ]
+
     def _chunk(self, index: int, event: Event) -> ChatChunk:
+        text, calls = event.text, list[dict[str, Any]]()
+        if self._form is not None:
+            text = self._held_back.pop(index, "") + text
+            if event.finish is not None:
+                text, calls = self._parse(text)
+            else:
+                begin = len(text[: call_begins(self._form, text)].rstrip())
+                text, self._held_back[index] = text[:begin], text[begin:]
+        delta = MessageDelta(content=text if text or not calls else None)
+        if index not in self._started:
+            delta.role = "assistant"
+            self._started.add(index)
+        if calls:
+            delta.tool_calls = [
+                ToolCallDelta(index=number, **call) for number, call in enumerate(calls)
+            ]
         choice = ChatChunkChoice(
             index=index,
-            # The role is in an answer's first chunk only.
-            delta=MessageDelta(
-                role=None if index in self._started else "assistant", content=event.text
-            ),
+            delta=delta,
             logprobs=self._logprobs(event.tokens),
-            finish_reason=event.finish,
+            finish_reason="tool_calls" if calls else event.finish,
         )
-        self._started.add(index)
         return ChatChunk(**self.head, choices=[choice])
 
     def _usage_chunk(self, usage: Usage) -> ChatChunk:

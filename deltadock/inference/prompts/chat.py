@@ -34,16 +34,18 @@ class Conversation:
 
     Attributes:
         messages: the turns.
+        tools: the functions that may be called, as OpenAI describes them.
         add_generation_prompt: whether the prompt opens the assistant's turn.
         continue_final_message: whether the answer continues the last message, whose turn stays
             open.
         variables: further variables of the template.
     """
 
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +178,10 @@ class TemplateSandbox:
             for message in messages:
                 message["role"] = message["role"].replace("developer", "system")
         variables = {
-            "tools": None,
             "documents": None,
             **form.special_tokens,
             **conversation.variables,
+            "tools": conversation.tools or None,
             "messages": messages,
             "add_generation_prompt": conversation.add_generation_prompt,
         }

@@ -14,7 +14,7 @@ CACHE_BYTES: Final = 64 * 2**20
 MAX_WHITESPACE: Final = 8
 """Characters of whitespace between two tokens of JSON: a model could fill its answer with it."""
 
-GrammarKind = Literal["json_object", "json_schema", "regex", "ebnf"]
+GrammarKind = Literal["json_object", "json_schema", "compact_json_schema", "regex", "ebnf"]
 
 
 class GrammarSpec(NamedTuple):
@@ -86,6 +86,9 @@ class GrammarCompiler:
             ),
             "json_schema": lambda text: compiler.compile_json_schema(
                 text, max_whitespace_cnt=MAX_WHITESPACE
+            ),
+            "compact_json_schema": lambda text: compiler.compile_json_schema(
+                text, any_whitespace=False
             ),
             "regex": compiler.compile_regex,
             "ebnf": compiler.compile_grammar,

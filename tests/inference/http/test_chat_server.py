@@ -216,7 +216,7 @@ def test_disabled_parameters_are_accepted(site: Site, node: RunningNode, chatty:
     }  # fmt: skip
     with node.client(site.base, chatty) as client:
         answers = [client.chat.completions.create(**(params | more)) for more in ({}, spelt)]
-        with pytest.raises(openai.BadRequestError, match="`tools` is not supported yet") as caught:
+        with pytest.raises(openai.BadRequestError, match="`tools` must be a list") as caught:
             client.chat.completions.create(**params, tools=[{"type": "custom", "custom": {}}])
     assert answers[0].choices == answers[1].choices
     assert caught.value.param == "tools"
@@ -285,3 +285,94 @@ def test_only_the_assistant_may_be_silent(site: Site, node: RunningNode, chatty:
     ):
         client.chat.completions.create(model="m", messages=[{"role": "user", "content": None}])
     assert refused.value.param == "messages[0].content"
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["a", "b"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "a"}}</tool_call>'
+TOOLS = "{% if tools %}<tool_call>{% endif %}{{ messages[-1].content }}"
+
+
+@pytest.fixture(scope="module")
+def hermes(carry: Carry) -> str:
+    return carry(chat_template__jinja=TOOLS)
+
+
+def ask_for_tools(client: openai.OpenAI, *, stream: bool, **more: Any) -> tuple[Any, str, Any]:
+    """An answer's text, finish reason and calls, of a stream or a whole answer."""
+    ask = {"model": "m", "messages": TALK, "tools": [WEATHER], "max_tokens": 80, "seed": 2, **more}
+    if not stream:
+        [choice] = client.chat.completions.create(**ask).choices
+        message = choice.message
+        calls = [call.function for call in message.tool_calls or ()]
+        return message.content, choice.finish_reason, [(c.name, c.arguments) for c in calls]
+    text, finish, calls = "", "", []
+    for chunk in client.chat.completions.create(**ask, stream=True):
+        [choice] = chunk.choices
+        text += choice.delta.content or ""
+        finish = choice.finish_reason or finish
+        for call in choice.delta.tool_calls or ():
+            assert call.index == len(calls)
+            calls.append((call.function.name, call.function.arguments))
+    return text or None, finish, calls
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_tools_are_parsed(
+    site: Site, node: RunningNode, hermes: str, chatty: str, stream: bool
+) -> None:
+    def ask(artifact: str, text: str, **more: Any) -> tuple[Any, str, Any]:
+        with node.client(site.base, artifact) as client:
+            body = {"guided_choice": [text]}
+            return ask_for_tools(client, stream=stream, extra_body=body, **more)
+
+    call = ("weather", '{"city": "a"}')
+    assert ask(hermes, CALL) == (None, "tool_calls", [call])
+    assert ask(hermes, f"I see. {CALL}") == ("I see.", "tool_calls", [call])
+    assert ask(hermes, "a < b")[::2] == ("a < b", [])
+    # A template of no known form, and tools that must not be called: all of it is text.
+    assert ask(chatty, CALL)[::2] == (CALL, [])
+    assert ask(hermes, CALL, tool_choice="none")[::2] == (CALL, [])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+def test_a_tool_that_must_be_called_is_called(
+    site: Site, node: RunningNode, hermes: str, stream: bool, choice: Any
+) -> None:
+    with node.client(site.base, hermes) as client:
+        text, finish, calls = ask_for_tools(client, stream=stream, tool_choice=choice)
+    assert (text, finish) == (None, "tool_calls")
+    assert {name for name, _ in calls} == {"weather"}
+    assert all(json.loads(arguments)["city"] in {"a", "b"} for _, arguments in calls)
+
+
+def test_tools_and_results_reach_the_template(site: Site, node: RunningNode, carry: Carry) -> None:
+    template = (
+        "{% for t in tools %}{{ t.function.name }}{% endfor %}"
+        "{% for m in messages %}{{ m.role }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}{% endfor %}"
+    )
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"city": "a"}'}}
+    messages: Any = [
+        *TALK,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "1"},
+    ]
+    with node.client(site.base, carry(chat_template__jinja=template)) as client:
+        answer = client.chat.completions.create(
+            model="m", messages=messages, tools=[WEATHER], max_tokens=1
+        )
+    assert answer.usage.prompt_tokens == len("weathersystemuserassistantatool")

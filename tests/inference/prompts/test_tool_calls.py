@@ -1,0 +1,104 @@
+"""Calls of tools in the text of answers, by family."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltadock.inference.prompts.tool_calls import (
+    PARSERS,
+    ToolForm,
+    call_begins,
+    parse_calls,
+    tool_form,
+)
+
+F = ("f", {"a": 1, "b": "é"})
+G = ("g", {})
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "content", "calls"),
+    [
+        (
+            "hermes",
+            'Let me.\n<tool_call>\n{"name": "f", "arguments": {"a": 1, "b": "é"}}\n</tool_call>\n'
+            '<tool_call>{"name": "g", "arguments": {}}</tool_call>',
+            "Let me.",
+            [F, G],
+        ),
+        ("hermes", '<tool_call>{"name": "g", "arguments": {}}', "", [G]),
+        ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1, "b": "é"}}]', "", [F]),
+        ("mistral", '[TOOL_CALLS]f[ARGS]{"a": 1, "b": "é"}[TOOL_CALLS]g{}', "", [F, G]),
+        ("llama3", '{"name": "f", "parameters": {"a": 1, "b": "é"}}', "", [F]),
+        (
+            "llama3",
+            '<|python_tag|>{"name": "g", "parameters": {}}; {"name": "g", "parameters": {}}',
+            "",
+            [G, G],
+        ),
+        ("json", '[{"name": "f", "parameters": {"a": 1, "b": "é"}}]', "", [F]),
+    ],
+)
+def test_calls_are_parsed(
+    form: ToolForm, text: str, content: str, calls: list[tuple[str, dict[str, object]]]
+) -> None:
+    found = parse_calls(form, text)
+    assert found[0] == content
+    assert [(call.name, json.loads(call.arguments)) for call in found[1]] == calls
+
+
+@pytest.mark.parametrize("form", PARSERS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain text",
+        "a < b and {x}",
+        "<tool_call>{broken",
+        '<tool_call>{"arguments": {}}</tool_call>',
+        "[TOOL_CALLS] [1]",
+        "[TOOL_CALLS]f",
+        '{"name": 1, "parameters": {}}',
+        "{",
+        "[null]",
+    ],
+)
+def test_what_is_no_call_is_text(form: ToolForm, text: str) -> None:
+    assert parse_calls(form, text) == (text, ())
+
+
+@given(
+    form=st.sampled_from(sorted(PARSERS)),
+    text=st.text('<tool_cal>[TOOL_CALLS]{}"a1:, ;', max_size=40),
+)
+def test_a_stream_holds_back_every_call(form: ToolForm, text: str) -> None:
+    """Text that was output never turns out to be a part of a call."""
+    begin = call_begins(form, text)
+    for length in range(len(text) + 1):
+        assert call_begins(form, text[:length]) <= max(begin, 0) or begin == len(text)
+    output = ""
+    held = ""
+    for character in text:
+        held += character
+        begins = call_begins(form, held)
+        output, held = output + held[:begins], held[begins:]
+    content, calls = parse_calls(form, text)
+    if calls:
+        assert content.startswith(output.rstrip())
+    else:
+        assert output + held == text
+
+
+@pytest.mark.parametrize(
+    ("template", "form"),
+    [
+        ("{{ '<tool_call>' }}", "hermes"),
+        ("{{ '[TOOL_CALLS]' }}", "mistral"),
+        ('{{ \'{"name": "f", "parameters": {}}\' }}', "llama3"),
+        ("{{ messages }}", None),
+        (None, None),
+    ],
+)
+def test_the_template_names_the_form(template: str | None, form: str | None) -> None:
+    assert tool_form(template) == form
