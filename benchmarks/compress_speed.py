@@ -312,8 +312,8 @@ def time_model(
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         base, tuned = write_pair(config, Path(folder), lambda tensor: True, device=device)
-        # One more eighth: a tenth of the windows is held out.
-        text = write_text(Path(folder) / "calibration.txt", tokens + tokens // 8)
+        # A quarter more, as a tenth and a sixteenth of the windows are held out.
+        text = write_text(Path(folder) / "calibration.txt", tokens + tokens // 4)
         print(f"{name} with {blocks} of {whole} blocks, {method}, {bits:g} bits, {tokens} tokens; "
               f"pair written in {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
         timeline = Timeline()

@@ -500,7 +500,7 @@ def import_adapter(
             quality = measure(
                 model,
                 model,
-                data.held_out,
+                data.report,
                 base=ResizedSource(reader, shapes),
                 finetuned=merged,
                 delta=merged,

@@ -155,7 +155,7 @@ class GlobalCompressor:
 def report_matrix(
     matrix: DeltaMatrix, delta: Tensor, result: MatrixResult, statistics: Statistics | None
 ) -> MatrixReport:
-    """The report of a compressed matrix, its error measured on held-out inputs if there are any."""
+    """The report of a compressed matrix; its error is on the reporting windows if there are any."""
     held = None if statistics is None else statistics.held_inputs(matrix.ref.key)
     if held is None or not held.any():
         held = torch.eye(delta.shape[1], dtype=torch.float64)

@@ -4,7 +4,7 @@ Codes stay frozen, and so does every byte count: each segment of scales is multi
 of factors that start at one. Factors are relative, so one learning rate suits all matrices. The
 loss is the KL divergence from the fine-tuned model on calibration text; gradients are checkpointed
 by block, so that one block's weights are in memory at a time. The result is kept only if it is
-better on held-out text.
+better on windows that neither train nor are reported.
 """
 
 import math
@@ -31,7 +31,7 @@ from deltadock.compression.scratch import Scratch
 
 STEPS: Final = 80
 TOKENS_PER_STEP: Final = 1024
-HELD_TOKENS: Final = 8192
+CHOOSE_TOKENS: Final = 8192
 RELATIVE_RATE: Final = 0.25
 """Learning rate of the factors, relative to the delta's relative error: a step must not be larger
 than the error that it is to remove."""
@@ -186,28 +186,28 @@ def distill(
     Args:
         pair: the two checkpoints.
         model: skeleton of the fine-tuned model.
-        data: the calibration text; the held-out part decides whether the result is kept.
+        data: the calibration text; its choosing windows decide whether the result is kept.
         encoded: encodings by tensor name.
         seed: of the order of the windows.
         progress: called at every step with the fraction done and a message.
 
     Returns:
-        The encodings, with trained scales if they are better; and the KL divergence on held-out
-        text `before` and `after`, with `kept` 1 or 0.
+        The encodings, with trained scales if they are better; and the KL divergence on the
+        choosing windows `before` and `after`, with `kept` 1 or 0.
     """
     with Scratch() as scratch:
         student = _Student(pair, encoded, model, scratch)
         teacher = _Teacher(pair.finetuned, model, scratch)
         size = max(1, TOKENS_PER_STEP // data.train.shape[1])
-        held_windows = max(1, HELD_TOKENS // data.held_out.shape[1])
-        held = data.held_out[spaced(len(data.held_out), held_windows)]
+        windows = max(1, CHOOSE_TOKENS // data.choose.shape[1])
+        choosing = data.choose[spaced(len(data.choose), windows)]
         generator = torch.Generator().manual_seed(seed)
         progress(0.0, "measuring before distillation")
-        held_kl = partial(_held_out_kl, model, held, student, teacher)
-        before = held_kl()
+        choosing_kl = partial(_mean_kl, model, choosing, student, teacher)
+        before = choosing_kl()
         if not any(student.factors.values()):
             return dict(encoded), {"before": before, "after": before, "kept": 0.0}
-        relative_error = max(before, 0.0) / max(_kl_without_deltas(student, held_kl), 1e-30)
+        relative_error = max(before, 0.0) / max(_kl_without_deltas(student, choosing_kl), 1e-30)
         rate = RELATIVE_RATE * min(1.0, math.sqrt(relative_error))
         optimizer = torch.optim.Adam(list(flatten_factors(student.factors)), lr=rate)
         for step in range(STEPS):
@@ -218,7 +218,7 @@ def distill(
             _accumulate(model, data.train[chosen], student, teacher)
             optimizer.step()
             optimizer.zero_grad()
-        after = held_kl()
+        after = choosing_kl()
         figures = {"before": before, "after": after, "kept": float(after < before)}
         return student.rescaled() if figures["kept"] else dict(encoded), figures
 
@@ -277,11 +277,11 @@ def _encodes_delta(encoded: Encoded) -> bool:
 
 
 @torch.no_grad()
-def _kl_without_deltas(student: _Student, held_kl: Callable[[], float]) -> float:
+def _kl_without_deltas(student: _Student, choosing_kl: Callable[[], float]) -> float:
     """The KL divergence with all compressed deltas set to zero."""
     for factor in flatten_factors(student.factors):
         factor.zero_()
-    kl = held_kl()
+    kl = choosing_kl()
     for factor in flatten_factors(student.factors):
         factor.fill_(1.0)
     return kl
@@ -337,9 +337,7 @@ def _accumulate(
 
 
 @torch.no_grad()
-def _held_out_kl(
-    model: BlockwiseModel, tokens: Tensor, student: _Student, teacher: _Teacher
-) -> float:
+def _mean_kl(model: BlockwiseModel, tokens: Tensor, student: _Student, teacher: _Teacher) -> float:
     target = teacher(tokens)
     hidden = model.final_hidden(_forward(model, tokens, student)[-1], student).flatten(0, 1)
     total, seen = 0.0, 0

@@ -178,7 +178,8 @@ class Goal:
         kind: `bits`: per weight of what is compressed; `target_bytes`: of the whole artifact;
             `ratio`: bf16 checkpoint bytes per artifact byte; `max_kl`: nats per held-out token;
             `min_agreement`: fraction of held-out tokens with the fine-tune's most likely next
-            token. The last two request the smallest artifact that keeps the bound.
+            token. The last two request the smallest artifact that keeps the bound on the choosing
+            windows of the calibration text.
         value: finite and positive; whole bytes for `target_bytes`.
     """
 

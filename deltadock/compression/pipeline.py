@@ -82,7 +82,10 @@ def compress(
 
 
 def reach_goal(session: CompressionSession, goal: Goal | None, out: Path) -> Report:
-    """Write the artifact that meets a goal, by a prepared session.
+    """Write the artifact that meets a goal, by a prepared session, and measure it once.
+
+    A bound on KL or agreement is met on the choosing windows; the report's figures are of the
+    reporting windows.
 
     Args:
         session: may have written other artifacts before.
@@ -92,14 +95,17 @@ def reach_goal(session: CompressionSession, goal: Goal | None, out: Path) -> Rep
     Raises:
         InvalidGoal: the method cannot reach it on this pair.
     """
-    if goal is None or goal.kind == "bits":
-        return session.compress(None if goal is None else goal.value, out)
     limit = _byte_limit(session.pair, goal)
-    if limit is None:
-        return reach_bound(session.compress, out, session.info, goal)
-    guess = _first_guess(session.pair, session.info, goal)
-    bits = fit_size(session.draft_bytes, session.info, limit, guess, session.budgeted_weights)
-    return session.compress(bits, out)
+    if goal is None or goal.kind == "bits":
+        report = session.compress(None if goal is None else goal.value, out)
+    elif limit is None:
+        report = reach_bound(session.attempt, out, session.info, goal)
+    else:
+        guess = _first_guess(session.pair, session.info, goal)
+        bits = fit_size(session.draft_bytes, session.info, limit, guess, session.budgeted_weights)
+        report = session.compress(bits, out)
+    session.measure(report, out)
+    return report
 
 
 def _byte_limit(pair: CheckpointPair, goal: Goal | None) -> float | None:

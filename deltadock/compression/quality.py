@@ -1,7 +1,7 @@
 """Quality of a delta: how closely its model's predictions follow the fine-tune's.
 
 KL divergence and negative log likelihood are in nats per token, averaged over every position of
-the held-out windows; agreement is the fraction of positions with the same most likely token.
+the windows given; agreement is the fraction of positions with the same most likely token.
 """
 
 from collections.abc import Callable

@@ -55,8 +55,8 @@ class MatrixReport:
         shape: [h_out, h_in].
         kind: encoding in the artifact.
         bytes: size in the artifact.
-        error: relative output error `||(D - D_hat) X||^2 / ||D X||^2` on held-out tokens; of an
-            embedding, under its metric. Measured before distillation.
+        error: relative output error `||(D - D_hat) X||^2 / ||D X||^2` on the reporting windows; of
+            an embedding, under its metric. Measured before distillation.
         rank: ranks kept.
         widths: number of ranks of each width; of vectors, where U and V have separate widths.
         damping: largest damping used, as a fraction of the Hessian's mean diagonal.
@@ -88,7 +88,8 @@ class TensorReport:
 
 @dataclass(slots=True)
 class Report:
-    """Result of a compression. KL and NLL are in nats per held-out calibration token.
+    """Result of a compression. KL and NLL are in nats per token of the reporting windows, which
+    have decided nothing before.
 
     `ratio` and `true_bits` count every byte of the artifact against every weight of the
     checkpoint at bfloat16; `nominal_bits` is the budget in code bits per compressed weight.
@@ -104,6 +105,9 @@ class Report:
     matrices: list[MatrixReport] = field(default_factory=list)
     other_tensors: list[TensorReport] = field(default_factory=list)
     distillation: dict[str, float] | None = None
+    """KL on the choosing windows `before` and `after`, and whether it was `kept`."""
+    bound_reached: float | None = None
+    """KL or agreement on the choosing windows, which the search for a bound went by."""
     kl: float | None = None
     kl_base: float | None = None
     agreement: float | None = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from deltadock.compression.options import Goal, MethodInfo
+from deltadock.compression.quality import Quality
 from deltadock.compression.report import Report
 from deltadock.errors import InvalidGoal
 
@@ -90,12 +91,15 @@ def _towards(
 
 
 def reach_bound(
-    compress: Callable[[float, Path], Report], out: Path, info: MethodInfo, goal: Goal
+    attempt: Callable[[float, Path], tuple[Report, Quality]],
+    out: Path,
+    info: MethodInfo,
+    goal: Goal,
 ) -> Report:
     """Write the smallest artifact that keeps a bound on KL or agreement.
 
     Args:
-        compress: writes the artifact at a budget, and measures it on held-out calibration text.
+        attempt: writes the artifact at a budget, and measures it on the choosing windows.
         out: the delta file.
         info: the method.
         goal: of kind `max_kl` or `min_agreement`.
@@ -112,14 +116,16 @@ def reach_bound(
     reached: dict[float, float] = {}
     for _ in range(BOUND_TRIALS):
         try:
-            report = compress(bits, trial)
+            report, quality = attempt(bits, trial)
         except BaseException:
             trial.unlink(missing_ok=True)
             raise
-        held, figure = _kept(report, goal)
+        figure = quality.kl if goal.kind == "max_kl" else quality.agreement
+        held = _loss(figure, goal) <= _loss(goal.value, goal)
         reached[bits] = figure
         if held:
             trial.replace(out)
+            report.bound_reached = figure
             best, holding = report, bits
         else:
             trial.unlink()
@@ -163,12 +169,6 @@ def _next(
 
 def _loss(figure: float, goal: Goal) -> float:
     return figure if goal.kind == "max_kl" else 1 - figure
-
-
-def _kept(report: Report, goal: Goal) -> tuple[bool, float]:
-    figure = report.kl if goal.kind == "max_kl" else report.agreement
-    assert figure is not None, "a bound needs calibration text"
-    return _loss(figure, goal) <= _loss(goal.value, goal), figure
 
 
 def _range(info: MethodInfo) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from deltadock.artifacts.compatibility import check_not_quantized
 from deltadock.artifacts.encodings import Encoded
@@ -35,7 +36,7 @@ from deltadock.compression.distillation import distill
 from deltadock.compression.methods.registry import matrix_method
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.options import METHODS, CompressOptions, Source
-from deltadock.compression.quality import MergedSource, base_model, measure
+from deltadock.compression.quality import MergedSource, Quality, base_model, measure
 from deltadock.compression.report import MatrixReport, ProgressReporter, Report, TensorReport
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.statistics import (
@@ -168,7 +169,7 @@ class CompressionSession:
         return artifact_bytes(draft.tensors, self._manifest(draft))
 
     def compress(self, bits: float | None, out: Path) -> Report:
-        """Write the artifact at a budget, and measure it on held-out calibration text."""
+        """Write the artifact at a budget; the report has no figures of the whole model yet."""
         draft, distillation = self._encode(bits), None
         tensors = draft.tensors
         if self.info.distills and self._model is not None and self._data is not None:
@@ -182,7 +183,7 @@ class CompressionSession:
             )
         self._progress.report("assembling", 2, 3, "writing the artifact")
         write_artifact(out, tensors, self._manifest(draft))
-        report = Report(
+        return Report(
             method=self._options.method,
             nominal_bits=bits,
             artifact_bytes=out.stat().st_size,
@@ -195,8 +196,17 @@ class CompressionSession:
             other_tensors=draft.others,
             notes=list(self.pair.notes),
         )
-        self._measure(report, out)
-        return report
+
+    def attempt(self, bits: float | None, out: Path) -> tuple[Report, Quality]:
+        """Write the artifact at a budget, and measure it on the choosing windows."""
+        report = self.compress(bits, out)
+        assert self._data is not None, "a bound needs calibration text"
+        return report, self._quality(out, self._data.choose)
+
+    def measure(self, report: Report, out: Path) -> None:
+        """Measure the final artifact on the reporting windows, if there is calibration text."""
+        if self._data is not None:
+            report.set_quality(self._quality(out, self._data.report))
 
     def _encode(self, bits: float | None) -> Draft:
         """Encode the checkpoint at a budget; the draft of the last budget is kept."""
@@ -278,21 +288,19 @@ class CompressionSession:
             matrices=draft.matrices,
         )
 
-    def _measure(self, report: Report, out: Path) -> None:
-        pair, model, data = self.pair, self._model, self._data
-        if model is None or data is None:
-            return
+    def _quality(self, out: Path, windows: Tensor) -> Quality:
+        pair, model = self.pair, self._model
+        assert model is not None, "windows are loaded together with the model"
         with Artifact(out) as artifact:
-            quality = measure(
+            return measure(
                 model,
                 base_model(model, pair.base, pair.finetuned),
-                data.held_out,
+                windows,
                 base=ResizedSource(pair.base, pair.finetuned.shapes),
                 finetuned=pair.finetuned,
                 delta=MergedSource(pair.base, artifact),
                 progress=lambda k, n: self._progress.report("verifying", k, n, "comparing outputs"),
             )
-        report.set_quality(quality)
 
     def _fingerprint(self, bits: float | None) -> str:
         """SHA-256 (hex) over everything that decides the blocks' bytes."""

@@ -139,7 +139,10 @@ class Statistics:
         return self._scratch.get(f"inputs {key}").double()
 
     def held_inputs(self, key: str) -> Tensor | None:
-        """Moment of the inputs on held-out tokens, (h_in, h_in) float64; None for an embedding."""
+        """Moment of the inputs on the reporting windows, for the report only.
+
+        (h_in, h_in) float64; None for an embedding.
+        """
         name = f"held {key}"
         return self._scratch.get(name).double() if name in self._scratch else None
 
@@ -202,7 +205,7 @@ class _ForwardPass:
         """Store all input moments, and the blocks' inputs for `sequences` (n,) int64."""
         model, source, scratch = self._model, self._source, self._scratch
         states = model.embed(self._data.train, source)
-        held = model.embed(self._data.held_out, source)
+        held = model.embed(self._data.report, source)
         count = len(model.blocks)
         for index, name in enumerate(model.blocks):
             progress(index / (count + 1), f"block {index + 1} of {count}, inputs")
@@ -242,7 +245,7 @@ class _ForwardPass:
         scratch = self._scratch
         scratch.put(f"inputs {ref.key}", (moment / self._data.train.numel()).float())
         moment, _ = held.filled_moment(ref, refs)
-        scratch.put(f"held {ref.key}", (moment / self._data.held_out.numel()).float())
+        scratch.put(f"held {ref.key}", (moment / self._data.report.numel()).float())
 
 
 class _BackwardPass:

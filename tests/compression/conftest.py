@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+from deltadock.artifacts.reader import Artifact
+from deltadock.compression.checkpoints import CheckpointReader, ResizedSource
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.quality import MergedSource, Quality, base_model, measure
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 
@@ -89,3 +95,19 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "calibration.txt"
     path.write_text("".join(f"{n} squared is {n * n}.\n" for n in range(200)), encoding="utf-8")
     return path
+
+
+def delta_quality(pair: tuple[Path, Path], delta: Path, windows: Tensor) -> Quality:
+    """The figures of a delta file on `windows`."""
+    base, finetuned = (CheckpointReader(folder) for folder in pair)
+    finetuned.align(base)
+    model = BlockwiseModel(pair[1], "cpu", finetuned.entries)
+    with Artifact(delta) as artifact:
+        return measure(
+            model,
+            base_model(model, base, finetuned),
+            windows,
+            base=ResizedSource(base, finetuned.shapes),
+            finetuned=finetuned,
+            delta=MergedSource(base, artifact),
+        )

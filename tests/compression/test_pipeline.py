@@ -286,6 +286,22 @@ def test_a_drafts_size_equals_the_files(
     assert size == report.artifact_bytes == out.stat().st_size
 
 
+def test_every_budget_has_the_same_windows(pair: Pair, text: Path, tmp_path: Path) -> None:
+    used = []
+    for bits in (1.0, 3.0):
+        options = CompressOptions(
+            method="adamix", bits=bits, calibration=CalibrationOptions(tokens=512, length=32)
+        )
+        report = compress(
+            *pair, tmp_path / f"{bits}.delta", options, calibration=[Source(text), Source(None)]
+        )
+        used.append(report.calibration)
+    assert used[0] == used[1]
+    assert used[0] is not None
+    assert [source["choose"] for source in used[0]["sources"]] == [32, 32]
+    assert [source["report"] for source in used[0]["sources"]] == [32, 32]
+
+
 def test_without_a_source_text_is_sampled_from_the_fine_tune(pair: Pair, tmp_path: Path) -> None:
     options = CompressOptions(
         method="adamix", calibration=CalibrationOptions(tokens=512, length=32)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltadock.compression.options import METHODS, Goal, MethodInfo
+from deltadock.compression.quality import Quality
 from deltadock.compression.report import Report
 from deltadock.compression.search import (
     BOUND_TRIALS,
@@ -114,14 +115,13 @@ class Makes:
         self.curve, self.out = curve, out
         self.asked: list[float] = []
 
-    def __call__(self, bits: float, path: Path) -> Report:
+    def __call__(self, bits: float, path: Path) -> tuple[Report, Quality]:
         assert path != self.out
         self.asked.append(bits)
         path.write_text(f"{bits}")
         report = Report("optimix", bits, int(1000 * bits), 10**6, 10**6, "", None)
-        report.kl = self.curve(bits)
-        report.agreement = 1 - report.kl / 2
-        return report
+        kl = self.curve(bits)
+        return report, Quality(kl, 1.0, 1 - kl / 2, 0.0, 0.0, 0.0, 64)
 
 
 def reach(make: Makes, goal: Goal, info: MethodInfo = INFO) -> float:
@@ -129,6 +129,9 @@ def reach(make: Makes, goal: Goal, info: MethodInfo = INFO) -> float:
     report = reach_bound(make, make.out, info, goal)
     bits = report.nominal_bits
     assert bits is not None
+    kl = make.curve(bits)
+    assert report.bound_reached == (kl if goal.kind == "max_kl" else 1 - kl / 2)
+    assert report.kl is None
     assert make.out.read_text() == f"{bits}"
     assert list(make.out.parent.iterdir()) == [make.out]
     assert len(make.asked) <= BOUND_TRIALS
@@ -192,7 +195,7 @@ def test_an_unreachable_bound_is_rejected(curve: Curve, info: MethodInfo, tmp_pa
 
 
 def test_a_failed_trial_leaves_no_file(tmp_path: Path) -> None:
-    def stopped(bits: float, path: Path) -> Report:
+    def stopped(bits: float, path: Path) -> tuple[Report, Quality]:
         path.write_text("half")
         raise Cancelled("stop")
 

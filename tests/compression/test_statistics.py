@@ -19,6 +19,8 @@ from deltadock.compression.statistics import Statistics, changed_matrices, colle
 from tests.compression.family_cases import CASES, TOKENS, save
 
 TRAIN, HELD = TOKENS, TOKENS.flip(1)[:2]
+UNSEEN = torch.full((1, 4), 1 << 20)
+"""Choosing windows; no tokens of any vocabulary, as statistics must not read them."""
 SEEN = TRAIN[[0, 2, 4]]
 """What gradients are taken on: three sequences from all over the text."""
 
@@ -54,7 +56,7 @@ def collected(
     monkeypatch.setattr(torch, "multinomial", kept)
     pair = open_pair(folder / "base", folder / "tuned")
     model = BlockwiseModel(folder / "tuned")
-    data = CalibrationSet(TRAIN, HELD, "", [])
+    data = CalibrationSet(TRAIN, UNSEEN, HELD, "", [])
     seen: list[float] = []
     found = collect(
         pair,
@@ -234,8 +236,8 @@ def test_without_gradients_only_input_moments_are_collected(
     save(CASES["qwen2"], tmp_path / "tuned", scale=0.02)
     pair = open_pair(tmp_path / "base", tmp_path / "tuned")
     found = collect(
-        pair, BlockwiseModel(tmp_path / "tuned"), CalibrationSet(TRAIN, HELD, "", []), scratch,
-        gradients=False, seed=0, progress=lambda *_: None,
+        pair, BlockwiseModel(tmp_path / "tuned"), CalibrationSet(TRAIN, UNSEEN, HELD, "", []),
+        scratch, gradients=False, seed=0, progress=lambda *_: None,
     )  # fmt: skip
     assert {matrix.role for matrix in found.matrices} == {"linear"}
     key = found.matrices[0].ref.key

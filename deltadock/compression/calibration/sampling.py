@@ -74,24 +74,26 @@ class TextSampler:
         self._generator = torch.Generator(self._device).manual_seed(seed)
 
     def sample(
-        self, prompts: Sequence[Tensor] | None, length: int, train: int, held_out: int
-    ) -> tuple[Tensor, Tensor]:
-        """At least `train` and `held_out` tokens (n,) int64 of documents of at most `length`.
+        self, prompts: Sequence[Tensor] | None, length: int, needs: Sequence[int]
+    ) -> list[Tensor]:
+        """A stream (n,) int64 of at least each number of tokens, of documents of at most `length`.
 
         Args:
-            prompts: (n,) int64 each; None: questions or the start token. Training and held-out
-                documents begin with different prompts if there are several.
+            prompts: (n,) int64 each; None: questions or the start token. Streams begin their
+                documents with different prompts if there are enough; the first has most of them.
+            length: tokens of a document.
+            needs: tokens of each stream.
 
         Raises:
             InvalidCalibration: the model names no start token, or ends every document at once.
         """
-        starts = list(prompts) if prompts is not None else self._beginnings(length, train)
+        starts = list(prompts) if prompts is not None else self._beginnings(length, needs[0])
         starts = [prompt[-(length // 2) :] for prompt in starts]
-        cut = max(1, len(starts) // 10)
-        pools = [starts[cut:] or starts, starts[:cut]]
-        sources = [cycle(pool) for pool in pools]
-        needs, made = [train, held_out], [0, 0]
-        streams: list[list[Tensor]] = [[], []]
+        cut, others = max(1, len(starts) // 10), len(needs) - 1
+        pools = [starts[others * cut :], *(starts[k * cut :][:cut] for k in range(others))]
+        sources = [cycle(pool or starts) for pool in pools]
+        made = [0] * len(needs)
+        streams: list[list[Tensor]] = [[] for _ in needs]
         rows = self._rows(length)
         tokens = 0
         while any(has < need for has, need in zip(made, needs, strict=True)):
@@ -99,7 +101,7 @@ class TextSampler:
             mean = max(sum(made) / documents, 1.0) if documents else float(length)
             parts = [
                 part
-                for part in (0, 1)
+                for part in range(len(needs))
                 for _ in range(_ceil(max(needs[part] - made[part], 0) / mean))
             ][:rows]
             begins = [next(sources[part]) for part in parts]
@@ -115,8 +117,7 @@ class TextSampler:
                     "The fine-tuned model ends its text at once, so that none can be sampled from "
                     "it. Give a calibration text."
                 )
-        train_tokens, held_tokens = (torch.cat(stream) for stream in streams)
-        return train_tokens, held_tokens
+        return [torch.cat(stream) for stream in streams]
 
     def _rows(self, length: int) -> int:
         """Batch size by a fixed memory budget, since batches affect the random draws."""

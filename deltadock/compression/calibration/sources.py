@@ -20,6 +20,7 @@ MAX_CHARACTERS: Final = 4_000_000
 PIECE_CHARACTERS: Final = 40_000
 
 RECORD_FIELDS: Final = "`text`, `messages`, `prompt` and `completion`, or `prompt`"
+TWO_HELD_OUT: Final = "one to calibrate, one to choose between outcomes, one to report"
 
 Turns = str | list[dict[str, Any]]
 """Plain text, or messages with `role` and `content`."""
@@ -101,11 +102,11 @@ def read_source(path: Path, tokenizer: Any, seed: int) -> Material:
     documents = [encode(tokenizer, record.render(tokenizer)) for record in chosen]
     documents = [document for document in documents if document.numel()]
     if kind == "prompt":
-        if len(documents) < 2:
-            raise InvalidCalibration("At least two prompts are needed: one is held out.")
+        if len(documents) < 3:
+            raise InvalidCalibration(f"At least three prompts are needed: {TWO_HELD_OUT}.")
         return Prompts(documents)
-    if len(documents) < 2:
-        raise InvalidCalibration("At least two conversations are needed: one is held out.")
+    if len(documents) < 3:
+        raise InvalidCalibration(f"At least three conversations are needed: {TWO_HELD_OUT}.")
     _enough(torch.cat(documents))
     return Conversations(documents)
 

@@ -1,7 +1,8 @@
 """Calibration text as token windows of equal length, from files, the fine-tuned model or a mixture.
 
-Held-out windows measure the result and never calibrate: of running text, windows are held out; of
-conversations and sampled text, whole documents.
+Each source is split into three disjoint parts by the seed alone, so that every budget has the same
+ones: windows that calibrate, that decide between outcomes, and that measure the result. Of running
+text, windows are held out; of conversations and sampled text, whole documents.
 """
 
 import hashlib
@@ -32,10 +33,15 @@ from deltadock.compression.options import (
 )
 from deltadock.errors import InvalidCalibration
 
-HELD_OUT: Final = 0.1
-"""Fraction of the windows that is held out."""
+REPORT: Final = 0.1
+"""Fraction of the windows that measure the result."""
+CHOOSE: Final = 1 / 16
+"""Fraction of the windows that decide between outcomes."""
 SAFE_WINDOWS: Final = 16
 """Smallest number of windows of a text; shorter texts get shorter windows."""
+
+Parts = tuple[Tensor, Tensor, Tensor]
+"""Calibrating, choosing and reporting windows (n, length), or streams of tokens (n,); int64."""
 
 Watcher = Callable[[str, float], None]
 """Called with a message and the fraction done; whatever it raises ends the calibration."""
@@ -47,14 +53,17 @@ class CalibrationSet:
 
     Attributes:
         train: (n, length) int64, calibration windows.
-        held_out: (m, length) int64, windows that measure the result.
-        sha256: over both.
+        choose: (m, length) int64, windows that decide between outcomes: whether distillation is
+            kept, and at which budget a bound on KL or agreement is met.
+        report: (k, length) int64, windows that measure the result; they decide nothing.
+        sha256: over all three.
         sources: a JSON-able description of each source: kind, sha256 of its file (None if
-            there is none), weight, and its tokens in `train` and `held_out`.
+            there is none), weight, and its tokens in `train` (`tokens`), `choose` and `report`.
     """
 
     train: Tensor
-    held_out: Tensor
+    choose: Tensor
+    report: Tensor
     sha256: str
     sources: list[dict[str, Any]]
 
@@ -102,7 +111,8 @@ def load_calibration(
         contents.append(_split(found, seed) if isinstance(found, Conversations) else found)
     length = _window_length(contents, min(options.length, options.tokens, max_length))
     sampler: TextSampler | None = None
-    train, held_out, described = [], [], []
+    found_parts: list[Parts] = []
+    described = []
     for source, content in zip(sources, contents, strict=True):
         limit = max(1, int(options.tokens * source.weight / total_weight) // length)
         if isinstance(content, Text):
@@ -112,19 +122,19 @@ def load_calibration(
         else:
             sampler = sampler or TextSampler(checkpoint, tokenizer, seed, device, progress)
             kind, parts = "sampled", _sample(sampler, content, length, limit)
-        train.append(parts[0])
-        held_out.append(parts[1])
+        found_parts.append(parts)
         described.append(
             {
                 "kind": kind,
                 "sha256": None if source.path is None else file_sha256(source.path),
                 "weight": source.weight,
                 "tokens": parts[0].numel(),
-                "held_out": parts[1].numel(),
+                "choose": parts[1].numel(),
+                "report": parts[2].numel(),
             }
         )
-    both = torch.cat(train), torch.cat(held_out)
-    return CalibrationSet(*both, _hash(*both), described)
+    train, choose, report = (torch.cat(part) for part in zip(*found_parts, strict=True))
+    return CalibrationSet(train, choose, report, _hash((train, choose, report)), described)
 
 
 def read_windows(path: Path, checkpoint: Path, length: int) -> Tensor:
@@ -142,10 +152,9 @@ def read_windows(path: Path, checkpoint: Path, length: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _SplitTokens:
-    """Two streams of tokens (n,) int64 without a common document."""
+    """Three streams of tokens (n,) int64 without a common document."""
 
-    train: Tensor
-    held_out: Tensor
+    parts: Parts
 
 
 _SourceTokens = Text | _SplitTokens | Prompts | None
@@ -153,25 +162,35 @@ _SourceTokens = Text | _SplitTokens | Prompts | None
 
 
 def _split(conversations: Conversations, seed: int) -> _SplitTokens:
-    """Hold out about `HELD_OUT` of the tokens, at least one document, at most half the tokens."""
-    documents = conversations.documents
-    total = sum(document.numel() for document in documents)
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
-    held: set[int] = set()
-    size = 0
-    for index in order.tolist():
-        if size >= HELD_OUT * total:
-            break
-        if size + documents[index].numel() <= total / 2:
-            held.add(index)
-            size += documents[index].numel()
-    if not held:  # every document but one is empty of tokens
-        raise InvalidCalibration("At least two conversations are needed: one is held out.")
-    train = [index for index in order.tolist() if index not in held]
-    return _SplitTokens(
-        torch.cat([documents[index] for index in train]),
-        torch.cat([documents[index] for index in order.tolist() if index in held]),
+    """Hold out documents of about `REPORT` and `CHOOSE` of the tokens.
+
+    Each part has at least one document, and at most a third of the tokens unless all documents
+    are longer.
+    """
+    sizes = [document.numel() for document in conversations.documents]
+    total = sum(sizes)
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed)).tolist()
+    held: list[list[int]] = []
+    for fraction, parts_left in ((REPORT, 2), (CHOOSE, 1)):
+        taken: list[int] = []
+        size = 0
+        for index in list(order):
+            if size >= fraction * total or len(order) == parts_left:
+                break
+            if 3 * (size + sizes[index]) <= total:
+                taken.append(index)
+                order.remove(index)
+                size += sizes[index]
+        if not taken:
+            taken = [min(order, key=lambda index: sizes[index])]
+            order.remove(taken[0])
+        held.append(taken)
+    report, choose = held
+    train, choosing, reporting = (
+        torch.cat([conversations.documents[index] for index in part])
+        for part in (order, choose, report)
     )
+    return _SplitTokens((train, choosing, reporting))
 
 
 def _window_length(contents: Sequence[_SourceTokens], length: int) -> int:
@@ -184,16 +203,18 @@ def _window_length(contents: Sequence[_SourceTokens], length: int) -> int:
     for content in contents:
         if isinstance(content, Text):
             sizes.append(content.tokens.numel())
-            length = min(length, sizes[-1] // 2)
+            length = min(length, sizes[-1] // 3)
         elif isinstance(content, _SplitTokens):
-            sizes.append(content.train.numel() + content.held_out.numel())
-            length = min(length, content.held_out.numel(), content.train.numel())
+            lengths = [tokens.numel() for tokens in content.parts]
+            sizes.append(sum(lengths))
+            length = min(length, *lengths)
     if sizes:
         length = min(length, max(sizes) // SAFE_WINDOWS)
     if length < MIN_LENGTH:
         raise InvalidCalibration(
             f"The calibration files fill windows of {length} tokens only; at least {MIN_LENGTH} "
-            "are needed. Add text, above all to the shortest file."
+            "are needed, with one window to calibrate, one to choose and one to report. Add text, "
+            "above all to the shortest file."
         )
     return length
 
@@ -204,36 +225,40 @@ def _windows(tokens: Tensor, length: int) -> Tensor:
     return tokens[: count * length].view(count, length)
 
 
-def _held_windows(available: int, limit: int) -> int:
-    """Number of held-out windows among `available`, if at most `limit` calibrate."""
-    return max(1, min(int(available * HELD_OUT), limit // 8))
+def _held_windows(available: int, limit: int) -> tuple[int, int]:
+    """Numbers of choosing and reporting windows of `available`, if at most `limit` calibrate."""
+    choose = max(1, min(int(available * CHOOSE), limit // 16))
+    return choose, max(1, min(int(available * REPORT), limit // 8))
 
 
-def _cut_text(tokens: Tensor, length: int, limit: int, seed: int) -> tuple[Tensor, Tensor]:
+def _cut_text(tokens: Tensor, length: int, limit: int, seed: int) -> Parts:
     windows = _windows(tokens, length)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    held = _held_windows(len(windows), limit)
-    train = order[held : held + limit].sort().values
-    return windows[train], windows[order[:held].sort().values]
+    choose, report = _held_windows(len(windows), limit)
+    chosen = order[:report], order[report : report + choose], order[report + choose :][:limit]
+    reporting, choosing, train = (windows[part.sort().values] for part in chosen)
+    return train, choosing, reporting
 
 
-def _cut_documents(split: _SplitTokens, length: int, limit: int) -> tuple[Tensor, Tensor]:
-    train, held = _windows(split.train, length), _windows(split.held_out, length)
-    return train[:limit], held[: _held_windows(len(train) + len(held), limit)]
+def _cut_documents(split: _SplitTokens, length: int, limit: int) -> Parts:
+    train, choosing, reporting = (_windows(tokens, length) for tokens in split.parts)
+    choose, report = _held_windows(len(train) + len(choosing) + len(reporting), limit)
+    return train[:limit], choosing[:choose], reporting[:report]
 
 
-def _sample(
-    sampler: TextSampler, prompts: Prompts | None, length: int, limit: int
-) -> tuple[Tensor, Tensor]:
-    held = max(1, limit // 8)
+def _sample(sampler: TextSampler, prompts: Prompts | None, length: int, limit: int) -> Parts:
+    counts = limit, max(1, limit // 16), max(1, limit // 8)
     starts = None if prompts is None else prompts.prompts
-    streams = sampler.sample(starts, length, limit * length, held * length)
-    return _windows(streams[0], length)[:limit], _windows(streams[1], length)[:held]
+    streams = sampler.sample(starts, length, [count * length for count in counts])
+    train, choosing, reporting = (
+        _windows(stream, length)[:count] for stream, count in zip(streams, counts, strict=True)
+    )
+    return train, choosing, reporting
 
 
-def _hash(train: Tensor, held_out: Tensor) -> str:
-    digest = hashlib.sha256(json.dumps([list(train.shape), list(held_out.shape)]).encode())
-    for windows in (train, held_out):
+def _hash(parts: Parts) -> str:
+    digest = hashlib.sha256(json.dumps([list(windows.shape) for windows in parts]).encode())
+    for windows in parts:
         digest.update(windows.contiguous().numpy().astype("<i8", copy=False).tobytes())
     return digest.hexdigest()
 

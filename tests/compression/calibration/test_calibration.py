@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from deltadock.compression.calibration.sources import excerpt
-from deltadock.compression.calibration.windows import CalibrationSet, load_calibration, read_windows
+from deltadock.compression.calibration.sources import Conversations, excerpt
+from deltadock.compression.calibration.windows import (
+    CalibrationSet,
+    _split,
+    load_calibration,
+    read_windows,
+)
 from deltadock.compression.options import CalibrationOptions, Source
 from deltadock.errors import InvalidCalibration, InvalidCheckpoint
 from tests.compression.conftest import save_tokenizer
@@ -62,13 +67,11 @@ def test_text_is_split_into_disjoint_windows(checkpoint: Path, tmp_path: Path) -
     path = tmp_path / "text.txt"
     path.write_text(numbered(2000))
     calibration = load(checkpoint, Source(path), length=30)
-    assert (calibration.train.shape, calibration.held_out.shape) == ((136, 30), (17, 30))
+    parts = calibration.train, calibration.choose, calibration.report
+    assert [part.shape for part in parts] == [(136, 30), (8, 30), (17, 30)]
     assert calibration.train.dtype == torch.int64
-    train, held = (
-        words(checkpoint, part).split() for part in (calibration.train, calibration.held_out)
-    )
-    assert not set(train) & set(held)
-    assert len(set(train)) == len(train)
+    numbers = [number for part in parts for number in words(checkpoint, part).split()]
+    assert len(set(numbers)) == len(numbers), "no part shares text with another"
     assert calibration.tokens == 136 * 30
     assert calibration.sources == [
         {
@@ -76,9 +79,32 @@ def test_text_is_split_into_disjoint_windows(checkpoint: Path, tmp_path: Path) -
             "sha256": calibration.sources[0]["sha256"],
             "weight": 1.0,
             "tokens": 136 * 30,
-            "held_out": 17 * 30,
+            "choose": 8 * 30,
+            "report": 17 * 30,
         }
     ]
+
+
+def test_the_shortest_text_has_a_window_of_each_part(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(numbered(43)[:256])
+    for seed in range(3):
+        calibration = load(checkpoint, Source(path), seed=seed)
+        parts = calibration.train, calibration.choose, calibration.report
+        assert [part.shape for part in parts] == [(14, 16), (1, 16), (1, 16)]
+        assert len(torch.cat(parts).unique(dim=0)) == 16
+
+
+@pytest.mark.parametrize("sizes", [(40, 35, 25), (900, 90, 10), (1, 1, 300), (50,) * 7])
+def test_every_part_gets_a_conversation(sizes: tuple[int, ...]) -> None:
+    documents = [torch.full((size,), k) for k, size in enumerate(sizes)]
+    for seed in range(10):
+        parts = _split(Conversations(documents), seed).parts
+        held = [set(part.tolist()) for part in parts]
+        assert all(held)
+        assert set.union(*held) == set(range(len(sizes)))
+        assert sum(map(len, held)) == len(sizes), "no conversation is in two parts"
+        assert parts[0].numel() >= max(sizes) or parts[0].numel() >= sum(sizes) / 3
 
 
 def test_the_hash_depends_on_text_seed_and_sizes(checkpoint: Path, tmp_path: Path) -> None:
@@ -140,9 +166,11 @@ def test_whole_conversations_are_held_out(chat: Path, tmp_path: Path) -> None:
             text[at + 9 : at + 13] for at in range(len(text)) if text.startswith("question ", at)
         }
 
-    train, held = numbers(calibration.train), numbers(calibration.held_out)
-    assert len(train) > 5 * len(held) > 0
-    assert not train & held
+    train, choose, report = map(
+        numbers, (calibration.train, calibration.choose, calibration.report)
+    )
+    assert len(train) > 5 * len(report) > 5 * len(choose) > 0
+    assert not train & choose | train & report | choose & report
 
 
 def test_a_long_conversation_calibrates_and_short_ones_are_held_out(
@@ -152,7 +180,9 @@ def test_a_long_conversation_calibrates_and_short_ones_are_held_out(
     source = lines(tmp_path / "chat.jsonl", [long, conversation(1), conversation(2)])
     for seed in range(5):
         calibration = load(chat, source, seed=seed)
-        assert "question" in words(chat, calibration.held_out)
+        asked = [words(chat, part)[:40] for part in (calibration.choose, calibration.report)]
+        assert all("question" in text for text in asked)
+        assert asked[0] != asked[1]
         assert "question" not in words(chat, calibration.train)
 
 
@@ -176,9 +206,10 @@ def test_a_mixture_has_its_proportions(chat: Path, tmp_path: Path) -> None:
     talk = lines(tmp_path / "chat.jsonl", [conversation(n) for n in range(500)])
     calibration = load(chat, Source(text, 3.0), Source(talk.path, 1.0))
     assert [source["tokens"] for source in calibration.sources] == [3072, 1024]
-    assert [source["held_out"] for source in calibration.sources] == [12 * 32, 4 * 32]
+    assert [source["choose"] for source in calibration.sources] == [6 * 32, 2 * 32]
+    assert [source["report"] for source in calibration.sources] == [12 * 32, 4 * 32]
     assert sum(source["tokens"] for source in calibration.sources) == calibration.tokens
-    assert calibration.held_out.numel() == 16 * 32
+    assert (calibration.choose.numel(), calibration.report.numel()) == (8 * 32, 16 * 32)
     swapped = load(chat, Source(talk.path, 1.0), Source(text, 3.0))
     assert swapped.sha256 != calibration.sha256
 
@@ -188,7 +219,7 @@ def test_a_short_source_is_used_completely(checkpoint: Path, tmp_path: Path) -> 
     long.write_text(numbered(3000))
     short.write_text(numbered(50))
     calibration = load(checkpoint, Source(long), Source(short))
-    assert [source["tokens"] for source in calibration.sources] == [2048, 8 * 32]
+    assert [source["tokens"] for source in calibration.sources] == [2048, 7 * 32]
 
 
 def test_long_texts_are_sampled_by_seed() -> None:
@@ -208,7 +239,8 @@ def test_long_jsonl_files_are_sampled_by_seed(
     first, second = (load(checkpoint, Source(path), seed=seed) for seed in (0, 1))
     assert first.sha256 != second.sha256
     assert first.sha256 == load(checkpoint, Source(path)).sha256
-    assert 1000 < first.train.numel() + first.held_out.numel() <= 2000
+    parts = first.train, first.choose, first.report
+    assert 1000 < sum(part.numel() for part in parts) <= 2000
 
 
 @pytest.mark.parametrize(
@@ -233,9 +265,9 @@ def test_long_jsonl_files_are_sampled_by_seed(
         ("a.jsonl", b'{"prompt": "a", "completion": null}', "Line 1"),
         ("a.jsonl", b'{"completion": "a"}', "Line 1"),
         ("a.jsonl", b'{"text": "a"}\n{"prompt": "a", "completion": "b"}', "Line 2 .* has conv"),
-        ("a.jsonl", b'{"prompt": "a", "completion": "b"}', "two conversations"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}', "three conversations"),
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n' * 9, "18 tokens; at least 256"),
-        ("a.jsonl", b'{"prompt": "a"}', "two prompts"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"}', "three prompts"),
     ],
 )
 def test_unusable_files_are_rejected(
@@ -273,9 +305,10 @@ def test_a_failing_template_is_rejected_with_the_line(
 
 
 def test_files_too_short_for_a_window_are_rejected(checkpoint: Path, tmp_path: Path) -> None:
-    records = [{"prompt": numbered(100), "completion": ""}, {"prompt": "a", "completion": "b"}]
+    short = {"prompt": "a", "completion": "b"}
+    records = [{"prompt": numbered(100), "completion": ""}, short, short]
     source = lines(tmp_path / "pairs.jsonl", records)
-    with pytest.raises(InvalidCalibration, match="windows of 2 tokens only"):
+    with pytest.raises(InvalidCalibration, match=r"windows of 2 tokens only.* one to report"):
         load(checkpoint, source)
 
 
@@ -305,6 +338,6 @@ def test_a_checkpoint_without_a_tokenizer_is_rejected(tmp_path: Path) -> None:
 
 
 def test_prompts_alone_cannot_be_read_as_windows(checkpoint: Path, tmp_path: Path) -> None:
-    source = lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    source = lines(tmp_path / "prompts.jsonl", [{"prompt": letter} for letter in "abc"])
     with pytest.raises(InvalidCalibration, match="prompts alone"):
         read_windows(source.path, checkpoint, 32)

@@ -50,10 +50,18 @@ def test_by_default_text_is_sampled_from_the_model(finetuned: Path) -> None:
     calibration = load_calibration(
         [], finetuned, 128, 0, OPTIONS, progress=lambda message, done: shown.append(done)
     )
-    assert (calibration.train.shape, calibration.held_out.shape) == ((32, 64), (4, 64))
+    parts = calibration.train, calibration.choose, calibration.report
+    assert [part.shape for part in parts] == [(32, 64), (2, 64), (4, 64)]
     assert calibration.train[0, 0] == 0, "documents begin with the start token"
     assert calibration.sources == [
-        {"kind": "sampled", "sha256": None, "weight": 1.0, "tokens": 2048, "held_out": 256}
+        {
+            "kind": "sampled",
+            "sha256": None,
+            "weight": 1.0,
+            "tokens": 2048,
+            "choose": 128,
+            "report": 256,
+        }
     ]
     assert shown == sorted(shown)
     assert shown[0] == 0.0
@@ -82,7 +90,7 @@ def test_tokens_are_drawn_from_the_full_distribution(finetuned: Path) -> None:
     recommend(finetuned, do_sample=True, top_k=1, temperature=0.1)
     remove_end_tokens(finetuned)
     begin = torch.tensor([7])
-    drawn, _ = sampler(finetuned).sample([begin], 3, 18_000, 3)
+    (drawn,) = sampler(finetuned).sample([begin], 3, [18_000])
     assert (drawn[0::3] == 7).all()
     counts = torch.bincount(drawn[1::3], minlength=256).double()
     model = AutoModelForCausalLM.from_pretrained(finetuned, dtype=torch.float32).eval()
@@ -99,7 +107,7 @@ def test_tokens_are_drawn_from_the_full_distribution(finetuned: Path) -> None:
 
 def test_documents_end_at_the_models_end_tokens(finetuned: Path) -> None:
     recommend(finetuned, eos_token_id=list(range(128)))
-    tokens, _ = sampler(finetuned).sample([torch.tensor([200])], 64, 4096, 64)
+    tokens, _ = sampler(finetuned).sample([torch.tensor([200])], 64, [4096, 64])
     ends = (tokens < 128).nonzero().flatten()[:-1]
     assert len(ends) > 500
     assert (tokens[ends + 1] == 200).all(), "every end token is followed by a start token"
@@ -121,17 +129,18 @@ def test_prompts_of_held_out_text_are_not_used_for_training(
     assert calibration.sources[0]["kind"] == "sampled"
     assert calibration.sources[0]["sha256"] is not None
     tokenizer = load_tokenizer(finetuned)
-    train, held = (
+    train, choose, report = (
         {
             prompt
             for prompt in prompts
             if contains(windows.flatten(), encode(tokenizer, prompt))
         }
-        for windows in (calibration.train, calibration.held_out)
+        for windows in (calibration.train, calibration.choose, calibration.report)
     )  # fmt: skip
     assert len(train) > 10
-    assert held
-    assert not train & held
+    assert choose
+    assert report
+    assert not train & choose | train & report | choose & report
 
 
 def test_a_chat_model_generates_its_own_questions(finetuned: Path) -> None:
