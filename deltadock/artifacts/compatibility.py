@@ -99,6 +99,8 @@ def match_tensors(
             f"{tokens[0]}. Call resize_token_embeddings({tokens[0]}) on it and save it again."
         )
     before = {t.name: t for t in base.tensors if not is_buffer(t.name, t.shape)}
+    if (own := _own_head(base, finetuned)) is not None:
+        before |= tied_head(base, own)
     matched = _by_base_names(before, finetuned, kind)
     for name, entry in sorted(before.items()):
         if name not in matched:
@@ -127,10 +129,7 @@ def _by_base_names(
         if name is None and is_head(entry.name) and _is_copy(entry, finetuned):
             continue
         if name is None:
-            raise ArchitectureMismatch(
-                f"The fine-tune's tensor {entry.name!r} is not in the base."
-                + (" The base's head is tied to its embedding." if is_head(entry.name) else "")
-            )
+            raise ArchitectureMismatch(f"The fine-tune's tensor {entry.name!r} is not in the base.")
         if name in matched:
             raise ArchitectureMismatch(
                 f"The fine-tune's tensors {matched[name].name!r} and {entry.name!r} are both the "
@@ -143,6 +142,37 @@ def _by_base_names(
             if table is not None:
                 matched[name] = matched[table]
     return matched
+
+
+def tied_head(checkpoint: CheckpointManifest, name: str = "") -> dict[str, TensorEntry]:
+    """The head by its name, if the files lack it and it is the embedding; else empty.
+
+    Args:
+        checkpoint: of a model.
+        name: the head's; by default as the embedding is spelled.
+    """
+    heads = [entry for entry in checkpoint.tensors if is_head(entry.name)]
+    table = next((entry for entry in checkpoint.tensors if is_embedding(entry.name)), None)
+    if heads or table is None or not ties_head(checkpoint.config):
+        return {}
+    inner = "language_model." if table.name.startswith("language_model.model.") else ""
+    return {name or f"{inner}lm_head.weight": table}
+
+
+def is_tied(checkpoint: CheckpointManifest) -> bool:
+    """Whether `from_pretrained` makes embedding and head one tensor.
+
+    It does so if config.json says it, unless the files hold two different ones.
+    """
+    heads = [entry for entry in checkpoint.tensors if is_head(entry.name)]
+    return ties_head(checkpoint.config) and all(_is_copy(head, checkpoint) for head in heads)
+
+
+def _own_head(base: CheckpointManifest, finetuned: CheckpointManifest) -> str | None:
+    """The head of a fine-tune that is not tied, if the base's is and is not stored."""
+    name = next(iter(tied_head(base)), None)
+    heads = [entry for entry in finetuned.tensors if is_head(entry.name)]
+    return name if heads and not all(_is_copy(head, finetuned) for head in heads) else None
 
 
 def _is_copy(head: TensorEntry, checkpoint: CheckpointManifest) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deltadock.artifacts.checkpoint import MODEL_FILES, CheckpointManifest, scan_folder
+from deltadock.artifacts.checkpoint import (
+    MODEL_FILES,
+    CheckpointManifest,
+    TensorEntry,
+    scan_folder,
+)
+from deltadock.artifacts.compatibility import tied_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import merged_tensor
 from deltadock.errors import Conflict, InvalidArtifact
@@ -37,7 +43,9 @@ def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_B
         manifest = scan_folder(base)
         artifact.check_base(manifest.weights_digest)
         artifact.check_intact()
-        if unknown := artifact.records.keys() - {entry.name for entry in manifest.tensors}:
+        known = {entry.name: entry for entry in manifest.tensors}
+        known = {**tied_head(manifest), **known}
+        if unknown := artifact.records.keys() - known.keys():
             raise InvalidArtifact(
                 f"{artifact_path.name} changes {min(unknown)!r}, which the base lacks."
             )
@@ -45,7 +53,13 @@ def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_B
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            _write_shards(_merged_tensors(base, manifest, artifact), partial, shard_bytes)
+            # A head that is tied to the embedding is written if the delta unties it.
+            written = {
+                name: entry
+                for name, entry in known.items()
+                if name == entry.name or name in artifact.records
+            }
+            _write_shards(_merged_tensors(base, written, artifact), partial, shard_bytes)
             _write_files(base, manifest, artifact, partial)
             if out.exists():
                 out.rmdir()
@@ -55,15 +69,14 @@ def merge(base: Path, artifact_path: Path, out: Path, shard_bytes: int = SHARD_B
 
 
 def _merged_tensors(
-    base: Path, manifest: CheckpointManifest, artifact: Artifact
+    base: Path, entries: Mapping[str, TensorEntry], artifact: Artifact
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with its name, in the manifest's order."""
-    for entry in manifest.tensors:
+    """Every tensor with its name, in the order of `entries`."""
+    for name, entry in entries.items():
         # Reopened for each tensor: an open file keeps every page that was read mapped.
         with safe_open(str(base / entry.file), framework="pt") as file:
             # An unchanged tensor is a view of the mapped file.
-            tensor = merged_tensor(artifact, entry.name, file.get_tensor(entry.name))
-            yield entry.name, tensor
+            yield name, merged_tensor(artifact, name, file.get_tensor(entry.name))
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:

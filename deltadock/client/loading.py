@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import torch
 from safetensors import safe_open
@@ -22,7 +22,7 @@ from deltadock.artifacts.checkpoint import (
     scan_folder,
 )
 from deltadock.artifacts.configs import EPSILONS, ROPE, check_same_forward, expand
-from deltadock.artifacts.names import find_name
+from deltadock.artifacts.names import find_name, is_embedding, is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import TORCH_DTYPES, fits_base, merged_tensor
 from deltadock.client.views import checkpoint_views, tensors_of
@@ -154,9 +154,12 @@ def load_delta(model: Any, delta: Path | str, base: Path | str | None = None) ->
             if base is None
             else _folder_weights(artifact, views, base)
         )
-        new_data = _new_data(artifact, weights, model)
+        untied = _untied_head(artifact, weights, model)
+        new_data = _new_data(artifact, weights, model, untied)
         replacements = _Replacements()
         try:
+            if untied is not None:
+                _untie(replacements, model, untied.data)
             for tensor, data in new_data:
                 if data.shape != tensor.shape:
                     _resize_vocabulary(replacements, model, tensor, len(data))
@@ -251,12 +254,48 @@ class _OwnerIndex:
         return owner if view.data_ptr() < owner.data_ptr() + owner.nbytes else None
 
 
-def _new_data(artifact: Artifact, base: _BaseWeights, model: Any) -> list[tuple[Tensor, Tensor]]:
+class _UntiedHead(NamedTuple):
+    """A head of its own for a model whose head is tied to the embedding."""
+
+    name: str
+    data: Tensor
+
+
+def _untied_head(artifact: Artifact, base: _BaseWeights, model: Any) -> _UntiedHead | None:
+    """The head that the delta has for itself, if the model's is tied.
+
+    Its record is relative to the embedding.
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    records = artifact.records
+    own = [name for name in records if is_head(name) and records[name]["kind"] != "alias"]
+    if not own or head is None or head.weight is not table.weight:
+        return None
+    (embedding,) = (name for name in base.views if is_embedding(name))
+    data = merged_tensor(artifact, own[0], base.tensor(embedding))
+    return _UntiedHead(own[0], data.to(table.weight.dtype))
+
+
+def _untie(replacements: _Replacements, model: Any, data: Tensor) -> None:
+    """Give the head a tensor of its own."""
+    head = model.get_output_embeddings()
+    replacements.set_attribute(head, "weight", nn.Parameter(data, requires_grad=False))
+    replacements.set_attribute(head, "out_features", len(data))
+    replacements.set_attribute(model, "all_tied_weights_keys", {})
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        replacements.set_attribute(config, "tie_word_embeddings", False)
+
+
+def _new_data(
+    artifact: Artifact, base: _BaseWeights, model: Any, untied: _UntiedHead | None
+) -> list[tuple[Tensor, Tensor]]:
     """The tensors of the model that the delta changes, with their new data."""
     owners, tied = _OwnerIndex(tensors_of(model).values()), _tied(model)
     replaced: dict[int, tuple[Tensor, Tensor]] = {}
     # Tied names come last: the tensor that they are tied to decides.
     for name in sorted(artifact.records, key=lambda name: (name in tied, name)):
+        if untied is not None and name == untied.name:
+            continue
         view = base.views.get(name)
         if view is None:
             raise InvalidArtifact(f"The delta changes {name!r}, which the model does not have.")

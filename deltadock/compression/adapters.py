@@ -13,8 +13,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import regex
 import torch
 from safetensors import safe_open
@@ -28,7 +29,7 @@ from deltadock.artifacts.checkpoint import (
     folder_files,
     ignored_files,
 )
-from deltadock.artifacts.compatibility import EMPTY_TENSOR, VOCABULARY
+from deltadock.artifacts.compatibility import EMPTY_TENSOR, TIED, VOCABULARY, is_tied, tied_head
 from deltadock.artifacts.container import StreamingInspector
 from deltadock.artifacts.encodings import (
     Encoded,
@@ -39,7 +40,7 @@ from deltadock.artifacts.encodings import (
     encode_new_rows,
     encode_transposed,
 )
-from deltadock.artifacts.names import find_name, unwrapped
+from deltadock.artifacts.names import find_name, is_embedding, is_head, unwrapped
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 from deltadock.compression.assembly import CarriedFiles, build_manifest, read_carried
@@ -257,6 +258,7 @@ def encode_adapter(base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
     config = read_config(_adapter_folder(adapter))
     adapter_digest(adapter)
     model_type = base.manifest.config["model_type"]
+    base.entries |= tied_head(base.manifest)
     factors: dict[tuple[str, bool], dict[str, Tensor]] = {}
     tables: dict[str, Tensor] = {}
     encoded: dict[str, Encoded] = {}
@@ -295,6 +297,31 @@ def encode_adapter(base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
             raise InvalidAdapter(f"The adapter holds {name!r} twice.")
         if (whole := _whole(base, name, tensor)) is not None:
             encoded[name] = whole
+    return _with_head(base, adapter, encoded, tables)
+
+
+def _with_head(
+    base: CheckpointReader, adapter: Path, encoded: dict[str, Encoded], tables: Mapping[str, Tensor]
+) -> dict[str, Encoded]:
+    """Add what a changed embedding means for a head that is tied to it.
+
+    PEFT changes the embedding alone: the head stays the base's, which a difference of zero says.
+    They stay one tensor with `ensure_weight_tying`, or if both are saved whole and equal.
+    """
+    table = next((name for name in base.entries if is_embedding(name)), None)
+    head = next((name for name in base.entries if is_head(name)), None)
+    if table is None or head is None or not is_tied(base.manifest):
+        return encoded
+    saved = [tensor for name, tensor in tables.items() if is_embedding(name) or is_head(name)]
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if config.get("ensure_weight_tying") or (len(saved) == 2 and saved[0].equal(saved[1])):
+        encoded.pop(head, None)
+    elif table in encoded and head not in encoded:
+        rows, columns = base.entries[table].shape
+        zeros = np.zeros((rows, 1), np.float32), np.zeros((1, columns), np.float32)
+        encoded[head] = encode_low_rank(*zeros, 1.0, base.entries[table].dtype, {}, "F32")
+    if head not in encoded and head in tied_head(base.manifest):
+        del base.entries[head]
     return encoded
 
 
@@ -465,13 +492,14 @@ def import_adapter(
     progress.report("validating", 0, 1, "reading the base")
     reader = CheckpointReader(base)
     encoded = encode_adapter(reader, adapter)
+    untied = is_tied(reader.manifest) and any(is_head(name) for name in encoded)
     shapes = reader.shapes
     shapes |= {name: tuple(one.record["shape"]) for name, one in encoded.items()}
     progress.report("assembling", 0, 3, "writing the artifact")
     manifest = build_manifest(
         reader,
         options,
-        _carried(reader, adapter, shapes),
+        _carried(reader, adapter, shapes, untied=untied),
         finetuned_digest=adapter_digest(adapter),
         parameters=reader.parameters,
     )
@@ -491,7 +519,7 @@ def import_adapter(
         notes=ignored_files(adapter, folder_files(adapter, adapter=True)),
     )
     if calibration:
-        model = BlockwiseModel(base, device)
+        model = BlockwiseModel(base, device, reader.entries)
         data = load_calibration(
             calibration, base, model.max_length, options.seed, options.calibration, device
         )
@@ -511,10 +539,14 @@ def import_adapter(
 
 
 def _carried(
-    base: CheckpointReader, adapter: Path, shapes: Mapping[str, tuple[int, ...]]
+    base: CheckpointReader,
+    adapter: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    untied: bool,
 ) -> CarriedFiles:
-    """Tokenizer files that differ from the base's, and a config.json with the new vocabulary size
-    if the adapter adds tokens.
+    """Tokenizer files that differ from the base's, and a config.json if the adapter adds tokens or
+    unties the head.
 
     A chat template in the adapter's tokenizer_config.json removes the base's chat_template.jinja,
     which would override it.
@@ -536,9 +568,13 @@ def _carried(
     rows = max(
         (shape[0] for name, shape in shapes.items() if shape > base.entries[name].shape), default=0
     )
+    changes: dict[str, Any] = {}
     if rows and VOCABULARY in base.manifest.config:
-        config = dict(base.manifest.config) | {VOCABULARY: rows}
-        texts[CONFIG] = json.dumps(config, indent=2)
+        changes[VOCABULARY] = rows
+    if untied:
+        changes[TIED] = False
+    if changes:
+        texts[CONFIG] = json.dumps(dict(base.manifest.config) | changes, indent=2)
     return texts, others
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from deltadock.artifacts.checkpoint import TensorEntry, folder_files, ignored_files, scan_folder
-from deltadock.artifacts.compatibility import match_tensors
+from deltadock.artifacts.compatibility import match_tensors, tied_head
 from deltadock.artifacts.configs import check_same_forward
 from deltadock.artifacts.encodings import NUMPY_DTYPES
 from deltadock.artifacts.names import is_embedding, is_head
@@ -108,6 +108,9 @@ class CheckpointReader:
                 `check_same_forward`.
         """
         self.entries = match_tensors(base.manifest, self.manifest)
+        for name, entry in tied_head(base.manifest).items():
+            if name in self.entries:
+                base.entries[name] = entry
         check_same_forward(base.manifest.config, self.manifest.config)
 
     def _open(self, name: str) -> safe_open:

@@ -269,7 +269,7 @@ def shapes_of(
         return [TensorShape(t.name, t.dtype, t.shape) for t in finetuned.tensors]
     before = {t.name: (t.dtype, t.shape, t.sha256) for t in base.tensors}
     return [
-        TensorShape(name, t.dtype, t.shape, before[name] != (t.dtype, t.shape, t.sha256))
+        TensorShape(name, t.dtype, t.shape, before.get(name) != (t.dtype, t.shape, t.sha256))
         for name, t in sorted(match_tensors(base, finetuned).items())
     ]
 

@@ -176,11 +176,42 @@ def configured(**settings: Any) -> Callable[[Path], Made]:
         config = json.loads(path.read_text())
         if settings.keys() & {"rope_scaling", "rope_theta"}:
             del config["rope_parameters"]
-        path.write_text(json.dumps(config | settings))
-        model = AutoModelForCausalLM.from_pretrained(made.tuned, dtype=torch.float32)
-        return made._replace(model=model.eval())
+        path.write_text(json.dumps(config))
+        return reloaded(made, **settings)
 
     return make
+
+
+def other_head(tensors: Tensors) -> Tensors:
+    head = tensors[EMBEDDING] + 0.2 * torch.randn_like(tensors[EMBEDDING])
+    return {**tensors, "lm_head.weight": head}
+
+
+def own_head(*, tied: bool, base_tied: bool) -> Callable[[Path], Made]:
+    """A pair whose fine-tune, or both, have a head of their own; `tied`: what its config says."""
+
+    def make(home: Path) -> Made:
+        made = pair(home, tied=True)
+        rewrite(made.tuned, other_head)
+        if not base_tied:
+            rewrite(made.base, other_head)
+        return reloaded(made, tie_word_embeddings=tied)
+
+    return make
+
+
+def retied(home: Path) -> Made:
+    made = pair(home)
+    rewrite(made.tuned, without_head)
+    return reloaded(made, tie_word_embeddings=True)
+
+
+def reloaded(made: Made, **settings: Any) -> Made:
+    """The pair with other settings in the fine-tune's config.json, as transformers loads it."""
+    path = made.tuned / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    model = AutoModelForCausalLM.from_pretrained(made.tuned, dtype=torch.float32)
+    return made._replace(model=model.eval())
 
 
 def nan_rows(row: int) -> Callable[[Tensors], Tensors]:
@@ -303,6 +334,26 @@ def without_head(tensors: Tensors) -> Tensors:
     return tensors
 
 
+TIED: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ('`modules_to_save=["embed_tokens"]`', "the head stays the base's",
+     {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    ('`modules_to_save=["lm_head"]`', "the embedding stays the base's",
+     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ("both in `modules_to_save`", "no longer tied",
+     {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    ("LoRA on `embed_tokens`", "the head stays the base's",
+     {"target_modules": ["embed_tokens", "q_proj"]}),
+    ("LoRA on `lm_head`", "the embedding stays the base's",
+     {"target_modules": ["lm_head", "q_proj"]}),
+    ("LoRA on `embed_tokens` and `lm_head`", "no longer tied",
+     {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    ("`modules_to_save` with `ensure_weight_tying`", "still tied",
+     {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"],
+      "ensure_weight_tying": True}),
+    ("LoRA on `embed_tokens` with `ensure_weight_tying`", "still tied",
+     {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
+    ("added tokens", "still tied", {"target_modules": ["q_proj"], "added": 3}),
+)  # fmt: skip
 ROPES: tuple[dict[str, Any], ...] = (
     {"rope_scaling": {"type": "linear", "factor": 4}},
     {"rope_theta": 500.0},
@@ -362,6 +413,21 @@ CASES: tuple[Case, ...] = (
     Case("any", "config.json of another version: `rope_scaling` null, `torch_dtype`",
          configured(rope_scaling=None, torch_dtype="bfloat16", _name_or_path="x",
                     use_cache=False, unsloth_version="2025.1"), "need not match"),
+    *(
+        Case("PEFT", f"a tied head, {given}", lora(r=4, tied=True, **settings),
+             f"as in PEFT: {note}")
+        for given, note, settings in TIED
+    ),
+    *(
+        Case("any", f"a tied base, a fine-tune with a head of its own (`tie_word_embeddings` "
+             f"{tied})",
+             own_head(tied=tied, base_tied=True), "the head is its own")
+        for tied in (True, False)
+    ),
+    Case("any", "both with heads of their own, although `tie_word_embeddings` is true",
+         own_head(tied=True, base_tied=False), "not tied, as in `from_pretrained`"),
+    Case("any", "an untied base, a fine-tune with a tied head that is not stored",
+         retied, "the embedding is the head"),
     Case("any", "NaN in embedding rows past the tokenizer's size", nan_padding,
          "kept as the base's, with a note in the report"),
     Case("any", "NaN in an input embedding, of base and fine-tune alike",

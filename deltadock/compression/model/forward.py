@@ -92,18 +92,18 @@ class BlockwiseModel:
         self.matrices = {
             name: [site.ref for site in places] for name, places in self._sites.items()
         }
-        self.embedding = self._tensor(self._skeleton.embedding)
-        self.head = None if self._skeleton.tied else MatrixRef(self._tensor(self._skeleton.head))
+        self.embedding = self._skeleton.tensor_of(self._skeleton.embedding)
+        self.head = (
+            None
+            if self._skeleton.tied
+            else MatrixRef(self._skeleton.tensor_of(self._skeleton.head))
+        )
         self._arguments: dict[tuple[int, ...], Any] = {}
 
     @property
     def max_length(self) -> int:
         """Longest sequence in tokens that the configuration allows."""
         return getattr(self.config, "max_position_embeddings", None) or 1 << 30
-
-    def _tensor(self, parameter: str) -> str:
-        (name,) = self._skeleton.stored[parameter].all_names()
-        return name
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Compare the checkpoint's tensors (name to shape) with those that config.json describes.

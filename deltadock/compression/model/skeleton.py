@@ -89,6 +89,9 @@ class Skeleton:
     ) -> None:
         """Build it for the checkpoint with the tensors `names`.
 
+        As in `transformers`, a head that differs from the embedding is not tied to it; that shows
+        if `names` maps to the tensors' entries.
+
         Raises:
             UnsupportedModel: `transformers` cannot build it, or its blocks are not found.
         """
@@ -105,6 +108,9 @@ class Skeleton:
         self.head = f"{modules[id(self._model.get_output_embeddings())]}.weight"
         self.tied = self.head in self._model.all_tied_weights_keys
         self.stored = self._locate(config.model_type, names)
+        if isinstance(names, Mapping) and self.tied:
+            both = (names.get(self.tensor_of(one)) for one in (self.embedding, self.head))
+            self.tied = len({(one.sha256, one.dtype) for one in both if one is not None}) == 1
 
     def _find_blocks(self) -> tuple[str, nn.ModuleList]:
         """The list of decoder blocks, and its name within the body."""
@@ -134,6 +140,11 @@ class Skeleton:
                 if present and stored[name] not in present:
                     stored[name] = present[0]
         return stored
+
+    def tensor_of(self, name: str) -> str:
+        """The checkpoint's tensor of a parameter that is stored in one."""
+        (tensor,) = self.stored[name].all_names()
+        return tensor
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Compare a checkpoint's tensors (name to shape) with those that config.json describes.

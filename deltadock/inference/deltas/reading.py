@@ -12,6 +12,7 @@ import torch
 from deltadock.artifacts.compatibility import vocabulary
 from deltadock.artifacts.configs import check_same_forward, expand
 from deltadock.artifacts.encodings import Encoded, decode_factors, inflate, parts
+from deltadock.artifacts.names import is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import fits_base, packed_delta, stored_tensor
 from deltadock.errors import BaseMismatch, InvalidArtifact
@@ -112,7 +113,12 @@ def read_delta(
     settings = None
     if config is not None and check_same_forward(json.loads(base_files[CONFIG]), config):
         settings = model.row_settings(expand(config))
-    parameters = {name: model.parameter_name(name) for name in artifact.records}
+    parameters = {
+        name: model.parameter_name(name)
+        for name, record in artifact.records.items()
+        # A copy of a tied embedding's delta.
+        if not (model.tied and is_head(name) and record["kind"] == "alias")
+    }
     tensors = model.fit(
         {
             parameter: read_tensor_delta(artifact, name, model.base_shape(parameter))

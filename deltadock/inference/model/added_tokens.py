@@ -69,7 +69,7 @@ class AddedTokens:
             raise InvalidArtifact(
                 f"The delta adds rows to {min(others)!r}, which does not have one row per token."
             )
-        if not self._tied:
+        if not self._tied or LM_HEAD in deltas:
             counts = {name: counts.get(name, 0) for name in (EMBEDDING, LM_HEAD)}
         if len(set(counts.values())) > 1:
             raise InvalidArtifact(

@@ -372,7 +372,7 @@ def replace_modules(model: Any, routing: Routing) -> tuple[Owners, dict[str, Ten
             tensors[f"{path}.{name}"] = parameter
 
     def replace_linears(parent: str, linears: dict[str, nn.Linear]) -> None:
-        tied = "lm_head" in linears and model.config.tie_word_embeddings
+        tied = "lm_head" in linears and is_tied(model)
         fused = DeltaLinears(linears, routing, tied=tied)
         for number, (name, linear) in enumerate(linears.items()):
             path = f"{parent}.{name}".lstrip(".")
@@ -399,6 +399,11 @@ def replace_modules(model: Any, routing: Routing) -> tuple[Owners, dict[str, Ten
         register(path, module, replacement)
         model.set_submodule(path, replacement)
     return owners, tensors
+
+
+def is_tied(model: Any) -> bool:
+    """Whether embedding and head are one tensor, whatever config.json says."""
+    return "lm_head.weight" in model.all_tied_weights_keys
 
 
 def _fusable(module: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Linear] | None:

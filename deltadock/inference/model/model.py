@@ -12,7 +12,7 @@ from deltadock.errors import InvalidArtifact
 from deltadock.inference.model.added_tokens import EMBEDDING, LM_HEAD, AddedTokens, Logits
 from deltadock.inference.model.attention import AttentionMetadata
 from deltadock.inference.model.kv_cache import KVCache
-from deltadock.inference.model.layers import DeltaLinears, DeltaNorm, replace_modules
+from deltadock.inference.model.layers import DeltaLinears, DeltaNorm, is_tied, replace_modules
 from deltadock.inference.model.rotary import DeltaRotary, Rope, context_limit
 from deltadock.inference.model.routing import (
     DEFAULT_LIMITS,
@@ -55,14 +55,11 @@ class BaseModel:
         self.device: torch.device = model.device
         self._routing = Routing(limits)
         self._uncapturable_slots: set[int] = set()
+        self.tied = is_tied(model)
+        """Whether embedding and head are one tensor."""
         self._owners, self._parameters = replace_modules(model, self._routing)
         self._rotary = model.model.rotary_emb = DeltaRotary(model.model.rotary_emb, self._routing)
-        tied: bool = self.config.tie_word_embeddings
-        self._added = AddedTokens(self.config.vocab_size, self._routing, tied=tied)
-        if tied:
-            # One tensor under two names: a delta of either applies to both modules.
-            owners = self._owners[EMBEDDING] + self._owners[LM_HEAD]
-            self._owners[EMBEDDING] = self._owners[LM_HEAD] = owners
+        self._added = AddedTokens(self.config.vocab_size, self._routing, tied=self.tied)
         self._linears = [module for module in self._modules if isinstance(module, DeltaLinears)]
         self._merges = 0
         """Merges so far: a graph holds the addresses of one merge's weights."""
@@ -244,7 +241,7 @@ class BaseModel:
         for name, tensor_delta in deltas.items():
             delta = tensor_delta.old if isinstance(tensor_delta, NewRows) else tensor_delta
             if delta is not None:
-                for module, parameter in self._owners[name]:
+                for module, parameter in self._appliers(name, deltas):
                     by_module[module][parameter] = delta
         uncapturable = [module.install(slot, own) for module, own in by_module.items()]
         if any(uncapturable):
@@ -257,6 +254,17 @@ class BaseModel:
                 for module in self._modules:
                     if isinstance(module, DeltaNorm):
                         module.set_epsilon(slot, settings.epsilon)
+
+    def _appliers(
+        self, name: str, deltas: Mapping[str, TensorDelta]
+    ) -> list[tuple[DeltaModule, str]]:
+        """The modules that apply a tensor's delta.
+
+        That of a tied embedding is the head's too, unless the head has one of its own.
+        """
+        if self.tied and name == EMBEDDING and LM_HEAD not in deltas:
+            return [*self._owners[EMBEDDING], *self._owners[LM_HEAD]]
+        return self._owners[name]
 
     @property
     def merged_slot(self) -> int | None:
