@@ -147,7 +147,10 @@ def _settings(config: Any, within: str = "") -> Iterator[tuple[str, Any]]:
         yield f"{within}head_dim", getattr(config, "head_dim", None) or width // heads
     kinds = whole.get("layer_types")
     if "sliding_window" in known and (kinds is None or "sliding_attention" in kinds):
-        yield f"{within}sliding_window", config.sliding_window
+        window, limit = config.sliding_window, getattr(config, "max_position_embeddings", None)
+        # A window as long as the context hides nothing.
+        unlimited = window is None or (limit is not None and window >= limit)
+        yield f"{within}sliding_window", None if unlimited else window
     if whole.get(ROPE):
         yield f"{within}{ROPE}", _rope(config)
 

@@ -271,7 +271,9 @@ def _untied_head(artifact: Artifact, base: _BaseWeights, model: Any) -> _UntiedH
     own = [name for name in records if is_head(name) and records[name]["kind"] != "alias"]
     if not own or head is None or head.weight is not table.weight:
         return None
-    (embedding,) = (name for name in base.views if is_embedding(name))
+    embedding = next((name for name in base.views if is_embedding(name)), None)
+    if embedding is None:
+        raise InvalidArtifact(f"The delta changes {own[0]!r}, which the model does not have.")
     data = merged_tensor(artifact, own[0], base.tensor(embedding))
     return _UntiedHead(own[0], data.to(table.weight.dtype))
 
@@ -283,7 +285,8 @@ def _untie(replacements: _Replacements, model: Any, data: Tensor) -> None:
     replacements.set_attribute(head, "out_features", len(data))
     replacements.set_attribute(model, "all_tied_weights_keys", {})
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        replacements.set_attribute(config, "tie_word_embeddings", False)
+        if hasattr(config, "tie_word_embeddings"):
+            replacements.set_attribute(config, "tie_word_embeddings", False)
 
 
 def _new_data(

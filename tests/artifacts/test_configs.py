@@ -54,6 +54,13 @@ def test_what_is_refused(settings: dict[str, Any], words: str) -> None:
         check_same_forward(BASE, BASE | settings)
 
 
+def test_windows_that_hide_something_are_compared() -> None:
+    base = {"model_type": "mistral", "max_position_embeddings": 8192, "sliding_window": None}
+    assert not differences(base, base | {"sliding_window": 8192})
+    with pytest.raises(ArchitectureMismatch, match="sliding_window = 4096 .*None for the base"):
+        check_same_forward(base, base | {"sliding_window": 4096})
+
+
 def test_the_length_matters_to_rotary_embeddings_that_depend_on_it() -> None:
     base = BASE | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     assert differences(base, base | {"max_position_embeddings": 64})
