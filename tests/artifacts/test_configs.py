@@ -57,7 +57,7 @@ def test_what_is_refused(settings: dict[str, Any], words: str) -> None:
 def test_windows_that_hide_something_are_compared() -> None:
     base = {"model_type": "mistral", "max_position_embeddings": 8192, "sliding_window": None}
     assert not differences(base, base | {"sliding_window": 8192})
-    with pytest.raises(ArchitectureMismatch, match="sliding_window = 4096 .*None for the base"):
+    with pytest.raises(ArchitectureMismatch, match=r"sliding_window = 4096 .*None for the base"):
         check_same_forward(base, base | {"sliding_window": 4096})
 
 
