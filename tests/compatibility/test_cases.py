@@ -16,7 +16,7 @@ from deltadock.client.loading import load_delta
 from deltadock.compression.model.families import FAMILIES, auto_class
 from deltadock.compression.options import CompressOptions
 from deltadock.compression.pipeline import compress
-from deltadock.inference.deltas.reading import place_delta, read_delta
+from deltadock.inference.deltas.reading import merge_delta, place_delta, read_delta
 from deltadock.inference.model.attention import Span, make_attention_metadata
 from deltadock.inference.model.loading import load_base
 from deltadock.inference.model.routing import DeltaLimits
@@ -42,13 +42,15 @@ def logits_of(model: Any) -> Tensor:
     return found.float()
 
 
-def served_logits(base: Path, delta: Path) -> Tensor:
-    """The logits of a node."""
+def served_logits(base: Path, delta: Path, *, merged: bool = False) -> Tensor:
+    """The logits of a node, on merged weights if `merged`."""
     manifest = scan_folder(base)
     model = load_base(base, manifest, torch.device("cpu"), DeltaLimits(slots=2, rows=64))
     with Artifact(delta) as artifact:
         loaded = read_delta(artifact, model, manifest.weights_digest, read_tokenizer_files(base))
     place_delta(model, 1, loaded)
+    if merged:
+        merge_delta(model, 1)
     slots = [1] * len(TOKENS)
     with torch.inference_mode():
         step = make_attention_metadata(model.make_cache(1, 32), [Span(0, 0, len(TOKENS), 0)])

@@ -85,7 +85,9 @@ def check(made: Made, method: str, home: Path) -> None:
     expected = logits_of(merged)
     base = AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32).eval()
     target, before = logits_of(made.model), logits_of(base)
-    torch.testing.assert_close(served_logits(made.base, out), expected, rtol=1e-3, atol=2e-4)
+    for hot in (False, True):
+        served = served_logits(made.base, out, merged=hot)
+        torch.testing.assert_close(served, expected, rtol=1e-3, atol=2e-4)
     with load_delta(base, out, base=made.base):
         torch.testing.assert_close(logits_of(base), expected, rtol=1e-3, atol=2e-4)
     assert torch.equal(logits_of(base), before)
