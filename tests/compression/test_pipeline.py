@@ -369,6 +369,6 @@ def test_a_config_with_other_computations_is_rejected(
     pair: Pair, text: Path, tmp_path: Path
 ) -> None:
     config = json.loads((pair[1] / "config.json").read_text())
-    (pair[1] / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(ArchitectureMismatch, match="rms_norm_eps"):
+    (pair[1] / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    with pytest.raises(ArchitectureMismatch, match="hidden_act"):
         compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])

@@ -169,9 +169,9 @@ def test_a_load_that_fails_halfway_is_cleaned_up_and_retried(
     model, artifact = base_of(node).model, site.artifacts[1]
     install, slots = model.install, []
 
-    def broken(slot: int, changes: Any) -> None:
-        half = dict(list(changes.items())[: len(changes) // 2])
-        install(slot, half)
+    def broken(slot: int, deltas: Any, settings: Any) -> None:
+        half = dict(list(deltas.items())[: len(deltas) // 2])
+        install(slot, half, settings)
         slots.append(slot)
         raise fault
 
