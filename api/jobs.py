@@ -1,21 +1,23 @@
-"""Jobs: progress of compressions, and cancelling them."""
+"""Jobs: progress of compressions, listing, cancelling and retrying them."""
 
-from collections.abc import AsyncIterable
-from datetime import datetime
+from collections.abc import AsyncIterable, Sequence
+from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Final, Self
 
 import anyio
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Depends, Path, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import BaseModel, Field
+from pydantic import AwareDatetime, BaseModel, Field
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME
-from deltadock.errors import NotFound
-from deltadock.storage.models import JobRow, JobState
-from deltadock.storage.repositories import JobRepository
+from deltadock.errors import Conflict, InvalidInput, NotFound
+from deltadock.storage.models import JobLogRow, JobPriority, JobRow, JobState
+from deltadock.storage.repositories import DeltaRepository, JobRepository
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -38,6 +40,13 @@ class JobOut(BaseModel):
     id: str = Field(examples=[EXAMPLE_JOB_ID])
     delta: str = Field(description="The delta's id.", examples=[EXAMPLE_DELTA_ID])
     state: JobState = Field(examples=["compressing"])
+    priority: JobPriority
+    queue_position: int | None = Field(
+        default=None,
+        description="Its place among the jobs that wait for a worker, 1 being next; null once one "
+        "has started it.",
+        examples=[3],
+    )
     block: int = Field(description="Current block of the stage.", examples=[3])
     blocks: int = Field(description="Blocks of the stage.", examples=[8])
     percent: float = Field(description="Of the whole job, to one decimal.", examples=[42.5])
@@ -47,10 +56,18 @@ class JobOut(BaseModel):
     attempt: int = Field(description="How many workers have started it.", examples=[1])
     created_at: datetime = Field(examples=[EXAMPLE_TIME])
     updated_at: datetime = Field(examples=[EXAMPLE_TIME])
+    started_at: datetime | None = Field(
+        default=None, description="When a worker first started it, since the last retry."
+    )
+    expected_at: datetime | None = Field(
+        default=None,
+        description="When it will be finished at its rate so far; null until a tenth is done, and "
+        "if that time has passed.",
+    )
     finished_at: datetime | None = None
 
     @classmethod
-    def of(cls, job: JobRow) -> Self:
+    def of(cls, job: JobRow, queue_position: int | None = None) -> Self:
         """Convert a row."""
         error = None
         if job.error_code is not None:
@@ -59,6 +76,8 @@ class JobOut(BaseModel):
             id=job.id,
             delta=job.delta_id,
             state=job.state,
+            priority=job.priority,
+            queue_position=queue_position,
             block=job.stage_block,
             blocks=job.stage_blocks,
             percent=round(job.percent, 1),
@@ -68,8 +87,46 @@ class JobOut(BaseModel):
             attempt=job.attempt,
             created_at=job.created_at,
             updated_at=job.updated_at,
+            started_at=job.started_at,
+            expected_at=job.expected_at
+            if job.expected_at and job.expected_at > datetime.now(UTC)
+            else None,
             finished_at=job.finished_at,
         )
+
+
+class JobPage(BaseModel):
+    """Jobs, newest first. `next` is the next page's `after`; null on the last page."""
+
+    data: list[JobOut]
+    next: str | None = Field(examples=[EXAMPLE_JOB_ID])
+
+
+class LogLine(BaseModel):
+    """One line of a job's log."""
+
+    id: int = Field(description="Ascending.", examples=[17])
+    at: datetime = Field(examples=[EXAMPLE_TIME])
+    message: str = Field(examples=["compressing: block 3 of 8"])
+
+    @classmethod
+    def of(cls, line: JobLogRow) -> Self:
+        """Convert a row."""
+        return cls(id=line.id, at=line.at, message=line.message)
+
+
+class JobLog(BaseModel):
+    """Lines of a job's log, oldest first. `next` is the next page's `after`; null at the end."""
+
+    data: list[LogLine]
+    next: int | None = Field(examples=[17])
+
+
+def describe_jobs(session: Session, jobs: Sequence[JobRow]) -> list[JobOut]:
+    """The jobs with their places in the queue."""
+    waiting = [job.id for job in jobs if job.state is JobState.QUEUED]
+    places = JobRepository(session).positions(waiting) if waiting else {}
+    return [JobOut.of(job, places.get(job.id)) for job in jobs]
 
 
 def _existing(job: JobRow | None, job_id: str) -> JobRow:
@@ -86,10 +143,52 @@ def existing_job(job_id: JobId, session: ReadSession) -> JobRow:
 ExistingJob = Annotated[JobRow, Depends(existing_job, scope="function")]
 
 
+@router.get("", responses=problems(InvalidInput))
+def list_jobs(
+    session: ReadSession,
+    state: Annotated[list[JobState] | None, Query(description="Any of these states.")] = None,
+    delta: Annotated[str | None, Query(description="A delta's id.")] = None,
+    base: Annotated[str | None, Query(description="A base's id or name.")] = None,
+    created_from: Annotated[AwareDatetime | None, Query()] = None,
+    created_before: Annotated[AwareDatetime | None, Query()] = None,
+    after: Annotated[str | None, Query(description="`next` of the previous page.")] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> JobPage:
+    """List the jobs, newest first; failed ones stay listed with their reason."""
+    jobs = JobRepository(session)
+    cursor = None
+    if after is not None and (cursor := jobs.find(after)) is None:
+        raise InvalidInput(f"after={after!r} is not a job; use the previous page's `next`.")
+    found = jobs.page(
+        limit=limit + 1, after=cursor, states=state or (), delta_id=delta, base=base,
+        created_from=created_from, created_before=created_before,
+    )  # fmt: skip
+    page = found[:limit]
+    return JobPage(
+        data=describe_jobs(session, page), next=page[-1].id if len(found) > limit else None
+    )
+
+
 @router.get("/{job_id}", responses=problems(NotFound))
-def get_job(job: ExistingJob) -> JobOut:
+def get_job(job: ExistingJob, session: ReadSession) -> JobOut:
     """Get a job's state and progress."""
-    return JobOut.of(job)
+    return describe_jobs(session, [job])[0]
+
+
+@router.get("/{job_id}/log", responses=problems(NotFound))
+def get_job_log(
+    job: ExistingJob,
+    session: ReadSession,
+    after: Annotated[int, Query(ge=0, lt=2**63, description="The last line that was seen.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> JobLog:
+    """Get the lines of a job's log, oldest first; its newest thousand are kept."""
+    lines = JobRepository(session).log(job.id, after=after, limit=limit + 1)
+    page = lines[:limit]
+    return JobLog(
+        data=[LogLine.of(line) for line in page],
+        next=page[-1].id if len(lines) > limit else None,
+    )
 
 
 @router.get("/{job_id}/events", response_class=EventSourceResponse, responses=problems(NotFound))
@@ -98,7 +197,8 @@ async def follow_job(job: ExistingJob, resources: ResourcesDep) -> AsyncIterable
 
     def read() -> JobOut:
         with resources.database.read_scope() as session:
-            return JobOut.of(_existing(JobRepository(session).find(job.id), job.id))
+            found = _existing(JobRepository(session).find(job.id), job.id)
+            return describe_jobs(session, [found])[0]
 
     last: JobOut | None = None
     while last is None or not last.state.is_final:
@@ -116,4 +216,20 @@ def cancel_job(job_id: JobId, unit: WriteUnit) -> JobOut:
 
     A job that has ended is unchanged.
     """
-    return JobOut.of(_existing(JobRepository(unit.session).request_cancel(job_id), job_id))
+    job = _existing(JobRepository(unit.session).request_cancel(job_id), job_id)
+    return describe_jobs(unit.session, [job])[0]
+
+
+@router.post("/{job_id}/retry", status_code=202, responses=problems(NotFound, Conflict))
+def retry_job(job_id: JobId, unit: WriteUnit, resources: ResourcesDep) -> JobOut:
+    """Queue a failed or cancelled job again; it continues after its last finished block."""
+    jobs = JobRepository(unit.session)
+    job = _existing(jobs.find(job_id), job_id)
+    if DeltaRepository(unit.session).find(job.delta_id) is None:
+        raise Conflict(f"The delta of job {job_id} was deleted. Restore it, or ask for it again.")
+    if not jobs.retry(job_id):
+        raise Conflict(
+            f"Job {job_id} is {job.state}: only a failed or cancelled job can be retried."
+        )
+    unit.after_commit.append(partial(resources.tasks.send_compress, job_id, job.priority))
+    return describe_jobs(unit.session, [_existing(jobs.find(job_id), job_id)])[0]

@@ -7,6 +7,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from deltadock.errors import Unavailable
+from deltadock.storage.models import JobPriority
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +33,7 @@ class TaskSender:
             },
         )
 
-    def send_compress(self, job_id: str) -> None:
+    def send_compress(self, job_id: str, priority: JobPriority) -> None:
         """Send the job's task; call this only after the job's row is committed.
 
         Raises nothing if the broker does not answer: the job stays queued and the sweeper re-sends
@@ -40,7 +41,12 @@ class TaskSender:
         """
         try:
             self._celery.send_task(
-                COMPRESS_TASK, args=[job_id], queue=GPU_QUEUE, retry=True, retry_policy=RETRY
+                COMPRESS_TASK,
+                args=[job_id],
+                queue=GPU_QUEUE,
+                priority=priority.broker_priority,
+                retry=True,
+                retry_policy=RETRY,
             )
         except OperationalError as error:
             log.warning("task_not_sent", job=job_id, error=str(error))

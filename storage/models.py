@@ -12,6 +12,7 @@ from sqlalchemy import (
     Enum,
     ForeignKey,
     Index,
+    Integer,
     MetaData,
     String,
     Text,
@@ -53,6 +54,19 @@ class JobState(StrEnum):
     def is_final(self) -> bool:
         """Whether a job in this state can no longer change."""
         return self in FINAL_STATES
+
+
+class JobPriority(StrEnum):
+    """Order in which queued jobs start; jobs of one priority start in the order they were sent."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+    @property
+    def broker_priority(self) -> int:
+        """Celery's priority on Redis, where 0 is first and steps are three apart."""
+        return 3 * list(JobPriority).index(self)
 
 
 FINAL_STATES: Final = frozenset({JobState.READY, JobState.FAILED, JobState.CANCELLED})
@@ -210,10 +224,12 @@ class JobRow(TableRow):
     """The authoritative state of one compression; workers update it only under the lease."""
 
     __tablename__ = "jobs"
+    __table_args__ = (Index("ix_jobs_created_at_id", "created_at", "id"),)
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     delta_id: Mapped[str] = mapped_column(ForeignKey("deltas.id"), unique=True)
     state: Mapped[JobState] = mapped_column(_enum(JobState), default=JobState.QUEUED, index=True)
+    priority: Mapped[JobPriority] = mapped_column(_enum(JobPriority), default=JobPriority.NORMAL)
     stage_block: Mapped[int] = mapped_column(default=0)
     stage_blocks: Mapped[int] = mapped_column(default=0)
     percent: Mapped[float] = mapped_column(default=0.0)
@@ -228,9 +244,27 @@ class JobRow(TableRow):
     """When its task was last sent to the broker (set just before sending)."""
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
     updated_at: Mapped[datetime] = mapped_column(default=_utcnow)
+    started_at: Mapped[datetime | None]
+    """When a worker first started it; for a retried job, since the retry."""
+    expected_at: Mapped[datetime | None]
+    """When it will finish at its rate so far; None until that is known."""
     finished_at: Mapped[datetime | None]
 
     delta: Mapped[DeltaRow] = relationship(lazy="raise", back_populates="job")
+
+
+class JobLogRow(TableRow):
+    """One line of a job's log; a job keeps its newest lines."""
+
+    __tablename__ = "job_log"
+    __table_args__ = (Index("ix_job_log_job_id_id", "job_id", "id"),)
+
+    id: Mapped[int] = mapped_column(
+        BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
+    )
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    at: Mapped[datetime]
+    message: Mapped[str] = mapped_column(Text)
 
 
 class NodeRow(TableRow):

@@ -39,6 +39,9 @@ MAX_ATTEMPTS: Final = 5
 REPORT_SECONDS: Final = 0.25
 """Minimum interval between progress updates within one block."""
 
+PREDICTABLE: Final = 0.1
+"""Fraction of a job after which its rate predicts its end."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -67,8 +70,10 @@ class Outcome(Enum):
 
     SKIPPED = auto()
     """Another worker holds the job, or it had ended."""
+    READY = auto()
+    """The artifact is stored."""
     FINISHED = auto()
-    """The job is in a final state."""
+    """The job has failed or was cancelled; its saved blocks are kept for a retry."""
     STOPPED = auto()
     """The worker is shutting down."""
     LATER = auto()
@@ -89,19 +94,19 @@ def compress_job(job_id: str, context: WorkerContext) -> Outcome:
         with Lease(context.database, job_id, owner, seconds) as lease:
             outcome = _run_and_record(job, lease, context)
         log.info("job_left", outcome=outcome.name.lower())
-        if outcome is Outcome.FINISHED:
-            drop_files(job_id, context)
+        if outcome in {Outcome.FINISHED, Outcome.READY}:
+            shutil.rmtree(job_folder(context.settings, job_id), ignore_errors=True)
+        if outcome is Outcome.READY:
+            _drop_blocks(job_id, context)
     return outcome
 
 
-def drop_files(job_id: str, context: WorkerContext) -> None:
-    """Remove an ended job's files; the sweeper retries if a store does not answer."""
+def _drop_blocks(job_id: str, context: WorkerContext) -> None:
+    """Remove a ready job's saved blocks; collection does if the store does not answer now."""
     try:
         context.blobs.drop_work(job_id)
     except DeltadockError as error:
-        log.warning("job_files_not_dropped", error=error.message)
-        return
-    shutil.rmtree(job_folder(context.settings, job_id), ignore_errors=True)
+        log.warning("job_blocks_not_dropped", error=error.message)
 
 
 def _run_and_record(job: JobRow, lease: Lease, context: WorkerContext) -> Outcome:
@@ -127,7 +132,7 @@ def _run_and_record(job: JobRow, lease: Lease, context: WorkerContext) -> Outcom
     except DeltadockError as error:
         if error.retryable and job.attempt < MAX_ATTEMPTS:
             log.warning("job_retries", code=error.code, error=error.message)
-            lease.expire()
+            lease.expire(error)
             return Outcome.LATER
         log.warning("job_failed", code=error.code, error=error.message)
         return _end(lease, JobState.FAILED, error)
@@ -135,7 +140,7 @@ def _run_and_record(job: JobRow, lease: Lease, context: WorkerContext) -> Outcom
         log.exception("job_failed")
         hidden = DeltadockError("The compression failed unexpectedly; see the worker's log.")
         return _end(lease, JobState.FAILED, hidden)
-    return Outcome.FINISHED
+    return Outcome.READY
 
 
 def _end(lease: Lease, state: JobState, error: DeltadockError) -> Outcome:
@@ -231,6 +236,7 @@ def _reporter(lease: Lease) -> Callable[[Progress], None]:
     """
     last_key: tuple[str, int] = ("", 0)
     last_time = 0.0
+    started = time.monotonic()
 
     def report(progress: Progress) -> None:
         nonlocal last_key, last_time
@@ -238,13 +244,18 @@ def _reporter(lease: Lease) -> Callable[[Progress], None]:
         if key == last_key and now - last_time < REPORT_SECONDS:
             lease.check()
             return
-        last_key, last_time = key, now
+        is_new_step, last_key, last_time = key != last_key, key, now
+        seconds_left = None
+        if progress.fraction >= PREDICTABLE:
+            seconds_left = (now - started) * (1 - progress.fraction) / progress.fraction
         lease.advance(
             JobState(progress.stage),
             block=progress.block,
             blocks=progress.blocks,
             percent=100 * progress.fraction,
             message=progress.message,
+            seconds_left=seconds_left,
+            log_line=f"{progress.stage}: {progress.message}" if is_new_step else None,
         )
 
     return report

@@ -85,16 +85,25 @@ class Lease:
             raise Cancelled("Cancelled on request.")
 
     def advance(
-        self, state: JobState, *, block: int, blocks: int, percent: float, message: str
+        self,
+        state: JobState,
+        *,
+        block: int,
+        blocks: int,
+        percent: float,
+        message: str,
+        seconds_left: float | None = None,
+        log_line: str | None = None,
     ) -> None:
-        """Record progress.
+        """Record progress, and a line in the job's log if there is one.
 
         Raises:
             Cancelled, LeaseLostError, WorkerStoppingError: as `check`.
         """
         self.check()
         with self._database.session_scope() as session:
-            held = JobRepository(session).advance(
+            jobs = JobRepository(session)
+            held = jobs.advance(
                 self.job_id,
                 self.owner,
                 state,
@@ -102,7 +111,10 @@ class Lease:
                 blocks=blocks,
                 percent=percent,
                 message=message,
+                seconds_left=seconds_left,
             )
+            if held and log_line is not None:
+                jobs.write_log(self.job_id, log_line)
         if not held:
             raise LeaseLostError
 
@@ -150,7 +162,9 @@ class Lease:
         with self._database.session_scope() as session:
             JobRepository(session).release(self.job_id, self.owner)
 
-    def expire(self) -> None:
-        """Let the lease expire now, so that the sweeper re-sends the job."""
+    def expire(self, error: DeltadockError) -> None:
+        """Let the lease expire now after `error`, so that the sweeper re-sends the job."""
         with self._database.session_scope() as session:
-            JobRepository(session).renew(self.job_id, self.owner, 0.0)
+            jobs = JobRepository(session)
+            if jobs.renew(self.job_id, self.owner, 0.0):
+                jobs.write_log(self.job_id, f"To be tried again ({error.code}): {error.message}")

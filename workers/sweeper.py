@@ -3,6 +3,7 @@
 Every worker runs a sweeper; all steps are idempotent, so they may overlap.
 """
 
+import shutil
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,8 +13,9 @@ import structlog
 
 from deltadock.settings import Settings
 from deltadock.storage.database import database_now
+from deltadock.storage.models import JobPriority
 from deltadock.storage.repositories import JobRepository, UploadRepository
-from deltadock.workers.compress import WorkerContext, drop_files, job_folder
+from deltadock.workers.compress import WorkerContext, job_folder
 
 QUEUED_SECONDS: Final = 120.0
 """A task not taken by any worker for this long is presumed lost."""
@@ -26,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 def resend_lost(
     context: WorkerContext,
-    send: Callable[[str], None],
+    send: Callable[[str, JobPriority], None],
     queue_is_empty: Callable[[], bool],
     queued_seconds: float = QUEUED_SECONDS,
 ) -> list[str]:
@@ -39,11 +41,11 @@ def resend_lost(
         return []
     with context.database.session_scope() as session:
         jobs = JobRepository(session)
-        stale = [job.id for job in jobs.stale(queued_seconds=queued_seconds)]
+        stale = {job.id: job.priority for job in jobs.stale(queued_seconds=queued_seconds)}
         jobs.mark_sent(stale)
-    for job_id in stale:
-        send(job_id)
-    return stale
+    for job_id, priority in stale.items():
+        send(job_id, priority)
+    return list(stale)
 
 
 def drop_abandoned(context: WorkerContext) -> int:
@@ -67,7 +69,7 @@ def drop_job_folders(context: WorkerContext) -> int:
         with context.database.read_scope() as session:
             job = JobRepository(session).find(folder.name)
         if job is None or job.state.is_final:
-            drop_files(folder.name, context)
+            shutil.rmtree(folder, ignore_errors=True)
             dropped += 1
     return dropped
 
@@ -84,7 +86,7 @@ class Sweeper:
     def __init__(
         self,
         context: WorkerContext,
-        send: Callable[[str], None],
+        send: Callable[[str, JobPriority], None],
         queue_is_empty: Callable[[], bool],
         interval: float,
     ) -> None:

@@ -1,34 +1,41 @@
 """Celery tasks, and the hooks that run at a worker's start and shutdown."""
 
 from functools import cache
+from typing import Any
 
-import redis
 from celery import signals
+from kombu.exceptions import ChannelError
 
 from deltadock.settings import get_settings
+from deltadock.storage.models import JobPriority
 from deltadock.workers.app import GPU_QUEUE, app
 from deltadock.workers.compress import Outcome, compress_job, get_context
 from deltadock.workers.lease import STOPPING
 from deltadock.workers.sweeper import Sweeper, show_alive
 
 
-@app.task(name="deltadock.compress")
-def compress(job_id: str) -> None:
+@app.task(name="deltadock.compress", bind=True)
+def compress(task: Any, job_id: str) -> None:
     """Compress the delta of this job, unless another worker does or it has ended."""
     if compress_job(job_id, get_context()) is Outcome.STOPPED:
         # Another worker can start at once, without waiting for the sweeper.
-        send_compress(job_id)
+        compress.apply_async((job_id,), priority=task.request.delivery_info["priority"])
 
 
-def send_compress(job_id: str) -> None:
+def send_compress(job_id: str, priority: JobPriority) -> None:
     """Enqueue the job's task."""
-    compress.apply_async((job_id,))
+    compress.apply_async((job_id,), priority=priority.broker_priority)
 
 
-def gpu_queue_is_empty() -> bool:
-    """Whether no message is waiting for a worker."""
-    with redis.Redis.from_url(get_settings().broker_url) as connection:
-        return bool(connection.llen(GPU_QUEUE) == 0)
+def gpu_queue_is_empty(broker_url: str | None = None) -> bool:
+    """Whether no task of any priority waits for a worker, by default on the app's broker."""
+    with app.connection_for_read(broker_url) as connection:
+        channel: Any = connection.default_channel
+        try:
+            declared = channel.queue_declare(GPU_QUEUE, passive=True)
+        except ChannelError:  # the queue does not exist while it is empty
+            return True
+        return bool(declared.message_count == 0)
 
 
 @cache

@@ -18,7 +18,7 @@ from deltadock.storage.repositories import BaseRepository, DeltaRepository
 
 DELTAS_PER_PAGE: Final = 50
 
-_SEND_AGAIN: Final = "Send the same request again: finished blocks are not recomputed."
+_RETRY: Final = "Retry: finished blocks are not recomputed."
 
 ADVICE: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -38,10 +38,10 @@ ADVICE: Final[Mapping[str, str]] = MappingProxyType(
             "This model family cannot be run for calibration. The method “exact” needs none."
         ),
         errors.DamagedBlob.code: "Stored bytes are damaged. Upload the checkpoint again.",
-        errors.WorkerLost.code: (f"Give the worker more memory, or see its log. {_SEND_AGAIN}"),
-        errors.Unavailable.code: f"A service did not answer; GET /readyz says which. {_SEND_AGAIN}",
-        errors.Cancelled.code: _SEND_AGAIN,
-        errors.DeltadockError.code: f"See the worker's log for the cause. {_SEND_AGAIN}",
+        errors.WorkerLost.code: (f"Give the worker more memory, or see its log. {_RETRY}"),
+        errors.Unavailable.code: f"A service did not answer; GET /readyz says which. {_RETRY}",
+        errors.Cancelled.code: _RETRY,
+        errors.DeltadockError.code: f"See the worker's log for the cause. {_RETRY}",
     }
 )
 

@@ -15,7 +15,7 @@ from deltadock.api.deltas.schemas import (
     ReportOut,
 )
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
-from deltadock.api.jobs import JobOut
+from deltadock.api.jobs import describe_jobs
 from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_DELTA_ID
 from deltadock.errors import (
@@ -57,7 +57,7 @@ def create_delta(
     if not started:
         response.status_code = 200
     response.headers["Location"] = f"/v1/jobs/{delta.job.id}"
-    return DeltaAccepted(delta=DeltaOut.of(delta), job=JobOut.of(delta.job))
+    return DeltaAccepted(delta=DeltaOut.of(delta), job=describe_jobs(unit.session, [delta.job])[0])
 
 
 @router.get("", responses=problems(InvalidInput))

@@ -24,7 +24,7 @@ from deltadock.compression.options import (
     MIN_TOKENS,
     TOKENS,
 )
-from deltadock.storage.models import DeltaRow, JobState
+from deltadock.storage.models import DeltaRow, JobPriority, JobState
 
 Weight = Annotated[
     float,
@@ -158,6 +158,9 @@ class DeltaIn(GoalFields):
     seed: int = Field(default=0, ge=0, lt=2**53)
     solver: Literal["exact", "scip"] = Field(
         default="exact", description="Solver of the bit allocation; both find the same optimum."
+    )
+    priority: JobPriority = Field(
+        default=JobPriority.NORMAL, description="Of its job in the queue; changes no result."
     )
     calibration: CalibrationIn | CalibrationSource | None = Field(
         default=None,

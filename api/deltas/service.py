@@ -93,12 +93,13 @@ def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tupl
         bits=goal.bits if goal else None,
         options=options,
         fingerprint=fingerprint,
+        priority=body.priority,
     )
     for twin in same:
         if twin.job.state is JobState.READY:
             deltas.share_result(delta, twin)
             return delta, False
-    unit.after_commit.append(partial(resources.tasks.send_compress, delta.job.id))
+    unit.after_commit.append(partial(resources.tasks.send_compress, delta.job.id, body.priority))
     return delta, True
 
 

@@ -19,7 +19,9 @@ document.addEventListener("click", async ({ target }) => {
 const offline = document.getElementById("offline");
 document.addEventListener("htmx:error", () => { offline.hidden = false; });
 document.addEventListener("htmx:after:request", ({ detail }) => {
-  offline.hidden = (detail.ctx.response?.status ?? 0) < 500;
+  const status = detail.ctx.response?.status ?? 0;
+  offline.hidden = status < 500;
+  if (status < 400 && detail.ctx.sourceElement?.matches("[data-reload]")) location.reload();
 });
 
 const form = document.getElementById("try");

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session, joinedload
 
 from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import BaseRow, CheckpointRow, DeltaRow, JobRow, JobState
+from deltadock.storage.models import BaseRow, CheckpointRow, DeltaRow, JobPriority, JobRow, JobState
 
 UNSUCCESSFUL = (JobState.FAILED, JobState.CANCELLED)
 
@@ -129,6 +129,7 @@ class DeltaRepository:
         bits: float | None,
         options: dict[str, Any],
         fingerprint: str,
+        priority: JobPriority = JobPriority.NORMAL,
     ) -> DeltaRow:
         """Insert a delta as the next version of `name`, with a queued job.
 
@@ -150,7 +151,9 @@ class DeltaRepository:
             options=options,
             fingerprint=fingerprint,
             created_at=now,
-            job=JobRow(id=new_id("job"), created_at=now, updated_at=now, sent_at=now),
+            job=JobRow(
+                id=new_id("job"), priority=priority, created_at=now, updated_at=now, sent_at=now
+            ),
         )
         self.session.add(delta)
         self.session.flush()

@@ -2,9 +2,20 @@
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import Any, cast
+from typing import Any, Final, cast
 
-from sqlalchemy import CursorResult, and_, case, or_, select, update
+from sqlalchemy import (
+    CursorResult,
+    and_,
+    case,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.orm import Session, joinedload
 from sqlalchemy.sql.elements import ColumnElement
 
@@ -14,9 +25,20 @@ from deltadock.storage.models import (
     RUNNING_ORDER,
     BaseRow,
     DeltaRow,
+    JobLogRow,
+    JobPriority,
     JobRow,
     JobState,
 )
+
+RETRIABLE: Final = (JobState.FAILED, JobState.CANCELLED)
+MAX_LOG_LINES: Final = 1000
+"""Lines that a job keeps, the newest."""
+
+_RANK: Final = case(
+    {priority: rank for rank, priority in enumerate(JobPriority)}, value=JobRow.priority
+)
+_IS_WAITING: Final = and_(JobRow.state == JobState.QUEUED, JobRow.lease_owner.is_(None))
 
 
 class JobRepository:
@@ -28,6 +50,94 @@ class JobRepository:
     def find(self, job_id: str) -> JobRow | None:
         """The job with this id, re-read from the database, or None."""
         return self.session.get(JobRow, job_id, populate_existing=True)
+
+    def page(
+        self,
+        *,
+        limit: int,
+        after: JobRow | None = None,
+        states: Sequence[JobState] = (),
+        delta_id: str | None = None,
+        base: str | None = None,
+        created_from: datetime | None = None,
+        created_before: datetime | None = None,
+    ) -> Sequence[JobRow]:
+        """Up to `limit` jobs, newest first, starting after `after`; `base` is an id or a name."""
+        query = select(JobRow).order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit)
+        if after is not None:
+            query = query.where(tuple_(JobRow.created_at, JobRow.id) < (after.created_at, after.id))
+        if states:
+            query = query.where(JobRow.state.in_(states))
+        if delta_id is not None:
+            query = query.where(JobRow.delta_id == delta_id)
+        if base is not None:
+            query = (
+                query.join(JobRow.delta)
+                .join(DeltaRow.base)
+                .where(or_(BaseRow.id == base, BaseRow.name == base))
+            )
+        if created_from is not None:
+            query = query.where(JobRow.created_at >= created_from)
+        if created_before is not None:
+            query = query.where(JobRow.created_at < created_before)
+        return self.session.scalars(query).all()
+
+    def positions(self, job_ids: Sequence[str]) -> dict[str, int]:
+        """Places in the queue, 1 being next, of those of the jobs that wait for a worker."""
+        order = func.row_number().over(order_by=(_RANK, JobRow.sent_at, JobRow.id))
+        waiting = select(JobRow.id, order.label("place")).where(_IS_WAITING).subquery()
+        found = self.session.execute(select(waiting).where(waiting.c.id.in_(job_ids)))
+        return {row.id: row.place for row in found}
+
+    def retry(self, job_id: str, *, now: datetime | None = None) -> bool:
+        """Queue a failed or cancelled job again; False if it is in another state."""
+        now = now or database_now(self.session)
+        queued = self._set(
+            and_(JobRow.id == job_id, JobRow.state.in_(RETRIABLE)),
+            state=JobState.QUEUED,
+            stage_block=0,
+            stage_blocks=0,
+            percent=0.0,
+            message="",
+            error_code=None,
+            error_message=None,
+            cancel_requested=False,
+            attempt=0,
+            sent_at=now,
+            updated_at=now,
+            started_at=None,
+            finished_at=None,
+        )
+        if queued:
+            self.write_log(job_id, "Queued again on request.", now=now)
+        return queued
+
+    def write_log(self, job_id: str, message: str, *, now: datetime | None = None) -> None:
+        """Add a line to the job's log; beyond `MAX_LOG_LINES` the oldest is dropped."""
+        at = now or database_now(self.session)
+        self.session.execute(insert(JobLogRow).values(job_id=job_id, at=at, message=message))
+        kept = (
+            select(JobLogRow.id)
+            .where(JobLogRow.job_id == job_id)
+            .order_by(JobLogRow.id.desc())
+            .offset(MAX_LOG_LINES)
+            .limit(1)
+        )
+        self.session.execute(
+            delete(JobLogRow).where(
+                JobLogRow.job_id == job_id, JobLogRow.id <= kept.scalar_subquery()
+            ),
+            execution_options={"synchronize_session": False},
+        )
+
+    def log(self, job_id: str, *, after: int, limit: int) -> Sequence[JobLogRow]:
+        """Up to `limit` lines of the job's log that follow the line `after`, oldest first."""
+        return self.session.scalars(
+            select(JobLogRow)
+            .where(JobLogRow.job_id == job_id, JobLogRow.id > after)
+            .order_by(JobLogRow.id)
+            .limit(limit)
+        ).all()
 
     def acquire(
         self, job_id: str, owner: str, lease_seconds: float, *, now: datetime | None = None
@@ -48,9 +158,11 @@ class JobRepository:
             lease_expires_at=now + timedelta(seconds=lease_seconds),
             attempt=JobRow.attempt + 1,
             updated_at=now,
+            started_at=func.coalesce(JobRow.started_at, now),
+            expected_at=None,
         ):
             return None
-        return self.session.scalars(
+        job = self.session.scalars(
             select(JobRow)
             .options(
                 joinedload(JobRow.delta).joinedload(DeltaRow.base).joinedload(BaseRow.checkpoint)
@@ -58,6 +170,8 @@ class JobRepository:
             .where(JobRow.id == job_id)
             .execution_options(populate_existing=True)
         ).one()
+        self.write_log(job_id, f"Attempt {job.attempt} starts on {owner}.", now=now)
+        return job
 
     def renew(
         self, job_id: str, owner: str, lease_seconds: float, *, now: datetime | None = None
@@ -78,6 +192,7 @@ class JobRepository:
         blocks: int,
         percent: float,
         message: str,
+        seconds_left: float | None = None,
         now: datetime | None = None,
     ) -> bool:
         """Record progress; False if `owner` no longer holds the lease.
@@ -94,6 +209,8 @@ class JobRepository:
         ahead = or_(
             JobRow.state.in_(earlier), and_(JobRow.state == state, JobRow.percent <= percent)
         )
+        now = now or database_now(self.session)
+        left = None if seconds_left is None else timedelta(seconds=seconds_left)
         moved = self._set(
             and_(_held(job_id, owner), ahead),
             state=state,
@@ -101,7 +218,8 @@ class JobRepository:
             stage_blocks=blocks,
             percent=case((JobRow.percent > percent, JobRow.percent), else_=percent),
             message=message,
-            updated_at=now or database_now(self.session),
+            updated_at=now,
+            expected_at=None if left is None else now + left,
         )
         return moved or self._holds(job_id, owner)
 
@@ -123,20 +241,29 @@ class JobRepository:
         if not state.is_final:
             raise ValueError(f"{state} is not final: use advance.")
         now = now or database_now(self.session)
-        return self._set(_held(job_id, owner), **_ending(state, now, error_code, error_message))
+        ended = self._set(_held(job_id, owner), **_ending(state, now, error_code, error_message))
+        if ended:
+            reason = f" ({error_code}): {error_message}" if error_message else "."
+            self.write_log(job_id, f"{state.capitalize()}{reason}", now=now)
+        return ended
 
     def release(self, job_id: str, owner: str, *, now: datetime | None = None) -> bool:
         """Release the lease of an unfinished job when its worker shuts down.
 
         This does not count as an attempt. False if `owner` no longer holds the lease.
         """
-        return self._set(
+        now = now or database_now(self.session)
+        released = self._set(
             _held(job_id, owner),
             lease_owner=None,
             lease_expires_at=None,
             attempt=JobRow.attempt - 1,
-            updated_at=now or database_now(self.session),
+            updated_at=now,
+            expected_at=None,
         )
+        if released:
+            self.write_log(job_id, f"{owner} shuts down; another worker continues.", now=now)
+        return released
 
     def request_cancel(self, job_id: str, *, now: datetime | None = None) -> JobRow | None:
         """Cancel the job: immediately if no worker holds it, else at its next progress report.
@@ -152,10 +279,11 @@ class JobRepository:
             message="Cancellation requested; the worker stops at its next step.",
             updated_at=now,
         )
-        self._set(
+        if self._set(
             and_(unfinished, idle),
             **_ending(JobState.CANCELLED, now, "cancelled", "Cancelled on request."),
-        )
+        ):
+            self.write_log(job_id, "Cancelled on request.", now=now)
         return self.find(job_id)
 
     def stale(
@@ -209,6 +337,7 @@ def _ending(
         "lease_owner": None,
         "lease_expires_at": None,
         "updated_at": now,
+        "expected_at": None,
         "finished_at": now,
     }
     if state is not JobState.FAILED:  # a failed job keeps the message of the step that failed

@@ -1,36 +1,60 @@
 """Sending tasks."""
 
-import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import redis
+from celery import Celery
 
 from deltadock.api.tasks import COMPRESS_TASK, TaskSender
 from deltadock.cli import services
 from deltadock.cli.processes import free_ports
 from deltadock.errors import Unavailable
+from deltadock.storage.models import JobPriority
+from deltadock.workers.tasks import gpu_queue_is_empty
 
 
-def waiting(url: str) -> list[str]:
-    with redis.Redis.from_url(url, decode_responses=True) as connection:
-        messages = connection.lrange("gpu", 0, -1)
-    assert isinstance(messages, list)
-    return [json.loads(message)["headers"]["task"] for message in messages]
+def taken(url: str) -> list[str]:
+    """The jobs of the waiting tasks, in the order in which a worker takes them."""
+    jobs = []
+    with Celery(broker=url, set_as_current=False) as celery, celery.connection() as connection:
+        queue = connection.SimpleQueue("gpu")
+        with suppress(queue.Empty):
+            while message := queue.get(timeout=0.5):
+                assert message.headers["task"] == COMPRESS_TASK
+                jobs += message.payload[0]
+                message.ack()
+        queue.close()
+    return jobs
+
+
+def test_a_worker_takes_the_most_urgent_task_first(broker_url: str) -> None:
+    sender = TaskSender(broker_url)
+    for job, priority in (
+        ("job_low", JobPriority.LOW),
+        ("job_a", JobPriority.NORMAL),
+        ("job_high", JobPriority.HIGH),
+        ("job_b", JobPriority.NORMAL),
+    ):
+        sender.send_compress(job, priority)
+    assert not gpu_queue_is_empty(broker_url)
+    assert taken(broker_url) == ["job_high", "job_a", "job_b", "job_low"]
+    assert gpu_queue_is_empty(broker_url)
+    sender.close()
 
 
 def test_tasks_are_sent_when_the_broker_is_up_and_dropped_when_it_is_down(tmp_path: Path) -> None:
     port = free_ports(1)[0]
     url = f"redis://127.0.0.1:{port}/0"
     sender = TaskSender(url)
-    sender.send_compress("job_lost")
+    sender.send_compress("job_lost", JobPriority.NORMAL)
     with pytest.raises(Unavailable):
         sender.ping()
     with services.valkey(tmp_path / "first", port):
         sender.ping()
-        sender.send_compress("job_a")
-        assert waiting(url) == [COMPRESS_TASK]
+        sender.send_compress("job_a", JobPriority.NORMAL)
+        assert taken(url) == ["job_a"]
     with services.valkey(tmp_path / "second", port):
-        sender.send_compress("job_b")
-        assert waiting(url) == [COMPRESS_TASK]
+        sender.send_compress("job_b", JobPriority.NORMAL)
+        assert taken(url) == ["job_b"]
     sender.close()

@@ -17,11 +17,13 @@ from deltadock.storage.models import (
     RUNNING_ORDER,
     BaseRow,
     CheckpointRow,
+    JobPriority,
     JobRow,
     JobState,
     TableRow,
 )
 from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.repositories.jobs import MAX_LOG_LINES
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 LEASE = 60.0
@@ -31,13 +33,13 @@ def later(seconds: float) -> datetime:
     return NOW + timedelta(seconds=seconds)
 
 
-def add_job(session: Session) -> JobRow:
+def add_job(session: Session, number: int = 0) -> JobRow:
     checkpoint = CheckpointRow(
         digest="a" * 64, weights_digest="a" * 64, model_type="llama", total_bytes=1
     )
     base = BaseRow(id="base_1", name="tiny", checkpoint=session.merge(checkpoint))
     delta = DeltaRepository(session).add(
-        name="p/m",
+        name=f"p/m{number}",
         base=session.merge(base),
         checkpoint_digest=checkpoint.digest,
         method="adamix",
@@ -175,6 +177,44 @@ def test_cancelling_a_job_with_an_expired_lease_ends_it(jobs: JobRepository, job
     assert jobs.request_cancel("job_unknown") is None
 
 
+def test_waiting_jobs_are_placed_by_priority_and_then_by_their_turn(session: Session) -> None:
+    jobs = JobRepository(session)
+    order = [JobPriority.LOW, JobPriority.NORMAL, JobPriority.HIGH, JobPriority.NORMAL]
+    rows = [add_job(session, number) for number in range(5)]
+    for row, priority in zip(rows, [*order, JobPriority.HIGH], strict=True):
+        row.priority, row.sent_at = priority, later(rows.index(row))
+    session.flush()
+    jobs.acquire(rows[4].id, "one", LEASE, now=NOW)
+    assert jobs.positions([row.id for row in rows]) == {
+        rows[2].id: 1, rows[1].id: 2, rows[3].id: 3, rows[0].id: 4,
+    }  # fmt: skip
+
+
+def test_a_jobs_log_keeps_its_newest_lines(jobs: JobRepository, job: JobRow) -> None:
+    for number in range(MAX_LOG_LINES + 2):
+        jobs.write_log(job.id, f"line {number}", now=NOW)
+    lines = jobs.log(job.id, after=0, limit=2000)
+    assert [lines[0].message, lines[-1].message] == ["line 2", f"line {MAX_LOG_LINES + 1}"]
+    assert len(lines) == MAX_LOG_LINES
+    assert [line.id for line in jobs.log(job.id, after=lines[-2].id, limit=5)] == [lines[-1].id]
+
+
+def test_the_expected_end_follows_from_the_latest_progress(
+    jobs: JobRepository, job: JobRow
+) -> None:
+    def expected() -> datetime | None:
+        found = jobs.find(job.id)
+        assert found is not None
+        return found.expected_at
+
+    jobs.acquire(job.id, "one", LEASE, now=NOW)
+    step = progress(JobState.CALIBRATING, 20)
+    jobs.advance(job.id, "one", **step, seconds_left=40.0, now=later(10))
+    assert expected() == later(50)
+    jobs.acquire(job.id, "two", LEASE, now=later(70))
+    assert expected() is None, "nothing is known about the second worker's rate"
+
+
 def test_stale_jobs_have_an_expired_lease_or_a_lost_task(jobs: JobRepository, job: JobRow) -> None:
     def stale(seconds: float) -> list[str]:
         return [found.id for found in jobs.stale(later(seconds), queued_seconds=120)]
@@ -238,6 +278,16 @@ class JobMachine(RuleBasedStateMachine):
         assert finished == (self.holder == owner)
         if finished:
             self.holder = None
+
+    @rule()
+    def retry(self) -> None:
+        retried = self.jobs.retry(self.job_id, now=self.now)
+        assert retried == (self.state in {JobState.FAILED, JobState.CANCELLED})
+        if retried:
+            job = self.jobs.find(self.job_id)
+            assert job is not None
+            assert (job.attempt, job.error_code, job.cancel_requested) == (0, None, False)
+            self.state, self.percent = JobState.QUEUED, 0.0
 
     @rule()
     def cancel(self) -> None:

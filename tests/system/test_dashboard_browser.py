@@ -180,7 +180,7 @@ def test_a_deltas_page_updates_until_its_report(site: Site, page: Page, tmp_path
     expect(page.locator("svg.grid").first.locator(".cell")).to_have_count(4 * 7)
 
 
-def test_a_job_can_be_cancelled(site: Site, page: Page) -> None:
+def test_a_job_can_be_cancelled_and_retried(site: Site, page: Page) -> None:
     delta = site.new_delta("live/cancel")
     page.goto(f"/deltas/{delta.id}")
     asked: list[str] = []
@@ -205,6 +205,8 @@ def test_a_job_can_be_cancelled(site: Site, page: Page) -> None:
             error_message="Cancelled on request.",
         )
     expect(page.locator(".card.error")).to_contain_text("finished blocks are not recomputed")
+    page.get_by_role("button", name="Retry").click()
+    expect(page.locator("#job [role=status]")).to_have_text("Queued")
 
 
 def test_charts_have_a_cell_per_matrix(site: Site, page: Page, tmp_path: Path) -> None:

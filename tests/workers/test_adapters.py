@@ -62,7 +62,7 @@ def test_a_job_imports_an_adapter(
         assert delta is not None
         row = CheckpointRepository(session).add(row_of(store(context.blobs, adapter)))
         delta.checkpoint_digest = row.digest
-    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert compress_job(job_id, context) is Outcome.READY
     assert look(job_id).state is JobState.READY, look(job_id).error_message
     with context.database.read_scope() as session:
         delta = DeltaRepository(session).find(look(job_id).delta_id)

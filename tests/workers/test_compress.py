@@ -15,7 +15,7 @@ from deltadock.artifacts.reader import Artifact
 from deltadock.cli.processes import free_ports
 from deltadock.compression import pipeline
 from deltadock.compression.options import CompressOptions
-from deltadock.errors import Cancelled
+from deltadock.errors import Cancelled, InvalidInput
 from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
 from deltadock.storage.models import JobRow, JobState
@@ -67,7 +67,7 @@ def assert_nothing_left(context: WorkerContext, job_id: str) -> None:
 
 def test_a_job_becomes_a_ready_delta(context: WorkerContext, submit: Submit, look: Look) -> None:
     job_id = submit()
-    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert compress_job(job_id, context) is Outcome.READY
     job = look(job_id)
     assert (job.state, job.percent, job.attempt) == (JobState.READY, 100.0, 1)
     assert job.lease_owner is None
@@ -87,7 +87,7 @@ def test_the_row_contains_the_calibration_sources(
     context: WorkerContext, submit: Submit, look: Look
 ) -> None:
     job_id = submit("adamix", 1.0, sampled=True)
-    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert compress_job(job_id, context) is Outcome.READY
     job = look(job_id)
     assert job.state is JobState.READY, job.error_message
     with context.database.read_scope() as session:
@@ -140,13 +140,13 @@ def test_a_redelivered_task_is_skipped(
     assert (look(job_id).lease_owner, look(job_id).attempt) == ("another", before.attempt)
 
     set_job(job_id, lease_expires_at=datetime.now(UTC) - timedelta(seconds=1))
-    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert compress_job(job_id, context) is Outcome.READY
     done = look(job_id)
     assert compress_job(job_id, context) is Outcome.SKIPPED
     assert look(job_id).updated_at == done.updated_at
 
 
-def test_cancelling_during_compression_leaves_nothing(
+def test_cancelling_during_compression_stores_nothing(
     context: WorkerContext,
     submit: Submit,
     look: Look,
@@ -164,6 +164,40 @@ def test_cancelling_during_compression_leaves_nothing(
     job = look(job_id)
     assert (job.state, job.error_code) == (JobState.CANCELLED, "cancelled")
     assert set((context.settings.blob_folder / "blobs").iterdir()) == blobs
+    assert not job_folder(context.settings, job_id).exists()
+
+
+@pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
+def test_a_retried_job_keeps_its_finished_blocks_and_its_log(
+    context: WorkerContext,
+    submit: Submit,
+    look: Look,
+    during: Callable[[Callable[[], None]], None],
+) -> None:
+    job_id = submit("adamix", 1.0)
+
+    def fail() -> None:
+        raise InvalidInput("broken")
+
+    during(fail)
+    assert compress_job(job_id, context) is Outcome.FINISHED
+    saved = list((context.settings.blob_folder / "work" / job_id).rglob("0"))
+    assert saved, "the first block was saved"
+    written = saved[0].stat().st_mtime_ns
+    with context.database.session_scope() as session:
+        assert JobRepository(session).retry(job_id)
+    kept: list[int] = []
+    during(lambda: kept.append(saved[0].stat().st_mtime_ns))
+    assert compress_job(job_id, context) is Outcome.READY
+    assert set(kept) == {written}, "the block was read, not computed again"
+    with context.database.read_scope() as session:
+        lines = [line.message for line in JobRepository(session).log(job_id, after=0, limit=1000)]
+    events = [line.partition(" on ")[0] for line in lines if not line[0].islower()]
+    assert events == [
+        "Attempt 1 starts", "Failed (invalid_input): broken", "Queued again",
+        "Attempt 1 starts", "Ready.",
+    ]  # fmt: skip
+    assert any(line.startswith("compressing: block 1 of") for line in lines)
     assert_nothing_left(context, job_id)
 
 
@@ -218,7 +252,7 @@ def test_a_stopping_worker_releases_the_job(
     during(lambda: None)
     saved = list((context.settings.blob_folder / "work" / job_id).rglob("0"))
     assert saved, "the first block was saved"
-    assert compress_job(job_id, context) is Outcome.FINISHED
+    assert compress_job(job_id, context) is Outcome.READY
     assert look(job_id).state is JobState.READY
     assert_nothing_left(context, job_id)
 

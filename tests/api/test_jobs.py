@@ -1,0 +1,73 @@
+"""Jobs: listing with filters, the log, the place in the queue, retrying."""
+
+from typing import Any
+
+from deltadock.storage.models import JobState
+from deltadock.storage.repositories import JobRepository
+from tests.api.support import Api
+
+
+def listed(api: Api, **query: Any) -> list[str]:
+    answer = api.client.get("/v1/jobs", params=query)
+    assert answer.status_code == 200, answer.text
+    return [job["id"] for job in answer.json()["data"]]
+
+
+def fail(api: Api, job: str) -> None:
+    with api.resources.database.session_scope() as session:
+        jobs = JobRepository(session)
+        assert jobs.acquire(job, "worker", 60)
+        assert jobs.finish(
+            job, "worker", JobState.FAILED, error_code="worker_lost", error_message="Too little."
+        )
+
+
+def test_jobs_are_listed_newest_first_and_filtered(api: Api) -> None:
+    body = api.delta_body()
+    made = [
+        api.client.post("/v1/deltas", json={**body, "seed": seed, "priority": priority}).json()
+        for seed, priority in ((1, "normal"), (2, "low"), (3, "high"))
+    ]
+    first, second, third = (answer["job"]["id"] for answer in made)
+    assert [answer["job"]["queue_position"] for answer in made] == [1, 2, 1]
+    page = api.client.get("/v1/jobs", params={"limit": 2}).json()
+    assert [job["id"] for job in page["data"]] == [third, second]
+    assert [job["queue_position"] for job in page["data"]] == [1, 3]
+    assert listed(api, limit=2, after=page["next"]) == [first]
+    fail(api, first)
+    assert listed(api, state="failed") == [first]
+    assert listed(api, state=["failed", "queued"], base="tiny") == [third, second, first]
+    assert listed(api, base="another") == []
+    assert listed(api, delta=made[1]["delta"]["id"]) == [second]
+    moment = made[1]["job"]["created_at"]
+    assert listed(api, created_from=moment) == [third, second]
+    assert listed(api, created_before=moment) == [first]
+    failed = api.client.get(f"/v1/jobs/{first}").json()
+    assert (failed["queue_position"], failed["expected_at"]) == (None, None)
+    assert failed["started_at"] <= failed["finished_at"]
+    assert api.client.get("/v1/jobs", params={"after": "job_x"}).status_code == 422
+    assert api.client.get("/v1/jobs", params={"state": "lost"}).status_code == 422
+
+
+def test_a_failed_job_is_retried_and_its_log_tells(api: Api) -> None:
+    delta = api.delta()
+    job = f"/v1/jobs/{delta['job']}"
+    assert api.client.post(f"{job}/retry").status_code == 409, "it is queued"
+    fail(api, delta["job"])
+    assert api.client.get(job).json()["error"]["code"] == "worker_lost"
+    retried = api.client.post(f"{job}/retry")
+    assert retried.status_code == 202
+    again = retried.json()
+    assert (again["state"], again["error"], again["queue_position"]) == ("queued", None, 1)
+    log = api.client.get(f"{job}/log", params={"limit": 2}).json()
+    assert [line["message"] for line in log["data"]] == [
+        "Attempt 1 starts on worker.",
+        "Failed (worker_lost): Too little.",
+    ]
+    rest = api.client.get(f"{job}/log", params={"after": log["next"]}).json()
+    assert [line["message"] for line in rest["data"]] == ["Queued again on request."]
+    assert rest["next"] is None
+    assert api.client.post("/v1/jobs/job_x/retry").status_code == 404
+    api.client.post(f"{job}/cancel")
+    assert api.client.delete(f"/v1/deltas/{delta['id']}").status_code == 204
+    assert api.client.post(f"{job}/retry").status_code == 409, "its delta was deleted"
