@@ -4,12 +4,12 @@
         [--exercises FILE] [--methods adamix,optimix] [--budgets 0.5,1,2] [--seeds 0,1,2] \
         [--equal-bytes] --out PREFIX
 
-Writes PREFIX.csv, PREFIX.txt, PREFIX.svg and PREFIX.png. Rows already in PREFIX.csv are kept
-(`--again` measures them again), so an interrupted run resumes. Quality is measured on the held-out
-text, never on the calibration text, in windows of 256 tokens. With `--equal-bytes` every method
-gets the TRUE artifact bytes that `adamix` took at the same budget and seed. A method calibrates
-once per seed for all budgets; that time is part of every artifact's seconds. Exercises are decoded
-greedily; the first line must equal the answer.
+Writes PREFIX.csv, PREFIX.txt and, with matplotlib, PREFIX.svg and PREFIX.png. Rows already in
+PREFIX.csv are kept (`--again` measures them again), so an interrupted run resumes. Quality is
+measured on the held-out text, never on the calibration text, in windows of 256 tokens. With
+`--equal-bytes` every method gets the TRUE artifact bytes that `adamix` took at the same budget and
+seed. A method calibrates once per seed for all budgets; that time is part of every artifact's
+seconds. Exercises are decoded greedily; the first line must equal the answer.
 """
 
 import argparse
@@ -282,7 +282,10 @@ def run(
     ]
     text = "\n".join(lines) + "\n" + format_table(table_rows) + verdict(table_rows)
     out.with_name(out.name + ".txt").write_text(text, encoding="utf-8")
-    plot(table_rows, out.name, out)
+    try:
+        plot(table_rows, out.name, out)
+    except ModuleNotFoundError:
+        print("No plot: matplotlib is not installed.")
     print(text)
     return table_rows
 

@@ -43,15 +43,13 @@ class Recipe:
     """How a pair's fine-tune is trained.
 
     Attributes:
-        text_of: extracts the training text from a module.
-        steps: AdamW steps, each on `ROWS` windows of `LENGTH` tokens.
+        steps: AdamW steps.
         rate: peak learning rate, with linear warm-up over a tenth of the steps, then linear decay.
         embedding_rate: peak learning rate of the embedding.
         decay: weight decay of the matrices.
         about: purpose of the pair.
     """
 
-    text_of: Callable[[ast.Module], str]
     steps: int
     rate: float
     embedding_rate: float
@@ -88,10 +86,12 @@ def standard_library(text_of: Callable[[ast.Module], str]) -> Iterator[str]:
 
 
 RECIPES: Final = {
-    "code": Recipe(code_of, 350, 1e-3, 1e-3, 0.0, "language modelling on another kind of text"),
-    "mild": Recipe(docstrings_of, 60, 2e-4, 2e-4, 0.0, "a little more of the base's own text"),
-    "embeddings": Recipe(code_of, 350, 5e-4, 5e-3, 0.3, "every embedding row moved far"),
+    "code": Recipe(350, 1e-3, 1e-3, 0.0, "language modelling on another kind of text"),
+    "mild": Recipe(60, 2e-4, 2e-4, 0.0, "a little more of the base's own text"),
+    "embeddings": Recipe(350, 5e-4, 5e-3, 0.3, "every embedding row moved far"),
 }
+TEXTS: Final = {"code": code_of, "mild": docstrings_of, "embeddings": code_of}
+"""What each pair is trained on: extracts the text from a module."""
 
 
 @cache
@@ -111,14 +111,19 @@ def split_modules(
     return modules, calibration, held_out
 
 
-def windows(tokenizer: object, text: str) -> Tensor:
-    """The text's tokens in windows, (n, LENGTH) int64."""
+def windows(tokenizer: object, text: str, length: int = LENGTH) -> Tensor:
+    """The text's tokens in windows, (n, length) int64."""
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # type: ignore[operator]
-    return tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
+    return tokens[: len(tokens) // length * length].view(-1, length)
 
 
-def train(model: torch.nn.Module, data: Tensor, recipe: Recipe, steps: int) -> None:
-    """Train every parameter on next-token prediction."""
+def train(
+    model: torch.nn.Module, data: Tensor, recipe: Recipe, steps: int, rows: int = ROWS
+) -> None:
+    """Train every parameter on next-token prediction, `rows` windows of `data` a step.
+
+    The model is float32, on the device of `data`; a GPU computes its products in bf16.
+    """
     embedding = [p for name, p in model.named_parameters() if "embed_tokens" in name]
     known = {id(p) for p in embedding}
     matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in known]
@@ -135,9 +140,10 @@ def train(model: torch.nn.Module, data: Tensor, recipe: Recipe, steps: int) -> N
         share = min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
-        batch = data[torch.randint(len(data), (ROWS,), generator=generator)]
-        logits = model(batch).logits[:, :-1].flatten(0, 1)
-        loss = cross_entropy(logits, batch[:, 1:].flatten())
+        batch = data[torch.randint(len(data), (rows,), generator=generator)]
+        with torch.autocast(data.device.type, torch.bfloat16, enabled=data.is_cuda):
+            logits = model(batch).logits[:, :-1].flatten(0, 1)
+        loss = cross_entropy(logits.float(), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -164,7 +170,7 @@ def make(name: str, out: Path, base: Path, quick: bool) -> None:
     tuned.mkdir(parents=True, exist_ok=True)
     shutil.copytree(base, folder / "base", dirs_exist_ok=True)
     training, calibration, held_out = map(
-        "".join, split_modules(recipe.text_of, QUICK_MODULES if quick else None)
+        "".join, split_modules(TEXTS[name], QUICK_MODULES if quick else None)
     )
     (folder / "calibration.txt").write_text(calibration, encoding="utf-8")
     (folder / "heldout.txt").write_text(held_out, encoding="utf-8")

@@ -50,7 +50,7 @@ importlib.import_module(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("module", ["benchmarks.kernel", "benchmarks.node"])
+@pytest.mark.parametrize("module", ["benchmarks.kernel", "benchmarks.node", "benchmarks.smollm"])
 def test_it_imports_nothing_else(module: str) -> None:
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", HIDE, module],
