@@ -27,6 +27,7 @@
     ├── Cancelled                       409 cancelled
     ├── WorkerLost                      500 worker_lost
     ├── DamagedBlob                     502 damaged_blob
+    ├── StorageFull                     507 storage_full
     ├── InferenceFailed                 500 inference_failed
     └── Unavailable                     503 unavailable
         └── Overloaded                  429 overloaded
@@ -213,6 +214,13 @@ class DamagedBlob(DeltadockError):
 
     status = 502
     code = "damaged_blob"
+
+
+class StorageFull(DeltadockError):
+    """There is no space left on a disk or in the object store; free some, then try again."""
+
+    status = 507
+    code = "storage_full"
 
 
 class WorkerLost(DeltadockError):

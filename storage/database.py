@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
 
-from deltadock.errors import InvalidInput, Unavailable
+from deltadock.errors import InvalidInput, StorageFull, Unavailable
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 BUSY_TIMEOUT_SECONDS: Final = 30
 READ_ONLY: Final = "deltadock_read_only"
 """Execution option of read-only connections."""
+FULL: Final = frozenset({"SQLITE_FULL", "53100"})
+"""SQLite's name and Postgres's code of a full disk."""
+READ_ONLY_FILE: Final = ("SQLITE_READONLY", "SQLITE_CANTOPEN")
 
 
 class Database:
@@ -149,6 +152,17 @@ def _domain_errors() -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
+        cause = error.orig
+        reason = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or ""
+        if reason in FULL:
+            raise StorageFull(
+                "The database's disk is full. Free space there, then try again."
+            ) from error
+        if reason.startswith(READ_ONLY_FILE):
+            raise Unavailable(
+                "The database's file cannot be written: it or its folder is read-only, or belongs "
+                "to another user. Check its mount and its permissions, then try again."
+            ) from error
         raise Unavailable("The database does not answer; try again shortly.") from error
     except DataError as error:
         raise InvalidInput(

@@ -1,15 +1,30 @@
 """Blobs in a local folder."""
 
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Final
 
-from deltadock.errors import NotFound, Unavailable
-from deltadock.storage.blobs.port import CHUNK_BYTES, BlobStore, BlobWriter, blob_key, work_key
+import structlog
+
+from deltadock.errors import DamagedBlob, NotFound
+from deltadock.storage.blobs.port import (
+    CHUNK_BYTES,
+    BlobStore,
+    BlobWriter,
+    blob_key,
+    disk_errors,
+    work_key,
+)
+
+NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+
+log = structlog.get_logger(__name__)
 
 
 class LocalBlobStore(BlobStore):
@@ -19,15 +34,14 @@ class LocalBlobStore(BlobStore):
         self.root = root
 
     def prepare(self) -> None:
-        try:
+        with _errors():
             for name in ("blobs", "staging", "work"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Unavailable(f"The blob folder {self.root} cannot be used.") from error
 
     def writer(self) -> BlobWriter:
         self.prepare()
-        return _LocalWriter(self)
+        with _errors():
+            return _LocalWriter(self)
 
     def open(self, digest: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         path = self.path(digest)
@@ -35,50 +49,61 @@ class LocalBlobStore(BlobStore):
 
         def chunks() -> Iterator[bytes]:
             nonlocal left
-            with path.open("rb") as stream:
-                stream.seek(start)
-                while left > 0 and (chunk := stream.read(min(left, CHUNK_BYTES))):
-                    left -= len(chunk)
-                    yield chunk
+            with _errors():
+                try:
+                    stream = path.open("rb")
+                except FileNotFoundError as error:
+                    raise NotFound(f"The store no longer holds {digest}.") from error
+                with stream:
+                    stream.seek(start)
+                    while left > 0 and (chunk := stream.read(min(left, CHUNK_BYTES))):
+                        left -= len(chunk)
+                        yield chunk
+            if left > 0 and end is None:
+                raise DamagedBlob(f"The store's file {digest} ends early; restore it.")
 
         return chunks()
 
     def size(self, digest: str) -> int:
-        try:
-            return self.path(digest).stat().st_size
-        except FileNotFoundError as error:
-            raise NotFound(f"The store holds no file {digest}.") from error
+        with _errors():
+            try:
+                return self.path(digest).stat().st_size
+            except FileNotFoundError as error:
+                raise NotFound(f"The store holds no file {digest}.") from error
 
     def delete(self, digest: str) -> None:
-        self.path(digest).unlink(missing_ok=True)
+        with _errors():
+            self.path(digest).unlink(missing_ok=True)
 
     def get_work(self, key: str) -> bytes | None:
-        try:
+        with _errors(), suppress(FileNotFoundError):
             return (self.root / work_key(key)).read_bytes()
-        except FileNotFoundError:
-            return None
+        return None
 
     def put_work(self, key: str, data: bytes) -> None:
         self.prepare()
         target = self.root / work_key(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
         staged = self.root / "staging" / uuid.uuid4().hex
-        try:
-            with staged.open("xb") as stream:
-                stream.write(data)
-                _sync(stream.fileno())
-            staged.replace(target)
-        finally:
-            staged.unlink(missing_ok=True)
+        with _errors():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with staged.open("xb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                staged.replace(target)
+            finally:
+                staged.unlink(missing_ok=True)
 
     def drop_work(self, prefix: str) -> None:
-        with suppress(FileNotFoundError):
+        with _errors(), suppress(FileNotFoundError):
             shutil.rmtree(self.root / work_key(prefix))
 
     def drop_staging(self, before: datetime) -> int:
         dropped = 0
         for path in (self.root / "staging").glob("*"):
-            with suppress(FileNotFoundError):  # committed meanwhile by a slow writer
+            # Absent if a slow writer has committed it meanwhile.
+            with _errors(), suppress(FileNotFoundError):
                 if path.stat().st_mtime < before.timestamp():
                     path.unlink()
                     dropped += 1
@@ -102,39 +127,58 @@ class LocalBlobStore(BlobStore):
 
 
 class _LocalWriter(BlobWriter):
-    """A file in staging/, renamed into place."""
+    """A file in staging/, linked to its final name."""
 
     def __init__(self, store: LocalBlobStore) -> None:
         self._store = store
         self._path = store.root / "staging" / uuid.uuid4().hex
-        self._file = self._path.open("xb")
+        # Unbuffered: a full disk is reported by the write that meets it, and never again by close.
+        self._file = self._path.open("xb", buffering=0)
 
     def write(self, chunk: bytes | bytearray | memoryview) -> None:
-        self._file.write(chunk)
+        with _errors(), memoryview(chunk) as left:
+            written = 0
+            while written < len(left):
+                written += self._file.write(left[written:])
 
     def commit(self, digest: str) -> None:
-        target = self._store.path(digest)
-        self._file.flush()
-        _sync(self._file.fileno())
-        self._file.close()
-        self._path.chmod(0o444)  # fetched files may be hard links to this one
-        if not target.exists():
-            self._path.replace(target)
-            _sync_folder(target.parent)
+        with _errors():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._path.chmod(0o444)  # fetched files may be hard links to this one
+            place(self._path, self._store.path(digest))
 
     def discard(self) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        try:
+            self._file.close()
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("staged_file_not_dropped", file=self._path.name, error=str(error))
 
 
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
+def place(staged: Path, target: Path) -> None:
+    """Move `staged` to the new path `target`, durably; an existing `target` is left unchanged."""
+    try:
+        os.link(staged, target)  # fails if it exists, unlike a rename
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        if not target.exists():
+            staged.replace(target)
+    staged.unlink(missing_ok=True)
+    _sync_folder(target.parent)
+
+
+def _errors() -> AbstractContextManager[None]:
+    return disk_errors("The blob store's folder")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable."""
+    """Make a new name in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _sync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -5,26 +5,34 @@ staging/...                    incomplete uploads, dropped when abandoned
 work/<job>/<block>             saved blocks of a running job, replaceable and deletable
 """
 
+import errno
 import hashlib
 import re
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from deltadock.errors import DamagedBlob, InvalidInput, NotFound
+from deltadock.errors import DamagedBlob, InvalidInput, NotFound, StorageFull, Unavailable
 
 CHUNK_BYTES: Final = 1 << 20
+
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+READ_ONLY: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _WORK_KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
 
 class BlobWriter(ABC):
-    """Streams one blob into the store; leaving the `with` block without `commit` discards it."""
+    """Streams one blob into the store; leaving the `with` block without `commit` discards it.
+
+    A store that fails raises Unavailable or StorageFull, as all of its methods do.
+    """
 
     @abstractmethod
     def write(self, chunk: bytes | bytearray | memoryview) -> None:
@@ -34,12 +42,13 @@ class BlobWriter(ABC):
     def commit(self, digest: str) -> None:
         """Store the written bytes as the blob `digest`, their SHA-256 (hex) by the caller.
 
-        The blob is durable once this returns. An existing blob is left unchanged.
+        The blob is durable once this returns. An existing blob is left unchanged: of two writers
+        of one blob, the first to commit wins.
         """
 
     @abstractmethod
     def discard(self) -> None:
-        """Drop uncommitted bytes."""
+        """Drop uncommitted bytes. Raises nothing: the sweeper drops what a failing store keeps."""
 
     def __enter__(self) -> Self:
         return self
@@ -54,15 +63,16 @@ class BlobWriter(ABC):
 
 
 class BlobStore(ABC):
-    """Content-addressed immutable blobs. Digests are lower-case hex; others raise NotFound."""
+    """Content-addressed immutable blobs. Digests are lower-case hex; others raise NotFound.
+
+    Every method retries what may succeed a moment later, with exponential back-off. Then it raises
+    Unavailable (the store does not answer, is read-only or refuses the credentials) or StorageFull,
+    and leaves nothing half-made.
+    """
 
     @abstractmethod
     def prepare(self) -> None:
-        """Create the folder or bucket if it does not exist.
-
-        Raises:
-            Unavailable: the store does not answer.
-        """
+        """Create the folder or bucket if it does not exist, and find out what it can do."""
 
     @abstractmethod
     def writer(self) -> BlobWriter:
@@ -74,6 +84,7 @@ class BlobStore(ABC):
 
         Raises:
             NotFound: there is no such blob; raised before the first chunk.
+            DamagedBlob: the stored blob ends early; raised in place of the missing bytes.
         """
 
     @abstractmethod
@@ -152,14 +163,15 @@ class BlobStore(ABC):
             NotFound: there is no such blob.
             DamagedBlob: the stored bytes do not match the digest.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
         arriving = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            self._place(digest, arriving)
-            _check(digest, sha256_of(arriving))
-            arriving.replace(path)
-        finally:
-            arriving.unlink(missing_ok=True)
+        with disk_errors("The cache's folder"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._place(digest, arriving)
+                _check(digest, sha256_of(arriving))
+                arriving.replace(path)
+            finally:
+                arriving.unlink(missing_ok=True)
 
     def put_file(self, path: Path) -> str:
         """Store a file; returns its digest."""
@@ -178,6 +190,32 @@ class BlobStore(ABC):
             writer.write(data)
             writer.commit(digest)
         return digest
+
+
+@contextmanager
+def disk_errors(place: str) -> Iterator[None]:
+    """Translate the errors of a local disk.
+
+    Args:
+        place: begins the message, such as "The blob store's folder".
+
+    Raises:
+        StorageFull: no space is left, or a quota or the maximum size of a file is reached.
+        Unavailable: the disk is read-only or fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise StorageFull(
+                f"{place} is full. Free space on its disk or raise its quota, then try again."
+            ) from error
+        if error.errno in READ_ONLY:
+            raise Unavailable(
+                f"{place} cannot be written: it is read-only, or belongs to another user. Check "
+                "its mount and its permissions, then try again."
+            ) from error
+        raise Unavailable(f"{place} cannot be used; check its disk, then try again.") from error
 
 
 def _check(digest: str, actual: str) -> None:

@@ -1,19 +1,25 @@
 """Blobs in an S3 bucket (any S3-compatible store)."""
 
 import math
+import random
+import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from datetime import datetime
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
 
 import boto3
+import structlog
 from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from deltadock.errors import NotFound, Unavailable
+from deltadock.errors import DeltadockError, NotFound, StorageFull, Unavailable
 from deltadock.settings import Settings
 from deltadock.storage.blobs.port import CHUNK_BYTES, BlobStore, BlobWriter, blob_key, work_key
 
@@ -25,10 +31,27 @@ MIN_PART_BYTES: Final = 16 << 20
 MAX_PARTS: Final = 10_000
 """S3's limit on the parts of one object."""
 
+COPY_BYTES: Final = 256 << 20
+"""Of one server-side copy; S3 allows 5 GB, and copies ranges in parallel."""
+COPY_THREADS: Final = 4
+
 PRESIGNED_SECONDS: Final = 300
 """Validity of presigned URLs; S3 checks it when a download starts, not while it runs."""
 
-MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound", "NoSuchBucket"})
+ATTEMPTS: Final = 5
+"""Of each request, by botocore: with exponential back-off and jitter, at most 20 s apart."""
+READ_SECONDS: Final = 30.0
+"""A server that sends nothing for this long has failed."""
+
+MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound", "NoSuchBucket", "NoSuchUpload"})
+FULL: Final = frozenset({"507", "InsufficientStorage", "QuotaExceeded", "XMinioStorageFull"})
+DENIED: Final = frozenset(
+    {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+)
+EXISTS: Final = frozenset({"412", "PreconditionFailed"})
+CONFLICT: Final = frozenset({"409", "ConditionalRequestConflict"})
+
+log = structlog.get_logger(__name__)
 
 
 class S3BlobStore(BlobStore):
@@ -51,6 +74,28 @@ class S3BlobStore(BlobStore):
                 if _code(error) not in MISSING:
                     raise
                 self.client.create_bucket(Bucket=self.bucket)
+        if not self.is_conditional:
+            log.warning(
+                "s3_without_conditional_writes",
+                effect="Two writers of one blob may both write it; the bytes are the same.",
+            )
+
+    @cached_property
+    def is_conditional(self) -> bool:
+        """Whether the server refuses to overwrite an object when asked to (`If-None-Match: *`)."""
+        key = f"staging/{uuid.uuid4().hex}"
+        with _errors():
+            try:
+                for _ in range(2):
+                    self.client.put_object(Bucket=self.bucket, Key=key, IfNoneMatch="*")
+            except ClientError as error:
+                if _code(error) in EXISTS:
+                    return True
+                if _code(error) not in {"501", "NotImplemented", "InvalidArgument"}:
+                    raise
+            finally:
+                self.client.delete_object(Bucket=self.bucket, Key=key)
+        return False
 
     def writer(self) -> BlobWriter:
         return _S3Writer(self)
@@ -58,13 +103,28 @@ class S3BlobStore(BlobStore):
     def open(self, digest: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         size = self.size(digest)
         last = size if end is None else min(end, size)
-        if start >= last:
-            return iter(())
-        with _errors():
-            body = self.client.get_object(
-                Bucket=self.bucket, Key=blob_key(digest), Range=f"bytes={start}-{last - 1}"
-            )["Body"]
-        return body.iter_chunks(CHUNK_BYTES)
+        return self._read(blob_key(digest), start, last)
+
+    def _read(self, key: str, start: int, end: int) -> Iterator[bytes]:
+        """Bytes `[start, end)`. A broken transfer resumes where it was; botocore retries none."""
+        breaks = 0
+        while start < end:
+            try:
+                with _errors(f"The store no longer holds {key}."):
+                    body = self.client.get_object(
+                        Bucket=self.bucket, Key=key, Range=f"bytes={start}-{end - 1}"
+                    )["Body"]
+                with closing(body):
+                    for chunk in body.iter_chunks(CHUNK_BYTES):
+                        start, breaks = start + len(chunk), 0
+                        yield chunk
+            except BotoCoreError as error:  # of the body; those of the request were translated
+                breaks += 1
+                if breaks == ATTEMPTS:
+                    raise Unavailable(
+                        "The object store keeps breaking off a file; try again shortly."
+                    ) from error
+                time.sleep(random.uniform(0, 2**breaks / 4))
 
     def size(self, digest: str) -> int:
         with _errors(f"The store holds no file {digest}."):
@@ -94,7 +154,8 @@ class S3BlobStore(BlobStore):
     def get_work(self, key: str) -> bytes | None:
         try:
             with _errors("No such block."):
-                return self.client.get_object(Bucket=self.bucket, Key=work_key(key))["Body"].read()
+                size = self.client.head_object(Bucket=self.bucket, Key=work_key(key))
+                return b"".join(self._read(work_key(key), 0, size["ContentLength"]))
         except NotFound:
             return None
 
@@ -115,7 +176,7 @@ class S3BlobStore(BlobStore):
                     self.client.delete_object(Bucket=self.bucket, Key=key)
                     dropped += 1
             pages = self.client.get_paginator("list_multipart_uploads")
-            for page in pages.paginate(Bucket=self.bucket, Prefix="staging/"):
+            for page in pages.paginate(Bucket=self.bucket):
                 for upload in page.get("Uploads", []):
                     if upload["Initiated"] < before:
                         self.client.abort_multipart_upload(
@@ -123,6 +184,40 @@ class S3BlobStore(BlobStore):
                         )
                         dropped += 1
         return dropped
+
+    def abort(self, key: str, upload_id: str) -> None:
+        """Drop an unfinished multipart upload; if the server fails, the sweeper does later."""
+        try:
+            with _errors("It is gone."):
+                self.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload_id)
+        except NotFound:
+            pass
+        except DeltadockError as error:
+            log.warning("multipart_upload_not_dropped", key=key, error=error.message)
+
+    def drop(self, key: str) -> None:
+        """Delete a staged object; if the server fails, the sweeper does later."""
+        try:
+            with _errors():
+                self.client.delete_object(Bucket=self.bucket, Key=key)
+        except DeltadockError as error:
+            log.warning("staged_object_not_dropped", key=key, error=error.message)
+
+    def create(self, digest: str, write: Callable[..., object]) -> bool:
+        """Make a blob by a request that takes `IfNoneMatch`; returns False if it exists already."""
+        with _errors():
+            try:
+                if self.is_conditional:
+                    write(IfNoneMatch="*")
+                elif self.exists(digest):
+                    return False
+                else:
+                    write()
+            except ClientError as error:
+                if _code(error) in EXISTS or (_code(error) in CONFLICT and self.exists(digest)):
+                    return False
+                raise
+        return True
 
     def _list(self, prefix: str) -> Iterator[tuple[str, datetime]]:
         pages = self.client.get_paginator("list_objects_v2")
@@ -158,38 +253,38 @@ class _S3Writer(BlobWriter):
             del self._buffer[: self._store.part_bytes]
 
     def commit(self, digest: str) -> None:
-        key = blob_key(digest)
-        if self._store.exists(digest):
-            return
-        bucket = self._store.bucket
         if self._upload_id is None:
-            with _errors():
-                self._client.put_object(Bucket=bucket, Key=key, Body=bytes(self._buffer))
+            body = bytes(self._buffer)
+            self._store.create(
+                digest,
+                partial(
+                    self._client.put_object,
+                    Bucket=self._store.bucket,
+                    Key=blob_key(digest),
+                    Body=body,
+                ),
+            )
             return
         if self._buffer:
             self._send_part(bytes(self._buffer))
         with _errors():
             self._client.complete_multipart_upload(
-                Bucket=bucket,
+                Bucket=self._store.bucket,
                 Key=self._key,
                 UploadId=self._upload_id,
                 MultipartUpload={"Parts": self._parts},
             )
-            self._staged, self._upload_id = True, None
-            # boto3's managed copy: multipart for objects over S3's 5 GB limit on a single copy.
-            self._client.copy({"Bucket": bucket, "Key": self._key}, bucket, key)
+        self._staged, self._upload_id = True, None
+        with _Copy(self._store, self._key, digest) as copy:
+            copy.commit()
 
     def discard(self) -> None:
         self._buffer.clear()
-        with _errors():
-            if self._upload_id is not None:
-                upload_id, self._upload_id = self._upload_id, None
-                self._client.abort_multipart_upload(
-                    Bucket=self._store.bucket, Key=self._key, UploadId=upload_id
-                )
-            if self._staged:
-                self._staged = False
-                self._client.delete_object(Bucket=self._store.bucket, Key=self._key)
+        if self._upload_id is not None:
+            self._store.abort(self._key, self._upload_id)
+        if self._staged:
+            self._store.drop(self._key)
+        self._upload_id, self._staged = None, False
 
     def _send_part(self, data: bytes) -> None:
         with _errors():
@@ -208,6 +303,71 @@ class _S3Writer(BlobWriter):
             self._parts.append({"PartNumber": number, "ETag": part["ETag"]})
 
 
+class _Copy:
+    """A server-side copy of an object to a blob; the blob appears when it is committed.
+
+    In parts: a single copy is limited to 5 GB, and not every server makes it conditional.
+    """
+
+    def __init__(self, store: S3BlobStore, source: str, digest: str) -> None:
+        self._store = store
+        self._client = store.client
+        self._source = source
+        self._digest = digest
+        self._key = blob_key(digest)
+
+    def __enter__(self) -> Self:
+        bucket = self._store.bucket
+        with _errors():
+            size = self._client.head_object(Bucket=bucket, Key=self._source)["ContentLength"]
+            created = self._client.create_multipart_upload(Bucket=bucket, Key=self._key)
+        self._upload_id = created["UploadId"]
+        self._committed = False
+        self._pool = ThreadPoolExecutor(COPY_THREADS, "copy")
+        ends = [*range(COPY_BYTES, size, COPY_BYTES), size]
+        self._parts = [
+            self._pool.submit(self._copy_part, number, end)
+            for number, end in enumerate(ends, start=1)
+        ]
+        return self
+
+    def _copy_part(self, number: int, end: int) -> "CompletedPartTypeDef":
+        with _errors():
+            copied = self._client.upload_part_copy(
+                Bucket=self._store.bucket,
+                Key=self._key,
+                UploadId=self._upload_id,
+                PartNumber=number,
+                CopySource={"Bucket": self._store.bucket, "Key": self._source},
+                CopySourceRange=f"bytes={(number - 1) * COPY_BYTES}-{end - 1}",
+            )
+        return {"PartNumber": number, "ETag": copied["CopyPartResult"]["ETag"]}
+
+    def commit(self) -> None:
+        """Wait for the copy and make the blob visible; an existing one is left unchanged."""
+        parts = [part.result() for part in self._parts]
+        self._committed = self._store.create(
+            self._digest,
+            partial(
+                self._client.complete_multipart_upload,
+                Bucket=self._store.bucket,
+                Key=self._key,
+                UploadId=self._upload_id,
+                MultipartUpload={"Parts": parts},
+            ),
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        if not self._committed:
+            self._store.abort(self._key, self._upload_id)
+
+
 def _client(settings: Settings, endpoint_url: str | None) -> "S3Client":
     secret = settings.s3_secret_access_key
     return boto3.client(
@@ -223,9 +383,9 @@ def _client(settings: Settings, endpoint_url: str | None) -> "S3Client":
             # digests are verified here anyway.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            retries={"mode": "standard", "max_attempts": 4},
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
             connect_timeout=5,
-            read_timeout=60,
+            read_timeout=READ_SECONDS,
             max_pool_connections=50,
             s3={"addressing_style": "path" if endpoint_url else "auto"},
         ),
@@ -242,8 +402,21 @@ def _errors(missing: str | None = None) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        if missing and _code(error) in MISSING:
+        code = _code(error)
+        if missing and code in MISSING:
             raise NotFound(missing) from error
-        raise Unavailable("The object store refused a request; try again shortly.") from error
+        if code in FULL:
+            raise StorageFull(
+                "The object store is full. Free space there or raise its quota, then try again."
+            ) from error
+        if code in DENIED:
+            raise Unavailable(
+                "The object store refuses Deltadock's credentials. Check "
+                "DELTADOCK_S3_ACCESS_KEY_ID, DELTADOCK_S3_SECRET_ACCESS_KEY, the bucket's policy "
+                "and this machine's clock."
+            ) from error
+        raise Unavailable(
+            f"The object store refused a request ({code}); try again shortly."
+        ) from error
     except (BotoCoreError, Boto3Error) as error:
         raise Unavailable("The object store does not answer; try again shortly.") from error

@@ -5,10 +5,10 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, StatementError
 
-from deltadock.errors import InvalidInput, Unavailable
+from deltadock.errors import InvalidInput, StorageFull, Unavailable
 from deltadock.storage.database import Database, database_now, migrate
 from deltadock.storage.models import UploadKind, UploadRow
 from deltadock.storage.repositories import UploadRepository
@@ -71,6 +71,27 @@ def test_readers_do_not_wait_for_a_writer(database: Database) -> None:
     with database.session_scope() as session:
         UploadRepository(session).add(UploadKind.CHECKPOINT)
         assert count_uploads(database) == 0
+
+
+def test_a_full_or_read_only_disk_is_named(tmp_path: Path) -> None:
+    """By SQLite's own limit on the file's pages, and a connection that may only read."""
+    url = f"sqlite:///{tmp_path / 'deltadock.db'}"
+    migrate(url)
+    database = Database(url)
+
+    def fill() -> None:
+        with database.session_scope() as session:
+            session.execute(text("PRAGMA max_page_count = 1"))
+            for _ in range(200):
+                UploadRepository(session).add(UploadKind.CHECKPOINT)
+
+    with pytest.raises(StorageFull, match="Free space"):
+        fill()
+    database.dispose()
+    reader = Database(f"sqlite:///file:{tmp_path / 'deltadock.db'}?mode=ro&uri=true")
+    with pytest.raises(Unavailable, match="read-only"), reader.session_scope() as session:
+        UploadRepository(session).add(UploadKind.CHECKPOINT)
+    reader.dispose()
 
 
 def test_a_reading_scope_cannot_write(postgres_url: str) -> None:
