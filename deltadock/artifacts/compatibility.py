@@ -101,6 +101,11 @@ def match_tensors(
     before = {t.name: t for t in base.tensors if not is_buffer(t.name, t.shape)}
     if (own := _own_head(base, finetuned)) is not None:
         before |= tied_head(base, own)
+    if tied_head(base) and not ties_head(finetuned.config) and not _heads(finetuned):
+        raise ArchitectureMismatch(
+            f"The fine-tune has no head, and its config.json says {TIED} = false: transformers "
+            "would initialise one at random. Save it again, or correct its config.json."
+        )
     matched = _by_base_names(before, finetuned, kind)
     for name, entry in sorted(before.items()):
         if name not in matched:
@@ -151,9 +156,8 @@ def tied_head(checkpoint: CheckpointManifest, name: str = "") -> dict[str, Tenso
         checkpoint: of a model.
         name: the head's; by default as the embedding is spelled.
     """
-    heads = [entry for entry in checkpoint.tensors if is_head(entry.name)]
     table = next((entry for entry in checkpoint.tensors if is_embedding(entry.name)), None)
-    if heads or table is None or not ties_head(checkpoint.config):
+    if _heads(checkpoint) or table is None or not ties_head(checkpoint.config):
         return {}
     inner = "language_model." if table.name.startswith("language_model.model.") else ""
     return {name or f"{inner}lm_head.weight": table}
@@ -164,15 +168,19 @@ def is_tied(checkpoint: CheckpointManifest) -> bool:
 
     It does so if config.json says it, unless the files hold two different ones.
     """
-    heads = [entry for entry in checkpoint.tensors if is_head(entry.name)]
+    heads = _heads(checkpoint)
     return ties_head(checkpoint.config) and all(_is_copy(head, checkpoint) for head in heads)
 
 
 def _own_head(base: CheckpointManifest, finetuned: CheckpointManifest) -> str | None:
     """The head of a fine-tune that is not tied, if the base's is and is not stored."""
     name = next(iter(tied_head(base)), None)
-    heads = [entry for entry in finetuned.tensors if is_head(entry.name)]
+    heads = _heads(finetuned)
     return name if heads and not all(_is_copy(head, finetuned) for head in heads) else None
+
+
+def _heads(checkpoint: CheckpointManifest) -> list[TensorEntry]:
+    return [entry for entry in checkpoint.tensors if is_head(entry.name)]
 
 
 def _is_copy(head: TensorEntry, checkpoint: CheckpointManifest) -> bool:
@@ -183,8 +191,17 @@ def _is_copy(head: TensorEntry, checkpoint: CheckpointManifest) -> bool:
     )
 
 
-TIED_BY_DEFAULT: Final = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "gpt2"})
-"""Families whose head is tied to the embedding if config.json does not say."""
+TIED_BY_DEFAULT: Final = frozenset(
+    {
+        "biogpt", "bloom", "cohere", "cohere2", "cohere2_vision", "ctrl", "ernie4_5", "falcon",
+        "falcon_mamba", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text",
+        "gemma4", "gemma4_text", "gpt2", "gpt-sw3", "gpt_bigcode", "gpt_neo", "jetmoe", "lfm2",
+        "lfm2_moe", "lfm2_vl", "mamba", "mpt", "openai-gpt", "opt", "paligemma",
+        "recurrent_gemma", "smollm3", "starcoder2", "vaultgemma", "xglm", "zamba", "zamba2",
+    }
+)  # fmt: skip
+"""Families whose head is tied to the embedding if config.json does not say: older versions of
+`transformers` did not write what is the default."""
 
 
 def ties_head(config: Mapping[str, Any]) -> bool:

@@ -1,7 +1,8 @@
 """What `transformers` makes of a config.json: how two of them use the same weights."""
 
 import copy
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,8 +19,8 @@ UNUSED_KEYS: Final = frozenset(
         "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type",
         "original_max_position_embeddings", "quantization_config", "return_dict",
         "rope_parameters", "router_aux_loss_coef", "router_jitter_noise", "sliding_window",
-        "tie_word_embeddings", "transformers_version", "use_cache", "use_sliding_window",
-        "vocab_size",
+        "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+        "use_sliding_window", "vocab_size",
     }
 )  # fmt: skip
 """Keys that change no forward pass, and those that `_settings` or `match_tensors` compares."""
@@ -30,11 +31,14 @@ TRAINING_KEYS: Final = ("_dropout", "_pdrop", "summary_")
 EPSILONS: Final = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 
 ROPE: Final = "rope_parameters"
+ROTATED: Final = "partial_rotary_factor"
 
 LENGTH_DEPENDENT: Final = ("dynamic", "longrope")
 """Types of rotary embeddings whose frequencies depend on the sequence's length."""
 
 MAX_LAYERS: Final = 4096
+LAYER_COUNT: Final = re.compile(r"layers?$|^depth$")
+"""Keys that may be a number of layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ def expand(config: Mapping[str, Any]) -> Any:
     if kind not in CONFIG_MAPPING:
         raise UnsupportedModel(f"transformers knows no model of the type {kind!r:.80}.")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        counts = [value for key, value in part.items() if "layer" in str(key) or key == "depth"]
+        counts = [value for key, value in part.items() if LAYER_COUNT.search(str(key))]
         if any(isinstance(count, int) and count > MAX_LAYERS for count in counts):
             raise UnsupportedModel(f"config.json names more than {MAX_LAYERS} layers.")
     try:
@@ -125,7 +129,13 @@ def _is_unused(key: str) -> bool:
 
 def _plain(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Settings of a configuration of an unknown type."""
-    return ((key, value) for key, value in config.items() if not _is_unused(key))
+    for key, value in config.items():
+        if not _is_unused(key) and not (key == "rope_scaling" and _is_default_rope(value)):
+            yield key, value
+
+
+def _is_default_rope(value: Any) -> bool:
+    return isinstance(value, dict) and "default" in (value.get("rope_type"), value.get("type"))
 
 
 def _settings(config: Any, within: str = "") -> Iterator[tuple[str, Any]]:
@@ -133,8 +143,7 @@ def _settings(config: Any, within: str = "") -> Iterator[tuple[str, Any]]:
 
     Keys that the configuration's class does not know are read by no modelling code.
     """
-    known = type(config)().to_dict().keys()
-    whole = config.to_dict()
+    known, whole = _known_keys(config), config.to_dict()
     for key in sorted(known):
         if key in config.sub_configs:
             part = getattr(config, key)
@@ -142,36 +151,51 @@ def _settings(config: Any, within: str = "") -> Iterator[tuple[str, Any]]:
                 yield from _settings(part, f"{within}{key}.")
         elif not _is_unused(key):
             yield within + key, whole.get(key)
-    heads = getattr(config, "num_attention_heads", None)
-    if heads and (width := getattr(config, "hidden_size", None)):
-        yield f"{within}head_dim", getattr(config, "head_dim", None) or width // heads
+    heads, width = whole.get("num_attention_heads"), whole.get("hidden_size")
+    shared = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
+    yield f"{within}head_dim", whole.get("head_dim") or shared
     kinds = whole.get("layer_types")
     if "sliding_window" in known and (kinds is None or "sliding_attention" in kinds):
-        window, limit = config.sliding_window, getattr(config, "max_position_embeddings", None)
+        window, limit = whole.get("sliding_window"), whole.get("max_position_embeddings")
         # A window as long as the context hides nothing.
         unlimited = window is None or (limit is not None and window >= limit)
         yield f"{within}sliding_window", None if unlimited else window
     if whole.get(ROPE):
-        yield f"{within}{ROPE}", _rope(config)
+        parameters = config.rope_parameters
+        nested = {key: value for key, value in parameters.items() if isinstance(value, dict)}
+        parts = nested or {"": parameters}
+        rope = {key: _rope_of(config, part) for key, part in parts.items()}
+        yield f"{within}{ROPE}", rope if nested else rope[""]
+        yield (
+            f"{within}{ROTATED}",
+            {
+                key: part.get(ROTATED)
+                for key, part in parts.items()
+                if ROTATED not in rope[key] and part.get(ROTATED) not in (None, 1)
+            },
+        )
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    """Rotary parameters without those that do nothing; nested by the type of layer, if they are."""
-    parameters: dict[str, Any] = config.rope_parameters
-    nested = {key: value for key, value in parameters.items() if isinstance(value, dict)}
-    if nested:
-        return {key: _rope_of(config, value) for key, value in nested.items()}
-    return _rope_of(config, parameters)
+def _known_keys(config: Any) -> Collection[str]:
+    """The keys that the configuration's class knows; all of them if it cannot be made without."""
+    try:
+        defaults = type(config)()
+    except Exception:  # noqa: BLE001 (some classes need a part)
+        defaults = config
+    keys: Collection[str] = defaults.to_dict().keys()
+    return keys
 
 
 def _rope_of(config: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary parameters without those that do nothing, and without the fraction of the head that
+    they rotate, which a model's layers are built for."""
     kind = parameters.get("rope_type", "default")
     found = {key: value for key, value in parameters.items() if value is not None and key != "type"}
     if kind == "default":
-        kept = ("rope_type", "rope_theta", "partial_rotary_factor", "mrope_section")
+        kept = ("rope_type", "rope_theta", "mrope_section")
         found = {key: found[key] for key in kept if key in found}
-    if kind in LENGTH_DEPENDENT:
-        found["max_position_embeddings"] = config.max_position_embeddings
-    if found.get("partial_rotary_factor") == 1:
-        del found["partial_rotary_factor"]
+    elif kind in LENGTH_DEPENDENT or "factor" not in found:  # it follows from the length
+        found["max_position_embeddings"] = getattr(config, "max_position_embeddings", None)
+    if kind != "proportional":  # which pads the frequencies
+        found.pop(ROTATED, None)
     return found

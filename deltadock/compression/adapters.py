@@ -67,8 +67,11 @@ UNSUPPORTED: Final = (
 )  # fmt: skip
 """Features whose result is not the base's weight plus one product."""
 
-CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq")
+CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations that change the base's weights, so that the adapter does not fit the base."""
+
+CONV1D: Final = frozenset({"gpt2", "imagegpt", "openai-gpt"})
+"""Families whose linear layers are Conv1D modules, except for the head."""
 
 MAX_PATTERN: Final = 1000
 PATTERN_SECONDS: Final = 2.0
@@ -285,7 +288,14 @@ def encode_adapter(base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
         name = find_name(f"{module}.weight", base.entries, model_type) or f"{module}.weight"
         table = tables.pop(f"{module}.base_layer.weight", None)
         product = _product(
-            config, base.entries, module, name, table, embedding=embedding, pair=pair
+            config,
+            base.entries,
+            module,
+            name,
+            table,
+            embedding=embedding,
+            conv1d=model_type in CONV1D,
+            pair=pair,
         )
         if name in encoded:
             raise InvalidAdapter(f"The adapter holds {name!r} twice.")
@@ -422,6 +432,7 @@ def _product(
     table: Tensor | None,
     *,
     embedding: bool,
+    conv1d: bool,
     pair: Mapping[str, Tensor],
 ) -> Encoded:
     """Encode the delta `scaling * B @ A`, transposed for embeddings and Conv1D layers.
@@ -433,6 +444,7 @@ def _product(
         name: the base's tensor.
         table: the layer's weight as saved in the adapter, whose shape counts; None: the base's.
         embedding: whether the layer is an embedding.
+        conv1d: whether the layers of the model are Conv1D, whose weights are transposed.
         pair: the factors `a` and `b`.
     """
     a, b = pair["a"], pair["b"]
@@ -453,8 +465,11 @@ def _product(
         return encode_low_rank(
             to_numpy(a.t(), dtype), to_numpy(b.t(), dtype), scaling, entry.dtype, {}, dtype
         )
-    # Only the configuration tells the orientation of a square weight.
-    transposed = found == shape[::-1] and (found != shape or config.fan_in_fan_out)
+    # PEFT writes fan_in_fan_out for the last layer only; a head is never transposed.
+    square = found == shape == shape[::-1]
+    transposed = found == shape[::-1] and (
+        not square or (not is_head(name) and (conv1d or config.fan_in_fan_out))
+    )
     entry = _entry(entries, name, shape[::-1] if transposed else shape)
     encoded = encode_low_rank(
         to_numpy(b, dtype), to_numpy(a, dtype), scaling, entry.dtype, {}, dtype

@@ -66,6 +66,38 @@ def test_the_length_matters_to_rotary_embeddings_that_depend_on_it() -> None:
     assert differences(base, base | {"max_position_embeddings": 64})
 
 
+def test_the_length_matters_where_the_factor_follows_from_it() -> None:
+    scaling = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16}
+    base = BASE | {"rope_scaling": scaling, "max_position_embeddings": 64}
+    found = check_same_forward(base, base | {"max_position_embeddings": 128})
+    assert [one.key for one in found] == ["rope_parameters"]
+
+
+def test_the_rotated_fraction_of_a_head_is_the_models() -> None:
+    base = {"model_type": "phi", "partial_rotary_factor": 0.5}
+    assert not differences({"model_type": "phi"}, base)
+    for other in ({"partial_rotary_factor": 0.25}, {"partial_rotary_factor": 1.0}):
+        with pytest.raises(ArchitectureMismatch, match=r"partial_rotary_factor"):
+            check_same_forward(base, base | other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("gemma3n", {"text_config": {"hidden_activation": "relu"}}),
+        ("gemma4", {"text_config": {"hidden_activation": "relu"}}),
+        ("gemma4_text", {"hidden_activation": "relu", "vocab_size_per_layer_input": 262_144}),
+        ("swin", {"hidden_act": "relu"}),
+    ],
+)
+def test_types_with_settings_per_layer(kind: str, other: dict[str, Any]) -> None:
+    base = {"model_type": kind}
+    assert not differences(base, base | {"use_cache": False})
+    assert [one.key.rpartition(".")[2] for one in differences(base, base | other)] == [
+        "hidden_activation" if "gemma" in kind else "hidden_act"
+    ]
+
+
 def test_a_vision_models_language_model_may_have_its_own() -> None:
     base = {"model_type": "gemma3"}
     text = base | {"text_config": {"rms_norm_eps": 1e-3}}
@@ -77,7 +109,8 @@ def test_a_vision_models_language_model_may_have_its_own() -> None:
 
 def test_unknown_types_are_compared_as_spelled() -> None:
     base = {"model_type": "own", "heads": 4, "use_cache": True}
-    assert not differences(base, base | {"use_cache": False})
+    assert not differences(base, base | {"use_cache": False, "torch_dtype": "float16"})
+    assert not differences(base, base | {"rope_scaling": {"rope_type": "default"}})
     with pytest.raises(ArchitectureMismatch, match="heads = 8"):
         check_same_forward(base, base | {"heads": 8})
 

@@ -206,6 +206,14 @@ def retied(home: Path) -> Made:
     return reloaded(made, tie_word_embeddings=True)
 
 
+def reconfigured(home: Path, **settings: Any) -> Made:
+    """A tied pair with other settings in the fine-tune's config.json."""
+    made = pair(home, tied=True)
+    path = made.tuned / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return made
+
+
 def reloaded(made: Made, **settings: Any) -> Made:
     """The pair with other settings in the fine-tune's config.json, as transformers loads it."""
     path = made.tuned / "config.json"
@@ -272,6 +280,13 @@ def vision_lora(home: Path) -> Made:
     """LoRA on the language part of a Qwen2.5-VL."""
     model = save_family(FAMILIES["qwen2.5-vl"], home / "base").float()
     settings = {"r": 4, "target_modules": r".*language_model.*\.(q_proj|v_proj|up_proj)"}
+    return save_adapter(home, model, None, False, LoraConfig, settings)
+
+
+def gpt2_lora(home: Path) -> Made:
+    """LoRA on GPT-2's square Conv1D layer and on its head, which is a linear layer."""
+    model = save_family(FAMILIES["gpt2"], home / "base").float()
+    settings = {"r": 4, "target_modules": ["c_proj", "lm_head"]}
     return save_adapter(home, model, None, False, LoraConfig, settings)
 
 
@@ -453,6 +468,7 @@ CASES: tuple[Case, ...] = (
     Case("FSDP with PEFT", "prefix `_fsdp_wrapped_module.`",
          lora(r=4, target_modules=["q_proj"], wrap=wrapped("_fsdp_wrapped_module."))),
     Case("PEFT", "LoRA on the language part of Qwen2.5-VL", vision_lora, served=False),
+    Case("PEFT", "LoRA on Conv1D layers and the head of GPT-2", gpt2_lora, served=False),
     Case("bitsandbytes", "4-bit weights",
          quantized("bitsandbytes", "weight.quant_state.bitsandbytes__nf4"), DEQUANTIZE,
          UnsupportedModel, r"quantized \(bitsandbytes\).*dequantize\(\)"),
@@ -471,6 +487,10 @@ CASES: tuple[Case, ...] = (
          "training has diverged", NonFiniteWeights, "diverged"),
     Case("any", "an untied head that is missing", edited(("tuned", without_head)),
          "transformers would initialise it at random", ArchitectureMismatch, "lacks"),
+    Case("any", "a missing head that `tie_word_embeddings: false` asks for, of a tied base",
+         lambda home: reconfigured(home, tie_word_embeddings=False),
+         "correct the config.json, or save the model again", ArchitectureMismatch,
+         "has no head.*at random"),
     Case("any", "another sliding window",
          configured(use_sliding_window=True, sliding_window=4,
                     layer_types=["sliding_attention"] * 2),
@@ -493,7 +513,7 @@ CASES: tuple[Case, ...] = (
          lora(kind=IA3Config, target_modules=["k_proj", "down_proj"],
               feedforward_modules=["down_proj"]), MERGE,
          InvalidAdapter, "IA3.*merge_and_unload"),
-    Case("PEFT", "PiSSA, OLoRA, CorDA, LoftQ: the base's weights change",
+    Case("PEFT", "PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA: the base's weights change",
          lora(r=4, target_modules=["q_proj"], init_lora_weights="pissa"),
          "save with `path_initial_model_for_weight_conversion`, or merge", InvalidAdapter, "pissa"),
 )  # fmt: skip
