@@ -7,6 +7,7 @@ from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
+from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, WriteUnit
 from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
@@ -61,13 +62,13 @@ class BaseList(BaseModel):
     data: list[BaseOut]
 
 
-def require_checkpoint(session: Session, digest: str) -> CheckpointRow:
+def require_checkpoint(session: Session, tenant_id: str, digest: str) -> CheckpointRow:
     """The checkpoint with this digest.
 
     Raises:
-        NotFound: it was never uploaded.
+        NotFound: the tenant has not uploaded it.
     """
-    checkpoint = CheckpointRepository(session).find(digest)
+    checkpoint = CheckpointRepository(session, tenant_id).find(digest)
     if checkpoint is None:
         raise NotFound(f"There is no checkpoint {digest}; upload and complete it first.")
     return checkpoint
@@ -78,13 +79,13 @@ def read_manifest(blobs: BlobStore, digest: str) -> CheckpointManifest:
     return CheckpointManifest.from_json(blobs.read(digest, MANIFEST_BYTES))
 
 
-def require_base(session: Session, id_or_name: str) -> BaseRow:
+def require_base(session: Session, tenant_id: str, id_or_name: str) -> BaseRow:
     """The base with this id or name.
 
     Raises:
         NotFound: there is none.
     """
-    base = BaseRepository(session).find(id_or_name)
+    base = BaseRepository(session, tenant_id).find(id_or_name)
     if base is None:
         raise NotFound(f"There is no base {id_or_name!r}; GET /v1/bases lists them.")
     return base
@@ -98,27 +99,28 @@ def require_base(session: Session, id_or_name: str) -> BaseRow:
         **problems(InvalidInput, NotFound, Conflict),
     },
 )
-def register_base(body: BaseIn, unit: WriteUnit, response: Response) -> BaseOut:
+def register_base(body: BaseIn, caller: CallerDep, unit: WriteUnit, response: Response) -> BaseOut:
     """Register a complete checkpoint as a base; repeating the request answers 200."""
-    checkpoint = require_checkpoint(unit.session, body.checkpoint)
+    checkpoint = require_checkpoint(unit.session, caller.tenant_id, body.checkpoint)
     if checkpoint.model_type == ADAPTER_TYPE:
         raise InvalidInput(
             "This checkpoint is a PEFT adapter, not a whole model. Upload the base that it was "
             "trained on."
         )
-    base, is_new = BaseRepository(unit.session).add(body.name, checkpoint)
+    base, is_new = BaseRepository(unit.session, caller.tenant_id).add(body.name, checkpoint)
     if not is_new:
         response.status_code = 200
     return BaseOut.of(base)
 
 
 @router.get("")
-def list_bases(session: ReadSession) -> BaseList:
-    """List all bases."""
-    return BaseList(data=[BaseOut.of(base) for base in BaseRepository(session).all()])
+def list_bases(caller: CallerDep, session: ReadSession) -> BaseList:
+    """List the tenant's bases and the shared ones."""
+    bases = BaseRepository(session, caller.tenant_id)
+    return BaseList(data=[BaseOut.of(base) for base in bases.all()])
 
 
 @router.get("/{base}", responses=problems(NotFound))
-def get_base(base: BaseRef, session: ReadSession) -> BaseOut:
+def get_base(base: BaseRef, caller: CallerDep, session: ReadSession) -> BaseOut:
     """Get one base."""
-    return BaseOut.of(require_base(session, base))
+    return BaseOut.of(require_base(session, caller.tenant_id, base))

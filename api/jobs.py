@@ -12,6 +12,7 @@ from pydantic import AwareDatetime, BaseModel, Field
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME
@@ -122,10 +123,10 @@ class JobLog(BaseModel):
     next: int | None = Field(examples=[17])
 
 
-def describe_jobs(session: Session, jobs: Sequence[JobRow]) -> list[JobOut]:
+def describe_jobs(session: Session, tenant_id: str, jobs: Sequence[JobRow]) -> list[JobOut]:
     """The jobs with their places in the queue."""
     waiting = [job.id for job in jobs if job.state is JobState.QUEUED]
-    places = JobRepository(session).positions(waiting) if waiting else {}
+    places = JobRepository(session, tenant_id).positions(waiting) if waiting else {}
     return [JobOut.of(job, places.get(job.id)) for job in jobs]
 
 
@@ -135,9 +136,9 @@ def _existing(job: JobRow | None, job_id: str) -> JobRow:
     return job
 
 
-def existing_job(job_id: JobId, session: ReadSession) -> JobRow:
+def existing_job(job_id: JobId, caller: CallerDep, session: ReadSession) -> JobRow:
     """The job; a dependency, so that an unknown id is a 404 before streaming starts."""
-    return _existing(JobRepository(session).find(job_id), job_id)
+    return _existing(JobRepository(session, caller.tenant_id).find(job_id), job_id)
 
 
 ExistingJob = Annotated[JobRow, Depends(existing_job, scope="function")]
@@ -145,6 +146,7 @@ ExistingJob = Annotated[JobRow, Depends(existing_job, scope="function")]
 
 @router.get("", responses=problems(InvalidInput))
 def list_jobs(
+    caller: CallerDep,
     session: ReadSession,
     state: Annotated[list[JobState] | None, Query(description="Any of these states.")] = None,
     delta: Annotated[str | None, Query(description="A delta's id.")] = None,
@@ -155,7 +157,7 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> JobPage:
     """List the jobs, newest first; failed ones stay listed with their reason."""
-    jobs = JobRepository(session)
+    jobs = JobRepository(session, caller.tenant_id)
     cursor = None
     if after is not None and (cursor := jobs.find(after)) is None:
         raise InvalidInput(f"after={after!r} is not a job; use the previous page's `next`.")
@@ -165,25 +167,27 @@ def list_jobs(
     )  # fmt: skip
     page = found[:limit]
     return JobPage(
-        data=describe_jobs(session, page), next=page[-1].id if len(found) > limit else None
+        data=describe_jobs(session, caller.tenant_id, page),
+        next=page[-1].id if len(found) > limit else None,
     )
 
 
 @router.get("/{job_id}", responses=problems(NotFound))
-def get_job(job: ExistingJob, session: ReadSession) -> JobOut:
+def get_job(job: ExistingJob, caller: CallerDep, session: ReadSession) -> JobOut:
     """Get a job's state and progress."""
-    return describe_jobs(session, [job])[0]
+    return describe_jobs(session, caller.tenant_id, [job])[0]
 
 
 @router.get("/{job_id}/log", responses=problems(NotFound))
 def get_job_log(
     job: ExistingJob,
+    caller: CallerDep,
     session: ReadSession,
     after: Annotated[int, Query(ge=0, lt=2**63, description="The last line that was seen.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> JobLog:
     """Get the lines of a job's log, oldest first; its newest thousand are kept."""
-    lines = JobRepository(session).log(job.id, after=after, limit=limit + 1)
+    lines = JobRepository(session, caller.tenant_id).log(job.id, after=after, limit=limit + 1)
     page = lines[:limit]
     return JobLog(
         data=[LogLine.of(line) for line in page],
@@ -192,13 +196,15 @@ def get_job_log(
 
 
 @router.get("/{job_id}/events", response_class=EventSourceResponse, responses=problems(NotFound))
-async def follow_job(job: ExistingJob, resources: ResourcesDep) -> AsyncIterable[ServerSentEvent]:
+async def follow_job(
+    job: ExistingJob, caller: CallerDep, resources: ResourcesDep
+) -> AsyncIterable[ServerSentEvent]:
     """Stream the job now and after every change, as server-sent events, until it has ended."""
 
     def read() -> JobOut:
         with resources.database.read_scope() as session:
-            found = _existing(JobRepository(session).find(job.id), job.id)
-            return describe_jobs(session, [found])[0]
+            found = _existing(JobRepository(session, caller.tenant_id).find(job.id), job.id)
+            return describe_jobs(session, caller.tenant_id, [found])[0]
 
     last: JobOut | None = None
     while last is None or not last.state.is_final:
@@ -211,25 +217,26 @@ async def follow_job(job: ExistingJob, resources: ResourcesDep) -> AsyncIterable
 
 
 @router.post("/{job_id}/cancel", responses=problems(NotFound))
-def cancel_job(job_id: JobId, unit: WriteUnit) -> JobOut:
+def cancel_job(job_id: JobId, caller: CallerDep, unit: WriteUnit) -> JobOut:
     """Cancel the job: immediately if no worker holds it, else at its next step.
 
     A job that has ended is unchanged.
     """
-    job = _existing(JobRepository(unit.session).request_cancel(job_id), job_id)
-    return describe_jobs(unit.session, [job])[0]
+    jobs = JobRepository(unit.session, caller.tenant_id)
+    job = _existing(jobs.request_cancel(job_id), job_id)
+    return describe_jobs(unit.session, caller.tenant_id, [job])[0]
 
 
 @router.post("/{job_id}/retry", status_code=202, responses=problems(NotFound, Conflict))
-def retry_job(job_id: JobId, unit: WriteUnit, resources: ResourcesDep) -> JobOut:
+def retry_job(job_id: JobId, caller: CallerDep, unit: WriteUnit, resources: ResourcesDep) -> JobOut:
     """Queue a failed or cancelled job again; it continues after its last finished block."""
-    jobs = JobRepository(unit.session)
+    jobs = JobRepository(unit.session, caller.tenant_id)
     job = _existing(jobs.find(job_id), job_id)
-    if DeltaRepository(unit.session).find(job.delta_id) is None:
+    if DeltaRepository(unit.session, caller.tenant_id).find(job.delta_id) is None:
         raise Conflict(f"The delta of job {job_id} was deleted. Restore it, or ask for it again.")
     if not jobs.retry(job_id):
         raise Conflict(
             f"Job {job_id} is {job.state}: only a failed or cancelled job can be retried."
         )
     unit.after_commit.append(partial(resources.tasks.send_compress, job_id, job.priority))
-    return describe_jobs(unit.session, [_existing(jobs.find(job_id), job_id)])[0]
+    return describe_jobs(unit.session, caller.tenant_id, [_existing(jobs.find(job_id), job_id)])[0]

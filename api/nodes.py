@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Path, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter
 from sqlalchemy.orm import Session
 
+from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.problems import problems
 from deltadock.api.schemas import (
@@ -114,15 +115,23 @@ class NodeOut(BaseModel):
 
     @classmethod
     def of(
-        cls, node: NodeRow, bases: Mapping[str, BaseRow], deltas: Mapping[str, Sequence[DeltaRow]]
+        cls,
+        node: NodeRow,
+        bases: Mapping[str, BaseRow],
+        deltas: Mapping[str, Sequence[DeltaRow]],
+        *,
+        whole: bool,
     ) -> Self:
-        """Convert a row; `bases` and `deltas` are keyed by checkpoint and artifact digest."""
+        """Convert a row; `bases` and `deltas` are keyed by checkpoint and artifact digest.
+
+        Unless `whole`, bases and deltas that are not among them are left out.
+        """
         base = bases.get(node.base_digest or "")
         return cls(
             id=node.id,
             url=node.url,
             state="draining" if node.draining else "ready",
-            base=node.base_digest,
+            base=node.base_digest if whole or base is not None else None,
             base_name=None if base is None else base.name,
             adopts=node.adopts,
             capacity=node.capacity,
@@ -139,6 +148,7 @@ class NodeOut(BaseModel):
                     pinned=held["pinned"],
                 )
                 for held in node.deltas
+                if whole or held["digest"] in deltas
             ],
             started_at=node.started_at,
             seen_at=node.seen_at,
@@ -151,16 +161,23 @@ class NodeList(BaseModel):
     data: list[NodeOut]
 
 
-def registered_nodes(session: Session) -> NodeList:
-    """The registered nodes, with the names of their bases and deltas."""
+def registered_nodes(session: Session, caller: Caller) -> NodeList:
+    """The registered nodes, with their bases and deltas as far as the caller may see them.
+
+    An operator sees by digest what belongs to other tenants.
+    """
     nodes = NodeRepository(session).alive()
-    bases = {base.checkpoint_digest: base for base in BaseRepository(session).all()}
+    bases = {
+        base.checkpoint_digest: base for base in BaseRepository(session, caller.tenant_id).all()
+    }
     held = {delta["digest"] for node in nodes for delta in node.deltas}
     deltas: defaultdict[str, list[DeltaRow]] = defaultdict(list)
-    for delta in DeltaRepository(session).ready():
+    for delta in DeltaRepository(session, caller.tenant_id).ready():
         if delta.artifact_digest is not None and delta.artifact_digest in held:
             deltas[delta.artifact_digest].append(delta)
-    return NodeList(data=[NodeOut.of(node, bases, deltas) for node in nodes])
+    return NodeList(
+        data=[NodeOut.of(node, bases, deltas, whole=caller.is_operator) for node in nodes]
+    )
 
 
 NodeId = Annotated[
@@ -179,9 +196,9 @@ def require_trusted_node(request: Request, resources: ResourcesDep) -> None:
 
 
 @router.get("")
-def list_nodes(session: ReadSession) -> NodeList:
+def list_nodes(caller: CallerDep, session: ReadSession) -> NodeList:
     """List the registered inference nodes and the deltas they hold."""
-    return registered_nodes(session)
+    return registered_nodes(session, caller)
 
 
 @router.put(

@@ -5,6 +5,7 @@ from typing import Self
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
+from deltadock.api.access import CallerDep
 from deltadock.api.bases import read_manifest, require_base, require_checkpoint
 from deltadock.api.dependencies import ReadSession, ResourcesDep
 from deltadock.api.problems import problems
@@ -82,11 +83,15 @@ class PreviewOut(BaseModel):
         NotFound, InvalidInput, UnknownMethod, BitsOutOfRange, InvalidGoal, ArchitectureMismatch
     ),
 )
-def preview_delta(body: PreviewIn, session: ReadSession, resources: ResourcesDep) -> PreviewOut:
+def preview_delta(
+    body: PreviewIn, caller: CallerDep, session: ReadSession, resources: ResourcesDep
+) -> PreviewOut:
     """Predict the size of a delta from the tensors' shapes; nothing is stored."""
     _, goal = body.check_goal()
-    base = read_manifest(resources.blobs, require_base(session, body.base).checkpoint_digest)
-    tuned = read_manifest(resources.blobs, require_checkpoint(session, body.checkpoint).digest)
+    against = require_base(session, caller.tenant_id, body.base)
+    checkpoint = require_checkpoint(session, caller.tenant_id, body.checkpoint)
+    base = read_manifest(resources.blobs, against.checkpoint_digest)
+    tuned = read_manifest(resources.blobs, checkpoint.digest)
     check_same_architecture(base, tuned)
     shapes = shapes_of(tuned, base)
     return PreviewOut.of(

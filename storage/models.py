@@ -22,6 +22,19 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
+class Scope(StrEnum):
+    """What an API key may be used for."""
+
+    READ = "read"
+    """List, inspect and download."""
+    WRITE = "write"
+    """Upload, register, compress, cancel and delete."""
+    INFER = "infer"
+    """Generate text."""
+    ADMIN = "admin"
+    """Make and revoke the tenant's keys; of the operator's tenant: make tenants."""
+
+
 class UploadKind(StrEnum):
     """What a completed upload becomes."""
 
@@ -129,7 +142,46 @@ class TableRow(DeclarativeBase):
         datetime: UtcDateTime,
         dict[str, Any]: JSON(none_as_null=True),
         list[dict[str, Any]]: JSON(none_as_null=True),
+        list[str]: JSON(none_as_null=True),
     }
+
+
+class TenantRow(TableRow):
+    """An organisation that owns bases, uploads and deltas; a limit that is None is none."""
+
+    __tablename__ = "tenants"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str] = mapped_column(String(96), unique=True)
+    is_operator: Mapped[bool] = mapped_column(default=False)
+    """Whether its admin keys may make tenants and share bases."""
+    max_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    max_deltas: Mapped[int | None]
+    max_jobs: Mapped[int | None]
+    """Unfinished jobs at once."""
+    requests_per_minute: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None]
+    created_at: Mapped[datetime] = mapped_column(default=_utcnow)
+
+
+class ApiKeyRow(TableRow):
+    """An API key. Only an HMAC of it is stored; `prefix` is its readable start."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    name: Mapped[str] = mapped_column(String(96))
+    prefix: Mapped[str] = mapped_column(String(16), unique=True)
+    hmac: Mapped[str] = mapped_column(String(64))
+    """HMAC-SHA256 (hex) of the whole key under the server's secret."""
+    scopes: Mapped[list[str]]
+    created_at: Mapped[datetime] = mapped_column(default=_utcnow)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+    tenant: Mapped[TenantRow] = relationship(lazy="raise")
 
 
 class CheckpointRow(TableRow):
@@ -148,9 +200,13 @@ class BaseRow(TableRow):
     """A checkpoint registered under a name, against which deltas are compressed."""
 
     __tablename__ = "bases"
+    __table_args__ = (UniqueConstraint("tenant_id", "name"),)
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
-    name: Mapped[str] = mapped_column(String(96), unique=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str] = mapped_column(String(96))
+    shared: Mapped[bool] = mapped_column(default=False)
+    """Whether every tenant may read it and compress against it."""
     checkpoint_digest: Mapped[str] = mapped_column(ForeignKey("checkpoints.digest"))
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
 
@@ -161,8 +217,13 @@ class UploadRow(TableRow):
     """Files uploaded to become a checkpoint or a calibration text."""
 
     __tablename__ = "uploads"
+    __table_args__ = (
+        # Checkpoints belong to the tenants that uploaded them.
+        Index("ix_uploads_tenant_id_checkpoint_digest", "tenant_id", "checkpoint_digest"),
+    )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
     kind: Mapped[UploadKind] = mapped_column(_enum(UploadKind))
     state: Mapped[UploadState] = mapped_column(_enum(UploadState), default=UploadState.OPEN)
     checkpoint_digest: Mapped[str | None] = mapped_column(ForeignKey("checkpoints.digest"))
@@ -194,11 +255,12 @@ class DeltaRow(TableRow):
     __tablename__ = "deltas"
     __table_args__ = (
         # Deleted rows keep their name and version, so that neither is reused for other bytes.
-        UniqueConstraint("name", "version"),
-        Index("ix_deltas_created_at_id", "created_at", "id"),
+        UniqueConstraint("tenant_id", "name", "version"),
+        Index("ix_deltas_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
     name: Mapped[str] = mapped_column(String(200))
     version: Mapped[int]
     base_id: Mapped[str] = mapped_column(ForeignKey("bases.id"), index=True)
@@ -209,7 +271,8 @@ class DeltaRow(TableRow):
     """`seed`, `solver`, `goal` ({kind, value}, or null for fixed-size methods), `calibration`
     ({sources: [{digest or null, weight}], tokens, length}, or null)."""
     fingerprint: Mapped[str] = mapped_column(String(64), index=True)
-    """SHA-256 (hex) of all inputs that determine the artifact; equal requests share one result."""
+    """SHA-256 (hex) of all inputs that determine the artifact; equal requests of a
+    tenant share one result."""
     artifact_digest: Mapped[str | None] = mapped_column(String(64))
     artifact_bytes: Mapped[int | None] = mapped_column(BigInteger)
     report: Mapped[dict[str, Any] | None]

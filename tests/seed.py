@@ -16,6 +16,7 @@ from deltadock.storage.repositories import (
     DeltaRepository,
     JobRepository,
 )
+from deltadock.storage.tenancy import LOCAL_TENANT
 
 WORKER = "worker-1"
 PROJECTIONS = {
@@ -146,7 +147,7 @@ def seed(database: Database, blobs: BlobStore) -> Seeded:
 
 def add_base(session: Session, name: str, size: int) -> BaseRow:
     """Add a base with a new checkpoint."""
-    checkpoint = CheckpointRepository(session).add(
+    checkpoint = CheckpointRepository(session, LOCAL_TENANT).add(
         CheckpointRow(
             digest=digest_of(name),
             weights_digest=digest_of(f"{name} weights"),
@@ -154,13 +155,13 @@ def add_base(session: Session, name: str, size: int) -> BaseRow:
             total_bytes=size,
         )
     )
-    return BaseRepository(session).add(name, checkpoint)[0]
+    return BaseRepository(session, LOCAL_TENANT).add(name, checkpoint)[0]
 
 
 def add_delta(session: Session, base: BaseRow, name: str, bits: float) -> DeltaRow:
     """Add a queued delta of a new fine-tune."""
     words = f"{name} {bits}"
-    tuned = CheckpointRepository(session).add(
+    tuned = CheckpointRepository(session, LOCAL_TENANT).add(
         CheckpointRow(
             digest=digest_of(words),
             weights_digest=digest_of(f"{words} weights"),
@@ -168,7 +169,7 @@ def add_delta(session: Session, base: BaseRow, name: str, bits: float) -> DeltaR
             total_bytes=base.checkpoint.total_bytes,
         )
     )
-    return DeltaRepository(session).add(
+    return DeltaRepository(session, LOCAL_TENANT).add(
         name=name,
         base=base,
         checkpoint_digest=tuned.digest,
@@ -191,15 +192,15 @@ def add_delta(session: Session, base: BaseRow, name: str, bits: float) -> DeltaR
 def start(session: Session, delta: DeltaRow) -> None:
     """Start a delta's job and advance it to block 9 of 24."""
     job_id = delta.job.id
-    JobRepository(session).acquire(job_id, WORKER, 600)
+    JobRepository(session, LOCAL_TENANT).acquire(job_id, WORKER, 600)
     advance(session, job_id, 9)
 
 
 def finish(session: Session, blobs: BlobStore, delta: DeltaRow, outcome: dict[str, Any]) -> None:
     """Finish a delta with this report and a placeholder artifact."""
-    jobs, job_id = JobRepository(session), delta.job.id
+    jobs, job_id = JobRepository(session, LOCAL_TENANT), delta.job.id
     jobs.acquire(job_id, WORKER, 600)
-    DeltaRepository(session).set_result(
+    DeltaRepository(session, LOCAL_TENANT).set_result(
         delta,
         artifact_digest=blobs.put_bytes(delta.id.encode()),
         artifact_bytes=outcome["artifact_bytes"],
@@ -210,7 +211,7 @@ def finish(session: Session, blobs: BlobStore, delta: DeltaRow, outcome: dict[st
 
 def fail(session: Session, delta: DeltaRow) -> None:
     """Fail a delta's job with NaN in its weights."""
-    jobs, job_id = JobRepository(session), delta.job.id
+    jobs, job_id = JobRepository(session, LOCAL_TENANT), delta.job.id
     where = "model.layers.3.mlp.up_proj.weight"
     jobs.acquire(job_id, WORKER, 600)
     jobs.advance(
@@ -227,7 +228,7 @@ def fail(session: Session, delta: DeltaRow) -> None:
 
 def advance(session: Session, job_id: str, block: int, blocks: int = 24) -> None:
     """Advance the job to this block."""
-    moved = JobRepository(session).advance(
+    moved = JobRepository(session, LOCAL_TENANT).advance(
         job_id,
         WORKER,
         JobState.COMPRESSING,

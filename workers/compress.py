@@ -31,6 +31,7 @@ from deltadock.storage.cache import FileCache
 from deltadock.storage.database import Database
 from deltadock.storage.models import DeltaRow, JobRow, JobState
 from deltadock.storage.repositories import JobRepository, UploadRepository
+from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.workers.lease import Lease, LeaseLostError, WorkerStoppingError
 
 MAX_ATTEMPTS: Final = 5
@@ -85,7 +86,7 @@ def compress_job(job_id: str, context: WorkerContext) -> Outcome:
     owner = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
     seconds = context.settings.lease_seconds
     with context.database.session_scope() as session:
-        job = JobRepository(session).acquire(job_id, owner, seconds)
+        job = JobRepository(session, EVERY_TENANT).acquire(job_id, owner, seconds)
     with structlog.contextvars.bound_contextvars(job=job_id):
         if job is None:
             log.info("job_skipped")
@@ -213,16 +214,16 @@ def _calibration(delta: DeltaRow, context: WorkerContext, folder: Path) -> list[
     requested = delta.options["calibration"]
     return [
         Source(
-            None if source["digest"] is None else _text(source["digest"], context, folder),
+            None if source["digest"] is None else _text(delta, source["digest"], context, folder),
             source["weight"],
         )
         for source in (requested["sources"] if requested else ())
     ]
 
 
-def _text(digest: str, context: WorkerContext, folder: Path) -> Path:
+def _text(delta: DeltaRow, digest: str, context: WorkerContext, folder: Path) -> Path:
     with context.database.read_scope() as session:
-        uploaded = UploadRepository(session).calibration_path(digest)
+        uploaded = UploadRepository(session, delta.tenant_id).calibration_path(digest)
     # The suffix selects the text's parser.
     path = folder / f"{digest}{PurePosixPath(uploaded or '').suffix or '.txt'}"
     context.blobs.fetch(digest, path)

@@ -10,6 +10,7 @@ from deltadock.errors import Cancelled, DeltadockError
 from deltadock.storage.database import Database
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.tenancy import EVERY_TENANT
 
 STOPPING: Final = threading.Event()
 """Set once this worker process has been asked to stop."""
@@ -59,7 +60,9 @@ class Lease:
         while not self._done.wait(self._seconds / 3):
             try:
                 with self._database.session_scope() as session:
-                    held = JobRepository(session).renew(self.job_id, self.owner, self._seconds)
+                    held = JobRepository(session, EVERY_TENANT).renew(
+                        self.job_id, self.owner, self._seconds
+                    )
             except DeltadockError as error:  # the next renewal may succeed before the lease expires
                 log.warning("lease_not_renewed", job=self.job_id, error=error.message)
                 continue
@@ -78,7 +81,7 @@ class Lease:
         if STOPPING.is_set():
             raise WorkerStoppingError
         with self._database.read_scope() as session:
-            job = JobRepository(session).find(self.job_id)
+            job = JobRepository(session, EVERY_TENANT).find(self.job_id)
         if not self.held or job is None or job.lease_owner != self.owner:
             raise LeaseLostError
         if job.cancel_requested:
@@ -102,7 +105,7 @@ class Lease:
         """
         self.check()
         with self._database.session_scope() as session:
-            jobs = JobRepository(session)
+            jobs = JobRepository(session, EVERY_TENANT)
             held = jobs.advance(
                 self.job_id,
                 self.owner,
@@ -125,7 +128,7 @@ class Lease:
             LeaseLostError: another worker holds the job.
         """
         with self._database.session_scope() as session:
-            finished = JobRepository(session).finish(
+            finished = JobRepository(session, EVERY_TENANT).finish(
                 self.job_id,
                 self.owner,
                 state,
@@ -143,12 +146,12 @@ class Lease:
             LeaseLostError: another worker holds the job.
         """
         with self._database.session_scope() as session:
-            jobs = JobRepository(session)
+            jobs = JobRepository(session, EVERY_TENANT)
             job = jobs.find(self.job_id)
-            delta = DeltaRepository(session).find(job.delta_id) if job else None
+            delta = DeltaRepository(session, EVERY_TENANT).find(job.delta_id) if job else None
             if delta is None:
                 raise Cancelled("The delta was deleted.")
-            DeltaRepository(session).set_result(
+            DeltaRepository(session, EVERY_TENANT).set_result(
                 delta,
                 artifact_digest=artifact_digest,
                 artifact_bytes=artifact_bytes,
@@ -160,11 +163,11 @@ class Lease:
     def release(self) -> None:
         """Release the lease, so that another worker can resume the job at once."""
         with self._database.session_scope() as session:
-            JobRepository(session).release(self.job_id, self.owner)
+            JobRepository(session, EVERY_TENANT).release(self.job_id, self.owner)
 
     def expire(self, error: DeltadockError) -> None:
         """Let the lease expire now after `error`, so that the sweeper re-sends the job."""
         with self._database.session_scope() as session:
-            jobs = JobRepository(session)
+            jobs = JobRepository(session, EVERY_TENANT)
             if jobs.renew(self.job_id, self.owner, 0.0):
                 jobs.write_log(self.job_id, f"To be tried again ({error.code}): {error.message}")

@@ -15,6 +15,7 @@ from deltadock.settings import Settings
 from deltadock.storage.database import database_now
 from deltadock.storage.models import JobPriority
 from deltadock.storage.repositories import JobRepository, UploadRepository
+from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.workers.compress import WorkerContext, job_folder
 
 QUEUED_SECONDS: Final = 120.0
@@ -40,7 +41,7 @@ def resend_lost(
     if not queue_is_empty():
         return []
     with context.database.session_scope() as session:
-        jobs = JobRepository(session)
+        jobs = JobRepository(session, EVERY_TENANT)
         stale = {job.id: job.priority for job in jobs.stale(queued_seconds=queued_seconds)}
         jobs.mark_sent(stale)
     for job_id, priority in stale.items():
@@ -51,7 +52,7 @@ def resend_lost(
 def drop_abandoned(context: WorkerContext) -> int:
     """Abort abandoned uploads and drop abandoned staged bytes; returns how many."""
     with context.database.session_scope() as session:
-        uploads = UploadRepository(session)
+        uploads = UploadRepository(session, EVERY_TENANT)
         before = database_now(session) - ABANDONED
         abandoned = uploads.abandoned(before)
         for upload in abandoned:
@@ -67,7 +68,7 @@ def drop_job_folders(context: WorkerContext) -> int:
     dropped = 0
     for folder in job_folder(context.settings, "").glob("job_*"):
         with context.database.read_scope() as session:
-            job = JobRepository(session).find(folder.name)
+            job = JobRepository(session, EVERY_TENANT).find(folder.name)
         if job is None or job.state.is_final:
             shutil.rmtree(folder, ignore_errors=True)
             dropped += 1

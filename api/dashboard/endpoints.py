@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
+from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dashboard import charts, formats, views
 from deltadock.api.deltas.endpoints import DeltaId
 from deltadock.api.dependencies import ReadSession
@@ -114,24 +115,30 @@ ENDED: Final = {"HX-Trigger": "job-ended"}
 
 @router.get("/")
 def show_deltas(
-    request: Request, session: ReadSession, after: Annotated[str | None, Query()] = None
+    request: Request,
+    caller: CallerDep,
+    session: ReadSession,
+    after: Annotated[str | None, Query()] = None,
 ) -> Response:
     """The list of stored deltas and bases."""
-    context = {"overview": views.overview(session, after), "after": after}
+    context = {"overview": views.overview(session, caller.tenant_id, after), "after": after}
     return render(request, "deltas.html", context)
 
 
 @router.get("/parts/totals")
-def show_totals(request: Request, session: ReadSession) -> Response:
+def show_totals(request: Request, caller: CallerDep, session: ReadSession) -> Response:
     """The totals, refreshed when a job ends."""
-    return render(request, "parts/totals.html", {"totals": views.totals(session)})
+    totals = views.totals(session, caller.tenant_id)
+    return render(request, "parts/totals.html", {"totals": totals})
 
 
 @router.get("/parts/deltas/{delta_id}/row")
-def show_row(delta_id: DeltaId, request: Request, session: ReadSession) -> Response:
+def show_row(
+    delta_id: DeltaId, request: Request, caller: CallerDep, session: ReadSession
+) -> Response:
     """A row of the list, refreshed while its job runs."""
     try:
-        entry = views.entry(session, delta_id)
+        entry = views.entry(session, caller.tenant_id, delta_id)
     except NotFound:
         return HTMLResponse(headers=HEADERS | REMOVE)
     headers = ENDED if entry.job.state.is_final else None
@@ -139,10 +146,12 @@ def show_row(delta_id: DeltaId, request: Request, session: ReadSession) -> Respo
 
 
 @router.get("/parts/deltas/{delta_id}/job")
-def show_job(delta_id: DeltaId, request: Request, session: ReadSession) -> Response:
+def show_job(
+    delta_id: DeltaId, request: Request, caller: CallerDep, session: ReadSession
+) -> Response:
     """The job on a delta's page; reloads the page when it has ended."""
     try:
-        entry = views.entry(session, delta_id)
+        entry = views.entry(session, caller.tenant_id, delta_id)
     except NotFound:
         return HTMLResponse(headers=HEADERS | REFRESH)
     if entry.job.state.is_final:
@@ -151,22 +160,25 @@ def show_job(delta_id: DeltaId, request: Request, session: ReadSession) -> Respo
 
 
 @router.get("/nodes")
-def show_nodes(request: Request, session: ReadSession) -> Response:
+def show_nodes(request: Request, caller: CallerDep, session: ReadSession) -> Response:
     """The inference nodes and the deltas they hold."""
-    return render(request, "nodes.html", _nodes(session))
+    return render(request, "nodes.html", _nodes(session, caller))
 
 
 @router.get("/parts/nodes")
-def refresh_nodes(request: Request, session: ReadSession) -> Response:
+def refresh_nodes(request: Request, caller: CallerDep, session: ReadSession) -> Response:
     """The nodes without the surrounding page."""
-    return render(request, "parts/nodes.html", _nodes(session))
+    return render(request, "parts/nodes.html", _nodes(session, caller))
 
 
-def _nodes(session: Session) -> dict[str, Any]:
-    return {"nodes": registered_nodes(session).data, "shown": DELTAS_PER_NODE}
+def _nodes(session: Session, caller: Caller) -> dict[str, Any]:
+    return {"nodes": registered_nodes(session, caller).data, "shown": DELTAS_PER_NODE}
 
 
 @router.get("/deltas/{delta_id}")
-def show_delta(delta_id: DeltaId, request: Request, session: ReadSession) -> Response:
+def show_delta(
+    delta_id: DeltaId, request: Request, caller: CallerDep, session: ReadSession
+) -> Response:
     """One delta's page."""
-    return render(request, "delta.html", {"page": views.delta_view(session, delta_id)})
+    page = views.delta_view(session, caller.tenant_id, delta_id)
+    return render(request, "delta.html", {"page": page})

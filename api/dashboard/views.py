@@ -105,40 +105,44 @@ class Stage(NamedTuple):
     status: str
 
 
-def overview(session: Session, after: str | None) -> Overview:
+def overview(session: Session, tenant_id: str, after: str | None) -> Overview:
     """A page of deltas, newest first, and the totals over all of them.
 
     Raises:
         InvalidInput: `after` is not a delta's id.
     """
-    deltas, next_after = page_of_deltas(session, limit=DELTAS_PER_PAGE, after=after)
-    bases = [BaseOut.of(base) for base in BaseRepository(session).all()]
+    deltas, next_after = page_of_deltas(session, tenant_id, limit=DELTAS_PER_PAGE, after=after)
+    bases = [BaseOut.of(base) for base in BaseRepository(session, tenant_id).all()]
     return Overview(
-        [DeltaEntry.of(delta) for delta in deltas], next_after, bases, _sum(session, bases)
+        [DeltaEntry.of(delta) for delta in deltas],
+        next_after,
+        bases,
+        _sum(session, tenant_id, bases),
     )
 
 
-def totals(session: Session) -> Totals:
+def totals(session: Session, tenant_id: str) -> Totals:
     """The totals over all deltas."""
-    return _sum(session, [BaseOut.of(base) for base in BaseRepository(session).all()])
+    bases = BaseRepository(session, tenant_id).all()
+    return _sum(session, tenant_id, [BaseOut.of(base) for base in bases])
 
 
-def entry(session: Session, delta_id: str) -> DeltaEntry:
+def entry(session: Session, tenant_id: str, delta_id: str) -> DeltaEntry:
     """One delta and its job.
 
     Raises:
         NotFound: there is none, or it was deleted.
     """
-    return DeltaEntry.of(require_delta(session, delta_id))
+    return DeltaEntry.of(require_delta(session, tenant_id, delta_id))
 
 
-def delta_view(session: Session, delta_id: str) -> DeltaView:
+def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
     """One delta with its report.
 
     Raises:
         NotFound: there is none, or it was deleted.
     """
-    delta = require_delta(session, delta_id)
+    delta = require_delta(session, tenant_id, delta_id)
     return DeltaView(DeltaEntry.of(delta), ReportFigures.of(delta.report) if delta.report else None)
 
 
@@ -156,12 +160,12 @@ def advice(job: JobOut) -> str | None:
     return ADVICE.get(job.error.code) if job.error else None
 
 
-def _sum(session: Session, bases: Sequence[BaseOut]) -> Totals:
+def _sum(session: Session, tenant_id: str, bases: Sequence[BaseOut]) -> Totals:
     # Two bases may share a checkpoint.
     sizes: Mapping[str, int] = {
         base.checkpoint.digest: base.checkpoint.total_bytes for base in bases
     }
-    deltas = DeltaRepository(session).totals()
+    deltas = DeltaRepository(session, tenant_id).totals()
     return Totals(
         deltas=deltas.deltas,
         artifact_bytes=deltas.artifact_bytes,

@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
+from deltadock.api.access import CallerDep
 from deltadock.api.deltas import service
 from deltadock.api.deltas.download import ARTIFACT_RESPONSES, artifact_response
 from deltadock.api.deltas.schemas import (
@@ -50,43 +51,50 @@ DeltaId = Annotated[str, Path(examples=[EXAMPLE_DELTA_ID])]
     },
 )
 def create_delta(
-    body: DeltaIn, unit: WriteUnit, resources: ResourcesDep, response: Response
+    body: DeltaIn,
+    caller: CallerDep,
+    unit: WriteUnit,
+    resources: ResourcesDep,
+    response: Response,
 ) -> DeltaAccepted:
     """Compress a fine-tuned checkpoint; `Location` is the job."""
-    delta, started = service.request_delta(unit, resources, body)
+    delta, started = service.request_delta(unit, resources, caller.tenant_id, body)
     if not started:
         response.status_code = 200
     response.headers["Location"] = f"/v1/jobs/{delta.job.id}"
-    return DeltaAccepted(delta=DeltaOut.of(delta), job=describe_jobs(unit.session, [delta.job])[0])
+    return DeltaAccepted(
+        delta=DeltaOut.of(delta), job=describe_jobs(unit.session, caller.tenant_id, [delta.job])[0]
+    )
 
 
 @router.get("", responses=problems(InvalidInput))
 def list_deltas(
+    caller: CallerDep,
     session: ReadSession,
     after: Annotated[str | None, Query(description="`next` of the previous page.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> DeltaPage:
     """List the deltas, newest first."""
-    deltas, next_after = service.page_of_deltas(session, limit=limit, after=after)
+    deltas, next_after = service.page_of_deltas(session, caller.tenant_id, limit=limit, after=after)
     return DeltaPage(data=[DeltaOut.of(delta) for delta in deltas], next=next_after)
 
 
 @router.get("/{delta_id}", responses=problems(NotFound))
-def get_delta(delta_id: DeltaId, session: ReadSession) -> DeltaOut:
+def get_delta(delta_id: DeltaId, caller: CallerDep, session: ReadSession) -> DeltaOut:
     """Get one delta."""
-    return DeltaOut.of(service.require_delta(session, delta_id))
+    return DeltaOut.of(service.require_delta(session, caller.tenant_id, delta_id))
 
 
 @router.delete("/{delta_id}", status_code=204, responses=problems(NotFound))
-def delete_delta(delta_id: DeltaId, unit: WriteUnit) -> None:
+def delete_delta(delta_id: DeltaId, caller: CallerDep, unit: WriteUnit) -> None:
     """Delete a delta. Its name and version are never reused."""
-    service.delete_delta(unit.session, delta_id)
+    service.delete_delta(unit.session, caller.tenant_id, delta_id)
 
 
 @router.get("/{delta_id}/report", responses=problems(NotFound, NotReady))
-def get_report(delta_id: DeltaId, session: ReadSession) -> ReportOut:
+def get_report(delta_id: DeltaId, caller: CallerDep, session: ReadSession) -> ReportOut:
     """Get the compression's measurements."""
-    delta = service.require_delta(session, delta_id)
+    delta = service.require_delta(session, caller.tenant_id, delta_id)
     service.require_ready(delta)
     return ReportOut.model_validate(delta.report)
 
@@ -99,12 +107,16 @@ def get_report(delta_id: DeltaId, session: ReadSession) -> ReportOut:
     operation_id="head_artifact",
 )
 def download_artifact(
-    delta_id: DeltaId, request: Request, session: ReadSession, resources: ResourcesDep
+    delta_id: DeltaId,
+    request: Request,
+    caller: CallerDep,
+    session: ReadSession,
+    resources: ResourcesDep,
 ) -> Response:
     """Download the artifact; `ETag` is its SHA-256, and `Range` resumes a download.
 
     Where clients can reach the object store, the answer is a redirect to it, valid for minutes.
     """
-    delta = service.require_delta(session, delta_id)
+    delta = service.require_delta(session, caller.tenant_id, delta_id)
     digest = service.require_ready(delta)
     return artifact_response(request, resources.blobs, digest, f"{delta.id}.delta")

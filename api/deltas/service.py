@@ -19,13 +19,13 @@ from deltadock.storage.models import BaseRow, DeltaRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, UploadRepository
 
 
-def require_delta(session: Session, delta_id: str) -> DeltaRow:
+def require_delta(session: Session, tenant_id: str, delta_id: str) -> DeltaRow:
     """The delta with this id.
 
     Raises:
         NotFound: there is none, or it was deleted.
     """
-    delta = DeltaRepository(session).find(delta_id)
+    delta = DeltaRepository(session, tenant_id).find(delta_id)
     if delta is None:
         raise NotFound(f"There is no delta {delta_id!r}; GET /v1/deltas lists them.")
     return delta
@@ -46,11 +46,14 @@ def require_ready(delta: DeltaRow) -> str:
     return delta.artifact_digest
 
 
-def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tuple[DeltaRow, bool]:
+def request_delta(
+    unit: UnitOfWork, resources: Resources, tenant_id: str, body: DeltaIn
+) -> tuple[DeltaRow, bool]:
     """Create a delta; returns it and whether a compression was started.
 
-    A repeated request returns the existing delta, ready or unfinished. If a ready delta of another
-    name has the same inputs, its artifact is shared: equal inputs give equal bytes.
+    A repeated request returns the existing delta, ready or unfinished. If the tenant has a
+    ready delta of another name with the same inputs, its artifact is shared: equal inputs give
+    equal bytes.
 
     Raises:
         NotFound: no such base, checkpoint or calibration text.
@@ -58,8 +61,8 @@ def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tupl
         UnknownMethod, BitsOutOfRange, InvalidGoal, ArchitectureMismatch.
     """
     session = unit.session
-    base = require_base(session, body.base)
-    checkpoint = require_checkpoint(session, body.checkpoint)
+    base = require_base(session, tenant_id, body.base)
+    checkpoint = require_checkpoint(session, tenant_id, body.checkpoint)
     method, goal = body.check_goal()
     is_adapter = checkpoint.model_type == ADAPTER_TYPE
     if is_adapter != method.imports_adapter:
@@ -67,7 +70,9 @@ def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tupl
         kind = "a PEFT adapter" if is_adapter else "a whole model, not a PEFT adapter"
         raise InvalidInput(f"The checkpoint is {kind}: the method {wanted}.")
     is_bound = goal is not None and goal.kind not in SIZES
-    calibration = _calibration(session, body, needed=method.needs_calibration or is_bound)
+    calibration = _calibration(
+        session, tenant_id, body, needed=method.needs_calibration or is_bound
+    )
     if checkpoint.digest != base.checkpoint_digest and not is_adapter:
         check_same_architecture(
             read_manifest(resources.blobs, base.checkpoint_digest),
@@ -79,7 +84,7 @@ def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tupl
         "goal": asdict(goal) if goal else None,
         "calibration": calibration.to_options() if calibration else None,
     }
-    deltas = DeltaRepository(session)
+    deltas = DeltaRepository(session, tenant_id)
     fingerprint = _fingerprint(base, body, options)
     same = deltas.find_same(fingerprint)
     for delta in same:
@@ -104,14 +109,14 @@ def request_delta(unit: UnitOfWork, resources: Resources, body: DeltaIn) -> tupl
 
 
 def page_of_deltas(
-    session: Session, *, limit: int, after: str | None
+    session: Session, tenant_id: str, *, limit: int, after: str | None
 ) -> tuple[list[DeltaRow], str | None]:
     """A page of deltas, newest first, and the next page's `after` (None on the last page).
 
     Raises:
         InvalidInput: `after` is not a delta's id.
     """
-    deltas = DeltaRepository(session)
+    deltas = DeltaRepository(session, tenant_id)
     cursor = None
     if after is not None and (cursor := deltas.cursor(after)) is None:
         raise InvalidInput(f"after={after!r} is not a delta; use the previous page's `next`.")
@@ -120,29 +125,31 @@ def page_of_deltas(
     return page, page[-1].id if len(found) > limit else None
 
 
-def delete_delta(session: Session, delta_id: str) -> None:
+def delete_delta(session: Session, tenant_id: str, delta_id: str) -> None:
     """Delete a delta and cancel its job if it is unfinished.
 
     Raises:
         NotFound: there is none.
     """
-    delta = require_delta(session, delta_id)
-    JobRepository(session).request_cancel(delta.job.id)
-    DeltaRepository(session).delete(delta)
+    delta = require_delta(session, tenant_id, delta_id)
+    JobRepository(session, tenant_id).request_cancel(delta.job.id)
+    DeltaRepository(session, tenant_id).delete(delta)
 
 
-def _calibration(session: Session, body: DeltaIn, *, needed: bool) -> CalibrationIn | None:
+def _calibration(
+    session: Session, tenant_id: str, body: DeltaIn, *, needed: bool
+) -> CalibrationIn | None:
     """The requested mixture, or the default one if needed, for calibration or measurement.
 
     Raises:
-        NotFound: a text was never uploaded.
+        NotFound: the tenant has not uploaded a text.
     """
     requested = body.calibration
     if requested is None:
         return CalibrationIn() if needed else None
     if not isinstance(requested, CalibrationIn):
         requested = CalibrationIn(sources=[requested])
-    uploads = UploadRepository(session)
+    uploads = UploadRepository(session, tenant_id)
     for digest in requested.digests:
         if not uploads.has_calibration(digest):
             raise NotFound(f"There is no calibration text {digest}; upload and complete it first.")

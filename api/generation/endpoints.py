@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from deltadock.api.access import Caller, CallerDep
 from deltadock.api.bases import BaseRef, require_base
 from deltadock.api.deltas.endpoints import DeltaId
 from deltadock.api.deltas.service import require_delta
@@ -41,17 +42,19 @@ router = APIRouter(tags=["generation"])
 
 
 @router.get("/v1/models", responses=openai_problems())
-def list_models(session: ReadSession) -> ModelListOut:
+def list_models(caller: CallerDep, session: ReadSession) -> ModelListOut:
     """All models, in OpenAI's format."""
-    return service.list_models(session)
+    return service.list_models(session, caller.tenant_id)
 
 
 @router.get("/v1/models/{model:path}", responses=openai_problems(NotFound, NotReady))
 def get_model(
-    model: Annotated[str, Path(max_length=256, examples=[EXAMPLE_DELTA_ID])], session: ReadSession
+    model: Annotated[str, Path(max_length=256, examples=[EXAMPLE_DELTA_ID])],
+    caller: CallerDep,
+    session: ReadSession,
 ) -> ModelOut:
     """One model: a delta by id, project/model or project/model:version, or a base."""
-    return service.get_model(session, model)
+    return service.get_model(session, caller.tenant_id, model)
 
 
 def _answers(what: str) -> dict[int | str, dict[str, Any]]:
@@ -70,25 +73,33 @@ def _answers(what: str) -> dict[int | str, dict[str, Any]]:
 
 
 @router.post("/v1/completions", response_class=Response, responses=_answers("completion"))
-async def complete(body: CompletionRequest, request: Request, resources: ResourcesDep) -> Response:
+async def complete(
+    body: CompletionRequest, caller: CallerDep, request: Request, resources: ResourcesDep
+) -> Response:
     """OpenAI's completions, by the delta or base that `model` names."""
-    return await _forward(resources, request, COMPLETIONS, body)
+    return await _forward(resources, request, caller, COMPLETIONS, body)
 
 
 @router.post("/v1/chat/completions", response_class=Response, responses=_answers("chat completion"))
-async def chat(body: ChatRequest, request: Request, resources: ResourcesDep) -> Response:
+async def chat(
+    body: ChatRequest, caller: CallerDep, request: Request, resources: ResourcesDep
+) -> Response:
     """OpenAI's chat completions, with each delta's own chat template."""
-    return await _forward(resources, request, CHAT, body)
+    return await _forward(resources, request, caller, CHAT, body)
 
 
 async def _forward(
-    resources: Resources, request: Request, path: str, body: CompletionRequest | ChatRequest
+    resources: Resources,
+    request: Request,
+    caller: Caller,
+    path: str,
+    body: CompletionRequest | ChatRequest,
 ) -> ForwardedResponse:
     """Forward the validated request; its weights are resolved once, even if the name moves."""
 
     def find() -> ModelTarget:
         with resources.database.read_scope() as session:
-            return service.resolve(session, body.model)
+            return service.resolve(session, caller.tenant_id, body.model)
 
     target = await run_in_threadpool(find)
     content = body.model_dump(exclude_unset=True)
@@ -100,13 +111,17 @@ GENERATE_PROBLEMS = problems(NotFound, NotReady, InvalidInput, Overloaded, Unava
 
 @router.post("/v1/deltas/{delta_id}/generate", responses=GENERATE_PROBLEMS)
 async def generate_with_delta(
-    delta_id: DeltaId, body: GenerateIn, request: Request, resources: ResourcesDep
+    delta_id: DeltaId,
+    body: GenerateIn,
+    caller: CallerDep,
+    request: Request,
+    resources: ResourcesDep,
 ) -> DeltaGenerated:
     """Continue one prompt with a delta."""
 
     def find() -> ModelTarget:
         with resources.database.read_scope() as session:
-            return service.target_of_delta(require_delta(session, delta_id))
+            return service.target_of_delta(require_delta(session, caller.tenant_id, delta_id))
 
     target = await run_in_threadpool(find)
     completion = await service.generate(resources, request, target, delta_id, body)
@@ -115,13 +130,17 @@ async def generate_with_delta(
 
 @router.post("/v1/bases/{base}/generate", responses=GENERATE_PROBLEMS)
 async def generate_with_base(
-    base: BaseRef, body: GenerateIn, request: Request, resources: ResourcesDep
+    base: BaseRef,
+    body: GenerateIn,
+    caller: CallerDep,
+    request: Request,
+    resources: ResourcesDep,
 ) -> BaseGenerated:
     """Continue one prompt with the bare base."""
 
     def find() -> tuple[str, ModelTarget]:
         with resources.database.read_scope() as session:
-            found = require_base(session, base)
+            found = require_base(session, caller.tenant_id, base)
             return found.name, service.target_of_base(found)
 
     name, target = await run_in_threadpool(find)

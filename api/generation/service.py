@@ -38,10 +38,10 @@ NODE_ERRORS = {
 }
 
 
-def list_models(session: Session) -> ModelListOut:
+def list_models(session: Session, tenant_id: str) -> ModelListOut:
     """Bases by name, ready deltas by id, and each delta name for its highest ready version."""
-    bases = [ModelOut.of_base(base) for base in BaseRepository(session).all()]
-    ready = DeltaRepository(session).ready()
+    bases = [ModelOut.of_base(base) for base in BaseRepository(session, tenant_id).all()]
+    ready = DeltaRepository(session, tenant_id).ready()
     latest = {delta.name: delta for delta in sorted(ready, key=lambda delta: delta.version)}
     return ModelListOut(
         data=[
@@ -52,21 +52,21 @@ def list_models(session: Session) -> ModelListOut:
     )
 
 
-def get_model(session: Session, model: str) -> ModelOut:
+def get_model(session: Session, tenant_id: str, model: str) -> ModelOut:
     """One model in OpenAI's format, under the requested name.
 
     Raises:
         NotFound: no model has this name.
         NotReady: the delta has no artifact.
     """
-    row = _find(session, model)
+    row = _find(session, tenant_id, model)
     if isinstance(row, BaseRow):
         return ModelOut.of_base(row)
     require_ready(row)
     return ModelOut.of_delta(model, row)
 
 
-def resolve(session: Session, model: str) -> ModelTarget:
+def resolve(session: Session, tenant_id: str, model: str) -> ModelTarget:
     """The weights that `model` names now.
 
     It may be a delta's id, `project/model` (its highest ready version), `project/model:version`,
@@ -76,7 +76,7 @@ def resolve(session: Session, model: str) -> ModelTarget:
         NotFound: no model has this name.
         NotReady: the delta has no artifact.
     """
-    row = _find(session, model)
+    row = _find(session, tenant_id, model)
     return target_of_delta(row) if isinstance(row, DeltaRow) else target_of_base(row)
 
 
@@ -90,8 +90,9 @@ def target_of_base(base: BaseRow) -> ModelTarget:
     return ModelTarget(base.checkpoint_digest)
 
 
-def _find(session: Session, model: str) -> DeltaRow | BaseRow:
-    row = _find_delta(DeltaRepository(session), model) or BaseRepository(session).find(model)
+def _find(session: Session, tenant_id: str, model: str) -> DeltaRow | BaseRow:
+    deltas = DeltaRepository(session, tenant_id)
+    row = _find_delta(deltas, model) or BaseRepository(session, tenant_id).find(model)
     if row is None:
         raise NotFound(f"There is no model {model!r}; GET /v1/models lists them.")
     return row

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Header, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
+from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
@@ -111,21 +112,21 @@ class UploadOut(BaseModel):
 
 
 @router.post("", status_code=201, responses=problems(InvalidInput))
-def create_upload(body: UploadIn, unit: WriteUnit) -> UploadOut:
+def create_upload(body: UploadIn, caller: CallerDep, unit: WriteUnit) -> UploadOut:
     """Start an upload; put its files next, then complete it."""
-    return UploadOut.of(UploadRepository(unit.session).add(body.kind))
+    return UploadOut.of(UploadRepository(unit.session, caller.tenant_id).add(body.kind))
 
 
 @router.get("/{upload_id}", responses=problems(NotFound))
-def get_upload(upload_id: UploadId, session: ReadSession) -> UploadOut:
+def get_upload(upload_id: UploadId, caller: CallerDep, session: ReadSession) -> UploadOut:
     """Get the upload and its stored files, so that an interrupted client can resume."""
-    return UploadOut.of(service.require_upload(session, upload_id))
+    return UploadOut.of(service.require_upload(session, caller.tenant_id, upload_id))
 
 
 @router.delete("/{upload_id}", status_code=204, responses=problems(NotFound, Conflict))
-def abort_upload(upload_id: UploadId, unit: WriteUnit) -> None:
+def abort_upload(upload_id: UploadId, caller: CallerDep, unit: WriteUnit) -> None:
     """Abort the upload."""
-    service.abort_upload(unit.session, upload_id)
+    service.abort_upload(unit.session, caller.tenant_id, upload_id)
 
 
 @router.put(
@@ -147,6 +148,7 @@ async def put_file(
     request: Request,
     upload_id: UploadId,
     path: Annotated[str, Path(examples=["model.safetensors"])],
+    caller: CallerDep,
     resources: ResourcesDep,
     content_digest: Annotated[
         str | None,
@@ -172,7 +174,7 @@ async def put_file(
 
     def admit() -> UploadRow:
         with resources.database.read_scope() as session:
-            upload = service.require_upload(session, upload_id)
+            upload = service.require_upload(session, caller.tenant_id, upload_id)
             service.check_may_add(upload, path)
             return upload
 
@@ -185,7 +187,7 @@ async def put_file(
 
     def record() -> UploadFileRow:
         with resources.database.session_scope() as session:
-            return service.record_file(session, upload_id, file, tensors)
+            return service.record_file(session, caller.tenant_id, upload_id, file, tensors)
 
     return FileOut.of(await run_in_threadpool(record))
 
@@ -194,7 +196,11 @@ async def put_file(
     "/{upload_id}/complete",
     responses=problems(NotFound, Conflict, InvalidCheckpoint, InvalidCalibration, DamagedBlob),
 )
-def complete_upload(upload_id: UploadId, unit: WriteUnit, resources: ResourcesDep) -> UploadOut:
+def complete_upload(
+    upload_id: UploadId, caller: CallerDep, unit: WriteUnit, resources: ResourcesDep
+) -> UploadOut:
     """Complete the upload: its files become a checkpoint or a calibration text."""
-    upload, ignored = service.complete_upload(unit.session, resources.blobs, upload_id)
+    upload, ignored = service.complete_upload(
+        unit.session, resources.blobs, caller.tenant_id, upload_id
+    )
     return UploadOut.of(upload).model_copy(update={"ignored": ignored})

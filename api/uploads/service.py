@@ -28,13 +28,15 @@ MAX_JSON_BYTES: Final = 32 << 20
 """Of config and shard index, which are read into memory (a 1T-parameter model: a tenth of it)."""
 
 
-def require_upload(session: Session, upload_id: str, *, lock: bool = False) -> UploadRow:
+def require_upload(
+    session: Session, tenant_id: str, upload_id: str, *, lock: bool = False
+) -> UploadRow:
     """The upload with this id.
 
     Raises:
         NotFound: there is none.
     """
-    upload = UploadRepository(session).find(upload_id, lock=lock)
+    upload = UploadRepository(session, tenant_id).find(upload_id, lock=lock)
     if upload is None:
         raise NotFound(f"There is no upload {upload_id!r}.")
     return upload
@@ -57,14 +59,14 @@ def check_may_add(upload: UploadRow, path: str) -> None:
 
 
 def record_file(
-    session: Session, upload_id: str, file: FileEntry, tensors: list[TensorEntry]
+    session: Session, tenant_id: str, upload_id: str, file: FileEntry, tensors: list[TensorEntry]
 ) -> UploadFileRow:
     """Add a stored file to an open upload.
 
     Raises:
         NotFound, Conflict, InvalidCalibration: as `require_upload` and `check_may_add`.
     """
-    upload = require_upload(session, upload_id, lock=True)
+    upload = require_upload(session, tenant_id, upload_id, lock=True)
     check_may_add(upload, file.path)
     row = UploadFileRow(
         upload_id=upload.id,
@@ -81,24 +83,24 @@ def record_file(
             for tensor in tensors
         ],
     )
-    UploadRepository(session).put_file(upload, row)
+    UploadRepository(session, tenant_id).put_file(upload, row)
     return row
 
 
-def abort_upload(session: Session, upload_id: str) -> None:
+def abort_upload(session: Session, tenant_id: str, upload_id: str) -> None:
     """Abort an upload; idempotent.
 
     Raises:
         Conflict: it is complete.
     """
-    upload = require_upload(session, upload_id, lock=True)
+    upload = require_upload(session, tenant_id, upload_id, lock=True)
     if upload.state is UploadState.COMPLETE:
         raise Conflict(f"Upload {upload_id} is complete and can no longer be aborted.")
-    UploadRepository(session).abort(upload)
+    UploadRepository(session, tenant_id).abort(upload)
 
 
 def complete_upload(
-    session: Session, blobs: BlobStore, upload_id: str
+    session: Session, blobs: BlobStore, tenant_id: str, upload_id: str
 ) -> tuple[UploadRow, list[str]]:
     """Turn an upload's files into a checkpoint or a calibration text; idempotent.
 
@@ -110,7 +112,7 @@ def complete_upload(
         InvalidCheckpoint: the checkpoint is incomplete or invalid; the upload stays open.
         InvalidCalibration: there is no text.
     """
-    upload = require_upload(session, upload_id, lock=True)
+    upload = require_upload(session, tenant_id, upload_id, lock=True)
     if upload.state is UploadState.COMPLETE:
         return upload, []
     if upload.state is UploadState.ABORTED:
@@ -124,7 +126,7 @@ def complete_upload(
         manifest = _manifest(upload, blobs)
         kept = {file.path for file in manifest.files}
         ignored = sorted(file.path for file in upload.files if file.path not in kept)
-        upload.checkpoint = CheckpointRepository(session).add(
+        upload.checkpoint = CheckpointRepository(session, tenant_id).add(
             CheckpointRow(
                 digest=blobs.put_bytes(manifest.to_json()),
                 weights_digest=manifest.weights_digest,
@@ -132,7 +134,7 @@ def complete_upload(
                 total_bytes=manifest.total_bytes,
             )
         )
-    UploadRepository(session).complete(upload)
+    UploadRepository(session, tenant_id).complete(upload)
     return upload, ignored
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, func, select, tuple_
+from sqlalchemy import ColumnElement, Select, func, select, tuple_
 from sqlalchemy.orm import Session, joinedload
 
 from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import BaseRow, CheckpointRow, DeltaRow, JobPriority, JobRow, JobState
+from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 UNSUCCESSFUL = (JobState.FAILED, JobState.CANCELLED)
 
@@ -22,10 +23,14 @@ class DeltaTotals(NamedTuple):
 
 
 class DeltaRepository:
-    """Deltas are loaded with their base and job; deleted ones are excluded."""
+    """The tenant's deltas, loaded with their base and job; deleted ones are excluded."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, tenant: Tenant) -> None:
         self.session = session
+        self.tenant = tenant
+
+    def _owned(self) -> ColumnElement[bool]:
+        return owned_by(DeltaRow.tenant_id, self.tenant)
 
     def _not_deleted(self) -> Select[DeltaRow]:
         return (
@@ -34,7 +39,7 @@ class DeltaRepository:
             .options(
                 joinedload(DeltaRow.base).joinedload(BaseRow.checkpoint), joinedload(DeltaRow.job)
             )
-            .where(DeltaRow.deleted_at.is_(None))
+            .where(DeltaRow.deleted_at.is_(None), self._owned())
         )
 
     def find(self, delta_id: str) -> DeltaRow | None:
@@ -63,7 +68,7 @@ class DeltaRepository:
 
         Locks the fingerprint until the transaction ends.
         """
-        lock_key(self.session, "fingerprint", fingerprint)
+        lock_key(self.session, "fingerprint", str(self.tenant), fingerprint)
         return self.session.scalars(
             self._not_deleted()
             .where(
@@ -89,7 +94,9 @@ class DeltaRepository:
 
     def cursor(self, delta_id: str) -> DeltaRow | None:
         """The last delta of the previous page, even if it has been deleted since."""
-        return self.session.get(DeltaRow, delta_id)
+        return self.session.scalars(
+            select(DeltaRow).where(DeltaRow.id == delta_id, self._owned())
+        ).one_or_none()
 
     def ready(self) -> Sequence[DeltaRow]:
         """All deltas that can be served, newest first."""
@@ -104,7 +111,7 @@ class DeltaRepository:
         ready = (
             select(DeltaRow.artifact_digest, DeltaRow.artifact_bytes, DeltaRow.checkpoint_digest)
             .join(DeltaRow.job)
-            .where(DeltaRow.deleted_at.is_(None), JobRow.state == JobState.READY)
+            .where(DeltaRow.deleted_at.is_(None), self._owned(), JobRow.state == JobState.READY)
             .cte("ready")
         )
         artifacts = select(ready.c.artifact_digest, ready.c.artifact_bytes).distinct().subquery()
@@ -135,13 +142,15 @@ class DeltaRepository:
 
         Versions of deleted deltas count too, since they are never reused.
         """
-        lock_key(self.session, "name", name)
+        owner = owner_of(self.tenant)
+        lock_key(self.session, "name", owner, name)
         latest = self.session.scalar(
-            select(func.max(DeltaRow.version)).where(DeltaRow.name == name)
+            select(func.max(DeltaRow.version)).where(self._owned(), DeltaRow.name == name)
         )
         now = database_now(self.session)
         delta = DeltaRow(
             id=new_id("dlt"),
+            tenant_id=owner,
             name=name,
             version=(latest or 0) + 1,
             base=base,

@@ -9,10 +9,12 @@ from sqlalchemy import (
     and_,
     case,
     delete,
+    exists,
     func,
     insert,
     or_,
     select,
+    true,
     tuple_,
     update,
 )
@@ -30,6 +32,7 @@ from deltadock.storage.models import (
     JobRow,
     JobState,
 )
+from deltadock.storage.tenancy import EVERY_TENANT, Tenant, owned_by
 
 RETRIABLE: Final = (JobState.FAILED, JobState.CANCELLED)
 MAX_LOG_LINES: Final = 1000
@@ -42,14 +45,31 @@ _IS_WAITING: Final = and_(JobRow.state == JobState.QUEUED, JobRow.lease_owner.is
 
 
 class JobRepository:
-    """Times are from the database's clock unless the caller passes `now`."""
+    """Jobs of the tenant's deltas; workers, which hold a lease, serve every tenant.
 
-    def __init__(self, session: Session) -> None:
+    Times are from the database's clock unless the caller passes `now`.
+    """
+
+    def __init__(self, session: Session, tenant: Tenant) -> None:
         self.session = session
+        self.tenant = tenant
+
+    def _owned(self) -> ColumnElement[bool]:
+        if self.tenant is EVERY_TENANT:
+            return true()
+        return (
+            exists()
+            .where(DeltaRow.id == JobRow.delta_id, owned_by(DeltaRow.tenant_id, self.tenant))
+            .correlate(JobRow)
+        )
 
     def find(self, job_id: str) -> JobRow | None:
         """The job with this id, re-read from the database, or None."""
-        return self.session.get(JobRow, job_id, populate_existing=True)
+        return self.session.scalars(
+            select(JobRow)
+            .where(JobRow.id == job_id, self._owned())
+            .execution_options(populate_existing=True)
+        ).one_or_none()
 
     def page(
         self,
@@ -63,7 +83,12 @@ class JobRepository:
         created_before: datetime | None = None,
     ) -> Sequence[JobRow]:
         """Up to `limit` jobs, newest first, starting after `after`; `base` is an id or a name."""
-        query = select(JobRow).order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit)
+        query = (
+            select(JobRow)
+            .where(self._owned())
+            .order_by(JobRow.created_at.desc(), JobRow.id.desc())
+            .limit(limit)
+        )
         if after is not None:
             query = query.where(tuple_(JobRow.created_at, JobRow.id) < (after.created_at, after.id))
         if states:
@@ -83,7 +108,7 @@ class JobRepository:
         return self.session.scalars(query).all()
 
     def positions(self, job_ids: Sequence[str]) -> dict[str, int]:
-        """Places in the queue, 1 being next, of those of the jobs that wait for a worker."""
+        """Places in the queue of all tenants, 1 being next, of those of the jobs that wait."""
         order = func.row_number().over(order_by=(_RANK, JobRow.sent_at, JobRow.id))
         waiting = select(JobRow.id, order.label("place")).where(_IS_WAITING).subquery()
         found = self.session.execute(select(waiting).where(waiting.c.id.in_(job_ids)))
@@ -93,7 +118,7 @@ class JobRepository:
         """Queue a failed or cancelled job again; False if it is in another state."""
         now = now or database_now(self.session)
         queued = self._set(
-            and_(JobRow.id == job_id, JobRow.state.in_(RETRIABLE)),
+            and_(JobRow.id == job_id, self._owned(), JobRow.state.in_(RETRIABLE)),
             state=JobState.QUEUED,
             stage_block=0,
             stage_blocks=0,
@@ -272,7 +297,7 @@ class JobRepository:
         """
         now = now or database_now(self.session)
         idle = or_(JobRow.lease_owner.is_(None), JobRow.lease_expires_at <= now)
-        unfinished = and_(JobRow.id == job_id, JobRow.state.not_in(FINAL_STATES))
+        unfinished = and_(JobRow.id == job_id, self._owned(), JobRow.state.not_in(FINAL_STATES))
         self._set(
             unfinished,
             cancel_requested=True,

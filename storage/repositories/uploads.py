@@ -3,30 +3,41 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import exists, select
+from sqlalchemy import ColumnElement, and_, exists, select
 from sqlalchemy.orm import Session, joinedload, selectinload
 
 from deltadock.storage.database import database_now
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
+from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 
 class UploadRepository:
-    """Uploads are loaded with their files and, once complete, their checkpoint."""
+    """The tenant's uploads, loaded with their files and, once complete, their checkpoint."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, tenant: Tenant) -> None:
         self.session = session
+        self.tenant = tenant
+
+    def _owned(self) -> ColumnElement[bool]:
+        return owned_by(UploadRow.tenant_id, self.tenant)
 
     def add(self, kind: UploadKind) -> UploadRow:
         """Insert an open upload without files."""
-        upload = UploadRow(id=new_id("upl"), kind=kind, files=[], checkpoint=None)
+        upload = UploadRow(
+            id=new_id("upl"),
+            tenant_id=owner_of(self.tenant),
+            kind=kind,
+            files=[],
+            checkpoint=None,
+        )
         self.session.add(upload)
         self.session.flush()
         return upload
 
     def find(self, upload_id: str, *, lock: bool = False) -> UploadRow | None:
         """The upload with this id, or None; `lock` locks its row for update."""
-        by_id = UploadRow.id == upload_id
+        by_id = and_(UploadRow.id == upload_id, self._owned())
         if lock:
             # A separate statement: after waiting for a lock, Postgres re-reads only the locked row;
             # joined rows would be those of the statement's earlier snapshot.
@@ -51,6 +62,7 @@ class UploadRepository:
             self.session.scalar(
                 select(
                     exists().where(
+                        self._owned(),
                         UploadRow.calibration_digest == digest,
                         UploadRow.state == UploadState.COMPLETE,
                     )
@@ -63,7 +75,11 @@ class UploadRepository:
         return self.session.scalar(
             select(UploadFileRow.path)
             .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
-            .where(UploadRow.calibration_digest == digest, UploadRow.state == UploadState.COMPLETE)
+            .where(
+                self._owned(),
+                UploadRow.calibration_digest == digest,
+                UploadRow.state == UploadState.COMPLETE,
+            )
             .order_by(UploadRow.created_at)
             .limit(1)
         )
@@ -73,7 +89,9 @@ class UploadRepository:
         return self.session.scalars(
             select(UploadRow)
             .options(selectinload(UploadRow.files))
-            .where(UploadRow.state == UploadState.OPEN, UploadRow.updated_at < before)
+            .where(
+                self._owned(), UploadRow.state == UploadState.OPEN, UploadRow.updated_at < before
+            )
         ).all()
 
     def complete(self, upload: UploadRow) -> None:

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 from deltadock.api.dependencies import Resources
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 
 CONFIG = json.dumps({"model_type": "llama", "hidden_size": 8}).encode()
 TEXT = "Täglich grüßt das Murmeltier.\n".encode()
@@ -147,7 +148,10 @@ class Api:
         """Finish the delta's job as a worker does; returns the artifact's digest."""
         digest = self.resources.blobs.put_bytes(artifact)
         with self.resources.database.session_scope() as session:
-            jobs, deltas = JobRepository(session), DeltaRepository(session)
+            jobs, deltas = (
+                JobRepository(session, LOCAL_TENANT),
+                DeltaRepository(session, LOCAL_TENANT),
+            )
             row = deltas.find(delta["id"])
             assert row is not None
             deltas.set_result(

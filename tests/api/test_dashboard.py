@@ -21,6 +21,7 @@ from deltadock.storage.repositories import (
     JobRepository,
     NodeRepository,
 )
+from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
 
 PAGES = ("/", "/deltas/{delta}", "/deltas/nothing", "/parts/totals", "/parts/deltas/{delta}/row")
@@ -88,7 +89,7 @@ def test_lists_every_delta_with_its_figures(site: Site, seeded: seed.Seeded) -> 
 def test_totals_count_shared_bytes_once(site: Site, seeded: seed.Seeded) -> None:
     """A second name for an artifact adds a delta but no bytes."""
     with site.resources.database.session_scope() as session:
-        deltas = DeltaRepository(session)
+        deltas = DeltaRepository(session, LOCAL_TENANT)
         before = deltas.totals()
         first = deltas.find(seeded.ready[0])
         assert first is not None
@@ -136,9 +137,11 @@ def test_a_job_reloads_its_page_when_it_ends(site: Site, seeded: seed.Seeded) ->
     assert "Compressing, block 9 of 24" in running.text
     assert "hx-refresh" not in running.headers
     with site.resources.database.session_scope() as session:
-        delta = DeltaRepository(session).find(seeded.compressing)
+        delta = DeltaRepository(session, LOCAL_TENANT).find(seeded.compressing)
         assert delta is not None
-        assert JobRepository(session).finish(delta.job.id, seed.WORKER, JobState.CANCELLED)
+        assert JobRepository(session, LOCAL_TENANT).finish(
+            delta.job.id, seed.WORKER, JobState.CANCELLED
+        )
     assert site.http.get(path).headers["hx-refresh"] == "true"
 
 
@@ -167,7 +170,7 @@ def test_shows_provenance(site: Site, seeded: seed.Seeded) -> None:
 
 def test_shows_goal_and_calibration_sources(site: Site, seeded: seed.Seeded) -> None:
     with site.resources.database.session_scope() as session:
-        delta = DeltaRepository(session).find(seeded.queued)
+        delta = DeltaRepository(session, LOCAL_TENANT).find(seeded.queued)
         assert delta is not None
         sources = [{"digest": "a" * 64, "weight": 3.0}, {"digest": None, "weight": 1.0}]
         delta.options = {
@@ -193,7 +196,7 @@ def test_shows_a_report_without_matrices_and_quality(site: Site, seeded: seed.Se
         "other_tensors": [{"name": "model.norm.weight", "kind": "exact", "bytes": 1500}],
     }
     with site.resources.database.session_scope() as session:
-        delta = DeltaRepository(session).find(seeded.queued)
+        delta = DeltaRepository(session, LOCAL_TENANT).find(seeded.queued)
         assert delta is not None
         seed.finish(session, site.resources.blobs, delta, lean)
     page = site.text(f"/deltas/{seeded.queued}")
@@ -231,7 +234,7 @@ def test_shows_tiers_and_requests_of_nodes_as_the_api_does(site: Site) -> None:
 def test_names_are_escaped(site: Site) -> None:
     name = "<script>alert(1)</script>/<b onclick='x'>\"&"
     with site.resources.database.session_scope() as session:
-        base = BaseRepository(session).find("pilot-0.3b")
+        base = BaseRepository(session, LOCAL_TENANT).find("pilot-0.3b")
         assert base is not None
         outcome = seed.report(layers=1)
         outcome["matrices"][0]["name"] = f"model.layers.0.{name}"
@@ -277,7 +280,7 @@ def test_errors_are_html_pages(site: Site) -> None:
 
 def test_deltas_are_paginated(site: Site) -> None:
     with site.resources.database.session_scope() as session:
-        base = BaseRepository(session).find("pilot-0.3b")
+        base = BaseRepository(session, LOCAL_TENANT).find("pilot-0.3b")
         assert base is not None
         for _ in range(50):
             seed.add_delta(session, base, "many/versions", 1.0)

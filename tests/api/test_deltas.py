@@ -12,6 +12,7 @@ from sqlalchemy import event
 from deltadock.compression.options import default_method
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import JobRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, Api, sha256, weights
 
 
@@ -50,7 +51,7 @@ def test_the_task_is_sent_after_a_single_commit(api: Api, monkeypatch: pytest.Mo
 
     def send(job_id: str) -> None:
         with api.resources.database.read_scope() as session:
-            assert JobRepository(session).find(job_id) is not None
+            assert JobRepository(session, LOCAL_TENANT).find(job_id) is not None
         events_seen.append("send")
 
     # Patched on the class: instances have slots.
@@ -67,9 +68,9 @@ class TestBrokerDown:
     def test_a_job_that_could_not_be_sent_waits_for_the_sweeper(self, api: Api) -> None:
         delta = api.delta()
         with api.resources.database.read_scope() as session:
-            assert [job.id for job in JobRepository(session).stale(queued_seconds=0)] == [
-                delta["job"]
-            ]
+            assert [
+                job.id for job in JobRepository(session, LOCAL_TENANT).stale(queued_seconds=0)
+            ] == [delta["job"]]
 
     def test_the_api_says_that_it_is_not_ready(self, api: Api) -> None:
         answer = api.client.get("/readyz")
@@ -358,7 +359,7 @@ def test_the_event_stream_ends_with_the_job(api: Api) -> None:
 def test_a_jobs_percent_has_one_decimal(api: Api) -> None:
     job = api.delta()["job"]
     with api.resources.database.session_scope() as session:
-        jobs = JobRepository(session)
+        jobs = JobRepository(session, LOCAL_TENANT)
         assert jobs.acquire(job, "worker", 60)
         step = {"block": 1, "blocks": 3, "message": "block 2 of 3"}
         assert jobs.advance(job, "worker", JobState.COMPRESSING, percent=100 / 3, **step)

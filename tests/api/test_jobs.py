@@ -4,6 +4,7 @@ from typing import Any
 
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import JobRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import Api
 
 
@@ -15,7 +16,7 @@ def listed(api: Api, **query: Any) -> list[str]:
 
 def fail(api: Api, job: str) -> None:
     with api.resources.database.session_scope() as session:
-        jobs = JobRepository(session)
+        jobs = JobRepository(session, LOCAL_TENANT)
         assert jobs.acquire(job, "worker", 60)
         assert jobs.finish(
             job, "worker", JobState.FAILED, error_code="worker_lost", error_message="Too little."

@@ -22,6 +22,7 @@ from deltadock.settings import Settings
 from deltadock.storage.database import migrate
 from deltadock.storage.models import CheckpointRow, JobState
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, JobRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import serving
 from tests.inference.support import PROMPT, Site, expected_text, write_delta
 from tests.waiting import wait_until
@@ -43,9 +44,12 @@ class Fleet:
     def publish(self, name: str, artifact: str) -> str:
         """Store a name's next version as a worker does; returns its id."""
         with self.resources.database.session_scope() as session:
-            base = BaseRepository(session).find("tiny")
+            base = BaseRepository(session, LOCAL_TENANT).find("tiny")
             assert base is not None
-            deltas, jobs = DeltaRepository(session), JobRepository(session)
+            deltas, jobs = (
+                DeltaRepository(session, LOCAL_TENANT),
+                JobRepository(session, LOCAL_TENANT),
+            )
             delta = deltas.add(
                 name=name, base=base, checkpoint_digest=self.site.base, method="test", bits=None,
                 options={}, fingerprint=artifact,
@@ -102,7 +106,7 @@ def fleet(site: Site, tmp_path_factory: pytest.TempPathFactory, redis_url: str) 
             total_bytes=1,
         )  # fmt: skip
         session.add(checkpoint)
-        BaseRepository(session).add("tiny", checkpoint)
+        BaseRepository(session, LOCAL_TENANT).add("tiny", checkpoint)
     with serving(app) as url, ExitStack() as stack:
         nodes = {}
         for port in free_ports(3):

@@ -14,6 +14,7 @@ from sqlalchemy import MetaData, inspect, select
 from deltadock.storage.database import Database, alembic_config, make_engine, migrate
 from deltadock.storage.models import DeltaRow, TableRow, UploadKind
 from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -48,10 +49,10 @@ def test_migrating_twice_keeps_data(empty_url: str) -> None:
     migrate(empty_url)
     database = Database(empty_url)
     with database.session_scope() as session:
-        upload_id = UploadRepository(session).add(UploadKind.CHECKPOINT).id
+        upload_id = UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT).id
     migrate(empty_url)
     with database.read_scope() as session:
-        assert UploadRepository(session).find(upload_id) is not None
+        assert UploadRepository(session, LOCAL_TENANT).find(upload_id) is not None
     database.dispose()
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import delete
 
 from deltadock.storage.database import Database, migrate
-from deltadock.storage.models import TableRow
+from deltadock.storage.models import TableRow, TenantRow
+from deltadock.storage.tenancy import LOCAL_TENANT
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])
@@ -28,4 +29,6 @@ def database(migrated: Database) -> Iterator[Database]:
     yield migrated
     with migrated.session_scope() as session:
         for table in reversed(TableRow.metadata.sorted_tables):
-            session.execute(text(f"DELETE FROM {table.name}"))
+            if table.name != TenantRow.__tablename__:
+                session.execute(delete(table))
+        session.execute(delete(TenantRow).where(TenantRow.id != LOCAL_TENANT))

@@ -12,6 +12,7 @@ from deltadock.errors import InvalidInput, StorageFull, Unavailable
 from deltadock.storage.database import Database, database_now, migrate
 from deltadock.storage.models import UploadKind, UploadRow
 from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 
 
 def count_uploads(database: Database) -> int:
@@ -21,14 +22,14 @@ def count_uploads(database: Database) -> int:
 
 def test_a_scope_commits_on_exit(database: Database) -> None:
     with database.session_scope() as session:
-        UploadRepository(session).add(UploadKind.CHECKPOINT)
+        UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT)
     assert count_uploads(database) == 1
 
 
 def test_a_scope_that_raises_rolls_back(database: Database) -> None:
     def fail() -> None:
         with database.session_scope() as session:
-            UploadRepository(session).add(UploadKind.CHECKPOINT)
+            UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT)
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -39,7 +40,7 @@ def test_a_scope_that_raises_rolls_back(database: Database) -> None:
 def test_concurrent_read_then_write_scopes_wait_for_each_other(database: Database) -> None:
     """On SQLite a deferred transaction could not be upgraded to a write here."""
     with database.session_scope() as session:
-        upload_id = UploadRepository(session).add(UploadKind.CHECKPOINT).id
+        upload_id = UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT).id
     start = threading.Barrier(4)
     failures: list[BaseException] = []
 
@@ -48,7 +49,7 @@ def test_concurrent_read_then_write_scopes_wait_for_each_other(database: Databas
             start.wait()
             for _ in range(5):
                 with database.session_scope() as session:
-                    upload = UploadRepository(session).find(upload_id, lock=True)
+                    upload = UploadRepository(session, LOCAL_TENANT).find(upload_id, lock=True)
                     assert upload is not None
                     upload.updated_at = upload.updated_at + timedelta(seconds=1)
         except BaseException as error:  # noqa: BLE001 - reported by the main thread
@@ -69,7 +70,7 @@ def test_concurrent_read_then_write_scopes_wait_for_each_other(database: Databas
 
 def test_readers_do_not_wait_for_a_writer(database: Database) -> None:
     with database.session_scope() as session:
-        UploadRepository(session).add(UploadKind.CHECKPOINT)
+        UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT)
         assert count_uploads(database) == 0
 
 
@@ -83,14 +84,14 @@ def test_a_full_or_read_only_disk_is_named(tmp_path: Path) -> None:
         with database.session_scope() as session:
             session.execute(text("PRAGMA max_page_count = 1"))
             for _ in range(200):
-                UploadRepository(session).add(UploadKind.CHECKPOINT)
+                UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT)
 
     with pytest.raises(StorageFull, match="Free space"):
         fill()
     database.dispose()
     reader = Database(f"sqlite:///file:{tmp_path / 'deltadock.db'}?mode=ro&uri=true")
     with pytest.raises(Unavailable, match="read-only"), reader.session_scope() as session:
-        UploadRepository(session).add(UploadKind.CHECKPOINT)
+        UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT)
     reader.dispose()
 
 
@@ -99,14 +100,14 @@ def test_a_reading_scope_cannot_write(postgres_url: str) -> None:
     migrate(postgres_url)
     database = Database(postgres_url)
     with pytest.raises(DBAPIError, match="read-only"), database.read_scope() as session:
-        UploadRepository(session).add(UploadKind.CHECKPOINT)
+        UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT)
     database.dispose()
 
 
 def test_times_are_returned_in_utc(database: Database) -> None:
     elsewhere = datetime(2026, 11, 22, 18, 0, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     with database.session_scope() as session:
-        upload = UploadRepository(session).add(UploadKind.CHECKPOINT)
+        upload = UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT)
         upload.created_at = elsewhere
     with database.read_scope() as session:
         stored = session.get_one(UploadRow, upload.id).created_at
@@ -116,7 +117,9 @@ def test_times_are_returned_in_utc(database: Database) -> None:
 
 def test_naive_times_are_rejected(database: Database) -> None:
     with pytest.raises(StatementError, match="time zone"), database.session_scope() as session:
-        UploadRepository(session).add(UploadKind.CHECKPOINT).created_at = datetime(2026, 1, 1)
+        UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT).created_at = datetime(
+            2026, 1, 1
+        )
 
 
 def test_the_database_clock_advances_within_a_transaction(database: Database) -> None:
@@ -129,7 +132,7 @@ def test_a_value_that_postgres_cannot_hold_is_invalid_input(postgres_database: s
     database = Database(postgres_database)
     migrate(postgres_database)
     with pytest.raises(InvalidInput, match="NUL"), database.read_scope() as session:
-        UploadRepository(session).find("a\0b")
+        UploadRepository(session, LOCAL_TENANT).find("a\0b")
     database.dispose()
 
 

@@ -24,6 +24,7 @@ from deltadock.storage.models import (
 )
 from deltadock.storage.repositories import DeltaRepository, JobRepository
 from deltadock.storage.repositories.jobs import MAX_LOG_LINES
+from deltadock.storage.tenancy import LOCAL_TENANT
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 LEASE = 60.0
@@ -37,8 +38,10 @@ def add_job(session: Session, number: int = 0) -> JobRow:
     checkpoint = CheckpointRow(
         digest="a" * 64, weights_digest="a" * 64, model_type="llama", total_bytes=1
     )
-    base = BaseRow(id="base_1", name="tiny", checkpoint=session.merge(checkpoint))
-    delta = DeltaRepository(session).add(
+    base = BaseRow(
+        id="base_1", tenant_id=LOCAL_TENANT, name="tiny", checkpoint=session.merge(checkpoint)
+    )
+    delta = DeltaRepository(session, LOCAL_TENANT).add(
         name=f"p/m{number}",
         base=session.merge(base),
         checkpoint_digest=checkpoint.digest,
@@ -60,7 +63,7 @@ def session(database: Database) -> Iterator[Session]:
 
 @pytest.fixture
 def jobs(session: Session) -> JobRepository:
-    return JobRepository(session)
+    return JobRepository(session, LOCAL_TENANT)
 
 
 @pytest.fixture
@@ -115,7 +118,10 @@ def test_one_of_many_concurrent_workers_acquires_the_lease(database: Database) -
 
     def acquire(owner: int) -> bool:
         with database.session_scope() as session:
-            return JobRepository(session).acquire(job_id, f"worker {owner}", LEASE) is not None
+            return (
+                JobRepository(session, LOCAL_TENANT).acquire(job_id, f"worker {owner}", LEASE)
+                is not None
+            )
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(acquire, range(8))) == 1
@@ -178,7 +184,7 @@ def test_cancelling_a_job_with_an_expired_lease_ends_it(jobs: JobRepository, job
 
 
 def test_waiting_jobs_are_placed_by_priority_and_then_by_their_turn(session: Session) -> None:
-    jobs = JobRepository(session)
+    jobs = JobRepository(session, LOCAL_TENANT)
     order = [JobPriority.LOW, JobPriority.NORMAL, JobPriority.HIGH, JobPriority.NORMAL]
     rows = [add_job(session, number) for number in range(5)]
     for row, priority in zip(rows, [*order, JobPriority.HIGH], strict=True):
@@ -240,7 +246,7 @@ class JobMachine(RuleBasedStateMachine):
         self.engine = create_engine("sqlite://")
         TableRow.metadata.create_all(self.engine)
         self.session = Session(self.engine)
-        self.jobs = JobRepository(self.session)
+        self.jobs = JobRepository(self.session, LOCAL_TENANT)
         self.job_id = add_job(self.session).id
         self.now = NOW
         self.holder: str | None = None

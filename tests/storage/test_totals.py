@@ -5,12 +5,13 @@ from pathlib import Path
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.database import Database
 from deltadock.storage.repositories import DeltaRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
 
 
 def test_totals_of_an_empty_database_are_zero(database: Database) -> None:
     with database.session_scope() as session:
-        assert DeltaRepository(session).totals() == (0, 0, 0)
+        assert DeltaRepository(session, LOCAL_TENANT).totals() == (0, 0, 0)
 
 
 def test_counts_ready_deltas_and_shared_bytes_once(database: Database, tmp_path: Path) -> None:
@@ -18,7 +19,7 @@ def test_counts_ready_deltas_and_shared_bytes_once(database: Database, tmp_path:
     blobs.prepare()
     huge = 2**40
     with database.session_scope() as session:
-        deltas = DeltaRepository(session)
+        deltas = DeltaRepository(session, LOCAL_TENANT)
         base = seed.add_base(session, "base", huge)
         first = seed.add_delta(session, base, "p/first", 1.0)
         second = seed.add_delta(session, base, "p/second", 1.0)

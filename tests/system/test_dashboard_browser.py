@@ -26,6 +26,7 @@ from deltadock.storage.repositories import (
     JobRepository,
     NodeRepository,
 )
+from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import browser as chromium
 from tests import seed
 from tests.api.support import StandInNode, serving
@@ -47,7 +48,7 @@ class Site:
     def new_delta(self, name: str) -> DeltaRow:
         """Add a delta that a worker is compressing."""
         with self.database.session_scope() as session:
-            base = BaseRepository(session).find("pilot-0.3b")
+            base = BaseRepository(session, LOCAL_TENANT).find("pilot-0.3b")
             assert base is not None
             delta = seed.add_delta(session, base, name, 1.0)
             seed.start(session, delta)
@@ -56,12 +57,12 @@ class Site:
     def finish(self, delta_id: str) -> None:
         """Make a delta ready, as its worker does."""
         with self.database.session_scope() as session:
-            delta = DeltaRepository(session).find(delta_id)
+            delta = DeltaRepository(session, LOCAL_TENANT).find(delta_id)
             assert delta is not None
             seed.finish(session, self.blobs, delta, seed.report(layers=4))
 
     def job_id(self, session: Session, delta_id: str) -> str:
-        delta = DeltaRepository(session).find(delta_id)
+        delta = DeltaRepository(session, LOCAL_TENANT).find(delta_id)
         assert delta is not None
         return delta.job.id
 
@@ -194,10 +195,10 @@ def test_a_job_can_be_cancelled_and_retried(site: Site, page: Page) -> None:
     expect(page.get_by_role("button", name="Cancelling")).to_be_disabled()
     assert asked == ["Stop compressing live/cancel:1?"]
     with site.database.session_scope() as session:
-        job = JobRepository(session).find(site.job_id(session, delta.id))
+        job = JobRepository(session, LOCAL_TENANT).find(site.job_id(session, delta.id))
         assert job is not None
         assert job.cancel_requested
-        assert JobRepository(session).finish(
+        assert JobRepository(session, LOCAL_TENANT).finish(
             job.id,
             seed.WORKER,
             JobState.CANCELLED,
@@ -230,7 +231,7 @@ def test_charts_have_a_cell_per_matrix(site: Site, page: Page, tmp_path: Path) -
 
 def test_nodes_and_their_deltas_update(site: Site, page: Page, tmp_path: Path) -> None:
     with site.database.read_scope() as session:
-        delta = DeltaRepository(session).find(site.seeded.ready[0])
+        delta = DeltaRepository(session, LOCAL_TENANT).find(site.seeded.ready[0])
         assert delta is not None
         artifact, base = delta.artifact_digest, delta.base.checkpoint_digest
 

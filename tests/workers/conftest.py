@@ -21,6 +21,7 @@ from deltadock.storage.repositories import (
     JobRepository,
     UploadRepository,
 )
+from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -108,14 +109,16 @@ def submit(context: WorkerContext, pair: Pair) -> Callable[..., str]:
         tuned = put_checkpoint(context.blobs, finetuned or pair.finetuned)
         text = context.blobs.put_file(pair.calibration)
         with context.database.session_scope() as session:
-            upload = UploadRepository(session).add(UploadKind.CALIBRATION)
+            upload = UploadRepository(session, LOCAL_TENANT).add(UploadKind.CALIBRATION)
             file = UploadFileRow(path="calibration.txt", size=1, sha256=text, tensors=[])
-            UploadRepository(session).put_file(upload, file)
+            UploadRepository(session, LOCAL_TENANT).put_file(upload, file)
             upload.calibration_digest = text
-            UploadRepository(session).complete(upload)
-            checkpoints = CheckpointRepository(session)
-            base_row, _ = BaseRepository(session).add("base", checkpoints.add(row_of(base)))
-            delta = DeltaRepository(session).add(
+            UploadRepository(session, LOCAL_TENANT).complete(upload)
+            checkpoints = CheckpointRepository(session, LOCAL_TENANT)
+            base_row, _ = BaseRepository(session, LOCAL_TENANT).add(
+                "base", checkpoints.add(row_of(base))
+            )
+            delta = DeltaRepository(session, LOCAL_TENANT).add(
                 name="project/model",
                 base=base_row,
                 checkpoint_digest=checkpoints.add(row_of(tuned)).digest,
@@ -147,7 +150,7 @@ def look(context: WorkerContext) -> Callable[[str], JobRow]:
 
     def look(job_id: str) -> JobRow:
         with context.database.read_scope() as session:
-            job = JobRepository(session).find(job_id)
+            job = JobRepository(session, LOCAL_TENANT).find(job_id)
             assert job is not None
             return job
 
@@ -178,7 +181,7 @@ def set_job(context: WorkerContext) -> Callable[..., None]:
 
     def set_job(job_id: str, **values: object) -> None:
         with context.database.session_scope() as session:
-            job = JobRepository(session).find(job_id)
+            job = JobRepository(session, LOCAL_TENANT).find(job_id)
             for name, value in values.items():
                 setattr(job, name, value)
 

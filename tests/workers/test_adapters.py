@@ -13,6 +13,7 @@ from deltadock.artifacts.reader import Artifact
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import CheckpointRepository, DeltaRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers import compress as module
 from deltadock.workers.compress import Outcome, WorkerContext, compress_job
 from tests.workers.conftest import Pair, row_of
@@ -58,14 +59,14 @@ def test_a_job_imports_an_adapter(
     )
     job_id = submit("lora")
     with context.database.session_scope() as session:
-        delta = DeltaRepository(session).find(look(job_id).delta_id)
+        delta = DeltaRepository(session, LOCAL_TENANT).find(look(job_id).delta_id)
         assert delta is not None
-        row = CheckpointRepository(session).add(row_of(store(context.blobs, adapter)))
+        row = CheckpointRepository(session, LOCAL_TENANT).add(row_of(store(context.blobs, adapter)))
         delta.checkpoint_digest = row.digest
     assert compress_job(job_id, context) is Outcome.READY
     assert look(job_id).state is JobState.READY, look(job_id).error_message
     with context.database.read_scope() as session:
-        delta = DeltaRepository(session).find(look(job_id).delta_id)
+        delta = DeltaRepository(session, LOCAL_TENANT).find(look(job_id).delta_id)
     assert delta is not None
     assert delta.report is not None
     assert delta.report["kl"] == 0.0

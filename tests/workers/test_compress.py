@@ -20,6 +20,7 @@ from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
 from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers import compress as module
 from deltadock.workers.compress import (
     MAX_ATTEMPTS,
@@ -72,7 +73,7 @@ def test_a_job_becomes_a_ready_delta(context: WorkerContext, submit: Submit, loo
     assert (job.state, job.percent, job.attempt) == (JobState.READY, 100.0, 1)
     assert job.lease_owner is None
     with context.database.read_scope() as session:
-        delta = DeltaRepository(session).find(job.delta_id)
+        delta = DeltaRepository(session, LOCAL_TENANT).find(job.delta_id)
     assert delta is not None
     assert delta.artifact_digest is not None
     assert delta.report is not None
@@ -91,7 +92,7 @@ def test_the_row_contains_the_calibration_sources(
     job = look(job_id)
     assert job.state is JobState.READY, job.error_message
     with context.database.read_scope() as session:
-        delta = DeltaRepository(session).find(job.delta_id)
+        delta = DeltaRepository(session, LOCAL_TENANT).find(job.delta_id)
     assert delta is not None
     assert delta.report is not None
     assert delta.report["calibration"]["tokens"] == 2048
@@ -111,7 +112,7 @@ def test_the_row_contains_the_goal(
 ) -> None:
     job_id = submit("adamix", 1.0)
     with context.database.session_scope() as session:
-        delta = DeltaRepository(session).find(look(job_id).delta_id)
+        delta = DeltaRepository(session, LOCAL_TENANT).find(look(job_id).delta_id)
         assert delta is not None
         delta.options = {**delta.options, "goal": {"kind": kind, "value": value}}
         delta.bits = None
@@ -134,7 +135,7 @@ def test_a_redelivered_task_is_skipped(
 ) -> None:
     job_id = submit()
     with context.database.session_scope() as session:
-        assert JobRepository(session).acquire(job_id, "another", 60.0)
+        assert JobRepository(session, LOCAL_TENANT).acquire(job_id, "another", 60.0)
     before = look(job_id)
     assert compress_job(job_id, context) is Outcome.SKIPPED
     assert (look(job_id).lease_owner, look(job_id).attempt) == ("another", before.attempt)
@@ -156,7 +157,7 @@ def test_cancelling_during_compression_stores_nothing(
 
     def cancel() -> None:
         with context.database.session_scope() as session:
-            JobRepository(session).request_cancel(job_id)
+            JobRepository(session, LOCAL_TENANT).request_cancel(job_id)
 
     during(cancel)
     blobs = set((context.settings.blob_folder / "blobs").iterdir())
@@ -185,13 +186,16 @@ def test_a_retried_job_keeps_its_finished_blocks_and_its_log(
     assert saved, "the first block was saved"
     written = saved[0].stat().st_mtime_ns
     with context.database.session_scope() as session:
-        assert JobRepository(session).retry(job_id)
+        assert JobRepository(session, LOCAL_TENANT).retry(job_id)
     kept: list[int] = []
     during(lambda: kept.append(saved[0].stat().st_mtime_ns))
     assert compress_job(job_id, context) is Outcome.READY
     assert set(kept) == {written}, "the block was read, not computed again"
     with context.database.read_scope() as session:
-        lines = [line.message for line in JobRepository(session).log(job_id, after=0, limit=1000)]
+        lines = [
+            line.message
+            for line in JobRepository(session, LOCAL_TENANT).log(job_id, after=0, limit=1000)
+        ]
     events = [line.partition(" on ")[0] for line in lines if not line[0].islower()]
     assert events == [
         "Attempt 1 starts", "Failed (invalid_input): broken", "Queued again",
@@ -208,10 +212,10 @@ def test_deleting_the_delta_cancels_its_job(
 
     def delete() -> None:
         with context.database.session_scope() as session:
-            delta = DeltaRepository(session).find(look(job_id).delta_id)
+            delta = DeltaRepository(session, LOCAL_TENANT).find(look(job_id).delta_id)
             if delta is not None:
-                JobRepository(session).request_cancel(job_id)
-                DeltaRepository(session).delete(delta)
+                JobRepository(session, LOCAL_TENANT).request_cancel(job_id)
+                DeltaRepository(session, LOCAL_TENANT).delete(delta)
 
     during(delete)
     assert compress_job(job_id, context) is Outcome.FINISHED
@@ -300,7 +304,7 @@ def test_an_unavailable_store_is_retried_up_to_the_limit(
     without_blobs = WorkerContext(unreachable, context.database, make_blob_store(unreachable))
     assert compress_job(job_id, without_blobs) is Outcome.LATER
     with context.database.read_scope() as session:
-        assert [job.id for job in JobRepository(session).stale()] == [job_id]
+        assert [job.id for job in JobRepository(session, LOCAL_TENANT).stale()] == [job_id]
     set_job(job_id, attempt=MAX_ATTEMPTS - 1)
     compress_job(job_id, without_blobs)
     assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "unavailable")

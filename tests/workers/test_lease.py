@@ -9,6 +9,7 @@ from deltadock.compression.report import Progress
 from deltadock.errors import Cancelled
 from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import JobRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext, _reporter
 from deltadock.workers.lease import STOPPING, Lease, LeaseLostError, WorkerStoppingError
 from tests.waiting import wait_until
@@ -20,7 +21,7 @@ SECONDS = 0.6
 def job_id(context: WorkerContext, submit: Callable[..., str]) -> str:
     job_id = submit()
     with context.database.session_scope() as session:
-        assert JobRepository(session).acquire(job_id, "me", SECONDS)
+        assert JobRepository(session, LOCAL_TENANT).acquire(job_id, "me", SECONDS)
     return job_id
 
 
@@ -74,7 +75,7 @@ def test_shutdown_and_cancel_take_effect_at_the_next_step(
         finally:
             STOPPING.clear()
         with context.database.session_scope() as session:
-            JobRepository(session).request_cancel(job_id)
+            JobRepository(session, LOCAL_TENANT).request_cancel(job_id)
         with pytest.raises(Cancelled):
             advance(lease)
 
@@ -87,6 +88,6 @@ def test_a_throttled_report_still_checks_for_cancellation(
         step = Progress("compressing", 1, 4, 0.5, "matrix 1")
         report(step)
         with context.database.session_scope() as session:
-            JobRepository(session).request_cancel(job_id)
+            JobRepository(session, LOCAL_TENANT).request_cancel(job_id)
         with pytest.raises(Cancelled):
             report(step)

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 from deltadock.storage.models import JobState, UploadKind, UploadState
 from deltadock.storage.repositories import JobRepository, UploadRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext, job_folder
 from deltadock.workers.sweeper import ABANDONED, drop_abandoned, drop_job_folders, resend_lost
 
@@ -37,7 +38,7 @@ def test_a_job_is_resent_once_its_lease_has_expired(
 ) -> None:
     job_id = submit()
     with context.database.session_scope() as session:
-        assert JobRepository(session).acquire(job_id, "worker", 60.0)
+        assert JobRepository(session, LOCAL_TENANT).acquire(job_id, "worker", 60.0)
     set_job(job_id, sent_at=LONG_AGO)
     assert resend(context) == []
     set_job(job_id, lease_expires_at=LONG_AGO)
@@ -46,7 +47,7 @@ def test_a_job_is_resent_once_its_lease_has_expired(
 
 def test_abandoned_uploads_are_aborted(context: WorkerContext) -> None:
     with context.database.session_scope() as session:
-        uploads = UploadRepository(session)
+        uploads = UploadRepository(session, LOCAL_TENANT)
         old, new = (uploads.add(UploadKind.CHECKPOINT) for _ in range(2))
         old.updated_at = datetime.now(UTC) - 2 * ABANDONED
     with context.blobs.writer() as writer:
@@ -54,7 +55,7 @@ def test_abandoned_uploads_are_aborted(context: WorkerContext) -> None:
         assert drop_abandoned(context) == 1
         writer.commit("0" * 64)
     with context.database.read_scope() as session:
-        states = [UploadRepository(session).find(upload.id) for upload in (old, new)]
+        states = [UploadRepository(session, LOCAL_TENANT).find(upload.id) for upload in (old, new)]
     assert [upload.state for upload in states if upload] == [UploadState.ABORTED, UploadState.OPEN]
 
 

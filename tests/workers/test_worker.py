@@ -16,6 +16,7 @@ from deltadock.compression.options import CalibrationOptions, CompressOptions
 from deltadock.compression.pipeline import compress
 from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext
 
 LEASE_SECONDS = "3"
@@ -84,7 +85,7 @@ def test_a_job_of_a_killed_worker_resumes_with_the_same_bytes(
     job = look(job_id)
     assert (job.state, job.attempt) == (JobState.READY, 2)
     with context.database.read_scope() as session:
-        delta = DeltaRepository(session).find(job.delta_id)
+        delta = DeltaRepository(session, LOCAL_TENANT).find(job.delta_id)
     assert delta is not None
     options = CompressOptions(
         method="adamix", bits=1.0, calibration=CalibrationOptions(tokens=2048, length=64)
