@@ -54,6 +54,7 @@ SLOW = (
     "api/test_deltas.py",
     "storage/test_blobs.py",
     "storage/test_blob_faults.py",
+    "storage/test_blob_parts.py",
     "api/test_process.py",
     "inference/model/test_weight_deltas.py",
     "inference/engine/test_model_runner.py",

@@ -1,9 +1,10 @@
 """Immutable blobs named by SHA-256, in a local folder or on S3."""
 
 from deltadock.settings import Settings
+from deltadock.storage.blobs.parts import PartedFile
 from deltadock.storage.blobs.port import BlobStore, BlobWriter
 
-__all__ = ["BlobStore", "BlobWriter", "make_blob_store"]
+__all__ = ["BlobStore", "BlobWriter", "PartedFile", "make_blob_store"]
 
 
 def make_blob_store(settings: Settings) -> BlobStore:

@@ -5,7 +5,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -13,12 +13,14 @@ from typing import Final
 import structlog
 
 from deltadock.errors import DamagedBlob, NotFound
+from deltadock.storage.blobs.local_parts import LocalPartedFile, store_errors
+from deltadock.storage.blobs.parts import PartedFile
 from deltadock.storage.blobs.port import (
     CHUNK_BYTES,
     BlobStore,
     BlobWriter,
     blob_key,
-    disk_errors,
+    parts_key,
     work_key,
 )
 
@@ -34,13 +36,13 @@ class LocalBlobStore(BlobStore):
         self.root = root
 
     def prepare(self) -> None:
-        with _errors():
+        with store_errors():
             for name in ("blobs", "staging", "work"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
 
     def writer(self) -> BlobWriter:
         self.prepare()
-        with _errors():
+        with store_errors():
             return _LocalWriter(self)
 
     def open(self, digest: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -49,7 +51,7 @@ class LocalBlobStore(BlobStore):
 
         def chunks() -> Iterator[bytes]:
             nonlocal left
-            with _errors():
+            with store_errors():
                 try:
                     stream = path.open("rb")
                 except FileNotFoundError as error:
@@ -65,18 +67,18 @@ class LocalBlobStore(BlobStore):
         return chunks()
 
     def size(self, digest: str) -> int:
-        with _errors():
+        with store_errors():
             try:
                 return self.path(digest).stat().st_size
             except FileNotFoundError as error:
                 raise NotFound(f"The store holds no file {digest}.") from error
 
     def delete(self, digest: str) -> None:
-        with _errors():
+        with store_errors():
             self.path(digest).unlink(missing_ok=True)
 
     def get_work(self, key: str) -> bytes | None:
-        with _errors(), suppress(FileNotFoundError):
+        with store_errors(), suppress(FileNotFoundError):
             return (self.root / work_key(key)).read_bytes()
         return None
 
@@ -84,7 +86,7 @@ class LocalBlobStore(BlobStore):
         self.prepare()
         target = self.root / work_key(key)
         staged = self.root / "staging" / uuid.uuid4().hex
-        with _errors():
+        with store_errors():
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with staged.open("xb") as stream:
@@ -96,18 +98,39 @@ class LocalBlobStore(BlobStore):
                 staged.unlink(missing_ok=True)
 
     def drop_work(self, prefix: str) -> None:
-        with _errors(), suppress(FileNotFoundError):
+        with store_errors(), suppress(FileNotFoundError):
             shutil.rmtree(self.root / work_key(prefix))
 
     def drop_staging(self, before: datetime) -> int:
         dropped = 0
         for path in (self.root / "staging").glob("*"):
             # Absent if a slow writer has committed it meanwhile.
-            with _errors(), suppress(FileNotFoundError):
+            with store_errors(), suppress(FileNotFoundError):
                 if path.stat().st_mtime < before.timestamp():
                     path.unlink()
                     dropped += 1
         return dropped
+
+    def begin_parts(self, upload: str, size: int, part_bytes: int) -> PartedFile:
+        return LocalPartedFile.create(
+            self.root / parts_key(upload), size, part_bytes, self._link_blob
+        )
+
+    def parted(self, upload: str, token: str, size: int, part_bytes: int) -> PartedFile:
+        folder = self.root / parts_key(upload)
+        return LocalPartedFile(folder, token, size, part_bytes, self._link_blob)
+
+    def _link_blob(self, data: Path, digest: str) -> None:
+        link(data, self.path(digest))
+
+    def parted_uploads(self) -> frozenset[str]:
+        with store_errors(), suppress(FileNotFoundError):
+            return frozenset(path.name for path in (self.root / parts_key("")).iterdir())
+        return frozenset()
+
+    def drop_parts(self, upload: str) -> None:
+        with store_errors(), suppress(FileNotFoundError):
+            shutil.rmtree(self.root / parts_key(upload))
 
     def path(self, digest: str) -> Path:
         """The blob's path; NotFound if `digest` is not a SHA-256."""
@@ -136,17 +159,17 @@ class _LocalWriter(BlobWriter):
         self._file = self._path.open("xb", buffering=0)
 
     def write(self, chunk: bytes | bytearray | memoryview) -> None:
-        with _errors(), memoryview(chunk) as left:
+        with store_errors(), memoryview(chunk) as left:
             written = 0
             while written < len(left):
                 written += self._file.write(left[written:])
 
     def commit(self, digest: str) -> None:
-        with _errors():
+        with store_errors():
             os.fsync(self._file.fileno())
             self._file.close()
             self._path.chmod(0o444)  # fetched files may be hard links to this one
-            place(self._path, self._store.path(digest))
+            link(self._path, self._store.path(digest))
 
     def discard(self) -> None:
         try:
@@ -156,8 +179,11 @@ class _LocalWriter(BlobWriter):
             log.warning("staged_file_not_dropped", file=self._path.name, error=str(error))
 
 
-def place(staged: Path, target: Path) -> None:
-    """Move `staged` to the new path `target`, durably; an existing `target` is left unchanged."""
+def link(staged: Path, target: Path) -> None:
+    """Give `staged` the name `target`, durably; an existing `target` is left unchanged.
+
+    On a file system without hard links it loses its old name.
+    """
     try:
         os.link(staged, target)  # fails if it exists, unlike a rename
     except FileExistsError:
@@ -167,12 +193,7 @@ def place(staged: Path, target: Path) -> None:
             raise
         if not target.exists():
             staged.replace(target)
-    staged.unlink(missing_ok=True)
     _sync_folder(target.parent)
-
-
-def _errors() -> AbstractContextManager[None]:
-    return disk_errors("The blob store's folder")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """The blob store's interface. Its key space:
 
 blobs/<sha256>                 immutable, content-addressed
-staging/...                    incomplete uploads, dropped when abandoned
+staging/...                    blobs that are being written, dropped when abandoned
+parts/<upload>/...             files of an upload that arrive in parts
 work/<job>/<block>             saved blocks of a running job, replaceable and deletable
 """
 
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from deltadock.errors import DamagedBlob, InvalidInput, NotFound, StorageFull, Unavailable
+from deltadock.storage.blobs.parts import PartedFile
 
 CHUNK_BYTES: Final = 1 << 20
 
@@ -112,8 +114,24 @@ class BlobStore(ABC):
         """Remove every value under `<prefix>/`."""
 
     @abstractmethod
+    def begin_parts(self, upload: str, size: int, part_bytes: int) -> PartedFile:
+        """A new file of `upload` that arrives in parts."""
+
+    @abstractmethod
+    def parted(self, upload: str, token: str, size: int, part_bytes: int) -> PartedFile:
+        """The file that `begin_parts` returned with this token."""
+
+    @abstractmethod
+    def parted_uploads(self) -> frozenset[str]:
+        """The uploads of which parts are stored."""
+
+    @abstractmethod
+    def drop_parts(self, upload: str) -> None:
+        """Remove every part of an upload."""
+
+    @abstractmethod
     def drop_staging(self, before: datetime) -> int:
-        """Remove staged uploads not written to since `before`; returns how many."""
+        """Remove staged blobs not written to since `before`; returns how many."""
 
     @abstractmethod
     def _place(self, digest: str, target: Path) -> None:
@@ -252,3 +270,8 @@ def work_key(key: str) -> str:
     if not _WORK_KEY.fullmatch(key):
         raise ValueError(f"{key!r} is not a plain work key.")
     return f"work/{key}"
+
+
+def parts_key(upload: str) -> str:
+    """The prefix of an upload's parts."""
+    return f"parts/{upload}"

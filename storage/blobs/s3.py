@@ -6,30 +6,41 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
-import boto3
 import structlog
-from boto3.exceptions import Boto3Error
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from deltadock.errors import DeltadockError, NotFound, StorageFull, Unavailable
+from deltadock.errors import DeltadockError, NotFound, Unavailable
 from deltadock.settings import Settings
-from deltadock.storage.blobs.port import CHUNK_BYTES, BlobStore, BlobWriter, blob_key, work_key
+from deltadock.storage.blobs.parts import MAX_PARTS, MIN_PART_BYTES, PartedFile
+from deltadock.storage.blobs.port import (
+    CHUNK_BYTES,
+    BlobStore,
+    BlobWriter,
+    blob_key,
+    parts_key,
+    work_key,
+)
+from deltadock.storage.blobs.s3_client import (
+    ATTEMPTS,
+    CONFLICT,
+    EXISTS,
+    MISSING,
+    code_of,
+    make_client,
+    s3_errors,
+)
+from deltadock.storage.blobs.s3_parts import S3PartedFile
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
-
-MIN_PART_BYTES: Final = 16 << 20
-MAX_PARTS: Final = 10_000
-"""S3's limit on the parts of one object."""
 
 COPY_BYTES: Final = 256 << 20
 """Of one server-side copy; S3 allows 5 GB, and copies ranges in parallel."""
@@ -37,19 +48,6 @@ COPY_THREADS: Final = 4
 
 PRESIGNED_SECONDS: Final = 300
 """Validity of presigned URLs; S3 checks it when a download starts, not while it runs."""
-
-ATTEMPTS: Final = 5
-"""Of each request, by botocore: with exponential back-off and jitter, at most 20 s apart."""
-READ_SECONDS: Final = 30.0
-"""A server that sends nothing for this long has failed."""
-
-MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound", "NoSuchBucket", "NoSuchUpload"})
-FULL: Final = frozenset({"507", "InsufficientStorage", "QuotaExceeded", "XMinioStorageFull"})
-DENIED: Final = frozenset(
-    {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
-)
-EXISTS: Final = frozenset({"412", "PreconditionFailed"})
-CONFLICT: Final = frozenset({"409", "ConditionalRequestConflict"})
 
 log = structlog.get_logger(__name__)
 
@@ -60,18 +58,18 @@ class S3BlobStore(BlobStore):
     def __init__(self, settings: Settings) -> None:
         self.bucket = settings.s3_bucket
         self.part_bytes = max(MIN_PART_BYTES, math.ceil(settings.max_file_bytes / MAX_PARTS))
-        self.client = _client(settings, settings.s3_endpoint_url)
+        self.client = make_client(settings, settings.s3_endpoint_url)
         # Signs URLs for the host that clients use.
-        self._signer: S3Client | None = None
+        self.signer: S3Client | None = None
         if settings.s3_public_url is not None:
-            self._signer = _client(settings, settings.s3_public_url)
+            self.signer = make_client(settings, settings.s3_public_url)
 
     def prepare(self) -> None:
-        with _errors():
+        with s3_errors():
             try:
                 self.client.head_bucket(Bucket=self.bucket)
             except ClientError as error:
-                if _code(error) not in MISSING:
+                if code_of(error) not in MISSING:
                     raise
                 self.client.create_bucket(Bucket=self.bucket)
         if not self.is_conditional:
@@ -84,14 +82,14 @@ class S3BlobStore(BlobStore):
     def is_conditional(self) -> bool:
         """Whether the server refuses to overwrite an object when asked to (`If-None-Match: *`)."""
         key = f"staging/{uuid.uuid4().hex}"
-        with _errors():
+        with s3_errors():
             try:
                 for _ in range(2):
                     self.client.put_object(Bucket=self.bucket, Key=key, IfNoneMatch="*")
             except ClientError as error:
-                if _code(error) in EXISTS:
+                if code_of(error) in EXISTS:
                     return True
-                if _code(error) not in {"501", "NotImplemented", "InvalidArgument"}:
+                if code_of(error) not in {"501", "NotImplemented", "InvalidArgument"}:
                     raise
             finally:
                 self.client.delete_object(Bucket=self.bucket, Key=key)
@@ -103,14 +101,14 @@ class S3BlobStore(BlobStore):
     def open(self, digest: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         size = self.size(digest)
         last = size if end is None else min(end, size)
-        return self._read(blob_key(digest), start, last)
+        return self.read_object(blob_key(digest), start, last)
 
-    def _read(self, key: str, start: int, end: int) -> Iterator[bytes]:
+    def read_object(self, key: str, start: int, end: int) -> Iterator[bytes]:
         """Bytes `[start, end)`. A broken transfer resumes where it was; botocore retries none."""
         breaks = 0
         while start < end:
             try:
-                with _errors(f"The store no longer holds {key}."):
+                with s3_errors(f"The store no longer holds {key}."):
                     body = self.client.get_object(
                         Bucket=self.bucket, Key=key, Range=f"bytes={start}-{end - 1}"
                     )["Body"]
@@ -127,16 +125,37 @@ class S3BlobStore(BlobStore):
                 time.sleep(random.uniform(0, 2**breaks / 4))
 
     def size(self, digest: str) -> int:
-        with _errors(f"The store holds no file {digest}."):
+        with s3_errors(f"The store holds no file {digest}."):
             return self.client.head_object(Bucket=self.bucket, Key=blob_key(digest))[
                 "ContentLength"
             ]
 
+    def begin_parts(self, upload: str, size: int, part_bytes: int) -> PartedFile:
+        return S3PartedFile.create(self, parts_key(upload), size, part_bytes)
+
+    def parted(self, upload: str, token: str, size: int, part_bytes: int) -> PartedFile:
+        return S3PartedFile(self, parts_key(upload), token, size, part_bytes)
+
+    def parted_uploads(self) -> frozenset[str]:
+        prefix = parts_key("")
+        with s3_errors():
+            keys = [key for key, _ in self._list(prefix)]
+            keys += [key for key, *_ in self._multipart_uploads(prefix)]
+        return frozenset(key.removeprefix(prefix).partition("/")[0] for key in keys)
+
+    def drop_parts(self, upload: str) -> None:
+        prefix = f"{parts_key(upload)}/"
+        with s3_errors():
+            for key, upload_id, _ in self._multipart_uploads(prefix):
+                self.abort(key, upload_id)
+            for key, _ in self._list(prefix):
+                self.client.delete_object(Bucket=self.bucket, Key=key)
+
     def presigned_url(self, digest: str, *, disposition: str, media_type: str) -> str | None:
-        if self._signer is None:
+        if self.signer is None:
             return None
-        with _errors():
-            return self._signer.generate_presigned_url(
+        with s3_errors():
+            return self.signer.generate_presigned_url(
                 "get_object",
                 Params={
                     "Bucket": self.bucket,
@@ -148,47 +167,43 @@ class S3BlobStore(BlobStore):
             )
 
     def delete(self, digest: str) -> None:
-        with _errors():
+        with s3_errors():
             self.client.delete_object(Bucket=self.bucket, Key=blob_key(digest))
 
     def get_work(self, key: str) -> bytes | None:
         try:
-            with _errors("No such block."):
+            with s3_errors("No such block."):
                 size = self.client.head_object(Bucket=self.bucket, Key=work_key(key))
-                return b"".join(self._read(work_key(key), 0, size["ContentLength"]))
+                return b"".join(self.read_object(work_key(key), 0, size["ContentLength"]))
         except NotFound:
             return None
 
     def put_work(self, key: str, data: bytes) -> None:
-        with _errors():
+        with s3_errors():
             self.client.put_object(Bucket=self.bucket, Key=work_key(key), Body=data)
 
     def drop_work(self, prefix: str) -> None:
-        with _errors():
+        with s3_errors():
             for key, _ in self._list(f"{work_key(prefix)}/"):
                 self.client.delete_object(Bucket=self.bucket, Key=key)
 
     def drop_staging(self, before: datetime) -> int:
         dropped = 0
-        with _errors():
+        with s3_errors():
             for key, modified in self._list("staging/"):
                 if modified < before:
                     self.client.delete_object(Bucket=self.bucket, Key=key)
                     dropped += 1
-            pages = self.client.get_paginator("list_multipart_uploads")
-            for page in pages.paginate(Bucket=self.bucket):
-                for upload in page.get("Uploads", []):
-                    if upload["Initiated"] < before:
-                        self.client.abort_multipart_upload(
-                            Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                        )
-                        dropped += 1
+            for key, upload_id, begun in self._multipart_uploads(""):
+                if begun < before and not key.startswith(parts_key("")):
+                    self.abort(key, upload_id)
+                    dropped += 1
         return dropped
 
     def abort(self, key: str, upload_id: str) -> None:
         """Drop an unfinished multipart upload; if the server fails, the sweeper does later."""
         try:
-            with _errors("It is gone."):
+            with s3_errors("It is gone."):
                 self.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload_id)
         except NotFound:
             pass
@@ -198,14 +213,18 @@ class S3BlobStore(BlobStore):
     def drop(self, key: str) -> None:
         """Delete a staged object; if the server fails, the sweeper does later."""
         try:
-            with _errors():
+            with s3_errors():
                 self.client.delete_object(Bucket=self.bucket, Key=key)
         except DeltadockError as error:
             log.warning("staged_object_not_dropped", key=key, error=error.message)
 
+    def copy(self, source: str, digest: str) -> "Copy":
+        """Begin to copy the object `source` to a blob; a context manager."""
+        return Copy(self, source, digest)
+
     def create(self, digest: str, write: Callable[..., object]) -> bool:
         """Make a blob by a request that takes `IfNoneMatch`; returns False if it exists already."""
-        with _errors():
+        with s3_errors():
             try:
                 if self.is_conditional:
                     write(IfNoneMatch="*")
@@ -214,7 +233,7 @@ class S3BlobStore(BlobStore):
                 else:
                     write()
             except ClientError as error:
-                if _code(error) in EXISTS or (_code(error) in CONFLICT and self.exists(digest)):
+                if code_of(error) in EXISTS or (code_of(error) in CONFLICT and self.exists(digest)):
                     return False
                 raise
         return True
@@ -225,8 +244,15 @@ class S3BlobStore(BlobStore):
             for entry in page.get("Contents", []):
                 yield entry["Key"], entry["LastModified"]
 
+    def _multipart_uploads(self, prefix: str) -> Iterator[tuple[str, str, datetime]]:
+        """(key, id, begun at) of the unfinished ones."""
+        pages = self.client.get_paginator("list_multipart_uploads")
+        for page in pages.paginate(Bucket=self.bucket, Prefix=prefix):
+            for upload in page.get("Uploads", []):
+                yield upload["Key"], upload["UploadId"], upload["Initiated"]
+
     def _place(self, digest: str, target: Path) -> None:
-        with _errors(f"The store holds no file {digest}."):
+        with s3_errors(f"The store holds no file {digest}."):
             self.client.download_file(self.bucket, blob_key(digest), str(target))
         target.chmod(0o444)
 
@@ -267,7 +293,7 @@ class _S3Writer(BlobWriter):
             return
         if self._buffer:
             self._send_part(bytes(self._buffer))
-        with _errors():
+        with s3_errors():
             self._client.complete_multipart_upload(
                 Bucket=self._store.bucket,
                 Key=self._key,
@@ -275,7 +301,7 @@ class _S3Writer(BlobWriter):
                 MultipartUpload={"Parts": self._parts},
             )
         self._staged, self._upload_id = True, None
-        with _Copy(self._store, self._key, digest) as copy:
+        with self._store.copy(self._key, digest) as copy:
             copy.commit()
 
     def discard(self) -> None:
@@ -287,7 +313,7 @@ class _S3Writer(BlobWriter):
         self._upload_id, self._staged = None, False
 
     def _send_part(self, data: bytes) -> None:
-        with _errors():
+        with s3_errors():
             if self._upload_id is None:
                 self._upload_id = self._client.create_multipart_upload(
                     Bucket=self._store.bucket, Key=self._key
@@ -303,7 +329,7 @@ class _S3Writer(BlobWriter):
             self._parts.append({"PartNumber": number, "ETag": part["ETag"]})
 
 
-class _Copy:
+class Copy:
     """A server-side copy of an object to a blob; the blob appears when it is committed.
 
     In parts: a single copy is limited to 5 GB, and not every server makes it conditional.
@@ -318,7 +344,7 @@ class _Copy:
 
     def __enter__(self) -> Self:
         bucket = self._store.bucket
-        with _errors():
+        with s3_errors():
             size = self._client.head_object(Bucket=bucket, Key=self._source)["ContentLength"]
             created = self._client.create_multipart_upload(Bucket=bucket, Key=self._key)
         self._upload_id = created["UploadId"]
@@ -332,7 +358,7 @@ class _Copy:
         return self
 
     def _copy_part(self, number: int, end: int) -> "CompletedPartTypeDef":
-        with _errors():
+        with s3_errors():
             copied = self._client.upload_part_copy(
                 Bucket=self._store.bucket,
                 Key=self._key,
@@ -366,57 +392,3 @@ class _Copy:
         self._pool.shutdown(cancel_futures=True)
         if not self._committed:
             self._store.abort(self._key, self._upload_id)
-
-
-def _client(settings: Settings, endpoint_url: str | None) -> "S3Client":
-    secret = settings.s3_secret_access_key
-    return boto3.client(
-        "s3",
-        endpoint_url=endpoint_url,
-        region_name=settings.s3_region,
-        aws_access_key_id=settings.s3_access_key_id,
-        aws_secret_access_key=secret.get_secret_value() if secret else None,
-        config=Config(
-            # boto3 still presigns with Signature Version 2 in some regions by default.
-            signature_version="s3v4",
-            # Other S3 implementations reject or mangle boto3's default checksum headers, and
-            # digests are verified here anyway.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-            connect_timeout=5,
-            read_timeout=READ_SECONDS,
-            max_pool_connections=50,
-            s3={"addressing_style": "path" if endpoint_url else "auto"},
-        ),
-    )
-
-
-def _code(error: ClientError) -> str:
-    return error.response.get("Error", {}).get("Code", "")
-
-
-@contextmanager
-def _errors(missing: str | None = None) -> Iterator[None]:
-    """Translate boto's errors; a missing object raises NotFound(`missing`), if given."""
-    try:
-        yield
-    except ClientError as error:
-        code = _code(error)
-        if missing and code in MISSING:
-            raise NotFound(missing) from error
-        if code in FULL:
-            raise StorageFull(
-                "The object store is full. Free space there or raise its quota, then try again."
-            ) from error
-        if code in DENIED:
-            raise Unavailable(
-                "The object store refuses Deltadock's credentials. Check "
-                "DELTADOCK_S3_ACCESS_KEY_ID, DELTADOCK_S3_SECRET_ACCESS_KEY, the bucket's policy "
-                "and this machine's clock."
-            ) from error
-        raise Unavailable(
-            f"The object store refused a request ({code}); try again shortly."
-        ) from error
-    except (BotoCoreError, Boto3Error) as error:
-        raise Unavailable("The object store does not answer; try again shortly.") from error

@@ -16,9 +16,10 @@ from structlog.testing import capture_logs
 
 from deltadock.errors import DamagedBlob, DeltadockError, NotFound, StorageFull, Unavailable
 from deltadock.settings import Settings
-from deltadock.storage.blobs import BlobStore, make_blob_store, s3
+from deltadock.storage.blobs import BlobStore, make_blob_store, s3, s3_client
 from deltadock.storage.blobs.local import LocalBlobStore
-from deltadock.storage.blobs.s3 import ATTEMPTS, S3BlobStore
+from deltadock.storage.blobs.s3 import S3BlobStore
+from deltadock.storage.blobs.s3_client import ATTEMPTS
 from tests.storage.faulty_proxy import Fault, FaultyProxy, faulty_proxy
 
 DATA = bytes(range(256)) * 16_384
@@ -34,7 +35,7 @@ class TestObjectStore:
     def _no_waiting(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
         monkeypatch.setattr(s3.time, "sleep", lambda _: None)
-        monkeypatch.setattr(s3, "READ_SECONDS", 0.5)
+        monkeypatch.setattr(s3_client, "READ_SECONDS", 0.5)
 
     @pytest.fixture
     def proxy(self, s3_bucket: dict[str, str]) -> Iterator[FaultyProxy]:

@@ -14,7 +14,8 @@ from deltadock.errors import DamagedBlob, InvalidInput, NotFound, Unavailable
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, make_blob_store, s3
 from deltadock.storage.blobs.local import LocalBlobStore
-from deltadock.storage.blobs.s3 import MIN_PART_BYTES, PRESIGNED_SECONDS, S3BlobStore
+from deltadock.storage.blobs.parts import MIN_PART_BYTES
+from deltadock.storage.blobs.s3 import PRESIGNED_SECONDS, S3BlobStore
 
 ABSENT = "0" * 64
 

@@ -1,0 +1,153 @@
+"""Parts in a local folder: written into one file at their offsets.
+
+parts/<upload>/<token>/data     the file's bytes
+parts/<upload>/<token>/<n>      exists, empty, while part n is complete
+"""
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Self
+
+from deltadock.errors import Conflict, NotFound
+from deltadock.storage.blobs.parts import PartedFile, PartWriter
+from deltadock.storage.blobs.port import CHUNK_BYTES, disk_errors
+
+
+def store_errors() -> AbstractContextManager[None]:
+    """Translate the errors of the store's disk."""
+    return disk_errors("The blob store's folder")
+
+
+class LocalPartedFile(PartedFile):
+    """A data file, read-only once it is sealed, and a marker per complete part."""
+
+    def __init__(
+        self, folder: Path, token: str, size: int, part_bytes: int, place: Callable[..., None]
+    ) -> None:
+        """`folder` is the upload's; `place(data, digest)` links the data to a blob's name."""
+        super().__init__(size, part_bytes)
+        self.token = token
+        self.folder = folder / token
+        self.data = self.folder / "data"
+        self._place = place
+
+    @classmethod
+    def create(cls, folder: Path, size: int, part_bytes: int, place: Callable[..., None]) -> Self:
+        """A new file without parts."""
+        file = cls(folder, uuid.uuid4().hex, size, part_bytes, place)
+        with store_errors():
+            file.folder.mkdir(parents=True)
+            file.data.touch()
+        return file
+
+    def writer(self, number: int) -> PartWriter:
+        return _LocalPartWriter(self, number)
+
+    def url(self, number: int) -> str | None:
+        return None
+
+    def arrived(self) -> frozenset[int]:
+        with store_errors(), _found():
+            names = [path.name for path in self.folder.iterdir()]
+            return frozenset(int(name) for name in names if name.isdecimal())
+
+    def marker(self, number: int) -> Path:
+        """The file that exists while the part is complete."""
+        return self.folder / str(number)
+
+    def seal(self) -> None:
+        with (
+            store_errors(),
+            _found(),
+            self.data.open("rb") as stream,
+            # Waits for writes that are under way; later ones find the file sealed.
+            locked(stream.fileno(), fcntl.LOCK_EX),
+        ):
+            if not is_sealed(stream.fileno()):
+                self.check_complete()
+                self.data.chmod(0o444)
+
+    def publish(self, digest: str, verify: Callable[[Iterator[bytes]], None]) -> None:
+        with store_errors(), _found():
+            verify(self._read())
+            self._place(self.data, digest)
+
+    def _read(self) -> Iterator[bytes]:
+        with self.data.open("rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
+
+    def drop(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _LocalPartWriter(PartWriter):
+    """Writes at the part's offset, unless the file is sealed."""
+
+    def __init__(self, file: LocalPartedFile, number: int) -> None:
+        super().__init__(number, file.part_size(number))
+        self._file = file
+        self._offset = (number - 1) * file.part_bytes
+        with store_errors(), _found():
+            try:
+                self._stream = file.data.open("r+b", buffering=0)
+            except PermissionError as error:
+                raise _sealed() from error
+        with store_errors(), self._unsealed():
+            # From its first new byte until it is complete again, the part is missing.
+            file.marker(number).unlink(missing_ok=True)
+
+    def _write(self, chunk: bytes | bytearray | memoryview) -> None:
+        with store_errors(), memoryview(chunk) as left, self._unsealed():
+            written = 0
+            while written < len(left):
+                written += os.pwrite(self._stream.fileno(), left[written:], self._offset + written)
+            self._offset += written
+
+    def _commit(self) -> None:
+        with store_errors(), _found():
+            os.fdatasync(self._stream.fileno())
+            with self._unsealed():
+                self._file.marker(self.number).touch()
+
+    def discard(self) -> None:
+        self._stream.close()
+
+    @contextmanager
+    def _unsealed(self) -> Iterator[None]:
+        with locked(self._stream.fileno(), fcntl.LOCK_SH):
+            if is_sealed(self._stream.fileno()):
+                raise _sealed()
+            yield
+
+
+@contextmanager
+def locked(descriptor: int, kind: int) -> Iterator[None]:
+    """Hold a lock on an open file; writers of parts share it."""
+    fcntl.flock(descriptor, kind)
+    try:
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def is_sealed(descriptor: int) -> bool:
+    """Whether the file takes no more parts."""
+    return not os.fstat(descriptor).st_mode & 0o200
+
+
+def _sealed() -> Conflict:
+    return Conflict("The file is being completed and takes no more parts.")
+
+
+@contextmanager
+def _found() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFound("The file's parts are no longer stored; send the file again.") from error

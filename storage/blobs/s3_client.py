@@ -1,0 +1,85 @@
+"""Requests to S3: the client with its retries, and what its errors mean."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import boto3
+from boto3.exceptions import Boto3Error
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from deltadock.errors import NotFound, StorageFull, Unavailable
+from deltadock.settings import Settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+ATTEMPTS: Final = 5
+"""Of each request, by botocore: with exponential back-off and jitter, at most 20 s apart."""
+READ_SECONDS: Final = 30.0
+"""A server that sends nothing for this long has failed."""
+
+MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound", "NoSuchBucket", "NoSuchUpload"})
+FULL: Final = frozenset({"507", "InsufficientStorage", "QuotaExceeded", "XMinioStorageFull"})
+DENIED: Final = frozenset(
+    {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+)
+EXISTS: Final = frozenset({"412", "PreconditionFailed"})
+CONFLICT: Final = frozenset({"409", "ConditionalRequestConflict"})
+
+
+def make_client(settings: Settings, endpoint_url: str | None) -> "S3Client":
+    """A client of the settings' server at this URL; None is AWS's."""
+    secret = settings.s3_secret_access_key
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint_url,
+        region_name=settings.s3_region,
+        aws_access_key_id=settings.s3_access_key_id,
+        aws_secret_access_key=secret.get_secret_value() if secret else None,
+        config=Config(
+            # boto3 still presigns with Signature Version 2 in some regions by default.
+            signature_version="s3v4",
+            # Other S3 implementations reject or mangle boto3's default checksum headers, and
+            # digests are verified here anyway.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            connect_timeout=5,
+            read_timeout=READ_SECONDS,
+            max_pool_connections=50,
+            s3={"addressing_style": "path" if endpoint_url else "auto"},
+        ),
+    )
+
+
+def code_of(error: ClientError) -> str:
+    """The error's code in S3's answer."""
+    return error.response.get("Error", {}).get("Code", "")
+
+
+@contextmanager
+def s3_errors(missing: str | None = None) -> Iterator[None]:
+    """Translate boto's errors; a missing object raises NotFound(`missing`), if given."""
+    try:
+        yield
+    except ClientError as error:
+        code = code_of(error)
+        if missing and code in MISSING:
+            raise NotFound(missing) from error
+        if code in FULL:
+            raise StorageFull(
+                "The object store is full. Free space there or raise its quota, then try again."
+            ) from error
+        if code in DENIED:
+            raise Unavailable(
+                "The object store refuses Deltadock's credentials. Check "
+                "DELTADOCK_S3_ACCESS_KEY_ID, DELTADOCK_S3_SECRET_ACCESS_KEY, the bucket's policy "
+                "and this machine's clock."
+            ) from error
+        raise Unavailable(
+            f"The object store refused a request ({code}); try again shortly."
+        ) from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise Unavailable("The object store does not answer; try again shortly.") from error

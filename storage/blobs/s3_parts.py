@@ -1,0 +1,158 @@
+"""Parts on S3: a multipart upload each file, to which clients can send parts themselves."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final, Self
+
+from botocore.exceptions import ClientError
+
+from deltadock.errors import Conflict, NotFound
+from deltadock.storage.blobs.parts import PartedFile, PartWriter
+from deltadock.storage.blobs.s3_client import MISSING, code_of, s3_errors
+
+if TYPE_CHECKING:
+    from deltadock.storage.blobs.s3 import S3BlobStore
+
+URL_SECONDS: Final = 3600
+"""Validity of a part's URL; S3 checks it when a part begins to arrive."""
+
+GONE: Final = "The file's parts are no longer stored; send the file again."
+
+
+class S3PartedFile(PartedFile):
+    """A multipart upload; once sealed, an object under parts/. The token names both."""
+
+    def __init__(
+        self, store: "S3BlobStore", prefix: str, token: str, size: int, part_bytes: int
+    ) -> None:
+        super().__init__(size, part_bytes)
+        self.token = token
+        self.store = store
+        name, _, self.upload_id = token.partition(":")
+        self.key = f"{prefix}/{name}"
+
+    @classmethod
+    def create(cls, store: "S3BlobStore", prefix: str, size: int, part_bytes: int) -> Self:
+        """A new file without parts."""
+        name = uuid.uuid4().hex
+        with s3_errors():
+            upload = store.client.create_multipart_upload(
+                Bucket=store.bucket, Key=f"{prefix}/{name}"
+            )
+        return cls(store, prefix, f"{name}:{upload['UploadId']}", size, part_bytes)
+
+    def writer(self, number: int) -> PartWriter:
+        return _S3PartWriter(self, number)
+
+    def url(self, number: int) -> str | None:
+        if self.store.signer is None:
+            return None
+        with s3_errors():
+            return self.store.signer.generate_presigned_url(
+                "upload_part",
+                Params={
+                    "Bucket": self.store.bucket,
+                    "Key": self.key,
+                    "UploadId": self.upload_id,
+                    "PartNumber": number,
+                    "ContentLength": self.part_size(number),  # signed: no other is accepted
+                },
+                ExpiresIn=URL_SECONDS,
+            )
+
+    def arrived(self) -> frozenset[int]:
+        if self._is_object():
+            return frozenset(range(1, self.count + 1))
+        return frozenset(self._tags())
+
+    def _tags(self) -> dict[int, str]:
+        """The ETag of every complete part. Some servers list a part once for each time it came."""
+        tags: dict[int, str] = {}
+        pages = self.store.client.get_paginator("list_parts")
+        with s3_errors(GONE):
+            for page in pages.paginate(
+                Bucket=self.store.bucket, Key=self.key, UploadId=self.upload_id
+            ):
+                for part in page.get("Parts", []):
+                    number = part["PartNumber"]
+                    if 1 <= number <= self.count and part["Size"] == self.part_size(number):
+                        tags[number] = part["ETag"]
+        return tags
+
+    def _is_object(self) -> bool:
+        """Whether the parts are joined: the file is sealed."""
+        try:
+            with s3_errors(GONE):
+                self.store.client.head_object(Bucket=self.store.bucket, Key=self.key)
+        except NotFound:
+            return False
+        return True
+
+    def seal(self) -> None:
+        if self._is_object():
+            return
+        tags = self._tags()
+        if len(tags) < self.count:
+            self.check_complete()
+        with s3_errors():
+            try:
+                self.store.client.complete_multipart_upload(
+                    Bucket=self.store.bucket,
+                    Key=self.key,
+                    UploadId=self.upload_id,
+                    MultipartUpload={
+                        "Parts": [
+                            {"PartNumber": number, "ETag": tag}
+                            for number, tag in sorted(tags.items())
+                        ]
+                    },
+                )
+            except ClientError as error:
+                # Of a request that was repeated because its answer was lost, or of two at once.
+                if code_of(error) not in MISSING or not self._is_object():
+                    raise
+
+    def publish(self, digest: str, verify: Callable[[Iterator[bytes]], None]) -> None:
+        if not self._is_object():
+            raise NotFound(GONE)
+        # The server copies while this process reads what it stores.
+        with self.store.copy(self.key, digest) as copy:
+            verify(self.store.read_object(self.key, 0, self.size))
+            copy.commit()
+
+    def drop(self) -> None:
+        self.store.abort(self.key, self.upload_id)
+        self.store.drop(self.key)
+
+
+class _S3PartWriter(PartWriter):
+    """Sends the part when it is complete; holds it in memory until then."""
+
+    def __init__(self, file: S3PartedFile, number: int) -> None:
+        super().__init__(number, file.part_size(number))
+        self._file = file
+        self._buffer = bytearray()
+
+    def _write(self, chunk: bytes | bytearray | memoryview) -> None:
+        self._buffer += chunk
+
+    def _commit(self) -> None:
+        file = self._file
+        with s3_errors(GONE):
+            try:
+                file.store.client.upload_part(
+                    Bucket=file.store.bucket,
+                    Key=file.key,
+                    UploadId=file.upload_id,
+                    PartNumber=self.number,
+                    Body=bytes(self._buffer),
+                )
+            except ClientError as error:
+                if code_of(error) in MISSING and file.arrived():
+                    raise Conflict(
+                        "The file is being completed and takes no more parts."
+                    ) from error
+                raise
+
+    def discard(self) -> None:
+        self._buffer.clear()
