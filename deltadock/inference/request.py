@@ -8,6 +8,7 @@ from deltadock.errors import ContextExceeded, InvalidInput
 from deltadock.inference.engine.sampler import SamplingParams
 from deltadock.inference.prompts.chat import Conversation, TemplateSandbox
 from deltadock.inference.prompts.grammar import GrammarSpec
+from deltadock.inference.prompts.json_schema import moved
 from deltadock.inference.prompts.tokenizer import SamplingDefaults, Tokenizer
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
@@ -95,14 +96,20 @@ def grammar_of(request: GenerationRequest) -> GrammarSpec | None:
     if request.guided_grammar is not None:
         return GrammarSpec("ebnf", request.guided_grammar, "guided_grammar")
     if request.guided_choice is not None:
-        choices = " | ".join(json.dumps(choice) for choice in request.guided_choice)
+        quoted = (json.dumps(choice, ensure_ascii=False) for choice in request.guided_choice)
+        choices = " | ".join(quoted)
         return GrammarSpec("ebnf", f"root ::= {choices}", "guided_choice")
     return None
 
 
 def _calls_schema(tools: Sequence[Tool]) -> dict[str, Any]:
     """The JSON schema of one or more calls of these tools, as `tool_calls.parse_calls` reads it."""
+    parameters = [tool.function.parameters or {"type": "object"} for tool in tools]
     return {
+        "$defs": {
+            str(number): moved(schema, f"#/$defs/{number}")
+            for number, schema in enumerate(parameters)
+        },
         "type": "array",
         "minItems": 1,
         "items": {
@@ -111,12 +118,12 @@ def _calls_schema(tools: Sequence[Tool]) -> dict[str, Any]:
                     "type": "object",
                     "properties": {
                         "name": {"const": tool.function.name},
-                        "parameters": tool.function.parameters or {"type": "object"},
+                        "parameters": {"$ref": f"#/$defs/{number}"},
                     },
                     "required": ["name", "parameters"],
                     "additionalProperties": False,
                 }
-                for tool in tools
+                for number, tool in enumerate(tools)
             ]
         },
     }

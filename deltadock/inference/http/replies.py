@@ -229,7 +229,7 @@ class ChatReply(Reply[ChatRequest]):
         if request.forced_tools:
             self._form = "json"
         elif request.offered_tools:
-            self._form = tool_form(generation.tokenizer.chat.template)
+            self._form = tool_form(generation.tokenizer.chat.template_for(tools=True))
 
     def _completion(self, answers: Sequence[Event], usage: Usage) -> ChatCompletion:
         choices = []

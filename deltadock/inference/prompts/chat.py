@@ -55,12 +55,18 @@ class ChatFormat:
     template: str | None
     special_tokens: Mapping[str, str]
     """Text by name, such as `bos_token`."""
+    tool_template: str | None = None
+    """The template of conversations with tools, if they have one of their own."""
+
+    def template_for(self, *, tools: bool) -> str | None:
+        """The template of a conversation, with `tools` or without."""
+        return self.tool_template if tools and self.tool_template is not None else self.template
 
 
 def chat_format(files: Mapping[str, str]) -> ChatFormat:
-    """The chat template and special tokens of a checkpoint's text files, by name.
+    """The chat templates and special tokens of a checkpoint's text files, by name.
 
-    `chat_template.jinja` overrides the template in tokenizer_config.json, as in transformers.
+    `chat_template.jinja` overrides the templates in tokenizer_config.json, as in transformers.
 
     Raises:
         ValueError, TypeError, AttributeError: a file cannot be parsed.
@@ -72,13 +78,15 @@ def chat_format(files: Mapping[str, str]) -> ChatFormat:
         for name, token in named.items()
         if name.endswith("_token") and isinstance(token, str | dict)
     }
-    template = files.get("chat_template.jinja", config.get("chat_template"))
+    template, tool_template = config.get("chat_template"), None
     if isinstance(template, list):
         by_name = {entry["name"]: entry["template"] for entry in template}
-        template = by_name.get("default")
-    if not isinstance(template, str | None):
+        template, tool_template = by_name.get("default"), by_name.get("tool_use")
+    if "chat_template.jinja" in files:
+        template, tool_template = files["chat_template.jinja"], None
+    if not isinstance(template, str | None) or not isinstance(tool_template, str | None):
         raise TypeError("chat_template is not a string")
-    return ChatFormat(template, special_tokens)
+    return ChatFormat(template, special_tokens, tool_template)
 
 
 def _open_final_message(text: str, content: str) -> str:
@@ -163,7 +171,8 @@ class TemplateSandbox:
             UnsupportedModel: the model has no chat template.
             InvalidInput: the template raises, or exceeds its time or memory limit.
         """
-        if form.template is None:
+        template = form.template_for(tools=bool(conversation.tools))
+        if template is None:
             raise UnsupportedModel(
                 "The model has no chat template. Send a prompt to /v1/completions, or save the "
                 "fine-tune again with a chat_template.jinja beside its tokenizer.json."
@@ -173,7 +182,7 @@ class TemplateSandbox:
                 f"chat_template_kwargs cannot set {min(reserved)!r}.", param="chat_template_kwargs"
             )
         messages = [dict(message) for message in conversation.messages]
-        if "developer" not in form.template:
+        if "developer" not in template:
             # OpenAI's newer name for the system role; a template that does not know it drops it.
             for message in messages:
                 message["role"] = message["role"].replace("developer", "system")
@@ -185,7 +194,7 @@ class TemplateSandbox:
             "messages": messages,
             "add_generation_prompt": conversation.add_generation_prompt,
         }
-        answer = self._request(form.template, variables)
+        answer = self._request(template, variables)
         if answer is None:
             raise InvalidInput(
                 "The model's chat template took more time or memory than allowed, and is refused "

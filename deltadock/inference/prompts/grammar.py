@@ -1,5 +1,6 @@
 """Structured output: only tokens that continue a JSON document, regex or grammar can be sampled."""
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltadock.errors import InvalidInput
+from deltadock.inference.prompts.json_schema import not_enforced, without_formats
 
 CACHE_BYTES: Final = 64 * 2**20
 """Compiled grammars kept per tokenizer."""
@@ -62,6 +64,21 @@ class TokenGrammar:
         return TokenMatcher(self._compiled, ends_itself=self._ends_itself)
 
 
+def _enforceable(text: str) -> str:
+    """A JSON schema that a grammar enforces as a whole.
+
+    Raises:
+        ValueError: it is no JSON, or has a keyword that no grammar enforces.
+    """
+    try:
+        schema = json.loads(text)
+        if found := not_enforced(schema):
+            raise ValueError(f"JSON schema: {found} cannot be enforced; leave it out.")
+        return json.dumps(without_formats(schema))
+    except RecursionError as error:
+        raise ValueError("JSON schema: it is nested too deeply.") from error
+
+
 class GrammarCompiler:
     """Compiles grammars for one tokenizer. Any thread may use it."""
 
@@ -85,10 +102,10 @@ class GrammarCompiler:
                 '{"type": "object"}', strict_mode=False, max_whitespace_cnt=MAX_WHITESPACE
             ),
             "json_schema": lambda text: compiler.compile_json_schema(
-                text, max_whitespace_cnt=MAX_WHITESPACE
+                _enforceable(text), max_whitespace_cnt=MAX_WHITESPACE
             ),
             "compact_json_schema": lambda text: compiler.compile_json_schema(
-                text, any_whitespace=False
+                _enforceable(text), any_whitespace=False
             ),
             "regex": compiler.compile_regex,
             "ebnf": compiler.compile_grammar,

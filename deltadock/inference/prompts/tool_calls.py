@@ -1,7 +1,6 @@
 """Tool calls in the text of an answer, in the forms of the families that have a known one."""
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -67,7 +66,7 @@ def parse_calls(form: ToolForm, text: str) -> tuple[str, Sequence[ParsedCall]]:
         calls = PARSERS[form](text[begin:])
     except (ValueError, KeyError, TypeError):
         return text, ()
-    return text[:begin].rstrip(), calls
+    return (text[:begin].rstrip(), calls) if calls else (text, ())
 
 
 def _call(value: Any) -> ParsedCall:
@@ -84,29 +83,50 @@ def _call(value: Any) -> ParsedCall:
 
 
 def _hermes(text: str) -> list[ParsedCall]:
-    blocks = re.findall(rf"{HERMES}(.*?)(?:</tool_call>|\Z)", text, re.DOTALL)
-    return [_call(json.loads(block)) for block in blocks]
+    """A JSON object after each marker."""
+    calls = []
+    place = text.find(HERMES)
+    while place >= 0:
+        value, end = _decode(text, place + len(HERMES))
+        calls.append(_call(value))
+        place = text.find(HERMES, end)
+    return calls
 
 
 def _mistral(text: str) -> list[ParsedCall]:
     """A JSON list after the marker; in newer models a name and arguments after each marker."""
-    text = text.removeprefix(MISTRAL).strip()
-    if text.startswith("["):
-        return [_call(value) for value in json.loads(text)]
     calls = []
-    for part in text.split(MISTRAL):
-        name, _, arguments = part.partition("{")
-        json.loads("{" + arguments)
-        calls.append(ParsedCall(name.replace("[ARGS]", "").strip(), "{" + arguments.strip()))
+    while text := text.strip():
+        if not text.startswith(MISTRAL):
+            raise ValueError("not a call")
+        begin = next((place for place, letter in enumerate(text) if letter == "{"), len(text))
+        name = text[len(MISTRAL) : begin].partition("[")[0].strip()
+        value, end = _decode(text, begin if name else len(MISTRAL))
+        if name:
+            calls.append(ParsedCall(name, text[begin:end]))
+        else:
+            calls += [_call(one) for one in (value if isinstance(value, list) else [value])]
+        text = text[end:]
     return calls
+
+
+def _decode(text: str, begin: int) -> tuple[Any, int]:
+    """The JSON value from `begin` on, after white space, and where it ends.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return json.JSONDecoder().raw_decode(
+        text, begin + len(text[begin:]) - len(text[begin:].lstrip())
+    )
 
 
 def _llama3(text: str) -> list[ParsedCall]:
     """JSON objects, separated by semicolons."""
     text = text.strip().removeprefix(PYTHON_TAG).strip()
-    decoder, calls = json.JSONDecoder(), []
+    calls = []
     while text:
-        value, end = decoder.raw_decode(text)
+        value, end = _decode(text, 0)
         calls.append(_call(value))
         text = text[end:].lstrip("; \n")
     return calls

@@ -88,10 +88,18 @@ def test_the_template_file_takes_precedence_and_the_default_is_used() -> None:
     config = json.dumps(
         {"chat_template": several, "bos_token": {"content": "<s>", "lstrip": False}}
     )
-    assert chat_format({"tokenizer_config.json": config}) == ChatFormat("d", {"bos_token": "<s>"})
+    found = chat_format({"tokenizer_config.json": config})
+    assert found == ChatFormat("d", {"bos_token": "<s>"}, "t")
     both = {"tokenizer_config.json": config, "chat_template.jinja": "file"}
-    assert chat_format(both).template == "file"
+    assert chat_format(both) == ChatFormat("file", {"bos_token": "<s>"})
     assert chat_format({}) == ChatFormat(None, {})
+
+
+def test_a_conversation_with_tools_may_have_its_own_template(sandbox: TemplateSandbox) -> None:
+    several = ChatFormat("plain", {}, "{{ tools[0].name }}")
+    assert sandbox.prompt(several, Conversation(TALK)) == "plain"
+    assert sandbox.prompt(several, Conversation(TALK, tools=({"name": "f"},))) == "f"
+    assert sandbox.prompt(ChatFormat("plain", {}), Conversation(TALK, tools=({},))) == "plain"
 
 
 def test_a_model_without_a_template_is_refused_with_advice(sandbox: TemplateSandbox) -> None:

@@ -32,6 +32,20 @@ G = ("g", {})
         ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1, "b": "é"}}]', "", [F]),
         ("mistral", '[TOOL_CALLS]f[ARGS]{"a": 1, "b": "é"}[TOOL_CALLS]g{}', "", [F, G]),
         ("llama3", '{"name": "f", "parameters": {"a": 1, "b": "é"}}', "", [F]),
+        ("mistral", '[TOOL_CALLS]f[CALL_ID]a1B2c3D4e[ARGS]{"a": 1, "b": "é"}', "", [F]),
+        ("mistral", '[TOOL_CALLS]{"name": "g", "arguments": {}}', "", [G]),
+        (
+            "mistral",
+            '[TOOL_CALLS]f{"a": "[TOOL_CALLS]"}\n[TOOL_CALLS] g {}',
+            "",
+            [("f", {"a": "[TOOL_CALLS]"}), G],
+        ),
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>',
+            "",
+            [("f", {"a": "</tool_call>"})],
+        ),
         (
             "llama3",
             '<|python_tag|>{"name": "g", "parameters": {}}; {"name": "g", "parameters": {}}',
@@ -55,6 +69,9 @@ def test_calls_are_parsed(
     [
         "plain text",
         "a < b and {x}",
+        "a <",
+        "a <tool_call>",
+        "a [TOOL",
         "<tool_call>{broken",
         '<tool_call>{"arguments": {}}</tool_call>',
         "[TOOL_CALLS] [1]",
