@@ -6,7 +6,8 @@
     │   │   ├── UnsafeFile              422 unsafe_file
     │   │   ├── MalformedSafetensors    422 malformed_safetensors
     │   │   ├── NonFiniteWeights        422 non_finite_weights
-    │   │   └── ArchitectureMismatch    422 architecture_mismatch
+    │   │   ├── ArchitectureMismatch    422 architecture_mismatch
+    │   │   └── UnchangedCheckpoint     422 unchanged_checkpoint
     │   ├── HashMismatch                422 hash_mismatch
     │   ├── ContextExceeded             422 context_length_exceeded
     │   ├── UnknownMethod               422 unknown_method
@@ -87,6 +88,12 @@ class ArchitectureMismatch(InvalidCheckpoint):
     """The fine-tune's architecture or tensor shapes differ from its base's."""
 
     code = "architecture_mismatch"
+
+
+class UnchangedCheckpoint(InvalidCheckpoint):
+    """The fine-tune equals its base, tensors and files of the model alike."""
+
+    code = "unchanged_checkpoint"
 
 
 class HashMismatch(InvalidInput):

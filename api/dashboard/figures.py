@@ -64,6 +64,13 @@ class CalibrationFigures(BaseModel):
     seed: int | None = None
 
 
+class MeasuredFigures(BaseModel):
+    """A source of the text that the figures are measured on."""
+
+    sha256: str | None
+    tokens: int
+
+
 class SummaryFigures(BaseModel):
     """The figures of the whole model; see `deltadock.compression.report.Report`."""
 
@@ -81,6 +88,7 @@ class SummaryFigures(BaseModel):
     nll_base: float | None = None
     base_digest: str | None = None
     calibration: CalibrationFigures | None = None
+    measured_on: list[MeasuredFigures] = Field(default_factory=list)
     seconds: float | None = None
 
 

@@ -26,6 +26,7 @@ from deltadock.errors import (
     InvalidInput,
     NotFound,
     NotReady,
+    UnchangedCheckpoint,
     UnknownMethod,
 )
 
@@ -47,6 +48,7 @@ DeltaId = Annotated[str, Path(examples=[EXAMPLE_DELTA_ID])]
             BitsOutOfRange,
             InvalidGoal,
             ArchitectureMismatch,
+            UnchangedCheckpoint,
         ),
     },
 )

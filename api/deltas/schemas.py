@@ -271,6 +271,14 @@ class DeltaPage(BaseModel):
     next: str | None = Field(examples=[EXAMPLE_DELTA_ID])
 
 
+class MeasuredSource(BaseModel):
+    """One source of the text that a report's figures are measured on."""
+
+    kind: Literal["text", "conversations", "sampled"]
+    sha256: Digest | None = Field(description="Of the text; null if the fine-tune wrote it.")
+    tokens: int = Field(examples=[8192])
+
+
 class ReportOut(BaseModel):
     """The compression's measurements, per matrix and in total."""
 
@@ -284,8 +292,12 @@ class ReportOut(BaseModel):
     ratio: float | None = None
     kl: float | None = None
     agreement: float | None = None
+    measured_on: list[MeasuredSource] = Field(
+        default_factory=list, description="The text that KL, agreement and NLL are measured on."
+    )
     matrices: list[dict[str, Any]] = Field(default_factory=list)
     other_tensors: list[dict[str, Any]] = Field(default_factory=list)
     notes: list[str] = Field(
-        default_factory=list, description="What was not taken from the fine-tune's folder."
+        default_factory=list,
+        description="What was not taken from the fine-tune's folder, and why figures are missing.",
     )

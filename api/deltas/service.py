@@ -12,8 +12,9 @@ from deltadock.api.bases import read_manifest, require_base, require_checkpoint
 from deltadock.api.deltas.schemas import CalibrationIn, DeltaIn
 from deltadock.api.dependencies import Resources, UnitOfWork
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
-from deltadock.artifacts.compatibility import check_same_architecture
+from deltadock.artifacts.compatibility import check_differs, check_same_architecture
 from deltadock.compression.options import SIZES
+from deltadock.compression.preview import carried_bytes, preview_size, shapes_of
 from deltadock.errors import InvalidInput, NotFound, NotReady
 from deltadock.storage.models import BaseRow, DeltaRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, UploadRepository
@@ -58,7 +59,9 @@ def request_delta(
     Raises:
         NotFound: no such base, checkpoint or calibration text.
         InvalidInput: the method does not fit: an adapter needs 'lora', a whole model another one.
-        UnknownMethod, BitsOutOfRange, InvalidGoal, ArchitectureMismatch.
+        UnknownMethod, BitsOutOfRange, ArchitectureMismatch.
+        InvalidGoal: it is invalid, or no artifact of the method is as small as it asks for.
+        UnchangedCheckpoint: the checkpoint equals the base.
     """
     session = unit.session
     base = require_base(session, tenant_id, body.base)
@@ -73,11 +76,14 @@ def request_delta(
     calibration = _calibration(
         session, tenant_id, body, needed=method.needs_calibration or is_bound
     )
-    if checkpoint.digest != base.checkpoint_digest and not is_adapter:
-        check_same_architecture(
-            read_manifest(resources.blobs, base.checkpoint_digest),
-            read_manifest(resources.blobs, checkpoint.digest),
-        )
+    if not is_adapter:
+        before = read_manifest(resources.blobs, base.checkpoint_digest)
+        after = read_manifest(resources.blobs, checkpoint.digest)
+        check_same_architecture(before, after)
+        check_differs(before, after)
+        if goal is not None and goal.kind in {"target_bytes", "ratio"}:
+            shapes, carried = shapes_of(after, before), carried_bytes(after, before)
+            preview_size(shapes, method.name, goal, carried=carried)
     options = {
         "seed": body.seed,
         "solver": body.solver,

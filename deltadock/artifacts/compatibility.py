@@ -5,9 +5,14 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from deltadock.artifacts.checkpoint import CheckpointManifest, TensorEntry
+from deltadock.artifacts.checkpoint import MODEL_FILES, CheckpointManifest, TensorEntry
 from deltadock.artifacts.names import find_name, is_buffer, is_embedding, is_head
-from deltadock.errors import ArchitectureMismatch, InvalidCheckpoint, UnsupportedModel
+from deltadock.errors import (
+    ArchitectureMismatch,
+    InvalidCheckpoint,
+    UnchangedCheckpoint,
+    UnsupportedModel,
+)
 
 STRUCTURE: Final = (
     "activation_function", "head_dim", "hidden_act", "n_head", "num_attention_heads",
@@ -72,6 +77,23 @@ def check_same_architecture(base: CheckpointManifest, finetuned: CheckpointManif
     """
     match_tensors(base, finetuned)
     check_structure(base.config, finetuned.config)
+
+
+def check_differs(base: CheckpointManifest, finetuned: CheckpointManifest) -> None:
+    """Reject a fine-tune that equals its base: there would be nothing to store.
+
+    Raises:
+        UnchangedCheckpoint: all tensors, and all files that a delta carries, are the same.
+    """
+    carried = [
+        {(file.path, file.sha256) for file in manifest.files if file.path in MODEL_FILES}
+        for manifest in (base, finetuned)
+    ]
+    if base.weights_digest == finetuned.weights_digest and carried[0] == carried[1]:
+        raise UnchangedCheckpoint(
+            "The fine-tune equals its base: every weight and every file of the model is the same. "
+            "Was the base uploaded twice, or the training's result saved elsewhere?"
+        )
 
 
 def match_tensors(

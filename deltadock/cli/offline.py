@@ -220,6 +220,16 @@ def compress(
     print_report(document)
 
 
+def measured_text(sources: list[dict[str, Any]]) -> str:
+    """The text that the report's figures are measured on, in words."""
+    words = (
+        f"{source['tokens']} tokens "
+        + (f"of {source['sha256'][:12]}" if source["sha256"] else "sampled from the fine-tune")
+        for source in sources
+    )
+    return ", ".join(words) or "–"
+
+
 def print_report(document: dict[str, Any]) -> None:
     """Print the report's figures as a table."""
     table = Table(show_header=False, box=None)
@@ -246,6 +256,7 @@ def print_report(document: dict[str, Any]) -> None:
             "NLL delta / fine-tuned / base",
             " / ".join(figure(key, ".4f") for key in ("nll", "nll_finetuned", "nll_base")),
         ),
+        ("measured on", measured_text(document["measured_on"])),
         ("time", figure("seconds", ".1f", " s")),
     ):
         table.add_row(label, text)

@@ -44,15 +44,22 @@ from deltadock.artifacts.names import find_name, is_embedding, is_head, unwrappe
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 from deltadock.compression.assembly import CarriedFiles, build_manifest, read_carried
-from deltadock.compression.calibration.windows import load_calibration
+from deltadock.compression.calibration.sampling import TextSampler, check_fits
+from deltadock.compression.calibration.sources import load_tokenizer
+from deltadock.compression.calibration.windows import (
+    load_calibration,
+    measured_source,
+    sample_windows,
+)
 from deltadock.compression.checkpoints import CheckpointReader, ResizedSource, to_numpy
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.options import CompressOptions, Source
 from deltadock.compression.quality import MergedSource, measure
-from deltadock.compression.report import ProgressReporter, Report, TensorReport
+from deltadock.compression.report import ProgressReporter, Report, TensorReport, not_measured
 from deltadock.errors import (
     ArchitectureMismatch,
     InvalidAdapter,
+    InvalidInput,
     MalformedSafetensors,
     NonFiniteWeights,
     UnsafeFile,
@@ -489,15 +496,16 @@ def import_adapter(
 ) -> Report:
     """Write a PEFT adapter as a delta file, with the tokenizer files that were saved with it.
 
-    The fine-tune is the base with the adapter: with calibration text, the report has the KL of
-    the base to it, and a KL of zero for the delta.
+    The fine-tune is the base with the adapter: the report has the KL of the base to it, and a KL
+    of zero for the delta.
 
     Args:
         base: checkpoint folder that the adapter was trained on.
         adapter: folder of adapter_config.json and adapter_model.safetensors.
         out: the delta file.
         options: only the seed and the amount of text are used.
-        calibration: optional text, read with the base's tokenizer.
+        calibration: optional text, read with the base's tokenizer; without any, the figures are of
+            text sampled from the base with the adapter.
         progress: reports every step.
         device: torch device.
 
@@ -533,23 +541,40 @@ def import_adapter(
         ],
         notes=ignored_files(adapter, folder_files(adapter, adapter=True)),
     )
-    if calibration:
-        model = BlockwiseModel(base, device, reader.entries)
-        data = load_calibration(
-            calibration, base, model.max_length, options.seed, options.calibration, device
-        )
-        with Artifact(out) as artifact:
-            merged = MergedSource(reader, artifact)
+    with Artifact(out) as artifact:
+        merged = MergedSource(reader, artifact)
+        try:
+            model = BlockwiseModel(base, device, reader.entries)
+            if calibration:
+                data = load_calibration(
+                    calibration, base, model.max_length, options.seed, options.calibration, device
+                )
+                windows, measured_on = data.report, data.measured_on
+            else:
+                check_fits(reader.parameters, device)
+                sampler = TextSampler(
+                    base, load_tokenizer(base), options.seed, device,
+                    lambda text, done: progress.report("assembling", 2, 3, text, within=done),
+                    {name: merged.tensor(name) for name in encoded if name in merged},
+                )  # fmt: skip
+                windows = sample_windows(sampler, model.max_length, options.calibration)
+                measured_on = [measured_source("sampled", None, windows.numel())]
+                del sampler  # its memory is free before the models are compared
             quality = measure(
                 model,
                 model,
-                data.report,
+                windows,
                 base=ResizedSource(reader, shapes),
                 finetuned=merged,
                 delta=merged,
                 progress=lambda k, n: progress.report("verifying", k, n, "comparing outputs"),
             )
-        report.set_quality(quality)
+        except InvalidInput as error:
+            if calibration:  # a text that cannot be used is the caller's mistake
+                raise
+            report.notes.append(not_measured(error))
+        else:
+            report.set_quality(quality, measured_on)
     return report
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from deltadock.artifacts.checkpoint import TensorEntry, folder_files, ignored_files, scan_folder
-from deltadock.artifacts.compatibility import match_tensors, tied_head
+from deltadock.artifacts.compatibility import check_differs, match_tensors, tied_head
 from deltadock.artifacts.configs import check_same_forward
 from deltadock.artifacts.encodings import NUMPY_DTYPES
 from deltadock.artifacts.names import is_embedding, is_head
@@ -211,6 +211,7 @@ def open_pair(
         InvalidCheckpoint: a folder is not a complete safetensors checkpoint.
         ArchitectureMismatch: the fine-tune is not one of this base.
         NonFiniteWeights: a tensor holds NaN or an infinity in a row that a token uses.
+        UnchangedCheckpoint: the two are equal.
     """
     progress = progress or ProgressReporter()
     progress.report("validating", 0, 2, "reading the base")
@@ -218,6 +219,7 @@ def open_pair(
     progress.report("validating", 1, 2, "reading the fine-tune")
     after = CheckpointReader(finetuned)
     after.align(before)
+    check_differs(before.manifest, after.manifest)
     ignored = ignored_files(finetuned, {file.path for file in after.manifest.files})
     return CheckpointPair(before, after, (*ignored, *keep_unused_rows(before, after)))
 

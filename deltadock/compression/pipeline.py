@@ -10,13 +10,19 @@ from pathlib import Path
 
 from deltadock.compression.adapters import import_adapter
 from deltadock.compression.checkpoints import CheckpointPair, open_pair
-from deltadock.compression.options import CompressOptions, Goal, MethodInfo, Source, goal_for
+from deltadock.compression.options import (
+    SAMPLED,
+    CompressOptions,
+    Goal,
+    MethodInfo,
+    Source,
+    goal_for,
+)
 from deltadock.compression.preview import carried_bytes, preview_size, shapes_of
 from deltadock.compression.report import Progress, ProgressReporter, Report
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.search import fit_size, reach_bound
 from deltadock.compression.session import BlockStore, CompressionSession
-from deltadock.errors import InvalidGoal
 
 
 def compress(
@@ -36,8 +42,7 @@ def compress(
         base, finetuned: checkpoint folders; for the method `lora`, `finetuned` is an adapter's.
         out: the delta file; appears complete or not at all.
         options: method, goal, seed and solver.
-        calibration: the text's sources. Without any, methods that need calibration sample text
-            from the fine-tune, and other methods skip the quality measurement.
+        calibration: the text's sources. Without any, text is sampled from the fine-tune.
         progress: called at every step; whatever it raises (`Cancelled`) ends the compression.
         store: keeps encoded blocks for a later run with the same inputs.
         device: torch device.
@@ -63,8 +68,8 @@ def compress(
             )
         else:
             measured = goal is not None and goal.kind in ("max_kl", "min_agreement")
-            if measured and not (sources or info.needs_calibration):
-                raise InvalidGoal(f"{goal} is measured on calibration text. Give some.")
+            if measured and not sources:
+                sources = [SAMPLED]
             pair = open_pair(base, finetuned, reporter)
             _first_guess(pair, info, goal)
             with Scratch() as scratch:
@@ -126,12 +131,4 @@ def _first_guess(pair: CheckpointPair, info: MethodInfo, goal: Goal | None) -> f
         return 0.0
     manifests = pair.finetuned.manifest, pair.base.manifest
     shapes, carried = shapes_of(*manifests), carried_bytes(*manifests)
-    try:
-        return preview_size(shapes, info.name, goal, carried=carried).bits or 0.0
-    except InvalidGoal:
-        assert info.bits_min is not None, "a method with a goal has a budget"
-        least = preview_size(shapes, info.name, Goal("bits", info.bits_min), carried=carried)
-        # The preview overestimates the artifacts of small models.
-        if limit < least.artifact_bytes / 2:
-            raise
-        return info.bits_min
+    return preview_size(shapes, info.name, goal, carried=carried).bits or 0.0

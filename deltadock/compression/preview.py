@@ -35,6 +35,9 @@ _NOT_COMPRESSED: Final = re.compile(
 )
 
 
+OVERESTIMATE: Final = 2
+"""Factor by which the sizes of small models are overestimated at most."""
+
 RUNS_PADDING: Final = 680
 """Bytes of alignment per matrix, as measured."""
 
@@ -301,8 +304,8 @@ def preview_size(
         carried: bytes of the files carried in the manifest.
 
     Raises:
-        InvalidGoal: the size depends on measurements, or is below the smallest that this method
-            can make.
+        InvalidGoal: the size depends on measurements, or is less than half the predicted smallest
+            that this method can make. (Between that and the half, this smallest is returned.)
         InvalidInput: the method imports an adapter.
     """
     tensors = list(tensors)
@@ -327,11 +330,13 @@ def preview_size(
     parameters = sum(tensor.weights for tensor in tensors)
     target = goal.value if goal.kind == "target_bytes" else 2 * parameters / goal.value
     least = _preview(tensors, method, low, carried)
-    if least.artifact_bytes > target:
+    if least.artifact_bytes > OVERESTIMATE * target:
         raise InvalidGoal(
             f"{goal} cannot be reached by {method!r}: its smallest artifact of this model takes "
             f"about {least.artifact_bytes} bytes, a ratio of {least.ratio:.1f}."
         )
+    if least.artifact_bytes > target:
+        return least
     most = _preview(tensors, method, high, carried)
     if most.artifact_bytes <= target:
         return most

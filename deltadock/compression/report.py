@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
+from deltadock.errors import InvalidInput
+
 if TYPE_CHECKING:
     from deltadock.compression.quality import Quality
 
@@ -44,6 +46,11 @@ class ProgressReporter:
             begin, end = STAGE_FRACTIONS[stage]
             fraction = begin + (end - begin) * (block + within) / max(blocks, 1)
             self._callback(Progress(stage, block, blocks, fraction, message))
+
+
+def not_measured(error: InvalidInput) -> str:
+    """The note of a report whose figures are missing."""
+    return f"KL, agreement and loss are not measured. {error.message}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +121,12 @@ class Report:
     nll: float | None = None
     nll_finetuned: float | None = None
     nll_base: float | None = None
+    measured_on: list[dict[str, Any]] = field(default_factory=list)
+    """The text of the figures: `kind` (text, conversations, sampled), `sha256` of the file (None if
+    sampled from the fine-tune) and `tokens` of each source; empty if nothing was measured."""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
-    """What was not taken from the fine-tune's folder, in words."""
+    """What was not taken from the fine-tune's folder, and why figures are missing, in words."""
 
     @property
     def ratio(self) -> float:
@@ -128,8 +138,9 @@ class Report:
         """Artifact bits per weight of the checkpoint."""
         return 8 * self.artifact_bytes / self.parameters
 
-    def set_quality(self, quality: "Quality") -> None:
-        """Copy the figures of the whole model."""
+    def set_quality(self, quality: "Quality", measured_on: list[dict[str, Any]]) -> None:
+        """Copy the figures of the whole model, and describe their text."""
+        self.measured_on = measured_on
         self.kl = quality.kl
         self.kl_base = quality.kl_base
         self.agreement = quality.agreement

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,14 @@ from deltadock.compression.assembly import (
     compose_tensors,
     encode_remaining,
 )
-from deltadock.compression.calibration.windows import CalibrationSet, load_calibration
+from deltadock.compression.calibration.sampling import TextSampler, check_fits
+from deltadock.compression.calibration.sources import load_tokenizer
+from deltadock.compression.calibration.windows import (
+    CalibrationSet,
+    load_calibration,
+    measured_source,
+    sample_windows,
+)
 from deltadock.compression.checkpoints import CheckpointPair, MatrixRef, ResizedSource
 from deltadock.compression.compressors import (
     Compressor,
@@ -37,7 +44,13 @@ from deltadock.compression.methods.registry import matrix_method
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.options import METHODS, CompressOptions, Source
 from deltadock.compression.quality import MergedSource, Quality, base_model, measure
-from deltadock.compression.report import MatrixReport, ProgressReporter, Report, TensorReport
+from deltadock.compression.report import (
+    MatrixReport,
+    ProgressReporter,
+    Report,
+    TensorReport,
+    not_measured,
+)
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.statistics import (
     DeltaMatrix,
@@ -45,7 +58,10 @@ from deltadock.compression.statistics import (
     changed_matrices,
     collect,
 )
+from deltadock.errors import InvalidInput
 from deltadock.version import __version__
+
+NO_WEIGHTS: Final = "No weight differs from the base's: the delta has files of the model only."
 
 
 class BlockStore(Protocol):
@@ -131,10 +147,7 @@ class CompressionSession:
         """Calibrate: load the text and collect the statistics that the method needs."""
         pair, info, options, report = self.pair, self.info, self._options, self._progress.report
         report("calibrating", 0, 3, "reading the configuration")
-        model = self._model = BlockwiseModel(
-            pair.finetuned.folder, self._device, pair.finetuned.entries
-        )
-        model.check(pair.finetuned.shapes)
+        model = self._model = self._open_model()
         if sources or info.needs_calibration:
             self._data = load_calibration(
                 sources, pair.finetuned.folder, model.max_length, options.seed,
@@ -194,7 +207,7 @@ class CompressionSession:
             distillation=distillation,
             matrices=draft.matrices,
             other_tensors=draft.others,
-            notes=list(self.pair.notes),
+            notes=[*self.pair.notes, *([] if draft.matrices or draft.others else [NO_WEIGHTS])],
         )
 
     def attempt(self, bits: float | None, out: Path) -> tuple[Report, Quality]:
@@ -204,9 +217,35 @@ class CompressionSession:
         return report, self._quality(out, self._data.choose)
 
     def measure(self, report: Report, out: Path) -> None:
-        """Measure the final artifact on the reporting windows, if there is calibration text."""
+        """Measure the final artifact on the reporting windows of the calibration text.
+
+        Without a text, text sampled from the fine-tune takes its place; a note in the report says
+        why if none can be.
+        """
         if self._data is not None:
-            report.set_quality(self._quality(out, self._data.report))
+            report.set_quality(self._quality(out, self._data.report), self._data.measured_on)
+            return
+        finetuned, progress = self.pair.finetuned, self._progress.report
+        try:
+            check_fits(finetuned.parameters, self._device)
+            self._model = self._model or self._open_model()
+            sampler = TextSampler(
+                finetuned.folder, load_tokenizer(finetuned.folder), self._options.seed,
+                self._device, lambda text, done: progress("assembling", 2, 3, text, within=done),
+            )  # fmt: skip
+            windows = sample_windows(sampler, self._model.max_length, self._options.calibration)
+            del sampler  # its memory is free before the models are compared
+            quality = self._quality(out, windows)
+        except InvalidInput as error:
+            report.notes.append(not_measured(error))
+            return
+        report.set_quality(quality, [measured_source("sampled", None, windows.numel())])
+
+    def _open_model(self) -> BlockwiseModel:
+        finetuned = self.pair.finetuned
+        model = BlockwiseModel(finetuned.folder, self._device, finetuned.entries)
+        model.check(finetuned.shapes)
+        return model
 
     def _encode(self, bits: float | None) -> Draft:
         """Encode the checkpoint at a budget; the draft of the last budget is kept."""

@@ -136,6 +136,9 @@ def test_invalid_requests_create_no_delta(
         ({"bits": 9}, 422, "bits_out_of_range"),
         ({"ratio": 10.0}, 422, "invalid_goal"),
         ({"bits": None, "ratio": 0.5}, 422, "invalid_goal"),
+        ({"bits": None, "ratio": 100_000}, 422, "invalid_goal"),
+        ({"bits": None, "target_bytes": 10}, 422, "invalid_goal"),
+        ({"checkpoint": api.base()}, 422, "unchanged_checkpoint"),
         ({"bits": None, "target_bytes": 0}, 422, "invalid_goal"),
         ({"bits": None, "target_bytes": 1.5}, 422, "invalid_input"),
         ({"bits": None, "max_kl": -1}, 422, "invalid_goal"),
@@ -170,7 +173,7 @@ def test_invalid_requests_create_no_delta(
 
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [("target_bytes", 10**9), ("ratio", 12.5), ("max_kl", 0.01), ("min_agreement", 0.98)],
+    [("target_bytes", 10**9), ("max_kl", 0.01), ("min_agreement", 0.98)],
 )
 def test_goals_other_than_bits(api: Api, kind: str, value: float) -> None:
     body = api.delta_body() | {"bits": None, kind: value}
@@ -187,7 +190,7 @@ def test_a_quality_bound_samples_text_if_none_is_given(api: Api) -> None:
     body = api.delta_body() | {"method": "low-rank", "calibration": None, "bits": None}
     delta = api.client.post("/v1/deltas", json=body | {"max_kl": 0.1}).json()["delta"]
     assert delta["calibration"]["sources"][0]["source"] == "sampled"
-    delta = api.client.post("/v1/deltas", json=body | {"ratio": 4.0}).json()["delta"]
+    delta = api.client.post("/v1/deltas", json=body | {"target_bytes": 10**9}).json()["delta"]
     assert delta["calibration"] is None
 
 

@@ -19,7 +19,7 @@ from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 from deltadock.compression.adapters import adapter_digest, encode_adapter, import_adapter
 from deltadock.compression.checkpoints import CheckpointReader
-from deltadock.compression.options import CompressOptions, Source
+from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.report import ProgressReporter
 from deltadock.errors import (
     ArchitectureMismatch,
@@ -362,10 +362,15 @@ def test_an_adapters_chat_template_overrides_the_bases(
     if own_file:
         (adapter / "chat_template.jinja").write_text("the adapter's file")
     out = tmp_path / "a.delta"
-    import_adapter(
-        with_template, adapter, out, CompressOptions(method="lora"),
+    amount = CalibrationOptions(tokens=1024, length=32)
+    report = import_adapter(
+        with_template, adapter, out, CompressOptions(method="lora", calibration=amount),
         calibration=[], progress=ProgressReporter(),
     )  # fmt: skip
+    assert report.measured_on == [{"kind": "sampled", "sha256": None, "tokens": 128}]
+    assert (report.kl, report.agreement) == (0, 1)
+    assert report.kl_base is not None
+    assert report.kl_base > 0
     merge(with_template, out, tmp_path / "merged")
     files = {path.name: path.read_text() for path in (tmp_path / "merged").glob("*.j*")}
     assert chat_format(files).template == ("the adapter's file" if own_file else "the adapter's")

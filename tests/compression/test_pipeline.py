@@ -1,5 +1,6 @@
 """Compressing whole checkpoints: encodings, resuming, cancellation, invalid input."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,13 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
+from deltadock.compression.calibration import sampling
 from deltadock.compression.checkpoints import open_pair
 from deltadock.compression.options import METHODS, CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
 from deltadock.compression.quality import evaluate
 from deltadock.compression.report import Progress
 from deltadock.compression.scratch import Scratch
-from deltadock.compression.session import CompressionSession
+from deltadock.compression.session import NO_WEIGHTS, CompressionSession
 from deltadock.errors import (
     ArchitectureMismatch,
     Cancelled,
@@ -27,6 +29,7 @@ from deltadock.errors import (
     InvalidCalibration,
     InvalidCheckpoint,
     NonFiniteWeights,
+    UnchangedCheckpoint,
     UnknownMethod,
     UnsupportedModel,
 )
@@ -102,6 +105,8 @@ def test_exact_is_lossless(pair: Pair, text: Path, tmp_path: Path) -> None:
     report = compress(base, finetuned, tmp_path / "a.delta", options, calibration=[Source(text)])
     assert report.kl == pytest.approx(0, abs=1e-9)
     assert report.agreement == 1
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert [(one["kind"], one["sha256"]) for one in report.measured_on] == [("text", digest)]
     merge(base, tmp_path / "a.delta", tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     for name, tensor in load_file(finetuned / "model.safetensors").items():
@@ -315,6 +320,32 @@ def test_without_a_source_text_is_sampled_from_the_fine_tune(pair: Pair, tmp_pat
     assert (tmp_path / "a.delta").read_bytes() == (tmp_path / "b.delta").read_bytes()
 
 
+@pytest.mark.parametrize("method", ["bitdelta", "low-rank", "exact"])
+def test_without_a_text_every_method_is_measured_on_sampled_text(
+    pair: Pair, tmp_path: Path, method: str
+) -> None:
+    amount = CalibrationOptions(tokens=1024, length=32)
+    options = CompressOptions(method=method, calibration=amount)
+    report = compress(*pair, tmp_path / "a.delta", options, calibration=None)
+    assert report.measured_on == [{"kind": "sampled", "sha256": None, "tokens": 128}]
+    assert report.calibration is None, "the artifact does not depend on it"
+    assert report.kl is not None
+    assert report.kl_base is not None
+    assert 0 <= report.kl < report.kl_base
+    assert None not in (report.agreement, report.nll, report.nll_finetuned, report.nll_base)
+
+
+def test_what_cannot_be_measured_is_noted(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_free_memory", lambda: 1000)
+    report = compress(*pair, tmp_path / "a.delta", BITDELTA, calibration=None)
+    assert (report.kl, report.measured_on) == (None, [])
+    (note,) = report.notes
+    assert "not measured" in note
+    assert "GB are free" in note
+
+
 def test_an_unknown_method_is_rejected(pair: Pair, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownMethod):
         compress(*pair, tmp_path / "a", CompressOptions(method="zip"), calibration=[Source(text)])
@@ -330,13 +361,19 @@ def test_invalid_calibration_text_is_rejected(pair: Pair, tmp_path: Path, conten
         compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(path)])
 
 
-def test_a_fine_tune_equal_to_its_base(pair: Pair, text: Path, tmp_path: Path) -> None:
+def test_a_fine_tune_equal_to_its_base_is_rejected_unless_a_file_differs(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
     base, finetuned = pair
     shutil.copy(base / "model.safetensors", finetuned / "model.safetensors")
+    with pytest.raises(UnchangedCheckpoint, match="equals its base"):
+        compress(base, finetuned, tmp_path / "a.delta", BITDELTA, calibration=None)
+    (finetuned / "chat_template.jinja").write_text("{{ messages[0].content }}")
     report = compress(
         base, finetuned, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)]
     )
     assert report.kl == pytest.approx(0, abs=1e-9)
+    assert report.notes == [NO_WEIGHTS]
     with Artifact(tmp_path / "a.delta") as artifact:
         assert artifact.records == {}
     merge(base, tmp_path / "a.delta", tmp_path / "merged")

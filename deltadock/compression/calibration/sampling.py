@@ -7,9 +7,10 @@ with the window.
 Unlike the rest of calibration, this holds the whole model in memory.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -41,12 +42,19 @@ class TextSampler:
     """
 
     def __init__(
-        self, checkpoint: Path, tokenizer: Any, seed: int, device: str, progress: Watcher
+        self,
+        checkpoint: Path,
+        tokenizer: Any,
+        seed: int,
+        device: str,
+        progress: Watcher,
+        changes: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        """Load the model.
+        """Load the model; `changes` replace weights of the checkpoint.
 
         Raises:
-            UnsupportedModel: `transformers` cannot load or run it.
+            UnsupportedModel: `transformers` cannot load or run it, or has no weight of a name and
+                shape in `changes`.
         """
         progress("loading the model to sample from", 0.0)
         logging.disable_progress_bar()  # `progress` reports the loading
@@ -63,6 +71,11 @@ class TextSampler:
         except Exception as error:
             raise _unsupported(error) from error
         self._model.eval()
+        weights = dict(self._model.named_parameters())
+        for name, tensor in changes.items():
+            if name not in weights or weights[name].shape != tensor.shape:
+                raise _unsupported(ValueError(f"the adapter changes {name!r} in another way"))
+            weights[name].data.copy_(tensor)
         self._device = torch.device(device)
         self._tokenizer = tokenizer
         self._progress = progress
@@ -247,6 +260,34 @@ class _GumbelMax(LogitsProcessor):  # type: ignore[misc] # transformers has no t
         self._watch(self._steps)
         scores = scores.float()
         return scores - torch.empty_like(scores).exponential_(generator=self._generator).log()
+
+
+def check_fits(parameters: int, device: str) -> None:
+    """Check that a whole model fits into free memory, in the dtype it samples in.
+
+    Raises:
+        UnsupportedModel: it does not.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    needed = parameters * (4 if on_cpu else 2)
+    free = _free_memory() if on_cpu else torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        raise _unsupported(
+            MemoryError(f"the model takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        )
+
+
+def _free_memory() -> int:
+    """Bytes of memory that this process can still take, within its control group."""
+    available = Path("/proc/meminfo").read_text(encoding="ascii").partition("MemAvailable:")[2]
+    free = int(available.split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -37,6 +37,9 @@ REPORT: Final = 0.1
 """Fraction of the windows that measure the result."""
 CHOOSE: Final = 1 / 16
 """Fraction of the windows that decide between outcomes."""
+MEASURED_TOKENS: Final = 8192
+MEASURED_LENGTH: Final = 256
+"""Tokens in all and per window of text that is sampled only to measure the result."""
 SAFE_WINDOWS: Final = 16
 """Smallest number of windows of a text; shorter texts get shorter windows."""
 
@@ -71,6 +74,16 @@ class CalibrationSet:
     def tokens(self) -> int:
         """Number of calibration tokens."""
         return self.train.numel()
+
+    @property
+    def measured_on(self) -> list[dict[str, Any]]:
+        """The text of `report`, as the report describes it."""
+        return [measured_source(one["kind"], one["sha256"], one["report"]) for one in self.sources]
+
+
+def measured_source(kind: str, sha256: str | None, tokens: int) -> dict[str, Any]:
+    """The report's description of a source that figures are measured on."""
+    return {"kind": kind, "sha256": sha256, "tokens": tokens}
 
 
 def load_calibration(
@@ -135,6 +148,22 @@ def load_calibration(
         )
     train, choose, report = (torch.cat(part) for part in zip(*found_parts, strict=True))
     return CalibrationSet(train, choose, report, _hash((train, choose, report)), described)
+
+
+def sample_windows(
+    sampler: TextSampler, max_length: int, options: CalibrationOptions | None = None
+) -> Tensor:
+    """Sample windows (n, length) int64 that only measure, for a compression without a text.
+
+    Raises:
+        InvalidCalibration: the model cannot begin a text, or ends every one at once.
+        UnsupportedModel: it cannot be run.
+    """
+    options = options or CalibrationOptions()
+    length = min(options.length, max_length, MEASURED_LENGTH)
+    count = max(1, min(options.tokens // 8, MEASURED_TOKENS) // length)
+    (stream,) = sampler.sample(None, length, [count * length])
+    return _windows(stream, length)[:count]
 
 
 def read_windows(path: Path, checkpoint: Path, length: int) -> Tensor:
