@@ -215,7 +215,14 @@ class InferenceNode:
         spec = grammar_of(request)
         if spec is None:
             return None
-        end_ids = sampling.end_ids(tokenizer.eos_ids)
+        eos = tokenizer.eos_ids
+        # Another stop token with a text of its own may be a part of the grammar; it ends it early.
+        ends = (
+            token
+            for token in sampling.end_ids(eos)
+            if token in eos or tokenizer.special_text(token) is not None
+        )
+        end_ids = frozenset(ends)
         return await self._encode(target, lambda: tokenizer.grammars.compile(spec, end_ids))
 
     @asynccontextmanager

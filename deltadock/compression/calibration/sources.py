@@ -96,17 +96,23 @@ def read_source(path: Path, tokenizer: Any, seed: int) -> Material:
                 f"before it {kind}. Give each kind a file of its own."
             )
     if kind == "text":
-        text = "\n".join(str(record.prompt) for record in records)
+        text = "\n".join(dict.fromkeys(str(record.prompt) for record in records))
         return Text(_enough(encode(tokenizer, excerpt(text, seed))))
     chosen = _some(records, lambda record: record.characters, seed)
     documents = [encode(tokenizer, record.render(tokenizer)) for record in chosen]
-    documents = [document for document in documents if document.numel()]
+    # One that is in the file twice would be held out and trained on.
+    distinct = {document.numpy().tobytes(): document for document in documents if document.numel()}
+    documents = list(distinct.values())
     if kind == "prompt":
         if len(documents) < 3:
-            raise InvalidCalibration(f"At least three prompts are needed: {TWO_HELD_OUT}.")
+            raise InvalidCalibration(
+                f"At least three different prompts are needed: {TWO_HELD_OUT}."
+            )
         return Prompts(documents)
     if len(documents) < 3:
-        raise InvalidCalibration(f"At least three conversations are needed: {TWO_HELD_OUT}.")
+        raise InvalidCalibration(
+            f"At least three different conversations are needed: {TWO_HELD_OUT}."
+        )
     _enough(torch.cat(documents))
     return Conversations(documents)
 

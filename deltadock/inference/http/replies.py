@@ -182,8 +182,13 @@ class _LogprobsWriter:
     ) -> None:
         """Append the tokens of a prompt that was sent as text or token ids."""
         if isinstance(sent, list):
+            text = self._tokenizer.decode(sent)
+            shown = (token for token in sent if not self._tokenizer.is_hidden(token))
+            data = b"".join(map(self._tokenizer.token_bytes, shown)).decode(errors="replace")
+            # Many tokenizers drop the space before a text's first token.
+            self._offset = min(len(text) - len(data), 0)
             self.add(logprobs, tokens)
-            self._offset = len(self._tokenizer.decode(sent))
+            self._offset = len(text)
             return
         for token, offset in zip(tokens, self._tokenizer.offsets(sent), strict=True):
             self._append(logprobs, token, offset)
@@ -200,7 +205,7 @@ class _LogprobsWriter:
         logprobs.tokens.append(self._tokenizer.token_text(token.id))
         logprobs.token_logprobs.append(token.logprob)
         logprobs.top_logprobs.append(None if token.logprob is None else self._alternatives(token))
-        logprobs.text_offset.append(offset)
+        logprobs.text_offset.append(max(offset, 0))
 
     def _alternatives(self, token: SampledToken) -> dict[str, float]:
         """Log-probabilities by text; a token whose text another has is named by its id."""

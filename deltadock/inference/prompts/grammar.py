@@ -96,6 +96,7 @@ class GrammarCompiler:
         Raises:
             InvalidInput: it is invalid, or uses what is not supported.
         """
+        end_ids = frozenset(token for token in end_ids if token < len(self._pieces))
         compiler = self._compiler(end_ids)
         compile_with: Mapping[GrammarKind, Any] = {
             "json_object": lambda _: compiler.compile_json_schema(

@@ -124,9 +124,9 @@ class Tokenizer:
     @cached_property
     def grammars(self) -> GrammarCompiler:
         """Compiles grammars of structured output; made on first use, which may take a second."""
-        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        pieces = [self._tokenizer.id_to_token(number) or "" for number in range(size)]
-        for number in self._special.keys() & range(size):
+        numbers = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        pieces = [self._tokenizer.id_to_token(n) or "" for n in range(max(numbers, default=-1) + 1)]
+        for number in self._special.keys() & range(len(pieces)):
             pieces[number] = ""
         if self._byte_level:
             return GrammarCompiler(pieces, "byte_level")

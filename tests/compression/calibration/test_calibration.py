@@ -173,6 +173,21 @@ def test_whole_conversations_are_held_out(chat: Path, tmp_path: Path) -> None:
     assert not train & choose | train & report | choose & report
 
 
+def test_equal_lines_count_once(chat: Path, tmp_path: Path) -> None:
+    several = [conversation(n) for n in range(50)]
+    once, often = (
+        load(chat, lines(tmp_path / f"{times}.jsonl", several * times)) for times in (1, 4)
+    )
+    assert once.sha256 == often.sha256
+    texts = [{"text": f"line {n:04d}"} for n in range(300)]
+    once, often = (
+        load(chat, lines(tmp_path / f"text-{times}.jsonl", texts * times)) for times in (1, 4)
+    )
+    assert once.sha256 == often.sha256
+    with pytest.raises(InvalidCalibration, match="three different"):
+        load(chat, lines(tmp_path / "same.jsonl", several[:2] * 50))
+
+
 def test_a_long_conversation_calibrates_and_short_ones_are_held_out(
     chat: Path, tmp_path: Path
 ) -> None:
@@ -265,9 +280,13 @@ def test_long_jsonl_files_are_sampled_by_seed(
         ("a.jsonl", b'{"prompt": "a", "completion": null}', "Line 1"),
         ("a.jsonl", b'{"completion": "a"}', "Line 1"),
         ("a.jsonl", b'{"text": "a"}\n{"prompt": "a", "completion": "b"}', "Line 2 .* has conv"),
-        ("a.jsonl", b'{"prompt": "a", "completion": "b"}', "three conversations"),
-        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n' * 9, "18 tokens; at least 256"),
-        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"}', "three prompts"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}', "three different conversations"),
+        (
+            "a.jsonl",
+            b"".join(b'{"prompt": "%d", "completion": "b"}\n' % number for number in range(9)),
+            "18 tokens; at least 256",
+        ),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"}', "three different prompts"),
     ],
 )
 def test_unusable_files_are_rejected(
@@ -305,8 +324,8 @@ def test_a_failing_template_is_rejected_with_the_line(
 
 
 def test_files_too_short_for_a_window_are_rejected(checkpoint: Path, tmp_path: Path) -> None:
-    short = {"prompt": "a", "completion": "b"}
-    records = [{"prompt": numbered(100), "completion": ""}, short, short]
+    short = [{"prompt": letter, "completion": "b"} for letter in "ac"]
+    records = [{"prompt": numbered(100), "completion": ""}, *short]
     source = lines(tmp_path / "pairs.jsonl", records)
     with pytest.raises(InvalidCalibration, match=r"windows of 2 tokens only.* one to report"):
         load(checkpoint, source)

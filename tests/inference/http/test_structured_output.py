@@ -8,8 +8,11 @@ from typing import Any
 import openai
 import pytest
 
+from deltadock.inference.prompts.tokenizer import BYTE_CHARACTERS
 from tests.inference.support import PROMPT, RunningNode, Site, start
 
+BYTES = sorted(BYTE_CHARACTERS)
+"""The tests' tokens by id."""
 SCHEMA = {
     "type": "object",
     "properties": {"kind": {"enum": ["x", "yé"]}, "on": {"type": "boolean"}},
@@ -60,6 +63,18 @@ def test_answers_follow_their_grammar(
                 assert follows(choice.text), choice.text
         if "guided_grammar" not in form or temperature:
             assert "stop" in {choice.finish_reason for choice in answer.choices}
+
+
+def test_a_stop_token_of_the_grammar_ends_it(site: Site, node: RunningNode) -> None:
+    with node.client(site.base) as client:
+        answer = client.completions.create(
+            model="m", prompt=PROMPT, max_tokens=9, logprobs=0,
+            extra_body={"guided_regex": "(ab){3}", "stop_token_ids": [BYTES.index("b")]},
+        )  # fmt: skip
+    choice = answer.choices[0]
+    assert choice.logprobs is not None
+    assert (choice.text, choice.finish_reason) == ("a", "stop")
+    assert choice.logprobs.tokens == ["a", "b"]
 
 
 def test_any_json_object(site: Site, node: RunningNode) -> None:
