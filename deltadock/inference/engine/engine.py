@@ -3,16 +3,17 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch
 
 from deltadock.errors import InferenceFailed
 from deltadock.inference.engine.model_runner import ModelRunner
-from deltadock.inference.engine.sampler import SampledToken, TokenSampler
+from deltadock.inference.engine.sampler import SampledToken, SampleRequest, sample
 from deltadock.inference.engine.scheduler import ScheduledChunk, Scheduler
 from deltadock.inference.engine.sequence import Event, FinishReason, Sequence
+from deltadock.inference.model.added_tokens import Logits
 from deltadock.inference.model.model import BaseModel
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ class Engine:
             failure = error.with_traceback(None)  # which references the pass's tensors
         else:
             self._device_failures = 0
-            self._sample(chunks, TokenSampler(logits))
+            self._sample(chunks, logits)
             return
         if not self._device_computes() or len(chunks) == 1:
             for chunk in chunks:
@@ -172,34 +173,50 @@ class Engine:
         self._device_failures = 0
         return True
 
-    def _sample(self, chunks: list[ScheduledChunk], sampler: TokenSampler) -> None:
+    def _sample(self, chunks: list[ScheduledChunk], logits: Logits) -> None:
+        """Sample the next tokens of the sequences that have one, and emit what follows from it."""
         row = 0
+        sequences: list[Sequence] = []
+        requests: list[SampleRequest] = []
         for chunk in chunks:
-            samples = chunk.samples
+            sequence, samples = chunk.sequence, chunk.samples
             self._scheduler.computed(chunk)
-            if samples:
-                if chunk.sequence.sampling.max_tokens:
-                    self._sample_row(chunk.sequence, sampler, row)
-                else:
-                    self._finish(chunk.sequence, "length")
-                row += 1
+            if samples and sequence.sampling.max_tokens:
+                sequences.append(sequence)
+                requests.append(
+                    SampleRequest(
+                        row,
+                        sequence.sampling,
+                        sequence.generator,
+                        sequence.tokens,
+                        sequence.prompt_length,
+                        sequence.matcher,
+                    )
+                )
+            elif samples:
+                self._finish(sequence, "length")
+            row += samples
+        for sequence, token in zip(sequences, self._sampled(logits, requests), strict=True):
+            try:
+                if isinstance(token, Exception):
+                    raise token
+                self._scheduler.sampled(sequence)
+                self._append(sequence, token)
+            except Exception as error:
+                logger.exception("A sequence failed")
+                self._fail(sequence, error)
 
-    def _sample_row(self, sequence: Sequence, sampler: TokenSampler, row: int) -> None:
-        """Sample a sequence's next token and emit what follows from it."""
+    def _sampled(
+        self, logits: Logits, requests: list[SampleRequest]
+    ) -> Iterable[SampledToken | Exception]:
+        """The requested tokens; if sampling fails, an error for the rows that cause it alone."""
         try:
-            token = sampler.sample(
-                row,
-                sequence.sampling,
-                sequence.generator,
-                sequence.tokens,
-                sequence.prompt_length,
-                sequence.matcher,
-            )
-            self._scheduler.sampled(sequence)
-            self._append(sequence, token)
+            return sample(logits, requests)
         except Exception as error:
-            logger.exception("A sequence failed")
-            self._fail(sequence, error)
+            logger.exception("Sampling for %d sequences failed", len(requests))
+            if len(requests) == 1:
+                return [error.with_traceback(None)]  # which references the logits
+        return [token for request in requests for token in self._sampled(logits, [request])]
 
     def _append(self, sequence: Sequence, token: SampledToken) -> None:
         sequence.tokens.append(token.id)

@@ -1,10 +1,9 @@
 """One prompt being continued, and the events it emits."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
-
-import torch
 
 from deltadock.inference.engine.sampler import SampledToken, SamplingParams
 from deltadock.inference.prompts.grammar import TokenMatcher
@@ -44,7 +43,7 @@ class Sequence:
     stream: TextStream
     emit: Callable[[Event], None]
     """Called from the engine thread; the last event has `finish` set."""
-    generator: torch.Generator | None = None
+    generator: random.Random | None = None
     matcher: TokenMatcher | None = None
     """Restricts the answer to a grammar."""
     prompt_length: int = field(init=False)

@@ -5,8 +5,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from deltadock.errors import InvalidInput
 from deltadock.inference.prompts.json_schema import not_enforced, without_formats
@@ -38,14 +38,10 @@ class TokenMatcher:
         self._matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=ends_itself)
         self._mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
 
-    def apply(self, logits: Tensor) -> Tensor:
-        """The logits (vocabulary,) with -inf for tokens that cannot follow."""
+    def allowed(self) -> NDArray[np.int32]:
+        """The tokens that may follow, (words,): token t is bit t % 32 of word t // 32."""
         self._matcher.fill_next_token_bitmask(self._mask)
-        bits = (self._mask[0, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
-        allowed = torch.zeros(len(logits), dtype=torch.bool)
-        count = min(len(logits), bits.numel())
-        allowed[:count] = bits.flatten()[:count].bool()
-        return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+        return np.asarray(self._mask[0])
 
     def accept(self, token: int) -> bool:
         """Follow a sampled token; whether the answer is complete."""

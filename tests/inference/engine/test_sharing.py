@@ -89,8 +89,8 @@ def test_answers_to_one_request_share_its_prompt_and_equal_their_solo_runs(
 
 def test_each_choice_has_its_own_seed() -> None:
     params = SamplingParams(seed=2**63 - 1)
-    first, second = (make_generator(params, choice) for choice in (0, 1))
-    assert torch.rand(4, generator=first).tolist() != torch.rand(4, generator=second).tolist()
+    generators = [make_generator(params, choice) for choice in (0, 1)]
+    assert len({generator.random() for generator in generators if generator}) == 2
 
 
 def test_a_preempted_sequence_continues_unchanged(make_bench: Any, make_model: Any) -> None:
