@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.fleet import Fleet
 from deltadock.api.tasks import TaskSender
+from deltadock.api.uploads.completion import Completer
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
 from deltadock.storage.database import Database
@@ -27,15 +28,17 @@ class Resources:
     http: httpx.AsyncClient
     """For requests to the nodes."""
     fleet: Fleet
+    completer: Completer
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """The resources that the settings select."""
         database = Database(settings.sqlalchemy_url)
+        blobs = make_blob_store(settings)
         return cls(
             settings=settings,
             database=database,
-            blobs=make_blob_store(settings),
+            blobs=blobs,
             tasks=TaskSender(settings.broker_url),
             http=httpx.AsyncClient(
                 # A long prompt may take minutes until its first token.
@@ -47,10 +50,12 @@ class Resources:
                 trust_env=False,
             ),
             fleet=Fleet(database),
+            completer=Completer(database, blobs, settings.lease_seconds),
         )
 
     async def close(self) -> None:
         """Close all connections."""
+        await run_in_threadpool(self.completer.close)
         await self.http.aclose()
         await run_in_threadpool(self.tasks.close)
         await run_in_threadpool(self.database.dispose)

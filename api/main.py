@@ -81,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
         configure_logging(settings, process="api")
         _route_uvicorn_logs()
         await run_in_threadpool(resources.blobs.prepare)
+        resources.completer.start()
         yield
         await resources.close()
 

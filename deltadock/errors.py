@@ -249,3 +249,13 @@ class Overloaded(Unavailable):
 
     status = 429
     code = "overloaded"
+
+
+def error_for(code: str, message: str, **details: object) -> DeltadockError:
+    """An error of the class with this code; one of an unknown code is named in the message."""
+    classes = [DeltadockError]
+    for kind in classes:
+        if kind.code == code:
+            return kind(message, **details)
+        classes.extend(kind.__subclasses__())
+    return DeltadockError(f"{code}: {message}", **details)

@@ -111,6 +111,12 @@ class Settings(BaseSettings):
     )
 
     max_file_bytes: int = Field(default=100 * 2**30, description="Maximum size of an upload file.")
+    upload_ttl: float = Field(
+        default=24 * 3600.0,
+        gt=0,
+        description="Seconds without activity after which an unfinished upload is aborted and its "
+        "parts are removed.",
+    )
     lease_seconds: float = Field(
         default=60.0,
         description="Lease on a job: not renewed for so long, another worker may acquire it.",

@@ -43,9 +43,11 @@ class UploadKind(StrEnum):
 
 
 class UploadState(StrEnum):
-    """Files can be added only to an open upload."""
+    """Files can be added only to an open upload; one that is not accepted is open again."""
 
     OPEN = "open"
+    COMPLETING = "completing"
+    """Its bytes are hashed and checked, in the background."""
     COMPLETE = "complete"
     ABORTED = "aborted"
 
@@ -220,6 +222,8 @@ class UploadRow(TableRow):
     __table_args__ = (
         # Checkpoints belong to the tenants that uploaded them.
         Index("ix_uploads_tenant_id_checkpoint_digest", "tenant_id", "checkpoint_digest"),
+        Index("ix_uploads_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
+        Index("ix_uploads_state_updated_at", "state", "updated_at"),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
@@ -228,6 +232,15 @@ class UploadRow(TableRow):
     state: Mapped[UploadState] = mapped_column(_enum(UploadState), default=UploadState.OPEN)
     checkpoint_digest: Mapped[str | None] = mapped_column(ForeignKey("checkpoints.digest"))
     calibration_digest: Mapped[str | None] = mapped_column(String(64), index=True)
+    ignored: Mapped[list[str] | None]
+    """Paths of stored files that are not part of the checkpoint."""
+    done_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    """While the upload is completing: bytes of its files that are hashed and checked."""
+    error: Mapped[dict[str, Any] | None]
+    """{code, message, file or null}: why it was not accepted when it was last completed."""
+    lease_owner: Mapped[str | None] = mapped_column(String(128))
+    """The process that hashes it."""
+    lease_expires_at: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
     updated_at: Mapped[datetime] = mapped_column(default=_utcnow)
 
@@ -236,7 +249,7 @@ class UploadRow(TableRow):
 
 
 class UploadFileRow(TableRow):
-    """One completely uploaded file; `tensors` lists the tensors of its safetensors header."""
+    """One file of an upload, whose bytes may be yet to come."""
 
     __tablename__ = "upload_files"
 
@@ -245,8 +258,14 @@ class UploadFileRow(TableRow):
     )
     path: Mapped[str] = mapped_column(String(255), primary_key=True)
     size: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str] = mapped_column(String(64), index=True)
+    """As announced, until the bytes are stored and hashed."""
     tensors: Mapped[list[dict[str, Any]]]
+    """The tensors of a stored safetensors file."""
+    stored: Mapped[bool] = mapped_column(default=True)
+    """Whether the bytes were checked and are a blob."""
+    parts_token: Mapped[str | None] = mapped_column(Text)
+    """Names the file's parts in the blob store, once the first was asked for."""
 
 
 class DeltaRow(TableRow):

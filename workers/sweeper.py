@@ -15,14 +15,12 @@ from deltadock.settings import Settings
 from deltadock.storage.database import database_now
 from deltadock.storage.models import JobPriority
 from deltadock.storage.repositories import JobRepository, UploadRepository
+from deltadock.storage.repositories.uploads import UNFINISHED
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.workers.compress import WorkerContext, job_folder
 
 QUEUED_SECONDS: Final = 120.0
 """A task not taken by any worker for this long is presumed lost."""
-
-ABANDONED: Final = timedelta(hours=24)
-"""Open uploads not updated for this long are aborted."""
 
 log = structlog.get_logger(__name__)
 
@@ -50,16 +48,21 @@ def resend_lost(
 
 
 def drop_abandoned(context: WorkerContext) -> int:
-    """Abort abandoned uploads and drop abandoned staged bytes; returns how many."""
+    """Abort abandoned uploads, drop their parts and other staged bytes; returns how many."""
     with context.database.session_scope() as session:
         uploads = UploadRepository(session, EVERY_TENANT)
-        before = database_now(session) - ABANDONED
+        before = database_now(session) - timedelta(seconds=context.settings.upload_ttl)
         abandoned = uploads.abandoned(before)
         for upload in abandoned:
             # Check again under the lock: the client may just have resumed.
             locked = uploads.find(upload.id, lock=True)
             if locked is not None and locked.updated_at < before:
                 uploads.abort(locked)
+    for upload_id in context.blobs.parted_uploads():
+        with context.database.read_scope() as session:
+            owner = UploadRepository(session, EVERY_TENANT).find(upload_id)
+        if owner is None or owner.state not in UNFINISHED:
+            context.blobs.drop_parts(upload_id)
     return len(abandoned) + context.blobs.drop_staging(before)
 
 

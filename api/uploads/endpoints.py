@@ -1,23 +1,34 @@
-"""Routes of uploads, with their request and response bodies."""
+"""Routes of uploads."""
 
-from datetime import datetime
-from typing import Annotated, Any, Final, Self
+import asyncio
+from typing import Annotated, Any, Final
+from urllib.parse import quote
 
-from fastapi import APIRouter, Header, Path, Request
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.access import CallerDep
-from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep, WriteUnit
 from deltadock.api.problems import problems
-from deltadock.api.schemas import EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
 from deltadock.api.uploads import service
 from deltadock.api.uploads.receive import (
     announced_digests,
     check_size,
     make_inspector,
     receive_file,
+    receive_part,
 )
+from deltadock.api.uploads.schemas import (
+    EXAMPLE_UPLOAD_ID,
+    FileOut,
+    FilePartsOut,
+    MissingPart,
+    PartOut,
+    UploadIn,
+    UploadOut,
+    UploadPage,
+)
+from deltadock.artifacts.checkpoint import FileEntry
 from deltadock.errors import (
     Conflict,
     DamagedBlob,
@@ -27,17 +38,31 @@ from deltadock.errors import (
     InvalidInput,
     MalformedSafetensors,
     NotFound,
+    StorageFull,
     TooLarge,
     UnsafeFile,
+    error_for,
 )
+from deltadock.storage.blobs import PartedFile
 from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 from deltadock.storage.repositories import UploadRepository
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
-EXAMPLE_UPLOAD_ID: Final = "upl_k7wq2mzv5c3xj6nhy4tbr2dfsa"
+WAIT_SECONDS: Final = 5.0
+"""A completion that takes longer is answered with 202, and goes on."""
 
 UploadId = Annotated[str, Path(examples=[EXAMPLE_UPLOAD_ID])]
+FilePath = Annotated[str, Path(examples=["model.safetensors"])]
+PartNumber = Annotated[int, Path(ge=1, le=10_000, examples=[3])]
+ContentDigest = Annotated[
+    str | None,
+    Header(
+        description="RFC 9530; a mismatch is rejected.",
+        examples=["sha-256=:n4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is0V1sFbDwCgg=:"],
+    ),
+]
+ContentSha256 = Annotated[str | None, Header(description="The SHA-256 as 64 hex digits.")]
 
 BINARY_BODY: Final[dict[str, Any]] = {
     "requestBody": {
@@ -47,86 +72,135 @@ BINARY_BODY: Final[dict[str, Any]] = {
 }
 
 
-class UploadIn(RequestBody):
-    """A new upload."""
+@router.post(
+    "",
+    status_code=201,
+    responses=problems(InvalidInput, InvalidCheckpoint, UnsafeFile, InvalidCalibration, TooLarge),
+)
+def create_upload(
+    body: UploadIn, caller: CallerDep, unit: WriteUnit, resources: ResourcesDep
+) -> UploadOut:
+    """Start an upload; send its files next, then complete it.
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"kind": "checkpoint"}]})
-
-    kind: UploadKind
-
-
-class FileOut(BaseModel):
-    """A stored file, with the digest that the server computed."""
-
-    path: str = Field(examples=["model.safetensors"])
-    size: int = Field(description="Bytes.", examples=[4_194_304])
-    sha256: Digest
-
-    @classmethod
-    def of(cls, file: UploadFileRow) -> Self:
-        """Convert a row."""
-        return cls(path=file.path, size=file.size, sha256=file.sha256)
-
-
-class CalibrationTextOut(BaseModel):
-    """A complete calibration text."""
-
-    digest: Digest
-    size: int = Field(description="Bytes.", examples=[65_536])
-
-
-class UploadOut(BaseModel):
-    """An upload and, once complete, its checkpoint or calibration text."""
-
-    id: str = Field(examples=[EXAMPLE_UPLOAD_ID])
-    kind: UploadKind
-    state: UploadState
-    files: list[FileOut]
-    checkpoint: CheckpointOut | None = None
-    calibration: CalibrationTextOut | None = None
-    ignored: list[str] = Field(
-        default_factory=list,
-        description="Files that are not the model's, and so not part of the checkpoint; named "
-        "when the upload is completed.",
-        examples=[["trainer_state.json"]],
+    Announced files that you have uploaded before are `stored` from the start. Of the others, large
+    ones are sent in parts.
+    """
+    settings = resources.settings
+    files = [FileEntry(file.path, file.size, file.sha256) for file in body.files]
+    service.check_files(body.kind, files, settings.max_file_bytes)
+    upload = service.create_upload(
+        unit.session, resources.blobs, caller.tenant_id, body.kind, files
     )
-    created_at: datetime = Field(examples=[EXAMPLE_TIME])
-
-    @classmethod
-    def of(cls, upload: UploadRow) -> Self:
-        """Convert a row."""
-        calibration = None
-        if upload.calibration_digest is not None:
-            calibration = CalibrationTextOut(
-                digest=upload.calibration_digest, size=upload.files[0].size
-            )
-        return cls(
-            id=upload.id,
-            kind=upload.kind,
-            state=upload.state,
-            files=[FileOut.of(file) for file in upload.files],
-            checkpoint=CheckpointOut.of(upload.checkpoint) if upload.checkpoint else None,
-            calibration=calibration,
-            created_at=upload.created_at,
-        )
+    return UploadOut.of(upload, settings.upload_ttl)
 
 
-@router.post("", status_code=201, responses=problems(InvalidInput))
-def create_upload(body: UploadIn, caller: CallerDep, unit: WriteUnit) -> UploadOut:
-    """Start an upload; put its files next, then complete it."""
-    return UploadOut.of(UploadRepository(unit.session, caller.tenant_id).add(body.kind))
+@router.get("", responses=problems(InvalidInput))
+def list_uploads(
+    caller: CallerDep,
+    session: ReadSession,
+    resources: ResourcesDep,
+    state: Annotated[list[UploadState] | None, Query(description="Any of these states.")] = None,
+    after: Annotated[str | None, Query(description="`next` of the previous page.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 50,
+) -> UploadPage:
+    """List the uploads, newest first."""
+    uploads = UploadRepository(session, caller.tenant_id)
+    cursor = None
+    if after is not None and (cursor := uploads.find(after)) is None:
+        raise InvalidInput(f"after={after!r} is not an upload; use the previous page's `next`.")
+    found = uploads.page(limit=limit + 1, after=cursor, states=state or ())
+    ttl = resources.settings.upload_ttl
+    return UploadPage(
+        data=[UploadOut.of(upload, ttl) for upload in found[:limit]],
+        next=found[limit - 1].id if len(found) > limit else None,
+    )
 
 
 @router.get("/{upload_id}", responses=problems(NotFound))
-def get_upload(upload_id: UploadId, caller: CallerDep, session: ReadSession) -> UploadOut:
-    """Get the upload and its stored files, so that an interrupted client can resume."""
-    return UploadOut.of(service.require_upload(session, caller.tenant_id, upload_id))
+def get_upload(
+    upload_id: UploadId, caller: CallerDep, session: ReadSession, resources: ResourcesDep
+) -> UploadOut:
+    """Get the upload and its files, so that an interrupted client can resume."""
+    upload = service.require_upload(session, caller.tenant_id, upload_id)
+    return UploadOut.of(upload, resources.settings.upload_ttl)
 
 
 @router.delete("/{upload_id}", status_code=204, responses=problems(NotFound, Conflict))
-def abort_upload(upload_id: UploadId, caller: CallerDep, unit: WriteUnit) -> None:
-    """Abort the upload."""
+def abort_upload(
+    upload_id: UploadId, caller: CallerDep, unit: WriteUnit, resources: ResourcesDep
+) -> None:
+    """Abort the upload and remove its parts."""
     service.abort_upload(unit.session, caller.tenant_id, upload_id)
+    unit.after_commit.append(lambda: service.drop_parts(resources.blobs, upload_id))
+
+
+# Before the route of whole files, whose path matches everything.
+@router.get(
+    "/{upload_id}/files/{path:path}/parts",
+    responses=problems(NotFound, Conflict),
+)
+def list_parts(
+    upload_id: UploadId,
+    path: FilePath,
+    caller: CallerDep,
+    resources: ResourcesDep,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Missing parts to list.")] = 100,
+) -> FilePartsOut:
+    """List which parts of a file are here, and where to send the others."""
+    file = service.parts_of(resources.database, resources.blobs, caller.tenant_id, upload_id, path)
+    arrived = file.arrived()
+    missing = [number for number in range(1, file.count + 1) if number not in arrived]
+    return FilePartsOut(
+        bytes=file.part_bytes,
+        count=file.count,
+        arrived=sorted(arrived),
+        missing=[
+            MissingPart(
+                number=number,
+                size=file.part_size(number),
+                url=file.url(number)
+                or f"/v1/uploads/{upload_id}/files/{quote(path)}/parts/{number}",
+            )
+            for number in missing[:limit]
+        ],
+    )
+
+
+@router.put(
+    "/{upload_id}/files/{path:path}/parts/{number}",
+    openapi_extra=BINARY_BODY,
+    responses=problems(NotFound, Conflict, HashMismatch, InvalidInput, StorageFull),
+)
+async def put_part(
+    *,
+    request: Request,
+    upload_id: UploadId,
+    path: FilePath,
+    number: PartNumber,
+    caller: CallerDep,
+    resources: ResourcesDep,
+    content_digest: ContentDigest = None,
+    x_content_sha256: ContentSha256 = None,
+) -> PartOut:
+    """Upload one part of a large file as the request body.
+
+    Parts may come in parallel and in any order; one that comes again replaces the first.
+    """
+    announced = announced_digests(content_digest, x_content_sha256)
+    length = request.headers.get("content-length", "")
+
+    def admit() -> PartedFile:
+        file = service.parts_of(
+            resources.database, resources.blobs, caller.tenant_id, upload_id, path
+        )
+        size = file.part_size(number)
+        if length.isdecimal() and int(length) != size:
+            raise InvalidInput(f"Part {number} has {size} bytes, and the body {length}.")
+        return file
+
+    file = await run_in_threadpool(admit)
+    size = await receive_part(request.stream(), file, number, announced)
+    return PartOut(number=number, size=size)
 
 
 @router.put(
@@ -141,25 +215,18 @@ def abort_upload(upload_id: UploadId, caller: CallerDep, unit: WriteUnit) -> Non
         InvalidCheckpoint,
         InvalidCalibration,
         HashMismatch,
+        StorageFull,
     ),
 )
 async def put_file(
     *,
     request: Request,
     upload_id: UploadId,
-    path: Annotated[str, Path(examples=["model.safetensors"])],
+    path: FilePath,
     caller: CallerDep,
     resources: ResourcesDep,
-    content_digest: Annotated[
-        str | None,
-        Header(
-            description="RFC 9530; a mismatch is rejected.",
-            examples=["sha-256=:n4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is0V1sFbDwCgg=:"],
-        ),
-    ] = None,
-    x_content_sha256: Annotated[
-        str | None, Header(description="The SHA-256 as 64 hex digits.")
-    ] = None,
+    content_digest: ContentDigest = None,
+    x_content_sha256: ContentSha256 = None,
 ) -> FileOut:
     """Upload one file as the request body; a file with the same path is replaced.
 
@@ -172,17 +239,16 @@ async def put_file(
     if length.isdecimal():
         check_size(int(length), limit)
 
-    def admit() -> UploadRow:
+    def admit() -> tuple[UploadKind, frozenset[str]]:
         with resources.database.read_scope() as session:
             upload = service.require_upload(session, caller.tenant_id, upload_id)
-            service.check_may_add(upload, path)
-            return upload
+            return upload.kind, service.check_may_add(upload, path)
 
-    upload = await run_in_threadpool(admit)
-    inspector = make_inspector(upload.kind, path)
+    kind, promised = await run_in_threadpool(admit)
+    inspector = make_inspector(kind, path)
     # No transaction is open during the transfer, which may take hours.
     file, tensors = await receive_file(
-        request.stream(), inspector, resources.blobs, limit=limit, announced=announced
+        request.stream(), inspector, resources.blobs, limit=limit, announced=announced | promised
     )
 
     def record() -> UploadFileRow:
@@ -194,13 +260,45 @@ async def put_file(
 
 @router.post(
     "/{upload_id}/complete",
-    responses=problems(NotFound, Conflict, InvalidCheckpoint, InvalidCalibration, DamagedBlob),
+    responses={
+        202: {
+            "model": UploadOut,
+            "description": "Its bytes are still being hashed and checked; poll the upload",
+        },
+        **problems(
+            NotFound, Conflict, HashMismatch, InvalidCheckpoint, InvalidCalibration, DamagedBlob
+        ),
+    },
 )
-def complete_upload(
-    upload_id: UploadId, caller: CallerDep, unit: WriteUnit, resources: ResourcesDep
+async def complete_upload(
+    upload_id: UploadId, caller: CallerDep, resources: ResourcesDep, response: Response
 ) -> UploadOut:
-    """Complete the upload: its files become a checkpoint or a calibration text."""
-    upload, ignored = service.complete_upload(
-        unit.session, resources.blobs, caller.tenant_id, upload_id
-    )
-    return UploadOut.of(upload).model_copy(update={"ignored": ignored})
+    """Complete the upload: its files become a checkpoint or a calibration text.
+
+    Files that came in parts are hashed and checked first, in the background: the answer is a 202
+    if that takes more than a few seconds. If a file is not accepted, the upload is open again, with
+    its `error`; only that file needs to be sent again.
+    """
+    upload = await run_in_threadpool(_complete, resources, caller.tenant_id, upload_id)
+    if upload.state is UploadState.COMPLETING:
+        work = asyncio.wrap_future(resources.completer.submit(upload_id))
+        await asyncio.wait([work], timeout=WAIT_SECONDS)
+        upload = await run_in_threadpool(_find, resources, caller.tenant_id, upload_id)
+        if upload.state is UploadState.OPEN and (reason := upload.error):
+            raise error_for(reason["code"], reason["message"], file=reason["file"])
+        if upload.state is UploadState.COMPLETING:
+            response.status_code = 202
+    return UploadOut.of(upload, resources.settings.upload_ttl)
+
+
+def _complete(resources: Resources, tenant_id: str, upload_id: str) -> UploadRow:
+    upload = _find(resources, tenant_id, upload_id)
+    if upload.state is UploadState.OPEN:
+        service.check_arrived(resources.blobs, upload)
+    with resources.database.session_scope() as session:
+        return service.complete_upload(session, resources.blobs, tenant_id, upload_id)
+
+
+def _find(resources: Resources, tenant_id: str, upload_id: str) -> UploadRow:
+    with resources.database.read_scope() as session:
+        return service.require_upload(session, tenant_id, upload_id)

@@ -1,4 +1,4 @@
-"""Streams a file from the socket to the blob store, checking its bytes, in bounded memory."""
+"""Streams files and parts from the socket to the blob store, in bounded memory."""
 
 import base64
 import binascii
@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from deltadock.artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
 from deltadock.errors import HashMismatch, InvalidCalibration, InvalidInput, TooLarge
-from deltadock.storage.blobs import BlobStore
+from deltadock.storage.blobs import BlobStore, PartedFile
 from deltadock.storage.models import UploadKind
 
 BATCH_BYTES: Final = 1 << 20
@@ -134,6 +134,47 @@ async def receive_file(
         return file, tensors
     finally:
         with anyio.CancelScope(shield=True):  # even while the server shuts down
+            await run_in_threadpool(writer.discard)
+
+
+async def receive_part(
+    body: AsyncIterator[bytes], file: PartedFile, number: int, announced: frozenset[str]
+) -> int:
+    """Add `body` to a file as a part; returns its size. On any error the part is missing.
+
+    Raises:
+        InvalidInput: there is no such part, or it has another size.
+        HashMismatch: the bytes do not match an announced digest.
+        Conflict, NotFound: the file takes no more parts.
+        ClientDisconnect: the client disconnected.
+    """
+    writer = await run_in_threadpool(file.writer, number)
+    digest = hashlib.sha256() if announced else None
+    batch = bytearray()
+
+    def store_batch() -> None:
+        writer.write(batch)
+        if digest is not None:
+            digest.update(batch)
+        batch.clear()
+
+    try:
+        async for chunk in body:
+            batch += chunk
+            if len(batch) >= BATCH_BYTES:
+                await run_in_threadpool(store_batch)
+        await run_in_threadpool(store_batch)
+        if digest is not None and announced - {digest.hexdigest()}:
+            raise HashMismatch(
+                f"Part {number} arrived with SHA-256 {digest.hexdigest()}, but "
+                f"{', '.join(announced)} was announced. Send it again.",
+                expected=sorted(announced),
+                actual=digest.hexdigest(),
+            )
+        await run_in_threadpool(writer.commit)
+        return file.part_size(number)
+    finally:
+        with anyio.CancelScope(shield=True):
             await run_in_threadpool(writer.discard)
 
 

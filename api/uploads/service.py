@@ -1,9 +1,19 @@
-"""The life of an upload: adding files, completing it, aborting it."""
+"""The life of an upload: announcing and adding files, completing it, aborting it.
 
+    open -> completing -> complete
+      ^         |
+      +---------+  not accepted: the reason is kept, and so are the good files
+
+An unfinished upload can be aborted, by its owner or after a while without activity.
+"""
+
+from collections.abc import Collection, Sequence
 from typing import Final
 
+import structlog
 from sqlalchemy.orm import Session
 
+from deltadock.api.uploads.receive import check_size, make_inspector
 from deltadock.artifacts.checkpoint import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -13,8 +23,10 @@ from deltadock.artifacts.checkpoint import (
     TensorEntry,
     assemble,
 )
-from deltadock.errors import Conflict, InvalidCalibration, NotFound
-from deltadock.storage.blobs import BlobStore
+from deltadock.errors import Conflict, DeltadockError, InvalidCalibration, InvalidInput, NotFound
+from deltadock.storage.blobs import BlobStore, PartedFile
+from deltadock.storage.blobs.parts import is_parted, part_bytes_for
+from deltadock.storage.database import Database, database_now
 from deltadock.storage.models import (
     CheckpointRow,
     UploadFileRow,
@@ -26,6 +38,11 @@ from deltadock.storage.repositories import CheckpointRepository, UploadRepositor
 
 MAX_JSON_BYTES: Final = 32 << 20
 """Of config and shard index, which are read into memory (a 1T-parameter model: a tenth of it)."""
+
+TOUCH_SECONDS: Final = 30.0
+"""Activity is noted in the database at most so often."""
+
+log = structlog.get_logger(__name__)
 
 
 def require_upload(
@@ -42,20 +59,116 @@ def require_upload(
     return upload
 
 
-def check_may_add(upload: UploadRow, path: str) -> None:
+def check_files(kind: UploadKind, files: Sequence[FileEntry], limit: int) -> None:
+    """Reject a list of files that cannot become an upload.
+
+    Raises:
+        InvalidInput: a path is there twice.
+        InvalidCalibration: a calibration text is one file.
+        TooLarge, UnsafeFile, InvalidCheckpoint, InvalidCalibration: a file is not acceptable.
+    """
+    for file in files:
+        make_inspector(kind, file.path)
+        check_size(file.size, limit)
+    if len({file.path for file in files}) < len(files):
+        raise InvalidInput("A path is there twice; each file of an upload has its own.")
+    if kind is UploadKind.CALIBRATION and len(files) > 1:
+        raise InvalidCalibration("A calibration upload holds one file.")
+
+
+def create_upload(
+    session: Session,
+    blobs: BlobStore,
+    tenant_id: str,
+    kind: UploadKind,
+    files: Collection[FileEntry],
+) -> UploadRow:
+    """Add an upload; of the announced files, those that the tenant has stored before are here."""
+    uploads = UploadRepository(session, tenant_id)
+    known = uploads.stored_files(kind, [file.sha256 for file in files]) if files else {}
+    rows = []
+    for file in files:
+        twin = known.get(file.sha256)
+        same = (
+            twin is not None
+            and twin.size == file.size
+            and _is_weights(twin.path) == _is_weights(file.path)
+            and blobs.exists(file.sha256)
+        )
+        rows.append(
+            UploadFileRow(
+                path=file.path,
+                size=file.size,
+                sha256=file.sha256,
+                stored=same,
+                tensors=twin.tensors if same and twin else [],
+            )
+        )
+    return uploads.add(kind, rows)
+
+
+def _is_weights(path: str) -> bool:
+    return path.endswith(".safetensors")
+
+
+def check_open(upload: UploadRow) -> None:
+    """Raise Conflict if the upload takes no files."""
+    if upload.state is UploadState.COMPLETING:
+        raise Conflict(f"Upload {upload.id} is being completed; wait for its state to change.")
+    if upload.state is not UploadState.OPEN:
+        raise Conflict(f"Upload {upload.id} is {upload.state}; start a new one.")
+
+
+def check_may_add(upload: UploadRow, path: str) -> frozenset[str]:
     """Reject a file that cannot be added, before its bytes are received.
+
+    Returns the SHA-256 that it was announced with, if it was.
 
     Raises:
         Conflict: the upload is no longer open.
         InvalidCalibration: it would be a second calibration text.
     """
-    if upload.state is not UploadState.OPEN:
-        raise Conflict(f"Upload {upload.id} is {upload.state}; start a new one.")
+    check_open(upload)
     others = [file.path for file in upload.files if file.path != path]
     if upload.kind is UploadKind.CALIBRATION and others:
         raise InvalidCalibration(
             f"A calibration upload holds one file, and this one has {others[0]!r}."
         )
+    return frozenset(f.sha256 for f in upload.files if f.path == path and not f.stored)
+
+
+def parts_of(
+    database: Database, blobs: BlobStore, tenant_id: str, upload_id: str, path: str
+) -> PartedFile:
+    """The parts of an announced file that is not stored; asking for them is activity.
+
+    Raises:
+        NotFound: there is no such upload or announced file.
+        Conflict: the upload takes no files, or this one is stored or to be sent whole.
+    """
+    with database.read_scope() as session:
+        upload = require_upload(session, tenant_id, upload_id)
+        file = next((file for file in upload.files if file.path == path), None)
+        idle = (database_now(session) - upload.updated_at).total_seconds()
+    check_open(upload)
+    if file is None:
+        raise NotFound(f"{path!r} was not announced when the upload was created; PUT it whole.")
+    if file.stored:
+        raise Conflict(f"{path!r} is stored already; there is nothing to send.")
+    if not is_parted(file.size):
+        raise Conflict(f"{path!r} is not sent in parts, since it is small; PUT it whole.")
+    layout = (file.size, part_bytes_for(file.size))
+    if file.parts_token is None:
+        begun = blobs.begin_parts(upload_id, *layout)
+        with database.session_scope() as session:
+            if UploadRepository(session, tenant_id).set_parts_token(upload_id, path, begun.token):
+                return begun
+        begun.drop()  # another request was first
+        return parts_of(database, blobs, tenant_id, upload_id, path)
+    if idle > TOUCH_SECONDS:
+        with database.session_scope() as session:
+            UploadRepository(session, tenant_id).touch(upload_id)
+    return blobs.parted(upload_id, file.parts_token, *layout)
 
 
 def record_file(
@@ -68,11 +181,20 @@ def record_file(
     """
     upload = require_upload(session, tenant_id, upload_id, lock=True)
     check_may_add(upload, file.path)
-    row = UploadFileRow(
-        upload_id=upload.id,
+    row = stored_row(upload.id, file, tensors)
+    UploadRepository(session, tenant_id).put_file(upload, row)
+    return row
+
+
+def stored_row(upload_id: str, file: FileEntry, tensors: list[TensorEntry]) -> UploadFileRow:
+    """The row of a stored file."""
+    return UploadFileRow(
+        upload_id=upload_id,
         path=file.path,
         size=file.size,
         sha256=file.sha256,
+        stored=True,
+        parts_token=None,
         tensors=[
             {
                 "name": tensor.name,
@@ -83,8 +205,6 @@ def record_file(
             for tensor in tensors
         ],
     )
-    UploadRepository(session, tenant_id).put_file(upload, row)
-    return row
 
 
 def abort_upload(session: Session, tenant_id: str, upload_id: str) -> None:
@@ -99,13 +219,33 @@ def abort_upload(session: Session, tenant_id: str, upload_id: str) -> None:
     UploadRepository(session, tenant_id).abort(upload)
 
 
+def drop_parts(blobs: BlobStore, upload_id: str) -> None:
+    """Remove an aborted upload's parts; if the store fails, the sweeper does later."""
+    try:
+        blobs.drop_parts(upload_id)
+    except DeltadockError as error:
+        log.warning("parts_not_dropped", upload=upload_id, error=error.message)
+
+
+def check_arrived(blobs: BlobStore, upload: UploadRow) -> None:
+    """Raise Conflict if an announced file, or a part of one, has not arrived."""
+    for file in upload.files:
+        if not file.stored and file.parts_token is None:
+            raise Conflict(f"{file.path!r} has not arrived. Send it, then complete the upload.")
+        if not file.stored and file.parts_token is not None:
+            parts = blobs.parted(upload.id, file.parts_token, file.size, part_bytes_for(file.size))
+            try:
+                parts.check_complete()
+            except Conflict as error:
+                raise Conflict(f"{file.path!r}: {error.message}") from error
+
+
 def complete_upload(
     session: Session, blobs: BlobStore, tenant_id: str, upload_id: str
-) -> tuple[UploadRow, list[str]]:
-    """Turn an upload's files into a checkpoint or a calibration text; idempotent.
+) -> UploadRow:
+    """Turn an open upload's files into a checkpoint or a calibration text; idempotent.
 
-    A PEFT adapter becomes a checkpoint with a model type of its own. Files that are not the
-    model's are not part of the checkpoint; their paths are returned.
+    If files arrived in parts, their bytes must be hashed first: the upload is then `completing`.
 
     Raises:
         Conflict: the upload was aborted.
@@ -113,11 +253,26 @@ def complete_upload(
         InvalidCalibration: there is no text.
     """
     upload = require_upload(session, tenant_id, upload_id, lock=True)
-    if upload.state is UploadState.COMPLETE:
-        return upload, []
+    if upload.state in {UploadState.COMPLETE, UploadState.COMPLETING}:
+        return upload
     if upload.state is UploadState.ABORTED:
         raise Conflict(f"Upload {upload_id} was aborted; start a new one.")
-    ignored: list[str] = []
+    if all(file.stored for file in upload.files):
+        finish_upload(session, blobs, upload)
+    else:
+        UploadRepository(session, tenant_id).start_completing(upload)
+    return upload
+
+
+def finish_upload(session: Session, blobs: BlobStore, upload: UploadRow) -> None:
+    """Complete a locked upload whose files are all stored.
+
+    A PEFT adapter becomes a checkpoint with a model type of its own. Files that are not the
+    model's are not part of the checkpoint.
+
+    Raises:
+        InvalidCheckpoint, InvalidCalibration: as `complete_upload`.
+    """
     if upload.kind is UploadKind.CALIBRATION:
         if not upload.files:
             raise InvalidCalibration("The upload has no file yet; put one .txt or .jsonl file.")
@@ -125,8 +280,8 @@ def complete_upload(
     else:
         manifest = _manifest(upload, blobs)
         kept = {file.path for file in manifest.files}
-        ignored = sorted(file.path for file in upload.files if file.path not in kept)
-        upload.checkpoint = CheckpointRepository(session, tenant_id).add(
+        upload.ignored = sorted(file.path for file in upload.files if file.path not in kept)
+        upload.checkpoint = CheckpointRepository(session, upload.tenant_id).add(
             CheckpointRow(
                 digest=blobs.put_bytes(manifest.to_json()),
                 weights_digest=manifest.weights_digest,
@@ -134,8 +289,7 @@ def complete_upload(
                 total_bytes=manifest.total_bytes,
             )
         )
-    UploadRepository(session, tenant_id).complete(upload)
-    return upload, ignored
+    UploadRepository(session, upload.tenant_id).complete(upload)
 
 
 def _manifest(upload: UploadRow, blobs: BlobStore) -> CheckpointManifest:

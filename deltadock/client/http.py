@@ -16,7 +16,7 @@ from urllib.parse import quote
 import httpx
 
 from deltadock.artifacts.checkpoint import CHUNK_BYTES, folder_files
-from deltadock.errors import DeltadockError, HashMismatch, Unavailable
+from deltadock.errors import DeltadockError, HashMismatch, Unavailable, error_for
 
 JsonObject = dict[str, Any]
 FINAL_STATES: Final = frozenset({"ready", "failed", "cancelled"})
@@ -297,9 +297,4 @@ def error_of(response: httpx.Response) -> DeltadockError:
     except (ValueError, KeyError, TypeError):  # such as a proxy's error page
         url = response.url.copy_with(query=None)  # presigned URLs have their signature there
         return Unavailable(f"{url} answered with status {response.status_code}.")
-    classes = [DeltadockError]
-    for kind in classes:
-        if kind.code == code:
-            return kind(detail)
-        classes.extend(kind.__subclasses__())
-    return DeltadockError(f"{code}: {detail}")
+    return error_for(code, detail)

@@ -20,6 +20,11 @@ def part_bytes_for(size: int) -> int:
     return max(MIN_PART_BYTES, math.ceil(size / MAX_PARTS / _MEBIBYTE) * _MEBIBYTE)
 
 
+def is_parted(size: int) -> bool:
+    """Whether a file of `size` bytes has more than one part; a smaller one is better sent whole."""
+    return size > MIN_PART_BYTES
+
+
 class PartWriter(ABC):
     """Streams one part; leaving the `with` block without `commit` discards it."""
 

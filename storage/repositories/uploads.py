@@ -1,15 +1,29 @@
 """Uploads and their files."""
 
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final, cast
 
-from sqlalchemy import ColumnElement, and_, exists, select
-from sqlalchemy.orm import Session, joinedload, selectinload
+from sqlalchemy import (
+    ColumnElement,
+    CursorResult,
+    Result,
+    and_,
+    exists,
+    or_,
+    select,
+    true,
+    tuple_,
+    update,
+)
+from sqlalchemy.orm import Session, defer, joinedload, selectinload
 
 from deltadock.storage.database import database_now
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
+
+UNFINISHED: Final = (UploadState.OPEN, UploadState.COMPLETING)
 
 
 class UploadRepository:
@@ -22,13 +36,13 @@ class UploadRepository:
     def _owned(self) -> ColumnElement[bool]:
         return owned_by(UploadRow.tenant_id, self.tenant)
 
-    def add(self, kind: UploadKind) -> UploadRow:
-        """Insert an open upload without files."""
+    def add(self, kind: UploadKind, files: Iterable[UploadFileRow] = ()) -> UploadRow:
+        """Insert an open upload with these files, stored or announced."""
         upload = UploadRow(
             id=new_id("upl"),
             tenant_id=owner_of(self.tenant),
             kind=kind,
-            files=[],
+            files=sorted(files, key=lambda file: file.path),
             checkpoint=None,
         )
         self.session.add(upload)
@@ -48,6 +62,132 @@ class UploadRepository:
             .where(by_id)
             .execution_options(populate_existing=lock)
         ).one_or_none()
+
+    def page(
+        self, *, limit: int, after: UploadRow | None = None, states: Collection[UploadState] = ()
+    ) -> Sequence[UploadRow]:
+        """Up to `limit` uploads, newest first, that follow `after`; files without tensors."""
+        query = (
+            select(UploadRow)
+            .options(
+                selectinload(UploadRow.files).options(defer(UploadFileRow.tensors)),
+                joinedload(UploadRow.checkpoint),
+            )
+            .where(self._owned())
+            .order_by(UploadRow.created_at.desc(), UploadRow.id.desc())
+            .limit(limit)
+        )
+        if states:
+            query = query.where(UploadRow.state.in_(states))
+        if after is not None:
+            place = tuple_(UploadRow.created_at, UploadRow.id)
+            query = query.where(place < (after.created_at, after.id))
+        return self.session.scalars(query).all()
+
+    def stored_files(self, kind: UploadKind, digests: Collection[str]) -> dict[str, UploadFileRow]:
+        """The tenant's stored files with these SHA-256, by it, of uploads of this kind."""
+        found = self.session.scalars(
+            select(UploadFileRow)
+            .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
+            .where(
+                self._owned(),
+                UploadRow.kind == kind,
+                UploadFileRow.stored,
+                UploadFileRow.sha256.in_(digests),
+            )
+        )
+        return {file.sha256: file for file in found}
+
+    def set_parts_token(self, upload_id: str, path: str, token: str | None) -> bool:
+        """Set the token of a waiting file's parts, if it has none, or remove it.
+
+        Returns whether it was set.
+        """
+        changed = self.session.execute(
+            update(UploadFileRow)
+            .where(
+                UploadFileRow.upload_id == upload_id,
+                UploadFileRow.path == path,
+                UploadFileRow.stored.is_(False),
+                UploadFileRow.parts_token.is_(None) if token is not None else true(),
+            )
+            .values(parts_token=token)
+        )
+        return _changed(changed)
+
+    def touch(self, upload_id: str) -> None:
+        """Note activity, so that the upload does not expire."""
+        self.session.execute(
+            update(UploadRow)
+            .where(UploadRow.id == upload_id, self._owned())
+            .values(updated_at=database_now(self.session))
+        )
+
+    def start_completing(self, upload: UploadRow) -> None:
+        """Mark a locked open upload as completing, for a process to acquire."""
+        upload.error, upload.done_bytes = None, 0
+        upload.lease_owner = upload.lease_expires_at = None
+        self._set_state(upload, UploadState.COMPLETING)
+
+    def _free(self) -> ColumnElement[bool]:
+        now = database_now(self.session)
+        return and_(
+            UploadRow.state == UploadState.COMPLETING,
+            or_(UploadRow.lease_expires_at.is_(None), UploadRow.lease_expires_at <= now),
+        )
+
+    def unleased(self) -> Sequence[str]:
+        """Ids of completing uploads that no process hashes."""
+        return self.session.scalars(select(UploadRow.id).where(self._owned(), self._free())).all()
+
+    def acquire(self, upload_id: str, owner: str, seconds: float) -> UploadRow | None:
+        """Lease a completing upload to `owner`; None if another process has it."""
+        leased = self.session.execute(
+            update(UploadRow)
+            .where(UploadRow.id == upload_id, self._owned(), self._free())
+            .values(
+                lease_owner=owner,
+                lease_expires_at=database_now(self.session) + timedelta(seconds=seconds),
+            )
+        )
+        return self.find(upload_id) if _changed(leased) else None
+
+    def renew(self, upload_id: str, owner: str, seconds: float, done_bytes: int) -> bool:
+        """Extend the lease and record progress; False if the lease is lost."""
+        now = database_now(self.session)
+        renewed = self.session.execute(
+            update(UploadRow)
+            .where(UploadRow.id == upload_id, self._held(owner))
+            .values(
+                lease_expires_at=now + timedelta(seconds=seconds),
+                done_bytes=done_bytes,
+                updated_at=now,
+            )
+        )
+        return _changed(renewed)
+
+    def release(self, upload_id: str, owner: str, retry_seconds: float) -> None:
+        """Let any process acquire the upload after this time."""
+        later = database_now(self.session) + timedelta(seconds=retry_seconds)
+        self.session.execute(
+            update(UploadRow)
+            .where(UploadRow.id == upload_id, self._held(owner))
+            .values(lease_expires_at=later)
+        )
+
+    def _held(self, owner: str) -> ColumnElement[bool]:
+        return and_(UploadRow.state == UploadState.COMPLETING, UploadRow.lease_owner == owner)
+
+    def find_held(self, upload_id: str, owner: str) -> UploadRow | None:
+        """The completing upload, locked, if `owner` still has its lease."""
+        upload = self.find(upload_id, lock=True)
+        held = upload is not None and upload.state is UploadState.COMPLETING
+        return upload if held and upload and upload.lease_owner == owner else None
+
+    def reopen(self, upload: UploadRow, error: dict[str, Any]) -> None:
+        """Open a locked completing upload again, with the reason."""
+        upload.error = error
+        self._set_state(upload, UploadState.OPEN)
 
     def put_file(self, upload: UploadRow, file: UploadFileRow) -> None:
         """Add `file` to a locked upload, replacing one with the same path."""
@@ -85,27 +225,31 @@ class UploadRepository:
         )
 
     def abandoned(self, before: datetime) -> Sequence[UploadRow]:
-        """Open uploads last updated before `before`."""
+        """Unfinished uploads last updated before `before`."""
         return self.session.scalars(
-            select(UploadRow)
-            .options(selectinload(UploadRow.files))
-            .where(
-                self._owned(), UploadRow.state == UploadState.OPEN, UploadRow.updated_at < before
+            select(UploadRow).where(
+                self._owned(), UploadRow.state.in_(UNFINISHED), UploadRow.updated_at < before
             )
         ).all()
 
     def complete(self, upload: UploadRow) -> None:
         """Mark a locked upload as complete."""
-        self._close(upload, UploadState.COMPLETE)
+        upload.error = upload.lease_owner = upload.lease_expires_at = None
+        self._set_state(upload, UploadState.COMPLETE)
 
     def abort(self, upload: UploadRow) -> None:
-        """Abort a locked open upload and delete its file rows; any other is unchanged."""
-        if upload.state is UploadState.OPEN:
+        """Abort a locked unfinished upload and delete its file rows; any other is unchanged."""
+        if upload.state in UNFINISHED:
             for file in upload.files:
                 self.session.delete(file)
-            self._close(upload, UploadState.ABORTED)
+            self._set_state(upload, UploadState.ABORTED)
 
-    def _close(self, upload: UploadRow, state: UploadState) -> None:
+    def _set_state(self, upload: UploadRow, state: UploadState) -> None:
         upload.state = state
         upload.updated_at = database_now(self.session)
         self.session.flush()
+
+
+def _changed(result: Result[Any]) -> bool:
+    """Whether an UPDATE changed a row."""
+    return cast(CursorResult[Any], result).rowcount > 0

@@ -87,6 +87,23 @@ class Api:
     def put(self, upload: str, path: str, data: bytes, **headers: str) -> httpx.Response:
         return self.client.put(f"/v1/uploads/{upload}/files/{path}", content=data, headers=headers)
 
+    def announce(self, files: dict[str, bytes], kind: str = "checkpoint") -> dict[str, Any]:
+        """An open upload that announces these files."""
+        announced = [
+            {"path": path, "size": len(data), "sha256": sha256(data)}
+            for path, data in files.items()
+        ]
+        answer = self.client.post("/v1/uploads", json={"kind": kind, "files": announced})
+        assert answer.status_code == 201, answer.text
+        upload: dict[str, Any] = answer.json()
+        return upload
+
+    def put_part(
+        self, upload: str, path: str, number: int, data: bytes, **headers: str
+    ) -> httpx.Response:
+        url = f"/v1/uploads/{upload}/files/{path}/parts/{number}"
+        return self.client.put(url, content=data, headers=headers)
+
     def upload(self, kind: str, files: dict[str, bytes]) -> dict[str, Any]:
         """A completed upload."""
         upload = self.open_upload(kind)

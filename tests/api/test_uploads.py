@@ -59,7 +59,13 @@ def test_a_file_can_be_replaced(api: Api) -> None:
     upload = api.open_upload()
     for data in (b"{}", CONFIG):
         answer = api.put(upload, "config.json", data)
-        assert answer.json() == {"path": "config.json", "size": len(data), "sha256": sha256(data)}
+        assert answer.json() == {
+            "path": "config.json",
+            "size": len(data),
+            "sha256": sha256(data),
+            "stored": True,
+            "parts": None,
+        }
     assert len(api.client.get(f"/v1/uploads/{upload}").json()["files"]) == 1
 
 

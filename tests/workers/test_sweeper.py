@@ -7,7 +7,7 @@ from deltadock.storage.models import JobState, UploadKind, UploadState
 from deltadock.storage.repositories import JobRepository, UploadRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext, job_folder
-from deltadock.workers.sweeper import ABANDONED, drop_abandoned, drop_job_folders, resend_lost
+from deltadock.workers.sweeper import drop_abandoned, drop_job_folders, resend_lost
 
 Submit = Callable[..., str]
 SetJob = Callable[..., None]
@@ -45,18 +45,29 @@ def test_a_job_is_resent_once_its_lease_has_expired(
     assert resend(context) == [job_id]
 
 
-def test_abandoned_uploads_are_aborted(context: WorkerContext) -> None:
+def test_abandoned_uploads_and_their_parts_are_dropped(context: WorkerContext) -> None:
+    old, busy, new = (UploadState.OPEN, UploadState.COMPLETING, UploadState.OPEN)
     with context.database.session_scope() as session:
         uploads = UploadRepository(session, LOCAL_TENANT)
-        old, new = (uploads.add(UploadKind.CHECKPOINT) for _ in range(2))
-        old.updated_at = datetime.now(UTC) - 2 * ABANDONED
+        rows = [uploads.add(UploadKind.CHECKPOINT) for _ in (old, busy, new)]
+        for row, state in zip(rows, (old, busy, new), strict=True):
+            row.state = state
+        for row in rows[:2]:
+            row.updated_at = LONG_AGO
+    for upload in (*(row.id for row in rows), "upl_unknown"):
+        context.blobs.begin_parts(upload, 100, 10)
     with context.blobs.writer() as writer:
         writer.write(b"still arriving")
-        assert drop_abandoned(context) == 1
+        assert drop_abandoned(context) == 2
         writer.commit("0" * 64)
     with context.database.read_scope() as session:
-        states = [UploadRepository(session, LOCAL_TENANT).find(upload.id) for upload in (old, new)]
-    assert [upload.state for upload in states if upload] == [UploadState.ABORTED, UploadState.OPEN]
+        found = [UploadRepository(session, LOCAL_TENANT).find(row.id) for row in rows]
+    assert [upload.state for upload in found if upload] == [
+        UploadState.ABORTED,
+        UploadState.ABORTED,
+        UploadState.OPEN,
+    ]
+    assert context.blobs.parted_uploads() == {rows[2].id}
 
 
 def test_only_files_of_finished_jobs_are_dropped(

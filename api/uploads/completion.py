@@ -1,0 +1,239 @@
+"""Completes uploads in the background: stored bytes are hashed and checked before they count.
+
+The upload's row is leased to the process that works on it. A process that dies or stops leaves the
+rest to another one: files that are stored by then stay stored.
+"""
+
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final
+
+import structlog
+
+from deltadock.api.uploads.receive import make_inspector
+from deltadock.api.uploads.service import drop_parts, finish_upload, stored_row
+from deltadock.artifacts.checkpoint import FileEntry, TensorEntry
+from deltadock.errors import DeltadockError, HashMismatch, NotFound
+from deltadock.storage.blobs import BlobStore
+from deltadock.storage.blobs.parts import part_bytes_for
+from deltadock.storage.database import Database
+from deltadock.storage.models import UploadFileRow, UploadRow
+from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tenancy import EVERY_TENANT
+
+THREADS: Final = 2
+"""Uploads at once; each hashes in one thread."""
+POLL_SECONDS: Final = 5.0
+"""Interval at which a process looks for uploads that another one left."""
+REPORT_SECONDS: Final = 1.0
+RETRY_SECONDS: Final = 10.0
+"""After a store or database that does not answer."""
+
+log = structlog.get_logger(__name__)
+
+
+class _NotOursError(Exception):
+    """The upload was aborted, another process has its lease, or this one stops."""
+
+
+class Completer:
+    """This process's background threads; `close` waits for them."""
+
+    def __init__(self, database: Database, blobs: BlobStore, lease_seconds: float) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._seconds = lease_seconds
+        self._owner = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._running: dict[str, Future[None]] = {}
+        self._pool = ThreadPoolExecutor(THREADS, "completion")
+        self._poller = threading.Thread(target=self._poll, name="completer", daemon=True)
+
+    def start(self) -> None:
+        """Look for completing uploads that no process works on, now and then."""
+        self._poller.start()
+
+    def close(self) -> None:
+        """Stop; what is unfinished is left to other processes, or to the next start."""
+        self._stopping.set()
+        if self._poller.is_alive():
+            self._poller.join()
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, upload_id: str) -> Future[None]:
+        """Work on a completing upload, unless another process does."""
+        with self._lock:
+            if upload_id not in self._running:
+                future = self._pool.submit(self.run, upload_id)
+                self._running[upload_id] = future
+                future.add_done_callback(lambda _: self._running.pop(upload_id, None))
+                return future
+            return self._running[upload_id]
+
+    def _poll(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with self._database.read_scope() as session:
+                    waiting = UploadRepository(session, EVERY_TENANT).unleased()
+                for upload_id in waiting:
+                    self.submit(upload_id)
+            except Exception:  # such as a database that is temporarily down
+                log.exception("completer_failed")
+            self._stopping.wait(POLL_SECONDS)
+
+    def run(self, upload_id: str) -> None:
+        """Complete the upload, or record why it is not accepted."""
+        with structlog.contextvars.bound_contextvars(upload=upload_id):
+            with self._database.session_scope() as session:
+                uploads = UploadRepository(session, EVERY_TENANT)
+                upload = uploads.acquire(upload_id, self._owner, self._seconds)
+            if upload is None:
+                return
+            log.info("completion_started")
+            try:
+                error = self._complete(upload)
+                log.info("completion_ended", error=error and error.code)
+            except _NotOursError:
+                log.info("completion_left")
+                self._release(upload_id, 0.0)
+            except DeltadockError as error:  # the store or the database
+                log.warning("completion_retries", code=error.code, error=error.message)
+                self._release(upload_id, RETRY_SECONDS)
+            except Exception:
+                log.exception("completion_failed")
+                hidden = DeltadockError("Completing the upload failed; see the api's log.")
+                self._reopen(upload_id, hidden, None)
+
+    def _release(self, upload_id: str, retry_seconds: float) -> None:
+        try:
+            with self._database.session_scope() as session:
+                UploadRepository(session, EVERY_TENANT).release(
+                    upload_id, self._owner, retry_seconds
+                )
+        except DeltadockError as error:  # the lease expires
+            log.warning("lease_not_released", error=error.message)
+
+    def _complete(self, upload: UploadRow) -> DeltadockError | None:
+        """Store every file and finish; returns the error that opened the upload again."""
+        waiting = [file for file in upload.files if not file.stored]
+        progress = _Progress(self, upload)
+        first: tuple[DeltadockError, str] | None = None
+        for file in waiting:
+            try:
+                self._store(upload, file, progress)
+            except DeltadockError as error:
+                if error.status >= 500:
+                    raise
+                first = first or (error, file.path)  # the others may be good
+        if first is not None:
+            self._reopen(upload.id, *first)
+            return first[0]
+        progress.report()
+        try:
+            with self._database.session_scope() as session:
+                held = UploadRepository(session, EVERY_TENANT).find_held(upload.id, self._owner)
+                if held is None:
+                    raise _NotOursError
+                finish_upload(session, self._blobs, held)
+        except DeltadockError as error:
+            if error.status >= 500:
+                raise
+            self._reopen(upload.id, error, None)
+            return error
+        drop_parts(self._blobs, upload.id)
+        return None
+
+    def _reopen(self, upload_id: str, error: DeltadockError, path: str | None) -> None:
+        with self._database.session_scope() as session:
+            uploads = UploadRepository(session, EVERY_TENANT)
+            if held := uploads.find_held(upload_id, self._owner):
+                reason = {"code": error.code, "message": error.message, "file": path}
+                uploads.reopen(held, reason)
+
+    def _store(self, upload: UploadRow, file: UploadFileRow, progress: "_Progress") -> None:
+        """Hash and check a file's stored parts, and make them a blob.
+
+        Raises:
+            HashMismatch, InvalidCheckpoint, InvalidCalibration: the bytes are not what they should
+                be; all parts are dropped, to be sent again.
+            NotFound: the parts are gone.
+            Conflict: parts are missing.
+        """
+        if file.parts_token is None:
+            raise NotFound(f"{file.path!r} has not arrived; send it.")
+        parts = self._blobs.parted(
+            upload.id, file.parts_token, file.size, part_bytes_for(file.size)
+        )
+        checked: tuple[FileEntry, list[TensorEntry]] | None = None
+
+        def verify(chunks: Iterator[bytes]) -> None:
+            nonlocal checked
+            inspector = make_inspector(upload.kind, file.path)
+            for chunk in chunks:
+                inspector.update(chunk)
+                progress.advance(len(chunk))
+            checked = inspector.finish()
+            if checked[0].sha256 != file.sha256:
+                raise HashMismatch(
+                    f"{file.path!r} arrived with SHA-256 {checked[0].sha256}, but {file.sha256} "
+                    "was announced. Send this file again; the others are kept."
+                )
+
+        try:
+            parts.seal()
+            parts.publish(file.sha256, verify)
+        except DeltadockError as error:
+            if error.status < 500 and error.code != "conflict":
+                self._forget_parts(upload.id, file.path)
+                parts.drop()
+            raise
+        assert checked is not None
+        with self._database.session_scope() as session:
+            uploads = UploadRepository(session, EVERY_TENANT)
+            held = uploads.find_held(upload.id, self._owner)
+            if held is None:
+                raise _NotOursError
+            uploads.put_file(held, stored_row(upload.id, *checked))
+        parts.drop()
+
+    def _forget_parts(self, upload_id: str, path: str) -> None:
+        with self._database.session_scope() as session:
+            UploadRepository(session, EVERY_TENANT).set_parts_token(upload_id, path, None)
+
+    def renew(self, upload_id: str, done_bytes: int) -> None:
+        """Renew the lease and record progress.
+
+        Raises:
+            _NotOursError: this process must not go on.
+        """
+        with self._database.session_scope() as session:
+            held = UploadRepository(session, EVERY_TENANT).renew(
+                upload_id, self._owner, self._seconds, done_bytes
+            )
+        if not held or self._stopping.is_set():
+            raise _NotOursError
+
+
+class _Progress:
+    """Counts the bytes of an upload that are checked, and reports them at an interval."""
+
+    def __init__(self, completer: Completer, upload: UploadRow) -> None:
+        self._completer = completer
+        self._upload_id = upload.id
+        self._done = sum(file.size for file in upload.files if file.stored)
+        self._reported = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if time.monotonic() - self._reported > REPORT_SECONDS:
+            self.report()
+
+    def report(self) -> None:
+        self._completer.renew(self._upload_id, self._done)
+        self._reported = time.monotonic()
