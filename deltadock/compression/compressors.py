@@ -7,7 +7,12 @@ from torch import Tensor
 
 from deltadock.compression.checkpoints import CheckpointPair
 from deltadock.compression.methods import optimix
-from deltadock.compression.methods.base import MatrixMethod, MatrixResult, MatrixTask
+from deltadock.compression.methods.base import (
+    MatrixMethod,
+    MatrixResult,
+    MatrixTask,
+    compress_matrices,
+)
 from deltadock.compression.numerics.global_allocation import RankProfile, RankWidths, allocate
 from deltadock.compression.numerics.metric import Metric, damped, weighted_error
 from deltadock.compression.options import Solver, rank_budget
@@ -63,7 +68,8 @@ class PerMatrixCompressor:
             self._bits or 0.0,
             self._solver,
         )
-        return self._method(task)
+        (result,) = compress_matrices(self._method, [task])
+        return result
 
 
 class GlobalCompressor:

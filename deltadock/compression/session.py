@@ -301,9 +301,12 @@ class CompressionSession:
             within = number / len(members)
             self._progress.report("compressing", block, blocks, message, within=within)
             delta = self.pair.delta(matrix.ref)
-            if not delta.any():
+            peak = float(delta.abs().max()) if delta.numel() else 0.0
+            if peak == 0.0:
                 encodings[matrix.ref.key] = None
                 continue
+            if peak < torch.finfo(torch.float32).tiny:
+                continue  # scales this small have no precision left: stored exactly
             result = compressor.compress(matrix, delta)
             # A delta out of the range of codes and scales is stored exactly, as one without a
             # budget is.

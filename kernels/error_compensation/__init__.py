@@ -1,6 +1,6 @@
 """Rounding with GPTQ error compensation: each coordinate's error is propagated to later ones.
 
-The recursion of GPTQ (Frantar et al., 2022) for vectors with one grid each, in units of its step:
+The recursion of GPTQ (Frantar et al., 2022), in units of a grid's step:
 `code = clamp(floor(w + zero + 1/2), 0, top)` represents `code - zero`. With F the upper Cholesky
 factor of the inverse Hessian, coordinate j has the error `e_j = (w_j - (code_j - zero)) / F_jj`,
 and `F_jk e_j` is subtracted from every later coordinate k.
@@ -18,52 +18,75 @@ BLOCK: Final = {"cpu": 32, "cuda": 64}
 def round_with_error_compensation(
     values: Tensor, factor: Tensor, zero: Tensor, top: Tensor
 ) -> Tensor:
-    """Round r vectors of n coordinates; return the codes, (n, r) uint8.
+    """Round the vectors of b independent problems; return the codes, (b, n, r) uint8.
 
-    Vectors are independent. On a GPU a block of coordinates is one kernel launch.
+    Vectors are independent. On a GPU a block of coordinates of all problems is one kernel launch.
 
     Args:
-        values: (n, r) float32 contiguous, one vector per column, in steps of its grid;
-            overwritten with the errors `e`.
-        factor: (n, n) float32, upper triangular with a positive diagonal.
-        zero: (r,) float32, zero point of each vector.
-        top: (r,) float32, highest code of each vector, at most 255.
+        values: (b, n, r) float32 contiguous: r vectors of n coordinates each, one per column, in
+            steps of their grids; overwritten with the errors `e`.
+        factor: (b, n, n) float32, upper triangular with a positive diagonal.
+        zero: zero points, float32, of a shape that broadcasts to `values`.
+        top: highest codes, at most 255, likewise.
 
     Raises:
         ValueError: a shape, dtype or layout differs from these.
     """
     _check(values, factor, zero, top)
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
-    step = BLOCK[values.device.type]
-    for start in range(0, len(values), step):
-        stop = min(start + step, len(values))
-        rows = values[start:stop]
-        if start:
-            rows.addmm_(factor[:start, start:stop].t(), values[:start], alpha=-1)
-        diagonal_block = factor[start:stop, start:stop]
-        if values.is_cuda:
-            from deltadock.kernels.error_compensation import triton
-
-            triton.round_block(rows, codes[start:stop], diagonal_block.contiguous(), zero, top)
-        else:
-            _round_block(rows, codes[start:stop], diagonal_block, zero, top)
+    zero, top = zero.expand_as(values), top.expand_as(values)
+    for start, stop in blocks(values):
+        apply_errors(values, factor, start, stop)
+        piece = slice(start, stop)
+        round_block(
+            values[:, piece], codes[:, piece], factor[:, piece, piece], zero[:, piece],
+            top[:, piece],
+        )  # fmt: skip
     return codes
+
+
+def blocks(values: Tensor) -> list[tuple[int, int]]:
+    """First and end coordinate of each block of `values` (b, n, r)."""
+    n, step = values.shape[1], BLOCK[values.device.type]
+    return [(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def apply_errors(values: Tensor, factor: Tensor, start: int, stop: int) -> None:
+    """Subtract the errors of all coordinates before `start` from those up to `stop`."""
+    if start:
+        weights = factor[:, :start, start:stop].transpose(1, 2)
+        values[:, start:stop].baddbmm_(weights, values[:, :start], alpha=-1)
+
+
+def round_block(rows: Tensor, codes: Tensor, factor: Tensor, zero: Tensor, top: Tensor) -> None:
+    """Round one block: all of (b, rows, r), but for the block's factor (b, rows, rows)."""
+    if rows.is_cuda:
+        from deltadock.kernels.error_compensation import triton
+
+        triton.round_block(rows, codes, factor, zero, top)
+        return
+    for problem in zip(rows, codes, factor, zero, top, strict=True):
+        _round_block(*problem)
 
 
 def _round_block(rows: Tensor, codes: Tensor, factor: Tensor, zero: Tensor, top: Tensor) -> None:
     diagonal = factor.diagonal().tolist()
     for j, row in enumerate(rows):
-        code = torch.add(row, zero).add_(0.5).floor_().clamp_min_(0)
-        torch.minimum(code, top, out=code)
+        code = torch.add(row, zero[j]).add_(0.5).floor_().clamp_min_(0)
+        torch.minimum(code, top[j], out=code)
         codes[j].copy_(code)
-        row.sub_(code).add_(zero).div_(diagonal[j])
+        row.sub_(code).add_(zero[j]).div_(diagonal[j])
         rows[j + 1 :].addr_(factor[j, j + 1 :], row, alpha=-1)
 
 
 def _check(values: Tensor, factor: Tensor, zero: Tensor, top: Tensor) -> None:
-    n, r = values.shape
-    if factor.shape != (n, n) or zero.shape != (r,) or top.shape != (r,):
-        raise ValueError("factor must be (n, n), zero and top (r,), for values of (n, r).")
+    b, n, _ = values.shape
+    if factor.shape != (b, n, n):
+        raise ValueError("factor must be (b, n, n) for values of (b, n, r).")
+    for one in (zero, top):
+        shape = (1,) * (3 - one.ndim) + tuple(one.shape)
+        if any(size not in (1, whole) for size, whole in zip(shape, values.shape, strict=True)):
+            raise ValueError("zero and top must broadcast to the shape of values.")
     if any(tensor.dtype != torch.float32 for tensor in (values, factor, zero, top)):
         raise ValueError("values, factor, zero and top must be float32.")
     if not values.is_contiguous():

@@ -4,7 +4,12 @@ import torch
 from torch import Tensor
 
 from deltadock.artifacts.encodings import decode_dense
-from deltadock.compression.methods.base import MatrixResult, MatrixTask
+from deltadock.compression.methods.base import (
+    MatrixMethod,
+    MatrixResult,
+    MatrixTask,
+    compress_matrices,
+)
 
 
 def make_moment(h_in: int, seed: int = 0) -> Tensor:
@@ -33,6 +38,12 @@ def make_task(
     if moment is None:
         moment = make_moment(h_in, seed)
     return MatrixTask("w", delta, moment, "BF16", bits, "exact")
+
+
+def compress_one(method: MatrixMethod, task: MatrixTask) -> MatrixResult:
+    """Compress a single matrix."""
+    (result,) = compress_matrices(method, [task])
+    return result
 
 
 def output_error(delta: Tensor, approximation: Tensor, moment: Tensor) -> float:

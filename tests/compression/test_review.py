@@ -21,6 +21,7 @@ from deltadock.compression.pipeline import compress
 from deltadock.compression.report import Progress, Report
 from deltadock.errors import BitsOutOfRange, Cancelled, InvalidGoal
 from tests.compression.conftest import delta_quality
+from tests.compression.matrices import compress_one
 
 Pair = tuple[Path, Path]
 WEIGHTS = "model.safetensors"
@@ -184,10 +185,10 @@ METHODS = [
 
 def encode(method: str, delta: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     """The delta after the call, to detect changes in place, and its approximation."""
-    compress_matrix = matrix_method(method)
-    assert compress_matrix is not None
+    found = matrix_method(method)
+    assert found is not None
     given = delta.clone()
-    result = compress_matrix(MatrixTask("layer", given, moment, "BF16", 1.0, "exact"))
+    result = compress_one(found, MatrixTask("layer", given, moment, "BF16", 1.0, "exact"))
     return given, result.approximation
 
 

@@ -4,19 +4,27 @@ Source: Xiong et al., "AdaMix: Adaptive Mixed-Precision Delta-Compression with Q
 Optimization for Large Language Models" (arXiv 2506.11087), Algorithm 1. Steps:
 1. SVD `D = U diag(s) V`; as no rank costs less than the smallest width, only the leading ranks
    are candidates (App. C.1), and a few spare ones.
-2. Every width is simulated in one GPTQ pass: `E[i, b] = s_i^2 (v - v_b) G (v - v_b)^T`.
+2. Every width is simulated in one GPTQ pass: `E[i, b] = s_i^2 (v - v_b) G (v - v_b)^T`. Up to here
+   the budget only limits the number of ranks.
 3. Widths by 0/1 allocation under the budget (Eq. 10); V_hat is a gather of simulated rows.
 4. Target correction (Eq. 8) refits U to the full delta; GPTQ quantizes it, column i at width b_i.
 """
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from deltadock.compression.methods.base import MatrixResult, MatrixTask, svd_result
+from deltadock.compression.methods.base import (
+    MatrixResult,
+    MatrixTask,
+    Prepared,
+    stacked,
+    svd_result,
+)
 from deltadock.compression.numerics.allocation import WIDTHS, allocate
 from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import Codes, quantize_columns, quantize_rows
@@ -30,62 +38,127 @@ RIDGES: Final = (1e-6, 1e-5, 1e-4)
 """Ridge strengths tried in turn, as fractions of the mean diagonal of `A G A^T`."""
 
 
-def compress_matrix(task: MatrixTask) -> MatrixResult:
-    """Compress one linear layer's delta."""
+class AdaMix:
+    """The method. Prepared are U, the singular values, V at every width, and the errors."""
+
+    def ranks(self, bits: float, h_out: int, h_in: int) -> int:
+        return rank_budget(bits, h_out, h_in) // min(CANDIDATES) + SPARE_RANKS
+
+    def prepare(self, tasks: Sequence[MatrixTask], ranks: int) -> list[Prepared]:
+        decomposed = decompose(stacked([task.delta for task in tasks]), ranks)
+        k = max(len(one.s) for one in decomposed)
+        v = stacked([_fill(one.v, k) for one in decomposed])
+        s = stacked([_fill(one.s, k) for one in decomposed])
+        moments = stacked([task.moment for task in tasks])
+        widths = torch.tensor(CANDIDATES).repeat_interleave(k).expand(len(tasks), -1)
+        simulated, damping = quantize_rows(v.repeat(1, len(CANDIDATES), 1), widths, moments)
+        errors = simulated_errors(v, s, simulated, moments)
+        shape = len(tasks), len(CANDIDATES), k
+        parts = {"codes": simulated.codes, "scale": simulated.scale, "zero": simulated.zero}
+        parts = {name: part.view(*shape, *part.shape[2:]) for name, part in parts.items()}
+        return [
+            Prepared(
+                {
+                    **{name: part[number, :, : len(one.s)] for name, part in parts.items()},
+                    "u": one.u,
+                    "s": one.s,
+                    "errors": errors[number, : len(one.s)],
+                },
+                damping[number],
+                one.fallback,
+            )
+            for number, one in enumerate(decomposed)
+        ]
+
+    def compress(
+        self, tasks: Sequence[MatrixTask], prepared: Sequence[Prepared]
+    ) -> list[MatrixResult]:
+        chosen = [_choose(task, one) for task, one in zip(tasks, prepared, strict=True)]
+        # Ranks of zeros fill up the matrices that keep fewer.
+        most = max(1, *(len(one.bits) for one in chosen))
+        v_hat = Codes(
+            stacked([_fill(one.v.codes, most) for one in chosen]),
+            stacked([_fill(one.v.scale, most) for one in chosen]),
+            stacked([_fill(one.v.zero, most) for one in chosen]),
+        )
+        s = stacked([_fill(one.s, most) for one in chosen])
+        left = stacked([_fill(one.u.t(), most).t() for one in chosen])
+        bits = stacked([_fill(one.bits, most) for one in chosen]).clamp_min(1)
+        corrected, hessians, fallbacks = refit_left_factors(
+            stacked([task.delta for task in tasks]),
+            left,
+            s[:, :, None] * v_hat.decode(),
+            stacked([task.moment for task in tasks]),
+        )
+        u_hat, damping = quantize_columns(corrected, bits, hessians)
+        return [
+            svd_result(
+                tasks[number],
+                u_hat[number, torch.arange(len(one.bits))],
+                one.s,
+                one.v,
+                one.bits,
+                damping=max(damping[number], prepared[number].damping),
+                gap=one.gap,
+                fallbacks=[prepared[number].fallback, fallbacks[number]],
+            )
+            for number, one in enumerate(chosen)
+        ]
+
+
+class _Chosen(NamedTuple):
+    """The r ranks kept of a matrix: U (h_out, r), s (r,), V, widths (r,) on the CPU, the gap."""
+
+    u: Tensor
+    s: Tensor
+    v: Codes
+    bits: Tensor
+    gap: float
+
+
+def _choose(task: MatrixTask, prepared: Prepared) -> _Chosen:
+    """Allocate the budget over the ranks that AdaMix considers at it."""
     h_out, h_in = task.delta.shape
     budget = rank_budget(task.bits, h_out, h_in)
-    decomposed = decompose(task.delta, budget // min(CANDIDATES) + SPARE_RANKS)
-    u, s, v = decomposed.u, decomposed.s, decomposed.v
-
-    widths = torch.tensor(CANDIDATES).repeat_interleave(len(s))
-    simulated, damping_v = quantize_rows(v.repeat(len(CANDIDATES), 1), widths, task.moment)
-    errors = simulated_errors(v, s, simulated, task.moment)
+    tensors = prepared.tensors
+    errors = tensors["errors"][: budget // min(CANDIDATES) + SPARE_RANKS].cpu().numpy()
     allocation = allocate(errors, budget, WIDTHS, F_MAX, task.solver)
-
     kept = torch.from_numpy(np.flatnonzero(allocation.widths))
     bits = torch.from_numpy(allocation.widths)[kept]
-    column = torch.tensor([CANDIDATES.index(int(width)) for width in bits], dtype=torch.long)
-    v_hat = simulated.rows(column * len(s) + kept)
-
-    right = s[kept, None] * v_hat.decode()
-    corrected, hessian, fallback = refit_left_factor(task.delta, u[:, kept], right, task.moment)
-    u_hat, damping_u = quantize_columns(corrected, bits, hessian)
-
-    return svd_result(
-        task,
-        u_hat,
-        s[kept],
-        v_hat,
-        bits,
-        damping=max(damping_u, damping_v),
-        gap=allocation.gap,
-        fallbacks=[decomposed.fallback, fallback],
-    )
+    number = torch.tensor([CANDIDATES.index(width) for width in bits.tolist()], dtype=torch.long)
+    index = number.to(task.delta.device), kept.to(task.delta.device)
+    v = Codes(tensors["codes"], tensors["scale"], tensors["zero"])[index]
+    return _Chosen(tensors["u"][:, index[1]], tensors["s"][index[1]], v, bits, allocation.gap)
 
 
-def simulated_errors(
-    v: Tensor, s: Tensor, simulated: Codes, moment: Tensor
-) -> npt.NDArray[np.float64]:
-    """`E[i, b]` for the widths of `WIDTHS`: (k, len(WIDTHS)) float64; width 0 drops the rank."""
+def _fill(rows: Tensor, count: int) -> Tensor:
+    """Add zeros to (r, ...) up to `count` rows."""
+    return F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, count - len(rows)))
+
+
+def simulated_errors(v: Tensor, s: Tensor, simulated: Codes, moments: Tensor) -> Tensor:
+    """`E[i, b]` for the widths of `WIDTHS`, width 0 drops the rank: (b, k, len(WIDTHS)) float64.
+
+    Args:
+        v: (b, k, h_in).
+        s: (b, k).
+        simulated: every width of `CANDIDATES` in turn, (b, len(CANDIDATES) * k) vectors.
+        moments: (b, h_in, h_in).
+    """
 
     def weighted(rows: Tensor) -> Tensor:
         rows = rows.double()
-        return ((rows @ moment) * rows).sum(dim=1)
+        return ((rows @ moments) * rows).sum(dim=2)
 
-    k = len(s)
-    decoded = simulated.decode()
-    columns = [weighted(v)]
-    columns += [weighted(v - decoded[i * k : (i + 1) * k]) for i in range(len(CANDIDATES))]
-    scaled: npt.NDArray[np.float64] = (
-        (torch.stack(columns, dim=1) * s.double()[:, None] ** 2).cpu().numpy()
-    )
-    return scaled
+    decoded = simulated.decode().split(v.shape[1], dim=1)
+    columns = [weighted(v), *(weighted(v - part) for part in decoded)]
+    return torch.stack(columns, dim=2) * s.double()[:, :, None] ** 2
 
 
-def refit_left_factor(
-    delta: Tensor, left: Tensor, right: Tensor, moment: Tensor
-) -> tuple[Tensor, Tensor, str | None]:
-    """Target correction (Eq. 8): refit U to the full delta once V is quantized.
+def refit_left_factors(
+    deltas: Tensor, left: Tensor, right: Tensor, moments: Tensor
+) -> tuple[Tensor, Tensor, list[str | None]]:
+    """Target correction (Eq. 8): refit U to the full delta once V is quantized, for b matrices.
 
     With `A = diag(s) V_hat`, the output error `||D X - U A X||^2` over the calibration inputs is
     least at `U~ = D G A^T (A G A^T)^-1`, `G = X X^T`. The target is the full delta `D`, so that
@@ -93,30 +166,50 @@ def refit_left_factor(
     the correction, so that directions without calibration inputs keep their values.
 
     Args:
-        delta: (h_out, h_in), D.
-        left: (h_out, r), U.
-        right: (r, h_in), A, float.
-        moment: (h_in, h_in), G.
+        deltas: (b, h_out, h_in), D.
+        left: (b, h_out, r), U.
+        right: (b, r, h_in), A, float; ranks of zeros do not change the others.
+        moments: (b, h_in, h_in), G.
 
     Returns:
-        U~ (h_out, r) float32, its Hessian `A G A^T` (r, r) float64, and the fallback taken
-        (None, or a sentence for the report).
+        U~ (b, h_out, r) float32; its Hessians `A G A^T` (b, r, r) float64, with their mean on the
+        diagonal for ranks of zeros; and the fallback taken for each matrix (None, or a sentence
+        for the report).
     """
     a = right.double()
-    weighted = a @ moment.double()
-    hessian = weighted @ a.t()
-    hessian = (hessian + hessian.t()) / 2
-    target = delta.double() @ weighted.t()
-    mean = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    eye = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
+    weighted = a @ moments
+    hessians = weighted @ a.mT
+    hessians = (hessians + hessians.mT) / 2
+    targets = deltas.double() @ weighted.mT
+    diagonal = hessians.diagonal(dim1=1, dim2=2)
+    used = diagonal > 0
+    mean = diagonal.sum(1) / used.sum(1).clamp_min(1)
+    mean = mean.clamp_min(torch.finfo(torch.float64).tiny)
+    diagonal += torch.where(diagonal == 0, mean[:, None], 0.0)
+    corrected = torch.empty(left.shape, device=left.device)
+    fallbacks: list[str | None] = [None] * len(hessians)
+    left_over = torch.arange(len(hessians), device=left.device)
+
+    def ridged(strength: float) -> tuple[Tensor, Tensor]:
+        ridge = strength * mean[left_over, None]
+        system = hessians[left_over]
+        system.diagonal(dim1=1, dim2=2).add_(ridge)
+        return system, targets[left_over] + ridge[:, None] * left[left_over].double()
+
     for strength in RIDGES:
-        ridge = strength * mean
-        factor, info = torch.linalg.cholesky_ex(hessian + ridge * eye)
-        if info == 0:
-            corrected = torch.cholesky_solve((target + ridge * left.double()).t(), factor).t()
-            return corrected.float(), hessian, None
-    values, vectors = torch.linalg.eigh(hessian)
-    ridge = RIDGES[-1] * mean
-    inverse = vectors / (values.clamp_min(0) + ridge) @ vectors.t()
-    corrected = (target + ridge * left.double()) @ inverse
-    return corrected.float(), hessian, "target correction by eigendecomposition"
+        system, target = ridged(strength)
+        factor, info = torch.linalg.cholesky_ex(system)
+        failed = info != 0
+        solved = torch.cholesky_solve(target.mT, factor).mT.float()
+        if not failed.any():
+            corrected[left_over] = solved
+            return corrected, hessians, fallbacks
+        corrected[left_over[~failed]] = solved[~failed]
+        left_over = left_over[failed]
+    values, vectors = torch.linalg.eigh(hessians[left_over])
+    ridge = RIDGES[-1] * mean[left_over, None]
+    scaled = vectors / (values.clamp_min(0) + ridge)[:, None]
+    corrected[left_over] = (target @ (scaled @ vectors.mT)).float()
+    for number in left_over.tolist():
+        fallbacks[number] = "target correction by eigendecomposition"
+    return corrected, hessians, fallbacks

@@ -1,13 +1,14 @@
-"""The interface of a method: one matrix's delta in, its encoding and figures for the report out."""
+"""The interface of a method: deltas of matrices in, encodings and figures for the report out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from deltadock.artifacts.encodings import Encoded, SvdMatrix, Vectors, decode_dense, encode_svd
+from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import Codes
 from deltadock.compression.options import Solver
 
@@ -48,10 +49,73 @@ class MatrixResult:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-class MatrixMethod(Protocol):
-    """A compression method for one linear layer."""
+class Prepared(NamedTuple):
+    """What a method makes of a matrix once for all budgets.
 
-    def __call__(self, task: MatrixTask) -> MatrixResult: ...
+    Attributes:
+        tensors: decomposition and statistics, by name.
+        damping: largest that GPTQ used.
+        fallback: deviation from the method, in words.
+    """
+
+    tensors: Mapping[str, Tensor]
+    damping: float = 0.0
+    fallback: str | None = None
+
+
+class MatrixMethod(Protocol):
+    """A compression method for linear layers; all calls are for matrices of equal shapes."""
+
+    def ranks(self, bits: float, h_out: int, h_in: int) -> int:
+        """Leading ranks that `compress` needs at a budget; 0 if it decomposes nothing."""
+        ...
+
+    def prepare(self, tasks: Sequence[MatrixTask], ranks: int) -> list[Prepared]:
+        """Decompose the matrices; the tasks' budgets do not count."""
+        ...
+
+    def compress(
+        self, tasks: Sequence[MatrixTask], prepared: Sequence[Prepared]
+    ) -> list[MatrixResult]:
+        """Compress the matrices, of which at least the ranks of their budget are prepared."""
+        ...
+
+
+def compress_matrices(method: MatrixMethod, tasks: Sequence[MatrixTask]) -> list[MatrixResult]:
+    """Compress matrices of equal shapes and budgets."""
+    ranks = method.ranks(tasks[0].bits, *tasks[0].delta.shape)
+    return method.compress(tasks, method.prepare(tasks, ranks))
+
+
+class OneByOne:
+    """A method that decomposes nothing, as a function of one matrix."""
+
+    def __init__(self, compress_matrix: Callable[[MatrixTask], MatrixResult]) -> None:
+        self._compress_matrix = compress_matrix
+
+    def ranks(self, _bits: float, _h_out: int, _h_in: int) -> int:
+        return 0
+
+    def prepare(self, tasks: Sequence[MatrixTask], _ranks: int) -> list[Prepared]:
+        return [Prepared({}) for _ in tasks]
+
+    def compress(
+        self, tasks: Sequence[MatrixTask], _prepared: Sequence[Prepared]
+    ) -> list[MatrixResult]:
+        return [self._compress_matrix(task) for task in tasks]
+
+
+def prepare_svd(tasks: Sequence[MatrixTask], ranks: int) -> list[Prepared]:
+    """The leading singular triples of the deltas, as the tensors `u`, `s` and `v`."""
+    return [
+        Prepared({"u": one.u, "s": one.s, "v": one.v}, fallback=one.fallback)
+        for one in decompose(stacked([task.delta for task in tasks]), ranks)
+    ]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors with a new first dimension; a single one is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def matrix_result(
@@ -85,7 +149,7 @@ def svd_result(
     gap: float = 0.0,
     fallbacks: Sequence[str | None] = (),
 ) -> MatrixResult:
-    """Encode quantized singular vectors of which both sides have the widths `bits`.
+    """Encode quantized singular vectors of which both sides have the widths `bits`, on the CPU.
 
     Args:
         task: the matrix.

@@ -12,12 +12,18 @@ paper (arXiv 2506.11087, section 4.3) with k = 2 and 32.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from deltadock.compression.methods.base import MatrixMethod, MatrixResult, MatrixTask, svd_result
-from deltadock.compression.numerics.decomposition import decompose
+from deltadock.compression.methods.base import (
+    MatrixResult,
+    MatrixTask,
+    Prepared,
+    prepare_svd,
+    svd_result,
+)
 from deltadock.compression.numerics.gptq import Codes, quantize_columns, quantize_rows
 from deltadock.compression.options import rank_budget
 
@@ -29,13 +35,24 @@ REST: Final = 2
 """Width of the ranks after those."""
 
 
-def fixed_width_method(leading: Sequence[tuple[int, int]]) -> MatrixMethod:
-    """The method with these leading widths."""
+@dataclass(frozen=True, slots=True)
+class FixedWidths:
+    """The method with these (width, number of ranks) from the first rank on."""
 
-    def compress_matrix(task: MatrixTask) -> MatrixResult:
-        return _compress(task, leading)
+    leading: Sequence[tuple[int, int]]
 
-    return compress_matrix
+    def ranks(self, bits: float, h_out: int, h_in: int) -> int:
+        return max(1, len(fixed_widths(rank_budget(bits, h_out, h_in), self.leading)))
+
+    def prepare(self, tasks: Sequence[MatrixTask], ranks: int) -> list[Prepared]:
+        return prepare_svd(tasks, ranks)
+
+    def compress(
+        self, tasks: Sequence[MatrixTask], prepared: Sequence[Prepared]
+    ) -> list[MatrixResult]:
+        return [
+            _compress(task, one, self.leading) for task, one in zip(tasks, prepared, strict=True)
+        ]
 
 
 def fixed_widths(budget: int, leading: Sequence[tuple[int, int]], rest: int = REST) -> list[int]:
@@ -52,7 +69,9 @@ def fixed_widths(budget: int, leading: Sequence[tuple[int, int]], rest: int = RE
     return widths
 
 
-def _compress(task: MatrixTask, leading: Sequence[tuple[int, int]]) -> MatrixResult:
+def _compress(
+    task: MatrixTask, prepared: Prepared, leading: Sequence[tuple[int, int]]
+) -> MatrixResult:
     """Quantize V by GPTQ under the inputs' moment, then U under the moment of its own inputs.
 
     Each width's ranks are quantized separately and towards themselves: nothing corrects U for
@@ -60,18 +79,24 @@ def _compress(task: MatrixTask, leading: Sequence[tuple[int, int]]) -> MatrixRes
     """
     h_out, h_in = task.delta.shape
     widths = fixed_widths(rank_budget(task.bits, h_out, h_in), leading)
-    u, s, v, fallback = decompose(task.delta, max(1, len(widths)))
+    u, s, v = (prepared.tensors[name] for name in ("u", "s", "v"))
     kept = min(len(widths), len(s))
     u, s, v = u[:, :kept], s[:kept], v[:kept]
     bits = torch.tensor(widths[:kept], dtype=torch.long)
-    v_hat, damping = quantize_rows(v, bits, task.moment)
-    right = (s[:, None] * v_hat.decode()).double()
+    v_hat, damping = quantize_rows(v[None], bits[None], task.moment[None])
+    right = (s[:, None] * v_hat.decode()[0]).double()
     hessian = right @ task.moment @ right.t()
     scale, zero = torch.empty((2, kept), device=u.device)
     u_hat = Codes(torch.empty((kept, h_out), dtype=torch.uint8, device=u.device), scale, zero)
     for width in sorted(set(bits.tolist())):
         (of,) = torch.nonzero((bits == width).to(u.device), as_tuple=True)
-        part, part_damping = quantize_columns(u[:, of], bits[bits == width], hessian[of][:, of])
-        u_hat.codes[of], u_hat.scale[of], u_hat.zero[of] = part.codes, part.scale, part.zero
-        damping = max(damping, part_damping)
-    return svd_result(task, u_hat, s, v_hat, bits, damping=damping, fallbacks=[fallback])
+        part, part_damping = quantize_columns(
+            u[None, :, of], bits[None, bits == width], hessian[of][None, :, of]
+        )
+        u_hat.codes[of], u_hat.scale[of], u_hat.zero[of] = (
+            part.codes[0], part.scale[0], part.zero[0]
+        )  # fmt: skip
+        damping += part_damping
+    return svd_result(
+        task, u_hat, s, v_hat[0,], bits, damping=max(damping), fallbacks=[prepared.fallback]
+    )

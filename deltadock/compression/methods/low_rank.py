@@ -4,11 +4,17 @@ Source: Ryu et al., "Efficient Storage of Fine-Tuned Models via Low-Rank Approxi
 Residuals" (arXiv 2305.18425). Both factors are multiplied by the root of the singular values.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from deltadock.artifacts.encodings import encode_low_rank
-from deltadock.compression.methods.base import MatrixResult, MatrixTask, matrix_result
-from deltadock.compression.numerics.decomposition import decompose
+from deltadock.compression.methods.base import (
+    MatrixResult,
+    MatrixTask,
+    Prepared,
+    matrix_result,
+    prepare_svd,
+)
 
 FACTOR_BITS: Final = 16
 
@@ -18,11 +24,24 @@ def rank_of(bits: float, h_out: int, h_in: int) -> int:
     return int(bits * h_out * h_in / (FACTOR_BITS * (h_out + h_in)))
 
 
-def compress_matrix(task: MatrixTask) -> MatrixResult:
-    """Compress one linear layer's delta; a budget below one rank drops it, with a fallback note."""
-    rank = rank_of(task.bits, *task.delta.shape)
-    u, s, v, fallback = decompose(task.delta, max(1, rank))
-    rank = min(rank, len(s))
+class LowRank:
+    """The method; a budget below one rank drops the delta, with a fallback note."""
+
+    def ranks(self, bits: float, h_out: int, h_in: int) -> int:
+        return max(1, rank_of(bits, h_out, h_in))
+
+    def prepare(self, tasks: Sequence[MatrixTask], ranks: int) -> list[Prepared]:
+        return prepare_svd(tasks, ranks)
+
+    def compress(
+        self, tasks: Sequence[MatrixTask], prepared: Sequence[Prepared]
+    ) -> list[MatrixResult]:
+        return [_compress(task, one) for task, one in zip(tasks, prepared, strict=True)]
+
+
+def _compress(task: MatrixTask, prepared: Prepared) -> MatrixResult:
+    u, s, v = (prepared.tensors[name] for name in ("u", "s", "v"))
+    rank = min(rank_of(task.bits, *task.delta.shape), len(s))
     root = s[:rank].sqrt()
     encoded = encode_low_rank(
         (u[:, :rank] * root).cpu().numpy(),
@@ -32,4 +51,4 @@ def compress_matrix(task: MatrixTask) -> MatrixResult:
     )
     dropped = None if rank else "the budget holds no rank, so the delta is dropped"
     widths = {str(FACTOR_BITS): rank} if rank else {}
-    return matrix_result(encoded, rank=rank, widths=widths, fallbacks=[fallback, dropped])
+    return matrix_result(encoded, rank=rank, widths=widths, fallbacks=[prepared.fallback, dropped])

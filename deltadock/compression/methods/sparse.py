@@ -28,7 +28,7 @@ from deltadock.compression.methods.base import MatrixResult, MatrixTask, matrix_
 from deltadock.compression.numerics.gptq import (
     QuantizationGrid,
     columns_first,
-    inverse_factor,
+    inverse_factors,
     nearest,
     search_grid,
     sweep,
@@ -142,7 +142,7 @@ def prune_and_quantize(
     Returns:
         The entries kept, and the damping used.
     """
-    factor, damping = inverse_factor(moment)
+    (factor,), (damping,) = inverse_factors(moment[None])
     work = columns_first(delta)
     h_in, h_out = work.shape
     weight = factor.diagonal().square().reciprocal()

@@ -32,6 +32,8 @@ GROWTH: Final = 1e9
 RESOLUTION: Final = 1e-6
 """Singular values below this fraction of the largest are float32 rounding errors."""
 
+FALLBACK: Final = "dense decomposition, as iteration in float32 would not do"
+
 
 class Decomposition(NamedTuple):
     """`delta ~ u @ diag(s) @ v`: u (h_out, k), s (k,) descending, v (k, h_in), float32.
@@ -45,46 +47,65 @@ class Decomposition(NamedTuple):
     fallback: str | None
 
 
-def decompose(delta: Tensor, ranks: int) -> Decomposition:
-    """The leading `ranks` singular triples; fewer if the others are rounding errors.
+def decompose(deltas: Tensor, ranks: int) -> list[Decomposition]:
+    """The leading `ranks` singular triples of b matrices; fewer if the others are rounding errors.
 
     At least one is returned. The largest entry of each row of `v` is made positive, so that equal
     inputs give equal bytes whatever sign an eigensolver returns.
 
     Args:
-        delta: (h_out, h_in), any float dtype.
+        deltas: (b, h_out, h_in), any float dtype.
         ranks: number of triples, at least 1.
     """
-    wide = delta if delta.shape[0] <= delta.shape[1] else delta.t()
-    size = len(wide)
+    wide = deltas if deltas.shape[1] <= deltas.shape[2] else deltas.mT
+    size = wide.shape[1]
     ranks = min(ranks, size)
     block = min(size, ranks + max(16, ranks // 10))
-    fallback = basis = None
-    if size > DENSE_SIZE and block <= size // DENSE_SHARE:
-        basis = _iterate(wide, ranks, block)
-        if basis is None:
-            fallback = "dense decomposition, as iteration in float32 would not do"
-    exact = wide.double()
-    if basis is None:
-        basis = _leading(exact @ exact.t(), ranks)
-    right = basis.t() @ exact
-    # Within the basis, the triples are those of a small matrix.
-    turn = _leading(right @ right.t(), ranks)
-    left, right = basis @ turn, turn.t() @ right
-    s = torch.linalg.vector_norm(right, dim=1)
-    kept = max(1, int((s > RESOLUTION * s[0]).sum()))
-    left, s, right = left[:, :kept], s[:kept], right[:kept]
-    right = right / s.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-    u, v = (left, right) if wide is delta else (right.t(), left.t())
-    peak = v.abs().argmax(dim=1, keepdim=True)
-    sign = torch.where(v.gather(1, peak) < 0, -1.0, 1.0)
-    return Decomposition((u * sign.t()).float(), s.float(), (v * sign).float(), fallback)
+    found: dict[int, Decomposition] = {}
+    iterated = size > DENSE_SIZE and block <= size // DENSE_SHARE
+    if iterated:
+        for number, matrix in enumerate(wide):
+            basis = _iterate(matrix, ranks, block)
+            if basis is not None:
+                exact = matrix.double()[None]
+                right = basis.t() @ exact
+                # Within the basis, the triples are those of a small matrix.
+                turn = _leading(right @ right.mT, ranks)
+                (found[number],) = _triples(basis @ turn, turn.mT @ right, wide is deltas, None)
+    dense = [number for number in range(len(wide)) if number not in found]
+    if dense:
+        exact = (wide if len(dense) == len(wide) else wide[dense]).double()
+        left = _leading(exact @ exact.mT, ranks)
+        fallback = FALLBACK if iterated else None
+        made = _triples(left, left.mT @ exact, wide is deltas, fallback)
+        found |= zip(dense, made, strict=True)
+    return [found[number] for number in range(len(wide))]
+
+
+def _triples(
+    left: Tensor, right: Tensor, upright: bool, fallback: str | None
+) -> list[Decomposition]:
+    """Decompositions from left vectors (b, size, k) and their images (b, k, length), float64.
+
+    `upright`: the left vectors are U's; else V's.
+    """
+    s = torch.linalg.vector_norm(right, dim=2)
+    kept = (s > RESOLUTION * s[:, :1]).sum(1).clamp_min(1).tolist()
+    right = right / s.clamp_min(torch.finfo(torch.float64).tiny)[:, :, None]
+    u, v = (left, right) if upright else (right.mT, left.mT)
+    peak = v.abs().argmax(dim=2, keepdim=True)
+    sign = torch.where(v.gather(2, peak) < 0, -1.0, 1.0)
+    u, s, v = (u * sign.mT).float(), s.float(), (v * sign).float()
+    return [
+        Decomposition(u[number, :, :count], s[number, :count], v[number, :count], fallback)
+        for number, count in enumerate(kept)
+    ]
 
 
 def _leading(gram: Tensor, count: int) -> Tensor:
-    """Eigenvectors of the largest eigenvalues in descending order, one per column."""
-    vectors: Tensor = torch.linalg.eigh((gram + gram.t()) / 2).eigenvectors
-    return vectors[:, -count:].flip(1)
+    """Eigenvectors of the largest eigenvalues of (b, n, n), descending, one per column."""
+    vectors: Tensor = torch.linalg.eigh((gram + gram.mT) / 2).eigenvectors
+    return vectors[..., -count:].flip(-1)
 
 
 def _iterate(wide: Tensor, ranks: int, block: int) -> Tensor | None:

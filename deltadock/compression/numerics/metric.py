@@ -12,55 +12,61 @@ DAMPING: Final = 0.01
 MAX_DAMPING: Final = 1.0
 
 
-def damped(moment: Tensor, damping: float = DAMPING, mean: float | None = None) -> Tensor:
-    """Add a fraction of the mean diagonal to the diagonal of a second moment; of zeros, identity.
+def damped(moments: Tensor, damping: float | Tensor = DAMPING) -> Tensor:
+    """Add a fraction of the mean diagonal to the diagonals of second moments; of zeros, identity.
 
     Without damping, errors in directions that the calibration text never excites would cost
     nothing.
 
     Args:
-        moment: (n, n), or a diagonal (n,).
+        moments: (..., n, n).
         damping: the fraction.
-        mean: the mean diagonal, if it is known.
     """
-    diagonal = moment if moment.ndim == 1 else moment.diagonal()
-    mean = float(diagonal.mean()) if mean is None else mean
-    result = moment.clone()
-    (result if moment.ndim == 1 else result.diagonal()).add_(damping * mean if mean else 1.0)
+    result = moments.clone()
+    diagonal = result.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal += torch.where(mean == 0, torch.ones_like(mean), damping * mean)
     return result
 
 
-def damped_cholesky(moment: Tensor, mean: float) -> tuple[Tensor, Tensor, float]:
-    """Damp a second moment and factor it, raising the damping tenfold until that succeeds.
+def damped_cholesky(moments: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+    """Damp second moments and factor them, raising the damping tenfold where that fails.
 
     Args:
-        moment: (n, n) float64, or a diagonal (n,).
-        mean: the mean diagonal, which damping is relative to.
+        moments: (b, n, n) float64, or diagonals (b, n).
+        mean: (b,) float64, the mean diagonals, which damping is relative to.
 
     Returns:
-        The damped moment, its lower Cholesky factor (of a diagonal, the root), and the damping.
+        The damped moments, their lower Cholesky factors (of diagonals, the roots), and the damping
+        of each.
 
     Raises:
-        InvalidCalibration: the moment is not finite, or not positive at a damping of 100 %.
+        InvalidCalibration: a moment is not finite, or not positive at a damping of 100 %.
     """
-    if not torch.isfinite(moment).all():
+    if not torch.isfinite(moments).all():
         raise InvalidCalibration(
             "The model's activations or gradients on the calibration text hold NaN or an "
             "infinity. Calibrate with other text, or check the checkpoint."
         )
-    damping = DAMPING
-    while damping <= MAX_DAMPING:
-        matrix = damped(moment, damping, mean)
-        if matrix.ndim == 1:
-            return matrix, matrix.sqrt(), damping
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if not failed:
-            return matrix, factor, damping
-        damping *= 10
-    raise InvalidCalibration(
-        "A second moment of the calibration text is not positive even at a damping of 100 %. "
-        "Calibrate with more or other text."
-    )
+    matrices = moments.clone()
+    diagonal = matrices if moments.ndim == 2 else matrices.diagonal(dim1=1, dim2=2)
+    diagonal += DAMPING * mean[:, None]
+    damping = [DAMPING] * len(moments)
+    if moments.ndim == 2:
+        return matrices, matrices.sqrt(), damping
+    factors, failed = torch.linalg.cholesky_ex(matrices)
+    for number in failed.nonzero().flatten().tolist():
+        while failed[number] and damping[number] < MAX_DAMPING:
+            damping[number] *= 10
+            matrices[number] = moments[number]
+            diagonal[number] += damping[number] * mean[number]
+            factors[number], failed[number] = torch.linalg.cholesky_ex(matrices[number])
+    if failed.any():
+        raise InvalidCalibration(
+            "A second moment of the calibration text is not positive even at a damping of 100 %. "
+            "Calibrate with more or other text."
+        )
+    return matrices, factors, damping
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +90,13 @@ class Metric:
         Raises:
             InvalidCalibration: the moment is not finite, or not positive at a damping of 100 %.
         """
-        work = moment.double()
-        mean = float((work if work.ndim == 1 else work.diagonal()).mean())
-        if mean <= 0:
-            work, mean = torch.zeros_like(work), 1 / DAMPING
-        return cls(*damped_cholesky(work, mean))
+        work = moment.double()[None]
+        mean = (work if moment.ndim == 1 else work.diagonal(dim1=1, dim2=2)).mean(1)
+        empty = mean <= 0
+        work = torch.where(empty.view(-1, *(1,) * moment.ndim), 0.0, work)
+        mean = torch.where(empty, 1 / DAMPING, mean)
+        damped_moment, factor, (damping,) = damped_cholesky(work, mean)
+        return cls(damped_moment[0], factor[0], damping)
 
     @property
     def diagonal(self) -> bool:

@@ -57,7 +57,7 @@ def quantize(values: Tensor, bits: Tensor, compensation: Tensor | None) -> Midri
     if compensation is None:
         codes = _codes(work, half, top)
         return MidriseCodes(codes.to(torch.uint8).t().contiguous(), bits, step)
-    codes = round_with_error_compensation(work, compensation, half, top)
+    (codes,) = round_with_error_compensation(work[None], compensation[None], half, top)
     return MidriseCodes(codes.t().contiguous(), bits, step)
 
 

@@ -11,16 +11,16 @@ from deltadock.compression.methods.fixed_widths import (
     DELTA_COME,
     TOP_2,
     TOP_32,
-    fixed_width_method,
+    FixedWidths,
     fixed_widths,
 )
 from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import quantize_columns, quantize_rows
 from deltadock.compression.options import rank_budget
-from tests.compression.matrices import check_result, make_task, output_error
+from tests.compression.matrices import check_result, compress_one, make_task, output_error
 
 METHODS = {
-    name: fixed_width_method(leading)
+    name: FixedWidths(leading)
     for name, leading in {"delta-come": DELTA_COME, "topk-2": TOP_2, "topk-32": TOP_32}.items()
 }
 
@@ -45,24 +45,25 @@ def test_the_budget_is_used_and_not_exceeded(
 def test_steps_against_float64() -> None:
     """V is quantized under G, then U width by width under the moment of its inputs."""
     task = make_task(60, 70, bits=2.0)
-    result = METHODS["delta-come"](task)
+    result = compress_one(METHODS["delta-come"], task)
     check_result(result, task)
     widths = torch.tensor(fixed_widths(rank_budget(2.0, 60, 70), DELTA_COME))
-    u, s, v, _ = decompose(task.delta, len(widths))
-    v_hat, _ = quantize_rows(v, widths, task.moment)
+    ((u, s, v, _),) = decompose(task.delta[None], len(widths))
+    v_hat, _ = quantize_rows(v[None], widths[None], task.moment[None])
     expected = torch.zeros(60, 70, dtype=torch.float64)
     for width in (8, 3, 2):
         of = widths == width
-        right = s[of, None].double() * v_hat.decode()[of].double()
-        part, _ = quantize_columns(u[:, of], widths[of], right @ task.moment @ right.T)
-        expected += part.decode().double().T @ right
+        right = s[of, None].double() * v_hat.decode()[0, of].double()
+        hessian = right @ task.moment @ right.T
+        part, _ = quantize_columns(u[None, :, of], widths[None, of], hessian[None])
+        expected += part.decode()[0].double().T @ right
     torch.testing.assert_close(result.approximation.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_codes_and_report_agree(name: str) -> None:
     task = make_task(64, 96, bits=1.5)
-    result = METHODS[name](task)
+    result = compress_one(METHODS[name], task)
     check_result(result, task)
     matrix = decode_svd(result.encoded)
     np.testing.assert_array_equal(matrix.u.bits, matrix.v.bits)
@@ -77,6 +78,6 @@ def test_error_falls_with_the_budget(name: str) -> None:
     energies = []
     for bits in (0.25, 0.5, 1.0, 2.0, 4.0):
         task = make_task(bits=bits)
-        approximation = METHODS[name](task).approximation
+        approximation = compress_one(METHODS[name], task).approximation
         energies.append(output_error(task.delta, approximation, task.moment))
     assert energies == sorted(energies, reverse=True)

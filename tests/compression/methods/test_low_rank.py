@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from deltadock.compression.methods.low_rank import compress_matrix, rank_of
-from tests.compression.matrices import check_result, make_task
+from deltadock.compression.methods.low_rank import LowRank, rank_of
+from tests.compression.matrices import check_result, compress_one, make_task
 
 
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48)])
 def test_the_approximation_is_the_truncated_svd(shape: tuple[int, int]) -> None:
     task = make_task(*shape, bits=5.0)
-    result = compress_matrix(task)
+    result = compress_one(LowRank(), task)
     check_result(result, task)
     rank = rank_of(5.0, *shape)
     u, s, v = torch.linalg.svd(task.delta.double(), full_matrices=False)
@@ -24,14 +24,14 @@ def test_the_approximation_is_the_truncated_svd(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("bits", [0.3, 1.0, 2.0, 8.0])
 def test_factors_fill_the_budget(bits: float) -> None:
     task = make_task(64, 96, bits=bits)
-    result = compress_matrix(task)
+    result = compress_one(LowRank(), task)
     spent = 8 * result.encoded.nbytes
     assert spent <= bits * 64 * 96 < spent + 16 * (64 + 96)
 
 
 def test_a_budget_below_one_rank_is_reported() -> None:
     task = make_task(4, 3)
-    result = compress_matrix(task)
+    result = compress_one(LowRank(), task)
     assert result.encoded.nbytes == 0
     assert check_result(result, task).abs().max() == 0
     assert "no rank" in result.notes["fallbacks"][0]

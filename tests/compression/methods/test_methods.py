@@ -1,13 +1,22 @@
 """Properties of every method: edge cases of matrices and moments."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 
-from deltadock.compression.methods.base import MatrixMethod, MatrixTask
+from deltadock.compression.methods.base import MatrixResult, MatrixTask
 from deltadock.compression.methods.registry import matrix_method
 from deltadock.compression.options import METHODS
 from deltadock.errors import InvalidCalibration
-from tests.compression.matrices import check_result, make_moment, make_task, output_error
+from tests.compression.matrices import (
+    check_result,
+    compress_one,
+    make_moment,
+    make_task,
+    output_error,
+)
 
 NAMES = [
     name for name, info in METHODS.items() if not info.imports_adapter and not info.needs_gradients
@@ -17,10 +26,10 @@ CALIBRATED = [name for name in NAMES if METHODS[name].needs_calibration]
 CALIBRATED.remove("bitdelta-distilled")  # uses it only to distill its scales afterwards
 
 
-def method_of(name: str) -> MatrixMethod:
+def method_of(name: str) -> Callable[[MatrixTask], MatrixResult]:
     method = matrix_method(name)
     assert method is not None
-    return method
+    return partial(compress_one, method)
 
 
 def test_exact_and_lora_have_no_matrix_method() -> None:

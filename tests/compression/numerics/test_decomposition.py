@@ -40,14 +40,14 @@ def iterated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48), (4, 3), (1, 5)])
 def test_all_ranks_reproduce_the_matrix_with_fixed_signs(shape: tuple[int, int]) -> None:
     delta = make_task(*shape).delta
-    found = decompose(delta, min(shape))
+    (found,) = decompose(delta[None], min(shape))
     values = torch.linalg.svdvals(delta.double())[: len(found.s)]
     torch.testing.assert_close(found.s.double(), values, rtol=1e-5, atol=0)
     torch.testing.assert_close((found.u * found.s) @ found.v, delta, rtol=1e-4, atol=1e-4)
     assert found.fallback is None
     peaks = found.v.abs().argmax(dim=1)
     assert (found.v[torch.arange(len(found.s)), peaks] > 0).all()
-    flipped = decompose(-delta, min(shape))
+    (flipped,) = decompose(-delta[None], min(shape))
     torch.testing.assert_close(flipped.v, found.v)
     torch.testing.assert_close(flipped.u, -found.u)
 
@@ -58,7 +58,7 @@ def test_all_ranks_reproduce_the_matrix_with_fixed_signs(shape: tuple[int, int])
 def test_the_iteration_equals_the_truncated_svd(name: str, turned: bool) -> None:
     delta = make_matrix(300, 340, SPECTRA[name])
     delta = delta.T if turned else delta
-    found = decompose(delta, 40)
+    (found,) = decompose(delta[None], 40)
     values = torch.linalg.svdvals(delta.double())
     assert found.fallback is None
     assert len(found.s) == 40
@@ -67,14 +67,14 @@ def test_the_iteration_equals_the_truncated_svd(name: str, turned: bool) -> None
     eye = torch.eye(40)
     torch.testing.assert_close(found.u.T @ found.u, eye, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.v @ found.v.T, eye, rtol=0, atol=1e-5)
-    again = decompose(delta, 40)
+    (again,) = decompose(delta[None], 40)
     assert all(torch.equal(a, b) for a, b in zip(found[:3], again[:3], strict=True))
 
 
 @pytest.mark.usefixtures("iterated")
 def test_a_spectrum_too_steep_for_float32_falls_back_with_a_note() -> None:
     delta = make_matrix(300, 340, lambda rank: torch.where(rank < 5, 1.0, 1e-4))
-    found = decompose(delta, 40)
+    (found,) = decompose(delta[None], 40)
     assert found.fallback is not None
     values = torch.linalg.svdvals(delta.double())
     torch.testing.assert_close(found.s.double(), values[:40], rtol=1e-3, atol=0)
@@ -84,7 +84,7 @@ def test_a_spectrum_too_steep_for_float32_falls_back_with_a_note() -> None:
 def test_an_unconverged_iteration_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decomposition, "PASSES", 1)
     delta = make_matrix(300, 340, SPECTRA["power"])
-    found = decompose(delta, 40)
+    (found,) = decompose(delta[None], 40)
     assert found.fallback is not None
     values = torch.linalg.svdvals(delta.double())
     torch.testing.assert_close(found.s.double(), values[:40], rtol=1e-5, atol=0)
@@ -92,14 +92,14 @@ def test_an_unconverged_iteration_falls_back(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_ranks_at_rounding_level_are_dropped() -> None:
     delta = torch.outer(torch.linspace(-1, 1, 48), torch.linspace(0.1, 2, 80))
-    found = decompose(delta, 20)
+    (found,) = decompose(delta[None], 20)
     assert len(found.s) == 1
     torch.testing.assert_close((found.u * found.s) @ found.v, delta)
 
 
 @pytest.mark.parametrize("size", [(6, 9), (2000, 8)])
 def test_a_delta_of_zero_has_one_rank_of_zero(size: tuple[int, int]) -> None:
-    found = decompose(torch.zeros(size), 5)
+    (found,) = decompose(torch.zeros(1, *size), 5)
     assert found.s.tolist() == [0.0]
     assert torch.isfinite(found.u).all()
     assert torch.isfinite(found.v).all()

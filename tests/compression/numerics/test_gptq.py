@@ -4,14 +4,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltadock.compression.numerics import gptq
 from deltadock.compression.numerics.gptq import (
-    inverse_factor,
-    quantize_columns,
-    quantize_rows,
+    Codes,
+    inverse_factors,
     search_grid,
 )
 from deltadock.compression.numerics.metric import DAMPING
 from deltadock.errors import InvalidCalibration
+
+
+def quantize_rows(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes, float]:
+    """`gptq.quantize_rows` of one matrix."""
+    codes, (damping,) = gptq.quantize_rows(values[None], bits[None], hessian[None])
+    return codes[0,], damping
+
+
+def quantize_columns(values: Tensor, bits: Tensor, hessian: Tensor) -> tuple[Codes, float]:
+    """`gptq.quantize_columns` of one matrix."""
+    codes, (damping,) = gptq.quantize_columns(values[None], bits[None], hessian[None])
+    return codes[0,], damping
 
 
 def make_moment(n: int, seed: int = 0) -> Tensor:
@@ -67,7 +79,7 @@ def test_several_widths_at_once_equal_each_width_alone() -> None:
     for position, width in enumerate((2, 5, 8)):
         alone, _ = quantize_rows(values, torch.full((5,), width), hessian)
         index = torch.arange(5) + 5 * position
-        assert torch.equal(stacked.rows(index).codes, alone.codes)
+        assert torch.equal(stacked[index,].codes, alone.codes)
 
 
 def test_compensation_reduces_the_output_error() -> None:
@@ -131,7 +143,7 @@ def test_damping_is_raised_for_a_singular_hessian() -> None:
     hessian -= 0.05 * hessian.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     values = torch.linalg.eigvalsh(hessian)
     hessian -= (values.min() + 0.05 * hessian.diagonal().mean()) * torch.eye(12)
-    factor, damping = inverse_factor(hessian)
+    factor, (damping,) = inverse_factors(hessian[None])
     assert damping > DAMPING
     assert torch.isfinite(factor).all()
 
@@ -141,4 +153,4 @@ def test_a_non_finite_hessian_is_rejected(bad: float) -> None:
     hessian = torch.eye(4)
     hessian[1, 2] = bad
     with pytest.raises(InvalidCalibration, match="NaN"):
-        inverse_factor(hessian)
+        inverse_factors(hessian[None])

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deltadock.kernels.error_compensation.triton import COLUMNS, ROWS, round_block_kernel
+from deltadock.kernels.error_compensation.triton import COLUMNS, INTEGERS, ROWS, round_block_kernel
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("capability", [80, 90])
 def test_registers_and_spills(capability: int, tmp_path: Path) -> None:
     constants = {"ROWS": ROWS, "COLUMNS": COLUMNS}
-    types = {"codes_ptr": "*u8", "rows": "i32", "vectors": "i32"}
+    types = {"codes_ptr": "*u8", **dict.fromkeys(INTEGERS, "i32")}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "*fp32")
         for name in round_block_kernel.arg_names

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deltadock.kernels.error_compensation import BLOCK, round_with_error_compensation
+from deltadock.kernels.error_compensation import BLOCK, reference, round_with_error_compensation
 from tests.kernels.error_compensation.cases import check, make
 
 
@@ -11,7 +11,7 @@ from tests.kernels.error_compensation.cases import check, make
 def test_equals_the_reference(n: int, r: int) -> None:
     inputs = make(n, r, seed=n)
     values = inputs[0].clone()
-    codes = round_with_error_compensation(values, *inputs[1:])
+    (codes,) = round_with_error_compensation(values[None], inputs[1][None], *inputs[2:])
     assert codes.dtype == torch.uint8
     assert (codes <= inputs[3]).all()
     check(codes, values, inputs)
@@ -19,10 +19,12 @@ def test_equals_the_reference(n: int, r: int) -> None:
 
 def test_vectors_do_not_interact() -> None:
     values, factor, zero, top = make(70, 24)
-    together = round_with_error_compensation(values.clone(), factor, zero, top)
+    (together,) = round_with_error_compensation(values.clone()[None], factor[None], zero, top)
     for column in (0, 5, 23):
         one = slice(column, column + 1)
-        alone = round_with_error_compensation(values[:, one].clone(), factor, zero[one], top[one])
+        (alone,) = round_with_error_compensation(
+            values[None, :, one].clone(), factor[None], zero[one], top[one]
+        )
         assert (alone == together[:, one]).double().mean() > 0.98  # sums in another order
 
 
@@ -37,4 +39,18 @@ def test_invalid_arguments_are_rejected(error: str) -> None:
         case "layout":
             values = values.t()
     with pytest.raises(ValueError, match=r"values|float32"):
-        round_with_error_compensation(values, factor, zero, top)
+        round_with_error_compensation(values[None], factor[None], zero, top)
+
+
+def test_problems_do_not_interact() -> None:
+    """Each with a grid of its own for every coordinate, as for U."""
+    problems = [make(70, 24, seed=seed) for seed in range(3)]
+    values, factor = (torch.stack([one[k] for one in problems]) for k in (0, 1))
+    top = 2.0 ** (torch.arange(210).view(3, 70, 1) % 8 + 1) - 1
+    zero = (top / 3).round()
+    together = round_with_error_compensation(values.clone(), factor, zero, top)
+    for k, alone in enumerate(values):
+        codes = round_with_error_compensation(alone[None].clone(), factor[[k]], zero[k], top[k])
+        assert torch.equal(codes[0], together[k])
+        expected, _ = reference.round_with_error_compensation(alone, factor[k], zero[k], top[k])
+        assert (expected == together[k]).double().mean() > 0.98

@@ -19,11 +19,20 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Codes and errors of one block; the codes are poisoned first."""
-    values, factor, zero, top = (tensor.to(DEVICE) for tensor in inputs)
-    values = values.clone()
+    """Codes and errors of one block of one problem."""
+    values, factor, zero, top = inputs
+    codes, errors = run_problems(values[None], factor[None], zero, top)
+    return codes[0], errors[0]
+
+
+def run_problems(
+    values: Tensor, factor: Tensor, zero: Tensor, top: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes and errors of one block of each problem; the codes are poisoned first."""
+    values, factor = values.to(DEVICE, copy=True), factor.to(DEVICE)
     codes = torch.full(values.shape, 255, dtype=torch.uint8, device=DEVICE)
-    round_block(values, codes, factor.contiguous(), zero, top)
+    zero, top = (one.to(DEVICE).expand_as(values) for one in (zero, top))
+    round_block(values, codes, factor, zero, top)
     return codes, values
 
 
@@ -42,11 +51,25 @@ def test_a_vector_does_not_depend_on_its_neighbours() -> None:
     assert torch.equal(other_errors, errors[:, :9])
 
 
+def test_problems_with_a_grid_for_every_coordinate() -> None:
+    """As for U; values, codes and factors are pieces of larger tensors."""
+    problems = [make(30, 33, seed=seed) for seed in range(3)]
+    values, factor = (torch.stack([one[k] for one in problems]) for k in (0, 1))
+    wide = torch.zeros(3, 50, 33).index_copy(1, torch.arange(10, 40), values)[:, 10:40]
+    large = torch.full((3, 40, 40), torch.nan)
+    large[:, 5:35, 5:35] = factor
+    top = 2.0 ** (torch.arange(90).view(3, 30, 1) % 8 + 1) - 1
+    zero = (top / 3).round()
+    codes, errors = run_problems(wide, large[:, 5:35, 5:35], zero, top)
+    for k in range(3):
+        check(codes[k], errors[k], (values[k], factor[k], zero[k], top[k]))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the blocked GPU path needs a GPU")
 @pytest.mark.parametrize(("n", "r"), [(BLOCK["cuda"] + 1, 5), (500, 300)])
 def test_all_blocks_equal_the_reference(n: int, r: int) -> None:
     inputs = make(n, r)
     values, factor, zero, top = (tensor.to(DEVICE) for tensor in inputs)
     values = values.clone()
-    codes = round_with_error_compensation(values, factor, zero, top)
+    (codes,) = round_with_error_compensation(values[None], factor[None], zero, top)
     check(codes, values, inputs)
