@@ -7,12 +7,13 @@ from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from deltadock.api.access import CallerDep
-from deltadock.api.dependencies import ReadSession, WriteUnit
+from deltadock.api.access import Caller, CallerDep
+from deltadock.api.dependencies import ReadSession, UnitOfWork, WriteUnit
+from deltadock.api.idempotency import OnceDep
 from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest
-from deltadock.errors import Conflict, InvalidInput, NotFound
+from deltadock.errors import Conflict, IdempotencyKeyReused, InvalidInput, NotFound
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import MANIFEST_BYTES
 from deltadock.storage.models import BaseRow, CheckpointRow
@@ -96,11 +97,17 @@ def require_base(session: Session, tenant_id: str, id_or_name: str) -> BaseRow:
     status_code=201,
     responses={
         200: {"model": BaseOut, "description": "It was registered already"},
-        **problems(InvalidInput, NotFound, Conflict),
+        **problems(InvalidInput, NotFound, Conflict, IdempotencyKeyReused),
     },
 )
-def register_base(body: BaseIn, caller: CallerDep, unit: WriteUnit, response: Response) -> BaseOut:
+def register_base(
+    body: BaseIn, caller: CallerDep, unit: WriteUnit, once: OnceDep, response: Response
+) -> BaseOut:
     """Register a complete checkpoint as a base; repeating the request answers 200."""
+    return once.answer(BaseOut, body, response, lambda: _register(body, caller, unit, response))
+
+
+def _register(body: BaseIn, caller: Caller, unit: UnitOfWork, response: Response) -> BaseOut:
     checkpoint = require_checkpoint(unit.session, caller.tenant_id, body.checkpoint)
     if checkpoint.model_type == ADAPTER_TYPE:
         raise InvalidInput(

@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse
 
-from deltadock.api import bases, health, jobs, methods, nodes, previews
+from deltadock.api import bases, health, jobs, methods, nodes, previews, webhooks
 from deltadock.api.dashboard import endpoints as dashboard
 from deltadock.api.deltas import endpoints as deltas
 from deltadock.api.dependencies import Resources
@@ -100,7 +100,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestContext)
     install_error_handlers(app)
     for module in (
-        uploads, bases, previews, deltas, jobs, methods, generation, nodes, health, dashboard,
+        uploads, bases, previews, deltas, jobs, methods, generation, nodes, webhooks,
+        health, dashboard,
     ):  # fmt: skip
         app.include_router(module.router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)

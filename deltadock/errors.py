@@ -9,6 +9,7 @@
     │   │   ├── ArchitectureMismatch    422 architecture_mismatch
     │   │   └── UnchangedCheckpoint     422 unchanged_checkpoint
     │   ├── HashMismatch                422 hash_mismatch
+    │   ├── IdempotencyKeyReused        422 idempotency_key_reused
     │   ├── ContextExceeded             422 context_length_exceeded
     │   ├── UnknownMethod               422 unknown_method
     │   ├── BitsOutOfRange              422 bits_out_of_range
@@ -100,6 +101,12 @@ class HashMismatch(InvalidInput):
     """The received bytes do not match the announced digest."""
 
     code = "hash_mismatch"
+
+
+class IdempotencyKeyReused(InvalidInput):
+    """The Idempotency-Key was used for another request."""
+
+    code = "idempotency_key_reused"
 
 
 class ContextExceeded(InvalidInput):

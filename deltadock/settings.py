@@ -110,6 +110,10 @@ class Settings(BaseSettings):
         default=512, ge=1, description="Tokens per forward pass; longer prompts are chunked."
     )
 
+    webhook_private_addresses: bool = Field(
+        default=False,
+        description="Whether webhooks may have addresses inside networks, such as 10.0.0.1.",
+    )
     max_file_bytes: int = Field(default=100 * 2**30, description="Maximum size of an upload file.")
     upload_ttl: float = Field(
         default=24 * 3600.0,

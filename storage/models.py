@@ -84,6 +84,22 @@ class JobPriority(StrEnum):
         return 3 * list(JobPriority).index(self)
 
 
+class WebhookEvent(StrEnum):
+    """What webhooks are told."""
+
+    DELTA_READY = "delta.ready"
+    DELTA_FAILED = "delta.failed"
+    ALIAS_MOVED = "alias.moved"
+
+
+class DeliveryState(StrEnum):
+    """States of a message to a webhook; the last two are final."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    FAILED = "failed"
+
+
 FINAL_STATES: Final = frozenset({JobState.READY, JobState.FAILED, JobState.CANCELLED})
 RUNNING_ORDER: Final = tuple(state for state in JobState if state not in FINAL_STATES)
 """The non-final states, in order."""
@@ -372,3 +388,62 @@ class NodeRow(TableRow):
     started_at: Mapped[datetime] = mapped_column(default=_utcnow)
     seen_at: Mapped[datetime]
     expires_at: Mapped[datetime]
+
+
+class IdempotencyRow(TableRow):
+    """The first answer to a creating request with an Idempotency-Key."""
+
+    __tablename__ = "idempotency_keys"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    """SHA-256 (hex) of the route and the body."""
+    status: Mapped[int | None]
+    """None: the route's own."""
+    location: Mapped[str | None] = mapped_column(String(255))
+    body: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=_utcnow, index=True)
+
+
+class WebhookRow(TableRow):
+    """A tenant's URL that is told about events."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    url: Mapped[str] = mapped_column(String(2048))
+    events: Mapped[list[str]]
+    secret: Mapped[str] = mapped_column(String(64))
+    """`whsec_` and base64; messages are signed with it, so it is kept as it is."""
+    created_at: Mapped[datetime] = mapped_column(default=_utcnow)
+
+
+class DeliveryRow(TableRow):
+    """A message to a webhook, written in the transaction of its event and sent by the workers."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        Index("ix_webhook_deliveries_webhook_id_created_at_id", "webhook_id", "created_at", "id"),
+        Index("ix_webhook_deliveries_state_next_attempt_at", "state", "next_attempt_at"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
+    event: Mapped[WebhookEvent] = mapped_column(_enum(WebhookEvent))
+    body: Mapped[str] = mapped_column(Text)
+    """The JSON that is sent and signed."""
+    state: Mapped[DeliveryState] = mapped_column(
+        _enum(DeliveryState), default=DeliveryState.PENDING
+    )
+    attempts: Mapped[int] = mapped_column(default=0)
+    next_attempt_at: Mapped[datetime | None]
+    status: Mapped[int | None]
+    """HTTP status of the last answer; None if there was none."""
+    error: Mapped[str | None] = mapped_column(Text)
+    """Why the last attempt failed."""
+    created_at: Mapped[datetime] = mapped_column(default=_utcnow)
+    delivered_at: Mapped[datetime | None]
+
+    webhook: Mapped[WebhookRow] = relationship(lazy="raise")

@@ -9,7 +9,7 @@ import structlog
 from deltadock.errors import Cancelled, DeltadockError
 from deltadock.storage.database import Database
 from deltadock.storage.models import JobState
-from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.repositories import DeltaRepository, JobRepository, WebhookRepository
 from deltadock.storage.tenancy import EVERY_TENANT
 
 STOPPING: Final = threading.Event()
@@ -122,19 +122,25 @@ class Lease:
             raise LeaseLostError
 
     def finish(self, state: JobState, error: DeltadockError | None = None) -> None:
-        """Enter a final state.
+        """Enter a final state; a failure is told to the tenant's webhooks.
 
         Raises:
             LeaseLostError: another worker holds the job.
         """
         with self._database.session_scope() as session:
-            finished = JobRepository(session, EVERY_TENANT).finish(
+            jobs = JobRepository(session, EVERY_TENANT)
+            finished = jobs.finish(
                 self.job_id,
                 self.owner,
                 state,
                 error_code=error.code if error else None,
                 error_message=error.message if error else None,
             )
+            if finished and error is not None and state is JobState.FAILED:
+                job = jobs.find(self.job_id)
+                delta = DeltaRepository(session, EVERY_TENANT).find(job.delta_id) if job else None
+                if delta is not None:
+                    WebhookRepository(session, delta.tenant_id).publish_outcome(delta, error)
         if not finished:
             raise LeaseLostError
 
@@ -159,6 +165,7 @@ class Lease:
             )
             if not jobs.finish(self.job_id, self.owner, JobState.READY):
                 raise LeaseLostError
+            WebhookRepository(session, delta.tenant_id).publish_outcome(delta)
 
     def release(self) -> None:
         """Release the lease, so that another worker can resume the job at once."""

@@ -14,7 +14,12 @@ import structlog
 from deltadock.settings import Settings
 from deltadock.storage.database import database_now
 from deltadock.storage.models import JobPriority
-from deltadock.storage.repositories import JobRepository, UploadRepository
+from deltadock.storage.repositories import (
+    IdempotencyRepository,
+    JobRepository,
+    UploadRepository,
+    WebhookRepository,
+)
 from deltadock.storage.repositories.uploads import UNFINISHED
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.workers.compress import WorkerContext, job_folder
@@ -84,46 +89,52 @@ def show_alive(settings: Settings) -> None:
     settings.worker_alive.touch()
 
 
-class Sweeper:
-    """A thread that sweeps at a fixed interval while its worker runs."""
+def drop_old_rows(context: WorkerContext) -> None:
+    """Delete rows that are kept for a time: first answers, messages to webhooks."""
+    with context.database.session_scope() as session:
+        IdempotencyRepository(session, EVERY_TENANT).drop_old()
+        WebhookRepository(session, EVERY_TENANT).drop_old()
 
-    def __init__(
-        self,
-        context: WorkerContext,
-        send: Callable[[str, JobPriority], None],
-        queue_is_empty: Callable[[], bool],
-        interval: float,
-    ) -> None:
-        self._context = context
-        self._send = send
-        self._queue_is_empty = queue_is_empty
+
+def sweep(
+    context: WorkerContext,
+    send: Callable[[str, JobPriority], None],
+    queue_is_empty: Callable[[], bool],
+) -> None:
+    """Run all steps once."""
+    for job_id in resend_lost(context, send, queue_is_empty):
+        log.info("job_sent_again", job=job_id)
+    if dropped := drop_abandoned(context):
+        log.info("abandoned_dropped", count=dropped)
+    drop_job_folders(context)
+    drop_old_rows(context)
+    # Health checks look at the file's age; this thread runs during long compressions, too.
+    show_alive(context.settings)
+
+
+class Periodic:
+    """A thread that repeats a step while its worker runs."""
+
+    def __init__(self, name: str, step: Callable[[], object], interval: float) -> None:
+        """Args: the thread's name, the step, and the seconds between two runs of it."""
+        self._step = step
         self._interval = interval
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Start sweeping; the first sweep is immediate."""
+        """Start; the first step is immediate."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop after the current sweep."""
+        """Stop after the current step."""
         self._done.set()
         self._thread.join()
 
     def _run(self) -> None:
         while not self._done.is_set():
             try:
-                self.sweep()
+                self._step()
             except Exception:  # such as a broker or database that is temporarily down
-                log.exception("sweep_failed")
+                log.exception("step_failed", step=self._thread.name)
             self._done.wait(self._interval)
-
-    def sweep(self) -> None:
-        """Run all steps once."""
-        for job_id in resend_lost(self._context, self._send, self._queue_is_empty):
-            log.info("job_sent_again", job=job_id)
-        if dropped := drop_abandoned(self._context):
-            log.info("abandoned_dropped", count=dropped)
-        drop_job_folders(self._context)
-        # Health checks look at the file's age; this thread runs during long compressions, too.
-        show_alive(self._context.settings)

@@ -1,17 +1,20 @@
 """Celery tasks, and the hooks that run at a worker's start and shutdown."""
 
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, Final
 
 from celery import signals
 from kombu.exceptions import ChannelError
 
-from deltadock.settings import get_settings
 from deltadock.storage.models import JobPriority
 from deltadock.workers.app import GPU_QUEUE, app
 from deltadock.workers.compress import Outcome, compress_job, get_context
 from deltadock.workers.lease import STOPPING
-from deltadock.workers.sweeper import Sweeper, show_alive
+from deltadock.workers.sweeper import Periodic, show_alive, sweep
+from deltadock.workers.webhooks import deliver_due
+
+DELIVERY_SECONDS: Final = 2.0
+"""Interval at which the outbox is looked at."""
 
 
 @app.task(name="deltadock.compress", bind=True)
@@ -39,16 +42,24 @@ def gpu_queue_is_empty(broker_url: str | None = None) -> bool:
 
 
 @cache
-def _sweeper() -> Sweeper:
-    interval = get_settings().lease_seconds / 2
-    return Sweeper(get_context(), send_compress, gpu_queue_is_empty, interval)
+def _periodic() -> tuple[Periodic, ...]:
+    context = get_context()
+    return (
+        Periodic(
+            "sweeper",
+            partial(sweep, context, send_compress, gpu_queue_is_empty),
+            context.settings.lease_seconds / 2,
+        ),
+        Periodic("webhooks", partial(deliver_due, context), DELIVERY_SECONDS),
+    )
 
 
 @signals.worker_ready.connect
 def _start_sweeping(**_: object) -> None:
     context = get_context()
     context.blobs.prepare()
-    _sweeper().start()
+    for thread in _periodic():
+        thread.start()
     # Not in the sweeper's thread: this signal returns before Celery takes the first task.
     show_alive(context.settings)
 
@@ -60,4 +71,5 @@ def _request_stop(**_: object) -> None:
 
 @signals.worker_shutdown.connect
 def _stop_sweeping(**_: object) -> None:
-    _sweeper().stop()
+    for thread in _periodic():
+        thread.stop()

@@ -16,12 +16,14 @@ from deltadock.api.deltas.schemas import (
     ReportOut,
 )
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.idempotency import OnceDep
 from deltadock.api.jobs import describe_jobs
 from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_DELTA_ID
 from deltadock.errors import (
     ArchitectureMismatch,
     BitsOutOfRange,
+    IdempotencyKeyReused,
     InvalidGoal,
     InvalidInput,
     NotFound,
@@ -49,6 +51,7 @@ DeltaId = Annotated[str, Path(examples=[EXAMPLE_DELTA_ID])]
             InvalidGoal,
             ArchitectureMismatch,
             UnchangedCheckpoint,
+            IdempotencyKeyReused,
         ),
     },
 )
@@ -57,16 +60,20 @@ def create_delta(
     caller: CallerDep,
     unit: WriteUnit,
     resources: ResourcesDep,
+    once: OnceDep,
     response: Response,
 ) -> DeltaAccepted:
     """Compress a fine-tuned checkpoint; `Location` is the job."""
-    delta, started = service.request_delta(unit, resources, caller.tenant_id, body)
-    if not started:
-        response.status_code = 200
-    response.headers["Location"] = f"/v1/jobs/{delta.job.id}"
-    return DeltaAccepted(
-        delta=DeltaOut.of(delta), job=describe_jobs(unit.session, caller.tenant_id, [delta.job])[0]
-    )
+
+    def create() -> DeltaAccepted:
+        delta, started = service.request_delta(unit, resources, caller.tenant_id, body)
+        if not started:
+            response.status_code = 200
+        response.headers["Location"] = f"/v1/jobs/{delta.job.id}"
+        (job,) = describe_jobs(unit.session, caller.tenant_id, [delta.job])
+        return DeltaAccepted(delta=DeltaOut.of(delta), job=job)
+
+    return once.answer(DeltaAccepted, body, response, create)
 
 
 @router.get("", responses=problems(InvalidInput))

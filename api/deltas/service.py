@@ -17,7 +17,12 @@ from deltadock.compression.options import SIZES
 from deltadock.compression.preview import carried_bytes, preview_size, shapes_of
 from deltadock.errors import InvalidInput, NotFound, NotReady
 from deltadock.storage.models import BaseRow, DeltaRow, JobState
-from deltadock.storage.repositories import DeltaRepository, JobRepository, UploadRepository
+from deltadock.storage.repositories import (
+    DeltaRepository,
+    JobRepository,
+    UploadRepository,
+    WebhookRepository,
+)
 
 
 def require_delta(session: Session, tenant_id: str, delta_id: str) -> DeltaRow:
@@ -109,6 +114,7 @@ def request_delta(
     for twin in same:
         if twin.job.state is JobState.READY:
             deltas.share_result(delta, twin)
+            WebhookRepository(session, tenant_id).publish_outcome(delta)
             return delta, False
     unit.after_commit.append(partial(resources.tasks.send_compress, delta.job.id, body.priority))
     return delta, True

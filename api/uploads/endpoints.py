@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep, WriteUnit
+from deltadock.api.idempotency import OnceDep
 from deltadock.api.problems import problems
 from deltadock.api.uploads import service
 from deltadock.api.uploads.receive import (
@@ -33,6 +34,7 @@ from deltadock.errors import (
     Conflict,
     DamagedBlob,
     HashMismatch,
+    IdempotencyKeyReused,
     InvalidCalibration,
     InvalidCheckpoint,
     InvalidInput,
@@ -75,10 +77,22 @@ BINARY_BODY: Final[dict[str, Any]] = {
 @router.post(
     "",
     status_code=201,
-    responses=problems(InvalidInput, InvalidCheckpoint, UnsafeFile, InvalidCalibration, TooLarge),
+    responses=problems(
+        InvalidInput,
+        InvalidCheckpoint,
+        UnsafeFile,
+        InvalidCalibration,
+        TooLarge,
+        IdempotencyKeyReused,
+    ),
 )
 def create_upload(
-    body: UploadIn, caller: CallerDep, unit: WriteUnit, resources: ResourcesDep
+    body: UploadIn,
+    caller: CallerDep,
+    unit: WriteUnit,
+    resources: ResourcesDep,
+    once: OnceDep,
+    response: Response,
 ) -> UploadOut:
     """Start an upload; send its files next, then complete it.
 
@@ -88,10 +102,14 @@ def create_upload(
     settings = resources.settings
     files = [FileEntry(file.path, file.size, file.sha256) for file in body.files]
     service.check_files(body.kind, files, settings.max_file_bytes)
-    upload = service.create_upload(
-        unit.session, resources.blobs, caller.tenant_id, body.kind, files
-    )
-    return UploadOut.of(upload, settings.upload_ttl)
+
+    def create() -> UploadOut:
+        upload = service.create_upload(
+            unit.session, resources.blobs, caller.tenant_id, body.kind, files
+        )
+        return UploadOut.of(upload, settings.upload_ttl)
+
+    return once.answer(UploadOut, body, response, create)
 
 
 @router.get("", responses=problems(InvalidInput))

@@ -2,15 +2,19 @@
 
 from deltadock.storage.repositories.checkpoints import BaseRepository, CheckpointRepository
 from deltadock.storage.repositories.deltas import DeltaRepository
+from deltadock.storage.repositories.idempotency import IdempotencyRepository
 from deltadock.storage.repositories.jobs import JobRepository
 from deltadock.storage.repositories.nodes import NodeRepository
 from deltadock.storage.repositories.uploads import UploadRepository
+from deltadock.storage.repositories.webhooks import WebhookRepository
 
 __all__ = [
     "BaseRepository",
     "CheckpointRepository",
     "DeltaRepository",
+    "IdempotencyRepository",
     "JobRepository",
     "NodeRepository",
     "UploadRepository",
+    "WebhookRepository",
 ]

@@ -1,5 +1,6 @@
 """Outcomes of a compression job, in this process."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -18,8 +19,8 @@ from deltadock.compression.options import CompressOptions
 from deltadock.errors import Cancelled, InvalidInput
 from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
-from deltadock.storage.models import JobRow, JobState
-from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.models import DeliveryState, JobRow, JobState, WebhookEvent
+from deltadock.storage.repositories import DeltaRepository, JobRepository, WebhookRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers import compress as module
 from deltadock.workers.compress import (
@@ -68,8 +69,14 @@ def assert_nothing_left(context: WorkerContext, job_id: str) -> None:
 
 def test_a_job_becomes_a_ready_delta(context: WorkerContext, submit: Submit, look: Look) -> None:
     job_id = submit()
+    with context.database.session_scope() as session:
+        hook = WebhookRepository(session, LOCAL_TENANT).add("https://a.test/", [*WebhookEvent], "")
     assert compress_job(job_id, context) is Outcome.READY
     job = look(job_id)
+    with context.database.read_scope() as session:
+        (told,) = WebhookRepository(session, LOCAL_TENANT).deliveries(hook, limit=9)
+    assert (told.event, told.state) == (WebhookEvent.DELTA_READY, DeliveryState.PENDING)
+    assert json.loads(told.body)["data"]["delta"] == job.delta_id
     assert (job.state, job.percent, job.attempt) == (JobState.READY, 100.0, 1)
     assert job.lease_owner is None
     with context.database.read_scope() as session:
@@ -315,7 +322,12 @@ def test_a_job_that_kills_its_workers_fails(
 ) -> None:
     job_id = submit()
     set_job(job_id, attempt=MAX_ATTEMPTS)
+    with context.database.session_scope() as session:
+        hook = WebhookRepository(session, LOCAL_TENANT).add("https://a.test/", [*WebhookEvent], "")
     assert compress_job(job_id, context) is Outcome.FINISHED
+    with context.database.read_scope() as session:
+        (told,) = WebhookRepository(session, LOCAL_TENANT).deliveries(hook, limit=9)
+    assert json.loads(told.body)["data"]["error"]["code"] == "worker_lost"
     assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "worker_lost")
 
 

@@ -1,0 +1,162 @@
+"""The outbox: signed messages, retries with waits, no addresses inside networks."""
+
+import ipaddress
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from standardwebhooks import Webhook
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from deltadock.storage.models import DeliveryRow, DeliveryState, WebhookEvent, WebhookRow
+from deltadock.storage.repositories import WebhookRepository
+from deltadock.storage.repositories.webhooks import RETRY_SECONDS
+from deltadock.storage.tenancy import LOCAL_TENANT
+from deltadock.workers.compress import WorkerContext
+from deltadock.workers.webhooks import deliver_due, is_public
+from tests.api.support import serving
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwMfKQ9r8GKYo="
+
+
+@dataclass
+class Receiver:
+    """A server that records requests and answers with `status`."""
+
+    status: int = 204
+    seen: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+    url: str = ""
+
+    async def receive(self, request: Request) -> Response:
+        self.seen.append((dict(request.headers), await request.body()))
+        return Response(status_code=self.status, headers={"Location": "/elsewhere"})
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    routes = [Route("/{path:path}", receiver.receive, methods=["GET", "POST"])]
+    with serving(Starlette(routes=routes)) as receiver.url:
+        yield receiver
+
+
+@pytest.fixture
+def context(context: WorkerContext) -> WorkerContext:
+    """Without the network's rules: the receiver is on this machine."""
+    context.settings.webhook_private_addresses = True
+    return context
+
+
+def add(context: WorkerContext, url: str, events: Any = (WebhookEvent.DELTA_READY,)) -> WebhookRow:
+    with context.database.session_scope() as session:
+        return WebhookRepository(session, LOCAL_TENANT).add(url, events, SECRET)
+
+
+def publish(context: WorkerContext, event: WebhookEvent = WebhookEvent.DELTA_READY) -> None:
+    with context.database.session_scope() as session:
+        WebhookRepository(session, LOCAL_TENANT).publish(event, {"delta": "dlt_a"})
+
+
+def message(context: WorkerContext, webhook: WebhookRow) -> DeliveryRow:
+    with context.database.read_scope() as session:
+        (found,) = WebhookRepository(session, LOCAL_TENANT).deliveries(webhook, limit=9)
+        return found
+
+
+def make_due(context: WorkerContext, webhook: WebhookRow) -> None:
+    with context.database.session_scope() as session:
+        row = session.get(DeliveryRow, message(context, webhook).id)
+        assert row is not None
+        row.next_attempt_at = datetime.now(UTC)
+
+
+def test_a_message_is_signed_and_sent_once(context: WorkerContext, receiver: Receiver) -> None:
+    webhook = add(context, f"{receiver.url}/hook?a=b")
+    publish(context)
+    publish(context, WebhookEvent.ALIAS_MOVED)  # not among the webhook's events
+    assert deliver_due(context) == 1
+    assert deliver_due(context) == 0
+    ((headers, body),) = receiver.seen
+    sent = Webhook(SECRET).verify(body, headers)
+    assert (sent["type"], sent["data"]) == ("delta.ready", {"delta": "dlt_a"})
+    assert headers["host"] == receiver.url.removeprefix("http://")
+    found = message(context, webhook)
+    assert (found.state, found.status, found.error) == (DeliveryState.DELIVERED, 204, None)
+    assert headers["webhook-id"] == found.id
+
+
+def test_a_failed_attempt_is_repeated_with_growing_waits_until_it_fails(
+    context: WorkerContext, receiver: Receiver
+) -> None:
+    webhook = add(context, receiver.url)
+    publish(context)
+    receiver.status = 503
+    for wait in RETRY_SECONDS:
+        before = datetime.now(UTC)
+        assert deliver_due(context) == 1
+        found = message(context, webhook)
+        assert found.next_attempt_at is not None
+        assert timedelta(0) <= found.next_attempt_at - before - timedelta(seconds=wait)
+        assert deliver_due(context) == 0, "its time has not come"
+        make_due(context, webhook)
+    assert deliver_due(context) == 1
+    found = message(context, webhook)
+    assert (found.state, found.attempts) == (DeliveryState.FAILED, len(RETRY_SECONDS) + 1)
+    assert (found.status, found.error) == (503, "It answered 503.")
+    assert len({headers["webhook-id"] for headers, _ in receiver.seen}) == 1
+    with context.database.session_scope() as session:
+        WebhookRepository(session, LOCAL_TENANT).resend(session.merge(found))
+    receiver.status = 200
+    assert deliver_due(context) == 1
+    assert message(context, webhook).state is DeliveryState.DELIVERED
+
+
+@pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
+def test_redirects_are_not_followed(context: WorkerContext, receiver: Receiver) -> None:
+    webhook = add(context, receiver.url)
+    publish(context)
+    receiver.status = 307
+    deliver_due(context)
+    assert (len(receiver.seen), message(context, webhook).error) == (1, "It answered 307.")
+
+
+@pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
+def test_a_name_with_an_address_inside_a_network_is_not_connected_to(
+    context: WorkerContext, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context.settings.webhook_private_addresses = False
+    port = int(receiver.url.rpartition(":")[2])
+    asked: list[str] = []
+
+    def resolve(host: str, port: int, **_: Any) -> list[Any]:
+        asked.append(host)
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            for address in ("8.8.8.8", "127.0.0.1")
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    webhook = add(context, f"http://hooks.test:{port}/")
+    publish(context)
+    deliver_due(context)
+    assert receiver.seen == []
+    assert asked == ["hooks.test"], "the name is resolved once, and no connection is made"
+    assert "127.0.0.1, which is not a public" in (message(context, webhook).error or "")
+
+
+def test_addresses_that_stand_for_inner_ones_are_not_public() -> None:
+    for inner in (
+        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
+        "0.0.0.0", "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fd00::1", "ff02::1",
+        "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
+        "2001:0:7f00:1::",
+    ):  # fmt: skip
+        assert not is_public(ipaddress.ip_address(inner)), inner
+    for outer in ("8.8.8.8", "2606:4700:4700::1111", "::ffff:8.8.8.8"):
+        assert is_public(ipaddress.ip_address(outer)), outer
