@@ -35,6 +35,7 @@ from deltadock.artifacts.encodings import (
     Encoded,
     decode_dense,
     decode_factors,
+    encode_alias,
     encode_exact,
     encode_low_rank,
     encode_new_rows,
@@ -213,6 +214,9 @@ def _finite(value: str | float) -> float:
 
 
 PREFIX: Final = "base_model.model."
+SAVED: Final = ".modules_to_save."
+ORIGINAL: Final = ".original_module."
+"""PEFT's names within a module of `modules_to_save`."""
 
 DTYPES: Final = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 FACTORS: Final = {
@@ -287,6 +291,7 @@ def encode_adapter(base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
                 factors.setdefault((module, embedding), {})[side] = tensor
                 continue
             tables[name] = tensor
+    tables, layers = _without_wrappers(tables), dict[str, Tensor]()
     for (module, embedding), pair in factors.items():
         if pair.keys() != {"a", "b"} or f"{module}.weight" in tables:
             raise InvalidAdapter(
@@ -307,6 +312,8 @@ def encode_adapter(base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
         if name in encoded:
             raise InvalidAdapter(f"The adapter holds {name!r} twice.")
         encoded[name] = product if table is None else _on_table(base, name, table, product)
+        if table is not None:
+            layers[name] = table
     for key, tensor in tables.items():
         plain = key.replace(".base_layer.", ".")
         name = find_name(plain, base.entries, model_type) or plain
@@ -314,32 +321,90 @@ def encode_adapter(base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
             raise InvalidAdapter(f"The adapter holds {name!r} twice.")
         if (whole := _whole(base, name, tensor)) is not None:
             encoded[name] = whole
-    return _with_head(base, adapter, encoded, tables)
+    return _with_head(base, adapter, encoded, tables, layers)
+
+
+def _without_wrappers(tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without PEFT's copies of a module in `modules_to_save`.
+
+    Of embeddings and heads with added tokens it saves the wrapped module too, before and after.
+    """
+    saved = {
+        name.replace(SAVED, "."): tensor
+        for name, tensor in tables.items()
+        if ORIGINAL not in name and SAVED in name
+    }
+    return saved | {
+        name: tensor
+        for name, tensor in tables.items()
+        if ORIGINAL not in name and SAVED not in name
+    }
 
 
 def _with_head(
-    base: CheckpointReader, adapter: Path, encoded: dict[str, Encoded], tables: Mapping[str, Tensor]
+    base: CheckpointReader,
+    adapter: Path,
+    encoded: dict[str, Encoded],
+    tables: Mapping[str, Tensor],
+    layers: Mapping[str, Tensor],
 ) -> dict[str, Encoded]:
-    """Add what a changed embedding means for a head that is tied to it.
+    """Add what a changed embedding means for a head that is tied to it, and the reverse.
 
-    PEFT changes the embedding alone: the head stays the base's, which a difference of zero says.
-    They stay one tensor with `ensure_weight_tying`, or if both are saved whole and equal.
+    PEFT changes one of them: the other stays the base's, or the saved layer of `layers` that has
+    added tokens. They stay one tensor with `ensure_weight_tying`, or if both are saved whole and
+    equal.
+
+    Raises:
+        InvalidAdapter: the adapter adds tokens to one of them only.
     """
     table = next((name for name in base.entries if is_embedding(name)), None)
     head = next((name for name in base.entries if is_head(name)), None)
-    if table is None or head is None or not is_tied(base.manifest):
+    if table is None or head is None:
         return encoded
-    saved = [tensor for name, tensor in tables.items() if is_embedding(name) or is_head(name)]
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    if config.get("ensure_weight_tying") or (len(saved) == 2 and saved[0].equal(saved[1])):
-        encoded.pop(head, None)
-    elif table in encoded and head not in encoded:
-        rows, columns = base.entries[table].shape
-        zeros = np.zeros((rows, 1), np.float32), np.zeros((1, columns), np.float32)
-        encoded[head] = encode_low_rank(*zeros, 1.0, base.entries[table].dtype, {}, "F32")
-    if head not in encoded and head in tied_head(base.manifest):
-        del base.entries[head]
+    if is_tied(base.manifest):
+        stored = head not in tied_head(base.manifest)
+        saved = [tensor for name, tensor in tables.items() if is_embedding(name) or is_head(name)]
+        config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        if config.get("ensure_weight_tying") or (len(saved) == 2 and saved[0].equal(saved[1])):
+            encoded.pop(head, None)
+            if stored and table in encoded:
+                shape = tuple(encoded[table].record["shape"])
+                encoded[head] = encode_alias(table, shape, base.entries[table].dtype)
+        else:
+            _keep_other(base, encoded, layers, table, head)
+        if head not in encoded and not stored:
+            del base.entries[head]
+            return encoded
+    rows = {
+        name: encoded[name].record["shape"][0] if name in encoded else base.entries[name].shape[0]
+        for name in (table, head)
+    }
+    if rows[table] != rows[head]:
+        raise InvalidAdapter(
+            f"The adapter has {rows[table]} tokens in the embedding, but {rows[head]} in the head. "
+            "Save it again with save_embedding_layers=True."
+        )
     return encoded
+
+
+def _keep_other(
+    base: CheckpointReader,
+    encoded: dict[str, Encoded],
+    layers: Mapping[str, Tensor],
+    table: str,
+    head: str,
+) -> None:
+    """Encode the one of a tied embedding and head that an adapter changes without the other."""
+    for changed, other in ((table, head), (head, table)):
+        if changed not in encoded or other in encoded:
+            continue
+        kept = None if changed not in layers else _whole(base, other, layers[changed])
+        if kept is not None:
+            encoded[other] = kept
+        elif other == head:  # a difference of zero
+            rows, columns = base.entries[table].shape
+            zeros = np.zeros((rows, 1), np.float32), np.zeros((1, columns), np.float32)
+            encoded[head] = encode_low_rank(*zeros, 1.0, base.entries[table].dtype, {}, "F32")
 
 
 def _adapter_folder(folder: Path) -> Path:
@@ -515,7 +580,9 @@ def import_adapter(
     progress.report("validating", 0, 1, "reading the base")
     reader = CheckpointReader(base)
     encoded = encode_adapter(reader, adapter)
-    untied = is_tied(reader.manifest) and any(is_head(name) for name in encoded)
+    untied = is_tied(reader.manifest) and any(
+        is_head(name) and one.record["kind"] != "alias" for name, one in encoded.items()
+    )
     shapes = reader.shapes
     shapes |= {name: tuple(one.record["shape"]) for name, one in encoded.items()}
     progress.report("assembling", 0, 3, "writing the artifact")
@@ -608,13 +675,16 @@ def _carried(
     rows = max(
         (shape[0] for name, shape in shapes.items() if shape > base.entries[name].shape), default=0
     )
-    changes: dict[str, Any] = {}
-    if rows and VOCABULARY in base.manifest.config:
+    config, changes = base.manifest.config, dict[str, Any]()
+    nested = config.get("text_config")
+    if rows and VOCABULARY not in config and isinstance(nested, dict):
+        changes["text_config"] = nested | {VOCABULARY: rows}
+    elif rows:
         changes[VOCABULARY] = rows
     if untied:
         changes[TIED] = False
     if changes:
-        texts[CONFIG] = json.dumps(dict(base.manifest.config) | changes, indent=2)
+        texts[CONFIG] = json.dumps(config | changes, indent=2)
     return texts, others
 
 

@@ -241,15 +241,17 @@ def nan_padding(home: Path) -> Made:
 
 
 def lora(
-    *, tied: bool = False, added: int = 0, wrap: Rename | None = None, config: bool = False,
-    kind: Any = LoraConfig, **settings: Any,
+    *, tied: bool = False, stored: bool = False, added: int = 0, wrap: Rename | None = None,
+    config: bool = False, kind: Any = LoraConfig, **settings: Any,
 ) -> Callable[[Path], Made]:  # fmt: skip
-    """An adapter with random factors, as PEFT saves it."""
+    """An adapter with random factors, as PEFT saves it; `stored`: the base has its tied head."""
 
     def make(home: Path) -> Made:
         model = build(tied=tied)
         model.save_pretrained(home / "base")
         save_tokenizer(home / "base")
+        if stored:
+            rewrite(home / "base", with_head)
         if added:
             model.resize_token_embeddings(PADDED + added, mean_resizing=False)
         return save_adapter(home, model, wrap, config, kind, settings)
@@ -368,6 +370,17 @@ TIED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("LoRA on `embed_tokens` with `ensure_weight_tying`", "still tied",
      {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
     ("added tokens", "still tied", {"target_modules": ["q_proj"], "added": 3}),
+    ("added tokens, stored head", "still tied",
+     {"target_modules": ["q_proj"], "added": 3, "stored": True}),
+    ("added tokens, `modules_to_save` of both", "no longer tied",
+     {"target_modules": ["q_proj"], "added": 3, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    ("added tokens, LoRA on `embed_tokens`", "the head has no LoRA",
+     {"target_modules": ["embed_tokens", "q_proj"], "added": 3}),
+    ("added tokens, LoRA on `lm_head`", "the embedding has no LoRA",
+     {"target_modules": ["lm_head", "q_proj"], "added": 3}),
+    ("stored head, `modules_to_save` with `ensure_weight_tying`", "still tied",
+     {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "stored": True,
+      "ensure_weight_tying": True}),
 )  # fmt: skip
 ROPES: tuple[dict[str, Any], ...] = (
     {"rope_scaling": {"type": "linear", "factor": 4}},
@@ -458,6 +471,9 @@ CASES: tuple[Case, ...] = (
          lora(r=4, target_modules=["embed_tokens", "q_proj"])),
     Case("PEFT", "`modules_to_save`, untied",
          lora(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])),
+    Case("PEFT", "added tokens, `modules_to_save` of embedding and head",
+         lora(r=4, added=3, target_modules=["q_proj"],
+              modules_to_save=["embed_tokens", "lm_head"])),
     Case("PEFT", "added tokens, LoRA on embedding and head with their saved base layers",
          lora(r=4, added=3, target_modules=["embed_tokens", "lm_head", "q_proj"])),
     Case("axolotl, TRL", "an adapter's folder with a `config.json`",

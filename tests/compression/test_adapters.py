@@ -153,15 +153,19 @@ def test_full_tensors_are_stored_unless_they_equal_the_base(
 
 
 def test_a_resized_vocabulary(base: Path, make_adapter: MakeAdapter) -> None:
-    name = "model.embed_tokens.weight"
-    table = CheckpointReader(base).tensor(name)
-    longer = torch.cat([table, torch.ones(3, 64, dtype=table.dtype)])
-    encoded = encode_adapter(CheckpointReader(base), make_adapter({name: longer}))[name]
+    name, head = "model.embed_tokens.weight", "lm_head.weight"
+    longer = {
+        one: torch.cat([CheckpointReader(base).tensor(one), torch.ones(3, 64).bfloat16()])
+        for one in (name, head)
+    }
+    encoded = encode_adapter(CheckpointReader(base), make_adapter(longer))[name]
     assert encoded.record["kind"] == "new-rows"
     assert encoded.nbytes == 3 * 64 * 2
-    longer[0] += 1
-    trained = encode_adapter(CheckpointReader(base), make_adapter({name: longer}))[name]
-    assert (trained.record["kind"], trained.record["shape"]) == ("exact", list(longer.shape))
+    longer[name][0] += 1
+    trained = encode_adapter(CheckpointReader(base), make_adapter(longer))[name]
+    assert (trained.record["kind"], trained.record["shape"]) == ("exact", [259, 64])
+    with pytest.raises(InvalidAdapter, match="259 tokens in the embedding, but 256 in the head"):
+        encode_adapter(CheckpointReader(base), make_adapter({name: longer[name]}))
 
 
 @pytest.mark.parametrize("square", [False, True])
