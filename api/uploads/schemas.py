@@ -12,7 +12,7 @@ from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, Uploa
 EXAMPLE_UPLOAD_ID: Final = "upl_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 MAX_FILES: Final = 2_000
 
-Size = Annotated[int, Field(ge=1, lt=2**63, description="Bytes.", examples=[4_194_304])]
+Size = Annotated[int, Field(ge=0, lt=2**63, description="Bytes.", examples=[4_194_304])]
 
 
 class FileIn(RequestBody):

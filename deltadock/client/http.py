@@ -7,7 +7,7 @@ Methods return the JSON objects of the OpenAPI description. An error response ra
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 
 from deltadock.artifacts.checkpoint import CHUNK_BYTES, folder_files
+from deltadock.client.uploads import Uploader
 from deltadock.errors import DeltadockError, HashMismatch, Unavailable, error_for
 
 JsonObject = dict[str, Any]
@@ -54,12 +55,14 @@ class Client:
     ) -> JsonObject:
         """Upload a checkpoint folder; returns the checkpoint with its digests.
 
-        Only the files of the model or adapter are sent, not what a trainer left beside them.
-        `progress` is called with a file's name, bytes sent and total bytes.
+        Only the files of the model or adapter are sent, not what a trainer left beside them, and
+        of those only what the server lacks: an upload that was interrupted is continued.
+        `progress` is called with a file's name, bytes sent and total bytes, by several threads.
 
         Raises:
             InvalidCheckpoint: the folder has no checkpoint files, or the server refuses them.
             HashMismatch: the server received other bytes than were sent.
+            Unavailable: the server does not answer; call again to resume.
         """
         names = sorted(folder_files(folder))
         checkpoint: JsonObject = self._upload("checkpoint", folder, names, progress)["checkpoint"]
@@ -79,39 +82,16 @@ class Client:
         names: Iterable[str],
         progress: Callable[[str, int, int], None],
     ) -> JsonObject:
-        upload = self._json("POST", "/v1/uploads", json={"kind": kind})["id"]
-        try:
-            for name in names:
-                self._put_file(upload, folder, name, progress)
-            return self._json("POST", f"/v1/uploads/{upload}/complete")
-        except BaseException:
-            with suppress(DeltadockError):
-                self._json("DELETE", f"/v1/uploads/{upload}")
-            raise
+        with httpx.Client(timeout=TIMEOUT) as storage:
 
-    def _put_file(
-        self, upload: str, folder: Path, name: str, progress: Callable[[str, int, int], None]
-    ) -> None:
-        path = folder / name
-        total, digest = path.stat().st_size, hashlib.sha256()
+            def put(url: str, body: Iterator[bytes], size: int) -> None:
+                # A presigned URL is the object store's, which gets no credentials of ours.
+                http = self._http if url.startswith("/") else storage
+                headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
+                with _stream(http, "PUT", url, content=body, headers=headers) as response:
+                    response.read()
 
-        def chunks() -> Iterator[bytes]:
-            sent = 0
-            with path.open("rb") as stream:
-                while chunk := stream.read(CHUNK_BYTES):
-                    digest.update(chunk)
-                    sent += len(chunk)
-                    yield chunk
-                    progress(name, sent, total)
-
-        stored = self._json(
-            "PUT",
-            f"/v1/uploads/{upload}/files/{quote(name)}",
-            content=chunks(),
-            headers={"Content-Length": str(total), "Content-Type": "application/octet-stream"},
-        )
-        if stored["sha256"] != digest.hexdigest():
-            raise HashMismatch(f"{name} was damaged in transit. Upload it again.")
+            return Uploader(self._json, put, folder, progress).upload(kind, names)
 
     def create_base(self, name: str, checkpoint: str) -> JsonObject:
         """Register the uploaded checkpoint with this digest as a base."""
@@ -269,24 +249,31 @@ class Client:
         parsed: JsonObject = json.loads(content) if content else {}
         return parsed
 
-    @contextmanager
-    def _stream(self, method: str, path: str, **arguments: Any) -> Iterator[httpx.Response]:
-        """Send a request and stream the response.
+    def _stream(
+        self, method: str, path: str, **arguments: Any
+    ) -> AbstractContextManager[httpx.Response]:
+        return _stream(self._http, method, path, **arguments)
 
-        Raises:
-            DeltadockError: an error response; the class has its code.
-            Unavailable: the connection failed.
-        """
-        try:
-            with self._http.stream(method, path, **arguments) as response:
-                if not response.is_success:
-                    response.read()
-                    raise error_of(response)
-                yield response
-        except httpx.RequestError as error:
-            raise Unavailable(
-                f"Deltadock at {self._http.base_url} does not answer: {error}"
-            ) from error
+
+@contextmanager
+def _stream(
+    http: httpx.Client, method: str, url: str, **arguments: Any
+) -> Iterator[httpx.Response]:
+    """Send a request and stream the response.
+
+    Raises:
+        DeltadockError: an error response; the class has its code.
+        Unavailable: the connection failed.
+    """
+    try:
+        with http.stream(method, url, **arguments) as response:
+            if not response.is_success:
+                response.read()
+                raise error_of(response)
+            yield response
+    except httpx.RequestError as error:
+        server = error.request.url.copy_with(path="/", query=None)
+        raise Unavailable(f"Deltadock at {server} does not answer: {error}") from error
 
 
 def error_of(response: httpx.Response) -> DeltadockError:

@@ -10,6 +10,7 @@ import pytest
 from deltadock.api.main import create_app
 from deltadock.client.http import Client
 from deltadock.settings import Settings
+from deltadock.storage.blobs import parts
 from deltadock.storage.database import migrate
 from tests.api.support import CONFIG, TEXT, Api, serving, sha256, weights
 
@@ -130,3 +131,19 @@ class TestRedirects:
         with Client(str(api.client.base_url)) as client:
             client.download_artifact(delta["id"], tmp_path / "x.delta")
         assert (tmp_path / "x.delta").read_bytes() == artifact
+
+    def test_clients_send_parts_to_the_object_store(
+        self, api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(parts, "MIN_PART_BYTES", 5 << 20)  # S3's minimum
+        monkeypatch.setattr("deltadock.api.uploads.endpoints.receive_part", None)
+        (tmp_path / "config.json").write_bytes(CONFIG)
+        (tmp_path / "model.safetensors").write_bytes(weights(rows=350_000))
+        with Client(str(api.client.base_url)) as client:
+            checkpoint = client.upload_folder(tmp_path)
+            assert client.upload_folder(tmp_path) == checkpoint  # nothing is sent
+        digest = sha256((tmp_path / "model.safetensors").read_bytes())
+        assert api.resources.blobs.exists(digest)
+        assert api.resources.blobs.parted_uploads() == frozenset()
+        uploads = api.client.get("/v1/uploads").json()["data"]
+        assert [upload["state"] for upload in uploads] == ["complete"] * 2

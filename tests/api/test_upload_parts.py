@@ -138,7 +138,7 @@ def test_announced_files_that_cannot_be_are_rejected(api: Api, subtests: pytest.
         ({"path": "model.bin"}, "checkpoint", "unsafe_file"),
         ({"path": "picture.png"}, "checkpoint", "invalid_checkpoint"),
         ({"path": "model.safetensors", "size": 2**62}, "checkpoint", "too_large"),
-        ({"size": 0}, "checkpoint", "invalid_input"),
+        ({"size": -1}, "checkpoint", "invalid_input"),
         ({"sha256": "0" * 63}, "checkpoint", "invalid_input"),
         ({"path": "config.json"}, "calibration", "invalid_calibration"),
         ({"unknown": 1}, "checkpoint", "invalid_input"),

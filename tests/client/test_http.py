@@ -1,6 +1,5 @@
 """The client's error handling; its requests are tested in tests/system."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,28 +46,3 @@ def test_a_failed_connection_is_unavailable(tmp_path: Path) -> None:
             client.job("job_x")
         with pytest.raises(InvalidCheckpoint, match=r"no \.safetensors file"):
             client.upload_folder(tmp_path)
-
-
-def test_of_a_trainers_folder_only_the_model_is_uploaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = ["config.json", "model.safetensors", "tokenizer.json"]
-    left = ["trainer_state.json", "training_args.bin", "README.md", "checkpoint-2/optimizer.pt"]
-    for name in (*kept, *left):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"{}")
-    sent = []
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        if request.method == "PUT":
-            sent.append(request.url.path.rpartition("/files/")[2])
-            digest = hashlib.sha256(request.read()).hexdigest()
-            return httpx.Response(200, json={"sha256": digest})
-        return httpx.Response(200, json={"id": "upl_x", "checkpoint": {"digest": "0" * 64}})
-
-    with Client("http://test") as client:
-        transport = httpx.MockTransport(answer)
-        monkeypatch.setattr(client, "_http", httpx.Client(base_url="http://x", transport=transport))
-        assert client.upload_folder(tmp_path) == {"digest": "0" * 64}
-        client._http.close()
-    assert sent == kept

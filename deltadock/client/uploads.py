@@ -1,0 +1,160 @@
+"""Uploads files: only what the server lacks, in parts and in parallel, resuming what broke off."""
+
+import hashlib
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+from deltadock.artifacts.checkpoint import CHUNK_BYTES
+from deltadock.errors import DeltadockError, InvalidInput, Unavailable, error_for
+
+JsonObject = dict[str, Any]
+Progress = Callable[[str, int, int], None]
+
+THREADS: Final = 4
+"""Files hashed, and parts sent, at once."""
+ATTEMPTS: Final = 6
+"""In a row that fail; the pauses between them add up to half a minute at most."""
+POLL_SECONDS: Final = 1.0
+BATCH: Final = 64
+"""Parts asked for at once, so that their URLs are used before they expire."""
+
+
+class Uploader:
+    """Uploads the files of one folder."""
+
+    def __init__(
+        self,
+        request: Callable[..., JsonObject],
+        put: Callable[[str, Iterator[bytes], int], None],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        """`request` sends a request to the api, `put` a body of known size to any URL of a part."""
+        self._request = request
+        self._put = put
+        self._folder = folder
+        self._progress = progress
+
+    def upload(self, kind: str, names: Iterable[str]) -> JsonObject:
+        """Upload files as one upload; returns it, complete.
+
+        An earlier upload of the same files that is still open is continued.
+
+        Raises:
+            InvalidInput: the server rejects a file.
+            Unavailable: the server does not answer; call again to resume.
+        """
+        with ThreadPoolExecutor(THREADS, "upload") as pool:
+            files = list(pool.map(self._describe, names))
+            upload = self._open_upload(kind, files)
+            try:
+                self._send(pool, upload)
+                return self._complete(upload["id"])
+            except InvalidInput:
+                with suppress(DeltadockError):
+                    self._request("DELETE", f"/v1/uploads/{upload['id']}")
+                raise
+
+    def _describe(self, name: str) -> JsonObject:
+        with (self._folder / name).open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            return {"path": name, "size": stream.tell(), "sha256": digest}
+
+    def _open_upload(self, kind: str, files: list[JsonObject]) -> JsonObject:
+        wanted = sorted((file["path"], file["size"], file["sha256"]) for file in files)
+        opened = self._request("GET", "/v1/uploads?" + urlencode({"state": "open"}))
+        for upload in opened["data"]:
+            found = [(file["path"], file["size"], file["sha256"]) for file in upload["files"]]
+            if upload["kind"] == kind and sorted(found) == wanted:
+                earlier: JsonObject = upload
+                return earlier
+        return self._request("POST", "/v1/uploads", json={"kind": kind, "files": files})
+
+    def _send(self, pool: ThreadPoolExecutor, upload: JsonObject) -> None:
+        """Send every file that is not stored."""
+        waiting = []
+        for file in upload["files"]:
+            if file["stored"]:
+                self._progress(file["path"], file["size"], file["size"])
+            else:
+                waiting.append(file)
+        small = [file for file in waiting if file["parts"] is None]
+        list(pool.map(lambda file: self._send_whole(upload["id"], file), small))
+        for file in waiting:
+            if file["parts"] is not None:
+                self._send_parts(pool, upload["id"], file)
+
+    def _send_whole(self, upload: str, file: JsonObject) -> None:
+        url = f"/v1/uploads/{upload}/files/{quote(file['path'])}"
+
+        def send() -> bool:
+            self._put(url, self._read(file["path"], 0, file["size"]), file["size"])
+            return True
+
+        _repeat(send)
+        self._progress(file["path"], file["size"], file["size"])
+
+    def _send_parts(self, pool: ThreadPoolExecutor, upload: str, file: JsonObject) -> None:
+        url = f"/v1/uploads/{upload}/files/{quote(file['path'])}/parts?limit={BATCH}"
+
+        def send_missing() -> bool:
+            parts = self._request("GET", url)
+            done = min(len(parts["arrived"]) * parts["bytes"], file["size"])
+            self._progress(file["path"], done, file["size"])
+
+            def send(part: JsonObject) -> Unavailable | None:
+                offset = (part["number"] - 1) * parts["bytes"]
+                try:
+                    self._put(
+                        part["url"], self._read(file["path"], offset, part["size"]), part["size"]
+                    )
+                except Unavailable as error:
+                    return error
+                return None
+
+            failures = list(pool.map(send, parts["missing"]))
+            if failures and None not in failures:
+                raise Unavailable(str(failures[0])) from failures[0]
+            return not failures
+
+        _repeat(send_missing)
+
+    def _read(self, name: str, start: int, size: int) -> Iterator[bytes]:
+        with (self._folder / name).open("rb") as stream:
+            stream.seek(start)
+            while size and (chunk := stream.read(min(size, CHUNK_BYTES))):
+                size -= len(chunk)
+                yield chunk
+
+    def _complete(self, upload: str) -> JsonObject:
+        state = self._request("POST", f"/v1/uploads/{upload}/complete")
+        while state["state"] == "completing":
+            time.sleep(POLL_SECONDS)
+            state = self._request("GET", f"/v1/uploads/{upload}")
+        if state["error"] is not None:
+            raise error_for(state["error"]["code"], state["error"]["message"])
+        return state
+
+
+def _repeat(step: Callable[[], bool]) -> None:
+    """Repeat `step` until it returns True, and after it raised Unavailable up to `ATTEMPTS` times.
+
+    The pauses grow exponentially, with jitter.
+    """
+    failures = 0
+    while True:
+        try:
+            if step():
+                return
+            failures = 0
+        except Unavailable:
+            failures += 1
+            if failures == ATTEMPTS:
+                raise
+            time.sleep(random.uniform(0, 2**failures / 2))
