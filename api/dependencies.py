@@ -50,7 +50,7 @@ class Resources:
                 trust_env=False,
             ),
             fleet=Fleet(database),
-            completer=Completer(database, blobs, settings.lease_seconds),
+            completer=Completer(database, blobs, settings),
         )
 
     async def close(self) -> None:

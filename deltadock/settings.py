@@ -115,6 +115,11 @@ class Settings(BaseSettings):
         description="Whether webhooks may have addresses inside networks, such as 10.0.0.1.",
     )
     max_file_bytes: int = Field(default=100 * 2**30, description="Maximum size of an upload file.")
+    import_sources: list[str] = Field(
+        default=[],
+        description="Places that uploads may be imported from, with all below them: "
+        "file:///folder on the api's machine, s3://bucket/prefix, hf://org or hf://.",
+    )
     upload_ttl: float = Field(
         default=24 * 3600.0,
         gt=0,

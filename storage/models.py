@@ -248,6 +248,10 @@ class UploadRow(TableRow):
     state: Mapped[UploadState] = mapped_column(_enum(UploadState), default=UploadState.OPEN)
     checkpoint_digest: Mapped[str | None] = mapped_column(ForeignKey("checkpoints.digest"))
     calibration_digest: Mapped[str | None] = mapped_column(String(64), index=True)
+    source: Mapped[str | None] = mapped_column(Text)
+    """The URI that its files are imported from, if they are."""
+    source_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Of all files of the source."""
     ignored: Mapped[list[str] | None]
     """Paths of stored files that are not part of the checkpoint."""
     done_bytes: Mapped[int] = mapped_column(BigInteger, default=0)

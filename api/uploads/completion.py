@@ -1,4 +1,4 @@
-"""Completes uploads in the background: stored bytes are hashed and checked before they count.
+"""Completes uploads in the background: bytes are imported, hashed and checked before they count.
 
 The upload's row is leased to the process that works on it. A process that dies or stops leaves the
 rest to another one: files that are stored by then stay stored.
@@ -9,16 +9,19 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 import structlog
 
 from deltadock.api.uploads.receive import make_inspector
 from deltadock.api.uploads.service import drop_parts, finish_upload, stored_row
+from deltadock.api.uploads.sources import Source, open_source, source_files
 from deltadock.artifacts.checkpoint import FileEntry, TensorEntry
-from deltadock.errors import DeltadockError, HashMismatch, NotFound
+from deltadock.errors import DeltadockError, HashMismatch, InvalidInput, NotFound
+from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.blobs.parts import part_bytes_for
 from deltadock.storage.database import Database
@@ -44,10 +47,11 @@ class _NotOursError(Exception):
 class Completer:
     """This process's background threads; `close` waits for them."""
 
-    def __init__(self, database: Database, blobs: BlobStore, lease_seconds: float) -> None:
+    def __init__(self, database: Database, blobs: BlobStore, settings: Settings) -> None:
         self._database = database
         self._blobs = blobs
-        self._seconds = lease_seconds
+        self._settings = settings
+        self._seconds = settings.lease_seconds
         self._owner = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -65,6 +69,10 @@ class Completer:
         if self._poller.is_alive():
             self._poller.join()
         self._pool.shutdown(cancel_futures=True)
+
+    def notify(self, upload_id: str) -> None:
+        """Work on a completing upload soon; call this only after its row is committed."""
+        self.submit(upload_id)
 
     def submit(self, upload_id: str) -> Future[None]:
         """Work on a completing upload, unless another process does."""
@@ -121,16 +129,22 @@ class Completer:
 
     def _complete(self, upload: UploadRow) -> DeltadockError | None:
         """Store every file and finish; returns the error that opened the upload again."""
-        waiting = [file for file in upload.files if not file.stored]
         progress = _Progress(self, upload)
+        try:
+            steps = dict(self._steps(upload, progress))
+        except DeltadockError as error:  # the source is gone, or no longer allowed
+            if error.status >= 500:
+                raise
+            self._reopen(upload.id, error, None)
+            return error
         first: tuple[DeltadockError, str] | None = None
-        for file in waiting:
+        for path, store in steps.items():
             try:
-                self._store(upload, file, progress)
+                store()
             except DeltadockError as error:
                 if error.status >= 500:
                     raise
-                first = first or (error, file.path)  # the others may be good
+                first = first or (error, path)  # the others may be good
         if first is not None:
             self._reopen(upload.id, *first)
             return first[0]
@@ -155,6 +169,50 @@ class Completer:
             if held := uploads.find_held(upload_id, self._owner):
                 reason = {"code": error.code, "message": error.message, "file": path}
                 uploads.reopen(held, reason)
+
+    def _steps(
+        self, upload: UploadRow, progress: "_Progress"
+    ) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What stores each file that is not stored yet, by its path."""
+        if upload.source is None:
+            for file in upload.files:
+                if not file.stored:
+                    yield file.path, partial(self._store, upload, file, progress)
+            return
+        source = open_source(upload.source, self._settings)
+        stored = {(file.path, file.size) for file in upload.files}
+        for path, size in source_files(source, upload.kind).items():
+            if (path, size) not in stored:
+                yield path, partial(self._import, upload, source, path, size, progress)
+
+    def _import(
+        self, upload: UploadRow, source: Source, path: str, size: int, progress: "_Progress"
+    ) -> None:
+        """Read a file from the upload's source, check it and store it.
+
+        Raises:
+            InvalidCheckpoint, InvalidCalibration: it is no valid file.
+            NotFound: it is gone.
+        """
+        inspector = make_inspector(upload.kind, path)
+        with self._blobs.writer() as writer:
+            for chunk in source.read(path, size):
+                inspector.update(chunk)
+                writer.write(chunk)
+                progress.advance(len(chunk))
+            checked = inspector.finish()
+            if checked[0].size != size:
+                raise InvalidInput(f"{path!r} changed while it was imported; try again.")
+            writer.commit(checked[0].sha256)
+        self._record(upload, *checked)
+
+    def _record(self, upload: UploadRow, file: FileEntry, tensors: list[TensorEntry]) -> None:
+        with self._database.session_scope() as session:
+            uploads = UploadRepository(session, EVERY_TENANT)
+            held = uploads.find_held(upload.id, self._owner)
+            if held is None:
+                raise _NotOursError
+            uploads.put_file(held, stored_row(upload.id, file, tensors))
 
     def _store(self, upload: UploadRow, file: UploadFileRow, progress: "_Progress") -> None:
         """Hash and check a file's stored parts, and make them a blob.
@@ -194,12 +252,7 @@ class Completer:
                 parts.drop()
             raise
         assert checked is not None
-        with self._database.session_scope() as session:
-            uploads = UploadRepository(session, EVERY_TENANT)
-            held = uploads.find_held(upload.id, self._owner)
-            if held is None:
-                raise _NotOursError
-            uploads.put_file(held, stored_row(upload.id, *checked))
+        self._record(upload, *checked)
         parts.drop()
 
     def _forget_parts(self, upload_id: str, path: str) -> None:

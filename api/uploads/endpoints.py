@@ -1,6 +1,7 @@
 """Routes of uploads."""
 
 import asyncio
+from functools import partial
 from typing import Annotated, Any, Final
 from urllib.parse import quote
 
@@ -29,6 +30,7 @@ from deltadock.api.uploads.schemas import (
     UploadOut,
     UploadPage,
 )
+from deltadock.api.uploads.sources import open_source, source_files
 from deltadock.artifacts.checkpoint import FileEntry
 from deltadock.errors import (
     Conflict,
@@ -42,6 +44,7 @@ from deltadock.errors import (
     NotFound,
     StorageFull,
     TooLarge,
+    Unavailable,
     UnsafeFile,
     error_for,
 )
@@ -83,6 +86,8 @@ BINARY_BODY: Final[dict[str, Any]] = {
         UnsafeFile,
         InvalidCalibration,
         TooLarge,
+        NotFound,
+        Unavailable,
         IdempotencyKeyReused,
     ),
 )
@@ -97,16 +102,26 @@ def create_upload(
     """Start an upload; send its files next, then complete it.
 
     Announced files that you have uploaded before are `stored` from the start. Of the others, large
-    ones are sent in parts.
+    ones are sent in parts. With a `source`, the server fetches the files itself: poll the upload.
     """
     settings = resources.settings
     files = [FileEntry(file.path, file.size, file.sha256) for file in body.files]
+    if body.source is not None:
+        found = source_files(open_source(body.source, settings), body.kind)
+        files = [FileEntry(path, size, "") for path, size in found.items()]
     service.check_files(body.kind, files, settings.max_file_bytes)
 
     def create() -> UploadOut:
-        upload = service.create_upload(
-            unit.session, resources.blobs, caller.tenant_id, body.kind, files
-        )
+        if body.source is not None:
+            total = sum(file.size for file in files)
+            upload = service.create_import(
+                unit.session, caller.tenant_id, body.kind, body.source, total
+            )
+            unit.after_commit.append(partial(resources.completer.notify, upload.id))
+        else:
+            upload = service.create_upload(
+                unit.session, resources.blobs, caller.tenant_id, body.kind, files
+            )
         return UploadOut.of(upload, settings.upload_ttl)
 
     return once.answer(UploadOut, body, response, create)
@@ -311,7 +326,7 @@ async def complete_upload(
 
 def _complete(resources: Resources, tenant_id: str, upload_id: str) -> UploadRow:
     upload = _find(resources, tenant_id, upload_id)
-    if upload.state is UploadState.OPEN:
+    if upload.state is UploadState.OPEN and upload.source is None:
         service.check_arrived(resources.blobs, upload)
     with resources.database.session_scope() as session:
         return service.complete_upload(session, resources.blobs, tenant_id, upload_id)

@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 from typing import Annotated, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
 from deltadock.storage.blobs.parts import is_parted, part_bytes_for
@@ -45,6 +45,19 @@ class UploadIn(RequestBody):
         description="Files announced here can be sent in parts, and are not sent at all where "
         "you have uploaded the same bytes before. Others can be added.",
     )
+    source: str | None = Field(
+        default=None,
+        max_length=1000,
+        description="Instead of files, a place that the server reads them from, if its operator "
+        "allows it: `file:///folder`, `s3://bucket/prefix` or `hf://org/name@revision`. The upload "
+        "completes by itself.",
+    )
+
+    @model_validator(mode="after")
+    def _files_or_source(self) -> Self:
+        if self.files and self.source is not None:
+            raise ValueError("give either files or a source")
+        return self
 
 
 class PartsOut(BaseModel):
@@ -126,6 +139,11 @@ class UploadOut(BaseModel):
     id: str = Field(examples=[EXAMPLE_UPLOAD_ID])
     kind: UploadKind
     state: UploadState
+    source: str | None = Field(
+        default=None,
+        description="Where its files are imported from.",
+        examples=["hf://org/name@main"],
+    )
     files: list[FileOut]
     percent: float | None = Field(
         default=None,
@@ -161,13 +179,14 @@ class UploadOut(BaseModel):
             )
         percent = None
         if upload.state is UploadState.COMPLETING:
-            total = sum(file.size for file in upload.files)
+            total = upload.source_bytes or sum(file.size for file in upload.files)
             percent = round(100 * upload.done_bytes / max(total, 1), 1)
         unfinished = upload.state in {UploadState.OPEN, UploadState.COMPLETING}
         return cls(
             id=upload.id,
             kind=upload.kind,
             state=upload.state,
+            source=upload.source,
             files=[FileOut.of(file) for file in upload.files],
             percent=percent,
             error=UploadError.model_validate(upload.error) if upload.error else None,

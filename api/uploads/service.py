@@ -107,6 +107,17 @@ def create_upload(
     return uploads.add(kind, rows)
 
 
+def create_import(
+    session: Session, tenant_id: str, kind: UploadKind, source: str, total_bytes: int
+) -> UploadRow:
+    """Add an upload whose files a background thread imports."""
+    uploads = UploadRepository(session, tenant_id)
+    upload = uploads.add(kind)
+    upload.source, upload.source_bytes = source, total_bytes
+    uploads.start_completing(upload)
+    return upload
+
+
 def _is_weights(path: str) -> bool:
     return path.endswith(".safetensors")
 
@@ -129,6 +140,8 @@ def check_may_add(upload: UploadRow, path: str) -> frozenset[str]:
         InvalidCalibration: it would be a second calibration text.
     """
     check_open(upload)
+    if upload.source is not None:
+        raise Conflict(f"Upload {upload.id} is an import; complete it to try again.")
     others = [file.path for file in upload.files if file.path != path]
     if upload.kind is UploadKind.CALIBRATION and others:
         raise InvalidCalibration(
@@ -257,7 +270,7 @@ def complete_upload(
         return upload
     if upload.state is UploadState.ABORTED:
         raise Conflict(f"Upload {upload_id} was aborted; start a new one.")
-    if all(file.stored for file in upload.files):
+    if upload.source is None and all(file.stored for file in upload.files):
         finish_upload(session, blobs, upload)
     else:
         UploadRepository(session, tenant_id).start_completing(upload)

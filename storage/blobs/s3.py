@@ -1,12 +1,9 @@
 """Blobs in an S3 bucket (any S3-compatible store)."""
 
 import math
-import random
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,13 +11,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 import structlog
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 
-from deltadock.errors import DeltadockError, NotFound, Unavailable
+from deltadock.errors import DeltadockError, NotFound
 from deltadock.settings import Settings
 from deltadock.storage.blobs.parts import MAX_PARTS, MIN_PART_BYTES, PartedFile
 from deltadock.storage.blobs.port import (
-    CHUNK_BYTES,
     BlobStore,
     BlobWriter,
     blob_key,
@@ -28,12 +24,12 @@ from deltadock.storage.blobs.port import (
     work_key,
 )
 from deltadock.storage.blobs.s3_client import (
-    ATTEMPTS,
     CONFLICT,
     EXISTS,
     MISSING,
     code_of,
     make_client,
+    read_object,
     s3_errors,
 )
 from deltadock.storage.blobs.s3_parts import S3PartedFile
@@ -104,25 +100,8 @@ class S3BlobStore(BlobStore):
         return self.read_object(blob_key(digest), start, last)
 
     def read_object(self, key: str, start: int, end: int) -> Iterator[bytes]:
-        """Bytes `[start, end)`. A broken transfer resumes where it was; botocore retries none."""
-        breaks = 0
-        while start < end:
-            try:
-                with s3_errors(f"The store no longer holds {key}."):
-                    body = self.client.get_object(
-                        Bucket=self.bucket, Key=key, Range=f"bytes={start}-{end - 1}"
-                    )["Body"]
-                with closing(body):
-                    for chunk in body.iter_chunks(CHUNK_BYTES):
-                        start, breaks = start + len(chunk), 0
-                        yield chunk
-            except BotoCoreError as error:  # of the body; those of the request were translated
-                breaks += 1
-                if breaks == ATTEMPTS:
-                    raise Unavailable(
-                        "The object store keeps breaking off a file; try again shortly."
-                    ) from error
-                time.sleep(random.uniform(0, 2**breaks / 4))
+        """Bytes `[start, end)` of an object."""
+        return read_object(self.client, self.bucket, key, start, end)
 
     def size(self, digest: str) -> int:
         with s3_errors(f"The store holds no file {digest}."):

@@ -1,7 +1,9 @@
 """Requests to S3: the client with its retries, and what its errors mean."""
 
+import random
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Final
 
 import boto3
@@ -11,6 +13,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from deltadock.errors import NotFound, StorageFull, Unavailable
 from deltadock.settings import Settings
+from deltadock.storage.blobs.port import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -52,6 +55,35 @@ def make_client(settings: Settings, endpoint_url: str | None) -> "S3Client":
             s3={"addressing_style": "path" if endpoint_url else "auto"},
         ),
     )
+
+
+def read_object(client: "S3Client", bucket: str, key: str, start: int, end: int) -> Iterator[bytes]:
+    """Bytes `[start, end)` of an object in chunks.
+
+    A transfer that breaks off resumes where it was; botocore repeats only requests.
+
+    Raises:
+        NotFound: the object is gone.
+        Unavailable: the server does not answer, or keeps breaking off.
+    """
+    breaks = 0
+    while start < end:
+        try:
+            with s3_errors(f"The object store no longer holds {key}."):
+                body = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")[
+                    "Body"
+                ]
+            with closing(body):
+                for chunk in body.iter_chunks(CHUNK_BYTES):
+                    start, breaks = start + len(chunk), 0
+                    yield chunk
+        except BotoCoreError as error:  # of the body; those of the request were translated
+            breaks += 1
+            if breaks == ATTEMPTS:
+                raise Unavailable(
+                    "The object store keeps breaking off a file; try again shortly."
+                ) from error
+            time.sleep(random.uniform(0, 2**breaks / 4))
 
 
 def code_of(error: ClientError) -> str:

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from deltadock.errors import DamagedBlob, DeltadockError, NotFound, StorageFull, Unavailable
 from deltadock.settings import Settings
-from deltadock.storage.blobs import BlobStore, make_blob_store, s3, s3_client
+from deltadock.storage.blobs import BlobStore, make_blob_store, s3_client
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.blobs.s3 import S3BlobStore
 from deltadock.storage.blobs.s3_client import ATTEMPTS
@@ -34,7 +34,7 @@ class TestObjectStore:
     @pytest.fixture(autouse=True)
     def _no_waiting(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
-        monkeypatch.setattr(s3.time, "sleep", lambda _: None)
+        monkeypatch.setattr(s3_client.time, "sleep", lambda _: None)
         monkeypatch.setattr(s3_client, "READ_SECONDS", 0.5)
 
     @pytest.fixture

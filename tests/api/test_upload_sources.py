@@ -1,0 +1,262 @@
+"""Imports by reference: only from places that the operator allows; nothing leads out of them."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from deltadock.api.uploads.sources import open_source, source_files
+from deltadock.errors import DeltadockError, InvalidInput, NotFound
+from deltadock.settings import Settings
+from deltadock.storage.blobs import make_blob_store
+from deltadock.storage.models import UploadKind
+from tests.api.support import CONFIG, TEXT, Api, serving, sha256, weights
+from tests.waiting import wait_until
+
+FILES = {"config.json": CONFIG, "model.safetensors": weights(), "trainer_state.json": b"{}"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint in an allowed folder, beside a folder that is not allowed."""
+    for place in ("models/tuned", "models-private"):
+        (tmp_path / place).mkdir(parents=True)
+        for name, data in FILES.items():
+            (tmp_path / place / name).write_bytes(data)
+    (tmp_path / "models/text.txt").write_bytes(TEXT)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def settings_fields(folder: Path) -> dict[str, Any]:
+    return {"import_sources": [f"file://{folder}"]}
+
+
+def finished(api: Api, source: str, kind: str = "checkpoint") -> dict[str, Any]:
+    """The upload after its import ended."""
+    answer = api.client.post("/v1/uploads", json={"kind": kind, "source": source})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["source"] == source
+    url = f"/v1/uploads/{answer.json()['id']}"
+    wait_until(lambda: api.client.get(url).json()["state"] != "completing")
+    upload: dict[str, Any] = api.client.get(url).json()
+    return upload
+
+
+def test_a_folder_is_imported(api: Api, folder: Path) -> None:
+    upload = finished(api, f"file://{folder}/tuned")
+    assert (upload["state"], upload["error"], upload["ignored"]) == ("complete", None, [])
+    assert upload["checkpoint"] == api.upload("checkpoint", FILES)["checkpoint"]
+    text = finished(api, f"file://{folder}/text.txt", "calibration")
+    assert text["calibration"] == {"digest": sha256(TEXT), "size": len(TEXT)}
+    assert api.staged() == []
+
+
+def test_a_damaged_source_is_named_and_can_be_tried_again(api: Api, folder: Path) -> None:
+    path = folder / "tuned" / "model.safetensors"
+    path.write_bytes(FILES["model.safetensors"][:-1])
+    upload = finished(api, f"file://{folder}/tuned")
+    assert upload["state"] == "open"
+    assert (upload["error"]["code"], upload["error"]["file"]) == (
+        "malformed_safetensors",
+        "model.safetensors",
+    )
+    assert api.put(upload["id"], "model.safetensors", b"").status_code == 409
+    path.write_bytes(FILES["model.safetensors"])
+    assert api.client.post(f"/v1/uploads/{upload['id']}/complete").status_code == 200
+
+
+def test_nothing_leads_out_of_the_allowed_folder(
+    api: Api, folder: Path, subtests: pytest.Subtests
+) -> None:
+    secret = folder.parent / "models-private"
+    (folder / "way-out").symlink_to(secret)
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "sneaky").mkdir()
+    (folder / "sneaky" / "config.json").symlink_to(secret / "config.json")
+    (folder / "sneaky" / "model.safetensors").write_bytes(FILES["model.safetensors"])
+    for source, status in (
+        (f"file://{secret}", 422),
+        (f"file://{folder}/../models-private", 422),
+        (f"file://{folder}/way-out", 422),
+        (f"file://{folder}/sneaky", 422),
+        (f"file://{folder}/loop", 422),
+        (f"file://{folder}/%2e%2e/models-private", 404),
+        ("file:///", 422),
+        ("file:///etc", 422),
+        ("file:///proc/self", 422),
+        ("file://localhost/etc", 422),
+        (f"FILE://{folder}", 422),
+        (str(folder), 422),
+        ("s3://models/tuned", 422),
+        ("hf://org/name", 422),
+        ("http://127.0.0.1/", 422),
+        (f"file://{folder}/absent", 404),
+        (f"file://{folder}/a\0b", 422),
+        ("", 422),
+    ):
+        with subtests.test(source=source):
+            body = {"kind": "checkpoint", "source": source}
+            answer = api.client.post("/v1/uploads", json=body)
+            assert answer.status_code == status, answer.text
+            # Outside, an answer does not tell what exists.
+            if "absent" not in source and "%2e" not in source:
+                assert answer.json()["code"] == "invalid_input"
+    both = {"kind": "checkpoint", "source": f"file://{folder}/tuned", "files": [
+        {"path": "config.json", "size": 1, "sha256": "0" * 64}]}  # fmt: skip
+    assert api.client.post("/v1/uploads", json=both).status_code == 422
+    assert api.client.get("/v1/uploads").json()["data"] == []
+
+
+def test_a_link_that_is_placed_after_the_check_is_not_followed(folder: Path) -> None:
+    settings = Settings(import_sources=[f"file://{folder}"])
+    source = open_source(f"file://{folder}/tuned", settings)
+    sizes = source_files(source, UploadKind.CHECKPOINT)
+    (folder / "tuned" / "config.json").unlink()
+    (folder / "tuned" / "config.json").symlink_to(folder.parent / "models-private/config.json")
+    with pytest.raises(InvalidInput):
+        list(source.read("config.json", sizes["config.json"]))
+    (folder / "tuned" / "config.json").unlink()
+    os.mkfifo(folder / "tuned" / "config.json")
+    with pytest.raises(InvalidInput, match="regular"):
+        list(source.read("config.json", 1))
+
+
+def test_imports_are_off_by_default(folder: Path) -> None:
+    with pytest.raises(InvalidInput, match="DELTADOCK_IMPORT_SOURCES"):
+        open_source(f"file://{folder}", Settings(import_sources=[]))
+
+
+def test_s3_prefixes_are_imported(
+    s3_settings: dict[str, str], tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    fields = s3_settings | {"home": str(tmp_path), "s3_bucket": "own"}
+    fields["import_sources"] = ["s3://deltadock/models", "s3://own"]  # type: ignore[assignment]
+    settings = Settings.model_validate(fields)
+    client = make_blob_store(settings).client  # type: ignore[attr-defined]
+    for name, data in FILES.items():
+        for prefix in ("models/tuned", "models/tuned-2", "models-private"):
+            client.put_object(Bucket="deltadock", Key=f"{prefix}/{name}", Body=data)
+    client.put_object(Bucket="deltadock", Key="models/text.txt", Body=TEXT)
+    for uri in ("s3://deltadock/models/tuned", "s3://deltadock/models/tuned/"):
+        source = open_source(uri, settings)
+        sizes = source_files(source, UploadKind.CHECKPOINT)
+        assert sizes == {name: len(FILES[name]) for name in ("config.json", "model.safetensors")}
+        assert b"".join(source.read("config.json", sizes["config.json"])) == CONFIG
+    text = open_source("s3://deltadock/models/text.txt", settings)
+    assert source_files(text, UploadKind.CALIBRATION) == {"text.txt": len(TEXT)}
+    assert b"".join(text.read("text.txt", len(TEXT))) == TEXT
+    refusals: list[tuple[str, type[DeltadockError]]] = [
+        ("s3://deltadock/models-private", InvalidInput),
+        ("s3://deltadock", InvalidInput),
+        ("s3://own/blobs", InvalidInput),  # of every tenant
+        ("s3://deltadock/models/absent", NotFound),
+    ]
+    for uri, error in refusals:
+        with subtests.test(uri=uri), pytest.raises(error):
+            open_source(uri, settings).list()
+    client.close()
+
+
+def hub(requests: list[str]) -> Starlette:
+    """The part of the Hugging Face Hub's protocol that a model's files are read by."""
+    commit = "a" * 40
+
+    def entry(name: str) -> dict[str, Any]:
+        size = len(FILES[name])
+        return {"type": "file", "path": name, "size": size, "oid": sha256(FILES[name])}
+
+    async def info(request: Request) -> Response:
+        requests.append(request.url.path)
+        if request.path_params["name"] != "tuned":
+            return JSONResponse({"error": "x"}, 404, {"X-Error-Code": "RepoNotFound"})
+        return JSONResponse({"id": "org/tuned", "sha": commit, "siblings": []})
+
+    async def tree(request: Request) -> Response:
+        if request.path_params["name"] != "tuned":
+            return JSONResponse({"error": "x"}, 404, {"X-Error-Code": "RepoNotFound"})
+        return JSONResponse([entry(name) for name in FILES])
+
+    async def paths(request: Request) -> Response:
+        form = await request.form() if "form" in request.headers["content-type"] else None
+        wanted = form.getlist("paths") if form else (await request.json())["paths"]
+        return JSONResponse([entry(name) for name in wanted if name in FILES])
+
+    async def resolve(request: Request) -> Response:
+        data = FILES[request.path_params["file"]]
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
+        part = data[int(span[1]) : int(span[2]) + 1] if span else data
+        headers = {"ETag": f'"{sha256(data)}"', "X-Repo-Commit": commit}
+        return Response(part, 206 if span else 200, headers)
+
+    repository = "/api/models/org/{name}"
+    return Starlette(
+        routes=[
+            Route(repository, info),
+            Route(f"{repository}/revision/{{revision}}", info),
+            Route(f"{repository}/tree/{{revision}}", tree),
+            Route(f"{repository}/paths-info/{{revision}}", paths, methods=["POST"]),
+            Route("/org/{name}/resolve/{revision}/{file}", resolve),
+        ]
+    )
+
+
+class TestHub:
+    """The hub's client library reads its address when it is imported: other processes would."""
+
+    @pytest.fixture
+    def settings_fields(self) -> dict[str, Any]:
+        return {"import_sources": ["hf://org"]}
+
+    @pytest.fixture
+    def point_to(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+        from huggingface_hub import constants, hf_api, hf_file_system
+
+        def point_to(url: str) -> None:
+            monkeypatch.setattr(constants, "ENDPOINT", url)
+            monkeypatch.setattr(
+                constants,
+                "HUGGINGFACE_CO_URL_TEMPLATE",
+                url + "/{repo_id}/resolve/{revision}/{filename}",
+            )
+            for module in (hf_api, hf_file_system):
+                monkeypatch.setattr(module.constants, "ENDPOINT", url)
+
+        return point_to
+
+    @pytest.fixture
+    def requests(self, point_to: Callable[[str], None]) -> Iterator[list[str]]:
+        requests: list[str] = []
+        with serving(hub(requests)) as url:
+            point_to(url)
+            yield requests
+
+    def test_a_repository_is_imported(self, api: Api, requests: list[str]) -> None:
+        upload = finished(api, "hf://org/tuned@v1")
+        assert (upload["state"], upload["error"]) == ("complete", None)
+        assert upload["checkpoint"] == api.upload("checkpoint", FILES)["checkpoint"]
+        assert all("v1" in path for path in requests)
+
+    def test_what_cannot_be_imported_is_said(
+        self, api: Api, requests: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def create(source: str) -> tuple[int, str]:
+            body = {"kind": "checkpoint", "source": source}
+            answer = api.client.post("/v1/uploads", json=body).json()
+            return answer["status"], answer["detail"]
+
+        assert create("hf://org/absent")[0] == 404
+        assert create("hf://org")[0] == 422
+        assert create("hf://organisation/tuned")[0] == 422
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        status, detail = create("hf://org/tuned")
+        assert (status, "does not reach" in detail) == (503, True)
