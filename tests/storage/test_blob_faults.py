@@ -35,7 +35,6 @@ class TestObjectStore:
     def _no_waiting(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
         monkeypatch.setattr(s3_client.time, "sleep", lambda _: None)
-        monkeypatch.setattr(s3_client, "READ_SECONDS", 0.5)
 
     @pytest.fixture
     def proxy(self, s3_bucket: dict[str, str]) -> Iterator[FaultyProxy]:
@@ -64,7 +63,6 @@ class TestObjectStore:
             {"truncate": 0},
             {"status": 503, "times": ATTEMPTS - 1},
             {"status": 500, "code": "InternalError"},
-            {"wait": 0.8},
         ):
             for read in (
                 lambda: b"".join(store.open(DIGEST)),
@@ -77,6 +75,16 @@ class TestObjectStore:
                     assert read() == DATA
                     assert proxy.faults[0].times == 0
         assert b"".join(store.open(DIGEST, 5, 9)) == DATA[5:9]
+
+    def test_a_server_that_falls_silent_is_asked_again(
+        self, proxy: FaultyProxy, s3_bucket: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(s3_client, "READ_SECONDS", 2.0)
+        store = make_blob_store(Settings.model_validate(s3_bucket | {"s3_endpoint_url": proxy.url}))
+        proxy.faults = [Fault("PUT", "blobs/", wait=2.5), Fault("GET", "blobs/", wait=2.5)]
+        assert store.put_bytes(DATA) == DIGEST
+        assert b"".join(store.open(DIGEST)) == DATA
+        assert [fault.times for fault in proxy.faults] == [0, 0]
 
     def test_only_what_is_missing_is_read_again(
         self, store: S3BlobStore, proxy: FaultyProxy
@@ -117,7 +125,6 @@ class TestObjectStore:
                 Fault("PUT", reset_request=500),
                 Fault("PUT", status=503),
                 Fault("PUT", lose_answer=True),
-                Fault("PUT", wait=0.8),
                 Fault("POST", "uploadId", lose_answer=True, times=2),
                 Fault("POST", "uploads", lose_answer=True),
             )
