@@ -11,12 +11,18 @@ longer low-rank bfloat16 factors of the same bytes take, and dense bfloat16 delt
 prefill of 2,048 rows of one delta as a multiple of the base's matrix products. Several layers
 alternate, as in a model, so that no cache holds what a step reads.
 
+    python -m benchmarks.kernel --sweep 100
+
+compiles and times the variants of both kernels instead, for `VARIANTS` of
+`deltadock/kernels/svd_delta/triton.py`.
+
     TRITON_INTERPRET=1 python -m benchmarks.kernel --device cpu
 
 runs the same code at a tiny size without a GPU, and times nothing.
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import sys
@@ -24,7 +30,9 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -43,6 +51,7 @@ from deltadock.kernels.svd_delta import (
 )
 from deltadock.kernels.svd_delta.layout import segment_words
 from deltadock.kernels.svd_delta.matmul import add_products
+from deltadock.kernels.svd_delta.triton import DEFAULT, Variant
 from tests.kernels.svd_delta.cases import CASES, GRAPH_CASES
 
 WIDTHS = ((0.02, 8, 8), (0.28, 3, 3), (0.70, 2, 2))
@@ -84,15 +93,52 @@ SMALL = (Projection("q, k", 150, (70, 40)),)
 """For Triton's interpreter, which takes seconds for each projection."""
 
 
+SHRINKS: Final = [
+    replace(DEFAULT, shrink_warps=warps, shrink_words=words, shrink_stages=stages)
+    for warps, words in ((8, 8), (4, 8), (2, 8), (4, 4), (2, 4), (8, 4), (4, 16), (16, 4))
+    for stages in (2, 1, 3)
+]
+EXPANDS: Final = [
+    replace(DEFAULT, expand_warps=warps, expand_stages=stages)
+    for warps in (8, 4, 2, 16)
+    for stages in (3, 1, 2, 4, 5, 6)
+]
+SWEEP: Final = list(dict.fromkeys([DEFAULT, *SHRINKS, *EXPANDS]))
+"""The variants to compare: each differs from the default in one of the two kernels."""
+
+
+def name_of(variant: Variant) -> str:
+    """Shrink's warps x words x stages, expand's warps x stages, as `--variant` takes them."""
+    return (
+        f"{variant.shrink_warps}x{variant.shrink_words}x{variant.shrink_stages},"
+        f"{variant.expand_warps}x{variant.expand_stages}"
+    )
+
+
+def variant_named(name: str) -> Variant:
+    """The inverse of `name_of`.
+
+    Raises:
+        ValueError: it is not of this form.
+    """
+    shrink, expand = ([int(number) for number in part.split("x")] for part in name.split(","))
+    return Variant(*shrink, *expand)
+
+
 class WrongResult(Exception):
     """A kernel's result is wrong, so it is not timed."""
 
 
-def random_delta(h_out: int, h_in: int, device: str, generator: torch.Generator) -> PackedDelta:
-    """A delta of one bit per weight with random codes."""
+def groups_of(h_out: int, h_in: int) -> list[Group]:
+    """The ranks of a delta of one bit per weight."""
     mean = sum(share * (v + u) / 2 for share, v, u in WIDTHS)
     rank = max(3, int(h_out * h_in / mean / (h_out + h_in)))
-    groups = [Group(max(1, int(share * rank)), v, u) for share, v, u in WIDTHS]
+    return [Group(max(1, int(share * rank)), v, u) for share, v, u in WIDTHS]
+
+
+def random_delta(h_out: int, h_in: int, device: str, generator: torch.Generator) -> PackedDelta:
+    """A delta of one bit per weight with random codes."""
+    groups = groups_of(h_out, h_in)
 
     def words(columns: int, side: int) -> Tensor:
         count = sum(segment_words(group.ranks, columns, group[side]) for group in groups)
@@ -175,9 +221,14 @@ class DeltaStep:
     """The deltas of one step: `rows` rows spread over `deltas` slots, at every layer."""
 
     def __init__(
-        self, layers: RandomLayers, rows: int, deltas: int, dense_rows: int | None = None
+        self,
+        layers: RandomLayers,
+        rows: int,
+        deltas: int,
+        dense_rows: int | None = None,
+        variant: Variant | None = None,
     ) -> None:
-        self.layers = layers
+        self.layers, self.variant = layers, variant
         self.row_slots = sorted(1 + row % deltas for row in range(rows))
         self.deltas = deltas
         tables = [table for layer in layers.tables for table in layer]
@@ -205,12 +256,22 @@ class DeltaStep:
 
     def _add(self, layer: Sequence[DeltaTable], *, emulate: bool | None = None) -> None:
         for y, x, table in zip(self.outputs, self.inputs, layer, strict=True):
-            if x.is_cuda and emulate is None:
+            if x.is_cuda and emulate is None and self.variant is None:
                 svd_delta(y, x, table, self.chunks, self.cache)
                 continue
-            triton.svd_delta(y, x, table, self.chunks, emulate=emulate)
+            triton.svd_delta(y, x, table, self.chunks, emulate=emulate, variant=self.variant)
             if self.chunks.dense:
                 add_products(y, x, table, self.chunks.dense, self.cache)
+
+    def launch(self, number: int) -> None:
+        """Launch kernel `number` (0 prepare, 1 shrink, 2 expand) of all projections and layers."""
+        for layer in self.layers.tables:
+            for y, x, table in zip(self.outputs, self.inputs, layer, strict=True):
+                variant = self.variant or triton.variant_of(x.device)
+                launch = triton.launches(y, x, table, self.chunks, variant, emulate=not x.is_cuda)[
+                    number
+                ]
+                launch()
 
     def error(self, *, emulate: bool | None = None) -> float:
         """Largest relative RMS error of a row of the first layer, against float64."""
@@ -313,14 +374,18 @@ def run_cases(names: Sequence[str], device: str) -> None:
 
 
 def checked_step(
-    layers: RandomLayers, rows: int, deltas: int, dense_rows: int | None = None
+    layers: RandomLayers,
+    rows: int,
+    deltas: int,
+    dense_rows: int | None = None,
+    variant: Variant | None = None,
 ) -> DeltaStep:
     """A step whose results have been checked against float64.
 
     Raises:
         WrongResult: a row's relative RMS error exceeds TOLERANCE.
     """
-    step = DeltaStep(layers, rows, deltas, dense_rows)
+    step = DeltaStep(layers, rows, deltas, dense_rows, variant)
     error = step.error()
     if not error <= TOLERANCE:
         emulated = step.error(emulate=True)
@@ -331,8 +396,68 @@ def checked_step(
     return step
 
 
+def compile_variant(name: str) -> str:
+    """Compile a variant for each projection; returns the error, empty on success."""
+    try:
+        for projection in LAYER:
+            checked_step(RandomLayers([projection], 1, 1, "cuda"), 1, 1, None, variant_named(name))
+    except Exception as error:  # noqa: BLE001 (a variant that does not fit the card is reported)
+        return str(error).partition("\n")[0]
+    return ""
+
+
+def measure_sweep(device: str, limit: float) -> None:
+    """Print the time of each kernel of each variant, and the best of both.
+
+    Variants differ from the default in one kernel, so that the best of each make the best whole.
+    They are compiled in a pool of processes first. Stops after `limit` seconds.
+    """
+    deadline = time.monotonic() + limit
+    gpu = device == "cuda"
+    names = [name_of(variant) for variant in SWEEP]
+    errors = dict.fromkeys(names, "")
+    if gpu:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(12, os.cpu_count() or 1), context) as pool:
+            errors = dict(zip(names, pool.map(compile_variant, names), strict=True))
+    layers = RandomLayers(LAYER, 8, 2, device) if gpu else RandomLayers(SMALL, 2, 1, device)
+    print(f"\n{'variant':16} shrink us  expand us   (8 rows on 8 deltas, a layer)")
+    best: dict[str, tuple[float, Variant]] = {}
+    with torch.inference_mode():
+        for variant in SWEEP if gpu else SWEEP[1:2]:
+            name = name_of(variant)
+            if time.monotonic() > deadline:
+                print("... stopped: time limit reached")
+                break
+            if errors[name]:
+                print(f"{name:16} {errors[name]}", flush=True)
+                continue
+            step = checked_step(layers, layers.deltas, layers.deltas, None, variant)
+            step.launch(0)
+            shrink, expand = (
+                1e6 * gpu_seconds(partial(step.launch, number), graph=True) / layers.copies
+                for number in (1, 2)
+            )
+            print(f"{name:16} {shrink:9.1f}  {expand:9.1f}", flush=True)
+            for kernel, seconds in (("shrink", shrink), ("expand", expand)):
+                best[kernel] = min(
+                    best.get(kernel, (math.inf, variant)), (seconds, variant), key=lambda it: it[0]
+                )
+        if gpu and best:
+            chosen = replace(
+                best["shrink"][1],
+                expand_warps=best["expand"][1].expand_warps,
+                expand_stages=best["expand"][1].expand_stages,
+            )
+            print(f"best: --variant {name_of(chosen)}")
+
+
 def measure_decode(
-    layers: RandomLayers, steps: Sequence[tuple[int, int]], bandwidth: float, deadline: float
+    layers: RandomLayers,
+    steps: Sequence[tuple[int, int]],
+    bandwidth: float,
+    deadline: float,
+    variant: Variant | None = None,
 ) -> None:
     """Print one line per step until `deadline` (monotonic seconds)."""
     print(
@@ -344,7 +469,7 @@ def measure_decode(
         if time.monotonic() > deadline:
             print("... stopped: time limit reached")
             break
-        step = checked_step(layers, rows, deltas)
+        step = checked_step(layers, rows, deltas, None, variant)
         seconds = gpu_seconds(step.run, graph=True) / layers.copies
         low_rank, dense = (
             gpu_seconds(run, graph=True) / copies
@@ -381,6 +506,7 @@ def measure(
     prefill_rows: int,
     cases: int | None,
     device: str,
+    variant: Variant | None,
 ) -> None:
     """Check the first `cases` cases (None: all), then measure prefill and decode steps."""
     start = time.monotonic()
@@ -399,7 +525,11 @@ def measure(
         copies = 1 + WORKING_SET_BYTES // layer.delta_bytes if gpu else 1
         # Neither is bound to a name: its memory is free before the next is allocated.
         measure_decode(
-            RandomLayers(projections, max_deltas, copies, device), steps, bandwidth, deadline
+            RandomLayers(projections, max_deltas, copies, device),
+            steps,
+            bandwidth,
+            deadline,
+            variant,
         )
         for projection in projections if gpu else ():
             measure_decode(
@@ -407,6 +537,7 @@ def measure(
                 steps[:1],
                 bandwidth,
                 deadline,
+                variant,
             )
     print(f"{time.monotonic() - start:.0f} s in all")
 
@@ -416,12 +547,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--cases", type=int, help="check only the first N kernel cases")
+    parser.add_argument("--only-cases", action="store_true", help="check, and measure nothing")
+    parser.add_argument("--sweep", type=float, metavar="SECONDS", help="time every variant instead")
+    parser.add_argument("--variant", type=variant_named, help="as the sweep prints it")
     options = parser.parse_args(arguments)
+    gpu = options.device == "cuda"
     try:
-        if options.device == "cuda":
-            measure(LAYER, GPU_STEPS, PREFILL_ROWS, options.cases, "cuda")
+        if options.only_cases:
+            run_cases([*CASES, *(GRAPH_CASES if gpu else ())][: options.cases], options.device)
+        elif options.sweep is not None:
+            measure_sweep(options.device, options.sweep)
+        elif gpu:
+            measure(LAYER, GPU_STEPS, PREFILL_ROWS, options.cases, "cuda", options.variant)
         else:
-            measure(SMALL, [(3, 2)], 9, options.cases, "cpu")
+            measure(SMALL, [(3, 2)], 9, options.cases, "cpu", options.variant)
             print("All results are correct; nothing is timed without a GPU.")
     except WrongResult as error:
         print(error)

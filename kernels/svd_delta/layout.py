@@ -41,7 +41,7 @@ column in y, the linear's columns."""
 TILE_COLUMNS: Final = 256
 """Outputs per program of the expand kernel."""
 H_IN_ALIGNMENT: Final = 4096
-"""Maximum inputs per step of the shrink kernel: WARPS * 2 * WORDS words of one-bit codes."""
+"""Most inputs per step of the shrink kernel: warps * 2 * words of one-bit codes."""
 
 _DESCRIBED_REGIONS: Final = (
     "tiles",

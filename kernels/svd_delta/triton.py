@@ -13,6 +13,10 @@ be in any order, so each code is used in the thread that loaded its word, and on
 is permuted.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -32,13 +36,40 @@ from deltadock.kernels.svd_delta.layout import (
     DeltaTable,
 )
 
-WARPS: Final = 8
-"""Warps per program of the shrink and expand kernels; each accumulates a part of the sum."""
-WORDS: Final = 8
-"""Words of a vector that a warp of the shrink kernel pairs with the next `WORDS` words."""
-SHRINK_STAGES: Final = 2
-EXPAND_STAGES: Final = 3
-"""Pipeline stages of each kernel's loop."""
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How the kernels are compiled.
+
+    The order of a sum follows from it, so it may depend on the card, but not on a step's rows.
+
+    Attributes:
+        shrink_warps, expand_warps: warps per program; each accumulates a part of the sum.
+        shrink_words: words of a vector that a warp pairs with as many that follow. A step of all
+            warps may not exceed the padding of the inputs (`layout.H_IN_ALIGNMENT`).
+        shrink_stages, expand_stages: pipeline stages of each kernel's loop.
+    """
+
+    shrink_warps: int = 8
+    shrink_words: int = 8
+    shrink_stages: int = 2
+    expand_warps: int = 8
+    expand_stages: int = 3
+
+
+DEFAULT: Final = Variant()
+VARIANTS: Final[Mapping[tuple[int, int], Variant]] = MappingProxyType({})
+"""The best variants by compute capability, as `python -m benchmarks.gpu` finds them; cards that are
+not listed use the default."""
+
+
+@cache
+def variant_of(device: torch.device) -> Variant:
+    """The variant for a device."""
+    if device.type != "cuda":
+        return DEFAULT
+    return VARIANTS.get(torch.cuda.get_device_capability(device), DEFAULT)
+
 
 UNSPECIALIZED: Final = ("h_in", "max_rank", "sums_stride", "sum_count")
 """Arguments not specialized on divisibility by 16, which would only multiply compilations."""
@@ -415,8 +446,64 @@ def expand_kernel(
     tl.store(out, round_to(y, y_ptr.dtype.element_ty, EMULATE), mask=mask)
 
 
+def launches(
+    y: Tensor,
+    x: Tensor,
+    table: DeltaTable,
+    chunks: Chunks,
+    variant: Variant,
+    *,
+    emulate: bool,
+) -> tuple[Callable[[], object], ...]:
+    """The three launches of one call, in order: prepare, shrink, expand."""
+    shared: dict[str, Any] = {
+        "LINEARS": table.linears,
+        "BLOCK_M": CHUNK_ROWS,
+        "EMULATE": emulate,
+        "enable_fp_fusion": True,  # pinned: Triton 3.10 changes the default
+    }
+    xs = chunks.scaled.view(x.dtype)
+    sum_count = table.padded_h_in // SUM_COLUMNS
+
+    def prepare() -> object:
+        return prepare_kernel[(sum_count, table.linears, chunks.count)](
+            xs, xs.stride(0), chunks.sums, chunks.sums.stride(0), x, x.stride(0),
+            table.h_in, table.padded_h_in, chunks.rows, chunks.slots,
+            table.addresses, table.descriptors,
+            BLOCK_K=SUM_COLUMNS, num_warps=4, **shared,
+        )  # fmt: skip
+
+    def shrink() -> object:
+        return shrink_kernel[(max(1, triton.cdiv(table.max_rank, TILE_RANKS)), chunks.count)](
+            chunks.projected, chunks.max_rank, chunks.sums, chunks.sums.stride(0), sum_count,
+            xs, xs.stride(0), table.h_in, table.padded_h_in,
+            chunks.slots, table.addresses, table.descriptors,
+            BLOCK_R=TILE_RANKS, SUMS=triton.next_power_of_2(sum_count),
+            WARPS=variant.shrink_warps, WORDS=variant.shrink_words,
+            ALIGNED=table.h_in % 128 == 0,
+            num_warps=variant.shrink_warps, num_stages=variant.shrink_stages, **shared,
+        )  # fmt: skip
+
+    def expand() -> object:
+        return expand_kernel[(len(table.output_tiles), chunks.count)](
+            y, y.stride(0), chunks.projected, chunks.max_rank, chunks.rows, chunks.slots,
+            table.addresses, table.descriptors, table.output_tiles,
+            TERMS=2 if x.dtype == torch.float16 else 1,
+            WARPS=variant.expand_warps, ALIGNED=all(h_out % 128 == 0 for h_out in table.h_outs),
+            num_warps=variant.expand_warps, num_stages=variant.expand_stages, **shared,
+        )  # fmt: skip
+
+    return prepare, shrink, expand
+
+
 def svd_delta(
-    y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, *, emulate: bool | None = None
+    y: Tensor,
+    x: Tensor,
+    table: DeltaTable,
+    chunks: Chunks,
+    *,
+    emulate: bool | None = None,
+    variant: Variant | None = None,
 ) -> None:
     """Add each row's delta to `y` in place; see `deltadock.kernels.svd_delta.svd_delta`.
 
@@ -425,32 +512,6 @@ def svd_delta(
     """
     if not chunks.count:
         return
-    shared: dict[str, Any] = {
-        "LINEARS": table.linears,
-        "BLOCK_M": CHUNK_ROWS,
-        "enable_fp_fusion": True,  # pinned: Triton 3.10 changes the default
-    }
     emulate = not x.is_cuda if emulate is None else emulate
-    xs = chunks.scaled.view(x.dtype)
-    sum_count = table.padded_h_in // SUM_COLUMNS
-    prepare_kernel[(sum_count, table.linears, chunks.count)](
-        xs, xs.stride(0), chunks.sums, chunks.sums.stride(0), x, x.stride(0),
-        table.h_in, table.padded_h_in, chunks.rows, chunks.slots,
-        table.addresses, table.descriptors,
-        BLOCK_K=SUM_COLUMNS, EMULATE=emulate, num_warps=4, **shared,
-    )  # fmt: skip
-    shrink_kernel[(max(1, triton.cdiv(table.max_rank, TILE_RANKS)), chunks.count)](
-        chunks.projected, chunks.max_rank, chunks.sums, chunks.sums.stride(0), sum_count,
-        xs, xs.stride(0), table.h_in, table.padded_h_in,
-        chunks.slots, table.addresses, table.descriptors,
-        BLOCK_R=TILE_RANKS, SUMS=triton.next_power_of_2(sum_count), WARPS=WARPS,
-        WORDS=WORDS, ALIGNED=table.h_in % 128 == 0,
-        EMULATE=emulate, num_warps=WARPS, num_stages=SHRINK_STAGES, **shared,
-    )  # fmt: skip
-    expand_kernel[(len(table.output_tiles), chunks.count)](
-        y, y.stride(0), chunks.projected, chunks.max_rank, chunks.rows, chunks.slots,
-        table.addresses, table.descriptors, table.output_tiles,
-        TERMS=2 if x.dtype == torch.float16 else 1,
-        WARPS=WARPS, ALIGNED=all(h_out % 128 == 0 for h_out in table.h_outs), EMULATE=emulate,
-        num_warps=WARPS, num_stages=EXPAND_STAGES, **shared,
-    )  # fmt: skip
+    for launch in launches(y, x, table, chunks, variant or variant_of(x.device), emulate=emulate):
+        launch()

@@ -1,60 +1,30 @@
-"""The kernels compile without a GPU, within a register budget that keeps occupancy."""
+"""The kernels compile without a GPU, within budgets of registers and instructions."""
 
 import os
 import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from benchmarks.kernel import LAYER
+from benchmarks.kernel_model import (
+    EXPAND_CODES,
+    MEASURED,
+    compile_for,
+    expand_programs,
+    inner_loops,
+    lane_instructions,
+    predict,
+    read_code,
+    shrink_codes,
+    shrink_programs,
+)
 from deltadock.kernels.svd_delta import triton as kernel
-from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS, SUM_COLUMNS
-from deltadock.kernels.svd_delta.layout import TILE_RANKS
-from deltadock.kernels.svd_delta.triton import UNSPECIALIZED
+from deltadock.kernels.svd_delta.triton import DEFAULT
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
-
-TYPES = {"addresses_ptr": "*i64", "projected_ptr": "*fp32", "sums_ptr": "*fp32"}
-NUMBERS = ("x_stride", "y_stride", "xs_stride", "sums_stride", "h_in", "padded_h_in", "max_rank")
-CONSTANTS = {
-    "LINEARS": 3,
-    "BLOCK_M": CHUNK_ROWS,
-    "BLOCK_K": SUM_COLUMNS,
-    "BLOCK_R": TILE_RANKS,
-    "SUMS": 4,
-    "TERMS": 1,
-    "WARPS": kernel.WARPS,
-    "WORDS": kernel.WORDS,
-    "ALIGNED": True,
-    "EMULATE": False,
-}
-
-
-def compile_for(capability: int, function: Any, dtype: str, warps: int, stages: int) -> Any:
-    """Compile as launched for a 16-bit dtype and shapes that are multiples of 128."""
-    names = function.arg_names
-    constants = {name: CONSTANTS[name] for name in names if name in CONSTANTS}
-    if dtype == "fp16" and "TERMS" in constants:
-        constants["TERMS"] = 2
-    types = TYPES | dict.fromkeys(("x_ptr", "xs_ptr", "y_ptr"), f"*{dtype}")
-    types |= dict.fromkeys((*NUMBERS, "sum_count"), "i32") | dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "*i32") for name in names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if name not in constants and name not in UNSPECIALIZED
-    }
-    return triton.compile(
-        ASTSource(function, signature, constants, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
-    )
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -62,37 +32,84 @@ def compile_for(capability: int, function: Any, dtype: str, warps: int, stages: 
 @pytest.mark.parametrize(
     ("name", "warps", "stages", "registers", "shared"),
     [
-        ("prepare_kernel", 4, 1, 128, 4_096),
-        ("shrink_kernel", kernel.WARPS, kernel.SHRINK_STAGES, 224, 90_000),
-        ("expand_kernel", kernel.WARPS, kernel.EXPAND_STAGES, 255, 90_000),
+        ("shrink_kernel", DEFAULT.shrink_warps, DEFAULT.shrink_stages, 224, 90_000),
+        ("expand_kernel", DEFAULT.expand_warps, DEFAULT.expand_stages, 255, 90_000),
     ],
 )
 def test_registers_spills_and_shared_memory(
-    name: str,
-    warps: int,
-    stages: int,
-    registers: int,
-    shared: int,
-    dtype: str,
-    capability: int,
-    tmp_path: Path,
+    name: str, warps: int, stages: int, registers: int, shared: int, dtype: str, capability: int
 ) -> None:
     compiled = compile_for(capability, getattr(kernel, name), dtype, warps, stages)
     # Codes are used in the thread that unpacked them: no dot loads its tall operand from shared
     # memory.
     assert not re.search(r"local_load .*opIdx = 0", compiled.asm["ttgir"])
-    assert compiled.metadata.shared <= shared
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    found = re.search(rf"{name}:\s+REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    used, stack = map(int, found.groups())
-    assert used <= registers
+    code = read_code(name, compiled, warps)
+    assert code.shared_bytes <= shared
+    assert code.registers <= registers
     # Spilled registers are on the stack; ptxas may keep a few values there outside of loops.
-    assert stack <= 32
+    assert code.stack_bytes <= 32
+    assert code.programs_per_sm >= 1
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_prepare_kernel_is_small(capability: int) -> None:
+    compiled = compile_for(capability, kernel.prepare_kernel, "bf16", 4, 1)
+    assert compiled.metadata.shared <= 4_096
+
+
+@pytest.mark.parametrize(
+    ("name", "codes_of", "bounds"),
+    [
+        # Of planes of 8, 4, 2 and 1 bits.
+        ("shrink_kernel", shrink_codes(DEFAULT.shrink_words), (5.2, 2.8, 2.1, 1.8)),
+        ("expand_kernel", EXPAND_CODES, (6.2, 3.8, 2.9, 2.5)),
+    ],
+)
+def test_instructions_a_code(name: str, codes_of: list[int], bounds: tuple[float, ...]) -> None:
+    """An SM may spend 1.2 instructions of a lane on a byte's eighth at 75 % of copy bandwidth."""
+    warps, stages = (
+        (DEFAULT.shrink_warps, DEFAULT.shrink_stages)
+        if name == "shrink_kernel"
+        else (DEFAULT.expand_warps, DEFAULT.expand_stages)
+    )
+    compiled = compile_for(90, getattr(kernel, name), "bf16", warps, stages)
+    found = lane_instructions(read_code(name, compiled, warps), codes_of)
+    assert all(number <= bound for number, bound in zip(found, bounds, strict=True)), found
+
+
+@pytest.mark.parametrize(("key", "measured"), MEASURED.items())
+def test_the_model_explains_what_an_h200_measured(key: Any, measured: float) -> None:
+    name, rows, deltas = key
+    projections = [each for each in LAYER if name in ("whole layer", each.name)]
+    assert predict(projections, rows, deltas, DEFAULT, 90) == pytest.approx(measured, rel=0.15)
+
+
+def test_programs_at_decode_shapes() -> None:
+    """One row on one delta, for an H200's 132 SMs: a layer's launches leave most of them idle."""
+    programs = {
+        each.name: (len(shrink_programs(each, DEFAULT)), len(expand_programs(each, DEFAULT)))
+        for each in LAYER
+    }
+    assert programs == {
+        "q, k, v": (41, 18), "o": (25, 14), "gate, up": (80, 148), "down": (40, 14),
+    }  # fmt: skip
+
+
+LISTING = """
+.L_x_0:
+        /*0000*/  IMAD R1, R2, R3, R4 ;
+.L_x_1:
+        /*0010*/  HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+        /*0020*/  @P0 BRA `(.L_x_1) ;
+        /*0030*/  @P1 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0040*/  LDG.E R1, [R2] ;
+        /*0050*/  FADD R1, R1, R2 ;
+        /*0060*/  @P2 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0070*/  BRA `(.L_x_3) ;
+"""
+
+
+def test_inner_loops_are_found_in_a_listing() -> None:
+    assert list(inner_loops(LISTING)) == [(2, 1), (3, 0)]
