@@ -15,7 +15,8 @@ weights is an adapter. Of the other files only those count that a model needs to
 named and ignored. Base and fine-tune must be of one architecture.
 
 Each line is a test in `tests/compatibility`: a tiny model is made, and what is taken must have the
-logits of plain `transformers` or PEFT, merged, served by a node and loaded by `load_delta`.
+logits of plain `transformers` or PEFT, merged, loaded by `load_delta` and, if its family is served,
+from a node.
 `python -m tests.compatibility.table` prints this page.
 
 ## Families
