@@ -13,7 +13,7 @@ from deltadock.api.idempotency import OnceDep
 from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest
-from deltadock.errors import Conflict, IdempotencyKeyReused, InvalidInput, NotFound
+from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import MANIFEST_BYTES
 from deltadock.storage.models import BaseRow, CheckpointRow
@@ -38,12 +38,21 @@ class BaseIn(RequestBody):
     checkpoint: Digest
 
 
+class BaseChange(RequestBody):
+    """What to change of a base."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"shared": True}]})
+
+    shared: bool = Field(description="Whether every tenant may read it and compress against it.")
+
+
 class BaseOut(BaseModel):
     """A base."""
 
     id: str = Field(examples=["base_k7wq2mzv5c3xj6nhy4tbr2dfsa"])
     name: str = Field(examples=["tiny-base"])
     checkpoint: CheckpointOut
+    shared: bool = Field(description="Whether every tenant may compress against it.")
     created_at: datetime = Field(examples=[EXAMPLE_TIME])
 
     @classmethod
@@ -53,6 +62,7 @@ class BaseOut(BaseModel):
             id=base.id,
             name=base.name,
             checkpoint=CheckpointOut.of(base.checkpoint),
+            shared=base.shared,
             created_at=base.created_at,
         )
 
@@ -131,3 +141,16 @@ def list_bases(caller: CallerDep, session: ReadSession) -> BaseList:
 def get_base(base: BaseRef, caller: CallerDep, session: ReadSession) -> BaseOut:
     """Get one base."""
     return BaseOut.of(require_base(session, caller.tenant_id, base))
+
+
+@router.patch("/{base}", responses=problems(Forbidden, InvalidInput, NotFound))
+def change_base(base: BaseRef, body: BaseChange, caller: CallerDep, unit: WriteUnit) -> BaseOut:
+    """Share a base of the operator's tenant with every tenant, or end that.
+
+    Deltas that other tenants have compressed against it stay.
+    """
+    row = require_base(unit.session, caller.tenant_id, base)
+    if row.tenant_id != caller.tenant_id:
+        raise NotFound(f"Your tenant has no base {base!r} of its own.")
+    row.shared = body.shared
+    return BaseOut.of(row)

@@ -9,6 +9,9 @@ from fastapi import Depends, Request
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from deltadock.api.access.authentication import Authenticator
+from deltadock.api.access.rates import Rates
+from deltadock.api.access.sessions import Sessions
 from deltadock.api.fleet import Fleet
 from deltadock.api.tasks import TaskSender
 from deltadock.api.uploads.completion import Completer
@@ -29,6 +32,9 @@ class Resources:
     """For requests to the nodes."""
     fleet: Fleet
     completer: Completer
+    keys: Authenticator
+    sessions: Sessions
+    rates: Rates
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -51,12 +57,17 @@ class Resources:
             ),
             fleet=Fleet(database),
             completer=Completer(database, blobs, settings),
+            keys=Authenticator(database, settings),
+            sessions=Sessions(settings),
+            rates=Rates(settings.broker_url),
         )
 
     async def close(self) -> None:
         """Close all connections."""
         await run_in_threadpool(self.completer.close)
         await self.http.aclose()
+        await self.rates.close()
+        await run_in_threadpool(self.keys.write_uses)
         await run_in_threadpool(self.tasks.close)
         await run_in_threadpool(self.database.dispose)
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
+import anyio
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
@@ -13,8 +14,21 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse
 
-from deltadock.api import bases, health, jobs, methods, nodes, previews, webhooks
+from deltadock.api import (
+    bases,
+    health,
+    jobs,
+    keys,
+    methods,
+    nodes,
+    previews,
+    tenants,
+    webhooks,
+)
+from deltadock.api.access.middleware import AccessControl
+from deltadock.api.access.rules import RuleTable
 from deltadock.api.dashboard import endpoints as dashboard
+from deltadock.api.dashboard import sign_in
 from deltadock.api.deltas import endpoints as deltas
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation import endpoints as generation
@@ -26,6 +40,9 @@ from deltadock.openai.errors import ErrorBody
 from deltadock.settings import Settings, get_settings
 from deltadock.version import __version__
 
+KEY_USES_SECONDS: Final = 60.0
+"""How often the times at which keys were last used are written."""
+
 DESCRIPTION: Final = """
 Store fine-tuned LLMs as small deltas on a shared base, and serve them.
 
@@ -33,6 +50,8 @@ Store fine-tuned LLMs as small deltas on a shared base, and serve them.
 2. Upload a fine-tune of it, and a calibration text.
 3. Create a delta and follow its job.
 4. Generate with the delta's id as the model.
+
+Every request needs an API key as a bearer token, with the scope that its route requires.
 
 Errors are `application/problem+json` (RFC 9457) with a stable `code`; OpenAI's routes answer errors
 in OpenAI's format.
@@ -57,9 +76,23 @@ class DescribedApp(FastAPI):
                 ref_template="#/components/schemas/{model}",
             )
             schema["components"]["schemas"] |= errors["$defs"]
+            _describe_keys(schema, self.state.rules)
             _describe_streams_as_text(schema)
             self.openapi_schema = schema
         return self.openapi_schema
+
+
+def _describe_keys(schema: dict[str, Any], rules: RuleTable) -> None:
+    """Describe what each operation requires: a key with one of some scopes, or nothing."""
+    schema["components"]["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer", "description": "An API key, `ddk_...`."},
+        "node": {"type": "http", "scheme": "bearer", "description": "The secret of the nodes."},
+    }
+    for path, item in schema["paths"].items():
+        for method, operation in item.items():
+            rule = rules.find(method.upper(), path)
+            scheme = "node" if rule.node else "key"
+            operation["security"] = [{scheme: []}] if rule.node or rule.scopes else []
 
 
 def _describe_streams_as_text(schema: dict[str, Any]) -> None:
@@ -82,7 +115,10 @@ def create_app(settings: Settings) -> FastAPI:
         _route_uvicorn_logs()
         await run_in_threadpool(resources.blobs.prepare)
         resources.completer.start()
-        yield
+        async with anyio.create_task_group() as group:
+            group.start_soon(_write_key_uses, resources)
+            yield
+            group.cancel_scope.cancel()
         await resources.close()
 
     app = DescribedApp(
@@ -96,17 +132,25 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.resources = resources
-    app.add_middleware(BodyLimit)
-    app.add_middleware(RequestContext)
     install_error_handlers(app)
     for module in (
-        uploads, bases, previews, deltas, jobs, methods, generation, nodes, webhooks,
-        health, dashboard,
+        uploads, bases, previews, deltas, jobs, methods, generation, nodes, webhooks, keys,
+        tenants, health, dashboard, sign_in,
     ):  # fmt: skip
         app.include_router(module.router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.mount("/static", dashboard.static_files)
+    app.state.rules = RuleTable(app.routes)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(AccessControl, resources=resources, rules=app.state.rules)
+    app.add_middleware(RequestContext)
     return app
+
+
+async def _write_key_uses(resources: Resources) -> None:
+    while True:
+        await anyio.sleep(KEY_USES_SECONDS)
+        await run_in_threadpool(resources.keys.write_uses)
 
 
 def _docs() -> HTMLResponse:

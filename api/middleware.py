@@ -21,6 +21,7 @@ MAX_BODY_BYTES: Final = 8 << 20
 """Of all bodies but uploaded files, which are streamed."""
 
 _VALID_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_FILE: Final = re.compile(r"/v1/uploads/[^/]+/")
 _QUIET_PATHS: Final = ("/healthz", "/readyz", "/metrics", "/parts/", "/static/", "/v1/nodes/")
 """Probes, heartbeats and the dashboard's polling: logged at debug level."""
 
@@ -75,13 +76,13 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Rejects bodies over `MAX_BODY_BYTES`, except files (PUT), which have their own limit."""
+    """Rejects bodies over `MAX_BODY_BYTES`, except files, which have their own limit."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] == "PUT":
+        if scope["type"] != "http" or (scope["method"] == "PUT" and _FILE.match(scope["path"])):
             await self.app(scope, receive, send)
             return
         received = 0

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Final, Literal, Self
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Path
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter
 from sqlalchemy.orm import Session
 
@@ -22,7 +22,6 @@ from deltadock.api.schemas import (
 from deltadock.errors import InvalidInput, Unauthorized
 from deltadock.storage.models import BaseRow, DeltaRow, NodeRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, NodeRepository
-from deltadock.trust import check_trusted
 
 router = APIRouter(prefix="/v1/nodes", tags=["nodes"])
 
@@ -186,15 +185,6 @@ NodeId = Annotated[
 ]  # fmt: skip
 
 
-def require_trusted_node(request: Request, resources: ResourcesDep) -> None:
-    """Reject requests without the node secret (without a secret: from other machines)."""
-    check_trusted(
-        resources.settings.node_secret,
-        request.headers.get("Authorization"),
-        request.client.host if request.client is not None else None,
-    )
-
-
 @router.get("")
 def list_nodes(caller: CallerDep, session: ReadSession) -> NodeList:
     """List the registered inference nodes and the deltas they hold."""
@@ -204,7 +194,6 @@ def list_nodes(caller: CallerDep, session: ReadSession) -> NodeList:
 @router.put(
     "/{node_id}",
     status_code=204,
-    dependencies=[Depends(require_trusted_node)],
     responses=problems(Unauthorized, InvalidInput),
 )
 def put_node(node_id: NodeId, body: NodeIn, unit: WriteUnit, resources: ResourcesDep) -> None:
@@ -218,7 +207,6 @@ def put_node(node_id: NodeId, body: NodeIn, unit: WriteUnit, resources: Resource
 @router.delete(
     "/{node_id}",
     status_code=204,
-    dependencies=[Depends(require_trusted_node)],
     responses=problems(Unauthorized, InvalidInput),
 )
 def drop_node(node_id: NodeId, unit: WriteUnit, resources: ResourcesDep) -> None:

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from deltadock.errors import DeltadockError, InvalidInput, RangeNotSatisfiable
+from deltadock.errors import DeltadockError, InvalidInput, RangeNotSatisfiable, Unauthorized
 from deltadock.openai.errors import ErrorBody, openai_status, validation_message
 
 log = structlog.get_logger(__name__)
@@ -96,11 +96,18 @@ async def _domain_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, DeltadockError)
     if error.status >= 500:
         log.error("request_failed", code=error.code, detail=error.message, exc_info=error)
-    headers = {}
+    return problem_response(request.url.path, error)
+
+
+def problem_response(path: str, error: DeltadockError) -> Response:
+    """The response for a domain error, in the format that clients of `path` expect."""
+    headers = dict(error.headers)
     if isinstance(error, RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{error.details['size']}"
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = 'Bearer realm="deltadock"'
     return error_response(
-        request.url.path,
+        path,
         error.status,
         error.code,
         error.message,

@@ -19,6 +19,8 @@
     │   ├── InvalidArtifact             422 invalid_artifact
     │   └── UnsupportedModel            422 unsupported_model
     ├── Unauthorized                    401 unauthorized
+    ├── Forbidden                       403 forbidden
+    │   └── QuotaExceeded               403 quota_exceeded
     ├── NotFound                        404 not_found
     │   └── ModelNotFound               404 model_not_found
     ├── Conflict                        409 conflict
@@ -32,12 +34,14 @@
     ├── StorageFull                     507 storage_full
     ├── InferenceFailed                 500 inference_failed
     └── Unavailable                     503 unavailable
-        └── Overloaded                  429 overloaded
+        ├── Overloaded                  429 overloaded
+        └── RateLimited                 429 rate_limited
 
 `code` is stable: clients may match on it. `status` is the HTTP status. The message is for people
 and says what to do.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -48,10 +52,14 @@ class DeltadockError(Exception):
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, **details: object) -> None:
+    def __init__(
+        self, message: str, *, headers: Mapping[str, str] | None = None, **details: object
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.details = details
+        self.headers = headers or {}
+        """Headers of the response."""
 
 
 class InvalidInput(DeltadockError):
@@ -158,10 +166,23 @@ class UnsupportedModel(InvalidInput):
 
 
 class Unauthorized(DeltadockError):
-    """The request lacks the required secret."""
+    """The request has no valid key or secret."""
 
     status = 401
     code = "unauthorized"
+
+
+class Forbidden(DeltadockError):
+    """The key lacks the scope that the request needs, or a form its token."""
+
+    status = 403
+    code = "forbidden"
+
+
+class QuotaExceeded(Forbidden):
+    """The tenant has stored as much as it may."""
+
+    code = "quota_exceeded"
 
 
 class NotFound(DeltadockError):
@@ -258,11 +279,18 @@ class Overloaded(Unavailable):
     code = "overloaded"
 
 
+class RateLimited(Unavailable):
+    """The tenant sends more than its rate allows, or runs as many jobs as it may."""
+
+    status = 429
+    code = "rate_limited"
+
+
 def error_for(code: str, message: str, **details: object) -> DeltadockError:
     """An error of the class with this code; one of an unknown code is named in the message."""
     classes = [DeltadockError]
     for kind in classes:
         if kind.code == code:
-            return kind(message, **details)
+            return kind(message, headers=None, **details)
         classes.extend(kind.__subclasses__())
-    return DeltadockError(f"{code}: {message}", **details)
+    return DeltadockError(f"{code}: {message}", headers=None, **details)

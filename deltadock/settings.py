@@ -48,6 +48,11 @@ class Settings(BaseSettings):
         default=None,
         description="URL at which the api reaches the node; unset, its host name and port.",
     )
+    key_secret: SecretStr | None = Field(
+        default=None,
+        description="Secret under which API keys are stored and sessions are signed; unset, that "
+        "of `home`, made at the first start. The same for all processes of the api.",
+    )
     node_secret: SecretStr | None = Field(
         default=None,
         description="Secret shared by the api and its nodes; unset, both accept only requests "

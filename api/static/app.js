@@ -16,6 +16,8 @@ document.addEventListener("click", async ({ target }) => {
   setTimeout(() => { button.textContent = "copy"; }, 2000);
 });
 
+const csrfToken = document.querySelector("meta[name=csrf-token]").content;
+
 const offline = document.getElementById("offline");
 document.addEventListener("htmx:error", () => { offline.hidden = false; });
 document.addEventListener("htmx:after:request", ({ detail }) => {
@@ -50,7 +52,7 @@ async function ask(answer, body) {
   try {
     const response = await fetch(answer.dataset.generate, {
       method: "POST",
-      headers: { "Content-Type": "application/json" },
+      headers: { "Content-Type": "application/json", "X-CSRF-Token": csrfToken },
       body,
     });
     const result = await response.json();

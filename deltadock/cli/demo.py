@@ -24,6 +24,7 @@ from rich.text import Text
 from deltadock.cli.processes import HOST, Child, free_ports
 from deltadock.client.http import Client, JsonObject
 from deltadock.errors import DeltadockError, NotFound
+from deltadock.storage.api_keys import local_key_path
 
 SAMPLES: Final = Path(str(files("deltadock") / "samples"))
 PROGRESS_STEP: Final = 5
@@ -52,7 +53,7 @@ def demo(samples: Path = SAMPLES, shown: int = 5, measured: int = 60) -> None:
     lines = (samples / "exercises.jsonl").read_text(encoding="utf-8").splitlines()
     exercises = [json.loads(line) for line in lines[: max(shown, measured)]]
     console.print("[bold]1. Start[/]: api, worker and node with a broker, SQLite and a folder")
-    with _running_system() as url, Client(url) as client:
+    with _running_system() as (url, key), Client(url, key) as client:
         console.print(f"   running at {url}")
         delta, exact = _store(console, client, samples)
         _show_report(console, delta, client.report(delta["id"]))
@@ -67,8 +68,8 @@ def demo(samples: Path = SAMPLES, shown: int = 5, measured: int = 60) -> None:
 
 
 @contextmanager
-def _running_system() -> Iterator[str]:
-    """Run `deltadock up` in a temporary folder; yields its URL."""
+def _running_system() -> Iterator[tuple[str, str]]:
+    """Run `deltadock up` in a temporary folder; yields its URL and API key."""
     api_port, node_port = free_ports(2)
     url = f"http://{HOST}:{api_port}"
     with tempfile.TemporaryDirectory(prefix="deltadock-demo-") as name:
@@ -81,7 +82,7 @@ def _running_system() -> Iterator[str]:
             # The worker and the node may still be starting: jobs wait for the worker, and the node
             # is up long before the first compression ends.
             system.wait_until(lambda: _is_ready(url), seconds=120)
-            yield url
+            yield url, local_key_path(home).read_text(encoding="utf-8").strip()
 
 
 def _is_ready(url: str) -> bool:

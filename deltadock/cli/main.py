@@ -75,11 +75,18 @@ def options(
 
 
 @app.command(rich_help_panel=RUNNING)
-def up(home: Home = None, api_port: ApiPort = 8000, node_port: NodePort = 8100) -> None:
+def up(
+    home: Home = None,
+    host: Annotated[
+        str, typer.Option(help="Address of the api. Not loopback: first make a key.")
+    ] = "127.0.0.1",
+    api_port: ApiPort = 8000,
+    node_port: NodePort = 8100,
+) -> None:
     """Run api, worker, node and broker on this machine. Ctrl-C stops them."""
     from deltadock.cli.system import up as run
 
-    run(home, api_port, node_port)
+    run(home, api_port, node_port, host)
 
 
 @app.command(rich_help_panel=RUNNING)
@@ -107,6 +114,58 @@ def node(
     from deltadock.cli.node import node as run
 
     run(base, api, delta or [], host, port)
+
+
+keys = typer.Typer(no_args_is_help=True, help="API keys, handled in the database directly.")
+app.add_typer(keys, name="keys", rich_help_panel=RUNNING)
+
+KeyRef = Annotated[str, typer.Argument(metavar="KEY", help="The key's id or prefix.")]
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Option(help="What the key is for.")],
+    scopes: Annotated[
+        str, typer.Option(help="Of read, write, infer and admin, with commas between them.")
+    ] = "read,write,infer",
+    tenant: Annotated[str, typer.Option(help="The tenant's name or id.")] = "local",
+    days: Annotated[float | None, typer.Option(min=0, help="Days until it expires.")] = None,
+    home: Home = None,
+) -> None:
+    """Make a key and print it: the key is shown only then."""
+    from deltadock.cli.keys import create
+
+    create(home, name, tenant, scopes.split(","), days)
+
+
+@keys.command("list")
+def list_keys(home: Home = None) -> None:
+    """Print all keys, newest first."""
+    from deltadock.cli.keys import show
+
+    show(home)
+
+
+@keys.command("revoke")
+def revoke_key(key: KeyRef, home: Home = None) -> None:
+    """Revoke a key."""
+    from deltadock.cli.keys import revoke
+
+    revoke(home, key)
+
+
+@keys.command("rotate")
+def rotate_key(
+    key: KeyRef,
+    grace_hours: Annotated[
+        float, typer.Option(min=0, help="Hours for which the old key keeps working.")
+    ] = 24.0,
+    home: Home = None,
+) -> None:
+    """Make a key with the same name and scopes, and let the old one expire."""
+    from deltadock.cli.keys import rotate
+
+    rotate(home, key, grace_hours)
 
 
 @app.command(rich_help_panel=RUNNING)

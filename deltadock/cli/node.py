@@ -14,6 +14,7 @@ from deltadock.cli.system import SECRET_FILE
 from deltadock.errors import InvalidCheckpoint
 from deltadock.settings import get_settings
 from deltadock.storage.blobs import make_blob_store
+from deltadock.trust import kept_secret
 
 
 def node(base: Path | None, api: str | None, deltas: Sequence[Path], host: str, port: int) -> None:
@@ -39,7 +40,7 @@ def node(base: Path | None, api: str | None, deltas: Sequence[Path], host: str, 
         environment["DELTADOCK_API_URL"] = api
         secret_file = get_settings().home / SECRET_FILE  # written by `deltadock up`
         if secret_file.is_file():
-            environment.setdefault("DELTADOCK_NODE_SECRET", secret_file.read_text(encoding="utf-8"))
+            environment.setdefault("DELTADOCK_NODE_SECRET", kept_secret(secret_file))
     if deltas:
         environment["DELTADOCK_NODE_DELTAS"] = json.dumps(_store(deltas))
     command = [

@@ -7,11 +7,11 @@ processes and environment variables of docker-compose.yml.
 
 import fcntl
 import os
-import secrets
 import sys
 import tempfile
 import threading
 import time
+import webbrowser
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,11 +21,15 @@ from typing import Final
 import httpx
 from rich.console import Console
 
+from deltadock.api.access.sessions import Sessions
+from deltadock.cli.keys import ensure_local_key, has_made_key
 from deltadock.cli.processes import HOST, Child, port_is_free, stop_on_signals
 from deltadock.cli.services import postgres, seaweedfs, valkey
-from deltadock.errors import Conflict, Unavailable
+from deltadock.errors import Conflict, Forbidden, Unavailable
 from deltadock.settings import Settings, get_settings
+from deltadock.storage.api_keys import key_secret, local_key_path
 from deltadock.storage.database import migrate
+from deltadock.trust import is_loopback, kept_secret
 
 SECRET_FILE: Final = "node.secret"
 """File in the home that holds the shared secret of api and nodes."""
@@ -56,26 +60,23 @@ def node_secret(home: Path) -> str:
     configured = get_settings().node_secret
     if configured is not None:
         return configured.get_secret_value()
-    path = home / SECRET_FILE
-    if not path.is_file():
-        home.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_urlsafe(), encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+    return kept_secret(home / SECRET_FILE)
 
 
 @contextmanager
 def running(
-    settings: Mapping[str, str], home: Path, *, api_port: int, node_port: int
+    settings: Mapping[str, str], home: Path, *, api_port: int, node_port: int, host: str = HOST
 ) -> Iterator[list[Child]]:
     """Migrate the database, start api, worker and node, and wait until all are ready.
 
     Args:
         settings: fields of `Settings` with their values as text.
         home: folder for the logs.
-        api_port, node_port: ports on the loopback interface.
+        api_port, node_port: ports of the api and, on the loopback interface, of the node.
+        host: address of the api.
 
     Raises:
+        Forbidden: `host` is not loopback, and no key was made for others.
         Unavailable: a process did not start; the error quotes the end of its log.
         KeyboardInterrupt: a stop signal arrived meanwhile.
     """
@@ -85,6 +86,7 @@ def running(
         environment["DELTADOCK_NODE_BASE"] = str(Path(base).resolve())
     parsed = Settings.model_validate(settings)
     migrate(parsed.sqlalchemy_url)
+    _check_host(host, parsed, ensure_local_key(parsed))
     # A busy worker answers no ping, and after a crash it may be busy from the start. It touches
     # this file before its first task; one left from the last run must not count.
     parsed.worker_alive.unlink(missing_ok=True)
@@ -92,7 +94,7 @@ def running(
     commands = {
         "node": (*python, "deltadock.inference.server", "--host", HOST, "--port", str(node_port)),
         "worker": worker_command(),
-        "api": (*python, "uvicorn", "deltadock.api.main:app", "--host", HOST,
+        "api": (*python, "uvicorn", "deltadock.api.main:app", "--host", host,
                 "--port", str(api_port),
                 "--timeout-graceful-shutdown", "5"),
     }  # fmt: skip
@@ -109,10 +111,25 @@ def running(
         # Callbacks run in reverse order: every child gets its stop signal before any is waited for.
         for child in children.values():
             stack.callback(child.request_stop)
-        children["api"].wait_until(lambda: _responds(f"http://{HOST}:{api_port}/readyz"))
-        children["node"].wait_until(lambda: _has_node(f"http://{HOST}:{api_port}/readyz"))
+        children["api"].wait_until(lambda: _responds(f"{api_url(host, api_port)}/readyz"))
+        children["node"].wait_until(lambda: _has_node(f"{api_url(host, api_port)}/readyz"))
         children["worker"].wait_until(parsed.worker_alive.exists)
         yield list(children.values())
+
+
+def _check_host(host: str, settings: Settings, local_key_id: str) -> None:
+    if not is_loopback(host) and not has_made_key(settings, local_key_id):
+        raise Forbidden(
+            f"On {host} other machines reach the api, and no key was made for them. Make one with "
+            f"`deltadock keys create --name NAME --home {settings.home}`, then start again."
+        )
+
+
+def api_url(host: str, port: int) -> str:
+    """URL of the api on this machine; an unspecified address includes loopback."""
+    if host in {"0.0.0.0", "::"}:
+        host = HOST
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def worker_command() -> list[str]:
@@ -157,21 +174,25 @@ def keep_running(children: Sequence[Child], stopping: threading.Event, console: 
             child.restart()
 
 
-def embedded_settings(home: Path, api_port: int) -> dict[str, str]:
+def embedded_settings(home: Path, url: str) -> dict[str, str]:
     """Fields of `Settings` for SQLite and a local blob folder."""
     return {
         "home": str(home),
         "database_url": "",
         "blob_store": "local",
-        "api_url": f"http://{HOST}:{api_port}",
+        "api_url": url,
+        "key_secret": key_secret(Settings(home=home)),
         "node_secret": node_secret(home),
     }
 
 
-def up(home: Path | None = None, api_port: int = 8000, node_port: int = 8100) -> None:
+def up(
+    home: Path | None = None, api_port: int = 8000, node_port: int = 8100, host: str = HOST
+) -> None:
     """Run the embedded system until Ctrl-C or SIGTERM; its data stays in `home`.
 
     Raises:
+        Forbidden: `host` is not loopback, and no key was made for others.
         Conflict: another Deltadock runs in `home`.
         Unavailable: a port is in use, or a process does not start or keeps exiting.
     """
@@ -181,20 +202,28 @@ def up(home: Path | None = None, api_port: int = 8000, node_port: int = 8100) ->
         check_ports(api_port, node_port)
         console.print(f"Starting Deltadock in {home} ...", soft_wrap=True)
         with valkey(home / "valkey") as broker:
-            settings = embedded_settings(home, api_port) | broker.settings
-            with running(settings, home, api_port=api_port, node_port=node_port) as children:
-                announce(console, api_port, home)
+            url = api_url(host, api_port)
+            settings = embedded_settings(home, url) | broker.settings
+            ports = {"api_port": api_port, "node_port": node_port}
+            with running(settings, home, **ports, host=host) as children:
+                announce(console, url, home, settings)
                 console.print("Ctrl-C stops everything; the data is kept for the next start.")
                 keep_running([broker.child, *children], stopping, console)
     console.print("Stopped.")
 
 
-def announce(console: Console, api_port: int, home: Path) -> None:
-    """Print the addresses and the log folder."""
-    address = f"http://{HOST}:{api_port}"
-    console.print(f"Dashboard  {address}/", soft_wrap=True)
-    console.print(f"API        {address}/docs", soft_wrap=True)
+def announce(console: Console, url: str, home: Path, settings: Mapping[str, str]) -> None:
+    """Print the addresses, the key's file and the log folder; in a terminal, open the dashboard."""
+    parsed = Settings.model_validate(settings)
+    token = Sessions(parsed).link_token(ensure_local_key(parsed))
+    link = f"{url}/sign-in?token={token}"
+    console.print(f"Dashboard  {link}  (signs in once, within the hour)", soft_wrap=True)
+    console.print(f"API        {url}/docs", soft_wrap=True)
+    console.print(f"API key    {local_key_path(parsed.home)}", soft_wrap=True)
     console.print(f"Logs       {home / 'logs'}", soft_wrap=True)
+    has_screen = sys.platform == "darwin" or "DISPLAY" in os.environ
+    if console.is_terminal and has_screen:
+        webbrowser.open(link)
 
 
 @contextmanager
@@ -220,6 +249,7 @@ def topology_settings(home: Path, api_port: int, *services: dict[str, str]) -> d
     settings = {
         "home": str(home),
         "api_url": f"http://{HOST}:{api_port}",
+        "key_secret": key_secret(Settings(home=home)),
         "node_secret": node_secret(home),
         "device": get_settings().device,
     }
@@ -249,7 +279,7 @@ def topology(home: Path | None = None, api_port: int = 8000, node_port: int = 81
             )
             console.print("Starting Deltadock ...")
             with running(settings, folder, api_port=api_port, node_port=node_port) as children:
-                announce(console, api_port, folder)
+                announce(console, api_url(HOST, api_port), folder, settings)
                 console.print("Ctrl-C stops everything.")
                 servers = [service.child for service in services]
                 keep_running([*servers, *children], stopping, console)

@@ -6,6 +6,7 @@ Methods return the JSON objects of the OpenAPI description. An error response ra
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -34,10 +35,17 @@ def _ignore_job(_job: JsonObject) -> None:
 
 
 class Client:
-    """A client of the Deltadock api at `url`; a context manager that closes its connections."""
+    """A client of the Deltadock api at `url`; a context manager that closes its connections.
 
-    def __init__(self, url: str = "http://127.0.0.1:8000") -> None:
-        self._http = httpx.Client(base_url=url, timeout=TIMEOUT)
+    Args:
+        url: address of the api.
+        api_key: None: that of the environment variable DELTADOCK_API_KEY, if set.
+    """
+
+    def __init__(self, url: str = "http://127.0.0.1:8000", api_key: str | None = None) -> None:
+        api_key = api_key or os.environ.get("DELTADOCK_API_KEY")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=url, timeout=TIMEOUT, headers=headers)
 
     def __enter__(self) -> Self:
         return self

@@ -5,6 +5,7 @@ from deltadock.storage.repositories.deltas import DeltaRepository
 from deltadock.storage.repositories.idempotency import IdempotencyRepository
 from deltadock.storage.repositories.jobs import JobRepository
 from deltadock.storage.repositories.nodes import NodeRepository
+from deltadock.storage.repositories.tenants import KeyRepository, TenantRepository, Usage
 from deltadock.storage.repositories.uploads import UploadRepository
 from deltadock.storage.repositories.webhooks import WebhookRepository
 
@@ -14,7 +15,10 @@ __all__ = [
     "DeltaRepository",
     "IdempotencyRepository",
     "JobRepository",
+    "KeyRepository",
     "NodeRepository",
+    "TenantRepository",
     "UploadRepository",
+    "Usage",
     "WebhookRepository",
 ]

@@ -11,7 +11,7 @@ import pytest
 from deltadock.api.main import create_app
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
-from tests.api.support import Api, StandInNode, serving
+from tests.api.support import Api, StandInNode, bearer, issue_key, serving
 
 
 @pytest.fixture
@@ -50,5 +50,6 @@ def api(settings: Settings, migrated_file: Path) -> Iterator[Api]:
     settings.home.mkdir(parents=True)
     shutil.copy(migrated_file, settings.home)
     app = create_app(settings)
-    with serving(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+    headers = bearer(issue_key(settings))
+    with serving(app) as url, httpx.Client(base_url=url, timeout=30, headers=headers) as client:
         yield Api(client, app.state.resources)

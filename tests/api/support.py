@@ -5,7 +5,7 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +21,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from deltadock.api.dependencies import Resources
-from deltadock.storage.models import JobState
-from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.settings import Settings
+from deltadock.storage.api_keys import key_secret
+from deltadock.storage.database import Database
+from deltadock.storage.models import JobState, Scope
+from deltadock.storage.repositories import DeltaRepository, JobRepository, KeyRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 CONFIG = json.dumps({"model_type": "llama", "hidden_size": 8}).encode()
@@ -61,12 +64,35 @@ def serving(app: ASGIApp) -> Iterator[str]:
         root.setLevel(level)
 
 
+def issue_key(
+    settings: Settings, *, tenant: str = LOCAL_TENANT, scopes: Iterable[Scope] = tuple(Scope)
+) -> str:
+    """A new API key of the tenant."""
+    database = Database(settings.sqlalchemy_url)
+    with database.session_scope() as session:
+        _, key = KeyRepository(session, tenant).issue(
+            key_secret(settings), name="tests", scopes=scopes
+        )
+    database.dispose()
+    return key
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The headers that carry the key."""
+    return {"Authorization": f"Bearer {key}"}
+
+
 @dataclass
 class Api:
     """A running api: a client for it, and its resources for inspection."""
 
     client: httpx.Client
     resources: Resources
+
+    @property
+    def key(self) -> str:
+        """The client's API key."""
+        return self.client.headers["Authorization"].removeprefix("Bearer ")
 
     def staged(self) -> list[str]:
         """Staging files in the (local) blob store."""

@@ -43,8 +43,8 @@ def proxy(api: Api) -> Iterator[FaultyProxy]:
 
 
 @pytest.fixture
-def client(proxy: FaultyProxy) -> Iterator[Client]:
-    with Client(proxy.url) as client:
+def client(api: Api, proxy: FaultyProxy) -> Iterator[Client]:
+    with Client(proxy.url, api.key) as client:
         yield client
 
 

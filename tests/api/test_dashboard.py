@@ -23,6 +23,7 @@ from deltadock.storage.repositories import (
 )
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
+from tests.api.support import bearer, issue_key
 
 PAGES = ("/", "/deltas/{delta}", "/deltas/nothing", "/parts/totals", "/parts/deltas/{delta}/row")
 
@@ -48,7 +49,7 @@ def empty(tmp_path: Path) -> Iterator[Site]:
     app = create_app(settings)
     resources: Resources = app.state.resources
     resources.blobs.prepare()
-    yield Site(TestClient(app), resources)
+    yield Site(TestClient(app, headers=bearer(issue_key(settings))), resources)
     resources.database.dispose()
 
 
@@ -65,7 +66,7 @@ def site(empty: Site, seeded: seed.Seeded) -> Site:
 def test_says_how_to_start_when_nothing_is_stored(empty: Site) -> None:
     page = unescape(empty.text("/"))
     assert "No deltas yet" in page
-    assert 'curl --json \'{"kind": "checkpoint"}\' http://testserver/v1/uploads' in page
+    assert 'curl $auth --json \'{"kind": "checkpoint"}\' http://testserver/v1/uploads' in page
     assert "deltadock compress --base" in page
     assert "0</strong> ready deltas" in page
 

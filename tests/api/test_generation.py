@@ -159,7 +159,7 @@ def test_chat_requests_are_forwarded_like_completions(
 def test_the_openai_package(api: Api, ready: Ready) -> None:
     delta, _, _ = ready
     with openai.OpenAI(
-        base_url=f"{api.client.base_url}/v1", api_key="none", max_retries=0
+        base_url=f"{api.client.base_url}/v1", api_key=api.key, max_retries=0
     ) as client:
         models = {model.id for model in client.models.list()}
         assert models == {"tiny", delta["id"], "maths/skills"}

@@ -13,7 +13,7 @@ from deltadock.api.fleet import NodeView, rank
 from deltadock.errors import Unauthorized
 from deltadock.model_target import ModelTarget
 from deltadock.trust import check_trusted, credentials
-from tests.api.support import Api, StandInNode, serving
+from tests.api.support import Api, StandInNode, bearer, serving
 from tests.waiting import wait_until
 
 BASE, OTHER, ARTIFACT = "b" * 64, "c" * 64, "a" * 64
@@ -131,18 +131,18 @@ class TestWithSecret:
     def test_registration_and_requests_to_nodes_need_the_secret(
         self, api: Api, node: StandInNode, node_url: str
     ) -> None:
-        for headers in ({}, {"Authorization": "Bearer other"}):
+        for headers in ({}, bearer("other")):
             for method in ("PUT", "DELETE"):
                 answer = api.client.request(
                     method, "/v1/nodes/node_a", json={"url": node_url}, headers=headers
                 )
                 assert (answer.status_code, answer.json()["code"]) == (401, "unauthorized")
-        api.client.headers["Authorization"] = "Bearer s3cret"
+        mine = bearer(api.key)
+        api.client.headers.update(bearer("s3cret"))
         api.register(node_url)
-        del api.client.headers["Authorization"]
+        api.client.headers.update(mine)
         assert len(api.client.get("/v1/nodes").json()["data"]) == 1
         api.base()
-        mine = {"Authorization": "Bearer of my own"}
         ask = {"model": "tiny", "prompt": "x"}
         assert api.client.post("/v1/completions", json=ask, headers=mine).status_code == 200
         assert node.requests[-1]["headers"]["authorization"] == "Bearer s3cret"

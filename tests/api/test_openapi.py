@@ -18,7 +18,7 @@ from deltadock.api.main import create_app
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
 from deltadock.storage.repositories import NodeRepository
-from tests.api.support import StandInNode, serving
+from tests.api.support import StandInNode, bearer, issue_key, serving
 
 EXAMPLES = 20
 METHODS = ("get", "put", "post", "delete", "head")
@@ -39,6 +39,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[An
                 "node_a", node_url, lives_seconds=3600, base_digest=None, adopts=True,
                 draining=False, capacity=8, admitted=0, delta_slots=4, deltas=[],
             )  # fmt: skip
+        app.state.headers = bearer(issue_key(configured))
         yield app
 
 
@@ -51,7 +52,7 @@ def document(app: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def api_schema(app: Any) -> Iterator[Any]:
     with serving(app) as url:
-        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
+        yield schemathesis.openapi.from_url(f"{url}/openapi.json", headers=app.state.headers)
 
 
 def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -111,7 +112,7 @@ def test_the_document_has_no_machine_paths(document: dict[str, Any]) -> None:
     assert not re.search(r"/(home|root|work)/", str(document))
 
 
-def test_the_api_conforms_to_the_document(api_schema: Any) -> None:
+def test_the_api_conforms_to_the_document(app: Any, api_schema: Any) -> None:
     """Generated requests, valid and invalid: no crash, only documented responses."""
     tried = 0
     for result in api_schema.get_all_operations():
@@ -127,7 +128,9 @@ def test_the_api_conforms_to_the_document(api_schema: Any) -> None:
         )
         def conforms(case: Any) -> None:
             # Conditions that a schema cannot express (does the text exist?) are a 4xx too.
-            case.call_and_validate(excluded_checks=[positive_data_acceptance])
+            case.call_and_validate(
+                excluded_checks=[positive_data_acceptance], headers=app.state.headers
+            )
 
         conforms()
         tried += 1

@@ -1,18 +1,20 @@
 """Errors have one shape and stable codes."""
 
+import shutil
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from sqlalchemy import text
 
 from deltadock.api.main import create_app
 from deltadock.api.middleware import MAX_BODY_BYTES
 from deltadock.errors import DeltadockError, Overloaded
 from deltadock.settings import Settings
-from tests.api.support import Api, serving
+from tests.api.support import Api, bearer, issue_key, serving
 
 MEMBERS = {"type", "title", "status", "detail", "code", "retryable"}
 
@@ -66,7 +68,10 @@ def test_a_broken_database_is_unavailable(api: Api) -> None:
 
 
 @pytest.fixture
-def faulty(settings: Settings) -> FastAPI:
+def faulty(settings: Settings, migrated_file: Path) -> Iterator[httpx.Client]:
+    """A client of an app with routes that raise."""
+    settings.home.mkdir(parents=True)
+    shutil.copy(migrated_file, settings.home)
     app = create_app(settings)
 
     @app.get("/bug")
@@ -81,26 +86,26 @@ def faulty(settings: Settings) -> FastAPI:
     def full() -> None:
         raise Overloaded("The queue is full.")
 
-    return app
+    headers = bearer(issue_key(settings))
+    with serving(app) as url, httpx.Client(base_url=url, headers=headers) as client:
+        yield client
 
 
-def test_unexpected_exceptions_are_not_disclosed(faulty: FastAPI) -> None:
-    with serving(faulty) as url:
-        answer = httpx.get(f"{url}/bug", headers={"X-Request-ID": "trace-1"})
-        problem = check(answer, 500, "internal_error")
-        assert answer.headers["x-request-id"] == "trace-1"
-        assert "trace-1" in problem["detail"]
-        assert "secret" not in answer.text
-        assert httpx.get(f"{url}/healthz").status_code == 200
+def test_unexpected_exceptions_are_not_disclosed(faulty: httpx.Client) -> None:
+    answer = faulty.get("/bug", headers={"X-Request-ID": "trace-1"})
+    problem = check(answer, 500, "internal_error")
+    assert answer.headers["x-request-id"] == "trace-1"
+    assert "trace-1" in problem["detail"]
+    assert "secret" not in answer.text
+    assert faulty.get("/healthz").status_code == 200
 
 
-def test_error_details_do_not_override_members(faulty: FastAPI) -> None:
-    with serving(faulty) as url:
-        problem = check(httpx.get(f"{url}/root"), 500, "internal_error")
-        assert (problem["path"], problem["hint"]) == ("/x", {"a": [1]})
-        answer = httpx.get(f"{url}/full")
-        assert check(answer, 429, "overloaded")["retryable"]
-        assert answer.headers["retry-after"] == "1"
+def test_error_details_do_not_override_members(faulty: httpx.Client) -> None:
+    problem = check(faulty.get("/root"), 500, "internal_error")
+    assert (problem["path"], problem["hint"]) == ("/x", {"a": [1]})
+    answer = faulty.get("/full")
+    assert check(answer, 429, "overloaded")["retryable"]
+    assert answer.headers["retry-after"] == "1"
 
 
 @pytest.mark.parametrize("announced", ["", "a b", "x" * 65, "{}"])

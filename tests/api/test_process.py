@@ -11,7 +11,9 @@ from pathlib import Path
 import httpx
 
 from deltadock.cli.processes import free_ports
+from deltadock.settings import Settings
 from deltadock.storage.database import migrate
+from tests.api.support import bearer, issue_key
 
 HEAVY = ("torch", "transformers", "triton", "pyscipopt", "safetensors", "boto3", "alembic")
 
@@ -28,6 +30,7 @@ def test_start_log_and_shutdown(tmp_path: Path, broker_url: str) -> None:
     home = tmp_path / "home"
     migrate(f"sqlite:///{home / 'deltadock.db'}")
     port = free_ports(1)[0]
+    headers = bearer(issue_key(Settings(home=home)))
     environment = {"DELTADOCK_HOME": str(home), "DELTADOCK_BROKER_URL": broker_url}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -44,8 +47,8 @@ def test_start_log_and_shutdown(tmp_path: Path, broker_url: str) -> None:
             except httpx.ConnectError:
                 assert process.poll() is None
                 time.sleep(0.05)
-        httpx.get(f"{url}/v1/methods?secret=1", headers={"X-Request-ID": "trace-1"})
-        httpx.get(f"{url}/v1/nothing")
+        httpx.get(f"{url}/v1/methods?secret=1", headers={"X-Request-ID": "trace-1", **headers})
+        httpx.get(f"{url}/v1/nothing", headers=headers)
     finally:
         process.send_signal(signal.SIGTERM)
         # After a graceful shutdown uvicorn raises the signal again for the default handler.

@@ -12,7 +12,7 @@ from deltadock.client.http import Client
 from deltadock.settings import Settings
 from deltadock.storage.blobs import parts
 from deltadock.storage.database import migrate
-from tests.api.support import CONFIG, TEXT, Api, serving, sha256, weights
+from tests.api.support import CONFIG, TEXT, Api, bearer, issue_key, serving, sha256, weights
 
 
 @pytest.fixture
@@ -23,16 +23,24 @@ def settings_fields() -> dict[str, str]:
 
 @pytest.fixture
 def api(
+    tmp_path: Path,
     postgres_database: str,
     s3_bucket: dict[str, str],
     broker_url: str,
     settings_fields: dict[str, str],
 ) -> Iterator[Api]:
-    fields = {"database_url": postgres_database, "broker_url": broker_url, **s3_bucket}
+    fields = {
+        "home": str(tmp_path),
+        "database_url": postgres_database,
+        "broker_url": broker_url,
+        **s3_bucket,
+    }
     fields |= settings_fields
     migrate(postgres_database)
-    app = create_app(Settings.model_validate(fields))
-    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+    settings = Settings.model_validate(fields)
+    app = create_app(settings)
+    headers = bearer(issue_key(settings))
+    with serving(app) as url, httpx.Client(base_url=url, timeout=60, headers=headers) as client:
         yield Api(client, app.state.resources)
 
 
@@ -128,7 +136,7 @@ class TestRedirects:
         assert (part.status_code, part.content) == (206, artifact[:4])
 
         (tmp_path / "x.delta.part").write_bytes(artifact[:100_000])
-        with Client(str(api.client.base_url)) as client:
+        with Client(str(api.client.base_url), api.key) as client:
             client.download_artifact(delta["id"], tmp_path / "x.delta")
         assert (tmp_path / "x.delta").read_bytes() == artifact
 
@@ -139,7 +147,7 @@ class TestRedirects:
         monkeypatch.setattr("deltadock.api.uploads.endpoints.receive_part", None)
         (tmp_path / "config.json").write_bytes(CONFIG)
         (tmp_path / "model.safetensors").write_bytes(weights(rows=350_000))
-        with Client(str(api.client.base_url)) as client:
+        with Client(str(api.client.base_url), api.key) as client:
             checkpoint = client.upload_folder(tmp_path)
             assert client.upload_folder(tmp_path) == checkpoint  # nothing is sent
         digest = sha256((tmp_path / "model.safetensors").read_bytes())

@@ -21,13 +21,14 @@ from deltadock.api.uploads import endpoints
 from deltadock.api.uploads.completion import Completer
 from deltadock.cli.processes import free_ports
 from deltadock.errors import Unavailable
+from deltadock.settings import Settings
 from deltadock.storage.blobs import parts
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.database import migrate
 from deltadock.storage.models import UploadKind, UploadState
 from deltadock.storage.repositories import UploadRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
-from tests.api.support import CONFIG, TEXT, Api, sha256, weights
+from tests.api.support import CONFIG, TEXT, Api, bearer, issue_key, sha256, weights
 from tests.waiting import wait_until
 
 PART = 1 << 20
@@ -322,22 +323,24 @@ class TestProcess:
         data = weights(rows=(2 * size) // 32)
         port = free_ports(1)[0]
         url = f"http://127.0.0.1:{port}"
+        headers = bearer(issue_key(Settings(home=Path(environment["DELTADOCK_HOME"]))))
         files = {"config.json": CONFIG, "model.safetensors": data}
         process = self.start(environment, port)
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with httpx.Client(base_url=url, timeout=60, headers=headers) as client:
             upload = Api(client, None).announce(files)["id"]  # type: ignore[arg-type]
             target = f"/v1/uploads/{upload}/files"
             client.put(f"{target}/config.json", content=CONFIG)
             client.put(f"{target}/model.safetensors/parts/2", content=data[size : 2 * size])
             with socket.create_connection(("127.0.0.1", port)) as half:
                 head = f"PUT {target}/model.safetensors/parts/1 HTTP/1.1\r\nHost: x\r\n"
+                head += f"Authorization: {headers['Authorization']}\r\n"
                 half.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode())
                 half.sendall(data[: size // 2])
                 time.sleep(0.3)
                 process.kill()
                 process.wait(10)
         process = self.start(environment, port)
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with httpx.Client(base_url=url, timeout=60, headers=headers) as client:
             listed = client.get(f"{target}/model.safetensors/parts").json()
             assert listed["arrived"] == [2]
             for missing in listed["missing"]:
@@ -352,7 +355,7 @@ class TestProcess:
         try:
 
             def state() -> Any:
-                return httpx.get(f"{url}/v1/uploads/{upload}").json()
+                return httpx.get(f"{url}/v1/uploads/{upload}", headers=headers).json()
 
             wait_until(lambda: state()["state"] == UploadState.COMPLETE)
             assert state()["checkpoint"]["total_bytes"] == sum(map(len, files.values()))

@@ -105,6 +105,7 @@ def begin_put(api: Api, path: str, size: int) -> Iterator[http.client.HTTPConnec
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=30)
     connection.putrequest("PUT", path)
     connection.putheader("Content-Length", str(size))
+    connection.putheader("Authorization", f"Bearer {api.key}")
     connection.endheaders()
     try:
         yield connection

@@ -59,7 +59,9 @@ def test_up_restarts_children_keeps_data_and_leaves_no_process(tmp_path: Path) -
 
     with start(home, log, api_port, node_port) as up:
         up.wait_until(lambda: "Ctrl-C" in log.read_text(), seconds=180)
-        upload = httpx.post(f"{url}/v1/uploads", json={"kind": "checkpoint"}).json()["id"]
+        headers = {"Authorization": f"Bearer {(home / 'api.key').read_text().strip()}"}
+        answer = httpx.post(f"{url}/v1/uploads", json={"kind": "checkpoint"}, headers=headers)
+        upload = answer.json()["id"]
 
         # A second instance is refused in the same folder.
         refused = tmp_path / "refused.log"
@@ -84,7 +86,7 @@ def test_up_restarts_children_keeps_data_and_leaves_no_process(tmp_path: Path) -
     with start(home, tmp_path / "again.log", api_port, node_port) as up:
         up.wait_until(lambda: len(children_of(up.pid)) == PROCESSES)
         up.wait_until(lambda: is_ready(url), seconds=120)
-        assert httpx.get(f"{url}/v1/uploads/{upload}").json()["state"] == "open"
+        assert httpx.get(f"{url}/v1/uploads/{upload}", headers=headers).json()["state"] == "open"
 
         # If it is killed, its children are terminated too.
         children = children_of(up.pid)

@@ -23,7 +23,7 @@ from deltadock.storage.database import migrate
 from deltadock.storage.models import CheckpointRow, JobState
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, JobRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
-from tests.api.support import serving
+from tests.api.support import bearer, issue_key, serving
 from tests.inference.support import PROMPT, Site, expected_text, write_delta
 from tests.waiting import wait_until
 
@@ -38,6 +38,7 @@ class Fleet:
 
     site: Site
     url: str
+    key: str
     resources: Resources
     nodes: dict[int, Child]
 
@@ -61,7 +62,7 @@ class Fleet:
             return delta.id
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
 
     def ask(self, model: str) -> str:
         """Sixteen greedy tokens."""
@@ -73,7 +74,7 @@ class Fleet:
 
     def known(self) -> dict[int, dict[str, Any]]:
         """The api's view of each node, by port."""
-        listed = httpx.get(f"{self.url}/v1/nodes").json()["data"]
+        listed = httpx.get(f"{self.url}/v1/nodes", headers=bearer(self.key)).json()["data"]
         return {int(node["url"].rpartition(":")[2]): node for node in listed}
 
     def holding(self, artifact: str) -> list[int]:
@@ -125,7 +126,7 @@ def fleet(site: Site, tmp_path_factory: pytest.TempPathFactory, redis_url: str) 
             ]
             log = folder / f"{port}.log"
             nodes[port] = stack.enter_context(Child("node", command, log=log, env=environment))
-        fleet = Fleet(site, url, resources, nodes)
+        fleet = Fleet(site, url, issue_key(settings), resources, nodes)
         for child in nodes.values():
             child.wait_until(lambda: len(fleet.known()) == len(nodes), seconds=120)
         yield fleet
@@ -157,7 +158,7 @@ def test_the_api_and_a_node_report_equal_errors(fleet: Fleet, wrong: dict[str, A
     node = f"http://127.0.0.1:{next(iter(fleet.known()))}"
     headers = {"Authorization": f"Bearer {SECRET}", "Deltadock-Base": fleet.site.base}
     answers = [
-        httpx.post(f"{fleet.url}/v1/completions", json=body),
+        httpx.post(f"{fleet.url}/v1/completions", json=body, headers=bearer(fleet.key)),
         httpx.post(f"{node}/v1/completions", json=body, headers=headers),
     ]
     assert [answer.status_code for answer in answers] == [400, 400]
@@ -175,7 +176,11 @@ def test_the_api_and_a_node_report_equal_errors(fleet: Fleet, wrong: dict[str, A
 def test_the_generate_routes_report_problems(
     fleet: Fleet, wrong: dict[str, Any], code: str
 ) -> None:
-    answer = httpx.post(f"{fleet.url}/v1/bases/tiny/generate", json={"prompt": "a", **wrong})
+    answer = httpx.post(
+        f"{fleet.url}/v1/bases/tiny/generate",
+        json={"prompt": "a", **wrong},
+        headers=bearer(fleet.key),
+    )
     assert (answer.status_code, answer.json()["code"]) == (422, code)
     assert answer.headers["content-type"] == "application/problem+json"
 

@@ -1,6 +1,7 @@
 """A running Deltadock: `deltadock up` and `deltadock topology`."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +43,12 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     environment = os.environ | {"DELTADOCK_DEVICE": "cpu"}
     with Child("deltadock", command, log=log, env=environment, grace=60.0) as child:
         child.wait_until(lambda: "Ctrl-C" in log.read_text(), seconds=180)
-        yield f"http://127.0.0.1:{api_port}"
+        url = f"http://127.0.0.1:{api_port}"
+        # `deltadock up` and `topology` print where their key is.
+        [key] = re.findall(r"^API key +(.+)$", log.read_text(), re.MULTILINE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DELTADOCK_API_KEY", Path(key).read_text().strip())
+            yield url
         child.stop()
         assert child.poll() == 0, log.read_text()
         assert log.read_text().endswith("Stopped.\n")
@@ -51,7 +57,8 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def http(url: str) -> Iterator[httpx.Client]:
     """A plain HTTP client, for requests that `Client` does not send."""
-    with httpx.Client(base_url=url, timeout=120.0) as http:
+    headers = {"Authorization": f"Bearer {os.environ['DELTADOCK_API_KEY']}"}
+    with httpx.Client(base_url=url, timeout=120.0, headers=headers) as http:
         yield http
 
 

@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Dialog, Page, Request, 
 from sqlalchemy.orm import Session
 from starlette.responses import JSONResponse
 
+from deltadock.api.access.sessions import Sessions
 from deltadock.cli.processes import Child, free_ports
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
@@ -24,12 +25,13 @@ from deltadock.storage.repositories import (
     BaseRepository,
     DeltaRepository,
     JobRepository,
+    KeyRepository,
     NodeRepository,
 )
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import browser as chromium
 from tests import seed
-from tests.api.support import StandInNode, serving
+from tests.api.support import StandInNode, issue_key, serving
 
 WIDE: Final[ViewportSize] = {"width": 1280, "height": 860}
 PHONE: Final[ViewportSize] = {"width": 390, "height": 844}
@@ -40,10 +42,13 @@ class Site:
     """A running api on a seeded database, with a stub node."""
 
     url: str
+    settings: Settings
     database: Database
     blobs: BlobStore
     node: StandInNode
     seeded: seed.Seeded
+    key: str
+    key_id: str
 
     def new_delta(self, name: str) -> DeltaRow:
         """Add a delta that a worker is compressing."""
@@ -76,6 +81,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     blobs = make_blob_store(settings)
     blobs.prepare()
     seeded = seed.seed(database, blobs)
+    key = issue_key(settings)
+    with database.read_scope() as session:
+        key_id = KeyRepository(session, LOCAL_TENANT).all()[0].id
     node = StandInNode()
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "uvicorn", "deltadock.api.main:app", "--port", str(port)]
@@ -90,7 +98,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
                     "node_a", node_url, lives_seconds=3600, base_digest=None, adopts=True,
                     draining=False, capacity=8, admitted=0, delta_slots=4, deltas=[],
                 )  # fmt: skip
-            yield Site(f"http://127.0.0.1:{port}", database, blobs, node, seeded)
+            yield Site(
+                f"http://127.0.0.1:{port}", settings, database, blobs, node, seeded, key, key_id
+            )
             child.stop()
     database.dispose()
 
@@ -111,6 +121,7 @@ def page(site: Site, browser: Browser) -> Iterator[Page]:
     """A page that fails the test on console errors or requests to other hosts."""
     context = browser.new_context(base_url=site.url, viewport=WIDE)
     page = context.new_page()
+    page.goto(f"/sign-in?token={Sessions(site.settings).link_token(site.key_id)}")
     errors: list[str] = []
     hosts: set[str] = set()
 

@@ -1,0 +1,97 @@
+"""Refuses requests by their headers alone: nothing of a refused body is read."""
+
+from typing import Final
+from urllib.parse import urlencode
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deltadock.api.access.caller import Caller
+from deltadock.api.access.rules import INFER, Rule, RuleTable
+from deltadock.api.access.sessions import COOKIE, check_token
+from deltadock.api.dependencies import Resources
+from deltadock.api.problems import problem_response
+from deltadock.errors import DeltadockError, Unauthorized
+from deltadock.trust import check_trusted
+
+CSRF_HEADER: Final = "X-CSRF-Token"
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+NO_KEY: Final = (
+    "Send an API key: `Authorization: Bearer ddk_...`. `deltadock up` keeps its own in the file "
+    "api.key of its home; `deltadock keys create` makes others."
+)
+
+
+class AccessControl:
+    """Finds a request's caller, and checks its route's rule and its tenant's rate."""
+
+    def __init__(self, app: ASGIApp, *, resources: Resources, rules: RuleTable) -> None:
+        self.app = app
+        self._resources = resources
+        self._rules = rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        rule = self._rules.find(scope["method"], scope["path"])
+        try:
+            headers = await self._admit(request, rule)
+        except DeltadockError as error:
+            await _refusal(request, rule, error)(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(headers)
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers if headers else send)
+
+    async def _admit(self, request: Request, rule: Rule) -> dict[str, str]:
+        """Check the request; returns headers for its response.
+
+        Raises:
+            Unauthorized, Forbidden, RateLimited: it is refused.
+            Unavailable: the database does not answer.
+        """
+        if rule.node:
+            client = request.client.host if request.client is not None else None
+            secret = self._resources.settings.node_secret
+            check_trusted(secret, request.headers.get("Authorization"), client)
+        if not rule.scopes:
+            return {}
+        caller = await self._find_caller(request)
+        request.state.caller = caller
+        headers = await self._resources.rates.count_request(caller)
+        rule.check(caller)
+        if rule is INFER:
+            headers |= await self._resources.rates.check_tokens(caller)
+        return headers
+
+    async def _find_caller(self, request: Request) -> Caller:
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        keys = self._resources.keys
+        if scheme.lower() == "bearer" and key:
+            return await run_in_threadpool(keys.caller_of_key, key.strip())
+        if cookie := request.cookies.get(COOKIE):
+            session = self._resources.sessions.find(cookie)
+            if request.method not in SAFE_METHODS:
+                check_token(session.csrf, request.headers.get(CSRF_HEADER))
+            request.state.csrf = session.csrf
+            return await run_in_threadpool(keys.caller_of_session, session.key_id)
+        raise Unauthorized(NO_KEY)
+
+
+def _refusal(request: Request, rule: Rule, error: DeltadockError) -> Response:
+    """The error; on pages, browsers without a session are sent to the sign-in."""
+    if not rule.page or not isinstance(error, Unauthorized):
+        return problem_response(request.url.path, error)
+    if "HX-Request" in request.headers:
+        return Response(headers={"HX-Redirect": "/sign-in"})
+    target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    return RedirectResponse(f"/sign-in?{urlencode({'next': target})}", 303)

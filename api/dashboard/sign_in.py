@@ -1,0 +1,105 @@
+"""Signing in to the dashboard with an API key or a one-time link, and signing out."""
+
+import secrets
+from typing import Annotated, Final
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, Query, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import RedirectResponse, Response
+
+from deltadock.api.access.rules import PAGE
+from deltadock.api.access.sessions import (
+    COOKIE,
+    FORM_COOKIE,
+    check_token,
+    end_session,
+    start_form,
+)
+from deltadock.api.dashboard.endpoints import HEADERS, PageRoute, render
+from deltadock.api.dependencies import Resources, ResourcesDep
+from deltadock.errors import DeltadockError, InvalidInput
+
+router = APIRouter(include_in_schema=False, route_class=PageRoute)
+
+MAX_FORM_BYTES: Final = 8192
+
+
+@router.get("/sign-in")
+def show_sign_in(
+    request: Request,
+    resources: ResourcesDep,
+    target: Annotated[str, Query(alias="next")] = "/",
+    token: Annotated[str | None, Query()] = None,
+) -> Response:
+    """The sign-in form; with the token of a one-time link, sign in at once."""
+    if token is None:
+        return _form(request, target)
+    try:
+        return _signed_in(request, resources, resources.sessions.use_link(token), target)
+    except DeltadockError as error:
+        return _form(request, target, error)
+
+
+@router.post("/sign-in")
+async def sign_in(request: Request, resources: ResourcesDep) -> Response:
+    """Check the key of the form and start a session."""
+    fields = await _fields(request)
+    target = fields.get("next", "/")
+    check_token(request.cookies.get(FORM_COOKIE), fields.get("csrf"))
+    try:
+        caller = await run_in_threadpool(
+            resources.keys.caller_of_key, fields.get("key", "").strip()
+        )
+        PAGE.check(caller)
+    except DeltadockError as error:
+        return _form(request, target, error)
+    return _signed_in(request, resources, caller.key_id, target)
+
+
+@router.post("/sign-out")
+async def sign_out(request: Request, resources: ResourcesDep) -> Response:
+    """End the session."""
+    response = RedirectResponse("/sign-in", 303, HEADERS)
+    if cookie := request.cookies.get(COOKIE):
+        session = resources.sessions.find(cookie)
+        check_token(session.csrf, (await _fields(request)).get("csrf"))
+        end_session(response)
+    return response
+
+
+def _form(request: Request, target: str, error: DeltadockError | None = None) -> Response:
+    token = secrets.token_urlsafe()
+    context = {"form_token": token, "target": _local(target), "error": error}
+    response = render(
+        request, "sign_in.html", context, status=200 if error is None else error.status
+    )
+    start_form(request, response, token)
+    return response
+
+
+def _signed_in(request: Request, resources: Resources, key_id: str, target: str) -> Response:
+    response = RedirectResponse(_local(target), 303, HEADERS)
+    resources.sessions.start(request, response, key_id)
+    return response
+
+
+def _local(target: str) -> str:
+    """A path of this server, so that a link cannot lead elsewhere."""
+    is_path = target.startswith("/") and not target.startswith("//") and "\\" not in target
+    return target if is_path and target.isprintable() else "/"
+
+
+async def _fields(request: Request) -> dict[str, str]:
+    """The fields of an urlencoded form.
+
+    Raises:
+        InvalidInput: it is too long.
+    """
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_FORM_BYTES:
+            raise InvalidInput("The form is too long.")
+    parsed = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True)
+    return {name: values[-1] for name, values in parsed.items()}

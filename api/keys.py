@@ -1,0 +1,171 @@
+"""API keys: making, listing, revoking and rotating them."""
+
+from datetime import datetime, timedelta
+from typing import Annotated, Final, Self
+
+from fastapi import APIRouter, Path, Query
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
+
+from deltadock.api.access import Caller, CallerDep
+from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.problems import problems
+from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
+from deltadock.errors import Conflict, Forbidden, InvalidInput, NotFound
+from deltadock.storage.models import ApiKeyRow, Scope
+from deltadock.storage.repositories import KeyRepository, TenantRepository
+
+router = APIRouter(prefix="/v1/keys", tags=["keys"])
+
+EXAMPLE_KEY_ID: Final = "key_k7wq2mzv5c3xj6nhy4tbr2dfsa"
+EXAMPLE_TENANT_ID: Final = "ten_k7wq2mzv5c3xj6nhy4tbr2dfsa"
+MAX_GRACE_SECONDS: Final = 30 * 24 * 3600
+
+KeyId = Annotated[str, Path(examples=[EXAMPLE_KEY_ID])]
+OfTenant = Annotated[
+    str | None,
+    Query(max_length=96, description="A tenant's id or name, for operators; by default one's own."),
+]
+
+
+class KeyIn(RequestBody):
+    """A key to make."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"name": "ci", "scopes": ["read", "write"]}]}
+    )
+
+    name: str = Field(min_length=1, max_length=96, description="What the key is for.")
+    scopes: set[Scope] = Field(min_length=1)
+    expires_at: AwareDatetime | None = Field(default=None, description="By default never.")
+    tenant: str | None = Field(
+        default=None,
+        max_length=96,
+        description="A tenant's id or name, for operators; by default one's own.",
+    )
+
+
+class RotateIn(RequestBody):
+    """How long the old key keeps working."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"grace_seconds": 3600}]})
+
+    grace_seconds: int = Field(default=24 * 3600, ge=0, le=MAX_GRACE_SECONDS)
+
+
+class KeyOut(BaseModel):
+    """An API key, without the key itself."""
+
+    id: str = Field(examples=[EXAMPLE_KEY_ID])
+    tenant: str = Field(description="The tenant's id.", examples=[EXAMPLE_TENANT_ID])
+    name: str = Field(examples=["ci"])
+    prefix: str = Field(description="The key's readable start.", examples=["ddk_Zr5TnQ0a"])
+    scopes: list[Scope]
+    created_at: datetime = Field(examples=[EXAMPLE_TIME])
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = Field(default=None, description="To the minute.")
+
+    @classmethod
+    def of(cls, key: ApiKeyRow) -> Self:
+        """Convert a row."""
+        return cls(
+            id=key.id,
+            tenant=key.tenant_id,
+            name=key.name,
+            prefix=key.prefix,
+            scopes=[Scope(scope) for scope in key.scopes],
+            created_at=key.created_at,
+            expires_at=key.expires_at,
+            revoked_at=key.revoked_at,
+            last_used_at=key.last_used_at,
+        )
+
+
+class NewKeyOut(KeyOut):
+    """A new API key; the key itself is shown only here."""
+
+    key: str = Field(examples=["ddk_Zr5TnQ0a_..."])
+
+    @classmethod
+    def made(cls, row: ApiKeyRow, key: str) -> Self:
+        """Convert a new row."""
+        return cls(**KeyOut.of(row).model_dump(), key=key)
+
+
+class KeyList(BaseModel):
+    """The tenant's keys, newest first; revoked and expired ones too."""
+
+    data: list[KeyOut]
+
+
+def _keys(session: Session, caller: Caller, tenant: str | None) -> KeyRepository:
+    """The keys of the caller's tenant, or of another one for an operator.
+
+    Raises:
+        Forbidden: the caller is no operator.
+        NotFound: there is no such tenant.
+    """
+    if tenant is None:
+        return KeyRepository(session, caller.tenant_id)
+    if not caller.is_operator:
+        raise Forbidden("Only operators handle the keys of a named tenant: leave `tenant` out.")
+    found = TenantRepository(session).find(tenant)
+    if found is None:
+        raise NotFound(f"There is no tenant {tenant!r}; GET /v1/tenants lists them.")
+    return KeyRepository(session, found.id)
+
+
+def _existing(key: ApiKeyRow | None, key_id: str) -> ApiKeyRow:
+    if key is None:
+        raise NotFound(f"There is no key {key_id!r}; GET /v1/keys lists them.")
+    return key
+
+
+@router.post("", status_code=201, responses=problems(Forbidden, InvalidInput, NotFound))
+def create_key(
+    body: KeyIn, caller: CallerDep, unit: WriteUnit, resources: ResourcesDep
+) -> NewKeyOut:
+    """Make a key. It is shown once: only an HMAC of it is stored."""
+    keys = _keys(unit.session, caller, body.tenant)
+    row, key = keys.issue(
+        resources.keys.secret, name=body.name, scopes=body.scopes, expires_at=body.expires_at
+    )
+    return NewKeyOut.made(row, key)
+
+
+@router.get("", responses=problems(Forbidden, NotFound))
+def list_keys(caller: CallerDep, session: ReadSession, tenant: OfTenant = None) -> KeyList:
+    """List the tenant's keys, newest first; revoked and expired ones too."""
+    return KeyList(data=[KeyOut.of(key) for key in _keys(session, caller, tenant).all()])
+
+
+@router.delete("/{key_id}", status_code=204, responses=problems(Forbidden, NotFound))
+def revoke_key(
+    key_id: KeyId,
+    caller: CallerDep,
+    unit: WriteUnit,
+    resources: ResourcesDep,
+    tenant: OfTenant = None,
+) -> None:
+    """Revoke a key; other processes of the api may accept it for a second longer."""
+    keys = _keys(unit.session, caller, tenant)
+    keys.revoke(_existing(keys.find(key_id), key_id))
+    unit.after_commit.append(resources.keys.forget)
+
+
+@router.post("/{key_id}/rotate", status_code=201, responses=problems(Conflict, Forbidden, NotFound))
+def rotate_key(
+    key_id: KeyId,
+    body: RotateIn,
+    caller: CallerDep,
+    unit: WriteUnit,
+    resources: ResourcesDep,
+    tenant: OfTenant = None,
+) -> NewKeyOut:
+    """Make a key with the same name and scopes; the old one works until the grace has passed."""
+    keys = _keys(unit.session, caller, tenant)
+    old = _existing(keys.find(key_id), key_id)
+    row, key = keys.rotate(resources.keys.secret, old, timedelta(seconds=body.grace_seconds))
+    unit.after_commit.append(resources.keys.forget)
+    return NewKeyOut.made(row, key)

@@ -1,0 +1,203 @@
+"""Tenants with their usage, and API keys."""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from sqlalchemy import func, or_, select, union, update
+from sqlalchemy.orm import Session, joinedload
+
+from deltadock.errors import Conflict
+from deltadock.storage.api_keys import hmac_of, new_key, prefix_of
+from deltadock.storage.database import database_now, lock_key
+from deltadock.storage.ids import new_id
+from deltadock.storage.models import (
+    FINAL_STATES,
+    ApiKeyRow,
+    DeltaRow,
+    JobRow,
+    Scope,
+    TenantRow,
+    UploadFileRow,
+    UploadRow,
+    UploadState,
+)
+from deltadock.storage.tenancy import Tenant, owned_by, owner_of
+
+
+class Usage(NamedTuple):
+    """What a tenant uses of its quotas."""
+
+    bytes: int
+    """Of its uploaded files and artifacts, equal ones counted once."""
+    deltas: int
+    jobs: int
+    """Unfinished ones."""
+
+
+class TenantRepository:
+    """All tenants."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def find(self, id_or_name: str) -> TenantRow | None:
+        """The tenant with this id or else this name, or None."""
+        found = self.session.scalars(
+            select(TenantRow).where(or_(TenantRow.id == id_or_name, TenantRow.name == id_or_name))
+        ).all()
+        return max(found, key=lambda tenant: tenant.id == id_or_name, default=None)
+
+    def all(self) -> Sequence[TenantRow]:
+        """All tenants, ordered by name."""
+        return self.session.scalars(select(TenantRow).order_by(TenantRow.name)).all()
+
+    def add(self, name: str) -> TenantRow:
+        """Insert a tenant without limits.
+
+        Raises:
+            Conflict: the name is taken.
+        """
+        lock_key(self.session, "tenant", name)
+        if self.session.scalar(select(TenantRow.id).where(TenantRow.name == name)):
+            raise Conflict(f"There is a tenant {name!r} already. Choose another name.")
+        tenant = TenantRow(id=new_id("ten"), name=name)
+        self.session.add(tenant)
+        self.session.flush()
+        return tenant
+
+    def lock(self, tenant_id: str) -> TenantRow:
+        """The tenant, locked until the transaction ends, so that its quotas hold."""
+        lock_key(self.session, "quota", tenant_id)
+        return self.session.get_one(TenantRow, tenant_id)
+
+    def usage(self, tenant_id: str) -> Usage:
+        """What the tenant uses now."""
+        return Usage(
+            self.stored_bytes(tenant_id), self.delta_count(tenant_id), self.job_count(tenant_id)
+        )
+
+    def stored_bytes(self, tenant_id: str) -> int:
+        """Bytes of the tenant's uploaded files and artifacts, equal ones counted once."""
+        files = (
+            select(UploadFileRow.sha256.label("digest"), UploadFileRow.size.label("bytes"))
+            .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
+            .where(UploadRow.tenant_id == tenant_id, UploadRow.state != UploadState.ABORTED)
+        )
+        artifacts = select(DeltaRow.artifact_digest, DeltaRow.artifact_bytes).where(
+            DeltaRow.tenant_id == tenant_id,
+            DeltaRow.deleted_at.is_(None),
+            DeltaRow.artifact_digest.is_not(None),
+        )
+        blobs = union(files, artifacts).subquery()
+        return int(self.session.scalar(select(func.sum(blobs.c.bytes))) or 0)
+
+    def delta_count(self, tenant_id: str) -> int:
+        """How many deltas the tenant has."""
+        query = select(func.count()).where(
+            DeltaRow.tenant_id == tenant_id, DeltaRow.deleted_at.is_(None)
+        )
+        return self.session.scalar(query) or 0
+
+    def job_count(self, tenant_id: str) -> int:
+        """How many of the tenant's jobs are unfinished."""
+        query = (
+            select(func.count())
+            .select_from(JobRow)
+            .join(JobRow.delta)
+            .where(JobRow.state.not_in(FINAL_STATES), DeltaRow.tenant_id == tenant_id)
+        )
+        return self.session.scalar(query) or 0
+
+
+class KeyRepository:
+    """The tenant's API keys, loaded with their tenant."""
+
+    def __init__(self, session: Session, tenant: Tenant) -> None:
+        self.session = session
+        self.tenant = tenant
+
+    def issue(
+        self,
+        secret: str,
+        *,
+        name: str,
+        scopes: Iterable[Scope],
+        expires_at: datetime | None = None,
+    ) -> tuple[ApiKeyRow, str]:
+        """Make a key; returns its row and the key itself, which is not stored."""
+        key = new_key()
+        row = ApiKeyRow(
+            id=new_id("key"),
+            tenant=self.session.get_one(TenantRow, owner_of(self.tenant)),
+            name=name,
+            prefix=prefix_of(key),
+            hmac=hmac_of(key, secret),
+            scopes=sorted(set(scopes), key=list(Scope).index),
+            created_at=database_now(self.session),
+            expires_at=expires_at,
+        )
+        self.session.add(row)
+        self.session.flush()
+        return row, key
+
+    def rotate(self, secret: str, old: ApiKeyRow, grace: timedelta) -> tuple[ApiKeyRow, str]:
+        """Make a key like `old`, which expires after `grace`; one that expires lives as long again.
+
+        Raises:
+            Conflict: the old key was revoked or has expired.
+        """
+        if not self.is_active(old):
+            raise Conflict(f"The key {old.prefix} is no longer valid. Make a new one.")
+        now = database_now(self.session)
+        expires_at = None if old.expires_at is None else now + (old.expires_at - old.created_at)
+        made = KeyRepository(self.session, old.tenant_id).issue(
+            secret, name=old.name, scopes=map(Scope, old.scopes), expires_at=expires_at
+        )
+        old.expires_at = min(old.expires_at or now + grace, now + grace)
+        self.session.flush()
+        return made
+
+    def all(self) -> Sequence[ApiKeyRow]:
+        """All keys, revoked and expired ones too, newest first."""
+        return self.session.scalars(
+            select(ApiKeyRow)
+            .options(joinedload(ApiKeyRow.tenant))
+            .where(owned_by(ApiKeyRow.tenant_id, self.tenant))
+            .order_by(ApiKeyRow.created_at.desc(), ApiKeyRow.id)
+        ).all()
+
+    def find(self, key_id: str) -> ApiKeyRow | None:
+        """The key with this id, or None."""
+        return self.session.scalars(
+            select(ApiKeyRow)
+            .options(joinedload(ApiKeyRow.tenant))
+            .where(ApiKeyRow.id == key_id, owned_by(ApiKeyRow.tenant_id, self.tenant))
+        ).one_or_none()
+
+    def find_prefix(self, prefix: str) -> ApiKeyRow | None:
+        """The key with this prefix, or None."""
+        return self.session.scalars(
+            select(ApiKeyRow)
+            .options(joinedload(ApiKeyRow.tenant))
+            .where(ApiKeyRow.prefix == prefix, owned_by(ApiKeyRow.tenant_id, self.tenant))
+        ).one_or_none()
+
+    def is_active(self, key: ApiKeyRow) -> bool:
+        """Whether the key is neither revoked nor expired."""
+        expired = key.expires_at is not None and key.expires_at <= database_now(self.session)
+        return key.revoked_at is None and not expired
+
+    def revoke(self, key: ApiKeyRow) -> None:
+        """Revoke the key, unless it is revoked already."""
+        key.revoked_at = key.revoked_at or database_now(self.session)
+        self.session.flush()
+
+    def mark_used(self, key_ids: Iterable[str]) -> None:
+        """Record that these keys were used just now."""
+        self.session.execute(
+            update(ApiKeyRow)
+            .where(ApiKeyRow.id.in_(list(key_ids)), owned_by(ApiKeyRow.tenant_id, self.tenant))
+            .values(last_used_at=database_now(self.session)),
+            execution_options={"synchronize_session": False},
+        )

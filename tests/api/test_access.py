@@ -1,0 +1,233 @@
+"""Who may do what: every route with every scope, of one's own tenant and of another."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from deltadock.api.access.rules import (
+    ADMIN,
+    INFER,
+    MODELS,
+    NODE,
+    OPERATOR,
+    PAGE,
+    PUBLIC,
+    READ,
+    RULES,
+    WRITE,
+    Rule,
+    RuleTable,
+    operations,
+)
+from deltadock.storage.models import Scope
+from deltadock.storage.repositories import TenantRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
+from tests.api.support import Api, StandInNode, bearer, issue_key, weights
+
+ROLES = {
+    "read": (Scope.READ,),
+    "write": (Scope.WRITE,),
+    "infer": (Scope.INFER,),
+    "admin": (Scope.ADMIN,),
+}
+ALLOWED: dict[str, set[str]] = {
+    "public": {"nobody", "read", "write", "infer", "admin", "operator"},
+    "read": {"read", "operator"},
+    "page": {"read", "operator"},
+    "write": {"write", "operator"},
+    "infer": {"infer", "operator"},
+    "models": {"read", "infer", "operator"},
+    "admin": {"admin", "operator"},
+    "operator": {"operator"},
+    "node": set(),
+}
+"""Which callers each rule admits; `operator` has every scope of the operator's tenant."""
+KINDS = {
+    PUBLIC: "public",
+    READ: "read",
+    PAGE: "page",
+    WRITE: "write",
+    INFER: "infer",
+    MODELS: "models",
+    ADMIN: "admin",
+    OPERATOR: "operator",
+    NODE: "node",
+}
+
+
+class TestTable:
+    @pytest.fixture
+    def settings_fields(self) -> dict[str, Any]:
+        return {"node_secret": "s3cret"}
+
+    def test_every_route_admits_whom_its_rule_names(self, api: Api, acme: str) -> None:
+        """A row a route, a column a caller: refused with 401 or 403, or let through."""
+        settings = api.resources.settings
+        keys = {name: issue_key(settings, tenant=acme, scopes=s) for name, s in ROLES.items()}
+        callers = {"nobody": {}, "operator": bearer(api.key)}
+        callers |= {name: bearer(key) for name, key in keys.items()}
+        wrong = {}
+        with httpx.Client(base_url=api.client.base_url, timeout=30) as client:
+            for operation, rule in RULES.items():
+                method, path = operation.split(" ")
+                if operation.endswith("/events"):
+                    continue  # streams; the same dependency as GET /v1/jobs/{job_id}
+                path = re.sub(r"{[^}]*}", "x", path)
+                admitted = set()
+                for name, headers in callers.items():
+                    answer = client.request(method, path, headers=headers)
+                    refused = answer.status_code in {401, 403} or (
+                        answer.status_code == 303
+                        and answer.headers["location"].startswith("/sign-in?")
+                    )
+                    # The form of the sign-in has a token of its own.
+                    if not refused or rule is PUBLIC:
+                        admitted.add(name)
+                if admitted != ALLOWED[KINDS[rule]]:
+                    wrong[operation] = admitted
+        assert wrong == {}
+
+
+def test_a_route_without_a_rule_stops_the_start(settings: Any) -> None:
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.post("/v1/new/{thing}")
+    def new(thing: str) -> None:
+        """A route that nobody has a rule for."""
+
+    assert operations(app.routes) == {"POST /v1/new/{thing}"}
+    with pytest.raises(RuntimeError, match=r"POST /v1/new/\{thing\}"):
+        RuleTable(app.routes)
+
+
+def test_no_rule_is_for_a_route_that_is_gone(api: Api) -> None:
+    from deltadock.api.main import app
+
+    assert set(RULES) == operations(app.routes)
+    unknown = RuleTable(app.routes).find("GET", "/v1/unknown")
+    assert unknown == Rule(tuple(Scope)), "a 404 needs a key too"
+
+
+@pytest.fixture
+def acme(api: Api) -> str:
+    """Another tenant's id."""
+    with api.resources.database.session_scope() as session:
+        return TenantRepository(session).add("acme").id
+
+
+@pytest.fixture
+def other(api: Api, acme: str) -> Iterator[Api]:
+    """The api as another tenant uses it."""
+    headers = bearer(issue_key(api.resources.settings, tenant=acme))
+    with httpx.Client(base_url=api.client.base_url, timeout=30, headers=headers) as client:
+        yield Api(client, api.resources)
+
+
+def test_another_tenants_objects_are_not_found(api: Api, other: Api) -> None:
+    body = api.delta_body()
+    upload = api.open_upload()
+    delta = api.client.post("/v1/deltas", json=body).json()["delta"]
+    api.make_ready(delta)
+    base = api.client.get("/v1/bases/tiny").json()["id"]
+    key = api.client.get("/v1/keys").json()["data"][0]["id"]
+    hidden = [
+        ("GET", f"/v1/uploads/{upload}"),
+        ("DELETE", f"/v1/uploads/{upload}"),
+        ("POST", f"/v1/uploads/{upload}/complete"),
+        ("PUT", f"/v1/uploads/{upload}/files/config.json"),
+        ("GET", f"/v1/bases/{base}"),
+        ("GET", "/v1/bases/tiny"),
+        ("GET", f"/v1/deltas/{delta['id']}"),
+        ("DELETE", f"/v1/deltas/{delta['id']}"),
+        ("GET", f"/v1/deltas/{delta['id']}/report"),
+        ("GET", f"/v1/deltas/{delta['id']}/artifact"),
+        ("GET", f"/v1/jobs/{delta['job']}"),
+        ("GET", f"/v1/jobs/{delta['job']}/log"),
+        ("GET", f"/v1/jobs/{delta['job']}/events"),
+        ("POST", f"/v1/jobs/{delta['job']}/cancel"),
+        ("POST", f"/v1/jobs/{delta['job']}/retry"),
+        ("GET", f"/v1/models/{delta['id']}"),
+        ("GET", f"/v1/models/{body['name']}"),
+        ("GET", "/deltas/" + delta["id"]),
+        ("DELETE", f"/v1/keys/{key}"),
+        ("GET", f"/v1/tenants/{LOCAL_TENANT}"),
+    ]
+    seen = {path: other.client.request(method, path).status_code for method, path in hidden}
+    assert set(seen.values()) == {404}, seen
+    rotate = other.client.post(f"/v1/keys/{key}/rotate", json={})
+    assert rotate.status_code == 404
+    for model in (delta["id"], body["name"], "tiny"):
+        ask = {"model": model, "prompt": "x"}
+        answer = other.client.post("/v1/completions", json=ask)
+        assert answer.json()["error"]["code"] == "model_not_found"
+    for listing in ("/v1/bases", "/v1/deltas", "/v1/jobs", "/v1/models"):
+        assert other.client.get(listing).json()["data"] == [], listing
+    assert delta["name"] not in other.client.get("/").text
+    prompt = {"prompt": "x"}
+    for route in (f"/v1/deltas/{delta['id']}/generate", f"/v1/bases/{base}/generate"):
+        assert other.client.post(route, json=prompt).status_code == 404
+
+
+def test_what_another_tenant_uploaded_cannot_be_used_or_told(api: Api, other: Api) -> None:
+    """Digests of another tenant's checkpoint, text and equal request give what unknown ones do."""
+    body = api.delta_body()
+    delta = api.client.post("/v1/deltas", json=body).json()["delta"]
+    api.make_ready(delta)
+    assert other.client.post("/v1/deltas", json=body).status_code == 404, "the base is private"
+    base = {"name": "mine", "checkpoint": body["checkpoint"]}
+    assert other.client.post("/v1/bases", json=base).status_code == 404
+    other.base()
+    answer = other.client.post("/v1/deltas", json=body)
+    assert (answer.status_code, "checkpoint" in answer.json()["detail"]) == (404, True)
+    preview = {name: body[name] for name in ("base", "checkpoint", "method", "bits")}
+    assert other.client.post("/v1/previews", json=preview).status_code == 404
+    assert other.delta_body()["checkpoint"] == body["checkpoint"]
+    text = {"source": "text", "digest": api.calibration(b"Only here. " * 40)}
+    answer = other.client.post("/v1/deltas", json={**body, "calibration": text})
+    assert (answer.status_code, "calibration" in answer.json()["detail"]) == (404, True)
+    answer = other.client.post("/v1/deltas", json=body)
+    assert answer.status_code == 202, "compressed anew, though an equal artifact exists"
+    assert answer.json()["delta"]["version"] == 1
+
+
+def test_a_shared_base_is_read_and_compressed_against_but_not_changed(
+    api: Api, other: Api, node: StandInNode, node_url: str
+) -> None:
+    digest = api.base()
+    assert other.client.patch("/v1/bases/tiny", json={"shared": True}).status_code == 403
+    shared = api.client.patch("/v1/bases/tiny", json={"shared": True}).json()
+    assert shared["shared"]
+    assert other.client.get("/v1/bases/tiny").json() == shared
+    assert [base["name"] for base in other.client.get("/v1/bases").json()["data"]] == ["tiny"]
+    api.register(node_url, base=digest)
+    ask = {"model": "tiny", "prompt": "x"}
+    assert other.client.post("/v1/completions", json=ask).status_code == 200
+    body = {
+        "name": "a/b", "base": "tiny", "checkpoint": other.checkpoint(weights(1)),
+        "method": "adamix", "bits": 1.0,
+    }  # fmt: skip
+    delta = other.client.post("/v1/deltas", json=body)
+    assert delta.status_code == 202, delta.text
+    other.base()  # a base of one's own name comes first
+    assert not other.client.get("/v1/bases/tiny").json()["shared"]
+    api.client.patch("/v1/bases/tiny", json={"shared": False})
+    assert other.client.get(f"/v1/bases/{shared['id']}").status_code == 404
+    kept = other.client.get(f"/v1/deltas/{delta.json()['delta']['id']}").json()
+    assert kept["base"]["id"] == shared["id"]
+
+
+def test_nodes_show_a_tenant_only_what_is_its_own(api: Api, other: Api) -> None:
+    base = api.base()
+    delta = api.delta()
+    digest = api.make_ready(delta)
+    held = {"digest": digest, "tier": "device", "bytes": 5}
+    foreign = {"digest": "e" * 64, "tier": "disk", "bytes": 7}
+    api.register("http://127.0.0.1:1", base=base, deltas=[held, foreign])
+    [node] = api.client.get("/v1/nodes").json()["data"]
+    assert [h["artifact"] for h in node["deltas"]] == [digest, "e" * 64]
+    [node] = other.client.get("/v1/nodes").json()["data"]
+    assert (node["base"], node["deltas"]) == (None, [])
