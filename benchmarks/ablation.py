@@ -159,8 +159,8 @@ class Ablation:
             compressor = GlobalCompressor(pair, self.statistics, scratch, self.model.device)
             compressor.set_budget(arguments.bits)
             for matrix in matrices:
-                delta = pair.delta(matrix.ref)
-                result = compressor.compress(matrix, delta) if delta.any() else None
+                delta = pair.delta(matrix.ref, self.model.device)
+                (result,) = compressor.compress([matrix], [delta]) if delta.any() else (None,)
                 encodings[matrix.ref.key] = None if result is None else result.encoded
         tensors = compose_tensors(pair, [matrix.ref for matrix in matrices], encodings)
         tensors |= encode_remaining(

@@ -1,5 +1,6 @@
 """Base and fine-tuned checkpoints, read one tensor at a time from safetensors files."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,10 +196,19 @@ class CheckpointPair:
         ours, theirs = self.finetuned.entries[name].shape, self.base.entries[name].shape
         return ours[0] - theirs[0] if ours else 0
 
-    def delta(self, ref: MatrixRef) -> Tensor:
+    def shape(self, ref: MatrixRef) -> tuple[int, ...]:
+        """Shape of a linear map's delta, (h_out, h_in)."""
+        shape = self.base.entries[ref.name].shape[0 if ref.part is None else 1 :]
+        return shape[::-1] if ref.transposed else shape
+
+    def weights(self, ref: MatrixRef) -> int:
+        """Number of elements of a linear map's delta."""
+        return math.prod(self.shape(ref))
+
+    def delta(self, ref: MatrixRef, device: torch.device | str = "cpu") -> Tensor:
         """Fine-tuned minus base of a linear map, (h_out, h_in) float32, without added rows."""
-        before = self.base.matrix(ref)
-        after = self.finetuned.matrix(ref)
+        before = self.base.matrix(ref).to(device)
+        after = self.finetuned.matrix(ref).to(device)
         return (after[: len(before)] if after.ndim else after).float() - before.float()
 
 

@@ -1,5 +1,7 @@
 """Apply a method to the matrices of a model, under a per-matrix or a global bit budget."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +13,7 @@ from deltadock.compression.methods.base import (
     MatrixMethod,
     MatrixResult,
     MatrixTask,
-    compress_matrices,
+    Prepared,
 )
 from deltadock.compression.numerics.global_allocation import RankProfile, RankWidths, allocate
 from deltadock.compression.numerics.metric import Metric, damped, weighted_error
@@ -29,8 +31,13 @@ class Compressor(Protocol):
         """Set the code bits per compressed weight; None for methods of one size."""
         ...
 
-    def compress(self, matrix: DeltaMatrix, delta: Tensor) -> MatrixResult | None:
-        """Compress a matrix at the budget set; None if the budget is too small for any code."""
+    def compress(
+        self, matrices: Sequence[DeltaMatrix], deltas: Sequence[Tensor]
+    ) -> list[MatrixResult | None]:
+        """Compress matrices of equal shapes at the budget set, in one batch of calls.
+
+        None if the budget is too small for any code. The deltas are on the compressor's device.
+        """
         ...
 
 
@@ -41,35 +48,73 @@ class PerMatrixCompressor:
         self,
         pair: CheckpointPair,
         statistics: Statistics | None,
+        scratch: Scratch,
         method: MatrixMethod,
         solver: Solver,
         device: torch.device,
+        *,
+        reserve: float | None,
     ) -> None:
-        """Without `statistics` the method gets the identity as each input moment."""
+        """Without `statistics` the method gets the identity as each input moment.
+
+        With a `reserve`, matrices are decomposed once for all budgets up to so many bits per
+        weight, and again only where a budget needs twice as many ranks.
+        """
         self._pair, self._statistics, self._method = pair, statistics, method
-        self._solver, self._device = solver, device
+        self._scratch, self._solver, self._device = scratch, solver, device
         self._bits: float | None = None
+        self._reserve = reserve
+        self._kept: dict[tuple[str, int], tuple[tuple[str, ...], float, str | None]] = {}
+        """`Prepared` of a matrix for so many ranks, with names of tensors in the scratch space."""
 
     def set_budget(self, bits: float | None) -> None:
         self._bits = bits
 
-    def compress(self, matrix: DeltaMatrix, delta: Tensor) -> MatrixResult | None:
-        if self._bits is not None and rank_budget(self._bits, *delta.shape) < 2:
-            return None
+    def compress(
+        self, matrices: Sequence[DeltaMatrix], deltas: Sequence[Tensor]
+    ) -> list[MatrixResult | None]:
+        shape = h_out, h_in = deltas[0].shape
+        if self._bits is not None and rank_budget(self._bits, h_out, h_in) < 2:
+            return [None for _ in matrices]
+        moments: list[Tensor]
         if self._statistics is None:
-            moment = torch.eye(delta.shape[1], dtype=torch.float64)
+            moments = [torch.eye(h_in, dtype=torch.float64, device=self._device)] * len(matrices)
         else:
-            moment = damped(self._statistics.inputs(matrix.ref.key))
-        task = MatrixTask(
-            matrix.ref.key,
-            delta.to(self._device),
-            moment.to(self._device),
-            self._pair.finetuned.entries[matrix.ref.name].dtype,
-            self._bits or 0.0,
-            self._solver,
-        )
-        (result,) = compress_matrices(self._method, [task])
-        return result
+            inputs = (self._statistics.inputs(m.ref.key, self._device) for m in matrices)
+            moments = [damped(moment) for moment in inputs]
+        entries = self._pair.finetuned.entries
+        tasks = [
+            MatrixTask(
+                matrix.ref.key, delta, moment, entries[matrix.ref.name].dtype, self._bits or 0.0,
+                self._solver,
+            )
+            for matrix, delta, moment in zip(matrices, deltas, moments, strict=True)
+        ]  # fmt: skip
+        ranks = self._method.ranks(self._decomposed_bits(), *shape)
+        return [*self._method.compress(tasks, self._prepared(tasks, ranks))]
+
+    def _decomposed_bits(self) -> float:
+        """The budget that matrices are decomposed for: a function of the budget and the reserve,
+        so that results do not depend on the budgets before."""
+        bits = self._bits or 0.0
+        if self._reserve is None:
+            return bits
+        return self._reserve * 2.0 ** max(0, math.ceil(math.log2(bits / self._reserve)))
+
+    def _prepared(self, tasks: Sequence[MatrixTask], ranks: int) -> list[Prepared]:
+        if self._reserve is None or not ranks:
+            return self._method.prepare(tasks, ranks)
+        if any((task.name, ranks) not in self._kept for task in tasks):
+            for task, made in zip(tasks, self._method.prepare(tasks, ranks), strict=True):
+                for name, tensor in made.tensors.items():
+                    self._scratch.put(f"{name} {ranks} {task.name}", tensor)
+                self._kept[task.name, ranks] = tuple(made.tensors), made.damping, made.fallback
+        return [self._restored(task.name, ranks) for task in tasks]
+
+    def _restored(self, key: str, ranks: int) -> Prepared:
+        names, damping, fallback = self._kept[key, ranks]
+        tensors = {name: self._scratch.get(f"{name} {ranks} {key}", self._device) for name in names}
+        return Prepared(tensors, damping, fallback)
 
 
 class GlobalCompressor:
@@ -95,7 +140,7 @@ class GlobalCompressor:
         for position, matrix in enumerate(matrices):
             message = f"spectrum {position + 1} of {len(matrices)}"
             progress.report("calibrating", 2, 3, message, within=position / len(matrices))
-            delta = pair.delta(matrix.ref)
+            delta = pair.delta(matrix.ref, device)
             self._weights += delta.numel()
             if delta.any():
                 self._profile(matrix, delta)
@@ -109,16 +154,14 @@ class GlobalCompressor:
 
     def _metrics(self, matrix: DeltaMatrix, rows: int) -> tuple[Metric, Metric]:
         """B and A; B without a vocabulary's added rows, which are stored exactly."""
-        outputs = self._statistics.outputs(matrix.ref.key).to(self._device)
+        outputs = self._statistics.outputs(matrix.ref.key, self._device)
         outputs = outputs[:rows] if outputs.ndim == 1 else outputs
-        inputs = self._statistics.inputs(matrix.ref.key).to(self._device)
+        inputs = self._statistics.inputs(matrix.ref.key, self._device)
         return Metric.of(outputs), Metric.of(inputs)
 
     def _profile(self, matrix: DeltaMatrix, delta: Tensor) -> None:
         key = matrix.ref.key
-        decomposed, profile = optimix.profile(
-            delta.to(self._device), *self._metrics(matrix, len(delta))
-        )
+        decomposed, profile = optimix.profile(delta, *self._metrics(matrix, len(delta)))
         for name, tensor in decomposed.tensors().items():
             self._scratch.put(f"{name} {key}", tensor)
         self._profiles[key] = profile
@@ -134,7 +177,14 @@ class GlobalCompressor:
         self._widths = dict(zip(self._profiles, allocation.widths, strict=True))
         self._gap = allocation.gap
 
-    def compress(self, matrix: DeltaMatrix, delta: Tensor) -> MatrixResult:
+    def compress(
+        self, matrices: Sequence[DeltaMatrix], deltas: Sequence[Tensor]
+    ) -> list[MatrixResult | None]:
+        return [
+            self._compress(matrix, delta) for matrix, delta in zip(matrices, deltas, strict=True)
+        ]
+
+    def _compress(self, matrix: DeltaMatrix, delta: Tensor) -> MatrixResult:
         key, scratch = matrix.ref.key, self._scratch
         stored = {
             name: scratch.get(f"{name} {key}", self._device)
@@ -143,7 +193,7 @@ class GlobalCompressor:
         }
         rows, columns = self._metrics(matrix, len(delta))
         result = optimix.compress(
-            delta.to(self._device),
+            delta,
             optimix.DecomposedMatrix.from_tensors(stored),
             self._widths[key],
             rows,
@@ -152,8 +202,8 @@ class GlobalCompressor:
         )
         result.notes["gap"] = self._gap
         if matrix.role == "embedding":
-            residual = (delta - result.approximation).double().to(self._device)
-            whole = weighted_error(delta.double().to(self._device), rows, columns)
+            residual = (delta - result.approximation).double()
+            whole = weighted_error(delta.double(), rows, columns)
             result.notes["error"] = weighted_error(residual, rows, columns) / whole
         return result
 
@@ -162,11 +212,13 @@ def report_matrix(
     matrix: DeltaMatrix, delta: Tensor, result: MatrixResult, statistics: Statistics | None
 ) -> MatrixReport:
     """The report of a compressed matrix; its error is on the reporting windows if there are any."""
-    held = None if statistics is None else statistics.held_inputs(matrix.ref.key)
-    if held is None or not held.any():
-        held = torch.eye(delta.shape[1], dtype=torch.float64)
     notes: dict[str, Any] = dict(result.notes)
-    notes.setdefault("error", output_error(delta, result.approximation, held))
+    if "error" not in notes:
+        device = delta.device
+        held = None if statistics is None else statistics.held_inputs(matrix.ref.key, device)
+        if held is None or not held.any():
+            held = torch.eye(delta.shape[1], dtype=torch.float64, device=device)
+        notes["error"] = output_error(delta, result.approximation, held)
     calibration = [] if statistics is None else statistics.notes.get(matrix.ref.key, [])
     notes["fallbacks"] = [*calibration, *notes["fallbacks"]]
     return MatrixReport(

@@ -7,6 +7,7 @@ once, so that an interrupted compression resumes; the artifact's bytes do not de
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 from deltadock.compression.adapters import import_adapter
 from deltadock.compression.checkpoints import CheckpointPair, open_pair
@@ -21,8 +22,12 @@ from deltadock.compression.options import (
 from deltadock.compression.preview import carried_bytes, preview_size, shapes_of
 from deltadock.compression.report import Progress, ProgressReporter, Report
 from deltadock.compression.scratch import Scratch
-from deltadock.compression.search import fit_size, reach_bound
+from deltadock.compression.search import FIRST_BITS, fit_size, reach_bound
 from deltadock.compression.session import BlockStore, CompressionSession
+
+RESERVE: Final = 1.25
+"""Budget that the first decompositions serve, relative to the first budget tried: a search for a
+size seldom goes further."""
 
 
 def compress(
@@ -71,11 +76,12 @@ def compress(
             if measured and not sources:
                 sources = [SAMPLED]
             pair = open_pair(base, finetuned, reporter)
-            _first_guess(pair, info, goal)
+            reserve = _reserve(pair, info, goal)
             with Scratch() as scratch:
                 session = CompressionSession(
-                    pair, options, scratch, progress=reporter, store=store, device=device
-                )
+                    pair, options, scratch, progress=reporter, store=store, device=device,
+                    reserve=reserve,
+                )  # fmt: skip
                 if options.method != "exact" or sources:
                     session.prepare(sources)
                 report = reach_goal(session, goal, unfinished)
@@ -118,6 +124,17 @@ def _byte_limit(pair: CheckpointPair, goal: Goal | None) -> float | None:
     if goal is None or goal.kind not in ("target_bytes", "ratio"):
         return None
     return goal.value if goal.kind == "target_bytes" else pair.finetuned.bf16_bytes / goal.value
+
+
+def _reserve(pair: CheckpointPair, info: MethodInfo, goal: Goal | None) -> float | None:
+    """The budget that decompositions serve when a goal takes several drafts; else None.
+
+    Raises:
+        InvalidGoal: as `_first_guess`.
+    """
+    if goal is None or goal.kind == "bits":
+        return None
+    return RESERVE * (_first_guess(pair, info, goal) or FIRST_BITS)
 
 
 def _first_guess(pair: CheckpointPair, info: MethodInfo, goal: Goal | None) -> float:

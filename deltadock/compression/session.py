@@ -63,6 +63,9 @@ from deltadock.version import __version__
 
 NO_WEIGHTS: Final = "No weight differs from the base's: the delta has files of the model only."
 
+BATCH_WEIGHTS: Final = {"cpu": 0, "cuda": 1 << 26}
+"""Weights of the blocks that are compressed together."""
+
 
 class BlockStore(Protocol):
     """Stores encoded blocks, so that an interrupted compression can resume."""
@@ -110,6 +113,7 @@ class CompressionSession:
         progress: ProgressReporter | None = None,
         store: BlockStore | None = None,
         device: str = "cpu",
+        reserve: float | None = None,
     ) -> None:
         """Read the carried files; `prepare` reads the weights.
 
@@ -120,6 +124,7 @@ class CompressionSession:
             progress: reports every step.
             store: keeps encoded blocks for a later session with the same inputs.
             device: torch device.
+            reserve: budget up to which matrices are decomposed once for all; None for one budget.
 
         Raises:
             UnsupportedModel: weights are quantized, and the method is not `exact`.
@@ -128,7 +133,7 @@ class CompressionSession:
         if options.method != "exact":
             check_not_quantized(pair.base.manifest.config)  # the fine-tune is stored alike
         self._options, self._scratch, self._store, self._device = options, scratch, store, device
-        self._progress = progress or ProgressReporter()
+        self._progress, self._reserve = progress or ProgressReporter(), reserve
         self._carried = carried_files(pair.base.manifest, pair.finetuned)
         self._model: BlockwiseModel | None = None
         self._data: CalibrationSet | None = None
@@ -164,8 +169,9 @@ class CompressionSession:
         method = matrix_method(info.name)
         if method is not None:
             self._compressor = PerMatrixCompressor(
-                pair, self._statistics, method, options.solver, model.device
-            )
+                pair, self._statistics, self._scratch, method, options.solver, model.device,
+                reserve=self._reserve,
+            )  # fmt: skip
         elif self._statistics is not None and info.needs_gradients:
             compressor = GlobalCompressor(
                 pair, self._statistics, self._scratch, model.device, self._progress
@@ -257,17 +263,16 @@ class CompressionSession:
             self._compressor.set_budget(bits)
             fingerprint = self._fingerprint(bits)
             blocks = sorted({matrix.block for matrix in self._matrices})
-            for position, block in enumerate(blocks):
-                message = f"block {position + 1} of {len(blocks)}"
-                self._progress.report("compressing", position, len(blocks), message)
-                members = [matrix for matrix in self._matrices if matrix.block == block]
-                key = f"{fingerprint}/{block}"
+            for group in self._batches(blocks):
+                first, count = blocks.index(group[0]), len(blocks)
+                members = [matrix for matrix in self._matrices if matrix.block in group]
+                key = f"{fingerprint}/{group[0]}"
                 stored = None if self._store is None else self._store.get(key)
                 if stored is not None:
                     tensors, reports = deserialize(stored)
                 else:
-                    tensors, reports = self._encode_block(
-                        self._compressor, members, (position, len(blocks))
+                    tensors, reports = self._encode_blocks(
+                        self._compressor, members, (first, len(group), count)
                     )
                     if self._store is not None:
                         self._store.put(key, serialize(tensors, reports))
@@ -277,7 +282,9 @@ class CompressionSession:
                     for matrix in members
                     if matrix.ref.key in reports and matrix.ref.name in tensors
                 ]
-                self._progress.report("compressing", position + 1, len(blocks), message)
+                done = first + len(group)
+                message = f"block {done} of {count}"
+                self._progress.report("compressing", done, count, message)
         self._progress.report("assembling", 0, 3, "encoding the other tensors")
         others, draft.others = encode_remaining(
             self.pair,
@@ -289,31 +296,65 @@ class CompressionSession:
         self._draft = draft
         return draft
 
-    def _encode_block(
-        self, compressor: Compressor, members: Sequence[DeltaMatrix], position: tuple[int, int]
+    def _batches(self, blocks: Sequence[int]) -> list[list[int]]:
+        """Consecutive blocks that are compressed together, on a GPU; one by one on a CPU.
+
+        They depend on nothing but the matrices, so that a resumed compression gives equal bytes.
+        """
+        limit = BATCH_WEIGHTS[torch.device(self._device).type]
+        weights = dict.fromkeys(blocks, 0)
+        for matrix in self._matrices:
+            weights[matrix.block] += self.pair.weights(matrix.ref)
+        batches: list[list[int]] = []
+        for block in blocks:
+            if batches and sum(weights[one] for one in (*batches[-1], block)) <= limit:
+                batches[-1].append(block)
+            else:
+                batches.append([block])
+        return batches
+
+    def _encode_blocks(
+        self,
+        compressor: Compressor,
+        members: Sequence[DeltaMatrix],
+        position: tuple[int, int, int],
     ) -> tuple[dict[str, Encoded], dict[str, Any]]:
-        """Encode the tensors of a block; with the report of each of its matrices, as JSON."""
-        block, blocks = position
+        """Encode the tensors of some blocks; with the report of each of their matrices, as JSON.
+
+        `position`: number of the first block, of these blocks and of all.
+        """
+        first, count, total = position
         encodings: dict[str, Encoded | None] = {}
         reports: dict[str, Any] = {}
-        for number, matrix in enumerate(members):
-            message = f"block {block + 1} of {blocks}, matrix {number + 1} of {len(members)}"
-            within = number / len(members)
-            self._progress.report("compressing", block, blocks, message, within=within)
-            delta = self.pair.delta(matrix.ref)
-            peak = float(delta.abs().max()) if delta.numel() else 0.0
-            if peak == 0.0:
-                encodings[matrix.ref.key] = None
+        by_shape: dict[tuple[tuple[int, ...], str], list[DeltaMatrix]] = {}
+        for matrix in members:
+            by_shape.setdefault((self.pair.shape(matrix.ref), matrix.role), []).append(matrix)
+        done = 0
+        for group in by_shape.values():
+            message = f"block {first + 1} of {total}, matrix {done + 1} of {len(members)}"
+            within = count * done / len(members)
+            self._progress.report("compressing", first, total, message, within=within)
+            done += len(group)
+            matrices, deltas = [], []
+            for matrix in group:
+                delta = self.pair.delta(matrix.ref, self._device)
+                peak = float(delta.abs().max()) if delta.numel() else 0.0
+                if peak == 0.0:
+                    encodings[matrix.ref.key] = None
+                # Scales as small as this have no precision left: stored exactly.
+                elif peak >= torch.finfo(torch.float32).tiny:
+                    matrices.append(matrix)
+                    deltas.append(delta)
+            if not matrices:
                 continue
-            if peak < torch.finfo(torch.float32).tiny:
-                continue  # scales this small have no precision left: stored exactly
-            result = compressor.compress(matrix, delta)
-            # A delta out of the range of codes and scales is stored exactly, as one without a
-            # budget is.
-            if result is not None and result.approximation.isfinite().all():
-                encodings[matrix.ref.key] = result.encoded
-                report = report_matrix(matrix, delta, result, self._statistics)
-                reports[matrix.ref.key] = asdict(report)
+            results = compressor.compress(matrices, deltas)
+            for matrix, delta, result in zip(matrices, deltas, results, strict=True):
+                # A delta out of the range of codes and scales is stored exactly, as one without a
+                # budget is.
+                if result is not None and result.approximation.isfinite().all():
+                    encodings[matrix.ref.key] = result.encoded
+                    report = report_matrix(matrix, delta, result, self._statistics)
+                    reports[matrix.ref.key] = asdict(report)
         refs: list[MatrixRef] = [matrix.ref for matrix in members]
         return compose_tensors(self.pair, refs, encodings), reports
 
@@ -354,5 +395,6 @@ class CompressionSession:
             "device": self._device.partition(":")[0],
             **asdict(self._options),
             "bits": bits,
+            "reserve": self._reserve,
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -134,23 +134,23 @@ class Statistics:
         self.matrices = list(matrices)
         self.notes: dict[str, list[str]] = {}
 
-    def inputs(self, key: str) -> Tensor:
+    def inputs(self, key: str, device: torch.device | str = "cpu") -> Tensor:
         """Moment of the inputs, (h_in, h_in) float64; of an embedding, of its rows' gradients."""
-        return self._scratch.get(f"inputs {key}").double()
+        return self._scratch.get(f"inputs {key}", device).double()
 
-    def held_inputs(self, key: str) -> Tensor | None:
+    def held_inputs(self, key: str, device: torch.device | str = "cpu") -> Tensor | None:
         """Moment of the inputs on the reporting windows, for the report only.
 
         (h_in, h_in) float64; None for an embedding.
         """
         name = f"held {key}"
-        return self._scratch.get(name).double() if name in self._scratch else None
+        return self._scratch.get(name, device).double() if name in self._scratch else None
 
-    def outputs(self, key: str) -> Tensor:
+    def outputs(self, key: str, device: torch.device | str = "cpu") -> Tensor:
         """Moment of the output gradients, (h_out, h_out) float64; of an embedding or head, its
         diagonal (h_out,).
         """
-        return self._scratch.get(f"outputs {key}").double()
+        return self._scratch.get(f"outputs {key}", device).double()
 
 
 def collect(
@@ -293,18 +293,18 @@ class _BackwardPass:
     def _head(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Mean `p (1 - p)` of each token (vocabulary,), and the gradient at the last block."""
         generator = torch.Generator(self._model.device).manual_seed(self._seed)
-        variance = torch.zeros(0)
+        variance = torch.zeros(())
 
         def loss(logits: Tensor, _piece: slice) -> Tensor:
             nonlocal variance
             p = logits.detach().softmax(-1)
-            sums = (p * (1 - p)).sum(0).double().cpu()
-            variance = sums if variance.numel() == 0 else variance + sums
+            sums = (p * (1 - p)).sum(0).double()
+            variance = variance.to(sums) + sums
             labels = torch.multinomial(p, 1, generator=generator).squeeze(1)
             return F.cross_entropy(logits, labels, reduction="sum")
 
         _, gradient = self._model.backward_head(states, self._source, loss)
-        return variance / self._tokens.numel(), gradient
+        return variance.cpu() / self._tokens.numel(), gradient
 
     def _embedding(self, key: str, gradient: Tensor, variance: Tensor) -> None:
         """Store an embedding's two moments: a diagonal (rows,) and (hidden, hidden).
@@ -342,8 +342,9 @@ class _BackwardPass:
 def _second_moment(states: Tensor) -> Tensor:
     """`X^T X` of (..., n), (n, n) float64, computed in pieces."""
     flat = states.flatten(0, -2)
-    total = torch.zeros(flat.shape[-1], flat.shape[-1], dtype=torch.float64)
+    size = flat.shape[-1]
+    total = torch.zeros(size, size, dtype=torch.float64, device=flat.device)
     for piece in flat.split(1 << 14):
         rows = piece.float()
-        total += (rows.t() @ rows).double().cpu()
-    return total
+        total += (rows.t() @ rows).double()
+    return total.cpu()

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deltadock.artifacts.encodings import Encoded, SvdMatrix, Vectors, decode_dense, encode_svd
+from deltadock.artifacts.encodings import (
+    FACTORED_ENCODINGS,
+    Encoded,
+    SvdMatrix,
+    Vectors,
+    decode_dense,
+    decode_factors,
+    encode_svd,
+)
 from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import Codes
 from deltadock.compression.options import Solver
@@ -40,7 +48,7 @@ class MatrixResult:
 
     Attributes:
         encoded: the encoding.
-        approximation: the delta that it decodes to, (h_out, h_in) float32.
+        approximation: the delta that it decodes to, (h_out, h_in) float32, on the matrix's device.
         notes: fields of the `MatrixReport` by name.
     """
 
@@ -118,16 +126,26 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
+def decoded_delta(encoded: Encoded, device: torch.device) -> Tensor:
+    """The delta of an encoding, (h_out, h_in) float32; factors are multiplied on the device."""
+    if encoded.record["kind"] not in FACTORED_ENCODINGS:
+        return torch.from_numpy(decode_dense(encoded)).to(device)
+    factors = decode_factors(encoded)
+    u, s, v = (torch.from_numpy(one).to(device) for one in (factors.u, factors.s, factors.v))
+    return (u * s) @ v
+
+
 def matrix_result(
     encoded: Encoded,
     *,
+    device: torch.device,
     rank: int = 0,
     widths: dict[str, int],
     damping: float = 0.0,
     gap: float = 0.0,
     fallbacks: Sequence[str | None] = (),
 ) -> MatrixResult:
-    """The result of an encoding, decoded; `fallbacks` that are None are left out."""
+    """The result of an encoding, decoded on `device`; `fallbacks` that are None are left out."""
     notes = {
         "rank": rank,
         "widths": widths,
@@ -135,7 +153,7 @@ def matrix_result(
         "gap": gap,
         "fallbacks": [fallback for fallback in fallbacks if fallback is not None],
     }
-    return MatrixResult(encoded, torch.from_numpy(decode_dense(encoded)), notes)
+    return MatrixResult(encoded, decoded_delta(encoded, device), notes)
 
 
 def svd_result(
@@ -163,6 +181,7 @@ def svd_result(
     matrix = SvdMatrix(_vectors(u, bits), (s * v.scale * u.scale).cpu().numpy(), _vectors(v, bits))
     return matrix_result(
         encode_svd(matrix, task.dtype),
+        device=task.delta.device,
         rank=len(bits),
         widths={str(b): int((bits == b).sum()) for b in sorted(set(bits.tolist()))[::-1]},
         damping=damping,

@@ -20,4 +20,4 @@ def compress_matrix(task: MatrixTask) -> MatrixResult:
     # Codes 0 and 1 stand for -1/2 and 1/2.
     scale = np.array([2 * mean], np.float32)
     encoded = encode_rows(codes, np.ones(len(codes), np.int64), scale, task.dtype)
-    return matrix_result(encoded, widths={"1": len(codes)})
+    return matrix_result(encoded, device=task.delta.device, widths={"1": len(codes)})

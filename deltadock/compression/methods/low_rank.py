@@ -51,4 +51,10 @@ def _compress(task: MatrixTask, prepared: Prepared) -> MatrixResult:
     )
     dropped = None if rank else "the budget holds no rank, so the delta is dropped"
     widths = {str(FACTOR_BITS): rank} if rank else {}
-    return matrix_result(encoded, rank=rank, widths=widths, fallbacks=[prepared.fallback, dropped])
+    return matrix_result(
+        encoded,
+        device=task.delta.device,
+        rank=rank,
+        widths=widths,
+        fallbacks=[prepared.fallback, dropped],
+    )

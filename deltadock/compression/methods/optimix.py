@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltadock.artifacts.encodings import SvdMatrix, Vectors, decode_dense, encode_svd
-from deltadock.compression.methods.base import MatrixResult
+from deltadock.artifacts.encodings import SvdMatrix, Vectors, encode_svd
+from deltadock.compression.methods.base import MatrixResult, decoded_delta
 from deltadock.compression.numerics.global_allocation import RankProfile, RankWidths
 from deltadock.compression.numerics.metric import Metric
 from deltadock.compression.numerics.midrise import MidriseCodes
@@ -123,7 +123,7 @@ def compress(
         "damping": max(rows.damping, columns.damping),
         "fallbacks": coded.fallbacks if len(kept) else [DROPPED],
     }
-    return MatrixResult(encoded, torch.from_numpy(decode_dense(encoded)), notes)
+    return MatrixResult(encoded, decoded_delta(encoded, delta.device), notes)
 
 
 def _vectors(codes: MidriseCodes) -> Vectors:

@@ -178,4 +178,5 @@ def _result(
         for data in (sparse.codes, sparse.mask, sparse.scale)
     )
     encoded = deflate(encode(*arrays, bits, group, task.dtype))
-    return matrix_result(encoded, widths={str(bits): len(sparse.codes)}, damping=damping)
+    widths = {str(bits): len(sparse.codes)}
+    return matrix_result(encoded, device=task.delta.device, widths=widths, damping=damping)
