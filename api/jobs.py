@@ -15,10 +15,12 @@ from starlette.concurrency import run_in_threadpool
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.problems import problems
+from deltadock.api.quotas import check_job
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME
 from deltadock.errors import Conflict, InvalidInput, NotFound
 from deltadock.storage.models import JobLogRow, JobPriority, JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.repositories.jobs import RETRIABLE
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -234,6 +236,8 @@ def retry_job(job_id: JobId, caller: CallerDep, unit: WriteUnit, resources: Reso
     job = _existing(jobs.find(job_id), job_id)
     if DeltaRepository(unit.session, caller.tenant_id).find(job.delta_id) is None:
         raise Conflict(f"The delta of job {job_id} was deleted. Restore it, or ask for it again.")
+    if job.state in RETRIABLE:
+        check_job(unit.session, caller.tenant_id)
     if not jobs.retry(job_id):
         raise Conflict(
             f"Job {job_id} is {job.state}: only a failed or cancelled job can be retried."

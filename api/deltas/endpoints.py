@@ -28,6 +28,8 @@ from deltadock.errors import (
     InvalidInput,
     NotFound,
     NotReady,
+    QuotaExceeded,
+    RateLimited,
     UnchangedCheckpoint,
     UnknownMethod,
 )
@@ -52,6 +54,8 @@ DeltaId = Annotated[str, Path(examples=[EXAMPLE_DELTA_ID])]
             ArchitectureMismatch,
             UnchangedCheckpoint,
             IdempotencyKeyReused,
+            QuotaExceeded,
+            RateLimited,
         ),
     },
 )

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from deltadock.api.bases import read_manifest, require_base, require_checkpoint
 from deltadock.api.deltas.schemas import CalibrationIn, DeltaIn
 from deltadock.api.dependencies import Resources, UnitOfWork
+from deltadock.api.quotas import check_delta
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.artifacts.compatibility import check_differs, check_same_architecture
 from deltadock.compression.options import SIZES
@@ -64,6 +65,7 @@ def request_delta(
     Raises:
         NotFound: no such base, checkpoint or calibration text.
         InvalidInput: the method does not fit: an adapter needs 'lora', a whole model another one.
+        QuotaExceeded, RateLimited: the tenant may have no more deltas or jobs.
         UnknownMethod, BitsOutOfRange, ArchitectureMismatch.
         InvalidGoal: it is invalid, or no artifact of the method is as small as it asks for.
         UnchangedCheckpoint: the checkpoint equals the base.
@@ -101,6 +103,8 @@ def request_delta(
     for delta in same:
         if delta.name == body.name:
             return delta, False
+    ready = next((twin for twin in same if twin.job.state is JobState.READY), None)
+    check_delta(session, tenant_id, starts_job=ready is None)
     delta = deltas.add(
         name=body.name,
         base=base,
@@ -111,11 +115,10 @@ def request_delta(
         fingerprint=fingerprint,
         priority=body.priority,
     )
-    for twin in same:
-        if twin.job.state is JobState.READY:
-            deltas.share_result(delta, twin)
-            WebhookRepository(session, tenant_id).publish_outcome(delta)
-            return delta, False
+    if ready is not None:
+        deltas.share_result(delta, ready)
+        WebhookRepository(session, tenant_id).publish_outcome(delta)
+        return delta, False
     unit.after_commit.append(partial(resources.tasks.send_compress, delta.job.id, body.priority))
     return delta, True
 

@@ -17,6 +17,7 @@ from deltadock.api.generation.forward import (
     ForwardedResponse,
     ask_nodes,
 )
+from deltadock.api.generation.metering import Meter
 from deltadock.api.generation.schemas import (
     BaseGenerated,
     DeltaGenerated,
@@ -103,7 +104,9 @@ async def _forward(
 
     target = await run_in_threadpool(find)
     content = body.model_dump(exclude_unset=True)
-    return ForwardedResponse(await ask_nodes(resources, request, target, path, content))
+    limited = caller.tokens_per_minute is not None
+    meter = Meter(resources.rates, caller, content) if limited else None
+    return ForwardedResponse(await ask_nodes(resources, request, target, path, content), meter)
 
 
 GENERATE_PROBLEMS = problems(NotFound, NotReady, InvalidInput, Overloaded, Unavailable)
@@ -124,7 +127,7 @@ async def generate_with_delta(
             return service.target_of_delta(require_delta(session, caller.tenant_id, delta_id))
 
     target = await run_in_threadpool(find)
-    completion = await service.generate(resources, request, target, delta_id, body)
+    completion = await service.generate(resources, request, caller, target, delta_id, body)
     return DeltaGenerated.of(completion, delta=delta_id)
 
 
@@ -144,5 +147,5 @@ async def generate_with_base(
             return found.name, service.target_of_base(found)
 
     name, target = await run_in_threadpool(find)
-    completion = await service.generate(resources, request, target, name, body)
+    completion = await service.generate(resources, request, caller, target, name, body)
     return BaseGenerated.of(completion, base=name)

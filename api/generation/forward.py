@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from deltadock.api.dependencies import Resources
 from deltadock.api.fleet import Fleet, NodeView
+from deltadock.api.generation.metering import Meter
 from deltadock.api.middleware import REQUEST_ID
 from deltadock.errors import DeltadockError, InvalidInput, Unauthorized, Unavailable
 from deltadock.model_target import ModelTarget
@@ -99,10 +100,10 @@ class Answer:
 
 
 class ForwardedResponse(StreamingResponse):
-    """Streams the node's answer, errors included."""
+    """Streams the node's answer, errors included; `meter` counts its tokens."""
 
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(_stream(answer), answer.status, answer.headers)
+    def __init__(self, answer: Answer, meter: Meter | None = None) -> None:
+        super().__init__(_stream(answer, meter), answer.status, answer.headers)
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,9 +113,10 @@ class ForwardedResponse(StreamingResponse):
             await self._answer.close()
 
 
-async def _stream(answer: Answer) -> AsyncIterator[bytes]:
+async def _stream(answer: Answer, meter: Meter | None) -> AsyncIterator[bytes]:
+    chunks = answer.chunks() if meter is None else meter.pass_on(answer.chunks())
     try:
-        async for chunk in answer.chunks():
+        async for chunk in chunks:
             yield chunk
     except httpx.HTTPError as error:
         log.warning("node_disconnected", error=repr(error))

@@ -3,6 +3,7 @@
 from fastapi import Request
 from sqlalchemy.orm import Session
 
+from deltadock.api.access import Caller
 from deltadock.api.deltas.service import require_ready
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation.forward import COMPLETIONS, ask_nodes
@@ -109,9 +110,14 @@ def _find_delta(deltas: DeltaRepository, model: str) -> DeltaRow | None:
 
 
 async def generate(
-    resources: Resources, request: Request, target: ModelTarget, model: str, body: GenerateIn
+    resources: Resources,
+    request: Request,
+    caller: Caller,
+    target: ModelTarget,
+    model: str,
+    body: GenerateIn,
 ) -> Completion:
-    """The node's completion of one prompt.
+    """The node's completion of one prompt; its tokens are charged to the caller's tenant.
 
     Raises:
         DeltadockError: the error that the node reported.
@@ -131,4 +137,6 @@ async def generate(
             raise ValueError("no choices")
     except ValueError as error:  # pydantic's ValidationError is one
         raise Unavailable("The inference node's response is not a completion.") from error
+    if completion.usage is not None:
+        await resources.rates.charge_tokens(caller, completion.usage.total_tokens)
     return completion

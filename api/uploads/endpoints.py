@@ -12,6 +12,7 @@ from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.problems import problems
+from deltadock.api.quotas import remaining_bytes
 from deltadock.api.uploads import service
 from deltadock.api.uploads.receive import (
     announced_digests,
@@ -42,6 +43,7 @@ from deltadock.errors import (
     InvalidInput,
     MalformedSafetensors,
     NotFound,
+    QuotaExceeded,
     StorageFull,
     TooLarge,
     Unavailable,
@@ -89,6 +91,7 @@ BINARY_BODY: Final[dict[str, Any]] = {
         NotFound,
         Unavailable,
         IdempotencyKeyReused,
+        QuotaExceeded,
     ),
 )
 def create_upload(
@@ -249,6 +252,7 @@ async def put_part(
         InvalidCalibration,
         HashMismatch,
         StorageFull,
+        QuotaExceeded,
     ),
 )
 async def put_file(
@@ -269,19 +273,28 @@ async def put_file(
     announced = announced_digests(content_digest, x_content_sha256)
     limit = resources.settings.max_file_bytes
     length = request.headers.get("content-length", "")
-    if length.isdecimal():
-        check_size(int(length), limit)
 
-    def admit() -> tuple[UploadKind, frozenset[str]]:
+    def admit() -> tuple[UploadKind, frozenset[str], int | None]:
         with resources.database.read_scope() as session:
             upload = service.require_upload(session, caller.tenant_id, upload_id)
-            return upload.kind, service.check_may_add(upload, path)
+            promised = service.check_may_add(upload, path)
+            remaining = remaining_bytes(session, caller.tenant_id)
+            if remaining is not None:  # what this file was announced with is counted already
+                remaining += sum(file.size for file in upload.files if file.path == path)
+            if length.isdecimal():
+                check_size(int(length), limit, remaining)
+            return upload.kind, promised, remaining
 
-    kind, promised = await run_in_threadpool(admit)
+    kind, promised, remaining = await run_in_threadpool(admit)
     inspector = make_inspector(kind, path)
     # No transaction is open during the transfer, which may take hours.
     file, tensors = await receive_file(
-        request.stream(), inspector, resources.blobs, limit=limit, announced=announced | promised
+        request.stream(),
+        inspector,
+        resources.blobs,
+        limit=limit,
+        remaining=remaining,
+        announced=announced | promised,
     )
 
     def record() -> UploadFileRow:

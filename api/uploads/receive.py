@@ -11,6 +11,7 @@ from typing import Final, Protocol
 import anyio
 from starlette.concurrency import run_in_threadpool
 
+from deltadock.api.quotas import over_bytes
 from deltadock.artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
 from deltadock.errors import HashMismatch, InvalidCalibration, InvalidInput, TooLarge
 from deltadock.storage.blobs import BlobStore, PartedFile
@@ -92,6 +93,7 @@ async def receive_file(
     blobs: BlobStore,
     *,
     limit: int,
+    remaining: int | None = None,
     announced: frozenset[str],
 ) -> tuple[FileEntry, list[TensorEntry]]:
     """Store `body` as a blob if it is valid; on any error nothing is stored.
@@ -101,6 +103,7 @@ async def receive_file(
 
     Raises:
         TooLarge: more than `limit` bytes.
+        QuotaExceeded: more than the `remaining` bytes of the tenant.
         HashMismatch: the bytes do not match an announced digest.
         ClientDisconnect: the client disconnected.
         InvalidInput: raised by the inspector.
@@ -117,7 +120,7 @@ async def receive_file(
     try:
         async for chunk in body:
             received += len(chunk)
-            check_size(received, limit)
+            check_size(received, limit, remaining)
             batch += chunk
             if len(batch) >= BATCH_BYTES:
                 await run_in_threadpool(store_batch)
@@ -178,10 +181,12 @@ async def receive_part(
             await run_in_threadpool(writer.discard)
 
 
-def check_size(size: int, limit: int) -> None:
-    """Raise TooLarge if `size` exceeds `limit`."""
+def check_size(size: int, limit: int, remaining: int | None = None) -> None:
+    """Raise TooLarge over `limit`, and QuotaExceeded over the tenant's `remaining` bytes."""
     if size > limit:
         raise TooLarge(f"The file is larger than {limit} bytes; upload it in smaller shards.")
+    if remaining is not None and size > remaining:
+        raise over_bytes()
 
 
 def announced_digests(content_digest: str | None, hex_digest: str | None) -> frozenset[str]:

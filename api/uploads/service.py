@@ -13,6 +13,7 @@ from typing import Final
 import structlog
 from sqlalchemy.orm import Session
 
+from deltadock.api.quotas import check_bytes
 from deltadock.api.uploads.receive import check_size, make_inspector
 from deltadock.artifacts.checkpoint import (
     ADAPTER_CONFIG,
@@ -83,7 +84,11 @@ def create_upload(
     kind: UploadKind,
     files: Collection[FileEntry],
 ) -> UploadRow:
-    """Add an upload; of the announced files, those that the tenant has stored before are here."""
+    """Add an upload; of the announced files, those that the tenant has stored before are here.
+
+    Raises:
+        QuotaExceeded: the others are more than the tenant may store.
+    """
     uploads = UploadRepository(session, tenant_id)
     known = uploads.stored_files(kind, [file.sha256 for file in files]) if files else {}
     rows = []
@@ -104,7 +109,9 @@ def create_upload(
                 tensors=twin.tensors if same and twin else [],
             )
         )
-    return uploads.add(kind, rows)
+    upload = uploads.add(kind, rows)
+    check_bytes(session, tenant_id)
+    return upload
 
 
 def create_import(
@@ -112,6 +119,7 @@ def create_import(
 ) -> UploadRow:
     """Add an upload whose files a background thread imports."""
     uploads = UploadRepository(session, tenant_id)
+    check_bytes(session, tenant_id, total_bytes)
     upload = uploads.add(kind)
     upload.source, upload.source_bytes = source, total_bytes
     uploads.start_completing(upload)
@@ -196,6 +204,7 @@ def record_file(
     check_may_add(upload, file.path)
     row = stored_row(upload.id, file, tensors)
     UploadRepository(session, tenant_id).put_file(upload, row)
+    check_bytes(session, tenant_id)
     return row
 
 

@@ -237,7 +237,7 @@ class StandInNode:
         if self.answer is not None:
             return self.answer
         if body.get("stream"):
-            return StreamingResponse(self._events(), media_type="text/event-stream")
+            return StreamingResponse(self._events(body), media_type="text/event-stream")
         return JSONResponse(
             {
                 "id": "cmpl-1",
@@ -249,7 +249,7 @@ class StandInNode:
             }
         )
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _events(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
         for text in (" 4", "2"):
             choice = {"index": 0, "text": text, "finish_reason": None}
             chunk = {
@@ -260,4 +260,7 @@ class StandInNode:
                 "choices": [choice],
             }
             yield f"data: {json.dumps(chunk)}\n\n".encode()
+        if (body.get("stream_options") or {}).get("include_usage"):
+            usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+            yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n".encode()
         yield b"data: [DONE]\n\n"

@@ -1,0 +1,75 @@
+"""Counts the tokens of a forwarded answer, as the node reports them."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+
+from deltadock.api.access import Caller
+from deltadock.api.access.rates import Rates
+
+
+class Meter:
+    """Passes an answer on, and charges its tokens to the caller's tenant at its end.
+
+    A stream reports its usage in a last chunk, which the client sees if it has asked for it. An
+    answer that is broken off is charged a token per chunk.
+    """
+
+    def __init__(self, rates: Rates, caller: Caller, body: dict[str, Any]) -> None:
+        """Ask the node for the usage of a stream, by changing `body`."""
+        self._rates = rates
+        self._caller = caller
+        self._is_stream = bool(body.get("stream"))
+        self._tokens: int | None = None
+        self._chunks = 0
+        self._hides_usage = False
+        if self._is_stream:
+            options = body.get("stream_options") or {}
+            self._hides_usage = not options.get("include_usage")
+            body["stream_options"] = {**options, "include_usage": True}
+
+    async def pass_on(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The answer, for the client."""
+        try:
+            if self._is_stream:
+                async for event in _events(chunks):
+                    if self._shows(event):
+                        yield event
+            else:
+                whole = b""
+                async for chunk in chunks:
+                    whole += chunk
+                    yield chunk
+                self._tokens = _total_tokens(whole)
+        finally:
+            with anyio.CancelScope(shield=True):
+                tokens = self._chunks if self._tokens is None else self._tokens
+                await self._rates.charge_tokens(self._caller, tokens)
+
+    def _shows(self, event: bytes) -> bool:
+        data = event.strip().removeprefix(b"data:").strip()
+        self._chunks += 1
+        if b'"usage"' not in data or (tokens := _total_tokens(data)) is None:
+            return True
+        self._tokens = tokens
+        return not (self._hides_usage and not json.loads(data).get("choices"))
+
+
+async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Server-sent events, each with the empty line that ends it."""
+    rest = b""
+    async for chunk in chunks:
+        *events, rest = (rest + chunk).split(b"\n\n")
+        for event in events:
+            yield event + b"\n\n"
+    if rest:
+        yield rest
+
+
+def _total_tokens(text: bytes) -> int | None:
+    try:
+        return int(json.loads(text)["usage"]["total_tokens"])
+    except (ValueError, KeyError, TypeError):  # such as an error's body
+        return None

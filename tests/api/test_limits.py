@@ -1,0 +1,144 @@
+"""Quotas and rates of tenants."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import httpx
+import pytest
+from starlette.responses import JSONResponse
+
+from tests.api.support import Api, StandInNode, bearer, issue_key, weights
+
+
+@pytest.fixture
+def tenant(api: Api) -> Iterator[Api]:
+    """The api as a tenant without limits uses it."""
+    acme = api.client.post("/v1/tenants", json={"name": "acme"}).json()
+    assert set(acme["limits"].values()) == {None}
+    headers = bearer(issue_key(api.resources.settings, tenant=acme["id"]))
+    with httpx.Client(base_url=api.client.base_url, timeout=30, headers=headers) as client:
+        yield Api(client, api.resources)
+
+
+def limit(api: Api, **limits: int | None) -> None:
+    answer = api.client.patch("/v1/tenants/acme", json=limits)
+    assert answer.status_code == 200, answer.text
+
+
+def refused(answer: httpx.Response, status: int, code: str) -> None:
+    assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+
+
+def test_bytes_are_checked_when_announced_and_while_they_arrive(api: Api, tenant: Api) -> None:
+    limit(api, max_bytes=10_000)
+    upload = tenant.open_upload()
+    refused(tenant.put(upload, "tokenizer.json", bytes(10_001)), 403, "quota_exceeded")
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(20):
+            yield bytes(1000)
+
+    path = f"/v1/uploads/{upload}/files/tokenizer.json"
+    refused(tenant.client.put(path, content=endless()), 403, "quota_exceeded")
+    assert api.staged() == []
+    assert tenant.put(upload, "tokenizer.json", bytes(9_000)).status_code == 200
+    file = {"path": "config.json", "size": 2_000, "sha256": "a" * 64}
+    body = {"kind": "checkpoint", "files": [file]}
+    refused(tenant.client.post("/v1/uploads", json=body), 403, "quota_exceeded")
+    assert tenant.client.get("/v1/tenants/acme").json()["usage"]["bytes"] == 9_000
+    tenant.client.delete(f"/v1/uploads/{upload}")
+    assert tenant.client.post("/v1/uploads", json=body).status_code == 201
+    limit(api, max_bytes=None)
+    assert tenant.checkpoint(weights(7, rows=1000))
+
+
+def test_deltas_and_jobs_at_once(api: Api, tenant: Api) -> None:
+    limit(api, max_deltas=2, max_jobs=1)
+    body = tenant.delta_body()
+    first = tenant.client.post("/v1/deltas", json=body).json()["delta"]
+    assert tenant.client.post("/v1/deltas", json=body).status_code == 200, "a repeated request"
+    second = tenant.client.post("/v1/deltas", json={**body, "seed": 5})
+    refused(second, 429, "rate_limited")
+    assert second.headers["retry-after"] == "30"
+    assert tenant.client.post(f"/v1/jobs/{first['job']}/cancel").json()["state"] == "cancelled"
+    assert tenant.client.post("/v1/deltas", json={**body, "seed": 5}).status_code == 202
+    refused(tenant.client.post(f"/v1/jobs/{first['job']}/retry"), 429, "rate_limited")
+    refused(tenant.client.post("/v1/deltas", json={**body, "seed": 6}), 403, "quota_exceeded")
+    usage = tenant.client.get("/v1/tenants/acme").json()["usage"]
+    assert (usage["deltas"], usage["jobs"]) == (2, 1)
+    assert api.delta(), "another tenant's limits do not count"
+
+
+def test_requests_a_minute(api: Api, tenant: Api) -> None:
+    assert "ratelimit" not in tenant.client.get("/v1/bases").headers
+    limit(api, requests_per_minute=3)
+    seen = [tenant.client.get("/v1/bases") for _ in range(5)]
+    assert [answer.status_code for answer in seen] == [200, 200, 200, 429, 429]
+    assert seen[0].headers["ratelimit-policy"] == '"requests";q=3;w=60'
+    assert [a.headers["ratelimit"].split(";")[1] for a in seen[:4]] == ["r=2", "r=1", "r=0", "r=0"]
+    assert 1 <= int(seen[3].headers["retry-after"]) <= 60
+    refused(seen[3], 429, "rate_limited")
+    openai = tenant.client.post("/v1/completions", json={"model": "x", "prompt": "y"})
+    assert openai.json()["error"]["type"] == "rate_limit_error"
+    assert api.client.get("/v1/bases").status_code == 200
+    assert httpx.get(f"{api.client.base_url}/healthz").status_code == 200
+
+
+class TestTokens:
+    @pytest.fixture(autouse=True)
+    def serving_tenant(self, api: Api, tenant: Api, node: StandInNode, node_url: str) -> None:
+        api.register(node_url, base=tenant.base())
+        limit(api, tokens_per_minute=20)
+
+    ASK: ClassVar = {"model": "tiny", "prompt": "x"}
+
+    def left(self, tenant: Api) -> int:
+        """Asks once more; how many tokens were left before."""
+        answer = tenant.client.post("/v1/bases/tiny/generate", json={"prompt": "x"})
+        assert answer.headers["ratelimit-policy"] == '"tokens";q=20;w=60'
+        return int(answer.headers["ratelimit"].split(";")[1].removeprefix("r="))
+
+    def test_tokens_are_charged_as_the_node_reports_them(self, tenant: Api) -> None:
+        assert tenant.client.post("/v1/completions", json=self.ASK).status_code == 200
+        assert self.left(tenant) == 12
+        assert self.left(tenant) == 4, "8 tokens an answer"
+        answer = tenant.client.post("/v1/completions", json=self.ASK)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limited")
+
+    def test_errors_cost_nothing(self, tenant: Api, node: StandInNode) -> None:
+        node.answer = JSONResponse({"error": {"message": "No.", "code": "x"}}, 400)
+        tenant.client.post("/v1/completions", json=self.ASK)
+        node.answer = None
+        assert self.left(tenant) == 20
+
+    @pytest.mark.parametrize("asked", [False, True])
+    def test_a_streams_usage_is_counted_and_shown_if_asked_for(
+        self, tenant: Api, node: StandInNode, asked: bool
+    ) -> None:
+        body: dict[str, Any] = {**self.ASK, "stream": True}
+        if asked:
+            body["stream_options"] = {"include_usage": True}
+        with events(tenant, body) as lines:
+            shown = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert node.requests[-1]["body"]["stream_options"] == {"include_usage": True}
+        assert [bool(chunk.get("usage")) for chunk in shown] == [False, False, *[True] * asked]
+        assert "".join(chunk["choices"][0]["text"] for chunk in shown[:2]) == " 42"
+        assert self.left(tenant) == 12
+
+
+@contextmanager
+def events(api: Api, body: dict[str, Any]) -> Iterator[list[str]]:
+    with api.client.stream("POST", "/v1/completions", json=body) as answer:
+        yield list(answer.iter_lines())
+
+
+class TestRedisDown:
+    @pytest.fixture
+    def settings_fields(self) -> dict[str, Any]:
+        return {"broker_url": "redis://127.0.0.1:1/0"}
+
+    def test_requests_are_not_limited(self, api: Api, tenant: Api) -> None:
+        limit(api, requests_per_minute=1)
+        assert [tenant.client.get("/v1/bases").status_code for _ in range(3)] == [200, 200, 200]
