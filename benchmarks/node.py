@@ -46,7 +46,7 @@ from deltadock.inference.deltas.reading import HostDelta, merge_delta, place_del
 from deltadock.inference.deltas.slots import SlotManager
 from deltadock.inference.engine.engine import Engine
 from deltadock.inference.engine.model_runner import ModelRunner
-from deltadock.inference.engine.sampler import SamplingParams
+from deltadock.inference.engine.sampling import SamplingParams
 from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.engine.sequence import Event
 from deltadock.inference.engine.sequence import Sequence as EngineSequence
@@ -557,7 +557,7 @@ def check_logits(workload: GpuWorkload, device: str, dtype: torch.dtype) -> None
     inputs = torch.tensor([tokens], device=device)
     with torch.inference_mode():
         runner.logits([ScheduledChunk(sequence, 0, 15)])
-        of_engine = runner.logits([ScheduledChunk(sequence, 15, 16)]).base[0]
+        of_engine = runner.logits([ScheduledChunk(sequence, 15, 16)]).values[0]
         of_merged = merged(inputs).logits[0, -1].float()
         exact = merged.float()(inputs).logits[0, -1]
     engine, plain = (float((it - exact).norm() / exact.norm()) for it in (of_engine, of_merged))

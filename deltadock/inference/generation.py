@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 from deltadock.inference.base import ServedBase
-from deltadock.inference.engine.sampler import SamplingParams, make_generator
+from deltadock.inference.engine.sampling import SamplingParams, make_draws
 from deltadock.inference.engine.sequence import Event, Sequence
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.prompts.grammar import TokenGrammar
@@ -79,7 +79,7 @@ class Generation:
                             skip_special_tokens=sampling.skip_special_tokens,
                         ),
                         emit=partial(self._emit, len(self._sequences)),
-                        generator=make_generator(sampling, choice),
+                        draws=make_draws(sampling, choice),
                         matcher=None if grammar is None else grammar.matcher(),
                     )
                 )

@@ -17,7 +17,7 @@ from deltadock.inference.admission import Admission
 from deltadock.inference.base import ServedBase
 from deltadock.inference.deltas.store import ResidentDelta
 from deltadock.inference.deltas.tiers import DiskTier
-from deltadock.inference.engine.sampler import SamplingParams
+from deltadock.inference.engine.sampling import SamplingParams
 from deltadock.inference.generation import Generation
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.prompts.chat import PROCESSES, TemplateSandbox

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Final, TypeVar
 
 from deltadock.errors import ContextExceeded, InvalidInput
-from deltadock.inference.engine.sampler import SamplingParams
+from deltadock.inference.engine.sampling import SamplingParams
 from deltadock.inference.prompts.chat import Conversation, TemplateSandbox
 from deltadock.inference.prompts.grammar import GrammarSpec
 from deltadock.inference.prompts.json_schema import moved

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.inference.engine.engine import Engine
-from deltadock.inference.engine.sampler import SamplingParams, make_generator
+from deltadock.inference.engine.sampling import SamplingParams, make_draws
 from deltadock.inference.engine.sequence import Event, Sequence
 from deltadock.inference.model.loading import FAMILIES, load_base
 from deltadock.inference.model.model import BaseModel
@@ -173,7 +173,7 @@ class Bench:
                 end_ids=self.tokenizer.eos_ids,
                 stream=TextStream(self.tokenizer, prompt, sampling.stop),
                 emit=lambda event: self._events.put((outcome, event)),
-                generator=make_generator(sampling, choice),
+                draws=make_draws(sampling, choice),
             )
         )
         self.engine.submit(outcome.sequence)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from deltadock.inference.engine.sampler import SamplingParams
+from deltadock.inference.engine.sampling import SamplingParams, make_draws
 from deltadock.inference.engine.scheduler import ScheduledChunk, Scheduler
 from deltadock.inference.engine.sequence import Sequence
 from deltadock.inference.model.kv_cache import KVCache
@@ -26,14 +26,16 @@ def make_sequence(
     """A sequence with this prompt, or a unique one of this length."""
     tokens = prompt if isinstance(prompt, list) else [make_sequence.number + 300] * prompt
     make_sequence.number += 1
+    sampling = SamplingParams(**how)
     return Sequence(
         tokens=list(tokens),
-        sampling=SamplingParams(**how),
+        sampling=sampling,
         delta_slot=slot,
         model_key=model_key if model_key is not None else f"digest-{slot}",
         end_ids=frozenset(),
         stream=TextStream(tokenizer, [1], ()),
         emit=lambda _: None,
+        draws=make_draws(sampling, 0),
     )
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deltadock.inference.engine.sampler import SamplingParams
+from deltadock.inference.engine.sampling import SamplingParams
 from deltadock.inference.prompts.tokenizer import SamplingDefaults
 from deltadock.inference.request import requested_sampling
 from deltadock.openai.chat import ChatRequest

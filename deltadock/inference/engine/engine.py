@@ -3,14 +3,15 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final
 
 import torch
 
 from deltadock.errors import InferenceFailed
 from deltadock.inference.engine.model_runner import ModelRunner
-from deltadock.inference.engine.sampler import SampledToken, SampleRequest, sample
+from deltadock.inference.engine.sampler import sample_tokens
+from deltadock.inference.engine.sampling import SampledToken, SamplingRow
 from deltadock.inference.engine.scheduler import ScheduledChunk, Scheduler
 from deltadock.inference.engine.sequence import Event, FinishReason, Sequence
 from deltadock.inference.model.added_tokens import Logits
@@ -151,7 +152,6 @@ class Engine:
             logger.exception("A pass of %d sequences failed", len(chunks))
             failure = error.with_traceback(None)  # which references the pass's tensors
         else:
-            self._device_failures = 0
             self._sample(chunks, logits)
             return
         if not self._device_computes() or len(chunks) == 1:
@@ -174,49 +174,41 @@ class Engine:
         return True
 
     def _sample(self, chunks: list[ScheduledChunk], logits: Logits) -> None:
-        """Sample the next tokens of the sequences that have one, and emit what follows from it."""
-        row = 0
-        sequences: list[Sequence] = []
-        requests: list[SampleRequest] = []
+        """Sample the next token of every chunk that samples and emit what follows from it."""
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         for chunk in chunks:
-            sequence, samples = chunk.sequence, chunk.samples
             self._scheduler.computed(chunk)
-            if samples and sequence.sampling.max_tokens:
-                sequences.append(sequence)
-                requests.append(
-                    SampleRequest(
-                        row,
-                        sequence.sampling,
-                        sequence.generator,
-                        sequence.tokens,
-                        sequence.prompt_length,
-                        sequence.matcher,
-                    )
-                )
-            elif samples:
-                self._finish(sequence, "length")
-            row += samples
-        for sequence, token in zip(sequences, self._sampled(logits, requests), strict=True):
-            try:
-                if isinstance(token, Exception):
-                    raise token
-                self._scheduler.sampled(sequence)
-                self._append(sequence, token)
-            except Exception as error:
-                logger.exception("A sequence failed")
-                self._fail(sequence, error)
+        sampled = self._sampled(logits, [sequence.sampling_row for sequence in sequences])
+        for sequence, token in zip(sequences, sampled, strict=True):
+            self._continue(sequence, token)
 
-    def _sampled(
-        self, logits: Logits, requests: list[SampleRequest]
-    ) -> Iterable[SampledToken | Exception]:
-        """The requested tokens; if sampling fails, an error for the rows that cause it alone."""
+    def _sampled(self, logits: Logits, rows: list[SamplingRow]) -> list[SampledToken | Exception]:
+        """Each row's token; if sampling fails, an error for the rows that cause it alone."""
         try:
-            return sample(logits, requests)
+            sampled = sample_tokens(logits, rows)
         except Exception as error:
-            logger.exception("Sampling for %d sequences failed", len(requests))
-            if len(requests) == 1:
-                return [error.with_traceback(None)]  # which references the logits
-        return [token for request in requests for token in self._sampled(logits, [request])]
+            logger.exception("Sampling for %d sequences failed", len(rows))
+            failure = error.with_traceback(None)  # which references the logits
+        else:
+            self._device_failures = 0
+            return sampled
+        if not self._device_computes() or len(rows) == 1:
+            return [failure] * len(rows)
+        return [self._sampled(logits.row(row), [rows[row]])[0] for row in range(len(rows))]
+
+    def _continue(self, sequence: Sequence, token: SampledToken | Exception) -> None:
+        """Append a sampled token to its sequence, or fail with the sequence's exception."""
+        try:
+            if not sequence.sampling.max_tokens:
+                self._finish(sequence, "length")
+                return
+            if isinstance(token, Exception):
+                raise token
+            self._scheduler.sampled(sequence)
+            self._append(sequence, token)
+        except Exception as error:
+            logger.exception("A sequence failed")
+            self._fail(sequence, error)
 
     def _append(self, sequence: Sequence, token: SampledToken) -> None:
         sequence.tokens.append(token.id)

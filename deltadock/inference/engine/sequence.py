@@ -1,11 +1,15 @@
 """One prompt being continued, and the events it emits."""
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from deltadock.inference.engine.sampler import SampledToken, SamplingParams
+from deltadock.inference.engine.sampling import (
+    SampledToken,
+    SamplingParams,
+    SamplingRow,
+    UniformDraws,
+)
 from deltadock.inference.prompts.grammar import TokenMatcher
 from deltadock.inference.prompts.tokenizer import TextStream
 
@@ -43,9 +47,11 @@ class Sequence:
     stream: TextStream
     emit: Callable[[Event], None]
     """Called from the engine thread; the last event has `finish` set."""
-    generator: random.Random | None = None
+    draws: UniformDraws | None = None
+    """Its random numbers; None is greedy."""
     matcher: TokenMatcher | None = None
     """Restricts the answer to a grammar."""
+    sampling_row: SamplingRow = field(init=False)
     prompt_length: int = field(init=False)
     computed: int = field(default=0, init=False)
     """Number of tokens whose keys and values are in the cache."""
@@ -58,6 +64,10 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
+        counts = self.sampling.token_counts(self.prompt_length)
+        self.sampling_row = SamplingRow(
+            self.sampling, self.tokens, self.prompt_length, self.draws, counts, self.matcher
+        )
 
     @property
     def generated(self) -> int:

@@ -13,7 +13,7 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from deltadock.errors import DeltadockError
-from deltadock.inference.engine.sampler import SampledToken
+from deltadock.inference.engine.sampling import SampledToken
 from deltadock.inference.engine.sequence import Event
 from deltadock.inference.generation import Generation
 from deltadock.inference.http.errors import error_body

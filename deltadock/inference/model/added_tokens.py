@@ -17,26 +17,25 @@ from deltadock.inference.model.weight_deltas import NewRows, TensorDelta
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"
+PADDING: Final = torch.finfo(torch.float32).min
+"""Logit of a token that a row's vocabulary does not have: less than any that it has, and finite."""
 
 
 class Logits(NamedTuple):
-    """Float32 logits of a pass's rows; rows of a delta that adds tokens are longer than others.
+    """Float32 logits of a pass's rows; those of a delta that adds tokens are longer than others."""
 
-    The other rows have no entry for added tokens, so these cannot be sampled there.
-    """
+    values: Tensor
+    """(rows, longest vocabulary); beyond a row's own vocabulary is `PADDING`."""
+    lengths: Sequence[int]
+    """Each row's vocabulary."""
 
-    base: Tensor
-    """(rows, vocabulary): every row's logits over the base's tokens."""
-    extended: Sequence[tuple[Sequence[int], Tensor]] = ()
-    """For each delta that adds tokens: its n row numbers, and (n, extended vocabulary)."""
+    def row(self, number: int) -> "Logits":
+        """One row alone."""
+        return Logits(self.values[number : number + 1], self.lengths[number : number + 1])
 
     def rows(self) -> list[Tensor]:
         """Each row's logits, (vocabulary,)."""
-        rows = list(self.base)
-        for numbers, extended in self.extended:
-            for number, row in zip(numbers, extended, strict=True):
-                rows[number] = row
-        return rows
+        return [row[:length] for row, length in zip(self.values, self.lengths, strict=True)]
 
 
 class _AddedRows(NamedTuple):
@@ -114,12 +113,14 @@ class AddedTokens:
             hidden: (rows, hidden).
             slots: each row's slot.
         """
-        extended = []
-        for slot, rows, added in self._present():
+        lengths = [self.vocabulary(slot) for slot in slots]
+        present = self._present()
+        if present:
+            base = F.pad(base, (0, max(lengths) - self._vocabulary), value=PADDING)
+        for slot, rows, added in present:
             new = F.linear(hidden[rows], added.head).float()
-            numbers = [row for row, row_slot in enumerate(slots) if row_slot == slot]
-            extended.append((numbers, torch.cat([base[rows], new], dim=-1)))
-        return Logits(base, extended)
+            base[rows, self._vocabulary : self.vocabulary(slot)] = new
+        return Logits(base, lengths)
 
     def _present(self) -> list[tuple[int, slice | Tensor, _AddedRows]]:
         """The current pass's slots that add tokens, with their rows and tables."""

@@ -37,11 +37,13 @@ class TokenMatcher:
 
         self._matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=ends_itself)
         self._mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+        self._words: NDArray[np.int32] = self._mask[0].numpy()
 
-    def allowed(self) -> NDArray[np.int32]:
-        """The tokens that may follow, (words,): token t is bit t % 32 of word t // 32."""
+    def fill(self, words: NDArray[np.int32]) -> None:
+        """Write the tokens that can follow to words of zeros: a bit per token, lowest first."""
         self._matcher.fill_next_token_bitmask(self._mask)
-        return np.asarray(self._mask[0])
+        count = min(len(words), len(self._words))
+        words[:count] = self._words[:count]
 
     def accept(self, token: int) -> bool:
         """Follow a sampled token; whether the answer is complete."""

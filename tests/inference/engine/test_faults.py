@@ -99,3 +99,36 @@ def test_a_broken_delta_does_not_count_as_a_lost_device(
     assert bench.engine.alive
     fault.active = False
     assert bench.run(PROMPTS[0]).answer
+
+
+def test_rows_are_sampled_alone_where_the_batch_cannot_be(
+    make_bench: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same random numbers; only what fails alone fails."""
+    bench = make_bench(make_model("llama"))
+    how = {"temperature": 1.0, "seed": 3}
+    answers = [bench.run(prompt, **how).answer for prompt in PROMPTS[:3]]
+    sample = engine_module.sample_tokens
+
+    def fail(logits: Any, rows: Any) -> Any:
+        if len(rows) > 1 or len(rows[0].tokens) == len(PROMPTS[1]) + 4:
+            raise RuntimeError("a fault")
+        return sample(logits, rows)
+
+    monkeypatch.setattr(engine_module, "sample_tokens", fail)
+    outcomes = [bench.submit(prompt, **how) for prompt in PROMPTS[:3]]
+    bench.finish(*outcomes)
+    assert [outcome.finish for outcome in outcomes] == ["length", "error", "length"]
+    assert [outcomes[n].answer for n in (0, 2)] == [answers[n] for n in (0, 2)]
+    assert bench.engine.alive
+
+
+def test_a_device_lost_while_sampling_stops_the_engine(
+    make_bench: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench(make_model("llama"))
+    patch(monkeypatch, engine_module, "sample_tokens")
+    patch(monkeypatch, bench.engine._runner, "check_device")
+    for _ in range(engine_module.MAX_DEVICE_FAILURES):
+        assert bench.run(PROMPTS[0]).events[-1].error.code == "inference_failed"
+    assert bench.engine.device_lost

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deltadock.errors import InvalidArtifact
-from deltadock.inference.model.added_tokens import Logits
+from deltadock.inference.model.added_tokens import PADDING, Logits
 from deltadock.inference.model.attention import Span, make_attention_metadata
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.weight_deltas import NewRows, TensorDelta
@@ -106,9 +106,10 @@ def test_other_rows_are_bitwise_equal(fill: Any, tied: bool) -> None:
     bench.install(2, old)
     without = pass_over(model, [PLAIN, PLAIN, PLAIN])
     others = 2 * len(PLAIN)
-    assert not without.extended
-    assert torch.equal(logits.base[:others], without.base[:others])
-    assert torch.equal(longer.base, without.base)
+    assert without.values.shape[1] == VOCABULARY
+    assert torch.equal(logits.values[:others, :VOCABULARY], without.values[:others])
+    assert (logits.values[:others, VOCABULARY:] == PADDING).all()
+    assert torch.equal(longer.values[:, :VOCABULARY], without.values)
     assert [len(row) for row in logits.rows()] == [VOCABULARY] * others + [VOCABULARY + ADDED] * 5
 
 
