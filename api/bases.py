@@ -18,6 +18,7 @@ from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import MANIFEST_BYTES
 from deltadock.storage.models import BaseRow, CheckpointRow
 from deltadock.storage.repositories import BaseRepository, CheckpointRepository
+from deltadock.storage.repositories.blobs import lock_blobs
 
 router = APIRouter(prefix="/v1/bases", tags=["bases"])
 
@@ -118,6 +119,7 @@ def register_base(
 
 
 def _register(body: BaseIn, caller: Caller, unit: UnitOfWork, response: Response) -> BaseOut:
+    lock_blobs(unit.session, body.checkpoint)  # from here on it is not dropped
     checkpoint = require_checkpoint(unit.session, caller.tenant_id, body.checkpoint)
     if checkpoint.model_type == ADAPTER_TYPE:
         raise InvalidInput(

@@ -17,6 +17,7 @@ from deltadock.api.tasks import TaskSender
 from deltadock.api.uploads.completion import Completer
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
+from deltadock.storage.collection import StorageMeter
 from deltadock.storage.database import Database
 
 
@@ -31,6 +32,7 @@ class Resources:
     http: httpx.AsyncClient
     """For requests to the nodes."""
     fleet: Fleet
+    storage: StorageMeter
     completer: Completer
     keys: Authenticator
     sessions: Sessions
@@ -40,6 +42,7 @@ class Resources:
     def of(cls, settings: Settings) -> Self:
         """The resources that the settings select."""
         database = Database(settings.sqlalchemy_url)
+        blobs = make_blob_store(settings)
         blobs = make_blob_store(settings)
         return cls(
             settings=settings,
@@ -57,6 +60,7 @@ class Resources:
             ),
             fleet=Fleet(database),
             completer=Completer(database, blobs, settings),
+            storage=StorageMeter(database, blobs),
             keys=Authenticator(database, settings),
             sessions=Sessions(settings),
             rates=Rates(settings.broker_url),

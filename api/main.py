@@ -22,6 +22,8 @@ from deltadock.api import (
     methods,
     nodes,
     previews,
+    retention,
+    storage,
     tenants,
     webhooks,
 )
@@ -135,7 +137,7 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     for module in (
         uploads, bases, previews, deltas, jobs, methods, generation, nodes, webhooks, keys,
-        tenants, health, dashboard, sign_in,
+        tenants, retention, storage, health, dashboard, sign_in,
     ):  # fmt: skip
         app.include_router(module.router)
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)

@@ -119,6 +119,26 @@ class Settings(BaseSettings):
         default=False,
         description="Whether webhooks may have addresses inside networks, such as 10.0.0.1.",
     )
+    retention: str = Field(
+        default="keep",
+        pattern=r"^(keep|ready|[0-9]{1,5})$",
+        description="What becomes of an uploaded fine-tune once its delta is ready, in projects "
+        "without a rule: keep, ready (drop it), or days after which it is dropped.",
+    )
+    calibration_days: int | None = Field(
+        default=None,
+        ge=0,
+        description="Days after which uploaded calibration texts are dropped; unset, never.",
+    )
+    undo_days: float = Field(
+        default=7.0,
+        ge=0,
+        description="Days in which a deleted delta can be restored, and a failed job continue "
+        "after its last finished block.",
+    )
+    collect_seconds: float = Field(
+        default=3600.0, gt=0, description="Interval at which workers collect unneeded bytes."
+    )
     max_file_bytes: int = Field(default=100 * 2**30, description="Maximum size of an upload file.")
     import_sources: list[str] = Field(
         default=[],

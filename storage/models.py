@@ -49,6 +49,8 @@ class UploadState(StrEnum):
     COMPLETING = "completing"
     """Its bytes are hashed and checked, in the background."""
     COMPLETE = "complete"
+    DROPPED = "dropped"
+    """It was complete; by the project's rule, or because nothing needs them, its bytes are gone."""
     ABORTED = "aborted"
 
 
@@ -240,6 +242,7 @@ class UploadRow(TableRow):
         Index("ix_uploads_tenant_id_checkpoint_digest", "tenant_id", "checkpoint_digest"),
         Index("ix_uploads_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
         Index("ix_uploads_state_updated_at", "state", "updated_at"),
+        Index("ix_uploads_checkpoint_digest", "checkpoint_digest"),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
@@ -312,11 +315,13 @@ class DeltaRow(TableRow):
     fingerprint: Mapped[str] = mapped_column(String(64), index=True)
     """SHA-256 (hex) of all inputs that determine the artifact; equal requests of a
     tenant share one result."""
-    artifact_digest: Mapped[str | None] = mapped_column(String(64))
+    artifact_digest: Mapped[str | None] = mapped_column(String(64), index=True)
     artifact_bytes: Mapped[int | None] = mapped_column(BigInteger)
     report: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
     deleted_at: Mapped[datetime | None]
+    collected_at: Mapped[datetime | None]
+    """When its bytes were given up, days after it was deleted; until then it can be restored."""
 
     base: Mapped[BaseRow] = relationship(lazy="raise")
     job: Mapped["JobRow"] = relationship(lazy="raise", back_populates="delta")
@@ -451,3 +456,14 @@ class DeliveryRow(TableRow):
     delivered_at: Mapped[datetime | None]
 
     webhook: Mapped[WebhookRow] = relationship(lazy="raise")
+
+
+class RetentionRow(TableRow):
+    """A project's rule for the fine-tunes that its deltas were made of."""
+
+    __tablename__ = "retention_rules"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    project: Mapped[str] = mapped_column(String(96), primary_key=True)
+    rule: Mapped[str] = mapped_column(String(16))
+    """`keep`, `ready` (drop once the delta is ready), or a number of days after that."""

@@ -47,6 +47,7 @@ SLOW = (
     "cli/test_services.py",
     "migrations",
     "storage/test_jobs.py",
+    "storage/test_collection.py",
     "artifacts/test_attacks.py",
     "artifacts/test_reader.py",
     "api/test_generation.py",

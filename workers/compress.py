@@ -182,7 +182,7 @@ def _run(job: JobRow, lease: Lease, context: WorkerContext) -> None:
     ).to_dict()
     if report["base_digest"] != base_manifest.weights_digest:
         raise DamagedBlob("The base's files on this worker differ from the uploaded ones.")
-    lease.complete(blobs.put_file(artifact), artifact.stat().st_size, report)
+    lease.complete(blobs, blobs.put_file(artifact), artifact.stat().st_size, report)
 
 
 def job_folder(settings: Settings, job_id: str) -> Path:

@@ -6,10 +6,12 @@ from typing import Any, Final, Self
 
 import structlog
 
-from deltadock.errors import Cancelled, DeltadockError
+from deltadock.errors import Cancelled, DeltadockError, Unavailable
+from deltadock.storage.blobs import BlobStore
 from deltadock.storage.database import Database
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, WebhookRepository
+from deltadock.storage.repositories.blobs import lock_blobs
 from deltadock.storage.tenancy import EVERY_TENANT
 
 STOPPING: Final = threading.Event()
@@ -144,10 +146,13 @@ class Lease:
         if not finished:
             raise LeaseLostError
 
-    def complete(self, artifact_digest: str, artifact_bytes: int, report: dict[str, Any]) -> None:
+    def complete(
+        self, blobs: BlobStore, artifact_digest: str, artifact_bytes: int, report: dict[str, Any]
+    ) -> None:
         """Record the stored artifact and make the job ready, in one transaction.
 
         Raises:
+            Unavailable: an equal artifact was stored before, and collected just now.
             Cancelled: the delta was deleted meanwhile.
             LeaseLostError: another worker holds the job.
         """
@@ -157,6 +162,9 @@ class Lease:
             delta = DeltaRepository(session, EVERY_TENANT).find(job.delta_id) if job else None
             if delta is None:
                 raise Cancelled("The delta was deleted.")
+            lock_blobs(session, artifact_digest)
+            if not blobs.exists(artifact_digest):
+                raise Unavailable("The artifact was collected just now; it is stored again.")
             DeltaRepository(session, EVERY_TENANT).set_result(
                 delta,
                 artifact_digest=artifact_digest,

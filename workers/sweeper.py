@@ -12,6 +12,7 @@ from typing import Final
 import structlog
 
 from deltadock.settings import Settings
+from deltadock.storage.collection import Collector
 from deltadock.storage.database import database_now
 from deltadock.storage.models import JobPriority
 from deltadock.storage.repositories import (
@@ -94,6 +95,15 @@ def drop_old_rows(context: WorkerContext) -> None:
     with context.database.session_scope() as session:
         IdempotencyRepository(session, EVERY_TENANT).drop_old()
         WebhookRepository(session, EVERY_TENANT).drop_old()
+
+
+def collect(context: WorkerContext) -> None:
+    """Remove stored bytes that nothing needs any more."""
+    collected = Collector(context.database, context.blobs, context.settings).run()
+    if collected.usage:
+        log.info("collected", bytes={kind: one.bytes for kind, one in collected.usage.items()})
+    for reason in collected.blocked:
+        log.info("not_collected", reason=reason)
 
 
 def sweep(

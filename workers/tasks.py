@@ -10,7 +10,7 @@ from deltadock.storage.models import JobPriority
 from deltadock.workers.app import GPU_QUEUE, app
 from deltadock.workers.compress import Outcome, compress_job, get_context
 from deltadock.workers.lease import STOPPING
-from deltadock.workers.sweeper import Periodic, show_alive, sweep
+from deltadock.workers.sweeper import Periodic, collect, show_alive, sweep
 from deltadock.workers.webhooks import deliver_due
 
 DELIVERY_SECONDS: Final = 2.0
@@ -50,6 +50,7 @@ def _periodic() -> tuple[Periodic, ...]:
             partial(sweep, context, send_compress, gpu_queue_is_empty),
             context.settings.lease_seconds / 2,
         ),
+        Periodic("collector", partial(collect, context), context.settings.collect_seconds),
         Periodic("webhooks", partial(deliver_due, context), DELIVERY_SECONDS),
     )
 

@@ -22,9 +22,10 @@ from starlette.templating import Jinja2Templates
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dashboard import charts, formats, views
 from deltadock.api.deltas.endpoints import DeltaId
-from deltadock.api.dependencies import ReadSession
+from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep
 from deltadock.api.nodes import registered_nodes
 from deltadock.errors import DeltadockError, InvalidInput, NotFound
+from deltadock.storage.collection import UsageByKind
 from deltadock.version import __version__
 
 log = structlog.get_logger(__name__)
@@ -118,18 +119,31 @@ def show_deltas(
     request: Request,
     caller: CallerDep,
     session: ReadSession,
+    resources: ResourcesDep,
     after: Annotated[str | None, Query()] = None,
 ) -> Response:
     """The list of stored deltas and bases."""
-    context = {"overview": views.overview(session, caller.tenant_id, after), "after": after}
+    context = {
+        "usage": _usage(caller, resources),
+        "overview": views.overview(session, caller.tenant_id, after),
+        "after": after,
+    }
     return render(request, "deltas.html", context)
 
 
 @router.get("/parts/totals")
-def show_totals(request: Request, caller: CallerDep, session: ReadSession) -> Response:
+def show_totals(
+    request: Request, caller: CallerDep, session: ReadSession, resources: ResourcesDep
+) -> Response:
     """The totals, refreshed when a job ends."""
     totals = views.totals(session, caller.tenant_id)
-    return render(request, "parts/totals.html", {"totals": totals})
+    context = {"totals": totals, "usage": _usage(caller, resources)}
+    return render(request, "parts/totals.html", context)
+
+
+def _usage(caller: Caller, resources: Resources) -> UsageByKind | None:
+    """What the blob store holds, of all tenants; for the operator's tenant."""
+    return resources.storage.usage() if caller.is_operator else None
 
 
 @router.get("/parts/deltas/{delta_id}/row")

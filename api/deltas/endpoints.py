@@ -100,8 +100,16 @@ def get_delta(delta_id: DeltaId, caller: CallerDep, session: ReadSession) -> Del
 
 @router.delete("/{delta_id}", status_code=204, responses=problems(NotFound))
 def delete_delta(delta_id: DeltaId, caller: CallerDep, unit: WriteUnit) -> None:
-    """Delete a delta. Its name and version are never reused."""
+    """Delete a delta. Its name and version are never reused; for some days it can be restored."""
     service.delete_delta(unit.session, caller.tenant_id, delta_id)
+
+
+@router.post("/{delta_id}/restore", responses=problems(NotFound))
+def restore_delta(delta_id: DeltaId, caller: CallerDep, unit: WriteUnit) -> DeltaOut:
+    """Restore a deleted delta, as long as its bytes are kept. Its job, if cancelled, can be
+    retried.
+    """
+    return DeltaOut.of(service.restore_delta(unit.session, caller.tenant_id, delta_id))
 
 
 @router.get("/{delta_id}/report", responses=problems(NotFound, NotReady))

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from deltadock.api.bases import read_manifest, require_base, require_checkpoint
-from deltadock.api.deltas.schemas import CalibrationIn, DeltaIn
+from deltadock.api.deltas.schemas import CalibrationIn, DeltaIn, TextSource
 from deltadock.api.dependencies import Resources, UnitOfWork
 from deltadock.api.quotas import check_delta
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
@@ -24,6 +24,7 @@ from deltadock.storage.repositories import (
     UploadRepository,
     WebhookRepository,
 )
+from deltadock.storage.repositories.blobs import lock_blobs
 
 
 def require_delta(session: Session, tenant_id: str, delta_id: str) -> DeltaRow:
@@ -71,6 +72,8 @@ def request_delta(
         UnchangedCheckpoint: the checkpoint equals the base.
     """
     session = unit.session
+    # What the job needs is not dropped from here on.
+    lock_blobs(session, body.checkpoint, *_texts(body))
     base = require_base(session, tenant_id, body.base)
     checkpoint = require_checkpoint(session, tenant_id, body.checkpoint)
     method, goal = body.check_goal()
@@ -103,7 +106,7 @@ def request_delta(
     for delta in same:
         if delta.name == body.name:
             return delta, False
-    ready = next((twin for twin in same if twin.job.state is JobState.READY), None)
+    ready = next((twin for twin in same if _keeps_artifact(session, resources, twin)), None)
     check_delta(session, tenant_id, starts_job=ready is None)
     delta = deltas.add(
         name=body.name,
@@ -121,6 +124,15 @@ def request_delta(
         return delta, False
     unit.after_commit.append(partial(resources.tasks.send_compress, delta.job.id, body.priority))
     return delta, True
+
+
+def _keeps_artifact(session: Session, resources: Resources, twin: DeltaRow) -> bool:
+    """Whether the delta is ready; its artifact is then locked, and so stays."""
+    if twin.job.state is not JobState.READY:
+        return False
+    digest = require_ready(twin)
+    lock_blobs(session, digest)
+    return resources.blobs.exists(digest)
 
 
 def page_of_deltas(
@@ -151,6 +163,18 @@ def delete_delta(session: Session, tenant_id: str, delta_id: str) -> None:
     DeltaRepository(session, tenant_id).delete(delta)
 
 
+def restore_delta(session: Session, tenant_id: str, delta_id: str) -> DeltaRow:
+    """Restore a deleted delta.
+
+    Raises:
+        NotFound: there is none, or its bytes have been given up.
+    """
+    deltas = DeltaRepository(session, tenant_id)
+    if not deltas.restore(delta_id):
+        raise NotFound(f"There is no deleted delta {delta_id!r} that could be restored.")
+    return require_delta(session, tenant_id, delta_id)
+
+
 def _calibration(
     session: Session, tenant_id: str, body: DeltaIn, *, needed: bool
 ) -> CalibrationIn | None:
@@ -165,10 +189,21 @@ def _calibration(
     if not isinstance(requested, CalibrationIn):
         requested = CalibrationIn(sources=[requested])
     uploads = UploadRepository(session, tenant_id)
-    for digest in requested.digests:
+    for digest in _texts(body):
         if not uploads.has_calibration(digest):
             raise NotFound(f"There is no calibration text {digest}; upload and complete it first.")
     return requested
+
+
+def _texts(body: DeltaIn) -> list[str]:
+    """Digests of the requested calibration texts."""
+    match body.calibration:
+        case CalibrationIn() as mixture:
+            return mixture.digests
+        case TextSource() as text:
+            return [text.digest]
+        case _:
+            return []
 
 
 def _fingerprint(base: BaseRow, body: DeltaIn, options: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Final
 import structlog
 
 from deltadock.api.uploads.receive import make_inspector
-from deltadock.api.uploads.service import drop_parts, finish_upload, stored_row
+from deltadock.api.uploads.service import check_stored, drop_parts, finish_upload, stored_row
 from deltadock.api.uploads.sources import Source, open_source, source_files
 from deltadock.artifacts.checkpoint import FileEntry, TensorEntry
 from deltadock.errors import DeltadockError, HashMismatch, InvalidInput, NotFound
@@ -213,6 +213,7 @@ class Completer:
             if held is None:
                 raise _NotOursError
             uploads.put_file(held, stored_row(upload.id, file, tensors))
+            check_stored(self._blobs, file.sha256)
 
     def _store(self, upload: UploadRow, file: UploadFileRow, progress: "_Progress") -> None:
         """Hash and check a file's stored parts, and make them a blob.

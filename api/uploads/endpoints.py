@@ -299,7 +299,9 @@ async def put_file(
 
     def record() -> UploadFileRow:
         with resources.database.session_scope() as session:
-            return service.record_file(session, caller.tenant_id, upload_id, file, tensors)
+            return service.record_file(
+                session, resources.blobs, caller.tenant_id, upload_id, file, tensors
+            )
 
     return FileOut.of(await run_in_threadpool(record))
 

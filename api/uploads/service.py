@@ -24,7 +24,14 @@ from deltadock.artifacts.checkpoint import (
     TensorEntry,
     assemble,
 )
-from deltadock.errors import Conflict, DeltadockError, InvalidCalibration, InvalidInput, NotFound
+from deltadock.errors import (
+    Conflict,
+    DeltadockError,
+    InvalidCalibration,
+    InvalidInput,
+    NotFound,
+    Unavailable,
+)
 from deltadock.storage.blobs import BlobStore, PartedFile
 from deltadock.storage.blobs.parts import is_parted, part_bytes_for
 from deltadock.storage.database import Database, database_now
@@ -36,6 +43,7 @@ from deltadock.storage.models import (
     UploadState,
 )
 from deltadock.storage.repositories import CheckpointRepository, UploadRepository
+from deltadock.storage.repositories.blobs import lock_blobs
 
 MAX_JSON_BYTES: Final = 32 << 20
 """Of config and shard index, which are read into memory (a 1T-parameter model: a tenth of it)."""
@@ -91,6 +99,7 @@ def create_upload(
     """
     uploads = UploadRepository(session, tenant_id)
     known = uploads.stored_files(kind, [file.sha256 for file in files]) if files else {}
+    lock_blobs(session, *known)
     rows = []
     for file in files:
         twin = known.get(file.sha256)
@@ -192,12 +201,28 @@ def parts_of(
     return blobs.parted(upload_id, file.parts_token, *layout)
 
 
+def check_stored(blobs: BlobStore, digest: str) -> None:
+    """Check that a blob whose row is being written has not been collected since it was stored.
+
+    Raises:
+        Unavailable: it has; its sender stores it again.
+    """
+    if not blobs.exists(digest):
+        raise Unavailable(f"The stored file {digest} was collected just now; send it again.")
+
+
 def record_file(
-    session: Session, tenant_id: str, upload_id: str, file: FileEntry, tensors: list[TensorEntry]
+    session: Session,
+    blobs: BlobStore,
+    tenant_id: str,
+    upload_id: str,
+    file: FileEntry,
+    tensors: list[TensorEntry],
 ) -> UploadFileRow:
     """Add a stored file to an open upload.
 
     Raises:
+        Unavailable: as `check_stored`.
         NotFound, Conflict, InvalidCalibration: as `require_upload` and `check_may_add`.
     """
     upload = require_upload(session, tenant_id, upload_id, lock=True)
@@ -205,6 +230,7 @@ def record_file(
     row = stored_row(upload.id, file, tensors)
     UploadRepository(session, tenant_id).put_file(upload, row)
     check_bytes(session, tenant_id)
+    check_stored(blobs, file.sha256)
     return row
 
 
@@ -301,6 +327,7 @@ def finish_upload(session: Session, blobs: BlobStore, upload: UploadRow) -> None
         upload.calibration_digest = upload.files[0].sha256
     else:
         manifest = _manifest(upload, blobs)
+        lock_blobs(session, manifest.digest)
         kept = {file.path for file in manifest.files}
         upload.ignored = sorted(file.path for file in upload.files if file.path not in kept)
         upload.checkpoint = CheckpointRepository(session, upload.tenant_id).add(

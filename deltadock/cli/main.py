@@ -188,6 +188,26 @@ def migrate() -> None:
     typer.echo(f"{normalise_url(url).render_as_string()} is at revision {revision}.")
 
 
+@app.command(rich_help_panel=RUNNING)
+def gc(
+    home: Home = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print what would be removed.")] = False,
+) -> None:
+    """Remove stored bytes that nothing needs any more; workers do so every hour."""
+    from deltadock.cli.storage import collect
+
+    collect(home, dry_run=dry_run)
+
+
+@app.command(rich_help_panel=RUNNING)
+def reconcile(home: Home = None) -> None:
+    """Compare the database with the blob store; exits with 1 if a row lacks its blob."""
+    from deltadock.cli.storage import check
+
+    if not check(home):
+        raise typer.Exit(1)
+
+
 @app.command("version", rich_help_panel=RUNNING)
 def print_version() -> None:
     """Print the version."""

@@ -2,9 +2,9 @@
 
 from deltadock.settings import Settings
 from deltadock.storage.blobs.parts import PartedFile
-from deltadock.storage.blobs.port import BlobStore, BlobWriter
+from deltadock.storage.blobs.port import BlobStore, BlobWriter, StoredEntry
 
-__all__ = ["BlobStore", "BlobWriter", "PartedFile", "make_blob_store"]
+__all__ = ["BlobStore", "BlobWriter", "PartedFile", "StoredEntry", "make_blob_store"]
 
 
 def make_blob_store(settings: Settings) -> BlobStore:

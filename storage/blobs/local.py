@@ -6,7 +6,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +17,10 @@ from deltadock.storage.blobs.local_parts import LocalPartedFile, store_errors
 from deltadock.storage.blobs.parts import PartedFile
 from deltadock.storage.blobs.port import (
     CHUNK_BYTES,
+    Area,
     BlobStore,
     BlobWriter,
+    StoredEntry,
     blob_key,
     parts_key,
     work_key,
@@ -100,6 +102,17 @@ class LocalBlobStore(BlobStore):
     def drop_work(self, prefix: str) -> None:
         with store_errors(), suppress(FileNotFoundError):
             shutil.rmtree(self.root / work_key(prefix))
+
+    def entries(self, area: Area) -> Iterator[StoredEntry]:
+        root = self.root / area
+        with store_errors():
+            for folder, _, names in os.walk(root):
+                for name in names:
+                    path = Path(folder, name)
+                    with suppress(FileNotFoundError):  # removed or renamed meanwhile
+                        found = path.stat()
+                        modified = datetime.fromtimestamp(found.st_mtime, UTC)
+                        yield StoredEntry(str(path.relative_to(root)), found.st_size, modified)
 
     def drop_staging(self, before: datetime) -> int:
         dropped = 0

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Literal, NamedTuple, Self
 
 from deltadock.errors import DamagedBlob, InvalidInput, NotFound, StorageFull, Unavailable
 from deltadock.storage.blobs.parts import PartedFile
@@ -28,6 +28,17 @@ READ_ONLY: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _WORK_KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+
+
+Area = Literal["blobs", "staging", "parts", "work"]
+
+
+class StoredEntry(NamedTuple):
+    """One stored file: its key within the area (of a blob, its digest), size and last change."""
+
+    key: str
+    bytes: int
+    modified: datetime
 
 
 class BlobWriter(ABC):
@@ -128,6 +139,10 @@ class BlobStore(ABC):
     @abstractmethod
     def drop_parts(self, upload: str) -> None:
         """Remove every part of an upload."""
+
+    @abstractmethod
+    def entries(self, area: Area) -> Iterator[StoredEntry]:
+        """Everything that is stored in an area, in no order; what is written meanwhile may lack."""
 
     @abstractmethod
     def drop_staging(self, before: datetime) -> int:

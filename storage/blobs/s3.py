@@ -17,8 +17,10 @@ from deltadock.errors import DeltadockError, NotFound
 from deltadock.settings import Settings
 from deltadock.storage.blobs.parts import MAX_PARTS, MIN_PART_BYTES, PartedFile
 from deltadock.storage.blobs.port import (
+    Area,
     BlobStore,
     BlobWriter,
+    StoredEntry,
     blob_key,
     parts_key,
     work_key,
@@ -36,7 +38,7 @@ from deltadock.storage.blobs.s3_parts import S3PartedFile
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, ObjectTypeDef
 
 COPY_BYTES: Final = 256 << 20
 """Of one server-side copy; S3 allows 5 GB, and copies ranges in parallel."""
@@ -217,11 +219,20 @@ class S3BlobStore(BlobStore):
                 raise
         return True
 
+    def entries(self, area: Area) -> Iterator[StoredEntry]:
+        with s3_errors():
+            for entry in self._objects(f"{area}/"):
+                key = entry["Key"].removeprefix(f"{area}/")
+                yield StoredEntry(key, entry["Size"], entry["LastModified"])
+
     def _list(self, prefix: str) -> Iterator[tuple[str, datetime]]:
+        for entry in self._objects(prefix):
+            yield entry["Key"], entry["LastModified"]
+
+    def _objects(self, prefix: str) -> Iterator["ObjectTypeDef"]:
         pages = self.client.get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=self.bucket, Prefix=prefix):
-            for entry in page.get("Contents", []):
-                yield entry["Key"], entry["LastModified"]
+            yield from page.get("Contents", [])
 
     def _multipart_uploads(self, prefix: str) -> Iterator[tuple[str, str, datetime]]:
         """(key, id, begun at) of the unfinished ones."""

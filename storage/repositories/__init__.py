@@ -5,6 +5,7 @@ from deltadock.storage.repositories.deltas import DeltaRepository
 from deltadock.storage.repositories.idempotency import IdempotencyRepository
 from deltadock.storage.repositories.jobs import JobRepository
 from deltadock.storage.repositories.nodes import NodeRepository
+from deltadock.storage.repositories.retention import RetentionRepository
 from deltadock.storage.repositories.tenants import KeyRepository, TenantRepository, Usage
 from deltadock.storage.repositories.uploads import UploadRepository
 from deltadock.storage.repositories.webhooks import WebhookRepository
@@ -17,6 +18,7 @@ __all__ = [
     "JobRepository",
     "KeyRepository",
     "NodeRepository",
+    "RetentionRepository",
     "TenantRepository",
     "UploadRepository",
     "Usage",

@@ -187,7 +187,25 @@ class DeltaRepository:
         delta.job.finished_at = delta.created_at
         self.session.flush()
 
+    def restore(self, delta_id: str) -> bool:
+        """Undo the deletion of a delta; False if there is none, or its bytes were given up."""
+        found = self.session.scalars(
+            select(DeltaRow)
+            .where(
+                DeltaRow.id == delta_id,
+                self._owned(),
+                DeltaRow.deleted_at.is_not(None),
+                DeltaRow.collected_at.is_(None),
+            )
+            .with_for_update()
+        ).one_or_none()
+        if found is None:
+            return False
+        found.deleted_at = None
+        self.session.flush()
+        return True
+
     def delete(self, delta: DeltaRow) -> None:
-        """Mark the delta as deleted; its row keeps name and version."""
+        """Mark the delta as deleted; its row keeps name and version, and its bytes for a while."""
         delta.deleted_at = database_now(self.session)
         self.session.flush()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from sqlalchemy import func, or_, select, union, update
 from sqlalchemy.orm import Session, joinedload
@@ -23,6 +23,9 @@ from deltadock.storage.models import (
     UploadState,
 )
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
+
+GONE: Final = (UploadState.ABORTED, UploadState.DROPPED)
+"""States of uploads whose bytes do not count."""
 
 
 class Usage(NamedTuple):
@@ -82,7 +85,7 @@ class TenantRepository:
         files = (
             select(UploadFileRow.sha256.label("digest"), UploadFileRow.size.label("bytes"))
             .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
-            .where(UploadRow.tenant_id == tenant_id, UploadRow.state != UploadState.ABORTED)
+            .where(UploadRow.tenant_id == tenant_id, UploadRow.state.not_in(GONE))
         )
         artifacts = select(DeltaRow.artifact_digest, DeltaRow.artifact_bytes).where(
             DeltaRow.tenant_id == tenant_id,

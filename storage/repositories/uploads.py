@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session, defer, joinedload, selectinload
 from deltadock.storage.database import database_now
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
+from deltadock.storage.repositories.blobs import lock_blobs
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 UNFINISHED: Final = (UploadState.OPEN, UploadState.COMPLETING)
@@ -190,7 +191,11 @@ class UploadRepository:
         self._set_state(upload, UploadState.OPEN)
 
     def put_file(self, upload: UploadRow, file: UploadFileRow) -> None:
-        """Add `file` to a locked upload, replacing one with the same path."""
+        """Add `file` to a locked upload, replacing one with the same path.
+
+        Its blob is locked: the caller checks that it still exists.
+        """
+        lock_blobs(self.session, file.sha256)
         file.upload_id = upload.id
         self.session.merge(file)
         upload.updated_at = database_now(self.session)

@@ -1,0 +1,70 @@
+"""Projects' rules for the fine-tunes that their deltas were made of."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from pydantic import BaseModel, ConfigDict, Field
+
+from deltadock.api.access import CallerDep
+from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.problems import problems
+from deltadock.api.schemas import RequestBody
+from deltadock.errors import InvalidInput
+from deltadock.storage.repositories import RetentionRepository
+
+router = APIRouter(prefix="/v1/projects", tags=["storage"])
+
+Project = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$", examples=["maths"])]
+Rule = Annotated[
+    str,
+    Field(
+        pattern=r"^(keep|ready|[0-9]{1,5})$",
+        description="keep; ready: drop an uploaded fine-tune once its delta is ready; or the days "
+        "after which it is dropped then.",
+        examples=["30"],
+    ),
+]
+
+
+class RetentionIn(RequestBody):
+    """A project's rule."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"rule": "ready"}]})
+
+    rule: Rule
+
+
+class RetentionOut(BaseModel):
+    """The rule that holds in a project."""
+
+    rule: Rule
+    is_default: bool = Field(description="Whether the project has none of its own.")
+
+
+@router.get("/{project}/retention", responses=problems(InvalidInput))
+def get_retention(
+    project: Project, caller: CallerDep, session: ReadSession, resources: ResourcesDep
+) -> RetentionOut:
+    """Get the rule for the fine-tunes of a project."""
+    own = RetentionRepository(session, caller.tenant_id).find(project)
+    rule = resources.settings.retention if own is None else own
+    return RetentionOut(rule=rule, is_default=own is None)
+
+
+@router.put("/{project}/retention", responses=problems(InvalidInput))
+def put_retention(
+    project: Project, body: RetentionIn, caller: CallerDep, unit: WriteUnit
+) -> RetentionOut:
+    """Set the rule for the fine-tunes of a project.
+
+    A fine-tune of several projects is kept as long as any of their rules keeps it; one that a base
+    is registered of, or that a job may still need, is always kept.
+    """
+    RetentionRepository(unit.session, caller.tenant_id).put(project, body.rule)
+    return RetentionOut(rule=body.rule, is_default=False)
+
+
+@router.delete("/{project}/retention", status_code=204, responses=problems(InvalidInput))
+def delete_retention(project: Project, caller: CallerDep, unit: WriteUnit) -> None:
+    """Remove a project's rule, so that the default holds."""
+    RetentionRepository(unit.session, caller.tenant_id).delete(project)

@@ -1,0 +1,233 @@
+"""Collection of bytes that nothing needs any more, totals of what is stored, and reconciliation.
+
+Collection goes in four steps: the rules drop fine-tunes and texts; deltas that were deleted some
+days ago are given up; then the saved blocks of ended jobs and the blobs that no row needs are
+removed. Every step is a transaction of its own and safe beside pushes of the same bytes (see
+`BlobRepository`), so that several processes may collect at once.
+"""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import islice
+from typing import Final, NamedTuple
+
+from sqlalchemy.orm import Session
+
+from deltadock.settings import Settings
+from deltadock.storage.blobs import BlobStore, StoredEntry
+from deltadock.storage.database import Database, database_now
+from deltadock.storage.repositories.blobs import BlobKind, BlobRepository, DropRules, lock_blobs
+
+WORK: Final = "work"
+"""The kind of jobs' saved blocks."""
+YOUNG: Final = timedelta(hours=1)
+"""Blobs younger than this are left alone: their rows may be yet to come."""
+BATCH: Final = 500
+
+
+class Usage(NamedTuple):
+    """A number of stored files, and their bytes."""
+
+    files: int
+    bytes: int
+
+    def plus(self, size: int) -> "Usage":
+        """With one file of `size` bytes more."""
+        return Usage(self.files + 1, self.bytes + size)
+
+
+UsageByKind = dict[str, Usage]
+
+
+@dataclass(slots=True)
+class Collected:
+    """What was removed, or would be: usage by kind; and why other bytes stay, in words."""
+
+    usage: UsageByKind = field(default_factory=lambda: defaultdict(lambda: Usage(0, 0)))
+    blocked: list[str] = field(default_factory=list)
+
+
+class Collector:
+    """One collection."""
+
+    def __init__(self, database: Database, blobs: BlobStore, settings: Settings) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._settings = settings
+        self._undo = timedelta(days=settings.undo_days)
+        self._trial: Session | None = None
+
+    def run(self) -> Collected:
+        """Collect everything that nothing needs."""
+        collected = Collected()
+        self.drop_uploads()
+        collected.blocked += self.give_up_deltas()
+        for kind, entry in self.unneeded_blocks():
+            self._blobs.drop_work(entry.key.partition("/")[0])
+            collected.usage[kind] = collected.usage[kind].plus(entry.bytes)
+        for kind, entry in self.unneeded_blobs():
+            if self.remove(entry.key):
+                collected.usage[kind] = collected.usage[kind].plus(entry.bytes)
+        return collected
+
+    def try_run(self) -> Collected:
+        """What `run` would remove; changes nothing."""
+        collected = Collected()
+        with self._database.session_scope() as session:
+            self._trial = session
+            self.drop_uploads()
+            collected.blocked += self.give_up_deltas()
+            for kind, entry in (*self.unneeded_blocks(), *self.unneeded_blobs()):
+                collected.usage[kind] = collected.usage[kind].plus(entry.bytes)
+            session.rollback()
+            self._trial = None
+        return collected
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Session]:
+        if self._trial is not None:
+            yield self._trial
+            return
+        with self._database.session_scope() as session:
+            yield session
+
+    def drop_uploads(self) -> None:
+        """Give up the uploads that the rules drop."""
+        with self._transaction() as session:
+            found = BlobRepository(session).droppable_uploads(self._rules(session))
+        for upload in found:
+            with self._transaction() as session:
+                BlobRepository(session).drop(upload, self._rules(session))
+
+    def _rules(self, session: Session) -> DropRules:
+        now, days = database_now(session), self._settings.calibration_days
+        return DropRules(
+            now=now,
+            checkpoints=self._settings.retention,
+            texts_before=None if days is None else now - timedelta(days=days),
+            undo_from=now - self._undo,
+        )
+
+    def give_up_deltas(self) -> list[str]:
+        """Give up the bytes of deltas whose time for undoing is over; returns why some stay."""
+        with self._transaction() as session:
+            blobs = BlobRepository(session)
+            free, on_nodes = blobs.deleted_before(database_now(session) - self._undo)
+            for delta in free:
+                blobs.collect(delta)
+        return [
+            f"{delta.name}:{delta.version} ({delta.id}) was deleted, but a node has it in memory; "
+            f"unload {delta.artifact_digest} there."
+            for delta in on_nodes
+        ]
+
+    def unneeded_blocks(self) -> Iterator[tuple[str, StoredEntry]]:
+        """The saved blocks of jobs that will not continue."""
+        for entries in _batches(self._blobs.entries("work")):
+            jobs = {entry.key.partition("/")[0] for entry in entries}
+            with self._transaction() as session:
+                before = database_now(session) - self._undo
+                ended = BlobRepository(session).ended_jobs(jobs, before)
+            yield from ((WORK, e) for e in entries if e.key.partition("/")[0] in ended)
+
+    def unneeded_blobs(self) -> Iterator[tuple[str, StoredEntry]]:
+        """Blobs that no row needs, with what they were for; `remove` checks again."""
+        with self._transaction() as session:
+            before = database_now(session) - YOUNG
+        old = (entry for entry in self._blobs.entries("blobs") if entry.modified < before)
+        for entries in _batches(old):
+            digests = [entry.key for entry in entries]
+            with self._transaction() as session:
+                needed = BlobRepository(session).needed(digests)
+                was = BlobRepository(session).once_needed(set(digests) - needed.keys())
+            for entry in entries:
+                if entry.key not in needed:
+                    yield was.get(entry.key, BlobKind.UNREFERENCED), entry
+
+    def remove(self, digest: str) -> bool:
+        """Remove a blob if no row needs it now; returns whether it was removed."""
+        with self._transaction() as session:
+            lock_blobs(session, digest)
+            if BlobRepository(session).needed([digest]):
+                return False
+            self._blobs.delete(digest)
+            return True
+
+
+def measure(database: Database, blobs: BlobStore) -> UsageByKind:
+    """What is stored, by kind: all files of the store, those of unfinished uploads among them."""
+    usage: UsageByKind = {kind: Usage(0, 0) for kind in (*BlobKind, WORK)}
+    for area, kind in (("staging", "uploads"), ("parts", "uploads"), ("work", WORK)):
+        for entry in blobs.entries(area):  # type: ignore[arg-type]
+            usage[kind] = usage[kind].plus(entry.bytes)
+    for entries in _batches(blobs.entries("blobs")):
+        with database.read_scope() as session:
+            kinds = BlobRepository(session).needed([entry.key for entry in entries])
+        for entry in entries:
+            kind = kinds.get(entry.key, BlobKind.UNREFERENCED)
+            usage[kind] = usage[kind].plus(entry.bytes)
+    return usage
+
+
+class StorageMeter:
+    """Measures what is stored when asked, at most for a twentieth of the time."""
+
+    def __init__(self, database: Database, blobs: BlobStore) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._lock = threading.Lock()
+        self._usage: UsageByKind = {}
+        self._fresh_until = 0.0
+
+    def usage(self) -> UsageByKind:
+        """What is stored, by kind; of a store that takes a second to list, up to 20 seconds old."""
+        with self._lock:
+            started = time.monotonic()
+            if started >= self._fresh_until:
+                self._usage = measure(self._database, self._blobs)
+                ended = time.monotonic()
+                self._fresh_until = ended + 20 * (ended - started)
+            return self._usage
+
+
+class Differences(NamedTuple):
+    """Where rows and blobs disagree."""
+
+    missing: list[str]
+    """Digests that rows refer to, and the store lacks."""
+    unreferenced: list[StoredEntry]
+    """Blobs that no row has ever referred to."""
+
+
+def reconcile(database: Database, blobs: BlobStore) -> Differences:
+    """Compare all rows with all blobs; changes nothing."""
+    stored = {entry.key: entry for entry in blobs.entries("blobs")}
+    missing: list[str] = []
+    after = ""
+    while True:
+        with database.read_scope() as session:
+            digests = BlobRepository(session).referenced(after, BATCH)
+        # What was stored after the listing is looked up.
+        missing += [d for d in digests if d not in stored and not blobs.exists(d)]
+        if len(digests) < BATCH:
+            break
+        after = digests[-1]
+    unreferenced = []
+    for entries in _batches(stored.values()):
+        names = [entry.key for entry in entries]
+        with database.read_scope() as session:
+            repository = BlobRepository(session)
+            known = repository.needed(names) | repository.once_needed(names)
+        unreferenced += [entry for entry in entries if entry.key not in known]
+    return Differences(missing, unreferenced)
+
+
+def _batches(entries: Iterable[StoredEntry]) -> Iterator[list[StoredEntry]]:
+    iterator = iter(entries)
+    while batch := list(islice(iterator, BATCH)):
+        yield batch

@@ -1,0 +1,273 @@
+"""Which rows need which blobs, over all tenants.
+
+A blob is needed while a row refers to it. Who writes such a row locks the blob, sees that it exists
+(or stores it), and commits; who removes a blob locks it, sees that no row refers to it, and removes
+it before the lock ends. So neither overtakes the other.
+"""
+
+from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Select, and_, exists, or_, select
+from sqlalchemy.orm import Session, defer, joinedload
+
+from deltadock.storage.database import database_now, lock_key
+from deltadock.storage.models import (
+    FINAL_STATES,
+    BaseRow,
+    DeltaRow,
+    JobRow,
+    JobState,
+    NodeRow,
+    RetentionRow,
+    UploadFileRow,
+    UploadKind,
+    UploadRow,
+    UploadState,
+)
+
+HOLDS_FILES: Final = (UploadState.OPEN, UploadState.COMPLETING, UploadState.COMPLETE)
+
+
+class BlobKind(StrEnum):
+    """What a blob is stored for."""
+
+    ARTIFACTS = "artifacts"
+    CHECKPOINTS = "checkpoints"
+    CALIBRATION = "calibration"
+    UPLOADS = "uploads"
+    """Files of unfinished uploads."""
+    UNREFERENCED = "unreferenced"
+
+
+def lock_blobs(session: Session, *digests: str) -> None:
+    """Lock blobs until the transaction ends, in one order for all."""
+    for digest in sorted(set(digests)):
+        lock_key(session, "blob", digest)
+
+
+class BlobRepository:
+    """Serves all tenants."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def needed(self, digests: Collection[str]) -> dict[str, BlobKind]:
+        """Those of the blobs that a row or a node needs, with what for."""
+        found: dict[str, BlobKind] = dict.fromkeys(
+            self._on_nodes() & set(digests), BlobKind.ARTIFACTS
+        )
+        files = self.session.execute(
+            select(UploadFileRow.sha256, UploadRow.kind, UploadRow.state)
+            .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
+            .where(
+                UploadFileRow.sha256.in_(digests),
+                UploadFileRow.stored,
+                UploadRow.state.in_(HOLDS_FILES),
+            )
+            .distinct()
+        )
+        # A file of a complete upload is a part of it, even if another one is still arriving.
+        for digest, kind, state in sorted(files, key=lambda row: row[2] is UploadState.COMPLETE):
+            complete = state is UploadState.COMPLETE
+            found[digest] = BlobKind(_KINDS[kind]) if complete else BlobKind.UPLOADS
+        manifests = select(UploadRow.checkpoint_digest).where(
+            UploadRow.checkpoint_digest.in_(digests), UploadRow.state == UploadState.COMPLETE
+        )
+        of_bases = select(BaseRow.checkpoint_digest).where(BaseRow.checkpoint_digest.in_(digests))
+        found |= dict.fromkeys(
+            self.session.scalars(manifests.union(of_bases)), BlobKind.CHECKPOINTS
+        )
+        artifacts = select(DeltaRow.artifact_digest).where(
+            DeltaRow.artifact_digest.in_(digests), DeltaRow.collected_at.is_(None)
+        )
+        found |= {d: BlobKind.ARTIFACTS for d in self.session.scalars(artifacts) if d}
+        return found
+
+    def once_needed(self, digests: Collection[str]) -> dict[str, BlobKind]:
+        """Those of the blobs that rows needed before they were collected, with what for."""
+        files = self.session.execute(
+            select(UploadFileRow.sha256, UploadRow.kind)
+            .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
+            .where(UploadFileRow.sha256.in_(digests), UploadRow.state == UploadState.DROPPED)
+            .distinct()
+        )
+        found = {digest: BlobKind(_KINDS[kind]) for digest, kind in files}
+        manifests = select(UploadRow.checkpoint_digest).where(
+            UploadRow.checkpoint_digest.in_(digests)
+        )
+        found |= {d: BlobKind.CHECKPOINTS for d in self.session.scalars(manifests) if d}
+        artifacts = select(DeltaRow.artifact_digest).where(DeltaRow.artifact_digest.in_(digests))
+        found |= {d: BlobKind.ARTIFACTS for d in self.session.scalars(artifacts) if d}
+        return found
+
+    def referenced(self, after: str, limit: int) -> Sequence[str]:
+        """Up to `limit` digests above `after` that rows need, ascending."""
+        queries = [
+            select(UploadFileRow.sha256.label("digest"))
+            .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
+            .where(UploadFileRow.stored, UploadRow.state.in_(HOLDS_FILES)),
+            select(UploadRow.checkpoint_digest).where(UploadRow.state == UploadState.COMPLETE),
+            select(BaseRow.checkpoint_digest),
+            select(DeltaRow.artifact_digest).where(DeltaRow.collected_at.is_(None)),
+        ]
+        every = queries[0].union(*queries[1:]).subquery()
+        return self.session.scalars(
+            select(every.c.digest)
+            .where(every.c.digest > after)
+            .order_by(every.c.digest)
+            .limit(limit)
+        ).all()
+
+    def _on_nodes(self) -> set[str]:
+        """Artifacts in a node's memory, or pinned; what a node has on disk only it can miss."""
+        alive = select(NodeRow.deltas).where(NodeRow.expires_at > database_now(self.session))
+        return {
+            held["digest"]
+            for deltas in self.session.scalars(alive)
+            for held in deltas
+            if held["tier"] != "disk" or held["references"] or held["pinned"]
+        }
+
+    def deleted_before(self, moment: datetime) -> tuple[list[DeltaRow], list[DeltaRow]]:
+        """Deltas deleted before `moment` and not collected: free ones, and ones that nodes need."""
+        found = self.session.scalars(
+            select(DeltaRow).where(DeltaRow.deleted_at < moment, DeltaRow.collected_at.is_(None))
+        ).all()
+        on_nodes = self._on_nodes()
+        return (
+            [delta for delta in found if delta.artifact_digest not in on_nodes],
+            [delta for delta in found if delta.artifact_digest in on_nodes],
+        )
+
+    def collect(self, delta: DeltaRow) -> None:
+        """Give up a deleted delta's bytes and report; its row keeps name and version."""
+        locked = self.session.get(DeltaRow, delta.id, with_for_update=True, populate_existing=True)
+        if locked is not None and locked.deleted_at is not None:
+            locked.collected_at, locked.report = database_now(self.session), None
+            self.session.flush()
+
+    def ended_jobs(self, job_ids: Collection[str], before: datetime) -> set[str]:
+        """Those of the jobs whose saved blocks nobody needs: unknown, ready, or ended long ago."""
+        kept = self.session.scalars(
+            select(JobRow.id)
+            .join(JobRow.delta)
+            .where(
+                JobRow.id.in_(job_ids),
+                DeltaRow.collected_at.is_(None),
+                or_(
+                    JobRow.state.not_in(FINAL_STATES),
+                    and_(JobRow.state != JobState.READY, JobRow.finished_at >= before),
+                ),
+            )
+        )
+        return set(job_ids) - set(kept)
+
+    def droppable_uploads(
+        self, rules: "DropRules", upload_id: str | None = None
+    ) -> list[UploadRow]:
+        """Complete uploads, or this one, that no base and no job needs and that the rules drop."""
+        projects = {
+            (rule.tenant_id, rule.project): rule.rule
+            for rule in self.session.scalars(select(RetentionRow))
+        }
+        found: list[UploadRow] = []
+        if any(rule != "keep" for rule in (rules.checkpoints, *projects.values())):
+            is_base = exists().where(BaseRow.checkpoint_digest == UploadRow.checkpoint_digest)
+            uploads = self._complete(UploadKind.CHECKPOINT, upload_id).where(~is_base)
+            found += [
+                upload
+                for upload in self.session.scalars(uploads)
+                if self._drops_checkpoint(upload, projects, rules)
+            ]
+        if rules.texts_before is not None:
+            in_use = self._texts_of_jobs(rules.undo_from)
+            texts = self._complete(UploadKind.CALIBRATION, upload_id).where(
+                UploadRow.updated_at < rules.texts_before
+            )
+            found += [
+                text
+                for text in self.session.scalars(texts)
+                if text.calibration_digest not in in_use
+            ]
+        return found
+
+    def _complete(self, kind: UploadKind, upload_id: str | None) -> Select[UploadRow]:
+        found = select(UploadRow).where(
+            UploadRow.state == UploadState.COMPLETE, UploadRow.kind == kind
+        )
+        return found if upload_id is None else found.where(UploadRow.id == upload_id)
+
+    def _drops_checkpoint(
+        self, upload: UploadRow, projects: dict[tuple[str, str], str], rules: "DropRules"
+    ) -> bool:
+        """Whether the rules of all projects with a delta of this fine-tune drop it."""
+        deltas = self.session.scalars(
+            select(DeltaRow)
+            .options(joinedload(DeltaRow.job), defer(DeltaRow.report))
+            .where(
+                DeltaRow.tenant_id == upload.tenant_id,
+                DeltaRow.checkpoint_digest == upload.checkpoint_digest,
+            )
+        ).all()
+        for delta in deltas:
+            project = delta.name.partition("/")[0]
+            rule = projects.get((upload.tenant_id, project), rules.checkpoints)
+            finished, is_ready = delta.job.finished_at, delta.job.state is JobState.READY
+            if rule == "keep" or finished is None:
+                return False
+            if not is_ready and (rule == "ready" or finished >= rules.undo_from):
+                return False
+            if rule.isdecimal() and finished > rules.now - timedelta(days=int(rule)):
+                return False
+        return bool(deltas)
+
+    def _texts_of_jobs(self, undo_from: datetime) -> set[str]:
+        """Digests of the calibration texts of jobs that run or may continue."""
+        pending: Sequence[dict[str, Any]] = self.session.scalars(
+            select(DeltaRow.options)
+            .join(DeltaRow.job)
+            .where(
+                or_(
+                    JobRow.state.not_in(FINAL_STATES),
+                    and_(JobRow.state != JobState.READY, JobRow.finished_at >= undo_from),
+                )
+            )
+        ).all()
+        return {
+            source["digest"]
+            for options in pending
+            for source in (options.get("calibration") or {"sources": []})["sources"]
+        }
+
+    def drop(self, upload: UploadRow, rules: "DropRules") -> bool:
+        """Give up a complete upload's bytes if the rules still drop it; its rows stay."""
+        lock_blobs(self.session, upload.checkpoint_digest or upload.calibration_digest or "")
+        locked = self.session.get(
+            UploadRow, upload.id, with_for_update=True, populate_existing=True
+        )
+        if locked is None or not self.droppable_uploads(rules, locked.id):
+            return False
+        locked.state, locked.updated_at = UploadState.DROPPED, rules.now
+        self.session.flush()
+        return True
+
+
+class DropRules(NamedTuple):
+    """When uploads are dropped."""
+
+    now: datetime
+    checkpoints: str
+    """The rule of projects without one (see `RetentionRow`)."""
+    texts_before: datetime | None
+    """Calibration texts from before this are dropped; None: no texts are."""
+    undo_from: datetime
+    """Jobs that failed since may continue, and need their inputs."""
+
+
+_KINDS: Final = {
+    UploadKind.CHECKPOINT: BlobKind.CHECKPOINTS,
+    UploadKind.CALIBRATION: BlobKind.CALIBRATION,
+}

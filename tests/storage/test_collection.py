@@ -1,0 +1,159 @@
+"""Collection beside pushes, deletions and restorations: no row ever loses its blob."""
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+from sqlalchemy.orm import Session
+
+from deltadock.errors import Unavailable
+from deltadock.settings import Settings
+from deltadock.storage import collection
+from deltadock.storage.blobs.local import LocalBlobStore
+from deltadock.storage.collection import Collector
+from deltadock.storage.database import Database
+from deltadock.storage.models import CheckpointRow, DeltaRow, TableRow, TenantRow
+from deltadock.storage.repositories import (
+    BaseRepository,
+    CheckpointRepository,
+    DeltaRepository,
+    JobRepository,
+)
+from deltadock.storage.repositories.blobs import BlobRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
+from deltadock.workers.lease import Lease
+
+ORDERS = sorted(o for o in set(permutations("PPDDCC")) if o.index("D") < o.index("C"))
+"""Orders of the steps of a push, a deletion that is undone, and a collection that finds it."""
+
+
+@pytest.fixture
+def old_blobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No blob is too young to be collected."""
+    monkeypatch.setattr(collection, "YOUNG", timedelta(seconds=-60))
+
+
+class Scene:
+    """A ready delta, and another job that has made an artifact of the same bytes.
+
+    P: a worker stores the artifact; its row is written.
+    D: the first delta is deleted; it is restored, if it still can be.
+    C: deleted deltas are given up and unneeded blobs listed; they are removed.
+    """
+
+    def __init__(
+        self, database: Database, blobs: LocalBlobStore, collector: Collector, content: bytes
+    ) -> None:
+        self.database, self.blobs, self.collector = database, blobs, collector
+        self.content = content
+        self.first, job = self._new_delta("first")
+        self.second, self.job = self._new_delta("second")
+        digest = blobs.put_bytes(content)
+        Lease(database, job, "worker", 1e6).complete(blobs, digest, len(content), {})
+        self.digest = digest
+        self.found: list[str] = []
+        self.steps: dict[str, Iterator[None]] = {
+            "P": self.push(),
+            "D": self.delete_and_restore(),
+            "C": self.collect(),
+        }
+
+    def _new_delta(self, name: str) -> tuple[str, str]:
+        with self.database.session_scope() as session:
+            base = BaseRepository(session, LOCAL_TENANT).find("base")
+            assert base is not None
+            delta = DeltaRepository(session, LOCAL_TENANT).add(
+                name=f"{self.content.decode()}/{name}", base=base, checkpoint_digest="c",
+                method="exact", bits=None, options={"calibration": None}, fingerprint="f",
+            )  # fmt: skip
+            ids = delta.id, delta.job.id
+            assert JobRepository(session, LOCAL_TENANT).acquire(ids[1], "worker", 1e6)
+            return ids
+
+    def push(self) -> Iterator[None]:
+        self.blobs.put_bytes(self.content)
+        yield
+        lease = Lease(self.database, self.job, "worker", 1e6)
+        try:
+            lease.complete(self.blobs, self.digest, len(self.content), {})
+        except Unavailable:  # collected in between: another attempt stores it again
+            self.blobs.put_bytes(self.content)
+            lease.complete(self.blobs, self.digest, len(self.content), {})
+        yield
+
+    def delete_and_restore(self) -> Iterator[None]:
+        with self.database.session_scope() as session:
+            deltas = DeltaRepository(session, LOCAL_TENANT)
+            found = deltas.find(self.first)
+            assert found is not None
+            deltas.delete(found)
+        yield
+        with self.database.session_scope() as session:
+            DeltaRepository(session, LOCAL_TENANT).restore(self.first)
+        yield
+
+    def collect(self) -> Iterator[None]:
+        self.collector.give_up_deltas()
+        self.found = [entry.key for _, entry in self.collector.unneeded_blobs()]
+        yield
+        for digest in self.found:
+            self.collector.remove(digest)
+        yield
+
+    def check(self) -> None:
+        with self.database.read_scope() as session:
+            needed = BlobRepository(session).needed([self.digest])
+            kept = session.get(DeltaRow, self.second)
+        assert not needed or self.blobs.exists(self.digest)
+        assert kept is not None
+        assert (kept.artifact_digest is None) or self.blobs.exists(self.digest)
+
+
+def test_no_order_of_a_push_a_deletion_and_a_collection_loses_a_needed_blob(
+    tmp_path: Path, old_blobs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    database = Database("sqlite://")
+    TableRow.metadata.create_all(database.engine)
+    with database.session_scope() as session:
+        session.add(TenantRow(id=LOCAL_TENANT, name="local", is_operator=True))
+        session.flush()
+        add_base(session)
+    removed = restored = 0
+    for number, order in enumerate(ORDERS):
+        blobs = LocalBlobStore(tmp_path / str(number))
+        collector = Collector(database, blobs, Settings(home=tmp_path, undo_days=0.0))
+        scene = Scene(database, blobs, collector, f"artifact-{number}".encode())
+        for step in order:
+            next(scene.steps[step])
+        scene.check()
+        with database.read_scope() as session:
+            first = session.get(DeltaRow, scene.first)
+        assert first is not None
+        restored += first.deleted_at is None
+        removed += scene.digest in scene.found
+    assert removed, "in some orders the blob was listed for removal"
+    assert 0 < restored < len(ORDERS)
+    database.dispose()
+
+
+def add_base(session: Session) -> None:
+    checkpoint = CheckpointRepository(session, LOCAL_TENANT).add(
+        CheckpointRow(digest="c", weights_digest="w", model_type="llama", total_bytes=1)
+    )
+    BaseRepository(session, LOCAL_TENANT).add("base", checkpoint)
+
+
+def test_a_young_blob_stays_and_a_trial_removes_nothing(database: Database, tmp_path: Path) -> None:
+    blobs = LocalBlobStore(tmp_path)
+    young, old = blobs.put_bytes(b"young"), blobs.put_bytes(b"old")
+    os.utime(blobs.path(old), (0, 0))
+    collector = Collector(database, blobs, Settings(home=tmp_path))
+    tried = collector.try_run()
+    assert dict(tried.usage) == {"unreferenced": (1, 3)}
+    assert blobs.exists(old)
+    assert collector.run().usage == tried.usage
+    assert (blobs.exists(young), blobs.exists(old)) == (True, False)
