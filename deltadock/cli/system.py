@@ -86,7 +86,7 @@ def running(
         environment["DELTADOCK_NODE_BASE"] = str(Path(base).resolve())
     parsed = Settings.model_validate(settings)
     migrate(parsed.sqlalchemy_url)
-    _check_host(host, parsed, ensure_local_key(parsed))
+    check_host(host, parsed, ensure_local_key(parsed))
     # A busy worker answers no ping, and after a crash it may be busy from the start. It touches
     # this file before its first task; one left from the last run must not count.
     parsed.worker_alive.unlink(missing_ok=True)
@@ -117,7 +117,12 @@ def running(
         yield list(children.values())
 
 
-def _check_host(host: str, settings: Settings, local_key_id: str) -> None:
+def check_host(host: str, settings: Settings, local_key_id: str) -> None:
+    """Check that other machines may reach the api, if they can.
+
+    Raises:
+        Forbidden: `host` is not loopback, and no key was made for others.
+    """
     if not is_loopback(host) and not has_made_key(settings, local_key_id):
         raise Forbidden(
             f"On {host} other machines reach the api, and no key was made for them. Make one with "
