@@ -3,15 +3,16 @@
 from datetime import datetime
 from typing import Annotated, Final, Self
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.idempotency import OnceDep
 from deltadock.api.keys import EXAMPLE_TENANT_ID
 from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
-from deltadock.errors import Conflict, Forbidden, InvalidInput, NotFound
+from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
 from deltadock.storage.models import TenantRow
 from deltadock.storage.repositories import TenantRepository, Usage
 
@@ -118,12 +119,20 @@ def _existing(tenant: TenantRow | None, reference: str) -> TenantRow:
     return tenant
 
 
-@router.post("", status_code=201, responses=problems(Conflict, Forbidden, InvalidInput))
-def create_tenant(body: TenantIn, unit: WriteUnit) -> TenantOut:
+@router.post(
+    "",
+    status_code=201,
+    responses=problems(Conflict, Forbidden, InvalidInput, IdempotencyKeyReused),
+)
+def create_tenant(body: TenantIn, unit: WriteUnit, once: OnceDep, response: Response) -> TenantOut:
     """Make a tenant; then make its first admin key with POST /v1/keys."""
-    tenant = TenantRepository(unit.session).add(body.name)
-    _set_limits(tenant, body)
-    return TenantOut.of(tenant)
+
+    def create() -> TenantOut:
+        tenant = TenantRepository(unit.session).add(body.name)
+        _set_limits(tenant, body)
+        return TenantOut.of(tenant)
+
+    return once.answer(TenantOut, body, response, create)
 
 
 @router.get("", responses=problems(Forbidden))

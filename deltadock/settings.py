@@ -139,6 +139,11 @@ class Settings(BaseSettings):
     collect_seconds: float = Field(
         default=3600.0, gt=0, description="Interval at which workers collect unneeded bytes."
     )
+    checkpoint_cache_bytes: int = Field(
+        default=256 * 2**30,
+        ge=0,
+        description="Disk space of a worker or node for bases that are not in use.",
+    )
     max_file_bytes: int = Field(default=100 * 2**30, description="Maximum size of an upload file.")
     import_sources: list[str] = Field(
         default=[],

@@ -1,5 +1,10 @@
 """On-disk cache of blobs; every file is verified against its digest before use."""
 
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +53,42 @@ class FileCache:
     def _artifact(self, digest: str) -> Path:
         return self._folder / "artifacts" / f"{digest}.safetensors"
 
+    @contextmanager
+    def held_checkpoint(self, digest: str, limit: int) -> Iterator[tuple[Path, CheckpointManifest]]:
+        """A checkpoint that no process removes within the `with` block; see `checkpoint`.
+
+        Before it is fetched, the checkpoints that were used least recently are removed, so that all
+        together take at most `limit` bytes of disk; those in use stay.
+        """
+        with self._lock(digest, fcntl.LOCK_SH) as lock:
+            os.utime(lock)
+            manifest = self._manifest(digest)
+            self._make_room(limit - manifest.total_bytes)
+            yield self.checkpoint(digest)
+
+    @contextmanager
+    def _lock(self, digest: str, kind: int) -> Iterator[Path]:
+        # Beside the folder and never removed, so that every process locks the same file.
+        path = self._folder / "checkpoints" / f"{digest}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as stream:
+            fcntl.flock(stream, kind)
+            yield path
+
+    def _make_room(self, limit: int) -> None:
+        """Remove unused checkpoints, the oldest first, until the others take at most `limit`."""
+        used = [
+            (path.stat().st_mtime, path.stem, _disk_bytes(path.with_suffix("")))
+            for path in (self._folder / "checkpoints").glob("*.lock")
+        ]
+        total = sum(size for *_, size in used)
+        for _, digest, size in sorted(used):
+            if total <= limit:
+                return
+            with suppress(BlockingIOError), self._lock(digest, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                shutil.rmtree(self._folder / "checkpoints" / digest, ignore_errors=True)
+                total -= size
+
     def checkpoint(self, digest: str) -> tuple[Path, CheckpointManifest]:
         """The folder with a checkpoint's files, and its manifest, whose SHA-256 is `digest`.
 
@@ -56,18 +97,27 @@ class FileCache:
             DamagedBlob: the stored bytes are damaged.
             InvalidCheckpoint: the blob is not a checkpoint manifest.
         """
-        manifest_json = self._blobs.read(digest, MANIFEST_BYTES)
-        try:
-            manifest = CheckpointManifest.from_json(manifest_json)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidCheckpoint(f"{digest} is not a checkpoint.") from error
+        manifest = self._manifest(digest)
         folder = self._folder / "checkpoints" / digest
         for file in manifest.files:
             self._file(file.sha256, folder / check_path(file.path))
         return folder, manifest
+
+    def _manifest(self, digest: str) -> CheckpointManifest:
+        manifest_json = self._blobs.read(digest, MANIFEST_BYTES)
+        try:
+            return CheckpointManifest.from_json(manifest_json)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidCheckpoint(f"{digest} is not a checkpoint.") from error
 
     def _file(self, digest: str, path: Path) -> Path:
         """`path`, fetched from the store unless it already has the bytes of `digest`."""
         if not path.is_file() or sha256_of(path) != digest:
             self._blobs.fetch(digest, path)
         return path
+
+
+def _disk_bytes(folder: Path) -> int:
+    """Bytes of a folder's files; hard links into a blob store take none."""
+    found = (path.stat() for path in folder.rglob("*") if path.is_file())
+    return sum(stat.st_size for stat in found if stat.st_nlink == 1)

@@ -163,23 +163,25 @@ def _run(job: JobRow, lease: Lease, context: WorkerContext) -> None:
     folder = job_folder(settings, job.id)
     progress = _reporter(lease)
     progress(Progress("validating", 0, 0, 0.0, "Fetching the checkpoints"))
-    base, base_manifest = FileCache(blobs, settings.cache_folder).checkpoint(
-        delta.base.checkpoint_digest
-    )
-    # In the job's folder, since it is needed only once; bases are cached for later jobs.
-    finetuned, _ = FileCache(blobs, folder).checkpoint(delta.checkpoint_digest)
-    # Per owner: a worker that has not noticed the loss of its lease may still be writing.
-    artifact = folder / f"{lease.owner}.safetensors"
-    report = compress(
+    bases = FileCache(blobs, settings.cache_folder)
+    with bases.held_checkpoint(delta.base.checkpoint_digest, settings.checkpoint_cache_bytes) as (
         base,
-        finetuned,
-        artifact,
-        _options(delta),
-        calibration=_calibration(delta, context, folder),
-        progress=progress,
-        store=JobBlocks(blobs, job.id),
-        device=str(choose_device(settings.device)),
-    ).to_dict()
+        base_manifest,
+    ):
+        # In the job's folder, since it is needed only once; bases are cached for later jobs.
+        finetuned, _ = FileCache(blobs, folder).checkpoint(delta.checkpoint_digest)
+        # Per owner: a worker that has not noticed the loss of its lease may still be writing.
+        artifact = folder / f"{lease.owner}.safetensors"
+        report = compress(
+            base,
+            finetuned,
+            artifact,
+            _options(delta),
+            calibration=_calibration(delta, context, folder),
+            progress=progress,
+            store=JobBlocks(blobs, job.id),
+            device=str(choose_device(settings.device)),
+        ).to_dict()
     if report["base_digest"] != base_manifest.weights_digest:
         raise DamagedBlob("The base's files on this worker differ from the uploaded ones.")
     lease.complete(blobs, blobs.put_file(artifact), artifact.stat().st_size, report)

@@ -262,15 +262,17 @@ class InferenceNode:
                 return
             self._check_idle(digest)
             # The new base is on disk and verified before the old one is freed.
-            folder, manifest = await asyncio.to_thread(self._files.checkpoint, digest)
-            self._check_idle(digest)
-            if base is not None:
-                self.base = None
-                await asyncio.to_thread(base.close)
-                del base
-                # Its parts reference each other, and memory may not hold two bases.
-                await asyncio.to_thread(gc.collect)
-            self.base = await asyncio.to_thread(self._serve, digest, manifest, folder)
+            held = self._files.held_checkpoint(digest, self.settings.checkpoint_cache_bytes)
+            with ExitStack() as stack:
+                folder, manifest = await asyncio.to_thread(stack.enter_context, held)
+                self._check_idle(digest)
+                if base is not None:
+                    self.base = None
+                    await asyncio.to_thread(base.close)
+                    del base
+                    # Its parts reference each other, and memory may not hold two bases.
+                    await asyncio.to_thread(gc.collect)
+                self.base = await asyncio.to_thread(self._serve, digest, manifest, folder)
 
     def _check_idle(self, digest: str) -> None:
         base = self.base

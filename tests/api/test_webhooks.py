@@ -57,6 +57,7 @@ def test_a_request_with_the_same_key_gets_the_first_answer(api: Api) -> None:
         ("/v1/bases", base),
         ("/v1/deltas", delta),
         ("/v1/webhooks", {"url": "https://a.test/"}),
+        ("/v1/tenants", {"name": "acme"}),
     ):
         first = send(api, path, body, "one")
         assert first.status_code in {201, 202}

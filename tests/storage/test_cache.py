@@ -1,6 +1,7 @@
 """Cached files are verified against their digests before use."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,9 @@ def cache(tmp_path: Path, blobs: LocalBlobStore) -> FileCache:
     return FileCache(blobs, tmp_path / "cache")
 
 
-def put_checkpoint(blobs: LocalBlobStore, folder: Path) -> CheckpointManifest:
+def put_checkpoint(blobs: LocalBlobStore, folder: Path, value: int = 0) -> CheckpointManifest:
     folder.mkdir()
-    save_file({"weight": np.arange(6, dtype=np.float32)}, folder / "model.safetensors")
+    save_file({"weight": np.arange(6, dtype=np.float32) + value}, folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "llama"}')
     manifest = scan_folder(folder)
     for file in manifest.files:
@@ -89,3 +90,29 @@ def test_a_manifest_with_an_escaping_path_is_rejected(
     crafted = json.dumps({"files": files, "tensors": [], "config": {}}).encode()
     with pytest.raises(UnsafeFile):
         cache.checkpoint(blobs.put_bytes(crafted))
+
+
+def test_the_least_recently_used_checkpoints_make_room_unless_they_are_in_use(
+    tmp_path: Path, blobs: LocalBlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, other = (FileCache(blobs, tmp_path / "cache") for _ in range(2))
+    old, used, new = (
+        put_checkpoint(blobs, tmp_path / name, value=n) for n, name in enumerate("abc")
+    )
+    monkeypatch.setattr("os.link", _refuse_links)
+    folders = tmp_path / "cache" / "checkpoints"
+    with cache.held_checkpoint(old.digest, 10**9):
+        pass
+    with other.held_checkpoint(used.digest, 10**9) as (folder, _):
+        os.utime(folders / f"{used.digest}.lock", (0, 0))
+        with cache.held_checkpoint(new.digest, 1):
+            assert {path.name for path in folders.iterdir() if path.is_dir()} == {
+                used.digest, new.digest,
+            }  # fmt: skip
+        assert (folder / "config.json").is_file()
+    with cache.held_checkpoint(old.digest, 10**9) as (folder, _):
+        assert (folder / "config.json").is_file(), "it is fetched again"
+
+
+def _refuse_links(*_: object) -> None:
+    raise PermissionError("no hard links here")
