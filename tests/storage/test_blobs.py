@@ -183,6 +183,17 @@ def test_work_files_are_replaced_and_dropped(store: BlobStore) -> None:
     assert store.get_work("job_ab/block-0") == b"another's"
 
 
+def test_everything_stored_is_listed_by_area(store: BlobStore) -> None:
+    before = datetime.now(UTC) - timedelta(minutes=1)
+    digest = store.put_bytes(b"weights")
+    store.put_work("job_a/print/block-0", b"saved")
+    found = {area: list(store.entries(area)) for area in ("blobs", "staging", "work")}
+    assert [(entry.key, entry.bytes) for entry in found["blobs"]] == [(digest, 7)]
+    assert [(entry.key, entry.bytes) for entry in found["work"]] == [("job_a/print/block-0", 5)]
+    assert found["staging"] == []
+    assert before < found["blobs"][0].modified < before + timedelta(minutes=5)
+
+
 @pytest.mark.parametrize("key", ["", "/etc", "../a", "a//b", "a/", ".hidden", "a/.."])
 def test_invalid_work_keys_are_rejected(store: BlobStore, key: str) -> None:
     with pytest.raises(ValueError, match="plain"):
