@@ -5,6 +5,7 @@ from typing import Final
 
 BASE_HEADER: Final = "Deltadock-Base"
 ARTIFACT_HEADER: Final = "Deltadock-Artifact"
+TENANT_HEADER: Final = "Deltadock-Tenant"
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,11 +14,18 @@ class ModelTarget:
 
     base_digest: str
     artifact_digest: str | None = None
+    tenant: str | None = None
+    """Whose request it is."""
 
     @property
     def model_key(self) -> str:
-        """Fairness and cache key."""
+        """Digest of the weights that answer."""
         return self.artifact_digest or self.base_digest
+
+    @property
+    def queue_key(self) -> str:
+        """Fairness and cache key: tenants that share weights share neither queue nor prefixes."""
+        return self.model_key if self.tenant is None else f"{self.model_key}/{self.tenant}"
 
     @property
     def headers(self) -> dict[str, str]:

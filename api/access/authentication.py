@@ -30,7 +30,10 @@ class _Known(NamedTuple):
 
 
 class Authenticator:
-    """Checks keys against the database; all calls block, and threads may share it."""
+    """Checks keys against the database; calls block unless they say otherwise.
+
+    Threads may share it.
+    """
 
     def __init__(self, database: Database, settings: Settings) -> None:
         self._settings = settings
@@ -56,8 +59,6 @@ class Authenticator:
                 "This is not an API key of Deltadock: it is mistyped, cut off or another service's."
             )
         digest = hmac_of(key, self.secret)
-        if (known := self._recall(digest)) is not None:
-            return known
         with self._database.read_scope() as session:
             keys = KeyRepository(session, EVERY_TENANT)
             row = keys.find_prefix(prefix)
@@ -71,14 +72,21 @@ class Authenticator:
         Raises:
             Unauthorized: the key was revoked or has expired.
         """
-        if (known := self._recall(key_id)) is not None:
-            return known
         with self._database.read_scope() as session:
             keys = KeyRepository(session, EVERY_TENANT)
             row = keys.find(key_id)
             if row is None:
                 raise Unauthorized("The session's key does not exist. Sign in again.")
             return self._remember(key_id, keys, row)
+
+    def recall(self, *, key: str | None = None, key_id: str | None = None) -> Caller | None:
+        """The caller of a key that was checked in the last second, or None; does not block."""
+        name = hmac_of(key, self.secret) if key is not None else key_id
+        known = self._known.get(name or "")
+        if known is None or known.until < time.monotonic():
+            return None
+        self._used.add(known.caller.key_id)
+        return known.caller
 
     def forget(self) -> None:
         """Check every key anew, after one was revoked."""
@@ -98,13 +106,6 @@ class Authenticator:
             log.warning("key_uses_not_written", error=error.message)
             with self._lock:
                 self._used |= used
-
-    def _recall(self, name: str) -> Caller | None:
-        known = self._known.get(name)
-        if known is None or known.until < time.monotonic():
-            return None
-        self._used.add(known.caller.key_id)
-        return known.caller
 
     def _remember(self, name: str, keys: KeyRepository, row: ApiKeyRow) -> Caller:
         if row.revoked_at is not None:

@@ -77,12 +77,17 @@ class AccessControl:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         keys = self._resources.keys
         if scheme.lower() == "bearer" and key:
-            return await run_in_threadpool(keys.caller_of_key, key.strip())
+            key = key.strip()
+            if (known := keys.recall(key=key)) is not None:
+                return known
+            return await run_in_threadpool(keys.caller_of_key, key)
         if cookie := request.cookies.get(COOKIE):
             session = self._resources.sessions.find(cookie)
             if request.method not in SAFE_METHODS:
                 check_token(session.csrf, request.headers.get(CSRF_HEADER))
             request.state.csrf = session.csrf
+            if (known := keys.recall(key_id=session.key_id)) is not None:
+                return known
             return await run_in_threadpool(keys.caller_of_session, session.key_id)
         raise Unauthorized(NO_KEY)
 

@@ -13,12 +13,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from deltadock.api.access.caller import get_caller
 from deltadock.api.dependencies import Resources
 from deltadock.api.fleet import Fleet, NodeView
 from deltadock.api.generation.metering import Meter
 from deltadock.api.middleware import REQUEST_ID
 from deltadock.errors import DeltadockError, InvalidInput, Unauthorized, Unavailable
-from deltadock.model_target import ModelTarget
+from deltadock.model_target import TENANT_HEADER, ModelTarget
 from deltadock.openai.errors import ErrorBody
 from deltadock.trust import credentials
 
@@ -146,6 +147,7 @@ async def ask_nodes(
     content = _encode(body)
     headers = {
         **target.headers,
+        TENANT_HEADER: get_caller(request).tenant_id,
         REQUEST_ID: request.state.request_id,
         "Content-Type": "application/json",
         **credentials(resources.settings.node_secret),

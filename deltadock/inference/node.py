@@ -163,11 +163,11 @@ class InferenceNode:
         if self.draining:
             raise Unavailable("The node is stopping; send the request to another.")
         count = len(prompts_of(request)) * request.answers
-        self._admission.enter(target.model_key, count)
+        self._admission.enter(target.queue_key, count)
         try:
             return await self._start(target, request)
         except BaseException:
-            self._admission.leave(target.model_key, count)
+            self._admission.leave(target.queue_key, count)
             raise
 
     async def _start(self, target: ModelTarget, request: GenerationRequest) -> Generation:
@@ -192,7 +192,7 @@ class InferenceNode:
                 target,
                 tokenizer,
                 self.metrics,
-                on_finish=partial(self._admission.leave, target.model_key),
+                on_finish=partial(self._admission.leave, target.queue_key),
                 started_at=started_at,
             )
             generation.start(prompts, request.answers, sampling, slot, grammar)

@@ -195,7 +195,7 @@ def test_what_another_tenant_uploaded_cannot_be_used_or_told(api: Api, other: Ap
 
 
 def test_a_shared_base_is_read_and_compressed_against_but_not_changed(
-    api: Api, other: Api, node: StandInNode, node_url: str
+    api: Api, other: Api, acme: str, node: StandInNode, node_url: str
 ) -> None:
     digest = api.base()
     assert other.client.patch("/v1/bases/tiny", json={"shared": True}).status_code == 403
@@ -206,6 +206,7 @@ def test_a_shared_base_is_read_and_compressed_against_but_not_changed(
     api.register(node_url, base=digest)
     ask = {"model": "tiny", "prompt": "x"}
     assert other.client.post("/v1/completions", json=ask).status_code == 200
+    assert node.requests[-1]["headers"]["deltadock-tenant"] == acme
     body = {
         "name": "a/b", "base": "tiny", "checkpoint": other.checkpoint(weights(1)),
         "method": "adamix", "bits": 1.0,

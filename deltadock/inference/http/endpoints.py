@@ -15,7 +15,7 @@ from deltadock.inference.deltas.store import ResidentDelta, Tier
 from deltadock.inference.http.errors import ERRORS
 from deltadock.inference.http.replies import ChatReply, CompletionReply, Reply
 from deltadock.inference.node import InferenceNode
-from deltadock.model_target import ARTIFACT_HEADER, BASE_HEADER, ModelTarget
+from deltadock.model_target import ARTIFACT_HEADER, BASE_HEADER, TENANT_HEADER, ModelTarget
 from deltadock.openai.chat import ChatCompletion, ChatRequest
 from deltadock.openai.completions import Completion, CompletionRequest
 from deltadock.openai.models import ModelCard, ModelList
@@ -48,13 +48,14 @@ BaseHeader = Annotated[str | None, Depends(base_header)]
 def target_header(
     base: BaseHeader,
     artifact: Annotated[str | None, Header(alias=ARTIFACT_HEADER)] = None,
+    tenant: Annotated[str | None, Header(alias=TENANT_HEADER)] = None,
 ) -> ModelTarget | None:
-    """The weights that the headers name, None without headers."""
+    """The weights and the tenant that the headers name, None without headers."""
     if artifact is not None and (base is None or not DIGEST.fullmatch(artifact)):
         raise InvalidInput(
             f"{ARTIFACT_HEADER} must be a SHA-256 digest in lower-case hex, beside {BASE_HEADER}."
         )
-    return None if base is None else ModelTarget(base, artifact)
+    return None if base is None else ModelTarget(base, artifact, tenant)
 
 
 TargetHeader = Annotated[ModelTarget | None, Depends(target_header)]

@@ -511,6 +511,19 @@ def test_metrics(site: Site, tmp_path: Path) -> None:
     assert sum(name.startswith("deltadock_node_resident_references") for name in metrics) == 1
 
 
+def test_tenants_of_one_base_share_no_prefix(site: Site, node: RunningNode) -> None:
+    """Else the time to a first token would tell what another tenant has sent."""
+    seen = []
+    body = {"model": "m", "prompt": "the beginning of a secret prompt", "max_tokens": 1}
+    for tenant in ("ten_a", "ten_b", "ten_a"):
+        before = read_metrics(node)["deltadock_node_prefix_tokens_total"]
+        headers = {"Deltadock-Base": site.base, "Deltadock-Tenant": tenant}
+        httpx.post(f"{node.url}/v1/completions", json=body, headers=headers, timeout=60)
+        seen.append(read_metrics(node)["deltadock_node_prefix_tokens_total"] - before)
+    assert seen[:2] == [0, 0]
+    assert seen[2] > 0
+
+
 def read_metrics(node: RunningNode) -> dict[str, float]:
     """Metric values by name and labels."""
     text = httpx.get(f"{node.url}/metrics").text
