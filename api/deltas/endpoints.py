@@ -104,7 +104,7 @@ def delete_delta(delta_id: DeltaId, caller: CallerDep, unit: WriteUnit) -> None:
     service.delete_delta(unit.session, caller.tenant_id, delta_id)
 
 
-@router.post("/{delta_id}/restore", responses=problems(NotFound))
+@router.post("/{delta_id}/restore", responses=problems(NotFound, QuotaExceeded))
 def restore_delta(delta_id: DeltaId, caller: CallerDep, unit: WriteUnit) -> DeltaOut:
     """Restore a deleted delta, as long as its bytes are kept. Its job, if cancelled, can be
     retried.

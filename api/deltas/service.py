@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from deltadock.api.bases import read_manifest, require_base, require_checkpoint
 from deltadock.api.deltas.schemas import CalibrationIn, DeltaIn, TextSource
 from deltadock.api.dependencies import Resources, UnitOfWork
-from deltadock.api.quotas import check_delta
+from deltadock.api.quotas import check_bytes, check_delta
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.artifacts.compatibility import check_differs, check_same_architecture
 from deltadock.compression.options import SIZES
@@ -168,10 +168,13 @@ def restore_delta(session: Session, tenant_id: str, delta_id: str) -> DeltaRow:
 
     Raises:
         NotFound: there is none, or its bytes have been given up.
+        QuotaExceeded: the tenant has as many deltas, or bytes, as it may.
     """
+    check_delta(session, tenant_id, starts_job=False)
     deltas = DeltaRepository(session, tenant_id)
     if not deltas.restore(delta_id):
         raise NotFound(f"There is no deleted delta {delta_id!r} that could be restored.")
+    check_bytes(session, tenant_id)
     return require_delta(session, tenant_id, delta_id)
 
 
