@@ -2,8 +2,10 @@
 
 Codes stay frozen, and so does every byte count: each segment of scales is multiplied by a vector
 of factors that start at one. Factors are relative, so one learning rate suits all matrices. The
-loss is the KL divergence from the fine-tuned model on calibration text; gradients are checkpointed
-by block, so that one block's weights are in memory at a time. The result is kept only if it is
+loss is the KL divergence from the fine-tuned model on calibration text. Gradients are checkpointed
+by block. Where the device has room, packed student and teacher stay on it, and a step unpacks each
+tensor once; else one block's weights are in memory at a time, and a step unpacks them for the
+forward and for the backward pass; both give the same scales. The result is kept only if it is
 better on windows that neither train nor are reported.
 """
 
@@ -25,8 +27,9 @@ from deltadock.artifacts.encodings import (
     parts,
 )
 from deltadock.compression.calibration.windows import CalibrationSet, spaced
-from deltadock.compression.checkpoints import CheckpointPair, TensorSource
+from deltadock.compression.checkpoints import CheckpointPair, CheckpointReader, TensorSource
 from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.residence import DeviceMemory, device_budget
 from deltadock.compression.scratch import Scratch
 
 STEPS: Final = 80
@@ -48,11 +51,11 @@ class TrainableDelta:
         factors: number of factors by segment key.
     """
 
-    def __init__(self, encoded: Encoded, scratch: Scratch, name: str, device: torch.device) -> None:
-        """Decode the codes of `encoded` once, and store them in `scratch` under `name`."""
+    def __init__(self, encoded: Encoded, memory: DeviceMemory, name: str) -> None:
+        """Decode the codes of `encoded` once, and store them in `memory` under `name`."""
         self.encoded = encoded
         self.factors: dict[str, int] = {}
-        self._scratch, self._device = scratch, device
+        self._memory, self._device = memory, memory.device
         self._delta = self._build(encoded, name, "")
 
     def __call__(self, factors: ScaleFactors) -> Tensor:
@@ -86,8 +89,8 @@ class TrainableDelta:
                 assert old is not None, "added rows alone have no scales to train"
                 return self._build(old, f"{name} 0", f"{prefix}0/")
         key = f"constant {name}"
-        self._scratch.put(key, torch.from_numpy(decode_dense(encoded)))
-        return lambda _: self._scratch.get(key, self._device)
+        self._memory.put(key, torch.from_numpy(decode_dense(encoded)))
+        return lambda _: self._memory.get(key)
 
     def _combine(
         self, kind: str, shape: list[int], parts: list[DeltaFunction | None]
@@ -112,30 +115,28 @@ class TrainableDelta:
             # Multiples of one half up to 127.5 are exact in bfloat16; zero points may not be.
             units = torch.from_numpy(vectors.decode())
             exact = vectors.zero is None
-            self._scratch.put(f"{side} {name}", units.bfloat16() if exact else units)
+            self._memory.put(f"{side} {name}", units.bfloat16() if exact else units)
             self._register(encoded, key, prefix)
         self._register(encoded, "s", prefix)
         s = torch.from_numpy(matrix.s).to(self._device)
 
+        u_side = self._side(f"u {name}", encoded, "row_scale", prefix)
+        v_side = self._side(f"v {name}", encoded, "column_scale", prefix)
+
         def delta(factors: ScaleFactors) -> Tensor:
-            u = self._side(f"u {name}", encoded, "row_scale", prefix, factors)
-            v = self._side(f"v {name}", encoded, "column_scale", prefix, factors)
-            return (u.t() * (s * factors[prefix + "s"])) @ v
+            return (u_side(factors).t() * (s * factors[prefix + "s"])) @ v_side(factors)
 
         return delta
 
-    def _side(
-        self, stored: str, encoded: Encoded, key: str, prefix: str, factors: ScaleFactors
-    ) -> Tensor:
-        units = self._scratch.get(stored, self._device).float()
+    def _side(self, stored: str, encoded: Encoded, key: str, prefix: str) -> DeltaFunction:
         if key not in encoded.segments:
-            return units
+            return lambda _: self._memory.get(stored).float()
         scale = torch.from_numpy(encoded.segments[key].astype(np.float32)).to(self._device)
-        return units * (scale * factors[prefix + key])
+        return lambda factors: self._memory.get(stored).float() * (scale * factors[prefix + key])
 
     def _rows(self, encoded: Encoded, name: str, prefix: str) -> DeltaFunction:
         key = f"constant {name}"
-        self._scratch.put(key, torch.from_numpy(decode_dense(encoded)))
+        self._memory.put(key, torch.from_numpy(decode_dense(encoded)))
         self._register(encoded, "scale", prefix)
         self._register(encoded, "column_scale", prefix)
         shared = encoded.record["scale"] == "shared"
@@ -143,7 +144,7 @@ class TrainableDelta:
         rows = None if index is None else torch.from_numpy(index.astype(np.int64)).to(self._device)
 
         def delta(factors: ScaleFactors) -> Tensor:
-            dense = self._scratch.get(key, self._device)
+            dense = self._memory.get(key)
             factor = factors[prefix + "scale"]
             if not shared and rows is not None:
                 factor = torch.ones(len(dense), device=self._device).index_copy(0, rows, factor)
@@ -193,11 +194,13 @@ def distill(
 
     Returns:
         The encodings, with trained scales if they are better; and the KL divergence on the
-        choosing windows `before` and `after`, with `kept` 1 or 0.
+        choosing windows `before` and `after`, with `kept` 1 or 0; and `resident` 1 or 0, whether
+        student and teacher stayed on the device.
     """
     with Scratch() as scratch:
-        student = _Student(pair, encoded, model, scratch)
-        teacher = _Teacher(pair.finetuned, model, scratch)
+        memory = DeviceMemory(scratch, model.device, device_budget(model.device))
+        student = _Student(pair, encoded, memory)
+        teacher = _Teacher(pair.finetuned, model, memory)
         size = max(1, TOKENS_PER_STEP // data.train.shape[1])
         windows = max(1, CHOOSE_TOKENS // data.choose.shape[1])
         choosing = data.choose[spaced(len(data.choose), windows)]
@@ -206,40 +209,61 @@ def distill(
         choosing_kl = partial(_mean_kl, model, choosing, student, teacher)
         before = choosing_kl()
         if not any(student.factors.values()):
-            return dict(encoded), {"before": before, "after": before, "kept": 0.0}
+            figures = {"before": before, "after": before, "kept": 0.0}
+            return dict(encoded), figures | {"resident": float(memory.complete)}
         relative_error = max(before, 0.0) / max(_kl_without_deltas(student, choosing_kl), 1e-30)
         rate = RELATIVE_RATE * min(1.0, math.sqrt(relative_error))
         optimizer = torch.optim.Adam(list(flatten_factors(student.factors)), lr=rate)
+        resident = memory.complete and student.unpacked_bytes() <= memory.free
+        student.unpack_once = resident
+        place = "on the device" if resident else "block by block"
         for step in range(STEPS):
-            progress(step / STEPS, f"distillation, step {step + 1} of {STEPS}")
+            progress(step / STEPS, f"distillation, step {step + 1} of {STEPS}, {place}")
             for group in optimizer.param_groups:
                 group["lr"] = rate * (1 + math.cos(math.pi * step / STEPS)) / 2
             chosen = torch.randperm(len(data.train), generator=generator)[:size]
             _accumulate(model, data.train[chosen], student, teacher)
             optimizer.step()
             optimizer.zero_grad()
+        student.unpack_once = False
         after = choosing_kl()
         figures = {"before": before, "after": after, "kept": float(after < before)}
+        figures["resident"] = float(resident)
         return student.rescaled() if figures["kept"] else dict(encoded), figures
 
 
 class _Student:
-    """The compressed model's tensors as functions of the scale factors."""
+    """The compressed model's tensors as functions of the scale factors.
+
+    Attributes:
+        deltas: of the compressed tensors.
+        factors: of each delta.
+        unpack_once: keep unpacked tensors until `end_step`.
+    """
 
     def __init__(
-        self,
-        pair: CheckpointPair,
-        encoded: Mapping[str, Encoded],
-        model: BlockwiseModel,
-        scratch: Scratch,
+        self, pair: CheckpointPair, encoded: Mapping[str, Encoded], memory: DeviceMemory
     ) -> None:
-        self._pair, self._encoded = pair, encoded
+        self._pair, self._encoded, self._memory = pair, encoded, memory
         self.deltas = {
-            name: TrainableDelta(one, scratch, name, model.device)
+            name: TrainableDelta(one, memory, name)
             for name, one in encoded.items()
             if _encodes_delta(one)
         }
-        self.factors = unit_factors(self.deltas, model.device)
+        self.factors = unit_factors(self.deltas, memory.device)
+        self.unpack_once = False
+        self._unpacked: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def unpacked_bytes(self) -> int:
+        """Upper bound of what a step keeps: weights, deltas and both factors, all in float32."""
+        total = 0
+        for delta in self.deltas.values():
+            shape = delta.encoded.record["shape"]
+            ranks = sum(
+                size for key, size in delta.factors.items() if key.rpartition("/")[2] == "s"
+            )
+            total += 4 * (3 * math.prod(shape) + 3 * ranks * sum(shape[-2:]))
+        return total
 
     def __contains__(self, name: object) -> bool:
         return name in self._pair.finetuned
@@ -250,16 +274,39 @@ class _Student:
         if encoded is not None and encoded.record["kind"] == "alias":
             return self.tensor(encoded.record["of"])
         if name in self.deltas:
-            delta = self.deltas[name](self.factors[name])
-            tensor = self._pair.base.tensor(name).to(delta.device, torch.float32) + delta
-            added = self._pair.added_rows(name)
-            if added:
-                rows = self._pair.finetuned.tensor(name)[-added:].to(tensor)
-                tensor = torch.cat([tensor, rows])
-            return tensor
-        if encoded is not None:
-            return self._pair.finetuned.tensor(name)
-        return self._pair.base.tensor(name)
+            if not self.unpack_once:
+                return self._unpack(name)
+            if name not in self._unpacked:
+                with torch.enable_grad():
+                    whole = self._unpack(name)
+                leaf = whole.detach().requires_grad_(whole.requires_grad)
+                self._unpacked[name] = whole, leaf
+            return self._unpacked[name][1]
+        source = self._pair.base if encoded is None else self._pair.finetuned
+        return _load(self._memory, source, name)
+
+    def _unpack(self, name: str) -> Tensor:
+        delta = self.deltas[name](self.factors[name])
+        tensor = _load(self._memory, self._pair.base, name).float() + delta
+        added = self._pair.added_rows(name)
+        if added:
+            rows = _load(self._memory, self._pair.finetuned, name)[-added:].to(tensor)
+            tensor = torch.cat([tensor, rows])
+        return tensor
+
+    def backpropagate(self) -> None:
+        """Pass the gradients of unpacked tensors on to the factors.
+
+        After each pass that uses them, so that sums are those of tensors unpacked for each use.
+        """
+        for whole, leaf in self._unpacked.values():
+            if leaf.grad is not None:
+                whole.backward(leaf.grad, retain_graph=True)
+                leaf.grad = None
+
+    def end_step(self) -> None:
+        """Drop the unpacked tensors: the factors are about to change."""
+        self._unpacked.clear()
 
     def rescaled(self) -> dict[str, Encoded]:
         """The encodings with the current factors multiplied into their scales."""
@@ -267,6 +314,11 @@ class _Student:
             name: self.deltas[name].rescaled(self.factors[name]) if name in self.deltas else one
             for name, one in self._encoded.items()
         }
+
+
+def _load(memory: DeviceMemory, source: CheckpointReader, name: str) -> Tensor:
+    """A tensor of a checkpoint, in its stored dtype on the device."""
+    return memory.load(f"{source.folder} {name}", lambda: source.tensor(name))
 
 
 def _encodes_delta(encoded: Encoded) -> bool:
@@ -295,22 +347,41 @@ def _forward(model: BlockwiseModel, tokens: Tensor, source: TensorSource) -> lis
     return states
 
 
+class _ResidentSource:
+    """A checkpoint's tensors, which stay on the device while they fit."""
+
+    def __init__(self, source: CheckpointReader, memory: DeviceMemory) -> None:
+        self._source, self._memory = source, memory
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._source
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in its stored dtype, on the device."""
+        return _load(self._memory, self._source, name)
+
+
 class _Teacher:
     """The fine-tuned model's predictions; caches the last hidden states of each window."""
 
-    def __init__(self, source: TensorSource, model: BlockwiseModel, scratch: Scratch) -> None:
-        self._source, self._model, self._scratch = source, model, scratch
+    def __init__(
+        self, source: CheckpointReader, model: BlockwiseModel, memory: DeviceMemory
+    ) -> None:
+        self._source = _ResidentSource(source, memory)
+        self._model, self._memory = model, memory
+        self._known: set[str] = set()
 
     def __call__(self, windows: Tensor) -> Callable[[slice], Tensor]:
         """A function of a slice of the tokens of `windows`: log probabilities (n, vocabulary)."""
         keys = [f"teacher {window.tolist()}" for window in windows]
-        new = [k for k, key in enumerate(keys) if key not in self._scratch]
+        new = [k for k, key in enumerate(keys) if key not in self._known]
         if new:
             hidden = _forward(self._model, windows[new], self._source)[-1]
             final = self._model.final_hidden(hidden, self._source)
             for k, states in zip(new, final, strict=True):
-                self._scratch.put(keys[k], states)
-        states = torch.cat([self._scratch.get(key, self._model.device) for key in keys])
+                self._memory.put(keys[k], states)
+                self._known.add(keys[k])
+        states = torch.cat([self._memory.get(key) for key in keys])
 
         def target(piece: slice) -> Tensor:
             logits = list(self._model.logits(states[piece], self._source))
@@ -331,9 +402,13 @@ def _accumulate(
         return F.kl_div(log_probs, target(piece), reduction="sum", log_target=True) / tokens.numel()
 
     _, gradient = model.backward_head(states.pop(), student, loss)
+    student.backpropagate()
     for index in reversed(range(len(model.blocks))):
         gradient = model.backward_block(index, states.pop(), gradient, student)
+        student.backpropagate()
     model.embed_backward(tokens, gradient, student)
+    student.backpropagate()
+    student.end_step()
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from deltadock.artifacts.encodings import Encoded, decode_dense
+from deltadock.artifacts.encodings import DELTA_ENCODINGS, Encoded, decode_dense
 from deltadock.compression import distillation
 from deltadock.compression.assembly import encode_remaining
 from deltadock.compression.calibration.windows import CalibrationSet
-from deltadock.compression.checkpoints import CheckpointPair, open_pair
+from deltadock.compression.checkpoints import CheckpointPair, CheckpointReader, open_pair
 from deltadock.compression.distillation import distill, flatten_factors
 from deltadock.compression.methods import optimix
 from deltadock.compression.model.forward import BlockwiseModel
@@ -181,3 +181,44 @@ def test_the_progress_callback_can_stop_it(make_pair: Callable[..., Pair]) -> No
 
     with pytest.raises(Cancelled):
         distill(prepared.pair, prepared.model, DATA, prepared.encoded, 0, stop)
+
+
+def test_streamed_and_resident_scales_are_equal(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the device has no room, nothing stays on it: the same bytes, and the report says so."""
+    first, figures = prepared.distill()
+    monkeypatch.setattr(distillation, "device_budget", lambda _: 0)
+    second, streamed = prepared.distill()
+    assert (figures.pop("resident"), streamed.pop("resident")) == (1.0, 0.0)
+    assert figures == streamed
+    assert all(same(one, second[name]) for name, one in first.items())
+
+
+def test_a_step_reads_no_file_and_unpacks_each_tensor_once(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked: list[str] = []
+    unpack, step = distillation._Student._unpack, distillation._accumulate
+    read = CheckpointReader.tensor
+    steps: list[list[str]] = []
+
+    def counting(student: Any, name: str) -> Any:
+        unpacked.append(name)
+        return unpack(student, name)
+
+    def recorded(*args: Any) -> None:
+        unpacked.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointReader, "tensor", lambda *_: pytest.fail("read a file"))
+            step(*args)
+        steps.append(sorted(unpacked))
+
+    monkeypatch.setattr(distillation._Student, "_unpack", counting)
+    monkeypatch.setattr(distillation, "_accumulate", recorded)
+    prepared.distill()
+    assert CheckpointReader.tensor is read
+    deltas = sorted(
+        name for name, one in prepared.encoded.items() if one.record["kind"] in DELTA_ENCODINGS
+    )
+    assert steps == [deltas] * distillation.STEPS

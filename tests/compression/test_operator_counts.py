@@ -1,15 +1,20 @@
 """Calls of torch operators, which bound the time on a GPU from below: some 5 us each."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from deltadock.compression import distillation
 from deltadock.compression.methods.base import compress_matrices
 from deltadock.compression.methods.registry import matrix_method
 from deltadock.kernels.error_compensation import BLOCK
 from tests.compression.matrices import make_task
-from tests.compression.operators import counted_as_on_a_gpu
+from tests.compression.operators import OperatorCounter, counted_as_on_a_gpu
+from tests.compression.test_distillation import Prepared
 
 SHAPES = [(48, 64), (320, 640)]
 
@@ -43,6 +48,26 @@ def test_three_matrices_take_few_more_operators_than_one(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert launches_of_matrices("adamix", shape, 3, monkeypatch) <= 540
+
+
+def test_operators_of_a_distillation_step(
+    make_pair: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks, embedding and head; read and unpacked at each use: 1,218 operators."""
+    prepared = Prepared(*make_pair(tied=False))
+    monkeypatch.setattr(distillation, "STEPS", 2)
+    counts: list[int] = []
+    step = distillation._accumulate
+
+    def counted(*args: Any) -> None:
+        with OperatorCounter() as counter:
+            step(*args)
+        counts.append(counter.total)
+
+    monkeypatch.setattr(distillation, "_accumulate", counted)
+    prepared.distill()
+    # The first step prepares masks and positions.
+    assert counts[-1] <= 850
 
 
 @pytest.mark.parametrize("name", ["adamix", "delta-come", "low-rank"])

@@ -22,6 +22,7 @@ from deltadock.artifacts.encodings import (
     encode_transposed,
 )
 from deltadock.compression.distillation import TrainableDelta, flatten_factors, unit_factors
+from deltadock.compression.residence import DeviceMemory
 from deltadock.compression.scratch import Scratch
 
 H_OUT, H_IN = 6, 10
@@ -81,9 +82,9 @@ CASES: dict[str, Callable[[], Encoded]] = {
 
 
 @pytest.fixture
-def scratch() -> Iterator[Scratch]:
-    with Scratch() as actual:
-        yield actual
+def memory() -> Iterator[DeviceMemory]:
+    with Scratch() as scratch:
+        yield DeviceMemory(scratch, CPU, 1 << 20)
 
 
 @pytest.fixture(params=CASES)
@@ -98,8 +99,8 @@ def perturbed(delta: TrainableDelta, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def test_unit_factors_give_the_decoded_delta(encoded: Encoded, scratch: Scratch) -> None:
-    delta = TrainableDelta(encoded, scratch, "w", CPU)
+def test_unit_factors_give_the_decoded_delta(encoded: Encoded, memory: DeviceMemory) -> None:
+    delta = TrainableDelta(encoded, memory, "w")
     actual = delta(unit_factors({"w": delta}, CPU)["w"])
     expected = torch.from_numpy(decode_dense(encoded))
     assert actual.shape == expected.shape
@@ -107,8 +108,8 @@ def test_unit_factors_give_the_decoded_delta(encoded: Encoded, scratch: Scratch)
     torch.testing.assert_close(actual.detach(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_every_scale_has_a_factor(encoded: Encoded, scratch: Scratch) -> None:
-    delta = TrainableDelta(encoded, scratch, "w", CPU)
+def test_every_scale_has_a_factor(encoded: Encoded, memory: DeviceMemory) -> None:
+    delta = TrainableDelta(encoded, memory, "w")
     wanted = {
         key: data.size
         for key, data in encoded.segments.items()
@@ -123,9 +124,9 @@ def test_every_scale_has_a_factor(encoded: Encoded, scratch: Scratch) -> None:
 
 
 def test_the_rescaled_record_decodes_to_the_delta_with_factors(
-    encoded: Encoded, scratch: Scratch
+    encoded: Encoded, memory: DeviceMemory
 ) -> None:
-    delta = TrainableDelta(encoded, scratch, "w", CPU)
+    delta = TrainableDelta(encoded, memory, "w")
     factors = perturbed(delta)
     rescaled = delta.rescaled(factors)
     assert rescaled.nbytes == encoded.nbytes
@@ -140,8 +141,8 @@ def test_the_rescaled_record_decodes_to_the_delta_with_factors(
     assert not torch.allclose(actual, torch.from_numpy(decode_dense(encoded)), rtol=1e-2)
 
 
-def test_gradients_equal_finite_differences(encoded: Encoded, scratch: Scratch) -> None:
-    delta = TrainableDelta(encoded, scratch, "w", CPU)
+def test_gradients_equal_finite_differences(encoded: Encoded, memory: DeviceMemory) -> None:
+    delta = TrainableDelta(encoded, memory, "w")
     factors = {key: value.requires_grad_() for key, value in perturbed(delta).items()}
     weights = torch.randn(encoded.record["shape"], generator=torch.Generator().manual_seed(1))
     gradients = _gradients((delta(factors) * weights).sum(), factors)
@@ -158,10 +159,10 @@ def test_gradients_equal_finite_differences(encoded: Encoded, scratch: Scratch) 
             assert float(gradients[key][index]) == pytest.approx(change, rel=1e-3, abs=1e-3 * size)
 
 
-def test_gradients_equal_the_dense_formulas(scratch: Scratch) -> None:
+def test_gradients_equal_the_dense_formulas(memory: DeviceMemory) -> None:
     encoded = svd(rows=True, columns=True)
     matrix = decode_svd(encoded)
-    delta = TrainableDelta(encoded, scratch, "w", CPU)
+    delta = TrainableDelta(encoded, memory, "w")
     factors = {key: value.requires_grad_() for key, value in perturbed(delta).items()}
     plain = {key: value.detach().double().requires_grad_() for key, value in factors.items()}
     scale = {
@@ -183,11 +184,11 @@ def _gradients(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
 
 
-def test_factors_of_different_tensors_are_independent(scratch: Scratch) -> None:
+def test_factors_of_different_tensors_are_independent(memory: DeviceMemory) -> None:
     names = ("w", "w.0", "w.0.1")
     made = [encode_sum([svd(seed=k), svd(seed=k + 20)]) for k in range(3)]
     deltas = {
-        name: TrainableDelta(one, scratch, name, CPU) for name, one in zip(names, made, strict=True)
+        name: TrainableDelta(one, memory, name) for name, one in zip(names, made, strict=True)
     }
     factors = unit_factors(deltas, CPU)
     for name, one in zip(names, made, strict=True):
@@ -199,11 +200,11 @@ def test_factors_of_different_tensors_are_independent(scratch: Scratch) -> None:
     )
 
 
-def test_a_delta_without_ranks_is_zero(scratch: Scratch) -> None:
+def test_a_delta_without_ranks_is_zero(memory: DeviceMemory) -> None:
     nothing = np.zeros(0, np.int64)
     sides = [Vectors(np.zeros((0, n), np.uint8), nothing, None) for n in (H_OUT, H_IN)]
     encoded = encode_svd(SvdMatrix(sides[0], np.zeros(0, np.float32), sides[1]), "BF16", {})
-    delta = TrainableDelta(encoded, scratch, "w", CPU)
+    delta = TrainableDelta(encoded, memory, "w")
     factors = unit_factors({"w": delta}, CPU)["w"]
     assert torch.equal(delta(factors), torch.zeros(H_OUT, H_IN))
     assert decode_dense(delta.rescaled(factors)).shape == (H_OUT, H_IN)
