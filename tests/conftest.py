@@ -59,6 +59,7 @@ SLOW = (
     "api/test_process.py",
     "api/test_upload_parts.py",
     "api/test_upload_sources.py",
+    "api/test_upload_states.py",
     "api/test_client_uploads.py",
     "inference/model/test_weight_deltas.py",
     "inference/engine/test_model_runner.py",

@@ -30,7 +30,7 @@ from deltadock.storage.repositories import UploadRepository
 from deltadock.storage.tenancy import EVERY_TENANT
 
 THREADS: Final = 2
-"""Uploads at once; each hashes in one thread."""
+"""Uploads at once; each hashes in two threads, one for files and one for tensors."""
 POLL_SECONDS: Final = 5.0
 """Interval at which a process looks for uploads that another one left."""
 REPORT_SECONDS: Final = 1.0
@@ -57,6 +57,7 @@ class Completer:
         self._lock = threading.Lock()
         self._running: dict[str, Future[None]] = {}
         self._pool = ThreadPoolExecutor(THREADS, "completion")
+        self._hashers = ThreadPoolExecutor(THREADS, "hashing")
         self._poller = threading.Thread(target=self._poll, name="completer", daemon=True)
 
     def start(self) -> None:
@@ -69,6 +70,7 @@ class Completer:
         if self._poller.is_alive():
             self._poller.join()
         self._pool.shutdown(cancel_futures=True)
+        self._hashers.shutdown()
 
     def notify(self, upload_id: str) -> None:
         """Work on a completing upload soon; call this only after its row is committed."""
@@ -194,7 +196,7 @@ class Completer:
             InvalidCheckpoint, InvalidCalibration: it is no valid file.
             NotFound: it is gone.
         """
-        inspector = make_inspector(upload.kind, path)
+        inspector = make_inspector(upload.kind, path, self._hashers)
         with self._blobs.writer() as writer:
             for chunk in source.read(path, size):
                 inspector.update(chunk)
@@ -233,7 +235,7 @@ class Completer:
 
         def verify(chunks: Iterator[bytes]) -> None:
             nonlocal checked
-            inspector = make_inspector(upload.kind, file.path)
+            inspector = make_inspector(upload.kind, file.path, self._hashers)
             for chunk in chunks:
                 inspector.update(chunk)
                 progress.advance(len(chunk))

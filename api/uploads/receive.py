@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import re
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor
 from typing import Final, Protocol
 
 import anyio
@@ -38,13 +39,15 @@ class Inspector(Protocol):
         """The file's entry and its tensors' (SHA-256 over the whole file)."""
 
 
-def make_inspector(kind: UploadKind, path: str) -> Inspector:
-    """The inspector for a file of an upload.
+def make_inspector(kind: UploadKind, path: str, threads: Executor | None = None) -> Inspector:
+    """The inspector for a file of an upload; with `threads`, two cores hash a checkpoint's.
 
     Raises:
         UnsafeFile, InvalidCheckpoint, InvalidCalibration: the path alone is not acceptable.
     """
-    return FileInspector(path) if kind is UploadKind.CHECKPOINT else CalibrationInspector(path)
+    if kind is UploadKind.CHECKPOINT:
+        return FileInspector(path, threads=threads)
+    return CalibrationInspector(path)
 
 
 class CalibrationInspector:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self
@@ -302,8 +303,18 @@ def _parsed(name: str, text: bytes | None) -> dict[str, Any]:
 class FileInspector:
     """Hashes one file of a checkpoint as it streams, and the tensors of a safetensors file."""
 
-    def __init__(self, path: str, non_finite: set[str] | None = None) -> None:
-        """`path` is inside the checkpoint; for `non_finite` see `StreamingInspector`."""
+    def __init__(
+        self,
+        path: str,
+        non_finite: set[str] | None = None,
+        *,
+        threads: Executor | None = None,
+    ) -> None:
+        """`path` is inside the checkpoint; for `non_finite` see `StreamingInspector`.
+
+        With `threads`, the file is hashed in one of them, beside its tensors in this one.
+        """
+        self._threads = threads
         self.path = check_path(path)
         self.size = 0
         self._hash = hashlib.sha256()
@@ -313,9 +324,18 @@ class FileInspector:
     def update(self, chunk: bytes | bytearray | memoryview) -> None:
         """Process the file's next bytes; raises like `StreamingInspector.update`."""
         self.size += len(chunk)
-        self._hash.update(chunk)
-        if self._tensors is not None:
+        if self._tensors is None:
+            self._hash.update(chunk)
+            return
+        if self._threads is None:
+            self._hash.update(chunk)
             self._tensors.update(chunk)
+            return
+        hashed = self._threads.submit(self._hash.update, chunk)
+        try:
+            self._tensors.update(chunk)
+        finally:
+            hashed.result()
 
     def finish(self) -> tuple[FileEntry, list[TensorEntry]]:
         """The entries of the file and its tensors; raises if a safetensors file ended early."""
