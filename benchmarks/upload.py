@@ -27,10 +27,12 @@ from typing import Final, NamedTuple
 import httpx
 
 from benchmarks.harness import processor
+from deltadock.cli.keys import ensure_local_key
 from deltadock.cli.processes import HOST, Child, free_ports
 from deltadock.cli.services import seaweedfs
 from deltadock.client.http import Client
 from deltadock.settings import Settings
+from deltadock.storage.api_keys import local_key_path
 from deltadock.storage.blobs.s3_client import make_client
 from deltadock.storage.database import migrate
 
@@ -64,17 +66,20 @@ def write_checkpoint(folder: Path, mib: int) -> None:
 
 
 @contextmanager
-def running_api(home: Path, fields: dict[str, str]) -> Iterator[tuple[str, int]]:
-    """An api process with these fields of `Settings`; yields its URL and process id."""
+def running_api(home: Path, fields: dict[str, str]) -> Iterator[tuple[str, str, int]]:
+    """An api process with these fields of `Settings`; yields its URL, a key and its process id."""
     port = free_ports(1)[0]
     fields = {"home": str(home), "log_level": "WARNING", **fields}
-    migrate(Settings.model_validate(fields).sqlalchemy_url)
+    settings = Settings.model_validate(fields)
+    migrate(settings.sqlalchemy_url)
+    ensure_local_key(settings)
+    key = local_key_path(settings.home).read_text(encoding="utf-8").strip()
     environment = os.environ | {f"DELTADOCK_{name.upper()}": v for name, v in fields.items()}
     command = [sys.executable, "-m", "uvicorn", "deltadock.api.main:app", "--port", str(port)]
     with Child("api", command, log=home / "api.log", env=environment, grace=20.0) as api:
         url = f"http://{HOST}:{port}"
         api.wait_until(lambda: _answers(url))
-        yield url, api.pid
+        yield url, key, api.pid
 
 
 def cpu_seconds(process: int) -> float:
@@ -115,10 +120,10 @@ def copy_to_bucket(settings: Settings) -> Callable[[Path], None]:
 
 
 def measure(
-    api: tuple[str, int], copy: Callable[[Path], None], folder: Path, mib: int, repeats: int
+    api: tuple[str, str, int], copy: Callable[[Path], None], folder: Path, mib: int, repeats: int
 ) -> Speeds:
     """Median speeds; every repeat has new bytes."""
-    url, process = api
+    url, key, process = api
     runs = []
     for _ in range(repeats):
         write_checkpoint(folder, mib)
@@ -132,7 +137,7 @@ def measure(
             if name == "model.safetensors" and done == total:
                 arrived = time.perf_counter()
 
-        with Client(url) as client:
+        with Client(url, key) as client:
             began, used = time.perf_counter(), cpu_seconds(os.getpid()) + cpu_seconds(process)
             client.upload_folder(folder, progress)
             complete = time.perf_counter() - began

@@ -96,7 +96,7 @@ class Uploads(RuleBasedStateMachine):
         def record() -> None:
             with self.database.session_scope() as session:
                 entry = FileEntry("config.json", len(CONFIG), digest)
-                service.record_file(session, LOCAL_TENANT, self.id, entry, [])
+                service.record_file(session, self.blobs, LOCAL_TENANT, self.id, entry, [])
 
         if self.state is UploadState.OPEN:
             record()
