@@ -53,6 +53,8 @@ SLOW = (
     "api/test_generation.py",
     "api/test_nodes.py",
     "api/test_deltas.py",
+    "api/test_access.py",
+    "api/test_limits.py",
     "storage/test_blobs.py",
     "storage/test_blob_faults.py",
     "storage/test_blob_parts.py",
