@@ -164,14 +164,6 @@ def test_records_without_scales_are_not_trained(make_pair: Callable[..., Pair]) 
     assert figures["before"] == figures["after"] > 0
 
 
-def test_a_fine_tune_equal_to_its_base(make_pair: Callable[..., Pair]) -> None:
-    prepared = Prepared(*make_pair(scale=0.0))
-    assert prepared.encoded == {}
-    returned, figures = prepared.distill()
-    assert returned == {}
-    assert figures["before"] == pytest.approx(0, abs=1e-6)
-
-
 def test_the_progress_callback_can_stop_it(make_pair: Callable[..., Pair]) -> None:
     prepared = Prepared(*make_pair())
 

@@ -192,17 +192,6 @@ def test_interruptions_do_not_change_the_bytes(pair: Pair, text: Path, tmp_path:
     assert (tmp_path / "b.delta").read_bytes() == whole
 
 
-def test_a_fine_tune_equal_to_its_base(
-    make_pair: Callable[..., Pair], text: Path, tmp_path: Path
-) -> None:
-    pair = make_pair(scale=0.0)
-    report = run(pair, tmp_path / "a.delta", text, bits=1.0)
-    assert report.kl == pytest.approx(0, abs=1e-9)
-    assert report.agreement == 1
-    with Artifact(tmp_path / "a.delta") as artifact:
-        assert artifact.records == {}
-
-
 def test_matrices_without_a_delta(pair: Pair, text: Path, tmp_path: Path) -> None:
     equal, signed = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
     before = load_file(pair[0] / "model.safetensors")

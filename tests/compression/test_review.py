@@ -66,14 +66,6 @@ def test_sampling_propagates_the_callers_exception(pair: Pair, tmp_path: Path) -
         compress(*pair, tmp_path / "a.delta", options, calibration=None, progress=stop)
 
 
-@pytest.mark.parametrize("method", ["optimix", "bitdelta-distilled", "adamix"])
-def test_a_fine_tune_equal_to_its_base(pair: Pair, text: Path, tmp_path: Path, method: str) -> None:
-    report = make((pair[0], pair[0]), text, tmp_path, method=method)
-    assert (report.kl, report.agreement) == (0, 1)
-    assert not report.matrices
-    assert not report.other_tensors
-
-
 @pytest.mark.parametrize("goal", [{"bits": 0.5}, {"target_bytes": 30_000}, {"max_kl": 0.1}])
 def test_only_norms_have_changed(
     pair: Pair, text: Path, tmp_path: Path, goal: dict[str, float]
