@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import TYPE_CHECKING, Final, Self
 
 from botocore.exceptions import ClientError
@@ -66,8 +67,8 @@ class S3PartedFile(PartedFile):
         return frozenset(self._tags())
 
     def _tags(self) -> dict[int, str]:
-        """The ETag of every complete part. Some servers list a part once for each time it came."""
-        tags: dict[int, str] = {}
+        """The ETag of every complete part: of the latest where a server lists all that came."""
+        tags: dict[int, tuple[datetime, str]] = {}
         pages = self.store.client.get_paginator("list_parts")
         with s3_errors(GONE):
             for page in pages.paginate(
@@ -76,8 +77,9 @@ class S3PartedFile(PartedFile):
                 for part in page.get("Parts", []):
                     number = part["PartNumber"]
                     if 1 <= number <= self.count and part["Size"] == self.part_size(number):
-                        tags[number] = part["ETag"]
-        return tags
+                        listed = (part["LastModified"], part["ETag"])
+                        tags[number] = max(tags.get(number, listed), listed)
+        return {number: tag for number, (_, tag) in tags.items()}
 
     def _is_object(self) -> bool:
         """Whether the parts are joined: the file is sealed."""
