@@ -52,6 +52,12 @@ class ModelRunner:
         if model.device.type == "cuda" if static is None else static:
             self._decode = GraphDecoder(model, cache, max_rows)
 
+    @property
+    def static(self) -> bool:
+        """Whether passes that only decode run on static buffers, and read all slots up to the
+        highest in use."""
+        return self._decode is not None
+
     def check_device(self) -> None:
         """Compute and read back a number; raises what the device raises, if it is lost."""
         torch.ones(1, device=self._model.device).add_(1).item()
