@@ -1,7 +1,7 @@
 """Bases: checkpoints registered under a name, against which deltas are compressed."""
 
 from datetime import datetime
-from typing import Annotated, Self
+from typing import Annotated, Final, Self
 
 from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dependencies import ReadSession, UnitOfWork, WriteUnit
 from deltadock.api.idempotency import OnceDep
+from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest
@@ -68,10 +69,29 @@ class BaseOut(BaseModel):
         )
 
 
-class BaseList(BaseModel):
-    """All bases, ordered by name."""
+class BasePage(BaseModel):
+    """Bases by name. `next` is the next page's `after`; null on the last page."""
 
     data: list[BaseOut]
+    next: str | None
+
+
+_CURSOR: Final = Cursor("bases", str, str)
+
+
+def page_of_bases(session: Session, tenant_id: str, *, limit: int, after: str | None) -> BasePage:
+    """A page of the bases that the tenant sees.
+
+    Raises:
+        InvalidInput: `after` is not a cursor.
+    """
+    found = BaseRepository(session, tenant_id).page(limit=limit + 1, after=_CURSOR.read(after))
+    page = found[:limit]
+    last = page[-1] if len(found) > limit else None
+    return BasePage(
+        data=[BaseOut.of(base) for base in page],
+        next=_CURSOR.write((last.name, last.id)) if last else None,
+    )
 
 
 def require_checkpoint(session: Session, tenant_id: str, digest: str) -> CheckpointRow:
@@ -132,11 +152,12 @@ def _register(body: BaseIn, caller: Caller, unit: UnitOfWork, response: Response
     return BaseOut.of(base)
 
 
-@router.get("")
-def list_bases(caller: CallerDep, session: ReadSession) -> BaseList:
-    """List the tenant's bases and the shared ones."""
-    bases = BaseRepository(session, caller.tenant_id)
-    return BaseList(data=[BaseOut.of(base) for base in bases.all()])
+@router.get("", responses=problems(InvalidInput))
+def list_bases(
+    caller: CallerDep, session: ReadSession, after: After = None, limit: Limit = 50
+) -> BasePage:
+    """List the tenant's bases and the shared ones, by name."""
+    return page_of_bases(session, caller.tenant_id, limit=limit, after=after)
 
 
 @router.get("/{base}", responses=problems(NotFound))

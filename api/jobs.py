@@ -13,7 +13,9 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.access import CallerDep
+from deltadock.api.bases import require_base
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.problems import problems
 from deltadock.api.quotas import check_job
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME
@@ -21,6 +23,7 @@ from deltadock.errors import Conflict, InvalidInput, NotFound
 from deltadock.storage.models import JobLogRow, JobPriority, JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
 from deltadock.storage.repositories.jobs import RETRIABLE
+from deltadock.storage.repositories.listing import JobFilter, key_of_job
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -102,7 +105,7 @@ class JobPage(BaseModel):
     """Jobs, newest first. `next` is the next page's `after`; null on the last page."""
 
     data: list[JobOut]
-    next: str | None = Field(examples=[EXAMPLE_JOB_ID])
+    next: str | None = Field(description="Opaque.")
 
 
 class LogLine(BaseModel):
@@ -146,31 +149,40 @@ def existing_job(job_id: JobId, caller: CallerDep, session: ReadSession) -> JobR
 ExistingJob = Annotated[JobRow, Depends(existing_job, scope="function")]
 
 
-@router.get("", responses=problems(InvalidInput))
+_CURSOR: Final = Cursor("jobs", datetime, str)
+
+
+@router.get("", responses=problems(InvalidInput, NotFound))
 def list_jobs(
     caller: CallerDep,
     session: ReadSession,
     state: Annotated[list[JobState] | None, Query(description="Any of these states.")] = None,
-    delta: Annotated[str | None, Query(description="A delta's id.")] = None,
+    delta: Annotated[str | None, Query(description="A delta's id or name.")] = None,
     base: Annotated[str | None, Query(description="A base's id or name.")] = None,
     created_from: Annotated[AwareDatetime | None, Query()] = None,
     created_before: Annotated[AwareDatetime | None, Query()] = None,
-    after: Annotated[str | None, Query(description="`next` of the previous page.")] = None,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    after: After = None,
+    limit: Limit = 50,
 ) -> JobPage:
     """List the jobs, newest first; failed ones stay listed with their reason."""
-    jobs = JobRepository(session, caller.tenant_id)
-    cursor = None
-    if after is not None and (cursor := jobs.find(after)) is None:
-        raise InvalidInput(f"after={after!r} is not a job; use the previous page's `next`.")
-    found = jobs.page(
-        limit=limit + 1, after=cursor, states=state or (), delta_id=delta, base=base,
-        created_from=created_from, created_before=created_before,
-    )  # fmt: skip
+    delta_id = None
+    if delta is not None:
+        found_delta = DeltaRepository(session, caller.tenant_id).resolve(delta)
+        delta_id = delta if found_delta is None else found_delta.id
+    wanted = JobFilter(
+        states=state or (),
+        delta_id=delta_id,
+        base_id=None if base is None else require_base(session, caller.tenant_id, base).id,
+        created_from=created_from,
+        created_before=created_before,
+    )
+    found = JobRepository(session, caller.tenant_id).page(
+        limit=limit + 1, wanted=wanted, after=_CURSOR.read(after)
+    )
     page = found[:limit]
     return JobPage(
         data=describe_jobs(session, caller.tenant_id, page),
-        next=page[-1].id if len(found) > limit else None,
+        next=_CURSOR.write(key_of_job(page[-1])) if len(found) > limit else None,
     )
 
 

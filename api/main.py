@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import anyio
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
@@ -35,7 +35,9 @@ from deltadock.api.deltas import endpoints as deltas
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation import endpoints as generation
 from deltadock.api.middleware import BodyLimit, RequestContext
+from deltadock.api.paging import refuse_unknown_query
 from deltadock.api.problems import Problem, install_error_handlers, problems
+from deltadock.api.registry import endpoints as registry
 from deltadock.api.uploads import endpoints as uploads
 from deltadock.logs import configure_logging
 from deltadock.openai.errors import ErrorBody
@@ -136,10 +138,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.resources = resources
     install_error_handlers(app)
     for module in (
-        uploads, bases, previews, deltas, jobs, methods, generation, nodes, webhooks, keys,
-        tenants, retention, storage, health, dashboard, sign_in,
+        uploads, bases, previews, deltas, registry, jobs, methods, generation, nodes, webhooks,
+        keys, tenants, retention, storage, health, dashboard, sign_in,
     ):  # fmt: skip
-        app.include_router(module.router)
+        app.include_router(module.router, dependencies=[Depends(refuse_unknown_query)])
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.mount("/static", dashboard.static_files)
     app.state.rules = RuleTable(app.routes)

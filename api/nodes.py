@@ -1,6 +1,5 @@
 """Inference nodes: their registrations and heartbeats, and listing them with their deltas."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Final, Literal, Self
@@ -20,8 +19,9 @@ from deltadock.api.schemas import (
     RequestBody,
 )
 from deltadock.errors import InvalidInput, Unauthorized
-from deltadock.storage.models import BaseRow, DeltaRow, NodeRow
+from deltadock.storage.models import BaseRow, NodeRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, NodeRepository
+from deltadock.storage.repositories.deltas import NamedDelta
 
 router = APIRouter(prefix="/v1/nodes", tags=["nodes"])
 
@@ -87,7 +87,8 @@ class HeldDeltaOut(BaseModel):
 
     artifact: Digest
     deltas: list[str] = Field(
-        description="Ids of the deltas with these bytes.", examples=[[EXAMPLE_DELTA_ID]]
+        description="Ids of deltas with these bytes; of thousands, some.",
+        examples=[[EXAMPLE_DELTA_ID]],
     )
     names: list[str] = Field(examples=[["maths/skills:1"]])
     tier: Tier
@@ -117,7 +118,7 @@ class NodeOut(BaseModel):
         cls,
         node: NodeRow,
         bases: Mapping[str, BaseRow],
-        deltas: Mapping[str, Sequence[DeltaRow]],
+        deltas: Mapping[str, Sequence[NamedDelta]],
         *,
         whole: bool,
     ) -> Self:
@@ -166,14 +167,11 @@ def registered_nodes(session: Session, caller: Caller) -> NodeList:
     An operator sees by digest what belongs to other tenants.
     """
     nodes = NodeRepository(session).alive()
-    bases = {
-        base.checkpoint_digest: base for base in BaseRepository(session, caller.tenant_id).all()
-    }
-    held = {delta["digest"] for node in nodes for delta in node.deltas}
-    deltas: defaultdict[str, list[DeltaRow]] = defaultdict(list)
-    for delta in DeltaRepository(session, caller.tenant_id).ready():
-        if delta.artifact_digest is not None and delta.artifact_digest in held:
-            deltas[delta.artifact_digest].append(delta)
+    digests = {node.base_digest for node in nodes if node.base_digest is not None}
+    found = BaseRepository(session, caller.tenant_id).with_checkpoints(digests)
+    bases = {base.checkpoint_digest: base for base in found}
+    held = dict.fromkeys(delta["digest"] for node in nodes for delta in node.deltas)
+    deltas = DeltaRepository(session, caller.tenant_id).named_by_artifact(list(held))
     return NodeList(
         data=[NodeOut.of(node, bases, deltas, whole=caller.is_operator) for node in nodes]
     )

@@ -18,6 +18,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
@@ -147,6 +148,11 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+def _only(condition: str) -> dict[str, Any]:
+    """Arguments of an index of the rows that meet the condition only."""
+    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+
+
 class TableRow(DeclarativeBase):
     """Declarative base; constraints are named so that migrations can refer to them."""
 
@@ -182,6 +188,23 @@ class TenantRow(TableRow):
     requests_per_minute: Mapped[int | None]
     tokens_per_minute: Mapped[int | None]
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
+
+
+class TotalsRow(TableRow):
+    """A tenant's totals, kept by the repositories in the transaction of each change.
+
+    Artifacts, and checkpoints of deltas and bases, are counted once however many rows share them.
+    """
+
+    __tablename__ = "totals"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    deltas: Mapped[int] = mapped_column(default=0)
+    """Ready deltas."""
+    artifact_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    checkpoint_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Of the fine-tuned checkpoints of the ready deltas."""
+    base_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
 
 
 class ApiKeyRow(TableRow):
@@ -220,7 +243,11 @@ class BaseRow(TableRow):
     """A checkpoint registered under a name, against which deltas are compressed."""
 
     __tablename__ = "bases"
-    __table_args__ = (UniqueConstraint("tenant_id", "name"),)
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "name"),
+        Index("ix_bases_shared_name_id", "shared", "name", "id"),
+        Index("ix_bases_checkpoint_digest_tenant_id", "checkpoint_digest", "tenant_id"),
+    )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
@@ -291,6 +318,84 @@ class UploadFileRow(TableRow):
     """Names the file's parts in the blob store, once the first was asked for."""
 
 
+class ModelRow(TableRow):
+    """A name, `project/model`: the versions under it are deltas."""
+
+    __tablename__ = "models"
+    # Deleted rows keep their name, so that it is not reused.
+    __table_args__ = (UniqueConstraint("tenant_id", "name"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[str] = mapped_column(String(200))
+    description: Mapped[str] = mapped_column(
+        Text, default="", deferred=True, deferred_raiseload=True
+    )
+    """The model card, in Markdown."""
+    tags: Mapped[list[str]] = mapped_column(default=list)
+    rule: Mapped[dict[str, Any] | None]
+    """When a new version becomes the default: `max_kl` and `max_increase` of the KL; None: only
+    the first one does."""
+    last_version: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime] = mapped_column(default=_utcnow)
+    deleted_at: Mapped[datetime | None]
+
+
+class TermKind(StrEnum):
+    """What a term of a model is."""
+
+    TAG = "tag"
+    WORD = "word"
+    """Of its name or description, in lower case."""
+
+
+class ModelTermRow(TableRow):
+    """A model's tag, or a word that it is found by."""
+
+    __tablename__ = "model_terms"
+    __table_args__ = (Index("ix_model_terms_model_id", "model_id"),)
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    kind: Mapped[TermKind] = mapped_column(_enum(TermKind), primary_key=True)
+    term: Mapped[str] = mapped_column(String(64), primary_key=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), primary_key=True)
+
+
+class AliasRow(TableRow):
+    """What `project/model@alias` means now; the bare name means the alias `default`."""
+
+    __tablename__ = "aliases"
+
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), primary_key=True)
+    alias: Mapped[str] = mapped_column(String(64), primary_key=True)
+    delta_id: Mapped[str] = mapped_column(ForeignKey("deltas.id"), index=True)
+    version: Mapped[int]
+    """The delta's."""
+    moved_at: Mapped[datetime]
+
+
+class AliasMoveRow(TableRow):
+    """One move of an alias: append-only. A version of None is no version."""
+
+    __tablename__ = "alias_moves"
+    __table_args__ = (Index("ix_alias_moves_model_id_id", "model_id", "id"),)
+
+    id: Mapped[int] = mapped_column(
+        BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
+    )
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
+    alias: Mapped[str] = mapped_column(String(64))
+    from_version: Mapped[int | None]
+    to_version: Mapped[int | None]
+    reason: Mapped[str] = mapped_column(Text)
+    moved_by: Mapped[str | None] = mapped_column(String(40))
+    """The id of an API key; None: the model's rule, or the first version."""
+    at: Mapped[datetime]
+
+
+_NOT_DELETED: Final = _only("deleted_at IS NULL")
+
+
 class DeltaRow(TableRow):
     """A fine-tune stored as its delta to a base, under `name` and an integer version."""
 
@@ -298,14 +403,35 @@ class DeltaRow(TableRow):
     __table_args__ = (
         # Deleted rows keep their name and version, so that neither is reused for other bytes.
         UniqueConstraint("tenant_id", "name", "version"),
-        Index("ix_deltas_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
+        # Lists: one index per sort and per filter (storage/repositories/listing.py).
+        *(
+            Index(f"ix_deltas_tenant_id_{'_'.join(columns)}", "tenant_id", *columns, **_NOT_DELETED)
+            for columns in (
+                ("created_at", "id"),
+                ("method", "created_at", "id"),
+                ("created_by", "created_at", "id"),
+                ("artifact_bytes", "id"),
+                ("kl", "id"),
+            )
+        ),
+        Index(
+            "ix_deltas_tenant_id_base_id_created_at_id", "tenant_id", "base_id", "created_at", "id"
+        ),
+        Index("ix_deltas_model_id", "model_id"),
+        # Who shares these bytes.
+        *(
+            Index(f"ix_deltas_{column}_tenant_id", column, "tenant_id", **_NOT_DELETED)
+            for column in ("artifact_digest", "checkpoint_digest")
+        ),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
     name: Mapped[str] = mapped_column(String(200))
+    """The model's."""
     version: Mapped[int]
-    base_id: Mapped[str] = mapped_column(ForeignKey("bases.id"), index=True)
+    base_id: Mapped[str] = mapped_column(ForeignKey("bases.id"))
     checkpoint_digest: Mapped[str] = mapped_column(ForeignKey("checkpoints.digest"))
     method: Mapped[str] = mapped_column(String(32))
     bits: Mapped[float | None]
@@ -317,13 +443,42 @@ class DeltaRow(TableRow):
     tenant share one result."""
     artifact_digest: Mapped[str | None] = mapped_column(String(64), index=True)
     artifact_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    report: Mapped[dict[str, Any] | None]
+    report: Mapped[dict[str, Any] | None] = mapped_column(deferred=True, deferred_raiseload=True)
+    """Tens of kilobytes: read by `DeltaRepository.report` alone; the figures follow."""
+    ratio: Mapped[float | None]
+    true_bits: Mapped[float | None]
+    kl: Mapped[float | None]
+    agreement: Mapped[float | None]
+    nll: Mapped[float | None]
+    nll_finetuned: Mapped[float | None]
+    nll_base: Mapped[float | None]
+    parent_id: Mapped[str | None] = mapped_column(ForeignKey("deltas.id"))
+    """The delta that the fine-tune continues, as its owner says."""
+    recipe: Mapped[dict[str, Any] | None] = mapped_column(deferred=True, deferred_raiseload=True)
+    """How the fine-tune was trained, as its owner says."""
+    code_version: Mapped[str | None] = mapped_column(String(32))
+    """Of Deltadock, when it was asked for."""
+    code_commit: Mapped[str | None] = mapped_column(String(64))
+    """Of the training code, as the client says."""
+    created_by: Mapped[str | None] = mapped_column(String(40))
+    """The id of the API key that asked for it."""
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
     deleted_at: Mapped[datetime | None]
     collected_at: Mapped[datetime | None]
     """When its bytes were given up, days after it was deleted; until then it can be restored."""
 
     base: Mapped[BaseRow] = relationship(lazy="raise")
+    aliases: Mapped[list[AliasRow]] = relationship(
+        lazy="raise", viewonly=True, order_by="AliasRow.alias"
+    )
+    """Those that mean this version."""
+    default: Mapped[AliasRow | None] = relationship(
+        lazy="raise",
+        viewonly=True,
+        primaryjoin="and_(foreign(DeltaRow.model_id) == AliasRow.model_id, "
+        "AliasRow.alias == 'default')",
+    )
+    """What the bare name means."""
     job: Mapped["JobRow"] = relationship(lazy="raise", back_populates="delta")
 
 
@@ -331,9 +486,18 @@ class JobRow(TableRow):
     """The authoritative state of one compression; workers update it only under the lease."""
 
     __tablename__ = "jobs"
-    __table_args__ = (Index("ix_jobs_created_at_id", "created_at", "id"),)
+    __table_args__ = (
+        # A job's time of creation is its delta's, so that both lists have one order.
+        Index("ix_jobs_tenant_id_created_at_delta_id", "tenant_id", "created_at", "delta_id"),
+        Index(
+            "ix_jobs_tenant_id_state_created_at_delta_id",
+            "tenant_id", "state", "created_at", "delta_id",
+        ),
+    )  # fmt: skip
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
+    """Its delta's."""
     delta_id: Mapped[str] = mapped_column(ForeignKey("deltas.id"), unique=True)
     state: Mapped[JobState] = mapped_column(_enum(JobState), default=JobState.QUEUED, index=True)
     priority: Mapped[JobPriority] = mapped_column(_enum(JobPriority), default=JobPriority.NORMAL)

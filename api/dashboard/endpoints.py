@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import structlog
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from jinja2 import StrictUndefined
@@ -21,11 +21,16 @@ from starlette.templating import Jinja2Templates
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dashboard import charts, formats, views
-from deltadock.api.deltas.endpoints import DeltaId
+from deltadock.api.deltas.endpoints import SortBy, wanted_deltas
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep
 from deltadock.api.nodes import registered_nodes
+from deltadock.api.paging import After
+from deltadock.api.references import DeltaReference
+from deltadock.compression.options import METHODS
 from deltadock.errors import DeltadockError, InvalidInput, NotFound
 from deltadock.storage.collection import UsageByKind
+from deltadock.storage.models import JobState
+from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
 from deltadock.version import __version__
 
 log = structlog.get_logger(__name__)
@@ -120,13 +125,21 @@ def show_deltas(
     caller: CallerDep,
     session: ReadSession,
     resources: ResourcesDep,
-    after: Annotated[str | None, Query()] = None,
+    wanted: Annotated[DeltaFilter, Depends(wanted_deltas)],
+    sort: SortBy = DeltaSort.NEWEST,
+    after: After = None,
 ) -> Response:
     """The list of stored deltas and bases."""
+    overview = views.overview(session, caller.tenant_id, after=after, wanted=wanted, sort=sort)
+    asked = [(name, value) for name, value in request.query_params.items() if name != "after"]
     context = {
         "usage": _usage(caller, resources),
-        "overview": views.overview(session, caller.tenant_id, after),
+        "overview": overview,
         "after": after,
+        "asked": {name: value for name, value in asked if value},
+        "states": list(JobState),
+        "methods": list(METHODS),
+        "sorts": list(DeltaSort),
     }
     return render(request, "deltas.html", context)
 
@@ -146,9 +159,9 @@ def _usage(caller: Caller, resources: Resources) -> UsageByKind | None:
     return resources.storage.usage() if caller.is_operator else None
 
 
-@router.get("/parts/deltas/{delta_id}/row")
+@router.get("/parts/deltas/{delta_id:prefix}/row")
 def show_row(
-    delta_id: DeltaId, request: Request, caller: CallerDep, session: ReadSession
+    delta_id: DeltaReference, request: Request, caller: CallerDep, session: ReadSession
 ) -> Response:
     """A row of the list, refreshed while its job runs."""
     try:
@@ -159,9 +172,9 @@ def show_row(
     return render(request, "parts/row.html", {"entry": entry}, headers=headers)
 
 
-@router.get("/parts/deltas/{delta_id}/job")
+@router.get("/parts/deltas/{delta_id:prefix}/job")
 def show_job(
-    delta_id: DeltaId, request: Request, caller: CallerDep, session: ReadSession
+    delta_id: DeltaReference, request: Request, caller: CallerDep, session: ReadSession
 ) -> Response:
     """The job on a delta's page; reloads the page when it has ended."""
     try:
@@ -189,9 +202,9 @@ def _nodes(session: Session, caller: Caller) -> dict[str, Any]:
     return {"nodes": registered_nodes(session, caller).data, "shown": DELTAS_PER_NODE}
 
 
-@router.get("/deltas/{delta_id}")
+@router.get("/deltas/{delta_id:reference}")
 def show_delta(
-    delta_id: DeltaId, request: Request, caller: CallerDep, session: ReadSession
+    delta_id: DeltaReference, request: Request, caller: CallerDep, session: ReadSession
 ) -> Response:
     """One delta's page."""
     page = views.delta_view(session, caller.tenant_id, delta_id)

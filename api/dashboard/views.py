@@ -8,15 +8,17 @@ from typing import Final, NamedTuple, Self
 from sqlalchemy.orm import Session
 
 from deltadock import errors
-from deltadock.api.bases import BaseOut
+from deltadock.api.bases import BasePage, page_of_bases
 from deltadock.api.dashboard.figures import ReportFigures
 from deltadock.api.deltas.schemas import DeltaOut
 from deltadock.api.deltas.service import page_of_deltas, require_delta
 from deltadock.api.jobs import JobOut
 from deltadock.storage.models import RUNNING_ORDER, DeltaRow, JobState
-from deltadock.storage.repositories import BaseRepository, DeltaRepository
+from deltadock.storage.repositories import DeltaRepository, TotalsRepository
+from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
 
 DELTAS_PER_PAGE: Final = 50
+BASES_SHOWN: Final = 50
 
 _RETRY: Final = "Retry: finished blocks are not recomputed."
 
@@ -86,7 +88,7 @@ class Overview:
 
     entries: Sequence[DeltaEntry]
     next: str | None
-    bases: Sequence[BaseOut]
+    bases: BasePage
     totals: Totals
 
 
@@ -105,26 +107,28 @@ class Stage(NamedTuple):
     status: str
 
 
-def overview(session: Session, tenant_id: str, after: str | None) -> Overview:
-    """A page of deltas, newest first, and the totals over all of them.
+def overview(
+    session: Session, tenant_id: str, *, after: str | None, wanted: DeltaFilter, sort: DeltaSort
+) -> Overview:
+    """A page of deltas, the first bases by name, and the totals over all deltas.
 
     Raises:
-        InvalidInput: `after` is not a delta's id.
+        InvalidInput: `after` is not a cursor of this sort.
     """
-    deltas, next_after = page_of_deltas(session, tenant_id, limit=DELTAS_PER_PAGE, after=after)
-    bases = [BaseOut.of(base) for base in BaseRepository(session, tenant_id).all()]
+    deltas, next_after = page_of_deltas(
+        session, tenant_id, limit=DELTAS_PER_PAGE, after=after, wanted=wanted, sort=sort
+    )
     return Overview(
         [DeltaEntry.of(delta) for delta in deltas],
         next_after,
-        bases,
-        _sum(session, tenant_id, bases),
+        page_of_bases(session, tenant_id, limit=BASES_SHOWN, after=None),
+        totals(session, tenant_id),
     )
 
 
 def totals(session: Session, tenant_id: str) -> Totals:
-    """The totals over all deltas."""
-    bases = BaseRepository(session, tenant_id).all()
-    return _sum(session, tenant_id, [BaseOut.of(base) for base in bases])
+    """The totals over all deltas and bases of the tenant."""
+    return Totals(**TotalsRepository(session, tenant_id).read()._asdict())
 
 
 def entry(session: Session, tenant_id: str, delta_id: str) -> DeltaEntry:
@@ -143,7 +147,8 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
         NotFound: there is none, or it was deleted.
     """
     delta = require_delta(session, tenant_id, delta_id)
-    return DeltaView(DeltaEntry.of(delta), ReportFigures.of(delta.report) if delta.report else None)
+    report = DeltaRepository(session, tenant_id).report(delta.id)
+    return DeltaView(DeltaEntry.of(delta), ReportFigures.of(report) if report else None)
 
 
 def stages(job: JobOut) -> list[Stage]:
@@ -158,17 +163,3 @@ def stages(job: JobOut) -> list[Stage]:
 def advice(job: JobOut) -> str | None:
     """What to do about a failed or cancelled job; None where its error message says it."""
     return ADVICE.get(job.error.code) if job.error else None
-
-
-def _sum(session: Session, tenant_id: str, bases: Sequence[BaseOut]) -> Totals:
-    # Two bases may share a checkpoint.
-    sizes: Mapping[str, int] = {
-        base.checkpoint.digest: base.checkpoint.total_bytes for base in bases
-    }
-    deltas = DeltaRepository(session, tenant_id).totals()
-    return Totals(
-        deltas=deltas.deltas,
-        artifact_bytes=deltas.artifact_bytes,
-        base_bytes=sum(sizes.values()),
-        checkpoint_bytes=deltas.checkpoint_bytes,
-    )

@@ -1,15 +1,18 @@
 """Routes of deltas."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import BeforeValidator
 from starlette.responses import StreamingResponse
 
 from deltadock.api.access import CallerDep
+from deltadock.api.bases import require_base
 from deltadock.api.deltas import service
 from deltadock.api.deltas.download import ARTIFACT_RESPONSES, artifact_response
 from deltadock.api.deltas.schemas import (
     DeltaAccepted,
+    DeltaDetail,
     DeltaIn,
     DeltaOut,
     DeltaPage,
@@ -18,11 +21,13 @@ from deltadock.api.deltas.schemas import (
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.jobs import describe_jobs
+from deltadock.api.paging import After, Limit
 from deltadock.api.problems import problems
-from deltadock.api.schemas import EXAMPLE_DELTA_ID
+from deltadock.api.references import DeltaReference
 from deltadock.errors import (
     ArchitectureMismatch,
     BitsOutOfRange,
+    Conflict,
     IdempotencyKeyReused,
     InvalidGoal,
     InvalidInput,
@@ -33,11 +38,11 @@ from deltadock.errors import (
     UnchangedCheckpoint,
     UnknownMethod,
 )
+from deltadock.storage.models import JobState
+from deltadock.storage.repositories import DeltaRepository
+from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
 
 router = APIRouter(prefix="/v1/deltas", tags=["deltas"])
-
-
-DeltaId = Annotated[str, Path(examples=[EXAMPLE_DELTA_ID])]
 
 
 @router.post(
@@ -47,6 +52,7 @@ DeltaId = Annotated[str, Path(examples=[EXAMPLE_DELTA_ID])]
         200: {"model": DeltaAccepted, "description": "The delta or its artifact exists already"},
         **problems(
             NotFound,
+            Conflict,
             InvalidInput,
             UnknownMethod,
             BitsOutOfRange,
@@ -70,65 +76,124 @@ def create_delta(
     """Compress a fine-tuned checkpoint; `Location` is the job."""
 
     def create() -> DeltaAccepted:
-        delta, started = service.request_delta(unit, resources, caller.tenant_id, body)
+        delta, started = service.request_delta(unit, resources, caller, body)
         if not started:
             response.status_code = 200
         response.headers["Location"] = f"/v1/jobs/{delta.job.id}"
         (job,) = describe_jobs(unit.session, caller.tenant_id, [delta.job])
-        return DeltaAccepted(delta=DeltaOut.of(delta), job=job)
+        return DeltaAccepted(delta=service.detail_of(unit.session, delta), job=job)
 
     return once.answer(DeltaAccepted, body, response, create)
 
 
-@router.get("", responses=problems(InvalidInput))
+EMPTY_IS_ANY: Final = BeforeValidator(lambda value: value or None)
+"""A form sends its empty fields too."""
+SortBy = Annotated[
+    DeltaSort,
+    Query(
+        description="`newest`, `name` (then version), `size` (largest first) or `kl` (lowest "
+        "first); deltas without the figure are left out of the last two."
+    ),
+]
+
+
+def wanted_deltas(
+    caller: CallerDep,
+    session: ReadSession,
+    base: Annotated[str | None, EMPTY_IS_ANY, Query(description="A base's id or name.")] = None,
+    method: Annotated[
+        str | None, EMPTY_IS_ANY, Query(description="One of GET /v1/methods.")
+    ] = None,
+    state: Annotated[JobState | None, EMPTY_IS_ANY, Query()] = None,
+    owner: Annotated[
+        str | None, EMPTY_IS_ANY, Query(description="The id of the API key that asked.")
+    ] = None,
+    name: Annotated[
+        str | None, EMPTY_IS_ANY, Query(description="All versions of project/model.")
+    ] = None,
+    tag: Annotated[
+        str | None, EMPTY_IS_ANY, Query(max_length=64, description="A tag of the model.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        EMPTY_IS_ANY,
+        Query(
+            max_length=200, description="Words, or their beginnings, of the model's name or card."
+        ),
+    ] = None,
+) -> DeltaFilter:
+    """The query parameters that choose deltas of a list."""
+    return DeltaFilter(
+        base_id=None if base is None else require_base(session, caller.tenant_id, base).id,
+        method=method,
+        state=state,
+        created_by=owner,
+        name=name,
+        tag=tag,
+        text=text,
+    )
+
+
+@router.get("", responses=problems(InvalidInput, NotFound))
 def list_deltas(
     caller: CallerDep,
     session: ReadSession,
-    after: Annotated[str | None, Query(description="`next` of the previous page.")] = None,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    wanted: Annotated[DeltaFilter, Depends(wanted_deltas, scope="function")],
+    sort: SortBy = DeltaSort.NEWEST,
+    after: After = None,
+    limit: Limit = 50,
 ) -> DeltaPage:
-    """List the deltas, newest first."""
-    deltas, next_after = service.page_of_deltas(session, caller.tenant_id, limit=limit, after=after)
+    """List the deltas that meet all filters."""
+    deltas, next_after = service.page_of_deltas(
+        session, caller.tenant_id, limit=limit, after=after, wanted=wanted, sort=sort
+    )
     return DeltaPage(data=[DeltaOut.of(delta) for delta in deltas], next=next_after)
 
 
-@router.get("/{delta_id}", responses=problems(NotFound))
-def get_delta(delta_id: DeltaId, caller: CallerDep, session: ReadSession) -> DeltaOut:
-    """Get one delta."""
-    return DeltaOut.of(service.require_delta(session, caller.tenant_id, delta_id))
+@router.get("/{delta_id:reference}", responses=problems(NotFound))
+def get_delta(delta_id: DeltaReference, caller: CallerDep, session: ReadSession) -> DeltaDetail:
+    """Get one delta with its lineage."""
+    return service.detail_of(session, service.require_delta(session, caller.tenant_id, delta_id))
 
 
-@router.delete("/{delta_id}", status_code=204, responses=problems(NotFound))
-def delete_delta(delta_id: DeltaId, caller: CallerDep, unit: WriteUnit) -> None:
-    """Delete a delta. Its name and version are never reused; for some days it can be restored."""
-    service.delete_delta(unit.session, caller.tenant_id, delta_id)
+@router.delete(
+    "/{delta_id:reference}", status_code=204, responses=problems(NotFound, NotReady, Conflict)
+)
+def delete_delta(delta_id: DeltaReference, caller: CallerDep, unit: WriteUnit) -> None:
+    """Delete a delta; a bare name deletes its default version. Its name and version are never
+    reused; for some days it can be restored.
+    """
+    service.delete_delta(unit.session, caller, delta_id)
 
 
-@router.post("/{delta_id}/restore", responses=problems(NotFound, QuotaExceeded))
-def restore_delta(delta_id: DeltaId, caller: CallerDep, unit: WriteUnit) -> DeltaOut:
+@router.post("/{delta_id:prefix}/restore", responses=problems(NotFound, QuotaExceeded))
+def restore_delta(delta_id: DeltaReference, caller: CallerDep, unit: WriteUnit) -> DeltaOut:
     """Restore a deleted delta, as long as its bytes are kept. Its job, if cancelled, can be
     retried.
     """
     return DeltaOut.of(service.restore_delta(unit.session, caller.tenant_id, delta_id))
 
 
-@router.get("/{delta_id}/report", responses=problems(NotFound, NotReady))
-def get_report(delta_id: DeltaId, caller: CallerDep, session: ReadSession) -> ReportOut:
+@router.get("/{delta_id:prefix}/report", responses=problems(NotFound, NotReady))
+def get_report(delta_id: DeltaReference, caller: CallerDep, session: ReadSession) -> ReportOut:
     """Get the compression's measurements."""
     delta = service.require_delta(session, caller.tenant_id, delta_id)
     service.require_ready(delta)
-    return ReportOut.model_validate(delta.report)
+    report = DeltaRepository(session, caller.tenant_id).report(delta.id)
+    return ReportOut.model_validate(report)
 
 
-@router.get("/{delta_id}/artifact", response_class=StreamingResponse, responses=ARTIFACT_RESPONSES)
+@router.get(
+    "/{delta_id:prefix}/artifact", response_class=StreamingResponse, responses=ARTIFACT_RESPONSES
+)
 @router.head(
-    "/{delta_id}/artifact",
+    "/{delta_id:prefix}/artifact",
     response_class=StreamingResponse,
     responses=problems(NotFound, NotReady),
     operation_id="head_artifact",
 )
 def download_artifact(
-    delta_id: DeltaId,
+    delta_id: DeltaReference,
     request: Request,
     caller: CallerDep,
     session: ReadSession,

@@ -1,9 +1,10 @@
 """Request and response bodies of the delta routes."""
 
+import json
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from deltadock.api.jobs import EXAMPLE_JOB_ID, JobError, JobOut
 from deltadock.api.schemas import (
@@ -24,7 +25,10 @@ from deltadock.compression.options import (
     MIN_TOKENS,
     TOKENS,
 )
+from deltadock.names import PART
 from deltadock.storage.models import DeltaRow, JobPriority, JobState
+
+MAX_RECIPE_BYTES: Final = 16_384
 
 Weight = Annotated[
     float,
@@ -150,7 +154,7 @@ class DeltaIn(GoalFields):
     )
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
+        pattern=rf"^{PART}/{PART}$",
         description="project/model; each compression creates a new version.",
     )
     base: str = Field(min_length=1, max_length=96, description="The base's id or name.")
@@ -162,11 +166,34 @@ class DeltaIn(GoalFields):
     priority: JobPriority = Field(
         default=JobPriority.NORMAL, description="Of its job in the queue; changes no result."
     )
+    parent: str | None = Field(
+        default=None,
+        max_length=300,
+        description="The delta whose fine-tune this one continues: its id or name.",
+    )
+    recipe: dict[str, Any] | None = Field(
+        default=None,
+        description=f"How the fine-tune was trained; at most {MAX_RECIPE_BYTES} bytes of JSON.",
+    )
+    commit: str | None = Field(
+        default=None, max_length=64, description="The commit of the training code."
+    )
     calibration: CalibrationIn | CalibrationSource | None = Field(
         default=None,
         description="A source or a mixture. By default, methods that need calibration use text "
         "sampled from the fine-tune.",
     )
+
+    @field_validator("recipe")
+    @classmethod
+    def _is_small(cls, recipe: dict[str, Any] | None) -> dict[str, Any] | None:
+        try:
+            size = len(json.dumps(recipe, allow_nan=False))
+        except ValueError as error:
+            raise ValueError("NaN and infinities are no JSON.") from error
+        if size > MAX_RECIPE_BYTES:
+            raise ValueError(f"It has {size} bytes; at most {MAX_RECIPE_BYTES} are stored.")
+        return recipe
 
 
 class BaseRefOut(BaseModel):
@@ -206,6 +233,12 @@ class DeltaOut(BaseModel):
     id: str = Field(examples=[EXAMPLE_DELTA_ID])
     name: str = Field(examples=["maths/skills"])
     version: int = Field(examples=[1])
+    aliases: list[str] = Field(
+        description="Those that mean this version.", examples=[["default", "prod"]]
+    )
+    default_version: int | None = Field(
+        description="What the bare name means now; null: nothing yet.", examples=[1]
+    )
     base: BaseRefOut
     checkpoint: Digest
     method: str = Field(examples=["adamix"])
@@ -219,6 +252,7 @@ class DeltaOut(BaseModel):
     state: JobState = Field(examples=["ready"])
     percent: float = Field(examples=[100.0])
     job: str = Field(examples=[EXAMPLE_JOB_ID])
+    created_by: str | None = Field(description="The id of the API key that asked for it.")
     error: JobError | None = None
     artifact: ArtifactOut | None = None
     metrics: MetricsOut | None = None
@@ -235,6 +269,8 @@ class DeltaOut(BaseModel):
             id=delta.id,
             name=delta.name,
             version=delta.version,
+            aliases=[alias.alias for alias in delta.aliases],
+            default_version=delta.default.version if delta.default else None,
             base=BaseRefOut(
                 id=delta.base.id, name=delta.base.name, checkpoint=delta.base.checkpoint_digest
             ),
@@ -250,25 +286,60 @@ class DeltaOut(BaseModel):
             state=job.state,
             percent=job.percent,
             job=job.id,
+            created_by=delta.created_by,
             error=job.error,
             artifact=artifact,
-            metrics=MetricsOut.model_validate(delta.report) if delta.report else None,
+            metrics=MetricsOut.model_validate(delta, from_attributes=True)
+            if delta.artifact_digest
+            else None,
             created_at=delta.created_at,
         )
+
+
+class LineageOut(BaseModel):
+    """Where a fine-tune comes from."""
+
+    base: Digest = Field(description="The base's checkpoint.")
+    parent: str | None = Field(description="A delta's id.", examples=[EXAMPLE_DELTA_ID])
+    recipe: dict[str, Any] | None
+    commit: str | None = Field(description="Of the training code, as its owner says.")
+    deltadock: str | None = Field(description="The version that it was pushed to.")
+    calibration: list[Digest] = Field(description="The texts that were given.")
+
+
+class DeltaDetail(DeltaOut):
+    """A delta with its lineage."""
+
+    lineage: LineageOut
+
+    @classmethod
+    def of_row(cls, delta: DeltaRow, recipe: dict[str, Any] | None) -> Self:
+        """Convert a row; its recipe is read apart."""
+        out = DeltaOut.of(delta)
+        sources = out.calibration.sources if out.calibration else []
+        lineage = LineageOut(
+            base=out.base.checkpoint,
+            parent=delta.parent_id,
+            recipe=recipe,
+            commit=delta.code_commit,
+            deltadock=delta.code_version,
+            calibration=[source.digest for source in sources if source.digest],
+        )
+        return cls(**dict(out), lineage=lineage)
 
 
 class DeltaAccepted(BaseModel):
     """The delta and its compression job."""
 
-    delta: DeltaOut
+    delta: DeltaDetail
     job: JobOut
 
 
 class DeltaPage(BaseModel):
-    """Deltas, newest first. `next` is the next page's `after`; null on the last page."""
+    """Deltas in the order of `sort`. `next` is the next page's `after`; null on the last page."""
 
     data: list[DeltaOut]
-    next: str | None = Field(examples=[EXAMPLE_DELTA_ID])
+    next: str | None = Field(description="Opaque.")
 
 
 class MeasuredSource(BaseModel):

@@ -2,21 +2,26 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy.orm import Session
 
+from deltadock.api.access import Caller
 from deltadock.api.bases import read_manifest, require_base, require_checkpoint
-from deltadock.api.deltas.schemas import CalibrationIn, DeltaIn, TextSource
+from deltadock.api.deltas.schemas import CalibrationIn, DeltaDetail, DeltaIn, TextSource
 from deltadock.api.dependencies import Resources, UnitOfWork
+from deltadock.api.paging import Cursor
 from deltadock.api.quotas import check_bytes, check_delta
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.artifacts.compatibility import check_differs, check_same_architecture
 from deltadock.compression.options import SIZES
 from deltadock.compression.preview import carried_bytes, preview_size, shapes_of
 from deltadock.errors import InvalidInput, NotFound, NotReady
+from deltadock.names import DEFAULT, parse_reference
 from deltadock.storage.models import BaseRow, DeltaRow, JobState
 from deltadock.storage.repositories import (
     DeltaRepository,
@@ -25,18 +30,39 @@ from deltadock.storage.repositories import (
     WebhookRepository,
 )
 from deltadock.storage.repositories.blobs import lock_blobs
+from deltadock.storage.repositories.deltas import Lineage
+from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, DeltaSort, key_of
+from deltadock.version import __version__
 
 
-def require_delta(session: Session, tenant_id: str, delta_id: str) -> DeltaRow:
-    """The delta with this id.
+def require_delta(session: Session, tenant_id: str, reference: str) -> DeltaRow:
+    """The delta with this id, or what the name means now.
 
     Raises:
         NotFound: there is none, or it was deleted.
+        NotReady: a bare name has no default version yet.
     """
-    delta = DeltaRepository(session, tenant_id).find(delta_id)
-    if delta is None:
-        raise NotFound(f"There is no delta {delta_id!r}; GET /v1/deltas lists them.")
-    return delta
+    deltas = DeltaRepository(session, tenant_id)
+    delta = deltas.resolve(reference)
+    if delta is not None:
+        return delta
+    named = parse_reference(reference)
+    newest = deltas.newest(named.name) if named and named.alias == DEFAULT else None
+    if named is None or named.version is not None or newest is None:
+        raise NotFound(f"There is no delta {reference!r}; GET /v1/deltas lists them.")
+    raise NotReady(
+        f"{named.name} has no default version; its newest, {named.name}:{newest.version}, is "
+        f"{newest.job.state}: GET /v1/jobs/{newest.job.id}. Without a rule the first one that is "
+        f"ready becomes the default.",
+        state=newest.job.state,
+        job=newest.job.id,
+    )
+
+
+def detail_of(session: Session, delta: DeltaRow) -> DeltaDetail:
+    """The delta with its lineage."""
+    recipe = DeltaRepository(session, delta.tenant_id).recipe(delta.id)
+    return DeltaDetail.of_row(delta, recipe)
 
 
 def require_ready(delta: DeltaRow) -> str:
@@ -55,7 +81,7 @@ def require_ready(delta: DeltaRow) -> str:
 
 
 def request_delta(
-    unit: UnitOfWork, resources: Resources, tenant_id: str, body: DeltaIn
+    unit: UnitOfWork, resources: Resources, caller: Caller, body: DeltaIn
 ) -> tuple[DeltaRow, bool]:
     """Create a delta; returns it and whether a compression was started.
 
@@ -70,12 +96,14 @@ def request_delta(
         UnknownMethod, BitsOutOfRange, ArchitectureMismatch.
         InvalidGoal: it is invalid, or no artifact of the method is as small as it asks for.
         UnchangedCheckpoint: the checkpoint equals the base.
+        Conflict: the name is a deleted model's.
     """
-    session = unit.session
+    session, tenant_id = unit.session, caller.tenant_id
     # What the job needs is not dropped from here on.
     lock_blobs(session, body.checkpoint, *_texts(body))
     base = require_base(session, tenant_id, body.base)
     checkpoint = require_checkpoint(session, tenant_id, body.checkpoint)
+    parent = require_delta(session, tenant_id, body.parent) if body.parent else None
     method, goal = body.check_goal()
     is_adapter = checkpoint.model_type == ADAPTER_TYPE
     if is_adapter != method.imports_adapter:
@@ -117,13 +145,28 @@ def request_delta(
         options=options,
         fingerprint=fingerprint,
         priority=body.priority,
+        lineage=Lineage(
+            parent_id=parent.id if parent else None,
+            recipe=body.recipe,
+            code_version=__version__,
+            code_commit=body.commit,
+        ),
+        created_by=caller.key_id,
     )
     if ready is not None:
         deltas.share_result(delta, ready)
         WebhookRepository(session, tenant_id).publish_outcome(delta)
-        return delta, False
+        return require_delta(session, tenant_id, delta.id), False
     unit.after_commit.append(partial(resources.tasks.send_compress, delta.job.id, body.priority))
-    return delta, True
+    return require_delta(session, tenant_id, delta.id), True
+
+
+_CURSORS: Final = {
+    DeltaSort.NEWEST: Cursor(DeltaSort.NEWEST, datetime, str),
+    DeltaSort.NAME: Cursor(DeltaSort.NAME, str, int),
+    DeltaSort.SIZE: Cursor(DeltaSort.SIZE, int, str),
+    DeltaSort.KL: Cursor(DeltaSort.KL, float, str),
+}
 
 
 def _keeps_artifact(session: Session, resources: Resources, twin: DeltaRow) -> bool:
@@ -136,31 +179,37 @@ def _keeps_artifact(session: Session, resources: Resources, twin: DeltaRow) -> b
 
 
 def page_of_deltas(
-    session: Session, tenant_id: str, *, limit: int, after: str | None
-) -> tuple[list[DeltaRow], str | None]:
-    """A page of deltas, newest first, and the next page's `after` (None on the last page).
+    session: Session,
+    tenant_id: str,
+    *,
+    limit: int,
+    after: str | None,
+    wanted: DeltaFilter = ANY_DELTA,
+    sort: DeltaSort = DeltaSort.NEWEST,
+) -> tuple[Sequence[DeltaRow], str | None]:
+    """A page of deltas, and the next page's `after` (None on the last page).
 
     Raises:
-        InvalidInput: `after` is not a delta's id.
+        InvalidInput: `after` is not a cursor of this sort.
     """
-    deltas = DeltaRepository(session, tenant_id)
-    cursor = None
-    if after is not None and (cursor := deltas.cursor(after)) is None:
-        raise InvalidInput(f"after={after!r} is not a delta; use the previous page's `next`.")
-    found = deltas.page(limit=limit + 1, after=cursor)
-    page = list(found[:limit])
-    return page, page[-1].id if len(found) > limit else None
+    cursor = _CURSORS[sort]
+    found = DeltaRepository(session, tenant_id).page(
+        limit=limit + 1, wanted=wanted, sort=sort, after=cursor.read(after)
+    )
+    page = found[:limit]
+    return page, cursor.write(key_of(page[-1], sort)) if len(found) > limit else None
 
 
-def delete_delta(session: Session, tenant_id: str, delta_id: str) -> None:
+def delete_delta(session: Session, caller: Caller, reference: str) -> None:
     """Delete a delta and cancel its job if it is unfinished.
 
     Raises:
         NotFound: there is none.
+        Conflict: an alias means it.
     """
-    delta = require_delta(session, tenant_id, delta_id)
-    JobRepository(session, tenant_id).request_cancel(delta.job.id)
-    DeltaRepository(session, tenant_id).delete(delta)
+    delta = require_delta(session, caller.tenant_id, reference)
+    DeltaRepository(session, caller.tenant_id).delete(delta, deleted_by=caller.key_id)
+    JobRepository(session, caller.tenant_id).request_cancel(delta.job.id)
 
 
 def restore_delta(session: Session, tenant_id: str, delta_id: str) -> DeltaRow:
@@ -171,11 +220,11 @@ def restore_delta(session: Session, tenant_id: str, delta_id: str) -> DeltaRow:
         QuotaExceeded: the tenant has as many deltas, or bytes, as it may.
     """
     check_delta(session, tenant_id, starts_job=False)
-    deltas = DeltaRepository(session, tenant_id)
-    if not deltas.restore(delta_id):
+    restored = DeltaRepository(session, tenant_id).restore(delta_id)
+    if restored is None:
         raise NotFound(f"There is no deleted delta {delta_id!r} that could be restored.")
     check_bytes(session, tenant_id)
-    return require_delta(session, tenant_id, delta_id)
+    return require_delta(session, tenant_id, restored.id)
 
 
 def _calibration(

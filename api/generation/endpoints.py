@@ -2,12 +2,11 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.bases import BaseRef, require_base
-from deltadock.api.deltas.endpoints import DeltaId
 from deltadock.api.deltas.service import require_delta
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep
 from deltadock.api.generation import service
@@ -26,6 +25,7 @@ from deltadock.api.generation.schemas import (
     ModelOut,
 )
 from deltadock.api.problems import openai_problems, problems
+from deltadock.api.references import DeltaReference
 from deltadock.api.schemas import EXAMPLE_DELTA_ID
 from deltadock.errors import (
     InvalidInput,
@@ -42,10 +42,17 @@ from deltadock.openai.completions import CompletionRequest
 router = APIRouter(tags=["generation"])
 
 
-@router.get("/v1/models", responses=openai_problems())
-def list_models(caller: CallerDep, session: ReadSession) -> ModelListOut:
-    """All models, in OpenAI's format."""
-    return service.list_models(session, caller.tenant_id)
+@router.get("/v1/models", responses=openai_problems(InvalidInput))
+def list_models(
+    caller: CallerDep,
+    session: ReadSession,
+    after: Annotated[
+        str | None, Query(max_length=256, description="`last_id` of the previous page.")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
+) -> ModelListOut:
+    """Bases and delta names that answer now, in OpenAI's format, while `has_more` in pages."""
+    return service.list_models(session, caller.tenant_id, after=after, limit=limit)
 
 
 @router.get("/v1/models/{model:path}", responses=openai_problems(NotFound, NotReady))
@@ -54,7 +61,7 @@ def get_model(
     caller: CallerDep,
     session: ReadSession,
 ) -> ModelOut:
-    """One model: a delta by id, project/model or project/model:version, or a base."""
+    """One model: a delta by id or name, with or without a version or alias, or a base."""
     return service.get_model(session, caller.tenant_id, model)
 
 
@@ -112,9 +119,9 @@ async def _forward(
 GENERATE_PROBLEMS = problems(NotFound, NotReady, InvalidInput, Overloaded, Unavailable)
 
 
-@router.post("/v1/deltas/{delta_id}/generate", responses=GENERATE_PROBLEMS)
+@router.post("/v1/deltas/{delta_id:prefix}/generate", responses=GENERATE_PROBLEMS)
 async def generate_with_delta(
-    delta_id: DeltaId,
+    delta_id: DeltaReference,
     body: GenerateIn,
     caller: CallerDep,
     request: Request,
@@ -122,13 +129,14 @@ async def generate_with_delta(
 ) -> DeltaGenerated:
     """Continue one prompt with a delta."""
 
-    def find() -> ModelTarget:
+    def find() -> tuple[str, ModelTarget]:
         with resources.database.read_scope() as session:
-            return service.target_of_delta(require_delta(session, caller.tenant_id, delta_id))
+            found = require_delta(session, caller.tenant_id, delta_id)
+            return found.id, service.target_of_delta(found)
 
-    target = await run_in_threadpool(find)
-    completion = await service.generate(resources, request, caller, target, delta_id, body)
-    return DeltaGenerated.of(completion, delta=delta_id)
+    found_id, target = await run_in_threadpool(find)
+    completion = await service.generate(resources, request, caller, target, found_id, body)
+    return DeltaGenerated.of(completion, delta=found_id)
 
 
 @router.post("/v1/bases/{base}/generate", responses=GENERATE_PROBLEMS)

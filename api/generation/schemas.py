@@ -86,6 +86,19 @@ class ModelOut(ModelCard):
 
 
 class ModelListOut(ModelList):
-    """Bases and ready deltas."""
+    """A page of the bases and of the names that answer, one entry each."""
 
     data: list[ModelOut]
+    first_id: str | None
+    last_id: str | None = Field(description="The next page's `after`.")
+    has_more: bool
+
+    @classmethod
+    def of(cls, models: list[ModelOut], *, has_more: bool) -> Self:
+        """A page, as OpenAI pages its lists."""
+        return cls(
+            data=models,
+            first_id=models[0].id if models else None,
+            last_id=models[-1].id if models else None,
+            has_more=has_more,
+        )

@@ -1,10 +1,12 @@
 """Resolves and lists models, and generates text with them through a node."""
 
+from typing import Final
+
 from fastapi import Request
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import Caller
-from deltadock.api.deltas.service import require_ready
+from deltadock.api.deltas.service import require_delta, require_ready
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation.forward import COMPLETIONS, ask_nodes
 from deltadock.api.generation.schemas import GenerateIn, ModelListOut, ModelOut
@@ -22,7 +24,7 @@ from deltadock.errors import (
 from deltadock.model_target import ModelTarget
 from deltadock.openai.completions import Completion
 from deltadock.storage.models import BaseRow, DeltaRow
-from deltadock.storage.repositories import BaseRepository, DeltaRepository
+from deltadock.storage.repositories import BaseRepository, DeltaRepository, ModelRepository
 
 NODE_ERRORS = {
     error.code: error
@@ -38,19 +40,26 @@ NODE_ERRORS = {
     )
 }
 
+LAST_ID: Final = "~"
+"""Sorts after every id."""
 
-def list_models(session: Session, tenant_id: str) -> ModelListOut:
-    """Bases by name, ready deltas by id, and each delta name for its highest ready version."""
-    bases = [ModelOut.of_base(base) for base in BaseRepository(session, tenant_id).all()]
-    ready = DeltaRepository(session, tenant_id).ready()
-    latest = {delta.name: delta for delta in sorted(ready, key=lambda delta: delta.version)}
-    return ModelListOut(
-        data=[
-            *bases,
-            *(ModelOut.of_delta(delta.id, delta) for delta in ready),
-            *(ModelOut.of_delta(name, delta) for name, delta in sorted(latest.items())),
-        ]
-    )
+
+def list_models(session: Session, tenant_id: str, *, after: str | None, limit: int) -> ModelListOut:
+    """Bases by name, then delta names, each for its default version.
+
+    `after` is the id of the previous page's last model. A base's name contains no slash, a delta's
+    one.
+    """
+    found: list[ModelOut] = []
+    if after is None or "/" not in after:
+        place = None if after is None else (after, LAST_ID)
+        bases = BaseRepository(session, tenant_id).page(limit=limit + 1, after=place)
+        found += [ModelOut.of_base(base) for base in bases]
+        after = None
+    if (room := limit + 1 - len(found)) > 0:
+        deltas = ModelRepository(session, tenant_id).answering(limit=room, after=after)
+        found += [ModelOut.of_delta(delta.name, delta) for delta in deltas]
+    return ModelListOut.of(found[:limit], has_more=len(found) > limit)
 
 
 def get_model(session: Session, tenant_id: str, model: str) -> ModelOut:
@@ -70,8 +79,8 @@ def get_model(session: Session, tenant_id: str, model: str) -> ModelOut:
 def resolve(session: Session, tenant_id: str, model: str) -> ModelTarget:
     """The weights that `model` names now.
 
-    It may be a delta's id, `project/model` (its highest ready version), `project/model:version`,
-    or a base's id or name.
+    It may be a delta's id, `project/model` (its default version), `project/model:version`,
+    `project/model@alias`, or a base's id or name.
 
     Raises:
         NotFound: no model has this name.
@@ -92,21 +101,13 @@ def target_of_base(base: BaseRow) -> ModelTarget:
 
 
 def _find(session: Session, tenant_id: str, model: str) -> DeltaRow | BaseRow:
-    deltas = DeltaRepository(session, tenant_id)
-    row = _find_delta(deltas, model) or BaseRepository(session, tenant_id).find(model)
+    if "/" in model:
+        return require_delta(session, tenant_id, model)
+    row: DeltaRow | BaseRow | None = DeltaRepository(session, tenant_id).resolve(model)
+    row = row or BaseRepository(session, tenant_id).find(model)
     if row is None:
         raise NotFound(f"There is no model {model!r}; GET /v1/models lists them.")
     return row
-
-
-def _find_delta(deltas: DeltaRepository, model: str) -> DeltaRow | None:
-    if delta := deltas.find(model):
-        return delta
-    name, _, version = model.partition(":")
-    if not version:
-        return deltas.find_latest(name)
-    is_number = version.isascii() and version.isdecimal() and len(version) < 10
-    return deltas.find_version(name, int(version)) if is_number else None
 
 
 async def generate(

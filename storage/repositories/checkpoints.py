@@ -1,15 +1,16 @@
 """Checkpoints by digest, and bases by id or name."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
-from sqlalchemy import Select, exists, or_, select
+from sqlalchemy import ColumnElement, exists, or_, select, tuple_, union
 from sqlalchemy.orm import Session, joinedload
 
 from deltadock.errors import Conflict
 from deltadock.storage.database import lock_key
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import BaseRow, CheckpointRow, UploadRow, UploadState
+from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 
@@ -51,18 +52,23 @@ class BaseRepository:
         self.session = session
         self.tenant = tenant
 
-    def _visible(self) -> Select[BaseRow]:
-        return (
-            select(BaseRow)
-            .options(joinedload(BaseRow.checkpoint))
-            .where(or_(owned_by(BaseRow.tenant_id, self.tenant), BaseRow.shared))
-        )
+    def _visible(self) -> ColumnElement[bool]:
+        return or_(owned_by(BaseRow.tenant_id, self.tenant), BaseRow.shared)
 
     def find(self, id_or_name: str) -> BaseRow | None:
         """The base with this id or else this name, the tenant's own before shared ones; or None."""
+        # One index each.
+        ids = union(
+            select(BaseRow.id).where(BaseRow.id == id_or_name),
+            select(BaseRow.id).where(
+                owned_by(BaseRow.tenant_id, self.tenant), BaseRow.name == id_or_name
+            ),
+            select(BaseRow.id).where(BaseRow.shared, BaseRow.name == id_or_name),
+        )
         found = self.session.scalars(
-            self._visible()
-            .where(or_(BaseRow.id == id_or_name, BaseRow.name == id_or_name))
+            select(BaseRow)
+            .options(joinedload(BaseRow.checkpoint))
+            .where(BaseRow.id.in_(ids), self._visible())
             .order_by(BaseRow.created_at)
         ).all()
         return max(found, key=partial(self._precedence, id_or_name), default=None)
@@ -70,9 +76,31 @@ class BaseRepository:
     def _precedence(self, id_or_name: str, base: BaseRow) -> tuple[bool, bool]:
         return base.id == id_or_name, base.tenant_id == self.tenant
 
-    def all(self) -> Sequence[BaseRow]:
-        """All bases, ordered by name."""
-        return self.session.scalars(self._visible().order_by(BaseRow.name, BaseRow.id)).all()
+    def page(self, *, limit: int, after: Sequence[str] | None = None) -> Sequence[BaseRow]:
+        """Up to `limit` bases by name and id, that follow the place `after`."""
+        place = tuple_(BaseRow.name, BaseRow.id)
+        each = (
+            select(BaseRow.id, BaseRow.name)
+            .where(visible, *([] if after is None else [place > tuple(after)]))
+            .order_by(BaseRow.name, BaseRow.id)
+            .limit(limit)
+            .subquery()
+            for visible in (owned_by(BaseRow.tenant_id, self.tenant), BaseRow.shared)
+        )
+        ids = union(*(select(walk.c.id) for walk in each))
+        return self.session.scalars(
+            select(BaseRow)
+            .options(joinedload(BaseRow.checkpoint))
+            .where(BaseRow.id.in_(ids))
+            .order_by(BaseRow.name, BaseRow.id)
+            .limit(limit)
+        ).all()
+
+    def with_checkpoints(self, digests: Collection[str]) -> Sequence[BaseRow]:
+        """The visible bases with these checkpoints, without the checkpoint's row."""
+        return self.session.scalars(
+            select(BaseRow).where(BaseRow.checkpoint_digest.in_(digests), self._visible())
+        ).all()
 
     def add(self, name: str, checkpoint: CheckpointRow) -> tuple[BaseRow, bool]:
         """Register `checkpoint` as the base `name`; returns its row and whether it is new.
@@ -83,12 +111,15 @@ class BaseRepository:
         owner = owner_of(self.tenant)
         lock_key(self.session, "base", owner, name)
         found = self.session.scalars(
-            self._visible().where(BaseRow.tenant_id == owner, BaseRow.name == name)
+            select(BaseRow)
+            .options(joinedload(BaseRow.checkpoint))
+            .where(BaseRow.tenant_id == owner, BaseRow.name == name)
         ).one_or_none()
         if found is None:
             base = BaseRow(id=new_id("base"), tenant_id=owner, name=name, checkpoint=checkpoint)
             self.session.add(base)
             self.session.flush()
+            TotalsRepository(self.session, owner).count_base(base)
             return base, True
         if found.checkpoint_digest != checkpoint.digest:
             raise Conflict(

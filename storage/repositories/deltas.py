@@ -1,25 +1,57 @@
-"""Deltas by id, by name and version, and by fingerprint."""
+"""Deltas by id, by name with version or alias, and by fingerprint."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, func, select, tuple_
-from sqlalchemy.orm import Session, joinedload
+from sqlalchemy import ColumnElement, Select, and_, select, update
+from sqlalchemy.orm import Session, contains_eager, joinedload, selectinload
 
+from deltadock.errors import Cancelled
+from deltadock.names import parse_reference
 from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import BaseRow, CheckpointRow, DeltaRow, JobPriority, JobRow, JobState
+from deltadock.storage.models import (
+    AliasRow,
+    BaseRow,
+    DeltaRow,
+    JobPriority,
+    JobRow,
+    JobState,
+    ModelRow,
+)
+from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, DeltaSort, Key, find_page
+from deltadock.storage.repositories.models import ModelRepository
+from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 UNSUCCESSFUL = (JobState.FAILED, JobState.CANCELLED)
 
 
-class DeltaTotals(NamedTuple):
-    """Totals over ready deltas; shared artifacts and checkpoints are counted once."""
+FIGURES: Final = ("ratio", "true_bits", "kl", "agreement", "nll", "nll_finetuned", "nll_base")
+"""Figures of a report that lists show: columns of their own."""
 
-    deltas: int
-    artifact_bytes: int
-    checkpoint_bytes: int
+
+DIGESTS_PER_QUERY: Final = 500
+
+
+class Lineage(NamedTuple):
+    """Where a fine-tune comes from, besides its base and calibration."""
+
+    parent_id: str | None = None
+    recipe: dict[str, Any] | None = None
+    code_version: str | None = None
+    code_commit: str | None = None
+
+
+NO_LINEAGE: Final = Lineage()
+
+
+class NamedDelta(NamedTuple):
+    """What a list of artifacts shows of a delta."""
+
+    id: str
+    name: str
+    version: int
 
 
 class DeltaRepository:
@@ -37,7 +69,10 @@ class DeltaRepository:
             select(DeltaRow)
             .join(DeltaRow.job)
             .options(
-                joinedload(DeltaRow.base).joinedload(BaseRow.checkpoint), joinedload(DeltaRow.job)
+                joinedload(DeltaRow.base),
+                contains_eager(DeltaRow.job),
+                joinedload(DeltaRow.default),
+                selectinload(DeltaRow.aliases),
             )
             .where(DeltaRow.deleted_at.is_(None), self._owned())
         )
@@ -48,20 +83,40 @@ class DeltaRepository:
             self._not_deleted().where(DeltaRow.id == delta_id)
         ).one_or_none()
 
-    def find_version(self, name: str, version: int) -> DeltaRow | None:
-        """One version of a name, or None."""
-        return self.session.scalars(
-            self._not_deleted().where(DeltaRow.name == name, DeltaRow.version == version)
-        ).one_or_none()
+    def resolve(self, reference: str) -> DeltaRow | None:
+        """What an id, or a name with or without a version or alias, means now; or None."""
+        query = self._not_deleted().execution_options(populate_existing=True)
+        if "/" not in reference:
+            return self.session.scalars(query.where(DeltaRow.id == reference)).one_or_none()
+        named = parse_reference(reference)
+        if named is None:
+            return None
+        if named.version is not None:
+            query = query.where(DeltaRow.name == named.name, DeltaRow.version == named.version)
+        else:
+            query = (
+                query.join(AliasRow, AliasRow.delta_id == DeltaRow.id)
+                .join(ModelRow, ModelRow.id == AliasRow.model_id)
+                .where(
+                    owned_by(ModelRow.tenant_id, self.tenant),
+                    ModelRow.name == named.name,
+                    AliasRow.alias == named.alias,
+                )
+            )
+        return self.session.scalars(query).one_or_none()
 
-    def find_latest(self, name: str) -> DeltaRow | None:
-        """The highest ready version of a name; if none is ready, the highest version."""
+    def newest(self, name: str) -> DeltaRow | None:
+        """The highest version of a name, ready or not; or None."""
         return self.session.scalars(
             self._not_deleted()
             .where(DeltaRow.name == name)
-            .order_by((JobRow.state == JobState.READY).desc(), DeltaRow.version.desc())
+            .order_by(DeltaRow.version.desc())
             .limit(1)
         ).one_or_none()
+
+    def versions(self, name: str) -> Sequence[DeltaRow]:
+        """All versions of a name."""
+        return self.session.scalars(self._not_deleted().where(DeltaRow.name == name)).all()
 
     def find_same(self, fingerprint: str) -> Sequence[DeltaRow]:
         """Ready or unfinished deltas with this fingerprint, of any name, highest version first.
@@ -79,52 +134,60 @@ class DeltaRepository:
             .order_by(DeltaRow.version.desc())
         ).all()
 
-    def page(self, *, limit: int, after: DeltaRow | None = None) -> Sequence[DeltaRow]:
-        """Up to `limit` deltas, newest first, starting after `after`."""
-        query = (
-            self._not_deleted()
-            .order_by(DeltaRow.created_at.desc(), DeltaRow.id.desc())
-            .limit(limit)
+    def page(
+        self,
+        *,
+        limit: int,
+        wanted: DeltaFilter = ANY_DELTA,
+        sort: DeltaSort = DeltaSort.NEWEST,
+        after: Key | None = None,
+    ) -> Sequence[DeltaRow]:
+        """Up to `limit` deltas that follow the place `after`, in order."""
+        ids = find_page(
+            self.session,
+            owner_of(self.tenant),
+            wanted=wanted,
+            sort=sort,
+            after=after,
+            limit=limit,
         )
-        if after is not None:
-            query = query.where(
-                tuple_(DeltaRow.created_at, DeltaRow.id) < (after.created_at, after.id)
-            )
-        return self.session.scalars(query).all()
+        found = self.session.scalars(self._not_deleted().where(DeltaRow.id.in_(ids)))
+        by_id = {delta.id: delta for delta in found}
+        return [by_id[delta_id] for delta_id in ids]
 
-    def cursor(self, delta_id: str) -> DeltaRow | None:
-        """The last delta of the previous page, even if it has been deleted since."""
-        return self.session.scalars(
-            select(DeltaRow).where(DeltaRow.id == delta_id, self._owned())
-        ).one_or_none()
-
-    def ready(self) -> Sequence[DeltaRow]:
-        """All deltas that can be served, newest first."""
-        return self.session.scalars(
-            self._not_deleted()
-            .where(JobRow.state == JobState.READY)
-            .order_by(DeltaRow.created_at.desc(), DeltaRow.id.desc())
-        ).all()
-
-    def totals(self) -> DeltaTotals:
-        """Count, artifact bytes and full-checkpoint bytes of the ready deltas."""
-        ready = (
-            select(DeltaRow.artifact_digest, DeltaRow.artifact_bytes, DeltaRow.checkpoint_digest)
-            .join(DeltaRow.job)
-            .where(DeltaRow.deleted_at.is_(None), self._owned(), JobRow.state == JobState.READY)
-            .cte("ready")
+    def recipe(self, delta_id: str) -> dict[str, Any] | None:
+        """How the fine-tune was trained, or None."""
+        return self.session.scalar(
+            select(DeltaRow.recipe).where(DeltaRow.id == delta_id, self._owned())
         )
-        artifacts = select(ready.c.artifact_digest, ready.c.artifact_bytes).distinct().subquery()
-        checkpoints = CheckpointRow.digest.in_(select(ready.c.checkpoint_digest))
-        found = self.session.execute(
-            select(
-                select(func.count()).select_from(ready).scalar_subquery(),
-                select(func.sum(artifacts.c.artifact_bytes)).scalar_subquery(),
-                select(func.sum(CheckpointRow.total_bytes)).where(checkpoints).scalar_subquery(),
+
+    def report(self, delta_id: str) -> dict[str, Any] | None:
+        """The delta's report, or None until it has one."""
+        return self.session.scalar(
+            select(DeltaRow.report).where(DeltaRow.id == delta_id, self._owned())
+        )
+
+    def named_by_artifact(self, digests: Sequence[str]) -> dict[str, list[NamedDelta]]:
+        """Deltas with each of these artifacts.
+
+        Of `DIGESTS_PER_QUERY` artifacts at most ten times as many deltas are read, so that one
+        that thousands share is not read whole.
+        """
+        named: dict[str, list[NamedDelta]] = {}
+        for start in range(0, len(digests), DIGESTS_PER_QUERY):
+            some = digests[start : start + DIGESTS_PER_QUERY]
+            query = (
+                select(DeltaRow.artifact_digest, DeltaRow.id, DeltaRow.name, DeltaRow.version)
+                .where(
+                    DeltaRow.artifact_digest.in_(some),
+                    DeltaRow.deleted_at.is_(None),
+                    self._owned(),
+                )
+                .limit(10 * DIGESTS_PER_QUERY)
             )
-        ).one()
-        # Postgres sums BIGINT as NUMERIC, and an empty set as NULL.
-        return DeltaTotals(*(int(value or 0) for value in found))
+            for row in self.session.execute(query):
+                named.setdefault(row[0] or "", []).append(NamedDelta(row[1], row[2], row[3]))
+        return named
 
     def add(
         self,
@@ -137,31 +200,45 @@ class DeltaRepository:
         options: dict[str, Any],
         fingerprint: str,
         priority: JobPriority = JobPriority.NORMAL,
+        lineage: Lineage = NO_LINEAGE,
+        created_by: str | None = None,
     ) -> DeltaRow:
         """Insert a delta as the next version of `name`, with a queued job.
 
         Versions of deleted deltas count too, since they are never reused.
+
+        Raises:
+            Conflict: the name is a deleted model's.
         """
         owner = owner_of(self.tenant)
-        lock_key(self.session, "name", owner, name)
-        latest = self.session.scalar(
-            select(func.max(DeltaRow.version)).where(self._owned(), DeltaRow.name == name)
-        )
+        model = ModelRepository(self.session, owner).open(name)
+        model.last_version += 1
         now = database_now(self.session)
         delta = DeltaRow(
             id=new_id("dlt"),
             tenant_id=owner,
+            model_id=model.id,
             name=name,
-            version=(latest or 0) + 1,
+            version=model.last_version,
             base=base,
             checkpoint_digest=checkpoint_digest,
             method=method,
             bits=bits,
             options=options,
             fingerprint=fingerprint,
+            parent_id=lineage.parent_id,
+            recipe=lineage.recipe,
+            code_version=lineage.code_version,
+            code_commit=lineage.code_commit,
+            created_by=created_by,
             created_at=now,
             job=JobRow(
-                id=new_id("job"), priority=priority, created_at=now, updated_at=now, sent_at=now
+                id=new_id("job"),
+                tenant_id=owner,
+                priority=priority,
+                created_at=now,
+                updated_at=now,
+                sent_at=now,
             ),
         )
         self.session.add(delta)
@@ -171,41 +248,103 @@ class DeltaRepository:
     def set_result(
         self, delta: DeltaRow, *, artifact_digest: str, artifact_bytes: int, report: dict[str, Any]
     ) -> None:
-        """Record the artifact and report; call it in the transaction of the job's `finish`."""
+        """Record the artifact and report; call it in the transaction of the job's `finish`.
+
+        Raises:
+            Cancelled: the delta was deleted meanwhile.
+        """
+        models = ModelRepository(self.session, delta.tenant_id)
+        model = models.lock(delta.model_id)
+        self.session.refresh(delta, ["deleted_at"])
+        if delta.deleted_at is not None:
+            raise Cancelled("The delta was deleted.")
         delta.artifact_digest = artifact_digest
         delta.artifact_bytes = artifact_bytes
         delta.report = report
-        self.session.flush()
+        for figure in FIGURES:
+            setattr(delta, figure, report.get(figure))
+        self._count(delta, 1)
+        models.offer(model, delta)
 
     def share_result(self, delta: DeltaRow, twin: DeltaRow) -> None:
         """Make a new delta ready with the artifact of `twin`, which has the same fingerprint."""
-        delta.artifact_digest = twin.artifact_digest
-        delta.artifact_bytes = twin.artifact_bytes
-        delta.report = twin.report
+        models = ModelRepository(self.session, delta.tenant_id)
+        model = models.lock(delta.model_id)
+        for name in ("artifact_digest", "artifact_bytes", *FIGURES):
+            setattr(delta, name, getattr(twin, name))
         delta.job.state = JobState.READY
         delta.job.percent = 100.0
         delta.job.finished_at = delta.created_at
+        self._count(delta, 1)
+        report = select(DeltaRow.report).where(DeltaRow.id == twin.id).scalar_subquery()
+        self.session.execute(
+            update(DeltaRow).where(DeltaRow.id == delta.id).values(report=report),
+            execution_options={"synchronize_session": False},
+        )
+        models.offer(model, delta)
+
+    def delete(self, delta: DeltaRow, *, deleted_by: str | None = None) -> None:
+        """Mark the delta as deleted; its row keeps name and version.
+
+        Raises:
+            Conflict: an alias means it.
+        """
+        models = ModelRepository(self.session, delta.tenant_id)
+        model = models.lock(delta.model_id)
+        self._mark_deleted(delta, before=lambda: models.release(model, delta, moved_by=deleted_by))
+
+    def delete_model(self, model: ModelRow, *, deleted_by: str | None) -> None:
+        """Mark a locked model and all its versions as deleted; its name is not used again."""
+        ModelRepository(self.session, model.tenant_id).delete(model, moved_by=deleted_by)
+        for delta in self.versions(model.name):
+            self._mark_deleted(delta)
+
+    def _mark_deleted(self, delta: DeltaRow, before: Callable[[], None] = lambda: None) -> None:
+        self.session.refresh(delta, ["deleted_at", "artifact_digest", "artifact_bytes"])
+        if delta.deleted_at is not None:
+            return
+        before()
+        delta.deleted_at = database_now(self.session)
+        if delta.artifact_digest is not None:
+            self._count(delta, -1)
         self.session.flush()
 
-    def restore(self, delta_id: str) -> bool:
-        """Undo the deletion of a delta; False if there is none, or its bytes were given up."""
+    def restore(self, reference: str) -> DeltaRow | None:
+        """Undo the deletion of a delta by id or version; None if there is none, or its bytes were
+        given up, or its model was deleted.
+
+        Its aliases stay where they are now.
+        """
+        named = parse_reference(reference)
+        if named is not None and named.version is not None:
+            wanted = and_(DeltaRow.name == named.name, DeltaRow.version == named.version)
+        else:
+            wanted = DeltaRow.id == reference
+        model_id = self.session.scalar(select(DeltaRow.model_id).where(wanted, self._owned()))
+        if model_id is None:
+            return None
+        models = ModelRepository(self.session, self.tenant)
+        model = models.lock(model_id)
         found = self.session.scalars(
             select(DeltaRow)
             .where(
-                DeltaRow.id == delta_id,
+                wanted,
                 self._owned(),
                 DeltaRow.deleted_at.is_not(None),
                 DeltaRow.collected_at.is_(None),
             )
             .with_for_update()
+            .execution_options(populate_existing=True)
         ).one_or_none()
-        if found is None:
-            return False
+        if found is None or model.deleted_at is not None:
+            return None
         found.deleted_at = None
+        if found.artifact_digest is not None:
+            self._count(found, 1)
+            models.offer(model, found)
         self.session.flush()
-        return True
+        return found
 
-    def delete(self, delta: DeltaRow) -> None:
-        """Mark the delta as deleted; its row keeps name and version, and its bytes for a while."""
-        delta.deleted_at = database_now(self.session)
+    def _count(self, delta: DeltaRow, sign: int) -> None:
         self.session.flush()
+        TotalsRepository(self.session, delta.tenant_id).count_delta(delta, sign)

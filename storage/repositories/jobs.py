@@ -9,13 +9,10 @@ from sqlalchemy import (
     and_,
     case,
     delete,
-    exists,
     func,
     insert,
     or_,
     select,
-    true,
-    tuple_,
     update,
 )
 from sqlalchemy.orm import Session, joinedload
@@ -32,7 +29,8 @@ from deltadock.storage.models import (
     JobRow,
     JobState,
 )
-from deltadock.storage.tenancy import EVERY_TENANT, Tenant, owned_by
+from deltadock.storage.repositories.listing import ANY_JOB, JobFilter, Key, find_jobs
+from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 RETRIABLE: Final = (JobState.FAILED, JobState.CANCELLED)
 MAX_LOG_LINES: Final = 1000
@@ -55,13 +53,7 @@ class JobRepository:
         self.tenant = tenant
 
     def _owned(self) -> ColumnElement[bool]:
-        if self.tenant is EVERY_TENANT:
-            return true()
-        return (
-            exists()
-            .where(DeltaRow.id == JobRow.delta_id, owned_by(DeltaRow.tenant_id, self.tenant))
-            .correlate(JobRow)
-        )
+        return owned_by(JobRow.tenant_id, self.tenant)
 
     def find(self, job_id: str) -> JobRow | None:
         """The job with this id, re-read from the database, or None."""
@@ -72,40 +64,15 @@ class JobRepository:
         ).one_or_none()
 
     def page(
-        self,
-        *,
-        limit: int,
-        after: JobRow | None = None,
-        states: Sequence[JobState] = (),
-        delta_id: str | None = None,
-        base: str | None = None,
-        created_from: datetime | None = None,
-        created_before: datetime | None = None,
+        self, *, limit: int, wanted: JobFilter = ANY_JOB, after: Key | None = None
     ) -> Sequence[JobRow]:
-        """Up to `limit` jobs, newest first, starting after `after`; `base` is an id or a name."""
-        query = (
-            select(JobRow)
-            .where(self._owned())
-            .order_by(JobRow.created_at.desc(), JobRow.id.desc())
-            .limit(limit)
+        """Up to `limit` jobs that follow the place `after`, newest first."""
+        ids = find_jobs(
+            self.session, owner_of(self.tenant), wanted=wanted, after=after, limit=limit
         )
-        if after is not None:
-            query = query.where(tuple_(JobRow.created_at, JobRow.id) < (after.created_at, after.id))
-        if states:
-            query = query.where(JobRow.state.in_(states))
-        if delta_id is not None:
-            query = query.where(JobRow.delta_id == delta_id)
-        if base is not None:
-            query = (
-                query.join(JobRow.delta)
-                .join(DeltaRow.base)
-                .where(or_(BaseRow.id == base, BaseRow.name == base))
-            )
-        if created_from is not None:
-            query = query.where(JobRow.created_at >= created_from)
-        if created_before is not None:
-            query = query.where(JobRow.created_at < created_before)
-        return self.session.scalars(query).all()
+        found = self.session.scalars(select(JobRow).where(JobRow.id.in_(ids)))
+        by_id = {job.id: job for job in found}
+        return [by_id[job_id] for job_id in ids]
 
     def positions(self, job_ids: Sequence[str]) -> dict[str, int]:
         """Places in the queue of all tenants, 1 being next, of those of the jobs that wait."""

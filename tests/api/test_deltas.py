@@ -319,7 +319,7 @@ def test_bases(api: Api) -> None:
     base = first.json()
     for reference in (base["id"], "tiny"):
         assert api.client.get(f"/v1/bases/{reference}").json() == base
-    assert api.client.get("/v1/bases").json() == {"data": [base]}
+    assert api.client.get("/v1/bases").json() == {"data": [base], "next": None}
     other = {"name": "tiny", "checkpoint": api.checkpoint(weights(1))}
     assert api.client.post("/v1/bases", json=other).json()["code"] == "conflict"
     for bad in ({"name": "a/b"}, {"name": ""}, {"checkpoint": digest.upper()}):

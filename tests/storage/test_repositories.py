@@ -23,6 +23,14 @@ from deltadock.storage.repositories import (
     DeltaRepository,
     JobRepository,
     UploadRepository,
+    listing,
+)
+from deltadock.storage.repositories.listing import (
+    DeltaFilter,
+    DeltaSort,
+    JobFilter,
+    key_of,
+    key_of_job,
 )
 from deltadock.storage.tenancy import LOCAL_TENANT
 
@@ -82,7 +90,7 @@ def test_a_base_is_found_by_id_and_name(database: Database) -> None:
             assert found is not None
             assert found.checkpoint.total_bytes == 2**40
         assert bases.find("other") is None
-        assert [found.name for found in bases.all()] == ["tiny"]
+        assert [found.name for found in bases.page(limit=9)] == ["tiny"]
 
 
 def test_an_id_takes_precedence_over_an_equal_name(database: Database) -> None:
@@ -147,7 +155,7 @@ def test_versions_increase_and_deleted_ones_are_not_reused(database: Database) -
         assert (first.version, second.version, add_delta(session, "p/other").version) == (1, 2, 1)
         deltas.delete(second)
         assert deltas.find(second.id) is None
-        assert deltas.find_version("p/m", 2) is None
+        assert deltas.resolve("p/m:2") is None
         assert add_delta(session).version == 3
 
 
@@ -164,25 +172,6 @@ def test_concurrently_created_versions_are_unique(database: Database) -> None:
     assert sorted(versions) == list(range(2, 10))
 
 
-def test_a_name_resolves_to_its_highest_ready_version(database: Database) -> None:
-    with database.session_scope() as session:
-        deltas = DeltaRepository(session, LOCAL_TENANT)
-        first, second, third = (add_delta(session) for _ in range(3))
-        latest = deltas.find_latest("p/m")
-        assert latest is not None
-        assert latest.id == third.id
-        make_ready(session, first)
-        make_ready(session, second)
-    with database.read_scope() as session:
-        deltas = DeltaRepository(session, LOCAL_TENANT)
-        latest = deltas.find_latest("p/m")
-        assert latest is not None
-        assert latest.id == second.id
-        assert latest.report == {"kl": 0.01}
-        assert [delta.id for delta in deltas.ready()] == [second.id, first.id]
-        assert deltas.find_latest("p/none") is None
-
-
 def test_an_equal_request_is_found_unless_it_failed_or_was_deleted(database: Database) -> None:
     with database.session_scope() as session:
         deltas, jobs = DeltaRepository(session, LOCAL_TENANT), JobRepository(session, LOCAL_TENANT)
@@ -197,17 +186,76 @@ def test_an_equal_request_is_found_unless_it_failed_or_was_deleted(database: Dat
         assert deltas.find_same("f" * 64) == []
 
 
-def test_pages_contain_every_delta_once_newest_first(database: Database) -> None:
+def test_pages_contain_every_delta_once_in_every_order(database: Database) -> None:
     with database.session_scope() as session:
-        ids = [add_delta(session).id for _ in range(5)]
-    seen: list[str] = []
+        made = [add_delta(session, f"p/{number % 3}") for number in range(7)]
+        for delta in made[:5]:
+            make_ready(session, delta)
+        ready = [delta.id for delta in made[:5]]
+    orders = {
+        DeltaSort.NEWEST: [delta.id for delta in made[::-1]],
+        DeltaSort.NAME: [delta.id for delta in sorted(made, key=lambda d: (d.name, d.version))],
+        DeltaSort.SIZE: sorted(ready, reverse=True),
+        DeltaSort.KL: sorted(ready),
+    }
     with database.session_scope() as session:
         deltas = DeltaRepository(session, LOCAL_TENANT)
-        after = None
-        while page := deltas.page(limit=2, after=after):
-            seen += [delta.id for delta in page]
-            after = deltas.cursor(page[-1].id)
-            assert after is not None
-            if len(seen) == 2:
-                deltas.delete(after)  # the last delta of a page may be deleted before the next page
-    assert seen == ids[::-1]
+        for sort, order in orders.items():
+            seen: list[str] = []
+            after = None
+            while page := deltas.page(limit=2, sort=sort, after=after):
+                seen += [delta.id for delta in page]
+                after = key_of(page[-1], sort)
+            assert seen == order, sort
+        first = deltas.page(limit=2)
+        deltas.delete(first[-1])  # the last delta of a page may be deleted before the next page
+        rest = deltas.page(limit=9, after=key_of(first[-1], DeltaSort.NEWEST))
+        assert [delta.id for delta in rest] == orders[DeltaSort.NEWEST][2:]
+
+
+@pytest.mark.parametrize("rare", [0, 500], ids=["by the sort", "by the filter"])
+def test_filters_combine_whatever_drives_the_statement(
+    database: Database, monkeypatch: pytest.MonkeyPatch, rare: int
+) -> None:
+    monkeypatch.setattr(listing, "RARE", rare)
+    with database.session_scope() as session:
+        deltas = DeltaRepository(session, LOCAL_TENANT)
+        made = [add_delta(session, f"p/{number % 2}") for number in range(6)]
+        for number, delta in enumerate(made):
+            delta.method = "exact" if number < 3 else "adamix"
+            delta.created_by = f"key_{number % 3}"
+        for delta in made[1:5]:
+            make_ready(session, delta)
+        base_id = made[0].base_id
+        queries = {
+            DeltaFilter(): made,
+            DeltaFilter(base_id=base_id, method="exact"): made[:3],
+            DeltaFilter(base_id="other"): [],
+            DeltaFilter(state=JobState.READY): made[1:5],
+            DeltaFilter(state=JobState.READY, method="exact", name="p/1"): [made[1]],
+            DeltaFilter(state=JobState.QUEUED, method="adamix"): [made[5]],
+            DeltaFilter(created_by="key_1"): [made[1], made[4]],
+            DeltaFilter(name="p/0"): made[::2],
+        }
+        for wanted, expected in queries.items():
+            for sort in (DeltaSort.NEWEST, DeltaSort.NAME):
+                found = deltas.page(limit=9, wanted=wanted, sort=sort)
+                assert {delta.id for delta in found} == {delta.id for delta in expected}
+                first = deltas.page(limit=1, wanted=wanted, sort=sort)
+                assert [delta.id for delta in first] == [delta.id for delta in found[:1]]
+
+
+def test_jobs_of_several_states_are_one_list(database: Database) -> None:
+    with database.session_scope() as session:
+        made = [add_delta(session) for _ in range(5)]
+        job_ids = [delta.job.id for delta in made]
+        make_ready(session, made[3])
+        jobs = JobRepository(session, LOCAL_TENANT)
+        jobs.request_cancel(job_ids[1])
+        ended = JobFilter(states=(JobState.READY, JobState.CANCELLED), base_id=made[0].base_id)
+        assert [job.id for job in jobs.page(limit=9)] == job_ids[::-1]
+        found = [job.id for job in jobs.page(limit=9, wanted=ended)]
+        assert found == [job_ids[3], job_ids[1]]
+        first = jobs.page(limit=1, wanted=ended)
+        rest = jobs.page(limit=9, wanted=ended, after=key_of_job(first[0]))
+        assert [job.id for job in (*first, *rest)] == found

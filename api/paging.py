@@ -1,0 +1,82 @@
+"""Pages of lists: opaque cursors, and the refusal of query parameters that a route has not."""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+from fastapi import Query, Request
+from fastapi.dependencies.utils import get_flat_params
+from fastapi.params import Query as QueryParameter
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
+
+from deltadock.errors import InvalidInput
+
+MAX_LIMIT: Final = 200
+
+After = Annotated[str | None, Query(max_length=1024, description="`next` of the previous page.")]
+Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
+
+
+class Cursor:
+    """Converts between a row's place in a sort and the opaque `next` of a page.
+
+    A cursor holds no more than the place, so it stays valid when its row is deleted.
+
+    Args:
+        sort: the name of the sort; a cursor of another one is refused.
+        place: the types of the place's values.
+    """
+
+    def __init__(self, sort: str, *place: type) -> None:
+        self._sort = sort
+        types: Any = (str, *place)
+        self._adapter: TypeAdapter[tuple[Any, ...]] = TypeAdapter(tuple[types])
+
+    def write(self, place: Sequence[Any]) -> str:
+        """The cursor of the rows that follow this place."""
+        content = self._adapter.dump_json((self._sort, *place))
+        return base64.urlsafe_b64encode(content).decode().rstrip("=")
+
+    def read(self, after: str | None) -> tuple[Any, ...] | None:
+        """The place; None without a cursor.
+
+        Raises:
+            InvalidInput: it is not a cursor of this list and sort.
+        """
+        if after is None:
+            return None
+        try:
+            content = base64.urlsafe_b64decode(after.encode() + b"=" * (-len(after) % 4))
+            sort, *place = self._adapter.validate_json(content)
+            if sort != self._sort:
+                raise ValueError("another list's")
+        except (ValueError, binascii.Error, ValidationError) as error:
+            raise InvalidInput(
+                "`after` is not a cursor of this list and sort: use the previous page's `next`."
+            ) from error
+        return tuple(place)
+
+
+def refuse_unknown_query(request: Request) -> None:
+    """Refuse query parameters that the route does not have.
+
+    Raises:
+        InvalidInput: there are some.
+    """
+    if not request.query_params:
+        return
+    route = request.scope["route"]
+    assert isinstance(route, APIRoute)
+    known = {
+        parameter.alias
+        for parameter in get_flat_params(route.dependant)
+        if isinstance(parameter.field_info, QueryParameter)
+    }
+    if unknown := sorted(set(request.query_params) - known):
+        allowed = ", ".join(sorted(known)) or "none"
+        raise InvalidInput(
+            f"Unknown query parameters: {', '.join(unknown)}. This route takes: {allowed}.",
+            parameters=unknown,
+        )

@@ -1,0 +1,40 @@
+"""References to deltas in paths: an id, or `project/model` with a version or alias.
+
+A name has a slash, so `/v1/deltas/{reference}/report` must not read `x/report` as a reference `x`:
+before another segment a reference is a name or begins as an id does.
+"""
+
+from typing import Annotated
+
+from fastapi import Path
+from starlette.convertors import Convertor, register_url_convertor
+
+from deltadock.api.schemas import EXAMPLE_DELTA_ID
+
+
+class _Reference(Convertor[str]):
+    regex = r"[^/]+(?:/[^/]+)?"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+class _PrefixReference(_Reference):
+    regex = r"(?:dlt_[a-z0-9]*|[^/]+/[^/]+)"
+
+
+register_url_convertor("reference", _Reference())
+register_url_convertor("prefix", _PrefixReference())
+
+DeltaReference = Annotated[
+    str,
+    Path(
+        max_length=300,
+        description="A delta's id, or `project/model` (its default version), `project/model:3` or "
+        "`project/model@alias`.",
+        examples=[EXAMPLE_DELTA_ID],
+    ),
+]

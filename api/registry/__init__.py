@@ -1,0 +1,1 @@
+"""Models of the registry: cards, versions, aliases and their history."""

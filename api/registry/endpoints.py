@@ -1,0 +1,132 @@
+"""Routes of models: `/v1/registry/{project}/{model}`, and what a name means now."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Query
+
+from deltadock.api.access import CallerDep
+from deltadock.api.deltas.schemas import DeltaOut
+from deltadock.api.deltas.service import require_delta, require_ready
+from deltadock.api.dependencies import ReadSession, WriteUnit
+from deltadock.api.paging import After, Limit
+from deltadock.api.problems import problems
+from deltadock.api.references import DeltaReference
+from deltadock.api.registry import service
+from deltadock.api.registry.schemas import (
+    AliasIn,
+    AliasMoveOut,
+    HistoryPage,
+    ModelCardOut,
+    ModelEntry,
+    ModelPage,
+    ModelPatch,
+    Resolved,
+)
+from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
+from deltadock.storage.repositories import ModelRepository
+
+router = APIRouter(prefix="/v1", tags=["registry"])
+
+
+def model_name(
+    project: Annotated[str, Path(max_length=96, examples=["maths"])],
+    model: Annotated[str, Path(max_length=96, examples=["skills"])],
+) -> str:
+    """The name `project/model` in the path."""
+    return f"{project}/{model}"
+
+
+Name = Annotated[str, Depends(model_name)]
+Alias = Annotated[str, Path(max_length=64, examples=["prod"])]
+
+
+@router.get("/registry", responses=problems(InvalidInput))
+def list_registry(
+    caller: CallerDep,
+    session: ReadSession,
+    tag: Annotated[str | None, Query(max_length=64)] = None,
+    text: Annotated[
+        str | None,
+        Query(max_length=200, description="Words, or beginnings of words, of name or card."),
+    ] = None,
+    after: After = None,
+    limit: Limit = 50,
+) -> ModelPage:
+    """List the models by name."""
+    place = service.CURSOR.read(after)
+    found = ModelRepository(session, caller.tenant_id).page(
+        limit=limit + 1, after=place[0] if place else None, tag=tag, text=text
+    )
+    page = found[:limit]
+    return ModelPage(
+        data=[ModelEntry.of(model) for model in page],
+        next=service.CURSOR.write([page[-1].name]) if len(found) > limit else None,
+    )
+
+
+@router.get("/registry/{project}/{model}", responses=problems(NotFound))
+def get_model_card(name: Name, caller: CallerDep, session: ReadSession) -> ModelCardOut:
+    """Get a model with its card, rule and aliases; GET /v1/deltas?name= lists its versions."""
+    model = service.require_model(session, caller.tenant_id, name)
+    return service.card_of(session, caller.tenant_id, model)
+
+
+@router.patch("/registry/{project}/{model}", responses=problems(NotFound))
+def change_model(name: Name, body: ModelPatch, caller: CallerDep, unit: WriteUnit) -> ModelCardOut:
+    """Change a model's card, tags or rule; a new rule is applied at once."""
+    return service.change_model(unit.session, caller.tenant_id, name, body)
+
+
+@router.delete("/registry/{project}/{model}", status_code=204, responses=problems(NotFound))
+def delete_model(name: Name, caller: CallerDep, unit: WriteUnit) -> None:
+    """Delete a model with all its versions. Its name is never used again."""
+    service.delete_model(unit.session, caller, name)
+
+
+@router.put(
+    "/registry/{project}/{model}/aliases/{alias}",
+    responses=problems(NotFound, NotReady, Conflict, InvalidInput),
+)
+def move_alias(
+    name: Name, alias: Alias, body: AliasIn, caller: CallerDep, unit: WriteUnit
+) -> ModelCardOut:
+    """Let `project/model@alias` mean a version; `default` is what the bare name means."""
+    service.move_alias(unit.session, caller, name, alias, body)
+    return get_model_card(name, caller, unit.session)
+
+
+@router.delete(
+    "/registry/{project}/{model}/aliases/{alias}",
+    status_code=204,
+    responses=problems(NotFound, Conflict),
+)
+def remove_alias(name: Name, alias: Alias, caller: CallerDep, unit: WriteUnit) -> None:
+    """Remove an alias other than `default`."""
+    service.remove_alias(unit.session, caller, name, alias)
+
+
+@router.get("/registry/{project}/{model}/history", responses=problems(NotFound))
+def list_alias_moves(
+    name: Name,
+    caller: CallerDep,
+    session: ReadSession,
+    after: Annotated[
+        int | None, Query(ge=1, lt=2**63, description="`next` of the last page.")
+    ] = None,
+    limit: Limit = 50,
+) -> HistoryPage:
+    """List who moved which alias when, from and to which version, and why; newest first."""
+    model = service.require_model(session, caller.tenant_id, name)
+    moves = ModelRepository(session, caller.tenant_id).history(model, limit=limit + 1, before=after)
+    page = moves[:limit]
+    return HistoryPage(
+        data=[AliasMoveOut.of(move) for move in page],
+        next=page[-1].id if len(moves) > limit else None,
+    )
+
+
+@router.get("/resolve/{reference:reference}", responses=problems(NotFound, NotReady))
+def resolve_name(reference: DeltaReference, caller: CallerDep, session: ReadSession) -> Resolved:
+    """Get the digests that a name or id means now; the bytes of a digest never change."""
+    delta = require_delta(session, caller.tenant_id, reference)
+    return Resolved.of(DeltaOut.of(delta), require_ready(delta))

@@ -1,0 +1,39 @@
+"""Names: `project/model`, a version of it `project/model:3`, an alias `project/model@prod`.
+
+The bare name means the alias `default`.
+"""
+
+import re
+from typing import Final, NamedTuple
+
+PART: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+"""Of a name: the project, or the model."""
+ALIAS: Final = r"[a-z][a-z0-9._-]{0,63}"
+DEFAULT: Final = "default"
+
+_VERSION: Final = re.compile(r"v[0-9]+")
+_REFERENCE: Final = re.compile(
+    rf"(?P<name>{PART}/{PART})(?:(?::|@v)(?P<version>[1-9][0-9]{{0,8}})|@(?P<alias>{ALIAS}))?"
+)
+
+
+class ModelReference(NamedTuple):
+    """A name with the version or else the alias that it selects."""
+
+    name: str
+    version: int | None
+    alias: str
+
+
+def parse_reference(text: str) -> ModelReference | None:
+    """The reference that `text` writes; None if it is none."""
+    match = _REFERENCE.fullmatch(text)
+    if match is None or (match["alias"] and _VERSION.fullmatch(match["alias"])):
+        return None
+    version = int(match["version"]) if match["version"] else None
+    return ModelReference(match["name"], version, match["alias"] or DEFAULT)
+
+
+def is_alias(text: str) -> bool:
+    """Whether an alias may be called so; `v3` means a version."""
+    return re.fullmatch(ALIAS, text) is not None and _VERSION.fullmatch(text) is None

@@ -1,0 +1,314 @@
+"""Models, their aliases and what moved them."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Select, delete, exists, select
+from sqlalchemy.orm import Session, joinedload
+
+from deltadock.errors import Conflict
+from deltadock.names import DEFAULT
+from deltadock.storage.database import database_now, lock_key
+from deltadock.storage.ids import new_id
+from deltadock.storage.models import (
+    AliasMoveRow,
+    AliasRow,
+    DeltaRow,
+    ModelRow,
+    ModelTermRow,
+    TermKind,
+    WebhookEvent,
+)
+from deltadock.storage.repositories.webhooks import WebhookRepository
+from deltadock.storage.tenancy import Tenant, owned_by, owner_of
+
+MAX_WORDS: Final = 500
+"""Words of one model that it is found by."""
+_WORD: Final = re.compile(r"[^\W_]{1,64}")
+
+
+def words_of(*texts: str) -> list[str]:
+    """The words that a model with these texts is found by, in lower case, without repetition."""
+    found = (word for text in texts for word in _WORD.findall(text.lower()))
+    return list(dict.fromkeys(found))[:MAX_WORDS]
+
+
+def with_tag(tenant_id: str, tag: str) -> Select[str]:
+    """Ids of the models with this tag."""
+    return _with_term(tenant_id, TermKind.TAG, ModelTermRow.term == tag)
+
+
+def with_word(tenant_id: str, prefix: str) -> Select[str]:
+    """Ids of the models with a word that begins so."""
+    after = prefix + chr(0x10FFFF)
+    begins = (ModelTermRow.term >= prefix) & (ModelTermRow.term < after)
+    return _with_term(tenant_id, TermKind.WORD, begins)
+
+
+def _with_term(tenant_id: str, kind: TermKind, term: ColumnElement[bool]) -> Select[str]:
+    return select(ModelTermRow.model_id).where(
+        ModelTermRow.tenant_id == tenant_id, ModelTermRow.kind == kind, term
+    )
+
+
+class ModelRepository:
+    """The tenant's models; deleted ones are excluded.
+
+    Whoever changes a model, its aliases or which of its versions are ready holds the lock of its
+    row, so that each decision is made on the current state.
+    """
+
+    def __init__(self, session: Session, tenant: Tenant) -> None:
+        self.session = session
+        self.tenant = tenant
+
+    def _owned(self) -> ColumnElement[bool]:
+        return owned_by(ModelRow.tenant_id, self.tenant)
+
+    def find(self, name: str, *, lock: bool = False) -> ModelRow | None:
+        """The model of this name, or None; `lock` locks its row."""
+        query = select(ModelRow).where(
+            self._owned(), ModelRow.name == name, ModelRow.deleted_at.is_(None)
+        )
+        if lock:
+            query = query.with_for_update().execution_options(populate_existing=True)
+        return self.session.scalars(query).one_or_none()
+
+    def lock(self, model_id: str) -> ModelRow:
+        """The model with this id, locked."""
+        return self.session.scalars(
+            select(ModelRow)
+            .where(ModelRow.id == model_id)
+            .with_for_update()
+            .execution_options(populate_existing=True)
+        ).one()
+
+    def open(self, name: str) -> ModelRow:
+        """The locked model of this name, new if there was none.
+
+        Raises:
+            Conflict: the name is a deleted model's.
+        """
+        owner = owner_of(self.tenant)
+        lock_key(self.session, "name", owner, name)
+        found = self.session.scalars(
+            select(ModelRow)
+            .where(ModelRow.tenant_id == owner, ModelRow.name == name)
+            .with_for_update()
+            .execution_options(populate_existing=True)
+        ).one_or_none()
+        if found is None:
+            found = ModelRow(
+                id=new_id("mdl"), tenant_id=owner, name=name, last_version=0, tags=[],
+                created_at=database_now(self.session),
+            )  # fmt: skip
+            self.session.add(found)
+            self.session.flush()
+            self._index(found, TermKind.WORD, words_of(name))
+        elif found.deleted_at is not None:
+            raise Conflict(f"The model {name!r} was deleted; its name is not used again.")
+        return found
+
+    def page(
+        self,
+        *,
+        limit: int,
+        after: str | None = None,
+        tag: str | None = None,
+        text: str | None = None,
+    ) -> Sequence[ModelRow]:
+        """Up to `limit` models by name, that follow the name `after`."""
+        owner = owner_of(self.tenant)
+        query = select(ModelRow).where(ModelRow.tenant_id == owner, ModelRow.deleted_at.is_(None))
+        if after is not None:
+            query = query.where(ModelRow.name > after)
+        terms = [with_word(owner, word) for word in words_of(text or "")]
+        if tag is not None:
+            terms.append(with_tag(owner, tag))
+        for term in terms:
+            query = query.where(term.where(ModelTermRow.model_id == ModelRow.id).exists())
+        return self.session.scalars(query.order_by(ModelRow.name).limit(limit)).all()
+
+    def answering(self, *, limit: int, after: str | None = None) -> Sequence[DeltaRow]:
+        """What up to `limit` bare names that follow `after` mean, by name, with bases."""
+        query = (
+            select(DeltaRow)
+            .join(AliasRow, AliasRow.delta_id == DeltaRow.id)
+            .join(ModelRow, ModelRow.id == AliasRow.model_id)
+            .options(joinedload(DeltaRow.base))
+            .where(
+                ModelRow.tenant_id == owner_of(self.tenant),
+                ModelRow.deleted_at.is_(None),
+                AliasRow.alias == DEFAULT,
+            )
+            .order_by(ModelRow.name)
+            .limit(limit)
+        )
+        if after is not None:
+            query = query.where(ModelRow.name > after)
+        return self.session.scalars(query).all()
+
+    def description(self, model: ModelRow) -> str:
+        """The model card."""
+        return (
+            self.session.scalar(select(ModelRow.description).where(ModelRow.id == model.id)) or ""
+        )
+
+    def describe(self, model: ModelRow, description: str, tags: Sequence[str]) -> None:
+        """Set the description and tags of a locked model."""
+        model.description, model.tags = description, list(tags)
+        self.session.execute(delete(ModelTermRow).where(ModelTermRow.model_id == model.id))
+        self._index(model, TermKind.TAG, tags)
+        self._index(model, TermKind.WORD, words_of(model.name, description))
+
+    def _index(self, model: ModelRow, kind: TermKind, terms: Iterable[str]) -> None:
+        self.session.add_all(
+            ModelTermRow(tenant_id=model.tenant_id, kind=kind, term=term, model_id=model.id)
+            for term in terms
+        )
+        self.session.flush()
+
+    def aliases(self, model: ModelRow) -> Sequence[AliasRow]:
+        """The model's aliases, by name."""
+        return self.session.scalars(
+            select(AliasRow).where(AliasRow.model_id == model.id).order_by(AliasRow.alias)
+        ).all()
+
+    def history(
+        self, model: ModelRow, *, limit: int, before: int | None = None
+    ) -> Sequence[AliasMoveRow]:
+        """Up to `limit` moves of the model's aliases, newest first, before the move `before`."""
+        query = select(AliasMoveRow).where(AliasMoveRow.model_id == model.id)
+        if before is not None:
+            query = query.where(AliasMoveRow.id < before)
+        return self.session.scalars(query.order_by(AliasMoveRow.id.desc()).limit(limit)).all()
+
+    def move(
+        self,
+        model: ModelRow,
+        alias: str,
+        to: DeltaRow | None,
+        *,
+        reason: str,
+        moved_by: str | None = None,
+    ) -> bool:
+        """Move an alias of a locked model to a version, or remove it (None).
+
+        Returns whether it meant something else before.
+        """
+        row = self.session.get(AliasRow, (model.id, alias), populate_existing=True)
+        before = None if row is None else row.version
+        after = None if to is None else to.version
+        if before == after:
+            return False
+        now = database_now(self.session)
+        if to is None:
+            assert row is not None
+            self.session.delete(row)
+        elif row is None:
+            self.session.add(
+                AliasRow(
+                    model_id=model.id, alias=alias, delta_id=to.id, version=to.version, moved_at=now
+                )
+            )
+        else:
+            row.delta_id, row.version, row.moved_at = to.id, to.version, now
+        self.session.add(
+            AliasMoveRow(
+                model_id=model.id, alias=alias, from_version=before, to_version=after,
+                reason=reason, moved_by=moved_by, at=now,
+            )
+        )  # fmt: skip
+        self.session.flush()
+        WebhookRepository(self.session, model.tenant_id).publish(
+            WebhookEvent.ALIAS_MOVED,
+            {
+                "model": model.name,
+                "alias": alias,
+                "from_version": before,
+                "to_version": after,
+                "delta": None if to is None else to.id,
+                "reason": reason,
+            },
+        )
+        return True
+
+    def offer(self, model: ModelRow, delta: DeltaRow) -> None:
+        """Let a version that is ready now become the default of its locked model.
+
+        Without a rule the first ready one does, if there is no default. With one, a newer version
+        does whose KL is at most `max_kl`, and at most `max_increase` above the default's.
+        """
+        row = self.session.get(AliasRow, (model.id, DEFAULT), populate_existing=True)
+        if model.rule is None:
+            if row is None:
+                self.move(model, DEFAULT, delta, reason="The first ready version.")
+            return
+        kl, most = delta.kl, model.rule["max_kl"]
+        if kl is None or kl > most:
+            return
+        if row is not None:
+            current = self.session.get_one(DeltaRow, row.delta_id)
+            if delta.version < row.version or current.kl is None:
+                return
+            most = min(most, current.kl + model.rule["max_increase"])
+            if kl > most:
+                return
+        self.move(model, DEFAULT, delta, reason=f"The rule: KL {kl:.4g} is at most {most:.4g}.")
+
+    def set_rule(self, model: ModelRow, rule: dict[str, Any] | None) -> None:
+        """Set or remove the rule of a locked model; the newest version that meets it is offered."""
+        model.rule = rule
+        self.session.flush()
+        if rule is None:
+            return
+        newest = self.session.scalars(
+            select(DeltaRow)
+            .where(
+                DeltaRow.tenant_id == model.tenant_id,
+                DeltaRow.name == model.name,
+                DeltaRow.deleted_at.is_(None),
+                DeltaRow.artifact_digest.is_not(None),
+                DeltaRow.kl <= rule["max_kl"],
+            )
+            .order_by(DeltaRow.version.desc())
+            .limit(1)
+        ).one_or_none()
+        if newest is not None:
+            self.offer(model, newest)
+
+    def release(self, model: ModelRow, delta: DeltaRow, *, moved_by: str | None) -> None:
+        """Remove the aliases of a version that is to be deleted from its locked model.
+
+        Raises:
+            Conflict: an alias means it, and is not only the default of the last ready version.
+        """
+        named = self.session.scalars(
+            select(AliasRow.alias).where(AliasRow.delta_id == delta.id).order_by(AliasRow.alias)
+        ).all()
+        others = exists().where(
+            DeltaRow.tenant_id == model.tenant_id,
+            DeltaRow.name == model.name,
+            DeltaRow.id != delta.id,
+            DeltaRow.deleted_at.is_(None),
+            DeltaRow.artifact_digest.is_not(None),
+        )
+        if not named:
+            return
+        if list(named) != [DEFAULT] or self.session.scalar(select(others)):
+            aliases = ", ".join(f"{model.name}@{alias}" for alias in named)
+            raise Conflict(
+                f"{model.name}:{delta.version} is what {aliases} means. Move the alias first, or "
+                f"delete the whole model.",
+                aliases=list(named),
+            )
+        self.move(model, DEFAULT, None, reason="Its version was deleted.", moved_by=moved_by)
+
+    def delete(self, model: ModelRow, *, moved_by: str | None) -> None:
+        """Delete a locked model whose versions are deleted; its name is not used again."""
+        for alias in self.aliases(model):
+            self.move(model, alias.alias, None, reason="The model was deleted.", moved_by=moved_by)
+        self.session.execute(delete(ModelTermRow).where(ModelTermRow.model_id == model.id))
+        model.deleted_at = database_now(self.session)
+        self.session.flush()

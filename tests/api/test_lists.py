@@ -1,0 +1,161 @@
+"""Lists read a bounded number of rows by indexes, and refuse query parameters they do not have."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, event
+from starlette.testclient import TestClient
+
+from deltadock.api.dependencies import Resources
+from deltadock.api.main import create_app
+from deltadock.settings import Settings
+from deltadock.storage.database import migrate
+from deltadock.storage.repositories import NodeRepository
+from tests import seed
+from tests.api.support import bearer, issue_key
+
+LISTS = (
+    "/v1/deltas?limit=2",
+    "/v1/deltas?limit=2&sort=name",
+    "/v1/deltas?limit=2&sort=size",
+    "/v1/deltas?limit=2&sort=kl",
+    "/v1/deltas?limit=2&base=pilot-0.3b",
+    "/v1/deltas?limit=2&method=adamix",
+    "/v1/deltas?limit=2&state=ready",
+    "/v1/deltas?limit=2&owner=key_x",
+    "/v1/deltas?limit=2&name=maths/skills",
+    "/v1/deltas?limit=2&state=ready&sort=kl&method=adamix",
+    "/v1/jobs?limit=2",
+    "/v1/jobs?limit=2&state=ready&state=failed",
+    "/v1/jobs?limit=2&base=pilot-0.3b",
+    "/v1/deltas?limit=2&text=skil",
+    "/v1/deltas?limit=2&tag=x&state=ready",
+    "/v1/deltas/maths/skills",
+    "/v1/registry?limit=2&text=skil",
+    "/v1/registry/maths/skills",
+    "/v1/registry/maths/skills/history",
+    "/v1/resolve/maths/skills@default",
+    "/v1/models?limit=2",
+    "/v1/models/maths/skills",
+    "/v1/bases?limit=2",
+    "/v1/nodes",
+    "/",
+    "/nodes",
+    "/parts/totals",
+)
+ACCESS = re.compile(r"FROM (api_keys|tenants)\b")
+"""Statements about the caller, which precede every request."""
+SMALL_TABLES = ("nodes",)
+"""With a row per running process."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    settings = Settings(home=tmp_path_factory.mktemp("home"))
+    migrate(settings.sqlalchemy_url)
+    app = create_app(settings)
+    resources: Resources = app.state.resources
+    resources.blobs.prepare()
+    seed.seed(resources.database, resources.blobs)
+    with resources.database.session_scope() as session:
+        held = {"digest": "a" * 64, "tier": "device", "bytes": 1, "references": 0, "pinned": False}
+        NodeRepository(session).put(
+            "node_a", "http://10.0.0.1", lives_seconds=600, base_digest="b" * 64, adopts=False,
+            draining=False, capacity=1, admitted=0, delta_slots=1, deltas=[held],
+        )  # fmt: skip
+    with TestClient(app, headers=bearer(issue_key(settings))) as client:
+        yield client
+
+
+@contextmanager
+def executed(site: TestClient) -> Iterator[list[tuple[str, Any]]]:
+    """Statements of the app with their parameters."""
+    engine = site.app.state.resources.database.engine  # type: ignore[attr-defined]
+    seen: list[tuple[str, Any]] = []
+
+    def record(_c: Connection, _cursor: object, sql: str, parameters: Any, *_: object) -> None:
+        if sql.startswith(("SELECT", "WITH")) and not ACCESS.search(sql):
+            seen.append((sql, parameters))
+
+    event.listen(engine, "before_cursor_execute", record)
+    try:
+        yield seen
+    finally:
+        event.remove(engine, "before_cursor_execute", record)
+
+
+@pytest.mark.parametrize("path", LISTS)
+def test_every_statement_of_a_list_uses_an_index(site: TestClient, path: str) -> None:
+    """No table is scanned, nothing but a bounded set is sorted, no report is read."""
+    with executed(site) as statements:
+        assert site.get(path).status_code == 200
+    assert 1 <= len(statements) <= 8
+    engine = site.app.state.resources.database.engine  # type: ignore[attr-defined]
+    for sql, parameters in statements:
+        assert "report" not in sql
+        with engine.connect() as connection:
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", parameters).all()
+        steps = [row[3] for row in plan]
+        scans = [step for step in steps if re.match(r"SCAN (?!\(|anon|CONSTANT)", step)]
+        assert all(step.split()[1] in SMALL_TABLES for step in scans), (sql, steps)
+
+
+def test_a_completion_resolves_its_model_by_one_statement(site: TestClient) -> None:
+    for model in ("maths/skills", "maths/skills:1"):
+        with executed(site) as statements:
+            site.post("/v1/completions", json={"model": model, "prompt": "x"})
+        assert len([sql for sql, _ in statements if "FROM nodes" not in sql]) == 1, statements
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        (
+            "/v1/deltas?limit=1&bogus=2",
+            "after, base, limit, method, name, owner, sort, state, tag, text",
+        ),
+        ("/v1/jobs/job_x?bogus=1", "none"),
+        ("/v1/methods?bogus", "none"),
+        ("/healthz?bogus=1", "none"),
+    ],
+)
+def test_unknown_query_parameters_are_refused(site: TestClient, path: str, allowed: str) -> None:
+    answer = site.get(path)
+    assert answer.status_code == 422
+    assert answer.json()["code"] == "invalid_input"
+    assert answer.json()["parameters"] == ["bogus"]
+    assert f"This route takes: {allowed}." in answer.json()["detail"]
+
+
+def test_openai_routes_and_pages_refuse_unknown_parameters_in_their_format(
+    site: TestClient,
+) -> None:
+    answer = site.get("/v1/models?bogus=1")
+    assert answer.status_code == 400
+    assert "bogus" in answer.json()["error"]["message"]
+    assert "bogus" in site.get("/?bogus=1").text
+
+
+@pytest.mark.parametrize("after", ["x", "W10", "WyJuYW1lIiwiYSIsMV0", "é", "bnVsbA"])
+def test_a_cursor_of_another_sort_or_none_at_all_is_refused(site: TestClient, after: str) -> None:
+    assert site.get("/v1/deltas", params={"after": after}).status_code == 422
+
+
+def test_models_are_pages_of_names_one_entry_each(site: TestClient) -> None:
+    names: list[str] = []
+    page: dict[str, Any] = {"last_id": None, "has_more": True}
+    while page["has_more"]:
+        parameters = {"limit": 2} | ({"after": page["last_id"]} if page["last_id"] else {})
+        page = site.get("/v1/models", params=parameters).json()
+        names += [model["id"] for model in page["data"]]
+    assert names == ["pilot-0.3b", *sorted({name for name, _ in seed.READY})]
+
+
+def test_the_dashboard_filters_and_pages(site: TestClient) -> None:
+    page = site.get("/?name=&base=&method=&state=failed&sort=newest").text
+    assert "legal/contracts-de" in page
+    assert "maths/skills" not in page
+    assert "No delta meets these filters" in site.get("/?name=no/such").text
