@@ -101,9 +101,10 @@ def target_of_base(base: BaseRow) -> ModelTarget:
 
 
 def _find(session: Session, tenant_id: str, model: str) -> DeltaRow | BaseRow:
-    if "/" in model:
-        return require_delta(session, tenant_id, model)
-    row: DeltaRow | BaseRow | None = DeltaRepository(session, tenant_id).resolve(model)
+    row: DeltaRow | BaseRow | None
+    row = DeltaRepository(session, tenant_id).resolve(model, with_aliases=False)
+    if row is None and "/" in model:
+        return require_delta(session, tenant_id, model)  # raises what is missing
     row = row or BaseRepository(session, tenant_id).find(model)
     if row is None:
         raise NotFound(f"There is no model {model!r}; GET /v1/models lists them.")

@@ -64,18 +64,18 @@ class DeltaRepository:
     def _owned(self) -> ColumnElement[bool]:
         return owned_by(DeltaRow.tenant_id, self.tenant)
 
-    def _not_deleted(self) -> Select[DeltaRow]:
-        return (
+    def _not_deleted(self, *, with_aliases: bool = True) -> Select[DeltaRow]:
+        query = (
             select(DeltaRow)
             .join(DeltaRow.job)
             .options(
                 joinedload(DeltaRow.base),
                 contains_eager(DeltaRow.job),
                 joinedload(DeltaRow.default),
-                selectinload(DeltaRow.aliases),
             )
             .where(DeltaRow.deleted_at.is_(None), self._owned())
         )
+        return query.options(selectinload(DeltaRow.aliases)) if with_aliases else query
 
     def find(self, delta_id: str) -> DeltaRow | None:
         """The delta with this id, or None."""
@@ -83,9 +83,10 @@ class DeltaRepository:
             self._not_deleted().where(DeltaRow.id == delta_id)
         ).one_or_none()
 
-    def resolve(self, reference: str) -> DeltaRow | None:
+    def resolve(self, reference: str, *, with_aliases: bool = True) -> DeltaRow | None:
         """What an id, or a name with or without a version or alias, means now; or None."""
-        query = self._not_deleted().execution_options(populate_existing=True)
+        query = self._not_deleted(with_aliases=with_aliases)
+        query = query.execution_options(populate_existing=True)
         if "/" not in reference:
             return self.session.scalars(query.where(DeltaRow.id == reference)).one_or_none()
         named = parse_reference(reference)

@@ -92,7 +92,7 @@ def test_every_statement_of_a_list_uses_an_index(site: TestClient, path: str) ->
     """No table is scanned, nothing but a bounded set is sorted, no report is read."""
     with executed(site) as statements:
         assert site.get(path).status_code == 200
-    assert 1 <= len(statements) <= 8
+    assert 1 <= len(statements) <= 12
     engine = site.app.state.resources.database.engine  # type: ignore[attr-defined]
     for sql, parameters in statements:
         assert "report" not in sql
