@@ -20,6 +20,7 @@ from deltadock.api import (
     jobs,
     keys,
     methods,
+    metrics,
     nodes,
     previews,
     retention,
@@ -139,7 +140,7 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     for module in (
         uploads, bases, previews, deltas, registry, jobs, methods, generation, nodes, webhooks,
-        keys, tenants, retention, storage, health, dashboard, sign_in,
+        keys, tenants, retention, storage, health, metrics, dashboard, sign_in,
     ):  # fmt: skip
         app.include_router(module.router, dependencies=[Depends(refuse_unknown_query)])
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
@@ -147,7 +148,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.rules = RuleTable(app.routes)
     app.add_middleware(BodyLimit)
     app.add_middleware(AccessControl, resources=resources, rules=app.state.rules)
-    app.add_middleware(RequestContext)
+    app.state.metrics = metrics.Metrics(resources)
+    app.add_middleware(RequestContext, count=app.state.metrics.count)
     return app
 
 

@@ -3,6 +3,7 @@
 import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -29,8 +30,12 @@ _QUIET_PATHS: Final = ("/healthz", "/readyz", "/metrics", "/parts/", "/static/",
 class RequestContext:
     """Sets each request's id (the client's, if it is valid) in logs and the response."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(
+        self, app: ASGIApp, *, count: Callable[[str | None, str, int, str | None], None]
+    ) -> None:
+        """Call `count` after each request with its route, method, status and error code."""
         self.app = app
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,7 +43,8 @@ class RequestContext:
             return
         client_id = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = client_id if _VALID_ID.fullmatch(client_id) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         status = 0
         started = time.perf_counter()
 
@@ -64,6 +70,7 @@ class RequestContext:
                 )
                 await response(scope, receive, send_with_id)
             finally:
+                self._count(state.get("route"), scope["method"], status, state.get("error_code"))
                 level = "debug" if scope["path"].startswith(_QUIET_PATHS) else "info"
                 getattr(access_log, level)(
                     "request",

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from deltadock.errors import DeltadockError, InvalidInput, RangeNotSatisfiable, Unauthorized
 from deltadock.openai.errors import ErrorBody, openai_status, validation_message
@@ -66,6 +67,19 @@ def _openai_terms(status: int, code: str) -> tuple[int, str, str | None]:
     return openai_status(status), code, None
 
 
+class ErrorResponse(JSONResponse):
+    """An error; its code is kept in the request's state for the metrics."""
+
+    def __init__(self, code: str, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._code = code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        scope.setdefault("state", {})["error_code"] = self._code
+        await super().__call__(scope, receive, send)
+
+
 def error_response(
     path: str,
     status: int,
@@ -81,11 +95,11 @@ def error_response(
     if retryable:
         headers.setdefault("Retry-After", "1")
     if _is_openai_route(path):
-        status, code, param = _openai_terms(status, code)
-        body = ErrorBody.of(status, code, detail, param).model_dump()
-        return JSONResponse(body, status, headers)
+        status, named, param = _openai_terms(status, code)
+        body = ErrorBody.of(status, named, detail, param).model_dump()
+        return ErrorResponse(code, body, status, headers)
     body = problem_body(status, code, detail, retryable=retryable, extensions=extensions)
-    return JSONResponse(body, status, headers, media_type=PROBLEM_TYPE)
+    return ErrorResponse(code, body, status, headers, media_type=PROBLEM_TYPE)
 
 
 def _is_openai_route(path: str) -> bool:
@@ -122,7 +136,7 @@ async def _invalid_request(request: Request, error: Exception) -> Response:
     if _is_openai_route(request.url.path):
         status = openai_status(InvalidInput.status)
         body = ErrorBody.of(status, InvalidInput.code, *validation_message(error.errors()))
-        return JSONResponse(body.model_dump(), status)
+        return ErrorResponse(InvalidInput.code, body.model_dump(), status)
     field_errors = [
         {"where": ".".join(map(str, item["loc"])), "message": item["msg"]}
         for item in error.errors()

@@ -38,7 +38,8 @@ class AccessControl:
             await self.app(scope, receive, send)
             return
         request = Request(scope)
-        rule = self._rules.find(scope["method"], scope["path"])
+        route, rule = self._rules.match(scope["method"], scope["path"])
+        request.scope.setdefault("state", {})["route"] = route
         try:
             headers = await self._admit(request, rule)
         except DeltadockError as error:

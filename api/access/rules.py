@@ -53,6 +53,7 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "GET /healthz": PUBLIC,
         "GET /readyz": PUBLIC,
         "GET /static": PUBLIC,
+        "GET /metrics": OPERATOR,
         "GET /sign-in": PUBLIC,
         "POST /sign-in": PUBLIC,
         "POST /sign-out": PUBLIC,
@@ -165,13 +166,17 @@ class RuleTable:
         for operation, rule in rules.items():
             method, path = operation.split(" ")
             pattern = compile_path(path)[0]
-            self._patterns.append((method, pattern, rule))
+            self._patterns.append((method, pattern, path, rule))
 
     def find(self, method: str, path: str) -> Rule:
         """The rule for a request."""
+        return self.match(method, path)[1]
+
+    def match(self, method: str, path: str) -> tuple[str | None, Rule]:
+        """The path of a request's route, as it is declared, if there is one; and its rule."""
         if path.startswith("/static/"):
-            return PUBLIC
-        for listed, pattern, rule in self._patterns:
+            return "/static", PUBLIC
+        for listed, pattern, route, rule in self._patterns:
             if listed == method and pattern.match(path):
-                return rule
-        return self.find("GET", path) if method == "HEAD" else _ANY_KEY
+                return route, rule
+        return self.match("GET", path) if method == "HEAD" else (None, _ANY_KEY)

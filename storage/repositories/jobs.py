@@ -74,6 +74,21 @@ class JobRepository:
         by_id = {job.id: job for job in found}
         return [by_id[job_id] for job_id in ids]
 
+    def count_by_state(self) -> dict[JobState, int]:
+        """The number of jobs in each state that any has; reads only an index."""
+        number = func.count().label("number")
+        query = select(JobRow.state, number).where(self._owned()).group_by(JobRow.state)
+        return {row.state: row.number for row in self.session.execute(query)}
+
+    def count_queued(self) -> dict[JobPriority, int]:
+        """The number of jobs that wait for a worker, by priority."""
+        query = (
+            select(JobRow.priority, func.count().label("number"))
+            .where(self._owned(), JobRow.state == JobState.QUEUED)
+            .group_by(JobRow.priority)
+        )
+        return {row.priority: row.number for row in self.session.execute(query)}
+
     def positions(self, job_ids: Sequence[str]) -> dict[str, int]:
         """Places in the queue of all tenants, 1 being next, of those of the jobs that wait."""
         order = func.row_number().over(order_by=(_RANK, JobRow.sent_at, JobRow.id))

@@ -10,6 +10,7 @@ from sqlalchemy import (
     Result,
     and_,
     exists,
+    func,
     or_,
     select,
     true,
@@ -84,6 +85,15 @@ class UploadRepository:
             place = tuple_(UploadRow.created_at, UploadRow.id)
             query = query.where(place < (after.created_at, after.id))
         return self.session.scalars(query).all()
+
+    def count_unfinished(self) -> dict[UploadState, int]:
+        """The number of uploads that are open or completing."""
+        query = (
+            select(UploadRow.state, func.count().label("number"))
+            .where(self._owned(), UploadRow.state.in_(UNFINISHED))
+            .group_by(UploadRow.state)
+        )
+        return {row.state: row.number for row in self.session.execute(query)}
 
     def stored_files(self, kind: UploadKind, digests: Collection[str]) -> dict[str, UploadFileRow]:
         """The tenant's stored files with these SHA-256, by it, of uploads of this kind."""
