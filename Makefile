@@ -31,7 +31,7 @@ unit: install check  ## Run the checks and the quick tests, in under three minut
 	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadgroup -m 'not slow'
 
 test: install browser check  ## Run the checks and the whole suite on real servers
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadgroup
 
 check: install  ## Check format, lint, types and import order
 	$(BIN)/ruff format --check .
