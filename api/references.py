@@ -1,7 +1,7 @@
 """References to deltas in paths: an id, or `project/model` with a version or alias.
 
-A name has a slash, so `/v1/deltas/{reference}/report` must not read `x/report` as a reference `x`:
-before another segment a reference is a name or begins as an id does.
+A name has a slash. `dlt_x/report` is an id before another segment, and `x/report` a name: a project
+whose name begins as an id does is reached by ids alone.
 """
 
 from typing import Annotated
@@ -13,7 +13,7 @@ from deltadock.api.schemas import EXAMPLE_DELTA_ID
 
 
 class _Reference(Convertor[str]):
-    regex = r"[^/]+(?:/[^/]+)?"
+    regex = r"(?:[^/]+|(?!dlt_[a-z0-9]*/)[^/]+/[^/]+)"
 
     def convert(self, value: str) -> str:
         return value
@@ -23,7 +23,7 @@ class _Reference(Convertor[str]):
 
 
 class _PrefixReference(_Reference):
-    regex = r"(?:dlt_[a-z0-9]*|[^/]+/[^/]+)"
+    regex = r"(?:dlt_[a-z0-9]*|(?!dlt_[a-z0-9]*/)[^/]+/[^/]+)"
 
 
 register_url_convertor("reference", _Reference())

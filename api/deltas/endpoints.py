@@ -3,7 +3,7 @@
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from starlette.responses import StreamingResponse
 
 from deltadock.api.access import CallerDep
@@ -112,14 +112,14 @@ def wanted_deltas(
         str | None, EMPTY_IS_ANY, Query(description="All versions of project/model.")
     ] = None,
     tag: Annotated[
-        str | None, EMPTY_IS_ANY, Query(max_length=64, description="A tag of the model.")
+        Annotated[str, Field(max_length=64)] | None,
+        EMPTY_IS_ANY,
+        Query(description="A tag of the model."),
     ] = None,
     text: Annotated[
-        str | None,
+        Annotated[str, Field(max_length=200)] | None,
         EMPTY_IS_ANY,
-        Query(
-            max_length=200, description="Words, or their beginnings, of the model's name or card."
-        ),
+        Query(description="Words, or their beginnings, of the model's name or card."),
     ] = None,
 ) -> DeltaFilter:
     """The query parameters that choose deltas of a list."""

@@ -48,7 +48,7 @@ def test_models_can_be_named_by_id_name_and_version(
         assert headers.get("deltadock-artifact") == artifact_digest
 
 
-def test_a_name_resolves_to_its_highest_ready_version(
+def test_a_push_does_not_change_what_a_name_answers_until_the_default_moves(
     api: Api, node: StandInNode, ready: Ready
 ) -> None:
     second = api.delta(seed=2)
@@ -57,6 +57,10 @@ def test_a_name_resolves_to_its_highest_ready_version(
     api.client.post("/v1/completions", json=ask)
     assert node.requests[-1]["headers"]["deltadock-artifact"] == ready[1]
     newer = api.make_ready(second, b"newer")
+    api.client.post("/v1/completions", json=ask)
+    assert node.requests[-1]["headers"]["deltadock-artifact"] == ready[1]
+    alias = "/v1/registry/maths/skills/aliases/default"
+    assert api.client.put(alias, json={"version": 2, "expected": 1}).status_code == 200
     api.client.post("/v1/completions", json=ask)
     assert node.requests[-1]["headers"]["deltadock-artifact"] == newer
     early = api.client.post("/v1/completions", json=ask | {"model": api.delta(seed=3)["id"]})
@@ -165,7 +169,7 @@ def test_the_openai_package(api: Api, ready: Ready) -> None:
         assert models == {"tiny", "maths/skills"}
         for model in (*models, delta["id"], "maths/skills:1"):
             assert client.models.retrieve(model).id == model
-        with pytest.raises(openai.NotFoundError, match="There is no model 'maths/none'"):
+        with pytest.raises(openai.NotFoundError, match="There is no delta 'maths/none'"):
             client.models.retrieve("maths/none")
         whole = client.completions.create(model=delta["id"], prompt="17 + 25 =", max_tokens=8)
         assert whole.choices[0].text == " 42"
