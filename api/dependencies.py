@@ -43,7 +43,6 @@ class Resources:
         """The resources that the settings select."""
         database = Database(settings.sqlalchemy_url)
         blobs = make_blob_store(settings)
-        blobs = make_blob_store(settings)
         return cls(
             settings=settings,
             database=database,
