@@ -90,9 +90,7 @@ def variants() -> dict[str, Patches]:
     return {
         "as it is, not distilled": [],
         "errors weighed by the inputs alone": [
-            mock.patch.object(
-                Statistics, "outputs", lambda self, key: _one_sided(outputs(self, key))
-            )
+            mock.patch.object(Statistics, "outputs", lambda *a: _one_sided(outputs(*a)))
         ],
         "the same bits for every matrix": [
             mock.patch.object(compressors, "allocate", _per_matrix_budget)

@@ -225,6 +225,7 @@ def _rows(pieces: list[Tensor], width: int) -> Tensor:
 def test_only_changed_tensors_are_observed(tmp_path: Path) -> None:
     save(CASES["llama"], tmp_path / "base")
     save(CASES["llama"], tmp_path / "tuned")
+    (tmp_path / "tuned" / "chat_template.jinja").write_text("another")
     pair = open_pair(tmp_path / "base", tmp_path / "tuned")
     assert changed_matrices(pair, BlockwiseModel(tmp_path / "tuned"), with_embedding=True) == []
 

@@ -18,10 +18,16 @@ from deltadock.api.dependencies import Resources
 from deltadock.api.main import create_app
 from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.cli.processes import Child, free_ports
+from deltadock.names import DEFAULT
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
 from deltadock.storage.models import CheckpointRow, JobState
-from deltadock.storage.repositories import BaseRepository, DeltaRepository, JobRepository
+from deltadock.storage.repositories import (
+    BaseRepository,
+    DeltaRepository,
+    JobRepository,
+    ModelRepository,
+)
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import bearer, issue_key, serving
 from tests.inference.support import PROMPT, Site, expected_text, write_delta
@@ -43,7 +49,7 @@ class Fleet:
     nodes: dict[int, Child]
 
     def publish(self, name: str, artifact: str) -> str:
-        """Store a name's next version as a worker does; returns its id."""
+        """Store a name's next version, which the name means from now on; returns its id."""
         with self.resources.database.session_scope() as session:
             base = BaseRepository(session, LOCAL_TENANT).find("tiny")
             assert base is not None
@@ -59,6 +65,10 @@ class Fleet:
             deltas.set_result(delta, artifact_digest=artifact, artifact_bytes=1, report={})
             assert jobs.acquire(job, "worker", 60)
             assert jobs.finish(job, "worker", JobState.READY)
+            models = ModelRepository(session, LOCAL_TENANT)
+            model = models.find(name, lock=True)
+            assert model is not None
+            models.move(model, DEFAULT, delta, reason="published")
             return delta.id
 
     def client(self) -> openai.OpenAI:

@@ -67,10 +67,11 @@ def test_a_job_imports_an_adapter(
     assert look(job_id).state is JobState.READY, look(job_id).error_message
     with context.database.read_scope() as session:
         delta = DeltaRepository(session, LOCAL_TENANT).find(look(job_id).delta_id)
-    assert delta is not None
-    assert delta.report is not None
-    assert delta.report["kl"] == 0.0
-    assert delta.report["kl_base"] > 0
+        assert delta is not None
+        report = DeltaRepository(session, LOCAL_TENANT).report(delta.id)
+    assert report is not None
+    assert report["kl"] == 0.0
+    assert report["kl_base"] > 0
     with Artifact(context.settings.blob_folder / "blobs" / str(delta.artifact_digest)) as artifact:
         factors = artifact.factors(f"{LAYER}.weight")
         found = torch.tensor(factors.u) * torch.tensor(factors.s) @ torch.tensor(factors.v)
