@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, WriteUnit
 from deltadock.api.idempotency import OnceDep
+from deltadock.api.paging import Limit
 from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
 from deltadock.errors import Conflict, IdempotencyKeyReused, InvalidInput, NotFound
@@ -160,7 +161,7 @@ def list_messages(
     caller: CallerDep,
     session: ReadSession,
     after: Annotated[str | None, Query(description="`next` of the previous page.")] = None,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    limit: Limit = 50,
 ) -> MessagePage:
     """List a webhook's messages of the last 30 days, newest first, with what became of them."""
     webhook = _require(session, caller.tenant_id, webhook_id)

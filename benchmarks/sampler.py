@@ -12,9 +12,9 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import describe_machine, wall_seconds
+from benchmarks.operators import OperatorCounter
 from deltadock.inference.engine.sampler import sample_tokens
 from deltadock.inference.engine.sampling import SamplingParams, SamplingRow, make_draws
 from deltadock.inference.model.added_tokens import Logits
@@ -70,19 +70,6 @@ def _drawn(values: Tensor, params: SamplingParams, generator: torch.Generator) -
     return int(place if ids is None else ids[place])
 
 
-class _Operators(TorchDispatchMode):
-    """Counts operators, but those that return views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if not func.is_view:
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def least_milliseconds(call: Callable[[], object], device: torch.device) -> float:
     """Of `REPEATS` calls, after one to warm up."""
     call()
@@ -91,10 +78,10 @@ def least_milliseconds(call: Callable[[], object], device: torch.device) -> floa
 
 def operators(call: Callable[[], object]) -> int:
     """Operators of a call that launch something on a device."""
-    counted = _Operators()
-    with counted:
+    counter = OperatorCounter()
+    with counter:
         call()
-    return counted.count
+    return counter.total
 
 
 def measure(params: SamplingParams, rows: int, vocabulary: int, device: torch.device) -> None:

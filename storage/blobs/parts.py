@@ -3,10 +3,10 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from deltadock.errors import Conflict, InvalidInput
+from deltadock.storage.blobs.writer import Writer
 
 MIN_PART_BYTES: Final = 16 << 20
 MAX_PARTS: Final = 10_000
@@ -25,8 +25,8 @@ def is_parted(size: int) -> bool:
     return size > MIN_PART_BYTES
 
 
-class PartWriter(ABC):
-    """Streams one part; leaving the `with` block without `commit` discards it."""
+class PartWriter(Writer):
+    """Streams one part into a file."""
 
     def __init__(self, number: int, size: int) -> None:
         self.number = number
@@ -62,21 +62,6 @@ class PartWriter(ABC):
 
     @abstractmethod
     def _commit(self) -> None: ...
-
-    @abstractmethod
-    def discard(self) -> None:
-        """Drop an uncommitted part."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.discard()
 
 
 class PartedFile(ABC):

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Literal, NamedTuple, Self
+from typing import Final, Literal, NamedTuple
 
 from deltadock.errors import DamagedBlob, InvalidInput, NotFound, StorageFull, Unavailable
 from deltadock.storage.blobs.parts import PartedFile
+from deltadock.storage.blobs.writer import Writer
 
 CHUNK_BYTES: Final = 1 << 20
 
@@ -41,8 +41,8 @@ class StoredEntry(NamedTuple):
     modified: datetime
 
 
-class BlobWriter(ABC):
-    """Streams one blob into the store; leaving the `with` block without `commit` discards it.
+class BlobWriter(Writer):
+    """Streams one blob into the store.
 
     A store that fails raises Unavailable or StorageFull, as all of its methods do.
     """
@@ -58,21 +58,6 @@ class BlobWriter(ABC):
         The blob is durable once this returns. An existing blob is left unchanged: of two writers
         of one blob, the first to commit wins.
         """
-
-    @abstractmethod
-    def discard(self) -> None:
-        """Drop uncommitted bytes. Raises nothing: the sweeper drops what a failing store keeps."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.discard()
 
 
 class BlobStore(ABC):

@@ -1,48 +1,15 @@
-"""Count torch operators: on a GPU each is a launch of some 5 us, whatever it computes."""
+"""Counts a compression's operators in a GPU's sizes, on any device."""
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
+from benchmarks.operators import OperatorCounter
 from deltadock.compression.numerics import gptq
 from deltadock.kernels import error_compensation
-
-VIEWS = {
-    "view", "reshape", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select",
-    "diagonal", "detach", "alias", "unsqueeze", "squeeze", "split", "split_with_sizes", "unbind",
-    "as_strided",
-}  # fmt: skip
-"""Operators that launch nothing."""
-
-
-class OperatorCounter(TorchDispatchMode):
-    """Counts the operators that would launch a kernel, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_name: Counter[str] = Counter()
-
-    @property
-    def total(self) -> int:
-        """Operators counted so far."""
-        return self.by_name.total()
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[Any],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in VIEWS:
-            self.by_name[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

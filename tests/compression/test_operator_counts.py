@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.operators import OperatorCounter
 from deltadock.compression import distillation
 from deltadock.compression.methods.base import compress_matrices
 from deltadock.compression.methods.registry import matrix_method
 from deltadock.kernels.error_compensation import BLOCK
 from tests.compression.matrices import make_task
-from tests.compression.operators import OperatorCounter, counted_as_on_a_gpu
+from tests.compression.operators import counted_as_on_a_gpu
 from tests.compression.test_distillation import Prepared
 
 SHAPES = [(48, 64), (320, 640)]

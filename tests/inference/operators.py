@@ -1,37 +1,27 @@
 """Counts a step's operators and what it reads from the device, on any device."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.operators import VIEWS, OperatorCounter
 
 READS: Final = ("tolist", "item", "cpu", "__bool__", "__int__", "__float__", "__index__")
 """Methods that wait for the device and copy from it."""
 WAITING: Final = ("nonzero", "masked_select", "unique", "_local_scalar_dense", "equal")
 """Operators that wait for the device: the shape of their result depends on the numbers."""
-VIEWS: Final = frozenset(
-    (
-        *("alias", "detach", "expand", "flatten", "permute", "reshape", "resolve_conj"),
-        *("resolve_neg", "select", "slice", "split", "split_with_sizes", "t", "transpose"),
-        *("unsqueeze", "view", "empty", "_unsafe_view", "squeeze", "chunk"),
-    )
-)
-"""Operators that launch nothing on the device."""
 
 
-class CountedOperators(TorchDispatchMode):
-    """Counts operators by name, without those that launch nothing.
+class CountedOperators(OperatorCounter):
+    """Counts operators, and in `reads` how often the host waits for the device."""
 
-    `reads` counts how often the host waits for the device.
-    """
+    FREE = VIEWS | {"empty"}
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators: Counter[str] = Counter()
         self.reads = 0
 
     def __torch_dispatch__(
@@ -43,9 +33,7 @@ class CountedOperators(TorchDispatchMode):
         )
         assert not masked_index, "a mask as an index waits for the device"
         assert not any(name.startswith(waiting) for waiting in WAITING), name
-        if name not in VIEWS:
-            self.operators[name] += 1
-        return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @contextmanager

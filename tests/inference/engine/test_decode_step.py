@@ -60,6 +60,6 @@ def test_operators_outside_the_graph(
             with counted_operators(monkeypatch) as counted:
                 step(active)
         assert counted.reads == 1
-        counts.append(counted.operators)
+        counts.append(counted.by_name)
     assert counts[0] == counts[1]
     assert sum(counts[0].values()) <= bound + 10 * deltas

@@ -370,6 +370,6 @@ def test_operators_and_copies_of_a_step_do_not_depend_on_the_rows(
         with torch.inference_mode(), counted_operators(monkeypatch) as counted:
             sample_tokens(logits, batch)
         assert counted.reads == 1
-        counts.append(counted.operators)
+        counts.append(counted.by_name)
     assert counts[0] == counts[1]
     assert sum(counts[0].values()) <= BOUNDS[mixture]
