@@ -30,7 +30,7 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "deltadock_api_requests",
-            "Requests by the route's path as declared, method and status.",
+            "Requests by the route's path, method and status.",
             ["route", "method", "status"],
             registry=registry,
         )

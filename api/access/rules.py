@@ -165,15 +165,15 @@ class RuleTable:
         self._patterns = []
         for operation, rule in rules.items():
             method, path = operation.split(" ")
-            pattern = compile_path(path)[0]
-            self._patterns.append((method, pattern, path, rule))
+            pattern, template, _ = compile_path(path)
+            self._patterns.append((method, pattern, template, rule))
 
     def find(self, method: str, path: str) -> Rule:
         """The rule for a request."""
         return self.match(method, path)[1]
 
     def match(self, method: str, path: str) -> tuple[str | None, Rule]:
-        """The path of a request's route, as it is declared, if there is one; and its rule."""
+        """The path of a request's route, such as `/v1/jobs/{job_id}`, if there is one; its rule."""
         if path.startswith("/static/"):
             return "/static", PUBLIC
         for listed, pattern, route, rule in self._patterns:

@@ -167,11 +167,12 @@ def delete_delta(delta_id: DeltaReference, caller: CallerDep, unit: WriteUnit) -
 
 
 @router.post("/{delta_id:prefix}/restore", responses=problems(NotFound, QuotaExceeded))
-def restore_delta(delta_id: DeltaReference, caller: CallerDep, unit: WriteUnit) -> DeltaOut:
+def restore_delta(delta_id: DeltaReference, caller: CallerDep, unit: WriteUnit) -> DeltaDetail:
     """Restore a deleted delta, as long as its bytes are kept. Its job, if cancelled, can be
     retried.
     """
-    return DeltaOut.of(service.restore_delta(unit.session, caller.tenant_id, delta_id))
+    restored = service.restore_delta(unit.session, caller.tenant_id, delta_id)
+    return service.detail_of(unit.session, restored)
 
 
 @router.get("/{delta_id:prefix}/report", responses=problems(NotFound, NotReady))

@@ -62,7 +62,7 @@ def test_start_log_and_shutdown(tmp_path: Path, broker_url: str) -> None:
     assert "Application shutdown complete." in [record["event"] for record in records]
     known, unknown = (r for r in records if r["logger"] == "deltadock.api.access")
     assert known["request_id"] == "trace-1"
-    assert (known["method"], known["path"], known["status"]) == ("GET", "/v1/methods", 200)
+    assert (known["method"], known["path"], known["status"]) == ("GET", "/v1/methods", 422)
     assert known["milliseconds"] >= 0
     assert unknown["status"] == 404
     assert unknown["request_id"] != "trace-1"
