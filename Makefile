@@ -28,10 +28,10 @@ topology: install  ## Like up, with real Postgres, Redis and S3 servers
 	$(BIN)/deltadock topology
 
 unit: install check  ## Run the checks and the quick tests, in under three minutes
-	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadgroup -m 'not slow'
+	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test: install browser check  ## Run the checks and the whole suite on real servers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: install  ## Check format, lint, types and import order
 	$(BIN)/ruff format --check .

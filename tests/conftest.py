@@ -71,11 +71,7 @@ SLOW = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark slow tests and run them first, so that no process ends with a long one.
-
-    Files are not split over processes, since fixtures are created once per file; the files that
-    test a running system share a process.
-    """
+    """Mark slow tests and run them first, so that no process ends with a long one."""
 
     def rank(item: pytest.Item) -> int:
         path = item.path.relative_to(Path(__file__).parent)
@@ -86,12 +82,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if rank(item) < len(SLOW):
             item.add_marker(pytest.mark.slow)
-        whole = item.path if item.path.name not in SYSTEM else item.path.parent
-        item.add_marker(pytest.mark.xdist_group(str(whole)))
-
-
-SYSTEM = ("test_flow.py", "test_bad_input.py")
-"""Tests of a running `deltadock up` and `topology`."""
 
 
 @pytest.fixture(scope="session")
