@@ -1,10 +1,11 @@
 """Deltadock's public names.
 
-- `Client`: client of a running Deltadock's REST interface.
+- `Client`, `AsyncClient`: clients of a running Deltadock's REST interface.
 - `load_delta`: load a delta into a `transformers` model in place; returns a `LoadedDelta`.
+- `from_pretrained`: a fine-tuned model and its tokenizer, from its base and its delta.
 - `DeltadockError`: base class of all errors, see `deltadock.errors`.
 
-`Client` and `load_delta` are imported on first use, so that `import deltadock` loads neither httpx
+The clients and loaders are imported on first use, so that `import deltadock` loads neither httpx
 nor torch.
 """
 
@@ -15,14 +16,24 @@ from deltadock.errors import DeltadockError
 from deltadock.version import __version__
 
 if TYPE_CHECKING:
-    from deltadock.client.http import Client
-    from deltadock.client.loading import LoadedDelta, load_delta
+    from deltadock.client.http import AsyncClient, Client
+    from deltadock.client.loading import LoadedDelta, from_pretrained, load_delta
 
-__all__ = ["Client", "DeltadockError", "LoadedDelta", "__version__", "load_delta"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "DeltadockError",
+    "LoadedDelta",
+    "__version__",
+    "from_pretrained",
+    "load_delta",
+]
 
 _LAZY: Final = {
+    "AsyncClient": "deltadock.client.http",
     "Client": "deltadock.client.http",
     "LoadedDelta": "deltadock.client.loading",
+    "from_pretrained": "deltadock.client.loading",
     "load_delta": "deltadock.client.loading",
 }
 

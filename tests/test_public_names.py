@@ -7,7 +7,15 @@ import pytest
 
 import deltadock
 
-NAMES = ["Client", "DeltadockError", "LoadedDelta", "__version__", "load_delta"]
+NAMES = [
+    "AsyncClient",
+    "Client",
+    "DeltadockError",
+    "LoadedDelta",
+    "__version__",
+    "from_pretrained",
+    "load_delta",
+]
 
 
 def test_the_public_names_are_pinned() -> None:

@@ -17,18 +17,18 @@ from typing import Final
 
 import httpx
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from deltadock.cli.processes import HOST, Child, free_ports
-from deltadock.client.http import Client, JsonObject
-from deltadock.errors import DeltadockError, NotFound
+from deltadock.client.http import Client
+from deltadock.client.progress import job_bar
+from deltadock.client.requests import JsonObject
+from deltadock.client.resources import Delta, Job, Report
+from deltadock.errors import NotFound
 from deltadock.storage.api_keys import local_key_path
 
 SAMPLES: Final = Path(str(files("deltadock") / "samples"))
-PROGRESS_STEP: Final = 5
-"""Percent of progress after which another line is printed."""
 BASE: Final = "sample-base"
 PARALLEL: Final = 8
 
@@ -56,11 +56,9 @@ def demo(samples: Path = SAMPLES, shown: int = 5, measured: int = 60) -> None:
     with _running_system() as (url, key), Client(url, key) as client:
         console.print(f"   running at {url}")
         delta, exact = _store(console, client, samples)
-        _show_report(console, delta, client.report(delta["id"]))
-        models = {"base": BASE, "fine-tuned": exact["id"], "delta": delta["id"]}
-        answers = {
-            title: _answers(client, title, model, exercises) for title, model in models.items()
-        }
+        _show_report(console, delta, client.report(delta.id))
+        models = {"base": BASE, "fine-tuned": exact.id, "delta": delta.id}
+        answers = {title: _answers(client, model, exercises) for title, model in models.items()}
         _show_answers(console, exercises[:shown], answers)
         _show_accuracy(console, exercises[:measured], answers)
         console.print("[bold]5. Stop[/]")
@@ -92,93 +90,60 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-def _store(console: Console, client: Client, samples: Path) -> tuple[JsonObject, JsonObject]:
+def _store(console: Console, client: Client, samples: Path) -> tuple[Delta, Delta]:
     """Upload the samples and compress the fine-tune twice: at one bit per weight, and exactly."""
     console.print("[bold]2. Upload[/] the base and its fine-tune, hashed while they stream")
     base = client.upload_folder(samples / "base")
-    client.create_base(BASE, base["digest"])
+    client.create_base(BASE, base.digest)
     finetuned = client.upload_folder(samples / "finetuned")
     for title, checkpoint in (("base", base), ("fine-tune", finetuned)):
-        size = checkpoint["total_bytes"] / 1e6
-        console.print(f"   {title:<10}{size:5.1f} MB  sha256 {checkpoint['digest'][:16]}")
-    text = client.upload_calibration(samples / "calibration.txt")
-    console.print("[bold]3. Compress[/] at 1.0 bit per weight, all that is stored counted")
-    small = client.create_delta(
-        "demo/skills", BASE, finetuned["digest"], bits=1.0, calibration=text
-    )
-    exact = client.create_delta("demo/skills-exact", BASE, finetuned["digest"], method="exact")
-    for job in (
-        _follow(console, client, small["job"]["id"]),
-        client.wait(exact["job"]["id"]),  # fast: no progress to show
-    ):
-        if job["state"] != "ready":
-            raise DeltadockError(f"The compression {job['state']}: {job['error']['message']}")
-    return client.delta(small["delta"]["id"]), client.delta(exact["delta"]["id"])
+        size = checkpoint.total_bytes / 1e6
+        console.print(f"   {title:<10}{size:5.1f} MB  sha256 {checkpoint.digest[:16]}")
+    console.print("[bold]3. Compress[/] with a budget of 1.0 bit per compressed weight")
+    text = samples / "calibration.txt"
+    pushed = samples / "finetuned", "demo/skills", BASE
+    small = client.push(*pushed, bits=1.0, calibration=text)
+    exact = client.push(pushed[0], "demo/skills-exact", BASE, method="exact")
+    with job_bar(console) as show:
+        return small.wait(show), exact.wait(_quietly)
 
 
-def _follow(console: Console, client: Client, job: str) -> JsonObject:
-    """Wait for a job; shows a progress bar in a terminal, else a line per block."""
-    columns = (
-        TextColumn("   {task.description:<34}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeElapsedColumn(),
-    )
-    last, printed = "", 0.0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("queued", total=100.0)
-
-        def show(state: JsonObject) -> None:
-            nonlocal last, printed
-            text = state["state"]
-            if state["state"] == "compressing":
-                text += f" block {min(state['block'] + 1, state['blocks'])} of {state['blocks']}"
-            bar.update(task, description=text, completed=state["percent"])
-            advanced = state["percent"] >= printed + PROGRESS_STEP
-            if (text != last or advanced) and not console.is_terminal:
-                console.print(f"   {state['percent']:3.0f} %  {text}")
-                printed = state["percent"]
-            last = text
-
-        return client.wait(job, show)
+def _quietly(_job: Job) -> None:
+    """The exact copy takes a moment: its progress is not shown."""
 
 
-def _show_report(console: Console, delta: JsonObject, report: JsonObject) -> None:
-    table = Table(title=f"{delta['name']} version {delta['version']} on {delta['base']['name']}")
+def _show_report(console: Console, delta: Delta, report: Report) -> None:
+    figures = report.model_dump()
+    table = Table(title=f"{delta.reference} on {delta.base.name}")
     table.add_column("what")
     table.add_column("value", justify="right")
     rows = {
-        "checkpoint in bf16": f"{report['checkpoint_bytes'] / 1e6:.2f} MB",
-        "delta": f"{report['artifact_bytes'] / 1e6:.3f} MB",
-        "ratio": f"{report['ratio']:.1f}x",
-        "bits per weight, budget": f"{report['nominal_bits']:g}",
-        "bits per weight, all stored": f"{report['true_bits']:.3f}",
-        "KL to the fine-tune": f"{report['kl']:.4f} nats per token",
-        "same next token": f"{100 * report['agreement']:.1f} %",
-        "loss of the base": f"{report['nll_base']:.3f} nats per token",
-        "loss of the fine-tune": f"{report['nll_finetuned']:.3f} nats per token",
-        "loss of base with delta": f"{report['nll']:.3f} nats per token",
-        "matrices compressed": f"{len(report['matrices'])}",
-        "seconds": f"{report['seconds']:.1f}",
+        "checkpoint in bf16": f"{figures['checkpoint_bytes'] / 1e6:.2f} MB",
+        "delta": f"{figures['artifact_bytes'] / 1e6:.3f} MB",
+        "ratio": f"{figures['ratio']:.1f}x",
+        "bits per weight, budget": f"{figures['nominal_bits']:g}",
+        "bits per weight, all stored": f"{figures['true_bits']:.3f}",
+        "KL to the fine-tune": f"{figures['kl']:.4f} nats per token",
+        "same next token": f"{100 * figures['agreement']:.1f} %",
+        "loss of the base": f"{figures['nll_base']:.3f} nats per token",
+        "loss of the fine-tune": f"{figures['nll_finetuned']:.3f} nats per token",
+        "loss of base with delta": f"{figures['nll']:.3f} nats per token",
+        "matrices compressed": f"{len(report.matrices)}",
+        "seconds": f"{figures['seconds']:.1f}",
     }
     for row in rows.items():
         table.add_row(*row)
     console.print(table)
 
 
-def _answers(client: Client, title: str, model: str, exercises: Sequence[JsonObject]) -> list[str]:
+def _answers(client: Client, model: str, exercises: Sequence[JsonObject]) -> list[str]:
     """The first line of the model's greedy answer to every prompt."""
 
     def answer(exercise: JsonObject) -> str:
-        text: str = client.generate(
-            model,
-            exercise["prompt"],
-            kind="bases" if title == "base" else "deltas",
-            max_tokens=16,
-            temperature=0.0,
-            stop="\n",
-        )["text"]
-        return text.strip()
+        answered = client.generate(
+            model, exercise["prompt"], max_tokens=16, temperature=0.0, stop="\n"
+        )
+        return answered.text.strip()
 
     with ThreadPoolExecutor(PARALLEL) as pool:  # the node batches them
         return list(pool.map(answer, exercises))

@@ -25,6 +25,7 @@ from deltadock.api.access.sessions import Sessions
 from deltadock.cli.keys import ensure_local_key, has_made_key
 from deltadock.cli.processes import HOST, Child, port_is_free, stop_on_signals
 from deltadock.cli.services import postgres, seaweedfs, valkey
+from deltadock.client.connection import local_url_path
 from deltadock.errors import Conflict, Forbidden, Unavailable
 from deltadock.settings import Settings, get_settings
 from deltadock.storage.api_keys import key_secret, local_key_path
@@ -218,8 +219,12 @@ def up(
 
 
 def announce(console: Console, url: str, home: Path, settings: Mapping[str, str]) -> None:
-    """Print the addresses, the key's file and the log folder; in a terminal, open the dashboard."""
+    """Print the addresses, the key's file and the log folder; in a terminal, open the dashboard.
+
+    The address is kept in the home, beside the key, for the commands and the client.
+    """
     parsed = Settings.model_validate(settings)
+    local_url_path(parsed.home).write_text(f"{url}\n", encoding="utf-8")
     token = Sessions(parsed).link_token(ensure_local_key(parsed))
     link = f"{url}/sign-in?token={token}"
     console.print(f"Dashboard  {link}  (signs in once, within the hour)", soft_wrap=True)

@@ -1,51 +1,172 @@
-"""Client of the REST interface.
+"""The two clients of the REST interface: `Client` blocks, `AsyncClient` is awaited.
 
-Methods return the JSON objects of the OpenAPI description. An error response raises the class of
-`deltadock.errors` with its code.
+Both have the same methods, which `deltadock.client.routes` describes, and send the same requests;
+`deltadock.client.requests` says what is repeated and which error a response is. Uploads and
+downloads hash and move files in threads, so `AsyncClient` has them done by a `Client`.
 """
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import time
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from contextlib import aclosing, closing
+from functools import partial, wraps
+from inspect import Parameter, Signature, signature
+from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self
-from urllib.parse import quote
+from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar, Unpack
 
+import anyio
+import anyio.to_thread
 import httpx
 
 from deltadock.artifacts.checkpoint import CHUNK_BYTES, folder_files
+from deltadock.client import routes
+from deltadock.client.connection import find_connection
+from deltadock.client.progress import default_bar
+from deltadock.client.requests import (
+    TIMEOUT,
+    Call,
+    Events,
+    JsonObject,
+    Pages,
+    check,
+    domain_error,
+    reader,
+)
+from deltadock.client.resources import Checkpoint, Delta, Job, LogLine
+from deltadock.client.routes import GoalOptions
 from deltadock.client.uploads import Uploader
-from deltadock.errors import DeltadockError, HashMismatch, Unavailable, error_for
+from deltadock.errors import HashMismatch, InvalidInput, NotFound, NotReady, Unavailable
+from deltadock.version import __version__
 
-JsonObject = dict[str, Any]
-FINAL_STATES: Final = frozenset({"ready", "failed", "cancelled"})
-TIMEOUT: Final = httpx.Timeout(60.0, read=600.0)
-"""Seconds; the server responds late while it stores a large file or generates."""
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BytesProgress = Callable[[str, int, int], None]
+"""Called with a file's name, the bytes that are done, and all of them, by several threads."""
+JobProgress = Callable[[Job], None]
+Calibration = str | Path | Mapping[str | Path, float]
+"""A text file, or a mixture: weights by file, or by "sampled" for text of the fine-tune."""
+
+SAMPLED: Final = "sampled"
+POLL_SECONDS: Final = 1.0
+"""Interval at which a followed log is read, and a broken stream is connected to again."""
+RECONNECTS: Final = 5
+"""Of one stream or download, without anything received between them."""
 
 
-def _ignore_bytes(_path: str, _done: int, _total: int) -> None:
-    """The default progress callback of transfers."""
+def _ignore(*_: object) -> None:
+    """The default progress callback."""
 
 
-def _ignore_job(_job: JsonObject) -> None:
-    """The default progress callback of jobs."""
+def _as_method(function: Callable[..., Any], build: Callable[..., Any]) -> None:
+    """Give a method the name, documentation and signature of the route that it sends."""
+    wraps(build)(function)
+    own = Parameter("self", Parameter.POSITIONAL_ONLY)
+    vars(function)["__signature__"] = Signature([own, *signature(build).parameters.values()])
+
+
+def _blocking(build: Callable[P, Call[T]]) -> "Callable[Concatenate[Client, P], T]":
+    def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return client.send(build(*args, **kwargs))
+
+    _as_method(method, build)
+    return method
+
+
+def _blocking_pages(
+    build: Callable[P, Pages[T]],
+) -> "Callable[Concatenate[Client, P], Iterator[T]]":
+    def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        return client.items(build(*args, **kwargs))
+
+    _as_method(method, build)
+    return method
+
+
+def _blocking_events(
+    build: Callable[P, Events[T]],
+) -> "Callable[Concatenate[Client, P], Iterator[T]]":
+    def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        return client.events(build(*args, **kwargs))
+
+    _as_method(method, build)
+    return method
+
+
+def _awaited(
+    build: Callable[P, Call[T]],
+) -> "Callable[Concatenate[AsyncClient, P], Awaitable[T]]":
+    def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        return client.send(build(*args, **kwargs))
+
+    _as_method(method, build)
+    return method
+
+
+def _awaited_pages(
+    build: Callable[P, Pages[T]],
+) -> "Callable[Concatenate[AsyncClient, P], AsyncIterator[T]]":
+    def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+        return client.items(build(*args, **kwargs))
+
+    _as_method(method, build)
+    return method
+
+
+def _awaited_events(
+    build: Callable[P, Events[T]],
+) -> "Callable[Concatenate[AsyncClient, P], AsyncIterator[T]]":
+    def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+        return client.events(build(*args, **kwargs))
+
+    _as_method(method, build)
+    return method
+
+
+def _options(url: str | None, key: str | None) -> dict[str, Any]:
+    """The arguments of an httpx client.
+
+    Raises:
+        InvalidInput: the address is none.
+    """
+    found = find_connection(url, key)
+    try:
+        parsed = httpx.URL(found.url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in {"http", "https"} or not parsed.host:
+        raise InvalidInput(
+            f"{found.url!r} ({found.url_from}) is not an address such as http://127.0.0.1:8000."
+        )
+    headers = {"User-Agent": f"deltadock/{__version__}"}
+    if found.key:
+        headers["Authorization"] = f"Bearer {found.key}"
+    return {"base_url": found.url, "timeout": TIMEOUT, "headers": headers}
 
 
 class Client:
-    """A client of the Deltadock api at `url`; a context manager that closes its connections.
+    """A client of the Deltadock at `url`; a context manager that closes its connections.
 
     Args:
-        url: address of the api.
-        api_key: None: that of the environment variable DELTADOCK_API_KEY, if set.
+        url, key: the api's address and an API key. None: those of the environment, of `deltadock
+            login`, or of the Deltadock that `deltadock up` runs in this folder
+            (`deltadock.client.connection`).
+
+    Raises:
+        InvalidInput: `url` is not an address.
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", api_key: str | None = None) -> None:
-        api_key = api_key or os.environ.get("DELTADOCK_API_KEY")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=url, timeout=TIMEOUT, headers=headers)
+    def __init__(self, url: str | None = None, key: str | None = None) -> None:
+        self._http = httpx.Client(**_options(url, key))
 
     def __enter__(self) -> Self:
         return self
@@ -56,39 +177,180 @@ class Client:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
         self._http.close()
 
-    def upload_folder(
-        self, folder: Path, progress: Callable[[str, int, int], None] = _ignore_bytes
-    ) -> JsonObject:
+    @property
+    def url(self) -> str:
+        """The api's address."""
+        return str(self._http.base_url)
+
+    ready = _blocking(routes.ready)
+    methods = _blocking(routes.methods)
+    create_base = _blocking(routes.create_base)
+    base = _blocking(routes.base)
+    bases = _blocking_pages(routes.bases)
+    create_delta = _blocking(routes.create_delta)
+    preview = _blocking(routes.preview)
+    delta = _blocking(routes.delta)
+    deltas = _blocking_pages(routes.deltas)
+    report = _blocking(routes.report)
+    delete = _blocking(routes.delete)
+    restore = _blocking(routes.restore)
+    models = _blocking_pages(routes.models)
+    model = _blocking(routes.model)
+    delete_model = _blocking(routes.delete_model)
+    move_alias = _blocking(routes.move_alias)
+    remove_alias = _blocking(routes.remove_alias)
+    alias_moves = _blocking_pages(routes.alias_moves)
+    job = _blocking(routes.job)
+    jobs = _blocking_pages(routes.jobs)
+    cancel = _blocking(routes.cancel)
+    retry = _blocking(routes.retry)
+    nodes = _blocking(routes.nodes)
+    keys = _blocking(routes.keys)
+    create_key = _blocking(routes.create_key)
+    revoke_key = _blocking(routes.revoke_key)
+    rotate_key = _blocking(routes.rotate_key)
+    generate = _blocking(routes.generate)
+    stream = _blocking_events(routes.stream)
+
+    def send(self, call: Call[T]) -> T:
+        """Send a request, again if it fails and may be repeated, and read its answer.
+
+        Raises:
+            DeltadockError: the answer is an error; the class has its code.
+            Unavailable: the server does not answer.
+        """
+        for attempt in count(1):
+            try:
+                return call.result(self._http.request(**call.arguments()))
+            except (httpx.RequestError, Unavailable) as error:
+                time.sleep(call.pause(attempt, error))
+        raise AssertionError
+
+    def items(self, pages: Pages[T]) -> Iterator[T]:
+        """The items of a list, whose pages are fetched as they are needed."""
+        call = pages.first
+        while True:
+            items, following = self.send(call)
+            yield from items
+            if following is None:
+                return
+            call = pages.after(following)
+
+    def events(self, events: Events[T]) -> Iterator[T]:
+        """The events of one stream.
+
+        Raises:
+            DeltadockError: as `send`, and an error in the stream.
+            Unavailable: the connection broke.
+        """
+        with closing(self._open(events.call)) as response:
+            try:
+                for line in response.iter_lines():
+                    if (event := events.read(line)) is not None:
+                        yield event
+            except httpx.RequestError as error:
+                raise domain_error(error) from error
+
+    def _open(self, call: Call[Any], **more: Any) -> httpx.Response:
+        """Send a request like `send`; its answer is not read yet, and must be closed."""
+        for attempt in count(1):
+            try:
+                request = self._http.build_request(**call.arguments() | more)
+                # Only for downloads: the api may redirect to a presigned URL of its object store.
+                # httpx sends neither Authorization nor this server's cookies to another host.
+                response = self._http.send(request, stream=True, follow_redirects=True)
+                if not response.is_success:
+                    with closing(response):
+                        response.read()
+                    check(response)
+                return response  # noqa: TRY300
+            except (httpx.RequestError, Unavailable) as error:
+                time.sleep(call.pause(attempt, error))
+        raise AssertionError
+
+    def follow(self, job: str) -> Iterator[Job]:
+        """A job now and after every change, until it has ended; connects again if it must.
+
+        Raises:
+            NotFound: there is none.
+            Unavailable: the server does not answer; the job goes on.
+        """
+        failures = 0
+        while failures < RECONNECTS:
+            try:
+                for state in self.events(routes.events(job)):
+                    failures = 0
+                    yield state
+                    if state.is_final:
+                        return
+            except Unavailable:
+                if failures == RECONNECTS - 1:
+                    raise
+            failures += 1
+            time.sleep(POLL_SECONDS)
+        raise Unavailable(f"The server ends the events of {job} before the job has ended.")
+
+    def wait(self, job: str, progress: JobProgress = _ignore) -> Job:
+        """Wait until a job has ended, and return it; `progress` gets it after every change.
+
+        Raises:
+            NotFound: there is none.
+            Unavailable: the server does not answer; the job goes on.
+        """
+        for state in self.follow(job):
+            progress(state)
+        return state
+
+    def log(self, job: str, *, follow: bool = False) -> Iterator[LogLine]:
+        """The lines of a job's log, oldest first; with `follow`, until the job has ended."""
+        after = 0
+        while True:
+            ended = not follow or self.job(job).is_final  # before its last lines are read
+            while lines := self.send(routes.log(job, after)):
+                yield from lines
+                after = lines[-1].id
+            if ended:
+                return
+            time.sleep(POLL_SECONDS)
+
+    def upload_folder(self, folder: str | Path, progress: BytesProgress = _ignore) -> Checkpoint:
         """Upload a checkpoint folder; returns the checkpoint with its digests.
 
         Only the files of the model or adapter are sent, not what a trainer left beside them, and
         of those only what the server lacks: an upload that was interrupted is continued.
-        `progress` is called with a file's name, bytes sent and total bytes, by several threads.
 
         Raises:
             InvalidCheckpoint: the folder has no checkpoint files, or the server refuses them.
             HashMismatch: the server received other bytes than were sent.
             Unavailable: the server does not answer; call again to resume.
         """
+        folder = Path(folder)
         names = sorted(folder_files(folder))
-        checkpoint: JsonObject = self._upload("checkpoint", folder, names, progress)["checkpoint"]
-        return checkpoint
+        uploaded = self._upload("checkpoint", folder, names, progress)["checkpoint"]
+        return Checkpoint.model_validate(uploaded)
 
-    def upload_calibration(self, path: Path) -> str:
-        """Upload a calibration text (.txt or .jsonl); returns its digest."""
-        digest: str = self._upload("calibration", path.parent, [path.name], _ignore_bytes)[
-            "calibration"
-        ]["digest"]
+    def upload_calibration(self, path: str | Path) -> str:
+        """Upload a calibration text (.txt or .jsonl); returns its digest.
+
+        Raises:
+            NotFound: there is no such file.
+            InvalidCalibration: the server refuses it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise NotFound(f"There is no calibration file {path}.")
+        uploaded = self._upload("calibration", path.parent, [path.name], _ignore)
+        digest: str = uploaded["calibration"]["digest"]
         return digest
 
     def _upload(
-        self,
-        kind: str,
-        folder: Path,
-        names: Iterable[str],
-        progress: Callable[[str, int, int], None],
+        self, kind: str, folder: Path, names: Iterable[str], progress: BytesProgress
     ) -> JsonObject:
         with httpx.Client(timeout=TIMEOUT) as storage:
 
@@ -96,200 +358,343 @@ class Client:
                 # A presigned URL is the object store's, which gets no credentials of ours.
                 http = self._http if url.startswith("/") else storage
                 headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
-                with _stream(http, "PUT", url, content=body, headers=headers) as response:
-                    response.read()
+                try:
+                    check(http.put(url, content=body, headers=headers))
+                except httpx.RequestError as error:
+                    raise domain_error(error) from error
 
-            return Uploader(self._json, put, folder, progress).upload(kind, names)
+            def request(method: str, path: str, **body: Any) -> JsonObject:
+                return self.send(Call(method, path, _as_json, body=body.get("json")))
 
-    def create_base(self, name: str, checkpoint: str) -> JsonObject:
-        """Register the uploaded checkpoint with this digest as a base."""
-        return self._json("POST", "/v1/bases", json={"name": name, "checkpoint": checkpoint})
+            return Uploader(request, put, folder, progress).upload(kind, names)
 
-    def create_delta(
+    def push(
         self,
+        folder: str | Path,
         name: str,
         base: str,
-        checkpoint: str,
         *,
         method: str | None = None,
+        calibration: Calibration | None = None,
         seed: int = 0,
-        solver: Literal["exact", "scip"] = "exact",
-        calibration: str | JsonObject | None = None,
-        **goal: float | None,
-    ) -> JsonObject:
-        """Start the compression of a fine-tuned checkpoint; returns `{"delta": ..., "job": ...}`.
+        priority: Literal["high", "normal", "low"] = "normal",
+        parent: str | None = None,
+        recipe: JsonObject | None = None,
+        commit: str | None = None,
+        progress: BytesProgress = _ignore,
+        **goal: Unpack[GoalOptions],
+    ) -> "Push":
+        """Upload a fine-tune and start its compression; `push(...).wait()` waits until it is ready.
 
         Args:
-            name, base, checkpoint, seed, solver: see the REST interface.
-            method: None: the server's default.
-            calibration: digest of an uploaded text, or a mixture `{"sources": [...]}`; None: text
-                sampled from the fine-tune, if the method needs calibration.
-            goal: at most one of `bits`, `target_bytes`, `ratio`, `max_kl` and `min_agreement`.
-        """
-        if isinstance(calibration, str):
-            calibration = {"source": "text", "digest": calibration}
-        body: JsonObject = {
-            "name": name,
-            "base": base,
-            "checkpoint": checkpoint,
-            **({} if method is None else {"method": method}),
-            "seed": seed,
-            "solver": solver,
-            "calibration": calibration,
-            **goal,
-        }
-        return self._json("POST", "/v1/deltas", json=body)
-
-    def preview(
-        self, base: str, checkpoint: str, *, method: str, **goal: float | None
-    ) -> JsonObject:
-        """Predict the size of a compression; `goal` as for `create_delta`."""
-        body: JsonObject = {"base": base, "checkpoint": checkpoint, "method": method, **goal}
-        return self._json("POST", "/v1/previews", json=body)
-
-    def wait(self, job: str, progress: Callable[[JsonObject], None] = _ignore_job) -> JsonObject:
-        """Wait for a job's final state; `progress` is called with the job after every change.
+            folder: the fine-tune's checkpoint, or a PEFT adapter's folder for the method `lora`.
+            name: `project/model`; each push makes a new version, but for equal inputs.
+            base: name or id of the base.
+            calibration: a text, or a mixture of some; None: text sampled from the fine-tune, if
+                the method needs calibration.
+            progress: of the upload.
+            method, seed, priority, parent, recipe, commit, goal: as for `create_delta`.
 
         Raises:
-            Unavailable: the connection broke; call again to continue.
+            InvalidInput: an argument is refused; a subclass says why.
+            NotFound: there is no such base or file.
+            Unavailable: the server does not answer; call again to resume.
         """
-        state: JsonObject = {"state": ""}
-        with self._stream("GET", f"/v1/jobs/{job}/events") as response:
-            for line in response.iter_lines():
-                if line.startswith("data:"):
-                    state = json.loads(line.removeprefix("data:"))
-                    progress(state)
-        if state["state"] not in FINAL_STATES:
-            raise Unavailable("The server closed the connection before the job ended.")
-        return state
+        routes.checked_name(name)
+        self.base(base)  # before hours of upload
+        checkpoint = self.upload_folder(folder, progress)
+        accepted = self.create_delta(
+            name, base, checkpoint.digest, method=method, seed=seed, priority=priority,
+            calibration=None if calibration is None else self._mixture(calibration),
+            parent=parent, recipe=recipe, commit=commit, **goal,
+        )  # fmt: skip
+        return Push(self, accepted.delta, accepted.job)
 
-    def job(self, job: str) -> JsonObject:
-        """A job's current state."""
-        return self._json("GET", f"/v1/jobs/{job}")
+    def _mixture(self, calibration: Calibration) -> JsonObject:
+        weights = calibration if isinstance(calibration, Mapping) else {calibration: 1.0}
+        sources: list[JsonObject] = []
+        for source, weight in weights.items():
+            if source == SAMPLED:
+                sources.append({"source": "sampled", "weight": weight})
+            else:
+                sources.append({"digest": self.upload_calibration(source), "weight": weight})
+        return {"sources": sources}
 
-    def cancel(self, job: str) -> JsonObject:
-        """Request the cancellation of a job."""
-        return self._json("POST", f"/v1/jobs/{job}/cancel")
-
-    def delta(self, delta: str) -> JsonObject:
-        """The delta with this id."""
-        return self._json("GET", f"/v1/deltas/{delta}")
-
-    def deltas(self) -> Iterator[JsonObject]:
-        """All deltas, newest first; pages are fetched lazily."""
-        parameters: dict[str, str] = {}
-        while True:
-            page = self._json("GET", "/v1/deltas", params=parameters)
-            yield from page["data"]
-            if page["next"] is None:
-                return
-            parameters["after"] = page["next"]
-
-    def report(self, delta: str) -> JsonObject:
-        """The compression report of a delta."""
-        return self._json("GET", f"/v1/deltas/{delta}/report")
-
-    def download_artifact(
-        self,
-        delta: str,
-        path: Path,
-        progress: Callable[[str, int, int], None] = _ignore_bytes,
-    ) -> None:
-        """Download a delta file to `path`; resumes an interrupted download.
+    def download(
+        self, reference: str, path: str | Path, progress: BytesProgress = _ignore
+    ) -> Delta:
+        """Download a delta's file to `path` and verify it; continues what was interrupted.
 
         Raises:
+            NotReady: its compression is unfinished or failed.
             HashMismatch: the bytes do not match the digest; the partial file is removed.
             Unavailable: the connection broke; call again to resume.
         """
-        artifact = self.delta(delta)["artifact"]
-        partial = path.with_name(f"{path.name}.part")
-        received = partial.stat().st_size if partial.exists() else 0
-        # No If-Range: a delta's bytes never change, and an object store does not know our ETag.
-        headers = {"Range": f"bytes={received}-"} if received else {}
-        if received != artifact["bytes"]:
-            # Only here: the api may redirect to a presigned URL of its object store. httpx sends
-            # neither Authorization nor this server's cookies to another host.
-            with self._stream(
-                "GET", f"/v1/deltas/{delta}/artifact", headers=headers, follow_redirects=True
-            ) as response:
-                received = received if response.status_code == httpx.codes.PARTIAL_CONTENT else 0
-                with partial.open("ab" if received else "wb") as output:
-                    for chunk in response.iter_bytes(CHUNK_BYTES):
-                        output.write(chunk)
-                        received += len(chunk)
-                        progress(path.name, received, artifact["bytes"])
-        with partial.open("rb") as stream:
+        path, delta = Path(path), self.delta(reference)
+        if delta.artifact is None:
+            raise NotReady(f"{delta.reference} is {delta.state}; see its job {delta.job}.")
+        size, digest = delta.artifact.bytes, delta.artifact.digest
+        # Named by the digest: an alias may have moved since the first part arrived.
+        partial_path = path.with_name(f"{path.name}.{digest[:16]}.part")
+        call = Call("GET", f"/v1/deltas/{delta.id}/artifact", reader(bytes))
+        failures = 0
+        while (received := _size(partial_path)) < size:
+            try:
+                for done in self._receive(call, partial_path, received):
+                    failures = 0
+                    progress(path.name, done, size)
+            except httpx.RequestError as error:
+                failures += 1
+                if failures == RECONNECTS:
+                    raise domain_error(error) from error
+                time.sleep(POLL_SECONDS)
+        with partial_path.open("rb") as stream:
             actual = hashlib.file_digest(stream, "sha256").hexdigest()
-        if actual != artifact["digest"]:
-            partial.unlink()
-            raise HashMismatch(f"The download of {delta} is damaged. Download it again.")
-        partial.replace(path)
+        if actual != digest:
+            partial_path.unlink()
+            raise HashMismatch(
+                f"The download of {delta.reference} is damaged: its SHA-256 is {actual}, not "
+                f"{digest}. Download it again."
+            )
+        partial_path.replace(path)
+        return delta
 
-    def generate(
-        self,
-        model: str,
-        prompt: str,
-        *,
-        kind: Literal["deltas", "bases"] = "deltas",
-        max_tokens: int = 128,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: str | list[str] | None = None,
-    ) -> JsonObject:
-        """Complete a prompt with a delta or a bare base; returns `{"text", "usage"}`."""
-        return self._json(
-            "POST",
-            f"/v1/{kind}/{quote(model, safe='')}/generate",
-            json={
-                "prompt": prompt,
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "seed": seed,
-                "stop": stop,
-            },
-        )
-
-    def _json(self, method: str, path: str, **arguments: Any) -> JsonObject:
-        with self._stream(method, path, **arguments) as response:
-            content = response.read()
-        parsed: JsonObject = json.loads(content) if content else {}
-        return parsed
-
-    def _stream(
-        self, method: str, path: str, **arguments: Any
-    ) -> AbstractContextManager[httpx.Response]:
-        return _stream(self._http, method, path, **arguments)
+    def _receive(self, call: Call[Any], path: Path, start: int) -> Iterator[int]:
+        """Append the bytes from `start` on to a file; yields its size after each chunk."""
+        # No If-Range: a delta's bytes never change, and an object store does not know our ETag.
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        with closing(self._open(call, headers=headers)) as response:
+            done = start if response.status_code == httpx.codes.PARTIAL_CONTENT else 0
+            with path.open("ab" if done else "wb") as output:
+                for chunk in response.iter_bytes(CHUNK_BYTES):
+                    output.write(chunk)
+                    done += len(chunk)
+                    yield done
 
 
-@contextmanager
-def _stream(
-    http: httpx.Client, method: str, url: str, **arguments: Any
-) -> Iterator[httpx.Response]:
-    """Send a request and stream the response.
+class Push:
+    """A push whose compression runs on the server.
+
+    Attributes:
+        delta: the new version.
+        job: its compression, as it was then.
+    """
+
+    def __init__(self, client: Client, delta: Delta, job: Job) -> None:
+        self.delta = delta
+        self.job = job
+        self._client = client
+
+    def wait(self, progress: JobProgress | None = None) -> Delta:
+        """Wait until the delta is ready, and return it.
+
+        Args:
+            progress: gets the job after every change. None: a bar, in a terminal or a notebook.
+
+        Raises:
+            DeltadockError: the compression failed; the class has its code.
+            Cancelled: it was cancelled.
+            Unavailable: the server does not answer; the job goes on, and `wait` can be called
+                again.
+        """
+        with default_bar(progress) as show:
+            self.job = self._client.wait(self.job.id, show)
+        if (failure := self.job.failure) is not None:
+            raise failure
+        self.delta = self._client.delta(self.delta.id)
+        return self.delta
+
+    def _repr_html_(self) -> str:
+        return self.delta._repr_html_()
+
+
+class AsyncClient:
+    """`Client` for asynchronous programs; an asynchronous context manager.
+
+    Args:
+        url, key: as for `Client`.
 
     Raises:
-        DeltadockError: an error response; the class has its code.
-        Unavailable: the connection failed.
+        InvalidInput: `url` is not an address.
     """
-    try:
-        with http.stream(method, url, **arguments) as response:
-            if not response.is_success:
-                response.read()
-                raise error_of(response)
-            yield response
-    except httpx.RequestError as error:
-        server = error.request.url.copy_with(path="/", query=None)
-        raise Unavailable(f"Deltadock at {server} does not answer: {error}") from error
+
+    def __init__(self, url: str | None = None, key: str | None = None) -> None:
+        self._http = httpx.AsyncClient(**_options(url, key))
+        self._blocking = Client(url, key)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        self._blocking.close()
+        await self._http.aclose()
+
+    ready = _awaited(routes.ready)
+    methods = _awaited(routes.methods)
+    create_base = _awaited(routes.create_base)
+    base = _awaited(routes.base)
+    bases = _awaited_pages(routes.bases)
+    create_delta = _awaited(routes.create_delta)
+    preview = _awaited(routes.preview)
+    delta = _awaited(routes.delta)
+    deltas = _awaited_pages(routes.deltas)
+    report = _awaited(routes.report)
+    delete = _awaited(routes.delete)
+    restore = _awaited(routes.restore)
+    models = _awaited_pages(routes.models)
+    model = _awaited(routes.model)
+    delete_model = _awaited(routes.delete_model)
+    move_alias = _awaited(routes.move_alias)
+    remove_alias = _awaited(routes.remove_alias)
+    alias_moves = _awaited_pages(routes.alias_moves)
+    job = _awaited(routes.job)
+    jobs = _awaited_pages(routes.jobs)
+    cancel = _awaited(routes.cancel)
+    retry = _awaited(routes.retry)
+    nodes = _awaited(routes.nodes)
+    keys = _awaited(routes.keys)
+    create_key = _awaited(routes.create_key)
+    revoke_key = _awaited(routes.revoke_key)
+    rotate_key = _awaited(routes.rotate_key)
+    generate = _awaited(routes.generate)
+    stream = _awaited_events(routes.stream)
+
+    async def send(self, call: Call[T]) -> T:
+        """As `Client.send`."""
+        for attempt in count(1):
+            try:
+                return call.result(await self._http.request(**call.arguments()))
+            except (httpx.RequestError, Unavailable) as error:
+                await anyio.sleep(call.pause(attempt, error))
+        raise AssertionError
+
+    async def items(self, pages: Pages[T]) -> AsyncIterator[T]:
+        """As `Client.items`."""
+        call = pages.first
+        while True:
+            items, following = await self.send(call)
+            for item in items:
+                yield item
+            if following is None:
+                return
+            call = pages.after(following)
+
+    async def events(self, events: Events[T]) -> AsyncIterator[T]:
+        """As `Client.events`."""
+        async with aclosing(await self._open(events.call)) as response:
+            try:
+                async for line in response.aiter_lines():
+                    if (event := events.read(line)) is not None:
+                        yield event
+            except httpx.RequestError as error:
+                raise domain_error(error) from error
+
+    async def _open(self, call: Call[Any]) -> httpx.Response:
+        for attempt in count(1):
+            try:
+                request = self._http.build_request(**call.arguments())
+                response = await self._http.send(request, stream=True)
+                if not response.is_success:
+                    async with aclosing(response):
+                        await response.aread()
+                    check(response)
+                return response  # noqa: TRY300
+            except (httpx.RequestError, Unavailable) as error:
+                await anyio.sleep(call.pause(attempt, error))
+        raise AssertionError
+
+    async def follow(self, job: str) -> AsyncIterator[Job]:
+        """As `Client.follow`."""
+        failures = 0
+        while failures < RECONNECTS:
+            try:
+                async for state in self.events(routes.events(job)):
+                    failures = 0
+                    yield state
+                    if state.is_final:
+                        return
+            except Unavailable:
+                if failures == RECONNECTS - 1:
+                    raise
+            failures += 1
+            await anyio.sleep(POLL_SECONDS)
+        raise Unavailable(f"The server ends the events of {job} before the job has ended.")
+
+    async def wait(self, job: str, progress: JobProgress = _ignore) -> Job:
+        """As `Client.wait`."""
+        async for state in self.follow(job):
+            progress(state)
+        return state
+
+    async def log(self, job: str, *, follow: bool = False) -> AsyncIterator[LogLine]:
+        """As `Client.log`."""
+        after = 0
+        while True:
+            ended = not follow or (await self.job(job)).is_final
+            while lines := await self.send(routes.log(job, after)):
+                for line in lines:
+                    yield line
+                after = lines[-1].id
+            if ended:
+                return
+            await anyio.sleep(POLL_SECONDS)
+
+    async def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await anyio.to_thread.run_sync(partial(work, *args, **kwargs))
+
+    async def upload_folder(
+        self, folder: str | Path, progress: BytesProgress = _ignore
+    ) -> Checkpoint:
+        """As `Client.upload_folder`."""
+        return await self._in_thread(self._blocking.upload_folder, folder, progress)
+
+    async def upload_calibration(self, path: str | Path) -> str:
+        """As `Client.upload_calibration`."""
+        return await self._in_thread(self._blocking.upload_calibration, path)
+
+    async def push(self, folder: str | Path, name: str, base: str, **options: Any) -> "AsyncPush":
+        """As `Client.push`, with the same options."""
+        pushed = await self._in_thread(self._blocking.push, folder, name, base, **options)
+        return AsyncPush(self, pushed.delta, pushed.job)
+
+    async def download(
+        self, reference: str, path: str | Path, progress: BytesProgress = _ignore
+    ) -> Delta:
+        """As `Client.download`."""
+        return await self._in_thread(self._blocking.download, reference, path, progress)
 
 
-def error_of(response: httpx.Response) -> DeltadockError:
-    """The error for a response with a problem body (RFC 9457)."""
-    try:
-        problem = response.json()
-        code, detail = problem["code"], problem["detail"]
-    except (ValueError, KeyError, TypeError):  # such as a proxy's error page
-        url = response.url.copy_with(query=None)  # presigned URLs have their signature there
-        return Unavailable(f"{url} answered with status {response.status_code}.")
-    return error_for(code, detail)
+class AsyncPush:
+    """As `Push`."""
+
+    def __init__(self, client: AsyncClient, delta: Delta, job: Job) -> None:
+        self.delta = delta
+        self.job = job
+        self._client = client
+
+    async def wait(self, progress: JobProgress | None = None) -> Delta:
+        """As `Push.wait`."""
+        with default_bar(progress) as show:
+            self.job = await self._client.wait(self.job.id, show)
+        if (failure := self.job.failure) is not None:
+            raise failure
+        self.delta = await self._client.delta(self.delta.id)
+        return self.delta
+
+
+def _as_json(answer: Any) -> JsonObject:
+    parsed: JsonObject = answer or {}
+    return parsed
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

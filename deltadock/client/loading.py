@@ -1,7 +1,9 @@
-"""Load a delta into a plain `transformers` model in place, and unload it."""
+"""Load a delta, a file or one of a server, into a plain `transformers` model, and unload it."""
 
 import hashlib
 import json
+import os
+import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,9 +12,10 @@ from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from deltadock.artifacts.checkpoint import (
     CONFIG,
@@ -25,12 +28,20 @@ from deltadock.artifacts.configs import EPSILONS, ROPE, check_same_forward, expa
 from deltadock.artifacts.names import find_name, is_embedding, is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import TORCH_DTYPES, fits_base, merged_tensor
+from deltadock.client.http import Client
+from deltadock.client.routes import is_reference
 from deltadock.client.views import checkpoint_views, tensors_of
-from deltadock.errors import BaseMismatch, InvalidArtifact, UnsupportedModel
+from deltadock.errors import BaseMismatch, InvalidArtifact, NotFound, UnsupportedModel
 
 SAFETENSORS_DTYPES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 GENERATION: Final = "generation_config.json"
+
+TOKENIZER_FILES: Final = (
+    CONFIG, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer.model", "spiece.model",
+)  # fmt: skip
 
 NARROW_DTYPES: Final = (torch.bfloat16, torch.float16)
 """Dtypes that a float32 model's checkpoint may have."""
@@ -122,12 +133,39 @@ class LoadedDelta:
     ) -> None:
         self.unload()
 
+    def tokenizer(self, base: Path | str) -> Any:
+        """The fine-tune's tokenizer: the base's files, with those that the fine-tune has changed.
+
+        `base` is the base's folder, or its name on the Hugging Face Hub.
+        """
+        with tempfile.TemporaryDirectory(prefix="deltadock-tokenizer-") as name:
+            folder, source = Path(name), Path(base)
+            if not source.is_dir():
+                source = Path(snapshot_download(str(base), allow_patterns=list(TOKENIZER_FILES)))
+            for file in TOKENIZER_FILES:
+                if (source / file).is_file():
+                    (folder / file).write_bytes((source / file).read_bytes())
+            for file, content in self.files.items():
+                if content is None:
+                    (folder / file).unlink(missing_ok=True)
+                else:
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    data = content.encode() if isinstance(content, str) else content
+                    (folder / file).write_bytes(data)
+            return AutoTokenizer.from_pretrained(folder)
+
     def unload(self) -> None:
         """Restore the base's weights bit for bit, from the tensors that were kept."""
         self._replacements.restore()
 
 
-def load_delta(model: Any, delta: Path | str, base: Path | str | None = None) -> LoadedDelta:
+def load_delta(
+    model: Any,
+    delta: Path | str,
+    base: Path | str | None = None,
+    *,
+    client: Client | None = None,
+) -> LoadedDelta:
     """Turn a `transformers` model into the fine-tuned one, in place.
 
     Changed weights get new tensors and the old ones are kept for `unload`, so memory grows by the
@@ -136,17 +174,20 @@ def load_delta(model: Any, delta: Path | str, base: Path | str | None = None) ->
 
     Args:
         model: the base as loaded by `from_pretrained`, on any device, in any floating-point dtype.
-        delta: the delta file.
+        delta: the delta file, or the name or id of a delta of a server, such as
+            `project/name@prod`, which is downloaded, verified and kept in the user's cache.
         base: the checkpoint folder that the model was loaded from. Needed if the model's weights do
             not have the delta's base digest, for example after a cast that rounded them.
+        client: of the server; None: `Client()`.
 
     Raises:
+        NotFound: there is no such file, or no such delta on the server.
         BaseMismatch: the model is not the delta's base, or cannot be verified to be.
         InvalidArtifact: the delta is unreadable, damaged or does not fit the model.
         ArchitectureMismatch: the fine-tune's config.json uses the weights differently otherwise.
         UnsupportedModel: weights are quantized or not in memory, so they cannot be replaced.
     """
-    with Artifact(Path(delta)) as artifact, torch.no_grad():
+    with Artifact(fetch(delta, client)) as artifact, torch.no_grad():
         artifact.check_intact()
         views = checkpoint_views(model)
         weights = (
@@ -170,6 +211,52 @@ def load_delta(model: Any, delta: Path | str, base: Path | str | None = None) ->
             replacements.restore()
             raise
         return LoadedDelta({**artifact.files, **artifact.binary_files}, replacements)
+
+
+def from_pretrained(
+    base: Path | str, delta: Path | str, *, client: Client | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """The fine-tuned model and its tokenizer, from its base and its delta.
+
+    Args:
+        base: the base's folder, or its name on the Hugging Face Hub.
+        delta, client: as for `load_delta`.
+        options: of `AutoModelForCausalLM.from_pretrained`; the dtype is the checkpoint's, unless
+            it says otherwise.
+
+    Raises:
+        DeltadockError: as `load_delta`.
+    """
+    path = fetch(delta, client)
+    model = AutoModelForCausalLM.from_pretrained(base, **{"dtype": "auto", **options})
+    folder = Path(base) if Path(base).is_dir() else None
+    loaded = load_delta(model, path, folder)
+    model.eval()
+    return model, loaded.tokenizer(base)
+
+
+def fetch(delta: Path | str, client: Client | None = None) -> Path:
+    """The delta's file: `delta` itself, or that of a name or id, downloaded once a digest.
+
+    Raises:
+        NotFound: there is no such file, or no such delta on the server.
+        NotReady: its compression is unfinished or failed.
+        Unavailable: the server does not answer.
+    """
+    if Path(delta).exists() or isinstance(delta, Path) or not is_reference(delta):
+        if not Path(delta).is_file():
+            raise NotFound(f"{delta} is neither a delta file nor a name such as project/model.")
+        return Path(delta)
+    if client is None:
+        with Client() as default:
+            return fetch(delta, default)
+    found = client.delta(delta)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltadock"
+    path = cache / f"{found.artifact.digest if found.artifact else found.id}.delta"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        client.download(found.id, path)
+    return path
 
 
 def _tied(model: Any) -> set[str]:

@@ -94,7 +94,7 @@ def test_parts_that_break_off_are_sent_again(
         Fault("PUT", "config.json", lose_answer=True),
         Fault("GET", "/parts", lose_answer=True),
     ]
-    assert client.upload_folder(folder)["total_bytes"] > 3 * PART
+    assert client.upload_folder(folder).total_bytes > 3 * PART
     again = [EVERYTHING[0], EVERYTHING[2], EVERYTHING[3]]
     assert sent(proxy) == sorted(EVERYTHING + again)  # part 4 was there
 

@@ -137,7 +137,7 @@ class TestRedirects:
 
         (tmp_path / "x.delta.part").write_bytes(artifact[:100_000])
         with Client(str(api.client.base_url), api.key) as client:
-            client.download_artifact(delta["id"], tmp_path / "x.delta")
+            client.download(delta["id"], tmp_path / "x.delta")
         assert (tmp_path / "x.delta").read_bytes() == artifact
 
     def test_clients_send_parts_to_the_object_store(

@@ -1,14 +1,23 @@
-"""The client's error handling; its requests are tested in tests/system."""
+"""Requests: which errors responses are, what is sent again, and how often."""
 
+import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
-from deltadock.cli.processes import free_ports
-from deltadock.client.http import Client, error_of
-from deltadock.errors import DeltadockError, InvalidCheckpoint, Unavailable
+from deltadock.client import http, routes
+from deltadock.client.http import Client
+from deltadock.client.requests import ATTEMPTS, Call, Events, error_of
+from deltadock.client.resources import Job
+from deltadock.errors import (
+    DeltadockError,
+    HashMismatch,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 
 
 def tree(kind: type[DeltadockError] = DeltadockError) -> Iterator[type[DeltadockError]]:
@@ -17,15 +26,44 @@ def tree(kind: type[DeltadockError] = DeltadockError) -> Iterator[type[Deltadock
         yield from tree(child)
 
 
-def answer(**arguments: object) -> httpx.Response:
+def answer(status: int = 502, **arguments: object) -> httpx.Response:
     request = httpx.Request("GET", "http://deltadock/v1/x")
-    return httpx.Response(502, request=request, **arguments)  # type: ignore[arg-type]
+    return httpx.Response(status, request=request, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses, which are not made."""
+    made: list[float] = []
+    monkeypatch.setattr(time, "sleep", made.append)
+    return made
+
+
+def answering(*answers: httpx.Response | type[httpx.RequestError]) -> tuple[Client, list[str]]:
+    """A client whose server gives these answers in turn, and what it was asked."""
+    asked: list[str] = []
+    left = list(answers)
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        asked.append(f"{request.method} {request.headers.get('idempotency-key', '')}".strip())
+        found = left.pop(0)
+        if isinstance(found, httpx.Response):
+            return found
+        raise found("broken", request=request)
+
+    client = Client("http://deltadock", "ddk_x")
+    client._http = httpx.Client(base_url="http://deltadock", transport=httpx.MockTransport(handle))
+    return client, asked
 
 
 @pytest.mark.parametrize("kind", list(tree()), ids=lambda kind: kind.code)
-def test_a_problem_body_becomes_the_error_class_of_its_code(kind: type[DeltadockError]) -> None:
-    error = error_of(answer(json={"code": kind.code, "detail": "what to do"}))
-    assert (type(error), error.message) == (kind, "what to do")
+def test_an_error_body_becomes_the_error_class_of_its_code(kind: type[DeltadockError]) -> None:
+    for body in (
+        {"code": kind.code, "detail": "what to do"},
+        {"error": {"code": kind.code, "message": "what to do", "type": "x", "param": None}},
+    ):
+        error = error_of(answer(json=body))
+        assert (type(error), error.message) == (kind, "what to do")
 
 
 def test_an_unknown_code_is_in_the_message() -> None:
@@ -33,16 +71,109 @@ def test_an_unknown_code_is_in_the_message() -> None:
     assert "new_thing: what to do" in error.message
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'"text"'])
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'"text"', b'{"error": "x"}'])
 def test_a_proxys_error_page_is_unavailable(body: bytes) -> None:
     error = error_of(answer(content=body))
     assert isinstance(error, Unavailable)
     assert "502" in error.message
 
 
-def test_a_failed_connection_is_unavailable(tmp_path: Path) -> None:
-    with Client(f"http://127.0.0.1:{free_ports(1)[0]}") as client:
-        with pytest.raises(Unavailable, match="does not answer"):
-            client.job("job_x")
-        with pytest.raises(InvalidCheckpoint, match=r"no \.safetensors file"):
-            client.upload_folder(tmp_path)
+def test_reads_are_repeated_until_they_succeed(pauses: list[float]) -> None:
+    ready = answer(200, json={"status": "ok", "checks": {}})
+    client, asked = answering(answer(503), httpx.ReadError, ready)
+    assert client.ready().status == "ok"
+    assert asked == ["GET"] * 3
+    assert 0.25 <= pauses[0] <= 0.5 <= pauses[1] <= 1.0
+
+
+def test_reads_are_not_repeated_for_ever(pauses: list[float]) -> None:
+    client, asked = answering(*[httpx.ConnectError] * ATTEMPTS)
+    with pytest.raises(Unavailable, match=r"http://deltadock/ does not answer.*deltadock doctor"):
+        client.ready()
+    assert len(asked) == ATTEMPTS
+    assert len(pauses) == ATTEMPTS - 1
+
+
+def test_the_server_says_when_to_ask_again(pauses: list[float]) -> None:
+    body = {"code": "overloaded", "detail": "full"}
+    busy = [answer(429, json=body, headers={"Retry-After": "7"}) for _ in range(ATTEMPTS)]
+    client, _ = answering(*busy)
+    with pytest.raises(Overloaded, match="full"):
+        client.generate("tiny", "x")
+    assert pauses == [7.0] * (ATTEMPTS - 1)
+
+
+@pytest.mark.parametrize("failure", [httpx.ReadError, answer(502), answer(504)])
+def test_what_may_have_been_done_is_not_done_twice(
+    failure: httpx.Response | type[httpx.RequestError], pauses: list[float]
+) -> None:
+    client, asked = answering(failure)
+    with pytest.raises(Unavailable):
+        client.retry("job_x")
+    assert asked == ["POST"]
+    assert pauses == []
+
+
+def test_what_creates_is_repeated_under_one_key(pauses: list[float]) -> None:
+    refusal = answer(404, json={"code": "not_found", "detail": "none"})
+    client, asked = answering(httpx.ReadError, answer(502), refusal)
+    with pytest.raises(NotFound):
+        client.create_base("x", "0" * 64)
+    assert len(asked) == 3
+    assert len(set(asked)) == 1
+    assert asked[0].startswith("POST ")
+
+
+def test_refusals_are_not_repeated(pauses: list[float]) -> None:
+    client, asked = answering(answer(404, json={"code": "not_found", "detail": "none"}))
+    with pytest.raises(NotFound, match="none"):
+        client.job("job_x")
+    assert asked == ["GET"]
+
+
+def test_an_error_in_a_stream_is_raised() -> None:
+    events: Events[Job] = Events(Call("GET", "/", Job.model_validate))
+    assert events.read(": a comment") is None
+    assert events.read("data: [DONE]") is None
+    with pytest.raises(HashMismatch, match="why"):
+        events.read('data: {"error": {"code": "hash_mismatch", "message": "why"}}')
+
+
+def test_a_job_that_is_followed_survives_a_broken_connection(pauses: list[float]) -> None:
+    job = {
+        "id": "job_1", "delta": "dlt_1", "state": "compressing", "priority": "normal", "block": 1,
+        "blocks": 2, "percent": 50.0, "message": "block 2 of 2", "cancel_requested": False,
+        "attempt": 1, "created_at": "2026-11-22T12:00:00Z", "updated_at": "2026-11-22T12:00:00Z",
+    }  # fmt: skip
+    first = Job.model_validate(job).model_dump_json()
+    last = Job.model_validate(job | {"state": "ready", "percent": 100.0}).model_dump_json()
+    client, asked = answering(
+        answer(200, text=f"data: {first}\n\n"),
+        httpx.ConnectError,
+        answer(200, text=f"data: {first}\n\ndata: {last}\n\n"),
+    )
+    seen: list[str] = []
+    assert client.wait("job_1", lambda job: seen.append(job.stage)).is_final
+    assert seen == ["compressing: block 2 of 2"] * 2 + ["ready"]
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://", "ftp://x", "http:///x", "x"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(InvalidInput, match=r"is not an address such as http://127\.0\.0\.1:8000"):
+        Client(url, "ddk_x")
+
+
+@pytest.mark.parametrize("name", ["skills", "a/b/c", "maths/skills@Prod", "../x", "", "a b/c"])
+def test_what_is_no_name_is_refused_before_it_is_sent(name: str) -> None:
+    with pytest.raises(InvalidInput, match="project/model"):
+        routes.delta(name)
+    with pytest.raises(InvalidInput, match="project/model"):
+        routes.model(name)
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    def public(kind: type) -> set[str]:
+        return {name for name in vars(kind) if not name.startswith("_")}
+
+    assert public(http.Client) - {"url"} == public(http.AsyncClient)

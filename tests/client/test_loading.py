@@ -30,6 +30,7 @@ from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import BaseMismatch, InvalidArtifact, UnsupportedModel
 from tests.artifacts.make_golden import MANIFEST
 from tests.artifacts.samples import svd_matrix
+from tests.cli.support import save_tokenizer
 
 WEIGHTS = "model.safetensors"
 VOCABULARY = 96
@@ -301,3 +302,23 @@ def test_rows_are_merged_once(tmp_path: Path) -> None:
     before = model.lm_head.weight.clone()
     with deltadock.load_delta(model, write(base, tmp_path / "a.delta", {EMBEDDING: rows})):
         assert torch.equal(model.lm_head.weight, (before.float() - 0.125).bfloat16())
+
+
+def test_from_pretrained_gives_the_fine_tune_and_its_tokenizer(tmp_path: Path) -> None:
+    base = make_base("llama", tmp_path / "base")
+    save_tokenizer(base)
+    template = "{{ messages[0].content }}"
+    path = write(
+        base,
+        tmp_path / "a.delta",
+        {entry.name: encoded_delta(entry, 0) for entry in scan_folder(base).tensors},
+        files={"chat_template.jinja": template},
+    )
+    model, tokenizer = deltadock.from_pretrained(base, path)
+    assert model.dtype == torch.bfloat16
+    merge(base, path, tmp_path / "merged")
+    assert torch.equal(logits(model), logits(load(tmp_path / "merged", dtype=torch.bfloat16)))
+    assert tokenizer.chat_template == template
+    assert tokenizer.decode(tokenizer("abc").input_ids) == "abc"
+    with pytest.raises(BaseMismatch):
+        deltadock.from_pretrained(tmp_path / "merged", path)

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
@@ -16,6 +17,17 @@ from tests.api.support import serving
 ARTIFACT = b"artifact"
 
 
+def described(digest: str, size: int) -> dict[str, Any]:
+    """A delta with this artifact, as the api describes it."""
+    return {
+        "id": "dlt_1", "name": "maths/skills", "version": 1, "aliases": [], "default_version": 1,
+        "base": {"id": "b", "name": "tiny", "checkpoint": "0"}, "checkpoint": "1",
+        "method": "exact", "bits": None, "goal": None, "seed": 0, "solver": "exact",
+        "state": "ready", "percent": 100.0, "job": "job_1", "created_by": None,
+        "artifact": {"digest": digest, "bytes": size}, "created_at": "2026-11-22T12:00:00Z",
+    }  # fmt: skip
+
+
 def test_the_object_store_gets_no_credentials_or_cookies(tmp_path: Path) -> None:
     seen: list[Request] = []
 
@@ -24,8 +36,7 @@ def test_the_object_store_gets_no_credentials_or_cookies(tmp_path: Path) -> None
         return Response(ARTIFACT)
 
     async def delta(_request: Request) -> Response:
-        digest = hashlib.sha256(ARTIFACT).hexdigest()
-        answer = JSONResponse({"artifact": {"digest": digest, "bytes": len(ARTIFACT)}})
+        answer = JSONResponse(described(hashlib.sha256(ARTIFACT).hexdigest(), len(ARTIFACT)))
         answer.set_cookie("session", "secret")
         return answer
 
@@ -35,11 +46,11 @@ def test_the_object_store_gets_no_credentials_or_cookies(tmp_path: Path) -> None
             seen.append(request)
             return RedirectResponse(f"{store_url}/blob?X-Amz-Signature=x", 307)
 
-        routes = [Route("/v1/deltas/d", delta), Route("/v1/deltas/d/artifact", redirect)]
+        routes = [Route("/v1/deltas/dlt_1", delta), Route("/v1/deltas/dlt_1/artifact", redirect)]
         with serving(Starlette(routes=routes)) as url:
             named = url.replace("127.0.0.1", "user:password@localhost")
             with Client(named) as client:
-                client.download_artifact("d", tmp_path / "d.delta")
+                client.download("dlt_1", tmp_path / "d.delta")
     at_api, at_store = seen
     for header in ("authorization", "cookie"):
         assert header in at_api.headers
@@ -52,20 +63,20 @@ def test_a_refusal_does_not_show_the_signature(tmp_path: Path) -> None:
         return Response("<Error/>", 403)
 
     async def delta(_request: Request) -> Response:
-        return JSONResponse({"artifact": {"digest": "0" * 64, "bytes": 1}})
+        return JSONResponse(described("0" * 64, 1))
 
     async def redirect(_request: Request) -> Response:
         return RedirectResponse("/blob?X-Amz-Signature=secret", 307)
 
     routes = [
         Route("/blob", refuse),
-        Route("/v1/deltas/d", delta),
-        Route("/v1/deltas/d/artifact", redirect),
+        Route("/v1/deltas/dlt_1", delta),
+        Route("/v1/deltas/dlt_1/artifact", redirect),
     ]
     with (
         serving(Starlette(routes=routes)) as url,
         Client(url) as client,
         pytest.raises(Unavailable, match="/blob answered with status 403") as caught,
     ):
-        client.download_artifact("d", tmp_path / "d.delta")
+        client.download("dlt_1", tmp_path / "d.delta")
     assert "secret" not in caught.value.message

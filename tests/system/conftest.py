@@ -71,7 +71,7 @@ def client(url: str) -> Iterator[Client]:
 @pytest.fixture(scope="session")
 def stored(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Stored:
     base = client.upload_folder(SAMPLES / "base")
-    client.create_base("sample-base", base["digest"])
+    client.create_base("sample-base", base.digest)
     finetuned = client.upload_folder(SAMPLES / "finetuned")
     text = tmp_path_factory.mktemp("text") / "calibration.txt"
     text.write_text((SAMPLES / "calibration.txt").read_text()[:40_000])
@@ -79,12 +79,13 @@ def stored(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Stored:
     accepted = client.create_delta(
         "maths/skills",
         "sample-base",
-        finetuned["digest"],
+        finetuned.digest,
         method="adamix",
         bits=1.0,
         calibration=calibration,
     )
     events: list[dict[str, Any]] = []
-    job = client.wait(accepted["job"]["id"], events.append)
-    assert job["state"] == "ready", job
-    return Stored(base, finetuned, calibration, client.delta(accepted["delta"]["id"]), events)
+    job = client.wait(accepted.job.id, lambda job: events.append(job.model_dump(mode="json")))
+    assert job.state == "ready", job
+    delta = client.delta(accepted.delta.id).model_dump(mode="json")
+    return Stored(base.model_dump(), finetuned.model_dump(), calibration, delta, events)

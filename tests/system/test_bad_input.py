@@ -123,8 +123,8 @@ def test_another_architecture_is_rejected_before_a_job_starts(
 
     other = client.upload_folder(changed(tmp_path / "narrow", narrow))
     with pytest.raises(ArchitectureMismatch, match=name):
-        client.create_delta("maths/narrow", "sample-base", other["digest"], method="exact")
-    assert stored.delta["id"] in {delta["id"] for delta in client.deltas()}
+        client.create_delta("maths/narrow", "sample-base", other.digest, method="exact")
+    assert stored.delta["id"] in {delta.id for delta in client.deltas()}
 
 
 def test_non_finite_weights_fail_the_job(stored: Stored, client: Client, tmp_path: Path) -> None:
@@ -132,12 +132,10 @@ def test_non_finite_weights_fail_the_job(stored: Stored, client: Client, tmp_pat
         weights["model.norm.weight"][3] = torch.inf
 
     diverged = client.upload_folder(changed(tmp_path / "diverged", diverge))
-    accepted = client.create_delta(
-        "maths/diverged", "sample-base", diverged["digest"], method="exact"
-    )
-    job = client.wait(accepted["job"]["id"])
-    assert (job["state"], job["error"]["code"]) == ("failed", "non_finite_weights")
-    delta = accepted["delta"]["id"]
+    accepted = client.create_delta("maths/diverged", "sample-base", diverged.digest, method="exact")
+    job = client.wait(accepted.job.id)
+    assert (job.state, job.failure.code) == ("failed", "non_finite_weights")
+    delta = accepted.delta.id
     with pytest.raises(DeltadockError) as error:
         client.report(delta)
     assert error.value.code == "not_ready"

@@ -32,15 +32,15 @@ def test_progress_is_streamed(stored: Stored) -> None:
 def test_the_delta_has_a_listing_and_a_report(stored: Stored, client: Client) -> None:
     delta = stored.delta
     assert (delta["state"], delta["version"], delta["percent"]) == ("ready", 1, 100.0)
-    assert delta["id"] in [listed["id"] for listed in client.deltas()]
+    assert delta["id"] in [listed.id for listed in client.deltas()]
     report = client.report(delta["id"])
-    assert report["base_digest"] == stored.base["weights_digest"]
-    assert report["artifact_bytes"] == delta["artifact"]["bytes"]
-    assert report["ratio"] > 8
-    assert report["kl"] < report["kl_base"] / 5
-    assert report["agreement"] > 0.7
-    assert len(report["matrices"]) == 28
-    assert delta["metrics"]["kl"] == report["kl"]
+    assert report.base_digest == stored.base["weights_digest"]
+    assert report.artifact_bytes == delta["artifact"]["bytes"]
+    assert report.ratio > 8
+    assert report.kl < report.kl_base / 5
+    assert report.agreement > 0.7
+    assert len(report.matrices) == 28
+    assert delta["metrics"]["kl"] == report.kl
 
 
 def test_the_artifact_downloads_in_full_in_ranges_and_resumed(
@@ -48,7 +48,7 @@ def test_the_artifact_downloads_in_full_in_ranges_and_resumed(
 ) -> None:
     delta, digest = stored.delta["id"], stored.delta["artifact"]["digest"]
     path = tmp_path / "delta.safetensors"
-    client.download_artifact(delta, path)
+    client.download(delta, path)
     whole = path.read_bytes()
     assert hashlib.sha256(whole).hexdigest() == digest
     with Artifact(path) as artifact:
@@ -67,9 +67,9 @@ def test_the_artifact_downloads_in_full_in_ranges_and_resumed(
     assert int(head.headers["content-length"]) == len(whole)
 
     interrupted = tmp_path / "again.safetensors"
-    interrupted.with_name("again.safetensors.part").write_bytes(whole[:1000])
+    interrupted.with_name(f"again.safetensors.{digest[:16]}.part").write_bytes(whole[:1000])
     received: list[int] = []
-    client.download_artifact(delta, interrupted, lambda _, done, __: received.append(done))
+    client.download(delta, interrupted, lambda _, done, __: received.append(done))
     assert interrupted.read_bytes() == whole
     assert received[0] > 1000
 
@@ -78,27 +78,22 @@ def test_the_delta_solves_exercises_that_its_base_does_not(stored: Stored, clien
     lines = (SAMPLES / "exercises.jsonl").read_text().splitlines()[:12]
     exercises = [json.loads(line) for line in lines]
 
-    def correct(kind: str, model: str) -> int:
+    def correct(model: str) -> int:
         return sum(
             client.generate(
-                model,
-                exercise["prompt"],
-                kind=kind,  # type: ignore[arg-type]
-                max_tokens=16,
-                temperature=0.0,
-                stop="\n",
-            )["text"].strip()
+                model, exercise["prompt"], max_tokens=16, temperature=0.0, stop="\n"
+            ).text.strip()
             == exercise["answer"]
             for exercise in exercises
         )
 
-    assert correct("deltas", stored.delta["id"]) >= 9
-    assert correct("bases", "sample-base") <= 1
+    assert correct(stored.delta["id"]) >= 9
+    assert correct("sample-base") <= 1
 
 
 def test_sampling_is_determined_by_its_seed(stored: Stored, client: Client) -> None:
     first, again, other = (
-        client.generate(stored.delta["id"], "Once", max_tokens=24, seed=seed)["text"]
+        client.generate(stored.delta["id"], "Once", max_tokens=24, seed=seed).text
         for seed in (1, 1, 2)
     )
     assert first == again
@@ -134,8 +129,8 @@ def test_openai_clients_work(stored: Stored, url: str) -> None:
 def test_the_preview_predicts_the_size(stored: Stored, client: Client) -> None:
     pair = ("sample-base", stored.finetuned["digest"])
     size = client.preview(*pair, method="adamix", bits=1.0)
-    assert size["artifact_bytes"] == pytest.approx(stored.delta["artifact"]["bytes"], rel=0.03)
-    assert client.preview(*pair, method="adamix", ratio=12.0)["bits"] < 1.0
+    assert size.artifact_bytes == pytest.approx(stored.delta["artifact"]["bytes"], rel=0.03)
+    assert client.preview(*pair, method="adamix", ratio=12.0).bits < 1.0
 
 
 def test_a_repeated_request_returns_the_same_delta(stored: Stored, client: Client) -> None:
@@ -147,8 +142,8 @@ def test_a_repeated_request_returns_the_same_delta(stored: Stored, client: Clien
         bits=1.0,
         calibration=stored.calibration,
     )
-    assert again["delta"]["id"] == stored.delta["id"]
-    assert again["job"]["state"] == "ready"
+    assert again.delta.id == stored.delta["id"]
+    assert again.job.state == "ready"
 
 
 def test_the_dashboard_and_the_openapi_document_are_served(

@@ -1,0 +1,93 @@
+"""Which server a client talks to, and with which key.
+
+In this order: what the caller says; the environment (`DELTADOCK_API_URL`, `DELTADOCK_API_KEY`);
+what `deltadock login` kept; the Deltadock that `deltadock up` last ran in the home. A kept key is
+only sent to the server that it was kept for.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from deltadock.settings import Settings
+from deltadock.storage.api_keys import local_key_path
+from deltadock.trust import keep_secret
+
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+URL_VARIABLE: Final = "DELTADOCK_API_URL"
+KEY_VARIABLE: Final = "DELTADOCK_API_KEY"
+
+
+class Connection(NamedTuple):
+    """A server's address, the key for it, and where each comes from, in words."""
+
+    url: str
+    key: str | None
+    url_from: str
+    key_from: str
+
+
+def local_url_path(home: Path) -> Path:
+    """The file in which `deltadock up` keeps the address of the api that it last ran."""
+    return home / "api.url"
+
+
+def login_path() -> Path:
+    """The file in which `deltadock login` keeps address and key, readable by its owner."""
+    config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(config) / "deltadock" / "login.json"
+
+
+def find_connection(url: str | None = None, key: str | None = None) -> Connection:
+    """The server and key to use; arguments come first."""
+    kept = [(source, *found) for source, found in _kept() if found is not None]
+    url_from = "given"
+    if url is None and (url := os.environ.get(URL_VARIABLE)):
+        url_from = URL_VARIABLE
+    if not url and kept:
+        url_from, url, _ = kept[0]
+    if not url:
+        url_from, url = "the default", DEFAULT_URL
+    url = url.rstrip("/")
+    if key:
+        return Connection(url, key, url_from, "given")
+    if key := os.environ.get(KEY_VARIABLE):
+        return Connection(url, key, url_from, KEY_VARIABLE)
+    for source, address, secret in kept:
+        if address == url:
+            return Connection(url, secret, url_from, source)
+    return Connection(url, None, url_from, "nowhere")
+
+
+def _kept() -> list[tuple[str, tuple[str, str] | None]]:
+    home = Settings().home
+    return [("`deltadock login`", read_login()), (f"the home {home}", _of_home(home))]
+
+
+def read_login() -> tuple[str, str] | None:
+    """The address and key that `deltadock login` kept; None if there are none."""
+    try:
+        kept = json.loads(login_path().read_text(encoding="utf-8"))
+        return str(kept["url"]), str(kept["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep_login(url: str, key: str) -> Path:
+    """Keep an address and its key; returns the file."""
+    path = login_path()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    keep_secret(path, json.dumps({"url": url.rstrip("/"), "key": key}))
+    return path
+
+
+def _of_home(home: Path) -> tuple[str, str] | None:
+    try:
+        key = local_key_path(home).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    try:
+        return local_url_path(home).read_text(encoding="utf-8").strip(), key
+    except OSError:
+        return DEFAULT_URL, key

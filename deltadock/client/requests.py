@@ -1,0 +1,177 @@
+"""Requests and what their answers mean, for the blocking and the asynchronous client alike.
+
+A `Call` is one request and how its answer is read; `Pages` a list, page by page; `Events` a stream
+of server-sent events. The clients only send them: what is repeated, after which pause, and which
+error a response is, is decided here.
+"""
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Generic, TypeVar
+
+import httpx
+from pydantic import TypeAdapter
+
+from deltadock.errors import DeltadockError, Unavailable, error_for
+
+T = TypeVar("T")
+JsonObject = dict[str, Any]
+
+TIMEOUT: Final = httpx.Timeout(60.0, read=600.0)
+"""Seconds; the server responds late while it stores a large file or generates."""
+ATTEMPTS: Final = 4
+"""Of one request; the pauses between them are at most 3.5 seconds, unless the server asks for
+longer ones."""
+MAX_PAUSE: Final = 60.0
+"""Seconds that the server may ask for."""
+REFUSED: Final = frozenset({429, 503})
+"""Statuses of requests that the server did not work on."""
+PASSING: Final = REFUSED | {502, 504}
+"""Statuses that may be another one later."""
+IDEMPOTENT: Final = frozenset({"GET", "PUT", "DELETE"})
+
+
+def reader(kind: Any) -> Callable[[Any], Any]:
+    """What parses a JSON answer as `kind`."""
+    return TypeAdapter(kind).validate_python
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One request to the api.
+
+    Attributes:
+        method, path, params, body: as sent; `params` that are None are left out.
+        read: makes the result of the parsed JSON answer.
+        idempotent: whether a POST may be sent twice.
+        key: the Idempotency-Key, with which a POST that creates something may be sent twice.
+    """
+
+    method: str
+    path: str
+    read: Callable[[Any], T]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    body: Any = None
+    idempotent: bool = False
+    key: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of httpx's `request` and `stream`."""
+        named: dict[str, Any] = {"method": self.method, "url": self.path}
+        if params := {name: value for name, value in self.params.items() if value is not None}:
+            named["params"] = params
+        if self.body is not None:
+            named["json"] = self.body
+        if self.key is not None:
+            named["headers"] = {"Idempotency-Key": self.key}
+        return named
+
+    def result(self, response: httpx.Response) -> T:
+        """What a complete response means.
+
+        Raises:
+            DeltadockError: it is an error; the class has its code.
+        """
+        check(response)
+        return self.read(response.json() if response.content else None)
+
+    def pause(self, attempt: int, error: Exception) -> float:
+        """Seconds to wait before the request is sent again after its `attempt`th failure.
+
+        Raises:
+            DeltadockError: it must not be sent again; the class has the error's code.
+        """
+        found = domain_error(error)
+        if attempt >= ATTEMPTS or not self._may_repeat(error):
+            raise found from error
+        asked = found.headers.get("retry-after", "")
+        if asked.isdecimal():
+            return min(float(asked), MAX_PAUSE)
+        longest: float = 2.0 ** (attempt - 2)
+        return random.uniform(longest / 2, longest)
+
+    def _may_repeat(self, error: Exception) -> bool:
+        twice = self.key is not None or self.idempotent or self.method in IDEMPOTENT
+        if isinstance(error, DeltadockError):
+            return error.details.get("status") in (PASSING if twice else REFUSED)
+        return twice or isinstance(error, httpx.ConnectError)
+
+
+@dataclass(frozen=True)
+class Pages(Generic[T]):
+    """A list: `first` is the call of its first page."""
+
+    first: Call[tuple[list[T], str | None]]
+
+    @classmethod
+    def of(cls, kind: type[T], path: str, **params: Any) -> "Pages[T]":
+        """The list at `path`, of `kind`."""
+        items = reader(list[kind])  # type: ignore[valid-type]
+        return cls(
+            Call("GET", path, lambda page: (items(page["data"]), page.get("next")), params=params)
+        )
+
+    def after(self, cursor: str) -> Call[tuple[list[T], str | None]]:
+        """The call of the page that follows."""
+        return replace(self.first, params={**self.first.params, "after": cursor})
+
+
+@dataclass(frozen=True)
+class Events(Generic[T]):
+    """A stream of server-sent events: `call` starts it, and reads the data of each."""
+
+    call: Call[T]
+
+    def read(self, line: str) -> T | None:
+        """The event of a line of the stream; None if the line holds none.
+
+        Raises:
+            DeltadockError: the server ends the stream with an error.
+        """
+        if not line.startswith("data:"):
+            return None
+        data = line.removeprefix("data:").strip()
+        if data == "[DONE]":
+            return None
+        content = json.loads(data)
+        if content.keys() == {"error"}:
+            raise error_for(content["error"]["code"], content["error"]["message"])
+        return self.call.read(content)
+
+
+def check(response: httpx.Response) -> None:
+    """Raise the error of a response that is one; it must have been read."""
+    if not response.is_success:
+        raise error_of(response)
+
+
+def error_of(response: httpx.Response) -> DeltadockError:
+    """The error of a response with a problem body (RFC 9457) or OpenAI's."""
+    try:
+        problem = response.json()
+        if isinstance(problem.get("error"), dict):
+            code, detail = problem["error"]["code"], problem["error"]["message"]
+        else:
+            code, detail = problem["code"], problem["detail"]
+        error = error_for(code, detail, status=response.status_code)
+    except (ValueError, KeyError, TypeError, AttributeError):  # such as a proxy's error page
+        url = response.url.copy_with(query=None)  # presigned URLs have their signature there
+        error = Unavailable(
+            f"{url} answered with status {response.status_code}.", status=response.status_code
+        )
+    error.headers = response.headers
+    return error
+
+
+def domain_error(error: Exception) -> DeltadockError:
+    """The domain error for a failed request."""
+    if isinstance(error, DeltadockError):
+        return error
+    assert isinstance(error, httpx.RequestError)
+    server = error.request.url.copy_with(path="/", query=None, userinfo=b"")
+    return Unavailable(
+        f"Deltadock at {server} does not answer ({error or type(error).__name__}). Is it running, "
+        "and is the address right? `deltadock doctor` tells more."
+    )
