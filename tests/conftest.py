@@ -13,6 +13,8 @@ import redis
 from hypothesis import settings
 from psycopg import sql
 from sqlalchemy import make_url
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from deltadock.cli import services
 
@@ -82,6 +84,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if rank(item) < len(SLOW):
             item.add_marker(pytest.mark.slow)
+
+
+class OneProcessPerFile(LoadFileScheduling):
+    """xdist's `--dist loadfile`, with the files of tests/system, which share systems, as one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        scope = super()._split_scope(nodeid)
+        return "tests/system" if scope.startswith("tests/system/") else scope
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneProcessPerFile:
+    """Run the tests of a file in one process: they share module and session fixtures."""
+    return OneProcessPerFile(config, log)
 
 
 @pytest.fixture(scope="session")

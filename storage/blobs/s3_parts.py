@@ -67,7 +67,10 @@ class S3PartedFile(PartedFile):
         return frozenset(self._tags())
 
     def _tags(self) -> dict[int, str]:
-        """The ETag of every complete part: of the latest where a server lists all that came."""
+        """The ETag of every complete part: of the latest where a server lists all that came.
+
+        Two of one second cannot be told apart; `publish` refuses the file if the wrong one wins.
+        """
         tags: dict[int, tuple[datetime, str]] = {}
         pages = self.store.client.get_paginator("list_parts")
         with s3_errors(GONE):
