@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+# Modules are compiled when they are first imported, and kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo up topology unit test check format browser clean
 
@@ -15,7 +18,8 @@ install: $(STAMP)  ## Create .venv with the command .venv/bin/deltadock
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,embedded,benchmarks,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[torch,embedded,benchmarks,dev]'
+	@$(BIN)/python -c 'import deltadock.api.main, deltadock.inference.server, deltadock.workers.app'  # compiles what is used
 	@touch $@
 
 demo: install  ## Compress the sample fine-tune and compare it with its delta, in a few minutes

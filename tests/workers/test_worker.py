@@ -57,6 +57,7 @@ def workers(context: WorkerContext, broker_url: str, tmp_path: Path) -> Iterator
         ]
 
 
+@pytest.mark.parametrize("settings", ["postgres"], indirect=True)
 def test_a_job_of_a_killed_worker_resumes_with_the_same_bytes(
     context: WorkerContext,
     submit: Callable[..., str],
