@@ -175,5 +175,5 @@ def change_base(base: BaseRef, body: BaseChange, caller: CallerDep, unit: WriteU
     row = require_base(unit.session, caller.tenant_id, base)
     if row.tenant_id != caller.tenant_id:
         raise NotFound(f"Your tenant has no base {base!r} of its own.")
-    row.shared = body.shared
+    BaseRepository(unit.session, caller.tenant_id).share(row, body.shared)
     return BaseOut.of(row)

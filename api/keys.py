@@ -99,21 +99,25 @@ class KeyList(BaseModel):
     data: list[KeyOut]
 
 
-def _keys(session: Session, caller: Caller, tenant: str | None) -> KeyRepository:
-    """The keys of the caller's tenant, or of another one for an operator.
+def named_tenant(session: Session, caller: Caller, tenant: str | None) -> str:
+    """The id of the caller's tenant, or of the named one for an operator.
 
     Raises:
         Forbidden: the caller is no operator.
         NotFound: there is no such tenant.
     """
     if tenant is None:
-        return KeyRepository(session, caller.tenant_id)
+        return caller.tenant_id
     if not caller.is_operator:
-        raise Forbidden("Only operators handle the keys of a named tenant: leave `tenant` out.")
+        raise Forbidden("Only operators may name a tenant: leave `tenant` out.")
     found = TenantRepository(session).find(tenant)
     if found is None:
         raise NotFound(f"There is no tenant {tenant!r}; GET /v1/tenants lists them.")
-    return KeyRepository(session, found.id)
+    return found.id
+
+
+def _keys(session: Session, caller: Caller, tenant: str | None) -> KeyRepository:
+    return KeyRepository(session, named_tenant(session, caller, tenant))
 
 
 def _existing(key: ApiKeyRow | None, key_id: str) -> ApiKeyRow:

@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse
 
 from deltadock.api import (
+    audit,
     bases,
     health,
     jobs,
@@ -140,7 +141,7 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     for module in (
         uploads, bases, previews, deltas, registry, jobs, methods, generation, nodes, webhooks,
-        keys, tenants, retention, storage, health, metrics, dashboard, sign_in,
+        keys, tenants, audit, retention, storage, health, metrics, dashboard, sign_in,
     ):  # fmt: skip
         app.include_router(module.router, dependencies=[Depends(refuse_unknown_query)])
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)

@@ -128,8 +128,9 @@ def create_tenant(body: TenantIn, unit: WriteUnit, once: OnceDep, response: Resp
     """Make a tenant; then make its first admin key with POST /v1/keys."""
 
     def create() -> TenantOut:
-        tenant = TenantRepository(unit.session).add(body.name)
-        _set_limits(tenant, body)
+        tenants = TenantRepository(unit.session)
+        tenant = tenants.add(body.name)
+        _set_limits(tenants, tenant, body)
         return TenantOut.of(tenant)
 
     return once.answer(TenantOut, body, response, create)
@@ -157,12 +158,13 @@ def change_tenant(
     tenant: TenantRef, body: LimitsIn, unit: WriteUnit, resources: ResourcesDep
 ) -> TenantOut:
     """Change a tenant's limits; what is stored already stays."""
-    row = _existing(TenantRepository(unit.session).find(tenant), tenant)
-    _set_limits(row, body)
+    tenants = TenantRepository(unit.session)
+    row = _existing(tenants.find(tenant), tenant)
+    _set_limits(tenants, row, body)
     unit.after_commit.append(resources.keys.forget)
     return TenantOut.of(row)
 
 
-def _set_limits(tenant: TenantRow, limits: Limits) -> None:
-    for name in limits.model_fields_set & set(Limits.model_fields):
-        setattr(tenant, name, getattr(limits, name))
+def _set_limits(tenants: TenantRepository, tenant: TenantRow, limits: Limits) -> None:
+    if given := limits.model_dump(include=limits.model_fields_set & set(Limits.model_fields)):
+        tenants.set_limits(tenant, given)

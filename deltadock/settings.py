@@ -188,3 +188,9 @@ class Settings(BaseSettings):
 def get_settings() -> Settings:
     """The settings of this process, read once."""
     return Settings()
+
+
+def settings_in(home: Path | None) -> Settings:
+    """The settings of this process, in another home if one is named."""
+    settings = get_settings()
+    return settings if home is None else settings.model_copy(update={"home": home})

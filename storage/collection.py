@@ -9,7 +9,7 @@ removed. Every step is a transaction of its own and safe beside pushes of the sa
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,7 +21,10 @@ from sqlalchemy.orm import Session
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, StoredEntry
 from deltadock.storage.database import Database, database_now
+from deltadock.storage.models import AuditAction
+from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.blobs import BlobKind, BlobRepository, DropRules, lock_blobs
+from deltadock.storage.tenancy import LOCAL_TENANT
 
 WORK: Final = "work"
 """The kind of jobs' saved blocks."""
@@ -156,6 +159,7 @@ class Collector:
             if BlobRepository(session).needed([digest]):
                 return False
             self._blobs.delete(digest)
+            record(session, LOCAL_TENANT, AuditAction.BLOB_REMOVE, digest)
             return True
 
 
@@ -207,16 +211,7 @@ class Differences(NamedTuple):
 def reconcile(database: Database, blobs: BlobStore) -> Differences:
     """Compare all rows with all blobs; changes nothing."""
     stored = {entry.key: entry for entry in blobs.entries("blobs")}
-    missing: list[str] = []
-    after = ""
-    while True:
-        with database.read_scope() as session:
-            digests = BlobRepository(session).referenced(after, BATCH)
-        # What was stored after the listing is looked up.
-        missing += [d for d in digests if d not in stored and not blobs.exists(d)]
-        if len(digests) < BATCH:
-            break
-        after = digests[-1]
+    missing = missing_blobs(database, blobs, stored)
     unreferenced = []
     for entries in _batches(stored.values()):
         names = [entry.key for entry in entries]
@@ -225,6 +220,23 @@ def reconcile(database: Database, blobs: BlobStore) -> Differences:
             known = repository.needed(names) | repository.once_needed(names)
         unreferenced += [entry for entry in entries if entry.key not in known]
     return Differences(missing, unreferenced)
+
+
+def missing_blobs(
+    database: Database, blobs: BlobStore, stored: Collection[str] | None = None
+) -> list[str]:
+    """Digests that rows refer to, and the store lacks; `stored` is a listing of the store."""
+    stored = {entry.key for entry in blobs.entries("blobs")} if stored is None else stored
+    missing: list[str] = []
+    after = ""
+    while True:
+        with database.read_scope() as session:
+            digests = BlobRepository(session).referenced(after, BATCH)
+        # What was stored after the listing is looked up.
+        missing += [d for d in digests if d not in stored and not blobs.exists(d)]
+        if len(digests) < BATCH:
+            return missing
+        after = digests[-1]
 
 
 def _batches(entries: Iterable[StoredEntry]) -> Iterator[list[StoredEntry]]:

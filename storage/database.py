@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
 
-from deltadock.errors import InvalidInput, StorageFull, Unavailable
+from deltadock.errors import Conflict, InvalidInput, StorageFull, Unavailable
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -61,6 +61,19 @@ class Database:
         """
         with _domain_errors(), Session(self._reading, expire_on_commit=False) as session:
             yield session
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """A read-only connection whose statements all see the database at one moment.
+
+        Raises:
+            Unavailable: the database does not answer.
+        """
+        engine = self._reading
+        if engine.dialect.name == "postgresql":
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        with _domain_errors(), engine.connect() as connection:
+            yield connection
 
     def dispose(self) -> None:
         """Close every pooled connection."""
@@ -121,9 +134,12 @@ def migrate(url: str, revision: str = "head") -> str | None:
 
     Returns the resulting revision; None if it precedes the first one.
     Safe to call from several processes at once: migrations are serialised.
+
+    Raises:
+        Conflict: the database is at a revision that this version does not know.
     """
     from alembic import command  # slow to import, and only needed here
-    from alembic.migration import MigrationContext
+    from alembic.util import CommandError
 
     target = normalise_url(url)
     if target.get_backend_name() == "sqlite" and target.database:
@@ -131,10 +147,29 @@ def migrate(url: str, revision: str = "head") -> str | None:
     engine = make_engine(url)
     try:
         command.upgrade(alembic_config(engine), revision)
-        with engine.connect() as connection:
-            return MigrationContext.configure(connection).get_current_revision()
+        return current_revision(engine)
+    except CommandError as error:
+        raise Conflict(
+            f"The database is at revision {current_revision(engine)}, which this version of "
+            f"Deltadock does not know ({error}). Use the newer version that it belongs to."
+        ) from error
     finally:
         engine.dispose()
+
+
+def current_revision(engine: Engine) -> str | None:
+    """The revision of the database's schema; None before the first one."""
+    from alembic.migration import MigrationContext
+
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def head_revision() -> str | None:
+    """The revision of this version's schema."""
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory(str(files("deltadock.migrations"))).get_current_head()
 
 
 def alembic_config(engine: Engine) -> "Config":

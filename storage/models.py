@@ -95,6 +95,56 @@ class WebhookEvent(StrEnum):
     ALIAS_MOVED = "alias.moved"
 
 
+class AuditAction(StrEnum):
+    """What the audit log records."""
+
+    KEY_CREATE = "key.create"
+    KEY_ROTATE = "key.rotate"
+    KEY_REVOKE = "key.revoke"
+    SIGN_IN = "session.start"
+    SIGN_OUT = "session.end"
+    TENANT_CREATE = "tenant.create"
+    TENANT_CHANGE = "tenant.change"
+    BASE_CREATE = "base.create"
+    BASE_CHANGE = "base.change"
+    UPLOAD_CREATE = "upload.create"
+    UPLOAD_FILE = "upload.file"
+    UPLOAD_COMPLETE = "upload.complete"
+    UPLOAD_ABORT = "upload.abort"
+    UPLOAD_DROP = "upload.drop"
+    """By a rule of retention."""
+    DELTA_CREATE = "delta.create"
+    DELTA_DELETE = "delta.delete"
+    DELTA_RESTORE = "delta.restore"
+    DELTA_COLLECT = "delta.collect"
+    """Its bytes are given up: it can no longer be restored."""
+    BLOB_REMOVE = "blob.remove"
+    MODEL_CHANGE = "model.change"
+    MODEL_DELETE = "model.delete"
+    ALIAS_MOVE = "alias.move"
+    JOB_CANCEL = "job.cancel"
+    JOB_RETRY = "job.retry"
+    JOB_END = "job.end"
+    RETENTION_CHANGE = "retention.change"
+    WEBHOOK_CREATE = "webhook.create"
+    WEBHOOK_DELETE = "webhook.delete"
+    WEBHOOK_RESEND = "webhook.resend"
+    RESTORE = "database.restore"
+    REQUEST = "request"
+    """A request to change something that the key's scopes do not allow."""
+
+
+class AuditOrigin(StrEnum):
+    """What made a change."""
+
+    REQUEST = "request"
+    """A request to the api."""
+    COMMAND = "command"
+    """A `deltadock` command, in the database directly."""
+    SYSTEM = "system"
+    """A worker, or the api in the background."""
+
+
 class DeliveryState(StrEnum):
     """States of a message to a webhook; the last two are final."""
 
@@ -631,3 +681,35 @@ class RetentionRow(TableRow):
     project: Mapped[str] = mapped_column(String(96), primary_key=True)
     rule: Mapped[str] = mapped_column(String(16))
     """`keep`, `ready` (drop once the delta is ready), or a number of days after that."""
+
+
+class AuditRow(TableRow):
+    """One change, written in its transaction. Triggers refuse to update and delete these rows.
+
+    No foreign keys: a record outlives what it names.
+    """
+
+    __tablename__ = "audit_log"
+    __table_args__ = (
+        Index("ix_audit_log_tenant_id_id", "tenant_id", "id"),
+        Index("ix_audit_log_tenant_id_action_id", "tenant_id", "action", "id"),
+        Index("ix_audit_log_tenant_id_object_id_id", "tenant_id", "object_id", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(
+        BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
+    )
+    at: Mapped[datetime]
+    tenant_id: Mapped[str] = mapped_column(String(40))
+    """The tenant that the object belongs to."""
+    origin: Mapped[AuditOrigin] = mapped_column(_enum(AuditOrigin))
+    by_tenant_id: Mapped[str | None] = mapped_column(String(40))
+    """The key's tenant: another one if an operator acted for a tenant."""
+    by_key_id: Mapped[str | None] = mapped_column(String(40))
+    """The API key of the request; None: a command or the system."""
+    request_id: Mapped[str | None] = mapped_column(String(64))
+    action: Mapped[AuditAction] = mapped_column(_enum(AuditAction))
+    object_id: Mapped[str] = mapped_column(String(255))
+    outcome: Mapped[str] = mapped_column(String(64))
+    """`done`, or the code of the error."""
+    details: Mapped[dict[str, Any] | None]

@@ -5,7 +5,8 @@ from typing import Annotated, Self
 
 from fastapi import Depends, Request
 
-from deltadock.storage.models import ApiKeyRow, Scope
+from deltadock.storage.actor import Actor
+from deltadock.storage.models import ApiKeyRow, AuditOrigin, Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class Caller:
             requests_per_minute=key.tenant.requests_per_minute,
             tokens_per_minute=key.tenant.tokens_per_minute,
         )
+
+    def acting_in(self, request: Request) -> Actor:
+        """Who acts, for the audit log."""
+        return Actor(AuditOrigin.REQUEST, self.tenant_id, self.key_id, request.state.request_id)
 
 
 def get_caller(request: Request) -> Caller:

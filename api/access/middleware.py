@@ -1,7 +1,8 @@
 """Refuses requests by their headers alone: nothing of a refused body is read."""
 
+from contextlib import nullcontext
 from typing import Final
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
@@ -10,11 +11,14 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltadock.api.access.caller import Caller
-from deltadock.api.access.rules import INFER, Rule, RuleTable
+from deltadock.api.access.rules import CHANGES, INFER, Rule, RuleTable
 from deltadock.api.access.sessions import COOKIE, check_token
 from deltadock.api.dependencies import Resources
 from deltadock.api.problems import problem_response
-from deltadock.errors import DeltadockError, Unauthorized
+from deltadock.errors import DeltadockError, Forbidden, Unauthorized
+from deltadock.storage.actor import acting
+from deltadock.storage.models import AuditAction
+from deltadock.storage.repositories.audit import record
 from deltadock.trust import check_trusted
 
 CSRF_HEADER: Final = "X-CSRF-Token"
@@ -51,7 +55,9 @@ class AccessControl:
                 MutableHeaders(scope=message).update(headers)
             await send(message)
 
-        await self.app(scope, receive, send_with_headers if headers else send)
+        caller: Caller | None = getattr(request.state, "caller", None)
+        with acting(caller.acting_in(request)) if caller else nullcontext():
+            await self.app(scope, receive, send_with_headers if headers else send)
 
     async def _admit(self, request: Request, rule: Rule) -> dict[str, str]:
         """Check the request; returns headers for its response.
@@ -69,10 +75,23 @@ class AccessControl:
         caller = await self._find_caller(request)
         request.state.caller = caller
         headers = await self._resources.rates.count_request(caller)
-        rule.check(caller)
+        try:
+            rule.check(caller)
+        except Forbidden:
+            if rule in CHANGES and request.method not in SAFE_METHODS:
+                await run_in_threadpool(self._record_refusal, request, caller)
+            raise
         if rule is INFER:
             headers |= await self._resources.rates.check_tokens(caller)
         return headers
+
+    def _record_refusal(self, request: Request, caller: Caller) -> None:
+        database = self._resources.database
+        with acting(caller.acting_in(request)), database.session_scope() as session:
+            record(
+                session, caller.tenant_id, AuditAction.REQUEST, quote(request.url.path)[:255],
+                outcome=Forbidden.code, method=request.method,
+            )  # fmt: skip
 
     async def _find_caller(self, request: Request) -> Caller:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")

@@ -48,6 +48,9 @@ OPERATOR: Final = Rule((Scope.ADMIN,), operator=True)
 PAGE: Final = Rule((Scope.READ,), page=True)
 NODE: Final = Rule(node=True)
 
+CHANGES: Final = (WRITE, ADMIN, OPERATOR)
+"""Rules of what changes something, unless by GET."""
+
 RULES: Final[Mapping[str, Rule]] = MappingProxyType(
     {
         "GET /healthz": PUBLIC,
@@ -121,6 +124,7 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "DELETE /v1/webhooks/{webhook_id}": WRITE,
         "GET /v1/webhooks/{webhook_id}/messages": READ,
         "POST /v1/webhooks/{webhook_id}/messages/{message_id}/resend": WRITE,
+        "GET /v1/audit": ADMIN,
         "GET /v1/keys": ADMIN,
         "POST /v1/keys": ADMIN,
         "DELETE /v1/keys/{key_id}": ADMIN,

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response
 
+from deltadock.api.access import Caller
 from deltadock.api.access.rules import PAGE
 from deltadock.api.access.sessions import (
     COOKIE,
@@ -19,6 +20,9 @@ from deltadock.api.access.sessions import (
 from deltadock.api.dashboard.endpoints import HEADERS, PageRoute, render
 from deltadock.api.dependencies import Resources, ResourcesDep
 from deltadock.errors import DeltadockError, InvalidInput
+from deltadock.storage.actor import acting
+from deltadock.storage.models import AuditAction
+from deltadock.storage.repositories.audit import record
 
 router = APIRouter(include_in_schema=False, route_class=PageRoute)
 
@@ -36,7 +40,8 @@ def show_sign_in(
     if token is None:
         return _form(request, target)
     try:
-        return _signed_in(request, resources, resources.sessions.use_link(token), target)
+        caller = resources.keys.caller_of_session(resources.sessions.use_link(token))
+        return _signed_in(request, resources, caller, target)
     except DeltadockError as error:
         return _form(request, target, error)
 
@@ -54,7 +59,7 @@ async def sign_in(request: Request, resources: ResourcesDep) -> Response:
         PAGE.check(caller)
     except DeltadockError as error:
         return _form(request, target, error)
-    return _signed_in(request, resources, caller.key_id, target)
+    return await run_in_threadpool(_signed_in, request, resources, caller, target)
 
 
 @router.post("/sign-out")
@@ -64,6 +69,8 @@ async def sign_out(request: Request, resources: ResourcesDep) -> Response:
     if cookie := request.cookies.get(COOKIE):
         session = resources.sessions.find(cookie)
         check_token(session.csrf, (await _fields(request)).get("csrf"))
+        caller = await run_in_threadpool(resources.keys.caller_of_session, session.key_id)
+        await run_in_threadpool(_record, request, resources, caller, AuditAction.SIGN_OUT)
         end_session(response)
     return response
 
@@ -78,10 +85,16 @@ def _form(request: Request, target: str, error: DeltadockError | None = None) ->
     return response
 
 
-def _signed_in(request: Request, resources: Resources, key_id: str, target: str) -> Response:
+def _signed_in(request: Request, resources: Resources, caller: Caller, target: str) -> Response:
     response = RedirectResponse(_local(target), 303, HEADERS)
-    resources.sessions.start(request, response, key_id)
+    resources.sessions.start(request, response, caller.key_id)
+    _record(request, resources, caller, AuditAction.SIGN_IN)
     return response
+
+
+def _record(request: Request, resources: Resources, caller: Caller, action: AuditAction) -> None:
+    with acting(caller.acting_in(request)), resources.database.session_scope() as session:
+        record(session, caller.tenant_id, action, caller.key_id)
 
 
 def _local(target: str) -> str:

@@ -13,7 +13,8 @@ from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 from deltadock.errors import InvalidInput, NotFound
-from deltadock.settings import Settings
+from deltadock.settings import Settings, settings_in
+from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.api_keys import hmac_of, key_secret, local_key_path, prefix_of
 from deltadock.storage.database import Database, migrate
 from deltadock.storage.models import ApiKeyRow, Scope
@@ -36,7 +37,7 @@ def create(
     """
     if unknown := set(scopes) - set(Scope):
         raise InvalidInput(f"There is no scope {', '.join(unknown)}; they are {', '.join(Scope)}.")
-    settings = _settings(home)
+    settings = settings_in(home)
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
     with _session(settings) as session:
         found = TenantRepository(session).find(tenant)
@@ -51,7 +52,7 @@ def create(
 def show(home: Path | None) -> None:
     """Print the keys of all tenants, newest first."""
     table = Table("id", "tenant", "name", "prefix", "scopes", "expires", "last used", "state")
-    with _session(_settings(home)) as session:
+    with _session(settings_in(home)) as session:
         keys = KeyRepository(session, EVERY_TENANT)
         for key in keys.all():
             state = "revoked" if key.revoked_at else "valid" if keys.is_active(key) else "expired"
@@ -67,7 +68,7 @@ def revoke(home: Path | None, key: str) -> None:
     Raises:
         NotFound: there is none.
     """
-    with _session(_settings(home)) as session:
+    with _session(settings_in(home)) as session:
         keys = KeyRepository(session, EVERY_TENANT)
         row = _find(keys, key)
         keys.revoke(row)
@@ -81,7 +82,7 @@ def rotate(home: Path | None, key: str, grace_hours: float) -> None:
         NotFound: there is none.
         Conflict: it was revoked or has expired.
     """
-    settings = _settings(home)
+    settings = settings_in(home)
     with _session(settings) as session:
         keys = KeyRepository(session, EVERY_TENANT)
         old = _find(keys, key)
@@ -117,10 +118,6 @@ def has_made_key(settings: Settings, local_key_id: str) -> bool:
         )
 
 
-def _settings(home: Path | None) -> Settings:
-    return Settings() if home is None else Settings(home=home)
-
-
 @contextmanager
 def _session(settings: Settings) -> Iterator[Session]:
     url = settings.sqlalchemy_url
@@ -128,7 +125,7 @@ def _session(settings: Settings) -> Iterator[Session]:
         migrate(url)  # a home's first command may be this one
     database = Database(url)
     try:
-        with database.session_scope() as session:
+        with acting(COMMAND), database.session_scope() as session:
             yield session
     finally:
         database.dispose()

@@ -208,6 +208,41 @@ def reconcile(home: Home = None) -> None:
         raise typer.Exit(1)
 
 
+audit = typer.Typer(no_args_is_help=True, help="The audit log, read from the database directly.")
+app.add_typer(audit, name="audit", rich_help_panel=RUNNING)
+
+
+@audit.command("export")
+def export_audit(
+    after: Annotated[int, typer.Option(min=0, help="Only records after the one with this id.")] = 0,
+    home: Home = None,
+) -> None:
+    """Print the records of all tenants as lines of JSON, oldest first."""
+    from deltadock.cli.records import export_audit as run
+
+    run(home, after)
+
+
+@app.command(rich_help_panel=RUNNING)
+def backup(file: Annotated[Path, typer.Argument(help="The new file.")], home: Home = None) -> None:
+    """Write the database to a file; the service may run meanwhile."""
+    from deltadock.cli.records import backup as run
+
+    run(home, file)
+
+
+@app.command(rich_help_panel=RUNNING)
+def restore(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A backup.")],
+    home: Home = None,
+) -> None:
+    """Fill an empty database from a backup; exits with 1 if a row lacks its blob."""
+    from deltadock.cli.records import restore as run
+
+    if not run(home, file):
+        raise typer.Exit(1)
+
+
 @app.command("version", rich_help_panel=RUNNING)
 def print_version() -> None:
     """Print the version."""

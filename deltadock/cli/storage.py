@@ -6,7 +6,8 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from deltadock.settings import Settings, get_settings
+from deltadock.settings import settings_in
+from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.blobs import make_blob_store
 from deltadock.storage.collection import Collector, reconcile
 from deltadock.storage.database import Database
@@ -16,9 +17,10 @@ output: Final = Console(highlight=False, soft_wrap=True)
 
 def collect(home: Path | None, *, dry_run: bool) -> None:
     """Remove what nothing needs, or only print it, by kind."""
-    settings = _settings(home)
+    settings = settings_in(home)
     collector = Collector(Database(settings.sqlalchemy_url), make_blob_store(settings), settings)
-    collected = collector.try_run() if dry_run else collector.run()
+    with acting(COMMAND):
+        collected = collector.try_run() if dry_run else collector.run()
     table = Table("kind", "files", "bytes", box=None)
     for kind, usage in sorted(collected.usage.items()):
         table.add_row(kind, str(usage.files), str(usage.bytes))
@@ -33,7 +35,7 @@ def collect(home: Path | None, *, dry_run: bool) -> None:
 
 def check(home: Path | None) -> bool:
     """Print where rows and blobs disagree; returns whether every row has its blob."""
-    settings = _settings(home)
+    settings = settings_in(home)
     found = reconcile(Database(settings.sqlalchemy_url), make_blob_store(settings))
     for digest in found.missing:
         output.print(f"missing {digest}")
@@ -43,8 +45,3 @@ def check(home: Path | None) -> bool:
         f"{len(found.missing)} blobs are missing, {len(found.unreferenced)} are unreferenced."
     )
     return not found.missing
-
-
-def _settings(home: Path | None) -> Settings:
-    settings = get_settings()
-    return settings if home is None else settings.model_copy(update={"home": home})

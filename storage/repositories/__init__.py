@@ -1,5 +1,6 @@
 """All database queries. A repository uses the caller's session and never commits."""
 
+from deltadock.storage.repositories.audit import AuditRepository
 from deltadock.storage.repositories.checkpoints import BaseRepository, CheckpointRepository
 from deltadock.storage.repositories.deltas import DeltaRepository
 from deltadock.storage.repositories.idempotency import IdempotencyRepository
@@ -13,6 +14,7 @@ from deltadock.storage.repositories.uploads import UploadRepository
 from deltadock.storage.repositories.webhooks import WebhookRepository
 
 __all__ = [
+    "AuditRepository",
     "BaseRepository",
     "CheckpointRepository",
     "DeltaRepository",

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, defer, joinedload
 from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.models import (
     FINAL_STATES,
+    AuditAction,
     BaseRow,
     DeltaRow,
     JobRow,
@@ -27,6 +28,7 @@ from deltadock.storage.models import (
     UploadRow,
     UploadState,
 )
+from deltadock.storage.repositories.audit import record
 
 HOLDS_FILES: Final = (UploadState.OPEN, UploadState.COMPLETING, UploadState.COMPLETE)
 
@@ -148,6 +150,7 @@ class BlobRepository:
         if locked is not None and locked.deleted_at is not None:
             locked.collected_at, locked.report = database_now(self.session), None
             self.session.flush()
+            record(self.session, locked.tenant_id, AuditAction.DELTA_COLLECT, locked.id)
 
     def ended_jobs(self, job_ids: Collection[str], before: datetime) -> set[str]:
         """Those of the jobs whose saved blocks nobody needs: unknown, ready, or ended long ago."""
@@ -252,6 +255,7 @@ class BlobRepository:
             return False
         locked.state, locked.updated_at = UploadState.DROPPED, rules.now
         self.session.flush()
+        record(self.session, locked.tenant_id, AuditAction.UPLOAD_DROP, locked.id)
         return True
 
 

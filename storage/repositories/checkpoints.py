@@ -9,7 +9,14 @@ from sqlalchemy.orm import Session, joinedload
 from deltadock.errors import Conflict
 from deltadock.storage.database import lock_key
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import BaseRow, CheckpointRow, UploadRow, UploadState
+from deltadock.storage.models import (
+    AuditAction,
+    BaseRow,
+    CheckpointRow,
+    UploadRow,
+    UploadState,
+)
+from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -120,6 +127,10 @@ class BaseRepository:
             self.session.add(base)
             self.session.flush()
             TotalsRepository(self.session, owner).count_base(base)
+            record(
+                self.session, owner, AuditAction.BASE_CREATE, base.id,
+                name=name, checkpoint=checkpoint.digest,
+            )  # fmt: skip
             return base, True
         if found.checkpoint_digest != checkpoint.digest:
             raise Conflict(
@@ -127,3 +138,9 @@ class BaseRepository:
                 "names are never reused for other bytes. Choose another one."
             )
         return found, False
+
+    def share(self, base: BaseRow, shared: bool) -> None:
+        """Let every tenant read the base and compress against it, or end that."""
+        if base.shared != shared:
+            base.shared = shared
+            record(self.session, base.tenant_id, AuditAction.BASE_CHANGE, base.id, shared=shared)

@@ -12,6 +12,7 @@ from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
     AliasRow,
+    AuditAction,
     BaseRow,
     DeltaRow,
     JobPriority,
@@ -19,6 +20,7 @@ from deltadock.storage.models import (
     JobState,
     ModelRow,
 )
+from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, DeltaSort, Key, find_page
 from deltadock.storage.repositories.models import ModelRepository
 from deltadock.storage.repositories.totals import TotalsRepository
@@ -244,7 +246,14 @@ class DeltaRepository:
         )
         self.session.add(delta)
         self.session.flush()
+        self._record(AuditAction.DELTA_CREATE, delta, checkpoint=checkpoint_digest)
         return delta
+
+    def _record(self, action: AuditAction, delta: DeltaRow, **details: Any) -> None:
+        record(
+            self.session, delta.tenant_id, action, delta.id,
+            name=delta.name, version=delta.version, **details,
+        )  # fmt: skip
 
     def set_result(
         self, delta: DeltaRow, *, artifact_digest: str, artifact_bytes: int, report: dict[str, Any]
@@ -309,6 +318,7 @@ class DeltaRepository:
         if delta.artifact_digest is not None:
             self._count(delta, -1)
         self.session.flush()
+        self._record(AuditAction.DELTA_DELETE, delta)
 
     def restore(self, reference: str) -> DeltaRow | None:
         """Undo the deletion of a delta by id or version; None if there is none, or its bytes were
@@ -344,6 +354,7 @@ class DeltaRepository:
             self._count(found, 1)
             models.offer(model, found)
         self.session.flush()
+        self._record(AuditAction.DELTA_RESTORE, found)
         return found
 
     def _count(self, delta: DeltaRow, sign: int) -> None:

@@ -22,6 +22,7 @@ from deltadock.storage.database import database_now
 from deltadock.storage.models import (
     FINAL_STATES,
     RUNNING_ORDER,
+    AuditAction,
     BaseRow,
     DeltaRow,
     JobLogRow,
@@ -29,6 +30,7 @@ from deltadock.storage.models import (
     JobRow,
     JobState,
 )
+from deltadock.storage.repositories.audit import DONE, record
 from deltadock.storage.repositories.listing import ANY_JOB, JobFilter, Key, find_jobs
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -117,7 +119,14 @@ class JobRepository:
         )
         if queued:
             self.write_log(job_id, "Queued again on request.", now=now)
+            self._record(AuditAction.JOB_RETRY, job_id)
         return queued
+
+    def _record(self, action: AuditAction, job_id: str, *, outcome: str = DONE) -> None:
+        job = self.session.execute(
+            select(JobRow.tenant_id, JobRow.delta_id).where(JobRow.id == job_id)
+        ).one()
+        record(self.session, job.tenant_id, action, job_id, outcome=outcome, delta=job.delta_id)
 
     def write_log(self, job_id: str, message: str, *, now: datetime | None = None) -> None:
         """Add a line to the job's log; beyond `MAX_LOG_LINES` the oldest is dropped."""
@@ -252,6 +261,7 @@ class JobRepository:
         if ended:
             reason = f" ({error_code}): {error_message}" if error_message else "."
             self.write_log(job_id, f"{state.capitalize()}{reason}", now=now)
+            self._record(AuditAction.JOB_END, job_id, outcome=error_code or DONE)
         return ended
 
     def release(self, job_id: str, owner: str, *, now: datetime | None = None) -> bool:
@@ -280,12 +290,13 @@ class JobRepository:
         now = now or database_now(self.session)
         idle = or_(JobRow.lease_owner.is_(None), JobRow.lease_expires_at <= now)
         unfinished = and_(JobRow.id == job_id, self._owned(), JobRow.state.not_in(FINAL_STATES))
-        self._set(
+        if self._set(
             unfinished,
             cancel_requested=True,
             message="Cancellation requested; the worker stops at its next step.",
             updated_at=now,
-        )
+        ):
+            self._record(AuditAction.JOB_CANCEL, job_id)
         if self._set(
             and_(unfinished, idle),
             **_ending(JobState.CANCELLED, now, "cancelled", "Cancelled on request."),

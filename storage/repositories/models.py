@@ -14,12 +14,14 @@ from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
     AliasMoveRow,
     AliasRow,
+    AuditAction,
     DeltaRow,
     ModelRow,
     ModelTermRow,
     TermKind,
     WebhookEvent,
 )
+from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.webhooks import WebhookRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -161,6 +163,10 @@ class ModelRepository:
         self.session.execute(delete(ModelTermRow).where(ModelTermRow.model_id == model.id))
         self._index(model, TermKind.TAG, tags)
         self._index(model, TermKind.WORD, words_of(model.name, description))
+        self._record(AuditAction.MODEL_CHANGE, model, tags=list(tags))
+
+    def _record(self, action: AuditAction, model: ModelRow, **details: Any) -> None:
+        record(self.session, model.tenant_id, action, model.name, **details)
 
     def _index(self, model: ModelRow, kind: TermKind, terms: Iterable[str]) -> None:
         self.session.add_all(
@@ -221,6 +227,10 @@ class ModelRepository:
             )
         )  # fmt: skip
         self.session.flush()
+        self._record(
+            AuditAction.ALIAS_MOVE, model,
+            alias=alias, from_version=before, to_version=after, reason=reason,
+        )  # fmt: skip
         WebhookRepository(self.session, model.tenant_id).publish(
             WebhookEvent.ALIAS_MOVED,
             {
@@ -261,6 +271,7 @@ class ModelRepository:
         """Set or remove the rule of a locked model; the newest version that meets it is offered."""
         model.rule = rule
         self.session.flush()
+        self._record(AuditAction.MODEL_CHANGE, model, rule=rule)
         if rule is None:
             return
         newest = self.session.scalars(
@@ -312,3 +323,4 @@ class ModelRepository:
         self.session.execute(delete(ModelTermRow).where(ModelTermRow.model_id == model.id))
         model.deleted_at = database_now(self.session)
         self.session.flush()
+        self._record(AuditAction.MODEL_DELETE, model)

@@ -3,7 +3,8 @@
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
-from deltadock.storage.models import RetentionRow
+from deltadock.storage.models import AuditAction, RetentionRow
+from deltadock.storage.repositories.audit import record
 from deltadock.storage.tenancy import Tenant, owner_of
 
 
@@ -24,6 +25,7 @@ class RetentionRepository:
         row = RetentionRow(tenant_id=owner_of(self.tenant), project=project, rule=rule)
         self.session.merge(row)
         self.session.flush()
+        self._record(project, rule)
 
     def delete(self, project: str) -> None:
         """Remove the project's rule, if it has one."""
@@ -32,3 +34,8 @@ class RetentionRepository:
                 RetentionRow.tenant_id == owner_of(self.tenant), RetentionRow.project == project
             )
         )
+        self._record(project, None)
+
+    def _record(self, project: str, rule: str | None) -> None:
+        owner = owner_of(self.tenant)
+        record(self.session, owner, AuditAction.RETENTION_CHANGE, project, rule=rule)

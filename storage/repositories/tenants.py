@@ -1,8 +1,8 @@
 """Tenants with their usage, and API keys."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import func, or_, select, union, update
 from sqlalchemy.orm import Session, joinedload
@@ -14,6 +14,7 @@ from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
     FINAL_STATES,
     ApiKeyRow,
+    AuditAction,
     DeltaRow,
     JobRow,
     Scope,
@@ -22,6 +23,7 @@ from deltadock.storage.models import (
     UploadRow,
     UploadState,
 )
+from deltadock.storage.repositories.audit import record
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 GONE: Final = (UploadState.ABORTED, UploadState.DROPPED)
@@ -67,7 +69,14 @@ class TenantRepository:
         tenant = TenantRow(id=new_id("ten"), name=name)
         self.session.add(tenant)
         self.session.flush()
+        record(self.session, tenant.id, AuditAction.TENANT_CREATE, tenant.id, name=name)
         return tenant
+
+    def set_limits(self, tenant: TenantRow, limits: Mapping[str, int | None]) -> None:
+        """Set these limits, by the names of their columns; the others stay."""
+        for name, value in limits.items():
+            setattr(tenant, name, value)
+        record(self.session, tenant.id, AuditAction.TENANT_CHANGE, tenant.id, limits=dict(limits))
 
     def lock(self, tenant_id: str) -> TenantRow:
         """The tenant, locked until the transaction ends, so that its quotas hold."""
@@ -129,6 +138,13 @@ class KeyRepository:
         expires_at: datetime | None = None,
     ) -> tuple[ApiKeyRow, str]:
         """Make a key; returns its row and the key itself, which is not stored."""
+        row, key = self._make(secret, name=name, scopes=scopes, expires_at=expires_at)
+        self._record(AuditAction.KEY_CREATE, row, name=name, scopes=row.scopes)
+        return row, key
+
+    def _make(
+        self, secret: str, *, name: str, scopes: Iterable[Scope], expires_at: datetime | None
+    ) -> tuple[ApiKeyRow, str]:
         key = new_key()
         row = ApiKeyRow(
             id=new_id("key"),
@@ -144,6 +160,9 @@ class KeyRepository:
         self.session.flush()
         return row, key
 
+    def _record(self, action: AuditAction, key: ApiKeyRow, **details: Any) -> None:
+        record(self.session, key.tenant_id, action, key.id, prefix=key.prefix, **details)
+
     def rotate(self, secret: str, old: ApiKeyRow, grace: timedelta) -> tuple[ApiKeyRow, str]:
         """Make a key like `old`, which expires after `grace`; one that expires lives as long again.
 
@@ -154,12 +173,13 @@ class KeyRepository:
             raise Conflict(f"The key {old.prefix} is no longer valid. Make a new one.")
         now = database_now(self.session)
         expires_at = None if old.expires_at is None else now + (old.expires_at - old.created_at)
-        made = KeyRepository(self.session, old.tenant_id).issue(
+        row, key = KeyRepository(self.session, old.tenant_id)._make(
             secret, name=old.name, scopes=map(Scope, old.scopes), expires_at=expires_at
         )
         old.expires_at = min(old.expires_at or now + grace, now + grace)
         self.session.flush()
-        return made
+        self._record(AuditAction.KEY_ROTATE, old, made=row.id)
+        return row, key
 
     def all(self) -> Sequence[ApiKeyRow]:
         """All keys, revoked and expired ones too, newest first."""
@@ -193,8 +213,10 @@ class KeyRepository:
 
     def revoke(self, key: ApiKeyRow) -> None:
         """Revoke the key, unless it is revoked already."""
-        key.revoked_at = key.revoked_at or database_now(self.session)
-        self.session.flush()
+        if key.revoked_at is None:
+            key.revoked_at = database_now(self.session)
+            self.session.flush()
+            self._record(AuditAction.KEY_REVOKE, key)
 
     def mark_used(self, key_ids: Iterable[str]) -> None:
         """Record that these keys were used just now."""

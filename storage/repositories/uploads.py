@@ -21,7 +21,14 @@ from sqlalchemy.orm import Session, defer, joinedload, selectinload
 
 from deltadock.storage.database import database_now
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
+from deltadock.storage.models import (
+    AuditAction,
+    UploadFileRow,
+    UploadKind,
+    UploadRow,
+    UploadState,
+)
+from deltadock.storage.repositories.audit import DONE, record
 from deltadock.storage.repositories.blobs import lock_blobs
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -49,7 +56,13 @@ class UploadRepository:
         )
         self.session.add(upload)
         self.session.flush()
+        self._record(AuditAction.UPLOAD_CREATE, upload, kind=kind, files=len(upload.files))
         return upload
+
+    def _record(
+        self, action: AuditAction, upload: UploadRow, *, outcome: str = DONE, **details: Any
+    ) -> None:
+        record(self.session, upload.tenant_id, action, upload.id, outcome=outcome, **details)
 
     def find(self, upload_id: str, *, lock: bool = False) -> UploadRow | None:
         """The upload with this id, or None; `lock` locks its row for update."""
@@ -199,6 +212,7 @@ class UploadRepository:
         """Open a locked completing upload again, with the reason."""
         upload.error = error
         self._set_state(upload, UploadState.OPEN)
+        self._record(AuditAction.UPLOAD_COMPLETE, upload, outcome=error["code"], file=error["file"])
 
     def put_file(self, upload: UploadRow, file: UploadFileRow) -> None:
         """Add `file` to a locked upload, replacing one with the same path.
@@ -210,6 +224,9 @@ class UploadRepository:
         self.session.merge(file)
         upload.updated_at = database_now(self.session)
         self.session.flush()
+        self._record(
+            AuditAction.UPLOAD_FILE, upload, path=file.path, sha256=file.sha256, bytes=file.size
+        )
 
     def has_calibration(self, digest: str) -> bool:
         """Whether a complete upload is the calibration text with this SHA-256."""
@@ -251,6 +268,8 @@ class UploadRepository:
         """Mark a locked upload as complete."""
         upload.error = upload.lease_owner = upload.lease_expires_at = None
         self._set_state(upload, UploadState.COMPLETE)
+        digest = upload.calibration_digest or upload.checkpoint_digest
+        self._record(AuditAction.UPLOAD_COMPLETE, upload, digest=digest)
 
     def abort(self, upload: UploadRow) -> None:
         """Abort a locked unfinished upload and delete its file rows; any other is unchanged."""
@@ -258,6 +277,7 @@ class UploadRepository:
             for file in upload.files:
                 self.session.delete(file)
             self._set_state(upload, UploadState.ABORTED)
+            self._record(AuditAction.UPLOAD_ABORT, upload)
 
     def _set_state(self, upload: UploadRow, state: UploadState) -> None:
         upload.state = state

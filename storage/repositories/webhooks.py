@@ -11,7 +11,15 @@ from sqlalchemy.orm import Session, joinedload
 from deltadock.errors import Conflict, DeltadockError
 from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import DeliveryRow, DeliveryState, DeltaRow, WebhookEvent, WebhookRow
+from deltadock.storage.models import (
+    AuditAction,
+    DeliveryRow,
+    DeliveryState,
+    DeltaRow,
+    WebhookEvent,
+    WebhookRow,
+)
+from deltadock.storage.repositories.audit import record
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 RETRY_SECONDS: Final = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -50,6 +58,10 @@ class WebhookRepository:
         )  # fmt: skip
         self.session.add(webhook)
         self.session.flush()
+        record(
+            self.session, owner, AuditAction.WEBHOOK_CREATE, webhook.id,
+            url=url, events=webhook.events,
+        )  # fmt: skip
         return webhook
 
     def all(self) -> Sequence[WebhookRow]:
@@ -73,6 +85,7 @@ class WebhookRepository:
         self.session.execute(delete(DeliveryRow).where(DeliveryRow.webhook_id == webhook.id))
         self.session.delete(webhook)
         self.session.flush()
+        record(self.session, webhook.tenant_id, AuditAction.WEBHOOK_DELETE, webhook.id)
 
     def publish(self, event: WebhookEvent, data: dict[str, Any]) -> None:
         """Put a message for each webhook of this event into the outbox, in this transaction."""
@@ -174,6 +187,10 @@ class WebhookRepository:
             )
         )  # fmt: skip
         self.session.refresh(delivery)
+        record(
+            self.session, owner_of(self.tenant), AuditAction.WEBHOOK_RESEND, delivery.webhook_id,
+            message=delivery.id,
+        )  # fmt: skip
 
     def drop_old(self) -> None:
         """Delete messages that are no longer listed."""

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from deltadock.cli import storage as commands
-from deltadock.settings import Settings
 from deltadock.storage import collection
 from deltadock.storage.collection import Collector
 from deltadock.storage.models import JobRow, UploadRow
@@ -125,20 +124,19 @@ def test_blocks_of_jobs_that_will_not_continue_are_dropped(api: Api) -> None:
 
 
 def test_the_commands_print_what_goes_and_what_differs(
-    api: Api, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    api: Api, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings: Settings = api.resources.settings
-    monkeypatch.setattr(commands, "get_settings", lambda: settings)
+    home = api.resources.settings.home
     api.make_ready(api.delta())
     lost = api.resources.blobs.put_bytes(b"nobody's")
-    commands.collect(None, dry_run=True)
+    commands.collect(home, dry_run=True)
     assert "unreferenced" in capsys.readouterr().out
-    assert commands.check(None)
+    assert commands.check(home)
     assert f"unreferenced {lost} 8 bytes" in capsys.readouterr().out
-    commands.collect(settings.home, dry_run=False)
+    commands.collect(home, dry_run=False)
     assert lost not in api.blobs()
     capsys.readouterr()
     artifact = next(iter(api.client.get("/v1/deltas").json()["data"]))["artifact"]["digest"]
     api.resources.blobs.delete(artifact)
-    assert not commands.check(None)
+    assert not commands.check(home)
     assert capsys.readouterr().out.startswith(f"missing {artifact}\n1 blobs are missing")

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import delete
 
 from deltadock.storage.database import Database, migrate
-from deltadock.storage.models import TableRow, TenantRow
+from deltadock.storage.models import AuditRow, TableRow, TenantRow
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 
@@ -29,6 +29,6 @@ def database(migrated: Database) -> Iterator[Database]:
     yield migrated
     with migrated.session_scope() as session:
         for table in reversed(TableRow.metadata.sorted_tables):
-            if table.name != TenantRow.__tablename__:
+            if table.name not in {TenantRow.__tablename__, AuditRow.__tablename__}:
                 session.execute(delete(table))
         session.execute(delete(TenantRow).where(TenantRow.id != LOCAL_TENANT))

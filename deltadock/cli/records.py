@@ -1,0 +1,58 @@
+"""The database as a whole: `deltadock backup`, `restore` and `audit export`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import typer
+from rich.console import Console
+
+from deltadock.api.audit import AuditRecord
+from deltadock.settings import Settings, settings_in
+from deltadock.storage import backup as files
+from deltadock.storage.actor import COMMAND, acting
+from deltadock.storage.blobs import make_blob_store
+from deltadock.storage.collection import missing_blobs
+from deltadock.storage.database import Database
+from deltadock.storage.repositories import AuditRepository
+from deltadock.storage.tenancy import EVERY_TENANT
+
+output: Final = Console(highlight=False, soft_wrap=True)
+
+
+def backup(home: Path | None, path: Path) -> None:
+    """Write the database to a new file."""
+    with _database(settings_in(home)) as database:
+        rows = files.backup(database, path)
+    output.print(f"Wrote {sum(rows.values())} rows of {len(rows)} tables to {path}.")
+
+
+def restore(home: Path | None, path: Path) -> bool:
+    """Fill an empty database; returns whether the store has every blob that its rows need."""
+    settings = settings_in(home)
+    with acting(COMMAND):
+        rows = files.restore(settings.sqlalchemy_url, path)
+    output.print(f"Restored {sum(rows.values())} rows of {len(rows)} tables.")
+    with _database(settings) as database:
+        missing = missing_blobs(database, make_blob_store(settings))
+    for digest in missing:
+        output.print(f"missing {digest}")
+    output.print(f"{len(missing)} blobs are missing in the store.")
+    return not missing
+
+
+def export_audit(home: Path | None, after: int) -> None:
+    """Print the records of all tenants that follow the record `after`, as lines of JSON."""
+    with _database(settings_in(home)) as database, database.read_scope() as session:
+        for row in AuditRepository(session, EVERY_TENANT).export(after):
+            typer.echo(AuditRecord.of(row).model_dump_json())
+
+
+@contextmanager
+def _database(settings: Settings) -> Iterator[Database]:
+    database = Database(settings.sqlalchemy_url)
+    try:
+        yield database
+    finally:
+        database.dispose()

@@ -1,0 +1,147 @@
+"""The audit log: every change is recorded with who made it, and records are for good."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from deltadock.cli.records import export_audit
+from deltadock.storage.collection import Collector
+from deltadock.storage.models import AuditAction, Scope
+from deltadock.storage.repositories import TenantRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
+from tests.api.support import Api, bearer, issue_key
+
+BY_OTHERS = {
+    AuditAction.UPLOAD_DROP,
+    AuditAction.DELTA_COLLECT,
+    AuditAction.BLOB_REMOVE,
+    AuditAction.RESTORE,
+}
+"""Actions without a request."""
+
+
+@pytest.fixture
+def settings_fields() -> dict[str, Any]:
+    return {"undo_days": 0}
+
+
+def records(api: Api, **parameters: Any) -> list[dict[str, Any]]:
+    answer = api.client.get("/v1/audit", params={"limit": 200, **parameters})
+    assert answer.status_code == 200, answer.text
+    data: list[dict[str, Any]] = answer.json()["data"]
+    return data
+
+
+def change_everything(api: Api) -> None:
+    """A request of each kind that changes something, and one that may not."""
+
+    def ask(method: str, path: str, body: Any = None, status: int = 200) -> dict[str, Any]:
+        answer = api.client.request(method, path, json=body)
+        assert answer.status_code == status, answer.text
+        content: dict[str, Any] = answer.json() if answer.content else {}
+        return content
+
+    key = ask("POST", "/v1/keys", {"name": "ci", "scopes": ["read"]}, 201)
+    ask("POST", f"/v1/keys/{key['id']}/rotate", {"grace_seconds": 60}, 201)
+    ask("DELETE", f"/v1/keys/{key['id']}", status=204)
+    ask("POST", "/v1/tenants", {"name": "acme"}, 201)
+    ask("PATCH", "/v1/tenants/acme", {"max_deltas": 9})
+    ask("DELETE", f"/v1/uploads/{api.open_upload()}", status=204)
+    first, second = api.delta(), api.delta(seed=2, name="maths/other")
+    ask("PATCH", "/v1/bases/tiny", {"shared": True})
+    ask("POST", f"/v1/jobs/{second['job']}/cancel")
+    ask("POST", f"/v1/jobs/{second['job']}/retry", status=202)
+    api.make_ready(first)
+    ask("PATCH", "/v1/registry/maths/skills", {"tags": ["maths"]})
+    ask("DELETE", f"/v1/deltas/{first['id']}", status=204)
+    ask("POST", f"/v1/deltas/{first['id']}/restore")
+    ask("DELETE", "/v1/registry/maths/skills", status=204)
+    ask("PUT", "/v1/projects/maths/retention", {"rule": "ready"})
+    hook = ask("POST", "/v1/webhooks", {"url": "https://hooks.example.com/"}, 201)["id"]
+    api.make_ready(second)
+    message = ask("GET", f"/v1/webhooks/{hook}/messages")["data"][0]["id"]
+    ask("POST", f"/v1/webhooks/{hook}/messages/{message}/resend")
+    ask("DELETE", f"/v1/webhooks/{hook}", status=204)
+    reader = bearer(issue_key(api.resources.settings, scopes=[Scope.READ]))
+    assert api.client.delete(f"/v1/deltas/{second['id']}", headers=reader).status_code == 403
+    token = api.resources.sessions.link_token(key_of(api))
+    with httpx.Client(base_url=api.client.base_url) as browser:
+        assert browser.get("/sign-in", params={"token": token}).status_code == 303
+        csrf = browser.get("/").text.partition('name="csrf" value="')[2].partition('"')[0]
+        assert browser.post("/sign-out", data={"csrf": csrf}).status_code == 303
+
+
+def key_of(api: Api) -> str:
+    """The id of the client's key."""
+    key_id: str = api.client.get("/v1/keys").json()["data"][-1]["id"]
+    return key_id
+
+
+def test_every_change_is_recorded(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    change_everything(api)
+    found = records(api)
+    acme = records(api, tenant="acme")
+    assert {r["action"] for r in found + acme} == set(AuditAction) - BY_OTHERS
+    assert [r["action"] for r in acme] == ["tenant.change", "tenant.create"]
+    by_key = [r for r in found if r["action"] == "delta.restore"]
+    assert (by_key[0]["origin"], by_key[0]["key"]) == ("request", key_of(api))
+    assert by_key[0]["details"] == {"name": "maths/skills", "version": 1}
+    assert len(by_key[0]["request_id"]) == 32
+    (refused,) = records(api, action="request")
+    assert (refused["outcome"], refused["details"]) == ("forbidden", {"method": "DELETE"})
+    assert refused["object"].startswith("/v1/deltas/dlt_")
+    assert [r["action"] for r in records(api, object="maths/skills")] == [
+        "model.delete",
+        "alias.move",
+        "alias.move",
+        "alias.move",
+        "model.change",
+        "alias.move",
+    ]
+    assert "ddk_" not in json.dumps([r for r in found if not r["action"].startswith("key.")])
+
+    collector = Collector(api.resources.database, api.resources.blobs, api.resources.settings)
+    collector.run()
+    collected = records(api, action="delta.collect")
+    assert {(r["origin"], r["key"]) for r in collected} == {("system", None)}
+
+    export_audit(api.resources.settings.home, 0)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["id"] for line in lines] == sorted(line["id"] for line in lines)
+    assert [line for line in lines if line["tenant"] == LOCAL_TENANT][::-1] == records(api)
+    export_audit(api.resources.settings.home, lines[-2]["id"])
+    assert json.loads(capsys.readouterr().out) == lines[-1]
+
+
+def test_pages(api: Api) -> None:
+    for _ in range(3):
+        api.open_upload()
+    seen, after = [], None
+    while seen == [] or after:
+        page = api.client.get(
+            "/v1/audit", params={"limit": 2} | ({"after": after} if after else {})
+        ).json()
+        seen += page["data"]
+        after = page["next"]
+    assert seen == records(api)
+    assert api.client.get("/v1/audit?after=x").status_code == 422
+
+
+def test_a_tenants_admin_sees_its_own_records_alone(api: Api) -> None:
+    with api.resources.database.session_scope() as session:
+        acme = TenantRepository(session).add("acme").id
+    api.open_upload()
+    headers = bearer(issue_key(api.resources.settings, tenant=acme))
+    seen = api.client.get("/v1/audit", headers=headers).json()["data"]
+    assert {record["tenant"] for record in seen} == {acme}
+    named = api.client.get("/v1/audit?tenant=local", headers=headers)
+    assert (named.status_code, named.json()["code"]) == (403, "forbidden")
+
+
+def test_a_change_that_is_refused_leaves_no_record(api: Api) -> None:
+    before = records(api)
+    answer = api.client.post("/v1/bases", json={"name": "b", "checkpoint": "a" * 64})
+    assert answer.status_code == 404
+    assert records(api) == before
