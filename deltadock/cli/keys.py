@@ -1,17 +1,19 @@
-"""`deltadock keys`: API keys, made and revoked in the database without a running service."""
+"""`deltadock keys`: API keys, made and revoked by a server, or in its database without one."""
 
 import hmac
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
-from rich.table import Table
 from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
+from deltadock.cli.server import connect
+from deltadock.client.connection import LOGIN, URL_VARIABLE, find_connection
+from deltadock.client.resources import Key
 from deltadock.errors import InvalidInput, NotFound
 from deltadock.settings import Settings, settings_in
 from deltadock.storage.actor import COMMAND, acting
@@ -26,10 +28,27 @@ LOCAL: Final = "local"
 """Name of the key that `deltadock up` makes for its own machine."""
 
 
+def uses_server(home: Path | None, url: str | None) -> bool:
+    """Whether a server is asked, with an admin key, instead of its database.
+
+    It is if `--url`, DELTADOCK_API_URL or a login names one, unless this process is told where the
+    database is.
+    """
+    if url is not None:
+        return True
+    told = home is not None or "DELTADOCK_DATABASE_URL" in os.environ
+    return not told and find_connection().url_from in (URL_VARIABLE, LOGIN)
+
+
 def create(
-    home: Path | None, name: str, tenant: str, scopes: Sequence[str], days: float | None
-) -> None:
-    """Make a key and print it.
+    home: Path | None,
+    url: str | None,
+    name: str,
+    tenant: str | None,
+    scopes: Sequence[str],
+    days: float | None,
+) -> Key:
+    """Make a key; the answer has the key itself.
 
     Raises:
         InvalidInput: there is no such scope.
@@ -37,58 +56,89 @@ def create(
     """
     if unknown := set(scopes) - set(Scope):
         raise InvalidInput(f"There is no scope {', '.join(unknown)}; they are {', '.join(Scope)}.")
-    settings = settings_in(home)
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
+    if uses_server(home, url):
+        with connect(url) as client:
+            expiry = None if expires_at is None else expires_at.isoformat()
+            return client.create_key(name, scopes, expires_at=expiry, tenant=tenant)
+    settings = settings_in(home)
     with _session(settings) as session:
-        found = TenantRepository(session).find(tenant)
+        found = TenantRepository(session).find(tenant or LOCAL_TENANT)
         if found is None:
             raise NotFound(f"There is no tenant {tenant!r}; make it with POST /v1/tenants.")
         row, key = KeyRepository(session, found.id).issue(
             key_secret(settings), name=name, scopes=map(Scope, scopes), expires_at=expires_at
         )
-    _show_new(row, key)
+        return _key_of(row, key)
 
 
-def show(home: Path | None) -> None:
-    """Print the keys of all tenants, newest first."""
-    table = Table("id", "tenant", "name", "prefix", "scopes", "expires", "last used", "state")
+def list_all(home: Path | None, url: str | None) -> list[Key]:
+    """The keys, newest first: of one's tenant, or in the database of all."""
+    if uses_server(home, url):
+        with connect(url) as client:
+            return client.keys()
     with _session(settings_in(home)) as session:
-        keys = KeyRepository(session, EVERY_TENANT)
-        for key in keys.all():
-            state = "revoked" if key.revoked_at else "valid" if keys.is_active(key) else "expired"
-            times = (_moment(key.expires_at), _moment(key.last_used_at))
-            cells = (key.id, key.tenant.name, key.name, key.prefix, " ".join(key.scopes))
-            table.add_row(*cells, *times, state)
-    Console().print(table)
+        return [_key_of(row) for row in KeyRepository(session, EVERY_TENANT).all()]
 
 
-def revoke(home: Path | None, key: str) -> None:
+def revoke(home: Path | None, url: str | None, key: str) -> Key:
     """Revoke the key with this id or prefix.
 
     Raises:
         NotFound: there is none.
     """
+    if uses_server(home, url):
+        with connect(url) as client:
+            found = _find_listed(client.keys(), key)
+            client.revoke_key(found.id)
+            return found
     with _session(settings_in(home)) as session:
         keys = KeyRepository(session, EVERY_TENANT)
         row = _find(keys, key)
         keys.revoke(row)
-    Console().print(f"{row.prefix} ({row.name}) is revoked.")
+        return _key_of(row)
 
 
-def rotate(home: Path | None, key: str, grace_hours: float) -> None:
-    """Make a key like this one, which expires after the grace period, and print it.
+def rotate(home: Path | None, url: str | None, key: str, grace_hours: float) -> Key:
+    """Make a key like this one, which expires after the grace period.
 
     Raises:
         NotFound: there is none.
         Conflict: it was revoked or has expired.
     """
+    grace = timedelta(hours=grace_hours)
+    if uses_server(home, url):
+        with connect(url) as client:
+            found = _find_listed(client.keys(), key)
+            return client.rotate_key(found.id, round(grace.total_seconds()))
     settings = settings_in(home)
     with _session(settings) as session:
         keys = KeyRepository(session, EVERY_TENANT)
-        old = _find(keys, key)
-        row, made = keys.rotate(key_secret(settings), old, timedelta(hours=grace_hours))
-    _show_new(row, made)
-    Console(stderr=True).print(f"{old.prefix} works until {_moment(old.expires_at)}.")
+        row, made = keys.rotate(key_secret(settings), _find(keys, key), grace)
+        return _key_of(row, made)
+
+
+def _key_of(row: ApiKeyRow, key: str | None = None) -> Key:
+    """A row as the api answers it."""
+    return Key(
+        id=row.id,
+        tenant=row.tenant.name,
+        name=row.name,
+        prefix=row.prefix,
+        scopes=row.scopes,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        last_used_at=row.last_used_at,
+        key=key,
+    )
+
+
+def _find_listed(keys: Sequence[Key], wanted: str) -> Key:
+    for key in keys:
+        if wanted in (key.id, key.prefix):
+            return key
+    raise NotFound(f"There is no key {wanted!r}; `deltadock keys list` shows them.")
 
 
 def ensure_local_key(settings: Settings) -> str:
@@ -136,16 +186,3 @@ def _find(keys: KeyRepository, key: str) -> ApiKeyRow:
     if found is None:
         raise NotFound(f"There is no key {key!r}; `deltadock keys list` shows them.")
     return found
-
-
-def _show_new(row: ApiKeyRow, key: str) -> None:
-    expiry = "never expires" if row.expires_at is None else f"expires {_moment(row.expires_at)}"
-    Console(stderr=True).print(
-        f"{row.name}: {' '.join(row.scopes)}, of tenant {row.tenant.name}, {expiry}. "
-        "The key is shown only now:"
-    )
-    Console().print(key, soft_wrap=True, highlight=False)
-
-
-def _moment(moment: datetime | None) -> str:
-    return "never" if moment is None else f"{moment:%Y-%m-%d %H:%M} UTC"

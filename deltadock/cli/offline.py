@@ -1,18 +1,19 @@
 """The offline commands: checkpoint folders and delta files, without a service."""
 
+import hashlib
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from types import TracebackType
+from typing import Annotated, Any, Final, Literal, Self
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from deltadock.cli.outcome import on_interrupt
+from deltadock.cli.output import AsJson, output, print_json, progress_bar
 from deltadock.compression.options import (
     LENGTH,
     TOKENS,
@@ -24,7 +25,7 @@ from deltadock.compression.options import (
     goal_for,
 )
 from deltadock.compression.preview import SizePreview
-from deltadock.errors import Conflict, NotFound
+from deltadock.errors import Conflict, DeltadockError, NotFound
 
 DEFAULT_METHOD: Final = default_method().name
 SAMPLED: Final = "sampled"
@@ -69,29 +70,6 @@ Folder = Annotated[
     Path, typer.Option(exists=True, file_okay=False, help="Hugging Face checkpoint folder.")
 ]
 File = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Input file.")]
-
-# Progress goes to stderr: with --json, stdout holds only JSON. Markup is off: tensor and file names
-# come from untrusted files.
-errors = Console(stderr=True, markup=False)
-output = Console(markup=False)
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A progress bar with description, percentage and elapsed time."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=errors, transient=not errors.is_terminal) as bar:
-        yield bar
-
-
-def print_json(data: object) -> None:
-    """Print a JSON document on stdout."""
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
 def resolve_device(device: str) -> str:
@@ -178,8 +156,13 @@ def compress(
     ] = "exact",
     report: Annotated[Path | None, typer.Option(help="Report file to write (JSON).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
+    as_json: AsJson = False,
 ) -> None:
-    """Compress a fine-tuned checkpoint against its base."""
+    """Compress a fine-tuned checkpoint against its base.
+
+    Finished blocks are kept beside the delta file until it is complete: after Ctrl-C or a crash
+    the same command continues after them.
+    """
     _, goal = goal_for(
         method, bits=bits, target_bytes=target_bytes, ratio=ratio, max_kl=max_kl,
         min_agreement=min_agreement,
@@ -200,7 +183,12 @@ def compress(
         method=method, bits=goal.bits if goal else None, target_bytes=target_bytes, ratio=ratio,
         max_kl=max_kl, min_agreement=min_agreement, seed=seed, solver=chosen, calibration=amount,
     )  # fmt: skip
-    with progress_bar() as bar:
+    blocks = BlockFolder(out.with_name(f"{out.name}.blocks"))
+    with (
+        blocks,
+        on_interrupt("The same command continues after the last finished block."),
+        progress_bar() as bar,
+    ):
         task = bar.add_task("validating", total=1.0)
         result = run(
             base,
@@ -211,13 +199,54 @@ def compress(
             progress=lambda update: bar.update(
                 task, completed=update.fraction, description=f"{update.stage}: {update.message}"
             ),
+            store=blocks,
             device=chosen_device,
         )
         bar.update(task, completed=1.0, description="done")
     document = result.to_dict()
     if report is not None:
         report.write_text(json.dumps(document, indent=2) + "\n")
-    print_report(document)
+    if as_json:
+        print_json(document)
+    else:
+        print_report(document)
+
+
+class BlockFolder:
+    """Keeps encoded blocks of a compression in a folder, which the first one makes.
+
+    A context manager that removes it when the compression is complete or refused.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None or isinstance(error, DeltadockError):
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def get(self, key: str) -> bytes | None:
+        """The block kept under `key`, or None."""
+        path = self._path(key)
+        return path.read_bytes() if path.exists() else None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep a block."""
+        self._folder.mkdir(exist_ok=True)
+        staged = self._path(key).with_suffix(".part")
+        staged.write_bytes(data)
+        staged.replace(self._path(key))
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.block"
 
 
 def measured_text(sources: list[dict[str, Any]]) -> str:
@@ -278,7 +307,7 @@ def preview(
     bits: Bits = None,
     target_bytes: TargetBytes = None,
     ratio: Ratio = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Predict the size of a delta from the tensors' shapes."""
     _, goal = goal_for(method, bits=bits, target_bytes=target_bytes, ratio=ratio)
@@ -318,7 +347,7 @@ def evaluate(
     finetuned: Folder,
     text: File,
     window: Annotated[int, typer.Option(min=16, help="Tokens per window.")] = 256,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    as_json: AsJson = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
 ) -> None:
     """Measure a delta against its fine-tune and base on a text."""
@@ -348,17 +377,21 @@ def merge(
     base: Folder,
     delta: File,
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    as_json: AsJson = False,
 ) -> None:
     """Merge a delta into its base and write a full checkpoint."""
     from deltadock.artifacts.export import merge as run
 
     run(base, delta, out)
-    typer.echo(f"Wrote {out}")
+    if as_json:
+        print_json({"out": str(out)})
+    else:
+        typer.echo(f"Wrote {out}")
 
 
 def inspect(
     delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the contents of a delta file."""
     from deltadock.artifacts.reader import Artifact
@@ -390,19 +423,27 @@ def inspect(
         typer.echo(f"{name:17} {text}")
 
 
-def verify(delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:
+def verify(
+    delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)], as_json: AsJson = False
+) -> None:
     """Verify every hash in a delta file."""
     from deltadock.artifacts.reader import Artifact
 
     with Artifact(delta) as artifact:
         artifact.check_intact()
-        typer.echo(f"{delta}: all hashes match, sha256 {artifact.digest}")
+        if as_json:
+            print_json({"path": str(delta), "sha256": artifact.digest})
+        else:
+            typer.echo(f"{delta}: all hashes match, sha256 {artifact.digest}")
 
 
-def methods() -> None:
+def methods(as_json: AsJson = False) -> None:
     """List the compression methods."""
     from deltadock.compression.options import METHODS
 
+    if as_json:
+        print_json([asdict(info) for info in METHODS.values()])
+        return
     table = Table("method", "bits", "what it does")
     for info in METHODS.values():
         budget = "–" if info.bits_min is None else f"{info.bits_min:g} to {info.bits_max:g}"

@@ -1,46 +1,56 @@
 """Collecting and checking what the blob store holds: `deltadock gc` and `deltadock reconcile`."""
 
 from pathlib import Path
-from typing import Final
 
-from rich.console import Console
-from rich.table import Table
-
+from deltadock.cli.output import output, print_json, print_table
 from deltadock.settings import settings_in
 from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.blobs import make_blob_store
 from deltadock.storage.collection import Collector, reconcile
 from deltadock.storage.database import Database
 
-output: Final = Console(highlight=False, soft_wrap=True)
 
-
-def collect(home: Path | None, *, dry_run: bool) -> None:
+def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
     """Remove what nothing needs, or only print it, by kind."""
     settings = settings_in(home)
     collector = Collector(Database(settings.sqlalchemy_url), make_blob_store(settings), settings)
     with acting(COMMAND):
         collected = collector.try_run() if dry_run else collector.run()
-    table = Table("kind", "files", "bytes", box=None)
-    for kind, usage in sorted(collected.usage.items()):
-        table.add_row(kind, str(usage.files), str(usage.bytes))
-    total = sum(usage.bytes for usage in collected.usage.values())
-    files = sum(usage.files for usage in collected.usage.values())
-    table.add_row("total", str(files), str(total))
+    rows = {str(kind): usage for kind, usage in sorted(collected.usage.items())}
+    files = sum(usage.files for usage in rows.values())
+    size = sum(usage.bytes for usage in rows.values())
+    if as_json:
+        kinds = {kind: {"files": usage.files, "bytes": usage.bytes} for kind, usage in rows.items()}
+        total = {"files": files, "bytes": size}
+        print_json(
+            {"removed": not dry_run, "kinds": kinds, "total": total, "kept": collected.blocked}
+        )
+        return
     output.print("Would remove:" if dry_run else "Removed:")
-    output.print(table)
+    print_table(
+        ("kind", "files", "bytes"),
+        [
+            *((kind, str(usage.files), str(usage.bytes)) for kind, usage in rows.items()),
+            ("total", str(files), str(size)),
+        ],
+        "",
+    )
     for reason in collected.blocked:
-        output.print(f"Kept: {reason}")
+        output.print(f"Kept: {reason}", soft_wrap=True)
 
 
-def check(home: Path | None) -> bool:
+def check(home: Path | None, *, as_json: bool = False) -> bool:
     """Print where rows and blobs disagree; returns whether every row has its blob."""
     settings = settings_in(home)
     found = reconcile(Database(settings.sqlalchemy_url), make_blob_store(settings))
+    if as_json:
+        unreferenced = [{"key": entry.key, "bytes": entry.bytes} for entry in found.unreferenced]
+        print_json({"missing": list(found.missing), "unreferenced": unreferenced})
+        return not found.missing
     for digest in found.missing:
-        output.print(f"missing {digest}")
+        output.print(f"missing {digest}", soft_wrap=True)
     for entry in found.unreferenced:
-        output.print(f"unreferenced {entry.key} {entry.bytes} bytes")
+        output.print(f"unreferenced {entry.key} {entry.bytes} bytes", soft_wrap=True)
     output.print(
         f"{len(found.missing)} blobs are missing, {len(found.unreferenced)} are unreferenced."
     )

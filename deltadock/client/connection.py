@@ -17,6 +17,7 @@ from deltadock.trust import keep_secret
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 URL_VARIABLE: Final = "DELTADOCK_API_URL"
 KEY_VARIABLE: Final = "DELTADOCK_API_KEY"
+LOGIN: Final = "`deltadock login`"
 
 
 class Connection(NamedTuple):
@@ -62,7 +63,7 @@ def find_connection(url: str | None = None, key: str | None = None) -> Connectio
 
 def _kept() -> list[tuple[str, tuple[str, str] | None]]:
     home = Settings().home
-    return [("`deltadock login`", read_login()), (f"the home {home}", _of_home(home))]
+    return [(LOGIN, read_login()), (f"the home {home}", _of_home(home))]
 
 
 def read_login() -> tuple[str, str] | None:

@@ -358,6 +358,7 @@ class Node(Resource):
     state: str
     base: str | None
     base_name: str | None
+    adopts: bool
     capacity: int
     admitted: int
     delta_slots: int

@@ -349,6 +349,11 @@ def rotate_key(key: str, grace_seconds: int = 24 * 3600) -> Call[Key]:
     return Call("POST", f"/v1/keys/{_segment(key)}/rotate", reader(Key), body=body)
 
 
+def check_served(model: str) -> Call[None]:
+    """Raise NotFound or NotReady unless this delta or base answers now."""
+    return Call("GET", f"/v1/models/{_path(model)}", lambda _: None)
+
+
 def generate(model: str, prompt: str | Messages, **sampling: Unpack[Sampling]) -> Call[Generated]:
     """Continue a prompt, or answer a conversation, with a delta or a bare base.
 

@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from deltadock.cli import main as cli
+from deltadock.cli.app import app
 from tests.cli.support import Command, Delta, Inputs, Outcome, save_model
 
 
@@ -44,7 +45,7 @@ def delta(inputs: Inputs, plain_terminal: None, tmp_path_factory: pytest.TempPat
     """The output of `deltadock compress` for the pair."""
     folder = tmp_path_factory.mktemp("delta")
     result = CliRunner().invoke(
-        cli.app,
+        app,
         [
             "compress",
             *("--base", str(inputs.base)),

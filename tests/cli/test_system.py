@@ -78,7 +78,7 @@ def test_a_failed_child_is_reported_in_one_line_followed_by_its_log(
 
     monkeypatch.setattr("deltadock.cli.system.up", fail)
     outcome = deltadock("up")
-    assert outcome.code == 1
+    assert outcome.code == 3
     first, *rest = outcome.stderr.splitlines()
     assert first.startswith("error (unavailable): broken exited with status 3.")
     assert rest == ["    a", "    b"]

@@ -1,0 +1,216 @@
+"""`deltadock run` (also `chat`) and `generate`: talk to a delta or a base."""
+
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from deltadock.cli.output import AsJson, print_resources, say
+from deltadock.cli.server import Reference, Url, connect
+from deltadock.errors import DeltadockError, InvalidInput, UnsupportedModel
+
+if TYPE_CHECKING:
+    from deltadock.client.http import Client
+    from deltadock.client.resources import Generated
+    from deltadock.client.routes import Sampling
+
+HELP: Final = """\
+  /clear            forget the conversation
+  /set NAME VALUE   temperature, top_p, top_k, max_tokens or seed; without VALUE its default
+  /plain, /chat     continue text as it is, or converse by the model's chat template
+  /bye              leave; Ctrl-D does too
+  \"\"\"               begin and end a prompt of several lines
+  Ctrl-C            stop the answer"""
+NUMBERS: Final = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "max_tokens": int,
+    "seed": int,
+}
+QUOTES: Final = '"""'
+NO_TEMPLATE: Final = "chat template"
+
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Maximum tokens of an answer.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0, help="0 is greedy; by default the model's own.")
+]
+TopP = Annotated[float | None, typer.Option(min=0, max=1)]
+Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.")]
+
+
+class Conversation:
+    """One talk with a model, by its chat template or, without one, as continued text."""
+
+    def __init__(self, client: "Client", model: str, sampling: "Sampling", *, plain: bool) -> None:
+        self.plain = plain
+        self.sampling = sampling
+        self._client = client
+        self._model = model
+        self._messages: list[dict[str, str]] = []
+
+    def clear(self) -> None:
+        """Forget what was said."""
+        self._messages.clear()
+
+    def answer(self, prompt: str) -> "Generated":
+        """Print the answer to a prompt as it is generated; Ctrl-C ends it.
+
+        Raises:
+            DeltadockError: there is none.
+        """
+        if self.plain:
+            return self._print(self._client.stream(self._model, prompt, **self.sampling))
+        messages = [*self._messages, {"role": "user", "content": prompt}]
+        try:
+            answered = self._print(self._client.stream(self._model, messages, **self.sampling))
+        except UnsupportedModel as error:
+            if NO_TEMPLATE not in error.message:
+                raise
+            say(f"{self._model} has no chat template: it continues your text as it is.")
+            self.plain = True
+            return self.answer(prompt)
+        self._messages = [*messages, {"role": "assistant", "content": answered.text}]
+        return answered
+
+    def _print(self, pieces: "Iterable[Generated]") -> "Generated":
+        from deltadock.client.resources import Generated
+
+        text, last = "", Generated(text="")
+        try:
+            for piece in pieces:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+                text += piece.text
+                last = piece
+        except KeyboardInterrupt:
+            last = Generated(text="", finish_reason="interrupted")
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        return last.model_copy(update={"text": text})
+
+
+def run(
+    name: Reference,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Answer this and end; else converse.")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option(help="Continue text as it is, without the chat template.")
+    ] = False,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tokens per second.")] = False,
+    url: Url = None,
+) -> None:
+    """Talk to a delta or a base; answers are streamed. A prompt may also come from a pipe."""
+    sampling: Sampling = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed,
+    }  # fmt: skip
+    with connect(url) as client:
+        talk = Conversation(client, name, sampling, plain=plain)
+        if prompt is None and not sys.stdin.isatty():
+            prompt = sys.stdin.read()
+            if not prompt.strip():
+                raise InvalidInput("There is no prompt: give one as an argument or through a pipe.")
+        if prompt is not None:
+            _timed(talk, prompt, verbose=verbose)
+            return
+        client.check_served(name)  # before the first prompt is typed
+        say(f"Talking to {name}. /help lists commands, /bye ends.")
+        _converse(talk, verbose=verbose)
+
+
+def _converse(talk: Conversation, *, verbose: bool) -> None:
+    with suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history of input())
+    while True:
+        try:
+            typed = _read()
+        except EOFError:
+            sys.stdout.write("\n")
+            return
+        except KeyboardInterrupt:
+            say("\nCtrl-D or /bye ends.")
+            continue
+        if typed.startswith("/"):
+            if typed.split()[0] in ("/bye", "/exit", "/quit"):
+                return
+            _command(talk, typed)
+        elif typed.strip():
+            try:
+                _timed(talk, typed, verbose=verbose)
+            except DeltadockError as error:
+                say(f"error ({error.code}): {error.message}")
+
+
+def _read() -> str:
+    """One prompt from the terminal; three quotes begin and end several lines."""
+    typed = input(">>> ")
+    if not typed.startswith(QUOTES):
+        return typed
+    text = typed.removeprefix(QUOTES)
+    while not text.rstrip().endswith(QUOTES):
+        text += "\n" + input("... ")
+    return text.rstrip().removesuffix(QUOTES).strip("\n")
+
+
+def _command(talk: Conversation, typed: str) -> None:
+    name, *arguments = typed.split()
+    match name, arguments:
+        case "/clear", []:
+            talk.clear()
+            say("The conversation is forgotten.")
+        case (("/plain" | "/chat"), []):
+            talk.plain = name == "/plain"
+            talk.clear()
+        case "/set", [setting, *values] if setting in NUMBERS and len(values) <= 1:
+            try:
+                value = NUMBERS[setting](values[0]) if values else None
+            except ValueError:
+                say(f"{values[0]!r} is not a number.")
+                return
+            talk.sampling[setting] = value  # type: ignore[literal-required]
+        case _:
+            say(HELP)
+
+
+def _timed(talk: Conversation, prompt: str, *, verbose: bool) -> None:
+    began = time.monotonic()
+    answered = talk.answer(prompt)
+    seconds = max(time.monotonic() - began, 1e-9)
+    if verbose and answered.usage is not None:
+        tokens = answered.usage.completion_tokens
+        say(
+            f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} per second; "
+            f"{answered.usage.prompt_tokens} in the prompt"
+        )
+
+
+def generate(
+    name: Reference,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens.")] = 128,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """Continue one prompt, as it is, and print the continuation."""
+    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with connect(url) as client:
+        found = client.generate(name, text, max_tokens=max_tokens, stop=stop or None, **options)
+    if as_json:
+        print_resources(found)
+    else:
+        sys.stdout.write(f"{found.text}\n")

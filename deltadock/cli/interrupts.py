@@ -1,0 +1,26 @@
+"""Ctrl-C, from the first import on.
+
+Libraries that are interrupted while they are imported turn the KeyboardInterrupt into other
+errors, or lose it; so it is remembered.
+"""
+
+import signal
+from types import FrameType
+
+_pressed: list[int] = []
+
+
+def note_interrupts() -> None:
+    """From here on, remember that Ctrl-C was pressed, and raise KeyboardInterrupt as before."""
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        _pressed.append(number)
+        raise KeyboardInterrupt
+
+    _pressed.clear()
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def was_interrupted() -> bool:
+    """Whether Ctrl-C was pressed."""
+    return bool(_pressed)

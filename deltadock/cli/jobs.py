@@ -1,0 +1,148 @@
+"""`deltadock jobs`, `logs`, `cancel` and `retry`."""
+
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deltadock.cli.outcome import JOB_FAILED, on_interrupt, report
+from deltadock.cli.output import (
+    AsJson,
+    age,
+    errors,
+    output,
+    print_json,
+    print_resources,
+    print_table,
+    say,
+)
+from deltadock.cli.server import JobReference, Url, complete_model, connect
+from deltadock.errors import NotFound
+
+if TYPE_CHECKING:
+    from deltadock.client.http import Client
+    from deltadock.client.resources import Job
+
+
+def follow(client: "Client", job: str) -> None:
+    """Follow a job to its end with a bar.
+
+    Raises:
+        typer.Exit: it failed or was cancelled, or Ctrl-C was pressed; it goes on then.
+    """
+    from deltadock.client.progress import job_bar
+
+    hint = f"The job goes on. Follow it: deltadock logs -f {job}; end it: deltadock cancel {job}"
+    with on_interrupt(hint), job_bar(errors) as show:
+        ended = client.wait(job, show)
+    _exit_if_failed(ended)
+
+
+def _exit_if_failed(job: "Job") -> None:
+    if (failure := job.failure) is not None:
+        report(failure)
+        say(f"Continue it: deltadock retry {job.id}")
+        raise typer.Exit(JOB_FAILED)
+
+
+def job_of(client: "Client", reference: str) -> str:
+    """The id of a job, named by itself or by its delta."""
+    return reference if reference.startswith("job_") else client.delta(reference).job
+
+
+def jobs(
+    state: Annotated[
+        list[str] | None, typer.Option(help="Only of this state; may be repeated.")
+    ] = None,
+    delta: Annotated[
+        str | None, typer.Option(help="Only of this delta.", autocompletion=complete_model)
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many.")] = 20,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """List the jobs, newest first."""
+    from deltadock.client.resources import duration_text
+
+    with connect(url) as client:
+        found = list(islice(client.jobs(state=state, delta=delta, limit=min(limit, 200)), limit))
+        if as_json:
+            print_resources(found)
+            return
+        names = {one.delta: _name(client, one.delta) for one in found}
+    print_table(
+        ("job", "delta", "state", "done", "elapsed", "left", "created"),
+        (
+            (
+                job.id,
+                names[job.delta],
+                job.stage if job.error is None else f"{job.state}: {job.error.code}",
+                f"{job.percent:.0f} %",
+                "–" if job.elapsed is None else duration_text(job.elapsed),
+                "–" if job.remaining is None else duration_text(job.remaining),
+                age(job.created_at),
+            )
+            for job in found
+        ),
+        "There is no such job. `deltadock push` starts one.",
+    )
+
+
+def _name(client: "Client", delta: str) -> str:
+    try:
+        return client.delta(delta).reference
+    except NotFound:
+        return f"{delta} (deleted)"
+
+
+def logs(
+    job: JobReference,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")
+    ] = False,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """Print a job's log: attempts, stages, blocks, the reason of a failure."""
+    with connect(url) as client:
+        found = job_of(client, job)
+        with on_interrupt("The job goes on." if follow else ""):
+            lines = client.log(found, follow=follow)
+            if as_json:
+                print_resources(lines)
+            else:
+                for line in lines:
+                    moment = line.at.astimezone()
+                    output.print(f"{moment:%Y-%m-%d %H:%M:%S}  {line.message}", soft_wrap=True)
+        if follow:
+            _exit_if_failed(client.job(found))
+
+
+def cancel(job: JobReference, as_json: AsJson = False, url: Url = None) -> None:
+    """Cancel a job; what it has finished is kept for `retry`."""
+    with connect(url) as client:
+        cancelled = client.cancel(job_of(client, job))
+    if as_json:
+        print_resources(cancelled)
+    elif cancelled.is_final:
+        say(f"{cancelled.id} is {cancelled.state}.")
+    else:
+        say(f"{cancelled.id} ends at its next step.")
+
+
+def retry(
+    job: JobReference,
+    wait: Annotated[bool, typer.Option(help="Follow the job until it has ended.")] = False,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """Queue a failed or cancelled job again; it continues after its last finished block."""
+    with connect(url) as client:
+        queued = client.retry(job_of(client, job))
+        if wait:
+            follow(client, queued.id)
+            queued = client.job(queued.id)
+    if as_json:
+        print_json(queued.model_dump(mode="json"))
+    else:
+        say(f"{queued.id} is {queued.state}.")

@@ -1,0 +1,97 @@
+"""How a command ends: its exit status, one line for an error, one for Ctrl-C.
+
+| status | meaning |
+|---|---|
+| 0 | done |
+| 1 | refused or failed: the message says what to do |
+| 2 | an unknown or wrong option or argument |
+| 3 | the server does not answer or is busy: the same command may succeed later |
+| 4 | the job that was followed failed or was cancelled |
+| 130 | interrupted |
+"""
+
+import errno
+import os
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import typer
+from typer.core import TyperGroup
+
+from deltadock.cli.interrupts import was_interrupted
+from deltadock.errors import DeltadockError, Forbidden, InvalidInput, NotFound, StorageFull
+
+FAILED: Final = 1
+UNAVAILABLE: Final = 3
+JOB_FAILED: Final = 4
+INTERRUPTED: Final = 130
+
+
+@contextmanager
+def on_interrupt(hint: str) -> Iterator[None]:
+    """If Ctrl-C ends the block, print what has become of its work, and exit."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or was_interrupted():
+            typer.echo(f"\nInterrupted. {hint}".rstrip(), err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        raise
+
+
+def report(error: DeltadockError) -> int:
+    """Print an error as one line on stderr; the end of a failed process's log follows, indented.
+
+    Returns its exit status.
+    """
+    message = " ".join(error.message.split())
+    typer.echo(f"error ({error.code}): {message}", err=True)
+    if log_tail := error.details.get("log_tail"):
+        typer.echo(textwrap.indent(str(log_tail), "    "), err=True, nl=False)
+    return UNAVAILABLE if error.retryable else FAILED
+
+
+def domain_error(error: OSError) -> DeltadockError:
+    """The error of a file that cannot be read or written, with its name."""
+    name = error.filename if isinstance(error.filename, str | os.PathLike) else None
+    where = f"{os.fspath(name)}: " if name else ""
+    text = f"{where}{error.strerror or error}."
+    match error.errno:
+        case errno.ENOENT:
+            return NotFound(text)
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return Forbidden(text)
+        case errno.ENOSPC | errno.EDQUOT:
+            return StorageFull(text)
+        case errno.EEXIST | errno.ENOTDIR | errno.EISDIR | errno.ENAMETOOLONG | errno.ELOOP:
+            return InvalidInput(text)
+        case _:
+            return DeltadockError(text)
+
+
+class ReportingGroup(TyperGroup):
+    """Ends every command as this module says."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command.
+
+        Raises:
+            typer.Exit: the command failed or was interrupted.
+        """
+        with on_interrupt(""):
+            try:
+                return super().invoke(ctx)
+            except DeltadockError as error:
+                if was_interrupted():
+                    raise
+                raise typer.Exit(report(error)) from None
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                if was_interrupted():
+                    raise
+                raise typer.Exit(report(domain_error(error))) from None

@@ -1,0 +1,96 @@
+"""What the commands print: tables and messages for people, JSON for programs."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from deltadock.client.resources import Resource
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+
+# Progress and messages go to stderr: with --json, stdout holds only JSON. Markup is off: names of
+# tensors, files and models come from others.
+errors: Final = Console(stderr=True, markup=False, highlight=False)
+output: Final = Console(markup=False, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print a message for people on stderr."""
+    errors.print(text, soft_wrap=True)
+
+
+def print_json(data: object) -> None:
+    """Print a JSON document on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def print_resources(found: "Resource | Iterable[Resource]") -> None:
+    """Print what the server answered as JSON."""
+    if isinstance(found, Iterable) and not hasattr(found, "model_dump"):
+        print_json([one.model_dump(mode="json") for one in found])
+    else:
+        print_json(found.model_dump(mode="json"))
+
+
+def print_rows(rows: Iterable[tuple[str, str]]) -> None:
+    """Print labels and values."""
+    table = Table(show_header=False, box=None)
+    for row in rows:
+        table.add_row(*row)
+    output.print(table, soft_wrap=not output.is_terminal)
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], empty: str) -> None:
+    """Print a table, or else on stderr what to do about it being empty."""
+    table = Table(*headings, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    if table.row_count:
+        # Cut names would be ambiguous: where no one looks at a screen, lines are as long as needed.
+        width = output.width if output.is_terminal else 1_000
+        Console(markup=False, highlight=False, width=width).print(table)
+    else:
+        say(empty)
+
+
+def age(moment: datetime | None) -> str:
+    """How long ago a moment is, for people."""
+    from deltadock.client.resources import duration_text
+
+    if moment is None:
+        return "–"
+    seconds = (datetime.now(UTC) - moment).total_seconds()
+    return f"in {duration_text(-seconds)}" if seconds < -1 else f"{duration_text(seconds)} ago"
+
+
+def figure(value: float | None, form: str, unit: str = "") -> str:
+    """A number that may be missing."""
+    return "–" if value is None else f"{value:{form}}{unit}"
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A progress bar with description, percentage and elapsed time."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=errors, transient=not errors.is_terminal) as bar:
+        yield bar
+
+
+def as_dict(found: Any) -> dict[str, Any]:
+    """What the server answered, as JSON objects are."""
+    dumped: dict[str, Any] = found.model_dump(mode="json")
+    return dumped

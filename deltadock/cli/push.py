@@ -1,0 +1,219 @@
+"""`deltadock push` and `deltadock bases`: from a folder to a delta on the server."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from deltadock.cli.jobs import follow
+from deltadock.cli.offline import (
+    CALIBRATION,
+    Bits,
+    MaxKl,
+    MinAgreement,
+    Ratio,
+    TargetBytes,
+    parse_source,
+)
+from deltadock.cli.outcome import on_interrupt
+from deltadock.cli.output import (
+    AsJson,
+    age,
+    errors,
+    print_json,
+    print_resources,
+    print_rows,
+    print_table,
+    say,
+)
+from deltadock.cli.server import Url, complete_base, connect
+from deltadock.errors import InvalidInput, NotFound
+
+if TYPE_CHECKING:
+    from deltadock.client.http import Client
+    from deltadock.client.resources import Base, Checkpoint, Delta
+
+FINETUNES = "finetunes"
+"""Project of fine-tunes that are pushed without a name."""
+
+Folder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        exists=True,
+        file_okay=False,
+        help="Hugging Face checkpoint or PEFT adapter folder.",
+    ),
+]
+
+bases = typer.Typer(help="Bases, against which deltas are compressed. Without a command: list.")
+
+
+def push(
+    folder: Folder,
+    base: Annotated[
+        str,
+        typer.Option("--base", "-b", help="Name of a base.", autocompletion=complete_base),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", "-n", help="project/model; by default finetunes/ and the folder's name."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Compression method, by default the server's; see `deltadock methods`."),
+    ] = None,
+    bits: Bits = None,
+    target_bytes: TargetBytes = None,
+    ratio: Ratio = None,
+    max_kl: MaxKl = None,
+    min_agreement: MinAgreement = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:WEIGHT]",
+            help=".txt or .jsonl; repeat for a mixture. 'sampled', the default: text sampled from "
+            "the fine-tune.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**53 - 1)] = 0,
+    priority: Annotated[
+        Literal["high", "normal", "low"], typer.Option(help="Of the job in the queue.")
+    ] = "normal",
+    parent: Annotated[
+        str | None, typer.Option(help="The delta whose fine-tune this one continues.")
+    ] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit of the training code.")] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the job until it has ended.")] = True,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """Upload a fine-tune, compress it against its base, and follow the job.
+
+    Only what the server lacks is sent; the same command continues a push that was interrupted.
+    """
+    from deltadock.client.progress import bytes_bar
+    from deltadock.client.routes import checked_name
+
+    sources = [parse_source(text) for text in calibration or ()]
+    model = checked_name(name or f"{FINETUNES}/{folder.resolve().name}")
+    with connect(url) as client:
+        _check_base(client, base)
+        with on_interrupt("The same command continues the upload."), bytes_bar(errors) as progress:
+            pushed = client.push(
+                folder,
+                model,
+                base,
+                method=method,
+                bits=bits,
+                target_bytes=target_bytes,
+                ratio=ratio,
+                max_kl=max_kl,
+                min_agreement=min_agreement,
+                calibration={source.path or "sampled": source.weight for source in sources} or None,
+                seed=seed,
+                priority=priority,
+                parent=parent,
+                commit=commit,
+                progress=progress,
+            )
+        say(f"{pushed.delta.reference} is {pushed.job.state}: job {pushed.job.id}")
+        if wait:
+            follow(client, pushed.job.id)
+        delta = client.delta(pushed.delta.id)
+    if as_json:
+        print_json({"delta": delta.model_dump(mode="json"), "job": delta.job})
+        return
+    print_rows(delta.rows())
+    _say_what_next(delta)
+
+
+def _check_base(client: "Client", base: str) -> None:
+    """Raise NotFound with what to do, if there is no such base."""
+    try:
+        client.base(base)
+    except NotFound as error:
+        if Path(base).is_dir():
+            raise NotFound(
+                f"{base} is a folder, not the name of a base: register it with "
+                f"`deltadock bases add {base}`, then push with its name."
+            ) from error
+        names = ", ".join(found.name for found in client.bases()) or "none yet"
+        raise NotFound(
+            f"There is no base {base!r}. There are: {names}. `deltadock bases add DIR` adds one."
+        ) from error
+
+
+def _say_what_next(delta: "Delta") -> None:
+    if delta.state != "ready":
+        say(f"Follow it: deltadock logs -f {delta.job}")
+        return
+    say(f"Try it: deltadock run {delta.reference}")
+    if delta.default_version not in (None, delta.version):
+        say(
+            f"{delta.name} still means version {delta.default_version}: "
+            f"deltadock alias {delta.reference} default"
+        )
+
+
+@bases.callback(invoke_without_command=True)
+def list_by_default(context: typer.Context) -> None:
+    """List the bases, unless a command follows."""
+    if context.invoked_subcommand is None:
+        list_bases()
+
+
+@bases.command("list")
+def list_bases(as_json: AsJson = False, url: Url = None) -> None:
+    """List the bases."""
+    from deltadock.client.resources import size_text
+
+    with connect(url) as client:
+        found = list(client.bases())
+    if as_json:
+        print_resources(found)
+        return
+    print_table(
+        ("base", "kind", "size", "shared", "created"),
+        (
+            (
+                base.name,
+                base.checkpoint.model_type,
+                size_text(base.checkpoint.total_bytes),
+                "yes" if base.shared else "no",
+                age(base.created_at),
+            )
+            for base in found
+        ),
+        "There is no base yet. Add one: deltadock bases add DIR",
+    )
+
+
+@bases.command("add")
+def add_base(
+    folder: Folder,
+    name: Annotated[
+        str | None, typer.Option("--name", "-n", help="By default the folder's name.")
+    ] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """Upload a checkpoint and register it as a base."""
+    from deltadock.client.progress import bytes_bar
+    from deltadock.client.resources import size_text
+
+    chosen = name or folder.resolve().name
+    if "/" in chosen:
+        raise InvalidInput(f"{chosen!r} is not a base's name: it has no slash, as tiny-base.")
+    with connect(url) as client:
+        with on_interrupt("The same command continues the upload."), bytes_bar(errors) as progress:
+            checkpoint: Checkpoint = client.upload_folder(folder, progress)
+        base: Base = client.create_base(chosen, checkpoint.digest)
+    if as_json:
+        print_resources(base)
+        return
+    say(f"{base.name} is a base: {checkpoint.model_type}, {size_text(checkpoint.total_bytes)}")
+    say(f"Push a fine-tune of it: deltadock push DIR --base {base.name} --name project/model")

@@ -1,0 +1,316 @@
+"""`deltadock ls`, `show`, `pull`, `rm`, `undo`, `alias` and `compare`."""
+
+import sys
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from deltadock.cli.outcome import on_interrupt
+from deltadock.cli.output import (
+    AsJson,
+    age,
+    as_dict,
+    errors,
+    figure,
+    print_json,
+    print_resources,
+    print_rows,
+    print_table,
+    say,
+)
+from deltadock.cli.server import Reference, Url, complete_base, complete_model, connect
+from deltadock.errors import Conflict, InvalidInput, NotReady
+
+if TYPE_CHECKING:
+    from deltadock.client.http import Client
+    from deltadock.client.resources import Delta, Metrics
+
+
+def ls(
+    text: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[WORDS]", help="Words, or their beginnings, of the model's name or card.",
+            autocompletion=complete_model,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", "-b", autocompletion=complete_base)
+    ] = None,
+    method: Annotated[str | None, typer.Option()] = None,
+    state: Annotated[str | None, typer.Option(help="Such as ready, compressing, failed.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="All versions of project/model.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option()] = None,
+    sort: Annotated[Literal["newest", "name", "size", "kl"], typer.Option()] = "newest",
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many.")] = 50,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:  # fmt: skip
+    """List the deltas."""
+    from deltadock.client.resources import size_text
+
+    filters = {"base": base, "method": method, "state": state, "name": name, "tag": tag}
+    with connect(url) as client:
+        listed = client.deltas(
+            **filters,
+            text=text,
+            sort=sort,
+            limit=min(limit + 1, 200),
+        )
+        found = list(islice(listed, limit + 1))
+    shown = found[:limit]
+    if as_json:
+        print_resources(shown)
+        return
+    print_table(
+        ("name", "aliases", "base", "method", "size", "ratio", "KL", "state", "created"),
+        (
+            (
+                delta.reference,
+                ", ".join(delta.aliases),
+                delta.base.name,
+                delta.method,
+                size_text(delta.artifact.bytes) if delta.artifact else "–",
+                figure(_metrics(delta).ratio, ".1f", "x"),
+                figure(_metrics(delta).kl, ".5f"),
+                delta.state if delta.state == "ready" or delta.error is not None
+                else f"{delta.state}, {delta.percent:.0f} %",
+                age(delta.created_at),
+            )
+            for delta in shown
+        ),
+        "There is no such delta. `deltadock push DIR --base BASE` makes one.",
+    )  # fmt: skip
+    if len(found) > limit:
+        say(f"There are more: --limit {4 * limit} shows up to {4 * limit}.")
+
+
+def _metrics(delta: "Delta") -> "Metrics":
+    from deltadock.client.resources import Metrics
+
+    return delta.metrics or Metrics()
+
+
+def show(
+    name: Reference,
+    report: Annotated[bool, typer.Option(help="The whole report, as JSON.")] = False,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """Show a delta: its figures, aliases, job and lineage."""
+    with connect(url) as client:
+        delta = client.delta(name)
+        measured = client.report(delta.id) if report else None
+    if measured is not None:
+        print_json(as_dict(measured))
+    elif as_json:
+        print_resources(delta)
+    else:
+        print_rows([*delta.rows(), *_lineage(delta)])
+
+
+def _lineage(delta: "Delta") -> Iterable[tuple[str, str]]:
+    if delta.lineage is not None:
+        yield from (("parent", delta.lineage.parent),) if delta.lineage.parent else ()
+        yield from (("commit", delta.lineage.commit),) if delta.lineage.commit else ()
+    yield "job", delta.job
+
+
+def pull(
+    name: Reference,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File to write; by default MODEL-VERSION.delta."),
+    ] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """Download a delta's file and verify it; continues a download that was interrupted."""
+    from deltadock.client.progress import bytes_bar
+    from deltadock.client.resources import size_text
+
+    with connect(url) as client:
+        delta = client.delta(name)
+        if delta.artifact is None:
+            raise NotReady(f"{delta.reference} is {delta.state}; deltadock logs -f {delta.job}")
+        path = out or Path(f"{delta.name.partition('/')[2]}-{delta.version}.delta")
+        if path.is_dir():
+            path /= f"{delta.name.partition('/')[2]}-{delta.version}.delta"
+        if path.exists():
+            raise Conflict(f"{path} already exists. Choose another name with --out, or remove it.")
+        with on_interrupt("The same command continues the download."), bytes_bar(errors) as bar:
+            client.download(delta.id, path, bar)
+    if as_json:
+        print_json({"delta": as_dict(delta), "path": str(path)})
+    else:
+        say(f"{path}: {size_text(delta.artifact.bytes)}, sha256 {delta.artifact.digest}")
+
+
+def rm(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME...", help="Deltas.", autocompletion=complete_model),
+    ],
+    whole: Annotated[
+        bool, typer.Option("--all", help="Whole models with all versions, for good.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """Delete deltas. `undo` brings one back for some days; a whole model (--all) is gone."""
+    with connect(url) as client:
+        if whole:
+            _remove_models(client, names, yes=yes, as_json=as_json)
+            return
+        removed = [client.delta(name) for name in names]  # all exist before one is deleted
+        for delta in removed:
+            client.delete(delta.id)
+            if not as_json:
+                say(f"Deleted {delta.reference}. Bring it back: deltadock undo {delta.reference}")
+    if as_json:
+        print_resources(removed)
+
+
+def _remove_models(client: "Client", names: list[str], *, yes: bool, as_json: bool) -> None:
+    models = [client.model(name) for name in names]
+    for model in models:
+        if not yes:
+            if not sys.stdin.isatty():
+                raise InvalidInput(f"Deleting {model.name} cannot be undone: confirm with --yes.")
+            typer.confirm(
+                f"Delete {model.name} with {model.last_version} versions? It cannot be undone, and "
+                "the name is never used again.",
+                abort=True,
+                err=True,
+            )
+        client.delete_model(model.name)
+        if not as_json:
+            say(f"Deleted {model.name}.")
+    if as_json:
+        print_resources(models)
+
+
+def undo(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A deleted delta: project/model:version or id.")
+    ],
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """Restore a deleted delta."""
+    with connect(url) as client:
+        delta = client.restore(name)
+    if as_json:
+        print_resources(delta)
+    else:
+        say(f"{delta.reference} is back, {delta.state}.")
+
+
+def alias(
+    name: Reference,
+    alias: Annotated[
+        str | None, typer.Argument(help="Such as prod; `default` is what the bare name means.")
+    ] = None,
+    remove: Annotated[bool, typer.Option("--rm", help="Remove the alias.")] = False,
+    history: Annotated[bool, typer.Option(help="Who moved what, when and why.")] = False,
+    reason: Annotated[str, typer.Option("--reason", "-m", help="For the history.")] = "",
+    expected: Annotated[
+        int | None,
+        typer.Option(help="Refuse unless it means this version now; 0: none.", min=0),
+    ] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:
+    """Let an alias mean a version: `deltadock alias maths/skills:3 prod`. Without ALIAS: list."""
+    model_name = name.partition("@")[0].partition(":")[0]
+    with connect(url) as client:
+        if history:
+            moves = list(islice(client.alias_moves(model_name), 200))
+            if as_json:
+                print_resources(moves)
+                return
+            print_table(
+                ("when", "alias", "from", "to", "by", "why"),
+                (
+                    (
+                        age(move.at), move.alias, str(move.from_version or "–"),
+                        str(move.to_version or "–"), move.moved_by or "rule", move.reason,
+                    )
+                    for move in moves
+                ),
+                f"No alias of {model_name} was moved yet.",
+            )  # fmt: skip
+            return
+        if alias is None:
+            model = client.model(model_name)
+        elif remove:
+            client.remove_alias(model_name, alias)
+            model = client.model(model_name)
+        else:
+            delta = client.delta(name)
+            model = client.move_alias(
+                delta.name, alias, delta.version, reason=reason, expected=expected
+            )
+    if as_json:
+        print_resources(model)
+    elif alias is not None:
+        say(f"{model_name}@{alias} is removed." if remove
+            else f"{model_name}@{alias} means version {delta.version}.")  # fmt: skip
+    else:
+        print_table(
+            ("alias", "version", "moved"),
+            (
+                (found.alias, str(found.version), age(found.moved_at))
+                for found in model.aliases or ()
+            ),
+            f"{model_name} has no alias yet: no version is ready.",
+        )
+
+
+def compare(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B ...", help="Two to four deltas.", autocompletion=complete_model
+        ),
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Let each continue this text, greedily.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    as_json: AsJson = False,
+    url: Url = None,
+) -> None:  # fmt: skip
+    """Compare deltas: figures side by side, and answers to a prompt; differences are marked."""
+    if not 2 <= len(names) <= 4:
+        raise typer.BadParameter("give two to four deltas", param_hint="A B ...")
+    with connect(url) as client:
+        found = [client.delta(name) for name in names]
+        answers = [
+            client.generate(delta.id, prompt, max_tokens=max_tokens, temperature=0.0).text
+            for delta in found
+            if prompt is not None
+        ]
+    if as_json:
+        print_json(
+            [
+                as_dict(delta) | ({"answer": answers[number]} if answers else {})
+                for number, delta in enumerate(found)
+            ]
+        )
+        return
+    columns = [dict(delta.rows()) for delta in found]
+    labels = dict.fromkeys(label for column in columns for label in column if label != "delta")
+    rows = []
+    for label in labels:
+        values = [column.get(label, "–") for column in columns]
+        rows.append(("≠" if len(set(values)) > 1 else "", label, *values))
+    if answers:
+        rows.append(("≠" if len(set(answers)) > 1 else "", "answer", *answers))
+    print_table(("", "", *(delta.reference for delta in found)), rows, "")

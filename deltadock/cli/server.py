@@ -1,0 +1,94 @@
+"""The server that the commands talk to: its options, and a client of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deltadock.errors import DeltadockError, Unauthorized
+
+if TYPE_CHECKING:
+    from deltadock.client.http import Client
+
+COMPLETION_SECONDS = 2.0
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of the api; by default that of DELTADOCK_API_URL, of `deltadock login`, or "
+        "of the `deltadock up` of this folder.",
+        rich_help_panel="Server",
+    ),
+]
+
+
+@contextmanager
+def connect(url: str | None = None) -> Iterator["Client"]:
+    """A client of the server; says where its key came from if it is refused.
+
+    Raises:
+        Unauthorized: there is no key for the server, or it is not valid.
+    """
+    from deltadock.client.connection import find_connection
+    from deltadock.client.http import Client
+
+    with Client(url) as client:
+        try:
+            yield client
+        except Unauthorized as error:
+            found = find_connection(url)
+            came = "No key was sent." if found.key is None else f"The key is from {found.key_from}."
+            raise Unauthorized(
+                f"{error.message} {came} `deltadock login {found.url}` keeps one."
+            ) from error
+
+
+def _names(kind: str, typed: str) -> list[str]:
+    """Names that begin with what was typed; none if the server does not answer at once."""
+    from deltadock.client.http import Client
+
+    try:
+        with Client() as client:
+            client._http.timeout = COMPLETION_SECONDS
+            if kind == "base":
+                found = [base.name for base in islice(client.bases(), 200)]
+            elif kind == "job":
+                found = [job.id for job in islice(client.jobs(), 200)]
+            else:
+                found = [model.name for model in islice(client.models(), 200)]
+    except DeltadockError:
+        return []
+    return [name for name in found if name.startswith(typed)]
+
+
+def complete_base(incomplete: str) -> list[str]:
+    """Complete a base's name."""
+    return _names("base", incomplete)
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Complete a model's name."""
+    return _names("model", incomplete)
+
+
+def complete_job(incomplete: str) -> list[str]:
+    """Complete a job's id."""
+    return _names("job", incomplete)
+
+
+Reference = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="project/model, project/model:3, project/model@alias, or an id.",
+        autocompletion=complete_model,
+    ),
+]
+JobReference = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB", help="A job's id, or its delta's name or id.", autocompletion=complete_job
+    ),
+]

@@ -1,0 +1,383 @@
+"""The commands that talk to a server, against one running service."""
+
+import io
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from deltadock.cli.processes import free_ports
+from deltadock.client.connection import read_login
+from deltadock.client.http import Client
+from deltadock.storage.models import Scope
+from tests.api.support import issue_key
+from tests.cli.support import Command, Outcome
+from tests.client.support import Service, running_service, write_finetune, write_text
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Service]:
+    with running_service(tmp_path_factory.mktemp("service"), redis_url) as service:
+        yield service
+
+
+@pytest.fixture(autouse=True)
+def _connection(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTADOCK_API_URL", service.url)
+    monkeypatch.setenv("DELTADOCK_API_KEY", service.key)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pushed(service: Service, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two ready versions of maths/skills."""
+    folder = tmp_path_factory.mktemp("finetunes")
+    with Client(service.url, service.key) as client:
+        for seed in (1, 2):
+            finetune = write_finetune(folder / str(seed), seed)
+            found = client.push(finetune, "maths/skills", "tiny", method="bitdelta")
+            service.api.make_ready(
+                {"id": found.delta.id, "job": found.job.id}, b"bytes of it" * 99 * seed
+            )
+    return ["maths/skills:1", "maths/skills:2"]
+
+
+@pytest.fixture
+def call(deltadock: Command) -> Callable[..., Outcome]:
+    """Run a command that must succeed."""
+
+    def call(*arguments: object) -> Outcome:
+        outcome = deltadock(*arguments)
+        assert outcome.code == 0, outcome.stderr
+        return outcome
+
+    return call
+
+
+def answered(outcome: Outcome) -> Any:
+    """The JSON document of a command."""
+    return json.loads(outcome.stdout)
+
+
+@pytest.fixture
+def worker(service: Service) -> Iterator[list[str]]:
+    """Ends queued jobs as a worker would, while the test runs; the outcomes to come, if set."""
+    stopping, outcomes = threading.Event(), list[str]()
+
+    def work() -> None:
+        with Client(service.url, service.key) as client:
+            while not stopping.wait(0.02):
+                for job in client.jobs(state=["queued"]):
+                    if outcomes:
+                        client.cancel(job.id)
+                    else:
+                        service.api.make_ready({"id": job.delta, "job": job.id}, job.id.encode())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield outcomes
+    stopping.set()
+    thread.join()
+
+
+def test_a_push_is_followed_to_its_figures(
+    call: Callable[..., Outcome], worker: list[str], tmp_path: Path
+) -> None:
+    folder = write_finetune(tmp_path / "my-run", 3)
+    text = write_text(tmp_path / "text.txt")
+    options = ("--base", "tiny", "--method", "adamix", "--bits", 2, "--calibration", f"{text}:2")
+    outcome = call("push", folder, *options)
+    assert "finetunes/my-run:1 is queued: job job_" in outcome.stderr
+    assert "100 %  ready" in outcome.stderr
+    assert "Try it: deltadock run finetunes/my-run:1" in outcome.stderr
+    assert "0.01000 nats per token" in outcome.stdout
+    again = answered(call("push", folder, *options, "--json", "--no-wait"))
+    assert again["delta"]["state"] == "ready"
+    assert again["delta"]["version"] == 1
+
+
+def test_a_push_that_is_cancelled_ends_with_4_and_can_be_retried(
+    deltadock: Command, call: Callable[..., Outcome], worker: list[str], tmp_path: Path
+) -> None:
+    worker.append("cancel")
+    folder = write_finetune(tmp_path / "finetune", 4)
+    outcome = deltadock("push", folder, "-b", "tiny", "-n", "maths/cancelled", "--method", "exact")
+    assert outcome.code == 4
+    assert "error (cancelled)" in outcome.stderr
+    assert "deltadock retry job_" in outcome.stderr
+    listed = answered(call("jobs", "--delta", "maths/cancelled:1", "--json"))
+    assert [job["state"] for job in listed] == ["cancelled"]
+    assert deltadock("logs", "-f", "maths/cancelled:1").code == 4
+    worker.clear()
+    assert answered(call("retry", "maths/cancelled:1", "--wait", "--json"))["state"] == "ready"
+    assert "is ready" in call("cancel", listed[0]["id"]).stderr
+
+
+def test_ctrl_c_leaves_the_job_running(
+    deltadock: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "wait", interrupted)
+    folder = write_finetune(tmp_path / "finetune", 5)
+    outcome = deltadock("push", folder, "-b", "tiny", "-n", "maths/left", "--method", "exact")
+    assert outcome.code == 130
+    assert "Interrupted. The job goes on. Follow it: deltadock logs -f job_" in outcome.stderr
+    assert deltadock("cancel", "maths/left:1").code == 0
+    monkeypatch.setattr(Client, "upload_folder", interrupted)
+    outcome = deltadock("push", folder, "-b", "tiny")
+    assert (outcome.code, outcome.stderr.count("Interrupted")) == (130, 1)
+    assert "The same command continues the upload." in outcome.stderr
+
+
+def test_a_base_is_added_and_listed(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    folder = write_finetune(tmp_path / "second-base", 6)
+    assert "second-base is a base: llama" in call("bases", "add", folder).stderr
+    assert answered(call("bases", "add", folder, "--json"))["name"] == "second-base"
+    assert {base["name"] for base in answered(call("bases", "list", "--json"))} >= {
+        "tiny", "second-base",
+    }  # fmt: skip
+    assert "second-base" in call("bases").stdout
+
+
+def test_deltas_are_listed_and_shown(call: Callable[..., Outcome], pushed: list[str]) -> None:
+    table = call("ls", "skills").stdout
+    assert [name in table for name in pushed] == [True, True]
+    assert [delta["version"] for delta in answered(call("ls", "--name", "maths/skills", "--json"))
+            ] == [2, 1]  # fmt: skip
+    assert "There are more" in call("ls", "--limit", 1).stderr
+    assert "There is no such delta" in call("ls", "nothing-like-it").stderr
+    shown = call("show", "maths/skills").stdout
+    assert "maths/skills:1" in shown
+    assert "default" in shown
+    assert answered(call("show", pushed[1], "--json"))["name"] == "maths/skills"
+    assert answered(call("show", pushed[1], "--report"))["kl"] == 0.01
+
+
+def test_a_delta_is_pulled_once(
+    call: Callable[..., Outcome], deltadock: Command, pushed: list[str], tmp_path: Path
+) -> None:
+    assert "sha256" in call("pull", pushed[0]).stderr
+    assert (tmp_path / "skills-1.delta").stat().st_size == 99 * 11
+    refused = deltadock("pull", pushed[0])
+    assert (refused.code, "skills-1.delta already exists" in refused.stderr) == (1, True)
+    out = tmp_path / "other.delta"
+    assert answered(call("pull", pushed[1], "--out", out, "--json"))["path"] == str(out)
+
+
+def test_aliases_are_moved_listed_and_removed(
+    call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
+) -> None:
+    moved = call("alias", pushed[1], "prod", "-m", "evaluated", "--expected", 0)
+    assert "maths/skills@prod means version 2" in moved.stderr
+    assert "prod" in call("alias", "maths/skills").stdout
+    assert "evaluated" in call("alias", "maths/skills", "--history").stdout
+    assert answered(call("alias", "maths/skills", "--history", "--json"))[0]["alias"] == "prod"
+    conflict = deltadock("alias", pushed[0], "prod", "--expected", 1)
+    assert (conflict.code, "error (conflict)" in conflict.stderr) == (1, True)
+    assert "is removed" in call("alias", "maths/skills", "prod", "--rm").stderr
+
+
+def test_what_is_deleted_comes_back(
+    call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
+) -> None:
+    assert "deltadock undo maths/skills:2" in call("rm", pushed[1]).stderr
+    assert deltadock("show", pushed[1]).code == 1
+    assert "maths/skills:2 is back, ready" in call("undo", pushed[1]).stderr
+    refused = deltadock("rm", "--all", "maths/skills")
+    assert (refused.code, "confirm with --yes" in refused.stderr) == (1, True)
+
+
+def test_a_whole_model_is_deleted_for_good(
+    call: Callable[..., Outcome], deltadock: Command, tmp_path: Path
+) -> None:
+    folder = write_finetune(tmp_path / "gone", 7)
+    call("push", folder, "-b", "tiny", "--no-wait", "--method", "exact")
+    assert answered(call("rm", "--all", "finetunes/gone", "--yes", "--json"))[0]["last_version"]
+    assert deltadock("show", "finetunes/gone:1").code == 1
+    assert "deleted" in call("jobs").stdout
+
+
+def test_deltas_are_compared(call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
+) -> None:  # fmt: skip
+    lines = call("compare", *pushed, "--prompt", "17 + 25 =").stdout.splitlines()
+    marked = [line.split()[1] for line in lines if line.startswith("≠")]
+    assert "sha256" in marked
+    assert any("answer" in line and line.count("42") == 2 for line in lines)
+    assert len(answered(call("compare", *pushed, "--json"))) == 2
+    assert deltadock("compare", pushed[0]).code == 2
+
+
+def test_answers_are_generated_and_streamed(
+    call: Callable[..., Outcome], pushed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("generate", pushed[0], "17 + 25 =", "--temperature", 0).stdout == " 42\n"
+    whole = answered(call("generate", "tiny", "x", "--json", "--stop", "a"))
+    assert whole["usage"]["completion_tokens"] == 3
+    monkeypatch.setattr(sys, "stdin", io.StringIO("17 + 25 ="))
+    streamed = call("run", "--plain", "-v", pushed[0])
+    assert streamed.stdout == " 42\n"
+    assert "3 tokens in" in streamed.stderr
+
+
+def test_a_conversation_in_a_terminal(
+    service: Service, call: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter(['"""two', 'lines"""', "/set temperature 0.5", "/set top_k x", "again", "/clear",
+                  "/help", "/what", "", KeyboardInterrupt, "after", EOFError])  # fmt: skip
+
+    def read(_prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr("builtins.input", read)
+    service.node.requests.clear()
+    outcome = call("chat", "tiny")
+    assert "Talking to tiny. /help lists commands" in outcome.stderr
+    assert "Ctrl-D or /bye ends" in outcome.stderr
+    assert outcome.stderr.count("/clear ") == 2
+    bodies = [request["body"] for request in service.node.requests]
+    said = [[message["content"] for message in body["messages"]] for body in bodies]
+    assert said == [["two\nlines"], ["two\nlines", " 42", "again"], ["after"]]
+    assert [body.get("temperature") for body in bodies] == [None, 0.5, 0.5]
+
+
+class WithoutTemplate(Response):
+    """A node's answers for a model without a chat template."""
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        error = {"message": "The model has no chat template.", "type": "x", "param": None}
+        answer: Response = JSONResponse({"error": error | {"code": "unsupported_model"}}, 400)
+        if "chat" not in scope["path"]:
+            answer = Response('data: {"choices": [{"text": " there"}]}\n\ndata: [DONE]\n\n')
+        await answer(scope, receive, send)
+
+
+def test_without_a_chat_template_text_is_continued(
+    service: Service, call: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.node, "answer", WithoutTemplate())
+    outcome = call("run", "tiny", "hello")
+    assert outcome.stdout == " there\n"
+    assert "has no chat template: it continues your text" in outcome.stderr
+
+
+def test_nodes_are_shown(service: Service, call: Callable[..., Outcome], pushed: list[str]) -> None:
+    with Client(service.url, service.key) as client:
+        artifact = client.delta(pushed[0]).artifact
+    assert artifact is not None
+    node = answered(call("ps", "--json"))[0]
+    held = [{"digest": artifact.digest, "tier": "device", "bytes": 1089, "references": 2}]
+    service.api.register(node["url"], deltas=held)
+    shown = call("ps").stdout
+    assert "1 of 4" in shown
+    assert "maths/skills:1" in shown
+    service.api.register(node["url"])
+
+
+def test_a_login_is_checked_and_kept(
+    service: Service,
+    call: Callable[..., Outcome],
+    deltadock: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("DELTADOCK_API_URL")
+    monkeypatch.delenv("DELTADOCK_API_KEY")
+    refused = deltadock("login", service.url, "--key", "ddk_wrong")
+    assert (refused.code, read_login()) == (1, None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{service.key}\n"))
+    assert f"Logged in to {service.url}" in call("login", service.url).stderr
+    assert read_login() == (service.url, service.key)
+    assert answered(call("bases", "list", "--json"))
+    made = answered(call("keys", "create", "--name", "ci", "--scopes", "read", "--json"))
+    assert made["key"].startswith("ddk_")
+    assert made["prefix"] in call("keys", "list").stdout
+    rotated = call("keys", "rotate", made["prefix"], "--grace-hours", 0).stdout.strip()
+    assert rotated.startswith("ddk_")
+    assert "is revoked" in call("keys", "revoke", rotated[:12]).stderr
+    assert answered(call("logout", "--json")) == {"url": service.url}
+    assert "You are not logged in" in deltadock("logout").stderr
+
+
+def test_doctor_says_what_is_wrong(
+    service: Service, deltadock: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = deltadock("doctor", "--json")
+    found = {finding["check"]: finding for finding in answered(outcome)}
+    assert found["server"]["text"].startswith(service.url)
+    for check in ("database", "broker", "blobs", "key", "nodes"):
+        assert found[check]["state"] == "ok", found
+    monkeypatch.setenv("DELTADOCK_API_KEY", issue_key(service.api.resources.settings,
+                                                      scopes=[Scope.INFER]))  # fmt: skip
+    outcome = deltadock("doctor")
+    assert (outcome.code, "✗ key: This needs the scope read" in outcome.stdout) == (1, True)
+    monkeypatch.setenv("DELTADOCK_API_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
+    outcome = deltadock("doctor")
+    assert outcome.code == 1
+    assert "does not answer" in outcome.stdout
+    assert "`deltadock up` starts one here" in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("show", "skills"), 1, "'skills' is not the name of a delta. Write project/model"),
+        (("push", "{finetune}", "-b", "tiny", "-n", "skills"), 1, "of the form project/model"),
+        (("push", "{finetune}", "-b", "huge"), 1, "There is no base 'huge'. There are: "),
+        (("push", "{finetune}", "-b", "{finetune}"), 1, "deltadock bases add"),
+        (("push", "nowhere", "-b", "tiny"), 2, "nowhere"),
+        (("push", "{empty}", "-b", "tiny"), 1, "empty: There is no .safetensors file"),
+        (("push", "{finetune}"), 2, "--base"),
+        (("push", "{finetune}", "-b", "tiny", "--priority", "now"), 2, "--priority"),
+        (("push", "{finetune}", "-b", "tiny", "--calibration", "no.txt"), 2, "--calibration"),
+        (("bases", "add", "{finetune}", "-n", "a/b"), 1, "it has no slash"),
+        (("ls", "--sort", "best"), 2, "--sort"),
+        (("alias", "maths/skills:1", "Prod!"), 1, "cannot be an alias"),
+        (("undo", "maths/skills:9"), 1, "no deleted delta"),
+        (("logs", "job_none"), 1, "There is no job 'job_none'"),
+        (("run", "nothing", "x"), 1, "error (model_not_found)"),
+        (("ls", "--url", "127.0.0.1:8000"), 1, "is not an address such as http://127.0.0.1:8000"),
+        (("pull", "maths/skills:1", "-o", "nowhere/x.delta"), 1, "nowhere/x.delta"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_errors_name_what_is_wrong(
+    deltadock: Command, pushed: list[str], tmp_path: Path, arguments: tuple[str, ...], code: int,
+    words: str,
+) -> None:  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    finetune = write_finetune(tmp_path / "finetune")
+    named = {"finetune": finetune, "empty": tmp_path / "empty"}
+    outcome = deltadock(*(argument.format(**named) for argument in arguments))
+    assert (outcome.code, outcome.stdout) == (code, "")
+    assert words in outcome.stderr
+    if code == 1:
+        assert len(outcome.stderr.strip().splitlines()) == 1
+
+
+def test_no_server_and_no_key_say_so(
+    service: Service, deltadock: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELTADOCK_API_KEY", "ddk_wrong")
+    outcome = deltadock("ls")
+    assert outcome.code == 1
+    assert "The key is from DELTADOCK_API_KEY" in outcome.stderr
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    outcome = deltadock("ls", "--url", f"http://127.0.0.1:{free_ports(1)[0]}")
+    assert outcome.code == 3
+    assert "does not answer" in outcome.stderr
