@@ -7,10 +7,10 @@ ENV PATH=/opt/deltadock/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHE
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 COPY deltadock/version.py deltadock/version.py
-RUN touch README.md LICENSE && pip install -c constraints.txt .
+RUN touch README.md LICENSE && pip install -c constraints.txt ".[traces]"
 
 FROM dependencies AS dependencies-torch
-RUN pip install -c constraints.txt ".[torch]"
+RUN pip install -c constraints.txt ".[torch,traces]"
 
 FROM scratch AS sources
 COPY pyproject.toml constraints.txt README.md LICENSE ./

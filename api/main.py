@@ -44,6 +44,7 @@ from deltadock.api.uploads import endpoints as uploads
 from deltadock.logs import configure_logging
 from deltadock.openai.errors import ErrorBody
 from deltadock.settings import Settings, get_settings
+from deltadock.tracing import configure_tracing, telemetry
 from deltadock.version import __version__
 
 KEY_USES_SECONDS: Final = 60.0
@@ -118,6 +119,7 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         configure_logging(settings, process="api")
+        configure_tracing(settings, "api")
         _route_uvicorn_logs()
         await run_in_threadpool(resources.blobs.prepare)
         resources.completer.start()
@@ -136,6 +138,7 @@ def create_app(settings: Settings) -> FastAPI:
         responses=problems(),
         docs_url=None,
         redoc_url=None,
+        telemetry=telemetry(),
     )
     app.state.resources = resources
     install_error_handlers(app)

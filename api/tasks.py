@@ -8,6 +8,7 @@ from kombu.exceptions import OperationalError
 
 from deltadock.errors import Unavailable
 from deltadock.storage.models import JobPriority
+from deltadock.tracing import trace_headers
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +46,7 @@ class TaskSender:
                 args=[job_id],
                 queue=GPU_QUEUE,
                 priority=priority.broker_priority,
+                headers=trace_headers(),
                 retry=True,
                 retry_policy=RETRY,
             )

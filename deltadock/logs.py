@@ -4,6 +4,7 @@ import logging
 import sys
 
 import structlog
+from opentelemetry import trace
 
 from deltadock.settings import Settings
 
@@ -20,9 +21,16 @@ def configure_logging(settings: Settings, **context: str) -> None:
         # Not a context variable: new threads start with an empty context.
         return {**context, **event}
 
+    def add_trace(
+        _logger: object, _method: str, event: structlog.types.EventDict
+    ) -> structlog.types.EventDict:
+        found = trace.get_current_span().get_span_context()
+        return {**event, "trace_id": format(found.trace_id, "032x")} if found.is_valid else event
+
     shared: list[structlog.types.Processor] = [
         add_process_context,
         structlog.contextvars.merge_contextvars,
+        add_trace,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -160,6 +160,21 @@ class Settings(BaseSettings):
         default=60.0,
         description="Lease on a job: not renewed for so long, another worker may acquire it.",
     )
+    worker_metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port of a worker's metrics; unset, it serves none. Each worker of a machine "
+        "needs its own.",
+    )
+    worker_metrics_host: str = Field(
+        default="127.0.0.1", description="Address of a worker's metrics, which need no key."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="URL of an OpenTelemetry collector (OTLP over HTTP) that traces are sent to; "
+        "unset, there are none.",
+    )
     log_format: Literal["json", "console"] = "json"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 

@@ -78,7 +78,7 @@ class FileCache:
     def _make_room(self, limit: int) -> None:
         """Remove unused checkpoints, the oldest first, until the others take at most `limit`."""
         used = [
-            (path.stat().st_mtime, path.stem, _disk_bytes(path.with_suffix("")))
+            (path.stat().st_mtime, path.stem, disk_bytes(path.with_suffix("")))
             for path in (self._folder / "checkpoints").glob("*.lock")
         ]
         total = sum(size for *_, size in used)
@@ -117,7 +117,7 @@ class FileCache:
         return path
 
 
-def _disk_bytes(folder: Path) -> int:
+def disk_bytes(folder: Path) -> int:
     """Bytes of a folder's files; hard links into a blob store take none."""
     found = (path.stat() for path in folder.rglob("*") if path.is_file())
     return sum(stat.st_size for stat in found if stat.st_nlink == 1)

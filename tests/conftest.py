@@ -56,6 +56,8 @@ SLOW = (
     "api/test_nodes.py",
     "api/test_deltas.py",
     "api/test_access.py",
+    "api/test_traces.py",
+    "storage/test_backup.py",
     "api/test_limits.py",
     "storage/test_blobs.py",
     "storage/test_blob_faults.py",

@@ -10,6 +10,7 @@ from celery import Celery, signals
 
 from deltadock.logs import configure_logging
 from deltadock.settings import Settings, get_settings
+from deltadock.tracing import configure_tracing
 
 GPU_QUEUE: Final = "gpu"
 DEFAULT_QUEUE: Final = "default"
@@ -28,6 +29,8 @@ def make_app(settings: Settings) -> Celery:
         task_acks_late=True,
         task_reject_on_worker_lost=True,
         worker_prefetch_multiplier=1,
+        # Jobs, sweeper and metrics share one process; several workers run several jobs at once.
+        worker_pool="solo",
         broker_connection_retry_on_startup=True,
         worker_cancel_long_running_tasks_on_connection_loss=False,  # the lease decides
         broker_transport_options={
@@ -43,6 +46,7 @@ def make_app(settings: Settings) -> Celery:
 @signals.setup_logging.connect
 def _configure_logging(**_: object) -> None:
     configure_logging(get_settings(), process="worker")
+    configure_tracing(get_settings(), "worker")
 
 
 app = make_app(get_settings())

@@ -33,6 +33,7 @@ from deltadock.storage.models import DeltaRow, JobRow, JobState
 from deltadock.storage.repositories import JobRepository, UploadRepository
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.workers.lease import Lease, LeaseLostError, WorkerStoppingError
+from deltadock.workers.metrics import ERRORS, JOBS, RUNNING, StageClock
 
 MAX_ATTEMPTS: Final = 5
 """Lost workers and retryable errors after which the job fails."""
@@ -90,10 +91,12 @@ def compress_job(job_id: str, context: WorkerContext) -> Outcome:
     with structlog.contextvars.bound_contextvars(job=job_id):
         if job is None:
             log.info("job_skipped")
+            JOBS.labels(Outcome.SKIPPED.name.lower()).inc()
             return Outcome.SKIPPED
         log.info("job_acquired", attempt=job.attempt)
-        with Lease(context.database, job_id, owner, seconds) as lease:
+        with Lease(context.database, job_id, owner, seconds) as lease, RUNNING.track_inprogress():
             outcome = _run_and_record(job, lease, context)
+        JOBS.labels(outcome.name.lower()).inc()
         log.info("job_left", outcome=outcome.name.lower())
         if outcome in {Outcome.FINISHED, Outcome.READY}:
             shutil.rmtree(job_folder(context.settings, job_id), ignore_errors=True)
@@ -121,7 +124,8 @@ def _run_and_record(job: JobRow, lease: Lease, context: WorkerContext) -> Outcom
                 f"{MAX_ATTEMPTS} workers started this job and none finished it. See the workers' "
                 "logs; a machine with more memory may help."
             )
-        _run(job, lease, context)
+        with StageClock() as clock:
+            _run(job, lease, clock, context)
     except LeaseLostError:
         log.warning("lease_lost")
         return Outcome.SKIPPED
@@ -131,6 +135,7 @@ def _run_and_record(job: JobRow, lease: Lease, context: WorkerContext) -> Outcom
     except Cancelled as error:
         return _end(lease, JobState.CANCELLED, error)
     except DeltadockError as error:
+        ERRORS.labels(error.code).inc()
         if error.retryable and job.attempt < MAX_ATTEMPTS:
             log.warning("job_retries", code=error.code, error=error.message)
             lease.expire(error)
@@ -139,6 +144,7 @@ def _run_and_record(job: JobRow, lease: Lease, context: WorkerContext) -> Outcom
         return _end(lease, JobState.FAILED, error)
     except Exception:
         log.exception("job_failed")
+        ERRORS.labels(DeltadockError.code).inc()
         hidden = DeltadockError("The compression failed unexpectedly; see the worker's log.")
         return _end(lease, JobState.FAILED, hidden)
     return Outcome.READY
@@ -152,7 +158,7 @@ def _end(lease: Lease, state: JobState, error: DeltadockError) -> Outcome:
     return Outcome.FINISHED
 
 
-def _run(job: JobRow, lease: Lease, context: WorkerContext) -> None:
+def _run(job: JobRow, lease: Lease, clock: StageClock, context: WorkerContext) -> None:
     """Compress and store the artifact.
 
     Raises:
@@ -161,7 +167,7 @@ def _run(job: JobRow, lease: Lease, context: WorkerContext) -> None:
     """
     delta, settings, blobs = job.delta, context.settings, context.blobs
     folder = job_folder(settings, job.id)
-    progress = _reporter(lease)
+    progress = _reporter(lease, clock)
     progress(Progress("validating", 0, 0, 0.0, "Fetching the checkpoints"))
     bases = FileCache(blobs, settings.cache_folder)
     with bases.held_checkpoint(delta.base.checkpoint_digest, settings.checkpoint_cache_bytes) as (
@@ -232,7 +238,7 @@ def _text(delta: DeltaRow, digest: str, context: WorkerContext, folder: Path) ->
     return path
 
 
-def _reporter(lease: Lease) -> Callable[[Progress], None]:
+def _reporter(lease: Lease, clock: StageClock) -> Callable[[Progress], None]:
     """A callback that writes progress to the row: each new block, and steps at an interval.
 
     It checks at every step whether to stop, since the next one may be minutes away.
@@ -243,6 +249,7 @@ def _reporter(lease: Lease) -> Callable[[Progress], None]:
 
     def report(progress: Progress) -> None:
         nonlocal last_key, last_time
+        clock.enter(progress.stage)
         key, now = (progress.stage, progress.block), time.monotonic()
         if key == last_key and now - last_time < REPORT_SECONDS:
             lease.check()

@@ -24,6 +24,7 @@ from deltadock.storage.repositories import (
 from deltadock.storage.repositories.uploads import UNFINISHED
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.workers.compress import WorkerContext, job_folder
+from deltadock.workers.metrics import COLLECTED
 
 QUEUED_SECONDS: Final = 120.0
 """A task not taken by any worker for this long is presumed lost."""
@@ -102,6 +103,8 @@ def collect(context: WorkerContext) -> None:
     collected = Collector(context.database, context.blobs, context.settings).run()
     if collected.usage:
         log.info("collected", bytes={kind: one.bytes for kind, one in collected.usage.items()})
+    for kind, one in collected.usage.items():
+        COLLECTED.labels(kind).inc(one.bytes)
     for reason in collected.blocked:
         log.info("not_collected", reason=reason)
 

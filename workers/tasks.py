@@ -1,15 +1,19 @@
 """Celery tasks, and the hooks that run at a worker's start and shutdown."""
 
+from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any, Final
 
 from celery import signals
 from kombu.exceptions import ChannelError
+from opentelemetry.trace import SpanKind
 
 from deltadock.storage.models import JobPriority
+from deltadock.tracing import span, trace_headers
 from deltadock.workers.app import GPU_QUEUE, app
 from deltadock.workers.compress import Outcome, compress_job, get_context
 from deltadock.workers.lease import STOPPING
+from deltadock.workers.metrics import serving_metrics
 from deltadock.workers.sweeper import Periodic, collect, show_alive, sweep
 from deltadock.workers.webhooks import deliver_due
 
@@ -20,9 +24,17 @@ DELIVERY_SECONDS: Final = 2.0
 @app.task(name="deltadock.compress", bind=True)
 def compress(task: Any, job_id: str) -> None:
     """Compress the delta of this job, unless another worker does or it has ended."""
-    if compress_job(job_id, get_context()) is Outcome.STOPPED:
-        # Another worker can start at once, without waiting for the sweeper.
-        compress.apply_async((job_id,), priority=task.request.delivery_info["priority"])
+    with span(
+        "compress",
+        SpanKind.CONSUMER,
+        attributes={"deltadock.job": job_id},
+        carrier=task.request.headers,
+    ):
+        outcome = compress_job(job_id, get_context())
+        if outcome is Outcome.STOPPED:
+            # Another worker can start at once, without waiting for the sweeper.
+            priority = task.request.delivery_info["priority"]
+            compress.apply_async((job_id,), priority=priority, headers=trace_headers())
 
 
 def send_compress(job_id: str, priority: JobPriority) -> None:
@@ -55,10 +67,14 @@ def _periodic() -> tuple[Periodic, ...]:
     )
 
 
+_until_shutdown: Final = ExitStack()
+
+
 @signals.worker_ready.connect
 def _start_sweeping(**_: object) -> None:
     context = get_context()
     context.blobs.prepare()
+    _until_shutdown.enter_context(serving_metrics(context.settings))
     for thread in _periodic():
         thread.start()
     # Not in the sweeper's thread: this signal returns before Celery takes the first task.
@@ -74,3 +90,4 @@ def _request_stop(**_: object) -> None:
 def _stop_sweeping(**_: object) -> None:
     for thread in _periodic():
         thread.stop()
+    _until_shutdown.close()

@@ -19,6 +19,7 @@ from deltadock.storage.repositories import WebhookRepository
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.version import __version__
 from deltadock.workers.compress import WorkerContext
+from deltadock.workers.metrics import WEBHOOKS
 
 BATCH: Final = 20
 TIMEOUT: Final = httpx.Timeout(10.0, connect=5.0)
@@ -43,6 +44,7 @@ def deliver_due(context: WorkerContext) -> int:
         due = WebhookRepository(session, EVERY_TENANT).claim_due(BATCH)
     for delivery in due:
         outcome = send(delivery, private=context.settings.webhook_private_addresses)
+        WEBHOOKS.labels("delivered" if outcome.error is None else "failed").inc()
         if outcome.error is not None:
             log.info("webhook_not_delivered", message=delivery.id, error=outcome.error)
         with context.database.session_scope() as session:

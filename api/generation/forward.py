@@ -9,6 +9,7 @@ import anyio
 import httpx
 import structlog
 from fastapi import Request
+from opentelemetry.trace import SpanKind
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -21,6 +22,7 @@ from deltadock.api.middleware import REQUEST_ID
 from deltadock.errors import DeltadockError, InvalidInput, Unauthorized, Unavailable
 from deltadock.model_target import TENANT_HEADER, ModelTarget
 from deltadock.openai.errors import ErrorBody
+from deltadock.tracing import span, trace_headers
 from deltadock.trust import credentials
 
 log = structlog.get_logger(__name__)
@@ -233,7 +235,11 @@ async def _ask(
             group.start_soon(watch_client)
             group.start_soon(watch_node)
             try:
-                answer = await Answer.begin(resources.http, call)
+                with span(
+                    f"POST {call.url.path}", SpanKind.CLIENT, attributes={"deltadock.node": node.id}
+                ):
+                    call.headers.update(trace_headers())
+                    answer = await Answer.begin(resources.http, call)
             except httpx.HTTPError as error:
                 log.warning("node_disconnected", node=node.id, error=repr(error))
             group.cancel_scope.cancel()

@@ -20,6 +20,7 @@ from deltadock.inference.node import InferenceNode
 from deltadock.logs import configure_logging
 from deltadock.settings import Settings, get_settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
+from deltadock.tracing import configure_tracing, telemetry
 from deltadock.version import __version__
 
 WILDCARD_HOSTS: Final = ("0.0.0.0", "::")
@@ -37,7 +38,12 @@ def create_app(settings: Settings | None = None, blobs: BlobStore | None = None)
         yield
         await node.stop()
 
-    app = FastAPI(title="Deltadock inference node", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="Deltadock inference node",
+        version=__version__,
+        lifespan=lifespan,
+        telemetry=telemetry(),
+    )
     app.state.node = node
     install_error_handlers(app, node.metrics)
     for router in (endpoints.openai, endpoints.deltas, endpoints.health):
@@ -82,6 +88,7 @@ def serve(
     """
     settings = get_settings()
     configure_logging(settings, process="node")
+    configure_tracing(settings, "node")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every heartbeat
     reachable = socket.gethostname() if host in WILDCARD_HOSTS else host
     url = settings.node_url or f"http://{reachable}:{port}"

@@ -29,6 +29,7 @@ from tests.inference.support import (
     start,
     write_delta,
 )
+from tests.tracing import recording
 from tests.waiting import wait_until
 
 
@@ -60,6 +61,19 @@ def test_concurrent_base_and_deltas_answer_like_their_merged_checkpoints(
         assert answer.choices[0].text == expected_text(site, artifact, generate, 24)
         assert answer.model == f"name of {artifact}"
     assert len({answer.choices[0].text for answer in answers}) == 3
+
+
+def test_a_request_continues_its_callers_trace(site: Site, node: RunningNode) -> None:
+    headers = {"Deltadock-Base": site.base, "traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    body = {"model": "m", "prompt": "x", "max_tokens": 1}
+    with recording() as exporter:
+        answer = httpx.post(f"{node.url}/v1/completions", json=body, headers=headers)
+        (span,) = exporter.get_finished_spans()
+    assert answer.status_code == 200
+    assert span.name == "POST /v1/completions"
+    assert format(span.context.trace_id, "x") == "a" * 32
+    assert span.parent is not None
+    assert format(span.parent.span_id, "x") == "b" * 16
 
 
 def test_a_stream_equals_the_whole_answer(site: Site, node: RunningNode) -> None:
