@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from deltadock.errors import DeltadockError, InvalidInput, RangeNotSatisfiable, Unauthorized
+from deltadock.names import PART
 from deltadock.openai.errors import ErrorBody, openai_status, validation_message
 
 log = structlog.get_logger(__name__)
@@ -23,6 +24,20 @@ log = structlog.get_logger(__name__)
 OPENAI_PATHS: Final = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/models"})
 PROBLEM_TYPE: Final = "application/problem+json"
 Responses = dict[int | str, dict[str, Any]]
+FORMS: Final = MappingProxyType(
+    {
+        rf"^{PART}/{PART}$": "a name of the form project/model, such as maths/skills: each part "
+        "has letters, digits, '.', '_' and '-', at most 96, a letter or digit first",
+        rf"^{PART}$": "a name of letters, digits, '.', '_' and '-', at most 96, a letter or digit "
+        "first",
+        r"^[0-9a-f]{64}$": "a SHA-256, 64 lower-case hexadecimal digits",
+        r"^[a-z0-9][a-z0-9._-]{0,63}$": "a tag of lower-case letters, digits, '.', '_' and '-', at "
+        "most 64, a letter or digit first",
+        r"^(keep|ready|[0-9]{1,5})$": "keep, ready or a number of days",
+        r"^node_[a-z0-9]{1,32}$": "a node's id, node_ and at most 32 lower-case letters and digits",
+    }
+)
+"""What the patterns of fields allow, in words."""
 CLIENT_CLOSED_REQUEST: Final = 499
 """Never sent: the access log's status for clients that disconnected."""
 
@@ -138,7 +153,7 @@ async def _invalid_request(request: Request, error: Exception) -> Response:
         body = ErrorBody.of(status, InvalidInput.code, *validation_message(error.errors()))
         return ErrorResponse(InvalidInput.code, body.model_dump(), status)
     field_errors = [
-        {"where": ".".join(map(str, item["loc"])), "message": item["msg"]}
+        {"where": ".".join(map(str, item["loc"])), "message": _message(item)}
         for item in error.errors()
     ]
     detail = "; ".join(f"{item['where']}: {item['message']}" for item in field_errors)
@@ -149,6 +164,13 @@ async def _invalid_request(request: Request, error: Exception) -> Response:
         detail,
         extensions={"errors": field_errors},
     )
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    """What is wrong with a field, in words rather than as a regular expression."""
+    form = FORMS.get(error.get("ctx", {}).get("pattern", ""))
+    message: str = error["msg"] if form is None else f"{error['input']!r:.100} is not {form}."
+    return message
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

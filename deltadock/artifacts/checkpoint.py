@@ -9,14 +9,15 @@ There are two digests:
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self
 
 from deltadock.artifacts.container import MAX_TENSORS, StreamingInspector
-from deltadock.errors import InvalidCheckpoint, UnsafeFile
+from deltadock.errors import InvalidCheckpoint, MalformedSafetensors, UnsafeFile
 
 CHUNK_BYTES: Final = 1 << 20
 
@@ -329,20 +330,31 @@ class FileInspector:
             return
         if self._threads is None:
             self._hash.update(chunk)
-            self._tensors.update(chunk)
+            with self._naming():
+                self._tensors.update(chunk)
             return
         hashed = self._threads.submit(self._hash.update, chunk)
         try:
-            self._tensors.update(chunk)
+            with self._naming():
+                self._tensors.update(chunk)
         finally:
             hashed.result()
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Name the file in an error about its content."""
+        try:
+            yield
+        except MalformedSafetensors as error:
+            raise MalformedSafetensors(f"{self.path}: {error.message}") from error
 
     def finish(self) -> tuple[FileEntry, list[TensorEntry]]:
         """The entries of the file and its tensors; raises if a safetensors file ended early."""
         entry = FileEntry(self.path, self.size, self._hash.hexdigest())
         if self._tensors is None:
             return entry, []
-        header, digests = self._tensors.finish()
+        with self._naming():
+            header, digests = self._tensors.finish()
         return entry, [
             TensorEntry(spec.name, spec.dtype, spec.shape, self.path, digests[spec.name])
             for spec in header.tensors
@@ -385,9 +397,17 @@ def scan_folder(folder: Path, non_finite: set[str] | None = None) -> CheckpointM
         InvalidCheckpoint: the folder is not a complete safetensors checkpoint.
         UnsafeFile: its only weights are PyTorch pickles.
     """
+    names = sorted(folder_files(folder))
+    try:
+        return _scan(folder, names, non_finite)
+    except InvalidCheckpoint as error:
+        raise type(error)(f"{folder}: {error.message}") from error
+
+
+def _scan(folder: Path, names: list[str], non_finite: set[str] | None) -> CheckpointManifest:
     files: list[FileEntry] = []
     tensors: list[TensorEntry] = []
-    for name in sorted(folder_files(folder)):
+    for name in names:
         inspector = FileInspector(name, non_finite)
         with (folder / name).open("rb") as stream:
             while chunk := stream.read(CHUNK_BYTES):
@@ -398,7 +418,7 @@ def scan_folder(folder: Path, non_finite: set[str] | None = None) -> CheckpointM
     kept = {file.path for file in files}
     if ADAPTER_CONFIG in kept:
         raise InvalidCheckpoint(
-            f"{folder} is a PEFT adapter and no whole model; the method 'lora' imports it."
+            "It is a PEFT adapter, no whole model: the method 'lora' imports it."
         )
     config, index = (
         (folder / name).read_bytes() if name in kept else None for name in (CONFIG, SHARD_INDEX)

@@ -85,8 +85,8 @@ def header_length(prefix: bytes) -> int:
     length = int.from_bytes(prefix[:8], "little")
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise MalformedSafetensors(
-            f"The file announces a header of {length} bytes; between 2 and {MAX_HEADER_BYTES} are "
-            "allowed. It is not a safetensors file (PyTorch .bin files must be converted first)."
+            "The file does not begin with the length of a safetensors header, so it is not "
+            "safetensors (PyTorch .bin files must be converted first)."
         )
     return length
 

@@ -80,6 +80,7 @@ def up(
     node_port: NodePort = 8100,
 ) -> None:
     """Run api, worker, node and broker on this machine. Ctrl-C stops them."""
+    typer.echo("Starting Deltadock ...")  # its modules take seconds to import
     from deltadock.cli.system import up as run
 
     run(home, api_port, node_port, host)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from deltadock.cli.interrupts import forget_interrupts
 from deltadock.cli.output import AsJson, print_resources, say
 from deltadock.cli.server import Reference, Url, connect
 from deltadock.errors import DeltadockError, InvalidInput, UnsupportedModel
@@ -87,6 +88,7 @@ class Conversation:
                 text += piece.text
                 last = piece
         except KeyboardInterrupt:
+            forget_interrupts()
             last = Generated(text="", finish_reason="interrupted")
         sys.stdout.write("\n")
         sys.stdout.flush()
@@ -136,6 +138,7 @@ def _converse(talk: Conversation, *, verbose: bool) -> None:
             sys.stdout.write("\n")
             return
         except KeyboardInterrupt:
+            forget_interrupts()
             say("\nCtrl-D or /bye ends.")
             continue
         if typed.startswith("/"):

@@ -24,3 +24,8 @@ def note_interrupts() -> None:
 def was_interrupted() -> bool:
     """Whether Ctrl-C was pressed."""
     return bool(_pressed)
+
+
+def forget_interrupts() -> None:
+    """Ctrl-C has done what it was pressed for, and the command goes on."""
+    _pressed.clear()

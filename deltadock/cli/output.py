@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from deltadock.client.resources import Resource
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+
+WIDE: Final = 1_000
+"""Columns of a table that goes to a file or a pipe."""
 
 # Progress and messages go to stderr: with --json, stdout holds only JSON. Markup is off: names of
 # tensors, files and models come from others.
@@ -43,10 +46,10 @@ def print_resources(found: "Resource | Iterable[Resource]") -> None:
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:
     """Print labels and values."""
-    table = Table(show_header=False, box=None)
+    table = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False, box=None)
     for row in rows:
         table.add_row(*row)
-    output.print(table, soft_wrap=not output.is_terminal)
+    _print_wide(table)
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], empty: str) -> None:
@@ -55,11 +58,18 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], empty: s
     for row in rows:
         table.add_row(*row)
     if table.row_count:
-        # Cut names would be ambiguous: where no one looks at a screen, lines are as long as needed.
-        width = output.width if output.is_terminal else 1_000
-        Console(markup=False, highlight=False, width=width).print(table)
+        _print_wide(table)
     else:
         say(empty)
+
+
+def _print_wide(table: Table) -> None:
+    """Print a table whose cells are not cut where no one looks at a screen."""
+    width = output.width if output.is_terminal else WIDE
+    lines = Console(markup=False, highlight=False, width=width)
+    with lines.capture() as capture:
+        lines.print(table)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
 
 def age(moment: datetime | None) -> str:

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Final, Self
 
 from deltadock.cli import watchdog
+from deltadock.cli.interrupts import was_interrupted
 from deltadock.errors import Unavailable
 
 HOST: Final = "127.0.0.1"
@@ -64,16 +65,25 @@ def _watchdog() -> _Watchdog:
 _stopping = threading.Event()
 
 
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    if not _stopping.is_set():
+        _stopping.set()
+        # A handler may interrupt a write to `sys.stderr`, which cannot be entered twice.
+        os.write(sys.stderr.fileno(), b"\nStopping ...\n")
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-    """Within the block, Ctrl-C, SIGTERM and SIGHUP only set the yielded event.
+    """Within the block, Ctrl-C, SIGTERM and SIGHUP say so and set the yielded event.
 
     An exception raised by a signal handler could hit between the start of a child and its
     registration. `Child.wait_until` raises KeyboardInterrupt once the event is set; it ends the
     block silently.
     """
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = [signal.signal(number, lambda *_: _stopping.set()) for number in signals]
+    previous = [signal.signal(number, _stop) for number in signals]
+    if was_interrupted():  # while modules were imported, which may have lost it
+        _stopping.set()
     try:
         yield _stopping
     except KeyboardInterrupt:

@@ -206,7 +206,6 @@ def up(
     console = Console()
     with stop_on_signals() as stopping, _home_lock(home):
         check_ports(api_port, node_port)
-        console.print(f"Starting Deltadock in {home} ...", soft_wrap=True)
         with valkey(home / "valkey") as broker:
             url = api_url(host, api_port)
             settings = embedded_settings(home, url) | broker.settings
@@ -230,6 +229,7 @@ def announce(console: Console, url: str, home: Path, settings: Mapping[str, str]
     console.print(f"Dashboard  {link}  (signs in once, within the hour)", soft_wrap=True)
     console.print(f"API        {url}/docs", soft_wrap=True)
     console.print(f"API key    {local_key_path(parsed.home)}", soft_wrap=True)
+    console.print(f"Data       {home}", soft_wrap=True)
     console.print(f"Logs       {home / 'logs'}", soft_wrap=True)
     has_screen = sys.platform == "darwin" or "DISPLAY" in os.environ
     if console.is_terminal and has_screen:

@@ -10,8 +10,9 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from deltadock.api.main import create_app
+from deltadock.api.main import app, create_app
 from deltadock.api.middleware import MAX_BODY_BYTES
+from deltadock.api.problems import FORMS
 from deltadock.errors import DeltadockError, Overloaded
 from deltadock.settings import Settings
 from tests.api.support import Api, bearer, issue_key, serving
@@ -127,3 +128,22 @@ def test_concurrent_requests_have_their_own_ids(api: Api) -> None:
     for thread in threads:
         thread.join()
     assert answers == {f"id-{i}": f"id-{i}" for i in range(8)}
+
+
+def patterns_in(schema: object) -> Iterator[str]:
+    if isinstance(schema, dict):
+        if isinstance(schema.get("pattern"), str):
+            yield schema["pattern"]
+        for value in schema.values():
+            yield from patterns_in(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from patterns_in(value)
+
+
+def test_no_one_gets_a_regular_expression(api: Api) -> None:
+    of_openai = r"^[A-Za-z0-9_.-]{1,64}$"
+    assert set(patterns_in(app.openapi())) - {of_openai} == set(FORMS)
+    answer = api.client.post("/v1/deltas", json=api.delta_body(name="skills"))
+    assert answer.status_code == 422
+    assert "body.name: 'skills' is not a name of the form project/model" in answer.json()["detail"]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deltadock import __version__
 from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.compression.options import METHODS
+from deltadock.compression.session import CompressionSession
 from deltadock.settings import get_settings
 from tests.cli.support import QUERY, Command, Delta, Inputs, compress, evaluate
 
@@ -209,3 +210,29 @@ def test_migrate_hides_the_password(
     assert (url.database or "") in outcome.stdout
     assert url.password
     assert str(url.password) not in outcome.stdout + outcome.stderr
+
+
+def test_an_interrupted_compression_continues_with_equal_bytes(
+    inputs: Inputs,
+    delta: Delta,
+    deltadock: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "tuned.delta"
+    arguments = compress(inputs, out, "--json", bits="2.0", seed=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("deltadock.compression.session.write_artifact", interrupted)
+        outcome = deltadock(*arguments)
+    assert outcome.code == 130
+    assert "Interrupted. The same command continues after the last" in outcome.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned.delta.blocks"]
+    monkeypatch.setattr(CompressionSession, "_encode_blocks", interrupted)  # nothing is left to do
+    outcome = deltadock(*arguments)
+    assert outcome.code == 0, outcome.stderr
+    assert json.loads(outcome.stdout)["method"] == "adamix"
+    assert out.read_bytes() == delta.path.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned.delta"]

@@ -1,5 +1,6 @@
 """Errors of the offline commands: one line with a code, and no partial output."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -190,7 +191,10 @@ def test_finetunes_are_refused(
     finetuned = make(inputs, tmp_path / "finetuned")
     out, report = tmp_path / "a.delta", tmp_path / "a.json"
     arguments = compress(inputs, out, finetuned=finetuned, report=report)
-    assert_refused(deltadock(*arguments), code, words)
+    outcome = deltadock(*arguments)
+    assert_refused(outcome, code, words)
+    if code not in ("non_finite_weights", "architecture_mismatch"):  # those name a tensor
+        assert str(finetuned) in outcome.stderr
     assert list(tmp_path.iterdir()) == [finetuned]
 
 
@@ -290,3 +294,12 @@ def test_files_that_are_not_deltas_are_refused(
     }.get(command, [command, weights])
     assert_refused(deltadock(*arguments), "invalid_artifact", "Is it a checkpoint?")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_any_file_is_not_a_delta(deltadock: Command, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# Deltadock\nNo delta.")
+    outcome = deltadock("inspect", readme)
+    assert_refused(outcome, "invalid_artifact", "README.md is not a")
+    assert "so it is not safetensors" in outcome.stderr
+    assert not re.search(r"\d{9}", outcome.stderr)

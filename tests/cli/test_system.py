@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import pytest
 from celery import Celery
 from rich.console import Console
 
-from deltadock.cli.processes import Child
+from deltadock.cli.interrupts import forget_interrupts, note_interrupts
+from deltadock.cli.processes import Child, stop_on_signals
 from deltadock.cli.system import MAX_RESTARTS, keep_running, worker_command
 from deltadock.errors import Unavailable
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
-from tests.cli.support import Command
+from tests.cli.support import Command, Outcome
 
 
 def test_a_child_that_keeps_exiting_stops_the_system(tmp_path: Path) -> None:
@@ -82,3 +84,69 @@ def test_a_failed_child_is_reported_in_one_line_followed_by_its_log(
     first, *rest = outcome.stderr.splitlines()
     assert first.startswith("error (unavailable): broken exited with status 3.")
     assert rest == ["    a", "    b"]
+
+
+class _Interrupted:
+    """Finds the commands' module: Ctrl-C meanwhile becomes an ImportError, as in NumPy."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "deltadock.cli.app":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ImportError("numpy.core failed to import") from None
+
+
+def test_ctrl_c_during_the_first_imports_says_so(
+    deltadock: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "deltadock.cli.app", raising=False)
+    monkeypatch.delattr("deltadock.cli.app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [_Interrupted(), *sys.meta_path])
+    assert deltadock("up") == Outcome(130, "", "\nInterrupted.\n")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ImportError])
+def test_ctrl_c_during_the_imports_of_up_says_so(
+    deltadock: Command, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def imported(*_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise error("numpy.core failed to import") from None
+
+    monkeypatch.setattr("deltadock.cli.system.up", imported)
+    outcome = deltadock("up")
+    assert (outcome.code, outcome.stderr) == (130, "\nInterrupted.\n")
+
+
+def test_ctrl_c_that_an_import_has_lost_stops_the_start() -> None:
+    note_interrupts()
+    with suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with stop_on_signals() as stopping:
+        assert stopping.is_set()
+    forget_interrupts()
+
+
+@pytest.mark.parametrize("command", ["up", "topology", "keys list"])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--home", "{file}"), ("--api-port", 99999), ("--node-port", 0)]
+)
+def test_wrong_places_and_ports_are_usage_errors(
+    deltadock: Command, tmp_path: Path, command: str, option: str, value: object
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    outcome = deltadock(*command.split(), option, str(value).format(file=file))
+    assert outcome.code == 2
+    assert option in outcome.stderr
+
+
+def test_a_file_that_cannot_be_used_is_named(deltadock: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    home = tmp_path / "file" / "home"
+    outcome = deltadock("keys", "list", "--home", home)
+    assert outcome.code == 1
+    assert outcome.stderr == f"error (invalid_input): {home}: Not a directory.\n"

@@ -81,6 +81,7 @@ def test_up_restarts_children_keeps_data_and_leaves_no_process(tmp_path: Path) -
         last = children_of(up.pid)
         up.stop()
         assert up.poll() == 0
+        assert log.read_text().endswith("\nStopping ...\nStopped.\n")
         assert_gone(first | last)
 
     with start(home, tmp_path / "again.log", api_port, node_port) as up:
