@@ -1,6 +1,6 @@
 """OpenTelemetry traces from a request over the api to the worker and the node.
 
-Off unless an endpoint is set: without one, no SDK is loaded and every call here does nothing.
+Off unless an endpoint is set: without one nothing is recorded, and every call here does nothing.
 FastAPI opens the spans of requests itself, and continues the trace that a request's `traceparent`
 header names.
 """

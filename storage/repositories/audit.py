@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, func, insert, select
 from sqlalchemy.orm import Session
 
 from deltadock.storage.actor import current_actor
@@ -35,8 +35,8 @@ def record(
     """
     actor = current_actor()
     on_postgres = session.get_bind().dialect.name == "postgresql"
-    session.add(
-        AuditRow(
+    session.execute(
+        insert(AuditRow).values(
             # The database's clock, without a statement of its own.
             at=func.clock_timestamp() if on_postgres else datetime.now(UTC),
             tenant_id=tenant_id,
