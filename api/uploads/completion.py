@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from typing import Final
 
@@ -77,10 +78,10 @@ class Completer:
         self.submit(upload_id)
 
     def submit(self, upload_id: str) -> Future[None]:
-        """Work on a completing upload, unless another process does."""
+        """Work on a completing upload, unless another process does; for whoever asks for it."""
         with self._lock:
             if upload_id not in self._running:
-                future = self._pool.submit(self.run, upload_id)
+                future = self._pool.submit(copy_context().run, self.run, upload_id)
                 self._running[upload_id] = future
                 future.add_done_callback(lambda _: self._running.pop(upload_id, None))
                 return future

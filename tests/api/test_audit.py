@@ -1,6 +1,7 @@
 """The audit log: every change is recorded with who made it, and records are for good."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,7 +12,8 @@ from deltadock.storage.collection import Collector
 from deltadock.storage.models import AuditAction, Scope
 from deltadock.storage.repositories import TenantRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
-from tests.api.support import Api, bearer, issue_key
+from tests.api.support import TEXT, Api, bearer, issue_key
+from tests.waiting import wait_until
 
 BY_OTHERS = {
     AuditAction.UPLOAD_DROP,
@@ -23,8 +25,8 @@ BY_OTHERS = {
 
 
 @pytest.fixture
-def settings_fields() -> dict[str, Any]:
-    return {"undo_days": 0}
+def settings_fields(tmp_path: Path) -> dict[str, Any]:
+    return {"undo_days": 0, "import_sources": [f"file://{tmp_path}"]}
 
 
 def records(api: Api, **parameters: Any) -> list[dict[str, Any]]:
@@ -113,6 +115,18 @@ def test_every_change_is_recorded(api: Api, capsys: pytest.CaptureFixture[str]) 
     assert [line for line in lines if line["tenant"] == LOCAL_TENANT][::-1] == records(api)
     export_audit(api.resources.settings.home, lines[-2]["id"])
     assert json.loads(capsys.readouterr().out) == lines[-1]
+
+
+def test_what_the_api_does_later_is_recorded_for_whoever_asked(api: Api, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_bytes(TEXT)
+    body = {"kind": "calibration", "source": f"file://{tmp_path}/texts"}
+    upload = api.client.post("/v1/uploads", json=body).json()["id"]
+    wait_until(lambda: api.client.get(f"/v1/uploads/{upload}").json()["state"] == "complete")
+    found = records(api, object=upload)
+    assert [r["action"] for r in found] == ["upload.complete", "upload.file", "upload.create"]
+    assert {(r["key"], r["origin"]) for r in found} == {(key_of(api), "request")}
+    assert len({r["request_id"] for r in found}) == 1
 
 
 def test_pages(api: Api) -> None:
