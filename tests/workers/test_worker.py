@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from celery import Celery
 
-from deltadock.cli.processes import Child
+from deltadock.cli.processes import Child, free_ports
 from deltadock.compression.options import CalibrationOptions, CompressOptions
 from deltadock.compression.pipeline import compress
 from deltadock.storage.models import JobRow, JobState
@@ -20,6 +21,9 @@ from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext
 
 LEASE_SECONDS = "3"
+NAMES = ("first", "second")
+METRICS = dict(zip(NAMES, free_ports(2), strict=True))
+"""The ports of the workers' metrics."""
 
 
 @pytest.fixture
@@ -50,10 +54,10 @@ def workers(context: WorkerContext, broker_url: str, tmp_path: Path) -> Iterator
                     name,
                     [*command, "-Q", "gpu,default", "-n", name],
                     log=tmp_path / f"{name}.log",
-                    env=environment,
+                    env=environment | {"DELTADOCK_WORKER_METRICS_PORT": str(METRICS[name])},
                 )
             )
-            for name in ("first", "second")
+            for name in NAMES
         ]
 
 
@@ -113,6 +117,9 @@ def test_a_stopped_worker_releases_its_job_without_error_logs(
     first.stop()
     second.wait_until(lambda: look(job_id).state.is_final, seconds=120)
     assert (look(job_id).state, look(job_id).attempt) == (JobState.READY, 1)
+    metrics = f"http://127.0.0.1:{METRICS[second.name]}/metrics"
+    ready = 'deltadock_worker_jobs_total{outcome="ready"} 1.0'
+    second.wait_until(lambda: ready in httpx.get(metrics).text)
     log = (tmp_path / f"{first.name}.log").read_text()
     assert "stopped" in log
     for alarm in ("Traceback", '"warning"', '"error"'):
