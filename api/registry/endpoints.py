@@ -1,6 +1,7 @@
 """Routes of models: `/v1/registry/{project}/{model}`, and what a name means now."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, Path, Query
 
@@ -23,9 +24,11 @@ from deltadock.api.registry.schemas import (
     Resolved,
 )
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
-from deltadock.storage.repositories import ModelRepository
+from deltadock.storage.repositories import DeltaRepository, ModelRepository
 
 router = APIRouter(prefix="/v1", tags=["registry"])
+
+_DIGEST: Final = re.compile("[0-9a-f]{64}")
 
 
 def model_name(
@@ -127,6 +130,12 @@ def list_alias_moves(
 
 @router.get("/resolve/{reference:reference}", responses=problems(NotFound, NotReady))
 def resolve_name(reference: DeltaReference, caller: CallerDep, session: ReadSession) -> Resolved:
-    """Get the digests that a name or id means now; the bytes of a digest never change."""
+    """Get the digests that a name or id means now; the bytes of a digest never change.
+
+    An artifact's digest is taken too: the answer is one of the deltas that have it.
+    """
+    if _DIGEST.fullmatch(reference):
+        named = DeltaRepository(session, caller.tenant_id).named_by_artifact([reference])
+        reference = named[reference][0].id if named else reference
     delta = require_delta(session, caller.tenant_id, reference)
     return Resolved.of(DeltaOut.of(delta), require_ready(delta))

@@ -282,6 +282,18 @@ class Delta(Resource):
         yield "created", f"{self.created_at:%Y-%m-%d %H:%M} UTC"
 
 
+class Resolved(Resource):
+    """What a name means now: the delta, and the artifact's digest and size."""
+
+    name: str
+    delta: str
+    digest: str
+    bytes: int
+    artifact: str
+    base: str
+    base_digest: str
+
+
 class Report(Resource):
     """A compression's measurements, KL and NLL in nats per token; `model_extra` has more."""
 

@@ -22,6 +22,7 @@ from deltadock.client.resources import (
     Preview,
     Readiness,
     Report,
+    Resolved,
 )
 from deltadock.errors import InvalidInput
 from deltadock.names import PART, parse_reference
@@ -197,6 +198,11 @@ def preview(
 def delta(reference: str) -> Call[Delta]:
     """The delta with this id or name."""
     return Call("GET", _delta(reference), reader(Delta))
+
+
+def resolve(reference: str) -> Call[Resolved]:
+    """What a name, an id or an artifact's digest means now."""
+    return Call("GET", f"/v1/resolve/{_path(reference)}", reader(Resolved))
 
 
 def deltas(

@@ -41,10 +41,18 @@ def test_names_work_on_every_route_that_takes_an_id(api: Api, versions: list[str
         assert resolved["name"] == f"maths/skills:{version}"
         assert resolved["digest"] == versions[version - 1]
         assert resolved["base_digest"] == delta["base"]["checkpoint"]
+        assert api.client.get(f"/v1/resolve/{resolved['digest']}").json() == resolved
         assert api.client.get(resolved["artifact"]).headers["etag"] == artifact.headers["etag"]
         (job,) = api.client.get("/v1/jobs", params={"delta": delta["id"]}).json()["data"]
         assert job["delta"] == delta["id"]
-    for name in ("maths/skills@none", "maths/skills:3", "maths/none", "no", "maths/skills:0"):
+    for name in (
+        "maths/skills@none",
+        "maths/skills:3",
+        "maths/none",
+        "no",
+        "maths/skills:0",
+        "0" * 64,
+    ):
         assert api.client.get(f"/v1/deltas/{name}").json()["code"] == "not_found", name
         assert api.client.get(f"/v1/resolve/{name}").status_code == 404, name
 

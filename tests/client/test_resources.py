@@ -24,6 +24,7 @@ SCHEMAS: dict[str, type[Resource]] = {
     "AliasOut": resources.Alias,
     "AliasMoveOut": resources.AliasMove,
     "ModelCardOut": resources.Model,
+    "Resolved": resources.Resolved,
     "HeldDeltaOut": resources.HeldDelta,
     "NodeOut": resources.Node,
     "NewKeyOut": resources.Key,
