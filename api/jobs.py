@@ -135,6 +135,27 @@ def describe_jobs(session: Session, tenant_id: str, jobs: Sequence[JobRow]) -> l
     return [JobOut.of(job, places.get(job.id)) for job in jobs]
 
 
+_CURSOR: Final = Cursor("jobs", datetime, str)
+
+
+def page_of_jobs(
+    session: Session, tenant_id: str, wanted: JobFilter, *, limit: int, after: str | None
+) -> tuple[list[JobOut], str | None]:
+    """A page of jobs, newest first, and the next page's `after` (None on the last page).
+
+    Raises:
+        InvalidInput: `after` is not a cursor of this list.
+    """
+    found = JobRepository(session, tenant_id).page(
+        limit=limit + 1, wanted=wanted, after=_CURSOR.read(after)
+    )
+    page = found[:limit]
+    return (
+        describe_jobs(session, tenant_id, page),
+        _CURSOR.write(key_of_job(page[-1])) if len(found) > limit else None,
+    )
+
+
 def _existing(job: JobRow | None, job_id: str) -> JobRow:
     if job is None:
         raise NotFound(f"There is no job {job_id!r}.")
@@ -147,9 +168,6 @@ def existing_job(job_id: JobId, caller: CallerDep, session: ReadSession) -> JobR
 
 
 ExistingJob = Annotated[JobRow, Depends(existing_job, scope="function")]
-
-
-_CURSOR: Final = Cursor("jobs", datetime, str)
 
 
 @router.get("", responses=problems(InvalidInput, NotFound))
@@ -176,14 +194,8 @@ def list_jobs(
         created_from=created_from,
         created_before=created_before,
     )
-    found = JobRepository(session, caller.tenant_id).page(
-        limit=limit + 1, wanted=wanted, after=_CURSOR.read(after)
-    )
-    page = found[:limit]
-    return JobPage(
-        data=describe_jobs(session, caller.tenant_id, page),
-        next=_CURSOR.write(key_of_job(page[-1])) if len(found) > limit else None,
-    )
+    jobs, next_after = page_of_jobs(session, caller.tenant_id, wanted, limit=limit, after=after)
+    return JobPage(data=jobs, next=next_after)
 
 
 @router.get("/{job_id}", responses=problems(NotFound))

@@ -6,13 +6,12 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import anyio
-from fastapi import Depends, FastAPI
-from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, Response
 
 from deltadock.api import (
     audit,
@@ -32,7 +31,7 @@ from deltadock.api import (
 from deltadock.api.access.middleware import AccessControl
 from deltadock.api.access.rules import RuleTable
 from deltadock.api.dashboard import endpoints as dashboard
-from deltadock.api.dashboard import sign_in
+from deltadock.api.dashboard import operations, rendering, sign_in
 from deltadock.api.deltas import endpoints as deltas
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation import endpoints as generation
@@ -144,11 +143,12 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     for module in (
         uploads, bases, previews, deltas, registry, jobs, methods, generation, nodes, webhooks,
-        keys, tenants, audit, retention, storage, health, metrics, dashboard, sign_in,
+        keys, tenants, audit, retention, storage, health, metrics, dashboard, operations,
+        sign_in,
     ):  # fmt: skip
         app.include_router(module.router, dependencies=[Depends(refuse_unknown_query)])
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
-    app.mount("/static", dashboard.static_files)
+    app.mount("/static", rendering.static_files)
     app.state.rules = RuleTable(app.routes)
     app.add_middleware(BodyLimit)
     app.add_middleware(AccessControl, resources=resources, rules=app.state.rules)
@@ -163,15 +163,9 @@ async def _write_key_uses(resources: Resources) -> None:
         await run_in_threadpool(resources.keys.write_uses)
 
 
-def _docs() -> HTMLResponse:
+def _docs(request: Request) -> Response:
     """Swagger UI from this server's own files, so that it works offline."""
-    return get_swagger_ui_html(
-        openapi_url="/openapi.json",
-        title="Deltadock API",
-        swagger_js_url=dashboard.asset("swagger-ui-bundle.js"),
-        swagger_css_url=dashboard.asset("swagger-ui.css"),
-        swagger_favicon_url=dashboard.asset("icon.svg"),
-    )
+    return rendering.render(request, "docs.html", {}, headers=rendering.INLINE_IMAGES)
 
 
 def _route_uvicorn_logs() -> None:

@@ -46,6 +46,8 @@ MODELS: Final = Rule((Scope.READ, Scope.INFER))
 ADMIN: Final = Rule((Scope.ADMIN,))
 OPERATOR: Final = Rule((Scope.ADMIN,), operator=True)
 PAGE: Final = Rule((Scope.READ,), page=True)
+ADMIN_PAGE: Final = Rule((Scope.ADMIN,), page=True)
+OPERATOR_PAGE: Final = Rule((Scope.ADMIN,), operator=True, page=True)
 NODE: Final = Rule(node=True)
 
 CHANGES: Final = (WRITE, ADMIN, OPERATOR)
@@ -63,8 +65,20 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "GET /openapi.json": READ,
         "GET /docs": PAGE,
         "GET /": PAGE,
+        "GET /new": PAGE,
+        "GET /try": PAGE,
+        "GET /compare": PAGE,
+        "GET /jobs": PAGE,
+        "GET /bases": PAGE,
+        "GET /bases/{base}": PAGE,
         "GET /nodes": PAGE,
+        "GET /keys": ADMIN_PAGE,
+        "GET /storage": OPERATOR_PAGE,
+        "GET /audit": ADMIN_PAGE,
         "GET /deltas/{delta_id:reference}": PAGE,
+        "GET /models/{project}/{model}": PAGE,
+        "GET /parts/jobs": PAGE,
+        "GET /parts/jobs/{job_id}/log": PAGE,
         "GET /parts/totals": PAGE,
         "GET /parts/nodes": PAGE,
         "GET /parts/deltas/{delta_id:prefix}/row": PAGE,

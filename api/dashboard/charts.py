@@ -4,13 +4,13 @@ Each chart is well-formed XML; the `<title>` of each cell gives its values as te
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 from xml.etree import ElementTree as ET
 
 from markupsafe import Markup
 
-from deltadock.api.dashboard.figures import MatrixFigures, MatrixGrid, Place
+from deltadock.api.dashboard.figures import LayerBits, MatrixFigures, MatrixGrid, Place
 from deltadock.api.dashboard.formats import percentage, significant
 
 STEPS: Final = 9
@@ -30,12 +30,6 @@ class Scale(NamedTuple):
     low: float
     high: float
 
-    @classmethod
-    def of(cls, values: Iterable[float | None]) -> "Scale":
-        """The scale spanning the positive values."""
-        positive = [value for value in values if value is not None and value > 0]
-        return cls(min(positive, default=1.0), max(positive, default=1.0))
-
     def step(self, value: float) -> int:
         """The colour of a value, 0 to STEPS - 1; values outside the scale are clamped."""
         if value <= self.low:
@@ -47,9 +41,8 @@ class Scale(NamedTuple):
         return min(int(STEPS * share), STEPS - 1)
 
 
-def error_scale(grid: MatrixGrid) -> Scale:
-    """The scale of a grid's errors."""
-    return Scale.of(matrix.error for matrix in grid.cells.values())
+ERRORS: Final = Scale(1e-3, 1.0)
+"""Of normalised output errors, the same on every page; 1 is as if nothing were stored."""
 
 
 def tallest(grid: MatrixGrid) -> float:
@@ -59,10 +52,9 @@ def tallest(grid: MatrixGrid) -> float:
 
 def heat_map(grid: MatrixGrid) -> Markup:
     """Each matrix's normalised output error as a colour, with its value where it fits."""
-    scale = error_scale(grid)
 
     def draw(parent: ET.Element, matrix: MatrixFigures, box: "Box") -> None:
-        step = "none" if matrix.error is None else f"q{scale.step(matrix.error)}"
+        step = "none" if matrix.error is None else f"q{ERRORS.step(matrix.error)}"
         cell = _cell(parent, f"cell {step}", f"{matrix.name}\nerror {significant(matrix.error)}")
         _rect(cell, box)
         if box.width >= 40 and box.height >= 16:
@@ -106,6 +98,94 @@ def stacked(parts: Sequence[tuple[str, float, str]], longest: float) -> Markup:
         _rect(_cell(root, style, title), Box(start, 0, width, 10))
         start += width
     return _markup(root)
+
+
+class Point(NamedTuple):
+    """A delta in `rate_distortion`: stored bits per weight, KL in nats, page, and style."""
+
+    label: str
+    bits: float
+    kl: float
+    href: str
+    style: str
+
+
+_PLOT_WIDTH, _PLOT_HEIGHT = 560, 250
+_LEFT, _BOTTOM, _TOP, _RIGHT = 64, 40, 12, 16
+
+
+def rate_distortion(points: Sequence[Point]) -> Markup:
+    """KL (logarithmic, lower is better) over bits per weight, a linked dot for each point."""
+    root = _svg(_PLOT_WIDTH, _PLOT_HEIGHT, "grid plot", "KL over bits per weight")
+    most = 1.1 * max(point.bits for point in points)
+    kls = [max(point.kl, 1e-7) for point in points]
+    low, high = math.floor(math.log10(min(kls))), math.ceil(math.log10(max(kls)) + 1e-9)
+    high = max(high, low + 1)
+
+    def x(bits: float) -> float:
+        return _LEFT + (_PLOT_WIDTH - _LEFT - _RIGHT) * bits / most
+
+    def y(kl: float) -> float:
+        share = (math.log10(max(kl, 1e-7)) - low) / (high - low)
+        return _TOP + (_PLOT_HEIGHT - _TOP - _BOTTOM) * (1 - share)
+
+    for power in range(low, high + 1):
+        _rule(root, x(0), y(10.0**power), x(most))
+        _label(root, _LEFT - 8, y(10.0**power) + 4, f"{10.0**power:g}", "projection")
+    for tick in _ticks(most):
+        _label(root, x(tick), _PLOT_HEIGHT - _BOTTOM + 16, f"{tick:g}", "layer")
+    _label(root, x(most / 2), _PLOT_HEIGHT - 6, "bits per weight, all stored", "layer")
+    for point in sorted(points, key=lambda point: point.style == "this"):
+        link = ET.SubElement(root, "a", {"href": point.href})
+        cell = _cell(
+            link,
+            f"dot {point.style}",
+            f"{point.label}\n{significant(point.bits)} bits, KL {significant(point.kl)}",
+        )
+        place = {"cx": _n(x(point.bits)), "cy": _n(y(point.kl)), "r": "6"}
+        ET.SubElement(cell, "circle", place)
+    return _markup(root)
+
+
+def layer_bits(layers: Sequence[LayerBits], budget: float | None) -> Markup:
+    """Stored bits per weight of each layer, with the budget as a line."""
+    root = _svg(_PLOT_WIDTH, 170, "grid plot", "Bits per weight by layer")
+    most = 1.1 * max([layer.bits for layer in layers] + ([budget] if budget else []))
+    bottom, height = 136, 124
+    width = (_PLOT_WIDTH - _LEFT - _RIGHT) / len(layers)
+    for tick in _ticks(most):
+        _rule(root, _LEFT, bottom - height * tick / most, _PLOT_WIDTH - _RIGHT)
+        _label(root, _LEFT - 8, bottom - height * tick / most + 4, f"{tick:g}", "projection")
+    label_step = math.ceil(26 / width)
+    for number, layer in enumerate(layers):
+        left = _LEFT + number * width
+        cell = _cell(root, "bar-of-layer", f"layer {layer.layer}: {significant(layer.bits)} bits")
+        tall = height * layer.bits / most
+        _rect(cell, Box(left + 1, bottom - tall, max(width - 2, 1), tall))
+        if number % label_step == 0:
+            _label(root, left + width / 2, bottom + 16, layer.layer, "layer")
+    if budget:
+        line = _rule(root, _LEFT, bottom - height * budget / most, _PLOT_WIDTH - _RIGHT)
+        line.set("class", "budget")
+    _label(root, _PLOT_WIDTH / 2, 166, "layer", "layer")
+    return _markup(root)
+
+
+def _ticks(most: float) -> list[float]:
+    """Three to seven round values from 0 up to `most`."""
+    step = 10.0 ** math.floor(math.log10(most / 2))
+    step *= next(factor for factor in (1, 2, 5, 10) if most / (step * factor) <= 6)
+    return [round(step * number, 9) for number in range(int(most / step) + 1)]
+
+
+def _rule(root: ET.Element, x1: float, y: float, x2: float) -> ET.Element:
+    """A horizontal line."""
+    ends = {"x1": _n(x1), "y1": _n(y), "x2": _n(x2), "y2": _n(y)}
+    return ET.SubElement(root, "line", ends)
+
+
+def _label(root: ET.Element, x: float, y: float, text: str, style: str) -> None:
+    ET.SubElement(root, "text", {"x": _n(x), "y": _n(y), "class": style}).text = text
 
 
 class Box(NamedTuple):

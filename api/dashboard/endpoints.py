@@ -1,122 +1,39 @@
-"""Pages of the dashboard, and the parts of them that htmx refreshes.
+"""Pages of deltas and models, and the parts of them that htmx refreshes."""
 
-The pages load only files of this server.
-"""
-
-import hashlib
-from collections.abc import Callable, Coroutine, Mapping
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
-import structlog
-from fastapi import APIRouter, Depends, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
-from jinja2 import StrictUndefined
+from fastapi import Depends, Query, Request
 from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse, Response
-from starlette.staticfiles import StaticFiles
-from starlette.templating import Jinja2Templates
 
 from deltadock.api.access import Caller, CallerDep
-from deltadock.api.dashboard import charts, formats, views
+from deltadock.api.bases import page_of_bases
+from deltadock.api.dashboard import views
+from deltadock.api.dashboard.rendering import HEADERS, page_router, render
 from deltadock.api.deltas.endpoints import SortBy, wanted_deltas
+from deltadock.api.deltas.service import require_delta
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep
-from deltadock.api.nodes import registered_nodes
 from deltadock.api.paging import After
 from deltadock.api.references import DeltaReference
-from deltadock.compression.options import METHODS
-from deltadock.errors import DeltadockError, InvalidInput, NotFound
+from deltadock.api.registry.endpoints import Name
+from deltadock.compression.options import METHODS, default_method
+from deltadock.errors import InvalidInput, NotFound
 from deltadock.storage.collection import UsageByKind
 from deltadock.storage.models import JobState
+from deltadock.storage.repositories import DeltaRepository, ModelRepository
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
-from deltadock.version import __version__
 
-log = structlog.get_logger(__name__)
+router = page_router()
 
-FOLDER: Final = Path(__file__).resolve().parent.parent
-HEADERS: Final = {
-    "Content-Security-Policy": (
-        "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
-        "object-src 'none'"
-    ),
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-}
-
-static_files = StaticFiles(directory=FOLDER / "static")
-
-
-@lru_cache
-def asset(name: str) -> str:
-    """The URL of a file in static/, with its digest as a cache buster."""
-    digest = hashlib.sha256((FOLDER / "static" / name).read_bytes()).hexdigest()
-    return f"/static/{name}?v={digest[:12]}"
-
-
-_templates: Final = Jinja2Templates(FOLDER / "templates")
-_templates.env.undefined = StrictUndefined
-_templates.env.trim_blocks = True
-_templates.env.lstrip_blocks = True
-_templates.env.globals |= {
-    "asset": asset,
-    "charts": charts,
-    "stages": views.stages,
-    "advice": views.advice,
-    "version": __version__,
-}
-_templates.env.filters |= {
-    name: getattr(formats, name)
-    for name in ("size", "significant", "percentage", "plain", "grouped", "moment", "seconds")
-}
-
-
-def render(
-    request: Request,
-    template: str,
-    context: Mapping[str, Any],
-    *,
-    status: int = 200,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    """Render a page or a part of one."""
-    return _templates.TemplateResponse(
-        request, template, dict(context), status, {**HEADERS, **(headers or {})}
-    )
-
-
-class PageRoute(APIRoute):
-    """Answers errors with an HTML page."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The default handler, with errors rendered."""
-        handle = super().get_route_handler()
-
-        async def handle_or_render_error(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except DeltadockError as error:
-                if error.status >= 500:
-                    log.exception("page_failed", code=error.code)
-                shown: DeltadockError = error
-            except RequestValidationError:
-                shown = InvalidInput("This is not a page of the dashboard.")
-            return render(request, "error.html", {"error": shown}, status=shown.status)
-
-        return handle_or_render_error
-
-
-router = APIRouter(
-    include_in_schema=False, route_class=PageRoute, default_response_class=HTMLResponse
-)
-
-DELTAS_PER_NODE: Final = 50
-"""Shown on the nodes page, fastest tier first."""
 REFRESH: Final = {"HX-Refresh": "true"}
 REMOVE: Final = {"HX-Reswap": "delete"}
 ENDED: Final = {"HX-Trigger": "job-ended"}
+MOST_COMPARED: Final = 4
+MOST_TRIED: Final = 4
+"""Models side by side: a base and three deltas."""
+CHOICES: Final = 200
+"""Bases and models that a form offers."""
 
 
 @router.get("/")
@@ -129,7 +46,7 @@ def show_deltas(
     sort: SortBy = DeltaSort.NEWEST,
     after: After = None,
 ) -> Response:
-    """The list of stored deltas and bases."""
+    """The list of stored deltas, by model."""
     overview = views.overview(session, caller.tenant_id, after=after, wanted=wanted, sort=sort)
     asked = [(name, value) for name, value in request.query_params.items() if name != "after"]
     context = {
@@ -140,6 +57,9 @@ def show_deltas(
         "states": list(JobState),
         "methods": list(METHODS),
         "sorts": list(DeltaSort),
+        "grouped": sort in {DeltaSort.NEWEST, DeltaSort.NAME},
+        "default_method": default_method(),
+        "bases": page_of_bases(session, caller.tenant_id, limit=CHOICES, after=None).data,
     }
     return render(request, "deltas.html", context)
 
@@ -183,23 +103,7 @@ def show_job(
         return HTMLResponse(headers=HEADERS | REFRESH)
     if entry.job.state.is_final:
         return HTMLResponse(headers=HEADERS | REFRESH)
-    return render(request, "parts/job.html", {"entry": entry})
-
-
-@router.get("/nodes")
-def show_nodes(request: Request, caller: CallerDep, session: ReadSession) -> Response:
-    """The inference nodes and the deltas they hold."""
-    return render(request, "nodes.html", _nodes(session, caller))
-
-
-@router.get("/parts/nodes")
-def refresh_nodes(request: Request, caller: CallerDep, session: ReadSession) -> Response:
-    """The nodes without the surrounding page."""
-    return render(request, "parts/nodes.html", _nodes(session, caller))
-
-
-def _nodes(session: Session, caller: Caller) -> dict[str, Any]:
-    return {"nodes": registered_nodes(session, caller).data, "shown": DELTAS_PER_NODE}
+    return render(request, "parts/job.html", {"entry": entry, "stages": views.stages})
 
 
 @router.get("/deltas/{delta_id:reference}")
@@ -208,4 +112,84 @@ def show_delta(
 ) -> Response:
     """One delta's page."""
     page = views.delta_view(session, caller.tenant_id, delta_id)
-    return render(request, "delta.html", {"page": page})
+    return render(
+        request, "delta.html", {"page": page, "advice": views.advice, "stages": views.stages}
+    )
+
+
+@router.get("/models/{project}/{model}")
+def show_model(
+    name: Name, request: Request, caller: CallerDep, session: ReadSession, after: After = None
+) -> Response:
+    """One model's page: its card, aliases, rule, versions and history."""
+    page = views.model_view(session, caller.tenant_id, name, after=after)
+    return render(request, "model.html", {"page": page, "after": after})
+
+
+@router.get("/compare")
+def compare_deltas(
+    request: Request,
+    caller: CallerDep,
+    session: ReadSession,
+    delta: Annotated[list[str], Query(max_length=20)] = [],  # noqa: B006
+) -> Response:
+    """Two to four deltas side by side."""
+    references = list(dict.fromkeys(delta))
+    if not 2 <= len(references) <= MOST_COMPARED:
+        raise InvalidInput(f"Choose two to {MOST_COMPARED} deltas to compare.")
+    rows = [require_delta(session, caller.tenant_id, reference) for reference in references]
+    entries = [views.DeltaEntry.of(row) for row in rows]
+    deltas = DeltaRepository(session, caller.tenant_id)
+    shown = {row.id: row for row in rows}
+    for digest in dict.fromkeys(row.checkpoint_digest for row in rows):
+        found = deltas.of_checkpoint(digest, limit=views.SIBLINGS_SHOWN)
+        shown |= {row.id: row for row in found}
+    context = {
+        "entries": entries,
+        "differences": views.differences(entries),
+        "points": views.points_of(
+            map(views.DeltaEntry.of, shown.values()), {row.id for row in rows}
+        ),
+    }
+    return render(request, "compare.html", context)
+
+
+@router.get("/try")
+def show_try(
+    request: Request,
+    caller: CallerDep,
+    session: ReadSession,
+    model: Annotated[list[str], Query(max_length=20)] = [],  # noqa: B006
+) -> Response:
+    """Models side by side on one prompt."""
+    choices = model_choices(session, caller.tenant_id)
+    chosen = [name for name in dict.fromkeys(model) if name][:MOST_TRIED]
+    context = {"chosen": chosen or choices[:2], "choices": choices, "most": MOST_TRIED}
+    return render(request, "try.html", context)
+
+
+def model_choices(session: Session, tenant_id: str) -> Sequence[str]:
+    """Names that answer now: the default versions of models, and bases."""
+    answering = ModelRepository(session, tenant_id).answering(limit=CHOICES)
+    bases = page_of_bases(session, tenant_id, limit=CHOICES, after=None).data
+    names = [base.name for base in bases]
+    return [*names[:1], *(delta.name for delta in answering), *names[1:]]
+
+
+@router.get("/new")
+def show_new(
+    request: Request,
+    caller: CallerDep,
+    session: ReadSession,
+    base: Annotated[str | None, Query(max_length=96)] = None,
+    name: Annotated[str | None, Query(max_length=200)] = None,
+) -> Response:
+    """The form that uploads a fine-tune and compresses it."""
+    context: dict[str, Any] = {
+        "bases": page_of_bases(session, caller.tenant_id, limit=CHOICES, after=None).data,
+        "base": base,
+        "name": name or "",
+        "methods": [m for m in METHODS.values() if not m.imports_adapter],
+        "default_method": default_method(),
+    }
+    return render(request, "new.html", context)

@@ -1,5 +1,6 @@
 """A stored report, parsed for the pages."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,16 @@ class MatrixFigures(BaseModel):
     def full_rank(self) -> int:
         """The maximum rank of a matrix of this shape."""
         return min(self.shape, default=0)
+
+    @property
+    def weights(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape) if self.shape else 0
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.bytes / self.weights if self.weights else 0.0
 
     @property
     def kept(self) -> float:
@@ -90,6 +101,7 @@ class SummaryFigures(BaseModel):
     calibration: CalibrationFigures | None = None
     measured_on: list[MeasuredFigures] = Field(default_factory=list)
     seconds: float | None = None
+    notes: list[str] = Field(default_factory=list)
 
 
 class Place(NamedTuple):
@@ -124,6 +136,13 @@ class MatrixGrid:
         )
 
 
+class LayerBits(NamedTuple):
+    """The bits per weight of one layer."""
+
+    layer: str
+    bits: float
+
+
 class ByteShare(NamedTuple):
     """A part of the artifact; `style` is the CSS class of its colour."""
 
@@ -153,6 +172,24 @@ class ReportFigures:
     def grid(self) -> MatrixGrid:
         """The matrices by projection and layer."""
         return MatrixGrid.of(self.matrices)
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether any matrix has an error: an exact method has none to show."""
+        return any(matrix.error for matrix in self.matrices)
+
+    @property
+    def bits_by_layer(self) -> list[LayerBits]:
+        """Stored bits per weight of each layer's matrices; empty if no two layers differ."""
+        layers: dict[str, list[MatrixFigures]] = {layer: [] for layer in self.grid.layers}
+        for place, matrix in self.grid.cells.items():
+            layers[place.layer].append(matrix)
+        bits = [
+            LayerBits(layer, 8 * sum(m.bytes for m in found) / sum(m.weights for m in found))
+            for layer, found in layers.items()
+            if any(m.weights for m in found)
+        ]
+        return bits if len({round(layer.bits, 3) for layer in bits}) > 1 else []
 
     @property
     def widths(self) -> list[int]:

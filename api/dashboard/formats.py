@@ -46,16 +46,30 @@ def grouped(count: int | None) -> str:
 
 
 def moment(value: datetime) -> str:
-    """A time to the minute, in UTC."""
-    return f"{value.astimezone(UTC):%Y-%m-%d %H:%M}"
+    """A time to the second, in UTC."""
+    return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def ago(value: datetime) -> str:
+    """How long ago a time is, or its date if that is weeks: `5 min ago`."""
+    passed = (datetime.now(UTC) - value).total_seconds()
+    if passed < 45:
+        return "just now"
+    if passed < 3600:
+        return f"{max(1, round(passed / 60))} min ago"
+    if passed < 24 * 3600:
+        return f"{round(passed / 3600)} h ago"
+    if passed < 14 * 24 * 3600:
+        return f"{round(passed / 86400)} d ago"
+    return f"{value.astimezone(UTC):%Y-%m-%d}"
 
 
 def seconds(value: float | None) -> str:
-    """A duration: `2 min 6 s`."""
+    """A duration, to the second: `2 min 6 s`."""
     if value is None:
         return MISSING
-    if value < 60:
-        return f"{significant(value)} s"
+    if round(value) < 60:
+        return f"{max(round(value), 0)} s"
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

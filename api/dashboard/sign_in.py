@@ -4,7 +4,7 @@ import secrets
 from typing import Annotated, Final
 from urllib.parse import parse_qs
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response
 
@@ -17,14 +17,14 @@ from deltadock.api.access.sessions import (
     end_session,
     start_form,
 )
-from deltadock.api.dashboard.endpoints import HEADERS, PageRoute, render
+from deltadock.api.dashboard.rendering import HEADERS, page_router, render
 from deltadock.api.dependencies import Resources, ResourcesDep
 from deltadock.errors import DeltadockError, InvalidInput
 from deltadock.storage.actor import acting
 from deltadock.storage.models import AuditAction
 from deltadock.storage.repositories.audit import record
 
-router = APIRouter(include_in_schema=False, route_class=PageRoute)
+router = page_router()
 
 MAX_FORM_BYTES: Final = 8192
 

@@ -1,24 +1,29 @@
 """The pages' data, from the same services as the REST routes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Final, NamedTuple, Self
 
 from sqlalchemy.orm import Session
 
 from deltadock import errors
-from deltadock.api.bases import BasePage, page_of_bases
+from deltadock.api.dashboard.charts import Point
 from deltadock.api.dashboard.figures import ReportFigures
-from deltadock.api.deltas.schemas import DeltaOut
-from deltadock.api.deltas.service import page_of_deltas, require_delta
-from deltadock.api.jobs import JobOut
+from deltadock.api.dashboard.formats import MISSING, percentage, significant, size
+from deltadock.api.deltas.schemas import DeltaOut, LineageOut
+from deltadock.api.deltas.service import detail_of, page_of_deltas, require_delta
+from deltadock.api.jobs import JobOut, describe_jobs, page_of_jobs
+from deltadock.api.registry.schemas import AliasMoveOut, ModelCardOut
+from deltadock.api.registry.service import card_of, require_model
 from deltadock.storage.models import RUNNING_ORDER, DeltaRow, JobState
-from deltadock.storage.repositories import DeltaRepository, TotalsRepository
-from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
+from deltadock.storage.repositories import DeltaRepository, ModelRepository, TotalsRepository
+from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort, JobFilter
 
 DELTAS_PER_PAGE: Final = 50
-BASES_SHOWN: Final = 50
+SIBLINGS_SHOWN: Final = 50
+MOVES_SHOWN: Final = 20
 
 _RETRY: Final = "Retry: finished blocks are not recomputed."
 
@@ -60,6 +65,30 @@ class DeltaEntry(NamedTuple):
         return cls(DeltaOut.of(delta), JobOut.of(delta.job))
 
     @property
+    def reference(self) -> str:
+        """What the api calls it: `project/model:3`."""
+        return f"{self.delta.name}:{self.delta.version}"
+
+    @property
+    def is_alarming(self) -> bool:
+        """Whether the job failed; one that was cancelled on request did what it was told."""
+        return self.job.state is JobState.FAILED
+
+    @property
+    def elapsed(self) -> float | None:
+        """Seconds since a worker started the job, until it ended."""
+        if self.job.started_at is None:
+            return None
+        return ((self.job.finished_at or datetime.now(UTC)) - self.job.started_at).total_seconds()
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds until the job is expected to end."""
+        if self.job.expected_at is None or self.job.state.is_final:
+            return None
+        return (self.job.expected_at - datetime.now(UTC)).total_seconds()
+
+    @property
     def poll_interval(self) -> str | None:
         """htmx's polling interval; None once the job has ended."""
         if self.job.state.is_final:
@@ -75,11 +104,32 @@ class Totals:
     artifact_bytes: int
     base_bytes: int
     checkpoint_bytes: int
+    states: Mapping[JobState, int]
+    """Deltas in the other states."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Deltas by what a list shows of their states; those that are running as one."""
+        running = [state for state in RUNNING_ORDER if state is not JobState.QUEUED]
+        return {
+            "ready": self.deltas,
+            "running": sum(self.states.get(state, 0) for state in running),
+            "queued": self.states.get(JobState.QUEUED, 0),
+            "failed": self.states.get(JobState.FAILED, 0),
+            "cancelled": self.states.get(JobState.CANCELLED, 0),
+        }
 
     @property
     def longest(self) -> int:
         """Bytes of the longer of the two bars."""
         return self.base_bytes + max(self.artifact_bytes, self.checkpoint_bytes, 1)
+
+
+class ModelGroup(NamedTuple):
+    """Versions of one model that stand together in a list."""
+
+    name: str
+    entries: Sequence[DeltaEntry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +138,15 @@ class Overview:
 
     entries: Sequence[DeltaEntry]
     next: str | None
-    bases: BasePage
     totals: Totals
+
+    @property
+    def groups(self) -> list[ModelGroup]:
+        """The entries by model, in the order in which the models come first."""
+        groups: dict[str, list[DeltaEntry]] = {}
+        for entry in self.entries:
+            groups.setdefault(entry.delta.name, []).append(entry)
+        return [ModelGroup(name, entries) for name, entries in groups.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +154,40 @@ class DeltaView:
     """One delta's page; `figures` is None until there is a report."""
 
     entry: DeltaEntry
+    lineage: LineageOut
+    parent: DeltaEntry | None
     figures: ReportFigures | None
+    siblings: Sequence[DeltaEntry]
+    """Ready deltas of the same fine-tune, this one too."""
+
+    @property
+    def points(self) -> list[Point]:
+        """Rate and distortion of the siblings that have both."""
+        return points_of(self.siblings, {self.entry.delta.id})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One model's page."""
+
+    card: ModelCardOut
+    entries: Sequence[DeltaEntry]
+    next: str | None
+    history: Sequence[AliasMoveOut]
+
+
+class Difference(NamedTuple):
+    """A row of a comparison."""
+
+    label: str
+    values: Sequence[str]
+    best: int | None
+    """Which value is the best, where one is."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the values are not all equal."""
+        return len(set(self.values)) > 1
 
 
 class Stage(NamedTuple):
@@ -110,7 +200,7 @@ class Stage(NamedTuple):
 def overview(
     session: Session, tenant_id: str, *, after: str | None, wanted: DeltaFilter, sort: DeltaSort
 ) -> Overview:
-    """A page of deltas, the first bases by name, and the totals over all deltas.
+    """A page of deltas, and the totals over all deltas.
 
     Raises:
         InvalidInput: `after` is not a cursor of this sort.
@@ -119,16 +209,16 @@ def overview(
         session, tenant_id, limit=DELTAS_PER_PAGE, after=after, wanted=wanted, sort=sort
     )
     return Overview(
-        [DeltaEntry.of(delta) for delta in deltas],
-        next_after,
-        page_of_bases(session, tenant_id, limit=BASES_SHOWN, after=None),
-        totals(session, tenant_id),
+        [DeltaEntry.of(delta) for delta in deltas], next_after, totals(session, tenant_id)
     )
 
 
 def totals(session: Session, tenant_id: str) -> Totals:
     """The totals over all deltas and bases of the tenant."""
-    return Totals(**TotalsRepository(session, tenant_id).read()._asdict())
+    return Totals(
+        **TotalsRepository(session, tenant_id).read()._asdict(),
+        states=DeltaRepository(session, tenant_id).count_by_state(),
+    )
 
 
 def entry(session: Session, tenant_id: str, delta_id: str) -> DeltaEntry:
@@ -147,8 +237,112 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
         NotFound: there is none, or it was deleted.
     """
     delta = require_delta(session, tenant_id, delta_id)
-    report = DeltaRepository(session, tenant_id).report(delta.id)
-    return DeltaView(DeltaEntry.of(delta), ReportFigures.of(report) if report else None)
+    deltas = DeltaRepository(session, tenant_id)
+    report = deltas.report(delta.id)
+    parent = deltas.find(delta.parent_id) if delta.parent_id else None
+    siblings = deltas.of_checkpoint(delta.checkpoint_digest, limit=SIBLINGS_SHOWN)
+    job = describe_jobs(session, tenant_id, [delta.job])[0]
+    return DeltaView(
+        DeltaEntry(DeltaOut.of(delta), job),
+        detail_of(session, delta).lineage,
+        DeltaEntry.of(parent) if parent else None,
+        ReportFigures.of(report) if report else None,
+        [DeltaEntry.of(sibling) for sibling in siblings],
+    )
+
+
+def model_view(session: Session, tenant_id: str, name: str, *, after: str | None) -> ModelView:
+    """One model with a page of its versions, newest first, and the last moves of its aliases.
+
+    Raises:
+        NotFound: there is none, or it was deleted.
+        InvalidInput: `after` is not a cursor of the versions.
+    """
+    model = require_model(session, tenant_id, name)
+    versions, next_after = page_of_deltas(
+        session, tenant_id, limit=DELTAS_PER_PAGE, after=after, wanted=DeltaFilter(name=name)
+    )
+    moves = ModelRepository(session, tenant_id).history(model, limit=MOVES_SHOWN)
+    return ModelView(
+        card_of(session, tenant_id, model),
+        [DeltaEntry.of(version) for version in versions],
+        next_after,
+        [AliasMoveOut.of(move) for move in moves],
+    )
+
+
+def jobs_page(
+    session: Session, tenant_id: str, states: Sequence[JobState], *, limit: int, after: str | None
+) -> tuple[list[DeltaEntry], str | None]:
+    """A page of jobs with their deltas, newest first; those of deleted deltas are left out.
+
+    Raises:
+        InvalidInput: `after` is not a cursor of this list.
+    """
+    jobs, next_after = page_of_jobs(
+        session, tenant_id, JobFilter(states=states), limit=limit, after=after
+    )
+    found = DeltaRepository(session, tenant_id).with_ids([job.delta for job in jobs])
+    deltas = {delta.id: DeltaOut.of(delta) for delta in found}
+    return [DeltaEntry(deltas[job.delta], job) for job in jobs if job.delta in deltas], next_after
+
+
+def points_of(entries: Iterable[DeltaEntry], chosen: Collection[str]) -> list[Point]:
+    """Rate and distortion of the deltas that have both; `chosen` are marked."""
+    return [
+        Point(
+            f"{entry.reference}, {entry.delta.method}",
+            metrics.true_bits,
+            metrics.kl,
+            f"/deltas/{entry.delta.id}",
+            "this" if entry.delta.id in chosen else "other",
+        )
+        for entry in entries
+        if (metrics := entry.delta.metrics)
+        and metrics.true_bits is not None
+        and metrics.kl is not None
+    ]
+
+
+def differences(entries: Sequence[DeltaEntry]) -> list[Difference]:
+    """What is compared of several deltas, their figures first."""
+
+    def figure(
+        label: str, name: str, show: Callable[[float | None], str], best: Callable[..., float]
+    ) -> Difference:
+        values = [getattr(e.delta.metrics, name) if e.delta.metrics else None for e in entries]
+        known = [value for value in values if value is not None]
+        is_clear = len(known) == len(values) and len(set(known)) > 1
+        return Difference(
+            label,
+            [show(value) for value in values],
+            values.index(best(known)) if is_clear else None,
+        )
+
+    def text(label: str, read: Callable[[DeltaOut], object]) -> Difference:
+        return Difference(label, [str(read(entry.delta) or MISSING) for entry in entries], None)
+
+    def sources(delta: DeltaOut) -> str:
+        found = delta.calibration.sources if delta.calibration else []
+        return ", ".join(s.digest[:12] if s.digest else "sampled from the fine-tune" for s in found)
+
+    return [
+        figure("True ratio", "ratio", lambda value: f"{significant(value)} ×", max),
+        figure("KL to the fine-tune", "kl", significant, min),
+        figure("Agreement", "agreement", percentage, max),
+        figure("Bits per weight", "true_bits", significant, min),
+        figure("Loss of the delta", "nll", lambda value: significant(value, 4), min),
+        figure("Loss of the fine-tune", "nll_finetuned", lambda value: significant(value, 4), min),
+        text("Artifact", lambda d: size(d.artifact.bytes) if d.artifact else None),
+        text("State", lambda d: d.state),
+        text("Aliases", lambda d: ", ".join(d.aliases)),
+        text("Method", lambda d: d.method),
+        text("Goal", lambda d: d.goal),
+        text("Base", lambda d: d.base.name),
+        text("Fine-tune", lambda d: d.checkpoint[:12]),
+        text("Calibration", sources),
+        text("Seed", lambda d: str(d.seed)),
+    ]
 
 
 def stages(job: JobOut) -> list[Stage]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, and_, select, update
+from sqlalchemy import ColumnElement, Select, and_, func, select, update
 from sqlalchemy.orm import Session, contains_eager, joinedload, selectinload
 
 from deltadock.errors import Cancelled
@@ -157,6 +157,33 @@ class DeltaRepository:
         found = self.session.scalars(self._not_deleted().where(DeltaRow.id.in_(ids)))
         by_id = {delta.id: delta for delta in found}
         return [by_id[delta_id] for delta_id in ids]
+
+    def with_ids(self, delta_ids: Sequence[str]) -> Sequence[DeltaRow]:
+        """Those of these deltas that are there, in no order."""
+        return self.session.scalars(self._not_deleted().where(DeltaRow.id.in_(delta_ids))).all()
+
+    def of_checkpoint(self, digest: str, *, limit: int) -> Sequence[DeltaRow]:
+        """Up to `limit` ready deltas of a fine-tuned checkpoint, with their figures."""
+        return self.session.scalars(
+            self._not_deleted()
+            .where(DeltaRow.checkpoint_digest == digest, DeltaRow.artifact_digest.is_not(None))
+            .limit(limit)
+        ).all()
+
+    def count_by_state(self) -> dict[JobState, int]:
+        """The number of deltas in each state but ready, which the totals count."""
+        number = func.count().label("number")
+        query = (
+            select(JobRow.state, number)
+            .join(DeltaRow, DeltaRow.id == JobRow.delta_id)
+            .where(
+                owned_by(JobRow.tenant_id, self.tenant),
+                JobRow.state.in_([state for state in JobState if state is not JobState.READY]),
+                DeltaRow.deleted_at.is_(None),
+            )
+            .group_by(JobRow.state)
+        )
+        return {row.state: row.number for row in self.session.execute(query)}
 
     def recipe(self, delta_id: str) -> dict[str, Any] | None:
         """How the fine-tune was trained, or None."""

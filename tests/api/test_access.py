@@ -10,10 +10,12 @@ from fastapi import FastAPI
 
 from deltadock.api.access.rules import (
     ADMIN,
+    ADMIN_PAGE,
     INFER,
     MODELS,
     NODE,
     OPERATOR,
+    OPERATOR_PAGE,
     PAGE,
     PUBLIC,
     READ,
@@ -50,6 +52,8 @@ KINDS = {
     PUBLIC: "public",
     READ: "read",
     PAGE: "page",
+    ADMIN_PAGE: "admin",
+    OPERATOR_PAGE: "operator",
     WRITE: "write",
     INFER: "infer",
     MODELS: "models",

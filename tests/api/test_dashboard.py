@@ -14,7 +14,7 @@ from deltadock.api.fleet import TIERS
 from deltadock.api.main import create_app
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
-from deltadock.storage.models import JobState
+from deltadock.storage.models import JobState, Scope
 from deltadock.storage.repositories import (
     BaseRepository,
     DeltaRepository,
@@ -26,7 +26,11 @@ from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
 from tests.api.support import bearer, issue_key
 
-PAGES = ("/", "/deltas/{delta}", "/deltas/nothing", "/parts/totals", "/parts/deltas/{delta}/row")
+PAGES = (
+    "/", "/deltas/{delta}", "/deltas/nothing", "/parts/totals", "/parts/deltas/{delta}/row",
+    "/models/maths/skills", "/new", "/try", "/jobs", "/bases", "/bases/pilot-0.3b", "/nodes",
+    "/keys", "/storage", "/audit", "/docs",
+)  # fmt: skip
 
 
 @dataclass
@@ -68,7 +72,9 @@ def test_says_how_to_start_when_nothing_is_stored(empty: Site) -> None:
     page = unescape(empty.text("/"))
     assert "No deltas yet" in page
     assert 'curl $auth --json \'{"kind": "checkpoint"}\' http://testserver/v1/uploads' in page
-    assert "deltadock compress --base" in page
+    assert "deltadock push ./finetuned --base my-base" in page
+    assert "<b>optimix</b>" in page
+    assert page.count('href="/new"') >= 2
     assert "0</strong> ready deltas" in page
 
 
@@ -85,7 +91,8 @@ def test_lists_every_delta_with_its_figures(site: Site, seeded: seed.Seeded) -> 
         f"{report['artifact_bytes'] / 1e6:.1f} MB",
     ):
         assert f">{figure}</td>" in row
-    assert "pilot-0.3b" in page.split('id="bases"')[1]
+    assert "pilot-0.3b" in page
+    assert "pilot-0.3b" in site.text("/bases")
 
 
 def test_totals_count_shared_bytes_once(site: Site, seeded: seed.Seeded) -> None:
@@ -257,7 +264,7 @@ def test_pages_load_nothing_from_other_hosts(site: Site, seeded: seed.Seeded) ->
         policy = answer.headers["content-security-policy"]
         assert policy.startswith("default-src 'self';")
         assert "unsafe" not in policy
-        assert "http:" not in answer.text.replace("http://testserver/", "")
+        assert "http:" not in answer.text.replace("http://testserver", "")
         assert "https:" not in answer.text
         assert " style=" not in answer.text
         assert " onclick=" not in answer.text
@@ -295,3 +302,117 @@ def test_deltas_are_paginated(site: Site) -> None:
 def test_pages_are_not_in_the_openapi_document(site: Site) -> None:
     paths = site.http.get("/openapi.json").json()["paths"]
     assert all(path.startswith(("/v1/", "/healthz", "/readyz", "/metrics")) for path in paths)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, seed.Seeded]]:
+    """A seeded site for tests that change nothing of the others'."""
+    settings = Settings(home=tmp_path_factory.mktemp("shared") / "home")
+    migrate(settings.sqlalchemy_url)
+    app = create_app(settings)
+    resources: Resources = app.state.resources
+    resources.blobs.prepare()
+    seeded = seed.seed(resources.database, resources.blobs)
+    yield Site(TestClient(app, headers=bearer(issue_key(settings))), resources), seeded
+    resources.database.dispose()
+
+
+def test_versions_stand_together_under_their_model(shared: tuple[Site, seed.Seeded]) -> None:
+    site, _ = shared
+    page = site.text("/")
+    groups = re.findall('scope="rowgroup"><a href="/models/(.*?)">', page)
+    assert groups == ["support/triage", "maths/skills"]
+    for sort in ("size", "kl"):  # an order that models would break
+        assert "rowgroup" not in site.text(f"/?sort={sort}")
+    assert "1 running" in page
+    assert "1 failed" in page
+
+
+def test_a_models_page_shows_its_card_aliases_and_history(
+    shared: tuple[Site, seed.Seeded],
+) -> None:
+    site, _ = shared
+    site.http.patch(
+        "/v1/registry/maths/skills",
+        json={"description": "# Use\n<script>alert(1)</script> *well*", "tags": ["maths"]},
+    )
+    site.http.put("/v1/registry/maths/skills/aliases/prod", json={"version": 2, "reason": "Best."})
+    page = site.text("/models/maths/skills")
+    assert "<h3>Use</h3>" in page
+    assert "<em>well</em>" in page
+    assert "<script>alert" not in page
+    assert '<span class="alias">prod</span></dt><dd><a href="/deltas/' in page
+    assert "nothing → :2<small>Best.</small>" in page
+    assert 'href="/?tag=maths"' in page
+    site.text("/models/no/body", status=404)
+
+
+def test_compares_two_to_four_deltas(shared: tuple[Site, seed.Seeded]) -> None:
+    site, seeded = shared
+    pair = "&".join(f"delta={delta}" for delta in seeded.ready[1:3])
+    page = site.text(f"/compare?{pair}")
+    differing = re.findall('class="differs"><th scope="row">(.*?)<', page)
+    assert {"KL to the fine-tune", "Goal", "Fine-tune"} <= set(differing)
+    assert not {"Method", "Base", "Seed"} & set(differing)
+    assert page.count("<circle") == 2
+    assert "two to 4" in site.text(f"/compare?delta={seeded.ready[0]}", status=422)
+    many = "&".join(f"delta={delta}" for delta in seeded.ready[:5])
+    site.text(f"/compare?{many}", status=422)
+
+
+def test_jobs_are_listed_by_state(shared: tuple[Site, seed.Seeded]) -> None:
+    site, seeded = shared
+    assert seeded.failed in site.text("/jobs")
+    failed = site.text("/jobs?show=failed")
+    assert seeded.failed in failed
+    assert seeded.queued not in failed
+    assert "non_finite_weights" in failed
+    running = site.text("/jobs?show=running")
+    assert "block 9 of 24" in running
+    assert "elapsed" not in running
+    assert "No cancelled jobs" in site.text("/jobs?show=cancelled")
+
+
+def test_a_cancelled_job_is_no_alarm(site: Site, seeded: seed.Seeded) -> None:
+    site.http.post(f"/v1/jobs/{site.http.get(f'/v1/deltas/{seeded.queued}').json()['job']}/cancel")
+    page = site.text(f"/deltas/{seeded.queued}")
+    assert '<h2 id="error-title">Cancelled</h2>' in page
+    assert "card error" not in page
+    assert "<small>cancelled" not in site.text(f"/parts/deltas/{seeded.queued}/row")
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"notes": ["KL, agreement and loss are not measured. Too short."]}, "Too short."),
+        ({"matrices": []}, "bit for bit"),
+        ({}, "without a text to measure on"),
+    ],
+)
+def test_says_why_there_is_no_kl(
+    site: Site, seeded: seed.Seeded, more: dict[str, object], why: str
+) -> None:
+    report = {**seed.report(layers=1), "kl": None, "agreement": None, "nll": None, **more}
+    with site.resources.database.session_scope() as session:
+        delta = DeltaRepository(session, LOCAL_TENANT).find(seeded.queued)
+        assert delta is not None
+        seed.finish(session, site.resources.blobs, delta, report)
+    assert why in site.text(f"/deltas/{seeded.queued}").split('id="why-no-kl"')[1].split("</p>")[0]
+
+
+def test_readers_see_no_keys(shared: tuple[Site, seed.Seeded]) -> None:
+    site, _ = shared
+    key = issue_key(site.resources.settings, scopes=[Scope.READ])
+    reader = TestClient(site.http.app, headers=bearer(key))
+    assert 'href="/keys"' not in reader.get("/").text
+    for path in ("/keys", "/audit", "/storage"):
+        assert reader.get(path).status_code == 403
+        assert f'href="{path}"' in site.text("/")
+
+
+def test_the_first_page_is_light(shared: tuple[Site, seed.Seeded]) -> None:
+    site, _ = shared
+    page = site.text("/")
+    files = re.findall(r'(?:src|href)="(/static/[^"]+)"', page)
+    sizes = {path: len(site.http.get(path).content) for path in files}
+    assert len(page.encode()) + sum(sizes.values()) < 200_000, sizes

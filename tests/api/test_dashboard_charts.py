@@ -1,6 +1,6 @@
 """Charts and number formats of the dashboard."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from deltadock import errors
 from deltadock.api.dashboard import charts, formats
 from deltadock.api.dashboard.figures import NO_LAYER, MatrixFigures, MatrixGrid, ReportFigures
+from deltadock.api.dashboard.markdown import markdown
 from deltadock.api.dashboard.views import ADVICE
 from tests import seed
 
@@ -66,7 +67,33 @@ def test_heat_map_titles_show_each_error() -> None:
     by_error = sorted(cells(root), key=lambda cell: drawn[titles(cell)[0].split("\n")[0]])
     colours = [cell.attrib["class"] for cell in by_error]
     assert colours == sorted(colours)
-    assert (colours[0], colours[-1]) == ("cell q0", "cell q8")
+    assert [charts.ERRORS.step(error) for error in (0, 1e-3, 0.03, 1, 7)] == [0, 0, 4, 8, 8]
+
+
+def test_a_layers_bits_are_those_of_all_its_matrices() -> None:
+    def matrix(layer: int, name: str, size: int) -> dict[str, object]:
+        return {"name": f"layers.{layer}.{name}", "shape": [10, 10], "bytes": size}
+
+    rows = [matrix(0, "q", 10), matrix(0, "k", 20), matrix(1, "q", 25), matrix(1, "k", 30)]
+    figures = ReportFigures.of({"matrices": rows})
+    assert [layer.bits for layer in figures.bits_by_layer] == [1.2, 2.2]
+    root = ET.fromstring(charts.layer_bits(figures.bits_by_layer, 1.0))
+    heights = [float(rect.attrib["height"]) for rect in root.iter("rect")]
+    assert heights[1] / heights[0] == pytest.approx(2.2 / 1.2, rel=0.01)
+    same = ReportFigures.of({"matrices": [matrix(0, "q", 10), matrix(1, "q", 10)]})
+    assert same.bits_by_layer == []  # such as BitDelta's: nothing to see
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 16), st.floats(0, 10)), min_size=1, max_size=8))
+def test_rate_and_distortion_stay_inside_their_plot(places: list[tuple[float, float]]) -> None:
+    points = [charts.Point("m:1", bits, kl, "/deltas/x", "other") for bits, kl in places]
+    root = ET.fromstring(charts.rate_distortion(points))
+    width, height = map(float, root.attrib["viewBox"].split()[2:])
+    dots = list(root.iter("circle"))
+    assert len(dots) == len(points)
+    for dot in dots:
+        assert 0 <= float(dot.attrib["cx"]) <= width
+        assert 0 <= float(dot.attrib["cy"]) <= height
 
 
 def test_bar_heights_are_proportional_to_ranks() -> None:
@@ -101,12 +128,6 @@ def test_color_scale_is_monotonic(low: float, high: float, value: float) -> None
     assert 0 <= scale.step(value) < charts.STEPS
     assert scale.step(value) <= scale.step(value * 1.5)
     assert scale.step(scale.low) == 0
-
-
-def test_color_scale_spans_the_measured_range() -> None:
-    scale = charts.Scale.of([0.2, None, 0.0, 0.01])
-    assert scale == (0.01, 0.2)
-    assert (scale.step(0.01), scale.step(0.2)) == (0, charts.STEPS - 1)
 
 
 def test_stacked_bar_widths_are_proportional() -> None:
@@ -153,14 +174,47 @@ def test_significant_digits(value: float | None, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (4.2, "4.20 s"), (125.6, "2 min 6 s"), (3600 * 5 + 61, "5 h 1 min")],
+    [
+        (None, "–"),
+        (4.2, "4 s"),
+        (59.7, "1 min 0 s"),
+        (125.6, "2 min 6 s"),
+        (3600 * 5 + 61, "5 h 1 min"),
+    ],
 )
 def test_durations(value: float | None, text: str) -> None:
     assert formats.seconds(value) == text
 
 
 def test_times_are_utc() -> None:
-    assert formats.moment(datetime(2026, 11, 22, 8, 5, tzinfo=UTC)) == "2026-11-22 08:05"
+    assert formats.moment(datetime(2026, 11, 22, 8, 5, tzinfo=UTC)) == "2026-11-22 08:05:00 UTC"
+
+
+@pytest.mark.parametrize(
+    ("passed", "text"),
+    [(3, "just now"), (50, "1 min ago"), (60 * 59, "59 min ago"), (5 * 3600, "5 h ago"),
+     (3 * 86400, "3 d ago")],
+)  # fmt: skip
+def test_recent_times_are_relative(passed: int, text: str) -> None:
+    assert formats.ago(datetime.now(UTC) - timedelta(seconds=passed)) == text
+
+
+def test_old_times_are_dates() -> None:
+    assert formats.ago(datetime(2024, 11, 22, 8, 5, tzinfo=UTC)) == "2024-11-22"
+
+
+def test_cards_are_rendered_without_anything_that_runs() -> None:
+    html = markdown(
+        "# Skills\n\n**Bold**, <b onclick=alert(1)>x</b>\n\n<script>alert(1)</script>\n\n"
+        "[good](https://example.org) [bad](javascript:alert(1)) ![image](https://example.org/x.png)"
+        "\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
+    )
+    assert "<h3>Skills</h3>" in html
+    assert "<strong>Bold</strong>" in html
+    assert "<td>1</td>" in html
+    assert 'href="https://example.org"' in html
+    for hostile in ("<script", "<b ", "<img", 'href="javascript'):
+        assert hostile not in html
 
 
 def test_advice_depends_on_the_error_code() -> None:

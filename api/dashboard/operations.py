@@ -1,0 +1,186 @@
+"""Pages of what runs and what is kept: jobs, bases, nodes, keys, storage and the audit log."""
+
+from enum import StrEnum
+from typing import Annotated, Any, Final
+
+from fastapi import Query, Request
+from sqlalchemy.orm import Session
+from starlette.responses import Response
+
+from deltadock.api.access import Caller, CallerDep
+from deltadock.api.audit import list_audit_records
+from deltadock.api.bases import BaseOut, BaseRef, page_of_bases, require_base
+from deltadock.api.dashboard import views
+from deltadock.api.dashboard.rendering import page_router, render
+from deltadock.api.dependencies import ReadSession, ResourcesDep
+from deltadock.api.jobs import JobId, get_job_log
+from deltadock.api.keys import list_keys
+from deltadock.api.nodes import registered_nodes
+from deltadock.api.paging import After
+from deltadock.api.tenants import get_tenant
+from deltadock.errors import NotFound
+from deltadock.storage.models import FINAL_STATES, JobState, Scope
+from deltadock.storage.repositories import JobRepository
+from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
+
+router = page_router()
+
+ROWS: Final = 50
+DELTAS_PER_NODE: Final = 50
+"""Shown on the nodes page, fastest tier first."""
+LOG_LINES: Final = 1000
+
+
+class JobGroup(StrEnum):
+    """Which jobs a page shows."""
+
+    ALL = "all"
+    RUNNING = "running"
+    QUEUED = "queued"
+    READY = "ready"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def states(self) -> tuple[JobState, ...]:
+        """Their states; none: any."""
+        if self is JobGroup.ALL:
+            return ()
+        if self is JobGroup.RUNNING:
+            return tuple(set(JobState) - FINAL_STATES - {JobState.QUEUED})
+        return (JobState(self.value),)
+
+
+Show = Annotated[JobGroup, Query()]
+
+
+@router.get("/jobs")
+def show_jobs(
+    request: Request,
+    caller: CallerDep,
+    session: ReadSession,
+    show: Show = JobGroup.ALL,
+    after: After = None,
+) -> Response:
+    """The jobs, newest first."""
+    return render(request, "jobs.html", _jobs(session, caller, show, after))
+
+
+@router.get("/parts/jobs")
+def refresh_jobs(
+    request: Request,
+    caller: CallerDep,
+    session: ReadSession,
+    show: Show = JobGroup.ALL,
+    after: After = None,
+) -> Response:
+    """The jobs without the surrounding page."""
+    return render(request, "parts/jobs.html", _jobs(session, caller, show, after))
+
+
+def _jobs(session: Session, caller: Caller, show: JobGroup, after: str | None) -> dict[str, Any]:
+    entries, next_after = views.jobs_page(
+        session, caller.tenant_id, show.states, limit=ROWS, after=after
+    )
+    return {
+        "entries": entries,
+        "next": next_after,
+        "after": after,
+        "show": show,
+        "groups": list(JobGroup),
+        "counts": views.totals(session, caller.tenant_id).counts,
+    }
+
+
+@router.get("/parts/jobs/{job_id}/log")
+def show_job_log(
+    job_id: JobId, request: Request, caller: CallerDep, session: ReadSession
+) -> Response:
+    """The lines of a job's log."""
+    job = JobRepository(session, caller.tenant_id).find(job_id)
+    if job is None:
+        raise NotFound(f"There is no job {job_id!r}.")
+    log = get_job_log(job, caller, session, limit=LOG_LINES)
+    return render(
+        request,
+        "parts/log.html",
+        {
+            "lines": log.data,
+            "job_id": job_id,
+            "running": not job.state.is_final,
+        },
+    )
+
+
+@router.get("/bases")
+def show_bases(
+    request: Request, caller: CallerDep, session: ReadSession, after: After = None
+) -> Response:
+    """The bases, by name."""
+    page = page_of_bases(session, caller.tenant_id, limit=ROWS, after=after)
+    return render(request, "bases.html", {"page": page, "after": after})
+
+
+@router.get("/bases/{base}")
+def show_base(base: BaseRef, request: Request, caller: CallerDep, session: ReadSession) -> Response:
+    """One base, with its newest deltas."""
+    row = require_base(session, caller.tenant_id, base)
+    overview = views.overview(
+        session,
+        caller.tenant_id,
+        after=None,
+        wanted=DeltaFilter(base_id=row.id),
+        sort=DeltaSort.NEWEST,
+    )
+    context = {
+        "base": BaseOut.of(row),
+        "may_share": caller.is_operator and row.tenant_id == caller.tenant_id,
+        "overview": overview,
+    }
+    return render(request, "base.html", context)
+
+
+@router.get("/nodes")
+def show_nodes(request: Request, caller: CallerDep, session: ReadSession) -> Response:
+    """The inference nodes and the deltas they hold."""
+    return render(request, "nodes.html", _nodes(session, caller))
+
+
+@router.get("/parts/nodes")
+def refresh_nodes(request: Request, caller: CallerDep, session: ReadSession) -> Response:
+    """The nodes without the surrounding page."""
+    return render(request, "parts/nodes.html", _nodes(session, caller))
+
+
+def _nodes(session: Session, caller: Caller) -> dict[str, Any]:
+    return {"nodes": registered_nodes(session, caller).data, "shown": DELTAS_PER_NODE}
+
+
+@router.get("/keys")
+def show_keys(request: Request, caller: CallerDep, session: ReadSession) -> Response:
+    """The tenant's keys, limits and usage."""
+    context = {
+        "keys": list_keys(caller, session).data,
+        "own_key": caller.key_id,
+        "scopes": list(Scope),
+        "tenant": get_tenant(caller.tenant_id, caller, session),
+        "may_limit": caller.is_operator,
+    }
+    return render(request, "keys.html", context)
+
+
+@router.get("/storage")
+def show_storage(request: Request, caller: CallerDep, resources: ResourcesDep) -> Response:
+    """What the blob store holds by kind, and the rule for uploaded fine-tunes."""
+    context = {"usage": resources.storage.usage(), "retention": resources.settings.retention}
+    return render(request, "storage.html", context)
+
+
+@router.get("/audit")
+def show_audit(
+    request: Request, caller: CallerDep, session: ReadSession, after: After = None
+) -> Response:
+    """Who changed what, newest first."""
+    page = list_audit_records(caller, session, after=after)
+    names = {key.id: key.name for key in list_keys(caller, session).data}
+    return render(request, "audit.html", {"page": page, "names": names, "after": after})

@@ -1,0 +1,110 @@
+"""Rendering of pages: templates, headers, and routes that answer errors with pages.
+
+The pages load only files of this server.
+"""
+
+import hashlib
+from collections.abc import Callable, Coroutine, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from jinja2 import StrictUndefined
+from starlette.responses import HTMLResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.templating import Jinja2Templates
+
+from deltadock.api.dashboard import charts, formats
+from deltadock.api.dashboard.markdown import markdown
+from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
+from deltadock.errors import DeltadockError, InvalidInput
+from deltadock.version import __version__
+
+log = structlog.get_logger(__name__)
+
+FOLDER: Final = Path(__file__).resolve().parent.parent
+POLICY: Final = (
+    "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
+    "object-src 'none'"
+)
+INLINE_IMAGES: Final = {"Content-Security-Policy": f"{POLICY}; img-src 'self' data:"}
+"""For Swagger UI, whose style sheet holds its icons."""
+HEADERS: Final = {
+    "Content-Security-Policy": POLICY,
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+
+static_files = StaticFiles(directory=FOLDER / "static")
+
+
+@lru_cache
+def asset(name: str) -> str:
+    """The URL of a file in static/, with its digest as a cache buster."""
+    digest = hashlib.sha256((FOLDER / "static" / name).read_bytes()).hexdigest()
+    return f"/static/{name}?v={digest[:12]}"
+
+
+_templates: Final = Jinja2Templates(FOLDER / "templates")
+_templates.env.undefined = StrictUndefined
+_templates.env.trim_blocks = True
+_templates.env.lstrip_blocks = True
+_templates.env.globals |= {
+    "asset": asset,
+    "charts": charts,
+    "suffixes": sorted(KNOWN_SUFFIXES),
+    "version": __version__,
+}
+_templates.env.filters |= {
+    name: getattr(formats, name)
+    for name in (
+        "size", "significant", "percentage", "plain", "grouped", "moment", "ago", "seconds",
+    )
+} | {"markdown": markdown}  # fmt: skip
+
+
+def render(
+    request: Request,
+    template: str,
+    context: Mapping[str, Any],
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Render a page or a part of one."""
+    return _templates.TemplateResponse(
+        request, template, dict(context), status, {**HEADERS, **(headers or {})}
+    )
+
+
+class PageRoute(APIRoute):
+    """Answers errors with an HTML page."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The default handler, with errors rendered."""
+        handle = super().get_route_handler()
+
+        async def handle_or_render_error(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except DeltadockError as error:
+                if error.status >= 500:
+                    log.exception("page_failed", code=error.code)
+                shown: DeltadockError = error
+            except RequestValidationError:
+                shown = InvalidInput("This is not a page of the dashboard.")
+            return render(request, "error.html", {"error": shown}, status=shown.status)
+
+        return handle_or_render_error
+
+
+def page_router() -> APIRouter:
+    """A router of pages, which the description of the api leaves out."""
+    return APIRouter(
+        include_in_schema=False, route_class=PageRoute, default_response_class=HTMLResponse
+    )

@@ -1,0 +1,18 @@
+// Swagger UI on the description of the api; its dark colours are those of a class.
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const follow = () => document.documentElement.classList.toggle("dark-mode", dark.matches);
+dark.addEventListener("change", follow);
+follow();
+
+SwaggerUIBundle({
+  url: "/openapi.json",
+  dom_id: "#swagger-ui",
+  deepLinking: true,
+  presets: [SwaggerUIBundle.presets.apis, SwaggerUIBundle.SwaggerUIStandalonePreset].filter(Boolean),
+  layout: "BaseLayout",
+  requestInterceptor: (sent) => {
+    sent.headers["X-CSRF-Token"] = document.querySelector("meta[name=csrf-token]").content;
+    return sent;
+  },
+});

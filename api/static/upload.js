@@ -1,0 +1,252 @@
+// Uploads from the browser, and the forms that need them. Files are hashed in a worker, announced,
+// and sent in parallel; what the server has is not sent again, so that choosing the same files
+// again continues an upload that was interrupted.
+
+const PARALLEL = 3;
+const TRIES = 4;
+const workerUrl = document.querySelector("script[data-worker]").dataset.worker;
+
+const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
+
+function size(bytes) {
+  const power = Math.min(Math.floor(Math.log10(Math.max(bytes, 1)) / 3), 4);
+  return `${(bytes / 1000 ** power).toPrecision(3)} ${["B", "kB", "MB", "GB", "TB"][power]}`;
+}
+
+// SHA-256 of each file, in one worker after another.
+function hash(file, progress) {
+  return new Promise((resolve, reject) => {
+    const worker = new Worker(workerUrl);
+    worker.addEventListener("message", ({ data }) => {
+      if (data.done) return progress(data.done);
+      worker.terminate();
+      if (data.hex) resolve(data.hex);
+      else reject(new Error(data.error));
+    });
+    worker.addEventListener("error", () => reject(new Error(`${file.name} cannot be hashed.`)));
+    worker.postMessage(file);
+  });
+}
+
+// PUT with progress, which fetch does not tell; tried again while the connection or server fails.
+async function put(path, blob, progress) {
+  for (let attempt = 1; ; attempt++) {
+    const { status, body } = await new Promise((resolve) => {
+      const sending = new XMLHttpRequest();
+      sending.open("PUT", path);
+      sending.setRequestHeader("X-CSRF-Token", csrfToken);
+      sending.upload.addEventListener("progress", ({ loaded }) => progress(loaded));
+      sending.addEventListener("loadend", () => resolve({ status: sending.status, body: sending.responseText }));
+      sending.send(blob);
+    });
+    if (status >= 200 && status < 300) return progress(blob.size);
+    progress(0);
+    if ((status > 0 && status < 500 && status !== 429) || attempt === TRIES) {
+      throw await problemOf(new Response(body, { status: status || 503 }));
+    }
+    await pause(2 ** attempt / 2);
+  }
+}
+
+async function inParallel(tasks) {
+  const queue = [...tasks];
+  await Promise.all(Array.from({ length: PARALLEL }, async () => {
+    while (queue.length) await queue.shift()();
+  }));
+}
+
+// The open upload of exactly these files, or a new one.
+async function openUpload(kind, files) {
+  const key = (list) => JSON.stringify(list.map(({ path, sha256 }) => [path, sha256]).sort());
+  const wanted = key(files);
+  const { data } = await call("GET", "/v1/uploads?state=open&limit=100");
+  const found = data.find((upload) => upload.kind === kind && key(upload.files) === wanted);
+  return found ?? call("POST", "/v1/uploads", { kind, files });
+}
+
+// Sends the files; returns the completed upload.
+async function upload(kind, chosen, report) {
+  const total = chosen.reduce((sum, { file }) => sum + file.size, 0);
+  const announced = [];
+  let before = 0;
+  for (const { path, file } of chosen) {
+    const sha256 = await hash(file, (done) => report("Hashing", before + done, total));
+    announced.push({ path, size: file.size, sha256 });
+    before += file.size;
+  }
+  let state = await openUpload(kind, announced);
+  const sent = new Map();
+  const progress = (key) => (bytes) => {
+    sent.set(key, bytes);
+    report("Sending", [...sent.values()].reduce((sum, value) => sum + value, 0), total);
+  };
+  const byPath = new Map(chosen.map(({ path, file }) => [path, file]));
+  const tasks = [];
+  for (const { path, stored, parts, size: bytes } of state.files) {
+    const file = byPath.get(path);
+    const route = `/v1/uploads/${state.id}/files/${path.split("/").map(encodeURIComponent).join("/")}`;
+    if (stored) progress(path)(bytes);
+    else if (!parts) tasks.push(() => put(route, file, progress(path)));
+    else {
+      const { arrived } = await call("GET", `${route}/parts?limit=1`);
+      const here = new Set(arrived);
+      for (let number = 1; number <= parts.count; number++) {
+        const piece = file.slice((number - 1) * parts.bytes, number * parts.bytes);
+        if (here.has(number)) progress(`${path}:${number}`)(piece.size);
+        else tasks.push(() => put(`${route}/parts/${number}`, piece, progress(`${path}:${number}`)));
+      }
+    }
+  }
+  await inParallel(tasks);
+  state = await call("POST", `/v1/uploads/${state.id}/complete`);
+  while (state.state === "completing") {
+    report("Checking", (state.percent ?? 0) / 100, 1);
+    await pause(1);
+    state = await call("GET", `/v1/uploads/${state.id}`);
+  }
+  if (state.error) throw new Error(state.error.message);
+  return state;
+}
+
+// The files of the folder itself that the api takes.
+function filesOf(input, suffixes) {
+  return [...input.files]
+    .filter((file) => file.webkitRelativePath.split("/").length <= 2)
+    .filter((file) => !file.name.startsWith(".") && suffixes.some((suffix) => file.name.endsWith(suffix)))
+    .map((file) => ({ path: file.name, file }));
+}
+
+// One `.upload` block; `done` is called with the digest, or with null while there is none.
+function watch(block, done) {
+  const input = block.querySelector("input");
+  const bar = block.querySelector("progress");
+  const note = block.querySelector("p");
+  let round = 0;
+  input.addEventListener("change", async () => {
+    const own = ++round;
+    const kind = block.dataset.upload;
+    const suffixes = block.dataset.suffixes.split(" ");
+    const files = filesOf(input, suffixes);
+    done(null);
+    note.classList.remove("problem");
+    if (!files.length) {
+      note.textContent = input.files.length ? `None of these is ${suffixes.join(", ")}.` : "";
+      return;
+    }
+    bar.hidden = false;
+    try {
+      const report = (what, bytes, total) => {
+        if (own !== round) throw new Error("Other files were chosen.");
+        bar.value = total ? bytes / total : 1;
+        note.textContent = total > 1 ? `${what}: ${size(bytes)} of ${size(total)}` : `${what} …`;
+      };
+      const state = await upload(kind, files, report);
+      if (own !== round) return;
+      const digest = (state.checkpoint ?? state.calibration).digest;
+      bar.value = 1;
+      note.textContent = `Here and checked: ${files.length} ${files.length === 1 ? "file" : "files"}, ${digest.slice(0, 12)}…`;
+      done(digest);
+    } catch (error) {
+      if (own !== round) return;
+      bar.hidden = true;
+      note.classList.add("problem");
+      note.textContent = `${error.message} Choose the files again to go on.`;
+      input.value = "";
+    }
+  });
+}
+
+const register = document.getElementById("register");
+if (register) {
+  let digest = null;
+  const button = register.querySelector("[type=submit]");
+  watch(document.getElementById("base-files"), (value) => {
+    digest = value;
+    button.disabled = !digest;
+  });
+  register.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    try {
+      const base = await call("POST", "/v1/bases", { name: register.elements.name.value, checkpoint: digest });
+      location.assign(`/bases/${encodeURIComponent(base.name)}`);
+    } catch (error) {
+      register.querySelector("output.problem").textContent = error.message;
+    }
+  });
+}
+
+const form = document.getElementById("new");
+if (form) {
+  const fields = form.elements;
+  const button = form.querySelector("[type=submit]");
+  const output = form.querySelector("output.problem");
+  const shown = document.getElementById("preview");
+  let tuned = null, text = null, timer = 0, asked = 0;
+
+  const takesGoal = () => fields.method.selectedOptions[0].dataset.max !== "";
+  const goal = () => (takesGoal() ? { [fields.goal.value]: Number(fields.value.value) } : {});
+  const rows = (pairs) => shown.replaceChildren(...pairs.flatMap(([term, value]) => {
+    const [dt, dd] = [document.createElement("dt"), document.createElement("dd")];
+    dt.textContent = term;
+    dd.textContent = value;
+    return [dt, dd];
+  }));
+
+  async function preview() {
+    form.querySelector(".goal").hidden = !takesGoal();
+    if (!tuned) return;
+    const own = ++asked;
+    output.textContent = "";
+    if (takesGoal() && ["max_kl", "min_agreement"].includes(fields.goal.value)) {
+      rows([["Size", "the smallest that keeps the bound, found while compressing"]]);
+      return;
+    }
+    try {
+      const found = await call("POST", "/v1/previews", {
+        base: fields.base.value, checkpoint: tuned, method: fields.method.value, ...goal(),
+      });
+      if (own !== asked) return;
+      rows([
+        ["Artifact", size(found.artifact_bytes)],
+        ["instead of", size(found.checkpoint_bytes)],
+        ["True ratio", `${found.ratio.toPrecision(3)} ×`],
+        ["Bits per weight", found.true_bits.toPrecision(3)],
+        ...found.parts.map(({ kind, bytes }) => [kind, size(bytes)]),
+      ]);
+    } catch (error) {
+      if (own === asked) output.textContent = error.message;
+    }
+  }
+
+  watch(document.getElementById("tuned-files"), (digest) => {
+    tuned = digest;
+    button.disabled = !tuned;
+    preview();
+  });
+  watch(document.getElementById("text-files"), (digest) => { text = digest; });
+  fields.goal.addEventListener("change", () => {
+    fields.value.value = fields.goal.selectedOptions[0].dataset.value;
+  });
+  form.addEventListener("input", ({ target }) => {
+    if (!["base", "method", "goal", "value"].includes(target.name)) return;
+    clearTimeout(timer);
+    timer = setTimeout(preview, 200);
+  });
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    button.disabled = true;
+    output.textContent = "";
+    try {
+      const { delta } = await call("POST", "/v1/deltas", {
+        name: fields.name.value, base: fields.base.value, checkpoint: tuned,
+        method: fields.method.value, ...goal(),
+        ...(text ? { calibration: { source: "text", digest: text } } : {}),
+      });
+      location.assign(`/deltas/${delta.id}`);
+    } catch (error) {
+      output.textContent = error.message;
+      button.disabled = false;
+    }
+  });
+  preview();
+}
