@@ -83,6 +83,7 @@ def list_audit_records(
     object_id: Annotated[
         str | None, Query(alias="object", max_length=255, description="The object's id.")
     ] = None,
+    key: Annotated[str | None, Query(max_length=40, description="The id of the API key.")] = None,
     tenant: OfTenant = None,
     after: After = None,
     limit: Limit = 50,
@@ -94,6 +95,7 @@ def list_audit_records(
         before=None if place is None else place[0],
         action=action,
         object_id=object_id,
+        key_id=key,
     )
     page = found[:limit]
     return AuditPage(

@@ -694,6 +694,7 @@ class AuditRow(TableRow):
         Index("ix_audit_log_tenant_id_id", "tenant_id", "id"),
         Index("ix_audit_log_tenant_id_action_id", "tenant_id", "action", "id"),
         Index("ix_audit_log_tenant_id_object_id_id", "tenant_id", "object_id", "id"),
+        Index("ix_audit_log_tenant_id_by_key_id_id", "tenant_id", "by_key_id", "id"),
     )
 
     id: Mapped[int] = mapped_column(

@@ -57,6 +57,7 @@ SLOW = (
     "api/test_deltas.py",
     "api/test_access.py",
     "api/test_traces.py",
+    "api/test_audit.py",
     "storage/test_backup.py",
     "api/test_limits.py",
     "storage/test_blobs.py",

@@ -15,12 +15,20 @@ down_revision = "0011"
 branch_labels = None
 depends_on = None
 
-INDEXES = (("tenant_id", "id"), ("tenant_id", "action", "id"), ("tenant_id", "object_id", "id"))
+INDEXES = (
+    ("tenant_id", "id"),
+    ("tenant_id", "action", "id"),
+    ("tenant_id", "object_id", "id"),
+    ("tenant_id", "by_key_id", "id"),
+)
 REFUSAL: Final = "The audit log is append-only."
+REFUSE: Final = f"BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END"
 SQLITE = [
-    f"CREATE TRIGGER audit_log_no_{event.lower()} BEFORE {event} ON audit_log "
-    f"BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END"
-    for event in ("UPDATE", "DELETE")
+    "CREATE TRIGGER audit_log_no_update BEFORE UPDATE ON audit_log " + REFUSE,
+    "CREATE TRIGGER audit_log_no_delete BEFORE DELETE ON audit_log " + REFUSE,
+    # INSERT OR REPLACE removes a row without a DELETE.
+    "CREATE TRIGGER audit_log_no_replace BEFORE INSERT ON audit_log "
+    "WHEN EXISTS (SELECT 1 FROM audit_log WHERE id = NEW.id) " + REFUSE,
 ]
 POSTGRES = [
     "CREATE FUNCTION refuse_audit_log_change() RETURNS trigger LANGUAGE plpgsql AS "

@@ -66,6 +66,7 @@ class AuditRepository:
         before: int | None = None,
         action: AuditAction | None = None,
         object_id: str | None = None,
+        key_id: str | None = None,
     ) -> Sequence[AuditRow]:
         """Up to `limit` records, newest first, before the record `before`."""
         query = self._owned()
@@ -75,6 +76,8 @@ class AuditRepository:
             query = query.where(AuditRow.action == action)
         if object_id is not None:
             query = query.where(AuditRow.object_id == object_id)
+        if key_id is not None:
+            query = query.where(AuditRow.by_key_id == key_id)
         return self.session.scalars(query.order_by(AuditRow.id.desc()).limit(limit)).all()
 
     def export(self, after: int = 0) -> Iterator[AuditRow]:

@@ -108,6 +108,7 @@ def test_every_change_is_recorded(api: Api, capsys: pytest.CaptureFixture[str]) 
     collector.run()
     collected = records(api, action="delta.collect")
     assert {(r["origin"], r["key"]) for r in collected} == {("system", None)}
+    assert records(api, key=key_of(api)) == [r for r in records(api) if r["key"] == key_of(api)]
 
     export_audit(api.resources.settings.home, 0)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -45,6 +45,7 @@ LISTS = (
     "/v1/audit?limit=2",
     "/v1/audit?limit=2&action=alias.move",
     "/v1/audit?limit=2&object=maths/skills",
+    "/v1/audit?limit=2&key=key_x",
     "/",
     "/nodes",
     "/parts/totals",
