@@ -168,7 +168,8 @@ def list_keys(home: Home = None, as_json: AsJson = False, url: Url = None) -> No
         (
             (
                 key.id, key.tenant, key.name, key.prefix, " ".join(key.scopes),
-                age(key.expires_at), age(key.last_used_at), key.state,
+                age(key.expires_at) if key.expires_at else "never", age(key.last_used_at),
+                key.state,
             )
             for key in found
         ),

@@ -33,6 +33,7 @@ NUMBERS: Final = {
     "seed": int,
 }
 QUOTES: Final = '"""'
+PLAIN_TOKENS: Final = 64
 NO_TEMPLATE: Final = "chat template"
 
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Maximum tokens of an answer.")]
@@ -41,6 +42,15 @@ Temperature = Annotated[
 ]
 TopP = Annotated[float | None, typer.Option(min=0, max=1)]
 Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.")]
+
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help=r"End before this text, in which \n is a line break; may be repeated."),
+]
+
+
+def _escaped(stop: list[str] | None) -> list[str] | None:
+    return [text.replace(r"\n", "\n") for text in stop] if stop else None
 
 
 class Conversation:
@@ -64,7 +74,10 @@ class Conversation:
             DeltadockError: there is none.
         """
         if self.plain:
-            return self._print(self._client.stream(self._model, prompt, **self.sampling))
+            sampling: Sampling = {**self.sampling}
+            if sampling.get("max_tokens") is None:  # else continued text has no end
+                sampling["max_tokens"] = PLAIN_TOKENS
+            return self._print(self._client.stream(self._model, prompt, **sampling))
         messages = [*self._messages, {"role": "user", "content": prompt}]
         try:
             answered = self._print(self._client.stream(self._model, messages, **self.sampling))
@@ -107,12 +120,14 @@ def run(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
+    stop: Stop = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tokens per second.")] = False,
     url: Url = None,
 ) -> None:
     """Talk to a delta or a base; answers are streamed. A prompt may also come from a pipe."""
     sampling: Sampling = {
         "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed,
+        "stop": _escaped(stop),
     }  # fmt: skip
     with connect(url) as client:
         talk = Conversation(client, name, sampling, plain=plain)
@@ -202,9 +217,7 @@ def generate(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be repeated.")
-    ] = None,
+    stop: Stop = None,
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:
@@ -212,7 +225,7 @@ def generate(
     options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     text = sys.stdin.read() if prompt == "-" else prompt
     with connect(url) as client:
-        found = client.generate(name, text, max_tokens=max_tokens, stop=stop or None, **options)
+        found = client.generate(name, text, max_tokens=max_tokens, stop=_escaped(stop), **options)
     if as_json:
         print_resources(found)
     else:

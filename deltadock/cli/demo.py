@@ -63,6 +63,7 @@ def demo(samples: Path = SAMPLES, shown: int = 5, measured: int = 60) -> None:
         _show_accuracy(console, exercises[:measured], answers)
         console.print("[bold]5. Stop[/]")
     console.print(f"Stopped after {time.monotonic() - began:.0f} seconds in all.")
+    console.print("Next: `deltadock up`, then `deltadock bases add DIR` and `deltadock push DIR`.")
 
 
 @contextmanager

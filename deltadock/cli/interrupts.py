@@ -6,6 +6,10 @@ errors, or lose it; so it is remembered.
 
 import signal
 from types import FrameType
+from typing import Final
+
+INTERRUPTED: Final = 130
+"""The exit status: 128 and the number of SIGINT."""
 
 _pressed: list[int] = []
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from deltadock.cli.interrupts import note_interrupts, was_interrupted
+from deltadock.cli.interrupts import INTERRUPTED, note_interrupts, was_interrupted
 
 
 def main() -> None:
@@ -17,6 +17,6 @@ def main() -> None:
     except BaseException:
         if was_interrupted():
             sys.stderr.write("\nInterrupted.\n")
-            raise SystemExit(130) from None
+            raise SystemExit(INTERRUPTED) from None
         raise
     app()

@@ -20,13 +20,15 @@ from typing import Any, Final
 import typer
 from typer.core import TyperGroup
 
-from deltadock.cli.interrupts import was_interrupted
+from deltadock.cli.interrupts import INTERRUPTED, was_interrupted
 from deltadock.errors import DeltadockError, Forbidden, InvalidInput, NotFound, StorageFull
 
 FAILED: Final = 1
 UNAVAILABLE: Final = 3
 JOB_FAILED: Final = 4
-INTERRUPTED: Final = 130
+
+USAGE_ERROR: Final[Any] = typer.BadParameter.__base__
+"""Wrong options and arguments of all kinds; typer exports this one only."""
 
 
 @contextmanager
@@ -89,6 +91,13 @@ class ReportingGroup(TyperGroup):
                 if was_interrupted():
                     raise
                 raise typer.Exit(report(error)) from None
+            except USAGE_ERROR as error:
+                text = error.format_message().replace(": Value error, ", ": ")
+                if "\n" in text:  # the help of a group without a command
+                    raise
+                command = error.ctx.command_path if error.ctx else ctx.command_path
+                typer.echo(f"error (usage): {text.rstrip('.')}. See `{command} -h`.", err=True)
+                raise typer.Exit(error.exit_code) from None
             except BrokenPipeError:
                 raise
             except OSError as error:

@@ -46,7 +46,9 @@ def print_resources(found: "Resource | Iterable[Resource]") -> None:
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:
     """Print labels and values."""
-    table = Table(Column(no_wrap=True), Column(overflow="fold"), show_header=False, box=None)
+    table = Table(
+        Column(no_wrap=True), Column(overflow="fold"), show_header=False, box=None, pad_edge=False
+    )
     for row in rows:
         table.add_row(*row)
     _print_wide(table)
@@ -79,6 +81,8 @@ def age(moment: datetime | None) -> str:
     if moment is None:
         return "–"
     seconds = (datetime.now(UTC) - moment).total_seconds()
+    if abs(seconds) >= 60:  # the seconds of minutes tell nothing here
+        seconds = round(seconds / 60) * 60
     return f"in {duration_text(-seconds)}" if seconds < -1 else f"{duration_text(seconds)} ago"
 
 

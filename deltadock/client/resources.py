@@ -26,14 +26,14 @@ def size_text(count: int) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration for people: `42 s`, `3 min 05 s`, `2 h 10 min`, `5 days`."""
+    """A duration for people: `42 s`, `3 min 5 s`, `2 h 10 min`, `5 days`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
+        return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
     if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 86400} days"
 
 

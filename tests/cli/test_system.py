@@ -141,7 +141,10 @@ def test_wrong_places_and_ports_are_usage_errors(
     file.touch()
     outcome = deltadock(*command.split(), option, str(value).format(file=file))
     assert outcome.code == 2
-    assert option in outcome.stderr
+    [line] = outcome.stderr.splitlines()
+    assert line.startswith("error (usage): ")
+    assert option in line
+    assert line.endswith(f"See `deltadock {command} -h`.")
 
 
 def test_a_file_that_cannot_be_used_is_named(deltadock: Command, tmp_path: Path) -> None:
