@@ -19,4 +19,4 @@ def main() -> None:
             sys.stderr.write("\nInterrupted.\n")
             raise SystemExit(INTERRUPTED) from None
         raise
-    app()
+    app(prog_name="deltadock")
