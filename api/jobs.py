@@ -20,9 +20,8 @@ from deltadock.api.problems import problems
 from deltadock.api.quotas import check_job
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME
 from deltadock.errors import Conflict, InvalidInput, NotFound
-from deltadock.storage.models import JobLogRow, JobPriority, JobRow, JobState
+from deltadock.storage.models import UNSUCCESSFUL, JobLogRow, JobPriority, JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
-from deltadock.storage.repositories.jobs import RETRIABLE
 from deltadock.storage.repositories.listing import JobFilter, key_of_job
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -49,8 +48,8 @@ class JobOut(BaseModel):
     priority: JobPriority
     queue_position: int | None = Field(
         default=None,
-        description="Its place among the jobs that wait for a worker, 1 being next; null once one "
-        "has started it.",
+        description="Its place among the jobs that wait for a worker, 1 being next, and 1001 for "
+        "all behind the first thousand; null once one has started it.",
         examples=[3],
     )
     block: int = Field(description="Current block of the stage.", examples=[3])
@@ -130,8 +129,7 @@ class JobLog(BaseModel):
 
 def describe_jobs(session: Session, tenant_id: str, jobs: Sequence[JobRow]) -> list[JobOut]:
     """The jobs with their places in the queue."""
-    waiting = [job.id for job in jobs if job.state is JobState.QUEUED]
-    places = JobRepository(session, tenant_id).positions(waiting) if waiting else {}
+    places = JobRepository(session, tenant_id).positions(jobs)
     return [JobOut.of(job, places.get(job.id)) for job in jobs]
 
 
@@ -260,7 +258,7 @@ def retry_job(job_id: JobId, caller: CallerDep, unit: WriteUnit, resources: Reso
     job = _existing(jobs.find(job_id), job_id)
     if DeltaRepository(unit.session, caller.tenant_id).find(job.delta_id) is None:
         raise Conflict(f"The delta of job {job_id} was deleted. Restore it, or ask for it again.")
-    if job.state in RETRIABLE:
+    if job.state in UNSUCCESSFUL:
         check_job(unit.session, caller.tenant_id)
     if not jobs.retry(job_id):
         raise Conflict(

@@ -24,6 +24,7 @@ from deltadock.storage.database import Database, database_now
 from deltadock.storage.models import AuditAction
 from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.blobs import BlobKind, BlobRepository, DropRules, lock_blobs
+from deltadock.storage.repositories.uploads import UploadRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 WORK: Final = "work"
@@ -105,7 +106,9 @@ class Collector:
             found = BlobRepository(session).droppable_uploads(self._rules(session))
         for upload in found:
             with self._transaction() as session:
-                BlobRepository(session).drop(upload, self._rules(session))
+                dropped = BlobRepository(session).drop(upload, self._rules(session))
+                if dropped and self._trial is None:  # a trial would hold the totals for too long
+                    UploadRepository(session, upload.tenant_id).count_dropped(upload.id)
 
     def _rules(self, session: Session) -> DropRules:
         now, days = database_now(session), self._settings.calibration_days

@@ -154,6 +154,8 @@ class DeliveryState(StrEnum):
 
 
 FINAL_STATES: Final = frozenset({JobState.READY, JobState.FAILED, JobState.CANCELLED})
+UNSUCCESSFUL: Final = (JobState.FAILED, JobState.CANCELLED)
+"""The final states from which a job can be retried."""
 RUNNING_ORDER: Final = tuple(state for state in JobState if state not in FINAL_STATES)
 """The non-final states, in order."""
 
@@ -251,10 +253,26 @@ class TotalsRow(TableRow):
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
     deltas: Mapped[int] = mapped_column(default=0)
     """Ready deltas."""
+    all_deltas: Mapped[int] = mapped_column(default=0)
+    """Deltas in any state."""
     artifact_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     checkpoint_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     """Of the fine-tuned checkpoints of the ready deltas."""
     base_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Of the blobs that the tenant uses."""
+
+
+class BlobUseRow(TableRow):
+    """How many of a tenant's files and artifacts are one blob, stored or announced."""
+
+    __tablename__ = "blob_uses"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    size: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    """As announced, until the bytes are stored and hashed."""
+    uses: Mapped[int]
 
 
 class ApiKeyRow(TableRow):
@@ -468,6 +486,12 @@ class DeltaRow(TableRow):
             "ix_deltas_tenant_id_base_id_created_at_id", "tenant_id", "base_id", "created_at", "id"
         ),
         Index("ix_deltas_model_id", "model_id"),
+        # To be collected.
+        Index(
+            "ix_deltas_deleted_at",
+            "deleted_at",
+            **_only("deleted_at IS NOT NULL AND collected_at IS NULL"),
+        ),
         # Who shares these bytes.
         *(
             Index(f"ix_deltas_{column}_tenant_id", column, "tenant_id", **_NOT_DELETED)
@@ -543,13 +567,15 @@ class JobRow(TableRow):
             "ix_jobs_tenant_id_state_created_at_delta_id",
             "tenant_id", "state", "created_at", "delta_id",
         ),
+        # The queue.
+        Index("ix_jobs_state_priority_sent_at_id", "state", "priority", "sent_at", "id"),
     )  # fmt: skip
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
     """Its delta's."""
     delta_id: Mapped[str] = mapped_column(ForeignKey("deltas.id"), unique=True)
-    state: Mapped[JobState] = mapped_column(_enum(JobState), default=JobState.QUEUED, index=True)
+    state: Mapped[JobState] = mapped_column(_enum(JobState), default=JobState.QUEUED)
     priority: Mapped[JobPriority] = mapped_column(_enum(JobPriority), default=JobPriority.NORMAL)
     stage_block: Mapped[int] = mapped_column(default=0)
     stage_blocks: Mapped[int] = mapped_column(default=0)

@@ -28,6 +28,7 @@ from deltadock.workers.metrics import COLLECTED
 
 QUEUED_SECONDS: Final = 120.0
 """A task not taken by any worker for this long is presumed lost."""
+ABANDONED_PER_SWEEP: Final = 1000
 
 log = structlog.get_logger(__name__)
 
@@ -56,13 +57,14 @@ def resend_lost(
 
 def drop_abandoned(context: WorkerContext) -> int:
     """Abort abandoned uploads, drop their parts and other staged bytes; returns how many."""
-    with context.database.session_scope() as session:
-        uploads = UploadRepository(session, EVERY_TENANT)
+    with context.database.read_scope() as session:
         before = database_now(session) - timedelta(seconds=context.settings.upload_ttl)
-        abandoned = uploads.abandoned(before)
-        for upload in abandoned:
+        abandoned = UploadRepository(session, EVERY_TENANT).abandoned(before, ABANDONED_PER_SWEEP)
+    for upload_id in abandoned:
+        with context.database.session_scope() as session:
+            uploads = UploadRepository(session, EVERY_TENANT)
             # Check again under the lock: the client may just have resumed.
-            locked = uploads.find(upload.id, lock=True)
+            locked = uploads.find(upload_id, lock=True)
             if locked is not None and locked.updated_at < before:
                 uploads.abort(locked)
     for upload_id in context.blobs.parted_uploads():

@@ -16,6 +16,8 @@ from sqlalchemy.orm import Session, defer, joinedload
 from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.models import (
     FINAL_STATES,
+    RUNNING_ORDER,
+    UNSUCCESSFUL,
     AuditAction,
     BaseRow,
     DeltaRow,
@@ -136,7 +138,11 @@ class BlobRepository:
     def deleted_before(self, moment: datetime) -> tuple[list[DeltaRow], list[DeltaRow]]:
         """Deltas deleted before `moment` and not collected: free ones, and ones that nodes need."""
         found = self.session.scalars(
-            select(DeltaRow).where(DeltaRow.deleted_at < moment, DeltaRow.collected_at.is_(None))
+            select(DeltaRow).where(
+                DeltaRow.deleted_at.is_not(None),
+                DeltaRow.deleted_at < moment,
+                DeltaRow.collected_at.is_(None),
+            )
         ).all()
         on_nodes = self._on_nodes()
         return (
@@ -234,8 +240,8 @@ class BlobRepository:
             .join(DeltaRow.job)
             .where(
                 or_(
-                    JobRow.state.not_in(FINAL_STATES),
-                    and_(JobRow.state != JobState.READY, JobRow.finished_at >= undo_from),
+                    JobRow.state.in_(RUNNING_ORDER),
+                    and_(JobRow.state.in_(UNSUCCESSFUL), JobRow.finished_at >= undo_from),
                 )
             )
         ).all()

@@ -11,6 +11,7 @@ from deltadock.names import parse_reference
 from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
+    UNSUCCESSFUL,
     AliasRow,
     AuditAction,
     BaseRow,
@@ -25,9 +26,6 @@ from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, Delta
 from deltadock.storage.repositories.models import ModelRepository
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
-
-UNSUCCESSFUL = (JobState.FAILED, JobState.CANCELLED)
-
 
 FIGURES: Final = ("ratio", "true_bits", "kl", "agreement", "nll", "nll_finetuned", "nll_base")
 """Figures of a report that lists show: columns of their own."""
@@ -273,6 +271,7 @@ class DeltaRepository:
         )
         self.session.add(delta)
         self.session.flush()
+        TotalsRepository(self.session, owner).count_any_delta(1)
         self._record(AuditAction.DELTA_CREATE, delta, checkpoint=checkpoint_digest)
         return delta
 
@@ -342,6 +341,7 @@ class DeltaRepository:
             return
         before()
         delta.deleted_at = database_now(self.session)
+        TotalsRepository(self.session, delta.tenant_id).count_any_delta(-1)
         if delta.artifact_digest is not None:
             self._count(delta, -1)
         self.session.flush()
@@ -377,6 +377,7 @@ class DeltaRepository:
         if found is None or model.deleted_at is not None:
             return None
         found.deleted_at = None
+        TotalsRepository(self.session, found.tenant_id).count_any_delta(1)
         if found.artifact_digest is not None:
             self._count(found, 1)
             models.offer(model, found)

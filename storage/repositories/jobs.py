@@ -22,6 +22,7 @@ from deltadock.storage.database import database_now
 from deltadock.storage.models import (
     FINAL_STATES,
     RUNNING_ORDER,
+    UNSUCCESSFUL,
     AuditAction,
     BaseRow,
     DeltaRow,
@@ -34,14 +35,11 @@ from deltadock.storage.repositories.audit import DONE, record
 from deltadock.storage.repositories.listing import ANY_JOB, JobFilter, Key, find_jobs
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
-RETRIABLE: Final = (JobState.FAILED, JobState.CANCELLED)
 MAX_LOG_LINES: Final = 1000
 """Lines that a job keeps, the newest."""
 
-_RANK: Final = case(
-    {priority: rank for rank, priority in enumerate(JobPriority)}, value=JobRow.priority
-)
-_IS_WAITING: Final = and_(JobRow.state == JobState.QUEUED, JobRow.lease_owner.is_(None))
+MAX_POSITION: Final = 1000
+"""Places in the queue that are numbered."""
 
 
 class JobRepository:
@@ -91,18 +89,36 @@ class JobRepository:
         )
         return {row.priority: row.number for row in self.session.execute(query)}
 
-    def positions(self, job_ids: Sequence[str]) -> dict[str, int]:
-        """Places in the queue of all tenants, 1 being next, of those of the jobs that wait."""
-        order = func.row_number().over(order_by=(_RANK, JobRow.sent_at, JobRow.id))
-        waiting = select(JobRow.id, order.label("place")).where(_IS_WAITING).subquery()
-        found = self.session.execute(select(waiting).where(waiting.c.id.in_(job_ids)))
-        return {row.id: row.place for row in found}
+    def positions(self, jobs: Iterable[JobRow]) -> dict[str, int]:
+        """Places in the queue of all tenants, 1 being next, by the ids of the jobs that wait.
+
+        All behind the first `MAX_POSITION` have the place after these.
+        """
+        waiting = {
+            job.id for job in jobs if job.state is JobState.QUEUED and job.lease_owner is None
+        }
+        queue: list[str] = []
+        for priority in JobPriority:
+            if waiting.issubset(queue):
+                break
+            queue += self.session.scalars(
+                select(JobRow.id)
+                .where(
+                    JobRow.state == JobState.QUEUED,
+                    JobRow.priority == priority,
+                    JobRow.lease_owner.is_(None),
+                )
+                .order_by(JobRow.sent_at, JobRow.id)
+                .limit(MAX_POSITION - len(queue))
+            )
+        places = {job_id: place for place, job_id in enumerate(queue, start=1)}
+        return {job_id: places.get(job_id, MAX_POSITION + 1) for job_id in waiting}
 
     def retry(self, job_id: str, *, now: datetime | None = None) -> bool:
         """Queue a failed or cancelled job again; False if it is in another state."""
         now = now or database_now(self.session)
         queued = self._set(
-            and_(JobRow.id == job_id, self._owned(), JobRow.state.in_(RETRIABLE)),
+            and_(JobRow.id == job_id, self._owned(), JobRow.state.in_(UNSUCCESSFUL)),
             state=JobState.QUEUED,
             stage_block=0,
             stage_blocks=0,
@@ -318,7 +334,7 @@ class JobRepository:
         )
         return self.session.scalars(
             select(JobRow)
-            .where(JobRow.state.not_in(FINAL_STATES), or_(waiting, JobRow.lease_expires_at <= now))
+            .where(JobRow.state.in_(RUNNING_ORDER), or_(waiting, JobRow.lease_expires_at <= now))
             .order_by(JobRow.created_at)
             .limit(limit)
         ).all()

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import func, or_, select, union, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session, joinedload
 
 from deltadock.errors import Conflict
@@ -12,22 +12,16 @@ from deltadock.storage.api_keys import hmac_of, new_key, prefix_of
 from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
-    FINAL_STATES,
+    RUNNING_ORDER,
     ApiKeyRow,
     AuditAction,
-    DeltaRow,
     JobRow,
     Scope,
     TenantRow,
-    UploadFileRow,
-    UploadRow,
-    UploadState,
 )
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
-
-GONE: Final = (UploadState.ABORTED, UploadState.DROPPED)
-"""States of uploads whose bytes do not count."""
 
 
 class Usage(NamedTuple):
@@ -91,33 +85,16 @@ class TenantRepository:
 
     def stored_bytes(self, tenant_id: str) -> int:
         """Bytes of the tenant's uploaded files and artifacts, equal ones counted once."""
-        files = (
-            select(UploadFileRow.sha256.label("digest"), UploadFileRow.size.label("bytes"))
-            .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
-            .where(UploadRow.tenant_id == tenant_id, UploadRow.state.not_in(GONE))
-        )
-        artifacts = select(DeltaRow.artifact_digest, DeltaRow.artifact_bytes).where(
-            DeltaRow.tenant_id == tenant_id,
-            DeltaRow.deleted_at.is_(None),
-            DeltaRow.artifact_digest.is_not(None),
-        )
-        blobs = union(files, artifacts).subquery()
-        return int(self.session.scalar(select(func.sum(blobs.c.bytes))) or 0)
+        return TotalsRepository(self.session, tenant_id).quota().bytes
 
     def delta_count(self, tenant_id: str) -> int:
         """How many deltas the tenant has."""
-        query = select(func.count()).where(
-            DeltaRow.tenant_id == tenant_id, DeltaRow.deleted_at.is_(None)
-        )
-        return self.session.scalar(query) or 0
+        return TotalsRepository(self.session, tenant_id).quota().deltas
 
     def job_count(self, tenant_id: str) -> int:
-        """How many of the tenant's jobs are unfinished."""
-        query = (
-            select(func.count())
-            .select_from(JobRow)
-            .join(JobRow.delta)
-            .where(JobRow.state.not_in(FINAL_STATES), DeltaRow.tenant_id == tenant_id)
+        """How many of the tenant's jobs are unfinished; reads only an index of these."""
+        query = select(func.count()).where(
+            JobRow.tenant_id == tenant_id, JobRow.state.in_(RUNNING_ORDER)
         )
         return self.session.scalar(query) or 0
 

@@ -1,12 +1,13 @@
 """Totals of a tenant, kept up to date in the transaction of each change: never a whole table."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, exists, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from deltadock.storage.database import lock_key
-from deltadock.storage.models import BaseRow, CheckpointRow, DeltaRow, TotalsRow
+from deltadock.storage.models import BaseRow, BlobUseRow, CheckpointRow, DeltaRow, TotalsRow
 
 
 class Totals(NamedTuple):
@@ -18,8 +19,21 @@ class Totals(NamedTuple):
     base_bytes: int
 
 
+class Quota(NamedTuple):
+    """What counts towards a tenant's quotas."""
+
+    deltas: int
+    """In any state."""
+    bytes: int
+    """Of uploaded files and artifacts, equal ones counted once."""
+
+
 class TotalsRepository:
-    """The totals of one tenant."""
+    """The totals of one tenant.
+
+    Changes lock them until the transaction ends; a transaction locks nothing else after that, so
+    that none waits for another one in a circle.
+    """
 
     def __init__(self, session: Session, tenant_id: str) -> None:
         self.session = session
@@ -32,6 +46,33 @@ class TotalsRepository:
             return Totals(0, 0, 0, 0)
         return Totals(row.deltas, row.artifact_bytes, row.checkpoint_bytes, row.base_bytes)
 
+    def quota(self) -> Quota:
+        """What counts towards the tenant's quotas now."""
+        row = self.session.get(TotalsRow, self.tenant_id, populate_existing=True)
+        return Quota(0, 0) if row is None else Quota(row.all_deltas, row.stored_bytes)
+
+    def count_any_delta(self, sign: int) -> None:
+        """Add (`sign` 1) or subtract (-1) a delta in any state."""
+        self._lock()
+        self._add(all_deltas=sign)
+
+    def count_blobs(self, blobs: Iterable[tuple[str, int]], sign: int) -> None:
+        """Add (`sign` 1) or subtract (-1) a use of each of these blobs (SHA-256, size)."""
+        self._lock()
+        for digest, size in blobs:
+            used = self.session.get(
+                BlobUseRow, (self.tenant_id, digest, size), populate_existing=True
+            )
+            if used is None:
+                used = BlobUseRow(tenant_id=self.tenant_id, digest=digest, size=size, uses=0)
+                self.session.add(used)
+                self._add(stored_bytes=size)
+            used.uses += sign
+            if not used.uses:
+                self.session.delete(used)
+                self._add(stored_bytes=-size)
+        self.session.flush()
+
     def count_delta(self, delta: DeltaRow, sign: int) -> None:
         """Add (`sign` 1) or subtract (-1) a ready delta; bytes count if no other one has them."""
         self._lock()
@@ -42,6 +83,8 @@ class TotalsRepository:
         if not self._shared(delta, DeltaRow.checkpoint_digest):
             checkpoint = self._checkpoint_bytes(delta.checkpoint_digest)
         self._add(deltas=sign, artifact_bytes=sign * artifact, checkpoint_bytes=sign * checkpoint)
+        assert delta.artifact_digest is not None
+        self.count_blobs([(delta.artifact_digest, delta.artifact_bytes or 0)], sign)
 
     def count_base(self, base: BaseRow) -> None:
         """Add a new base."""

@@ -30,6 +30,7 @@ from deltadock.storage.models import (
 )
 from deltadock.storage.repositories.audit import DONE, record
 from deltadock.storage.repositories.blobs import lock_blobs
+from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 UNFINISHED: Final = (UploadState.OPEN, UploadState.COMPLETING)
@@ -57,7 +58,12 @@ class UploadRepository:
         self.session.add(upload)
         self.session.flush()
         self._record(AuditAction.UPLOAD_CREATE, upload, kind=kind, files=len(upload.files))
+        self._count(upload.tenant_id, upload.files, 1)
         return upload
+
+    def _count(self, tenant_id: str, files: Iterable[UploadFileRow], sign: int) -> None:
+        blobs = [(file.sha256, file.size) for file in files]
+        TotalsRepository(self.session, tenant_id).count_blobs(blobs, sign)
 
     def _record(
         self, action: AuditAction, upload: UploadRow, *, outcome: str = DONE, **details: Any
@@ -221,12 +227,16 @@ class UploadRepository:
         """
         lock_blobs(self.session, file.sha256)
         file.upload_id = upload.id
+        earlier = [(other.sha256, other.size) for other in upload.files if other.path == file.path]
         self.session.merge(file)
         upload.updated_at = database_now(self.session)
         self.session.flush()
         self._record(
             AuditAction.UPLOAD_FILE, upload, path=file.path, sha256=file.sha256, bytes=file.size
         )
+        totals = TotalsRepository(self.session, upload.tenant_id)
+        totals.count_blobs([(file.sha256, file.size)], 1)
+        totals.count_blobs(earlier, -1)
 
     def has_calibration(self, digest: str) -> bool:
         """Whether a complete upload is the calibration text with this SHA-256."""
@@ -256,12 +266,12 @@ class UploadRepository:
             .limit(1)
         )
 
-    def abandoned(self, before: datetime) -> Sequence[UploadRow]:
-        """Unfinished uploads last updated before `before`."""
+    def abandoned(self, before: datetime, limit: int) -> Sequence[str]:
+        """Ids of up to `limit` unfinished uploads last updated before `before`."""
         return self.session.scalars(
-            select(UploadRow).where(
-                self._owned(), UploadRow.state.in_(UNFINISHED), UploadRow.updated_at < before
-            )
+            select(UploadRow.id)
+            .where(self._owned(), UploadRow.state.in_(UNFINISHED), UploadRow.updated_at < before)
+            .limit(limit)
         ).all()
 
     def complete(self, upload: UploadRow) -> None:
@@ -274,10 +284,21 @@ class UploadRepository:
     def abort(self, upload: UploadRow) -> None:
         """Abort a locked unfinished upload and delete its file rows; any other is unchanged."""
         if upload.state in UNFINISHED:
-            for file in upload.files:
+            files = list(upload.files)
+            for file in files:
                 self.session.delete(file)
             self._set_state(upload, UploadState.ABORTED)
             self._record(AuditAction.UPLOAD_ABORT, upload)
+            self._count(upload.tenant_id, files, -1)
+
+    def count_dropped(self, upload_id: str) -> None:
+        """Subtract the files of an upload that is dropped in this transaction."""
+        files = self.session.scalars(
+            select(UploadFileRow)
+            .options(defer(UploadFileRow.tensors))
+            .where(UploadFileRow.upload_id == upload_id)
+        ).all()
+        self._count(owner_of(self.tenant), files, -1)
 
     def _set_state(self, upload: UploadRow, state: UploadState) -> None:
         upload.state = state

@@ -183,7 +183,9 @@ def test_cancelling_a_job_with_an_expired_lease_ends_it(jobs: JobRepository, job
     assert jobs.request_cancel("job_unknown") is None
 
 
-def test_waiting_jobs_are_placed_by_priority_and_then_by_their_turn(session: Session) -> None:
+def test_waiting_jobs_are_placed_by_priority_and_then_by_their_turn(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jobs = JobRepository(session, LOCAL_TENANT)
     order = [JobPriority.LOW, JobPriority.NORMAL, JobPriority.HIGH, JobPriority.NORMAL]
     rows = [add_job(session, number) for number in range(5)]
@@ -191,9 +193,11 @@ def test_waiting_jobs_are_placed_by_priority_and_then_by_their_turn(session: Ses
         row.priority, row.sent_at = priority, later(rows.index(row))
     session.flush()
     jobs.acquire(rows[4].id, "one", LEASE, now=NOW)
-    assert jobs.positions([row.id for row in rows]) == {
-        rows[2].id: 1, rows[1].id: 2, rows[3].id: 3, rows[0].id: 4,
-    }  # fmt: skip
+    session.refresh(rows[4])
+    places = {rows[2].id: 1, rows[1].id: 2, rows[3].id: 3, rows[0].id: 4}
+    assert jobs.positions(rows) == places
+    monkeypatch.setattr("deltadock.storage.repositories.jobs.MAX_POSITION", 2)
+    assert jobs.positions(rows) == places | {rows[3].id: 3, rows[0].id: 3}
 
 
 def test_a_jobs_log_keeps_its_newest_lines(jobs: JobRepository, job: JobRow) -> None:

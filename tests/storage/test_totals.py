@@ -4,7 +4,8 @@ from pathlib import Path
 
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.database import Database
-from deltadock.storage.repositories import DeltaRepository, TotalsRepository
+from deltadock.storage.models import UploadFileRow, UploadKind
+from deltadock.storage.repositories import DeltaRepository, TotalsRepository, UploadRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
 
@@ -35,3 +36,40 @@ def test_counts_ready_deltas_and_shared_bytes_once(database: Database, tmp_path:
         assert totals.read() == (3, 6 * 2**32, 3 * huge, huge)
         deltas.delete(second)
         assert totals.read() == (2, 3 * 2**32, 2 * huge, huge)
+
+
+def test_quotas_count_equal_files_and_artifacts_of_a_tenant_once(
+    database: Database, tmp_path: Path
+) -> None:
+    blobs = LocalBlobStore(tmp_path)
+    blobs.prepare()
+
+    def file(path: str, text: str, size: int) -> UploadFileRow:
+        return UploadFileRow(path=path, sha256=seed.digest_of(text), size=size, tensors=[])
+
+    with database.session_scope() as session:
+        deltas = DeltaRepository(session, LOCAL_TENANT)
+        uploads = UploadRepository(session, LOCAL_TENANT)
+        totals = TotalsRepository(session, LOCAL_TENANT)
+        first = uploads.add(UploadKind.CHECKPOINT, [file("a", "one", 10), file("b", "two", 5)])
+        second = uploads.add(UploadKind.CHECKPOINT, [file("a", "one", 10)])
+        assert totals.quota() == (0, 15)
+        uploads.put_file(second, file("a", "three", 100))
+        uploads.put_file(second, file("a", "three", 100))
+        assert totals.quota() == (0, 115), "the file was replaced, and then sent again"
+        uploads.abort(first)
+        uploads.abort(first)
+        assert totals.quota() == (0, 100)
+        base = seed.add_base(session, "base", 2**30)
+        delta, waiting = (seed.add_delta(session, base, name, 1.0) for name in ("p/a", "p/b"))
+        seed.finish(session, blobs, delta, {"artifact_bytes": 7})
+        twin = seed.add_delta(session, base, "p/twin", 1.0)
+        deltas.share_result(twin, delta)
+        assert totals.quota() == (3, 107)
+        for gone in (waiting, twin):
+            deltas.delete(gone)
+        assert totals.quota() == (1, 107)
+        deltas.delete(delta)
+        assert totals.quota() == (0, 100)
+        deltas.restore(delta.id)
+        assert totals.quota() == (1, 107)
