@@ -35,6 +35,7 @@ from deltadock.api.dashboard import operations, rendering, sign_in
 from deltadock.api.deltas import endpoints as deltas
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation import endpoints as generation
+from deltadock.api.memory import tune_memory
 from deltadock.api.middleware import BodyLimit, RequestContext
 from deltadock.api.paging import refuse_unknown_query
 from deltadock.api.problems import Problem, install_error_handlers, problems
@@ -182,3 +183,4 @@ def _operation_id(route: APIRoute) -> str:
 
 
 app = create_app(get_settings())
+tune_memory()

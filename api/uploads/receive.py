@@ -112,22 +112,17 @@ async def receive_file(
         InvalidInput: raised by the inspector.
     """
     writer = await run_in_threadpool(blobs.writer)
-    batch = bytearray()
     received = 0
 
-    def store_batch() -> None:
-        inspector.update(bytes(batch))
+    def store(batch: bytes) -> None:
+        inspector.update(batch)
         writer.write(batch)
-        batch.clear()
 
     try:
-        async for chunk in body:
-            received += len(chunk)
+        async for batch in _batches(body):
+            received += len(batch)
             check_size(received, limit, remaining)
-            batch += chunk
-            if len(batch) >= BATCH_BYTES:
-                await run_in_threadpool(store_batch)
-        await run_in_threadpool(store_batch)
+            await run_in_threadpool(store, batch)
         file, tensors = inspector.finish()
         if announced - {file.sha256}:
             raise HashMismatch(
@@ -143,6 +138,20 @@ async def receive_file(
             await run_in_threadpool(writer.discard)
 
 
+async def _batches(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The body in pieces of about `BATCH_BYTES`."""
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in body:
+        chunks.append(chunk)
+        size += len(chunk)
+        if size >= BATCH_BYTES:
+            yield b"".join(chunks)
+            chunks.clear()
+            size = 0
+    yield b"".join(chunks)
+
+
 async def receive_part(
     body: AsyncIterator[bytes], file: PartedFile, number: int, announced: frozenset[str]
 ) -> int:
@@ -156,20 +165,15 @@ async def receive_part(
     """
     writer = await run_in_threadpool(file.writer, number)
     digest = hashlib.sha256() if announced else None
-    batch = bytearray()
 
-    def store_batch() -> None:
+    def store(batch: bytes) -> None:
         writer.write(batch)
         if digest is not None:
             digest.update(batch)
-        batch.clear()
 
     try:
-        async for chunk in body:
-            batch += chunk
-            if len(batch) >= BATCH_BYTES:
-                await run_in_threadpool(store_batch)
-        await run_in_threadpool(store_batch)
+        async for batch in _batches(body):
+            await run_in_threadpool(store, batch)
         if digest is not None and announced - {digest.hexdigest()}:
             raise HashMismatch(
                 f"Part {number} arrived with SHA-256 {digest.hexdigest()}, but "
