@@ -1,15 +1,17 @@
 """Inference nodes: their registrations and heartbeats, and listing them with their deltas."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.fleet import TIERS
 from deltadock.api.problems import problems
 from deltadock.api.schemas import (
     EXAMPLE_DELTA_ID,
@@ -109,7 +111,10 @@ class NodeOut(BaseModel):
     capacity: int = Field(examples=[80])
     admitted: int = Field(examples=[3])
     delta_slots: int = Field(examples=[32])
-    deltas: list[HeldDeltaOut]
+    held: dict[Tier, int] = Field(
+        description="How many deltas each tier holds.", examples=[{"device": 3, "host": 40}]
+    )
+    deltas: list[HeldDeltaOut] = Field(description="The first `limit`, fastest tier first.")
     started_at: datetime = Field(examples=[EXAMPLE_TIME])
     seen_at: datetime = Field(examples=[EXAMPLE_TIME])
 
@@ -118,13 +123,16 @@ class NodeOut(BaseModel):
         cls,
         node: NodeRow,
         bases: Mapping[str, BaseRow],
+        seen: Sequence[dict[str, Any]],
         deltas: Mapping[str, Sequence[NamedDelta]],
         *,
+        limit: int,
         whole: bool,
     ) -> Self:
         """Convert a row; `bases` and `deltas` are keyed by checkpoint and artifact digest.
 
-        Unless `whole`, bases and deltas that are not among them are left out.
+        `seen` is what of the node's deltas the caller may see. Unless `whole`, a base that is not
+        among `bases` is left out.
         """
         base = bases.get(node.base_digest or "")
         return cls(
@@ -137,6 +145,7 @@ class NodeOut(BaseModel):
             capacity=node.capacity,
             admitted=node.admitted,
             delta_slots=node.delta_slots,
+            held=Counter(held["tier"] for held in seen),
             deltas=[
                 HeldDeltaOut(
                     artifact=held["digest"],
@@ -147,8 +156,7 @@ class NodeOut(BaseModel):
                     references=held["references"],
                     pinned=held["pinned"],
                 )
-                for held in node.deltas
-                if whole or held["digest"] in deltas
+                for held in seen[:limit]
             ],
             started_at=node.started_at,
             seen_at=node.seen_at,
@@ -161,20 +169,33 @@ class NodeList(BaseModel):
     data: list[NodeOut]
 
 
-def registered_nodes(session: Session, caller: Caller) -> NodeList:
+def registered_nodes(session: Session, caller: Caller, limit: int) -> NodeList:
     """The registered nodes, with their bases and deltas as far as the caller may see them.
 
-    An operator sees by digest what belongs to other tenants.
+    An operator sees by digest what belongs to other tenants. Of each node the first `limit` deltas
+    are listed.
     """
     nodes = NodeRepository(session).alive()
     digests = {node.base_digest for node in nodes if node.base_digest is not None}
     found = BaseRepository(session, caller.tenant_id).with_checkpoints(digests)
     bases = {base.checkpoint_digest: base for base in found}
-    held = dict.fromkeys(delta["digest"] for node in nodes for delta in node.deltas)
-    deltas = DeltaRepository(session, caller.tenant_id).named_by_artifact(list(held))
+    deltas = DeltaRepository(session, caller.tenant_id)
+    held = {node.id: sorted(node.deltas, key=_by_tier) for node in nodes}
+    if not caller.is_operator:
+        own = deltas.with_artifacts([one["digest"] for some in held.values() for one in some])
+        held = {node: [one for one in some if one["digest"] in own] for node, some in held.items()}
+    listed = {one["digest"] for some in held.values() for one in some[:limit]}
+    named = deltas.named_by_artifact(list(listed))
     return NodeList(
-        data=[NodeOut.of(node, bases, deltas, whole=caller.is_operator) for node in nodes]
+        data=[
+            NodeOut.of(node, bases, held[node.id], named, limit=limit, whole=caller.is_operator)
+            for node in nodes
+        ]
     )
+
+
+def _by_tier(held: dict[str, Any]) -> int:
+    return TIERS.index(held["tier"])
 
 
 NodeId = Annotated[
@@ -184,9 +205,15 @@ NodeId = Annotated[
 
 
 @router.get("")
-def list_nodes(caller: CallerDep, session: ReadSession) -> NodeList:
+def list_nodes(
+    caller: CallerDep,
+    session: ReadSession,
+    limit: Annotated[
+        int, Query(ge=0, le=MAX_DELTAS, description="Deltas to list of each node.")
+    ] = 200,
+) -> NodeList:
     """List the registered inference nodes and the deltas they hold."""
-    return registered_nodes(session, caller)
+    return registered_nodes(session, caller, limit)
 
 
 @router.put(

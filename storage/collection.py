@@ -10,12 +10,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from typing import Final, NamedTuple
 
+import structlog
 from sqlalchemy.orm import Session
 
 from deltadock.settings import Settings
@@ -26,6 +28,8 @@ from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.blobs import BlobKind, BlobRepository, DropRules, lock_blobs
 from deltadock.storage.repositories.uploads import UploadRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
+
+log = structlog.get_logger(__name__)
 
 WORK: Final = "work"
 """The kind of jobs' saved blocks."""
@@ -188,18 +192,53 @@ class StorageMeter:
         self._database = database
         self._blobs = blobs
         self._lock = threading.Lock()
-        self._usage: UsageByKind = {}
+        self._latest: UsageByKind | None = None
         self._fresh_until = 0.0
+        self._measuring: Future[UsageByKind] | None = None
 
     def usage(self) -> UsageByKind:
         """What is stored, by kind; of a store that takes a second to list, up to 20 seconds old."""
+        measured = self._measure()
+        return measured if isinstance(measured, dict) else measured.result()
+
+    def usage_within(self, seconds: float) -> UsageByKind | None:
+        """As `usage`, or the figures before if measuring takes longer; None: there are none."""
+        measured = self._measure()
+        try:
+            return measured if isinstance(measured, dict) else measured.result(seconds)
+        except TimeoutError:
+            return self._latest
+
+    def _measure(self) -> "UsageByKind | Future[UsageByKind]":
+        """The latest figures, or the measurement of newer ones."""
         with self._lock:
-            started = time.monotonic()
-            if started >= self._fresh_until:
-                self._usage = measure(self._database, self._blobs)
-                ended = time.monotonic()
-                self._fresh_until = ended + 20 * (ended - started)
-            return self._usage
+            if self._measuring is None:
+                if self._latest is not None and time.monotonic() < self._fresh_until:
+                    return self._latest
+                self._measuring = Future()
+                # A daemon: the process may end meanwhile.
+                thread = threading.Thread(target=self._run, args=[self._measuring], daemon=True)
+                thread.start()
+            return self._measuring
+
+    def _run(self, measuring: "Future[UsageByKind]") -> None:
+        started = time.monotonic()
+        usage: UsageByKind | None = None
+        failure: Exception | None = None
+        try:
+            usage = measure(self._database, self._blobs)
+        except Exception as error:
+            log.exception("measurement_failed")
+            failure = error
+        with self._lock:
+            ended = time.monotonic()
+            self._measuring = None
+            self._latest = usage or self._latest
+            self._fresh_until = ended + 20 * (ended - started) if usage else ended
+        if usage is None:
+            measuring.set_exception(failure)
+        else:
+            measuring.set_result(usage)
 
 
 class Differences(NamedTuple):

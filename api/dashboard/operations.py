@@ -153,7 +153,7 @@ def refresh_nodes(request: Request, caller: CallerDep, session: ReadSession) -> 
 
 
 def _nodes(session: Session, caller: Caller) -> dict[str, Any]:
-    return {"nodes": registered_nodes(session, caller).data, "shown": DELTAS_PER_NODE}
+    return {"nodes": registered_nodes(session, caller, DELTAS_PER_NODE).data}
 
 
 @router.get("/keys")

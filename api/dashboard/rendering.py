@@ -52,6 +52,7 @@ def asset(name: str) -> str:
 
 _templates: Final = Jinja2Templates(FOLDER / "templates")
 _templates.env.undefined = StrictUndefined
+_templates.env.auto_reload = False  # it would look at the file of each include, in every row
 _templates.env.trim_blocks = True
 _templates.env.lstrip_blocks = True
 _templates.env.globals |= {

@@ -21,7 +21,7 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
                 node.state,
                 node.base_name or ("–" if node.base is None else node.base[:12]),
                 f"{node.admitted} of {node.capacity}",
-                f"{sum(held.tier == 'device' for held in node.deltas)} of {node.delta_slots}",
+                f"{node.held.get('device', 0)} of {node.delta_slots}",
                 age(node.seen_at),
             )
             for node in nodes

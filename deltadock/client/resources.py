@@ -374,7 +374,10 @@ class Node(Resource):
     capacity: int
     admitted: int
     delta_slots: int
+    held: dict[str, int]
+    """Deltas by the tier that holds them."""
     deltas: list[HeldDelta]
+    """The first of them, fastest tier first."""
     started_at: datetime
     seen_at: datetime
 

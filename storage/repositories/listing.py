@@ -3,7 +3,7 @@
 A page's statement walks one index in its order and stops at the limit. Which one, is decided here
 rather than by the planner, since SQLite has no statistics of how often a value occurs: of the
 filters' values, one that few rows have (`RARE`) drives the statement; without one, the sort does.
-The columns of the other filters are hidden from the planner (`_unindexed`).
+The columns of the other filters are hidden from the planner (`unindexed`).
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,10 @@ from typing import Any, Final, TypeVarTuple
 from sqlalchemy import ColumnElement, Select, and_, exists, func, select, true, tuple_, union_all
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from deltadock.storage.models import DeltaRow, JobRow, JobState, ModelTermRow
-from deltadock.storage.repositories.models import with_tag, with_word, words_of
+from deltadock.storage.models import DeltaRow, JobRow, JobState
+from deltadock.storage.repositories.models import RARE, TermFilter, unindexed
 
 Row = TypeVarTuple("Row")
-
-RARE: Final = 500
-"""Rows that are sorted rather than found in order."""
 
 Key = tuple[datetime | str | float | int, ...]
 """Where a row is in a sort: the cursor of the page that follows it."""
@@ -97,23 +94,19 @@ def find_page(
         if value is not None
     }
     owned = DeltaRow.tenant_id == tenant_id
-    terms = [with_word(tenant_id, word) for word in words_of(wanted.text or "")]
-    if wanted.tag is not None:
-        terms.append(with_tag(tenant_id, wanted.tag))
-    of_models: list[ColumnElement[bool]] = []
-    for term in terms:
-        some = session.scalars(term.distinct().limit(RARE + 1)).all()
-        of_models.append(
-            DeltaRow.model_id.in_(some)
-            if len(some) <= RARE
-            else term.where(ModelTermRow.model_id == DeltaRow.model_id).exists()
-        )
+    terms = TermFilter(session, tenant_id, tag=wanted.tag, text=wanted.text)
+    of_models = terms.conditions(DeltaRow.model_id)
     driver: ColumnElement[Any] | InstrumentedAttribute[Any] | None = None
+    if terms.few is not None:
+        of_models.append(DeltaRow.model_id.in_(terms.few))
+        if _is_rare(session, of_models[-1]):
+            driver, owned = DeltaRow.model_id, unindexed(DeltaRow.tenant_id) == tenant_id
     for column, value in filters.items():
+        if driver is not None:
+            break
         if _is_rare(session, and_(owned, column == value, DeltaRow.deleted_at.is_(None))):
             driver = column
-            break
-    else:
+    if driver is None:
         if wanted.state is not None and not of_models:
             of_state = and_(JobRow.tenant_id == tenant_id, JobRow.state == wanted.state)
             if sort is DeltaSort.NEWEST or _is_rare(session, of_state):
@@ -122,7 +115,7 @@ def find_page(
             # These indexes are in this order.
             driver = next((column for column in filters if column is not DeltaRow.name), None)
     conditions = [
-        (column if column is driver else _unindexed(column)) == value
+        (column if column is driver else unindexed(column)) == value
         for column, value in filters.items()
     ]
     if wanted.state is not None:
@@ -224,7 +217,3 @@ def _ordered(query: Select[*Row], order: _Order, after: Key | None) -> Select[*R
 def _is_rare(session: Session, condition: ColumnElement[bool]) -> bool:
     first = select(1).where(condition).limit(RARE + 1).subquery()
     return (session.scalar(select(func.count()).select_from(first)) or 0) <= RARE
-
-
-def _unindexed(column: InstrumentedAttribute[Any]) -> ColumnElement[str]:
-    return column.concat("")

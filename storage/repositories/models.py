@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, delete, exists, select
-from sqlalchemy.orm import Session, joinedload
+from sqlalchemy import ColumnElement, and_, delete, exists, select
+from sqlalchemy.orm import InstrumentedAttribute, Session, joinedload
 
 from deltadock.errors import Conflict
 from deltadock.names import DEFAULT
@@ -25,6 +25,8 @@ from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.webhooks import WebhookRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
+RARE: Final = 500
+"""Rows that are sorted rather than found in order."""
 MAX_WORDS: Final = 500
 """Words of one model that it is found by."""
 _WORD: Final = re.compile(r"[^\W_]{1,64}")
@@ -36,22 +38,47 @@ def words_of(*texts: str) -> list[str]:
     return list(dict.fromkeys(found))[:MAX_WORDS]
 
 
-def with_tag(tenant_id: str, tag: str) -> Select[str]:
-    """Ids of the models with this tag."""
-    return _with_term(tenant_id, TermKind.TAG, ModelTermRow.term == tag)
+class TermFilter:
+    """Which models have a tag, and words that begin as those of a text.
+
+    Of terms that few models have, the first drives the statement (`few`): SQLite has no statistics
+    by which it could choose one. `conditions` are for the others.
+    """
+
+    def __init__(
+        self, session: Session, tenant_id: str, *, tag: str | None, text: str | None
+    ) -> None:
+        terms = [
+            and_(
+                ModelTermRow.kind == TermKind.WORD,
+                ModelTermRow.term >= word,
+                ModelTermRow.term < word + chr(0x10FFFF),
+            )
+            for word in words_of(text or "")
+        ]
+        if tag is not None:
+            terms.append(and_(ModelTermRow.kind == TermKind.TAG, ModelTermRow.term == tag))
+        self.few: Sequence[str] | None = None
+        """The models with one of the terms, if they are few."""
+        for term in terms:
+            owned = ModelTermRow.tenant_id == tenant_id
+            some = session.scalars(
+                select(ModelTermRow.model_id).where(owned, term).distinct().limit(RARE + 1)
+            ).all()
+            if len(some) <= RARE:
+                self.few = some
+                terms.remove(term)
+                break
+        self._terms = terms
+
+    def conditions(self, model_id: InstrumentedAttribute[str]) -> list[ColumnElement[bool]]:
+        """That the model has the other terms; each is looked up among the model's own."""
+        return [exists().where(ModelTermRow.model_id == model_id, term) for term in self._terms]
 
 
-def with_word(tenant_id: str, prefix: str) -> Select[str]:
-    """Ids of the models with a word that begins so."""
-    after = prefix + chr(0x10FFFF)
-    begins = (ModelTermRow.term >= prefix) & (ModelTermRow.term < after)
-    return _with_term(tenant_id, TermKind.WORD, begins)
-
-
-def _with_term(tenant_id: str, kind: TermKind, term: ColumnElement[bool]) -> Select[str]:
-    return select(ModelTermRow.model_id).where(
-        ModelTermRow.tenant_id == tenant_id, ModelTermRow.kind == kind, term
-    )
+def unindexed(column: InstrumentedAttribute[Any]) -> ColumnElement[str]:
+    """The column, hidden from the planner."""
+    return column.concat("")
 
 
 class ModelRepository:
@@ -122,14 +149,15 @@ class ModelRepository:
     ) -> Sequence[ModelRow]:
         """Up to `limit` models by name, that follow the name `after`."""
         owner = owner_of(self.tenant)
-        query = select(ModelRow).where(ModelRow.tenant_id == owner, ModelRow.deleted_at.is_(None))
+        query = select(ModelRow).where(ModelRow.deleted_at.is_(None))
         if after is not None:
             query = query.where(ModelRow.name > after)
-        terms = [with_word(owner, word) for word in words_of(text or "")]
-        if tag is not None:
-            terms.append(with_tag(owner, tag))
-        for term in terms:
-            query = query.where(term.where(ModelTermRow.model_id == ModelRow.id).exists())
+        terms = TermFilter(self.session, owner, tag=tag, text=text)
+        if terms.few is None:
+            query = query.where(ModelRow.tenant_id == owner)
+        else:
+            query = query.where(ModelRow.id.in_(terms.few), unindexed(ModelRow.tenant_id) == owner)
+        query = query.where(*terms.conditions(ModelRow.id))
         return self.session.scalars(query.order_by(ModelRow.name).limit(limit)).all()
 
     def answering(self, *, limit: int, after: str | None = None) -> Sequence[DeltaRow]:
