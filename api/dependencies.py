@@ -13,6 +13,7 @@ from deltadock.api.access.authentication import Authenticator
 from deltadock.api.access.rates import Rates
 from deltadock.api.access.sessions import Sessions
 from deltadock.api.fleet import Fleet
+from deltadock.api.job_watch import JobWatch
 from deltadock.api.tasks import TaskSender
 from deltadock.api.uploads.completion import Completer
 from deltadock.settings import Settings
@@ -32,6 +33,8 @@ class Resources:
     http: httpx.AsyncClient
     """For requests to the nodes."""
     fleet: Fleet
+    jobs: JobWatch
+    """The jobs that clients follow."""
     storage: StorageMeter
     completer: Completer
     keys: Authenticator
@@ -58,6 +61,7 @@ class Resources:
                 trust_env=False,
             ),
             fleet=Fleet(database),
+            jobs=JobWatch(database),
             completer=Completer(database, blobs, settings),
             storage=StorageMeter(database, blobs),
             keys=Authenticator(database, settings),

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Depends, Path, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import AwareDatetime, BaseModel, Field
 from sqlalchemy.orm import Session
-from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.access import CallerDep
 from deltadock.api.bases import require_base
@@ -220,24 +219,20 @@ def get_job_log(
 
 
 @router.get("/{job_id}/events", response_class=EventSourceResponse, responses=problems(NotFound))
-async def follow_job(
-    job: ExistingJob, caller: CallerDep, resources: ResourcesDep
-) -> AsyncIterable[ServerSentEvent]:
+async def follow_job(job: ExistingJob, resources: ResourcesDep) -> AsyncIterable[ServerSentEvent]:
     """Stream the job now and after every change, as server-sent events, until it has ended."""
-
-    def read() -> JobOut:
-        with resources.database.read_scope() as session:
-            found = _existing(JobRepository(session, caller.tenant_id).find(job.id), job.id)
-            return describe_jobs(session, caller.tenant_id, [found])[0]
-
     last: JobOut | None = None
-    while last is None or not last.state.is_final:
-        current = await run_in_threadpool(read)
-        if current != last:
-            last = current
-            yield ServerSentEvent(event="job", data=current)
-        if not current.state.is_final:
-            await anyio.sleep(POLL_SECONDS)
+    with resources.jobs.following(job.id):
+        while last is None or not last.state.is_final:
+            watched = await resources.jobs.read(job.id)
+            if watched is None:
+                raise NotFound(f"There is no job {job.id!r} any more.")
+            current = JobOut.of(watched.row, watched.place)
+            if current != last:
+                last = current
+                yield ServerSentEvent(event="job", data=current)
+            if not current.state.is_final:
+                await anyio.sleep(POLL_SECONDS)
 
 
 @router.post("/{job_id}/cancel", responses=problems(NotFound))

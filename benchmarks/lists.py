@@ -124,7 +124,7 @@ REPORT: Final = {
 """A report as of a model with 24 layers."""
 
 
-def fill(connection: Connection, count: int) -> None:
+def fill(connection: Connection, count: int, queued: int) -> None:
     """Insert the rows."""
     chance = random.Random(0)
     digests = [f"{number:064x}" for number in range(BASES)]
@@ -153,7 +153,7 @@ def fill(connection: Connection, count: int) -> None:
             )
         }  # fmt: skip
         for number in range(first, min(count, first + BATCH)):
-            add_rows(rows, number, chance, waits=number >= count - QUEUED)
+            add_rows(rows, number, chance, waits=number >= count - queued)
         for kind, values in rows.items():
             connection.execute(insert(kind), values)
     connection.execute(
@@ -267,10 +267,11 @@ class Latency(NamedTuple):
     def of(cls, spent: list[tuple[float, float]]) -> "Latency":
         """From the seconds of each request: wall time and processor time."""
         wall, cpu = ([1000 * seconds for seconds in column] for column in zip(*spent, strict=True))
-        return cls(statistics.median(wall), _p99(wall), statistics.median(cpu), _p99(cpu))
+        return cls(statistics.median(wall), p99(wall), statistics.median(cpu), p99(cpu))
 
 
-def _p99(values: list[float]) -> float:
+def p99(values: list[float]) -> float:
+    """The 99th percentile."""
     return statistics.quantiles(values, n=100, method="inclusive")[98]
 
 
@@ -331,7 +332,7 @@ def filled(kind: str, folder: Path, count: int) -> Iterator[Settings]:
         yield settings
 
 
-def prepare(settings: Settings, count: int) -> None:
+def prepare(settings: Settings, count: int, queued: int = QUEUED) -> None:
     """Migrate and fill the database, and the blob store."""
     migrate(settings.sqlalchemy_url)
     # The report is the same in every row: it is encoded once.
@@ -341,7 +342,7 @@ def prepare(settings: Settings, count: int) -> None:
         json_serializer=lambda value: report if value is REPORT else json.dumps(value),
     )
     with engine.begin() as connection:
-        fill(connection, count)
+        fill(connection, count, queued)
     engine.dispose()
     fill_store(LocalBlobStore(settings.blob_folder), count)
 

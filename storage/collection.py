@@ -26,6 +26,8 @@ from deltadock.storage.database import Database, database_now
 from deltadock.storage.models import AuditAction
 from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.blobs import BlobKind, BlobRepository, DropRules, lock_blobs
+from deltadock.storage.repositories.tenants import TenantRepository
+from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.repositories.uploads import UploadRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 
@@ -239,6 +241,15 @@ class StorageMeter:
             measuring.set_exception(failure)
         else:
             measuring.set_result(usage)
+
+
+def recount(database: Database) -> None:
+    """Count anew what counts towards each tenant's quotas."""
+    with database.read_scope() as session:
+        tenants = [tenant.id for tenant in TenantRepository(session).all()]
+    for tenant_id in tenants:
+        with database.session_scope() as session:
+            TotalsRepository(session, tenant_id).recount()
 
 
 class Differences(NamedTuple):

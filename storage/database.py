@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, func, make_url,
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import QueuePool
 
 from deltadock.errors import Conflict, InvalidInput, StorageFull, Unavailable
 
@@ -115,7 +116,14 @@ def make_engine(url: str) -> Engine:
             pool_pre_ping=True,
             connect_args={"connect_timeout": 5},
         )
-    engine = create_engine(target, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
+    # As many connections as threads: those that wait for the write lock keep theirs.
+    engine = create_engine(
+        target,
+        poolclass=QueuePool,
+        pool_size=20,
+        max_overflow=20,
+        connect_args={"timeout": BUSY_TIMEOUT_SECONDS},
+    )
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

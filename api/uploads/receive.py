@@ -123,6 +123,7 @@ async def receive_file(
             received += len(batch)
             check_size(received, limit, remaining)
             await run_in_threadpool(store, batch)
+            del batch  # before the next one is joined
         file, tensors = inspector.finish()
         if announced - {file.sha256}:
             raise HashMismatch(
@@ -146,10 +147,16 @@ async def _batches(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         chunks.append(chunk)
         size += len(chunk)
         if size >= BATCH_BYTES:
-            yield b"".join(chunks)
-            chunks.clear()
+            yield _taken(chunks)
             size = 0
-    yield b"".join(chunks)
+    yield _taken(chunks)
+
+
+def _taken(chunks: list[bytes]) -> bytes:
+    """All chunks in one, and none left."""
+    whole = b"".join(chunks)
+    chunks.clear()
+    return whole
 
 
 async def receive_part(
@@ -174,6 +181,7 @@ async def receive_part(
     try:
         async for batch in _batches(body):
             await run_in_threadpool(store, batch)
+            del batch  # before the next one is joined
         if digest is not None and announced - {digest.hexdigest()}:
             raise HashMismatch(
                 f"Part {number} arrived with SHA-256 {digest.hexdigest()}, but "

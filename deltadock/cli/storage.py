@@ -6,7 +6,7 @@ from deltadock.cli.output import output, print_json, print_table
 from deltadock.settings import settings_in
 from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.blobs import make_blob_store
-from deltadock.storage.collection import Collector, reconcile
+from deltadock.storage.collection import Collector, reconcile, recount
 from deltadock.storage.database import Database
 
 
@@ -42,7 +42,9 @@ def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
 def check(home: Path | None, *, as_json: bool = False) -> bool:
     """Print where rows and blobs disagree; returns whether every row has its blob."""
     settings = settings_in(home)
-    found = reconcile(Database(settings.sqlalchemy_url), make_blob_store(settings))
+    database = Database(settings.sqlalchemy_url)
+    recount(database)
+    found = reconcile(database, make_blob_store(settings))
     if as_json:
         unreferenced = [{"key": entry.key, "bytes": entry.bytes} for entry in found.unreferenced]
         print_json({"missing": list(found.missing), "unreferenced": unreferenced})

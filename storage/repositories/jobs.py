@@ -1,6 +1,6 @@
 """Jobs: every state transition is a compare-and-set; workers' updates require the lease."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
@@ -62,6 +62,12 @@ class JobRepository:
             .where(JobRow.id == job_id, self._owned())
             .execution_options(populate_existing=True)
         ).one_or_none()
+
+    def find_all(self, job_ids: Collection[str]) -> Sequence[JobRow]:
+        """Those of the jobs that exist."""
+        return self.session.scalars(
+            select(JobRow).where(JobRow.id.in_(job_ids), self._owned())
+        ).all()
 
     def page(
         self, *, limit: int, wanted: JobFilter = ANY_JOB, after: Key | None = None

@@ -1,13 +1,36 @@
 """Totals of a tenant, kept up to date in the transaction of each change: never a whole table."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, exists, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    and_,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    select,
+    update,
+)
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from deltadock.storage.database import lock_key
-from deltadock.storage.models import BaseRow, BlobUseRow, CheckpointRow, DeltaRow, TotalsRow
+from deltadock.storage.models import (
+    BaseRow,
+    BlobUseRow,
+    CheckpointRow,
+    DeltaRow,
+    TotalsRow,
+    UploadFileRow,
+    UploadRow,
+    UploadState,
+)
+
+GONE: Final = (UploadState.ABORTED, UploadState.DROPPED)
+"""States of uploads whose bytes do not count."""
 
 
 class Totals(NamedTuple):
@@ -63,6 +86,8 @@ class TotalsRepository:
             used = self.session.get(
                 BlobUseRow, (self.tenant_id, digest, size), populate_existing=True
             )
+            if used is None and sign < 0:
+                continue  # a release without these totals added it
             if used is None:
                 used = BlobUseRow(tenant_id=self.tenant_id, digest=digest, size=size, uses=0)
                 self.session.add(used)
@@ -72,6 +97,41 @@ class TotalsRepository:
                 self.session.delete(used)
                 self._add(stored_bytes=-size)
         self.session.flush()
+
+    def recount(self) -> None:
+        """Count what `quota` answers anew, such as after an upgrade from a release without it."""
+        self._lock()
+        self._add()
+        owner = self.tenant_id
+        files = (
+            select(UploadFileRow.sha256.label("digest"), UploadFileRow.size)
+            .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
+            .where(UploadRow.tenant_id == owner, UploadRow.state.not_in(GONE))
+        )
+        own_deltas = and_(DeltaRow.tenant_id == owner, DeltaRow.deleted_at.is_(None))
+        artifacts = select(DeltaRow.artifact_digest, DeltaRow.artifact_bytes).where(
+            own_deltas, DeltaRow.artifact_digest.is_not(None)
+        )
+        used = files.union_all(artifacts).subquery()
+        self.session.execute(delete(BlobUseRow).where(BlobUseRow.tenant_id == owner))
+        self.session.execute(
+            insert(BlobUseRow).from_select(
+                ["tenant_id", "digest", "size", "uses"],
+                select(literal(owner), used.c.digest, used.c.size, func.count()).group_by(
+                    used.c.digest, used.c.size
+                ),
+            )
+        )
+        size = func.coalesce(func.sum(BlobUseRow.size), 0)
+        self.session.execute(
+            update(TotalsRow)
+            .where(TotalsRow.tenant_id == owner)
+            .values(
+                all_deltas=select(func.count()).where(own_deltas).scalar_subquery(),
+                stored_bytes=select(size).where(BlobUseRow.tenant_id == owner).scalar_subquery(),
+            ),
+            execution_options={"synchronize_session": False},
+        )
 
     def count_delta(self, delta: DeltaRow, sign: int) -> None:
         """Add (`sign` 1) or subtract (-1) a ready delta; bytes count if no other one has them."""
@@ -118,7 +178,7 @@ class TotalsRepository:
         row = self.session.get(TotalsRow, self.tenant_id)
         if row is None:
             self.session.add(TotalsRow(tenant_id=self.tenant_id, **amounts))
-        else:
+        elif amounts:
             changes = {name: getattr(TotalsRow, name) + value for name, value in amounts.items()}
             self.session.execute(
                 update(TotalsRow).where(TotalsRow.tenant_id == self.tenant_id).values(changes),

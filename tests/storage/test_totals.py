@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from sqlalchemy import delete
+
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.database import Database
-from deltadock.storage.models import UploadFileRow, UploadKind
+from deltadock.storage.models import BlobUseRow, UploadFileRow, UploadKind
 from deltadock.storage.repositories import DeltaRepository, TotalsRepository, UploadRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
@@ -73,3 +75,10 @@ def test_quotas_count_equal_files_and_artifacts_of_a_tenant_once(
         assert totals.quota() == (0, 100)
         deltas.restore(delta.id)
         assert totals.quota() == (1, 107)
+        totals.recount()
+        assert totals.quota() == (1, 107)
+        session.execute(delete(BlobUseRow))
+        uploads.abort(second)
+        assert totals.quota() == (1, 107), "what was added without being counted is not subtracted"
+        totals.recount()
+        assert totals.quota() == (1, 7)
