@@ -16,7 +16,7 @@ function size(bytes) {
 // SHA-256 of each file, in one worker after another.
 function hash(file, progress) {
   return new Promise((resolve, reject) => {
-    const worker = new Worker(workerUrl);
+    const worker = new Worker(workerUrl, { type: "module" });
     worker.addEventListener("message", ({ data }) => {
       if (data.done) return progress(data.done);
       worker.terminate();
