@@ -23,7 +23,9 @@ Tenant = str | Literal[TenantScope.EVERY]
 """A tenant's id, or `EVERY_TENANT`."""
 
 
-def owned_by(column: InstrumentedAttribute[str], tenant: Tenant) -> ColumnElement[bool]:
+def owned_by(
+    column: InstrumentedAttribute[str] | ColumnElement[str], tenant: Tenant
+) -> ColumnElement[bool]:
     """The condition that a row belongs to the tenant."""
     return true() if tenant is EVERY_TENANT else column == tenant
 

@@ -23,7 +23,7 @@ from deltadock.storage.models import (
 )
 from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, DeltaSort, Key, find_page
-from deltadock.storage.repositories.models import ModelRepository
+from deltadock.storage.repositories.models import ModelRepository, unindexed
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -64,7 +64,7 @@ class DeltaRepository:
     def _owned(self) -> ColumnElement[bool]:
         return owned_by(DeltaRow.tenant_id, self.tenant)
 
-    def _not_deleted(self, *, with_aliases: bool = True) -> Select[DeltaRow]:
+    def _loaded(self, *, with_aliases: bool = True) -> Select[DeltaRow]:
         query = (
             select(DeltaRow)
             .join(DeltaRow.job)
@@ -73,9 +73,13 @@ class DeltaRepository:
                 contains_eager(DeltaRow.job),
                 joinedload(DeltaRow.default),
             )
-            .where(DeltaRow.deleted_at.is_(None), self._owned())
         )
         return query.options(selectinload(DeltaRow.aliases)) if with_aliases else query
+
+    def _not_deleted(self, *, with_aliases: bool = True) -> Select[DeltaRow]:
+        return self._loaded(with_aliases=with_aliases).where(
+            DeltaRow.deleted_at.is_(None), self._owned()
+        )
 
     def find(self, delta_id: str) -> DeltaRow | None:
         """The delta with this id, or None."""
@@ -152,7 +156,8 @@ class DeltaRepository:
             after=after,
             limit=limit,
         )
-        found = self.session.scalars(self._not_deleted().where(DeltaRow.id.in_(ids)))
+        # By their ids alone: with a condition on the tenant, SQLite would walk all its deltas.
+        found = self.session.scalars(self._loaded().where(DeltaRow.id.in_(ids)))
         by_id = {delta.id: delta for delta in found}
         return [by_id[delta_id] for delta_id in ids]
 
@@ -201,7 +206,9 @@ class DeltaRepository:
         for start in range(0, len(digests), DIGESTS_PER_QUERY):
             some = digests[start : start + DIGESTS_PER_QUERY]
             query = select(DeltaRow.artifact_digest).where(
-                DeltaRow.artifact_digest.in_(some), DeltaRow.deleted_at.is_(None), self._owned()
+                DeltaRow.artifact_digest.in_(some),
+                DeltaRow.deleted_at.is_(None),
+                owned_by(unindexed(DeltaRow.tenant_id), self.tenant),
             )
             found |= {digest for digest in self.session.scalars(query.distinct()) if digest}
         return found
@@ -220,7 +227,7 @@ class DeltaRepository:
                 .where(
                     DeltaRow.artifact_digest.in_(some),
                     DeltaRow.deleted_at.is_(None),
-                    self._owned(),
+                    owned_by(unindexed(DeltaRow.tenant_id), self.tenant),
                 )
                 .limit(10 * DIGESTS_PER_QUERY)
             )

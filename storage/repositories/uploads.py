@@ -30,6 +30,7 @@ from deltadock.storage.models import (
 )
 from deltadock.storage.repositories.audit import DONE, record
 from deltadock.storage.repositories.blobs import lock_blobs
+from deltadock.storage.repositories.models import unindexed
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -120,7 +121,7 @@ class UploadRepository:
             select(UploadFileRow)
             .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
             .where(
-                self._owned(),
+                owned_by(unindexed(UploadRow.tenant_id), self.tenant),
                 UploadRow.kind == kind,
                 UploadFileRow.stored,
                 UploadFileRow.sha256.in_(digests),

@@ -105,6 +105,8 @@ def test_every_statement_of_a_list_uses_an_index(site: TestClient, path: str) ->
         steps = [row[3] for row in plan]
         scans = [step for step in steps if re.match(r"SCAN (?!\(|anon|CONSTANT)", step)]
         assert all(step.split()[1] in SMALL_TABLES for step in scans), (sql, steps)
+        walks = [step for step in steps if step.endswith("(tenant_id=?)")]
+        assert not walks or "LIMIT" in sql, (sql, steps)
 
 
 def test_a_completion_resolves_its_model_by_one_statement(site: TestClient) -> None:
