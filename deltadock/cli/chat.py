@@ -213,7 +213,7 @@ def _timed(talk: Conversation, prompt: str, *, verbose: bool) -> None:
 def generate(
     name: Reference,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens.")] = PLAIN_TOKENS,
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,

@@ -102,7 +102,10 @@ def push(
     model = checked_name(name or f"{FINETUNES}/{folder.resolve().name}")
     with connect(url) as client:
         _check_base(client, base)
-        with on_interrupt("The same command continues the upload."), bytes_bar(errors) as progress:
+        with (
+            on_interrupt("The same command continues the upload."),
+            bytes_bar(errors, "hashing") as progress,
+        ):
             pushed = client.push(
                 folder,
                 model,
@@ -209,7 +212,10 @@ def add_base(
     if "/" in chosen:
         raise InvalidInput(f"{chosen!r} is not a base's name: it has no slash, as tiny-base.")
     with connect(url) as client:
-        with on_interrupt("The same command continues the upload."), bytes_bar(errors) as progress:
+        with (
+            on_interrupt("The same command continues the upload."),
+            bytes_bar(errors, "hashing") as progress,
+        ):
             checkpoint: Checkpoint = client.upload_folder(folder, progress)
         base: Base = client.create_base(chosen, checkpoint.digest)
     if as_json:

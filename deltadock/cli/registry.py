@@ -143,7 +143,10 @@ def pull(
             path /= f"{delta.name.partition('/')[2]}-{delta.version}.delta"
         if path.exists():
             raise Conflict(f"{path} already exists. Choose another name with --out, or remove it.")
-        with on_interrupt("The same command continues the download."), bytes_bar(errors) as bar:
+        with (
+            on_interrupt("The same command continues the download."),
+            bytes_bar(errors, "connecting") as bar,
+        ):
             client.download(delta.id, path, bar)
     if as_json:
         print_json({"delta": as_dict(delta), "path": str(path)})

@@ -71,8 +71,11 @@ def _line_printer(console: Console) -> Callable[[Job], None]:
 
 
 @contextmanager
-def bytes_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A callback of transfers: a bar a file in a terminal, else nothing."""
+def bytes_bar(console: Console, before: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback of transfers: a bar a file in a terminal, else nothing.
+
+    `before` says what happens before the first byte is transferred.
+    """
     lock, tasks = threading.Lock(), dict[str, Any]()
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -81,9 +84,11 @@ def bytes_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         TransferSpeedColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        waiting = bar.add_task(before, total=None)
 
         def show(name: str, done: int, total: int) -> None:
             with lock:
+                bar.update(waiting, visible=False)
                 if name not in tasks:
                     tasks[name] = bar.add_task(name, total=total)
             bar.update(tasks[name], completed=done)
