@@ -93,25 +93,27 @@ SMALL = (Projection("q, k", 150, (70, 40)),)
 """For Triton's interpreter, which takes seconds for each projection."""
 
 
+REGISTERS: Final = (128, 64, 80, 96, 168, 255)
 SHRINKS: Final = [
-    replace(DEFAULT, shrink_warps=warps, shrink_words=words, shrink_stages=stages)
-    for warps, words in ((8, 8), (4, 8), (2, 8), (4, 4), (2, 4), (8, 4), (4, 16), (16, 4))
-    for stages in (2, 1, 3)
+    replace(DEFAULT, shrink_warps=warps, shrink_registers=registers)
+    for warps in (8, 4, 2, 1)
+    for registers in REGISTERS
 ]
 EXPANDS: Final = [
-    replace(DEFAULT, expand_warps=warps, expand_stages=stages)
-    for warps in (8, 4, 2, 16)
-    for stages in (3, 1, 2, 4, 5, 6)
+    replace(DEFAULT, expand_warps=warps, expand_registers=registers)
+    for warps in (8, 4, 16, 2, 1)
+    for registers in REGISTERS
+    if warps * registers <= 2048  # an SM's
 ]
 SWEEP: Final = list(dict.fromkeys([DEFAULT, *SHRINKS, *EXPANDS]))
 """The variants to compare: each differs from the default in one of the two kernels."""
 
 
 def name_of(variant: Variant) -> str:
-    """Shrink's warps x words x stages, expand's warps x stages, as `--variant` takes them."""
+    """Shrink's warps x registers, expand's warps x registers, as `--variant` takes them."""
     return (
-        f"{variant.shrink_warps}x{variant.shrink_words}x{variant.shrink_stages},"
-        f"{variant.expand_warps}x{variant.expand_stages}"
+        f"{variant.shrink_warps}x{variant.shrink_registers},"
+        f"{variant.expand_warps}x{variant.expand_registers}"
     )
 
 
@@ -447,7 +449,7 @@ def measure_sweep(device: str, limit: float) -> None:
             chosen = replace(
                 best["shrink"][1],
                 expand_warps=best["expand"][1].expand_warps,
-                expand_stages=best["expand"][1].expand_stages,
+                expand_registers=best["expand"][1].expand_registers,
             )
             print(f"best: --variant {name_of(chosen)}")
 

@@ -40,8 +40,10 @@ OUTPUT_TILE_FIELDS: Final = 4
 column in y, the linear's columns."""
 TILE_COLUMNS: Final = 256
 """Outputs per program of the expand kernel."""
+SEGMENTS: Final = 8
+"""Segments of 32 inputs in each half of what a warp of the shrink kernel takes of a vector."""
 H_IN_ALIGNMENT: Final = 4096
-"""Most inputs per step of the shrink kernel: warps * 2 * words of one-bit codes."""
+"""Most inputs per step of the shrink kernel: warps * 2 * SEGMENTS * 32."""
 
 _DESCRIBED_REGIONS: Final = (
     "tiles",

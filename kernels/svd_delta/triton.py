@@ -1,16 +1,20 @@
 """GPU path: three kernel launches per call, for any number of deltas.
 
-`prepare` scales and pads the inputs, `shrink` computes `s * (x V_hat^T)`, and `expand` adds
-`row_scale * (U_hat projected) + bias` to the outputs. The kernels read the packed words as the
+`prepare` scales, pads and reorders the inputs, `shrink` computes `s * (x V_hat^T)`, and `expand`
+adds `row_scale * (U_hat projected) + bias` to the outputs. The kernels read the packed words as the
 artifact stores them, plane by plane, and multiply on tensor cores: packed vectors are the tall
 operand, the eight rows of a chunk the other. Each warp accumulates a part of a sum, and parts are
 added in a fixed order, without atomics: a row's result is bitwise independent of the other rows.
 
 Unpacking two words yields two codes at once: their corresponding halves are placed side by side
 and a mask leaves one code in each half. Read as a float, such a half is a subnormal, and one packed
-multiply-add turns it into `code - midpoint`, exactly, in units of 2**-UNIT. Terms of a product may
-be in any order, so each code is used in the thread that loaded its word, and only the other operand
-is permuted.
+multiply-add turns it into `code - midpoint`, exactly, in units of 2**-UNIT.
+
+The inner loops have neither barriers nor shared memory: terms of a product may be in any order, so
+each thread loads the very words and terms that its part of the tensor-core product takes, and the
+words of its next step before it uses those of this one. What a thread holds is in units of a
+segment, 32 columns of a vector: P words of a plane of P bits. So all planes of `expand` share their
+accumulators, which are added up over the warps once.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,6 +34,7 @@ from deltadock.kernels.svd_delta.layout import (
     BLOCK_RANKS,
     DESCRIPTOR_FIELDS,
     OUTPUT_TILE_FIELDS,
+    SEGMENTS,
     TILE_COLUMNS,
     TILE_FIELDS,
     TILE_RANKS,
@@ -44,17 +49,16 @@ class Variant:
     The order of a sum follows from it, so it may depend on the card, but not on a step's rows.
 
     Attributes:
-        shrink_warps, expand_warps: warps per program; each accumulates a part of the sum.
-        shrink_words: words of a vector that a warp pairs with as many that follow. A step of all
-            warps may not exceed the padding of the inputs (`layout.H_IN_ALIGNMENT`).
-        shrink_stages, expand_stages: pipeline stages of each kernel's loop.
+        shrink_warps, expand_warps: warps per program; each accumulates a part of the sum. Those of
+            shrink may not pass the padding of the inputs (`layout.H_IN_ALIGNMENT`) in one step.
+        shrink_registers, expand_registers: the most registers of a thread; they decide how many
+            warps an SM holds.
     """
 
     shrink_warps: int = 8
-    shrink_words: int = 8
-    shrink_stages: int = 2
+    shrink_registers: int = 128
     expand_warps: int = 8
-    expand_stages: int = 3
+    expand_registers: int = 128
 
 
 DEFAULT: Final = Variant()
@@ -80,6 +84,7 @@ _BLOCK = tl.constexpr(BLOCK_FIELDS)
 _RANKS = tl.constexpr(BLOCK_RANKS)
 _OUTPUT_TILE = tl.constexpr(OUTPUT_TILE_FIELDS)
 _COLUMNS = tl.constexpr(TILE_COLUMNS)
+_SEGMENTS = tl.constexpr(SEGMENTS)
 
 
 @triton.jit
@@ -183,18 +188,43 @@ def round_to(x, DT: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def row_words(columns, P: tl.constexpr, ALIGNED: tl.constexpr):
-    """Words per vector in a plane of P bits; if ALIGNED, provably a multiple of 4."""
-    return columns // 128 * (4 * P) if ALIGNED else (columns * P + 31) // 32
+def load_bits(pointers, EMULATE: tl.constexpr):
+    """Load 32-bit words, as int32, into the threads that compute with them.
+
+    Triton would load 16 bytes a thread and move them between threads through shared memory, with
+    barriers. An instruction that it does not know gets the layout of its result's use.
+    """
+    if EMULATE:
+        bits = tl.load(pointers.to(tl.pointer_type(tl.int32), bitcast=True))
+    else:
+        bits = tl.inline_asm_elementwise(
+            "ld.global.b32 $0, [$1];", "=r,l", [pointers.to(tl.int64)],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return bits
 
 
 @triton.jit
-def load_words(words_ptr, rows, columns, limit, ALIGNED: tl.constexpr):
-    """Load words (A, B, C) at rows (A, B, 1) + columns (A, 1, C); 0 from column `limit`."""
-    offsets = words_ptr + (rows + columns)
-    if ALIGNED:
-        offsets = tl.multiple_of(offsets, (16, 16, 16))
-    return tl.load(offsets, mask=columns < limit, other=0)
+def load_words(words_ptr, rows, segments, word, columns, P: tl.constexpr, EMULATE: tl.constexpr):
+    """Word `word` of `segments` of vectors `rows`; past the last segment, that of the last.
+
+    A segment is 32 columns: P words. Of the last segment some words may be those of the next
+    vector or region; they are codes of columns that do not exist.
+    """
+    segments = tl.minimum(segments, (columns + 31) // 32 - 1)
+    words = (columns * P + 31) // 32
+    return load_bits(words_ptr + (rows * words + segments * P + word), EMULATE)
+
+
+@triton.jit
+def _scaled(row_ptrs, rows, columns, h_in, scale_ptr, scaled, EMULATE: tl.constexpr):
+    """Columns of the rows (rows, columns), times the column scale if there is one."""
+    within = (columns < h_in)[None, :]
+    x = tl.load(row_ptrs + columns[None, :], mask=(rows >= 0)[:, None] & within, other=0.0)
+    if scaled:
+        scale = tl.load(scale_ptr + columns[None, :], mask=within, other=0.0)
+        x = round_to(x.to(tl.float32) * scale, x.dtype, EMULATE)
+    return x
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -204,7 +234,7 @@ def prepare_kernel(
     LINEARS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Scale a chunk's rows by each linear's column scale, zero-pad them and sum their blocks."""
+    """Scale a chunk's rows by each linear's column scale, zero-pad and pair them, sum blocks."""
     block, linear, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slots_ptr + chunk)
     if slot == 0:
@@ -214,53 +244,65 @@ def prepare_kernel(
         return
     positions = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.load(rows_ptr + positions)
-    columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (rows >= 0)[:, None] & (columns < h_in)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    # Column i of segment j is paired with column i of segment j + _SEGMENTS; pairs of the same i
+    # are adjacent.
+    pairs = block * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+    run = pairs // (32 * _SEGMENTS)
+    columns = 64 * _SEGMENTS * run + 32 * (pairs % _SEGMENTS) + pairs // _SEGMENTS % 32
+    address = tl.load(addresses_ptr + slot * LINEARS + linear)
     scale_word = tl.load(descriptor + 8)
-    if scale_word >= 0:
-        address = tl.load(addresses_ptr + slot * LINEARS + linear)
-        scale_ptr = address.to(tl.pointer_type(tl.float32)) + scale_word
-        scale = tl.load(scale_ptr + columns, mask=columns < h_in, other=0.0)
-        x = round_to(x.to(tl.float32) * scale[None, :], x.dtype, EMULATE)
-    offsets = (
-        positions.to(tl.int64)[:, None] * xs_stride + (linear * padded_h_in + columns)[None, :]
+    scale_ptr = address.to(tl.pointer_type(tl.float32)) + scale_word
+    row_ptrs = (x_ptr + rows.to(tl.int64) * x_stride)[:, None]
+    low = _scaled(row_ptrs, rows, columns, h_in, scale_ptr, scale_word >= 0, EMULATE)
+    high = _scaled(
+        row_ptrs, rows, columns + 32 * _SEGMENTS, h_in, scale_ptr, scale_word >= 0, EMULATE
     )
-    tl.store(xs_ptr + offsets, x)
+    words = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    words |= high.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    xs_ptr = xs_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + linear * (padded_h_in // 2)
+    tl.store(xs_ptr + (positions.to(tl.int64)[:, None] * (xs_stride // 2) + pairs[None, :]), words)
     sums = sums_ptr + positions * sums_stride + linear * tl.num_programs(0) + block
-    tl.store(sums, tl.sum(x.to(tl.float32), axis=1))
+    tl.store(sums, tl.sum(low.to(tl.float32) + high.to(tl.float32), axis=1))
+
+
+@triton.jit
+def _unit_words(words_ptr, ranks, h_in, unit, P: tl.constexpr, EMULATE: tl.constexpr):
+    """A word of each of `2 * _SEGMENTS` segments: the first half, the second half."""
+    rows = ranks[None, :, None]
+    segments = unit // P * (2 * _SEGMENTS) + tl.arange(0, _SEGMENTS)[None, None, :]
+    first = load_words(words_ptr, rows, segments, unit % P, h_in, P, EMULATE)
+    second = load_words(words_ptr, rows, segments + _SEGMENTS, unit % P, h_in, P, EMULATE)
+    return first, second
 
 
 @triton.jit
 def _shrink_plane(
-    total, weight, xs_ptr, xs_stride, words_ptr, ranks, h_in, positions,
-    P: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr,
-    ALIGNED: tl.constexpr, EMULATE: tl.constexpr,
+    total, weight, xs_ptrs, words_ptr, ranks, h_in,
+    P: tl.constexpr, WARPS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add one plane's projection, times `weight`, to `total` (warps, ranks, rows)."""
-    DT: tl.constexpr = xs_ptr.dtype.element_ty
+    DT: tl.constexpr = xs_ptrs.dtype.scalar.element_ty
     PER: tl.constexpr = 32 // P
-    BLOCK_K: tl.constexpr = 2 * WORDS * PER
-    BLOCK_M: tl.constexpr = positions.shape[0]
-    words = row_words(h_in, P, ALIGNED)
-    warp = tl.arange(0, WARPS)[:, None, None]
+    BLOCK_K: tl.constexpr = 2 * _SEGMENTS * PER
+    BLOCK_M: tl.constexpr = xs_ptrs.shape[0]
+    inputs = tl.arange(0, PER)[:, None] * _SEGMENTS + tl.arange(0, _SEGMENTS)[None, :]
+    pairs_ptrs = xs_ptrs.to(tl.pointer_type(tl.int32), bitcast=True)[None, None, None, :]
     acc = tl.zeros(total.shape, tl.float32)
-    for step in range(tl.cdiv(words, 2 * WORDS * WARPS)):
-        block = step * WARPS + warp
-        columns = block * (2 * WORDS) + tl.arange(0, WORDS)[None, None, :]
-        rows = (ranks * words)[None, :, None]
-        first = load_words(words_ptr, rows, columns, words, ALIGNED)
-        second = load_words(words_ptr, rows, columns + WORDS, words, ALIGNED)
-        offsets = (positions * xs_stride)[None, :, None] + tl.arange(0, BLOCK_K)[None, None, :]
-        x = tl.load(xs_ptr + (offsets + block * BLOCK_K))
-        x = tl.reshape(x, (WARPS, BLOCK_M, 2, WORDS, PER))
-        x = tl.reshape(tl.permute(x, (0, 4, 3, 2, 1)), (WARPS, BLOCK_K, BLOCK_M))
+    unit = tl.arange(0, WARPS)[:, None, None]
+    first, second = _unit_words(words_ptr, ranks, h_in, unit, P, EMULATE)
+    for _ in range(tl.cdiv(tl.cdiv(h_in, 64 * _SEGMENTS) * P, WARPS)):
+        # The next words are asked for before these are used.
+        next_first, next_second = _unit_words(words_ptr, ranks, h_in, unit + WARPS, P, EMULATE)
+        pairs = unit * (_SEGMENTS * PER) + inputs[None, :, :]
+        x = load_bits(pairs_ptrs + pairs[:, :, :, None], EMULATE)
+        even = (x & 0xFFFF).to(tl.int16).to(DT, bitcast=True)
+        odd = ((x >> 16) & 0xFFFF).to(tl.int16).to(DT, bitcast=True)
+        x = tl.reshape(tl.permute(tl.join(even, odd), (0, 1, 2, 4, 3)), (WARPS, BLOCK_K, BLOCK_M))
         for DOWN in tl.static_range(0, 8 if P == 8 else 4, 4):
-            codes = unpack(first, second, P, DOWN, DT, EMULATE)
-            codes = tl.permute(codes, (0, 1, 3, 2, 4))
+            codes = tl.permute(unpack(first, second, P, DOWN, DT, EMULATE), (0, 1, 3, 2, 4))
             codes = tl.reshape(codes, (WARPS, ranks.shape[0], BLOCK_K))
             acc = dot(codes, x, acc, EMULATE)
+        unit, first, second = unit + WARPS, next_first, next_second
     UNIT: tl.constexpr = (6 if tl.bfloat16 == DT else 9) + (4 if P == 8 else 0)
     return total + acc * (weight * 2.0**UNIT)
 
@@ -270,7 +312,7 @@ def shrink_kernel(
     projected_ptr, max_rank, sums_ptr, sums_stride, sum_count, xs_ptr, xs_stride, h_in, padded_h_in,
     slots_ptr, addresses_ptr, descriptors_ptr,
     LINEARS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
-    WARPS: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr, EMULATE: tl.constexpr,
+    WARPS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """`s * (xs V_hat^T)` for one chunk of rows and grid-strided tiles of ranks."""
     chunk = tl.program_id(1)
@@ -296,88 +338,126 @@ def shrink_kernel(
         tile_ptr = words_ptr + tl.load(descriptor + 3) + linear_tile * _TILE
         bits = tl.load(tile_ptr)
         rank_count = tl.load(tile_ptr + 2)
-        ranks = tl.minimum(tl.arange(0, BLOCK_R), rank_count - 1)
+        ranks = tl.minimum(tl.arange(0, BLOCK_R), rank_count - 1)  # of the tile's words
+        index = tl.arange(0, BLOCK_R)
+        mask = index < rank_count
+        delta_ranks = tl.load(tile_ptr + 1) + index
+        floats_ptr = address.to(tl.pointer_type(tl.float32))
+        s = tl.load(floats_ptr + tl.load(descriptor + 4) + delta_ranks, mask=mask, other=0.0)
         total = tl.zeros((WARPS, BLOCK_R, BLOCK_M), tl.float32)
-        rows_ptr = xs_ptr + linear * padded_h_in
+        row_ptrs = xs_ptr + (positions * xs_stride + linear * padded_h_in)
         for digit in tl.static_range(4):
             if bits & (8 >> digit):
                 plane_ptr = words_ptr + tl.load(tile_ptr + 3 + digit)
                 weight = (1 << (bits & ((8 >> digit) - 1))).to(tl.float32)
                 total = _shrink_plane(
-                    total, weight, rows_ptr, xs_stride, plane_ptr, ranks, h_in, positions,
-                    8 >> digit, WARPS, WORDS, ALIGNED, EMULATE,
+                    total, weight, row_ptrs, plane_ptr, ranks, h_in,
+                    8 >> digit, WARPS, EMULATE,
                 )  # fmt: skip
-        index = tl.arange(0, BLOCK_R)
-        ranks = tl.load(tile_ptr + 1) + index
-        mask = index < rank_count
-        floats_ptr = address.to(tl.pointer_type(tl.float32))
         result = tl.sum(total, axis=0)
         offset_word = tl.load(descriptor + 5)
         if offset_word >= 0:
             blocks = tl.arange(0, SUMS)
             offsets = (positions * sums_stride)[:, None] + (linear * sum_count + blocks)[None, :]
             sums = tl.load(sums_ptr + offsets, mask=(blocks < sum_count)[None, :], other=0.0)
-            offset = tl.load(floats_ptr + offset_word + ranks, mask=mask, other=0.0)
+            offset = tl.load(floats_ptr + offset_word + delta_ranks, mask=mask, other=0.0)
             result -= offset[:, None] * tl.sum(sums, axis=1)[None, :]
-        s = tl.load(floats_ptr + tl.load(descriptor + 4) + ranks, mask=mask, other=0.0)
-        out = (positions * max_rank)[None, :] + (tl.load(descriptor + 1) + ranks)[:, None]
+        out = (positions * max_rank)[None, :] + (tl.load(descriptor + 1) + delta_ranks)[:, None]
         tl.store(projected_ptr + out, result * s[:, None], mask=mask[:, None])
 
 
 @triton.jit
-def _expand_plane(
-    total, projected_ptr, max_rank, positions, words_ptr, descriptor, tile, h_out,
-    P: tl.constexpr, DIGIT: tl.constexpr, TERMS: tl.constexpr,
-    WARPS: tl.constexpr, ALIGNED: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """Add the products of all planes of P bits to `total` (columns, rows).
+def _block(words_ptr, blocks_ptr, block, end, tile, h_out, P: tl.constexpr, EMULATE: tl.constexpr):
+    """A block of ranks of each warp: its first rank, its ranks, the bits below the plane, and the
+    words of the tile for the first and the second half of the ranks."""
+    HALF: tl.constexpr = _RANKS // 2
+    SEGMENTS: tl.constexpr = _COLUMNS // 32
+    block_ptr = blocks_ptr + tl.minimum(block, end - 1) * _BLOCK
+    rank, count = tl.load(block_ptr), tl.load(block_ptr + 1)
+    word_ptrs = (words_ptr + tl.load(block_ptr + 2))[:, None, None]
+    below = tl.load(block_ptr + 3)
+    word = tl.arange(0, SEGMENTS * P)[None, None, :]
+    segments = tile * SEGMENTS + word // P
+    upper = _rank_in_block(tl.arange(0, HALF)[None, :], count)[:, :, None]
+    lower = _rank_in_block(tl.arange(0, HALF)[None, :] + HALF, count)[:, :, None]
+    first = load_words(word_ptrs, upper, segments, word % P, h_out, P, EMULATE)
+    second = load_words(word_ptrs, lower, segments, word % P, h_out, P, EMULATE)
+    return rank, tl.where(block < end, count, 0), below, first, second
 
-    Blocks of ranks are strided over the warps.
+
+@triton.jit
+def _rank_in_block(index, count):
+    """Ranks (warps, ranks) of a block; past the last one, the last."""
+    return tl.minimum(index, tl.maximum(count - 1, 0)[:, None])
+
+
+@triton.jit
+def _terms(projected_ptr, rank, index, count, positions, max_rank, scale, EMULATE: tl.constexpr):
+    """Projections (warps, ranks, rows) of ranks `index` of a block, times `scale` (warps)."""
+    ranks = rank[:, None] + _rank_in_block(index, count)
+    offsets = ranks[:, :, None] + (positions * max_rank)[None, None, :]
+    t = load_bits(projected_ptr + offsets, EMULATE).to(tl.float32, bitcast=True)
+    return tl.where((index < count[:, None])[:, :, None], t * scale[:, None, None], 0.0)
+
+
+@triton.jit
+def _expand_plane(
+    acc, projected_ptr, max_rank, positions, words_ptr, blocks_ptr, begin, end, tile, h_out,
+    P: tl.constexpr, TERMS: tl.constexpr, WARPS: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Add the products of all planes of P bits to `acc` (warps, columns, rows).
+
+    Blocks of ranks are strided over the warps. Column `32 * segment + i` of the tile is column
+    `i * segments + segment` of `acc`, for every plane.
     """
     HALF: tl.constexpr = _RANKS // 2
-    PER: tl.constexpr = 32 // P
-    WORDS: tl.constexpr = _COLUMNS // PER
+    SEGMENTS: tl.constexpr = _COLUMNS // 32
     BLOCK_M: tl.constexpr = positions.shape[0]
-    begin, end = tl.load(descriptor + 11 + DIGIT), tl.load(descriptor + 12 + DIGIT)
-    if begin < end:
-        blocks_ptr = words_ptr + tl.load(descriptor + 10)
-        words = row_words(h_out, P, ALIGNED)
-        warp = tl.arange(0, WARPS)
-        columns = (tile * WORDS + tl.arange(0, WORDS))[None, None, :]
-        acc = tl.zeros((WARPS, _COLUMNS, BLOCK_M), tl.float32)
-        for step in range(tl.cdiv(end - begin, WARPS)):
-            block = begin + step * WARPS + warp
-            block_ptr = blocks_ptr + tl.minimum(block, end - 1) * _BLOCK
-            count = tl.where(block < end, tl.load(block_ptr + 1), 0)
-            word = tl.load(block_ptr + 2)[:, None, None]
-            last = tl.maximum(count - 1, 0)[:, None]
-            upper = tl.minimum(tl.arange(0, HALF)[None, :], last)
-            lower = tl.minimum(tl.arange(0, HALF)[None, :] + HALF, last)
-            first = load_words(
-                words_ptr, word + (upper * words)[:, :, None], columns, words, ALIGNED
-            )
-            second = load_words(
-                words_ptr, word + (lower * words)[:, :, None], columns, words, ALIGNED
-            )
-            ranks = tl.load(block_ptr)[:, None] + tl.arange(0, _RANKS)[None, :]
-            mask = tl.arange(0, _RANKS)[None, :] < count[:, None]
-            offsets = (positions * max_rank)[None, :, None] + ranks[:, None, :]
-            t = tl.load(projected_ptr + offsets, mask=mask[:, None, :], other=0.0)
-            t *= (1 << tl.load(block_ptr + 3)).to(tl.float32)[:, None, None]
-            t = tl.reshape(t, (WARPS, BLOCK_M, 2, HALF))
-            t = tl.reshape(tl.permute(t, (0, 3, 2, 1)), (WARPS, _RANKS, BLOCK_M))
-            for DOWN in tl.static_range(0, 8 if P == 8 else 4, 4):
-                codes = unpack(first, second, P, DOWN, tl.bfloat16, EMULATE)
-                codes = tl.permute(codes, (0, 3, 2, 1, 4))
-                codes = tl.reshape(codes, (WARPS, _COLUMNS, _RANKS))
-                term = round_to(t, tl.bfloat16, EMULATE)
+    block = begin + tl.arange(0, WARPS)
+    rank, count, below, first, second = _block(
+        words_ptr, blocks_ptr, block, end, tile, h_out, P, EMULATE
+    )
+    for _ in range(tl.cdiv(end - begin, WARPS)):
+        # The next block is asked for before this one is used.
+        block += WARPS
+        next_rank, next_count, next_below, next_first, next_second = _block(
+            words_ptr, blocks_ptr, block, end, tile, h_out, P, EMULATE
+        )
+        scale = ((1024 if P == 8 else 64) << below).to(tl.float32)
+        index = tl.arange(0, HALF)[None, :]
+        even = _terms(projected_ptr, rank, index, count, positions, max_rank, scale, EMULATE)
+        odd = _terms(projected_ptr, rank, index + HALF, count, positions, max_rank, scale, EMULATE)
+        t = tl.reshape(tl.permute(tl.join(even, odd), (0, 1, 3, 2)), (WARPS, _RANKS, BLOCK_M))
+        for DOWN in tl.static_range(0, 8 if P == 8 else 4, 4):
+            codes = unpack(first, second, P, DOWN, tl.bfloat16, EMULATE)
+            codes = tl.reshape(codes, (WARPS, HALF, SEGMENTS, P, 32 // P, 2))
+            codes = tl.permute(codes, (0, 3, 4, 2, 1, 5))
+            codes = tl.reshape(codes, (WARPS, _COLUMNS, _RANKS))
+            term = round_to(t, tl.bfloat16, EMULATE)
+            acc = dot(codes, term, acc, EMULATE)
+            if TERMS == 2:  # The rounding error of bfloat16, for float16 outputs.
+                term = round_to(t - term.to(tl.float32), tl.bfloat16, EMULATE)
                 acc = dot(codes, term, acc, EMULATE)
-                if TERMS == 2:  # The rounding error of bfloat16, for float16 outputs.
-                    term = round_to(t - term.to(tl.float32), tl.bfloat16, EMULATE)
-                    acc = dot(codes, term, acc, EMULATE)
-        plane_total = tl.sum(acc, axis=0) * (1024.0 if P == 8 else 64.0)
-        plane_total = tl.permute(tl.reshape(plane_total, (PER, WORDS, BLOCK_M)), (1, 0, 2))
-        total += tl.reshape(plane_total, (_COLUMNS, BLOCK_M))
+        rank, count, below = next_rank, next_count, next_below
+        first, second = next_first, next_second
+    return acc
+
+
+@triton.jit
+def _sum_over_warps(parts):
+    """Sum (warps, columns, rows) over the warps, in pairs; each thread is left with a few sums.
+
+    `tl.sum` would leave every warp with all of them.
+    """
+    WARPS: tl.constexpr = parts.shape[0]
+    COLUMNS: tl.constexpr = parts.shape[1]
+    ROWS: tl.constexpr = parts.shape[2]
+    if WARPS == 1:
+        total = tl.reshape(parts, (COLUMNS, ROWS))
+    else:
+        pairs = tl.permute(tl.reshape(parts, (2, WARPS // 2, COLUMNS, ROWS)), (1, 2, 3, 0))
+        even, odd = tl.split(pairs)
+        total = _sum_over_warps(even + odd)
     return total
 
 
@@ -399,7 +479,7 @@ def expand_kernel(
     y_ptr, y_stride, projected_ptr, max_rank, rows_ptr, slots_ptr,
     addresses_ptr, descriptors_ptr, output_tiles_ptr,
     LINEARS: tl.constexpr, BLOCK_M: tl.constexpr, TERMS: tl.constexpr,
-    WARPS: tl.constexpr, ALIGNED: tl.constexpr, EMULATE: tl.constexpr,
+    WARPS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add the deltas to one chunk of rows and one tile of a linear's outputs."""
     output_tile_ptr, chunk = output_tiles_ptr + tl.program_id(0) * _OUTPUT_TILE, tl.program_id(1)
@@ -422,12 +502,19 @@ def expand_kernel(
     total = tl.zeros((_COLUMNS, BLOCK_M), tl.float32)
     if rank > 0:
         linear_projected_ptr = projected_ptr + tl.load(descriptor + 1)
+        blocks_ptr = words_ptr + tl.load(descriptor + 10)
+        acc = tl.zeros((WARPS, _COLUMNS, BLOCK_M), tl.float32)
         for DIGIT in tl.static_range(4):
-            total = _expand_plane(
-                total, linear_projected_ptr, max_rank, positions,
-                words_ptr, descriptor, tile, h_out,
-                8 >> DIGIT, DIGIT, TERMS, WARPS, ALIGNED, EMULATE,
-            )  # fmt: skip
+            first_block = tl.load(descriptor + 11 + DIGIT)
+            end = tl.load(descriptor + 12 + DIGIT)
+            if first_block < end:
+                acc = _expand_plane(
+                    acc, linear_projected_ptr, max_rank, positions,
+                    words_ptr, blocks_ptr, first_block, end, tile, h_out,
+                    8 >> DIGIT, TERMS, WARPS, EMULATE,
+                )  # fmt: skip
+        total = tl.reshape(_sum_over_warps(acc), (32, _COLUMNS // 32, BLOCK_M))
+        total = tl.reshape(tl.permute(total, (1, 0, 2)), (_COLUMNS, BLOCK_M))
         offset_word = tl.load(descriptor + 6)
         if offset_word >= 0:
             total -= _rest(
@@ -479,9 +566,8 @@ def launches(
             xs, xs.stride(0), table.h_in, table.padded_h_in,
             chunks.slots, table.addresses, table.descriptors,
             BLOCK_R=TILE_RANKS, SUMS=triton.next_power_of_2(sum_count),
-            WARPS=variant.shrink_warps, WORDS=variant.shrink_words,
-            ALIGNED=table.h_in % 128 == 0,
-            num_warps=variant.shrink_warps, num_stages=variant.shrink_stages, **shared,
+            WARPS=variant.shrink_warps,
+            num_warps=variant.shrink_warps, maxnreg=variant.shrink_registers, **shared,
         )  # fmt: skip
 
     def expand() -> object:
@@ -489,8 +575,8 @@ def launches(
             y, y.stride(0), chunks.projected, chunks.max_rank, chunks.rows, chunks.slots,
             table.addresses, table.descriptors, table.output_tiles,
             TERMS=2 if x.dtype == torch.float16 else 1,
-            WARPS=variant.expand_warps, ALIGNED=all(h_out % 128 == 0 for h_out in table.h_outs),
-            num_warps=variant.expand_warps, num_stages=variant.expand_stages, **shared,
+            WARPS=variant.expand_warps,
+            num_warps=variant.expand_warps, maxnreg=variant.expand_registers, **shared,
         )  # fmt: skip
 
     return prepare, shrink, expand

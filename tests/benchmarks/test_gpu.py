@@ -8,7 +8,7 @@ import pytest
 from benchmarks import gpu
 from benchmarks.gpu import PARTS, Part, main
 from benchmarks.kernel import SWEEP, name_of, variant_named
-from deltadock.kernels.svd_delta.layout import H_IN_ALIGNMENT
+from deltadock.kernels.svd_delta.layout import H_IN_ALIGNMENT, SEGMENTS
 from deltadock.kernels.svd_delta.triton import DEFAULT
 
 
@@ -70,13 +70,13 @@ def test_a_part_that_fails_or_hangs_loses_nothing(
 
 
 def test_the_sweep_has_at_least_24_variants_of_each_kernel() -> None:
-    shrinks = {(v.shrink_warps, v.shrink_words, v.shrink_stages) for v in SWEEP}
-    expands = {(v.expand_warps, v.expand_stages) for v in SWEEP}
+    shrinks = {(v.shrink_warps, v.shrink_registers) for v in SWEEP}
+    expands = {(v.expand_warps, v.expand_registers) for v in SWEEP}
     assert min(len(shrinks), len(expands)) >= 24
     assert len(set(SWEEP)) == len(SWEEP)
     assert SWEEP[0] == DEFAULT
     for variant in SWEEP:
-        assert 2 * variant.shrink_warps * variant.shrink_words * 32 <= H_IN_ALIGNMENT
+        assert 2 * variant.shrink_warps * SEGMENTS * 32 <= H_IN_ALIGNMENT
         assert variant_named(name_of(variant)) == variant
 
 

@@ -1,7 +1,6 @@
 """The kernels compile without a GPU, within budgets of registers and instructions."""
 
 import os
-import re
 from typing import Any
 
 import pytest
@@ -9,14 +8,17 @@ import pytest
 from benchmarks.kernel import LAYER
 from benchmarks.kernel_model import (
     EXPAND_CODES,
+    LOAD,
     MEASURED,
+    MEASURED_CODE,
+    SHRINK_CODES,
+    codes,
     compile_for,
     expand_programs,
     inner_loops,
     lane_instructions,
     predict,
     read_code,
-    shrink_codes,
     shrink_programs,
 )
 from deltadock.kernels.svd_delta import triton as kernel
@@ -30,64 +32,70 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(
-    ("name", "warps", "stages", "registers", "shared"),
+    ("name", "warps", "registers", "spilled", "shared", "straight", "codes_of", "bounds"),
+    # Instructions a code, of planes of 8, 4, 2 and 1 bits, in the loops for bfloat16. At 75 % of
+    # copy bandwidth an SM may spend 1.2 on a code of one bit, 2.4 on one of two.
     [
-        ("shrink_kernel", DEFAULT.shrink_warps, DEFAULT.shrink_stages, 224, 90_000),
-        ("expand_kernel", DEFAULT.expand_warps, DEFAULT.expand_stages, 255, 90_000),
+        ("shrink_kernel", DEFAULT.shrink_warps, DEFAULT.shrink_registers, 32, 8_192, 1_150,
+         SHRINK_CODES, (5.2, 2.7, 1.95, 1.65)),
+        ("expand_kernel", DEFAULT.expand_warps, DEFAULT.expand_registers, 288, 32_768, 1_450,
+         EXPAND_CODES, (5.5, 3.0, 2.35, 2.1)),
     ],
-)
-def test_registers_spills_and_shared_memory(
-    name: str, warps: int, stages: int, registers: int, shared: int, dtype: str, capability: int
+)  # fmt: skip
+def test_machine_code(
+    name: str,
+    warps: int,
+    registers: int,
+    spilled: int,
+    shared: int,
+    straight: int,
+    codes_of: list[int],
+    bounds: tuple[float, ...],
+    dtype: str,
+    capability: int,
 ) -> None:
-    compiled = compile_for(capability, getattr(kernel, name), dtype, warps, stages)
-    # Codes are used in the thread that unpacked them: no dot loads its tall operand from shared
-    # memory.
-    assert not re.search(r"local_load .*opIdx = 0", compiled.asm["ttgir"])
+    compiled = compile_for(capability, getattr(kernel, name), dtype, warps, registers)
     code = read_code(name, compiled, warps)
+    # Words and terms are loaded by the threads that use them.
+    assert not code.shared_in_loops
     assert code.shared_bytes <= shared
-    assert code.registers <= registers
-    # Spilled registers are on the stack; ptxas may keep a few values there outside of loops.
-    assert code.stack_bytes <= 32
-    assert code.programs_per_sm >= 1
+    assert code.programs_per_sm * warps >= 16
+    # Spilled registers are on the stack: here those of the rare planes of 8 bits.
+    assert code.stack_bytes <= spilled
+    assert code.common + 4 * code.plane <= straight
+    if dtype == "bf16":
+        found = lane_instructions(code, codes_of)
+        assert all(number <= bound for number, bound in zip(found, bounds, strict=True)), found
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_prepare_kernel_is_small(capability: int) -> None:
-    compiled = compile_for(capability, kernel.prepare_kernel, "bf16", 4, 1)
-    assert compiled.metadata.shared <= 4_096
-
-
-@pytest.mark.parametrize(
-    ("name", "codes_of", "bounds"),
-    [
-        # Of planes of 8, 4, 2 and 1 bits.
-        ("shrink_kernel", shrink_codes(DEFAULT.shrink_words), (5.2, 2.8, 2.1, 1.8)),
-        ("expand_kernel", EXPAND_CODES, (6.2, 3.8, 2.9, 2.5)),
-    ],
-)
-def test_instructions_a_code(name: str, codes_of: list[int], bounds: tuple[float, ...]) -> None:
-    """An SM may spend 1.2 instructions of a lane on a byte's eighth at 75 % of copy bandwidth."""
-    warps, stages = (
-        (DEFAULT.shrink_warps, DEFAULT.shrink_stages)
-        if name == "shrink_kernel"
-        else (DEFAULT.expand_warps, DEFAULT.expand_stages)
-    )
-    compiled = compile_for(90, getattr(kernel, name), "bf16", warps, stages)
-    found = lane_instructions(read_code(name, compiled, warps), codes_of)
-    assert all(number <= bound for number, bound in zip(found, bounds, strict=True)), found
+    compiled = compile_for(capability, kernel.prepare_kernel, "bf16", 4)
+    assert compiled.metadata.shared <= 8_192
 
 
 @pytest.mark.parametrize(("key", "measured"), MEASURED.items())
 def test_the_model_explains_what_an_h200_measured(key: Any, measured: float) -> None:
     name, rows, deltas = key
     projections = [each for each in LAYER if name in ("whole layer", each.name)]
-    assert predict(projections, rows, deltas, DEFAULT, 90) == pytest.approx(measured, rel=0.15)
+    assert predict(projections, rows, deltas, MEASURED_CODE) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(("rows", "deltas"), [(1, 1), (8, 8), (64, 8)])
+def test_the_model_expects_these_kernels_to_be_faster(rows: int, deltas: int) -> None:
+    compiled = codes(DEFAULT, 90)
+    measured = MEASURED["whole layer", rows, deltas]
+    assert predict(LAYER, rows, deltas, compiled) < measured / 1.5
+    assert predict(LAYER, rows, deltas, compiled, LOAD) < measured / 1.9
 
 
 def test_programs_at_decode_shapes() -> None:
     """One row on one delta, for an H200's 132 SMs: a layer's launches leave most of them idle."""
     programs = {
-        each.name: (len(shrink_programs(each, DEFAULT)), len(expand_programs(each, DEFAULT)))
+        each.name: (
+            len(shrink_programs(each, DEFAULT.shrink_warps)),
+            len(expand_programs(each, DEFAULT.expand_warps)),
+        )
         for each in LAYER
     }
     assert programs == {
@@ -112,4 +120,5 @@ LISTING = """
 
 
 def test_inner_loops_are_found_in_a_listing() -> None:
-    assert list(inner_loops(LISTING)) == [(2, 1), (3, 0)]
+    operations, loops = inner_loops(LISTING)
+    assert [operations[loop] for loop in loops] == [["HMMA", "BRA"], ["LDG", "FADD", "BRA"]]
