@@ -222,12 +222,13 @@ def totals(session: Session, tenant_id: str) -> Totals:
 
 
 def entry(session: Session, tenant_id: str, delta_id: str) -> DeltaEntry:
-    """One delta and its job.
+    """One delta and its job, with its place in the queue.
 
     Raises:
         NotFound: there is none, or it was deleted.
     """
-    return DeltaEntry.of(require_delta(session, tenant_id, delta_id))
+    delta = require_delta(session, tenant_id, delta_id)
+    return DeltaEntry(DeltaOut.of(delta), describe_jobs(session, tenant_id, [delta.job])[0])
 
 
 def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
@@ -241,9 +242,8 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
     report = deltas.report(delta.id)
     parent = deltas.find(delta.parent_id) if delta.parent_id else None
     siblings = deltas.of_checkpoint(delta.checkpoint_digest, limit=SIBLINGS_SHOWN)
-    job = describe_jobs(session, tenant_id, [delta.job])[0]
     return DeltaView(
-        DeltaEntry(DeltaOut.of(delta), job),
+        entry(session, tenant_id, delta.id),
         detail_of(session, delta).lineage,
         DeltaEntry.of(parent) if parent else None,
         ReportFigures.of(report) if report else None,

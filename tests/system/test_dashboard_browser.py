@@ -44,6 +44,7 @@ from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import browser as chromium
 from tests import seed
 from tests.api.support import CONFIG, StandInNode, issue_key, serving, weights
+from tests.system.conftest import SAMPLES, Stored
 
 WIDE: Final[ViewportSize] = {"width": 1280, "height": 860}
 PHONE: Final[ViewportSize] = {"width": 390, "height": 844}
@@ -234,7 +235,7 @@ def test_a_job_can_be_cancelled_and_retried(site: Site, page: Page) -> None:
         )
     expect(page.locator("#job")).to_contain_text("It was stopped on request")
     page.get_by_role("button", name="Retry").click()
-    expect(page.locator("#job [role=status]")).to_have_text("Queued")
+    expect(page.locator("#job [role=status]")).to_contain_text("Queued")
 
 
 def test_charts_have_a_cell_per_matrix(site: Site, page: Page, tmp_path: Path) -> None:
@@ -322,7 +323,7 @@ def test_every_page_fits_a_phone_and_is_accessible(site: Site, page: Page, tmp_p
                 for rule in found
                 if rule["impact"] in {"serious", "critical"}
             ] == []
-            assert page.screenshot(path=tmp_path / f"{name}-{scheme}.png", full_page=True)
+            assert page.screenshot(path=tmp_path / f"{name}-{scheme}.png")
 
 
 def test_base_and_delta_generate_side_by_side(site: Site, page: Page) -> None:
@@ -492,3 +493,28 @@ def test_uploads_continue_and_become_a_base_and_a_delta(
     page.get_by_label("Prompt").fill("17 + 25 =")
     page.get_by_role("button", name="Generate").click()
     expect(page.locator(".answer output").last).to_have_text(" 42", use_inner_text=True)
+
+
+@pytest.mark.parametrize("url", ["up"], indirect=True)
+def test_a_running_system_answers_what_the_browser_pushed(
+    url: str, stored: Stored, browser: Browser
+) -> None:
+    """With a real worker and node, signed in by a key."""
+    context = browser.new_context(base_url=url, viewport=WIDE)
+    context.set_default_timeout(60_000)
+    page = context.new_page()
+    page.goto("/new")
+    page.get_by_label("API key").fill(os.environ["DELTADOCK_API_KEY"])
+    page.get_by_role("button", name="Sign in").click()
+    page.get_by_label("Name").fill("browser/exact")
+    page.get_by_label("Base").select_option(stored.delta["base"]["name"])
+    page.locator("#tuned-files input").set_input_files(SAMPLES / "finetuned")
+    page.get_by_label("Method").select_option("exact")
+    page.get_by_role("button", name="Compress").click()
+    expect(page.locator(".heading .state")).to_have_text("ready", timeout=120_000)
+    expect(page.locator("#why-no-kl")).to_contain_text("bit for bit")
+    page.get_by_label("Prompt").fill("Q: sort d h f h =\nA:")
+    page.get_by_label("Max tokens").fill("8")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".answer output").last).to_contain_text("d f h h", timeout=120_000)
+    context.close()
