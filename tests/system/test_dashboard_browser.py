@@ -49,6 +49,7 @@ from tests.system.conftest import SAMPLES, Stored
 WIDE: Final[ViewportSize] = {"width": 1280, "height": 860}
 PHONE: Final[ViewportSize] = {"width": 390, "height": 844}
 OTHER_PAGES: Final = ("new", "try", "jobs", "bases", "nodes", "keys", "storage", "audit")
+expect.set_options(timeout=20_000)  # a busy machine
 AXE: Final = {"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa"]}
 
 
@@ -307,7 +308,7 @@ def test_every_page_fits_a_phone_and_is_accessible(site: Site, page: Page, tmp_p
         **{name: f"/{name}" for name in OTHER_PAGES},
         "base": "/bases/pilot-0.3b",
     }
-    dark = {"delta", "list", "jobs"}
+    dark = {"delta", "list"}
     page.set_viewport_size(PHONE)
     for name, path in pages.items():
         for scheme in ("light", "dark") if name in dark else ("light",):
@@ -384,7 +385,7 @@ def test_hostile_text_is_escaped(site: Site, page: Page) -> None:
 
 def test_the_api_docs_work_offline(page: Page) -> None:
     page.goto("/docs")
-    expect(page.get_by_text("/v1/deltas/{delta_id}/report")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("/v1/deltas/{delta_id}/report")).to_be_visible()
     page.emulate_media(color_scheme="dark")
     expect(page.locator("html")).to_have_class("dark-mode")
 
