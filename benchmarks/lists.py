@@ -65,6 +65,7 @@ HELD: Final = 1000
 QUEUED: Final = 2000
 """The newest deltas, whose jobs wait."""
 START: Final = datetime(2026, 1, 1, tzinfo=UTC)
+ERROR: Final = {"error_code": "unavailable", "error_message": "The store does not answer."}
 WORDS: Final = ("maths", "code", "legal", "medical", "sales", "support", "search", "notes")
 
 ROUTES: Final = (
@@ -233,7 +234,7 @@ def add_rows(
     rows[JobRow].append(
         {"id": f"job_{number}", **owned, "delta_id": f"dlt_{number}", "state": state,
          "priority": JobPriority.NORMAL, "created_at": at, "updated_at": at, "sent_at": at,
-         "finished_at": at}
+         "finished_at": at, **(dict.fromkeys(ERROR) if is_ready else ERROR)}
     )  # fmt: skip
     if version == 0:
         rows[AliasRow].append(

@@ -17,6 +17,7 @@ from deltadock.storage.models import (
     UploadState,
 )
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.models import unindexed
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -60,7 +61,8 @@ class BaseRepository:
         self.tenant = tenant
 
     def _visible(self) -> ColumnElement[bool]:
-        return or_(owned_by(BaseRow.tenant_id, self.tenant), BaseRow.shared)
+        # Hidden from the planner, which would walk all the tenant's bases.
+        return or_(owned_by(unindexed(BaseRow.tenant_id), self.tenant), BaseRow.shared)
 
     def find(self, id_or_name: str) -> BaseRow | None:
         """The base with this id or else this name, the tenant's own before shared ones; or None."""
