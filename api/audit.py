@@ -10,9 +10,9 @@ from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession
 from deltadock.api.keys import EXAMPLE_KEY_ID, EXAMPLE_TENANT_ID, OfTenant, named_tenant
 from deltadock.api.paging import After, Cursor, Limit
-from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME
 from deltadock.errors import Forbidden, InvalidInput, NotFound
+from deltadock.problems import problems
 from deltadock.storage.models import AuditAction, AuditOrigin, AuditRow
 from deltadock.storage.repositories import AuditRepository
 

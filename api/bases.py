@@ -11,10 +11,10 @@ from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dependencies import ReadSession, UnitOfWork, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.paging import After, Cursor, Limit
-from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
+from deltadock.problems import problems
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import MANIFEST_BYTES
 from deltadock.storage.models import BaseRow, CheckpointRow
@@ -83,7 +83,7 @@ def page_of_bases(session: Session, tenant_id: str, *, limit: int, after: str | 
     """A page of the bases that the tenant sees.
 
     Raises:
-        InvalidInput: `after` is not a cursor.
+        NotFound: `after` is not a cursor.
     """
     found = BaseRepository(session, tenant_id).page(limit=limit + 1, after=_CURSOR.read(after))
     page = found[:limit]
@@ -142,7 +142,7 @@ def _register(body: BaseIn, caller: Caller, unit: UnitOfWork, response: Response
     lock_blobs(unit.session, body.checkpoint)  # from here on it is not dropped
     checkpoint = require_checkpoint(unit.session, caller.tenant_id, body.checkpoint)
     if checkpoint.model_type == ADAPTER_TYPE:
-        raise InvalidInput(
+        raise Conflict(
             "This checkpoint is a PEFT adapter, not a whole model. Upload the base that it was "
             "trained on."
         )

@@ -8,17 +8,17 @@ from typing import Annotated, Final, Self
 import anyio
 from fastapi import APIRouter, Depends, Path, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import AwareDatetime, BaseModel, Field
+from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import CallerDep
 from deltadock.api.bases import require_base
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.paging import After, Cursor, Limit
-from deltadock.api.problems import problems
 from deltadock.api.quotas import check_job
-from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME
+from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME, Moment
 from deltadock.errors import Conflict, InvalidInput, NotFound
+from deltadock.problems import problems
 from deltadock.storage.models import UNSUCCESSFUL, JobLogRow, JobPriority, JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
 from deltadock.storage.repositories.listing import JobFilter, key_of_job
@@ -174,8 +174,8 @@ def list_jobs(
     state: Annotated[list[JobState] | None, Query(description="Any of these states.")] = None,
     delta: Annotated[str | None, Query(description="A delta's id or name.")] = None,
     base: Annotated[str | None, Query(description="A base's id or name.")] = None,
-    created_from: Annotated[AwareDatetime | None, Query()] = None,
-    created_before: Annotated[AwareDatetime | None, Query()] = None,
+    created_from: Annotated[Moment | None, Query()] = None,
+    created_before: Annotated[Moment | None, Query()] = None,
     after: After = None,
     limit: Limit = 50,
 ) -> JobPage:

@@ -4,14 +4,14 @@ from datetime import datetime, timedelta
 from typing import Annotated, Final, Self
 
 from fastapi import APIRouter, Path, Query
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Strict
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
-from deltadock.api.problems import problems
-from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
+from deltadock.api.schemas import EXAMPLE_TIME, Moment, RequestBody
 from deltadock.errors import Conflict, Forbidden, InvalidInput, NotFound
+from deltadock.problems import problems
 from deltadock.storage.models import ApiKeyRow, Scope
 from deltadock.storage.repositories import KeyRepository, TenantRepository
 
@@ -36,8 +36,8 @@ class KeyIn(RequestBody):
     )
 
     name: str = Field(min_length=1, max_length=96, description="What the key is for.")
-    scopes: set[Scope] = Field(min_length=1)
-    expires_at: AwareDatetime | None = Field(default=None, description="By default never.")
+    scopes: Annotated[set[Annotated[Scope, Strict(False)]], Strict(False)] = Field(min_length=1)
+    expires_at: Moment | None = Field(default=None, description="By default never.")
     tenant: str | None = Field(
         default=None,
         max_length=96,

@@ -1,15 +1,13 @@
 """The app: `uvicorn deltadock.api.main:app`."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Final
 
 import anyio
 from fastapi import Depends, FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
-from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, Response
 
@@ -36,13 +34,23 @@ from deltadock.api.deltas import endpoints as deltas
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation import endpoints as generation
 from deltadock.api.memory import tune_memory
-from deltadock.api.middleware import BodyLimit, RequestContext
+from deltadock.api.middleware import RequestContext
 from deltadock.api.paging import refuse_unknown_query
-from deltadock.api.problems import Problem, install_error_handlers, problems
 from deltadock.api.registry import endpoints as registry
 from deltadock.api.uploads import endpoints as uploads
+from deltadock.body_limit import BodyLimit
+from deltadock.description import DescribedApp, Schema, operations
+from deltadock.errors import (
+    DeltadockError,
+    Forbidden,
+    InvalidInput,
+    RateLimited,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+)
 from deltadock.logs import configure_logging
-from deltadock.openai.errors import ErrorBody
+from deltadock.problems import install_error_handlers
 from deltadock.settings import Settings, get_settings
 from deltadock.tracing import configure_tracing, telemetry
 from deltadock.version import __version__
@@ -65,51 +73,29 @@ in OpenAI's format.
 """
 
 
-class DescribedApp(FastAPI):
-    """Adds to the OpenAPI description the schemas of error bodies, which no endpoint returns."""
-
-    def openapi(self) -> dict[str, Any]:
-        """The OpenAPI 3.1 description, cached."""
-        if self.openapi_schema is None:
-            schema = get_openapi(
-                title=self.title,
-                version=self.version,
-                summary=self.summary,
-                description=DESCRIPTION,
-                routes=self.routes,
-            )
-            _, errors = models_json_schema(
-                [(Problem, "serialization"), (ErrorBody, "serialization")],
-                ref_template="#/components/schemas/{model}",
-            )
-            schema["components"]["schemas"] |= errors["$defs"]
-            _describe_keys(schema, self.state.rules)
-            _describe_streams_as_text(schema)
-            self.openapi_schema = schema
-        return self.openapi_schema
-
-
-def _describe_keys(schema: dict[str, Any], rules: RuleTable) -> None:
+def _describe_keys(schema: Schema, rules: RuleTable) -> None:
     """Describe what each operation requires: a key with one of some scopes, or nothing."""
     schema["components"]["securitySchemes"] = {
-        "key": {"type": "http", "scheme": "bearer", "description": "An API key, `ddk_...`."},
-        "node": {"type": "http", "scheme": "bearer", "description": "The secret of the nodes."},
+        "key": {"type": "http", "scheme": "bearer", "description": "An API key, `ddk_...`."}
     }
-    for path, item in schema["paths"].items():
-        for method, operation in item.items():
-            rule = rules.find(method.upper(), path)
-            scheme = "node" if rule.node else "key"
-            operation["security"] = [{scheme: []}] if rule.node or rule.scopes else []
+    for method, path, operation in operations(schema):
+        rule = rules.find(method, path)
+        operation["security"] = [{"key": []}] if rule.scopes else []
+        if rule.scopes:
+            scopes = " or ".join(f"`{scope}`" for scope in rule.scopes)
+            tenant = " of the operator's tenant" if rule.operator else ""
+            operation["description"] += f"\n\nNeeds a key{tenant} with the scope {scopes}."
 
 
-def _describe_streams_as_text(schema: dict[str, Any]) -> None:
-    """Replace `itemSchema`, which FastAPI uses for event streams, but which needs OpenAPI 3.2."""
-    for path in schema["paths"].values():
-        for operation in path.values():
-            for response in operation["responses"].values():
-                stream = response.get("content", {}).get("text/event-stream", {})
-                if stream.pop("itemSchema", None):
-                    stream["schema"] = {"type": "string"}
+def _common_errors(
+    rules: RuleTable, method: str, path: str, operation: Schema
+) -> Iterator[type[DeltadockError]]:
+    """The errors that an operation may answer by what it requires and takes."""
+    if rules.find(method, path).scopes:
+        yield from (Unauthorized, Forbidden, RateLimited)
+    if "requestBody" in operation:
+        yield TooLarge
+    yield from (InvalidInput, DeltadockError, Unavailable)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -133,12 +119,12 @@ def create_app(settings: Settings) -> FastAPI:
         title="Deltadock",
         version=__version__,
         summary="Fine-tuned LLMs as deltas on a shared base.",
+        description=DESCRIPTION,
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
-        responses=problems(),
-        docs_url=None,
-        redoc_url=None,
         telemetry=telemetry(),
+        errors_of=lambda *operation: _common_errors(app.state.rules, *operation),
+        finish=lambda schema: _describe_keys(schema, app.state.rules),
     )
     app.state.resources = resources
     install_error_handlers(app)

@@ -1,4 +1,4 @@
-"""Middleware: request ids, the access log, a size limit on bodies, unexpected errors."""
+"""Middleware: request ids, the access log, unexpected errors."""
 
 import re
 import time
@@ -7,22 +7,18 @@ from collections.abc import Callable
 from typing import Final
 
 import structlog
-from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deltadock.api.problems import error_response
 from deltadock.errors import DeltadockError
+from deltadock.problems import error_response
 
 access_log = structlog.get_logger("deltadock.api.access")
 log = structlog.get_logger(__name__)
 
 REQUEST_ID: Final = "X-Request-ID"
-MAX_BODY_BYTES: Final = 8 << 20
-"""Of all bodies but uploaded files, which are streamed."""
 
 _VALID_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_FILE: Final = re.compile(r"/v1/uploads/[^/]+/")
 _QUIET_PATHS: Final = ("/healthz", "/readyz", "/metrics", "/parts/", "/static/", "/v1/nodes/")
 """Probes, heartbeats and the dashboard's polling: logged at debug level."""
 
@@ -62,12 +58,10 @@ class RequestContext:
                 log.exception("unexpected_error")
                 if status:  # the response has started: only closing the connection signals it
                     raise
-                response = error_response(
-                    scope["path"],
-                    DeltadockError.status,
-                    DeltadockError.code,
-                    f"An unexpected error occurred; it is logged under {request_id}.",
+                error = DeltadockError(
+                    f"An unexpected error occurred; it is logged under {request_id}."
                 )
+                response = error_response(scope["path"], error)
                 await response(scope, receive, send_with_id)
             finally:
                 self._count(state.get("route"), scope["method"], status, state.get("error_code"))
@@ -80,27 +74,3 @@ class RequestContext:
                     milliseconds=round((time.perf_counter() - started) * 1000, 1),
                     client=scope["client"][0] if scope.get("client") else None,
                 )
-
-
-class BodyLimit:
-    """Rejects bodies over `MAX_BODY_BYTES`, except files, which have their own limit."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["method"] == "PUT" and _FILE.match(scope["path"])):
-            await self.app(scope, receive, send)
-            return
-        received = 0
-
-        async def bounded_receive() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                # FastAPI wraps other exceptions that are raised while it reads the body.
-                raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
-            return message
-
-        await self.app(scope, bounded_receive, send)

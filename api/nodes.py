@@ -12,7 +12,6 @@ from sqlalchemy.orm import Session
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.fleet import TIERS
-from deltadock.api.problems import problems
 from deltadock.api.schemas import (
     EXAMPLE_DELTA_ID,
     EXAMPLE_DIGEST,
@@ -20,7 +19,6 @@ from deltadock.api.schemas import (
     Digest,
     RequestBody,
 )
-from deltadock.errors import InvalidInput, Unauthorized
 from deltadock.storage.models import BaseRow, NodeRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, NodeRepository
 from deltadock.storage.repositories.deltas import NamedDelta
@@ -216,10 +214,13 @@ def list_nodes(
     return registered_nodes(session, caller, limit)
 
 
+# What nodes call is no part of the public description.
+
+
 @router.put(
     "/{node_id}",
     status_code=204,
-    responses=problems(Unauthorized, InvalidInput),
+    include_in_schema=False,
 )
 def put_node(node_id: NodeId, body: NodeIn, unit: WriteUnit, resources: ResourcesDep) -> None:
     """Register a node, or record its heartbeat; a registration expires without heartbeats."""
@@ -232,7 +233,7 @@ def put_node(node_id: NodeId, body: NodeIn, unit: WriteUnit, resources: Resource
 @router.delete(
     "/{node_id}",
     status_code=204,
-    responses=problems(Unauthorized, InvalidInput),
+    include_in_schema=False,
 )
 def drop_node(node_id: NodeId, unit: WriteUnit, resources: ResourcesDep) -> None:
     """Deregister a node."""

@@ -11,7 +11,7 @@ from fastapi.params import Query as QueryParameter
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 
-from deltadock.errors import InvalidInput
+from deltadock.errors import InvalidInput, NotFound
 
 MAX_LIMIT: Final = 200
 
@@ -43,7 +43,7 @@ class Cursor:
         """The place; None without a cursor.
 
         Raises:
-            InvalidInput: it is not a cursor of this list and sort.
+            NotFound: it is not a cursor of this list and sort.
         """
         if after is None:
             return None
@@ -53,8 +53,9 @@ class Cursor:
             if sort != self._sort:
                 raise ValueError("another list's")
         except (ValueError, binascii.Error, ValidationError) as error:
-            raise InvalidInput(
-                "`after` is not a cursor of this list and sort: use the previous page's `next`."
+            raise NotFound(
+                "There is no page after this: `after` is not a cursor of this list and sort. Use "
+                "the previous page's `next`."
             ) from error
         return tuple(place)
 

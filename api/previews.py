@@ -8,18 +8,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from deltadock.api.access import CallerDep
 from deltadock.api.bases import read_manifest, require_base, require_checkpoint
 from deltadock.api.dependencies import ReadSession, ResourcesDep
-from deltadock.api.problems import problems
-from deltadock.api.schemas import EXAMPLE_DIGEST, Digest, GoalFields
+from deltadock.api.schemas import EXAMPLE_DIGEST, Digest, GoalFields, goal_choices
 from deltadock.artifacts.compatibility import check_same_architecture
+from deltadock.compression.options import METHODS, SIZES
 from deltadock.compression.preview import SizePreview, carried_bytes, preview_size, shapes_of
 from deltadock.errors import (
     ArchitectureMismatch,
     BitsOutOfRange,
     InvalidGoal,
-    InvalidInput,
     NotFound,
     UnknownMethod,
+    refused_by_state,
 )
+from deltadock.problems import problems
 
 router = APIRouter(prefix="/v1/previews", tags=["deltas"])
 
@@ -36,7 +37,10 @@ class PreviewIn(GoalFields):
                     "method": "adamix",
                     "bits": 1.0,
                 }
-            ]
+            ],
+            "anyOf": goal_choices(
+                [method for method in METHODS.values() if not method.imports_adapter], SIZES
+            ),
         }
     )
 
@@ -80,7 +84,11 @@ class PreviewOut(BaseModel):
 @router.post(
     "",
     responses=problems(
-        NotFound, InvalidInput, UnknownMethod, BitsOutOfRange, InvalidGoal, ArchitectureMismatch
+        NotFound,
+        UnknownMethod,
+        BitsOutOfRange,
+        InvalidGoal,
+        by_state=(ArchitectureMismatch, InvalidGoal),
     ),
 )
 def preview_delta(
@@ -92,8 +100,9 @@ def preview_delta(
     checkpoint = require_checkpoint(session, caller.tenant_id, body.checkpoint)
     base = read_manifest(resources.blobs, against.checkpoint_digest)
     tuned = read_manifest(resources.blobs, checkpoint.digest)
-    check_same_architecture(base, tuned)
-    shapes = shapes_of(tuned, base)
-    return PreviewOut.of(
-        preview_size(shapes, body.method, goal, carried=carried_bytes(tuned, base))
-    )
+    with refused_by_state():
+        check_same_architecture(base, tuned)
+        carried = carried_bytes(tuned, base)
+        return PreviewOut.of(
+            preview_size(shapes_of(tuned, base), body.method, goal, carried=carried)
+        )

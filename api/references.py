@@ -10,6 +10,7 @@ from fastapi import Path
 from starlette.convertors import Convertor, register_url_convertor
 
 from deltadock.api.schemas import EXAMPLE_DELTA_ID
+from deltadock.names import REFERENCE_PATTERN
 
 
 class _Reference(Convertor[str]):
@@ -26,15 +27,25 @@ class _PrefixReference(_Reference):
     regex = r"(?:dlt_[a-z0-9]*|(?!dlt_[a-z0-9]*/)[^/]+/[^/]+)"
 
 
+class _File(_Reference):
+    """A path inside an upload; no file's path looks like the routes of its parts."""
+
+    regex = r"(?:(?!.*/parts(?:/[^/]*)?$).+)"
+
+
+register_url_convertor("file", _File())
 register_url_convertor("reference", _Reference())
 register_url_convertor("prefix", _PrefixReference())
 
 DeltaReference = Annotated[
     str,
     Path(
-        max_length=300,
         description="A delta's id, or `project/model` (its default version), `project/model:3` or "
         "`project/model@alias`.",
         examples=[EXAMPLE_DELTA_ID],
+        # Anything else names nothing: a 404, as for names that are free.
+        json_schema_extra={
+            "pattern": rf"^(?:dlt_[a-z0-9]{{1,32}}|(?!dlt_[a-z0-9]*/){REFERENCE_PATTERN})$"
+        },
     ),
 ]

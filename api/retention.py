@@ -7,9 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
-from deltadock.api.problems import problems
 from deltadock.api.schemas import RequestBody
 from deltadock.errors import InvalidInput
+from deltadock.problems import problems
 from deltadock.storage.repositories import RetentionRepository
 
 router = APIRouter(prefix="/v1/projects", tags=["storage"])
@@ -31,7 +31,7 @@ class RetentionIn(RequestBody):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"rule": "ready"}]})
 
-    rule: Rule
+    rule: Rule | None = Field(description="null: the project has none, and the default holds.")
 
 
 class RetentionOut(BaseModel):
@@ -53,18 +53,16 @@ def get_retention(
 
 @router.put("/{project}/retention", responses=problems(InvalidInput))
 def put_retention(
-    project: Project, body: RetentionIn, caller: CallerDep, unit: WriteUnit
+    project: Project, body: RetentionIn, caller: CallerDep, unit: WriteUnit, resources: ResourcesDep
 ) -> RetentionOut:
-    """Set the rule for the fine-tunes of a project.
+    """Set or remove the rule for the fine-tunes of a project.
 
     A fine-tune of several projects is kept as long as any of their rules keeps it; one that a base
     is registered of, or that a job may still need, is always kept.
     """
-    RetentionRepository(unit.session, caller.tenant_id).put(project, body.rule)
-    return RetentionOut(rule=body.rule, is_default=False)
-
-
-@router.delete("/{project}/retention", status_code=204, responses=problems(InvalidInput))
-def delete_retention(project: Project, caller: CallerDep, unit: WriteUnit) -> None:
-    """Remove a project's rule, so that the default holds."""
-    RetentionRepository(unit.session, caller.tenant_id).delete(project)
+    rules = RetentionRepository(unit.session, caller.tenant_id)
+    if body.rule is None:
+        rules.delete(project)
+    else:
+        rules.put(project, body.rule)
+    return get_retention(project, caller, unit.session, resources)

@@ -1,11 +1,26 @@
 """Schemas shared by several domains."""
 
+import re
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Self
+from types import MappingProxyType
+from typing import Annotated, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic.config import JsonDict, JsonValue
 
-from deltadock.compression.options import Goal, GoalKind, MethodInfo, default_method, goal_for
+from deltadock.compression.options import (
+    GOAL_KINDS,
+    MAX_BITS,
+    MAX_KL,
+    MAX_RATIO,
+    METHODS,
+    Goal,
+    GoalKind,
+    MethodInfo,
+    default_method,
+    goal_for,
+)
 from deltadock.storage.models import CheckpointRow
 
 EXAMPLE_DELTA_ID = "dlt_k7wq2mzv5c3xj6nhy4tbr2dfsa"
@@ -22,10 +37,27 @@ Digest = Annotated[
 ]
 
 
-class RequestBody(BaseModel):
-    """Base class of request bodies: unknown fields are an error rather than ignored."""
+_RFC_3339: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d)")
 
-    model_config = ConfigDict(extra="forbid")
+
+def _require_rfc_3339(value: object) -> object:
+    """Refuse the numbers and dates that pydantic reads as times too."""
+    if isinstance(value, datetime) or (isinstance(value, str) and _RFC_3339.fullmatch(value)):
+        return value
+    raise ValueError("must be a time with its offset, such as 2026-11-22T12:00:00Z")
+
+
+Moment = Annotated[AwareDatetime, Strict(False), BeforeValidator(_require_rfc_3339)]
+"""A time in a request, as RFC 3339 writes it."""
+
+
+class RequestBody(BaseModel):
+    """Base class of request bodies: unknown fields are an error, and no type is converted.
+
+    An enumeration in one is `Annotated[..., Strict(False)]`, since JSON has its values as strings.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class CheckpointOut(BaseModel):
@@ -49,39 +81,91 @@ class CheckpointOut(BaseModel):
         )
 
 
-class GoalFields(RequestBody):
-    """Method and goal: at most one goal field; without any, a budget of 1.0 bit.
+# `check_goal` checks these ranges, since its errors are specific.
+_RANGES: Final[Mapping[GoalKind, JsonDict]] = MappingProxyType(
+    {
+        "bits": {"exclusiveMinimum": 0, "maximum": MAX_BITS},
+        "target_bytes": {"minimum": 1},
+        "ratio": {"exclusiveMinimum": 1, "maximum": MAX_RATIO},
+        "max_kl": {"exclusiveMinimum": 0, "maximum": MAX_KL},
+        "min_agreement": {"exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    }
+)
 
-    `check_goal` checks the ranges, since its errors are specific.
-    """
+
+_Budget = tuple[float | None, float | None, tuple[float, ...]]
+
+
+def goal_choices(methods: Collection[MethodInfo], kinds: Sequence[GoalKind]) -> list[JsonValue]:
+    """The `anyOf` of a body with `GoalFields`: which methods take which one of these goals."""
+    by_budget: dict[_Budget, list[MethodInfo]] = {}
+    for method in methods:
+        by_budget.setdefault((method.bits_min, method.bits_max, method.budgets), []).append(method)
+    choices: list[JsonValue] = []
+    for (low, high, budgets), group in by_budget.items():
+        bits: JsonDict = {"type": ["number", "null"], "minimum": low, "maximum": high}
+        if low is None:
+            bits = {"type": "null"}
+        elif budgets:
+            bits = {"enum": [*budgets, None]}
+        choices.append(_choice(group, {"bits": bits}))
+    budgeted = [method for method in methods if method.bits_min is not None]
+    for kind in kinds:
+        if kind != "bits":
+            number = "integer" if kind == "target_bytes" else "number"
+            choices.append(_choice(budgeted, {kind: {"type": number, **_RANGES[kind]}}))
+    return choices
+
+
+def _choice(methods: Sequence[MethodInfo], goal: JsonDict) -> JsonDict:
+    named: JsonDict = {"method": {"enum": [method.name for method in methods]}}
+    no_other: JsonDict = {kind: {"type": "null"} for kind in GOAL_KINDS if kind not in goal}
+    required: list[JsonValue] = [kind for kind in goal if kind != "bits"]
+    if not any(method.default for method in methods):
+        required.append("method")
+    return {"properties": named | goal | no_other, "required": required}
+
+
+class GoalFields(RequestBody):
+    """Method and goal: at most one goal field; without any, a budget of 1.0 bit."""
 
     method: str = Field(
-        default=default_method().name, description="One of GET /v1/methods.", max_length=32
+        default=default_method().name,
+        description="One of GET /v1/methods.",
+        max_length=32,
+        json_schema_extra={"enum": list(METHODS)},
     )
     bits: float | None = Field(
         default=None,
         allow_inf_nan=False,
         description="Bits per compressed weight, for methods that take a budget.",
+        json_schema_extra=_RANGES["bits"],
     )
     target_bytes: int | None = Field(
-        default=None, lt=2**63, description="Maximum bytes of the whole artifact."
+        default=None,
+        lt=2**63,
+        description="Maximum bytes of the whole artifact.",
+        json_schema_extra=_RANGES["target_bytes"],
     )
     ratio: float | None = Field(
         default=None,
         allow_inf_nan=False,
         description="Minimum bf16 checkpoint bytes per artifact byte.",
+        json_schema_extra=_RANGES["ratio"],
     )
     max_kl: float | None = Field(
         default=None,
         allow_inf_nan=False,
         description="Maximum KL divergence to the fine-tune, in nats per held-out token; selects "
         "the smallest artifact that meets it.",
+        json_schema_extra=_RANGES["max_kl"],
     )
     min_agreement: float | None = Field(
         default=None,
         allow_inf_nan=False,
         description="Minimum share of held-out tokens whose most likely next token is the "
         "fine-tune's; selects the smallest artifact that meets it.",
+        json_schema_extra=_RANGES["min_agreement"],
     )
 
     def check_goal(self) -> tuple[MethodInfo, Goal | None]:

@@ -6,8 +6,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from deltadock.api.dependencies import ResourcesDep
-from deltadock.api.problems import problems
 from deltadock.errors import Forbidden
+from deltadock.problems import problems
 from deltadock.storage.collection import Usage, UsageByKind
 
 router = APIRouter(prefix="/v1/storage", tags=["storage"])

@@ -10,9 +10,9 @@ from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.keys import EXAMPLE_TENANT_ID
-from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
+from deltadock.problems import problems
 from deltadock.storage.models import TenantRow
 from deltadock.storage.repositories import TenantRepository, Usage
 

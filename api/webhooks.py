@@ -6,16 +6,16 @@ from datetime import datetime
 from typing import Annotated, Final, Self
 
 from fastapi import APIRouter, Path, Query, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, Strict, TypeAdapter
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.paging import Limit
-from deltadock.api.problems import problems
 from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
 from deltadock.errors import Conflict, IdempotencyKeyReused, InvalidInput, NotFound
+from deltadock.problems import problems
 from deltadock.storage.models import DeliveryRow, DeliveryState, WebhookEvent, WebhookRow
 from deltadock.storage.repositories import WebhookRepository
 
@@ -49,7 +49,7 @@ class WebhookIn(RequestBody):
         Field(max_length=2048, examples=[EXAMPLE_URL], description="http or https."),
         AfterValidator(_check_url),
     ]
-    events: list[WebhookEvent] = Field(
+    events: list[Annotated[WebhookEvent, Strict(False)]] = Field(
         default_factory=lambda: list(WebhookEvent),
         min_length=1,
         max_length=len(WebhookEvent),
@@ -168,7 +168,7 @@ def list_messages(
     webhooks = WebhookRepository(session, caller.tenant_id)
     cursor = None
     if after is not None and (cursor := webhooks.find_delivery(webhook, after)) is None:
-        raise InvalidInput(f"after={after!r} is not a message; use the previous page's `next`.")
+        raise NotFound(f"There is no page after {after!r}; use the previous page's `next`.")
     found = webhooks.deliveries(webhook, limit=limit + 1, after=cursor)
     page = found[:limit]
     return MessagePage(

@@ -9,7 +9,6 @@
     │   │   ├── ArchitectureMismatch    422 architecture_mismatch
     │   │   └── UnchangedCheckpoint     422 unchanged_checkpoint
     │   ├── HashMismatch                422 hash_mismatch
-    │   ├── IdempotencyKeyReused        422 idempotency_key_reused
     │   ├── ContextExceeded             422 context_length_exceeded
     │   ├── UnknownMethod               422 unknown_method
     │   ├── BitsOutOfRange              422 bits_out_of_range
@@ -18,13 +17,16 @@
     │   ├── InvalidAdapter              422 invalid_adapter
     │   ├── InvalidArtifact             422 invalid_artifact
     │   └── UnsupportedModel            422 unsupported_model
+    ├── BadRequest                      400 bad_request
     ├── Unauthorized                    401 unauthorized
     ├── Forbidden                       403 forbidden
     │   └── QuotaExceeded               403 quota_exceeded
     ├── NotFound                        404 not_found
     │   └── ModelNotFound               404 model_not_found
+    ├── MethodNotAllowed                405 method_not_allowed
     ├── Conflict                        409 conflict
     │   ├── BaseMismatch                409 base_mismatch
+    │   ├── IdempotencyKeyReused        409 idempotency_key_reused
     │   └── NotReady                    409 not_ready
     ├── TooLarge                        413 too_large
     ├── RangeNotSatisfiable             416 range_not_satisfiable
@@ -37,18 +39,20 @@
         ├── Overloaded                  429 overloaded
         └── RateLimited                 429 rate_limited
 
-`code` is stable: clients may match on it. `status` is the HTTP status. The message is for people
-and says what to do.
+`code` is stable: clients may match on it. `status` is the HTTP status; an invalid input is a 409
+where only what is stored makes it one (`refused_by_state`). The message is for people and says what
+to do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar
 
 
 class DeltadockError(Exception):
     """Base class of all errors that Deltadock raises deliberately."""
 
-    status: ClassVar[int] = 500
+    status: int = 500
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
 
@@ -111,12 +115,6 @@ class HashMismatch(InvalidInput):
     code = "hash_mismatch"
 
 
-class IdempotencyKeyReused(InvalidInput):
-    """The Idempotency-Key was used for another request."""
-
-    code = "idempotency_key_reused"
-
-
 class ContextExceeded(InvalidInput):
     """Prompt and completion exceed the node's context length."""
 
@@ -165,6 +163,13 @@ class UnsupportedModel(InvalidInput):
     code = "unsupported_model"
 
 
+class BadRequest(DeltadockError):
+    """The request is not HTTP as this service reads it."""
+
+    status = 400
+    code = "bad_request"
+
+
 class Unauthorized(DeltadockError):
     """The request has no valid key or secret."""
 
@@ -198,6 +203,13 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class MethodNotAllowed(DeltadockError):
+    """The path has no such method; the Allow header lists those that it has."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
 class Conflict(DeltadockError):
     """The request conflicts with the current state."""
 
@@ -209,6 +221,12 @@ class BaseMismatch(Conflict):
     """The artifact was compressed against another base."""
 
     code = "base_mismatch"
+
+
+class IdempotencyKeyReused(Conflict):
+    """The Idempotency-Key was used for another request."""
+
+    code = "idempotency_key_reused"
 
 
 class NotReady(Conflict):
@@ -284,6 +302,16 @@ class RateLimited(Unavailable):
 
     status = 429
     code = "rate_limited"
+
+
+@contextmanager
+def refused_by_state() -> Iterator[None]:
+    """Answer 409 to what is invalid only with what is stored, by the code that says why."""
+    try:
+        yield
+    except InvalidInput as error:
+        error.status = Conflict.status
+        raise
 
 
 def error_for(code: str, message: str, **details: object) -> DeltadockError:

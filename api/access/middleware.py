@@ -14,8 +14,8 @@ from deltadock.api.access.caller import Caller
 from deltadock.api.access.rules import CHANGES, INFER, Rule, RuleTable
 from deltadock.api.access.sessions import COOKIE, check_token
 from deltadock.api.dependencies import Resources
-from deltadock.api.problems import problem_response
 from deltadock.errors import DeltadockError, Forbidden, Unauthorized
+from deltadock.problems import error_response
 from deltadock.storage.actor import acting
 from deltadock.storage.models import AuditAction
 from deltadock.storage.repositories.audit import record
@@ -115,7 +115,7 @@ class AccessControl:
 def _refusal(request: Request, rule: Rule, error: DeltadockError) -> Response:
     """The error; on pages, browsers without a session are sent to the sign-in."""
     if not rule.page or not isinstance(error, Unauthorized):
-        return problem_response(request.url.path, error)
+        return error_response(request.url.path, error)
     if "HX-Request" in request.headers:
         return Response(headers={"HX-Redirect": "/sign-in"})
     target = request.url.path + (f"?{request.url.query}" if request.url.query else "")

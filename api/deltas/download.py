@@ -8,8 +8,8 @@ from typing import Any, Final, NamedTuple
 from fastapi import Request, Response
 from starlette.responses import StreamingResponse
 
-from deltadock.api.problems import problems
 from deltadock.errors import NotFound, NotReady, RangeNotSatisfiable
+from deltadock.problems import problems
 from deltadock.storage.blobs import BlobStore
 
 MEDIA_TYPE: Final = "application/octet-stream"

@@ -22,7 +22,6 @@ from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.jobs import describe_jobs
 from deltadock.api.paging import After, Limit
-from deltadock.api.problems import problems
 from deltadock.api.references import DeltaReference
 from deltadock.errors import (
     ArchitectureMismatch,
@@ -38,6 +37,7 @@ from deltadock.errors import (
     UnchangedCheckpoint,
     UnknownMethod,
 )
+from deltadock.problems import problems
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
@@ -57,11 +57,10 @@ router = APIRouter(prefix="/v1/deltas", tags=["deltas"])
             UnknownMethod,
             BitsOutOfRange,
             InvalidGoal,
-            ArchitectureMismatch,
-            UnchangedCheckpoint,
             IdempotencyKeyReused,
             QuotaExceeded,
             RateLimited,
+            by_state=(ArchitectureMismatch, UnchangedCheckpoint, InvalidGoal),
         ),
     },
 )

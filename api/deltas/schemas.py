@@ -4,7 +4,7 @@ import json
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator
 
 from deltadock.api.jobs import EXAMPLE_JOB_ID, JobError, JobOut
 from deltadock.api.schemas import (
@@ -15,12 +15,15 @@ from deltadock.api.schemas import (
     GoalFields,
     GoalOut,
     RequestBody,
+    goal_choices,
 )
 from deltadock.compression.options import (
+    GOAL_KINDS,
     LENGTH,
     MAX_LENGTH,
     MAX_SOURCES,
     MAX_TOKENS,
+    METHODS,
     MIN_LENGTH,
     MIN_TOKENS,
     TOKENS,
@@ -149,7 +152,8 @@ class DeltaIn(GoalFields):
                     "solver": "exact",
                     "calibration": {"source": "text", "digest": EXAMPLE_DIGEST},
                 }
-            ]
+            ],
+            "anyOf": goal_choices(METHODS.values(), GOAL_KINDS),
         }
     )
 
@@ -163,7 +167,7 @@ class DeltaIn(GoalFields):
     solver: Literal["exact", "scip"] = Field(
         default="exact", description="Solver of the bit allocation; both find the same optimum."
     )
-    priority: JobPriority = Field(
+    priority: Annotated[JobPriority, Strict(False)] = Field(
         default=JobPriority.NORMAL, description="Of its job in the queue; changes no result."
     )
     parent: str | None = Field(

@@ -20,7 +20,7 @@ from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.artifacts.compatibility import check_differs, check_same_architecture
 from deltadock.compression.options import SIZES
 from deltadock.compression.preview import carried_bytes, preview_size, shapes_of
-from deltadock.errors import InvalidInput, NotFound, NotReady
+from deltadock.errors import Conflict, NotFound, NotReady, refused_by_state
 from deltadock.names import DEFAULT, parse_reference
 from deltadock.storage.models import BaseRow, DeltaRow, JobState
 from deltadock.storage.repositories import (
@@ -91,7 +91,7 @@ def request_delta(
 
     Raises:
         NotFound: no such base, checkpoint or calibration text.
-        InvalidInput: the method does not fit: an adapter needs 'lora', a whole model another one.
+        Conflict: the method does not fit: an adapter needs 'lora', a whole model another one.
         QuotaExceeded, RateLimited: the tenant may have no more deltas or jobs.
         UnknownMethod, BitsOutOfRange, ArchitectureMismatch.
         InvalidGoal: it is invalid, or no artifact of the method is as small as it asks for.
@@ -109,7 +109,7 @@ def request_delta(
     if is_adapter != method.imports_adapter:
         wanted = "must be 'lora'" if is_adapter else f"cannot be {method.name!r}"
         kind = "a PEFT adapter" if is_adapter else "a whole model, not a PEFT adapter"
-        raise InvalidInput(f"The checkpoint is {kind}: the method {wanted}.")
+        raise Conflict(f"The checkpoint is {kind}: the method {wanted}.")
     is_bound = goal is not None and goal.kind not in SIZES
     calibration = _calibration(
         session, tenant_id, body, needed=method.needs_calibration or is_bound
@@ -117,11 +117,12 @@ def request_delta(
     if not is_adapter:
         before = read_manifest(resources.blobs, base.checkpoint_digest)
         after = read_manifest(resources.blobs, checkpoint.digest)
-        check_same_architecture(before, after)
-        check_differs(before, after)
-        if goal is not None and goal.kind in {"target_bytes", "ratio"}:
-            shapes, carried = shapes_of(after, before), carried_bytes(after, before)
-            preview_size(shapes, method.name, goal, carried=carried)
+        with refused_by_state():
+            check_same_architecture(before, after)
+            check_differs(before, after)
+            if goal is not None and goal.kind in {"target_bytes", "ratio"}:
+                shapes, carried = shapes_of(after, before), carried_bytes(after, before)
+                preview_size(shapes, method.name, goal, carried=carried)
     options = {
         "seed": body.seed,
         "solver": body.solver,
@@ -190,7 +191,7 @@ def page_of_deltas(
     """A page of deltas, and the next page's `after` (None on the last page).
 
     Raises:
-        InvalidInput: `after` is not a cursor of this sort.
+        NotFound: `after` is not a cursor of this sort.
     """
     cursor = _CURSORS[sort]
     found = DeltaRepository(session, tenant_id).page(

@@ -24,7 +24,6 @@ from deltadock.api.generation.schemas import (
     ModelListOut,
     ModelOut,
 )
-from deltadock.api.problems import openai_problems, problems
 from deltadock.api.references import DeltaReference
 from deltadock.api.schemas import EXAMPLE_DELTA_ID
 from deltadock.errors import (
@@ -38,6 +37,7 @@ from deltadock.errors import (
 from deltadock.model_target import ModelTarget
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
+from deltadock.problems import openai_problems, problems
 
 router = APIRouter(tags=["generation"])
 

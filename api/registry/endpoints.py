@@ -10,7 +10,6 @@ from deltadock.api.deltas.schemas import DeltaOut
 from deltadock.api.deltas.service import require_delta, require_ready
 from deltadock.api.dependencies import ReadSession, WriteUnit
 from deltadock.api.paging import After, Limit
-from deltadock.api.problems import problems
 from deltadock.api.references import DeltaReference
 from deltadock.api.registry import service
 from deltadock.api.registry.schemas import (
@@ -24,6 +23,8 @@ from deltadock.api.registry.schemas import (
     Resolved,
 )
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
+from deltadock.names import ALIAS_PATTERN
+from deltadock.problems import problems
 from deltadock.storage.repositories import DeltaRepository, ModelRepository
 
 router = APIRouter(prefix="/v1", tags=["registry"])
@@ -40,7 +41,7 @@ def model_name(
 
 
 Name = Annotated[str, Depends(model_name)]
-Alias = Annotated[str, Path(max_length=64, examples=["prod"])]
+Alias = Annotated[str, Path(examples=["prod"], json_schema_extra={"pattern": ALIAS_PATTERN})]
 
 
 @router.get("/registry", responses=problems(InvalidInput))

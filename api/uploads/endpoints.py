@@ -2,7 +2,7 @@
 
 import asyncio
 from functools import partial
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
@@ -11,10 +11,12 @@ from starlette.concurrency import run_in_threadpool
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
-from deltadock.api.problems import problems
 from deltadock.api.quotas import remaining_bytes
+from deltadock.api.schemas import EXAMPLE_DIGEST
 from deltadock.api.uploads import service
 from deltadock.api.uploads.receive import (
+    CONTENT_DIGEST_PATTERN,
+    HEX_DIGEST_PATTERN,
     announced_digests,
     check_size,
     make_inspector,
@@ -23,6 +25,7 @@ from deltadock.api.uploads.receive import (
 )
 from deltadock.api.uploads.schemas import (
     EXAMPLE_UPLOAD_ID,
+    FILE_PATTERN,
     FileOut,
     FilePartsOut,
     MissingPart,
@@ -36,6 +39,7 @@ from deltadock.artifacts.checkpoint import FileEntry
 from deltadock.errors import (
     Conflict,
     DamagedBlob,
+    Forbidden,
     HashMismatch,
     IdempotencyKeyReused,
     InvalidCalibration,
@@ -49,7 +53,9 @@ from deltadock.errors import (
     Unavailable,
     UnsafeFile,
     error_for,
+    refused_by_state,
 )
+from deltadock.problems import problems
 from deltadock.storage.blobs import PartedFile
 from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 from deltadock.storage.repositories import UploadRepository
@@ -59,17 +65,30 @@ router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 WAIT_SECONDS: Final = 5.0
 """A completion that takes longer is answered with 202, and goes on."""
 
+ListedState = Literal["open", "completing", "complete", "dropped"]
+"""Aborted uploads are gone."""
 UploadId = Annotated[str, Path(examples=[EXAMPLE_UPLOAD_ID])]
-FilePath = Annotated[str, Path(examples=["model.safetensors"])]
+FilePath = Annotated[
+    str,
+    Path(examples=["model.safetensors"], json_schema_extra={"pattern": FILE_PATTERN}),
+]
 PartNumber = Annotated[int, Path(ge=1, le=10_000, examples=[3])]
 ContentDigest = Annotated[
     str | None,
     Header(
         description="RFC 9530; a mismatch is rejected.",
         examples=["sha-256=:n4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is0V1sFbDwCgg=:"],
+        json_schema_extra={"pattern": CONTENT_DIGEST_PATTERN},
     ),
 ]
-ContentSha256 = Annotated[str | None, Header(description="The SHA-256 as 64 hex digits.")]
+ContentSha256 = Annotated[
+    str | None,
+    Header(
+        description="The SHA-256 as 64 hex digits.",
+        examples=[EXAMPLE_DIGEST],
+        json_schema_extra={"pattern": HEX_DIGEST_PATTERN},
+    ),
+]
 
 BINARY_BODY: Final[dict[str, Any]] = {
     "requestBody": {
@@ -92,6 +111,8 @@ BINARY_BODY: Final[dict[str, Any]] = {
         Unavailable,
         IdempotencyKeyReused,
         QuotaExceeded,
+        Forbidden,
+        by_state=(InvalidCheckpoint,),
     ),
 )
 def create_upload(
@@ -110,7 +131,8 @@ def create_upload(
     settings = resources.settings
     files = [FileEntry(file.path, file.size, file.sha256) for file in body.files]
     if body.source is not None:
-        found = source_files(open_source(body.source, settings), body.kind)
+        with refused_by_state():
+            found = source_files(open_source(body.source, settings), body.kind)
         files = [FileEntry(path, size, "") for path, size in found.items()]
     service.check_files(body.kind, files, settings.max_file_bytes)
 
@@ -130,12 +152,12 @@ def create_upload(
     return once.answer(UploadOut, body, response, create)
 
 
-@router.get("", responses=problems(InvalidInput))
+@router.get("", responses=problems(NotFound))
 def list_uploads(
     caller: CallerDep,
     session: ReadSession,
     resources: ResourcesDep,
-    state: Annotated[list[UploadState] | None, Query(description="Any of these states.")] = None,
+    state: Annotated[list[ListedState] | None, Query(description="Any of these states.")] = None,
     after: Annotated[str | None, Query(description="`next` of the previous page.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 50,
 ) -> UploadPage:
@@ -143,8 +165,9 @@ def list_uploads(
     uploads = UploadRepository(session, caller.tenant_id)
     cursor = None
     if after is not None and (cursor := uploads.find(after)) is None:
-        raise InvalidInput(f"after={after!r} is not an upload; use the previous page's `next`.")
-    found = uploads.page(limit=limit + 1, after=cursor, states=state or ())
+        raise NotFound(f"There is no page after {after!r}; use the previous page's `next`.")
+    states = [UploadState(name) for name in state or ()]
+    found = uploads.page(limit=limit + 1, after=cursor, states=states)
     ttl = resources.settings.upload_ttl
     return UploadPage(
         data=[UploadOut.of(upload, ttl) for upload in found[:limit]],
@@ -229,9 +252,10 @@ async def put_part(
         file = service.parts_of(
             resources.database, resources.blobs, caller.tenant_id, upload_id, path
         )
-        size = file.part_size(number)
+        with refused_by_state():  # the file has fewer parts
+            size = file.part_size(number)
         if length.isdecimal() and int(length) != size:
-            raise InvalidInput(f"Part {number} has {size} bytes, and the body {length}.")
+            raise Conflict(f"Part {number} has {size} bytes, and the body {length}.")
         return file
 
     file = await run_in_threadpool(admit)
@@ -240,7 +264,7 @@ async def put_part(
 
 
 @router.put(
-    "/{upload_id}/files/{path:path}",
+    "/{upload_id}/files/{path:file}",
     openapi_extra=BINARY_BODY,
     responses=problems(
         NotFound,
@@ -314,7 +338,10 @@ async def put_file(
             "description": "Its bytes are still being hashed and checked; poll the upload",
         },
         **problems(
-            NotFound, Conflict, HashMismatch, InvalidCheckpoint, InvalidCalibration, DamagedBlob
+            NotFound,
+            Conflict,
+            DamagedBlob,
+            by_state=(HashMismatch, InvalidCheckpoint, MalformedSafetensors, InvalidCalibration),
         ),
     },
 )
@@ -327,16 +354,23 @@ async def complete_upload(
     if that takes more than a few seconds. If a file is not accepted, the upload is open again, with
     its `error`; only that file needs to be sent again.
     """
-    upload = await run_in_threadpool(_complete, resources, caller.tenant_id, upload_id)
+    with refused_by_state():
+        upload = await _complete_soon(resources, caller.tenant_id, upload_id)
+    if upload.state is UploadState.COMPLETING:
+        response.status_code = 202
+    return UploadOut.of(upload, resources.settings.upload_ttl)
+
+
+async def _complete_soon(resources: Resources, tenant_id: str, upload_id: str) -> UploadRow:
+    """The upload, complete unless that takes long; raises why its files are not accepted."""
+    upload = await run_in_threadpool(_complete, resources, tenant_id, upload_id)
     if upload.state is UploadState.COMPLETING:
         work = asyncio.wrap_future(resources.completer.submit(upload_id))
         await asyncio.wait([work], timeout=WAIT_SECONDS)
-        upload = await run_in_threadpool(_find, resources, caller.tenant_id, upload_id)
+        upload = await run_in_threadpool(_find, resources, tenant_id, upload_id)
         if upload.state is UploadState.OPEN and (reason := upload.error):
             raise error_for(reason["code"], reason["message"], file=reason["file"])
-        if upload.state is UploadState.COMPLETING:
-            response.status_code = 202
-    return UploadOut.of(upload, resources.settings.upload_ttl)
+    return upload
 
 
 def _complete(resources: Resources, tenant_id: str, upload_id: str) -> UploadRow:

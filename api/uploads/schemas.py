@@ -3,14 +3,19 @@
 from datetime import datetime, timedelta
 from typing import Annotated, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
+from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
 from deltadock.storage.blobs.parts import is_parted, part_bytes_for
 from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 
 EXAMPLE_UPLOAD_ID: Final = "upl_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 MAX_FILES: Final = 2_000
+
+_SUFFIXES: Final = "|".join(sorted(s.removeprefix(".") for s in KNOWN_SUFFIXES | {".jsonl"}))
+FILE_PATTERN: Final = rf"^(?:[^./\\][^/\\]*/)*[^./\\][^/\\]*\.(?:{_SUFFIXES})$"
+"""Of the paths of files, roughly; what is not a file of a checkpoint or a text is refused."""
 
 Size = Annotated[int, Field(ge=0, lt=2**63, description="Bytes.", examples=[4_194_304])]
 
@@ -18,7 +23,9 @@ Size = Annotated[int, Field(ge=0, lt=2**63, description="Bytes.", examples=[4_19
 class FileIn(RequestBody):
     """A file that is going to be sent."""
 
-    path: str = Field(examples=["model.safetensors"], max_length=255)
+    path: str = Field(
+        examples=["model.safetensors"], max_length=255, json_schema_extra={"pattern": FILE_PATTERN}
+    )
     size: Size
     sha256: Digest
 
@@ -38,7 +45,7 @@ class UploadIn(RequestBody):
         }
     )
 
-    kind: UploadKind
+    kind: Annotated[UploadKind, Strict(False)]
     files: list[FileIn] = Field(
         default=[],
         max_length=MAX_FILES,
@@ -48,6 +55,7 @@ class UploadIn(RequestBody):
     source: str | None = Field(
         default=None,
         max_length=1000,
+        pattern=r"^(?:file:///|s3://[^/]|hf://[^/@]+/[^/@]+(?:@.|$))",
         description="Instead of files, a place that the server reads them from, if its operator "
         "allows it: `file:///folder`, `s3://bucket/prefix` or `hf://org/name@revision`. The upload "
         "completes by itself.",

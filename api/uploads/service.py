@@ -60,11 +60,14 @@ def require_upload(
     """The upload with this id.
 
     Raises:
-        NotFound: there is none.
+        NotFound: there is none, or it was aborted.
     """
     upload = UploadRepository(session, tenant_id).find(upload_id, lock=lock)
-    if upload is None:
-        raise NotFound(f"There is no upload {upload_id!r}.")
+    if upload is None or upload.state is UploadState.ABORTED:
+        raise NotFound(
+            f"There is no upload {upload_id!r}; an unfinished one is removed when it is aborted, "
+            "or after a while without activity."
+        )
     return upload
 
 
@@ -256,9 +259,10 @@ def stored_row(upload_id: str, file: FileEntry, tensors: list[TensorEntry]) -> U
 
 
 def abort_upload(session: Session, tenant_id: str, upload_id: str) -> None:
-    """Abort an upload; idempotent.
+    """Abort an upload.
 
     Raises:
+        NotFound: there is none, or it was aborted.
         Conflict: it is complete.
     """
     upload = require_upload(session, tenant_id, upload_id, lock=True)
@@ -296,15 +300,13 @@ def complete_upload(
     If files arrived in parts, their bytes must be hashed first: the upload is then `completing`.
 
     Raises:
-        Conflict: the upload was aborted.
+        NotFound: there is no such upload.
         InvalidCheckpoint: the checkpoint is incomplete or invalid; the upload stays open.
         InvalidCalibration: there is no text.
     """
     upload = require_upload(session, tenant_id, upload_id, lock=True)
     if upload.state in {UploadState.COMPLETE, UploadState.COMPLETING}:
         return upload
-    if upload.state is UploadState.ABORTED:
-        raise Conflict(f"Upload {upload_id} was aborted; start a new one.")
     if upload.source is None and all(file.stored for file in upload.files):
         finish_upload(session, blobs, upload)
     else:

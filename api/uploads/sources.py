@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from deltadock.artifacts.checkpoint import SHARD_INDEX, list_folder, model_files
-from deltadock.errors import InvalidInput, NotFound, TooLarge, Unavailable
+from deltadock.errors import Forbidden, InvalidInput, NotFound, TooLarge, Unavailable
 from deltadock.settings import Settings
 from deltadock.storage.blobs.port import CHUNK_BYTES
 from deltadock.storage.models import UploadKind
@@ -44,18 +44,17 @@ def open_source(uri: str, settings: Settings) -> Source:
     """The source that a URI names, if the operator allows it; connects to nothing yet.
 
     Raises:
-        InvalidInput: it is not allowed, or no source.
+        Forbidden: it is not allowed.
+        InvalidInput: it is no source.
     """
-    if not uri.isprintable():
-        raise InvalidInput(f"{uri!r} is no source.")
     scheme, separator, place = uri.partition("://")
     allowed = [
         entry.removeprefix(f"{scheme}://").rstrip("/")
         for entry in settings.import_sources
         if entry.startswith(f"{scheme}://")
     ]
-    if not separator or not allowed:
-        raise InvalidInput(
+    if not separator or not allowed or not uri.isprintable():
+        raise Forbidden(
             f"Imports from {uri!r} are not allowed here. The operator can allow places by "
             "DELTADOCK_IMPORT_SOURCES; otherwise upload the files."
         )
@@ -89,8 +88,8 @@ def _is_below(place: str, allowed: str) -> bool:
     return not allowed or place == allowed or place.startswith(f"{allowed}/")
 
 
-def _not_allowed(uri: str) -> InvalidInput:
-    return InvalidInput(
+def _not_allowed(uri: str) -> Forbidden:
+    return Forbidden(
         f"Imports from {uri!r} are not allowed here: it is outside every place that the operator "
         "lists in DELTADOCK_IMPORT_SOURCES."
     )
@@ -103,7 +102,7 @@ class FolderSource:
         self._uri = uri
         self._allowed = [entry.resolve() for entry in allowed]
         if not place.is_absolute() or ".." in place.parts:
-            raise InvalidInput(f"{uri!r} is not an absolute path; write file:///folder.")
+            raise _not_allowed(uri)
         self._place = place
         self._check(place)
 
@@ -160,7 +159,7 @@ class S3Source:
         self._prefix = prefix.rstrip("/")
         self._uri = uri
         if settings.blob_store == "s3" and self._bucket == settings.s3_bucket:
-            raise InvalidInput("Deltadock's own bucket, which all tenants share, is no source.")
+            raise Forbidden("Deltadock's own bucket, which all tenants share, is no source.")
         self._client = make_client(settings, settings.s3_endpoint_url)
         self._keys: dict[str, str] = {}
 

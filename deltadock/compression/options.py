@@ -161,7 +161,7 @@ def default_method() -> MethodInfo:
 Solver = Literal["exact", "scip"]
 GoalKind = Literal["bits", "target_bytes", "ratio", "max_kl", "min_agreement"]
 GOAL_KINDS: Final[tuple[GoalKind, ...]] = get_args(GoalKind)
-SIZES: Final = ("bits", "target_bytes", "ratio")
+SIZES: Final[tuple[GoalKind, ...]] = ("bits", "target_bytes", "ratio")
 """Goals that determine the artifact's size in advance."""
 
 DEFAULT_BITS: Final = 1.0

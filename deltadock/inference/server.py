@@ -5,7 +5,7 @@ Run it with `deltadock node`, or `python -m deltadock.inference.server`.
 
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Final
 
@@ -13,11 +13,14 @@ import typer
 import uvicorn
 from fastapi import FastAPI
 
+from deltadock.body_limit import BodyLimit
+from deltadock.description import DescribedApp, Schema
+from deltadock.errors import DeltadockError, InvalidInput, TooLarge, Unauthorized, Unavailable
 from deltadock.inference.http import endpoints
-from deltadock.inference.http.errors import install_error_handlers
 from deltadock.inference.metrics import NodeCollector
 from deltadock.inference.node import InferenceNode
 from deltadock.logs import configure_logging
+from deltadock.problems import install_error_handlers
 from deltadock.settings import Settings, get_settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
 from deltadock.tracing import configure_tracing, telemetry
@@ -38,17 +41,30 @@ def create_app(settings: Settings | None = None, blobs: BlobStore | None = None)
         yield
         await node.stop()
 
-    app = FastAPI(
+    app = DescribedApp(
         title="Deltadock inference node",
         version=__version__,
+        summary="OpenAI's routes for one base and its deltas, and routes for operators.",
         lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,
+        errors_of=_common_errors,
         telemetry=telemetry(),
     )
     app.state.node = node
-    install_error_handlers(app, node.metrics)
+    install_error_handlers(app, lambda code: node.metrics.requests.labels(code).inc())
+    app.add_middleware(BodyLimit)
     for router in (endpoints.openai, endpoints.deltas, endpoints.health):
         app.include_router(router)
     return app
+
+
+def _common_errors(_method: str, path: str, operation: Schema) -> Iterator[type[DeltadockError]]:
+    """The errors that an operation may answer by what it requires and takes."""
+    if path.startswith("/v1/"):
+        yield Unauthorized
+    if "requestBody" in operation:
+        yield TooLarge
+    yield from (InvalidInput, DeltadockError, Unavailable)
 
 
 class NodeServer(uvicorn.Server):

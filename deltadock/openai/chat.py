@@ -1,6 +1,6 @@
 """OpenAI's chat completions: request, response and stream."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -11,13 +11,17 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from deltadock.openai.fields import (
+    OFF,
+    ONE_GRAMMAR,
     Ignored,
     MaxTokens,
     SamplingFields,
     Unsupported,
     Usage,
+    excluding,
     field_error,
     reported_as,
 )
@@ -58,10 +62,29 @@ Content = Annotated[
 ]
 
 
+_EMPTY: Final[JsonDict] = {
+    "anyOf": [
+        {"enum": [None, False, 0, ""]},
+        {"type": "array", "maxItems": 0},
+        {"type": "object", "maxProperties": 0},
+    ]
+}
+
+
 class Message(BaseModel):
     """One turn of a conversation. Text parts are joined by line breaks."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"role": {"const": "assistant"}}},
+                {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
+            ],
+            "additionalProperties": _EMPTY,
+        },
+    )
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = Field(
@@ -116,7 +139,26 @@ class ChatRequest(SamplingFields):
                     "messages": [{"role": "user", "content": "What is 17 + 25?"}],
                     "max_completion_tokens": 8,
                 }
-            ]
+            ],
+            "allOf": [
+                ONE_GRAMMAR,
+                excluding({"add_generation_prompt": OFF}, {"continue_final_message": OFF}),
+                {
+                    "anyOf": [
+                        {"properties": {"top_logprobs": {"enum": [None, 0]}}},
+                        {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+                    ]
+                },
+                {
+                    "anyOf": [
+                        {"properties": {"tool_choice": {"not": {"const": "required"}}}},
+                        {
+                            "properties": {"tools": {"type": "array", "minItems": 1}},
+                            "required": ["tools"],
+                        },
+                    ]
+                },
+            ],
         }
     )
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from deltadock.openai.fields import SamplingFields, Unsupported, Usage, field_error
+from deltadock.openai.fields import ONE_GRAMMAR, SamplingFields, Unsupported, Usage, field_error
 
 MAX_PROMPTS: Final = 64
 PROMPT_TYPES: Final = (
@@ -46,9 +46,11 @@ def _is_token(part: Any) -> bool:
     return isinstance(part, int) and not isinstance(part, bool)
 
 
-Tokens = Annotated[list[int], Field(min_length=1)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Many = Field(min_length=1, max_length=MAX_PROMPTS)
 Prompt = Annotated[
-    str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)],
+    str | Tokens | Annotated[list[str], Many] | Annotated[list[Tokens], Many],
     BeforeValidator(_check_prompt),
 ]
 
@@ -68,12 +70,13 @@ class CompletionRequest(SamplingFields):
                     "prompt": "17 + 25 =",
                     "max_tokens": 8,
                 }
-            ]
+            ],
+            "allOf": [ONE_GRAMMAR],
         }
     )
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
     suffix: Unsupported[Literal[""]] = None

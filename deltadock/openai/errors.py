@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from deltadock.errors import DeltadockError, ModelNotFound, NotFound
 from deltadock.openai.fields import FIELD_ERROR
 
 
@@ -29,6 +30,15 @@ class ErrorBody(BaseModel):
         if status == 429:
             kind = "rate_limit_error"
         return cls(error=ErrorDetail(message=message, type=kind, param=param, code=code))
+
+    @classmethod
+    def of_error(cls, error: DeltadockError) -> "ErrorBody":
+        """The body for an error, whose detail `param` names the field; a 404 is the model's."""
+        param, code = error.details.get("param"), error.code
+        if code == NotFound.code:
+            param, code = "model", ModelNotFound.code
+        named = None if param is None else str(param)
+        return cls.of(openai_status(error.status), code, error.message, named)
 
 
 def openai_status(status: int) -> int:

@@ -1,6 +1,7 @@
 """Fields of OpenAI's requests with their bounds, and what completions and chat share."""
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import (
@@ -13,6 +14,7 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
+from pydantic.config import JsonDict, JsonValue
 from pydantic_core import PydanticCustomError
 
 FIELD_ERROR: Final = "field_error"
@@ -50,14 +52,17 @@ ModelName = Annotated[
         description="A delta's id, project/model, project/model:version, or a base's name or id.",
     ),
 ]
-MaxTokens = Annotated[int, Field(ge=1)]
+MaxTokens = Annotated[int, Field(ge=1, lt=2**31)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 LogitBias = Annotated[
-    Annotated[dict[TokenId, Bias], Field(max_length=300)],
+    Annotated[
+        dict[TokenId, Bias],
+        Field(max_length=300, json_schema_extra={"additionalProperties": False}),
+    ],
     reported_as("must map at most 300 token ids in decimal digits to numbers from -100 to 100."),
 ]
 """Limited in number, since biases are added at every token while other sequences wait."""
@@ -128,6 +133,23 @@ ResponseFormat = Annotated[
 ]
 
 
+NULL: Final[JsonDict] = {"type": "null"}
+OFF: Final[JsonDict] = {"enum": [None, False]}
+
+
+def excluding(*fields: Mapping[str, JsonValue]) -> JsonDict:
+    """The JSON schema of objects in which at most one of these is set.
+
+    Each maps the name of a field to the schema of what does not count as setting it.
+    """
+    unset = {name: schema for field in fields for name, schema in field.items()}
+    choices: list[JsonValue] = [
+        {"properties": {name: schema for name, schema in unset.items() if name != allowed}}
+        for allowed in unset
+    ]
+    return {"anyOf": choices}
+
+
 class StreamOptions(BaseModel):
     """What a stream contains besides text."""
 
@@ -142,12 +164,12 @@ class SamplingFields(BaseModel):
     extend OpenAI's request, with vLLM's meaning. `guided_grammar` is in EBNF, with a rule `root`.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: ModelName
     temperature: Temperature | None = None
     top_p: TopP | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -189,6 +211,13 @@ class SamplingFields(BaseModel):
     def answers(self) -> int:
         """Number of answers per prompt."""
         return self.n or 1
+
+
+ONE_GRAMMAR: Final = excluding(
+    {"response_format": {"anyOf": [NULL, {"properties": {"type": {"const": "text"}}}]}},
+    *({name: NULL} for name in GUIDED),
+)
+"""Describes what `_one_grammar` checks."""
 
 
 class Usage(BaseModel):

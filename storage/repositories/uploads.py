@@ -88,7 +88,10 @@ class UploadRepository:
     def page(
         self, *, limit: int, after: UploadRow | None = None, states: Collection[UploadState] = ()
     ) -> Sequence[UploadRow]:
-        """Up to `limit` uploads, newest first, that follow `after`; files without tensors."""
+        """Up to `limit` uploads, newest first, that follow `after`; files without tensors.
+
+        Of these states, or of all but aborted.
+        """
         query = (
             select(UploadRow)
             .options(
@@ -101,6 +104,8 @@ class UploadRepository:
         )
         if states:
             query = query.where(UploadRow.state.in_(states))
+        else:
+            query = query.where(UploadRow.state != UploadState.ABORTED)
         if after is not None:
             place = tuple_(UploadRow.created_at, UploadRow.id)
             query = query.where(place < (after.created_at, after.id))

@@ -27,19 +27,19 @@ def test_an_uploaded_adapter_is_a_checkpoint_with_its_own_model_type(api: Api) -
 def test_an_adapter_cannot_be_a_base(api: Api) -> None:
     body = {"name": "tiny", "checkpoint": upload_adapter(api)["digest"]}
     answer = api.client.post("/v1/bases", json=body)
-    assert answer.status_code == 422
+    assert answer.status_code == 409
     assert "not a whole model" in answer.json()["detail"]
 
 
 def test_lora_imports_adapters_only_and_other_methods_reject_them(api: Api) -> None:
     whole = api.delta_body(method="lora", bits=None, calibration=None)
     answer = api.client.post("/v1/deltas", json=whole)
-    assert answer.status_code == 422
+    assert answer.status_code == 409
     assert "not a PEFT adapter" in answer.json()["detail"]
 
     adapter = whole | {"checkpoint": upload_adapter(api)["digest"]}
     answer = api.client.post("/v1/deltas", json=adapter | {"method": "adamix", "bits": 1.0})
-    assert answer.status_code == 422
+    assert answer.status_code == 409
     assert "must be 'lora'" in answer.json()["detail"]
 
     answer = api.client.post("/v1/deltas", json=adapter)
@@ -52,7 +52,7 @@ def test_an_adapter_config_that_is_not_an_object_is_rejected(api: Api) -> None:
     api.put(upload, "adapter_config.json", b"[1]")
     api.put(upload, "adapter_model.safetensors", save({"a": np.ones(1)}))
     answer = api.client.post(f"/v1/uploads/{upload}/complete")
-    assert answer.status_code == 422
+    assert answer.status_code == 409
     assert "adapter_config.json is not a JSON object" in answer.json()["detail"]
 
 

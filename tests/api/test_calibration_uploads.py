@@ -29,7 +29,7 @@ def test_rejected_calibration_texts_are_not_stored(api: Api, path: str, data: by
     assert api.staged() == []
     assert api.blobs() == set()
     answer = api.client.post(f"/v1/uploads/{upload}/complete")
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_calibration")
+    assert (answer.status_code, answer.json()["code"]) == (409, "invalid_calibration")
 
 
 def test_a_calibration_text_over_the_limit_is_413(

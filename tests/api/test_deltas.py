@@ -136,15 +136,15 @@ def test_invalid_requests_create_no_delta(
         ({"bits": 9}, 422, "bits_out_of_range"),
         ({"ratio": 10.0}, 422, "invalid_goal"),
         ({"bits": None, "ratio": 0.5}, 422, "invalid_goal"),
-        ({"bits": None, "ratio": 100_000}, 422, "invalid_goal"),
-        ({"bits": None, "target_bytes": 10}, 422, "invalid_goal"),
-        ({"checkpoint": api.base()}, 422, "unchanged_checkpoint"),
+        ({"bits": None, "ratio": 100_000}, 409, "invalid_goal"),
+        ({"bits": None, "target_bytes": 10}, 409, "invalid_goal"),
+        ({"checkpoint": api.base()}, 409, "unchanged_checkpoint"),
         ({"bits": None, "target_bytes": 0}, 422, "invalid_goal"),
         ({"bits": None, "target_bytes": 1.5}, 422, "invalid_input"),
         ({"bits": None, "max_kl": -1}, 422, "invalid_goal"),
         ({"bits": None, "min_agreement": 99}, 422, "invalid_goal"),
         ({"method": "exact"}, 422, "bits_out_of_range"),
-        ({"method": "lora", "bits": None}, 422, "invalid_input"),
+        ({"method": "lora", "bits": None}, 409, "conflict"),
         ({"bits": "many"}, 422, "invalid_input"),
         ({"name": "no-project"}, 422, "invalid_input"),
         ({"name": "a/b/c"}, 422, "invalid_input"),
@@ -244,7 +244,7 @@ def test_a_digest_of_another_blob_is_not_a_calibration_text(api: Api) -> None:
 def test_another_architecture_is_rejected(api: Api, data: bytes, named: str) -> None:
     body = api.delta_body() | {"checkpoint": api.checkpoint(data)}
     answer = api.client.post("/v1/deltas", json=body)
-    assert (answer.status_code, answer.json()["code"]) == (422, "architecture_mismatch")
+    assert (answer.status_code, answer.json()["code"]) == (409, "architecture_mismatch")
     assert named in answer.json()["detail"]
 
 
@@ -275,7 +275,7 @@ def test_deltas_are_paginated(api: Api) -> None:
     pages = [[delta["id"] for delta in page["data"]] for page in (first, second, third)]
     assert pages == [ids[4:2:-1], ids[2:0:-1], ids[:1]]
     assert third["next"] is None
-    assert api.client.get("/v1/deltas", params={"after": "dlt_x"}).status_code == 422
+    assert api.client.get("/v1/deltas", params={"after": "dlt_x"}).status_code == 404
     assert api.client.get("/v1/deltas", params={"limit": 0}).status_code == 422
 
 

@@ -52,8 +52,8 @@ def test_a_size_becomes_a_budget(api: Api) -> None:
 @pytest.mark.parametrize(
     ("change", "status", "code"),
     [
-        ({"max_kl": 0.01}, 422, "invalid_goal"),
-        ({"ratio": 500.0}, 422, "invalid_goal"),
+        ({"max_kl": 0.01}, 409, "invalid_goal"),
+        ({"ratio": 500.0}, 409, "invalid_goal"),
         ({"bits": 1.0, "ratio": 2.0}, 422, "invalid_goal"),
         ({"bits": 99.0}, 422, "bits_out_of_range"),
         ({"method": "zip"}, 422, "unknown_method"),
@@ -72,4 +72,4 @@ def test_invalid_preview_requests_are_rejected(
 def test_another_architecture_is_rejected(api: Api) -> None:
     body = request_body(api) | {"checkpoint": api.checkpoint(weights(1, rows=9))}
     answer = api.client.post("/v1/previews", json=body)
-    assert (answer.status_code, answer.json()["code"]) == (422, "architecture_mismatch")
+    assert (answer.status_code, answer.json()["code"]) == (409, "architecture_mismatch")

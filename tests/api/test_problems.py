@@ -11,9 +11,9 @@ import pytest
 from sqlalchemy import text
 
 from deltadock.api.main import app, create_app
-from deltadock.api.middleware import MAX_BODY_BYTES
-from deltadock.api.problems import FORMS
+from deltadock.body_limit import MAX_BODY_BYTES
 from deltadock.errors import DeltadockError, Overloaded
+from deltadock.problems import FORMS
 from deltadock.settings import Settings
 from tests.api.support import Api, bearer, issue_key, serving
 

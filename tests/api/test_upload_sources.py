@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from deltadock.api.uploads.sources import open_source, source_files
-from deltadock.errors import DeltadockError, InvalidInput, NotFound
+from deltadock.errors import DeltadockError, Forbidden, InvalidInput, NotFound
 from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
 from deltadock.storage.models import UploadKind
@@ -82,24 +82,25 @@ def test_nothing_leads_out_of_the_allowed_folder(
     (folder / "sneaky").mkdir()
     (folder / "sneaky" / "config.json").symlink_to(secret / "config.json")
     (folder / "sneaky" / "model.safetensors").write_bytes(FILES["model.safetensors"])
+    codes = {403: "forbidden", 422: "invalid_input"}
     for source, status in (
-        (f"file://{secret}", 422),
-        (f"file://{folder}/../models-private", 422),
-        (f"file://{folder}/way-out", 422),
-        (f"file://{folder}/sneaky", 422),
-        (f"file://{folder}/loop", 422),
+        (f"file://{secret}", 403),
+        (f"file://{folder}/../models-private", 403),
+        (f"file://{folder}/way-out", 403),
+        (f"file://{folder}/sneaky", 403),
+        (f"file://{folder}/loop", 403),
         (f"file://{folder}/%2e%2e/models-private", 404),
-        ("file:///", 422),
-        ("file:///etc", 422),
-        ("file:///proc/self", 422),
+        ("file:///", 403),
+        ("file:///etc", 403),
+        ("file:///proc/self", 403),
         ("file://localhost/etc", 422),
         (f"FILE://{folder}", 422),
         (str(folder), 422),
-        ("s3://models/tuned", 422),
-        ("hf://org/name", 422),
+        ("s3://models/tuned", 403),
+        ("hf://org/name", 403),
         ("http://127.0.0.1/", 422),
         (f"file://{folder}/absent", 404),
-        (f"file://{folder}/a\0b", 422),
+        (f"file://{folder}/a\0b", 403),
         ("", 422),
     ):
         with subtests.test(source=source):
@@ -108,7 +109,7 @@ def test_nothing_leads_out_of_the_allowed_folder(
             assert answer.status_code == status, answer.text
             # Outside, an answer does not tell what exists.
             if "absent" not in source and "%2e" not in source:
-                assert answer.json()["code"] == "invalid_input"
+                assert answer.json()["code"] == codes[status]
     both = {"kind": "checkpoint", "source": f"file://{folder}/tuned", "files": [
         {"path": "config.json", "size": 1, "sha256": "0" * 64}]}  # fmt: skip
     assert api.client.post("/v1/uploads", json=both).status_code == 422
@@ -121,7 +122,7 @@ def test_a_link_that_is_placed_after_the_check_is_not_followed(folder: Path) -> 
     sizes = source_files(source, UploadKind.CHECKPOINT)
     (folder / "tuned" / "config.json").unlink()
     (folder / "tuned" / "config.json").symlink_to(folder.parent / "models-private/config.json")
-    with pytest.raises(InvalidInput):
+    with pytest.raises(Forbidden):
         list(source.read("config.json", sizes["config.json"]))
     (folder / "tuned" / "config.json").unlink()
     os.mkfifo(folder / "tuned" / "config.json")
@@ -130,7 +131,7 @@ def test_a_link_that_is_placed_after_the_check_is_not_followed(folder: Path) -> 
 
 
 def test_imports_are_off_by_default(folder: Path) -> None:
-    with pytest.raises(InvalidInput, match="DELTADOCK_IMPORT_SOURCES"):
+    with pytest.raises(Forbidden, match="DELTADOCK_IMPORT_SOURCES"):
         open_source(f"file://{folder}", Settings(import_sources=[]))
 
 
@@ -154,9 +155,9 @@ def test_s3_prefixes_are_imported(
     assert source_files(text, UploadKind.CALIBRATION) == {"text.txt": len(TEXT)}
     assert b"".join(text.read("text.txt", len(TEXT))) == TEXT
     refusals: list[tuple[str, type[DeltadockError]]] = [
-        ("s3://deltadock/models-private", InvalidInput),
-        ("s3://deltadock", InvalidInput),
-        ("s3://own/blobs", InvalidInput),  # of every tenant
+        ("s3://deltadock/models-private", Forbidden),
+        ("s3://deltadock", Forbidden),
+        ("s3://own/blobs", Forbidden),  # of every tenant
         ("s3://deltadock/models/absent", NotFound),
     ]
     for uri, error in refusals:
@@ -254,7 +255,7 @@ class TestHub:
 
         assert create("hf://org/absent")[0] == 404
         assert create("hf://org")[0] == 422
-        assert create("hf://organisation/tuned")[0] == 422
+        assert create("hf://organisation/tuned")[0] == 403
         from huggingface_hub import constants
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

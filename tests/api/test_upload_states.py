@@ -19,7 +19,7 @@ from hypothesis.stateful import run_state_machine_as_test as run
 from deltadock.api.uploads import service
 from deltadock.api.uploads.completion import Completer
 from deltadock.artifacts.checkpoint import FileEntry
-from deltadock.errors import Conflict, HashMismatch, InvalidInput
+from deltadock.errors import Conflict, DeltadockError, HashMismatch, InvalidInput, NotFound
 from deltadock.settings import Settings
 from deltadock.storage.blobs import parts
 from deltadock.storage.blobs.local import LocalBlobStore
@@ -76,9 +76,16 @@ class Uploads(RuleBasedStateMachine):
         self.database.dispose()
         shutil.rmtree(self.home)
 
+    @property
+    def refusal(self) -> type[DeltadockError]:
+        """What a request gets that the upload's state does not allow."""
+        return NotFound if self.state is UploadState.ABORTED else Conflict
+
     def row(self) -> UploadRow:
         with self.database.read_scope() as session:
-            return service.require_upload(session, LOCAL_TENANT, self.id)
+            row = UploadRepository(session, LOCAL_TENANT).find(self.id)
+            assert row is not None
+            return row
 
     @initialize(wrong=st.sampled_from([None, None, 1, 3]), sent=st.sampled_from([1, 3, 4, 4, 4]))
     def begin(self, wrong: int | None, sent: int) -> None:
@@ -102,7 +109,7 @@ class Uploads(RuleBasedStateMachine):
             record()
             self.config = True
         else:
-            with pytest.raises(Conflict):
+            with pytest.raises(self.refusal):
                 record()
 
     @rule(number=st.integers(1, COUNT), right=st.booleans(), whole=st.booleans())
@@ -118,7 +125,7 @@ class Uploads(RuleBasedStateMachine):
                 writer.commit()
 
         if self.state is not UploadState.OPEN or self.weights or self.sealed:
-            with pytest.raises(Conflict):
+            with pytest.raises(self.refusal):
                 send()
         elif whole:
             send()
@@ -139,7 +146,7 @@ class Uploads(RuleBasedStateMachine):
 
         here = self.config and (self.weights or len(self.arrived) == COUNT)
         if self.state is UploadState.ABORTED or (self.state is UploadState.OPEN and not here):
-            with pytest.raises(Conflict):
+            with pytest.raises(self.refusal):
                 ask()
             return
         ask()
@@ -182,8 +189,8 @@ class Uploads(RuleBasedStateMachine):
                 service.abort_upload(session, LOCAL_TENANT, self.id)
             service.drop_parts(self.blobs, self.id)
 
-        if self.state is UploadState.COMPLETE:
-            with pytest.raises(Conflict):
+        if self.state in {UploadState.COMPLETE, UploadState.ABORTED}:
+            with pytest.raises(self.refusal):
                 stop()
         else:
             stop()

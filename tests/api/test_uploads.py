@@ -220,7 +220,7 @@ def test_an_incomplete_checkpoint_stays_open(
     for path, data in files.items():
         assert api.put(upload, path, data).status_code == 200
     answer = api.client.post(f"/v1/uploads/{upload}/complete")
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_checkpoint")
+    assert (answer.status_code, answer.json()["code"]) == (409, "invalid_checkpoint")
     assert message in answer.json()["detail"]
     assert api.client.get(f"/v1/uploads/{upload}").json()["state"] == "open"
 
@@ -264,13 +264,17 @@ def test_a_concurrent_put_and_complete_are_consistent(api: Api) -> None:
 def test_closed_uploads_accept_no_files(api: Api) -> None:
     complete = api.upload("calibration", {"text.txt": TEXT})["id"]
     aborted = api.open_upload()
-    assert api.client.delete(f"/v1/uploads/{aborted}").status_code == 204
-    assert api.client.delete(f"/v1/uploads/{aborted}").status_code == 204
-    for upload in (complete, aborted):
-        assert api.put(upload, "text.txt", TEXT).json()["code"] == "conflict"
+    url = f"/v1/uploads/{aborted}"
+    assert api.client.delete(url).status_code == 204
+    assert api.put(complete, "text.txt", TEXT).json()["code"] == "conflict"
     assert api.client.delete(f"/v1/uploads/{complete}").status_code == 409
-    assert api.client.post(f"/v1/uploads/{aborted}/complete").status_code == 409
-    assert api.client.get(f"/v1/uploads/{aborted}").json()["state"] == "aborted"
+    for answer in (
+        api.put(aborted, "text.txt", TEXT),
+        api.client.post(f"{url}/complete"),
+        api.client.get(url),
+        api.client.delete(url),
+    ):
+        assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
 
 
 def test_unknown_uploads_are_not_found(api: Api) -> None:
@@ -310,5 +314,5 @@ def test_the_error_names_folders_with_weights(api: Api) -> None:
     for step in (5, 20):
         api.put(upload, f"checkpoint-{step}/model.safetensors", weights())
     answer = api.client.post(f"/v1/uploads/{upload}/complete")
-    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_checkpoint")
+    assert (answer.status_code, answer.json()["code"]) == (409, "invalid_checkpoint")
     assert "such as 'checkpoint-20'" in answer.json()["detail"]

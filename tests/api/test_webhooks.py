@@ -68,7 +68,7 @@ def test_a_request_with_the_same_key_gets_the_first_answer(api: Api) -> None:
         assert again.headers.get("Location") == first.headers.get("Location")
         # The key belongs to the path above; on the next one it is another request.
         other = send(api, "/v1/uploads", {"kind": "calibration"}, "one")
-        assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
+        assert (other.status_code, other.json()["code"]) == (409, "idempotency_key_reused")
         with api.resources.database.session_scope() as session:
             row = session.get(IdempotencyRow, (LOCAL_TENANT, "one"))
             assert row is not None

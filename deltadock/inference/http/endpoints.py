@@ -10,18 +10,45 @@ from fastapi.sse import EventSourceResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from deltadock.errors import Cancelled, InvalidInput, Unavailable
+from deltadock.errors import (
+    BaseMismatch,
+    Cancelled,
+    Conflict,
+    ContextExceeded,
+    DamagedBlob,
+    InvalidArtifact,
+    InvalidInput,
+    ModelNotFound,
+    NotFound,
+    NotReady,
+    Overloaded,
+    StorageFull,
+    Unavailable,
+    UnsupportedModel,
+)
 from deltadock.inference.deltas.store import ResidentDelta, Tier
-from deltadock.inference.http.errors import ERRORS
 from deltadock.inference.http.replies import ChatReply, CompletionReply, Reply
 from deltadock.inference.node import InferenceNode
 from deltadock.model_target import ARTIFACT_HEADER, BASE_HEADER, TENANT_HEADER, ModelTarget
 from deltadock.openai.chat import ChatCompletion, ChatRequest
 from deltadock.openai.completions import Completion, CompletionRequest
 from deltadock.openai.models import ModelCard, ModelList
+from deltadock.problems import openai_problems, problems
 from deltadock.trust import check_trusted
 
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+LOADING: Final = (
+    NotFound,
+    Conflict,
+    NotReady,
+    BaseMismatch,
+    InvalidArtifact,
+    UnsupportedModel,
+    DamagedBlob,
+    StorageFull,
+)
+"""Errors of loading a delta, and its base if the node has none."""
+GENERATING: Final = openai_problems(*LOADING, ModelNotFound, ContextExceeded, Overloaded)
 
 Result = TypeVar("Result")
 
@@ -109,10 +136,10 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
         working.cancel()
 
 
-openai = APIRouter(prefix="/v1", dependencies=[Depends(require_secret)], responses=ERRORS)
+openai = APIRouter(prefix="/v1", dependencies=[Depends(require_secret)], tags=["generation"])
 
 
-@openai.post("/completions", response_model=Completion)
+@openai.post("/completions", response_model=Completion, responses=GENERATING)
 async def complete(
     body: CompletionRequest, request: Request, node: NodeDep, target: TargetHeader
 ) -> Response | BaseModel:
@@ -126,7 +153,7 @@ async def complete(
     return await _respond(request, CompletionReply(body, generation))
 
 
-@openai.post("/chat/completions", response_model=ChatCompletion)
+@openai.post("/chat/completions", response_model=ChatCompletion, responses=GENERATING)
 async def chat(
     body: ChatRequest, request: Request, node: NodeDep, target: TargetHeader
 ) -> Response | BaseModel:
@@ -151,14 +178,18 @@ async def models(node: NodeDep) -> ModelList:
     return ModelList(data=[ModelCard(id=name) for name in names])
 
 
-@openai.get("/models/{model:path}")
+@openai.get("/models/{model:path}", responses=openai_problems(ModelNotFound))
 async def model(model: str, node: NodeDep) -> ModelCard:
     """One of these models; 404 `model_not_found` for any other."""
     node.target(model)
     return ModelCard(id=model)
 
 
-deltas = APIRouter(prefix="/v1/deltas", dependencies=[Depends(require_trusted)], responses=ERRORS)
+deltas = APIRouter(
+    prefix="/v1/deltas",
+    dependencies=[Depends(require_trusted)],
+    tags=["deltas"],
+)
 """Each route accepts the header Deltadock-Base, for a node without a base or with another one."""
 
 
@@ -195,7 +226,7 @@ async def list_deltas(node: NodeDep) -> DeltaStatusList:
     return DeltaStatusList(data=[DeltaStatus.of(delta) for delta in node.held()])
 
 
-@deltas.post("/{digest}/load")
+@deltas.post("/{digest}/load", responses=problems(*LOADING))
 async def load(
     digest: ArtifactDigest, node: NodeDep, base: BaseHeader, body: LoadRequest | None = None
 ) -> DeltaStatus:
@@ -205,7 +236,7 @@ async def load(
         return DeltaStatus.of(served.deltas.find(digest))
 
 
-@deltas.post("/{digest}/unload", status_code=204)
+@deltas.post("/{digest}/unload", status_code=204, responses=problems(*LOADING))
 async def unload(digest: ArtifactDigest, node: NodeDep, base: BaseHeader) -> Response:
     """Remove a delta from its slot and from memory; 409 while it is pinned or in use."""
     async with node.using(base) as served:
@@ -213,7 +244,7 @@ async def unload(digest: ArtifactDigest, node: NodeDep, base: BaseHeader) -> Res
     return Response(status_code=204)
 
 
-@deltas.post("/{digest}/pin")
+@deltas.post("/{digest}/pin", responses=problems(*LOADING))
 async def pin(digest: ArtifactDigest, node: NodeDep, base: BaseHeader) -> DeltaStatus:
     """Load a delta into a slot and keep it there."""
     async with node.using(base) as served:
@@ -221,7 +252,7 @@ async def pin(digest: ArtifactDigest, node: NodeDep, base: BaseHeader) -> DeltaS
         return DeltaStatus.of(served.deltas.find(digest))
 
 
-@deltas.post("/{digest}/unpin")
+@deltas.post("/{digest}/unpin", responses=problems(*LOADING))
 async def unpin(digest: ArtifactDigest, node: NodeDep, base: BaseHeader) -> DeltaStatus:
     """Make a delta evictable again."""
     async with node.using(base) as served:
@@ -229,7 +260,7 @@ async def unpin(digest: ArtifactDigest, node: NodeDep, base: BaseHeader) -> Delt
         return DeltaStatus.of(served.deltas.find(digest))
 
 
-health = APIRouter()
+health = APIRouter(tags=["health"])
 
 
 @health.get("/healthz")
@@ -238,7 +269,7 @@ async def healthy() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@health.get("/readyz", responses=ERRORS)
+@health.get("/readyz")
 async def ready(node: NodeDep) -> dict[str, str | None]:
     """The node accepts requests."""
     if node.draining:
@@ -248,7 +279,7 @@ async def ready(node: NodeDep) -> dict[str, str | None]:
     return {"status": "ok", "base": node.base.digest if node.base is not None else None}
 
 
-@health.get("/metrics", response_class=Response)
+@health.get("/metrics", include_in_schema=False)
 async def metrics(node: NodeDep) -> Response:
     """Prometheus metrics."""
     return Response(node.metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -16,7 +16,6 @@ from deltadock.errors import DeltadockError
 from deltadock.inference.engine.sampling import SampledToken
 from deltadock.inference.engine.sequence import Event
 from deltadock.inference.generation import Generation
-from deltadock.inference.http.errors import error_body
 from deltadock.inference.prompts.tokenizer import Tokenizer
 from deltadock.inference.prompts.tool_calls import ToolForm, call_begins, parse_calls, tool_form
 from deltadock.openai.chat import (
@@ -37,6 +36,7 @@ from deltadock.openai.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
+from deltadock.openai.errors import ErrorBody
 from deltadock.openai.fields import SamplingFields, Usage
 from deltadock.openai.tools import FunctionCall, ToolCall, ToolCallDelta
 
@@ -93,7 +93,7 @@ class Reply(ABC, Generic[RequestBody]):
                     self._generated_tokens += len(event.tokens)
                     yield _sse(self._chunk(index, event))
         except DeltadockError as error:
-            yield _sse(error_body(error))
+            yield _sse(ErrorBody.of_error(error))
             return
         options = self.request.stream_options
         if options is not None and options.include_usage:

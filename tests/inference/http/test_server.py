@@ -210,7 +210,7 @@ def test_weights_that_cannot_be_loaded_fail_only_their_request(
         (site.base, broken, 502, "damaged_blob"),
         (site.base, not_a_delta, 400, "invalid_artifact"),
         (site.base, site.foreign, 409, "base_mismatch"),
-        (site.base, "0" * 64, 404, "not_found"),
+        (site.base, "0" * 64, 404, "model_not_found"),
         (site.base, "../../etc/passwd", 400, "invalid_input"),
         ("nonsense", None, 400, "invalid_input"),
     ]
