@@ -4,13 +4,15 @@ A name has a slash. `dlt_x/report` is an id before another segment, and `x/repor
 whose name begins as an id does is reached by ids alone.
 """
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import Path
 from starlette.convertors import Convertor, register_url_convertor
 
 from deltadock.api.schemas import EXAMPLE_DELTA_ID
-from deltadock.names import REFERENCE_PATTERN
+from deltadock.names import VERSIONED
+
+REFERENCE_PATTERN: Final = rf"^(?:dlt_[a-z0-9]{{1,32}}|(?!dlt_[a-z0-9]*/){VERSIONED})$"
 
 
 class _Reference(Convertor[str]):
@@ -44,8 +46,6 @@ DeltaReference = Annotated[
         "`project/model@alias`.",
         examples=[EXAMPLE_DELTA_ID],
         # Anything else names nothing: a 404, as for names that are free.
-        json_schema_extra={
-            "pattern": rf"^(?:dlt_[a-z0-9]{{1,32}}|(?!dlt_[a-z0-9]*/){REFERENCE_PATTERN})$"
-        },
+        json_schema_extra={"pattern": REFERENCE_PATTERN},
     ),
 ]

@@ -11,9 +11,12 @@ PART: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 ALIAS: Final = r"[a-z][a-z0-9._-]{0,63}"
 DEFAULT: Final = "default"
 
-REFERENCE_PATTERN: Final = rf"{PART}/{PART}(?:(?::|@v)[1-9][0-9]{{0,8}}|@{ALIAS})?"
+VERSIONED: Final = rf"{PART}/{PART}(?:(?::|@v)[1-9][0-9]{{0,8}}|@{ALIAS})?"
 """Of a name with or without a version or an alias."""
 ALIAS_PATTERN: Final = rf"^(?!v[0-9]+$){ALIAS}$"
+
+SOURCE_PATTERN: Final = r"^(?:file:///|s3://[^/]|hf://[^/@]+/[^/@]+(?:@.|$))"
+"""Of the places that uploads are imported from."""
 
 _VERSION: Final = re.compile(r"v[0-9]+")
 _REFERENCE: Final = re.compile(

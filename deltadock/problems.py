@@ -31,7 +31,7 @@ from deltadock.errors import (
     TooLarge,
     Unauthorized,
 )
-from deltadock.names import PART
+from deltadock.names import PART, SOURCE_PATTERN
 from deltadock.openai.errors import ErrorBody, openai_status, validation_message
 
 log = structlog.get_logger(__name__)
@@ -48,6 +48,8 @@ FORMS: Final = MappingProxyType(
         r"^[0-9a-f]{64}$": "a SHA-256, 64 lower-case hexadecimal digits",
         r"^[a-z0-9][a-z0-9._-]{0,63}$": "a tag of lower-case letters, digits, '.', '_' and '-', at "
         "most 64, a letter or digit first",
+        SOURCE_PATTERN: "a source of the form file:///folder, s3://bucket/prefix or "
+        "hf://org/name@revision",
         r"^(keep|ready|[0-9]{1,5})$": "keep, ready or a number of days",
         r"^node_[a-z0-9]{1,32}$": "a node's id, node_ and at most 32 lower-case letters and digits",
     }

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
 from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
+from deltadock.names import SOURCE_PATTERN
 from deltadock.storage.blobs.parts import is_parted, part_bytes_for
 from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 
@@ -55,7 +56,7 @@ class UploadIn(RequestBody):
     source: str | None = Field(
         default=None,
         max_length=1000,
-        pattern=r"^(?:file:///|s3://[^/]|hf://[^/@]+/[^/@]+(?:@.|$))",
+        pattern=SOURCE_PATTERN,
         description="Instead of files, a place that the server reads them from, if its operator "
         "allows it: `file:///folder`, `s3://bucket/prefix` or `hf://org/name@revision`. The upload "
         "completes by itself.",
