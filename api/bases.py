@@ -152,7 +152,7 @@ def _register(body: BaseIn, caller: Caller, unit: UnitOfWork, response: Response
     return BaseOut.of(base)
 
 
-@router.get("", responses=problems(InvalidInput))
+@router.get("", responses=problems(NotFound))
 def list_bases(
     caller: CallerDep, session: ReadSession, after: After = None, limit: Limit = 50
 ) -> BasePage:

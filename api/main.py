@@ -41,9 +41,11 @@ from deltadock.api.uploads import endpoints as uploads
 from deltadock.body_limit import BodyLimit
 from deltadock.description import DescribedApp, Schema, operations
 from deltadock.errors import (
+    BadRequest,
     DeltadockError,
     Forbidden,
     InvalidInput,
+    MethodNotAllowed,
     RateLimited,
     TooLarge,
     Unauthorized,
@@ -94,7 +96,9 @@ def _common_errors(
     if rules.find(method, path).scopes:
         yield from (Unauthorized, Forbidden, RateLimited)
     if "requestBody" in operation:
-        yield TooLarge
+        yield from (BadRequest, TooLarge)
+    if "{delta_id}/" in path:  # `a/report` is a name, and its path that of a delta
+        yield MethodNotAllowed
     yield from (InvalidInput, DeltadockError, Unavailable)
 
 

@@ -6,7 +6,15 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Annotated, Final, Self
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    model_validator,
+)
 from pydantic.config import JsonDict, JsonValue
 
 from deltadock.compression.options import (
@@ -21,6 +29,7 @@ from deltadock.compression.options import (
     default_method,
     goal_for,
 )
+from deltadock.openai.fields import with_integers
 from deltadock.storage.models import CheckpointRow
 
 EXAMPLE_DELTA_ID = "dlt_k7wq2mzv5c3xj6nhy4tbr2dfsa"
@@ -58,6 +67,8 @@ class RequestBody(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    _integers = model_validator(mode="before")(with_integers)
 
 
 class CheckpointOut(BaseModel):

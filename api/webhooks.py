@@ -26,6 +26,14 @@ EXAMPLE_MESSAGE_ID: Final = "msg_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 EXAMPLE_URL: Final = "https://hooks.example.com/deltadock"
 SECRET_BYTES: Final = 32
 
+_LABEL: Final = r"(?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_OCTET: Final = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+URL_PATTERN: Final = (
+    rf"^https?://(?:(?:[A-Za-z0-9]{_LABEL}\.)*[A-Za-z]{_LABEL}|(?:{_OCTET}\.){{3}}{_OCTET})"
+    r"(?::[1-9][0-9]{0,3})?(?:[/?#][!-~]*)?$"
+)
+"""Of usual URLs; hosts are written as IPv6 addresses and in Unicode too."""
+
 WebhookId = Annotated[str, Path(examples=[EXAMPLE_WEBHOOK_ID])]
 MessageId = Annotated[str, Path(examples=[EXAMPLE_MESSAGE_ID])]
 
@@ -46,7 +54,12 @@ class WebhookIn(RequestBody):
 
     url: Annotated[
         str,
-        Field(max_length=2048, examples=[EXAMPLE_URL], description="http or https."),
+        Field(
+            max_length=2048,
+            examples=[EXAMPLE_URL],
+            description="http or https.",
+            json_schema_extra={"pattern": URL_PATTERN},
+        ),
         AfterValidator(_check_url),
     ]
     events: list[Annotated[WebhookEvent, Strict(False)]] = Field(

@@ -48,6 +48,7 @@ class DescribedApp(FastAPI):
             )
             _describe_errors(schema, self._errors_of)
             _describe_streams(schema)
+            _drop_null_parameters(schema)
             _state_whole_bounds(schema)
             self._finish(schema)
             self.openapi_schema = schema
@@ -97,6 +98,17 @@ def _describe_streams(schema: Schema) -> None:
         for response in operation["responses"].values():
             stream = response.get("content", {}).get(EVENT_STREAM, {})
             stream.pop("itemSchema", None)
+
+
+def _drop_null_parameters(schema: Schema) -> None:
+    """A parameter that is not sent is no null."""
+    for _, _, operation in operations(schema):
+        for parameter in operation.get("parameters", ()):
+            described = parameter["schema"]
+            choices = [c for c in described.get("anyOf", ()) if c != {"type": "null"}]
+            if len(choices) == 1:
+                del described["anyOf"]
+                described.update(choices[0])
 
 
 def _state_whole_bounds(part: Any) -> None:

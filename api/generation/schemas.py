@@ -18,7 +18,7 @@ class GenerateIn(RequestBody):
         json_schema_extra={"examples": [{"prompt": "17 + 25 =", "max_tokens": 8, "temperature": 0}]}
     )
 
-    prompt: str
+    prompt: str = Field(min_length=1)
     max_tokens: MaxTokens = 128
     temperature: Temperature | None = Field(
         default=None,

@@ -44,7 +44,7 @@ Name = Annotated[str, Depends(model_name)]
 Alias = Annotated[str, Path(examples=["prod"], json_schema_extra={"pattern": ALIAS_PATTERN})]
 
 
-@router.get("/registry", responses=problems(InvalidInput))
+@router.get("/registry", responses=problems(NotFound))
 def list_registry(
     caller: CallerDep,
     session: ReadSession,

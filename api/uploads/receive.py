@@ -24,7 +24,10 @@ CALIBRATION_SUFFIXES: Final = (".txt", ".jsonl")
 MAX_CALIBRATION_BYTES: Final = 64 << 20
 """Workers read a text into memory; this is many times what calibration uses."""
 
-CONTENT_DIGEST_PATTERN: Final = r"^(?:[^ ].*, *)?sha-256=:([A-Za-z0-9+/]{43}=):(?: *,.*[^ ])?$"
+_OTHER: Final = r"[a-z][a-z0-9-]*=:[A-Za-z0-9+/]*={0,2}:"
+CONTENT_DIGEST_PATTERN: Final = (
+    rf"^(?:{_OTHER}, ?)*sha-256=:([A-Za-z0-9+/]{{43}}=):(?:, ?{_OTHER})*$"
+)
 """RFC 9530; other digests beside it are ignored."""
 HEX_DIGEST_PATTERN: Final = r"^[0-9a-fA-F]{64}$"
 

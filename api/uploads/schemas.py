@@ -42,7 +42,11 @@ class UploadIn(RequestBody):
                     "kind": "checkpoint",
                     "files": [{"path": "config.json", "size": 704, "sha256": EXAMPLE_DIGEST}],
                 },
-            ]
+            ],
+            "anyOf": [
+                {"properties": {"source": {"type": "null"}}},
+                {"properties": {"files": {"maxItems": 0}}},
+            ],
         }
     )
 

@@ -15,7 +15,14 @@ from fastapi import FastAPI
 
 from deltadock.body_limit import BodyLimit
 from deltadock.description import DescribedApp, Schema
-from deltadock.errors import DeltadockError, InvalidInput, TooLarge, Unauthorized, Unavailable
+from deltadock.errors import (
+    BadRequest,
+    DeltadockError,
+    InvalidInput,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+)
 from deltadock.inference.http import endpoints
 from deltadock.inference.metrics import NodeCollector
 from deltadock.inference.node import InferenceNode
@@ -63,7 +70,7 @@ def _common_errors(_method: str, path: str, operation: Schema) -> Iterator[type[
     if path.startswith("/v1/"):
         yield Unauthorized
     if "requestBody" in operation:
-        yield TooLarge
+        yield from (BadRequest, TooLarge)
     yield from (InvalidInput, DeltadockError, Unavailable)
 
 

@@ -149,15 +149,6 @@ class ChatRequest(SamplingFields):
                         {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
                     ]
                 },
-                {
-                    "anyOf": [
-                        {"properties": {"tool_choice": {"not": {"const": "required"}}}},
-                        {
-                            "properties": {"tools": {"type": "array", "minItems": 1}},
-                            "required": ["tools"],
-                        },
-                    ]
-                },
             ],
         }
     )

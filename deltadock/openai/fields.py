@@ -38,6 +38,20 @@ def reported_as(message: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
+def with_integers(body: Any) -> Any:
+    """A body's fields with 1.0 as 1: JSON does not tell them apart."""
+    if isinstance(body, dict):
+        return {name: _integer(value) for name, value in body.items()}
+    return body
+
+
+def _integer(value: Any, depth: int = 2) -> Any:
+    """Of a number or, as prompts are, of lists of numbers."""
+    if isinstance(value, list) and depth:
+        return [_integer(item, depth - 1) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Value = TypeVar("Value")
 Unsupported = Annotated[Value | None, reported_as("is not supported yet; leave it out.")]
 """A field that is accepted only with null or values that disable it."""
@@ -196,6 +210,8 @@ class SamplingFields(BaseModel):
     prompt_cache_key: Ignored = None
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
+
+    _integers = model_validator(mode="before")(with_integers)
 
     @model_validator(mode="after")
     def _one_grammar(self) -> Self:

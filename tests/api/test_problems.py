@@ -14,6 +14,7 @@ from deltadock.api.main import app, create_app
 from deltadock.api.references import REFERENCE_PATTERN
 from deltadock.api.uploads.receive import CONTENT_DIGEST_PATTERN, HEX_DIGEST_PATTERN
 from deltadock.api.uploads.schemas import FILE_PATTERN
+from deltadock.api.webhooks import URL_PATTERN
 from deltadock.body_limit import MAX_BODY_BYTES
 from deltadock.errors import DeltadockError, Overloaded
 from deltadock.names import ALIAS_PATTERN
@@ -153,6 +154,7 @@ def test_no_one_gets_a_regular_expression(api: Api) -> None:
         FILE_PATTERN,
         HEX_DIGEST_PATTERN,
         REFERENCE_PATTERN,
+        URL_PATTERN,
     }
     of_nodes = {r"^node_[a-z0-9]{1,32}$"}
     assert set(patterns_in(app.openapi())) - own_words == set(FORMS) - of_nodes
