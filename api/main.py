@@ -39,7 +39,7 @@ from deltadock.api.paging import refuse_unknown_query
 from deltadock.api.registry import endpoints as registry
 from deltadock.api.uploads import endpoints as uploads
 from deltadock.body_limit import BodyLimit
-from deltadock.description import DescribedApp, Schema, operations
+from deltadock.description import DescribedApp, Schema, each_operation
 from deltadock.errors import (
     BadRequest,
     DeltadockError,
@@ -80,7 +80,7 @@ def _describe_keys(schema: Schema, rules: RuleTable) -> None:
     schema["components"]["securitySchemes"] = {
         "key": {"type": "http", "scheme": "bearer", "description": "An API key, `ddk_...`."}
     }
-    for method, path, operation in operations(schema):
+    for method, path, operation in each_operation(schema):
         rule = rules.find(method, path)
         operation["security"] = [{"key": []}] if rule.scopes else []
         if rule.scopes:

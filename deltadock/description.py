@@ -55,7 +55,7 @@ class DescribedApp(FastAPI):
         return self.openapi_schema
 
 
-def operations(schema: Schema) -> Iterator[tuple[str, str, Schema]]:
+def each_operation(schema: Schema) -> Iterator[tuple[str, str, Schema]]:
     """The method (in capitals), path and description of every operation."""
     for path, item in schema["paths"].items():
         for method, operation in item.items():
@@ -69,7 +69,7 @@ def _describe_errors(schema: Schema, errors_of: ErrorsOf) -> None:
     )
     schema["components"]["schemas"] |= bodies["$defs"]
     shared: Responses = schema["components"].setdefault("responses", {})
-    for method, path, operation in operations(schema):
+    for method, path, operation in each_operation(schema):
         responses = operation["responses"]
         openai = is_openai_route(path)
         if openai:  # they answer 400 instead
@@ -94,7 +94,7 @@ def _merge(response: Schema, more: Schema) -> None:
 
 def _describe_streams(schema: Schema) -> None:
     """Replace `itemSchema`, which FastAPI uses for event streams, but which needs OpenAPI 3.2."""
-    for _, _, operation in operations(schema):
+    for _, _, operation in each_operation(schema):
         for response in operation["responses"].values():
             stream = response.get("content", {}).get(EVENT_STREAM, {})
             stream.pop("itemSchema", None)
@@ -102,7 +102,7 @@ def _describe_streams(schema: Schema) -> None:
 
 def _drop_null_parameters(schema: Schema) -> None:
     """A parameter that is not sent is no null."""
-    for _, _, operation in operations(schema):
+    for _, _, operation in each_operation(schema):
         for parameter in operation.get("parameters", ()):
             described = parameter["schema"]
             choices = [c for c in described.get("anyOf", ()) if c != {"type": "null"}]

@@ -46,7 +46,8 @@ def _is_token(part: Any) -> bool:
     return isinstance(part, int) and not isinstance(part, bool)
 
 
-Token = Annotated[int, Field(ge=0, lt=2**31)]
+Token = Annotated[int, Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 2**31})]
+"""The node, which knows the vocabulary, checks the range."""
 Tokens = Annotated[list[Token], Field(min_length=1)]
 Many = Field(min_length=1, max_length=MAX_PROMPTS)
 Prompt = Annotated[
