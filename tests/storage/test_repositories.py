@@ -137,13 +137,13 @@ def test_only_open_uploads_can_be_abandoned_or_aborted(database: Database) -> No
         uploads = UploadRepository(session, LOCAL_TENANT)
         upload = uploads.add(UploadKind.CALIBRATION)
         now = database_now(session)
-        assert uploads.abandoned(now - timedelta(hours=1)) == []
-        assert [found.id for found in uploads.abandoned(now + timedelta(hours=1))] == [upload.id]
+        assert uploads.abandoned(now - timedelta(hours=1), 10) == []
+        assert uploads.abandoned(now + timedelta(hours=1), 10) == [upload.id]
         upload.calibration_digest = "d" * 64
         assert not uploads.has_calibration("d" * 64)
         uploads.complete(upload)
         assert uploads.has_calibration("d" * 64)
-        assert uploads.abandoned(now + timedelta(hours=1)) == []
+        assert uploads.abandoned(now + timedelta(hours=1), 10) == []
         uploads.abort(upload)
         assert upload.state is UploadState.COMPLETE
 
