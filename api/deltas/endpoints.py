@@ -1,6 +1,6 @@
 """Routes of deltas."""
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BeforeValidator, Field
@@ -103,7 +103,7 @@ def wanted_deltas(
     method: Annotated[
         str | None, EMPTY_IS_ANY, Query(description="One of GET /v1/methods.")
     ] = None,
-    state: Annotated[JobState | None, EMPTY_IS_ANY, Query()] = None,
+    state: Annotated[JobState | Literal[""] | None, EMPTY_IS_ANY, Query()] = None,
     owner: Annotated[
         str | None, EMPTY_IS_ANY, Query(description="The id of the API key that asked.")
     ] = None,
@@ -125,7 +125,7 @@ def wanted_deltas(
     return DeltaFilter(
         base_id=None if base is None else require_base(session, caller.tenant_id, base).id,
         method=method,
-        state=state,
+        state=state or None,
         created_by=owner,
         name=name,
         tag=tag,
