@@ -141,7 +141,7 @@ def test_pages(api: Api) -> None:
         seen += page["data"]
         after = page["next"]
     assert seen == records(api)
-    assert api.client.get("/v1/audit?after=x").status_code == 422
+    assert api.client.get("/v1/audit?after=x").status_code == 404
 
 
 def test_a_tenants_admin_sees_its_own_records_alone(api: Api) -> None:
