@@ -12,6 +12,7 @@ from deltadock.storage.repositories import JobRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext, _reporter
 from deltadock.workers.lease import STOPPING, Lease, LeaseLostError, WorkerStoppingError
+from deltadock.workers.metrics import StageClock
 from tests.waiting import wait_until
 
 SECONDS = 0.6
@@ -84,7 +85,7 @@ def test_a_throttled_report_still_checks_for_cancellation(
     context: WorkerContext, job_id: str
 ) -> None:
     with Lease(context.database, job_id, "me", SECONDS) as lease:
-        report = _reporter(lease)
+        report = _reporter(lease, StageClock())
         step = Progress("compressing", 1, 4, 0.5, "matrix 1")
         report(step)
         with context.database.session_scope() as session:
