@@ -9,11 +9,16 @@ from fastapi import Query, Request
 from fastapi.dependencies.utils import get_flat_params
 from fastapi.params import Query as QueryParameter
 from fastapi.routing import APIRoute
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from deltadock.errors import InvalidInput, NotFound
 
 MAX_LIMIT: Final = 200
+_STORABLE: Final = {
+    int: Annotated[int, Field(ge=-(2**63), lt=2**63)],
+    str: Annotated[str, Field(pattern=r"^[^\x00]*$")],
+}
+"""The values that both databases can compare with a column's."""
 
 After = Annotated[str | None, Query(max_length=1024, description="`next` of the previous page.")]
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
@@ -31,7 +36,7 @@ class Cursor:
 
     def __init__(self, sort: str, *place: type) -> None:
         self._sort = sort
-        types: Any = (str, *place)
+        types: Any = (str, *(_STORABLE.get(kind, kind) for kind in place))
         self._adapter: TypeAdapter[tuple[Any, ...]] = TypeAdapter(tuple[types])
 
     def write(self, place: Sequence[Any]) -> str:

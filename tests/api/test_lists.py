@@ -11,6 +11,8 @@ from starlette.testclient import TestClient
 
 from deltadock.api.dependencies import Resources
 from deltadock.api.main import create_app
+from deltadock.api.paging import Cursor
+from deltadock.errors import NotFound
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
 from deltadock.storage.repositories import NodeRepository
@@ -150,6 +152,14 @@ def test_openai_routes_and_pages_refuse_unknown_parameters_in_their_format(
 @pytest.mark.parametrize("after", ["x", "W10", "WyJuYW1lIiwiYSIsMV0", "é", "bnVsbA"])
 def test_a_cursor_of_another_sort_or_none_at_all_is_refused(site: TestClient, after: str) -> None:
     assert site.get("/v1/deltas", params={"after": after}).status_code == 404
+
+
+@pytest.mark.parametrize("place", [(2**63, "x"), (1, "\0")])
+def test_a_cursor_holds_only_what_databases_can_compare(place: tuple[int, str]) -> None:
+    cursor = Cursor("sort", int, str)
+    assert cursor.read(cursor.write((2**63 - 1, "x"))) == (2**63 - 1, "x")
+    with pytest.raises(NotFound):
+        cursor.read(cursor.write(place))
 
 
 def test_models_are_pages_of_names_one_entry_each(site: TestClient) -> None:
