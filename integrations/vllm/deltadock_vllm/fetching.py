@@ -1,0 +1,97 @@
+"""The file of a delta that is named by its path, its digest, or its name in a registry."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from filelock import FileLock
+
+from deltadock.client.http import Client
+from deltadock.client.routes import is_reference
+from deltadock.errors import InvalidInput, NotFound
+
+DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+
+
+class DeltaFile(NamedTuple):
+    """A delta on this machine's disk."""
+
+    path: Path
+    digest: str
+    """SHA-256 of the file."""
+
+
+def fetch(delta: str) -> DeltaFile:
+    """The file of `delta`: a file's path, or what `fetch_registered` takes.
+
+    Raises:
+        NotFound: there is no such file, nor such a delta.
+        InvalidInput, NotReady, HashMismatch, Unavailable: as `fetch_registered`.
+    """
+    if (path := Path(delta)).is_file():
+        return DeltaFile(path, _sha256(path))
+    if delta.endswith(".delta"):
+        raise NotFound(f"There is no file {delta} on this machine.")
+    return fetch_registered(delta)
+
+
+def fetch_registered(delta: str) -> DeltaFile:
+    """The file of a delta of the registry, downloaded if need be.
+
+    The registry is the one to which `DELTADOCK_API_URL` and `DELTADOCK_API_KEY` lead. Files are
+    kept in the user's cache under their digests, and hashed at every use.
+
+    Args:
+        delta: an artifact's digest, or a delta's name or id.
+
+    Raises:
+        InvalidInput: it is none of these.
+        NotFound: the registry has no such delta for this key.
+        NotReady: its compression is unfinished or failed.
+        HashMismatch: the bytes that came have another digest.
+        Unavailable: the registry does not answer.
+    """
+    if DIGEST.fullmatch(delta):
+        return _cached(delta) or _download(delta)
+    if not is_reference(delta):
+        raise InvalidInput(
+            f"{delta!r} is neither the digest of a delta (64 hex digits) nor a name such as "
+            "project/model, project/model:3 or project/model@alias."
+        )
+    return _download(delta)
+
+
+def cached_path(digest: str) -> Path:
+    """Where the file of a digest is kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "deltadock" / f"{digest}.delta"
+
+
+def _download(reference: str) -> DeltaFile:
+    with Client() as client:
+        found = client.resolve(reference)
+        path = cached_path(found.digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if (held := _cached(found.digest)) is not None:
+                return held
+            client.download(found.delta, path)
+        return DeltaFile(path, found.digest)
+
+
+def _cached(digest: str) -> DeltaFile | None:
+    """The cached file, if its bytes still have the digest; else it is removed."""
+    path = cached_path(digest)
+    if not path.is_file():
+        return None
+    if _sha256(path) != digest:
+        path.unlink(missing_ok=True)
+        return None
+    return DeltaFile(path, digest)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

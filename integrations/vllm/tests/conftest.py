@@ -1,0 +1,118 @@
+"""Deltas of the sample fine-tune by several methods, and what their merged checkpoints answer.
+
+These tests run in an environment with vLLM (`make test-vllm`). Compression, merging and the
+registry run in the repository's own, `.venv`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+os.environ |= {
+    "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
+    "VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING",
+}  # fmt: skip
+
+from integrations.vllm.tests.engine import BASE, ROOT, Answers, answers, engine
+
+FINETUNED = ROOT / "samples/finetuned"
+METHODS = ("adamix", "optimix", "bitdelta", "lora")
+
+
+def deltadock(*arguments: str | Path) -> None:
+    """Run a command of the repository's environment."""
+    command = [ROOT / ".venv/bin/deltadock", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def write_adapter(folder: Path) -> Path:
+    """A PEFT adapter of rank 8 of some of the sample base's projections, as PEFT saves it."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    tensors = {}
+    for layer in range(4):
+        for name, h_out in (("self_attn.q_proj", 256), ("mlp.up_proj", 512)):
+            full = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{full}.lora_A.weight"] = 0.1 * torch.randn(8, 256)
+            tensors[f"{full}.lora_B.weight"] = 0.1 * torch.randn(h_out, 8)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": 8, "lora_alpha": 8, "bias": "none",
+        "target_modules": ["q_proj", "up_proj"],
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deltas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The sample fine-tune as a delta of each method; `lora` is an adapter.
+
+    They are kept in the environment's folder: compressing takes minutes.
+    """
+    folder = Path(sys.prefix) / "deltas"
+    folder.mkdir(exist_ok=True)
+    adapter = write_adapter(tmp_path_factory.mktemp("lora") / "adapter")
+    for method in METHODS:
+        if (folder / f"{method}.delta").exists():
+            continue
+        deltadock(
+            "compress", "--base", BASE, "--finetuned", adapter if method == "lora" else FINETUNED,
+            "--method", method, "--calibration", ROOT / "samples/calibration.txt",
+            "--calibration-tokens", "8192", "--out", folder / f"{method}.delta",
+        )  # fmt: skip
+    return {method: folder / f"{method}.delta" for method in METHODS}
+
+
+@pytest.fixture(scope="session")
+def expected(
+    deltas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Answers]:
+    """What plain vLLM answers with the base and with each merged checkpoint."""
+    folder = tmp_path_factory.mktemp("merged")
+    found = {"base": answers(engine())}
+    for method, delta in deltas.items():
+        deltadock("merge", "--base", BASE, "--delta", delta, "--out", folder / method)
+        found[method] = answers(engine(folder / method))
+    return found
+
+
+@dataclass(frozen=True)
+class Registry:
+    """A running api with `maths/skills`: version 1 is adamix's delta, 2 bitdelta's."""
+
+    url: str
+    key: str
+
+
+@pytest.fixture(scope="session")
+def registry(
+    deltas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Registry]:
+    """The registry, to which the environment leads, with a cache of its own."""
+    model = f"maths/skills={deltas['adamix']},{deltas['bitdelta']}"
+    command = [
+        ROOT / ".venv/bin/python", "-m", "integrations.vllm.tests.registry",
+        tmp_path_factory.mktemp("registry"), model,
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        found = Registry(**json.loads(process.stdout.readline()))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DELTADOCK_API_URL", found.url)
+            patch.setenv("DELTADOCK_API_KEY", found.key)
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+            yield found
+        process.communicate()
