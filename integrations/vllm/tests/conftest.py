@@ -74,17 +74,26 @@ def deltas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {method: folder / f"{method}.delta" for method in METHODS}
 
 
+class Expected(dict[str, Answers]):
+    """What plain vLLM answers with the base or a delta's merged checkpoint, asked when needed."""
+
+    def __init__(self, deltas: dict[str, Path], folder: Path) -> None:
+        super().__init__()
+        self._deltas, self._folder = deltas, folder
+
+    def __missing__(self, name: str) -> Answers:
+        model = BASE
+        if name != "base":
+            model = self._folder / name
+            deltadock("merge", "--base", BASE, "--delta", self._deltas[name], "--out", model)
+        self[name] = answers(engine(model))
+        return self[name]
+
+
 @pytest.fixture(scope="session")
-def expected(
-    deltas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Answers]:
-    """What plain vLLM answers with the base and with each merged checkpoint."""
-    folder = tmp_path_factory.mktemp("merged")
-    found = {"base": answers(engine())}
-    for method, delta in deltas.items():
-        deltadock("merge", "--base", BASE, "--delta", delta, "--out", folder / method)
-        found[method] = answers(engine(folder / method))
-    return found
+def expected(deltas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    """The answers to compare with."""
+    return Expected(deltas, tmp_path_factory.mktemp("merged"))
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,6 @@ def test_a_refusal_says_why_and_the_server_goes_on(
         refused = put(server, delta)
         assert (refused.status_code, refused.json()["error"]["type"]) == (status, code)
     assert server.put(DELTA, json={"path": "x"}).status_code in {400, 422}
-    assert httpx.get(f"{server.base_url}{DELTA.removeprefix('/')}").status_code == 401
+    assert httpx.get(server.base_url.join(DELTA)).status_code == 401
     assert server.get(DELTA).json()["digest"] == before
     assert ask(server, PROMPTS[0])
