@@ -35,9 +35,7 @@ def test_a_full_download(api: Api, url: str) -> None:
         assert head.headers[name] == answer.headers[name]
 
 
-def test_a_range_returns_206_with_these_bytes(
-    api: Api, url: str, subtests: pytest.Subtests
-) -> None:
+def test_a_range_returns_206_with_these_bytes(api: Api, url: str) -> None:
     for header, start, end in (
         ("bytes=0-0", 0, 1),
         ("bytes=0-99", 0, 100),
@@ -49,25 +47,21 @@ def test_a_range_returns_206_with_these_bytes(
         (f"bytes=0-{'9' * 1000}", 0, SIZE),
         ("BYTES=1-2", 1, 3),
     ):
-        with subtests.test(header=header[:40]):
-            answer = api.client.get(url, headers={"Range": header})
-            assert answer.status_code == 206
-            assert answer.content == ARTIFACT[start:end]
-            assert answer.headers["content-range"] == f"bytes {start}-{end - 1}/{SIZE}"
-            assert answer.headers["content-length"] == str(end - start)
+        answer = api.client.get(url, headers={"Range": header})
+        assert answer.status_code == 206
+        assert answer.content == ARTIFACT[start:end]
+        assert answer.headers["content-range"] == f"bytes {start}-{end - 1}/{SIZE}"
+        assert answer.headers["content-length"] == str(end - start)
 
 
-def test_a_range_past_the_end_is_416(api: Api, url: str, subtests: pytest.Subtests) -> None:
+def test_a_range_past_the_end_is_416(api: Api, url: str) -> None:
     for header in (f"bytes={SIZE}-", "bytes=-0", f"bytes={'9' * 1000}-"):
-        with subtests.test(header=header[:40]):
-            answer = api.client.get(url, headers={"Range": header})
-            assert (answer.status_code, answer.json()["code"]) == (416, "range_not_satisfiable")
-            assert answer.headers["content-range"] == f"bytes */{SIZE}"
+        answer = api.client.get(url, headers={"Range": header})
+        assert (answer.status_code, answer.json()["code"]) == (416, "range_not_satisfiable")
+        assert answer.headers["content-range"] == f"bytes */{SIZE}"
 
 
-def test_headers_without_a_single_valid_range_are_ignored(
-    api: Api, url: str, subtests: pytest.Subtests
-) -> None:
+def test_headers_without_a_single_valid_range_are_ignored(api: Api, url: str) -> None:
     for header in (
         "bytes=-",
         "bytes=5-2",
@@ -77,9 +71,8 @@ def test_headers_without_a_single_valid_range_are_ignored(
         "bytes 0-1",
         "bytes=--1",
     ):
-        with subtests.test(header=header):
-            answer = api.client.get(url, headers={"Range": header})
-            assert (answer.status_code, answer.content) == (200, ARTIFACT)
+        answer = api.client.get(url, headers={"Range": header})
+        assert (answer.status_code, answer.content) == (200, ARTIFACT)
 
 
 def test_conditional_requests(api: Api, url: str) -> None:

@@ -80,16 +80,10 @@ def test_a_rejected_file_is_not_stored(api: Api) -> None:
     assert api.client.get(f"/v1/uploads/{upload}").json()["files"] == []
 
 
-def test_ids_that_postgres_rejects_are_invalid_input(api: Api, subtests: pytest.Subtests) -> None:
-    for path in (
-        "deltas/a%00b",
-        "uploads/a%00b",
-        "jobs/a%00b",
-        "bases/a%00b",
-    ):
-        with subtests.test(path=path):
-            answer = api.client.get(f"/v1/{path}a%00b")
-            assert (answer.status_code, answer.json()["code"]) == (422, "invalid_input")
+def test_ids_that_postgres_rejects_are_invalid_input(api: Api) -> None:
+    for kind in ("deltas", "uploads", "jobs", "bases"):
+        answer = api.client.get(f"/v1/{kind}/a%00b")
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_input"), kind
     assert api.client.get("/v1/deltas?after=a%00b").status_code == 404
     answer = api.client.post("/v1/completions", json={"model": "a\0b", "prompt": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_input")
