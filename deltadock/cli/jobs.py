@@ -11,7 +11,6 @@ from deltadock.cli.output import (
     age,
     errors,
     output,
-    print_json,
     print_resources,
     print_table,
     say,
@@ -143,6 +142,6 @@ def retry(
             follow(client, queued.id)
             queued = client.job(queued.id)
     if as_json:
-        print_json(queued.model_dump(mode="json"))
+        print_resources(queued)
     else:
         say(f"{queued.id} is {queued.state}.")

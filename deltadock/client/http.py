@@ -10,7 +10,6 @@ import ssl
 import time
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
     Iterable,
     Iterator,
@@ -50,6 +49,8 @@ from deltadock.version import __version__
 
 P = ParamSpec("P")
 T = TypeVar("T")
+ClientT = TypeVar("ClientT")
+RequestT = TypeVar("RequestT")
 
 BytesProgress = Callable[[str, int, int], None]
 """Called with a file's name, the bytes that are done, and all of them, by several threads."""
@@ -68,68 +69,17 @@ def _ignore(*_: object) -> None:
     """The default progress callback."""
 
 
-def _as_method(function: Callable[..., Any], build: Callable[..., Any]) -> None:
-    """Give a method the name, documentation and signature of the route that it sends."""
-    wraps(build)(function)
+def _method(
+    build: Callable[P, RequestT], send: Callable[[ClientT, RequestT], T]
+) -> Callable[Concatenate[ClientT, P], T]:
+    """A client's method that sends what a route builds, with the route's name and signature."""
+
+    @wraps(build)
+    def method(client: ClientT, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return send(client, build(*args, **kwargs))
+
     own = Parameter("self", Parameter.POSITIONAL_ONLY)
-    vars(function)["__signature__"] = Signature([own, *signature(build).parameters.values()])
-
-
-def _blocking(build: Callable[P, Call[T]]) -> "Callable[Concatenate[Client, P], T]":
-    def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return client.send(build(*args, **kwargs))
-
-    _as_method(method, build)
-    return method
-
-
-def _blocking_pages(
-    build: Callable[P, Pages[T]],
-) -> "Callable[Concatenate[Client, P], Iterator[T]]":
-    def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        return client.items(build(*args, **kwargs))
-
-    _as_method(method, build)
-    return method
-
-
-def _blocking_events(
-    build: Callable[P, Events[T]],
-) -> "Callable[Concatenate[Client, P], Iterator[T]]":
-    def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        return client.events(build(*args, **kwargs))
-
-    _as_method(method, build)
-    return method
-
-
-def _awaited(
-    build: Callable[P, Call[T]],
-) -> "Callable[Concatenate[AsyncClient, P], Awaitable[T]]":
-    def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        return client.send(build(*args, **kwargs))
-
-    _as_method(method, build)
-    return method
-
-
-def _awaited_pages(
-    build: Callable[P, Pages[T]],
-) -> "Callable[Concatenate[AsyncClient, P], AsyncIterator[T]]":
-    def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
-        return client.items(build(*args, **kwargs))
-
-    _as_method(method, build)
-    return method
-
-
-def _awaited_events(
-    build: Callable[P, Events[T]],
-) -> "Callable[Concatenate[AsyncClient, P], AsyncIterator[T]]":
-    def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
-        return client.events(build(*args, **kwargs))
-
-    _as_method(method, build)
+    vars(method)["__signature__"] = Signature([own, *signature(build).parameters.values()])
     return method
 
 
@@ -197,38 +147,6 @@ class Client:
         """The api's address."""
         return str(self._http.base_url)
 
-    ready = _blocking(routes.ready)
-    methods = _blocking(routes.methods)
-    create_base = _blocking(routes.create_base)
-    base = _blocking(routes.base)
-    bases = _blocking_pages(routes.bases)
-    create_delta = _blocking(routes.create_delta)
-    preview = _blocking(routes.preview)
-    delta = _blocking(routes.delta)
-    resolve = _blocking(routes.resolve)
-    deltas = _blocking_pages(routes.deltas)
-    report = _blocking(routes.report)
-    delete = _blocking(routes.delete)
-    restore = _blocking(routes.restore)
-    models = _blocking_pages(routes.models)
-    model = _blocking(routes.model)
-    delete_model = _blocking(routes.delete_model)
-    move_alias = _blocking(routes.move_alias)
-    remove_alias = _blocking(routes.remove_alias)
-    alias_moves = _blocking_pages(routes.alias_moves)
-    job = _blocking(routes.job)
-    jobs = _blocking_pages(routes.jobs)
-    cancel = _blocking(routes.cancel)
-    retry = _blocking(routes.retry)
-    nodes = _blocking(routes.nodes)
-    keys = _blocking(routes.keys)
-    create_key = _blocking(routes.create_key)
-    revoke_key = _blocking(routes.revoke_key)
-    rotate_key = _blocking(routes.rotate_key)
-    check_served = _blocking(routes.check_served)
-    generate = _blocking(routes.generate)
-    stream = _blocking_events(routes.stream)
-
     def send(self, call: Call[T]) -> T:
         """Send a request, again if it fails and may be repeated, and read its answer.
 
@@ -267,6 +185,38 @@ class Client:
                         yield event
             except httpx.RequestError as error:
                 raise domain_error(error) from error
+
+    ready = _method(routes.ready, send)
+    methods = _method(routes.methods, send)
+    create_base = _method(routes.create_base, send)
+    base = _method(routes.base, send)
+    bases = _method(routes.bases, items)
+    create_delta = _method(routes.create_delta, send)
+    preview = _method(routes.preview, send)
+    delta = _method(routes.delta, send)
+    resolve = _method(routes.resolve, send)
+    deltas = _method(routes.deltas, items)
+    report = _method(routes.report, send)
+    delete = _method(routes.delete, send)
+    restore = _method(routes.restore, send)
+    models = _method(routes.models, items)
+    model = _method(routes.model, send)
+    delete_model = _method(routes.delete_model, send)
+    move_alias = _method(routes.move_alias, send)
+    remove_alias = _method(routes.remove_alias, send)
+    alias_moves = _method(routes.alias_moves, items)
+    job = _method(routes.job, send)
+    jobs = _method(routes.jobs, items)
+    cancel = _method(routes.cancel, send)
+    retry = _method(routes.retry, send)
+    nodes = _method(routes.nodes, send)
+    keys = _method(routes.keys, send)
+    create_key = _method(routes.create_key, send)
+    revoke_key = _method(routes.revoke_key, send)
+    rotate_key = _method(routes.rotate_key, send)
+    check_served = _method(routes.check_served, send)
+    generate = _method(routes.generate, send)
+    stream = _method(routes.stream, events)
 
     def _open(self, call: Call[Any], **more: Any) -> httpx.Response:
         """Send a request like `send`; its answer is not read yet, and must be closed."""
@@ -549,38 +499,6 @@ class AsyncClient:
         self._blocking.close()
         await self._http.aclose()
 
-    ready = _awaited(routes.ready)
-    methods = _awaited(routes.methods)
-    create_base = _awaited(routes.create_base)
-    base = _awaited(routes.base)
-    bases = _awaited_pages(routes.bases)
-    create_delta = _awaited(routes.create_delta)
-    preview = _awaited(routes.preview)
-    delta = _awaited(routes.delta)
-    resolve = _awaited(routes.resolve)
-    deltas = _awaited_pages(routes.deltas)
-    report = _awaited(routes.report)
-    delete = _awaited(routes.delete)
-    restore = _awaited(routes.restore)
-    models = _awaited_pages(routes.models)
-    model = _awaited(routes.model)
-    delete_model = _awaited(routes.delete_model)
-    move_alias = _awaited(routes.move_alias)
-    remove_alias = _awaited(routes.remove_alias)
-    alias_moves = _awaited_pages(routes.alias_moves)
-    job = _awaited(routes.job)
-    jobs = _awaited_pages(routes.jobs)
-    cancel = _awaited(routes.cancel)
-    retry = _awaited(routes.retry)
-    nodes = _awaited(routes.nodes)
-    keys = _awaited(routes.keys)
-    create_key = _awaited(routes.create_key)
-    revoke_key = _awaited(routes.revoke_key)
-    rotate_key = _awaited(routes.rotate_key)
-    check_served = _awaited(routes.check_served)
-    generate = _awaited(routes.generate)
-    stream = _awaited_events(routes.stream)
-
     async def send(self, call: Call[T]) -> T:
         """As `Client.send`."""
         for attempt in count(1):
@@ -610,6 +528,38 @@ class AsyncClient:
                         yield event
             except httpx.RequestError as error:
                 raise domain_error(error) from error
+
+    ready = _method(routes.ready, send)
+    methods = _method(routes.methods, send)
+    create_base = _method(routes.create_base, send)
+    base = _method(routes.base, send)
+    bases = _method(routes.bases, items)
+    create_delta = _method(routes.create_delta, send)
+    preview = _method(routes.preview, send)
+    delta = _method(routes.delta, send)
+    resolve = _method(routes.resolve, send)
+    deltas = _method(routes.deltas, items)
+    report = _method(routes.report, send)
+    delete = _method(routes.delete, send)
+    restore = _method(routes.restore, send)
+    models = _method(routes.models, items)
+    model = _method(routes.model, send)
+    delete_model = _method(routes.delete_model, send)
+    move_alias = _method(routes.move_alias, send)
+    remove_alias = _method(routes.remove_alias, send)
+    alias_moves = _method(routes.alias_moves, items)
+    job = _method(routes.job, send)
+    jobs = _method(routes.jobs, items)
+    cancel = _method(routes.cancel, send)
+    retry = _method(routes.retry, send)
+    nodes = _method(routes.nodes, send)
+    keys = _method(routes.keys, send)
+    create_key = _method(routes.create_key, send)
+    revoke_key = _method(routes.revoke_key, send)
+    rotate_key = _method(routes.rotate_key, send)
+    check_served = _method(routes.check_served, send)
+    generate = _method(routes.generate, send)
+    stream = _method(routes.stream, events)
 
     async def _open(self, call: Call[Any]) -> httpx.Response:
         for attempt in count(1):
