@@ -141,7 +141,7 @@ def page_of_jobs(
     """A page of jobs, newest first, and the next page's `after` (None on the last page).
 
     Raises:
-        InvalidInput: `after` is not a cursor of this list.
+        NotFound: `after` is not a cursor of this list.
     """
     found = JobRepository(session, tenant_id).page(
         limit=limit + 1, wanted=wanted, after=_CURSOR.read(after)

@@ -203,7 +203,7 @@ def overview(
     """A page of deltas, and the totals over all deltas.
 
     Raises:
-        InvalidInput: `after` is not a cursor of this sort.
+        NotFound: `after` is not a cursor of this sort.
     """
     deltas, next_after = page_of_deltas(
         session, tenant_id, limit=DELTAS_PER_PAGE, after=after, wanted=wanted, sort=sort
@@ -256,7 +256,7 @@ def model_view(session: Session, tenant_id: str, name: str, *, after: str | None
 
     Raises:
         NotFound: there is none, or it was deleted.
-        InvalidInput: `after` is not a cursor of the versions.
+        NotFound: `after` is not a cursor of the versions.
     """
     model = require_model(session, tenant_id, name)
     versions, next_after = page_of_deltas(
@@ -277,7 +277,7 @@ def jobs_page(
     """A page of jobs with their deltas, newest first; those of deleted deltas are left out.
 
     Raises:
-        InvalidInput: `after` is not a cursor of this list.
+        NotFound: `after` is not a cursor of this list.
     """
     jobs, next_after = page_of_jobs(
         session, tenant_id, JobFilter(states=states), limit=limit, after=after
