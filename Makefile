@@ -9,7 +9,7 @@ VLLM := .venv-vllm
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up topology unit test test-vllm check format browser clean
+.PHONY: help install demo up topology unit test test-vllm check format browser collect clean
 
 help:  ## List the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -35,7 +35,8 @@ topology: install  ## Like up, with real Postgres, Redis and S3 servers
 unit: install check  ## Run the checks and the quick tests, in under three minutes
 	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
-test: install browser check  ## Run the checks and the whole suite on real servers
+test: install  ## Run the checks and the whole suite on real servers
+	@$(MAKE) --no-print-directory --jobs 3 check browser collect
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-vllm: install $(VLLM)/.installed  ## Run the tests of integrations/vllm, in an environment with vLLM for CPUs
@@ -49,6 +50,10 @@ $(VLLM)/.installed: integrations/vllm/pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e integrations/vllm
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+# The processes of a parallel run share the rewritten assertions that this leaves in __pycache__.
+collect: install
+	@$(BIN)/python -m pytest --collect-only --quiet --quiet > /dev/null
 
 check: install  ## Check format, lint, types and import order
 	$(BIN)/ruff format --check .
