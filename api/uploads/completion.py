@@ -17,6 +17,8 @@ from typing import Final
 
 import structlog
 
+from deltadock.api.uploads.ahead import THREADS as HASH_AHEAD_THREADS
+from deltadock.api.uploads.ahead import HashAhead, Prefix
 from deltadock.api.uploads.receive import make_inspector
 from deltadock.api.uploads.service import check_stored, drop_parts, finish_upload, stored_row
 from deltadock.api.uploads.sources import Source, open_source, source_files
@@ -58,7 +60,8 @@ class Completer:
         self._lock = threading.Lock()
         self._running: dict[str, Future[None]] = {}
         self._pool = ThreadPoolExecutor(THREADS, "completion")
-        self._hashers = ThreadPoolExecutor(THREADS, "hashing")
+        self._hashers = ThreadPoolExecutor(THREADS + HASH_AHEAD_THREADS, "hashing")
+        self.ahead = HashAhead(self._hashers)
         self._poller = threading.Thread(target=self._poll, name="completer", daemon=True)
 
     def start(self) -> None:
@@ -71,6 +74,7 @@ class Completer:
         if self._poller.is_alive():
             self._poller.join()
         self._pool.shutdown(cancel_futures=True)
+        self.ahead.close()
         self._hashers.shutdown()
 
     def notify(self, upload_id: str) -> None:
@@ -219,7 +223,8 @@ class Completer:
             check_stored(self._blobs, file.sha256)
 
     def _store(self, upload: UploadRow, file: UploadFileRow, progress: "_Progress") -> None:
-        """Hash and check a file's stored parts, and make them a blob.
+        """Hash and check a file's stored parts, from the first that is not known, and make them a
+        blob.
 
         Raises:
             HashMismatch, InvalidCheckpoint, InvalidCalibration: the bytes are not what they should
@@ -234,10 +239,14 @@ class Completer:
         )
         checked: tuple[FileEntry, list[TensorEntry]] | None = None
 
-        def verify(chunks: Iterator[bytes]) -> None:
+        def verify() -> None:
             nonlocal checked
-            inspector = make_inspector(upload.kind, file.path, self._hashers)
-            for chunk in chunks:
+            known = self.ahead.take(parts) or Prefix(
+                make_inspector(upload.kind, file.path, self._hashers)
+            )
+            inspector, start = known.inspector, len(known.stamps) * parts.part_bytes
+            progress.advance(min(start, file.size))
+            for chunk in parts.read(start, file.size):
                 inspector.update(chunk)
                 progress.advance(len(chunk))
             checked = inspector.finish()

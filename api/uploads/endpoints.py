@@ -206,7 +206,9 @@ def list_parts(
     limit: Annotated[int, Query(ge=1, le=1000, description="Missing parts to list.")] = 100,
 ) -> FilePartsOut:
     """List which parts of a file are here, and where to send the others."""
-    file = service.parts_of(resources.database, resources.blobs, caller.tenant_id, upload_id, path)
+    _, file = service.parts_of(
+        resources.database, resources.blobs, caller.tenant_id, upload_id, path
+    )
     arrived = file.arrived()
     missing = [number for number in range(1, file.count + 1) if number not in arrived]
     return FilePartsOut(
@@ -248,18 +250,19 @@ async def put_part(
     announced = announced_digests(content_digest, x_content_sha256)
     length = request.headers.get("content-length", "")
 
-    def admit() -> PartedFile:
-        file = service.parts_of(
+    def admit() -> tuple[UploadKind, PartedFile]:
+        kind, file = service.parts_of(
             resources.database, resources.blobs, caller.tenant_id, upload_id, path
         )
         with refused_by_state():  # the file has fewer parts
             size = file.part_size(number)
         if length.isdecimal() and int(length) != size:
             raise Conflict(f"Part {number} has {size} bytes, and the body {length}.")
-        return file
+        return kind, file
 
-    file = await run_in_threadpool(admit)
+    kind, file = await run_in_threadpool(admit)
     size = await receive_part(request.stream(), file, number, announced)
+    resources.completer.ahead.arrived(kind, path, file)
     return PartOut(number=number, size=size)
 
 

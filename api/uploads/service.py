@@ -64,11 +64,15 @@ def require_upload(
     """
     upload = UploadRepository(session, tenant_id).find(upload_id, lock=lock)
     if upload is None or upload.state is UploadState.ABORTED:
-        raise NotFound(
-            f"There is no upload {upload_id!r}; an unfinished one is removed when it is aborted, "
-            "or after a while without activity."
-        )
+        raise _no_upload(upload_id)
     return upload
+
+
+def _no_upload(upload_id: str) -> NotFound:
+    return NotFound(
+        f"There is no upload {upload_id!r}; an unfinished one is removed when it is aborted, or "
+        "after a while without activity."
+    )
 
 
 def check_files(kind: UploadKind, files: Sequence[FileEntry], limit: int) -> None:
@@ -172,16 +176,20 @@ def check_may_add(upload: UploadRow, path: str) -> frozenset[str]:
 
 def parts_of(
     database: Database, blobs: BlobStore, tenant_id: str, upload_id: str, path: str
-) -> PartedFile:
-    """The parts of an announced file that is not stored; asking for them is activity.
+) -> tuple[UploadKind, PartedFile]:
+    """The parts of an announced file that is not stored, and its upload's kind.
+
+    Asking for them is activity.
 
     Raises:
         NotFound: there is no such upload or announced file.
         Conflict: the upload takes no files, or this one is stored or to be sent whole.
     """
     with database.read_scope() as session:
-        upload = require_upload(session, tenant_id, upload_id)
-        file = next((file for file in upload.files if file.path == path), None)
+        found = UploadRepository(session, tenant_id).find_file(upload_id, path)
+        if found is None or found[0].state is UploadState.ABORTED:
+            raise _no_upload(upload_id)
+        upload, file = found
         idle = (database_now(session) - upload.updated_at).total_seconds()
     check_open(upload)
     if file is None:
@@ -195,13 +203,13 @@ def parts_of(
         begun = blobs.begin_parts(upload_id, *layout)
         with database.session_scope() as session:
             if UploadRepository(session, tenant_id).set_parts_token(upload_id, path, begun.token):
-                return begun
+                return upload.kind, begun
         begun.drop()  # another request was first
         return parts_of(database, blobs, tenant_id, upload_id, path)
     if idle > TOUCH_SECONDS:
         with database.session_scope() as session:
             UploadRepository(session, tenant_id).touch(upload_id)
-    return blobs.parted(upload_id, file.parts_token, *layout)
+    return upload.kind, blobs.parted(upload_id, file.parts_token, *layout)
 
 
 def check_stored(blobs: BlobStore, digest: str) -> None:

@@ -1,19 +1,20 @@
 """Parts in a local folder: written into one file at their offsets.
 
 parts/<upload>/<token>/data     the file's bytes
-parts/<upload>/<token>/<n>      exists, empty, while part n is complete
+parts/<upload>/<token>/<n>      exists while part n is complete; its text is the part's stamp
+parts/<upload>/<token>/<n>.*    the same of one that is being written, or whose writer was killed
 """
 
 import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from deltadock.errors import Conflict, NotFound
+from deltadock.errors import Conflict, DeltadockError, NotFound
 from deltadock.storage.blobs.parts import PartedFile, PartWriter
 from deltadock.storage.blobs.port import CHUNK_BYTES, disk_errors
 
@@ -72,15 +73,35 @@ class LocalPartedFile(PartedFile):
                 self.check_complete()
                 self.data.chmod(0o444)
 
-    def publish(self, digest: str, verify: Callable[[Iterator[bytes]], None]) -> None:
-        with store_errors(), _found():
-            verify(self._read())
-            self._place(self.data, digest)
+    def stamp(self, number: int) -> str | None:
+        with store_errors():
+            try:
+                return self.marker(number).read_text(encoding="ascii") or None
+            except FileNotFoundError:
+                return None
 
-    def _read(self) -> Iterator[bytes]:
-        with self.data.open("rb") as stream:
-            while chunk := stream.read(CHUNK_BYTES):
+    def holds(self, stamps: Sequence[str]) -> bool:
+        with store_errors(), _found():
+            names = {path.name for path in self.folder.iterdir()} - {self.data.name}
+            if not all(name.isdecimal() for name in names):
+                return False  # bytes of a killed writer may have come after a stamp
+            # A marker is newer than its part's bytes: what is newer than all was written by others.
+            marked = max(self.marker(int(name)).stat().st_mtime_ns for name in names)
+            return self.data.stat().st_mtime_ns <= marked and all(
+                self.stamp(number) == stamp for number, stamp in enumerate(stamps, start=1)
+            )
+
+    def read(self, start: int, end: int) -> Iterator[bytes]:
+        with store_errors(), _found(), self.data.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            while start < end and (chunk := stream.read(min(end - start, CHUNK_BYTES))):
+                start += len(chunk)
                 yield chunk
+
+    def publish(self, digest: str, verify: Callable[[], None]) -> None:
+        verify()
+        with store_errors(), _found():
+            self._place(self.data, digest)
 
     def drop(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -98,11 +119,21 @@ class _LocalPartWriter(PartWriter):
                 self._stream = file.data.open("r+b", buffering=0)
             except PermissionError as error:
                 raise _sealed() from error
-        with store_errors(), self._unsealed():
-            # From its first new byte until it is complete again, the part is missing.
-            file.marker(number).unlink(missing_ok=True)
+        stamp = uuid.uuid4().hex
+        self._marker = file.marker(number)
+        self._begun = file.folder / f"{number}.{stamp}"
+        self._has_written = False
+        try:
+            with store_errors(), self._unsealed():
+                self._begun.write_text(stamp, encoding="ascii")
+                # From its first new byte until it is complete again, the part is missing.
+                self._marker.unlink(missing_ok=True)
+        except DeltadockError:
+            self.discard()
+            raise
 
     def _write(self, chunk: bytes | bytearray | memoryview) -> None:
+        self._has_written = True
         with store_errors(), memoryview(chunk) as left, self._unsealed():
             written = 0
             while written < len(left):
@@ -113,10 +144,16 @@ class _LocalPartWriter(PartWriter):
         with store_errors(), _found():
             os.fdatasync(self._stream.fileno())
             with self._unsealed():
-                self._file.marker(self.number).touch()
+                os.utime(self._begun)
+                self._begun.replace(self._marker)
+                self._has_written = False
 
     def discard(self) -> None:
         self._stream.close()
+        with suppress(OSError):
+            if self._has_written:  # perhaps after another writer completed the part
+                self._marker.unlink(missing_ok=True)
+            self._begun.unlink(missing_ok=True)
 
     @contextmanager
     def _unsealed(self) -> Iterator[None]:

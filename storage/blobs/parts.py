@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from deltadock.errors import Conflict, InvalidInput
@@ -101,6 +101,21 @@ class PartedFile(ABC):
     def arrived(self) -> frozenset[int]:
         """The numbers of the complete parts."""
 
+    def stamp(self, number: int) -> str | None:
+        """A text that is another one whenever the part is written again.
+
+        None: the part is missing, or the store cannot read it before the file is sealed.
+        """
+        return None
+
+    def holds(self, stamps: Sequence[str]) -> bool:
+        """Whether the sealed file's first parts are still those that had these stamps."""
+        return not stamps
+
+    @abstractmethod
+    def read(self, start: int, end: int) -> Iterator[bytes]:
+        """Stored bytes `[start, end)` of a sealed file, or of parts that have a stamp."""
+
     @abstractmethod
     def seal(self) -> None:
         """Take no more parts; idempotent.
@@ -110,13 +125,13 @@ class PartedFile(ABC):
         """
 
     @abstractmethod
-    def publish(self, digest: str, verify: Callable[[Iterator[bytes]], None]) -> None:
+    def publish(self, digest: str, verify: Callable[[], None]) -> None:
         """Make the sealed bytes the blob `digest`, durably; idempotent.
 
         Args:
             digest: SHA-256 (hex) of the bytes, if `verify` raises nothing.
-            verify: reads the stored bytes to their end; what it raises is raised here, and there is
-                no blob then.
+            verify: reads what is not known of the bytes; what it raises is raised here, and there
+                is no blob then.
         """
 
     @abstractmethod

@@ -117,12 +117,15 @@ class S3PartedFile(PartedFile):
                 if code_of(error) not in MISSING or not self._is_object():
                     raise
 
-    def publish(self, digest: str, verify: Callable[[Iterator[bytes]], None]) -> None:
+    def read(self, start: int, end: int) -> Iterator[bytes]:
+        return self.store.read_object(self.key, start, end)
+
+    def publish(self, digest: str, verify: Callable[[], None]) -> None:
         if not self._is_object():
             raise NotFound(GONE)
         # The server copies while this process reads what it stores.
         with self.store.copy(self.key, digest) as copy:
-            verify(self.store.read_object(self.key, 0, self.size))
+            verify()
             copy.commit()
 
     def drop(self) -> None:

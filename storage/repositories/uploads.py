@@ -85,6 +85,16 @@ class UploadRepository:
             .execution_options(populate_existing=lock)
         ).one_or_none()
 
+    def find_file(self, upload_id: str, path: str) -> tuple[UploadRow, UploadFileRow | None] | None:
+        """The upload with this id, alone, and its file at this path without tensors, or None."""
+        at_path = and_(UploadFileRow.upload_id == UploadRow.id, UploadFileRow.path == path)
+        return self.session.execute(
+            select(UploadRow, UploadFileRow)
+            .outerjoin(UploadFileRow, at_path)
+            .options(defer(UploadFileRow.tensors))
+            .where(UploadRow.id == upload_id, self._owned())
+        ).one_or_none()
+
     def page(
         self, *, limit: int, after: UploadRow | None = None, states: Collection[UploadState] = ()
     ) -> Sequence[UploadRow]:

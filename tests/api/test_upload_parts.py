@@ -24,6 +24,7 @@ from deltadock.errors import Unavailable
 from deltadock.settings import Settings
 from deltadock.storage.blobs import parts
 from deltadock.storage.blobs.local import LocalBlobStore
+from deltadock.storage.blobs.local_parts import LocalPartedFile
 from deltadock.storage.database import migrate
 from deltadock.storage.models import UploadKind, UploadState
 from deltadock.storage.repositories import UploadRepository
@@ -214,6 +215,42 @@ def sent(api: Api) -> str:
     return upload
 
 
+def hash_ahead(api: Api) -> None:
+    """Wait until what has arrived is hashed."""
+    for file in api.resources.completer.ahead._files.values():
+        assert file.work is not None
+        file.work.result(10)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_read", "status"),
+    [("nothing", False, 200), ("a part again", True, 200), ("a flipped bit", True, 409)],
+)
+def test_what_was_hashed_on_arrival_is_read_again_only_if_it_has_changed(
+    api: Api, monkeypatch: pytest.MonkeyPatch, change: str, is_read: bool, status: int
+) -> None:
+    upload = sent(api)
+    hash_ahead(api)
+    (data,) = api.resources.settings.blob_folder.glob("parts/*/*/data")
+    if change == "a part again":
+        send_parts(api, upload, "model.safetensors", WEIGHTS, [2])
+        hash_ahead(api)
+    elif change == "a flipped bit":
+        with data.open("r+b") as file:
+            file.seek(PART)
+            file.write(bytes([WEIGHTS[PART] ^ 1]))
+    starts = []
+    read = LocalPartedFile.read
+
+    def reading(self: LocalPartedFile, start: int, end: int) -> Iterator[bytes]:
+        starts.append(start)
+        return read(self, start, end)
+
+    monkeypatch.setattr(LocalPartedFile, "read", reading)
+    assert complete(api, upload).status_code == status
+    assert starts == [0 if is_read else 3 * PART]
+
+
 def test_a_long_completion_goes_on_in_the_background(
     api: Api, slow: threading.Event, subtests: pytest.Subtests
 ) -> None:
@@ -247,7 +284,6 @@ def test_an_upload_can_be_aborted_while_it_completes(api: Api, slow: threading.E
 def test_a_store_that_fails_meanwhile_is_tried_again(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoints, "WAIT_SECONDS", 0.2)
     upload = sent(api)
     exists = LocalBlobStore._link_blob
     failures = iter([Unavailable("The store is down.")])

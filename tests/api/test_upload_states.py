@@ -119,7 +119,7 @@ class Uploads(RuleBasedStateMachine):
             part[-1] ^= 1
 
         def send() -> None:
-            file = service.parts_of(self.database, self.blobs, LOCAL_TENANT, self.id, FILE)
+            _, file = service.parts_of(self.database, self.blobs, LOCAL_TENANT, self.id, FILE)
             with file.writer(number) as writer:
                 writer.write(part if whole else part[:1000])
                 writer.commit()
@@ -212,7 +212,7 @@ class Uploads(RuleBasedStateMachine):
         for path in (self.home / "blobs" / "blobs").iterdir():
             assert sha256_of(path) == path.name
         if self.state is UploadState.OPEN and not self.weights and self.arrived:
-            file = service.parts_of(self.database, self.blobs, LOCAL_TENANT, self.id, FILE)
+            _, file = service.parts_of(self.database, self.blobs, LOCAL_TENANT, self.id, FILE)
             assert file.arrived() == self.arrived.keys()
 
 

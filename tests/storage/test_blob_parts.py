@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,9 +47,9 @@ def send(file: PartedFile, number: int, data: bytes = DATA) -> None:
         writer.commit()
 
 
-def hashes_to(digest: str) -> Callable[[Iterator[bytes]], None]:
-    def verify(chunks: Iterator[bytes]) -> None:
-        actual = hashlib.sha256(b"".join(chunks)).hexdigest()
+def hashes_to(digest: str, file: PartedFile) -> Callable[[], None]:
+    def verify() -> None:
+        actual = hashlib.sha256(b"".join(file.read(0, file.size))).hexdigest()
         if actual != digest:
             raise HashMismatch(actual)
 
@@ -69,7 +69,7 @@ def test_parts_in_parallel_and_any_order_become_a_blob(store: BlobStore, file: P
     assert not store.exists(DIGEST)
     for _ in range(2):
         resumed.seal()
-        resumed.publish(DIGEST, hashes_to(DIGEST))
+        resumed.publish(DIGEST, hashes_to(DIGEST, resumed))
         assert b"".join(store.open(DIGEST)) == DATA
     assert store.parted_uploads() == {UPLOAD}
     resumed.drop()
@@ -86,7 +86,7 @@ def test_a_part_that_is_sent_again_replaces_the_first(store: BlobStore, file: Pa
     for number in (1, 2, 3):
         send(file, number)
     file.seal()
-    file.publish(DIGEST, hashes_to(DIGEST))
+    file.publish(DIGEST, hashes_to(DIGEST, file))
     assert b"".join(store.open(DIGEST)) == DATA
 
 
@@ -110,7 +110,7 @@ def test_bytes_that_fail_their_check_become_no_blob(store: BlobStore, file: Part
         send(file, number, bytes(len(DATA)))
     file.seal()
     with pytest.raises(HashMismatch):
-        file.publish(DIGEST, hashes_to(DIGEST))
+        file.publish(DIGEST, hashes_to(DIGEST, file))
     assert not store.exists(DIGEST)
     file.drop()
 
@@ -129,8 +129,30 @@ def test_a_sealed_file_takes_no_part_begun_before(store: BlobStore, file: Parted
         with pytest.raises((Conflict, NotFound)):  # noqa: PT012 - S3 sends it at the commit
             late.write(bytes(1234))
             late.commit()
-    file.publish(DIGEST, hashes_to(DIGEST))
+    file.publish(DIGEST, hashes_to(DIGEST, file))
     assert b"".join(store.open(DIGEST)) == DATA
+
+
+@pytest.mark.parametrize("store", ["local"], indirect=True)
+def test_a_stamp_holds_while_nobody_else_has_written(store: BlobStore, file: PartedFile) -> None:
+    assert file.stamp(1) is None
+    for number in (1, 2, 3):
+        send(file, number)
+    stamps = [stamp for number in (1, 2, 3) if (stamp := file.stamp(number))]
+    assert len(set(stamps)) == 3
+    assert file.holds(stamps)
+    send(file, 1)
+    assert not file.holds(stamps[:1])
+    # One of two writers of a part completes it while the other one is not done.
+    broken = file.writer(2)
+    broken.write(b"x")
+    send(file, 2)
+    broken.write(b"y")
+    stamp = file.stamp(2)
+    assert stamp is not None
+    assert not file.holds([])  # it might be killed now
+    broken.discard()
+    assert file.stamp(2) is None
 
 
 def test_dropping_an_uploads_parts_leaves_other_uploads(store: BlobStore, file: PartedFile) -> None:
@@ -160,7 +182,7 @@ def test_clients_send_parts_to_s3_themselves(store: BlobStore, file: PartedFile)
         assert httpx.put(url, content=part).status_code == 200
         assert httpx.put(url, content=part[:-1]).status_code == 403  # its length is signed
     file.seal()
-    file.publish(DIGEST, hashes_to(DIGEST))
+    file.publish(DIGEST, hashes_to(DIGEST, file))
     assert store.size(DIGEST) == len(DATA)
 
 
