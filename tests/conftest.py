@@ -11,6 +11,7 @@ import boto3
 import psycopg
 import pytest
 import redis
+import structlog
 from hypothesis import settings
 from psycopg import sql
 from sqlalchemy import make_url
@@ -24,6 +25,17 @@ from deltadock.cli import services
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("here", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+# As the processes log: structlog's default draws the local variables of a traceback, for seconds.
+structlog.configure(
+    [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.dev.ConsoleRenderer(
+            colors=False, exception_formatter=structlog.dev.plain_traceback
+        ),
+    ]
+)
 
 SLOW = (
     "test_wheel.py",
