@@ -1,10 +1,13 @@
 """Shared fixtures: one real server of each kind per session, with an empty database per test."""
 
+import functools
 import gc
 import os
+import ssl
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
@@ -19,12 +22,16 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from deltadock.cli import services
+from deltadock.storage.database import migrate
 
 # In CI, Hypothesis examples are deterministic; elsewhere they are new in each run.
 # No deadlines: run times vary on busy machines.
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("here", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+# No test speaks TLS, and every HTTP client loads the certificates of the world's authorities.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 # As the processes log: structlog's default draws the local variables of a traceback, for seconds.
 structlog.configure(
@@ -174,20 +181,54 @@ def s3_settings(seaweedfs_service: services.Service) -> dict[str, str]:
     return seaweedfs_service.settings
 
 
-@pytest.fixture
-def postgres_database(postgres_url: str) -> Iterator[str]:
-    """SQLAlchemy URL of an empty database for this test alone."""
+@contextmanager
+def new_database(postgres_url: str, template: str = "template1") -> Iterator[str]:
+    """SQLAlchemy URL of a new database, a copy of `template`, while the context lasts."""
     url = make_url(postgres_url)
     name = f"test_{uuid.uuid4().hex}"
     administration = url.set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(administration, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        connection.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+                sql.Identifier(name), sql.Identifier(template)
+            )
+        )
         try:
             yield url.set(database=name).render_as_string(hide_password=False)
         finally:
             connection.execute(
                 sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name))
             )
+
+
+@pytest.fixture
+def postgres_database(postgres_url: str) -> Iterator[str]:
+    """SQLAlchemy URL of an empty database for this test alone."""
+    with new_database(postgres_url) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres_url: str) -> Iterator[str]:
+    """Name of a migrated Postgres database to copy: the migrations run once."""
+    with new_database(postgres_url) as url:
+        migrate(url)
+        yield make_url(url).database or ""
+
+
+@pytest.fixture
+def migrated_postgres(postgres_url: str, migrated_template: str) -> Iterator[str]:
+    """As `postgres_database`, migrated."""
+    with new_database(postgres_url, migrated_template) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty SQLite database to copy into a home: the migrations run once."""
+    path = tmp_path_factory.mktemp("migrated") / "deltadock.db"
+    migrate(f"sqlite:///{path}")
+    return path
 
 
 @pytest.fixture

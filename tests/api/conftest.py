@@ -10,7 +10,6 @@ import pytest
 
 from deltadock.api.main import create_app
 from deltadock.settings import Settings
-from deltadock.storage.database import migrate
 from tests.api.support import Api, StandInNode, bearer, issue_key, serving
 
 
@@ -35,14 +34,6 @@ def settings_fields() -> dict[str, Any]:
 def settings(tmp_path: Path, broker_url: str, settings_fields: dict[str, Any]) -> Settings:
     fields = {"home": tmp_path / "home", "broker_url": broker_url}
     return Settings.model_validate(fields | settings_fields)
-
-
-@pytest.fixture(scope="session")
-def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty SQLite database to copy: the migrations run once."""
-    path = tmp_path_factory.mktemp("migrated") / "deltadock.db"
-    migrate(f"sqlite:///{path}")
-    return path
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The dashboard's pages as HTML from the server."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import unescape
@@ -13,7 +14,6 @@ from deltadock.api.dependencies import Resources
 from deltadock.api.fleet import TIERS
 from deltadock.api.main import create_app
 from deltadock.settings import Settings
-from deltadock.storage.database import migrate
 from deltadock.storage.models import JobState, Scope
 from deltadock.storage.repositories import (
     BaseRepository,
@@ -48,9 +48,9 @@ class Site:
 
 
 @pytest.fixture
-def empty(tmp_path: Path) -> Iterator[Site]:
-    settings = Settings(home=tmp_path / "home")
-    migrate(settings.sqlalchemy_url)
+def empty(tmp_path: Path, migrated_file: Path) -> Iterator[Site]:
+    settings = Settings(home=tmp_path)
+    shutil.copy(migrated_file, settings.home)
     app = create_app(settings)
     resources: Resources = app.state.resources
     resources.blobs.prepare()
@@ -305,10 +305,12 @@ def test_pages_are_not_in_the_openapi_document(site: Site) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, seed.Seeded]]:
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, migrated_file: Path
+) -> Iterator[tuple[Site, seed.Seeded]]:
     """A seeded site for tests that change nothing of the others'."""
-    settings = Settings(home=tmp_path_factory.mktemp("shared") / "home")
-    migrate(settings.sqlalchemy_url)
+    settings = Settings(home=tmp_path_factory.mktemp("shared"))
+    shutil.copy(migrated_file, settings.home)
     app = create_app(settings)
     resources: Resources = app.state.resources
     resources.blobs.prepare()

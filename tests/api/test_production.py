@@ -11,7 +11,6 @@ from deltadock.api.main import create_app
 from deltadock.client.http import Client
 from deltadock.settings import Settings
 from deltadock.storage.blobs import parts
-from deltadock.storage.database import migrate
 from tests.api.support import CONFIG, TEXT, Api, bearer, issue_key, serving, sha256, weights
 
 
@@ -24,19 +23,18 @@ def settings_fields() -> dict[str, str]:
 @pytest.fixture
 def api(
     tmp_path: Path,
-    postgres_database: str,
+    migrated_postgres: str,
     s3_bucket: dict[str, str],
     broker_url: str,
     settings_fields: dict[str, str],
 ) -> Iterator[Api]:
     fields = {
         "home": str(tmp_path),
-        "database_url": postgres_database,
+        "database_url": migrated_postgres,
         "broker_url": broker_url,
         **s3_bucket,
     }
     fields |= settings_fields
-    migrate(postgres_database)
     settings = Settings.model_validate(fields)
     app = create_app(settings)
     headers = bearer(issue_key(settings))

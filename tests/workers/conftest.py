@@ -12,7 +12,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
-from deltadock.storage.database import migrate
 from deltadock.storage.models import CheckpointRow, JobRow, UploadFileRow, UploadKind
 from deltadock.storage.repositories import (
     BaseRepository,
@@ -76,14 +75,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.fixture(params=["sqlite", "postgres"])
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
     """Settings with a migrated, empty database of either kind."""
-    settings = Settings(
-        home=tmp_path / "home",
-        device="cpu",
-        database_url=""
-        if request.param == "sqlite"
-        else request.getfixturevalue("postgres_database"),
-    )
-    migrate(settings.sqlalchemy_url)
+    settings = Settings(home=tmp_path / "home", device="cpu")
+    if request.param == "postgres":
+        url = request.getfixturevalue("migrated_postgres")
+        return settings.model_copy(update={"database_url": url})
+    settings.home.mkdir()
+    shutil.copy(request.getfixturevalue("migrated_file"), settings.home)
     return settings
 
 
