@@ -2,11 +2,13 @@
 
 Codes stay frozen, and so does every byte count: each segment of scales is multiplied by a vector
 of factors that start at one. Factors are relative, so one learning rate suits all matrices. The
-loss is the KL divergence from the fine-tuned model on calibration text. Gradients are checkpointed
-by block. Where the device has room, packed student and teacher stay on it, and a step unpacks each
-tensor once; else one block's weights are in memory at a time, and a step unpacks them for the
-forward and for the backward pass; both give the same scales. The result is kept only if it is
-better on windows that neither train nor are reported.
+loss is the KL divergence from the fine-tuned model on calibration text.
+
+Where the device has room, packed student and teacher stay on it, and a step unpacks each tensor
+once and keeps the graphs of all blocks. Else one block's weights are in memory at a time: a step
+unpacks them for the forward and again for the backward pass, which repeats the forward. Both give
+the same scales. The result is kept only if it is better on windows that neither train nor are
+reported.
 """
 
 import math
@@ -28,7 +30,7 @@ from deltadock.artifacts.encodings import (
 )
 from deltadock.compression.calibration.windows import CalibrationSet, spaced
 from deltadock.compression.checkpoints import CheckpointPair, CheckpointReader, TensorSource
-from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.model.forward import Backward, BlockwiseModel
 from deltadock.compression.residence import DeviceMemory, device_budget
 from deltadock.compression.scratch import Scratch
 
@@ -214,7 +216,8 @@ def distill(
         relative_error = max(before, 0.0) / max(_kl_without_deltas(student, choosing_kl), 1e-30)
         rate = RELATIVE_RATE * min(1.0, math.sqrt(relative_error))
         optimizer = torch.optim.Adam(list(flatten_factors(student.factors)), lr=rate)
-        resident = memory.complete and student.unpacked_bytes() <= memory.free
+        needed = student.unpacked_bytes() + model.graph_bytes(size * data.train.shape[1])
+        resident = memory.complete and needed <= memory.free
         student.unpack_once = resident
         place = "on the device" if resident else "block by block"
         for step in range(STEPS):
@@ -395,16 +398,24 @@ def _accumulate(
 ) -> None:
     """Add the gradients of the mean KL divergence on `tokens` to the factors."""
     target = teacher(tokens)
-    states = _forward(model, tokens, student)
+    hidden = model.embed(tokens, student)
+    passes: list[Backward] = []
+    for index in range(len(model.blocks)):
+        if student.unpack_once:
+            hidden, backward = model.record_block(index, hidden, student)
+        else:
+            backward = partial(model.backward_block, index, hidden, source=student)
+            hidden = model.run_block(index, hidden, student)
+        passes.append(backward)
 
     def loss(logits: Tensor, piece: slice) -> Tensor:
         log_probs = F.log_softmax(logits, dim=-1)
         return F.kl_div(log_probs, target(piece), reduction="sum", log_target=True) / tokens.numel()
 
-    _, gradient = model.backward_head(states.pop(), student, loss)
+    _, gradient = model.backward_head(hidden, student, loss)
     student.backpropagate()
-    for index in reversed(range(len(model.blocks))):
-        gradient = model.backward_block(index, states.pop(), gradient, student)
+    while passes:
+        gradient = passes.pop()(gradient)
         student.backpropagate()
     model.embed_backward(tokens, gradient, student)
     student.backpropagate()

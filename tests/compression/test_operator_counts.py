@@ -54,7 +54,7 @@ def test_three_matrices_take_few_more_operators_than_one(
 def test_operators_of_a_distillation_step(
     make_pair: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two blocks, embedding and head; read and unpacked at each use: 1,218 operators."""
+    """Two blocks, embedding and head; blocks run again for the backward pass: 803 operators."""
     prepared = Prepared(*make_pair(tied=False))
     monkeypatch.setattr(distillation, "STEPS", 2)
     counts: list[int] = []
@@ -68,7 +68,7 @@ def test_operators_of_a_distillation_step(
     monkeypatch.setattr(distillation, "_accumulate", counted)
     prepared.distill()
     # The first step prepares masks and positions.
-    assert counts[-1] <= 850
+    assert counts[-1] <= 720
 
 
 @pytest.mark.parametrize("name", ["adamix", "delta-come", "low-rank"])

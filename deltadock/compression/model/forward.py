@@ -22,6 +22,8 @@ LOGITS_PER_STEP: Final = 1 << 24
 Loss = Callable[[Tensor, slice], Tensor]
 """Loss, summed over the tokens, of logits (tokens, vocabulary) float32; the slice is their position
 among all tokens."""
+Backward = Callable[[Tensor], Tensor]
+"""From the gradient at a block's outputs to that at its inputs."""
 
 
 class _DetachedWeights:
@@ -203,6 +205,30 @@ class BlockwiseModel:
                 result[rows] = batch.grad
         leaves.backpropagate()
         return result
+
+    @torch.enable_grad()
+    def record_block(
+        self, index: int, hidden: Tensor, source: TensorSource
+    ) -> tuple[Tensor, Backward]:
+        """Outputs of block `index`, as of `run_block`, and its backward pass without running again.
+
+        Its graph (`graph_bytes`) is in memory until both are dropped; all of `hidden` is one batch.
+        """
+        weights = self._skeleton.block_weights(index, source)
+        inputs = self._inputs(hidden).requires_grad_()
+        outputs = self._call(index, weights, inputs)
+
+        def backward(gradient: Tensor) -> Tensor:
+            outputs.backward(self._inputs(gradient))
+            assert inputs.grad is not None
+            return inputs.grad
+
+        return outputs.detach(), backward
+
+    def graph_bytes(self, tokens: int) -> int:
+        """About what the graphs of all blocks hold for so many tokens: each linear map's inputs and
+        outputs in float32, and as much again for what lies between the maps."""
+        return 2 * 4 * tokens * sum(self._skeleton.width(name) for name in self.blocks)
 
     def _observed(self, index: int, inputs: Observer | None, gradients: Observer | None) -> Any:
         name = self.blocks[index]

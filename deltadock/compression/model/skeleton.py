@@ -173,6 +173,15 @@ class Skeleton:
         found: nn.Module = self._model.get_submodule(name)
         return found
 
+    def width(self, name: str) -> int:
+        """Inputs and outputs of the linear maps of a module that one token passes, summed."""
+        routed = getattr(self.config, "num_experts_per_tok", 1)
+        return sum(
+            (1 if parameter.ndim == 2 else routed) * sum(parameter.shape[-2:])
+            for parameter in self.module(name).parameters()
+            if parameter.ndim > 1
+        )
+
     def _weight(self, name: str, source: TensorSource) -> Tensor:
         return self.stored[name].tensor(source).to(self._device, self._dtype)
 
