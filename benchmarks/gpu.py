@@ -69,20 +69,26 @@ PARTS: Final = {
     ),
     "sweep": Part(
         "the variants of the kernels",
-        ("benchmarks.kernel", "--sweep", "80"),
-        90,
+        ("benchmarks.kernel", "--sweep", "70"),
+        80,
         ("benchmarks.kernel", "--sweep", "80", "--device", "cpu"),
+    ),
+    "attention": Part(
+        "attention of a decode step: exact lengths against padded ones, and its variants",
+        ("benchmarks.attention",),
+        30,
+        ("benchmarks.attention", "--device", "cpu"),
     ),
     "sampler": Part(
         "sampling in batch against row by row",
         ("benchmarks.sampler", "--device", "cuda"),
-        25,
+        15,
         ("benchmarks.sampler", "--device", "cpu", "--rows", "2", "--vocabularies", "100"),
     ),
     "node": Part(
         "decode steps of a 7B model with 0 to 64 deltas, cold swaps, Zipf traffic",
         ("benchmarks.node", "7b"),
-        120,
+        110,
         ("benchmarks.node", "7b", "--device", "cpu", "--tiny"),
     ),
     "adamix": Part(

@@ -23,19 +23,12 @@ kernels have neither. A GPU has the last word.
 import argparse
 import functools
 import heapq
-import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from benchmarks.kernel import LAYER, SWEEP, Projection, groups_of, name_of
+from benchmarks.machine_code import compile_kernel, disassemble, programs_per_sm
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS, SUM_COLUMNS
 from deltadock.kernels.svd_delta.layout import BLOCK_RANKS, SEGMENTS, TILE_COLUMNS, TILE_RANKS
@@ -52,10 +45,6 @@ CLOCK: Final = 1755.0
 """Cycles per microsecond."""
 SCHEDULERS: Final = 4
 """Warp instructions that an SM issues in a cycle."""
-REGISTERS: Final = 65_536
-SHARED_BYTES: Final = 232_448
-WARPS: Final = 64
-"""Registers, shared memory and warps of an SM."""
 COPY_BANDWIDTH: Final = 4.19e6
 """Bytes per microsecond, reads plus writes, of the H200 that `MEASURED` is from."""
 PLANES: Final = (8, 4, 2, 1)
@@ -78,7 +67,6 @@ CONSTANTS: Final = {
     "BLOCK_K": SUM_COLUMNS,
     "BLOCK_R": TILE_RANKS,
     "SUMS": 4,
-    "TERMS": 1,
     "EMULATE": False,
 }
 
@@ -87,25 +75,13 @@ def compile_for(
     capability: int, function: Any, dtype: str, warps: int, registers: int | None = None
 ) -> Any:
     """Compile as launched for a 16-bit dtype and shapes that are multiples of 128."""
-    names = function.arg_names
-    constants = {name: CONSTANTS[name] for name in names if name in CONSTANTS}
-    if "WARPS" in names:
-        constants["WARPS"] = warps
-    if dtype == "fp16" and "TERMS" in constants:
-        constants["TERMS"] = 2
+    constants = CONSTANTS | {"WARPS": warps, "TERMS": 2 if dtype == "fp16" else 1}
     types = TYPES | dict.fromkeys(("x_ptr", "xs_ptr", "y_ptr"), f"*{dtype}")
-    types |= dict.fromkeys((*NUMBERS, "sum_count"), "i32") | dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "*i32") for name in names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if name not in constants and name not in UNSPECIALIZED
-    }
-    return triton.compile(
-        ASTSource(function, signature, constants, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": True},
-    )
+    types |= dict.fromkeys((*NUMBERS, "sum_count"), "i32")
+    return compile_kernel(
+        capability, function, types, constants,
+        unspecialized=UNSPECIALIZED, num_warps=warps, maxnreg=registers,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +115,8 @@ class Code:
 
     @property
     def programs_per_sm(self) -> int:
-        """Programs that an SM runs at once; registers come in units of 256 a warp."""
-        registers = -(-self.registers // 8) * 8 * 32 * self.warps
-        by_shared = SHARED_BYTES // (self.shared_bytes + 1024)
-        return min(REGISTERS // registers, by_shared, WARPS // self.warps)
+        """Programs that an SM runs at once."""
+        return programs_per_sm(self.warps, self.registers, self.shared_bytes)
 
 
 DEPENDENT_LOADS: Final = {"shrink_kernel": (5, 1), "expand_kernel": (5, 2)}
@@ -161,16 +135,8 @@ def read_code(name: str, compiled: Any, warps: int) -> Code:
     Raises:
         ValueError: the machine code has another number of inner loops.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
-        listing = _output(triton.knobs.nvidia.nvdisasm.path, "-c", cubin)
-    found = re.search(rf"{name}:\s+REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise ValueError(f"{name} is not in the machine code: {usage}")
-    operations, loops = inner_loops(listing)
-    loops = [loop for loop in loops if "HMMA" in operations[loop]]
+    code = disassemble(compiled)
+    loops = [loop for loop in code.loops if "HMMA" in code.operations[loop]]
     if len(loops) != len(PLANES):
         raise ValueError(f"{name} has {len(loops)} inner loops with products, not {len(PLANES)}.")
     sizes = tuple(loop.stop - loop.start for loop in loops)
@@ -178,35 +144,12 @@ def read_code(name: str, compiled: Any, warps: int) -> Code:
     shared = sum(
         operation in {"BAR", "LDS", "LDSM", "STS"}
         for loop in loops
-        for operation in operations[loop]
+        for operation in code.operations[loop]
     )
     return Code(
-        warps, sizes, between, len(operations) - sum(sizes) - len(PLANES) * between,
-        int(found[1]), int(found[2]), compiled.metadata.shared, *DEPENDENT_LOADS[name], shared,
+        warps, sizes, between, len(code.operations) - sum(sizes) - len(PLANES) * between,
+        code.registers, code.stack_bytes, code.shared_bytes, *DEPENDENT_LOADS[name], shared,
     )  # fmt: skip
-
-
-def _output(tool: str, *arguments: str | Path) -> str:
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def inner_loops(listing: str) -> tuple[list[str], list[slice]]:
-    """The operations of a listing, and where its innermost loops are, in order."""
-    labels: dict[str, int] = {}
-    operations: list[str] = []
-    loops: list[slice] = []
-    for line in listing.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(operations)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)(.*);", line):
-            operations.append(instruction[1])
-            jump = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
-            begin = labels.get(jump[1]) if jump and instruction[1] == "BRA" else None
-            # A jump to itself ends the program; a loop around a loop is not an inner one.
-            last_end = loops[-1].stop if loops else 0
-            if begin is not None and last_end <= begin < len(operations) - 1:
-                loops.append(slice(begin, len(operations)))
-    return operations, loops
 
 
 Codes = tuple[Code, Code]

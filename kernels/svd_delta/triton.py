@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deltadock.kernels.interpreter import dot, round_to
 from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS, SUM_COLUMNS, Chunks
 from deltadock.kernels.svd_delta.layout import (
     BLOCK_FIELDS,
@@ -165,26 +166,6 @@ def unpack(first, second, P: tl.constexpr, DOWN: tl.constexpr, DT: tl.constexpr,
     B: tl.constexpr = first.shape[1]
     C: tl.constexpr = first.shape[2]
     return tl.reshape(tl.join(even, odd), (A, B, C, 32 // P, 2))
-
-
-@triton.jit
-def dot(a, b, acc, EMULATE: tl.constexpr):
-    if EMULATE:  # Triton's interpreter computes bfloat16 products incorrectly.
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc)
-
-
-@triton.jit
-def round_to(x, DT: tl.constexpr, EMULATE: tl.constexpr):
-    """Round float32 to DT, to nearest even."""
-    if EMULATE and tl.bfloat16 == DT:  # Triton's interpreter truncates.
-        bits = x.to(tl.int32, bitcast=True)
-        number = (bits & 0x7FFFFFFF) <= 0x7F800000  # not NaN
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(number, bits, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        rounded = x.to(DT)
-    return rounded
 
 
 @triton.jit

@@ -54,7 +54,7 @@ class Engine:
         self.context_tokens = min(context_tokens, model.context_tokens)
         cache = model.make_cache(max(cache_slots, max_sequences), self.context_tokens)
         self._runner = ModelRunner(model, cache, max_sequences)
-        self._scheduler = Scheduler(cache, pass_tokens, max_sequences, compact=self._runner.static)
+        self._scheduler = Scheduler(cache, pass_tokens, max_sequences)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = False
         self._device_failures = 0

@@ -1,9 +1,9 @@
 """Runs the model on scheduled chunks: packed passes, and decode passes as CUDA graphs.
 
 A decode step of a large model is thousands of small kernel launches; a CUDA graph replays them as
-one. A graph records addresses and shapes, so decode runs on static buffers, and the batch, the
-cache slots and the tokens seen by attention are padded to powers of two: a model needs some dozens
-of graphs, captured on first use.
+one. A graph records addresses and shapes, so decode runs on static buffers, and the batch is padded
+to a power of two or a multiple of `GRAPH_ROWS`: a model needs some dozens of graphs, captured on
+first use. Attention reads on the device how long each sequence is.
 """
 
 import logging
@@ -19,7 +19,7 @@ from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.model.added_tokens import Logits
 from deltadock.inference.model.attention import (
     AttentionMetadata,
-    DecodeBatch,
+    DecodeRows,
     Span,
     make_attention_metadata,
 )
@@ -32,8 +32,8 @@ MAX_GRAPHS: Final = 64
 """Captured graphs kept; the least recently used is evicted."""
 SCORED_ROWS: Final = 64
 """Prompt tokens scored at a time: their logits are float32 over the whole vocabulary."""
-MIN_TOKENS: Final = 128
-"""Smallest padded length that attention sees."""
+GRAPH_ROWS: Final = 8
+"""Larger batches are padded to a multiple of so many rows."""
 
 
 class ModelRunner:
@@ -51,12 +51,6 @@ class ModelRunner:
         self._decode: GraphDecoder | None = None
         if model.device.type == "cuda" if static is None else static:
             self._decode = GraphDecoder(model, cache, max_rows)
-
-    @property
-    def static(self) -> bool:
-        """Whether passes that only decode run on static buffers, and read all slots up to the
-        highest in use."""
-        return self._decode is not None
 
     def check_device(self) -> None:
         """Compute and read back a number; raises what the device raises, if it is lost."""
@@ -125,13 +119,8 @@ class DecodeRow(NamedTuple):
     delta_slot: int
 
 
-class _GraphKey(NamedTuple):
-    """The padded shapes of a graph; `deltas` is the model's part of the key."""
-
-    rows: int
-    slots: int
-    tokens: int
-    deltas: tuple[int, int]
+GraphKey = tuple[int, int]
+"""`BaseModel.graph_key`; the first is the number of rows."""
 
 
 class GraphDecoder:
@@ -141,14 +130,11 @@ class GraphDecoder:
         self._model, self._cache = model, cache
         self._max_rows = max_rows
         device = model.device
-        sizes = (max_rows, max_rows, max_rows, cache.slots, cache.slots)
-        self._buffer = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        self._tokens, self._positions, self._kv_slots, self._queries, self._lengths = (
-            self._buffer.split(sizes)
-        )
+        self._buffer = torch.zeros(3, max_rows, dtype=torch.int64, device=device)
+        self._tokens, self._positions, self._kv_slots = self._buffer
         shape = (1, max_rows, model.config.hidden_size)
         self._embedded = torch.zeros(shape, dtype=model.dtype, device=device)
-        self._graphs: OrderedDict[_GraphKey, Callable[[], Tensor]] = OrderedDict()
+        self._graphs: OrderedDict[GraphKey, Callable[[], Tensor]] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def hidden(self, rows: Sequence[DecodeRow]) -> Tensor | None:
@@ -156,20 +142,12 @@ class GraphDecoder:
 
         Returns None, having computed nothing, if a row's delta cannot be part of a graph.
         """
-        count = _power_of_two(len(rows), 1, self._max_rows)
+        count = min(_padded(len(rows)), self._max_rows)
         padded = [*rows, *[rows[-1]] * (count - len(rows))]  # recomputing a row is harmless
         self._model.route([row.delta_slot for row in padded])
-        deltas = self._model.graph_key
-        if deltas is None:
+        key = self._model.graph_key
+        if key is None:
             return None
-        key = _GraphKey(
-            rows=count,
-            slots=_power_of_two(max(row.kv_slot for row in rows) + 1, 1, self._cache.slots),
-            tokens=_power_of_two(
-                max(row.position for row in rows) + 1, MIN_TOKENS, self._cache.length
-            ),
-            deltas=deltas,
-        )
         self._fill_buffers(padded)
         self._embedded[:, :count] = self._model.embed(self._tokens[:count])
         if key not in self._graphs:
@@ -181,43 +159,35 @@ class GraphDecoder:
 
     def _fill_buffers(self, rows: Sequence[DecodeRow]) -> None:
         source = torch.zeros(self._buffer.shape, dtype=torch.int64, pin_memory=self._buffer.is_cuda)
-        values, count, slots = source.numpy(), self._max_rows, self._cache.slots
-        queries, lengths = values[3 * count : 3 * count + slots], values[3 * count + slots :]
-        lengths[:] = 1
+        values = source.numpy()
         for index, row in enumerate(rows):
-            values[index], values[count + index] = row.token, row.position
-            values[2 * count + index] = row.kv_slot
-            queries[row.kv_slot], lengths[row.kv_slot] = index, row.position + 1
+            values[:, index] = row.token, row.position, row.kv_slot
         self._buffer.copy_(source, non_blocking=True)
 
-    def _body(self, key: _GraphKey) -> Tensor:
-        """Run the layers on views of the buffers; masks are rebuilt, so that a graph holds them."""
-        kv_slots = self._kv_slots[: key.rows]
-        batch = DecodeBatch(
-            slice(0, key.slots),
-            key.tokens,
-            self._lengths[: key.slots],
-            rows=slice(0, key.rows),
-            places=kv_slots,
-            queries=self._queries[: key.slots],
-        )
+    def _body(self, rows: int) -> Tensor:
+        """Run the layers on views of the buffers."""
+        slots, positions = self._kv_slots[:rows], self._positions[:rows]
         metadata = AttentionMetadata(
-            self._cache, kv_slots, self._positions[: key.rows], decode_batches=[batch]
+            self._cache,
+            slots,
+            positions,
+            decode_rows=DecodeRows(slice(0, rows), slots, positions + 1),
         )
-        return self._model.body(self._embedded[:, : key.rows], metadata)
+        return self._model.body(self._embedded[:, :rows], metadata)
 
-    def _capture(self, key: _GraphKey) -> Callable[[], Tensor]:
+    def _capture(self, key: GraphKey) -> Callable[[], Tensor]:
+        rows, _ = key
         if self._pool is None:
-            return lambda: self._body(key)
+            return lambda: self._body(rows)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warm up: libraries allocate on their first call
-            self._body(key)
+            self._body(rows)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads keep loading deltas during the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            hidden = self._body(key)
+            hidden = self._body(rows)
         logger.info("Captured a decode graph: %s", key)
 
         def replay() -> Tensor:
@@ -227,6 +197,8 @@ class GraphDecoder:
         return replay
 
 
-def _power_of_two(value: int, lowest: int, highest: int) -> int:
-    """Round `value` up to a power of two, clamped to [lowest, highest]."""
-    return min(max(1 << (value - 1).bit_length(), lowest), highest)
+def _padded(rows: int) -> int:
+    """Round up to a power of two, and from `GRAPH_ROWS` on to a multiple of it."""
+    if rows < GRAPH_ROWS:
+        return 1 << (rows - 1).bit_length()
+    return -(-rows // GRAPH_ROWS) * GRAPH_ROWS

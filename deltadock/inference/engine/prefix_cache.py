@@ -7,7 +7,6 @@ shared, and a slot is erased before it passes to another model key.
 """
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -82,34 +81,6 @@ class CacheSlots:
         self._contents[slot] = _SlotContents(model_key, tokens, count, max(written, count))
         self.reused_tokens += count
         return slot, count
-
-    def compact(self) -> Iterator[tuple[int, int]]:
-        """Move the slots in use into the first ones, and what these keep into theirs.
-
-        `n` slots in use end up below the power of two that is at least n, up to which a decode step
-        on static buffers reads. Yields each old and new slot once it has moved.
-        """
-        used = [slot for slot in range(self._cache.slots) if slot not in self._free]
-        limit = 1 << max(len(used) - 1, 0).bit_length()
-        free = (slot for slot in range(limit) if slot in self._free)
-        for high in [slot for slot in used if slot >= limit]:
-            low = next(free)
-            self._swap(low, high)
-            yield high, low
-
-    def _swap(self, free: int, used: int) -> None:
-        moved, running = self._contents.pop(free, None), self._contents[used]
-        kept = moved.written if moved is not None else 0
-        count = max(kept, running.written, min(len(running.tokens), self._cache.length))
-        # If the copies fail, what was written is erased before its next use.
-        self._contents[free] = _SlotContents(NO_MODEL, [], 0, count)
-        running.written = max(running.written, count)
-        self._cache.swap(free, used, count)
-        self._contents[free] = running
-        del self._contents[used]
-        if moved is not None:
-            self._contents[used] = moved
-        self._free = {used if slot == free else slot: None for slot in self._free}
 
     def confirm(self, slot: int, count: int) -> None:
         """Mark the first `count` tokens in the slot as having led to finite logits."""

@@ -43,11 +43,8 @@ class Scheduler:
     prefix cache no longer holds it, when it is admitted again.
     """
 
-    def __init__(
-        self, cache: KVCache, pass_tokens: int, max_running: int, *, compact: bool = False
-    ) -> None:
-        """Schedule up to `max_running` sequences; `compact` keeps them in the first slots."""
-        self._compact = compact
+    def __init__(self, cache: KVCache, pass_tokens: int, max_running: int) -> None:
+        """Schedule up to `max_running` sequences."""
         self._pass_tokens = pass_tokens
         self._max_running = min(max_running, cache.slots)
         self._queues: dict[str, deque[Sequence]] = {}
@@ -105,8 +102,6 @@ class Scheduler:
     def schedule(self) -> list[ScheduledChunk]:
         """The next pass's chunks, ordered by delta slot, so that a slot's rows are adjacent."""
         self._admit()
-        if self._compact:
-            self._move_to_first_slots()
         chunks: list[ScheduledChunk] = []
         prompts: list[Sequence] = []
         for sequence in self.running:
@@ -122,11 +117,6 @@ class Scheduler:
             if budget == 0:
                 break
         return sorted(chunks, key=lambda chunk: chunk.sequence.delta_slot)
-
-    def _move_to_first_slots(self) -> None:
-        by_slot = {sequence.kv_slot: sequence for sequence in self.running}
-        for old, new in self.slots.compact():
-            by_slot[old].kv_slot = new
 
     def _admit(self) -> None:
         while (model_key := self._next()) is not None:

@@ -1,12 +1,13 @@
 """Attention over the slotted cache, registered with transformers under the name `ATTENTION`.
 
 The rows of a pass are tokens of many sequences, packed as (1, rows). Each sequence is either
-decoding (one row) or prefilling a chunk of its prompt (many rows). Decoding sequences in nearby
-cache slots are batched: one attention call on a view of the cache.
+decoding (one row) or prefilling a chunk of its prompt (many rows). On a GPU one kernel attends to
+exactly the tokens of all decoding sequences. On the CPU those in nearby cache slots are batched:
+one attention call on a view of the cache.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from deltadock.inference.model.kv_cache import KVCache
+from deltadock.kernels.decode_attention import decode_attention
 
 ATTENTION: Final = "deltadock_slotted"
 MAX_GAP: Final = 2
@@ -132,6 +134,17 @@ class DecodeBatch:
         return mask.masked_fill_(hidden, float("-inf"))[:, None, None]
 
 
+class DecodeRows(NamedTuple):
+    """Decoding sequences in any cache slots, one row each, for the GPU's kernel."""
+
+    rows: Tensor | slice
+    """The pass's rows of these sequences."""
+    slots: Tensor
+    """(n,) int64: the cache slot of each of the rows."""
+    lengths: Tensor
+    """(n,) int64: tokens of each sequence, its row included."""
+
+
 @dataclass(slots=True)
 class AttentionMetadata:
     """Layout of a pass's rows for attention; masks are built once for all layers."""
@@ -141,6 +154,7 @@ class AttentionMetadata:
     """(rows,) int64: each row's cache slot."""
     positions: Tensor
     """(rows,) int64: each row's position in its sequence."""
+    decode_rows: DecodeRows | None = None
     decode_batches: list[DecodeBatch] = field(default_factory=list)
     prefill_chunks: list[PrefillChunk] = field(default_factory=list)
 
@@ -153,18 +167,28 @@ def make_attention_metadata(cache: KVCache, spans: list[Span]) -> AttentionMetad
     metadata = AttentionMetadata(
         cache, torch.tensor(slots, device=device), torch.tensor(positions, device=device)
     )
-    batch: list[Span] = []
-    for span in sorted(spans, key=lambda span: span.slot):
-        if span.end - span.begin > 1:
-            metadata.prefill_chunks.append(PrefillChunk(span, device))
-            continue
-        if batch and span.slot > batch[-1].slot + 1 + MAX_GAP:
-            metadata.decode_batches.append(_decode_batch(batch, device))
-            batch = []
-        batch.append(span)
-    if batch:
-        metadata.decode_batches.append(_decode_batch(batch, device))
+    decoding = [span for span in spans if span.end - span.begin == 1]
+    metadata.prefill_chunks = [
+        PrefillChunk(span, device) for span in spans if span.end - span.begin > 1
+    ]
+    if decoding and device.type == "cuda":
+        rows = _index([span.begin for span in decoding], device)
+        metadata.decode_rows = DecodeRows(rows, metadata.slots[rows], metadata.positions[rows] + 1)
+    else:
+        metadata.decode_batches = [
+            _decode_batch(batch, device) for batch in _in_nearby_slots(decoding)
+        ]
     return metadata
+
+
+def _in_nearby_slots(spans: list[Span]) -> list[list[Span]]:
+    """Split decoding sequences at gaps of more than `MAX_GAP` idle slots."""
+    batches: list[list[Span]] = []
+    for span in sorted(spans, key=lambda span: span.slot):
+        if not batches or span.slot > batches[-1][-1].slot + 1 + MAX_GAP:
+            batches.append([])
+        batches[-1].append(span)
+    return batches
 
 
 def _decode_batch(spans: list[Span], device: torch.device) -> DecodeBatch:
@@ -215,6 +239,11 @@ def slotted_attention(
     values[metadata.slots, :, metadata.positions] = value[0].transpose(0, 1)
     by_row = query[0].transpose(0, 1)
     out = torch.empty_like(by_row, memory_format=torch.contiguous_format)
+    if metadata.decode_rows is not None:
+        rows, slots, lengths = metadata.decode_rows
+        out[rows] = decode_attention(
+            by_row[rows], keys, values, slots, lengths, scale=scaling, window=sliding_window
+        )
     for batch in metadata.decode_batches:
         seen = (batch.slots, slice(None), slice(0, batch.length))
         attended = batch.attend(

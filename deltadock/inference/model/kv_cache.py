@@ -38,13 +38,6 @@ class KVCache:
         """Copy the first `count` tokens of one slot to another."""
         self._store[:, :, target, :, :count] = self._store[:, :, source, :, :count]
 
-    def swap(self, first: int, second: int, count: int) -> None:
-        """Exchange the first `count` tokens of two slots, with room for those of one layer."""
-        for layer in self._store:
-            kept = layer[:, first, :, :count].clone()
-            layer[:, first, :, :count] = layer[:, second, :, :count]
-            layer[:, second, :, :count] = kept
-
     def erase(self, slot: int, begin: int, end: int) -> None:
         """Zero the tokens `[begin, end)` of a slot."""
         self._store[:, :, slot, :, begin:end] = 0

@@ -101,21 +101,6 @@ def test_a_broken_delta_does_not_count_as_a_lost_device(
     assert bench.run(PROMPTS[0]).answer
 
 
-def test_a_slot_that_cannot_be_moved_fails_its_requests(
-    make_bench: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And both slots are erased before their next use."""
-    bench = make_bench(make_model("llama"), max_sequences=4)
-    answers = [bench.run(prompt).answer for prompt in PROMPTS]
-    scheduler = bench.engine._scheduler
-    scheduler._compact = True
-    (fault,) = patch(monkeypatch, scheduler.slots._cache, "swap")
-    assert bench.run([8, 8]).finish == "error"
-    assert scheduler.slots.free == 4
-    fault.active = False
-    assert [bench.run(prompt, 1).answer for prompt in PROMPTS] == answers
-
-
 def test_rows_are_sampled_alone_where_the_batch_cannot_be(
     make_bench: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

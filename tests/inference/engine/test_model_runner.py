@@ -95,7 +95,7 @@ def test_a_captured_pass_replays_every_pass_of_its_shape(
     def record(self: GraphDecoder, key: Any) -> Callable[[], torch.Tensor]:
         """Like a CUDA graph: record the operations and replay them without the Python code."""
         recorded.append(key)
-        replay: Callable[[], torch.Tensor] = make_fx(lambda: self._body(key))()
+        replay: Callable[[], torch.Tensor] = make_fx(lambda: self._body(key[0]))()
         return replay
 
     monkeypatch.setattr(GraphDecoder, "_capture", record)
@@ -106,7 +106,7 @@ def test_a_captured_pass_replays_every_pass_of_its_shape(
     bench.finish(*outcomes)
     for prompt, outcome in zip(prompts, outcomes, strict=True):
         assert outcome.answer == generate(base, prompt, 24)
-    assert 0 < len(recorded) == len(set(recorded)) < 12
+    assert 0 < len(recorded) == len(set(recorded)) <= 4
 
 
 def test_deltas_that_cannot_be_captured_are_served_without_graphs(
@@ -120,30 +120,3 @@ def test_deltas_that_cannot_be_captured_are_served_without_graphs(
     assert outcomes[0].answer != outcomes[1].answer
     for slot, outcome in enumerate(outcomes):
         assert bench.run([1, 2, 3], slot).answer == outcome.answer
-
-
-def test_a_lone_sequence_reads_one_slot(
-    static_bench: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever slot it was admitted to, and also once the others have ended."""
-    keys: list[Any] = []
-
-    def record(self: GraphDecoder, key: Any) -> Callable[[], torch.Tensor]:
-        def body() -> torch.Tensor:
-            keys.append(key)
-            return self._body(key)
-
-        return body
-
-    monkeypatch.setattr(GraphDecoder, "_capture", record)
-    bench = static_bench(make_model("llama"), cache_slots=8)
-    prompts = [[number] * 9 for number in range(3, 9)]
-    alone = [bench.run(prompt).answer for prompt in prompts]
-    assert {key.slots for key in keys} == {1}
-    keys.clear()
-    together = [bench.submit(prompts[0], max_tokens=2) for _ in range(3)]
-    together.append(bench.submit(prompts[4]))
-    bench.finish(*together)
-    assert together[3].answer == alone[4]
-    assert max(key.slots for key in keys) <= 4
-    assert keys[-1].slots == 1

@@ -78,32 +78,6 @@ def test_a_short_match_does_not_overwrite_a_long_conversation() -> None:
     assert slots.find("a", [*range(40), 50]) == (slot, 40)
 
 
-def test_slots_in_use_become_the_first_ones() -> None:
-    """A lone sequence decodes in slot 0, two in 0 and 1; prefixes and their order stay."""
-    cache = make_cache(8)
-    slots = CacheSlots(cache)
-    taken = []
-    for number in range(6):
-        slot, _ = slots.take(str(number), [number] * 9)
-        for layer in (*cache.keys, *cache.values):
-            layer[slot, :, :9] = number
-        slots.confirm(slot, 9)
-        taken.append(slot)
-    for number in (0, 1, 2, 4):
-        slots.release(taken[number], 9, keep=True)
-    assert list(slots.compact()) == [(3, 0), (5, 1)]
-    assert list(slots.compact()) == []
-    slots.release(0, 9, keep=True)
-    assert list(slots.compact()) == [(1, 0)]
-    for number in range(6):
-        slot, count = slots.find(str(number), [number] * 10)
-        assert count == 9
-        for layer in (*cache.keys, *cache.values):
-            assert (layer[slot, :, :9] == number).all()
-            assert not layer[slot, :, 9:].any()
-    assert slots.find("5", [5] * 10)[0] == 0
-
-
 class SlotsMachine(RuleBasedStateMachine):
     """Sequences of three digests in any order; some write NaN. The value at a cache position
     identifies the token written there."""
@@ -148,12 +122,6 @@ class SlotsMachine(RuleBasedStateMachine):
     def give_back(self, data: st.DataObject, keep: bool) -> None:
         slot = data.draw(st.sampled_from(sorted(self.running)))
         self.slots.release(slot, len(self.running.pop(slot)[1]), keep=keep)
-
-    @rule()
-    def compact(self) -> None:
-        for old, new in self.slots.compact():
-            self.running[new] = self.running.pop(old)
-        assert max(self.running, default=0) < 1 << max(len(self.running) - 1, 0).bit_length()
 
     @invariant()
     def free_slots_contain_no_nan(self) -> None:

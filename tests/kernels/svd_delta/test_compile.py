@@ -15,12 +15,12 @@ from benchmarks.kernel_model import (
     codes,
     compile_for,
     expand_programs,
-    inner_loops,
     lane_instructions,
     predict,
     read_code,
     shrink_programs,
 )
+from benchmarks.machine_code import inner_loops
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.triton import DEFAULT
 

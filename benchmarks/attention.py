@@ -1,0 +1,161 @@
+"""Attention of a decode step at Qwen2.5-7B's heads: exact lengths against padded ones.
+
+    python -m benchmarks.attention
+
+It needs a GPU. For rows of equal and of mixed lengths it prints a layer's time in a CUDA graph by
+the kernel's default and best variants, with the time that a copy of the rows' keys and values takes
+as a fraction of it; and what PyTorch's attention takes over slots of the longest row's length
+rounded up to a power of two, behind a mask: what a step on static buffers does without the kernel.
+Every variant's result is checked first.
+
+    TRITON_INTERPRET=1 python -m benchmarks.attention --device cpu
+
+runs the same code at a tiny size without a GPU, and times nothing.
+"""
+
+import argparse
+import functools
+import math
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import describe_machine, device_bandwidth, gpu_seconds
+from benchmarks.machine_code import MachineCode, compile_kernel, disassemble
+from deltadock.kernels.decode_attention import triton as kernel
+from deltadock.kernels.decode_attention.reference import decode_attention as reference
+from deltadock.kernels.decode_attention.triton import DEFAULT, Variant, decode_attention
+
+HEADS, KV_HEADS, WIDTH = 28, 4, 128
+STEPS: Final[dict[str, list[int]]] = {
+    "1 row of 200": [200],
+    "12 rows of 200": [200] * 12,
+    "64 rows of 200": [200] * 64,
+    "12 rows, one of 8000": [200] * 11 + [8000],
+    "16 rows of 4000": [4000] * 16,
+}
+"""Lengths of the rows."""
+SWEEP: Final = [DEFAULT] + [
+    variant
+    for variant in (
+        Variant(tokens, splits, warps, stages)
+        for tokens, splits, warps, stages in product((32, 64), (16, 32), (2, 4), (2, 3))
+    )
+    if variant != DEFAULT
+]
+SHOWN: Final = 3
+"""Best variants that are shown."""
+TOLERANCE: Final = 0.01
+"""Largest accepted relative RMS error in bfloat16."""
+WORKING_SET_BYTES: Final = 256 << 20
+"""Read by all layers together: several times a GPU's L2 cache."""
+LAYERS: Final = 32
+TYPES: Final = {
+    "parts_ptr": "*fp32", "states_ptr": "*fp32", "slots_ptr": "*i64", "lengths_ptr": "*i64",
+    "scale": "fp32", "query_ptr": "*bf16", "keys_ptr": "*bf16", "values_ptr": "*bf16",
+    "out_ptr": "*bf16", "row_stride": "i32", "head_stride": "i32", "slot_stride": "i32",
+    "kv_stride": "i32", "window": "i32", "heads": "i32",
+}  # fmt: skip
+
+
+@functools.cache
+def compile_for(capability: int, variant: Variant = DEFAULT) -> tuple[MachineCode, MachineCode]:
+    """The split and the combine kernel's machine code, for bfloat16 and these heads."""
+    constants = {
+        "WIDTH": WIDTH, "BLOCK_D": WIDTH, "GROUP": HEADS // KV_HEADS, "BLOCK_G": 16,
+        "BLOCK_N": variant.tokens, "SPLITS": variant.splits, "STAGES": variant.stages,
+        "EMULATE": False,
+    }  # fmt: skip
+    unspecialized = kernel.UNSPECIALIZED
+    split, combine = (
+        compile_kernel(
+            capability, function, TYPES, constants, unspecialized=unspecialized, num_warps=warps
+        )
+        for function, warps in ((kernel.split_kernel, variant.warps), (kernel.combine_kernel, 4))
+    )
+    return disassemble(split), disassemble(combine)
+
+
+def name_of(variant: Variant) -> str:
+    """Tokens, splits, warps and stages."""
+    return f"{variant.tokens}x{variant.splits}x{variant.warps}x{variant.stages}"
+
+
+def padded_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """PyTorch's attention over all of the slots, one of each row."""
+    hidden = torch.arange(keys.shape[2], device=query.device) >= lengths[:, None]
+    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+    mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
+    grouped = query.view(len(query), KV_HEADS, HEADS // KV_HEADS, WIDTH)
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+
+
+def measure(name: str, rows: Sequence[int], variants: Sequence[Variant], device: str) -> None:
+    """Check and time a step of rows of these lengths, on several layers in turn, as in a model.
+
+    Raises:
+        SystemExit: a variant's result is wrong.
+    """
+    read = 2 * sum(rows) * KV_HEADS * WIDTH * 2
+    layers = max(1, min(LAYERS, WORKING_SET_BYTES // read)) if device == "cuda" else 1
+    generator = torch.Generator(device).manual_seed(0)
+    length = 1 << (max(rows) - 1).bit_length()
+    shape = (layers, 2, len(rows), KV_HEADS, length, WIDTH)
+    cache = torch.empty(shape, device=device, dtype=torch.bfloat16).normal_(generator=generator)
+    query = torch.empty((len(rows), HEADS, WIDTH), device=device).normal_(generator=generator)
+    query = query.to(torch.bfloat16)
+    lengths, slots = torch.tensor(rows, device=device), torch.arange(len(rows), device=device)
+
+    def seconds_of(attend: Callable[[Tensor, Tensor], Tensor]) -> float:
+        def step() -> None:
+            for keys, values in cache:
+                attend(keys, values)
+
+        return gpu_seconds(step, graph=True) / layers
+
+    scale = WIDTH**-0.5
+    keys, values = cache[0].float()
+    want = reference(query.float(), keys, values, slots, lengths, scale=scale)
+    times = {}
+    for variant in variants:
+
+        def attend(keys: Tensor, values: Tensor, variant: Variant = variant) -> Tensor:
+            return decode_attention(
+                query, keys, values, slots, lengths, scale=scale, variant=variant
+            )
+
+        error = float((attend(*cache[0]).float() - want).norm() / want.norm())
+        if not error < TOLERANCE:
+            raise SystemExit(f"{name}, {name_of(variant)}: the relative error is {error:.1e}.")
+        times[name_of(variant)] = seconds_of(attend)
+    padded = seconds_of(lambda keys, values: padded_attention(query, keys, values, lengths))
+    copied = read / device_bandwidth() if device == "cuda" else math.nan
+    best = sorted(times, key=times.__getitem__)[:SHOWN]
+    shown = dict.fromkeys([name_of(DEFAULT), *best])
+    print(
+        f"{name}, {read / 1e6:.1f} MB: padded {padded * 1e6:.1f} us; "
+        + ", ".join(f"{it} {times[it] * 1e6:.1f} us ({copied / times[it]:.0%})" for it in shown),
+        flush=True,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every step."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args(arguments).device
+    print(describe_machine(device))
+    print("tokens x splits x warps x stages: the default, then the best; (fraction of a copy)")
+    if device == "cuda":
+        for name, rows in STEPS.items():
+            measure(name, rows, SWEEP, device)
+    else:
+        measure("2 rows", [40, 7], SWEEP[:2], device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Triton kernels compiled without a GPU, and what `nvdisasm` and `cuobjdump` say about them.
+
+Both tools come with Triton.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+REGISTERS: Final = 65_536
+SHARED_BYTES: Final = 232_448
+WARPS: Final = 64
+"""Registers, shared memory and warps of an SM of an H100 or H200."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineCode:
+    """One compiled kernel.
+
+    Attributes:
+        operations: of all instructions, in order.
+        loops: where the innermost loops are among them.
+        warps: of a program.
+        registers: of a thread.
+        stack_bytes: of a thread; spilled registers are there.
+        shared_bytes: of a program.
+    """
+
+    operations: list[str]
+    loops: list[slice]
+    warps: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+    @property
+    def programs_per_sm(self) -> int:
+        """Programs that an SM runs at once."""
+        return programs_per_sm(self.warps, self.registers, self.shared_bytes)
+
+
+def programs_per_sm(warps: int, registers: int, shared_bytes: int) -> int:
+    """Programs that an SM runs at once; registers come in units of 256 a warp."""
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    return min(by_registers, SHARED_BYTES // (shared_bytes + 1024), WARPS // warps)
+
+
+def compile_kernel(
+    capability: int,
+    function: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    unspecialized: Collection[str] = (),
+    **options: Any,
+) -> Any:
+    """Compile as for arguments that are multiples of 16, except `unspecialized` ones.
+
+    `types` of arguments and `constants` may name more than the kernel has; an argument without a
+    type is a pointer to int32. `options` are `num_warps` and the like.
+    """
+    names = function.arg_names
+    constants = {name: constants[name] for name in names if name in constants}
+    types = dict(types) | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*i32") for name in names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name not in constants and name not in unspecialized and signature[name] != "fp32"
+    }
+    return triton.compile(
+        ASTSource(function, signature, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"enable_fp_fusion": True} | options,
+    )
+
+
+def disassemble(compiled: Any) -> MachineCode:
+    """Read a compiled kernel.
+
+    Raises:
+        ValueError: the machine code does not name it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
+        listing = _output(triton.knobs.nvidia.nvdisasm.path, "-c", cubin)
+    found = re.search(rf"{compiled.metadata.name}:\s+REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"{compiled.metadata.name} is not in the machine code: {usage}")
+    return MachineCode(
+        *inner_loops(listing),
+        warps=compiled.metadata.num_warps,
+        registers=int(found[1]),
+        stack_bytes=int(found[2]),
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+def _output(tool: str, *arguments: str | Path) -> str:
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def inner_loops(listing: str) -> tuple[list[str], list[slice]]:
+    """The operations of a listing, and where its innermost loops are, in order."""
+    labels: dict[str, int] = {}
+    operations: list[str] = []
+    loops: list[slice] = []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(operations)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)(.*);", line):
+            operations.append(instruction[1])
+            jump = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
+            begin = labels.get(jump[1]) if jump and instruction[1] == "BRA" else None
+            # A jump to itself ends the program; a loop around a loop is not an inner one.
+            last_end = loops[-1].stop if loops else 0
+            if begin is not None and last_end <= begin < len(operations) - 1:
+                loops.append(slice(begin, len(operations)))
+    return operations, loops
