@@ -16,8 +16,8 @@ from tests.inference.support import PROMPT, RunningNode, Site, expected_text, st
 def test_the_hot_adapter_is_merged(
     site: Site, tmp_path: Path, generate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hot_adapter, "MIN_TOKENS", 100)
-    monkeypatch.setattr(hot_adapter, "WINDOW_TOKENS", 400)
+    monkeypatch.setattr(hot_adapter, "MIN_TOKENS", 50)
+    monkeypatch.setattr(hot_adapter, "WINDOW_TOKENS", 150)
     first, second = site.artifacts
     expected = {artifact: expected_text(site, artifact, generate, 24) for artifact in site.models}
     with start(site, tmp_path, node_max_deltas=3, node_merge=True) as node:
