@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deltadock.cli.processes import HOST, Child, free_ports
+from deltadock.cli.system import is_ready
 from deltadock.client.http import Client
 from deltadock.client.progress import job_bar
 from deltadock.client.requests import JsonObject
@@ -80,15 +81,9 @@ def _running_system() -> Iterator[tuple[str, str]]:
         with Child("deltadock up", command, log=home / "up.log", grace=30.0) as system:
             # The worker and the node may still be starting: jobs wait for the worker, and the node
             # is up long before the first compression ends.
-            system.wait_until(lambda: _is_ready(url), seconds=120)
+            with httpx.Client(base_url=url, timeout=5.0) as http:
+                system.wait_until(lambda: is_ready(http), seconds=120)
             yield url, local_key_path(home).read_text(encoding="utf-8").strip()
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz", timeout=5.0).is_success
-    except httpx.TransportError:
-        return False
 
 
 def _store(console: Console, client: Client, samples: Path) -> tuple[Delta, Delta]:

@@ -26,7 +26,7 @@ from deltadock.cli.interrupts import was_interrupted
 from deltadock.errors import Unavailable
 
 HOST: Final = "127.0.0.1"
-POLL_SECONDS: Final = 0.05
+POLL_SECONDS: Final = 0.1
 
 
 class _Watchdog:

@@ -112,8 +112,9 @@ def running(
         # Callbacks run in reverse order: every child gets its stop signal before any is waited for.
         for child in children.values():
             stack.callback(child.request_stop)
-        children["api"].wait_until(lambda: _responds(f"{api_url(host, api_port)}/readyz"))
-        children["node"].wait_until(lambda: _has_node(f"{api_url(host, api_port)}/readyz"))
+        with httpx.Client(base_url=api_url(host, api_port), timeout=2.0) as http:
+            children["api"].wait_until(lambda: is_ready(http))
+            children["node"].wait_until(lambda: _has_node(http))
         children["worker"].wait_until(parsed.worker_alive.exists)
         yield list(children.values())
 
@@ -146,16 +147,17 @@ def worker_command() -> list[str]:
     ]
 
 
-def _responds(url: str) -> bool:
+def is_ready(http: httpx.Client) -> bool:
+    """Whether an api answers that it is ready. Making a client takes longer than the answer."""
     try:
-        return httpx.get(url, timeout=2.0).is_success
+        return http.get("/readyz").is_success
     except httpx.TransportError:
         return False
 
 
-def _has_node(url: str) -> bool:
+def _has_node(http: httpx.Client) -> bool:
     try:
-        return bool(httpx.get(url, timeout=2.0).json()["checks"]["node"] == "ok")
+        return bool(http.get("/readyz").json()["checks"]["node"] == "ok")
     except httpx.TransportError:
         return False
 
