@@ -29,6 +29,7 @@ from sqlalchemy import Connection, create_engine, insert, text, update
 
 from benchmarks.harness import processor
 from deltadock.api.main import create_app
+from deltadock.api.memory import tune_memory
 from deltadock.cli.services import postgres
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import key_secret
@@ -293,6 +294,7 @@ async def measure(
         headers={"Authorization": f"Bearer {key}"},
     )
     async with app.router.lifespan_context(app), client:
+        tune_memory()  # as a process does once its app is there
         cursor = (await client.get("/v1/deltas?limit=200")).json()["next"]
 
         async def spend(route: str) -> tuple[float, float]:

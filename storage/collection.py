@@ -188,7 +188,7 @@ def measure(database: Database, blobs: BlobStore) -> UsageByKind:
 
 
 class StorageMeter:
-    """Measures what is stored when asked, at most for a twentieth of the time."""
+    """Measures what is stored when asked, at most for a hundredth of the time."""
 
     def __init__(self, database: Database, blobs: BlobStore) -> None:
         self._database = database
@@ -199,7 +199,7 @@ class StorageMeter:
         self._measuring: Future[UsageByKind] | None = None
 
     def usage(self) -> UsageByKind:
-        """What is stored, by kind; of a store that takes a second to list, up to 20 seconds old."""
+        """What is stored, by kind; a hundred times as old as measuring takes, at most."""
         measured = self._measure()
         return measured if isinstance(measured, dict) else measured.result()
 
@@ -236,7 +236,7 @@ class StorageMeter:
             ended = time.monotonic()
             self._measuring = None
             self._latest = usage or self._latest
-            self._fresh_until = ended + 20 * (ended - started) if usage else ended
+            self._fresh_until = ended + 100 * (ended - started) if usage else ended
         if usage is None:
             measuring.set_exception(failure)
         else:

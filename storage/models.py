@@ -421,7 +421,7 @@ class ModelTermRow(TableRow):
     """A model's tag, or a word that it is found by."""
 
     __tablename__ = "model_terms"
-    __table_args__ = (Index("ix_model_terms_model_id", "model_id"),)
+    __table_args__ = (Index("ix_model_terms_model_id_kind_term", "model_id", "kind", "term"),)
 
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
     kind: Mapped[TermKind] = mapped_column(_enum(TermKind), primary_key=True)

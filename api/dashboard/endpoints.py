@@ -22,6 +22,7 @@ from deltadock.errors import InvalidInput, NotFound
 from deltadock.storage.collection import UsageByKind
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, ModelRepository
+from deltadock.storage.repositories.deltas import Sibling
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
 
 router = page_router()
@@ -142,16 +143,14 @@ def compare_deltas(
     rows = [require_delta(session, caller.tenant_id, reference) for reference in references]
     entries = [views.DeltaEntry.of(row) for row in rows]
     deltas = DeltaRepository(session, caller.tenant_id)
-    shown = {row.id: row for row in rows}
+    shown = {row.id: Sibling.of(row) for row in rows}
     for digest in dict.fromkeys(row.checkpoint_digest for row in rows):
         found = deltas.of_checkpoint(digest, limit=views.SIBLINGS_SHOWN)
-        shown |= {row.id: row for row in found}
+        shown |= {sibling.id: sibling for sibling in found}
     context = {
         "entries": entries,
         "differences": views.differences(entries),
-        "points": views.points_of(
-            map(views.DeltaEntry.of, shown.values()), {row.id for row in rows}
-        ),
+        "points": views.points_of(shown.values(), {row.id for row in rows}),
     }
     return render(request, "compare.html", context)
 

@@ -19,6 +19,7 @@ from deltadock.api.registry.schemas import AliasMoveOut, ModelCardOut
 from deltadock.api.registry.service import card_of, require_model
 from deltadock.storage.models import RUNNING_ORDER, DeltaRow, JobState
 from deltadock.storage.repositories import DeltaRepository, ModelRepository, TotalsRepository
+from deltadock.storage.repositories.deltas import COUNTED, Sibling
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort, JobFilter
 
 DELTAS_PER_PAGE: Final = 50
@@ -96,6 +97,16 @@ class DeltaEntry(NamedTuple):
         return "3s" if self.job.state is JobState.QUEUED else "1s"
 
 
+class Count(NamedTuple):
+    """A number of deltas; there may be more than were counted."""
+
+    number: int
+    is_more: bool
+
+    def __str__(self) -> str:
+        return f"{self.number}{'+' if self.is_more else ''}"
+
+
 @dataclass(frozen=True, slots=True)
 class Totals:
     """Bytes stored, and bytes of the bases and of full checkpoints."""
@@ -105,19 +116,22 @@ class Totals:
     base_bytes: int
     checkpoint_bytes: int
     states: Mapping[JobState, int]
-    """Deltas in the other states."""
+    """Deltas in the other states, each counted up to `COUNTED`."""
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, Count]:
         """Deltas by what a list shows of their states; those that are running as one."""
-        running = [state for state in RUNNING_ORDER if state is not JobState.QUEUED]
-        return {
-            "ready": self.deltas,
-            "running": sum(self.states.get(state, 0) for state in running),
-            "queued": self.states.get(JobState.QUEUED, 0),
-            "failed": self.states.get(JobState.FAILED, 0),
-            "cancelled": self.states.get(JobState.CANCELLED, 0),
+        groups: dict[str, list[JobState]] = {
+            "running": [state for state in RUNNING_ORDER if state is not JobState.QUEUED],
+            "queued": [JobState.QUEUED],
+            "failed": [JobState.FAILED],
+            "cancelled": [JobState.CANCELLED],
         }
+        counts = {"ready": Count(self.deltas, is_more=False)}
+        for name, states in groups.items():
+            numbers = [self.states[state] for state in states]
+            counts[name] = Count(sum(numbers), is_more=max(numbers) >= COUNTED)
+        return counts
 
     @property
     def longest(self) -> int:
@@ -157,7 +171,7 @@ class DeltaView:
     lineage: LineageOut
     parent: DeltaEntry | None
     figures: ReportFigures | None
-    siblings: Sequence[DeltaEntry]
+    siblings: Sequence[Sibling]
     """Ready deltas of the same fine-tune, this one too."""
 
     @property
@@ -247,7 +261,7 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
         detail_of(session, delta).lineage,
         DeltaEntry.of(parent) if parent else None,
         ReportFigures.of(report) if report else None,
-        [DeltaEntry.of(sibling) for sibling in siblings],
+        siblings,
     )
 
 
@@ -287,20 +301,18 @@ def jobs_page(
     return [DeltaEntry(deltas[job.delta], job) for job in jobs if job.delta in deltas], next_after
 
 
-def points_of(entries: Iterable[DeltaEntry], chosen: Collection[str]) -> list[Point]:
+def points_of(deltas: Iterable[Sibling], chosen: Collection[str]) -> list[Point]:
     """Rate and distortion of the deltas that have both; `chosen` are marked."""
     return [
         Point(
-            f"{entry.reference}, {entry.delta.method}",
-            metrics.true_bits,
-            metrics.kl,
-            f"/deltas/{entry.delta.id}",
-            "this" if entry.delta.id in chosen else "other",
+            f"{delta.name}:{delta.version}, {delta.method}",
+            delta.true_bits,
+            delta.kl,
+            f"/deltas/{delta.id}",
+            "this" if delta.id in chosen else "other",
         )
-        for entry in entries
-        if (metrics := entry.delta.metrics)
-        and metrics.true_bits is not None
-        and metrics.kl is not None
+        for delta in deltas
+        if delta.true_bits is not None and delta.kl is not None
     ]
 
 

@@ -9,6 +9,7 @@ from deltadock.openai.completions import Completion
 from deltadock.openai.fields import MaxTokens, Seed, Stop, Temperature, TopP, Usage
 from deltadock.openai.models import ModelCard, ModelList
 from deltadock.storage.models import BaseRow, DeltaRow
+from deltadock.storage.repositories.models import Answering
 
 
 class GenerateIn(RequestBody):
@@ -75,13 +76,22 @@ class ModelOut(ModelCard):
 
     @classmethod
     def of_delta(cls, model_id: str, delta: DeltaRow) -> Self:
-        """A delta, under its id or its name."""
+        """A delta, under any of its names."""
+        return cls._named(model_id, delta, delta.base.name)
+
+    @classmethod
+    def of_name(cls, model: Answering) -> Self:
+        """A model, under its bare name."""
+        return cls._named(model.name, model, model.base)
+
+    @classmethod
+    def _named(cls, model_id: str, delta: DeltaRow | Answering, base: str) -> Self:
         return cls(
             id=model_id,
             created=int(delta.created_at.timestamp()),
             name=f"{delta.name}:{delta.version}",
             delta=delta.id,
-            base=delta.base.name,
+            base=base,
         )
 
 

@@ -57,8 +57,8 @@ def list_models(session: Session, tenant_id: str, *, after: str | None, limit: i
         found += [ModelOut.of_base(base) for base in bases]
         after = None
     if (room := limit + 1 - len(found)) > 0:
-        deltas = ModelRepository(session, tenant_id).answering(limit=room, after=after)
-        found += [ModelOut.of_delta(delta.name, delta) for delta in deltas]
+        answering = ModelRepository(session, tenant_id).answering(limit=room, after=after)
+        found += map(ModelOut.of_name, answering)
     return ModelListOut.of(found[:limit], has_more=len(found) > limit)
 
 

@@ -104,15 +104,19 @@ class LocalBlobStore(BlobStore):
             shutil.rmtree(self.root / work_key(prefix))
 
     def entries(self, area: Area) -> Iterator[StoredEntry]:
-        root = self.root / area
+        folders = [""]
         with store_errors():
-            for folder, _, names in os.walk(root):
-                for name in names:
-                    path = Path(folder, name)
-                    with suppress(FileNotFoundError):  # removed or renamed meanwhile
-                        found = path.stat()
-                        modified = datetime.fromtimestamp(found.st_mtime, UTC)
-                        yield StoredEntry(str(path.relative_to(root)), found.st_size, modified)
+            while folders:
+                inside = folders.pop()
+                with suppress(FileNotFoundError), os.scandir(self.root / area / inside) as found:
+                    for entry in found:
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(f"{inside}{entry.name}/")
+                            continue
+                        with suppress(FileNotFoundError):  # removed or renamed meanwhile
+                            status = entry.stat()
+                            modified = datetime.fromtimestamp(status.st_mtime, UTC)
+                            yield StoredEntry(inside + entry.name, status.st_size, modified)
 
     def drop_staging(self, before: datetime) -> int:
         dropped = 0

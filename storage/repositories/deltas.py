@@ -1,7 +1,7 @@
 """Deltas by id, by name with version or alias, and by fingerprint."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 from sqlalchemy import ColumnElement, Select, and_, func, select, update
 from sqlalchemy.orm import Session, contains_eager, joinedload, selectinload
@@ -32,6 +32,8 @@ FIGURES: Final = ("ratio", "true_bits", "kl", "agreement", "nll", "nll_finetuned
 
 
 DIGESTS_PER_QUERY: Final = 500
+COUNTED: Final = 1000
+"""Deltas in one state; a thousand look-ups."""
 
 
 class Lineage(NamedTuple):
@@ -52,6 +54,22 @@ class NamedDelta(NamedTuple):
     id: str
     name: str
     version: int
+
+
+class Sibling(NamedTuple):
+    """One of a fine-tune's deltas."""
+
+    id: str
+    name: str
+    version: int
+    method: str
+    true_bits: float | None
+    kl: float | None
+
+    @classmethod
+    def of(cls, delta: DeltaRow) -> Self:
+        """A loaded delta."""
+        return cls(*(getattr(delta, column) for column in cls._fields))
 
 
 class DeltaRepository:
@@ -165,28 +183,37 @@ class DeltaRepository:
         """Those of these deltas that are there, in no order."""
         return self.session.scalars(self._not_deleted().where(DeltaRow.id.in_(delta_ids))).all()
 
-    def of_checkpoint(self, digest: str, *, limit: int) -> Sequence[DeltaRow]:
-        """Up to `limit` ready deltas of a fine-tuned checkpoint, with their figures."""
-        return self.session.scalars(
-            self._not_deleted()
-            .where(DeltaRow.checkpoint_digest == digest, DeltaRow.artifact_digest.is_not(None))
+    def of_checkpoint(self, digest: str, *, limit: int) -> list[Sibling]:
+        """Up to `limit` ready deltas of a fine-tuned checkpoint."""
+        query = (
+            select(*(getattr(DeltaRow, column) for column in Sibling._fields))
+            .where(
+                DeltaRow.checkpoint_digest == digest,
+                DeltaRow.artifact_digest.is_not(None),
+                DeltaRow.deleted_at.is_(None),
+                self._owned(),
+            )
             .limit(limit)
-        ).all()
+        )
+        return [Sibling(*row) for row in self.session.execute(query)]
 
     def count_by_state(self) -> dict[JobState, int]:
-        """The number of deltas in each state but ready, which the totals count."""
-        number = func.count().label("number")
-        query = (
-            select(JobRow.state, number)
+        """The number of deltas in each state but ready, which the totals count; up to `COUNTED`."""
+        states = [state for state in JobState if state is not JobState.READY]
+        each = [
+            select(JobRow.id)
             .join(DeltaRow, DeltaRow.id == JobRow.delta_id)
             .where(
                 owned_by(JobRow.tenant_id, self.tenant),
-                JobRow.state.in_([state for state in JobState if state is not JobState.READY]),
+                JobRow.state == state,
                 DeltaRow.deleted_at.is_(None),
             )
-            .group_by(JobRow.state)
-        )
-        return {row.state: row.number for row in self.session.execute(query)}
+            .limit(COUNTED)
+            .subquery()
+            for state in states
+        ]
+        counts = [select(func.count()).select_from(some).scalar_subquery() for some in each]
+        return dict(zip(states, self.session.execute(select(*counts)).one(), strict=True))
 
     def recipe(self, delta_id: str) -> dict[str, Any] | None:
         """How the fine-tune was trained, or None."""

@@ -1,11 +1,13 @@
 """Models, their aliases and what moved them."""
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, and_, delete, exists, select
-from sqlalchemy.orm import InstrumentedAttribute, Session, joinedload
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from deltadock.errors import Conflict
 from deltadock.names import DEFAULT
@@ -15,6 +17,7 @@ from deltadock.storage.models import (
     AliasMoveRow,
     AliasRow,
     AuditAction,
+    BaseRow,
     DeltaRow,
     ModelRow,
     ModelTermRow,
@@ -27,6 +30,9 @@ from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 RARE: Final = 500
 """Rows that are sorted rather than found in order."""
+FEW: Final = 2000
+"""Models with several common terms that are sorted: few of many have them, and a walk by name would
+be long."""
 MAX_WORDS: Final = 500
 """Words of one model that it is found by."""
 _WORD: Final = re.compile(r"[^\W_]{1,64}")
@@ -42,43 +48,69 @@ class TermFilter:
     """Which models have a tag, and words that begin as those of a text.
 
     Of terms that few models have, the first drives the statement (`few`): SQLite has no statistics
-    by which it could choose one. `conditions` are for the others.
+    by which it could choose one. `conditions` are for the others. If few models have all of several
+    common terms, these models do.
     """
 
     def __init__(
         self, session: Session, tenant_id: str, *, tag: str | None, text: str | None
     ) -> None:
-        terms = [
-            and_(
-                ModelTermRow.kind == TermKind.WORD,
-                ModelTermRow.term >= word,
-                ModelTermRow.term < word + chr(0x10FFFF),
-            )
-            for word in words_of(text or "")
-        ]
+        self._terms = [partial(_is_word, word) for word in words_of(text or "")]
         if tag is not None:
-            terms.append(and_(ModelTermRow.kind == TermKind.TAG, ModelTermRow.term == tag))
+            self._terms.append(partial(_is_tag, tag))
         self.few: Sequence[str] | None = None
-        """The models with one of the terms, if they are few."""
-        for term in terms:
-            owned = ModelTermRow.tenant_id == tenant_id
-            some = session.scalars(
-                select(ModelTermRow.model_id).where(owned, term).distinct().limit(RARE + 1)
-            ).all()
-            if len(some) <= RARE:
+        """The models with one or all of the terms, if they are few."""
+        driver = aliased(ModelTermRow)
+
+        def find(limit: int, term: _Term, *others: ColumnElement[bool]) -> Sequence[str]:
+            query = select(driver.model_id).where(driver.tenant_id == tenant_id, term(driver))
+            return session.scalars(query.where(*others).distinct().limit(limit)).all()
+
+        for term in self._terms:
+            if len(some := find(RARE + 1, term)) <= RARE:
                 self.few = some
-                terms.remove(term)
-                break
-        self._terms = terms
+                self._terms.remove(term)
+                return
+        if len(self._terms) > 1:
+            some = find(FEW + 1, self._terms[0], *self.conditions(driver.model_id)[1:])
+            if len(some) <= FEW:
+                self.few, self._terms = some, []
 
     def conditions(self, model_id: InstrumentedAttribute[str]) -> list[ColumnElement[bool]]:
         """That the model has the other terms; each is looked up among the model's own."""
-        return [exists().where(ModelTermRow.model_id == model_id, term) for term in self._terms]
+        return [
+            exists().where(ModelTermRow.model_id == model_id, term(ModelTermRow))
+            for term in self._terms
+        ]
+
+
+_Term = Callable[[type[ModelTermRow]], ColumnElement[bool]]
+"""Whether a row is of a term."""
+
+
+def _is_word(beginning: str, row: type[ModelTermRow]) -> ColumnElement[bool]:
+    return and_(
+        row.kind == TermKind.WORD, row.term >= beginning, row.term < beginning + chr(0x10FFFF)
+    )
+
+
+def _is_tag(tag: str, row: type[ModelTermRow]) -> ColumnElement[bool]:
+    return and_(row.kind == TermKind.TAG, row.term == tag)
 
 
 def unindexed(column: InstrumentedAttribute[Any]) -> ColumnElement[str]:
     """The column, hidden from the planner."""
     return column.concat("")
+
+
+class Answering(NamedTuple):
+    """A model's default version."""
+
+    name: str
+    id: str
+    version: int
+    created_at: datetime
+    base: str
 
 
 class ModelRepository:
@@ -160,13 +192,13 @@ class ModelRepository:
         query = query.where(*terms.conditions(ModelRow.id))
         return self.session.scalars(query.order_by(ModelRow.name).limit(limit)).all()
 
-    def answering(self, *, limit: int, after: str | None = None) -> Sequence[DeltaRow]:
-        """What up to `limit` bare names that follow `after` mean, by name, with bases."""
+    def answering(self, *, limit: int, after: str | None = None) -> list[Answering]:
+        """What up to `limit` bare names that follow `after` mean, by name."""
         query = (
-            select(DeltaRow)
-            .join(AliasRow, AliasRow.delta_id == DeltaRow.id)
-            .join(ModelRow, ModelRow.id == AliasRow.model_id)
-            .options(joinedload(DeltaRow.base))
+            select(ModelRow.name, DeltaRow.id, DeltaRow.version, DeltaRow.created_at, BaseRow.name)
+            .join(AliasRow, AliasRow.model_id == ModelRow.id)
+            .join(DeltaRow, DeltaRow.id == AliasRow.delta_id)
+            .join(BaseRow, BaseRow.id == DeltaRow.base_id)
             .where(
                 ModelRow.tenant_id == owner_of(self.tenant),
                 ModelRow.deleted_at.is_(None),
@@ -177,7 +209,7 @@ class ModelRepository:
         )
         if after is not None:
             query = query.where(ModelRow.name > after)
-        return self.session.scalars(query).all()
+        return [Answering(*row) for row in self.session.execute(query)]
 
     def description(self, model: ModelRow) -> str:
         """The model card."""
