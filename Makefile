@@ -9,7 +9,7 @@ VLLM := .venv-vllm
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up topology unit test test-vllm check format browser collect clean
+.PHONY: help install demo up topology unit test test-vllm check docs format browser collect clean
 
 help:  ## List the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -19,7 +19,7 @@ install: $(STAMP)  ## Create .venv with the command .venv/bin/deltadock
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[torch,embedded,benchmarks,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[torch,embedded,benchmarks,docs,dev]'
 	@$(BIN)/python -c 'import deltadock.api.main, deltadock.inference.server, deltadock.workers.app'  # compiles what is used
 	@touch $@
 
@@ -60,6 +60,9 @@ check: install  ## Check format, lint, types and import order
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: install  ## Build the docs as a site that needs no network, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: install  ## Format the code
 	$(BIN)/ruff format .

@@ -55,12 +55,12 @@ from deltadock.logs import configure_logging
 from deltadock.problems import install_error_handlers
 from deltadock.settings import Settings, get_settings
 from deltadock.tracing import configure_tracing, telemetry
-from deltadock.version import __version__
+from deltadock.version import DOCS, __version__
 
 KEY_USES_SECONDS: Final = 60.0
 """How often the times at which keys were last used are written."""
 
-DESCRIPTION: Final = """
+DESCRIPTION: Final = f"""
 Store fine-tuned LLMs as small deltas on a shared base, and serve them.
 
 1. Upload a base's files, complete the upload, and register its checkpoint as a base.
@@ -71,7 +71,8 @@ Store fine-tuned LLMs as small deltas on a shared base, and serve them.
 Every request needs an API key as a bearer token, with the scope that its route requires.
 
 Errors are `application/problem+json` (RFC 9457) with a stable `code`; OpenAI's routes answer errors
-in OpenAI's format.
+in OpenAI's format. [What holds for all routes]({DOCS}/api.md); [the four steps with
+curl]({DOCS}/how-to/curl.md).
 """
 
 

@@ -21,13 +21,17 @@ class Settings(BaseSettings):
         description="Folder for the embedded database, blobs and caches.",
     )
     database_url: str = Field(
-        default="", description="SQLAlchemy URL; empty means SQLite in `home`."
+        default="",
+        description="SQLAlchemy URL, such as `postgresql+psycopg://...` in production; empty, "
+        "SQLite in the home.",
     )
     broker_url: str = Field(
         default="redis://127.0.0.1:6379/0", description="Celery's broker (Redis protocol)."
     )
 
-    blob_store: Literal["local", "s3"] = "local"
+    blob_store: Literal["local", "s3"] = Field(
+        default="local", description="`local`, a folder in the home, or `s3`."
+    )
     s3_endpoint_url: str | None = Field(
         default=None, description="S3 server; unset, AWS's endpoint of `s3_region`."
     )
@@ -36,13 +40,19 @@ class Settings(BaseSettings):
         description="URL at which clients reach the S3 server. Downloads are redirected there; "
         "unset, the api streams them.",
     )
-    s3_bucket: str = "deltadock"
-    s3_region: str = "us-east-1"
-    s3_access_key_id: str | None = None
-    s3_secret_access_key: SecretStr | None = None
+    s3_bucket: str = Field(default="deltadock", description="Bucket for blobs.")
+    s3_region: str = Field(default="us-east-1", description="Region of the S3 server.")
+    s3_access_key_id: str | None = Field(
+        default=None, description="Credentials of the S3 server; unset, those that boto3 finds."
+    )
+    s3_secret_access_key: SecretStr | None = Field(
+        default=None, description="As `s3_access_key_id`."
+    )
 
     api_url: str | None = Field(
-        default=None, description="The api that a node registers with; unset, it runs standalone."
+        default=None,
+        description="The api that a node registers with (unset, it runs standalone), and that the "
+        "command and `deltadock.Client` talk to.",
     )
     node_url: str | None = Field(
         default=None,
@@ -51,7 +61,8 @@ class Settings(BaseSettings):
     key_secret: SecretStr | None = Field(
         default=None,
         description="Secret under which API keys are stored and sessions are signed; unset, that "
-        "of `home`, made at the first start. The same for all processes of the api.",
+        "of the home, made at the first start. The same for all processes of the api; another one "
+        "revokes every key.",
     )
     node_secret: SecretStr | None = Field(
         default=None,
@@ -74,7 +85,8 @@ class Settings(BaseSettings):
         "requests name.",
     )
     node_deltas: list[str] = Field(
-        default=[], description="Artifact digests that a node with a `node_base` loads at start."
+        default=[],
+        description="JSON list of artifact digests that a node with a `node_base` loads at start.",
     )
     node_max_sequences: int = Field(
         default=16, ge=1, description="Maximum sequences in a node's batch."
@@ -95,7 +107,8 @@ class Settings(BaseSettings):
     node_factor_cache_bytes: int = Field(
         default=2**30,
         ge=0,
-        description="Memory of a node for unpacked factors; others are unpacked at every use.",
+        description="Memory of a node for unpacked factors; others are unpacked at every use. "
+        "A CPU needs a further eighth of a delta's unpacked size per row of the batch.",
     )
     node_merge: bool = Field(
         default=False,
@@ -142,12 +155,13 @@ class Settings(BaseSettings):
     checkpoint_cache_bytes: int = Field(
         default=256 * 2**30,
         ge=0,
-        description="Disk space of a worker or node for bases that are not in use.",
+        description="Disk space of a worker or node for bases; the least recently used ones that "
+        "are not in use make room.",
     )
     max_file_bytes: int = Field(default=100 * 2**30, description="Maximum size of an upload file.")
     import_sources: list[str] = Field(
         default=[],
-        description="Places that uploads may be imported from, with all below them: "
+        description="JSON list of places that uploads may be imported from, with all below them: "
         "file:///folder on the api's machine, s3://bucket/prefix, hf://org or hf://.",
     )
     upload_ttl: float = Field(
@@ -175,8 +189,12 @@ class Settings(BaseSettings):
         description="URL of an OpenTelemetry collector (OTLP over HTTP) that traces are sent to; "
         "unset, there are none.",
     )
-    log_format: Literal["json", "console"] = "json"
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["json", "console"] = Field(
+        default="json", description="Form of the log, which goes to stderr."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Lowest level that is logged."
+    )
 
     @property
     def sqlalchemy_url(self) -> str:

@@ -9,7 +9,7 @@ from deltadock.cli import chat, doctor, fleet, jobs, login, offline, push, regis
 from deltadock.cli.outcome import ReportingGroup
 from deltadock.cli.output import AsJson, age, print_resources, print_table, say
 from deltadock.cli.server import Url
-from deltadock.version import __version__
+from deltadock.version import DOCS, __version__
 
 if TYPE_CHECKING:
     from deltadock.client.resources import Key
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Store and serve fine-tuned LLMs as deltas of about one bit per weight.",
     epilog="Exit status: 0 done, 1 refused or failed, 2 wrong usage, 3 the server does not answer "
-    "or is busy, 4 the followed job failed, 130 interrupted.",
+    f"or is busy, 4 the followed job failed, 130 interrupted.\n\nDocs: {DOCS}/tutorial.md",
 )
 
 for panel, commands in {

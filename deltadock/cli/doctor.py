@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 import typer
 
 from deltadock.cli.outcome import FAILED
-from deltadock.cli.output import AsJson, output, print_json
+from deltadock.cli.output import AsJson, output, print_json, say
 from deltadock.cli.server import Url, connect
 from deltadock.errors import DeltadockError
-from deltadock.version import __version__
+from deltadock.version import DOCS, __version__
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -46,6 +46,7 @@ def doctor(as_json: AsJson = False, url: Url = None) -> None:
     if as_json:
         print_json([finding._asdict() for finding in findings])
     if any(finding.state == "problem" for finding in findings):
+        say(f"When something fails: {DOCS}/operate/jobs.md#when-something-fails")
         raise typer.Exit(FAILED)
 
 
