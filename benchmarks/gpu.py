@@ -73,11 +73,11 @@ PARTS: Final = {
         80,
         ("benchmarks.kernel", "--sweep", "80", "--device", "cpu"),
     ),
-    "attention": Part(
-        "attention of a decode step: exact lengths against padded ones, and its variants",
-        ("benchmarks.attention",),
+    "decoder": Part(
+        "a decode step between its products: attention by exact lengths, its variants; fused norms",
+        ("benchmarks.decoder",),
         30,
-        ("benchmarks.attention", "--device", "cpu"),
+        ("benchmarks.decoder", "--device", "cpu"),
     ),
     "sampler": Part(
         "sampling in batch against row by row",

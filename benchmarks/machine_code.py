@@ -18,7 +18,8 @@ from triton.compiler import ASTSource
 REGISTERS: Final = 65_536
 SHARED_BYTES: Final = 232_448
 WARPS: Final = 64
-"""Registers, shared memory and warps of an SM of an H100 or H200."""
+PROGRAMS: Final = 32
+"""Registers, shared memory, warps and programs that an SM of an H100 or H200 holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ class MachineCode:
 def programs_per_sm(warps: int, registers: int, shared_bytes: int) -> int:
     """Programs that an SM runs at once; registers come in units of 256 a warp."""
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
-    return min(by_registers, SHARED_BYTES // (shared_bytes + 1024), WARPS // warps)
+    by_shared = SHARED_BYTES // (shared_bytes + 1024)
+    return min(by_registers, by_shared, WARPS // warps, PROGRAMS)
 
 
 def compile_kernel(

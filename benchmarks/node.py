@@ -21,20 +21,23 @@ popularity (they share storage in host memory; the engine, its scheduler and the
 node's). It ends within nine minutes.
 
 `--tiny` runs either on a small model, `7b --device cpu --tiny` without a GPU; the figures then mean
-nothing.
+nothing. With TRITON_INTERPRET=1 the logits are those of the GPU's kernels in Triton's interpreter.
 """
 
 import argparse
 import asyncio
 import dataclasses
+import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from itertools import count
 from typing import Any, Final
+from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
@@ -50,12 +53,12 @@ from deltadock.inference.engine.sampling import SamplingParams
 from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.engine.sequence import Event
 from deltadock.inference.engine.sequence import Sequence as EngineSequence
-from deltadock.inference.model.attention import ATTENTION
 from deltadock.inference.model.loading import FAMILIES
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.routing import DeltaLimits
 from deltadock.inference.model.weight_deltas import WeightDelta, pinned
 from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
+from deltadock.kernels import dispatch
 from deltadock.kernels.svd_delta import PackedDelta, reference
 
 LLAMA_31M: Final = {
@@ -72,6 +75,8 @@ TINY_LLAMA: Final = LLAMA_31M | {
 }  # fmt: skip
 REQUESTS, TOKENS, PROMPT, LONG_PROMPT = 8, 64, 16, 768
 
+INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
+"""Check the logits of the GPU's kernels in Triton's interpreter."""
 LIMIT_SECONDS: Final = 500
 """No part of the GPU benchmark begins later than this."""
 
@@ -147,7 +152,6 @@ def random_model(family: str, device: str, dtype: torch.dtype, **shape: Any) -> 
 
 def base_model(model: Any, limits: DeltaLimits) -> BaseModel:
     """The node's model on the weights of `model`, whose modules it replaces."""
-    model.set_attn_implementation(ATTENTION)
     return BaseModel(model, limits)
 
 
@@ -571,7 +575,8 @@ def measure_gpu(workload: GpuWorkload, device: str) -> None:
     start = time.monotonic()
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     print(describe_machine(device))
-    check_logits(workload, device, dtype)
+    with patch.object(dispatch, "on_gpu", lambda _: True) if INTERPRETED else nullcontext():
+        check_logits(workload, device, torch.bfloat16 if INTERPRETED else dtype)
     model = random_model("qwen2", device, dtype, **workload.shape)
     prompt = random_prompt(workload.prompt, 0, workload.shape["vocab_size"])
     generate(model, [prompt], 2)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from deltadock.kernels import dispatch
 from deltadock.kernels.decode_attention.reference import decode_attention as reference_attention
 
 
@@ -34,7 +35,7 @@ def decode_attention(
     Returns:
         (rows, heads, d).
     """
-    if query.is_cuda:
+    if dispatch.on_gpu(query):
         from deltadock.kernels.decode_attention import triton
 
         return triton.decode_attention(

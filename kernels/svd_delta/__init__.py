@@ -10,6 +10,7 @@ svd_delta(y, x, table, chunks, cache)                                  # per lin
 import torch
 from torch import Tensor
 
+from deltadock.kernels import dispatch
 from deltadock.kernels.cache import TensorCache
 from deltadock.kernels.svd_delta import cpu
 from deltadock.kernels.svd_delta.chunks import Chunks
@@ -55,7 +56,7 @@ def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: Te
             fewer ranks or inputs than the table has, or for more slots.
     """
     _check(y, x, table, chunks)
-    if x.is_cuda:
+    if dispatch.on_gpu(x):
         from deltadock.kernels.svd_delta import triton
 
         triton.svd_delta(y, x, table, chunks)
@@ -72,7 +73,7 @@ def _check(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks) -> None:
         raise ValueError("x and y need the rows of this step, and the linear's inputs and outputs.")
     if x.dtype != y.dtype or x.stride(1) != 1 or y.stride(1) != 1:
         raise ValueError("x and y need one dtype and contiguous rows.")
-    if x.is_cuda and x.dtype not in {torch.float16, torch.bfloat16}:
+    if dispatch.on_gpu(x) and x.dtype not in {torch.float16, torch.bfloat16}:
         raise ValueError("The kernel takes float16 or bfloat16.")
     too_small = chunks.max_rank < table.max_rank or chunks.width < table.linears * table.padded_h_in
     if chunks.slot_count > table.slot_count or too_small:

@@ -18,7 +18,7 @@ WAITING: Final = ("nonzero", "masked_select", "unique", "_local_scalar_dense", "
 class CountedOperators(OperatorCounter):
     """Counts operators, and in `reads` how often the host waits for the device."""
 
-    FREE = VIEWS | {"empty"}
+    FREE = VIEWS | {"empty", "empty_like"}
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Attention over the slotted cache, registered with transformers under the name `ATTENTION`.
+"""Attention over the slotted cache.
 
 The rows of a pass are tokens of many sequences, packed as (1, rows). Each sequence is either
 decoding (one row) or prefilling a chunk of its prompt (many rows). On a GPU one kernel attends to
@@ -12,12 +12,10 @@ from typing import Any, Final, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
 
 from deltadock.inference.model.kv_cache import KVCache
 from deltadock.kernels.decode_attention import decode_attention
 
-ATTENTION: Final = "deltadock_slotted"
 MAX_GAP: Final = 2
 """Idle cache slots that a decode batch may span: wasted attention is cheaper than another call."""
 
@@ -216,47 +214,40 @@ def _index(rows: list[int], device: torch.device) -> Tensor | slice:
     return torch.tensor(rows, device=device)
 
 
-def slotted_attention(
-    module: Any,
+def attend(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    scaling: float,
+    keys: Tensor,
+    values: Tensor,
     metadata: AttentionMetadata,
-    sliding_window: int | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Write this pass's keys and values to the cache, then attend to each sequence's slot.
+    *,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Attend to each row's sequence in a layer's cache, this pass's keys and values included.
 
-    `query` (1, heads, rows, d), `key` and `value` (1, kv_heads, rows, d); returns
-    (1, rows, heads, d).
+    `query` (rows, heads, d), `keys` and `values` (slots, kv_heads, length, d); returns
+    (rows, heads, d).
     """
-    layer: int = module.layer_idx
-    keys, values = metadata.cache.keys[layer], metadata.cache.values[layer]
-    keys[metadata.slots, :, metadata.positions] = key[0].transpose(0, 1)
-    values[metadata.slots, :, metadata.positions] = value[0].transpose(0, 1)
-    by_row = query[0].transpose(0, 1)
-    out = torch.empty_like(by_row, memory_format=torch.contiguous_format)
-    if metadata.decode_rows is not None:
-        rows, slots, lengths = metadata.decode_rows
+    decoding = metadata.decode_rows
+    if decoding is not None and len(decoding.slots) == len(query):
+        return decode_attention(
+            query, keys, values, decoding.slots, decoding.lengths, scale=scale, window=window
+        )
+    out = torch.empty_like(query)
+    if decoding is not None:
+        rows, slots, lengths = decoding
         out[rows] = decode_attention(
-            by_row[rows], keys, values, slots, lengths, scale=scaling, window=sliding_window
+            query[rows], keys, values, slots, lengths, scale=scale, window=window
         )
     for batch in metadata.decode_batches:
         seen = (batch.slots, slice(None), slice(0, batch.length))
         attended = batch.attend(
-            by_row[batch.queries], keys[seen], values[seen], scale=scaling, window=sliding_window
+            query[batch.queries], keys[seen], values[seen], scale=scale, window=window
         )
         out[batch.rows] = attended[batch.places]
     for chunk in metadata.prefill_chunks:
         seen = (chunk.slots, slice(None), slice(0, chunk.length))
-        attended = chunk.attend(
-            query[:, :, chunk.rows], keys[seen], values[seen], scale=scaling, window=sliding_window
-        )
+        own = query[chunk.rows].transpose(0, 1)[None]
+        attended = chunk.attend(own, keys[seen], values[seen], scale=scale, window=window)
         out[chunk.rows] = attended[0].transpose(0, 1)
-    return out[None], None
-
-
-AttentionInterface.register(ATTENTION, slotted_attention)
+    return out

@@ -3,9 +3,8 @@
 `replace_modules` puts them in place of a transformers model's modules.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +18,15 @@ from deltadock.inference.model.weight_deltas import (
     RowsDelta,
     WeightDelta,
 )
+from deltadock.kernels import dispatch
+from deltadock.kernels.decoder import RowNorm, add_rms_norm, rms_norm
 from deltadock.kernels.svd_delta import DeltaTable, PackedDelta, add_rows, reference, svd_delta
 
-FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that share their input, fused wherever one module has them all."""
+FUSED: Final = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Linears that share their input, by the fused one's name, wherever one module has them all."""
 
 
 class FusedLinear:
@@ -122,8 +126,6 @@ class DeltaLinears(DeltaModule):
             device=self._base.device,
         )
         self._unpacked: dict[int, list[_UnpackedDelta | None]] = {}
-        self._input: Tensor | None = None
-        self._outputs: tuple[Tensor, ...] = ()
 
     def install(self, slot: int, deltas: Mapping[str, WeightDelta]) -> bool:
         """Packed weights, biases included, go into the table; see `BaseModel.prepare`."""
@@ -179,7 +181,7 @@ class DeltaLinears(DeltaModule):
         y = self._base(x)
         chunks = self.routing.chunks
         # On a GPU always: a captured graph must also serve deltas that are installed later.
-        if x.is_cuda or (self.table.deltas and chunks.by_slot):
+        if dispatch.on_gpu(x) or (self.table.deltas and chunks.by_slot):
             svd_delta(y[0], x[0], self.table, chunks, self.routing.cache)
         if self._unpacked:
             for slot, rows in chunks.by_slot.items():
@@ -201,15 +203,6 @@ class DeltaLinears(DeltaModule):
             y = torch.addmm(y, x, self.decoded(weight, x.dtype).T)
         return y if bias is None else y + bias
 
-    def output(self, x: Tensor, number: int) -> Tensor:
-        """One linear's outputs; the first linear called on an input computes all of them."""
-        if self._input is not x:
-            self._input, self._outputs = x, self(x).split(self._h_outs, dim=-1)
-        output = self._outputs[number]
-        if number == len(self._h_outs) - 1:
-            self._input, self._outputs = None, ()
-        return output
-
 
 def _add_delta(
     weight: Tensor,
@@ -229,18 +222,6 @@ def _add_delta(
         weight += delta.dense()
     if biases is not None and bias is not None:
         biases[rows] = bias if isinstance(delta, Tensor) else biases[rows] + bias
-
-
-class LinearOutput(nn.Module):
-    """One linear of a DeltaLinears, at its place in the model."""
-
-    def __init__(self, linears: DeltaLinears, number: int) -> None:
-        super().__init__()
-        self._linears, self._number = linears, number
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(1, rows, h_in) to (1, rows, h_out)."""
-        return self._linears.output(x, self._number)
 
 
 class DeltaEmbedding(DeltaModule):
@@ -283,71 +264,50 @@ class DeltaEmbedding(DeltaModule):
 
 
 class DeltaNorm(DeltaModule):
-    """A normalization layer that multiplies each row by the weight of its slot.
+    """RMS normalization with the weight and the epsilon of each row's slot.
 
-    A slot may also have an epsilon of its own; its rows are then computed outside of CUDA graphs.
+    Attributes:
+        weight: the base's.
+        table: those of all slots.
     """
 
     def __init__(self, norm: nn.Module, routing: Routing) -> None:
         super().__init__(routing)
-        self._norm = norm
         self.weight: Tensor = norm.weight.data  # type: ignore[assignment]
-        self._changed: set[int] = set()
-        self._weights: Tensor | None = None
-        """(slots, width), from the first delta on; always on a GPU, where graphs need it."""
-        self._by_row = copy.deepcopy(norm)
-        del self._by_row.weight
         self._epsilon = float(norm.variance_epsilon)  # type: ignore[arg-type]
-        self._epsilons: dict[int, float] = {}
-        if self.weight.is_cuda:
-            self._weights = self._make_weights()
-
-    def _make_weights(self) -> Tensor:
-        return self.weight.repeat(self.routing.limits.slots, 1)
+        slots = routing.limits.slots
+        self.table = RowNorm(
+            self.weight.repeat(slots, 1),
+            torch.full((slots,), self._epsilon, device=self.weight.device),
+        )
+        self._changed: set[int] = set()
 
     def install(self, slot: int, deltas: Mapping[str, WeightDelta]) -> bool:
         weight = deltas["weight"]
         assert isinstance(weight, Tensor)
-        if self._weights is None:
-            self._weights = self._make_weights()
-        self._weights[slot] = weight
+        self.table.weights[slot] = weight
         self._changed.add(slot)
         return False
 
     def set_epsilon(self, slot: int, epsilon: float) -> None:
         """Use `epsilon` for the rows of `slot`, until it is removed."""
-        if self._weights is None:
-            self._weights = self._make_weights()
-        self._epsilons[slot] = epsilon
+        self.table.epsilons[slot] = epsilon
+        self._changed.add(slot)
 
     def remove(self, slot: int) -> None:
-        self._epsilons.pop(slot, None)
         if slot in self._changed:
-            assert self._weights is not None
-            self._weights[slot] = self.weight
+            self.table.weights[slot] = self.weight
+            self.table.epsilons[slot] = self._epsilon
             self._changed.remove(slot)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(1, rows, ..., width) to the same shape."""
-        if self._weights is None or not (self._changed or self._epsilons or x.is_cuda):
-            y: Tensor = self._norm(x)
-            return y
-        weights = self._weights[self.routing.row_slots]
-        self._by_row.weight = weights.view(1, len(weights), *[1] * (x.ndim - 3), -1)
-        epsilon = self._row_epsilons(x)
-        self._by_row.variance_epsilon = self._epsilon if epsilon is None else epsilon  # type: ignore[assignment]
-        return cast("Tensor", self._by_row(x))
+        """(1, rows, width) to the same shape."""
+        return rms_norm(x[0], self.table, self.routing.row_slots)[None]
 
-    def _row_epsilons(self, x: Tensor) -> Tensor | None:
-        """(1, rows, ..., 1) float32; None: all rows have the base's."""
-        by_slot = self.routing.chunks.by_slot
-        if self._epsilons.keys().isdisjoint(by_slot):
-            return None
-        epsilons = torch.full((x.shape[1],), self._epsilon, device=x.device)
-        for slot, epsilon in self._epsilons.items():
-            if slot in by_slot:
-                epsilons[by_slot[slot]] = epsilon
-        return epsilons.view(1, -1, *[1] * (x.ndim - 2))
+    def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`residual + x` (1, rows, width), and the same normalized."""
+        total, out = add_rms_norm(x[0], residual[0], self.table, self.routing.row_slots)
+        return total[None], out[None]
 
 
 Owners = dict[str, list[tuple[DeltaModule, str]]]
@@ -371,24 +331,25 @@ def replace_modules(model: Any, routing: Routing) -> tuple[Owners, dict[str, Ten
             owners[f"{path}.{name}"] = [(owner, prefix + name)]
             tensors[f"{path}.{name}"] = parameter
 
-    def replace_linears(parent: str, linears: dict[str, nn.Linear]) -> None:
+    def replace_linears(parent: str, linears: dict[str, nn.Linear], replacement: str) -> None:
         tied = "lm_head" in linears and is_tied(model)
         fused = DeltaLinears(linears, routing, tied=tied)
-        for number, (name, linear) in enumerate(linears.items()):
-            path = f"{parent}.{name}".lstrip(".")
-            register(path, linear, fused, f"{name}.")
-            model.set_submodule(path, LinearOutput(fused, number) if len(linears) > 1 else fused)
+        owner = model.get_submodule(parent)
+        for name, linear in linears.items():
+            register(f"{parent}.{name}".lstrip("."), linear, fused, f"{name}.")
+            delattr(owner, name)
+        owner.add_module(replacement, fused)
 
     for path, module in list(model.named_modules()):
-        for names in FUSED:
-            if (linears := _fusable(module, names)) is not None:
-                replace_linears(path, linears)
+        for fused_name, names in FUSED.items():
+            if linears := _fusable(path, module, names):
+                replace_linears(path, linears, fused_name)
         parameters = dict(module.named_parameters(recurse=False))
         if not parameters or any(f"{path}.{name}" in owners for name in parameters):
             continue
         if isinstance(module, nn.Linear):
             parent, _, name = path.rpartition(".")
-            replace_linears(parent, {name: module})
+            replace_linears(parent, {name: module}, name)
             continue
         if isinstance(module, nn.Embedding):
             replacement: DeltaModule = DeltaEmbedding(module, routing)
@@ -406,9 +367,16 @@ def is_tied(model: Any) -> bool:
     return "lm_head.weight" in model.all_tied_weights_keys
 
 
-def _fusable(module: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Linear] | None:
-    """The module's linears of these names, if it has all of them, all with a bias or none."""
+def _fusable(path: str, module: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The module's linears of these names, if it has all of them.
+
+    Raises:
+        UnsupportedModel: some have a bias and some have none.
+    """
     children = {name: getattr(module, name, None) for name in names}
     linears = {name: child for name, child in children.items() if isinstance(child, nn.Linear)}
-    alike = len({linear.bias is None for linear in linears.values()}) == 1
-    return linears if len(linears) == len(names) and alike else None
+    if len(linears) < len(names):
+        return {}
+    if len({linear.bias is None for linear in linears.values()}) > 1:
+        raise UnsupportedModel(f"Not all of {path}'s {', '.join(names)} have a bias.")
+    return linears

@@ -23,7 +23,6 @@ from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.artifacts.names import find_name
 from deltadock.errors import InvalidCheckpoint, UnsupportedModel
 from deltadock.inference.model.added_tokens import EMBEDDING
-from deltadock.inference.model.attention import ATTENTION
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.routing import DEFAULT_LIMITS, DeltaLimits
 
@@ -77,7 +76,6 @@ def load_base(
         config=config_class.from_dict(settings),
         state_dict=tensors,
         dtype=dtype,
-        attn_implementation=ATTENTION,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )

@@ -1,4 +1,4 @@
-"""The base model: transformers' modelling code with per-row deltas on every weight."""
+"""The base model, with per-row deltas on every weight."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from deltadock.artifacts.names import find_name
 from deltadock.errors import InvalidArtifact
 from deltadock.inference.model.added_tokens import EMBEDDING, LM_HEAD, AddedTokens, Logits
 from deltadock.inference.model.attention import AttentionMetadata
+from deltadock.inference.model.decoder import Decoder
 from deltadock.inference.model.kv_cache import KVCache
 from deltadock.inference.model.layers import DeltaLinears, DeltaNorm, is_tied, replace_modules
 from deltadock.inference.model.rotary import DeltaRotary, Rope, context_limit
@@ -43,7 +44,7 @@ class BaseModel:
     """A causal language model whose rows each use the weights of their own delta slot."""
 
     def __init__(self, model: Any, limits: DeltaLimits = DEFAULT_LIMITS) -> None:
-        """Replace the modules of `model` (of `loading.FAMILIES`, with attention `ATTENTION`).
+        """Replace the modules of `model` (of `loading.FAMILIES`).
 
         Raises:
             UnsupportedModel: a module with parameters has no per-row counterpart.
@@ -58,7 +59,8 @@ class BaseModel:
         self.tied = is_tied(model)
         """Whether embedding and head are one tensor."""
         self._owners, self._parameters = replace_modules(model, self._routing)
-        self._rotary = model.model.rotary_emb = DeltaRotary(model.model.rotary_emb, self._routing)
+        self._rotary = DeltaRotary(model.model.rotary_emb, self._routing)
+        self._decoder = Decoder(model.model, self._rotary, self._routing)
         self._added = AddedTokens(self.config.vocab_size, self._routing, tied=self.tied)
         self._linears = [module for module in self._modules if isinstance(module, DeltaLinears)]
         self._merges = 0
@@ -131,13 +133,7 @@ class BaseModel:
 
     def body(self, embedded: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Run all layers on the output of `embed`. On a GPU, without host synchronization."""
-        hidden: Tensor = self.model.model(
-            inputs_embeds=embedded,
-            position_ids=metadata.positions[None],
-            use_cache=False,
-            metadata=metadata,
-        ).last_hidden_state
-        return hidden
+        return self._decoder(embedded, metadata)
 
     def logits(self, hidden: Tensor, slots: Sequence[int]) -> Logits:
         """Logits of hidden states (1, rows, hidden), whose rows belong to `slots`."""
@@ -250,7 +246,6 @@ class BaseModel:
         if settings is not None:
             self._rotary.install(slot, settings.rope)
             if settings.epsilon != self.config.rms_norm_eps:
-                self._uncapturable_slots.add(slot)
                 for module in self._modules:
                     if isinstance(module, DeltaNorm):
                         module.set_epsilon(slot, settings.epsilon)

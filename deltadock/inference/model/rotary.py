@@ -3,11 +3,12 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltadock.artifacts.configs import LENGTH_DEPENDENT, ROPE
 from deltadock.errors import ArchitectureMismatch, InvalidArtifact
 from deltadock.inference.model.routing import Routing
+from deltadock.kernels.decoder import Rotation
 
 
 class Rope(NamedTuple):
@@ -32,12 +33,11 @@ def context_limit(config: Any) -> int:
     return min(limit, int(original))
 
 
-class DeltaRotary(nn.Module):
+class DeltaRotary:
     """A model's rotary embedding: each row's cosines and sines are those of its delta's."""
 
     def __init__(self, rotary: Any, routing: Routing) -> None:
         """Take the frequencies of `rotary`, a `transformers` module for the base's config."""
-        super().__init__()
         self._routing = routing
         self._kind = type(rotary)
         self._base = rotary.inv_freq.float(), float(rotary.attention_scaling)
@@ -77,10 +77,10 @@ class DeltaRotary(nn.Module):
         """Restore the base's frequencies for the rows of `slot`."""
         self._frequencies[slot], self._scaling[slot] = self._base
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (1, rows, head_dim) in the dtype of `x`, at positions (1, rows)."""
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """Cosines and sines (rows, head_dim) in `dtype`, at positions (rows,)."""
         slots = self._routing.row_slots
-        angles = position_ids[..., None].float() * self._frequencies[slots]
+        angles = positions[:, None].float() * self._frequencies[slots]
         angles = torch.cat((angles, angles), dim=-1)
         scaling = self._scaling[slots][:, None]
-        return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
+        return Rotation((angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype))

@@ -1,5 +1,7 @@
-"""The number of operators of a decode step outside its CUDA graph does not depend on the rows."""
+"""Operators and launches of a decode step, outside its CUDA graph and inside."""
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +12,13 @@ from deltadock.inference.engine.sampler import sample_tokens
 from deltadock.inference.engine.sampling import SampledToken
 from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.model.added_tokens import EMBEDDING, LM_HEAD
+from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.weight_deltas import NewRows
 from deltadock.inference.prompts.tokenizer import Tokenizer
+from deltadock.kernels import dispatch
+from deltadock.kernels.decode_attention import triton as attention
+from deltadock.kernels.decoder import triton as decoder
+from deltadock.kernels.svd_delta import triton as svd_delta
 from tests.inference.operators import counted_operators
 from tests.inference.scheduling import make_sequence
 
@@ -63,3 +70,49 @@ def test_operators_outside_the_graph(
         counts.append(counted.by_name)
     assert counts[0] == counts[1]
     assert sum(counts[0].values()) <= bound + 10 * deltas
+
+
+class CountedKernel:
+    """In place of a Triton kernel: counts its launches and computes nothing."""
+
+    def __init__(self, name: str, counts: Counter[str]) -> None:
+        self._name, self._counts = name, counts
+
+    def __getitem__(self, _: Any) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *_: Any, **__: Any) -> None:
+        self._counts[self._name] += 1
+
+
+def launches(model: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Operators and kernels of a decode step of two rows, as a CUDA graph holds them."""
+    base = BaseModel(model.to(torch.bfloat16))
+    graphs = GraphDecoder(base, base.make_cache(2, 32), 2)
+    base.route([0, 1])
+    kernels: Counter[str] = Counter()
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "on_gpu", lambda _: True)
+        for module in (attention, decoder, svd_delta):
+            for name in filter(lambda name: name.endswith("_kernel"), dir(module)):
+                patch.setattr(module, name, CountedKernel(name, kernels))
+        with torch.inference_mode(), counted_operators(monkeypatch) as counted:
+            graphs._body(2)
+    assert counted.reads == 0
+    return kernels + counted.by_name
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+def test_launches_inside_the_graph(
+    make_model: Any, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """22 a layer, of which 12 are of its deltas."""
+    one, two = (
+        launches(make_model(family, num_hidden_layers=layers), monkeypatch) for layers in (1, 2)
+    )
+    assert two - one == {
+        "linear": 4, "prepare_kernel": 4, "shrink_kernel": 4, "expand_kernel": 4,
+        "rms_norm_kernel": 2, "rotate_and_store_kernel": 1, "gated_silu_kernel": 1,
+        "split_kernel": 1, "combine_kernel": 1,
+    }  # fmt: skip
+    assert (one - (two - one)).total() <= 13

@@ -1,4 +1,4 @@
-"""Fused linears return each caller's outputs for its input."""
+"""The modules of a model that have weights are replaced."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltadock.errors import UnsupportedModel
-from deltadock.inference.model.layers import DeltaLinears, LinearOutput, replace_modules
+from deltadock.inference.model.layers import DeltaLinears, replace_modules
 from deltadock.inference.model.routing import DeltaLimits, DeltaModule, Routing
 from deltadock.kernels.svd_delta import Chunks
 
@@ -35,39 +35,25 @@ def routed(model: nn.Module) -> tuple[dict[str, list[tuple[DeltaModule, str]]], 
     return owners, tensors
 
 
-def test_every_input_gets_its_own_answer() -> None:
+def test_linears_with_one_input_are_one_product() -> None:
     part = Mlp()
     weights = {name: tensor.clone() for name, tensor in part.named_parameters()}
     owners, tensors = routed(Model(part))
-    assert isinstance(part.gate_proj, LinearOutput)
-    joined = owners["part.gate_proj.weight"][0][0]
+    joined = part.gate_up_proj
+    assert isinstance(joined, DeltaLinears)
+    assert owners["part.gate_proj.weight"] == [(joined, "gate_proj.weight")]
     assert owners["part.up_proj.weight"] == [(joined, "up_proj.weight")]
     for name, before in weights.items():
         assert tensors[f"part.{name}"].shape == before.shape
-    first, second = torch.randn(2, 1, 3, 6)
-    # In the usual order, then with inputs that differ, then in another order.
-    calls = [("gate", first), ("up", first), ("gate", first), ("up", second), ("up", first)]
-    calls += [("gate", second), ("gate", first), ("up", first)]
-    with torch.inference_mode():
-        for name, x in calls:
-            expected = F.linear(x, weights[f"{name}_proj.weight"])
-            torch.testing.assert_close(getattr(part, f"{name}_proj")(x), expected)
-
-
-def test_linears_that_cannot_be_fused_stay_separate() -> None:
-    part = Mlp(bias_up=True)
-    owners, _ = routed(Model(part))
-    assert isinstance(part.gate_proj, DeltaLinears)
-    assert owners.keys() == {f"part.{name}.weight" for name in NAMES} | {
-        "part.up_proj.bias",
-        "part.down_proj.bias",
-    }
     x = torch.randn(1, 3, 6)
     with torch.inference_mode():
-        assert part.up_proj(x).shape == (1, 3, 4)
+        expected = [F.linear(x, weights[f"{name}_proj.weight"]) for name in ("gate", "up")]
+        torch.testing.assert_close(joined(x), torch.cat(expected, dim=-1))
 
 
-NAMES = ("gate_proj", "up_proj", "down_proj")
+def test_linears_that_cannot_be_fused_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="gate_proj, up_proj have a bias"):
+        routed(Model(Mlp(bias_up=True)))
 
 
 def test_an_unknown_kind_of_module_is_refused() -> None:

@@ -59,6 +59,8 @@ def test_each_row_has_its_deltas_settings(
     outcomes = [[bench.submit(prompt, slot) for prompt in PROMPTS] for slot in range(len(models))]
     bench.finish(*(one for answers in outcomes for one in answers))
     assert [[one.answer for one in answers] for answers in outcomes] == expected
+    bench.model.route([2, 5])
+    assert bench.model.graph_key is not None
     for slot in range(1, len(models)):
         bench.model.remove(slot)
         assert bench.run(PROMPTS[1], slot).answer == expected[0][1]

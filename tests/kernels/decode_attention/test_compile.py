@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from benchmarks.attention import compile_for
+from benchmarks.decoder import compile_for
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"

@@ -1,14 +1,16 @@
-"""Attention of a decode step at Qwen2.5-7B's heads: exact lengths against padded ones.
+"""What a decode step does between its products, at Qwen2.5-7B's shape.
 
-    python -m benchmarks.attention
+    python -m benchmarks.decoder
 
-It needs a GPU. For rows of equal and of mixed lengths it prints a layer's time in a CUDA graph by
-the kernel's default and best variants, with the time that a copy of the rows' keys and values takes
-as a fraction of it; and what PyTorch's attention takes over slots of the longest row's length
-rounded up to a power of two, behind a mask: what a step on static buffers does without the kernel.
-Every variant's result is checked first.
+It needs a GPU. First it prints the time in a CUDA graph of residual and norm, of rotation with the
+cache's write and of the gated activation, by their kernels and by PyTorch's operators. Then that of
+a layer's attention, for rows of equal and of mixed lengths: by the kernel's default and best
+variants, with the time that a copy of the rows' keys and values takes as a fraction of it; and by
+PyTorch's attention over slots of the longest row's length rounded up to a power of two, behind a
+mask, which is what a step on static buffers does without the kernel. Every variant's result is
+checked first.
 
-    TRITON_INTERPRET=1 python -m benchmarks.attention --device cpu
+    TRITON_INTERPRET=1 python -m benchmarks.decoder --device cpu
 
 runs the same code at a tiny size without a GPU, and times nothing.
 """
@@ -18,7 +20,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +28,15 @@ from torch import Tensor
 
 from benchmarks.harness import describe_machine, device_bandwidth, gpu_seconds
 from benchmarks.machine_code import MachineCode, compile_kernel, disassemble
+from deltadock.kernels import decoder
 from deltadock.kernels.decode_attention import triton as kernel
 from deltadock.kernels.decode_attention.reference import decode_attention as reference
 from deltadock.kernels.decode_attention.triton import DEFAULT, Variant, decode_attention
+from deltadock.kernels.decoder import reference as decoder_reference
+from deltadock.kernels.decoder import triton as decoder_triton
 
 HEADS, KV_HEADS, WIDTH = 28, 4, 128
+HIDDEN, INTERMEDIATE = 3584, 18944
 STEPS: Final[dict[str, list[int]]] = {
     "1 row of 200": [200],
     "12 rows of 200": [200] * 12,
@@ -143,16 +149,55 @@ def measure(name: str, rows: Sequence[int], variants: Sequence[Variant], device:
     )
 
 
+def measure_operations(rows: int, device: str) -> None:
+    """Time each of the small operations, all rows on slots of their own."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    norm = decoder.RowNorm(random(rows, HIDDEN), torch.full((rows,), 1e-6, device=device))
+    row_slots = torch.arange(rows, dtype=torch.int32, device=device)
+    x, residual, gate_up = (
+        random(rows, HIDDEN),
+        random(rows, HIDDEN),
+        random(rows, INTERMEDIATE * 2),
+    )
+    rotation = decoder.Rotation(random(rows, WIDTH), random(rows, WIDTH))
+    keys, values = random(2, rows, KV_HEADS, 16, WIDTH)
+    cache = decoder.CacheRows(keys, values, row_slots.long(), row_slots.long() % 16)
+    projected = random(rows, (HEADS + 2 * KV_HEADS) * WIDTH)
+
+    operations: dict[str, Callable[[Any], object]] = {
+        "residual and norm": lambda way: way.add_rms_norm(x, residual, norm, row_slots),
+        "rotation and cache": lambda way: way.rotate_and_store(
+            projected, rotation, cache, None, row_slots
+        ),
+        "gated activation": lambda way: way.gated_silu(gate_up),
+    }
+    for name, operation in operations.items():
+        fused, plain = (
+            gpu_seconds(functools.partial(_call, operation, way), graph=True)
+            for way in (decoder_triton, decoder_reference)
+        )
+        print(f"{name}, {rows} rows: {fused * 1e6:.1f} us, PyTorch {plain * 1e6:.1f} us")
+
+
+def _call(operation: Callable[[Any], object], way: Any) -> None:
+    operation(way)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every step."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args(arguments).device
     print(describe_machine(device))
-    print("tokens x splits x warps x stages: the default, then the best; (fraction of a copy)")
+    for rows in (1, 12, 64) if device == "cuda" else (2,):
+        measure_operations(rows, device)
+    print("attention; tokens x splits x warps x stages: the default, then the best (of a copy)")
     if device == "cuda":
-        for name, rows in STEPS.items():
-            measure(name, rows, SWEEP, device)
+        for name, lengths in STEPS.items():
+            measure(name, lengths, SWEEP, device)
     else:
         measure("2 rows", [40, 7], SWEEP[:2], device)
 
