@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.access.authentication import Authenticator
 from deltadock.api.access.rates import Rates
+from deltadock.api.access.refusals import Refusals
 from deltadock.api.access.sessions import Sessions
 from deltadock.api.fleet import Fleet
 from deltadock.api.job_watch import JobWatch
@@ -39,6 +40,7 @@ class Resources:
     completer: Completer
     keys: Authenticator
     sessions: Sessions
+    refusals: Refusals
     rates: Rates
 
     @classmethod
@@ -66,6 +68,7 @@ class Resources:
             storage=StorageMeter(database, blobs),
             keys=Authenticator(database, settings),
             sessions=Sessions(settings),
+            refusals=Refusals(database),
             rates=Rates(settings.broker_url),
         )
 

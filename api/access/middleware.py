@@ -14,11 +14,10 @@ from deltadock.api.access.caller import Caller
 from deltadock.api.access.rules import CHANGES, INFER, Rule, RuleTable
 from deltadock.api.access.sessions import COOKIE, check_token
 from deltadock.api.dependencies import Resources
-from deltadock.errors import DeltadockError, Forbidden, Unauthorized
+from deltadock.errors import DeltadockError, Forbidden, QuotaExceeded, Unauthorized
 from deltadock.problems import error_response
 from deltadock.storage.actor import acting
 from deltadock.storage.models import AuditAction
-from deltadock.storage.repositories.audit import record
 from deltadock.trust import check_trusted
 
 CSRF_HEADER: Final = "X-CSRF-Token"
@@ -50,14 +49,17 @@ class AccessControl:
             await _refusal(request, rule, error)(scope, receive, send)
             return
 
-        async def send_with_headers(message: Message) -> None:
+        caller: Caller | None = getattr(request.state, "caller", None)
+
+        async def send_recorded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(headers)
+                if caller and scope["state"].get("error_code") == QuotaExceeded.code:
+                    await run_in_threadpool(self._record, request, caller, QuotaExceeded.code)
             await send(message)
 
-        caller: Caller | None = getattr(request.state, "caller", None)
         with acting(caller.acting_in(request)) if caller else nullcontext():
-            await self.app(scope, receive, send_with_headers if headers else send)
+            await self.app(scope, receive, send_recorded if caller else send)
 
     async def _admit(self, request: Request, rule: Rule) -> dict[str, str]:
         """Check the request; returns headers for its response.
@@ -79,19 +81,17 @@ class AccessControl:
             rule.check(caller)
         except Forbidden:
             if rule in CHANGES and request.method not in SAFE_METHODS:
-                await run_in_threadpool(self._record_refusal, request, caller)
+                await run_in_threadpool(self._record, request, caller, Forbidden.code)
             raise
         if rule is INFER:
             headers |= await self._resources.rates.check_tokens(caller)
         return headers
 
-    def _record_refusal(self, request: Request, caller: Caller) -> None:
-        database = self._resources.database
-        with acting(caller.acting_in(request)), database.session_scope() as session:
-            record(
-                session, caller.tenant_id, AuditAction.REQUEST, quote(request.url.path)[:255],
-                outcome=Forbidden.code, method=request.method,
-            )  # fmt: skip
+    def _record(self, request: Request, caller: Caller, outcome: str) -> None:
+        self._resources.refusals.record(
+            caller.acting_in(request), caller.tenant_id, AuditAction.REQUEST,
+            quote(request.url.path)[:255], outcome, method=request.method,
+        )  # fmt: skip
 
     async def _find_caller(self, request: Request) -> Caller:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")

@@ -19,10 +19,12 @@ from deltadock.api.access.sessions import (
 )
 from deltadock.api.dashboard.rendering import HEADERS, page_router, render
 from deltadock.api.dependencies import Resources, ResourcesDep
-from deltadock.errors import DeltadockError, InvalidInput
-from deltadock.storage.actor import acting
-from deltadock.storage.models import AuditAction
+from deltadock.errors import DeltadockError, Forbidden, InvalidInput, Unauthorized
+from deltadock.storage.actor import Actor, acting
+from deltadock.storage.api_keys import prefix_of
+from deltadock.storage.models import AuditAction, AuditOrigin
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.tenancy import LOCAL_TENANT
 
 router = page_router()
 
@@ -41,9 +43,9 @@ def show_sign_in(
         return _form(request, target)
     try:
         caller = resources.keys.caller_of_session(resources.sessions.use_link(token))
-        return _signed_in(request, resources, caller, target)
     except DeltadockError as error:
         return _form(request, target, error)
+    return _signed_in(request, resources, caller, target)
 
 
 @router.post("/sign-in")
@@ -52,12 +54,13 @@ async def sign_in(request: Request, resources: ResourcesDep) -> Response:
     fields = await _fields(request)
     target = fields.get("next", "/")
     check_token(request.cookies.get(FORM_COOKIE), fields.get("csrf"))
+    key = fields.get("key", "").strip()
     try:
-        caller = await run_in_threadpool(
-            resources.keys.caller_of_key, fields.get("key", "").strip()
-        )
+        caller = await run_in_threadpool(resources.keys.caller_of_key, key)
         PAGE.check(caller)
     except DeltadockError as error:
+        if isinstance(error, Unauthorized | Forbidden):
+            await run_in_threadpool(_record_refused, request, resources, key, error.code)
         return _form(request, target, error)
     return await run_in_threadpool(_signed_in, request, resources, caller, target)
 
@@ -95,6 +98,13 @@ def _signed_in(request: Request, resources: Resources, caller: Caller, target: s
 def _record(request: Request, resources: Resources, caller: Caller, action: AuditAction) -> None:
     with acting(caller.acting_in(request)), resources.database.session_scope() as session:
         record(session, caller.tenant_id, action, caller.key_id)
+
+
+def _record_refused(request: Request, resources: Resources, key: str, outcome: str) -> None:
+    """Record a failed sign-in in the operator's log: the key may be nobody's."""
+    actor = Actor(AuditOrigin.REQUEST, request_id=request.state.request_id)
+    shown = prefix_of(key) or "malformed"
+    resources.refusals.record(actor, LOCAL_TENANT, AuditAction.SIGN_IN, shown, outcome)
 
 
 def _local(target: str) -> str:

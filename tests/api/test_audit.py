@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from deltadock.api.access import refusals
 from deltadock.cli.records import export_audit
 from deltadock.storage.collection import Collector
 from deltadock.storage.models import AuditAction, Scope
@@ -73,6 +74,26 @@ def change_everything(api: Api) -> None:
         assert browser.get("/sign-in", params={"token": token}).status_code == 303
         csrf = browser.get("/").text.partition('name="csrf" value="')[2].partition('"')[0]
         assert browser.post("/sign-out", data={"csrf": csrf}).status_code == 303
+
+
+def test_refusals_are_recorded_up_to_a_number(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "PER_HOUR", 2)
+    api.client.patch("/v1/tenants/local", json={"max_deltas": 0}).raise_for_status()
+    body = api.delta_body()
+    for _ in range(3):
+        assert api.client.post("/v1/deltas", json=body).json()["code"] == "quota_exceeded"
+    found = records(api, action="request")
+    assert [(r["object"], r["outcome"]) for r in found] == [("/v1/deltas", "quota_exceeded")] * 2
+    with httpx.Client(base_url=api.client.base_url) as browser:
+        form = browser.get("/sign-in").text.partition('name="csrf" value="')[2].partition('"')[0]
+        for key in ("ddk_mistyped", "x", "y"):
+            answer = browser.post("/sign-in", data={"csrf": form, "key": key})
+            assert answer.status_code == 401
+            form = answer.text.partition('name="csrf" value="')[2].partition('"')[0]
+    failed = [r for r in records(api, action="session.start") if r["outcome"] != "done"]
+    assert [(r["object"], r["outcome"], r["key"]) for r in failed] == [
+        ("malformed", "unauthorized", None)
+    ] * 2
 
 
 def key_of(api: Api) -> str:
