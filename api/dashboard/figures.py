@@ -12,8 +12,19 @@ NO_LAYER: Final = "–"
 """The layer of matrices outside all layers, such as an output head."""
 
 _LAYER_NUMBER: Final = re.compile(r"(?:^|\.)(\d+)\.(?=.)")
+SHOWN_SPECTRA: Final = 12
+"""Projections whose singular values are drawn; mixtures of experts have hundreds."""
 _LISTED_GROUPS: Final = 10
 """Groups of other tensors with a separate bar; the smaller ones are summed up."""
+
+
+class RankFigures(NamedTuple):
+    """A rank that a matrix keeps: place from 1, singular value, widths of its two vectors."""
+
+    place: int
+    value: float
+    u_bits: int
+    v_bits: int
 
 
 class MatrixFigures(BaseModel):
@@ -29,6 +40,7 @@ class MatrixFigures(BaseModel):
     damping: float | None = None
     gap: float | None = None
     fallbacks: list[str] = Field(default_factory=list)
+    spectrum: list[RankFigures] = Field(default_factory=list)
 
     @property
     def full_rank(self) -> int:
@@ -136,6 +148,13 @@ class MatrixGrid:
         )
 
 
+class Spectra(NamedTuple):
+    """The ranks kept of one projection's matrices in the first, a middle and the last layer."""
+
+    projection: str
+    by_layer: dict[str, list[RankFigures]]
+
+
 class LayerBits(NamedTuple):
     """The bits per weight of one layer."""
 
@@ -192,6 +211,20 @@ class ReportFigures:
         return bits if len({round(layer.bits, 3) for layer in bits}) > 1 else []
 
     @property
+    def spectra(self) -> list[Spectra]:
+        """The ranks of the first `SHOWN_SPECTRA` projections whose methods decompose them."""
+        found: dict[str, dict[str, list[RankFigures]]] = {}
+        for layer in self.grid.layers:
+            for projection in self.grid.projections:
+                matrix = self.grid.cells.get(Place(projection, layer))
+                if matrix is not None and len(matrix.spectrum) > 1:
+                    found.setdefault(projection, {})[layer] = matrix.spectrum
+        return [
+            Spectra(projection, {layer: layers[layer] for layer in _ends_and_middle(list(layers))})
+            for projection, layers in list(found.items())[:SHOWN_SPECTRA]
+        ]
+
+    @property
     def widths(self) -> list[int]:
         """All widths in use, in bits, ascending."""
         return sorted({width for matrix in self.matrices for width in matrix.widths})
@@ -213,6 +246,10 @@ class ReportFigures:
         if remainder > 0:
             shares.append(ByteShare("header and manifest", remainder, "full"))
         return shares
+
+
+def _ends_and_middle(layers: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([layers[0], layers[len(layers) // 2], layers[-1]]))
 
 
 def _by_projection(parts: Sequence[MatrixFigures | TensorFigures], style: str) -> list[ByteShare]:

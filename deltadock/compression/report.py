@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 Stage = Literal["validating", "calibrating", "compressing", "assembling", "verifying"]
 
+Rank = tuple[int, float, int, int]
+"""Of a decomposed matrix: place from 1, singular value, bits of U's vector and of V's."""
+
 STAGE_FRACTIONS: Final[dict[Stage, tuple[float, float]]] = {
     "validating": (0.0, 0.05),
     "calibrating": (0.05, 0.4),
@@ -69,6 +72,7 @@ class MatrixReport:
         damping: largest damping used, as a fraction of the Hessian's mean diagonal.
         gap: relative optimality gap of the allocation; 0 is proven optimal.
         fallbacks: deviations from the method, in words.
+        spectrum: some of the ranks kept; empty for methods without a decomposition.
     """
 
     name: str
@@ -81,6 +85,7 @@ class MatrixReport:
     damping: float
     gap: float
     fallbacks: list[str]
+    spectrum: list[Rank] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,10 @@ from deltadock.artifacts.encodings import (
 from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import Codes
 from deltadock.compression.options import Solver
+from deltadock.compression.report import Rank
+
+SAMPLED_RANKS: Final = 24
+"""Of each matrix's decomposition, in the report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +140,23 @@ def decoded_delta(encoded: Encoded, device: torch.device) -> Tensor:
     return (u * s) @ v
 
 
+def sample_spectrum(s: Tensor, u_bits: Tensor, v_bits: Tensor) -> list[Rank]:
+    """Up to `SAMPLED_RANKS` of the ranks kept, evenly over the logarithm of their place.
+
+    Args:
+        s: (r,) singular values, falling, to four digits in the result.
+        u_bits, v_bits: (r,) widths of the two vectors.
+    """
+    if not len(s):
+        return []
+    places = np.unique(np.geomspace(1, len(s), SAMPLED_RANKS).round().astype(np.int64))
+    columns = (values.cpu().numpy()[places - 1].tolist() for values in (s, u_bits, v_bits))
+    return [
+        (place, float(f"{value:.4g}"), u, v)
+        for place, value, u, v in zip(places.tolist(), *columns, strict=True)
+    ]
+
+
 def matrix_result(
     encoded: Encoded,
     *,
@@ -144,14 +166,16 @@ def matrix_result(
     damping: float = 0.0,
     gap: float = 0.0,
     fallbacks: Sequence[str | None] = (),
+    spectrum: Sequence[Rank] = (),
 ) -> MatrixResult:
     """The result of an encoding, decoded on `device`; `fallbacks` that are None are left out."""
-    notes = {
+    notes: dict[str, Any] = {
         "rank": rank,
         "widths": widths,
         "damping": damping,
         "gap": gap,
         "fallbacks": [fallback for fallback in fallbacks if fallback is not None],
+        "spectrum": spectrum,
     }
     return MatrixResult(encoded, decoded_delta(encoded, device), notes)
 
@@ -187,6 +211,7 @@ def svd_result(
         damping=damping,
         gap=gap,
         fallbacks=fallbacks,
+        spectrum=sample_spectrum(s, bits, bits),
     )
 
 

@@ -7,6 +7,8 @@ Residuals" (arXiv 2305.18425). Both factors are multiplied by the root of the si
 from collections.abc import Sequence
 from typing import Final
 
+import torch
+
 from deltadock.artifacts.encodings import encode_low_rank
 from deltadock.compression.methods.base import (
     MatrixResult,
@@ -14,6 +16,7 @@ from deltadock.compression.methods.base import (
     Prepared,
     matrix_result,
     prepare_svd,
+    sample_spectrum,
 )
 
 FACTOR_BITS: Final = 16
@@ -51,10 +54,12 @@ def _compress(task: MatrixTask, prepared: Prepared) -> MatrixResult:
     )
     dropped = None if rank else "the budget holds no rank, so the delta is dropped"
     widths = {str(FACTOR_BITS): rank} if rank else {}
+    bits = torch.full((rank,), FACTOR_BITS)
     return matrix_result(
         encoded,
         device=task.delta.device,
         rank=rank,
         widths=widths,
         fallbacks=[prepared.fallback, dropped],
+        spectrum=sample_spectrum(s[:rank], bits, bits),
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deltadock.artifacts.encodings import SvdMatrix, Vectors, encode_svd
-from deltadock.compression.methods.base import MatrixResult, decoded_delta
+from deltadock.compression.methods.base import MatrixResult, decoded_delta, sample_spectrum
 from deltadock.compression.numerics.global_allocation import RankProfile, RankWidths
 from deltadock.compression.numerics.metric import Metric
 from deltadock.compression.numerics.midrise import MidriseCodes
@@ -122,6 +122,7 @@ def compress(
         "widths": _count(torch.cat([widths.u, widths.v])),
         "damping": max(rows.damping, columns.damping),
         "fallbacks": coded.fallbacks if len(kept) else [DROPPED],
+        "spectrum": sample_spectrum(chosen.s, widths.u, widths.v),
     }
     return MatrixResult(encoded, decoded_delta(encoded, delta.device), notes)
 
