@@ -172,8 +172,37 @@ def change_base(base: BaseRef, body: BaseChange, caller: CallerDep, unit: WriteU
 
     Deltas that other tenants have compressed against it stay.
     """
-    row = require_base(unit.session, caller.tenant_id, base)
-    if row.tenant_id != caller.tenant_id:
-        raise NotFound(f"Your tenant has no base {base!r} of its own.")
+    row = _own_base(unit.session, caller, base)
     BaseRepository(unit.session, caller.tenant_id).share(row, body.shared)
     return BaseOut.of(row)
+
+
+@router.delete("/{base}", status_code=204, responses=problems(NotFound, Conflict))
+def delete_base(base: BaseRef, caller: CallerDep, unit: WriteUnit) -> None:
+    """Delete a base that no delta needs; for some days it can be restored.
+
+    Its name is kept for the same checkpoint, which is dropped after those days.
+    """
+    row = _own_base(unit.session, caller, base)
+    BaseRepository(unit.session, caller.tenant_id).delete(row)
+
+
+@router.post("/{base}/restore", responses=problems(NotFound))
+def restore_base(base: BaseRef, caller: CallerDep, unit: WriteUnit) -> BaseOut:
+    """Restore a deleted base, as long as its checkpoint is kept."""
+    bases = BaseRepository(unit.session, caller.tenant_id)
+    row = bases.find_deleted(base)
+    if row is None:
+        raise NotFound(f"There is no deleted base {base!r}.")
+    lock_blobs(unit.session, row.checkpoint_digest)  # from here on it is not dropped
+    require_checkpoint(unit.session, caller.tenant_id, row.checkpoint_digest)
+    bases.restore(row)
+    return BaseOut.of(row)
+
+
+def _own_base(session: Session, caller: Caller, base: str) -> BaseRow:
+    """The tenant's base; raises NotFound for a shared one too."""
+    row = require_base(session, caller.tenant_id, base)
+    if row.tenant_id != caller.tenant_id:
+        raise NotFound(f"Your tenant has no base {base!r} of its own.")
+    return row

@@ -107,6 +107,8 @@ class AuditAction(StrEnum):
     TENANT_CHANGE = "tenant.change"
     BASE_CREATE = "base.create"
     BASE_CHANGE = "base.change"
+    BASE_DELETE = "base.delete"
+    BASE_RESTORE = "base.restore"
     UPLOAD_CREATE = "upload.create"
     UPLOAD_FILE = "upload.file"
     UPLOAD_COMPLETE = "upload.complete"
@@ -125,6 +127,9 @@ class AuditAction(StrEnum):
     JOB_CANCEL = "job.cancel"
     JOB_RETRY = "job.retry"
     JOB_END = "job.end"
+    NODE_DRAIN = "node.drain"
+    NODE_RESUME = "node.resume"
+    NODE_EVICT = "node.evict"
     RETENTION_CHANGE = "retention.change"
     WEBHOOK_CREATE = "webhook.create"
     WEBHOOK_DELETE = "webhook.delete"
@@ -324,6 +329,7 @@ class BaseRow(TableRow):
     """Whether every tenant may read it and compress against it."""
     checkpoint_digest: Mapped[str] = mapped_column(ForeignKey("checkpoints.digest"))
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
+    deleted_at: Mapped[datetime | None]
 
     checkpoint: Mapped[CheckpointRow] = relationship(lazy="raise")
 
@@ -634,9 +640,36 @@ class NodeRow(TableRow):
     delta_slots: Mapped[int]
     deltas: Mapped[list[dict[str, Any]]]
     """[{digest, tier, bytes, references, pinned}], with the fastest tier that holds each."""
+    usage: Mapped[dict[str, Any] | None]
+    """Throughput, latency and memory, see `NodeSampleRow`; None: its version reports none."""
+    sampled_at: Mapped[datetime | None]
+    """Of its last sample."""
     started_at: Mapped[datetime] = mapped_column(default=_utcnow)
     seen_at: Mapped[datetime]
     expires_at: Mapped[datetime]
+
+
+class NodeSampleRow(TableRow):
+    """What a node reported at one moment of the last hour."""
+
+    __tablename__ = "node_samples"
+    __table_args__ = (Index("ix_node_samples_at", "at"),)
+
+    node_id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    at: Mapped[datetime] = mapped_column(primary_key=True)
+    admitted: Mapped[int]
+    """Sequences, running and waiting."""
+    device: Mapped[int]
+    host: Mapped[int]
+    disk: Mapped[int]
+    """Deltas by the fastest tier that holds them."""
+    tokens_per_second: Mapped[float]
+    """Generated."""
+    first_token_seconds: Mapped[float | None]
+    inter_token_seconds: Mapped[float | None]
+    """Means; None: there was no token."""
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    memory_limit: Mapped[int | None] = mapped_column(BigInteger)
 
 
 class IdempotencyRow(TableRow):

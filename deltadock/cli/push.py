@@ -45,6 +45,9 @@ Folder = Annotated[
         help="Hugging Face checkpoint or PEFT adapter folder.",
     ),
 ]
+BaseName = Annotated[
+    str, typer.Argument(metavar="BASE", help="Its name.", autocompletion=complete_base)
+]
 
 bases = typer.Typer(help="Bases, against which deltas are compressed. Without a command: list.")
 
@@ -193,6 +196,29 @@ def list_bases(as_json: AsJson = False, url: Url = None) -> None:
         ),
         "There is no base yet. Add one: deltadock bases add DIR",
     )
+
+
+@bases.command("rm")
+def remove_base(name: BaseName, as_json: AsJson = False, url: Url = None) -> None:
+    """Delete a base that no delta needs; `bases undo` brings it back for some days."""
+    with connect(url) as client:
+        base = client.base(name)
+        client.delete_base(base.id)
+    if as_json:
+        print_resources(base)
+    else:
+        say(f"Deleted {base.name}. Bring it back: deltadock bases undo {base.name}")
+
+
+@bases.command("undo")
+def restore_base(name: BaseName, as_json: AsJson = False, url: Url = None) -> None:
+    """Restore a deleted base."""
+    with connect(url) as client:
+        base = client.restore_base(name)
+    if as_json:
+        print_resources(base)
+    else:
+        say(f"{base.name} is back.")
 
 
 @bases.command("add")

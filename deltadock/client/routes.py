@@ -131,6 +131,16 @@ def base(name: str) -> Call[Base]:
     return Call("GET", f"/v1/bases/{_segment(name)}", reader(Base))
 
 
+def delete_base(name: str) -> Call[None]:
+    """Delete a base that no delta needs; `restore_base` undoes it for some days."""
+    return Call("DELETE", f"/v1/bases/{_segment(name)}", lambda _: None)
+
+
+def restore_base(name: str) -> Call[Base]:
+    """Restore a deleted base."""
+    return Call("POST", f"/v1/bases/{_segment(name)}/restore", reader(Base))
+
+
 def bases() -> Pages[Base]:
     """All bases, by name."""
     return Pages.of(Base, "/v1/bases")

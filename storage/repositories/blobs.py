@@ -80,7 +80,9 @@ class BlobRepository:
         manifests = select(UploadRow.checkpoint_digest).where(
             UploadRow.checkpoint_digest.in_(digests), UploadRow.state == UploadState.COMPLETE
         )
-        of_bases = select(BaseRow.checkpoint_digest).where(BaseRow.checkpoint_digest.in_(digests))
+        of_bases = select(BaseRow.checkpoint_digest).where(
+            BaseRow.checkpoint_digest.in_(digests), BaseRow.deleted_at.is_(None)
+        )
         found |= dict.fromkeys(
             self.session.scalars(manifests.union(of_bases)), BlobKind.CHECKPOINTS
         )
@@ -114,7 +116,7 @@ class BlobRepository:
             .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
             .where(UploadFileRow.stored, UploadRow.state.in_(HOLDS_FILES)),
             select(UploadRow.checkpoint_digest).where(UploadRow.state == UploadState.COMPLETE),
-            select(BaseRow.checkpoint_digest),
+            select(BaseRow.checkpoint_digest).where(BaseRow.deleted_at.is_(None)),
             select(DeltaRow.artifact_digest).where(DeltaRow.collected_at.is_(None)),
         ]
         every = queries[0].union(*queries[1:]).subquery()
@@ -177,15 +179,28 @@ class BlobRepository:
     def droppable_uploads(
         self, rules: "DropRules", upload_id: str | None = None
     ) -> list[UploadRow]:
-        """Complete uploads, or this one, that no base and no job needs and that the rules drop."""
+        """Complete uploads, or this one, that no base and no job needs and that the rules drop.
+
+        A base that was deleted before `rules.undo_from` is dropped by every rule, unless it is
+        also a delta's fine-tune.
+        """
         projects = {
             (rule.tenant_id, rule.project): rule.rule
             for rule in self.session.scalars(select(RetentionRow))
         }
-        found: list[UploadRow] = []
+        of_base = BaseRow.checkpoint_digest == UploadRow.checkpoint_digest
+        is_base = exists().where(
+            of_base, or_(BaseRow.deleted_at.is_(None), BaseRow.deleted_at >= rules.undo_from)
+        )
+        was_base = exists().where(of_base, BaseRow.tenant_id == UploadRow.tenant_id)
+        is_finetune = exists().where(
+            DeltaRow.checkpoint_digest == UploadRow.checkpoint_digest,
+            DeltaRow.tenant_id == UploadRow.tenant_id,
+        )
+        checkpoints = self._complete(UploadKind.CHECKPOINT, upload_id).where(~is_base)
+        found = list(self.session.scalars(checkpoints.where(was_base, ~is_finetune)))
         if any(rule != "keep" for rule in (rules.checkpoints, *projects.values())):
-            is_base = exists().where(BaseRow.checkpoint_digest == UploadRow.checkpoint_digest)
-            uploads = self._complete(UploadKind.CHECKPOINT, upload_id).where(~is_base)
+            uploads = checkpoints.where(is_finetune)
             found += [
                 upload
                 for upload in self.session.scalars(uploads)
@@ -231,7 +246,7 @@ class BlobRepository:
                 return False
             if rule.isdecimal() and finished > rules.now - timedelta(days=int(rule)):
                 return False
-        return bool(deltas)
+        return True
 
     def _texts_of_jobs(self, undo_from: datetime) -> set[str]:
         """Digests of the calibration texts of jobs that run or may continue."""

@@ -3,16 +3,17 @@
 from collections.abc import Collection, Sequence
 from functools import partial
 
-from sqlalchemy import ColumnElement, exists, or_, select, tuple_, union
+from sqlalchemy import ColumnElement, and_, exists, func, or_, select, tuple_, union
 from sqlalchemy.orm import Session, joinedload
 
-from deltadock.errors import Conflict
-from deltadock.storage.database import lock_key
+from deltadock.errors import Conflict, NotFound
+from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
     AuditAction,
     BaseRow,
     CheckpointRow,
+    DeltaRow,
     UploadRow,
     UploadState,
 )
@@ -54,7 +55,10 @@ class CheckpointRepository:
 
 
 class BaseRepository:
-    """Bases are loaded with their checkpoint; a tenant sees its own and the shared ones."""
+    """Bases are loaded with their checkpoint; a tenant sees its own and the shared ones.
+
+    Deleted ones are excluded.
+    """
 
     def __init__(self, session: Session, tenant: Tenant) -> None:
         self.session = session
@@ -62,7 +66,8 @@ class BaseRepository:
 
     def _visible(self) -> ColumnElement[bool]:
         # Hidden from the planner, which would walk all the tenant's bases.
-        return or_(owned_by(unindexed(BaseRow.tenant_id), self.tenant), BaseRow.shared)
+        seen = or_(owned_by(unindexed(BaseRow.tenant_id), self.tenant), BaseRow.shared)
+        return and_(BaseRow.deleted_at.is_(None), seen)
 
     def find(self, id_or_name: str) -> BaseRow | None:
         """The base with this id or else this name, the tenant's own before shared ones; or None."""
@@ -90,7 +95,11 @@ class BaseRepository:
         place = tuple_(BaseRow.name, BaseRow.id)
         each = (
             select(BaseRow.id, BaseRow.name)
-            .where(visible, *([] if after is None else [place > tuple(after)]))
+            .where(
+                visible,
+                BaseRow.deleted_at.is_(None),
+                *([] if after is None else [place > tuple(after)]),
+            )
             .order_by(BaseRow.name, BaseRow.id)
             .limit(limit)
             .subquery()
@@ -114,6 +123,8 @@ class BaseRepository:
     def add(self, name: str, checkpoint: CheckpointRow) -> tuple[BaseRow, bool]:
         """Register `checkpoint` as the base `name`; returns its row and whether it is new.
 
+        A deleted base of that name and checkpoint is restored.
+
         Raises:
             Conflict: the name belongs to another checkpoint.
         """
@@ -128,7 +139,7 @@ class BaseRepository:
             base = BaseRow(id=new_id("base"), tenant_id=owner, name=name, checkpoint=checkpoint)
             self.session.add(base)
             self.session.flush()
-            TotalsRepository(self.session, owner).count_base(base)
+            TotalsRepository(self.session, owner).count_base(base, 1)
             record(
                 self.session, owner, AuditAction.BASE_CREATE, base.id,
                 name=name, checkpoint=checkpoint.digest,
@@ -139,7 +150,73 @@ class BaseRepository:
                 f"The name {name!r} already belongs to checkpoint {found.checkpoint_digest}; "
                 "names are never reused for other bytes. Choose another one."
             )
+        if found.deleted_at is not None:
+            self._restore(found)
         return found, False
+
+    def hold(self, base: BaseRow) -> None:
+        """Keep the base from being deleted until the transaction ends.
+
+        Raises:
+            NotFound: it was deleted.
+        """
+        lock_key(self.session, "base in use", base.id)
+        self.session.refresh(base, ["deleted_at"])
+        if base.deleted_at is not None:
+            raise NotFound(f"The base {base.name!r} was deleted; restore it first.")
+
+    def delete(self, base: BaseRow) -> None:
+        """Mark the base as deleted; its row keeps the name.
+
+        Raises:
+            NotFound: it was deleted meanwhile.
+            Conflict: deltas are compressed against it.
+        """
+        self.hold(base)
+        needed_by = self.session.scalar(
+            select(func.count()).where(DeltaRow.base_id == base.id, DeltaRow.deleted_at.is_(None))
+        )
+        if needed_by:
+            raise Conflict(
+                f"{needed_by} {'delta needs' if needed_by == 1 else 'deltas need'} the base "
+                f"{base.name!r}. Delete them first: GET /v1/deltas?base={base.name} lists your "
+                "tenant's."
+            )
+        base.deleted_at = database_now(self.session)
+        self.session.flush()
+        TotalsRepository(self.session, base.tenant_id).count_base(base, -1)
+        record(
+            self.session, base.tenant_id, AuditAction.BASE_DELETE, base.id, name=base.name
+        )  # fmt: skip
+
+    def find_deleted(self, id_or_name: str) -> BaseRow | None:
+        """The tenant's deleted base with this id or name, or None."""
+        return self.session.scalars(
+            select(BaseRow)
+            .options(joinedload(BaseRow.checkpoint))
+            .where(
+                or_(BaseRow.id == id_or_name, BaseRow.name == id_or_name),
+                owned_by(BaseRow.tenant_id, self.tenant),
+                BaseRow.deleted_at.is_not(None),
+            )
+            .order_by(BaseRow.id != id_or_name)
+            .limit(1)
+        ).one_or_none()
+
+    def restore(self, base: BaseRow) -> None:
+        """Undo the deletion of a base whose checkpoint is still there."""
+        lock_key(self.session, "base in use", base.id)
+        self.session.refresh(base, ["deleted_at"])
+        if base.deleted_at is not None:
+            self._restore(base)
+
+    def _restore(self, base: BaseRow) -> None:
+        base.deleted_at = None
+        self.session.flush()
+        TotalsRepository(self.session, base.tenant_id).count_base(base, 1)
+        record(
+            self.session, base.tenant_id, AuditAction.BASE_RESTORE, base.id, name=base.name
+        )  # fmt: skip
 
     def share(self, base: BaseRow, shared: bool) -> None:
         """Let every tenant read the base and compress against it, or end that."""

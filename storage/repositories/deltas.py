@@ -22,6 +22,7 @@ from deltadock.storage.models import (
     ModelRow,
 )
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.checkpoints import BaseRepository
 from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, DeltaSort, Key, find_page
 from deltadock.storage.repositories.models import ModelRepository, unindexed
 from deltadock.storage.repositories.totals import TotalsRepository
@@ -282,9 +283,11 @@ class DeltaRepository:
 
         Raises:
             Conflict: the name is a deleted model's.
+            NotFound: the base was deleted meanwhile.
         """
         owner = owner_of(self.tenant)
         model = ModelRepository(self.session, owner).open(name)
+        BaseRepository(self.session, owner).hold(base)
         model.last_version += 1
         now = database_now(self.session)
         delta = DeltaRow(
@@ -397,6 +400,9 @@ class DeltaRepository:
         given up, or its model was deleted.
 
         Its aliases stay where they are now.
+
+        Raises:
+            NotFound: its base was deleted.
         """
         named = parse_reference(reference)
         if named is not None and named.version is not None:
@@ -410,17 +416,19 @@ class DeltaRepository:
         model = models.lock(model_id)
         found = self.session.scalars(
             select(DeltaRow)
+            .options(joinedload(DeltaRow.base))
             .where(
                 wanted,
                 self._owned(),
                 DeltaRow.deleted_at.is_not(None),
                 DeltaRow.collected_at.is_(None),
             )
-            .with_for_update()
+            .with_for_update(of=DeltaRow)
             .execution_options(populate_existing=True)
         ).one_or_none()
         if found is None or model.deleted_at is not None:
             return None
+        BaseRepository(self.session, found.tenant_id).hold(found.base)
         found.deleted_at = None
         TotalsRepository(self.session, found.tenant_id).count_any_delta(1)
         if found.artifact_digest is not None:

@@ -146,16 +146,17 @@ class TotalsRepository:
         assert delta.artifact_digest is not None
         self.count_blobs([(delta.artifact_digest, delta.artifact_bytes or 0)], sign)
 
-    def count_base(self, base: BaseRow) -> None:
-        """Add a new base."""
+    def count_base(self, base: BaseRow, sign: int) -> None:
+        """Add (`sign` 1) or subtract (-1) a base; its bytes count if no other one has them."""
         self._lock()
         is_shared = exists().where(
             BaseRow.checkpoint_digest == base.checkpoint_digest,
             BaseRow.tenant_id == self.tenant_id,
             BaseRow.id != base.id,
+            BaseRow.deleted_at.is_(None),
         )
         if not self.session.scalar(select(is_shared)):
-            self._add(base_bytes=self._checkpoint_bytes(base.checkpoint_digest))
+            self._add(base_bytes=sign * self._checkpoint_bytes(base.checkpoint_digest))
 
     def _shared(self, delta: DeltaRow, column: InstrumentedAttribute[Any]) -> bool:
         others: ColumnElement[bool] = exists().where(

@@ -329,6 +329,30 @@ def test_bases(api: Api) -> None:
     assert api.client.get("/v1/bases/none").status_code == 404
 
 
+def test_a_base_is_deleted_when_no_delta_needs_it_and_restored(api: Api) -> None:
+    body = api.delta_body()
+    delta = api.client.post("/v1/deltas", json=body).json()["delta"]
+    base = f"/v1/bases/{body['base']}"
+    before = api.client.get(base).json()
+    refused = api.client.delete(base)
+    assert (refused.status_code, refused.json()["code"]) == (409, "conflict")
+    assert "1 delta needs the base" in refused.json()["detail"]
+    api.client.delete(f"/v1/deltas/{delta['id']}")
+    assert api.client.delete(base).status_code == 204
+    assert api.client.get(base).status_code == 404
+    assert api.client.get("/v1/bases").json()["data"] == []
+    assert api.client.post("/v1/deltas", json=body | {"seed": 1}).status_code == 404
+    undone = api.client.post(f"/v1/deltas/{delta['id']}/restore")
+    assert "was deleted; restore it first" in undone.json()["detail"]
+    assert api.client.post(f"{base}/restore").json() == before
+    assert api.client.post(f"{base}/restore").status_code == 404
+    assert api.client.post(f"/v1/deltas/{delta['id']}/restore").status_code == 200
+    api.client.delete(f"/v1/deltas/{delta['id']}")
+    api.client.delete(base)
+    named = {"name": before["name"], "checkpoint": before["checkpoint"]["digest"]}
+    assert api.client.post("/v1/bases", json=named).json() == before, "its name is kept for it"
+
+
 def test_methods(api: Api) -> None:
     methods = {method["name"]: method for method in api.client.get("/v1/methods").json()["data"]}
     assert methods["adamix"]["needs_calibration"]

@@ -111,6 +111,17 @@ def test_the_rule_of_the_project_drops_fine_tunes_and_keeps_bases(api: Api) -> N
     assert collect(api, calibration_days=0) == {}, "the new job needs its text"
 
 
+def test_the_bytes_of_a_deleted_base_are_kept_for_some_days(api: Api) -> None:
+    body = api.delta_body()
+    base = f"/v1/bases/{body['base']}"
+    assert api.client.delete(base).status_code == 204
+    assert collect(api) == {}
+    assert collect(api, undo_days=0).keys() == {"checkpoints"}
+    assert api.client.post(f"{base}/restore").status_code == 404
+    api.base()
+    assert api.client.get(base).status_code == 200, "it can be uploaded again"
+
+
 def test_blocks_of_jobs_that_will_not_continue_are_dropped(api: Api) -> None:
     delta = api.delta()
     job = delta["job"]

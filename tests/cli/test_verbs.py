@@ -148,6 +148,9 @@ def test_a_base_is_added_and_listed(call: Callable[..., Outcome], tmp_path: Path
         "tiny", "second-base",
     }  # fmt: skip
     assert "second-base" in call("bases").stdout
+    assert "deltadock bases undo second-base" in call("bases", "rm", "second-base").stderr
+    assert "second-base" not in call("bases").stdout
+    assert "second-base is back" in call("bases", "undo", "second-base").stderr
 
 
 def test_deltas_are_listed_and_shown(call: Callable[..., Outcome], pushed: list[str]) -> None:
