@@ -1,16 +1,18 @@
-"""Inference nodes: their registrations and heartbeats, and listing them with their deltas."""
+"""Inference nodes: registrations and heartbeats, lists with their deltas, and operating them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self
 
+import httpx
 from fastapi import APIRouter, Path, Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.access import Caller, CallerDep
-from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep, WriteUnit
 from deltadock.api.fleet import TIERS
 from deltadock.api.schemas import (
     EXAMPLE_DELTA_ID,
@@ -19,14 +21,20 @@ from deltadock.api.schemas import (
     Digest,
     RequestBody,
 )
-from deltadock.storage.models import BaseRow, NodeRow
+from deltadock.errors import Conflict, NotFound, Unavailable
+from deltadock.problems import problems
+from deltadock.storage.models import AuditAction, BaseRow, NodeRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, NodeRepository
+from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.deltas import NamedDelta
+from deltadock.trust import credentials
 
 router = APIRouter(prefix="/v1/nodes", tags=["nodes"])
 
 EXAMPLE_NODE_ID: Final = "node_7hq2xk4m5n6p7q2r3s4t5u6v7w"
 MAX_DELTAS: Final = 10_000
+TELL_SECONDS: Final = 30.0
+"""How long a node may take to do what an operator says."""
 
 
 def _check_url(url: str) -> str:
@@ -48,6 +56,26 @@ class HeldDeltaIn(RequestBody):
     bytes: int = Field(ge=0, le=2**62, examples=[416_992])
     references: int = Field(default=0, ge=0, le=2**31 - 1, description="Requests using it now.")
     pinned: bool = False
+
+
+class NodeUsage(RequestBody):
+    """A node's throughput, latency and memory in the ten seconds before its heartbeat."""
+
+    tokens_per_second: float = Field(ge=0, description="Generated.", examples=[812.5])
+    first_token_seconds: float | None = Field(
+        default=None, ge=0, description="Mean; null: no answer began.", examples=[0.21]
+    )
+    inter_token_seconds: float | None = Field(
+        default=None, ge=0, description="Mean between two tokens of an answer.", examples=[0.018]
+    )
+    memory_bytes: int | None = Field(
+        default=None, ge=0, le=2**62, description="Of the GPU, or else of the node's process.",
+        examples=[21_474_836_480],
+    )  # fmt: skip
+    memory_limit: int | None = Field(
+        default=None, ge=0, le=2**62, description="Of the GPU or machine.",
+        examples=[85_899_345_920],
+    )  # fmt: skip
 
 
 class NodeIn(RequestBody):
@@ -77,6 +105,7 @@ class NodeIn(RequestBody):
     admitted: int = Field(ge=0, le=2**31 - 1, description="Current sequences.")
     delta_slots: int = Field(ge=0, le=2**31 - 1)
     deltas: list[HeldDeltaIn] = Field(default=[], max_length=MAX_DELTAS)
+    usage: NodeUsage | None = None
     lives_seconds: float = Field(
         gt=0, le=3600, description="The registration expires after this time without a heartbeat."
     )
@@ -113,6 +142,7 @@ class NodeOut(BaseModel):
         description="How many deltas each tier holds.", examples=[{"device": 3, "host": 40}]
     )
     deltas: list[HeldDeltaOut] = Field(description="The first `limit`, fastest tier first.")
+    usage: NodeUsage | None
     started_at: datetime = Field(examples=[EXAMPLE_TIME])
     seen_at: datetime = Field(examples=[EXAMPLE_TIME])
 
@@ -156,6 +186,7 @@ class NodeOut(BaseModel):
                 )
                 for held in seen[:limit]
             ],
+            usage=None if node.usage is None else NodeUsage(**node.usage),
             started_at=node.started_at,
             seen_at=node.seen_at,
         )
@@ -200,6 +231,10 @@ NodeId = Annotated[
     str, Path(pattern=r"^node_[a-z0-9]{1,32}$", description="Chosen by the node at its start.",
               examples=[EXAMPLE_NODE_ID])
 ]  # fmt: skip
+ArtifactDigest = Annotated[
+    str, Path(pattern=r"^[0-9a-f]{64}$", description="The artifact's SHA-256.",
+              examples=[EXAMPLE_DIGEST])
+]  # fmt: skip
 
 
 @router.get("")
@@ -212,6 +247,104 @@ def list_nodes(
 ) -> NodeList:
     """List the registered inference nodes and the deltas they hold."""
     return registered_nodes(session, caller, limit)
+
+
+class NodeSample(NodeUsage):
+    """What a node reported at one moment."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    at: datetime = Field(examples=[EXAMPLE_TIME])
+    admitted: int = Field(description="Sequences, running and waiting.", examples=[3])
+    device: int = Field(description="Deltas in slots.", examples=[3])
+    host: int = Field(description="Deltas in host memory only.", examples=[40])
+    disk: int = Field(description="Deltas on disk only.", examples=[200])
+
+
+class NodeSamples(BaseModel):
+    """The samples of the last hour, oldest first; one in about fifteen seconds."""
+
+    data: list[NodeSample]
+
+
+@router.get("/{node_id}/samples", responses=problems(NotFound))
+def list_samples(node_id: NodeId, session: ReadSession) -> NodeSamples:
+    """List what a node did in the last hour: load, throughput, latency, memory and deltas."""
+    found = NodeRepository(session).samples([node_id])[node_id]
+    if not found:
+        raise NotFound(f"There is no node {node_id!r} that reported in the last hour.")
+    return NodeSamples(data=[NodeSample.model_validate(sample) for sample in found])
+
+
+TOLD: Final = problems(NotFound, Conflict)
+"""Errors of what an operator tells a node."""
+
+
+@router.post("/{node_id}/drain", status_code=204, responses=TOLD)
+async def drain_node(node_id: NodeId, caller: CallerDep, resources: ResourcesDep) -> None:
+    """Let a node finish its running requests and accept no others, until it is resumed or
+    starts again.
+    """
+    await _tell(resources, node_id, "drain")
+    await _record(resources, caller, AuditAction.NODE_DRAIN, node_id)
+
+
+@router.post("/{node_id}/resume", status_code=204, responses=TOLD)
+async def resume_node(node_id: NodeId, caller: CallerDep, resources: ResourcesDep) -> None:
+    """Let a drained node accept requests again."""
+    await _tell(resources, node_id, "resume")
+    await _record(resources, caller, AuditAction.NODE_RESUME, node_id)
+
+
+@router.delete("/{node_id}/deltas/{artifact}", status_code=204, responses=TOLD)
+async def evict_delta(
+    node_id: NodeId, artifact: ArtifactDigest, caller: CallerDep, resources: ResourcesDep
+) -> None:
+    """Remove a delta from a node's slots and host memory; its file stays on the node's disk.
+
+    The next request for it loads it again. 409 while it is pinned or in use.
+    """
+    await _tell(resources, node_id, f"deltas/{artifact}/unload")
+    await _record(resources, caller, AuditAction.NODE_EVICT, node_id, artifact=artifact)
+
+
+async def _tell(resources: Resources, node_id: str, what: str) -> None:
+    """Call a node's route for operators.
+
+    Raises:
+        NotFound: there is no such node, or the node lacks what is named.
+        Conflict: the node refuses it now.
+        Unavailable: the node does not answer.
+    """
+    node = next((node for node in await resources.fleet.nodes() if node.id == node_id), None)
+    if node is None:
+        raise NotFound(f"There is no node {node_id!r}; GET /v1/nodes lists them.")
+    try:
+        answer = await resources.http.post(
+            f"{node.url}/v1/{what}",
+            headers=credentials(resources.settings.node_secret),
+            timeout=TELL_SECONDS,
+        )
+        if answer.is_success:
+            resources.fleet.invalidate()
+            return
+        problem = answer.json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise Unavailable(f"The node {node.url} does not answer; try again.") from error
+    refusal = {error.status: error for error in (NotFound, Conflict)}.get(answer.status_code)
+    if refusal is None:
+        raise Unavailable(f"The node {node.url} refuses: {problem.get('detail')}")
+    raise refusal(str(problem.get("detail")))
+
+
+async def _record(
+    resources: Resources, caller: Caller, action: AuditAction, node_id: str, **details: str
+) -> None:
+    def write() -> None:
+        with resources.database.session_scope() as session:
+            record(session, caller.tenant_id, action, node_id, **details)
+
+    await run_in_threadpool(write)
 
 
 # What nodes call is no part of the public description.

@@ -5,12 +5,20 @@ Each chart is well-formed XML; the `<title>` of each cell gives its values as te
 
 import math
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Final, NamedTuple
 from xml.etree import ElementTree as ET
 
 from markupsafe import Markup
 
-from deltadock.api.dashboard.figures import LayerBits, MatrixFigures, MatrixGrid, Place
+from deltadock.api.dashboard.figures import (
+    LayerBits,
+    MatrixFigures,
+    MatrixGrid,
+    Place,
+    RankFigures,
+    Spectra,
+)
 from deltadock.api.dashboard.formats import percentage, significant
 
 STEPS: Final = 9
@@ -82,7 +90,7 @@ def width_bars(grid: MatrixGrid) -> Markup:
         bottom = box.y + box.height
         for width, count in sorted(matrix.widths.items(), reverse=True):
             bottom -= count * unit
-            _rect(cell, Box(box.x, bottom, box.width, count * unit), f"w{width}")
+            _rect(cell, Box(box.x, bottom, box.width, count * unit), f"w{min(width, 8)}")
 
     return _draw_grid(grid, "Ranks by width, by projection and layer", 44, draw)
 
@@ -169,6 +177,81 @@ def layer_bits(layers: Sequence[LayerBits], budget: float | None) -> Markup:
         line.set("class", "budget")
     _label(root, _PLOT_WIDTH / 2, 166, "layer", "layer")
     return _markup(root)
+
+
+class Series(NamedTuple):
+    """A line of a `timeline`: its style, and its values at the timeline's times, None for gaps."""
+
+    style: str
+    values: Sequence[float | None]
+
+
+def timeline(label: str, times: Sequence[datetime], series: Sequence[Series], top: str) -> Markup:
+    """Values over time from zero up; `top` is the text of the largest one."""
+    width, height, above, below = 260, 74, 14, 16
+    root = _svg(width, height, "grid plot", label)
+    first = times[0]
+    span = max((times[-1] - first).total_seconds(), 1.0)
+    most = max((v for line in series for v in line.values if v is not None), default=0.0) or 1.0
+    bottom = height - below
+    _rule(root, 0, above, width)
+    _rule(root, 0, bottom, width)
+    _label(root, 0, above - 4, top, "start")
+    _label(root, 0, height - 3, f"{round(span / 60)} min ago", "start")
+    _label(root, width, height - 3, "now", "projection")
+    for line in series:
+        runs: list[list[str]] = [[]]
+        for time, value in zip(times, line.values, strict=True):
+            if value is None:
+                runs.append([])
+                continue
+            x = width * (time - first).total_seconds() / span
+            runs[-1].append(f"{_n(x)},{_n(bottom - (bottom - above) * value / most)}")
+        for points in filter(None, runs):
+            # A single point is drawn by its round ends.
+            shape = {"points": " ".join([*points, points[-1]]), "class": line.style}
+            ET.SubElement(root, "polyline", shape)
+    return _markup(root)
+
+
+def spectrum(spectra: Spectra) -> Markup:
+    """Singular values over their place, both logarithmic; a dot's colour is its rank's width."""
+    width, height, left, bottom, top, right = 300, 180, 46, 30, 8, 10
+    root = _svg(width, height, "grid plot", f"Singular values of {spectra.projection}")
+    ranks = [rank for found in spectra.by_layer.values() for rank in found]
+    last = math.log10(max(rank.place for rank in ranks)) or 1.0
+    values = [max(rank.value, 1e-12) for rank in ranks]
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
+
+    def x(place: int) -> float:
+        return left + (width - left - right) * math.log10(place) / last
+
+    def y(value: float) -> float:
+        share = (math.log10(max(value, 1e-12)) - low) / max(high - low, 1)
+        return top + (height - top - bottom) * (1 - share)
+
+    for power in range(low, high + 1):
+        _rule(root, left, y(10.0**power), width - right)
+        _label(root, left - 6, y(10.0**power) + 4, f"{10.0**power:g}", "projection")
+    for power in range(math.floor(last) + 1):
+        _label(root, x(10**power), height - bottom + 15, f"{10**power}", "layer")
+    for layer, found in spectra.by_layer.items():
+        points = " ".join(f"{_n(x(rank.place))},{_n(y(rank.value))}" for rank in found)
+        ET.SubElement(root, "polyline", {"points": points})
+        for rank in found:
+            bits = f"{rank.u_bits} bit"
+            if rank.u_bits != rank.v_bits:
+                bits = f"U {rank.u_bits}, V {rank.v_bits} bit"
+            title = f"layer {layer}, rank {rank.place}\n{significant(rank.value)}, {bits}"
+            place = {"cx": _n(x(rank.place)), "cy": _n(y(rank.value)), "r": "4"}
+            dot = _cell(root, f"cell w{_mean_width(rank)}", title)
+            ET.SubElement(dot, "circle", place)
+    return _markup(root)
+
+
+def _mean_width(rank: RankFigures) -> int:
+    """The class of a rank's colour; the widest is that of 8 bits."""
+    return min((rank.u_bits + rank.v_bits + 1) // 2, 8)
 
 
 def _ticks(most: float) -> list[float]:

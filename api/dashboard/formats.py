@@ -64,6 +64,13 @@ def ago(value: datetime) -> str:
     return f"{value.astimezone(UTC):%Y-%m-%d}"
 
 
+def latency(value: float | None) -> str:
+    """A short duration: `18 ms`, `1.2 s`."""
+    if value is None:
+        return MISSING
+    return f"{significant(1000 * value, 2)} ms" if value < 1 else f"{value:.1f} s"
+
+
 def seconds(value: float | None) -> str:
     """A duration, to the second: `2 min 6 s`."""
     if value is None:

@@ -1,16 +1,19 @@
 """Pages of what runs and what is kept: jobs, bases, nodes, keys, storage and the audit log."""
 
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Final
 
 from fastapi import Query, Request
+from markupsafe import Markup
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.audit import list_audit_records
 from deltadock.api.bases import BaseOut, BaseRef, page_of_bases, require_base
-from deltadock.api.dashboard import views
+from deltadock.api.dashboard import charts, views
+from deltadock.api.dashboard.formats import latency, plain, significant, size
 from deltadock.api.dashboard.rendering import page_router, render
 from deltadock.api.dependencies import ReadSession, ResourcesDep
 from deltadock.api.jobs import JobId, get_job_log
@@ -19,8 +22,8 @@ from deltadock.api.nodes import registered_nodes
 from deltadock.api.paging import After
 from deltadock.api.tenants import get_tenant
 from deltadock.errors import NotFound
-from deltadock.storage.models import FINAL_STATES, JobState, Scope
-from deltadock.storage.repositories import JobRepository
+from deltadock.storage.models import FINAL_STATES, JobState, NodeSampleRow, Scope
+from deltadock.storage.repositories import JobRepository, NodeRepository
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
 
 router = page_router()
@@ -134,8 +137,10 @@ def show_base(base: BaseRef, request: Request, caller: CallerDep, session: ReadS
     )
     context = {
         "base": BaseOut.of(row),
+        "is_own": row.tenant_id == caller.tenant_id,
         "may_share": caller.is_operator and row.tenant_id == caller.tenant_id,
         "overview": overview,
+        "tried": [views.Tried(row.name, views.BASE_ROLE)],
     }
     return render(request, "base.html", context)
 
@@ -153,7 +158,35 @@ def refresh_nodes(request: Request, caller: CallerDep, session: ReadSession) -> 
 
 
 def _nodes(session: Session, caller: Caller) -> dict[str, Any]:
-    return {"nodes": registered_nodes(session, caller, DELTAS_PER_NODE).data}
+    nodes = registered_nodes(session, caller, DELTAS_PER_NODE).data
+    operates = caller.is_operator and Scope.ADMIN in caller.scopes
+    past = NodeRepository(session).samples([node.id for node in nodes]) if operates else {}
+    return {
+        "nodes": nodes,
+        "operates": operates,
+        "timelines": {node: timelines(samples) for node, samples in past.items()},
+    }
+
+
+def timelines(samples: Sequence[NodeSampleRow]) -> list[tuple[str, Markup]]:
+    """Charts of a node's last hour with their titles; none until there are two samples."""
+    if len(samples) < 2:
+        return []
+    times = [sample.at for sample in samples]
+
+    def draw(title: str, show: Callable[[float | None], str], *names: str) -> tuple[str, Markup]:
+        series = [charts.Series(name, [getattr(s, name) for s in samples]) for name in names]
+        known = [value for line in series for value in line.values if value is not None]
+        return title, charts.timeline(title, times, series, show(max(known, default=None)))
+
+    return [
+        draw("Tokens per second", significant, "tokens_per_second"),
+        draw("First token", latency, "first_token_seconds"),
+        draw("Between tokens", latency, "inter_token_seconds"),
+        draw("Memory", size, "memory_bytes"),
+        draw("Sequences", plain, "admitted"),
+        draw("Deltas by tier", plain, "device", "host", "disk"),
+    ]
 
 
 @router.get("/keys")

@@ -1,6 +1,6 @@
 """`deltadock ps`: the inference nodes, and what is resident where."""
 
-from deltadock.cli.output import AsJson, age, print_resources, print_table
+from deltadock.cli.output import AsJson, age, figure, print_resources, print_table
 from deltadock.cli.server import Url, connect
 
 
@@ -14,7 +14,7 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
         print_resources(nodes)
         return
     print_table(
-        ("node", "state", "base", "sequences", "slots used", "seen"),
+        ("node", "state", "base", "sequences", "slots used", "tokens/s", "memory", "seen"),
         (
             (
                 node.url,
@@ -22,6 +22,8 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
                 node.base_name or ("–" if node.base is None else node.base[:12]),
                 f"{node.admitted} of {node.capacity}",
                 f"{node.held.get('device', 0)} of {node.delta_slots}",
+                figure(node.usage.tokens_per_second if node.usage else None, ".1f"),
+                size_text(memory) if (memory := node.usage and node.usage.memory_bytes) else "–",
                 age(node.seen_at),
             )
             for node in nodes

@@ -362,6 +362,16 @@ class HeldDelta(Resource):
     pinned: bool
 
 
+class NodeUsage(Resource):
+    """A node's last ten seconds; latencies are means, None without a token."""
+
+    tokens_per_second: float
+    first_token_seconds: float | None = None
+    inter_token_seconds: float | None = None
+    memory_bytes: int | None = None
+    memory_limit: int | None = None
+
+
 class Node(Resource):
     """An inference node."""
 
@@ -378,6 +388,7 @@ class Node(Resource):
     """Deltas by the tier that holds them."""
     deltas: list[HeldDelta]
     """The first of them, fastest tier first."""
+    usage: NodeUsage | None = None
     started_at: datetime
     seen_at: datetime
 

@@ -61,6 +61,10 @@ class Metrics:
         """Add a collector that is read at each scrape."""
         self._registry.register(collector)
 
+    def value(self, name: str) -> float:
+        """A counter's value, or a histogram's sum or count, by its name after the prefix."""
+        return self._registry.get_sample_value(f"deltadock_node_{name}") or 0.0
+
     def render(self) -> bytes:
         """The metrics in Prometheus' exposition format."""
         return generate_latest(self._registry)

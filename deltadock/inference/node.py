@@ -31,6 +31,7 @@ from deltadock.inference.request import (
     prompts_of,
     sampling_params,
 )
+from deltadock.inference.usage import UsageMeter
 from deltadock.model_target import ModelTarget
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
@@ -62,8 +63,9 @@ class InferenceNode:
         self._registration: Registration | None = None
         self.base: ServedBase | None = None
         self.draining = False
-        """Whether new requests are rejected, because the node is stopping."""
+        """Whether new requests are rejected: the node is stopping, or an operator said so."""
         self.metrics = Metrics()
+        self._usage = UsageMeter(self.metrics)
 
     async def start(self) -> None:
         """Load the configured base and deltas, if any.
@@ -88,6 +90,12 @@ class InferenceNode:
     async def drain(self) -> None:
         """Reject new requests and report it; running ones continue."""
         self.draining = True
+        if self._registration is not None:
+            await self._registration.report()
+
+    async def resume(self) -> None:
+        """Accept requests again, and report it."""
+        self.draining = False
         if self._registration is not None:
             await self._registration.report()
 
@@ -122,6 +130,7 @@ class InferenceNode:
             "admitted": self.admitted,
             "delta_slots": self.settings.node_max_deltas,
             "deltas": [delta._asdict() for delta in self.held()[:MAX_REPORTED_DELTAS]],
+            "usage": self._usage.read()._asdict(),
         }
 
     @property
@@ -156,12 +165,12 @@ class InferenceNode:
 
         Raises:
             Overloaded: the node's queue, or the delta's, is full.
-            Unavailable: the node serves another base now, or is stopping.
+            Unavailable: the node serves another base now, or is draining.
             InvalidInput: a prompt is empty or too long, or there are more answers than the limit.
             DeltadockError: whatever loading the base or the delta raised.
         """
         if self.draining:
-            raise Unavailable("The node is stopping; send the request to another.")
+            raise Unavailable("The node is draining; send the request to another.")
         count = len(prompts_of(request)) * request.answers
         self._admission.enter(target.queue_key, count)
         try:

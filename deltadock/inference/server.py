@@ -60,7 +60,7 @@ def create_app(settings: Settings | None = None, blobs: BlobStore | None = None)
     app.state.node = node
     install_error_handlers(app, lambda code: node.metrics.requests.labels(code).inc())
     app.add_middleware(BodyLimit)
-    for router in (endpoints.openai, endpoints.deltas, endpoints.health):
+    for router in (endpoints.openai, endpoints.deltas, endpoints.operation, endpoints.health):
         app.include_router(router)
     return app
 

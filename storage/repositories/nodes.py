@@ -1,14 +1,18 @@
-"""Registered inference nodes and the deltas they hold."""
+"""Registered inference nodes, the deltas they hold, and what they did in the last hour."""
 
+from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, Final
 
 from sqlalchemy import and_, delete, or_, select
 from sqlalchemy.orm import Session
 
 from deltadock.storage.database import database_now
-from deltadock.storage.models import NodeRow
+from deltadock.storage.models import NodeRow, NodeSampleRow
+
+SAMPLE_EVERY: Final = timedelta(seconds=15)
+SAMPLES_KEPT: Final = timedelta(hours=1)
 
 
 class NodeRepository:
@@ -36,8 +40,35 @@ class NodeRepository:
         for name, value in values.items():
             setattr(node, name, value)
         self.session.add(node)
+        self._sample(node, now)
         self.session.flush()
         return node
+
+    def _sample(self, node: NodeRow, now: datetime) -> None:
+        if node.usage is None:
+            return
+        if node.sampled_at is not None and now - node.sampled_at < SAMPLE_EVERY:
+            return
+        held = Counter(delta["tier"] for delta in node.deltas)
+        self.session.execute(delete(NodeSampleRow).where(NodeSampleRow.at < now - SAMPLES_KEPT))
+        self.session.add(
+            NodeSampleRow(
+                node_id=node.id,
+                at=now,
+                admitted=node.admitted,
+                **{tier: held[tier] for tier in ("device", "host", "disk")},
+                **node.usage,
+            )
+        )
+        node.sampled_at = now
+
+    def samples(self, node_ids: Sequence[str]) -> dict[str, list[NodeSampleRow]]:
+        """Each node's samples of the last hour, oldest first."""
+        found: dict[str, list[NodeSampleRow]] = {node_id: [] for node_id in node_ids}
+        query = select(NodeSampleRow).where(NodeSampleRow.node_id.in_(node_ids))
+        for sample in self.session.scalars(query.order_by(NodeSampleRow.at)):
+            found[sample.node_id].append(sample)
+        return found
 
     def drop(self, node_id: str) -> None:
         """Delete a node's registration, if it exists."""

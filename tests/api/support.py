@@ -221,8 +221,14 @@ class StandInNode:
         routes = [
             Route("/v1/completions", self._complete, methods=["POST"]),
             Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route("/v1/{what:path}", self._obey, methods=["POST"]),
         ]
         return Starlette(routes=routes)
+
+    async def _obey(self, request: Request) -> Response:
+        """Routes for operators; `answer` is a refusal."""
+        self.requests.append({"path": request.url.path, "headers": dict(request.headers)})
+        return self.answer or Response(status_code=204)
 
     async def _complete(self, request: Request) -> Response:
         body = await request.json()

@@ -13,7 +13,7 @@ from deltadock.storage.collection import Collector
 from deltadock.storage.models import AuditAction, Scope
 from deltadock.storage.repositories import TenantRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
-from tests.api.support import TEXT, Api, bearer, issue_key
+from tests.api.support import TEXT, Api, StandInNode, bearer, issue_key, serving, weights
 from tests.waiting import wait_until
 
 BY_OTHERS = {
@@ -54,6 +54,14 @@ def change_everything(api: Api) -> None:
     ask("DELETE", f"/v1/uploads/{api.open_upload()}", status=204)
     first, second = api.delta(), api.delta(seed=2, name="maths/other")
     ask("PATCH", "/v1/bases/tiny", {"shared": True})
+    api.base("spare", weights(7))
+    ask("DELETE", "/v1/bases/spare", status=204)
+    ask("POST", "/v1/bases/spare/restore")
+    with serving(StandInNode().app()) as url:
+        api.register(url)
+        ask("POST", "/v1/nodes/node_a/drain", status=204)
+        ask("POST", "/v1/nodes/node_a/resume", status=204)
+        ask("DELETE", f"/v1/nodes/node_a/deltas/{'a' * 64}", status=204)
     ask("POST", f"/v1/jobs/{second['job']}/cancel")
     ask("POST", f"/v1/jobs/{second['job']}/retry", status=202)
     api.make_ready(first)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -12,8 +13,9 @@ from starlette.responses import JSONResponse
 from deltadock.api.fleet import NodeView, rank
 from deltadock.errors import Unauthorized
 from deltadock.model_target import ModelTarget
+from deltadock.storage.models import NodeRow, NodeSampleRow, Scope
 from deltadock.trust import check_trusted, credentials
-from tests.api.support import Api, StandInNode, bearer, serving
+from tests.api.support import Api, StandInNode, bearer, issue_key, serving
 from tests.waiting import wait_until
 
 BASE, OTHER, ARTIFACT = "b" * 64, "c" * 64, "a" * 64
@@ -96,6 +98,50 @@ def test_a_node_registers_reports_and_deregisters(api: Api) -> None:
     assert api.client.delete("/v1/nodes/node_b").status_code == 204
     assert api.client.delete("/v1/nodes/node_b").status_code == 204
     assert api.client.get("/v1/nodes").json() == {"data": []}
+
+
+def test_an_operator_drains_resumes_and_evicts(api: Api) -> None:
+    node = StandInNode()
+    drain, evict = "/v1/nodes/node_a/drain", f"/v1/nodes/node_a/deltas/{ARTIFACT}"
+    with serving(node.app()) as url:
+        api.register(url)
+        for method, path in (
+            ("POST", drain),
+            ("POST", "/v1/nodes/node_a/resume"),
+            ("DELETE", evict),
+        ):
+            assert api.client.request(method, path).status_code == 204
+        assert [request["path"] for request in node.requests] == [
+            "/v1/drain", "/v1/resume", f"/v1/deltas/{ARTIFACT}/unload",
+        ]  # fmt: skip
+        node.answer = JSONResponse({"code": "conflict", "detail": "It is pinned."}, 409)
+        refused = api.client.delete(evict).json()
+        assert (refused["code"], refused["detail"]) == ("conflict", "It is pinned.")
+        other = bearer(issue_key(api.resources.settings, scopes=[Scope.READ]))
+        assert api.client.post(drain, headers=other).status_code == 403
+    assert api.client.post(drain).status_code == 503, "the node is gone"
+    assert api.client.post("/v1/nodes/node_z/drain").status_code == 404
+
+
+def test_the_last_hour_of_a_node_is_kept(api: Api) -> None:
+    usage = {"tokens_per_second": 12.5, "inter_token_seconds": 0.02, "memory_bytes": 10**9}
+    held = [{"digest": ARTIFACT, "tier": "host", "bytes": 8}]
+    assert api.client.get("/v1/nodes/node_a/samples").status_code == 404
+    api.register("http://10.0.0.7:8100", usage=usage, deltas=held, admitted=2)
+    api.register("http://10.0.0.7:8100", usage=usage)  # too soon for another sample
+    [node] = api.client.get("/v1/nodes").json()["data"]
+    assert node["usage"] == usage | {"first_token_seconds": None, "memory_limit": None}
+    [sample] = api.client.get("/v1/nodes/node_a/samples").json()["data"]
+    assert (sample["admitted"], sample["device"], sample["host"]) == (2, 0, 1)
+    assert sample["tokens_per_second"] == 12.5
+    with api.resources.database.session_scope() as session:
+        for row in session.query(NodeSampleRow):
+            row.at -= timedelta(minutes=61)
+        for row in session.query(NodeRow):
+            row.sampled_at -= timedelta(minutes=61)
+    api.register("http://10.0.0.7:8100", usage=usage, admitted=5)
+    [sample] = api.client.get("/v1/nodes/node_a/samples").json()["data"]
+    assert sample["admitted"] == 5
 
 
 def test_a_registration_expires_without_heartbeats(api: Api) -> None:

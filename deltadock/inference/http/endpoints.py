@@ -260,6 +260,23 @@ async def unpin(digest: ArtifactDigest, node: NodeDep, base: BaseHeader) -> Delt
         return DeltaStatus.of(served.deltas.find(digest))
 
 
+operation = APIRouter(prefix="/v1", dependencies=[Depends(require_trusted)], tags=["operation"])
+
+
+@operation.post("/drain", status_code=204)
+async def drain(node: NodeDep) -> Response:
+    """Reject new requests until `resume`; running ones continue."""
+    await node.drain()
+    return Response(status_code=204)
+
+
+@operation.post("/resume", status_code=204)
+async def resume(node: NodeDep) -> Response:
+    """Accept requests again."""
+    await node.resume()
+    return Response(status_code=204)
+
+
 health = APIRouter(tags=["health"])
 
 
@@ -273,7 +290,7 @@ async def healthy() -> dict[str, str]:
 async def ready(node: NodeDep) -> dict[str, str | None]:
     """The node accepts requests."""
     if node.draining:
-        raise Unavailable("The node is stopping.")
+        raise Unavailable("The node is draining.")
     if not node.ready:
         raise Unavailable("The engine has stopped; restart the node.")
     return {"status": "ok", "base": node.base.digest if node.base is not None else None}

@@ -66,6 +66,20 @@ def test_a_delta_in_use_is_not_unloaded(site: Site, node: RunningNode, http: htt
     assert http.post(f"/{artifact}/unload").status_code == 204
 
 
+def test_a_drained_node_accepts_requests_again_when_resumed(site: Site, node: RunningNode) -> None:
+    body = {"model": site.base, "prompt": "a", "max_tokens": 1}
+    with httpx.Client(base_url=node.url, timeout=60) as client:
+        assert client.post("/v1/drain").status_code == 204
+        assert client.post("/v1/completions", json=body).status_code == 503
+        assert client.get("/readyz").status_code == 503
+        assert client.post("/v1/resume").status_code == 204
+        assert client.post("/v1/completions", json=body).status_code == 200
+    usage = node.node.state()["usage"]
+    assert usage["tokens_per_second"] > 0
+    assert usage["first_token_seconds"] > 0
+    assert 0 < usage["memory_bytes"] < usage["memory_limit"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "code"),
     [
