@@ -132,7 +132,7 @@ def create_app(settings: Settings) -> FastAPI:
         finish=lambda schema: _describe_keys(schema, app.state.rules),
     )
     app.state.resources = resources
-    install_error_handlers(app)
+    install_error_handlers(app, page=rendering.error_page)
     for module in (
         uploads, bases, previews, deltas, registry, jobs, methods, generation, nodes, webhooks,
         keys, tenants, audit, retention, storage, health, metrics, dashboard, operations,

@@ -169,12 +169,24 @@ def _allowed_methods(request: Request) -> list[str]:
     return sorted(methods)
 
 
+def _wants_page(request: Request) -> bool:
+    accepts = request.headers.get("Accept", "")
+    return "text/html" in accepts and not request.url.path.startswith("/v1/")
+
+
 async def _client_disconnected(_request: Request, _error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-def install_error_handlers(app: FastAPI, count: Callable[[str], object] | None = None) -> None:
-    """Answer every error in the format of its route; `count` is called with its code."""
+def install_error_handlers(
+    app: FastAPI,
+    count: Callable[[str], object] | None = None,
+    page: Callable[[Request, DeltadockError], Response] | None = None,
+) -> None:
+    """Answer every error in the format of its route.
+
+    `count` is called with its code; `page` answers browsers that ask for what is no route of /v1.
+    """
 
     async def respond(request: Request, raised: Exception) -> Response:
         error = _domain_error(request, raised)
@@ -182,6 +194,8 @@ def install_error_handlers(app: FastAPI, count: Callable[[str], object] | None =
             log.error("request_failed", code=error.code, detail=error.message, exc_info=raised)
         if count is not None:
             count(error.code)
+        if page is not None and _wants_page(request):
+            return page(request, error)
         return error_response(request.url.path, error)
 
     for kind in (DeltadockError, RequestValidationError, HTTPException, Exception):

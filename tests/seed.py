@@ -127,6 +127,10 @@ def _matrix(
         "damping": 0.01,
         "gap": 0.0,
         "fallbacks": [],
+        "spectrum": [
+            [place, round(0.4 * (1 + depth) * place**-0.6, 5), width, width]
+            for place, width in ((1, 8), (4, 6), (12, 4), (40, 3), (kept, 2))
+        ],
     }
 
 

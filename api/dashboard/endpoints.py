@@ -33,8 +33,8 @@ REFRESH: Final = {"HX-Refresh": "true"}
 REMOVE: Final = {"HX-Reswap": "delete"}
 ENDED: Final = {"HX-Trigger": "job-ended"}
 MOST_COMPARED: Final = 4
-MOST_TRIED: Final = 4
-"""Models side by side: a base and three deltas."""
+MOST_TRIED: Final = 5
+"""Models side by side: a base, its fine-tune and three deltas."""
 CHOICES: Final = 200
 """Bases and models that a form offers."""
 
@@ -165,7 +165,11 @@ def show_try(
     """Models side by side on one prompt."""
     choices = model_choices(session, caller.tenant_id)
     chosen = [name for name in dict.fromkeys(model) if name][:MOST_TRIED]
-    context = {"chosen": chosen or choices[:2], "choices": choices, "most": MOST_TRIED}
+    context = {
+        "tried": views.tried(session, caller.tenant_id, chosen or choices[:2]),
+        "choices": choices,
+        "most": MOST_TRIED,
+    }
     return render(request, "try.html", context)
 
 

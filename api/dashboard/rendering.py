@@ -65,6 +65,7 @@ _templates.env.filters |= {
     name: getattr(formats, name)
     for name in (
         "size", "significant", "percentage", "plain", "grouped", "moment", "ago", "seconds",
+        "latency",
     )
 } | {"markdown": markdown}  # fmt: skip
 
@@ -83,6 +84,11 @@ def render(
     )
 
 
+def error_page(request: Request, error: DeltadockError) -> Response:
+    """What went wrong, as a page."""
+    return render(request, "error.html", {"error": error}, status=error.status)
+
+
 class PageRoute(APIRoute):
     """Answers errors with an HTML page."""
 
@@ -99,7 +105,7 @@ class PageRoute(APIRoute):
                 shown: DeltadockError = error
             except RequestValidationError:
                 shown = InvalidInput("This is not a page of the dashboard.")
-            return render(request, "error.html", {"error": shown}, status=shown.status)
+            return error_page(request, shown)
 
         return handle_or_render_error
 

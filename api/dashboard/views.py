@@ -17,14 +17,22 @@ from deltadock.api.deltas.service import detail_of, page_of_deltas, require_delt
 from deltadock.api.jobs import JobOut, describe_jobs, page_of_jobs
 from deltadock.api.registry.schemas import AliasMoveOut, ModelCardOut
 from deltadock.api.registry.service import card_of, require_model
+from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.storage.models import RUNNING_ORDER, DeltaRow, JobState
-from deltadock.storage.repositories import DeltaRepository, ModelRepository, TotalsRepository
-from deltadock.storage.repositories.deltas import COUNTED, Sibling
+from deltadock.storage.repositories import (
+    CheckpointRepository,
+    DeltaRepository,
+    ModelRepository,
+    TotalsRepository,
+)
+from deltadock.storage.repositories.deltas import COUNTED, EXACT_METHOD, Sibling
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort, JobFilter
 
 DELTAS_PER_PAGE: Final = 50
 SIBLINGS_SHOWN: Final = 50
 MOVES_SHOWN: Final = 20
+BASE_ROLE: Final = "bare base"
+FINETUNE_ROLE: Final = "the fine-tune"
 
 _RETRY: Final = "Retry: finished blocks are not recomputed."
 
@@ -163,6 +171,13 @@ class Overview:
         return [ModelGroup(name, entries) for name, entries in groups.items()]
 
 
+class Tried(NamedTuple):
+    """A model that answers under "Try it", and what it is: bare base, fine-tune, or its method."""
+
+    name: str
+    role: str
+
+
 @dataclass(frozen=True, slots=True)
 class DeltaView:
     """One delta's page; `figures` is None until there is a report."""
@@ -173,6 +188,25 @@ class DeltaView:
     figures: ReportFigures | None
     siblings: Sequence[Sibling]
     """Ready deltas of the same fine-tune, this one too."""
+    exact: Sibling | None
+    """The fine-tune itself, if it is stored as an exact delta."""
+    can_add_finetune: bool
+    """Whether the fine-tuned checkpoint is still stored, and a whole model."""
+
+    @property
+    def finetune_name(self) -> str:
+        """The name under which the fine-tune is stored as a delta."""
+        project, _, model = self.entry.delta.name.partition("/")
+        return f"{project}/{model[:80]}-finetuned"
+
+    @property
+    def tried(self) -> list[Tried]:
+        """Base, fine-tune and delta."""
+        delta = self.entry.delta
+        shown = [Tried(delta.base.name, BASE_ROLE)]
+        if self.exact is not None and self.exact.id != delta.id:
+            shown.append(Tried(f"{self.exact.name}:{self.exact.version}", FINETUNE_ROLE))
+        return [*shown, Tried(self.entry.reference, _role(delta.method))]
 
     @property
     def points(self) -> list[Point]:
@@ -256,12 +290,15 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
     report = deltas.report(delta.id)
     parent = deltas.find(delta.parent_id) if delta.parent_id else None
     siblings = deltas.of_checkpoint(delta.checkpoint_digest, limit=SIBLINGS_SHOWN)
+    checkpoint = CheckpointRepository(session, tenant_id).find(delta.checkpoint_digest)
     return DeltaView(
         entry(session, tenant_id, delta.id),
         detail_of(session, delta).lineage,
         DeltaEntry.of(parent) if parent else None,
         ReportFigures.of(report) if report else None,
         siblings,
+        deltas.exact_twin(delta),
+        checkpoint is not None and checkpoint.model_type != ADAPTER_TYPE,
     )
 
 
@@ -355,6 +392,17 @@ def differences(entries: Sequence[DeltaEntry]) -> list[Difference]:
         text("Calibration", sources),
         text("Seed", lambda d: str(d.seed)),
     ]
+
+
+def _role(method: str) -> str:
+    return FINETUNE_ROLE if method == EXACT_METHOD else method
+
+
+def tried(session: Session, tenant_id: str, names: Iterable[str]) -> list[Tried]:
+    """These models, as far as there are any; a delta is looked for before a base."""
+    deltas = DeltaRepository(session, tenant_id)
+    found = ((name, deltas.resolve(name, with_aliases=False)) for name in names)
+    return [Tried(name, _role(delta.method) if delta else BASE_ROLE) for name, delta in found]
 
 
 def stages(job: JobOut) -> list[Stage]:

@@ -8,6 +8,17 @@ let running = null;
 form?.addEventListener("click", ({ target }) => {
   if (target.dataset.example) form.elements.prompt.value = target.dataset.example;
 });
+// An empty prompt.
+form?.elements.prompt.addEventListener("invalid", (event) => {
+  event.preventDefault();
+  document.getElementById("prompt-problem").textContent = "Write a prompt, or choose an example.";
+  event.target.focus();
+});
+for (const type of ["input", "submit", "reset", "click"]) {
+  form?.addEventListener(type, ({ target }) => {
+    if (type !== "click" || target.dataset.example) document.getElementById("prompt-problem").textContent = "";
+  });
+}
 stop?.addEventListener("click", () => running?.abort());
 form?.addEventListener("reset", () => {
   running?.abort();

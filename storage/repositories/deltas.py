@@ -33,6 +33,8 @@ FIGURES: Final = ("ratio", "true_bits", "kl", "agreement", "nll", "nll_finetuned
 
 
 DIGESTS_PER_QUERY: Final = 500
+EXACT_METHOD: Final = "exact"
+"""Stores every changed tensor bit for bit: the fine-tune itself."""
 COUNTED: Final = 1000
 """Deltas in one state; a thousand look-ups."""
 
@@ -197,6 +199,21 @@ class DeltaRepository:
             .limit(limit)
         )
         return [Sibling(*row) for row in self.session.execute(query)]
+
+    def exact_twin(self, delta: DeltaRow) -> Sibling | None:
+        """The newest ready delta that stores the same fine-tune of the same base bit for bit."""
+        found = self.session.scalars(
+            self._not_deleted(with_aliases=False)
+            .where(
+                DeltaRow.checkpoint_digest == delta.checkpoint_digest,
+                DeltaRow.base_id == delta.base_id,
+                DeltaRow.method == EXACT_METHOD,
+                DeltaRow.artifact_digest.is_not(None),
+            )
+            .order_by(DeltaRow.created_at.desc())
+            .limit(1)
+        ).one_or_none()
+        return None if found is None else Sibling.of(found)
 
     def count_by_state(self) -> dict[JobState, int]:
         """The number of deltas in each state but ready, which the totals count; up to `COUNTED`."""

@@ -240,6 +240,51 @@ def test_shows_tiers_and_requests_of_nodes_as_the_api_does(site: Site) -> None:
     assert re.findall('<td data-label="In flight" class="number">(.*?)</td>', page) == ["2"] * 3
 
 
+def test_a_nodes_last_hour_and_buttons_are_for_operators(site: Site) -> None:
+    usage = {
+        "tokens_per_second": 812.5, "first_token_seconds": 0.21, "inter_token_seconds": 0.018,
+        "memory_bytes": 21 * 10**9, "memory_limit": 85 * 10**9,
+    }  # fmt: skip
+    held = {"digest": "a" * 64, "tier": "device", "bytes": 8, "references": 0, "pinned": False}
+    with site.resources.database.session_scope() as session:
+        for number in range(3):
+            node = NodeRepository(session).put(
+                "node_a", "http://10.0.0.7:8100", lives_seconds=60, base_digest=None, adopts=True,
+                draining=number == 2, capacity=8, admitted=number, delta_slots=4, deltas=[held],
+                usage=usage,
+            )  # fmt: skip
+            node.sampled_at = None
+    page = unescape(site.text("/parts/nodes"))
+    for figure in ("812", "210 ms", "18 ms", "21.0 GB", "of 85.0 GB", "Resume", "Evict"):
+        assert figure in page
+    assert page.count("<polyline") == 8, "six charts, three lines for the tiers"
+    reader = bearer(issue_key(site.resources.settings, scopes=[Scope.READ]))
+    others = site.http.get("/parts/nodes", headers=reader).text
+    assert "812" in others
+    assert not any(word in others for word in ("Resume", "Evict", "<polyline"))
+
+
+def test_the_fine_tune_answers_beside_its_delta(site: Site, seeded: seed.Seeded) -> None:
+    with site.resources.database.session_scope() as session:
+        deltas = DeltaRepository(session, LOCAL_TENANT)
+        delta = deltas.find(seeded.ready[1])
+        assert delta is not None
+        exact = deltas.add(
+            name="maths/skills-finetuned", base=delta.base, method="exact", bits=None,
+            options={"seed": 0, "solver": "exact", "goal": None, "calibration": None},
+            checkpoint_digest=delta.checkpoint_digest, fingerprint="exact",
+        )  # fmt: skip
+        seed.finish(session, site.resources.blobs, exact, seed.report(layers=1))
+    page = site.text(f"/deltas/{seeded.ready[1]}")
+    answers = re.findall(r'<h3 id="answer-\d">(.*?) <small>(.*?)</small>', page)
+    assert answers == [
+        ("pilot-0.3b", "bare base"),
+        ("maths/skills-finetuned:1", "the fine-tune"),
+        ("maths/skills:1", "adamix"),
+    ]
+    assert len(re.findall(r'<h3 id="answer-\d">', site.text(f"/deltas/{exact.id}"))) == 2
+
+
 def test_names_are_escaped(site: Site) -> None:
     name = "<script>alert(1)</script>/<b onclick='x'>\"&"
     with site.resources.database.session_scope() as session:
@@ -283,6 +328,9 @@ def test_errors_are_html_pages(site: Site) -> None:
     page = unescape(site.text("/deltas/nothing", status=404))
     assert "There is no delta 'nothing'" in page
     assert "is not a cursor of this list" in unescape(site.text("/?after=nothing", status=404))
+    unknown = site.http.get("/nothing", headers={"Accept": "text/html"})
+    assert (unknown.status_code, "<main" in unknown.text) == (404, True)
+    assert site.http.get("/nothing").json()["code"] == "not_found"
 
 
 def test_deltas_are_paginated(site: Site) -> None:

@@ -122,6 +122,19 @@ def test_bars_of_two_factors_do_not_exceed_the_ranks() -> None:
     assert titles(root)[0].endswith("20 × 8 bit, 30 × 3 bit, 50 × 2 bit in two factors")
 
 
+def test_spectra_show_the_width_of_each_rank_in_three_layers() -> None:
+    spectra = ReportFigures.of(seed.report(layers=9)).spectra
+    assert [one.projection for one in spectra] == list(seed.PROJECTIONS)
+    assert list(spectra[0].by_layer) == ["0", "4", "8"]
+    root = ET.fromstring(charts.spectrum(spectra[0]))
+    assert len(list(root.iter("polyline"))) == 3
+    assert len(cells(root)) == 15
+    assert "layer 0, rank 1\n0.400, 8 bit" in titles(root)
+    for circle in root.iter("circle"):
+        assert 0 <= float(circle.attrib["cx"]) <= 300
+        assert 0 <= float(circle.attrib["cy"]) <= 180
+
+
 @given(st.floats(1e-6, 10), st.floats(1e-6, 10), st.floats(0, 20))
 def test_color_scale_is_monotonic(low: float, high: float, value: float) -> None:
     scale = charts.Scale(min(low, high), max(low, high))

@@ -1,6 +1,6 @@
 """Bases can be deleted, and restored for some days.
 
-Revision: 0015
+Revision: 0016
 """
 
 import sqlalchemy as sa
@@ -8,8 +8,8 @@ from alembic import op
 
 from deltadock.storage.models import UtcDateTime
 
-revision = "0015"
-down_revision = "0014"
+revision = "0016"
+down_revision = "0015"
 branch_labels = None
 depends_on = None
 

@@ -1,6 +1,6 @@
 """Nodes report throughput, latency and memory; samples of the last hour are kept.
 
-Revision: 0016
+Revision: 0017
 """
 
 import sqlalchemy as sa
@@ -8,8 +8,8 @@ from alembic import op
 
 from deltadock.storage.models import UtcDateTime
 
-revision = "0016"
-down_revision = "0015"
+revision = "0017"
+down_revision = "0016"
 branch_labels = None
 depends_on = None
 
