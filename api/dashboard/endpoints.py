@@ -102,8 +102,8 @@ def show_job(
     """The job on a delta's page; reloads the page when it has ended."""
     try:
         entry = views.entry(session, caller.tenant_id, delta_id)
-    except NotFound:
-        return HTMLResponse(headers=HEADERS | REFRESH)
+    except NotFound:  # deleted; the page still offers to undo that
+        return HTMLResponse(headers=HEADERS | REMOVE)
     if entry.job.state.is_final:
         return HTMLResponse(headers=HEADERS | REFRESH)
     return render(request, "parts/job.html", {"entry": entry, "stages": views.stages})

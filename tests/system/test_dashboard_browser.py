@@ -274,7 +274,7 @@ def test_hostile_text_is_escaped(site: Site, page: Page) -> None:
         page.goto(f"/deltas/{site.seeded.ready[0]}")
         page.get_by_label("Prompt").fill("?")
         page.get_by_role("button", name="Generate").click()
-        expect(page.locator("output").first).to_contain_text("<img")
+        expect(page.locator(".answer output").first).to_contain_text("<img")
         assert page.evaluate("window.hurt") is None
     finally:
         site.node.answer = None
