@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -107,8 +108,10 @@ class Uploader:
             parts = self._request("GET", url)
             done = min(len(parts["arrived"]) * parts["bytes"], file["size"])
             self._progress(file["path"], done, file["size"])
+            counting = threading.Lock()
 
             def send(part: JsonObject) -> Unavailable | None:
+                nonlocal done
                 offset = (part["number"] - 1) * parts["bytes"]
                 try:
                     self._put(
@@ -116,12 +119,15 @@ class Uploader:
                     )
                 except Unavailable as error:
                     return error
+                with counting:
+                    done = min(done + part["size"], file["size"])
+                    self._progress(file["path"], done, file["size"])
                 return None
 
             failures = list(pool.map(send, parts["missing"]))
             if failures and None not in failures:
                 raise Unavailable(str(failures[0])) from failures[0]
-            return not failures
+            return len(failures) < BATCH and not any(failures)
 
         _repeat(send_missing)
 
