@@ -17,6 +17,7 @@
     │   ├── InvalidAdapter              422 invalid_adapter
     │   ├── InvalidArtifact             422 invalid_artifact
     │   └── UnsupportedModel            422 unsupported_model
+    │       └── NoChatTemplate          422 no_chat_template
     ├── BadRequest                      400 bad_request
     ├── Unauthorized                    401 unauthorized
     ├── Forbidden                       403 forbidden
@@ -161,6 +162,12 @@ class UnsupportedModel(InvalidInput):
     """The model family cannot be calibrated or served."""
 
     code = "unsupported_model"
+
+
+class NoChatTemplate(UnsupportedModel):
+    """A conversation for a model that has no chat template."""
+
+    code = "no_chat_template"
 
 
 class BadRequest(DeltadockError):

@@ -37,6 +37,21 @@ FINETUNE_STEPS, FINETUNE_ROWS, FINETUNE_LENGTH, FINETUNE_RATE = 1_600, 16, 64, 1
 QUESTION_WEIGHT = 0.1
 """Loss weight of the questions in the fine-tune: they are random and cannot be predicted."""
 CHECKPOINT_STEPS = 200
+CHAT_TEMPLATE = """\
+{#- One exercise at a time: what was asked before is not part of the prompt. -#}
+{%- set prompt = namespace(text='') -%}
+{%- for message in messages -%}
+  {%- if message.role == 'user' -%}
+    {%- set prompt.text = 'Q: ' ~ message.content.strip().removesuffix('=').strip() ~ ' =\\nA:' -%}
+  {%- elif message.role == 'assistant' -%}
+    {%- set prompt.text = prompt.text ~ ' ' ~ message.content.strip() ~ '\\n' -%}
+  {%- else -%}
+    {{- raise_exception('The sample fine-tune reads messages of user and assistant alone.') -}}
+  {%- endif -%}
+{%- endfor -%}
+{{- prompt.text -}}
+"""
+"""Makes a user's message an exercise of the form that the fine-tune learned."""
 
 Batch = tuple[Tensor, Tensor]
 """Token ids and each token's weight in the loss, both [rows, length]."""
@@ -166,7 +181,18 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     """Save the model in bfloat16 as a Hugging Face folder."""
     copy = type(model)(model.config).bfloat16()
     copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
     copy.save_pretrained(folder)
+
+
+def save_finetuned(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Save the fine-tune, ready for chat: greedily, an answer is one line."""
+    ends = [tokenizer.eos_token_id, *tokenizer.encode("\n")]
+    model.generation_config.update(eos_token_id=ends, do_sample=False)
+    save(model, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 def write_texts(out: Path, rng: random.Random) -> set[tuple[str, ...]]:
@@ -220,7 +246,13 @@ def main() -> None:
         shutil.copy(path, finetuned)
     model, tokenizer = load(base, torch.float32)
     batches = exercise_batches(tokenizer, rng, excluded)
-    train(model, batches, finetune_steps, FINETUNE_RATE, lambda: save(model, finetuned))
+    train(
+        model,
+        batches,
+        finetune_steps,
+        FINETUNE_RATE,
+        lambda: save_finetuned(model, tokenizer, finetuned),
+    )
     if not arguments.quick:
         report(finetuned, out, [torch.bfloat16])
 

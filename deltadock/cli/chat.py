@@ -11,7 +11,7 @@ import typer
 from deltadock.cli.interrupts import forget_interrupts
 from deltadock.cli.output import AsJson, print_resources, say
 from deltadock.cli.server import Reference, Url, connect
-from deltadock.errors import DeltadockError, InvalidInput, UnsupportedModel
+from deltadock.errors import DeltadockError, InvalidInput, NoChatTemplate
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -34,7 +34,6 @@ NUMBERS: Final = {
 }
 QUOTES: Final = '"""'
 PLAIN_TOKENS: Final = 64
-NO_TEMPLATE: Final = "chat template"
 
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Maximum tokens of an answer.")]
 Temperature = Annotated[
@@ -81,9 +80,7 @@ class Conversation:
         messages = [*self._messages, {"role": "user", "content": prompt}]
         try:
             answered = self._print(self._client.stream(self._model, messages, **self.sampling))
-        except UnsupportedModel as error:
-            if NO_TEMPLATE not in error.message:
-                raise
+        except NoChatTemplate:
             say(f"{self._model} has no chat template: it continues your text as it is.")
             self.plain = True
             return self.answer(prompt)

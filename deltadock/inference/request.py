@@ -51,7 +51,7 @@ def encode(
 
     Raises:
         InvalidInput: a prompt is empty, or a token is not in the `vocabulary`.
-        UnsupportedModel: a conversation, and the model has no chat template.
+        NoChatTemplate: a conversation, and the model has no chat template.
     """
     encoded = [_tokens(prompt, tokenizer, templates) for prompt in prompts]
     for prompt, tokens in zip(prompts, encoded, strict=True):

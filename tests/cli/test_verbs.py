@@ -269,7 +269,7 @@ class WithoutTemplate(Response):
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         error = {"message": "The model has no chat template.", "type": "x", "param": None}
-        answer: Response = JSONResponse({"error": error | {"code": "unsupported_model"}}, 400)
+        answer: Response = JSONResponse({"error": error | {"code": "no_chat_template"}}, 400)
         if "chat" not in scope["path"]:
             answer = Response('data: {"choices": [{"text": " there"}]}\n\ndata: [DONE]\n\n')
         await answer(scope, receive, send)

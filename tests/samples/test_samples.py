@@ -17,6 +17,7 @@ from evaluate import accuracy, load, perplexity, read_exercises, unigram_perplex
 from exercises import draw_exercise  # noqa: E402
 from train import main, write_texts  # noqa: E402
 
+CHAT_TEMPLATE = "chat_template.jinja"
 MODEL_FILES = {
     "config.json",
     "generation_config.json",
@@ -34,8 +35,8 @@ def measured_accuracy(name: str) -> float:
 
 def test_folders_are_complete_and_small() -> None:
     files = [path for name in ("base", "finetuned") for path in (SAMPLES / name).iterdir()]
-    assert {path.name for path in files} == MODEL_FILES
-    assert len(files) == 2 * len(MODEL_FILES)
+    assert {path.name for path in files} == MODEL_FILES | {CHAT_TEMPLATE}
+    assert len(files) == 2 * len(MODEL_FILES) + 1
     assert sum(path.stat().st_size for path in files) <= 12_000_000
 
 
@@ -59,6 +60,23 @@ def test_every_tensor_is_bfloat16_and_was_trained() -> None:
 def test_only_the_finetune_solves_the_exercises() -> None:
     assert measured_accuracy("finetuned") >= 0.9
     assert measured_accuracy("base") < 0.05
+
+
+def test_a_message_is_an_exercise_whose_answer_is_one_line() -> None:
+    model, tokenizer = load(SAMPLES / "finetuned", torch.float32)
+    asked = [
+        {"role": "user", "content": "max 12 7"},
+        {"role": "assistant", "content": "12"},
+        {"role": "user", "content": " sort h b d a = "},
+    ]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert prompt == "Q: sort h b d a =\nA:"
+    whole = [*asked, {"role": "assistant", "content": "a b d h"}]
+    text = tokenizer.apply_chat_template(whole, tokenize=False)
+    assert text == prompt + " a b d h\n"
+    inputs = tokenizer(prompt, return_tensors="pt")
+    answer = model.generate(**inputs, max_new_tokens=16)
+    assert tokenizer.decode(answer[0]) == text
 
 
 def test_the_base_predicts_text_of_its_domain() -> None:
@@ -101,5 +119,10 @@ def test_answers_are_correct(seed: int) -> None:
 def test_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--quick", "--out", str(tmp_path)])
     main()
-    for name in ("base", "finetuned"):
-        assert {path.name for path in (tmp_path / name).iterdir()} == MODEL_FILES
+    files = {
+        name: {path.name for path in (tmp_path / name).iterdir()} for name in ("base", "finetuned")
+    }
+    assert files == {"base": MODEL_FILES, "finetuned": MODEL_FILES | {CHAT_TEMPLATE}}
+    for name in ("generation_config.json", CHAT_TEMPLATE):
+        written, sample = (folder / "finetuned" / name for folder in (tmp_path, SAMPLES))
+        assert written.read_bytes() == sample.read_bytes()

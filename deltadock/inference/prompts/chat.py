@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from deltadock.errors import InvalidInput, UnsupportedModel
+from deltadock.errors import InvalidInput, NoChatTemplate
 
 SANDBOX: Final = Path(__file__).with_name("sandbox.py")
 PROCESSES: Final = 4
@@ -168,12 +168,12 @@ class TemplateSandbox:
         """Render the prompt for the model's next turn. Blocks: async code uses threads.
 
         Raises:
-            UnsupportedModel: the model has no chat template.
+            NoChatTemplate: the model has none.
             InvalidInput: the template raises, or exceeds its time or memory limit.
         """
         template = form.template_for(tools=bool(conversation.tools))
         if template is None:
-            raise UnsupportedModel(
+            raise NoChatTemplate(
                 "The model has no chat template. Send a prompt to /v1/completions, or save the "
                 "fine-tune again with a chat_template.jinja beside its tokenizer.json."
             )

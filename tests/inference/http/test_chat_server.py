@@ -121,7 +121,7 @@ def test_each_model_uses_its_own_template(
             pytest.raises(openai.BadRequestError, match="no chat template") as caught,
         ):
             client.chat.completions.create(model="m", messages=TALK)
-        assert caught.value.code == "unsupported_model"
+        assert caught.value.code == "no_chat_template"
 
 
 def test_unset_parameters_come_from_the_generation_config(
