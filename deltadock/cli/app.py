@@ -207,11 +207,21 @@ def rotate_key(
 
 
 @app.command(rich_help_panel=RUNNING)
-def demo() -> None:
+def demo(
+    host: Annotated[
+        str, typer.Option(help="Address of the api. Not loopback: others may look on, with a key.")
+    ] = "127.0.0.1",
+    api_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the api; by default a free one.")
+    ] = None,
+    node_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the node; by default a free one.")
+    ] = None,
+) -> None:
     """Compress the sample fine-tune and compare it with its delta over HTTP."""
     from deltadock.cli.demo import demo as run
 
-    run()
+    run(host, api_port, node_port)
 
 
 @app.command(rich_help_panel=RUNNING)

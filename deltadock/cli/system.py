@@ -24,6 +24,7 @@ from rich.console import Console
 from deltadock.api.access.sessions import Sessions
 from deltadock.cli.keys import ensure_local_key, has_made_key
 from deltadock.cli.processes import HOST, Child, port_is_free, stop_on_signals
+from deltadock.cli.readiness import api_url, has_node, is_ready
 from deltadock.cli.services import postgres, seaweedfs, valkey
 from deltadock.client.connection import local_url_path
 from deltadock.errors import Conflict, Forbidden, Unavailable
@@ -114,7 +115,7 @@ def running(
             stack.callback(child.request_stop)
         with httpx.Client(base_url=api_url(host, api_port), timeout=2.0) as http:
             children["api"].wait_until(lambda: is_ready(http))
-            children["node"].wait_until(lambda: _has_node(http))
+            children["node"].wait_until(lambda: has_node(http))
         children["worker"].wait_until(parsed.worker_alive.exists)
         yield list(children.values())
 
@@ -132,34 +133,12 @@ def check_host(host: str, settings: Settings, local_key_id: str) -> None:
         )
 
 
-def api_url(host: str, port: int) -> str:
-    """URL of the api on this machine; an unspecified address includes loopback."""
-    if host in {"0.0.0.0", "::"}:
-        host = HOST
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def worker_command() -> list[str]:
     """Command line of a worker that serves every queue."""
     return [
         *(sys.executable, "-m", "celery", "-A", "deltadock.workers.app", "worker", "-P", "solo"),
         *("-Q", "gpu,default", "--without-gossip", "--without-mingle"),
     ]
-
-
-def is_ready(http: httpx.Client) -> bool:
-    """Whether an api answers that it is ready. Making a client takes longer than the answer."""
-    try:
-        return http.get("/readyz").is_success
-    except httpx.TransportError:
-        return False
-
-
-def _has_node(http: httpx.Client) -> bool:
-    try:
-        return bool(http.get("/readyz").json()["checks"]["node"] == "ok")
-    except httpx.TransportError:
-        return False
 
 
 def keep_running(children: Sequence[Child], stopping: threading.Event, console: Console) -> None:

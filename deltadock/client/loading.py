@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +27,7 @@ from deltadock.artifacts.configs import EPSILONS, ROPE, check_same_forward, expa
 from deltadock.artifacts.names import find_name, is_embedding, is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import TORCH_DTYPES, fits_base, merged_tensor
+from deltadock.client.cache import fetch_cached
 from deltadock.client.http import Client
 from deltadock.client.routes import is_reference
 from deltadock.client.views import checkpoint_views, tensors_of
@@ -175,7 +175,7 @@ def load_delta(
     Args:
         model: the base as loaded by `from_pretrained`, on any device, in any floating-point dtype.
         delta: the delta file, or the name or id of a delta of a server, such as
-            `project/name@prod`, which is downloaded, verified and kept in the user's cache.
+            `project/name@prod`, which is downloaded and kept in the user's cache, and verified.
         base: the checkpoint folder that the model was loaded from. Needed if the model's weights do
             not have the delta's base digest, for example after a cast that rounded them.
         client: of the server; None: `Client()`.
@@ -236,12 +236,11 @@ def from_pretrained(
 
 
 def fetch(delta: Path | str, client: Client | None = None) -> Path:
-    """The delta's file: `delta` itself, or that of a name or id, downloaded once a digest.
+    """The delta's file: `delta` itself, or that of a name or id, from the user's cache.
 
     Raises:
         NotFound: there is no such file, or no such delta on the server.
-        NotReady: its compression is unfinished or failed.
-        Unavailable: the server does not answer.
+        NotReady, HashMismatch, Unavailable: as `fetch_cached`.
     """
     if Path(delta).exists() or isinstance(delta, Path) or not is_reference(delta):
         if not Path(delta).is_file():
@@ -250,13 +249,7 @@ def fetch(delta: Path | str, client: Client | None = None) -> Path:
     if client is None:
         with Client() as default:
             return fetch(delta, default)
-    found = client.delta(delta)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltadock"
-    path = cache / f"{found.artifact.digest if found.artifact else found.id}.delta"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        client.download(found.id, path)
-    return path
+    return fetch_cached(client, delta)
 
 
 def _tied(model: Any) -> set[str]:

@@ -223,6 +223,9 @@ def test_load_delta_fetches_a_name_once(
     assert path.name == f"{ready.artifact.digest}.delta"
     changed = path.stat().st_mtime_ns
     assert loading.fetch(f"{ready.name}@default", client).stat().st_mtime_ns == changed
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert loading.fetch(ready.reference).read_bytes() == whole, "hashed at every use"
     with pytest.raises(NotFound, match="neither a delta file nor a name"):
         deltadock.load_delta(None, "nowhere.delta")
 

@@ -1,13 +1,11 @@
 """The file of a delta that is named by its path, its digest, or its name in a registry."""
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from filelock import FileLock
-
+from deltadock.client.cache import cached, fetch_cached
 from deltadock.client.http import Client
 from deltadock.client.routes import is_reference
 from deltadock.errors import InvalidInput, NotFound
@@ -54,7 +52,8 @@ def fetch_registered(delta: str) -> DeltaFile:
         Unavailable: the registry does not answer.
     """
     if DIGEST.fullmatch(delta):
-        return _cached(delta) or _download(delta)
+        held = cached(delta)
+        return _download(delta) if held is None else DeltaFile(held, delta)
     if not is_reference(delta):
         raise InvalidInput(
             f"{delta!r} is neither the digest of a delta (64 hex digits) nor a name such as "
@@ -63,33 +62,10 @@ def fetch_registered(delta: str) -> DeltaFile:
     return _download(delta)
 
 
-def cached_path(digest: str) -> Path:
-    """Where the file of a digest is kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "deltadock" / f"{digest}.delta"
-
-
 def _download(reference: str) -> DeltaFile:
     with Client() as client:
-        found = client.resolve(reference)
-        path = cached_path(found.digest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if (held := _cached(found.digest)) is not None:
-                return held
-            client.download(found.delta, path)
-        return DeltaFile(path, found.digest)
-
-
-def _cached(digest: str) -> DeltaFile | None:
-    """The cached file, if its bytes still have the digest; else it is removed."""
-    path = cached_path(digest)
-    if not path.is_file():
-        return None
-    if _sha256(path) != digest:
-        path.unlink(missing_ok=True)
-        return None
-    return DeltaFile(path, digest)
+        path = fetch_cached(client, reference)
+    return DeltaFile(path, path.stem)
 
 
 def _sha256(path: Path) -> str:

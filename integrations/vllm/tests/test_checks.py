@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from deltadock_vllm import check_version
 from deltadock_vllm.checks import EngineFiles, base_manifest, check_servable
-from deltadock_vllm.fetching import cached_path, fetch, fetch_registered
+from deltadock_vllm.fetching import fetch, fetch_registered
 
 from deltadock.artifacts.encodings import Encoded, encode_alias, encode_exact, encode_new_rows
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
+from deltadock.client.cache import cached_path
 from deltadock.errors import DeltadockError, InvalidInput, NotFound
 from integrations.vllm.tests.conftest import Registry
 from integrations.vllm.tests.engine import BASE
