@@ -45,7 +45,7 @@ from tokenizers import models
 
 from benchmarks.harness import copy_rate, describe_machine, wall_seconds
 from benchmarks.kernel import random_delta
-from deltadock.inference.deltas.reading import HostDelta, merge_delta, place_delta
+from deltadock.inference.deltas.reading import HostDelta, merge_delta, place_delta, remove_delta
 from deltadock.inference.deltas.slots import SlotManager
 from deltadock.inference.engine.engine import Engine
 from deltadock.inference.engine.model_runner import ModelRunner
@@ -56,7 +56,7 @@ from deltadock.inference.engine.sequence import Sequence as EngineSequence
 from deltadock.inference.model.loading import FAMILIES
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.routing import DeltaLimits
-from deltadock.inference.model.weight_deltas import WeightDelta, pinned
+from deltadock.inference.model.weight_deltas import WeightDelta, in_one_buffer
 from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
 from deltadock.kernels import dispatch
 from deltadock.kernels.svd_delta import PackedDelta, reference
@@ -399,9 +399,10 @@ class GpuBenchmark:
             context_tokens=256,
             pass_tokens=1024,
         )
-        host: dict[str, WeightDelta] = {name: it.to("cpu") for name, it in self.bench.delta.items()}
-        if self.device.type == "cuda":
-            host = {name: pinned(delta) for name, delta in host.items()}
+        host = in_one_buffer(
+            {name: delta.to("cpu") for name, delta in self.bench.delta.items()},
+            pin_memory=self.device.type == "cuda",
+        )
         tokenizer = Tokenizer({"tokenizer.json": FastTokenizer(models.BPE()).to_str()})
         self.host = HostDelta(host, tokenizer, self.bench.delta_bytes)
 
@@ -517,7 +518,7 @@ class _Traffic:
         await self._in_loader(partial(place_delta, self._bench.model, slot, self._host))
 
     async def _clear(self, slot: int) -> None:
-        await self._in_loader(partial(self._bench.model.remove, slot))
+        await self._in_loader(partial(remove_delta, self._bench.model, slot))
 
     async def _in_loader(self, call: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._loader, call)

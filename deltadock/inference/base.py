@@ -12,6 +12,7 @@ from deltadock.inference.deltas.reading import (
     merge_delta,
     place_delta,
     read_delta,
+    remove_delta,
 )
 from deltadock.inference.deltas.store import DeltaStore
 from deltadock.inference.deltas.tiers import DiskTier
@@ -69,7 +70,7 @@ class ServedBase:
             slots=settings.node_max_deltas,
             read=self._read_delta,
             place=partial(place_delta, self.model),
-            remove=self.model.remove,
+            remove=partial(remove_delta, self.model),
             merge=partial(merge_delta, self.model),
             merged_slot=lambda: self.model.merged_slot,
             metrics=metrics,

@@ -10,7 +10,7 @@ moved in one copy.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -366,15 +366,21 @@ class DeltaTable:
             rank += delta.rank
         if rank > self.max_rank:
             raise TooLarge("The delta has more ranks than this table holds.")
-        self.descriptors[slot].copy_(torch.tensor(descriptors, dtype=torch.int32))
-        self.addresses[slot].copy_(torch.tensor(addresses, dtype=torch.int64))
+        _write(self.descriptors[slot], descriptors)
+        _write(self.addresses[slot], addresses)
         self.deltas[slot] = deltas
 
     def remove(self, slot: int) -> None:
         """Empty a slot, once no running kernel reads it."""
-        self.descriptors[slot].copy_(torch.tensor(_EMPTY_DESCRIPTOR, dtype=torch.int32))
+        _write(self.descriptors[slot], [_EMPTY_DESCRIPTOR] * self.linears)
         self.deltas.pop(slot, None)
         self.cpu_plan = None  # it references rows of the pool
+
+
+def _write(target: Tensor, values: Sequence[Any]) -> None:
+    """Copy numbers to a device, in the order of the current stream; the host does not wait."""
+    source = torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda)
+    target.copy_(source, non_blocking=True)
 
 
 def _descriptor(delta: PackedDelta, first_rank: int) -> tuple[int, ...]:

@@ -23,9 +23,9 @@ from deltadock.inference.model.weight_deltas import (
     RowsDelta,
     TensorDelta,
     WeightDelta,
+    in_one_buffer,
     low_rank,
     nbytes,
-    pinned,
 )
 from deltadock.inference.prompts.tokenizer import Tokenizer
 
@@ -127,7 +127,7 @@ def read_delta(
     )
     _check_vocabulary(config, model.vocabulary_with(tensors))
     if model.device.type == "cuda":
-        tensors = {name: pinned(delta) for name, delta in tensors.items()}
+        tensors = in_one_buffer(tensors)
     files = {**base_files, **own_files}
     return HostDelta(
         tensors,
@@ -140,10 +140,17 @@ def read_delta(
 def place_delta(model: BaseModel, slot: int, delta: HostDelta) -> None:
     """Install a delta in an empty slot that no running sequence uses.
 
-    On a GPU the copies run on a side stream, concurrently with passes, and are complete on return.
+    On a GPU the copies run on a side stream, concurrently with passes, and are complete on return:
+    one of the delta from page-locked memory, and two of a few bytes for each table.
     """
     with _side_stream(model.device):
         model.install(slot, model.place(delta.tensors), delta.settings)
+
+
+def remove_delta(model: BaseModel, slot: int) -> None:
+    """Empty a slot that no running sequence uses, on the stream that fills it."""
+    with _side_stream(model.device):
+        model.remove(slot)
 
 
 def merge_delta(model: BaseModel, slot: int) -> None:

@@ -27,7 +27,7 @@ from deltadock.inference.model.weight_deltas import (
     TensorDelta,
     WeightDelta,
     fits,
-    place,
+    placed,
 )
 from deltadock.kernels.svd_delta import Chunks, PackedDelta, empty_delta
 
@@ -184,7 +184,7 @@ class BaseModel:
 
     def place(self, deltas: Mapping[str, TensorDelta]) -> dict[str, TensorDelta]:
         """Copy the output of `fit` to the model's device; what is already there is not copied."""
-        return {name: place(delta, self.device, self.dtype) for name, delta in deltas.items()}
+        return placed(deltas, self.device, self.dtype)
 
     def fit(self, deltas: Mapping[str, TensorDelta]) -> dict[str, TensorDelta]:
         """Check a delta's tensors, by name, and fold biases into packed weights, in host memory.

@@ -11,8 +11,9 @@ Encoded matrices are decoded to a dense difference at use and cached in `TensorC
 is room: a product then costs as much as the base's, and the first use of a delta the decoding.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from deltadock.artifacts.encodings import Encoded, decode_dense, stored_rows
 from deltadock.kernels.svd_delta import PackedDelta
-from deltadock.kernels.svd_delta.layout import plane_words, planes, segment_words
+from deltadock.kernels.svd_delta.layout import ALIGNMENT_WORDS, plane_words, planes, segment_words
 from deltadock.kernels.svd_delta.reference import unpack_codes
 
 
@@ -108,15 +109,9 @@ class RowsDelta:
             arrays["column_scale"] = segments["column_scale"].astype(np.float32)
         return cls(record, {name: torch.from_numpy(array) for name, array in arrays.items()})
 
-    def to(self, device: torch.device) -> "RowsDelta":
-        """Copy to another device."""
-        return RowsDelta(
-            self._record, {n: tensor.to(device) for n, tensor in self._tensors.items()}
-        )
-
-    def pin_memory(self) -> "RowsDelta":
-        """Copy to page-locked memory."""
-        return RowsDelta(self._record, {n: held.pin_memory() for n, held in self._tensors.items()})
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "RowsDelta":
+        """The same delta with each of its tensors changed."""
+        return RowsDelta(self._record, {n: change(tensor) for n, tensor in self._tensors.items()})
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Decode rows `numbers` (n,) int64 to (n, columns) float32."""
@@ -183,43 +178,92 @@ def fits(delta: TensorDelta, shape: torch.Size) -> bool:
     return delta.shape == shape and (isinstance(delta, Tensor) or len(shape) == 2)
 
 
-@overload
-def place(delta: WeightDelta, device: torch.device, dtype: torch.dtype) -> WeightDelta: ...
-@overload
-def place(delta: TensorDelta, device: torch.device, dtype: torch.dtype) -> TensorDelta: ...
-def place(delta: TensorDelta, device: torch.device, dtype: torch.dtype) -> TensorDelta:
-    """Copy a delta to a model's device; what is not encoded, in the model's dtype."""
-    if isinstance(delta, NewRows):
-        old, added = delta
-        return NewRows(
-            None if old is None else place(old, device, dtype),
-            added.to(device, dtype).contiguous(),
-        )
-    if isinstance(delta, PackedDelta | RowsDelta):
-        return delta.to(device)
-    if isinstance(delta, EncodedDelta):
-        return delta.to(device, dtype)
-    if isinstance(delta, LowRank):
-        return LowRank(*(tensor.to(device, dtype).contiguous() for tensor in delta))
-    return delta.to(device, dtype).contiguous()
+def placed(
+    deltas: Mapping[str, TensorDelta], device: torch.device, dtype: torch.dtype
+) -> dict[str, TensorDelta]:
+    """Copy deltas to a model's device; what is not encoded, in the model's dtype.
+
+    Tensors that share memory, as those of `in_one_buffer` do, are one copy. From page-locked memory
+    it is not complete on return, but in the order of the current stream.
+    """
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor.device == device:
+            return tensor
+        tensor = tensor.contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in copies:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            copies[storage.data_ptr()] = whole, whole.to(device, non_blocking=True)
+        begin = tensor.storage_offset() * tensor.itemsize
+        part = copies[storage.data_ptr()][1][begin : begin + tensor.nbytes]
+        return part.view(tensor.dtype).view(tensor.shape)
+
+    def converted(tensor: Tensor) -> Tensor:
+        return moved(tensor).to(dtype).contiguous()
+
+    def place(delta: WeightDelta) -> WeightDelta:
+        if isinstance(delta, EncodedDelta):
+            return delta.to(device, dtype)
+        return _mapped(delta, moved if isinstance(delta, PackedDelta | RowsDelta) else converted)
+
+    return {
+        name: NewRows(None if delta.old is None else place(delta.old), converted(delta.added))
+        if isinstance(delta, NewRows)
+        else place(delta)
+        for name, delta in deltas.items()
+    }
 
 
-@overload
-def pinned(delta: WeightDelta) -> WeightDelta: ...
-@overload
-def pinned(delta: TensorDelta) -> TensorDelta: ...
-def pinned(delta: TensorDelta) -> TensorDelta:
-    """Copy a delta to page-locked memory, from which a GPU copies at full speed."""
+def in_one_buffer(
+    deltas: Mapping[str, TensorDelta], *, pin_memory: bool = True
+) -> dict[str, TensorDelta]:
+    """Copy all tensors of deltas to one buffer, page-locked by default: a GPU copies it at once."""
+    size = 0
+
+    def counted(tensor: Tensor) -> Tensor:
+        nonlocal size
+        size += _aligned(tensor.nbytes)
+        return tensor
+
+    for delta in deltas.values():
+        _all_mapped(delta, counted)
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
+    end = 0
+
+    def copied(tensor: Tensor) -> Tensor:
+        nonlocal end
+        part = buffer[end : end + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        end += _aligned(tensor.nbytes)
+        return part.copy_(tensor)
+
+    return {name: _all_mapped(delta, copied) for name, delta in deltas.items()}
+
+
+def _aligned(size: int) -> int:
+    """A size in bytes rounded up to what the kernels take packed words to be aligned to."""
+    unit = 4 * ALIGNMENT_WORDS
+    return -(-size // unit) * unit
+
+
+def _all_mapped(delta: TensorDelta, change: Callable[[Tensor], Tensor]) -> TensorDelta:
+    """The delta with each of its tensors changed."""
     if isinstance(delta, NewRows):
-        old, added = delta
-        return NewRows(None if old is None else pinned(old), added.pin_memory())
+        old = None if delta.old is None else _mapped(delta.old, change)
+        return NewRows(old, change(delta.added))
+    return _mapped(delta, change)
+
+
+def _mapped(delta: WeightDelta, change: Callable[[Tensor], Tensor]) -> WeightDelta:
+    """The delta with each of its tensors changed; an encoded one has none."""
     if isinstance(delta, PackedDelta):
-        return replace(delta, words=delta.words.pin_memory())
+        return replace(delta, words=change(delta.words))
     if isinstance(delta, RowsDelta):
-        return delta.pin_memory()
+        return delta.mapped(change)
     if isinstance(delta, LowRank):
-        return LowRank(*(tensor.pin_memory() for tensor in delta))
-    return delta if isinstance(delta, EncodedDelta) else delta.pin_memory()
+        return LowRank(change(delta.u), change(delta.v))
+    return delta if isinstance(delta, EncodedDelta) else change(delta)
 
 
 def low_rank(u: Tensor, s: Tensor, v: Tensor) -> LowRank:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.operators import OperatorCounter
 from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.encodings import (
     Encoded,
@@ -44,8 +45,11 @@ from deltadock.inference.model.weight_deltas import (
     LowRank,
     NewRows,
     RowsDelta,
+    TensorDelta,
     WeightDelta,
+    in_one_buffer,
     nbytes,
+    placed,
 )
 from deltadock.kernels.svd_delta import PackedDelta
 from deltadock.kernels.svd_delta.reference import unpack
@@ -299,6 +303,36 @@ EXPECTED = {
     "sparse": "EncodedDelta",
     "sum": "EncodedDelta",
 }
+
+
+def test_a_delta_is_copied_to_a_device_at_once() -> None:
+    """Whatever its tensors are: from one buffer, in which packed words are aligned."""
+    encoded = encode((40, 64), [(9, 5, 4)])
+    words = torch.arange(5, dtype=torch.int32)
+    deltas: dict[str, TensorDelta] = {
+        "packed": packed_delta(encoded),
+        "norm": torch.randn(7),
+        "low rank": LowRank(torch.randn(4, 2), torch.randn(2, 3)),
+        "rows": RowsDelta({"shape": [2, 3], "runs": []}, {"codes": words, "scale": torch.ones(3)}),
+        "longer": NewRows(packed_delta(encoded), torch.randn(2, 64)),
+    }
+    together = in_one_buffer(deltas, pin_memory=False)
+    with OperatorCounter() as counter:
+        moved = placed(together, torch.device("meta"), torch.float32)
+    assert counter.by_name == {"empty": 1, "set_": 1, "_to_copy": 1}
+    host, device = ([tensor for _, tensor in tensors_of(each)] for each in (together, moved))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in host}) == 1
+    for (kind, before), own, copied in zip(tensors_of(deltas), host, device, strict=True):
+        assert torch.equal(own, before)
+        assert (own.dtype, own.shape) == (copied.dtype, copied.shape)
+        assert copied.storage_offset() == own.storage_offset()
+        assert kind != "words" or own.storage_offset() * 4 % 128 == 0
+
+
+def tensors_of(deltas: Mapping[str, TensorDelta]) -> list[tuple[str, Tensor]]:
+    packed, norm, (u, v), rows, (old, added) = deltas.values()
+    words = [("words", one.words) for one in (packed, old)]
+    return [*words, *(("", one) for one in (norm, u, v, *rows._tensors.values(), added))]
 
 
 def read(folder: Path) -> dict[str, str]:
