@@ -37,6 +37,13 @@ class JobError(BaseModel):
     code: str = Field(examples=["non_finite_weights"])
     message: str = Field(examples=["model.layers.3.mlp.up_proj.weight holds NaN."])
 
+    @classmethod
+    def of(cls, job: JobRow) -> Self | None:
+        """Why the job did not succeed, or None."""
+        if job.error_code is None:
+            return None
+        return cls(code=job.error_code, message=job.error_message or "")
+
 
 class JobOut(BaseModel):
     """State and progress of a compression."""
@@ -73,9 +80,6 @@ class JobOut(BaseModel):
     @classmethod
     def of(cls, job: JobRow, queue_position: int | None = None) -> Self:
         """Convert a row."""
-        error = None
-        if job.error_code is not None:
-            error = JobError(code=job.error_code, message=job.error_message or "")
         return cls(
             id=job.id,
             delta=job.delta_id,
@@ -86,7 +90,7 @@ class JobOut(BaseModel):
             blocks=job.stage_blocks,
             percent=round(job.percent, 1),
             message=job.message,
-            error=error,
+            error=JobError.of(job),
             cancel_requested=job.cancel_requested,
             attempt=job.attempt,
             created_at=job.created_at,

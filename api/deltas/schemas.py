@@ -265,7 +265,7 @@ class DeltaOut(BaseModel):
     @classmethod
     def of(cls, delta: DeltaRow) -> Self:
         """Convert a row."""
-        job = JobOut.of(delta.job)
+        job = delta.job
         artifact = None
         if delta.artifact_digest is not None and delta.artifact_bytes is not None:
             artifact = ArtifactOut(digest=delta.artifact_digest, bytes=delta.artifact_bytes)
@@ -288,10 +288,10 @@ class DeltaOut(BaseModel):
             if delta.options["calibration"]
             else None,
             state=job.state,
-            percent=job.percent,
+            percent=round(job.percent, 1),
             job=job.id,
             created_by=delta.created_by,
-            error=job.error,
+            error=JobError.of(job),
             artifact=artifact,
             metrics=MetricsOut.model_validate(delta, from_attributes=True)
             if delta.artifact_digest

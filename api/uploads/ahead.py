@@ -52,6 +52,7 @@ class HashAhead:
         self._lock = threading.Lock()
         self._files: dict[str, _File] = {}
         self._pool = ThreadPoolExecutor(THREADS, "hash-ahead")
+        self._is_closed = False
 
     def arrived(self, kind: UploadKind, path: str, parts: PartedFile) -> None:
         """Go on with a file of which a part has become complete; returns at once."""
@@ -59,7 +60,7 @@ class HashAhead:
         with self._lock:
             file = self._files.get(parts.token)
             if file is None:
-                if not self._make_room(now):
+                if self._is_closed or not self._make_room(now):
                     return
                 file = _File(Prefix(make_inspector(kind, path, self._hashers)))
                 self._files[parts.token] = file
@@ -81,10 +82,12 @@ class HashAhead:
         return prefix if prefix is not None and parts.holds(prefix.stamps) else None
 
     def close(self) -> None:
-        """Stop."""
+        """Stop; what arrives from now on is not hashed ahead."""
         with self._lock:
+            self._is_closed = True
             for file in self._files.values():
                 file.is_taken = True
+            self._files.clear()
         self._pool.shutdown(cancel_futures=True)
 
     def _make_room(self, now: float) -> bool:
