@@ -206,7 +206,7 @@ def placed(
     def place(delta: WeightDelta) -> WeightDelta:
         if isinstance(delta, EncodedDelta):
             return delta.to(device, dtype)
-        return _mapped(delta, moved if isinstance(delta, PackedDelta | RowsDelta) else converted)
+        return mapped(delta, moved if isinstance(delta, PackedDelta | RowsDelta) else converted)
 
     return {
         name: NewRows(None if delta.old is None else place(delta.old), converted(delta.added))
@@ -250,12 +250,12 @@ def _aligned(size: int) -> int:
 def _all_mapped(delta: TensorDelta, change: Callable[[Tensor], Tensor]) -> TensorDelta:
     """The delta with each of its tensors changed."""
     if isinstance(delta, NewRows):
-        old = None if delta.old is None else _mapped(delta.old, change)
+        old = None if delta.old is None else mapped(delta.old, change)
         return NewRows(old, change(delta.added))
-    return _mapped(delta, change)
+    return mapped(delta, change)
 
 
-def _mapped(delta: WeightDelta, change: Callable[[Tensor], Tensor]) -> WeightDelta:
+def mapped(delta: WeightDelta, change: Callable[[Tensor], Tensor]) -> WeightDelta:
     """The delta with each of its tensors changed; an encoded one has none."""
     if isinstance(delta, PackedDelta):
         return replace(delta, words=change(delta.words))

@@ -11,15 +11,19 @@ VLLM_VERSIONS: Final = ((0, 32), (0, 33))
 
 
 def register() -> None:
-    """Register the load format `deltadock`.
+    """Register the load format `deltadock`, and let `--enable-lora` serve deltas.
 
     Raises:
-        RuntimeError: this vLLM is of a version that the plug-in was not tested with.
+        RuntimeError: this vLLM is of a version that the plug-in was not tested with, or lacks a
+            method that it builds on.
     """
     check_version(installed_version())
     from deltadock_vllm.loader import register_loader
 
     register_loader()
+    from deltadock_vllm.many.hooks import install_hooks
+
+    install_hooks()
 
 
 def installed_version() -> str:

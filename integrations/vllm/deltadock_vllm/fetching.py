@@ -62,6 +62,20 @@ def fetch_registered(delta: str) -> DeltaFile:
     return _download(delta)
 
 
+def local_copy(path: str) -> Path:
+    """The file, or on a machine that lacks it the registry's of the digest that it is named by.
+
+    Raises:
+        NotFound: there is neither.
+        HashMismatch, Unavailable: as `fetch_registered`.
+    """
+    if (file := Path(path)).is_file():
+        return file
+    if DIGEST.fullmatch(file.stem):
+        return fetch_registered(file.stem).path
+    raise NotFound(f"There is no file {path} on this machine.")
+
+
 def _download(reference: str) -> DeltaFile:
     with Client() as client:
         path = fetch_cached(client, reference)

@@ -20,6 +20,7 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
     "VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engines of one rank start in seconds
 }  # fmt: skip
 
 from integrations.vllm.tests.engine import BASE, ROOT, Answers, answers, engine
@@ -75,18 +76,24 @@ def deltas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Expected(dict[str, Answers]):
-    """What plain vLLM answers with the base or a delta's merged checkpoint, asked when needed."""
+    """What plain vLLM answers with the base or a delta's merged checkpoint, asked when needed.
+
+    The answers are kept beside the deltas.
+    """
 
     def __init__(self, deltas: dict[str, Path], folder: Path) -> None:
         super().__init__()
         self._deltas, self._folder = deltas, folder
 
     def __missing__(self, name: str) -> Answers:
-        model = BASE
-        if name != "base":
-            model = self._folder / name
-            deltadock("merge", "--base", BASE, "--delta", self._deltas[name], "--out", model)
-        self[name] = answers(engine(model))
+        kept = self._deltas["adamix"].with_name(f"{name}.json")
+        if not kept.exists():
+            model = BASE
+            if name != "base":
+                model = self._folder / name
+                deltadock("merge", "--base", BASE, "--delta", self._deltas[name], "--out", model)
+            kept.write_text(json.dumps(answers(engine(model))))
+        self[name] = json.loads(kept.read_text())
         return self[name]
 
 
@@ -98,10 +105,22 @@ def expected(deltas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @dataclass(frozen=True)
 class Registry:
-    """A running api with `maths/skills`: version 1 is adamix's delta, 2 bitdelta's."""
+    """A running api with `maths/skills`: version 1 is adamix's delta, 2 bitdelta's, 3 optimix's.
+
+    `maths/lora` is the adapter's, and `maths/damaged` bitdelta's with a flipped bit.
+    """
 
     url: str
     key: str
+    process: subprocess.Popen[str]
+
+    def make_default(self, name: str, version: int) -> None:
+        """Let the bare name mean another version."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{name} {version}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "moved\n"
 
 
 @pytest.fixture(scope="session")
@@ -109,16 +128,21 @@ def registry(
     deltas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Registry]:
     """The registry, to which the environment leads, with a cache of its own."""
-    model = f"maths/skills={deltas['adamix']},{deltas['bitdelta']}"
+    folder = tmp_path_factory.mktemp("registry")
+    damaged = bytearray(deltas["bitdelta"].read_bytes())
+    damaged[-1000] ^= 1
+    (folder / "damaged.delta").write_bytes(damaged)
+    skills = ",".join(str(deltas[method]) for method in ("adamix", "bitdelta", "optimix"))
     command = [
         ROOT / ".venv/bin/python", "-m", "integrations.vllm.tests.registry",
-        tmp_path_factory.mktemp("registry"), model,
+        folder, f"maths/skills={skills}", f"maths/lora={deltas['lora']}",
+        f"maths/damaged={folder / 'damaged.delta'}",
     ]  # fmt: skip
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        found = Registry(**json.loads(process.stdout.readline()))
+        found = Registry(**json.loads(process.stdout.readline()), process=process)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DELTADOCK_API_URL", found.url)
             patch.setenv("DELTADOCK_API_KEY", found.key)

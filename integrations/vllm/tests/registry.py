@@ -1,7 +1,8 @@
 """Deltadock's api with given delta files under given names, for the tests of the plug-in.
 
 Run with the Python of the repository's own environment: vLLM pins an older FastAPI. Prints one line
-of JSON with `url` and `key`, and ends when its standard input does.
+of JSON with `url` and `key`, and ends when its standard input does. A line `project/model 2` there
+makes version 2 the one that the bare name means.
 
     python -m integrations.vllm.tests.registry FOLDER project/model=a.delta,b.delta ...
 """
@@ -9,9 +10,20 @@ of JSON with `url` and `key`, and ends when its standard input does.
 import json
 import sys
 from pathlib import Path
+from typing import Final
 
 from deltadock.cli import services
+from tests.api.support import Api
 from tests.client.support import running_service
+
+SAMPLES: Final = Path(__file__).parents[3] / "samples"
+
+
+def upload(api: Api, folder: Path) -> str:
+    """The digest of a sample's checkpoint."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    digest: str = api.upload("checkpoint", files)["checkpoint"]["digest"]
+    return digest
 
 
 def main(folder: Path, models: list[str]) -> None:
@@ -20,14 +32,25 @@ def main(folder: Path, models: list[str]) -> None:
         services.valkey(folder / "valkey") as valkey,
         running_service(folder / "api", valkey.settings["broker_url"]) as service,
     ):
+        api = service.api
+        base = {"name": "sample", "checkpoint": upload(api, SAMPLES / "base")}
+        assert api.client.post("/v1/bases", json=base).is_success
+        finetuned = upload(api, SAMPLES / "finetuned")
         for model in models:
             name, files = model.split("=")
-            for seed, file in enumerate(files.split(","), 1):
-                delta = service.api.delta(seed=seed, name=name)
-                service.api.make_ready(delta, Path(file).read_bytes())
+            for bits, file in enumerate(files.split(","), 1):
+                delta = api.delta(name=name, base="sample", checkpoint=finetuned, bits=bits)
+                api.make_ready(delta, Path(file).read_bytes())
         sys.stdout.write(json.dumps({"url": service.url, "key": service.key}) + "\n")
         sys.stdout.flush()
-        sys.stdin.read()
+        for line in sys.stdin:
+            name, version = line.split()
+            answer = api.client.put(
+                f"/v1/registry/{name}/aliases/default", json={"version": int(version)}
+            )
+            assert answer.is_success, answer.text
+            sys.stdout.write("moved\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

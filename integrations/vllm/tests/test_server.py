@@ -1,11 +1,6 @@
 """`vllm serve` with a delta by its name, and another swapped in over HTTP under load."""
 
 import hashlib
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +10,9 @@ import httpx
 import pytest
 
 from integrations.vllm.tests.conftest import Registry
-from integrations.vllm.tests.engine import BASE, PROMPTS, Answers
+from integrations.vllm.tests.engine import PROMPTS, Answers
+from integrations.vllm.tests.serving import serving
 
-START_SECONDS = 600
 DELTA = "/v1/deltadock/delta"
 
 
@@ -28,44 +23,13 @@ def digest(path: Path) -> str:
 @pytest.fixture(scope="module")
 def server(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client of a server that starts with `maths/skills`, with a key of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(BASE),
-        "--served-model-name", "it", "--host", "127.0.0.1", "--port", str(port),
-        "--max-model-len", "128", "--max-num-seqs", "32", "--max-num-batched-tokens", "512",
-        "--enforce-eager", "--api-key", "secret", "--load-format", "deltadock",
-        "--model-loader-extra-config", '{"delta": "maths/skills"}',
+    options = (
+        "--load-format", "deltadock", "--model-loader-extra-config", '{"delta": "maths/skills"}',
         "--worker-extension-cls", "deltadock_vllm.swap.DeltaSwap",
-    ]  # fmt: skip
+    )  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "log"
-    environment = os.environ | {"VLLM_PLUGINS": "deltadock"}
-    with (
-        log.open("w") as output,
-        subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process,
-        httpx.Client(
-            base_url=f"http://127.0.0.1:{port}",
-            headers={"Authorization": "Bearer secret"},
-            timeout=300,
-        ) as client,
-    ):
-        try:
-            wait_until_ready(client, process, log)
-            yield client
-        finally:
-            process.terminate()
-
-
-def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Poll until the server answers."""
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            if client.get("/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(1)
-    pytest.fail(log.read_text()[-4000:])
+    with serving(log, *options, VLLM_PLUGINS="deltadock") as client:
+        yield client
 
 
 def ask(client: httpx.Client, prompt: str) -> list[int]:

@@ -1,0 +1,211 @@
+"""The front of an engine: from a request's `model` to a delta that every rank has loaded.
+
+A name is resolved through the registry, with the engine's key, to `name@digest`; vLLM's queue,
+prefix cache, metrics and answers know a delta by that. What cannot be served is refused here, by
+name: nothing that reaches a rank's step can be missing or damaged.
+"""
+
+import asyncio
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+
+from deltadock.artifacts.reader import Artifact
+from deltadock.client.cache import cached_path
+from deltadock.client.http import Client
+from deltadock.client.routes import is_reference
+from deltadock.errors import DeltadockError, InvalidInput, NotFound, Unavailable, error_for
+from deltadock_vllm.checks import base_manifest, check_servable
+from deltadock_vllm.fetching import DIGEST, DeltaFile, fetch, fetch_registered
+from deltadock_vllm.loader import engine_files
+from deltadock_vllm.many.manager import FIRST_ID
+
+log = init_logger("vllm.deltadock")
+
+RESOLVED_SECONDS: Final = 5.0
+"""How long an answer of the registry is used: a moved alias is followed after that."""
+LISTED_SECONDS: Final = 30.0
+LISTED: Final = 1000
+"""Deltas of the registry that `/v1/models` lists."""
+POLL_SECONDS: Final = 0.02
+MOST_NAMES: Final = 10_000
+"""Names that are remembered."""
+
+Load = Callable[[int, str], Awaitable[list[dict[str, str]]]]
+"""Ask every rank for `DeltaManager.load`."""
+
+
+class _Known(NamedTuple):
+    request: LoRARequest
+    until: float
+
+
+class DeltaNames:
+    """The deltas that an engine can be asked for. Belongs to one event loop, or one thread."""
+
+    def __init__(self, config: VllmConfig) -> None:
+        self._config = config
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._loaded: OrderedDict[int, None] = OrderedDict()
+        self._checked: set[str] = set()
+        self._listed: tuple[float, list[str]] = (0.0, [])
+        self._threads = ThreadPoolExecutor(4, "resolve-delta")
+        self._base_lock = threading.Lock()
+
+    async def request(self, name: str, load: Load) -> LoRARequest:
+        """The adapter that `name` means now, on every rank.
+
+        Raises:
+            DeltadockError: there is none, or it cannot be served.
+        """
+        known = self._known.get(name)
+        if known is None or known.until < time.monotonic():
+            loop = asyncio.get_running_loop()
+            try:
+                found = await loop.run_in_executor(self._threads, self.resolve, name)
+            except Unavailable:
+                if known is None:
+                    raise
+                log.warning("The registry is unavailable; %s keeps its meaning.", name)
+                found = known.request
+            known = self._known[name] = _Known(found, time.monotonic() + RESOLVED_SECONDS)
+            if len(self._known) > MOST_NAMES:
+                self._known.popitem(last=False)
+        await self.ensure(known.request, load)
+        return known.request
+
+    async def ensure(self, request: LoRARequest, load: Load) -> None:
+        """Wait until every rank has a delta in host memory.
+
+        Raises:
+            DeltadockError: a rank refuses it.
+        """
+        key = request.lora_int_id
+        if key not in self._loaded:
+            while states := await load(key, request.lora_path):
+                raise_refusal(states)
+                if all(state.get("state") == "ready" for state in states):
+                    break
+                await asyncio.sleep(POLL_SECONDS)
+        self.note_loaded(key)
+
+    def note_loaded(self, key: int) -> None:
+        """Remember that the ranks have a delta, as long as they cannot have evicted it."""
+        self._loaded[key] = None
+        self._loaded.move_to_end(key)
+        while len(self._loaded) > self._config.lora_config.max_cpu_loras:
+            self._loaded.popitem(last=False)
+
+    def is_loaded(self, key: int) -> bool:
+        """Whether the ranks have a delta."""
+        return key in self._loaded
+
+    def resolve(self, name: str) -> LoRARequest:
+        """Fetch and check the delta that a name, id or digest means; blocks.
+
+        Raises:
+            DeltadockError: there is none, or it cannot be served.
+        """
+        if DIGEST.fullmatch(name):
+            digest = label = name
+        elif is_reference(name):
+            with Client() as client:
+                found = client.resolve(name)
+            digest, label = found.digest, f"{found.name}@{found.digest}"
+        else:
+            raise NotFound(f"The model {name!r} does not exist.")
+        path = cached_path(digest)
+        if digest not in self._checked or not path.is_file():
+            self.check(fetch_registered(digest))
+        return LoRARequest(label, number(digest), str(path))
+
+    def check_path(self, path: str) -> None:
+        """Check a delta file that a caller in this process names; blocks.
+
+        Raises:
+            DeltadockError: there is none, or it cannot be served.
+        """
+        self.check(fetch(path))
+
+    def check(self, file: DeltaFile) -> None:
+        """Check that this engine can serve a delta, once; blocks.
+
+        Raises:
+            DeltadockError: it cannot.
+        """
+        if file.digest in self._checked:
+            return
+        model = self._config.model_config
+        with self._base_lock:
+            files = engine_files(model, self._base)
+        with Artifact(file.path) as artifact:
+            check_servable(artifact, files)
+        self._checked.add(file.digest)
+
+    @cached_property
+    def _base(self) -> Path:
+        model = self._config.model_config
+        if (folder := Path(model.model)).is_dir():
+            return folder
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+
+    async def listed(self) -> list[str]:
+        """Names of the registry's ready deltas of this base; none while it is unavailable."""
+        at, names = self._listed
+        if at + LISTED_SECONDS < time.monotonic():
+            loop = asyncio.get_running_loop()
+            names = await loop.run_in_executor(self._threads, self._list)
+            self._listed = (time.monotonic(), names)
+        return names
+
+    def _list(self) -> list[str]:
+        names: dict[str, None] = {}
+        try:
+            with self._base_lock:
+                base = base_manifest(self._base).weights_digest
+            with Client() as client:
+                for delta in islice(client.deltas(state="ready"), LISTED):
+                    if delta.base.checkpoint == base:
+                        bare = [delta.name] if delta.version == delta.default_version else []
+                        aliases = [f"{delta.name}@{alias}" for alias in delta.aliases]
+                        names |= dict.fromkeys([*bare, delta.reference, *aliases])
+        except DeltadockError as error:
+            log.warning("/v1/models lists no deltas of the registry: %s", error.message)
+        return list(names)
+
+
+def number(digest: str) -> int:
+    """vLLM's number of a delta: the same in every API server, below 2**31."""
+    return FIRST_ID + int(digest[:16], 16) % (2**31 - FIRST_ID)
+
+
+def raise_refusal(states: list[dict[str, str]]) -> None:
+    """Raise the first rank's refusal, if there is one."""
+    for state in states:
+        if "code" in state:
+            raise error_for(state["code"], state["message"])
+
+
+def check_sampling(params: Any) -> None:
+    """Refuse what a delta's requests cannot ask for.
+
+    Raises:
+        InvalidInput: log-probabilities of the prompt.
+    """
+    if getattr(params, "prompt_logprobs", None) is not None:
+        raise InvalidInput(
+            "prompt_logprobs cannot be had of a delta beside others: the head's rows are laid out "
+            "for sampled positions. Ask an engine with --load-format deltadock."
+        )

@@ -1,0 +1,84 @@
+"""Many deltas in one engine: each request answers as its delta's merged checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.lora.request import LoRARequest
+
+from integrations.vllm.tests.conftest import METHODS
+from integrations.vllm.tests.engine import PROMPTS, Answers, answers, engine
+
+NAMES = ("base", *METHODS)
+
+
+def request(deltas: dict[str, Path], name: str) -> LoRARequest | None:
+    return None if name == "base" else LoRARequest(name, NAMES.index(name), str(deltas[name]))
+
+
+def mixed(
+    llm: LLM, deltas: dict[str, Path], count: int, names: Sequence[str] = NAMES, **more: Any
+) -> dict[str, Answers]:
+    """Answers of all names to `count` prompts, neighbours in one batch."""
+    asked = [(prompt, name) for prompt in PROMPTS[:count] for name in names]
+    found = answers(
+        llm, [prompt for prompt, _ in asked],
+        lora_request=[request(deltas, name) for _, name in asked], **more,
+    )  # fmt: skip
+    return {name: found[number :: len(names)] for number, name in enumerate(names)}
+
+
+@pytest.fixture(scope="module")
+def llm(deltas: dict[str, Path]) -> LLM:
+    """An engine with two slots, and room for three deltas in host memory."""
+    return engine(enable_lora=True, max_loras=2, max_cpu_loras=3)
+
+
+def test_each_row_of_a_batch_answers_as_its_merged_checkpoint(
+    llm: LLM, deltas: dict[str, Path], expected: dict[str, Answers]
+) -> None:
+    found = mixed(llm, deltas, len(PROMPTS))
+    for name in NAMES:
+        same = sum(map(list.__eq__, found[name], expected[name]))
+        assert same >= len(PROMPTS) - 1, (name, same)  # sums in another order: a near tie
+
+
+def test_a_bad_delta_or_request_is_refused_and_the_engine_goes_on(
+    llm: LLM, deltas: dict[str, Path], expected: dict[str, Answers], tmp_path: Path
+) -> None:
+    whole = deltas["optimix"].read_bytes()
+    flipped = bytearray(whole)
+    flipped[-1000] ^= 1
+    files = {"cut": whole[:-1000], "flipped": bytes(flipped), "empty": b"", "missing": None}
+    for number, (name, data) in enumerate(files.items(), 10):
+        path = tmp_path / f"{name}.delta"
+        if data is not None:
+            path.write_bytes(data)
+        with pytest.raises((VLLMValidationError, VLLMNotFoundError)):
+            answers(llm, PROMPTS[:1], lora_request=LoRARequest(name, number, str(path)))
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
+        llm.generate(
+            PROMPTS[:1], SamplingParams(max_tokens=1, prompt_logprobs=1),
+            lora_request=request(deltas, "adamix"),
+        )  # fmt: skip
+    # A file that is lost after it was loaded, and its delta evicted, is still served.
+    copy = tmp_path / "copy.delta"
+    copy.write_bytes(deltas["lora"].read_bytes())
+    lost = LoRARequest("copy", 20, str(copy))
+    assert answers(llm, PROMPTS[:8], lora_request=lost) == expected["lora"][:8]
+    copy.unlink()
+    mixed(llm, deltas, 2)
+    assert answers(llm, PROMPTS[:8], lora_request=lost) == expected["lora"][:8]
+
+
+def test_tensor_parallel_ranks_have_their_parts_of_each_delta(
+    deltas: dict[str, Path], expected: dict[str, Answers]
+) -> None:
+    llm = engine(tensor_parallel_size=2, enable_lora=True, max_loras=4)
+    found = mixed(llm, deltas, 24)
+    for name in NAMES:
+        same = sum(map(list.__eq__, found[name], expected[name]))
+        assert same >= 23, (name, same)
