@@ -26,11 +26,11 @@ from vllm.logger import init_logger
 from deltadock.artifacts.reader import Artifact
 from deltadock.errors import DeltadockError, InvalidArtifact, InvalidInput, UnsupportedModel
 from deltadock.inference.deltas.reading import read_tensor_delta
-from deltadock.inference.model.weight_deltas import EncodedDelta, place
+from deltadock.inference.model.weight_deltas import EncodedDelta, LowRank
 from deltadock.kernels.cache import TensorCache
 from deltadock.kernels.svd_delta import PackedDelta, empty_delta
 from deltadock_vllm.fetching import local_copy
-from deltadock_vllm.many.memory import in_block, in_copy
+from deltadock_vllm.many.memory import in_block, in_copy, moved
 from deltadock_vllm.many.modules import Modules
 from deltadock_vllm.many.sharding import DensePart, PartDelta
 from deltadock_vllm.many.sites import LinearDelta, LinearSite, Rows, Site, StepChunks
@@ -273,7 +273,7 @@ class DeltaManager:
 
     def _in_block(self, artifact: Artifact, installs: Sequence[Install]) -> HostDelta:
         deltas = [delta for install in installs for delta in install.deltas if delta is not None]
-        block, moved = in_block(deltas, pin=self._device.type == "cuda")
+        block, views = in_block(deltas, pin=self._device.type == "cuda")
         most = self._memory.shape[1]
         if block.nbytes > most:
             setting = json.dumps({"deltadock": {"slot_bytes": block.nbytes}})
@@ -281,12 +281,12 @@ class DeltaManager:
                 f"{artifact.path.name} takes {block.nbytes} bytes of a rank's memory, and a slot "
                 f"has {most}. Start vLLM with --additional-config '{setting}'."
             )
-        views = iter(moved)
+        placed = iter(views)
         return HostDelta(
             block,
             [
                 install._replace(
-                    deltas=[None if delta is None else next(views) for delta in install.deltas]
+                    deltas=[None if delta is None else next(placed) for delta in install.deltas]
                 )
                 for install in installs
             ],
@@ -409,9 +409,9 @@ class DeltaManager:
 
 def _on_host(delta: PartDelta, dtype: torch.dtype) -> PartDelta:
     """What is not encoded, in the model's dtype."""
-    if isinstance(delta, DensePart):
-        return delta
-    return place(delta, torch.device("cpu"), dtype)
+    if isinstance(delta, LowRank | Tensor):
+        return moved(delta, lambda tensor: tensor.to(dtype).contiguous())
+    return delta
 
 
 def _captured_rows(config: VllmConfig) -> int:

@@ -1,14 +1,12 @@
 """A delta's tensors in one block of memory: one copy places all of them in a slot."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from deltadock.inference.model.weight_deltas import EncodedDelta, LowRank, RowsDelta
-from deltadock.kernels.svd_delta import PackedDelta
+from deltadock.inference.model.weight_deltas import mapped
 from deltadock_vllm.many.sharding import DensePart, PartDelta
 
 ALIGNMENT: Final = 128
@@ -18,15 +16,9 @@ ALIGNMENT: Final = 128
 def moved(delta: PartDelta, move: Callable[[Tensor], Tensor]) -> PartDelta:
     """The same delta of tensors that `move` gives; encoded matrices stay in host memory."""
     if isinstance(delta, DensePart):
-        whole: Any = moved(delta.whole, move)
+        whole: Any = mapped(delta.whole, move)
         return delta.moved(whole)
-    if isinstance(delta, PackedDelta):
-        return replace(delta, words=move(delta.words))
-    if isinstance(delta, LowRank):
-        return LowRank(move(delta.u), move(delta.v))
-    if isinstance(delta, RowsDelta):
-        return delta.map(move)
-    return delta if isinstance(delta, EncodedDelta) else move(delta)
+    return mapped(delta, move)
 
 
 def in_block(deltas: Sequence[PartDelta], *, pin: bool) -> tuple[Tensor, list[PartDelta]]:
