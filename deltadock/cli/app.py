@@ -7,7 +7,7 @@ import typer
 
 from deltadock.cli import chat, doctor, fleet, jobs, login, offline, push, registry
 from deltadock.cli.outcome import ReportingGroup
-from deltadock.cli.output import AsJson, age, print_resources, print_table, say
+from deltadock.cli.output import AsJson, age, print_json, print_resources, print_table, say
 from deltadock.cli.server import Url
 from deltadock.version import DOCS, __version__
 
@@ -225,7 +225,7 @@ def demo(
 
 
 @app.command(rich_help_panel=RUNNING)
-def migrate() -> None:
+def migrate(as_json: AsJson = False) -> None:
     """Upgrade the database at DELTADOCK_DATABASE_URL to this version's schema."""
     from deltadock.settings import get_settings
     from deltadock.storage.database import migrate as run
@@ -233,7 +233,11 @@ def migrate() -> None:
 
     url = get_settings().sqlalchemy_url
     revision = run(url)
-    typer.echo(f"{normalise_url(url).render_as_string()} is at revision {revision}.")
+    database = normalise_url(url).render_as_string()
+    if as_json:
+        print_json({"database": database, "revision": revision})
+    else:
+        typer.echo(f"{database} is at revision {revision}.")
 
 
 @app.command(rich_help_panel=RUNNING)
@@ -273,26 +277,34 @@ def export_audit(
 
 
 @app.command(rich_help_panel=RUNNING)
-def backup(file: Annotated[Path, typer.Argument(help="The new file.")], home: Home = None) -> None:
+def backup(
+    file: Annotated[Path, typer.Argument(help="The new file.")],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
     """Write the database to a file; the service may run meanwhile."""
     from deltadock.cli.records import backup as run
 
-    run(home, file)
+    run(home, file, as_json=as_json)
 
 
 @app.command(rich_help_panel=RUNNING)
 def restore(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A backup.")],
     home: Home = None,
+    as_json: AsJson = False,
 ) -> None:
     """Fill an empty database from a backup; exits with 1 if a row lacks its blob."""
     from deltadock.cli.records import restore as run
 
-    if not run(home, file):
+    if not run(home, file, as_json=as_json):
         raise typer.Exit(1)
 
 
 @app.command("version", rich_help_panel=RUNNING)
-def print_version() -> None:
+def print_version(as_json: AsJson = False) -> None:
     """Print the version."""
-    typer.echo(__version__)
+    if as_json:
+        print_json({"version": __version__})
+    else:
+        typer.echo(__version__)

@@ -55,8 +55,17 @@ def _escaped(stop: list[str] | None) -> list[str] | None:
 class Conversation:
     """One talk with a model, by its chat template or, without one, as continued text."""
 
-    def __init__(self, client: "Client", model: str, sampling: "Sampling", *, plain: bool) -> None:
+    def __init__(
+        self,
+        client: "Client",
+        model: str,
+        sampling: "Sampling",
+        *,
+        plain: bool,
+        as_json: bool = False,
+    ) -> None:
         self.plain = plain
+        self._as_json = as_json
         self.sampling = sampling
         self._client = client
         self._model = model
@@ -67,7 +76,7 @@ class Conversation:
         self._messages.clear()
 
     def answer(self, prompt: str) -> "Generated":
-        """Print the answer to a prompt as it is generated; Ctrl-C ends it.
+        """Print the answer to a prompt as it is generated, or whole as JSON; Ctrl-C ends it.
 
         Raises:
             DeltadockError: there is none.
@@ -90,19 +99,24 @@ class Conversation:
     def _print(self, pieces: "Iterable[Generated]") -> "Generated":
         from deltadock.client.resources import Generated
 
-        text, last = "", Generated(text="")
+        text, last, reason = "", Generated(text=""), None
         try:
             for piece in pieces:
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
+                if not self._as_json:
+                    sys.stdout.write(piece.text)
+                    sys.stdout.flush()
                 text += piece.text
-                last = piece
+                last, reason = piece, piece.finish_reason or reason
         except KeyboardInterrupt:
             forget_interrupts()
-            last = Generated(text="", finish_reason="interrupted")
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        return last.model_copy(update={"text": text})
+            reason = "interrupted"
+        answered = last.model_copy(update={"text": text, "finish_reason": reason})
+        if self._as_json:
+            print_resources(answered)
+        else:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        return answered
 
 
 def run(
@@ -119,6 +133,7 @@ def run(
     seed: Seed = None,
     stop: Stop = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tokens per second.")] = False,
+    as_json: AsJson = False,
     url: Url = None,
 ) -> None:
     """Talk to a delta or a base; answers are streamed. A prompt may also come from a pipe."""
@@ -127,11 +142,15 @@ def run(
         "stop": _escaped(stop),
     }  # fmt: skip
     with connect(url) as client:
-        talk = Conversation(client, name, sampling, plain=plain)
+        talk = Conversation(client, name, sampling, plain=plain, as_json=as_json)
         if prompt is None and not sys.stdin.isatty():
             prompt = sys.stdin.read()
             if not prompt.strip():
                 raise InvalidInput("There is no prompt: give one as an argument or through a pipe.")
+        if as_json and prompt is None:
+            raise InvalidInput(
+                "--json is for one prompt: give it as an argument or through a pipe."
+            )
         if prompt is not None:
             _timed(talk, prompt, verbose=verbose)
             return

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from deltadock.api.audit import AuditRecord
+from deltadock.cli.output import print_json
 from deltadock.settings import Settings, settings_in
 from deltadock.storage import backup as files
 from deltadock.storage.actor import COMMAND, acting
@@ -21,21 +22,27 @@ from deltadock.storage.tenancy import EVERY_TENANT
 output: Final = Console(highlight=False, soft_wrap=True)
 
 
-def backup(home: Path | None, path: Path) -> None:
+def backup(home: Path | None, path: Path, *, as_json: bool) -> None:
     """Write the database to a new file."""
     with _database(settings_in(home)) as database:
         rows = files.backup(database, path)
-    output.print(f"Wrote {sum(rows.values())} rows of {len(rows)} tables to {path}.")
+    if as_json:
+        print_json({"file": str(path), "rows": rows})
+    else:
+        output.print(f"Wrote {sum(rows.values())} rows of {len(rows)} tables to {path}.")
 
 
-def restore(home: Path | None, path: Path) -> bool:
+def restore(home: Path | None, path: Path, *, as_json: bool) -> bool:
     """Fill an empty database; returns whether the store has every blob that its rows need."""
     settings = settings_in(home)
     with acting(COMMAND):
         rows = files.restore(settings.sqlalchemy_url, path)
-    output.print(f"Restored {sum(rows.values())} rows of {len(rows)} tables.")
     with _database(settings) as database:
         missing = missing_blobs(database, make_blob_store(settings))
+    if as_json:
+        print_json({"rows": rows, "missing": missing})
+        return not missing
+    output.print(f"Restored {sum(rows.values())} rows of {len(rows)} tables.")
     for digest in missing:
         output.print(f"missing {digest}")
     output.print(f"{len(missing)} blobs are missing in the store.")

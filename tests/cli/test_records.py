@@ -21,8 +21,8 @@ def test_a_registry_moves_to_another_home(deltadock: Command, tmp_path: Path) ->
     database.dispose()
     key = deltadock("keys", "create", "--name", "ci", "--home", old).stdout.strip()
 
-    outcome = deltadock("backup", file, "--home", old)
-    assert (outcome.code, outcome.stdout.startswith("Wrote ")) == (0, True)
+    outcome = deltadock("backup", file, "--home", old, "--json")
+    assert json.loads(outcome.stdout)["rows"]["api_keys"] == 1
     again = deltadock("backup", file, "--home", old)
     assert (again.code, "exists already" in again.stderr) == (1, True)
 

@@ -282,6 +282,7 @@ def test_without_a_chat_template_text_is_continued(
     outcome = call("run", "tiny", "hello")
     assert outcome.stdout == " there\n"
     assert "has no chat template: it continues your text" in outcome.stderr
+    assert json.loads(call("run", "tiny", "hello", "--json").stdout)["text"] == " there"
 
 
 def test_nodes_are_shown(service: Service, call: Callable[..., Outcome], pushed: list[str]) -> None:
