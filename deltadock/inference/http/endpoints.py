@@ -37,6 +37,8 @@ from deltadock.problems import openai_problems, problems
 from deltadock.trust import check_trusted
 
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+DESCRIBED: Final[dict[str, Any]] = {"pattern": f"^{DIGEST.pattern}$"}
+"""Of digests in the description; a refusal says it in words."""
 LOADING: Final = (
     NotFound,
     Conflict,
@@ -62,7 +64,9 @@ def get_node(request: Request) -> InferenceNode:
 NodeDep = Annotated[InferenceNode, Depends(get_node)]
 
 
-def base_header(base: Annotated[str | None, Header(alias=BASE_HEADER)] = None) -> str | None:
+def base_header(
+    base: Annotated[str | None, Header(alias=BASE_HEADER, json_schema_extra=DESCRIBED)] = None,
+) -> str | None:
     """The base's digest, if the request names one."""
     if base is not None and not DIGEST.fullmatch(base):
         raise InvalidInput(f"{BASE_HEADER} must be a SHA-256 digest in lower-case hex.")
@@ -74,7 +78,9 @@ BaseHeader = Annotated[str | None, Depends(base_header)]
 
 def target_header(
     base: BaseHeader,
-    artifact: Annotated[str | None, Header(alias=ARTIFACT_HEADER)] = None,
+    artifact: Annotated[
+        str | None, Header(alias=ARTIFACT_HEADER, json_schema_extra=DESCRIBED)
+    ] = None,
     tenant: Annotated[str | None, Header(alias=TENANT_HEADER)] = None,
 ) -> ModelTarget | None:
     """The weights and the tenant that the headers name, None without headers."""
@@ -88,7 +94,11 @@ def target_header(
 TargetHeader = Annotated[ModelTarget | None, Depends(target_header)]
 
 
-def artifact_digest(digest: Annotated[str, Path(description="The artifact's SHA-256.")]) -> str:
+def artifact_digest(
+    digest: Annotated[
+        str, Path(description="The artifact's SHA-256.", json_schema_extra=DESCRIBED)
+    ],
+) -> str:
     """A delta's artifact digest in the path."""
     if not DIGEST.fullmatch(digest):
         raise InvalidInput(f"{digest!r} is not a SHA-256 digest in lower-case hex.")
