@@ -151,7 +151,7 @@ def signed_in(browser: Browser, url: str, settings: Settings) -> Page:
     """A page in a context of its own, signed in with the first key."""
     database = Database(settings.sqlalchemy_url)
     with database.read_scope() as session:
-        key_id = KeyRepository(session, LOCAL_TENANT).all()[0].id
+        key_id = KeyRepository(session, LOCAL_TENANT).all()[-1].id  # newest first
     database.dispose()
     page = browser.new_context(base_url=url, viewport=WIDE).new_page()
     page.goto(f"/sign-in?token={Sessions(settings).link_token(key_id)}")
