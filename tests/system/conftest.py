@@ -28,9 +28,19 @@ class Stored:
     events: list[dict[str, Any]]
 
 
-@pytest.fixture(scope="session", params=["up", "topology"])
-def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a system started by the `deltadock` command."""
+@dataclass(frozen=True)
+class System:
+    """A running system: where its api is, and the folder with its key."""
+
+    url: str
+    home: Path
+
+
+@pytest.fixture(scope="session", params=["topology"])
+def system(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[System]:
+    """A system started by the `deltadock` command: `topology`, or `up` where a test asks for it."""
     folder = tmp_path_factory.mktemp(request.param)
     api_port, node_port = free_ports(2)
     command = [
@@ -43,15 +53,19 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     environment = os.environ | {"DELTADOCK_DEVICE": "cpu"}
     with Child("deltadock", command, log=log, env=environment, grace=60.0) as child:
         child.wait_until(lambda: "Ctrl-C" in log.read_text(), seconds=180)
-        url = f"http://127.0.0.1:{api_port}"
         # `deltadock up` and `topology` print where their key is.
-        [key] = re.findall(r"^API key +(.+)$", log.read_text(), re.MULTILINE)
+        [key] = map(Path, re.findall(r"^API key +(.+)$", log.read_text(), re.MULTILINE))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DELTADOCK_API_KEY", Path(key).read_text().strip())
-            yield url
+            patch.setenv("DELTADOCK_API_KEY", key.read_text().strip())
+            yield System(f"http://127.0.0.1:{api_port}", key.parent)
         child.stop()
         assert child.poll() == 0, log.read_text()
         assert log.read_text().endswith("Stopped.\n")
+
+
+@pytest.fixture(scope="session")
+def url(system: System) -> str:
+    return system.url
 
 
 @pytest.fixture(scope="session")

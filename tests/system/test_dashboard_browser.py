@@ -396,7 +396,6 @@ def test_uploads_continue_and_become_a_base_and_a_delta(
     expect(page.locator(".answer output").last).to_have_text(" 42", use_inner_text=True)
 
 
-@pytest.mark.parametrize("url", ["up"], indirect=True)
 def test_a_running_system_answers_what_the_browser_pushed(
     url: str, stored: Stored, browser: Browser
 ) -> None:

@@ -9,10 +9,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from typer.testing import CliRunner
 
 from deltadock.artifacts.reader import Artifact
-from deltadock.cli.app import app
 from deltadock.client.http import Client
 
 from .conftest import SAMPLES, Stored
@@ -153,19 +151,6 @@ def test_a_repeated_request_returns_the_same_delta(stored: Stored, client: Clien
     )
     assert again.delta.id == stored.delta["id"]
     assert again.job.state == "ready"
-
-
-def test_the_command_finds_and_asks_the_delta(
-    stored: Stored, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DELTADOCK_API_URL", url)
-    monkeypatch.chdir(tmp_path)
-    prompt = ("maths/skills", "Q: sort d a c b =\nA:", "--temperature", "0", "--stop", r"\n")
-    answered = CliRunner().invoke(app, ["generate", *prompt])
-    assert answered.stdout.split() == ["a", "b", "c", "d"]
-    assert CliRunner().invoke(app, ["pull", "maths/skills", "-o", "a.delta"]).exit_code == 0
-    assert CliRunner().invoke(app, ["verify", "a.delta"]).exit_code == 0
-    assert "maths/skills:1" in CliRunner().invoke(app, ["ps"]).stdout
 
 
 def test_the_dashboard_and_the_openapi_document_are_served(
