@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -106,6 +107,7 @@ def folder(system: System, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     }  # fmt: skip
     save_model(samples / "base", **sizes)
     save_model(samples / "finetuned", noise=0.02, **sizes)
+    shutil.copy(SAMPLES / "finetuned/chat_template.jinja", samples / "finetuned")
     for name in ("calibration.txt", "heldout.txt"):
         (samples / name).write_text((SAMPLES / name).read_text()[:1200])
     adapter = folder / "my-adapter"
