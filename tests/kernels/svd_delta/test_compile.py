@@ -29,8 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp16")])
 @pytest.mark.parametrize(
     ("name", "warps", "registers", "spilled", "shared", "straight", "codes_of", "bounds"),
     # Instructions a code, of planes of 8, 4, 2 and 1 bits, in the loops for bfloat16. At 75 % of
