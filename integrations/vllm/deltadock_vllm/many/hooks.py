@@ -11,6 +11,7 @@ Each is looked for at the start, with the parameters that are relied on.
 
 import asyncio
 import inspect
+import time
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, Final
@@ -31,7 +32,13 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from deltadock.errors import DeltadockError, NotFound
 from deltadock_vllm.many.manager import DeltaManager
-from deltadock_vllm.many.names import DeltaNames, Load, check_sampling, raise_refusal
+from deltadock_vllm.many.names import (
+    POLL_SECONDS,
+    DeltaNames,
+    Load,
+    check_sampling,
+    raise_refusal,
+)
 
 log = init_logger("vllm.deltadock")
 
@@ -203,10 +210,12 @@ def _ensure(engine: Any, request: LoRARequest) -> None:
     key = request.lora_int_id
     if not names.is_loaded(key):
         names.check_path(request.lora_path)
-        states: list[dict[str, str]] = [{}]
-        while any(state.get("state") != "ready" for state in states):
+        while True:
             states = engine.collective_rpc("deltadock_load", args=(key, request.lora_path))
             raise_refusal(states)
+            if all(state["state"] == "ready" for state in states):
+                break
+            time.sleep(POLL_SECONDS)
     names.note_loaded(key)
 
 

@@ -92,9 +92,10 @@ class DeltaNames:
         """
         key = request.lora_int_id
         if key not in self._loaded:
-            while states := await load(key, request.lora_path):
+            while True:
+                states = await load(key, request.lora_path)
                 raise_refusal(states)
-                if all(state.get("state") == "ready" for state in states):
+                if all(state["state"] == "ready" for state in states):
                     break
                 await asyncio.sleep(POLL_SECONDS)
         self.note_loaded(key)
