@@ -9,6 +9,7 @@ makes version 2 the one that the bare name means.
 
 import json
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Final
 
@@ -36,9 +37,13 @@ def main(folder: Path, models: list[str]) -> None:
         base = {"name": "sample", "checkpoint": upload(api, SAMPLES / "base")}
         assert api.client.post("/v1/bases", json=base).is_success
         finetuned = upload(api, SAMPLES / "finetuned")
+        hundredths = count(
+            100
+        )  # no two requests are the same, or the second gets the first's delta
         for model in models:
             name, files = model.split("=")
-            for bits, file in enumerate(files.split(","), 1):
+            for file in files.split(","):
+                bits = next(hundredths) / 100
                 delta = api.delta(name=name, base="sample", checkpoint=finetuned, bits=bits)
                 api.make_ready(delta, Path(file).read_bytes())
         sys.stdout.write(json.dumps({"url": service.url, "key": service.key}) + "\n")

@@ -50,7 +50,7 @@ def test_each_row_of_a_batch_answers_as_its_merged_checkpoint(
 def test_a_bad_delta_or_request_is_refused_and_the_engine_goes_on(
     llm: LLM, deltas: dict[str, Path], expected: dict[str, Answers], tmp_path: Path
 ) -> None:
-    whole = deltas["optimix"].read_bytes()
+    whole = deltas["bitdelta"].read_bytes()
     flipped = bytearray(whole)
     flipped[-1000] ^= 1
     files = {"cut": whole[:-1000], "flipped": bytes(flipped), "empty": b"", "missing": None}
@@ -67,12 +67,12 @@ def test_a_bad_delta_or_request_is_refused_and_the_engine_goes_on(
         )  # fmt: skip
     # A file that is lost after it was loaded, and its delta evicted, is still served.
     copy = tmp_path / "copy.delta"
-    copy.write_bytes(deltas["lora"].read_bytes())
+    copy.write_bytes(deltas["optimix"].read_bytes())
     lost = LoRARequest("copy", 20, str(copy))
-    assert answers(llm, PROMPTS[:8], lora_request=lost) == expected["lora"][:8]
+    assert answers(llm, PROMPTS[:8], lora_request=lost) == expected["optimix"][:8]
     copy.unlink()
     mixed(llm, deltas, 2)
-    assert answers(llm, PROMPTS[:8], lora_request=lost) == expected["lora"][:8]
+    assert answers(llm, PROMPTS[:8], lora_request=lost) == expected["optimix"][:8]
 
 
 def test_tensor_parallel_ranks_have_their_parts_of_each_delta(

@@ -121,6 +121,7 @@ def test_rows_have_their_own_weights_biases_embeddings_and_norms() -> None:
     rows.tokens.assign([0, 1, 2, 1])
     one = packed()
     replaced = torch.randn(H_OUT, H_IN)
+    low = LowRank(torch.randn(H_OUT, 3), torch.randn(3, H_IN))
     site.install(1, [LinearDelta(one.with_bias(torch.ones(H_OUT)), None)])
     site.install(2, [LinearDelta(replaced, torch.full((H_OUT,), 2.0))])
     x = torch.randn(5, H_IN)  # the last row is padding
@@ -131,6 +132,11 @@ def test_rows_have_their_own_weights_biases_embeddings_and_norms() -> None:
     expected = base[[1, 3]] + x[[1, 3]] @ reference.dense(one).T + 1
     assert torch.allclose(y[[1, 3]], expected, atol=1e-2, rtol=1e-3)
     assert torch.allclose(y[2], replaced @ x[2] + bias + 2, atol=1e-4)
+    site.remove(1)
+    site.install(1, [LinearDelta(low, None)])
+    y = base.clone()
+    site.add(y, x)
+    assert torch.allclose(y[[1, 3]], base[[1, 3]] + x[[1, 3]] @ (low.u @ low.v).T, atol=1e-4)
     site.remove(1)
     site.remove(2)
     y = base.clone()
