@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deltadock.cli import chat, doctor, fleet, jobs, login, offline, push, registry
-from deltadock.cli.outcome import ReportingGroup
+from deltadock.cli.outcome import ReportingGroup, on_interrupt
 from deltadock.cli.output import AsJson, age, print_json, print_resources, print_table, say
 from deltadock.cli.server import Url
 from deltadock.version import DOCS, __version__
@@ -221,7 +221,8 @@ def demo(
     """Compress the sample fine-tune and compare it with its delta over HTTP."""
     from deltadock.cli.demo import demo as run
 
-    run(host, api_port, node_port)
+    with on_interrupt("The demo's processes have ended, and its data is removed."):
+        run(host, api_port, node_port)
 
 
 @app.command(rich_help_panel=RUNNING)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deltadock.cli.processes import HOST, Child, free_ports
+from deltadock.cli.processes import HOST, Child, check_ports, free_ports
 from deltadock.cli.readiness import api_url, is_ready
 from deltadock.client.http import Client
 from deltadock.client.progress import job_bar
@@ -82,6 +82,7 @@ def _running_system(
     """Run `deltadock up` in a temporary folder; yields its URL and API key."""
     free = free_ports(2)
     api_port, node_port = api_port or free[0], node_port or free[1]
+    check_ports(api_port, node_port)  # else another Deltadock would answer
     url = api_url(host, api_port)
     with tempfile.TemporaryDirectory(prefix="deltadock-demo-") as name:
         home = Path(name)
@@ -94,9 +95,13 @@ def _running_system(
         with Child("deltadock up", command, log=home / "up.log", grace=30.0) as system:
             # The worker and the node may still be starting: jobs wait for the worker, and the node
             # is up long before the first compression ends.
-            with httpx.Client(base_url=url, timeout=5.0) as http:
-                system.wait_until(lambda: is_ready(http), seconds=120)
-            yield url, local_key_path(home).read_text(encoding="utf-8").strip()
+            try:
+                with httpx.Client(base_url=url, timeout=5.0) as http:
+                    system.wait_until(lambda: is_ready(http), seconds=120)
+                yield url, local_key_path(home).read_text(encoding="utf-8").strip()
+            except KeyboardInterrupt:
+                console.print("\nStopping ...")  # takes seconds
+                raise
 
 
 def _make_key(home: Path) -> str:

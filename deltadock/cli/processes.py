@@ -23,7 +23,7 @@ from typing import Final, Self
 
 from deltadock.cli import watchdog
 from deltadock.cli.interrupts import was_interrupted
-from deltadock.errors import Unavailable
+from deltadock.errors import InvalidInput, Unavailable
 
 HOST: Final = "127.0.0.1"
 POLL_SECONDS: Final = 0.1
@@ -233,6 +233,25 @@ def port_is_free(port: int, host: str = HOST) -> bool:
         except OSError:
             return False
         return True
+
+
+def check_ports(api_port: int, node_port: int) -> None:
+    """Check that both ports are free.
+
+    Raises:
+        InvalidInput: they are the same.
+        Unavailable: a port is in use.
+    """
+    if api_port == node_port:
+        raise InvalidInput(
+            f"Api and node cannot both have port {api_port}: choose another --node-port."
+        )
+    for option, port in (("--api-port", api_port), ("--node-port", node_port)):
+        if not port_is_free(port):
+            raise Unavailable(
+                f"Port {port} is in use, perhaps by another Deltadock. "
+                f"Stop that process or choose another port with {option}."
+            )
 
 
 def free_ports(count: int) -> list[int]:

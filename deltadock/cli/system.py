@@ -23,11 +23,11 @@ from rich.console import Console
 
 from deltadock.api.access.sessions import Sessions
 from deltadock.cli.keys import ensure_local_key, has_made_key
-from deltadock.cli.processes import HOST, Child, port_is_free, stop_on_signals
+from deltadock.cli.processes import HOST, Child, check_ports, stop_on_signals
 from deltadock.cli.readiness import api_url, has_node, is_ready
 from deltadock.cli.services import postgres, seaweedfs, valkey
 from deltadock.client.connection import local_url_path
-from deltadock.errors import Conflict, Forbidden, Unavailable
+from deltadock.errors import Conflict, Forbidden
 from deltadock.settings import Settings, get_settings
 from deltadock.storage.api_keys import key_secret, local_key_path
 from deltadock.storage.database import migrate
@@ -37,20 +37,6 @@ SECRET_FILE: Final = "node.secret"
 """File in the home that holds the shared secret of api and nodes."""
 MAX_RESTARTS: Final = 3
 RESTART_WINDOW_SECONDS: Final = 60.0
-
-
-def check_ports(api_port: int, node_port: int) -> None:
-    """Check that both ports are free.
-
-    Raises:
-        Unavailable: a port is in use.
-    """
-    for option, port in (("--api-port", api_port), ("--node-port", node_port)):
-        if not port_is_free(port):
-            raise Unavailable(
-                f"Port {port} is in use, perhaps by another Deltadock. "
-                f"Stop that process or choose another port with {option}."
-            )
 
 
 def node_secret(home: Path) -> str:

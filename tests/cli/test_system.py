@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 from contextlib import suppress
@@ -12,10 +13,11 @@ import pytest
 from celery import Celery
 from rich.console import Console
 
+from deltadock.cli.demo import demo
 from deltadock.cli.interrupts import forget_interrupts, note_interrupts
 from deltadock.cli.processes import Child, stop_on_signals
 from deltadock.cli.system import MAX_RESTARTS, keep_running, worker_command
-from deltadock.errors import Unavailable
+from deltadock.errors import InvalidInput, Unavailable
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
 from tests.cli.support import Command, Outcome
@@ -30,6 +32,15 @@ def test_a_child_that_keeps_exiting_stops_the_system(tmp_path: Path) -> None:
         keep_running([child], threading.Event(), Console(file=shown))
     assert shown.getvalue().count("restarting it") == MAX_RESTARTS
     assert str(caught.value.details["log_tail"]).endswith("why\n")
+
+
+def test_the_demo_refuses_the_ports_of_another_deltadock() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        with pytest.raises(Unavailable, match=f"Port {port} is in use"):
+            demo(api_port=port)
+        with pytest.raises(InvalidInput, match="cannot both"):
+            demo(api_port=port, node_port=port)
 
 
 def test_a_stop_request_ends_supervision(tmp_path: Path) -> None:
