@@ -80,7 +80,7 @@ def _equal_widths(costs: Callable[[RankProfile], Tensor]) -> Callable[[RankProfi
 
 def _no_sign(losses: Tensor) -> Tensor:
     losses = losses.clone()
-    losses[:, 0] = 1.0
+    losses[..., 0] = 1.0
     return losses
 
 

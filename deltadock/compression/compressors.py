@@ -1,8 +1,8 @@
 """Apply a method to the matrices of a model, under a per-matrix or a global bit budget."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +14,18 @@ from deltadock.compression.methods.base import (
     MatrixResult,
     MatrixTask,
     Prepared,
+    stacked,
 )
 from deltadock.compression.numerics.global_allocation import RankProfile, RankWidths, allocate
-from deltadock.compression.numerics.metric import Metric, damped, weighted_error
+from deltadock.compression.numerics.metric import Metric, damped, weighted_errors
 from deltadock.compression.options import Solver, rank_budget
 from deltadock.compression.report import MatrixReport, ProgressReporter
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.statistics import DeltaMatrix, Statistics
 from deltadock.errors import BitsOutOfRange
+
+BATCH_ELEMENTS: Final = {"cpu": 1 << 22, "cuda": 1 << 29}
+"""Elements of deltas and moments in one batch of optimix, of which several copies are made."""
 
 
 class Compressor(Protocol):
@@ -134,16 +138,27 @@ class GlobalCompressor:
         progress = progress or ProgressReporter()
         self._profiles: dict[str, RankProfile] = {}
         self._widths: dict[str, RankWidths] = {}
-        self._weights = 0
         self._gap = 0.0
-        matrices = statistics.matrices
-        for position, matrix in enumerate(matrices):
-            message = f"spectrum {position + 1} of {len(matrices)}"
-            progress.report("calibrating", 2, 3, message, within=position / len(matrices))
-            delta = pair.delta(matrix.ref, device)
-            self._weights += delta.numel()
-            if delta.any():
-                self._profile(matrix, delta)
+        matrices = [matrix for matrix in statistics.matrices if pair.weights(matrix.ref)]
+        self._weights = sum(pair.weights(matrix.ref) for matrix in matrices)
+        done = 0
+        for group in self._groups(matrices):
+            message = f"spectrum {done + 1} of {len(matrices)}"
+            progress.report("calibrating", 2, 3, message, within=done / len(matrices))
+            self._profile(group, [pair.delta(matrix.ref, device) for matrix in group])
+            done += len(group)
+
+    def _groups(self, matrices: Sequence[DeltaMatrix]) -> Iterator[list[DeltaMatrix]]:
+        """Matrices of equal shapes and roles, so many as are decomposed in one batch of calls."""
+        by_shape: dict[tuple[Any, ...], list[DeltaMatrix]] = {}
+        for matrix in matrices:
+            by_shape.setdefault((*self._pair.shape(matrix.ref), matrix.role), []).append(matrix)
+        for (h_out, h_in, role), group in by_shape.items():
+            # The output moment of a head or embedding is diagonal.
+            elements = h_out * h_in + h_in**2 + (h_out**2 if role == "linear" else 0)
+            count = max(1, BATCH_ELEMENTS[self._device.type] // elements)
+            for start in range(0, len(group), count):
+                yield group[start : start + count]
 
     @property
     def least_bits(self) -> float:
@@ -152,19 +167,23 @@ class GlobalCompressor:
         # One bit more, so that rounding cannot bring it below the overhead.
         return (overhead + 1) / self._weights if overhead else 0.0
 
-    def _metrics(self, matrix: DeltaMatrix, rows: int) -> tuple[Metric, Metric]:
+    def _metrics(self, matrices: Sequence[DeltaMatrix], rows: int) -> tuple[Metric, Metric]:
         """B and A; B without a vocabulary's added rows, which are stored exactly."""
-        outputs = self._statistics.outputs(matrix.ref.key, self._device)
-        outputs = outputs[:rows] if outputs.ndim == 1 else outputs
-        inputs = self._statistics.inputs(matrix.ref.key, self._device)
-        return Metric.of(outputs), Metric.of(inputs)
+        keys = [matrix.ref.key for matrix in matrices]
+        outputs = [self._statistics.outputs(key, self._device) for key in keys]
+        outputs = [one[:rows] if one.ndim == 1 else one for one in outputs]
+        inputs = [self._statistics.inputs(key, self._device) for key in keys]
+        return Metric.of(stacked(outputs)), Metric.of(stacked(inputs))
 
-    def _profile(self, matrix: DeltaMatrix, delta: Tensor) -> None:
-        key = matrix.ref.key
-        decomposed, profile = optimix.profile(delta, *self._metrics(matrix, len(delta)))
-        for name, tensor in decomposed.tensors().items():
-            self._scratch.put(f"{name} {key}", tensor)
-        self._profiles[key] = profile
+    def _profile(self, matrices: Sequence[DeltaMatrix], deltas: Sequence[Tensor]) -> None:
+        whole = stacked(deltas)
+        changed = whole.flatten(1).any(1).tolist()
+        made = optimix.profile(whole, *self._metrics(matrices, whole.shape[1]))
+        for matrix, different, (decomposed, profile) in zip(matrices, changed, made, strict=True):
+            if different:
+                for name, tensor in decomposed.tensors().items():
+                    self._scratch.put(f"{name} {matrix.ref.key}", tensor)
+                self._profiles[matrix.ref.key] = profile
 
     def set_budget(self, bits: float | None) -> None:
         assert bits is not None, "a global budget needs bits"
@@ -180,32 +199,42 @@ class GlobalCompressor:
     def compress(
         self, matrices: Sequence[DeltaMatrix], deltas: Sequence[Tensor]
     ) -> list[MatrixResult | None]:
-        return [
-            self._compress(matrix, delta) for matrix, delta in zip(matrices, deltas, strict=True)
-        ]
+        given = {matrix.ref.key: delta for matrix, delta in zip(matrices, deltas, strict=True)}
+        made: dict[str, MatrixResult] = {}
+        for group in self._groups(matrices):
+            keys = [matrix.ref.key for matrix in group]
+            made |= zip(keys, self._compress(group, [given[key] for key in keys]), strict=True)
+        return [made[matrix.ref.key] for matrix in matrices]
 
-    def _compress(self, matrix: DeltaMatrix, delta: Tensor) -> MatrixResult:
-        key, scratch = matrix.ref.key, self._scratch
-        stored = {
-            name: scratch.get(f"{name} {key}", self._device)
-            for name in optimix.STORED
-            if f"{name} {key}" in scratch
-        }
-        rows, columns = self._metrics(matrix, len(delta))
-        result = optimix.compress(
-            delta,
-            optimix.DecomposedMatrix.from_tensors(stored),
-            self._widths[key],
+    def _compress(
+        self, matrices: Sequence[DeltaMatrix], deltas: Sequence[Tensor]
+    ) -> list[MatrixResult]:
+        whole, entries = stacked(deltas), self._pair.finetuned.entries
+        rows, columns = self._metrics(matrices, whole.shape[1])
+        results = optimix.compress(
+            whole,
+            [self._decomposed(matrix.ref.key) for matrix in matrices],
+            [self._widths[matrix.ref.key] for matrix in matrices],
             rows,
             columns,
-            self._pair.finetuned.entries[matrix.ref.name].dtype,
+            [entries[matrix.ref.name].dtype for matrix in matrices],
         )
-        result.notes["gap"] = self._gap
-        if matrix.role == "embedding":
-            residual = (delta - result.approximation).double()
-            whole = weighted_error(delta.double(), rows, columns)
-            result.notes["error"] = weighted_error(residual, rows, columns) / whole
-        return result
+        for result in results:
+            result.notes["gap"] = self._gap
+        if matrices[0].role == "embedding":
+            residuals = whole - stacked([result.approximation for result in results])
+            left, total = (weighted_errors(x.double(), rows, columns) for x in (residuals, whole))
+            for result, error in zip(results, (left / total).tolist(), strict=True):
+                result.notes["error"] = error
+        return results
+
+    def _decomposed(self, key: str) -> optimix.DecomposedMatrix:
+        stored = {
+            name: self._scratch.get(f"{name} {key}", self._device)
+            for name in optimix.STORED
+            if f"{name} {key}" in self._scratch
+        }
+        return optimix.DecomposedMatrix.from_tensors(stored)
 
 
 def report_matrix(

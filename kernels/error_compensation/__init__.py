@@ -65,18 +65,14 @@ def round_block(rows: Tensor, codes: Tensor, factor: Tensor, zero: Tensor, top: 
 
         triton.round_block(rows, codes, factor, zero, top)
         return
-    for problem in zip(rows, codes, factor, zero, top, strict=True):
-        _round_block(*problem)
-
-
-def _round_block(rows: Tensor, codes: Tensor, factor: Tensor, zero: Tensor, top: Tensor) -> None:
-    diagonal = factor.diagonal().tolist()
-    for j, row in enumerate(rows):
-        code = torch.add(row, zero[j]).add_(0.5).floor_().clamp_min_(0)
-        torch.minimum(code, top[j], out=code)
-        codes[j].copy_(code)
-        row.sub_(code).add_(zero[j]).div_(diagonal[j])
-        rows[j + 1 :].addr_(factor[j, j + 1 :], row, alpha=-1)
+    diagonal = factor.diagonal(dim1=1, dim2=2)[:, :, None]
+    for j in range(rows.shape[1]):
+        row = rows[:, j]
+        code = torch.add(row, zero[:, j]).add_(0.5).floor_().clamp_min_(0)
+        torch.minimum(code, top[:, j], out=code)
+        codes[:, j].copy_(code)
+        row.sub_(code).add_(zero[:, j]).div_(diagonal[:, j])
+        rows[:, j + 1 :].addcmul_(factor[:, j, j + 1 :, None], row[:, None], value=-1)
 
 
 def _check(values: Tensor, factor: Tensor, zero: Tensor, top: Tensor) -> None:

@@ -44,11 +44,13 @@ class Prepared:
         self.encoded: dict[str, Encoded] = {}
         for matrix in changed_matrices(self.pair, self.model, with_embedding=True):
             delta = self.pair.delta(matrix.ref)
-            rows, columns = (Metric.of(torch.ones(n)) for n in delta.shape)
-            prepared, profile = optimix.profile(delta, rows, columns)
+            rows, columns = (Metric.of(torch.ones(1, n)) for n in delta.shape)
+            ((prepared, profile),) = optimix.profile(delta[None], rows, columns)
             count = len(profile.s)
             widths = RankWidths(torch.arange(count), *(torch.full((count,), w) for w in (1, 2)))
-            made = optimix.compress(delta, prepared, widths, rows, columns, "BF16").encoded
+            made = optimix.compress(delta[None], [prepared], [widths], rows, columns, ["BF16"])[
+                0
+            ].encoded
             made.segments["s"] = (1.1 * made.segments["s"]).astype(np.float16)
             self.encoded[matrix.ref.name] = made
         others, _ = encode_remaining(

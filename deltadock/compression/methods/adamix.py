@@ -16,18 +16,19 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from deltadock.compression.methods.base import (
     MatrixResult,
     MatrixTask,
     Prepared,
+    fill,
     stacked,
     svd_result,
 )
 from deltadock.compression.numerics.allocation import WIDTHS, allocate
 from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import Codes, quantize_columns, quantize_rows
+from deltadock.compression.numerics.metric import mean_of_used
 from deltadock.compression.options import rank_budget
 
 F_MAX: Final = 4
@@ -47,8 +48,8 @@ class AdaMix:
     def prepare(self, tasks: Sequence[MatrixTask], ranks: int) -> list[Prepared]:
         decomposed = decompose(stacked([task.delta for task in tasks]), ranks)
         k = max(len(one.s) for one in decomposed)
-        v = stacked([_fill(one.v, k) for one in decomposed])
-        s = stacked([_fill(one.s, k) for one in decomposed])
+        v = stacked([fill(one.v, k) for one in decomposed])
+        s = stacked([fill(one.s, k) for one in decomposed])
         moments = stacked([task.moment for task in tasks])
         widths = torch.tensor(CANDIDATES).repeat_interleave(k).expand(len(tasks), -1)
         simulated, damping = quantize_rows(v.repeat(1, len(CANDIDATES), 1), widths, moments)
@@ -77,13 +78,13 @@ class AdaMix:
         # Ranks of zeros fill up the matrices that keep fewer.
         most = max(1, *(len(one.bits) for one in chosen))
         v_hat = Codes(
-            stacked([_fill(one.v.codes, most) for one in chosen]),
-            stacked([_fill(one.v.scale, most) for one in chosen]),
-            stacked([_fill(one.v.zero, most) for one in chosen]),
+            stacked([fill(one.v.codes, most) for one in chosen]),
+            stacked([fill(one.v.scale, most) for one in chosen]),
+            stacked([fill(one.v.zero, most) for one in chosen]),
         )
-        s = stacked([_fill(one.s, most) for one in chosen])
-        left = stacked([_fill(one.u.t(), most).t() for one in chosen])
-        bits = stacked([_fill(one.bits, most) for one in chosen]).clamp_min(1)
+        s = stacked([fill(one.s, most) for one in chosen])
+        left = stacked([fill(one.u.t(), most).t() for one in chosen])
+        bits = stacked([fill(one.bits, most) for one in chosen]).clamp_min(1)
         corrected, hessians, fallbacks = refit_left_factors(
             stacked([task.delta for task in tasks]),
             left,
@@ -129,11 +130,6 @@ def _choose(task: MatrixTask, prepared: Prepared) -> _Chosen:
     index = number.to(task.delta.device), kept.to(task.delta.device)
     v = Codes(tensors["codes"], tensors["scale"], tensors["zero"])[index]
     return _Chosen(tensors["u"][:, index[1]], tensors["s"][index[1]], v, bits, allocation.gap)
-
-
-def _fill(rows: Tensor, count: int) -> Tensor:
-    """Add zeros to (r, ...) up to `count` rows."""
-    return F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, count - len(rows)))
 
 
 def simulated_errors(v: Tensor, s: Tensor, simulated: Codes, moments: Tensor) -> Tensor:
@@ -182,16 +178,14 @@ def refit_left_factors(
     hessians = (hessians + hessians.mT) / 2
     targets = deltas.double() @ weighted.mT
     diagonal = hessians.diagonal(dim1=1, dim2=2)
-    used = diagonal > 0
-    mean = diagonal.sum(1) / used.sum(1).clamp_min(1)
-    mean = mean.clamp_min(torch.finfo(torch.float64).tiny)
-    diagonal += torch.where(diagonal == 0, mean[:, None], 0.0)
+    mean = mean_of_used(diagonal)
+    diagonal += torch.where(diagonal == 0, mean, 0.0)
     corrected = torch.empty(left.shape, device=left.device)
     fallbacks: list[str | None] = [None] * len(hessians)
     left_over = torch.arange(len(hessians), device=left.device)
 
     def ridged(strength: float) -> tuple[Tensor, Tensor]:
-        ridge = strength * mean[left_over, None]
+        ridge = strength * mean[left_over]
         system = hessians[left_over]
         system.diagonal(dim1=1, dim2=2).add_(ridge)
         return system, targets[left_over] + ridge[:, None] * left[left_over].double()
@@ -207,7 +201,7 @@ def refit_left_factors(
         corrected[left_over[~failed]] = solved[~failed]
         left_over = left_over[failed]
     values, vectors = torch.linalg.eigh(hessians[left_over])
-    ridge = RIDGES[-1] * mean[left_over, None]
+    ridge = RIDGES[-1] * mean[left_over]
     scaled = vectors / (values.clamp_min(0) + ridge)[:, None]
     corrected[left_over] = (target @ (scaled @ vectors.mT)).float()
     for number in left_over.tolist():

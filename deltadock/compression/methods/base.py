@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from deltadock.artifacts.encodings import (
     FACTORED_ENCODINGS,
@@ -100,11 +101,13 @@ def compress_matrices(method: MatrixMethod, tasks: Sequence[MatrixTask]) -> list
     return method.compress(tasks, method.prepare(tasks, ranks))
 
 
-class OneByOne:
-    """A method that decomposes nothing, as a function of one matrix."""
+class Direct:
+    """A method that decomposes nothing, as a function of matrices of equal shapes."""
 
-    def __init__(self, compress_matrix: Callable[[MatrixTask], MatrixResult]) -> None:
-        self._compress_matrix = compress_matrix
+    def __init__(
+        self, compress_tasks: Callable[[Sequence[MatrixTask]], list[MatrixResult]]
+    ) -> None:
+        self._compress_tasks = compress_tasks
 
     def ranks(self, _bits: float, _h_out: int, _h_in: int) -> int:
         return 0
@@ -115,7 +118,7 @@ class OneByOne:
     def compress(
         self, tasks: Sequence[MatrixTask], _prepared: Sequence[Prepared]
     ) -> list[MatrixResult]:
-        return [self._compress_matrix(task) for task in tasks]
+        return self._compress_tasks(tasks)
 
 
 def prepare_svd(tasks: Sequence[MatrixTask], ranks: int) -> list[Prepared]:
@@ -129,6 +132,11 @@ def prepare_svd(tasks: Sequence[MatrixTask], ranks: int) -> list[Prepared]:
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors with a new first dimension; a single one is not copied."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def fill(rows: Tensor, count: int) -> Tensor:
+    """Add zeros to (r, ...) up to `count` rows."""
+    return F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, count - len(rows)))
 
 
 def decoded_delta(encoded: Encoded, device: torch.device) -> Tensor:

@@ -6,18 +6,27 @@ counts as positive; the scale is the mean magnitude, which minimizes the squared
 also trains embeddings and norms, and skips biases: here they are stored as with any method.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from deltadock.artifacts.encodings import encode_rows
-from deltadock.compression.methods.base import MatrixResult, MatrixTask, matrix_result
+from deltadock.compression.methods.base import MatrixResult, MatrixTask, matrix_result, stacked
 
 
-def compress_matrix(task: MatrixTask) -> MatrixResult:
-    """Compress one linear layer's delta; the moment is not used."""
-    codes = (task.delta >= 0).to(torch.uint8).cpu().numpy()
-    mean = float(task.delta.double().abs().mean())
+def compress(tasks: Sequence[MatrixTask]) -> list[MatrixResult]:
+    """Compress linear layers' deltas; the moments are not used."""
+    deltas = stacked([task.delta for task in tasks])
     # Codes 0 and 1 stand for -1/2 and 1/2.
-    scale = np.array([2 * mean], np.float32)
-    encoded = encode_rows(codes, np.ones(len(codes), np.int64), scale, task.dtype)
-    return matrix_result(encoded, device=task.delta.device, widths={"1": len(codes)})
+    scales = 2 * deltas.abs().mean((1, 2), dtype=torch.float64)
+    signs = (deltas >= 0).to(torch.uint8)
+    widths = np.ones(deltas.shape[1], np.int64)
+    return [
+        matrix_result(
+            encode_rows(codes, widths, np.array([scale], np.float32), task.dtype),
+            device=deltas.device,
+            widths={"1": len(codes)},
+        )
+        for task, codes, scale in zip(tasks, signs.cpu().numpy(), scales.tolist(), strict=True)
+    ]

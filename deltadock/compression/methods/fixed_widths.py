@@ -11,6 +11,7 @@ Top-k: 8 bits for the k leading ranks, 2 for the others, the heuristic baselines
 paper (arXiv 2506.11087, section 4.3) with k = 2 and 32.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -21,10 +22,13 @@ from deltadock.compression.methods.base import (
     MatrixResult,
     MatrixTask,
     Prepared,
+    fill,
     prepare_svd,
+    stacked,
     svd_result,
 )
 from deltadock.compression.numerics.gptq import Codes, quantize_columns, quantize_rows
+from deltadock.compression.numerics.metric import mean_of_used
 from deltadock.compression.options import rank_budget
 
 DELTA_COME: Final = ((8, 2), (3, 32))
@@ -50,8 +54,49 @@ class FixedWidths:
     def compress(
         self, tasks: Sequence[MatrixTask], prepared: Sequence[Prepared]
     ) -> list[MatrixResult]:
+        """Quantize V by GPTQ under the inputs' moment, then U under the moment of its own inputs.
+
+        Each width's ranks are quantized separately and towards themselves: nothing corrects U for
+        V's quantization error.
+        """
+        widths = fixed_widths(rank_budget(tasks[0].bits, *tasks[0].delta.shape), self.leading)
+        kept = [min(len(widths), len(one.tensors["s"])) for one in prepared]
+        most, b = max(kept), len(tasks)
+        # Ranks of zeros fill up the matrices that have fewer.
+        u = stacked([fill(one.tensors["u"][:, :most].t(), most).t() for one in prepared])
+        s = stacked([fill(one.tensors["s"][:most], most) for one in prepared])
+        v = stacked([fill(one.tensors["v"][:most], most) for one in prepared])
+        bits = torch.tensor(widths[:most], dtype=torch.long)
+        moments = stacked([task.moment for task in tasks])
+        v_hat, damping = quantize_rows(v, bits.expand(b, -1), moments)
+        right = (s[:, :, None] * v_hat.decode()).double()
+        hessians = right @ moments @ right.mT
+        diagonal = hessians.diagonal(dim1=1, dim2=2)
+        diagonal += torch.where(diagonal == 0, mean_of_used(diagonal), 0.0)
+        codes = torch.empty((b, most, u.shape[1]), dtype=torch.uint8, device=u.device)
+        scale, zero = torch.empty((2, b, most), device=u.device)
+        begin = 0
+        # Widths come in runs, by falling singular value.
+        for width, count in Counter(widths[:most]).items():
+            of = slice(begin, begin + count)
+            begin += count
+            part, part_damping = quantize_columns(
+                u[:, :, of], torch.full((b, count), width), hessians[:, of, of]
+            )
+            codes[:, of], scale[:, of], zero[:, of] = part.codes, part.scale, part.zero
+            damping = [max(pair) for pair in zip(damping, part_damping, strict=True)]
+        u_hat = Codes(codes, scale, zero)
         return [
-            _compress(task, one, self.leading) for task, one in zip(tasks, prepared, strict=True)
+            svd_result(
+                task,
+                u_hat[number, :count],
+                s[number, :count],
+                v_hat[number, :count],
+                bits[:count],
+                damping=damping[number],
+                fallbacks=[prepared[number].fallback],
+            )
+            for number, (task, count) in enumerate(zip(tasks, kept, strict=True))
         ]
 
 
@@ -67,36 +112,3 @@ def fixed_widths(budget: int, leading: Sequence[tuple[int, int]], rest: int = RE
     for width, most in [*leading, (rest, budget)]:
         widths += [width] * min(most, (budget - sum(widths)) // width)
     return widths
-
-
-def _compress(
-    task: MatrixTask, prepared: Prepared, leading: Sequence[tuple[int, int]]
-) -> MatrixResult:
-    """Quantize V by GPTQ under the inputs' moment, then U under the moment of its own inputs.
-
-    Each width's ranks are quantized separately and towards themselves: nothing corrects U for
-    V's quantization error.
-    """
-    h_out, h_in = task.delta.shape
-    widths = fixed_widths(rank_budget(task.bits, h_out, h_in), leading)
-    u, s, v = (prepared.tensors[name] for name in ("u", "s", "v"))
-    kept = min(len(widths), len(s))
-    u, s, v = u[:, :kept], s[:kept], v[:kept]
-    bits = torch.tensor(widths[:kept], dtype=torch.long)
-    v_hat, damping = quantize_rows(v[None], bits[None], task.moment[None])
-    right = (s[:, None] * v_hat.decode()[0]).double()
-    hessian = right @ task.moment @ right.t()
-    scale, zero = torch.empty((2, kept), device=u.device)
-    u_hat = Codes(torch.empty((kept, h_out), dtype=torch.uint8, device=u.device), scale, zero)
-    for width in sorted(set(bits.tolist())):
-        (of,) = torch.nonzero((bits == width).to(u.device), as_tuple=True)
-        part, part_damping = quantize_columns(
-            u[None, :, of], bits[None, bits == width], hessian[of][None, :, of]
-        )
-        u_hat.codes[of], u_hat.scale[of], u_hat.zero[of] = (
-            part.codes[0], part.scale[0], part.zero[0]
-        )  # fmt: skip
-        damping += part_damping
-    return svd_result(
-        task, u_hat, s, v_hat[0,], bits, damping=max(damping), fallbacks=[prepared.fallback]
-    )

@@ -1,7 +1,7 @@
 """Optimix: the ranks of all matrices compete for one bit budget by their cost in nats per token.
 
 Deltadock's own method (docs/optimix.md):
-1. `profile`: the delta's weighted SVD under both metrics (see `numerics.two_sided`), and the loss
+1. `profile`: the deltas' weighted SVD under both metrics (see `numerics.two_sided`), and the loss
    of each rank at each width of U and of V.
 2. `numerics.global_allocation.allocate` chooses the widths of every rank of every matrix.
 3. `compress`: codes of 1 to 8 bits on symmetric grids without zero points, U and V alternately
@@ -10,7 +10,7 @@ The scales are trained end to end afterwards (`deltadock.compression.distillatio
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -19,11 +19,17 @@ import torch
 from torch import Tensor
 
 from deltadock.artifacts.encodings import SvdMatrix, Vectors, encode_svd
-from deltadock.compression.methods.base import MatrixResult, decoded_delta, sample_spectrum
+from deltadock.compression.methods.base import (
+    MatrixResult,
+    decoded_delta,
+    fill,
+    sample_spectrum,
+    stacked,
+)
 from deltadock.compression.numerics.global_allocation import RankProfile, RankWidths
 from deltadock.compression.numerics.metric import Metric
-from deltadock.compression.numerics.midrise import MidriseCodes
 from deltadock.compression.numerics.two_sided import (
+    TINY,
     Side,
     Spectrum,
     quantize_factors,
@@ -36,40 +42,45 @@ DROPPED: Final = "the budget gives it no rank, so its delta is dropped"
 SCALED_RANKS: Final = 400
 """Rank-bits at one bit per weight from which row and column scales reduce the error."""
 
-
 STORED: Final = ("u", "s", "v", "row_scale", "column_scale")
 
 
 @dataclass(frozen=True, slots=True)
 class DecomposedMatrix:
-    """A matrix that can be quantized at any widths: its spectrum, and its sides' scales if any."""
+    """A matrix that can be quantized at any widths.
 
-    spectrum: Spectrum
+    Attributes:
+        u, s, v: its r ranks, (r, h_out), (r,) and (r, h_in), see `Spectrum`.
+        row_scale, column_scale: (h_out,) and (h_in,), if it has them.
+    """
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
     row_scale: Tensor | None
     column_scale: Tensor | None
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the names of `STORED`, vectors in float32."""
-        values = (
-            self.spectrum.u.float(), self.spectrum.s, self.spectrum.v.float(),
-            self.row_scale, self.column_scale,
-        )  # fmt: skip
+        values = self.u.float(), self.s, self.v.float(), self.row_scale, self.column_scale
         return {k: v for k, v in zip(STORED, values, strict=True) if v is not None}
 
     @classmethod
     def from_tensors(cls, stored: Mapping[str, Tensor]) -> Self:
         """Restore from the result of `tensors`."""
-        spectrum = Spectrum(stored["u"].double(), stored["s"], stored["v"].double())
-        return cls(spectrum, stored.get("row_scale"), stored.get("column_scale"))
+        scales = stored.get("row_scale"), stored.get("column_scale")
+        return cls(stored["u"].double(), stored["s"], stored["v"].double(), *scales)
 
 
-def profile(delta: Tensor, rows: Metric, columns: Metric) -> tuple[DecomposedMatrix, RankProfile]:
-    """Decompose a delta (h_out, h_in) under B (`rows`) and A (`columns`), and profile its ranks."""
-    spectrum = weighted_svd(delta, rows, columns)
+def profile(
+    deltas: Tensor, rows: Metric, columns: Metric
+) -> list[tuple[DecomposedMatrix, RankProfile]]:
+    """Decompose deltas (b, h_out, h_in) under B (`rows`) and A (`columns`); profile their ranks."""
+    spectrum = weighted_svd(deltas, rows, columns)
     u_side, v_side = Side(rows), Side(columns)
-    h_out, h_in = delta.shape
+    h_out, h_in = deltas.shape[1:]
     wide = h_out * h_in >= SCALED_RANKS * (h_out + h_in)
-    weights = spectrum.s / spectrum.s.sum()
+    weights = spectrum.s / spectrum.s.sum(1, keepdim=True).clamp_min(TINY)
     overhead = 0
     if _scale_pays(rows, wide):
         u_side = u_side.with_scale(spectrum.u, weights)
@@ -77,16 +88,17 @@ def profile(delta: Tensor, rows: Metric, columns: Metric) -> tuple[DecomposedMat
     if _scale_pays(columns, wide):
         v_side = v_side.with_scale(spectrum.v, weights)
         overhead += 16 * h_in
-    return (
-        DecomposedMatrix(spectrum, u_side.scale, v_side.scale),
-        RankProfile(
-            (h_out, h_in),
-            spectrum.s.cpu(),
-            width_losses(u_side, spectrum.u).cpu(),
-            width_losses(v_side, spectrum.v).cpu(),
-            overhead,
-        ),
-    )
+    u_losses, v_losses = width_losses(u_side, spectrum.u), width_losses(v_side, spectrum.v)
+    made = []
+    for number, count in enumerate((spectrum.s > 0).sum(1).tolist()):
+        ranks = number, slice(count)
+        scales = (None if side.scale is None else side.scale[number] for side in (u_side, v_side))
+        u, s, v = spectrum.u[ranks], spectrum.s[ranks], spectrum.v[ranks]
+        losses = u_losses[ranks], v_losses[ranks]
+        made.append(
+            (DecomposedMatrix(u, s, v, *scales), RankProfile((h_out, h_in), s, *losses, overhead))
+        )
+    return made
 
 
 def _scale_pays(metric: Metric, wide: bool) -> bool:
@@ -95,40 +107,62 @@ def _scale_pays(metric: Metric, wide: bool) -> bool:
 
 
 def compress(
-    delta: Tensor,
-    decomposed: DecomposedMatrix,
-    widths: RankWidths,
+    deltas: Tensor,
+    decomposed: Sequence[DecomposedMatrix],
+    widths: Sequence[RankWidths],
     rows: Metric,
     columns: Metric,
-    dtype: str,
-) -> MatrixResult:
-    """Quantize and encode the ranks that `widths` keeps; there may be none."""
-    kept = widths.kept.to(delta.device)
-    spectrum = decomposed.spectrum
-    sides = Side(rows, decomposed.row_scale), Side(columns, decomposed.column_scale)
-    chosen = Spectrum(spectrum.u[kept], spectrum.s[kept], spectrum.v[kept])
-    coded = quantize_factors(
-        delta, chosen, sides, (widths.u.to(delta.device), widths.v.to(delta.device))
+    dtypes: Sequence[str],
+) -> list[MatrixResult]:
+    """Quantize and encode the ranks that `widths` keep of deltas (b, h_out, h_in); maybe none."""
+    device = deltas.device
+    most = max(1, *(len(one.kept) for one in widths))
+    kept = [one.kept.to(device) for one in widths]
+    pairs = list(zip(decomposed, kept, strict=True))
+    chosen = Spectrum(
+        stacked([fill(one.u[index], most) for one, index in pairs]),
+        stacked([fill(one.s[index], most) for one, index in pairs]),
+        stacked([fill(one.v[index], most) for one, index in pairs]),
     )
-    encoded = encode_svd(
-        SvdMatrix(_vectors(coded.u), coded.s.float().cpu().numpy(), _vectors(coded.v)),
-        dtype,
-        {},
-        row_scale=_array(decomposed.row_scale),
-        column_scale=_array(decomposed.column_scale),
+    bits = (
+        stacked([fill(one.u, most) for one in widths]).clamp_min(1).to(device),
+        stacked([fill(one.v, most) for one in widths]).clamp_min(1).to(device),
     )
-    notes: dict[str, Any] = {
-        "rank": len(kept),
-        "widths": _count(torch.cat([widths.u, widths.v])),
-        "damping": max(rows.damping, columns.damping),
-        "fallbacks": coded.fallbacks if len(kept) else [DROPPED],
-        "spectrum": sample_spectrum(chosen.s, widths.u, widths.v),
-    }
-    return MatrixResult(encoded, decoded_delta(encoded, delta.device), notes)
+    sides = (
+        Side(rows, _stacked_scales([one.row_scale for one in decomposed])),
+        Side(columns, _stacked_scales([one.column_scale for one in decomposed])),
+    )
+    coded = quantize_factors(deltas, chosen, sides, bits)
+    s, u_codes, v_codes = (x.cpu() for x in (coded.s.float(), coded.u.codes, coded.v.codes))
+    results = []
+    for number, (one, matrix) in enumerate(zip(widths, decomposed, strict=True)):
+        ranks = number, slice(len(one.kept))
+        encoded = encode_svd(
+            SvdMatrix(
+                Vectors(u_codes[ranks].numpy(), one.u.numpy(), None),
+                s[ranks].numpy(),
+                Vectors(v_codes[ranks].numpy(), one.v.numpy(), None),
+            ),
+            dtypes[number],
+            {},
+            row_scale=_array(matrix.row_scale),
+            column_scale=_array(matrix.column_scale),
+        )
+        notes: dict[str, Any] = {
+            "rank": len(one.kept),
+            "widths": _count(torch.cat([one.u, one.v])),
+            "damping": max(rows.damping[number], columns.damping[number]),
+            "fallbacks": coded.fallbacks[number] if len(one.kept) else [DROPPED],
+            "spectrum": sample_spectrum(chosen.s[ranks], one.u, one.v),
+        }
+        results.append(MatrixResult(encoded, decoded_delta(encoded, device), notes))
+    return results
 
 
-def _vectors(codes: MidriseCodes) -> Vectors:
-    return Vectors(codes.codes.cpu().numpy(), codes.bits.cpu().numpy(), None)
+def _stacked_scales(scales: Sequence[Tensor | None]) -> Tensor | None:
+    """The scales (b, n); matrices of equal shape all have one, or none has."""
+    found = [scale for scale in scales if scale is not None]
+    return stacked(found) if found else None
 
 
 def _array(scale: Tensor | None) -> np.ndarray[Any, np.dtype[np.float32]] | None:

@@ -6,7 +6,7 @@ from typing import Final
 
 from deltadock.compression.methods import bitdelta, sparse
 from deltadock.compression.methods.adamix import AdaMix
-from deltadock.compression.methods.base import MatrixMethod, OneByOne
+from deltadock.compression.methods.base import Direct, MatrixMethod
 from deltadock.compression.methods.fixed_widths import DELTA_COME, TOP_2, TOP_32, FixedWidths
 from deltadock.compression.methods.low_rank import LowRank
 
@@ -17,10 +17,10 @@ _METHODS: Final[Mapping[str, MatrixMethod]] = MappingProxyType(
         "topk-2": FixedWidths(TOP_2),
         "topk-32": FixedWidths(TOP_32),
         "low-rank": LowRank(),
-        "bitdelta": OneByOne(bitdelta.compress_matrix),
-        "bitdelta-distilled": OneByOne(bitdelta.compress_matrix),
-        "delta-zip": OneByOne(sparse.delta_zip),
-        "gpt-zip": OneByOne(sparse.gpt_zip),
+        "bitdelta": Direct(bitdelta.compress),
+        "bitdelta-distilled": Direct(bitdelta.compress),
+        "delta-zip": Direct(sparse.delta_zip),
+        "gpt-zip": Direct(sparse.gpt_zip),
     }
 )
 

@@ -2,11 +2,12 @@
 
 Both run SparseGPT (Frantar and Alistarh, 2023) on the delta: pruning an entry costs its square over
 the squared diagonal of the inverse Hessian's factor; pruned or quantized, its error is compensated
-in the following columns.
+in the following columns. A block of columns is rounded at once, once its mask is known.
 
 DeltaZip: 2 of every 4 columns kept, in 2- or 4-bit codes. Source: Yao et al., "DeltaZip: Efficient
 Serving of Multiple Full-Model-Tuned LLMs" (arXiv 2312.05215). Here every row and 128 columns have
-a scale of least square error, and layers are calibrated on the fine-tune's own activations.
+a scale of least square error, layers are calibrated on the fine-tune's own activations, and the
+mask of 32 columns is chosen at once, then again from what was rounded with the mask before.
 
 GPT-Zip: 2-bit codes, 95 % of the weights pruned. Source: Isik et al., "GPT-Zip: Deep Compression
 of Finetuned Large Language Models" (ICML 2023 workshop), which publishes no code: implemented here
@@ -14,8 +15,7 @@ with the fraction kept decided for every 128 columns, and one scale of least squ
 as scales for smaller groups would take more bytes than the codes.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -24,159 +24,151 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltadock.artifacts.encodings import Encoded, deflate, encode_sparse, encode_sparse24
-from deltadock.compression.methods.base import MatrixResult, MatrixTask, matrix_result
-from deltadock.compression.numerics.gptq import (
-    QuantizationGrid,
-    columns_first,
-    inverse_factors,
-    nearest,
-    search_grid,
-    sweep,
-)
+from deltadock.compression.methods.base import MatrixResult, MatrixTask, matrix_result, stacked
+from deltadock.compression.numerics.gptq import columns_first, inverse_factors, search_grid
+from deltadock.kernels.error_compensation import apply_errors, round_with_error_compensation
 
 BLOCK: Final = 128
 """Columns that a mask or a scale may look ahead to."""
 
 KEPT_OF_FOUR: Final = 2
 DELTA_ZIP_WIDTHS: Final = (2, 4)
+MASK_COLUMNS: Final = 32
+"""Columns whose mask is chosen at once; a multiple of four."""
+MASK_SEARCHES: Final = 4
+"""Masks chosen for them, each from what was rounded with the one before. On the sample's matrices
+the output errors add up to 1.343; to 1.334 with the mask of every four columns chosen in turn."""
 
 GPT_ZIP_BITS: Final = 2
 GPT_ZIP_KEPT: Final = 0.05
 
-ChooseMask = Callable[[int, Tensor], Tensor | None]
-"""Called with a column's index and the costs from it to the end of its block, (columns, h_out);
-returns the mask of as many columns as are decided now, or None if they were decided before."""
+ChooseMask = Callable[[Tensor], Tensor]
+"""From the costs of a block of columns, (b, columns, h_out), the mask of the entries kept."""
+ChooseScales = Callable[[Tensor, Tensor], Tensor]
+"""From a group's values and costs, (b, h_out, columns), the steps of its rows, (b, h_out)."""
 
 Encoder = Callable[..., Encoded]
 
 
-@dataclass(frozen=True, slots=True)
-class SparseCodes:
-    """Codes and mask (h_out, h_in) of the entries kept, and scales (h_out, groups)."""
+def delta_zip(tasks: Sequence[MatrixTask]) -> list[MatrixResult]:
+    """Compress linear layers' deltas; half of the weights have codes, so 1 bit buys 2."""
+    budget = tasks[0].bits
+    bits = max(width for width in DELTA_ZIP_WIDTHS if width * KEPT_OF_FOUR / 4 <= budget)
 
-    codes: Tensor
-    mask: Tensor
-    scale: Tensor
-
-
-def delta_zip(task: MatrixTask) -> MatrixResult:
-    """Compress one linear layer's delta; half of the weights have codes, so 1 bit buys 2."""
-    bits = max(width for width in DELTA_ZIP_WIDTHS if width * KEPT_OF_FOUR / 4 <= task.bits)
-
-    def choose(j: int, cost: Tensor) -> Tensor | None:
-        if j % 4:
-            return None
-        cost = cost[:4]
-        best = cost.topk(min(KEPT_OF_FOUR, len(cost)), dim=0).indices
-        return torch.zeros_like(cost, dtype=torch.bool).scatter_(0, best, value=True)
+    def choose(cost: Tensor) -> Tensor:
+        columns = cost.shape[1]
+        fours = F.pad(cost, (0, 0, 0, -columns % 4), value=-1.0).unflatten(1, (-1, 4))
+        best = fours.topk(KEPT_OF_FOUR, dim=2).indices
+        mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(2, best, value=True)
+        return mask.flatten(1, 2)[:, :columns]
 
     def scales(values: Tensor, cost: Tensor) -> Tensor:
-        # The final mask is chosen four by four, after error compensation, and hardly differs.
-        padding = (0, -values.shape[1] % 4)
-        values, cost = (F.pad(x, padding).reshape(-1, 4) for x in (values, cost))
-        kept = largest(values, cost, KEPT_OF_FOUR)
-        return row_scales(kept.reshape(len(task.delta), -1), bits)
+        # The final mask is chosen after error compensation, and hardly differs.
+        padding = (0, -values.shape[2] % 4)
+        fours, costs = (F.pad(x, padding).unflatten(2, (-1, 4)) for x in (values, cost))
+        return row_scales(largest(fours, costs, KEPT_OF_FOUR).flatten(2), bits)
 
-    sparse, damping = prune_and_quantize(task.delta, task.moment, bits, BLOCK, choose, scales)
-    return _result(task, sparse, bits, BLOCK, damping, encode_sparse24)
+    return _compress(
+        tasks, bits, BLOCK, choose, scales, MASK_SEARCHES, MASK_COLUMNS, encode_sparse24
+    )
 
 
-def gpt_zip(task: MatrixTask) -> MatrixResult:
-    """Compress one linear layer's delta; there is one size, whatever the budget."""
-    h_in = task.delta.shape[1]
+def gpt_zip(tasks: Sequence[MatrixTask]) -> list[MatrixResult]:
+    """Compress linear layers' deltas; there is one size, whatever the budget."""
+    h_in = tasks[0].delta.shape[1]
 
-    def choose(j: int, cost: Tensor) -> Tensor | None:
-        if j % BLOCK:
-            return None
-        best = cost.flatten().topk(max(1, int(GPT_ZIP_KEPT * cost.numel()))).indices
-        mask = torch.zeros(cost.numel(), dtype=torch.bool, device=cost.device)
-        mask[best] = True
-        return mask.reshape(cost.shape) & (cost > 0)
+    def choose(cost: Tensor) -> Tensor:
+        flat = cost.flatten(1)
+        best = flat.topk(max(1, int(GPT_ZIP_KEPT * flat.shape[1])), dim=1).indices
+        mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, best, value=True)
+        return mask.view_as(cost) & (cost > 0)
 
     def scales(values: Tensor, cost: Tensor) -> Tensor:
         kept = largest(values, cost, max(1, round(GPT_ZIP_KEPT * h_in)))
         return row_scales(kept, GPT_ZIP_BITS)
 
-    sparse, damping = prune_and_quantize(
-        task.delta, task.moment, GPT_ZIP_BITS, h_in, choose, scales
-    )
-    return _result(task, sparse, GPT_ZIP_BITS, h_in, damping, encode_sparse)
+    return _compress(tasks, GPT_ZIP_BITS, h_in, choose, scales, 1, BLOCK, encode_sparse)
 
 
 def row_scales(values: Tensor, bits: int) -> Tensor:
-    """Steps (h_out,) of least square error of symmetric grids for each row of (h_out, n).
+    """Steps (..., h_out) of least square error of symmetric grids for each row (..., h_out, n).
 
     A row of zeros gets 0. Steps are rounded to the mantissa of float16, in which they are stored.
     """
-    levels = torch.full((len(values),), 2.0**bits - 1, device=values.device)
+    levels = torch.full(values.shape[:-1], 2.0**bits - 1, device=values.device)
     scale = search_grid(values, levels, symmetric=True).scale
     digits, exponent = torch.frexp(scale)
     rounded = torch.ldexp(digits.half().float(), exponent)
-    return torch.where(values.any(dim=1), rounded, 0.0)
+    return torch.where(values.any(dim=-1), rounded, 0.0)
 
 
 def largest(values: Tensor, cost: Tensor, count: int) -> Tensor:
-    """Of each row of (h_out, n), the `count` values of largest cost."""
-    return values.gather(1, cost.topk(count, dim=1).indices)
+    """Of each row of (..., n), the `count` values of largest cost."""
+    return values.gather(-1, cost.topk(count, dim=-1).indices)
 
 
-def prune_and_quantize(
-    delta: Tensor,
-    moment: Tensor,
+def _compress(
+    tasks: Sequence[MatrixTask],
     bits: int,
     group: int,
     choose: ChooseMask,
-    scales: Callable[[Tensor, Tensor], Tensor],
-) -> tuple[SparseCodes, float]:
-    """Prune and quantize column by column.
+    scales: ChooseScales,
+    searches: int,
+    mask_columns: int,
+    encode: Encoder,
+) -> list[MatrixResult]:
+    """Prune, quantize, encode and deflate.
 
     Args:
-        delta: (h_out, h_in).
-        moment: (h_in, h_in).
+        tasks: b matrices of equal shapes.
         bits: width of the codes, on a symmetric grid.
         group: columns that share a scale in a row: `BLOCK`, or all of them.
-        choose: decides which entries are kept.
-        scales: called with a group's values and costs (h_out, group) at its first column; returns
-            the rows' steps (h_out,).
-
-    Returns:
-        The entries kept, and the damping used.
+        choose: decides which entries of a block are kept.
+        scales: chooses a group's scales at its first column.
+        searches: masks that are chosen, one after the other.
+        mask_columns: columns whose mask is chosen at once, a divisor of `BLOCK`.
+        encode: of codes and mask (h_out, h_in) and scales (h_out, groups).
     """
-    (factor,), (damping,) = inverse_factors(moment[None])
-    work = columns_first(delta)
-    h_in, h_out = work.shape
-    weight = factor.diagonal().square().reciprocal()
-    codes = torch.empty((h_in, h_out), dtype=torch.uint8, device=work.device)
-    mask = torch.zeros((h_in, h_out), dtype=torch.bool, device=work.device)
-    scale = torch.empty((-(-h_in // group), h_out), device=work.device)
-    levels = torch.full((h_out,), 2.0**bits - 1, device=work.device)
-
-    def quantize(j: int, columns: Tensor) -> Tensor:
-        if j % group == 0:
+    factor, damping = inverse_factors(stacked([task.moment for task in tasks]))
+    work = columns_first(stacked([task.delta for task in tasks]))
+    diagonal = factor.diagonal(dim1=1, dim2=2)[:, :, None]
+    weight = diagonal.square().reciprocal()
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    mask = torch.empty(work.shape, dtype=torch.bool, device=work.device)
+    steps = []
+    for start in range(0, work.shape[1], BLOCK):
+        piece = slice(start, start + BLOCK)
+        apply_errors(work, factor, start, min(start + BLOCK, work.shape[1]))
+        if start % group == 0:
             # A group as wide as the matrix reaches beyond its first block.
-            ahead = work[j : j + group]
-            cost = ahead.square() * weight[j : j + len(ahead), None]
-            scale[j // group] = scales(ahead.t(), cost.t())
-        cost = columns.square() * weight[j : j + len(columns), None]
-        if (chosen := choose(j, cost)) is not None:
-            mask[j : j + len(chosen)] = chosen
-        step = scale[j // group]
-        grid = QuantizationGrid(step.clamp_min(torch.finfo(torch.float32).tiny), levels / 2, levels)
-        value = nearest(columns[0], grid, codes[j])
-        return value.mul_(mask[j] & (step > 0))
-
-    sweep(work, factor, quantize, BLOCK)
-    return SparseCodes(codes.t(), mask.t(), scale.t()), damping
-
-
-def _result(
-    task: MatrixTask, sparse: SparseCodes, bits: int, group: int, damping: float, encode: Encoder
-) -> MatrixResult:
-    """Encode and deflate."""
-    arrays = (
-        np.ascontiguousarray(data.cpu().numpy())
-        for data in (sparse.codes, sparse.mask, sparse.scale)
-    )
-    encoded = deflate(encode(*arrays, bits, group, task.dtype))
-    widths = {str(bits): len(sparse.codes)}
-    return matrix_result(encoded, device=task.delta.device, widths=widths, damping=damping)
+            ahead = slice(start, start + group)
+            cost = work[:, ahead].square() * weight[:, ahead]
+            steps.append(scales(work[:, ahead].mT, cost.mT))
+        used = (steps[-1] > 0)[:, None]
+        step = torch.where(used, steps[-1][:, None], 1.0)
+        errors = work[:, piece] / step
+        corner = factor[:, piece, piece]
+        for begin in range(0, errors.shape[1], mask_columns):
+            part = slice(begin, begin + mask_columns)
+            of = slice(start + begin, start + begin + mask_columns)
+            apply_errors(errors, corner, begin, min(begin + mask_columns, errors.shape[1]))
+            before = corrected = errors[:, part].clone()
+            for _ in range(searches):
+                kept = choose((corrected * step).square() * weight[:, of])
+                # The grid of a pruned entry is zero alone.
+                top = (kept & used) * (2.0**bits - 1)
+                left = before.clone()
+                rounded = round_with_error_compensation(left, corner[:, part, part], top / 2, top)
+                # What was rounded: corrected by the columns before in this part too.
+                corrected = left * diagonal[:, of] + rounded - top / 2
+            errors[:, part], codes[:, of], mask[:, of] = left, rounded, kept
+        work[:, piece] = errors * step
+    found = (data.cpu().numpy() for data in (codes.mT, mask.mT, torch.stack(steps, 2)))
+    results = []
+    for task, damped, *arrays in zip(tasks, damping, *found, strict=True):
+        encoded = deflate(encode(*map(np.ascontiguousarray, arrays), bits, group, task.dtype))
+        widths = {str(bits): len(task.delta)}
+        results.append(
+            matrix_result(encoded, device=task.delta.device, widths=widths, damping=damped)
+        )
+    return results

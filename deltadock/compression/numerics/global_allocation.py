@@ -86,45 +86,48 @@ def allocate(profiles: Sequence[RankProfile], budget: float) -> GlobalAllocation
     budget -= sum(profile.overhead for profile in profiles)
     if budget < 0:
         raise InvalidInput("The budget holds no codes at all. Allow more bits.")
-    errors = [profile.errors() for profile in profiles]
-    costs = [profile.costs() for profile in profiles]
+    if not profiles:
+        return GlobalAllocation([], 0.0, 0.0)
+    ranks = [len(profile.s) for profile in profiles]
+    errors = torch.cat([profile.errors() for profile in profiles])
+    costs = torch.cat(
+        [
+            profile.costs().to(errors.device).expand(n, -1)
+            for n, profile in zip(ranks, profiles, strict=True)
+        ]
+    )
 
-    def choose(price: float) -> tuple[list[Tensor], float]:
-        picked = [(e + price * c).argmin(dim=1) for e, c in zip(errors, costs, strict=True)]
-        return picked, sum(float(c[p].sum()) for c, p in zip(costs, picked, strict=True))
+    def choose(price: float) -> tuple[Tensor, float]:
+        picked = torch.add(errors, costs, alpha=price).argmin(dim=1, keepdim=True)
+        return picked, float(costs.gather(1, picked).sum())
 
-    ceiling = max((float(e.max()) for e in errors if len(e)), default=0.0) + 1e-300
+    ceiling = (float(errors.max()) if len(errors) else 0.0) + 1e-300
     low, high = ceiling * 1e-18, ceiling
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if choose(middle)[1] > budget else (low, middle)
     picked, spent = choose(high)
-    bound = (
-        sum(float((e + high * c).amin(dim=1).sum()) for e, c in zip(errors, costs, strict=True))
-        - high * budget
-    )
+    bound = float(torch.add(errors, costs, alpha=high).amin(dim=1).sum()) - high * budget
     _spend_rest(picked, choose(low)[0], errors, costs, budget - spent)
-    total = sum(float(e.gather(1, p[:, None]).sum()) for e, p in zip(errors, picked, strict=True))
+    total = float(errors.gather(1, picked).sum())
     gap = (total - min(max(bound, 0.0), total)) / total if total > 0 else 0.0
-    return GlobalAllocation([_widths(p) for p in picked], total, gap)
+    widths = [_widths(part) for part in picked.squeeze(1).cpu().split(ranks)]
+    return GlobalAllocation(widths, total, gap)
 
 
-def _spend_rest(
-    picked: list[Tensor],
-    larger: list[Tensor],
-    errors: list[Tensor],
-    costs: list[Tensor],
-    left: float,
-) -> None:
+def _spend_rest(picked: Tensor, larger: Tensor, errors: Tensor, costs: Tensor, left: float) -> None:
     """Upgrade ranks to their choice at a slightly lower price, best gain per bit first."""
-    for p, d, e, c in zip(picked, larger, errors, costs, strict=True):
-        moved = (p != d).nonzero().squeeze(1)
-        gain = (e[moved, p[moved]] - e[moved, d[moved]]) / (c[d[moved]] - c[p[moved]]).clamp_min(1)
-        for row in moved[gain.argsort(descending=True, stable=True)].tolist():
-            extra = float(c[d[row]] - c[p[row]])
-            if extra <= left:
-                p[row] = d[row]
-                left -= extra
+    moved = (picked != larger).squeeze(1).nonzero().squeeze(1)
+    before, after = picked[moved], larger[moved]
+    extra = (costs[moved].gather(1, after) - costs[moved].gather(1, before)).squeeze(1)
+    gain = (errors[moved].gather(1, before) - errors[moved].gather(1, after)).squeeze(1)
+    order = (gain / extra.clamp_min(1)).argsort(descending=True, stable=True)
+    upgraded = []
+    for row, bits in zip(moved[order].tolist(), extra[order].tolist(), strict=True):
+        if bits <= left:
+            upgraded.append(row)
+            left -= bits
+    picked[upgraded] = larger[upgraded]
 
 
 def _widths(picked: Tensor) -> RankWidths:

@@ -7,16 +7,14 @@ Source: Frantar et al., "GPTQ" (2022), without reordering of columns.
 - `quantize_columns` (for U): each column is one singular vector with its own width. The grids of a
   block of columns are chosen together, after the corrections from the blocks before it, and then
   refined with those from within the block.
-- `sweep` is the recursion with a function of the caller's that quantizes each column.
 
-`quantize_rows` and `quantize_columns` take b matrices of equal shape at a time.
+Both take b matrices of equal shape at a time.
 
 A singular vector has one asymmetric grid, so its scale folds into the singular value. The grid
 spans the vector's range, shrunk by the factor of least square error: at 2 bits a grid over the
 whole range wastes its levels on the few largest entries.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -31,9 +29,6 @@ from deltadock.kernels.error_compensation import (
     round_block,
     round_with_error_compensation,
 )
-
-BLOCK: Final = 32
-"""Columns of a block of `sweep`: corrections from earlier blocks are one matrix product."""
 
 SHRINKS: Final = (1.0, 0.9, 0.8, 0.7, 0.625, 0.55, 0.475, 0.4)
 SEARCH_ELEMENTS: Final = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -67,7 +62,7 @@ class Codes:
         """Dequantize, (..., r, n) float32."""
         return self.scale[..., None] * (self.codes.float() - self.zero[..., None])
 
-    def __getitem__(self, index: Tensor | tuple[int | Tensor, ...]) -> "Codes":
+    def __getitem__(self, index: Tensor | tuple[int | slice | Tensor, ...]) -> "Codes":
         """Select vectors by an index into (..., r)."""
         return Codes(self.codes[index], self.scale[index], self.zero[index])
 
@@ -141,33 +136,6 @@ def _invert_lower(lower: Tensor) -> Tensor:
     return inverse[:, :size, :size]
 
 
-def sweep(
-    work: Tensor, factor: Tensor, quantize: Callable[[int, Tensor], Tensor], block: int = BLOCK
-) -> None:
-    """Quantize column by column, compensating each column's error in those after it.
-
-    Corrections from earlier blocks are applied by one product when a block begins, those from its
-    own block by rank-one updates.
-
-    Args:
-        work: (n, r) float32 contiguous, the matrix (r, n) transposed, so that a column is
-            contiguous; overwritten.
-        factor: (n, n), see `inverse_factors`.
-        quantize: called with a column's index j and the corrected columns j to the end of its
-            block, (columns, r); returns the quantized values of the first, (r,).
-        block: columns of a block.
-    """
-    diagonal = factor.diagonal().tolist()
-    for start in range(0, len(work), block):
-        stop = min(start + block, len(work))
-        if start:
-            # The finished rows of `work` hold their columns' errors.
-            work[start:stop].addmm_(factor[:start, start:stop].t(), work[:start], alpha=-1)
-        for j in range(start, stop):
-            error = work[j].sub_(quantize(j, work[j:stop])).div_(diagonal[j])
-            work[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-
-
 def columns_first(values: Tensor) -> Tensor:
     """Transpose (..., m, n) to a contiguous float32 copy (..., n, m)."""
     return values.mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
@@ -210,14 +178,6 @@ def _search(values: Tensor, levels: Tensor, symmetric: bool) -> tuple[Tensor, Te
     error = torch.linalg.vector_norm(code.sub_(exact), dim=2) * scale
     best = error.argmin(dim=0, keepdim=True)
     return scale.gather(0, best)[0], zero.gather(0, best)[0]
-
-
-def nearest(values: Tensor, grid: QuantizationGrid, codes: Tensor) -> Tensor:
-    """Quantize `values` (r,), one per vector: write their codes (uint8), return grid points."""
-    code = torch.addcmul(grid.zero, values, grid.scale.reciprocal()).round_().clamp_min_(0)
-    torch.minimum(code, grid.levels, out=code)
-    codes.copy_(code)
-    return code.sub_(grid.zero).mul_(grid.scale)
 
 
 def quantize_rows(values: Tensor, bits: Tensor, hessians: Tensor) -> tuple[Codes, list[float]]:

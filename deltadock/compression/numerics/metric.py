@@ -29,6 +29,12 @@ def damped(moments: Tensor, damping: float | Tensor = DAMPING) -> Tensor:
     return result
 
 
+def mean_of_used(diagonals: Tensor) -> Tensor:
+    """The mean (b, 1) of diagonals (b, n) without their zeros; 1 where there is nothing else."""
+    used = (diagonals > 0).sum(1, keepdim=True)
+    return torch.where(used > 0, diagonals.sum(1, keepdim=True) / used.clamp_min(1), 1.0)
+
+
 def damped_cholesky(moments: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, list[float]]:
     """Damp second moments and factor them, raising the damping tenfold where that fails.
 
@@ -71,67 +77,66 @@ def damped_cholesky(moments: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, list
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A positive definite weighting `M = L L^T` of the coordinates of one side of a matrix.
+    """Positive definite weightings `M = L L^T` of the coordinates of one side of b matrices.
 
     Attributes:
-        moment: M, damped: (n, n), or a diagonal (n,); float64.
-        factor: L, lower triangular (n, n), or a diagonal (n,).
-        damping: added to the diagonal, as a fraction of the mean diagonal.
+        moment: M, damped: (b, n, n), or diagonals (b, n); float64.
+        factor: L, lower triangular (b, n, n), or diagonals (b, n).
+        damping: added to each diagonal, as a fraction of the mean diagonal.
     """
 
     moment: Tensor
     factor: Tensor
-    damping: float
+    damping: list[float]
 
     @classmethod
-    def of(cls, moment: Tensor) -> Self:
-        """Damp and factor a second moment, (n, n) or (n,); a moment of zeros counts as identity.
+    def of(cls, moments: Tensor) -> Self:
+        """Damp and factor second moments, (b, n, n) or (b, n); one of zeros counts as identity.
 
         Raises:
-            InvalidCalibration: the moment is not finite, or not positive at a damping of 100 %.
+            InvalidCalibration: a moment is not finite, or not positive at a damping of 100 %.
         """
-        work = moment.double()[None]
-        mean = (work if moment.ndim == 1 else work.diagonal(dim1=1, dim2=2)).mean(1)
+        work = moments.double()
+        mean = (work if moments.ndim == 2 else work.diagonal(dim1=1, dim2=2)).mean(1)
         empty = mean <= 0
-        work = torch.where(empty.view(-1, *(1,) * moment.ndim), 0.0, work)
+        work = torch.where(empty.view(-1, *(1,) * (moments.ndim - 1)), 0.0, work)
         mean = torch.where(empty, 1 / DAMPING, mean)
-        damped_moment, factor, (damping,) = damped_cholesky(work, mean)
-        return cls(damped_moment[0], factor[0], damping)
+        return cls(*damped_cholesky(work, mean))
 
     @property
     def diagonal(self) -> bool:
-        """Whether M is diagonal."""
-        return self.moment.ndim == 1
+        """Whether every M is diagonal."""
+        return self.moment.ndim == 2
 
     def whiten(self, rows: Tensor) -> Tensor:
-        """Multiply rows (r, n) by L."""
-        return rows * self.factor if self.diagonal else rows @ self.factor
+        """Multiply rows (b, r, n) by L."""
+        return rows * self.factor[:, None] if self.diagonal else rows @ self.factor
 
     def unwhiten(self, rows: Tensor) -> Tensor:
-        """Multiply rows (r, n) by the inverse of L."""
+        """Multiply rows (b, r, n) by the inverse of L."""
         if self.diagonal:
-            return rows / self.factor
+            return rows / self.factor[:, None]
         solved: Tensor = torch.linalg.solve_triangular(self.factor, rows, upper=False, left=False)
         return solved
 
     def times(self, rows: Tensor) -> Tensor:
-        """Multiply rows (r, n) by M."""
-        return rows * self.moment if self.diagonal else rows @ self.moment
+        """Multiply rows (b, r, n) by M."""
+        return rows * self.moment[:, None] if self.diagonal else rows @ self.moment
 
     def scaled(self, scale: Tensor) -> "Metric":
-        """The metric of coordinates divided by `scale` C (n,), which is positive: `C M C`."""
+        """The metric of coordinates divided by `scale` C (b, n), which is positive: `C M C`."""
         if self.diagonal:
             return Metric(self.moment * scale.square(), self.factor * scale, self.damping)
-        moment = self.moment * scale[:, None] * scale
-        return Metric(moment, self.factor * scale[:, None], self.damping)
+        moment = self.moment * scale[:, :, None] * scale[:, None]
+        return Metric(moment, self.factor * scale[:, :, None], self.damping)
 
     def error_compensation(self) -> Tensor:
-        """Upper Cholesky factor of the inverse of M, (n, n) float32, as GPTQ takes it."""
+        """Upper Cholesky factors of the inverses of M, (b, n, n) float32, as GPTQ takes them."""
         upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(self.factor), upper=True)
         return upper.float()
 
 
-def weighted_error(residual: Tensor, rows: Metric, columns: Metric) -> float:
-    """`tr(B R A R^T)` of a residual R (h_out, h_in): B weighs its rows, A its columns."""
-    weighed = columns.times(rows.times(residual.t()).t())
-    return float((weighed * residual).sum())
+def weighted_errors(residuals: Tensor, rows: Metric, columns: Metric) -> Tensor:
+    """`tr(B R A R^T)` (b,) of residuals R (b, h_out, h_in): B weighs rows, A columns."""
+    weighed = columns.times(rows.times(residuals.mT).mT)
+    return (weighed * residuals).sum((1, 2))

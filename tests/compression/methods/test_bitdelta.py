@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from deltadock.compression.methods.bitdelta import compress_matrix
+from deltadock.compression.methods.bitdelta import compress
 from tests.compression.matrices import check_result, make_task
 
 
@@ -11,7 +11,7 @@ def test_the_approximation_is_the_sign_times_the_mean() -> None:
     delta = make_task(33, 70).delta
     delta[3, 5] = delta[7, 0] = 0
     task = make_task(33, 70, delta=delta)
-    decoded = check_result(compress_matrix(task), task)
+    decoded = check_result(compress([task])[0], task)
     mean = np.float32(delta.double().abs().mean())
     expected = torch.where(delta >= 0, float(mean), -float(mean))
     assert torch.equal(decoded, expected)
@@ -19,7 +19,7 @@ def test_the_approximation_is_the_sign_times_the_mean() -> None:
 
 def test_the_scale_is_optimal() -> None:
     task = make_task()
-    approximation = compress_matrix(task).approximation.double()
+    approximation = compress([task])[0].approximation.double()
     delta = task.delta.double()
     best = (delta - approximation).square().sum()
     for factor in (0.9, 0.99, 1.01, 1.1):
@@ -28,6 +28,6 @@ def test_the_scale_is_optimal() -> None:
 
 def test_one_bit_per_weight_and_one_scale() -> None:
     task = make_task(128, 256)
-    result = compress_matrix(task)
+    (result,) = compress([task])
     assert result.encoded.nbytes == 128 * 256 // 8 + 4
     assert result.encoded.segments["scale"].shape == (1,)

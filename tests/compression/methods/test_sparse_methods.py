@@ -1,11 +1,13 @@
 """DeltaZip and GPT-Zip against a plain float64 SparseGPT and against naive pruning."""
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from deltadock.artifacts.encodings import inflate
-from deltadock.compression.methods.base import MatrixMethod
+from deltadock.compression.methods.base import MatrixResult, MatrixTask
 from deltadock.compression.methods.sparse import delta_zip, gpt_zip, row_scales
 from deltadock.compression.numerics.metric import DAMPING
 from tests.compression.matrices import check_result, make_task, output_error
@@ -26,7 +28,7 @@ def corrected(delta: Tensor, moment: Tensor, decoded: Tensor) -> Tensor:
 
 def test_two_of_four_are_kept_and_rounded_after_compensation() -> None:
     task = make_task(40, 144)
-    decoded = check_result(delta_zip(task), task)
+    decoded = check_result(delta_zip([task])[0], task)
     assert ((decoded.reshape(40, 36, 4) != 0).sum(dim=2) == 2).all()
     work = corrected(task.delta, task.moment, decoded)
     for columns in (slice(0, 128), slice(128, 144)):  # one scale each
@@ -43,7 +45,7 @@ def test_two_of_four_are_kept_and_rounded_after_compensation() -> None:
 @pytest.mark.parametrize(("bits", "width"), [(1.0, 2), (2.0, 4)])
 def test_delta_zip_beats_magnitude_pruning_and_rounding(bits: float, width: int) -> None:
     task = make_task(64, 128, bits=bits)
-    result = delta_zip(task)
+    (result,) = delta_zip([task])
     check_result(result, task)
     assert result.notes["widths"] == {str(width): 64}
     quads = task.delta.reshape(64, -1, 4)
@@ -60,7 +62,7 @@ def test_delta_zip_beats_magnitude_pruning_and_rounding(bits: float, width: int)
 @pytest.mark.parametrize("columns", [1, 2, 3, 6, 129, 131])
 def test_column_counts_that_are_not_a_multiple_of_four(columns: int) -> None:
     task = make_task(9, columns)
-    decoded = check_result(delta_zip(task), task)
+    decoded = check_result(delta_zip([task])[0], task)
     tail = columns % 4
     if tail:
         assert ((decoded[:, -tail:] != 0).sum(dim=1) == min(2, tail)).all()
@@ -68,7 +70,7 @@ def test_column_counts_that_are_not_a_multiple_of_four(columns: int) -> None:
 
 def test_one_of_twenty_is_kept() -> None:
     task = make_task(80, 256)
-    result = gpt_zip(task)
+    (result,) = gpt_zip([task])
     decoded = check_result(result, task)
     for block in decoded.split(128, dim=1):
         assert (block != 0).sum() == int(0.05 * block.numel())
@@ -80,7 +82,7 @@ def test_pruning_errors_are_compensated_by_kept_entries() -> None:
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(256, 256, generator=generator) * torch.exp(-torch.arange(256) / 60)
     task = make_task(80, 256, moment=(mixing @ mixing.T).double())
-    approximation = gpt_zip(task).approximation
+    approximation = gpt_zip([task])[0].approximation
     # The same fraction by magnitude, with a grid per row.
     at = task.delta.abs().topk(round(0.05 * 256), dim=1).indices
     kept = task.delta.gather(1, at)
@@ -92,8 +94,10 @@ def test_pruning_errors_are_compensated_by_kept_entries() -> None:
 
 
 @pytest.mark.parametrize("method", [delta_zip, gpt_zip])
-def test_deflating_saves_bytes(method: MatrixMethod) -> None:
-    encoded = method(make_task(256, 256)).encoded
+def test_deflating_saves_bytes(
+    method: Callable[[Sequence[MatrixTask]], list[MatrixResult]],
+) -> None:
+    encoded = method([make_task(256, 256)])[0].encoded
     assert "deflated" in encoded.record
     assert encoded.nbytes < 0.95 * inflate(encoded).nbytes
 
