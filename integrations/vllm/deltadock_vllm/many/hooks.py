@@ -14,6 +14,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping
 from functools import wraps
+from http import HTTPStatus
 from typing import Any, Final
 
 import torch
@@ -144,7 +145,9 @@ def _checking_model(original: Callable[..., Any]) -> Callable[..., Any]:
             self.models.lora_requests[name] = await names.request(name, _loader(engine))
         except DeltadockError as error:
             self.models.lora_requests.pop(name, None)
-            return self.create_error_response(error.message, error.code, error.status, "model")
+            return self.create_error_response(
+                error.message, error.code, HTTPStatus(error.status), "model"
+            )
         return None
 
     return check_model

@@ -175,7 +175,7 @@ class DeltaNames:
         names: dict[str, None] = {}
         try:
             with self._base_lock:
-                base = base_manifest(self._base).weights_digest
+                base = base_manifest(self._base).digest
             with Client() as client:
                 for delta in islice(client.deltas(state="ready"), LISTED):
                     if delta.base.checkpoint == base:
