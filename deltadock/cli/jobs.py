@@ -1,7 +1,8 @@
 """`deltadock jobs`, `logs`, `cancel` and `retry`."""
 
+import re
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -17,10 +18,13 @@ from deltadock.cli.output import (
 )
 from deltadock.cli.server import JobReference, Url, complete_model, connect
 from deltadock.errors import NotFound
+from deltadock.names import PART
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
     from deltadock.client.resources import Job
+
+NAME: Final = re.compile(f"{PART}/{PART}")
 
 
 def follow(client: "Client", job: str) -> None:
@@ -45,8 +49,13 @@ def _exit_if_failed(job: "Job") -> None:
 
 
 def job_of(client: "Client", reference: str) -> str:
-    """The id of a job, named by itself or by its delta."""
-    return reference if reference.startswith("job_") else client.delta(reference).job
+    """The id of a job, named by itself or by its delta; of a bare name, its newest version's."""
+    if reference.startswith("job_"):
+        return reference
+    if NAME.fullmatch(reference):
+        for newest in client.deltas(name=reference, limit=1):
+            return newest.job
+    return client.delta(reference).job
 
 
 def jobs(

@@ -116,9 +116,9 @@ def test_a_push_that_is_cancelled_ends_with_4_and_can_be_retried(
     assert "deltadock retry job_" in outcome.stderr
     listed = answered(call("jobs", "--delta", "maths/cancelled:1", "--json"))
     assert [job["state"] for job in listed] == ["cancelled"]
-    assert deltadock("logs", "-f", "maths/cancelled:1").code == 4
+    assert deltadock("logs", "-f", "maths/cancelled").code == 4
     worker.clear()
-    assert answered(call("retry", "maths/cancelled:1", "--wait", "--json"))["state"] == "ready"
+    assert answered(call("retry", "maths/cancelled", "--wait", "--json"))["state"] == "ready"
     assert "is ready" in call("cancel", listed[0]["id"]).stderr
 
 
