@@ -131,13 +131,12 @@ def test_only_unfinished_rows_poll(site: Site, seeded: seed.Seeded) -> None:
         assert (answer.headers.get("hx-trigger") == "job-ended") is not again
 
 
-def test_a_deleted_row_is_removed(site: Site, seeded: seed.Seeded) -> None:
+def test_a_deleted_row_and_its_job_are_removed(site: Site, seeded: seed.Seeded) -> None:
     site.http.delete(f"/v1/deltas/{seeded.queued}")
-    answer = site.http.get(f"/parts/deltas/{seeded.queued}/row")
-    assert (answer.status_code, answer.text) == (200, "")
-    assert answer.headers["hx-reswap"] == "delete"
-    answer = site.http.get(f"/parts/deltas/{seeded.queued}/job")
-    assert answer.headers["hx-refresh"] == "true"
+    for part in ("row", "job"):  # its page stays, and offers to undo
+        answer = site.http.get(f"/parts/deltas/{seeded.queued}/{part}")
+        assert (answer.status_code, answer.text) == (200, "")
+        assert answer.headers["hx-reswap"] == "delete"
 
 
 def test_a_job_reloads_its_page_when_it_ends(site: Site, seeded: seed.Seeded) -> None:
