@@ -23,7 +23,6 @@ import httpx
 import pytest
 
 import deltadock
-from deltadock.cli.processes import Child, free_ports
 
 ROOT = Path(__file__).parents[1]
 SHADOWS = ("api/__init__", "client", "redis", "storage", "torch", "workers/__init__")
@@ -135,7 +134,7 @@ def test_packages_with_similar_names_stay_importable(installation: Installation)
 @pytest.mark.timeout(900)
 def test_demo_runs_api_worker_and_node(installation: Installation) -> None:
     [text] = installation.bin.parent.glob("lib/*/site-packages/deltadock/samples/calibration.txt")
-    text.write_text(text.read_text()[:20_000])  # half the time
+    text.write_text(text.read_text()[:8_000])  # half the time
     said = installation.run("deltadock", "demo", timeout=800)
     found = re.search(r"delta +(\d+) of 60 held-out exercises right", said)
     assert found is not None, said
@@ -143,29 +142,3 @@ def test_demo_runs_api_worker_and_node(installation: Installation) -> None:
     assert sorted(path.name for path in installation.folder.iterdir()) == sorted(
         {f"{name}.py".split("/")[0] for name in SHADOWS}
     )
-
-
-def test_a_node_serves_the_bundled_base(installation: Installation, tmp_path: Path) -> None:
-    [port] = free_ports(1)
-    samples = "import deltadock; from importlib.resources import files;"
-    code = samples + "print(files('deltadock') / 'samples' / 'base')"
-    base = installation.run("python", "-P", "-c", code).strip()
-    command = [
-        *(str(installation.bin / "deltadock"), "node", "--base", base, "--port", str(port)),
-    ]
-    log = tmp_path / "node.log"
-    with Child(
-        "node", command, log=log, env=installation.variables, cwd=installation.folder
-    ) as node:
-        node.wait_until(lambda: _answers(port), seconds=120)
-        body = {"model": "base", "prompt": "Q: sort h b d a =\nA:", "max_tokens": 4}
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["completion_tokens"] >= 1
-
-
-def _answers(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/v1/models").is_success
-    except httpx.TransportError:
-        return False
