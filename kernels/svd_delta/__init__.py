@@ -21,7 +21,7 @@ from deltadock.kernels.svd_delta.layout import (
     empty_delta,
     pack_delta,
 )
-from deltadock.kernels.svd_delta.matmul import add_products, add_rows
+from deltadock.kernels.svd_delta.matmul import add_products, add_rows, discard_rows
 
 __all__ = [
     "Chunks",
@@ -30,6 +30,8 @@ __all__ = [
     "PackedDelta",
     "TensorCache",
     "add_rows",
+    "clear_slot",
+    "discard_rows",
     "empty_delta",
     "pack_delta",
     "svd_delta",
@@ -64,6 +66,14 @@ def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: Te
             add_products(y, x, table, chunks.dense, cache)
     else:
         cpu.svd_delta(y, x, table, chunks, cache)
+
+
+def clear_slot(table: DeltaTable, slot: int, cache: TensorCache) -> None:
+    """Empty a slot, once no running kernel reads it, and discard what is cached of its deltas."""
+    deltas = table.deltas.get(slot, ())
+    for key in (deltas, *deltas):  # by the paths of the CPU and of the GPU
+        cache.discard(key)
+    table.remove(slot)
 
 
 def _check(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks) -> None:

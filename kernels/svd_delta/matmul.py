@@ -1,6 +1,6 @@
 """Matrix products with cached, unpacked factors: prefill on a GPU, and embedding lookups."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -84,3 +84,9 @@ def add_rows(y: Tensor, rows: Tensor, delta: PackedDelta, cache: TensorCache) ->
     """
     v = cache.get(("v", delta), lambda: reference.unpack_v(delta))
     y += (reference.rows_of_u(delta, rows) * delta.s) @ v
+
+
+def discard_rows(delta: Hashable, cache: TensorCache) -> None:
+    """Discard what is cached of an embedding's delta, in whatever form."""
+    cache.discard(("v", delta))
+    cache.discard(delta)

@@ -12,15 +12,21 @@ from torch import Tensor, nn
 
 from deltadock.errors import UnsupportedModel
 from deltadock.inference.model.routing import DeltaModule, Routing
+from deltadock.inference.model.unpacked import change_embeddings, change_products
 from deltadock.inference.model.weight_deltas import (
-    EncodedDelta,
     LowRank,
-    RowsDelta,
     WeightDelta,
 )
 from deltadock.kernels import dispatch
 from deltadock.kernels.decoder import RowNorm, add_rms_norm, rms_norm
-from deltadock.kernels.svd_delta import DeltaTable, PackedDelta, add_rows, reference, svd_delta
+from deltadock.kernels.svd_delta import (
+    DeltaTable,
+    PackedDelta,
+    clear_slot,
+    discard_rows,
+    reference,
+    svd_delta,
+)
 
 FUSED: Final = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -146,9 +152,7 @@ class DeltaLinears(DeltaModule):
         return any(unpacked)
 
     def remove(self, slot: int) -> None:
-        for key in (deltas := self.table.deltas.get(slot, ())), *deltas:
-            self.routing.cache.discard(key)
-        self.table.remove(slot)
+        clear_slot(self.table, slot, self.routing.cache)
         for delta in self._unpacked.pop(slot, ()):
             if delta is not None:
                 self.routing.cache.discard(delta.weight)
@@ -189,19 +193,9 @@ class DeltaLinears(DeltaModule):
                 for delta, h_out in zip(self._unpacked.get(slot, ()), self._h_outs, strict=False):
                     part = (0, rows, slice(begin, begin + h_out))
                     if delta is not None:
-                        y[part] = self._apply_delta(y[part], x[0, rows], delta)
+                        y[part] = change_products(y[part], x[0, rows], *delta, self.routing.cache)
                     begin += h_out
         return y
-
-    def _apply_delta(self, y: Tensor, x: Tensor, delta: _UnpackedDelta) -> Tensor:
-        weight, bias = delta
-        if isinstance(weight, Tensor):
-            return F.linear(x, weight, bias)
-        if isinstance(weight, LowRank):
-            y = torch.addmm(y, F.linear(x, weight.v), weight.u.T)
-        elif isinstance(weight, EncodedDelta | RowsDelta):
-            y = torch.addmm(y, x, self.decoded(weight, x.dtype).T)
-        return y if bias is None else y + bias
 
 
 def _add_delta(
@@ -237,9 +231,7 @@ class DeltaEmbedding(DeltaModule):
         return False
 
     def remove(self, slot: int) -> None:
-        delta = self._deltas.pop(slot, None)
-        self.routing.cache.discard(("v", delta))
-        self.routing.cache.discard(delta)
+        discard_rows(self._deltas.pop(slot, None), self.routing.cache)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(1, rows) int64 to (1, rows, hidden)."""
@@ -247,20 +239,10 @@ class DeltaEmbedding(DeltaModule):
         if self._deltas:
             for slot, rows in self.routing.chunks.by_slot.items():
                 if slot in self._deltas:
-                    y[0, rows] = self._apply_delta(y[0, rows], tokens[0, rows], self._deltas[slot])
+                    y[0, rows] = change_embeddings(
+                        y[0, rows], tokens[0, rows], self._deltas[slot], self.routing.cache
+                    )
         return y
-
-    def _apply_delta(self, y: Tensor, tokens: Tensor, delta: WeightDelta) -> Tensor:
-        if isinstance(delta, PackedDelta):
-            add_rows(y, tokens, delta, self.routing.cache)
-            return y
-        if isinstance(delta, LowRank):
-            return torch.addmm(y, F.embedding(tokens, delta.u), delta.v)
-        if isinstance(delta, RowsDelta):
-            return y + delta.rows(tokens).to(y.dtype)
-        if isinstance(delta, EncodedDelta):
-            return y + F.embedding(tokens, self.decoded(delta, y.dtype))
-        return F.embedding(tokens, delta)
 
 
 class DeltaNorm(DeltaModule):

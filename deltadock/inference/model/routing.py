@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import torch
 from torch import Tensor, nn
 
-from deltadock.inference.model.weight_deltas import EncodedDelta, RowsDelta, WeightDelta
+from deltadock.inference.model.weight_deltas import WeightDelta
 from deltadock.kernels.cache import TensorCache
 from deltadock.kernels.svd_delta import Chunks
 
@@ -76,7 +75,3 @@ class DeltaModule(nn.Module, ABC):
     @abstractmethod
     def remove(self, slot: int) -> None:
         """Remove the deltas of `slot`, if it has any."""
-
-    def decoded(self, delta: EncodedDelta | RowsDelta, dtype: torch.dtype) -> Tensor:
-        """The decoded difference, cached while there is room."""
-        return self.routing.cache.get(delta, lambda: delta.dense().to(dtype))

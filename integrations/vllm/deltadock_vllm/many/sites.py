@@ -15,17 +15,21 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from deltadock.inference.model.weight_deltas import EncodedDelta, LowRank, RowsDelta
+from deltadock.inference.model.routing import DENSE_ROWS
+from deltadock.inference.model.unpacked import change_embeddings, change_products
 from deltadock.kernels.cache import TensorCache
-from deltadock.kernels.svd_delta import Chunks, DeltaTable, PackedDelta, add_rows, svd_delta
+from deltadock.kernels.svd_delta import (
+    Chunks,
+    DeltaTable,
+    PackedDelta,
+    clear_slot,
+    discard_rows,
+    svd_delta,
+)
 from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS
-from deltadock_vllm.many.sharding import DensePart, PartDelta
-
-DENSE_ROWS: Final = 256
-"""Rows of one delta in a step from which a GPU multiplies by its unpacked factors."""
+from deltadock_vllm.many.sharding import PartDelta
 
 SITES: Final[dict[int, "Site"]] = {}
 """By number, as the operators name them."""
@@ -151,9 +155,7 @@ class LinearSite(Site):
             self._unpacked[slot] = unpacked
 
     def remove(self, slot: int) -> None:
-        for key in (deltas := self.table.deltas.get(slot, ())), *deltas:
-            self.rows.cache.discard(key)
-        self.table.remove(slot)
+        clear_slot(self.table, slot, self.rows.cache)
         for delta in self._unpacked.pop(slot, ()):
             if delta is not None:
                 self.rows.cache.discard(delta.weight)
@@ -181,18 +183,11 @@ class LinearSite(Site):
                 for delta, h_out in zip(unpacked, self.table.h_outs, strict=True):
                     place = (rows, slice(begin, begin + h_out))
                     if delta is not None:
-                        y[place] = self._applied(y[place], x[rows], delta)
+                        bias = None if delta.bias is None else delta.bias.to(y.dtype)
+                        y[place] = change_products(
+                            y[place], x[rows], delta.weight, bias, self.rows.cache
+                        )
                     begin += h_out
-
-    def _applied(self, y: Tensor, x: Tensor, delta: _Unpacked) -> Tensor:
-        weight, bias = delta.weight, None if delta.bias is None else delta.bias.to(y.dtype)
-        if isinstance(weight, Tensor):
-            return F.linear(x, weight, bias)
-        if isinstance(weight, LowRank):
-            y = torch.addmm(y, F.linear(x, weight.v), weight.u.T)
-        elif weight is not None:
-            y = torch.addmm(y, x, decoded(self.rows.cache, weight, x.dtype).T)
-        return y if bias is None else y + bias
 
 
 class EmbeddingSite(Site):
@@ -210,27 +205,15 @@ class EmbeddingSite(Site):
         self._deltas[slot] = delta
 
     def remove(self, slot: int) -> None:
-        delta = self._deltas.pop(slot, None)
-        self.rows.cache.discard(("v", delta))
-        self.rows.cache.discard(delta)
+        discard_rows(self._deltas.pop(slot, None), self.rows.cache)
 
     def add(self, y: Tensor, tokens: Tensor) -> None:
         """Change the embeddings `y` (rows, hidden) of `tokens` (rows,) int64 in place."""
         for slot, rows in self.rows.tokens.by_slot.items():
             if slot in self._deltas:
-                y[rows] = self._applied(y[rows], tokens[rows], self._deltas[slot])
-
-    def _applied(self, y: Tensor, tokens: Tensor, delta: PartDelta) -> Tensor:
-        if isinstance(delta, Tensor):
-            return F.embedding(tokens, delta)
-        if isinstance(delta, PackedDelta):
-            add_rows(y, tokens, delta, self.rows.cache)
-            return y
-        if isinstance(delta, LowRank):
-            return torch.addmm(y, F.embedding(tokens, delta.u), delta.v)
-        if isinstance(delta, RowsDelta):
-            return y + delta.rows(tokens).to(y.dtype)
-        return y + F.embedding(tokens, decoded(self.rows.cache, delta, y.dtype))
+                y[rows] = change_embeddings(
+                    y[rows], tokens[rows], self._deltas[slot], self.rows.cache
+                )
 
 
 class NormSite(Site):
@@ -269,16 +252,6 @@ class NormSite(Site):
             return
         own = self.weights[self.rows.tokens.row_slots[: len(y)]]
         y.mul_(own.view(len(y), *[1] * (y.ndim - 2), own.shape[-1]))
-
-
-def decoded(
-    cache: TensorCache,
-    delta: EncodedDelta | RowsDelta | DensePart | PackedDelta,
-    dtype: torch.dtype,
-) -> Tensor:
-    """A difference without a kernel, decoded, and cached while there is room."""
-    assert not isinstance(delta, PackedDelta)
-    return cache.get(delta, lambda: delta.dense().to(dtype))
 
 
 def _linear(site: int) -> LinearSite:
