@@ -1,8 +1,7 @@
 """`deltadock jobs`, `logs`, `cancel` and `retry`."""
 
-import re
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,13 +17,11 @@ from deltadock.cli.output import (
 )
 from deltadock.cli.server import JobReference, Url, complete_model, connect
 from deltadock.errors import NotFound
-from deltadock.names import PART
+from deltadock.names import parse_reference
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
     from deltadock.client.resources import Job
-
-NAME: Final = re.compile(f"{PART}/{PART}")
 
 
 def follow(client: "Client", job: str) -> None:
@@ -52,7 +49,8 @@ def job_of(client: "Client", reference: str) -> str:
     """The id of a job, named by itself or by its delta; of a bare name, its newest version's."""
     if reference.startswith("job_"):
         return reference
-    if NAME.fullmatch(reference):
+    named = parse_reference(reference)
+    if named is not None and named.name == reference:
         for newest in client.deltas(name=reference, limit=1):
             return newest.job
     return client.delta(reference).job

@@ -185,9 +185,7 @@ class BaseRepository:
         base.deleted_at = database_now(self.session)
         self.session.flush()
         TotalsRepository(self.session, base.tenant_id).count_base(base, -1)
-        record(
-            self.session, base.tenant_id, AuditAction.BASE_DELETE, base.id, name=base.name
-        )  # fmt: skip
+        record(self.session, base.tenant_id, AuditAction.BASE_DELETE, base.id, name=base.name)
 
     def find_deleted(self, id_or_name: str) -> BaseRow | None:
         """The tenant's deleted base with this id or name, or None."""
@@ -214,9 +212,7 @@ class BaseRepository:
         base.deleted_at = None
         self.session.flush()
         TotalsRepository(self.session, base.tenant_id).count_base(base, 1)
-        record(
-            self.session, base.tenant_id, AuditAction.BASE_RESTORE, base.id, name=base.name
-        )  # fmt: skip
+        record(self.session, base.tenant_id, AuditAction.BASE_RESTORE, base.id, name=base.name)
 
     def share(self, base: BaseRow, shared: bool) -> None:
         """Let every tenant read the base and compress against it, or end that."""

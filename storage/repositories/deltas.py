@@ -188,32 +188,26 @@ class DeltaRepository:
 
     def of_checkpoint(self, digest: str, *, limit: int) -> list[Sibling]:
         """Up to `limit` ready deltas of a fine-tuned checkpoint."""
-        query = (
-            select(*(getattr(DeltaRow, column) for column in Sibling._fields))
-            .where(
-                DeltaRow.checkpoint_digest == digest,
-                DeltaRow.artifact_digest.is_not(None),
-                DeltaRow.deleted_at.is_(None),
-                self._owned(),
-            )
-            .limit(limit)
-        )
-        return [Sibling(*row) for row in self.session.execute(query)]
+        return self._siblings(self._of_checkpoint(digest).limit(limit))
 
     def exact_twin(self, delta: DeltaRow) -> Sibling | None:
         """The newest ready delta that stores the same fine-tune of the same base bit for bit."""
-        found = self.session.scalars(
-            self._not_deleted(with_aliases=False)
-            .where(
-                DeltaRow.checkpoint_digest == delta.checkpoint_digest,
-                DeltaRow.base_id == delta.base_id,
-                DeltaRow.method == EXACT_METHOD,
-                DeltaRow.artifact_digest.is_not(None),
-            )
-            .order_by(DeltaRow.created_at.desc())
-            .limit(1)
-        ).one_or_none()
-        return None if found is None else Sibling.of(found)
+        query = self._of_checkpoint(delta.checkpoint_digest).where(
+            DeltaRow.base_id == delta.base_id, DeltaRow.method == EXACT_METHOD
+        )
+        return next(iter(self._siblings(query.order_by(DeltaRow.created_at.desc()).limit(1))), None)
+
+    def _of_checkpoint(self, digest: str) -> Select[Any]:
+        """The columns of `Sibling` of a fine-tuned checkpoint's ready deltas."""
+        return select(*(getattr(DeltaRow, column) for column in Sibling._fields)).where(
+            DeltaRow.checkpoint_digest == digest,
+            DeltaRow.artifact_digest.is_not(None),
+            DeltaRow.deleted_at.is_(None),
+            self._owned(),
+        )
+
+    def _siblings(self, query: Select[Any]) -> list[Sibling]:
+        return [Sibling(*row) for row in self.session.execute(query)]
 
     def count_by_state(self) -> dict[JobState, int]:
         """The number of deltas in each state but ready, which the totals count; up to `COUNTED`."""
