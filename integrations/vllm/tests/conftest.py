@@ -4,8 +4,10 @@ These tests run in an environment with vLLM (`make test-vllm`). Compression, mer
 registry run in the repository's own, `.venv`.
 """
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ os.environ |= {
 from integrations.vllm.tests.engine import BASE, ROOT, Answers, answers, engine
 
 FINETUNED = ROOT / "samples/finetuned"
+OWN_FILES = ("chat_template.jinja", "generation_config.json")
 METHODS = ("adamix", "optimix", "bitdelta", "lora")
 
 
@@ -55,20 +58,40 @@ def write_adapter(folder: Path) -> Path:
     return folder
 
 
+def write_finetune(folder: Path) -> Path:
+    """The sample fine-tune with its base's template and generation defaults, as an engine has one
+    of each for all deltas."""
+    shutil.copytree(FINETUNED, folder)
+    for name in OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+        if (BASE / name).exists():
+            shutil.copy(BASE / name, folder)
+    return folder
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 of a folder's files and their names."""
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        found.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 @pytest.fixture(scope="session")
 def deltas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The sample fine-tune as a delta of each method; `lora` is an adapter.
 
-    They are kept in the environment's folder: compressing takes minutes.
+    They are kept in the environment's folder by what they are made of: compressing takes minutes.
     """
-    folder = Path(sys.prefix) / "deltas"
-    folder.mkdir(exist_ok=True)
+    finetune = write_finetune(tmp_path_factory.mktemp("finetune") / "copy")
+    folder = Path(sys.prefix) / "deltas" / digest_of(finetune)[:16]
+    folder.mkdir(parents=True, exist_ok=True)
     adapter = write_adapter(tmp_path_factory.mktemp("lora") / "adapter")
     for method in METHODS:
         if (folder / f"{method}.delta").exists():
             continue
         deltadock(
-            "compress", "--base", BASE, "--finetuned", adapter if method == "lora" else FINETUNED,
+            "compress", "--base", BASE, "--finetuned", adapter if method == "lora" else finetune,
             "--method", method, "--calibration", ROOT / "samples/calibration.txt",
             "--calibration-tokens", "8192", "--out", folder / f"{method}.delta",
         )  # fmt: skip
