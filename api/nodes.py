@@ -22,6 +22,7 @@ from deltadock.api.schemas import (
     RequestBody,
 )
 from deltadock.errors import Conflict, NotFound, Unavailable
+from deltadock.names import DIGEST
 from deltadock.problems import problems
 from deltadock.storage.models import AuditAction, BaseRow, NodeRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, NodeRepository
@@ -232,7 +233,7 @@ NodeId = Annotated[
               examples=[EXAMPLE_NODE_ID])
 ]  # fmt: skip
 ArtifactDigest = Annotated[
-    str, Path(pattern=r"^[0-9a-f]{64}$", description="The artifact's SHA-256.",
+    str, Path(pattern=rf"^{DIGEST}$", description="The artifact's SHA-256.",
               examples=[EXAMPLE_DIGEST])
 ]  # fmt: skip
 

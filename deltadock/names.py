@@ -8,6 +8,8 @@ from typing import Final, NamedTuple
 
 PART: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 """Of a name: the project, or the model."""
+DIGEST: Final = r"[0-9a-f]{64}"
+"""A SHA-256."""
 ALIAS: Final = r"[a-z][a-z0-9._-]{0,63}"
 DEFAULT: Final = "default"
 

@@ -31,7 +31,7 @@ from deltadock.errors import (
     TooLarge,
     Unauthorized,
 )
-from deltadock.names import PART, SOURCE_PATTERN
+from deltadock.names import DIGEST, PART, SOURCE_PATTERN
 from deltadock.openai.errors import ErrorBody, openai_status, validation_message
 
 log = structlog.get_logger(__name__)
@@ -45,7 +45,7 @@ FORMS: Final = MappingProxyType(
         "has letters, digits, '.', '_' and '-', at most 96, a letter or digit first",
         rf"^{PART}$": "a name of letters, digits, '.', '_' and '-', at most 96, a letter or digit "
         "first",
-        r"^[0-9a-f]{64}$": "a SHA-256, 64 lower-case hexadecimal digits",
+        rf"^{DIGEST}$": "a SHA-256, 64 lower-case hexadecimal digits",
         r"^[a-z0-9][a-z0-9._-]{0,63}$": "a tag of lower-case letters, digits, '.', '_' and '-', at "
         "most 64, a letter or digit first",
         SOURCE_PATTERN: "a source of the form file:///folder, s3://bucket/prefix or "

@@ -23,13 +23,13 @@ from deltadock.api.registry.schemas import (
     Resolved,
 )
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
-from deltadock.names import ALIAS_PATTERN
+from deltadock.names import ALIAS_PATTERN, DIGEST
 from deltadock.problems import problems
 from deltadock.storage.repositories import DeltaRepository, ModelRepository
 
 router = APIRouter(prefix="/v1", tags=["registry"])
 
-_DIGEST: Final = re.compile("[0-9a-f]{64}")
+_DIGEST: Final = re.compile(DIGEST)
 
 
 def model_name(

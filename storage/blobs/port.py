@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from deltadock.errors import DamagedBlob, InvalidInput, NotFound, StorageFull, Unavailable
+from deltadock.names import DIGEST
 from deltadock.storage.blobs.parts import PartedFile
 from deltadock.storage.blobs.writer import Writer
 
@@ -26,7 +27,7 @@ CHUNK_BYTES: Final = 1 << 20
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 READ_ONLY: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
-_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_DIGEST: Final = re.compile(DIGEST)
 _WORK_KEY: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
 

@@ -30,14 +30,14 @@ from deltadock.inference.deltas.store import ResidentDelta, Tier
 from deltadock.inference.http.replies import ChatReply, CompletionReply, Reply
 from deltadock.inference.node import InferenceNode
 from deltadock.model_target import ARTIFACT_HEADER, BASE_HEADER, TENANT_HEADER, ModelTarget
+from deltadock.names import DIGEST
 from deltadock.openai.chat import ChatCompletion, ChatRequest
 from deltadock.openai.completions import Completion, CompletionRequest
 from deltadock.openai.models import ModelCard, ModelList
 from deltadock.problems import openai_problems, problems
 from deltadock.trust import check_trusted
 
-DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-DESCRIBED: Final[dict[str, Any]] = {"pattern": f"^{DIGEST.pattern}$"}
+DESCRIBED: Final[dict[str, Any]] = {"pattern": f"^{DIGEST}$"}
 """Of digests in the description; a refusal says it in words."""
 LOADING: Final = (
     NotFound,
@@ -68,7 +68,7 @@ def base_header(
     base: Annotated[str | None, Header(alias=BASE_HEADER, json_schema_extra=DESCRIBED)] = None,
 ) -> str | None:
     """The base's digest, if the request names one."""
-    if base is not None and not DIGEST.fullmatch(base):
+    if base is not None and not re.fullmatch(DIGEST, base):
         raise InvalidInput(f"{BASE_HEADER} must be a SHA-256 digest in lower-case hex.")
     return base
 
@@ -84,7 +84,7 @@ def target_header(
     tenant: Annotated[str | None, Header(alias=TENANT_HEADER)] = None,
 ) -> ModelTarget | None:
     """The weights and the tenant that the headers name, None without headers."""
-    if artifact is not None and (base is None or not DIGEST.fullmatch(artifact)):
+    if artifact is not None and (base is None or not re.fullmatch(DIGEST, artifact)):
         raise InvalidInput(
             f"{ARTIFACT_HEADER} must be a SHA-256 digest in lower-case hex, beside {BASE_HEADER}."
         )
@@ -100,7 +100,7 @@ def artifact_digest(
     ],
 ) -> str:
     """A delta's artifact digest in the path."""
-    if not DIGEST.fullmatch(digest):
+    if not re.fullmatch(DIGEST, digest):
         raise InvalidInput(f"{digest!r} is not a SHA-256 digest in lower-case hex.")
     return digest
 

@@ -3,14 +3,13 @@
 import hashlib
 import re
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from deltadock.client.cache import cached, fetch_cached
 from deltadock.client.http import Client
 from deltadock.client.routes import is_reference
 from deltadock.errors import InvalidInput, NotFound
-
-DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+from deltadock.names import DIGEST
 
 
 class DeltaFile(NamedTuple):
@@ -51,7 +50,7 @@ def fetch_registered(delta: str) -> DeltaFile:
         HashMismatch: the bytes that came have another digest.
         Unavailable: the registry does not answer.
     """
-    if DIGEST.fullmatch(delta):
+    if re.fullmatch(DIGEST, delta):
         held = cached(delta)
         return _download(delta) if held is None else DeltaFile(held, delta)
     if not is_reference(delta):
@@ -71,7 +70,7 @@ def local_copy(path: str) -> Path:
     """
     if (file := Path(path)).is_file():
         return file
-    if DIGEST.fullmatch(file.stem):
+    if re.fullmatch(DIGEST, file.stem):
         return fetch_registered(file.stem).path
     raise NotFound(f"There is no file {path} on this machine.")
 

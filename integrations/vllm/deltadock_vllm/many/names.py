@@ -6,6 +6,7 @@ name: nothing that reaches a rank's step can be missing or damaged.
 """
 
 import asyncio
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -25,8 +26,9 @@ from deltadock.client.cache import cached_path
 from deltadock.client.http import Client
 from deltadock.client.routes import is_reference
 from deltadock.errors import DeltadockError, InvalidInput, NotFound, Unavailable, error_for
+from deltadock.names import DIGEST
 from deltadock_vllm.checks import base_manifest, check_servable
-from deltadock_vllm.fetching import DIGEST, DeltaFile, fetch, fetch_registered
+from deltadock_vllm.fetching import DeltaFile, fetch, fetch_registered
 from deltadock_vllm.loader import engine_files
 from deltadock_vllm.many.manager import FIRST_ID
 
@@ -117,7 +119,7 @@ class DeltaNames:
         Raises:
             DeltadockError: there is none, or it cannot be served.
         """
-        if DIGEST.fullmatch(name):
+        if re.fullmatch(DIGEST, name):
             digest = label = name
         elif is_reference(name):
             with Client() as client:
