@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
-from deltadock.errors import ModelNotFound, NotReady, Unavailable
+from deltadock.errors import Conflict, ModelNotFound, NotReady, Unavailable
 from deltadock.inference.admission import Admission
 from deltadock.inference.base import ServedBase
 from deltadock.inference.deltas.store import ResidentDelta
@@ -62,8 +62,9 @@ class InferenceNode:
         """One prompt of a model key is encoded at a time, so that others find a thread."""
         self._registration: Registration | None = None
         self.base: ServedBase | None = None
-        self.draining = False
-        """Whether new requests are rejected: the node is stopping, or an operator said so."""
+        self._drained = False
+        """Whether an operator drained it."""
+        self._stopping = False
         self.metrics = Metrics()
         self._usage = UsageMeter(self.metrics)
 
@@ -88,14 +89,27 @@ class InferenceNode:
             self._registration.notify()
 
     async def drain(self) -> None:
-        """Reject new requests and report it; running ones continue."""
-        self.draining = True
-        if self._registration is not None:
-            await self._registration.report()
+        """Reject new requests until `resume`, and report it; running ones continue."""
+        self._drained = True
+        await self._report()
 
     async def resume(self) -> None:
-        """Accept requests again, and report it."""
-        self.draining = False
+        """Accept requests again, and report it.
+
+        Raises:
+            Conflict: the node is stopping.
+        """
+        if self._stopping:
+            raise Conflict("The node is stopping; start it again.")
+        self._drained = False
+        await self._report()
+
+    async def announce_stop(self) -> None:
+        """Reject new requests for good, and report it; running ones continue."""
+        self._stopping = True
+        await self._report()
+
+    async def _report(self) -> None:
         if self._registration is not None:
             await self._registration.report()
 
@@ -108,6 +122,11 @@ class InferenceNode:
             await asyncio.to_thread(self.base.close)
         await asyncio.to_thread(self._encoders.shutdown)
         await asyncio.to_thread(self._templates.close)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are rejected: an operator drained the node, or it is stopping."""
+        return self._drained or self._stopping
 
     @property
     def ready(self) -> bool:

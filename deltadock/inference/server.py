@@ -96,8 +96,8 @@ class NodeServer(uvicorn.Server):
         return await super().on_tick(counter) or self.node.device_lost
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Report that the node is draining, then finish the running requests."""
-        await self.node.drain()
+        """Report that the node is stopping, then finish the running requests."""
+        await self.node.announce_stop()
         await super().shutdown(sockets)
 
 

@@ -221,13 +221,14 @@ def test_a_broken_base_is_reported_and_released(site: Site, node: RunningNode) -
     assert httpx.get(f"{node.url}/healthz").status_code == 200
 
 
-def test_a_draining_node_finishes_running_requests_and_rejects_new_ones(
+def test_a_stopping_node_finishes_running_requests_and_rejects_new_ones(
     site: Site, node: RunningNode
 ) -> None:
     go_on = hold(node)
     with node.client(site.base, site.artifacts[0]) as client:
         running = client.completions.create(model="m", prompt="a", max_tokens=9, stream=True)
-        asyncio.run_coroutine_threadsafe(node.node.drain(), node._loop).result(10)
+        asyncio.run_coroutine_threadsafe(node.node.announce_stop(), node._loop).result(10)
+        assert httpx.post(f"{node.url}/v1/resume").status_code == 409, "it stops all the same"
         error = refused(node, site.base, site.artifacts[0])
         assert (error.status_code, error.code) == (Unavailable.status, "unavailable")
         assert httpx.get(f"{node.url}/readyz").status_code == 503

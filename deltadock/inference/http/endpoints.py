@@ -280,9 +280,9 @@ async def drain(node: NodeDep) -> Response:
     return Response(status_code=204)
 
 
-@operation.post("/resume", status_code=204)
+@operation.post("/resume", status_code=204, responses=problems(Conflict))
 async def resume(node: NodeDep) -> Response:
-    """Accept requests again."""
+    """Accept requests again; 409 while the node is stopping."""
     await node.resume()
     return Response(status_code=204)
 
