@@ -33,7 +33,7 @@ from deltadock.compression.methods.base import MatrixTask, compress_matrices
 from deltadock.compression.numerics.metric import damped
 from deltadock.compression.options import CompressOptions, rank_budget
 from deltadock.compression.pipeline import compress
-from deltadock.compression.report import Progress
+from deltadock.compression.progress import Progress
 from deltadock.compression.statistics import MomentCollector
 
 STAGES: Final = {

@@ -22,7 +22,7 @@ import structlog
 
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from deltadock.compression.report import Progress
+from deltadock.compression.progress import Progress
 from deltadock.errors import Cancelled, DamagedBlob, DeltadockError, WorkerLost
 from deltadock.kernels import choose_device
 from deltadock.settings import Settings, get_settings

@@ -55,8 +55,9 @@ from deltadock.compression.calibration.windows import (
 from deltadock.compression.checkpoints import CheckpointReader, ResizedSource, to_numpy
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.options import CompressOptions, Source
+from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.quality import MergedSource, measure
-from deltadock.compression.report import ProgressReporter, Report, TensorReport, not_measured
+from deltadock.compression.report import Report, TensorReport, not_measured
 from deltadock.errors import (
     ArchitectureMismatch,
     InvalidAdapter,

@@ -18,7 +18,7 @@ from deltadock.artifacts.compatibility import check_differs, match_tensors, tied
 from deltadock.artifacts.configs import check_same_forward
 from deltadock.artifacts.encodings import NUMPY_DTYPES
 from deltadock.artifacts.names import is_embedding, is_head
-from deltadock.compression.report import ProgressReporter
+from deltadock.compression.progress import ProgressReporter
 from deltadock.errors import InvalidCheckpoint, NonFiniteWeights
 
 FLOAT_DTYPES: Final = {"BF16", "F16", "F32", "F64"}

@@ -19,7 +19,8 @@ from deltadock.compression.methods.base import (
 from deltadock.compression.numerics.global_allocation import RankProfile, RankWidths, allocate
 from deltadock.compression.numerics.metric import Metric, damped, weighted_errors
 from deltadock.compression.options import Solver, rank_budget
-from deltadock.compression.report import MatrixReport, ProgressReporter
+from deltadock.compression.progress import ProgressReporter
+from deltadock.compression.report import MatrixReport
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.statistics import DeltaMatrix, Statistics
 from deltadock.errors import BitsOutOfRange

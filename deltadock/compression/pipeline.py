@@ -20,7 +20,8 @@ from deltadock.compression.options import (
     goal_for,
 )
 from deltadock.compression.preview import carried_bytes, preview_size, shapes_of
-from deltadock.compression.report import Progress, ProgressReporter, Report
+from deltadock.compression.progress import Progress, ProgressReporter
+from deltadock.compression.report import Report
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.search import FIRST_BITS, fit_size, reach_bound
 from deltadock.compression.session import BlockStore, CompressionSession

@@ -5,7 +5,6 @@ the windows given; agreement is the fraction of positions with the same most lik
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -19,32 +18,12 @@ from deltadock.artifacts.tensors import merged_tensor
 from deltadock.compression.calibration.windows import read_windows
 from deltadock.compression.checkpoints import CheckpointReader, ResizedSource, TensorSource
 from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.report import Quality
 
 IGNORED: Final = -100
 """Label of positions without a next token."""
 WINDOW: Final = 256
 """Default window length in tokens: about that of a prompt with its answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """Figures of a delta against its fine-tune and its base.
-
-    Attributes:
-        kl: KL(fine-tuned || delta).
-        kl_base: KL(fine-tuned || base), the KL of storing no delta at all.
-        agreement: fraction of positions with the same most likely token.
-        nll, nll_finetuned, nll_base: of the text's next tokens.
-        tokens: positions measured.
-    """
-
-    kl: float
-    kl_base: float
-    agreement: float
-    nll: float
-    nll_finetuned: float
-    nll_base: float
-    tokens: int
 
 
 class MergedSource:

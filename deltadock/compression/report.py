@@ -1,54 +1,33 @@
-"""Progress and report of a compression, as JSON-able data."""
+"""Report of a compression, as JSON-able data."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import Any
 
 from deltadock.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from deltadock.compression.quality import Quality
-
-Stage = Literal["validating", "calibrating", "compressing", "assembling", "verifying"]
 
 Rank = tuple[int, float, int, int]
 """Of a decomposed matrix: place from 1, singular value, bits of U's vector and of V's."""
 
-STAGE_FRACTIONS: Final[dict[Stage, tuple[float, float]]] = {
-    "validating": (0.0, 0.05),
-    "calibrating": (0.05, 0.4),
-    "compressing": (0.4, 0.75),
-    "assembling": (0.75, 0.92),
-    "verifying": (0.92, 1.0),
-}
-"""Begin and end of each stage as fractions of the whole compression."""
 
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Figures of a delta against its fine-tune and its base.
 
-class Progress(NamedTuple):
-    """Progress of a compression: stage, block k of n within it, fraction of the whole (0 to 1)."""
+    Attributes:
+        kl: KL(fine-tuned || delta).
+        kl_base: KL(fine-tuned || base), the KL of storing no delta at all.
+        agreement: fraction of positions with the same most likely token.
+        nll, nll_finetuned, nll_base: of the text's next tokens.
+        tokens: positions measured.
+    """
 
-    stage: Stage
-    block: int
-    blocks: int
-    fraction: float
-    message: str
-
-
-class ProgressReporter:
-    """Computes the overall fraction of each step and calls a callback with it."""
-
-    def __init__(self, callback: Callable[[Progress], None] | None = None) -> None:
-        """Report to `callback`; whatever it raises (`Cancelled`) ends the compression."""
-        self._callback = callback
-
-    def report(
-        self, stage: Stage, block: int, blocks: int, message: str, within: float = 0.0
-    ) -> None:
-        """Report that `block` blocks are done, and the fraction `within` of the next one."""
-        if self._callback is not None:
-            begin, end = STAGE_FRACTIONS[stage]
-            fraction = begin + (end - begin) * (block + within) / max(blocks, 1)
-            self._callback(Progress(stage, block, blocks, fraction, message))
+    kl: float
+    kl_base: float
+    agreement: float
+    nll: float
+    nll_finetuned: float
+    nll_base: float
+    tokens: int
 
 
 def not_measured(error: InvalidInput) -> str:
@@ -144,7 +123,7 @@ class Report:
         """Artifact bits per weight of the checkpoint."""
         return 8 * self.artifact_bytes / self.parameters
 
-    def set_quality(self, quality: "Quality", measured_on: list[dict[str, Any]]) -> None:
+    def set_quality(self, quality: Quality, measured_on: list[dict[str, Any]]) -> None:
         """Copy the figures of the whole model, and describe their text."""
         self.measured_on = measured_on
         self.kl = quality.kl

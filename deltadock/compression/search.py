@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from deltadock.compression.options import Goal, MethodInfo
-from deltadock.compression.quality import Quality
-from deltadock.compression.report import Report
+from deltadock.compression.report import Quality, Report
 from deltadock.errors import InvalidGoal
 
 SIZE_TRIALS: Final = 6

@@ -43,14 +43,9 @@ from deltadock.compression.distillation import distill
 from deltadock.compression.methods.registry import matrix_method
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.options import METHODS, CompressOptions, Source
-from deltadock.compression.quality import MergedSource, Quality, base_model, measure
-from deltadock.compression.report import (
-    MatrixReport,
-    ProgressReporter,
-    Report,
-    TensorReport,
-    not_measured,
-)
+from deltadock.compression.progress import ProgressReporter
+from deltadock.compression.quality import MergedSource, base_model, measure
+from deltadock.compression.report import MatrixReport, Quality, Report, TensorReport, not_measured
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.statistics import (
     DeltaMatrix,

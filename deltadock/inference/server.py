@@ -23,8 +23,8 @@ from deltadock.errors import (
     Unauthorized,
     Unavailable,
 )
+from deltadock.inference.collector import NodeCollector
 from deltadock.inference.http import endpoints
-from deltadock.inference.metrics import NodeCollector
 from deltadock.inference.node import InferenceNode
 from deltadock.logs import configure_logging
 from deltadock.problems import install_error_handlers

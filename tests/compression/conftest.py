@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from deltadock.artifacts.reader import Artifact
 from deltadock.compression.checkpoints import CheckpointReader, ResizedSource
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.quality import MergedSource, Quality, base_model, measure
+from deltadock.compression.quality import MergedSource, base_model, measure
+from deltadock.compression.report import Quality
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 

@@ -20,7 +20,7 @@ from deltadock.artifacts.writer import write_artifact
 from deltadock.compression.adapters import adapter_digest, encode_adapter, import_adapter
 from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
-from deltadock.compression.report import ProgressReporter
+from deltadock.compression.progress import ProgressReporter
 from deltadock.errors import (
     ArchitectureMismatch,
     DeltadockError,

@@ -19,8 +19,9 @@ from deltadock.compression.numerics.global_allocation import allocate
 from deltadock.compression.numerics.metric import Metric, weighted_errors
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from deltadock.compression.quality import Quality, measure
-from deltadock.compression.report import Progress, Report
+from deltadock.compression.progress import Progress
+from deltadock.compression.quality import measure
+from deltadock.compression.report import Quality, Report
 from deltadock.errors import Cancelled, InvalidGoal, InvalidInput
 from tests.compression.conftest import delta_quality
 from tests.compression.matrices import make_moment, make_task

@@ -18,8 +18,8 @@ from deltadock.compression.calibration import sampling
 from deltadock.compression.checkpoints import open_pair
 from deltadock.compression.options import METHODS, CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
+from deltadock.compression.progress import Progress
 from deltadock.compression.quality import evaluate
-from deltadock.compression.report import Progress
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.session import NO_WEIGHTS, CompressionSession
 from deltadock.errors import (

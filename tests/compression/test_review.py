@@ -18,7 +18,8 @@ from deltadock.compression.methods.registry import matrix_method
 from deltadock.compression.numerics.metric import damped
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from deltadock.compression.report import Progress, Report
+from deltadock.compression.progress import Progress
+from deltadock.compression.report import Report
 from deltadock.errors import BitsOutOfRange, Cancelled, InvalidGoal
 from tests.compression.conftest import delta_quality
 from tests.compression.matrices import compress_one

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltadock.compression.options import METHODS, Goal, MethodInfo
-from deltadock.compression.quality import Quality
-from deltadock.compression.report import Report
+from deltadock.compression.report import Quality, Report
 from deltadock.compression.search import (
     BOUND_TRIALS,
     RESOLUTION,

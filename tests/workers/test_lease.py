@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from deltadock.compression.report import Progress
+from deltadock.compression.progress import Progress
 from deltadock.errors import Cancelled
 from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import JobRepository
