@@ -3,8 +3,9 @@
     python -m benchmarks.contract [--examples 40] [--seed 1] [--database sqlite|postgres]
 
 Starts `deltadock up`, stores the sample fine-tune as deltas, and runs every check of schemathesis
-in every phase, the stateful one included, on its node and on the api; three in four cases are about
-objects that are there. Exits with 1 if either finds something.
+in every phase, the stateful one included, on its node and on the api; most cases are about objects
+that are there. Prints what the valid cases of each operation were answered. Exits with 1 if it
+finds something, or if an operation answers 404 to most of its valid cases.
 """
 
 import argparse
@@ -17,20 +18,21 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import httpx
 
 from deltadock.cli.processes import Child, free_ports
 from deltadock.cli.services import postgres
 from deltadock.client.http import Client
+from deltadock.model_target import ARTIFACT_HEADER, BASE_HEADER
 
 ROOT: Final = Path(__file__).parents[1]
 SAMPLES: Final = ROOT / "samples"
 COPIES: Final = 10
-"""Of each kind of object, since some cases delete what they find."""
+"""Of the models, since some cases delete what they find."""
 REAL: Final = 0.75
-"""How often a value is one that is there."""
+"""How often a value of a query or body is one that is there."""
 
 
 @contextmanager
@@ -49,53 +51,87 @@ def running(home: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, s
         yield f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{node_port}", key
 
 
-def fill(client: Client, http: httpx.Client) -> dict[str, list[str]]:
-    """Store objects of every kind; returns values of parameters and of fields of bodies."""
+class Filled(NamedTuple):
+    """What the service holds before the run."""
 
-    def post(path: str, body: dict[str, Any]) -> str:
+    values: dict[str, list[str]]
+    """Values of query parameters and of fields of bodies."""
+    known: dict[str, Any]
+    """What the hooks make objects of, and paths to what is there."""
+
+
+def fill(client: Client, http: httpx.Client) -> Filled:
+    """Store objects of every kind."""
+
+    def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = http.post(path, json=body)
         answer.raise_for_status()
-        made: str = answer.json()["id"]
+        made: dict[str, Any] = answer.json()
         return made
 
     base = client.upload_folder(SAMPLES / "base")
     client.create_base("sample-base", base.digest)
     finetuned = client.upload_folder(SAMPLES / "finetuned")
     text = client.upload_calibration(SAMPLES / "calibration.txt")
-    models = [f"skills-{number}" for number in range(COPIES)]
+    hook = post("/v1/webhooks", {"url": "https://hooks.example.com/"})
+    names = [f"maths/skills-{number}" for number in range(COPIES)]
+    delta = {
+        "base": "sample-base",
+        "checkpoint": finetuned.digest,
+        "method": "bitdelta",
+        "calibration": {"source": "text", "digest": text},
+    }
     deltas, jobs = [], []
-    for model in models:  # the first is compressed, the others share its artifact
-        accepted = client.create_delta(
-            f"maths/{model}", "sample-base", finetuned.digest, method="bitdelta", calibration=text
-        )
-        job = client.wait(accepted.job.id, lambda _: None)
+    for name in names:  # the first is compressed, the others share its artifact
+        accepted = post("/v1/deltas", {"name": name, **delta})
+        job = client.wait(accepted["job"]["id"], lambda _: None)
         assert job.state == "ready", job
-        deltas.append(accepted.delta.id)
+        deltas.append(accepted["delta"]["id"])
         jobs.append(job.id)
     post("/v1/tenants", {"name": "acme"})
-    hook = {"url": "https://hooks.example.com/"}
-    key = {"name": "spare", "scopes": ["read"]}
-    names = [f"maths/{model}" for model in models]
-    return {
-        "path.delta_id": deltas + names,
-        "path.reference": names,
-        "path.job_id": jobs,
-        "path.base": ["sample-base"],
-        "path.project": ["maths"],
-        "path.model": [*models, "sample-base"],
-        "path.alias": ["default", "prod"],
-        "path.tenant": ["acme"],
-        "path.upload_id": [post("/v1/uploads", {"kind": "checkpoint"}) for _ in range(COPIES)],
-        "path.webhook_id": [post("/v1/webhooks", hook) for _ in range(COPIES)],
-        "path.key_id": [post("/v1/keys", key) for _ in range(COPIES)],
-        "path.path": ["config.json", "model.safetensors"],
+    uploads = http.get("/v1/uploads").json()["data"]
+    messages = http.get(f"/v1/webhooks/{hook['id']}/messages").json()["data"]
+    artifact = client.resolve(names[0]).digest
+    http.post(
+        f"/v1/deltas/{deltas[0]}/generate", json={"prompt": "a"}
+    ).raise_for_status()  # on the node
+    files = next(each["files"] for each in uploads if len(each["files"]) > 1)
+    there = {
+        "delta_id": deltas + names,
+        "reference": names,
+        "job_id": jobs,
+        "base": ["sample-base"],
+        "project": ["maths"],
+        "model": [name.removeprefix("maths/") for name in names],
+        "alias": ["default"],
+        "tenant": ["acme"],
+        "webhook_id": [hook["id"]],
+        "message_id": [message["id"] for message in messages],
+        "node_id": [node["id"] for node in http.get("/v1/nodes").json()["data"]],
+        "artifact": [artifact],
+    }
+    known = {
+        "paths": {
+            "any": there,
+            "GET /v1/models/{model}": {"model": [*names, *deltas, "sample-base"]},
+        },
+        "headers": {},
+        "delta": delta,
+        "checkpoint": finetuned.digest,
+        "base": base.digest,
+        "artifact": artifact,
+        "files": [{name: file[name] for name in ("path", "size", "sha256")} for file in files],
+    }
+    values = {
         "query.base": ["sample-base"],
         "query.delta": deltas,
         "query.name": names,
         "body.base": ["sample-base"],
         "body.checkpoint": [finetuned.digest],
         "body.model": [*names, "sample-base"],
+        "body.parent": deltas,
     }
+    return Filled(values, known)
 
 
 def configuration(values: Mapping[str, Sequence[str]]) -> str:
@@ -136,26 +172,55 @@ def main() -> int:
         http = stack.enter_context(httpx.Client(base_url=url, headers=bearer, timeout=60))
         listed = http.get("/v1/keys").json()["data"]
         own = next(each["id"] for each in listed if key.startswith(each["prefix"]))
-        values = fill(client, http)
-        artifact = client.resolve(values["body.model"][0]).digest
-        on_node = {name: [artifact] for name in ("path.digest", "path.model", "body.model")}
-        hooks = {"SCHEMATHESIS_HOOKS": "benchmarks.contract_hooks", "CONTRACT_KEY": own}
-        options = [
-            *("--checks", "all", "--continue-on-failure", "--max-examples", str(given.examples)),
-            *("--seed", str(given.seed), "--request-timeout", "120", "--no-shrink"),
-        ]
-        ended = []
-        for server, secret, known in ((node, node_secret, on_node), (url, key, values)):
-            config = folder / "schemathesis.toml"
-            config.write_text(configuration(known), encoding="utf-8")
-            command = [
-                *("schemathesis", "--config-file", str(config)),
-                *("run", f"{server}/openapi.json", *options),
-                *("--header", f"Authorization: Bearer {secret}"),
-            ]
-            done = subprocess.run(command, cwd=ROOT, env=os.environ | hooks, check=False)
-            ended.append(done.returncode)
-    return int(any(ended))
+        values, known = fill(client, http)
+        artifact = known["artifact"]
+        on_node = {
+            "paths": {"any": {"digest": [artifact], "model": [artifact]}},
+            "headers": {BASE_HEADER: known["base"], ARTIFACT_HEADER: artifact},
+        }
+        found = False
+        for server, token, words, there in (
+            (node, node_secret, {"body.model": [artifact]}, on_node),
+            (url, key, values, known),
+        ):
+            run = {"url": server, "key": token, "key_id": own, "seed": given.seed}
+            found |= try_server(folder, words, there | run, given.examples)
+    return int(found)
+
+
+def try_server(
+    folder: Path, values: Mapping[str, Sequence[str]], known: Mapping[str, Any], examples: int
+) -> bool:
+    """Run schemathesis on one server; prints its answers, and returns whether it found anything."""
+    config, answers = folder / "schemathesis.toml", folder / "answers.json"
+    config.write_text(configuration(values), encoding="utf-8")
+    hooks = {
+        "SCHEMATHESIS_HOOKS": "benchmarks.contract_hooks",
+        "CONTRACT": json.dumps({**known, "answers": str(answers)}),
+    }
+    command = [
+        *("schemathesis", "--config-file", str(config), "run", f"{known['url']}/openapi.json"),
+        *("--checks", "all", "--continue-on-failure", "--max-examples", str(examples)),
+        *("--seed", str(known["seed"]), "--request-timeout", "120", "--no-shrink"),
+        *("--header", f"Authorization: Bearer {known['key']}"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | hooks, check=False)
+    rare = print_answers(json.loads(answers.read_text(encoding="utf-8")))
+    return done.returncode != 0 or rare
+
+
+def print_answers(answers: Mapping[str, Mapping[str, int]]) -> bool:
+    """Print the statuses of valid cases by operation; whether one mostly finds no object."""
+    rare = False
+    for operation, counts in sorted(answers.items()):
+        statuses = {status: count for status, count in counts.items() if status != "invalid"}
+        missed = statuses.get("404", 0) > sum(statuses.values()) / 2
+        rare |= missed
+        listed = ", ".join(f"{status}: {statuses[status]}" for status in sorted(statuses))
+        mark = "mostly 404" if missed else ""
+        print(f"{operation:60} invalid: {counts.get('invalid', 0):4}, valid {listed} {mark}")
+    print(f"{sum(sum(counts.values()) for counts in answers.values())} cases")
+    return rare
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class HashMismatch(InvalidInput):
 
 
 class ContextExceeded(InvalidInput):
-    """Prompt and completion exceed the node's context length."""
+    """The prompt leaves no room for an answer in the node's context."""
 
     code = "context_length_exceeded"
 

@@ -139,7 +139,7 @@ def sampling_params(
     """Sampling parameters of the encoded prompts, within a context of `context` tokens.
 
     Raises:
-        ContextExceeded: a prompt and its answer do not fit the context.
+        ContextExceeded: a prompt leaves no room for an answer in the context.
         InvalidInput: a bias is for a token that is not in the `vocabulary`.
     """
     longest = max(map(len, prompts))
@@ -150,12 +150,6 @@ def sampling_params(
             param="messages" if isinstance(request, ChatRequest) else "prompt",
         )
     sampling = requested_sampling(request, defaults, context - longest)
-    if longest + sampling.max_tokens > context:
-        raise ContextExceeded(
-            f"The prompt's {longest} tokens and max_tokens {sampling.max_tokens} exceed the "
-            f"context of {context} tokens. Shorten one of them.",
-            param="max_tokens",
-        )
     unknown = [token for token in sampling.logit_bias if token >= vocabulary]
     if unknown:
         raise InvalidInput(
@@ -170,8 +164,9 @@ def requested_sampling(
 ) -> SamplingParams:
     """The request's sampling parameters; unset ones are the model's `defaults`.
 
-    `room` is the number of tokens that the longest prompt leaves. Without a limit, an answer to a
-    conversation may fill it, and a completion has OpenAI's 16 tokens.
+    `room` is the number of tokens that the longest prompt leaves; an answer ends where it does.
+    Without a limit, an answer to a conversation may fill it, and a completion has OpenAI's 16
+    tokens.
     """
     logprobs: int | None
     if isinstance(request, ChatRequest):
@@ -179,12 +174,12 @@ def requested_sampling(
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         echo = False
     else:
-        max_tokens = _or_default(request.max_tokens, min(COMPLETION_TOKENS, room))
+        max_tokens = _or_default(request.max_tokens, COMPLETION_TOKENS)
         logprobs = request.logprobs
         echo = bool(request.echo)
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=min(max_tokens, room),
         temperature=_or_default(request.temperature, defaults.temperature),
         top_p=_or_default(request.top_p, defaults.top_p),
         top_k=max(_or_default(request.top_k, defaults.top_k), 0),

@@ -160,7 +160,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         {"suffix": "x"},
         {"unknown": 1},
         {"logit_bias": {"999": 1}},
-        {"max_tokens": 10_000},
+        {"prompt": "x" * 10_000},
     ],
 )
 def test_the_api_and_a_node_report_equal_errors(fleet: Fleet, wrong: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ def test_the_api_and_a_node_report_equal_errors(fleet: Fleet, wrong: dict[str, A
     [
         ({"max_tokens": -1}, "invalid_input"),
         ({"prompt": ""}, "invalid_input"),
-        ({"max_tokens": 10_000}, "context_length_exceeded"),
+        ({"prompt": "x" * 10_000}, "context_length_exceeded"),
     ],
 )
 def test_the_generate_routes_report_problems(

@@ -55,3 +55,8 @@ def test_a_completions_default_limit_is_16_tokens_or_the_room_left() -> None:
         15,
         16,
     ]
+
+
+@ROUTES
+def test_an_answer_ends_with_the_context(make: Any) -> None:
+    assert requested_sampling(make(max_tokens=10_000), PUBLISHED, 7).max_tokens == 7
