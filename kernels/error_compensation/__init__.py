@@ -4,6 +4,9 @@ The recursion of GPTQ (Frantar et al., 2022), in units of a grid's step:
 `code = clamp(floor(w + zero + 1/2), 0, top)` represents `code - zero`. With F the upper Cholesky
 factor of the inverse Hessian, coordinate j has the error `e_j = (w_j - (code_j - zero)) / F_jj`,
 and `F_jk e_j` is subtracted from every later coordinate k.
+
+Pruned to 2 of every 4 coordinates as in SparseGPT (Frantar and Alistarh, 2023), four coordinates
+keep the two of largest `|w_j / F_jj|`, once corrected for all before them; the others are zero.
 """
 
 from typing import Final
@@ -13,6 +16,9 @@ from torch import Tensor
 
 BLOCK: Final = {"cpu": 32, "cuda": 64}
 """Coordinates per block, by device type; one matrix product per block applies earlier errors."""
+GROUP: Final = 4
+KEPT: Final = 2
+"""Coordinates that are kept of a group of `GROUP`."""
 
 
 def round_with_error_compensation(
@@ -45,6 +51,31 @@ def round_with_error_compensation(
     return codes
 
 
+def prune_with_error_compensation(
+    values: Tensor, factor: Tensor, top: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keep and round 2 of every 4 coordinates, on grids symmetric about zero.
+
+    Args:
+        values, factor: as of `round_with_error_compensation`, with errors in their place after.
+        top: highest codes (b, r).
+
+    Returns:
+        The codes (b, n, r) uint8, 0 where pruned, and which are kept, bool.
+
+    Raises:
+        ValueError: a shape, dtype or layout differs from these.
+    """
+    _check(values, factor, top[:, None], top[:, None])
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    kept = torch.empty(values.shape, dtype=torch.bool, device=values.device)
+    for start, stop in blocks(values):
+        apply_errors(values, factor, start, stop)
+        piece = slice(start, stop)
+        prune_block(values[:, piece], codes[:, piece], kept[:, piece], factor[:, piece, piece], top)
+    return codes, kept
+
+
 def blocks(values: Tensor) -> list[tuple[int, int]]:
     """First and end coordinate of each block of `values` (b, n, r)."""
     n, step = values.shape[1], BLOCK[values.device.type]
@@ -73,6 +104,25 @@ def round_block(rows: Tensor, codes: Tensor, factor: Tensor, zero: Tensor, top: 
         codes[:, j].copy_(code)
         row.sub_(code).add_(zero[:, j]).div_(diagonal[:, j])
         rows[:, j + 1 :].addcmul_(factor[:, j, j + 1 :, None], row[:, None], value=-1)
+
+
+def prune_block(rows: Tensor, codes: Tensor, kept: Tensor, factor: Tensor, top: Tensor) -> None:
+    """Prune and round one block (b, rows, r), by its factor (b, rows, rows) and top (b, r)."""
+    if rows.is_cuda:
+        from deltadock.kernels.error_compensation import triton
+
+        triton.prune_block(rows, codes, kept, factor, top)
+        return
+    costs = factor.diagonal(dim1=1, dim2=2).reciprocal()[:, :, None]
+    for start in range(0, rows.shape[1], GROUP):
+        of = slice(start, start + GROUP)
+        four, chosen = rows[:, of], kept[:, of]
+        best = (four * costs[:, of]).abs_().topk(min(KEPT, four.shape[1]), dim=1).indices
+        chosen.zero_().scatter_(1, best, value=True)
+        # The grid of a pruned entry is zero alone.
+        highest = chosen * top[:, None]
+        round_block(four, codes[:, of], factor[:, of, of], highest / 2, highest)
+        apply_errors(rows[:, start:], factor[:, start:, start:], GROUP, rows.shape[1] - start)
 
 
 def _check(values: Tensor, factor: Tensor, zero: Tensor, top: Tensor) -> None:

@@ -50,7 +50,7 @@ def operators(
     ("name", "bounds", "synchronizations"),
     [
         ("adamix", (600, 640), 20), ("delta-come", (900, 930), 25), ("topk-2", (680, 880), 20),
-        ("low-rank", (100, 100), 5), ("bitdelta", (60, 60), 5), ("delta-zip", (300, 1900), 5),
+        ("low-rank", (100, 100), 5), ("bitdelta", (60, 60), 5), ("delta-zip", (120, 350), 5),
         ("gpt-zip", (170, 310), 5), ("optimix", (1600, 1750), 100),
     ],
 )  # fmt: skip

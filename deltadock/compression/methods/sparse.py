@@ -6,8 +6,7 @@ in the following columns. A block of columns is rounded at once, once its mask i
 
 DeltaZip: 2 of every 4 columns kept, in 2- or 4-bit codes. Source: Yao et al., "DeltaZip: Efficient
 Serving of Multiple Full-Model-Tuned LLMs" (arXiv 2312.05215). Here every row and 128 columns have
-a scale of least square error, layers are calibrated on the fine-tune's own activations, and the
-mask of 32 columns is chosen at once, then again from what was rounded with the mask before.
+a scale of least square error, and layers are calibrated on the fine-tune's own activations.
 
 GPT-Zip: 2-bit codes, 95 % of the weights pruned. Source: Isik et al., "GPT-Zip: Deep Compression
 of Finetuned Large Language Models" (ICML 2023 workshop), which publishes no code: implemented here
@@ -26,24 +25,26 @@ from torch.nn import functional as F
 from deltadock.artifacts.encodings import Encoded, deflate, encode_sparse, encode_sparse24
 from deltadock.compression.methods.base import MatrixResult, MatrixTask, matrix_result, stacked
 from deltadock.compression.numerics.gptq import columns_first, inverse_factors, search_grid
-from deltadock.kernels.error_compensation import apply_errors, round_with_error_compensation
+from deltadock.kernels.error_compensation import (
+    GROUP,
+    KEPT,
+    apply_errors,
+    prune_with_error_compensation,
+    round_with_error_compensation,
+)
 
 BLOCK: Final = 128
 """Columns that a mask or a scale may look ahead to."""
 
-KEPT_OF_FOUR: Final = 2
 DELTA_ZIP_WIDTHS: Final = (2, 4)
-MASK_COLUMNS: Final = 32
-"""Columns whose mask is chosen at once; a multiple of four."""
-MASK_SEARCHES: Final = 4
-"""Masks chosen for them, each from what was rounded with the one before. On the sample's matrices
-the output errors add up to 1.343; to 1.334 with the mask of every four columns chosen in turn."""
 
 GPT_ZIP_BITS: Final = 2
 GPT_ZIP_KEPT: Final = 0.05
 
-ChooseMask = Callable[[Tensor], Tensor]
-"""From the costs of a block of columns, (b, columns, h_out), the mask of the entries kept."""
+RoundBlock = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From a block of columns (b, columns, h_out) in steps, its factor (b, columns, columns), the steps
+and the highest codes (b, h_out): the codes, and the mask of the entries kept. The block is
+overwritten with its errors."""
 ChooseScales = Callable[[Tensor, Tensor], Tensor]
 """From a group's values and costs, (b, h_out, columns), the steps of its rows, (b, h_out)."""
 
@@ -53,41 +54,44 @@ Encoder = Callable[..., Encoded]
 def delta_zip(tasks: Sequence[MatrixTask]) -> list[MatrixResult]:
     """Compress linear layers' deltas; half of the weights have codes, so 1 bit buys 2."""
     budget = tasks[0].bits
-    bits = max(width for width in DELTA_ZIP_WIDTHS if width * KEPT_OF_FOUR / 4 <= budget)
+    bits = max(width for width in DELTA_ZIP_WIDTHS if width * KEPT / GROUP <= budget)
 
-    def choose(cost: Tensor) -> Tensor:
-        columns = cost.shape[1]
-        fours = F.pad(cost, (0, 0, 0, -columns % 4), value=-1.0).unflatten(1, (-1, 4))
-        best = fours.topk(KEPT_OF_FOUR, dim=2).indices
-        mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(2, best, value=True)
-        return mask.flatten(1, 2)[:, :columns]
+    def round_block(
+        work: Tensor, factor: Tensor, _steps: Tensor, top: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return prune_with_error_compensation(work, factor, top)
 
     def scales(values: Tensor, cost: Tensor) -> Tensor:
         # The final mask is chosen after error compensation, and hardly differs.
-        padding = (0, -values.shape[2] % 4)
-        fours, costs = (F.pad(x, padding).unflatten(2, (-1, 4)) for x in (values, cost))
-        return row_scales(largest(fours, costs, KEPT_OF_FOUR).flatten(2), bits)
+        padding = (0, -values.shape[2] % GROUP)
+        fours, costs = (F.pad(x, padding).unflatten(2, (-1, GROUP)) for x in (values, cost))
+        return row_scales(largest(fours, costs, KEPT).flatten(2), bits)
 
-    return _compress(
-        tasks, bits, BLOCK, choose, scales, MASK_SEARCHES, MASK_COLUMNS, encode_sparse24
-    )
+    return _compress(tasks, bits, BLOCK, round_block, scales, encode_sparse24)
 
 
 def gpt_zip(tasks: Sequence[MatrixTask]) -> list[MatrixResult]:
     """Compress linear layers' deltas; there is one size, whatever the budget."""
     h_in = tasks[0].delta.shape[1]
 
-    def choose(cost: Tensor) -> Tensor:
+    def round_block(
+        work: Tensor, factor: Tensor, steps: Tensor, top: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        diagonal = factor.diagonal(dim1=1, dim2=2)[:, :, None]
+        cost = (work * steps[:, None] / diagonal).square_()
         flat = cost.flatten(1)
         best = flat.topk(max(1, int(GPT_ZIP_KEPT * flat.shape[1])), dim=1).indices
         mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, best, value=True)
-        return mask.view_as(cost) & (cost > 0)
+        kept = mask.view_as(cost) & (cost > 0)
+        # The grid of a pruned entry is zero alone.
+        highest = kept * top[:, None]
+        return round_with_error_compensation(work, factor, highest / 2, highest), kept
 
     def scales(values: Tensor, cost: Tensor) -> Tensor:
         kept = largest(values, cost, max(1, round(GPT_ZIP_KEPT * h_in)))
         return row_scales(kept, GPT_ZIP_BITS)
 
-    return _compress(tasks, GPT_ZIP_BITS, h_in, choose, scales, 1, BLOCK, encode_sparse)
+    return _compress(tasks, GPT_ZIP_BITS, h_in, round_block, scales, encode_sparse)
 
 
 def row_scales(values: Tensor, bits: int) -> Tensor:
@@ -111,10 +115,8 @@ def _compress(
     tasks: Sequence[MatrixTask],
     bits: int,
     group: int,
-    choose: ChooseMask,
+    round_block: RoundBlock,
     scales: ChooseScales,
-    searches: int,
-    mask_columns: int,
     encode: Encoder,
 ) -> list[MatrixResult]:
     """Prune, quantize, encode and deflate.
@@ -123,16 +125,13 @@ def _compress(
         tasks: b matrices of equal shapes.
         bits: width of the codes, on a symmetric grid.
         group: columns that share a scale in a row: `BLOCK`, or all of them.
-        choose: decides which entries of a block are kept.
+        round_block: prunes and rounds a block of columns.
         scales: chooses a group's scales at its first column.
-        searches: masks that are chosen, one after the other.
-        mask_columns: columns whose mask is chosen at once, a divisor of `BLOCK`.
         encode: of codes and mask (h_out, h_in) and scales (h_out, groups).
     """
     factor, damping = inverse_factors(stacked([task.moment for task in tasks]))
     work = columns_first(stacked([task.delta for task in tasks]))
-    diagonal = factor.diagonal(dim1=1, dim2=2)[:, :, None]
-    weight = diagonal.square().reciprocal()
+    weight = factor.diagonal(dim1=1, dim2=2)[:, :, None].square().reciprocal()
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     mask = torch.empty(work.shape, dtype=torch.bool, device=work.device)
     steps = []
@@ -144,25 +143,13 @@ def _compress(
             ahead = slice(start, start + group)
             cost = work[:, ahead].square() * weight[:, ahead]
             steps.append(scales(work[:, ahead].mT, cost.mT))
-        used = (steps[-1] > 0)[:, None]
-        step = torch.where(used, steps[-1][:, None], 1.0)
-        errors = work[:, piece] / step
-        corner = factor[:, piece, piece]
-        for begin in range(0, errors.shape[1], mask_columns):
-            part = slice(begin, begin + mask_columns)
-            of = slice(start + begin, start + begin + mask_columns)
-            apply_errors(errors, corner, begin, min(begin + mask_columns, errors.shape[1]))
-            before = corrected = errors[:, part].clone()
-            for _ in range(searches):
-                kept = choose((corrected * step).square() * weight[:, of])
-                # The grid of a pruned entry is zero alone.
-                top = (kept & used) * (2.0**bits - 1)
-                left = before.clone()
-                rounded = round_with_error_compensation(left, corner[:, part, part], top / 2, top)
-                # What was rounded: corrected by the columns before in this part too.
-                corrected = left * diagonal[:, of] + rounded - top / 2
-            errors[:, part], codes[:, of], mask[:, of] = left, rounded, kept
-        work[:, piece] = errors * step
+        used = steps[-1] > 0
+        step = torch.where(used, steps[-1], 1.0)
+        errors = work[:, piece] / step[:, None]
+        codes[:, piece], mask[:, piece] = round_block(
+            errors, factor[:, piece, piece], step, used * (2.0**bits - 1)
+        )
+        work[:, piece] = errors * step[:, None]
     found = (data.cpu().numpy() for data in (codes.mT, mask.mT, torch.stack(steps, 2)))
     results = []
     for task, damped, *arrays in zip(tasks, damping, *found, strict=True):

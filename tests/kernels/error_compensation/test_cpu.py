@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from deltadock.kernels.error_compensation import BLOCK, reference, round_with_error_compensation
+from deltadock.kernels.error_compensation import (
+    BLOCK,
+    prune_with_error_compensation,
+    reference,
+    round_with_error_compensation,
+)
 from tests.kernels.error_compensation.cases import check, make
 
 
@@ -54,3 +59,20 @@ def test_problems_do_not_interact() -> None:
         assert torch.equal(codes[0], together[k])
         expected, _ = reference.round_with_error_compensation(alone, factor[k], zero[k], top[k])
         assert (expected == together[k]).double().mean() > 0.98
+
+
+@pytest.mark.parametrize(("n", "r"), [(1, 1), (3, 2), (7, 3), (BLOCK["cpu"], 16), (133, 40)])
+def test_two_of_four_are_kept_as_in_the_reference(n: int, r: int) -> None:
+    problems = [make(n, r, seed=seed) for seed in range(2)]
+    values, factor = (torch.stack([one[k] for one in problems]) for k in (0, 1))
+    top = problems[0][3].expand(2, -1).contiguous()
+    codes, kept = prune_with_error_compensation(values.clone(), factor, top)
+    for k in range(2):
+        found = reference.prune_with_error_compensation(values[k], factor[k], top[k])
+        for one, other in zip((codes, kept), found[:2], strict=True):
+            assert (one[k] == other).double().mean() > 0.98
+    most = torch.full((-(-n // 4),), 2)
+    most[-1] = min(2, (n - 1) % 4 + 1)
+    for group, count in zip(kept.split(4, dim=1), most, strict=True):
+        assert (group.sum(1) == count).all()
+    assert not codes[~kept].any()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltadock.kernels.error_compensation import BLOCK, round_with_error_compensation
-from deltadock.kernels.error_compensation.triton import ROWS, round_block
+from deltadock.kernels import error_compensation
+from deltadock.kernels.error_compensation import BLOCK, reference, round_with_error_compensation
+from deltadock.kernels.error_compensation.triton import ROWS, prune_block, round_block
 from tests.kernels.error_compensation.cases import check, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,6 +64,30 @@ def test_problems_with_a_grid_for_every_coordinate() -> None:
     codes, errors = run_problems(wide, large[:, 5:35, 5:35], zero, top)
     for k in range(3):
         check(codes[k], errors[k], (values[k], factor[k], zero[k], top[k]))
+
+
+@pytest.mark.parametrize(("rows", "vectors"), [(1, 1), (7, 33), (ROWS, 32)])
+def test_a_pruned_block_equals_the_other_path(rows: int, vectors: int) -> None:
+    """Blocks are pieces of larger tensors; where costs are equal, the first are kept."""
+    problems = [make(rows, vectors, seed=seed) for seed in range(2)]
+    values, factor = (torch.stack([one[k] for one in problems]) for k in (0, 1))
+    values[:, :2, 0] = 0.0
+    large = torch.full((2, rows + 9, rows + 9), torch.nan)
+    large[:, 3 : rows + 3, 3 : rows + 3] = factor
+    top = problems[0][3].expand(2, -1).contiguous()
+    codes = torch.full((2, rows + 5, vectors), 255, dtype=torch.uint8)[:, 2 : rows + 2]
+    kept = torch.ones(2, rows + 5, vectors, dtype=torch.bool)[:, 2 : rows + 2]
+    made = [one.to(DEVICE) for one in (values.clone(), codes, kept)]
+    prune_block(*made, large.to(DEVICE)[:, 3 : rows + 3, 3 : rows + 3], top.to(DEVICE))
+    errors, codes, kept = (one.cpu() for one in made)
+    for k in range(2):
+        expected = reference.prune_with_error_compensation(values[k], factor[k], top[k])
+        same = (codes[k] == expected[0]).all(0) & (kept[k] == expected[1]).all(0)
+        assert same.double().mean() > 0.9
+        torch.testing.assert_close(
+            errors[k][:, same].double(), expected[2][:, same], rtol=2e-3, atol=2e-3
+        )
+    assert (kept[:, :4].sum(1) == min(rows, error_compensation.KEPT)).all()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the blocked GPU path needs a GPU")
