@@ -51,7 +51,7 @@ def round_block_kernel(
 
 
 @triton.jit
-def corrected(values_ptrs, mask, column, factor_row, before, errors):  # type: ignore[no-untyped-def]
+def corrected(values_ptrs, mask, column, factor_row, before, errors):
     """A coordinate's values less the `errors` of those `before` it, weighed by its factors."""
     index = tl.arange(0, errors.shape[0])
     weights = tl.load(column + index * factor_row, mask=index < before, other=0.0)
