@@ -36,6 +36,7 @@
     ├── DamagedBlob                     502 damaged_blob
     ├── StorageFull                     507 storage_full
     ├── InferenceFailed                 500 inference_failed
+    ├── NotInstalled                    501 not_installed
     └── Unavailable                     503 unavailable
         ├── Overloaded                  429 overloaded
         └── RateLimited                 429 rate_limited
@@ -261,6 +262,13 @@ class Cancelled(DeltadockError):
 
     status = 409
     code = "cancelled"
+
+
+class NotInstalled(DeltadockError):
+    """An optional package is missing where this runs."""
+
+    status = 501
+    code = "not_installed"
 
 
 class InferenceFailed(DeltadockError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from opentelemetry import propagate, trace
 from opentelemetry.trace import SpanKind
 
-from deltadock.errors import DeltadockError
+from deltadock.extras import needed_extras
 from deltadock.settings import Settings
 from deltadock.version import __version__
 
@@ -38,20 +38,15 @@ def configure_tracing(settings: Settings, process: str) -> None:
     """Send this process's spans to the settings' collector, if there is one.
 
     Raises:
-        DeltadockError: the SDK is not installed.
+        NotInstalled: the SDK is missing.
     """
     if settings.otlp_endpoint is None:
         return
-    try:
+    with needed_extras("DELTADOCK_OTLP_ENDPOINT"):
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError as error:
-        raise DeltadockError(
-            "DELTADOCK_OTLP_ENDPOINT is set, but OpenTelemetry's SDK is not installed. Install "
-            "deltadock[traces], or unset it."
-        ) from error
     names = {"service.name": f"deltadock-{process}", "service.version": __version__}
     provider = TracerProvider(resource=Resource.create(names))
     exporter = OTLPSpanExporter(f"{settings.otlp_endpoint.rstrip('/')}/v1/traces")

@@ -129,7 +129,7 @@ def _matrix(
         "fallbacks": [],
         "spectrum": [
             [place, round(0.4 * (1 + depth) * place**-0.6, 5), width, width]
-            for place, width in ((1, 8), (4, 6), (12, 4), (40, 3), (kept, 2))
+            for place, width in ((1, 8), (4, 6), (12, 4), (40, 3), (kept, 2), (full, 0))
         ],
     }
 

@@ -215,7 +215,10 @@ def timeline(label: str, times: Sequence[datetime], series: Sequence[Series], to
 
 
 def spectrum(spectra: Spectra) -> Markup:
-    """Singular values over their place, both logarithmic; a dot's colour is its rank's width."""
+    """Singular values over their place, both logarithmic; a dot's colour is its rank's width.
+
+    Ranks that the method dropped are rings.
+    """
     width, height, left, bottom, top, right = 300, 180, 46, 30, 8, 10
     root = _svg(width, height, "grid plot", f"Singular values of {spectra.projection}")
     ranks = [rank for found in spectra.by_layer.values() for rank in found]
@@ -239,7 +242,7 @@ def spectrum(spectra: Spectra) -> Markup:
         points = " ".join(f"{_n(x(rank.place))},{_n(y(rank.value))}" for rank in found)
         ET.SubElement(root, "polyline", {"points": points})
         for rank in found:
-            bits = f"{rank.u_bits} bit"
+            bits = f"{rank.u_bits} bit" if rank.u_bits else "dropped"
             if rank.u_bits != rank.v_bits:
                 bits = f"U {rank.u_bits}, V {rank.v_bits} bit"
             title = f"layer {layer}, rank {rank.place}\n{significant(rank.value)}, {bits}"
@@ -250,7 +253,7 @@ def spectrum(spectra: Spectra) -> Markup:
 
 
 def _mean_width(rank: RankFigures) -> int:
-    """The class of a rank's colour; the widest is that of 8 bits."""
+    """The class of a rank's colour: 0 of one that is dropped, 8 of the widest."""
     return min((rank.u_bits + rank.v_bits + 1) // 2, 8)
 
 

@@ -19,7 +19,7 @@ _LISTED_GROUPS: Final = 10
 
 
 class RankFigures(NamedTuple):
-    """A rank that a matrix keeps: place from 1, singular value, widths of its two vectors."""
+    """A rank of a matrix: place from 1, singular value, widths of its two vectors; 0: dropped."""
 
     place: int
     value: float
@@ -149,10 +149,15 @@ class MatrixGrid:
 
 
 class Spectra(NamedTuple):
-    """The ranks kept of one projection's matrices in the first, a middle and the last layer."""
+    """Ranks of one projection's matrices in the first, a middle and the last layer."""
 
     projection: str
     by_layer: dict[str, list[RankFigures]]
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether some ranks are not stored."""
+        return any(rank.u_bits == 0 for ranks in self.by_layer.values() for rank in ranks)
 
 
 class LayerBits(NamedTuple):

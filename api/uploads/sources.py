@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from deltadock.artifacts.checkpoint import SHARD_INDEX, list_folder, model_files
 from deltadock.errors import Forbidden, InvalidInput, NotFound, TooLarge, Unavailable
+from deltadock.extras import needed_extras
 from deltadock.settings import Settings
 from deltadock.storage.blobs.port import CHUNK_BYTES
 from deltadock.storage.models import UploadKind
@@ -228,13 +229,8 @@ class HubSource:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        try:
+        with needed_extras("An import from the Hugging Face Hub"):
             from huggingface_hub import errors as hub
-        except ImportError as error:
-            raise Unavailable(
-                "Imports from the Hugging Face Hub need the package huggingface_hub on the api's "
-                "machine: install deltadock[hub]."
-            ) from error
         try:
             yield
         except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:

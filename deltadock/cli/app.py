@@ -9,6 +9,7 @@ from deltadock.cli import chat, doctor, fleet, jobs, login, offline, push, regis
 from deltadock.cli.outcome import ReportingGroup, on_interrupt
 from deltadock.cli.output import AsJson, age, print_json, print_resources, print_table, say
 from deltadock.cli.server import Url
+from deltadock.extras import EMBEDDED, MODEL, check_installed
 from deltadock.version import DOCS, __version__
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 PUSH = "Push and ship"
 TALK = "Try"
 WATCH = "Watch"
+NODES = "Nodes"
 OFFLINE = "Offline: checkpoint folders, no service"
 RUNNING = "Run a Deltadock"
 
@@ -34,7 +36,8 @@ for panel, commands in {
     PUSH: (push.push, registry.ls, registry.show, registry.pull, registry.rm, registry.undo,
            registry.alias, registry.compare),
     TALK: (chat.run, chat.generate),
-    WATCH: (jobs.jobs, jobs.logs, jobs.cancel, jobs.retry, fleet.ps, doctor.doctor),
+    WATCH: (jobs.jobs, jobs.logs, jobs.cancel, jobs.retry, doctor.doctor),
+    NODES: (fleet.ps, fleet.drain, fleet.resume, fleet.evict),
     OFFLINE: (offline.preview, offline.compress, offline.evaluate, offline.merge, offline.inspect,
               offline.verify, offline.methods),
 }.items():  # fmt: skip
@@ -80,6 +83,7 @@ def up(
     node_port: NodePort = 8100,
 ) -> None:
     """Run api, worker, node and broker on this machine. Ctrl-C stops them."""
+    check_installed(*EMBEDDED)
     typer.echo("Starting Deltadock ...")  # its modules take seconds to import
     from deltadock.cli.system import up as run
 
@@ -108,6 +112,7 @@ def node(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8100,
 ) -> None:
     """Run one inference node, registered with an api or standalone, until SIGTERM."""
+    check_installed(*MODEL)
     from deltadock.cli.node import node as run
 
     run(base, api, delta or [], host, port)
@@ -219,6 +224,7 @@ def demo(
     ] = None,
 ) -> None:
     """Compress the sample fine-tune and compare it with its delta over HTTP."""
+    check_installed(*EMBEDDED)
     from deltadock.cli.demo import demo as run
 
     with on_interrupt("The demo's processes have ended, and its data is removed."):

@@ -1,7 +1,27 @@
-"""`deltadock ps`: the inference nodes, and what is resident where."""
+"""`deltadock ps`, `drain`, `resume` and `evict`: inference nodes, and what is resident where."""
 
-from deltadock.cli.output import AsJson, age, figure, print_resources, print_table
-from deltadock.cli.server import Url, connect
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deltadock.cli.output import AsJson, age, figure, print_resources, print_table, say
+from deltadock.cli.server import Reference, Url, complete_node, connect
+from deltadock.errors import NotFound
+
+if TYPE_CHECKING:
+    from deltadock.client.http import Client
+    from deltadock.client.resources import Node
+
+NODE_HELP = "The node's address or id, as `deltadock ps` and `ps --json` show them."
+NodeReference = Annotated[
+    str, typer.Argument(metavar="NODE", help=NODE_HELP, autocompletion=complete_node)
+]
+OneNode = Annotated[
+    str | None,
+    typer.Option("--node", help=f"Only from this node. {NODE_HELP}", autocompletion=complete_node),
+]
 
 
 def ps(as_json: AsJson = False, url: Url = None) -> None:
@@ -47,3 +67,66 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
             ),
             "",
         )
+
+
+def drain(node: NodeReference, as_json: AsJson = False, url: Url = None) -> None:
+    """Let a node finish its requests and accept no others, until it is resumed or starts again."""
+    with connect(url) as client:
+        found = _node(client.nodes(), node)
+        client.drain(found.id)
+        _show(client, found, f"{found.url} accepts no more requests. Undo: deltadock resume {node}",
+              as_json=as_json)  # fmt: skip
+
+
+def resume(node: NodeReference, as_json: AsJson = False, url: Url = None) -> None:
+    """Let a drained node accept requests again."""
+    with connect(url) as client:
+        found = _node(client.nodes(), node)
+        client.resume(found.id)
+        _show(client, found, f"{found.url} accepts requests.", as_json=as_json)
+
+
+def evict(name: Reference, node: OneNode = None, as_json: AsJson = False, url: Url = None) -> None:
+    """Remove a delta from the nodes' slots and host memory; its next request loads it again.
+
+    Its file stays on their disks. What other tenants own is named by the digest that `ps` shows.
+    """
+    with connect(url) as client:
+        nodes = client.nodes()
+        artifact = _artifact(client, nodes, name)
+        freed = []
+        for one in nodes if node is None else [_node(nodes, node)]:
+            with suppress(NotFound):  # this node does not have it
+                client.evict(one.id, artifact)
+                freed.append(one)
+    if not freed:
+        raise NotFound(f"No node has {name}. `deltadock ps` shows what they have.")
+    if as_json:
+        print_resources(freed)
+    else:
+        say(f"{name} is removed from the memory of {', '.join(one.url for one in freed)}.")
+
+
+def _node(nodes: "Sequence[Node]", reference: str) -> "Node":
+    """The node with this address, with or without its scheme, or this id."""
+    for node in nodes:
+        if reference.rstrip("/") in (node.id, node.url, node.url.partition("://")[2]):
+            return node
+    known = ", ".join(node.url for node in nodes) or "none"
+    raise NotFound(f"There is no node {reference!r}. Those that run: {known}.")
+
+
+def _artifact(client: "Client", nodes: "Sequence[Node]", name: str) -> str:
+    """The digest of the artifact that a name means, or that begins with it on a node."""
+    for node in nodes:
+        for delta in node.deltas:
+            if len(name) >= 12 and delta.artifact.startswith(name):
+                return delta.artifact
+    return client.resolve(name).digest
+
+
+def _show(client: "Client", node: "Node", text: str, *, as_json: bool) -> None:
+    if as_json:
+        print_resources(_node(client.nodes(), node.id))
+    else:
+        say(text)

@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from deltadock.cli.interrupts import INTERRUPTED, was_interrupted
 from deltadock.errors import DeltadockError, Forbidden, InvalidInput, NotFound, StorageFull
+from deltadock.extras import needed_extras
 
 FAILED: Final = 1
 UNAVAILABLE: Final = 3
@@ -86,7 +87,8 @@ class ReportingGroup(TyperGroup):
         """
         with on_interrupt(""):
             try:
-                return super().invoke(ctx)
+                with needed_extras():
+                    return super().invoke(ctx)
             except DeltadockError as error:
                 if was_interrupted():
                     raise

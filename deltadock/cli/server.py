@@ -54,6 +54,8 @@ def _names(kind: str, typed: str) -> list[str]:
             client._http.timeout = COMPLETION_SECONDS
             if kind == "base":
                 found = [base.name for base in islice(client.bases(), 200)]
+            elif kind == "node":
+                found = [node.url for node in client.nodes()]
             elif kind == "job":
                 found = [job.id for job in islice(client.jobs(), 200)]
             else:
@@ -76,6 +78,11 @@ def complete_model(incomplete: str) -> list[str]:
 def complete_job(incomplete: str) -> list[str]:
     """Complete a job's id."""
     return _names("job", incomplete)
+
+
+def complete_node(incomplete: str) -> list[str]:
+    """Complete a node's address."""
+    return _names("node", incomplete)
 
 
 Reference = Annotated[

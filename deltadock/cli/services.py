@@ -27,6 +27,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from deltadock.cli.processes import HOST, Child, free_ports
 from deltadock.errors import Unavailable
+from deltadock.extras import check_installed
 
 BUCKET: Final = "deltadock"
 
@@ -40,9 +41,10 @@ class Service:
 
 
 def _package_folder(package: str) -> Path:
+    check_installed(package)
     spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise Unavailable(f"The package {package} is not installed. Run `make develop`.")
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent
 
 

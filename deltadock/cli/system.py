@@ -28,6 +28,7 @@ from deltadock.cli.readiness import api_url, has_node, is_ready
 from deltadock.cli.services import postgres, seaweedfs, valkey
 from deltadock.client.connection import local_url_path
 from deltadock.errors import Conflict, Forbidden
+from deltadock.extras import EMBEDDED, check_installed
 from deltadock.settings import Settings, get_settings
 from deltadock.storage.api_keys import key_secret, local_key_path
 from deltadock.storage.database import migrate
@@ -242,6 +243,7 @@ def topology(home: Path | None = None, api_port: int = 8000, node_port: int = 81
         Unavailable: a port is in use, or a process does not start or keeps exiting.
     """
     console = Console()
+    check_installed(*EMBEDDED)
     with stop_on_signals() as stopping, _data_folder(home) as folder:
         check_ports(api_port, node_port)
         console.print("Starting Postgres, Valkey and SeaweedFS ...")

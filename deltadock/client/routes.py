@@ -336,6 +336,22 @@ def nodes() -> Call[list[Node]]:
     return Call("GET", "/v1/nodes", lambda answer: read(answer["data"]))
 
 
+def drain(node: str) -> Call[None]:
+    """Let the node with this id finish its requests and accept no others."""
+    return Call("POST", f"/v1/nodes/{_segment(node)}/drain", lambda _: None, idempotent=True)
+
+
+def resume(node: str) -> Call[None]:
+    """Let a drained node accept requests again."""
+    return Call("POST", f"/v1/nodes/{_segment(node)}/resume", lambda _: None, idempotent=True)
+
+
+def evict(node: str, artifact: str) -> Call[None]:
+    """Remove a delta, named by its artifact's digest, from a node's slots and host memory."""
+    path = f"/v1/nodes/{_segment(node)}/deltas/{_segment(artifact)}"
+    return Call("DELETE", path, lambda _: None)
+
+
 def keys() -> Call[list[Key]]:
     """The tenant's API keys, newest first."""
     read = reader(list[Key])

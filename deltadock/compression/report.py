@@ -6,7 +6,8 @@ from typing import Any
 from deltadock.errors import InvalidInput
 
 Rank = tuple[int, float, int, int]
-"""Of a decomposed matrix: place from 1, singular value, bits of U's vector and of V's."""
+"""Of a decomposed matrix: place from 1, singular value, bits of U's vector and of V's, 0 if
+dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class MatrixReport:
         damping: largest damping used, as a fraction of the Hessian's mean diagonal.
         gap: relative optimality gap of the allocation; 0 is proven optimal.
         fallbacks: deviations from the method, in words.
-        spectrum: some of the ranks kept; empty for methods without a decomposition.
+        spectrum: some of the ranks that the method chose from, and of those dropped; empty for
+            methods without a decomposition.
     """
 
     name: str

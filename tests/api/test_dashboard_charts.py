@@ -128,8 +128,10 @@ def test_spectra_show_the_width_of_each_rank_in_three_layers() -> None:
     assert list(spectra[0].by_layer) == ["0", "4", "8"]
     root = ET.fromstring(charts.spectrum(spectra[0]))
     assert len(list(root.iter("polyline"))) == 3
-    assert len(cells(root)) == 15
+    assert len(cells(root)) == 18
     assert "layer 0, rank 1\n0.400, 8 bit" in titles(root)
+    assert sum(title.endswith("dropped") for title in titles(root)) == 3
+    assert spectra[0].has_dropped
     for circle in root.iter("circle"):
         assert 0 <= float(circle.attrib["cx"]) <= 300
         assert 0 <= float(circle.attrib["cy"]) <= 180

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from deltadock.errors import DeltadockError
+from deltadock.errors import NotInstalled
 from deltadock.settings import Settings
 from deltadock.tracing import configure_tracing
 from deltadock.workers import tasks
@@ -72,7 +72,9 @@ def test_without_the_sdk_an_endpoint_is_refused(monkeypatch: pytest.MonkeyPatch)
     configure_tracing(Settings(), "api")
     missing = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(DeltadockError, match=r"Install deltadock\[traces\]"):
+    with pytest.raises(
+        NotInstalled, match=r"DELTADOCK_OTLP_ENDPOINT needs .* pip install 'deltadock\[traces\]'"
+    ):
         configure_tracing(Settings(otlp_endpoint="http://collector:4318"), "api")
 
 

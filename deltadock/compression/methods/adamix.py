@@ -13,7 +13,6 @@ Optimization for Large Language Models" (arXiv 2506.11087), Algorithm 1. Steps:
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from deltadock.compression.methods.base import (
     MatrixTask,
     Prepared,
     fill,
+    sample_spectrum,
     stacked,
     svd_result,
 )
@@ -30,6 +30,7 @@ from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import Codes, quantize_columns, quantize_rows
 from deltadock.compression.numerics.metric import mean_of_used
 from deltadock.compression.options import rank_budget
+from deltadock.compression.report import Rank
 
 F_MAX: Final = 4
 SPARE_RANKS: Final = 8
@@ -102,19 +103,23 @@ class AdaMix:
                 damping=max(damping[number], prepared[number].damping),
                 gap=one.gap,
                 fallbacks=[prepared[number].fallback, fallbacks[number]],
+                spectrum=one.spectrum,
             )
             for number, one in enumerate(chosen)
         ]
 
 
 class _Chosen(NamedTuple):
-    """The r ranks kept of a matrix: U (h_out, r), s (r,), V, widths (r,) on the CPU, the gap."""
+    """The r ranks kept of a matrix: U (h_out, r), s (r,), V, widths (r,) on the CPU, the gap; and
+    the spectrum of all that were considered.
+    """
 
     u: Tensor
     s: Tensor
     v: Codes
     bits: Tensor
     gap: float
+    spectrum: list[Rank]
 
 
 def _choose(task: MatrixTask, prepared: Prepared) -> _Chosen:
@@ -124,12 +129,15 @@ def _choose(task: MatrixTask, prepared: Prepared) -> _Chosen:
     tensors = prepared.tensors
     errors = tensors["errors"][: budget // min(CANDIDATES) + SPARE_RANKS].cpu().numpy()
     allocation = allocate(errors, budget, WIDTHS, F_MAX, task.solver)
-    kept = torch.from_numpy(np.flatnonzero(allocation.widths))
-    bits = torch.from_numpy(allocation.widths)[kept]
+    widths = torch.from_numpy(allocation.widths)
+    kept = widths.nonzero()[:, 0]
+    bits = widths[kept]
     number = torch.tensor([CANDIDATES.index(width) for width in bits.tolist()], dtype=torch.long)
     index = number.to(task.delta.device), kept.to(task.delta.device)
     v = Codes(tensors["codes"], tensors["scale"], tensors["zero"])[index]
-    return _Chosen(tensors["u"][:, index[1]], tensors["s"][index[1]], v, bits, allocation.gap)
+    s = tensors["s"]
+    spectrum = sample_spectrum(s[: len(widths)], widths, widths)
+    return _Chosen(tensors["u"][:, index[1]], s[index[1]], v, bits, allocation.gap, spectrum)
 
 
 def simulated_errors(v: Tensor, s: Tensor, simulated: Codes, moments: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from deltadock.compression.numerics.gptq import Codes
 from deltadock.compression.options import Solver
 from deltadock.compression.report import Rank
 
-SAMPLED_RANKS: Final = 24
+SAMPLED_RANKS: Final = 32
 """Of each matrix's decomposition, in the report."""
 
 
@@ -149,11 +149,11 @@ def decoded_delta(encoded: Encoded, device: torch.device) -> Tensor:
 
 
 def sample_spectrum(s: Tensor, u_bits: Tensor, v_bits: Tensor) -> list[Rank]:
-    """Up to `SAMPLED_RANKS` of the ranks kept, evenly over the logarithm of their place.
+    """Up to `SAMPLED_RANKS` of a matrix's ranks, evenly over the logarithm of their place.
 
     Args:
         s: (r,) singular values, falling, to four digits in the result.
-        u_bits, v_bits: (r,) widths of the two vectors.
+        u_bits, v_bits: (r,) widths of the two vectors; 0 where the rank is dropped.
     """
     if not len(s):
         return []
@@ -198,6 +198,7 @@ def svd_result(
     damping: float,
     gap: float = 0.0,
     fallbacks: Sequence[str | None] = (),
+    spectrum: Sequence[Rank] | None = None,
 ) -> MatrixResult:
     """Encode quantized singular vectors of which both sides have the widths `bits`, on the CPU.
 
@@ -209,6 +210,7 @@ def svd_result(
         damping: largest that GPTQ used.
         gap: of the allocation.
         fallbacks: deviations from the method; None is left out.
+        spectrum: of all ranks that the method chose from; None: of those kept.
     """
     matrix = SvdMatrix(_vectors(u, bits), (s * v.scale * u.scale).cpu().numpy(), _vectors(v, bits))
     return matrix_result(
@@ -219,7 +221,7 @@ def svd_result(
         damping=damping,
         gap=gap,
         fallbacks=fallbacks,
-        spectrum=sample_spectrum(s, bits, bits),
+        spectrum=sample_spectrum(s, bits, bits) if spectrum is None else spectrum,
     )
 
 

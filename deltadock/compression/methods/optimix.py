@@ -36,6 +36,7 @@ from deltadock.compression.numerics.two_sided import (
     weighted_svd,
     width_losses,
 )
+from deltadock.compression.report import Rank
 
 DROPPED: Final = "the budget gives it no rank, so its delta is dropped"
 
@@ -153,10 +154,17 @@ def compress(
             "widths": _count(torch.cat([one.u, one.v])),
             "damping": max(rows.damping[number], columns.damping[number]),
             "fallbacks": coded.fallbacks[number] if len(one.kept) else [DROPPED],
-            "spectrum": sample_spectrum(chosen.s[ranks], one.u, one.v),
+            "spectrum": _spectrum(matrix, one),
         }
         results.append(MatrixResult(encoded, decoded_delta(encoded, device), notes))
     return results
+
+
+def _spectrum(matrix: DecomposedMatrix, widths: RankWidths) -> list[Rank]:
+    """Some of the matrix's ranks, and of those dropped."""
+    u_bits, v_bits = torch.zeros((2, len(matrix.s)), dtype=widths.u.dtype)
+    u_bits[widths.kept], v_bits[widths.kept] = widths.u, widths.v
+    return sample_spectrum(matrix.s, u_bits, v_bits)
 
 
 def _stacked_scales(scales: Sequence[Tensor | None]) -> Tensor | None:
