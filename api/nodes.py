@@ -160,7 +160,7 @@ class NodeOut(BaseModel):
     ) -> Self:
         """Convert a row; `bases` and `deltas` are keyed by checkpoint and artifact digest.
 
-        `seen` is what of the node's deltas the caller may see. Unless `whole`, a base that is not
+        `seen` are the deltas that the caller may see. Unless `whole`, a base that is not
         among `bases` is left out.
         """
         base = bases.get(node.base_digest or "")
@@ -200,20 +200,19 @@ class NodeList(BaseModel):
 
 
 def registered_nodes(session: Session, caller: Caller, limit: int) -> NodeList:
-    """The registered nodes, with their bases and deltas as far as the caller may see them.
+    """The registered nodes and, for an operator, the first `limit` deltas of each.
 
-    An operator sees by digest what belongs to other tenants. Of each node the first `limit` deltas
-    are listed.
+    Equal deltas of several tenants are one on a node: no other tenant sees what is held, for it
+    would tell what another one uses.
     """
     nodes = NodeRepository(session).alive()
     digests = {node.base_digest for node in nodes if node.base_digest is not None}
     found = BaseRepository(session, caller.tenant_id).with_checkpoints(digests)
     bases = {base.checkpoint_digest: base for base in found}
     deltas = DeltaRepository(session, caller.tenant_id)
-    held = {node.id: sorted(node.deltas, key=_by_tier) for node in nodes}
-    if not caller.is_operator:
-        own = deltas.with_artifacts([one["digest"] for some in held.values() for one in some])
-        held = {node: [one for one in some if one["digest"] in own] for node, some in held.items()}
+    held = {
+        node.id: sorted(node.deltas, key=_by_tier) if caller.is_operator else [] for node in nodes
+    }
     listed = {one["digest"] for some in held.values() for one in some[:limit]}
     named = deltas.named_by_artifact(list(listed))
     return NodeList(

@@ -145,13 +145,24 @@ class Objects:
 KNOWN: Final = json.loads(os.environ["CONTRACT"])
 OBJECTS: Final = Objects(KNOWN)
 ANSWERS: Final[defaultdict[str, Counter[str]]] = defaultdict(Counter)
-"""Statuses of the valid cases by operation, and `invalid`, how many others there were."""
+"""Answers to the valid cases by operation, and `invalid`, how many others there were."""
 
 
 @atexit.register
 def write_answers() -> None:
     """Leave the counts where `benchmarks.contract` reads them."""
     Path(KNOWN["answers"]).write_text(json.dumps(ANSWERS), encoding="utf-8")
+
+
+def answer_of(response: Any) -> str:
+    """The status and, of a refusal, its code."""
+    if response.status_code < 400:
+        return str(response.status_code)
+    try:
+        body = response.json()
+        return f"{response.status_code} {body.get('error', body)['code']}"
+    except (ValueError, KeyError):
+        return str(response.status_code)
 
 
 @schemathesis.hook
@@ -177,8 +188,8 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
 @schemathesis.hook
 def after_call(_context: Any, case: Any, response: Any) -> None:
     """Count the answer; undo what would stop or slow the other cases."""
-    valid = case.meta.generation.mode.is_positive
-    ANSWERS[case.operation.label][str(response.status_code) if valid else "invalid"] += 1
+    answered = answer_of(response) if case.meta.generation.mode.is_positive else "invalid"
+    ANSWERS[case.operation.label][answered] += 1
     if not 200 <= response.status_code < 300:
         return
     if case.path.endswith("/drain"):

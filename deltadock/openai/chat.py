@@ -18,6 +18,7 @@ from deltadock.openai.fields import (
     ONE_GRAMMAR,
     Ignored,
     MaxTokens,
+    RequestPart,
     SamplingFields,
     Unsupported,
     Usage,
@@ -38,7 +39,7 @@ from deltadock.openai.tools import (
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 
 
-class TextPart(BaseModel):
+class TextPart(RequestPart):
     """A part of a message; only text is supported."""
 
     type: Literal["text"]
@@ -71,12 +72,11 @@ _EMPTY: Final[JsonDict] = {
 }
 
 
-class Message(BaseModel):
+class Message(RequestPart):
     """One turn of a conversation. Text parts are joined by line breaks."""
 
     model_config = ConfigDict(
         extra="allow",
-        strict=True,
         json_schema_extra={
             "anyOf": [
                 {"properties": {"role": {"const": "assistant"}}},

@@ -102,7 +102,13 @@ def _check_schema_size(schema: dict[str, Any]) -> dict[str, Any]:
 Schema = Annotated[dict[str, Any], AfterValidator(_check_schema_size)]
 
 
-class TextFormat(BaseModel):
+class RequestPart(BaseModel):
+    """Base class of requests and their parts: no type is converted."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class TextFormat(RequestPart):
     """Plain text."""
 
     model_config = ConfigDict(extra="forbid")
@@ -110,7 +116,7 @@ class TextFormat(BaseModel):
     type: Literal["text"]
 
 
-class JsonObjectFormat(BaseModel):
+class JsonObjectFormat(RequestPart):
     """Any JSON object."""
 
     model_config = ConfigDict(extra="forbid")
@@ -118,7 +124,7 @@ class JsonObjectFormat(BaseModel):
     type: Literal["json_object"]
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(RequestPart):
     """A JSON schema with OpenAI's name for it; `strict` is always true."""
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -129,7 +135,7 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class JsonSchemaFormat(BaseModel):
+class JsonSchemaFormat(RequestPart):
     """JSON that follows a schema."""
 
     model_config = ConfigDict(extra="forbid")
@@ -164,13 +170,13 @@ def excluding(*fields: Mapping[str, JsonValue]) -> JsonDict:
     return {"anyOf": choices}
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(RequestPart):
     """What a stream contains besides text."""
 
     include_usage: bool | None = None
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(RequestPart):
     """Fields that completions and chat completions share. Unknown fields are errors.
 
     Unset fields take the values of the model's generation config. `top_k`, `min_p`,
@@ -178,7 +184,7 @@ class SamplingFields(BaseModel):
     extend OpenAI's request, with vLLM's meaning. `guided_grammar` is in EBNF, with a rule `root`.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
 
     model: ModelName
     temperature: Temperature | None = None

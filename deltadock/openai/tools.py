@@ -4,15 +4,15 @@ import json
 from contextlib import suppress
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from deltadock.openai.fields import Schema, reported_as
+from deltadock.openai.fields import RequestPart, Schema, reported_as
 
 MAX_TOOLS: Final = 128
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
-class FunctionDefinition(BaseModel):
+class FunctionDefinition(RequestPart):
     """A function: its name, and a JSON schema of its arguments."""
 
     model_config = ConfigDict(extra="forbid")
@@ -23,7 +23,7 @@ class FunctionDefinition(BaseModel):
     strict: bool | None = None
 
 
-class Tool(BaseModel):
+class Tool(RequestPart):
     """A tool; only functions are supported."""
 
     model_config = ConfigDict(extra="forbid")
@@ -32,7 +32,7 @@ class Tool(BaseModel):
     function: FunctionDefinition
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(RequestPart):
     """The name of a function."""
 
     model_config = ConfigDict(extra="forbid")
@@ -40,7 +40,7 @@ class NamedFunction(BaseModel):
     name: FunctionName
 
 
-class NamedTool(BaseModel):
+class NamedTool(RequestPart):
     """The function that must be called."""
 
     model_config = ConfigDict(extra="forbid")
@@ -64,14 +64,14 @@ ToolChoice = Annotated[
 ]
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(RequestPart):
     """A call of a function; `arguments` is JSON."""
 
     name: str
     arguments: str
 
 
-class ToolCall(BaseModel):
+class ToolCall(RequestPart):
     """A call in the assistant's turn."""
 
     id: str

@@ -239,19 +239,6 @@ class DeltaRepository:
             select(DeltaRow.report).where(DeltaRow.id == delta_id, self._owned())
         )
 
-    def with_artifacts(self, digests: Sequence[str]) -> set[str]:
-        """Those of the artifacts that a delta has; reads only an index."""
-        found: set[str] = set()
-        for start in range(0, len(digests), DIGESTS_PER_QUERY):
-            some = digests[start : start + DIGESTS_PER_QUERY]
-            query = select(DeltaRow.artifact_digest).where(
-                DeltaRow.artifact_digest.in_(some),
-                DeltaRow.deleted_at.is_(None),
-                owned_by(unindexed(DeltaRow.tenant_id), self.tenant),
-            )
-            found |= {digest for digest in self.session.scalars(query.distinct()) if digest}
-        return found
-
     def named_by_artifact(self, digests: Sequence[str]) -> dict[str, list[NamedDelta]]:
         """Deltas with each of these artifacts.
 

@@ -26,7 +26,7 @@ from deltadock.storage.api_keys import key_secret
 from deltadock.storage.database import Database
 from deltadock.storage.models import JobState, Scope
 from deltadock.storage.repositories import DeltaRepository, JobRepository, KeyRepository
-from deltadock.storage.tenancy import LOCAL_TENANT
+from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
 
 CONFIG = json.dumps({"model_type": "llama", "hidden_size": 8}).encode()
 TEXT = "Täglich grüßt das Murmeltier.\n".encode()
@@ -192,8 +192,8 @@ class Api:
         digest = self.resources.blobs.put_bytes(artifact)
         with self.resources.database.session_scope() as session:
             jobs, deltas = (
-                JobRepository(session, LOCAL_TENANT),
-                DeltaRepository(session, LOCAL_TENANT),
+                JobRepository(session, EVERY_TENANT),
+                DeltaRepository(session, EVERY_TENANT),
             )
             row = deltas.find(delta["id"])
             assert row is not None

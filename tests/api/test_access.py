@@ -248,7 +248,7 @@ def test_a_shared_base_is_read_and_compressed_against_but_not_changed(
     assert kept["base"]["id"] == shared["id"]
 
 
-def test_nodes_show_a_tenant_only_what_is_its_own(api: Api, other: Api) -> None:
+def test_nodes_do_not_tell_what_another_tenant_uses(api: Api, other: Api) -> None:
     base = api.base()
     delta = api.delta()
     digest = api.make_ready(delta)
@@ -259,3 +259,8 @@ def test_nodes_show_a_tenant_only_what_is_its_own(api: Api, other: Api) -> None:
     assert [h["artifact"] for h in node["deltas"]] == [digest, "e" * 64]
     [node] = other.client.get("/v1/nodes").json()["data"]
     assert (node["base"], node["deltas"]) == (None, [])
+    other.base()
+    assert other.make_ready(other.delta()) == digest
+    [node] = other.client.get("/v1/nodes").json()["data"]
+    assert (node["base"], node["deltas"], node["held"]) == (base, [], {})
+    assert digest[:12] not in other.client.get("/parts/nodes").text

@@ -126,6 +126,10 @@ def test_completion_errors(values: dict[str, Any], message: str) -> None:
     [
         ({"tools": [{"type": "function"}]}, "`tools` must be a list of at most 128 tools"),
         ({"tools": [{"type": "custom", "custom": {}}]}, "`tools` must be a list of at most 128"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": "true"}}]},
+            "`tools` must be a list of at most 128",
+        ),
         ({"tool_choice": "required"}, "`tool_choice` needs `tools`; send at least one."),
         ({"tool_choice": {"type": "function"}}, '`tool_choice` must be "none", "auto"'),
         (

@@ -50,7 +50,13 @@ LOADING: Final = (
     StorageFull,
 )
 """Errors of loading a delta, and its base if the node has none."""
-GENERATING: Final = openai_problems(*LOADING, ModelNotFound, ContextExceeded, Overloaded)
+GENERATING: Final = {
+    200: {
+        "description": "The answer; with stream, chunks of it as server-sent events",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    },
+    **openai_problems(*LOADING, ModelNotFound, ContextExceeded, Overloaded),
+}
 
 Result = TypeVar("Result")
 
