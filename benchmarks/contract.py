@@ -15,10 +15,10 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import httpx
 
@@ -31,8 +31,6 @@ ROOT: Final = Path(__file__).parents[1]
 SAMPLES: Final = ROOT / "samples"
 COPIES: Final = 10
 """Of the models, since some cases delete what they find."""
-REAL: Final = 0.75
-"""How often a value of a query or body is one that is there."""
 
 
 @contextmanager
@@ -51,17 +49,8 @@ def running(home: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, s
         yield f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{node_port}", key
 
 
-class Filled(NamedTuple):
-    """What the service holds before the run."""
-
-    values: dict[str, list[str]]
-    """Values of query parameters and of fields of bodies."""
-    known: dict[str, Any]
-    """What the hooks make objects of, and paths to what is there."""
-
-
-def fill(client: Client, http: httpx.Client) -> Filled:
-    """Store objects of every kind."""
+def fill(client: Client, http: httpx.Client) -> dict[str, Any]:
+    """Store objects of every kind; returns what the hooks need to aim cases at them."""
 
     def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = http.post(path, json=body)
@@ -110,41 +99,29 @@ def fill(client: Client, http: httpx.Client) -> Filled:
         "node_id": [node["id"] for node in http.get("/v1/nodes").json()["data"]],
         "artifact": [artifact],
     }
-    known = {
+    calibration = [delta["calibration"], {"source": "sampled"}, None]
+    body = {"base": ["sample-base"], "checkpoint": [finetuned.digest], "calibration": calibration}
+    body |= {"parent": [*deltas, None], "tenant": ["acme", None], "model": [*names, "sample-base"]}
+    return {
         "paths": {
             "any": there,
             "GET /v1/models/{model}": {"model": [*names, *deltas, "sample-base"]},
         },
-        "headers": {},
+        "queries": {
+            "any": {"base": ["sample-base"], "delta": deltas, "tenant": ["local"]},
+            "GET /v1/deltas": {"name": names},
+        },
+        "headers": {"any": {}},
+        "bodies": {
+            "any": body,
+            "PUT /v1/registry/{project}/{model}/aliases/{alias}": {"version": [1], "expected": [0]},
+        },
         "delta": delta,
         "checkpoint": finetuned.digest,
         "base": base.digest,
         "artifact": artifact,
         "files": [{name: file[name] for name in ("path", "size", "sha256")} for file in files],
     }
-    values = {
-        "query.base": ["sample-base"],
-        "query.delta": deltas,
-        "query.name": names,
-        "body.base": ["sample-base"],
-        "body.checkpoint": [finetuned.digest],
-        "body.model": [*names, "sample-base"],
-        "body.parent": deltas,
-    }
-    return Filled(values, known)
-
-
-def configuration(values: Mapping[str, Sequence[str]]) -> str:
-    """schemathesis.toml with these values of parameters."""
-    lines = [(ROOT / "schemathesis.toml").read_text(encoding="utf-8")]
-    for name, known in values.items():
-        lines += [f"[dictionaries.{json.dumps(name)}]", f"values = {json.dumps(known)}"]
-    lines += ["[parameters]"]
-    lines += [
-        f"{json.dumps(name)} = {{ dictionary = {json.dumps(name)}, probability = {REAL} }}"
-        for name in values
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -172,34 +149,30 @@ def main() -> int:
         http = stack.enter_context(httpx.Client(base_url=url, headers=bearer, timeout=60))
         listed = http.get("/v1/keys").json()["data"]
         own = next(each["id"] for each in listed if key.startswith(each["prefix"]))
-        values, known = fill(client, http)
-        artifact = known["artifact"]
+        known = fill(client, http)
+        artifact = [known["artifact"]]
         on_node = {
-            "paths": {"any": {"digest": [artifact], "model": [artifact]}},
-            "headers": {BASE_HEADER: known["base"], ARTIFACT_HEADER: artifact},
+            "paths": {"any": {"digest": artifact, "model": artifact}},
+            "queries": {"any": {}},
+            "headers": {"any": {BASE_HEADER: [known["base"]], ARTIFACT_HEADER: artifact}},
+            "bodies": {"any": {"model": artifact}},
         }
+        answers = folder / "answers.json"
         found = False
-        for server, token, words, there in (
-            (node, node_secret, {"body.model": [artifact]}, on_node),
-            (url, key, values, known),
-        ):
+        for server, token, there in ((node, node_secret, on_node), (url, key, known)):
             run = {"url": server, "key": token, "key_id": own, "seed": given.seed}
-            found |= try_server(folder, words, there | run, given.examples)
+            found |= try_server(there | run, given.examples, answers)
     return int(found)
 
 
-def try_server(
-    folder: Path, values: Mapping[str, Sequence[str]], known: Mapping[str, Any], examples: int
-) -> bool:
+def try_server(known: Mapping[str, Any], examples: int, answers: Path) -> bool:
     """Run schemathesis on one server; prints its answers, and returns whether it found anything."""
-    config, answers = folder / "schemathesis.toml", folder / "answers.json"
-    config.write_text(configuration(values), encoding="utf-8")
     hooks = {
         "SCHEMATHESIS_HOOKS": "benchmarks.contract_hooks",
         "CONTRACT": json.dumps({**known, "answers": str(answers)}),
     }
     command = [
-        *("schemathesis", "--config-file", str(config), "run", f"{known['url']}/openapi.json"),
+        *("schemathesis", "run", f"{known['url']}/openapi.json"),
         *("--checks", "all", "--continue-on-failure", "--max-examples", str(examples)),
         *("--seed", str(known["seed"]), "--no-shrink"),
         *("--request-timeout", "120", "--max-response-time", "120"),

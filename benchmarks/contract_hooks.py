@@ -57,9 +57,12 @@ class Objects:
             "POST /v1/keys/{key_id}/rotate": self._key,
         }
 
-    def sometimes(self) -> bool:
-        """Whether to use an object that is there."""
-        return self._random.random() < REAL
+    def wanted(self, operation: str) -> bool:
+        """Whether a case is to be about objects that are there.
+
+        What changes or takes away its object always gets one of its own.
+        """
+        return operation in self._makers or self._random.random() < REAL
 
     def of(self, operation: str) -> Parameters:
         """Parameters of the path, for objects in the state that the operation is for."""
@@ -69,9 +72,11 @@ class Objects:
         named = known.get(operation, known["any"]).items()
         return {name: self._random.choice(values) for name, values in named}
 
-    def headers(self) -> dict[str, str]:
-        """Those that name the weights on a node."""
-        return dict(self._known["headers"])
+    def fields(self, place: str, operation: str) -> Parameters:
+        """Values of query parameters, headers or a body's fields, by their names."""
+        known = self._known[place]
+        named = {**known["any"], **known.get(operation, {})}
+        return {name: self._random.choice(values) for name, values in named.items()}
 
     def cursor(self, path: str, query: Mapping[str, Any]) -> str | None:
         """A cursor of a list, if it has a second page."""
@@ -165,20 +170,28 @@ def answer_of(response: Any) -> str:
         return str(response.status_code)
 
 
+def replace(values: Any, known: Parameters) -> None:
+    """Set those of the values that are known."""
+    values.update({name: known[name] for name in known if name in values})
+
+
 @schemathesis.hook
 def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
     """Aim a case at what is there, but none at the run's own key and tenant."""
     parameters, operation = case.path_parameters or {}, case.operation.label
-    if case.meta.phase.name != "stateful" and OBJECTS.sometimes():
+    if case.meta.phase.name != "stateful" and OBJECTS.wanted(operation):
         if parameters and not case.meta.is_negative_at(ParameterLocation.PATH):
-            made = OBJECTS.of(operation)
-            parameters.update({name: made[name] for name in parameters.keys() & made.keys()})
-        if "after" in (case.query or {}) and not case.meta.is_negative_at(ParameterLocation.QUERY):
-            cursor = OBJECTS.cursor(case.formatted_path, case.query)
-            case.query.update({} if cursor is None else {"after": cursor})
-        if not case.meta.is_negative_at(ParameterLocation.HEADER):
-            known = OBJECTS.headers()
-            case.headers.update({name: known[name] for name in case.headers if name in known})
+            replace(parameters, OBJECTS.of(operation))
+        if case.query and not case.meta.is_negative_at(ParameterLocation.QUERY):
+            replace(case.query, OBJECTS.fields("queries", operation))
+            if "after" in case.query and (
+                cursor := OBJECTS.cursor(case.formatted_path, case.query)
+            ):
+                case.query["after"] = cursor
+        if case.headers and not case.meta.is_negative_at(ParameterLocation.HEADER):
+            replace(case.headers, OBJECTS.fields("headers", operation))
+        if isinstance(case.body, dict) and not case.meta.is_negative_at(ParameterLocation.BODY):
+            replace(case.body, OBJECTS.fields("bodies", operation))
     if parameters.get("key_id") == KNOWN["key_id"]:
         parameters["key_id"] = "key_another"
     if case.method == "PATCH" and parameters.get("tenant") in OWN_TENANT:

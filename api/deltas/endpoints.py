@@ -167,8 +167,8 @@ def delete_delta(delta_id: DeltaReference, caller: CallerDep, unit: WriteUnit) -
 
 @router.post("/{delta_id:prefix}/restore", responses=problems(NotFound, QuotaExceeded))
 def restore_delta(delta_id: DeltaReference, caller: CallerDep, unit: WriteUnit) -> DeltaDetail:
-    """Restore a deleted delta, as long as its bytes are kept. Its job, if cancelled, can be
-    retried.
+    """Restore a deleted delta, as long as its bytes are kept; of a bare name the version deleted
+    last. Its job, if cancelled, can be retried.
     """
     restored = service.restore_delta(unit.session, caller.tenant_id, delta_id)
     return service.detail_of(unit.session, restored)

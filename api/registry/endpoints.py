@@ -83,7 +83,9 @@ def change_model(name: Name, body: ModelPatch, caller: CallerDep, unit: WriteUni
 
 @router.delete("/registry/{project}/{model}", status_code=204, responses=problems(NotFound))
 def delete_model(name: Name, caller: CallerDep, unit: WriteUnit) -> None:
-    """Delete a model with all its versions. Its name is never used again."""
+    """Delete a model with all its versions. For some days each can be restored, and the model with
+    it; its name is never another model's.
+    """
     service.delete_model(unit.session, caller, name)
 
 

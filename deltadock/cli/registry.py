@@ -166,7 +166,7 @@ def rm(
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:
-    """Delete deltas. `undo` brings one back for some days; a whole model (--all) is gone."""
+    """Delete deltas, or whole models (--all). `undo` brings versions back for some days."""
     with connect(url) as client:
         if whole:
             _remove_models(client, names, yes=yes, as_json=as_json)
@@ -185,23 +185,27 @@ def _remove_models(client: "Client", names: list[str], *, yes: bool, as_json: bo
     for model in models:
         if not yes:
             if not sys.stdin.isatty():
-                raise InvalidInput(f"Deleting {model.name} cannot be undone: confirm with --yes.")
+                raise InvalidInput(f"This deletes all of {model.name}: confirm with --yes.")
             typer.confirm(
-                f"Delete {model.name} with {model.last_version} versions? It cannot be undone, and "
-                "the name is never used again.",
+                f"Delete {model.name} with {model.last_version} versions? Each can be brought back "
+                "for some days; the name is for no other model.",
                 abort=True,
                 err=True,
             )
         client.delete_model(model.name)
         if not as_json:
-            say(f"Deleted {model.name}.")
+            say(f"Deleted {model.name}. Bring its newest version back: deltadock undo {model.name}")
     if as_json:
         print_resources(models)
 
 
 def undo(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A deleted delta: project/model:version or id.")
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A deleted delta: project/model:version or id; project/model is the last deleted.",
+        ),
     ],
     as_json: AsJson = False,
     url: Url = None,

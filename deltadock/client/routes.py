@@ -262,7 +262,7 @@ def model(name: str) -> Call[Model]:
 
 
 def delete_model(name: str) -> Call[None]:
-    """Delete a model with all its versions; its name is never used again."""
+    """Delete a model with all its versions; `restore` brings one back for some days."""
     return Call("DELETE", _model(name), lambda _: None)
 
 

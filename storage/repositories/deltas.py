@@ -394,20 +394,25 @@ class DeltaRepository:
         self._record(AuditAction.DELTA_DELETE, delta)
 
     def restore(self, reference: str) -> DeltaRow | None:
-        """Undo the deletion of a delta by id or version; None if there is none, or its bytes were
-        given up, or its model was deleted.
+        """Undo the deletion of a delta by id, version or bare name (the version deleted last).
 
-        Its aliases stay where they are now.
+        None if there is none, or its bytes were given up.
+
+        A deleted model is back with its first restored version; aliases stay where they are now.
 
         Raises:
             NotFound: its base was deleted.
         """
         named = parse_reference(reference)
-        if named is not None and named.version is not None:
-            wanted = and_(DeltaRow.name == named.name, DeltaRow.version == named.version)
-        else:
+        if named is None:
             wanted = DeltaRow.id == reference
-        model_id = self.session.scalar(select(DeltaRow.model_id).where(wanted, self._owned()))
+        elif named.version is None:
+            wanted = DeltaRow.name == named.name
+        else:
+            wanted = and_(DeltaRow.name == named.name, DeltaRow.version == named.version)
+        model_id = self.session.scalar(
+            select(DeltaRow.model_id).where(wanted, self._owned()).limit(1)
+        )
         if model_id is None:
             return None
         models = ModelRepository(self.session, self.tenant)
@@ -421,12 +426,16 @@ class DeltaRepository:
                 DeltaRow.deleted_at.is_not(None),
                 DeltaRow.collected_at.is_(None),
             )
+            .order_by(DeltaRow.deleted_at.desc(), DeltaRow.version.desc())
+            .limit(1)
             .with_for_update(of=DeltaRow)
             .execution_options(populate_existing=True)
         ).one_or_none()
-        if found is None or model.deleted_at is not None:
+        if found is None:
             return None
         BaseRepository(self.session, found.tenant_id).hold(found.base)
+        if model.deleted_at is not None:
+            models.restore(model)
         found.deleted_at = None
         TotalsRepository(self.session, found.tenant_id).count_any_delta(1)
         if found.artifact_digest is not None:

@@ -376,8 +376,13 @@ class ModelRepository:
             )
         self.move(model, DEFAULT, None, reason="Its version was deleted.", moved_by=moved_by)
 
+    def restore(self, model: ModelRow) -> None:
+        """Undo the deletion of a locked model, but for its aliases."""
+        model.deleted_at = None
+        self.describe(model, self.description(model), model.tags)
+
     def delete(self, model: ModelRow, *, moved_by: str | None) -> None:
-        """Delete a locked model whose versions are deleted; its name is not used again."""
+        """Delete a locked model whose versions are deleted; its name is for no other model."""
         for alias in self.aliases(model):
             self.move(model, alias.alias, None, reason="The model was deleted.", moved_by=moved_by)
         self.session.execute(delete(ModelTermRow).where(ModelTermRow.model_id == model.id))

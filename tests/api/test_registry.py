@@ -129,13 +129,21 @@ def test_a_version_that_an_alias_means_is_not_deleted(api: Api, versions: list[s
     assert (restored["version"], restored["default_version"]) == (2, 2)
 
 
-def test_a_deleted_models_name_is_not_used_again(api: Api, versions: list[str]) -> None:
+def test_a_deleted_models_name_is_its_own_if_it_is_restored(api: Api, versions: list[str]) -> None:
+    described = {"description": "# Sums", "tags": ["maths"]}
+    api.client.patch(CARD, json=described)
     assert api.client.delete(CARD).status_code == 204
     for path in ("/v1/deltas/maths/skills:1", CARD, "/v1/models/maths/skills"):
         assert api.client.get(path).status_code == 404
     again = api.client.post("/v1/deltas", json=api.delta_body(seed=4))
     assert (again.status_code, again.json()["code"]) == (409, "conflict")
-    assert api.client.post("/v1/deltas/maths/skills:1/restore").status_code == 404
+    restored = api.client.post("/v1/deltas/maths/skills/restore").json()
+    assert (restored["version"], restored["default_version"]) == (2, 2), "the newest one"
+    card = api.client.get(CARD).json()
+    assert {name: card[name] for name in described} == described
+    assert [model["name"] for model in api.client.get("/v1/registry?text=sum").json()["data"]]
+    assert api.client.post("/v1/deltas/maths/skills/restore").json()["version"] == 1
+    assert api.client.post("/v1/deltas/maths/skills/restore").status_code == 404
 
 
 def test_lineage(api: Api) -> None:
