@@ -11,64 +11,15 @@ import torch
 
 from deltadock.artifacts.compatibility import vocabulary
 from deltadock.artifacts.configs import check_same_forward, expand
-from deltadock.artifacts.encodings import Encoded, decode_factors, inflate, parts
 from deltadock.artifacts.names import is_head
 from deltadock.artifacts.reader import Artifact
-from deltadock.artifacts.tensors import fits_base, packed_delta, stored_tensor
 from deltadock.errors import BaseMismatch, InvalidArtifact
+from deltadock.inference.deltas.tensors import read_tensor_delta
 from deltadock.inference.model.model import BaseModel, RowSettings
-from deltadock.inference.model.weight_deltas import (
-    EncodedDelta,
-    NewRows,
-    RowsDelta,
-    TensorDelta,
-    WeightDelta,
-    in_one_buffer,
-    low_rank,
-    nbytes,
-)
+from deltadock.inference.model.weight_deltas import TensorDelta, in_one_buffer, nbytes
 from deltadock.inference.prompts.tokenizer import Tokenizer
 
 CONFIG: Final = "config.json"
-
-
-def read_tensor_delta(artifact: Artifact, name: str, shape: torch.Size) -> TensorDelta:
-    """The delta of the tensor `name`, of this shape in the base, as compact as in the artifact.
-
-    It does not keep the file mapped.
-
-    Raises:
-        InvalidArtifact: the record does not fit the shape, or cannot be decoded.
-    """
-    encoded = artifact.resolved(name)
-    if not fits_base(encoded.record, shape):
-        raise InvalidArtifact(f"The delta's {name!r} is of another shape than its base's.")
-    kind = encoded.record["kind"]
-    if kind == "exact":
-        tensor = stored_tensor(encoded)
-        if tensor.shape == shape:
-            return tensor
-        return NewRows(*tensor.tensor_split([shape[0]]))
-    if kind == "new-rows":
-        (old,) = parts(encoded)
-        return NewRows(None if old is None else _weight_delta(old), stored_tensor(encoded))
-    return _weight_delta(encoded)
-
-
-def _weight_delta(encoded: Encoded) -> WeightDelta:
-    """The weight delta that a record encodes."""
-    kind = encoded.record["kind"]
-    if kind == "svd":
-        return packed_delta(encoded)
-    if kind == "low-rank":
-        factors = decode_factors(encoded)
-        # Copies: an array taken from the file is read-only and keeps the file mapped.
-        return low_rank(*map(torch.tensor, (factors.u, factors.s, factors.v)))
-    if kind == "rows":
-        return RowsDelta.of(inflate(encoded))
-    delta = EncodedDelta(encoded.copy())
-    delta.dense()  # raise decoding errors now, not during a pass
-    return delta
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,8 @@ from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import packed_delta
 from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact
-from deltadock.inference.deltas.reading import place_delta, read_delta, read_tensor_delta
+from deltadock.inference.deltas.reading import place_delta, read_delta
+from deltadock.inference.deltas.tensors import read_tensor_delta
 from deltadock.inference.model import layers
 from deltadock.inference.model.attention import Span, make_attention_metadata
 from deltadock.inference.model.loading import load_base

@@ -25,7 +25,7 @@ from vllm.logger import init_logger
 
 from deltadock.artifacts.reader import Artifact
 from deltadock.errors import DeltadockError, InvalidArtifact, InvalidInput, UnsupportedModel
-from deltadock.inference.deltas.reading import read_tensor_delta
+from deltadock.inference.deltas.tensors import read_tensor_delta
 from deltadock.inference.model.weight_deltas import EncodedDelta, LowRank
 from deltadock.kernels.cache import TensorCache
 from deltadock.kernels.svd_delta import PackedDelta, empty_delta
