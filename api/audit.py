@@ -3,20 +3,21 @@
 from datetime import datetime
 from typing import Annotated, Any, Final, Self
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, Field
 
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession
 from deltadock.api.keys import EXAMPLE_KEY_ID, EXAMPLE_TENANT_ID, OfTenant, named_tenant
 from deltadock.api.paging import After, Cursor, Limit
+from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME
 from deltadock.errors import Forbidden, InvalidInput, NotFound
 from deltadock.problems import problems
 from deltadock.storage.models import AuditAction, AuditOrigin, AuditRow
 from deltadock.storage.repositories import AuditRepository
 
-router = APIRouter(prefix="/v1/audit", tags=["audit"])
+router = api_router("/v1/audit", tags=["audit"])
 
 
 class AuditRecord(BaseModel):

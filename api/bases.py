@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Final, Self
 
-from fastapi import APIRouter, Path, Response
+from fastapi import Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
@@ -11,6 +11,7 @@ from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dependencies import ReadSession, UnitOfWork, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.paging import After, Cursor, Limit
+from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
@@ -21,7 +22,7 @@ from deltadock.storage.models import BaseRow, CheckpointRow
 from deltadock.storage.repositories import BaseRepository, CheckpointRepository
 from deltadock.storage.repositories.blobs import lock_blobs
 
-router = APIRouter(prefix="/v1/bases", tags=["bases"])
+router = api_router("/v1/bases", tags=["bases"])
 
 BaseRef = Annotated[str, Path(description="A base's id or name.", examples=["tiny-base"])]
 

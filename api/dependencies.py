@@ -1,6 +1,6 @@
 """FastAPI dependencies: the process's resources, read sessions and units of work."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Self
 
@@ -82,7 +82,10 @@ class Resources:
         await run_in_threadpool(self.database.dispose)
 
 
-def get_resources(request: Request) -> Resources:
+# Dependencies that do not block are coroutines: FastAPI would run each one in a thread of its own.
+
+
+async def get_resources(request: Request) -> Resources:
     """The app's resources."""
     resources: Resources = request.app.state.resources
     return resources
@@ -91,8 +94,8 @@ def get_resources(request: Request) -> Resources:
 ResourcesDep = Annotated[Resources, Depends(get_resources)]
 
 
-def read_session(resources: ResourcesDep) -> Iterator[Session]:
-    """A read-only session."""
+async def read_session(resources: ResourcesDep) -> AsyncIterator[Session]:
+    """A read-only session; it connects in the endpoint's thread, and closing it does not block."""
     with resources.database.read_scope() as session:
         yield session
 

@@ -4,16 +4,17 @@ from collections.abc import Callable
 from typing import Annotated
 
 import structlog
-from fastapi import APIRouter, Response
+from fastapi import Response
 from pydantic import BaseModel, Field
 from sqlalchemy import text
 from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.dependencies import Resources, ResourcesDep
+from deltadock.api.routing import api_router
 from deltadock.errors import DeltadockError
 
 log = structlog.get_logger(__name__)
-router = APIRouter(tags=["health"])
+router = api_router(tags=["health"])
 
 OK = "ok"
 DOWN = "unavailable"

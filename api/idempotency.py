@@ -72,7 +72,7 @@ class Once:
         return kind.model_validate(found.body)
 
 
-def once(
+async def once(
     request: Request,
     caller: CallerDep,
     unit: WriteUnit,

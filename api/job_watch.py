@@ -10,8 +10,8 @@ import anyio
 from starlette.concurrency import run_in_threadpool
 
 from deltadock.storage.database import Database
-from deltadock.storage.models import JobRow
 from deltadock.storage.repositories import JobRepository
+from deltadock.storage.repositories.shown import ShownJob
 from deltadock.storage.tenancy import EVERY_TENANT
 
 CACHE_SECONDS: Final = 0.3
@@ -20,7 +20,7 @@ CACHE_SECONDS: Final = 0.3
 class WatchedJob(NamedTuple):
     """A job, and its place in the queue if it waits."""
 
-    row: JobRow
+    row: ShownJob
     place: int | None
 
 
@@ -64,6 +64,6 @@ class JobWatch:
     def _read(self, job_ids: Collection[str]) -> dict[str, WatchedJob]:
         with self._database.read_scope() as session:
             jobs = JobRepository(session, EVERY_TENANT)
-            rows = jobs.find_all(job_ids)
+            rows = jobs.show_all(job_ids)
             places = jobs.positions(rows)
         return {row.id: WatchedJob(row, places.get(row.id)) for row in rows}

@@ -3,10 +3,10 @@
 from collections.abc import AsyncIterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Final, Self
+from typing import Annotated, Final, Self, TypeVar
 
 import anyio
-from fastapi import APIRouter, Depends, Path, Query
+from fastapi import Depends, Path, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
@@ -16,19 +16,22 @@ from deltadock.api.bases import require_base
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.quotas import check_job
+from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME, Moment
 from deltadock.errors import Conflict, InvalidInput, NotFound
 from deltadock.problems import problems
 from deltadock.storage.models import UNSUCCESSFUL, JobLogRow, JobPriority, JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
 from deltadock.storage.repositories.listing import JobFilter, key_of_job
+from deltadock.storage.repositories.shown import ShownJob
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = api_router("/v1/jobs", tags=["jobs"])
 
 EXAMPLE_JOB_ID: Final = "job_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 POLL_SECONDS: Final = 0.5
 
 JobId = Annotated[str, Path(examples=[EXAMPLE_JOB_ID])]
+Job = TypeVar("Job", JobRow, ShownJob)
 
 
 class JobError(BaseModel):
@@ -38,7 +41,7 @@ class JobError(BaseModel):
     message: str = Field(examples=["model.layers.3.mlp.up_proj.weight holds NaN."])
 
     @classmethod
-    def of(cls, job: JobRow) -> Self | None:
+    def of(cls, job: JobRow | ShownJob) -> Self | None:
         """Why the job did not succeed, or None."""
         if job.error_code is None:
             return None
@@ -78,7 +81,7 @@ class JobOut(BaseModel):
     finished_at: datetime | None = None
 
     @classmethod
-    def of(cls, job: JobRow, queue_position: int | None = None) -> Self:
+    def of(cls, job: JobRow | ShownJob, queue_position: int | None = None) -> Self:
         """Convert a row."""
         return cls(
             id=job.id,
@@ -130,7 +133,9 @@ class JobLog(BaseModel):
     next: int | None = Field(examples=[17])
 
 
-def describe_jobs(session: Session, tenant_id: str, jobs: Sequence[JobRow]) -> list[JobOut]:
+def describe_jobs(
+    session: Session, tenant_id: str, jobs: Sequence[JobRow | ShownJob]
+) -> list[JobOut]:
     """The jobs with their places in the queue."""
     places = JobRepository(session, tenant_id).positions(jobs)
     return [JobOut.of(job, places.get(job.id)) for job in jobs]
@@ -157,18 +162,18 @@ def page_of_jobs(
     )
 
 
-def _existing(job: JobRow | None, job_id: str) -> JobRow:
+def _existing(job: Job | None, job_id: str) -> Job:
     if job is None:
         raise NotFound(f"There is no job {job_id!r}.")
     return job
 
 
-def existing_job(job_id: JobId, caller: CallerDep, session: ReadSession) -> JobRow:
+def existing_job(job_id: JobId, caller: CallerDep, session: ReadSession) -> ShownJob:
     """The job; a dependency, so that an unknown id is a 404 before streaming starts."""
-    return _existing(JobRepository(session, caller.tenant_id).find(job_id), job_id)
+    return _existing(JobRepository(session, caller.tenant_id).show(job_id), job_id)
 
 
-ExistingJob = Annotated[JobRow, Depends(existing_job, scope="function")]
+ExistingJob = Annotated[ShownJob, Depends(existing_job, scope="function")]
 
 
 @router.get("", responses=problems(InvalidInput, NotFound))
@@ -200,8 +205,9 @@ def list_jobs(
 
 
 @router.get("/{job_id}", responses=problems(NotFound))
-def get_job(job: ExistingJob, caller: CallerDep, session: ReadSession) -> JobOut:
+def get_job(job_id: JobId, caller: CallerDep, session: ReadSession) -> JobOut:
     """Get a job's state and progress."""
+    job = existing_job(job_id, caller, session)
     return describe_jobs(session, caller.tenant_id, [job])[0]
 
 

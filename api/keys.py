@@ -3,19 +3,20 @@
 from datetime import datetime, timedelta
 from typing import Annotated, Final, Self
 
-from fastapi import APIRouter, Path, Query
+from fastapi import Path, Query
 from pydantic import BaseModel, ConfigDict, Field, Strict
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_TIME, Moment, RequestBody
 from deltadock.errors import Conflict, Forbidden, InvalidInput, NotFound
 from deltadock.problems import problems
 from deltadock.storage.models import ApiKeyRow, Scope
 from deltadock.storage.repositories import KeyRepository, TenantRepository
 
-router = APIRouter(prefix="/v1/keys", tags=["keys"])
+router = api_router("/v1/keys", tags=["keys"])
 
 EXAMPLE_KEY_ID: Final = "key_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 EXAMPLE_TENANT_ID: Final = "ten_k7wq2mzv5c3xj6nhy4tbr2dfsa"

@@ -6,8 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import anyio
-from fastapi import Depends, FastAPI, Request
-from fastapi.routing import APIRoute
+from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, Response
 
@@ -35,7 +34,6 @@ from deltadock.api.dependencies import Resources
 from deltadock.api.generation import endpoints as generation
 from deltadock.api.memory import tune_memory
 from deltadock.api.middleware import RequestContext
-from deltadock.api.paging import refuse_unknown_query
 from deltadock.api.registry import endpoints as registry
 from deltadock.api.uploads import endpoints as uploads
 from deltadock.body_limit import BodyLimit
@@ -59,6 +57,17 @@ from deltadock.version import DOCS, __version__
 
 KEY_USES_SECONDS: Final = 60.0
 """How often the times at which keys were last used are written."""
+
+ROUTES: Final = tuple(
+    route
+    for module in (
+        uploads, bases, previews, deltas, registry, jobs, methods, generation, nodes, webhooks,
+        keys, tenants, audit, retention, storage, health, metrics, dashboard, operations,
+        sign_in,
+    )
+    for route in module.router.routes
+)  # fmt: skip
+"""All routes but those of static files and of the description."""
 
 DESCRIPTION: Final = f"""
 Store fine-tuned LLMs as small deltas on a shared base, and serve them.
@@ -126,19 +135,13 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Fine-tuned LLMs as deltas on a shared base.",
         description=DESCRIPTION,
         lifespan=lifespan,
-        generate_unique_id_function=_operation_id,
+        routes=list(ROUTES),
         telemetry=telemetry(),
         errors_of=lambda *operation: _common_errors(app.state.rules, *operation),
         finish=lambda schema: _describe_keys(schema, app.state.rules),
     )
     app.state.resources = resources
     install_error_handlers(app, page=rendering.error_page)
-    for module in (
-        uploads, bases, previews, deltas, registry, jobs, methods, generation, nodes, webhooks,
-        keys, tenants, audit, retention, storage, health, metrics, dashboard, operations,
-        sign_in,
-    ):  # fmt: skip
-        app.include_router(module.router, dependencies=[Depends(refuse_unknown_query)])
     app.add_api_route("/docs", _docs, include_in_schema=False, response_class=HTMLResponse)
     app.mount("/static", rendering.static_files)
     app.state.rules = RuleTable(app.routes)
@@ -167,10 +170,6 @@ def _route_uvicorn_logs() -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
-
-
-def _operation_id(route: APIRoute) -> str:
-    return route.name
 
 
 app = create_app(get_settings())

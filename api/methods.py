@@ -2,12 +2,12 @@
 
 from typing import Self
 
-from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
+from deltadock.api.routing import api_router
 from deltadock.compression.options import METHODS, MethodInfo
 
-router = APIRouter(prefix="/v1/methods", tags=["methods"])
+router = api_router("/v1/methods", tags=["methods"])
 
 
 class MethodOut(BaseModel):

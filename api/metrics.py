@@ -4,19 +4,20 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 import structlog
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from deltadock.api.dependencies import Resources
+from deltadock.api.routing import api_router
 from deltadock.errors import DeltadockError
 from deltadock.storage.models import JobPriority, JobState, UploadState
 from deltadock.storage.repositories import JobRepository, UploadRepository
 from deltadock.storage.tenancy import EVERY_TENANT
 
 log = structlog.get_logger(__name__)
-router = APIRouter(include_in_schema=False)
+router = api_router(include_in_schema=False)
 
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 OTHER: Final = "other"

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self
 
 import httpx
-from fastapi import APIRouter, Path, Query
+from fastapi import Path, Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep, WriteUnit
 from deltadock.api.fleet import TIERS
+from deltadock.api.routing import api_router
 from deltadock.api.schemas import (
     EXAMPLE_DELTA_ID,
     EXAMPLE_DIGEST,
@@ -30,7 +31,7 @@ from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.deltas import NamedDelta
 from deltadock.trust import credentials
 
-router = APIRouter(prefix="/v1/nodes", tags=["nodes"])
+router = api_router("/v1/nodes", tags=["nodes"])
 
 EXAMPLE_NODE_ID: Final = "node_7hq2xk4m5n6p7q2r3s4t5u6v7w"
 MAX_DELTAS: Final = 10_000

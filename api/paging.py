@@ -65,7 +65,7 @@ class Cursor:
         return tuple(place)
 
 
-def refuse_unknown_query(request: Request) -> None:
+async def refuse_unknown_query(request: Request) -> None:
     """Refuse query parameters that the route does not have.
 
     Raises:

@@ -2,12 +2,12 @@
 
 from typing import Self
 
-from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.api.access import CallerDep
 from deltadock.api.bases import read_manifest, require_base, require_checkpoint
 from deltadock.api.dependencies import ReadSession, ResourcesDep
+from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DIGEST, Digest, GoalFields, goal_choices
 from deltadock.artifacts.compatibility import check_same_architecture
 from deltadock.compression.options import METHODS, SIZES
@@ -22,7 +22,7 @@ from deltadock.errors import (
 )
 from deltadock.problems import problems
 
-router = APIRouter(prefix="/v1/previews", tags=["deltas"])
+router = api_router("/v1/previews", tags=["deltas"])
 
 
 class PreviewIn(GoalFields):

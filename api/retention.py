@@ -2,17 +2,18 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path
+from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.routing import api_router
 from deltadock.api.schemas import RequestBody
 from deltadock.errors import InvalidInput
 from deltadock.problems import problems
 from deltadock.storage.repositories import RetentionRepository
 
-router = APIRouter(prefix="/v1/projects", tags=["storage"])
+router = api_router("/v1/projects", tags=["storage"])
 
 Project = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$", examples=["maths"])]
 Rule = Annotated[

@@ -2,15 +2,15 @@
 
 from typing import Self
 
-from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from deltadock.api.dependencies import ResourcesDep
+from deltadock.api.routing import api_router
 from deltadock.errors import Forbidden
 from deltadock.problems import problems
 from deltadock.storage.collection import Usage, UsageByKind
 
-router = APIRouter(prefix="/v1/storage", tags=["storage"])
+router = api_router("/v1/storage", tags=["storage"])
 
 
 class UsageOut(BaseModel):

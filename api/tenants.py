@@ -3,20 +3,21 @@
 from datetime import datetime
 from typing import Annotated, Final, Self
 
-from fastapi import APIRouter, Path, Response
+from fastapi import Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.keys import EXAMPLE_TENANT_ID
+from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
 from deltadock.problems import problems
 from deltadock.storage.models import TenantRow
 from deltadock.storage.repositories import TenantRepository, Usage
 
-router = APIRouter(prefix="/v1/tenants", tags=["tenants"])
+router = api_router("/v1/tenants", tags=["tenants"])
 
 MAX_COUNT: Final = 2**31 - 1
 MAX_BYTES: Final = 2**62

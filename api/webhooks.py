@@ -5,7 +5,7 @@ import secrets
 from datetime import datetime
 from typing import Annotated, Final, Self
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import Path, Query, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, Strict, TypeAdapter
 from sqlalchemy.orm import Session
 
@@ -13,13 +13,14 @@ from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.paging import Limit
+from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
 from deltadock.errors import Conflict, IdempotencyKeyReused, InvalidInput, NotFound
 from deltadock.problems import problems
 from deltadock.storage.models import DeliveryRow, DeliveryState, WebhookEvent, WebhookRow
 from deltadock.storage.repositories import WebhookRepository
 
-router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
+router = api_router("/v1/webhooks", tags=["webhooks"])
 
 EXAMPLE_WEBHOOK_ID: Final = "whk_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 EXAMPLE_MESSAGE_ID: Final = "msg_k7wq2mzv5c3xj6nhy4tbr2dfsa"

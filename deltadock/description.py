@@ -17,6 +17,8 @@ ErrorsOf = Callable[[str, str, Schema], Iterable[type[DeltadockError]]]
 
 BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 EVENT_STREAM: Final = "text/event-stream"
+COMMON_RESPONSES: Final = described_errors([InvalidInput], in_openai_shape=False)
+"""Every route refuses malformed parameters; FastAPI would describe its own body of that."""
 
 
 class DescribedApp(FastAPI):
@@ -30,9 +32,7 @@ class DescribedApp(FastAPI):
         **options: Any,
     ) -> None:
         """`finish` completes the description; `options` are FastAPI's."""
-        # Every route refuses malformed parameters; FastAPI would describe its own body of that.
-        described = described_errors([InvalidInput], in_openai_shape=False)
-        super().__init__(docs_url=None, redoc_url=None, responses=described, **options)
+        super().__init__(docs_url=None, redoc_url=None, responses=COMMON_RESPONSES, **options)
         self._errors_of = errors_of
         self._finish = finish
 

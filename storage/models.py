@@ -561,6 +561,16 @@ class DeltaRow(TableRow):
     """What the bare name means."""
     job: Mapped["JobRow"] = relationship(lazy="raise", back_populates="delta")
 
+    @property
+    def alias_names(self) -> list[str]:
+        """The aliases that mean this version."""
+        return [alias.alias for alias in self.aliases]
+
+    @property
+    def default_version(self) -> int | None:
+        """The version that the bare name means."""
+        return self.default.version if self.default else None
+
 
 class JobRow(TableRow):
     """The authoritative state of one compression; workers update it only under the lease."""

@@ -38,7 +38,7 @@ class Caller:
         return Actor(AuditOrigin.REQUEST, self.tenant_id, self.key_id, request.state.request_id)
 
 
-def get_caller(request: Request) -> Caller:
+async def get_caller(request: Request) -> Caller:
     """The request's caller, as `AccessControl` found it."""
     caller: Caller = request.state.caller
     return caller

@@ -100,7 +100,7 @@ def show_job_log(
     job_id: JobId, request: Request, caller: CallerDep, session: ReadSession
 ) -> Response:
     """The lines of a job's log."""
-    job = JobRepository(session, caller.tenant_id).find(job_id)
+    job = JobRepository(session, caller.tenant_id).show(job_id)
     if job is None:
         raise NotFound(f"There is no job {job_id!r}.")
     log = get_job_log(job, caller, session, limit=LOG_LINES)

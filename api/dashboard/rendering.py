@@ -20,6 +20,7 @@ from starlette.templating import Jinja2Templates
 
 from deltadock.api.dashboard import charts, formats
 from deltadock.api.dashboard.markdown import markdown
+from deltadock.api.routing import api_router
 from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
 from deltadock.errors import DeltadockError, InvalidInput
 from deltadock.version import __version__
@@ -112,6 +113,6 @@ class PageRoute(APIRoute):
 
 def page_router() -> APIRouter:
     """A router of pages, which the description of the api leaves out."""
-    return APIRouter(
+    return api_router(
         include_in_schema=False, route_class=PageRoute, default_response_class=HTMLResponse
     )

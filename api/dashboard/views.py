@@ -27,6 +27,7 @@ from deltadock.storage.repositories import (
 )
 from deltadock.storage.repositories.deltas import COUNTED, EXACT_METHOD, Sibling
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort, JobFilter
+from deltadock.storage.repositories.shown import ShownDelta
 
 DELTAS_PER_PAGE: Final = 50
 SIBLINGS_SHOWN: Final = 50
@@ -69,7 +70,7 @@ class DeltaEntry(NamedTuple):
     job: JobOut
 
     @classmethod
-    def of(cls, delta: DeltaRow) -> Self:
+    def of(cls, delta: DeltaRow | ShownDelta) -> Self:
         """Convert a row."""
         return cls(DeltaOut.of(delta), JobOut.of(delta.job))
 

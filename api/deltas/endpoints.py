@@ -2,7 +2,7 @@
 
 from typing import Annotated, Final, Literal
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import Depends, Query, Request, Response
 from pydantic import BeforeValidator, Field
 from starlette.responses import StreamingResponse
 
@@ -23,6 +23,7 @@ from deltadock.api.idempotency import OnceDep
 from deltadock.api.jobs import describe_jobs
 from deltadock.api.paging import After, Limit
 from deltadock.api.references import DeltaReference
+from deltadock.api.routing import api_router
 from deltadock.errors import (
     ArchitectureMismatch,
     BitsOutOfRange,
@@ -42,7 +43,7 @@ from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
 
-router = APIRouter(prefix="/v1/deltas", tags=["deltas"])
+router = api_router("/v1/deltas", tags=["deltas"])
 
 
 @router.post(

@@ -30,6 +30,8 @@ from deltadock.compression.options import (
 )
 from deltadock.names import PART
 from deltadock.storage.models import DeltaRow, JobPriority, JobState
+from deltadock.storage.repositories.deltas import FIGURES
+from deltadock.storage.repositories.shown import ShownDelta
 
 MAX_RECIPE_BYTES: Final = 16_384
 
@@ -263,7 +265,7 @@ class DeltaOut(BaseModel):
     created_at: datetime = Field(examples=[EXAMPLE_TIME])
 
     @classmethod
-    def of(cls, delta: DeltaRow) -> Self:
+    def of(cls, delta: DeltaRow | ShownDelta) -> Self:
         """Convert a row."""
         job = delta.job
         artifact = None
@@ -273,8 +275,8 @@ class DeltaOut(BaseModel):
             id=delta.id,
             name=delta.name,
             version=delta.version,
-            aliases=[alias.alias for alias in delta.aliases],
-            default_version=delta.default.version if delta.default else None,
+            aliases=list(delta.alias_names),
+            default_version=delta.default_version,
             base=BaseRefOut(
                 id=delta.base.id, name=delta.base.name, checkpoint=delta.base.checkpoint_digest
             ),
@@ -293,7 +295,7 @@ class DeltaOut(BaseModel):
             created_by=delta.created_by,
             error=JobError.of(job),
             artifact=artifact,
-            metrics=MetricsOut.model_validate(delta, from_attributes=True)
+            metrics=MetricsOut(**{figure: getattr(delta, figure) for figure in FIGURES})
             if delta.artifact_digest
             else None,
             created_at=delta.created_at,

@@ -32,6 +32,7 @@ from deltadock.storage.repositories import (
 from deltadock.storage.repositories.blobs import lock_blobs
 from deltadock.storage.repositories.deltas import Lineage
 from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, DeltaSort, key_of
+from deltadock.storage.repositories.shown import ShownDelta
 from deltadock.version import __version__
 
 
@@ -187,7 +188,7 @@ def page_of_deltas(
     after: str | None,
     wanted: DeltaFilter = ANY_DELTA,
     sort: DeltaSort = DeltaSort.NEWEST,
-) -> tuple[Sequence[DeltaRow], str | None]:
+) -> tuple[Sequence[ShownDelta], str | None]:
     """A page of deltas, and the next page's `after` (None on the last page).
 
     Raises:

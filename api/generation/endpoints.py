@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.access import Caller, CallerDep
@@ -25,6 +25,7 @@ from deltadock.api.generation.schemas import (
     ModelOut,
 )
 from deltadock.api.references import DeltaReference
+from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DELTA_ID
 from deltadock.errors import (
     InvalidInput,
@@ -39,7 +40,7 @@ from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
 from deltadock.problems import openai_problems, problems
 
-router = APIRouter(tags=["generation"])
+router = api_router(tags=["generation"])
 
 
 @router.get("/v1/models", responses=openai_problems(InvalidInput))

@@ -149,7 +149,7 @@ async def ask_nodes(
     content = _encode(body)
     headers = {
         **target.headers,
-        TENANT_HEADER: get_caller(request).tenant_id,
+        TENANT_HEADER: (await get_caller(request)).tenant_id,
         REQUEST_ID: request.state.request_id,
         "Content-Type": "application/json",
         **credentials(resources.settings.node_secret),

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Depends, Path, Query
+from fastapi import Depends, Path, Query
 
 from deltadock.api.access import CallerDep
 from deltadock.api.deltas.schemas import DeltaOut
@@ -22,17 +22,18 @@ from deltadock.api.registry.schemas import (
     ModelPatch,
     Resolved,
 )
+from deltadock.api.routing import api_router
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
 from deltadock.names import ALIAS_PATTERN, DIGEST
 from deltadock.problems import problems
 from deltadock.storage.repositories import DeltaRepository, ModelRepository
 
-router = APIRouter(prefix="/v1", tags=["registry"])
+router = api_router("/v1", tags=["registry"])
 
 _DIGEST: Final = re.compile(DIGEST)
 
 
-def model_name(
+async def model_name(
     project: Annotated[str, Path(max_length=96, examples=["maths"])],
     model: Annotated[str, Path(max_length=96, examples=["skills"])],
 ) -> str:

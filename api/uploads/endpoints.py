@@ -5,13 +5,14 @@ from functools import partial
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi import Header, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.quotas import remaining_bytes
+from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DIGEST
 from deltadock.api.uploads import service
 from deltadock.api.uploads.receive import (
@@ -61,7 +62,7 @@ from deltadock.storage.blobs import PartedFile
 from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 from deltadock.storage.repositories import UploadRepository
 
-router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
+router = api_router("/v1/uploads", tags=["uploads"])
 
 WAIT_SECONDS: Final = 5.0
 """A completion that takes longer is answered with 202, and goes on."""

@@ -25,6 +25,7 @@ from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.checkpoints import BaseRepository
 from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, DeltaSort, Key, find_page
 from deltadock.storage.repositories.models import ModelRepository, unindexed
+from deltadock.storage.repositories.shown import ShownDelta, select_deltas
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -167,7 +168,7 @@ class DeltaRepository:
         wanted: DeltaFilter = ANY_DELTA,
         sort: DeltaSort = DeltaSort.NEWEST,
         after: Key | None = None,
-    ) -> Sequence[DeltaRow]:
+    ) -> Sequence[ShownDelta]:
         """Up to `limit` deltas that follow the place `after`, in order."""
         ids = find_page(
             self.session,
@@ -178,13 +179,16 @@ class DeltaRepository:
             limit=limit,
         )
         # By their ids alone: with a condition on the tenant, SQLite would walk all its deltas.
-        found = self.session.scalars(self._loaded().where(DeltaRow.id.in_(ids)))
-        by_id = {delta.id: delta for delta in found}
+        by_id = {delta.id: delta for delta in self._shown(DeltaRow.id.in_(ids))}
         return [by_id[delta_id] for delta_id in ids]
 
-    def with_ids(self, delta_ids: Sequence[str]) -> Sequence[DeltaRow]:
+    def _shown(self, *conditions: ColumnElement[bool]) -> list[ShownDelta]:
+        found = self.session.execute(select_deltas().where(*conditions))
+        return [ShownDelta.of(row) for row in found]
+
+    def with_ids(self, delta_ids: Sequence[str]) -> Sequence[ShownDelta]:
         """Those of these deltas that are there, in no order."""
-        return self.session.scalars(self._not_deleted().where(DeltaRow.id.in_(delta_ids))).all()
+        return self._shown(DeltaRow.id.in_(delta_ids), DeltaRow.deleted_at.is_(None), self._owned())
 
     def of_checkpoint(self, digest: str, *, limit: int) -> list[Sibling]:
         """Up to `limit` ready deltas of a fine-tuned checkpoint."""

@@ -33,6 +33,7 @@ from deltadock.storage.models import (
 )
 from deltadock.storage.repositories.audit import DONE, record
 from deltadock.storage.repositories.listing import ANY_JOB, JobFilter, Key, find_jobs
+from deltadock.storage.repositories.shown import ShownJob, select_jobs
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 MAX_LOG_LINES: Final = 1000
@@ -63,21 +64,23 @@ class JobRepository:
             .execution_options(populate_existing=True)
         ).one_or_none()
 
-    def find_all(self, job_ids: Collection[str]) -> Sequence[JobRow]:
-        """Those of the jobs that exist."""
-        return self.session.scalars(
-            select(JobRow).where(JobRow.id.in_(job_ids), self._owned())
-        ).all()
+    def show(self, job_id: str) -> ShownJob | None:
+        """The columns of the job with this id, or None."""
+        return next(iter(self.show_all([job_id])), None)
+
+    def show_all(self, job_ids: Collection[str]) -> list[ShownJob]:
+        """The columns of those of the jobs that exist."""
+        query = select_jobs().where(JobRow.id.in_(job_ids), self._owned())
+        return [ShownJob(*row) for row in self.session.execute(query)]
 
     def page(
         self, *, limit: int, wanted: JobFilter = ANY_JOB, after: Key | None = None
-    ) -> Sequence[JobRow]:
+    ) -> Sequence[ShownJob]:
         """Up to `limit` jobs that follow the place `after`, newest first."""
         ids = find_jobs(
             self.session, owner_of(self.tenant), wanted=wanted, after=after, limit=limit
         )
-        found = self.session.scalars(select(JobRow).where(JobRow.id.in_(ids)))
-        by_id = {job.id: job for job in found}
+        by_id = {job.id: job for job in self.show_all(ids)}
         return [by_id[job_id] for job_id in ids]
 
     def count_by_state(self) -> dict[JobState, int]:
@@ -95,7 +98,7 @@ class JobRepository:
         )
         return {row.priority: row.number for row in self.session.execute(query)}
 
-    def positions(self, jobs: Iterable[JobRow]) -> dict[str, int]:
+    def positions(self, jobs: Iterable[JobRow | ShownJob]) -> dict[str, int]:
         """Places in the queue of all tenants, 1 being next, by the ids of the jobs that wait.
 
         All behind the first `MAX_POSITION` have the place after these.

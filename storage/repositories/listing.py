@@ -17,6 +17,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from deltadock.storage.models import DeltaRow, JobRow, JobState
 from deltadock.storage.repositories.models import RARE, TermFilter, unindexed
+from deltadock.storage.repositories.shown import ShownDelta, ShownJob
 
 Row = TypeVarTuple("Row")
 
@@ -73,7 +74,7 @@ _ORDERS: Final = {
 _OF_JOBS: Final = _Order((JobRow.created_at, JobRow.delta_id), descending=True)
 
 
-def key_of(delta: DeltaRow, sort: DeltaSort) -> Key:
+def key_of(delta: ShownDelta, sort: DeltaSort) -> Key:
     """The delta's place in the sort."""
     return tuple(getattr(delta, str(column.key)) for column in _ORDERS[sort].columns)
 
@@ -148,7 +149,7 @@ class JobFilter:
 ANY_JOB: Final = JobFilter()
 
 
-def key_of_job(job: JobRow) -> Key:
+def key_of_job(job: ShownJob) -> Key:
     """The job's place in the list."""
     return job.created_at, job.delta_id
 
