@@ -8,7 +8,8 @@ of one file; the plain copy writes the same bytes into the same folder with one 
 same bucket with boto3's `upload_file` (threads, multipart). Both alternate, and the medians count.
 The upload's time ends when the checkpoint is complete: hashed by the client, sent, hashed again by
 the api and linked, or on S3 copied, to its digest; `sent` ends when all bytes are in the store.
-`CPU` is the processor time of client and api per GiB: on a busy machine it tells more.
+`CPU` is processor time per GiB, of the copy, the client and the api: on a busy machine it tells
+more.
 """
 
 import argparse
@@ -47,7 +48,8 @@ class Speeds(NamedTuple):
     sent: float
     complete: float
     copy_cpu: float
-    cpu: float
+    client_cpu: float
+    api_cpu: float
 
 
 def write_checkpoint(folder: Path, mib: int) -> None:
@@ -138,16 +140,15 @@ def measure(
                 arrived = time.perf_counter()
 
         with Client(url, key) as client:
-            began, used = time.perf_counter(), cpu_seconds(os.getpid()) + cpu_seconds(process)
+            began = time.perf_counter()
+            client_used, api_used = cpu_seconds(os.getpid()), cpu_seconds(process)
             client.upload_folder(folder, progress)
             complete = time.perf_counter() - began
-            cpu = cpu_seconds(os.getpid()) + cpu_seconds(process) - used
-        runs.append((copied, arrived - began, complete, copy_cpu, cpu))
-    copied, sent, complete, copy_cpu, cpu = (
-        statistics.median(run) for run in zip(*runs, strict=True)
-    )
-    gib = mib / 1024
-    return Speeds(mib / copied, mib / sent, mib / complete, copy_cpu / gib, cpu / gib)
+            client_cpu = cpu_seconds(os.getpid()) - client_used
+            api_cpu = cpu_seconds(process) - api_used
+        runs.append((copied, arrived - began, complete, copy_cpu, client_cpu, api_cpu))
+    copied, sent, complete, *cpu = (statistics.median(run) for run in zip(*runs, strict=True))
+    return Speeds(mib / copied, mib / sent, mib / complete, *(used / mib * 1024 for used in cpu))
 
 
 def show(name: str, speeds: Speeds) -> None:
@@ -155,7 +156,7 @@ def show(name: str, speeds: Speeds) -> None:
     print(
         f"{name:<22}{speeds.copy:8.0f}{speeds.sent:8.0f}{speeds.complete:10.0f}"
         f"{100 * speeds.sent / speeds.copy:8.0f} %{100 * speeds.complete / speeds.copy:8.0f} %"
-        f"{speeds.copy_cpu:10.1f} s{speeds.cpu:8.1f} s"
+        f"{speeds.copy_cpu:10.1f} s{speeds.client_cpu:8.1f} s{speeds.api_cpu:8.1f} s"
     )
 
 
@@ -171,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{processor()}, {os.cpu_count()} cores; {options.mib} MiB, medians of {options.repeats}")
     print(
         f"{'MiB/s':<22}{'copy':>8}{'sent':>8}{'complete':>10}{'sent':>10}{'complete':>10}"
-        f"{'copy CPU':>12}{'CPU':>10}"
+        f"{'CPU: copy':>12}{'client':>10}{'api':>10}"
     )
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))

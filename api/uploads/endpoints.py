@@ -199,7 +199,7 @@ def abort_upload(
 # Before the route of whole files, whose path matches everything.
 @router.get(
     "/{upload_id}/files/{path:path}/parts",
-    responses=problems(NotFound, Conflict),
+    responses=problems(NotFound, Conflict, StorageFull),
 )
 def list_parts(
     upload_id: UploadId,

@@ -19,6 +19,8 @@ from deltadock.storage.models import UploadKind
 
 BATCH_BYTES: Final = 1 << 20
 """Small chunks from the socket are hashed and written in batches of this size."""
+BATCH_CHUNKS: Final = 64
+"""Or of so many, however small."""
 
 CALIBRATION_SUFFIXES: Final = (".txt", ".jsonl")
 MAX_CALIBRATION_BYTES: Final = 64 << 20
@@ -117,16 +119,16 @@ async def receive_file(
     writer = await run_in_threadpool(blobs.writer)
     received = 0
 
-    def store(batch: bytes) -> None:
-        inspector.update(batch)
-        writer.write(batch)
+    def store(batch: list[bytes]) -> None:
+        for chunk in batch:
+            inspector.update(chunk)
+        writer.write(*batch)
 
     try:
         async for batch in _batches(body):
-            received += len(batch)
+            received += sum(map(len, batch))
             check_size(received, limit, remaining)
             await run_in_threadpool(store, batch)
-            del batch  # before the next one is joined
         file, tensors = inspector.finish()
         if announced - {file.sha256}:
             raise HashMismatch(
@@ -142,24 +144,18 @@ async def receive_file(
             await run_in_threadpool(writer.discard)
 
 
-async def _batches(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The body in pieces of about `BATCH_BYTES`."""
-    chunks: list[bytes] = []
+async def _batches(body: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
+    """The body's chunks, as many together as make `BATCH_BYTES`."""
+    batch: list[bytes] = []
     size = 0
     async for chunk in body:
-        chunks.append(chunk)
+        batch.append(chunk)
         size += len(chunk)
-        if size >= BATCH_BYTES:
-            yield _taken(chunks)
+        if size >= BATCH_BYTES or len(batch) == BATCH_CHUNKS:
+            yield batch
+            batch.clear()  # nothing of it is in memory while the next one arrives
             size = 0
-    yield _taken(chunks)
-
-
-def _taken(chunks: list[bytes]) -> bytes:
-    """All chunks in one, and none left."""
-    whole = b"".join(chunks)
-    chunks.clear()
-    return whole
+    yield batch
 
 
 async def receive_part(
@@ -176,15 +172,15 @@ async def receive_part(
     writer = await run_in_threadpool(file.writer, number)
     digest = hashlib.sha256() if announced else None
 
-    def store(batch: bytes) -> None:
-        writer.write(batch)
+    def store(batch: list[bytes]) -> None:
+        writer.write(*batch)
         if digest is not None:
-            digest.update(batch)
+            for chunk in batch:
+                digest.update(chunk)
 
     try:
         async for batch in _batches(body):
             await run_in_threadpool(store, batch)
-            del batch  # before the next one is joined
         if digest is not None and announced - {digest.hexdigest()}:
             raise HashMismatch(
                 f"Part {number} arrived with SHA-256 {digest.hexdigest()}, but "

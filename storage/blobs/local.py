@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 
 from deltadock.errors import DamagedBlob, NotFound
-from deltadock.storage.blobs.local_parts import LocalPartedFile, store_errors
+from deltadock.storage.blobs.local_parts import LocalPartedFile, store_errors, write_at
 from deltadock.storage.blobs.parts import PartedFile
 from deltadock.storage.blobs.port import (
     CHUNK_BYTES,
@@ -25,6 +25,7 @@ from deltadock.storage.blobs.port import (
     parts_key,
     work_key,
 )
+from deltadock.storage.blobs.writer import Chunk
 
 NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 
@@ -174,12 +175,11 @@ class _LocalWriter(BlobWriter):
         self._path = store.root / "staging" / uuid.uuid4().hex
         # Unbuffered: a full disk is reported by the write that meets it, and never again by close.
         self._file = self._path.open("xb", buffering=0)
+        self._size = 0
 
-    def write(self, chunk: bytes | bytearray | memoryview) -> None:
-        with store_errors(), memoryview(chunk) as left:
-            written = 0
-            while written < len(left):
-                written += self._file.write(left[written:])
+    def write(self, *chunks: Chunk) -> None:
+        with store_errors():
+            self._size += write_at(self._file.fileno(), chunks, self._size)
 
     def commit(self, digest: str) -> None:
         with store_errors():

@@ -5,6 +5,8 @@ parts/<upload>/<token>/<n>      exists while part n is complete; its text is the
 parts/<upload>/<token>/<n>.*    the same of one that is being written, or whose writer was killed
 """
 
+import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -12,16 +14,57 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from deltadock.errors import Conflict, DeltadockError, NotFound
 from deltadock.storage.blobs.parts import PartedFile, PartWriter
 from deltadock.storage.blobs.port import CHUNK_BYTES, disk_errors
+from deltadock.storage.blobs.writer import Chunk
+
+MAX_CHUNKS: Final = 1024
+"""Of one writev(2)."""
 
 
 def store_errors() -> AbstractContextManager[None]:
     """Translate the errors of the store's disk."""
     return disk_errors("The blob store's folder")
+
+
+def write_at(descriptor: int, chunks: Sequence[Chunk], offset: int) -> int:
+    """Write all chunks, one after another; returns how many bytes they have."""
+    left = [memoryview(chunk) for chunk in chunks if chunk]
+    start = offset
+    while left:
+        written = os.pwritev(descriptor, left[:MAX_CHUNKS], offset)
+        offset += written
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if written:
+            left[0] = left[0][written:]
+    return offset - start
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Reserve a file's space on the disk, if its file system can do so without writing zeros.
+
+    Parts that are written and synced side by side then take half the time.
+
+    Raises:
+        OSError: the disk has less (ENOSPC).
+    """
+    disk = os.fstatvfs(descriptor)
+    if disk.f_bavail * disk.f_frsize < size:  # without filling it up to find out
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is None:  # not Linux
+        return
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    while fallocate(descriptor, 0, 0, size):
+        error = ctypes.get_errno()
+        if error in {errno.EOPNOTSUPP, errno.ENOSYS}:
+            return
+        if error != errno.EINTR:
+            raise OSError(error, os.strerror(error))
 
 
 class LocalPartedFile(PartedFile):
@@ -41,9 +84,14 @@ class LocalPartedFile(PartedFile):
     def create(cls, folder: Path, size: int, part_bytes: int, place: Callable[..., None]) -> Self:
         """A new file without parts."""
         file = cls(folder, uuid.uuid4().hex, size, part_bytes, place)
-        with store_errors():
-            file.folder.mkdir(parents=True)
-            file.data.touch()
+        try:
+            with store_errors():
+                file.folder.mkdir(parents=True)
+                with file.data.open("xb") as stream:
+                    reserve(stream.fileno(), size)
+        except DeltadockError:
+            file.drop()
+            raise
         return file
 
     def writer(self, number: int) -> PartWriter:
@@ -132,13 +180,10 @@ class _LocalPartWriter(PartWriter):
             self.discard()
             raise
 
-    def _write(self, chunk: bytes | bytearray | memoryview) -> None:
+    def _write(self, chunks: Sequence[Chunk]) -> None:
         self._has_written = True
-        with store_errors(), memoryview(chunk) as left, self._unsealed():
-            written = 0
-            while written < len(left):
-                written += os.pwrite(self._stream.fileno(), left[written:], self._offset + written)
-            self._offset += written
+        with store_errors(), self._unsealed():
+            self._offset += write_at(self._stream.fileno(), chunks, self._offset)
 
     def _commit(self) -> None:
         with store_errors(), _found():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from deltadock.errors import Conflict, InvalidInput
-from deltadock.storage.blobs.writer import Writer
+from deltadock.storage.blobs.writer import Chunk, Writer
 
 MIN_PART_BYTES: Final = 16 << 20
 MAX_PARTS: Final = 10_000
@@ -32,17 +32,17 @@ class PartWriter(Writer):
         self.number = number
         self._missing = size
 
-    def write(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Append `chunk`.
+    def write(self, *chunks: Chunk) -> None:
+        """Append the chunks.
 
         Raises:
             InvalidInput: the part is longer than it should be.
             Conflict: the file takes no more parts.
         """
-        self._missing -= len(chunk)
+        self._missing -= sum(map(len, chunks))
         if self._missing < 0:
             raise InvalidInput(f"Part {self.number} is too long; see the upload's `part_bytes`.")
-        self._write(chunk)
+        self._write(chunks)
 
     def commit(self) -> None:
         """Add the part to the file, durably, in place of an earlier one with its number.
@@ -58,7 +58,7 @@ class PartWriter(Writer):
         self._commit()
 
     @abstractmethod
-    def _write(self, chunk: bytes | bytearray | memoryview) -> None: ...
+    def _write(self, chunks: Sequence[Chunk]) -> None: ...
 
     @abstractmethod
     def _commit(self) -> None: ...

@@ -20,7 +20,7 @@ from typing import Final, Literal, NamedTuple
 from deltadock.errors import DamagedBlob, InvalidInput, NotFound, StorageFull, Unavailable
 from deltadock.names import DIGEST
 from deltadock.storage.blobs.parts import PartedFile
-from deltadock.storage.blobs.writer import Writer
+from deltadock.storage.blobs.writer import Chunk, Writer
 
 CHUNK_BYTES: Final = 1 << 20
 
@@ -49,8 +49,8 @@ class BlobWriter(Writer):
     """
 
     @abstractmethod
-    def write(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Append `chunk`; blocks until the store has accepted it."""
+    def write(self, *chunks: Chunk) -> None:
+        """Append the chunks; blocks until the store has accepted them."""
 
     @abstractmethod
     def commit(self, digest: str) -> None:

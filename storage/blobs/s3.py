@@ -35,6 +35,7 @@ from deltadock.storage.blobs.s3_client import (
     s3_errors,
 )
 from deltadock.storage.blobs.s3_parts import S3PartedFile
+from deltadock.storage.blobs.writer import Chunk
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -262,8 +263,9 @@ class _S3Writer(BlobWriter):
         self._staged = False
         self._parts: list[CompletedPartTypeDef] = []
 
-    def write(self, chunk: bytes | bytearray | memoryview) -> None:
-        self._buffer += chunk
+    def write(self, *chunks: Chunk) -> None:
+        for chunk in chunks:
+            self._buffer += chunk
         while len(self._buffer) >= self._store.part_bytes:
             self._send_part(bytes(self._buffer[: self._store.part_bytes]))
             del self._buffer[: self._store.part_bytes]

@@ -1,7 +1,7 @@
 """Parts on S3: a multipart upload each file, to which clients can send parts themselves."""
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, Self
 
@@ -10,6 +10,7 @@ from botocore.exceptions import ClientError
 from deltadock.errors import Conflict, NotFound
 from deltadock.storage.blobs.parts import PartedFile, PartWriter
 from deltadock.storage.blobs.s3_client import MISSING, code_of, s3_errors
+from deltadock.storage.blobs.writer import Chunk
 
 if TYPE_CHECKING:
     from deltadock.storage.blobs.s3 import S3BlobStore
@@ -141,8 +142,9 @@ class _S3PartWriter(PartWriter):
         self._file = file
         self._buffer = bytearray()
 
-    def _write(self, chunk: bytes | bytearray | memoryview) -> None:
-        self._buffer += chunk
+    def _write(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            self._buffer += chunk
 
     def _commit(self) -> None:
         file = self._file

@@ -4,13 +4,15 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
+Chunk = bytes | bytearray | memoryview
+
 
 class Writer(ABC):
     """Takes bytes; leaving the `with` block without a commit discards them."""
 
     @abstractmethod
-    def write(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Append `chunk`."""
+    def write(self, *chunks: Chunk) -> None:
+        """Append the chunks."""
 
     @abstractmethod
     def discard(self) -> None:

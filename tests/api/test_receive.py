@@ -10,6 +10,7 @@ import pytest
 
 from deltadock.api.uploads.receive import BATCH_BYTES, make_inspector, receive_file
 from deltadock.storage.blobs.local import LocalBlobStore
+from deltadock.storage.blobs.writer import Chunk
 from deltadock.storage.models import UploadKind
 
 
@@ -43,11 +44,11 @@ def test_a_slow_store_slows_the_sender(tmp_path: Path, monkeypatch: pytest.Monke
     given = written = most = 0
     write = writer.write
 
-    def slow_write(chunk: bytes | bytearray | memoryview) -> None:
+    def slow_write(*chunks: Chunk) -> None:
         nonlocal written
         time.sleep(0.005)
-        write(chunk)
-        written += len(chunk)
+        write(*chunks)
+        written += sum(map(len, chunks))
 
     monkeypatch.setattr(writer, "write", slow_write)
     monkeypatch.setattr(store, "writer", lambda: writer)

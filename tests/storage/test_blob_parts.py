@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deltadock.errors import Conflict, HashMismatch, InvalidInput, NotFound
+from deltadock.errors import Conflict, HashMismatch, InvalidInput, NotFound, StorageFull
 from deltadock.settings import Settings
-from deltadock.storage.blobs import BlobStore, PartedFile, make_blob_store
+from deltadock.storage.blobs import BlobStore, PartedFile, local_parts, make_blob_store
 from deltadock.storage.blobs.parts import MAX_PARTS, MIN_PART_BYTES, part_bytes_for
 
 PART = 5 << 20
@@ -131,6 +131,27 @@ def test_a_sealed_file_takes_no_part_begun_before(store: BlobStore, file: Parted
             late.commit()
     file.publish(DIGEST, hashes_to(DIGEST, file))
     assert b"".join(store.open(DIGEST)) == DATA
+
+
+@pytest.mark.parametrize("store", ["local"], indirect=True)
+def test_a_full_disk_is_met_before_any_part(store: BlobStore, tmp_path: Path) -> None:
+    with pytest.raises(StorageFull):  # more than a file can have
+        store.begin_parts(UPLOAD, 1 << 62, PART)
+    assert list(tmp_path.glob("home/blobs/parts/*/*")) == []
+
+
+def test_chunks_are_written_whatever_the_system_takes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = [b"", b"abc", bytes(7), b"", *[b"x"] * 2000, bytearray(b"de"), memoryview(b"fgh")]
+    pwritev = os.pwritev
+    monkeypatch.setattr(
+        os, "pwritev", lambda descriptor, left, at: pwritev(descriptor, [left[0][:2]], at)
+    )
+    with (tmp_path / "data").open("xb") as stream:
+        written = local_parts.write_at(stream.fileno(), chunks, 5)
+    assert written == sum(map(len, chunks))
+    assert (tmp_path / "data").read_bytes() == bytes(5) + b"".join(chunks)
 
 
 @pytest.mark.parametrize("store", ["local"], indirect=True)
