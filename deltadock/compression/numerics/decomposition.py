@@ -5,6 +5,8 @@ matrix they are computed by its eigendecomposition in float64. Otherwise a block
 iterated in float32, mostly by matrix products: Chebyshev polynomials of the Gram matrix damp the
 eigenvalues below the block (Zhou and Saad, 2007, filtered subspace iteration). The last step is in
 float64, from the matrix itself, where the residual is checked.
+
+Matrices of equal shape are iterated together; each leaves the batch when it has converged.
 """
 
 import math
@@ -64,14 +66,14 @@ def decompose(deltas: Tensor, ranks: int) -> list[Decomposition]:
     found: dict[int, Decomposition] = {}
     iterated = size > DENSE_SIZE and block <= size // DENSE_SHARE
     if iterated:
-        for number, matrix in enumerate(wide):
-            basis = _iterate(matrix, ranks, block)
-            if basis is not None:
-                exact = matrix.double()[None]
-                right = basis.t() @ exact
-                # Within the basis, the triples are those of a small matrix.
-                turn = _leading(right @ right.mT, ranks)
-                (found[number],) = _triples(basis @ turn, turn.mT @ right, wide is deltas, None)
+        numbers, basis = _iterate(wide, ranks, block)
+        if numbers:
+            exact = wide[numbers].double()
+            right = basis.mT @ exact
+            # Within the basis, the triples are those of a small matrix.
+            turn = _leading(right @ right.mT, ranks)
+            made = _triples(basis @ turn, turn.mT @ right, wide is deltas, None)
+            found |= zip(numbers, made, strict=True)
     dense = [number for number in range(len(wide)) if number not in found]
     if dense:
         exact = (wide if len(dense) == len(wide) else wide[dense]).double()
@@ -108,53 +110,65 @@ def _leading(gram: Tensor, count: int) -> Tensor:
     return vectors[..., -count:].flip(-1)
 
 
-def _iterate(wide: Tensor, ranks: int, block: int) -> Tensor | None:
-    """Orthonormal basis (size, block) float64 of the leading left vectors.
+def _iterate(wide: Tensor, ranks: int, block: int) -> tuple[list[int], Tensor]:
+    """Orthonormal bases (size, block) float64 of the leading left vectors of b matrices.
 
-    None if the residual of a wanted vector stays above `TOLERANCE`.
+    Returns:
+        Numbers of the matrices of which the residual of every wanted vector came below `TOLERANCE`,
+        and their bases.
     """
     work = wide.float()
     norm = torch.linalg.matrix_norm(work)
-    if norm == 0:
-        return None
-    work = work / norm
-    gram = work @ work.t()
+    left = norm.nonzero().flatten()
+    work = work[left] / norm[left, None, None]
+    gram = work @ work.mT
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(gram), block, generator=generator).to(gram.device)
+    start = torch.randn(wide.shape[1], block, generator=generator).to(gram.device)
     basis = torch.linalg.qr(gram @ start).Q
+    numbers: list[int] = []
+    bases = [basis.new_empty(0, *basis.shape[1:], dtype=torch.float64)]
     for _ in range(PASSES):
+        if not len(left):
+            break
         image = gram @ basis
-        values, turn = torch.linalg.eigh(basis.t() @ image)
-        values, turn = values.flip(0), turn.flip(1)
+        values, turn = torch.linalg.eigh(basis.mT @ image)
+        values, turn = values.flip(1), turn.flip(2)
         basis, image = basis @ turn, image @ turn
-        if values[ranks - 1] <= STEEPEST * values[0]:
-            return None
-        residual = torch.linalg.vector_norm(image - basis * values, dim=0)
-        if (residual <= TOLERANCE * values)[:ranks].all():
-            return _finish(wide.double(), basis, ranks)
-        basis = torch.linalg.qr(_filter(gram, basis, image, values)).Q
-    return None
+        residual = torch.linalg.vector_norm(image - basis * values[:, None], dim=1)
+        steep = values[:, ranks - 1] <= STEEPEST * values[:, 0]
+        done = (residual <= TOLERANCE * values)[:, :ranks].all(1) & ~steep
+        if done.any():
+            finished, converged = _finish(wide[left[done]].double(), basis[done], ranks)
+            numbers += left[done][converged].tolist()
+            bases.append(finished[converged])
+        going = ~(done | steep)
+        left, gram = left[going], gram[going]
+        filtered = _filter(gram, basis[going], image[going], values[going])
+        basis = torch.linalg.qr(filtered).Q
+    return numbers, torch.cat(bases)
 
 
 def _filter(gram: Tensor, basis: Tensor, image: Tensor, values: Tensor) -> Tensor:
-    """Apply a Chebyshev polynomial of the Gram matrix to the basis, damping [0, last value]."""
-    edge, top = max(float(values[-1]), STEEPEST * float(values[0]) / 10), float(values[0])
-    degree = max(1, int(math.acosh(GROWTH) / math.acosh(max(2 * top / edge - 1, 1.01))))
-    before, after = basis, (2 / edge) * image - basis
-    for _ in range(degree - 1):
-        before, after = after, torch.addmm(before + 2 * after, gram, after, beta=-1, alpha=4 / edge)
-    length: Tensor = torch.linalg.vector_norm(after, dim=0)
-    return after / length
+    """Apply a Chebyshev polynomial of each Gram matrix to its basis, damping [0, last value]."""
+    edge = values[:, -1].maximum(STEEPEST * values[:, 0] / 10)
+    growth = (2 * values[:, 0] / edge - 1).clamp_min(1.01)
+    degrees = (math.acosh(GROWTH) / growth.double().acosh()).long().clamp_min(1)
+    scale = (2 / edge)[:, None, None]
+    doubled = 2 * scale * gram
+    before, after = basis, scale * image - basis
+    for degree in range(1, max(degrees.tolist(), default=0)):
+        following = torch.baddbmm(before + 2 * after, doubled, after, beta=-1)
+        going = (degree < degrees)[:, None, None]
+        before, after = after, torch.where(going, following, after)
+    return after / torch.linalg.vector_norm(after, dim=1, keepdim=True)
 
 
-def _finish(wide: Tensor, basis: Tensor, ranks: int) -> Tensor | None:
-    """One step in float64, and the residual against the matrix itself."""
+def _finish(wide: Tensor, basis: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+    """One step in float64; whether the residuals against the matrices themselves are small."""
     basis = torch.linalg.qr(basis.double()).Q
-    right = basis.t() @ wide
-    image = wide @ right.t()
-    residual = torch.linalg.vector_norm(image - basis @ (right @ right.t()), dim=0)
-    values = right.square().sum(dim=1)
-    if (residual > TOLERANCE * values)[:ranks].any():
-        return None
-    finished: Tensor = torch.linalg.qr(image).Q
-    return finished
+    right = basis.mT @ wide
+    image = wide @ right.mT
+    residual = torch.linalg.vector_norm(image - basis @ (right @ right.mT), dim=1)
+    values = right.square().sum(2)
+    converged = (residual <= TOLERANCE * values)[:, :ranks].all(1)
+    return torch.linalg.qr(image).Q, converged

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.operators import OperatorCounter
 from deltadock.compression.numerics import decomposition
 from deltadock.compression.numerics.decomposition import Decomposition, decompose
 from tests.compression.matrices import make_task
@@ -78,6 +79,26 @@ def test_a_spectrum_too_steep_for_float32_falls_back_with_a_note() -> None:
     assert found.fallback is not None
     values = torch.linalg.svdvals(delta.double())
     torch.testing.assert_close(found.s.double(), values[:40], rtol=1e-3, atol=0)
+
+
+@pytest.mark.usefixtures("iterated")
+def test_a_batch_equals_each_alone_in_as_many_operators() -> None:
+    """They converge after different numbers of passes, or not at all."""
+    steep = make_matrix(120, 140, lambda rank: torch.where(rank < 5, 1.0, 1e-4))
+    deltas = torch.stack(
+        [*(make_matrix(120, 140, one) for one in SPECTRA.values()), torch.zeros(120, 140), steep]
+    )
+    with OperatorCounter() as five:
+        together = decompose(deltas, 20)
+    with OperatorCounter() as ten:
+        decompose(deltas.repeat(2, 1, 1), 20)
+    assert ten.total == five.total
+    for delta, found in zip(deltas, together, strict=True):
+        (alone,) = decompose(delta[None], 20)
+        assert found.fallback == alone.fallback
+        assert len(found.s) == len(alone.s)
+        torch.testing.assert_close(found.s, alone.s, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(lost(delta, found), lost(delta, alone), rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.usefixtures("iterated")
