@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -405,16 +405,18 @@ def scan_folder(folder: Path, non_finite: set[str] | None = None) -> CheckpointM
 
 
 def _scan(folder: Path, names: list[str], non_finite: set[str] | None) -> CheckpointManifest:
-    files: list[FileEntry] = []
-    tensors: list[TensorEntry] = []
-    for name in names:
-        inspector = FileInspector(name, non_finite)
+    def inspect(name: str) -> tuple[FileEntry, list[TensorEntry]]:
+        inspector = FileInspector(name, non_finite, threads=hashers)
         with (folder / name).open("rb") as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 inspector.update(chunk)
-        file, file_tensors = inspector.finish()
-        files.append(file)
-        tensors.extend(file_tensors)
+        return inspector.finish()
+
+    # Shards beside each other, and each file's hash beside those of its tensors.
+    with ThreadPoolExecutor() as readers, ThreadPoolExecutor() as hashers:
+        inspected = list(readers.map(inspect, names))
+    files = [file for file, _ in inspected]
+    tensors = [tensor for _, held in inspected for tensor in held]
     kept = {file.path for file in files}
     if ADAPTER_CONFIG in kept:
         raise InvalidCheckpoint(
