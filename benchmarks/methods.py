@@ -50,6 +50,7 @@ from deltadock.compression.options import (
 )
 from deltadock.compression.pipeline import reach_goal
 from deltadock.compression.quality import evaluate
+from deltadock.compression.residence import scratch_for
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.session import CompressionSession
 from deltadock.errors import BitsOutOfRange, DeltadockError
@@ -210,7 +211,7 @@ class MethodBenchmark:
 
 def measured(rows: list[BenchmarkRow], pair: Pair, device: str) -> Iterator[BenchmarkRow]:
     """Measure rows of one method and seed; a failed row has the error as its status."""
-    with Scratch() as scratch:
+    with scratch_for(torch.device(device)) as scratch:
         bench: MethodBenchmark | None = None
         for row in rows:
             try:

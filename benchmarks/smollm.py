@@ -193,7 +193,7 @@ def write_exercises(folder: Path, tokenizer: Any, quick: bool) -> str:
     rng, known = random.Random(SEED), set[tuple[str, ...]]()
     parts = []
     for size in (HELD_OUT_EXERCISES, CALIBRATION_EXERCISES, TRAINING_EXERCISES):
-        part = list(islice(exercise_stream(rng, known), size // 100 if quick else size))
+        part = list(islice(exercise_stream(rng, known), size // 20 if quick else size))
         known |= {exercise.key for exercise in part}
         parts.append(part)
     held_out, calibration, training = parts

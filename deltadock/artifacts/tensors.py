@@ -5,10 +5,20 @@ from io import FileIO
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deltadock.artifacts.encodings import Encoded, decode_dense, inflate, parts, stored_array
+from deltadock.artifacts.encodings import (
+    Encoded,
+    Vectors,
+    decode_dense,
+    decode_factors,
+    decode_svd,
+    inflate,
+    parts,
+    stored_array,
+)
 from deltadock.artifacts.reader import Artifact
 from deltadock.errors import InvalidArtifact
 from deltadock.kernels.svd_delta import Group, PackedDelta, pack_delta
@@ -77,7 +87,39 @@ def _apply(encoded: Encoded, base: Tensor) -> Tensor:
         (part,) = parts(encoded)
         rows = base.to(dtype) if part is None else _apply(part, base)
         return torch.cat([rows, stored_tensor(encoded).to(base.device)])
-    return (base.float() + torch.from_numpy(decode_dense(encoded)).to(base.device)).to(dtype)
+    if base.device.type == "cpu":  # equal bytes on every machine
+        return (base.float() + torch.from_numpy(decode_dense(encoded))).to(dtype)
+    return (base.float() + decoded_delta(encoded, base.device)).to(dtype)
+
+
+def decoded_delta(encoded: Encoded, device: torch.device) -> Tensor:
+    """The delta of an encoding, float32; codes are dequantized and factors multiplied on `device`.
+
+    Raises:
+        InvalidArtifact: as `decode_dense`.
+    """
+    encoded = inflate(encoded)
+    kind, scales = encoded.record["kind"], encoded.segments
+    if kind == "svd":
+        matrix = decode_svd(encoded)
+        u = _dequantized(matrix.u, scales.get("row_scale"), device)
+        v = _dequantized(matrix.v, scales.get("column_scale"), device)
+        return (u.t() * torch.from_numpy(matrix.s).to(device)) @ v
+    if kind == "low-rank":
+        factors = decode_factors(encoded)
+        u, s, v = (torch.from_numpy(one).to(device) for one in (factors.u, factors.s, factors.v))
+        return (u * s) @ v
+    return torch.from_numpy(decode_dense(encoded)).to(device)
+
+
+def _dequantized(vectors: Vectors, scale: npt.NDArray[Any] | None, device: torch.device) -> Tensor:
+    """Vectors (r, n) float32, of which each coordinate is scaled."""
+    zero = (2.0**vectors.bits - 1) / 2 if vectors.zero is None else vectors.zero
+    zeros = torch.from_numpy(zero.astype(np.float32)).to(device)
+    values = torch.from_numpy(vectors.codes).to(device).float().sub_(zeros[:, None])
+    if scale is not None:
+        values *= torch.from_numpy(scale.astype(np.float32)).to(device)
+    return values
 
 
 def packed_delta(encoded: Encoded) -> PackedDelta:

@@ -610,7 +610,7 @@ def import_adapter(
         notes=ignored_files(adapter, folder_files(adapter, adapter=True)),
     )
     with Artifact(out) as artifact:
-        merged = MergedSource(reader, artifact)
+        merged = MergedSource(reader, artifact, torch.device(device))
         try:
             model = BlockwiseModel(base, device, reader.entries)
             if calibration:

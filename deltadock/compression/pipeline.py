@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from deltadock.compression.adapters import import_adapter
 from deltadock.compression.checkpoints import CheckpointPair, open_pair
 from deltadock.compression.options import (
@@ -22,7 +24,7 @@ from deltadock.compression.options import (
 from deltadock.compression.preview import carried_bytes, preview_size, shapes_of
 from deltadock.compression.progress import Progress, ProgressReporter
 from deltadock.compression.report import Report
-from deltadock.compression.scratch import Scratch
+from deltadock.compression.residence import scratch_for
 from deltadock.compression.search import FIRST_BITS, fit_size, reach_bound
 from deltadock.compression.session import BlockStore, CompressionSession
 
@@ -78,7 +80,7 @@ def compress(
                 sources = [SAMPLED]
             pair = open_pair(base, finetuned, reporter)
             reserve = _reserve(pair, info, goal)
-            with Scratch() as scratch:
+            with scratch_for(torch.device(device)) as scratch:
                 session = CompressionSession(
                     pair, options, scratch, progress=reporter, store=store, device=device,
                     reserve=reserve,

@@ -27,18 +27,19 @@ WINDOW: Final = 256
 
 
 class MergedSource:
-    """A base's tensors with an artifact's delta applied, one tensor at a time."""
+    """A base's tensors with an artifact's delta applied, one tensor at a time, on a device."""
 
-    def __init__(self, base: TensorSource, artifact: Artifact) -> None:
+    def __init__(self, base: TensorSource, artifact: Artifact, device: torch.device) -> None:
         self._base = base
         self._artifact = artifact
+        self._device = device
 
     def __contains__(self, name: object) -> bool:
         return name in self._base
 
     def tensor(self, name: str) -> Tensor:
         """Load a tensor of the delta's model, in the fine-tune's dtype."""
-        return merged_tensor(self._artifact, name, self._base.tensor(name))
+        return merged_tensor(self._artifact, name, self._base.tensor(name).to(self._device))
 
 
 def evaluate(
@@ -79,7 +80,7 @@ def evaluate(
             read_windows(text, finetuned, min(window, model.max_length)),
             base=ResizedSource(before, after.shapes),
             finetuned=after,
-            delta=MergedSource(before, artifact),
+            delta=MergedSource(before, artifact, model.device),
             progress=progress,
         )
 

@@ -1,16 +1,21 @@
 """Tensors that stay on the device while they fit, instead of being read again at every use."""
 
+import os
 from collections.abc import Callable
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from deltadock.compression.scratch import Scratch
+from deltadock.compression.scratch import MEMORY_BYTES, Scratch
 
 CPU_BYTES: Final = 1 << 30
 GPU_SHARE: Final = 0.6
 """Fraction of the free device memory."""
+SCRATCH_SHARE: Final = 0.5
+"""Fraction of the free device memory that scratch space takes: a 7B model's moments take 89 GB."""
+MEMORY_SHARE: Final = 0.25
+"""Fraction of a GPU machine's memory that scratch space takes."""
 
 
 def device_budget(device: torch.device) -> int:
@@ -18,6 +23,17 @@ def device_budget(device: torch.device) -> int:
     if device.type == "cpu":
         return CPU_BYTES
     return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+
+
+def scratch_for(device: torch.device) -> Scratch:
+    """Scratch space for work on a device: a GPU's tensors stay there while they fit."""
+    if device.type == "cpu":
+        return Scratch()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Scratch(
+        max(MEMORY_BYTES, int(MEMORY_SHARE * memory)),
+        int(SCRATCH_SHARE * torch.cuda.mem_get_info(device)[0]),
+    )
 
 
 class DeviceMemory:

@@ -1,4 +1,4 @@
-"""Scratch space for intermediate tensors: in memory up to a limit, then on disk."""
+"""Scratch space for intermediate tensors: where they are, then in memory, then on disk."""
 
 import tempfile
 from pathlib import Path
@@ -15,9 +15,9 @@ MEMORY_BYTES: Final = 1 << 29
 class Scratch:
     """A context manager that drops all tensors at its end. Files are created under `TMPDIR`."""
 
-    def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
-        """Hold up to `memory_bytes` in memory."""
-        self._free = memory_bytes
+    def __init__(self, memory_bytes: int = MEMORY_BYTES, device_bytes: int = 0) -> None:
+        """Hold up to `device_bytes` on the tensors' device, and `memory_bytes` in memory."""
+        self._free, self._device_free = memory_bytes, device_bytes
         self._held: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -40,8 +40,14 @@ class Scratch:
         return key in self._held or key in self._files
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Store `tensor` on the CPU; each key is stored once."""
-        tensor = tensor.detach().cpu().contiguous()
+        """Store `tensor`; each key is stored once."""
+        tensor = tensor.detach()
+        if tensor.device.type != "cpu" and tensor.nbytes <= self._device_free:
+            self._device_free -= tensor.nbytes
+            # Not a view, whose whole storage would stay.
+            self._held[key] = tensor.clone(memory_format=torch.contiguous_format)
+            return
+        tensor = tensor.cpu().contiguous()
         if tensor.nbytes <= self._free:
             self._free -= tensor.nbytes
             self._held[key] = tensor

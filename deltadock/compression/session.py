@@ -376,7 +376,7 @@ class CompressionSession:
                 windows,
                 base=ResizedSource(pair.base, pair.finetuned.shapes),
                 finetuned=pair.finetuned,
-                delta=MergedSource(pair.base, artifact),
+                delta=MergedSource(pair.base, artifact, model.device),
                 progress=lambda k, n: self._progress.report("verifying", k, n, "comparing outputs"),
             )
 

@@ -26,6 +26,7 @@ from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import (
     TORCH_DTYPES,
+    decoded_delta,
     load_segments,
     merged_tensor,
     stored_tensor,
@@ -34,7 +35,7 @@ from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact
 from tests.artifacts.edits import rewritten
 from tests.artifacts.make_golden import GOLDEN, MANIFEST, WIDE
-from tests.artifacts.samples import rows_sample, sparse_rows, svd_sample
+from tests.artifacts.samples import low_rank_sample, rows_sample, sparse_rows, svd_sample
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -62,6 +63,14 @@ def test_a_tensor_with_new_rows_is_longer_than_the_base(tmp_path: Path, lossless
             assert tensor[5:].tolist() == added
             with pytest.raises(InvalidArtifact, match=r"\[5, 3\], but the base has it in \[7, 3\]"):
                 merged_tensor(artifact, name, torch.zeros(7, 3))
+
+
+@pytest.mark.parametrize("sample", [svd_sample, rows_sample, low_rank_sample])
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_delta_decoded_on_a_device_is_the_same(sample: Any, lossless: bool) -> None:
+    encoded = sample((37, 70), np.random.default_rng(0)).encoded
+    found = decoded_delta(deflate(encoded) if lossless else encoded, torch.device("cpu"))
+    torch.testing.assert_close(found, torch.from_numpy(decode_dense(encoded)))
 
 
 def test_aliases_stacks_and_deflated_tensors_are_merged(tmp_path: Path) -> None:

@@ -110,5 +110,5 @@ def delta_quality(pair: tuple[Path, Path], delta: Path, windows: Tensor) -> Qual
             windows,
             base=ResizedSource(base, finetuned.shapes),
             finetuned=finetuned,
-            delta=MergedSource(base, artifact),
+            delta=MergedSource(base, artifact, model.device),
         )

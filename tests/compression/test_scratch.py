@@ -74,3 +74,11 @@ def test_files_are_removed_after_an_exception(folder: Path) -> None:
 def test_an_unknown_key_raises() -> None:
     with Scratch() as scratch, pytest.raises(KeyError):
         scratch.get("a")
+
+
+def test_tensors_stay_on_their_device_while_they_fit() -> None:
+    with Scratch(0, device_bytes=100) as scratch:
+        scratch.put("small", torch.empty(5, 5, device="meta").t()[:2])
+        kept = scratch.get("small", "meta")
+        assert kept.is_meta
+        assert kept.untyped_storage().nbytes() == 40, "not the whole of a view"

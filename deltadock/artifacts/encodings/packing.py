@@ -5,6 +5,8 @@ A width is split into power-of-two planes, most significant first (3 = 2+1, 5 = 
 a word, element `e` of a plane of `p` bits starts at bit `p * (e mod 32/p)`.
 """
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
@@ -24,6 +26,9 @@ PLANES: Final[dict[int, tuple[int, ...]]] = {
 ALIGNMENT_WORDS: Final = 32
 """Segments are aligned to 128 bytes."""
 
+PIECE: Final = 1 << 18
+"""Codes that a thread takes at a time; its intermediate arrays stay in the cache."""
+
 CodeArray = npt.NDArray[np.uint8]
 WordArray = npt.NDArray[np.uint32]
 
@@ -37,6 +42,21 @@ def segment_words(rows: int, columns: int, bits: int) -> int:
     """Words of a (rows, columns) segment of one width, padded to 128 bytes."""
     words = sum(rows * plane_words(columns, plane) for plane in PLANES[bits])
     return -(-words // ALIGNMENT_WORDS) * ALIGNMENT_WORDS
+
+
+def in_pieces(work: Callable[[slice], None], rows: int, columns: int) -> None:
+    """Call `work` for slices of the rows of (rows, columns), in threads if there are several."""
+
+    def pieces() -> Iterator[slice]:
+        step = max(1, PIECE // max(columns, 1))
+        return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+    if rows * columns <= PIECE:
+        work(slice(0, rows))
+        return
+    with ThreadPoolExecutor() as threads:
+        for _ in threads.map(work, pieces()):
+            pass
 
 
 def _pack_plane(values: WordArray, plane: int) -> WordArray:
@@ -68,24 +88,37 @@ def pack(codes: CodeArray, bits: int) -> WordArray:
     if codes.max(initial=0) >> bits:
         raise ValueError(f"A code does not fit {bits} bits.")
     segment = np.zeros(segment_words(rows, columns, bits), np.uint32)
-    position, shift = 0, bits
-    for plane in PLANES[bits]:
-        shift -= plane
-        values = (codes.astype(np.uint32) >> np.uint32(shift)) & np.uint32(2**plane - 1)
-        size = rows * plane_words(columns, plane)
-        segment[position : position + size] = _pack_plane(values, plane).ravel()
-        position += size
+    planes = list(_planes(segment, rows, columns, bits))
+
+    def pack_rows(of: slice) -> None:
+        for words, plane, shift in planes:
+            values = (codes[of].astype(np.uint32) >> np.uint32(shift)) & np.uint32(2**plane - 1)
+            words[of] = _pack_plane(values, plane)
+
+    in_pieces(pack_rows, rows, columns)
     return segment
 
 
 def unpack(segment: WordArray, rows: int, columns: int, bits: int) -> CodeArray:
     """Unpack a segment into (rows, columns) codes."""
     codes = np.zeros((rows, columns), np.uint8)
+    planes = list(_planes(segment, rows, columns, bits))
+
+    def unpack_rows(of: slice) -> None:
+        for words, plane, shift in planes:
+            codes[of] |= _unpack_plane(words[of], columns, plane) << np.uint8(shift)
+
+    in_pieces(unpack_rows, rows, columns)
+    return codes
+
+
+def _planes(
+    segment: WordArray, rows: int, columns: int, bits: int
+) -> Iterator[tuple[WordArray, int, int]]:
+    """Each plane of a segment: its words (rows, words of a row), bits, and lowest bit of a code."""
     position, shift = 0, bits
     for plane in PLANES[bits]:
         shift -= plane
         words = plane_words(columns, plane)
-        block = segment[position : position + rows * words].reshape(rows, words)
-        codes |= _unpack_plane(block, columns, plane) << np.uint8(shift)
+        yield segment[position : position + rows * words].reshape(rows, words), plane, shift
         position += rows * words
-    return codes

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deltadock.artifacts.encodings.packing import CodeArray, WordArray, pack, segment_words, unpack
+from deltadock.artifacts.encodings.packing import (
+    CodeArray,
+    WordArray,
+    in_pieces,
+    pack,
+    segment_words,
+    unpack,
+)
 from deltadock.artifacts.encodings.record import (
     Details,
     Encoded,
@@ -183,19 +190,22 @@ def quantize_midrise(values: FloatArray, bits: int) -> tuple[CodeArray, FloatArr
     centre = (2**bits - 1) / 2
     peak = np.abs(values).max(axis=1, initial=0.0) / centre
     gain = power_of_two(peak)
-    best_error = np.full(len(values), np.inf, np.float32)
-    best_scale = np.zeros(len(values), np.float32)
-    best_codes = np.zeros(values.shape, np.uint8)
-    for shrink in np.linspace(1.0, 1 / 3, 24):
-        stored = np.maximum(
-            encode_float16(peak * shrink, gain), np.finfo(np.float16).smallest_subnormal
-        )
-        scale = decode_float16(stored, gain)
-        step = scale[:, None]
-        codes = np.clip(np.floor(values / step) + 2 ** (bits - 1), 0, 2**bits - 1)
-        error = np.square(step * (codes - centre) - values).sum(axis=1)
-        better = error < best_error
-        best_error = np.where(better, error, best_error)
-        best_scale = np.where(better, scale, best_scale)
-        best_codes[better] = codes[better].astype(np.uint8)
-    return best_codes, best_scale
+    scale = np.zeros(len(values), np.float32)
+    codes = np.zeros(values.shape, np.uint8)
+
+    def quantize(of: slice) -> None:
+        best_error = np.full(len(values[of]), np.inf, np.float32)
+        for shrink in np.linspace(1.0, 1 / 3, 24):
+            stored = np.maximum(
+                encode_float16(peak[of] * shrink, gain), np.finfo(np.float16).smallest_subnormal
+            )
+            step = decode_float16(stored, gain)
+            code = np.clip(np.floor(values[of] / step[:, None]) + 2 ** (bits - 1), 0, 2**bits - 1)
+            error = np.square(step[:, None] * (code - centre) - values[of]).sum(axis=1)
+            better = error < best_error
+            best_error[better] = error[better]
+            scale[of][better] = step[better]
+            codes[of][better] = code[better].astype(np.uint8)
+
+    in_pieces(quantize, *values.shape)
+    return codes, scale

@@ -11,6 +11,7 @@ Optimization for Large Language Models" (arXiv 2506.11087), Algorithm 1. Steps:
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from deltadock.compression.methods.base import (
     stacked,
     svd_result,
 )
-from deltadock.compression.numerics.allocation import WIDTHS, allocate
+from deltadock.compression.numerics.allocation import WIDTHS, Allocation, Array, allocate
 from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import Codes, quantize_columns, quantize_rows
 from deltadock.compression.numerics.metric import mean_of_used
@@ -75,7 +76,10 @@ class AdaMix:
     def compress(
         self, tasks: Sequence[MatrixTask], prepared: Sequence[Prepared]
     ) -> list[MatrixResult]:
-        chosen = [_choose(task, one) for task, one in zip(tasks, prepared, strict=True)]
+        errors = [_considered_errors(*pair) for pair in zip(tasks, prepared, strict=True)]
+        with ThreadPoolExecutor() as threads:
+            allocations = list(threads.map(_allocate, tasks, errors))
+        chosen = [_choose(*pair) for pair in zip(prepared, allocations, strict=True)]
         # Ranks of zeros fill up the matrices that keep fewer.
         most = max(1, *(len(one.bits) for one in chosen))
         v_hat = Codes(
@@ -122,18 +126,25 @@ class _Chosen(NamedTuple):
     spectrum: list[Rank]
 
 
-def _choose(task: MatrixTask, prepared: Prepared) -> _Chosen:
-    """Allocate the budget over the ranks that AdaMix considers at it."""
-    h_out, h_in = task.delta.shape
-    budget = rank_budget(task.bits, h_out, h_in)
+def _considered_errors(task: MatrixTask, prepared: Prepared) -> Array:
+    """Errors of the ranks that AdaMix considers at the budget, (r, len(WIDTHS))."""
+    most = rank_budget(task.bits, *task.delta.shape) // min(CANDIDATES) + SPARE_RANKS
+    errors: Array = prepared.tensors["errors"][:most].cpu().numpy()
+    return errors
+
+
+def _allocate(task: MatrixTask, errors: Array) -> Allocation:
+    return allocate(errors, rank_budget(task.bits, *task.delta.shape), WIDTHS, F_MAX, task.solver)
+
+
+def _choose(prepared: Prepared, allocation: Allocation) -> _Chosen:
+    """The ranks that have a width."""
     tensors = prepared.tensors
-    errors = tensors["errors"][: budget // min(CANDIDATES) + SPARE_RANKS].cpu().numpy()
-    allocation = allocate(errors, budget, WIDTHS, F_MAX, task.solver)
     widths = torch.from_numpy(allocation.widths)
     kept = widths.nonzero()[:, 0]
     bits = widths[kept]
     number = torch.tensor([CANDIDATES.index(width) for width in bits.tolist()], dtype=torch.long)
-    index = number.to(task.delta.device), kept.to(task.delta.device)
+    index = number.to(tensors["u"].device), kept.to(tensors["u"].device)
     v = Codes(tensors["codes"], tensors["scale"], tensors["zero"])[index]
     s = tensors["s"]
     spectrum = sample_spectrum(s[: len(widths)], widths, widths)

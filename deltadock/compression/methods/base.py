@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltadock.artifacts.encodings import (
-    FACTORED_ENCODINGS,
-    Encoded,
-    SvdMatrix,
-    Vectors,
-    decode_dense,
-    decode_factors,
-    encode_svd,
-)
+from deltadock.artifacts.encodings import Encoded, SvdMatrix, Vectors, encode_svd
+from deltadock.artifacts.tensors import decoded_delta
 from deltadock.compression.numerics.decomposition import decompose
 from deltadock.compression.numerics.gptq import Codes
 from deltadock.compression.options import Solver
@@ -137,15 +130,6 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
 def fill(rows: Tensor, count: int) -> Tensor:
     """Add zeros to (r, ...) up to `count` rows."""
     return F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, count - len(rows)))
-
-
-def decoded_delta(encoded: Encoded, device: torch.device) -> Tensor:
-    """The delta of an encoding, (h_out, h_in) float32; factors are multiplied on the device."""
-    if encoded.record["kind"] not in FACTORED_ENCODINGS:
-        return torch.from_numpy(decode_dense(encoded)).to(device)
-    factors = decode_factors(encoded)
-    u, s, v = (torch.from_numpy(one).to(device) for one in (factors.u, factors.s, factors.v))
-    return (u * s) @ v
 
 
 def sample_spectrum(s: Tensor, u_bits: Tensor, v_bits: Tensor) -> list[Rank]:

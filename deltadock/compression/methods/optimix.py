@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from deltadock.artifacts.encodings import SvdMatrix, Vectors, encode_svd
+from deltadock.artifacts.tensors import decoded_delta
 from deltadock.compression.methods.base import (
     MatrixResult,
-    decoded_delta,
     fill,
     sample_spectrum,
     stacked,

@@ -160,7 +160,8 @@ def _filter(gram: Tensor, basis: Tensor, image: Tensor, values: Tensor) -> Tenso
         following = torch.baddbmm(before + 2 * after, doubled, after, beta=-1)
         going = (degree < degrees)[:, None, None]
         before, after = after, torch.where(going, following, after)
-    return after / torch.linalg.vector_norm(after, dim=1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(after, dim=1, keepdim=True)
+    return after / length
 
 
 def _finish(wide: Tensor, basis: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
