@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from typing import Final
 
@@ -53,6 +52,8 @@ def _not_installed(purpose: str, missing: Mapping[str, str]) -> NotInstalled:
 
 def _extra_with(module: str) -> str | None:
     """The first extra with the package of a module; None if none has it."""
+    from importlib.metadata import PackageNotFoundError, requires  # slow to import
+
     try:
         requirements = requires("deltadock") or []
     except PackageNotFoundError:  # on the path, but not installed

@@ -129,11 +129,11 @@ def _domain_error(request: Request, error: Exception) -> DeltadockError:
             message, param = validation_message(error.errors())
             return InvalidInput(message, param=param)
         case RequestValidationError():
-            found = [
-                {"where": ".".join(map(str, item["loc"])), "message": _message(item)}
-                for item in error.errors()
-            ]
-            detail = "; ".join(f"{item['where']}: {item['message']}" for item in found)
+            messages: dict[str, str] = {}
+            for item in error.errors():  # of a union, what its first member says
+                messages.setdefault(_where(item), _message(item))
+            detail = "; ".join(f"{where}: {message}" for where, message in messages.items())
+            found = [{"where": where, "message": message} for where, message in messages.items()]
             return InvalidInput(detail, errors=found)
         case HTTPException(status_code=HTTPStatus.NOT_FOUND):
             return NotFound(f"There is no route {request.url.path}.")
@@ -148,6 +148,11 @@ def _domain_error(request: Request, error: Exception) -> DeltadockError:
             return BadRequest(error.detail, headers=error.headers)
         case _:  # the server logs it
             return DeltadockError("An unexpected error occurred; it is logged.")
+
+
+def _where(error: Mapping[str, Any]) -> str:
+    """The place of the field, without pydantic's labels of types such as `literal['']`."""
+    return ".".join(str(part) for part in error["loc"] if "[" not in str(part))
 
 
 def _message(error: Mapping[str, Any]) -> str:

@@ -157,7 +157,7 @@ def rate_distortion(points: Sequence[Point]) -> Markup:
 
 def layer_bits(layers: Sequence[LayerBits], budget: float | None) -> Markup:
     """Stored bits per weight of each layer, with the budget as a line."""
-    root = _svg(_PLOT_WIDTH, 170, "grid plot", "Bits per weight by layer")
+    root = _svg(_PLOT_WIDTH, 178, "grid plot", "Bits per weight by layer")
     most = 1.1 * max([layer.bits for layer in layers] + ([budget] if budget else []))
     bottom, height = 136, 124
     width = (_PLOT_WIDTH - _LEFT - _RIGHT) / len(layers)
@@ -175,7 +175,7 @@ def layer_bits(layers: Sequence[LayerBits], budget: float | None) -> Markup:
     if budget:
         line = _rule(root, _LEFT, bottom - height * budget / most, _PLOT_WIDTH - _RIGHT)
         line.set("class", "budget")
-    _label(root, _PLOT_WIDTH / 2, 166, "layer", "layer")
+    _label(root, _PLOT_WIDTH / 2, 174, "layer", "layer")
     return _markup(root)
 
 

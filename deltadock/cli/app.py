@@ -49,7 +49,11 @@ app.command(rich_help_panel=RUNNING)(login.login)
 app.command(rich_help_panel=RUNNING)(login.logout)
 
 Home = Annotated[
-    Path | None, typer.Option(file_okay=False, help="Folder for data, caches and logs.")
+    Path | None,
+    typer.Option(
+        file_okay=False,
+        help="Folder for data, caches and logs; by default DELTADOCK_HOME, or .deltadock here.",
+    ),
 ]
 ApiPort = Annotated[int, typer.Option(min=1, max=65535, help="Port of the api and dashboard.")]
 NodePort = Annotated[int, typer.Option(min=1, max=65535, help="Port of the inference node.")]
@@ -250,7 +254,9 @@ def migrate(as_json: AsJson = False) -> None:
 @app.command(rich_help_panel=RUNNING)
 def gc(
     home: Home = None,
-    dry_run: Annotated[bool, typer.Option(help="Only print what would be removed.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what would be removed.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove stored bytes that nothing needs any more; workers do so every hour."""

@@ -39,7 +39,10 @@ MaxTokens = Annotated[int | None, typer.Option(min=1, help="Maximum tokens of an
 Temperature = Annotated[
     float | None, typer.Option(min=0, help="0 is greedy; by default the model's own.")
 ]
-TopP = Annotated[float | None, typer.Option(min=0, max=1)]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Only the likeliest tokens that have this probability."),
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.")]
 
 Stop = Annotated[
@@ -122,10 +125,10 @@ class Conversation:
 def run(
     name: Reference,
     prompt: Annotated[
-        str | None, typer.Argument(help="Answer this and end; else converse.")
+        str | None, typer.Argument(metavar="PROMPT", help="Answer this and end; else converse.")
     ] = None,
     plain: Annotated[
-        bool, typer.Option(help="Continue text as it is, without the chat template.")
+        bool, typer.Option("--plain", help="Continue text as it is, without the chat template.")
     ] = False,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -228,7 +231,9 @@ def _timed(talk: Conversation, prompt: str, *, verbose: bool) -> None:
 
 def generate(
     name: Reference,
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads standard input.")
+    ],
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens.")] = PLAIN_TOKENS,
     temperature: Temperature = None,
     top_p: TopP = None,

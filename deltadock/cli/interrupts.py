@@ -5,6 +5,7 @@ errors, or lose it; so it is remembered.
 """
 
 import signal
+import sys
 from types import FrameType
 from typing import Final
 
@@ -12,6 +13,7 @@ INTERRUPTED: Final = 130
 """The exit status: 128 and the number of SIGINT."""
 
 _pressed: list[int] = []
+_said: list[str] = []
 
 
 def note_interrupts() -> None:
@@ -22,12 +24,20 @@ def note_interrupts() -> None:
         raise KeyboardInterrupt
 
     _pressed.clear()
+    _said.clear()
     signal.signal(signal.SIGINT, interrupt)
 
 
 def was_interrupted() -> bool:
     """Whether Ctrl-C was pressed."""
     return bool(_pressed)
+
+
+def say_interrupted(hint: str = "") -> None:
+    """Say, once, that Ctrl-C has ended the command, and what has become of its work."""
+    if not _said:
+        _said.append(hint)
+        sys.stderr.write(f"\nInterrupted. {hint}".rstrip() + "\n")
 
 
 def forget_interrupts() -> None:

@@ -138,7 +138,7 @@ def cancel(job: JobReference, as_json: AsJson = False, url: Url = None) -> None:
 
 def retry(
     job: JobReference,
-    wait: Annotated[bool, typer.Option(help="Follow the job until it has ended.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:

@@ -8,7 +8,7 @@ import typer
 from deltadock.cli.output import AsJson, print_json, say
 from deltadock.errors import InvalidInput, NotFound
 
-Address = Annotated[str | None, typer.Argument(help="Address of the api.")]
+Address = Annotated[str | None, typer.Argument(metavar="URL", help="Address of the api.")]
 
 
 def login(

@@ -1,8 +1,11 @@
 """The entry point of the `deltadock` script; it imports little before it notes Ctrl-C."""
 
-import sys
-
-from deltadock.cli.interrupts import INTERRUPTED, note_interrupts, was_interrupted
+from deltadock.cli.interrupts import (
+    INTERRUPTED,
+    note_interrupts,
+    say_interrupted,
+    was_interrupted,
+)
 
 
 def main() -> None:
@@ -14,9 +17,10 @@ def main() -> None:
     note_interrupts()
     try:
         from deltadock.cli.app import app
-    except BaseException:
-        if was_interrupted():
-            sys.stderr.write("\nInterrupted.\n")
+
+        app(prog_name="deltadock")
+    except BaseException as end:
+        if was_interrupted() and getattr(end, "code", INTERRUPTED) == INTERRUPTED:
+            say_interrupted()
             raise SystemExit(INTERRUPTED) from None
         raise
-    app(prog_name="deltadock")

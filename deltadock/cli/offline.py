@@ -150,7 +150,7 @@ def compress(
             rich_help_panel=CALIBRATION,
         ),
     ] = LENGTH,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is random.")] = 0,
     solver: Annotated[
         str, typer.Option(help="Solver of the bit allocation: exact or scip.")
     ] = "exact",

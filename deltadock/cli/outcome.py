@@ -12,6 +12,7 @@
 
 import errno
 import os
+import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +21,25 @@ from typing import Any, Final
 import typer
 from typer.core import TyperGroup
 
-from deltadock.cli.interrupts import INTERRUPTED, was_interrupted
+from deltadock.cli.interrupts import INTERRUPTED, say_interrupted, was_interrupted
 from deltadock.errors import DeltadockError, Forbidden, InvalidInput, NotFound, StorageFull
 from deltadock.extras import needed_extras
 
 FAILED: Final = 1
 UNAVAILABLE: Final = 3
 JOB_FAILED: Final = 4
+
+ROUTES: Final = {
+    "bases": "bases",
+    "deltas": "ls",
+    "jobs": "jobs",
+    "keys": "keys list",
+    "methods": "methods",
+    "models": "ls",
+    "nodes": "ps",
+    "registry": "ls",
+}
+"""Commands that show what these routes of the api do, which its messages name."""
 
 USAGE_ERROR: Final[Any] = typer.BadParameter.__base__
 """Wrong options and arguments of all kinds; typer exports this one only."""
@@ -41,7 +54,7 @@ def on_interrupt(hint: str) -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or was_interrupted():
-            typer.echo(f"\nInterrupted. {hint}".rstrip(), err=True)
+            say_interrupted(hint)
             raise typer.Exit(INTERRUPTED) from None
         raise
 
@@ -51,11 +64,22 @@ def report(error: DeltadockError) -> int:
 
     Returns its exit status.
     """
-    message = " ".join(error.message.split())
+    message = _in_commands(" ".join(error.message.split()))
     typer.echo(f"error ({error.code}): {message}", err=True)
     if log_tail := error.details.get("log_tail"):
         typer.echo(textwrap.indent(str(log_tail), "    "), err=True, nl=False)
     return UNAVAILABLE if error.retryable else FAILED
+
+
+def _in_commands(message: str) -> str:
+    """The message with commands instead of the api's routes."""
+    message = re.sub(r"GET /v1/jobs/(job_\w+)", r"`deltadock logs \1`", message)
+    routes = "|".join(ROUTES)
+    return re.sub(
+        rf"GET /v1/({routes})(\?\S*)?(?![\w/])",
+        lambda found: f"`deltadock {ROUTES[found[1]]}`",
+        message,
+    )
 
 
 def domain_error(error: OSError) -> DeltadockError:

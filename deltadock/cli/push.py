@@ -42,7 +42,7 @@ Folder = Annotated[
         metavar="DIR",
         exists=True,
         file_okay=False,
-        help="Hugging Face checkpoint or PEFT adapter folder.",
+        help="Hugging Face checkpoint folder; of `push` also a PEFT adapter's.",
     ),
 ]
 BaseName = Annotated[
@@ -82,7 +82,7 @@ def push(
             rich_help_panel=CALIBRATION,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**53 - 1)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**53 - 1, help="Of all that is random.")] = 0,
     priority: Annotated[
         Literal["high", "normal", "low"], typer.Option(help="Of the job in the queue.")
     ] = "normal",

@@ -22,7 +22,7 @@ from deltadock.cli.output import (
     say,
 )
 from deltadock.cli.server import Reference, Url, complete_base, complete_model, connect
-from deltadock.errors import Conflict, InvalidInput, NotReady
+from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -33,20 +33,23 @@ def ls(
     text: Annotated[
         str | None,
         typer.Argument(
-            metavar="[WORDS]", help="Words, or their beginnings, of the model's name or card.",
+            metavar="WORDS", help="Words, or their beginnings, of the model's name or card.",
             autocompletion=complete_model,
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", "-b", autocompletion=complete_base)
+        str | None,
+        typer.Option("--base", "-b", help="Only of this base.", autocompletion=complete_base),
     ] = None,
-    method: Annotated[str | None, typer.Option()] = None,
-    state: Annotated[str | None, typer.Option(help="Such as ready, compressing, failed.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only of this method.")] = None,
+    state: Annotated[str | None, typer.Option(help="Only in this state, such as failed.")] = None,
     name: Annotated[
-        str | None, typer.Option(help="All versions of project/model.")
+        str | None, typer.Option(help="Only versions of this project/model.")
     ] = None,
-    tag: Annotated[str | None, typer.Option()] = None,
-    sort: Annotated[Literal["newest", "name", "size", "kl"], typer.Option()] = "newest",
+    tag: Annotated[str | None, typer.Option(help="Only of models with this tag.")] = None,
+    sort: Annotated[
+        Literal["newest", "name", "size", "kl"], typer.Option(help="What comes first.")
+    ] = "newest",
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many.")] = 50,
     as_json: AsJson = False,
     url: Url = None,
@@ -98,7 +101,7 @@ def _metrics(delta: "Delta") -> "Metrics":
 
 def show(
     name: Reference,
-    report: Annotated[bool, typer.Option(help="The whole report, as JSON.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="The whole report, as JSON.")] = False,
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:
@@ -141,6 +144,8 @@ def pull(
         path = out or Path(f"{delta.name.partition('/')[2]}-{delta.version}.delta")
         if path.is_dir():
             path /= f"{delta.name.partition('/')[2]}-{delta.version}.delta"
+        if not path.parent.is_dir():
+            raise NotFound(f"There is no folder {path.parent}. Make it, or choose another --out.")
         if path.exists():
             raise Conflict(f"{path} already exists. Choose another name with --out, or remove it.")
         with (
@@ -157,7 +162,9 @@ def pull(
 def rm(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="NAME...", help="Deltas.", autocompletion=complete_model),
+        typer.Argument(
+            metavar="NAME", help="Deltas; with --all, models.", autocompletion=complete_model
+        ),
     ],
     whole: Annotated[
         bool, typer.Option("--all", help="Whole models with all versions, for good.")
@@ -222,10 +229,15 @@ def undo(
 def alias(
     name: Reference,
     alias: Annotated[
-        str | None, typer.Argument(help="Such as prod; `default` is what the bare name means.")
+        str | None,
+        typer.Argument(
+            metavar="ALIAS", help="Such as prod; `default` is what the bare name means."
+        ),
     ] = None,
     remove: Annotated[bool, typer.Option("--rm", help="Remove the alias.")] = False,
-    history: Annotated[bool, typer.Option(help="Who moved what, when and why.")] = False,
+    history: Annotated[
+        bool, typer.Option("--history", help="Who moved what, when and why.")
+    ] = False,
     reason: Annotated[str, typer.Option("--reason", "-m", help="For the history.")] = "",
     expected: Annotated[
         int | None,
@@ -284,19 +296,19 @@ def compare(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="A B ...", help="Two to four deltas.", autocompletion=complete_model
+            metavar="NAME", help="Two to four deltas.", autocompletion=complete_model
         ),
     ],
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Let each continue this text, greedily.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 64,
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:  # fmt: skip
     """Compare deltas: figures side by side, and answers to a prompt; differences are marked."""
     if not 2 <= len(names) <= 4:
-        raise typer.BadParameter("give two to four deltas", param_hint="A B ...")
+        raise typer.BadParameter("give two to four deltas", param_hint="NAME")
     with connect(url) as client:
         found = [client.delta(name) for name in names]
         answers = [

@@ -159,7 +159,9 @@ def error_of(response: httpx.Response) -> DeltadockError:
     except (ValueError, KeyError, TypeError, AttributeError):  # such as a proxy's error page
         url = response.url.copy_with(query=None)  # presigned URLs have their signature there
         error = Unavailable(
-            f"{url} answered with status {response.status_code}.", status=response.status_code
+            f"{url} answered with status {response.status_code}, and not as a Deltadock does. Is "
+            "the address right, and does a proxy on the way work?",
+            status=response.status_code,
         )
     error.headers = response.headers
     return error

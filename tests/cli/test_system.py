@@ -132,6 +132,16 @@ def test_ctrl_c_during_the_imports_of_up_says_so(
     assert (outcome.code, outcome.stderr) == (130, "\nInterrupted.\n")
 
 
+def test_ctrl_c_while_arguments_are_read_says_so(
+    deltadock: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("deltadock.cli.outcome.ReportingGroup.make_context", interrupted)
+    assert deltadock("ls") == Outcome(130, "", "\nInterrupted.\n")
+
+
 def test_ctrl_c_that_an_import_has_lost_stops_the_start() -> None:
     note_interrupts()
     with suppress(KeyboardInterrupt):

@@ -383,8 +383,10 @@ def test_doctor_says_what_is_wrong(
         (("undo", "maths/skills:9"), 1, "no deleted delta"),
         (("logs", "job_none"), 1, "There is no job 'job_none'"),
         (("run", "nothing", "x"), 1, "error (model_not_found)"),
+        (("show", "maths/none"), 1, "no delta 'maths/none'; `deltadock ls` lists them"),
+        (("ls", "--state", "lost"), 1, "query.state: Input should be 'queued', "),
         (("ls", "--url", "127.0.0.1:8000"), 1, "is not an address such as http://127.0.0.1:8000"),
-        (("pull", "maths/skills:1", "-o", "nowhere/x.delta"), 1, "nowhere/x.delta"),
+        (("pull", "maths/skills:1", "-o", "nowhere/x.delta"), 1, "There is no folder nowhere."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
