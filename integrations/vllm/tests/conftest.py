@@ -25,6 +25,8 @@ os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engines of one rank start in seconds
 }  # fmt: skip
 
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.writer import write_artifact
 from integrations.vllm.tests.engine import BASE, ROOT, Answers, answers, engine
 
 FINETUNED = ROOT / "samples/finetuned"
@@ -126,11 +128,22 @@ def expected(deltas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return Expected(deltas, tmp_path_factory.mktemp("merged"))
 
 
+def write_with_template(delta: Path, path: Path) -> None:
+    """A delta with the sample fine-tune's chat template."""
+    template = (FINETUNED / "chat_template.jinja").read_text()
+    with Artifact(delta) as artifact:
+        manifest = {key: value for key, value in artifact.manifest.items() if key != "tensors"}
+        files = {**manifest["files"], "chat_template.jinja": template}
+        tensors = {name: artifact.encoded(name) for name in artifact.records}
+        write_artifact(path, tensors, {**manifest, "files": files})
+
+
 @dataclass(frozen=True)
 class Registry:
     """A running api with `maths/skills`: version 1 is adamix's delta, 2 bitdelta's, 3 optimix's.
 
-    `maths/lora` is the adapter's, and `maths/damaged` bitdelta's with a flipped bit.
+    `maths/lora` is the adapter's, `maths/damaged` bitdelta's with a flipped bit, and
+    `maths/chat` bitdelta's with the sample fine-tune's chat template.
     """
 
     url: str
@@ -155,11 +168,12 @@ def registry(
     damaged = bytearray(deltas["bitdelta"].read_bytes())
     damaged[-1000] ^= 1
     (folder / "damaged.delta").write_bytes(damaged)
+    write_with_template(deltas["bitdelta"], folder / "chat.delta")
     skills = ",".join(str(deltas[method]) for method in ("adamix", "bitdelta", "optimix"))
     command = [
         ROOT / ".venv/bin/python", "-m", "integrations.vllm.tests.registry",
         folder, f"maths/skills={skills}", f"maths/lora={deltas['lora']}",
-        f"maths/damaged={folder / 'damaged.delta'}",
+        f"maths/damaged={folder / 'damaged.delta'}", f"maths/chat={folder / 'chat.delta'}",
     ]  # fmt: skip
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,6 +1,7 @@
 """Engines of the tests, and what they answer; vLLM takes its time to import."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +28,35 @@ def engine(model: Path = BASE, **options: Any) -> "LLM":
         str(model), max_model_len=128, max_num_seqs=32, max_num_batched_tokens=512,
         enforce_eager=True, **options,
     )  # fmt: skip
+
+
+def write_quantized(folder: Path) -> Path:
+    """The sample base with projections of 8 bits, activations too, as llm-compressor stores it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = {}
+    for name, tensor in load_file(BASE / "model.safetensors").items():
+        tensors[name] = tensor
+        if name.endswith("_proj.weight"):
+            scale = tensor.float().abs().amax(1, keepdim=True) / 127
+            tensors[name] = (tensor.float() / scale).round().to(torch.int8)
+            tensors[f"{name}_scale"] = scale.to(tensor.dtype)
+    save_file(tensors, folder / "model.safetensors")
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((BASE / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
+        "quantization_status": "compressed", "config_groups": {"group_0": group},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def answers(llm: "LLM", prompts: Sequence[str] = PROMPTS, **more: Any) -> Answers:

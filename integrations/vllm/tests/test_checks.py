@@ -16,7 +16,7 @@ from deltadock.artifacts.writer import write_artifact
 from deltadock.client.cache import cached_path
 from deltadock.errors import DeltadockError, InvalidInput, NotFound
 from integrations.vllm.tests.conftest import Registry
-from integrations.vllm.tests.engine import BASE
+from integrations.vllm.tests.engine import BASE, write_quantized
 
 NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
 TOKENS, WIDTH = 1536, 256
@@ -91,6 +91,31 @@ def test_files_that_the_engine_was_not_started_with_are_refused(tmp_path: Path) 
     for folder, code in ((BASE, "unsupported_model"), (None, None)):
         started = EngineFiles(BASE, BASE, folder)
         assert refusal(tmp_path, tensors, started, generation) == code
+
+
+def test_a_chat_template_of_its_own_is_found_where_requests_are_rendered_with_it(
+    tmp_path: Path,
+) -> None:
+    tensors, started = {NORM: exact(WIDTH)}, EngineFiles(BASE, BASE, BASE)
+    config = json.loads((BASE / "tokenizer_config.json").read_text())
+    in_config = json.dumps(config | {"chat_template": "{{ messages }}"})
+    for files in ({"chat_template.jinja": "{{ messages }}"}, {"tokenizer_config.json": in_config}):
+        assert refusal(tmp_path, tensors, started, files) == "unsupported_model"
+        with Artifact(tmp_path / "it.delta") as artifact:
+            assert check_servable(artifact, started, own_template=True) == "{{ messages }}"
+    other = json.dumps(config | {"chat_template": "{{ messages }}", "padding_side": "odd"})
+    for files in ({"tokenizer_config.json": other}, {"tokenizer_config.json": "["}):
+        refusal(tmp_path, tensors, started, files)
+        with Artifact(tmp_path / "it.delta") as artifact, pytest.raises(DeltadockError):
+            check_servable(artifact, started, own_template=True)
+
+
+def test_a_base_that_is_stored_quantized_is_refused(tmp_path: Path) -> None:
+    folder = write_quantized(tmp_path / "quantized")
+    started = EngineFiles(folder, folder, folder)
+    assert refusal(tmp_path, {NORM: exact(WIDTH)}, started) == "unsupported_model"
+    full = started._replace(base=BASE)
+    assert refusal(tmp_path, {NORM: exact(WIDTH)}, full) is None
 
 
 def test_a_config_of_its_own_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from vllm import LLM
 
-from integrations.vllm.tests.engine import Answers, answers, engine
+from integrations.vllm.tests.engine import PROMPTS, Answers, answers, engine
 
 SWAPPING = {
     "load_format": "deltadock",
@@ -51,6 +51,19 @@ def test_what_cannot_be_served_is_refused_and_changes_nothing(
         ((refusal,),) = [llm.collective_rpc("deltadock_refusal", args=(str(tmp_path / name),))]
         assert refusal["code"] in {"invalid_artifact", "not_found"}, name
     assert answers(llm) == expected["adamix"]
+
+
+def test_the_sum_is_quantized_as_vllm_loads_it(
+    deltas: dict[str, Path], expected: dict[str, Answers]
+) -> None:
+    llm = engine(
+        quantization="fp8_per_channel", model_loader_extra_config={"delta": str(deltas["adamix"])},
+        **SWAPPING,
+    )  # fmt: skip
+    for name in ("adamix", "bitdelta"):
+        same = sum(map(list.__eq__, answers(llm, PROMPTS[:24]), expected[name]))
+        assert same >= 22, (name, same)
+        swap(llm, deltas["bitdelta"])
 
 
 def test_tensor_parallel_ranks_merge_the_same_delta(

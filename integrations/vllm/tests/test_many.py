@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from integrations.vllm.tests.conftest import METHODS
-from integrations.vllm.tests.engine import PROMPTS, Answers, answers, engine
+from integrations.vllm.tests.engine import BASE, PROMPTS, Answers, answers, engine, write_quantized
 
 NAMES = ("base", *METHODS)
 
@@ -76,6 +76,24 @@ def test_a_bad_delta_or_request_is_refused_and_the_engine_goes_on(
         answers(llm, PROMPTS[:1], lora_request=lost)
     found = answers(llm, PROMPTS[:8], lora_request=request(deltas, "optimix"))
     assert found == expected["optimix"][:8]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_quantized_base_answers_with_each_delta(
+    stored: bool, deltas: dict[str, Path], expected: dict[str, Answers], tmp_path: Path
+) -> None:
+    slots = {"slot_bytes": 700_000}
+    if stored:
+        settings = {"deltadock": {**slots, "base": str(BASE)}}
+        model, options = write_quantized(tmp_path / "quantized"), {}
+    else:
+        settings = {"deltadock": slots}
+        model, options = BASE, {"quantization": "fp8_per_channel"}
+    llm = engine(model, enable_lora=True, max_loras=4, additional_config=settings, **options)
+    found = mixed(llm, deltas, 24)
+    for name in NAMES:
+        same = sum(map(list.__eq__, found[name], expected[name]))
+        assert same >= 21, (name, same)  # eight bits of the base move near ties
 
 
 def test_tensor_parallel_ranks_have_their_parts_of_each_delta(

@@ -86,6 +86,20 @@ def test_what_cannot_be_served_is_refused_by_name(server: httpx.Client) -> None:
     assert server.post("/v1/completions", json=body | {"prompt_logprobs": None}).is_success
 
 
+def test_a_conversation_is_rendered_in_the_deltas_own_template(server: httpx.Client) -> None:
+    body = {"max_tokens": 8, "temperature": 0, "return_token_ids": True}
+    chat = body | {"messages": [{"role": "user", "content": "3+4"}]}
+    found = server.post("/v1/chat/completions", json=chat | {"model": "maths/chat"}).json()
+    complete = body | {"model": "maths/skills:2", "prompt": "Q: 3+4 =\nA:"}
+    same = server.post("/v1/completions", json=complete).json()["choices"][0]
+    assert found["prompt_token_ids"] == same["prompt_token_ids"]
+    assert found["choices"][0]["token_ids"] == same["token_ids"]
+    # The base has no template, and other deltas are rendered with the base's.
+    for model in ("it", "maths/skills:2"):
+        refused = server.post("/v1/chat/completions", json=chat | {"model": model})
+        assert refused.status_code == 400, model
+
+
 def test_a_name_that_is_moved_under_load_is_followed(
     server: httpx.Client, registry: Registry, expected: dict[str, Answers]
 ) -> None:

@@ -14,6 +14,7 @@ from deltadock_vllm.many.sites import (
     Rows,
     StepChunks,
     chunk_bound,
+    is_called,
     linear,
 )
 from torch import Tensor
@@ -158,6 +159,20 @@ def test_rows_have_their_own_weights_biases_embeddings_and_norms() -> None:
     y = torch.ones(4, 2, 4)
     norm.scale(y)
     assert y[:, 0, 0].tolist() == [3, 3, 5, 3]
+
+
+def test_a_step_of_the_bases_rows_alone_calls_no_operator_unless_it_is_compiled() -> None:
+    rows = rows_of(0, 0)
+    rows.samples = StepChunks(16, 3, [], captured=0)
+    rows.samples.assign([0, 1])
+    norm = NormSite(rows, 3, torch.ones(4))
+    sites = (LinearSite(rows, 3, H_IN, [H_OUT]), EmbeddingSite(rows), norm)
+    assert not any(is_called(site.number) for site in sites)
+    assert is_called(LinearSite(rows, 3, H_IN, [H_OUT], head=True).number)
+    rows.tokens.assign([0, 1])
+    assert [is_called(site.number) for site in sites] == [True, True, False]
+    called = torch.compile(lambda x: x + is_called(norm.number), backend="eager", fullgraph=True)
+    assert called(torch.zeros(())) == 1
 
 
 def test_a_layer_that_is_called_with_fewer_rows_than_the_step_has_is_an_error() -> None:

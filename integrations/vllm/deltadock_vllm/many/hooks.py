@@ -3,6 +3,7 @@
     LoRAModelRunnerMixin.load_lora_model   the manager of each rank
     WorkerBase.deltadock_load              added: ask a rank for a delta
     BaseServing._check_model               HTTP: a request's `model` to a loaded delta, or a refusal
+    OnlineRenderer.preprocess_chat   HTTP: conversations in the delta's own chat template
     OpenAIServingModels.show_available_models   `/v1/models`
     AsyncLLM.add_request, LLMEngine.add_request   the same for callers in Python
 
@@ -13,6 +14,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from functools import wraps
 from http import HTTPStatus
 from typing import Any, Final
@@ -26,6 +28,7 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
+from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
@@ -47,6 +50,7 @@ HOOKS: Final[Mapping[tuple[type, str], tuple[str, ...]]] = {
     (LoRAModelRunnerMixin, "load_lora_model"): ("model", "vllm_config", "device"),
     (BaseServing, "_check_model"): ("request",),
     (BaseServing, "create_error_response"): ("message", "err_type", "status_code", "param"),
+    (OnlineRenderer, "preprocess_chat"): ("default_template",),
     (OpenAIServingModels, "show_available_models"): (),
     (AsyncLLM, "add_request"): ("prompt", "params", "lora_request"),
     (LLMEngine, "add_request"): ("prompt", "params", "lora_request"),
@@ -84,6 +88,7 @@ def install_hooks() -> None:
     LoRAModelRunnerMixin.load_lora_model = _load_lora_model
     WorkerBase.deltadock_load = _worker_load
     BaseServing._check_model = _checking_model(BaseServing._check_model)
+    OnlineRenderer.preprocess_chat = _rendering(OnlineRenderer.preprocess_chat)
     OpenAIServingModels.show_available_models = _listing(OpenAIServingModels.show_available_models)
     AsyncLLM.add_request = _adding_async(AsyncLLM.add_request)
     LLMEngine.add_request = _adding(LLMEngine.add_request)
@@ -131,18 +136,25 @@ def _loader(engine: Any) -> Load:
     return load
 
 
+TEMPLATE: Final = ContextVar[str | None]("TEMPLATE", default=None)
+"""The chat template of the delta that the request in this context is for; None: the engine's."""
+
+
 def _checking_model(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     async def check_model(self: Any, request: Any) -> Any:
         engine = getattr(self.models, "engine_client", None)
         config = getattr(engine, "vllm_config", None)
         name = request.model
+        TEMPLATE.set(None)
         if config is None or config.lora_config is None or self._is_model_supported(name):
             return await original(self, request)
         names = _names(engine, config)
         try:
             check_sampling(request)
-            self.models.lora_requests[name] = await names.request(name, _loader(engine))
+            found = await names.request(name, _loader(engine))
+            self.models.lora_requests[name] = found
+            TEMPLATE.set(names.template(found))
         except DeltadockError as error:
             self.models.lora_requests.pop(name, None)
             return self.create_error_response(
@@ -151,6 +163,19 @@ def _checking_model(original: Callable[..., Any]) -> Callable[..., Any]:
         return None
 
     return check_model
+
+
+def _rendering(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    async def preprocess_chat(self: Any, *args: Any, **more: Any) -> Any:
+        template = TEMPLATE.get()
+        if template is None:
+            return await original(self, *args, **more)
+        call = inspect.signature(original).bind(self, *args, **more)
+        call.arguments["default_template"] = template
+        return await original(*call.args, **call.kwargs)
+
+    return preprocess_chat
 
 
 def _listing(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -50,13 +50,15 @@ class Settings(BaseModel):
     """Device memory of each slot on each rank; None: an eighth of the rank's weights."""
     cache_bytes: int = 1 << 30
     """Device memory for unpacked factors on each rank."""
+    base: Path | None = None
+    """Of an engine whose checkpoint is stored quantized, the folder of what it was before."""
 
     @classmethod
     def of(cls, config: VllmConfig) -> "Settings":
         """The engine's settings.
 
         Raises:
-            InvalidInput: a key is unknown, or a value is no number.
+            InvalidInput: a key is unknown, or a value is of another kind.
         """
         extra = config.additional_config
         try:

@@ -35,6 +35,7 @@ from deltadock_vllm.many.sites import (
     Rows,
     Site,
     embedding,
+    is_called,
     linear,
     norm,
 )
@@ -210,13 +211,13 @@ class _DeltaMethod:
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = super().apply(layer, x, bias)  # type: ignore[misc]
-        if self.deltadock_linear is not None:
+        if self.deltadock_linear is not None and is_called(self.deltadock_linear):
             linear(y, x, self.deltadock_linear)
         return y
 
     def embedding(self, layer: nn.Module, tokens: Tensor) -> Tensor:
         y: Tensor = super().embedding(layer, tokens)  # type: ignore[misc]
-        if self.deltadock_embedding is not None:
+        if self.deltadock_embedding is not None and is_called(self.deltadock_embedding):
             embedding(y, tokens, self.deltadock_embedding)
         return y
 
@@ -247,8 +248,7 @@ class DeltaNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """As the base's norm: y, or y and the new residual."""
-        # What is compiled cannot ask which rows a step has.
-        if not torch.compiler.is_compiling() and not self._site.active:
+        if not is_called(self._site.number):
             return self.base(x) if residual is None else self.base(x, residual)
         found = self._bare(x, residual)
         norm(found if residual is None else found[0], self._site.number)

@@ -6,6 +6,7 @@ name: nothing that reaches a rank's step can be missing or damaged.
 """
 
 import asyncio
+import json
 import re
 import threading
 import time
@@ -21,16 +22,25 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
+from deltadock.artifacts.checkpoint import CONFIG
+from deltadock.artifacts.configs import check_same_forward
 from deltadock.artifacts.reader import Artifact
 from deltadock.client.cache import cached_path
 from deltadock.client.http import Client
 from deltadock.client.routes import is_reference
-from deltadock.errors import DeltadockError, InvalidInput, NotFound, Unavailable, error_for
+from deltadock.errors import (
+    DeltadockError,
+    InvalidInput,
+    NotFound,
+    Unavailable,
+    UnsupportedModel,
+    error_for,
+)
 from deltadock.names import DIGEST
-from deltadock_vllm.checks import base_manifest, check_servable
+from deltadock_vllm.checks import MERGE, base_manifest, check_servable
 from deltadock_vllm.fetching import DeltaFile, fetch, fetch_registered
 from deltadock_vllm.loader import engine_files
-from deltadock_vllm.many.manager import FIRST_ID
+from deltadock_vllm.many.manager import FIRST_ID, Settings
 
 log = init_logger("vllm.deltadock")
 
@@ -59,7 +69,8 @@ class DeltaNames:
         self._config = config
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._loaded: OrderedDict[int, None] = OrderedDict()
-        self._checked: set[str] = set()
+        self._checked: dict[str, str | None] = {}
+        """By digest, the delta's own chat template."""
         self._listed: tuple[float, list[str]] = (0.0, [])
         self._threads = ThreadPoolExecutor(4, "resolve-delta")
         self._base_lock = threading.Lock()
@@ -132,13 +143,24 @@ class DeltaNames:
             self.check(fetch_registered(digest))
         return LoRARequest(label, number(digest), str(path))
 
+    def template(self, request: LoRARequest) -> str | None:
+        """The chat template of a delta that was resolved; None: the engine's."""
+        return self._checked.get(Path(request.lora_path).stem)
+
     def check_path(self, path: str) -> None:
         """Check a delta file that a caller in this process names; blocks.
 
         Raises:
-            DeltadockError: there is none, or it cannot be served.
+            DeltadockError: there is none, or it cannot be served; or it has a chat template of its
+                own, which callers in this process would render without.
         """
-        self.check(fetch(path))
+        file = fetch(path)
+        self.check(file)
+        if self._checked[file.digest] is not None:
+            raise UnsupportedModel(
+                "The delta has a chat template of its own, with which only requests over HTTP are "
+                f"rendered. {MERGE}"
+            )
 
     def check(self, file: DeltaFile) -> None:
         """Check that this engine can serve a delta, once; blocks.
@@ -152,11 +174,22 @@ class DeltaNames:
         with self._base_lock:
             files = engine_files(model, self._base)
         with Artifact(file.path) as artifact:
-            check_servable(artifact, files)
-        self._checked.add(file.digest)
+            self._checked[file.digest] = check_servable(artifact, files, own_template=True)
 
     @cached_property
     def _base(self) -> Path:
+        """The checkpoint that deltas are of.
+
+        Raises:
+            UnsupportedModel: the engine's is no quantization of it.
+        """
+        full, own = Settings.of(self._config).base, self._checkpoint()
+        if full is not None and (different := check_same_forward(_config(full), _config(own))):
+            keys = ", ".join(one.key for one in different)
+            raise UnsupportedModel(f"{full} is not what {own} was before: it has another {keys}.")
+        return full or own
+
+    def _checkpoint(self) -> Path:
         model = self._config.model_config
         if (folder := Path(model.model)).is_dir():
             return folder
@@ -187,6 +220,13 @@ class DeltaNames:
         except DeltadockError as error:
             log.warning("/v1/models lists no deltas of the registry: %s", error.message)
         return list(names)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The config.json, but for how the weights are quantized."""
+    found: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())
+    found.pop("quantization_config", None)
+    return found
 
 
 def number(digest: str) -> int:

@@ -95,6 +95,11 @@ class Site(ABC):
         self.number = len(SITES)
         SITES[self.number] = self
 
+    @property
+    def active(self) -> bool:
+        """Whether the site may change a row of this step."""
+        return bool(self.rows.tokens.members)
+
     @abstractmethod
     def remove(self, slot: int) -> None:
         """Remove the deltas of a slot, if it has any."""
@@ -135,6 +140,14 @@ class LinearSite(Site):
         self.table = DeltaTable(slots, h_in, h_outs, max_rank=max_rank, device=device)
         self._unpacked: dict[int, list[_Unpacked | None]] = {}
 
+    @property
+    def _chunks(self) -> Chunks:
+        return self.rows.samples if self.head else self.rows.tokens
+
+    @property
+    def active(self) -> bool:
+        return bool(self._chunks.members)
+
     def install(self, slot: int, deltas: Sequence[LinearDelta | None]) -> None:
         """Add one delta per linear, on the site's device, to the rows of an empty slot."""
         packed: list[PackedDelta | None] = []
@@ -165,7 +178,7 @@ class LinearSite(Site):
 
         There may be more rows than the step has, which are padding.
         """
-        chunks = self.rows.samples if self.head else self.rows.tokens
+        chunks = self._chunks
         if not chunks.members:
             return
         if len(x) < chunks.row_count:
@@ -242,7 +255,6 @@ class NormSite(Site):
 
     @property
     def active(self) -> bool:
-        """Whether a row of this step has a weight of its own."""
         return not self._changed.isdisjoint(self.rows.tokens.members)
 
     def scale(self, y: Tensor) -> None:
@@ -252,6 +264,14 @@ class NormSite(Site):
             return
         own = self.weights[self.rows.tokens.row_slots[: len(y)]]
         y.mul_(own.view(len(y), *[1] * (y.ndim - 2), own.shape[-1]))
+
+
+def is_called(site: int) -> bool:
+    """Whether a module has to call its site's operator: a step of the base's rows alone need not.
+
+    What is compiled always does: it cannot ask which rows a step has.
+    """
+    return torch.compiler.is_compiling() or SITES[site].active
 
 
 def _linear(site: int) -> LinearSite:
