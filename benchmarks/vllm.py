@@ -13,10 +13,11 @@ Run it in the repository's environment; `--vllm` is the Python of one with vLLM 
 
 Each case is `--requests` streamed completions at once, of the same prompts and lengths: tokens per
 second of all, the median time to the first token, and the processor time that the server's
-processes took for a token. Where other programs run beside it only the last can be compared. A
-line is printed as soon as it is known. Without `--delta` the base is the sample's, of 2.8 million
-parameters, and the delta is compressed first. The eight deltas have the same tensors and different
-digests; nothing is shared between them.
+processes took for a token. Where other programs run beside it only the last can be compared: the
+last column is its ratio, and with a GPU that of the time per token. A line is printed as soon as it
+is known. Without `--delta` the base is the sample's, of 2.8 million parameters, and the delta is
+compressed first. The eight deltas have the same tensors and different digests; nothing is shared
+between them.
 """
 
 import argparse
@@ -298,10 +299,11 @@ def main() -> None:
                     asyncio.run(ask_all(case, url, prompts))  # warm up
                     found = [measure(case, url, session, prompts) for _ in range(options.rounds)]
                     rate, first, processor = map(statistics.median, zip(*found, strict=True))
-                    plain = plain or processor
+                    cost = processor if options.device == "cpu" else 1 / rate
+                    plain = plain or cost
                     print(
                         f"{server.name + ', ' + case.name:26}{rate:10.0f}{1e3 * first:17.0f}"
-                        f"{1e3 * processor:21.2f}{processor / plain:15.0%}",
+                        f"{1e3 * processor:21.2f}{cost / plain:15.0%}",
                         flush=True,
                     )
 

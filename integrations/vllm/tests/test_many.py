@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deltadock_vllm.many import hooks
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 
+from deltadock.errors import UnsupportedModel
 from integrations.vllm.tests.conftest import METHODS
 from integrations.vllm.tests.engine import BASE, PROMPTS, Answers, answers, engine, write_quantized
 
@@ -45,6 +47,17 @@ def test_each_row_of_a_batch_answers_as_its_merged_checkpoint(
         same = sum(map(list.__eq__, found[name], expected[name]))
         # Base and difference are rounded to 16 bits one by one, and merged weights once: near ties.
         assert same >= len(PROMPTS) - 2, (name, same)
+
+
+def test_a_vllm_without_a_hook_and_a_tensor_without_a_site_are_refused(llm: LLM) -> None:
+    hooks.check_hooks()
+    for method, parameters in (("no_such_method", ()), ("generate", ("no_such_parameter",))):
+        with pytest.raises(RuntimeError, match=method):
+            hooks.check_hooks({(LLM, method): parameters})
+    (found,) = llm.collective_rpc(lambda worker: worker.model_runner.lora_manager._modules)
+    expert = "model.layers.0.mlp.experts.0.up_proj.weight"
+    with pytest.raises(UnsupportedModel, match="experts"):
+        found.find({expert: {"kind": "svd"}})
 
 
 def test_a_bad_delta_or_request_is_refused_and_the_engine_goes_on(

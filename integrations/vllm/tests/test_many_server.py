@@ -61,6 +61,8 @@ def test_sixty_requests_at_once_over_five_names_answer_as_their_checkpoints(
             digest = hashlib.sha256(deltas[NAMES[name]].read_bytes()).hexdigest()
             assert model.endswith(f"@{digest}"), model
     assert same >= 59  # a near tie
+    (pinned, _), (again, _) = ask_all(server, [("maths/lora", "1"), (found[-1][0], "1")])
+    assert (pinned, again) == (found[-1][0], found[-1][0])  # what answers can be asked for
     listed = {card["id"] for card in server.get("/v1/models").json()["data"]}
     assert {"it", "maths/skills", "maths/skills:2", "maths/skills:3", "maths/lora"} <= listed
     metrics = server.get("/metrics").text
@@ -73,6 +75,7 @@ def test_what_cannot_be_served_is_refused_by_name(server: httpx.Client) -> None:
         "maths/none": (404, "not_found"),
         "0" * 64: (404, "not_found"),
         "/etc/passwd": (404, "not_found"),
+        f"maths/skills:1@{'0' * 64}": (404, "not_found"),
         "maths/damaged": (422, "invalid_artifact"),
     }
     for model, (status, code) in cases.items():

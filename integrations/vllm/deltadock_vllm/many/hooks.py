@@ -156,7 +156,9 @@ def _checking_model(original: Callable[..., Any]) -> Callable[..., Any]:
             self.models.lora_requests[name] = found
             TEMPLATE.set(names.template(found))
         except DeltadockError as error:
-            self.models.lora_requests.pop(name, None)
+            # For other refusals the name stays, which requests that were checked may yet look up.
+            if isinstance(error, NotFound):
+                self.models.lora_requests.pop(name, None)
             return self.create_error_response(
                 error.message, error.code, HTTPStatus(error.status), "model"
             )

@@ -125,16 +125,21 @@ class DeltaNames:
         return key in self._loaded
 
     def resolve(self, name: str) -> LoRARequest:
-        """Fetch and check the delta that a name, id or digest means; blocks.
+        """Fetch and check the delta that a name, id, digest or `name@digest` means; blocks.
 
         Raises:
             DeltadockError: there is none, or it cannot be served.
         """
-        if re.fullmatch(DIGEST, name):
+        reference, _, pinned = name.rpartition("@")
+        if not re.fullmatch(DIGEST, pinned):
+            reference, pinned = name, ""
+        if pinned == name:
             digest = label = name
-        elif is_reference(name):
+        elif is_reference(reference):
             with Client() as client:
-                found = client.resolve(name)
+                found = client.resolve(reference)
+            if pinned not in ("", found.digest):
+                raise NotFound(f"{reference} is not the artifact {pinned}, but {found.digest}.")
             digest, label = found.digest, f"{found.name}@{found.digest}"
         else:
             raise NotFound(f"The model {name!r} does not exist.")
