@@ -75,17 +75,18 @@ def merged_tensor(artifact: Artifact, name: str, base: Tensor) -> Tensor:
             f"{artifact.path.name} has {name!r} for a base of the shape "
             f"{_base_shape(encoded.record)}, but the base has it in {list(base.shape)}."
         )
-    return _apply(encoded, base)
+    return apply_delta(encoded, base)
 
 
-def _apply(encoded: Encoded, base: Tensor) -> Tensor:
+def apply_delta(encoded: Encoded, base: Tensor) -> Tensor:
+    """As `merged_tensor`, of one encoding of the base's shape."""
     record = encoded.record
     dtype = TORCH_DTYPES[record["dtype"]]
     if record["kind"] == "exact":
         return stored_tensor(encoded).to(base.device)
     if record["kind"] == "new-rows":
         (part,) = parts(encoded)
-        rows = base.to(dtype) if part is None else _apply(part, base)
+        rows = base.to(dtype) if part is None else apply_delta(part, base)
         return torch.cat([rows, stored_tensor(encoded).to(base.device)])
     if base.device.type == "cpu":  # equal bytes on every machine
         return (base.float() + torch.from_numpy(decode_dense(encoded))).to(dtype)

@@ -15,6 +15,7 @@ from deltadock.artifacts.encodings import (
     encode_transposed,
     quantize_rows_midrise,
 )
+from deltadock.artifacts.tensors import apply_delta
 from deltadock.compression.calibration.windows import CalibrationSet
 from deltadock.compression.checkpoints import CheckpointPair, CheckpointReader, MatrixRef, to_numpy
 from deltadock.compression.options import CompressOptions
@@ -72,6 +73,13 @@ def compose_tensors(
     return composed
 
 
+def overflows(pair: CheckpointPair, name: str, encoded: Encoded) -> bool:
+    """Whether base plus delta is beyond float16, the one dtype whose range weights may fill."""
+    if pair.finetuned.entries[name].dtype != "F16":
+        return False
+    return not bool(apply_delta(encoded, pair.base.tensor(name)).isfinite().all())
+
+
 def encode_remaining(
     pair: CheckpointPair,
     compressed: Mapping[str, Encoded],
@@ -103,12 +111,13 @@ def encode_remaining(
             encoded[name] = encode_alias(original, entry.shape, entry.dtype)
             reports.append(TensorReport(name, "alias", list(entry.shape), 0))
             continue
+        one: Encoded | None = None
         if name == embedding and embedding_bits is not None and pair.is_float(name):
             delta = pair.delta(MatrixRef(name)).numpy()
             one = quantize_rows_midrise(delta, embedding_bits, entry.dtype)
             if pair.added_rows(name):
                 one = append_rows(pair, name, one)
-        else:
+        if one is None or overflows(pair, name, one):
             data = to_numpy(pair.finetuned.tensor(name), entry.dtype)
             one = encode_exact(data, entry.dtype, entry.shape)
         encoded[name] = one

@@ -23,6 +23,7 @@ from deltadock.compression.assembly import (
     carried_files,
     compose_tensors,
     encode_remaining,
+    overflows,
 )
 from deltadock.compression.calibration.sampling import TextSampler, check_fits
 from deltadock.compression.calibration.sources import load_tokenizer
@@ -187,7 +188,7 @@ class CompressionSession:
         draft, distillation = self._encode(bits), None
         tensors = draft.tensors
         if self.info.distills and self._model is not None and self._data is not None:
-            tensors, distillation = distill(
+            trained, distillation = distill(
                 self.pair,
                 self._model,
                 self._data,
@@ -195,6 +196,11 @@ class CompressionSession:
                 self._options.seed,
                 lambda done, text: self._progress.report("assembling", 1, 3, text, within=done),
             )
+            tensors = {
+                name: one if trained[name] is one or overflows(self.pair, name, trained[name])
+                else trained[name]
+                for name, one in tensors.items()
+            }  # fmt: skip
         self._progress.report("assembling", 2, 3, "writing the artifact")
         write_artifact(out, tensors, self._manifest(draft))
         return Report(
@@ -351,7 +357,9 @@ class CompressionSession:
                     report = report_matrix(matrix, delta, result, self._statistics)
                     reports[matrix.ref.key] = asdict(report)
         refs: list[MatrixRef] = [matrix.ref for matrix in members]
-        return compose_tensors(self.pair, refs, encodings), reports
+        composed = compose_tensors(self.pair, refs, encodings)
+        kept = {name: one for name, one in composed.items() if not overflows(self.pair, name, one)}
+        return kept, reports
 
     def _manifest(self, draft: Draft) -> dict[str, Any]:
         return build_manifest(

@@ -14,7 +14,7 @@ from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.options import CompressOptions, Source
+from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
 from deltadock.compression.quality import evaluate
 from deltadock.compression.report import Report
@@ -125,6 +125,30 @@ def test_other_float_dtypes(pair: Pair, text: Path, tmp_path: Path, dtype: torch
     assert report.kl is not None
     assert report.kl_base is not None
     assert report.kl < 0.5 * report.kl_base
+
+
+@pytest.mark.parametrize("method", ["bitdelta-distilled", "low-rank", "delta-zip"])
+def test_weights_at_the_end_of_float16_stay_finite(
+    pair: Pair, text: Path, tmp_path: Path, method: str
+) -> None:
+    """The base's -65504 plus 131008 and an error of codes would be infinite: stored exactly."""
+    name, embedding = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
+    for folder, value in zip(pair, (-65504.0, 65504.0), strict=True):
+
+        def change(weights: dict[str, Tensor], value: float = value) -> dict[str, Tensor]:
+            weights = {key: tensor.half() for key, tensor in weights.items()}
+            weights[name][0, 0] = weights[embedding][3, 5] = value
+            return weights
+
+        rewrite(folder, change)
+    amount = CalibrationOptions(tokens=512, length=32)
+    options = CompressOptions(method=method, calibration=amount)
+    compress(*pair, tmp_path / "a.delta", options, calibration=[Source(text)])
+    merge(pair[0], tmp_path / "a.delta", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / WEIGHTS)
+    assert all(tensor.isfinite().all() for tensor in merged.values())
+    if method == "low-rank":
+        assert torch.equal(merged[name], load_file(pair[1] / WEIGHTS)[name])
 
 
 def test_float8_is_kept_exactly(pair: Pair, text: Path, tmp_path: Path) -> None:
