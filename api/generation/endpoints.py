@@ -72,7 +72,7 @@ def _answers(what: str) -> dict[int | str, dict[str, Any]]:
             "description": f"OpenAI's {what}; with stream, chunks of it as server-sent events",
             "content": {
                 "application/json": {"schema": {"type": "object"}},
-                "text/event-stream": {"schema": {"type": "string"}},
+                "text/event-stream": {},
             },
         },
         **openai_problems(

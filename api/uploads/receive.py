@@ -164,9 +164,8 @@ async def receive_part(
     """Add `body` to a file as a part; returns its size. On any error the part is missing.
 
     Raises:
-        InvalidInput: there is no such part, or it has another size.
         HashMismatch: the bytes do not match an announced digest.
-        Conflict, NotFound: the file takes no more parts.
+        Conflict, NotFound: the part has another size, or the file takes no more parts.
         ClientDisconnect: the client disconnected.
     """
     writer = await run_in_threadpool(file.writer, number)

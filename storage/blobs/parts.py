@@ -36,25 +36,21 @@ class PartWriter(Writer):
         """Append the chunks.
 
         Raises:
-            InvalidInput: the part is longer than it should be.
-            Conflict: the file takes no more parts.
+            Conflict: the part is longer than it should be, or the file takes no more parts.
         """
         self._missing -= sum(map(len, chunks))
         if self._missing < 0:
-            raise InvalidInput(f"Part {self.number} is too long; see the upload's `part_bytes`.")
+            raise Conflict(f"Part {self.number} is too long; see the upload's `part_bytes`.")
         self._write(chunks)
 
     def commit(self) -> None:
         """Add the part to the file, durably, in place of an earlier one with its number.
 
         Raises:
-            InvalidInput: the part is too short.
-            Conflict: the file takes no more parts.
+            Conflict: the part is too short, or the file takes no more parts.
         """
         if self._missing:
-            raise InvalidInput(
-                f"Part {self.number} lacks {self._missing} bytes; send all of it again."
-            )
+            raise Conflict(f"Part {self.number} lacks {self._missing} bytes; send all of it again.")
         self._commit()
 
     @abstractmethod

@@ -95,9 +95,9 @@ def test_incomplete_parts_do_not_count(file: PartedFile) -> None:
         writer.write(bytes(100))
     with file.writer(3) as writer:
         writer.write(bytes(100))
-        with pytest.raises(InvalidInput, match="lacks 1134 bytes"):
+        with pytest.raises(Conflict, match="lacks 1134 bytes"):
             writer.commit()
-    with file.writer(3) as writer, pytest.raises(InvalidInput, match="too long"):
+    with file.writer(3) as writer, pytest.raises(Conflict, match="too long"):
         writer.write(bytes(1235))
     for number in (0, 4):
         with pytest.raises(InvalidInput, match="parts 1 to 3"):

@@ -53,7 +53,7 @@ LOADING: Final = (
 GENERATING: Final = {
     200: {
         "description": "The answer; with stream, chunks of it as server-sent events",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     },
     **openai_problems(*LOADING, ModelNotFound, ContextExceeded, Overloaded),
 }
