@@ -150,6 +150,7 @@ def compare_deltas(
     context = {
         "entries": entries,
         "differences": views.differences(entries),
+        "has_one_text": views.has_one_text(entries),
         "points": views.points_of(shown.values(), {row.id for row in rows}),
     }
     return render(request, "compare.html", context)

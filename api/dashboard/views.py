@@ -63,6 +63,10 @@ ADVICE: Final[Mapping[str, str]] = MappingProxyType(
 )
 
 
+OF_A_TEXT: Final = frozenset({"kl", "agreement", "nll"})
+"""Figures that two deltas share a scale of only if they were measured on the same text."""
+
+
 class DeltaEntry(NamedTuple):
     """A delta and its job."""
 
@@ -363,6 +367,7 @@ def differences(entries: Sequence[DeltaEntry]) -> list[Difference]:
         values = [getattr(e.delta.metrics, name) if e.delta.metrics else None for e in entries]
         known = [value for value in values if value is not None]
         is_clear = len(known) == len(values) and len(set(known)) > 1
+        is_clear &= name not in OF_A_TEXT or has_one_text(entries)
         return Difference(
             label,
             [show(value) for value in values],
@@ -372,17 +377,16 @@ def differences(entries: Sequence[DeltaEntry]) -> list[Difference]:
     def text(label: str, read: Callable[[DeltaOut], object]) -> Difference:
         return Difference(label, [str(read(entry.delta) or MISSING) for entry in entries], None)
 
-    def sources(delta: DeltaOut) -> str:
-        found = delta.calibration.sources if delta.calibration else []
-        return ", ".join(s.digest[:12] if s.digest else "sampled from the fine-tune" for s in found)
-
     return [
         figure("True ratio", "ratio", lambda value: f"{significant(value)} ×", max),
         figure("KL to the fine-tune", "kl", significant, min),
         figure("Agreement", "agreement", percentage, max),
         figure("Bits per weight", "true_bits", significant, min),
         figure("Loss of the delta", "nll", lambda value: significant(value, 4), min),
-        figure("Loss of the fine-tune", "nll_finetuned", lambda value: significant(value, 4), min),
+        text(
+            "Loss of the fine-tune",
+            lambda d: significant(d.metrics.nll_finetuned if d.metrics else None, 4),
+        ),
         text("Artifact", lambda d: size(d.artifact.bytes) if d.artifact else None),
         text("State", lambda d: d.state),
         text("Aliases", lambda d: ", ".join(d.aliases)),
@@ -390,9 +394,19 @@ def differences(entries: Sequence[DeltaEntry]) -> list[Difference]:
         text("Goal", lambda d: d.goal),
         text("Base", lambda d: d.base.name),
         text("Fine-tune", lambda d: d.checkpoint[:12]),
-        text("Calibration", sources),
+        text("Calibration", _sources),
         text("Seed", lambda d: str(d.seed)),
     ]
+
+
+def has_one_text(entries: Sequence[DeltaEntry]) -> bool:
+    """Whether all were calibrated, and so measured, on the same text."""
+    return len({_sources(entry.delta) for entry in entries}) == 1
+
+
+def _sources(delta: DeltaOut) -> str:
+    found = delta.calibration.sources if delta.calibration else []
+    return ", ".join(s.digest[:12] if s.digest else "sampled from the fine-tune" for s in found)
 
 
 def _role(method: str) -> str:

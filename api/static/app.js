@@ -26,7 +26,9 @@ async function request(method, path, body, options = {}) {
 async function problemOf(response) {
   const problem = await response.json().catch(() => ({}));
   const message = problem.detail ?? problem.error?.message ?? `The server answered ${response.status}.`;
-  return new Error(typeof message === "string" ? message : JSON.stringify(message));
+  const error = new Error(typeof message === "string" ? message : JSON.stringify(message));
+  error.code = problem.code ?? problem.error?.code;
+  return error;
 }
 
 async function call(method, path, body) {

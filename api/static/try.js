@@ -93,7 +93,8 @@ async function ask(answer, fields, signal) {
       note.textContent = "Stopped.";
     } else {
       answer.classList.add("error");
-      note.textContent = error.message;
+      note.textContent = error.code === "no_chat_template"
+        ? "It has no chat template: choose “Plain text”." : error.message;
     }
   } finally {
     if (isChat) answer.messages.push({ role: "assistant", content: text.textContent });

@@ -118,7 +118,9 @@ def node(
     """Run one inference node, registered with an api or standalone, until SIGTERM."""
     check_installed(*MODEL)
     from deltadock.cli.node import node as run
+    from deltadock.cli.processes import check_port
 
+    check_port(port, "--port")
     run(base, api, delta or [], host, port)
 
 

@@ -246,12 +246,21 @@ def check_ports(api_port: int, node_port: int) -> None:
         raise InvalidInput(
             f"Api and node cannot both have port {api_port}: choose another --node-port."
         )
-    for option, port in (("--api-port", api_port), ("--node-port", node_port)):
-        if not port_is_free(port):
-            raise Unavailable(
-                f"Port {port} is in use, perhaps by another Deltadock. "
-                f"Stop that process or choose another port with {option}."
-            )
+    check_port(api_port, "--api-port")
+    check_port(node_port, "--node-port")
+
+
+def check_port(port: int, option: str) -> None:
+    """Check that the port, which the option chooses, is free.
+
+    Raises:
+        Unavailable: it is in use.
+    """
+    if not port_is_free(port):
+        raise Unavailable(
+            f"Port {port} is in use, perhaps by another Deltadock. "
+            f"Stop that process or choose another port with {option}."
+        )
 
 
 def free_ports(count: int) -> list[int]:

@@ -46,7 +46,7 @@ class Resource(BaseModel):
         """What people want to see of it, with labels."""
         for name, value in self:
             if value is not None and not isinstance(value, BaseModel | list | Mapping):
-                yield name.replace("_", " "), str(value)
+                yield name.replace("_", " "), _text(value)
 
     def _repr_html_(self) -> str:
         cells = "".join(
@@ -55,6 +55,13 @@ class Resource(BaseModel):
             for label, text in self.rows()
         )
         return f"<table>{cells}</table>"
+
+
+def _text(value: object) -> str:
+    """A value for people: figures to five digits, times to the minute."""
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return f"{value:%Y-%m-%d %H:%M} UTC" if isinstance(value, datetime) else str(value)
 
 
 class Checkpoint(Resource):

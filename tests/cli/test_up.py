@@ -101,6 +101,8 @@ def test_a_port_in_use_is_named(command: str, deltadock: Command, tmp_path: Path
         _, node_port = server.getsockname()
         ports = ("--api-port", free_ports(1)[0], "--node-port", node_port)
         outcome = deltadock(command, "--home", tmp_path / "home", *ports)
-    assert outcome.code == 3
+        alone = deltadock("node", "--port", node_port)
+    assert (outcome.code, alone.code) == (3, 3)
     assert f"Port {node_port} is in use" in outcome.stderr
     assert "--node-port" in outcome.stderr
+    assert "choose another port with --port" in alone.stderr

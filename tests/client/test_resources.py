@@ -6,7 +6,7 @@ import pytest
 
 from deltadock.api.main import app
 from deltadock.client import resources
-from deltadock.client.resources import Delta, Resource
+from deltadock.client.resources import Delta, Report, Resource
 
 SCHEMAS: dict[str, type[Resource]] = {
     "CheckpointOut": resources.Checkpoint,
@@ -70,3 +70,6 @@ def test_a_delta_is_a_table_in_a_notebook() -> None:
     html = Delta.model_validate(example)._repr_html_()
     for text in ("maths/skills:3", "prod", "&lt;tiny&gt;", "417 kB", "0.00123 nats per token"):
         assert text in html
+    report = {"method": "low-rank", "true_bits": 1.4961463459, "matrices": [], "other_tensors": [],
+              "notes": []}  # fmt: skip
+    assert ">1.4961<" in Report.model_validate(report)._repr_html_()

@@ -321,8 +321,10 @@ def test_a_delta_is_deleted_and_restored(site: Site, page: Page) -> None:
     delta = site.new_delta("live/deleted")
     page.on("dialog", lambda dialog: dialog.accept())
     page.goto(f"/deltas/{delta.id}")
+    page.set_viewport_size({"width": 390, "height": 500})  # the button is further down
     page.get_by_role("button", name="Delete").click()
     expect(page.locator("#said")).to_contain_text("live/deleted:1 is deleted.")
+    expect(page.locator("#said")).to_be_in_viewport()
     page.get_by_role("button", name="Undo").click()
     expect(page.locator("#said")).to_be_hidden()
     page.reload()
