@@ -1,17 +1,19 @@
 """API keys: making, listing, revoking and rotating them."""
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Annotated, Final, Self
 
-from fastapi import Path, Query
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from fastapi import Path, Query, Response
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_serializer
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
+from deltadock.api.idempotency import Once, OnceDep
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_TIME, Moment, RequestBody
-from deltadock.errors import Conflict, Forbidden, InvalidInput, NotFound
+from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
 from deltadock.problems import problems
 from deltadock.storage.models import ApiKeyRow, Scope
 from deltadock.storage.repositories import KeyRepository, TenantRepository
@@ -44,6 +46,11 @@ class KeyIn(RequestBody):
         max_length=96,
         description="A tenant's id or name, for operators; by default one's own.",
     )
+
+    @field_serializer("scopes")
+    def _in_order(self, scopes: set[Scope]) -> list[Scope]:
+        """Equal bodies have one form in every process."""
+        return sorted(scopes)
 
 
 class RotateIn(RequestBody):
@@ -127,16 +134,53 @@ def _existing(key: ApiKeyRow | None, key_id: str) -> ApiKeyRow:
     return key
 
 
-@router.post("", status_code=201, responses=problems(Forbidden, InvalidInput, NotFound))
+def _shown_once(
+    once: Once, body: BaseModel, response: Response, make: Callable[[], tuple[ApiKeyRow, str]]
+) -> NewKeyOut:
+    """The key that `make` makes; its stored answer lacks the key itself.
+
+    Raises:
+        Conflict: the request is repeated, and its key was shown already.
+    """
+    shown: list[NewKeyOut] = []
+
+    def work() -> KeyOut:
+        row, key = make()
+        shown.append(NewKeyOut.made(row, key))
+        return KeyOut.of(row)
+
+    first = once.answer(KeyOut, body, response, work)
+    if not shown:
+        raise Conflict(
+            f"This request has made {first.id} already, and a key is shown once. If the answer was "
+            "lost, revoke it and send the request with another Idempotency-Key.",
+            key=first.id,
+        )
+    return shown[0]
+
+
+@router.post(
+    "",
+    status_code=201,
+    responses=problems(Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound),
+)
 def create_key(
-    body: KeyIn, caller: CallerDep, unit: WriteUnit, resources: ResourcesDep
+    body: KeyIn,
+    caller: CallerDep,
+    unit: WriteUnit,
+    resources: ResourcesDep,
+    once: OnceDep,
+    response: Response,
 ) -> NewKeyOut:
     """Make a key. It is shown once: only an HMAC of it is stored."""
     keys = _keys(unit.session, caller, body.tenant)
-    row, key = keys.issue(
-        resources.keys.secret, name=body.name, scopes=body.scopes, expires_at=body.expires_at
-    )
-    return NewKeyOut.made(row, key)
+
+    def make() -> tuple[ApiKeyRow, str]:
+        return keys.issue(
+            resources.keys.secret, name=body.name, scopes=body.scopes, expires_at=body.expires_at
+        )
+
+    return _shown_once(once, body, response, make)
 
 
 @router.get("", responses=problems(Forbidden, NotFound))
@@ -159,18 +203,25 @@ def revoke_key(
     unit.after_commit.append(resources.keys.forget)
 
 
-@router.post("/{key_id}/rotate", status_code=201, responses=problems(Conflict, Forbidden, NotFound))
+@router.post(
+    "/{key_id}/rotate",
+    status_code=201,
+    responses=problems(Conflict, Forbidden, IdempotencyKeyReused, NotFound),
+)
 def rotate_key(
+    *,
     key_id: KeyId,
     body: RotateIn,
     caller: CallerDep,
     unit: WriteUnit,
     resources: ResourcesDep,
+    once: OnceDep,
+    response: Response,
     tenant: OfTenant = None,
 ) -> NewKeyOut:
     """Make a key with the same name and scopes; the old one works until the grace has passed."""
     keys = _keys(unit.session, caller, tenant)
     old = _existing(keys.find(key_id), key_id)
-    row, key = keys.rotate(resources.keys.secret, old, timedelta(seconds=body.grace_seconds))
     unit.after_commit.append(resources.keys.forget)
-    return NewKeyOut.made(row, key)
+    grace = timedelta(seconds=body.grace_seconds)
+    return _shown_once(once, body, response, lambda: keys.rotate(resources.keys.secret, old, grace))

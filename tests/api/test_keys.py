@@ -160,3 +160,17 @@ class TestBody:
                 pass
         assert peak - before < 20 * 2**20
         assert api.client.get("/healthz").status_code == 200
+
+
+def test_a_repeated_request_makes_no_second_key(api: Api) -> None:
+    body, once = {"name": "ci", "scopes": ["write", "read"]}, {"Idempotency-Key": "a"}
+    first = api.client.post("/v1/keys", json=body, headers=once).json()
+    again = api.client.post("/v1/keys", json=body, headers=once)
+    assert (again.status_code, again.json()["key"]) == (409, first["id"])
+    rotate, once = f"/v1/keys/{first['id']}/rotate", {"Idempotency-Key": "b"}
+    second = api.client.post(rotate, json={}, headers=once)
+    assert second.json()["key"] not in {first["key"], ""}
+    again = api.client.post(rotate, json={}, headers=once)
+    assert (again.status_code, again.json()["key"]) == (409, second.json()["id"])
+    names = [key["name"] for key in api.client.get("/v1/keys").json()["data"]]
+    assert names.count("ci") == 2
