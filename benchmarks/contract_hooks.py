@@ -190,8 +190,11 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
                 case.query["after"] = cursor
         if case.headers and not case.meta.is_negative_at(ParameterLocation.HEADER):
             replace(case.headers, OBJECTS.fields("headers", operation))
+            replace(case.headers, {"idempotency-key": secrets.token_hex()})  # it is no replay
         if isinstance(case.body, dict) and not case.meta.is_negative_at(ParameterLocation.BODY):
             replace(case.body, OBJECTS.fields("bodies", operation))
+    if "null" in map(str, parameters.values()) or None in parameters.values():
+        replace(parameters, OBJECTS.of(operation))  # a link to an empty list's first item
     if parameters.get("key_id") == KNOWN["key_id"]:
         parameters["key_id"] = "key_another"
     if case.method == "PATCH" and parameters.get("tenant") in OWN_TENANT:
