@@ -2,13 +2,14 @@
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 from fastapi import Request, Response
 from starlette.responses import StreamingResponse
 
-from deltadock.errors import NotFound, NotReady, RangeNotSatisfiable
+from deltadock.errors import DamagedBlob, NotFound, NotReady, RangeNotSatisfiable
 from deltadock.problems import problems
 from deltadock.storage.blobs import BlobStore
 
@@ -20,7 +21,7 @@ ARTIFACT_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     206: {"description": "The requested range", "content": _BINARY},
     304: {"description": "If-None-Match names this version"},
     307: {"description": "The artifact's presigned URL at the object store"},
-    **problems(NotFound, NotReady, RangeNotSatisfiable),
+    **problems(NotFound, NotReady, RangeNotSatisfiable, DamagedBlob),
 }
 
 # Python refuses to parse integers of more than 4,300 digits.
@@ -76,6 +77,7 @@ def artifact_response(request: Request, blobs: BlobStore, digest: str, filename:
 
     Raises:
         NotFound: the store does not hold the blob.
+        DamagedBlob, Unavailable: its first bytes cannot be read; later, the answer breaks off.
         RangeNotSatisfiable: the range is outside the file.
     """
     size = blobs.size(digest)
@@ -102,5 +104,10 @@ def artifact_response(request: Request, blobs: BlobStore, digest: str, filename:
     headers["Content-Length"] = str(end - start)
     if part is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    body = iter(()) if request.method == "HEAD" else blobs.open(digest, start, end)
+    body = iter(()) if request.method == "HEAD" else _begun(blobs.open(digest, start, end))
     return StreamingResponse(body, 206 if part else 200, headers, media_type=MEDIA_TYPE)
+
+
+def _begun(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The chunks; the first has been read, so that a store that fails at once is answered for."""
+    return chain([next(chunks, b"")], chunks)

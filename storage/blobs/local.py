@@ -50,7 +50,8 @@ class LocalBlobStore(BlobStore):
 
     def open(self, digest: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         path = self.path(digest)
-        left = self.size(digest) - start if end is None else end - start
+        size = self.size(digest)
+        left = (size if end is None else min(end, size)) - start
 
         def chunks() -> Iterator[bytes]:
             nonlocal left
@@ -64,7 +65,7 @@ class LocalBlobStore(BlobStore):
                     while left > 0 and (chunk := stream.read(min(left, CHUNK_BYTES))):
                         left -= len(chunk)
                         yield chunk
-            if left > 0 and end is None:
+            if left > 0:
                 raise DamagedBlob(f"The store's file {digest} ends early; restore it.")
 
         return chunks()

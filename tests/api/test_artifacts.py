@@ -1,13 +1,16 @@
 """Artifact downloads follow RFC 9110: ranges and conditional requests."""
 
+import hashlib
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deltadock.api.deltas.download import requested_range
-from deltadock.errors import RangeNotSatisfiable
+from deltadock.errors import DamagedBlob, RangeNotSatisfiable
+from deltadock.storage.blobs.local import LocalBlobStore
 from tests.api.support import Api
 
 ARTIFACT = bytes(range(256)) * 10
@@ -93,6 +96,20 @@ def test_an_interrupted_download_resumes(api: Api, url: str) -> None:
     first = api.client.get(url, headers={"Range": "bytes=0-999"})
     rest = api.client.get(url, headers={"Range": "bytes=1000-", "If-Range": first.headers["etag"]})
     assert first.content + rest.content == ARTIFACT
+
+
+def test_a_store_that_fails_is_never_taken_for_the_end(
+    api: Api, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = api.resources.settings.blob_folder / "blobs" / hashlib.sha256(ARTIFACT).hexdigest()
+    monkeypatch.setattr(LocalBlobStore, "size", lambda *_: SIZE)
+    path.chmod(0o644)
+    path.write_bytes(b"")  # damaged before the first byte of the answer
+    answer = api.client.get(url, headers={"Range": "bytes=10-"})
+    assert (answer.status_code, answer.json()["code"]) == (DamagedBlob.status, DamagedBlob.code)
+    path.write_bytes(ARTIFACT[:1000])  # and after it
+    with pytest.raises(httpx.RemoteProtocolError):
+        api.client.get(url, headers={"Range": "bytes=10-"})
 
 
 def test_an_unfinished_delta_has_no_artifact(api: Api) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from structlog.testing import capture_logs
 
 from deltadock.errors import DamagedBlob, DeltadockError, NotFound, StorageFull, Unavailable
 from deltadock.settings import Settings
-from deltadock.storage.blobs import BlobStore, make_blob_store, s3_client
+from deltadock.storage.blobs import BlobStore, PartedFile, make_blob_store, s3_client
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.blobs.s3 import S3BlobStore
 from deltadock.storage.blobs.s3_client import ATTEMPTS
@@ -26,6 +27,7 @@ DATA = bytes(range(256)) * 16_384
 PART_BYTES = 5 << 20
 """S3's minimum, which the server enforces."""
 DIGEST = hashlib.sha256(DATA).hexdigest()
+PARTS_DIGEST = hashlib.sha256(DATA[:250]).hexdigest()
 
 
 class TestObjectStore:
@@ -154,6 +156,34 @@ class TestObjectStore:
                 assert leftovers(store) == []
                 assert not store.exists(hashlib.sha256(data).hexdigest())
 
+    def test_parts_survive_what_fails(
+        self, store: S3BlobStore, proxy: FaultyProxy, subtests: pytest.Subtests
+    ) -> None:
+        def publish() -> None:
+            file.seal()
+            file.publish(DIGEST, lambda: None)
+
+        file = store.begin_parts("upl_a", len(DATA), len(DATA))
+        for fault, step in (
+            (Fault("PUT", "partNumber=1", status=503, times=ATTEMPTS), partial(send_part, file, 1)),
+            (Fault("POST", "uploadId", status=503, times=ATTEMPTS), publish),
+            (Fault("PUT", "blobs/", status=503, times=ATTEMPTS), publish),
+            (Fault("POST", "blobs/", status=503, times=ATTEMPTS), publish),
+        ):
+            with subtests.test(fault=fault):
+                proxy.faults = [fault]
+                with pytest.raises(Unavailable):
+                    step()
+                assert fault.times == 0
+                assert not store.exists(DIGEST)
+                if step is not publish:
+                    assert file.arrived() == frozenset()
+                    proxy.faults = [Fault("PUT", "partNumber=1", lose_answer=True)]
+                    step()
+        publish()
+        assert b"".join(store.open(DIGEST)) == DATA
+        file.drop()
+
     @pytest.mark.parametrize(
         ("status", "code", "error", "advice"),
         [
@@ -193,6 +223,15 @@ class TestObjectStore:
             assert store.size(digest) == size
         assert leftovers(store) == []
         store.client.close()
+
+
+def send_part(file: PartedFile, number: int) -> None:
+    """The part with the bytes of `DATA` in two writes."""
+    start, size = (number - 1) * file.part_bytes, file.part_size(number)
+    with file.writer(number) as writer:
+        for at in (start, start + size // 2):
+            writer.write(DATA[at : start + size if at > start else start + size // 2])
+        writer.commit()
 
 
 def leftovers(store: S3BlobStore) -> list[str]:
@@ -295,11 +334,53 @@ class TestFolder:
         store.put_bytes(DATA)
         stream = store.open(DIGEST)
         next(stream)
+        part = store.open(DIGEST, 1 << 19, 1 << 21)
         store.path(DIGEST).chmod(0o644)
         with store.path(DIGEST).open("r+b") as file:
             file.truncate(1 << 20)
-        with pytest.raises(DamagedBlob, match="ends early"):
-            list(stream)
+        for broken in (stream, part):
+            with pytest.raises(DamagedBlob, match="ends early"):
+                list(broken)
+
+    @pytest.mark.parametrize(
+        ("call", "number", "error"),
+        [
+            ("pwritev", errno.ENOSPC, StorageFull),
+            ("fdatasync", errno.EIO, Unavailable),
+            ("utime", errno.EROFS, Unavailable),
+        ],
+    )
+    def test_a_part_that_meets_a_failing_disk_is_missing(
+        self,
+        store: LocalBlobStore,
+        monkeypatch: pytest.MonkeyPatch,
+        call: str,
+        number: int,
+        error: type[DeltadockError],
+    ) -> None:
+        file = store.begin_parts("upl_a", 250, 100)
+        for part in (1, 2):
+            send_part(file, part)
+        real = getattr(os, call)
+
+        def fail(*arguments: Any) -> int:
+            if call == "pwritev" and arguments[2] % 100 == 0:  # the first half of the part fits
+                return int(real(*arguments))
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            for part in (1, 3):  # one that was here, and a new one
+                with pytest.raises(error):
+                    send_part(file, part)
+        assert file.arrived() == {2}
+        for part in (1, 3):
+            send_part(file, part)
+        file.seal()
+        file.publish(PARTS_DIGEST, lambda: None)
+        assert store.read(PARTS_DIGEST, 250) == DATA[:250]
+        file.drop()
+        assert self.files(store) == [PARTS_DIGEST]
 
     def test_a_blob_deleted_meanwhile_is_not_found(self, store: LocalBlobStore) -> None:
         store.put_bytes(DATA)
