@@ -215,8 +215,9 @@ class DeltaView:
 
     @property
     def points(self) -> list[Point]:
-        """Rate and distortion of the siblings that have both."""
-        return points_of(self.siblings, {self.entry.delta.id})
+        """Rate and distortion of this delta and its siblings; none if it has not both."""
+        points = points_of(self.siblings, {self.entry.delta.id})
+        return points if any(point.style == "this" for point in points) else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +345,10 @@ def jobs_page(
 
 
 def points_of(deltas: Iterable[Sibling], chosen: Collection[str]) -> list[Point]:
-    """Rate and distortion of the deltas that have both; `chosen` are marked."""
+    """Rate and distortion of the deltas that have both; `chosen` are marked.
+
+    An exact delta has no place on a logarithmic scale.
+    """
     return [
         Point(
             f"{delta.name}:{delta.version}, {delta.method}",
@@ -354,7 +358,7 @@ def points_of(deltas: Iterable[Sibling], chosen: Collection[str]) -> list[Point]
             "this" if delta.id in chosen else "other",
         )
         for delta in deltas
-        if delta.true_bits is not None and delta.kl is not None
+        if delta.true_bits is not None and delta.kl
     ]
 
 
