@@ -50,7 +50,7 @@ from deltadock.kernels.svd_delta import (
     triton,
 )
 from deltadock.kernels.svd_delta.layout import segment_words
-from deltadock.kernels.svd_delta.matmul import add_products
+from deltadock.kernels.svd_delta.products import add_products
 from deltadock.kernels.svd_delta.triton import DEFAULT, Variant
 from tests.kernels.decode_attention.cases import CASES as ATTENTION_CASES
 from tests.kernels.decoder.cases import CASES as DECODER_CASES
@@ -110,15 +110,21 @@ EXPANDS: Final = [
     for registers in REGISTERS
     if warps * registers <= 2048  # an SM's
 ]
-SWEEP: Final = list(dict.fromkeys([DEFAULT, *SHRINKS, *EXPANDS]))
-"""The variants to compare: each differs from the default in one of the two kernels."""
+SERIAL: Final = replace(DEFAULT, overlap=False)
+SWEEP: Final = list(dict.fromkeys([DEFAULT, SERIAL, *SHRINKS, *EXPANDS]))
+"""The variants to compare: each differs from the default in one of the two kernels, or in whether
+launches overlap."""
 
 
 def name_of(variant: Variant) -> str:
-    """Shrink's warps x registers, expand's warps x registers, as `--variant` takes them."""
+    """Shrink's warps x registers, expand's warps x registers, as `--variant` takes them.
+
+    `,serial`: no launches overlap.
+    """
     return (
         f"{variant.shrink_warps}x{variant.shrink_registers},"
         f"{variant.expand_warps}x{variant.expand_registers}"
+        + ("" if variant.overlap else ",serial")
     )
 
 
@@ -128,8 +134,13 @@ def variant_named(name: str) -> Variant:
     Raises:
         ValueError: it is not of this form.
     """
-    shrink, expand = ([int(number) for number in part.split("x")] for part in name.split(","))
-    return Variant(*shrink, *expand)
+    shrink, expand, *rest = name.split(",")
+    if rest not in ([], ["serial"]):
+        raise ValueError(f"{name!r} is not a variant's name.")
+    of_shrink, of_expand = (
+        [int(number) for number in part.split("x")] for part in (shrink, expand)
+    )
+    return Variant(*of_shrink, *of_expand, not rest)
 
 
 class WrongResult(Exception):
@@ -267,8 +278,7 @@ class DeltaStep:
                 svd_delta(y, x, table, self.chunks, self.cache)
                 continue
             triton.svd_delta(y, x, table, self.chunks, emulate=emulate, variant=self.variant)
-            if self.chunks.dense:
-                add_products(y, x, table, self.chunks.dense, self.cache)
+            add_products(y, x, table, self.chunks.dense)
 
     def launch(self, number: int) -> None:
         """Launch kernel `number` (0 prepare, 1 shrink, 2 expand) of all projections and layers."""
@@ -396,9 +406,10 @@ def checked_step(
     error = step.error()
     if not error <= TOLERANCE:
         emulated = step.error(emulate=True)
+        serial = DeltaStep(layers, rows, deltas, dense_rows, SERIAL).error()
         raise WrongResult(
-            f"{rows} rows, {deltas} deltas: relative error {error:.1e}; without inline assembly "
-            f"{emulated:.1e}"
+            f"{rows} rows, {deltas} deltas: relative error {error:.1e}; without overlap "
+            f"{serial:.1e}, also without inline assembly {emulated:.1e}"
         )
     return step
 
@@ -428,7 +439,7 @@ def measure_sweep(device: str, limit: float) -> None:
         with ProcessPoolExecutor(min(12, os.cpu_count() or 1), context) as pool:
             errors = dict(zip(names, pool.map(compile_variant, names), strict=True))
     layers = RandomLayers(LAYER, 8, 2, device) if gpu else RandomLayers(SMALL, 2, 1, device)
-    print(f"\n{'variant':16} shrink us  expand us   (8 rows on 8 deltas, a layer)")
+    print(f"\n{'variant':22} shrink us  expand us   (8 rows on 8 deltas, a layer)")
     best: dict[str, tuple[float, Variant]] = {}
     with torch.inference_mode():
         for variant in SWEEP if gpu else SWEEP[1:2]:
@@ -437,7 +448,7 @@ def measure_sweep(device: str, limit: float) -> None:
                 print("... stopped: time limit reached")
                 break
             if errors[name]:
-                print(f"{name:16} {errors[name]}", flush=True)
+                print(f"{name:22} {errors[name]}", flush=True)
                 continue
             step = checked_step(layers, layers.deltas, layers.deltas, None, variant)
             step.launch(0)
@@ -445,7 +456,7 @@ def measure_sweep(device: str, limit: float) -> None:
                 1e6 * gpu_seconds(partial(step.launch, number), graph=True) / layers.copies
                 for number in (1, 2)
             )
-            print(f"{name:16} {shrink:9.1f}  {expand:9.1f}", flush=True)
+            print(f"{name:22} {shrink:9.1f}  {expand:9.1f}", flush=True)
             for kernel, seconds in (("shrink", shrink), ("expand", expand)):
                 best[kernel] = min(
                     best.get(kernel, (math.inf, variant)), (seconds, variant), key=lambda it: it[0]

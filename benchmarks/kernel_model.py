@@ -1,6 +1,6 @@
 """What the SVD-delta kernels cost, read from their machine code, and a model of their time.
 
-    python -m benchmarks.kernel_model [--capability 90]
+    python -m benchmarks.kernel_model [--capability 90] [--variants]
 
 It needs no GPU. Triton compiles each variant; `nvdisasm` and `cuobjdump`, which come with Triton,
 give the instructions of its inner loops and outside of them, its registers and its shared memory.
@@ -15,9 +15,12 @@ The model:
 
 The four constants were fitted to the ten times in `MEASURED`, of an H200 and the kernels before
 these, whose machine code is kept in `MEASURED_CODE`; they explain them within 3 %. The table
-printed first shows that; then each variant's prediction for a layer of Qwen2.5-7B, from a step of
-one `LOAD` to the measured `STEP`, whose pipeline went through shared memory with barriers: these
-kernels have neither. A GPU has the last word.
+printed first shows that. These kernels differ in two ways that nothing has measured: their loops
+have neither shared memory nor barriers, and where launches overlap, what a program of the first
+wave does before its wait is hidden. So a prediction is a range, from `QUICK` to `SLOW`. It is
+printed for decode steps beside bfloat16 low-rank factors of the same bytes and dense deltas, by
+what `ALTERNATIVES` measured; for prefill; for one delta against merged weights; and for each
+variant of the kernels. A GPU has the last word.
 """
 
 import argparse
@@ -25,14 +28,14 @@ import functools
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from benchmarks.kernel import LAYER, SWEEP, Projection, groups_of, name_of
+from benchmarks.kernel import GPU_STEPS, LAYER, SWEEP, Projection, groups_of, name_of
 from benchmarks.machine_code import compile_kernel, disassemble, programs_per_sm
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS, SUM_COLUMNS
 from deltadock.kernels.svd_delta.layout import BLOCK_RANKS, SEGMENTS, TILE_COLUMNS, TILE_RANKS
-from deltadock.kernels.svd_delta.triton import UNSPECIALIZED, Variant
+from deltadock.kernels.svd_delta.triton import DEFAULT, UNSPECIALIZED, Variant
 
 LOAD: Final = 0.87
 STEP: Final = 1.47
@@ -47,6 +50,8 @@ SCHEDULERS: Final = 4
 """Warp instructions that an SM issues in a cycle."""
 COPY_BANDWIDTH: Final = 4.19e6
 """Bytes per microsecond, reads plus writes, of the H200 that `MEASURED` is from."""
+TENSOR_RATE: Final = 7e8
+"""Floating-point operations per microsecond of large bfloat16 products on an H200."""
 PLANES: Final = (8, 4, 2, 1)
 """Bits of a plane, in the order in which the kernels walk them."""
 
@@ -56,6 +61,27 @@ MEASURED: Final = {
     ("q, k, v", 8, 8): 138, ("o", 8, 8): 84, ("gate, up", 8, 8): 562, ("down", 8, 8): 171,
 }  # fmt: skip
 """Microseconds on an H200 (torch 2.11, Triton 3.6), by projections, rows and deltas."""
+
+
+class Bound(NamedTuple):
+    """What the model does not know of these kernels, in microseconds."""
+
+    step: float
+    """A step of a loop that waits for memory."""
+    release: float
+    """From the end of a kernel to what the next one does after its wait, where launches overlap."""
+
+
+QUICK: Final = Bound(0.3, 0.5)
+"""All words are in L2 when a step needs them."""
+SLOW: Final = Bound(STEP, LAUNCH)
+"""Only what a program does before its wait is hidden."""
+
+ALTERNATIVES: Final = {1: (80, 134), 8: (104, 134)}
+"""Microseconds a layer for each delta, by least rows of a delta: bfloat16 low-rank factors of the
+same bytes, and dense bfloat16 deltas. Measured on the H200 in steps of 1 to 16 deltas."""
+BASE_STEP: Final = 233e6 * 2 / COPY_BANDWIDTH / 0.85
+"""Microseconds of a layer's products of a decode step, at 85 % of copy bandwidth."""
 
 TYPES: Final = {"addresses_ptr": "*i64", "projected_ptr": "*fp32", "sums_ptr": "*fp32"}
 NUMBERS: Final = (
@@ -75,7 +101,11 @@ def compile_for(
     capability: int, function: Any, dtype: str, warps: int, registers: int | None = None
 ) -> Any:
     """Compile as launched for a 16-bit dtype and shapes that are multiples of 128."""
-    constants = CONSTANTS | {"WARPS": warps, "TERMS": 2 if dtype == "fp16" else 1}
+    constants = CONSTANTS | {
+        "OVERLAP": capability >= 90,
+        "WARPS": warps,
+        "TERMS": 2 if dtype == "fp16" else 1,
+    }
     types = TYPES | dict.fromkeys(("x_ptr", "xs_ptr", "y_ptr"), f"*{dtype}")
     types |= dict.fromkeys((*NUMBERS, "sum_count"), "i32")
     return compile_kernel(
@@ -100,6 +130,8 @@ class Code:
             last; counted by hand.
         plane_loads: those on the way to a plane's first step.
         shared_in_loops: instructions of the inner loops that are barriers or access shared memory.
+        head: instructions before the wait for the previous kernel; 0 if launches do not overlap.
+        head_loads: of `loads` and the first plane's, those before the wait; counted by hand.
     """
 
     warps: int
@@ -112,6 +144,8 @@ class Code:
     loads: int
     plane_loads: int
     shared_in_loops: int
+    head: int = 0
+    head_loads: int = 0
 
     @property
     def programs_per_sm(self) -> int:
@@ -119,14 +153,16 @@ class Code:
         return programs_per_sm(self.warps, self.registers, self.shared_bytes)
 
 
-DEPENDENT_LOADS: Final = {"shrink_kernel": (5, 1), "expand_kernel": (5, 2)}
-"""`Code.loads` and `Code.plane_loads`. Shrink: slot, descriptor, tile, then the sums and offset;
-words. Expand: slot, descriptor, address, then the scale and y; block, words."""
-MEASURED_CODE: Final = (
+DEPENDENT_LOADS: Final = {
+    "prepare_kernel": (5, 0, 4), "shrink_kernel": (5, 1, 4), "expand_kernel": (5, 2, 5),
+}  # fmt: skip
+"""`Code.loads`, `Code.plane_loads` and `Code.head_loads`. Prepare: slot, descriptor, address,
+scale, then x. Shrink: slot, descriptor, tile, then the sums and offset; words. Expand: slot,
+descriptor, address, then the scale and y; block, words."""
+MEASURED_CODES: Final = (
     Code(8, (307, 327, 494, 869), 127, 567, 182, 0, 81_920, 6, 2, 8),
     Code(8, (739, 429, 331, 292), 1_380, 953, 249, 0, 65_536, 5, 3, 16),
 )
-"""The shrink and expand kernels that `MEASURED` is of."""
 
 
 def read_code(name: str, compiled: Any, warps: int) -> Code:
@@ -136,7 +172,17 @@ def read_code(name: str, compiled: Any, warps: int) -> Code:
         ValueError: the machine code has another number of inner loops.
     """
     code = disassemble(compiled)
+    # The first wait is that of programs which have nothing to do.
+    waits = [place for place, name in enumerate(code.operations) if name == "ACQBULK"]
+    head = waits[1] if waits else 0
+    loads, plane_loads, head_loads = DEPENDENT_LOADS[name]
+    head_loads = head_loads if waits else 0
     loops = [loop for loop in code.loops if "HMMA" in code.operations[loop]]
+    if name == "prepare_kernel":
+        return Code(
+            warps, (), 0, len(code.operations), code.registers, code.stack_bytes,
+            code.shared_bytes, loads, plane_loads, 0, head, head_loads,
+        )  # fmt: skip
     if len(loops) != len(PLANES):
         raise ValueError(f"{name} has {len(loops)} inner loops with products, not {len(PLANES)}.")
     sizes = tuple(loop.stop - loop.start for loop in loops)
@@ -148,12 +194,18 @@ def read_code(name: str, compiled: Any, warps: int) -> Code:
     )
     return Code(
         warps, sizes, between, len(code.operations) - sum(sizes) - len(PLANES) * between,
-        code.registers, code.stack_bytes, code.shared_bytes, *DEPENDENT_LOADS[name], shared,
+        code.registers, code.stack_bytes, code.shared_bytes, loads, plane_loads, shared,
+        head, head_loads,
     )  # fmt: skip
 
 
-Codes = tuple[Code, Code]
-"""Shrink and expand."""
+class Codes(NamedTuple):
+    """The kernels of one call."""
+
+    shrink: Code
+    expand: Code
+    prepare: Code | None = None
+    """None: it takes a launch and no more, as the one that was measured."""
 
 
 @functools.cache
@@ -165,11 +217,16 @@ def codes(variant: Variant, capability: int) -> Codes:
     expand = compile_for(
         capability, kernel.expand_kernel, "bf16", variant.expand_warps, variant.expand_registers
     )
-    return (
+    prepare = compile_for(capability, kernel.prepare_kernel, "bf16", 4)
+    return Codes(
         read_code("shrink_kernel", shrink, variant.shrink_warps),
         read_code("expand_kernel", expand, variant.expand_warps),
+        read_code("prepare_kernel", prepare, 4),
     )
 
+
+MEASURED_CODE: Final = Codes(*MEASURED_CODES)
+"""The kernels that `MEASURED` is of."""
 
 Steps = list[tuple[int, int]]
 """What a program walks: (plane's bits, steps of its loop)."""
@@ -204,7 +261,7 @@ def expand_programs(projection: Projection, warps: int) -> list[Steps]:
     return programs
 
 
-def launch_microseconds(programs: list[Steps], code: Code, chunks: int, step: float) -> float:
+def launch_microseconds(programs: list[Steps], code: Code, chunks: int, bound: Bound) -> float:
     """Time of one launch: programs are started in order as places on SMs become free."""
     programs = programs * chunks
     places = max(1, code.programs_per_sm)
@@ -213,29 +270,88 @@ def launch_microseconds(programs: list[Steps], code: Code, chunks: int, step: fl
     straight = max(STRAIGHT, warps) / CLOCK
     issue = {
         plane: instructions * warps / CLOCK
-        for plane, instructions in zip(PLANES, code.loops, strict=True)
+        for plane, instructions in zip(PLANES, code.loops, strict=False)
     }
     common = code.loads * LOAD + code.common * straight
     beside = code.plane_loads * LOAD + code.plane * straight
-    ends = [0.0] * (MULTIPROCESSORS * places)
+    hidden = code.head_loads * LOAD + code.head * straight
+    # Of the first wave the head is hidden by the kernel before.
+    ends = [-hidden] * (MULTIPROCESSORS * places)
     for steps in programs:
-        work = sum(beside + count * max(step, issue[plane]) for plane, count in steps)
+        work = sum(beside + count * max(bound.step, issue[plane]) for plane, count in steps)
         heapq.heapreplace(ends, ends[0] + common + work)
-    return LAUNCH + max(ends)
+    return (bound.release if code.head else LAUNCH) + max(0.0, *ends)
 
 
 def predict(
-    projections: Sequence[Projection], rows: int, deltas: int, codes: Codes, step: float = STEP
+    projections: Sequence[Projection], rows: int, deltas: int, codes: Codes, bound: Bound
 ) -> float:
     """Microseconds of the deltas of these projections, rows spread evenly over the deltas."""
-    shrink, expand = codes
+    shrink, expand, prepare = codes
     chunks = deltas * -(-rows // deltas // CHUNK_ROWS)
-    return sum(
-        LAUNCH  # prepare
-        + launch_microseconds(shrink_programs(projection, shrink.warps), shrink, chunks, step)
-        + launch_microseconds(expand_programs(projection, expand.warps), expand, chunks, step)
-        for projection in projections
-    )
+    total = 0.0
+    for projection in projections:
+        blocks: list[Steps] = [[]] * (len(projection.h_outs) * -(-projection.h_in // SUM_COLUMNS))
+        total += LAUNCH if prepare is None else launch_microseconds(blocks, prepare, rows, bound)
+        for code, programs in ((shrink, shrink_programs), (expand, expand_programs)):
+            total += launch_microseconds(programs(projection, code.warps), code, chunks, bound)
+    return total
+
+
+def predicted_range(rows: int, deltas: int, codes: Codes) -> tuple[float, float]:
+    """Microseconds of a layer's deltas, from `QUICK` to `SLOW`."""
+    quick, slow = (predict(LAYER, rows, deltas, codes, bound) for bound in (QUICK, SLOW))
+    return quick, slow
+
+
+def alternatives(rows: int, deltas: int) -> tuple[int, int]:
+    """Microseconds of a layer's low-rank and dense bfloat16 deltas, from what was measured."""
+    low_rank, dense = ALTERNATIVES[8 if rows // deltas >= 8 else 1]
+    return low_rank * deltas, dense * deltas
+
+
+def product_microseconds(m: int, n: int, k: int) -> float:
+    """Time of an (m, k) by (k, n) product: tiles of its output in waves over the SMs."""
+    times = []
+    for columns, share in ((256, 1.0), (128, 0.9), (64, 0.7)):
+        waves = -(-(-(-m // 128) * -(-n // columns)) // MULTIPROCESSORS)
+        times.append(waves * 2 * 128 * columns * k * MULTIPROCESSORS / (share * TENSOR_RATE))
+    memory = 2 * (m * k + k * n + 2 * m * n) / COPY_BANDWIDTH
+    return LAUNCH + max(min(times), memory)
+
+
+UNPACK_INSTRUCTIONS: Final = 45
+"""Lane-instructions of the unpacking kernel for a code of 2 bits, by its machine code."""
+
+
+class Prefill(NamedTuple):
+    """Microseconds of a layer's products for the rows of one delta."""
+
+    base: float
+    thin: float
+    """Unpacking both factors, and two products with them."""
+    dense: float
+    """Unpacking both factors, and adding their product to the base's weight."""
+
+
+def prefill(rows: int) -> Prefill:
+    """Count a prefill of this many rows."""
+    base = thin = dense = 0.0
+    for projection in LAYER:
+        h_in, ranks = projection.h_in, 0
+        base += product_microseconds(rows, sum(projection.h_outs), h_in)
+        for h_out in projection.h_outs:
+            rank = -(-sum(group.ranks for group in groups_of(h_out, h_in)) // 32) * 32
+            ranks += rank
+            values = rank * (h_in + h_out)
+            lanes = 128 * MULTIPROCESSORS * CLOCK
+            unpack = 2 * LAUNCH + max(
+                values * UNPACK_INSTRUCTIONS / lanes, 2 * values / (COPY_BANDWIDTH / 2)
+            )
+            thin += unpack + product_microseconds(rows, h_out, rank)
+            dense += unpack + product_microseconds(h_out, h_in, rank)
+        thin += product_microseconds(rows, ranks, h_in)
+    return Prefill(base, thin, dense)
 
 
 def packed_bytes(projections: Sequence[Projection]) -> float:
@@ -271,37 +387,86 @@ def describe(code: Code, codes_of: Sequence[int]) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the fit to what was measured, then each variant's costs and predictions."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--capability", type=int, default=90)
-    capability = parser.parse_args(arguments).capability
-    print("Model against an H200, the kernels before these")
-    print("projections  rows deltas measured predicted")
-    for (name, rows, deltas), measured in MEASURED.items():
-        chosen = [each for each in LAYER if name in ("whole layer", each.name)]
-        predicted = predict(chosen, rows, deltas, MEASURED_CODE)
-        print(f"{name:12} {rows:4d} {deltas:6d} {measured:8d} {predicted:9.0f}")
+def print_decode(compiled: Codes) -> None:
+    """Decode steps beside what was measured and the alternatives."""
     print(
-        "\nA layer's projections, predicted us, and the fraction of copy bandwidth\n"
+        "\nA layer's deltas, us            of copy   low-rank    dense   (of the same bytes)\n"
+        "rows deltas  before  predicted  bandwidth"
+    )
+    for rows, deltas in sorted(GPU_STEPS, key=lambda step: (step[1], step[0])):
+        quick, slow = predicted_range(rows, deltas, compiled)
+        others = alternatives(rows, deltas)
+        before = MEASURED.get(("whole layer", rows, deltas), "")
+        size = deltas * packed_bytes(LAYER) / COPY_BANDWIDTH
+        slower = " or ".join(
+            name for name, us in zip(("low-rank", "dense"), others, strict=True) if slow > us
+        )
+        print(
+            f"{rows:4d} {deltas:6d} {before:>7} {quick:5.0f}-{slow:<5.0f} {size / slow:4.0%}-"
+            f"{size / quick:<4.0%} {others[0]:9d} {others[1]:8d}"
+            + (f"   may be slower than {slower}" if slower else "")
+        )
+
+
+def print_prefill() -> None:
+    """What the paths of prefill cost, in units of the base's products."""
+    print("\nPrefill of one delta, times the base's products")
+    print("rows     unpacked factors  dense weight rebuilt")
+    for rows in (64, 128, 256, 512, 1024, 2048, 4096):
+        base, thin, dense = prefill(rows)
+        print(f"{rows:5d} {(base + thin) / base:12.2f}x {(base + dense) / base:14.2f}x")
+
+
+def print_merged(compiled: Codes) -> None:
+    """A layer of a step on one delta against merged weights."""
+    print("\nOne delta, a layer's products: packed over merged")
+    for rows in (1, 8, 16, 64):
+        quick, slow = (1 + us / BASE_STEP for us in predicted_range(rows, 1, compiled))
+        print(f"{rows:5d} rows {quick:5.2f}-{slow:.2f}x")
+    base, thin, _ = prefill(2048)
+    print(f" 2048 rows {(base + thin) / base:5.2f}x")
+
+
+def print_variants(capability: int) -> None:
+    """Each variant's costs and predictions, the fastest first."""
+    print(
+        "\nA layer's deltas, predicted us, and the fraction of copy bandwidth\n"
         f"{'variant':16} {'1 row':>9} {'8 on 8':>9} {'of copy':>9} {'16 on 16':>9}   "
         "instructions a code, registers, shared bytes, warps an SM"
     )
     rows_of = []
     for variant in SWEEP:
         compiled = codes(variant, capability)
-        times = [
-            (predict(LAYER, n, n, compiled, LOAD), predict(LAYER, n, n, compiled))
-            for n in (1, 8, 16)
-        ]
+        times = [predicted_range(n, n, compiled) for n in (1, 8, 16)]
         rows_of.append((times[1], name_of(variant), compiled, times))
-    for (_, longest), name, (shrink, expand), times in sorted(rows_of, key=lambda row: row[0]):
+    for (_, longest), name, compiled, times in sorted(rows_of, key=lambda row: row[0]):
         one, eight, sixteen = (f"{low:.0f}-{high:.0f}" for low, high in times)
         fraction = 8 * packed_bytes(LAYER) / longest / COPY_BANDWIDTH
         print(
             f"{name:16} {one:>9} {eight:>9} {fraction:9.1%} {sixteen:>9}   "
-            f"{describe(shrink, SHRINK_CODES)} | {describe(expand, EXPAND_CODES)}"
+            f"{describe(compiled.shrink, SHRINK_CODES)} | "
+            f"{describe(compiled.expand, EXPAND_CODES)}"
         )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the fit to what was measured, then predictions."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--variants", action="store_true", help="all variants; takes minutes")
+    options = parser.parse_args(arguments)
+    print("Model against an H200, the kernels before these")
+    print("projections  rows deltas measured predicted")
+    for (name, rows, deltas), measured in MEASURED.items():
+        chosen = [each for each in LAYER if name in ("whole layer", each.name)]
+        predicted = predict(chosen, rows, deltas, MEASURED_CODE, SLOW)
+        print(f"{name:12} {rows:4d} {deltas:6d} {measured:8d} {predicted:9.0f}")
+    compiled = codes(DEFAULT, options.capability)
+    print_decode(compiled)
+    print_prefill()
+    print_merged(compiled)
+    if options.variants:
+        print_variants(options.capability)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from deltadock.kernels.svd_delta.layout import (
     empty_delta,
     pack_delta,
 )
-from deltadock.kernels.svd_delta.matmul import add_products, add_rows, discard_rows
+from deltadock.kernels.svd_delta.lookup import add_rows, discard_rows
 
 __all__ = [
     "Chunks",
@@ -51,7 +51,7 @@ def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: Te
         x: (rows, h_in), of the same dtype; each row contiguous.
         table: the linears' deltas.
         chunks: the slots of this step's rows.
-        cache: cache for unpacked factors; on a GPU only for slots past `dense_rows`.
+        cache: cache for unpacked factors, on the CPU.
 
     Raises:
         ValueError: a shape, dtype or stride differs from these, or the chunks were allocated for
@@ -59,20 +59,17 @@ def svd_delta(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks, cache: Te
     """
     _check(y, x, table, chunks)
     if dispatch.on_gpu(x):
-        from deltadock.kernels.svd_delta import triton
+        from deltadock.kernels.svd_delta import products, triton
 
         triton.svd_delta(y, x, table, chunks)
-        if chunks.dense:
-            add_products(y, x, table, chunks.dense, cache)
+        products.add_products(y, x, table, chunks.dense)
     else:
         cpu.svd_delta(y, x, table, chunks, cache)
 
 
 def clear_slot(table: DeltaTable, slot: int, cache: TensorCache) -> None:
     """Empty a slot, once no running kernel reads it, and discard what is cached of its deltas."""
-    deltas = table.deltas.get(slot, ())
-    for key in (deltas, *deltas):  # by the paths of the CPU and of the GPU
-        cache.discard(key)
+    cache.discard(table.deltas.get(slot, ()))
     table.remove(slot)
 
 

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 ALIGNMENT_WORDS: Final = 32
 PLANES: Final = (8, 4, 2, 1)
 TILE_RANKS: Final = 32
-"""Ranks per tile of the shrink kernel."""
+"""Ranks per tile: what a program of the shrink kernel takes, or of the unpacking one."""
 BLOCK_RANKS: Final = 16
 """Ranks per block of the expand kernel, one block per warp at a time."""
-TILE_FIELDS: Final = 8
-"""int32 fields of a tile: v_bits, first rank, ranks, then the first word of each of `PLANES`."""
+TILE_FIELDS: Final = 16
+"""int32 fields of a tile: 0 v_bits, 1 first rank, 2 ranks, 3 to 6 V's first word of each of
+`PLANES`; 7 u_bits, 8 to 11 U's words."""
 BLOCK_FIELDS: Final = 4
 """int32 fields of a block: first rank, ranks, first word, bits below the plane."""
 DESCRIPTOR_FIELDS: Final = 16
@@ -121,7 +122,7 @@ class PackedDelta:
 
     @property
     def tile_count(self) -> int:
-        """Tiles of the shrink kernel."""
+        """Tiles of ranks."""
         return self.regions["tiles"].size // TILE_FIELDS
 
     @property
@@ -248,31 +249,26 @@ def _lay_out(
 def _tiles_and_blocks(
     shape: tuple[int, int], groups: Sequence[Group], u_begin: int
 ) -> tuple[list[list[int]], list[list[int]], tuple[int, ...]]:
-    """The shrink kernel's tiles, the expand kernel's blocks by plane, and each plane's bounds."""
+    """The tiles, the expand kernel's blocks by plane, and each plane's bounds."""
     h_out, h_in = shape
     tiles: list[list[int]] = []
     blocks: dict[int, list[list[int]]] = {plane: [] for plane in PLANES}
     rank, v_word, u_word = 0, 0, u_begin
     for count, v_bits, u_bits in groups:
-        starts = dict.fromkeys(PLANES, 0)
-        position = v_word
-        for plane in planes(v_bits):
-            starts[plane] = position
-            position += count * plane_words(h_in, plane)
+        v_starts = _plane_starts(v_word, count, h_in, v_bits)
+        u_starts = _plane_starts(u_word, count, h_out, u_bits)
         for first in range(0, count, TILE_RANKS):
-            begins = [
-                starts[plane] + first * plane_words(h_in, plane) if v_bits & plane else 0
-                for plane in PLANES
-            ]
-            tiles.append([v_bits, rank + first, min(TILE_RANKS, count - first), *begins, 0])
-        position, below = u_word, u_bits
-        for plane in planes(u_bits):
+            fields = [v_bits, rank + first, min(TILE_RANKS, count - first)]
+            fields += _words_of(first, h_in, v_starts)
+            fields += [u_bits, *_words_of(first, h_out, u_starts)]
+            tiles.append(fields + [0] * (TILE_FIELDS - len(fields)))
+        below = u_bits
+        for plane, start in u_starts.items():
             below -= plane
             for first in range(0, count, BLOCK_RANKS):
-                word = position + first * plane_words(h_out, plane)
+                word = start + first * plane_words(h_out, plane)
                 ranks = min(BLOCK_RANKS, count - first)
                 blocks[plane].append([rank + first, ranks, word, below])
-            position += count * plane_words(h_out, plane)
         rank += count
         v_word += segment_words(count, h_in, v_bits)
         u_word += segment_words(count, h_out, u_bits)
@@ -280,6 +276,23 @@ def _tiles_and_blocks(
     for plane in PLANES:
         bounds.append(bounds[-1] + len(blocks[plane]))
     return tiles, [block for plane in PLANES for block in blocks[plane]], tuple(bounds)
+
+
+def _plane_starts(word: int, count: int, columns: int, bits: int) -> dict[int, int]:
+    """The first word of each plane of a group's segment that begins at `word`."""
+    starts = {}
+    for plane in planes(bits):
+        starts[plane] = word
+        word += count * plane_words(columns, plane)
+    return starts
+
+
+def _words_of(rank: int, columns: int, starts: dict[int, int]) -> list[int]:
+    """The first word of a group's rank in each of `PLANES`; 0 for planes that it lacks."""
+    return [
+        starts[plane] + rank * plane_words(columns, plane) if plane in starts else 0
+        for plane in PLANES
+    ]
 
 
 class DeltaTable:

@@ -15,6 +15,10 @@ each thread loads the very words and terms that its part of the tensor-core prod
 words of its next step before it uses those of this one. What a thread holds is in units of a
 segment, 32 columns of a vector: P words of a plane of P bits. So all planes of `expand` share their
 accumulators, which are added up over the warps once.
+
+Where launches overlap (`kernels/overlap.py`), all that does not depend on the step's inputs comes
+before the wait: slot, descriptor and tile, the first words, and a request to bring all others that
+the program will read to L2.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deltadock.kernels.interpreter import dot, round_to
+from deltadock.kernels.overlap import overlaps, prefetch, start_next, wait_for_previous
 from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS, SUM_COLUMNS, Chunks
 from deltadock.kernels.svd_delta.layout import (
     BLOCK_FIELDS,
@@ -54,12 +59,14 @@ class Variant:
             shrink may not pass the padding of the inputs (`layout.H_IN_ALIGNMENT`) in one step.
         shrink_registers, expand_registers: the most registers of a thread; they decide how many
             warps an SM holds.
+        overlap: whether a kernel may start while the one before still runs, where the card can.
     """
 
     shrink_warps: int = 8
     shrink_registers: int = 128
     expand_warps: int = 8
     expand_registers: int = 128
+    overlap: bool = True
 
 
 DEFAULT: Final = Variant()
@@ -197,53 +204,45 @@ def load_words(words_ptr, rows, segments, word, columns, P: tl.constexpr, EMULAT
     return load_bits(words_ptr + (rows * words + segments * P + word), EMULATE)
 
 
-@triton.jit
-def _scaled(row_ptrs, rows, columns, h_in, scale_ptr, scaled, EMULATE: tl.constexpr):
-    """Columns of the rows (rows, columns), times the column scale if there is one."""
-    within = (columns < h_in)[None, :]
-    x = tl.load(row_ptrs + columns[None, :], mask=(rows >= 0)[:, None] & within, other=0.0)
-    if scaled:
-        scale = tl.load(scale_ptr + columns[None, :], mask=within, other=0.0)
-        x = round_to(x.to(tl.float32) * scale, x.dtype, EMULATE)
-    return x
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def prepare_kernel(
     xs_ptr, xs_stride, sums_ptr, sums_stride, x_ptr, x_stride, h_in, padded_h_in,
     rows_ptr, slots_ptr, addresses_ptr, descriptors_ptr,
     LINEARS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    EMULATE: tl.constexpr,
+    OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Scale a chunk's rows by each linear's column scale, zero-pad and pair them, sum blocks."""
-    block, linear, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(slots_ptr + chunk)
-    if slot == 0:
-        return
+    """Scale a block of a row by a linear's column scale, zero-pad and pair it, and sum it."""
+    start_next(OVERLAP)
+    position, block, linear = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(rows_ptr + position).to(tl.int64)
+    slot = tl.load(slots_ptr + position // BLOCK_M)
     descriptor = descriptors_ptr + (slot * LINEARS + linear) * _DESCRIPTOR
-    if tl.load(descriptor) == 0:
+    if (row < 0) | (tl.load(descriptor) == 0):
+        wait_for_previous(OVERLAP)
         return
-    positions = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.load(rows_ptr + positions)
     # Column i of segment j is paired with column i of segment j + _SEGMENTS; pairs of the same i
     # are adjacent.
     pairs = block * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
     run = pairs // (32 * _SEGMENTS)
     columns = 64 * _SEGMENTS * run + 32 * (pairs % _SEGMENTS) + pairs // _SEGMENTS % 32
+    others = columns + 32 * _SEGMENTS
     address = tl.load(addresses_ptr + slot * LINEARS + linear)
     scale_word = tl.load(descriptor + 8)
     scale_ptr = address.to(tl.pointer_type(tl.float32)) + scale_word
-    row_ptrs = (x_ptr + rows.to(tl.int64) * x_stride)[:, None]
-    low = _scaled(row_ptrs, rows, columns, h_in, scale_ptr, scale_word >= 0, EMULATE)
-    high = _scaled(
-        row_ptrs, rows, columns + 32 * _SEGMENTS, h_in, scale_ptr, scale_word >= 0, EMULATE
-    )
+    scaled = tl.where(scale_word >= 0, h_in, 0)
+    low_scale = tl.load(scale_ptr + columns, mask=columns < scaled, other=1.0)
+    high_scale = tl.load(scale_ptr + others, mask=others < scaled, other=1.0)
+    x_ptr += wait_for_previous(OVERLAP) + row * x_stride
+    low = tl.load(x_ptr + columns, mask=columns < h_in, other=0.0).to(tl.float32)
+    high = tl.load(x_ptr + others, mask=others < h_in, other=0.0).to(tl.float32)
+    low = round_to(low * low_scale, xs_ptr.dtype.element_ty, EMULATE)
+    high = round_to(high * high_scale, xs_ptr.dtype.element_ty, EMULATE)
     words = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     words |= high.to(tl.int16, bitcast=True).to(tl.int32) << 16
     xs_ptr = xs_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + linear * (padded_h_in // 2)
-    tl.store(xs_ptr + (positions.to(tl.int64)[:, None] * (xs_stride // 2) + pairs[None, :]), words)
-    sums = sums_ptr + positions * sums_stride + linear * tl.num_programs(0) + block
-    tl.store(sums, tl.sum(low.to(tl.float32) + high.to(tl.float32), axis=1))
+    tl.store(xs_ptr + position.to(tl.int64) * (xs_stride // 2) + pairs, words)
+    sums = sums_ptr + position * sums_stride + linear * tl.num_programs(1) + block
+    tl.store(sums, tl.sum(low.to(tl.float32) + high.to(tl.float32), axis=0))
 
 
 @triton.jit
@@ -257,9 +256,22 @@ def _unit_words(words_ptr, ranks, h_in, unit, P: tl.constexpr, EMULATE: tl.const
 
 
 @triton.jit
+def _prefetch_tile(words_ptr, tile_ptr, bits, rank_count, h_in, WARPS: tl.constexpr):
+    """Ask for all words of a tile of V."""
+    index = tl.arange(0, WARPS * 32) * 16
+    for digit in range(4):
+        plane = 8 >> digit
+        if bits & plane:
+            words = (h_in * plane + 31) // 32 * rank_count
+            plane_ptr = words_ptr + tl.load(tile_ptr + 3 + digit)
+            for first in range(0, words, WARPS * 32 * 16):
+                prefetch(plane_ptr + first + index, first + index < words)
+
+
+@triton.jit
 def _shrink_plane(
     total, weight, xs_ptrs, words_ptr, ranks, h_in,
-    P: tl.constexpr, WARPS: tl.constexpr, EMULATE: tl.constexpr,
+    P: tl.constexpr, WARPS: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add one plane's projection, times `weight`, to `total` (warps, ranks, rows)."""
     DT: tl.constexpr = xs_ptrs.dtype.scalar.element_ty
@@ -271,6 +283,7 @@ def _shrink_plane(
     acc = tl.zeros(total.shape, tl.float32)
     unit = tl.arange(0, WARPS)[:, None, None]
     first, second = _unit_words(words_ptr, ranks, h_in, unit, P, EMULATE)
+    pairs_ptrs += wait_for_previous(OVERLAP)
     for _ in range(tl.cdiv(tl.cdiv(h_in, 64 * _SEGMENTS) * P, WARPS)):
         # The next words are asked for before these are used.
         next_first, next_second = _unit_words(words_ptr, ranks, h_in, unit + WARPS, P, EMULATE)
@@ -293,17 +306,21 @@ def shrink_kernel(
     projected_ptr, max_rank, sums_ptr, sums_stride, sum_count, xs_ptr, xs_stride, h_in, padded_h_in,
     slots_ptr, addresses_ptr, descriptors_ptr,
     LINEARS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
-    WARPS: tl.constexpr, EMULATE: tl.constexpr,
+    WARPS: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """`s * (xs V_hat^T)` for one chunk of rows and grid-strided tiles of ranks."""
+    start_next(OVERLAP)
     chunk = tl.program_id(1)
     slot = tl.load(slots_ptr + chunk)
     if slot == 0:
+        wait_for_previous(OVERLAP)
         return
     descriptors_ptr += slot * LINEARS * _DESCRIPTOR
     count = 0
     for other in tl.static_range(LINEARS):
         count += tl.load(descriptors_ptr + other * _DESCRIPTOR + 2)
+    if tl.program_id(0) >= count:
+        wait_for_previous(OVERLAP)
     positions = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
     for tile in range(tl.program_id(0), count, tl.num_programs(0)):
         linear = 0
@@ -325,6 +342,8 @@ def shrink_kernel(
         delta_ranks = tl.load(tile_ptr + 1) + index
         floats_ptr = address.to(tl.pointer_type(tl.float32))
         s = tl.load(floats_ptr + tl.load(descriptor + 4) + delta_ranks, mask=mask, other=0.0)
+        if OVERLAP:
+            _prefetch_tile(words_ptr, tile_ptr, bits, rank_count, h_in, WARPS)
         total = tl.zeros((WARPS, BLOCK_R, BLOCK_M), tl.float32)
         row_ptrs = xs_ptr + (positions * xs_stride + linear * padded_h_in)
         for digit in tl.static_range(4):
@@ -333,13 +352,14 @@ def shrink_kernel(
                 weight = (1 << (bits & ((8 >> digit) - 1))).to(tl.float32)
                 total = _shrink_plane(
                     total, weight, row_ptrs, plane_ptr, ranks, h_in,
-                    8 >> digit, WARPS, EMULATE,
+                    8 >> digit, WARPS, OVERLAP, EMULATE,
                 )  # fmt: skip
         result = tl.sum(total, axis=0)
         offset_word = tl.load(descriptor + 5)
         if offset_word >= 0:
             blocks = tl.arange(0, SUMS)
             offsets = (positions * sums_stride)[:, None] + (linear * sum_count + blocks)[None, :]
+            sums_ptr += wait_for_previous(OVERLAP)
             sums = tl.load(sums_ptr + offsets, mask=(blocks < sum_count)[None, :], other=0.0)
             offset = tl.load(floats_ptr + offset_word + delta_ranks, mask=mask, other=0.0)
             result -= offset[:, None] * tl.sum(sums, axis=1)[None, :]
@@ -367,6 +387,25 @@ def _block(words_ptr, blocks_ptr, block, end, tile, h_out, P: tl.constexpr, EMUL
 
 
 @triton.jit
+def _prefetch_blocks(words_ptr, blocks_ptr, bounds_ptr, tile, h_out, WARPS: tl.constexpr):
+    """Ask for the words of all blocks of a tile of outputs, one rank of a block a thread."""
+    SEGMENTS: tl.constexpr = _COLUMNS // 32
+    second, third = tl.load(bounds_ptr + 1), tl.load(bounds_ptr + 2)
+    fourth, end = tl.load(bounds_ptr + 3), tl.load(bounds_ptr + 4)
+    thread = tl.arange(0, WARPS * 32)
+    index = thread % _RANKS
+    for first in range(0, end, WARPS * 32 // _RANKS):
+        block = first + thread // _RANKS
+        digit = (block >= second).to(tl.int32) + (block >= third).to(tl.int32)
+        plane = 8 >> (digit + (block >= fourth).to(tl.int32))
+        block_ptr = blocks_ptr + block * _BLOCK
+        count = tl.load(block_ptr + 1, mask=block < end, other=0)
+        word = tl.load(block_ptr + 2, mask=block < end, other=0)
+        word += index * ((h_out * plane + 31) // 32) + tile * SEGMENTS * plane
+        prefetch(words_ptr + word, index < count)
+
+
+@triton.jit
 def _rank_in_block(index, count):
     """Ranks (warps, ranks) of a block; past the last one, the last."""
     return tl.minimum(index, tl.maximum(count - 1, 0)[:, None])
@@ -384,7 +423,8 @@ def _terms(projected_ptr, rank, index, count, positions, max_rank, scale, EMULAT
 @triton.jit
 def _expand_plane(
     acc, projected_ptr, max_rank, positions, words_ptr, blocks_ptr, begin, end, tile, h_out,
-    P: tl.constexpr, TERMS: tl.constexpr, WARPS: tl.constexpr, EMULATE: tl.constexpr,
+    P: tl.constexpr, TERMS: tl.constexpr, WARPS: tl.constexpr,
+    OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add the products of all planes of P bits to `acc` (warps, columns, rows).
 
@@ -398,6 +438,7 @@ def _expand_plane(
     rank, count, below, first, second = _block(
         words_ptr, blocks_ptr, block, end, tile, h_out, P, EMULATE
     )
+    projected_ptr += wait_for_previous(OVERLAP)
     for _ in range(tl.cdiv(end - begin, WARPS)):
         # The next block is asked for before this one is used.
         block += WARPS
@@ -460,12 +501,14 @@ def expand_kernel(
     y_ptr, y_stride, projected_ptr, max_rank, rows_ptr, slots_ptr,
     addresses_ptr, descriptors_ptr, output_tiles_ptr,
     LINEARS: tl.constexpr, BLOCK_M: tl.constexpr, TERMS: tl.constexpr,
-    WARPS: tl.constexpr, EMULATE: tl.constexpr,
+    WARPS: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add the deltas to one chunk of rows and one tile of a linear's outputs."""
+    start_next(OVERLAP)
     output_tile_ptr, chunk = output_tiles_ptr + tl.program_id(0) * _OUTPUT_TILE, tl.program_id(1)
     slot = tl.load(slots_ptr + chunk)
     if slot == 0:
+        wait_for_previous(OVERLAP)
         return
     linear = tl.load(output_tile_ptr)
     tile = tl.load(output_tile_ptr + 1)
@@ -474,6 +517,7 @@ def expand_kernel(
     descriptor = descriptors_ptr + (slot * LINEARS + linear) * _DESCRIPTOR
     rank, bias_word = tl.load(descriptor), tl.load(descriptor + 9)
     if (rank == 0) & (bias_word < 0):
+        wait_for_previous(OVERLAP)
         return
     words_ptr = tl.load(addresses_ptr + slot * LINEARS + linear).to(tl.pointer_type(tl.int32))
     floats_ptr = words_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
@@ -484,6 +528,8 @@ def expand_kernel(
     if rank > 0:
         linear_projected_ptr = projected_ptr + tl.load(descriptor + 1)
         blocks_ptr = words_ptr + tl.load(descriptor + 10)
+        if OVERLAP:
+            _prefetch_blocks(words_ptr, blocks_ptr, descriptor + 11, tile, h_out, WARPS)
         acc = tl.zeros((WARPS, _COLUMNS, BLOCK_M), tl.float32)
         for DIGIT in tl.static_range(4):
             first_block = tl.load(descriptor + 11 + DIGIT)
@@ -492,7 +538,7 @@ def expand_kernel(
                 acc = _expand_plane(
                     acc, linear_projected_ptr, max_rank, positions,
                     words_ptr, blocks_ptr, first_block, end, tile, h_out,
-                    8 >> DIGIT, TERMS, WARPS, EMULATE,
+                    8 >> DIGIT, TERMS, WARPS, OVERLAP, EMULATE,
                 )  # fmt: skip
         total = tl.reshape(_sum_over_warps(acc), (32, _COLUMNS // 32, BLOCK_M))
         total = tl.reshape(tl.permute(total, (1, 0, 2)), (_COLUMNS, BLOCK_M))
@@ -508,6 +554,7 @@ def expand_kernel(
     if bias_word >= 0:
         bias = tl.load(floats_ptr + bias_word + columns, mask=columns < h_out, other=0.0)
         total += bias[:, None]
+    y_ptr += wait_for_previous(OVERLAP)  # of rank 0 none has waited
     out = y_ptr + rows.to(tl.int64)[None, :] * y_stride + (begin + columns)[:, None]
     mask = (rows >= 0)[None, :] & (columns < h_out)[:, None]
     y = tl.load(out, mask=mask, other=0.0).to(tl.float32) + total
@@ -524,17 +571,20 @@ def launches(
     emulate: bool,
 ) -> tuple[Callable[[], object], ...]:
     """The three launches of one call, in order: prepare, shrink, expand."""
+    overlap = variant.overlap and overlaps(x.device) and not emulate
     shared: dict[str, Any] = {
         "LINEARS": table.linears,
         "BLOCK_M": CHUNK_ROWS,
+        "OVERLAP": overlap,
         "EMULATE": emulate,
+        "launch_pdl": overlap,
         "enable_fp_fusion": True,  # pinned: Triton 3.10 changes the default
     }
     xs = chunks.scaled.view(x.dtype)
     sum_count = table.padded_h_in // SUM_COLUMNS
 
     def prepare() -> object:
-        return prepare_kernel[(sum_count, table.linears, chunks.count)](
+        return prepare_kernel[(chunks.count * CHUNK_ROWS, sum_count, table.linears)](
             xs, xs.stride(0), chunks.sums, chunks.sums.stride(0), x, x.stride(0),
             table.h_in, table.padded_h_in, chunks.rows, chunks.slots,
             table.addresses, table.descriptors,

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu import PARTS, Part, main
-from benchmarks.kernel import SWEEP, name_of, variant_named
+from benchmarks.kernel import SERIAL, SWEEP, name_of, variant_named
 from deltadock.kernels.svd_delta.layout import H_IN_ALIGNMENT, SEGMENTS
 from deltadock.kernels.svd_delta.triton import DEFAULT
 
@@ -26,13 +26,12 @@ def test_the_parts_take_nine_minutes_at_most() -> None:
 
 
 def test_small_forms_run_without_a_gpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["--tiny", "--parts", "sweep,optimix", "--out", str(tmp_path)]) == 0
+    assert main(["--tiny", "--parts", "sampler,optimix", "--out", str(tmp_path)]) == 0
     assert [each["status"] for each in results(tmp_path)] == [
         "done",
         "passed by: it has no small form",
     ]
-    assert name_of(SWEEP[1]) in (tmp_path / "sweep.txt").read_text()
-    assert name_of(SWEEP[1]) in capfd.readouterr().out
+    assert (tmp_path / "sampler.txt").read_text() in capfd.readouterr().out
 
 
 def test_what_the_machine_cannot_run_is_passed_by(
@@ -74,7 +73,7 @@ def test_the_sweep_has_at_least_24_variants_of_each_kernel() -> None:
     expands = {(v.expand_warps, v.expand_registers) for v in SWEEP}
     assert min(len(shrinks), len(expands)) >= 24
     assert len(set(SWEEP)) == len(SWEEP)
-    assert SWEEP[0] == DEFAULT
+    assert SWEEP[:2] == [DEFAULT, SERIAL]
     for variant in SWEEP:
         assert 2 * variant.shrink_warps * SEGMENTS * 32 <= H_IN_ALIGNMENT
         assert variant_named(name_of(variant)) == variant

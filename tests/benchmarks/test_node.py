@@ -23,20 +23,6 @@ def test_the_cpu_benchmark_prints_its_ratios(capsys: pytest.CaptureFixture[str])
         assert line in printed
 
 
-def test_the_gpu_benchmark_runs_whole_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    node.main(["7b", "--device", "cpu", "--tiny"])
-    printed = capsys.readouterr().out
-    for line in (
-        "relative error of the logits",
-        "of the roofline",
-        "merged over packed",
-        "cold swap",
-        "6 deltas resident",
-        "first token, p99",
-    ):
-        assert line in printed
-
-
 def test_the_fairness_benchmark_prints_its_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     fairness.main(["--tiny", "--requests", "3"])
     printed = capsys.readouterr().out

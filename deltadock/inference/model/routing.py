@@ -11,8 +11,10 @@ from deltadock.inference.model.weight_deltas import WeightDelta
 from deltadock.kernels.cache import TensorCache
 from deltadock.kernels.svd_delta import Chunks
 
-DENSE_ROWS: Final = 256
-"""Rows of one delta in a pass from which on a GPU multiplies by its unpacked factors."""
+DENSE_ROWS: Final = 128
+"""Rows of one delta in a pass from which on a GPU multiplies by its unpacked factors. By
+`benchmarks.kernel_model` that is faster from 64 to 128 rows on; no CUDA graph can hold it, so that
+a batch of decoding sequences should stay below."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 
 from deltadock.artifacts.encodings import decode_factors
-from deltadock.kernels.svd_delta import Chunks, DeltaTable, PackedDelta, TensorCache, svd_delta
+from deltadock.kernels.svd_delta import (
+    Chunks,
+    DeltaTable,
+    PackedDelta,
+    TensorCache,
+    empty_delta,
+    svd_delta,
+)
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS
+from deltadock.kernels.svd_delta.products import add_products
 from tests.kernels.svd_delta.support import (
     Delta,
     encode,
@@ -210,6 +218,31 @@ def a_slot_is_reused() -> None:
     table.install(1, second.packed.to(DEVICE))
     want = expected(y, x, [1], {1: second.dense})
     assert relative_error(run(y, x, table, [1]), want) < TOLERANCE[torch.float16]
+
+
+@case(dtype=DTYPES)
+def many_rows_use_products(dtype: torch.dtype) -> None:
+    h_in, h_outs = 70, (300, 33, 40)
+    table = DeltaTable(SLOTS, h_in, h_outs, max_rank=3 * MAX_RANK, device=DEVICE)
+    wide = make_delta((300, h_in), [(35, 3, 5), (2, 8, 1)], scaled=True)
+    flat = make_delta((33, h_in), [(9, 6, 7)], seed=1, midrise=True)
+    bias = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    biased = empty_delta(40, h_in).with_bias(bias)
+    table.install(1, wide.packed.to(DEVICE), None, biased.to(DEVICE))
+    table.install(3, None, flat.packed.to(DEVICE), None)
+    y, x = make_rows(5, (sum(h_outs), h_in), dtype)
+    want = y.double().cpu()
+    for rows, begin, end, dense in (([0, 2], 0, 300, wide.dense), ([3, 4], 300, 333, flat.dense)):
+        want[rows, begin:end] += x[rows].double().cpu() @ dense.T
+    want[[0, 2], 333:] += bias.double()
+    rows = {1: torch.tensor([0, 2], device=DEVICE), 2: slice(1, 2), 3: slice(3, 5)}
+    unchanged = y[1].clone()
+    add_products(y, x, table, rows)
+    assert torch.equal(y[1], unchanged)
+    for row in (0, 2, 3, 4):
+        for begin, end in ((0, 300), (300, 333), (333, 373)):
+            error = relative_error(y[row, begin:end], want[row, begin:end])
+            assert error < TOLERANCE[dtype]
 
 
 @case(GRAPH_CASES)
