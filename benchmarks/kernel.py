@@ -32,6 +32,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Final
 
 import torch
@@ -77,6 +78,8 @@ PREFILL_ROWS = 2048
 WORKING_SET_BYTES = 256 << 20
 """Packed bytes of all layers together: several times a GPU's L2 cache."""
 LIMIT_SECONDS = 270.0
+MOST_WORKERS = 16
+"""Processes that compile at once."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,17 @@ EXPANDS: Final = [
     for registers in REGISTERS
     if warps * registers <= 2048  # an SM's
 ]
+
+
+def _in_turn(*lists: Sequence[Variant]) -> list[Variant]:
+    """The first of each list, the second of each, and so on."""
+    return [each for some in zip_longest(*lists) for each in some if each is not None]
+
+
 SERIAL: Final = replace(DEFAULT, overlap=False)
-SWEEP: Final = list(dict.fromkeys([DEFAULT, SERIAL, *SHRINKS, *EXPANDS]))
-"""The variants to compare: each differs from the default in one of the two kernels, or in whether
-launches overlap."""
+SWEEP: Final = list(dict.fromkeys([DEFAULT, SERIAL, *_in_turn(SHRINKS, EXPANDS)]))
+"""The variants to compare, the default first: each differs from it in one of the two kernels, or in
+whether launches overlap."""
 
 
 def name_of(variant: Variant) -> str:
@@ -137,10 +147,10 @@ def variant_named(name: str) -> Variant:
     shrink, expand, *rest = name.split(",")
     if rest not in ([], ["serial"]):
         raise ValueError(f"{name!r} is not a variant's name.")
-    of_shrink, of_expand = (
+    (shrink_warps, shrink_registers), (expand_warps, expand_registers) = (
         [int(number) for number in part.split("x")] for part in (shrink, expand)
     )
-    return Variant(*of_shrink, *of_expand, not rest)
+    return Variant(shrink_warps, shrink_registers, expand_warps, expand_registers, overlap=not rest)
 
 
 class WrongResult(Exception):
@@ -372,15 +382,21 @@ def run_case(name: str) -> str:
     return ""
 
 
+def workers_for(names: Sequence[str], device: str) -> ProcessPoolExecutor:
+    """A pool of processes that compile, at most one for each name."""
+    count = min(MOST_WORKERS, len(names), os.cpu_count() or 1) if device == "cuda" else 1
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+
+
 def run_cases(names: Sequence[str], device: str) -> None:
     """Check all cases in a pool of processes: compilation dominates, and its cache is shared.
 
     Raises:
         WrongResult: a case failed.
     """
-    workers = min(12, len(names), os.cpu_count() or 1) if device == "cuda" else 1
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
+    if not names:
+        return
+    with workers_for(names, device) as pool:
         errors = dict(zip(names, pool.map(run_case, names), strict=True))
     for name, error in errors.items():
         if error:
@@ -427,27 +443,26 @@ def compile_variant(name: str) -> str:
 def measure_sweep(device: str, limit: float) -> None:
     """Print the time of each kernel of each variant, and the best of both.
 
-    Variants differ from the default in one kernel, so that the best of each make the best whole.
-    They are compiled in a pool of processes first. Stops after `limit` seconds.
+    Variants differ from the default in one kernel, so that the best of each make the best whole. A
+    few at a time are compiled in a pool of processes, then timed. Stops after `limit` seconds.
     """
     deadline = time.monotonic() + limit
     gpu = device == "cuda"
     names = [name_of(variant) for variant in SWEEP]
-    errors = dict.fromkeys(names, "")
-    if gpu:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(12, os.cpu_count() or 1), context) as pool:
-            errors = dict(zip(names, pool.map(compile_variant, names), strict=True))
     layers = RandomLayers(LAYER, 8, 2, device) if gpu else RandomLayers(SMALL, 2, 1, device)
-    print(f"\n{'variant':22} shrink us  expand us   (8 rows on 8 deltas, a layer)")
+    print(f"\n{'variant':22} shrink us  expand us   (8 rows on 8 deltas, a layer)", flush=True)
     best: dict[str, tuple[float, Variant]] = {}
-    with torch.inference_mode():
-        for variant in SWEEP if gpu else SWEEP[1:2]:
+    errors: dict[str, str] = {}
+    with torch.inference_mode(), workers_for(names, device) as pool:
+        for number, variant in enumerate(SWEEP if gpu else SWEEP[1:2]):
             name = name_of(variant)
             if time.monotonic() > deadline:
                 print("... stopped: time limit reached")
                 break
-            if errors[name]:
+            if gpu and name not in errors:
+                some = names[number : number + MOST_WORKERS]
+                errors |= zip(some, pool.map(compile_variant, some), strict=True)
+            if errors.get(name):
                 print(f"{name:22} {errors[name]}", flush=True)
                 continue
             step = checked_step(layers, layers.deltas, layers.deltas, None, variant)
@@ -572,7 +587,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = options.device == "cuda"
     try:
         if options.only_cases:
-            run_cases([*CASES, *(GRAPH_CASES if gpu else ())][: options.cases], options.device)
+            # A layer's projections too: the parts that follow find their kernels compiled.
+            of_gpu = [*GRAPH_CASES, *(each.name for each in LAYER)] if gpu else []
+            run_cases([*CASES, *of_gpu][: options.cases], options.device)
         elif options.sweep is not None:
             measure_sweep(options.device, options.sweep)
         elif gpu:
