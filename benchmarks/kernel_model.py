@@ -26,6 +26,7 @@ variant of the kernels. A GPU has the last word.
 import argparse
 import functools
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -172,9 +173,13 @@ def read_code(name: str, compiled: Any, warps: int) -> Code:
         ValueError: the machine code has another number of inner loops.
     """
     code = disassemble(compiled)
-    # The first wait is that of programs which have nothing to do.
-    waits = [place for place, name in enumerate(code.operations) if name == "ACQBULK"]
-    head = waits[1] if waits else 0
+    # Programs that have nothing to do wait and exit.
+    waits = [
+        place
+        for place, (name, following) in enumerate(itertools.pairwise(code.operations))
+        if name == "ACQBULK" and following != "EXIT"
+    ]
+    head = waits[0] if waits else 0
     loads, plane_loads, head_loads = DEPENDENT_LOADS[name]
     head_loads = head_loads if waits else 0
     loops = [loop for loop in code.loops if "HMMA" in code.operations[loop]]
