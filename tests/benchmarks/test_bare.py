@@ -77,7 +77,7 @@ PRINTED = {
         "6 deltas resident",
         "first token, p99",
     ],
-    "adamix": ["blocks"],
+    "adamix": ["48 x 64", "total"],
 }
 
 
