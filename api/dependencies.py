@@ -95,9 +95,13 @@ ResourcesDep = Annotated[Resources, Depends(get_resources)]
 
 
 async def read_session(resources: ResourcesDep) -> AsyncIterator[Session]:
-    """A read-only session; it connects in the endpoint's thread, and closing it does not block."""
+    """A read-only session; it connects in the endpoint's thread."""
     with resources.database.read_scope() as session:
-        yield session
+        try:
+            yield session
+        finally:
+            if not resources.database.is_file:
+                await run_in_threadpool(session.close)
 
 
 @dataclass(slots=True)

@@ -40,6 +40,11 @@ class Database:
             **{READ_ONLY: True, "postgresql_readonly": True}
         )
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file, in which the end of a read-only transaction does not wait."""
+        return self.engine.dialect.name == "sqlite"
+
     @contextmanager
     def session_scope(self) -> Iterator[Session]:
         """A session that commits when the block ends and rolls back if it raises.

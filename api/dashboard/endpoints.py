@@ -11,8 +11,8 @@ from deltadock.api.access import Caller, CallerDep
 from deltadock.api.bases import page_of_bases
 from deltadock.api.dashboard import views
 from deltadock.api.dashboard.rendering import HEADERS, page_router, render
+from deltadock.api.deltas import service
 from deltadock.api.deltas.endpoints import SortBy, wanted_deltas
-from deltadock.api.deltas.service import require_delta
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep
 from deltadock.api.paging import After
 from deltadock.api.references import DeltaReference
@@ -140,7 +140,7 @@ def compare_deltas(
     references = list(dict.fromkeys(delta))
     if not 2 <= len(references) <= MOST_COMPARED:
         raise InvalidInput(f"Choose two to {MOST_COMPARED} deltas to compare.")
-    rows = [require_delta(session, caller.tenant_id, reference) for reference in references]
+    rows = [service.show_delta(session, caller.tenant_id, reference) for reference in references]
     entries = [views.DeltaEntry.of(row) for row in rows]
     deltas = DeltaRepository(session, caller.tenant_id)
     shown = {row.id: Sibling.of(row) for row in rows}

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, NamedTuple, Self
 
 from pydantic import BaseModel, Field
@@ -175,7 +176,7 @@ class ByteShare(NamedTuple):
     style: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ReportFigures:
     """All figures of one report."""
 
@@ -192,17 +193,17 @@ class ReportFigures:
             others=[TensorFigures.model_validate(row) for row in report.get("other_tensors", [])],
         )
 
-    @property
+    @cached_property
     def grid(self) -> MatrixGrid:
         """The matrices by projection and layer."""
         return MatrixGrid.of(self.matrices)
 
-    @property
+    @cached_property
     def has_errors(self) -> bool:
         """Whether any matrix has an error: an exact method has none to show."""
         return any(matrix.error for matrix in self.matrices)
 
-    @property
+    @cached_property
     def bits_by_layer(self) -> list[LayerBits]:
         """Stored bits per weight of each layer's matrices; empty if no two layers differ."""
         layers: dict[str, list[MatrixFigures]] = {layer: [] for layer in self.grid.layers}
@@ -215,7 +216,7 @@ class ReportFigures:
         ]
         return bits if len({round(layer.bits, 3) for layer in bits}) > 1 else []
 
-    @property
+    @cached_property
     def spectra(self) -> list[Spectra]:
         """The ranks of the first `SHOWN_SPECTRA` projections whose methods decompose them."""
         found: dict[str, dict[str, list[RankFigures]]] = {}
@@ -229,17 +230,17 @@ class ReportFigures:
             for projection, layers in list(found.items())[:SHOWN_SPECTRA]
         ]
 
-    @property
+    @cached_property
     def widths(self) -> list[int]:
         """All widths in use, in bits, ascending."""
         return sorted({width for matrix in self.matrices for width in matrix.widths})
 
-    @property
+    @cached_property
     def fallbacks(self) -> list[MatrixFigures]:
         """Matrices for which a fallback was used."""
         return [matrix for matrix in self.matrices if matrix.fallbacks]
 
-    @property
+    @cached_property
     def shares(self) -> list[ByteShare]:
         """The artifact's bytes: matrices and other tensors by projection, and the remainder."""
         others = sorted(_by_projection(self.others, "base"), key=lambda share: -share.bytes)

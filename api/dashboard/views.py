@@ -13,12 +13,12 @@ from deltadock.api.dashboard.charts import Point
 from deltadock.api.dashboard.figures import ReportFigures
 from deltadock.api.dashboard.formats import MISSING, percentage, significant, size
 from deltadock.api.deltas.schemas import DeltaOut, LineageOut
-from deltadock.api.deltas.service import detail_of, page_of_deltas, require_delta
+from deltadock.api.deltas.service import detail_of, page_of_deltas, show_delta
 from deltadock.api.jobs import JobOut, describe_jobs, page_of_jobs
 from deltadock.api.registry.schemas import AliasMoveOut, ModelCardOut
 from deltadock.api.registry.service import card_of, require_model
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
-from deltadock.storage.models import RUNNING_ORDER, DeltaRow, JobState
+from deltadock.storage.models import RUNNING_ORDER, JobState
 from deltadock.storage.repositories import (
     CheckpointRepository,
     DeltaRepository,
@@ -74,7 +74,7 @@ class DeltaEntry(NamedTuple):
     job: JobOut
 
     @classmethod
-    def of(cls, delta: DeltaRow | ShownDelta) -> Self:
+    def of(cls, delta: ShownDelta) -> Self:
         """Convert a row."""
         return cls(DeltaOut.of(delta), JobOut.of(delta.job))
 
@@ -281,7 +281,10 @@ def entry(session: Session, tenant_id: str, delta_id: str) -> DeltaEntry:
     Raises:
         NotFound: there is none, or it was deleted.
     """
-    delta = require_delta(session, tenant_id, delta_id)
+    return _entry(session, tenant_id, show_delta(session, tenant_id, delta_id))
+
+
+def _entry(session: Session, tenant_id: str, delta: ShownDelta) -> DeltaEntry:
     return DeltaEntry(DeltaOut.of(delta), describe_jobs(session, tenant_id, [delta.job])[0])
 
 
@@ -291,15 +294,16 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
     Raises:
         NotFound: there is none, or it was deleted.
     """
-    delta = require_delta(session, tenant_id, delta_id)
+    delta = show_delta(session, tenant_id, delta_id)
     deltas = DeltaRepository(session, tenant_id)
     report = deltas.report(delta.id)
-    parent = deltas.find(delta.parent_id) if delta.parent_id else None
+    lineage = detail_of(session, delta).lineage
+    parent = deltas.show(lineage.parent) if lineage.parent else None
     siblings = deltas.of_checkpoint(delta.checkpoint_digest, limit=SIBLINGS_SHOWN)
     checkpoint = CheckpointRepository(session, tenant_id).find(delta.checkpoint_digest)
     return DeltaView(
-        entry(session, tenant_id, delta.id),
-        detail_of(session, delta).lineage,
+        _entry(session, tenant_id, delta),
+        lineage,
         DeltaEntry.of(parent) if parent else None,
         ReportFigures.of(report) if report else None,
         siblings,
@@ -420,7 +424,7 @@ def _role(method: str) -> str:
 def tried(session: Session, tenant_id: str, names: Iterable[str]) -> list[Tried]:
     """These models, as far as there are any; a delta is looked for before a base."""
     deltas = DeltaRepository(session, tenant_id)
-    found = ((name, deltas.resolve(name, with_aliases=False)) for name in names)
+    found = ((name, deltas.show(name)) for name in names)
     return [Tried(name, _role(delta.method) if delta else BASE_ROLE) for name, delta in found]
 
 

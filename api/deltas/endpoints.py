@@ -4,6 +4,7 @@ from typing import Annotated, Final, Literal
 
 from fastapi import Depends, Query, Request, Response
 from pydantic import BeforeValidator, Field
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from deltadock.api.access import CallerDep
@@ -97,7 +98,7 @@ SortBy = Annotated[
 ]
 
 
-def wanted_deltas(
+async def wanted_deltas(
     caller: CallerDep,
     session: ReadSession,
     base: Annotated[str | None, EMPTY_IS_ANY, Query(description="A base's id or name.")] = None,
@@ -123,8 +124,11 @@ def wanted_deltas(
     ] = None,
 ) -> DeltaFilter:
     """The query parameters that choose deltas of a list."""
+    base_id = None
+    if base is not None:
+        base_id = (await run_in_threadpool(require_base, session, caller.tenant_id, base)).id
     return DeltaFilter(
-        base_id=None if base is None else require_base(session, caller.tenant_id, base).id,
+        base_id=base_id,
         method=method,
         state=state or None,
         created_by=owner,
@@ -153,7 +157,7 @@ def list_deltas(
 @router.get("/{delta_id:reference}", responses=problems(NotFound))
 def get_delta(delta_id: DeltaReference, caller: CallerDep, session: ReadSession) -> DeltaDetail:
     """Get one delta with its lineage."""
-    return service.detail_of(session, service.require_delta(session, caller.tenant_id, delta_id))
+    return service.detail_of(session, service.show_delta(session, caller.tenant_id, delta_id))
 
 
 @router.delete(
@@ -178,7 +182,7 @@ def restore_delta(delta_id: DeltaReference, caller: CallerDep, unit: WriteUnit) 
 @router.get("/{delta_id:prefix}/report", responses=problems(NotFound, NotReady))
 def get_report(delta_id: DeltaReference, caller: CallerDep, session: ReadSession) -> ReportOut:
     """Get the compression's measurements."""
-    delta = service.require_delta(session, caller.tenant_id, delta_id)
+    delta = service.show_delta(session, caller.tenant_id, delta_id)
     service.require_ready(delta)
     report = DeltaRepository(session, caller.tenant_id).report(delta.id)
     return ReportOut.model_validate(report)
@@ -204,6 +208,6 @@ def download_artifact(
 
     Where clients can reach the object store, the answer is a redirect to it, valid for minutes.
     """
-    delta = service.require_delta(session, caller.tenant_id, delta_id)
+    delta = service.show_delta(session, caller.tenant_id, delta_id)
     digest = service.require_ready(delta)
     return artifact_response(request, resources.blobs, digest, f"{delta.id}.delta")

@@ -30,7 +30,7 @@ from deltadock.compression.options import (
 )
 from deltadock.names import PART
 from deltadock.storage.models import DeltaRow, JobPriority, JobState
-from deltadock.storage.repositories.deltas import FIGURES
+from deltadock.storage.repositories.deltas import FIGURES, Lineage
 from deltadock.storage.repositories.shown import ShownDelta
 
 MAX_RECIPE_BYTES: Final = 16_384
@@ -319,19 +319,19 @@ class DeltaDetail(DeltaOut):
     lineage: LineageOut
 
     @classmethod
-    def of_row(cls, delta: DeltaRow, recipe: dict[str, Any] | None) -> Self:
-        """Convert a row; its recipe is read apart."""
+    def of_row(cls, delta: DeltaRow | ShownDelta, lineage: Lineage) -> Self:
+        """Convert a row; its lineage is read apart."""
         out = DeltaOut.of(delta)
         sources = out.calibration.sources if out.calibration else []
-        lineage = LineageOut(
+        shown = LineageOut(
             base=out.base.checkpoint,
-            parent=delta.parent_id,
-            recipe=recipe,
-            commit=delta.code_commit,
-            deltadock=delta.code_version,
+            parent=lineage.parent_id,
+            recipe=lineage.recipe,
+            commit=lineage.code_commit,
+            deltadock=lineage.code_version,
             calibration=[source.digest for source in sources if source.digest],
         )
-        return cls(**dict(out), lineage=lineage)
+        return cls(**dict(out), lineage=shown)
 
 
 class DeltaAccepted(BaseModel):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from sqlalchemy.orm import Session
 
@@ -44,9 +44,16 @@ def require_delta(session: Session, tenant_id: str, reference: str) -> DeltaRow:
         NotReady: a bare name has no default version yet.
     """
     deltas = DeltaRepository(session, tenant_id)
-    delta = deltas.resolve(reference)
-    if delta is not None:
-        return delta
+    return deltas.resolve(reference) or _missing(deltas, reference)
+
+
+def show_delta(session: Session, tenant_id: str, reference: str) -> ShownDelta:
+    """As `require_delta`, the columns that answers show."""
+    deltas = DeltaRepository(session, tenant_id)
+    return deltas.show(reference) or _missing(deltas, reference)
+
+
+def _missing(deltas: DeltaRepository, reference: str) -> NoReturn:
     named = parse_reference(reference)
     newest = deltas.newest(named.name) if named and named.alias == DEFAULT else None
     if named is None or named.version is not None or newest is None:
@@ -60,13 +67,13 @@ def require_delta(session: Session, tenant_id: str, reference: str) -> DeltaRow:
     )
 
 
-def detail_of(session: Session, delta: DeltaRow) -> DeltaDetail:
+def detail_of(session: Session, delta: DeltaRow | ShownDelta) -> DeltaDetail:
     """The delta with its lineage."""
-    recipe = DeltaRepository(session, delta.tenant_id).recipe(delta.id)
-    return DeltaDetail.of_row(delta, recipe)
+    lineage = DeltaRepository(session, delta.tenant_id).lineage(delta.id)
+    return DeltaDetail.of_row(delta, lineage)
 
 
-def require_ready(delta: DeltaRow) -> str:
+def require_ready(delta: DeltaRow | ShownDelta) -> str:
     """The artifact's digest.
 
     Raises:

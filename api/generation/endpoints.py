@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.bases import BaseRef, require_base
-from deltadock.api.deltas.service import require_delta
+from deltadock.api.deltas.service import show_delta
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep
 from deltadock.api.generation import service
 from deltadock.api.generation.forward import (
@@ -132,7 +132,7 @@ async def generate_with_delta(
 
     def find() -> tuple[str, ModelTarget]:
         with resources.database.read_scope() as session:
-            found = require_delta(session, caller.tenant_id, delta_id)
+            found = show_delta(session, caller.tenant_id, delta_id)
             return found.id, service.target_of_delta(found)
 
     found_id, target = await run_in_threadpool(find)

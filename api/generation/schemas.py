@@ -8,8 +8,9 @@ from deltadock.api.schemas import EXAMPLE_DELTA_ID, RequestBody
 from deltadock.openai.completions import Completion
 from deltadock.openai.fields import MaxTokens, Seed, Stop, Temperature, TopP, Usage
 from deltadock.openai.models import ModelCard, ModelList
-from deltadock.storage.models import BaseRow, DeltaRow
+from deltadock.storage.models import BaseRow
 from deltadock.storage.repositories.models import Answering
+from deltadock.storage.repositories.shown import ShownDelta
 
 
 class GenerateIn(RequestBody):
@@ -75,7 +76,7 @@ class ModelOut(ModelCard):
         return cls(id=base.name, created=int(base.created_at.timestamp()), base=base.name)
 
     @classmethod
-    def of_delta(cls, model_id: str, delta: DeltaRow) -> Self:
+    def of_delta(cls, model_id: str, delta: ShownDelta) -> Self:
         """A delta, under any of its names."""
         return cls._named(model_id, delta, delta.base.name)
 
@@ -85,7 +86,7 @@ class ModelOut(ModelCard):
         return cls._named(model.name, model, model.base)
 
     @classmethod
-    def _named(cls, model_id: str, delta: DeltaRow | Answering, base: str) -> Self:
+    def _named(cls, model_id: str, delta: ShownDelta | Answering, base: str) -> Self:
         return cls(
             id=model_id,
             created=int(delta.created_at.timestamp()),

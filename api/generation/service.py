@@ -6,7 +6,7 @@ from fastapi import Request
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import Caller
-from deltadock.api.deltas.service import require_delta, require_ready
+from deltadock.api.deltas.service import require_ready, show_delta
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation.forward import COMPLETIONS, ask_nodes
 from deltadock.api.generation.schemas import GenerateIn, ModelListOut, ModelOut
@@ -24,8 +24,9 @@ from deltadock.errors import (
 )
 from deltadock.model_target import ModelTarget
 from deltadock.openai.completions import Completion
-from deltadock.storage.models import BaseRow, DeltaRow
+from deltadock.storage.models import BaseRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, ModelRepository
+from deltadock.storage.repositories.shown import ShownDelta
 
 NODE_ERRORS = {
     error.code: error
@@ -89,10 +90,10 @@ def resolve(session: Session, tenant_id: str, model: str) -> ModelTarget:
         NotReady: the delta has no artifact.
     """
     row = _find(session, tenant_id, model)
-    return target_of_delta(row) if isinstance(row, DeltaRow) else target_of_base(row)
+    return target_of_delta(row) if isinstance(row, ShownDelta) else target_of_base(row)
 
 
-def target_of_delta(delta: DeltaRow) -> ModelTarget:
+def target_of_delta(delta: ShownDelta) -> ModelTarget:
     """The base with the delta's artifact; raises NotReady if it has none."""
     return ModelTarget(delta.base.checkpoint_digest, require_ready(delta))
 
@@ -102,11 +103,11 @@ def target_of_base(base: BaseRow) -> ModelTarget:
     return ModelTarget(base.checkpoint_digest)
 
 
-def _find(session: Session, tenant_id: str, model: str) -> DeltaRow | BaseRow:
-    row: DeltaRow | BaseRow | None
-    row = DeltaRepository(session, tenant_id).resolve(model, with_aliases=False)
+def _find(session: Session, tenant_id: str, model: str) -> ShownDelta | BaseRow:
+    row: ShownDelta | BaseRow | None
+    row = DeltaRepository(session, tenant_id).show(model)
     if row is None and "/" in model:
-        return require_delta(session, tenant_id, model)  # raises what is missing
+        return show_delta(session, tenant_id, model)  # raises what is missing
     row = row or BaseRepository(session, tenant_id).find(model)
     if row is None:
         raise NotFound(f"There is no model {model!r}; GET /v1/models lists them.")

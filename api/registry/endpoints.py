@@ -7,7 +7,7 @@ from fastapi import Depends, Path, Query
 
 from deltadock.api.access import CallerDep
 from deltadock.api.deltas.schemas import DeltaOut
-from deltadock.api.deltas.service import require_delta, require_ready
+from deltadock.api.deltas.service import require_ready, show_delta
 from deltadock.api.dependencies import ReadSession, WriteUnit
 from deltadock.api.paging import After, Limit
 from deltadock.api.references import DeltaReference
@@ -141,5 +141,5 @@ def resolve_name(reference: DeltaReference, caller: CallerDep, session: ReadSess
     if _DIGEST.fullmatch(reference):
         named = DeltaRepository(session, caller.tenant_id).named_by_artifact([reference])
         reference = named[reference][0].id if named else reference
-    delta = require_delta(session, caller.tenant_id, reference)
+    delta = show_delta(session, caller.tenant_id, reference)
     return Resolved.of(DeltaOut.of(delta), require_ready(delta))

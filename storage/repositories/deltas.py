@@ -25,7 +25,14 @@ from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.checkpoints import BaseRepository
 from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, DeltaSort, Key, find_page
 from deltadock.storage.repositories.models import ModelRepository, unindexed
-from deltadock.storage.repositories.shown import ShownDelta, select_deltas
+from deltadock.storage.repositories.shown import (
+    DELTA,
+    DELTA_OF_ALIAS,
+    DELTA_OF_VERSION,
+    LINEAGE,
+    SELECT_DELTAS,
+    ShownDelta,
+)
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -71,7 +78,7 @@ class Sibling(NamedTuple):
     kl: float | None
 
     @classmethod
-    def of(cls, delta: DeltaRow) -> Self:
+    def of(cls, delta: ShownDelta) -> Self:
         """A loaded delta."""
         return cls(*(getattr(delta, column) for column in cls._fields))
 
@@ -86,22 +93,20 @@ class DeltaRepository:
     def _owned(self) -> ColumnElement[bool]:
         return owned_by(DeltaRow.tenant_id, self.tenant)
 
-    def _loaded(self, *, with_aliases: bool = True) -> Select[DeltaRow]:
-        query = (
+    def _loaded(self) -> Select[DeltaRow]:
+        return (
             select(DeltaRow)
             .join(DeltaRow.job)
             .options(
                 joinedload(DeltaRow.base),
                 contains_eager(DeltaRow.job),
                 joinedload(DeltaRow.default),
+                selectinload(DeltaRow.aliases),
             )
         )
-        return query.options(selectinload(DeltaRow.aliases)) if with_aliases else query
 
-    def _not_deleted(self, *, with_aliases: bool = True) -> Select[DeltaRow]:
-        return self._loaded(with_aliases=with_aliases).where(
-            DeltaRow.deleted_at.is_(None), self._owned()
-        )
+    def _not_deleted(self) -> Select[DeltaRow]:
+        return self._loaded().where(DeltaRow.deleted_at.is_(None), self._owned())
 
     def find(self, delta_id: str) -> DeltaRow | None:
         """The delta with this id, or None."""
@@ -109,10 +114,21 @@ class DeltaRepository:
             self._not_deleted().where(DeltaRow.id == delta_id)
         ).one_or_none()
 
-    def resolve(self, reference: str, *, with_aliases: bool = True) -> DeltaRow | None:
+    def show(self, reference: str) -> ShownDelta | None:
+        """As `resolve`, the columns that answers show, by one statement."""
+        query, given = DELTA, {"tenant": owner_of(self.tenant), "id": reference}
+        if "/" in reference:
+            named = parse_reference(reference)
+            if named is None:
+                return None
+            query = DELTA_OF_ALIAS if named.version is None else DELTA_OF_VERSION
+            given |= named._asdict()
+        row = self.session.execute(query, given).one_or_none()
+        return None if row is None else ShownDelta.of(row)
+
+    def resolve(self, reference: str) -> DeltaRow | None:
         """What an id, or a name with or without a version or alias, means now; or None."""
-        query = self._not_deleted(with_aliases=with_aliases)
-        query = query.execution_options(populate_existing=True)
+        query = self._not_deleted().execution_options(populate_existing=True)
         if "/" not in reference:
             return self.session.scalars(query.where(DeltaRow.id == reference)).one_or_none()
         named = parse_reference(reference)
@@ -183,7 +199,7 @@ class DeltaRepository:
         return [by_id[delta_id] for delta_id in ids]
 
     def _shown(self, *conditions: ColumnElement[bool]) -> list[ShownDelta]:
-        found = self.session.execute(select_deltas().where(*conditions))
+        found = self.session.execute(SELECT_DELTAS.where(*conditions))
         return [ShownDelta.of(row) for row in found]
 
     def with_ids(self, delta_ids: Sequence[str]) -> Sequence[ShownDelta]:
@@ -194,10 +210,10 @@ class DeltaRepository:
         """Up to `limit` ready deltas of a fine-tuned checkpoint."""
         return self._siblings(self._of_checkpoint(digest).limit(limit))
 
-    def exact_twin(self, delta: DeltaRow) -> Sibling | None:
+    def exact_twin(self, delta: ShownDelta) -> Sibling | None:
         """The newest ready delta that stores the same fine-tune of the same base bit for bit."""
         query = self._of_checkpoint(delta.checkpoint_digest).where(
-            DeltaRow.base_id == delta.base_id, DeltaRow.method == EXACT_METHOD
+            DeltaRow.base_id == delta.base.id, DeltaRow.method == EXACT_METHOD
         )
         return next(iter(self._siblings(query.order_by(DeltaRow.created_at.desc()).limit(1))), None)
 
@@ -231,11 +247,10 @@ class DeltaRepository:
         counts = [select(func.count()).select_from(some).scalar_subquery() for some in each]
         return dict(zip(states, self.session.execute(select(*counts)).one(), strict=True))
 
-    def recipe(self, delta_id: str) -> dict[str, Any] | None:
-        """How the fine-tune was trained, or None."""
-        return self.session.scalar(
-            select(DeltaRow.recipe).where(DeltaRow.id == delta_id, self._owned())
-        )
+    def lineage(self, delta_id: str) -> Lineage:
+        """Where the fine-tune of a delta comes from."""
+        own = {"id": delta_id, "tenant": owner_of(self.tenant)}
+        return Lineage(*self.session.execute(LINEAGE, own).one())
 
     def report(self, delta_id: str) -> dict[str, Any] | None:
         """The delta's report, or None until it has one."""

@@ -33,7 +33,7 @@ from deltadock.storage.models import (
 )
 from deltadock.storage.repositories.audit import DONE, record
 from deltadock.storage.repositories.listing import ANY_JOB, JobFilter, Key, find_jobs
-from deltadock.storage.repositories.shown import ShownJob, select_jobs
+from deltadock.storage.repositories.shown import JOB, SELECT_JOBS, ShownJob
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 MAX_LOG_LINES: Final = 1000
@@ -66,11 +66,13 @@ class JobRepository:
 
     def show(self, job_id: str) -> ShownJob | None:
         """The columns of the job with this id, or None."""
-        return next(iter(self.show_all([job_id])), None)
+        own = {"id": job_id, "tenant": owner_of(self.tenant)}
+        row = self.session.execute(JOB, own).one_or_none()
+        return None if row is None else ShownJob(*row)
 
     def show_all(self, job_ids: Collection[str]) -> list[ShownJob]:
         """The columns of those of the jobs that exist."""
-        query = select_jobs().where(JobRow.id.in_(job_ids), self._owned())
+        query = SELECT_JOBS.where(JobRow.id.in_(job_ids), self._owned())
         return [ShownJob(*row) for row in self.session.execute(query)]
 
     def page(

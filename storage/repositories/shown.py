@@ -1,18 +1,24 @@
 """Deltas and jobs as answers show them: columns by one statement, not entities.
 
-A list of fifty entities with their relationships takes three times as long to make as to read.
+Fifty entities with their relationships take three times as long to make as to read.
 """
 
 from collections.abc import Sequence
 from datetime import datetime
-from functools import cache
 from typing import Any, Final, NamedTuple, Self
 
-from sqlalchemy import Select, and_, func, select
-from sqlalchemy.orm import aliased
+from sqlalchemy import and_, bindparam, func, select
 
 from deltadock.names import DEFAULT
-from deltadock.storage.models import AliasRow, BaseRow, DeltaRow, JobPriority, JobRow, JobState
+from deltadock.storage.models import (
+    AliasRow,
+    BaseRow,
+    DeltaRow,
+    JobPriority,
+    JobRow,
+    JobState,
+    ModelRow,
+)
 
 
 class ShownJob(NamedTuple):
@@ -54,6 +60,7 @@ class ShownDelta(NamedTuple):
     default_version: int | None
     alias_names: Sequence[str]
     id: str
+    tenant_id: str
     name: str
     version: int
     checkpoint_digest: str
@@ -74,7 +81,7 @@ class ShownDelta(NamedTuple):
 
     @classmethod
     def of(cls, row: Sequence[Any]) -> Self:
-        """Convert a row of `select_deltas`."""
+        """Convert a row of `SELECT_DELTAS`."""
         job, base = _JOBS, _JOBS + _BASES
         default, aliases, *own = row[base:]
         names = sorted(aliases.split(_COMMA)) if aliases else ()
@@ -85,34 +92,57 @@ _COMMA: Final = ","
 """Which no alias contains."""
 _JOBS: Final = len(ShownJob._fields)
 _BASES: Final = len(ShownBase._fields)
-_OWN: Final = ShownDelta._fields[4:]
 
+# Of the tables' columns: the entities' would make each row pass through the mapper. Statements of
+# one row are made once, with parameters; making one takes longer than the database does.
+_job, _base, _delta, _alias, _model = (
+    row.__table__.c for row in (JobRow, BaseRow, DeltaRow, AliasRow, ModelRow)
+)
+_default = AliasRow.__table__.alias("defaults").c
 
-@cache
-def select_jobs() -> Select[Any]:
-    """The columns of `ShownJob`."""
-    return select(*(getattr(JobRow, name) for name in ShownJob._fields))
+SELECT_JOBS: Final = select(*(_job[name] for name in ShownJob._fields))
+"""The columns of `ShownJob`."""
 
-
-@cache
-def select_deltas() -> Select[Any]:
-    """The columns of `ShownDelta`."""
-    default = aliased(AliasRow)
-    aliases = (
-        select(func.aggregate_strings(AliasRow.alias, _COMMA))
-        .where(AliasRow.delta_id == DeltaRow.id)
-        .scalar_subquery()
+SELECT_DELTAS: Final = (
+    select(
+        *(_job[name] for name in ShownJob._fields),
+        *(_base[name] for name in ShownBase._fields),
+        _default.version,
+        select(func.aggregate_strings(_alias.alias, _COMMA))
+        .where(_alias.delta_id == _delta.id)
+        .scalar_subquery(),
+        *(_delta[name] for name in ShownDelta._fields[4:]),
     )
-    return (
-        select(
-            *(getattr(JobRow, name) for name in ShownJob._fields),
-            *(getattr(BaseRow, name) for name in ShownBase._fields),
-            default.version,
-            aliases,
-            *(getattr(DeltaRow, name) for name in _OWN),
-        )
-        .select_from(DeltaRow)
-        .join(JobRow, JobRow.delta_id == DeltaRow.id)
-        .join(BaseRow, BaseRow.id == DeltaRow.base_id)
-        .outerjoin(default, and_(default.model_id == DeltaRow.model_id, default.alias == DEFAULT))
+    .select_from(DeltaRow.__table__)
+    .join(JobRow.__table__, _job.delta_id == _delta.id)
+    .join(BaseRow.__table__, _base.id == _delta.base_id)
+    .outerjoin(
+        _default.version.table,
+        and_(_default.model_id == _delta.model_id, _default.alias == DEFAULT),
     )
+)
+"""The columns of `ShownDelta`."""
+
+JOB: Final = SELECT_JOBS.where(_job.id == bindparam("id"), _job.tenant_id == bindparam("tenant"))
+
+_OWN: Final = SELECT_DELTAS.where(
+    _delta.deleted_at.is_(None), _delta.tenant_id == bindparam("tenant")
+)
+DELTA: Final = _OWN.where(_delta.id == bindparam("id"))
+DELTA_OF_VERSION: Final = _OWN.where(
+    _delta.name == bindparam("name"), _delta.version == bindparam("version")
+)
+_meant = AliasRow.__table__.alias("meant").c
+DELTA_OF_ALIAS: Final = (
+    _OWN.join(_meant.version.table, _meant.delta_id == _delta.id)
+    .join(ModelRow.__table__, _model.id == _meant.model_id)
+    .where(
+        _model.tenant_id == bindparam("tenant"),
+        _model.name == bindparam("name"),
+        _meant.alias == bindparam("alias"),
+    )
+)
+LINEAGE: Final = select(
+    _delta.parent_id, _delta.recipe, _delta.code_version, _delta.code_commit
+).where(_delta.id == bindparam("id"), _delta.tenant_id == bindparam("tenant"))
+"""The columns of `Lineage`."""

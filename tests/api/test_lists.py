@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import anyio
 import pytest
 from sqlalchemy import Connection, event
 from starlette.testclient import TestClient
 
+from deltadock.api.access import authentication
 from deltadock.api.dependencies import Resources
 from deltadock.api.main import create_app
 from deltadock.api.paging import Cursor
@@ -111,6 +113,24 @@ def test_every_statement_of_a_list_uses_an_index(site: TestClient, path: str) ->
         assert all(step.split()[1] in SMALL_TABLES for step in scans), (sql, steps)
         walks = [step for step in steps if WHOLE_TENANT.search(step)]
         assert not walks or "LIMIT" in sql, (sql, steps)
+
+
+def test_a_read_takes_one_thread(site: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not block, such as finding the caller, takes none."""
+    taken: list[object] = []
+    run = anyio.to_thread.run_sync
+
+    async def run_counted(function: Any, *arguments: Any, **options: Any) -> Any:
+        taken.append(function)
+        return await run(function, *arguments, **options)
+
+    monkeypatch.setattr(authentication, "CACHE_SECONDS", 60.0)
+    job = site.get("/v1/jobs?limit=1").json()["data"][0]["id"]
+    monkeypatch.setattr(anyio.to_thread, "run_sync", run_counted)
+    for path in (f"/v1/jobs/{job}", "/v1/deltas/maths/skills", "/v1/deltas?limit=2", "/v1/models"):
+        taken.clear()
+        assert site.get(path).status_code == 200
+        assert len(taken) == 1, (path, taken)
 
 
 def test_a_completion_resolves_its_model_by_one_statement(site: TestClient) -> None:
