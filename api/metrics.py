@@ -1,5 +1,10 @@
-"""The api's Prometheus metrics: counters of this process, and gauges read at each scrape."""
+"""The api's Prometheus metrics: counters, and gauges read at each scrape.
 
+Several processes behind one port count together in the files of `PROMETHEUS_MULTIPROC_DIR`, a new
+folder at each start; without it a process counts for itself.
+"""
+
+import os
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -7,6 +12,7 @@ import structlog
 from fastapi import Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from deltadock.api.dependencies import Resources
@@ -25,10 +31,10 @@ OTHER: Final = "other"
 
 
 class Metrics:
-    """One api process's metrics, in their own registry."""
+    """The metrics, in a registry of their own."""
 
     def __init__(self, resources: Resources) -> None:
-        self._registry = registry = CollectorRegistry()
+        registry = CollectorRegistry()
         self._requests = Counter(
             "deltadock_api_requests",
             "Requests by the route's path, method and status.",
@@ -41,7 +47,11 @@ class Metrics:
             ["code"],
             registry=registry,
         )
+        if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
         registry.register(_ServiceCollector(resources))
+        self._registry = registry
 
     def count(self, route: str | None, method: str, status: int, code: str | None) -> None:
         """Count a request; `code` is that of its error, if any."""

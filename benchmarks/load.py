@@ -1,14 +1,18 @@
 """Two hundred clients of `deltadock up`, with what they may cost.
 
-    python -m benchmarks.load [--clients 200] [--seconds 60] [--deltas 5000] [--mib 64] [--quick]
+    python -m benchmarks.load [--clients 200] [--seconds 60] [--deltas 5000] [--mib 64]
+                              [--pause 1] [--processes 1] [--quick]
 
 Starts `deltadock up` in a temporary folder with a filled database, and pushes the sample fine-tune.
 Of ten clients five read lists and pages, two poll a job or a delta, one or two follow a job's
-events, one completes prompts and half of one uploads small checkpoints; each pauses between its
-requests as a person or a script does. One more client uploads a larger checkpoint again and again,
-in turn with a plain copy of the same bytes into the same folder. Clients and services share this
-machine's processors. Prints each figure with its bar; the exit status is 1 if one is missed.
-`--quick` tries the script: few clients, a few seconds.
+events, one completes prompts and half of one uploads small texts. Each pauses between its requests
+as people and scripts do: five seconds on a page, three between two looks at a job, five between
+two prompts or uploads. One more client uploads a larger checkpoint every ten seconds, in turn with
+a plain copy of the same bytes into the same folder. Clients and services share this machine's
+processors; what each takes of them is printed. Prints each figure with its bar; the exit status is
+1 if one is missed. `--pause` multiplies the pauses: with 0 every client sends its next request at
+once, which measures requests a second rather than latency. `--quick` tries the script: few clients,
+a few seconds.
 """
 
 import argparse
@@ -46,6 +50,8 @@ GROWTH_MIB: Final = 32
 """From the second quarter of the time to the last."""
 UPLOAD_SHARE: Final = 0.7
 MODEL: Final = "load/skills"
+UPLOAD_EVERY: Final = 10.0
+"""Seconds from one upload of the larger checkpoint to the next."""
 FOLLOWED: Final = 20
 """Jobs under way that are followed."""
 
@@ -85,7 +91,7 @@ class Mix(NamedTuple):
 class Load:
     """The clients, and what they measured."""
 
-    def __init__(self, url: str, key: str, seconds: float, folder: Path) -> None:
+    def __init__(self, url: str, key: str, seconds: float, pause: float) -> None:
         self._http = httpx.AsyncClient(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"},
@@ -93,7 +99,7 @@ class Load:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
         )
         self._end = time.monotonic() + seconds
-        self._folder = folder
+        self._pause = pause
         self._chance = random.Random(0)
         self.milliseconds: defaultdict[str, list[float]] = defaultdict(list)
         self.refused = 0
@@ -111,7 +117,7 @@ class Load:
         async with self._http, asyncio.TaskGroup() as group:
             for step, (count, pause) in kinds.items():
                 for _ in range(count):
-                    group.create_task(self._repeat(step, pause))
+                    group.create_task(self._repeat(step, pause * self._pause))
 
     async def _repeat(self, step: Callable[[], Awaitable[None]], pause: float) -> None:
         """Steps with pauses of `pause` seconds on average."""
@@ -201,21 +207,39 @@ def api_process(parent: int) -> int:
     raise RuntimeError("The api does not run.")
 
 
-def resident_mib(process: int) -> float:
-    """Resident memory of a process."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+def family(process: int) -> list[int]:
+    """The process and all that descend from it."""
+    parents: defaultdict[int, list[int]] = defaultdict(list)
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            status = (folder / "stat").read_text().rpartition(")")[2].split()
+            parents[int(status[1])].append(int(folder.name))
+    found = [process]
+    for one in found:
+        found += parents[one]
+    return found
+
+
+def resident_mib(processes: Sequence[int]) -> float:
+    """Resident memory of processes."""
+    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in processes)
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-async def sample_memory(process: int, found: list[float]) -> None:
+def used_by(processes: Sequence[int]) -> float:
+    """Processor seconds of processes so far."""
+    return sum(map(cpu_seconds, processes))
+
+
+async def sample_memory(processes: Sequence[int], found: list[float]) -> None:
     """Add the api's memory every half second until cancelled."""
     while True:
-        found.append(resident_mib(process))
+        found.append(resident_mib(processes))
         await asyncio.sleep(0.5)
 
 
 def upload_and_copy(
-    url: str, key: str, home: Path, folder: Path, mib: int, end: float
+    url: str, key: str, home: Path, folder: Path, mib: int, end: float, every: float
 ) -> list[tuple[float, float]]:
     """Seconds of an upload and of a plain copy of the same bytes, in turn until `end`."""
     copy = copy_to_folder(home / "blobs")
@@ -227,7 +251,9 @@ def upload_and_copy(
             client.upload_folder(folder, lambda *_: None)
             uploaded = time.perf_counter()
             copy(folder / "model.safetensors")
-            pairs.append((uploaded - began, time.perf_counter() - uploaded))
+            copied = time.perf_counter()
+            pairs.append((uploaded - began, copied - uploaded))
+            time.sleep(max(0.0, min(began + every - copied, end - time.monotonic())))
     return pairs
 
 
@@ -244,24 +270,29 @@ async def measure(
     url: str, key: str, home: Path, process: int, options: argparse.Namespace, folder: Path
 ) -> list[Bar]:
     """Run the clients; returns the figures."""
-    load = Load(url, key, options.seconds, folder)
+    load = Load(url, key, options.seconds, options.pause)
     memory: list[float] = []
-    used = cpu_seconds(process)
-    sampler = asyncio.create_task(sample_memory(process, memory))
+    processes = family(process)
+    before, own = used_by(processes), time.process_time()
+    sampler = asyncio.create_task(sample_memory(processes, memory))
     uploads = asyncio.create_task(
         asyncio.to_thread(
             upload_and_copy, url, key, home, folder / "large", options.mib,
-            time.monotonic() + options.seconds,
+            time.monotonic() + options.seconds, UPLOAD_EVERY * options.pause,
         )
     )  # fmt: skip
     await load.run(Mix.of(options.clients))
-    used = cpu_seconds(process) - used
+    used, own = used_by(processes) - before, time.process_time() - own
     pairs = await uploads
     sampler.cancel()
     for kind, times in sorted(load.milliseconds.items()):
         p50, p99 = statistics.median(times), lists.p99(times)
         print(f"{kind:14}{len(times):6} requests   p50 {p50:7.1f} ms   p99 {p99:7.1f} ms")
-    print(f"api: {used:.1f} s of processor time in {options.seconds} s")
+    requests = sum(map(len, load.milliseconds.values()))
+    print(
+        f"{requests / options.seconds:.0f} requests a second; processor time: api {used:.1f} s, "
+        f"{1000 * used / requests:.1f} ms a request, uploads included; these clients {own:.1f} s"
+    )
     quarter = max(1, len(memory) // 4)
     growth = statistics.mean(memory[-quarter:]) - statistics.mean(memory[quarter : 2 * quarter])
     reads = lists.p99(load.milliseconds["reads"])
@@ -292,7 +323,9 @@ def run(options: argparse.Namespace) -> list[Bar]:
             *(sys.executable, "-P", "-m", "deltadock", "up", "--home", home),
             *("--api-port", str(api_port), "--node-port", str(node_port)),
         ]
-        with Child("deltadock up", command, log=home / "up.log", grace=30.0) as system:
+        environment = os.environ | {"DELTADOCK_API_PROCESSES": str(options.processes)}
+        log = home / "up.log"
+        with Child("deltadock up", command, log=log, env=environment, grace=30.0) as system:
             system.wait_until(lambda: is_ready(url), seconds=300)
             key = local_key_path(home).read_text(encoding="utf-8").strip()
             with Client(url, key) as client:
@@ -321,6 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--deltas", type=int, default=5000)
     parser.add_argument("--mib", type=int, default=64, help="MiB of the larger checkpoint")
+    parser.add_argument("--pause", type=float, default=1.0, help="factor of the clients' pauses")
+    parser.add_argument("--processes", type=int, default=1, help="of the api")
     parser.add_argument("--folder", type=Path, help="parent of the home; a temporary folder")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
@@ -328,7 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.clients, options.seconds, options.deltas, options.mib = 20, 3.0, 100, 2
     print(
         f"{processor()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}; "
-        f"{options.clients} clients, {options.seconds:g} s, {options.deltas} deltas"
+        f"{options.clients} clients, {options.seconds:g} s, {options.deltas} deltas, "
+        f"{options.processes} processes of the api, pauses times {options.pause:g}"
     )
     bars = run(options)
     for bar in bars:

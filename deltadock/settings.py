@@ -5,10 +5,14 @@ The embedded start and production run the same code; only their settings differ.
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+KEEP_ALIVE_SECONDS: Final = 75
+"""How long api and nodes keep idle connections: longer than clients and proxies do, so that none
+sends a request on a connection that is just being closed."""
 
 
 class Settings(BaseSettings):
@@ -57,6 +61,11 @@ class Settings(BaseSettings):
     node_url: str | None = Field(
         default=None,
         description="URL at which the api reaches the node; unset, its host name and port.",
+    )
+    api_processes: int = Field(
+        default=1,
+        ge=1,
+        description="Processes of the api that `deltadock up` starts behind its port.",
     )
     key_secret: SecretStr | None = Field(
         default=None,

@@ -2,8 +2,6 @@
 
 import hmac
 import secrets
-import threading
-import time
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
@@ -29,13 +27,18 @@ class DashboardSession(NamedTuple):
     csrf: str
 
 
+class SignInLink(NamedTuple):
+    """What the token of a one-time link holds."""
+
+    key_id: str
+    nonce: str
+
+
 class Sessions:
     """Signs and checks the cookies, the forms and the one-time links of the sign-in."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._used: dict[str, float] = {}
-        self._lock = threading.Lock()
 
     @cached_property
     def _cookies(self) -> URLSafeTimedSerializer:
@@ -61,23 +64,16 @@ class Sessions:
 
     def link_token(self, key_id: str) -> str:
         """A token with which a browser signs in once, without seeing the key."""
-        token = self._links.dumps({"key_id": key_id, "nonce": secrets.token_urlsafe(12)})
-        return str(token)
+        link = SignInLink(key_id, secrets.token_urlsafe(12))
+        return str(self._links.dumps(link._asdict()))
 
-    def use_link(self, token: str) -> str:
-        """The id of the key of a link, which is used up.
+    def link(self, token: str) -> SignInLink:
+        """The link of a token.
 
         Raises:
-            Unauthorized: the link is forged, has expired or was used before.
+            Unauthorized: it is forged, or has expired.
         """
-        link = _load(self._links, token, LINK_SECONDS)
-        now = time.monotonic()
-        with self._lock:
-            self._used = {nonce: end for nonce, end in self._used.items() if end > now}
-            if link["nonce"] in self._used:
-                raise Unauthorized("This link was used before. Sign in with an API key.")
-            self._used[link["nonce"]] = now + LINK_SECONDS
-        return str(link["key_id"])
+        return SignInLink(**_load(self._links, token, LINK_SECONDS))
 
 
 def start_form(request: Request, response: Response, token: str) -> None:

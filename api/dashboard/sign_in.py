@@ -23,6 +23,7 @@ from deltadock.errors import DeltadockError, Forbidden, InvalidInput, Unauthoriz
 from deltadock.storage.actor import Actor, acting
 from deltadock.storage.api_keys import prefix_of
 from deltadock.storage.models import AuditAction, AuditOrigin
+from deltadock.storage.repositories import IdempotencyRepository
 from deltadock.storage.repositories.audit import record
 from deltadock.storage.tenancy import LOCAL_TENANT
 
@@ -42,7 +43,7 @@ def show_sign_in(
     if token is None:
         return _form(request, target)
     try:
-        caller = resources.keys.caller_of_session(resources.sessions.use_link(token))
+        caller = _use_link(resources, token)
     except DeltadockError as error:
         return _form(request, target, error)
     return _signed_in(request, resources, caller, target)
@@ -76,6 +77,22 @@ async def sign_out(request: Request, resources: ResourcesDep) -> Response:
         await run_in_threadpool(_record, request, resources, caller, AuditAction.SIGN_OUT)
         end_session(response)
     return response
+
+
+def _use_link(resources: Resources, token: str) -> Caller:
+    """The caller of a one-time link, used up in the database: any process may have got it first.
+
+    Raises:
+        Unauthorized: the link is forged, has expired or was used before; or its key is not valid.
+    """
+    link = resources.sessions.link(token)
+    caller = resources.keys.caller_of_session(link.key_id)
+    with resources.database.session_scope() as session:
+        used = IdempotencyRepository(session, caller.tenant_id)
+        if used.find(link.nonce) is not None:
+            raise Unauthorized("This link was used before. Sign in with an API key.")
+        used.add(link.nonce, fingerprint="sign-in link", status=None, location=None, body={})
+    return caller
 
 
 def _form(request: Request, target: str, error: DeltadockError | None = None) -> Response:

@@ -7,6 +7,7 @@ processes and environment variables of docker-compose.yml.
 
 import fcntl
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from deltadock.cli.services import postgres, seaweedfs, valkey
 from deltadock.client.connection import local_url_path
 from deltadock.errors import Conflict, Forbidden
 from deltadock.extras import EMBEDDED, check_installed
-from deltadock.settings import Settings, get_settings
+from deltadock.settings import KEEP_ALIVE_SECONDS, Settings, get_settings
 from deltadock.storage.api_keys import key_secret, local_key_path
 from deltadock.storage.database import migrate
 from deltadock.trust import is_loopback, kept_secret
@@ -84,12 +85,18 @@ def running(
         "node": (*python, "deltadock.inference.server", "--host", HOST, "--port", str(node_port)),
         "worker": worker_command(),
         "api": (*python, "uvicorn", "deltadock.api.main:app", "--host", host,
-                "--port", str(api_port),
-                "--timeout-graceful-shutdown", "5"),
+                "--port", str(api_port), "--workers", str(parsed.api_processes),
+                "--timeout-graceful-shutdown", "5",
+                "--timeout-keep-alive", str(KEEP_ALIVE_SECONDS)),
     }  # fmt: skip
+    counts = home / "run" / "metrics"
+    shutil.rmtree(counts, ignore_errors=True)  # of the last run
+    if parsed.api_processes > 1:
+        counts.mkdir(parents=True)
+        environment["PROMETHEUS_MULTIPROC_DIR"] = str(counts)
     # Uvicorn and Celery search the working directory first: the user's holds other modules.
     empty = home / "run"
-    empty.mkdir(exist_ok=True)
+    empty.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         children = {
             name: stack.enter_context(

@@ -28,7 +28,7 @@ from deltadock.inference.http import endpoints
 from deltadock.inference.node import InferenceNode
 from deltadock.logs import configure_logging
 from deltadock.problems import install_error_handlers
-from deltadock.settings import Settings, get_settings
+from deltadock.settings import KEEP_ALIVE_SECONDS, Settings, get_settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
 from deltadock.tracing import configure_tracing, telemetry
 from deltadock.version import __version__
@@ -81,7 +81,11 @@ class NodeServer(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, host: str, port: int, url: str) -> None:
-        super().__init__(uvicorn.Config(app, host=host, port=port, log_config=None, lifespan="on"))
+        config = uvicorn.Config(
+            app, host=host, port=port, log_config=None, lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        )  # fmt: skip
+        super().__init__(config)
         self.node: InferenceNode = app.state.node
         self.url = url
 
