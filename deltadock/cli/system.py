@@ -37,6 +37,9 @@ from deltadock.trust import is_loopback, kept_secret
 
 SECRET_FILE: Final = "node.secret"
 """File in the home that holds the shared secret of api and nodes."""
+HEALTHCHECK_SECONDS: Final = 60
+"""How long one of several api processes may take to start or to answer its supervisor, which
+replaces it then."""
 MAX_RESTARTS: Final = 3
 RESTART_WINDOW_SECONDS: Final = 60.0
 
@@ -86,6 +89,7 @@ def running(
         "worker": worker_command(),
         "api": (*python, "uvicorn", "deltadock.api.main:app", "--host", host,
                 "--port", str(api_port), "--workers", str(parsed.api_processes),
+                "--timeout-worker-healthcheck", str(HEALTHCHECK_SECONDS),
                 "--timeout-graceful-shutdown", "5",
                 "--timeout-keep-alive", str(KEEP_ALIVE_SECONDS)),
     }  # fmt: skip

@@ -44,6 +44,7 @@ def test_two_processes_start_log_share_their_state_and_stop(
         "PROMETHEUS_MULTIPROC_DIR": str(counts),
     }
     command = [sys.executable, "-m", "uvicorn", "deltadock.api.main:app", "--workers", "2"]
+    command += ["--timeout-worker-healthcheck", "60"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--port", str(port)],
@@ -52,7 +53,7 @@ def test_two_processes_start_log_share_their_state_and_stop(
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
+        for _ in range(2400):
             try:
                 assert httpx.get(f"{url}/readyz").status_code == 200
                 break
