@@ -95,14 +95,11 @@ def test_a_bad_delta_or_request_is_refused_and_the_engine_goes_on(
 def test_a_quantized_base_answers_with_each_delta(
     stored: bool, deltas: dict[str, Path], expected: dict[str, Answers], tmp_path: Path
 ) -> None:
-    slots = {"slot_bytes": 700_000}
+    model, options = BASE, {"quantization": "fp8_per_channel"}
     if stored:
-        settings = {"deltadock": {**slots, "base": str(BASE)}}
-        model, options = write_quantized(tmp_path / "quantized"), {}
-    else:
-        settings = {"deltadock": slots}
-        model, options = BASE, {"quantization": "fp8_per_channel"}
-    llm = engine(model, enable_lora=True, max_loras=4, additional_config=settings, **options)
+        model = write_quantized(tmp_path / "quantized")
+        options = {"additional_config": {"deltadock": {"base": str(BASE)}}}
+    llm = engine(model, enable_lora=True, max_loras=4, **options)
     found = mixed(llm, deltas, 24)
     for name in NAMES:
         same = sum(map(list.__eq__, found[name], expected[name]))

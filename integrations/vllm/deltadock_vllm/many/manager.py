@@ -47,7 +47,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     slot_bytes: int | None = None
-    """Device memory of each slot on each rank; None: an eighth of the rank's weights."""
+    """Device memory of each slot on each rank; None: an eighth of its matrices, unquantized."""
     cache_bytes: int = 1 << 30
     """Device memory for unpacked factors on each rank."""
     base: Path | None = None
@@ -143,7 +143,6 @@ class DeltaManager:
         self._capacity = lora.max_cpu_loras
         rows = self._rows = Rows(TensorCache(settings.cache_bytes))
         slots = lora.max_loras + 1
-        parameters = sum(weight.nbytes for weight in model.parameters())
         self._modules = Modules(model, rows, slots, device)
         self._captured = _captured_rows(config)
         scheduler = config.scheduler_config
@@ -155,7 +154,7 @@ class DeltaManager:
             captured = 0 if head else self._captured
             chunks = StepChunks(most, slots, tables, captured=captured, device=device)
             setattr(rows, name, chunks)
-        slot_bytes = settings.slot_bytes or parameters // 8
+        slot_bytes = settings.slot_bytes or self._modules.elements * self._dtype.itemsize // 8
         self._memory = torch.empty(lora.max_loras, slot_bytes, dtype=torch.uint8, device=device)
         # Until the first delta, held for what the cache will take: the KV cache gets the rest.
         self._cache_memory: Tensor | None = None

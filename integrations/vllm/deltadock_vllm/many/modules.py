@@ -80,12 +80,14 @@ class Modules:
     Attributes:
         targets: by the name of the base's tensor; two of a tied embedding.
         sites: of all modules.
+        elements: of this rank's matrices, however they are quantized.
     """
 
     def __init__(self, model: nn.Module, rows: Rows, slots: int, device: torch.device) -> None:
         """Give every module that has a counterpart a site of `slots` slots, slot 0 included."""
         self.targets: dict[str, list[Target]] = {}
         self.sites: list[Site] = []
+        self.elements = 0
         self._rows, self._slots, self._device = rows, slots, device
         self._tied = bool(getattr(model.config, "tie_word_embeddings", False))
         packed = getattr(model, "packed_modules_mapping", None) or {}
@@ -125,6 +127,7 @@ class Modules:
             bias=module.bias if adds_bias else None, device=self._device,
         )  # fmt: skip
         _interpose(module).deltadock_linear = site.number
+        self.elements += h_in * sum(h_outs)
         begin = 0
         for number, (name, h_out) in enumerate(zip(names, h_outs, strict=True)):
             rows = _local_rows(module, number, h_out)
@@ -146,12 +149,15 @@ class Modules:
             name = f"{path}.weight"
             self._add(name, Target(embedding_site, rows=rows))
             self._embedding = name
+            self.elements += module.embedding_dim * (rows.stop - rows.start)
         if isinstance(module, ParallelLMHead) or head:
             site = LinearSite(
                 self._rows, self._slots, module.embedding_dim, [rows.stop - rows.start],
                 head=True, device=self._device,
             )  # fmt: skip
             method.deltadock_linear = site.number
+            if not self._tied:
+                self.elements += module.embedding_dim * (rows.stop - rows.start)
             name = self._embedding if self._tied else f"{path}.weight"
             self._add(name, Target(site, rows=rows))
 
