@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from deltadock.errors import UnsupportedModel
-from integrations.vllm.tests.conftest import METHODS
+from integrations.vllm.tests.conftest import METHODS, write_with_template
 from integrations.vllm.tests.engine import BASE, PROMPTS, Answers, answers, engine, write_quantized
 
 NAMES = ("base", *METHODS)
@@ -66,7 +66,11 @@ def test_a_bad_delta_or_request_is_refused_and_the_engine_goes_on(
     whole = deltas["bitdelta"].read_bytes()
     flipped = bytearray(whole)
     flipped[-1000] ^= 1
-    files = {"cut": whole[:-1000], "flipped": bytes(flipped), "empty": b"", "missing": None}
+    write_with_template(deltas["bitdelta"], tmp_path / "template.delta")
+    files = {
+        "cut": whole[:-1000], "flipped": bytes(flipped), "empty": b"", "missing": None,
+        "template": (tmp_path / "template.delta").read_bytes(),  # callers here render themselves
+    }  # fmt: skip
     for number, (name, data) in enumerate(files.items(), 10):
         path = tmp_path / f"{name}.delta"
         if data is not None:
