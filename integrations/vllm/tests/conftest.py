@@ -27,7 +27,7 @@ os.environ |= {
 
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
-from integrations.vllm.tests.engine import BASE, ROOT, Answers, answers, engine
+from integrations.vllm.tests.engine import BASE, ROOT, Answers
 
 FINETUNED = ROOT / "samples/finetuned"
 OWN_FILES = ("chat_template.jinja", "generation_config.json")
@@ -100,32 +100,28 @@ def deltas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {method: folder / f"{method}.delta" for method in METHODS}
 
 
-class Expected(dict[str, Answers]):
-    """What plain vLLM answers with the base or a delta's merged checkpoint, asked when needed.
+@pytest.fixture(scope="session")
+def expected(
+    deltas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Answers]:
+    """What plain vLLM answers with the base and each delta's merged checkpoint.
 
-    The answers are kept beside the deltas.
+    The answers are kept beside the deltas. A process of its own asks for them: an engine that ends
+    takes along what the others of its process share.
     """
-
-    def __init__(self, deltas: dict[str, Path], folder: Path) -> None:
-        super().__init__()
-        self._deltas, self._folder = deltas, folder
-
-    def __missing__(self, name: str) -> Answers:
-        kept = self._deltas["adamix"].with_name(f"{name}.json")
-        if not kept.exists():
+    kept = {name: deltas["adamix"].with_name(f"{name}.json") for name in ("base", *METHODS)}
+    asked: list[str | Path] = []
+    for name, path in kept.items():
+        if not path.exists():
             model = BASE
             if name != "base":
-                model = self._folder / name
-                deltadock("merge", "--base", BASE, "--delta", self._deltas[name], "--out", model)
-            kept.write_text(json.dumps(answers(engine(model))))
-        self[name] = json.loads(kept.read_text())
-        return self[name]
-
-
-@pytest.fixture(scope="session")
-def expected(deltas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    """The answers to compare with."""
-    return Expected(deltas, tmp_path_factory.mktemp("merged"))
+                model = tmp_path_factory.mktemp("merged") / name
+                deltadock("merge", "--base", BASE, "--delta", deltas[name], "--out", model)
+            asked += [model, path]
+    if asked:
+        command = [sys.executable, "-m", "integrations.vllm.tests.engine", *map(str, asked)]
+        subprocess.run(command, cwd=ROOT, check=True)
+    return {name: json.loads(path.read_text()) for name, path in kept.items()}
 
 
 def write_with_template(delta: Path, path: Path) -> None:

@@ -1,7 +1,12 @@
-"""Engines of the tests, and what they answer; vLLM takes its time to import."""
+"""Engines of the tests, and what they answer; vLLM takes its time to import.
 
+python -m integrations.vllm.tests.engine MODEL ANSWERS.json ...
+"""
+
+import gc
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -66,3 +71,14 @@ def answers(llm: "LLM", prompts: Sequence[str] = PROMPTS, **more: Any) -> Answer
     greedy = SamplingParams(temperature=0, max_tokens=12, stop=["\n"])
     outputs = llm.generate(list(prompts), greedy, use_tqdm=False, **more)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def main(models: Sequence[str], paths: Sequence[str]) -> None:
+    """Write each model's answers to its path."""
+    for model, path in zip(models, paths, strict=True):
+        Path(path).write_text(json.dumps(answers(engine(Path(model)))))
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1::2], sys.argv[2::2])
