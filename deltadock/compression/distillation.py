@@ -183,6 +183,7 @@ def distill(
     encoded: Mapping[str, Encoded],
     seed: int,
     progress: Callable[[float, str], None],
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[dict[str, Encoded], dict[str, float]]:
     """Train the scales of `encoded`.
 
@@ -193,6 +194,8 @@ def distill(
         encoded: encodings by tensor name.
         seed: of the order of the windows.
         progress: called at every step with the fraction done and a message.
+        known: windows (n, length), and the fine-tuned model's last states (n, length, hidden) for
+            them, which need not be computed again.
 
     Returns:
         The encodings, with trained scales if they are better; and the KL divergence on the
@@ -202,7 +205,7 @@ def distill(
     with Scratch() as scratch:
         memory = DeviceMemory(scratch, model.device, device_budget(model.device))
         student = _Student(pair, encoded, memory)
-        teacher = _Teacher(pair.finetuned, model, memory)
+        teacher = _Teacher(pair.finetuned, model, memory, known)
         size = max(1, TOKENS_PER_STEP // data.train.shape[1])
         windows = max(1, CHOOSE_TOKENS // data.choose.shape[1])
         choosing = data.choose[spaced(len(data.choose), windows)]
@@ -365,25 +368,30 @@ class _ResidentSource:
 
 
 class _Teacher:
-    """The fine-tuned model's predictions; caches the last hidden states of each window."""
+    """The fine-tuned model's predictions; caches the final hidden states of each window."""
 
     def __init__(
-        self, source: CheckpointReader, model: BlockwiseModel, memory: DeviceMemory
+        self,
+        source: CheckpointReader,
+        model: BlockwiseModel,
+        memory: DeviceMemory,
+        known: tuple[Tensor, Tensor] | None,
     ) -> None:
+        """`known`: windows and the last block's outputs for them."""
         self._source = _ResidentSource(source, memory)
         self._model, self._memory = model, memory
-        self._known: set[str] = set()
+        self._last = {} if known is None else dict(zip(map(_key, known[0]), known[1], strict=True))
+        self._final: set[str] = set()
 
     def __call__(self, windows: Tensor) -> Callable[[slice], Tensor]:
         """A function of a slice of the tokens of `windows`: log probabilities (n, vocabulary)."""
-        keys = [f"teacher {window.tolist()}" for window in windows]
-        new = [k for k, key in enumerate(keys) if key not in self._known]
+        keys = [_key(window) for window in windows]
+        new = [k for k, key in enumerate(keys) if key not in self._final]
         if new:
-            hidden = _forward(self._model, windows[new], self._source)[-1]
-            final = self._model.final_hidden(hidden, self._source)
+            final = self._model.final_hidden(self._last_states(windows[new]), self._source)
             for k, states in zip(new, final, strict=True):
                 self._memory.put(keys[k], states)
-                self._known.add(keys[k])
+                self._final.add(keys[k])
         states = torch.cat([self._memory.get(key) for key in keys])
 
         def target(piece: slice) -> Tensor:
@@ -391,6 +399,18 @@ class _Teacher:
             return F.log_softmax(torch.cat(logits), dim=-1)
 
         return target
+
+    def _last_states(self, windows: Tensor) -> Tensor:
+        """The last block's outputs (n, length, hidden), computed unless all are known."""
+        known = [self._last.get(_key(window)) for window in windows]
+        found = [states for states in known if states is not None]
+        if len(found) == len(windows):
+            return torch.stack(found)
+        return _forward(self._model, windows, self._source)[-1]
+
+
+def _key(window: Tensor) -> str:
+    return f"teacher {window.tolist()}"
 
 
 def _accumulate(

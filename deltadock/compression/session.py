@@ -195,6 +195,7 @@ class CompressionSession:
                 tensors,
                 self._options.seed,
                 lambda done, text: self._progress.report("assembling", 1, 3, text, within=done),
+                None if self._statistics is None else self._statistics.last_states(),
             )
             tensors = {
                 name: one if trained[name] is one or overflows(self.pair, name, trained[name])

@@ -63,12 +63,19 @@ def gram(rows: Tensor) -> Tensor:
     """`X^T X` (n, n) float32 of rows X (tokens, n).
 
     A GPU multiplies 16-bit rows by its tensor cores: their products are exact in float32, in which
-    they are summed, some ten times as fast as float32 rows.
+    they are summed, some ten times as fast as float32 rows. Else blocks below the diagonal are
+    copied from those above it.
     """
     if rows.is_cuda and rows.dtype.itemsize == 2:
         return torch.mm(rows.t(), rows, out_dtype=torch.float32)
-    rows = rows.float()
-    return rows.t() @ rows
+    rows, size = rows.float(), rows.shape[1]
+    step = max(64, -(-size // 4))
+    product = rows.new_empty(size, size)
+    for start in range(0, size, step):
+        stop = start + step
+        product[start:stop, start:] = rows[:, start:stop].t() @ rows[:, start:]
+        product[stop:, start:stop] = product[start:stop, stop:].t()
+    return product
 
 
 @dataclass(slots=True)
@@ -157,6 +164,13 @@ class Statistics:
             self._scratch.put(f"inputs {owner}", moment.float())
             self._scratch.put(f"held {owner}", held.float())
 
+    def last_states(self) -> tuple[Tensor, Tensor] | None:
+        """The windows that ran backward, (n, length), and the last block's outputs for them,
+        (n, length, hidden); None without gradients."""
+        if "windows" not in self._scratch:
+            return None
+        return self._scratch.get("windows"), self._scratch.get("last states")
+
     def inputs(self, key: str, device: torch.device | str = "cpu") -> Tensor:
         """Moment of the inputs, (h_in, h_in) float64; of an embedding, of its rows' gradients."""
         return self._scratch.get(f"inputs {self._owner.get(key, key)}", device).double()
@@ -243,7 +257,8 @@ class _ForwardPass:
                     self._put(matrix.ref, refs, train_moments, held_moments)
         progress(count / (count + 1), "output head, inputs")
         if len(sequences):
-            scratch.put(f"states {count}", states[sequences])
+            scratch.put("windows", self._data.train[sequences])
+            scratch.put("last states", states[sequences])
         tokens, held_tokens = states[..., 0].numel(), held[..., 0].numel()
         for matrix in self._statistics.matrices:
             key, tied = matrix.ref.key, model.head is None
@@ -295,7 +310,7 @@ class _BackwardPass:
         model, source, scratch = self._model, self._source, self._scratch
         count = len(model.blocks)
         progress(0.0, "output head, gradients")
-        variance, gradient = self._head(scratch.get(f"states {count}", model.device))
+        variance, gradient = self._head(scratch.get("last states", model.device))
         for index in reversed(range(count)):
             progress((count - index) / (count + 1), f"block {index + 1} of {count}, gradients")
             moments = MomentCollector()

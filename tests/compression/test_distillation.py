@@ -58,11 +58,12 @@ class Prepared:
         )
         self.encoded |= others
 
-    def distill(self) -> Outcome:
+    def distill(self, known: tuple[torch.Tensor, torch.Tensor] | None = None) -> Outcome:
         fractions: list[float] = []
         outcome = distill(
-            self.pair, self.model, DATA, self.encoded, 2, lambda done, _: fractions.append(done)
-        )
+            self.pair, self.model, DATA, self.encoded, 2,
+            lambda done, _: fractions.append(done), known,
+        )  # fmt: skip
         assert fractions == sorted(fractions)
         assert all(0 <= done <= 1 for done in fractions)
         return outcome
@@ -187,6 +188,29 @@ def test_streamed_and_resident_scales_are_equal(
     assert (figures.pop("resident"), streamed.pop("resident")) == (1.0, 0.0)
     assert figures == streamed
     assert all(same(one, second[name]) for name, one in first.items())
+
+
+def test_known_states_of_the_fine_tune_are_not_computed_again(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, run = distillation._forward, []
+    finetuned = prepared.pair.finetuned
+    states = forward(prepared.model, TRAIN, finetuned)[-1]
+
+    def recorded(model: Any, tokens: Any, source: Any) -> Any:
+        if isinstance(source, distillation._ResidentSource):
+            run.append(tokens)
+        return forward(model, tokens, source)
+
+    first, _ = prepared.distill()
+    monkeypatch.setattr(distillation, "_forward", recorded)
+    second, _ = prepared.distill((TRAIN, states))
+    assert [tokens.tolist() for tokens in run] == [HELD.tolist()]
+    for name, one in first.items():
+        for key, data in one.segments.items():
+            np.testing.assert_allclose(
+                data.astype(np.float32), second[name].segments[key].astype(np.float32), rtol=2e-3
+            )
 
 
 def test_a_step_reads_no_file_and_unpacks_each_tensor_once(

@@ -115,7 +115,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_moments_equal_plain_transformers(
     family: str, tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, model, _, whole, labels = collected(family, tmp_path, scratch, monkeypatch)
+    found, model, pair, whole, labels = collected(family, tmp_path, scratch, monkeypatch)
     inputs, _, _ = run_whole(whole, TRAIN, None)
     held, _, _ = run_whole(whole, HELD, None)
     _, gradients, scores = run_whole(whole, SEEN, labels)
@@ -131,6 +131,12 @@ def test_moments_equal_plain_transformers(
         close(held_moment, second_moment(held[path]))
         close(found.outputs(key), second_moment(gradients[path]))
         assert found.notes[key] == []
+
+    known = found.last_states()
+    assert known is not None
+    assert torch.equal(known[0], SEEN)
+    final = model.final_hidden(known[1], pair.finetuned).flatten(0, 1)
+    close(torch.cat([*model.logits(final, pair.finetuned)]).double(), scores["logits"])
 
     chances = scores["logits"].softmax(-1).double()
     spread = (chances * (1 - chances)).mean(0)
@@ -243,5 +249,14 @@ def test_without_gradients_only_input_moments_are_collected(
     assert {matrix.role for matrix in found.matrices} == {"linear"}
     key = found.matrices[0].ref.key
     assert found.inputs(key).shape == (32, 32)
+    assert found.last_states() is None
     with pytest.raises(KeyError):
         found.outputs(key)
+
+
+@pytest.mark.parametrize("size", [1, 64, 130, 513])
+def test_gram_equals_the_whole_product(size: int) -> None:
+    rows = torch.randn(32, size, generator=torch.Generator().manual_seed(0))
+    found = statistics.gram(rows)
+    assert torch.equal(found, found.t())
+    torch.testing.assert_close(found, rows.t() @ rows)
