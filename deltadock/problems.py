@@ -234,7 +234,7 @@ def described_errors(
         ("application/json", "ErrorBody") if in_openai_shape else (PROBLEM_TYPE, "Problem")
     )
     responses: Responses = {}
-    conflicts = frozenset(by_state)
+    conflicts = tuple(by_state)
     for kind in (*errors, *conflicts):
         error = kind((kind.__doc__ or kind.code).strip())
         if kind in conflicts:
