@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -15,7 +16,8 @@ GPU_SHARE: Final = 0.6
 SCRATCH_SHARE: Final = 0.5
 """Fraction of the free device memory that scratch space takes: a 7B model's moments take 89 GB."""
 MEMORY_SHARE: Final = 0.25
-"""Fraction of a GPU machine's memory that scratch space takes."""
+"""Fraction of `machine_memory` that scratch space takes beside a GPU."""
+GROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 
 
 def device_budget(device: torch.device) -> int:
@@ -25,13 +27,21 @@ def device_budget(device: torch.device) -> int:
     return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
+def machine_memory() -> int:
+    """Bytes of memory of this machine, or of this process's control group if that has less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(memory, int(GROUP_LIMIT.read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no control group, or "max"
+        return memory
+
+
 def scratch_for(device: torch.device) -> Scratch:
     """Scratch space for work on a device: a GPU's tensors stay there while they fit."""
     if device.type == "cpu":
         return Scratch()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Scratch(
-        max(MEMORY_BYTES, int(MEMORY_SHARE * memory)),
+        max(MEMORY_BYTES, int(MEMORY_SHARE * machine_memory())),
         int(SCRATCH_SHARE * torch.cuda.mem_get_info(device)[0]),
     )
 

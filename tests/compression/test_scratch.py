@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltadock.compression import residence
 from deltadock.compression.scratch import Scratch
 
 TENSORS = {
@@ -82,3 +83,15 @@ def test_tensors_stay_on_their_device_while_they_fit() -> None:
         kept = scratch.get("small", "meta")
         assert kept.is_meta
         assert kept.untyped_storage().nbytes() == 40, "not the whole of a view"
+
+
+@pytest.mark.parametrize(("limit", "smaller"), [("4096\n", True), ("max\n", False), (None, False)])
+def test_a_control_group_limits_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, smaller: bool
+) -> None:
+    """A container of 32 GB on a machine of 512 GB would be killed at a quarter of the machine's."""
+    file = tmp_path / "memory.max"
+    if limit is not None:
+        file.write_text(limit)
+    monkeypatch.setattr(residence, "GROUP_LIMIT", file)
+    assert (residence.machine_memory() == 4096) == smaller
