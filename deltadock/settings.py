@@ -116,7 +116,8 @@ class Settings(BaseSettings):
     node_factor_cache_bytes: int = Field(
         default=2**30,
         ge=0,
-        description="Memory of a node for unpacked factors; others are unpacked at every use. "
+        description="Memory of a node for unpacked tensors, on a GPU those that its kernels cannot "
+        "read packed; others are unpacked at every use. "
         "A CPU needs a further eighth of a delta's unpacked size per row of the batch.",
     )
     node_merge: bool = Field(

@@ -49,7 +49,7 @@ class Settings(BaseModel):
     slot_bytes: int | None = None
     """Device memory of each slot on each rank; None: an eighth of its matrices, unquantized."""
     cache_bytes: int = 1 << 30
-    """Device memory for unpacked factors on each rank."""
+    """A rank's memory for unpacked tensors, on a GPU those that its kernels cannot read packed."""
     base: Path | None = None
     """Of an engine whose checkpoint is stored quantized, the folder of what it was before."""
 
