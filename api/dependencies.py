@@ -56,7 +56,7 @@ class Resources:
             http=httpx.AsyncClient(
                 # A long prompt may take minutes until its first token.
                 timeout=httpx.Timeout(600.0, connect=5.0),
-                # Nodes close connections after five idle seconds: drop ours before they do.
+                # A machine that vanished closes no connection: only fresh ones are used again.
                 limits=httpx.Limits(
                     max_connections=None, max_keepalive_connections=50, keepalive_expiry=2.0
                 ),

@@ -93,18 +93,24 @@ def running(
                 "--timeout-graceful-shutdown", "5",
                 "--timeout-keep-alive", str(KEEP_ALIVE_SECONDS)),
     }  # fmt: skip
-    counts = home / "run" / "metrics"
-    shutil.rmtree(counts, ignore_errors=True)  # of the last run
-    if parsed.api_processes > 1:
-        counts.mkdir(parents=True)
-        environment["PROMETHEUS_MULTIPROC_DIR"] = str(counts)
     # Uvicorn and Celery search the working directory first: the user's holds other modules.
     empty = home / "run"
-    empty.mkdir(parents=True, exist_ok=True)
+    counts = empty / "metrics"
+    shutil.rmtree(counts, ignore_errors=True)  # of the last run
+    counts.mkdir(parents=True)
+    environments = dict.fromkeys(commands, environment)
+    if parsed.api_processes > 1:  # the others' counts are their own
+        environments["api"] = environment | {"PROMETHEUS_MULTIPROC_DIR": str(counts)}
     with ExitStack() as stack:
         children = {
             name: stack.enter_context(
-                Child(name, command, log=home / "logs" / f"{name}.log", env=environment, cwd=empty)
+                Child(
+                    name,
+                    command,
+                    log=home / "logs" / f"{name}.log",
+                    env=environments[name],
+                    cwd=empty,
+                )
             )
             for name, command in commands.items()
         }

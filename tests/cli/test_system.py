@@ -5,14 +5,17 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
+from typing import ClassVar, Self
 
 import pytest
 from celery import Celery
 from rich.console import Console
 
+from deltadock.cli import system
 from deltadock.cli.demo import demo
 from deltadock.cli.interrupts import forget_interrupts, note_interrupts
 from deltadock.cli.processes import Child, stop_on_signals
@@ -32,6 +35,42 @@ def test_a_child_that_keeps_exiting_stops_the_system(tmp_path: Path) -> None:
         keep_running([child], threading.Event(), Console(file=shown))
     assert shown.getvalue().count("restarting it") == MAX_RESTARTS
     assert str(caught.value.details["log_tail"]).endswith("why\n")
+
+
+class _Recorded:
+    """Stands for a child process, of which the environment is kept."""
+
+    environments: ClassVar[dict[str, Mapping[str, str]]] = {}
+
+    def __init__(self, name: str, *_: object, env: Mapping[str, str], **__: object) -> None:
+        self.environments[name] = env
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def request_stop(self) -> None: ...
+
+    def wait_until(self, _ready: object) -> None: ...
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_only_the_apis_processes_count_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setattr(system, "Child", _Recorded)
+    monkeypatch.setattr(system, "migrate", lambda _: None)
+    monkeypatch.setattr(system, "ensure_local_key", lambda _: "key_a")
+    settings = {"home": str(tmp_path), "api_processes": str(processes)}
+    with system.running(settings, tmp_path, api_port=1, node_port=2):
+        shared = {
+            name
+            for name, environment in _Recorded.environments.items()
+            if "PROMETHEUS_MULTIPROC_DIR" in environment
+        }
+    assert shared == ({"api"} if processes > 1 else set())
+    assert list((tmp_path / "run" / "metrics").iterdir()) == []
 
 
 def test_the_demo_refuses_the_ports_of_another_deltadock() -> None:
