@@ -184,6 +184,7 @@ def parts_of(
     Raises:
         NotFound: there is no such upload or announced file.
         Conflict: the upload takes no files, or this one is stored or to be sent whole.
+        StorageFull: the store has no room for the file.
     """
     with database.read_scope() as session:
         found = UploadRepository(session, tenant_id).find_file(upload_id, path)
@@ -202,10 +203,19 @@ def parts_of(
     if file.parts_token is None:
         begun = blobs.begin_parts(upload_id, *layout)
         with database.session_scope() as session:
-            if UploadRepository(session, tenant_id).set_parts_token(upload_id, path, begun.token):
-                return upload.kind, begun
-        begun.drop()  # another request was first
-        return parts_of(database, blobs, tenant_id, upload_id, path)
+            uploads = UploadRepository(session, tenant_id)
+            is_first = uploads.set_parts_token(upload_id, path, begun.token)
+        if not is_first:
+            begun.drop()
+            return parts_of(database, blobs, tenant_id, upload_id, path)
+        try:
+            begun.reserve()  # by one of several requests
+        except DeltadockError:
+            with database.session_scope() as session:
+                UploadRepository(session, tenant_id).set_parts_token(upload_id, path, None)
+            begun.drop()
+            raise
+        return upload.kind, begun
     if idle > TOUCH_SECONDS:
         with database.session_scope() as session:
             UploadRepository(session, tenant_id).touch(upload_id)

@@ -84,15 +84,14 @@ class LocalPartedFile(PartedFile):
     def create(cls, folder: Path, size: int, part_bytes: int, place: Callable[..., None]) -> Self:
         """A new file without parts."""
         file = cls(folder, uuid.uuid4().hex, size, part_bytes, place)
-        try:
-            with store_errors():
-                file.folder.mkdir(parents=True)
-                with file.data.open("xb") as stream:
-                    reserve(stream.fileno(), size)
-        except DeltadockError:
-            file.drop()
-            raise
+        with store_errors():
+            file.folder.mkdir(parents=True)
+            file.data.touch()
         return file
+
+    def reserve(self) -> None:
+        with store_errors(), _found(), self.data.open("r+b") as stream:
+            reserve(stream.fileno(), self.size)
 
     def writer(self, number: int) -> PartWriter:
         return _LocalPartWriter(self, number)

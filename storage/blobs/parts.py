@@ -85,6 +85,14 @@ class PartedFile(ABC):
             raise InvalidInput(f"The file has parts 1 to {self.count}, and no part {number}.")
         return min(self.part_bytes, self.size - (number - 1) * self.part_bytes)
 
+    def reserve(self) -> None:
+        """Reserve the file's space, where the store can.
+
+        Raises:
+            StorageFull: there is less.
+        """
+        return
+
     @abstractmethod
     def writer(self, number: int) -> PartWriter:
         """A writer for a part, through this process."""

@@ -1,6 +1,7 @@
 """Announced files: what is here is skipped, large ones come in parts, all is hashed again."""
 
 import base64
+import errno
 import hashlib
 import os
 import signal
@@ -22,7 +23,7 @@ from deltadock.api.uploads.completion import Completer
 from deltadock.cli.processes import free_ports
 from deltadock.errors import Unavailable
 from deltadock.settings import Settings
-from deltadock.storage.blobs import parts
+from deltadock.storage.blobs import PartedFile, local_parts, parts
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.blobs.local_parts import LocalPartedFile
 from deltadock.storage.database import migrate
@@ -79,6 +80,33 @@ def test_parts_in_parallel_and_any_order_become_a_checkpoint(api: Api) -> None:
     assert done.json()["checkpoint"] == api.upload("checkpoint", FILES)["checkpoint"]
     assert complete(api, upload["id"]).json() == done.json()
     assert (done.json()["expires_at"], parted(api), api.staged()) == (None, frozenset(), [])
+
+
+def test_space_is_reserved_once_however_many_parts_come_first(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, begin = threading.Barrier(2), LocalBlobStore.begin_parts
+    free = PART  # of a disk
+
+    def begin_together(*arguments: Any) -> PartedFile:
+        file = begin(*arguments)
+        both.wait(20)
+        return file
+
+    def reserve(_descriptor: int, size: int) -> None:
+        nonlocal free
+        if size > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        free -= size
+
+    monkeypatch.setattr(local_parts, "reserve", reserve)
+    upload = api.announce(FILES)["id"]
+    assert api.put_part(upload, "model.safetensors", 1, part(1)).status_code == 507
+    assert list(api.resources.blobs.entries("parts")) == []
+    monkeypatch.setattr(LocalBlobStore, "begin_parts", begin_together)
+    free = len(WEIGHTS)
+    send_parts(api, upload, "model.safetensors", WEIGHTS, [1, 2])
+    assert free == 0
 
 
 def test_what_is_here_is_not_sent_again(api: Api) -> None:
