@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, Select, and_, func, select, update
 from sqlalchemy.orm import Session, contains_eager, joinedload, selectinload
 
 from deltadock.errors import Cancelled
-from deltadock.names import parse_reference
+from deltadock.names import DEFAULT, parse_reference
 from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
@@ -158,8 +158,10 @@ class DeltaRepository:
         ).one_or_none()
 
     def versions(self, name: str) -> Sequence[DeltaRow]:
-        """All versions of a name."""
-        return self.session.scalars(self._not_deleted().where(DeltaRow.name == name)).all()
+        """All versions of a name, ascending."""
+        return self.session.scalars(
+            self._not_deleted().where(DeltaRow.name == name).order_by(DeltaRow.version)
+        ).all()
 
     def find_same(self, fingerprint: str) -> Sequence[DeltaRow]:
         """Ready or unfinished deltas with this fingerprint, of any name, highest version first.
@@ -415,7 +417,7 @@ class DeltaRepository:
     def restore(self, reference: str) -> DeltaRow | None:
         """Undo the deletion of a delta by id, version or bare name (the version deleted last).
 
-        None if there is none, or its bytes were given up.
+        None if there is none, or its bytes were given up; aliases mean no deleted delta.
 
         A deleted model is back with its first restored version; aliases stay where they are now.
 
@@ -425,10 +427,12 @@ class DeltaRepository:
         named = parse_reference(reference)
         if named is None:
             wanted = DeltaRow.id == reference
-        elif named.version is None:
+        elif named.version is not None:
+            wanted = and_(DeltaRow.name == named.name, DeltaRow.version == named.version)
+        elif named.alias == DEFAULT:
             wanted = DeltaRow.name == named.name
         else:
-            wanted = and_(DeltaRow.name == named.name, DeltaRow.version == named.version)
+            return None
         model_id = self.session.scalar(
             select(DeltaRow.model_id).where(wanted, self._owned()).limit(1)
         )

@@ -137,6 +137,7 @@ def test_a_deleted_models_name_is_its_own_if_it_is_restored(api: Api, versions: 
         assert api.client.get(path).status_code == 404
     again = api.client.post("/v1/deltas", json=api.delta_body(seed=4))
     assert (again.status_code, again.json()["code"]) == (409, "conflict")
+    assert api.client.post("/v1/deltas/maths/skills@prod/restore").status_code == 404
     restored = api.client.post("/v1/deltas/maths/skills/restore").json()
     assert (restored["version"], restored["default_version"]) == (2, 2), "the newest one"
     card = api.client.get(CARD).json()
