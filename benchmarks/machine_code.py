@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,8 @@ WARPS: Final = 64
 PROGRAMS: Final = 32
 """Registers, shared memory, warps and programs that an SM of an H100 or H200 holds."""
 
+INSTRUCTION: Final = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)(.*);")
+
 
 @dataclass(frozen=True, slots=True)
 class MachineCode:
@@ -33,6 +35,7 @@ class MachineCode:
         registers: of a thread.
         stack_bytes: of a thread; spilled registers are there.
         shared_bytes: of a program.
+        listing: what `nvdisasm` printed.
     """
 
     operations: list[str]
@@ -41,6 +44,7 @@ class MachineCode:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    listing: str = field(repr=False)
 
     @property
     def programs_per_sm(self) -> int:
@@ -105,6 +109,7 @@ def disassemble(compiled: Any) -> MachineCode:
         registers=int(found[1]),
         stack_bytes=int(found[2]),
         shared_bytes=compiled.metadata.shared,
+        listing=listing,
     )
 
 
@@ -120,7 +125,7 @@ def inner_loops(listing: str) -> tuple[list[str], list[slice]]:
     for line in listing.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(operations)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)(.*);", line):
+        elif instruction := INSTRUCTION.match(line):
             operations.append(instruction[1])
             jump = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
             begin = labels.get(jump[1]) if jump and instruction[1] == "BRA" else None
@@ -129,3 +134,34 @@ def inner_loops(listing: str) -> tuple[list[str], list[slice]]:
             if begin is not None and last_end <= begin < len(operations) - 1:
                 loops.append(slice(begin, len(operations)))
     return operations, loops
+
+
+def global_accesses(listing: str, constant: int) -> list[int]:
+    """Which instructions access global memory at addresses made from the pointer argument at
+    `constant` in the constant bank.
+
+    Registers are followed in the order of the listing.
+    """
+    argument = {f"c[0x0][{constant + half:#x}]" for half in (0, 4)}
+    derived: set[str] = set()
+    found = []
+    instructions = filter(None, map(INSTRUCTION.match, listing.splitlines()))
+    for place, instruction in enumerate(instructions):
+        operation, rest = instruction[1], instruction[2]
+        modifiers, _, operands = rest.partition(" ")
+        if operation in {"LDG", "STG"}:
+            address = re.search(r"\]\[(U?R\d+)", operands)
+            if address is not None and address[1] in derived:
+                found.append(place)
+        target, _, sources = operands.partition(",")
+        if operation == "STG" or not (made := re.fullmatch(r"(U?R)(\d+)", target.strip())):
+            continue
+        wide = {".64": 2, ".WIDE": 2, ".128": 4}
+        count = next((count for name, count in wide.items() if name in modifiers), 1)
+        registers = {f"{made[1]}{int(made[2]) + number}" for number in range(count)}
+        used = set(re.findall(r"\bU?R\d+\b", sources))
+        if operation != "LDG" and (used & derived or any(one in sources for one in argument)):
+            derived |= registers
+        elif "@" not in instruction[0]:
+            derived -= registers
+    return found

@@ -1,5 +1,6 @@
 """The kernels compile without a GPU, within budgets of registers and instructions."""
 
+import itertools
 import os
 from typing import Any
 
@@ -25,7 +26,7 @@ from benchmarks.kernel_model import (
     read_code,
     shrink_programs,
 )
-from benchmarks.machine_code import compile_kernel, disassemble, inner_loops
+from benchmarks.machine_code import compile_kernel, disassemble, global_accesses, inner_loops
 from deltadock.kernels.svd_delta import products
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.triton import DEFAULT
@@ -73,6 +74,56 @@ def test_machine_code(
     if dtype == "bf16":
         found = lane_instructions(code, codes_of)
         assert all(number <= bound for number, bound in zip(found, bounds, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("name", "warps", "registers", "written"),
+    # Arguments that kernels of a step write.
+    [
+        ("prepare_kernel", 4, None, ["x_ptr", "xs_ptr", "sums_ptr"]),
+        ("shrink_kernel", DEFAULT.shrink_warps, DEFAULT.shrink_registers,
+         ["xs_ptr", "sums_ptr", "projected_ptr"]),
+        ("expand_kernel", DEFAULT.expand_warps, DEFAULT.expand_registers,
+         ["projected_ptr", "y_ptr"]),
+    ],
+)  # fmt: skip
+def test_what_other_kernels_write_is_accessed_after_the_wait(
+    name: str, warps: int, registers: int | None, written: list[str]
+) -> None:
+    function = getattr(kernel, name)
+    code = disassemble(compile_for(90, function, "bf16", warps, registers))
+    operations = code.operations
+    planes = [loop for loop in code.loops if "HMMA" in operations[loop]]
+    # Programs that have nothing to do wait and exit.
+    waits = [
+        place
+        for place, (one, following) in enumerate(itertools.pairwise(operations))
+        if one == "ACQBULK" and following != "EXIT"
+    ]
+    offsets = argument_offsets(function)
+    for argument in written:
+        accesses = global_accesses(code.listing, offsets[argument])
+        assert accesses, argument
+        for place in accesses:
+            # A program may lack any plane: each has a wait of its own, as has what follows them.
+            # What `expand` adds up after its planes, at least one of them has waited for.
+            ends = [loop.stop for loop in planes if loop.stop <= place]
+            every = len(ends) == len(planes) and (name, argument) == (
+                "expand_kernel", "projected_ptr",
+            )  # fmt: skip
+            begin = 0 if every or not ends else ends[-1]
+            assert any(begin <= wait < place for wait in waits), (argument, operations[place])
+
+
+def argument_offsets(function: Any) -> dict[str, int]:
+    """Where a kernel's arguments are in the constant bank of compute capability 9.0."""
+    offsets, end = {}, 0x210
+    for name in function.arg_names:
+        if name.islower():  # constants of the compilation are not passed
+            size = 8 if name.endswith("_ptr") else 4
+            offsets[name] = end = -(-end // size) * size
+            end += size
+    return offsets
 
 
 @pytest.mark.parametrize("capability", [80, 90])
