@@ -1,20 +1,27 @@
 """What the plug-in decides without an engine: versions, files, and deltas that it refuses."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from deltadock_vllm import check_version
 from deltadock_vllm.checks import EngineFiles, base_manifest, check_servable
 from deltadock_vllm.fetching import fetch, fetch_registered
+from deltadock_vllm.many import hooks
+from deltadock_vllm.many.names import DeltaNames
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 
 from deltadock.artifacts.encodings import Encoded, encode_alias, encode_exact, encode_new_rows
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 from deltadock.client.cache import cached_path
-from deltadock.errors import DeltadockError, InvalidInput, NotFound
+from deltadock.errors import DeltadockError, InvalidInput, NotFound, UnsupportedModel
 from integrations.vllm.tests.conftest import Registry
 from integrations.vllm.tests.engine import BASE, write_quantized
 
@@ -146,3 +153,42 @@ def test_names_digests_and_files_are_fetched_and_verified(
             fetch(unknown)
     with pytest.raises(InvalidInput):
         fetch_registered(str(deltas["adamix"]))
+
+
+def test_a_rendered_request_is_not_refused_when_its_delta_was_evicted_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A delta with a template of its own, between the check of its name and the engine's queue."""
+
+    class Engine:
+        vllm_config = SimpleNamespace(lora_config=SimpleNamespace(max_cpu_loras=1))
+
+        async def collective_rpc(self, _method: str, args: tuple[int, str]) -> list[dict[str, str]]:
+            return [{"state": "ready"}]
+
+        async def add_request(
+            self, prompt: str, params: object, lora_request: LoRARequest | None = None
+        ) -> str:
+            return "queued"
+
+    def refuse(_names: DeltaNames, _path: str) -> None:
+        raise UnsupportedModel("It has a chat template of its own.")
+
+    monkeypatch.setattr(DeltaNames, "check_path", refuse)
+    monkeypatch.setattr(
+        DeltaNames, "resolve", lambda _, name: LoRARequest(name, ord(name), f"/{name}.delta")
+    )
+    engine = Engine()
+    add = hooks._adding_async(Engine.add_request)
+
+    async def serve() -> None:
+        names = hooks._names(engine, engine.vllm_config)
+        rendered = await names.request("a", hooks._loader(engine))
+        await names.request("b", hooks._loader(engine))  # evicts a
+        assert await add(engine, "prompt", SamplingParams(), lora_request=rendered) == "queued"
+        with pytest.raises(VLLMValidationError, match="template of its own"):
+            await add(
+                engine, "prompt", SamplingParams(), lora_request=LoRARequest("c", 9, "/c.delta")
+            )
+
+    asyncio.run(serve())

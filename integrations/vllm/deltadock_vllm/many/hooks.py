@@ -209,7 +209,8 @@ def _adding_async(original: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 check_sampling(params)
                 if not names.is_loaded(request.lora_int_id):
-                    await asyncio.to_thread(names.check_path, request.lora_path)
+                    if not names.is_known(request):
+                        await asyncio.to_thread(names.check_path, request.lora_path)
                     await names.ensure(request, _loader(self))
             except DeltadockError as error:
                 raise _vllm_error(error) from error

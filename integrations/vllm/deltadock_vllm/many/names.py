@@ -124,6 +124,10 @@ class DeltaNames:
         """Whether the ranks have a delta."""
         return key in self._loaded
 
+    def is_known(self, request: LoRARequest) -> bool:
+        """Whether it is of a name that HTTP asked for: checked, and rendered with its template."""
+        return any(one.request.lora_path == request.lora_path for one in self._known.values())
+
     def resolve(self, name: str) -> LoRARequest:
         """Fetch and check the delta that a name, id, digest or `name@digest` means; blocks.
 
