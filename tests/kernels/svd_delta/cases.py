@@ -235,9 +235,9 @@ def many_rows_use_products(dtype: torch.dtype) -> None:
     for rows, begin, end, dense in (([0, 2], 0, 300, wide.dense), ([3, 4], 300, 333, flat.dense)):
         want[rows, begin:end] += x[rows].double().cpu() @ dense.T
     want[[0, 2], 333:] += bias.double()
-    rows = {1: torch.tensor([0, 2], device=DEVICE), 2: slice(1, 2), 3: slice(3, 5)}
     unchanged = y[1].clone()
-    add_products(y, x, table, rows)
+    pair = torch.tensor([0, 2], device=DEVICE)
+    add_products(y, x, table, {1: pair, 2: slice(1, 2), 3: slice(3, 5)})
     assert torch.equal(y[1], unchanged)
     for row in (0, 2, 3, 4):
         for begin, end in ((0, 300), (300, 333), (333, 373)):
