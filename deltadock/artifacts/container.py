@@ -250,7 +250,7 @@ class StreamingInspector:
         if self._current is not None:
             raise MalformedSafetensors(
                 f"The file ends inside tensor {self._current.name!r}: "
-                f"{self._position} of {self._header.data_bytes} data bytes arrived. "
-                "Upload it again."
+                f"{self._position} of {self._header.data_bytes} data bytes are "
+                "there. Was it cut off? Save or copy it again."
             )
         return self._header, self._digests

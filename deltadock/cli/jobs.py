@@ -16,7 +16,7 @@ from deltadock.cli.output import (
     say,
 )
 from deltadock.cli.server import JobReference, Url, complete_model, connect
-from deltadock.errors import NotFound
+from deltadock.errors import NotFound, Unavailable
 from deltadock.names import parse_reference
 
 if TYPE_CHECKING:
@@ -28,13 +28,19 @@ def follow(client: "Client", job: str) -> None:
     """Follow a job to its end with a bar.
 
     Raises:
-        typer.Exit: it failed or was cancelled, or Ctrl-C was pressed; it goes on then.
+        typer.Exit: it failed or was cancelled, or Ctrl-C was pressed or the server stopped; it goes
+            on then.
     """
     from deltadock.client.progress import job_bar
 
     hint = f"The job goes on. Follow it: deltadock logs -f {job}; end it: deltadock cancel {job}"
-    with on_interrupt(hint), job_bar(errors) as show:
-        ended = client.wait(job, show)
+    try:
+        with on_interrupt(hint), job_bar(errors) as show:
+            ended = client.wait(job, show)
+    except Unavailable as error:
+        status = report(error)
+        say(f"The job goes on once the server runs again. Follow it: deltadock logs -f {job}")
+        raise typer.Exit(status) from None
     _exit_if_failed(ended)
 
 
@@ -82,7 +88,7 @@ def jobs(
             (
                 job.id,
                 names[job.delta],
-                job.stage if job.error is None else f"{job.state}: {job.error.code}",
+                _state(job),
                 f"{job.percent:.0f} %",
                 "–" if job.elapsed is None else duration_text(job.elapsed),
                 "–" if job.remaining is None else duration_text(job.remaining),
@@ -92,6 +98,12 @@ def jobs(
         ),
         "There is no such job. `deltadock push` starts one.",
     )
+
+
+def _state(job: "Job") -> str:
+    if job.error is None:
+        return job.stage
+    return job.state if job.error.code == job.state else f"{job.state}: {job.error.code}"
 
 
 def _name(client: "Client", delta: str) -> str:

@@ -200,6 +200,8 @@ class JobRepository:
             lease_owner=owner,
             lease_expires_at=now + timedelta(seconds=lease_seconds),
             attempt=JobRow.attempt + 1,
+            # Until it is past them: `advance` only moves forward.
+            message=case((JobRow.state == JobState.QUEUED, ""), else_="repeating unsaved steps"),
             updated_at=now,
             started_at=func.coalesce(JobRow.started_at, now),
             expected_at=None,
@@ -302,6 +304,7 @@ class JobRepository:
             lease_owner=None,
             lease_expires_at=None,
             attempt=JobRow.attempt - 1,
+            message="waiting for a worker to continue",
             updated_at=now,
             expected_at=None,
         )

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
 
+from deltadock.cli.jobs import follow
+from deltadock.cli.outcome import UNAVAILABLE
 from deltadock.cli.processes import free_ports
 from deltadock.client.connection import read_login
 from deltadock.client.http import Client
+from deltadock.errors import Unavailable
 from deltadock.storage.models import Scope
 from tests.api.support import issue_key
 from tests.cli.support import Command, Outcome
@@ -414,3 +418,16 @@ def test_no_server_and_no_key_say_so(
     outcome = deltadock("ls", "--url", f"http://127.0.0.1:{free_ports(1)[0]}")
     assert outcome.code == 3
     assert "does not answer" in outcome.stderr
+
+
+def test_a_server_that_stops_ends_following_not_the_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wait(*_: object) -> None:
+        raise Unavailable("It does not answer.")
+
+    monkeypatch.setattr(Client, "wait", wait)
+    with Client("http://127.0.0.1:9", "key") as client, pytest.raises(typer.Exit) as ended:
+        follow(client, "job_1")
+    assert ended.value.exit_code == UNAVAILABLE
+    assert "The job goes on once the server runs again" in capsys.readouterr().err

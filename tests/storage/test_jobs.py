@@ -105,11 +105,15 @@ def test_a_renewed_lease_expires_later(jobs: JobRepository, job: JobRow) -> None
 
 def test_a_released_lease_can_be_acquired_immediately(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
+    jobs.advance(job.id, "one", **progress(JobState.CALIBRATING, 20.0), now=NOW)
     assert not jobs.release(job.id, "two", now=later(1))
     assert jobs.release(job.id, "one", now=later(1))
+    waiting = jobs.find(job.id)
+    assert waiting is not None
+    assert (waiting.percent, waiting.message) == (20.0, "waiting for a worker to continue")
     taken = jobs.acquire(job.id, "two", LEASE, now=later(1))
     assert taken is not None
-    assert taken.attempt == 1
+    assert (taken.attempt, taken.message) == (1, "repeating unsaved steps")
 
 
 def test_one_of_many_concurrent_workers_acquires_the_lease(database: Database) -> None:
