@@ -19,7 +19,7 @@ from hypothesis.stateful import run_state_machine_as_test as run
 from deltadock.api.uploads import service
 from deltadock.api.uploads.completion import Completer
 from deltadock.artifacts.checkpoint import FileEntry
-from deltadock.errors import Conflict, DeltadockError, HashMismatch, InvalidInput, NotFound
+from deltadock.errors import Conflict, DeltadockError, HashMismatch, NotFound
 from deltadock.settings import Settings
 from deltadock.storage.blobs import parts
 from deltadock.storage.blobs.local import LocalBlobStore
@@ -131,7 +131,7 @@ class Uploads(RuleBasedStateMachine):
             send()
             self.arrived[number] = right
         else:
-            with pytest.raises(InvalidInput):
+            with pytest.raises(Conflict):
                 send()
             self.arrived.pop(number, None)
 
