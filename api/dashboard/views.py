@@ -281,10 +281,7 @@ def entry(session: Session, tenant_id: str, delta_id: str) -> DeltaEntry:
     Raises:
         NotFound: there is none, or it was deleted.
     """
-    return _entry(session, tenant_id, show_delta(session, tenant_id, delta_id))
-
-
-def _entry(session: Session, tenant_id: str, delta: ShownDelta) -> DeltaEntry:
+    delta = show_delta(session, tenant_id, delta_id)
     return DeltaEntry(DeltaOut.of(delta), describe_jobs(session, tenant_id, [delta.job])[0])
 
 
@@ -297,13 +294,13 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
     delta = show_delta(session, tenant_id, delta_id)
     deltas = DeltaRepository(session, tenant_id)
     report = deltas.report(delta.id)
-    lineage = detail_of(session, delta).lineage
-    parent = deltas.show(lineage.parent) if lineage.parent else None
+    detail = detail_of(session, delta)
+    parent = deltas.show(detail.lineage.parent) if detail.lineage.parent else None
     siblings = deltas.of_checkpoint(delta.checkpoint_digest, limit=SIBLINGS_SHOWN)
     checkpoint = CheckpointRepository(session, tenant_id).find(delta.checkpoint_digest)
     return DeltaView(
-        _entry(session, tenant_id, delta),
-        lineage,
+        DeltaEntry(detail, describe_jobs(session, tenant_id, [delta.job])[0]),
+        detail.lineage,
         DeltaEntry.of(parent) if parent else None,
         ReportFigures.of(report) if report else None,
         siblings,
