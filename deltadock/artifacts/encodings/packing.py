@@ -46,16 +46,12 @@ def segment_words(rows: int, columns: int, bits: int) -> int:
 
 def in_pieces(work: Callable[[slice], None], rows: int, columns: int) -> None:
     """Call `work` for slices of the rows of (rows, columns), in threads if there are several."""
-
-    def pieces() -> Iterator[slice]:
-        step = max(1, PIECE // max(columns, 1))
-        return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
-
     if rows * columns <= PIECE:
         work(slice(0, rows))
         return
+    step = max(1, PIECE // columns)
     with ThreadPoolExecutor() as threads:
-        for _ in threads.map(work, pieces()):
+        for _ in threads.map(work, (slice(row, row + step) for row in range(0, rows, step))):
             pass
 
 
