@@ -1,13 +1,12 @@
 """Tensors that stay on the device while they fit, instead of being read again at every use."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from deltadock.compression.host_memory import total_memory
 from deltadock.compression.scratch import MEMORY_BYTES, Scratch
 
 CPU_BYTES: Final = 1 << 30
@@ -16,8 +15,7 @@ GPU_SHARE: Final = 0.6
 SCRATCH_SHARE: Final = 0.5
 """Fraction of the free device memory that scratch space takes: a 7B model's moments take 89 GB."""
 MEMORY_SHARE: Final = 0.25
-"""Fraction of `machine_memory` that scratch space takes beside a GPU."""
-GROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
+"""Fraction of the memory that scratch space takes beside a GPU."""
 
 
 def device_budget(device: torch.device) -> int:
@@ -27,21 +25,12 @@ def device_budget(device: torch.device) -> int:
     return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
-def machine_memory() -> int:
-    """Bytes of memory of this machine, or of this process's control group if that has less."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(memory, int(GROUP_LIMIT.read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no control group, or "max"
-        return memory
-
-
 def scratch_for(device: torch.device) -> Scratch:
     """Scratch space for work on a device: a GPU's tensors stay there while they fit."""
     if device.type == "cpu":
         return Scratch()
     return Scratch(
-        max(MEMORY_BYTES, int(MEMORY_SHARE * machine_memory())),
+        max(MEMORY_BYTES, int(MEMORY_SHARE * total_memory())),
         int(SCRATCH_SHARE * torch.cuda.mem_get_info(device)[0]),
     )
 

@@ -338,7 +338,7 @@ def test_without_a_text_every_method_is_measured_on_sampled_text(
 def test_what_cannot_be_measured_is_noted(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(sampling, "free_memory", lambda: 1000)
     report = compress(*pair, tmp_path / "a.delta", BITDELTA, calibration=None)
     assert (report.kl, report.measured_on) == (None, [])
     (note,) = report.notes

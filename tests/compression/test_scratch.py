@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltadock.compression import residence
+from deltadock.compression import host_memory
 from deltadock.compression.scratch import Scratch
 
 TENSORS = {
@@ -93,5 +93,5 @@ def test_a_control_group_limits_memory(
     file = tmp_path / "memory.max"
     if limit is not None:
         file.write_text(limit)
-    monkeypatch.setattr(residence, "GROUP_LIMIT", file)
-    assert (residence.machine_memory() == 4096) == smaller
+    monkeypatch.setattr(host_memory, "GROUP", tmp_path)
+    assert (host_memory.total_memory() == 4096) == smaller

@@ -19,6 +19,7 @@ from transformers import AutoConfig, GenerationConfig, LogitsProcessor
 from transformers.utils import logging
 
 from deltadock.compression.calibration.sources import encode
+from deltadock.compression.host_memory import free_memory
 from deltadock.compression.model.families import auto_class
 from deltadock.errors import InvalidCalibration, UnsupportedModel
 
@@ -270,24 +271,11 @@ def check_fits(parameters: int, device: str) -> None:
     """
     on_cpu = torch.device(device).type == "cpu"
     needed = parameters * (4 if on_cpu else 2)
-    free = _free_memory() if on_cpu else torch.cuda.mem_get_info(device)[0]
+    free = free_memory() if on_cpu else torch.cuda.mem_get_info(device)[0]
     if needed > free:
         raise _unsupported(
             MemoryError(f"the model takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         )
-
-
-def _free_memory() -> int:
-    """Bytes of memory that this process can still take, within its control group."""
-    available = Path("/proc/meminfo").read_text(encoding="ascii").partition("MemAvailable:")[2]
-    free = int(available.split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, int(limit) - used)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
