@@ -7,7 +7,7 @@ writes 16 bits for every code once per call, so that nothing needs to be kept.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 import triton
@@ -22,16 +22,6 @@ BLOCK_COLUMNS: Final = 128
 """Columns of a vector that a program unpacks."""
 _TILE = tl.constexpr(TILE_FIELDS)
 _RANKS = tl.constexpr(TILE_RANKS)
-
-
-class Factors(NamedTuple):
-    """A delta is `u.T @ v`; ranks are padded with zeros to a multiple of `TILE_RANKS`, because
-    products of rows that are not aligned to 16 bytes are slow."""
-
-    u: Tensor
-    """(padded rank, h_out)"""
-    v: Tensor
-    """(padded rank, h_in)"""
 
 
 @triton.jit
@@ -96,8 +86,15 @@ def padded(rank: int) -> int:
     return -(-rank // TILE_RANKS) * TILE_RANKS
 
 
-def unpack_factors(delta: PackedDelta, v: Tensor) -> Factors:
-    """Unpack a delta of rank 1 or more; V to `v` (padded rank, h_in), U to a new tensor."""
+def unpack_factors(delta: PackedDelta, v: Tensor) -> Tensor:
+    """Unpack a delta `U^T V` of rank 1 or more; V to `v` (padded rank, h_in).
+
+    Ranks are padded with zeros to a multiple of `TILE_RANKS`: products of rows that are not aligned
+    to 16 bytes are slow.
+
+    Returns:
+        U (padded rank, h_out).
+    """
     u = torch.empty(len(v), delta.h_out, dtype=v.dtype, device=v.device)
     begins = {name: region.begin for name, region in delta.regions.items()}
     for out, side, scale in ((v, "v", "column_scale"), (u, "u", "row_scale")):
@@ -109,7 +106,7 @@ def unpack_factors(delta: PackedDelta, v: Tensor) -> Factors:
             BLOCK=BLOCK_COLUMNS, EMULATE=not v.is_cuda, num_warps=8,
             enable_fp_fusion=True,  # pinned: Triton 3.10 changes the default
         )  # fmt: skip
-    return Factors(u, v)
+    return u
 
 
 def add_products(y: Tensor, x: Tensor, table: DeltaTable, rows: Mapping[int, RowIndex]) -> None:
@@ -135,19 +132,19 @@ def _add_products(
     """One slot's: one product with all of V, then one with each U."""
     sizes = [0 if delta is None else padded(delta.rank) for delta in deltas]
     v = torch.empty(sum(sizes), x.shape[1], dtype=x.dtype, device=x.device)
-    factors = [
+    unpacked = [
         unpack_factors(delta, part) if delta is not None and delta.rank else None
         for delta, part in zip(deltas, torch.split(v, sizes), strict=True)
     ]
     projected = torch.split(x @ v.T, sizes, dim=1)
     end = 0
-    for delta, pair, part, h_out in zip(deltas, factors, projected, h_outs, strict=True):
+    for delta, u, part, h_out in zip(deltas, unpacked, projected, h_outs, strict=True):
         begin, end = end, end + h_out
         if delta is None:
             continue
         out = y[rows, begin:end]
-        if pair is not None:
-            out.addmm_(part, pair.u)
+        if u is not None:
+            out.addmm_(part, u)
         if (bias := delta.floats("bias")) is not None:
             out += bias
         if not isinstance(rows, slice):  # with a slice `out` is a view of y
