@@ -6,7 +6,7 @@ RUN python -m venv /opt/deltadock
 ENV PATH=/opt/deltadock/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
-COPY deltadock/version.py deltadock/version.py
+COPY deltadock/version.py src/deltadock/version.py
 RUN touch README.md LICENSE && pip install -c constraints.txt ".[traces]"
 
 FROM dependencies AS dependencies-torch
@@ -14,7 +14,8 @@ RUN pip install -c constraints.txt ".[torch,traces]"
 
 FROM scratch AS sources
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-# It holds links to the folders beside it.
+# They hold links to each other.
+COPY src src
 COPY deltadock deltadock
 COPY api api
 COPY workers workers

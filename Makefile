@@ -83,4 +83,4 @@ browser: develop  ## Find or install a browser for the dashboard's tests
 	$(BIN)/python -m tests.browser
 
 clean:  ## Remove the environment, caches and embedded data
-	rm -rf .venv $(VLLM) .deltadock .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+	rm -rf .venv $(VLLM) .deltadock .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build src/*.egg-info

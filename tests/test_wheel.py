@@ -53,9 +53,9 @@ class Installation:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools writes into the source folder."""
-    sources, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, named as Git names it: setuptools writes into it."""
+    sources = tmp_path_factory.mktemp("sources") / "deltadock"
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in names.splitlines():
@@ -63,8 +63,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             continue
         (sources / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, sources / name, follow_symlinks=False)
+    return sources
+
+
+@pytest.fixture(scope="session")
+def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", out, sources], check=True)
+    subprocess.run([*command, "--wheel-dir", out, clone], check=True)
     [wheel] = out.glob("*.whl")
     return wheel
 
@@ -116,6 +122,30 @@ def test_it_installs_one_package(wheel: Path) -> None:
     assert {source.split("/")[0] for source in sources} == (linked - {"samples"}) | {"deltadock"}
     for source in sources:
         assert (source if source.startswith("deltadock/") else f"deltadock/{source}") in names
+
+
+def test_an_editable_install_is_found_from_the_folder_above_the_clone(
+    clone: Path, tmp_path: Path
+) -> None:
+    """There `deltadock/`, which is no package, must not hide it; nor does it add other names."""
+    build = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    built = subprocess.run(
+        [sys.executable, "-c", build], cwd=clone, capture_output=True, text=True, check=True
+    )
+    assert "warning" not in built.stderr.lower()
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        f"import site; site.addsitedir({str(tmp_path)!r}); import deltadock;"
+        "from importlib.util import find_spec;"
+        "print(deltadock.__version__, [find_spec(n) for n in ('api', 'kernels', 'storage')])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=clone.parent, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert found.stdout == f"{deltadock.__version__} [None, None, None]\n"
 
 
 def test_packages_with_similar_names_stay_importable(installation: Installation) -> None:
