@@ -61,10 +61,17 @@ class JobOut(BaseModel):
         "all behind the first thousand; null once one has started it.",
         examples=[3],
     )
-    block: int = Field(description="Current block of the stage.", examples=[3])
-    blocks: int = Field(description="Blocks of the stage.", examples=[8])
+    block: int = Field(
+        description="Steps of the stage that are done; while compressing, blocks.", examples=[3]
+    )
+    blocks: int = Field(
+        description="Steps of the stage; `message` says what is done now.", examples=[8]
+    )
     percent: float = Field(description="Of the whole job, to one decimal.", examples=[42.5])
-    message: str = Field(examples=["model.layers.3"])
+    message: str = Field(
+        description="What is done now; blocks are counted from 1.",
+        examples=["block 4 of 8, matrix 3 of 7"],
+    )
     error: JobError | None = None
     cancel_requested: bool
     attempt: int = Field(description="How many workers have started it.", examples=[1])

@@ -239,6 +239,6 @@ def advance(session: Session, job_id: str, block: int, blocks: int = 24) -> None
         block=block,
         blocks=blocks,
         percent=10 + 80 * block / blocks,
-        message=f"model.layers.{block}",
+        message=f"block {block + 1} of {blocks}, matrix 1 of 7",
     )
     assert moved, "the worker lost its lease"

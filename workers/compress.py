@@ -40,6 +40,8 @@ MAX_ATTEMPTS: Final = 5
 
 REPORT_SECONDS: Final = 0.25
 """Minimum interval between progress updates within one block."""
+LOG_SECONDS: Final = 60.0
+"""Maximum interval between lines of the job's log while it makes progress."""
 
 PREDICTABLE: Final = 0.1
 """Fraction of a job after which its rate predicts its end."""
@@ -168,7 +170,7 @@ def _run(job: JobRow, lease: Lease, clock: StageClock, context: WorkerContext) -
     delta, settings, blobs = job.delta, context.settings, context.blobs
     folder = job_folder(settings, job.id)
     progress = _reporter(lease, clock)
-    progress(Progress("validating", 0, 0, 0.0, "Fetching the checkpoints"))
+    progress(Progress("validating", 0, 0, 0.0, "fetching the checkpoints"))
     bases = FileCache(blobs, settings.cache_folder)
     with bases.held_checkpoint(delta.base.checkpoint_digest, settings.checkpoint_cache_bytes) as (
         base,
@@ -244,17 +246,20 @@ def _reporter(lease: Lease, clock: StageClock) -> Callable[[Progress], None]:
     It checks at every step whether to stop, since the next one may be minutes away.
     """
     last_key: tuple[str, int] = ("", 0)
-    last_time = 0.0
+    last_time = last_line = 0.0
     started = time.monotonic()
 
     def report(progress: Progress) -> None:
-        nonlocal last_key, last_time
+        nonlocal last_key, last_time, last_line
         clock.enter(progress.stage)
         key, now = (progress.stage, progress.block), time.monotonic()
         if key == last_key and now - last_time < REPORT_SECONDS:
             lease.check()
             return
-        is_new_step, last_key, last_time = key != last_key, key, now
+        log_line = None
+        if key != last_key or now - last_line >= LOG_SECONDS:
+            log_line, last_line = f"{progress.stage}: {progress.message}", now
+        last_key, last_time = key, now
         seconds_left = None
         if progress.fraction >= PREDICTABLE:
             seconds_left = (now - started) * (1 - progress.fraction) / progress.fraction
@@ -265,7 +270,7 @@ def _reporter(lease: Lease, clock: StageClock) -> Callable[[Progress], None]:
             percent=100 * progress.fraction,
             message=progress.message,
             seconds_left=seconds_left,
-            log_line=f"{progress.stage}: {progress.message}" if is_new_step else None,
+            log_line=log_line,
         )
 
     return report

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from deltadock.cli.outcome import on_interrupt
-from deltadock.cli.output import AsJson, output, print_json, progress_bar
+from deltadock.cli.output import AsJson, errors, output, print_json, working
 from deltadock.compression.options import (
     LENGTH,
     TOKENS,
@@ -175,6 +175,7 @@ def compress(
     amount.check()
     check_writable(out, report)
     chosen_device = resolve_device(device)
+    from deltadock.client.progress import work_bar
     from deltadock.compression.options import CompressOptions
     from deltadock.compression.pipeline import compress as run
 
@@ -187,22 +188,20 @@ def compress(
     with (
         blocks,
         on_interrupt("The same command continues after the last finished block."),
-        progress_bar() as bar,
+        work_bar(errors) as show,
     ):
-        task = bar.add_task("validating", total=1.0)
         result = run(
             base,
             finetuned,
             out,
             options,
             calibration=sources,
-            progress=lambda update: bar.update(
-                task, completed=update.fraction, description=f"{update.stage}: {update.message}"
+            progress=lambda update: show(
+                update.stage, f"{update.stage}: {update.message}", update.fraction
             ),
             store=blocks,
             device=chosen_device,
         )
-        bar.update(task, completed=1.0, description="done")
     document = result.to_dict()
     if report is not None:
         report.write_text(json.dumps(document, indent=2) + "\n")
@@ -311,7 +310,8 @@ def preview(
 ) -> None:  # fmt: skip
     """Predict the size of a delta from the tensors' shapes."""
     _, goal = goal_for(method, bits=bits, target_bytes=target_bytes, ratio=ratio)
-    size = _preview(finetuned, base, method, goal)
+    with working("reading the checkpoints"):
+        size = _preview(finetuned, base, method, goal)
     if as_json:
         print_json(size.to_dict())
         return
@@ -351,17 +351,17 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
 ) -> None:
     """Measure a delta against its fine-tune and base on a text."""
+    from deltadock.client.progress import work_bar
     from deltadock.compression.quality import evaluate as run
 
-    with progress_bar() as bar:
-        task = bar.add_task("comparing outputs", total=1.0)
+    with work_bar(errors) as show:
         quality = run(
             base,
             finetuned,
             delta,
             text,
             window=window,
-            progress=lambda done, total: bar.update(task, completed=done / total),
+            progress=lambda done, total: show("", "comparing outputs", done / total),
             device=resolve_device(device),
         )
     if as_json:
@@ -382,7 +382,8 @@ def merge(
     """Merge a delta into its base and write a full checkpoint."""
     from deltadock.artifacts.export import merge as run
 
-    run(base, delta, out)
+    with working("merging"):
+        run(base, delta, out)
     if as_json:
         print_json({"out": str(out)})
     else:
@@ -430,7 +431,8 @@ def verify(
     from deltadock.artifacts.reader import Artifact
 
     with Artifact(delta) as artifact:
-        artifact.check_intact()
+        with working("verifying"):
+            artifact.check_intact()
         if as_json:
             print_json({"path": str(delta), "sha256": artifact.digest})
         else:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
@@ -92,16 +91,13 @@ def figure(value: float | None, form: str, unit: str = "") -> str:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A progress bar with description, percentage and elapsed time."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=errors, transient=not errors.is_terminal) as bar:
-        yield bar
+def working(text: str) -> Iterator[None]:
+    """Say, in a terminal or if it takes long, that something is at work."""
+    from deltadock.client.progress import work_bar
+
+    with work_bar(errors) as show:
+        show("", text, None)
+        yield
 
 
 def as_dict(found: Any) -> dict[str, Any]:

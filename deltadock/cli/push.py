@@ -107,7 +107,7 @@ def push(
         _check_base(client, base)
         with (
             on_interrupt("The same command continues the upload."),
-            bytes_bar(errors, "hashing") as progress,
+            bytes_bar(errors, "hashing", "uploading") as progress,
         ):
             pushed = client.push(
                 folder,
@@ -240,7 +240,7 @@ def add_base(
     with connect(url) as client:
         with (
             on_interrupt("The same command continues the upload."),
-            bytes_bar(errors, "hashing") as progress,
+            bytes_bar(errors, "hashing", "uploading") as progress,
         ):
             checkpoint: Checkpoint = client.upload_folder(folder, progress)
         base: Base = client.create_base(chosen, checkpoint.digest)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from deltadock.api.audit import AuditRecord
-from deltadock.cli.output import print_json
+from deltadock.cli.output import print_json, working
 from deltadock.settings import Settings, settings_in
 from deltadock.storage import backup as files
 from deltadock.storage.actor import COMMAND, acting
@@ -24,7 +24,7 @@ output: Final = Console(highlight=False, soft_wrap=True)
 
 def backup(home: Path | None, path: Path, *, as_json: bool) -> None:
     """Write the database to a new file."""
-    with _database(settings_in(home)) as database:
+    with _database(settings_in(home)) as database, working("writing the rows"):
         rows = files.backup(database, path)
     if as_json:
         print_json({"file": str(path), "rows": rows})
@@ -35,9 +35,9 @@ def backup(home: Path | None, path: Path, *, as_json: bool) -> None:
 def restore(home: Path | None, path: Path, *, as_json: bool) -> bool:
     """Fill an empty database; returns whether the store has every blob that its rows need."""
     settings = settings_in(home)
-    with acting(COMMAND):
+    with acting(COMMAND), working("restoring the rows"):
         rows = files.restore(settings.sqlalchemy_url, path)
-    with _database(settings) as database:
+    with _database(settings) as database, working("looking for each row's blobs"):
         missing = missing_blobs(database, make_blob_store(settings))
     if as_json:
         print_json({"rows": rows, "missing": missing})

@@ -150,7 +150,7 @@ def pull(
             raise Conflict(f"{path} already exists. Choose another name with --out, or remove it.")
         with (
             on_interrupt("The same command continues the download."),
-            bytes_bar(errors, "connecting") as bar,
+            bytes_bar(errors, "connecting", "downloading") as bar,
         ):
             client.download(delta.id, path, bar)
     if as_json:

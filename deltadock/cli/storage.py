@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deltadock.cli.output import output, print_json, print_table
+from deltadock.cli.output import output, print_json, print_table, working
 from deltadock.settings import settings_in
 from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.blobs import make_blob_store
@@ -14,7 +14,7 @@ def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
     """Remove what nothing needs, or only print it, by kind."""
     settings = settings_in(home)
     collector = Collector(Database(settings.sqlalchemy_url), make_blob_store(settings), settings)
-    with acting(COMMAND):
+    with acting(COMMAND), working("looking for what nothing needs"):
         collected = collector.try_run() if dry_run else collector.run()
     rows = {str(kind): usage for kind, usage in sorted(collected.usage.items())}
     files = sum(usage.files for usage in rows.values())
@@ -43,8 +43,9 @@ def check(home: Path | None, *, as_json: bool = False) -> bool:
     """Print where rows and blobs disagree; returns whether every row has its blob."""
     settings = settings_in(home)
     database = Database(settings.sqlalchemy_url)
-    recount(database)
-    found = reconcile(database, make_blob_store(settings))
+    with working("comparing rows and blobs"):
+        recount(database)
+        found = reconcile(database, make_blob_store(settings))
     if as_json:
         unreferenced = [{"key": entry.key, "bytes": entry.bytes} for entry in found.unreferenced]
         print_json({"missing": list(found.missing), "unreferenced": unreferenced})

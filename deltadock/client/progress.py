@@ -2,9 +2,11 @@
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -13,15 +15,63 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskProgressColumn,
     TextColumn,
+    TimeElapsedColumn,
     TransferSpeedColumn,
 )
 from rich.text import Text
 
-from deltadock.client.resources import Job, duration_text
+from deltadock.client.resources import Job, duration_text, size_text
 
-LINE_STEP: Final = 5.0
-"""Percent after which another line is printed where there is no terminal."""
+QUIET_SECONDS: Final = 20.0
+"""After so long without a line, one says where the work is."""
+
+
+class Lines:
+    """Progress where there is no terminal: a line for each stage, and every `QUIET_SECONDS`.
+
+    A context manager. Lines end with the time since it was entered.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._stage = self._line = ""
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._began = time.monotonic()
+        self._due = self._began + QUIET_SECONDS
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def show(self, stage: str, line: str) -> None:
+        """Note where the work is, and print it if the stage is new.
+
+        A stage of "" is the one before the first.
+        """
+        with self._lock:
+            self._line = line
+            if stage != self._stage:
+                self._stage = stage
+                self._print()
+
+    def _print(self) -> None:
+        now = time.monotonic()
+        elapsed = f"  ({duration_text(now - self._began)})" if now - self._began >= 1 else ""
+        self._console.print(f"{self._line}{elapsed}", markup=False, highlight=False, soft_wrap=True)
+        self._due = now + QUIET_SECONDS
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(max(0.0, self._due - time.monotonic())):
+            with self._lock:
+                if self._line and time.monotonic() >= self._due:
+                    self._print()
 
 
 class _Times(ProgressColumn):
@@ -41,10 +91,11 @@ class _Times(ProgressColumn):
 def job_bar(console: Console) -> Iterator[Callable[[Job], None]]:
     """A callback that shows a job's stage, blocks, steps, elapsed and remaining time.
 
-    In a terminal it is a bar that moves; else a line for every stage and every 5 %.
+    In a terminal it is a bar that moves; else a line for every stage and block, and every 20 s.
     """
     if not console.is_terminal:
-        yield _line_printer(console)
+        with Lines(console) as lines:
+            yield partial(_show_line, lines)
         return
     columns = (
         TextColumn("{task.percentage:3.0f} %"),
@@ -57,33 +108,44 @@ def job_bar(console: Console) -> Iterator[Callable[[Job], None]]:
         yield lambda job: bar.update(task, description=job.stage, completed=job.percent, job=job)
 
 
-def _line_printer(console: Console) -> Callable[[Job], None]:
-    last, printed = "", -LINE_STEP
-
-    def show(job: Job) -> None:
-        nonlocal last, printed
-        stage = job.stage.partition(", ")[0] if job.state == "compressing" else job.state
-        if stage != last or job.percent >= printed + LINE_STEP:
-            console.print(f"{job.percent:3.0f} %  {job.stage}", markup=False, soft_wrap=True)
-            last, printed = stage, job.percent
-
-    return show
+def _show_line(lines: Lines, job: Job) -> None:
+    stage = job.stage.partition(", ")[0] if job.state == "compressing" else job.state
+    left = "" if job.remaining is None else f"; about {duration_text(job.remaining)} left"
+    lines.show(stage, f"{job.percent:3.0f} %  {job.stage}{left}")
 
 
 @contextmanager
-def bytes_bar(console: Console, before: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A callback of transfers: a bar a file in a terminal, else nothing.
+def bytes_bar(
+    console: Console, before: str, during: str
+) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback of transfers: a bar a file in a terminal, else lines with their sum.
 
-    `before` says what happens before the first byte is transferred.
+    `before` says what happens before the first byte is transferred, `during` what from then on.
     """
-    lock, tasks = threading.Lock(), dict[str, Any]()
+    lock = threading.Lock()
+    if not console.is_terminal:
+        files = dict[str, tuple[int, int]]()
+        with Lines(console) as lines:
+            lines.show(before, before)
+
+            def count(name: str, done: int, total: int) -> None:
+                with lock:
+                    files[name] = done, total
+                    ready, known = (
+                        size_text(sum(part)) for part in zip(*files.values(), strict=True)
+                    )
+                lines.show(during, f"{during}: {ready} of {known}")
+
+            yield count
+        return
+    tasks = dict[str, Any]()
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         DownloadColumn(),
         TransferSpeedColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console) as bar:
         waiting = bar.add_task(before, total=None)
 
         def show(name: str, done: int, total: int) -> None:
@@ -94,6 +156,34 @@ def bytes_bar(console: Console, before: str) -> Iterator[Callable[[str, int, int
             bar.update(tasks[name], completed=done)
 
         yield show
+
+
+@contextmanager
+def work_bar(console: Console) -> Iterator[Callable[[str, str, float | None], None]]:
+    """A callback of work in this process: its stage, what it does now, and the fraction done.
+
+    A bar in a terminal, else lines. A stage of "" is worth a line only if it takes long.
+    """
+    if not console.is_terminal:
+        with Lines(console) as lines:
+            yield lambda stage, text, fraction: lines.show(
+                stage, text if fraction is None else f"{100 * fraction:3.0f} %  {text}"
+            )
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda _stage, text, fraction: bar.update(
+            task,
+            description=text,
+            total=None if fraction is None else 1.0,
+            completed=fraction or 0.0,
+        )
 
 
 @contextmanager

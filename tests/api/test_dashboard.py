@@ -141,7 +141,8 @@ def test_a_deleted_row_and_its_job_are_removed(site: Site, seeded: seed.Seeded) 
 def test_a_job_reloads_its_page_when_it_ends(site: Site, seeded: seed.Seeded) -> None:
     path = f"/parts/deltas/{seeded.compressing}/job"
     running = site.http.get(path)
-    assert "Compressing, block 9 of 24" in running.text
+    assert "block 10 of 24, matrix 1 of 7" in running.text
+    assert "block 9" not in running.text  # done: blocks are counted one way, from 1
     assert "hx-refresh" not in running.headers
     with site.resources.database.session_scope() as session:
         delta = DeltaRepository(session, LOCAL_TENANT).find(seeded.compressing)
@@ -417,7 +418,7 @@ def test_jobs_are_listed_by_state(shared: tuple[Site, seed.Seeded]) -> None:
     assert seeded.queued not in failed
     assert "non_finite_weights" in failed
     running = site.text("/jobs?show=running")
-    assert "block 9 of 24" in running
+    assert "block 10 of 24" in running
     assert "elapsed" not in running
     assert "No cancelled jobs" in site.text("/jobs?show=cancelled")
 
