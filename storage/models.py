@@ -309,6 +309,8 @@ class CheckpointRow(TableRow):
     weights_digest: Mapped[str] = mapped_column(String(64), index=True)
     model_type: Mapped[str] = mapped_column(String(64))
     total_bytes: Mapped[int] = mapped_column(BigInteger)
+    has_chat_template: Mapped[bool | None]
+    """None: an adapter that takes its base's, or a checkpoint of before revision 0018."""
     created_at: Mapped[datetime] = mapped_column(default=_utcnow)
 
 

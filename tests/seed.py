@@ -157,6 +157,7 @@ def add_base(session: Session, name: str, size: int) -> BaseRow:
             weights_digest=digest_of(f"{name} weights"),
             model_type="llama",
             total_bytes=size,
+            has_chat_template=False,
         )
     )
     return BaseRepository(session, LOCAL_TENANT).add(name, checkpoint)[0]
@@ -171,6 +172,7 @@ def add_delta(session: Session, base: BaseRow, name: str, bits: float) -> DeltaR
             weights_digest=digest_of(f"{words} weights"),
             model_type="llama",
             total_bytes=base.checkpoint.total_bytes,
+            has_chat_template=True,
         )
     )
     return DeltaRepository(session, LOCAL_TENANT).add(

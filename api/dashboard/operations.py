@@ -140,7 +140,7 @@ def show_base(base: BaseRef, request: Request, caller: CallerDep, session: ReadS
         "is_own": row.tenant_id == caller.tenant_id,
         "may_share": caller.is_operator and row.tenant_id == caller.tenant_id,
         "overview": overview,
-        "tried": [views.Tried(row.name, views.BASE_ROLE)],
+        "tried": views.tried(session, caller.tenant_id, [row.name]),
     }
     return render(request, "base.html", context)
 

@@ -20,6 +20,7 @@ from deltadock.api.registry.service import card_of, require_model
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.storage.models import RUNNING_ORDER, JobState
 from deltadock.storage.repositories import (
+    BaseRepository,
     CheckpointRepository,
     DeltaRepository,
     ModelRepository,
@@ -181,6 +182,10 @@ class Tried(NamedTuple):
 
     name: str
     role: str
+    checkpoints: Sequence[str]
+    """Digests; the first that says so decides whether it has a chat template."""
+    chats: bool | None = None
+    """Whether it has a chat template; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,21 +202,14 @@ class DeltaView:
     """The fine-tune itself, if it is stored as an exact delta."""
     can_add_finetune: bool
     """Whether the fine-tuned checkpoint is still stored, and a whole model."""
+    tried: Sequence[Tried]
+    """Base, fine-tune and delta."""
 
     @property
     def finetune_name(self) -> str:
         """The name under which the fine-tune is stored as a delta."""
         project, _, model = self.entry.delta.name.partition("/")
         return f"{project}/{model[:80]}-finetuned"
-
-    @property
-    def tried(self) -> list[Tried]:
-        """Base, fine-tune and delta."""
-        delta = self.entry.delta
-        shown = [Tried(delta.base.name, BASE_ROLE)]
-        if self.exact is not None and self.exact.id != delta.id:
-            shown.append(Tried(f"{self.exact.name}:{self.exact.version}", FINETUNE_ROLE))
-        return [*shown, Tried(self.entry.reference, _role(delta.method))]
 
     @property
     def points(self) -> list[Point]:
@@ -298,14 +296,21 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
     parent = deltas.show(detail.lineage.parent) if detail.lineage.parent else None
     siblings = deltas.of_checkpoint(delta.checkpoint_digest, limit=SIBLINGS_SHOWN)
     checkpoint = CheckpointRepository(session, tenant_id).find(delta.checkpoint_digest)
+    exact = deltas.exact_twin(delta)
+    own = delta.checkpoint_digest, delta.base.checkpoint_digest
+    tried = [Tried(delta.base.name, BASE_ROLE, own[1:])]
+    if exact is not None and exact.id != delta.id:
+        tried.append(Tried(f"{exact.name}:{exact.version}", FINETUNE_ROLE, own))
+    tried.append(Tried(f"{delta.name}:{delta.version}", _role(delta.method), own))
     return DeltaView(
         DeltaEntry(detail, describe_jobs(session, tenant_id, [delta.job])[0]),
         detail.lineage,
         DeltaEntry.of(parent) if parent else None,
         ReportFigures.of(report) if report else None,
         siblings,
-        deltas.exact_twin(delta),
+        exact,
         checkpoint is not None and checkpoint.model_type != ADAPTER_TYPE,
+        with_chats(session, tenant_id, tried),
     )
 
 
@@ -419,10 +424,33 @@ def _role(method: str) -> str:
 
 
 def tried(session: Session, tenant_id: str, names: Iterable[str]) -> list[Tried]:
-    """These models, as far as there are any; a delta is looked for before a base."""
-    deltas = DeltaRepository(session, tenant_id)
-    found = ((name, deltas.show(name)) for name in names)
-    return [Tried(name, _role(delta.method) if delta else BASE_ROLE) for name, delta in found]
+    """Models of these names; a delta is looked for before a base."""
+    deltas, bases = DeltaRepository(session, tenant_id), BaseRepository(session, tenant_id)
+    found = []
+    for name in names:
+        if delta := deltas.show(name):
+            digests = delta.checkpoint_digest, delta.base.checkpoint_digest
+            found.append(Tried(name, _role(delta.method), digests))
+        elif base := bases.find(name):
+            found.append(Tried(name, BASE_ROLE, (base.checkpoint_digest,)))
+        else:
+            found.append(Tried(name, "not found", ()))
+    return with_chats(session, tenant_id, found)
+
+
+def with_chats(session: Session, tenant_id: str, models: Sequence[Tried]) -> list[Tried]:
+    """The models, with whether each has a chat template."""
+    digests = {digest for model in models for digest in model.checkpoints}
+    has_one = CheckpointRepository(session, tenant_id).chat_templates(digests)
+    return [
+        model._replace(
+            chats=next(
+                (known for digest in model.checkpoints if (known := has_one[digest]) is not None),
+                None,
+            )
+        )
+        for model in models
+    ]
 
 
 def stages(job: JobOut) -> list[Stage]:

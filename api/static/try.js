@@ -25,7 +25,7 @@ form?.addEventListener("reset", () => {
   for (const answer of answers) {
     answer.messages = [];
     answer.querySelector("output").textContent = "";
-    answer.querySelector("p").textContent = "";
+    answer.querySelector(".figures").textContent = "";
   }
 });
 form?.elements.mode.forEach((mode) => mode.addEventListener("change", () => {
@@ -48,8 +48,9 @@ form?.addEventListener("submit", async (event) => {
 
 async function ask(answer, fields, signal) {
   const output = answer.querySelector("output");
-  const note = answer.querySelector("p");
-  const isChat = fields.get("mode") === "chat";
+  const note = answer.querySelector(".figures");
+  const withoutTemplate = answer.querySelector(".without-template");
+  const isChat = fields.get("mode") === "chat" && withoutTemplate.hidden;
   const prompt = fields.get("prompt");
   answer.classList.remove("error");
   answer.setAttribute("aria-busy", "true");
@@ -91,10 +92,13 @@ async function ask(answer, fields, signal) {
   } catch (error) {
     if (error.name === "AbortError") {
       note.textContent = "Stopped.";
+    } else if (error.code === "no_chat_template") {
+      withoutTemplate.hidden = false;
+      output.textContent = "";
+      await ask(answer, fields, signal);
     } else {
       answer.classList.add("error");
-      note.textContent = error.code === "no_chat_template"
-        ? "It has no chat template: choose “Plain text”." : error.message;
+      note.textContent = error.message;
     }
   } finally {
     if (isChat) answer.messages.push({ role: "assistant", content: text.textContent });

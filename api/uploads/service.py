@@ -17,12 +17,16 @@ from deltadock.api.quotas import check_bytes
 from deltadock.api.uploads.receive import check_size, make_inspector
 from deltadock.artifacts.checkpoint import (
     ADAPTER_CONFIG,
+    ADAPTER_TYPE,
+    CHAT_TEMPLATE,
     CONFIG,
     SHARD_INDEX,
+    TOKENIZER_CONFIG,
     CheckpointManifest,
     FileEntry,
     TensorEntry,
     assemble,
+    configures_chat,
 )
 from deltadock.errors import (
     Conflict,
@@ -356,9 +360,21 @@ def finish_upload(session: Session, blobs: BlobStore, upload: UploadRow) -> None
                 weights_digest=manifest.weights_digest,
                 model_type=manifest.config["model_type"],
                 total_bytes=manifest.total_bytes,
+                has_chat_template=_has_chat_template(manifest, blobs),
             )
         )
     UploadRepository(session, upload.tenant_id).complete(upload)
+
+
+def _has_chat_template(manifest: CheckpointManifest, blobs: BlobStore) -> bool | None:
+    """Whether conversations with it have a format; None: an adapter's are in its base's."""
+    digests = {file.path: file.sha256 for file in manifest.files}
+    if CHAT_TEMPLATE in digests or (
+        TOKENIZER_CONFIG in digests
+        and configures_chat(blobs.read(digests[TOKENIZER_CONFIG], MAX_JSON_BYTES))
+    ):
+        return True
+    return None if manifest.config["model_type"] == ADAPTER_TYPE else False
 
 
 def _manifest(upload: UploadRow, blobs: BlobStore) -> CheckpointManifest:

@@ -31,6 +31,8 @@ KNOWN_SUFFIXES: Final = frozenset({".safetensors", ".json", ".txt", ".model", ".
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
+CHAT_TEMPLATE: Final = "chat_template.jinja"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 SHARD_INDEX: Final = "model.safetensors.index.json"
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
@@ -232,6 +234,15 @@ def model_files(
             f"use, such as {last!r}, as the checkpoint's folder."
         )
     raise InvalidCheckpoint("There is no .safetensors file with weights.")
+
+
+def configures_chat(tokenizer_config: str | bytes | None) -> bool:
+    """Whether a tokenizer_config.json holds a chat template."""
+    try:
+        config = json.loads(tokenizer_config or "{}")
+    except ValueError:
+        return False  # the node refuses it by name
+    return isinstance(config, dict) and bool(config.get("chat_template"))
 
 
 def assemble(

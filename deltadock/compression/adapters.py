@@ -24,8 +24,11 @@ from torch import Tensor
 from deltadock.artifacts.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CHAT_TEMPLATE,
     CONFIG,
+    TOKENIZER_CONFIG,
     TensorEntry,
+    configures_chat,
     folder_files,
     ignored_files,
 )
@@ -67,8 +70,6 @@ from deltadock.errors import (
     UnsafeFile,
 )
 
-CHAT_TEMPLATE: Final = "chat_template.jinja"
-TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 UNSUPPORTED: Final = (
     "use_dora", "use_qalora", "lora_bias", "layer_replication", "target_parameters",
     "trainable_token_indices", "alora_invocation_tokens", "megatron_config", "arrow_config",
@@ -670,7 +671,7 @@ def _carried(
     if (
         CHAT_TEMPLATE in before
         and not (adapter / CHAT_TEMPLATE).is_file()
-        and _has_chat_template(texts.get(TOKENIZER_CONFIG))
+        and configures_chat(texts.get(TOKENIZER_CONFIG))
     ):
         texts[CHAT_TEMPLATE] = None
     rows = max(
@@ -687,11 +688,3 @@ def _carried(
     if changes:
         texts[CONFIG] = json.dumps(config | changes, indent=2)
     return texts, others
-
-
-def _has_chat_template(tokenizer_config: str | None) -> bool:
-    try:
-        config = json.loads(tokenizer_config or "{}")
-    except ValueError:
-        return False  # the node refuses it by name
-    return isinstance(config, dict) and bool(config.get("chat_template"))

@@ -44,6 +44,13 @@ class CheckpointRepository:
             select(CheckpointRow).where(CheckpointRow.digest == digest, uploaded)
         ).one_or_none()
 
+    def chat_templates(self, digests: Collection[str]) -> dict[str, bool | None]:
+        """Whether checkpoints of deltas and bases that the tenant sees have a chat template."""
+        found = select(CheckpointRow.digest, CheckpointRow.has_chat_template).where(
+            CheckpointRow.digest.in_(digests)
+        )
+        return dict(self.session.execute(found).all())
+
     def add(self, checkpoint: CheckpointRow) -> CheckpointRow:
         """The stored row with this digest; `checkpoint` is inserted if there was none."""
         lock_key(self.session, "checkpoint", checkpoint.digest)

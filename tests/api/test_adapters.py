@@ -6,15 +6,20 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from tests.api.support import Api
+from deltadock.storage.repositories import CheckpointRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
+from tests.api.support import CONFIG, Api, weights
 
 ADAPTER = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}).encode()
 
 
-def upload_adapter(api: Api) -> dict[str, Any]:
+def adapter_files() -> dict[str, bytes]:
     factor = {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 8), np.float32)}
-    files = {"adapter_config.json": ADAPTER, "adapter_model.safetensors": save(factor)}
-    checkpoint: dict[str, Any] = api.upload("checkpoint", files)["checkpoint"]
+    return {"adapter_config.json": ADAPTER, "adapter_model.safetensors": save(factor)}
+
+
+def upload_adapter(api: Api) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = api.upload("checkpoint", adapter_files())["checkpoint"]
     return checkpoint
 
 
@@ -22,6 +27,25 @@ def test_an_uploaded_adapter_is_a_checkpoint_with_its_own_model_type(api: Api) -
     checkpoint = upload_adapter(api)
     assert checkpoint["model_type"] == "peft-adapter"
     assert upload_adapter(api) == checkpoint
+
+
+def test_a_checkpoint_says_whether_it_has_a_chat_template(api: Api) -> None:
+    """An adapter without one takes its base's, which is not known here."""
+    model = {"config.json": CONFIG, "model.safetensors": weights()}
+    configured = {"tokenizer_config.json": b'{"chat_template": "{{ messages }}"}'}
+    uploads: list[tuple[dict[str, bytes], bool | None]] = [
+        (model, False),
+        (model | {"tokenizer_config.json": b"{}"}, False),
+        (model | configured, True),
+        (model | {"chat_template.jinja": b"{{ messages }}"}, True),
+        (adapter_files(), None),
+        (adapter_files() | configured, True),
+    ]
+    expected = {api.upload("checkpoint", files)["checkpoint"]["digest"]: has_one
+                for files, has_one in uploads}  # fmt: skip
+    with api.resources.database.read_scope() as session:
+        found = CheckpointRepository(session, LOCAL_TENANT).chat_templates(expected)
+    assert found == expected
 
 
 def test_an_adapter_cannot_be_a_base(api: Api) -> None:
