@@ -75,7 +75,10 @@ class JobState(StrEnum):
 
 
 class JobPriority(StrEnum):
-    """Order in which queued jobs start; jobs of one priority start in the order they were sent."""
+    """Order in which queued jobs start; jobs of one priority start in the order they were sent.
+
+    Jobs that a worker has begun and left come before all of them.
+    """
 
     HIGH = "high"
     NORMAL = "normal"
@@ -83,8 +86,8 @@ class JobPriority(StrEnum):
 
     @property
     def broker_priority(self) -> int:
-        """Celery's priority on Redis, where 0 is first and steps are three apart."""
-        return 3 * list(JobPriority).index(self)
+        """Celery's priority on Redis: 0, that of begun jobs, is first; steps are three apart."""
+        return 3 * (1 + list(JobPriority).index(self))
 
 
 class WebhookEvent(StrEnum):

@@ -30,29 +30,36 @@ QUEUED_SECONDS: Final = 120.0
 """A task not taken by any worker for this long is presumed lost."""
 ABANDONED_PER_SWEEP: Final = 1000
 
+Send = Callable[[str, JobPriority | None], None]
+"""Enqueues a job's task: by its priority, or before all others."""
+
 log = structlog.get_logger(__name__)
 
 
 def resend_lost(
     context: WorkerContext,
-    send: Callable[[str, JobPriority], None],
+    send: Send,
     queue_is_empty: Callable[[], bool],
     queued_seconds: float = QUEUED_SECONDS,
 ) -> list[str]:
-    """Re-send the tasks of stale jobs; returns the jobs' ids.
+    """Re-send the tasks of jobs that a worker has lost, then of other stale jobs.
 
-    Only while the queue is empty: otherwise their messages may still be waiting in it, and every
-    sweep would enqueue them again.
+    A lost job is sent once, before all that wait. The others only while the queue is empty:
+    otherwise their messages may still be waiting in it, and every sweep would enqueue them again.
+
+    Returns:
+        The jobs' ids.
     """
-    if not queue_is_empty():
-        return []
     with context.database.session_scope() as session:
         jobs = JobRepository(session, EVERY_TENANT)
-        stale = {job.id: job.priority for job in jobs.stale(queued_seconds=queued_seconds)}
-        jobs.mark_sent(stale)
-    for job_id, priority in stale.items():
+        sent: dict[str, JobPriority | None] = dict.fromkeys(jobs.lost())
+        if queue_is_empty():
+            for job in jobs.stale(queued_seconds=queued_seconds):
+                sent.setdefault(job.id, None if job.started_at else job.priority)
+        jobs.mark_sent(sent)
+    for job_id, priority in sent.items():
         send(job_id, priority)
-    return list(stale)
+    return list(sent)
 
 
 def drop_abandoned(context: WorkerContext) -> int:
@@ -111,11 +118,7 @@ def collect(context: WorkerContext) -> None:
         log.info("not_collected", reason=reason)
 
 
-def sweep(
-    context: WorkerContext,
-    send: Callable[[str, JobPriority], None],
-    queue_is_empty: Callable[[], bool],
-) -> None:
+def sweep(context: WorkerContext, send: Send, queue_is_empty: Callable[[], bool]) -> None:
     """Run all steps once."""
     for job_id in resend_lost(context, send, queue_is_empty):
         log.info("job_sent_again", job=job_id)

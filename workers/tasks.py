@@ -17,6 +17,9 @@ from deltadock.workers.metrics import serving_metrics
 from deltadock.workers.sweeper import Periodic, collect, show_alive, sweep
 from deltadock.workers.webhooks import deliver_due
 
+BEGUN: Final = 0
+"""Broker priority of jobs that a worker has left, so that they keep their place."""
+
 DELIVERY_SECONDS: Final = 2.0
 """Interval at which the outbox is looked at."""
 
@@ -33,13 +36,13 @@ def compress(task: Any, job_id: str) -> None:
         outcome = compress_job(job_id, get_context())
         if outcome is Outcome.STOPPED:
             # Another worker can start at once, without waiting for the sweeper.
-            priority = task.request.delivery_info["priority"]
-            compress.apply_async((job_id,), priority=priority, headers=trace_headers())
+            compress.apply_async((job_id,), priority=BEGUN, headers=trace_headers())
 
 
-def send_compress(job_id: str, priority: JobPriority) -> None:
-    """Enqueue the job's task."""
-    compress.apply_async((job_id,), priority=priority.broker_priority)
+def send_compress(job_id: str, priority: JobPriority | None) -> None:
+    """Enqueue the job's task; without a priority, before all others."""
+    broker_priority = BEGUN if priority is None else priority.broker_priority
+    compress.apply_async((job_id,), priority=broker_priority)
 
 
 def gpu_queue_is_empty(broker_url: str | None = None) -> bool:

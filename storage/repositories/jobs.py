@@ -103,22 +103,19 @@ class JobRepository:
     def positions(self, jobs: Iterable[JobRow | ShownJob]) -> dict[str, int]:
         """Places in the queue of all tenants, 1 being next, by the ids of the jobs that wait.
 
-        All behind the first `MAX_POSITION` have the place after these.
+        Jobs that a worker has begun and left are first. All behind the first `MAX_POSITION` have
+        the place after these.
         """
-        waiting = {
-            job.id for job in jobs if job.state is JobState.QUEUED and job.lease_owner is None
-        }
+        waiting = {job.id for job in jobs if job.state in RUNNING_ORDER and job.lease_owner is None}
         queue: list[str] = []
-        for priority in JobPriority:
+        new = and_(JobRow.state == JobState.QUEUED, JobRow.started_at.is_(None))
+        begun = and_(JobRow.state.in_(RUNNING_ORDER), JobRow.started_at.is_not(None))
+        for turn in (begun, *(and_(new, JobRow.priority == one) for one in JobPriority)):
             if waiting.issubset(queue):
                 break
             queue += self.session.scalars(
                 select(JobRow.id)
-                .where(
-                    JobRow.state == JobState.QUEUED,
-                    JobRow.priority == priority,
-                    JobRow.lease_owner.is_(None),
-                )
+                .where(turn, JobRow.lease_owner.is_(None))
                 .order_by(JobRow.sent_at, JobRow.id)
                 .limit(MAX_POSITION - len(queue))
             )
@@ -351,6 +348,19 @@ class JobRepository:
             .where(JobRow.state.in_(RUNNING_ORDER), or_(waiting, JobRow.lease_expires_at <= now))
             .order_by(JobRow.created_at)
             .limit(limit)
+        ).all()
+
+    def lost(self, now: datetime | None = None) -> Sequence[str]:
+        """Ids of the jobs whose lease expired since their task was sent last, oldest first."""
+        now = now or database_now(self.session)
+        return self.session.scalars(
+            select(JobRow.id)
+            .where(
+                JobRow.state.in_(RUNNING_ORDER),
+                JobRow.lease_expires_at <= now,
+                JobRow.lease_expires_at > JobRow.sent_at,
+            )
+            .order_by(JobRow.created_at)
         ).all()
 
     def mark_sent(self, job_ids: Iterable[str], *, now: datetime | None = None) -> None:

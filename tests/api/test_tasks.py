@@ -11,7 +11,7 @@ from deltadock.cli import services
 from deltadock.cli.processes import free_ports
 from deltadock.errors import Unavailable
 from deltadock.storage.models import JobPriority
-from deltadock.workers.tasks import gpu_queue_is_empty
+from deltadock.workers.tasks import BEGUN, gpu_queue_is_empty
 
 
 def taken(url: str) -> list[str]:
@@ -37,8 +37,10 @@ def test_a_worker_takes_the_most_urgent_task_first(broker_url: str) -> None:
         ("job_b", JobPriority.NORMAL),
     ):
         sender.send_compress(job, priority)
+    with Celery(broker=broker_url, set_as_current=False) as worker:
+        worker.send_task(COMPRESS_TASK, args=["job_begun"], queue="gpu", priority=BEGUN)
     assert not gpu_queue_is_empty(broker_url)
-    assert taken(broker_url) == ["job_high", "job_a", "job_b", "job_low"]
+    assert taken(broker_url) == ["job_begun", "job_high", "job_a", "job_b", "job_low"]
     assert gpu_queue_is_empty(broker_url)
     sender.close()
 

@@ -200,6 +200,12 @@ def test_waiting_jobs_are_placed_by_priority_and_then_by_their_turn(
     session.refresh(rows[4])
     places = {rows[2].id: 1, rows[1].id: 2, rows[3].id: 3, rows[0].id: 4}
     assert jobs.positions(rows) == places
+    jobs.release(rows[4].id, "one")
+    session.refresh(rows[4])
+    behind = {job_id: place + 1 for job_id, place in places.items()}
+    assert jobs.positions(rows) == behind | {rows[4].id: 1}, "it has begun, so it is next"
+    jobs.acquire(rows[4].id, "two", LEASE, now=NOW)
+    session.refresh(rows[4])
     monkeypatch.setattr("deltadock.storage.repositories.jobs.MAX_POSITION", 2)
     assert jobs.positions(rows) == places | {rows[3].id: 3, rows[0].id: 3}
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from deltadock.storage.models import JobState, UploadKind, UploadState
+from deltadock.storage.models import JobPriority, JobState, UploadKind, UploadState
 from deltadock.storage.repositories import JobRepository, UploadRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext, job_folder
@@ -16,9 +16,15 @@ LONG_AGO = datetime.now(UTC) - timedelta(days=2)
 
 
 def resend(context: WorkerContext, *, queue_is_empty: bool = True) -> list[str]:
-    sent: list[str] = []
-    found = resend_lost(context, lambda job, _: sent.append(job), lambda: queue_is_empty)
-    assert sent == found
+    return list(resend_with_priorities(context, queue_is_empty=queue_is_empty))
+
+
+def resend_with_priorities(
+    context: WorkerContext, *, queue_is_empty: bool
+) -> dict[str, JobPriority | None]:
+    sent: dict[str, JobPriority | None] = {}
+    found = resend_lost(context, sent.__setitem__, lambda: queue_is_empty)
+    assert list(sent) == found
     return sent
 
 
@@ -43,6 +49,24 @@ def test_a_job_is_resent_once_its_lease_has_expired(
     assert resend(context) == []
     set_job(job_id, lease_expires_at=LONG_AGO)
     assert resend(context) == [job_id]
+
+
+def test_a_lost_job_is_resent_once_before_all_that_wait(
+    context: WorkerContext, submit: Submit, set_job: SetJob
+) -> None:
+    lost, waiting, left = submit(), submit(), submit()
+    with context.database.session_scope() as session:
+        jobs = JobRepository(session, LOCAL_TENANT)
+        assert jobs.acquire(lost, "killed", 60.0)
+        assert jobs.acquire(left, "stopped", 60.0)
+        assert jobs.release(left, "stopped")
+    set_job(lost, sent_at=LONG_AGO, lease_expires_at=LONG_AGO + timedelta(hours=1))
+    assert resend_with_priorities(context, queue_is_empty=False) == {lost: None}
+    assert resend_with_priorities(context, queue_is_empty=False) == {}
+    for job_id in (waiting, left):
+        set_job(job_id, sent_at=LONG_AGO)
+    sent = resend_with_priorities(context, queue_is_empty=True)
+    assert sent == {lost: None, waiting: JobPriority.NORMAL, left: None}
 
 
 def test_abandoned_uploads_and_their_parts_are_dropped(context: WorkerContext) -> None:
