@@ -53,4 +53,4 @@ CMD ["python", "-m", "deltadock.inference.server", "--host", "0.0.0.0", "--port"
 FROM runtime AS api
 COPY --from=build /opt/deltadock /opt/deltadock
 EXPOSE 8000
-CMD ["uvicorn", "deltadock.api.main:app", "--host", "0.0.0.0", "--port", "8000", "--timeout-keep-alive", "75"]
+CMD ["uvicorn", "deltadock.api.main:app", "--http", "deltadock.api.protocol:Protocol", "--host", "0.0.0.0", "--port", "8000", "--timeout-keep-alive", "75"]

@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from benchmarks.harness import processor
 from deltadock.cli.keys import ensure_local_key
 from deltadock.cli.processes import HOST, Child, free_ports
 from deltadock.cli.services import seaweedfs
+from deltadock.cli.system import api_command
 from deltadock.client.http import Client
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import local_key_path
@@ -77,7 +77,7 @@ def running_api(home: Path, fields: dict[str, str]) -> Iterator[tuple[str, str, 
     ensure_local_key(settings)
     key = local_key_path(settings.home).read_text(encoding="utf-8").strip()
     environment = os.environ | {f"DELTADOCK_{name.upper()}": v for name, v in fields.items()}
-    command = [sys.executable, "-m", "uvicorn", "deltadock.api.main:app", "--port", str(port)]
+    command = [*api_command(1), "--port", str(port)]
     with Child("api", command, log=home / "api.log", env=environment, grace=20.0) as api:
         url = f"http://{HOST}:{port}"
         api.wait_until(lambda: _answers(url))

@@ -1,6 +1,7 @@
 """Routes of uploads."""
 
 import asyncio
+from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
@@ -11,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
+from deltadock.api.protocol import body_of
 from deltadock.api.quotas import remaining_bytes
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DIGEST
@@ -264,7 +266,8 @@ async def put_part(
         return kind, file
 
     kind, file = await run_in_threadpool(admit)
-    size = await receive_part(request.stream(), file, number, announced)
+    async with aclosing(body_of(request)) as pieces:
+        size = await receive_part(pieces, file, number, announced)
     resources.completer.ahead.arrived(kind, path, file)
     return PartOut(number=number, size=size)
 
@@ -318,14 +321,15 @@ async def put_file(
     kind, promised, remaining = await run_in_threadpool(admit)
     inspector = make_inspector(kind, path)
     # No transaction is open during the transfer, which may take hours.
-    file, tensors = await receive_file(
-        request.stream(),
-        inspector,
-        resources.blobs,
-        limit=limit,
-        remaining=remaining,
-        announced=announced | promised,
-    )
+    async with aclosing(body_of(request)) as pieces:
+        file, tensors = await receive_file(
+            pieces,
+            inspector,
+            resources.blobs,
+            limit=limit,
+            remaining=remaining,
+            announced=announced | promised,
+        )
 
     def record() -> UploadFileRow:
         with resources.database.session_scope() as session:

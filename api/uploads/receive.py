@@ -15,6 +15,7 @@ from deltadock.api.quotas import over_bytes
 from deltadock.artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
 from deltadock.errors import HashMismatch, InvalidCalibration, InvalidInput, TooLarge
 from deltadock.storage.blobs import BlobStore, PartedFile
+from deltadock.storage.blobs.writer import Chunk
 from deltadock.storage.models import UploadKind
 
 BATCH_BYTES: Final = 1 << 20
@@ -37,7 +38,7 @@ HEX_DIGEST_PATTERN: Final = r"^[0-9a-fA-F]{64}$"
 class Inspector(Protocol):
     """Checks a file while it streams; raises as soon as the bytes cannot be valid."""
 
-    def update(self, chunk: bytes, /) -> None:
+    def update(self, chunk: Chunk, /) -> None:
         """Check the next bytes."""
 
     def finish(self) -> tuple[FileEntry, list[TensorEntry]]:
@@ -68,7 +69,7 @@ class CalibrationInspector:
         self._hash = hashlib.sha256()
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
-    def update(self, chunk: bytes) -> None:
+    def update(self, chunk: Chunk) -> None:
         """Check the next bytes."""
         if self._size + len(chunk) > MAX_CALIBRATION_BYTES:
             raise TooLarge(
@@ -86,7 +87,7 @@ class CalibrationInspector:
             raise InvalidCalibration("The calibration text is empty.")
         return FileEntry(self._path, self._size, self._hash.hexdigest()), []
 
-    def _decode(self, chunk: bytes, *, final: bool = False) -> None:
+    def _decode(self, chunk: Chunk, *, final: bool = False) -> None:
         try:
             self._decoder.decode(chunk, final)
         except UnicodeDecodeError as error:
@@ -96,7 +97,7 @@ class CalibrationInspector:
 
 
 async def receive_file(
-    body: AsyncIterator[bytes],
+    body: AsyncIterator[Chunk],
     inspector: Inspector,
     blobs: BlobStore,
     *,
@@ -119,7 +120,7 @@ async def receive_file(
     writer = await run_in_threadpool(blobs.writer)
     received = 0
 
-    def store(batch: list[bytes]) -> None:
+    def store(batch: list[Chunk]) -> None:
         for chunk in batch:
             inspector.update(chunk)
         writer.write(*batch)
@@ -144,9 +145,9 @@ async def receive_file(
             await run_in_threadpool(writer.discard)
 
 
-async def _batches(body: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
+async def _batches(body: AsyncIterator[Chunk]) -> AsyncIterator[list[Chunk]]:
     """The body's chunks, as many together as make `BATCH_BYTES`."""
-    batch: list[bytes] = []
+    batch: list[Chunk] = []
     size = 0
     async for chunk in body:
         batch.append(chunk)
@@ -159,7 +160,7 @@ async def _batches(body: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
 
 
 async def receive_part(
-    body: AsyncIterator[bytes], file: PartedFile, number: int, announced: frozenset[str]
+    body: AsyncIterator[Chunk], file: PartedFile, number: int, announced: frozenset[str]
 ) -> int:
     """Add `body` to a file as a part; returns its size. On any error the part is missing.
 
@@ -171,7 +172,7 @@ async def receive_part(
     writer = await run_in_threadpool(file.writer, number)
     digest = hashlib.sha256() if announced else None
 
-    def store(batch: list[bytes]) -> None:
+    def store(batch: list[Chunk]) -> None:
         writer.write(*batch)
         if digest is not None:
             for chunk in batch:

@@ -87,11 +87,7 @@ def running(
     commands = {
         "node": (*python, "deltadock.inference.server", "--host", HOST, "--port", str(node_port)),
         "worker": worker_command(),
-        "api": (*python, "uvicorn", "deltadock.api.main:app", "--host", host,
-                "--port", str(api_port), "--workers", str(parsed.api_processes),
-                "--timeout-worker-healthcheck", str(HEALTHCHECK_SECONDS),
-                "--timeout-graceful-shutdown", "5",
-                "--timeout-keep-alive", str(KEEP_ALIVE_SECONDS)),
+        "api": [*api_command(parsed.api_processes), "--host", host, "--port", str(api_port)],
     }  # fmt: skip
     # Uvicorn and Celery search the working directory first: the user's holds other modules.
     empty = home / "run"
@@ -135,6 +131,16 @@ def check_host(host: str, settings: Settings, local_key_id: str) -> None:
             f"On {host} other machines reach the api, and no key was made for them. Make one with "
             f"`deltadock keys create --name NAME --home {settings.home}`, then start again."
         )
+
+
+def api_command(processes: int) -> list[str]:
+    """Command line of an api, without its address."""
+    return [
+        *(sys.executable, "-m", "uvicorn", "deltadock.api.main:app"),
+        *("--http", "deltadock.api.protocol:Protocol", "--workers", str(processes)),
+        *("--timeout-worker-healthcheck", str(HEALTHCHECK_SECONDS)),
+        *("--timeout-graceful-shutdown", "5", "--timeout-keep-alive", str(KEEP_ALIVE_SECONDS)),
+    ]
 
 
 def worker_command() -> list[str]:

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from deltadock.api.dependencies import Resources
+from deltadock.api.protocol import Protocol
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import key_secret
 from deltadock.storage.database import Database
@@ -51,7 +52,9 @@ def serving(app: ASGIApp) -> Iterator[str]:
     handlers, level = root.handlers[:], root.level
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        uvicorn.Config(
+            app, http=Protocol, log_config=None, access_log=False, timeout_graceful_shutdown=1
+        )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -3,6 +3,7 @@
 import base64
 import http.client
 import json
+import os
 import pickle
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from deltadock.api.protocol import PIECE_BYTES, Body
 from deltadock.api.uploads.receive import BATCH_BYTES
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights
@@ -98,13 +100,17 @@ def test_a_file_with_a_wrong_digest_is_not_stored(api: Api) -> None:
 
 
 @contextmanager
-def begin_put(api: Api, path: str, size: int) -> Iterator[http.client.HTTPConnection]:
+def begin_put(
+    api: Api, path: str, size: int, **headers: str
+) -> Iterator[http.client.HTTPConnection]:
     """The headers of a PUT of `size` bytes; closes the connection at the end."""
     address = urlsplit(str(api.client.base_url))
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=30)
     connection.putrequest("PUT", path)
     connection.putheader("Content-Length", str(size))
     connection.putheader("Authorization", f"Bearer {api.key}")
+    for name, value in headers.items():
+        connection.putheader(name, value)
     connection.endheaders()
     try:
         yield connection
@@ -149,7 +155,34 @@ def test_an_invalid_header_is_rejected_before_the_body_ends(api: Api) -> None:
         connection.send(data)
         answer = connection.getresponse()
         assert json.loads(answer.read())["code"] == "malformed_safetensors"
+        connection.send(bytes(LIMIT - len(data)))  # which a client may only notice afterwards
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().status == 200
     assert_nothing_stored(api, upload)
+
+
+def test_a_body_read_from_the_socket_ends_where_the_next_request_begins(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload, data = api.open_upload(), os.urandom(LIMIT)
+    read, read_into = [], Body.read_into
+
+    async def counted(body: Body, buffer: memoryview) -> int:
+        read.append(await read_into(body, buffer))
+        return read[-1]
+
+    monkeypatch.setattr(Body, "read_into", counted)
+    path = f"/v1/uploads/{upload}/files/tokenizer.json"
+    with begin_put(api, path, LIMIT, Expect="100-continue") as connection:
+        connection.send(data + b"GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n")
+        with connection.sock.makefile("rb") as stream:
+            answers = stream.read()
+    first, stored, healthy = answers.split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(b"100 ")
+    assert stored.startswith(b"200 ")
+    assert sha256(data).encode() in stored
+    assert healthy.startswith(b"200 ")
+    assert LIMIT - 2 * PIECE_BYTES < sum(read) < LIMIT
 
 
 def test_a_too_large_content_length_is_413(api: Api) -> None:
