@@ -15,7 +15,7 @@ from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.client.loading import load_delta
 from deltadock.compression.model.families import FAMILIES, auto_class
-from deltadock.compression.options import CompressOptions
+from deltadock.compression.options import CalibrationOptions, CompressOptions
 from deltadock.compression.pipeline import compress
 from deltadock.inference.deltas.reading import merge_delta, place_delta, read_delta
 from deltadock.inference.model.attention import Span, make_attention_metadata
@@ -60,7 +60,8 @@ def served_logits(base: Path, delta: Path, *, merged: bool = False) -> Tensor:
 
 def run(made: Made, out: Path) -> list[str]:
     """Compress; the report's notes."""
-    report = compress(made.base, made.tuned, out, CompressOptions(made.method), calibration=None)
+    options = CompressOptions(made.method, calibration=CalibrationOptions(tokens=256, length=32))
+    report = compress(made.base, made.tuned, out, options, calibration=None)
     return report.notes
 
 
