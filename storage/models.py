@@ -450,6 +450,9 @@ class AliasRow(TableRow):
     delta_id: Mapped[str] = mapped_column(ForeignKey("deltas.id"), index=True)
     version: Mapped[int]
     """The delta's."""
+    last_contender: Mapped[int | None]
+    """Of a default that the first ready version became: the highest version that was pushed by
+    then; a better one up to it replaces it. None: a person or a rule has decided."""
     moved_at: Mapped[datetime]
 
 

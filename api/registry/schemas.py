@@ -99,7 +99,7 @@ class AliasMoveOut(BaseModel):
     to_version: int | None = Field(examples=[3])
     reason: str
     moved_by: str | None = Field(
-        description="The id of an API key; null: a rule, or the first version that was ready."
+        description="The id of an API key; null: a rule, or one of the first versions."
     )
     at: datetime = Field(examples=[EXAMPLE_TIME])
 

@@ -258,6 +258,7 @@ class ModelRepository:
         *,
         reason: str,
         moved_by: str | None = None,
+        last_contender: int | None = None,
     ) -> bool:
         """Move an alias of a locked model to a version, or remove it (None).
 
@@ -266,6 +267,8 @@ class ModelRepository:
         row = self.session.get(AliasRow, (model.id, alias), populate_existing=True)
         before = None if row is None else row.version
         after = None if to is None else to.version
+        if row is not None:
+            row.last_contender = last_contender
         if before == after:
             return False
         now = database_now(self.session)
@@ -275,7 +278,12 @@ class ModelRepository:
         elif row is None:
             self.session.add(
                 AliasRow(
-                    model_id=model.id, alias=alias, delta_id=to.id, version=to.version, moved_at=now
+                    model_id=model.id,
+                    alias=alias,
+                    delta_id=to.id,
+                    version=to.version,
+                    last_contender=last_contender,
+                    moved_at=now,
                 )
             )
         else:
@@ -307,13 +315,22 @@ class ModelRepository:
     def offer(self, model: ModelRow, delta: DeltaRow) -> None:
         """Let a version that is ready now become the default of its locked model.
 
-        Without a rule the first ready one does, if there is no default. With one, a newer version
-        does whose KL is at most `max_kl`, and at most `max_increase` above the default's.
+        Without a rule the first ready one does, if there is no default; of the versions that were
+        pushed by then, one with a lower KL replaces it. With a rule, a newer version does whose KL
+        is at most `max_kl`, and at most `max_increase` above the default's.
         """
         row = self.session.get(AliasRow, (model.id, DEFAULT), populate_existing=True)
         if model.rule is None:
             if row is None:
-                self.move(model, DEFAULT, delta, reason="The first ready version.")
+                self.move(
+                    model,
+                    DEFAULT,
+                    delta,
+                    reason="The first ready version.",
+                    last_contender=model.last_version,
+                )
+            elif row.last_contender is not None and delta.version <= row.last_contender:
+                self._contend(model, delta, row)
             return
         kl, most = delta.kl, model.rule["max_kl"]
         if kl is None or kl > most:
@@ -326,6 +343,17 @@ class ModelRepository:
             if kl > most:
                 return
         self.move(model, DEFAULT, delta, reason=f"The rule: KL {kl:.4g} is at most {most:.4g}.")
+
+    def _contend(self, model: ModelRow, delta: DeltaRow, row: AliasRow) -> None:
+        """Let a version that was pushed before there was a default replace it if it is better."""
+        current = self.session.get_one(DeltaRow, row.delta_id)
+        if delta.kl is not None and current.kl is not None and delta.kl < current.kl:
+            self.move(
+                model, DEFAULT, delta,
+                reason=f"Pushed before version {row.version} was ready, and closer to its "
+                f"fine-tune: KL {delta.kl:.4g} instead of {current.kl:.4g}.",
+                last_contender=row.last_contender,
+            )  # fmt: skip
 
     def set_rule(self, model: ModelRow, rule: dict[str, Any] | None) -> None:
         """Set or remove the rule of a locked model; the newest version that meets it is offered."""

@@ -55,6 +55,28 @@ def test_a_poorer_push_does_not_change_what_the_name_means(database: Database) -
         assert meaning(session, f"{NAME}@prod") is meaning(session, "p/none") is None
 
 
+def test_the_best_of_what_was_pushed_at_once_becomes_the_default(database: Database) -> None:
+    """Whichever is ready first; a later push, or one without a figure, changes nothing."""
+    with database.session_scope() as session:
+        poor, good, unmeasured, fair = (push(session) for _ in range(4))
+        meant = []
+        for delta, kl in ((poor, 0.3), (good, 0.01), (unmeasured, None)):
+            finish(session, delta, kl)
+            meant.append(meaning(session))
+        finish(session, push(session), 0.001)
+        assert [*meant, meaning(session)] == [1, 2, 2, 2]
+        models = ModelRepository(session, LOCAL_TENANT)
+        model = models.find(NAME, lock=True)
+        assert model is not None
+        assert models.history(model, limit=1)[0].reason == (
+            "Pushed before version 1 was ready, and closer to its fine-tune: "
+            "KL 0.01 instead of 0.3."
+        )
+        assert not models.move(model, "default", good, reason="Evaluated.", moved_by="key")
+        finish(session, fair, 0.002)
+        assert meaning(session) == 2, "a person has decided"
+
+
 @pytest.mark.parametrize(
     ("kls", "expected"),
     [
@@ -184,6 +206,7 @@ class Names(RuleBasedStateMachine):
         self.ready: dict[int, float] = {}
         self.running: set[int] = set()
         self.aliases: dict[str, int] = {}
+        self.last_contender: int | None = None
         self.deleted: dict[int, float | None] = {}
         self.is_deleted = False
 
@@ -199,6 +222,13 @@ class Names(RuleBasedStateMachine):
         assert push(self.session, self.name).version == self.pushed
         self.running.add(self.pushed)
 
+    def offer(self, version: int) -> None:
+        if "default" not in self.aliases:
+            self.aliases["default"], self.last_contender = version, self.pushed
+        elif self.last_contender is not None and version <= self.last_contender:
+            better = self.ready[version] < self.ready[self.aliases["default"]]
+            self.aliases["default"] = version if better else self.aliases["default"]
+
     @precondition(lambda self: self.running)
     @rule(data=st.data(), kl=st.floats(0, 1))
     def finish(self, data: Any, kl: float) -> None:
@@ -206,7 +236,7 @@ class Names(RuleBasedStateMachine):
         finish(self.session, self.row(version), kl)
         self.running.remove(version)
         self.ready[version] = kl
-        self.aliases.setdefault("default", version)
+        self.offer(version)
 
     @precondition(lambda self: self.ready)
     @rule(data=st.data(), alias=st.sampled_from(["default", "prod", "test"]))
@@ -217,6 +247,8 @@ class Names(RuleBasedStateMachine):
         moved = self.models.move(model, alias, self.row(version), reason="by hand")
         assert moved == (self.aliases.get(alias) != version)
         self.aliases[alias] = version
+        if alias == "default":
+            self.last_contender = None
 
     @precondition(lambda self: self.ready or self.running)
     @rule(data=st.data())
@@ -259,7 +291,7 @@ class Names(RuleBasedStateMachine):
             self.running.add(version)
         else:
             self.ready[version] = kl
-            self.aliases.setdefault("default", version)
+            self.offer(version)
 
     @invariant()
     def names_mean_what_they_should(self) -> None:
