@@ -135,6 +135,8 @@ def _domain_error(request: Request, error: Exception) -> DeltadockError:
             detail = "; ".join(f"{where}: {message}" for where, message in messages.items())
             found = [{"where": where, "message": message} for where, message in messages.items()]
             return InvalidInput(detail, errors=found)
+        case HTTPException(status_code=HTTPStatus.NOT_FOUND) if _wants_page(request):
+            return NotFound(f"There is no page {request.url.path}. The menu above lists all pages.")
         case HTTPException(status_code=HTTPStatus.NOT_FOUND):
             return NotFound(f"There is no route {request.url.path}.")
         case HTTPException(status_code=HTTPStatus.REQUEST_ENTITY_TOO_LARGE):

@@ -4,6 +4,7 @@ The pages load only files of this server.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -70,6 +71,13 @@ _templates.env.filters |= {
     )
 } | {"markdown": markdown}  # fmt: skip
 
+PAGES: Final = {
+    "bases": "/bases", "deltas": "/", "jobs": "/jobs", "keys": "/keys", "models": "/",
+    "nodes": "/nodes", "registry": "/",
+}  # fmt: skip
+"""Pages that show what these routes of the api do, which its messages name; app.js knows them."""
+_ROUTE: Final = re.compile(rf"GET /v1/({'|'.join(PAGES)})(?!\w)(?:[/?][\w?=&%/-]*)?")
+
 
 def render(
     request: Request,
@@ -86,8 +94,23 @@ def render(
 
 
 def error_page(request: Request, error: DeltadockError) -> Response:
-    """What went wrong, as a page."""
-    return render(request, "error.html", {"error": error}, status=error.status)
+    """What went wrong, as a page, with links where the message names routes of the api."""
+    return render(
+        request, "error.html", {"error": error, "parts": in_pages(error.message)},
+        status=error.status,
+    )  # fmt: skip
+
+
+def in_pages(message: str) -> list[tuple[str, str | None]]:
+    """The message's parts, each with the path of the page that it stands for, if any."""
+    parts: list[tuple[str, str | None]] = []
+    end = 0
+    for found in _ROUTE.finditer(message):
+        path = PAGES[found[1]]
+        name = "Deltas" if path == "/" else path[1:].capitalize()
+        parts += [(message[end : found.start()], None), (name, path)]
+        end = found.end()
+    return [*parts, (message[end:], None)]
 
 
 class PageRoute(APIRoute):

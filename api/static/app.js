@@ -26,7 +26,11 @@ async function request(method, path, body, options = {}) {
 async function problemOf(response) {
   const problem = await response.json().catch(() => ({}));
   const message = problem.detail ?? problem.error?.message ?? `The server answered ${response.status}.`;
-  const error = new Error(typeof message === "string" ? message : JSON.stringify(message));
+  const text = typeof message === "string" ? message : JSON.stringify(message);
+  const error = new Error(text.replace(/GET \/v1\/(\w+)(?:[/?][\w?=&%/-]*)?/g, (route, kind) => (
+    ["bases", "jobs", "keys", "nodes"].includes(kind) ? `the page ${kind[0].toUpperCase()}${kind.slice(1)}`
+      : ["deltas", "models", "registry"].includes(kind) ? "the page Deltas" : route
+  )));
   error.code = problem.code ?? problem.error?.code;
   return error;
 }

@@ -325,10 +325,11 @@ def test_asset_urls_contain_a_content_hash(site: Site) -> None:
 
 def test_errors_are_html_pages(site: Site) -> None:
     page = unescape(site.text("/deltas/nothing", status=404))
-    assert "There is no delta 'nothing'" in page
+    assert """There is no delta 'nothing'; <a href="/">Deltas</a> lists them.""" in page
+    assert "/v1/" not in page.split("<main")[1].split("<footer")[0]
     assert "is not a cursor of this list" in unescape(site.text("/?after=nothing", status=404))
     unknown = site.http.get("/nothing", headers={"Accept": "text/html"})
-    assert (unknown.status_code, "<main" in unknown.text) == (404, True)
+    assert (unknown.status_code, "There is no page /nothing." in unknown.text) == (404, True)
     assert site.http.get("/nothing").json()["code"] == "not_found"
 
 
