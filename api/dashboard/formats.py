@@ -51,16 +51,14 @@ def moment(value: datetime) -> str:
 
 
 def ago(value: datetime) -> str:
-    """How long ago a time is, or its date if that is weeks: `5 min ago`."""
+    """How long ago a time is, or in how long, or its date if that is weeks: `5 min ago`."""
     passed = (datetime.now(UTC) - value).total_seconds()
-    if passed < 45:
-        return "just now"
-    if passed < 3600:
-        return f"{max(1, round(passed / 60))} min ago"
-    if passed < 24 * 3600:
-        return f"{round(passed / 3600)} h ago"
-    if passed < 14 * 24 * 3600:
-        return f"{round(passed / 86400)} d ago"
+    for unit, length, up_to in (("min", 60, 60), ("h", 3600, 24), ("d", 86400, 14)):
+        count = max(1, round(abs(passed) / length))
+        if count < up_to:
+            if unit == "min" and abs(passed) < 45:
+                return "just now"
+            return f"{count} {unit} ago" if passed > 0 else f"in {count} {unit}"
     return f"{value.astimezone(UTC):%Y-%m-%d}"
 
 

@@ -57,7 +57,7 @@ ADVICE: Final[Mapping[str, str]] = MappingProxyType(
         ),
         errors.DamagedBlob.code: "Stored bytes are damaged. Upload the checkpoint again.",
         errors.WorkerLost.code: (f"Give the worker more memory, or see its log. {_RETRY}"),
-        errors.Unavailable.code: f"A service did not answer; this server's /readyz says which. {_RETRY}",
+        errors.Unavailable.code: f"A service did not answer; /readyz says which. {_RETRY}",
         errors.Cancelled.code: _RETRY,
         errors.DeltadockError.code: f"See the worker's log for the cause. {_RETRY}",
     }

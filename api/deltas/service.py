@@ -15,7 +15,7 @@ from deltadock.api.bases import read_manifest, require_base, require_checkpoint
 from deltadock.api.deltas.schemas import CalibrationIn, DeltaDetail, DeltaIn, TextSource
 from deltadock.api.dependencies import Resources, UnitOfWork
 from deltadock.api.paging import Cursor
-from deltadock.api.quotas import check_bytes, check_delta
+from deltadock.api.quotas import check_bytes, check_delta, check_job
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.artifacts.compatibility import check_differs, check_same_architecture
 from deltadock.compression.options import SIZES
@@ -93,7 +93,8 @@ def request_delta(
 ) -> tuple[DeltaRow, bool]:
     """Create a delta; returns it and whether a compression was started.
 
-    A repeated request returns the existing delta, ready or unfinished. If the tenant has a
+    A repeated request returns the existing delta, ready or unfinished; if its job failed or was
+    cancelled, the job continues. If the tenant has a
     ready delta of another name with the same inputs, its artifact is shared: equal inputs give
     equal bytes.
 
@@ -144,6 +145,13 @@ def request_delta(
         if delta.name == body.name:
             return delta, False
     ready = next((twin for twin in same if _keeps_artifact(session, resources, twin)), None)
+    if ready is None and (ended := deltas.find_ended(fingerprint, body.name)):
+        check_job(session, tenant_id)
+        JobRepository(session, tenant_id).retry(ended.job.id)
+        unit.after_commit.append(
+            partial(resources.tasks.send_compress, ended.job.id, ended.job.priority)
+        )
+        return require_delta(session, tenant_id, ended.id), True
     check_delta(session, tenant_id, starts_job=ready is None)
     delta = deltas.add(
         name=body.name,

@@ -172,10 +172,11 @@ document.addEventListener("change", ({ target }) => {
 // As formats.ago, for pages that stay open.
 function ago(time) {
   const seconds = (Date.now() - Date.parse(time)) / 1000;
-  if (seconds < 45) return "just now";
-  if (seconds < 3600) return `${Math.max(1, Math.round(seconds / 60))} min ago`;
-  if (seconds < 86400) return `${Math.round(seconds / 3600)} h ago`;
-  if (seconds < 14 * 86400) return `${Math.round(seconds / 86400)} d ago`;
+  if (Math.abs(seconds) < 45) return "just now";
+  for (const [unit, length, upTo] of [["min", 60, 60], ["h", 3600, 24], ["d", 86400, 14]]) {
+    const count = Math.max(1, Math.round(Math.abs(seconds) / length));
+    if (count < upTo) return seconds > 0 ? `${count} ${unit} ago` : `in ${count} ${unit}`;
+  }
   return new Date(time).toISOString().slice(0, 10);
 }
 

@@ -1,5 +1,6 @@
 """The commands of `deltadock`, and their options."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,8 +74,13 @@ def options(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
+    url: Url = None,
 ) -> None:
     """Parse the options that precede a command."""
+    if url is not None:
+        from deltadock.client.connection import URL_VARIABLE
+
+        os.environ[URL_VARIABLE] = url
 
 
 @app.command(rich_help_panel=RUNNING)

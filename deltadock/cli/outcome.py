@@ -100,8 +100,33 @@ def domain_error(error: OSError) -> DeltadockError:
             return DeltadockError(text)
 
 
+def _report_usage(error: Any) -> None:
+    """Print a wrong option or argument as one line."""
+    text = error.format_message().replace(": Value error, ", ": ")
+    if not text or "\n" in text:  # of a group without a command, whose help is shown
+        typer.echo(text, err=True, nl=False)
+        return
+    command = error.ctx.command_path if error.ctx else "deltadock"
+    sentence = text if text.endswith(("?", ".")) else f"{text}."
+    if command == "deltadock" and getattr(error, "option_name", None):
+        sentence += " Options of a command follow it."
+    typer.echo(f"error (usage): {sentence} See `{command} -h`.", err=True)
+
+
 class ReportingGroup(TyperGroup):
     """Ends every command as this module says."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Parse what precedes the command.
+
+        Raises:
+            typer.Exit: it is wrong.
+        """
+        try:
+            return super().make_context(*args, **options)
+        except USAGE_ERROR as error:
+            _report_usage(error)
+            raise typer.Exit(error.exit_code) from None
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command.
@@ -118,11 +143,7 @@ class ReportingGroup(TyperGroup):
                     raise
                 raise typer.Exit(report(error)) from None
             except USAGE_ERROR as error:
-                text = error.format_message().replace(": Value error, ", ": ")
-                if "\n" in text:  # the help of a group without a command
-                    raise
-                command = error.ctx.command_path if error.ctx else ctx.command_path
-                typer.echo(f"error (usage): {text.rstrip('.')}. See `{command} -h`.", err=True)
+                _report_usage(error)
                 raise typer.Exit(error.exit_code) from None
             except BrokenPipeError:
                 raise

@@ -179,6 +179,19 @@ class DeltaRepository:
             .order_by(DeltaRow.version.desc())
         ).all()
 
+    def find_ended(self, fingerprint: str, name: str) -> DeltaRow | None:
+        """The name's newest version with this fingerprint whose job failed or was cancelled."""
+        return self.session.scalars(
+            self._not_deleted()
+            .where(
+                DeltaRow.fingerprint == fingerprint,
+                DeltaRow.name == name,
+                JobRow.state.in_(UNSUCCESSFUL),
+            )
+            .order_by(DeltaRow.version.desc())
+            .limit(1)
+        ).one_or_none()
+
     def page(
         self,
         *,

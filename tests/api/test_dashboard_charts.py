@@ -208,7 +208,7 @@ def test_times_are_utc() -> None:
 @pytest.mark.parametrize(
     ("passed", "text"),
     [(3, "just now"), (50, "1 min ago"), (60 * 59, "59 min ago"), (5 * 3600, "5 h ago"),
-     (3 * 86400, "3 d ago")],
+     (3590, "1 h ago"), (3 * 86400, "3 d ago"), (-50, "in 1 min"), (-3 * 86400 - 60, "in 3 d")],
 )  # fmt: skip
 def test_recent_times_are_relative(passed: int, text: str) -> None:
     assert formats.ago(datetime.now(UTC) - timedelta(seconds=passed)) == text

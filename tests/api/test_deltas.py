@@ -106,14 +106,21 @@ def test_concurrent_equal_requests_create_one_delta(api: Api, broker_url: str) -
     assert len(queued_jobs(broker_url)) == 1
 
 
-def test_other_options_or_a_failed_job_create_a_new_version(api: Api) -> None:
+def test_other_options_create_a_new_version_and_what_was_cancelled_continues(
+    api: Api, broker_url: str
+) -> None:
     body = api.delta_body()
     first = api.client.post("/v1/deltas", json=body).json()
     second = api.client.post("/v1/deltas", json=body | {"bits": 2.0}).json()["delta"]
     assert second["version"] == 2
     api.client.post(f"/v1/jobs/{first['job']['id']}/cancel")
-    third = api.client.post("/v1/deltas", json=body)
-    assert (third.status_code, third.json()["delta"]["version"]) == (202, 3)
+    again = api.client.post("/v1/deltas", json=body)
+    assert (again.status_code, again.json()["delta"]["version"]) == (202, 1)
+    assert (again.json()["job"]["id"], again.json()["job"]["state"]) == (
+        first["job"]["id"],
+        "queued",
+    )
+    assert len(queued_jobs(broker_url)) == 3
 
 
 def test_another_name_shares_a_ready_artifact(api: Api, broker_url: str) -> None:

@@ -101,6 +101,22 @@ def test_usage_errors(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--bogus", "ls"], "No such option: --bogus. Options of a command follow it. "
+         "See `deltadock -h`."),
+        (["keys", "--bogus", "list"], "No such option: --bogus. See `deltadock keys -h`."),
+        (["lss"], "No such command 'lss'. Did you mean 'ls'? See `deltadock -h`."),
+    ],
+)  # fmt: skip
+def test_what_precedes_a_command_is_refused_in_one_line(
+    deltadock: Command, arguments: list[str], line: str
+) -> None:
+    outcome = deltadock(*arguments)
+    assert (outcome.code, outcome.stdout, outcome.stderr) == (2, "", f"error (usage): {line}\n")
+
+
 def copy_with(folder: Path, to: Path, **tensors: Any) -> Path:
     """Copy a checkpoint folder and replace some tensors."""
     shutil.copytree(folder, to)

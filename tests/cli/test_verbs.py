@@ -415,9 +415,11 @@ def test_no_server_and_no_key_say_so(
     assert outcome.code == 1
     assert "The key is from DELTADOCK_API_KEY" in outcome.stderr
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    outcome = deltadock("ls", "--url", f"http://127.0.0.1:{free_ports(1)[0]}")
-    assert outcome.code == 3
-    assert "does not answer" in outcome.stderr
+    elsewhere = f"http://127.0.0.1:{free_ports(1)[0]}"
+    for arguments in (("ls", "--url", elsewhere), ("--url", elsewhere, "ls")):
+        outcome = deltadock(*arguments)
+        assert outcome.code == 3
+        assert f"{elsewhere}/ does not answer" in outcome.stderr
 
 
 def test_a_server_that_stops_ends_following_not_the_job(
