@@ -115,9 +115,11 @@ class Direct:
 
 
 def prepare_svd(tasks: Sequence[MatrixTask], ranks: int) -> list[Prepared]:
-    """The leading singular triples of the deltas, as the tensors `u`, `s` and `v`."""
+    """The leading singular triples of the deltas, as the tensors `u`, `s` and `v`; and `rest`, the
+    singular values of the ranks after those, as far as they are known.
+    """
     return [
-        Prepared({"u": one.u, "s": one.s, "v": one.v}, fallback=one.fallback)
+        Prepared({"u": one.u, "s": one.s, "v": one.v, "rest": one.rest}, fallback=one.fallback)
         for one in decompose(stacked([task.delta for task in tasks]), ranks)
     ]
 
@@ -147,6 +149,13 @@ def sample_spectrum(s: Tensor, u_bits: Tensor, v_bits: Tensor) -> list[Rank]:
         (place, float(f"{value:.4g}"), u, v)
         for place, value, u, v in zip(places.tolist(), *columns, strict=True)
     ]
+
+
+def kept_of_all(prepared: Prepared, bits: Tensor) -> list[Rank]:
+    """The spectrum of a matrix of which the leading ranks are kept, with these widths (r,)."""
+    s = torch.cat([prepared.tensors["s"], prepared.tensors["rest"]])
+    widths = F.pad(bits, (0, len(s) - len(bits)))
+    return sample_spectrum(s, widths, widths)
 
 
 def matrix_result(
@@ -182,7 +191,7 @@ def svd_result(
     damping: float,
     gap: float = 0.0,
     fallbacks: Sequence[str | None] = (),
-    spectrum: Sequence[Rank] | None = None,
+    spectrum: Sequence[Rank],
 ) -> MatrixResult:
     """Encode quantized singular vectors of which both sides have the widths `bits`, on the CPU.
 
@@ -194,7 +203,7 @@ def svd_result(
         damping: largest that GPTQ used.
         gap: of the allocation.
         fallbacks: deviations from the method; None is left out.
-        spectrum: of all ranks that the method chose from; None: of those kept.
+        spectrum: of all ranks that the method chose from.
     """
     matrix = SvdMatrix(_vectors(u, bits), (s * v.scale * u.scale).cpu().numpy(), _vectors(v, bits))
     return matrix_result(
@@ -205,7 +214,7 @@ def svd_result(
         damping=damping,
         gap=gap,
         fallbacks=fallbacks,
-        spectrum=sample_spectrum(s, bits, bits) if spectrum is None else spectrum,
+        spectrum=spectrum,
     )
 
 

@@ -23,6 +23,7 @@ from deltadock.compression.methods.base import (
     MatrixTask,
     Prepared,
     fill,
+    kept_of_all,
     prepare_svd,
     stacked,
     svd_result,
@@ -95,6 +96,7 @@ class FixedWidths:
                 bits[:count],
                 damping=damping[number],
                 fallbacks=[prepared[number].fallback],
+                spectrum=kept_of_all(prepared[number], bits[:count]),
             )
             for number, (task, count) in enumerate(zip(tasks, kept, strict=True))
         ]

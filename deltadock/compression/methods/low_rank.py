@@ -14,9 +14,9 @@ from deltadock.compression.methods.base import (
     MatrixResult,
     MatrixTask,
     Prepared,
+    kept_of_all,
     matrix_result,
     prepare_svd,
-    sample_spectrum,
 )
 
 FACTOR_BITS: Final = 16
@@ -61,5 +61,5 @@ def _compress(task: MatrixTask, prepared: Prepared) -> MatrixResult:
         rank=rank,
         widths=widths,
         fallbacks=[prepared.fallback, dropped],
-        spectrum=sample_spectrum(s[:rank], bits, bits),
+        spectrum=kept_of_all(prepared, bits),
     )

@@ -40,12 +40,14 @@ FALLBACK: Final = "dense decomposition, as iteration in float32 would not do"
 class Decomposition(NamedTuple):
     """`delta ~ u @ diag(s) @ v`: u (h_out, k), s (k,) descending, v (k, h_in), float32.
 
-    `fallback` is None, or says in words why the dense decomposition was used.
+    `rest`, (m,), are the singular values after those; iteration computes none. `fallback` is None,
+    or says in words why the dense decomposition was used.
     """
 
     u: Tensor
     s: Tensor
     v: Tensor
+    rest: Tensor
     fallback: str | None
 
 
@@ -71,25 +73,27 @@ def decompose(deltas: Tensor, ranks: int) -> list[Decomposition]:
             exact = wide[numbers].double()
             right = basis.mT @ exact
             # Within the basis, the triples are those of a small matrix.
-            turn = _leading(right @ right.mT, ranks)
-            made = _triples(basis @ turn, turn.mT @ right, wide is deltas, None)
+            turn, _ = _leading(right @ right.mT, ranks)
+            none = right.new_empty(len(right), 0)
+            made = _triples(basis @ turn, turn.mT @ right, none, wide is deltas, None)
             found |= zip(numbers, made, strict=True)
     dense = [number for number in range(len(wide)) if number not in found]
     if dense:
         exact = (wide if len(dense) == len(wide) else wide[dense]).double()
-        left = _leading(exact @ exact.mT, ranks)
+        left, rest = _leading(exact @ exact.mT, ranks)
         fallback = FALLBACK if iterated else None
-        made = _triples(left, left.mT @ exact, wide is deltas, fallback)
+        made = _triples(left, left.mT @ exact, rest, wide is deltas, fallback)
         found |= zip(dense, made, strict=True)
     return [found[number] for number in range(len(wide))]
 
 
 def _triples(
-    left: Tensor, right: Tensor, upright: bool, fallback: str | None
+    left: Tensor, right: Tensor, rest: Tensor, upright: bool, fallback: str | None
 ) -> list[Decomposition]:
     """Decompositions from left vectors (b, size, k) and their images (b, k, length), float64.
 
-    `upright`: the left vectors are U's; else V's.
+    `rest`, (b, m), are the squares of the singular values after those. `upright`: the left vectors
+    are U's; else V's.
     """
     s = torch.linalg.vector_norm(right, dim=2)
     kept = (s > RESOLUTION * s[:, :1]).sum(1).clamp_min(1).tolist()
@@ -98,16 +102,24 @@ def _triples(
     peak = v.abs().argmax(dim=2, keepdim=True)
     sign = torch.where(v.gather(2, peak) < 0, -1.0, 1.0)
     u, s, v = (u * sign.mT).float(), s.float(), (v * sign).float()
+    others = [
+        one[one > RESOLUTION * first]
+        for one, first in zip(rest.sqrt().float(), s[:, 0], strict=True)
+    ]
     return [
-        Decomposition(u[number, :, :count], s[number, :count], v[number, :count], fallback)
+        Decomposition(
+            u[number, :, :count], s[number, :count], v[number, :count], others[number], fallback
+        )
         for number, count in enumerate(kept)
     ]
 
 
-def _leading(gram: Tensor, count: int) -> Tensor:
-    """Eigenvectors of the largest eigenvalues of (b, n, n), descending, one per column."""
-    vectors: Tensor = torch.linalg.eigh((gram + gram.mT) / 2).eigenvectors
-    return vectors[..., -count:].flip(-1)
+def _leading(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of the largest eigenvalues of (b, n, n), one per column, and the others'
+    eigenvalues (b, n - count), each descending.
+    """
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    return vectors[..., -count:].flip(-1), values[:, :-count].flip(-1).clamp_min(0)
 
 
 def _iterate(wide: Tensor, ranks: int, block: int) -> tuple[list[int], Tensor]:

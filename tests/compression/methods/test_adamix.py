@@ -22,7 +22,7 @@ from tests.compression.matrices import compress_one, make_task, output_error
 def test_simulated_errors_equal_the_output_errors() -> None:
     """`E[i, b]` is the layer's output error when only rank i is quantized to b bits."""
     task = make_task()
-    ((u, s, v, _),) = decompose(task.delta[None], 6)
+    ((u, s, v, *_),) = decompose(task.delta[None], 6)
     widths = torch.tensor(CANDIDATES).repeat_interleave(6)
     simulated, _ = quantize_rows(
         v.repeat(len(CANDIDATES), 1)[None], widths[None], task.moment[None]
@@ -42,7 +42,7 @@ def test_simulated_errors_equal_the_output_errors() -> None:
 
 def test_target_correction_is_the_least_squares_solution() -> None:
     task = make_task()
-    ((u, s, v, _),) = decompose(task.delta[None], 12)
+    ((u, s, v, *_),) = decompose(task.delta[None], 12)
     right = s[:, None] * (
         v + 0.1 * torch.randn(v.shape, generator=torch.Generator().manual_seed(1))
     )
@@ -62,7 +62,7 @@ def test_target_correction_is_the_least_squares_solution() -> None:
 
 def test_a_fallback_is_reported() -> None:
     task = make_task()
-    ((u, s, v, _),) = decompose(task.delta[None], 12)
+    ((u, s, v, *_),) = decompose(task.delta[None], 12)
     # Not a second moment: too indefinite for every ridge.
     indefinite = torch.diag(torch.tensor([1.0] * 48 + [-1.0] * 32, dtype=torch.float64))
     (corrected,), _, (fallback,) = refit_left_factors(
@@ -95,7 +95,7 @@ def test_error_falls_with_the_budget_and_beats_truncation() -> None:
     assert energies == sorted(energies, reverse=True)
     task = make_task()
     rank = 48 * 80 // (16 * (48 + 80))  # bf16 factors of the same size
-    ((u, s, v, _),) = decompose(task.delta[None], rank)
+    ((u, s, v, *_),) = decompose(task.delta[None], rank)
     truncated = output_error(task.delta, (u * s) @ v, task.moment)
     assert energies[2] < 0.25 * truncated
 

@@ -48,7 +48,7 @@ def test_steps_against_float64() -> None:
     result = compress_one(METHODS["delta-come"], task)
     check_result(result, task)
     widths = torch.tensor(fixed_widths(rank_budget(2.0, 60, 70), DELTA_COME))
-    ((u, s, v, _),) = decompose(task.delta[None], len(widths))
+    ((u, s, v, *_),) = decompose(task.delta[None], len(widths))
     v_hat, _ = quantize_rows(v[None], widths[None], task.moment[None])
     expected = torch.zeros(60, 70, dtype=torch.float64)
     for width in (8, 3, 2):
@@ -71,6 +71,13 @@ def test_codes_and_report_agree(name: str) -> None:
     counted = {str(b): int((matrix.v.bits == b).sum()) for b in set(matrix.v.bits.tolist())}
     assert result.notes["widths"] == counted
     assert result.notes["rank"] == len(matrix.s)
+    values = torch.linalg.svdvals(task.delta.double())
+    widths = [*matrix.v.bits.tolist(), *[0] * (64 - len(matrix.s))]
+    assert result.notes["spectrum"] == [
+        (place, pytest.approx(float(values[place - 1]), rel=1e-3), *[widths[place - 1]] * 2)
+        for place, *_ in result.notes["spectrum"]
+    ]
+    assert result.notes["spectrum"][-1][0] > len(matrix.s), "those dropped too"
 
 
 @pytest.mark.parametrize("name", METHODS)

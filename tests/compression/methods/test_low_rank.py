@@ -19,6 +19,9 @@ def test_the_approximation_is_the_truncated_svd(shape: tuple[int, int]) -> None:
     # bfloat16 has 8 significant bits.
     assert error < 2**-8 * torch.linalg.matrix_norm(expected)
     assert result.notes["rank"] == rank
+    assert {place <= rank: width for place, _, width, _ in result.notes["spectrum"]} == {
+        True: 16, False: 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("bits", [0.3, 1.0, 2.0, 8.0])
