@@ -23,6 +23,8 @@ from deltadock.storage.blobs.writer import Chunk
 
 MAX_CHUNKS: Final = 1024
 """Of one writev(2)."""
+RESERVED_SHARE: Final = 0.5
+"""Of the disk, for all files that arrive in parts: who announces files need never send them."""
 
 
 def store_errors() -> AbstractContextManager[None]:
@@ -44,10 +46,11 @@ def write_at(descriptor: int, chunks: Sequence[Chunk], offset: int) -> int:
     return offset - start
 
 
-def reserve(descriptor: int, size: int) -> None:
+def reserve(descriptor: int, size: int, others: int) -> None:
     """Reserve a file's space on the disk, if its file system can do so without writing zeros.
 
-    Parts that are written and synced side by side then take half the time.
+    Parts that are written and synced side by side then take half the time. Where this file and
+    the `others`' bytes are more than `RESERVED_SHARE`, it grows with its parts instead.
 
     Raises:
         OSError: the disk has less (ENOSPC).
@@ -55,6 +58,8 @@ def reserve(descriptor: int, size: int) -> None:
     disk = os.fstatvfs(descriptor)
     if disk.f_bavail * disk.f_frsize < size:  # without filling it up to find out
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if others + size > RESERVED_SHARE * disk.f_blocks * disk.f_frsize:
+        return
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
     if fallocate is None:  # not Linux
         return
@@ -91,7 +96,7 @@ class LocalPartedFile(PartedFile):
 
     def reserve(self) -> None:
         with store_errors(), _found(), self.data.open("r+b") as stream:
-            reserve(stream.fileno(), self.size)
+            reserve(stream.fileno(), self.size, _allocated(self.folder.parent.parent))
 
     def writer(self, number: int) -> PartWriter:
         return _LocalPartWriter(self, number)
@@ -215,6 +220,15 @@ def locked(descriptor: int, kind: int) -> Iterator[None]:
         yield
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _allocated(parts: Path) -> int:
+    """Bytes that the files in this folder of uploads take on the disk."""
+    total = 0
+    for data in parts.glob("*/*/data"):
+        with suppress(FileNotFoundError):  # published or dropped just now
+            total += data.stat().st_blocks * 512  # stat(2)'s unit
+    return total
 
 
 def is_sealed(descriptor: int) -> bool:

@@ -93,7 +93,7 @@ def test_space_is_reserved_once_however_many_parts_come_first(
         both.wait(20)
         return file
 
-    def reserve(_descriptor: int, size: int) -> None:
+    def reserve(_descriptor: int, size: int, _others: int) -> None:
         nonlocal free
         if size > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

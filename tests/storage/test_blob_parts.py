@@ -13,6 +13,7 @@ import pytest
 from deltadock.errors import Conflict, HashMismatch, InvalidInput, NotFound, StorageFull
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, PartedFile, local_parts, make_blob_store
+from deltadock.storage.blobs.local_parts import LocalPartedFile
 from deltadock.storage.blobs.parts import MAX_PARTS, MIN_PART_BYTES, part_bytes_for
 
 PART = 5 << 20
@@ -134,11 +135,18 @@ def test_a_sealed_file_takes_no_part_begun_before(store: BlobStore, file: Parted
 
 
 @pytest.mark.parametrize("store", ["local"], indirect=True)
-def test_a_full_disk_is_met_before_any_part(store: BlobStore, file: PartedFile) -> None:
+def test_a_full_disk_is_met_before_any_part(
+    store: BlobStore, file: PartedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     huge = store.begin_parts(UPLOAD, 1 << 62, PART)  # more than a file can have
     with pytest.raises(StorageFull):
         huge.reserve()
     file.reserve()
+    monkeypatch.setattr(local_parts, "RESERVED_SHARE", 0.0)
+    unsent = store.begin_parts(UPLOAD, 3 * PART, PART)
+    unsent.reserve()
+    assert isinstance(unsent, LocalPartedFile)
+    assert unsent.data.stat().st_blocks == 0, "announced files take no more of the disk"
     file.drop()
     with pytest.raises(NotFound):
         file.reserve()
