@@ -12,7 +12,7 @@ from deltadock_vllm import check_version
 from deltadock_vllm.checks import EngineFiles, base_manifest, check_servable
 from deltadock_vllm.fetching import fetch, fetch_registered
 from deltadock_vllm.many import hooks
-from deltadock_vllm.many.names import DeltaNames
+from deltadock_vllm.many.names import DeltaNames, Found
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
@@ -176,15 +176,17 @@ def test_a_rendered_request_is_not_refused_when_its_delta_was_evicted_meanwhile(
 
     monkeypatch.setattr(DeltaNames, "check_path", refuse)
     monkeypatch.setattr(
-        DeltaNames, "resolve", lambda _, name: LoRARequest(name, ord(name), f"/{name}.delta")
+        DeltaNames,
+        "resolve",
+        lambda _, name: Found(LoRARequest(name, ord(name), f"/{name}.delta"), None),
     )
     engine = Engine()
     add = hooks._adding_async(Engine.add_request)
 
     async def serve() -> None:
         names = hooks._names(engine, engine.vllm_config)
-        rendered = await names.request("a", hooks._loader(engine))
-        await names.request("b", hooks._loader(engine))  # evicts a
+        rendered, _ = await names.find("a", hooks._loader(engine))
+        await names.find("b", hooks._loader(engine))  # evicts a
         assert await add(engine, "prompt", SamplingParams(), lora_request=rendered) == "queued"
         with pytest.raises(VLLMValidationError, match="template of its own"):
             await add(

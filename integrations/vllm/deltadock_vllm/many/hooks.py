@@ -152,9 +152,9 @@ def _checking_model(original: Callable[..., Any]) -> Callable[..., Any]:
         names = _names(engine, config)
         try:
             check_sampling(request)
-            found = await names.request(name, _loader(engine))
-            self.models.lora_requests[name] = found
-            TEMPLATE.set(names.template(found))
+            delta, template = await names.find(name, _loader(engine))
+            self.models.lora_requests[name] = delta
+            TEMPLATE.set(template)
         except DeltadockError as error:
             # For other refusals the name stays, which requests that were checked may yet look up.
             if isinstance(error, NotFound):

@@ -11,10 +11,9 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -25,7 +24,6 @@ from vllm.lora.request import LoRARequest
 from deltadock.artifacts.checkpoint import CONFIG
 from deltadock.artifacts.configs import check_same_forward
 from deltadock.artifacts.reader import Artifact
-from deltadock.client.cache import cached_path
 from deltadock.client.http import Client
 from deltadock.client.routes import is_reference
 from deltadock.errors import (
@@ -47,18 +45,33 @@ log = init_logger("vllm.deltadock")
 RESOLVED_SECONDS: Final = 5.0
 """How long an answer of the registry is used: a moved alias is followed after that."""
 LISTED_SECONDS: Final = 30.0
-LISTED: Final = 1000
-"""Deltas of the registry that `/v1/models` lists."""
+"""How long a list of the registry is used; longer if it took a twentieth of that to read."""
+PAGE: Final = 200
+"""Deltas of one request for that list."""
 POLL_SECONDS: Final = 0.02
 MOST_NAMES: Final = 10_000
 """Names that are remembered."""
+MOST_CHECKED: Final = 1000
+"""Deltas that are not hashed and checked again."""
 
 Load = Callable[[int, str], Awaitable[list[dict[str, str]]]]
 """Ask every rank for `DeltaManager.load`."""
 
 
-class _Known(NamedTuple):
+class Found(NamedTuple):
+    """A delta that can be served, and its own chat template (None: the engine's)."""
+
     request: LoRARequest
+    template: str | None
+
+
+class _Known(NamedTuple):
+    found: Found
+    until: float
+
+
+class _List(NamedTuple):
+    names: Sequence[str]
     until: float
 
 
@@ -69,13 +82,14 @@ class DeltaNames:
         self._config = config
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._loaded: OrderedDict[int, None] = OrderedDict()
-        self._checked: dict[str, str | None] = {}
-        """By digest, the delta's own chat template."""
-        self._listed: tuple[float, list[str]] = (0.0, [])
+        self._fetched = lru_cache(MOST_CHECKED)(fetch_registered)
+        self._template_of = lru_cache(MOST_CHECKED)(self._check)
+        self._listed = _List((), 0.0)
+        self._listing = asyncio.Lock()
         self._threads = ThreadPoolExecutor(4, "resolve-delta")
         self._base_lock = threading.Lock()
 
-    async def request(self, name: str, load: Load) -> LoRARequest:
+    async def find(self, name: str, load: Load) -> Found:
         """The adapter that `name` means now, on every rank.
 
         Raises:
@@ -90,12 +104,12 @@ class DeltaNames:
                 if known is None:
                     raise
                 log.warning("The registry is unavailable; %s keeps its meaning.", name)
-                found = known.request
+                found = known.found
             known = self._known[name] = _Known(found, time.monotonic() + RESOLVED_SECONDS)
             if len(self._known) > MOST_NAMES:
                 self._known.popitem(last=False)
-        await self.ensure(known.request, load)
-        return known.request
+        await self.ensure(known.found.request, load)
+        return known.found
 
     async def ensure(self, request: LoRARequest, load: Load) -> None:
         """Wait until every rank has a delta in host memory.
@@ -126,9 +140,9 @@ class DeltaNames:
 
     def is_known(self, request: LoRARequest) -> bool:
         """Whether it is of a name that HTTP asked for: checked, and rendered with its template."""
-        return any(one.request.lora_path == request.lora_path for one in self._known.values())
+        return any(one.found.request.lora_path == request.lora_path for one in self._known.values())
 
-    def resolve(self, name: str) -> LoRARequest:
+    def resolve(self, name: str) -> Found:
         """Fetch and check the delta that a name, id, digest or `name@digest` means; blocks.
 
         Raises:
@@ -147,14 +161,10 @@ class DeltaNames:
             digest, label = found.digest, f"{found.name}@{found.digest}"
         else:
             raise NotFound(f"The model {name!r} does not exist.")
-        path = cached_path(digest)
-        if digest not in self._checked or not path.is_file():
-            self.check(fetch_registered(digest))
-        return LoRARequest(label, number(digest), str(path))
-
-    def template(self, request: LoRARequest) -> str | None:
-        """The chat template of a delta that was resolved; None: the engine's."""
-        return self._checked.get(Path(request.lora_path).stem)
+        file = self._fetched(digest)
+        if not file.path.is_file():  # removed from the cache meanwhile
+            file = fetch_registered(digest)
+        return Found(LoRARequest(label, number(digest), str(file.path)), self._template_of(file))
 
     def check_path(self, path: str) -> None:
         """Check a delta file that a caller in this process names; blocks.
@@ -163,27 +173,23 @@ class DeltaNames:
             DeltadockError: there is none, or it cannot be served; or it has a chat template of its
                 own, which callers in this process would render without.
         """
-        file = fetch(path)
-        self.check(file)
-        if self._checked[file.digest] is not None:
+        if self._template_of(fetch(path)) is not None:
             raise UnsupportedModel(
                 "The delta has a chat template of its own, with which only requests over HTTP are "
                 f"rendered. {MERGE}"
             )
 
-    def check(self, file: DeltaFile) -> None:
-        """Check that this engine can serve a delta, once; blocks.
+    def _check(self, file: DeltaFile) -> str | None:
+        """The chat template of a delta that this engine can serve, if it has its own; blocks.
 
         Raises:
-            DeltadockError: it cannot.
+            DeltadockError: it cannot serve it.
         """
-        if file.digest in self._checked:
-            return
         model = self._config.model_config
         with self._base_lock:
             files = engine_files(model, self._base)
         with Artifact(file.path) as artifact:
-            self._checked[file.digest] = check_servable(artifact, files, own_template=True)
+            return check_servable(artifact, files, own_template=True)
 
     @cached_property
     def _base(self) -> Path:
@@ -206,28 +212,30 @@ class DeltaNames:
 
         return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
 
-    async def listed(self) -> list[str]:
+    async def listed(self) -> Sequence[str]:
         """Names of the registry's ready deltas of this base; none while it is unavailable."""
-        at, names = self._listed
-        if at + LISTED_SECONDS < time.monotonic():
-            loop = asyncio.get_running_loop()
-            names = await loop.run_in_executor(self._threads, self._list)
-            self._listed = (time.monotonic(), names)
-        return names
+        async with self._listing:
+            if self._listed.until < (began := time.monotonic()):
+                loop = asyncio.get_running_loop()
+                names = await loop.run_in_executor(self._threads, self._list)
+                now = time.monotonic()
+                self._listed = _List(names, now + max(LISTED_SECONDS, 20 * (now - began)))
+            return self._listed.names
 
     def _list(self) -> list[str]:
         names: dict[str, None] = {}
         try:
             with self._base_lock:
-                base = base_manifest(self._base).digest
+                digest = base_manifest(self._base).digest
             with Client() as client:
-                for delta in islice(client.deltas(state="ready"), LISTED):
-                    if delta.base.checkpoint == base:
+                bases = [base.id for base in client.bases() if base.checkpoint.digest == digest]
+                for base in bases:
+                    for delta in client.deltas(base=base, state="ready", limit=PAGE):
                         bare = [delta.name] if delta.version == delta.default_version else []
                         aliases = [f"{delta.name}@{alias}" for alias in delta.aliases]
                         names |= dict.fromkeys([*bare, delta.reference, *aliases])
         except DeltadockError as error:
-            log.warning("/v1/models lists no deltas of the registry: %s", error.message)
+            log.warning("/v1/models lacks deltas of the registry: %s", error.message)
         return list(names)
 
 
