@@ -6,8 +6,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from deltadock.compression.host_memory import total_memory
 from deltadock.compression.scratch import MEMORY_BYTES, Scratch
+from deltadock.host_memory import total_memory
 
 CPU_BYTES: Final = 1 << 30
 GPU_SHARE: Final = 0.6

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from deltadock.host_memory import total_memory
 from deltadock.inference.metrics import Metrics
 
 WINDOW_SECONDS: Final = 10.0
@@ -72,7 +73,9 @@ def _mean(before: tuple[float, float], now: tuple[float, float]) -> float | None
 
 
 def _memory() -> tuple[int | None, int | None]:
-    """Bytes in use and in all: of the GPU if this process uses one, else of this machine."""
+    """Bytes in use and in all: of the GPU if this process uses one, else of this process
+    and of the machine, within the limit of its control group.
+    """
     if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
         return total - free, total
@@ -80,4 +83,4 @@ def _memory() -> tuple[int | None, int | None]:
         return None, None
     page = os.sysconf("SC_PAGE_SIZE")
     used = int(_STATM.read_text(encoding="ascii").split()[1]) * page
-    return used, os.sysconf("SC_PHYS_PAGES") * page
+    return used, total_memory()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltadock.compression import host_memory
+from deltadock import host_memory
 from deltadock.compression.scratch import Scratch
 
 TENSORS = {

@@ -19,9 +19,9 @@ from transformers import AutoConfig, GenerationConfig, LogitsProcessor
 from transformers.utils import logging
 
 from deltadock.compression.calibration.sources import encode
-from deltadock.compression.host_memory import free_memory
 from deltadock.compression.model.families import auto_class
 from deltadock.errors import InvalidCalibration, UnsupportedModel
+from deltadock.host_memory import free_memory
 
 CACHE_BYTES: Final = {"cpu": 1 << 30, "cuda": 8 << 30}
 """Memory for keys and values of one batch."""
