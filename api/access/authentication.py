@@ -39,6 +39,7 @@ class Authenticator:
         self._settings = settings
         self._database = database
         self._known: dict[str, _Known] = {}
+        self._revocations = 0
         self._used: set[str] = set()
         self._lock = threading.Lock()
 
@@ -59,12 +60,13 @@ class Authenticator:
                 "This is not an API key of Deltadock: it is mistyped, cut off or another service's."
             )
         digest = hmac_of(key, self.secret)
+        revocations = self._revocations
         with self._database.read_scope() as session:
             keys = KeyRepository(session, EVERY_TENANT)
             row = keys.find_prefix(prefix)
             if row is None or not hmac.compare_digest(row.hmac, digest):
                 raise Unauthorized("There is no such API key. Ask an admin of your tenant for one.")
-            return self._remember(digest, keys, row)
+            return self._remember(digest, keys, row, revocations)
 
     def caller_of_session(self, key_id: str) -> Caller:
         """The caller that signed in with this key's secret.
@@ -72,12 +74,13 @@ class Authenticator:
         Raises:
             Unauthorized: the key was revoked or has expired.
         """
+        revocations = self._revocations
         with self._database.read_scope() as session:
             keys = KeyRepository(session, EVERY_TENANT)
             row = keys.find(key_id)
             if row is None:
                 raise Unauthorized("The session's key does not exist. Sign in again.")
-            return self._remember(key_id, keys, row)
+            return self._remember(key_id, keys, row, revocations)
 
     def recall(self, *, key: str | None = None, key_id: str | None = None) -> Caller | None:
         """The caller of a key that was checked in the last second, or None; does not block."""
@@ -89,8 +92,9 @@ class Authenticator:
         return known.caller
 
     def forget(self) -> None:
-        """Check every key anew, after one was revoked."""
+        """Check every key anew in this process, after one was revoked."""
         with self._lock:
+            self._revocations += 1
             self._known.clear()
 
     def write_uses(self) -> None:
@@ -107,7 +111,7 @@ class Authenticator:
             with self._lock:
                 self._used |= used
 
-    def _remember(self, name: str, keys: KeyRepository, row: ApiKeyRow) -> Caller:
+    def _remember(self, name: str, keys: KeyRepository, row: ApiKeyRow, revocations: int) -> Caller:
         if row.revoked_at is not None:
             raise Unauthorized(f"The API key {row.prefix} was revoked. Ask for a new one.")
         if not keys.is_active(row):
@@ -116,6 +120,7 @@ class Authenticator:
         with self._lock:
             if len(self._known) >= MAX_CACHED:
                 self._known.clear()
-            self._known[name] = _Known(caller, time.monotonic() + CACHE_SECONDS)
+            if revocations == self._revocations:  # else the row may be of before
+                self._known[name] = _Known(caller, time.monotonic() + CACHE_SECONDS)
             self._used.add(caller.key_id)
         return caller
