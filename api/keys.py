@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import Once, OnceDep
+from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_TIME, Moment, RequestBody
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
@@ -101,10 +102,14 @@ class NewKeyOut(KeyOut):
         return cls(**KeyOut.of(row).model_dump(), key=key)
 
 
-class KeyList(BaseModel):
-    """The tenant's keys, newest first; revoked and expired ones too."""
+class KeyPage(BaseModel):
+    """Keys, newest first; revoked and expired ones too. `next` is the next page's `after`."""
 
     data: list[KeyOut]
+    next: str | None
+
+
+_CURSOR: Final = Cursor("keys", datetime, str)
 
 
 def named_tenant(session: Session, caller: Caller, tenant: str | None) -> str:
@@ -184,9 +189,29 @@ def create_key(
 
 
 @router.get("", responses=problems(Forbidden, NotFound))
-def list_keys(caller: CallerDep, session: ReadSession, tenant: OfTenant = None) -> KeyList:
+def list_keys(
+    *,
+    caller: CallerDep,
+    session: ReadSession,
+    prefix: Annotated[
+        str | None, Query(max_length=16, description="Only the key that starts with this.")
+    ] = None,
+    tenant: OfTenant = None,
+    after: After = None,
+    limit: Limit = 50,
+) -> KeyPage:
     """List the tenant's keys, newest first; revoked and expired ones too."""
-    return KeyList(data=[KeyOut.of(key) for key in _keys(session, caller, tenant).all()])
+    keys = _keys(session, caller, tenant)
+    place = _CURSOR.read(after)
+    if prefix is not None:
+        key = keys.find_prefix(prefix)
+        return KeyPage(data=[] if key is None or place else [KeyOut.of(key)], next=None)
+    found = keys.page(limit=limit + 1, after=place)
+    page = found[:limit]
+    return KeyPage(
+        data=[KeyOut.of(key) for key in page],
+        next=_CURSOR.write((page[-1].created_at, page[-1].id)) if len(found) > limit else None,
+    )
 
 
 @router.delete("/{key_id}", status_code=204, responses=problems(Forbidden, NotFound))

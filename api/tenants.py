@@ -10,6 +10,7 @@ from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.keys import EXAMPLE_TENANT_ID
+from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
@@ -108,10 +109,14 @@ class TenantDetailOut(TenantOut):
         return cls(**TenantOut.of(tenant).model_dump(), usage=UsageOut(**usage._asdict()))
 
 
-class TenantList(BaseModel):
-    """All tenants, ordered by name."""
+class TenantPage(BaseModel):
+    """Tenants, ordered by name. `next` is the next page's `after`."""
 
     data: list[TenantOut]
+    next: str | None
+
+
+_CURSOR: Final = Cursor("tenants", str)
 
 
 def _existing(tenant: TenantRow | None, reference: str) -> TenantRow:
@@ -137,10 +142,17 @@ def create_tenant(body: TenantIn, unit: WriteUnit, once: OnceDep, response: Resp
     return once.answer(TenantOut, body, response, create)
 
 
-@router.get("", responses=problems(Forbidden))
-def list_tenants(session: ReadSession) -> TenantList:
-    """List all tenants."""
-    return TenantList(data=[TenantOut.of(row) for row in TenantRepository(session).all()])
+@router.get("", responses=problems(Forbidden, NotFound))
+def list_tenants(session: ReadSession, after: After = None, limit: Limit = 50) -> TenantPage:
+    """List all tenants, by name."""
+    place = _CURSOR.read(after)
+    name = None if place is None else place[0]
+    found = TenantRepository(session).page(limit=limit + 1, after=name)
+    page = found[:limit]
+    return TenantPage(
+        data=[TenantOut.of(row) for row in page],
+        next=_CURSOR.write((page[-1].name,)) if len(found) > limit else None,
+    )
 
 
 @router.get("/{tenant}", responses=problems(NotFound))

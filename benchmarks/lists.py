@@ -1,13 +1,14 @@
 """Latency of every list with many deltas.
 
     python -m benchmarks.lists [--deltas 100000] [--requests 200] [--runs 3]
-                               [--database sqlite postgres]
+                               [--database sqlite postgres] [--folder FOLDER]
 
 Fills a new database with models of five versions, nine in ten ready, each with an upload, a file in
-the blob store and a report as of 24 layers (41 KB), and with 2,000 jobs that wait. Then sends
-requests to the app in this process, one at a time, and prints wall time and this process's
-processor time of a request, client included, in milliseconds. On a machine with other work the
-wall time's p99 is mostly theirs: the best of several runs counts.
+the blob store and a report as of 24 layers (41 KB), and with 2,000 jobs that wait; in FOLDER, if
+one is named, where the next run finds it. Then sends requests to the app in this process, one at a
+time, and prints wall time and this process's processor time of a request, client included, in
+milliseconds. On a machine with other work the wall time's p99 is mostly theirs: the best of several
+runs counts.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -99,12 +100,15 @@ ROUTES: Final = (
     "/v1/jobs/{job}",
     "/v1/uploads",
     "/v1/uploads?state=open",
+    "/v1/keys",
+    "/v1/tenants",
     "/v1/tenants/local",
     "/v1/nodes",
     "/",
     "/?state=ready&sort=kl",
     "/parts/totals",
     "/nodes",
+    "/keys",
     "/deltas/{name}",
 )
 
@@ -321,23 +325,24 @@ async def measure(
 
 @contextmanager
 def filled(kind: str, folder: Path, count: int) -> Iterator[Settings]:
-    """Settings for a filled database."""
+    """Settings for a database in the folder; filled, unless it was before."""
     home = folder / kind
-    home.mkdir(mode=0o755)
-    if kind == "sqlite":
-        settings = Settings(home=home, log_level="ERROR")
-        prepare(settings, count)
-        yield settings
-        return
-    with postgres(home / "postgres") as service:
-        settings = Settings.model_validate({"home": home, "log_level": "ERROR", **service.settings})
-        prepare(settings, count)
+    home.mkdir(mode=0o755, exist_ok=True)
+    with ExitStack() as services:
+        fields = {}
+        if kind == "postgres":
+            fields = services.enter_context(postgres(home / "postgres")).settings
+        settings = Settings.model_validate({"home": home, "log_level": "ERROR", **fields})
+        migrate(settings.sqlalchemy_url)
+        done = home / f"filled-{count}"
+        if not done.exists():
+            prepare(settings, count)
+            done.touch()
         yield settings
 
 
 def prepare(settings: Settings, count: int, queued: int = QUEUED) -> None:
-    """Migrate and fill the database, and the blob store."""
-    migrate(settings.sqlalchemy_url)
+    """Fill the database, and the blob store."""
     # The report is the same in every row: it is encoded once.
     report = json.dumps(REPORT)
     engine = create_engine(
@@ -367,15 +372,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--database", nargs="+", default=["sqlite", "postgres"])
+    parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     print(
         f"{processor()}; {options.deltas} deltas, {options.requests} requests a route, the best of "
         f"{options.runs} runs"
     )
     for kind in options.database:
-        with tempfile.TemporaryDirectory(prefix="deltadock-lists-") as name:
-            Path(name).chmod(0o711)
-            with filled(kind, Path(name), options.deltas) as settings:
+        temporary = tempfile.TemporaryDirectory(prefix="deltadock-lists-")
+        with nullcontext(options.folder) if options.folder else temporary as name:
+            folder = Path(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o711)
+            with filled(kind, folder, options.deltas) as settings:
                 print(f"\n{kind + ', ms':42}{'p50':>9}{'p99':>9}{'CPU p50':>9}{'CPU p99':>9}")
                 asyncio.run(show(settings, options.deltas, options.requests, options.runs))
 

@@ -246,7 +246,7 @@ class StorageMeter:
 def recount(database: Database) -> None:
     """Count anew what counts towards each tenant's quotas."""
     with database.read_scope() as session:
-        tenants = [tenant.id for tenant in TenantRepository(session).all()]
+        tenants = TenantRepository(session).ids()
     for tenant_id in tenants:
         with database.session_scope() as session:
             TotalsRepository(session, tenant_id).recount()

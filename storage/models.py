@@ -287,9 +287,12 @@ class ApiKeyRow(TableRow):
     """An API key. Only an HMAC of it is stored; `prefix` is its readable start."""
 
     __tablename__ = "api_keys"
+    __table_args__ = (
+        Index("ix_api_keys_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
+    )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
     name: Mapped[str] = mapped_column(String(96))
     prefix: Mapped[str] = mapped_column(String(16), unique=True)
     hmac: Mapped[str] = mapped_column(String(64))

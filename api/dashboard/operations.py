@@ -23,7 +23,7 @@ from deltadock.api.paging import After
 from deltadock.api.tenants import get_tenant
 from deltadock.errors import NotFound
 from deltadock.storage.models import FINAL_STATES, JobState, NodeSampleRow, Scope
-from deltadock.storage.repositories import JobRepository, NodeRepository
+from deltadock.storage.repositories import JobRepository, KeyRepository, NodeRepository
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
 
 router = page_router()
@@ -190,10 +190,13 @@ def timelines(samples: Sequence[NodeSampleRow]) -> list[tuple[str, Markup]]:
 
 
 @router.get("/keys")
-def show_keys(request: Request, caller: CallerDep, session: ReadSession) -> Response:
-    """The tenant's keys, limits and usage."""
+def show_keys(
+    request: Request, caller: CallerDep, session: ReadSession, after: After = None
+) -> Response:
+    """The tenant's keys, newest first, with its limits and usage."""
     context = {
-        "keys": list_keys(caller, session).data,
+        "page": list_keys(caller=caller, session=session, after=after),
+        "after": after,
         "own_key": caller.key_id,
         "scopes": list(Scope),
         "tenant": get_tenant(caller.tenant_id, caller, session),
@@ -215,5 +218,6 @@ def show_audit(
 ) -> Response:
     """Who changed what, newest first."""
     page = list_audit_records(caller, session, after=after)
-    names = {key.id: key.name for key in list_keys(caller, session).data}
+    keys = KeyRepository(session, caller.tenant_id)
+    names = keys.names({record.key for record in page.data if record.key})
     return render(request, "audit.html", {"page": page, "names": names, "after": after})

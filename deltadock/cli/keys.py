@@ -2,7 +2,7 @@
 
 import hmac
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -90,7 +90,7 @@ def list_all(home: Path | None, url: str | None) -> list[Key]:
     """The keys, newest first: of one's tenant, or in the database of all."""
     if uses_server(home, url):
         with connect(url) as client:
-            return client.keys()
+            return list(client.keys())
     with _session(settings_in(home)) as session:
         return [_key_of(row) for row in KeyRepository(session, EVERY_TENANT).all()]
 
@@ -148,7 +148,7 @@ def _key_of(row: ApiKeyRow, key: str | None = None) -> Key:
     )
 
 
-def _find_listed(keys: Sequence[Key], wanted: str) -> Key:
+def _find_listed(keys: Iterable[Key], wanted: str) -> Key:
     for key in keys:
         if wanted in (key.id, key.prefix):
             return key

@@ -352,10 +352,11 @@ def evict(node: str, artifact: str) -> Call[None]:
     return Call("DELETE", path, lambda _: None)
 
 
-def keys() -> Call[list[Key]]:
-    """The tenant's API keys, newest first."""
-    read = reader(list[Key])
-    return Call("GET", "/v1/keys", lambda answer: read(answer["data"]))
+def keys(
+    *, prefix: str | None = None, tenant: str | None = None, limit: int | None = None
+) -> Pages[Key]:
+    """The tenant's API keys, newest first; `limit` is the size of a page."""
+    return Pages.of(Key, "/v1/keys", prefix=prefix, tenant=tenant, limit=limit)
 
 
 def create_key(

@@ -1,10 +1,10 @@
 """Tenants with their usage, and API keys."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import Select, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session, joinedload
 
 from deltadock.errors import Conflict
@@ -47,9 +47,16 @@ class TenantRepository:
         ).all()
         return max(found, key=lambda tenant: tenant.id == id_or_name, default=None)
 
-    def all(self) -> Sequence[TenantRow]:
-        """All tenants, ordered by name."""
-        return self.session.scalars(select(TenantRow).order_by(TenantRow.name)).all()
+    def ids(self) -> Sequence[str]:
+        """The ids of all tenants."""
+        return self.session.scalars(select(TenantRow.id)).all()
+
+    def page(self, *, limit: int, after: str | None = None) -> Sequence[TenantRow]:
+        """Up to `limit` tenants by name, which follow the name `after`."""
+        query = select(TenantRow)
+        if after is not None:
+            query = query.where(TenantRow.name > after)
+        return self.session.scalars(query.order_by(TenantRow.name).limit(limit)).all()
 
     def add(self, name: str) -> TenantRow:
         """Insert a tenant without limits.
@@ -160,28 +167,39 @@ class KeyRepository:
 
     def all(self) -> Sequence[ApiKeyRow]:
         """All keys, revoked and expired ones too, newest first."""
-        return self.session.scalars(
-            select(ApiKeyRow)
-            .options(joinedload(ApiKeyRow.tenant))
-            .where(owned_by(ApiKeyRow.tenant_id, self.tenant))
-            .order_by(ApiKeyRow.created_at.desc(), ApiKeyRow.id)
-        ).all()
+        return self.session.scalars(self._newest_first()).all()
+
+    def page(self, *, limit: int, after: tuple[datetime, str] | None = None) -> Sequence[ApiKeyRow]:
+        """Up to `limit` keys, newest first, which follow the time and id `after`."""
+        query = self._newest_first()
+        if after is not None:
+            query = query.where(tuple_(ApiKeyRow.created_at, ApiKeyRow.id) < after)
+        return self.session.scalars(query.limit(limit)).all()
 
     def find(self, key_id: str) -> ApiKeyRow | None:
         """The key with this id, or None."""
-        return self.session.scalars(
-            select(ApiKeyRow)
-            .options(joinedload(ApiKeyRow.tenant))
-            .where(ApiKeyRow.id == key_id, owned_by(ApiKeyRow.tenant_id, self.tenant))
-        ).one_or_none()
+        return self.session.scalars(self._owned().where(ApiKeyRow.id == key_id)).one_or_none()
 
     def find_prefix(self, prefix: str) -> ApiKeyRow | None:
         """The key with this prefix, or None."""
-        return self.session.scalars(
+        return self.session.scalars(self._owned().where(ApiKeyRow.prefix == prefix)).one_or_none()
+
+    def names(self, key_ids: Collection[str]) -> dict[str, str]:
+        """The names of those of these keys that the tenant has."""
+        query = select(ApiKeyRow.id, ApiKeyRow.name).where(
+            ApiKeyRow.id.in_(key_ids), owned_by(ApiKeyRow.tenant_id, self.tenant)
+        )
+        return {key_id: name for key_id, name in self.session.execute(query)}
+
+    def _owned(self) -> Select[ApiKeyRow]:
+        return (
             select(ApiKeyRow)
             .options(joinedload(ApiKeyRow.tenant))
-            .where(ApiKeyRow.prefix == prefix, owned_by(ApiKeyRow.tenant_id, self.tenant))
-        ).one_or_none()
+            .where(owned_by(ApiKeyRow.tenant_id, self.tenant))
+        )
+
+    def _newest_first(self) -> Select[ApiKeyRow]:
+        return self._owned().order_by(ApiKeyRow.created_at.desc(), ApiKeyRow.id.desc())
 
     def is_active(self, key: ApiKeyRow) -> bool:
         """Whether the key is neither revoked nor expired."""

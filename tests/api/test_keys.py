@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ import pytest
 
 from deltadock.storage.api_keys import hmac_of, new_key, prefix_of
 from deltadock.storage.models import ApiKeyRow
+from deltadock.storage.repositories import KeyRepository
 from tests.api.support import Api, bearer
 
 SHAPE = re.compile(r"ddk_[0-9A-Za-z]{8}_[0-9A-Za-z]{38}")
@@ -37,6 +39,15 @@ def made(api: Api, **body: Any) -> dict[str, Any]:
     return key
 
 
+def pages(api: Api, path: str) -> Iterator[dict[str, Any]]:
+    """The entries of a list in pages of one."""
+    page: dict[str, Any] = {"next": ""}
+    while page["next"] is not None:
+        after = {"after": page["next"]} if page["next"] else {}
+        page = api.client.get(path, params={"limit": 1, **after}).json()
+        yield from page["data"]
+
+
 def status(api: Api, key: str, path: str = "/v1/bases") -> int:
     return api.client.get(path, headers=bearer(key)).status_code
 
@@ -47,6 +58,10 @@ def test_a_key_is_shown_once_and_only_its_hmac_is_stored(api: Api) -> None:
     assert SHAPE.fullmatch(key["key"])
     listed = api.client.get("/v1/keys")
     assert [found["name"] for found in listed.json()["data"]] == ["ci", "tests"]
+    assert list(pages(api, "/v1/keys")) == listed.json()["data"]
+    found = api.client.get("/v1/keys", params={"prefix": key["prefix"]}).json()
+    assert found == {"data": listed.json()["data"][:1], "next": None}
+    assert api.client.get("/v1/keys?prefix=ddk_").json()["data"] == []
     with api.resources.database.read_scope() as session:
         row = session.get_one(ApiKeyRow, key["id"])
     stored = " ".join(str(value) for value in vars(row).values())
@@ -82,6 +97,23 @@ def test_revoking(api: Api) -> None:
     answer = api.client.get("/v1/bases", headers=bearer(key["key"]))
     assert (answer.status_code, "revoked" in answer.json()["detail"]) == (401, True)
     assert api.client.post(f"/v1/keys/{key['id']}/rotate", json={}).status_code == 409
+
+
+def test_a_key_that_is_revoked_while_it_is_checked_is_not_remembered(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, keys = made(api)["key"], api.resources.keys
+    is_active = KeyRepository.is_active
+
+    def revoked_meanwhile(repository: KeyRepository, row: ApiKeyRow) -> bool:
+        keys.forget()
+        return is_active(repository, row)
+
+    keys.caller_of_key(key)
+    assert keys.recall(key=key) is not None
+    monkeypatch.setattr(KeyRepository, "is_active", revoked_meanwhile)
+    keys.caller_of_key(key)
+    assert keys.recall(key=key) is None
 
 
 def test_expiry(api: Api) -> None:
@@ -127,8 +159,7 @@ def test_an_operator_makes_a_tenants_first_key(api: Api) -> None:
     assert api.client.post("/v1/keys", json=body, headers=theirs).status_code == 403
     listed = api.client.get("/v1/keys", params={"tenant": "acme"}).json()["data"]
     assert {found["id"] for found in listed} == {key["id"], own.json()["id"]}
-    names = [found["name"] for found in api.client.get("/v1/tenants").json()["data"]]
-    assert names == ["acme", "local"]
+    assert [found["name"] for found in pages(api, "/v1/tenants")] == ["acme", "local"]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ LISTS = (
     "/v1/models/maths/skills",
     "/v1/bases?limit=2",
     "/v1/nodes",
+    "/v1/keys?limit=1",
+    "/v1/tenants?limit=1",
     "/v1/audit?limit=2",
     "/v1/audit?limit=2&action=alias.move",
     "/v1/audit?limit=2&object=maths/skills",
@@ -54,7 +56,7 @@ LISTS = (
     "/nodes",
     "/parts/totals",
 )
-ACCESS = re.compile(r"FROM (api_keys|tenants)\b")
+ACCESS = re.compile(r"FROM (api_keys|tenants)\b(?!.*LIMIT)", re.DOTALL)
 """Statements about the caller, which precede every request."""
 WHOLE_TENANT = re.compile(r"(?<! totals) USING .*\(tenant_id=\?\)$")
 """A walk over all rows of a tenant, unless it stops at a limit."""
@@ -110,6 +112,8 @@ def test_every_statement_of_a_list_uses_an_index(site: TestClient, path: str) ->
             plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", parameters).all()
         steps = [row[3] for row in plan]
         scans = [step for step in steps if re.match(r"SCAN (?!\(|anon|CONSTANT)", step)]
+        if "LIMIT" in sql and not any("TEMP B-TREE" in step for step in steps):
+            scans = [step for step in scans if "USING INDEX" not in step]  # stops at the limit
         assert all(step.split()[1] in SMALL_TABLES for step in scans), (sql, steps)
         walks = [step for step in steps if WHOLE_TENANT.search(step)]
         assert not walks or "LIMIT" in sql, (sql, steps)
