@@ -333,16 +333,18 @@ def filled(kind: str, folder: Path, count: int) -> Iterator[Settings]:
         if kind == "postgres":
             fields = services.enter_context(postgres(home / "postgres")).settings
         settings = Settings.model_validate({"home": home, "log_level": "ERROR", **fields})
-        migrate(settings.sqlalchemy_url)
         done = home / f"filled-{count}"
-        if not done.exists():
+        if done.exists():
+            migrate(settings.sqlalchemy_url)
+        else:
             prepare(settings, count)
             done.touch()
         yield settings
 
 
 def prepare(settings: Settings, count: int, queued: int = QUEUED) -> None:
-    """Fill the database, and the blob store."""
+    """Migrate and fill the database, and the blob store."""
+    migrate(settings.sqlalchemy_url)
     # The report is the same in every row: it is encoded once.
     report = json.dumps(REPORT)
     engine = create_engine(

@@ -189,7 +189,7 @@ class KeyRepository:
         query = select(ApiKeyRow.id, ApiKeyRow.name).where(
             ApiKeyRow.id.in_(key_ids), owned_by(ApiKeyRow.tenant_id, self.tenant)
         )
-        return {key_id: name for key_id, name in self.session.execute(query)}
+        return {key.id: key.name for key in self.session.execute(query)}
 
     def _owned(self) -> Select[ApiKeyRow]:
         return (
