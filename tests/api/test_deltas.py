@@ -10,7 +10,7 @@ import redis
 from sqlalchemy import event
 
 from deltadock.compression.options import default_method
-from deltadock.storage.models import JobState
+from deltadock.storage.models import JobPriority, JobState
 from deltadock.storage.repositories import JobRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, Api, sha256, weights
@@ -19,7 +19,8 @@ from tests.api.support import CONFIG, Api, sha256, weights
 def queued_jobs(broker_url: str) -> list[str]:
     """Job ids of the compress tasks queued in the broker."""
     with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
-        messages = connection.lrange("gpu\x06\x163", 0, -1)  # of normal priority
+        priority = JobPriority.NORMAL.broker_priority
+        messages = connection.lrange(f"gpu\x06\x16{priority}", 0, -1)
     assert isinstance(messages, list)
     headers = [json.loads(message)["headers"] for message in messages]
     assert {header["task"] for header in headers} <= {"deltadock.compress"}
