@@ -61,8 +61,9 @@ def workers(context: WorkerContext, broker_url: str, tmp_path: Path) -> Iterator
         ]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("settings", ["postgres"], indirect=True)
-def test_a_job_of_a_killed_worker_resumes_with_the_same_bytes(
+def test_jobs_of_stopped_and_of_killed_workers_continue(
     context: WorkerContext,
     submit: Callable[..., str],
     look: Callable[[str], JobRow],
@@ -71,49 +72,20 @@ def test_a_job_of_a_killed_worker_resumes_with_the_same_bytes(
     pair: Any,
     tmp_path: Path,
 ) -> None:
-    job_id = submit("adamix", 1.0)
-    with Celery(broker=broker_url, set_as_current=False) as sender:
-        sender.send_task("deltadock.compress", args=[job_id], queue="gpu")
+    def send(bits: float) -> str:
+        job_id = submit("adamix", bits)
+        with Celery(broker=broker_url, set_as_current=False) as sender:
+            sender.send_task("deltadock.compress", args=[job_id], queue="gpu")
+        return job_id
 
-    def is_compressing() -> bool:
-        job = look(job_id)
-        return job.state is JobState.COMPRESSING and job.stage_block >= 1
+    def owner_and_other(job_id: str) -> list[Child]:
+        owner = look(job_id).lease_owner or ""
+        return sorted(workers, key=lambda worker: f"-{worker.pid}-" not in owner)
 
-    workers[0].wait_until(is_compressing, seconds=120)
-    owner = look(job_id).lease_owner
-    assert owner is not None
-    victim = next(worker for worker in workers if f"-{worker.pid}-" in owner)
-    survivor = next(worker for worker in workers if worker is not victim)
-    os.kill(victim.pid, signal.SIGKILL)
-    survivor.wait_until(lambda: look(job_id).state.is_final, seconds=180)
-
-    job = look(job_id)
-    assert (job.state, job.attempt) == (JobState.READY, 2)
-    with context.database.read_scope() as session:
-        delta = DeltaRepository(session, LOCAL_TENANT).find(job.delta_id)
-    assert delta is not None
-    options = CompressOptions(
-        method="adamix", bits=1.0, calibration=CalibrationOptions(tokens=2048, length=64)
-    )
-    alone = tmp_path / "alone.safetensors"
-    compress(pair.base, pair.finetuned, alone, options, calibration=pair.calibration)
-    assert delta.artifact_digest == context.blobs.put_file(alone)
-
-
-@pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
-def test_a_stopped_worker_releases_its_job_without_error_logs(
-    submit: Callable[..., str],
-    look: Callable[[str], JobRow],
-    workers: list[Child],
-    broker_url: str,
-    tmp_path: Path,
-) -> None:
-    job_id = submit("adamix", 1.0)
-    with Celery(broker=broker_url, set_as_current=False) as sender:
-        sender.send_task("deltadock.compress", args=[job_id], queue="gpu")
+    # A worker that is stopped releases its job, without error logs.
+    job_id = send(1.0)
     workers[0].wait_until(lambda: look(job_id).lease_owner is not None, seconds=120)
-    owner = look(job_id).lease_owner or ""
-    first, second = sorted(workers, key=lambda worker: f"-{worker.pid}-" not in owner)
+    first, second = owner_and_other(job_id)
     first.stop()
     second.wait_until(lambda: look(job_id).state.is_final, seconds=120)
     assert (look(job_id).state, look(job_id).attempt) == (JobState.READY, 1)
@@ -124,3 +96,27 @@ def test_a_stopped_worker_releases_its_job_without_error_logs(
     assert "stopped" in log
     for alarm in ("Traceback", '"warning"', '"error"'):
         assert alarm not in log
+
+    # The job of one that is killed is resumed by another, with the same bytes.
+    first.restart()
+    job_id = send(2.0)
+
+    def is_compressing() -> bool:
+        job = look(job_id)
+        return job.state is JobState.COMPRESSING and job.stage_block >= 1
+
+    second.wait_until(is_compressing, seconds=120)
+    victim, survivor = owner_and_other(job_id)
+    os.kill(victim.pid, signal.SIGKILL)
+    survivor.wait_until(lambda: look(job_id).state.is_final, seconds=180)
+    job = look(job_id)
+    assert (job.state, job.attempt) == (JobState.READY, 2)
+    with context.database.read_scope() as session:
+        delta = DeltaRepository(session, LOCAL_TENANT).find(job.delta_id)
+    assert delta is not None
+    options = CompressOptions(
+        method="adamix", bits=2.0, calibration=CalibrationOptions(tokens=2048, length=64)
+    )
+    alone = tmp_path / "alone.safetensors"
+    compress(pair.base, pair.finetuned, alone, options, calibration=pair.calibration)
+    assert delta.artifact_digest == context.blobs.put_file(alone)
