@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+CREATED := .venv/.created
 INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
@@ -11,18 +12,21 @@ VLLM := .venv-vllm
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo up topology unit test test-vllm check docs format browser collect clean
+.PHONY: help install develop demo up topology unit test suite test-vllm check docs format browser collect clean
 
 help:  ## List the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 install: $(INSTALLED)  ## Create .venv with the command .venv/bin/deltadock
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(CREATED):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
 	# The venv's own pip may be too old to show what it installs.
 	$(PIP) --quiet --upgrade 'pip>=25.1'
+	@touch $@
+
+$(INSTALLED): $(CREATED) pyproject.toml constraints.txt
 	$(PIP) -e '.[torch,embedded]'
 	@echo 'Compiling the modules that are used ...'
 	@$(BIN)/python -c 'import deltadock.api.main, deltadock.inference.server, deltadock.workers.app'
@@ -30,9 +34,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 develop: $(DEVELOPED)  ## Add to .venv what the other tasks need: tests, checks, docs
 
-$(DEVELOPED): $(INSTALLED)
+# In one step with what `install` takes, whose packages would be resolved twice.
+$(DEVELOPED): $(CREATED) pyproject.toml constraints.txt
 	$(PIP) -e '.[torch,embedded,benchmarks,docs,dev]'
-	@touch $@
+	@touch $(INSTALLED) $@
 
 demo: install  ## Compress the sample fine-tune and compare it with its delta, in a minute or two; ARGS=--help
 	$(BIN)/deltadock demo $(ARGS)
@@ -47,7 +52,10 @@ unit: develop check  ## Run the checks and the quick tests, in under three minut
 	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test: develop  ## Run the checks and the whole suite on real servers
-	@$(MAKE) --no-print-directory --jobs 3 check browser collect
+	@$(MAKE) --no-print-directory --jobs 3 check suite
+
+# The checks run beside it: alone they would leave a core idle for a minute.
+suite: browser collect
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-vllm: develop $(VLLM)/.installed  ## Run the tests of integrations/vllm, in an environment with vLLM for CPUs
