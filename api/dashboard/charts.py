@@ -27,6 +27,8 @@ STEPS: Final = 9
 _WIDTH: Final = 800
 """Target width of a grid in pixels, within the limits on a cell's width."""
 _MIN_CELL, _MAX_CELL = 14, 140
+_READABLE: Final = 16
+"""Most layers of which a cell has room for its value."""
 _CHARACTER: Final = 6.7
 _AXIS: Final = 18
 _GAP: Final = 2
@@ -64,9 +66,9 @@ def heat_map(grid: MatrixGrid) -> Markup:
     def draw(parent: ET.Element, matrix: MatrixFigures, box: "Box") -> None:
         step = "none" if matrix.error is None else f"q{ERRORS.step(matrix.error)}"
         cell = _cell(parent, f"cell {step}", f"{matrix.name}\nerror {significant(matrix.error)}")
-        _rect(cell, box)
-        if box.width >= 40 and box.height >= 16:
-            middle = {"x": _n(box.x + box.width / 2), "y": _n(box.y + box.height / 2 + 4)}
+        _rect(cell, box, unit="%")
+        if len(grid.layers) <= _READABLE and box.height >= 16:
+            middle = {"x": f"{_n(box.x + box.width / 2)}%", "y": _n(box.y + box.height / 2 + 4)}
             ET.SubElement(cell, "text", middle).text = significant(matrix.error, 2)
 
     return _draw_grid(grid, "Normalised output error by projection and layer", 26, draw)
@@ -83,14 +85,14 @@ def width_bars(grid: MatrixGrid) -> Markup:
         title = f"{matrix.name}\n{matrix.rank} of {matrix.full_rank} ranks"
         title += f" ({percentage(matrix.kept)})\n{matrix.widths_text}"
         cell = _cell(parent, "cell stack", title)
-        _rect(cell, box, "ground")
+        _rect(cell, box, "ground", unit="%")
         # Ranks or, where U and V differ in width, both factors' vectors (twice as many).
         vectors = sum(matrix.widths.values())
         unit = box.height * matrix.kept / full_height / vectors if vectors else 0.0
         bottom = box.y + box.height
         for width, count in sorted(matrix.widths.items(), reverse=True):
             bottom -= count * unit
-            _rect(cell, Box(box.x, bottom, box.width, count * unit), f"w{min(width, 8)}")
+            _rect(cell, box._replace(y=bottom, height=count * unit), f"w{min(width, 8)}", unit="%")
 
     return _draw_grid(grid, "Ranks by width, by projection and layer", 44, draw)
 
@@ -275,7 +277,7 @@ def _label(root: ET.Element, x: float, y: float, text: str, style: str) -> None:
 
 
 class Box(NamedTuple):
-    """A rectangle, in pixels."""
+    """A rectangle, in pixels; x and width of a grid's cell are in percent."""
 
     x: float
     y: float
@@ -289,27 +291,32 @@ def _draw_grid(
     height: int,
     draw: Callable[[ET.Element, MatrixFigures, Box], None],
 ) -> Markup:
-    """Draw the axes, and each matrix's cell with `draw`."""
+    """Draw the axes, and each matrix's cell with `draw`: as wide as there is room for."""
     margin = round(_CHARACTER * max((len(name) for name in grid.projections), default=0)) + 10
     columns = len(grid.layers)
     if len(grid.projections) > 24:
         height = _MIN_CELL
     width = min(max((_WIDTH - margin) // max(columns, 1), _MIN_CELL), _MAX_CELL)
-    root = _svg(margin + columns * width, _AXIS + len(grid.projections) * height, "grid", label)
+    tall = _AXIS + len(grid.projections) * height
+    root = ET.Element("div", {"class": "cells", "role": "group", "aria-label": label})
+    names = ET.SubElement(root, "svg", {"class": "grid", "width": str(margin), "height": str(tall)})
+    body = {"class": "grid", "width": str(columns * width), "height": str(tall)}
+    cells = ET.SubElement(root, "svg", body)
     label_step = math.ceil(30 / width)
     for column, layer in enumerate(grid.layers):
         if column % label_step == 0:
-            place = {"x": _n(margin + (column + 0.5) * width), "y": "12", "class": "layer"}
-            ET.SubElement(root, "text", place).text = layer
+            style = "layer" if column % (3 * label_step) == 0 else "layer if-wide"
+            place = {"x": f"{_n(100 * (column + 0.5) / columns)}%", "y": "12", "class": style}
+            ET.SubElement(cells, "text", place).text = layer
     for row, projection in enumerate(grid.projections):
         top = _AXIS + row * height
-        place = {"x": _n(margin - 8), "y": _n(top + height / 2 + 4), "class": "projection"}
-        ET.SubElement(root, "text", place).text = projection
+        _label(names, margin - 8, top + height / 2 + 4, projection, "projection")
         for column, layer in enumerate(grid.layers):
             matrix = grid.cells.get(Place(projection, layer))
             if matrix is not None:
-                left = margin + column * width
-                draw(root, matrix, Box(left, top, width - _GAP, height - _GAP))
+                share = 100 / columns
+                box = Box(column * share, top, share * (1 - _GAP / width), height - _GAP)
+                draw(cells, matrix, box)
     return _markup(root)
 
 
@@ -330,11 +337,11 @@ def _cell(parent: ET.Element, style: str, title: str) -> ET.Element:
     return cell
 
 
-def _rect(parent: ET.Element, box: Box, style: str | None = None) -> None:
+def _rect(parent: ET.Element, box: Box, style: str | None = None, *, unit: str = "") -> None:
     attributes = {
-        "x": _n(box.x),
+        "x": f"{_n(box.x)}{unit}",
         "y": _n(box.y),
-        "width": _n(box.width),
+        "width": f"{_n(box.width)}{unit}",
         "height": _n(box.height),
     }
     ET.SubElement(parent, "rect", attributes | ({"class": style} if style else {}))

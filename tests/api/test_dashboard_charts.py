@@ -47,11 +47,12 @@ def test_grids_are_valid_xml_with_a_titled_cell_per_matrix(many: list[MatrixFigu
         assert len(cells(root)) == len(grid.cells)
         shown = titles(root)
         assert all(any(matrix.name in title for title in shown) for matrix in grid.cells.values())
-        width, height = map(float, root.attrib["viewBox"].split()[2:])
+        height = float(root[1].attrib["height"])
         for rect in root.iter("rect"):
-            x, y, w, h = (float(rect.attrib[key]) for key in ("x", "y", "width", "height"))
+            x, w = (float(rect.attrib[key].removesuffix("%")) for key in ("x", "width"))
+            y, h = (float(rect.attrib[key]) for key in ("y", "height"))
             assert min(x, y, w, h) >= -0.02
-            assert x + w <= width + 0.02
+            assert x + w <= 100.02
             assert y + h <= height + 0.02
 
 
