@@ -154,6 +154,11 @@ def rate_distortion(points: Sequence[Point]) -> Markup:
         )
         place = {"cx": _n(x(point.bits)), "cy": _n(y(point.kl)), "r": "6"}
         ET.SubElement(cell, "circle", place)
+        if point.style == "this":
+            name = point.label.partition(", ")[0]
+            is_right = point.bits > most / 2  # where a name would leave the plot
+            beside = x(point.bits) + (-10 if is_right else 10)
+            _label(root, beside, y(point.kl) + 4, name, "projection" if is_right else "start")
     return _markup(root)
 
 

@@ -57,7 +57,8 @@ class ModelPatch(RequestBody):
         Field(default=None, max_length=50)
     )
     rule: RuleFields | None = Field(
-        default=None, description="null: the default moves only by hand."
+        default=None,
+        description="null: once the first versions have ended, the default moves only by hand.",
     )
 
 

@@ -9,6 +9,10 @@ SwaggerUIBundle({
   url: "/openapi.json",
   dom_id: "#swagger-ui",
   deepLinking: true,
+  // All routes and schemas at once take seconds to draw.
+  docExpansion: "none",
+  defaultModelsExpandDepth: -1,
+  syntaxHighlight: false,
   presets: [SwaggerUIBundle.presets.apis, SwaggerUIBundle.SwaggerUIStandalonePreset].filter(Boolean),
   layout: "BaseLayout",
   requestInterceptor: (sent) => {

@@ -196,7 +196,7 @@ def _take(page: Page, folder: Path, pages: Mapping[str, str], state: str) -> Non
     for name, path in pages.items():
         page.goto(path)
         if name == "docs":
-            page.locator(".opblock").first.wait_for()
+            page.locator(".opblock-tag").first.wait_for()
         for size in (WIDE, PHONE):
             page.set_viewport_size(size)
             for scheme in ("light", "dark"):
