@@ -166,10 +166,12 @@ def _say_what_next(delta: "Delta") -> None:
 
 
 @bases.callback(invoke_without_command=True)
-def list_by_default(context: typer.Context) -> None:
+def list_by_default(context: typer.Context, as_json: AsJson = False, url: Url = None) -> None:
     """List the bases, unless a command follows."""
     if context.invoked_subcommand is None:
-        list_bases()
+        list_bases(as_json, url)
+    elif as_json or url:
+        raise typer.BadParameter("options of a command follow it.")
 
 
 @bases.command("list")

@@ -134,6 +134,7 @@ def bytes_bar(
                     ready, known = (
                         size_text(sum(part)) for part in zip(*files.values(), strict=True)
                     )
+                lines.show(during, during)
                 lines.show(during, f"{during}: {ready} of {known}")
 
             yield count
