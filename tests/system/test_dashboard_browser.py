@@ -120,7 +120,7 @@ def test_a_deltas_page_updates_until_its_report(site: Site, page: Page) -> None:
     site.finish(delta.id)
     expect(page.locator(".heading .state")).to_have_text("ready")
     expect(page.locator("#job")).to_have_count(0)
-    expect(page.locator("svg.grid").first.locator(".cell")).to_have_count(4 * 7)
+    expect(page.locator(".cells").first.locator(".cell")).to_have_count(4 * 7)
 
 
 def test_a_job_can_be_cancelled_and_retried(site: Site, page: Page) -> None:
@@ -150,7 +150,7 @@ def test_charts_have_a_cell_per_matrix(site: Site, page: Page) -> None:
     report = seed.report(bits=seed.READY[1][1], seed=1)
     page.goto(f"/deltas/{site.seeded.ready[1]}")
     expect(page.locator("#spectra-title")).to_have_text("Decay of singular values")
-    grids = page.locator("svg.grid:not(.plot)")
+    grids = page.locator(".cells")
     assert grids.count() == 2
     for index in range(2):
         expect(grids.nth(index).locator(".cell")).to_have_count(len(report["matrices"]))
@@ -295,6 +295,7 @@ def test_hostile_text_is_escaped(site: Site, page: Page) -> None:
 
 def test_the_api_docs_work_offline(page: Page) -> None:
     page.goto("/docs")
+    page.get_by_role("link", name="deltas", exact=True).click()
     expect(page.get_by_text("/v1/deltas/{delta_id}/report")).to_be_visible()
     page.emulate_media(color_scheme="dark")
     expect(page.locator("html")).to_have_class("dark-mode")
