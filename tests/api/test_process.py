@@ -14,6 +14,7 @@ import httpx
 from deltadock.api.access.authentication import CACHE_SECONDS
 from deltadock.api.access.sessions import Sessions
 from deltadock.cli.processes import free_ports
+from deltadock.cli.system import api_command
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
 from tests.api.support import bearer, issue_key
@@ -43,11 +44,9 @@ def test_two_processes_start_log_share_their_state_and_stop(
         "DELTADOCK_BROKER_URL": broker_url,
         "PROMETHEUS_MULTIPROC_DIR": str(counts),
     }
-    command = [sys.executable, "-m", "uvicorn", "deltadock.api.main:app", "--workers", "2"]
-    command += ["--timeout-worker-healthcheck", "60"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--port", str(port)],
+            [*api_command(2), "--port", str(port)],
             env=os.environ | environment,
             stderr=log,
         )
