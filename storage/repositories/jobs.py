@@ -33,6 +33,7 @@ from deltadock.storage.models import (
 )
 from deltadock.storage.repositories.audit import DONE, record
 from deltadock.storage.repositories.listing import ANY_JOB, JobFilter, Key, find_jobs
+from deltadock.storage.repositories.models import unindexed
 from deltadock.storage.repositories.shown import JOB, SELECT_JOBS, ShownJob
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -72,7 +73,8 @@ class JobRepository:
 
     def show_all(self, job_ids: Collection[str]) -> list[ShownJob]:
         """The columns of those of the jobs that exist."""
-        query = SELECT_JOBS.where(JobRow.id.in_(job_ids), self._owned())
+        own = owned_by(unindexed(JobRow.tenant_id), self.tenant)
+        query = SELECT_JOBS.where(JobRow.id.in_(job_ids), own)
         return [ShownJob(*row) for row in self.session.execute(query)]
 
     def page(

@@ -20,6 +20,7 @@ from deltadock.storage.models import (
     TenantRow,
 )
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.models import unindexed
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -187,7 +188,7 @@ class KeyRepository:
     def names(self, key_ids: Collection[str]) -> dict[str, str]:
         """The names of those of these keys that the tenant has."""
         query = select(ApiKeyRow.id, ApiKeyRow.name).where(
-            ApiKeyRow.id.in_(key_ids), owned_by(ApiKeyRow.tenant_id, self.tenant)
+            ApiKeyRow.id.in_(key_ids), owned_by(unindexed(ApiKeyRow.tenant_id), self.tenant)
         )
         return {key.id: key.name for key in self.session.execute(query)}
 

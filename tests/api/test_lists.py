@@ -17,7 +17,13 @@ from deltadock.api.paging import Cursor
 from deltadock.errors import NotFound
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
-from deltadock.storage.repositories import NodeRepository
+from deltadock.storage.repositories import (
+    DeltaRepository,
+    JobRepository,
+    KeyRepository,
+    NodeRepository,
+)
+from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
 from tests.api.support import bearer, issue_key
 
@@ -83,13 +89,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 
 
 @contextmanager
-def executed(site: TestClient) -> Iterator[list[tuple[str, Any]]]:
+def executed(
+    site: TestClient, ignored: re.Pattern[str] | None = ACCESS
+) -> Iterator[list[tuple[str, Any]]]:
     """Statements of the app with their parameters."""
     engine = site.app.state.resources.database.engine  # type: ignore[attr-defined]
     seen: list[tuple[str, Any]] = []
 
     def record(_c: Connection, _cursor: object, sql: str, parameters: Any, *_: object) -> None:
-        if sql.startswith(("SELECT", "WITH")) and not ACCESS.search(sql):
+        if sql.startswith(("SELECT", "WITH")) and not (ignored and ignored.search(sql)):
             seen.append((sql, parameters))
 
     event.listen(engine, "before_cursor_execute", record)
@@ -105,6 +113,10 @@ def test_every_statement_of_a_list_uses_an_index(site: TestClient, path: str) ->
     with executed(site) as statements:
         assert site.get(path).status_code == 200
     assert 1 <= len(statements) <= 12
+    check_plans(site, statements)
+
+
+def check_plans(site: TestClient, statements: list[tuple[str, Any]]) -> None:
     engine = site.app.state.resources.database.engine  # type: ignore[attr-defined]
     for sql, parameters in statements:
         assert "report" not in sql
@@ -117,6 +129,17 @@ def test_every_statement_of_a_list_uses_an_index(site: TestClient, path: str) ->
         assert all(step.split()[1] in SMALL_TABLES for step in scans), (sql, steps)
         walks = [step for step in steps if WHOLE_TENANT.search(step)]
         assert not walks or "LIMIT" in sql, (sql, steps)
+
+
+def test_rows_of_many_ids_are_found_by_their_ids(site: TestClient) -> None:
+    ids = [f"x{number}" for number in range(100)]
+    database = site.app.state.resources.database  # type: ignore[attr-defined]
+    with executed(site, ignored=None) as statements, database.read_scope() as session:
+        JobRepository(session, LOCAL_TENANT).show_all(ids)
+        DeltaRepository(session, LOCAL_TENANT).with_ids(ids)
+        KeyRepository(session, LOCAL_TENANT).names(ids)
+    assert len(statements) == 3
+    check_plans(site, statements)
 
 
 def test_a_read_takes_two_threads(site: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
