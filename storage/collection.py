@@ -195,6 +195,7 @@ class StorageMeter:
         self._blobs = blobs
         self._lock = threading.Lock()
         self._latest: UsageByKind | None = None
+        self._began = 0.0
         self._fresh_until = 0.0
         self._measuring: Future[UsageByKind] | None = None
 
@@ -206,8 +207,9 @@ class StorageMeter:
     def usage_within(self, seconds: float) -> UsageByKind | None:
         """As `usage`, or the figures before if measuring takes longer; None: there are none."""
         measured = self._measure()
+        left = max(0.0, self._began + seconds - time.monotonic())
         try:
-            return measured if isinstance(measured, dict) else measured.result(seconds)
+            return measured if isinstance(measured, dict) else measured.result(left)
         except TimeoutError:
             return self._latest
 
@@ -217,7 +219,7 @@ class StorageMeter:
             if self._measuring is None:
                 if self._latest is not None and time.monotonic() < self._fresh_until:
                     return self._latest
-                self._measuring = Future()
+                self._measuring, self._began = Future(), time.monotonic()
                 # A daemon: the process may end meanwhile.
                 thread = threading.Thread(target=self._run, args=[self._measuring], daemon=True)
                 thread.start()
