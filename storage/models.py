@@ -596,6 +596,10 @@ class JobRow(TableRow):
         ),
         # The queue.
         Index("ix_jobs_state_priority_sent_at_id", "state", "priority", "sent_at", "id"),
+        Index(
+            "ix_jobs_begun_sent_at_id", "sent_at", "id",
+            **_only("started_at IS NOT NULL AND finished_at IS NULL"),
+        ),
     )  # fmt: skip
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)

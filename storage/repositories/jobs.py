@@ -111,7 +111,7 @@ class JobRepository:
         waiting = {job.id for job in jobs if job.state in RUNNING_ORDER and job.lease_owner is None}
         queue: list[str] = []
         new = and_(JobRow.state == JobState.QUEUED, JobRow.started_at.is_(None))
-        begun = and_(JobRow.state.in_(RUNNING_ORDER), JobRow.started_at.is_not(None))
+        begun = and_(JobRow.started_at.is_not(None), JobRow.finished_at.is_(None))
         for turn in (begun, *(and_(new, JobRow.priority == one) for one in JobPriority)):
             if waiting.issubset(queue):
                 break
