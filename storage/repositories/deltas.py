@@ -247,13 +247,14 @@ class DeltaRepository:
     def count_by_state(self) -> dict[JobState, int]:
         """The number of deltas in each state but ready, which the totals count; up to `COUNTED`."""
         states = [state for state in JobState if state is not JobState.READY]
+        # No join, for which Postgres would read all deltas of the tenant.
+        deleted_at = select(DeltaRow.deleted_at).where(DeltaRow.id == JobRow.delta_id)
         each = [
             select(JobRow.id)
-            .join(DeltaRow, DeltaRow.id == JobRow.delta_id)
             .where(
                 owned_by(JobRow.tenant_id, self.tenant),
                 JobRow.state == state,
-                DeltaRow.deleted_at.is_(None),
+                deleted_at.scalar_subquery().is_(None),
             )
             .limit(COUNTED)
             .subquery()
