@@ -215,10 +215,10 @@ def calibrate(model: Model, tokens: int, gradients: bool, now: bool) -> Stage:
     shared = squares if now else squares + 2 * model.hidden**2 + model.hidden**2
     kept = 4.0 * model.blocks * (2 * shared + (outer if gradients else 0))
     spilled = max(0.0, kept - SCRATCH_SHARE * MEMORY) if now else max(0.0, kept - (1 << 29))
-    steps = seen / BATCH_TOKENS * model.blocks
+    steps = seen / BATCH_TOKENS["cuda"] * model.blocks
     return Stage(
         "calibrating",
-        launches=steps * 90 + back / BATCH_TOKENS * model.blocks * 200,
+        launches=steps * 90 + back / BATCH_TOKENS["cuda"] * model.blocks * 200,
         tensor=2 * model.blocks * model.block_weights * (seen + 3 * back) + (moments if now else 0),
         single=0 if now else moments,
         traffic=28 * steps * squares,

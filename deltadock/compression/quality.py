@@ -102,6 +102,7 @@ def measure(
     base: TensorSource,
     finetuned: TensorSource,
     delta: TensorSource,
+    known: Tensor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quality:
     """Run the three models over `windows` (n, length) and compare their outputs.
@@ -111,16 +112,21 @@ def measure(
         model_of_base: the one that runs the base.
         windows: token ids, int64.
         base, finetuned, delta: the weights.
+        known: the fine-tune's last block's outputs (n, length, hidden), which then need not be
+            computed again.
         progress: called with the number of block passes done and in total.
     """
     total = 3 * len(model.blocks)
     hidden = []
     runs = ((model, finetuned), (model, delta), (model_of_base, base))
     for number, (runner, source) in enumerate(runs):
-        states = runner.embed(windows, source)
-        for index in range(len(model.blocks)):
-            states = runner.run_block(index, states, source)
-            progress(number * len(model.blocks) + index + 1, total)
+        if number == 0 and known is not None:
+            states = known
+        else:
+            states = runner.embed(windows, source)
+            for index in range(len(model.blocks)):
+                states = runner.run_block(index, states, source)
+                progress(number * len(model.blocks) + index + 1, total)
         hidden.append(runner.final_hidden(states, source))
     # The last position of a window has no next token.
     labels = F.pad(windows[:, 1:], (0, 1), value=IGNORED).flatten().to(model.device)

@@ -231,7 +231,9 @@ class CompressionSession:
         why if none can be.
         """
         if self._data is not None:
-            report.set_quality(self._quality(out, self._data.report), self._data.measured_on)
+            known = None if self._statistics is None else self._statistics.held_last_states()
+            quality = self._quality(out, self._data.report, known)
+            report.set_quality(quality, self._data.measured_on)
             return
         finetuned, progress = self.pair.finetuned, self._progress.report
         try:
@@ -375,7 +377,7 @@ class CompressionSession:
             matrices=draft.matrices,
         )
 
-    def _quality(self, out: Path, windows: Tensor) -> Quality:
+    def _quality(self, out: Path, windows: Tensor, known: Tensor | None = None) -> Quality:
         pair, model = self.pair, self._model
         assert model is not None, "windows are loaded together with the model"
         with Artifact(out) as artifact:
@@ -386,6 +388,7 @@ class CompressionSession:
                 base=ResizedSource(pair.base, pair.finetuned.shapes),
                 finetuned=pair.finetuned,
                 delta=MergedSource(pair.base, artifact, model.device),
+                known=known,
                 progress=lambda k, n: self._progress.report("verifying", k, n, "comparing outputs"),
             )
 

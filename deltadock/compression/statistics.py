@@ -171,6 +171,10 @@ class Statistics:
             return None
         return self._scratch.get("windows"), self._scratch.get("last states")
 
+    def held_last_states(self) -> Tensor:
+        """The last block's outputs for the reporting windows, (n, length, hidden)."""
+        return self._scratch.get("held last states")
+
     def inputs(self, key: str, device: torch.device | str = "cpu") -> Tensor:
         """Moment of the inputs, (h_in, h_in) float64; of an embedding, of its rows' gradients."""
         return self._scratch.get(f"inputs {self._owner.get(key, key)}", device).double()
@@ -256,6 +260,7 @@ class _ForwardPass:
                 if matrix.block == index:
                     self._put(matrix.ref, refs, train_moments, held_moments)
         progress(count / (count + 1), "output head, inputs")
+        scratch.put("held last states", held)
         if len(sequences):
             scratch.put("windows", self._data.train[sequences])
             scratch.put("last states", states[sequences])
@@ -345,8 +350,7 @@ class _BackwardPass:
             p = logits.detach().softmax(-1)
             sums = (p * (1 - p)).sum(0).double()
             variance = variance.to(sums) + sums
-            labels = torch.multinomial(p, 1, generator=generator).squeeze(1)
-            return F.cross_entropy(logits, labels, reduction="sum")
+            return F.cross_entropy(logits, draw(p, generator), reduction="sum")
 
         _, gradient = self._model.backward_head(states, self._source, loss)
         return variance.cpu() / self._tokens.numel(), gradient
@@ -392,3 +396,13 @@ def _second_moment(states: Tensor) -> Tensor:
     for piece in flat.split(1 << 14):
         total += gram(piece).double()
     return total.cpu()
+
+
+def draw(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one label (n,) from each row of probabilities (n, vocabulary), by inverting their sums.
+
+    A fraction of what `torch.multinomial` takes on a CPU.
+    """
+    sums = p.cumsum(1)
+    levels = torch.rand(len(p), 1, generator=generator, device=p.device) * sums[:, -1:]
+    return torch.searchsorted(sums, levels, right=True).squeeze(1).clamp_max(p.shape[1] - 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -33,8 +34,9 @@ def test_figures_equal_those_of_whole_models(
     windows = torch.randint(256, (6, 40), generator=torch.Generator().manual_seed(0))
     sources = CheckpointReader(base), CheckpointReader(tuned)
 
-    def figures() -> dict[str, float]:
-        model = BlockwiseModel(tuned)
+    model = BlockwiseModel(tuned)
+
+    def figures(known: Tensor | None = None) -> dict[str, float]:
         return asdict(
             measure(
                 model,
@@ -43,10 +45,15 @@ def test_figures_equal_those_of_whole_models(
                 base=sources[0],
                 finetuned=sources[1],
                 delta=sources[1],
+                known=known,
             )
         )
 
     whole = figures()
+    states = model.embed(windows, sources[1])
+    for index in range(len(model.blocks)):
+        states = model.run_block(index, states, sources[1])
+    assert figures(states) == whole
     # The heads of the three models are read alternately, piece by piece.
     monkeypatch.setattr(forward, "LOGITS_PER_STEP", 256 * 50)
     assert figures() == pytest.approx(whole, rel=1e-5, abs=1e-9)

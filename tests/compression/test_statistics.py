@@ -47,13 +47,13 @@ def collected(
     save(CASES[family], folder / "base")
     whole = save(CASES[family], folder / "tuned", scale=0.02)
     monkeypatch.setattr(statistics, "GRADIENT_TOKENS", SEEN.numel() + 5)
-    drawn, multinomial = [], torch.multinomial
+    drawn, draw = [], statistics.draw
 
     def kept(*args: Any, **kwargs: Any) -> Tensor:
-        drawn.append(multinomial(*args, **kwargs))
+        drawn.append(draw(*args, **kwargs))
         return drawn[-1]
 
-    monkeypatch.setattr(torch, "multinomial", kept)
+    monkeypatch.setattr(statistics, "draw", kept)
     pair = open_pair(folder / "base", folder / "tuned")
     model = BlockwiseModel(folder / "tuned")
     data = CalibrationSet(TRAIN, UNSEEN, HELD, "", [])
@@ -70,7 +70,7 @@ def collected(
     assert seen == sorted(seen)
     assert seen[0] >= 0
     assert seen[-1] <= 1
-    return Collected(found, model, pair, whole, torch.cat(drawn).squeeze(1))
+    return Collected(found, model, pair, whole, torch.cat(drawn))
 
 
 def second_moment(rows: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def test_moments_equal_plain_transformers(
 ) -> None:
     found, model, pair, whole, labels = collected(family, tmp_path, scratch, monkeypatch)
     inputs, _, _ = run_whole(whole, TRAIN, None)
-    held, _, _ = run_whole(whole, HELD, None)
+    held, _, held_scores = run_whole(whole, HELD, None)
     _, gradients, scores = run_whole(whole, SEEN, labels)
     linear = [matrix for matrix in found.matrices if matrix.role == "linear"]
     assert [matrix.ref for matrix in linear] == [
@@ -132,6 +132,8 @@ def test_moments_equal_plain_transformers(
         close(found.outputs(key), second_moment(gradients[path]))
         assert found.notes[key] == []
 
+    final = model.final_hidden(found.held_last_states(), pair.finetuned).flatten(0, 1)
+    close(torch.cat([*model.logits(final, pair.finetuned)]).double(), held_scores["logits"])
     known = found.last_states()
     assert known is not None
     assert torch.equal(known[0], SEEN)
@@ -260,3 +262,10 @@ def test_gram_equals_the_whole_product(size: int) -> None:
     found = statistics.gram(rows)
     assert torch.equal(found, found.t())
     torch.testing.assert_close(found, rows.t() @ rows)
+
+
+def test_draw_never_takes_what_has_no_probability() -> None:
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).repeat(4000, 1)
+    found = statistics.draw(p, torch.Generator().manual_seed(0)).bincount(minlength=5)
+    assert found[[0, 2, 4]].sum() == 0
+    assert abs(int(found[1]) - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5

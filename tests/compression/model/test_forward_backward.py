@@ -46,7 +46,7 @@ class GradSource:
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     # Several batches of sequences, the last one smaller, and several pieces of logits.
-    monkeypatch.setattr(forward, "TOKENS_PER_STEP", 40)
+    monkeypatch.setitem(forward.TOKENS_PER_STEP, "cpu", 40)
     monkeypatch.setattr(forward, "LOGITS_PER_STEP", 200 * 30)
 
 
