@@ -8,11 +8,12 @@ Where the device has room, packed student and teacher stay on it, and a step unp
 once and keeps the graphs of all blocks. Else one block's weights are in memory at a time: a step
 unpacks them for the forward and again for the backward pass, which repeats the forward. Both give
 the same scales. The result is kept only if it is better on windows that neither train nor are
-reported.
+reported. Where the mean of the first steps' factors is no better there, distillation ends: more
+steps would only bring the KL back to about where it was.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -35,6 +36,8 @@ from deltadock.compression.residence import DeviceMemory, device_budget
 from deltadock.compression.scratch import Scratch
 
 STEPS: Final = 80
+TRIAL_STEPS: Final = 10
+"""Distillation ends after these if the KL at the mean of their second half is no smaller."""
 TOKENS_PER_STEP: Final = 1024
 CHOOSE_TOKENS: Final = 8192
 RELATIVE_RATE: Final = 0.25
@@ -199,8 +202,8 @@ def distill(
 
     Returns:
         The encodings, with trained scales if they are better; and the KL divergence on the
-        choosing windows `before` and `after`, with `kept` 1 or 0; and `resident` 1 or 0, whether
-        student and teacher stayed on the device.
+        choosing windows `before` and `after`, with `kept` 1 or 0; the number of `steps`; and
+        `resident` 1 or 0, whether student and teacher stayed on the device.
     """
     with Scratch() as scratch:
         memory = DeviceMemory(scratch, model.device, device_budget(model.device))
@@ -215,10 +218,13 @@ def distill(
         before = choosing_kl()
         if not any(student.factors.values()):
             figures = {"before": before, "after": before, "kept": 0.0}
-            return dict(encoded), figures | {"resident": float(memory.complete)}
+            return dict(encoded), figures | {"resident": float(memory.complete), "steps": 0.0}
         relative_error = max(before, 0.0) / max(_kl_without_deltas(student, choosing_kl), 1e-30)
         rate = RELATIVE_RATE * min(1.0, math.sqrt(relative_error))
-        optimizer = torch.optim.Adam(list(flatten_factors(student.factors)), lr=rate)
+        factors = list(flatten_factors(student.factors))
+        optimizer = torch.optim.Adam(factors, lr=rate)
+        recent: list[list[Tensor]] = []
+        steps = STEPS
         needed = student.unpacked_bytes() + model.graph_bytes(size * data.train.shape[1])
         resident = memory.complete and needed <= memory.free
         student.unpack_once = resident
@@ -231,10 +237,23 @@ def distill(
             _accumulate(model, data.train[chosen], student, teacher)
             optimizer.step()
             optimizer.zero_grad()
-        student.unpack_once = False
-        after = choosing_kl()
+            if TRIAL_STEPS // 2 <= step < TRIAL_STEPS:
+                recent.append([factor.detach().clone() for factor in factors])
+            if step + 1 == TRIAL_STEPS < STEPS:
+                student.unpack_once = False
+                means = [torch.stack(values).mean(0) for values in zip(*recent, strict=True)]
+                _assign(factors, means)
+                after = choosing_kl()
+                if after >= before:
+                    steps = TRIAL_STEPS
+                    break
+                _assign(factors, recent.pop())
+                student.unpack_once = resident
+        else:
+            student.unpack_once = False
+            after = choosing_kl()
         figures = {"before": before, "after": after, "kept": float(after < before)}
-        figures["resident"] = float(resident)
+        figures |= {"resident": float(resident), "steps": float(steps)}
         return student.rescaled() if figures["kept"] else dict(encoded), figures
 
 
@@ -332,6 +351,12 @@ def _encodes_delta(encoded: Encoded) -> bool:
     if record["kind"] == "new-rows":
         return record["parts"][0] is not None
     return record["kind"] in DELTA_ENCODINGS
+
+
+@torch.no_grad()
+def _assign(factors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for factor, value in zip(factors, values, strict=True):
+        factor.copy_(value)
 
 
 @torch.no_grad()
