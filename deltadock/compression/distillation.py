@@ -244,7 +244,7 @@ def distill(
                 means = [torch.stack(values).mean(0) for values in zip(*recent, strict=True)]
                 _assign(factors, means)
                 after = choosing_kl()
-                if after >= before:
+                if not after < before:  # nor where it is NaN
                     steps = TRIAL_STEPS
                     break
                 _assign(factors, recent.pop())

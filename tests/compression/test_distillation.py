@@ -222,7 +222,7 @@ def test_it_ends_early_where_the_first_steps_gain_nothing(
     trained, figures = prepared.distill()
     assert figures["steps"] == 8
     assert all(same(trained[name], one) for name, one in whole.items())
-    monkeypatch.setattr(distillation, "RELATIVE_RATE", 30.0)
+    monkeypatch.setattr(distillation, "RELATIVE_RATE", 3.0)
     trained, figures = prepared.distill()
     assert (figures["steps"], figures["kept"]) == (4, 0)
     assert all(same(trained[name], one) for name, one in prepared.encoded.items())
