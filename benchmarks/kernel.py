@@ -104,12 +104,12 @@ SMALL = (Projection("q, k", 70, (40, 33)),)
 REGISTERS: Final = (128, 64, 80, 96, 168, 255)
 SHRINKS: Final = [
     replace(DEFAULT, shrink_warps=warps, shrink_registers=registers)
-    for warps in (8, 4, 2, 1)
+    for warps in (4, 8, 2, 1)
     for registers in REGISTERS
 ]
 EXPANDS: Final = [
     replace(DEFAULT, expand_warps=warps, expand_registers=registers)
-    for warps in (8, 4, 16, 2, 1)
+    for warps in (4, 8, 16, 2, 1)
     for registers in REGISTERS
     if warps * registers <= 2048  # an SM's
 ]

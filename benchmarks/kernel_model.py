@@ -13,11 +13,11 @@ The model:
     SM runs as many programs at once as its registers and shared memory hold, and a launch takes
     `LAUNCH` microseconds beside its programs.
 
-The four constants were fitted to the ten times in `MEASURED`, of an H200 and the kernels before
-these, whose machine code is kept in `MEASURED_CODE`; they explain them within 3 %. The table
-printed first shows that. These kernels differ in two ways that nothing has measured: their loops
-have neither shared memory nor barriers, and where launches overlap, what a program of the first
-wave does before its wait is hidden. So a prediction is a range, from `QUICK` to `SLOW`. It is
+The four constants were fitted to the ten times in `MEASURED`, of an H200 and the first kernels,
+whose machine code is kept in `MEASURED_CODE`; they explain them within 3 %. The table printed first
+shows that. These kernels differ in two ways that nothing has measured: their loops have neither
+shared memory nor barriers, and where launches overlap, what a program of the first wave does before
+its wait is hidden. So a prediction is a range, from `QUICK` to `SLOW`. It is
 printed for decode steps beside bfloat16 low-rank factors of the same bytes and dense deltas, by
 what `ALTERNATIVES` measured; for prefill; for one delta against merged weights; and for each
 variant of the kernels. A GPU has the last word.
@@ -34,8 +34,8 @@ from typing import Any, Final, NamedTuple
 from benchmarks.kernel import GPU_STEPS, LAYER, SWEEP, Projection, groups_of, name_of
 from benchmarks.machine_code import compile_kernel, disassemble, programs_per_sm
 from deltadock.kernels.svd_delta import triton as kernel
-from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS, SUM_COLUMNS
-from deltadock.kernels.svd_delta.layout import BLOCK_RANKS, SEGMENTS, TILE_COLUMNS, TILE_RANKS
+from deltadock.kernels.svd_delta.chunks import BLOCK_INPUTS, CHUNK_ROWS
+from deltadock.kernels.svd_delta.layout import TILE_COLUMNS, TILE_RANKS, WARP_INPUTS
 from deltadock.kernels.svd_delta.triton import DEFAULT, UNSPECIALIZED, Variant
 
 LOAD: Final = 0.87
@@ -84,31 +84,22 @@ same bytes, and dense bfloat16 deltas. Measured on the H200 in steps of 1 to 16 
 BASE_STEP: Final = 233e6 * 2 / COPY_BANDWIDTH / 0.85
 """Microseconds of a layer's products of a decode step, at 85 % of copy bandwidth."""
 
-TYPES: Final = {"addresses_ptr": "*i64", "projected_ptr": "*fp32", "sums_ptr": "*fp32"}
+TYPES: Final = {"addresses_ptr": "*i64"} | dict.fromkeys(
+    ("projected_ptr", "rests_ptr", "scales_ptr", "sums_ptr"), "*fp32"
+)
 NUMBERS: Final = (
-    "x_stride", "y_stride", "xs_stride", "sums_stride", "h_in", "padded_h_in", "max_rank",
+    "x_stride", "y_stride", "xs_stride", "scales_stride", "h_in", "padded_h_in", "max_rank",
+    "block_count",
 )  # fmt: skip
-CONSTANTS: Final = {
-    "LINEARS": 3,
-    "BLOCK_M": CHUNK_ROWS,
-    "BLOCK_K": SUM_COLUMNS,
-    "BLOCK_R": TILE_RANKS,
-    "SUMS": 4,
-    "EMULATE": False,
-}
+CONSTANTS: Final = {"LINEARS": 3, "BLOCKS": 4, "VECTOR": True, "EMULATE": False}
 
 
 def compile_for(
     capability: int, function: Any, dtype: str, warps: int, registers: int | None = None
 ) -> Any:
     """Compile as launched for a 16-bit dtype and shapes that are multiples of 128."""
-    constants = CONSTANTS | {
-        "OVERLAP": capability >= 90,
-        "WARPS": warps,
-        "TERMS": 2 if dtype == "fp16" else 1,
-    }
-    types = TYPES | dict.fromkeys(("x_ptr", "xs_ptr", "y_ptr"), f"*{dtype}")
-    types |= dict.fromkeys((*NUMBERS, "sum_count"), "i32")
+    constants = CONSTANTS | {"OVERLAP": capability >= 90, "WARPS": warps}
+    types = TYPES | dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}") | dict.fromkeys(NUMBERS, "i32")
     return compile_kernel(
         capability, function, types, constants,
         unspecialized=UNSPECIALIZED, num_warps=warps, maxnreg=registers,
@@ -155,11 +146,12 @@ class Code:
 
 
 DEPENDENT_LOADS: Final = {
-    "prepare_kernel": (5, 0, 4), "shrink_kernel": (5, 1, 4), "expand_kernel": (5, 2, 5),
+    "prepare_kernel": (5, 0, 4), "shrink_kernel": (6, 1, 5), "expand_kernel": (7, 1, 5),
 }  # fmt: skip
 """`Code.loads`, `Code.plane_loads` and `Code.head_loads`. Prepare: slot, descriptor, address,
-scale, then x. Shrink: slot, descriptor, tile, then the sums and offset; words. Expand: slot,
-descriptor, address, then the scale and y; block, words."""
+scale, then x. Shrink: slot, descriptors, the linear's, tile, scale, then the sums; words. Expand:
+slot, descriptor, address, scale, bounds and blocks to prefetch, then the peaks and y; block,
+words."""
 MEASURED_CODES: Final = (
     Code(8, (307, 327, 494, 869), 127, 567, 182, 0, 81_920, 6, 2, 8),
     Code(8, (739, 429, 331, 292), 1_380, 953, 249, 0, 65_536, 5, 3, 16),
@@ -182,7 +174,7 @@ def read_code(name: str, compiled: Any, warps: int) -> Code:
     head = waits[0] if waits else 0
     loads, plane_loads, head_loads = DEPENDENT_LOADS[name]
     head_loads = head_loads if waits else 0
-    loops = [loop for loop in code.loops if "HMMA" in code.operations[loop]]
+    loops = [loop for loop in code.loops if "IMMA" in code.operations[loop]]
     if name == "prepare_kernel":
         return Code(
             warps, (), 0, len(code.operations), code.registers, code.stack_bytes,
@@ -204,13 +196,21 @@ def read_code(name: str, compiled: Any, warps: int) -> Code:
     )  # fmt: skip
 
 
+SHRINK_INPUTS: Final = [WARP_INPUTS // min(plane, 2) for plane in PLANES]
+"""Inputs of a vector that a warp of shrink takes in a step, by plane."""
+
+
 class Codes(NamedTuple):
-    """The kernels of one call."""
+    """The kernels of one call, and what they take at a time."""
 
     shrink: Code
     expand: Code
     prepare: Code | None = None
     """None: it takes a launch and no more, as the one that was measured."""
+    chunk_rows: int = CHUNK_ROWS
+    warp_inputs: Sequence[int] = SHRINK_INPUTS
+    block_ranks: int = TILE_RANKS
+    """Ranks that a warp of expand takes in a step."""
 
 
 @functools.cache
@@ -222,37 +222,38 @@ def codes(variant: Variant, capability: int) -> Codes:
     expand = compile_for(
         capability, kernel.expand_kernel, "bf16", variant.expand_warps, variant.expand_registers
     )
-    prepare = compile_for(capability, kernel.prepare_kernel, "bf16", 4)
+    prepare = compile_for(capability, kernel.prepare_kernel, "bf16", 8)
     return Codes(
         read_code("shrink_kernel", shrink, variant.shrink_warps),
         read_code("expand_kernel", expand, variant.expand_warps),
-        read_code("prepare_kernel", prepare, 4),
+        read_code("prepare_kernel", prepare, 8),
     )
 
 
-MEASURED_CODE: Final = Codes(*MEASURED_CODES)
+MEASURED_CODE: Final = Codes(
+    *MEASURED_CODES, chunk_rows=8, warp_inputs=(64, 128, 256, 512), block_ranks=16
+)
 """The kernels that `MEASURED` is of."""
 
 Steps = list[tuple[int, int]]
 """What a program walks: (plane's bits, steps of its loop)."""
 
 
-def shrink_programs(projection: Projection, warps: int) -> list[Steps]:
+def shrink_programs(projection: Projection, codes: Codes) -> list[Steps]:
     """The programs of one delta's shrink."""
     programs = []
-    inputs = 2 * SEGMENTS * warps * 32
     for h_out in projection.h_outs:
         for group in groups_of(h_out, projection.h_in):
             steps = [
-                (plane, -(-projection.h_in * plane // inputs))
-                for plane in PLANES
+                (plane, -(-projection.h_in // (codes.shrink.warps * inputs)))
+                for plane, inputs in zip(PLANES, codes.warp_inputs, strict=True)
                 if group.v_bits & plane
             ]
             programs += [steps] * -(-group.ranks // TILE_RANKS)
     return programs
 
 
-def expand_programs(projection: Projection, warps: int) -> list[Steps]:
+def expand_programs(projection: Projection, codes: Codes) -> list[Steps]:
     """The programs of one delta's expand."""
     programs = []
     for h_out in projection.h_outs:
@@ -260,8 +261,8 @@ def expand_programs(projection: Projection, warps: int) -> list[Steps]:
         for group in groups_of(h_out, projection.h_in):
             for plane in PLANES:
                 if group.u_bits & plane:
-                    blocks[plane] += -(-group.ranks // BLOCK_RANKS)
-        steps = [(p, -(-count // warps)) for p, count in blocks.items() if count]
+                    blocks[plane] += -(-group.ranks // codes.block_ranks)
+        steps = [(p, -(-count // codes.expand.warps)) for p, count in blocks.items() if count]
         programs += [steps] * -(-h_out // TILE_COLUMNS)
     return programs
 
@@ -292,14 +293,17 @@ def predict(
     projections: Sequence[Projection], rows: int, deltas: int, codes: Codes, bound: Bound
 ) -> float:
     """Microseconds of the deltas of these projections, rows spread evenly over the deltas."""
-    shrink, expand, prepare = codes
-    chunks = deltas * -(-rows // deltas // CHUNK_ROWS)
+    chunks = deltas * -(-rows // deltas // codes.chunk_rows)
     total = 0.0
     for projection in projections:
-        blocks: list[Steps] = [[]] * (len(projection.h_outs) * -(-projection.h_in // SUM_COLUMNS))
-        total += LAUNCH if prepare is None else launch_microseconds(blocks, prepare, rows, bound)
-        for code, programs in ((shrink, shrink_programs), (expand, expand_programs)):
-            total += launch_microseconds(programs(projection, code.warps), code, chunks, bound)
+        blocks: list[Steps] = [[]] * (len(projection.h_outs) * -(-projection.h_in // BLOCK_INPUTS))
+        total += (
+            LAUNCH
+            if codes.prepare is None
+            else launch_microseconds(blocks, codes.prepare, rows, bound)
+        )
+        for code, programs in ((codes.shrink, shrink_programs), (codes.expand, expand_programs)):
+            total += launch_microseconds(programs(projection, codes), code, chunks, bound)
     return total
 
 
@@ -377,15 +381,15 @@ def lane_instructions(code: Code, codes_of: Sequence[int]) -> list[float]:
     ]
 
 
-SHRINK_CODES: Final = [TILE_RANKS * 2 * SEGMENTS * 32 // plane for plane in PLANES]
+SHRINK_CODES: Final = [TILE_RANKS * inputs for inputs in SHRINK_INPUTS]
 """Codes that a warp of the shrink kernel takes in one step, by plane."""
-EXPAND_CODES: Final = [TILE_COLUMNS * BLOCK_RANKS] * len(PLANES)
+EXPAND_CODES: Final = [TILE_COLUMNS * TILE_RANKS] * len(PLANES)
 """The same of the expand kernel: a block of ranks of a tile of outputs."""
 
 
 def describe(code: Code, codes_of: Sequence[int]) -> str:
     """Costs of a kernel: lane-instructions a code by plane, registers, shared memory, warps."""
-    lanes = "/".join(f"{number:.1f}" for number in lane_instructions(code, codes_of))
+    lanes = "/".join(f"{number:.2f}" for number in lane_instructions(code, codes_of))
     return (
         f"{lanes:16} {code.registers:4d} {code.shared_bytes:7d}"
         f" {code.programs_per_sm * code.warps:5d}"
@@ -460,7 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--variants", action="store_true", help="all variants; takes minutes")
     options = parser.parse_args(arguments)
-    print("Model against an H200, the kernels before these")
+    print("Model against an H200, the first kernels")
     print("projections  rows deltas measured predicted")
     for (name, rows, deltas), measured in MEASURED.items():
         chosen = [each for each in LAYER if name in ("whole layer", each.name)]

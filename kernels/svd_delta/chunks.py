@@ -8,11 +8,11 @@ from torch import Tensor
 
 from deltadock.kernels.svd_delta.layout import DeltaTable
 
-CHUNK_ROWS: Final = 8
-"""Rows per chunk: the smallest operand of a tensor core. It is fixed, so that a row's result does
-not depend on how many other rows are in the batch."""
-SUM_COLUMNS: Final = 1024
-"""Inputs summed in each element of `Chunks.sums`."""
+CHUNK_ROWS: Final = 4
+"""Rows per chunk: with two bytes a number, the smallest operand of a tensor core. It is fixed, so
+that a row's result does not depend on how many other rows are in the batch."""
+BLOCK_INPUTS: Final = 1024
+"""Inputs with a common scale."""
 
 RowIndex = slice | Tensor
 """Rows of a step: a slice if they are consecutive, else int64 row numbers."""
@@ -28,8 +28,12 @@ class Chunks:
         rows: (max_chunks * CHUNK_ROWS,) int32, row number of each position; -1: unused.
         slots: (max_chunks,) int32, each chunk's slot.
         row_slots: (max_rows,) int32, each row's slot; 0 past the last row.
-        scaled, sums, projected: (max_chunks * CHUNK_ROWS, ...) scratch of one call: 16-bit inputs
-            of each linear, float32 sums of `SUM_COLUMNS` of them, float32 projections by rank.
+        fixed: (max_chunks * CHUNK_ROWS, ...) int32, scratch of one call: each linear's inputs as
+            fixed-point numbers, for each width of a plane in its own order, high bytes before low.
+        scales, sums: scale and sum of every `BLOCK_INPUTS` of them, float32.
+        projected: float32 projections by rank.
+        peaks, rests: by tile of ranks, the largest magnitude of its projections as float32's bits,
+            and what the zero points of U take from every output.
         count: chunks to launch: the number of chunks of this step rounded up to a power of two,
             at most `max_chunks`. A captured CUDA graph serves every step of the same count.
     """
@@ -60,9 +64,12 @@ class Chunks:
         end = positions + self.max_chunks
         self.rows, self.slots = self._buffer[:positions], self._buffer[positions:end]
         self.row_slots = self._buffer[end:]
-        self.scaled = torch.empty(positions, self.width, dtype=torch.int16, device=device)
-        self.sums = torch.empty(positions, self.width // SUM_COLUMNS, device=device)
+        self.fixed = torch.empty(positions, 2 * self.width, dtype=torch.int32, device=device)
+        self.scales = torch.empty(positions, self.width // BLOCK_INPUTS, device=device)
+        self.sums = torch.empty_like(self.scales)
         self.projected = torch.empty(positions, self.max_rank, device=device)
+        self.peaks = torch.empty(positions, self.max_rank, dtype=torch.int32, device=device)
+        self.rests = torch.empty_like(self.projected)
         self._dense_rows = dense_rows
         self.row_count = 0
         """Rows of this step, including those of slot 0."""

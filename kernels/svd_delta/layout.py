@@ -10,6 +10,8 @@ moved in one copy.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -23,28 +25,31 @@ if TYPE_CHECKING:
 ALIGNMENT_WORDS: Final = 32
 PLANES: Final = (8, 4, 2, 1)
 TILE_RANKS: Final = 32
-"""Ranks per tile: what a program of the shrink kernel takes, or of the unpacking one."""
-BLOCK_RANKS: Final = 16
-"""Ranks per block of the expand kernel, one block per warp at a time."""
+"""Ranks per tile: what a program of the shrink kernel takes, or of the unpacking one, and per block
+of the expand kernel, which gives each warp one at a time."""
 TILE_FIELDS: Final = 16
 """int32 fields of a tile: 0 v_bits, 1 first rank, 2 ranks, 3 to 6 V's first word of each of
 `PLANES`; 7 u_bits, 8 to 11 U's words."""
 BLOCK_FIELDS: Final = 4
-"""int32 fields of a block: first rank, ranks, first word, bits below the plane."""
-DESCRIPTOR_FIELDS: Final = 16
+"""int32 fields of a block: first rank, ranks, first word, and by how many bits the plane's codes
+are shifted left, so that a whole code of less than 8 bits fills the lower seven bits of a byte."""
+DESCRIPTOR_FIELDS: Final = 18
 """int32 fields of `DeltaTable.descriptors`, per slot and linear, in the order that the kernels
 read: 0 rank, 1 first rank among those of the slot's linears, 2 tiles; then the word offset of each
 region, or -1: 3 tiles, 4 s, 5 v_offset, 6 u_offset, 7 row_scale, 8 column_scale, 9 bias,
-10 blocks; 11 to 15 `PackedDelta.block_bounds`."""
+10 blocks; 11 to 15 `PackedDelta.block_bounds`; 16 V's planes, as bits; 17 first tile among those
+of the slot's linears."""
 OUTPUT_TILE_FIELDS: Final = 4
 """int32 fields of `DeltaTable.output_tiles`: linear, index of the tile in it, the linear's first
 column in y, the linear's columns."""
 TILE_COLUMNS: Final = 256
 """Outputs per program of the expand kernel."""
-SEGMENTS: Final = 8
-"""Segments of 32 inputs in each half of what a warp of the shrink kernel takes of a vector."""
+WARP_INPUTS: Final = 512
+"""Most inputs that a warp of the shrink kernel takes of a vector at a time."""
 H_IN_ALIGNMENT: Final = 4096
-"""Most inputs per step of the shrink kernel: warps * 2 * SEGMENTS * 32."""
+"""Most inputs per step of the shrink kernel, of 8 warps."""
+SLACK_WORDS: Final = 2048
+"""Words past the segments: the kernels read vectors in whole steps, and the step after."""
 
 _DESCRIBED_REGIONS: Final = (
     "tiles",
@@ -56,7 +61,7 @@ _DESCRIBED_REGIONS: Final = (
     "bias",
     "blocks",
 )
-_EMPTY_DESCRIPTOR: Final = (0, 0, 0, *[-1] * len(_DESCRIBED_REGIONS), *[0] * (len(PLANES) + 1))
+_EMPTY_DESCRIPTOR: Final = (0, 0, 0, *[-1] * len(_DESCRIBED_REGIONS), *[0] * (len(PLANES) + 3))
 
 
 class Group(NamedTuple):
@@ -237,8 +242,8 @@ def _lay_out(
     for name, data in contents.items():
         regions[name] = Region(end, len(data))
         end += _aligned(len(data))
-    # Not empty, so that a delta of rank 0 has an address.
-    words = torch.zeros(max(end, ALIGNMENT_WORDS), dtype=torch.int32, device=contents["v"].device)
+    end += SLACK_WORDS if groups else ALIGNMENT_WORDS  # also a delta of rank 0 has an address
+    words = torch.zeros(end, dtype=torch.int32, device=contents["v"].device)
     for name, data in contents.items():
         begin, size = regions[name]
         bits = data if data.dtype == torch.int32 else data.float().contiguous().view(torch.int32)
@@ -265,10 +270,11 @@ def _tiles_and_blocks(
         below = u_bits
         for plane, start in u_starts.items():
             below -= plane
-            for first in range(0, count, BLOCK_RANKS):
+            for first in range(0, count, TILE_RANKS):
                 word = start + first * plane_words(h_out, plane)
-                ranks = min(BLOCK_RANKS, count - first)
-                blocks[plane].append([rank + first, ranks, word, below])
+                ranks = min(TILE_RANKS, count - first)
+                lift = max(7 - u_bits, 0) + below
+                blocks[plane].append([rank + first, ranks, word, lift])
         rank += count
         v_word += segment_words(count, h_in, v_bits)
         u_word += segment_words(count, h_out, u_bits)
@@ -364,19 +370,20 @@ class DeltaTable:
             raise ValueError(f"Slot {slot} is not one of 1 to {self.slot_count - 1}.")
         if len(deltas) != self.linears:
             raise ValueError(f"The table is of {self.linears} linears.")
-        descriptors, addresses, rank = [], [], 0
+        descriptors, addresses, rank, tiles = [], [], 0, 0
         for delta, h_out in zip(deltas, self.h_outs, strict=True):
             if delta is None:
-                descriptors.append(_EMPTY_DESCRIPTOR)
+                descriptors.append((*_EMPTY_DESCRIPTOR[:-1], tiles))
                 addresses.append(0)
                 continue
             if (delta.h_out, delta.h_in) != (h_out, self.h_in):
                 raise ValueError("The delta belongs to a linear of another shape.")
             if delta.words.device != self.addresses.device:
                 raise ValueError("Move the delta to the table's device first.")
-            descriptors.append(_descriptor(delta, rank))
+            descriptors.append(_descriptor(delta, rank, tiles))
             addresses.append(delta.words.data_ptr())
             rank += delta.rank
+            tiles += delta.tile_count
         if rank > self.max_rank:
             raise TooLarge("The delta has more ranks than this table holds.")
         _write(self.descriptors[slot], descriptors)
@@ -396,8 +403,12 @@ def _write(target: Tensor, values: Sequence[Any]) -> None:
     target.copy_(source, non_blocking=True)
 
 
-def _descriptor(delta: PackedDelta, first_rank: int) -> tuple[int, ...]:
+def _descriptor(delta: PackedDelta, first_rank: int, first_tile: int) -> tuple[int, ...]:
     offsets = [
         delta.regions[name].begin if name in delta.regions else -1 for name in _DESCRIBED_REGIONS
     ]
-    return (delta.rank, first_rank, delta.tile_count, *offsets, *delta.block_bounds)
+    v_planes = reduce(or_, (group.v_bits for group in delta.groups), 0)
+    return (
+        delta.rank, first_rank, delta.tile_count, *offsets, *delta.block_bounds,
+        v_planes, first_tile,
+    )  # fmt: skip

@@ -1,24 +1,26 @@
 """GPU path: three kernel launches per call, for any number of deltas.
 
-`prepare` scales, pads and reorders the inputs, `shrink` computes `s * (x V_hat^T)`, and `expand`
-adds `row_scale * (U_hat projected) + bias` to the outputs. The kernels read the packed words as the
-artifact stores them, plane by plane, and multiply on tensor cores: packed vectors are the tall
-operand, the eight rows of a chunk the other. Each warp accumulates a part of a sum, and parts are
-added in a fixed order, without atomics: a row's result is bitwise independent of the other rows.
+`prepare` turns the inputs into fixed-point numbers, `shrink` computes `s * (x V_hat^T)`, and
+`expand` adds `row_scale * (U_hat projected) + bias` to the outputs. The kernels read the packed
+words as the artifact stores them, plane by plane, and multiply bytes on tensor cores, with int32
+sums: packed vectors are the tall operand, the rows of a chunk the other. A shift and a mask turn a
+word into a code in each of its four bytes, and nothing else is done to a code.
 
-Unpacking two words yields two codes at once: their corresponding halves are placed side by side
-and a mask leaves one code in each half. Read as a float, such a half is a subnormal, and one packed
-multiply-add turns it into `code - midpoint`, exactly, in units of 2**-UNIT.
+The rows' numbers have 16 bits, in a high and a low byte with signs, which are columns of the small
+operand: of the inputs they are relative to the largest of `BLOCK_INPUTS`, of the projections to the
+largest of a row and linear. Bytes are exact, and parts of a sum are added in a fixed order, without
+atomics: a row's result is bitwise independent of the other rows.
 
 The inner loops have neither barriers nor shared memory: terms of a product may be in any order, so
 each thread loads the very words and terms that its part of the tensor-core product takes, and the
-words of its next step before it uses those of this one. What a thread holds is in units of a
-segment, 32 columns of a vector: P words of a plane of P bits. So all planes of `expand` share their
+words of its next step before it uses those of this one. The four codes that share a word after the
+mask depend on the width of the plane, so `prepare` stores the inputs once for each width. `expand`
+has its terms in different words: it transposes the bytes of four of them. Its planes share their
 accumulators, which are added up over the warps once.
 
 Where launches overlap (`kernels/overlap.py`), all that does not depend on the step's inputs comes
-before the wait: slot, descriptor and tile, the first words, and a request to bring all others that
-the program will read to L2.
+before the wait: slot, descriptor and tile, and a request to bring all words that the program will
+read to L2.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,15 +34,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deltadock.kernels.interpreter import dot, round_to
+from deltadock.kernels.interpreter import round_to
 from deltadock.kernels.overlap import overlaps, prefetch, start_next, wait_for_previous
-from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS, SUM_COLUMNS, Chunks
+from deltadock.kernels.svd_delta.chunks import BLOCK_INPUTS, CHUNK_ROWS, Chunks
 from deltadock.kernels.svd_delta.layout import (
     BLOCK_FIELDS,
-    BLOCK_RANKS,
     DESCRIPTOR_FIELDS,
     OUTPUT_TILE_FIELDS,
-    SEGMENTS,
     TILE_COLUMNS,
     TILE_FIELDS,
     TILE_RANKS,
@@ -62,10 +62,10 @@ class Variant:
         overlap: whether a kernel may start while the one before still runs, where the card can.
     """
 
-    shrink_warps: int = 8
-    shrink_registers: int = 128
-    expand_warps: int = 8
-    expand_registers: int = 128
+    shrink_warps: int = 4
+    shrink_registers: int = 96
+    expand_warps: int = 4
+    expand_registers: int = 168
     overlap: bool = True
 
 
@@ -83,96 +83,26 @@ def variant_of(device: torch.device) -> Variant:
     return VARIANTS.get(torch.cuda.get_device_capability(device), DEFAULT)
 
 
-UNSPECIALIZED: Final = ("h_in", "max_rank", "sums_stride", "sum_count")
+UNSPECIALIZED: Final = ("h_in", "max_rank", "scales_stride", "block_count")
 """Arguments not specialized on divisibility by 16, which would only multiply compilations."""
 
 _DESCRIPTOR = tl.constexpr(DESCRIPTOR_FIELDS)
 _TILE = tl.constexpr(TILE_FIELDS)
 _BLOCK = tl.constexpr(BLOCK_FIELDS)
-_RANKS = tl.constexpr(BLOCK_RANKS)
+_RANKS = tl.constexpr(TILE_RANKS)
 _OUTPUT_TILE = tl.constexpr(OUTPUT_TILE_FIELDS)
 _COLUMNS = tl.constexpr(TILE_COLUMNS)
-_SEGMENTS = tl.constexpr(SEGMENTS)
+_ROWS = tl.constexpr(CHUNK_ROWS)
+_BLOCK_INPUTS = tl.constexpr(BLOCK_INPUTS)
 
-
-@triton.jit
-def _subtract_midpoint(
-    masked, T: tl.constexpr, P: tl.constexpr, DOWN: tl.constexpr,
-    DT: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """`code - (2**P - 1) / 2` of the codes at bit T of both halves: two DT values in 32 bits.
-
-    In units of 2**-(UNIT + DOWN).
-    """
-    MANTISSA: tl.constexpr = 7 if tl.bfloat16 == DT else 10
-    BIAS: tl.constexpr = 127 if tl.bfloat16 == DT else 15
-    UNIT: tl.constexpr = MANTISSA - 1
-    if EMULATE:  # Triton's interpreter does not support inline assembly.
-        SCALE: tl.constexpr = 2.0 ** (-UNIT - DOWN)
-        low = ((((masked & 0xFFFF) >> T) - (2**P - 1) / 2) * SCALE).to(DT)
-        high = ((((masked >> 16) & 0xFFFF) >> T) - (2**P - 1) / 2) * SCALE
-        low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        pair = low | (high.to(DT).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    else:
-        # Scaling by the dtype's largest power of two maps a subnormal's lowest bit to 2**-UNIT.
-        FACTOR: tl.constexpr = ((2 * BIAS - T - DOWN) << MANTISSA) * 0x10001
-        # Exponent and leading mantissa bits of the midpoint, 1/2, 3/2 or 15/2.
-        POWER: tl.constexpr = BIAS - UNIT - DOWN + (-1 if P == 1 else (0 if P == 2 else 2))
-        BITS: tl.constexpr = (0 if P == 1 else (4 if P == 2 else 7)) << (MANTISSA - 3)
-        MIDPOINT: tl.constexpr = (0x8000 + (POWER << MANTISSA) + BITS) * 0x10001 - (1 << 32)
-        if tl.bfloat16 == DT:
-            pair = tl.inline_asm_elementwise(
-                "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [masked, FACTOR, MIDPOINT],
-                dtype=tl.int32, is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            pair = tl.inline_asm_elementwise(
-                "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [masked, FACTOR, MIDPOINT],
-                dtype=tl.int32, is_pure=True, pack=1,
-            )  # fmt: skip
-    return pair
-
-
-@triton.jit
-def _pairs(low, high, J: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr, DOWN: tl.constexpr,
-           DT: tl.constexpr, EMULATE: tl.constexpr):  # fmt: skip
-    """Codes J, J + STEP, ... of each word, on trailing axes of size 2.
-
-    A mantissa holds several bit positions, so that few codes need a shift.
-    """
-    HALF: tl.constexpr = 16 // P
-    if STEP == 2 * HALF:
-        BITS: tl.constexpr = 4 if P == 8 else P
-        FIELD: tl.constexpr = (J % HALF) * P + (4 if P == 8 and DOWN == 0 else 0)
-        SPAN: tl.constexpr = (7 if tl.bfloat16 == DT else 10) // BITS * BITS
-        SHIFT: tl.constexpr = FIELD // SPAN * SPAN
-        T: tl.constexpr = FIELD - SHIFT
-        MASK: tl.constexpr = ((1 << BITS) - 1) * 0x10001 << T
-        masked = ((low if J < HALF else high) >> SHIFT) & MASK
-        pairs = _subtract_midpoint(masked, T, BITS, DOWN, DT, EMULATE)
-    else:
-        even = _pairs(low, high, J, 2 * STEP, P, DOWN, DT, EMULATE)
-        odd = _pairs(low, high, J + STEP, 2 * STEP, P, DOWN, DT, EMULATE)
-        pairs = tl.join(even, odd)
-    return pairs
-
-
-@triton.jit
-def unpack(first, second, P: tl.constexpr, DOWN: tl.constexpr, DT: tl.constexpr,
-            EMULATE: tl.constexpr):  # fmt: skip
-    """Midpoint-subtracted codes of two (A, B, C) tensors of words: (A, B, C, 32 // P, 2) of DT.
-
-    In units of 2**-(UNIT + DOWN). Of an 8-bit code only four bits: the upper ones if DOWN is 0.
-    """
-    low = (first & 0xFFFF) | (second << 16)
-    high = ((first >> 16) & 0xFFFF) | (second & -65536)
-    pairs = _pairs(low, high, 0, 1, P, DOWN, DT, EMULATE)
-    even = (pairs & 0xFFFF).to(tl.int16).to(DT, bitcast=True)
-    odd = ((pairs >> 16) & 0xFFFF).to(tl.int16).to(DT, bitcast=True)
-    A: tl.constexpr = first.shape[0]
-    B: tl.constexpr = first.shape[1]
-    C: tl.constexpr = first.shape[2]
-    return tl.reshape(tl.join(even, odd), (A, B, C, 32 // P, 2))
+_LARGEST = tl.constexpr(32512.0)
+"""Largest magnitude of a fixed-point number: its bytes, -127 to 127 and -128 to 127, have signs."""
+_TO_FIXED = tl.constexpr(1.5 * 2**23 + 0x8080)
+"""Added to a float32, it leaves the rounded number plus 0x8080 in the low 16 bits."""
+_SIGNS = tl.constexpr(-0x7F7F7F80)
+"""The sign of every byte of a word."""
+_BYTES = tl.constexpr(0x01010101)
+_FINITE = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
@@ -193,66 +123,143 @@ def load_bits(pointers, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def load_words(words_ptr, rows, segments, word, columns, P: tl.constexpr, EMULATE: tl.constexpr):
-    """Word `word` of `segments` of vectors `rows`; past the last segment, that of the last.
+def load_inputs(pointers, EMULATE: tl.constexpr):
+    """`load_bits` of 16 bytes at once: a thread's words 0 to 3 on the last axis."""
+    if EMULATE:
+        bits = load_bits(pointers, EMULATE)
+    else:
+        bits = tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l,l,l,l",
+            [pointers.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=4,
+        )  # fmt: skip
+    return bits
 
-    A segment is 32 columns: P words. Of the last segment some words may be those of the next
-    vector or region; they are codes of columns that do not exist.
+
+@triton.jit
+def load_words(pointers, VECTOR: tl.constexpr, EMULATE: tl.constexpr):
+    """`load_bits` of words 0 to 3, on the last axis, of two vectors, 8 apart on the axis of ranks.
+
+    In the product's operand a thread's numbers alternate between two vectors. Without VECTOR
+    addresses need not be multiples of 16.
     """
-    segments = tl.minimum(segments, (columns + 31) // 32 - 1)
-    words = (columns * P + 31) // 32
-    return load_bits(words_ptr + (rows * words + segments * P + word), EMULATE)
+    if EMULATE:
+        bits = load_bits(pointers, EMULATE)
+    elif VECTOR:
+        bits = tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $2, $4, $6}, [$8]; ld.global.v4.b32 {$1, $3, $5, $7}, [$9];",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,l,l,l,l,l,l,l",
+            [pointers.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=8,
+        )  # fmt: skip
+    else:
+        bits = load_bits(pointers, EMULATE)
+    return bits
+
+
+@triton.jit
+def spread(words, EMULATE: tl.constexpr):
+    """The bytes of each word as int8, the lowest first, on two trailing axes of size 2."""
+    if EMULATE:
+        first, second = (words & 0xFF).to(tl.int8), ((words >> 8) & 0xFF).to(tl.int8)
+        third, fourth = ((words >> 16) & 0xFF).to(tl.int8), ((words >> 24) & 0xFF).to(tl.int8)
+        spread_bytes = tl.join(tl.join(first, third), tl.join(second, fourth))
+    else:
+        copies = tl.join(words, words)
+        spread_bytes = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r,r,r", [tl.join(copies, copies)],
+            dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    return spread_bytes
+
+
+@triton.jit
+def pick_bytes(first, second, selector, EMULATE: tl.constexpr):
+    """A word of four bytes: number `selector >> 4 * i & 7` of those of `first`, then `second`."""
+    if EMULATE:
+        picked = tl.zeros_like(first)
+        for i in tl.static_range(4):
+            number = (selector >> (4 * i)) & 7
+            word = tl.where(number < 4, first, second)
+            picked |= ((word >> (8 * (number % 4))) & 0xFF) << (8 * i)
+    else:
+        picked = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [first, second, selector],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return picked
+
+
+@triton.jit
+def dot_bytes(a, b, acc, EMULATE: tl.constexpr):
+    """`a @ b + acc` of int8 operands; exact."""
+    if EMULATE:  # Triton's interpreter overflows.
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        acc += product.to(tl.int32)
+    else:
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit
+def _inverse(peak):
+    """What makes the largest number the largest fixed-point number; of zeros anything."""
+    return _LARGEST / tl.maximum(peak, 1e-30)
+
+
+@triton.jit
+def _fixed_point(x, inverse):
+    """The bytes of `x * inverse`, without their signs, in bits 8 to 15 and 0 to 7."""
+    return (x * inverse + _TO_FIXED).to(tl.int32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def prepare_kernel(
-    xs_ptr, xs_stride, sums_ptr, sums_stride, x_ptr, x_stride, h_in, padded_h_in,
+    xs_ptr, xs_stride, scales_ptr, sums_ptr, scales_stride, x_ptr, x_stride, h_in, padded_h_in,
     rows_ptr, slots_ptr, addresses_ptr, descriptors_ptr,
-    LINEARS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
+    LINEARS: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Scale a block of a row by a linear's column scale, zero-pad and pair it, and sum it."""
+    """A block of a row times a linear's column scale: fixed-point numbers, their scale and sum."""
     start_next(OVERLAP)
     position, block, linear = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(rows_ptr + position).to(tl.int64)
-    slot = tl.load(slots_ptr + position // BLOCK_M)
+    slot = tl.load(slots_ptr + position // _ROWS)
     descriptor = descriptors_ptr + (slot * LINEARS + linear) * _DESCRIPTOR
     if (row < 0) | (tl.load(descriptor) == 0):
         wait_for_previous(OVERLAP)
         return
-    # Column i of segment j is paired with column i of segment j + _SEGMENTS; pairs of the same i
-    # are adjacent.
-    pairs = block * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-    run = pairs // (32 * _SEGMENTS)
-    columns = 64 * _SEGMENTS * run + 32 * (pairs % _SEGMENTS) + pairs // _SEGMENTS % 32
-    others = columns + 32 * _SEGMENTS
+    columns = block * _BLOCK_INPUTS + tl.arange(0, _BLOCK_INPUTS)
     address = tl.load(addresses_ptr + slot * LINEARS + linear)
+    planes = tl.load(descriptor + 16)
     scale_word = tl.load(descriptor + 8)
     scale_ptr = address.to(tl.pointer_type(tl.float32)) + scale_word
-    scaled = tl.where(scale_word >= 0, h_in, 0)
-    low_scale = tl.load(scale_ptr + columns, mask=columns < scaled, other=1.0)
-    high_scale = tl.load(scale_ptr + others, mask=others < scaled, other=1.0)
+    mask = columns < tl.where(scale_word >= 0, h_in, 0)
+    column_scale = tl.load(scale_ptr + columns, mask=mask, other=1.0)
     x_ptr += wait_for_previous(OVERLAP) + row * x_stride
-    low = tl.load(x_ptr + columns, mask=columns < h_in, other=0.0).to(tl.float32)
-    high = tl.load(x_ptr + others, mask=others < h_in, other=0.0).to(tl.float32)
-    low = round_to(low * low_scale, xs_ptr.dtype.element_ty, EMULATE)
-    high = round_to(high * high_scale, xs_ptr.dtype.element_ty, EMULATE)
-    words = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    words |= high.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    xs_ptr = xs_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + linear * (padded_h_in // 2)
-    tl.store(xs_ptr + position.to(tl.int64) * (xs_stride // 2) + pairs, words)
-    sums = sums_ptr + position * sums_stride + linear * tl.num_programs(1) + block
-    tl.store(sums, tl.sum(low.to(tl.float32) + high.to(tl.float32), axis=0))
+    x = tl.load(x_ptr + columns, mask=columns < h_in, other=0.0).to(tl.float32) * column_scale
+    # As integers NaN is the largest, and makes the scale NaN.
+    peak = tl.max(x.to(tl.int32, bitcast=True) & _FINITE, axis=0).to(tl.float32, bitcast=True)
+    fixed = _fixed_point(x, _inverse(peak))
+    scale = peak * (1.0 / _LARGEST)
+    total = tl.sum((fixed & 0xFFFF) - 0x8080, axis=0).to(tl.float32)
+    place = position * scales_stride + linear * tl.num_programs(1) + block
+    tl.store(scales_ptr + place, scale)
+    tl.store(sums_ptr + place, total * scale)
+    halves = ((fixed ^ 0x8080) & 0xFFFF).to(tl.int16)
+    xs_ptr += position.to(tl.int64) * xs_stride + linear * (2 * padded_h_in)
+    for DIGIT in tl.static_range(4):
+        if planes & (8 >> DIGIT):
+            # Bytes of a word, and words of a thread, are those of the weights; fields are apart.
+            parts = tl.reshape(halves, (16 >> DIGIT, 4, 4, 4, 1 << DIGIT))
+            parts = tl.reshape(tl.permute(parts, (0, 1, 4, 2, 3)), (_BLOCK_INPUTS,))
+            out = xs_ptr + DIGIT * (padded_h_in // 2) + block * (_BLOCK_INPUTS // 4)
+            out = out.to(tl.pointer_type(tl.int8), bitcast=True) + tl.arange(0, _BLOCK_INPUTS)
+            tl.store(out, (parts >> 8).to(tl.int8))
+            tl.store(out + padded_h_in, (parts & 0xFF).to(tl.int8))
 
 
 @triton.jit
-def _unit_words(words_ptr, ranks, h_in, unit, P: tl.constexpr, EMULATE: tl.constexpr):
-    """A word of each of `2 * _SEGMENTS` segments: the first half, the second half."""
-    rows = ranks[None, :, None]
-    segments = unit // P * (2 * _SEGMENTS) + tl.arange(0, _SEGMENTS)[None, None, :]
-    first = load_words(words_ptr, rows, segments, unit % P, h_in, P, EMULATE)
-    second = load_words(words_ptr, rows, segments + _SEGMENTS, unit % P, h_in, P, EMULATE)
-    return first, second
+def _codes(words, P: tl.constexpr, FIELD: tl.constexpr):
+    """The code of P bits in each byte: its `FIELD`-th; of 8 bits, less 128."""
+    return words ^ _SIGNS if P == 8 else (words >> (P * FIELD)) & (_BYTES * (2**P - 1))
 
 
 @triton.jit
@@ -270,45 +277,62 @@ def _prefetch_tile(words_ptr, tile_ptr, bits, rank_count, h_in, WARPS: tl.conste
 
 @triton.jit
 def _shrink_plane(
-    total, weight, xs_ptrs, words_ptr, ranks, h_in,
-    P: tl.constexpr, WARPS: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
+    total, weight, xs_ptrs, scale_ptrs, words_ptr, ranks, h_in,
+    P: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Add one plane's projection, times `weight`, to `total` (warps, ranks, rows)."""
-    DT: tl.constexpr = xs_ptrs.dtype.scalar.element_ty
-    PER: tl.constexpr = 32 // P
-    BLOCK_K: tl.constexpr = 2 * _SEGMENTS * PER
-    BLOCK_M: tl.constexpr = xs_ptrs.shape[0]
-    inputs = tl.arange(0, PER)[:, None] * _SEGMENTS + tl.arange(0, _SEGMENTS)[None, :]
-    pairs_ptrs = xs_ptrs.to(tl.pointer_type(tl.int32), bitcast=True)[None, None, None, :]
-    acc = tl.zeros(total.shape, tl.float32)
-    unit = tl.arange(0, WARPS)[:, None, None]
-    first, second = _unit_words(words_ptr, ranks, h_in, unit, P, EMULATE)
-    pairs_ptrs += wait_for_previous(OVERLAP)
-    for _ in range(tl.cdiv(tl.cdiv(h_in, 64 * _SEGMENTS) * P, WARPS)):
-        # The next words are asked for before these are used.
-        next_first, next_second = _unit_words(words_ptr, ranks, h_in, unit + WARPS, P, EMULATE)
-        pairs = unit * (_SEGMENTS * PER) + inputs[None, :, :]
-        x = load_bits(pairs_ptrs + pairs[:, :, :, None], EMULATE)
-        even = (x & 0xFFFF).to(tl.int16).to(DT, bitcast=True)
-        odd = ((x >> 16) & 0xFFFF).to(tl.int16).to(DT, bitcast=True)
-        x = tl.reshape(tl.permute(tl.join(even, odd), (0, 1, 2, 4, 3)), (WARPS, BLOCK_K, BLOCK_M))
-        for DOWN in tl.static_range(0, 8 if P == 8 else 4, 4):
-            codes = tl.permute(unpack(first, second, P, DOWN, DT, EMULATE), (0, 1, 3, 2, 4))
-            codes = tl.reshape(codes, (WARPS, ranks.shape[0], BLOCK_K))
-            acc = dot(codes, x, acc, EMULATE)
-        unit, first, second = unit + WARPS, next_first, next_second
-    UNIT: tl.constexpr = (6 if tl.bfloat16 == DT else 9) + (4 if P == 8 else 0)
-    return total + acc * (weight * 2.0**UNIT)
+    """Add one plane's projection, times `weight`, to `total` (warps, ranks, rows).
+
+    A step of a warp takes 16 words of each vector, of wide codes 32 or 64.
+    """
+    RANKS: tl.constexpr = ranks.shape[0]
+    FIELDS: tl.constexpr = 8 // P
+    RUNS: tl.constexpr = P // 2 if P > 2 else 1
+    INPUTS: tl.constexpr = 512 * RUNS // P
+    index = tl.arange(0, 4)
+    unit = tl.arange(0, WARPS)
+    word = (unit * (16 * RUNS))[:, None, None] + (4 * index)[None, None, :]
+    rows = (ranks * ((h_in * P + 31) // 32))[None, :, None]
+    word_ptrs = (words_ptr + (rows + word))[:, :, :, None] + index[None, None, None, :]
+    x_ptrs = (xs_ptrs[None, :, None] + word * FIELDS)[:, :, :, None] + index[None, None, None, :]
+    words = load_words(word_ptrs, VECTOR, EMULATE)
+    for _ in range(tl.cdiv(tl.cdiv(h_in, INPUTS), WARPS)):
+        acc = tl.zeros((WARPS, RANKS, 2 * _ROWS), tl.int32)
+        for run in tl.static_range(RUNS):
+            # The next words are asked for before these are used.
+            word_ptrs += 16 if run + 1 < RUNS else 16 * (1 + RUNS * (WARPS - 1))
+            next_words = load_words(word_ptrs, VECTOR, EMULATE)
+            for field in tl.static_range(FIELDS):
+                codes = spread(_codes(words, P, field), EMULATE)
+                codes = tl.reshape(codes, (WARPS, RANKS, 4, 2, 2, 4))
+                codes = tl.permute(codes, (0, 1, 3, 4, 2, 5))
+                codes = tl.reshape(codes, (WARPS, RANKS, 64))
+                x = load_inputs(x_ptrs + (16 * FIELDS * run + 4 * field), EMULATE)
+                x = tl.reshape(spread(x, EMULATE), (WARPS, 2 * _ROWS, 4, 2, 2, 4))
+                x = tl.permute(x, (0, 3, 4, 2, 5, 1))
+                x = tl.reshape(x, (WARPS, 64, 2 * _ROWS))
+                acc = dot_bytes(codes, x, acc, EMULATE)
+            words = next_words
+        high, low = tl.split(tl.reshape(acc, (WARPS, RANKS, _ROWS, 2)))
+        blocks = (unit * INPUTS // _BLOCK_INPUTS)[:, None, None]
+        scale = load_bits(scale_ptrs[None, None, :] + blocks, EMULATE)
+        total += (high * 256 + low).to(tl.float32) * (scale.to(tl.float32, bitcast=True) * weight)
+        unit += WARPS
+        x_ptrs += 16 * RUNS * FIELDS * WARPS
+    return total
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def shrink_kernel(
-    projected_ptr, max_rank, sums_ptr, sums_stride, sum_count, xs_ptr, xs_stride, h_in, padded_h_in,
+    projected_ptr, peaks_ptr, rests_ptr, max_rank, xs_ptr, xs_stride,
+    scales_ptr, sums_ptr, scales_stride, block_count, h_in, padded_h_in,
     slots_ptr, addresses_ptr, descriptors_ptr,
-    LINEARS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, SUMS: tl.constexpr,
-    WARPS: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
+    LINEARS: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr,
+    OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """`s * (xs V_hat^T)` for one chunk of rows and grid-strided tiles of ranks."""
+    """`s * (x V_hat^T)` for one chunk of rows and grid-strided tiles of ranks.
+
+    And of each tile the largest magnitude, and what the zero points of U take from every output.
+    """
     start_next(OVERLAP)
     chunk = tl.program_id(1)
     slot = tl.load(slots_ptr + chunk)
@@ -316,82 +340,117 @@ def shrink_kernel(
         wait_for_previous(OVERLAP)
         return
     descriptors_ptr += slot * LINEARS * _DESCRIPTOR
-    count = 0
-    for other in tl.static_range(LINEARS):
-        count += tl.load(descriptors_ptr + other * _DESCRIPTOR + 2)
+    last = descriptors_ptr + (LINEARS - 1) * _DESCRIPTOR
+    count = tl.load(last + 17) + tl.load(last + 2)
     if tl.program_id(0) >= count:
         wait_for_previous(OVERLAP)
-    positions = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
+    positions = chunk * _ROWS + tl.arange(0, _ROWS)
+    columns = tl.arange(0, 2 * _ROWS)  # a row's high bytes, its low ones
     for tile in range(tl.program_id(0), count, tl.num_programs(0)):
         linear = 0
-        linear_tile = tile
-        for other in tl.static_range(LINEARS - 1):
-            tiles = tl.load(descriptors_ptr + other * _DESCRIPTOR + 2)
-            past = (linear == other) & (linear_tile >= tiles)
-            linear += past.to(tl.int32)
-            linear_tile -= tl.where(past, tiles, 0)
+        for other in tl.static_range(1, LINEARS):
+            linear += (tile >= tl.load(descriptors_ptr + other * _DESCRIPTOR + 17)).to(tl.int32)
         descriptor = descriptors_ptr + linear * _DESCRIPTOR
         address = tl.load(addresses_ptr + slot * LINEARS + linear)
         words_ptr = address.to(tl.pointer_type(tl.int32))
-        tile_ptr = words_ptr + tl.load(descriptor + 3) + linear_tile * _TILE
-        bits = tl.load(tile_ptr)
+        floats_ptr = address.to(tl.pointer_type(tl.float32))
+        tile_ptr = words_ptr + tl.load(descriptor + 3)
+        tile_ptr += (tile - tl.load(descriptor + 17)) * _TILE
+        v_bits, u_bits = tl.load(tile_ptr), tl.load(tile_ptr + 7)
         rank_count = tl.load(tile_ptr + 2)
-        ranks = tl.minimum(tl.arange(0, BLOCK_R), rank_count - 1)  # of the tile's words
-        index = tl.arange(0, BLOCK_R)
+        index = tl.arange(0, _RANKS)
+        ranks = tl.minimum(index, rank_count - 1)  # of the tile's words
         mask = index < rank_count
         delta_ranks = tl.load(tile_ptr + 1) + index
-        floats_ptr = address.to(tl.pointer_type(tl.float32))
         s = tl.load(floats_ptr + tl.load(descriptor + 4) + delta_ranks, mask=mask, other=0.0)
+        v_zero = _zero(floats_ptr, tl.load(descriptor + 5), delta_ranks, mask, v_bits)
+        u_zero = _zero(floats_ptr, tl.load(descriptor + 6), delta_ranks, mask, u_bits)
+        # As `expand` takes them, codes of U fill seven bits or eight, whatever their width.
+        lift = tl.maximum(7 - u_bits, 0)
+        u_zero *= (1 << lift).to(tl.float32)
+        s *= ((127 - lift) << 23).to(tl.float32, bitcast=True)
         if OVERLAP:
-            _prefetch_tile(words_ptr, tile_ptr, bits, rank_count, h_in, WARPS)
-        total = tl.zeros((WARPS, BLOCK_R, BLOCK_M), tl.float32)
-        row_ptrs = xs_ptr + (positions * xs_stride + linear * padded_h_in)
-        for digit in tl.static_range(4):
-            if bits & (8 >> digit):
-                plane_ptr = words_ptr + tl.load(tile_ptr + 3 + digit)
-                weight = (1 << (bits & ((8 >> digit) - 1))).to(tl.float32)
+            _prefetch_tile(words_ptr, tile_ptr, v_bits, rank_count, h_in, WARPS)
+        started = wait_for_previous(OVERLAP)
+        places = positions * scales_stride + linear * block_count
+        scale_ptrs = scales_ptr + started + places
+        offsets = (chunk * _ROWS + columns // 2) * xs_stride
+        xs_ptrs = xs_ptr + started + (offsets + columns % 2 * (padded_h_in // 4))
+        blocks = tl.arange(0, BLOCKS)
+        sums = tl.load(
+            sums_ptr + started + (places[:, None] + blocks[None, :]),
+            mask=(blocks < block_count)[None, :], other=0.0,
+        )  # fmt: skip
+        total = tl.zeros((WARPS, _RANKS, _ROWS), tl.float32)
+        for DIGIT in tl.static_range(4):
+            if v_bits & (8 >> DIGIT):
+                weight = (1 << (v_bits & ((8 >> DIGIT) - 1))).to(tl.float32)
+                copy = linear * (2 * padded_h_in) + DIGIT * (padded_h_in // 2)
+                plane_ptr = words_ptr + tl.load(tile_ptr + 3 + DIGIT)
                 total = _shrink_plane(
-                    total, weight, row_ptrs, plane_ptr, ranks, h_in,
-                    8 >> digit, WARPS, OVERLAP, EMULATE,
+                    total, weight, xs_ptrs + copy, scale_ptrs, plane_ptr, ranks, h_in,
+                    8 >> DIGIT, WARPS, VECTOR, EMULATE,
                 )  # fmt: skip
-        result = tl.sum(total, axis=0)
-        offset_word = tl.load(descriptor + 5)
-        if offset_word >= 0:
-            blocks = tl.arange(0, SUMS)
-            offsets = (positions * sums_stride)[:, None] + (linear * sum_count + blocks)[None, :]
-            sums_ptr += wait_for_previous(OVERLAP)
-            sums = tl.load(sums_ptr + offsets, mask=(blocks < sum_count)[None, :], other=0.0)
-            offset = tl.load(floats_ptr + offset_word + delta_ranks, mask=mask, other=0.0)
-            result -= offset[:, None] * tl.sum(sums, axis=1)[None, :]
+        result = tl.sum(total, axis=0) - v_zero[:, None] * tl.sum(sums, axis=1)[None, :]
+        result *= s[:, None]
         out = (positions * max_rank)[None, :] + (tl.load(descriptor + 1) + delta_ranks)[:, None]
-        tl.store(projected_ptr + out, result * s[:, None], mask=mask[:, None])
+        tl.store(projected_ptr + out, result, mask=mask[:, None])
+        magnitudes = tl.where(mask[:, None], result.to(tl.int32, bitcast=True) & _FINITE, 0)
+        tl.store(peaks_ptr + positions * max_rank + tile, tl.max(magnitudes, axis=0))
+        rest = tl.sum(tl.where(mask[:, None], result * u_zero[:, None], 0.0), axis=0)
+        tl.store(rests_ptr + positions * max_rank + tile, rest)
 
 
 @triton.jit
-def _block(words_ptr, blocks_ptr, block, end, tile, h_out, P: tl.constexpr, EMULATE: tl.constexpr):
-    """A block of ranks of each warp: its first rank, its ranks, the bits below the plane, and the
-    words of the tile for the first and the second half of the ranks."""
-    HALF: tl.constexpr = _RANKS // 2
+def _zero(floats_ptr, offset_word, ranks, mask, bits):
+    """The zero points of codes of `bits` as the products take them: of 8 bits, less 128."""
+    zero = ((1 << bits) - 1).to(tl.float32) * 0.5 - tl.where(bits == 8, 128.0, 0.0)
+    offset_ptrs = floats_ptr + tl.maximum(offset_word, 0) + ranks
+    return zero + tl.where(offset_word >= 0, tl.load(offset_ptrs, mask=mask, other=0.0), 0.0)
+
+
+@triton.jit
+def _block(blocks_ptr, block, end, EMULATE: tl.constexpr):
+    """A block of ranks of each warp: its first rank, its ranks, its first word, and the place of
+    its codes in a byte."""
+    block_ptr = blocks_ptr + tl.maximum(tl.minimum(block, end - 1), 0) * _BLOCK
+    count = load_bits(block_ptr + 1, EMULATE)
+    return (
+        load_bits(block_ptr, EMULATE), tl.where(block < end, count, 0),
+        load_bits(block_ptr + 2, EMULATE), load_bits(block_ptr + 3, EMULATE),
+    )  # fmt: skip
+
+
+@triton.jit
+def _block_words(words_ptr, word, count, tile, h_out, P: tl.constexpr, EMULATE: tl.constexpr):
+    """The tile's words of ranks 0, 4, ... of a block, of ranks 1, 5, ..., and so on."""
     SEGMENTS: tl.constexpr = _COLUMNS // 32
-    block_ptr = blocks_ptr + tl.minimum(block, end - 1) * _BLOCK
-    rank, count = tl.load(block_ptr), tl.load(block_ptr + 1)
-    word_ptrs = (words_ptr + tl.load(block_ptr + 2))[:, None, None]
-    below = tl.load(block_ptr + 3)
-    word = tl.arange(0, SEGMENTS * P)[None, None, :]
-    segments = tile * SEGMENTS + word // P
-    upper = _rank_in_block(tl.arange(0, HALF)[None, :], count)[:, :, None]
-    lower = _rank_in_block(tl.arange(0, HALF)[None, :] + HALF, count)[:, :, None]
-    first = load_words(word_ptrs, upper, segments, word % P, h_out, P, EMULATE)
-    second = load_words(word_ptrs, lower, segments, word % P, h_out, P, EMULATE)
-    return rank, tl.where(block < end, count, 0), below, first, second
+    # Past the last segment or word, those of the next vector or region: of columns that do not
+    # exist.
+    column = tl.arange(0, SEGMENTS)[:, None] * P + tl.arange(0, P)[None, :]
+    word_ptrs = words_ptr + (word + tile * (SEGMENTS * P))
+    word_ptrs = word_ptrs[:, None, None, None] + column[None, None, :, :]
+    stride = (h_out * P + 31) // 32
+    last = tl.maximum(count - 1, 0)[:, None]
+    index = tl.arange(0, _RANKS // 4)[None, :] * 4
+    first = load_bits(word_ptrs + _row(index, last, stride), EMULATE)
+    second = load_bits(word_ptrs + _row(index + 1, last, stride), EMULATE)
+    third = load_bits(word_ptrs + _row(index + 2, last, stride), EMULATE)
+    fourth = load_bits(word_ptrs + _row(index + 3, last, stride), EMULATE)
+    return first, second, third, fourth
 
 
 @triton.jit
-def _prefetch_blocks(words_ptr, blocks_ptr, bounds_ptr, tile, h_out, WARPS: tl.constexpr):
+def _row(index, last, stride):
+    """Offset of ranks (warps, ranks) of a block; past the last one, of the last."""
+    return (tl.minimum(index, last) * stride)[:, :, None, None]
+
+
+@triton.jit
+def _prefetch_blocks(words_ptr, blocks_ptr, bounds, tile, h_out, WARPS: tl.constexpr):
     """Ask for the words of all blocks of a tile of outputs, one rank of a block a thread."""
     SEGMENTS: tl.constexpr = _COLUMNS // 32
-    second, third = tl.load(bounds_ptr + 1), tl.load(bounds_ptr + 2)
-    fourth, end = tl.load(bounds_ptr + 3), tl.load(bounds_ptr + 4)
+    _, second, third, fourth, end = bounds
     thread = tl.arange(0, WARPS * 32)
     index = thread % _RANKS
     for first in range(0, end, WARPS * 32 // _RANKS):
@@ -406,62 +465,102 @@ def _prefetch_blocks(words_ptr, blocks_ptr, bounds_ptr, tile, h_out, WARPS: tl.c
 
 
 @triton.jit
-def _rank_in_block(index, count):
-    """Ranks (warps, ranks) of a block; past the last one, the last."""
-    return tl.minimum(index, tl.maximum(count - 1, 0)[:, None])
+def _terms(projected_ptrs, rank, index, count, inverse, EMULATE: tl.constexpr):
+    """Fixed-point projections (warps, ranks, columns) of ranks `index` of a block; 0 past it."""
+    ranks = rank[:, None] + tl.minimum(index, tl.maximum(count - 1, 0)[:, None])
+    t = load_bits(projected_ptrs[None, None, :] + ranks[:, :, None], EMULATE)
+    t = tl.where((index < count[:, None])[:, :, None], t.to(tl.float32, bitcast=True), 0.0)
+    return _fixed_point(t, inverse[None, None, :])
 
 
 @triton.jit
-def _terms(projected_ptr, rank, index, count, positions, max_rank, scale, EMULATE: tl.constexpr):
-    """Projections (warps, ranks, rows) of ranks `index` of a block, times `scale` (warps)."""
-    ranks = rank[:, None] + _rank_in_block(index, count)
-    offsets = ranks[:, :, None] + (positions * max_rank)[None, None, :]
-    t = load_bits(projected_ptr + offsets, EMULATE).to(tl.float32, bitcast=True)
-    return tl.where((index < count[:, None])[:, :, None], t * scale[:, None, None], 0.0)
+def _rotate(words, by, EMULATE: tl.constexpr):
+    """Rotate words right by a number of bits; left by a negative one."""
+    if EMULATE:
+        bits = words.to(tl.uint32, bitcast=True)
+        rotated = ((bits >> (by & 31)) | (bits << (-by & 31))).to(tl.int32, bitcast=True)
+    else:
+        rotated = tl.inline_asm_elementwise(
+            "shf.r.wrap.b32 $0, $1, $1, $2;", "=r,r,r", [words, by],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return rotated
+
+
+@triton.jit
+def _lifted_codes(words, lift, P: tl.constexpr, FIELD: tl.constexpr, EMULATE: tl.constexpr):
+    """`_codes`, shifted left by `lift` bits within their bytes, those of 8 bits by none."""
+    if P == 8:
+        codes = _codes(words, P, FIELD)
+    else:
+        codes = _rotate(words, P * FIELD - lift, EMULATE) & ((_BYTES * (2**P - 1)) << lift)
+    return codes
+
+
+@triton.jit
+def _codes_of_words(
+    first, second, third, fourth, lift,
+    P: tl.constexpr, J: tl.constexpr, STEP: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Codes J, J + STEP, ... of four words whose bytes are transposed, on trailing axes of 2."""
+    FIELDS: tl.constexpr = 8 // P
+    if STEP == 32 // P:
+        BYTE: tl.constexpr = J // FIELDS
+        words = first if BYTE == 0 else (second if BYTE == 1 else (third if BYTE == 2 else fourth))
+        codes = _lifted_codes(words, lift, P, J % FIELDS, EMULATE)
+    else:
+        even = _codes_of_words(first, second, third, fourth, lift, P, J, 2 * STEP, EMULATE)
+        odd = _codes_of_words(first, second, third, fourth, lift, P, J + STEP, 2 * STEP, EMULATE)
+        codes = tl.join(even, odd)
+    return codes
 
 
 @triton.jit
 def _expand_plane(
-    acc, projected_ptr, max_rank, positions, words_ptr, blocks_ptr, begin, end, tile, h_out,
-    P: tl.constexpr, TERMS: tl.constexpr, WARPS: tl.constexpr,
-    OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
+    acc, projected_ptrs, inverse, words_ptr, blocks_ptr, first_block, begin, end, tile, h_out,
+    P: tl.constexpr, WARPS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of all planes of P bits to `acc` (warps, columns, rows).
+    """Add the products of all planes of P bits to `acc` (warps, columns, rows' bytes).
 
     Blocks of ranks are strided over the warps. Column `32 * segment + i` of the tile is column
     `i * segments + segment` of `acc`, for every plane.
     """
-    HALF: tl.constexpr = _RANKS // 2
     SEGMENTS: tl.constexpr = _COLUMNS // 32
-    BLOCK_M: tl.constexpr = positions.shape[0]
     block = begin + tl.arange(0, WARPS)
-    rank, count, below, first, second = _block(
-        words_ptr, blocks_ptr, block, end, tile, h_out, P, EMULATE
-    )
-    projected_ptr += wait_for_previous(OVERLAP)
+    selector = tl.where(tl.arange(0, 2 * _ROWS) % 2 == 0, 0x7632, 0x5410)[None, None, :]
+    index = tl.arange(0, _RANKS // 4)[None, :] * 4
+    rank, count, word, lift = first_block
+    w0, w1, w2, w3 = _block_words(words_ptr, word, count, tile, h_out, P, EMULATE)
     for _ in range(tl.cdiv(end - begin, WARPS)):
         # The next block is asked for before this one is used.
         block += WARPS
-        next_rank, next_count, next_below, next_first, next_second = _block(
-            words_ptr, blocks_ptr, block, end, tile, h_out, P, EMULATE
-        )
-        scale = ((1024 if P == 8 else 64) << below).to(tl.float32)
-        index = tl.arange(0, HALF)[None, :]
-        even = _terms(projected_ptr, rank, index, count, positions, max_rank, scale, EMULATE)
-        odd = _terms(projected_ptr, rank, index + HALF, count, positions, max_rank, scale, EMULATE)
-        t = tl.reshape(tl.permute(tl.join(even, odd), (0, 1, 3, 2)), (WARPS, _RANKS, BLOCK_M))
-        for DOWN in tl.static_range(0, 8 if P == 8 else 4, 4):
-            codes = unpack(first, second, P, DOWN, tl.bfloat16, EMULATE)
-            codes = tl.reshape(codes, (WARPS, HALF, SEGMENTS, P, 32 // P, 2))
-            codes = tl.permute(codes, (0, 3, 4, 2, 1, 5))
-            codes = tl.reshape(codes, (WARPS, _COLUMNS, _RANKS))
-            term = round_to(t, tl.bfloat16, EMULATE)
-            acc = dot(codes, term, acc, EMULATE)
-            if TERMS == 2:  # The rounding error of bfloat16, for float16 outputs.
-                term = round_to(t - term.to(tl.float32), tl.bfloat16, EMULATE)
-                acc = dot(codes, term, acc, EMULATE)
-        rank, count, below = next_rank, next_count, next_below
-        first, second = next_first, next_second
+        next_rank, next_count, word, next_lift = _block(blocks_ptr, block, end, EMULATE)
+        if P < 8:
+            n0, n1, n2, n3 = _block_words(words_ptr, word, next_count, tile, h_out, P, EMULATE)
+        t0 = _terms(projected_ptrs, rank, index, count, inverse, EMULATE)
+        t1 = _terms(projected_ptrs, rank, index + 1, count, inverse, EMULATE)
+        t2 = _terms(projected_ptrs, rank, index + 2, count, inverse, EMULATE)
+        t3 = _terms(projected_ptrs, rank, index + 3, count, inverse, EMULATE)
+        low_pair = pick_bytes(t0, t1, 0x5140, EMULATE)
+        high_pair = pick_bytes(t2, t3, 0x5140, EMULATE)
+        terms = pick_bytes(low_pair, high_pair, selector, EMULATE) ^ _SIGNS
+        terms = tl.reshape(spread(terms, EMULATE), (WARPS, _RANKS // 4, 2 * _ROWS, 4))
+        terms = tl.reshape(tl.permute(terms, (0, 1, 3, 2)), (WARPS, _RANKS, 2 * _ROWS))
+        x0, x2 = pick_bytes(w0, w1, 0x5140, EMULATE), pick_bytes(w0, w1, 0x7362, EMULATE)
+        x1, x3 = pick_bytes(w2, w3, 0x5140, EMULATE), pick_bytes(w2, w3, 0x7362, EMULATE)
+        codes = _codes_of_words(
+            pick_bytes(x0, x1, 0x5410, EMULATE), pick_bytes(x0, x1, 0x7632, EMULATE),
+            pick_bytes(x2, x3, 0x5410, EMULATE), pick_bytes(x2, x3, 0x7632, EMULATE),
+            lift[:, None, None, None], P, 0, 1, EMULATE,
+        )  # fmt: skip
+        codes = tl.reshape(spread(codes, EMULATE), (WARPS, _RANKS // 4, SEGMENTS, P, 32 // P, 4))
+        codes = tl.permute(codes, (0, 3, 4, 2, 1, 5))
+        codes = tl.reshape(codes, (WARPS, _COLUMNS, _RANKS))
+        acc = dot_bytes(codes, terms, acc, EMULATE)
+        if P == 8:  # More registers would be spilled.
+            n0, n1, n2, n3 = _block_words(words_ptr, word, next_count, tile, h_out, P, EMULATE)
+        rank, count, lift = next_rank, next_count, next_lift
+        w0, w1, w2, w3 = n0, n1, n2, n3
     return acc
 
 
@@ -484,24 +583,23 @@ def _sum_over_warps(parts):
 
 
 @triton.jit
-def _rest(projected_ptr, max_rank, positions, offset_ptr, rank, BLOCK: tl.constexpr):
-    """What U's offsets take from every output of a row: (rows)."""
-    rest = tl.zeros((positions.shape[0], BLOCK), tl.float32)
-    for first in range(0, rank, BLOCK):
-        ranks = first + tl.arange(0, BLOCK)
-        mask = (ranks < rank)[None, :]
-        offsets = (positions * max_rank)[:, None] + ranks[None, :]
-        t = tl.load(projected_ptr + offsets, mask=mask, other=0.0)
-        rest += t * tl.load(offset_ptr + ranks[None, :], mask=mask, other=0.0)
-    return tl.sum(rest, axis=1)
+def _peak_and_rest(peaks_ptr, rests_ptr, places, tiles, BLOCK: tl.constexpr):
+    """A row's largest projection and what the zero points take, (rows), from those of its tiles."""
+    peak = tl.zeros((BLOCK, _ROWS), tl.int32)
+    rest = tl.zeros((BLOCK, _ROWS), tl.float32)
+    for first in range(0, tiles, BLOCK):
+        tile = first + tl.arange(0, BLOCK)[:, None]
+        offsets = places[None, :] + tile
+        peak = tl.maximum(peak, tl.load(peaks_ptr + offsets, mask=tile < tiles, other=0))
+        rest += tl.load(rests_ptr + offsets, mask=tile < tiles, other=0.0)
+    return tl.max(peak, axis=0).to(tl.float32, bitcast=True), tl.sum(rest, axis=0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def expand_kernel(
-    y_ptr, y_stride, projected_ptr, max_rank, rows_ptr, slots_ptr,
+    y_ptr, y_stride, projected_ptr, peaks_ptr, rests_ptr, max_rank, rows_ptr, slots_ptr,
     addresses_ptr, descriptors_ptr, output_tiles_ptr,
-    LINEARS: tl.constexpr, BLOCK_M: tl.constexpr, TERMS: tl.constexpr,
-    WARPS: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
+    LINEARS: tl.constexpr, WARPS: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add the deltas to one chunk of rows and one tile of a linear's outputs."""
     start_next(OVERLAP)
@@ -521,44 +619,56 @@ def expand_kernel(
         return
     words_ptr = tl.load(addresses_ptr + slot * LINEARS + linear).to(tl.pointer_type(tl.int32))
     floats_ptr = words_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
-    positions = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.load(rows_ptr + positions)
+    rows = tl.load(rows_ptr + chunk * _ROWS + tl.arange(0, _ROWS))
     columns = tile * _COLUMNS + tl.arange(0, _COLUMNS)
-    total = tl.zeros((_COLUMNS, BLOCK_M), tl.float32)
-    if rank > 0:
-        linear_projected_ptr = projected_ptr + tl.load(descriptor + 1)
-        blocks_ptr = words_ptr + tl.load(descriptor + 10)
-        if OVERLAP:
-            _prefetch_blocks(words_ptr, blocks_ptr, descriptor + 11, tile, h_out, WARPS)
-        acc = tl.zeros((WARPS, _COLUMNS, BLOCK_M), tl.float32)
-        for DIGIT in tl.static_range(4):
-            first_block = tl.load(descriptor + 11 + DIGIT)
-            end = tl.load(descriptor + 12 + DIGIT)
-            if first_block < end:
-                acc = _expand_plane(
-                    acc, linear_projected_ptr, max_rank, positions,
-                    words_ptr, blocks_ptr, first_block, end, tile, h_out,
-                    8 >> DIGIT, TERMS, WARPS, OVERLAP, EMULATE,
-                )  # fmt: skip
-        total = tl.reshape(_sum_over_warps(acc), (32, _COLUMNS // 32, BLOCK_M))
-        total = tl.reshape(tl.permute(total, (1, 0, 2)), (_COLUMNS, BLOCK_M))
-        offset_word = tl.load(descriptor + 6)
-        if offset_word >= 0:
-            total -= _rest(
-                linear_projected_ptr, max_rank, positions, floats_ptr + offset_word, rank, 128
-            )[None, :]
+    first_rank, tiles, first_tile = (
+        tl.load(descriptor + 1), tl.load(descriptor + 2), tl.load(descriptor + 17),
+    )  # fmt: skip
+    blocks_ptr = words_ptr + tl.maximum(tl.load(descriptor + 10), 0)
+    bound_0, bound_1, bound_2, bound_3, bound_4 = (
+        tl.load(descriptor + 11), tl.load(descriptor + 12), tl.load(descriptor + 13),
+        tl.load(descriptor + 14), tl.load(descriptor + 15),
+    )  # fmt: skip
+    bounds = (bound_0, bound_1, bound_2, bound_3, bound_4)
+    warp = tl.arange(0, WARPS)
+    blocks = (
+        _block(blocks_ptr, bound_0 + warp, bound_1, EMULATE),
+        _block(blocks_ptr, bound_1 + warp, bound_2, EMULATE),
+        _block(blocks_ptr, bound_2 + warp, bound_3, EMULATE),
+        _block(blocks_ptr, bound_3 + warp, bound_4, EMULATE),
+    )
+    if OVERLAP & (rank > 0):
+        _prefetch_blocks(words_ptr, blocks_ptr, bounds, tile, h_out, WARPS)
     scale_word = tl.load(descriptor + 7)
-    if scale_word >= 0:
-        scale = tl.load(floats_ptr + scale_word + columns, mask=columns < h_out, other=0.0)
-        total *= scale[:, None]
-    if bias_word >= 0:
-        bias = tl.load(floats_ptr + bias_word + columns, mask=columns < h_out, other=0.0)
-        total += bias[:, None]
-    y_ptr += wait_for_previous(OVERLAP)  # of rank 0 none has waited
-    out = y_ptr + rows.to(tl.int64)[None, :] * y_stride + (begin + columns)[:, None]
+    started = wait_for_previous(OVERLAP)
+    total = tl.zeros((_COLUMNS, _ROWS), tl.float32)
+    if rank > 0:
+        places = (chunk * _ROWS + tl.arange(0, _ROWS)) * max_rank + first_tile
+        peak, rest = _peak_and_rest(peaks_ptr + started, rests_ptr + started, places, tiles, 64)
+        pairs = (chunk * _ROWS + tl.arange(0, 2 * _ROWS) // 2) * max_rank
+        projected_ptrs = projected_ptr + started + (pairs + first_rank)
+        inverse = _inverse(tl.reshape(tl.join(peak, peak), (2 * _ROWS,)))
+        acc = tl.zeros((WARPS, _COLUMNS, 2 * _ROWS), tl.int32)
+        for DIGIT in tl.static_range(4):
+            if bounds[DIGIT] < bounds[DIGIT + 1]:
+                acc = _expand_plane(
+                    acc, projected_ptrs, inverse, words_ptr, blocks_ptr, blocks[DIGIT],
+                    bounds[DIGIT], bounds[DIGIT + 1], tile, h_out, 8 >> DIGIT, WARPS, EMULATE,
+                )  # fmt: skip
+        high, low = tl.split(tl.reshape(acc, (WARPS, _COLUMNS, _ROWS, 2)))
+        total = _sum_over_warps(high.to(tl.float32) * 256.0 + low.to(tl.float32))
+        total = tl.reshape(total, (32, _COLUMNS // 32, _ROWS))
+        total = tl.reshape(tl.permute(total, (1, 0, 2)), (_COLUMNS, _ROWS))
+        total = total * (peak * (1.0 / _LARGEST))[None, :] - rest[None, :]
+    mask = columns < tl.where(scale_word >= 0, h_out, 0)
+    row_scale = tl.load(floats_ptr + scale_word + columns, mask=mask, other=1.0)
+    mask = columns < tl.where(bias_word >= 0, h_out, 0)
+    bias = tl.load(floats_ptr + bias_word + columns, mask=mask, other=0.0)
+    total = total * row_scale[:, None] + bias[:, None]
+    out = y_ptr + started + rows.to(tl.int64)[None, :] * y_stride + (begin + columns)[:, None]
     mask = (rows >= 0)[None, :] & (columns < h_out)[:, None]
-    y = tl.load(out, mask=mask, other=0.0).to(tl.float32) + total
-    tl.store(out, round_to(y, y_ptr.dtype.element_ty, EMULATE), mask=mask)
+    y = tl.load(out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out, round_to(y + total, y_ptr.dtype.element_ty, EMULATE), mask=mask)
 
 
 def launches(
@@ -574,38 +684,35 @@ def launches(
     overlap = variant.overlap and overlaps(x.device) and not emulate
     shared: dict[str, Any] = {
         "LINEARS": table.linears,
-        "BLOCK_M": CHUNK_ROWS,
         "OVERLAP": overlap,
         "EMULATE": emulate,
         "launch_pdl": overlap,
         "enable_fp_fusion": True,  # pinned: Triton 3.10 changes the default
     }
-    xs = chunks.scaled.view(x.dtype)
-    sum_count = table.padded_h_in // SUM_COLUMNS
+    xs, scales = chunks.fixed, chunks.scales
+    block_count = table.padded_h_in // BLOCK_INPUTS
 
     def prepare() -> object:
-        return prepare_kernel[(chunks.count * CHUNK_ROWS, sum_count, table.linears)](
-            xs, xs.stride(0), chunks.sums, chunks.sums.stride(0), x, x.stride(0),
+        return prepare_kernel[(chunks.count * CHUNK_ROWS, block_count, table.linears)](
+            xs, xs.stride(0), scales, chunks.sums, scales.stride(0), x, x.stride(0),
             table.h_in, table.padded_h_in, chunks.rows, chunks.slots,
-            table.addresses, table.descriptors,
-            BLOCK_K=SUM_COLUMNS, num_warps=4, **shared,
+            table.addresses, table.descriptors, num_warps=8, **shared,
         )  # fmt: skip
 
     def shrink() -> object:
         return shrink_kernel[(max(1, triton.cdiv(table.max_rank, TILE_RANKS)), chunks.count)](
-            chunks.projected, chunks.max_rank, chunks.sums, chunks.sums.stride(0), sum_count,
-            xs, xs.stride(0), table.h_in, table.padded_h_in,
+            chunks.projected, chunks.peaks, chunks.rests, chunks.max_rank, xs, xs.stride(0),
+            scales, chunks.sums, scales.stride(0), block_count, table.h_in, table.padded_h_in,
             chunks.slots, table.addresses, table.descriptors,
-            BLOCK_R=TILE_RANKS, SUMS=triton.next_power_of_2(sum_count),
+            BLOCKS=triton.next_power_of_2(block_count), VECTOR=table.h_in % 128 == 0,
             WARPS=variant.shrink_warps,
             num_warps=variant.shrink_warps, maxnreg=variant.shrink_registers, **shared,
         )  # fmt: skip
 
     def expand() -> object:
         return expand_kernel[(len(table.output_tiles), chunks.count)](
-            y, y.stride(0), chunks.projected, chunks.max_rank, chunks.rows, chunks.slots,
-            table.addresses, table.descriptors, table.output_tiles,
-            TERMS=2 if x.dtype == torch.float16 else 1,
+            y, y.stride(0), chunks.projected, chunks.peaks, chunks.rests, chunks.max_rank,
+            chunks.rows, chunks.slots, table.addresses, table.descriptors, table.output_tiles,
             WARPS=variant.expand_warps,
             num_warps=variant.expand_warps, maxnreg=variant.expand_registers, **shared,
         )  # fmt: skip
@@ -624,7 +731,7 @@ def svd_delta(
 ) -> None:
     """Add each row's delta to `y` in place; see `deltadock.kernels.svd_delta.svd_delta`.
 
-    With `emulate` the kernels use neither inline assembly nor bfloat16 products, which Triton's
+    With `emulate` the kernels use neither inline assembly nor products of bytes, which Triton's
     interpreter lacks; on a GPU this is slow, and isolates errors in either.
     """
     if not chunks.count:

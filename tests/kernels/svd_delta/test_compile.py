@@ -1,7 +1,9 @@
 """The kernels compile without a GPU, within budgets of registers and instructions."""
 
 import itertools
+import json
 import os
+import re
 from typing import Any
 
 import pytest
@@ -39,13 +41,13 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp16")])
 @pytest.mark.parametrize(
     ("name", "warps", "registers", "spilled", "shared", "straight", "codes_of", "bounds"),
-    # Instructions a code, of planes of 8, 4, 2 and 1 bits, in the loops for bfloat16. At 75 % of
-    # copy bandwidth an SM may spend 1.2 on a code of one bit, 2.4 on one of two.
+    # Instructions a code, of planes of 8, 4, 2 and 1 bits, in the loops. At 75 % of copy bandwidth
+    # an SM may spend 1.2 on a code of one bit, 2.4 on one of two.
     [
-        ("shrink_kernel", DEFAULT.shrink_warps, DEFAULT.shrink_registers, 32, 8_192, 1_350,
-         SHRINK_CODES, (5.2, 2.7, 1.95, 1.65)),
-        ("expand_kernel", DEFAULT.expand_warps, DEFAULT.expand_registers, 288, 32_768, 1_650,
-         EXPAND_CODES, (5.5, 3.0, 2.35, 2.1)),
+        ("shrink_kernel", DEFAULT.shrink_warps, DEFAULT.shrink_registers, 96, 4_096, 1_200,
+         SHRINK_CODES, (0.7, 0.7, 0.8, 0.7)),
+        ("expand_kernel", DEFAULT.expand_warps, DEFAULT.expand_registers, 96, 16_384, 1_750,
+         EXPAND_CODES, (1.75, 1.75, 1.4, 1.3)),
     ],
 )  # fmt: skip
 def test_machine_code(
@@ -65,26 +67,48 @@ def test_machine_code(
     # Words and terms are loaded by the threads that use them.
     assert not code.shared_in_loops
     assert code.shared_bytes <= shared
-    assert code.programs_per_sm * warps >= 16
-    # Spilled registers are on the stack: here those of the rare planes of 8 bits.
+    assert code.programs_per_sm * warps >= 12
+    # Spilled registers are on the stack, outside the loops of narrow planes.
     assert code.stack_bytes <= spilled
     assert code.common + 4 * code.plane <= straight
     # What comes before the wait is hidden where launches overlap.
     assert (code.head >= 250) == (capability >= 90)
-    if dtype == "bf16":
-        found = lane_instructions(code, codes_of)
-        assert all(number <= bound for number, bound in zip(found, bounds, strict=True)), found
+    found = lane_instructions(code, codes_of)
+    assert all(number <= bound for number, bound in zip(found, bounds, strict=True)), found
+    check_packed_assembly(compiled.asm["ttgir"])
+
+
+def check_packed_assembly(ttgir: str) -> None:
+    """Inline assembly that takes several of a thread's numbers at once gets the expected ones.
+
+    It gets them in the order of the result's registers. Nothing here executes it.
+    """
+    layouts = dict(
+        re.findall(r"^(#\w+) = #ttg\.linear<\{register = (\[\[.*?\]\]), lane", ttgir, re.M)
+    )
+    found = re.findall(r"packed_element = (\d+).*-> tensor<[\dx]+x(i8|i32), (#\w+)> loc", ttgir)
+    packed = [(int(count), dtype, name) for count, dtype, name in found if count != "1"]
+    assert packed
+    for count, dtype, name in packed:
+        bases = json.loads(layouts[name])
+        last, zeros = [0] * (len(bases[0]) - 1), [0] * (len(bases[0]) - 2)
+        expected = {
+            (4, "i8"): [[*last, 1], [*zeros, 1, 0]],  # the copies of a word
+            (4, "i32"): [[*last, 1], [*last, 2]],  # consecutive words
+            (8, "i32"): [[0, 8, 0, 0], [*last, 1], [*last, 2]],  # those of two vectors in turn
+        }[count, dtype]
+        assert bases[: len(expected)] == expected
 
 
 @pytest.mark.parametrize(
     ("name", "warps", "registers", "written"),
     # Arguments that kernels of a step write.
     [
-        ("prepare_kernel", 4, None, ["x_ptr", "xs_ptr", "sums_ptr"]),
+        ("prepare_kernel", 8, None, ["x_ptr", "xs_ptr", "scales_ptr", "sums_ptr"]),
         ("shrink_kernel", DEFAULT.shrink_warps, DEFAULT.shrink_registers,
-         ["xs_ptr", "sums_ptr", "projected_ptr"]),
+         ["scales_ptr", "sums_ptr", "projected_ptr", "peaks_ptr", "rests_ptr"]),
         ("expand_kernel", DEFAULT.expand_warps, DEFAULT.expand_registers,
-         ["projected_ptr", "y_ptr"]),
+         ["projected_ptr", "peaks_ptr", "rests_ptr", "y_ptr"]),
     ],
 )  # fmt: skip
 def test_what_other_kernels_write_is_accessed_after_the_wait(
@@ -93,26 +117,19 @@ def test_what_other_kernels_write_is_accessed_after_the_wait(
     function = getattr(kernel, name)
     code = disassemble(compile_for(90, function, "bf16", warps, registers))
     operations = code.operations
-    planes = [loop for loop in code.loops if "HMMA" in operations[loop]]
     # Programs that have nothing to do wait and exit.
     waits = [
         place
         for place, (one, following) in enumerate(itertools.pairwise(operations))
         if one == "ACQBULK" and following != "EXIT"
     ]
+    # The addresses of shrink's inputs are kept on the stack, but only products take them.
+    assert waits[0] < min((p for p, one in enumerate(operations) if one == "IMMA"), default=1 << 30)
     offsets = argument_offsets(function)
     for argument in written:
         accesses = global_accesses(code.listing, offsets[argument])
         assert accesses, argument
-        for place in accesses:
-            # A program may lack any plane: each has a wait of its own, as has what follows them.
-            # What `expand` adds up after its planes, at least one of them has waited for.
-            ends = [loop.stop for loop in planes if loop.stop <= place]
-            every = len(ends) == len(planes) and (name, argument) == (
-                "expand_kernel", "projected_ptr",
-            )  # fmt: skip
-            begin = 0 if every or not ends else ends[-1]
-            assert any(begin <= wait < place for wait in waits), (argument, operations[place])
+        assert waits[0] < min(accesses), argument
 
 
 def argument_offsets(function: Any) -> dict[str, int]:
@@ -128,8 +145,8 @@ def argument_offsets(function: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_small_kernels_are_small(capability: int) -> None:
-    prepare = disassemble(compile_for(capability, kernel.prepare_kernel, "bf16", 4))
-    assert len(prepare.operations) <= 270
+    prepare = disassemble(compile_for(capability, kernel.prepare_kernel, "bf16", 8))
+    assert len(prepare.operations) <= 450
     assert prepare.registers <= 40
     numbers = ("tiles_word", "tiles", "rank", "padded_rank", "columns", "offset_word",
                "rank_scale_word", "column_scale_word")  # fmt: skip
@@ -157,8 +174,8 @@ def test_the_model_explains_what_an_h200_measured(key: Any, measured: float) -> 
 def test_the_model_expects_these_kernels_to_be_faster(rows: int, deltas: int) -> None:
     compiled = codes(DEFAULT, 90)
     measured = MEASURED["whole layer", rows, deltas]
-    assert predict(LAYER, rows, deltas, compiled, SLOW) < measured / 1.5
-    assert predict(LAYER, rows, deltas, compiled, QUICK) < measured / 3
+    assert predict(LAYER, rows, deltas, compiled, SLOW) < measured / 1.8
+    assert predict(LAYER, rows, deltas, compiled, QUICK) < measured / 3.5
 
 
 @pytest.mark.parametrize(("rows", "deltas"), [(4, 4), (16, 4), (8, 8), (64, 8), (16, 16), (64, 16)])
@@ -175,11 +192,9 @@ def test_prefill_by_unpacked_factors_stays_within_its_bar() -> None:
 
 def test_programs_at_decode_shapes() -> None:
     """One row on one delta, for an H200's 132 SMs: a layer's launches leave most of them idle."""
+    compiled = codes(DEFAULT, 90)
     programs = {
-        each.name: (
-            len(shrink_programs(each, DEFAULT.shrink_warps)),
-            len(expand_programs(each, DEFAULT.expand_warps)),
-        )
+        each.name: (len(shrink_programs(each, compiled)), len(expand_programs(each, compiled)))
         for each in LAYER
     }
     assert programs == {
