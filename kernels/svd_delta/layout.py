@@ -48,8 +48,9 @@ WARP_INPUTS: Final = 512
 """Most inputs that a warp of the shrink kernel takes of a vector at a time."""
 H_IN_ALIGNMENT: Final = 4096
 """Most inputs per step of the shrink kernel, of 8 warps."""
-SLACK_WORDS: Final = 2048
-"""Words past the segments: the kernels read vectors in whole steps, and the step after."""
+SLACK_WORDS: Final = 1024
+"""Words that are there past V's segments, of U or none: the shrink kernel reads vectors in whole
+steps, and the step after."""
 
 _DESCRIBED_REGIONS: Final = (
     "tiles",
@@ -242,7 +243,8 @@ def _lay_out(
     for name, data in contents.items():
         regions[name] = Region(end, len(data))
         end += _aligned(len(data))
-    end += SLACK_WORDS if groups else ALIGNMENT_WORDS  # also a delta of rank 0 has an address
+    # Also a delta of rank 0 has an address.
+    end = max(end, len(contents["v"]) + SLACK_WORDS if groups else ALIGNMENT_WORDS)
     words = torch.zeros(end, dtype=torch.int32, device=contents["v"].device)
     for name, data in contents.items():
         begin, size = regions[name]

@@ -11,7 +11,8 @@ from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS
 
 
 def scratch(chunks: Chunks) -> tuple[Tensor, ...]:
-    return chunks.rows, chunks.slots, chunks.projected, chunks.sums, chunks.scaled
+    fields = ["rows", "slots", "fixed", "scales", "sums", "projected", "peaks", "rests"]
+    return tuple(getattr(chunks, field) for field in fields)
 
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=90), min_size=1, max_size=3))
