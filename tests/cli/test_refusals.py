@@ -26,11 +26,12 @@ from tests.cli.support import (
 
 
 def assert_refused(outcome: Outcome, code: str, words: str) -> None:
-    """One line with the code on stderr, exit status 1, empty stdout."""
+    """One line with the code on stderr, after lines of progress; exit status 1, empty stdout."""
     assert (outcome.code, outcome.stdout) == (1, ""), outcome
-    lines = outcome.stderr.strip().splitlines()
-    assert [line.startswith(f"error ({code}): ") for line in lines] == [True], outcome.stderr
-    assert words in lines[0]
+    *progress, error = outcome.stderr.strip().splitlines()
+    assert all(re.match(r" *\d+ %  \w+: ", line) for line in progress), outcome.stderr
+    assert error.startswith(f"error ({code}): "), outcome.stderr
+    assert words in error
 
 
 def test_verify_finds_damage(delta: Delta, deltadock: Command, tmp_path: Path) -> None:
