@@ -18,7 +18,7 @@ def tune_memory() -> None:
 
     - What is loaded lives as long as the process: collections need not visit it. A full one would
       stop all requests for a tenth of a second now and then.
-    - Buffers of uploads (a quarter of a MiB each) are reused. By default glibc returns each one to
+    - Buffers of uploads (up to a MiB each) are reused. By default glibc returns each one to
       the system and faults the next one in, page by page: half of an upload's processor time.
     """
     gc.freeze()

@@ -12,8 +12,8 @@ import os
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, closing
-from functools import partial
 from typing import Any, Final
+from weakref import WeakMethod
 
 import httptools
 from starlette.requests import ClientDisconnect, Request
@@ -22,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import is_ssl
 
 EXTENSION: Final = "deltadock.body"
-"""In a request's scope: `Protocol.take_body`."""
+"""In a request's scope: a weak reference to `Protocol.take_body`."""
 PIECE_BYTES: Final = 1 << 20
 """The task wakes when so much has arrived."""
 
@@ -35,15 +35,13 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {EXTENSION: partial(self.take_body, self.scope)}  # type: ignore[dict-item]
+        # Weak: a scope that leads to itself would stay until the next garbage collection.
+        self.scope["extensions"] = {EXTENSION: WeakMethod(self.take_body)}  # type: ignore[dict-item]
 
     def data_received(self, data: bytes) -> None:
-        if self._untaken:
-            skipped = min(self._untaken, len(data))
-            self._untaken -= skipped
-            data = data[skipped:]
-        if data:
-            super().data_received(data)
+        skipped = min(self._untaken, len(data))
+        self._untaken -= skipped
+        super().data_received(data[skipped:])  # of nothing, too: the connection is not idle
 
     def take_body(self, scope: HTTPScope, received: int) -> "Body | None":
         """The rest of a request's body, of which the app has `received` bytes.
@@ -51,7 +49,9 @@ class Protocol(HttpToolsProtocol):
         None: it is short, complete, of unknown length or encrypted; uvicorn goes on with it.
         """
         cycle, length = self.cycle, dict(scope["headers"]).get(b"content-length")
-        if cycle.scope is not scope or not cycle.more_body or length is None:
+        if cycle.scope["extensions"] is not scope["extensions"]:  # a pipelined request's
+            return None
+        if not cycle.more_body or length is None:
             return None
         if is_ssl(self.transport) or self.transport.is_closing():
             return None
@@ -123,13 +123,13 @@ async def body_of(request: Request) -> AsyncGenerator[bytes | memoryview, None]:
     Raises:
         ClientDisconnect: the client disconnected.
     """
-    take: Any = request.scope.get("extensions", {}).get(EXTENSION)
+    take: Any = request.scope.get("extensions", {}).get(EXTENSION, lambda: None)()
     received = 0
     async with aclosing(request.stream()) as stream:
         async for chunk in stream:
             yield chunk
             received += len(chunk)
-            if take is not None and (rest := take(received)) is not None:
+            if take is not None and (rest := take(request.scope, received)) is not None:
                 break
         else:
             return

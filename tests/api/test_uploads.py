@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from deltadock.api.protocol import PIECE_BYTES, Body
+from deltadock.api.protocol import PIECE_BYTES, Body, Protocol
 from deltadock.api.uploads.receive import BATCH_BYTES
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights
@@ -147,9 +147,18 @@ def test_a_rejected_file_is_not_stored(api: Api) -> None:
         assert_nothing_stored(api, upload)
 
 
-def test_an_invalid_header_is_rejected_before_the_body_ends(api: Api) -> None:
+def test_an_invalid_header_is_rejected_before_the_body_ends(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error is sent once the header has arrived, before the rest of the body."""
     upload = api.open_upload()
+    timers, receive = [], Protocol.data_received
+
+    def watched(protocol: Protocol, data: bytes) -> None:
+        receive(protocol, data)
+        timers.append(protocol.timeout_keep_alive_task)
+
+    monkeypatch.setattr(Protocol, "data_received", watched)
     data = invalid_header({"dtype": "F99"}) + bytes(2 * BATCH_BYTES)
     with begin_put(api, f"/v1/uploads/{upload}/files/model.safetensors", LIMIT) as connection:
         connection.send(data)
@@ -158,6 +167,7 @@ def test_an_invalid_header_is_rejected_before_the_body_ends(api: Api) -> None:
         connection.send(bytes(LIMIT - len(data)))  # which a client may only notice afterwards
         connection.request("GET", "/healthz")
         assert connection.getresponse().status == 200
+    assert not any(timers), "a connection is not idle while the rest of a body arrives"
     assert_nothing_stored(api, upload)
 
 
