@@ -318,9 +318,10 @@ class ModelRepository:
     def offer(self, model: ModelRow, delta: DeltaRow) -> None:
         """Let a version that is ready now become the default of its locked model.
 
-        Without a rule the first ready one does, if there is no default; of the versions that were
-        pushed by then, one with a lower KL replaces it. With a rule, a newer version does whose KL
-        is at most `max_kl`, and at most `max_increase` above the default's.
+        Without a rule the first ready one does, if there is no default; of the versions of the
+        same fine-tune that were pushed by then, one with a lower KL replaces it. With a rule, a
+        newer version does whose KL is at most `max_kl`, and at most `max_increase` above the
+        default's.
         """
         row = self.session.get(AliasRow, (model.id, DEFAULT), populate_existing=True)
         if model.rule is None:
@@ -350,6 +351,8 @@ class ModelRepository:
     def _contend(self, model: ModelRow, delta: DeltaRow, row: AliasRow) -> None:
         """Let a version that was pushed before there was a default replace it if it is better."""
         current = self.session.get_one(DeltaRow, row.delta_id)
+        if delta.checkpoint_digest != current.checkpoint_digest:
+            return  # whose KL is no measure of which is better
         if delta.kl is not None and current.kl is not None and delta.kl < current.kl:
             self.move(
                 model, DEFAULT, delta,
