@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from glob import iglob
 from pathlib import Path
 from typing import Final, Self
 
@@ -225,9 +226,10 @@ def locked(descriptor: int, kind: int) -> Iterator[None]:
 def _allocated(parts: Path) -> int:
     """Bytes that the files in this folder of uploads take on the disk."""
     total = 0
-    for data in parts.glob("*/*/data"):
-        with suppress(FileNotFoundError):  # published or dropped just now
-            total += data.stat().st_blocks * 512  # stat(2)'s unit
+    # Path.glob raises if an upload's folder is dropped meanwhile.
+    for data in iglob("*/*/data", root_dir=parts):  # noqa: PTH207
+        with suppress(FileNotFoundError):
+            total += (parts / data).stat().st_blocks * 512  # stat(2)'s unit
     return total
 
 

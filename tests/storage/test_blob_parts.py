@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -150,6 +151,24 @@ def test_a_full_disk_is_met_before_any_part(
     file.drop()
     with pytest.raises(NotFound):
         file.reserve()
+
+
+@pytest.mark.parametrize("store", ["local"], indirect=True)
+def test_uploads_that_are_dropped_meanwhile_do_not_disturb_a_reservation(
+    store: BlobStore, file: PartedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.begin_parts("upl_dropped", PART, PART)
+    scandir, listed = os.scandir, []
+
+    def dropping(path: Any = ".") -> Any:
+        if str(path).endswith("upl_dropped") and not listed:
+            listed.append(path)
+            store.drop_parts("upl_dropped")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", dropping)
+    file.reserve()
+    assert listed
 
 
 def test_chunks_are_written_whatever_the_system_takes_at_once(
