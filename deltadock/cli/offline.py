@@ -355,6 +355,7 @@ def evaluate(
     from deltadock.compression.quality import evaluate as run
 
     with work_bar(errors) as show:
+        show("", "reading the checkpoints", None)
         quality = run(
             base,
             finetuned,

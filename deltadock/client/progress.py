@@ -63,14 +63,17 @@ class Lines:
 
     def _print(self) -> None:
         now = time.monotonic()
-        elapsed = f"  ({duration_text(now - self._began)})" if now - self._began >= 1 else ""
-        self._console.print(f"{self._line}{elapsed}", markup=False, highlight=False, soft_wrap=True)
         self._due = now + QUIET_SECONDS
+        elapsed = f"  ({duration_text(now - self._began)})" if now - self._began >= 1 else ""
+        if self._line:
+            self._console.print(
+                f"{self._line}{elapsed}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def _repeat(self) -> None:
         while not self._ended.wait(max(0.0, self._due - time.monotonic())):
             with self._lock:
-                if self._line and time.monotonic() >= self._due:
+                if time.monotonic() >= self._due:
                     self._print()
 
 

@@ -76,6 +76,9 @@ def test_transfers_are_summed(log: io.StringIO) -> None:
 
 def test_work_in_this_process_is_told_of(log: io.StringIO) -> None:
     with work_bar(Console(file=log)) as show:
+        began = time.process_time()
+        time.sleep(0.3)
+        assert time.process_time() - began < 0.05, "it waits, while there is nothing to tell of"
         show("", "merging", None)
         assert log.getvalue() == ""
         wait_for(lambda: "merging" in log.getvalue())
