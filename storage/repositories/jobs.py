@@ -43,6 +43,9 @@ MAX_LOG_LINES: Final = 1000
 MAX_POSITION: Final = 1000
 """Places in the queue that are numbered."""
 
+_BEGUN: Final = and_(JobRow.started_at.is_not(None), JobRow.finished_at.is_(None))
+"""Jobs that a worker has begun and none has ended; they have an index."""
+
 
 class JobRepository:
     """Jobs of the tenant's deltas; workers, which hold a lease, serve every tenant.
@@ -111,8 +114,7 @@ class JobRepository:
         waiting = {job.id for job in jobs if job.state in RUNNING_ORDER and job.lease_owner is None}
         queue: list[str] = []
         new = and_(JobRow.state == JobState.QUEUED, JobRow.started_at.is_(None))
-        begun = and_(JobRow.started_at.is_not(None), JobRow.finished_at.is_(None))
-        for turn in (begun, *(and_(new, JobRow.priority == one) for one in JobPriority)):
+        for turn in (_BEGUN, *(and_(new, JobRow.priority == one) for one in JobPriority)):
             if waiting.issubset(queue):
                 break
             queue += self.session.scalars(
@@ -358,7 +360,7 @@ class JobRepository:
         return self.session.scalars(
             select(JobRow.id)
             .where(
-                JobRow.state.in_(RUNNING_ORDER),
+                _BEGUN,
                 JobRow.lease_expires_at <= now,
                 JobRow.lease_expires_at > JobRow.sent_at,
             )
