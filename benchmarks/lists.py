@@ -381,8 +381,11 @@ def main() -> None:
         f"{options.runs} runs"
     )
     for kind in options.database:
-        temporary = tempfile.TemporaryDirectory(prefix="deltadock-lists-")
-        with nullcontext(options.folder) if options.folder else temporary as name:
+        with (
+            tempfile.TemporaryDirectory(prefix="deltadock-lists-")
+            if options.folder is None
+            else nullcontext(options.folder)
+        ) as name:
             folder = Path(name)
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o711)

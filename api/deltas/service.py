@@ -94,9 +94,8 @@ def request_delta(
     """Create a delta; returns it and whether a compression was started.
 
     A repeated request returns the existing delta, ready or unfinished; if its job failed or was
-    cancelled, the job continues. If the tenant has a
-    ready delta of another name with the same inputs, its artifact is shared: equal inputs give
-    equal bytes.
+    cancelled, the job continues. If the tenant has a ready delta of another name with the same
+    inputs, its artifact is shared: equal inputs give equal bytes.
 
     Raises:
         NotFound: no such base, checkpoint or calibration text.
