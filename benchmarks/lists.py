@@ -326,14 +326,14 @@ async def measure(
 @contextmanager
 def filled(kind: str, folder: Path, count: int) -> Iterator[Settings]:
     """Settings for a database in the folder; filled, unless it was before."""
-    home = folder / kind
+    home = folder / f"{kind}-{count}"
     home.mkdir(mode=0o755, exist_ok=True)
     with ExitStack() as services:
         fields = {}
         if kind == "postgres":
             fields = services.enter_context(postgres(home / "postgres")).settings
         settings = Settings.model_validate({"home": home, "log_level": "ERROR", **fields})
-        done = home / f"filled-{count}"
+        done = home / "filled"
         if done.exists():
             migrate(settings.sqlalchemy_url)
         else:
