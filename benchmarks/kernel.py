@@ -52,7 +52,7 @@ from deltadock.kernels.svd_delta import (
 )
 from deltadock.kernels.svd_delta.layout import segment_words
 from deltadock.kernels.svd_delta.products import add_products
-from deltadock.kernels.svd_delta.triton import DEFAULT, Variant
+from deltadock.kernels.svd_delta.triton import DEFAULT, Form, Variant
 from tests.kernels.decode_attention.cases import CASES as ATTENTION_CASES
 from tests.kernels.decoder.cases import CASES as DECODER_CASES
 from tests.kernels.svd_delta.cases import CASES as DELTA_CASES
@@ -103,12 +103,12 @@ SMALL = (Projection("q, k", 70, (40, 33)),)
 
 REGISTERS: Final = (128, 64, 80, 96, 168, 255)
 SHRINKS: Final = [
-    replace(DEFAULT, shrink_warps=warps, shrink_registers=registers)
+    replace(DEFAULT, shrink=(Form(warps, registers),))
     for warps in (4, 8, 2, 1)
     for registers in REGISTERS
 ]
 EXPANDS: Final = [
-    replace(DEFAULT, expand_warps=warps, expand_registers=registers)
+    replace(DEFAULT, expand=(Form(warps, registers),))
     for warps in (4, 8, 16, 2, 1)
     for registers in REGISTERS
     if warps * registers <= 2048  # an SM's
@@ -122,20 +122,20 @@ def _in_turn(*lists: Sequence[Variant]) -> list[Variant]:
 
 SERIAL: Final = replace(DEFAULT, overlap=False)
 SWEEP: Final = list(dict.fromkeys([DEFAULT, SERIAL, *_in_turn(SHRINKS, EXPANDS)]))
-"""The variants to compare, the default first: each differs from it in one of the two kernels, or in
-whether launches overlap."""
+"""The variants to compare, the default first: each differs from it in one of the two kernels, which
+has one form, or in whether launches overlap."""
 
 
 def name_of(variant: Variant) -> str:
-    """Shrink's warps x registers, expand's warps x registers, as `--variant` takes them.
+    """Warps x registers of shrink's forms, then of expand's, as `--variant` takes them.
 
     `,serial`: no launches overlap.
     """
-    return (
-        f"{variant.shrink_warps}x{variant.shrink_registers},"
-        f"{variant.expand_warps}x{variant.expand_registers}"
-        + ("" if variant.overlap else ",serial")
-    )
+    kernels = [
+        "+".join(f"{form.warps}x{form.registers}" for form in forms)
+        for forms in (variant.shrink, variant.expand)
+    ]
+    return ",".join(kernels + ([] if variant.overlap else ["serial"]))
 
 
 def variant_named(name: str) -> Variant:
@@ -147,10 +147,12 @@ def variant_named(name: str) -> Variant:
     shrink, expand, *rest = name.split(",")
     if rest not in ([], ["serial"]):
         raise ValueError(f"{name!r} is not a variant's name.")
-    (shrink_warps, shrink_registers), (expand_warps, expand_registers) = (
-        [int(number) for number in part.split("x")] for part in (shrink, expand)
-    )
-    return Variant(shrink_warps, shrink_registers, expand_warps, expand_registers, overlap=not rest)
+    return Variant(_forms_named(shrink), _forms_named(expand), overlap=not rest)
+
+
+def _forms_named(name: str) -> tuple[Form, ...]:
+    forms = (form.split("x") for form in name.split("+"))
+    return tuple(Form(int(warps), int(registers)) for warps, registers in forms)
 
 
 class WrongResult(Exception):

@@ -27,7 +27,7 @@ import argparse
 import functools
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -36,7 +36,14 @@ from benchmarks.machine_code import compile_kernel, disassemble, programs_per_sm
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.chunks import BLOCK_INPUTS, CHUNK_ROWS
 from deltadock.kernels.svd_delta.layout import TILE_COLUMNS, TILE_RANKS, WARP_INPUTS
-from deltadock.kernels.svd_delta.triton import DEFAULT, UNSPECIALIZED, Variant
+from deltadock.kernels.svd_delta.triton import (
+    DEFAULT,
+    SUM_PARTS,
+    UNSPECIALIZED,
+    Form,
+    Variant,
+    form_of,
+)
 
 LOAD: Final = 0.87
 STEP: Final = 1.47
@@ -203,8 +210,8 @@ SHRINK_INPUTS: Final = [WARP_INPUTS // min(plane, 2) for plane in PLANES]
 class Codes(NamedTuple):
     """The kernels of one call, and what they take at a time."""
 
-    shrink: Code
-    expand: Code
+    shrink: Mapping[Form, Code]
+    expand: Mapping[Form, Code]
     prepare: Code | None = None
     """None: it takes a launch and no more, as the one that was measured."""
     chunk_rows: int = CHUNK_ROWS
@@ -214,38 +221,44 @@ class Codes(NamedTuple):
 
 
 @functools.cache
+def code_of(name: str, form: Form, capability: int) -> Code:
+    """A compiled kernel, for bfloat16."""
+    compiled = compile_for(
+        capability, getattr(kernel, name), "bf16", form.warps, form.registers or None
+    )
+    return read_code(name, compiled, form.warps)
+
+
+PREPARE: Final = Form(8, 0)
+"""Its registers are not limited."""
+
+
 def codes(variant: Variant, capability: int) -> Codes:
-    """The compiled kernels, for bfloat16."""
-    shrink = compile_for(
-        capability, kernel.shrink_kernel, "bf16", variant.shrink_warps, variant.shrink_registers
-    )
-    expand = compile_for(
-        capability, kernel.expand_kernel, "bf16", variant.expand_warps, variant.expand_registers
-    )
-    prepare = compile_for(capability, kernel.prepare_kernel, "bf16", 8)
+    """The compiled kernels of a variant."""
     return Codes(
-        read_code("shrink_kernel", shrink, variant.shrink_warps),
-        read_code("expand_kernel", expand, variant.expand_warps),
-        read_code("prepare_kernel", prepare, 8),
+        {form: code_of("shrink_kernel", form, capability) for form in variant.shrink},
+        {form: code_of("expand_kernel", form, capability) for form in variant.expand},
+        code_of("prepare_kernel", PREPARE, capability),
     )
 
 
 MEASURED_CODE: Final = Codes(
-    *MEASURED_CODES, chunk_rows=8, warp_inputs=(64, 128, 256, 512), block_ranks=16
-)
+    *({Form(code.warps, code.registers): code} for code in MEASURED_CODES),
+    chunk_rows=8, warp_inputs=(64, 128, 256, 512), block_ranks=16,
+)  # fmt: skip
 """The kernels that `MEASURED` is of."""
 
 Steps = list[tuple[int, int]]
 """What a program walks: (plane's bits, steps of its loop)."""
 
 
-def shrink_programs(projection: Projection, codes: Codes) -> list[Steps]:
+def shrink_programs(projection: Projection, codes: Codes, warps: int) -> list[Steps]:
     """The programs of one delta's shrink."""
     programs = []
     for h_out in projection.h_outs:
         for group in groups_of(h_out, projection.h_in):
             steps = [
-                (plane, -(-projection.h_in // (codes.shrink.warps * inputs)))
+                (plane, -(-projection.h_in // (SUM_PARTS * inputs)) * (SUM_PARTS // warps))
                 for plane, inputs in zip(PLANES, codes.warp_inputs, strict=True)
                 if group.v_bits & plane
             ]
@@ -253,7 +266,7 @@ def shrink_programs(projection: Projection, codes: Codes) -> list[Steps]:
     return programs
 
 
-def expand_programs(projection: Projection, codes: Codes) -> list[Steps]:
+def expand_programs(projection: Projection, codes: Codes, warps: int) -> list[Steps]:
     """The programs of one delta's expand."""
     programs = []
     for h_out in projection.h_outs:
@@ -262,7 +275,7 @@ def expand_programs(projection: Projection, codes: Codes) -> list[Steps]:
             for plane in PLANES:
                 if group.u_bits & plane:
                     blocks[plane] += -(-group.ranks // codes.block_ranks)
-        steps = [(p, -(-count // codes.expand.warps)) for p, count in blocks.items() if count]
+        steps = [(p, -(-count // warps)) for p, count in blocks.items() if count]
         programs += [steps] * -(-h_out // TILE_COLUMNS)
     return programs
 
@@ -302,8 +315,14 @@ def predict(
             if codes.prepare is None
             else launch_microseconds(blocks, codes.prepare, rows, bound)
         )
-        for code, programs in ((codes.shrink, shrink_programs), (codes.expand, expand_programs)):
-            total += launch_microseconds(programs(projection, codes), code, chunks, bound)
+        for forms, programs_of in (
+            (codes.shrink, shrink_programs),
+            (codes.expand, expand_programs),
+        ):
+            count = chunks * len(programs_of(projection, codes, 1))
+            form = form_of(tuple(forms), count, MULTIPROCESSORS)
+            programs = programs_of(projection, codes, form.warps)
+            total += launch_microseconds(programs, forms[form], chunks, bound)
     return total
 
 
@@ -440,7 +459,7 @@ def print_variants(capability: int) -> None:
     """Each variant's costs and predictions, the fastest first."""
     print(
         "\nA layer's deltas, predicted us, and the fraction of copy bandwidth\n"
-        f"{'variant':16} {'1 row':>9} {'8 on 8':>9} {'of copy':>9} {'16 on 16':>9}   "
+        f"{'variant':21} {'1 row':>9} {'8 on 8':>9} {'of copy':>9} {'16 on 16':>9}   "
         "instructions a code, registers, shared bytes, warps an SM"
     )
     rows_of = []
@@ -451,10 +470,10 @@ def print_variants(capability: int) -> None:
     for (_, longest), name, compiled, times in sorted(rows_of, key=lambda row: row[0]):
         one, eight, sixteen = (f"{low:.0f}-{high:.0f}" for low, high in times)
         fraction = 8 * packed_bytes(LAYER) / longest / COPY_BANDWIDTH
+        described = [describe(code, SHRINK_CODES) for code in compiled.shrink.values()]
+        described += [describe(code, EXPAND_CODES) for code in compiled.expand.values()]
         print(
-            f"{name:16} {one:>9} {eight:>9} {fraction:9.1%} {sixteen:>9}   "
-            f"{describe(compiled.shrink, SHRINK_CODES)} | "
-            f"{describe(compiled.expand, EXPAND_CODES)}"
+            f"{name:21} {one:>9} {eight:>9} {fraction:9.1%} {sixteen:>9}   {' | '.join(described)}"
         )
 
 

@@ -23,7 +23,7 @@ before the wait: slot, descriptor and tile, and a request to bring all words tha
 read to L2.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -49,23 +49,33 @@ from deltadock.kernels.svd_delta.layout import (
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """How one kernel is compiled; its results have the same bits for any number of warps.
+
+    Attributes:
+        warps: of a program; each accumulates parts of the sum.
+        registers: the most of a thread; they decide how many warps an SM holds.
+    """
+
+    warps: int
+    registers: int
+
+
+@dataclass(frozen=True, slots=True)
 class Variant:
     """How the kernels are compiled.
 
-    The order of a sum follows from it, so it may depend on the card, but not on a step's rows.
+    A launch takes the first form of which all its programs run at once, or else the last: few
+    programs end sooner with more warps each.
 
     Attributes:
-        shrink_warps, expand_warps: warps per program; each accumulates a part of the sum. Those of
-            shrink may not pass the padding of the inputs (`layout.H_IN_ALIGNMENT`) in one step.
-        shrink_registers, expand_registers: the most registers of a thread; they decide how many
-            warps an SM holds.
+        shrink: forms with at most `SUM_PARTS` warps.
+        expand: forms.
         overlap: whether a kernel may start while the one before still runs, where the card can.
     """
 
-    shrink_warps: int = 4
-    shrink_registers: int = 96
-    expand_warps: int = 4
-    expand_registers: int = 168
+    shrink: tuple[Form, ...] = (Form(8, 80), Form(4, 96))
+    expand: tuple[Form, ...] = (Form(8, 128), Form(4, 168))
     overlap: bool = True
 
 
@@ -83,6 +93,29 @@ def variant_of(device: torch.device) -> Variant:
     return VARIANTS.get(torch.cuda.get_device_capability(device), DEFAULT)
 
 
+@cache
+def multiprocessors_of(device: torch.device) -> int:
+    """SMs of a device."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def form_of(forms: Sequence[Form], programs: int, multiprocessors: int) -> Form:
+    """The form for a launch of this many programs that have something to do."""
+    for form in forms:
+        if programs <= REGISTERS // (form.registers * 32 * form.warps) * multiprocessors:
+            return form
+    return forms[-1]
+
+
+SUM_PARTS: Final = 8
+"""Parts of shrink's sum over the inputs, for any number of warps: each eighth of their steps."""
+REGISTERS: Final = 65_536
+"""Registers of an SM."""
+USUAL_SHARE: Final = 3
+"""Deltas of one bit per weight have a third of the most ranks, or less."""
+
 UNSPECIALIZED: Final = ("h_in", "max_rank", "scales_stride", "block_count")
 """Arguments not specialized on divisibility by 16, which would only multiply compilations."""
 
@@ -94,6 +127,7 @@ _OUTPUT_TILE = tl.constexpr(OUTPUT_TILE_FIELDS)
 _COLUMNS = tl.constexpr(TILE_COLUMNS)
 _ROWS = tl.constexpr(CHUNK_ROWS)
 _BLOCK_INPUTS = tl.constexpr(BLOCK_INPUTS)
+_PARTS = tl.constexpr(SUM_PARTS)
 
 _LARGEST = tl.constexpr(32512.0)
 """Largest magnitude of a fixed-point number: its bytes, -127 to 127 and -128 to 127, have signs."""
@@ -277,12 +311,13 @@ def _prefetch_tile(words_ptr, tile_ptr, bits, rank_count, h_in, WARPS: tl.conste
 
 @triton.jit
 def _shrink_plane(
-    total, weight, xs_ptrs, scale_ptrs, words_ptr, ranks, h_in,
+    totals, weight, xs_ptrs, scale_ptrs, words_ptr, ranks, h_in,
     P: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Add one plane's projection, times `weight`, to `total` (warps, ranks, rows).
+    """Add one plane's projection, times `weight`, to `totals`, each (warps, ranks, rows).
 
-    A step of a warp takes 16 words of each vector, of wide codes 32 or 64.
+    A step of a warp takes 16 words of each vector, of wide codes 32 or 64. The steps take the
+    parts of the sum in turn.
     """
     RANKS: tl.constexpr = ranks.shape[0]
     FIELDS: tl.constexpr = 8 // P
@@ -295,7 +330,7 @@ def _shrink_plane(
     word_ptrs = (words_ptr + (rows + word))[:, :, :, None] + index[None, None, None, :]
     x_ptrs = (xs_ptrs[None, :, None] + word * FIELDS)[:, :, :, None] + index[None, None, None, :]
     words = load_words(word_ptrs, VECTOR, EMULATE)
-    for _ in range(tl.cdiv(tl.cdiv(h_in, INPUTS), WARPS)):
+    for _ in range(tl.cdiv(tl.cdiv(h_in, INPUTS), _PARTS) * (_PARTS // WARPS)):
         acc = tl.zeros((WARPS, RANKS, 2 * _ROWS), tl.int32)
         for run in tl.static_range(RUNS):
             # The next words are asked for before these are used.
@@ -315,10 +350,12 @@ def _shrink_plane(
         high, low = tl.split(tl.reshape(acc, (WARPS, RANKS, _ROWS, 2)))
         blocks = (unit * INPUTS // _BLOCK_INPUTS)[:, None, None]
         scale = load_bits(scale_ptrs[None, None, :] + blocks, EMULATE)
-        total += (high * 256 + low).to(tl.float32) * (scale.to(tl.float32, bitcast=True) * weight)
+        scale = scale.to(tl.float32, bitcast=True) * weight
+        total = totals[0] + (high * 256 + low).to(tl.float32) * scale
+        totals = totals[1:] + (total,)  # noqa: RUF005 (Triton knows no other)
         unit += WARPS
         x_ptrs += 16 * RUNS * FIELDS * WARPS
-    return total
+    return totals
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -381,17 +418,17 @@ def shrink_kernel(
             sums_ptr + started + (places[:, None] + blocks[None, :]),
             mask=(blocks < block_count)[None, :], other=0.0,
         )  # fmt: skip
-        total = tl.zeros((WARPS, _RANKS, _ROWS), tl.float32)
+        totals = (tl.zeros((WARPS, _RANKS, _ROWS), tl.float32),) * (_PARTS // WARPS)
         for DIGIT in tl.static_range(4):
             if v_bits & (8 >> DIGIT):
                 weight = (1 << (v_bits & ((8 >> DIGIT) - 1))).to(tl.float32)
                 copy = linear * (2 * padded_h_in) + DIGIT * (padded_h_in // 2)
                 plane_ptr = words_ptr + tl.load(tile_ptr + 3 + DIGIT)
-                total = _shrink_plane(
-                    total, weight, xs_ptrs + copy, scale_ptrs, plane_ptr, ranks, h_in,
+                totals = _shrink_plane(
+                    totals, weight, xs_ptrs + copy, scale_ptrs, plane_ptr, ranks, h_in,
                     8 >> DIGIT, WARPS, VECTOR, EMULATE,
                 )  # fmt: skip
-        result = tl.sum(total, axis=0) - v_zero[:, None] * tl.sum(sums, axis=1)[None, :]
+        result = _sum_of_parts(totals) - v_zero[:, None] * tl.sum(sums, axis=1)[None, :]
         result *= s[:, None]
         out = (positions * max_rank)[None, :] + (tl.load(descriptor + 1) + delta_ranks)[:, None]
         tl.store(projected_ptr + out, result, mask=mask[:, None])
@@ -583,6 +620,20 @@ def _sum_over_warps(parts):
 
 
 @triton.jit
+def _sum_of_parts(parts):
+    """Sum parts, each (warps, ...), in pairs: those of more warps are in the same order."""
+    if len(parts) == 1:
+        total = _sum_over_warps(parts[0])
+    else:
+        ADDED: tl.constexpr = len(parts) // 2
+        pairs = (parts[0] + parts[ADDED],)
+        for i in tl.static_range(1, ADDED):
+            pairs += (parts[i] + parts[ADDED + i],)
+        total = _sum_of_parts(pairs)
+    return total
+
+
+@triton.jit
 def _peak_and_rest(peaks_ptr, rests_ptr, places, tiles, BLOCK: tl.constexpr):
     """A row's largest projection and what the zero points take, (rows), from those of its tiles."""
     peak = tl.zeros((BLOCK, _ROWS), tl.int32)
@@ -656,7 +707,9 @@ def expand_kernel(
                     bounds[DIGIT], bounds[DIGIT + 1], tile, h_out, 8 >> DIGIT, WARPS, EMULATE,
                 )  # fmt: skip
         high, low = tl.split(tl.reshape(acc, (WARPS, _COLUMNS, _ROWS, 2)))
-        total = _sum_over_warps(high.to(tl.float32) * 256.0 + low.to(tl.float32))
+        # Sums of integers are the same for any number of warps.
+        high, low = _sum_over_warps(high), _sum_over_warps(low)
+        total = high.to(tl.float32) * 256.0 + low.to(tl.float32)
         total = tl.reshape(total, (32, _COLUMNS // 32, _ROWS))
         total = tl.reshape(tl.permute(total, (1, 0, 2)), (_COLUMNS, _ROWS))
         total = total * (peak * (1.0 / _LARGEST))[None, :] - rest[None, :]
@@ -691,6 +744,12 @@ def launches(
     }
     xs, scales = chunks.fixed, chunks.scales
     block_count = table.padded_h_in // BLOCK_INPUTS
+    multiprocessors = multiprocessors_of(x.device)
+    tiles = max(1, triton.cdiv(table.max_rank, TILE_RANKS))
+    shrinks = triton.cdiv(tiles, USUAL_SHARE) * chunks.count
+    shrink_form = form_of(variant.shrink, shrinks, multiprocessors)
+    expands = len(table.output_tiles) * chunks.count
+    expand_form = form_of(variant.expand, expands, multiprocessors)
 
     def prepare() -> object:
         return prepare_kernel[(chunks.count * CHUNK_ROWS, block_count, table.linears)](
@@ -700,21 +759,21 @@ def launches(
         )  # fmt: skip
 
     def shrink() -> object:
-        return shrink_kernel[(max(1, triton.cdiv(table.max_rank, TILE_RANKS)), chunks.count)](
+        return shrink_kernel[(tiles, chunks.count)](
             chunks.projected, chunks.peaks, chunks.rests, chunks.max_rank, xs, xs.stride(0),
             scales, chunks.sums, scales.stride(0), block_count, table.h_in, table.padded_h_in,
             chunks.slots, table.addresses, table.descriptors,
             BLOCKS=triton.next_power_of_2(block_count), VECTOR=table.h_in % 128 == 0,
-            WARPS=variant.shrink_warps,
-            num_warps=variant.shrink_warps, maxnreg=variant.shrink_registers, **shared,
+            WARPS=shrink_form.warps,
+            num_warps=shrink_form.warps, maxnreg=shrink_form.registers, **shared,
         )  # fmt: skip
 
     def expand() -> object:
         return expand_kernel[(len(table.output_tiles), chunks.count)](
             y, y.stride(0), chunks.projected, chunks.peaks, chunks.rests, chunks.max_rank,
             chunks.rows, chunks.slots, table.addresses, table.descriptors, table.output_tiles,
-            WARPS=variant.expand_warps,
-            num_warps=variant.expand_warps, maxnreg=variant.expand_registers, **shared,
+            WARPS=expand_form.warps,
+            num_warps=expand_form.warps, maxnreg=expand_form.registers, **shared,
         )  # fmt: skip
 
     return prepare, shrink, expand
