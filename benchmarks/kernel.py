@@ -22,7 +22,6 @@ runs the same code at a tiny size without a GPU, and times nothing.
 """
 
 import argparse
-import math
 import multiprocessing
 import os
 import sys
@@ -451,16 +450,21 @@ def compile_variant(name: str) -> str:
 def measure_sweep(device: str, limit: float) -> None:
     """Print the time of each kernel of each variant, and the best of both.
 
-    Variants differ from the default in one kernel, so that the best of each make the best whole;
-    serial launches are timed for comparison alone, as a kernel here follows itself. A few at a time
-    are compiled in a pool of processes, then timed. Stops after `limit` seconds.
+    One row on one delta decides the form for few programs, a row on each of all deltas that for
+    many. Variants differ from the default in one kernel, so that the best of each make the best
+    whole; serial launches are timed for comparison alone, as a kernel here follows itself. A few at
+    a time are compiled in a pool of processes, then timed. Stops after `limit` seconds.
     """
     deadline = time.monotonic() + limit
     gpu = device == "cuda"
     names = [name_of(variant) for variant in SWEEP]
     layers = RandomLayers(LAYER, 8, 2, device) if gpu else RandomLayers(SMALL, 2, 1, device)
-    print(f"\n{'variant':22} shrink us  expand us   (8 rows on 8 deltas, a layer)", flush=True)
-    best: dict[str, tuple[float, Variant]] = {}
+    print(
+        f"\n{'variant':22} shrink us  expand us  shrink us  expand us\n"
+        f"{'':22} 1 row on 1 delta     {layers.deltas} on {layers.deltas}, a layer",
+        flush=True,
+    )
+    best: dict[tuple[str, int], tuple[float, Form]] = {}
     errors: dict[str, str] = {}
     with torch.inference_mode(), workers_for(names) as pool:
         for number, variant in enumerate(SWEEP if gpu else SWEEP[1:2]):
@@ -474,26 +478,24 @@ def measure_sweep(device: str, limit: float) -> None:
             if errors.get(name):
                 print(f"{name:22} {errors[name]}", flush=True)
                 continue
-            step = checked_step(layers, layers.deltas, layers.deltas, None, variant)
-            step.launch(0)
-            shrink, expand = (
-                1e6 * gpu_seconds(partial(step.launch, number), graph=True) / layers.copies
-                for number in (1, 2)
-            )
-            print(f"{name:22} {shrink:9.1f}  {expand:9.1f}", flush=True)
-            if not variant.overlap:
-                continue
-            for kernel, seconds in (("shrink", shrink), ("expand", expand)):
-                best[kernel] = min(
-                    best.get(kernel, (math.inf, variant)), (seconds, variant), key=lambda it: it[0]
-                )
+            line = f"{name:22}"
+            for deltas, place in ((1, 0), (layers.deltas, -1)):
+                step = checked_step(layers, deltas, deltas, None, variant)
+                step.launch(0)
+                for kernel, forms in ((1, variant.shrink), (2, variant.expand)):
+                    launch = partial(step.launch, kernel)
+                    seconds = gpu_seconds(launch, graph=True) / layers.copies
+                    line += f" {1e6 * seconds:9.1f} "
+                    one = ("shrink" if kernel == 1 else "expand", place)
+                    if variant.overlap and (one not in best or seconds < best[one][0]):
+                        best[one] = (seconds, forms[place])
+            print(line, flush=True)
         if gpu and best:
-            chosen = replace(
-                best["shrink"][1],
-                expand_warps=best["expand"][1].expand_warps,
-                expand_registers=best["expand"][1].expand_registers,
+            shrink, expand = (
+                tuple(dict.fromkeys(best[kernel, place][1] for place in (0, -1)))
+                for kernel in ("shrink", "expand")
             )
-            print(f"best: --variant {name_of(chosen)}")
+            print(f"best: --variant {name_of(Variant(shrink, expand))}")
 
 
 def measure_decode(

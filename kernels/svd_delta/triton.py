@@ -428,7 +428,9 @@ def shrink_kernel(
                     totals, weight, xs_ptrs + copy, scale_ptrs, plane_ptr, ranks, h_in,
                     8 >> DIGIT, WARPS, VECTOR, EMULATE,
                 )  # fmt: skip
-        result = _sum_of_parts(totals) - v_zero[:, None] * tl.sum(sums, axis=1)[None, :]
+        result = (
+            _sum_over_warps(_sum_of_parts(totals)) - v_zero[:, None] * tl.sum(sums, axis=1)[None, :]
+        )
         result *= s[:, None]
         out = (positions * max_rank)[None, :] + (tl.load(descriptor + 1) + delta_ranks)[:, None]
         tl.store(projected_ptr + out, result, mask=mask[:, None])
@@ -621,16 +623,8 @@ def _sum_over_warps(parts):
 
 @triton.jit
 def _sum_of_parts(parts):
-    """Sum parts, each (warps, ...), in pairs: those of more warps are in the same order."""
-    if len(parts) == 1:
-        total = _sum_over_warps(parts[0])
-    else:
-        ADDED: tl.constexpr = len(parts) // 2
-        pairs = (parts[0] + parts[ADDED],)
-        for i in tl.static_range(1, ADDED):
-            pairs += (parts[i] + parts[ADDED + i],)
-        total = _sum_of_parts(pairs)
-    return total
+    """Sum parts in pairs, in the order in which `_sum_over_warps` would if each had its warps."""
+    return parts[0] if len(parts) == 1 else _sum_of_parts(parts[::2]) + _sum_of_parts(parts[1::2])
 
 
 @triton.jit
