@@ -153,12 +153,11 @@ class Code:
 
 
 DEPENDENT_LOADS: Final = {
-    "prepare_kernel": (5, 0, 4), "shrink_kernel": (6, 1, 5), "expand_kernel": (7, 1, 5),
+    "prepare_kernel": (5, 0, 4), "shrink_kernel": (6, 1, 5), "expand_kernel": (4, 1, 3),
 }  # fmt: skip
 """`Code.loads`, `Code.plane_loads` and `Code.head_loads`. Prepare: slot, descriptor, address,
 scale, then x. Shrink: slot, descriptors, the linear's, tile, scale, then the sums; words. Expand:
-slot, descriptor, address, scale, bounds and blocks to prefetch, then the peaks and y; block,
-words."""
+slot, descriptor, blocks, then the peaks and y; words."""
 MEASURED_CODES: Final = (
     Code(8, (307, 327, 494, 869), 127, 567, 182, 0, 81_920, 6, 2, 8),
     Code(8, (739, 429, 331, 292), 1_380, 953, 249, 0, 65_536, 5, 3, 16),

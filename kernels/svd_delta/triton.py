@@ -489,18 +489,18 @@ def _row(index, last, stride):
 def _prefetch_blocks(words_ptr, blocks_ptr, bounds, tile, h_out, WARPS: tl.constexpr):
     """Ask for the words of all blocks of a tile of outputs, one rank of a block a thread."""
     SEGMENTS: tl.constexpr = _COLUMNS // 32
+    AT_ONCE: tl.constexpr = WARPS * 4
     _, second, third, fourth, end = bounds
-    thread = tl.arange(0, WARPS * 32)
-    index = thread % _RANKS
-    for first in range(0, end, WARPS * 32 // _RANKS):
-        block = first + thread // _RANKS
+    index = tl.arange(0, _RANKS)[None, :]
+    for first in range(0, end, AT_ONCE):
+        block = first + tl.arange(0, AT_ONCE)
         digit = (block >= second).to(tl.int32) + (block >= third).to(tl.int32)
         plane = 8 >> (digit + (block >= fourth).to(tl.int32))
         block_ptr = blocks_ptr + block * _BLOCK
         count = tl.load(block_ptr + 1, mask=block < end, other=0)
-        word = tl.load(block_ptr + 2, mask=block < end, other=0)
-        word += index * ((h_out * plane + 31) // 32) + tile * SEGMENTS * plane
-        prefetch(words_ptr + word, index < count)
+        word = tl.load(block_ptr + 2, mask=block < end, other=0) + tile * SEGMENTS * plane
+        word = word[:, None] + index * ((h_out * plane + 31) // 32)[:, None]
+        prefetch(words_ptr + word, index < count[:, None])
 
 
 @triton.jit
@@ -650,31 +650,31 @@ def expand_kernel(
     start_next(OVERLAP)
     output_tile_ptr, chunk = output_tiles_ptr + tl.program_id(0) * _OUTPUT_TILE, tl.program_id(1)
     slot = tl.load(slots_ptr + chunk)
-    if slot == 0:
-        wait_for_previous(OVERLAP)
-        return
     linear = tl.load(output_tile_ptr)
     tile = tl.load(output_tile_ptr + 1)
     begin = tl.load(output_tile_ptr + 2)
     h_out = tl.load(output_tile_ptr + 3)
+    # All that depends on the slot is asked for at once; slot 0 has no ranks.
     descriptor = descriptors_ptr + (slot * LINEARS + linear) * _DESCRIPTOR
-    rank, bias_word = tl.load(descriptor), tl.load(descriptor + 9)
-    if (rank == 0) & (bias_word < 0):
-        wait_for_previous(OVERLAP)
-        return
-    words_ptr = tl.load(addresses_ptr + slot * LINEARS + linear).to(tl.pointer_type(tl.int32))
-    floats_ptr = words_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
-    rows = tl.load(rows_ptr + chunk * _ROWS + tl.arange(0, _ROWS))
-    columns = tile * _COLUMNS + tl.arange(0, _COLUMNS)
-    first_rank, tiles, first_tile = (
-        tl.load(descriptor + 1), tl.load(descriptor + 2), tl.load(descriptor + 17),
+    address = tl.load(addresses_ptr + slot * LINEARS + linear)
+    rank, first_rank, tiles, scale_word, bias_word, blocks_word, first_tile = (
+        tl.load(descriptor), tl.load(descriptor + 1), tl.load(descriptor + 2),
+        tl.load(descriptor + 7), tl.load(descriptor + 9), tl.load(descriptor + 10),
+        tl.load(descriptor + 17),
     )  # fmt: skip
-    blocks_ptr = words_ptr + tl.maximum(tl.load(descriptor + 10), 0)
     bound_0, bound_1, bound_2, bound_3, bound_4 = (
         tl.load(descriptor + 11), tl.load(descriptor + 12), tl.load(descriptor + 13),
         tl.load(descriptor + 14), tl.load(descriptor + 15),
     )  # fmt: skip
     bounds = (bound_0, bound_1, bound_2, bound_3, bound_4)
+    rows = tl.load(rows_ptr + chunk * _ROWS + tl.arange(0, _ROWS))
+    if (rank == 0) & (bias_word < 0):
+        wait_for_previous(OVERLAP)
+        return
+    words_ptr = address.to(tl.pointer_type(tl.int32))
+    floats_ptr = address.to(tl.pointer_type(tl.float32))
+    columns = tile * _COLUMNS + tl.arange(0, _COLUMNS)
+    blocks_ptr = words_ptr + tl.maximum(blocks_word, 0)
     warp = tl.arange(0, WARPS)
     blocks = (
         _block(blocks_ptr, bound_0 + warp, bound_1, EMULATE),
@@ -682,10 +682,16 @@ def expand_kernel(
         _block(blocks_ptr, bound_2 + warp, bound_3, EMULATE),
         _block(blocks_ptr, bound_3 + warp, bound_4, EMULATE),
     )
+    mask = columns < tl.where(scale_word >= 0, h_out, 0)
+    row_scale = tl.load(floats_ptr + scale_word + columns, mask=mask, other=1.0)
+    mask = columns < tl.where(bias_word >= 0, h_out, 0)
+    bias = tl.load(floats_ptr + bias_word + columns, mask=mask, other=0.0)
     if OVERLAP & (rank > 0):
         _prefetch_blocks(words_ptr, blocks_ptr, bounds, tile, h_out, WARPS)
-    scale_word = tl.load(descriptor + 7)
     started = wait_for_previous(OVERLAP)
+    out = y_ptr + started + rows.to(tl.int64)[None, :] * y_stride + (begin + columns)[:, None]
+    mask = (rows >= 0)[None, :] & (columns < h_out)[:, None]
+    y = tl.load(out, mask=mask, other=0.0)
     total = tl.zeros((_COLUMNS, _ROWS), tl.float32)
     if rank > 0:
         places = (chunk * _ROWS + tl.arange(0, _ROWS)) * max_rank + first_tile
@@ -707,15 +713,8 @@ def expand_kernel(
         total = tl.reshape(total, (32, _COLUMNS // 32, _ROWS))
         total = tl.reshape(tl.permute(total, (1, 0, 2)), (_COLUMNS, _ROWS))
         total = total * (peak * (1.0 / _LARGEST))[None, :] - rest[None, :]
-    mask = columns < tl.where(scale_word >= 0, h_out, 0)
-    row_scale = tl.load(floats_ptr + scale_word + columns, mask=mask, other=1.0)
-    mask = columns < tl.where(bias_word >= 0, h_out, 0)
-    bias = tl.load(floats_ptr + bias_word + columns, mask=mask, other=0.0)
-    total = total * row_scale[:, None] + bias[:, None]
-    out = y_ptr + started + rows.to(tl.int64)[None, :] * y_stride + (begin + columns)[:, None]
-    mask = (rows >= 0)[None, :] & (columns < h_out)[:, None]
-    y = tl.load(out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out, round_to(y + total, y_ptr.dtype.element_ty, EMULATE), mask=mask)
+    total = total * row_scale[:, None] + bias[:, None] + y.to(tl.float32)
+    tl.store(out, round_to(total, y_ptr.dtype.element_ty, EMULATE), mask=mask)
 
 
 def launches(
