@@ -9,7 +9,8 @@ word into a code in each of its four bytes, and nothing else is done to a code.
 The rows' numbers have 16 bits, in a high and a low byte with signs, which are columns of the small
 operand: of the inputs they are relative to the largest of `BLOCK_INPUTS`, of the projections to the
 largest of a row and linear. Bytes are exact, and parts of a sum are added in a fixed order, without
-atomics: a row's result is bitwise independent of the other rows.
+atomics: a row's result is bitwise independent of the other rows, and of the number of warps, which
+follows from that of programs.
 
 The inner loops have neither barriers nor shared memory: terms of a product may be in any order, so
 each thread loads the very words and terms that its part of the tensor-core product takes, and the
@@ -114,7 +115,7 @@ SUM_PARTS: Final = 8
 REGISTERS: Final = 65_536
 """Registers of an SM."""
 USUAL_SHARE: Final = 3
-"""Deltas of one bit per weight have a third of the most ranks, or less."""
+"""Deltas of one bit per weight have about a third of a table's most ranks, or fewer."""
 
 UNSPECIALIZED: Final = ("h_in", "max_rank", "scales_stride", "block_count")
 """Arguments not specialized on divisibility by 16, which would only multiply compilations."""
@@ -297,14 +298,13 @@ def _codes(words, P: tl.constexpr, FIELD: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_tile(words_ptr, tile_ptr, bits, rank_count, h_in, WARPS: tl.constexpr):
+def _prefetch_tile(words_ptr, plane_words, bits, rank_count, h_in, WARPS: tl.constexpr):
     """Ask for all words of a tile of V."""
     index = tl.arange(0, WARPS * 32) * 16
-    for digit in range(4):
-        plane = 8 >> digit
-        if bits & plane:
-            words = (h_in * plane + 31) // 32 * rank_count
-            plane_ptr = words_ptr + tl.load(tile_ptr + 3 + digit)
+    for DIGIT in tl.static_range(4):
+        if bits & (8 >> DIGIT):
+            words = (h_in * (8 >> DIGIT) + 31) // 32 * rank_count
+            plane_ptr = words_ptr + plane_words[DIGIT]
             for first in range(0, words, WARPS * 32 * 16):
                 prefetch(plane_ptr + first + index, first + index < words)
 
@@ -395,6 +395,10 @@ def shrink_kernel(
         tile_ptr += (tile - tl.load(descriptor + 17)) * _TILE
         v_bits, u_bits = tl.load(tile_ptr), tl.load(tile_ptr + 7)
         rank_count = tl.load(tile_ptr + 2)
+        plane_words = (
+            tl.load(tile_ptr + 3), tl.load(tile_ptr + 4), tl.load(tile_ptr + 5),
+            tl.load(tile_ptr + 6),
+        )  # fmt: skip
         index = tl.arange(0, _RANKS)
         ranks = tl.minimum(index, rank_count - 1)  # of the tile's words
         mask = index < rank_count
@@ -407,7 +411,7 @@ def shrink_kernel(
         u_zero *= (1 << lift).to(tl.float32)
         s *= ((127 - lift) << 23).to(tl.float32, bitcast=True)
         if OVERLAP:
-            _prefetch_tile(words_ptr, tile_ptr, v_bits, rank_count, h_in, WARPS)
+            _prefetch_tile(words_ptr, plane_words, v_bits, rank_count, h_in, WARPS)
         started = wait_for_previous(OVERLAP)
         places = positions * scales_stride + linear * block_count
         scale_ptrs = scales_ptr + started + places
@@ -423,7 +427,7 @@ def shrink_kernel(
             if v_bits & (8 >> DIGIT):
                 weight = (1 << (v_bits & ((8 >> DIGIT) - 1))).to(tl.float32)
                 copy = linear * (2 * padded_h_in) + DIGIT * (padded_h_in // 2)
-                plane_ptr = words_ptr + tl.load(tile_ptr + 3 + DIGIT)
+                plane_ptr = words_ptr + plane_words[DIGIT]
                 totals = _shrink_plane(
                     totals, weight, xs_ptrs + copy, scale_ptrs, plane_ptr, ranks, h_in,
                     8 >> DIGIT, WARPS, VECTOR, EMULATE,

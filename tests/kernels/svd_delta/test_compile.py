@@ -41,31 +41,34 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp16")])
 @pytest.mark.parametrize(
-    ("name", "form", "spilled", "shared", "straight", "codes_of", "bounds"),
+    ("capability", "dtype", "place"),
+    [(80, "bf16", 1), (90, "bf16", 1), (90, "fp16", 1), (90, "bf16", 0)],
+)
+@pytest.mark.parametrize(
+    ("name", "forms", "spilled", "shared", "straight", "codes_of", "bounds"),
     # Instructions a code, of planes of 8, 4, 2 and 1 bits, in the loops. At 75 % of copy bandwidth
     # an SM may spend 1.2 on a code of one bit, 2.4 on one of two.
     [
-        ("shrink_kernel", DEFAULT.shrink[0], 176, 4_096, 1_200, SHRINK_CODES, (0.7, 0.7, 0.8, 0.7)),
-        ("shrink_kernel", DEFAULT.shrink[1], 112, 4_096, 1_200, SHRINK_CODES, (0.7, 0.7, 0.8, 0.7)),
-        ("expand_kernel", DEFAULT.expand[0], 288, 32_768, 1_750, EXPAND_CODES,
+        ("shrink_kernel", DEFAULT.shrink, (176, 112), 4_096, 1_200, SHRINK_CODES,
+         (0.7, 0.7, 0.8, 0.7)),
+        ("expand_kernel", DEFAULT.expand, (384, 256), 32_768, 1_700, EXPAND_CODES,
          (2.0, 1.75, 1.4, 1.3)),
-        ("expand_kernel", DEFAULT.expand[1], 96, 16_384, 1_750, EXPAND_CODES,
-         (1.75, 1.75, 1.4, 1.3)),
     ],
 )  # fmt: skip
 def test_machine_code(
     name: str,
-    form: Form,
-    spilled: int,
+    forms: Sequence[Form],
+    spilled: Sequence[int],
     shared: int,
     straight: int,
     codes_of: list[int],
     bounds: tuple[float, ...],
     dtype: str,
     capability: int,
+    place: int,
 ) -> None:
+    form = forms[place]
     compiled = compile_for(capability, getattr(kernel, name), dtype, form.warps, form.registers)
     code = read_code(name, compiled, form.warps)
     # Words and terms are loaded by the threads that use them.
@@ -73,7 +76,7 @@ def test_machine_code(
     assert code.shared_bytes <= shared
     assert code.programs_per_sm * form.warps >= 12
     # Spilled registers are on the stack, outside the loops of narrow planes.
-    assert code.stack_bytes <= spilled
+    assert code.stack_bytes <= spilled[place]
     assert code.common + 4 * code.plane <= straight
     # What comes before the wait is hidden where launches overlap.
     assert (code.head >= 250) == (capability >= 90)
@@ -218,12 +221,12 @@ def test_few_programs_have_more_warps() -> None:
     few, many = DEFAULT.expand
     assert form_of(DEFAULT.expand, 2 * 132, 132) == few
     assert form_of(DEFAULT.expand, 2 * 132 + 1, 132) == many
-    # A table's most ranks are thrice those of a delta of one bit per weight, or more.
+    # A delta of one bit per weight has about a third of a table's most ranks, or fewer.
     compiled = codes(DEFAULT, 90)
     for each in LAYER:
         most = sum(min(h_out, each.h_in) for h_out in each.h_outs)
         tiles = len(shrink_programs(each, compiled, 8))
-        assert tiles <= -(-most // TILE_RANKS) / USUAL_SHARE + 5
+        assert tiles <= 1.1 * most / TILE_RANKS / USUAL_SHARE
 
 
 LISTING = """
