@@ -94,8 +94,8 @@ def request_delta(
     """Create a delta; returns it and whether a compression was started.
 
     A repeated request returns the existing delta, ready or unfinished; if its job failed or was
-    cancelled, the job continues. If the tenant has a ready delta of another name with the same
-    inputs, its artifact is shared: equal inputs give equal bytes.
+    cancelled, the job continues with the new priority. If the tenant has a ready delta of another
+    name with the same inputs, its artifact is shared: equal inputs give equal bytes.
 
     Raises:
         NotFound: no such base, checkpoint or calibration text.
@@ -146,9 +146,10 @@ def request_delta(
     ready = next((twin for twin in same if _keeps_artifact(session, resources, twin)), None)
     if ready is None and (ended := deltas.find_ended(fingerprint, body.name)):
         check_job(session, tenant_id)
+        ended.job.priority = body.priority
         JobRepository(session, tenant_id).retry(ended.job.id)
         unit.after_commit.append(
-            partial(resources.tasks.send_compress, ended.job.id, ended.job.priority)
+            partial(resources.tasks.send_compress, ended.job.id, body.priority)
         )
         return require_delta(session, tenant_id, ended.id), True
     check_delta(session, tenant_id, starts_job=ready is None)

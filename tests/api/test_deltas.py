@@ -16,11 +16,10 @@ from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, Api, sha256, weights
 
 
-def queued_jobs(broker_url: str) -> list[str]:
-    """Job ids of the compress tasks queued in the broker."""
+def queued_jobs(broker_url: str, priority: JobPriority = JobPriority.NORMAL) -> list[str]:
+    """Job ids of the compress tasks of a priority that are queued in the broker."""
     with redis.Redis.from_url(broker_url, decode_responses=True) as connection:
-        priority = JobPriority.NORMAL.broker_priority
-        messages = connection.lrange(f"gpu\x06\x16{priority}", 0, -1)
+        messages = connection.lrange(f"gpu\x06\x16{priority.broker_priority}", 0, -1)
     assert isinstance(messages, list)
     headers = [json.loads(message)["headers"] for message in messages]
     assert {header["task"] for header in headers} <= {"deltadock.compress"}
@@ -115,13 +114,11 @@ def test_other_options_create_a_new_version_and_what_was_cancelled_continues(
     second = api.client.post("/v1/deltas", json=body | {"bits": 2.0}).json()["delta"]
     assert second["version"] == 2
     api.client.post(f"/v1/jobs/{first['job']['id']}/cancel")
-    again = api.client.post("/v1/deltas", json=body)
+    again = api.client.post("/v1/deltas", json=body | {"priority": "high"})
     assert (again.status_code, again.json()["delta"]["version"]) == (202, 1)
-    assert (again.json()["job"]["id"], again.json()["job"]["state"]) == (
-        first["job"]["id"],
-        "queued",
-    )
-    assert len(queued_jobs(broker_url)) == 3
+    job = again.json()["job"]
+    assert (job["id"], job["state"], job["priority"]) == (first["job"]["id"], "queued", "high")
+    assert queued_jobs(broker_url, JobPriority.HIGH) == [job["id"]]
 
 
 def test_another_name_shares_a_ready_artifact(api: Api, broker_url: str) -> None:
