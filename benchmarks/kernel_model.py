@@ -347,7 +347,7 @@ def product_microseconds(m: int, n: int, k: int) -> float:
     return LAUNCH + max(min(times), memory)
 
 
-UNPACK_INSTRUCTIONS: Final = 45
+UNPACK_INSTRUCTIONS: Final = 19
 """Lane-instructions of the unpacking kernel for a code of 2 bits, by its machine code."""
 
 

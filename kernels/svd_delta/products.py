@@ -25,11 +25,20 @@ _RANKS = tl.constexpr(TILE_RANKS)
 
 
 @triton.jit
-def _plane_codes(plane_ptr, rows, column, columns, mask, P: tl.constexpr):
-    """The codes (rows, columns) of a plane of P bits."""
+def _plane_codes(plane_ptr, rows, quad, columns, P: tl.constexpr):
+    """The codes of a plane of P bits, in the bytes of words (rows, quads of columns)."""
     row_ptrs = plane_ptr + rows * ((columns * P + 31) // 32)
-    words = tl.load(row_ptrs[:, None] + (column // (32 // P))[None, :], mask=mask, other=0)
-    return (words >> (column % (32 // P) * P)[None, :]) & (2**P - 1)
+    words = tl.load(row_ptrs[:, None] + (quad * P // 8)[None, :])
+    codes = words >> (quad * (4 * P) % 32)[None, :]
+    if P == 4:
+        codes = (codes & 0xFF) | ((codes & 0xFF00) << 8)
+        codes = (codes | (codes << 4)) & 0x0F0F0F0F
+    elif P == 2:
+        codes = (codes & 0xF) | ((codes & 0xF0) << 12)
+        codes = (codes | (codes << 6)) & 0x03030303
+    elif P == 1:
+        codes = ((codes & 0xF) * 0x00204081) & 0x01010101
+    return codes
 
 
 @triton.jit
@@ -51,18 +60,25 @@ def unpack_kernel(
     count = tl.where(tile < tiles, tl.load(tile_ptr + 2), 0)
     side_ptr = tile_ptr + tl.where(of_u, 8, 3)
     bits = tl.load(tile_ptr + tl.where(of_u, 7, 0))
-    ranks = first + tl.arange(0, _RANKS)
+    index = tl.arange(0, _RANKS)
+    ranks = first + index
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    present = ranks < first + count
+    present = index < count
     within = column < columns
-    mask = present[:, None] & within[None, :]
-    codes = tl.zeros((_RANKS, BLOCK), tl.int32)
-    rows = ranks - first
+    # Past the last rank or column, codes of the last, which are not used.
+    rows = tl.minimum(index, tl.maximum(count - 1, 0))
+    quad = tl.minimum(
+        tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4), (columns - 1) // 4
+    )
+    packed = tl.zeros((_RANKS, BLOCK // 4), tl.int32)
     for DIGIT in tl.static_range(4):
         if bits & (8 >> DIGIT):
             plane_ptr = words_ptr + tl.load(side_ptr + DIGIT)
-            part = _plane_codes(plane_ptr, rows, column, columns, mask, 8 >> DIGIT)
-            codes += part << (bits & ((8 >> DIGIT) - 1))
+            part = _plane_codes(plane_ptr, rows, quad, columns, 8 >> DIGIT)
+            packed |= part << (bits & ((8 >> DIGIT) - 1))
+    even = tl.join(packed & 0xFF, (packed >> 16) & 0xFF)
+    odd = tl.join((packed >> 8) & 0xFF, (packed >> 24) & 0xFF)
+    codes = tl.reshape(tl.join(even, odd), (_RANKS, BLOCK))
     zero = tl.zeros((_RANKS,), tl.float32) + ((1 << bits) - 1).to(tl.float32) * 0.5
     if offset_word >= 0:
         zero += tl.load(floats_ptr + offset_word + ranks, mask=present, other=0.0)
@@ -71,10 +87,10 @@ def unpack_kernel(
     if of_u:
         s = tl.load(floats_ptr + rank_scale_word + ranks, mask=present, other=0.0)
         scale = s * ((127 + v_bits) << 23).to(tl.float32, bitcast=True)
+    scale = tl.where(present, scale, 0.0)
     values = (codes.to(tl.float32) - zero[:, None]) * scale[:, None]
     if column_scale_word >= 0:
         values *= tl.load(floats_ptr + column_scale_word + column, mask=within, other=0.0)[None, :]
-    values = tl.where(mask, values, 0.0)
     end = tl.where(tile < tiles, first + count, padded_rank)
     out_ptrs = out_ptr + ranks.to(tl.int64)[:, None] * columns + column[None, :]
     written = (ranks < end)[:, None] & within[None, :]
@@ -103,7 +119,7 @@ def unpack_factors(delta: PackedDelta, v: Tensor) -> Tensor:
             out, delta.words, begins["tiles"], delta.tile_count, delta.rank, len(out), columns,
             begins.get(f"{side}_offset", -1), begins["s"] if side == "u" else -1,
             begins.get(scale, -1),
-            BLOCK=BLOCK_COLUMNS, EMULATE=not v.is_cuda, num_warps=8,
+            BLOCK=BLOCK_COLUMNS, EMULATE=not v.is_cuda, num_warps=4,
             enable_fp_fusion=True,  # pinned: Triton 3.10 changes the default
         )  # fmt: skip
     return u

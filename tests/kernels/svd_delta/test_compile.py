@@ -163,14 +163,15 @@ def test_the_small_kernels_are_small(capability: int) -> None:
                "rank_scale_word", "column_scale_word")  # fmt: skip
     compiled = compile_kernel(
         capability, products.unpack_kernel, {"out_ptr": "*bf16"} | dict.fromkeys(numbers, "i32"),
-        {"BLOCK": products.BLOCK_COLUMNS, "EMULATE": False}, unspecialized=numbers, num_warps=8,
+        {"BLOCK": products.BLOCK_COLUMNS, "EMULATE": False}, num_warps=4,
+        unspecialized=set(numbers) - {"columns"},
     )  # fmt: skip
     unpack = disassemble(compiled)
     assert unpack.stack_bytes == 0
     assert unpack.programs_per_sm * unpack.warps >= 16
     values = products.BLOCK_COLUMNS * products.TILE_RANKS / (32 * unpack.warps)
     # All four planes, of which a code goes through one or two.
-    assert len(unpack.operations) / values <= 2.2 * UNPACK_INSTRUCTIONS
+    assert len(unpack.operations) / values <= 1.6 * UNPACK_INSTRUCTIONS
 
 
 @pytest.mark.parametrize(("key", "measured"), MEASURED.items())
