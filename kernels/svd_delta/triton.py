@@ -120,6 +120,10 @@ USUAL_SHARE: Final = 3
 UNSPECIALIZED: Final = ("h_in", "max_rank", "scales_stride", "block_count")
 """Arguments not specialized on divisibility by 16, which would only multiply compilations."""
 
+PAIRED: Final = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+"""Whether a thread's words of a product's operand lie side by side in pairs. Triton before 3.8
+counts bytes that come from `tl.join` as half as wide."""
+
 _DESCRIPTOR = tl.constexpr(DESCRIPTOR_FIELDS)
 _TILE = tl.constexpr(TILE_FIELDS)
 _BLOCK = tl.constexpr(BLOCK_FIELDS)
@@ -137,6 +141,7 @@ _TO_FIXED = tl.constexpr(1.5 * 2**23 + 0x8080)
 _SIGNS = tl.constexpr(-0x7F7F7F80)
 """The sign of every byte of a word."""
 _BYTES = tl.constexpr(0x01010101)
+_PAIRED = tl.constexpr(PAIRED)
 _FINITE = tl.constexpr(0x7FFFFFFF)
 
 
@@ -174,11 +179,17 @@ def load_inputs(pointers, EMULATE: tl.constexpr):
 def load_words(pointers, VECTOR: tl.constexpr, EMULATE: tl.constexpr):
     """`load_bits` of words 0 to 3, on the last axis, of two vectors, 8 apart on the axis of ranks.
 
-    In the product's operand a thread's numbers alternate between two vectors. Without VECTOR
-    addresses need not be multiples of 16.
+    In the product's operand a thread's numbers alternate between two vectors, one by one or in
+    pairs. Without VECTOR addresses need not be multiples of 16.
     """
     if EMULATE:
         bits = load_bits(pointers, EMULATE)
+    elif VECTOR and _PAIRED:
+        bits = tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $1, $4, $5}, [$8]; ld.global.v4.b32 {$2, $3, $6, $7}, [$10];",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,l,l,l,l,l,l,l",
+            [pointers.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=8,
+        )  # fmt: skip
     elif VECTOR:
         bits = tl.inline_asm_elementwise(
             "ld.global.v4.b32 {$0, $2, $4, $6}, [$8]; ld.global.v4.b32 {$1, $3, $5, $7}, [$9];",
@@ -339,11 +350,11 @@ def _shrink_plane(
             for field in tl.static_range(FIELDS):
                 codes = spread(_codes(words, P, field), EMULATE)
                 codes = tl.reshape(codes, (WARPS, RANKS, 4, 2, 2, 4))
-                codes = tl.permute(codes, (0, 1, 3, 4, 2, 5))
+                codes = tl.permute(codes, (0, 1, 3, 2, 4, 5) if _PAIRED else (0, 1, 3, 4, 2, 5))
                 codes = tl.reshape(codes, (WARPS, RANKS, 64))
                 x = load_inputs(x_ptrs + (16 * FIELDS * run + 4 * field), EMULATE)
                 x = tl.reshape(spread(x, EMULATE), (WARPS, 2 * _ROWS, 4, 2, 2, 4))
-                x = tl.permute(x, (0, 3, 4, 2, 5, 1))
+                x = tl.permute(x, (0, 3, 2, 4, 5, 1) if _PAIRED else (0, 3, 4, 2, 5, 1))
                 x = tl.reshape(x, (WARPS, 64, 2 * _ROWS))
                 acc = dot_bytes(codes, x, acc, EMULATE)
             words = next_words
@@ -415,7 +426,7 @@ def shrink_kernel(
         started = wait_for_previous(OVERLAP)
         places = positions * scales_stride + linear * block_count
         scale_ptrs = scales_ptr + started + places
-        offsets = (chunk * _ROWS + columns // 2) * xs_stride
+        offsets = (chunk * _ROWS + columns // 2).to(tl.int64) * xs_stride
         xs_ptrs = xs_ptr + started + (offsets + columns % 2 * (padded_h_in // 4))
         blocks = tl.arange(0, BLOCKS)
         sums = tl.load(

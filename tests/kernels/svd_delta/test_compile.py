@@ -99,10 +99,11 @@ def check_packed_assembly(ttgir: str) -> None:
     for count, dtype, name in packed:
         bases = json.loads(layouts[name])
         last, zeros = [0] * (len(bases[0]) - 1), [0] * (len(bases[0]) - 2)
+        turns = [[*last, 1], [0, 8, 0, 0]] if kernel.PAIRED else [[0, 8, 0, 0], [*last, 1]]
         expected = {
             (4, "i8"): [[*last, 1], [*zeros, 1, 0]],  # the copies of a word
             (4, "i32"): [[*last, 1], [*last, 2]],  # consecutive words
-            (8, "i32"): [[0, 8, 0, 0], [*last, 1], [*last, 2]],  # those of two vectors in turn
+            (8, "i32"): [*turns, [*last, 2]],  # those of two vectors in turn
         }[count, dtype]
         assert bases[: len(expected)] == expected
 
