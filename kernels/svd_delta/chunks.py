@@ -18,6 +18,18 @@ RowIndex = slice | Tensor
 """Rows of a step: a slice if they are consecutive, else int64 row numbers."""
 
 
+def most_chunks(rows: int, slots: int, dense_rows: int | None = None) -> int:
+    """The most chunks that `rows` rows of `slots` slots, slot 0 included, can make.
+
+    Slots with `dense_rows` rows or more make none.
+    """
+    used = min(rows, slots - 1)
+    most = used + (rows - used) // CHUNK_ROWS
+    if dense_rows is None:
+        return most
+    return min(most, (slots - 1) * -(-(dense_rows - 1) // CHUNK_ROWS))
+
+
 class Chunks:
     """Rows sorted by slot and split into chunks of one slot each, on buffers that never move.
 
@@ -45,18 +57,22 @@ class Chunks:
         tables: Iterable[DeltaTable],
         *,
         dense_rows: int | None = None,
+        packed_rows: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         """Allocate buffers for steps of up to `max_rows` rows, and scratch for calls on `tables`.
 
         A slot with `dense_rows` rows or more in a step uses matrix products with its unpacked
-        factors instead of chunks, which would unpack the factors once per chunk.
+        factors instead of chunks, which would unpack the factors once per chunk. Steps of up to
+        `packed_rows` rows use chunks alone.
         """
         tables = tuple(tables)
         self.max_rows, self.slot_count = max_rows, slots
         self.max_rank = max((table.max_rank for table in tables), default=0)
         self.width = max((table.linears * table.padded_h_in for table in tables), default=0)
-        self.max_chunks = max(1, min(max_rows, max_rows // CHUNK_ROWS + slots))
+        self.max_chunks = max(
+            1, most_chunks(packed_rows, slots), most_chunks(max_rows, slots, dense_rows)
+        )
         positions = self.max_chunks * CHUNK_ROWS
         self._buffer = torch.zeros(
             positions + self.max_chunks + max_rows, dtype=torch.int32, device=device
@@ -70,7 +86,7 @@ class Chunks:
         self.projected = torch.empty(positions, self.max_rank, device=device)
         self.peaks = torch.empty(positions, self.max_rank, dtype=torch.int32, device=device)
         self.rests = torch.empty_like(self.projected)
-        self._dense_rows = dense_rows
+        self._dense_rows, self._packed_rows = dense_rows, packed_rows
         self.row_count = 0
         """Rows of this step, including those of slot 0."""
         self.count = 0
@@ -95,7 +111,7 @@ class Chunks:
         for row, slot in enumerate(row_slots):
             if slot:
                 members.setdefault(slot, []).append(row)
-        limit = self._dense_rows
+        limit = self._dense_rows if len(row_slots) > self._packed_rows else None
         dense = [s for s, numbers in members.items() if limit is not None and len(numbers) >= limit]
         rows: list[int] = []
         slots: list[int] = []

@@ -13,7 +13,6 @@ from deltadock_vllm.many.sites import (
     NormSite,
     Rows,
     StepChunks,
-    chunk_bound,
     is_called,
     linear,
 )
@@ -23,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from deltadock.inference.model.weight_deltas import LowRank
 from deltadock.kernels.cache import TensorCache
 from deltadock.kernels.svd_delta import Group, PackedDelta, pack_delta, reference
-from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS
+from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS, most_chunks
 from deltadock.kernels.svd_delta.layout import segment_words
 
 H_OUT, H_IN = 96, 160
@@ -94,16 +93,16 @@ def test_no_step_has_more_chunks_than_a_graph_of_as_many_rows_launches() -> None
                 chunks.assign(members)
                 needed = int((chunks.slots > 0).sum())
                 worst = max(worst, needed)
-                assert needed <= chunk_bound(rows, slots)
+                assert needed <= most_chunks(rows, slots)
                 if any(members):
-                    assert chunks.count == min(chunk_bound(rows, slots), chunks.max_chunks)
+                    assert chunks.count == most_chunks(rows, slots) <= chunks.max_chunks
             # one row of each slot but the last, which has the rest, is the worst case
             used = min(rows, slots - 1)
             chunks.assign([*range(1, used), *[used] * (rows - used + 1)])
-            assert int((chunks.slots > 0).sum()) <= chunk_bound(rows, slots)
-        bounds = [chunk_bound(rows, slots) for rows in range(1, 49)]
+            assert int((chunks.slots > 0).sum()) <= most_chunks(rows, slots)
+        bounds = [most_chunks(rows, slots) for rows in range(1, 49)]
         assert bounds == sorted(bounds)  # so a graph of more rows serves a step of fewer
-    assert chunk_bound(CHUNK_ROWS * 6, 2) == 1 + (CHUNK_ROWS * 6 - 1) // CHUNK_ROWS
+    assert most_chunks(CHUNK_ROWS * 6, 2) == 1 + (CHUNK_ROWS * 6 - 1) // CHUNK_ROWS
 
 
 def rows_of(*members: int, slots: int = 3) -> Rows:

@@ -69,3 +69,15 @@ def test_a_slot_with_many_rows_uses_matrix_products() -> None:
     assert set(chunks.slots.tolist()) == {0, 2}
     chunks.assign([1])
     assert not chunks.dense
+
+
+def test_buffers_are_as_large_as_the_largest_step() -> None:
+    chunks = Chunks(4096, 3, [], dense_rows=10, packed_rows=30)
+    assert chunks.max_chunks == 9
+    chunks.assign([1] + [2] * 29)  # alone in chunks, as few rows as these are
+    assert int((chunks.slots > 0).sum()) == 9
+    chunks.assign([1] * 9 + [2] * 9 + [0] * 4000)
+    assert int((chunks.slots > 0).sum()) == 6
+    chunks.assign([1] * 10 + [2] * 4000)
+    assert chunks.dense.keys() == {1, 2}
+    assert chunks.count == 0

@@ -28,23 +28,17 @@ from deltadock.kernels.svd_delta import (
     discard_rows,
     svd_delta,
 )
-from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS
+from deltadock.kernels.svd_delta.chunks import most_chunks
 from deltadock_vllm.many.sharding import PartDelta
 
 SITES: Final[dict[int, "Site"]] = {}
 """By number, as the operators name them."""
 
 
-def chunk_bound(rows: int, slots: int) -> int:
-    """The most chunks that `rows` rows of `slots` slots, slot 0 included, can make."""
-    used = min(rows, slots - 1)
-    return used + (rows - used) // CHUNK_ROWS
-
-
 class StepChunks(Chunks):
     """Chunks that a captured graph can be replayed with.
 
-    Of up to `captured` rows, a step launches `chunk_bound` chunks, which depends on nothing but its
+    Of up to `captured` rows, a step launches `most_chunks` chunks, which depends on nothing but its
     number of rows, and unpacks no factors: a graph that was captured with as many rows or more then
     has a chunk for each of this step's.
     """
@@ -58,17 +52,15 @@ class StepChunks(Chunks):
         captured: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(max_rows, slots, tables, device=device)
-        self._captured = captured
+        dense_rows = DENSE_ROWS if torch.device(device).type == "cuda" else None
+        super().__init__(
+            max_rows, slots, tables, dense_rows=dense_rows, packed_rows=captured, device=device
+        )
 
     def assign(self, row_slots: Sequence[int]) -> None:
-        rows = len(row_slots)
-        captured = rows <= self._captured
-        on_gpu = self.row_slots.device.type == "cuda"
-        self._dense_rows = DENSE_ROWS if on_gpu and not captured else None
         super().assign(row_slots)
-        if captured and self.members:
-            self.count = min(chunk_bound(rows, self.slot_count), self.max_chunks)
+        if self.row_count <= self._packed_rows and self.members:
+            self.count = most_chunks(self.row_count, self.slot_count)
 
 
 class Rows:
