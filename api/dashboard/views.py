@@ -200,8 +200,8 @@ class DeltaView:
     """Ready deltas of the same fine-tune, this one too."""
     exact: Sibling | None
     """The fine-tune itself, if it is stored as an exact delta."""
-    can_add_finetune: bool
-    """Whether the fine-tuned checkpoint is still stored, and a whole model."""
+    finetune_bytes: int | None
+    """Size of the fine-tuned checkpoint, if it is still stored, and a whole model."""
     tried: Sequence[Tried]
     """Base, fine-tune and delta."""
 
@@ -309,7 +309,9 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
         ReportFigures.of(report) if report else None,
         siblings,
         exact,
-        checkpoint is not None and checkpoint.model_type != ADAPTER_TYPE,
+        checkpoint.total_bytes
+        if checkpoint is not None and checkpoint.model_type != ADAPTER_TYPE
+        else None,
         with_chats(session, tenant_id, tried),
     )
 
