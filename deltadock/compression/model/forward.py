@@ -118,7 +118,7 @@ class BlockwiseModel:
         self._skeleton.check(shapes)
 
     def _batches(self, sequences: int, length: int) -> Iterator[slice]:
-        """Slices of the sequences, a few thousand tokens each."""
+        """Slices of the sequences that run together."""
         return _slices(sequences, self._tokens_per_step // length)
 
     def _pieces(self, tokens: int) -> Iterator[slice]:
