@@ -8,7 +8,7 @@ Where the device has room, packed student and teacher stay on it, and a step unp
 once and keeps the graphs of all blocks. Else one block's weights are in memory at a time: a step
 unpacks them for the forward and again for the backward pass, which repeats the forward. Both give
 the same scales. The result is kept only if it is better on windows that neither train nor are
-reported. Where the mean of the first steps' factors is no better there, distillation ends: more
+reported. Where the mean of the first steps' factors is much worse there, distillation ends: more
 steps would only bring the KL back to about where it was.
 """
 
@@ -37,7 +37,9 @@ from deltadock.compression.scratch import Scratch
 
 STEPS: Final = 80
 TRIAL_STEPS: Final = 10
-"""Distillation ends after these if the KL at the mean of their second half is no smaller."""
+TRIAL_KL: Final = 1.1
+"""Distillation ends after the trial if the KL at the mean of the factors of its second half is so
+many times what it was. The smaller rates that follow make up for less, and gain."""
 TOKENS_PER_STEP: Final = 1024
 CHOOSE_TOKENS: Final = 8192
 RELATIVE_RATE: Final = 0.25
@@ -244,7 +246,7 @@ def distill(
                 means = [torch.stack(values).mean(0) for values in zip(*recent, strict=True)]
                 _assign(factors, means)
                 after = choosing_kl()
-                if not after < before:  # nor where it is NaN
+                if not after < TRIAL_KL * before:  # nor where it is NaN
                     steps = TRIAL_STEPS
                     break
                 _assign(factors, recent.pop())
