@@ -374,17 +374,18 @@ def differences(entries: Sequence[DeltaEntry]) -> list[Difference]:
     """What is compared of several deltas, their figures first."""
 
     def figure(
-        label: str, name: str, show: Callable[[float | None], str], best: Callable[..., float]
+        label: str,
+        name: str,
+        show: Callable[[float | None], str],
+        best: Callable[..., float] | None,
     ) -> Difference:
         values = [getattr(e.delta.metrics, name) if e.delta.metrics else None for e in entries]
+        shown = [show(value) for value in values]
         known = [value for value in values if value is not None]
-        is_clear = len(known) == len(values) and len(set(known)) > 1
+        is_clear = len(known) == len(values) and len(set(shown)) > 1
         is_clear &= name not in OF_A_TEXT or has_one_text(entries)
-        return Difference(
-            label,
-            [show(value) for value in values],
-            values.index(best(known)) if is_clear else None,
-        )
+        number = values.index(best(known)) if best and is_clear else None
+        return Difference(label, shown, number)
 
     def text(label: str, read: Callable[[DeltaOut], object]) -> Difference:
         return Difference(label, [str(read(entry.delta) or MISSING) for entry in entries], None)
@@ -394,7 +395,8 @@ def differences(entries: Sequence[DeltaEntry]) -> list[Difference]:
         figure("KL to the fine-tune", "kl", significant, min),
         figure("Agreement", "agreement", percentage, max),
         figure("Bits per weight", "true_bits", significant, min),
-        figure("Loss of the delta", "nll", lambda value: significant(value, 4), min),
+        # The fine-tune's loss is the aim, not the lowest.
+        figure("Loss of the delta", "nll", lambda value: significant(value, 4), None),
         text(
             "Loss of the fine-tune",
             lambda d: significant(d.metrics.nll_finetuned if d.metrics else None, 4),

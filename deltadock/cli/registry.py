@@ -250,7 +250,8 @@ def alias(
     model_name = name.partition("@")[0].partition(":")[0]
     with connect(url) as client:
         if history:
-            moves = list(islice(client.alias_moves(model_name), 200))
+            asked = (m for m in client.alias_moves(model_name) if alias in (None, m.alias))
+            moves = list(islice(asked, 200))
             if as_json:
                 print_resources(moves)
                 return
@@ -263,7 +264,9 @@ def alias(
                     )
                     for move in moves
                 ),
-                f"No alias of {model_name} was moved yet.",
+                f"No alias of {model_name} was moved yet."
+                if alias is None
+                else f"{model_name}@{alias} was not moved yet.",
             )  # fmt: skip
             return
         if alias is None:
@@ -333,3 +336,5 @@ def compare(
     if answers:
         rows.append(("≠" if len(set(answers)) > 1 else "", "answer", *answers))
     print_table(("", "", *(delta.reference for delta in found)), rows, "")
+    if len({tuple(delta.lineage.calibration) for delta in found if delta.lineage}) > 1:
+        say("KL and same top token are of different texts, so they do not say which is better.")

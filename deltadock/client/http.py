@@ -451,6 +451,9 @@ class Push:
         self.job = job
         self._client = client
 
+    def __repr__(self: "Push | AsyncPush") -> str:
+        return f"<Push {self.delta.reference}: {self.job.state}>"
+
     def wait(self, progress: JobProgress | None = None) -> Delta:
         """Wait until the delta is ready, and return it.
 
@@ -653,6 +656,8 @@ class AsyncPush:
         self.delta = delta
         self.job = job
         self._client = client
+
+    __repr__ = Push.__repr__
 
     async def wait(self, progress: JobProgress | None = None) -> Delta:
         """As `Push.wait`."""

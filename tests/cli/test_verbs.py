@@ -190,6 +190,8 @@ def test_aliases_are_moved_listed_and_removed(
     assert "prod" in call("alias", "maths/skills").stdout
     assert "evaluated" in call("alias", "maths/skills", "--history").stdout
     assert answered(call("alias", "maths/skills", "--history", "--json"))[0]["alias"] == "prod"
+    of_default = answered(call("alias", "maths/skills", "default", "--history", "--json"))
+    assert {move["alias"] for move in of_default} == {"default"}
     conflict = deltadock("alias", pushed[0], "prod", "--expected", 1)
     assert (conflict.code, "error (conflict)" in conflict.stderr) == (1, True)
     assert "is removed" in call("alias", "maths/skills", "prod", "--rm").stderr
