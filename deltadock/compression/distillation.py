@@ -8,12 +8,11 @@ Where the device has room, packed student and teacher stay on it, and a step unp
 once and keeps the graphs of all blocks. Else one block's weights are in memory at a time: a step
 unpacks them for the forward and again for the backward pass, which repeats the forward. Both give
 the same scales. The result is kept only if it is better on windows that neither train nor are
-reported. Where the mean of the first steps' factors is much worse there, distillation ends: more
-steps would only bring the KL back to about where it was.
+reported.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Final
 
@@ -36,10 +35,6 @@ from deltadock.compression.residence import DeviceMemory, device_budget
 from deltadock.compression.scratch import Scratch
 
 STEPS: Final = 80
-TRIAL_STEPS: Final = 10
-TRIAL_KL: Final = 1.1
-"""Distillation ends after the trial if the KL at the mean of the factors of its second half is so
-many times what it was. The smaller rates that follow make up for less, and gain."""
 TOKENS_PER_STEP: Final = 1024
 CHOOSE_TOKENS: Final = 8192
 RELATIVE_RATE: Final = 0.25
@@ -204,8 +199,8 @@ def distill(
 
     Returns:
         The encodings, with trained scales if they are better; and the KL divergence on the
-        choosing windows `before` and `after`, with `kept` 1 or 0; the number of `steps`; and
-        `resident` 1 or 0, whether student and teacher stayed on the device.
+        choosing windows `before` and `after`, with `kept` 1 or 0; and `resident` 1 or 0, whether
+        student and teacher stayed on the device.
     """
     with Scratch() as scratch:
         memory = DeviceMemory(scratch, model.device, device_budget(model.device))
@@ -220,13 +215,10 @@ def distill(
         before = choosing_kl()
         if not any(student.factors.values()):
             figures = {"before": before, "after": before, "kept": 0.0}
-            return dict(encoded), figures | {"resident": float(memory.complete), "steps": 0.0}
+            return dict(encoded), figures | {"resident": float(memory.complete)}
         relative_error = max(before, 0.0) / max(_kl_without_deltas(student, choosing_kl), 1e-30)
         rate = RELATIVE_RATE * min(1.0, math.sqrt(relative_error))
-        factors = list(flatten_factors(student.factors))
-        optimizer = torch.optim.Adam(factors, lr=rate)
-        recent: list[list[Tensor]] = []
-        steps = STEPS
+        optimizer = torch.optim.Adam(list(flatten_factors(student.factors)), lr=rate)
         needed = student.unpacked_bytes() + model.graph_bytes(size * data.train.shape[1])
         resident = memory.complete and needed <= memory.free
         student.unpack_once = resident
@@ -239,23 +231,10 @@ def distill(
             _accumulate(model, data.train[chosen], student, teacher)
             optimizer.step()
             optimizer.zero_grad()
-            if TRIAL_STEPS // 2 <= step < TRIAL_STEPS:
-                recent.append([factor.detach().clone() for factor in factors])
-            if step + 1 == TRIAL_STEPS < STEPS:
-                student.unpack_once = False
-                means = [torch.stack(values).mean(0) for values in zip(*recent, strict=True)]
-                _assign(factors, means)
-                after = choosing_kl()
-                if not after < TRIAL_KL * before:  # nor where it is NaN
-                    steps = TRIAL_STEPS
-                    break
-                _assign(factors, recent.pop())
-                student.unpack_once = resident
-        else:
-            student.unpack_once = False
-            after = choosing_kl()
+        student.unpack_once = False
+        after = choosing_kl()
         figures = {"before": before, "after": after, "kept": float(after < before)}
-        figures |= {"resident": float(resident), "steps": float(steps)}
+        figures["resident"] = float(resident)
         return student.rescaled() if figures["kept"] else dict(encoded), figures
 
 
@@ -353,12 +332,6 @@ def _encodes_delta(encoded: Encoded) -> bool:
     if record["kind"] == "new-rows":
         return record["parts"][0] is not None
     return record["kind"] in DELTA_ENCODINGS
-
-
-@torch.no_grad()
-def _assign(factors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for factor, value in zip(factors, values, strict=True):
-        factor.copy_(value)
 
 
 @torch.no_grad()

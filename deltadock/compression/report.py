@@ -99,7 +99,7 @@ class Report:
     other_tensors: list[TensorReport] = field(default_factory=list)
     distillation: dict[str, float] | None = None
     """KL on the choosing windows `before` and `after`; 1 or 0: whether it was `kept`, and whether
-    both models stayed on the device (`resident`); the number of `steps`."""
+    both models stayed on the device (`resident`)."""
     bound_reached: float | None = None
     """KL or agreement on the choosing windows, which the search for a bound went by."""
     kl: float | None = None

@@ -213,21 +213,6 @@ def test_known_states_of_the_fine_tune_are_not_computed_again(
             )
 
 
-def test_it_ends_early_where_the_first_steps_gain_nothing(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, figures = prepared.distill()
-    assert figures["steps"] == 8
-    monkeypatch.setattr(distillation, "TRIAL_STEPS", 4)
-    trained, figures = prepared.distill()
-    assert figures["steps"] == 8
-    assert all(same(trained[name], one) for name, one in whole.items())
-    monkeypatch.setattr(distillation, "RELATIVE_RATE", 3.0)
-    trained, figures = prepared.distill()
-    assert (figures["steps"], figures["kept"]) == (4, 0)
-    assert all(same(trained[name], one) for name, one in prepared.encoded.items())
-
-
 def test_a_step_reads_no_file_and_unpacks_each_tensor_once(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
