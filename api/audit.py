@@ -98,8 +98,5 @@ def list_audit_records(
         object_id=object_id,
         key_id=key,
     )
-    page = found[:limit]
-    return AuditPage(
-        data=[AuditRecord.of(row) for row in page],
-        next=_CURSOR.write((page[-1].id,)) if len(found) > limit else None,
-    )
+    page, following = _CURSOR.page(found, limit, lambda row: [row.id])
+    return AuditPage(data=[AuditRecord.of(row) for row in page], next=following)

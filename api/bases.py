@@ -87,12 +87,8 @@ def page_of_bases(session: Session, tenant_id: str, *, limit: int, after: str | 
         NotFound: `after` is not a cursor.
     """
     found = BaseRepository(session, tenant_id).page(limit=limit + 1, after=_CURSOR.read(after))
-    page = found[:limit]
-    last = page[-1] if len(found) > limit else None
-    return BasePage(
-        data=[BaseOut.of(base) for base in page],
-        next=_CURSOR.write((last.name, last.id)) if last else None,
-    )
+    page, following = _CURSOR.page(found, limit, lambda base: [base.name, base.id])
+    return BasePage(data=[BaseOut.of(base) for base in page], next=following)
 
 
 def require_checkpoint(session: Session, tenant_id: str, digest: str) -> CheckpointRow:

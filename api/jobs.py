@@ -162,11 +162,8 @@ def page_of_jobs(
     found = JobRepository(session, tenant_id).page(
         limit=limit + 1, wanted=wanted, after=_CURSOR.read(after)
     )
-    page = found[:limit]
-    return (
-        describe_jobs(session, tenant_id, page),
-        _CURSOR.write(key_of_job(page[-1])) if len(found) > limit else None,
-    )
+    page, following = _CURSOR.page(found, limit, key_of_job)
+    return describe_jobs(session, tenant_id, page), following
 
 
 def _existing(job: Job | None, job_id: str) -> Job:

@@ -207,11 +207,8 @@ def list_keys(
         key = keys.find_prefix(prefix)
         return KeyPage(data=[] if key is None or place else [KeyOut.of(key)], next=None)
     found = keys.page(limit=limit + 1, after=place)
-    page = found[:limit]
-    return KeyPage(
-        data=[KeyOut.of(key) for key in page],
-        next=_CURSOR.write((page[-1].created_at, page[-1].id)) if len(found) > limit else None,
-    )
+    page, following = _CURSOR.page(found, limit, lambda key: [key.created_at, key.id])
+    return KeyPage(data=[KeyOut.of(key) for key in page], next=following)
 
 
 @router.delete("/{key_id}", status_code=204, responses=problems(Forbidden, NotFound))

@@ -2,8 +2,8 @@
 
 import base64
 import binascii
-from collections.abc import Sequence
-from typing import Annotated, Any, Final
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Query, Request
 from fastapi.dependencies.utils import get_flat_params
@@ -19,6 +19,8 @@ _STORABLE: Final = {
     str: Annotated[str, Field(pattern=r"^[^\x00]*$")],
 }
 """The values that both databases can compare with a column's."""
+
+Row = TypeVar("Row")
 
 After = Annotated[str | None, Query(max_length=1024, description="`next` of the previous page.")]
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
@@ -43,6 +45,18 @@ class Cursor:
         """The cursor of the rows that follow this place."""
         content = self._adapter.dump_json((self._sort, *place))
         return base64.urlsafe_b64encode(content).decode().rstrip("=")
+
+    def page(
+        self, found: Sequence[Row], limit: int, place: Callable[[Row], Sequence[Any]]
+    ) -> tuple[Sequence[Row], str | None]:
+        """Up to `limit` of the rows and the next page's `after` (None on the last page).
+
+        Args:
+            found: one row more than `limit`, if there are as many.
+            place: of a row.
+        """
+        page = found[:limit]
+        return page, self.write(place(page[-1])) if len(found) > limit else None
 
     def read(self, after: str | None) -> tuple[Any, ...] | None:
         """The place; None without a cursor.

@@ -148,11 +148,8 @@ def list_tenants(session: ReadSession, after: After = None, limit: Limit = 50) -
     place = _CURSOR.read(after)
     name = None if place is None else place[0]
     found = TenantRepository(session).page(limit=limit + 1, after=name)
-    page = found[:limit]
-    return TenantPage(
-        data=[TenantOut.of(row) for row in page],
-        next=_CURSOR.write((page[-1].name,)) if len(found) > limit else None,
-    )
+    page, following = _CURSOR.page(found, limit, lambda row: [row.name])
+    return TenantPage(data=[TenantOut.of(row) for row in page], next=following)
 
 
 @router.get("/{tenant}", responses=problems(NotFound))

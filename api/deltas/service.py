@@ -213,8 +213,7 @@ def page_of_deltas(
     found = DeltaRepository(session, tenant_id).page(
         limit=limit + 1, wanted=wanted, sort=sort, after=cursor.read(after)
     )
-    page = found[:limit]
-    return page, cursor.write(key_of(page[-1], sort)) if len(found) > limit else None
+    return cursor.page(found, limit, lambda delta: key_of(delta, sort))
 
 
 def delete_delta(session: Session, caller: Caller, reference: str) -> None:

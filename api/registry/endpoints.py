@@ -62,11 +62,8 @@ def list_registry(
     found = ModelRepository(session, caller.tenant_id).page(
         limit=limit + 1, after=place[0] if place else None, tag=tag, text=text
     )
-    page = found[:limit]
-    return ModelPage(
-        data=[ModelEntry.of(model) for model in page],
-        next=service.CURSOR.write([page[-1].name]) if len(found) > limit else None,
-    )
+    page, following = service.CURSOR.page(found, limit, lambda model: [model.name])
+    return ModelPage(data=[ModelEntry.of(model) for model in page], next=following)
 
 
 @router.get("/registry/{project}/{model}", responses=problems(NotFound))
