@@ -18,7 +18,7 @@ from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.quotas import check_job
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME, Moment
-from deltadock.errors import Conflict, InvalidInput, NotFound
+from deltadock.errors import Conflict, InvalidInput, NotFound, error_for
 from deltadock.problems import problems
 from deltadock.storage.models import UNSUCCESSFUL, JobLogRow, JobPriority, JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
@@ -48,6 +48,13 @@ class JobError(BaseModel):
         return cls(code=job.error_code, message=job.error_message or "")
 
 
+def can_retry(job: JobRow | ShownJob) -> bool:
+    """Whether the job was cancelled, or failed for a reason that can pass."""
+    if job.state not in UNSUCCESSFUL:
+        return False
+    return not (job.error_code and error_for(job.error_code, "").permanent)
+
+
 class JobOut(BaseModel):
     """State and progress of a compression."""
 
@@ -73,6 +80,10 @@ class JobOut(BaseModel):
         examples=["block 4 of 8, matrix 3 of 7"],
     )
     error: JobError | None = None
+    can_retry: bool = Field(
+        description="Whether a retry may help: the job was cancelled, or failed for a reason that "
+        "can pass. Else `error` says what to change."
+    )
     cancel_requested: bool
     attempt: int = Field(description="How many workers have started it.", examples=[1])
     created_at: datetime = Field(examples=[EXAMPLE_TIME])
@@ -101,6 +112,7 @@ class JobOut(BaseModel):
             percent=round(job.percent, 1),
             message=job.message,
             error=JobError.of(job),
+            can_retry=can_retry(job),
             cancel_requested=job.cancel_requested,
             attempt=job.attempt,
             created_at=job.created_at,
@@ -262,12 +274,20 @@ def cancel_job(job_id: JobId, caller: CallerDep, unit: WriteUnit) -> JobOut:
 
 @router.post("/{job_id}/retry", status_code=202, responses=problems(NotFound, Conflict))
 def retry_job(job_id: JobId, caller: CallerDep, unit: WriteUnit, resources: ResourcesDep) -> JobOut:
-    """Queue a failed or cancelled job again; it continues after its last finished block."""
+    """Queue a failed or cancelled job again; it continues after its last finished block.
+
+    A job whose inputs are at fault (`can_retry` is false) would end the same way, and is refused.
+    """
     jobs = JobRepository(unit.session, caller.tenant_id)
     job = _existing(jobs.find(job_id), job_id)
     if DeltaRepository(unit.session, caller.tenant_id).find(job.delta_id) is None:
         raise Conflict(f"The delta of job {job_id} was deleted. Restore it, or ask for it again.")
     if job.state in UNSUCCESSFUL:
+        if not can_retry(job):
+            raise Conflict(
+                f"Job {job_id} failed for a reason that no retry mends ({job.error_code}): "
+                f"{job.error_message}"
+            )
         check_job(unit.session, caller.tenant_id)
     if not jobs.retry(job_id):
         raise Conflict(

@@ -57,6 +57,8 @@ class DeltadockError(Exception):
     status: int = 500
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
+    permanent: ClassVar[bool] = False
+    """Whether the same inputs always end so: a job that ended so is not retried."""
 
     def __init__(
         self, message: str, *, headers: Mapping[str, str] | None = None, **details: object
@@ -73,6 +75,7 @@ class InvalidInput(DeltadockError):
 
     status = 422
     code = "invalid_input"
+    permanent = True
 
 
 class InvalidCheckpoint(InvalidInput):
@@ -248,6 +251,7 @@ class TooLarge(DeltadockError):
 
     status = 413
     code = "too_large"
+    permanent = True
 
 
 class RangeNotSatisfiable(DeltadockError):

@@ -47,7 +47,8 @@ def follow(client: "Client", job: str) -> None:
 def _exit_if_failed(job: "Job") -> None:
     if (failure := job.failure) is not None:
         report(failure)
-        say(f"Continue it: deltadock retry {job.id}")
+        if job.can_retry:
+            say(f"Continue it: deltadock retry {job.id}")
         raise typer.Exit(JOB_FAILED)
 
 

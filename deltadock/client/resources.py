@@ -114,6 +114,7 @@ class Job(Resource):
     percent: float
     message: str
     error: JobError | None = None
+    can_retry: bool = False
     cancel_requested: bool
     attempt: int
     created_at: datetime

@@ -14,13 +14,11 @@ def listed(api: Api, **query: Any) -> list[str]:
     return [job["id"] for job in answer.json()["data"]]
 
 
-def fail(api: Api, job: str) -> None:
+def fail(api: Api, job: str, code: str = "worker_lost", message: str = "Too little.") -> None:
     with api.resources.database.session_scope() as session:
         jobs = JobRepository(session, LOCAL_TENANT)
         assert jobs.acquire(job, "worker", 60)
-        assert jobs.finish(
-            job, "worker", JobState.FAILED, error_code="worker_lost", error_message="Too little."
-        )
+        assert jobs.finish(job, "worker", JobState.FAILED, error_code=code, error_message=message)
 
 
 def test_jobs_are_listed_newest_first_and_filtered(api: Api) -> None:
@@ -55,11 +53,13 @@ def test_a_failed_job_is_retried_and_its_log_tells(api: Api) -> None:
     job = f"/v1/jobs/{delta['job']}"
     assert api.client.post(f"{job}/retry").status_code == 409, "it is queued"
     fail(api, delta["job"])
-    assert api.client.get(job).json()["error"]["code"] == "worker_lost"
+    failed = api.client.get(job).json()
+    assert (failed["error"]["code"], failed["can_retry"]) == ("worker_lost", True)
     retried = api.client.post(f"{job}/retry")
     assert retried.status_code == 202
     again = retried.json()
     assert (again["state"], again["error"], again["queue_position"]) == ("queued", None, 1)
+    assert not again["can_retry"]
     log = api.client.get(f"{job}/log", params={"limit": 2}).json()
     assert [line["message"] for line in log["data"]] == [
         "Attempt 1 starts on worker.",
@@ -72,3 +72,13 @@ def test_a_failed_job_is_retried_and_its_log_tells(api: Api) -> None:
     api.client.post(f"{job}/cancel")
     assert api.client.delete(f"/v1/deltas/{delta['id']}").status_code == 204
     assert api.client.post(f"{job}/retry").status_code == 409, "its delta was deleted"
+
+
+def test_a_job_whose_inputs_are_at_fault_is_not_retried(api: Api) -> None:
+    job = f"/v1/jobs/{(job_id := api.delta()['job'])}"
+    fail(api, job_id, "non_finite_weights", "Upload an earlier checkpoint.")
+    assert api.client.get(job).json()["can_retry"] is False
+    refused = api.client.post(f"{job}/retry")
+    assert refused.status_code == 409
+    assert refused.json()["detail"].endswith("(non_finite_weights): Upload an earlier checkpoint.")
+    assert api.client.get(job).json()["state"] == "failed"
