@@ -14,7 +14,7 @@ import threading
 import time
 import webbrowser
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -58,13 +58,20 @@ def node_secret(home: Path) -> str:
 
 @contextmanager
 def running(
-    settings: Mapping[str, str], home: Path, *, api_port: int, node_port: int, host: str = HOST
+    settings: Mapping[str, str],
+    home: Path,
+    console: Console,
+    *,
+    api_port: int,
+    node_port: int,
+    host: str = HOST,
 ) -> Iterator[list[Child]]:
     """Migrate the database, start api, worker and node, and wait until all are ready.
 
     Args:
         settings: fields of `Settings` with their values as text.
         home: folder for the logs.
+        console: is told which of them is ready.
         api_port, node_port: ports of the api and, on the loopback interface, of the node.
         host: address of the api.
 
@@ -97,6 +104,7 @@ def running(
     environments = dict.fromkeys(commands, environment)
     if parsed.api_processes > 1:  # the others' counts are their own
         environments["api"] = environment | {"PROMETHEUS_MULTIPROC_DIR": str(counts)}
+    began = time.monotonic()
     with ExitStack() as stack:
         children = {
             name: stack.enter_context(
@@ -113,10 +121,16 @@ def running(
         # Callbacks run in reverse order: every child gets its stop signal before any is waited for.
         for child in children.values():
             stack.callback(child.request_stop)
+        console.print("Waiting for api, worker and node ...")
         with httpx.Client(base_url=api_url(host, api_port), timeout=2.0) as http:
-            children["api"].wait_until(lambda: is_ready(http))
-            children["node"].wait_until(lambda: has_node(http))
-        children["worker"].wait_until(parsed.worker_alive.exists)
+            readiness: dict[str, Callable[[], bool]] = {
+                "api": lambda: is_ready(http),
+                "worker": parsed.worker_alive.exists,
+                "node": lambda: has_node(http),
+            }
+            for name, ready in readiness.items():
+                children[name].wait_until(ready)
+                console.print(f"  {name} is ready ({time.monotonic() - began:.0f} s)")
         yield list(children.values())
 
 
@@ -201,7 +215,7 @@ def up(
             url = api_url(host, api_port)
             settings = embedded_settings(home, url) | broker.settings
             ports = {"api_port": api_port, "node_port": node_port}
-            with running(settings, home, **ports, host=host) as children:
+            with running(settings, home, console, **ports, host=host) as children:
                 announce(console, url, home, settings)
                 console.print("Ctrl-C stops everything; the data is kept for the next start.")
                 keep_running([broker.child, *children], stopping, console)
@@ -280,7 +294,9 @@ def topology(home: Path | None = None, api_port: int = 8000, node_port: int = 81
                 folder / "home", api_port, *(service.settings for service in services)
             )
             console.print("Starting Deltadock ...")
-            with running(settings, folder, api_port=api_port, node_port=node_port) as children:
+            with running(
+                settings, folder, console, api_port=api_port, node_port=node_port
+            ) as children:
                 announce(console, api_url(HOST, api_port), folder, settings)
                 console.print("Ctrl-C stops everything.")
                 servers = [service.child for service in services]

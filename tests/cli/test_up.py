@@ -1,6 +1,7 @@
 """`deltadock up` restarts its children, keeps its data and leaves no process behind."""
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -59,6 +60,8 @@ def test_up_restarts_children_keeps_data_and_leaves_no_process(tmp_path: Path) -
 
     with start(home, log, api_port, node_port) as up:
         up.wait_until(lambda: "Ctrl-C" in log.read_text(), seconds=180)
+        told = re.findall(r"(\w+) is ready \(\d+ s\)", log.read_text())
+        assert told == ["api", "worker", "node"]
         headers = {"Authorization": f"Bearer {(home / 'api.key').read_text().strip()}"}
         answer = httpx.post(f"{url}/v1/uploads", json={"kind": "checkpoint"}, headers=headers)
         upload = answer.json()["id"]
