@@ -26,6 +26,7 @@ from deltadock.storage.models import BaseRow, DeltaRow, JobState
 from deltadock.storage.repositories import (
     DeltaRepository,
     JobRepository,
+    ModelRepository,
     UploadRepository,
     WebhookRepository,
 )
@@ -55,16 +56,29 @@ def show_delta(session: Session, tenant_id: str, reference: str) -> ShownDelta:
 
 def _missing(deltas: DeltaRepository, reference: str) -> NoReturn:
     named = parse_reference(reference)
-    newest = deltas.newest(named.name) if named and named.alias == DEFAULT else None
-    if named is None or named.version is not None or newest is None:
-        raise NotFound(f"There is no delta {reference!r}; GET /v1/deltas lists them.")
-    raise NotReady(
-        f"{named.name} has no default version; its newest, {named.name}:{newest.version}, is "
-        f"{newest.job.state}: GET /v1/jobs/{newest.job.id}. Without a rule the first one that is "
-        f"ready becomes the default.",
-        state=newest.job.state,
-        job=newest.job.id,
-    )
+    newest = deltas.newest(named.name) if named else None
+    if named is not None and newest is not None and named.version is None:
+        if named.alias != DEFAULT:
+            models = ModelRepository(deltas.session, deltas.tenant)
+            model = models.find(named.name)
+            known = [row.alias for row in models.aliases(model)] if model else []
+            names = ", ".join(f"@{alias}" for alias in known) or "none yet"
+            raise NotFound(f"{named.name} has no alias @{named.alias}. It has: {names}.")
+        raise NotReady(
+            f"{named.name} has no default version; its newest, {named.name}:{newest.version}, is "
+            f"{newest.job.state}: GET /v1/jobs/{newest.job.id}. Without a rule the first one that "
+            f"is ready becomes the default.",
+            state=newest.job.state,
+            job=newest.job.id,
+        )
+    if (gone := deltas.deleted(reference)) is not None:
+        name = f"{gone.name}:{gone.version}"
+        raise NotFound(f"{name} was deleted; POST /v1/deltas/{name}/restore brings it back.")
+    if named is not None and newest is not None:
+        raise NotFound(
+            f"{named.name} has no version {named.version}; its newest is {newest.version}."
+        )
+    raise NotFound(f"There is no delta {reference!r}; GET /v1/deltas lists them.")
 
 
 def detail_of(session: Session, delta: DeltaRow | ShownDelta) -> DeltaDetail:

@@ -21,6 +21,10 @@ def require_model(session: Session, tenant_id: str, name: str, *, lock: bool = F
     """
     model = ModelRepository(session, tenant_id).find(name, lock=lock)
     if model is None:
+        if DeltaRepository(session, tenant_id).deleted(name) is not None:
+            raise NotFound(
+                f"{name} was deleted; POST /v1/deltas/{name}/restore brings its last version back."
+            )
         raise NotFound(f"There is no model {name!r}; GET /v1/registry lists them.")
     return model
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Self
 
-from sqlalchemy import ColumnElement, Select, and_, func, select, update
+from sqlalchemy import ColumnElement, Select, and_, false, func, select, update
 from sqlalchemy.orm import Session, contains_eager, joinedload, selectinload
 
 from deltadock.errors import Cancelled
@@ -428,33 +428,18 @@ class DeltaRepository:
         self.session.flush()
         self._record(AuditAction.DELTA_DELETE, delta)
 
-    def restore(self, reference: str) -> DeltaRow | None:
-        """Undo the deletion of a delta by id, version or bare name (the version deleted last).
+    def deleted(self, reference: str) -> DeltaRow | None:
+        """The deleted delta that `restore` would bring back, or None."""
+        return self.session.scalars(self._deleted(reference)).one_or_none()
 
-        None if there is none, or its bytes were given up; aliases mean no deleted delta.
-
-        A deleted model is back with its first restored version; aliases stay where they are now.
-
-        Raises:
-            NotFound: its base was deleted.
-        """
+    def _deleted(self, reference: str) -> Select[DeltaRow]:
         named = parse_reference(reference)
-        if named is None:
-            wanted = DeltaRow.id == reference
-        elif named.version is not None:
+        wanted: ColumnElement[bool] = DeltaRow.id == reference
+        if named is not None and named.version is not None:
             wanted = and_(DeltaRow.name == named.name, DeltaRow.version == named.version)
-        elif named.alias == DEFAULT:
-            wanted = DeltaRow.name == named.name
-        else:
-            return None
-        model_id = self.session.scalar(
-            select(DeltaRow.model_id).where(wanted, self._owned()).limit(1)
-        )
-        if model_id is None:
-            return None
-        models = ModelRepository(self.session, self.tenant)
-        model = models.lock(model_id)
-        found = self.session.scalars(
+        elif named is not None:
+            wanted = DeltaRow.name == named.name if named.alias == DEFAULT else false()
+        return (
             select(DeltaRow)
             .options(joinedload(DeltaRow.base))
             .where(
@@ -465,9 +450,24 @@ class DeltaRepository:
             )
             .order_by(DeltaRow.deleted_at.desc(), DeltaRow.version.desc())
             .limit(1)
-            .with_for_update(of=DeltaRow)
-            .execution_options(populate_existing=True)
-        ).one_or_none()
+        )
+
+    def restore(self, reference: str) -> DeltaRow | None:
+        """Undo the deletion of a delta by id, version or bare name (the version deleted last).
+
+        None if there is none, or its bytes were given up; aliases mean no deleted delta.
+
+        A deleted model is back with its first restored version; aliases stay where they are now.
+
+        Raises:
+            NotFound: its base was deleted.
+        """
+        if (found := self.deleted(reference)) is None:
+            return None
+        models = ModelRepository(self.session, self.tenant)
+        model = models.lock(found.model_id)
+        locked = self._deleted(reference).with_for_update(of=DeltaRow)
+        found = self.session.scalars(locked.execution_options(populate_existing=True)).one_or_none()
         if found is None:
             return None
         BaseRepository(self.session, found.tenant_id).hold(found.base)

@@ -402,10 +402,10 @@ class ModelRepository:
         if not named:
             return
         if list(named) != [DEFAULT] or self.session.scalar(select(others)):
-            aliases = ", ".join(f"{model.name}@{alias}" for alias in named)
+            aliases = ", ".join(f"@{alias}" for alias in named)
             raise Conflict(
-                f"{model.name}:{delta.version} is what {aliases} means. Move the alias first, or "
-                f"delete the whole model.",
+                f"{model.name}:{delta.version} is in use as {aliases}: point that at another "
+                "version first, or delete the whole model.",
                 aliases=list(named),
             )
         self.move(model, DEFAULT, None, reason="Its version was deleted.", moved_by=moved_by)

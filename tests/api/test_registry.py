@@ -98,6 +98,14 @@ def test_moves_are_recorded_and_checked(api: Api, versions: list[str]) -> None:
     assert rest["data"][0]["moved_by"] is None
 
 
+def detail(api: Api, path: str) -> str:
+    """What is said of a path that names nothing."""
+    answer = api.client.get(f"/v1/{path}")
+    assert answer.status_code == 404
+    said: str = answer.json()["detail"]
+    return said
+
+
 def test_cards_tags_and_rules(api: Api, versions: list[str]) -> None:
     rule = {"max_kl": 0.05, "max_increase": 0.0}
     change = {"description": "# Skills\nDoes *sums*.", "tags": ["maths", "maths"], "rule": rule}
@@ -122,9 +130,14 @@ def test_a_version_that_an_alias_means_is_not_deleted(api: Api, versions: list[s
     refused = api.client.delete("/v1/deltas/maths/skills")
     assert (refused.status_code, refused.json()["aliases"]) == (409, ["default"])
     assert api.client.delete("/v1/deltas/maths/skills:2").status_code == 204
-    assert api.client.get("/v1/deltas/maths/skills:2").status_code == 404
+    gone = "maths/skills:2 was deleted; POST /v1/deltas/maths/skills:2/restore brings it back."
+    assert detail(api, "deltas/maths/skills:2") == gone
+    assert detail(api, "deltas/maths/skills:9") == "maths/skills has no version 9; its newest is 1."
+    assert detail(api, "deltas/maths/skills@nope") == (
+        "maths/skills has no alias @nope. It has: @default."
+    )
     assert api.client.delete("/v1/deltas/maths/skills").status_code == 204
-    assert api.client.get("/v1/deltas/maths/skills").status_code == 404
+    assert "skills:1 was deleted" in detail(api, "deltas/maths/skills")
     restored = api.client.post("/v1/deltas/maths/skills:2/restore").json()
     assert (restored["version"], restored["default_version"]) == (2, 2)
 
@@ -133,8 +146,9 @@ def test_a_deleted_models_name_is_its_own_if_it_is_restored(api: Api, versions: 
     described = {"description": "# Sums", "tags": ["maths"]}
     api.client.patch(CARD, json=described)
     assert api.client.delete(CARD).status_code == 204
-    for path in ("/v1/deltas/maths/skills:1", CARD, "/v1/models/maths/skills"):
-        assert api.client.get(path).status_code == 404
+    for path in ("deltas/maths/skills:1", "registry/maths/skills"):
+        assert "was deleted; POST /v1/deltas/maths/skills" in detail(api, path)
+    assert api.client.get("/v1/models/maths/skills").status_code == 404
     again = api.client.post("/v1/deltas", json=api.delta_body(seed=4))
     assert (again.status_code, again.json()["code"]) == (409, "conflict")
     assert api.client.post("/v1/deltas/maths/skills@prod/restore").status_code == 404
