@@ -18,9 +18,9 @@ from deltadock.api.paging import Cursor
 from deltadock.api.quotas import check_bytes, check_delta, check_job
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.artifacts.compatibility import check_differs, check_same_architecture
-from deltadock.compression.options import SIZES
+from deltadock.compression.options import SIZES, check_kind
 from deltadock.compression.preview import carried_bytes, preview_size, shapes_of
-from deltadock.errors import Conflict, NotFound, NotReady, refused_by_state
+from deltadock.errors import NotFound, NotReady, refused_by_state
 from deltadock.names import DEFAULT, parse_reference
 from deltadock.storage.models import BaseRow, DeltaRow, JobState
 from deltadock.storage.repositories import (
@@ -128,10 +128,7 @@ def request_delta(
     parent = require_delta(session, tenant_id, body.parent) if body.parent else None
     method, goal = body.check_goal()
     is_adapter = checkpoint.model_type == ADAPTER_TYPE
-    if is_adapter != method.imports_adapter:
-        wanted = "must be 'lora'" if is_adapter else f"cannot be {method.name!r}"
-        kind = "a PEFT adapter" if is_adapter else "a whole model, not a PEFT adapter"
-        raise Conflict(f"The checkpoint is {kind}: the method {wanted}.")
+    check_kind(method, is_adapter=is_adapter)
     is_bound = goal is not None and goal.kind not in SIZES
     calibration = _calibration(
         session, tenant_id, body, needed=method.needs_calibration or is_bound

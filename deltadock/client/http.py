@@ -27,7 +27,7 @@ import anyio
 import anyio.to_thread
 import httpx
 
-from deltadock.artifacts.checkpoint import CHUNK_BYTES, folder_files
+from deltadock.artifacts.checkpoint import ADAPTER_CONFIG, CHUNK_BYTES, folder_files
 from deltadock.client import routes
 from deltadock.client.connection import find_connection
 from deltadock.client.progress import default_bar
@@ -44,6 +44,13 @@ from deltadock.client.requests import (
 from deltadock.client.resources import Checkpoint, Delta, Job, LogLine
 from deltadock.client.routes import GoalOptions
 from deltadock.client.uploads import Uploader
+from deltadock.compression.options import (
+    METHODS,
+    check_kind,
+    check_weights,
+    default_method,
+    goal_for,
+)
 from deltadock.errors import HashMismatch, InvalidInput, NotFound, NotReady, Unavailable
 from deltadock.version import __version__
 
@@ -363,21 +370,35 @@ class Client:
 
         Raises:
             InvalidInput: an argument is refused; a subclass says why.
-            NotFound: there is no such base or file.
+            Conflict: the method does not fit: an adapter needs 'lora', a whole model another one.
+            NotFound: there is no such base, parent or file.
             Unavailable: the server does not answer; call again to resume.
         """
+        # All that can be refused now is, before hours of upload.
         routes.checked_name(name)
-        self.base(base)  # before hours of upload
+        self._check_method(Path(folder), method, goal)
+        self.base(base)
+        if parent is not None:
+            self.delta(parent)
+        mixture = None if calibration is None else self._mixture(calibration)
         checkpoint = self.upload_folder(folder, progress)
         accepted = self.create_delta(
             name, base, checkpoint.digest, method=method, seed=seed, priority=priority,
-            calibration=None if calibration is None else self._mixture(calibration),
-            parent=parent, recipe=recipe, commit=commit, **goal,
+            calibration=mixture, parent=parent, recipe=recipe, commit=commit, **goal,
         )  # fmt: skip
         return Push(self, accepted.delta, accepted.job)
 
+    def _check_method(self, folder: Path, method: str | None, goal: GoalOptions) -> None:
+        """Raise what the server would about the method, its goal and the kind of checkpoint."""
+        name = method or default_method().name
+        if name not in METHODS and name in {known.name for known in self.methods()}:
+            return  # a newer server's
+        info, _ = goal_for(name, **goal)
+        check_kind(info, is_adapter=ADAPTER_CONFIG in folder_files(folder))
+
     def _mixture(self, calibration: Calibration) -> JsonObject:
         weights = calibration if isinstance(calibration, Mapping) else {calibration: 1.0}
+        check_weights(list(weights.values()))
         sources: list[JsonObject] = []
         for source, weight in weights.items():
             if source == SAMPLED:

@@ -10,7 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
-from deltadock.errors import BitsOutOfRange, InvalidCalibration, InvalidGoal, UnknownMethod
+from deltadock.errors import (
+    BitsOutOfRange,
+    Conflict,
+    InvalidCalibration,
+    InvalidGoal,
+    UnknownMethod,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +162,18 @@ def check_method(name: str, bits: float | None) -> MethodInfo:
 def default_method() -> MethodInfo:
     """The method used if none is named."""
     return next(method for method in METHODS.values() if method.default)
+
+
+def check_kind(method: MethodInfo, *, is_adapter: bool) -> None:
+    """Check that a method takes what is to be compressed: a PEFT adapter, or a whole model.
+
+    Raises:
+        Conflict: it takes the other.
+    """
+    if is_adapter != method.imports_adapter:
+        wanted = "must be 'lora'" if is_adapter else f"cannot be {method.name!r}"
+        kind = "a PEFT adapter" if is_adapter else "a whole model, not a PEFT adapter"
+        raise Conflict(f"The checkpoint is {kind}: the method {wanted}.")
 
 
 Solver = Literal["exact", "scip"]

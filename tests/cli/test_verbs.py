@@ -109,6 +109,16 @@ def test_a_push_is_followed_to_its_figures(
     assert again["delta"]["version"] == 1
 
 
+def test_a_size_out_of_reach_is_said_before_the_upload(deltadock: Command, tmp_path: Path) -> None:
+    folder = write_finetune(tmp_path / "finetune", 5)
+    outcome = deltadock("push", folder, "-b", "tiny", "-n", "maths/small", "--target-bytes", 9)
+    assert outcome.code == 1
+    said, *rest = outcome.stderr.splitlines()
+    assert said.startswith("9 bytes cannot be reached by 'optimix'")
+    assert said.endswith("refuse it if every tensor differs from the base's.")
+    assert rest[-1].startswith("error (invalid_goal): 9 bytes cannot be reached")
+
+
 def test_a_push_that_is_cancelled_ends_with_4_and_can_be_retried(
     deltadock: Command, call: Callable[..., Outcome], worker: list[str], tmp_path: Path
 ) -> None:
@@ -389,6 +399,13 @@ def test_doctor_says_what_is_wrong(
         (("undo", "maths/skills:9"), 1, "no deleted delta"),
         (("logs", "job_none"), 1, "There is no job 'job_none'"),
         (("run", "nothing", "x"), 1, "error (model_not_found)"),
+        (("rm", "maths/skills:9"), 1, "maths/skills has no version 9; its newest is 2."),
+        (("run", "maths/skills@nope", "x"), 1, "no alias @nope. It has: @default."),
+        (
+            ("push", "{finetune}", "-b", "tiny", "--bits", "1", "--ratio", "4"),
+            1,
+            "bits and ratio exclude each other",
+        ),
         (("show", "maths/none"), 1, "no delta 'maths/none'; `deltadock ls` lists them"),
         (("ls", "--state", "lost"), 1, "query.state: Input should be 'queued', "),
         (("ls", "--url", "127.0.0.1:8000"), 1, "is not an address such as http://127.0.0.1:8000"),

@@ -15,13 +15,18 @@ from deltadock.client.http import AsyncClient, Client
 from deltadock.client.progress import in_notebook
 from deltadock.client.resources import Delta, Job
 from deltadock.errors import (
+    BitsOutOfRange,
     Cancelled,
+    Conflict,
     Forbidden,
     HashMismatch,
+    InvalidCalibration,
+    InvalidGoal,
     InvalidInput,
     NotFound,
     NotReady,
     Unauthorized,
+    UnknownMethod,
 )
 from deltadock.storage.models import Scope
 from tests.api.support import issue_key
@@ -98,9 +103,25 @@ def test_a_push_is_refused_before_anything_is_uploaded(client: Client, finetune:
         client.push(finetune, "skills", "tiny", progress=lambda *_: note(1))
     with pytest.raises(NotFound, match="no base 'huge'"):
         client.push(finetune, "maths/skills", "huge", progress=lambda *_: note(1))
-    assert sent == []
     with pytest.raises(NotFound, match=r"no calibration file .*nowhere\.txt"):
-        client.push(finetune, "maths/skills", "tiny", calibration=finetune / "nowhere.txt")
+        client.push(finetune, "maths/skills", "tiny", calibration=finetune / "nowhere.txt",
+                    progress=lambda *_: note(1))  # fmt: skip
+    with pytest.raises(NotFound, match="no delta 'maths/parent:7'"):
+        client.push(finetune, "maths/skills", "tiny", parent="maths/parent:7",
+                    progress=lambda *_: note(1))  # fmt: skip
+    asked: list[tuple[dict[str, Any], type[Exception]]] = [
+        ({"bits": 1.0, "ratio": 4.0}, InvalidGoal),
+        ({"max_kl": -1.0}, InvalidGoal),
+        ({"bits": 12.0}, BitsOutOfRange),
+        ({"method": "optimax"}, UnknownMethod),
+        ({"method": "bitdelta", "bits": 1.0}, BitsOutOfRange),
+        ({"method": "lora"}, Conflict),
+        ({"calibration": {"sampled": -1.0}}, InvalidCalibration),
+    ]
+    for options, refusal in asked:
+        with pytest.raises(refusal):
+            client.push(finetune, "maths/skills", "tiny", progress=lambda *_: note(1), **options)
+    assert sent == []
 
 
 def test_lists_are_fetched_page_by_page(service: Service, client: Client, ready: Delta) -> None:
