@@ -114,10 +114,18 @@ def require_base(session: Session, tenant_id: str, id_or_name: str) -> BaseRow:
     Raises:
         NotFound: there is none.
     """
-    base = BaseRepository(session, tenant_id).find(id_or_name)
-    if base is None:
-        raise NotFound(f"There is no base {id_or_name!r}; GET /v1/bases lists them.")
-    return base
+    bases = BaseRepository(session, tenant_id)
+    base = bases.find(id_or_name)
+    if base is not None:
+        return base
+    if (deleted := bases.find_deleted(id_or_name)) is not None:
+        restore = f"/v1/bases/{deleted.name}/restore"
+        raise NotFound(
+            f"The base {deleted.name} was deleted; POST {restore} brings it back.",
+            deleted=deleted.name,
+            restore=restore,
+        )
+    raise NotFound(f"There is no base {id_or_name!r}; GET /v1/bases lists them.")
 
 
 @router.post(

@@ -99,11 +99,11 @@ def show_row(
 def show_job(
     delta_id: DeltaReference, request: Request, caller: CallerDep, session: ReadSession
 ) -> Response:
-    """The job on a delta's page; reloads the page when it has ended."""
+    """The job on a delta's page; reloads the page when it has ended or the delta was deleted."""
     try:
         entry = views.entry(session, caller.tenant_id, delta_id)
-    except NotFound:  # deleted; the page still offers to undo that
-        return HTMLResponse(headers=HEADERS | REMOVE)
+    except NotFound:
+        return HTMLResponse(headers=HEADERS | REFRESH)
     if entry.job.state.is_final:
         return HTMLResponse(headers=HEADERS | REFRESH)
     return render(request, "parts/job.html", {"entry": entry, "stages": views.stages})

@@ -73,7 +73,10 @@ def _missing(deltas: DeltaRepository, reference: str) -> NoReturn:
         )
     if (gone := deltas.deleted(reference)) is not None:
         name = f"{gone.name}:{gone.version}"
-        raise NotFound(f"{name} was deleted; POST /v1/deltas/{name}/restore brings it back.")
+        restore = f"/v1/deltas/{name}/restore"
+        raise NotFound(
+            f"{name} was deleted; POST {restore} brings it back.", deleted=name, restore=restore
+        )
     if named is not None and newest is not None:
         raise NotFound(
             f"{named.name} has no version {named.version}; its newest is {newest.version}."

@@ -22,8 +22,11 @@ def require_model(session: Session, tenant_id: str, name: str, *, lock: bool = F
     model = ModelRepository(session, tenant_id).find(name, lock=lock)
     if model is None:
         if DeltaRepository(session, tenant_id).deleted(name) is not None:
+            restore = f"/v1/deltas/{name}/restore"
             raise NotFound(
-                f"{name} was deleted; POST /v1/deltas/{name}/restore brings its last version back."
+                f"{name} was deleted; POST {restore} brings its last version back.",
+                deleted=name,
+                restore=restore,
             )
         raise NotFound(f"There is no model {name!r}; GET /v1/registry lists them.")
     return model

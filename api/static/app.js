@@ -40,20 +40,13 @@ async function call(method, path, body) {
   return response.status === 204 ? null : response.json();
 }
 
-function say(text, undo) {
+function say(text) {
   said.textContent = text;
-  if (undo) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = "Undo";
-    button.dataset.api = undo;
-    said.append(" ", button);
-  }
   said.hidden = false;
 }
 
 // Forms and buttons with data-api="METHOD /path/{field}": fields go into the path or the JSON body.
-// data-then: reload (the default), stay, show (the new key), undo METHOD /path, or a page to go to.
+// data-then: reload (the default), stay, show (the new key), or a page to go to.
 function bodyOf(form, path) {
   const body = {};
   for (const field of form.elements) {
@@ -88,7 +81,6 @@ async function send(element) {
     const result = await call(method, path, isForm ? bodyOf(element, template) : fixed);
     if (then === "reload") return location.reload();
     if (then.startsWith("/")) return location.assign(then);
-    if (then.startsWith("undo ")) return say(message, then.slice(5));
     if (then === "show") showKey(result.key);
     if (message) say(message);
   } catch (error) {

@@ -110,8 +110,8 @@ def _state(job: "Job") -> str:
 def _name(client: "Client", delta: str) -> str:
     try:
         return client.delta(delta).reference
-    except NotFound:
-        return f"{delta} (deleted)"
+    except NotFound as error:  # whose bytes may have been given up, and its name with them
+        return f"{error.details.get('deleted') or delta} (deleted)"
 
 
 def logs(

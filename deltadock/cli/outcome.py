@@ -75,6 +75,7 @@ def _in_commands(message: str) -> str:
     """The message with commands instead of the api's routes."""
     message = re.sub(r"GET /v1/jobs/(job_\w+)", r"`deltadock logs \1`", message)
     message = re.sub(r"POST /v1/deltas/(\S+)/restore", r"`deltadock undo \1`", message)
+    message = re.sub(r"POST /v1/bases/(\S+)/restore", r"`deltadock bases undo \1`", message)
     routes = "|".join(ROUTES)
     return re.sub(
         rf"GET /v1/({routes})(\?\S*)?(?![\w/])",

@@ -152,6 +152,8 @@ def _check_base(client: "Client", base: str) -> None:
                 f"{base} is a folder, not the name of a base: register it with "
                 f"`deltadock bases add {base}`, then push with its name."
             ) from error
+        if error.details.get("deleted"):
+            raise
         names = ", ".join(found.name for found in client.bases()) or "none yet"
         raise NotFound(
             f"There is no base {base!r}. There are: {names}. `deltadock bases add DIR` adds one."

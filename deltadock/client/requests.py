@@ -155,7 +155,7 @@ def error_of(response: httpx.Response) -> DeltadockError:
             code, detail = problem["error"]["code"], problem["error"]["message"]
         else:
             code, detail = problem["code"], problem["detail"]
-        error = error_for(code, detail, status=response.status_code)
+        error = error_for(code, detail, status=response.status_code, deleted=problem.get("deleted"))
     except (ValueError, KeyError, TypeError, AttributeError):  # such as a proxy's error page
         url = response.url.copy_with(query=None)  # presigned URLs have their signature there
         error = Unavailable(

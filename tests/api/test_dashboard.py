@@ -130,12 +130,22 @@ def test_only_unfinished_rows_poll(site: Site, seeded: seed.Seeded) -> None:
         assert (answer.headers.get("hx-trigger") == "job-ended") is not again
 
 
-def test_a_deleted_row_and_its_job_are_removed(site: Site, seeded: seed.Seeded) -> None:
+def test_what_is_deleted_says_so_and_can_be_restored(site: Site, seeded: seed.Seeded) -> None:
     site.http.delete(f"/v1/deltas/{seeded.queued}")
-    for part in ("row", "job"):  # its page stays, and offers to undo
-        answer = site.http.get(f"/parts/deltas/{seeded.queued}/{part}")
-        assert (answer.status_code, answer.text) == (200, "")
-        assert answer.headers["hx-reswap"] == "delete"
+    row = site.http.get(f"/parts/deltas/{seeded.queued}/row")
+    assert (row.status_code, row.text, row.headers["hx-reswap"]) == (200, "", "delete")
+    assert site.http.get(f"/parts/deltas/{seeded.queued}/job").headers["hx-refresh"] == "true"
+    for path in (seeded.queued, "medical/summaries:1", "medical/summaries"):
+        page = site.text(f"/deltas/{path}", status=404)
+        assert "<b>medical/summaries:1</b> was deleted" in page
+        undo = page.split('data-api="POST ')[1].split('"')[0]
+    assert site.http.post(undo).status_code == 200
+    site.text(f"/deltas/{seeded.queued}")
+    with site.resources.database.session_scope() as session:
+        seed.add_base(session, "unused", 8)
+    site.http.delete("/v1/bases/unused")
+    page = site.text("/bases/unused", status=404)
+    assert 'data-api="POST /v1/bases/unused/restore"' in page
 
 
 def test_a_job_reloads_its_page_when_it_ends(site: Site, seeded: seed.Seeded) -> None:

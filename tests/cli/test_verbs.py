@@ -211,7 +211,7 @@ def test_what_is_deleted_comes_back(
     call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
 ) -> None:
     assert "deltadock undo maths/skills:2" in call("rm", pushed[1]).stderr
-    assert deltadock("show", pushed[1]).code == 1
+    assert "maths/skills:2 was deleted; `deltadock undo maths/skills:2`" in deltadock("show", pushed[1]).stderr
     assert "maths/skills:2 is back, ready" in call("undo", pushed[1]).stderr
     refused = deltadock("rm", "--all", "maths/skills")
     assert (refused.code, "confirm with --yes" in refused.stderr) == (1, True)
@@ -224,7 +224,7 @@ def test_a_whole_model_is_deleted_for_good(
     call("push", folder, "-b", "tiny", "--no-wait", "--method", "exact")
     assert answered(call("rm", "--all", "finetunes/gone", "--yes", "--json"))[0]["last_version"]
     assert deltadock("show", "finetunes/gone:1").code == 1
-    assert "deleted" in call("jobs").stdout
+    assert "finetunes/gone:1 (deleted)" in call("jobs").stdout
 
 
 def test_deltas_are_compared(call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
