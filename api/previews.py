@@ -9,7 +9,7 @@ from deltadock.api.bases import read_manifest, require_base, require_checkpoint
 from deltadock.api.dependencies import ReadSession, ResourcesDep
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DIGEST, Digest, GoalFields, goal_choices
-from deltadock.artifacts.compatibility import check_same_architecture
+from deltadock.artifacts.compatibility import check_differs, check_same_architecture
 from deltadock.compression.options import METHODS, SIZES
 from deltadock.compression.preview import SizePreview, carried_bytes, preview_size, shapes_of
 from deltadock.errors import (
@@ -17,6 +17,7 @@ from deltadock.errors import (
     BitsOutOfRange,
     InvalidGoal,
     NotFound,
+    UnchangedCheckpoint,
     UnknownMethod,
     refused_by_state,
 )
@@ -88,7 +89,7 @@ class PreviewOut(BaseModel):
         UnknownMethod,
         BitsOutOfRange,
         InvalidGoal,
-        by_state=(ArchitectureMismatch, InvalidGoal),
+        by_state=(ArchitectureMismatch, InvalidGoal, UnchangedCheckpoint),
     ),
 )
 def preview_delta(
@@ -102,6 +103,7 @@ def preview_delta(
     tuned = read_manifest(resources.blobs, checkpoint.digest)
     with refused_by_state():
         check_same_architecture(base, tuned)
+        check_differs(base, tuned)
         carried = carried_bytes(tuned, base)
         return PreviewOut.of(
             preview_size(shapes_of(tuned, base), body.method, goal, carried=carried)

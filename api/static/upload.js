@@ -197,16 +197,20 @@ if (form) {
     if (!tuned) return;
     const own = ++asked;
     output.textContent = "";
-    if (takesGoal() && ["max_kl", "min_agreement"].includes(fields.goal.value)) {
-      rows([["Size", "the smallest that keeps the bound, found while compressing"]]);
-      return;
-    }
+    // Which size keeps a bound is found while compressing; it is at most that of the most bits.
+    const isBound = takesGoal() && ["max_kl", "min_agreement"].includes(fields.goal.value);
+    const most = { bits: Number(fields.method.selectedOptions[0].dataset.max) };
     try {
       const found = await call("POST", "/v1/previews", {
-        base: fields.base.value, checkpoint: tuned, method: fields.method.value, ...goal(),
+        base: fields.base.value, checkpoint: tuned, method: fields.method.value,
+        ...(isBound ? most : goal()),
       });
       if (own !== asked) return;
-      rows([
+      rows(isBound ? [
+        ["Artifact", "the smallest that keeps the bound, found while compressing"],
+        ["at most", size(found.artifact_bytes)],
+        ["instead of", size(found.checkpoint_bytes)],
+      ] : [
         ["Artifact", size(found.artifact_bytes)],
         ["instead of", size(found.checkpoint_bytes)],
         ["True ratio", `${found.ratio.toPrecision(3)} ×`],
@@ -214,7 +218,9 @@ if (form) {
         ...found.parts.map(({ kind, bytes }) => [kind, size(bytes)]),
       ]);
     } catch (error) {
-      if (own === asked) output.textContent = error.message;
+      if (own !== asked) return;
+      rows([["Artifact", "–"]]);
+      output.textContent = error.message;
     }
   }
 

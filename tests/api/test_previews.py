@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.api.support import Api, weights
+from tests.api.support import CONFIG, Api, weights
 
 LAYER = {"model.layers.0.mlp.up_proj.weight": (64, 32)}
 
@@ -37,9 +37,21 @@ def test_a_preview_returns_sizes_and_stores_nothing(api: Api) -> None:
 
 def test_unchanged_tensors_take_no_bytes(api: Api) -> None:
     body = request_body(api, bits=1.0)
-    base = api.client.get("/v1/bases/tiny").json()["checkpoint"]["digest"]
-    size = api.client.post("/v1/previews", json=body | {"checkpoint": base}).json()
+    files = {
+        "config.json": CONFIG,
+        "model.safetensors": weights(0, rows=16, **LAYER),
+        "generation_config.json": b"{}",
+    }
+    same = api.upload("checkpoint", files)["checkpoint"]["digest"]
+    size = api.client.post("/v1/previews", json=body | {"checkpoint": same}).json()
     assert [part["kind"] for part in size["parts"]] == ["manifest"]
+
+
+def test_a_fine_tune_that_equals_its_base_is_rejected(api: Api) -> None:
+    body = request_body(api, bits=1.0)
+    base = api.client.get("/v1/bases/tiny").json()["checkpoint"]["digest"]
+    answer = api.client.post("/v1/previews", json=body | {"checkpoint": base})
+    assert (answer.status_code, answer.json()["code"]) == (409, "unchanged_checkpoint")
 
 
 def test_a_size_becomes_a_budget(api: Api) -> None:
