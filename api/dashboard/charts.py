@@ -120,70 +120,86 @@ class Point(NamedTuple):
     style: str
 
 
-_PLOT_WIDTH, _PLOT_HEIGHT = 560, 250
-_LEFT, _BOTTOM, _TOP, _RIGHT = 64, 40, 12, 16
+_LEFT, _BOTTOM, _TOP = 56, 40, 12
+"""Of the plots that are as wide as their container, in pixels; across, they count in percent."""
 
 
 def rate_distortion(points: Sequence[Point]) -> Markup:
     """KL (logarithmic, lower is better) over bits per weight, a linked dot for each point."""
-    root = _svg(_PLOT_WIDTH, _PLOT_HEIGHT, "grid plot", "KL over bits per weight")
+    height = 250
+    root, axis, plot = _axes("KL over bits per weight", height)
     most = 1.1 * max(point.bits for point in points)
     kls = [max(point.kl, 1e-7) for point in points]
     low, high = math.floor(math.log10(min(kls))), math.ceil(math.log10(max(kls)) + 1e-9)
     high = max(high, low + 1)
 
     def x(bits: float) -> float:
-        return _LEFT + (_PLOT_WIDTH - _LEFT - _RIGHT) * bits / most
+        return 100 * bits / most
 
     def y(kl: float) -> float:
         share = (math.log10(max(kl, 1e-7)) - low) / (high - low)
-        return _TOP + (_PLOT_HEIGHT - _TOP - _BOTTOM) * (1 - share)
+        return _TOP + (height - _TOP - _BOTTOM) * (1 - share)
 
     for power in range(low, high + 1):
-        _rule(root, x(0), y(10.0**power), x(most))
-        _label(root, _LEFT - 8, y(10.0**power) + 4, f"{10.0**power:g}", "projection")
+        _rule(plot, 0, y(10.0**power), 100, unit="%")
+        _label(axis, _LEFT - 8, y(10.0**power) + 4, f"{10.0**power:g}", "projection")
     for tick in _ticks(most):
-        _label(root, x(tick), _PLOT_HEIGHT - _BOTTOM + 16, f"{tick:g}", "layer")
-    _label(root, x(most / 2), _PLOT_HEIGHT - 6, "bits per weight, all stored", "layer")
+        _label(plot, x(tick), height - _BOTTOM + 16, f"{tick:g}", "layer", unit="%")
+    _label(plot, 50, height - 6, "bits per weight, all stored", "layer", unit="%")
     for point in sorted(points, key=lambda point: point.style == "this"):
-        link = ET.SubElement(root, "a", {"href": point.href})
+        link = ET.SubElement(plot, "a", {"href": point.href})
         cell = _cell(
             link,
             f"dot {point.style}",
             f"{point.label}\n{significant(point.bits)} bits, KL {significant(point.kl)}",
         )
-        place = {"cx": _n(x(point.bits)), "cy": _n(y(point.kl)), "r": "6"}
+        place = {"cx": f"{_n(x(point.bits))}%", "cy": _n(y(point.kl)), "r": "6"}
         ET.SubElement(cell, "circle", place)
         if point.style == "this":
             name = point.label.partition(", ")[0]
             is_right = point.bits > most / 2  # where a name would leave the plot
-            beside = x(point.bits) + (-10 if is_right else 10)
-            _label(root, beside, y(point.kl) + 4, name, "projection" if is_right else "start")
+            side = "projection" if is_right else "start"
+            text = _label(plot, x(point.bits), y(point.kl) + 4, name, side, unit="%")
+            text.set("dx", "-10" if is_right else "10")
     return _markup(root)
 
 
 def layer_bits(layers: Sequence[LayerBits], budget: float | None) -> Markup:
     """Stored bits per weight of each layer, with the budget as a line."""
-    root = _svg(_PLOT_WIDTH, 178, "grid plot", "Bits per weight by layer")
-    most = 1.1 * max([layer.bits for layer in layers] + ([budget] if budget else []))
     bottom, height = 136, 124
-    width = (_PLOT_WIDTH - _LEFT - _RIGHT) / len(layers)
+    root, axis, plot = _axes("Bits per weight by layer", bottom + _BOTTOM)
+    most = 1.1 * max([layer.bits for layer in layers] + ([budget] if budget else []))
+    share = 100 / len(layers)
     for tick in _ticks(most):
-        _rule(root, _LEFT, bottom - height * tick / most, _PLOT_WIDTH - _RIGHT)
-        _label(root, _LEFT - 8, bottom - height * tick / most + 4, f"{tick:g}", "projection")
-    label_step = math.ceil(26 / width)
+        _rule(plot, 0, bottom - height * tick / most, 100, unit="%")
+        _label(axis, _LEFT - 8, bottom - height * tick / most + 4, f"{tick:g}", "projection")
     for number, layer in enumerate(layers):
-        left = _LEFT + number * width
-        cell = _cell(root, "bar-of-layer", f"layer {layer.layer}: {significant(layer.bits)} bits")
+        cell = _cell(plot, "bar-of-layer", f"layer {layer.layer}: {significant(layer.bits)} bits")
         tall = height * layer.bits / most
-        _rect(cell, Box(left + 1, bottom - tall, max(width - 2, 1), tall))
-        if number % label_step == 0:
-            _label(root, left + width / 2, bottom + 16, layer.layer, "layer")
+        left = number * share
+        _rect(cell, Box(left, bottom - tall, 0.92 * share, tall), unit="%")
+    _label_columns(plot, [layer.layer for layer in layers], bottom + 16, 7.0 * share)
     if budget:
-        line = _rule(root, _LEFT, bottom - height * budget / most, _PLOT_WIDTH - _RIGHT)
+        line = _rule(plot, 0, bottom - height * budget / most, 100, unit="%")
         line.set("class", "budget")
-    _label(root, _PLOT_WIDTH / 2, 174, "layer", "layer")
+    _label(plot, 50, bottom + _BOTTOM - 4, "layer", "layer", unit="%")
     return _markup(root)
+
+
+def _axes(label: str, height: int) -> tuple[ET.Element, ET.Element, ET.Element]:
+    """A plot as wide as its container: its root, and what is drawn of the axis and beside it."""
+    root = ET.Element("div", {"class": "axes plot", "role": "group", "aria-label": label})
+    axis = ET.SubElement(root, "svg", {"class": "grid", "width": str(_LEFT), "height": str(height)})
+    return root, axis, ET.SubElement(root, "svg", {"class": "grid", "height": str(height)})
+
+
+def _label_columns(parent: ET.Element, names: Sequence[str], y: float, width: float) -> None:
+    """Names of columns about `width` pixels wide, so many as there is room for."""
+    step = math.ceil(30 / width)
+    for number, name in enumerate(names):
+        if number % step == 0:
+            style = "layer" if number % (3 * step) == 0 else "layer if-wide"
+            _label(parent, 100 * (number + 0.5) / len(names), y, name, style, unit="%")
 
 
 class Series(NamedTuple):
@@ -204,20 +220,26 @@ def timeline(label: str, times: Sequence[datetime], series: Sequence[Series], to
     _rule(root, 0, above, width)
     _rule(root, 0, bottom, width)
     _label(root, 0, above - 4, top, "start")
-    _label(root, 0, height - 3, f"{round(span / 60)} min ago", "start")
+    start = f"{round(span / 60)} min ago" if span >= 60 else f"{round(span)} s ago"
+    _label(root, 0, height - 3, start, "start")
     _label(root, width, height - 3, "now", "projection")
     for line in series:
-        runs: list[list[str]] = [[]]
+        runs: list[list[tuple[str, str]]] = [[]]
         for time, value in zip(times, line.values, strict=True):
             if value is None:
                 runs.append([])
                 continue
             x = width * (time - first).total_seconds() / span
-            runs[-1].append(f"{_n(x)},{_n(bottom - (bottom - above) * value / most)}")
+            y = bottom - (bottom - above) * value / most
+            runs[-1].append((_n(x), _n(y)))
         for points in filter(None, runs):
-            # A single point is drawn by its round ends.
-            shape = {"points": " ".join([*points, points[-1]]), "class": line.style}
-            ET.SubElement(root, "polyline", shape)
+            if len(points) == 1:
+                cx, cy = points[0]
+                dot = {"cx": cx, "cy": cy, "r": "2.5", "class": line.style}
+                ET.SubElement(root, "circle", dot)
+            else:
+                shape = {"points": " ".join(map(",".join, points)), "class": line.style}
+                ET.SubElement(root, "polyline", shape)
     return _markup(root)
 
 
@@ -271,14 +293,18 @@ def _ticks(most: float) -> list[float]:
     return [round(step * number, 9) for number in range(int(most / step) + 1)]
 
 
-def _rule(root: ET.Element, x1: float, y: float, x2: float) -> ET.Element:
-    """A horizontal line."""
-    ends = {"x1": _n(x1), "y1": _n(y), "x2": _n(x2), "y2": _n(y)}
+def _rule(root: ET.Element, x1: float, y: float, x2: float, *, unit: str = "") -> ET.Element:
+    """A horizontal line; `unit` is that of x."""
+    ends = {"x1": _n(x1) + unit, "y1": _n(y), "x2": _n(x2) + unit, "y2": _n(y)}
     return ET.SubElement(root, "line", ends)
 
 
-def _label(root: ET.Element, x: float, y: float, text: str, style: str) -> None:
-    ET.SubElement(root, "text", {"x": _n(x), "y": _n(y), "class": style}).text = text
+def _label(
+    root: ET.Element, x: float, y: float, text: str, style: str, *, unit: str = ""
+) -> ET.Element:
+    label = ET.SubElement(root, "text", {"x": _n(x) + unit, "y": _n(y), "class": style})
+    label.text = text
+    return label
 
 
 class Box(NamedTuple):
@@ -307,12 +333,7 @@ def _draw_grid(
     names = ET.SubElement(root, "svg", {"class": "grid", "width": str(margin), "height": str(tall)})
     body = {"class": "grid", "width": str(columns * width), "height": str(tall)}
     cells = ET.SubElement(root, "svg", body)
-    label_step = math.ceil(30 / width)
-    for column, layer in enumerate(grid.layers):
-        if column % label_step == 0:
-            style = "layer" if column % (3 * label_step) == 0 else "layer if-wide"
-            place = {"x": f"{_n(100 * (column + 0.5) / columns)}%", "y": "12", "class": style}
-            ET.SubElement(cells, "text", place).text = layer
+    _label_columns(cells, list(grid.layers), 12, width)
     for row, projection in enumerate(grid.projections):
         top = _AXIS + row * height
         _label(names, margin - 8, top + height / 2 + 4, projection, "projection")

@@ -89,12 +89,22 @@ def test_a_layers_bits_are_those_of_all_its_matrices() -> None:
 def test_rate_and_distortion_stay_inside_their_plot(places: list[tuple[float, float]]) -> None:
     points = [charts.Point("m:1", bits, kl, "/deltas/x", "other") for bits, kl in places]
     root = ET.fromstring(charts.rate_distortion(points))
-    width, height = map(float, root.attrib["viewBox"].split()[2:])
+    height = float(root[1].attrib["height"])
     dots = list(root.iter("circle"))
     assert len(dots) == len(points)
     for dot in dots:
-        assert 0 <= float(dot.attrib["cx"]) <= width
+        assert 0 <= float(dot.attrib["cx"].removesuffix("%")) <= 100
         assert 0 <= float(dot.attrib["cy"]) <= height
+
+
+def test_a_value_between_two_gaps_is_a_dot() -> None:
+    times = [datetime(2026, 11, 22, 8, minute, tzinfo=UTC) for minute in range(6)]
+    line = charts.Series("device", [1.0, 2.0, None, 3.0, None, None])
+    root = ET.fromstring(charts.timeline("x", times, [line], "3"))
+    (drawn,) = root.iter("polyline")
+    assert drawn.attrib["points"].count(",") == 2
+    (dot,) = root.iter("circle")
+    assert (float(dot.attrib["cx"]), dot.attrib["class"]) == (260 * 3 / 5, "device")
 
 
 def test_bar_heights_are_proportional_to_ranks() -> None:
