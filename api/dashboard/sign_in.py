@@ -39,12 +39,17 @@ def show_sign_in(
     target: Annotated[str, Query(alias="next")] = "/",
     token: Annotated[str | None, Query()] = None,
 ) -> Response:
-    """The sign-in form; with the token of a one-time link, sign in at once."""
+    """The sign-in form; with the token of a one-time link, sign in at once.
+
+    A browser that is signed in goes on to the page, though the link was used before.
+    """
     if token is None:
         return _form(request, target)
     try:
         caller = _use_link(resources, token)
     except DeltadockError as error:
+        if _has_session(request, resources):
+            return RedirectResponse(_local(target), 303, HEADERS)
         return _form(request, target, error)
     return _signed_in(request, resources, caller, target)
 
@@ -93,6 +98,16 @@ def _use_link(resources: Resources, token: str) -> Caller:
             raise Unauthorized("This link was used before. Sign in with an API key.")
         used.add(link.nonce, fingerprint="sign-in link", status=None, location=None, body={})
     return caller
+
+
+def _has_session(request: Request, resources: Resources) -> bool:
+    """Whether the browser's session may see pages."""
+    try:
+        session = resources.sessions.find(request.cookies.get(COOKIE, ""))
+        PAGE.check(resources.keys.caller_of_session(session.key_id))
+    except DeltadockError:
+        return False
+    return True
 
 
 def _form(request: Request, target: str, error: DeltadockError | None = None) -> Response:

@@ -108,6 +108,8 @@ def test_a_link_signs_in_once(api: Api, browser: httpx.Client) -> None:
     link = {"token": token}
     assert browser.get("/sign-in", params=link).headers["location"] == "/"
     assert browser.get("/").status_code == 200
+    again = browser.get("/sign-in", params=link | {"next": "/jobs"})
+    assert (again.status_code, again.headers["location"]) == (303, "/jobs")
     used = httpx.get(f"{api.client.base_url}/sign-in", params=link)
     assert (used.status_code, "used before" in used.text) == (401, True)
     assert "expired" in httpx.get(f"{api.client.base_url}/sign-in?token=x").text
