@@ -98,10 +98,11 @@ class DeltaEntry(NamedTuple):
 
     @property
     def remaining(self) -> float | None:
-        """Seconds until the job is expected to end."""
+        """Seconds until the job is expected to end; None if that is not known, or now."""
         if self.job.expected_at is None or self.job.state.is_final:
             return None
-        return (self.job.expected_at - datetime.now(UTC)).total_seconds()
+        left = (self.job.expected_at - datetime.now(UTC)).total_seconds()
+        return left if round(left) > 0 else None
 
     @property
     def poll_interval(self) -> str | None:
