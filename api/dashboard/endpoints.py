@@ -9,7 +9,7 @@ from starlette.responses import HTMLResponse, Response
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.bases import page_of_bases
-from deltadock.api.dashboard import views
+from deltadock.api.dashboard import snippets, views
 from deltadock.api.dashboard.rendering import HEADERS, page_router, render
 from deltadock.api.deltas import service
 from deltadock.api.deltas.endpoints import SortBy, wanted_deltas
@@ -19,6 +19,7 @@ from deltadock.api.references import DeltaReference
 from deltadock.api.registry.endpoints import Name
 from deltadock.compression.options import METHODS, default_method
 from deltadock.errors import InvalidInput, NotFound
+from deltadock.storage.api_keys import local_key_path
 from deltadock.storage.collection import UsageByKind
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, ModelRepository
@@ -111,13 +112,27 @@ def show_job(
 
 @router.get("/deltas/{delta_id:reference}")
 def show_delta(
-    delta_id: DeltaReference, request: Request, caller: CallerDep, session: ReadSession
+    delta_id: DeltaReference,
+    request: Request,
+    caller: CallerDep,
+    session: ReadSession,
+    resources: ResourcesDep,
 ) -> Response:
     """One delta's page."""
     page = views.delta_view(session, caller.tenant_id, delta_id)
-    return render(
-        request, "delta.html", {"page": page, "advice": views.advice, "stages": views.stages}
-    )
+    key_file = local_key_path(resources.settings.home.absolute()) if caller.is_operator else None
+    if key_file and not key_file.is_file():
+        key_file = None
+    url = str(request.base_url).rstrip("/")
+    context = {
+        "page": page,
+        "advice": views.advice,
+        "stages": views.stages,
+        "key_file": key_file,
+        "environment": snippets.environment(url, key_file),
+        "examples": snippets.examples(page.entry.reference, chats=page.tried[-1].chats or False),
+    }
+    return render(request, "delta.html", context)
 
 
 @router.get("/models/{project}/{model}")

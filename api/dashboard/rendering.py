@@ -21,6 +21,7 @@ from starlette.templating import Jinja2Templates
 
 from deltadock.api.dashboard import charts, formats
 from deltadock.api.dashboard.markdown import markdown
+from deltadock.api.dashboard.snippets import PROMPTS
 from deltadock.api.routing import api_router
 from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
 from deltadock.errors import DeltadockError, InvalidInput
@@ -60,6 +61,7 @@ _templates.env.lstrip_blocks = True
 _templates.env.globals |= {
     "asset": asset,
     "charts": charts,
+    "prompts": PROMPTS,
     "suffixes": sorted(KNOWN_SUFFIXES),
     "version": __version__,
 }

@@ -14,7 +14,8 @@ from deltadock.api.dependencies import Resources
 from deltadock.api.fleet import TIERS
 from deltadock.api.main import create_app
 from deltadock.settings import Settings
-from deltadock.storage.models import JobState, Scope
+from deltadock.storage.api_keys import local_key_path
+from deltadock.storage.models import CheckpointRow, JobState, Scope
 from deltadock.storage.repositories import (
     BaseRepository,
     DeltaRepository,
@@ -292,6 +293,29 @@ def test_the_fine_tune_answers_beside_its_delta(site: Site, seeded: seed.Seeded)
         ("maths/skills:1", "adamix"),
     ]
     assert len(re.findall(r'<h3 id="answer-\d">', site.text(f"/deltas/{exact.id}"))) == 2
+
+
+def test_examples_find_the_servers_own_key_and_chat_where_the_model_can(
+    site: Site, seeded: seed.Seeded
+) -> None:
+    path = f"/deltas/{seeded.ready[0]}"
+    page = unescape(site.text(path))
+    assert 'export DELTADOCK_API_KEY="ddk_..."' in page
+    assert "$DELTADOCK_API_URL/v1/chat/completions" in page
+    assert 'value="chat" checked' in page
+    key = local_key_path(site.resources.settings.home)
+    key.write_text("kept")
+    assert f'export DELTADOCK_API_KEY="$(cat {key})"' in unescape(site.text(path))
+    with site.resources.database.session_scope() as session:
+        base = BaseRepository(session, LOCAL_TENANT).find("pilot-0.3b")
+        assert base is not None
+        delta = seed.add_delta(session, base, "plain/text", 1.0)
+        seed.finish(session, site.resources.blobs, delta, seed.report(layers=1))
+        tuned = session.get_one(CheckpointRow, delta.checkpoint_digest)
+        tuned.has_chat_template = False
+    page = unescape(site.text(f"/deltas/{delta.id}"))
+    assert "$DELTADOCK_API_URL/v1/completions" in page
+    assert 'value="plain" checked' in page
 
 
 def test_names_are_escaped(site: Site) -> None:

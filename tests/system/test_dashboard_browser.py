@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -230,8 +232,10 @@ def test_every_page_fits_a_phone_and_is_accessible(site: Site, page: Page) -> No
 def test_base_and_delta_generate_side_by_side(site: Site, page: Page) -> None:
     site.node.requests.clear()
     page.goto(f"/deltas/{site.seeded.ready[0]}")
+    expect(page.get_by_label("Chat")).to_be_checked()  # for the fine-tune has a template
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#prompt-problem")).to_contain_text("Write a prompt")
+    page.get_by_label("Plain text").check()
     page.get_by_label("Prompt").fill("17 + 25 =")
     page.get_by_label("Max tokens").fill("8")
     page.get_by_role("button", name="Generate").click()
@@ -248,15 +252,15 @@ def test_base_and_delta_generate_side_by_side(site: Site, page: Page) -> None:
     page.get_by_label("Chat").check()
     assert [note.is_visible() for note in notes.all()] == [True, False]
     expect(page.get_by_role("button", name="Once upon a time")).to_be_hidden()
-    page.get_by_role("button", name="sort d h f h", exact=True).click()
+    page.get_by_role("button", name="sort h b d a", exact=True).click()
     for _ in range(2):
         page.get_by_role("button", name="Generate").click()
         expect(page.get_by_role("button", name="Generate")).to_be_enabled()
     chats = [r["body"]["messages"] for r in asked if r["path"] == "/v1/chat/completions"]
     assert list(map(len, chats)) == [1, 3]  # the base, which has no template, continues the text
-    assert chats[0][0]["content"] == "sort d h f h"
+    assert chats[0][0]["content"] == "sort h b d a"
     prompts = [r["body"]["prompt"] for r in asked if r["path"] == "/v1/completions"]
-    assert prompts[2:] == ["sort d h f h"] * 2
+    assert prompts[2:] == ["sort h b d a"] * 2
     page.get_by_role("link", name="Side by side with others").click()
     expect(page.locator(".answer")).to_have_count(2)
 
@@ -332,12 +336,11 @@ def test_a_delta_is_deleted_and_restored(site: Site, page: Page) -> None:
     page.get_by_role("button", name="Delete").click()
     expect(page.locator("main")).to_contain_text("live/deleted:1 was deleted.")
     page.get_by_role("button", name="Undo").click()
-    expect(page.locator("#said")).to_be_hidden()
-    page.reload()
     expect(page.locator("h1")).to_have_text("live/deleted:1")
     page.goto("/bases/pilot-0.3b")
     page.get_by_role("button", name="Delete").click()
     expect(page.locator("#said")).to_contain_text("deltas need the base 'pilot-0.3b'")
+    expect(page.locator("#said")).to_be_in_viewport()
 
 
 def test_jobs_move_and_are_cancelled_in_their_list(site: Site, page: Page) -> None:
@@ -400,13 +403,13 @@ def test_uploads_continue_and_become_a_base_and_a_delta(
     expect(preview).not_to_have_text(before, use_inner_text=True)
     page.get_by_label("Kind of goal").select_option("max_kl")
     expect(preview).to_contain_text("the smallest that keeps the bound")
-    page.get_by_label("Kind of goal").select_option("bits")
-    page.get_by_role("button", name="Compress").click()
-    expect(page.locator("h1")).to_have_text("browser/pushed:1")
     page.get_by_label("Kind of goal").select_option("ratio")
     page.get_by_label("Value of the goal").fill("900")
     expect(page.locator("#new .problem")).to_contain_text("cannot be reached")
     expect(preview).to_have_text("Artifact–")
+    page.get_by_label("Kind of goal").select_option("bits")
+    page.get_by_role("button", name="Compress").click()
+    expect(page.locator("h1")).to_have_text("browser/pushed:1")
     expect(page.locator("#job [role=status]")).to_contain_text("Queued")
     site.finish(page.url.rsplit("/", 1)[1])
     expect(page.locator(".heading .state")).to_have_text("ready")
@@ -431,8 +434,13 @@ def test_a_running_system_answers_what_the_browser_pushed(
     page.get_by_label("Method").select_option("exact")
     page.get_by_role("button", name="Compress").click()
     expect(page.locator(".heading .state")).to_have_text("ready", timeout=120_000)
-    page.get_by_label("Prompt").fill("Q: sort d h f h =\nA:")
-    page.get_by_label("Max tokens").fill("8")
+    page.get_by_label("Prompt").fill("sort d h f h")
     page.get_by_role("button", name="Generate").click()
     expect(page.locator(".answer output").last).to_contain_text("d f h h", timeout=120_000)
+    environment = {**os.environ, "DELTADOCK_API_URL": url}
+    for tab, program in (("curl", "bash"), ("Python", sys.executable), ("OpenAI", sys.executable)):
+        example = page.locator(f"#use-{tab} .copy").get_attribute("data-copy")
+        command = [program, "-c", example or ""]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert "a b d h" in ran.stdout, tab
     context.close()
