@@ -211,7 +211,7 @@ def test_what_is_deleted_comes_back(
     call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
 ) -> None:
     assert "deltadock undo maths/skills:2" in call("rm", pushed[1]).stderr
-    assert "maths/skills:2 was deleted; `deltadock undo maths/skills:2`" in deltadock("show", pushed[1]).stderr
+    assert "was deleted; `deltadock undo maths/skills:2`" in deltadock("show", pushed[1]).stderr
     assert "maths/skills:2 is back, ready" in call("undo", pushed[1]).stderr
     refused = deltadock("rm", "--all", "maths/skills")
     assert (refused.code, "confirm with --yes" in refused.stderr) == (1, True)
