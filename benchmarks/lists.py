@@ -3,12 +3,12 @@
     python -m benchmarks.lists [--deltas 100000] [--requests 200] [--runs 3]
                                [--database sqlite postgres] [--folder FOLDER]
 
-Fills a new database with models of five versions, nine in ten ready, each with an upload, a file in
-the blob store and a report as of 24 layers (41 KB), and with 2,000 jobs that wait; in FOLDER, if
-one is named, where the next run finds it. Then sends requests to the app in this process, one at a
-time, and prints wall time and this process's processor time of a request, client included, in
-milliseconds. On a machine with other work the wall time's p99 is mostly theirs: the best of several
-runs counts.
+Fills a new database with models of five versions, nine in ten ready, each with an uploaded
+fine-tune, a file in the blob store and a report as of 24 layers (41 KB), and with 2,000 jobs that
+wait; in FOLDER, if one is named, where the next run finds it. Then sends requests to the app in
+this process, one at a time, and prints wall time and this process's processor time of a request,
+client included, in milliseconds. On a machine with other work the wall time's p99 is mostly theirs:
+the best of several runs counts.
 """
 
 import argparse
@@ -109,6 +109,9 @@ ROUTES: Final = (
     "/parts/totals",
     "/nodes",
     "/keys",
+    "/jobs",
+    "/bases",
+    "/storage",
     "/deltas/{name}",
 )
 
@@ -154,8 +157,8 @@ def fill(connection: Connection, count: int, queued: int) -> None:
         rows: dict[type[Any], list[dict[str, Any]]] = {
             kind: []
             for kind in (
-                ModelRow, ModelTermRow, DeltaRow, JobRow, AliasRow, UploadRow, UploadFileRow,
-                BlobUseRow,
+                CheckpointRow, ModelRow, ModelTermRow, DeltaRow, JobRow, AliasRow, UploadRow,
+                UploadFileRow, BlobUseRow,
             )
         }  # fmt: skip
         for number in range(first, min(count, first + BATCH)):
@@ -194,6 +197,11 @@ def artifact(number: int) -> str:
     return f"{number + 2**32:064x}"
 
 
+def checkpoint(number: int) -> str:
+    """The digest of a delta's fine-tune."""
+    return f"{number + 2**34:064x}"
+
+
 def add_rows(
     rows: dict[type[Any], list[dict[str, Any]]],
     number: int,
@@ -223,11 +231,15 @@ def add_rows(
     elif waits:
         state = JobState.QUEUED
     is_ready = state is JobState.READY
+    rows[CheckpointRow].append(
+        {"digest": checkpoint(number), "weights_digest": checkpoint(number), "model_type": "llama",
+         "total_bytes": 2**34, "created_at": at}
+    )  # fmt: skip
     figures = {"ratio": 12.5, "true_bits": 1.1, "kl": chance.random(), "agreement": 0.98}
     rows[DeltaRow].append(
         {"id": f"dlt_{number}", **owned, "model_id": model_id, "name": name,
          "version": version + 1, "base_id": f"base_{number % BASES}",
-         "checkpoint_digest": f"{number % BASES:064x}",
+         "checkpoint_digest": checkpoint(number),
          "method": "bitdelta" if number % 50 == 0 else "adamix", "bits": 1.0,
          "options": {"seed": 0, "solver": "exact", "goal": None, "calibration": None},
          "fingerprint": artifact(number), "created_at": at,
@@ -246,9 +258,11 @@ def add_rows(
             {"model_id": model_id, "alias": "default", "delta_id": f"dlt_{number}", "version": 1,
              "moved_at": at}
         )  # fmt: skip
+    is_open = number % 1000 == 0
     rows[UploadRow].append(
         {"id": f"upl_{number}", **owned, "kind": UploadKind.CHECKPOINT,
-         "state": UploadState.OPEN if number % 100 == 0 else UploadState.COMPLETE,
+         "state": UploadState.OPEN if is_open else UploadState.COMPLETE,
+         "checkpoint_digest": None if is_open else checkpoint(number),
          "created_at": at, "updated_at": at}
     )  # fmt: skip
     rows[UploadFileRow] += [

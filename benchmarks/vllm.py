@@ -274,7 +274,7 @@ def main() -> None:
         if (delta := options.delta) is None:
             delta = folder / "sample.delta"
             command = [
-                sys.executable, "-m", "deltadock.cli.main", "compress", "--base", options.base,
+                sys.executable, "-m", "deltadock", "compress", "--base", options.base,
                 "--finetuned", SAMPLES / "finetuned", "--method", "adamix", "--calibration",
                 SAMPLES / "calibration.txt", "--calibration-tokens", "2048", "--out", delta,
             ]  # fmt: skip

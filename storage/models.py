@@ -350,7 +350,11 @@ class UploadRow(TableRow):
         # Checkpoints belong to the tenants that uploaded them.
         Index("ix_uploads_tenant_id_checkpoint_digest", "tenant_id", "checkpoint_digest"),
         Index("ix_uploads_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
-        Index("ix_uploads_state_updated_at", "state", "updated_at"),
+        Index(
+            "ix_uploads_unfinished_updated_at",
+            "updated_at",
+            **_only("state IN ('open', 'completing')"),
+        ),
         Index("ix_uploads_checkpoint_digest", "checkpoint_digest"),
     )
 

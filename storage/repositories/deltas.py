@@ -228,7 +228,8 @@ class DeltaRepository:
     def exact_twin(self, delta: ShownDelta) -> Sibling | None:
         """The newest ready delta that stores the same fine-tune of the same base bit for bit."""
         query = self._of_checkpoint(delta.checkpoint_digest).where(
-            DeltaRow.base_id == delta.base.id, DeltaRow.method == EXACT_METHOD
+            unindexed(DeltaRow.base_id) == delta.base.id,
+            unindexed(DeltaRow.method) == EXACT_METHOD,
         )
         return next(iter(self._siblings(query.order_by(DeltaRow.created_at.desc()).limit(1))), None)
 
@@ -238,7 +239,7 @@ class DeltaRepository:
             DeltaRow.checkpoint_digest == digest,
             DeltaRow.artifact_digest.is_not(None),
             DeltaRow.deleted_at.is_(None),
-            self._owned(),
+            owned_by(unindexed(DeltaRow.tenant_id), self.tenant),
         )
 
     def _siblings(self, query: Select[Any]) -> list[Sibling]:

@@ -9,6 +9,7 @@ from sqlalchemy import (
     CursorResult,
     Result,
     and_,
+    bindparam,
     exists,
     func,
     or_,
@@ -46,6 +47,13 @@ class UploadRepository:
 
     def _owned(self) -> ColumnElement[bool]:
         return owned_by(UploadRow.tenant_id, self.tenant)
+
+    def _unfinished(self) -> ColumnElement[bool]:
+        """Found by the index of these uploads, which the literals tell, however many others are."""
+        states: Any = bindparam("unfinished", UNFINISHED, expanding=True, literal_execute=True)
+        return and_(
+            UploadRow.state.in_(states), owned_by(unindexed(UploadRow.tenant_id), self.tenant)
+        )
 
     def add(self, kind: UploadKind, files: Iterable[UploadFileRow] = ()) -> UploadRow:
         """Insert an open upload with these files, stored or announced."""
@@ -108,14 +116,15 @@ class UploadRepository:
                 selectinload(UploadRow.files).options(defer(UploadFileRow.tensors)),
                 joinedload(UploadRow.checkpoint),
             )
-            .where(self._owned())
             .order_by(UploadRow.created_at.desc(), UploadRow.id.desc())
             .limit(limit)
         )
-        if states:
-            query = query.where(UploadRow.state.in_(states))
+        if not states:
+            query = query.where(self._owned(), UploadRow.state != UploadState.ABORTED)
+        elif set(states) <= set(UNFINISHED):
+            query = query.where(self._unfinished(), UploadRow.state.in_(states))
         else:
-            query = query.where(UploadRow.state != UploadState.ABORTED)
+            query = query.where(self._owned(), UploadRow.state.in_(states))
         if after is not None:
             place = tuple_(UploadRow.created_at, UploadRow.id)
             query = query.where(place < (after.created_at, after.id))
@@ -125,7 +134,7 @@ class UploadRepository:
         """The number of uploads that are open or completing."""
         query = (
             select(UploadRow.state, func.count().label("number"))
-            .where(self._owned(), UploadRow.state.in_(UNFINISHED))
+            .where(self._unfinished())
             .group_by(UploadRow.state)
         )
         return {row.state: row.number for row in self.session.execute(query)}
@@ -178,19 +187,20 @@ class UploadRepository:
     def _free(self) -> ColumnElement[bool]:
         now = database_now(self.session)
         return and_(
+            self._unfinished(),
             UploadRow.state == UploadState.COMPLETING,
             or_(UploadRow.lease_expires_at.is_(None), UploadRow.lease_expires_at <= now),
         )
 
     def unleased(self) -> Sequence[str]:
         """Ids of completing uploads that no process hashes."""
-        return self.session.scalars(select(UploadRow.id).where(self._owned(), self._free())).all()
+        return self.session.scalars(select(UploadRow.id).where(self._free())).all()
 
     def acquire(self, upload_id: str, owner: str, seconds: float) -> UploadRow | None:
         """Lease a completing upload to `owner`; None if another process has it."""
         leased = self.session.execute(
             update(UploadRow)
-            .where(UploadRow.id == upload_id, self._owned(), self._free())
+            .where(UploadRow.id == upload_id, self._free())
             .values(
                 lease_owner=owner,
                 lease_expires_at=database_now(self.session) + timedelta(seconds=seconds),
@@ -286,7 +296,7 @@ class UploadRepository:
         """Ids of up to `limit` unfinished uploads last updated before `before`."""
         return self.session.scalars(
             select(UploadRow.id)
-            .where(self._owned(), UploadRow.state.in_(UNFINISHED), UploadRow.updated_at < before)
+            .where(self._unfinished(), UploadRow.updated_at < before)
             .limit(limit)
         ).all()
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import anyio
@@ -16,14 +17,16 @@ from deltadock.api.main import create_app
 from deltadock.api.paging import Cursor
 from deltadock.errors import NotFound
 from deltadock.settings import Settings
+from deltadock.storage.collection import measure
 from deltadock.storage.database import migrate
 from deltadock.storage.repositories import (
     DeltaRepository,
     JobRepository,
     KeyRepository,
     NodeRepository,
+    UploadRepository,
 )
-from deltadock.storage.tenancy import LOCAL_TENANT
+from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
 from tests import seed
 from tests.api.support import bearer, issue_key
 
@@ -61,13 +64,22 @@ LISTS = (
     "/",
     "/nodes",
     "/parts/totals",
+    "/deltas/maths/skills",
+    "/models/maths/skills",
+    "/jobs",
+    "/bases",
+    "/new",
+    "/try",
+    "/audit",
+    "/v1/uploads?limit=2",
+    "/v1/uploads?limit=2&state=open&state=completing",
 )
 ACCESS = re.compile(r"FROM (api_keys|tenants)\b(?!.*LIMIT)", re.DOTALL)
 """Statements about the caller, which precede every request."""
-WHOLE_TENANT = re.compile(r"(?<! totals) USING .*\(tenant_id=\?\)$")
-"""A walk over all rows of a tenant, unless it stops at a limit."""
-SMALL_TABLES = ("nodes",)
-"""With a row per running process."""
+WHOLE_TENANT = re.compile(r"(?<! totals) USING .*\((tenant_id|state|base_id)=\?\)$")
+"""A walk over all rows of a tenant, state or base, unless it stops at a limit."""
+SMALL = re.compile(r"SCAN (nodes\b|uploads USING INDEX ix_uploads_unfinished)")
+"""Of a row per running process, and of what expires."""
 
 
 @pytest.fixture(scope="module")
@@ -109,24 +121,25 @@ def executed(
 
 @pytest.mark.parametrize("path", LISTS)
 def test_every_statement_of_a_list_uses_an_index(site: TestClient, path: str) -> None:
-    """No table is scanned, nothing but a bounded set is sorted, no report is read."""
+    """No table is scanned, nothing but a bounded set is sorted, no report but a page's is read."""
     with executed(site) as statements:
         assert site.get(path).status_code == 200
     assert 1 <= len(statements) <= 12
+    reports = [sql for sql, _ in statements if "report" in sql]
+    assert len(reports) == path.startswith("/deltas/")
     check_plans(site, statements)
 
 
 def check_plans(site: TestClient, statements: list[tuple[str, Any]]) -> None:
     engine = site.app.state.resources.database.engine  # type: ignore[attr-defined]
     for sql, parameters in statements:
-        assert "report" not in sql
         with engine.connect() as connection:
             plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", parameters).all()
         steps = [row[3] for row in plan]
         scans = [step for step in steps if re.match(r"SCAN (?!\(|anon|CONSTANT)", step)]
         if "LIMIT" in sql and not any("TEMP B-TREE" in step for step in steps):
             scans = [step for step in scans if "USING INDEX" not in step]  # stops at the limit
-        assert all(step.split()[1] in SMALL_TABLES for step in scans), (sql, steps)
+        assert all(map(SMALL.match, scans)), (sql, steps)
         walks = [step for step in steps if WHOLE_TENANT.search(step)]
         assert not walks or "LIMIT" in sql, (sql, steps)
 
@@ -138,6 +151,28 @@ def test_rows_of_many_ids_are_found_by_their_ids(site: TestClient) -> None:
         JobRepository(session, LOCAL_TENANT).show_all(ids)
         DeltaRepository(session, LOCAL_TENANT).with_ids(ids)
         KeyRepository(session, LOCAL_TENANT).names(ids)
+    assert len(statements) == 3
+    check_plans(site, statements)
+
+
+def test_measuring_the_store_reads_the_rows_of_its_files_only(site: TestClient) -> None:
+    resources = site.app.state.resources  # type: ignore[attr-defined]
+    with executed(site) as statements:
+        usage = measure(resources.database, resources.blobs)
+    assert usage["artifacts"].files
+    assert len(statements) == 4
+    check_plans(site, statements)
+
+
+def test_all_that_is_asked_of_unfinished_uploads_finds_them_by_their_index(
+    site: TestClient,
+) -> None:
+    database = site.app.state.resources.database  # type: ignore[attr-defined]
+    with executed(site) as statements, database.session_scope() as session:
+        uploads = UploadRepository(session, EVERY_TENANT)
+        uploads.count_unfinished()
+        uploads.unleased()
+        uploads.abandoned(datetime.now(UTC), 10)
     assert len(statements) == 3
     check_plans(site, statements)
 
