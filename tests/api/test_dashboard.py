@@ -165,10 +165,13 @@ def test_a_job_reloads_its_page_when_it_ends(site: Site, seeded: seed.Seeded) ->
 
 
 def test_a_failure_shows_its_code_and_advice(site: Site, seeded: seed.Seeded) -> None:
+    job_path = f"/v1/jobs/{site.http.get(f'/v1/deltas/{seeded.failed}').json()['job']}"
     page = unescape(site.text(f"/deltas/{seeded.failed}"))
     assert "non_finite_weights" in page
     assert "model.layers.3.mlp.up_proj.weight holds NaN at [17, 901]." in page
     assert "Upload a checkpoint without NaN" in page
+    for text in (page, site.text("/jobs")):  # the weights stay as they are
+        assert f"{job_path}/retry" not in text
     assert 'id="try"' not in page
 
 
