@@ -118,11 +118,17 @@ def windows(tokenizer: object, text: str, length: int = LENGTH) -> Tensor:
 
 
 def train(
-    model: torch.nn.Module, data: Tensor, recipe: Recipe, steps: int, rows: int = ROWS
+    model: torch.nn.Module,
+    data: Tensor,
+    recipe: Recipe,
+    steps: int,
+    rows: int = ROWS,
+    *,
+    bf16: bool = False,
 ) -> None:
     """Train every parameter on next-token prediction, `rows` windows of `data` a step.
 
-    The model is float32, on the device of `data`; a GPU computes its products in bf16.
+    The model is float32, on the device of `data`; `bf16` computes its products in bf16.
     """
     embedding = [p for name, p in model.named_parameters() if "embed_tokens" in name]
     known = {id(p) for p in embedding}
@@ -141,7 +147,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
         batch = data[torch.randint(len(data), (rows,), generator=generator)]
-        with torch.autocast(data.device.type, torch.bfloat16, enabled=data.is_cuda):
+        with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
             logits = model(batch).logits[:, :-1].flatten(0, 1)
         loss = cross_entropy(logits.float(), batch[:, 1:].flatten())
         optimizer.zero_grad()

@@ -9,7 +9,8 @@ it is published, in safetensors files of at most 48 MiB, so that it can be copie
 piece by piece. `run` needs neither: it dequantizes the base to bf16, trains a fine-tune on Python
 source and one on chat exercises, and prints the table of `benchmarks.methods` for each: every
 method at 1.0, 0.5 and 0.25 bits with adamix's true bytes, KL, agreement and, for the exercises, the
-fraction of exact answers. An interrupted run resumes.
+fraction of exact answers. An interrupted run resumes. Without a GPU, `--steps 60 --rows 8
+--calibration-tokens 16384 --budgets 1` and few `--methods` take hours.
 """
 
 import argparse
@@ -233,11 +234,14 @@ ROWS: Final = 32
 TRAINING_LENGTH: Final = 512
 
 
-def fine_tune(base: Path, domain: str, folder: Path, device: torch.device, quick: bool) -> Path:
+def fine_tune(
+    base: Path, domain: str, folder: Path, device: torch.device, options: argparse.Namespace
+) -> Path:
     """Write the domain's texts and fine-tune to `folder`; returns the fine-tune.
 
     One that is there already is kept.
     """
+    quick = options.quick
     tuned = folder / "finetuned"
     if tuned.is_dir():
         return tuned
@@ -248,7 +252,8 @@ def fine_tune(base: Path, domain: str, folder: Path, device: torch.device, quick
     length = LENGTH if quick else TRAINING_LENGTH
     data = windows(tokenizer, text, length).to(device)
     started = time.monotonic()
-    train(model, data, RECIPE, 2 if quick else RECIPE.steps, 2 if quick else ROWS)
+    steps, rows = (2, 2) if quick else (options.steps, options.rows)
+    train(model, data, RECIPE, steps, rows, bf16=True)
     print(f"{domain}: trained in {time.monotonic() - started:.0f} s", flush=True)
     unfinished = folder / "unfinished"
     model.to(torch.bfloat16).save_pretrained(unfinished)
@@ -264,7 +269,7 @@ def compare(arguments: argparse.Namespace) -> None:
         unpack(arguments.packed, base, arguments.blocks)
     for domain in arguments.domains or DOMAINS:
         folder = arguments.out / domain
-        tuned = fine_tune(base, domain, folder, device, arguments.quick)
+        tuned = fine_tune(base, domain, folder, device, arguments)
         suffix = "txt" if domain == "code" else "jsonl"
         exercises = folder / "exercises.jsonl"
         pair = Pair(
@@ -302,6 +307,8 @@ def main() -> None:
     running.add_argument(
         "--budgets", type=lambda text: [float(b) for b in text.split(",")], default=list(BUDGETS)
     )
+    running.add_argument("--steps", type=int, default=RECIPE.steps, help="of training")
+    running.add_argument("--rows", type=int, default=ROWS, help="of 512 tokens, in a step")
     running.add_argument("--calibration-tokens", type=int, default=TOKENS)
     running.add_argument("--device", default="auto")
     running.add_argument("--quick", action="store_true", help="a smoke run of two steps")
