@@ -1,10 +1,8 @@
 """Pages of deltas and models, and the parts of them that htmx refreshes."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Query, Request
-from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse, Response
 
 from deltadock.api.access import Caller, CallerDep
@@ -179,22 +177,17 @@ def show_try(
     model: Annotated[list[str], Query(max_length=20)] = [],  # noqa: B006
 ) -> Response:
     """Models side by side on one prompt."""
-    choices = model_choices(session, caller.tenant_id)
+    answering = ModelRepository(session, caller.tenant_id).answering(limit=CHOICES)
+    found = page_of_bases(session, caller.tenant_id, limit=CHOICES, after=None).data
+    bases = [base.name for base in found]
+    first = [answering[0].base, answering[0].name] if answering else bases[:1]
     chosen = [name for name in dict.fromkeys(model) if name][:MOST_TRIED]
     context = {
-        "tried": views.tried(session, caller.tenant_id, chosen or choices[:2]),
-        "choices": choices,
+        "tried": views.tried(session, caller.tenant_id, chosen or first),
+        "choices": [*bases, *(delta.name for delta in answering)],
         "most": MOST_TRIED,
     }
     return render(request, "try.html", context)
-
-
-def model_choices(session: Session, tenant_id: str) -> Sequence[str]:
-    """Names that answer now: the default versions of models, and bases."""
-    answering = ModelRepository(session, tenant_id).answering(limit=CHOICES)
-    bases = page_of_bases(session, tenant_id, limit=CHOICES, after=None).data
-    names = [base.name for base in bases]
-    return [*names[:1], *(delta.name for delta in answering), *names[1:]]
 
 
 @router.get("/new")
