@@ -193,6 +193,7 @@ if (form) {
   }));
 
   async function preview() {
+    document.getElementById("method-said").textContent = fields.method.selectedOptions[0].dataset.said;
     form.querySelector(".goal").hidden = !takesGoal();
     if (!tuned) return;
     const own = ++asked;
