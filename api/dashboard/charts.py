@@ -120,6 +120,8 @@ class Point(NamedTuple):
     style: str
 
 
+_LABEL: Final = 32
+"""Characters of a name in a plot, the last ones."""
 _LEFT, _BOTTOM, _TOP = 56, 40, 12
 """Of the plots that are as wide as their container, in pixels; across, they count in percent."""
 
@@ -153,10 +155,15 @@ def rate_distortion(points: Sequence[Point]) -> Markup:
             f"dot {point.style}",
             f"{point.label}\n{significant(point.bits)} bits, KL {significant(point.kl)}",
         )
-        place = {"cx": f"{_n(x(point.bits))}%", "cy": _n(y(point.kl)), "r": "6"}
-        ET.SubElement(cell, "circle", place)
+        across, down = f"{_n(x(point.bits))}%", y(point.kl)
+        ET.SubElement(cell, "circle", {"cx": across, "cy": _n(down), "r": "6"})
+        # What can be clicked, large enough for a finger.
+        target = {"x": across, "y": _n(down - 12), "width": "24", "height": "24"}
+        ET.SubElement(cell, "rect", target | {"transform": "translate(-12)"})
         if point.style == "this":
             name = point.label.partition(", ")[0]
+            if len(name) > _LABEL:
+                name = f"…{name[1 - _LABEL :]}"
             is_right = point.bits > most / 2  # where a name would leave the plot
             side = "projection" if is_right else "start"
             text = _label(plot, x(point.bits), y(point.kl) + 4, name, side, unit="%")

@@ -97,6 +97,12 @@ def test_rate_and_distortion_stay_inside_their_plot(places: list[tuple[float, fl
         assert 0 <= float(dot.attrib["cy"]) <= height
 
 
+def test_a_plot_names_a_delta_by_the_end_of_a_long_name() -> None:
+    point = charts.Point(f"team/{'a' * 60}:12, optimix", 1.0, 0.01, "/deltas/x", "this")
+    root = ET.fromstring(charts.rate_distortion([point]))
+    assert f"…{'a' * 28}:12" in [text.text for text in root.iter("text")]
+
+
 def test_a_value_between_two_gaps_is_a_dot() -> None:
     times = [datetime(2026, 11, 22, 8, minute, tzinfo=UTC) for minute in range(6)]
     line = charts.Series("device", [1.0, 2.0, None, 3.0, None, None])

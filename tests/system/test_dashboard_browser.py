@@ -23,6 +23,7 @@ from playwright.sync_api import (
 )
 from starlette.responses import Response
 
+from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, NodeRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import browser as chromium
@@ -227,6 +228,29 @@ def test_every_page_fits_a_phone_and_is_accessible(site: Site, page: Page) -> No
                 for rule in found
                 if rule["impact"] in {"serious", "critical"}
             ] == []
+
+
+def test_long_names_and_messages_stay_inside_their_pages(site: Site, page: Page) -> None:
+    name = f"{'a' * 96}/{'b' * 96}"
+    ready, failed = site.new_delta(name), site.new_delta(name)
+    site.finish(ready.id)
+    with site.database.session_scope() as session:
+        assert JobRepository(session, LOCAL_TENANT).finish(
+            site.job_id(session, failed.id),
+            seed.WORKER,
+            JobState.FAILED,
+            error_code="internal_error",
+            error_message="x" * 500,
+        )
+    pages = (
+        "/", "/jobs", f"/deltas/{ready.id}", f"/deltas/{failed.id}", f"/models/{name}",
+        f"/compare?delta={ready.id}&delta={site.seeded.ready[0]}", f"/try?model={name}",
+    )  # fmt: skip
+    for size in (WIDE, PHONE):
+        page.set_viewport_size(size)
+        for path in pages:
+            page.goto(path)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
 
 
 def test_base_and_delta_generate_side_by_side(site: Site, page: Page) -> None:
