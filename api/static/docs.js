@@ -3,9 +3,10 @@
 // The page's session is the authorization. Swagger would prepare the whole description, which takes
 // more than a second, to draw a dialogue that asks for a key.
 const withoutAuthorization = {
-  components: { SchemesContainer: () => null, authorizeOperationBtn: () => null },
+  components: { authorizeOperationBtn: () => null },
   statePlugins: {
     spec: {
+      wrapSelectors: { securityDefinitions: () => () => null },
       wrapActions: {
         requestResolvedSubtree: (resolve) => (path) => (path.includes("securitySchemes") ? null : resolve(path)),
       },

@@ -325,6 +325,7 @@ def test_the_api_docs_work_offline(page: Page) -> None:
     page.goto("/docs")
     page.get_by_role("link", name="methods", exact=True).click()
     page.get_by_text("/v1/methods", exact=True).click()
+    expect(page.get_by_role("button", name="Authorize")).to_have_count(0)
     page.get_by_role("button", name="Try it out").click()
     page.get_by_role("button", name="Execute").click()  # with the session
     expect(page.locator(".live-responses-table .response-col_status").last).to_contain_text("200")
