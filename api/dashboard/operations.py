@@ -1,6 +1,6 @@
 """Pages of what runs and what is kept: jobs, bases, nodes, keys, storage and the audit log."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Final
 
@@ -169,23 +169,24 @@ def _nodes(session: Session, caller: Caller) -> dict[str, Any]:
 
 
 def timelines(samples: Sequence[NodeSampleRow]) -> list[tuple[str, Markup]]:
-    """Charts of a node's last hour with their titles; none until there are two samples."""
-    if len(samples) < 2:
-        return []
+    """Charts of a node's last hour with their titles, of what at least two samples know."""
     times = [sample.at for sample in samples]
 
-    def draw(title: str, show: Callable[[float | None], str], *names: str) -> tuple[str, Markup]:
+    def draw(
+        title: str, show: Callable[[float | None], str], *names: str
+    ) -> Iterator[tuple[str, Markup]]:
         series = [charts.Series(name, [getattr(s, name) for s in samples]) for name in names]
         known = [value for line in series for value in line.values if value is not None]
-        return title, charts.timeline(title, times, series, show(max(known, default=None)))
+        if len(known) >= 2 * len(series):
+            yield title, charts.timeline(title, times, series, show(max(known)))
 
     return [
-        draw("Tokens per second", significant, "tokens_per_second"),
-        draw("First token", latency, "first_token_seconds"),
-        draw("Between tokens", latency, "inter_token_seconds"),
-        draw("Memory", size, "memory_bytes"),
-        draw("Sequences", plain, "admitted"),
-        draw("Deltas by tier", plain, "device", "host", "disk"),
+        *draw("Tokens per second", significant, "tokens_per_second"),
+        *draw("First token", latency, "first_token_seconds"),
+        *draw("Between tokens", latency, "inter_token_seconds"),
+        *draw("Memory", size, "memory_bytes"),
+        *draw("Sequences", plain, "admitted"),
+        *draw("Deltas by tier", plain, "device", "host", "disk"),
     ]
 
 

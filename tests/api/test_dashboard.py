@@ -4,18 +4,20 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from html import unescape
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
+from deltadock.api.dashboard.operations import timelines
 from deltadock.api.dependencies import Resources
 from deltadock.api.fleet import TIERS
 from deltadock.api.main import create_app
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import local_key_path
-from deltadock.storage.models import CheckpointRow, JobState, Scope
+from deltadock.storage.models import CheckpointRow, JobState, NodeSampleRow, Scope
 from deltadock.storage.repositories import (
     BaseRepository,
     DeltaRepository,
@@ -275,6 +277,19 @@ def test_a_nodes_last_hour_and_buttons_are_for_operators(site: Site) -> None:
     others = site.http.get("/parts/nodes", headers=reader).text
     assert "812" in others
     assert not any(word in others for word in ("Resume", "Evict", "<polyline"))
+
+
+def test_an_idle_nodes_charts_are_of_what_is_known() -> None:
+    samples = [
+        NodeSampleRow(
+            at=datetime(2026, 11, 22, 8, minute, tzinfo=UTC), admitted=0, device=0, host=0, disk=0,
+            tokens_per_second=0.0, memory_bytes=10**9,
+        )
+        for minute in range(2)
+    ]  # fmt: skip
+    titles = [title for title, _ in timelines(samples)]
+    assert titles == ["Tokens per second", "Memory", "Sequences", "Deltas by tier"]
+    assert timelines(samples[:1]) == []
 
 
 def test_the_fine_tune_answers_beside_its_delta(site: Site, seeded: seed.Seeded) -> None:
