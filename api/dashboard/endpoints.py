@@ -19,7 +19,7 @@ from deltadock.compression.options import METHODS, default_method
 from deltadock.errors import InvalidInput, NotFound
 from deltadock.storage.api_keys import local_key_path
 from deltadock.storage.collection import UsageByKind
-from deltadock.storage.models import JobState
+from deltadock.storage.models import JobState, Scope
 from deltadock.storage.repositories import DeltaRepository, ModelRepository
 from deltadock.storage.repositories.deltas import Sibling
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
@@ -118,14 +118,15 @@ def show_delta(
 ) -> Response:
     """One delta's page."""
     page = views.delta_view(session, caller.tenant_id, delta_id)
-    key_file = local_key_path(resources.settings.home.absolute()) if caller.is_operator else None
-    if key_file and not key_file.is_file():
-        key_file = None
+    makes_keys = Scope.ADMIN in caller.scopes
+    kept = local_key_path(resources.settings.home.absolute())
+    key_file = kept if makes_keys and caller.is_operator and kept.is_file() else None
     url = str(request.base_url).rstrip("/")
     context = {
         "page": page,
         "advice": views.advice,
         "stages": views.stages,
+        "makes_keys": makes_keys,
         "key_file": key_file,
         "environment": snippets.environment(url, key_file),
         "examples": snippets.examples(page.entry.reference, chats=page.tried[-1].chats or False),

@@ -324,6 +324,10 @@ def test_examples_find_the_servers_own_key_and_chat_where_the_model_can(
     key = local_key_path(site.resources.settings.home)
     key.write_text("kept")
     assert f'export DELTADOCK_API_KEY="$(cat {key})"' in unescape(site.text(path))
+    reader = bearer(issue_key(site.resources.settings, scopes=[Scope.READ]))
+    shown = site.http.get(path, headers=reader).text
+    assert "with your API key:" in shown
+    assert str(key) not in shown
     with site.resources.database.session_scope() as session:
         base = BaseRepository(session, LOCAL_TENANT).find("pilot-0.3b")
         assert base is not None
