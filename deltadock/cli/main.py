@@ -1,5 +1,7 @@
 """The entry point of the `deltadock` script; it imports little before it notes Ctrl-C."""
 
+import os
+
 from deltadock.cli.interrupts import (
     INTERRUPTED,
     note_interrupts,
@@ -15,6 +17,9 @@ def main() -> None:
         SystemExit: with the status that `deltadock.cli.outcome` describes.
     """
     note_interrupts()
+    # Before torch is loaded, for this process and those that it starts. By default OpenMP's threads
+    # spin while they wait, on cores that api, worker and node share.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         from deltadock.cli.app import app
 
