@@ -228,7 +228,10 @@ def fail(session: Session, delta: DeltaRow) -> None:
         WORKER,
         JobState.FAILED,
         error_code="non_finite_weights",
-        error_message=f"{where} holds NaN at [17, 901].",
+        error_message=(
+            f"Tensor {where!r} of the fine-tune holds NaN or an infinity. The training that wrote "
+            "it has diverged; upload an earlier checkpoint."
+        ),
     )
 
 

@@ -40,10 +40,6 @@ _RETRY: Final = "Retry: finished blocks are not recomputed."
 
 ADVICE: Final[Mapping[str, str]] = MappingProxyType(
     {
-        errors.NonFiniteWeights.code: (
-            "The fine-tune diverged or was saved badly. Upload a checkpoint without NaN and "
-            "infinities; nothing stored needs to be removed."
-        ),
         errors.ArchitectureMismatch.code: (
             "A delta needs a base with the same tensors. Register the checkpoint that the "
             "fine-tune started from, and use it as the base."

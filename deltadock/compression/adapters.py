@@ -55,7 +55,7 @@ from deltadock.compression.calibration.windows import (
     measured_source,
     sample_windows,
 )
-from deltadock.compression.checkpoints import CheckpointReader, ResizedSource, to_numpy
+from deltadock.compression.checkpoints import CheckpointReader, ResizedSource, diverged, to_numpy
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.options import CompressOptions, Source
 from deltadock.compression.progress import ProgressReporter
@@ -66,7 +66,6 @@ from deltadock.errors import (
     InvalidAdapter,
     InvalidInput,
     MalformedSafetensors,
-    NonFiniteWeights,
     UnsafeFile,
 )
 
@@ -284,7 +283,7 @@ def encode_adapter(base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
             if tensor.dtype not in DTYPES:
                 raise InvalidAdapter(f"Tensor {key!r} is {tensor.dtype}; floats are expected.")
             if not torch.isfinite(tensor.float()).all():
-                raise NonFiniteWeights(f"Tensor {key!r} of the adapter holds NaN or an infinity.")
+                raise diverged(key, "adapter")
             if not tensor.numel():
                 raise InvalidAdapter(f"Tensor {key!r} of the adapter is empty: {EMPTY_TENSOR}")
             name = unwrapped(unwrapped(key).removeprefix(PREFIX))

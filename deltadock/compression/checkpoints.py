@@ -250,13 +250,13 @@ def keep_unused_rows(base: CheckpointReader, finetuned: CheckpointReader) -> Ite
             continue
         owner = "fine-tune" if bad[0] else "base"
         if not (is_embedding(name) or is_head(name)) or used is None:
-            raise _diverged(name, owner)
+            raise diverged(name, owner)
         old = base.tensor(name)
         damaged, found = _non_finite_rows(old), _non_finite_rows(finetuned.tensor(name))
         excused = damaged & found if is_embedding(name) else set()
         rows = sorted(damaged | found)
         if any(row < used and row not in excused for row in rows):
-            raise _diverged(name, owner)
+            raise diverged(name, owner)
         mean = old[[row for row in range(len(old)) if row not in damaged]].float().mean(0)
         missing = damaged.union(range(len(old), max(rows) + 1))
         values = torch.stack([mean if row in missing else old[row].float() for row in rows])
@@ -269,7 +269,7 @@ def keep_unused_rows(base: CheckpointReader, finetuned: CheckpointReader) -> Ite
         )
     checked = {entry.name for entry in finetuned.entries.values()}
     if others := finetuned.non_finite - checked:
-        raise _diverged(min(others), "fine-tune")
+        raise diverged(min(others), "fine-tune")
 
 
 def _non_finite_rows(tensor: Tensor) -> set[int]:
@@ -277,7 +277,8 @@ def _non_finite_rows(tensor: Tensor) -> set[int]:
     return set((~finite).nonzero().flatten().tolist())
 
 
-def _diverged(name: str, owner: str) -> NonFiniteWeights:
+def diverged(name: str, owner: str) -> NonFiniteWeights:
+    """The error of a tensor that is not finite, for whoever trained the fine-tune or adapter."""
     return NonFiniteWeights(
         f"Tensor {name!r} of the {owner} holds NaN or an infinity. The training that wrote it has "
         "diverged; upload an earlier checkpoint."

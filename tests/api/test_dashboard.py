@@ -170,11 +170,23 @@ def test_a_failure_shows_its_code_and_advice(site: Site, seeded: seed.Seeded) ->
     job_path = f"/v1/jobs/{site.http.get(f'/v1/deltas/{seeded.failed}').json()['job']}"
     page = unescape(site.text(f"/deltas/{seeded.failed}"))
     assert "non_finite_weights" in page
-    assert "model.layers.3.mlp.up_proj.weight holds NaN at [17, 901]." in page
-    assert "Upload a checkpoint without NaN" in page
+    assert "of the fine-tune holds NaN or an infinity" in page
+    assert "What to do" not in page, "the message says it"
     for text in (page, site.text("/jobs")):  # the weights stay as they are
         assert f"{job_path}/retry" not in text
     assert 'id="try"' not in page
+    with site.resources.database.session_scope() as session:
+        delta = DeltaRepository(session, LOCAL_TENANT).find(seeded.queued)
+        assert delta is not None
+        jobs, job_id = JobRepository(session, LOCAL_TENANT), delta.job.id
+        jobs.acquire(job_id, seed.WORKER, 600)
+        jobs.finish(
+            job_id, seed.WORKER, JobState.FAILED,
+            error_code="worker_lost", error_message="The worker was lost.",
+        )  # fmt: skip
+    page = unescape(site.text(f"/deltas/{seeded.queued}"))
+    assert "Give the worker more memory" in page
+    assert 'id="retry"' in page
 
 
 def test_shows_provenance(site: Site, seeded: seed.Seeded) -> None:
