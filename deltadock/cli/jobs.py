@@ -1,5 +1,7 @@
 """`deltadock jobs`, `logs`, `cancel` and `retry`."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +17,7 @@ from deltadock.cli.output import (
     print_table,
     say,
 )
-from deltadock.cli.server import JobReference, Url, complete_model, connect
+from deltadock.cli.server import JobReference, State, Url, complete_model, connect
 from deltadock.errors import NotFound, Unavailable
 from deltadock.names import parse_reference
 
@@ -65,7 +67,7 @@ def job_of(client: "Client", reference: str) -> str:
 
 def jobs(
     state: Annotated[
-        list[str] | None, typer.Option(help="Only of this state; may be repeated.")
+        list[State] | None, typer.Option(help="Only of this state; may be repeated.")
     ] = None,
     delta: Annotated[
         str | None, typer.Option(help="Only of this delta.", autocompletion=complete_model)
@@ -123,16 +125,21 @@ def logs(
     url: Url = None,
 ) -> None:
     """Print a job's log: attempts, stages, blocks, the reason of a failure."""
+    from deltadock.client.progress import job_bar
+
     with connect(url) as client:
         found = job_of(client, job)
-        with on_interrupt("The job goes on." if follow else ""):
-            lines = client.log(found, follow=follow)
+        bar: AbstractContextManager[Callable[[Job], None]] = nullcontext(lambda _: None)
+        if follow and output.is_terminal and not as_json:
+            bar = job_bar(output)  # the console of the lines, which it prints above the bar
+        with on_interrupt("The job goes on." if follow else ""), bar as show:
+            lines = client.log(found, follow=follow, progress=show)
             if as_json:
                 print_resources(lines)
             else:
                 for line in lines:
                     moment = line.at.astimezone()
-                    output.print(f"{moment:%Y-%m-%d %H:%M:%S}  {line.message}", soft_wrap=True)
+                    output.print(f"{moment:%Y-%m-%d %H:%M:%S %Z}  {line.message}", soft_wrap=True)
         if follow:
             _exit_if_failed(client.job(found))
 

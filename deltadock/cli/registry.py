@@ -21,7 +21,7 @@ from deltadock.cli.output import (
     print_table,
     say,
 )
-from deltadock.cli.server import Reference, Url, complete_base, complete_model, connect
+from deltadock.cli.server import Reference, State, Url, complete_base, complete_model, connect
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def ls(
         typer.Option("--base", "-b", help="Only of this base.", autocompletion=complete_base),
     ] = None,
     method: Annotated[str | None, typer.Option(help="Only of this method.")] = None,
-    state: Annotated[str | None, typer.Option(help="Only in this state, such as failed.")] = None,
+    state: Annotated[State | None, typer.Option(help="Only in this state.")] = None,
     name: Annotated[
         str | None, typer.Option(help="Only versions of this project/model.")
     ] = None,

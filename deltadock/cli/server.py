@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,21 @@ if TYPE_CHECKING:
     from deltadock.client.http import Client
 
 COMPLETION_SECONDS = 2.0
+
+
+class State(StrEnum):
+    """States of a job, and of its delta, that lists are filtered by."""
+
+    QUEUED = "queued"
+    VALIDATING = "validating"
+    CALIBRATING = "calibrating"
+    COMPRESSING = "compressing"
+    ASSEMBLING = "assembling"
+    VERIFYING = "verifying"
+    READY = "ready"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
 
 Url = Annotated[
     str | None,

@@ -280,11 +280,19 @@ class Client:
             progress(state)
         return state
 
-    def log(self, job: str, *, follow: bool = False) -> Iterator[LogLine]:
-        """The lines of a job's log, oldest first; with `follow`, until the job has ended."""
-        after = 0
+    def log(
+        self, job: str, *, follow: bool = False, progress: JobProgress = _ignore
+    ) -> Iterator[LogLine]:
+        """The lines of a job's log, oldest first; with `follow`, until the job has ended.
+
+        `progress` gets the followed job every second.
+        """
+        after, ended = 0, not follow
         while True:
-            ended = not follow or self.job(job).is_final  # before its last lines are read
+            if follow:
+                state = self.job(job)
+                progress(state)
+                ended = state.is_final  # before its last lines are read
             while lines := self.send(routes.log(job, after)):
                 yield from lines
                 after = lines[-1].id
@@ -632,11 +640,16 @@ class AsyncClient:
             progress(state)
         return state
 
-    async def log(self, job: str, *, follow: bool = False) -> AsyncIterator[LogLine]:
+    async def log(
+        self, job: str, *, follow: bool = False, progress: JobProgress = _ignore
+    ) -> AsyncIterator[LogLine]:
         """As `Client.log`."""
-        after = 0
+        after, ended = 0, not follow
         while True:
-            ended = not follow or (await self.job(job)).is_final
+            if follow:
+                state = await self.job(job)
+                progress(state)
+                ended = state.is_final
             while lines := await self.send(routes.log(job, after)):
                 for line in lines:
                     yield line

@@ -20,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from deltadock.client.resources import Job, duration_text, size_text
@@ -103,7 +104,7 @@ def job_bar(console: Console) -> Iterator[Callable[[Job], None]]:
     columns = (
         TextColumn("{task.percentage:3.0f} %"),
         BarColumn(bar_width=30),
-        _Times(),
+        _Times(Column(no_wrap=True)),  # the bar gets narrower instead
         TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as bar:
@@ -112,9 +113,8 @@ def job_bar(console: Console) -> Iterator[Callable[[Job], None]]:
 
 
 def _show_line(lines: Lines, job: Job) -> None:
-    stage = job.stage.partition(", ")[0] if job.state == "compressing" else job.state
     left = "" if job.remaining is None else f"; about {duration_text(job.remaining)} left"
-    lines.show(stage, f"{job.percent:3.0f} %  {job.stage}{left}")
+    lines.show(job.stage.partition(", ")[0], f"{job.percent:3.0f} %  {job.stage}{left}")
 
 
 @contextmanager
@@ -146,8 +146,8 @@ def bytes_bar(
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        TransferSpeedColumn(table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console) as bar:
         waiting = bar.add_task(before, total=None)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
@@ -18,10 +20,11 @@ from starlette.types import Scope as AsgiScope
 from deltadock.cli.jobs import follow
 from deltadock.cli.outcome import UNAVAILABLE
 from deltadock.cli.processes import free_ports
+from deltadock.cli.server import State
 from deltadock.client.connection import read_login
 from deltadock.client.http import Client
 from deltadock.errors import Unavailable
-from deltadock.storage.models import Scope
+from deltadock.storage.models import JobState, Scope
 from tests.api.support import issue_key
 from tests.cli.support import Command, Outcome
 from tests.client.support import Service, running_service, write_finetune, write_text
@@ -134,6 +137,25 @@ def test_a_push_that_is_cancelled_ends_with_4_and_can_be_retried(
     worker.clear()
     assert answered(call("retry", "maths/cancelled", "--wait", "--json"))["state"] == "ready"
     assert "is ready" in call("cancel", listed[0]["id"]).stderr
+
+
+def test_a_followed_log_is_above_a_bar_in_a_terminal(
+    call: Callable[..., Outcome], pushed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=120, highlight=False)
+    monkeypatch.setattr("deltadock.cli.jobs.output", terminal)
+    call("logs", "-f", pushed[0])
+    shown = screen.getvalue()
+    assert re.search(r"\d\d:\d\d:\d\d [A-Z+-]\S*  Ready\.", shown), shown
+    assert "100 %" in shown
+    screen.truncate(0)
+    call("logs", pushed[0])
+    assert "100 %" not in screen.getvalue()
+
+
+def test_lists_are_filtered_by_the_states_that_there_are() -> None:
+    assert [*State] == [*JobState]
 
 
 def test_ctrl_c_leaves_the_job_running(
@@ -407,7 +429,8 @@ def test_doctor_says_what_is_wrong(
             "bits and ratio exclude each other",
         ),
         (("show", "maths/none"), 1, "no delta 'maths/none'; `deltadock ls` lists them"),
-        (("ls", "--state", "lost"), 1, "query.state: Input should be 'queued', "),
+        (("ls", "--state", "lost"), 2, "'lost' is not one of 'queued', 'validating', "),
+        (("jobs", "--state", "lost"), 2, "'lost' is not one of 'queued', 'validating', "),
         (("ls", "--url", "127.0.0.1:8000"), 1, "is not an address such as http://127.0.0.1:8000"),
         (("pull", "maths/skills:1", "-o", "nowhere/x.delta"), 1, "There is no folder nowhere."),
     ],

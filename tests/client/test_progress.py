@@ -103,3 +103,15 @@ def test_a_terminal_has_bars(log: io.StringIO) -> None:
         work("comparing", "comparing outputs", 0.25)
     for words in ("block 2 of 2", "model.safetensors", "comparing outputs"):
         assert words in log.getvalue()
+
+
+def test_a_narrow_terminal_has_a_narrow_bar(log: io.StringIO) -> None:
+    text = "block 12 of 28, matrix 3 of 7"
+    for width in (100, 80):
+        console = Console(file=log, force_terminal=True, width=width, _environ={})
+        with job_bar(console) as show:
+            shown = job("compressing", 55.0, text, left=3 * 3600 + 59 * 60)
+            show(shown.model_copy(update={"started_at": NOW - timedelta(hours=3, minutes=58)}))
+        *_, line, _ending = log.getvalue().splitlines()
+        assert text in line
+        assert "min left" in line
