@@ -69,11 +69,10 @@ class JobOut(BaseModel):
         examples=[3],
     )
     block: int = Field(
-        description="Steps of the stage that are done; while compressing, blocks.", examples=[3]
+        description="Steps that are done of what `message` says, such as blocks of the model.",
+        examples=[3],
     )
-    blocks: int = Field(
-        description="Steps of the stage; `message` says what is done now.", examples=[8]
-    )
+    blocks: int = Field(description="All of these steps.", examples=[8])
     percent: float = Field(description="Of the whole job, to one decimal.", examples=[42.5])
     message: str = Field(
         description="What is done now; blocks are counted from 1.",

@@ -38,6 +38,7 @@ from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.numerics import global_allocation, two_sided
 from deltadock.compression.numerics.global_allocation import GlobalAllocation, RankProfile
 from deltadock.compression.options import TOKENS, CalibrationOptions, CompressOptions, Source
+from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.quality import evaluate
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.statistics import Statistics, collect
@@ -145,7 +146,7 @@ class Ablation:
             scratch,
             gradients=True,
             seed=arguments.seed,
-            progress=lambda done, text: None,
+            progress=ProgressReporter(),
         )
 
     def measure(self, *, distilled: bool) -> tuple[float, float, int]:

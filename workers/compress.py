@@ -44,7 +44,7 @@ LOG_SECONDS: Final = 60.0
 """Maximum interval between lines of the job's log while it makes progress."""
 
 PREDICTABLE: Final = 0.1
-"""Fraction of a job after which its rate predicts its end."""
+"""Fraction of this worker's part of a job after which its rate predicts the end."""
 
 log = structlog.get_logger(__name__)
 
@@ -170,7 +170,7 @@ def _run(job: JobRow, lease: Lease, clock: StageClock, context: WorkerContext) -
     delta, settings, blobs = job.delta, context.settings, context.blobs
     folder = job_folder(settings, job.id)
     progress = _reporter(lease, clock)
-    progress(Progress("validating", 0, 0, 0.0, "fetching the checkpoints"))
+    progress(Progress("reading", 0, 0, 0.0, 0.0, "fetching the checkpoints"))
     bases = FileCache(blobs, settings.cache_folder)
     with bases.held_checkpoint(delta.base.checkpoint_digest, settings.checkpoint_cache_bytes) as (
         base,
@@ -241,33 +241,35 @@ def _text(delta: DeltaRow, digest: str, context: WorkerContext, folder: Path) ->
 
 
 def _reporter(lease: Lease, clock: StageClock) -> Callable[[Progress], None]:
-    """A callback that writes progress to the row: each new block, and steps at an interval.
+    """A callback that writes progress to the row, and a line to the log for each new block.
 
     It checks at every step whether to stop, since the next one may be minutes away.
     """
-    last_key: tuple[str, int] = ("", 0)
-    last_time = last_line = 0.0
-    started = time.monotonic()
+    last_part = ("", "")
+    last_time = last_line = began = 0.0
 
     def report(progress: Progress) -> None:
-        nonlocal last_key, last_time, last_line
+        nonlocal last_part, last_time, last_line, began
         clock.enter(progress.stage)
-        key, now = (progress.stage, progress.block), time.monotonic()
-        if key == last_key and now - last_time < REPORT_SECONDS:
+        part, now = (progress.phase, progress.message.partition(", ")[0]), time.monotonic()
+        if progress.worked == 0.0:
+            began = now
+        if part == last_part and now - last_time < REPORT_SECONDS:
             lease.check()
             return
+        percent = 100 * progress.fraction
         log_line = None
-        if key != last_key or now - last_line >= LOG_SECONDS:
-            log_line, last_line = f"{progress.stage}: {progress.message}", now
-        last_key, last_time = key, now
-        seconds_left = None
-        if progress.fraction >= PREDICTABLE:
-            seconds_left = (now - started) * (1 - progress.fraction) / progress.fraction
+        if part != last_part or now - last_line >= LOG_SECONDS:
+            log_line, last_line = f"{progress.stage}: {progress.message} ({percent:.0f} %)", now
+        last_part, last_time = part, now
+        left, seconds_left = 1 - progress.fraction, None
+        if 0 < PREDICTABLE * (progress.worked + left) <= progress.worked:
+            seconds_left = (now - began) * left / progress.worked
         lease.advance(
             JobState(progress.stage),
             block=progress.block,
             blocks=progress.blocks,
-            percent=100 * progress.fraction,
+            percent=percent,
             message=progress.message,
             seconds_left=seconds_left,
             log_line=log_line,

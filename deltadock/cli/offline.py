@@ -25,6 +25,7 @@ from deltadock.compression.options import (
     goal_for,
 )
 from deltadock.compression.preview import SizePreview
+from deltadock.compression.progress import Progress
 from deltadock.errors import Conflict, DeltadockError, NotFound
 
 DEFAULT_METHOD: Final = default_method().name
@@ -188,17 +189,20 @@ def compress(
     with (
         blocks,
         on_interrupt("The same command continues after the last finished block."),
-        work_bar(errors) as show,
+        work_bar(errors) as bar,
     ):
+
+        def show(update: Progress) -> None:
+            line = f"{update.stage}: {update.message}"
+            bar(line.partition(", ")[0], line, update.fraction)
+
         result = run(
             base,
             finetuned,
             out,
             options,
             calibration=sources,
-            progress=lambda update: show(
-                update.stage, f"{update.stage}: {update.message}", update.fraction
-            ),
+            progress=show,
             store=blocks,
             device=chosen_device,
         )

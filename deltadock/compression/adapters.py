@@ -51,6 +51,7 @@ from deltadock.compression.assembly import CarriedFiles, build_manifest, read_ca
 from deltadock.compression.calibration.sampling import TextSampler, check_fits
 from deltadock.compression.calibration.sources import load_tokenizer
 from deltadock.compression.calibration.windows import (
+    MEASURED_TOKENS,
     load_calibration,
     measured_source,
     sample_windows,
@@ -61,6 +62,7 @@ from deltadock.compression.options import CompressOptions, Source
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.quality import MergedSource, measure
 from deltadock.compression.report import Report, TensorReport, not_measured
+from deltadock.compression.work import comparing, measuring
 from deltadock.errors import (
     ArchitectureMismatch,
     InvalidAdapter,
@@ -578,7 +580,7 @@ def import_adapter(
     Raises:
         InvalidInput: a subclass names what cannot be imported.
     """
-    progress.report("validating", 0, 1, "reading the base")
+    progress.report("reading", 0, 1, "reading the base")
     reader = CheckpointReader(base)
     encoded = encode_adapter(reader, adapter)
     untied = is_tied(reader.manifest) and any(
@@ -586,7 +588,7 @@ def import_adapter(
     )
     shapes = reader.shapes
     shapes |= {name: tuple(one.record["shape"]) for name, one in encoded.items()}
-    progress.report("assembling", 0, 3, "writing the artifact")
+    progress.report("writing", 0, 1, "writing the artifact")
     manifest = build_manifest(
         reader,
         options,
@@ -609,6 +611,7 @@ def import_adapter(
         ],
         notes=ignored_files(adapter, folder_files(adapter, adapter=True)),
     )
+    progress.expect(comparing(MEASURED_TOKENS) if calibration else measuring(MEASURED_TOKENS))
     with Artifact(out) as artifact:
         merged = MergedSource(reader, artifact, torch.device(device))
         try:
@@ -622,7 +625,7 @@ def import_adapter(
                 check_fits(reader.parameters, device)
                 sampler = TextSampler(
                     base, load_tokenizer(base), options.seed, device,
-                    lambda text, done: progress.report("assembling", 2, 3, text, within=done),
+                    lambda text, done: progress.report("sampling", 0, 1, text, done),
                     {name: merged.tensor(name) for name in encoded if name in merged},
                 )  # fmt: skip
                 windows = sample_windows(sampler, model.max_length, options.calibration)
@@ -635,7 +638,7 @@ def import_adapter(
                 base=ResizedSource(reader, shapes),
                 finetuned=merged,
                 delta=merged,
-                progress=lambda k, n: progress.report("verifying", k, n, "comparing outputs"),
+                progress=lambda k, n: progress.report("comparing", k, n, "comparing outputs"),
             )
         except InvalidInput as error:
             if calibration:  # a text that cannot be used is the caller's mistake

@@ -224,9 +224,9 @@ def open_pair(
         UnchangedCheckpoint: the two are equal.
     """
     progress = progress or ProgressReporter()
-    progress.report("validating", 0, 2, "reading the base")
+    progress.report("reading", 0, 2, "reading the base")
     before = CheckpointReader(base)
-    progress.report("validating", 1, 2, "reading the fine-tune")
+    progress.report("reading", 1, 2, "reading the fine-tune")
     after = CheckpointReader(finetuned)
     after.align(before)
     check_differs(before.manifest, after.manifest)

@@ -142,12 +142,14 @@ class GlobalCompressor:
         self._gap = 0.0
         matrices = [matrix for matrix in statistics.matrices if pair.weights(matrix.ref)]
         self._weights = sum(pair.weights(matrix.ref) for matrix in matrices)
-        done = 0
+        done = weights = 0
         for group in self._groups(matrices):
-            message = f"spectrum {done + 1} of {len(matrices)}"
-            progress.report("calibrating", 2, 3, message, within=done / len(matrices))
+            message = f"spectra, matrix {done + 1} of {len(matrices)}"
+            share = weights / self._weights
+            progress.report("spectra", done, len(matrices), message, share)
             self._profile(group, [pair.delta(matrix.ref, device) for matrix in group])
             done += len(group)
+            weights += sum(pair.weights(matrix.ref) for matrix in group)
 
     def _groups(self, matrices: Sequence[DeltaMatrix]) -> Iterator[list[DeltaMatrix]]:
         """Matrices of equal shapes and roles, so many as are decomposed in one batch of calls."""

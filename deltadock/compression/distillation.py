@@ -222,9 +222,9 @@ def distill(
         needed = student.unpacked_bytes() + model.graph_bytes(size * data.train.shape[1])
         resident = memory.complete and needed <= memory.free
         student.unpack_once = resident
-        place = "on the device" if resident else "block by block"
+        place = "" if resident else ", block by block"
         for step in range(STEPS):
-            progress(step / STEPS, f"distillation, step {step + 1} of {STEPS}, {place}")
+            progress(step / STEPS, f"distillation, step {step + 1} of {STEPS}{place}")
             for group in optimizer.param_groups:
                 group["lr"] = rate * (1 + math.cos(math.pi * step / STEPS)) / 2
             chosen = torch.randperm(len(data.train), generator=generator)[:size]

@@ -1,42 +1,116 @@
-"""Progress of a compression: its stages, each a share of the whole."""
+"""Progress of a compression: its phases, each a share of the whole by the work expected of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
 Stage = Literal["validating", "calibrating", "compressing", "assembling", "verifying"]
 
-STAGE_FRACTIONS: Final[dict[Stage, tuple[float, float]]] = {
-    "validating": (0.0, 0.05),
-    "calibrating": (0.05, 0.4),
-    "compressing": (0.4, 0.75),
-    "assembling": (0.75, 0.92),
-    "verifying": (0.92, 1.0),
-}
-"""Begin and end of each stage as fractions of the whole compression."""
+Phase = Literal[
+    "reading", "text", "inputs", "gradients", "spectra", "encoding", "others", "distillation",
+    "writing", "sampling", "comparing", "later",
+]  # fmt: skip
+"""Parts of a compression in their order; `later` stands for further trials of a search."""
+
+STAGES: Final[Mapping[Phase, Stage]] = MappingProxyType(
+    {
+        "reading": "validating",
+        "text": "calibrating",
+        "inputs": "calibrating",
+        "gradients": "calibrating",
+        "spectra": "calibrating",
+        "encoding": "compressing",
+        "others": "assembling",
+        "distillation": "assembling",
+        "writing": "assembling",
+        "sampling": "assembling",
+        "comparing": "verifying",
+    }
+)
+"""The stage of a job that a phase belongs to."""
+
+READING: Final = 0.03
+"""Share of reading both checkpoints, after which what else there is to do is known."""
 
 
 class Progress(NamedTuple):
-    """Progress of a compression: stage, block k of n within it, fraction of the whole (0 to 1)."""
+    """Progress of a compression.
 
-    stage: Stage
+    Attributes:
+        phase: what is done now.
+        block, blocks: steps of it that are done, and all; when encoding, blocks of the model.
+        fraction: of the whole, 0 to 1; it never falls.
+        worked: what this run has worked of that since it read the checkpoints: without what was
+            saved by an earlier one.
+        message: for people; from the first comma on it says where in the block the work is.
+    """
+
+    phase: Phase
     block: int
     blocks: int
     fraction: float
+    worked: float
     message: str
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of a job."""
+        return STAGES[self.phase]
 
 
 class ProgressReporter:
-    """Computes the overall fraction of each step and calls a callback with it."""
+    """Computes the fraction of each step and calls a callback with it."""
 
     def __init__(self, callback: Callable[[Progress], None] | None = None) -> None:
         """Report to `callback`; whatever it raises (`Cancelled`) ends the compression."""
         self._callback = callback
+        self._spans: dict[Phase, tuple[float, float]] = {"reading": (0.0, READING)}
+        self._fraction = self._worked = 0.0
+        self._scale: float | None = None
+        """The fraction that a unit of work is."""
+
+    def expect(self, work: Mapping[Phase, float]) -> None:
+        """Divide the rest among the phases that follow, in proportion to their work.
+
+        Work is in any one unit. Where less is left than the last call expected, the fraction moves
+        on, so that the rate of what was done before tells how long the rest takes.
+        """
+        ends = [0.0, *accumulate(work.values())]
+        total = ends[-1] or 1.0
+        if self._scale is None:
+            self._fraction = READING
+        else:
+            self._fraction = max(self._fraction, 1 - total * self._scale)
+        self._scale = (1 - self._fraction) / total
+        places = [1 - self._scale * (total - end) for end in ends]
+        self._spans = dict(zip(work, pairwise(places), strict=True))
 
     def report(
-        self, stage: Stage, block: int, blocks: int, message: str, within: float = 0.0
+        self,
+        phase: Phase,
+        block: int,
+        blocks: int,
+        message: str,
+        done: float | None = None,
+        *,
+        saved: bool = False,
     ) -> None:
-        """Report that `block` blocks are done, and the fraction `within` of the next one."""
-        if self._callback is not None:
-            begin, end = STAGE_FRACTIONS[stage]
-            fraction = begin + (end - begin) * (block + within) / max(blocks, 1)
-            self._callback(Progress(stage, block, blocks, fraction, message))
+        """Report a step.
+
+        Args:
+            phase: one of those expected.
+            block, blocks: steps of it that are done, and all.
+            message: for people.
+            done: fraction of the phase, by default that of its steps.
+            saved: an earlier run did what was done since the last report.
+        """
+        if self._callback is None:
+            return
+        first, last = self._spans.get(phase, (self._fraction, self._fraction))
+        within = block / max(blocks, 1) if done is None else done
+        fraction = max(self._fraction, first + (last - first) * within)
+        if not saved and phase != "reading":
+            self._worked += fraction - self._fraction
+        self._fraction = fraction
+        self._callback(Progress(phase, block, blocks, fraction, self._worked, message))

@@ -28,6 +28,9 @@ from deltadock.compression.assembly import (
 from deltadock.compression.calibration.sampling import TextSampler, check_fits
 from deltadock.compression.calibration.sources import load_tokenizer
 from deltadock.compression.calibration.windows import (
+    CHOOSE,
+    MEASURED_TOKENS,
+    REPORT,
     CalibrationSet,
     load_calibration,
     measured_source,
@@ -43,7 +46,13 @@ from deltadock.compression.compressors import (
 from deltadock.compression.distillation import distill
 from deltadock.compression.methods.registry import matrix_method
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.options import METHODS, CompressOptions, Source
+from deltadock.compression.options import (
+    METHODS,
+    SAMPLED,
+    CompressOptions,
+    Source,
+    goal_for,
+)
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.quality import MergedSource, base_model, measure
 from deltadock.compression.report import MatrixReport, Quality, Report, TensorReport, not_measured
@@ -54,6 +63,7 @@ from deltadock.compression.statistics import (
     changed_matrices,
     collect,
 )
+from deltadock.compression.work import ExpectedWork, mean_side
 from deltadock.errors import InvalidInput
 from deltadock.version import __version__
 
@@ -115,7 +125,8 @@ class CompressionSession:
 
         Args:
             pair: the two checkpoints.
-            options: method, seed, solver and amount of calibration text; its goal is not used.
+            options: method, seed, solver and amount of calibration text; of its goal, only how long
+                a search for it may take.
             scratch: holds intermediate tensors.
             progress: reports every step.
             store: keeps encoded blocks for a later session with the same inputs.
@@ -137,6 +148,13 @@ class CompressionSession:
         self._compressor: Compressor | None = None
         self._matrices: list[DeltaMatrix] = []
         self._draft: Draft | None = None
+        self._trials = 0
+        _, goal = goal_for(options.method, **options.goals())
+        entries = pair.finetuned.entries.items()
+        side = mean_side([(entry.shape, pair.changed(name)) for name, entry in entries])
+        self._work = ExpectedWork(
+            self.info, None if goal is None else goal.kind, side, MEASURED_TOKENS
+        )
 
     @property
     def budgeted_weights(self) -> int:
@@ -146,20 +164,14 @@ class CompressionSession:
 
     def prepare(self, sources: Sequence[Source]) -> None:
         """Calibrate: load the text and collect the statistics that the method needs."""
-        pair, info, options, report = self.pair, self.info, self._options, self._progress.report
-        report("calibrating", 0, 3, "reading the configuration")
+        pair, info, options = self.pair, self.info, self._options
         model = self._model = self._open_model()
         if sources or info.needs_calibration:
-            self._data = load_calibration(
-                sources, pair.finetuned.folder, model.max_length, options.seed,
-                options.calibration, self._device,
-                lambda text, done: report("calibrating", 0, 3, text, within=done),
-            )  # fmt: skip
+            self._data = self._load_calibration(sources, model)
         if self._data is not None and info.needs_calibration:
             self._statistics = collect(
                 pair, model, self._data, self._scratch, gradients=info.needs_gradients,
-                seed=options.seed,
-                progress=lambda done, text: report("calibrating", 1, 3, text, within=done),
+                seed=options.seed, progress=self._progress,
             )  # fmt: skip
         self._matrices = changed_matrices(pair, model, with_embedding=info.needs_gradients)
         method = matrix_method(info.name)
@@ -175,6 +187,30 @@ class CompressionSession:
             self.info = replace(info, bits_min=max(info.bits_min or 0.0, compressor.least_bits))
             self._compressor = compressor
 
+    def _load_calibration(self, sources: Sequence[Source], model: BlockwiseModel) -> CalibrationSet:
+        """Load the text; before and after it, say what there is to do."""
+        options, progress = self._options, self._progress
+        sources = sources or (SAMPLED,)
+        weights = sum(source.weight for source in sources)
+        sampled = sum(source.weight for source in sources if source.path is None) / weights
+        if sampled:  # which takes long; files are read in a moment
+            tokens = options.calibration.tokens
+            self._work = replace(
+                self._work, sampled=sampled * tokens, train=tokens, choose=tokens * CHOOSE,
+                report=tokens * REPORT,
+            )  # fmt: skip
+            progress.expect(self._work.text() | self._work.calibration() | self._work.trials())
+        data = load_calibration(
+            sources, self.pair.finetuned.folder, model.max_length, options.seed,
+            options.calibration, self._device,
+            lambda text, done: progress.report("text", 0, 1, text, done),
+        )  # fmt: skip
+        self._work = replace(
+            self._work, train=data.tokens, choose=data.choose.numel(), report=data.report.numel()
+        )
+        progress.expect(self._work.calibration() | self._work.trials())
+        return data
+
     def draft_bytes(self, bits: float | None) -> int:
         """Encode everything at a budget and return the size of its artifact in bytes.
 
@@ -186,6 +222,8 @@ class CompressionSession:
     def compress(self, bits: float | None, out: Path) -> Report:
         """Write the artifact at a budget; the report has no figures of the whole model yet."""
         draft, distillation = self._encode(bits), None
+        if not self._work.measures_trials:
+            self._progress.expect(self._work.finish())
         tensors = draft.tensors
         if self.info.distills and self._model is not None and self._data is not None:
             trained, distillation = distill(
@@ -194,7 +232,7 @@ class CompressionSession:
                 self._data,
                 tensors,
                 self._options.seed,
-                lambda done, text: self._progress.report("assembling", 1, 3, text, within=done),
+                lambda done, text: self._progress.report("distillation", 0, 1, text, done),
                 None if self._statistics is None else self._statistics.last_states(),
             )
             tensors = {
@@ -202,7 +240,7 @@ class CompressionSession:
                 else trained[name]
                 for name, one in tensors.items()
             }  # fmt: skip
-        self._progress.report("assembling", 2, 3, "writing the artifact")
+        self._progress.report("writing", 0, 1, "writing the artifact")
         write_artifact(out, tensors, self._manifest(draft))
         return Report(
             method=self._options.method,
@@ -232,16 +270,18 @@ class CompressionSession:
         """
         if self._data is not None:
             known = None if self._statistics is None else self._statistics.held_last_states()
+            self._progress.expect(self._work.measurement())
             quality = self._quality(out, self._data.report, known)
             report.set_quality(quality, self._data.measured_on)
             return
-        finetuned, progress = self.pair.finetuned, self._progress.report
+        finetuned, progress = self.pair.finetuned, self._progress
+        progress.expect(self._work.measurement())
         try:
             check_fits(finetuned.parameters, self._device)
             self._model = self._model or self._open_model()
             sampler = TextSampler(
                 finetuned.folder, load_tokenizer(finetuned.folder), self._options.seed,
-                self._device, lambda text, done: progress("assembling", 2, 3, text, within=done),
+                self._device, lambda text, done: progress.report("sampling", 0, 1, text, done),
             )  # fmt: skip
             windows = sample_windows(sampler, self._model.max_length, self._options.calibration)
             del sampler  # its memory is free before the models are compared
@@ -263,6 +303,8 @@ class CompressionSession:
             return self._draft
         self._draft = None  # its memory is free before the next is encoded
         draft = Draft(bits)
+        self._progress.expect(self._work.trials(self._trials))
+        self._trials += 1
         if self._compressor is not None:
             self._compressor.set_budget(bits)
             fingerprint = self._fingerprint(bits)
@@ -286,10 +328,11 @@ class CompressionSession:
                     for matrix in members
                     if matrix.ref.key in reports and matrix.ref.name in tensors
                 ]
-                done = first + len(group)
-                message = f"block {done} of {count}"
-                self._progress.report("compressing", done, count, message)
-        self._progress.report("assembling", 0, 3, "encoding the other tensors")
+                self._progress.report(
+                    "encoding", first + len(group), count, self._part(group[-1]),
+                    saved=stored is not None,
+                )  # fmt: skip
+        self._progress.report("others", 0, 1, "encoding the other tensors")
         others, draft.others = encode_remaining(
             self.pair,
             draft.tensors,
@@ -299,6 +342,13 @@ class CompressionSession:
         draft.tensors |= others
         self._draft = draft
         return draft
+
+    def _part(self, block: int) -> str:
+        """What a block is to people: one of the model's, or what follows them."""
+        count = 0 if self._model is None else len(self._model.blocks)
+        if block < count:
+            return f"block {block + 1} of {count}"
+        return "output head" if block == count else "embedding"
 
     def _batches(self, blocks: Sequence[int]) -> list[list[int]]:
         """Consecutive blocks that are compressed together, on a GPU; one by one on a CPU.
@@ -335,9 +385,9 @@ class CompressionSession:
             by_shape.setdefault((self.pair.shape(matrix.ref), matrix.role), []).append(matrix)
         done = 0
         for group in by_shape.values():
-            message = f"block {first + 1} of {total}, matrix {done + 1} of {len(members)}"
-            within = count * done / len(members)
-            self._progress.report("compressing", first, total, message, within=within)
+            message = f"{self._part(members[0].block)}, matrix {done + 1} of {len(members)}"
+            share = (first + count * done / len(members)) / total
+            self._progress.report("encoding", first, total, message, share)
             done += len(group)
             matrices, deltas = [], []
             for matrix in group:
@@ -389,7 +439,7 @@ class CompressionSession:
                 finetuned=pair.finetuned,
                 delta=MergedSource(pair.base, artifact, model.device),
                 known=known,
-                progress=lambda k, n: self._progress.report("verifying", k, n, "comparing outputs"),
+                progress=lambda k, n: self._progress.report("comparing", k, n, "comparing outputs"),
             )
 
     def _fingerprint(self, bits: float | None) -> str:

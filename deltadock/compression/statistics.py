@@ -6,7 +6,7 @@ own predictions: the gradients' second moment is the Fisher information of a lay
 All moments are means per token of the text, so that they are comparable between layers.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -17,14 +17,13 @@ from torch.nn import functional as F
 from deltadock.compression.calibration.windows import CalibrationSet, spaced
 from deltadock.compression.checkpoints import CheckpointPair, MatrixRef, TensorSource
 from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.scratch import Scratch
 
 GRADIENT_TOKENS: Final = 32 * 2048
 """Tokens of the calibration text that run backward."""
 
 Role = Literal["linear", "head", "embedding"]
-Progress = Callable[[float, str], None]
-"""Called with the fraction done and a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +201,7 @@ def collect(
     *,
     gradients: bool,
     seed: int,
-    progress: Progress,
+    progress: ProgressReporter,
 ) -> Statistics:
     """Collect the moments of all matrices that differ from the base.
 
@@ -213,18 +212,17 @@ def collect(
         scratch: stores the moments, and the blocks' inputs for the backward pass.
         gradients: collect the output moments too, and the embedding's.
         seed: of the sampled labels.
-        progress: called before every block.
+        progress: reports every block.
     """
     statistics = Statistics(scratch, changed_matrices(pair, model, with_embedding=gradients))
     source = pair.finetuned
-    share = 0.5 if gradients else 1.0
     wanted = max(1, GRADIENT_TOKENS // data.train.shape[1]) if gradients else 0
     sequences = spaced(len(data.train), wanted)
     forward = _ForwardPass(model, source, data, statistics, scratch)
-    forward.run(sequences, lambda done, text: progress(share * done, text))
+    forward.run(sequences, progress)
     if gradients:
         backward = _BackwardPass(model, source, data.train[sequences], statistics, scratch, seed)
-        backward.run(lambda done, text: progress(share + (1 - share) * done, text))
+        backward.run(progress)
     return statistics
 
 
@@ -242,14 +240,14 @@ class _ForwardPass:
         self._model, self._source, self._scratch = model, source, scratch
         self._data, self._statistics = data, statistics
 
-    def run(self, sequences: Tensor, progress: Progress) -> None:
+    def run(self, sequences: Tensor, progress: ProgressReporter) -> None:
         """Store all input moments, and the blocks' inputs for `sequences` (n,) int64."""
         model, source, scratch = self._model, self._source, self._scratch
         states = model.embed(self._data.train, source)
         held = model.embed(self._data.report, source)
         count = len(model.blocks)
         for index, name in enumerate(model.blocks):
-            progress(index / (count + 1), f"block {index + 1} of {count}, inputs")
+            progress.report("inputs", index, count, f"block {index + 1} of {count}, inputs")
             if len(sequences):
                 scratch.put(f"states {index}", states[sequences])
             train_moments, held_moments = MomentCollector(), MomentCollector()
@@ -259,7 +257,7 @@ class _ForwardPass:
             for matrix in self._statistics.matrices:
                 if matrix.block == index:
                     self._put(matrix.ref, refs, train_moments, held_moments)
-        progress(count / (count + 1), "output head, inputs")
+        progress.report("inputs", count, count, "output head, inputs")
         scratch.put("held last states", held)
         if len(sequences):
             scratch.put("windows", self._data.train[sequences])
@@ -310,14 +308,15 @@ class _BackwardPass:
         self._scratch = scratch
         self._statistics, self._seed = statistics, seed
 
-    def run(self, progress: Progress) -> None:
+    def run(self, progress: ProgressReporter) -> None:
         """Store all output moments."""
         model, source, scratch = self._model, self._source, self._scratch
         count = len(model.blocks)
-        progress(0.0, "output head, gradients")
+        progress.report("gradients", 0, count + 1, "output head, gradients")
         variance, gradient = self._head(scratch.get("last states", model.device))
         for index in reversed(range(count)):
-            progress((count - index) / (count + 1), f"block {index + 1} of {count}, gradients")
+            message = f"block {index + 1} of {count}, gradients"
+            progress.report("gradients", count - index, count + 1, message)
             moments = MomentCollector()
             gradient = model.backward_block(
                 index,

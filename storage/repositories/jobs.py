@@ -243,31 +243,27 @@ class JobRepository:
     ) -> bool:
         """Record progress; False if `owner` no longer holds the lease.
 
-        Progress only moves forward: a worker that repeats a predecessor's steps does not update
-        the row until it is past them.
+        Progress only moves forward: a worker that repeats a predecessor's steps updates only the
+        expected end until it is past them. A search for a goal may return to an earlier state.
 
         Raises:
             ValueError: `state` is final; use `finish`.
         """
         if state.is_final:
             raise ValueError(f"{state} is final: use finish.")
-        earlier = RUNNING_ORDER[: RUNNING_ORDER.index(state)]
-        ahead = or_(
-            JobRow.state.in_(earlier), and_(JobRow.state == state, JobRow.percent <= percent)
-        )
         now = now or database_now(self.session)
-        left = None if seconds_left is None else timedelta(seconds=seconds_left)
-        moved = self._set(
-            and_(_held(job_id, owner), ahead),
+        ends = None if seconds_left is None else now + timedelta(seconds=seconds_left)
+        held = _held(job_id, owner)
+        return self._set(
+            and_(held, JobRow.percent <= percent),
             state=state,
             stage_block=block,
             stage_blocks=blocks,
-            percent=case((JobRow.percent > percent, JobRow.percent), else_=percent),
+            percent=percent,
             message=message,
             updated_at=now,
-            expected_at=None if left is None else now + left,
-        )
-        return moved or self._holds(job_id, owner)
+            expected_at=ends,
+        ) or self._set(held, updated_at=now, expected_at=ends)
 
     def finish(
         self,
@@ -371,9 +367,6 @@ class JobRepository:
         """Record that the tasks of these jobs are sent to the broker now."""
         now = now or database_now(self.session)
         self._set(JobRow.id.in_(list(job_ids)), sent_at=now)
-
-    def _holds(self, job_id: str, owner: str) -> bool:
-        return self.session.scalar(select(JobRow.id).where(_held(job_id, owner))) is not None
 
     def _set(self, condition: ColumnElement[bool], **values: Any) -> bool:
         """UPDATE ... WHERE condition; returns whether any row matched."""

@@ -188,22 +188,73 @@ def test_stored_blocks_of_other_inputs_are_not_reused(
     assert store.hits == 0
 
 
-def test_progress_never_decreases(pair: Pair, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "with_text"),
+    [
+        (CompressOptions(), True),
+        (CompressOptions(method="bitdelta"), False),
+        (CompressOptions(method="low-rank", ratio=3.0), True),
+        (CompressOptions(method="adamix", max_kl=0.1), True),
+        (CompressOptions(method="exact"), False),
+    ],
+    ids=lambda value: str(value.method) if isinstance(value, CompressOptions) else None,
+)
+def test_progress_never_decreases(
+    pair: Pair, text: Path, tmp_path: Path, options: CompressOptions, with_text: bool
+) -> None:
     seen: list[Progress] = []
+    sources = [Source(text)] if with_text else []
     compress(
-        *pair,
-        tmp_path / "a.delta",
-        CompressOptions(),
-        calibration=[Source(text)],
-        progress=seen.append,
-    )
+        *pair, tmp_path / "a.delta", options, calibration=sources, progress=seen.append
+    )  # fmt: skip
     fractions = [progress.fraction for progress in seen]
     assert fractions == sorted(fractions)
     assert fractions[0] == 0
     assert fractions[-1] == 1
+    worked = [progress.worked for progress in seen]
+    assert worked == sorted(worked)
+    assert all(progress.worked <= progress.fraction for progress in seen)
     stages = list(dict.fromkeys(progress.stage for progress in seen))
-    assert stages == ["validating", "calibrating", "compressing", "assembling", "verifying"]
+    order = ["validating", "calibrating", "compressing", "assembling", "verifying"]
+    assert stages == [stage for stage in order if stage in stages]
+    assert {"validating", "assembling", "verifying"} <= set(stages)
     assert all(0 <= progress.block <= progress.blocks for progress in seen)
+
+
+def test_blocks_are_counted_in_one_way(pair: Pair, text: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    compress(
+        *pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)],
+        progress=seen.append,
+    )  # fmt: skip
+    parts: dict[str, list[str]] = {}
+    for progress in seen:
+        part = progress.message.partition(", ")[0]
+        if part not in parts.setdefault(progress.phase, []):
+            parts[progress.phase].append(part)
+    blocks = ["block 1 of 2", "block 2 of 2"]
+    assert parts["inputs"] == [*blocks, "output head"]
+    assert parts["gradients"] == ["output head", *reversed(blocks)]
+    assert parts["encoding"][:2] == blocks
+    assert set(parts["encoding"][2:]) <= {"output head", "embedding"}
+
+
+def test_what_an_earlier_run_saved_is_not_worked_again(
+    pair: Pair, text: Path, tmp_path: Path
+) -> None:
+    store, seen = MemoryStore(), list[list[Progress]]()
+    for _ in range(2):
+        seen.append([])
+        compress(
+            *pair, tmp_path / "a.delta", ADAMIX, calibration=[Source(text)],
+            progress=seen[-1].append, store=store,
+        )  # fmt: skip
+    first, second = (run[-1] for run in seen)
+    assert first.fraction == second.fraction == 1
+    encoding = [run for run in seen[0] if run.phase == "encoding"]
+    share = encoding[-1].fraction - encoding[0].fraction
+    assert share > 0
+    assert second.worked == pytest.approx(first.worked - share)
 
 
 def test_files_that_differ_are_stored_in_the_artifact(pair: Pair, tmp_path: Path) -> None:

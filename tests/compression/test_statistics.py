@@ -14,6 +14,7 @@ from deltadock.compression import statistics
 from deltadock.compression.calibration.windows import CalibrationSet
 from deltadock.compression.checkpoints import CheckpointPair, open_pair
 from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.statistics import Statistics, changed_matrices, collect
 from tests.compression.family_cases import CASES, TOKENS, save
@@ -57,7 +58,7 @@ def collected(
     pair = open_pair(folder / "base", folder / "tuned")
     model = BlockwiseModel(folder / "tuned")
     data = CalibrationSet(TRAIN, UNSEEN, HELD, "", [])
-    seen: list[float] = []
+    seen: list[str] = []
     found = collect(
         pair,
         model,
@@ -65,11 +66,13 @@ def collected(
         scratch,
         gradients=True,
         seed=3,
-        progress=lambda done, _: seen.append(done),
+        progress=ProgressReporter(lambda progress: seen.append(progress.message)),
     )
-    assert seen == sorted(seen)
-    assert seen[0] >= 0
-    assert seen[-1] <= 1
+    blocks = [f"block {k + 1} of {len(model.blocks)}" for k in range(len(model.blocks))]
+    assert seen == [
+        *(f"{part}, inputs" for part in [*blocks, "output head"]),
+        *(f"{part}, gradients" for part in ["output head", *reversed(blocks)]),
+    ]
     return Collected(found, model, pair, whole, torch.cat(drawn))
 
 
@@ -246,7 +249,7 @@ def test_without_gradients_only_input_moments_are_collected(
     pair = open_pair(tmp_path / "base", tmp_path / "tuned")
     found = collect(
         pair, BlockwiseModel(tmp_path / "tuned"), CalibrationSet(TRAIN, UNSEEN, HELD, "", []),
-        scratch, gradients=False, seed=0, progress=lambda *_: None,
+        scratch, gradients=False, seed=0, progress=ProgressReporter(),
     )  # fmt: skip
     assert {matrix.role for matrix in found.matrices} == {"linear"}
     key = found.matrices[0].ref.key

@@ -86,7 +86,7 @@ def test_a_throttled_report_still_checks_for_cancellation(
 ) -> None:
     with Lease(context.database, job_id, "me", SECONDS) as lease:
         report = _reporter(lease, StageClock())
-        step = Progress("compressing", 1, 4, 0.5, "matrix 1")
+        step = Progress("encoding", 1, 4, 0.5, 0.4, "matrix 1")
         report(step)
         with context.database.session_scope() as session:
             JobRepository(session, LOCAL_TENANT).request_cancel(job_id)

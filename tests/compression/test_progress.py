@@ -1,0 +1,76 @@
+"""Shares of a compression's phases by the work expected of them."""
+
+import pytest
+
+from deltadock.compression.options import METHODS, GoalKind
+from deltadock.compression.progress import READING, Progress, ProgressReporter
+from deltadock.compression.work import ExpectedWork, mean_side
+
+
+@pytest.fixture
+def seen() -> list[Progress]:
+    return []
+
+
+@pytest.fixture
+def reporter(seen: list[Progress]) -> ProgressReporter:
+    reporter = ProgressReporter(seen.append)
+    reporter.report("reading", 1, 2, "reading")
+    return reporter
+
+
+def test_phases_share_the_rest_by_their_work(
+    reporter: ProgressReporter, seen: list[Progress]
+) -> None:
+    reporter.expect({"inputs": 3.0, "comparing": 1.0})
+    reporter.report("inputs", 1, 2, "block 2 of 2")
+    reporter.report("comparing", 0, 1, "comparing")
+    reporter.report("comparing", 1, 1, "comparing")
+    rest = 1 - READING
+    fractions = [READING / 2, READING + 0.375 * rest, READING + 0.75 * rest, 1.0]
+    assert [progress.fraction for progress in seen] == pytest.approx(fractions)
+    assert seen[0].worked == 0.0
+    assert seen[-1].worked == pytest.approx(rest)
+    assert [progress.stage for progress in seen[-2:]] == ["verifying"] * 2
+
+
+def test_less_work_moves_on_and_more_slows_down(
+    reporter: ProgressReporter, seen: list[Progress]
+) -> None:
+    reporter.expect({"encoding": 1.0, "later": 2.0, "comparing": 1.0})
+    reporter.report("encoding", 1, 1, "block 1 of 1")
+    worked = seen[-1].worked
+    reporter.expect({"comparing": 1.0})  # the search has ended
+    reporter.report("comparing", 0, 2, "comparing")
+    assert seen[-1].fraction == pytest.approx(1 - (1 - READING) / 4)
+    assert seen[-1].worked == worked
+    reporter.expect({"encoding": 3.0, "comparing": 1.0})
+    reporter.report("encoding", 1, 1, "block 1 of 1")
+    assert seen[-1].fraction == pytest.approx(1 - (1 - READING) / 16)
+
+
+def test_what_was_saved_is_not_worked(reporter: ProgressReporter, seen: list[Progress]) -> None:
+    reporter.expect({"encoding": 2.0, "comparing": 2.0})
+    reporter.report("encoding", 1, 1, "block 1 of 1", saved=True)
+    reporter.report("comparing", 1, 1, "comparing")
+    assert seen[-1].fraction == 1.0
+    assert seen[-1].worked == pytest.approx((1 - READING) / 2)
+
+
+@pytest.mark.parametrize("goal", [None, "ratio", "max_kl"])
+@pytest.mark.parametrize("name", [name for name, one in METHODS.items() if not one.imports_adapter])
+def test_work_is_expected_of_every_method(name: str, goal: GoalKind | None) -> None:
+    work = ExpectedWork(METHODS[name], goal, 300.0, 6e3, train=5e4, choose=3e3)
+    whole = work.calibration() | work.trials()
+    assert all(amount >= 0 for amount in whole.values())
+    assert ("gradients" in whole) == (name == "optimix")
+    later = [work.trials(done).get("later", 0.0) for done in range(10)]
+    assert later == sorted(later, reverse=True)
+    assert (later[0] > later[-1]) == (goal is not None)
+
+
+def test_the_mean_side_counts_what_changed() -> None:
+    shapes = [((8, 8), True), ((2, 8, 8), False), ((5,), True), ((0, 4), True)]
+    assert mean_side(shapes) == pytest.approx(64 * 8 / 192)
+    assert mean_side([((1000, 10), True)]) == pytest.approx(2 * 1000 * 10 / 1010)
+    assert mean_side([]) == 0.0
