@@ -26,7 +26,7 @@ from deltadock.compression.assembly import (
     overflows,
 )
 from deltadock.compression.calibration.sampling import TextSampler, check_fits
-from deltadock.compression.calibration.sources import load_tokenizer
+from deltadock.compression.calibration.sources import file_sha256, load_tokenizer
 from deltadock.compression.calibration.windows import (
     CHOOSE,
     MEASURED_TOKENS,
@@ -129,7 +129,8 @@ class CompressionSession:
                 a search for it may take.
             scratch: holds intermediate tensors.
             progress: reports every step.
-            store: keeps encoded blocks for a later session with the same inputs.
+            store: keeps encoded blocks, and text that was sampled, for a later session with the
+                same inputs.
             device: torch device.
             reserve: budget up to which matrices are decomposed once for all; None for one budget.
 
@@ -188,23 +189,33 @@ class CompressionSession:
             self._compressor = compressor
 
     def _load_calibration(self, sources: Sequence[Source], model: BlockwiseModel) -> CalibrationSet:
-        """Load the text; before and after it, say what there is to do."""
+        """Load the text; before and after it, say what there is to do.
+
+        Text that was sampled is kept for a later session: it takes long, and is small.
+        """
         options, progress = self._options, self._progress
         sources = sources or (SAMPLED,)
+        key = f"text/{self._text_fingerprint(sources, model.max_length)}"
+        kept = None if self._store is None else self._store.get(key)
         weights = sum(source.weight for source in sources)
         sampled = sum(source.weight for source in sources if source.path is None) / weights
-        if sampled:  # which takes long; files are read in a moment
+        if sampled and kept is None:  # which takes long; files are read in a moment
             tokens = options.calibration.tokens
             self._work = replace(
                 self._work, sampled=sampled * tokens, train=tokens, choose=tokens * CHOOSE,
                 report=tokens * REPORT,
             )  # fmt: skip
             progress.expect(self._work.text() | self._work.calibration() | self._work.trials())
-        data = load_calibration(
-            sources, self.pair.finetuned.folder, model.max_length, options.seed,
-            options.calibration, self._device,
-            lambda text, done: progress.report("text", 0, 1, text, done),
-        )  # fmt: skip
+        if kept is not None:
+            data = CalibrationSet.from_bytes(kept)
+        else:
+            data = load_calibration(
+                sources, self.pair.finetuned.folder, model.max_length, options.seed,
+                options.calibration, self._device,
+                lambda text, done: progress.report("text", 0, 1, text, done),
+            )  # fmt: skip
+            if self._store is not None and data.is_sampled:
+                self._store.put(key, data.to_bytes())
         self._work = replace(
             self._work, train=data.tokens, choose=data.choose.numel(), report=data.report.numel()
         )
@@ -441,6 +452,22 @@ class CompressionSession:
                 known=known,
                 progress=lambda k, n: self._progress.report("comparing", k, n, "comparing outputs"),
             )
+
+    def _text_fingerprint(self, sources: Sequence[Source], max_length: int) -> str:
+        """SHA-256 (hex) over everything that decides the calibration text."""
+        texts = [
+            (None if one.path is None else file_sha256(one.path), one.weight) for one in sources
+        ]
+        inputs = {
+            "versions": [__version__, torch.__version__],
+            "finetuned": self.pair.finetuned.manifest.digest,
+            "texts": texts,
+            "length": max_length,
+            "calibration": asdict(self._options.calibration),
+            "seed": self._options.seed,
+            "device": self._device.partition(":")[0],
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def _fingerprint(self, bits: float | None) -> str:
         """SHA-256 (hex) over everything that decides the blocks' bytes."""

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
-from deltadock.compression.calibration import sampling
+from deltadock.compression.calibration import sampling, windows
 from deltadock.compression.checkpoints import open_pair
 from deltadock.compression.options import METHODS, CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
@@ -237,6 +237,29 @@ def test_blocks_are_counted_in_one_way(pair: Pair, text: Path, tmp_path: Path) -
     assert parts["gradients"] == ["output head", *reversed(blocks)]
     assert parts["encoding"][:2] == blocks
     assert set(parts["encoding"][2:]) <= {"output head", "embedding"}
+
+
+def test_sampled_text_is_kept_for_a_later_run(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(ADAMIX, calibration=CalibrationOptions(1024, 32))
+    whole = compress(*pair, tmp_path / "whole.delta", options, calibration=None)
+    store = MemoryStore()
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == "inputs":
+            raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        compress(*pair, tmp_path / "a.delta", options, calibration=None, progress=stop, store=store)
+
+    def sample(*_: object, **__: object) -> None:
+        raise AssertionError("the text is sampled again")
+
+    monkeypatch.setattr(windows, "TextSampler", sample)
+    again = compress(*pair, tmp_path / "a.delta", options, calibration=None, store=store)
+    assert again.calibration == whole.calibration
+    assert (tmp_path / "a.delta").read_bytes() == (tmp_path / "whole.delta").read_bytes()
 
 
 def test_what_an_earlier_run_saved_is_not_worked_again(

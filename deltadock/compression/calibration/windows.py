@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from deltadock.compression.calibration.sampling import TextSampler
@@ -74,6 +75,24 @@ class CalibrationSet:
     def tokens(self) -> int:
         """Number of calibration tokens."""
         return self.train.numel()
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the fine-tune has written any of it, which takes long."""
+        return any(source["kind"] == "sampled" for source in self.sources)
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors file; `sources` are its bytes of JSON."""
+        sources = torch.frombuffer(bytearray(json.dumps(self.sources).encode()), dtype=torch.uint8)
+        parts = {"train": self.train, "choose": self.choose, "report": self.report}
+        return save({name: part.contiguous() for name, part in parts.items()} | {"json": sources})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """What `to_bytes` wrote."""
+        found = load(data)
+        parts = found["train"], found["choose"], found["report"]
+        return cls(*parts, _hash(parts), json.loads(found["json"].numpy().tobytes()))
 
     @property
     def measured_on(self) -> list[dict[str, Any]]:
