@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from deltadock.cli.outcome import on_interrupt
 from deltadock.cli.output import AsJson, errors, output, print_json, working
+from deltadock.cli.server import complete_method
 from deltadock.compression.options import (
     LENGTH,
     TOKENS,
@@ -35,7 +36,12 @@ GOALS: Final = "Goal, at most one of"
 CALIBRATION: Final = "Calibration"
 TABLE_WIDTH: Final = 120
 
-Method = Annotated[str, typer.Option(help="Compression method; `deltadock methods` lists them.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="Compression method; `deltadock methods` lists them.", autocompletion=complete_method
+    ),
+]
 Bits = Annotated[
     float | None,
     typer.Option(

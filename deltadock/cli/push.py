@@ -27,7 +27,7 @@ from deltadock.cli.output import (
     print_table,
     say,
 )
-from deltadock.cli.server import Url, complete_base, connect
+from deltadock.cli.server import Url, complete_base, complete_method, connect
 from deltadock.compression.options import METHODS, goal_for
 from deltadock.compression.preview import preview_size, read_shapes
 from deltadock.errors import InvalidGoal, InvalidInput, NotFound
@@ -70,7 +70,10 @@ def push(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="Compression method, by default the server's; see `deltadock methods`."),
+        typer.Option(
+            help="Compression method, by default the server's; see `deltadock methods`.",
+            autocompletion=complete_method,
+        ),
     ] = None,
     bits: Bits = None,
     target_bytes: TargetBytes = None,

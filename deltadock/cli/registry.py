@@ -21,7 +21,15 @@ from deltadock.cli.output import (
     print_table,
     say,
 )
-from deltadock.cli.server import Reference, State, Url, complete_base, complete_model, connect
+from deltadock.cli.server import (
+    Reference,
+    State,
+    Url,
+    complete_base,
+    complete_method,
+    complete_model,
+    connect,
+)
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
 
 if TYPE_CHECKING:
@@ -41,7 +49,9 @@ def ls(
         str | None,
         typer.Option("--base", "-b", help="Only of this base.", autocompletion=complete_base),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Only of this method.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Only of this method.", autocompletion=complete_method)
+    ] = None,
     state: Annotated[State | None, typer.Option(help="Only in this state.")] = None,
     name: Annotated[
         str | None, typer.Option(help="Only versions of this project/model.")

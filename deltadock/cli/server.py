@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deltadock.compression.options import METHODS
 from deltadock.errors import DeltadockError, Unauthorized
 
 if TYPE_CHECKING:
@@ -99,6 +100,11 @@ def complete_job(incomplete: str) -> list[str]:
 def complete_node(incomplete: str) -> list[str]:
     """Complete a node's address."""
     return _names("node", incomplete)
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Complete a compression method's name."""
+    return [name for name in METHODS if name.startswith(incomplete)]
 
 
 Reference = Annotated[

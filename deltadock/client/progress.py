@@ -117,6 +117,21 @@ def _show_line(lines: Lines, job: Job) -> None:
     lines.show(job.stage.partition(", ")[0], f"{job.percent:3.0f} %  {job.stage}{left}")
 
 
+class _Transferred(DownloadColumn):
+    """Bytes of a file; nothing beside what has no size."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task)
+
+
+class _Speed(TransferSpeedColumn):
+    """Bytes a second, once they are known."""
+
+    def render(self, task: Task) -> Text:
+        known = task.finished_speed or task.speed
+        return Text("") if known is None else super().render(task)
+
+
 @contextmanager
 def bytes_bar(
     console: Console, before: str, during: str
@@ -146,8 +161,8 @@ def bytes_bar(
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
-        DownloadColumn(table_column=Column(no_wrap=True)),
-        TransferSpeedColumn(table_column=Column(no_wrap=True)),
+        _Transferred(table_column=Column(no_wrap=True)),
+        _Speed(table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console) as bar:
         waiting = bar.add_task(before, total=None)

@@ -20,7 +20,7 @@ from starlette.types import Scope as AsgiScope
 from deltadock.cli.jobs import follow
 from deltadock.cli.outcome import UNAVAILABLE
 from deltadock.cli.processes import free_ports
-from deltadock.cli.server import State
+from deltadock.cli.server import State, complete_method
 from deltadock.client.connection import read_login
 from deltadock.client.http import Client
 from deltadock.errors import Unavailable
@@ -152,6 +152,10 @@ def test_a_followed_log_is_above_a_bar_in_a_terminal(
     screen.truncate(0)
     call("logs", pushed[0])
     assert "100 %" not in screen.getvalue()
+
+
+def test_methods_are_completed() -> None:
+    assert complete_method("bit") == ["bitdelta", "bitdelta-distilled"]
 
 
 def test_lists_are_filtered_by_the_states_that_there_are() -> None:
