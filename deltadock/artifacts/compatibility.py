@@ -96,6 +96,16 @@ def check_differs(base: CheckpointManifest, finetuned: CheckpointManifest) -> No
         )
 
 
+def check_same_type(base: str, finetuned: str) -> None:
+    """Check that both have the same `model_type` in config.json.
+
+    Raises:
+        ArchitectureMismatch: they have not.
+    """
+    if base != finetuned:
+        raise ArchitectureMismatch(f"The base is a {base!r} model, the fine-tune a {finetuned!r}.")
+
+
 def match_tensors(
     base: CheckpointManifest, finetuned: CheckpointManifest
 ) -> dict[str, TensorEntry]:
@@ -107,9 +117,8 @@ def match_tensors(
     Raises:
         ArchitectureMismatch, InvalidCheckpoint, UnsupportedModel: as `check_same_architecture`.
     """
-    kind, found = base.config["model_type"], finetuned.config["model_type"]
-    if kind != found:
-        raise ArchitectureMismatch(f"The base is a {kind!r} model, the fine-tune a {found!r}.")
+    kind = base.config["model_type"]
+    check_same_type(kind, finetuned.config["model_type"])
     ours, theirs = quantization(finetuned), quantization(base)
     if ours != theirs:
         owner, method = ("fine-tune", ours) if ours else ("base", theirs)

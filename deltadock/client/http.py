@@ -6,6 +6,7 @@ downloads hash and move files in threads, so `AsyncClient` has them done by a `C
 """
 
 import hashlib
+import json
 import ssl
 import time
 from collections.abc import (
@@ -15,7 +16,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from functools import cache, partial, wraps
 from inspect import Parameter, Signature, signature
 from itertools import count
@@ -27,7 +28,8 @@ import anyio
 import anyio.to_thread
 import httpx
 
-from deltadock.artifacts.checkpoint import ADAPTER_CONFIG, CHUNK_BYTES, folder_files
+from deltadock.artifacts.checkpoint import ADAPTER_CONFIG, CHUNK_BYTES, CONFIG, folder_files
+from deltadock.artifacts.compatibility import check_same_type
 from deltadock.client import routes
 from deltadock.client.connection import find_connection
 from deltadock.client.progress import default_bar
@@ -41,7 +43,7 @@ from deltadock.client.requests import (
     domain_error,
     reader,
 )
-from deltadock.client.resources import Checkpoint, Delta, Job, LogLine
+from deltadock.client.resources import Base, Checkpoint, Delta, Job, LogLine
 from deltadock.client.routes import GoalOptions
 from deltadock.client.uploads import Uploader
 from deltadock.compression.options import (
@@ -379,13 +381,14 @@ class Client:
         Raises:
             InvalidInput: an argument is refused; a subclass says why.
             Conflict: the method does not fit: an adapter needs 'lora', a whole model another one.
+            ArchitectureMismatch: the model is of another type than its base.
             NotFound: there is no such base, parent or file.
             Unavailable: the server does not answer; call again to resume.
         """
         # All that can be refused now is, before hours of upload.
         routes.checked_name(name)
         self._check_method(Path(folder), method, goal)
-        self.base(base)
+        _check_type(Path(folder), self.base(base))
         if parent is not None:
             self.delta(parent)
         mixture = None if calibration is None else self._mixture(calibration)
@@ -701,6 +704,19 @@ class AsyncPush:
             raise failure
         self.delta = await self._client.delta(self.delta.id)
         return self.delta
+
+
+def _check_type(folder: Path, base: Base) -> None:
+    """Check that a model, if that is what the folder holds, is of its base's type.
+
+    Raises:
+        ArchitectureMismatch: it is of another.
+    """
+    files = folder_files(folder)
+    if CONFIG in files and ADAPTER_CONFIG not in files:
+        with suppress(ValueError, KeyError, TypeError):  # the server says what is wrong with it
+            found = json.loads((folder / CONFIG).read_bytes())["model_type"]
+            check_same_type(base.checkpoint.model_type, found)
 
 
 def _as_json(answer: Any) -> JsonObject:

@@ -15,6 +15,7 @@ from deltadock.client.http import AsyncClient, Client
 from deltadock.client.progress import in_notebook
 from deltadock.client.resources import Delta, Job
 from deltadock.errors import (
+    ArchitectureMismatch,
     BitsOutOfRange,
     Cancelled,
     Conflict,
@@ -121,6 +122,10 @@ def test_a_push_is_refused_before_anything_is_uploaded(client: Client, finetune:
     for options, refusal in asked:
         with pytest.raises(refusal):
             client.push(finetune, "maths/skills", "tiny", progress=lambda *_: note(1), **options)
+    config = finetune / "config.json"
+    config.write_text(config.read_text().replace("llama", "gemma"))
+    with pytest.raises(ArchitectureMismatch, match="base is a 'llama' model, the fine-tune a 'ge"):
+        client.push(finetune, "maths/skills", "tiny", progress=lambda *_: note(1))
     assert sent == []
 
 
