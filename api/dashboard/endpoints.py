@@ -153,7 +153,7 @@ def compare_deltas(
     """Two to four deltas side by side."""
     references = list(dict.fromkeys(delta))
     if not 2 <= len(references) <= MOST_COMPARED:
-        raise InvalidInput(f"Choose two to {MOST_COMPARED} deltas to compare.")
+        raise InvalidInput(f"Choose 2 to {MOST_COMPARED} deltas to compare.")
     rows = [service.show_delta(session, caller.tenant_id, reference) for reference in references]
     entries = [views.DeltaEntry.of(row) for row in rows]
     deltas = DeltaRepository(session, caller.tenant_id)

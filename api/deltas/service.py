@@ -98,7 +98,8 @@ def require_ready(delta: DeltaRow | ShownDelta) -> str:
     """
     if delta.job.state is not JobState.READY or delta.artifact_digest is None:
         raise NotReady(
-            f"Delta {delta.id} is {delta.job.state}; see GET /v1/jobs/{delta.job.id}.",
+            f"{delta.name}:{delta.version} is not ready: its job is {delta.job.state}. See "
+            f"GET /v1/jobs/{delta.job.id}.",
             state=delta.job.state,
             job=delta.job.id,
         )

@@ -474,7 +474,7 @@ def test_compares_two_to_four_deltas(shared: tuple[Site, seed.Seeded]) -> None:
     assert not {"Method", "Base", "Seed"} & set(differing)
     assert page.count("<circle") == 2
     assert page.count(">best<") == 4
-    assert "two to 4" in site.text(f"/compare?delta={seeded.ready[0]}", status=422)
+    assert "2 to 4" in site.text(f"/compare?delta={seeded.ready[0]}", status=422)
     many = "&".join(f"delta={delta}" for delta in seeded.ready[:5])
     site.text(f"/compare?{many}", status=422)
 
