@@ -289,6 +289,8 @@ def retry_job(job_id: JobId, caller: CallerDep, unit: WriteUnit, resources: Reso
             )
         check_job(unit.session, caller.tenant_id)
     if not jobs.retry(job_id):
+        if job.cancel_requested:
+            raise Conflict(f"Job {job_id} is being cancelled. Retry it once it has ended.")
         raise Conflict(
             f"Job {job_id} is {job.state}: only a failed or cancelled job can be retried."
         )

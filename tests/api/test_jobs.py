@@ -74,6 +74,16 @@ def test_a_failed_job_is_retried_and_its_log_tells(api: Api) -> None:
     assert api.client.post(f"{job}/retry").status_code == 409, "its delta was deleted"
 
 
+def test_a_job_that_is_being_cancelled_is_not_retried_yet(api: Api) -> None:
+    job = f"/v1/jobs/{(job_id := api.delta()['job'])}"
+    with api.resources.database.session_scope() as session:
+        assert JobRepository(session, LOCAL_TENANT).acquire(job_id, "worker", 60)
+    assert api.client.post(f"{job}/cancel").json()["cancel_requested"]
+    refused = api.client.post(f"{job}/retry")
+    assert refused.status_code == 409
+    assert refused.json()["detail"].endswith("is being cancelled. Retry it once it has ended.")
+
+
 def test_a_job_whose_inputs_are_at_fault_is_not_retried(api: Api) -> None:
     job = f"/v1/jobs/{(job_id := api.delta()['job'])}"
     fail(api, job_id, "non_finite_weights", "Upload an earlier checkpoint.")
