@@ -246,6 +246,13 @@ class NotReady(Conflict):
     code = "not_ready"
 
 
+class PreconditionFailed(DeltadockError):
+    """The object is not the version that `If-Match` names."""
+
+    status = 412
+    code = "precondition_failed"
+
+
 class TooLarge(DeltadockError):
     """A body or file exceeds its size limit."""
 

@@ -63,7 +63,7 @@ class FileCache:
         with self._lock(digest, fcntl.LOCK_SH) as lock:
             os.utime(lock)
             manifest = self._manifest(digest)
-            self._make_room(limit - manifest.total_bytes)
+            self._make_room(digest, limit - manifest.total_bytes)
             yield self.checkpoint(digest)
 
     @contextmanager
@@ -75,11 +75,12 @@ class FileCache:
             fcntl.flock(stream, kind)
             yield path
 
-    def _make_room(self, limit: int) -> None:
-        """Remove unused checkpoints, the oldest first, until the others take at most `limit`."""
+    def _make_room(self, wanted: str, limit: int) -> None:
+        """Remove unused checkpoints but `wanted`, the oldest first, until they take `limit` at most."""
         used = [
             (path.stat().st_mtime, path.stem, disk_bytes(path.with_suffix("")))
             for path in (self._folder / "checkpoints").glob("*.lock")
+            if path.stem != wanted
         ]
         total = sum(size for *_, size in used)
         for _, digest, size in sorted(used):

@@ -9,7 +9,13 @@ from typing import Any, Final, NamedTuple
 from fastapi import Request, Response
 from starlette.responses import StreamingResponse
 
-from deltadock.errors import DamagedBlob, NotFound, NotReady, RangeNotSatisfiable
+from deltadock.errors import (
+    DamagedBlob,
+    NotFound,
+    NotReady,
+    PreconditionFailed,
+    RangeNotSatisfiable,
+)
 from deltadock.problems import problems
 from deltadock.storage.blobs import BlobStore
 
@@ -21,7 +27,7 @@ ARTIFACT_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     206: {"description": "The requested range", "content": _BINARY},
     304: {"description": "If-None-Match names this version"},
     307: {"description": "The artifact's presigned URL at the object store"},
-    **problems(NotFound, NotReady, RangeNotSatisfiable, DamagedBlob),
+    **problems(NotFound, NotReady, PreconditionFailed, RangeNotSatisfiable, DamagedBlob),
 }
 
 # Python refuses to parse integers of more than 4,300 digits.
@@ -72,11 +78,18 @@ def is_unchanged(headers: Mapping[str, str], etag: str) -> bool:
     return etag in known or known == ["*"]
 
 
+def is_refused(headers: Mapping[str, str], etag: str) -> bool:
+    """Whether there is an `If-Match` and it does not name this version."""
+    wanted = [tag.strip() for tag in headers.get("if-match", etag).split(",")]
+    return etag not in wanted and wanted != ["*"]
+
+
 def artifact_response(request: Request, blobs: BlobStore, digest: str, filename: str) -> Response:
     """Answer a GET or HEAD of the blob `digest`: its bytes, a range, 304 or a redirect.
 
     Raises:
         NotFound: the store does not hold the blob.
+        PreconditionFailed: `If-Match` names another version.
         DamagedBlob, Unavailable: its first bytes cannot be read; later, the answer breaks off.
         RangeNotSatisfiable: the range is outside the file.
     """
@@ -91,15 +104,20 @@ def artifact_response(request: Request, blobs: BlobStore, digest: str, filename:
         # The bytes never change, but the delta may be deleted: caches must revalidate.
         "Cache-Control": "private, no-cache",
     }
-    if is_unchanged(request.headers, etag):
+    is_other = is_refused(request.headers, etag)
+    if is_unchanged(request.headers, etag) and not is_other:
         return Response(status_code=304, headers=headers)
     part = requested_range(request.headers, size, etag) if request.method == "GET" else None
     # The object store knows its own ETag, not ours: conditions on ours are evaluated here.
-    ours = "if-match" in request.headers or request.headers.get("if-range") == etag
+    ours = request.headers.get("if-range") == etag or (
+        "if-match" in request.headers and not is_other
+    )
     if request.method == "GET" and not ours:
         url = blobs.presigned_url(digest, disposition=disposition, media_type=MEDIA_TYPE)
         if url is not None:
             return Response(status_code=307, headers={"Location": url, "Cache-Control": "no-store"})
+    if is_other:
+        raise PreconditionFailed("If-Match names another version than this; download it anew.")
     start, end = part or ByteRange(0, size)
     headers["Content-Length"] = str(end - start)
     if part is not None:

@@ -353,6 +353,8 @@ class ModelRepository:
         current = self.session.get_one(DeltaRow, row.delta_id)
         if delta.checkpoint_digest != current.checkpoint_digest:
             return  # whose KL is no measure of which is better
+        if delta.options.get("calibration") != current.options.get("calibration"):
+            return  # nor is one on another text
         if delta.kl is not None and current.kl is not None and delta.kl < current.kl:
             self.move(
                 model, DEFAULT, delta,

@@ -78,6 +78,20 @@ def test_headers_without_a_single_valid_range_are_ignored(api: Api, url: str) ->
         assert (answer.status_code, answer.content) == (200, ARTIFACT)
 
 
+def test_if_match_of_another_version_is_412(api: Api, url: str) -> None:
+    """So a download that resumes after a name has moved is not spliced of two versions."""
+    etag = api.client.head(url).headers["etag"]
+    for other in ('"other"', f"W/{etag}", '"x", "y"'):
+        answer = api.client.get(url, headers={"If-Match": other, "Range": "bytes=5-"})
+        assert (answer.status_code, answer.json()["code"]) == (412, "precondition_failed")
+        assert api.client.head(url, headers={"If-Match": other}).status_code == 412
+        both = {"If-Match": other, "If-None-Match": etag}
+        assert api.client.get(url, headers=both).status_code == 412
+    for known in (etag, f'"x", {etag}', "*"):
+        answer = api.client.get(url, headers={"If-Match": known, "Range": "bytes=5-"})
+        assert (answer.status_code, answer.content) == (206, ARTIFACT[5:])
+
+
 def test_conditional_requests(api: Api, url: str) -> None:
     etag = api.client.head(url).headers["etag"]
     for known in (etag, f"W/{etag}", f'"x", {etag}', "*"):

@@ -122,10 +122,14 @@ class TestRedirects:
         same = {"Range": "bytes=0-3", "If-Range": f'"{digest}"'}
         assert api.client.get(url, headers=same).content == artifact[:4]
         assert api.client.get(url, headers={"If-Match": f'"{digest}"'}).content == artifact
+        assert api.client.head(url, headers={"If-Match": '"other"'}).status_code == 412
         # The store's own ETag, which a client that was redirected before has.
         stored = {"Range": "bytes=0-3", "If-Range": answer.headers["etag"]}
         part = api.client.get(url, headers=stored, follow_redirects=True)
         assert (part.status_code, part.content) == (206, artifact[:4])
+        for tag, status in ((answer.headers["etag"], 200), ('"other"', 412)):
+            found = api.client.get(url, headers={"If-Match": tag}, follow_redirects=True)
+            assert found.status_code == status
 
         (tmp_path / "x.delta.part").write_bytes(artifact[:100_000])
         with Client(str(api.client.base_url), api.key) as client:

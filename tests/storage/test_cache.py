@@ -114,5 +114,19 @@ def test_the_least_recently_used_checkpoints_make_room_unless_they_are_in_use(
         assert (folder / "config.json").is_file(), "it is fetched again"
 
 
+def test_checkpoints_that_fit_together_stay(
+    tmp_path: Path, blobs: LocalBlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FileCache(blobs, tmp_path / "cache")
+    both = [put_checkpoint(blobs, tmp_path / name, value=n) for n, name in enumerate("ab")]
+    monkeypatch.setattr("os.link", _refuse_links)
+    limit = sum(manifest.total_bytes for manifest in both)
+    for manifest in (*both, both[0]):
+        with cache.held_checkpoint(manifest.digest, limit):
+            pass
+    folders = tmp_path / "cache" / "checkpoints"
+    assert sum(path.is_dir() for path in folders.iterdir()) == 2
+
+
 def _refuse_links(*_: object) -> None:
     raise PermissionError("no hard links here")

@@ -56,18 +56,21 @@ def test_a_poorer_push_does_not_change_what_the_name_means(database: Database) -
 
 
 def test_the_best_of_what_was_pushed_at_once_becomes_the_default(database: Database) -> None:
-    """Whichever is ready first; a later push, or one without a figure or of another fine-tune,
-    changes nothing.
+    """Whichever is ready first; a later push, or one without a figure, of another fine-tune or
+    measured on another text, changes nothing.
     """
     with database.session_scope() as session:
-        poor, good, unmeasured, other, fair = (push(session) for _ in range(5))
+        poor, good, unmeasured, other, foreign, fair = (push(session) for _ in range(6))
         other.checkpoint_digest = seed.add_base(session, "other", 100).checkpoint_digest
+        foreign.options = {**foreign.options, "calibration": {"sources": [], "tokens": 1}}
         meant = []
-        for delta, kl in ((poor, 0.3), (good, 0.01), (unmeasured, None), (other, 0.0)):
+        for delta, kl in (
+            (poor, 0.3), (good, 0.01), (unmeasured, None), (other, 0.0), (foreign, 0.0)
+        ):  # fmt: skip
             finish(session, delta, kl)
             meant.append(meaning(session))
         finish(session, push(session), 0.001)
-        assert [*meant, meaning(session)] == [1, 2, 2, 2, 2]
+        assert [*meant, meaning(session)] == [1, 2, 2, 2, 2, 2]
         models = ModelRepository(session, LOCAL_TENANT)
         model = models.find(NAME, lock=True)
         assert model is not None
