@@ -97,13 +97,18 @@ def round_block(rows: Tensor, codes: Tensor, factor: Tensor, zero: Tensor, top: 
         triton.round_block(rows, codes, factor, zero, top)
         return
     diagonal = factor.diagonal(dim1=1, dim2=2)[:, :, None]
-    for j in range(rows.shape[1]):
-        row = rows[:, j]
-        code = torch.add(row, zero[:, j]).add_(0.5).floor_().clamp_min_(0)
-        torch.minimum(code, top[:, j], out=code)
-        codes[:, j].copy_(code)
-        row.sub_(code).add_(zero[:, j]).div_(diagonal[:, j])
-        rows[:, j + 1 :].addcmul_(factor[:, j, j + 1 :, None], row[:, None], value=-1)
+    # What does not depend on the order is done for the whole block: a coordinate takes six passes.
+    weights = (factor / diagonal)[..., None]
+    rounded = torch.empty_like(rows)
+    rows.add_(zero)
+    parts = zip(rows.unbind(1), rounded.unbind(1), top.unbind(1), strict=True)
+    for j, (row, code, highest) in enumerate(parts):
+        torch.add(row, 0.5, out=code).floor_().clamp_min_(0)
+        torch.minimum(code, highest, out=code)
+        row.sub_(code)
+        rows[:, j + 1 :].addcmul_(weights[:, j, j + 1 :], row[:, None], value=-1)
+    codes.copy_(rounded)
+    rows.div_(diagonal)
 
 
 def prune_block(rows: Tensor, codes: Tensor, kept: Tensor, factor: Tensor, top: Tensor) -> None:
