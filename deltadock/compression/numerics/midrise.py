@@ -50,11 +50,10 @@ def quantize(values: Tensor, bits: Tensor, compensation: Tensor | None) -> Midri
         compensation: `Metric.error_compensation()` of the metric, (b, n, n); None for a diagonal
             metric, which leaves nothing to compensate.
     """
-    work = columns_first(values)
-    top = (2.0**bits - 1).float()
-    step = _search_step(work, top)
+    values, top = values.float(), (2.0**bits - 1).float()
+    step = _search_step(values, top)
     # In units of the step, a code is one floor away.
-    work /= torch.where(step > 0, step, 1.0)[:, None]
+    work = columns_first(values).div_(torch.where(step > 0, step, 1.0)[:, None])
     top = top[:, None]
     if compensation is None:
         codes = _codes(work, top).to(torch.uint8)
@@ -69,21 +68,24 @@ def _codes(values: Tensor, top: Tensor) -> Tensor:
 
 
 def _search_step(values: Tensor, top: Tensor) -> Tensor:
-    """The steps (b, r) of least square error of the columns of `values` (b, n, r); 0 for zeros."""
-    peak = values.abs().amax(1) / (top / 2)
-    # A sample of the coordinates determines the step well enough.
-    sample = values[:, :: max(1, values.shape[1] // SAMPLED)]
-    shrinks = torch.tensor(SHRINKS, device=values.device)[:, None, None]
-    candidates = len(SHRINKS) * sample.shape[0] * sample.shape[1]
+    """The steps (b, r) of least square error of the rows of `values` (b, r, n); 0 for zeros."""
+    most = top.flatten() / 2
+    peak = values.abs().amax(2).flatten() / most
+    # A sample of the coordinates determines the step well enough; the grid is symmetric.
+    sample = values[:, :, :: max(1, values.shape[2] // SAMPLED)].abs().flatten(0, 1)
+    shrinks = torch.tensor(SHRINKS, device=values.device)[:, None]
+    candidates = len(SHRINKS) * sample.shape[1]
     count = max(1, SEARCH_ELEMENTS[values.device.type] // candidates)
     found = []
-    for part, size, most in zip(
-        sample.split(count, 2), peak.split(count, 1), top.split(count, 1), strict=True
+    for part, size, limit in zip(
+        sample.split(count), peak.split(count), most.split(count), strict=True
     ):
         trial = shrinks * size
-        scaled = part / torch.where(trial > 0, trial, 1.0)[:, :, None]
-        error = (_codes(scaled, most[:, None]) - most[:, None] / 2 - scaled).square_().sum(2)
+        exact = part / torch.where(trial > 0, trial, 1.0)[:, :, None]
+        nearest = exact.floor().add_(0.5)
+        torch.minimum(nearest, limit[:, None], out=nearest)
+        error = torch.linalg.vector_norm(nearest.sub_(exact), dim=2)
         # Relative to the peak, whose square may overflow float32.
-        best = (error * shrinks**2).argmin(0, keepdim=True)
+        best = (error * shrinks).argmin(0, keepdim=True)
         found.append(trial.gather(0, best)[0])
-    return torch.cat(found, 1)
+    return torch.cat(found).view_as(top)
