@@ -76,7 +76,7 @@ class FileCache:
             yield path
 
     def _make_room(self, wanted: str, limit: int) -> None:
-        """Remove unused checkpoints but `wanted`, the oldest first, until they take `limit` at most."""
+        """Remove unused checkpoints, the oldest first, until all but `wanted` fit in `limit`."""
         used = [
             (path.stat().st_mtime, path.stem, disk_bytes(path.with_suffix("")))
             for path in (self._folder / "checkpoints").glob("*.lock")
