@@ -21,7 +21,7 @@ from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME, Moment
 from deltadock.errors import Conflict, InvalidInput, NotFound, error_for
 from deltadock.problems import problems
 from deltadock.storage.models import UNSUCCESSFUL, JobLogRow, JobPriority, JobRow, JobState
-from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.repositories import CheckpointRepository, DeltaRepository, JobRepository
 from deltadock.storage.repositories.listing import JobFilter, key_of_job
 from deltadock.storage.repositories.shown import ShownJob
 
@@ -279,13 +279,20 @@ def retry_job(job_id: JobId, caller: CallerDep, unit: WriteUnit, resources: Reso
     """
     jobs = JobRepository(unit.session, caller.tenant_id)
     job = _existing(jobs.find(job_id), job_id)
-    if DeltaRepository(unit.session, caller.tenant_id).find(job.delta_id) is None:
+    delta = DeltaRepository(unit.session, caller.tenant_id).find(job.delta_id)
+    if delta is None:
         raise Conflict(f"The delta of job {job_id} was deleted. Restore it, or ask for it again.")
     if job.state in UNSUCCESSFUL:
         if not can_retry(job):
             raise Conflict(
                 f"Job {job_id} failed for a reason that no retry mends ({job.error_code}): "
                 f"{job.error_message}"
+            )
+        checkpoints = CheckpointRepository(unit.session, caller.tenant_id)
+        if checkpoints.find(delta.checkpoint_digest) is None:
+            raise Conflict(
+                f"The fine-tune of {delta.name}:{delta.version} is not stored any more. "
+                "Push it again."
             )
         check_job(unit.session, caller.tenant_id)
     if not jobs.retry(job_id):

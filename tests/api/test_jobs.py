@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from deltadock.storage.models import JobState
+from sqlalchemy import update
+
+from deltadock.storage.models import JobState, UploadRow, UploadState
 from deltadock.storage.repositories import JobRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import Api
@@ -92,3 +94,17 @@ def test_a_job_whose_inputs_are_at_fault_is_not_retried(api: Api) -> None:
     assert refused.status_code == 409
     assert refused.json()["detail"].endswith("(non_finite_weights): Upload an earlier checkpoint.")
     assert api.client.get(job).json()["state"] == "failed"
+
+
+def test_a_job_whose_fine_tune_was_dropped_is_not_retried(api: Api) -> None:
+    job = f"/v1/jobs/{(job_id := api.delta()['job'])}"
+    fail(api, job_id)
+    with api.resources.database.session_scope() as session:
+        session.execute(
+            update(UploadRow)
+            .where(UploadRow.checkpoint_digest.is_not(None))
+            .values(state=UploadState.DROPPED)
+        )
+    refused = api.client.post(f"{job}/retry")
+    assert refused.status_code == 409
+    assert refused.json()["detail"].endswith("is not stored any more. Push it again.")
