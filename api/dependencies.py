@@ -1,8 +1,9 @@
 """FastAPI dependencies: the process's resources, read sessions and units of work."""
 
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Self
+from typing import Annotated, Final, Self
 
 import httpx
 from fastapi import Depends, Request
@@ -21,6 +22,14 @@ from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
 from deltadock.storage.collection import StorageMeter
 from deltadock.storage.database import Database
+
+KEEPALIVE: Final = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+"""Breaks a silent connection 30 s after the other machine has vanished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +63,16 @@ class Resources:
             blobs=blobs,
             tasks=TaskSender(settings.broker_url),
             http=httpx.AsyncClient(
-                # A long prompt may take minutes until its first token.
-                timeout=httpx.Timeout(600.0, connect=5.0),
-                # A machine that vanished closes no connection: only fresh ones are used again.
-                limits=httpx.Limits(
-                    max_connections=None, max_keepalive_connections=50, keepalive_expiry=2.0
+                # A long answer takes many minutes, and no byte of it is sent before its end, unless
+                # it is streamed. Who waits watches the node's heartbeats instead of the time.
+                timeout=httpx.Timeout(None, connect=5.0),
+                transport=httpx.AsyncHTTPTransport(
+                    # A machine that vanished closes no connection: only fresh ones are used again.
+                    limits=httpx.Limits(
+                        max_connections=None, max_keepalive_connections=50, keepalive_expiry=2.0
+                    ),
+                    socket_options=KEEPALIVE,
+                    trust_env=False,
                 ),
                 trust_env=False,
             ),

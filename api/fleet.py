@@ -34,6 +34,8 @@ class NodeView:
     draining: bool
     capacity: int
     admitted: int
+    lives_seconds: float
+    """Its registration expires after this time without a heartbeat."""
     tiers: Mapping[str, str]
     """Artifact digest to the fastest tier that holds it."""
 
@@ -48,6 +50,7 @@ class NodeView:
             draining=node.draining,
             capacity=node.capacity,
             admitted=node.admitted,
+            lives_seconds=(node.expires_at - node.seen_at).total_seconds(),
             tiers={held["digest"]: held["tier"] for held in node.deltas},
         )
 

@@ -1,6 +1,7 @@
 """Forwards requests to the inference nodes and streams their answers back."""
 
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Final
@@ -211,7 +212,7 @@ async def _ask(
     """Start one node's answer.
 
     Raises:
-        NodeLost: it disconnected, or its registration expired while waiting.
+        NodeLost: it disconnected, or sent no heartbeats while this waited.
         ClientDisconnect: the client disconnected.
     """
     answer: Answer | None = None
@@ -228,8 +229,13 @@ async def _ask(
                 group.cancel_scope.cancel()
 
             async def watch_node() -> None:
-                while await _is_registered(resources.fleet, node):
+                # Any request that loses its connection deregisters the node. One that is alive
+                # registers again with its next heartbeat, and this request goes on.
+                seen = time.monotonic()
+                while time.monotonic() - seen < node.lives_seconds / 2:
                     await anyio.sleep(POLL_SECONDS)
+                    if await _is_registered(resources.fleet, node):
+                        seen = time.monotonic()
                 group.cancel_scope.cancel()
 
             group.start_soon(watch_client)

@@ -1,16 +1,23 @@
 """Node registration, routing and failover."""
 
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import SecretStr
-from starlette.responses import JSONResponse
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from deltadock.api.fleet import NodeView, rank
+from deltadock.api.generation.forward import POLL_SECONDS
 from deltadock.errors import Unauthorized
 from deltadock.model_target import ModelTarget
 from deltadock.storage.models import NodeRow, NodeSampleRow, Scope
@@ -25,7 +32,8 @@ def view(name: str, **fields: Any) -> NodeView:
     return NodeView(
         **{
             "id": name, "url": f"http://{name}", "base_digest": BASE, "adopts": False,
-            "draining": False, "capacity": 10, "admitted": 0, "tiers": {}, **fields,
+            "draining": False, "capacity": 10, "admitted": 0, "lives_seconds": 10.0, "tiers": {},
+            **fields,
         }
     )  # fmt: skip
 
@@ -272,6 +280,31 @@ def test_a_node_that_stops_responding_is_replaced(
     assert node.gate.is_set()
     assert len(other.requests) == 1
     assert node.gone.wait(10), "the first node's request is cancelled"
+
+
+def test_a_request_goes_on_while_its_node_registers_again_with_a_heartbeat(api: Api) -> None:
+    asked, release = threading.Event(), threading.Event()
+    prompts = []
+
+    async def complete(request: Request) -> Response:
+        prompts.append((await request.json())["prompt"])
+        asked.set()
+        await run_in_threadpool(release.wait, 60)
+        return JSONResponse({"text": "late"})
+
+    app = Starlette(routes=[Route("/v1/completions", complete, methods=["POST"])])
+    with serving(app) as url, ThreadPoolExecutor() as threads:
+        api.register(url, base=api.base())
+        answer = threads.submit(api.client.post, "/v1/completions", json=ASK, timeout=60)
+        assert asked.wait(30)
+        # As another request does whose connection breaks.
+        assert api.client.delete("/v1/nodes/node_a").status_code == 204
+        wait_until(lambda: not api.resources.fleet._nodes)
+        time.sleep(2 * POLL_SECONDS)  # it is noticed
+        api.register(url)
+        release.set()
+        assert (answer.result(60).status_code, prompts) == (200, ["x"])
+    assert api.resources.http.timeout.read is None, "an answer may take any time"
 
 
 def test_a_request_counts_as_load_until_its_response_ends(
