@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Final, Self
 
+import anyio
 import httpx
 from fastapi import Depends, Request
 from sqlalchemy.orm import Session
@@ -109,13 +110,18 @@ ResourcesDep = Annotated[Resources, Depends(get_resources)]
 
 
 async def read_session(resources: ResourcesDep) -> AsyncIterator[Session]:
-    """A read-only session; it connects in the endpoint's thread."""
+    """A read-only session; it connects in the endpoint's thread.
+
+    Only endpoints use it: a dependency that did would hold its connection while the endpoint waits
+    for a thread, and all threads may wait for connections. It closes in a thread of its own for the
+    same reason.
+    """
     with resources.database.read_scope() as session:
         try:
             yield session
         finally:
             if not resources.database.is_file:
-                await run_in_threadpool(session.close)
+                await anyio.to_thread.run_sync(session.close, limiter=anyio.CapacityLimiter(1))
 
 
 @dataclass(slots=True)

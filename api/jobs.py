@@ -177,18 +177,37 @@ def page_of_jobs(
     return describe_jobs(session, tenant_id, page), following
 
 
+def page_of_log(
+    session: Session, tenant_id: str, job: ShownJob, *, limit: int, after: int = 0
+) -> JobLog:
+    """Lines of the job's log that follow `after`, oldest first."""
+    lines = JobRepository(session, tenant_id).log(job.id, after=after, limit=limit + 1)
+    page = lines[:limit]
+    return JobLog(
+        data=[LogLine.of(line) for line in page],
+        next=page[-1].id if len(lines) > limit else None,
+    )
+
+
 def _existing(job: Job | None, job_id: str) -> Job:
     if job is None:
         raise NotFound(f"There is no job {job_id!r}.")
     return job
 
 
-def existing_job(job_id: JobId, caller: CallerDep, session: ReadSession) -> ShownJob:
+def show_job(session: Session, tenant_id: str, job_id: str) -> ShownJob:
+    """The columns of the job that answers show.
+
+    Raises:
+        NotFound: there is none.
+    """
+    return _existing(JobRepository(session, tenant_id).show(job_id), job_id)
+
+
+def existing_job(job_id: JobId, caller: CallerDep, resources: ResourcesDep) -> ShownJob:
     """The job; a dependency, so that an unknown id is a 404 before streaming starts."""
-    return _existing(JobRepository(session, caller.tenant_id).show(job_id), job_id)
-
-
-ExistingJob = Annotated[ShownJob, Depends(existing_job, scope="function")]
+    with resources.database.read_scope() as session:
+        return show_job(session, caller.tenant_id, job_id)
 
 
 @router.get("", responses=problems(InvalidInput, NotFound))
@@ -222,29 +241,27 @@ def list_jobs(
 @router.get("/{job_id}", responses=problems(NotFound))
 def get_job(job_id: JobId, caller: CallerDep, session: ReadSession) -> JobOut:
     """Get a job's state and progress."""
-    job = existing_job(job_id, caller, session)
+    job = show_job(session, caller.tenant_id, job_id)
     return describe_jobs(session, caller.tenant_id, [job])[0]
 
 
 @router.get("/{job_id}/log", responses=problems(NotFound))
 def get_job_log(
-    job: ExistingJob,
+    job_id: JobId,
     caller: CallerDep,
     session: ReadSession,
     after: Annotated[int, Query(ge=0, lt=2**63, description="The last line that was seen.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> JobLog:
     """Get the lines of a job's log, oldest first; its newest thousand are kept."""
-    lines = JobRepository(session, caller.tenant_id).log(job.id, after=after, limit=limit + 1)
-    page = lines[:limit]
-    return JobLog(
-        data=[LogLine.of(line) for line in page],
-        next=page[-1].id if len(lines) > limit else None,
-    )
+    job = show_job(session, caller.tenant_id, job_id)
+    return page_of_log(session, caller.tenant_id, job, limit=limit, after=after)
 
 
 @router.get("/{job_id}/events", response_class=EventSourceResponse, responses=problems(NotFound))
-async def follow_job(job: ExistingJob, resources: ResourcesDep) -> AsyncIterable[ServerSentEvent]:
+async def follow_job(
+    job: Annotated[ShownJob, Depends(existing_job)], resources: ResourcesDep
+) -> AsyncIterable[ServerSentEvent]:
     """Stream the job now and after every change, as server-sent events, until it has ended."""
     last: JobOut | None = None
     with resources.jobs.following(job.id):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
@@ -212,6 +213,10 @@ def _domain_errors() -> Iterator[None]:
                 "to another user. Check its mount and its permissions, then try again."
             ) from error
         raise Unavailable("The database does not answer; try again shortly.") from error
+    except PoolTimeoutError as error:
+        raise Unavailable(
+            "All of this process's connections to the database are in use; try again shortly."
+        ) from error
     except DataError as error:
         raise InvalidInput(
             "The database cannot store or compare one of the values: it may contain a NUL "

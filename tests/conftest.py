@@ -85,6 +85,7 @@ SLOW = (
     "api/test_audit.py",
     "storage/test_backup.py",
     "api/test_limits.py",
+    "api/test_concurrency.py",
     "storage/test_blobs.py",
     "storage/test_blob_faults.py",
     "storage/test_blob_parts.py",

@@ -16,14 +16,13 @@ from deltadock.api.dashboard import charts, views
 from deltadock.api.dashboard.formats import latency, plain, significant, size
 from deltadock.api.dashboard.rendering import page_router, render
 from deltadock.api.dependencies import ReadSession, ResourcesDep
-from deltadock.api.jobs import JobId, get_job_log
+from deltadock.api.jobs import JobId, page_of_log, show_job
 from deltadock.api.keys import list_keys
 from deltadock.api.nodes import registered_nodes
 from deltadock.api.paging import After
 from deltadock.api.tenants import get_tenant
-from deltadock.errors import NotFound
 from deltadock.storage.models import FINAL_STATES, JobState, NodeSampleRow, Scope
-from deltadock.storage.repositories import JobRepository, KeyRepository, NodeRepository
+from deltadock.storage.repositories import KeyRepository, NodeRepository
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
 
 router = page_router()
@@ -100,10 +99,8 @@ def show_job_log(
     job_id: JobId, request: Request, caller: CallerDep, session: ReadSession
 ) -> Response:
     """The lines of a job's log."""
-    job = JobRepository(session, caller.tenant_id).show(job_id)
-    if job is None:
-        raise NotFound(f"There is no job {job_id!r}.")
-    log = get_job_log(job, caller, session, limit=LOG_LINES)
+    job = show_job(session, caller.tenant_id, job_id)
+    log = page_of_log(session, caller.tenant_id, job, limit=LOG_LINES)
     return render(
         request,
         "parts/log.html",

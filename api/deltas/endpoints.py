@@ -100,7 +100,7 @@ SortBy = Annotated[
 
 async def wanted_deltas(
     caller: CallerDep,
-    session: ReadSession,
+    resources: ResourcesDep,
     base: Annotated[str | None, EMPTY_IS_ANY, Query(description="A base's id or name.")] = None,
     method: Annotated[
         str | None, EMPTY_IS_ANY, Query(description="One of GET /v1/methods.")
@@ -124,11 +124,13 @@ async def wanted_deltas(
     ] = None,
 ) -> DeltaFilter:
     """The query parameters that choose deltas of a list."""
-    base_id = None
-    if base is not None:
-        base_id = (await run_in_threadpool(require_base, session, caller.tenant_id, base)).id
+
+    def id_of(base: str) -> str:
+        with resources.database.read_scope() as session:
+            return require_base(session, caller.tenant_id, base).id
+
     return DeltaFilter(
-        base_id=base_id,
+        base_id=None if base is None else await run_in_threadpool(id_of, base),
         method=method,
         state=state or None,
         created_by=owner,
@@ -142,7 +144,7 @@ async def wanted_deltas(
 def list_deltas(
     caller: CallerDep,
     session: ReadSession,
-    wanted: Annotated[DeltaFilter, Depends(wanted_deltas, scope="function")],
+    wanted: Annotated[DeltaFilter, Depends(wanted_deltas)],
     sort: SortBy = DeltaSort.NEWEST,
     after: After = None,
     limit: Limit = 50,

@@ -1,6 +1,7 @@
 """Session scopes, on both databases."""
 
 import threading
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -148,3 +149,16 @@ def test_an_unreachable_database_is_unavailable() -> None:
     with pytest.raises(Unavailable) as caught, database.read_scope() as session:
         session.scalars(select(UploadRow)).all()
     assert "secret" not in str(caught.value)
+
+
+def test_too_few_connections_are_unavailable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'deltadock.db'}")
+    monkeypatch.setattr(database.engine.pool, "_timeout", 0.01)
+    with ExitStack() as held:
+        for _ in range(40):
+            held.enter_context(database.engine.connect())
+        with pytest.raises(Unavailable, match="connections"), database.read_scope() as session:
+            session.execute(text("SELECT 1"))
+    database.dispose()
