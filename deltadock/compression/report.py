@@ -1,5 +1,6 @@
 """Report of a compression, as JSON-able data."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -136,5 +137,24 @@ class Report:
         self.nll_base = quality.nll_base
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, with `ratio` and `true_bits`."""
-        return {**asdict(self), "ratio": self.ratio, "true_bits": self.true_bits}
+        """JSON-able form, with `ratio` and `true_bits`.
+
+        JSON has no NaN and no infinity: such a figure is None, and the whole model's have a note.
+        """
+        whole = {**asdict(self), "ratio": self.ratio, "true_bits": self.true_bits}
+        lost = [
+            name for name, value in whole.items() if value is not None and _json_able(value) is None
+        ]
+        document: dict[str, Any] = _json_able(whole)
+        if lost:
+            document["notes"].append(f"Not finite, and so left out: {', '.join(lost)}.")
+        return document
+
+
+def _json_able(value: Any) -> Any:
+    """The value, with None in place of NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: _json_able(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_able(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
