@@ -402,6 +402,8 @@ class UploadFileRow(TableRow):
     """Whether the bytes were checked and are a blob."""
     parts_token: Mapped[str | None] = mapped_column(Text)
     """Names the file's parts in the blob store, once the first was asked for."""
+    source_version: Mapped[str | None] = mapped_column(Text)
+    """Of an imported file: what its source told it by."""
 
 
 class ModelRow(TableRow):

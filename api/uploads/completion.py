@@ -9,7 +9,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -21,14 +21,20 @@ from deltadock.api.uploads.ahead import THREADS as HASH_AHEAD_THREADS
 from deltadock.api.uploads.ahead import HashAhead, Prefix
 from deltadock.api.uploads.receive import make_inspector
 from deltadock.api.uploads.service import check_stored, drop_parts, finish_upload, stored_row
-from deltadock.api.uploads.sources import Source, open_source, source_files
+from deltadock.api.uploads.sources import (
+    Source,
+    SourceFile,
+    changed,
+    open_source,
+    source_files,
+)
 from deltadock.artifacts.checkpoint import FileEntry, TensorEntry
-from deltadock.errors import DeltadockError, HashMismatch, InvalidInput, NotFound
+from deltadock.errors import DeltadockError, HashMismatch, NotFound
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.blobs.parts import part_bytes_for
 from deltadock.storage.database import Database
-from deltadock.storage.models import UploadFileRow, UploadRow
+from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow
 from deltadock.storage.repositories import UploadRepository
 from deltadock.storage.tenancy import EVERY_TENANT
 
@@ -136,7 +142,7 @@ class Completer:
 
     def _complete(self, upload: UploadRow) -> DeltadockError | None:
         """Store every file and finish; returns the error that opened the upload again."""
-        progress = _Progress(self, upload)
+        progress = _Progress(self, upload.id)
         try:
             steps = dict(self._steps(upload, progress))
         except DeltadockError as error:  # the source is gone, or no longer allowed
@@ -144,7 +150,7 @@ class Completer:
                 raise
             self._reopen(upload.id, error, None)
             return error
-        first: tuple[DeltadockError, str] | None = None
+        first: tuple[DeltadockError, str | None] | None = None
         for path, store in steps.items():
             try:
                 store()
@@ -179,47 +185,92 @@ class Completer:
 
     def _steps(
         self, upload: UploadRow, progress: "_Progress"
-    ) -> Iterator[tuple[str, Callable[[], None]]]:
-        """What stores each file that is not stored yet, by its path."""
+    ) -> Iterator[tuple[str | None, Callable[[], None]]]:
+        """What stores each file that is not stored yet, by its path.
+
+        An import ends with a look at the whole source.
+        """
         if upload.source is None:
             for file in upload.files:
-                if not file.stored:
+                if file.stored:
+                    progress.advance(file.size)
+                else:
                     yield file.path, partial(self._store, upload, file, progress)
             return
         source = open_source(upload.source, self._settings)
-        stored = {(file.path, file.size) for file in upload.files}
-        for path, size in source_files(source, upload.kind).items():
-            if (path, size) not in stored:
-                yield path, partial(self._import, upload, source, path, size, progress)
+        files = source_files(source, upload.kind)
+        kept = self._keep_imported(upload, files)
+        for path, entry in files.items():
+            if path in kept:
+                progress.advance(entry.size)
+            else:
+                yield path, partial(self._import, upload, source, path, entry, progress)
+        yield None, partial(self._check_unchanged, source, upload.kind, files)
 
-    def _import(
-        self, upload: UploadRow, source: Source, path: str, size: int, progress: "_Progress"
-    ) -> None:
-        """Read a file from the upload's source, check it and store it.
-
-        Raises:
-            InvalidCheckpoint, InvalidCalibration: it is no valid file.
-            NotFound: it is gone.
-        """
-        inspector = make_inspector(upload.kind, path, self._hashers)
-        with self._blobs.writer() as writer:
-            for chunk in source.read(path, size):
-                inspector.update(chunk)
-                writer.write(chunk)
-                progress.advance(len(chunk))
-            checked = inspector.finish()
-            if checked[0].size != size:
-                raise InvalidInput(f"{path!r} changed while it was imported; try again.")
-            writer.commit(checked[0].sha256)
-        self._record(upload, *checked)
-
-    def _record(self, upload: UploadRow, file: FileEntry, tensors: list[TensorEntry]) -> None:
+    def _keep_imported(self, upload: UploadRow, files: Mapping[str, SourceFile]) -> set[str]:
+        """Forget what the source has no longer, or otherwise; returns the paths that are stored."""
         with self._database.session_scope() as session:
             uploads = UploadRepository(session, EVERY_TENANT)
             held = uploads.find_held(upload.id, self._owner)
             if held is None:
                 raise _NotOursError
-            uploads.put_file(held, stored_row(upload.id, file, tensors))
+            held.source_bytes = sum(file.size for file in files.values())
+            return uploads.keep_imported(held, {path: file.version for path, file in files.items()})
+
+    def _import(
+        self,
+        upload: UploadRow,
+        source: Source,
+        path: str,
+        file: SourceFile,
+        progress: "_Progress",
+    ) -> None:
+        """Read a file from the upload's source, check it and store it.
+
+        Raises:
+            InvalidCheckpoint, InvalidCalibration: it is no valid file.
+            InvalidInput: it changed meanwhile.
+            NotFound: it is gone.
+        """
+        inspector = make_inspector(upload.kind, path, self._hashers)
+        with self._blobs.writer() as writer:
+            for chunk in source.read(path, file):
+                inspector.update(chunk)
+                writer.write(chunk)
+                progress.advance(len(chunk))
+            checked = inspector.finish()
+            if checked[0].size != file.size:
+                raise changed(path)
+            writer.commit(checked[0].sha256)
+        self._record(upload, *checked, file.version)
+
+    def _check_unchanged(
+        self, source: Source, kind: UploadKind, files: Mapping[str, SourceFile]
+    ) -> None:
+        """Check that the imported files were all in the source at one time.
+
+        Raises:
+            InvalidInput: one of them, which may have been imported already, is another one now.
+            NotFound, InvalidCheckpoint: as `source_files`.
+        """
+        now = source_files(source, kind)
+        for path in sorted(files.keys() | now.keys()):
+            if files.get(path) != now.get(path):
+                raise changed(path)
+
+    def _record(
+        self,
+        upload: UploadRow,
+        file: FileEntry,
+        tensors: list[TensorEntry],
+        source_version: str | None = None,
+    ) -> None:
+        with self._database.session_scope() as session:
+            uploads = UploadRepository(session, EVERY_TENANT)
+            held = uploads.find_held(upload.id, self._owner)
+            if held is None:
+                raise _NotOursError
+            uploads.put_file(held, stored_row(upload.id, file, tensors, source_version))
             check_stored(self._blobs, file.sha256)
 
     def _store(self, upload: UploadRow, file: UploadFileRow, progress: "_Progress") -> None:
@@ -289,10 +340,10 @@ class Completer:
 class _Progress:
     """Counts the bytes of an upload that are checked, and reports them at an interval."""
 
-    def __init__(self, completer: Completer, upload: UploadRow) -> None:
+    def __init__(self, completer: Completer, upload_id: str) -> None:
         self._completer = completer
-        self._upload_id = upload.id
-        self._done = sum(file.size for file in upload.files if file.stored)
+        self._upload_id = upload_id
+        self._done = 0
         self._reported = time.monotonic()
 
     def advance(self, count: int) -> None:

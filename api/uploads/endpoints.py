@@ -138,7 +138,7 @@ def create_upload(
     if body.source is not None:
         with refused_by_state():
             found = source_files(open_source(body.source, settings), body.kind)
-        files = [FileEntry(path, size, "") for path, size in found.items()]
+        files = [FileEntry(path, file.size, "") for path, file in found.items()]
     service.check_files(body.kind, files, settings.max_file_bytes)
 
     def create() -> UploadOut:

@@ -259,8 +259,13 @@ def record_file(
     return row
 
 
-def stored_row(upload_id: str, file: FileEntry, tensors: list[TensorEntry]) -> UploadFileRow:
-    """The row of a stored file."""
+def stored_row(
+    upload_id: str,
+    file: FileEntry,
+    tensors: list[TensorEntry],
+    source_version: str | None = None,
+) -> UploadFileRow:
+    """The row of a stored file; an imported one has the version that was read."""
     return UploadFileRow(
         upload_id=upload_id,
         path=file.path,
@@ -268,6 +273,7 @@ def stored_row(upload_id: str, file: FileEntry, tensors: list[TensorEntry]) -> U
         sha256=file.sha256,
         stored=True,
         parts_token=None,
+        source_version=source_version,
         tensors=[
             {
                 "name": tensor.name,

@@ -6,12 +6,15 @@
 
 `DELTADOCK_IMPORT_SOURCES` lists the places, such as `["file:///srv/models", "s3://models/tuned",
 "hf://org"]`; one of them allows itself and what is below it, and `hf://` every repository.
+
+Whoever owns a place may write into it at any time, so each file is told by its version too.
 """
 
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -26,19 +29,41 @@ MAX_INDEX_BYTES: Final = 32 << 20
 HUB_BLOCK_BYTES: Final = 8 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file's size in bytes, and what is another string whenever its bytes may be others."""
+
+    size: int
+    version: str
+
+
 class Source(Protocol):
     """A folder of files somewhere else."""
 
-    def list(self) -> dict[str, int]:
-        """The size in bytes of every file, by its path inside the source.
+    def list(self) -> dict[str, SourceFile]:
+        """Every file now, by its path inside the source.
 
         Raises:
             NotFound: there is no such place.
             Unavailable: it cannot be reached.
         """
 
-    def read(self, path: str, size: int) -> Iterator[bytes]:
-        """The bytes in chunks of a file that `list` returned; raises as it does."""
+    def read(self, path: str, file: SourceFile) -> Iterator[bytes]:
+        """The bytes in chunks of a file that `list` returned.
+
+        Raises:
+            InvalidInput: it has changed since.
+            NotFound: it is gone.
+            Unavailable: as `list`.
+        """
+
+
+def changed(path: str) -> InvalidInput:
+    """The error for a file that somebody writes while it is imported."""
+    return InvalidInput(
+        f"{path!r} changed while it was imported. When nothing writes there any more, complete the "
+        "upload to try again."
+    )
 
 
 def open_source(uri: str, settings: Settings) -> Source:
@@ -66,23 +91,23 @@ def open_source(uri: str, settings: Settings) -> Source:
     return S3Source(uri, place, settings) if scheme == "s3" else HubSource(uri, place)
 
 
-def source_files(source: Source, kind: UploadKind) -> dict[str, int]:
+def source_files(source: Source, kind: UploadKind) -> dict[str, SourceFile]:
     """The files of a source that belong to a checkpoint, or its one calibration text.
 
     Raises:
         InvalidCheckpoint: there is no checkpoint.
-        NotFound, Unavailable: as `Source.list`.
+        InvalidInput, NotFound, Unavailable: as `Source.read`.
     """
     files = source.list()
     if kind is UploadKind.CALIBRATION:
         return files
     index = None
     if SHARD_INDEX in files:
-        if files[SHARD_INDEX] > MAX_INDEX_BYTES:
+        if files[SHARD_INDEX].size > MAX_INDEX_BYTES:
             raise TooLarge(f"{SHARD_INDEX} is larger than {MAX_INDEX_BYTES} bytes.")
         index = b"".join(source.read(SHARD_INDEX, files[SHARD_INDEX]))
     kept = model_files(files.keys(), index)
-    return {path: size for path, size in sorted(files.items()) if path in kept}
+    return {path: file for path, file in sorted(files.items()) if path in kept}
 
 
 def _is_below(place: str, allowed: str) -> bool:
@@ -115,18 +140,18 @@ class FolderSource:
         if not any(resolved.is_relative_to(entry) for entry in self._allowed):
             raise _not_allowed(self._uri)
 
-    def list(self) -> dict[str, int]:
+    def list(self) -> dict[str, SourceFile]:
         with self._errors():
             if self._place.is_file():
-                return {self._place.name: self._place.stat().st_size}
+                return {self._place.name: _stamp(self._place.stat())}
             if not self._place.is_dir():
                 raise NotFound(f"There is no folder {self._uri!r}.")
             paths = {path: self._place / path for path in list_folder(self._place)}
             for path in paths.values():
                 self._check(path)
-            return {name: path.stat().st_size for name, path in paths.items()}
+            return {name: _stamp(path.stat()) for name, path in paths.items()}
 
-    def read(self, path: str, size: int) -> Iterator[bytes]:
+    def read(self, path: str, file: SourceFile) -> Iterator[bytes]:
         target = self._place if self._place.is_file() else self._place / path
         with self._errors():
             # Not even for a moment a pipe or device; what was opened is checked, not the name.
@@ -135,9 +160,12 @@ class FolderSource:
                 self._check(Path(f"/proc/self/fd/{descriptor}"))
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise InvalidInput(f"{path!r} is not a regular file.")
-                while size > 0 and (chunk := stream.read(min(size, CHUNK_BYTES))):
-                    size -= len(chunk)
+                left = file.size
+                while left > 0 and (chunk := stream.read(min(left, CHUNK_BYTES))):
+                    left -= len(chunk)
                     yield chunk
+                if _stamp(os.fstat(descriptor)) != file:
+                    raise changed(path)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -147,6 +175,12 @@ class FolderSource:
             raise NotFound(f"A file of {self._uri!r} is gone.") from error
         except OSError as error:
             raise InvalidInput(f"{self._uri!r} cannot be read by the api.") from error
+
+
+def _stamp(status: os.stat_result) -> SourceFile:
+    """Copies and archives set the time of a file's bytes, but none of its last change."""
+    times = f"{status.st_mtime_ns}-{status.st_ctime_ns}"
+    return SourceFile(status.st_size, f"{status.st_ino}-{times}")
 
 
 class S3Source:
@@ -164,10 +198,10 @@ class S3Source:
         self._client = make_client(settings, settings.s3_endpoint_url)
         self._keys: dict[str, str] = {}
 
-    def list(self) -> dict[str, int]:
+    def list(self) -> dict[str, SourceFile]:
         from deltadock.storage.blobs.s3_client import s3_errors
 
-        found: dict[str, int] = {}
+        found: dict[str, SourceFile] = {}
         with s3_errors(f"There is no bucket {self._bucket!r}."):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
@@ -179,15 +213,17 @@ class S3Source:
                     # The prefix may be one object, such as a text.
                     name = below.removeprefix("/") or key.rpartition("/")[2]
                     if not key.endswith("/"):
-                        found[name], self._keys[name] = entry["Size"], key
+                        found[name] = SourceFile(entry["Size"], entry["ETag"])
+                        self._keys[name] = key
         if not found:
             raise NotFound(f"There is no object under {self._uri!r}.")
         return found
 
-    def read(self, path: str, size: int) -> Iterator[bytes]:
+    def read(self, path: str, file: SourceFile) -> Iterator[bytes]:
         from deltadock.storage.blobs.s3_client import read_object
 
-        return read_object(self._client, self._bucket, self._keys[path], 0, size)
+        key = self._keys[path]
+        return read_object(self._client, self._bucket, key, 0, file.size, etag=file.version)
 
 
 class HubSource:
@@ -197,22 +233,26 @@ class HubSource:
         self._uri = uri
         self._repository, _, revision = place.partition("@")
         self._revision = revision or "main"
+        self._commit: str | None = None
+        """What the revision meant at first; a branch may move while files are read."""
         if self._repository.count("/") != 1:
             raise InvalidInput(f"{uri!r} names no repository; write hf://org/name@revision.")
 
-    def list(self) -> dict[str, int]:
+    def list(self) -> dict[str, SourceFile]:
         with self._errors():
             from huggingface_hub import HfApi, RepoFile
 
-            tree = HfApi().list_repo_tree(self._repository, recursive=True, revision=self._revision)
+            if self._commit is None:
+                self._commit = HfApi().model_info(self._repository, revision=self._revision).sha
+            tree = HfApi().list_repo_tree(self._repository, recursive=True, revision=self._commit)
             return {
-                entry.path: entry.size
+                entry.path: SourceFile(entry.size, entry.blob_id)
                 for entry in tree
                 if isinstance(entry, RepoFile)
                 and not any(part.startswith(".") for part in entry.path.split("/"))
             }
 
-    def read(self, path: str, size: int) -> Iterator[bytes]:
+    def read(self, path: str, file: SourceFile) -> Iterator[bytes]:
         with self._errors():
             from huggingface_hub import HfFileSystem
 
@@ -220,11 +260,12 @@ class HubSource:
             with hub.open(
                 f"{self._repository}/{path}",
                 "rb",
-                revision=self._revision,
+                revision=self._commit,
                 block_size=HUB_BLOCK_BYTES,
             ) as stream:
-                while size > 0 and (chunk := stream.read(min(size, CHUNK_BYTES))):
-                    size -= len(chunk)
+                left = file.size
+                while left > 0 and (chunk := stream.read(min(left, CHUNK_BYTES))):
+                    left -= len(chunk)
                     yield chunk
 
     @contextmanager

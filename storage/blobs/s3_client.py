@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import boto3
@@ -57,22 +58,24 @@ def make_client(settings: Settings, endpoint_url: str | None) -> "S3Client":
     )
 
 
-def read_object(client: "S3Client", bucket: str, key: str, start: int, end: int) -> Iterator[bytes]:
-    """Bytes `[start, end)` of an object in chunks.
+def read_object(
+    client: "S3Client", bucket: str, key: str, start: int, end: int, *, etag: str | None = None
+) -> Iterator[bytes]:
+    """Bytes `[start, end)` of an object in chunks; with `etag`, of the one that has it.
 
     A transfer that breaks off resumes where it was; botocore repeats only requests.
 
     Raises:
-        NotFound: the object is gone.
+        NotFound: the object is gone, or another one is in its place.
         Unavailable: the server does not answer, or keeps breaking off.
     """
     breaks = 0
+    get = client.get_object if etag is None else partial(client.get_object, IfMatch=etag)
     while start < end:
         try:
             with s3_errors(f"The object store no longer holds {key}."):
-                body = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")[
-                    "Body"
-                ]
+                span = f"bytes={start}-{end - 1}"
+                body = get(Bucket=bucket, Key=key, Range=span)["Body"]
             with closing(body):
                 for chunk in body.iter_chunks(CHUNK_BYTES):
                     start, breaks = start + len(chunk), 0
@@ -93,12 +96,15 @@ def code_of(error: ClientError) -> str:
 
 @contextmanager
 def s3_errors(missing: str | None = None) -> Iterator[None]:
-    """Translate boto's errors; a missing object raises NotFound(`missing`), if given."""
+    """Translate boto's errors; a missing object raises NotFound(`missing`), if given.
+
+    So does one that is not the one a condition names.
+    """
     try:
         yield
     except ClientError as error:
         code = code_of(error)
-        if missing and code in MISSING:
+        if missing and code in MISSING | EXISTS:
             raise NotFound(missing) from error
         if code in FULL:
             raise StorageFull(

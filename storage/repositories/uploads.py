@@ -1,6 +1,6 @@
 """Uploads and their files."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
@@ -263,6 +263,22 @@ class UploadRepository:
         totals = TotalsRepository(self.session, upload.tenant_id)
         totals.count_blobs([(file.sha256, file.size)], 1)
         totals.count_blobs(earlier, -1)
+
+    def keep_imported(self, upload: UploadRow, versions: Mapping[str, str]) -> set[str]:
+        """Remove a locked import's files but those in these versions, by path.
+
+        Returns the paths of those that stay.
+        """
+        others = [
+            file
+            for file in upload.files
+            if file.path not in versions or file.source_version != versions[file.path]
+        ]
+        for file in others:
+            self.session.delete(file)
+        self.session.flush()
+        self._count(upload.tenant_id, others, -1)
+        return {file.path for file in upload.files} - {file.path for file in others}
 
     def has_calibration(self, digest: str) -> bool:
         """Whether a complete upload is the calibration text with this SHA-256."""

@@ -1,22 +1,27 @@
 """Imports by reference: only from places that the operator allows; nothing leads out of them."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from deltadock.api.uploads.sources import open_source, source_files
+from deltadock.api.uploads.sources import FolderSource, SourceFile, open_source, source_files
+from deltadock.artifacts.checkpoint import SHARD_INDEX
 from deltadock.errors import DeltadockError, Forbidden, InvalidInput, NotFound
 from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
-from deltadock.storage.models import UploadKind
+from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow
+from deltadock.storage.repositories import UploadRepository
 from tests.api.support import CONFIG, TEXT, Api, serving, sha256, weights
 from tests.waiting import wait_until
 
@@ -50,6 +55,15 @@ def finished(api: Api, source: str, kind: str = "checkpoint") -> dict[str, Any]:
     return upload
 
 
+def completed(api: Api, upload_id: str) -> dict[str, Any]:
+    """The upload after another try."""
+    url = f"/v1/uploads/{upload_id}"
+    assert api.client.post(f"{url}/complete").status_code in {200, 202}
+    wait_until(lambda: api.client.get(url).json()["state"] != "completing")
+    upload: dict[str, Any] = api.client.get(url).json()
+    return upload
+
+
 def test_a_folder_is_imported(api: Api, folder: Path) -> None:
     upload = finished(api, f"file://{folder}/tuned")
     assert (upload["state"], upload["error"], upload["ignored"]) == ("complete", None, [])
@@ -71,6 +85,89 @@ def test_a_damaged_source_is_named_and_can_be_tried_again(api: Api, folder: Path
     assert api.put(upload["id"], "model.safetensors", b"").status_code == 409
     path.write_bytes(FILES["model.safetensors"])
     assert api.client.post(f"/v1/uploads/{upload['id']}/complete").status_code == 200
+
+
+def test_what_the_source_has_otherwise_by_now_is_imported_again(api: Api, folder: Path) -> None:
+    place = folder / "tuned"
+    (place / "tokenizer.json").write_bytes(b"{}")
+    (place / "config.json").write_bytes(b'{"hidden_size": 8}')  # no model_type
+    upload = finished(api, f"file://{place}")
+    assert (upload["state"], upload["error"]["code"]) == ("open", "invalid_checkpoint")
+    (place / "model.safetensors").write_bytes(weights(1))  # as many bytes
+    (place / "config.json").write_bytes(CONFIG)
+    (place / "tokenizer.json").unlink()
+    upload = completed(api, upload["id"])
+    assert (upload["state"], upload["error"], upload["ignored"]) == ("complete", None, [])
+    assert {file["path"]: file["sha256"] for file in upload["files"]} == {
+        "config.json": sha256(CONFIG),
+        "model.safetensors": sha256(weights(1)),
+    }
+
+
+def test_what_the_source_still_has_is_not_read_again(
+    api: Api, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "tuned" / "config.json").write_bytes(b'{"hidden_size": 8}')
+    upload = finished(api, f"file://{folder}/tuned")
+    assert upload["state"] == "open"
+    (folder / "tuned" / "config.json").write_bytes(CONFIG)
+    read, paths = FolderSource.read, []
+
+    def noting(self: FolderSource, path: str, file: SourceFile) -> Iterator[bytes]:
+        paths.append(path)
+        return read(self, path, file)
+
+    monkeypatch.setattr(FolderSource, "read", noting)
+    assert completed(api, upload["id"])["state"] == "complete"
+    assert paths == ["config.json"]
+
+
+def shards(value: float) -> dict[str, bytes]:
+    """A checkpoint of two shards with this weight."""
+    names = {name: f"model-0000{n}-of-00002.safetensors" for n, name in ((1, "a"), (2, "b"))}
+    tensor = np.full((8, 8), value, np.float32)
+    return {
+        SHARD_INDEX: json.dumps({"weight_map": names}).encode(),
+        **{file: save({name: tensor}) for name, file in names.items()},
+    }
+
+
+def test_shards_replace_a_whole_file(api: Api, folder: Path) -> None:
+    place = folder / "tuned"
+    (place / "config.json").write_bytes(b'{"hidden_size": 8}')
+    upload = finished(api, f"file://{place}")
+    (place / "model.safetensors").unlink()
+    for name, data in {"config.json": CONFIG, **shards(1)}.items():
+        (place / name).write_bytes(data)
+    upload = completed(api, upload["id"])
+    assert (upload["state"], upload["ignored"]) == ("complete", [])
+    assert {file["path"] for file in upload["files"]} == {"config.json", *shards(1)}
+
+
+def test_a_folder_that_is_saved_into_meanwhile_is_not_mixed(
+    api: Api, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = folder / "tuned"
+    (place / "model.safetensors").unlink()
+    first, second = shards(1), shards(2)
+    for name, data in first.items():
+        (place / name).write_bytes(data)
+    put_file = UploadRepository.put_file
+
+    def saves_then(self: UploadRepository, upload: UploadRow, file: UploadFileRow) -> None:
+        put_file(self, upload, file)
+        if file.path.startswith("model-00001") and file.sha256 == sha256(first[file.path]):
+            for name, data in second.items():
+                (place / name).write_bytes(data)
+
+    monkeypatch.setattr(UploadRepository, "put_file", saves_then)
+    upload = finished(api, f"file://{place}")
+    assert (upload["state"], upload["error"]["code"]) == ("open", "invalid_input")
+    assert "changed while it was imported" in upload["error"]["message"]
+    upload = completed(api, upload["id"])
+    assert (upload["state"], upload["error"]) == ("complete", None)
+    stored = {file["path"]: file["sha256"] for file in upload["files"]}
+    assert {name: sha256(data) for name, data in second.items()}.items() <= stored.items()
 
 
 def test_nothing_leads_out_of_the_allowed_folder(
@@ -119,15 +216,15 @@ def test_nothing_leads_out_of_the_allowed_folder(
 def test_a_link_that_is_placed_after_the_check_is_not_followed(folder: Path) -> None:
     settings = Settings(import_sources=[f"file://{folder}"])
     source = open_source(f"file://{folder}/tuned", settings)
-    sizes = source_files(source, UploadKind.CHECKPOINT)
+    files = source_files(source, UploadKind.CHECKPOINT)
     (folder / "tuned" / "config.json").unlink()
     (folder / "tuned" / "config.json").symlink_to(folder.parent / "models-private/config.json")
     with pytest.raises(Forbidden):
-        list(source.read("config.json", sizes["config.json"]))
+        list(source.read("config.json", files["config.json"]))
     (folder / "tuned" / "config.json").unlink()
     os.mkfifo(folder / "tuned" / "config.json")
     with pytest.raises(InvalidInput, match="regular"):
-        list(source.read("config.json", 1))
+        list(source.read("config.json", files["config.json"]))
 
 
 def test_imports_are_off_by_default(folder: Path) -> None:
@@ -148,12 +245,19 @@ def test_s3_prefixes_are_imported(
     client.put_object(Bucket="deltadock", Key="models/text.txt", Body=TEXT)
     for uri in ("s3://deltadock/models/tuned", "s3://deltadock/models/tuned/"):
         source = open_source(uri, settings)
-        sizes = source_files(source, UploadKind.CHECKPOINT)
-        assert sizes == {name: len(FILES[name]) for name in ("config.json", "model.safetensors")}
-        assert b"".join(source.read("config.json", sizes["config.json"])) == CONFIG
+        files = source_files(source, UploadKind.CHECKPOINT)
+        assert {name: file.size for name, file in files.items()} == {
+            name: len(FILES[name]) for name in ("config.json", "model.safetensors")
+        }
+        assert b"".join(source.read("config.json", files["config.json"])) == CONFIG
+        assert source_files(source, UploadKind.CHECKPOINT) == files
     text = open_source("s3://deltadock/models/text.txt", settings)
-    assert source_files(text, UploadKind.CALIBRATION) == {"text.txt": len(TEXT)}
-    assert b"".join(text.read("text.txt", len(TEXT))) == TEXT
+    before = source_files(text, UploadKind.CALIBRATION)
+    assert b"".join(text.read("text.txt", before["text.txt"])) == TEXT
+    client.put_object(Bucket="deltadock", Key="models/text.txt", Body=TEXT[::-1])
+    assert source_files(text, UploadKind.CALIBRATION) != before
+    with pytest.raises(NotFound):
+        list(text.read("text.txt", before["text.txt"]))
     refusals: list[tuple[str, type[DeltadockError]]] = [
         ("s3://deltadock/models-private", Forbidden),
         ("s3://deltadock", Forbidden),
@@ -167,8 +271,17 @@ def test_s3_prefixes_are_imported(
 
 
 def hub(requests: list[str]) -> Starlette:
-    """The part of the Hugging Face Hub's protocol that a model's files are read by."""
+    """The part of the Hugging Face Hub's protocol that a model's files are read by.
+
+    It serves files at a commit only: a branch may move while they are read.
+    """
     commit = "a" * 40
+
+    def is_absent(request: Request) -> bool:
+        return request.path_params["name"] != "tuned"
+
+    def moved(request: Request) -> bool:
+        return request.path_params["revision"] != commit
 
     def entry(name: str) -> dict[str, Any]:
         size = len(FILES[name])
@@ -176,12 +289,12 @@ def hub(requests: list[str]) -> Starlette:
 
     async def info(request: Request) -> Response:
         requests.append(request.url.path)
-        if request.path_params["name"] != "tuned":
+        if is_absent(request):
             return JSONResponse({"error": "x"}, 404, {"X-Error-Code": "RepoNotFound"})
         return JSONResponse({"id": "org/tuned", "sha": commit, "siblings": []})
 
     async def tree(request: Request) -> Response:
-        if request.path_params["name"] != "tuned":
+        if is_absent(request) or moved(request):
             return JSONResponse({"error": "x"}, 404, {"X-Error-Code": "RepoNotFound"})
         return JSONResponse([entry(name) for name in FILES])
 
@@ -191,6 +304,8 @@ def hub(requests: list[str]) -> Starlette:
         return JSONResponse([entry(name) for name in wanted if name in FILES])
 
     async def resolve(request: Request) -> Response:
+        if moved(request):
+            return JSONResponse({"error": "x"}, 404, {"X-Error-Code": "RevisionNotFound"})
         data = FILES[request.path_params["file"]]
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
         part = data[int(span[1]) : int(span[2]) + 1] if span else data
@@ -243,7 +358,8 @@ class TestHub:
         upload = finished(api, "hf://org/tuned@v1")
         assert (upload["state"], upload["error"]) == ("complete", None)
         assert upload["checkpoint"] == api.upload("checkpoint", FILES)["checkpoint"]
-        assert all("v1" in path for path in requests)
+        assert requests[0].endswith("/v1")
+        assert not any(path.endswith("/main") for path in requests)
 
     def test_what_cannot_be_imported_is_said(
         self, api: Api, requests: list[str], monkeypatch: pytest.MonkeyPatch
