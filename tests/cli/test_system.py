@@ -63,7 +63,8 @@ def test_only_the_apis_processes_count_together(
     monkeypatch.setattr(system, "migrate", lambda _: None)
     monkeypatch.setattr(system, "ensure_local_key", lambda _: "key_a")
     settings = {"home": str(tmp_path), "api_processes": str(processes)}
-    with system.running(settings, tmp_path, api_port=1, node_port=2):
+    console = Console(file=StringIO())
+    with system.running(settings, tmp_path, console, api_port=1, node_port=2):
         shared = {
             name
             for name, environment in _Recorded.environments.items()
