@@ -15,13 +15,10 @@ from deltadock.workers.compress import Outcome, compress_job, get_context
 from deltadock.workers.lease import STOPPING
 from deltadock.workers.metrics import serving_metrics
 from deltadock.workers.sweeper import Periodic, collect, show_alive, sweep
-from deltadock.workers.webhooks import deliver_due
+from deltadock.workers.webhooks import POLL_SECONDS, deliver_due
 
 BEGUN: Final = 0
 """Broker priority of jobs that a worker has left, so that they keep their place."""
-
-DELIVERY_SECONDS: Final = 2.0
-"""Interval at which the outbox is looked at."""
 
 
 @app.task(name="deltadock.compress", bind=True)
@@ -66,7 +63,7 @@ def _periodic() -> tuple[Periodic, ...]:
             context.settings.lease_seconds / 2,
         ),
         Periodic("collector", partial(collect, context), context.settings.collect_seconds),
-        Periodic("webhooks", partial(deliver_due, context), DELIVERY_SECONDS),
+        Periodic("webhooks", partial(deliver_due, context), POLL_SECONDS),
     )
 
 

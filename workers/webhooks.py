@@ -6,12 +6,16 @@ address: a name cannot be made to point to another address in between. Redirects
 
 import ipaddress
 import socket
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final, NamedTuple
 
+import anyio
 import httpx
 import structlog
+from anyio import to_thread
 from standardwebhooks import Webhook
 
 from deltadock.storage.models import DeliveryRow
@@ -19,10 +23,17 @@ from deltadock.storage.repositories import WebhookRepository
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.version import __version__
 from deltadock.workers.compress import WorkerContext
+from deltadock.workers.lease import STOPPING
 from deltadock.workers.metrics import WEBHOOKS
 
-BATCH: Final = 20
-TIMEOUT: Final = httpx.Timeout(10.0, connect=5.0)
+SECONDS: Final = 15.0
+"""For one message, from looking up the host to the answer's status."""
+MAX_SENDING: Final = 16
+"""Messages on their way at once."""
+MAX_OF_TENANT: Final = 2
+"""Of these, those of one tenant."""
+POLL_SECONDS: Final = 2.0
+"""Interval at which the outbox is looked at."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
@@ -39,33 +50,102 @@ class Outcome(NamedTuple):
 
 
 def deliver_due(context: WorkerContext) -> int:
-    """Send the due messages of every tenant; returns how many were tried."""
-    with context.database.session_scope() as session:
-        due = WebhookRepository(session, EVERY_TENANT).claim_due(BATCH)
-    for delivery in due:
-        outcome = send(delivery, private=context.settings.webhook_private_addresses)
+    """Send the messages of every tenant that are due, until none is; returns how many were tried.
+
+    A receiver may take its time: a message is claimed only when it can be sent at once, and no
+    tenant's messages keep those of another waiting.
+    """
+    return anyio.run(_Outbox(context).deliver_due)
+
+
+class _Outbox:
+    """Messages on their way, each in a task of its own."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._sending: Counter[str] = Counter()
+        """Messages on their way, by tenant."""
+        self._ended: anyio.Event
+        """Set when one of them has ended."""
+
+    async def deliver_due(self) -> int:
+        tried = 0
+        async with anyio.create_task_group() as group:
+            while not STOPPING.is_set():
+                self._ended = anyio.Event()
+                delivery = None
+                if self._sending.total() < MAX_SENDING:
+                    delivery = await to_thread.run_sync(self._claim)
+                if delivery is not None:
+                    tried += 1
+                    self._sending[delivery.webhook.tenant_id] += 1
+                    group.start_soon(self._deliver, delivery)
+                elif self._sending:
+                    with anyio.move_on_after(POLL_SECONDS):  # others' messages become due
+                        await self._ended.wait()
+                else:
+                    break
+        return tried
+
+    def _claim(self) -> DeliveryRow | None:
+        busy = [tenant for tenant, count in self._sending.items() if count >= MAX_OF_TENANT]
+        with self._context.database.session_scope() as session:
+            return WebhookRepository(session, EVERY_TENANT).claim_due(busy=busy)
+
+    async def _deliver(self, delivery: DeliveryRow) -> None:
+        with anyio.CancelScope(shield=True):  # what is sent is recorded
+            try:
+                outcome = await send(
+                    delivery, private=self._context.settings.webhook_private_addresses
+                )
+                await to_thread.run_sync(self._record, delivery, outcome)
+            finally:
+                self._sending -= Counter([delivery.webhook.tenant_id])
+                self._ended.set()
+
+    def _record(self, delivery: DeliveryRow, outcome: Outcome) -> None:
         WEBHOOKS.labels("delivered" if outcome.error is None else "failed").inc()
         if outcome.error is not None:
             log.info("webhook_not_delivered", message=delivery.id, error=outcome.error)
-        with context.database.session_scope() as session:
+        with self._context.database.session_scope() as session:
             WebhookRepository(session, EVERY_TENANT).record(
                 delivery.id, status=outcome.status, error=outcome.error
             )
-    return len(due)
 
 
-def send(delivery: DeliveryRow, *, private: bool) -> Outcome:
-    """Send one message; any 2xx delivers it.
+async def send(delivery: DeliveryRow, *, private: bool) -> Outcome:
+    """Send one message; any 2xx within `SECONDS` delivers it.
 
     Args:
         delivery: with its webhook loaded.
         private: whether addresses inside networks are allowed.
     """
-    url = httpx.URL(delivery.webhook.url)
     try:
-        address = _address_of(url, private=private)
+        with anyio.fail_after(SECONDS):
+            status = await _post(delivery, private=private)
+    except TimeoutError:
+        return Outcome(None, f"It did not answer within {SECONDS:.0f} s.")
     except ValueError as error:
         return Outcome(None, str(error))
+    except httpx.HTTPError as error:
+        return Outcome(None, f"{type(error).__name__}: {error}")
+    except Exception:  # whatever a URL or its server causes may not keep the others waiting
+        log.exception("webhook_not_sent", message=delivery.id)
+        return Outcome(None, "It could not be sent; the worker's log says why.")
+    return Outcome(status, None if 200 <= status < 300 else f"It answered {status}.")
+
+
+async def _post(delivery: DeliveryRow, *, private: bool) -> int:
+    """Send one message; returns the answer's status.
+
+    Raises:
+        ValueError: the host is unknown, or an address is not allowed.
+        httpx.HTTPError: there is no answer.
+    """
+    url = httpx.URL(delivery.webhook.url)
+    address = await to_thread.run_sync(
+        partial(_address_of, url, private=private), abandon_on_cancel=True
+    )
     now = datetime.now(UTC)
     signer = Webhook(delivery.webhook.secret)
     headers = {
@@ -76,22 +156,18 @@ def send(delivery: DeliveryRow, *, private: bool) -> Outcome:
         "Webhook-Timestamp": str(int(now.timestamp())),
         "Webhook-Signature": signer.sign(delivery.id, now, delivery.body),
     }
-    try:
-        with (
-            httpx.Client(timeout=TIMEOUT, trust_env=False, follow_redirects=False) as client,
-            # The answer's body is not read: it decides nothing, and may be of any size.
-            client.stream(
-                "POST",
-                url.copy_with(host=str(address)),
-                content=delivery.body.encode(),
-                headers=headers,
-                extensions={"sni_hostname": url.host},
-            ) as answer,
-        ):
-            status = answer.status_code
-    except httpx.HTTPError as error:
-        return Outcome(None, f"{type(error).__name__}: {error}")
-    return Outcome(status, None if 200 <= status < 300 else f"It answered {status}.")
+    async with (
+        httpx.AsyncClient(timeout=None, trust_env=False, follow_redirects=False) as client,
+        # The answer's body is not read: it decides nothing, and may be of any size.
+        client.stream(
+            "POST",
+            url.copy_with(host=str(address)),
+            content=delivery.body.encode(),
+            headers=headers,
+            extensions={"sni_hostname": url.host},
+        ) as answer,
+    ):
+        return answer.status_code
 
 
 def _address_of(url: httpx.URL, *, private: bool) -> Address:

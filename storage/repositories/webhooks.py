@@ -1,12 +1,12 @@
 """Webhooks and the outbox of their messages."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
 from sqlalchemy import delete, func, select, tuple_, update
-from sqlalchemy.orm import Session, joinedload
+from sqlalchemy.orm import Session, contains_eager
 
 from deltadock.errors import Conflict, DeltadockError
 from deltadock.storage.database import database_now, lock_key
@@ -141,20 +141,28 @@ class WebhookRepository:
             )
         ).one_or_none()
 
-    def claim_due(self, limit: int) -> Sequence[DeliveryRow]:
-        """Take up to `limit` due messages, with their webhooks; other workers skip them."""
+    def claim_due(self, *, busy: Collection[str]) -> DeliveryRow | None:
+        """Take the first due message, with its webhook, of a tenant that is not `busy`.
+
+        Other workers skip it.
+        """
         now = database_now(self.session)
         due = self.session.scalars(
             select(DeliveryRow)
-            .options(joinedload(DeliveryRow.webhook))
-            .where(DeliveryRow.state == DeliveryState.PENDING, DeliveryRow.next_attempt_at <= now)
+            .join(DeliveryRow.webhook)
+            .options(contains_eager(DeliveryRow.webhook))
+            .where(
+                DeliveryRow.state == DeliveryState.PENDING,
+                DeliveryRow.next_attempt_at <= now,
+                WebhookRow.tenant_id.not_in(busy),
+            )
             .order_by(DeliveryRow.next_attempt_at)
-            .limit(limit)
+            .limit(1)
             .with_for_update(skip_locked=True, of=DeliveryRow)
-        ).all()
-        for delivery in due:
-            delivery.next_attempt_at = now + timedelta(seconds=CLAIM_SECONDS)
-        self.session.flush()
+        ).one_or_none()
+        if due is not None:
+            due.next_attempt_at = now + timedelta(seconds=CLAIM_SECONDS)
+            self.session.flush()
         return due
 
     def record(self, delivery_id: str, *, status: int | None, error: str | None) -> None:

@@ -2,7 +2,10 @@
 
 import ipaddress
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,13 +17,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from deltadock.storage.database import database_now
 from deltadock.storage.models import DeliveryRow, DeliveryState, WebhookEvent, WebhookRow
-from deltadock.storage.repositories import WebhookRepository
+from deltadock.storage.repositories import TenantRepository, WebhookRepository
 from deltadock.storage.repositories.webhooks import RETRY_SECONDS
 from deltadock.storage.tenancy import LOCAL_TENANT
+from deltadock.workers import webhooks
 from deltadock.workers.compress import WorkerContext
-from deltadock.workers.webhooks import deliver_due, is_public
+from deltadock.workers.webhooks import MAX_OF_TENANT, deliver_due, is_public
 from tests.api.support import serving
+from tests.waiting import wait_until
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwMfKQ9r8GKYo="
 
@@ -53,14 +59,26 @@ def context(context: WorkerContext) -> WorkerContext:
     return context
 
 
-def add(context: WorkerContext, url: str, events: Any = (WebhookEvent.DELTA_READY,)) -> WebhookRow:
+def add(context: WorkerContext, url: str, tenant: str = LOCAL_TENANT) -> WebhookRow:
     with context.database.session_scope() as session:
-        return WebhookRepository(session, LOCAL_TENANT).add(url, events, SECRET)
+        events = [WebhookEvent.DELTA_READY]
+        return WebhookRepository(session, tenant).add(url, events, SECRET)
 
 
-def publish(context: WorkerContext, event: WebhookEvent = WebhookEvent.DELTA_READY) -> None:
+def publish(
+    context: WorkerContext,
+    event: WebhookEvent = WebhookEvent.DELTA_READY,
+    tenant: str = LOCAL_TENANT,
+) -> None:
     with context.database.session_scope() as session:
-        WebhookRepository(session, LOCAL_TENANT).publish(event, {"delta": "dlt_a"})
+        WebhookRepository(session, tenant).publish(event, {"delta": "dlt_a"})
+
+
+@pytest.fixture
+def hostile(context: WorkerContext) -> str:
+    """Another tenant."""
+    with context.database.session_scope() as session:
+        return TenantRepository(session).add("hostile").id
 
 
 def message(context: WorkerContext, webhook: WebhookRow) -> DeliveryRow:
@@ -115,6 +133,60 @@ def test_a_failed_attempt_is_repeated_with_growing_waits_until_it_fails(
     receiver.status = 200
     assert deliver_due(context) == 1
     assert message(context, webhook).state is DeliveryState.DELIVERED
+
+
+def test_a_tenant_whose_receiver_does_not_answer_delays_no_other_tenant(
+    context: WorkerContext,
+    receiver: Receiver,
+    hostile: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(webhooks, "SECONDS", 600.0)
+    silent = socket.create_server(("127.0.0.1", 0))
+    with silent, ThreadPoolExecutor() as threads:
+        slow = add(context, f"http://127.0.0.1:{silent.getsockname()[1]}", hostile)
+        for _ in range(MAX_OF_TENANT + 2):
+            publish(context, tenant=hostile)
+        sending = threads.submit(deliver_due, context)
+        held = [silent.accept()[0] for _ in range(MAX_OF_TENANT)]
+        add(context, receiver.url)
+        publish(context)
+        wait_until(lambda: len(receiver.seen) == 1)
+        with context.database.read_scope() as session:
+            now = database_now(session)
+            waiting = WebhookRepository(session, hostile).deliveries(slow, limit=9)
+        unclaimed = [row for row in waiting if row.next_attempt_at and row.next_attempt_at <= now]
+        assert len(unclaimed) == 2, "a message is claimed when it is sent"
+        for connection in held:
+            connection.close()
+        for _ in unclaimed:
+            silent.accept()[0].close()
+        assert sending.result(60) == MAX_OF_TENANT + 3
+        with context.database.read_scope() as session:
+            tried = WebhookRepository(session, hostile).deliveries(slow, limit=9)
+        assert {row.attempts for row in tried} == {1}
+
+
+@pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
+def test_an_answer_that_never_ends_is_given_up(
+    context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "SECONDS", 1.0)
+
+    def drip() -> None:
+        connection, _ = server.accept()
+        with connection, suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX-A: ")
+            while True:
+                connection.sendall(b"a")
+                time.sleep(0.1)
+
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as threads:
+        webhook = add(context, f"http://127.0.0.1:{server.getsockname()[1]}")
+        publish(context)
+        threads.submit(drip)
+        assert deliver_due(context) == 1
+        assert message(context, webhook).error == "It did not answer within 1 s."
 
 
 @pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
