@@ -311,7 +311,7 @@ def retry_job(job_id: JobId, caller: CallerDep, unit: WriteUnit, resources: Reso
                 f"The fine-tune of {delta.name}:{delta.version} is not stored any more. "
                 "Push it again."
             )
-        check_job(unit.session, caller.tenant_id)
+        check_job(unit.session, caller.tenant_id, more=1)
     if not jobs.retry(job_id):
         if job.cancel_requested:
             raise Conflict(f"Job {job_id} is being cancelled. Retry it once it has ended.")

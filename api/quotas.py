@@ -1,4 +1,8 @@
-"""A tenant's quotas, checked in the transaction that would exceed them."""
+"""A tenant's quotas, checked in the transaction that would exceed them, after its changes.
+
+They hold under the lock of the tenant's totals, which the changes take: with a lock of their own,
+two transactions could wait for each other.
+"""
 
 from typing import Final
 
@@ -6,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from deltadock.errors import QuotaExceeded, RateLimited
 from deltadock.storage.models import TenantRow
-from deltadock.storage.repositories import TenantRepository
+from deltadock.storage.repositories import TenantRepository, TotalsRepository
 
 JOB_RETRY_SECONDS: Final = 30
 
@@ -28,9 +32,8 @@ def check_bytes(session: Session, tenant_id: str, more: int = 0) -> None:
     limit = session.get_one(TenantRow, tenant_id).max_bytes
     if limit is None:
         return
-    tenants = TenantRepository(session)
-    tenants.lock(tenant_id)
-    if tenants.stored_bytes(tenant_id) + more > limit:
+    TotalsRepository(session, tenant_id).lock()
+    if TenantRepository(session).stored_bytes(tenant_id) + more > limit:
         raise over_bytes()
 
 
@@ -43,17 +46,16 @@ def over_bytes() -> QuotaExceeded:
 
 
 def check_delta(session: Session, tenant_id: str, *, starts_job: bool) -> None:
-    """Check that the tenant may have one delta more, and run its job.
+    """Check that the tenant may have the deltas that it has now, and run a new one's job.
 
     Raises:
-        QuotaExceeded: it has as many deltas as it may.
+        QuotaExceeded: it may not.
         RateLimited: as `check_job`.
     """
     limit = session.get_one(TenantRow, tenant_id).max_deltas
     if limit is not None:
-        tenants = TenantRepository(session)
-        tenants.lock(tenant_id)
-        if tenants.delta_count(tenant_id) >= limit:
+        TotalsRepository(session, tenant_id).lock()
+        if TenantRepository(session).delta_count(tenant_id) > limit:
             raise QuotaExceeded(
                 f"Your tenant may have {limit} deltas. Delete one, or ask the operator for more."
             )
@@ -61,18 +63,17 @@ def check_delta(session: Session, tenant_id: str, *, starts_job: bool) -> None:
         check_job(session, tenant_id)
 
 
-def check_job(session: Session, tenant_id: str) -> None:
-    """Check that the tenant may run one job more.
+def check_job(session: Session, tenant_id: str, more: int = 0) -> None:
+    """Check that the tenant may run the jobs that are unfinished now, and `more`.
 
     Raises:
-        RateLimited: as many of its jobs are unfinished as may be.
+        RateLimited: it may not.
     """
     limit = session.get_one(TenantRow, tenant_id).max_jobs
     if limit is None:
         return
-    tenants = TenantRepository(session)
-    tenants.lock(tenant_id)
-    if tenants.job_count(tenant_id) >= limit:
+    TotalsRepository(session, tenant_id).lock()
+    if TenantRepository(session).job_count(tenant_id) + more > limit:
         raise RateLimited(
             f"Your tenant may run {limit} jobs at once. Try again when one has ended, or cancel "
             "one.",

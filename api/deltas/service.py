@@ -160,14 +160,13 @@ def request_delta(
             return delta, False
     ready = next((twin for twin in same if _keeps_artifact(session, resources, twin)), None)
     if ready is None and (ended := deltas.find_ended(fingerprint, body.name)):
-        check_job(session, tenant_id)
+        check_job(session, tenant_id, more=1)
         ended.job.priority = body.priority
         JobRepository(session, tenant_id).retry(ended.job.id)
         unit.after_commit.append(
             partial(resources.tasks.send_compress, ended.job.id, body.priority)
         )
         return require_delta(session, tenant_id, ended.id), True
-    check_delta(session, tenant_id, starts_job=ready is None)
     delta = deltas.add(
         name=body.name,
         base=base,
@@ -185,6 +184,7 @@ def request_delta(
         ),
         created_by=caller.key_id,
     )
+    check_delta(session, tenant_id, starts_job=ready is None)
     if ready is not None:
         deltas.share_result(delta, ready)
         WebhookRepository(session, tenant_id).publish_outcome(delta)
@@ -250,10 +250,10 @@ def restore_delta(session: Session, tenant_id: str, delta_id: str) -> DeltaRow:
         NotFound: there is none, or its bytes have been given up.
         QuotaExceeded: the tenant has as many deltas, or bytes, as it may.
     """
-    check_delta(session, tenant_id, starts_job=False)
     restored = DeltaRepository(session, tenant_id).restore(delta_id)
     if restored is None:
         raise NotFound(f"There is no deleted delta {delta_id!r} that could be restored.")
+    check_delta(session, tenant_id, starts_job=False)
     check_bytes(session, tenant_id)
     return require_delta(session, tenant_id, restored.id)
 

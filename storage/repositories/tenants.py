@@ -80,11 +80,6 @@ class TenantRepository:
             setattr(tenant, name, value)
         record(self.session, tenant.id, AuditAction.TENANT_CHANGE, tenant.id, limits=dict(limits))
 
-    def lock(self, tenant_id: str) -> TenantRow:
-        """The tenant, locked until the transaction ends, so that its quotas hold."""
-        lock_key(self.session, "quota", tenant_id)
-        return self.session.get_one(TenantRow, tenant_id)
-
     def usage(self, tenant_id: str) -> Usage:
         """What the tenant uses now."""
         return Usage(

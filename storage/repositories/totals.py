@@ -76,12 +76,12 @@ class TotalsRepository:
 
     def count_any_delta(self, sign: int) -> None:
         """Add (`sign` 1) or subtract (-1) a delta in any state."""
-        self._lock()
+        self.lock()
         self._add(all_deltas=sign)
 
     def count_blobs(self, blobs: Iterable[tuple[str, int]], sign: int) -> None:
         """Add (`sign` 1) or subtract (-1) a use of each of these blobs (SHA-256, size)."""
-        self._lock()
+        self.lock()
         for digest, size in blobs:
             used = self.session.get(
                 BlobUseRow, (self.tenant_id, digest, size), populate_existing=True
@@ -100,7 +100,7 @@ class TotalsRepository:
 
     def recount(self) -> None:
         """Count what `quota` answers anew, such as after an upgrade from a release without it."""
-        self._lock()
+        self.lock()
         self._add()
         owner = self.tenant_id
         files = (
@@ -135,7 +135,7 @@ class TotalsRepository:
 
     def count_delta(self, delta: DeltaRow, sign: int) -> None:
         """Add (`sign` 1) or subtract (-1) a ready delta; bytes count if no other one has them."""
-        self._lock()
+        self.lock()
         artifact = 0
         if not self._shared(delta, DeltaRow.artifact_digest):
             artifact = delta.artifact_bytes or 0
@@ -148,7 +148,7 @@ class TotalsRepository:
 
     def count_base(self, base: BaseRow, sign: int) -> None:
         """Add (`sign` 1) or subtract (-1) a base; its bytes count if no other one has them."""
-        self._lock()
+        self.lock()
         is_shared = exists().where(
             BaseRow.checkpoint_digest == base.checkpoint_digest,
             BaseRow.tenant_id == self.tenant_id,
@@ -172,7 +172,10 @@ class TotalsRepository:
         found: Select[int] = select(CheckpointRow.total_bytes).where(CheckpointRow.digest == digest)
         return self.session.scalar(found) or 0
 
-    def _lock(self) -> None:
+    def lock(self) -> None:
+        """Lock the totals until the transaction ends: after models, bases, uploads and blobs, and
+        before jobs.
+        """
         lock_key(self.session, "totals", self.tenant_id)
 
     def _add(self, **amounts: int) -> None:

@@ -1,16 +1,28 @@
 """Requests at once: more than there are threads and connections, on both databases."""
 
+import time
 from collections import Counter
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
 
 import anyio
 import httpx
 import pytest
+from sqlalchemy import text
 
+from deltadock.api.quotas import check_bytes
+from deltadock.storage.models import UploadFileRow, UploadKind
+from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import Api
 
-AT_ONCE = 120
+AT_ONCE: Final = 120
 """Twice the threads, and the connections, of a process, and some that wait."""
+WAITING: Final = text(
+    "SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = database "
+    "WHERE datname = current_database() AND NOT granted"
+)
+"""The transactions that wait for a lock."""
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -34,6 +46,22 @@ def test_jobs_are_followed_at_once(api: Api) -> None:
     api.client.post(f"/v1/jobs/{job}/cancel").raise_for_status()
     assert read_at_once(api, f"/v1/jobs/{job}/events") == {200: AT_ONCE}
     assert read_at_once(api, "/v1/jobs/job_x/events") == {404: AT_ONCE}
+
+
+@pytest.mark.parametrize("settings_fields", ["postgres"], indirect=True)
+def test_an_upload_and_a_delta_of_a_tenant_with_quotas_do_not_block_each_other(api: Api) -> None:
+    limits = {"max_bytes": 10**9, "max_deltas": 9, "max_jobs": 9}
+    api.client.patch(f"/v1/tenants/{LOCAL_TENANT}", json=limits).raise_for_status()
+    body = api.delta_body()
+    with ThreadPoolExecutor(1) as pool:
+        with api.resources.database.session_scope() as session:
+            file = UploadFileRow(path="a", size=9, sha256="a" * 64, stored=False, tensors=[])
+            UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT, [file])
+            answer = pool.submit(api.client.post, "/v1/deltas", json=body)
+            while not session.scalar(WAITING):
+                time.sleep(0.01)
+            check_bytes(session, LOCAL_TENANT)
+        assert answer.result().status_code == 202
 
 
 def read_at_once(api: Api, url: str) -> Counter[int]:
