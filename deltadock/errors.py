@@ -289,7 +289,7 @@ class InferenceFailed(DeltadockError):
 
 
 class DamagedBlob(DeltadockError):
-    """The store's bytes of a blob do not match its digest; restore it or upload it again."""
+    """The store's bytes of a blob do not match its digest; restore it or store it again."""
 
     status = 502
     code = "damaged_blob"

@@ -51,7 +51,10 @@ ADVICE: Final[Mapping[str, str]] = MappingProxyType(
         errors.UnsupportedModel.code: (
             "This model family cannot be run for calibration. The method “exact” needs none."
         ),
-        errors.DamagedBlob.code: "Stored bytes are damaged. Upload the checkpoint again.",
+        errors.DamagedBlob.code: (
+            "Stored bytes are damaged. Restore them from a backup, or PUT the file into a new "
+            f"upload that does not announce it. {_RETRY}"
+        ),
         errors.WorkerLost.code: (f"Give the worker more memory, or see its log. {_RETRY}"),
         errors.Unavailable.code: f"A service did not answer; /readyz says which. {_RETRY}",
         errors.Cancelled.code: _RETRY,

@@ -241,7 +241,7 @@ class Completer:
             checked = inspector.finish()
             if checked[0].size != file.size:
                 raise changed(path)
-            writer.commit(checked[0].sha256)
+            writer.commit(checked[0].sha256, progress.report_soon)
         self._record(upload, *checked, file.version)
 
     def _check_unchanged(
@@ -309,7 +309,7 @@ class Completer:
 
         try:
             parts.seal()
-            parts.publish(file.sha256, verify)
+            parts.publish(file.sha256, verify, progress.report_soon)
         except DeltadockError as error:
             if error.status < 500 and error.code != "conflict":
                 self._forget_parts(upload.id, file.path)
@@ -348,6 +348,10 @@ class _Progress:
 
     def advance(self, count: int) -> None:
         self._done += count
+        self.report_soon()
+
+    def report_soon(self) -> None:
+        """Report if the last time is a while ago, which renews the lease."""
         if time.monotonic() - self._reported > REPORT_SECONDS:
             self.report()
 

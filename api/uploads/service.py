@@ -118,7 +118,7 @@ def create_upload(
             twin is not None
             and twin.size == file.size
             and _is_weights(twin.path) == _is_weights(file.path)
-            and blobs.exists(file.sha256)
+            and _holds(blobs, file)
         )
         rows.append(
             UploadFileRow(
@@ -132,6 +132,14 @@ def create_upload(
     upload = uploads.add(kind, rows)
     check_bytes(session, tenant_id)
     return upload
+
+
+def _holds(blobs: BlobStore, file: FileEntry) -> bool:
+    """Whether the store has all of the file's bytes; they are not read."""
+    try:
+        return blobs.size(file.sha256) == file.size
+    except NotFound:
+        return False
 
 
 def create_import(

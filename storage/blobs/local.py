@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from deltadock.storage.blobs.port import (
     BlobWriter,
     StoredEntry,
     blob_key,
+    nobody_waits,
     parts_key,
     work_key,
 )
@@ -131,16 +132,11 @@ class LocalBlobStore(BlobStore):
         return dropped
 
     def begin_parts(self, upload: str, size: int, part_bytes: int) -> PartedFile:
-        return LocalPartedFile.create(
-            self.root / parts_key(upload), size, part_bytes, self._link_blob
-        )
+        return LocalPartedFile.create(self.root / parts_key(upload), size, part_bytes, self.link)
 
     def parted(self, upload: str, token: str, size: int, part_bytes: int) -> PartedFile:
         folder = self.root / parts_key(upload)
-        return LocalPartedFile(folder, token, size, part_bytes, self._link_blob)
-
-    def _link_blob(self, data: Path, digest: str) -> None:
-        link(data, self.path(digest))
+        return LocalPartedFile(folder, token, size, part_bytes, self.link)
 
     def parted_uploads(self) -> frozenset[str]:
         with store_errors(), suppress(FileNotFoundError):
@@ -154,6 +150,23 @@ class LocalBlobStore(BlobStore):
     def path(self, digest: str) -> Path:
         """The blob's path; NotFound if `digest` is not a SHA-256."""
         return self.root / blob_key(digest)
+
+    def link(self, staged: Path, digest: str, alive: Callable[[], None]) -> None:
+        """Give `staged` the name of the blob `digest`, durably, unless that exists undamaged.
+
+        It loses its old name where it replaces a damaged blob, and on a file system without hard
+        links.
+        """
+        target = self.path(digest)
+        try:
+            os.link(staged, target)  # fails if it exists, unlike a rename
+        except OSError as error:
+            if not isinstance(error, FileExistsError) and error.errno not in NO_HARD_LINKS:
+                raise
+            # A rename, since nodes and workers may have hard links to the damaged bytes.
+            if not self.is_intact(digest, alive):
+                staged.replace(target)
+        _sync_folder(target.parent)
 
     def _place(self, digest: str, target: Path) -> None:
         source = self.path(digest)
@@ -182,12 +195,12 @@ class _LocalWriter(BlobWriter):
         with store_errors():
             self._size += write_at(self._file.fileno(), chunks, self._size)
 
-    def commit(self, digest: str) -> None:
+    def commit(self, digest: str, alive: Callable[[], None] = nobody_waits) -> None:
         with store_errors():
             os.fsync(self._file.fileno())
             self._file.close()
             self._path.chmod(0o444)  # fetched files may be hard links to this one
-            link(self._path, self._store.path(digest))
+            self._store.link(self._path, digest, alive)
 
     def discard(self) -> None:
         try:
@@ -195,23 +208,6 @@ class _LocalWriter(BlobWriter):
             self._path.unlink(missing_ok=True)
         except OSError as error:
             log.warning("staged_file_not_dropped", file=self._path.name, error=str(error))
-
-
-def link(staged: Path, target: Path) -> None:
-    """Give `staged` the name `target`, durably; an existing `target` is left unchanged.
-
-    On a file system without hard links it loses its old name.
-    """
-    try:
-        os.link(staged, target)  # fails if it exists, unlike a rename
-    except FileExistsError:
-        pass
-    except OSError as error:
-        if error.errno not in NO_HARD_LINKS:
-            raise
-        if not target.exists():
-            staged.replace(target)
-    _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

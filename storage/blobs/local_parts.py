@@ -89,7 +89,7 @@ class LocalPartedFile(PartedFile):
     def __init__(
         self, folder: Path, token: str, size: int, part_bytes: int, place: Callable[..., None]
     ) -> None:
-        """`folder` is the upload's; `place(data, digest)` links the data to a blob's name."""
+        """`folder` is the upload's; `place(data, digest, alive)` gives the data a blob's name."""
         super().__init__(size, part_bytes)
         self.token = token
         self.folder = folder / token
@@ -161,10 +161,10 @@ class LocalPartedFile(PartedFile):
                 start += len(chunk)
                 yield chunk
 
-    def publish(self, digest: str, verify: Callable[[], None]) -> None:
+    def publish(self, digest: str, verify: Callable[[], None], alive: Callable[[], None]) -> None:
         verify()
         with store_errors(), _found():
-            self._place(self.data, digest)
+            self._place(self.data, digest, alive)
 
     def drop(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -129,13 +129,14 @@ class PartedFile(ABC):
         """
 
     @abstractmethod
-    def publish(self, digest: str, verify: Callable[[], None]) -> None:
+    def publish(self, digest: str, verify: Callable[[], None], alive: Callable[[], None]) -> None:
         """Make the sealed bytes the blob `digest`, durably; idempotent.
 
         Args:
             digest: SHA-256 (hex) of the bytes, if `verify` raises nothing.
             verify: reads what is not known of the bytes; what it raises is raised here, and there
                 is no blob then.
+            alive: as `BlobWriter.commit`.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ import hashlib
 import re
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -42,6 +42,10 @@ class StoredEntry(NamedTuple):
     modified: datetime
 
 
+def nobody_waits() -> None:
+    """The default of `alive`: nobody waits."""
+
+
 class BlobWriter(Writer):
     """Streams one blob into the store.
 
@@ -53,11 +57,15 @@ class BlobWriter(Writer):
         """Append the chunks; blocks until the store has accepted them."""
 
     @abstractmethod
-    def commit(self, digest: str) -> None:
+    def commit(self, digest: str, alive: Callable[[], None] = nobody_waits) -> None:
         """Store the written bytes as the blob `digest`, their SHA-256 (hex) by the caller.
 
-        The blob is durable once this returns. An existing blob is left unchanged: of two writers
-        of one blob, the first to commit wins.
+        The blob is durable once this returns. An existing blob is read: it is left unchanged, so
+        that of two writers the first to commit wins, unless it is damaged; then it is replaced.
+
+        Args:
+            digest: of the bytes.
+            alive: called now and then while an existing blob is read; what it raises is raised.
         """
 
 
@@ -159,6 +167,20 @@ class BlobStore(ABC):
             return False
         return True
 
+    def is_intact(self, digest: str, alive: Callable[[], None] = nobody_waits) -> bool:
+        """Whether the blob exists and its bytes match the digest; reads all of them.
+
+        `alive` is called after each chunk; what it raises is raised.
+        """
+        actual = hashlib.sha256()
+        try:
+            for chunk in self.open(digest):
+                actual.update(chunk)
+                alive()
+        except (NotFound, DamagedBlob):
+            return False
+        return actual.hexdigest() == digest
+
     def read(self, digest: str, limit: int) -> bytes:
         """Read a small blob into memory.
 
@@ -241,7 +263,7 @@ def _check(digest: str, actual: str) -> None:
     if actual != digest:
         raise DamagedBlob(
             f"Blob {digest} is damaged in the store: its bytes hash to {actual}. Restore it from "
-            "a backup or upload it again."
+            "a backup, or PUT the file into a new upload that does not announce it."
         )
 
 

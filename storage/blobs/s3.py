@@ -22,6 +22,7 @@ from deltadock.storage.blobs.port import (
     BlobWriter,
     StoredEntry,
     blob_key,
+    nobody_waits,
     parts_key,
     work_key,
 )
@@ -204,16 +205,18 @@ class S3BlobStore(BlobStore):
         """Begin to copy the object `source` to a blob; a context manager."""
         return Copy(self, source, digest)
 
-    def create(self, digest: str, write: Callable[..., object]) -> bool:
-        """Make a blob by a request that takes `IfNoneMatch`; returns False if it exists already."""
+    def create(self, digest: str, write: Callable[..., object], alive: Callable[[], None]) -> bool:
+        """Make a blob by a request that takes `IfNoneMatch`; returns False if it exists undamaged.
+
+        `alive`: as `BlobWriter.commit`.
+        """
+        exists = self.exists(digest)
+        if exists and self.is_intact(digest, alive):
+            return False
+        overwrites = exists or not self.is_conditional
         with s3_errors():
             try:
-                if self.is_conditional:
-                    write(IfNoneMatch="*")
-                elif self.exists(digest):
-                    return False
-                else:
-                    write()
+                write() if overwrites else write(IfNoneMatch="*")
             except ClientError as error:
                 if code_of(error) in EXISTS or (code_of(error) in CONFLICT and self.exists(digest)):
                     return False
@@ -270,7 +273,7 @@ class _S3Writer(BlobWriter):
             self._send_part(bytes(self._buffer[: self._store.part_bytes]))
             del self._buffer[: self._store.part_bytes]
 
-    def commit(self, digest: str) -> None:
+    def commit(self, digest: str, alive: Callable[[], None] = nobody_waits) -> None:
         if self._upload_id is None:
             body = bytes(self._buffer)
             self._store.create(
@@ -281,6 +284,7 @@ class _S3Writer(BlobWriter):
                     Key=blob_key(digest),
                     Body=body,
                 ),
+                alive,
             )
             return
         if self._buffer:
@@ -294,7 +298,7 @@ class _S3Writer(BlobWriter):
             )
         self._staged, self._upload_id = True, None
         with self._store.copy(self._key, digest) as copy:
-            copy.commit()
+            copy.commit(alive)
 
     def discard(self) -> None:
         self._buffer.clear()
@@ -361,8 +365,8 @@ class Copy:
             )
         return {"PartNumber": number, "ETag": copied["CopyPartResult"]["ETag"]}
 
-    def commit(self) -> None:
-        """Wait for the copy and make the blob visible; an existing one is left unchanged."""
+    def commit(self, alive: Callable[[], None]) -> None:
+        """Wait for the copy and make the blob visible, unless it exists undamaged."""
         parts = [part.result() for part in self._parts]
         self._committed = self._store.create(
             self._digest,
@@ -373,6 +377,7 @@ class Copy:
                 UploadId=self._upload_id,
                 MultipartUpload={"Parts": parts},
             ),
+            alive,
         )
 
     def __exit__(

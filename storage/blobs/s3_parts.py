@@ -121,13 +121,13 @@ class S3PartedFile(PartedFile):
     def read(self, start: int, end: int) -> Iterator[bytes]:
         return self.store.read_object(self.key, start, end)
 
-    def publish(self, digest: str, verify: Callable[[], None]) -> None:
+    def publish(self, digest: str, verify: Callable[[], None], alive: Callable[[], None]) -> None:
         if not self._is_object():
             raise NotFound(GONE)
         # The server copies while this process reads what it stores.
         with self.store.copy(self.key, digest) as copy:
             verify()
-            copy.commit()
+            copy.commit(alive)
 
     def drop(self) -> None:
         self.store.abort(self.key, self.upload_id)

@@ -313,15 +313,15 @@ def test_a_store_that_fails_meanwhile_is_tried_again(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload = sent(api)
-    exists = LocalBlobStore._link_blob
+    link = LocalBlobStore.link
     failures = iter([Unavailable("The store is down.")])
 
-    def fail_once(self: LocalBlobStore, data: Path, digest: str) -> None:
+    def fail_once(self: LocalBlobStore, *arguments: Any) -> None:
         if error := next(failures, None):
             raise error
-        exists(self, data, digest)
+        link(self, *arguments)
 
-    monkeypatch.setattr(LocalBlobStore, "_link_blob", fail_once)
+    monkeypatch.setattr(LocalBlobStore, "link", fail_once)
     monkeypatch.setattr("deltadock.api.uploads.completion.RETRY_SECONDS", 0.0)
     assert complete(api, upload).status_code == 202
     assert complete(api, upload).status_code == 200

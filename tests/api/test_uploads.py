@@ -71,6 +71,32 @@ def test_a_file_can_be_replaced(api: Api) -> None:
     assert len(api.client.get(f"/v1/uploads/{upload}").json()["files"]) == 1
 
 
+def test_files_that_arrive_again_replace_damaged_ones(api: Api) -> None:
+    files = {"config.json": CONFIG, "model.safetensors": weights()}
+    done = api.upload("checkpoint", files)
+    folder = api.resources.settings.blob_folder / "blobs"
+    for data in (*files.values(), api.resources.blobs.read(done["checkpoint"]["digest"], 1 << 20)):
+        path = folder / sha256(data)
+        path.chmod(0o644)
+        path.write_bytes(b"?" + data[1:])
+    assert api.upload("checkpoint", files)["checkpoint"] == done["checkpoint"]
+    for name in api.blobs():
+        assert sha256((folder / name).read_bytes()) == name
+
+
+def test_a_truncated_file_is_not_taken_for_stored(api: Api) -> None:
+    files = {"config.json": CONFIG, "model.safetensors": weights()}
+    api.upload("checkpoint", files)
+    path = api.resources.settings.blob_folder / "blobs" / sha256(CONFIG)
+    path.chmod(0o644)
+    path.write_bytes(CONFIG[:-1])
+    announced = api.announce(files)["files"]
+    assert {file["path"]: file["stored"] for file in announced} == {
+        "config.json": False,
+        "model.safetensors": True,
+    }
+
+
 def content_digest(data: bytes) -> str:
     return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256(data))).decode()}:"
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -14,8 +14,11 @@ import pytest
 from deltadock.errors import Conflict, HashMismatch, InvalidInput, NotFound, StorageFull
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, PartedFile, local_parts, make_blob_store
+from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.blobs.local_parts import LocalPartedFile
 from deltadock.storage.blobs.parts import MAX_PARTS, MIN_PART_BYTES, part_bytes_for
+from deltadock.storage.blobs.port import nobody_waits
+from deltadock.storage.blobs.s3 import S3BlobStore
 
 PART = 5 << 20
 """S3's minimum, which the server enforces."""
@@ -71,7 +74,7 @@ def test_parts_in_parallel_and_any_order_become_a_blob(store: BlobStore, file: P
     assert not store.exists(DIGEST)
     for _ in range(2):
         resumed.seal()
-        resumed.publish(DIGEST, hashes_to(DIGEST, resumed))
+        resumed.publish(DIGEST, hashes_to(DIGEST, resumed), nobody_waits)
         assert b"".join(store.open(DIGEST)) == DATA
     assert store.parted_uploads() == {UPLOAD}
     resumed.drop()
@@ -88,7 +91,7 @@ def test_a_part_that_is_sent_again_replaces_the_first(store: BlobStore, file: Pa
     for number in (1, 2, 3):
         send(file, number)
     file.seal()
-    file.publish(DIGEST, hashes_to(DIGEST, file))
+    file.publish(DIGEST, hashes_to(DIGEST, file), nobody_waits)
     assert b"".join(store.open(DIGEST)) == DATA
 
 
@@ -112,9 +115,25 @@ def test_bytes_that_fail_their_check_become_no_blob(store: BlobStore, file: Part
         send(file, number, bytes(len(DATA)))
     file.seal()
     with pytest.raises(HashMismatch):
-        file.publish(DIGEST, hashes_to(DIGEST, file))
+        file.publish(DIGEST, hashes_to(DIGEST, file), nobody_waits)
     assert not store.exists(DIGEST)
     file.drop()
+
+
+def test_parts_replace_a_damaged_blob(store: BlobStore, file: PartedFile) -> None:
+    store.put_bytes(DATA)
+    if isinstance(store, LocalBlobStore):
+        store.path(DIGEST).chmod(0o644)
+        store.path(DIGEST).write_bytes(b"?")
+    else:
+        s3 = cast(S3BlobStore, store)
+        s3.client.put_object(Bucket=s3.bucket, Key=f"blobs/{DIGEST}", Body=b"?")
+    for number in (1, 2, 3):
+        send(file, number)
+    file.seal()
+    file.publish(DIGEST, hashes_to(DIGEST, file), nobody_waits)
+    file.drop()
+    assert store.is_intact(DIGEST)
 
 
 def test_a_sealed_file_takes_no_part_begun_before(store: BlobStore, file: PartedFile) -> None:
@@ -131,7 +150,7 @@ def test_a_sealed_file_takes_no_part_begun_before(store: BlobStore, file: Parted
         with pytest.raises((Conflict, NotFound)):  # noqa: PT012 - S3 sends it at the commit
             late.write(bytes(1234))
             late.commit()
-    file.publish(DIGEST, hashes_to(DIGEST, file))
+    file.publish(DIGEST, hashes_to(DIGEST, file), nobody_waits)
     assert b"".join(store.open(DIGEST)) == DATA
 
 
@@ -234,7 +253,7 @@ def test_clients_send_parts_to_s3_themselves(store: BlobStore, file: PartedFile)
         assert httpx.put(url, content=part).status_code == 200
         assert httpx.put(url, content=part[:-1]).status_code == 403  # its length is signed
     file.seal()
-    file.publish(DIGEST, hashes_to(DIGEST, file))
+    file.publish(DIGEST, hashes_to(DIGEST, file), nobody_waits)
     assert store.size(DIGEST) == len(DATA)
 
 

@@ -15,6 +15,7 @@ from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, make_blob_store, s3
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.blobs.parts import MIN_PART_BYTES
+from deltadock.storage.blobs.port import CHUNK_BYTES, sha256_of
 from deltadock.storage.blobs.s3 import PRESIGNED_SECONDS, S3BlobStore
 
 ABSENT = "0" * 64
@@ -156,19 +157,56 @@ def test_fetch_writes_a_verified_read_only_file(store: BlobStore, tmp_path: Path
     assert b"".join(store.open(digest)) == b"weights"
 
 
-def test_damaged_blobs_are_rejected(store: BlobStore, tmp_path: Path) -> None:
-    digest = store.put_bytes(b"weights")
+def damage(store: BlobStore, digest: str, content: bytes) -> None:
+    """Change a stored blob's bytes, as a failing disk does."""
     if isinstance(store, LocalBlobStore):
         store.path(digest).chmod(0o644)
-        store.path(digest).write_bytes(b"weightz")
+        store.path(digest).write_bytes(content)
+        store.path(digest).chmod(0o444)
     else:
         s3 = cast(S3BlobStore, store)
-        s3.client.put_object(Bucket=s3.bucket, Key=f"blobs/{digest}", Body=b"weightz")
+        s3.client.put_object(Bucket=s3.bucket, Key=f"blobs/{digest}", Body=content)
+
+
+def test_damaged_blobs_are_rejected(store: BlobStore, tmp_path: Path) -> None:
+    digest = store.put_bytes(b"weights")
+    damage(store, digest, b"weightz")
+    assert not store.is_intact(digest)
     with pytest.raises(DamagedBlob):
         store.fetch(digest, tmp_path / "cache" / "file")
     with pytest.raises(DamagedBlob):
         store.read(digest, 100)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [0.5, 1.0], ids=["truncated", "changed"])
+def test_storing_a_damaged_blob_again_mends_it(
+    store: BlobStore, tmp_path: Path, kept: float
+) -> None:
+    for data in (b"weights" * 10, large_blob(store)):
+        digest = store.put_bytes(data)
+        damage(store, digest, (b"?" + data[1:])[: int(kept * len(data))])
+        file = tmp_path / "file"
+        file.write_bytes(data)
+        linked = tmp_path / digest
+        if isinstance(store, LocalBlobStore):
+            linked.hardlink_to(store.path(digest))
+        assert store.put_file(file) == digest
+        assert store.is_intact(digest)
+        assert staged(store) == []
+        if isinstance(store, LocalBlobStore):
+            assert sha256_of(linked) != digest, "files that others have are not written to"
+            assert store.path(digest).stat().st_mode & 0o222 == 0
+
+
+def test_who_stores_a_blob_again_hears_that_it_is_being_read(store: BlobStore) -> None:
+    data = large_blob(store)
+    beats = []
+    for _ in range(2):
+        with store.writer() as writer:
+            writer.write(data)
+            writer.commit(sha256(data), lambda: beats.append(1))
+    assert len(beats) >= len(data) / CHUNK_BYTES
 
 
 def test_work_files_are_replaced_and_dropped(store: BlobStore) -> None:
