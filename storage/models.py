@@ -534,7 +534,7 @@ class DeltaRow(TableRow):
     bits: Mapped[float | None]
     options: Mapped[dict[str, Any]]
     """`seed`, `solver`, `goal` ({kind, value}, or null for fixed-size methods), `calibration`
-    ({sources: [{digest or null, weight}], tokens, length}, or null)."""
+    ({sources: [{digest or null, suffix or null, weight}], tokens, length}, or null)."""
     fingerprint: Mapped[str] = mapped_column(String(64), index=True)
     """SHA-256 (hex) of all inputs that determine the artifact; equal requests of a
     tenant share one result."""

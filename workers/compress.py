@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final, Self
 
 import structlog
@@ -224,18 +224,19 @@ def _calibration(delta: DeltaRow, context: WorkerContext, folder: Path) -> list[
     requested = delta.options["calibration"]
     return [
         Source(
-            None if source["digest"] is None else _text(delta, source["digest"], context, folder),
+            None if source["digest"] is None else _text(delta, source, context, folder),
             source["weight"],
         )
         for source in (requested["sources"] if requested else ())
     ]
 
 
-def _text(delta: DeltaRow, digest: str, context: WorkerContext, folder: Path) -> Path:
-    with context.database.read_scope() as session:
-        uploaded = UploadRepository(session, delta.tenant_id).calibration_path(digest)
-    # The suffix selects the text's parser.
-    path = folder / f"{digest}{PurePosixPath(uploaded or '').suffix or '.txt'}"
+def _text(delta: DeltaRow, source: dict[str, Any], context: WorkerContext, folder: Path) -> Path:
+    digest, suffix = source["digest"], source.get("suffix")
+    if suffix is None:  # a release without it wrote the row
+        with context.database.read_scope() as session:
+            suffix = UploadRepository(session, delta.tenant_id).calibration_suffix(digest)
+    path = folder / f"{digest}{suffix or '.txt'}"  # selects the text's parser
     context.blobs.fetch(digest, path)
     return path
 

@@ -1,6 +1,7 @@
 """Request and response bodies of the delta routes."""
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -101,14 +102,22 @@ class CalibrationIn(RequestBody):
         """Digests of the uploaded texts."""
         return [source.digest for source in self.sources if isinstance(source, TextSource)]
 
-    def to_options(self) -> dict[str, Any]:
-        """The form stored in a delta's row; sampled sources have the digest None."""
+    def to_options(self, suffixes: Mapping[str, str]) -> dict[str, Any]:
+        """The form stored in a delta's row; sampled sources have the digest and suffix None.
+
+        Args:
+            suffixes: of the texts, by digest.
+        """
+        digests = [
+            source.digest if isinstance(source, TextSource) else None for source in self.sources
+        ]
         sources = [
             {
-                "digest": source.digest if isinstance(source, TextSource) else None,
+                "digest": digest,
+                "suffix": suffixes[digest] if digest else None,
                 "weight": source.weight,
             }
-            for source in self.sources
+            for digest, source in zip(digests, self.sources, strict=True)
         ]
         return {"sources": sources, "tokens": self.tokens, "length": self.length}
 

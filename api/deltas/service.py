@@ -150,7 +150,7 @@ def request_delta(
         "seed": body.seed,
         "solver": body.solver,
         "goal": asdict(goal) if goal else None,
-        "calibration": calibration.to_options() if calibration else None,
+        "calibration": calibration,
     }
     deltas = DeltaRepository(session, tenant_id)
     fingerprint = _fingerprint(base, body, options)
@@ -260,22 +260,27 @@ def restore_delta(session: Session, tenant_id: str, delta_id: str) -> DeltaRow:
 
 def _calibration(
     session: Session, tenant_id: str, body: DeltaIn, *, needed: bool
-) -> CalibrationIn | None:
+) -> dict[str, Any] | None:
     """The requested mixture, or the default one if needed, for calibration or measurement.
+
+    In the form of a delta's options.
 
     Raises:
         NotFound: the tenant has not uploaded a text.
     """
     requested = body.calibration
     if requested is None:
-        return CalibrationIn() if needed else None
+        return CalibrationIn().to_options({}) if needed else None
     if not isinstance(requested, CalibrationIn):
         requested = CalibrationIn(sources=[requested])
     uploads = UploadRepository(session, tenant_id)
+    suffixes: dict[str, str] = {}
     for digest in _texts(body):
-        if not uploads.has_calibration(digest):
+        suffix = uploads.calibration_suffix(digest)
+        if suffix is None:
             raise NotFound(f"There is no calibration text {digest}; upload and complete it first.")
-    return requested
+        suffixes[digest] = suffix
+    return requested.to_options(suffixes)
 
 
 def _texts(body: DeltaIn) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from pathlib import PurePosixPath
 from typing import Any, Final, cast
 
 from sqlalchemy import (
@@ -10,7 +11,6 @@ from sqlalchemy import (
     Result,
     and_,
     bindparam,
-    exists,
     func,
     or_,
     select,
@@ -280,23 +280,12 @@ class UploadRepository:
         self._count(upload.tenant_id, others, -1)
         return {file.path for file in upload.files} - {file.path for file in others}
 
-    def has_calibration(self, digest: str) -> bool:
-        """Whether a complete upload is the calibration text with this SHA-256."""
-        return bool(
-            self.session.scalar(
-                select(
-                    exists().where(
-                        self._owned(),
-                        UploadRow.calibration_digest == digest,
-                        UploadRow.state == UploadState.COMPLETE,
-                    )
-                )
-            )
-        )
+    def calibration_suffix(self, digest: str) -> str | None:
+        """The suffix of the calibration text with this SHA-256 as it was last uploaded, or None.
 
-    def calibration_path(self, digest: str) -> str | None:
-        """The file name of the first upload of the calibration text with this SHA-256."""
-        return self.session.scalar(
+        It tells how the text is read: the same bytes can be plain text and conversations.
+        """
+        path = self.session.scalar(
             select(UploadFileRow.path)
             .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
             .where(
@@ -304,9 +293,10 @@ class UploadRepository:
                 UploadRow.calibration_digest == digest,
                 UploadRow.state == UploadState.COMPLETE,
             )
-            .order_by(UploadRow.created_at)
+            .order_by(UploadRow.updated_at.desc())
             .limit(1)
         )
+        return None if path is None else PurePosixPath(path).suffix
 
     def abandoned(self, before: datetime, limit: int) -> Sequence[str]:
         """Ids of up to `limit` unfinished uploads last updated before `before`."""

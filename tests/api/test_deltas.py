@@ -11,9 +11,9 @@ from sqlalchemy import event
 
 from deltadock.compression.options import default_method
 from deltadock.storage.models import JobPriority, JobState
-from deltadock.storage.repositories import JobRepository
+from deltadock.storage.repositories import DeltaRepository, JobRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
-from tests.api.support import CONFIG, Api, sha256, weights
+from tests.api.support import CONFIG, TEXT, Api, sha256, weights
 
 
 def queued_jobs(broker_url: str, priority: JobPriority = JobPriority.NORMAL) -> list[str]:
@@ -217,6 +217,20 @@ def test_calibration_from_several_sources(api: Api) -> None:
         "tokens": 4096,
         "length": 128,
     }
+
+
+def test_the_same_bytes_under_another_suffix_are_another_text(api: Api) -> None:
+    body = api.delta_body()
+    deltas = []
+    for path in ("text.txt", "text.jsonl", "text.txt"):
+        api.upload("calibration", {path: TEXT})
+        deltas.append(api.client.post("/v1/deltas", json=body).json()["delta"])
+    plain, lines, again = deltas
+    assert lines["id"] != plain["id"] == again["id"]
+    with api.resources.database.read_scope() as session:
+        found = [DeltaRepository(session, LOCAL_TENANT).find(each["id"]) for each in deltas]
+        suffixes = [each.options["calibration"]["sources"][0]["suffix"] for each in found if each]
+    assert suffixes == [".txt", ".jsonl", ".txt"]
 
 
 def test_without_calibration_text_is_sampled_from_the_fine_tune(api: Api) -> None:

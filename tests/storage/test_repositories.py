@@ -132,6 +132,23 @@ def test_a_file_with_the_same_path_is_replaced(database: Database) -> None:
         assert upload.files[0].tensors == [{"x": 2}]
 
 
+def test_a_calibration_text_is_read_as_it_was_last_uploaded(database: Database) -> None:
+    digest = "d" * 64
+    with database.session_scope() as session:
+        assert UploadRepository(session, LOCAL_TENANT).calibration_suffix(digest) is None
+    for suffix in (".txt", ".jsonl", ".txt"):
+        with database.session_scope() as session:
+            uploads = UploadRepository(session, LOCAL_TENANT)
+            upload = uploads.add(UploadKind.CALIBRATION)
+            file = UploadFileRow(path=f"text{suffix}", size=1, sha256=digest, tensors=[])
+            uploads.put_file(upload, file)
+            upload.calibration_digest = digest
+            uploads.complete(upload)
+            assert uploads.calibration_suffix(digest) == suffix
+            # Somebody else's upload is none of this tenant's.
+            assert UploadRepository(session, "ten_other").calibration_suffix(digest) is None
+
+
 def test_only_open_uploads_can_be_abandoned_or_aborted(database: Database) -> None:
     with database.session_scope() as session:
         uploads = UploadRepository(session, LOCAL_TENANT)
@@ -140,9 +157,7 @@ def test_only_open_uploads_can_be_abandoned_or_aborted(database: Database) -> No
         assert uploads.abandoned(now - timedelta(hours=1), 10) == []
         assert uploads.abandoned(now + timedelta(hours=1), 10) == [upload.id]
         upload.calibration_digest = "d" * 64
-        assert not uploads.has_calibration("d" * 64)
         uploads.complete(upload)
-        assert uploads.has_calibration("d" * 64)
         assert uploads.abandoned(now + timedelta(hours=1), 10) == []
         uploads.abort(upload)
         assert upload.state is UploadState.COMPLETE

@@ -15,7 +15,7 @@ from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.cli.processes import free_ports
 from deltadock.compression import pipeline
-from deltadock.compression.options import CompressOptions
+from deltadock.compression.options import CompressOptions, Source
 from deltadock.errors import Cancelled, InvalidInput
 from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
@@ -109,6 +109,32 @@ def test_the_row_contains_the_calibration_sources(
         report = DeltaRepository(session, LOCAL_TENANT).report(delta.id)
     assert report is not None
     assert report["calibration"]["tokens"] == 2048
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", None])
+def test_a_calibration_text_is_read_as_it_was_asked_for(
+    context: WorkerContext,
+    submit: Submit,
+    look: Look,
+    monkeypatch: pytest.MonkeyPatch,
+    suffix: str | None,
+) -> None:
+    job_id = submit("adamix", 1.0)
+    with context.database.session_scope() as session:
+        delta = DeltaRepository(session, LOCAL_TENANT).find(look(job_id).delta_id)
+        assert delta is not None
+        calibration = delta.options["calibration"]
+        sources = [{**source, "suffix": suffix} for source in calibration["sources"]]
+        delta.options = {**delta.options, "calibration": {**calibration, "sources": sources}}
+    asked: list[str] = []
+
+    def compress(*_: object, calibration: list[Source], **__: object) -> None:
+        asked.extend(source.path.suffix for source in calibration if source.path)
+        raise Cancelled("seen")
+
+    monkeypatch.setattr(module, "compress", compress)
+    compress_job(job_id, context)
+    assert asked == [suffix or ".txt"]
 
 
 @pytest.mark.parametrize(
