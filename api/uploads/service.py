@@ -162,6 +162,8 @@ def check_open(upload: UploadRow) -> None:
     """Raise Conflict if the upload takes no files."""
     if upload.state is UploadState.COMPLETING:
         raise Conflict(f"Upload {upload.id} is being completed; wait for its state to change.")
+    if upload.state is UploadState.DROPPED:
+        raise Conflict(f"Upload {upload.id} was dropped, and so were its bytes; start a new one.")
     if upload.state is not UploadState.OPEN:
         raise Conflict(f"Upload {upload.id} is {upload.state}; start a new one.")
 
@@ -299,11 +301,13 @@ def abort_upload(session: Session, tenant_id: str, upload_id: str) -> None:
 
     Raises:
         NotFound: there is none, or it was aborted.
-        Conflict: it is complete.
+        Conflict: it is complete, or was dropped.
     """
     upload = require_upload(session, tenant_id, upload_id, lock=True)
     if upload.state is UploadState.COMPLETE:
         raise Conflict(f"Upload {upload_id} is complete and can no longer be aborted.")
+    if upload.state is UploadState.DROPPED:
+        raise Conflict(f"Upload {upload_id} was dropped already; there is nothing to remove.")
     UploadRepository(session, tenant_id).abort(upload)
 
 
@@ -337,12 +341,14 @@ def complete_upload(
 
     Raises:
         NotFound: there is no such upload.
+        Conflict: it was dropped.
         InvalidCheckpoint: the checkpoint is incomplete or invalid; the upload stays open.
         InvalidCalibration: there is no text.
     """
     upload = require_upload(session, tenant_id, upload_id, lock=True)
     if upload.state in {UploadState.COMPLETE, UploadState.COMPLETING}:
         return upload
+    check_open(upload)
     if upload.source is None and all(file.stored for file in upload.files):
         finish_upload(session, blobs, upload)
     else:

@@ -11,7 +11,7 @@ from deltadock.cli import storage as commands
 from deltadock.storage import collection
 from deltadock.storage.collection import Collector
 from deltadock.storage.models import JobRow, UploadRow
-from tests.api.support import Api
+from tests.api.support import CONFIG, Api, weights
 
 
 def on_disk(api: Api) -> int:
@@ -109,6 +109,24 @@ def test_the_rule_of_the_project_drops_fine_tunes_and_keeps_bases(api: Api) -> N
     assert api.client.put(rule, json={"rule": None}).status_code == 200
     assert api.client.put(rule, json={"rule": "sometimes"}).status_code == 422
     assert collect(api, calibration_days=0) == {}, "the new job needs its text"
+
+
+def test_a_dropped_upload_takes_nothing_and_does_not_complete_again(api: Api) -> None:
+    files = {"config.json": CONFIG, "model.safetensors": weights(0)}
+    upload = api.upload("checkpoint", files)
+    base = {"name": "tiny", "checkpoint": upload["checkpoint"]["digest"]}
+    api.client.post("/v1/bases", json=base).raise_for_status()
+    api.client.delete("/v1/bases/tiny").raise_for_status()
+    assert collect(api, undo_days=0).keys() == {"checkpoints"}
+    url = f"/v1/uploads/{upload['id']}"
+    for answer in (
+        api.client.post(f"{url}/complete"),
+        api.put(upload["id"], "config.json", CONFIG),
+        api.client.delete(url),
+    ):
+        assert (answer.status_code, answer.json()["code"]) == (409, "conflict")
+        assert "was dropped" in answer.json()["detail"]
+    assert api.client.get(url).json()["state"] == "dropped"
 
 
 def test_the_bytes_of_a_deleted_base_are_kept_for_some_days(api: Api) -> None:
