@@ -65,8 +65,8 @@ class Lease:
                     held = JobRepository(session, EVERY_TENANT).renew(
                         self.job_id, self.owner, self._seconds
                     )
-            except DeltadockError as error:  # the next renewal may succeed before the lease expires
-                log.warning("lease_not_renewed", job=self.job_id, error=error.message)
+            except Exception:  # the next renewal may succeed before the lease expires
+                log.exception("lease_not_renewed", job=self.job_id)
                 continue
             if not held:
                 self._lost.set()

@@ -11,6 +11,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
+import structlog
+
 from deltadock.api.uploads.receive import Inspector, make_inspector
 from deltadock.errors import DeltadockError
 from deltadock.storage.blobs import PartedFile
@@ -22,6 +24,8 @@ MAX_FILES: Final = 8
 """Files in memory; others are read when they are completed."""
 IDLE_SECONDS: Final = 60.0
 """A file that waits for a part this long gives its place to another one."""
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -35,7 +39,7 @@ class Prefix:
 @dataclass(slots=True)
 class _File:
     prefix: Prefix | None
-    """None: its bytes are not acceptable, as completing it will find."""
+    """None: reading it failed; completing it reads it anew, and says so."""
     arrivals: int = 0
     used: float = 0.0
     work: Future[None] | None = None
@@ -111,6 +115,9 @@ class HashAhead:
                         file.is_running = False
                         return
         except DeltadockError:  # completing the file meets it again, and says so
+            file.prefix, file.is_running = None, False
+        except Exception:  # the file may not keep its place, nor fail whoever takes it
+            log.exception("not_hashed_ahead")
             file.prefix, file.is_running = None, False
 
     def _inspect_next(self, file: _File, parts: PartedFile) -> bool:

@@ -279,6 +279,18 @@ def test_what_was_hashed_on_arrival_is_read_again_only_if_it_has_changed(
     assert starts == [0 if is_read else 3 * PART]
 
 
+def test_what_cannot_be_hashed_on_arrival_is_read_when_it_is_completed(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as failing:
+        failing.setattr(LocalPartedFile, "read", lambda *_: 1 / 0)
+        upload = sent(api)
+        hash_ahead(api)
+    [file] = api.resources.completer.ahead._files.values()
+    assert not file.is_running, "another file may take its place"
+    assert complete(api, upload).status_code == 200
+
+
 def test_a_long_completion_goes_on_in_the_background(
     api: Api, slow: threading.Event, subtests: pytest.Subtests
 ) -> None:

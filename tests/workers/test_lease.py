@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import sqlalchemy.exc
 
 from deltadock.compression.progress import Progress
 from deltadock.errors import Cancelled
@@ -40,6 +41,26 @@ def test_the_heartbeat_renews_the_lease_until_it_ends(
     last = look(job_id).lease_expires_at
     time.sleep(SECONDS / 2)  # longer than a heartbeat interval: the heartbeat has stopped
     assert look(job_id).lease_expires_at == last
+
+
+@pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
+def test_the_heartbeat_goes_on_after_any_error(
+    context: WorkerContext, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renew = JobRepository.renew
+    renewals: list[bool] = []
+    failures = iter([sqlalchemy.exc.TimeoutError(), RuntimeError()])
+
+    def fail_twice(self: JobRepository, job_id: str, owner: str, seconds: float) -> bool:
+        if error := next(failures, None):
+            raise error
+        renewals.append(renew(self, job_id, owner, seconds))
+        return renewals[-1]
+
+    monkeypatch.setattr(JobRepository, "renew", fail_twice)
+    with Lease(context.database, job_id, "me", SECONDS) as lease:
+        wait_until(lambda: bool(renewals))
+        assert lease.held == renewals[0]
 
 
 def test_a_lost_lease_raises_at_the_next_step(
