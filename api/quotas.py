@@ -40,7 +40,7 @@ def check_bytes(session: Session, tenant_id: str, more: int = 0) -> None:
 def over_bytes() -> QuotaExceeded:
     """The error for more bytes than a tenant may store."""
     return QuotaExceeded(
-        "This is more than your tenant may store. Abort uploads or delete deltas, or ask the "
+        "This is more than your tenant may store. Delete deltas or uploads, or ask the "
         "operator for a larger quota."
     )
 

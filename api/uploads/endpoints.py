@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import aclosing
+from datetime import timedelta
 from functools import partial
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
@@ -190,11 +191,14 @@ def get_upload(
 
 
 @router.delete("/{upload_id}", status_code=204, responses=problems(NotFound, Conflict))
-def abort_upload(
+def delete_upload(
     upload_id: UploadId, caller: CallerDep, unit: WriteUnit, resources: ResourcesDep
 ) -> None:
-    """Abort the upload and remove its parts."""
-    service.abort_upload(unit.session, caller.tenant_id, upload_id)
+    """Abort the upload and remove its parts; or drop a complete one that no base, delta or job
+    needs, so that its bytes no longer count.
+    """
+    undo = timedelta(days=resources.settings.undo_days)
+    service.delete_upload(unit.session, caller.tenant_id, upload_id, undo)
     unit.after_commit.append(lambda: service.drop_parts(resources.blobs, upload_id))
 
 

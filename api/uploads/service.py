@@ -4,10 +4,12 @@
       ^         |
       +---------+  not accepted: the reason is kept, and so are the good files
 
-An unfinished upload can be aborted, by its owner or after a while without activity.
+An unfinished upload can be aborted, by its owner or after a while without activity; a complete one
+that nothing needs can be dropped.
 """
 
 from collections.abc import Collection, Sequence
+from datetime import timedelta
 from typing import Final
 
 import structlog
@@ -47,7 +49,7 @@ from deltadock.storage.models import (
     UploadState,
 )
 from deltadock.storage.repositories import CheckpointRepository, UploadRepository
-from deltadock.storage.repositories.blobs import lock_blobs
+from deltadock.storage.repositories.blobs import BlobRepository, lock_blobs
 
 MAX_JSON_BYTES: Final = 32 << 20
 """Of config and shard index, which are read into memory (a 1T-parameter model: a tenth of it)."""
@@ -296,19 +298,29 @@ def stored_row(
     )
 
 
-def abort_upload(session: Session, tenant_id: str, upload_id: str) -> None:
-    """Abort an upload.
+def delete_upload(session: Session, tenant_id: str, upload_id: str, undo: timedelta) -> None:
+    """Abort an unfinished upload, or drop a complete one that nothing needs.
 
     Raises:
         NotFound: there is none, or it was aborted.
-        Conflict: it is complete, or was dropped.
+        Conflict: a base, a delta or a job needs it, or may until `undo` is over; or it was dropped.
     """
-    upload = require_upload(session, tenant_id, upload_id, lock=True)
-    if upload.state is UploadState.COMPLETE:
-        raise Conflict(f"Upload {upload_id} is complete and can no longer be aborted.")
+    uploads = UploadRepository(session, tenant_id)
+    upload = require_upload(session, tenant_id, upload_id)
+    if (digest := upload.checkpoint_digest or upload.calibration_digest) is not None:
+        lock_blobs(session, digest)  # before the row, as collection does: nothing needs it anew
+    was, upload = upload.state, require_upload(session, tenant_id, upload_id, lock=True)
     if upload.state is UploadState.DROPPED:
         raise Conflict(f"Upload {upload_id} was dropped already; there is nothing to remove.")
-    UploadRepository(session, tenant_id).abort(upload)
+    if upload.state is not UploadState.COMPLETE:
+        uploads.abort(upload)
+        return
+    if was is not UploadState.COMPLETE:
+        raise Conflict(f"Upload {upload_id} was completed just now; delete it again to drop it.")
+    undo_from = database_now(session) - undo
+    if (reason := BlobRepository(session).need_of(upload, undo_from)) is not None:
+        raise Conflict(f"Upload {upload_id} is needed: {reason}.")
+    uploads.drop(upload)
 
 
 def drop_parts(blobs: BlobStore, upload_id: str) -> None:

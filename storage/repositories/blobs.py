@@ -31,6 +31,7 @@ from deltadock.storage.models import (
     UploadState,
 )
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.tenancy import EVERY_TENANT, Tenant, owned_by
 
 HOLDS_FILES: Final = (UploadState.OPEN, UploadState.COMPLETING, UploadState.COMPLETE)
 
@@ -91,6 +92,36 @@ class BlobRepository:
         )
         found |= {d: BlobKind.ARTIFACTS for d in self.session.scalars(artifacts) if d}
         return found
+
+    def need_of(self, upload: UploadRow, undo_from: datetime) -> str | None:
+        """What of its tenant needs a complete upload, in words, or may need it; None: nothing.
+
+        What was deleted, or failed, since `undo_from` may.
+        """
+        if upload.kind is UploadKind.CALIBRATION:
+            in_use = self._texts_of_jobs(undo_from, upload.tenant_id)
+            return "a job reads it" if upload.calibration_digest in in_use else None
+        base = self.session.scalar(
+            select(BaseRow.name)
+            .where(
+                BaseRow.checkpoint_digest == upload.checkpoint_digest,
+                BaseRow.tenant_id == upload.tenant_id,
+                or_(BaseRow.deleted_at.is_(None), BaseRow.deleted_at >= undo_from),
+            )
+            .limit(1)
+        )
+        if base is not None:
+            return f"it is the base {base!r}"
+        delta = self.session.execute(
+            select(DeltaRow.name, DeltaRow.version)
+            .where(
+                DeltaRow.checkpoint_digest == upload.checkpoint_digest,
+                DeltaRow.tenant_id == upload.tenant_id,
+                DeltaRow.collected_at.is_(None),
+            )
+            .limit(1)
+        ).one_or_none()
+        return None if delta is None else f"it is the fine-tune of {delta.name}:{delta.version}"
 
     def once_needed(self, digests: Collection[str]) -> dict[str, BlobKind]:
         """Those of the blobs that rows needed before they were collected, with what for."""
@@ -248,16 +279,17 @@ class BlobRepository:
                 return False
         return True
 
-    def _texts_of_jobs(self, undo_from: datetime) -> set[str]:
+    def _texts_of_jobs(self, undo_from: datetime, tenant: Tenant = EVERY_TENANT) -> set[str]:
         """Digests of the calibration texts of jobs that run or may continue."""
         pending: Sequence[dict[str, Any]] = self.session.scalars(
             select(DeltaRow.options)
             .join(DeltaRow.job)
             .where(
+                owned_by(JobRow.tenant_id, tenant),
                 or_(
                     JobRow.state.in_(RUNNING_ORDER),
                     and_(JobRow.state.in_(UNSUCCESSFUL), JobRow.finished_at >= undo_from),
-                )
+                ),
             )
         ).all()
         return {

@@ -323,6 +323,12 @@ class UploadRepository:
             self._record(AuditAction.UPLOAD_ABORT, upload)
             self._count(upload.tenant_id, files, -1)
 
+    def drop(self, upload: UploadRow) -> None:
+        """Give up a locked complete upload's bytes; its rows stay."""
+        self._set_state(upload, UploadState.DROPPED)
+        self._record(AuditAction.UPLOAD_DROP, upload)
+        self._count(upload.tenant_id, upload.files, -1)
+
     def count_dropped(self, upload_id: str) -> None:
         """Subtract the files of an upload that is dropped in this transaction."""
         files = self.session.scalars(

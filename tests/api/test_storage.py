@@ -11,6 +11,7 @@ from deltadock.cli import storage as commands
 from deltadock.storage import collection
 from deltadock.storage.collection import Collector
 from deltadock.storage.models import JobRow, UploadRow
+from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, Api, weights
 
 
@@ -127,6 +128,40 @@ def test_a_dropped_upload_takes_nothing_and_does_not_complete_again(api: Api) ->
         assert (answer.status_code, answer.json()["code"]) == (409, "conflict")
         assert "was dropped" in answer.json()["detail"]
     assert api.client.get(url).json()["state"] == "dropped"
+
+
+def test_a_complete_upload_that_nothing_needs_can_be_deleted(api: Api) -> None:
+    body = api.delta_body()
+    tune, text = body["checkpoint"], body["calibration"]["digest"]
+    base = api.client.get("/v1/bases/tiny").json()["checkpoint"]["digest"]
+    delta = api.client.post("/v1/deltas", json=body).json()["delta"]
+    uploads = {
+        (upload["checkpoint"] or upload["calibration"])["digest"]: f"/v1/uploads/{upload['id']}"
+        for upload in api.client.get("/v1/uploads").json()["data"]
+    }
+
+    def refusal(digest: str) -> str:
+        answer = api.client.delete(uploads[digest])
+        assert (answer.status_code, answer.json()["code"]) == (409, "conflict")
+        detail: str = answer.json()["detail"]
+        return detail
+
+    assert refusal(base).endswith("is needed: it is the base 'tiny'.")
+    assert refusal(tune).endswith("is needed: it is the fine-tune of maths/skills:1.")
+    assert refusal(text).endswith("is needed: a job reads it.")
+    api.make_ready(delta)
+    assert api.client.delete(uploads[text]).status_code == 204
+    api.client.delete(f"/v1/deltas/{delta['id']}").raise_for_status()
+    assert "fine-tune" in refusal(tune), "the delta can be restored"
+    assert "artifacts" in collect(api, undo_days=0)
+    assert api.client.delete(uploads[tune]).status_code == 204
+    assert collect(api).keys() == {"checkpoints"}
+    assert "base" in refusal(base)
+    tenant = api.client.get(f"/v1/tenants/{LOCAL_TENANT}").json()
+    assert tenant["usage"]["bytes"] == len(CONFIG) + len(weights(0))
+    answer = api.client.post("/v1/deltas", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+    assert api.delta_body()["checkpoint"] == tune, "it can be uploaded again"
 
 
 def test_the_bytes_of_a_deleted_base_are_kept_for_some_days(api: Api) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,8 @@ class Uploads(RuleBasedStateMachine):
                 service.complete_upload(session, self.blobs, LOCAL_TENANT, self.id)
 
         here = self.config and (self.weights or len(self.arrived) == COUNT)
-        if self.state is UploadState.ABORTED or (self.state is UploadState.OPEN and not here):
+        gone = self.state in {UploadState.ABORTED, UploadState.DROPPED}
+        if gone or (self.state is UploadState.OPEN and not here):
             with pytest.raises(self.refusal):
                 ask()
             return
@@ -186,12 +188,15 @@ class Uploads(RuleBasedStateMachine):
 
         def stop() -> None:
             with self.database.session_scope() as session:
-                service.abort_upload(session, LOCAL_TENANT, self.id)
+                service.delete_upload(session, LOCAL_TENANT, self.id, timedelta())
             service.drop_parts(self.blobs, self.id)
 
-        if self.state in {UploadState.COMPLETE, UploadState.ABORTED}:
+        if self.state in {UploadState.DROPPED, UploadState.ABORTED}:
             with pytest.raises(self.refusal):
                 stop()
+        elif self.state is UploadState.COMPLETE:
+            stop()
+            self.state = UploadState.DROPPED
         else:
             stop()
             self.state = UploadState.ABORTED
@@ -200,7 +205,7 @@ class Uploads(RuleBasedStateMachine):
     def agrees_with_the_model(self) -> None:
         row = self.row()
         assert row.state is self.state
-        if self.state in {UploadState.COMPLETE, UploadState.ABORTED}:
+        if self.state not in {UploadState.OPEN, UploadState.COMPLETING}:
             assert self.id not in self.blobs.parted_uploads()
         if self.state is UploadState.ABORTED:
             return
@@ -208,7 +213,8 @@ class Uploads(RuleBasedStateMachine):
             "config.json": self.config,
             FILE: self.weights,
         }
-        assert (row.checkpoint is not None) == (self.state is UploadState.COMPLETE)
+        done = self.state in {UploadState.COMPLETE, UploadState.DROPPED}
+        assert (row.checkpoint is not None) == done
         for path in (self.home / "blobs" / "blobs").iterdir():
             assert sha256_of(path) == path.name
         if self.state is UploadState.OPEN and not self.weights and self.arrived:
