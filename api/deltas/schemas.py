@@ -29,6 +29,7 @@ from deltadock.compression.options import (
     MIN_TOKENS,
     TOKENS,
 )
+from deltadock.json_depth import MAX_DEPTH, is_too_deep
 from deltadock.names import PART
 from deltadock.storage.models import DeltaRow, JobPriority, JobState
 from deltadock.storage.repositories.deltas import FIGURES, Lineage
@@ -202,10 +203,12 @@ class DeltaIn(GoalFields):
     @field_validator("recipe")
     @classmethod
     def _is_small(cls, recipe: dict[str, Any] | None) -> dict[str, Any] | None:
+        if is_too_deep(recipe):
+            raise ValueError(f"It is nested more than {MAX_DEPTH} levels deep.")
         try:
-            size = len(json.dumps(recipe, allow_nan=False))
+            size = len(json.dumps(recipe, allow_nan=False, ensure_ascii=False).encode())
         except ValueError as error:
-            raise ValueError("NaN and infinities are no JSON.") from error
+            raise ValueError("NaN, infinities and half surrogate pairs are no JSON.") from error
         if size > MAX_RECIPE_BYTES:
             raise ValueError(f"It has {size} bytes; at most {MAX_RECIPE_BYTES} are stored.")
         return recipe

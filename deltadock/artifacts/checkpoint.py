@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 
 from deltadock.artifacts.container import MAX_TENSORS, StreamingInspector
 from deltadock.errors import InvalidCheckpoint, MalformedSafetensors, UnsafeFile
+from deltadock.json_depth import MAX_DEPTH, is_too_deep
 
 CHUNK_BYTES: Final = 1 << 20
 
@@ -240,7 +241,7 @@ def configures_chat(tokenizer_config: str | bytes | None) -> bool:
     """Whether a tokenizer_config.json holds a chat template."""
     try:
         config = json.loads(tokenizer_config or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return False  # the node refuses it by name
     return isinstance(config, dict) and bool(config.get("chat_template"))
 
@@ -309,6 +310,8 @@ def _parsed(name: str, text: bytes | None) -> dict[str, Any]:
         raise InvalidCheckpoint(f"{name} is not valid JSON.") from error
     if not isinstance(config, dict):
         raise InvalidCheckpoint(f"{name} is not a JSON object.")
+    if is_too_deep(config):
+        raise InvalidCheckpoint(f"{name} is nested more than {MAX_DEPTH} levels deep.")
     return config
 
 

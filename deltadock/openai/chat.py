@@ -17,6 +17,7 @@ from deltadock.openai.fields import (
     OFF,
     ONE_GRAMMAR,
     Ignored,
+    JsonObject,
     MaxTokens,
     RequestPart,
     SamplingFields,
@@ -160,7 +161,7 @@ class ChatRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+    chat_template_kwargs: Annotated[JsonObject, Field(max_length=64)] | None = None
     modalities: Unsupported[Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)]] = (
         None
     )

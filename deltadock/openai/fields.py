@@ -17,6 +17,8 @@ from pydantic import (
 from pydantic.config import JsonDict, JsonValue
 from pydantic_core import PydanticCustomError
 
+from deltadock.json_depth import MAX_DEPTH, is_too_deep
+
 FIELD_ERROR: Final = "field_error"
 """Type of a validation error whose message continues a sentence that begins with the field."""
 
@@ -93,13 +95,22 @@ MAX_GRAMMAR_CHARACTERS: Final = 65_536
 GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARACTERS)]
 
 
+def _check_depth(value: dict[str, Any]) -> dict[str, Any]:
+    if is_too_deep(value):
+        raise field_error(f"is nested more than {MAX_DEPTH} levels deep.")
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_check_depth)]
+
+
 def _check_schema_size(schema: dict[str, Any]) -> dict[str, Any]:
     if len(json.dumps(schema)) > MAX_GRAMMAR_CHARACTERS:
         raise field_error(f"is longer than {MAX_GRAMMAR_CHARACTERS} characters.")
     return schema
 
 
-Schema = Annotated[dict[str, Any], AfterValidator(_check_schema_size)]
+Schema = Annotated[JsonObject, AfterValidator(_check_schema_size)]
 
 
 class RequestPart(BaseModel):

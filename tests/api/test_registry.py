@@ -1,5 +1,6 @@
 """Models: names on every route, aliases and their history, cards, lineage, deletion."""
 
+import json
 from typing import Any
 
 import pytest
@@ -174,6 +175,28 @@ def test_lineage(api: Api) -> None:
     assert lineage["base"] == delta["base"]["checkpoint"]
     assert lineage["calibration"] == [delta["calibration"]["sources"][0]["digest"]]
     assert lineage["deltadock"]
-    for bad, status in (({"parent": "no/such"}, 404), ({"recipe": {"x": "y" * 20_000}}, 422)):
-        body = api.delta_body(seed=3, **bad)
-        assert api.client.post("/v1/deltas", json=body).status_code == status
+    body = api.delta_body(seed=3, parent="no/such")
+    assert api.client.post("/v1/deltas", json=body).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"x": "y" * 20_000}, "at most 16384 are stored"),
+        ({"x": "\ud800"}, "half surrogate pairs"),
+        ({"\ud800": 1}, "half surrogate pairs"),
+        ({"x": json.loads("[" * 128 + "]" * 128)}, "nested more than 128 levels deep"),
+    ],
+)
+def test_a_recipe_is_small_plain_json(api: Api, recipe: dict[str, Any], message: str) -> None:
+    body = json.dumps(api.delta_body(recipe=recipe))  # httpx would not send half a pair
+    headers = {"Content-Type": "application/json"}
+    answer = api.client.post("/v1/deltas", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_input")
+    assert message in answer.json()["detail"]
+
+
+def test_a_recipe_may_be_nested_as_deep_as_that(api: Api) -> None:
+    recipe = {"x": json.loads("[" * 127 + "]" * 127)}
+    delta = api.delta(recipe=recipe)
+    assert api.client.get(f"/v1/deltas/{delta['id']}").json()["lineage"]["recipe"] == recipe

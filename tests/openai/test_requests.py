@@ -90,6 +90,10 @@ def test_disabling_values_are_accepted_by_chat(values: dict[str, Any]) -> None:
         ({"guided_choice": []}, "`guided_choice`: List should have at least 1 item"),
         ({"guided_choice": ["b"], "guided_regex": "a"}, "`guided_choice` excludes `guided_regex`"),
         ({"guided_json": {"enum": ["a" * 70_000]}}, "`guided_json` is longer than 65536"),
+        (
+            {"guided_json": {"enum": nested(128)}},
+            "`guided_json` is nested more than 128 levels deep",
+        ),
         ({"max_tokens": -1}, "`max_tokens`: Input should be greater than or equal to 0."),
         ({"presence_penalty": 2.5}, "`presence_penalty`: Input should be less than or equal to 2."),
         ({"repetition_penalty": 0}, "`repetition_penalty`: Input should be greater than"),
