@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
@@ -23,7 +22,7 @@ from sqlalchemy.orm import Session
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, StoredEntry
 from deltadock.storage.database import Database, database_now
-from deltadock.storage.models import AuditAction
+from deltadock.storage.models import AuditAction, DeltaRow
 from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.blobs import BlobKind, BlobRepository, DropRules, lock_blobs
 from deltadock.storage.repositories.tenants import TenantRepository
@@ -70,7 +69,6 @@ class Collector:
         self._blobs = blobs
         self._settings = settings
         self._undo = timedelta(days=settings.undo_days)
-        self._trial: Session | None = None
 
     def run(self) -> Collected:
         """Collect everything that nothing needs."""
@@ -88,33 +86,24 @@ class Collector:
     def try_run(self) -> Collected:
         """What `run` would remove; changes nothing."""
         collected = Collected()
-        with self._database.session_scope() as session:
-            self._trial = session
-            self.drop_uploads()
-            collected.blocked += self.give_up_deltas()
-            for kind, entry in (*self.unneeded_blocks(), *self.unneeded_blobs()):
-                collected.usage[kind] = collected.usage[kind].plus(entry.bytes)
-            session.rollback()
-            self._trial = None
+        free, on_nodes = self._deleted_deltas()
+        given_up = {*self._droppable_uploads(), *free}
+        collected.blocked += _reasons(on_nodes)
+        for kind, entry in (*self.unneeded_blocks(given_up), *self.unneeded_blobs(given_up)):
+            collected.usage[kind] = collected.usage[kind].plus(entry.bytes)
         return collected
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Session]:
-        if self._trial is not None:
-            yield self._trial
-            return
-        with self._database.session_scope() as session:
-            yield session
 
     def drop_uploads(self) -> None:
         """Give up the uploads that the rules drop."""
-        with self._transaction() as session:
-            found = BlobRepository(session).droppable_uploads(self._rules(session))
-        for upload in found:
-            with self._transaction() as session:
-                dropped = BlobRepository(session).drop(upload, self._rules(session))
-                if dropped and self._trial is None:  # a trial would hold the totals for too long
-                    UploadRepository(session, upload.tenant_id).count_dropped(upload.id)
+        for upload_id in self._droppable_uploads():
+            with self._database.session_scope() as session:
+                dropped = BlobRepository(session).drop(upload_id, self._rules(session))
+                if dropped is not None:
+                    UploadRepository(session, dropped.tenant_id).count_dropped(upload_id)
+
+    def _droppable_uploads(self) -> list[str]:
+        with self._database.read_scope() as session:
+            return BlobRepository(session).droppable_uploads(self._rules(session))
 
     def _rules(self, session: Session) -> DropRules:
         now, days = database_now(session), self._settings.calibration_days
@@ -127,49 +116,62 @@ class Collector:
 
     def give_up_deltas(self) -> list[str]:
         """Give up the bytes of deltas whose time for undoing is over; returns why some stay."""
-        with self._transaction() as session:
-            blobs = BlobRepository(session)
-            free, on_nodes = blobs.deleted_before(database_now(session) - self._undo)
-            for delta in free:
-                blobs.collect(delta)
-        return [
-            f"{delta.name}:{delta.version} ({delta.id}) was deleted, but a node has it in memory; "
-            f"unload {delta.artifact_digest} there."
-            for delta in on_nodes
-        ]
+        free, on_nodes = self._deleted_deltas()
+        for delta_id in free:
+            with self._database.session_scope() as session:
+                BlobRepository(session).collect(delta_id)
+        return _reasons(on_nodes)
 
-    def unneeded_blocks(self) -> Iterator[tuple[str, StoredEntry]]:
-        """The saved blocks of jobs that will not continue."""
+    def _deleted_deltas(self) -> tuple[list[str], list[DeltaRow]]:
+        with self._database.read_scope() as session:
+            return BlobRepository(session).deleted_before(database_now(session) - self._undo)
+
+    def unneeded_blocks(self, given_up: Collection[str] = ()) -> Iterator[tuple[str, StoredEntry]]:
+        """The saved blocks of jobs that will not continue, were these deltas given up too."""
         for entries in _batches(self._blobs.entries("work")):
             jobs = {entry.key.partition("/")[0] for entry in entries}
-            with self._transaction() as session:
+            with self._database.read_scope() as session:
                 before = database_now(session) - self._undo
-                ended = BlobRepository(session).ended_jobs(jobs, before)
+                ended = BlobRepository(session).ended_jobs(jobs, before, given_up)
             yield from ((WORK, e) for e in entries if e.key.partition("/")[0] in ended)
 
-    def unneeded_blobs(self) -> Iterator[tuple[str, StoredEntry]]:
-        """Blobs that no row needs, with what they were for; `remove` checks again."""
-        with self._transaction() as session:
+    def unneeded_blobs(self, given_up: Collection[str] = ()) -> Iterator[tuple[str, StoredEntry]]:
+        """Blobs that no row needs, with what they were for; `remove` checks again.
+
+        Rows of the uploads and deltas `given_up` (ids) need none.
+        """
+        with self._database.read_scope() as session:
             before = database_now(session) - YOUNG
         old = (entry for entry in self._blobs.entries("blobs") if entry.modified < before)
         for entries in _batches(old):
             digests = [entry.key for entry in entries]
-            with self._transaction() as session:
-                needed = BlobRepository(session).needed(digests)
-                was = BlobRepository(session).once_needed(set(digests) - needed.keys())
+            with self._database.read_scope() as session:
+                repository = BlobRepository(session)
+                needed = repository.needed(digests)
+                freed = repository.only_needed_by(given_up, needed)
+                was = {digest: needed.pop(digest) for digest in freed}
+                was |= repository.once_needed(set(digests) - needed.keys() - freed)
             for entry in entries:
                 if entry.key not in needed:
                     yield was.get(entry.key, BlobKind.UNREFERENCED), entry
 
     def remove(self, digest: str) -> bool:
         """Remove a blob if no row needs it now; returns whether it was removed."""
-        with self._transaction() as session:
+        with self._database.session_scope() as session:
             lock_blobs(session, digest)
             if BlobRepository(session).needed([digest]):
                 return False
             self._blobs.delete(digest)
             record(session, LOCAL_TENANT, AuditAction.BLOB_REMOVE, digest)
             return True
+
+
+def _reasons(on_nodes: Iterable[DeltaRow]) -> list[str]:
+    return [
+        f"{delta.name}:{delta.version} ({delta.id}) was deleted, but a node has it in memory; "
+        f"unload {delta.artifact_digest} there."
+        for delta in on_nodes
+    ]
 
 
 def measure(database: Database, blobs: BlobStore) -> UsageByKind:
@@ -282,16 +284,10 @@ def missing_blobs(
 ) -> list[str]:
     """Digests that rows refer to, and the store lacks; `stored` is a listing of the store."""
     stored = {entry.key for entry in blobs.entries("blobs")} if stored is None else stored
-    missing: list[str] = []
-    after = ""
-    while True:
-        with database.read_scope() as session:
-            digests = BlobRepository(session).referenced(after, BATCH)
-        # What was stored after the listing is looked up.
-        missing += [d for d in digests if d not in stored and not blobs.exists(d)]
-        if len(digests) < BATCH:
-            return missing
-        after = digests[-1]
+    with database.read_scope() as session:
+        absent = [d for d in BlobRepository(session).referenced() if d not in stored]
+    # What was stored after the listing is looked up.
+    return sorted(digest for digest in absent if not blobs.exists(digest))
 
 
 def _batches(entries: Iterable[StoredEntry]) -> Iterator[list[StoredEntry]]:

@@ -515,11 +515,11 @@ class DeltaRow(TableRow):
             "deleted_at",
             **_only("deleted_at IS NOT NULL AND collected_at IS NULL"),
         ),
-        # Who shares these bytes.
-        *(
-            Index(f"ix_deltas_{column}_tenant_id", column, "tenant_id", **_NOT_DELETED)
-            for column in ("artifact_digest", "checkpoint_digest")
+        # Who shares these bytes; and of a fine-tune also the deleted deltas that may need it.
+        Index(
+            "ix_deltas_artifact_digest_tenant_id", "artifact_digest", "tenant_id", **_NOT_DELETED
         ),
+        Index("ix_deltas_checkpoint_digest_tenant_id", "checkpoint_digest", "tenant_id"),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)

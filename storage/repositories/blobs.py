@@ -5,13 +5,13 @@ A blob is needed while a row refers to it. Who writes such a row locks the blob,
 it before the lock ends. So neither overtakes the other.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Select, and_, exists, or_, select
-from sqlalchemy.orm import Session, defer, joinedload
+from sqlalchemy import Select, and_, exists, or_, select, union
+from sqlalchemy.orm import Session, load_only
 
 from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.models import (
@@ -34,6 +34,8 @@ from deltadock.storage.repositories.audit import record
 from deltadock.storage.tenancy import EVERY_TENANT, Tenant, owned_by
 
 HOLDS_FILES: Final = (UploadState.OPEN, UploadState.COMPLETING, UploadState.COMPLETE)
+BATCH: Final = 500
+"""Rows of a long result that are read at once."""
 
 
 class BlobKind(StrEnum):
@@ -140,23 +142,28 @@ class BlobRepository:
         found |= {d: BlobKind.ARTIFACTS for d in self.session.scalars(artifacts) if d}
         return found
 
-    def referenced(self, after: str, limit: int) -> Sequence[str]:
-        """Up to `limit` digests above `after` that rows need, ascending."""
-        queries = [
-            select(UploadFileRow.sha256.label("digest"))
-            .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
-            .where(UploadFileRow.stored, UploadRow.state.in_(HOLDS_FILES)),
-            select(UploadRow.checkpoint_digest).where(UploadRow.state == UploadState.COMPLETE),
-            select(BaseRow.checkpoint_digest).where(BaseRow.deleted_at.is_(None)),
-            select(DeltaRow.artifact_digest).where(DeltaRow.collected_at.is_(None)),
-        ]
-        every = queries[0].union(*queries[1:]).subquery()
-        return self.session.scalars(
-            select(every.c.digest)
-            .where(every.c.digest > after)
-            .order_by(every.c.digest)
-            .limit(limit)
-        ).all()
+    def referenced(self) -> Iterator[str]:
+        """The digest of every blob that a row needs, from one statement."""
+        first, *others = _REFERENCES
+        every = self.session.scalars(
+            union(
+                first.with_only_columns(first.selected_columns[0]),
+                *(query.with_only_columns(query.selected_columns[0]) for query in others),
+            ),
+            execution_options={"yield_per": BATCH},
+        )
+        return (digest for digest in every if digest is not None)
+
+    def only_needed_by(self, holders: Collection[str], digests: Collection[str]) -> set[str]:
+        """Those of the blobs that only these uploads and deltas need, by id."""
+        if not holders:
+            return set()
+        others = self._on_nodes()
+        for query in _REFERENCES:
+            digest = query.selected_columns[0]
+            found = self.session.execute(query.where(digest.in_(digests)))
+            others |= {row[0] for row in found if row[0] and row[1] not in holders}
+        return set(digests) - others
 
     def _on_nodes(self) -> set[str]:
         """Artifacts in a node's memory, or pinned; what a node has on disk only it can miss."""
@@ -168,33 +175,49 @@ class BlobRepository:
             if held["tier"] != "disk" or held["references"] or held["pinned"]
         }
 
-    def deleted_before(self, moment: datetime) -> tuple[list[DeltaRow], list[DeltaRow]]:
-        """Deltas deleted before `moment` and not collected: free ones, and ones that nodes need."""
+    def deleted_before(self, moment: datetime) -> tuple[list[str], list[DeltaRow]]:
+        """Deltas deleted before `moment` and not collected: ids of free ones, and others.
+
+        Those are on nodes, and have only what names them and their artifact.
+        """
+        named = load_only(DeltaRow.name, DeltaRow.version, DeltaRow.artifact_digest, raiseload=True)
         found = self.session.scalars(
-            select(DeltaRow).where(
+            select(DeltaRow)
+            .options(named)
+            .where(
                 DeltaRow.deleted_at.is_not(None),
                 DeltaRow.deleted_at < moment,
                 DeltaRow.collected_at.is_(None),
-            )
-        ).all()
-        on_nodes = self._on_nodes()
-        return (
-            [delta for delta in found if delta.artifact_digest not in on_nodes],
-            [delta for delta in found if delta.artifact_digest in on_nodes],
+            ),
+            execution_options={"yield_per": BATCH},
         )
+        on_nodes = self._on_nodes()
+        free: list[str] = []
+        held: list[DeltaRow] = []
+        for delta in found:
+            if delta.artifact_digest in on_nodes:
+                held.append(delta)
+            else:
+                free.append(delta.id)
+        return free, held
 
-    def collect(self, delta: DeltaRow) -> None:
+    def collect(self, delta_id: str) -> None:
         """Give up a deleted delta's bytes and report; its row keeps name and version."""
-        locked = self.session.get(DeltaRow, delta.id, with_for_update=True, populate_existing=True)
+        locked = self.session.get(DeltaRow, delta_id, with_for_update=True, populate_existing=True)
         if locked is not None and locked.deleted_at is not None:
             locked.collected_at, locked.report = database_now(self.session), None
             self.session.flush()
             record(self.session, locked.tenant_id, AuditAction.DELTA_COLLECT, locked.id)
 
-    def ended_jobs(self, job_ids: Collection[str], before: datetime) -> set[str]:
-        """Those of the jobs whose saved blocks nobody needs: unknown, ready, or ended long ago."""
-        kept = self.session.scalars(
-            select(JobRow.id)
+    def ended_jobs(
+        self, job_ids: Collection[str], before: datetime, given_up: Collection[str] = ()
+    ) -> set[str]:
+        """Those of the jobs whose saved blocks nobody needs: unknown, ready, or ended long ago.
+
+        Or of deltas that are given up, or would be: `given_up` are those's ids.
+        """
+        kept = self.session.execute(
+            select(JobRow.id, JobRow.delta_id)
             .join(JobRow.delta)
             .where(
                 JobRow.id.in_(job_ids),
@@ -205,12 +228,10 @@ class BlobRepository:
                 ),
             )
         )
-        return set(job_ids) - set(kept)
+        return set(job_ids) - {job for job, delta in kept if delta not in given_up}
 
-    def droppable_uploads(
-        self, rules: "DropRules", upload_id: str | None = None
-    ) -> list[UploadRow]:
-        """Complete uploads, or this one, that no base and no job needs and that the rules drop.
+    def droppable_uploads(self, rules: "DropRules", upload_id: str | None = None) -> list[str]:
+        """Ids of complete uploads, or this one's, that no base or job needs and the rules drop.
 
         A base that was deleted before `rules.undo_from` is dropped by every rule, unless it is
         also a delta's fine-tune.
@@ -229,24 +250,21 @@ class BlobRepository:
             DeltaRow.tenant_id == UploadRow.tenant_id,
         )
         checkpoints = self._complete(UploadKind.CHECKPOINT, upload_id).where(~is_base)
-        found = list(self.session.scalars(checkpoints.where(was_base, ~is_finetune)))
-        if any(rule != "keep" for rule in (rules.checkpoints, *projects.values())):
-            uploads = checkpoints.where(is_finetune)
-            found += [
-                upload
-                for upload in self.session.scalars(uploads)
-                if self._drops_checkpoint(upload, projects, rules)
-            ]
-        if rules.texts_before is not None:
-            in_use = self._texts_of_jobs(rules.undo_from)
-            texts = self._complete(UploadKind.CALIBRATION, upload_id).where(
-                UploadRow.updated_at < rules.texts_before
+        found = list(
+            self.session.scalars(
+                checkpoints.where(was_base, ~is_finetune).with_only_columns(UploadRow.id)
             )
-            found += [
-                text
-                for text in self.session.scalars(texts)
-                if text.calibration_digest not in in_use
-            ]
+        )
+        if any(rule != "keep" for rule in (rules.checkpoints, *projects.values())):
+            found += self._droppable_finetunes(checkpoints, projects, rules)
+        if rules.texts_before is not None:
+            texts = self.session.scalars(
+                self._complete(UploadKind.CALIBRATION, upload_id).where(
+                    UploadRow.updated_at < rules.texts_before
+                )
+            ).all()
+            in_use = self._texts_of_jobs(rules.undo_from) if texts else set()
+            found += [text.id for text in texts if text.calibration_digest not in in_use]
         return found
 
     def _complete(self, kind: UploadKind, upload_id: str | None) -> Select[UploadRow]:
@@ -255,29 +273,40 @@ class BlobRepository:
         )
         return found if upload_id is None else found.where(UploadRow.id == upload_id)
 
-    def _drops_checkpoint(
-        self, upload: UploadRow, projects: dict[tuple[str, str], str], rules: "DropRules"
-    ) -> bool:
-        """Whether the rules of all projects with a delta of this fine-tune drop it."""
-        deltas = self.session.scalars(
-            select(DeltaRow)
-            .options(joinedload(DeltaRow.job), defer(DeltaRow.report))
-            .where(
-                DeltaRow.tenant_id == upload.tenant_id,
-                DeltaRow.checkpoint_digest == upload.checkpoint_digest,
+    def _droppable_finetunes(
+        self,
+        checkpoints: Select[UploadRow],
+        projects: dict[tuple[str, str], str],
+        rules: "DropRules",
+    ) -> list[str]:
+        """Ids of those that the rules of all projects with a delta of the fine-tune drop."""
+        wanted = checkpoints.with_only_columns(UploadRow.tenant_id, UploadRow.checkpoint_digest)
+        distinct = wanted.distinct().subquery()
+        deltas = self.session.execute(
+            select(
+                DeltaRow.tenant_id,
+                DeltaRow.checkpoint_digest,
+                DeltaRow.name,
+                JobRow.state,
+                JobRow.finished_at,
             )
-        ).all()
-        for delta in deltas:
-            project = delta.name.partition("/")[0]
-            rule = projects.get((upload.tenant_id, project), rules.checkpoints)
-            finished, is_ready = delta.job.finished_at, delta.job.state is JobState.READY
-            if rule == "keep" or finished is None:
-                return False
-            if not is_ready and (rule == "ready" or finished >= rules.undo_from):
-                return False
-            if rule.isdecimal() and finished > rules.now - timedelta(days=int(rule)):
-                return False
-        return True
+            .join(
+                distinct,
+                and_(
+                    DeltaRow.tenant_id == distinct.c.tenant_id,
+                    DeltaRow.checkpoint_digest == distinct.c.checkpoint_digest,
+                ),
+            )
+            .join(DeltaRow.job),
+            execution_options={"yield_per": BATCH},
+        )
+        drops: dict[tuple[str, str | None], bool] = {}
+        for tenant, digest, name, state, finished in deltas:
+            rule = projects.get((tenant, name.partition("/")[0]), rules.checkpoints)
+            of_all = drops.get((tenant, digest), True)
+            drops[tenant, digest] = of_all and rules.drop(rule, state, finished)
+        uploads = self.session.execute(wanted.add_columns(UploadRow.id))
+        return [upload for *of, upload in uploads if drops.get((of[0], of[1]), False)]
 
     def _texts_of_jobs(self, undo_from: datetime, tenant: Tenant = EVERY_TENANT) -> set[str]:
         """Digests of the calibration texts of jobs that run or may continue."""
@@ -298,18 +327,20 @@ class BlobRepository:
             for source in (options.get("calibration") or {"sources": []})["sources"]
         }
 
-    def drop(self, upload: UploadRow, rules: "DropRules") -> bool:
-        """Give up a complete upload's bytes if the rules still drop it; its rows stay."""
+    def drop(self, upload_id: str, rules: "DropRules") -> UploadRow | None:
+        """Give up a complete upload's bytes if the rules still drop it; its rows stay.
+
+        Returns it, if it was dropped.
+        """
+        upload = self.session.get_one(UploadRow, upload_id)
         lock_blobs(self.session, upload.checkpoint_digest or upload.calibration_digest or "")
-        locked = self.session.get(
-            UploadRow, upload.id, with_for_update=True, populate_existing=True
-        )
-        if locked is None or not self.droppable_uploads(rules, locked.id):
-            return False
-        locked.state, locked.updated_at = UploadState.DROPPED, rules.now
+        self.session.refresh(upload, with_for_update=True)
+        if not self.droppable_uploads(rules, upload_id):
+            return None
+        upload.state, upload.updated_at = UploadState.DROPPED, rules.now
         self.session.flush()
-        record(self.session, locked.tenant_id, AuditAction.UPLOAD_DROP, locked.id)
-        return True
+        record(self.session, upload.tenant_id, AuditAction.UPLOAD_DROP, upload_id)
+        return upload
 
 
 class DropRules(NamedTuple):
@@ -323,6 +354,26 @@ class DropRules(NamedTuple):
     undo_from: datetime
     """Jobs that failed since may continue, and need their inputs."""
 
+    def drop(self, rule: str, state: JobState, finished: datetime | None) -> bool:
+        """Whether a project's rule drops the fine-tune of a job in this state."""
+        if rule == "keep" or finished is None:
+            return False
+        if state is not JobState.READY and (rule == "ready" or finished >= self.undo_from):
+            return False
+        return not rule.isdecimal() or finished <= self.now - timedelta(days=int(rule))
+
+
+_REFERENCES: Final[tuple[Select[str | None, str], ...]] = (
+    select(UploadFileRow.sha256, UploadRow.id)
+    .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
+    .where(UploadFileRow.stored, UploadRow.state.in_(HOLDS_FILES)),
+    select(UploadRow.checkpoint_digest, UploadRow.id).where(
+        UploadRow.state == UploadState.COMPLETE
+    ),
+    select(BaseRow.checkpoint_digest, BaseRow.id).where(BaseRow.deleted_at.is_(None)),
+    select(DeltaRow.artifact_digest, DeltaRow.id).where(DeltaRow.collected_at.is_(None)),
+)
+"""The digests that rows need, with the ids of the uploads, bases and deltas that do."""
 
 _KINDS: Final = {
     UploadKind.CHECKPOINT: BlobKind.CHECKPOINTS,

@@ -33,9 +33,12 @@ def _no_blob_is_young(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def collect(api: Api, **fields: Any) -> dict[str, int]:
-    """Collect with these settings; bytes by kind."""
+    """Collect with these settings, as a trial says before; bytes by kind."""
     settings = api.resources.settings.model_copy(update=fields)
-    found = Collector(api.resources.database, api.resources.blobs, settings).run()
+    collector = Collector(api.resources.database, api.resources.blobs, settings)
+    tried = collector.try_run()
+    found = collector.run()
+    assert tried == found
     return {str(kind): usage.bytes for kind, usage in found.usage.items()}
 
 

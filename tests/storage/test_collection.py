@@ -7,6 +7,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
+from sqlalchemy import delete, event, update
 from sqlalchemy.orm import Session
 
 from deltadock.errors import Unavailable
@@ -14,13 +15,23 @@ from deltadock.settings import Settings
 from deltadock.storage import collection
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.collection import Collector
-from deltadock.storage.database import Database
-from deltadock.storage.models import CheckpointRow, DeltaRow, TableRow, TenantRow
+from deltadock.storage.database import Database, database_now
+from deltadock.storage.models import (
+    CheckpointRow,
+    DeltaRow,
+    JobState,
+    NodeSampleRow,
+    TableRow,
+    TenantRow,
+    UploadFileRow,
+    UploadKind,
+)
 from deltadock.storage.repositories import (
     BaseRepository,
     CheckpointRepository,
     DeltaRepository,
     JobRepository,
+    UploadRepository,
 )
 from deltadock.storage.repositories.blobs import BlobRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
@@ -145,6 +156,75 @@ def add_base(session: Session) -> None:
         CheckpointRow(digest="c", weights_digest="w", model_type="llama", total_bytes=1)
     )
     BaseRepository(session, LOCAL_TENANT).add("base", checkpoint)
+
+
+def add_finetunes(session: Session, numbers: range, *, state: JobState) -> None:
+    """Complete uploads with a delta each, whose jobs have ended in this state."""
+    base = BaseRepository(session, LOCAL_TENANT).find("base")
+    assert base is not None
+    for number in numbers:
+        digest = f"{number:064x}"
+        row = CheckpointRow(digest=digest, weights_digest=digest, model_type="llama", total_bytes=1)
+        file = UploadFileRow(
+            path="config.json", size=1, sha256=digest[::-1], stored=True, tensors=[]
+        )
+        uploads = UploadRepository(session, LOCAL_TENANT)
+        upload = uploads.add(UploadKind.CHECKPOINT, [file])
+        upload.checkpoint = CheckpointRepository(session, LOCAL_TENANT).add(row)
+        uploads.complete(upload)
+        delta = DeltaRepository(session, LOCAL_TENANT).add(
+            name=f"p/{number}", base=base, checkpoint_digest=digest,
+            method="exact", bits=None, options={"calibration": None}, fingerprint="f",
+        )  # fmt: skip
+        delta.job.state, delta.job.finished_at = state, database_now(session)
+
+
+def test_a_collection_asks_once_for_however_many_fine_tunes_and_stops_no_writer(
+    database: Database, tmp_path: Path
+) -> None:
+    blobs = LocalBlobStore(tmp_path)
+    blobs.prepare()
+    collector = Collector(database, blobs, Settings(home=tmp_path, retention="ready"))
+    statements: list[str] = []
+
+    def record(_c: object, _cursor: object, sql: str, *_: object) -> None:
+        statements.append(sql)
+
+    with database.session_scope() as session:
+        add_base(session)
+    counts = []
+    for numbers in (range(1, 3), range(3, 20)):
+        with database.session_scope() as session:
+            add_finetunes(session, numbers, state=JobState.FAILED)
+        with database.session_scope() as other:
+            other.execute(delete(NodeSampleRow))  # in SQLite, no other transaction may write now
+            event.listen(database.engine, "before_cursor_execute", record)
+            assert collector.run().usage == {}
+            event.remove(database.engine, "before_cursor_execute", record)
+        counts.append(len(statements))
+        statements.clear()
+    assert counts[0] == counts[1]
+
+
+def test_a_trial_counts_what_two_give_up_together(
+    database: Database, tmp_path: Path, old_blobs: None
+) -> None:
+    blobs = LocalBlobStore(tmp_path)
+    shared = blobs.put_bytes(b"tokenizer")
+    with database.session_scope() as session:
+        add_base(session)
+        add_finetunes(session, range(3), state=JobState.READY)
+        session.execute(update(UploadFileRow).values(sha256=shared))
+    one, both = (
+        Collector(database, blobs, Settings(home=tmp_path, retention=rule))
+        for rule in ("30", "ready")
+    )
+    assert one.try_run().usage == {}
+    tried = both.try_run()
+    assert dict(tried.usage) == {"checkpoints": (1, 9)}
+    assert blobs.exists(shared), "a trial removes nothing"
+    assert both.run() == tried
+    assert not blobs.exists(shared)
 
 
 def test_a_young_blob_stays_and_a_trial_removes_nothing(database: Database, tmp_path: Path) -> None:
