@@ -23,8 +23,8 @@ def remaining_bytes(session: Session, tenant_id: str) -> int | None:
     return max(0, limit - TenantRepository(session).stored_bytes(tenant_id))
 
 
-def check_bytes(session: Session, tenant_id: str, more: int = 0) -> None:
-    """Check that what is stored and announced, and `more` bytes, are within the quota.
+def check_bytes(session: Session, tenant_id: str) -> None:
+    """Check that what is stored, announced and to be imported is within the quota.
 
     Raises:
         QuotaExceeded: they are not.
@@ -33,7 +33,7 @@ def check_bytes(session: Session, tenant_id: str, more: int = 0) -> None:
     if limit is None:
         return
     TotalsRepository(session, tenant_id).lock()
-    if TenantRepository(session).stored_bytes(tenant_id) + more > limit:
+    if TenantRepository(session).stored_bytes(tenant_id) > limit:
         raise over_bytes()
 
 

@@ -70,7 +70,11 @@ class TenantIn(Limits):
 class UsageOut(BaseModel):
     """What a tenant uses of its quotas."""
 
-    bytes: int = Field(examples=[15_231_233_024])
+    bytes: int = Field(
+        description="Of uploaded and announced files and of artifacts, equal ones counted once, "
+        "and of what is to be imported.",
+        examples=[15_231_233_024],
+    )
     deltas: int = Field(examples=[12])
     jobs: int = Field(description="Unfinished ones.", examples=[1])
 

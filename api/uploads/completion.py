@@ -17,6 +17,7 @@ from typing import Final
 
 import structlog
 
+from deltadock.api.quotas import check_bytes
 from deltadock.api.uploads.ahead import THREADS as HASH_AHEAD_THREADS
 from deltadock.api.uploads.ahead import HashAhead, Prefix
 from deltadock.api.uploads.receive import make_inspector
@@ -208,14 +209,20 @@ class Completer:
         yield None, partial(self._check_unchanged, source, upload.kind, files)
 
     def _keep_imported(self, upload: UploadRow, files: Mapping[str, SourceFile]) -> set[str]:
-        """Forget what the source has no longer, or otherwise; returns the paths that are stored."""
+        """Forget what the source has no longer, or otherwise; returns the paths that are stored.
+
+        Raises:
+            QuotaExceeded: it has more by now than the tenant may store.
+        """
         with self._database.session_scope() as session:
             uploads = UploadRepository(session, EVERY_TENANT)
             held = uploads.find_held(upload.id, self._owner)
             if held is None:
                 raise _NotOursError
             held.source_bytes = sum(file.size for file in files.values())
-            return uploads.keep_imported(held, {path: file.version for path, file in files.items()})
+            kept = uploads.keep_imported(held, {path: file.version for path, file in files.items()})
+            check_bytes(session, held.tenant_id)
+            return kept
 
     def _import(
         self,

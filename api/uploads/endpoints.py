@@ -355,6 +355,7 @@ async def put_file(
             NotFound,
             Conflict,
             DamagedBlob,
+            QuotaExceeded,
             by_state=(HashMismatch, InvalidCheckpoint, MalformedSafetensors, InvalidCalibration),
         ),
     },

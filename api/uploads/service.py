@@ -147,12 +147,16 @@ def _holds(blobs: BlobStore, file: FileEntry) -> bool:
 def create_import(
     session: Session, tenant_id: str, kind: UploadKind, source: str, total_bytes: int
 ) -> UploadRow:
-    """Add an upload whose files a background thread imports."""
+    """Add an upload whose files a background thread imports.
+
+    Raises:
+        QuotaExceeded: they are more than the tenant may store.
+    """
     uploads = UploadRepository(session, tenant_id)
-    check_bytes(session, tenant_id, total_bytes)
     upload = uploads.add(kind)
     upload.source, upload.source_bytes = source, total_bytes
     uploads.start_completing(upload)
+    check_bytes(session, tenant_id)
     return upload
 
 

@@ -22,6 +22,7 @@ from deltadock.storage.models import (
 from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.models import unindexed
 from deltadock.storage.repositories.totals import TotalsRepository
+from deltadock.storage.repositories.uploads import UploadRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 
@@ -29,7 +30,8 @@ class Usage(NamedTuple):
     """What a tenant uses of its quotas."""
 
     bytes: int
-    """Of its uploaded files and artifacts, equal ones counted once."""
+    """Of its uploaded files and artifacts, equal ones counted once, and of what is to be
+    imported."""
     deltas: int
     jobs: int
     """Unfinished ones."""
@@ -87,8 +89,11 @@ class TenantRepository:
         )
 
     def stored_bytes(self, tenant_id: str) -> int:
-        """Bytes of the tenant's uploaded files and artifacts, equal ones counted once."""
-        return TotalsRepository(self.session, tenant_id).quota().bytes
+        """Bytes of the tenant's uploaded files and artifacts, equal ones counted once, and of what
+        is to be imported.
+        """
+        stored = TotalsRepository(self.session, tenant_id).quota().bytes
+        return stored + UploadRepository(self.session, tenant_id).bytes_to_import()
 
     def delta_count(self, tenant_id: str) -> int:
         """How many deltas the tenant has."""

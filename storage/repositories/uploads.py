@@ -139,6 +139,20 @@ class UploadRepository:
         )
         return {row.state: row.number for row in self.session.execute(query)}
 
+    def bytes_to_import(self) -> int:
+        """Bytes that unfinished imports have yet to read."""
+        imported = (
+            select(func.coalesce(func.sum(UploadFileRow.size), 0))
+            .where(UploadFileRow.upload_id == UploadRow.id)
+            .scalar_subquery()
+        )
+        pending = self.session.execute(
+            select(UploadRow.source_bytes, imported).where(
+                self._unfinished(), UploadRow.source_bytes.is_not(None)
+            )
+        )
+        return sum(max(0, (every or 0) - int(done)) for every, done in pending)
+
     def stored_files(self, kind: UploadKind, digests: Collection[str]) -> dict[str, UploadFileRow]:
         """The tenant's stored files with these SHA-256, by it, of uploads of this kind."""
         found = self.session.scalars(

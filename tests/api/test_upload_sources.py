@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
 from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow
 from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, TEXT, Api, serving, sha256, weights
 from tests.waiting import wait_until
 
@@ -168,6 +170,41 @@ def test_a_folder_that_is_saved_into_meanwhile_is_not_mixed(
     assert (upload["state"], upload["error"]) == ("complete", None)
     stored = {file["path"]: file["sha256"] for file in upload["files"]}
     assert {name: sha256(data) for name, data in second.items()}.items() <= stored.items()
+
+
+def test_what_is_to_be_imported_counts(
+    api: Api, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(CONFIG) + len(FILES["model.safetensors"])
+    tenant = f"/v1/tenants/{LOCAL_TENANT}"
+    api.client.patch(tenant, json={"max_bytes": size + 10}).raise_for_status()
+    read, may_read = FolderSource.read, threading.Event()
+
+    def waiting(self: FolderSource, path: str, file: SourceFile) -> Iterator[bytes]:
+        assert may_read.wait(60)
+        return read(self, path, file)
+
+    monkeypatch.setattr(FolderSource, "read", waiting)
+    (folder / "tuned" / "config.json").write_bytes(b" " * len(CONFIG))
+    body = {"kind": "checkpoint", "source": f"file://{folder}/tuned"}
+    upload = api.client.post("/v1/uploads", json=body).json()["id"]
+    assert api.client.get(tenant).json()["usage"]["bytes"] == size
+    for refused in (
+        api.client.post("/v1/uploads", json=body),
+        api.put(api.open_upload(), "tokenizer.json", bytes(11)),
+    ):
+        assert (refused.status_code, refused.json()["code"]) == (403, "quota_exceeded")
+    may_read.set()
+    url = f"/v1/uploads/{upload}"
+    wait_until(lambda: api.client.get(url).json()["state"] == "open")
+    assert api.client.get(tenant).json()["usage"]["bytes"] == size
+
+    (folder / "tuned" / "config.json").write_bytes(CONFIG + bytes(11))
+    refused = api.client.post(f"{url}/complete")
+    assert (refused.status_code, refused.json()["code"]) == (403, "quota_exceeded")
+    (folder / "tuned" / "config.json").write_bytes(CONFIG)
+    assert completed(api, upload)["state"] == "complete"
+    assert api.client.get(tenant).json()["usage"]["bytes"] == size
 
 
 def test_nothing_leads_out_of_the_allowed_folder(
