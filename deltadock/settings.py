@@ -156,8 +156,8 @@ class Settings(BaseSettings):
     undo_days: float = Field(
         default=7.0,
         ge=0,
-        description="Days in which a deleted delta can be restored, and a failed job continue "
-        "after its last finished block.",
+        description="Days in which a deleted delta can be restored, a failed job continue after "
+        "its last finished block, and an uploaded checkpoint become a base or a delta.",
     )
     collect_seconds: float = Field(
         default=3600.0, gt=0, description="Interval at which workers collect unneeded bytes."

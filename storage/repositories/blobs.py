@@ -233,28 +233,24 @@ class BlobRepository:
     def droppable_uploads(self, rules: "DropRules", upload_id: str | None = None) -> list[str]:
         """Ids of complete uploads, or this one's, that no base or job needs and the rules drop.
 
-        A base that was deleted before `rules.undo_from` is dropped by every rule, unless it is
-        also a delta's fine-tune.
+        A checkpoint that has been neither a base nor a delta's fine-tune since `rules.undo_from`
+        is dropped by every rule.
         """
         projects = {
             (rule.tenant_id, rule.project): rule.rule
             for rule in self.session.scalars(select(RetentionRow))
         }
-        of_base = BaseRow.checkpoint_digest == UploadRow.checkpoint_digest
         is_base = exists().where(
-            of_base, or_(BaseRow.deleted_at.is_(None), BaseRow.deleted_at >= rules.undo_from)
+            BaseRow.checkpoint_digest == UploadRow.checkpoint_digest,
+            or_(BaseRow.deleted_at.is_(None), BaseRow.deleted_at >= rules.undo_from),
         )
-        was_base = exists().where(of_base, BaseRow.tenant_id == UploadRow.tenant_id)
         is_finetune = exists().where(
             DeltaRow.checkpoint_digest == UploadRow.checkpoint_digest,
             DeltaRow.tenant_id == UploadRow.tenant_id,
         )
         checkpoints = self._complete(UploadKind.CHECKPOINT, upload_id).where(~is_base)
-        found = list(
-            self.session.scalars(
-                checkpoints.where(was_base, ~is_finetune).with_only_columns(UploadRow.id)
-            )
-        )
+        unused = checkpoints.where(~is_finetune, UploadRow.updated_at < rules.undo_from)
+        found = list(self.session.scalars(unused.with_only_columns(UploadRow.id)))
         if any(rule != "keep" for rule in (rules.checkpoints, *projects.values())):
             found += self._droppable_finetunes(checkpoints, projects, rules)
         if rules.texts_before is not None:

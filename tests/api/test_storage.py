@@ -167,6 +167,19 @@ def test_a_complete_upload_that_nothing_needs_can_be_deleted(api: Api) -> None:
     assert api.delta_body()["checkpoint"] == tune, "it can be uploaded again"
 
 
+def test_a_checkpoint_that_becomes_nothing_is_kept_for_some_days(api: Api) -> None:
+    body = api.delta_body()
+    age(api, 6)
+    assert collect(api) == {}
+    age(api, 2)
+    assert collect(api).keys() == {"checkpoints"}
+    answer = api.client.post("/v1/deltas", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+    api.client.post("/v1/deltas", json=api.delta_body()).raise_for_status()
+    age(api, 8)
+    assert collect(api) == {}, "bases and fine-tunes stay"
+
+
 def test_the_bytes_of_a_deleted_base_are_kept_for_some_days(api: Api) -> None:
     body = api.delta_body()
     base = f"/v1/bases/{body['base']}"
