@@ -154,15 +154,31 @@ class UploadRepository:
         return sum(max(0, (every or 0) - int(done)) for every, done in pending)
 
     def stored_files(self, kind: UploadKind, digests: Collection[str]) -> dict[str, UploadFileRow]:
-        """The tenant's stored files with these SHA-256, by it, of uploads of this kind."""
-        found = self.session.scalars(
-            select(UploadFileRow)
+        """One of the tenant's stored files with each SHA-256, by it, of uploads of this kind.
+
+        However many there are, such as each fine-tune's tokenizer.
+        """
+        wanted = (
+            select(UploadFileRow.sha256).where(UploadFileRow.sha256.in_(digests)).distinct()
+        ).subquery()
+        one = (
+            select(UploadFileRow.upload_id)
             .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
             .where(
                 owned_by(unindexed(UploadRow.tenant_id), self.tenant),
                 UploadRow.kind == kind,
                 UploadFileRow.stored,
-                UploadFileRow.sha256.in_(digests),
+                UploadFileRow.sha256 == wanted.c.sha256,
+            )
+            .limit(1)
+            .scalar_subquery()
+        )
+        uploads = self.session.scalars(select(one).select_from(wanted)).all()
+        found = self.session.scalars(
+            select(UploadFileRow).where(
+                UploadFileRow.upload_id.in_(uploads),
+                UploadFileRow.stored,
+                unindexed(UploadFileRow.sha256).in_(digests),
             )
         )
         return {file.sha256: file for file in found}

@@ -19,6 +19,7 @@ from deltadock.errors import NotFound
 from deltadock.settings import Settings
 from deltadock.storage.collection import measure
 from deltadock.storage.database import migrate
+from deltadock.storage.models import UploadKind
 from deltadock.storage.repositories import (
     DeltaRepository,
     JobRepository,
@@ -152,7 +153,8 @@ def test_rows_of_many_ids_are_found_by_their_ids(site: TestClient) -> None:
         JobRepository(session, LOCAL_TENANT).show_all(ids)
         DeltaRepository(session, LOCAL_TENANT).with_ids(ids)
         KeyRepository(session, LOCAL_TENANT).names(ids)
-    assert len(statements) == 3
+        UploadRepository(session, LOCAL_TENANT).stored_files(UploadKind.CHECKPOINT, ids)
+    assert len(statements) == 5
     check_plans(site, statements)
 
 

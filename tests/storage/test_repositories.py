@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from deltadock.errors import Conflict
@@ -13,6 +14,7 @@ from deltadock.storage.models import (
     CheckpointRow,
     DeltaRow,
     JobState,
+    TenantRow,
     UploadFileRow,
     UploadKind,
     UploadState,
@@ -276,3 +278,31 @@ def test_jobs_of_several_states_are_one_list(database: Database) -> None:
         first = jobs.page(limit=1, wanted=ended)
         rest = jobs.page(limit=9, wanted=ended, after=key_of_job(first[0]))
         assert [job.id for job in (*first, *rest)] == found
+
+
+def test_of_many_stored_files_with_the_same_bytes_one_is_read(database: Database) -> None:
+    def add(tenant: str, sha256: str, *, stored: bool = True) -> None:
+        uploads = UploadRepository(session, tenant)
+        file = UploadFileRow(path="a.json", size=1, sha256=sha256, stored=stored, tensors=[])
+        uploads.add(UploadKind.CHECKPOINT, [file])
+
+    read: list[object] = []
+
+    def record(row: object, _: object) -> None:
+        read.append(row)
+
+    with database.session_scope() as session:
+        session.add(TenantRow(id="ten_other", name="other"))
+        session.flush()
+        for tenant in (*["ten_other"] * 2, *[LOCAL_TENANT] * 3):
+            add(tenant, "a" * 64)
+        add("ten_other", "b" * 64)
+        add(LOCAL_TENANT, "c" * 64, stored=False)
+    with database.read_scope() as session:
+        event.listen(UploadFileRow, "load", record)
+        found = UploadRepository(session, LOCAL_TENANT).stored_files(
+            UploadKind.CHECKPOINT, ["a" * 64, "b" * 64, "c" * 64]
+        )
+        event.remove(UploadFileRow, "load", record)
+    assert list(found) == ["a" * 64]
+    assert len(read) == 1
