@@ -89,11 +89,19 @@ def check_differs(base: CheckpointManifest, finetuned: CheckpointManifest) -> No
         {(file.path, file.sha256) for file in manifest.files if file.path in MODEL_FILES}
         for manifest in (base, finetuned)
     ]
-    if base.weights_digest == finetuned.weights_digest and carried[0] == carried[1]:
+    if carried[0] == carried[1] and _same_weights(base, finetuned):
         raise UnchangedCheckpoint(
             "The fine-tune equals its base: every weight and every file of the model is the same. "
             "Was the base uploaded twice, or the training's result saved elsewhere?"
         )
+
+
+def _same_weights(base: CheckpointManifest, finetuned: CheckpointManifest) -> bool:
+    """Whether both have one `weights_digest`; mostly known from the first tensor."""
+    return len(base.tensors) == len(finetuned.tensors) and all(
+        (old.name, old.dtype, old.shape, old.sha256) == (new.name, new.dtype, new.shape, new.sha256)
+        for old, new in zip(base.tensors, finetuned.tensors, strict=True)
+    )
 
 
 def check_same_type(base: str, finetuned: str) -> None:

@@ -66,6 +66,8 @@ def spellings(name: str, model_type: str) -> Iterator[str]:
 
 def find_name(name: str, names: Container[str], model_type: str) -> str | None:
     """The spelling of `name` that is among `names`; None: there is none."""
+    if name in names:  # nearly always
+        return name
     return next((one for one in spellings(name, model_type) if one in names), None)
 
 

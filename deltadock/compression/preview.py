@@ -8,6 +8,7 @@ well; tests compare them with real artifacts.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,6 +70,19 @@ class TensorShape(NamedTuple):
             return "linear layers"
         return "other tensors"
 
+
+class TensorKind(NamedTuple):
+    """What a tensor's stored size depends on: a model has few kinds, and up to 100,000 tensors."""
+
+    role: Role
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
     @property
     def matrices(self) -> tuple[int, int, int]:
         """Number of stacked matrices (a mixture's experts), and their h_out and h_in."""
@@ -86,15 +100,15 @@ class StoredSize(NamedTuple):
 MatrixEstimate = Callable[[int, int, float], StoredSize | None]
 """Size of a (h_out, h_in) matrix under a budget; None: the budget is too small for any code."""
 
-SizeEstimate = Callable[[TensorShape, float | None], StoredSize]
+SizeEstimate = Callable[[TensorKind, float | None], StoredSize]
 """Size of a tensor under a budget."""
 
 
-def _exact(tensor: TensorShape, bits: float | None) -> StoredSize:
+def _exact(tensor: TensorKind, bits: float | None) -> StoredSize:
     return StoredSize(tensor.weights * DTYPE_BITS[tensor.dtype] / 8, 1)
 
 
-def _rows(tensor: TensorShape, bits: float) -> StoredSize:
+def _rows(tensor: TensorKind, bits: float) -> StoredSize:
     """Row-wise codes of `bits` and a float16 scale per row."""
     return StoredSize(tensor.weights * bits / 8 + 2 * tensor.weights / tensor.shape[-1], 2)
 
@@ -102,7 +116,7 @@ def _rows(tensor: TensorShape, bits: float) -> StoredSize:
 def _local(matrix: MatrixEstimate) -> SizeEstimate:
     """The same budget for every matrix, and 4 bits per weight for embeddings."""
 
-    def estimate(tensor: TensorShape, bits: float | None) -> StoredSize:
+    def estimate(tensor: TensorKind, bits: float | None) -> StoredSize:
         role = tensor.role
         if role == "other tensors":
             return _exact(tensor, None)
@@ -160,7 +174,7 @@ def _one_in_twenty(h_out: int, h_in: int, bits: float) -> StoredSize:
     return StoredSize(h_out * h_in * 0.42 / 8 + 2 * h_out, 3)
 
 
-def _global(tensor: TensorShape, bits: float | None) -> StoredSize:
+def _global(tensor: TensorKind, bits: float | None) -> StoredSize:
     """One budget for all compressed tensors, scales included.
 
     A matrix has about ten runs of ranks of equal widths, whose alignment comes on top.
@@ -308,28 +322,35 @@ def preview_size(
             that this method can make. (Between that and the half, this smallest is returned.)
         InvalidInput: the method imports an adapter.
     """
-    tensors = list(tensors)
     info = METHODS[method]
     if info.imports_adapter:
         raise InvalidInput(
             f"The method {method!r} keeps an adapter as it is: the artifact is about as large as "
             "the adapter file."
         )
-    if goal is None:
-        return _preview(tensors, method, None, carried)
-    if goal.kind not in SIZES:
+    if goal is not None and goal.kind not in SIZES:
         raise InvalidGoal(
             f"How small {goal.kind} lets the artifact be is only known after the work. Preview "
             "bits, target_bytes or ratio."
         )
-    if goal.kind == "bits":
-        return _preview(tensors, method, goal.value, carried)
+    tensors = list(tensors)
+    parameters = sum(tensor.weights for tensor in tensors)
+    kinds = Counter(
+        TensorKind(tensor.role, tensor.dtype, tensor.shape)
+        for tensor in tensors
+        if tensor.changed and tensor.weights
+    )
+
+    def at(bits: float | None) -> SizePreview:
+        return _preview(kinds, method, bits, parameters, carried)
+
+    if goal is None or goal.kind == "bits":
+        return at(goal.value if goal else None)
     assert info.bits_min is not None, "a method without a budget has no goal"
     assert info.bits_max is not None
     low, high = info.bits_min, info.bits_max
-    parameters = sum(tensor.weights for tensor in tensors)
     target = goal.value if goal.kind == "target_bytes" else 2 * parameters / goal.value
-    least = _preview(tensors, method, low, carried)
+    least = at(low)
     if least.artifact_bytes > OVERESTIMATE * target:
         raise InvalidGoal(
             f"{goal} cannot be reached by {method!r}: its smallest artifact of this model takes "
@@ -337,15 +358,15 @@ def preview_size(
         )
     if least.artifact_bytes > target:
         return least
-    most = _preview(tensors, method, high, carried)
+    most = at(high)
     if most.artifact_bytes <= target:
         return most
     if info.budgets:
-        found = [_preview(tensors, method, bits, carried) for bits in sorted(info.budgets)]
+        found = [at(bits) for bits in sorted(info.budgets)]
         return [size for size in found if size.artifact_bytes <= target][-1]
     for _ in range(40):
         middle = (low + high) / 2
-        size = _preview(tensors, method, middle, carried)
+        size = at(middle)
         if size.artifact_bytes <= target:
             low, least = middle, size
         else:
@@ -354,28 +375,29 @@ def preview_size(
 
 
 def _preview(
-    tensors: list[TensorShape], method: str, bits: float | None, carried: int
+    kinds: Mapping[TensorKind, int], method: str, bits: float | None, parameters: int, carried: int
 ) -> SizePreview:
+    """The size with this budget, from the number of changed tensors of each kind."""
     estimate = SIZE_ESTIMATES.get(method, SIZE_ESTIMATES["optimix"])
-    changed = [tensor for tensor in tensors if tensor.changed and tensor.weights]
     manifest = float(HEAD_BYTES + carried)
     parts = []
     for role in ROLES:
-        members = [tensor for tensor in changed if tensor.role == role]
-        stored = [estimate(tensor, bits) for tensor in members]
+        members = [(kind, count) for kind, count in kinds.items() if kind.role == role]
+        stored = [(estimate(kind, bits), count) for kind, count in members]
         parts.append(
             PreviewPart(
                 role,
-                len(members),
-                sum(tensor.weights for tensor in members),
-                round(sum(one.bytes for one in stored)),
+                sum(count for _, count in members),
+                sum(count * kind.weights for kind, count in members),
+                round(sum(count * one.bytes for one, count in stored)),
             )
         )
-        manifest += sum(RECORD_BYTES + one.segments * SEGMENT_BYTES for one in stored)
+        manifest += sum(
+            count * (RECORD_BYTES + one.segments * SEGMENT_BYTES) for one, count in stored
+        )
         if method != "exact" and role in ("linear layers", "output head"):
-            manifest += NOTES_BYTES * sum(tensor.matrices[0] for tensor in members)
+            manifest += NOTES_BYTES * sum(count * kind.matrices[0] for kind, count in members)
     parts.append(PreviewPart(MANIFEST_PART, 0, 0, round(manifest)))
-    parameters = sum(tensor.weights for tensor in tensors)
     return SizePreview(
         method, bits, sum(part.bytes for part in parts), 2 * parameters, parameters,
         [part for part in parts if part.bytes],
