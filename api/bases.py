@@ -13,11 +13,9 @@ from deltadock.api.idempotency import OnceDep
 from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
-from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest
+from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
 from deltadock.problems import problems
-from deltadock.storage.blobs import BlobStore
-from deltadock.storage.cache import MANIFEST_BYTES
 from deltadock.storage.models import BaseRow, CheckpointRow
 from deltadock.storage.repositories import BaseRepository, CheckpointRepository
 from deltadock.storage.repositories.blobs import lock_blobs
@@ -101,11 +99,6 @@ def require_checkpoint(session: Session, tenant_id: str, digest: str) -> Checkpo
     if checkpoint is None:
         raise NotFound(f"There is no checkpoint {digest}; upload and complete it first.")
     return checkpoint
-
-
-def read_manifest(blobs: BlobStore, digest: str) -> CheckpointManifest:
-    """The manifest of a stored checkpoint."""
-    return CheckpointManifest.from_json(blobs.read(digest, MANIFEST_BYTES))
 
 
 def require_base(session: Session, tenant_id: str, id_or_name: str) -> BaseRow:

@@ -32,6 +32,9 @@ KEEPALIVE: Final = (
 )
 """Breaks a silent connection 30 s after the other machine has vanished."""
 
+COMPARISONS: Final = 2
+"""Of checkpoints, at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Resources:
@@ -52,6 +55,8 @@ class Resources:
     sessions: Sessions
     refusals: Refusals
     rates: Rates
+    comparing: anyio.CapacityLimiter
+    """Of threads that compare checkpoints; those that wait for one keep none."""
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -85,6 +90,7 @@ class Resources:
             sessions=Sessions(settings),
             refusals=Refusals(database),
             rates=Rates(settings.broker_url),
+            comparing=anyio.CapacityLimiter(COMPARISONS),
         )
 
     async def close(self) -> None:

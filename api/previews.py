@@ -2,16 +2,17 @@
 
 from typing import Self
 
+import anyio
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.api.access import CallerDep
-from deltadock.api.bases import read_manifest, require_base, require_checkpoint
-from deltadock.api.dependencies import ReadSession, ResourcesDep
+from deltadock.api.bases import require_base, require_checkpoint
+from deltadock.api.comparison import compare
+from deltadock.api.dependencies import ResourcesDep
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DIGEST, Digest, GoalFields, goal_choices
-from deltadock.artifacts.compatibility import check_differs, check_same_architecture
 from deltadock.compression.options import METHODS, SIZES
-from deltadock.compression.preview import SizePreview, carried_bytes, preview_size, shapes_of
+from deltadock.compression.preview import SizePreview, preview_size
 from deltadock.errors import (
     ArchitectureMismatch,
     BitsOutOfRange,
@@ -92,19 +93,16 @@ class PreviewOut(BaseModel):
         by_state=(ArchitectureMismatch, InvalidGoal, UnchangedCheckpoint),
     ),
 )
-def preview_delta(
-    body: PreviewIn, caller: CallerDep, session: ReadSession, resources: ResourcesDep
-) -> PreviewOut:
+async def preview_delta(body: PreviewIn, caller: CallerDep, resources: ResourcesDep) -> PreviewOut:
     """Predict the size of a delta from the tensors' shapes; nothing is stored."""
-    _, goal = body.check_goal()
-    against = require_base(session, caller.tenant_id, body.base)
-    checkpoint = require_checkpoint(session, caller.tenant_id, body.checkpoint)
-    base = read_manifest(resources.blobs, against.checkpoint_digest)
-    tuned = read_manifest(resources.blobs, checkpoint.digest)
-    with refused_by_state():
-        check_same_architecture(base, tuned)
-        check_differs(base, tuned)
-        carried = carried_bytes(tuned, base)
-        return PreviewOut.of(
-            preview_size(shapes_of(tuned, base), body.method, goal, carried=carried)
-        )
+
+    def preview() -> SizePreview:
+        _, goal = body.check_goal()
+        with resources.database.read_scope() as session:
+            base = require_base(session, caller.tenant_id, body.base)
+            checkpoint = require_checkpoint(session, caller.tenant_id, body.checkpoint)
+        shapes, carried = compare(resources.blobs, base.checkpoint_digest, checkpoint.digest)
+        with refused_by_state():
+            return preview_size(shapes, body.method, goal, carried=carried)
+
+    return PreviewOut.of(await anyio.to_thread.run_sync(preview, limiter=resources.comparing))

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Final, Literal
 
+import anyio
 from fastapi import Depends, Query, Request, Response
 from pydantic import BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
@@ -66,7 +67,7 @@ router = api_router("/v1/deltas", tags=["deltas"])
         ),
     },
 )
-def create_delta(
+async def create_delta(
     body: DeltaIn,
     caller: CallerDep,
     unit: WriteUnit,
@@ -75,16 +76,19 @@ def create_delta(
     response: Response,
 ) -> DeltaAccepted:
     """Compress a fine-tuned checkpoint; `Location` is the job."""
+    compared = await anyio.to_thread.run_sync(
+        service.compare_delta, resources, caller, body, limiter=resources.comparing
+    )
 
     def create() -> DeltaAccepted:
-        delta, started = service.request_delta(unit, resources, caller, body)
+        delta, started = service.request_delta(unit, resources, caller, body, compared)
         if not started:
             response.status_code = 200
         response.headers["Location"] = f"/v1/jobs/{delta.job.id}"
         (job,) = describe_jobs(unit.session, caller.tenant_id, [delta.job])
         return DeltaAccepted(delta=service.detail_of(unit.session, delta), job=job)
 
-    return once.answer(DeltaAccepted, body, response, create)
+    return await run_in_threadpool(once.answer, DeltaAccepted, body, response, create)
 
 
 EMPTY_IS_ANY: Final = BeforeValidator(lambda value: value or None)

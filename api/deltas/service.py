@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any, Final, NoReturn
@@ -11,16 +11,16 @@ from typing import Any, Final, NoReturn
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import Caller
-from deltadock.api.bases import read_manifest, require_base, require_checkpoint
+from deltadock.api.bases import require_base, require_checkpoint
+from deltadock.api.comparison import compare
 from deltadock.api.deltas.schemas import CalibrationIn, DeltaDetail, DeltaIn, TextSource
 from deltadock.api.dependencies import Resources, UnitOfWork
 from deltadock.api.paging import Cursor
 from deltadock.api.quotas import check_bytes, check_delta, check_job
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
-from deltadock.artifacts.compatibility import check_differs, check_same_architecture
 from deltadock.compression.options import SIZES, check_kind
-from deltadock.compression.preview import carried_bytes, preview_size, shapes_of
-from deltadock.errors import NotFound, NotReady, refused_by_state
+from deltadock.compression.preview import preview_size
+from deltadock.errors import DeltadockError, NotFound, NotReady, refused_by_state
 from deltadock.names import DEFAULT, parse_reference
 from deltadock.storage.models import BaseRow, DeltaRow, JobState
 from deltadock.storage.repositories import (
@@ -106,8 +106,40 @@ def require_ready(delta: DeltaRow | ShownDelta) -> str:
     return delta.artifact_digest
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A request whose fine-tune was compared with its base, before the transaction."""
+
+    base: str
+    """Id of the base, or its name if there is none."""
+    error: DeltadockError | None
+    """Why it cannot be compressed."""
+
+
+def compare_delta(resources: Resources, caller: Caller, body: DeltaIn) -> Compared:
+    """Compare the request's fine-tune with its base; `request_delta` raises the error.
+
+    A repeated request with an idempotency key gets its first answer, whatever is wrong by now.
+    """
+    base_id = body.base
+    try:
+        with resources.database.read_scope() as session:
+            base = require_base(session, caller.tenant_id, body.base)
+            base_id = base.id
+            checkpoint = require_checkpoint(session, caller.tenant_id, body.checkpoint)
+        method, goal = body.check_goal()
+        if checkpoint.model_type != ADAPTER_TYPE:
+            shapes, carried = compare(resources.blobs, base.checkpoint_digest, checkpoint.digest)
+            with refused_by_state():
+                if goal is not None and goal.kind in {"target_bytes", "ratio"}:
+                    preview_size(shapes, method.name, goal, carried=carried)
+    except DeltadockError as error:
+        return Compared(base_id, error)
+    return Compared(base_id, None)
+
+
 def request_delta(
-    unit: UnitOfWork, resources: Resources, caller: Caller, body: DeltaIn
+    unit: UnitOfWork, resources: Resources, caller: Caller, body: DeltaIn, compared: Compared
 ) -> tuple[DeltaRow, bool]:
     """Create a delta; returns it and whether a compression was started.
 
@@ -127,25 +159,17 @@ def request_delta(
     session, tenant_id = unit.session, caller.tenant_id
     # What the job needs is not dropped from here on.
     lock_blobs(session, body.checkpoint, *_texts(body))
-    base = require_base(session, tenant_id, body.base)
+    base = require_base(session, tenant_id, compared.base)
     checkpoint = require_checkpoint(session, tenant_id, body.checkpoint)
     parent = require_delta(session, tenant_id, body.parent) if body.parent else None
     method, goal = body.check_goal()
-    is_adapter = checkpoint.model_type == ADAPTER_TYPE
-    check_kind(method, is_adapter=is_adapter)
+    check_kind(method, is_adapter=checkpoint.model_type == ADAPTER_TYPE)
     is_bound = goal is not None and goal.kind not in SIZES
     calibration = _calibration(
         session, tenant_id, body, needed=method.needs_calibration or is_bound
     )
-    if not is_adapter:
-        before = read_manifest(resources.blobs, base.checkpoint_digest)
-        after = read_manifest(resources.blobs, checkpoint.digest)
-        with refused_by_state():
-            check_same_architecture(before, after)
-            check_differs(before, after)
-            if goal is not None and goal.kind in {"target_bytes", "ratio"}:
-                shapes, carried = shapes_of(after, before), carried_bytes(after, before)
-                preview_size(shapes, method.name, goal, carried=carried)
+    if compared.error is not None:
+        raise compared.error
     options = {
         "seed": body.seed,
         "solver": body.solver,
