@@ -294,6 +294,11 @@ class DamagedBlob(DeltadockError):
     status = 502
     code = "damaged_blob"
 
+    @property
+    def digest(self) -> str | None:
+        """The blob's, if it is known."""
+        return str(self.details["digest"]) if "digest" in self.details else None
+
 
 class StorageFull(DeltadockError):
     """There is no space left on a disk or in the object store; free some, then try again."""

@@ -373,7 +373,9 @@ class UploadRow(TableRow):
     done_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     """While the upload is completing: bytes of its files that are hashed and checked."""
     error: Mapped[dict[str, Any] | None]
-    """{code, message, file or null}: why it was not accepted when it was last completed."""
+    """{code, message, file or null}: why it was not accepted when it was last completed.
+
+    While it is completing: why the last attempt failed, and how many did in a row (`retries`)."""
     lease_owner: Mapped[str | None] = mapped_column(String(128))
     """The process that hashes it."""
     lease_expires_at: Mapped[datetime | None]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -30,7 +30,7 @@ from deltadock.api.uploads.sources import (
     source_files,
 )
 from deltadock.artifacts.checkpoint import FileEntry, TensorEntry
-from deltadock.errors import DeltadockError, HashMismatch, NotFound
+from deltadock.errors import DamagedBlob, DeltadockError, HashMismatch, NotFound
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.blobs.parts import part_bytes_for
@@ -45,7 +45,9 @@ POLL_SECONDS: Final = 5.0
 """Interval at which a process looks for uploads that another one left."""
 REPORT_SECONDS: Final = 1.0
 RETRY_SECONDS: Final = 10.0
-"""After a store or database that does not answer."""
+"""After a store or database that does not answer; twice as long each time that it does not."""
+RETRIES: Final = 8
+"""In a row, over 40 minutes, until the upload is open again; every one may read all bytes."""
 
 log = structlog.get_logger(__name__)
 
@@ -123,20 +125,30 @@ class Completer:
                 log.info("completion_ended", error=error and error.code)
             except _NotOursError:
                 log.info("completion_left")
-                self._release(upload_id, 0.0)
+                self._release(upload_id, 0.0, upload.error)
             except DeltadockError as error:  # the store or the database
-                log.warning("completion_retries", code=error.code, error=error.message)
-                self._release(upload_id, RETRY_SECONDS)
+                self._retry(upload, error)
             except Exception:
                 log.exception("completion_failed")
                 hidden = DeltadockError("Completing the upload failed; see the api's log.")
                 self._reopen(upload_id, hidden, None)
 
-    def _release(self, upload_id: str, retry_seconds: float) -> None:
+    def _retry(self, upload: UploadRow, error: DeltadockError) -> None:
+        """Leave the upload for a while, with the error; after too many retries it is open again."""
+        retries = (upload.error or {"retries": 0})["retries"]
+        if retries == RETRIES:
+            log.warning("completion_given_up", code=error.code, error=error.message)
+            self._reopen(upload.id, error, None)
+            return
+        log.warning("completion_retries", code=error.code, error=error.message)
+        reason = _reason(error, None) | {"retries": retries + 1}
+        self._release(upload.id, RETRY_SECONDS * 2**retries, reason)
+
+    def _release(self, upload_id: str, retry_seconds: float, reason: dict[str, Any] | None) -> None:
         try:
             with self._database.session_scope() as session:
                 UploadRepository(session, EVERY_TENANT).release(
-                    upload_id, self._owner, retry_seconds
+                    upload_id, self._owner, retry_seconds, reason
                 )
         except DeltadockError as error:  # the lease expires
             log.warning("lease_not_released", error=error.message)
@@ -147,7 +159,7 @@ class Completer:
         try:
             steps = dict(self._steps(upload, progress))
         except DeltadockError as error:  # the source is gone, or no longer allowed
-            if error.status >= 500:
+            if _may_pass(error):
                 raise
             self._reopen(upload.id, error, None)
             return error
@@ -156,7 +168,7 @@ class Completer:
             try:
                 store()
             except DeltadockError as error:
-                if error.status >= 500:
+                if _may_pass(error):
                     raise
                 first = first or (error, path)  # the others may be good
         if first is not None:
@@ -170,7 +182,7 @@ class Completer:
                     raise _NotOursError
                 finish_upload(session, self._blobs, held)
         except DeltadockError as error:
-            if error.status >= 500:
+            if _may_pass(error):
                 raise
             self._reopen(upload.id, error, None)
             return error
@@ -181,8 +193,9 @@ class Completer:
         with self._database.session_scope() as session:
             uploads = UploadRepository(session, EVERY_TENANT)
             if held := uploads.find_held(upload_id, self._owner):
-                reason = {"code": error.code, "message": error.message, "file": path}
-                uploads.reopen(held, reason)
+                if isinstance(error, DamagedBlob):
+                    path = uploads.forget_damaged(held, error.digest)
+                uploads.reopen(held, _reason(error, path))
 
     def _steps(
         self, upload: UploadRow, progress: "_Progress"
@@ -279,6 +292,7 @@ class Completer:
                 raise _NotOursError
             uploads.put_file(held, stored_row(upload.id, file, tensors, source_version))
             check_stored(self._blobs, file.sha256)
+            held.error = None  # of an earlier attempt: this one gets on
 
     def _store(self, upload: UploadRow, file: UploadFileRow, progress: "_Progress") -> None:
         """Hash and check a file's stored parts, from the first that is not known, and make them a
@@ -342,6 +356,15 @@ class Completer:
             )
         if not held or self._stopping.is_set():
             raise _NotOursError
+
+
+def _may_pass(error: DeltadockError) -> bool:
+    """Whether another attempt may succeed without a change of the upload."""
+    return error.status >= 500 and not isinstance(error, DamagedBlob)
+
+
+def _reason(error: DeltadockError, path: str | None) -> dict[str, Any]:
+    return {"code": error.code, "message": error.message, "file": path}
 
 
 class _Progress:

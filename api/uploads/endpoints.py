@@ -392,8 +392,13 @@ def _complete(resources: Resources, tenant_id: str, upload_id: str) -> UploadRow
     upload = _find(resources, tenant_id, upload_id)
     if upload.state is UploadState.OPEN and upload.source is None:
         service.check_arrived(resources.blobs, upload)
-    with resources.database.session_scope() as session:
-        return service.complete_upload(session, resources.blobs, tenant_id, upload_id)
+    try:
+        with resources.database.session_scope() as session:
+            return service.complete_upload(session, resources.blobs, tenant_id, upload_id)
+    except DamagedBlob as error:
+        with resources.database.session_scope() as session:
+            service.forget_damaged(session, tenant_id, upload_id, error)
+        raise
 
 
 def _find(resources: Resources, tenant_id: str, upload_id: str) -> UploadRow:

@@ -165,7 +165,9 @@ class UploadOut(BaseModel):
         examples=[42.5],
     )
     error: UploadError | None = Field(
-        default=None, description="Why it was not accepted when it was last completed."
+        default=None,
+        description="Why it was not accepted when it was last completed. While it is completing: "
+        "why the last attempt failed, such as a store that does not answer; another one follows.",
     )
     checkpoint: CheckpointOut | None = None
     calibration: CalibrationTextOut | None = None

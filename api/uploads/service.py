@@ -32,6 +32,7 @@ from deltadock.artifacts.checkpoint import (
 )
 from deltadock.errors import (
     Conflict,
+    DamagedBlob,
     DeltadockError,
     InvalidCalibration,
     InvalidInput,
@@ -370,6 +371,13 @@ def complete_upload(
     else:
         UploadRepository(session, tenant_id).start_completing(upload)
     return upload
+
+
+def forget_damaged(session: Session, tenant_id: str, upload_id: str, error: DamagedBlob) -> None:
+    """Let an open upload's file be sent again whose blob is damaged."""
+    upload = require_upload(session, tenant_id, upload_id, lock=True)
+    if upload.state is UploadState.OPEN:
+        UploadRepository(session, tenant_id).forget_damaged(upload, error.digest)
 
 
 def finish_upload(session: Session, blobs: BlobStore, upload: UploadRow) -> None:

@@ -67,7 +67,10 @@ class LocalBlobStore(BlobStore):
                         left -= len(chunk)
                         yield chunk
             if left > 0:
-                raise DamagedBlob(f"The store's file {digest} ends early; restore it.")
+                raise DamagedBlob(
+                    f"The store's file {digest} ends early; restore it, or upload it again.",
+                    digest=digest,
+                )
 
         return chunks()
 

@@ -252,13 +252,15 @@ class UploadRepository:
         )
         return _changed(renewed)
 
-    def release(self, upload_id: str, owner: str, retry_seconds: float) -> None:
-        """Let any process acquire the upload after this time."""
+    def release(
+        self, upload_id: str, owner: str, retry_seconds: float, reason: dict[str, Any] | None
+    ) -> None:
+        """Let any process acquire the upload after this time; `reason`: why it is not complete."""
         later = database_now(self.session) + timedelta(seconds=retry_seconds)
         self.session.execute(
             update(UploadRow)
             .where(UploadRow.id == upload_id, self._held(owner))
-            .values(lease_expires_at=later)
+            .values(lease_expires_at=later, error=reason)
         )
 
     def _held(self, owner: str) -> ColumnElement[bool]:
@@ -293,6 +295,14 @@ class UploadRepository:
         totals = TotalsRepository(self.session, upload.tenant_id)
         totals.count_blobs([(file.sha256, file.size)], 1)
         totals.count_blobs(earlier, -1)
+
+    def forget_damaged(self, upload: UploadRow, digest: str | None) -> str | None:
+        """Wait for a locked upload's file again whose blob is damaged; returns its path."""
+        path = None
+        for file in upload.files:
+            if file.sha256 == digest:
+                file.stored, file.source_version, path = False, None, file.path
+        return path
 
     def keep_imported(self, upload: UploadRow, versions: Mapping[str, str]) -> set[str]:
         """Remove a locked import's files but those in these versions, by path.

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deltadock.api.uploads import endpoints
+from deltadock.api.uploads import completion, endpoints
 from deltadock.api.uploads.completion import Completer
 from deltadock.cli.processes import free_ports
 from deltadock.errors import Unavailable
@@ -35,6 +35,7 @@ from tests.waiting import wait_until
 
 PART = 1 << 20
 WEIGHTS = weights(rows=80_000)  # 2.56 MB
+OTHER = weights(1)
 FILES = {"config.json": CONFIG, "model.safetensors": WEIGHTS}
 
 
@@ -264,6 +265,7 @@ def test_what_was_hashed_on_arrival_is_read_again_only_if_it_has_changed(
         send_parts(api, upload, "model.safetensors", WEIGHTS, [2])
         hash_ahead(api)
     elif change == "a flipped bit":
+        time.sleep(0.02)  # files are dated by the clock's last tick
         with data.open("r+b") as file:
             file.seek(PART)
             file.write(bytes([WEIGHTS[PART] ^ 1]))
@@ -337,6 +339,49 @@ def test_a_store_that_fails_meanwhile_is_tried_again(
     monkeypatch.setattr("deltadock.api.uploads.completion.RETRY_SECONDS", 0.0)
     assert complete(api, upload).status_code == 202
     assert complete(api, upload).status_code == 200
+
+
+def test_a_store_that_fails_for_long_opens_the_upload_again(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = sent(api)
+
+    def fail(*_: Any) -> None:
+        raise Unavailable("The store is down.")
+
+    monkeypatch.setattr("deltadock.api.uploads.completion.RETRY_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalBlobStore, "link", fail)
+        for _ in range(completion.RETRIES):
+            answer = complete(api, upload).json()
+            assert (answer["state"], answer["error"]["code"]) == ("completing", "unavailable")
+        assert complete(api, upload).status_code == 503
+    state = api.client.get(f"/v1/uploads/{upload}").json()
+    assert (state["state"], state["error"]["message"]) == ("open", "The store is down.")
+    done = complete(api, upload)
+    assert (done.status_code, done.json()["error"]) == (200, None)
+
+
+@pytest.mark.parametrize("which", ["sent", "stored"])
+def test_a_damaged_file_is_sent_again(api: Api, which: str) -> None:
+    api.upload("checkpoint", FILES if which == "stored" else {**FILES, "model.safetensors": OTHER})
+    path = api.resources.settings.blob_folder / "blobs" / sha256(CONFIG)
+    path.chmod(0o644)
+    path.write_bytes(b"?" + CONFIG[1:])
+    upload = api.announce(FILES)["id"]
+    if which == "sent":
+        send_parts(api, upload, "model.safetensors", WEIGHTS, [1, 2, 3])
+    answer = complete(api, upload)
+    assert (answer.status_code, answer.json()["code"]) == (502, "damaged_blob")
+    state = api.client.get(f"/v1/uploads/{upload}").json()
+    assert state["state"] == "open"
+    assert [file["path"] for file in state["files"] if not file["stored"]] == ["config.json"]
+    if which == "sent":  # in the background, which cannot answer
+        assert (state["error"]["code"], state["error"]["file"]) == ("damaged_blob", "config.json")
+    assert complete(api, upload).status_code == 409, "it has not arrived"
+    assert api.put(upload, "config.json", CONFIG).status_code == 200
+    assert complete(api, upload).status_code == 200
+    assert path.read_bytes() == CONFIG
 
 
 def test_uploads_are_listed(api: Api) -> None:
