@@ -16,13 +16,14 @@ class ApiRoute(APIRoute):
     """Makes the answer of an endpoint that blocks in the endpoint's own thread.
 
     FastAPI would check the model that it returns, which is one already, in another thread, and make
-    its JSON in the event loop.
+    its JSON in the event loop. A request that waits for that thread still holds its connection and
+    its locks, for which all threads may wait.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         endpoint, field, status = self.endpoint, self.response_field, self.status_code or 200
-        changes_response = self.dependant.response_param_name is not None
-        if field is None or changes_response or iscoroutinefunction(endpoint):
+        changed_name = self.dependant.response_param_name
+        if field is None or iscoroutinefunction(endpoint):
             return super().get_route_handler()
 
         @wraps(endpoint)
@@ -30,7 +31,12 @@ class ApiRoute(APIRoute):
             found = endpoint(**values)
             if isinstance(found, Response):
                 return found
-            return Response(field.serialize_json(found), status, media_type="application/json")
+            response = Response(field.serialize_json(found), status, media_type="application/json")
+            if changed_name is not None:
+                changed: Response = values[changed_name]
+                response.status_code = changed.status_code or status
+                response.headers.raw.extend(changed.headers.raw)
+            return response
 
         self.dependant.call = answer
         return super().get_route_handler()

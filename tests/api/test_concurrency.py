@@ -38,14 +38,14 @@ def settings_fields(request: pytest.FixtureRequest) -> dict[str, Any]:
 def test_reads_at_once_are_answered(api: Api, path: str) -> None:
     delta = api.delta()
     url = path.format(id=delta["id"], job=delta["job"])
-    assert read_at_once(api, url) == {200: AT_ONCE}
+    assert at_once(api, url) == {200: AT_ONCE}
 
 
 def test_jobs_are_followed_at_once(api: Api) -> None:
     job = api.delta()["job"]
     api.client.post(f"/v1/jobs/{job}/cancel").raise_for_status()
-    assert read_at_once(api, f"/v1/jobs/{job}/events") == {200: AT_ONCE}
-    assert read_at_once(api, "/v1/jobs/job_x/events") == {404: AT_ONCE}
+    assert at_once(api, f"/v1/jobs/{job}/events") == {200: AT_ONCE}
+    assert at_once(api, "/v1/jobs/job_x/events") == {404: AT_ONCE}
 
 
 @pytest.mark.parametrize("settings_fields", ["postgres"], indirect=True)
@@ -64,14 +64,22 @@ def test_an_upload_and_a_delta_of_a_tenant_with_quotas_do_not_block_each_other(a
         assert answer.result().status_code == 202
 
 
-def read_at_once(api: Api, url: str) -> Counter[int]:
+def test_writes_at_once_are_answered(api: Api) -> None:
+    job = api.delta()["job"]
+    assert at_once(api, "/v1/uploads", "POST", {"kind": "checkpoint"}) == {201: AT_ONCE}
+    assert at_once(api, f"/v1/jobs/{job}/cancel", "POST") == {200: AT_ONCE}
+
+
+def at_once(
+    api: Api, url: str, method: str = "GET", body: dict[str, Any] | None = None
+) -> Counter[int]:
     """The statuses of that many requests at once."""
     statuses: Counter[int] = Counter()
 
-    async def read(client: httpx.AsyncClient) -> None:
-        statuses[(await client.get(url)).status_code] += 1
+    async def ask(client: httpx.AsyncClient) -> None:
+        statuses[(await client.request(method, url, json=body)).status_code] += 1
 
-    async def read_all() -> None:
+    async def ask_all() -> None:
         async with (
             httpx.AsyncClient(
                 base_url=api.client.base_url,
@@ -82,7 +90,7 @@ def read_at_once(api: Api, url: str) -> Counter[int]:
             anyio.create_task_group() as group,
         ):
             for _ in range(AT_ONCE):
-                group.start_soon(read, client)
+                group.start_soon(ask, client)
 
-    anyio.run(read_all)
+    anyio.run(ask_all)
     return statuses
