@@ -283,6 +283,14 @@ class BlobUseRow(TableRow):
     uses: Mapped[int]
 
 
+class DamagedBlobRow(TableRow):
+    """A blob that was found damaged, until its bytes arrive again."""
+
+    __tablename__ = "damaged_blobs"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+
+
 class ApiKeyRow(TableRow):
     """An API key. Only an HMAC of it is stored; `prefix` is its readable start."""
 

@@ -31,6 +31,7 @@ from deltadock.storage.cache import FileCache
 from deltadock.storage.database import Database
 from deltadock.storage.models import DeltaRow, JobRow, JobState
 from deltadock.storage.repositories import JobRepository, UploadRepository
+from deltadock.storage.repositories.blobs import BlobRepository
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.workers.lease import Lease, LeaseLostError, WorkerStoppingError
 from deltadock.workers.metrics import ERRORS, JOBS, RUNNING, StageClock
@@ -107,6 +108,13 @@ def compress_job(job_id: str, context: WorkerContext) -> Outcome:
     return outcome
 
 
+def _note_damaged(error: DamagedBlob, context: WorkerContext) -> None:
+    """Have the file sent again when its checkpoint is uploaded again."""
+    if error.digest is not None:
+        with context.database.session_scope() as session:
+            BlobRepository(session).note_damaged(error.digest)
+
+
 def _drop_blocks(job_id: str, context: WorkerContext) -> None:
     """Remove a ready job's saved blocks; collection does if the store does not answer now."""
     try:
@@ -143,6 +151,8 @@ def _run_and_record(job: JobRow, lease: Lease, context: WorkerContext) -> Outcom
             lease.expire(error)
             return Outcome.LATER
         log.warning("job_failed", code=error.code, error=error.message)
+        if isinstance(error, DamagedBlob):
+            _note_damaged(error, context)
         return _end(lease, JobState.FAILED, error)
     except Exception:
         log.exception("job_failed")

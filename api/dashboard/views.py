@@ -52,8 +52,8 @@ ADVICE: Final[Mapping[str, str]] = MappingProxyType(
             "This model family cannot be run for calibration. The method “exact” needs none."
         ),
         errors.DamagedBlob.code: (
-            "Stored bytes are damaged. Restore them from a backup, or PUT the file into a new "
-            f"upload that does not announce it. {_RETRY}"
+            "Stored bytes are damaged. Restore them from a backup, or upload the checkpoint "
+            f"again. {_RETRY}"
         ),
         errors.WorkerLost.code: (f"Give the worker more memory, or see its log. {_RETRY}"),
         errors.Unavailable.code: f"A service did not answer; /readyz says which. {_RETRY}",

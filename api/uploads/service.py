@@ -114,6 +114,7 @@ def create_upload(
     uploads = UploadRepository(session, tenant_id)
     known = uploads.stored_files(kind, [file.sha256 for file in files]) if files else {}
     lock_blobs(session, *known)
+    damaged = BlobRepository(session).damaged(known)
     rows = []
     for file in files:
         twin = known.get(file.sha256)
@@ -121,6 +122,7 @@ def create_upload(
             twin is not None
             and twin.size == file.size
             and _is_weights(twin.path) == _is_weights(file.path)
+            and file.sha256 not in damaged
             and _holds(blobs, file)
         )
         rows.append(

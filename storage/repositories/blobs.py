@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Select, and_, exists, or_, select, union
+from sqlalchemy import Select, and_, delete, exists, or_, select, union
 from sqlalchemy.orm import Session, load_only
 
 from deltadock.storage.database import database_now, lock_key
@@ -20,6 +20,7 @@ from deltadock.storage.models import (
     UNSUCCESSFUL,
     AuditAction,
     BaseRow,
+    DamagedBlobRow,
     DeltaRow,
     JobRow,
     JobState,
@@ -208,6 +209,21 @@ class BlobRepository:
             locked.collected_at, locked.report = database_now(self.session), None
             self.session.flush()
             record(self.session, locked.tenant_id, AuditAction.DELTA_COLLECT, locked.id)
+
+    def note_damaged(self, digest: str) -> None:
+        """Ask for the blob's bytes again whenever they are announced, until they arrive."""
+        lock_blobs(self.session, digest)
+        self.session.merge(DamagedBlobRow(digest=digest))
+        self.session.flush()
+
+    def note_stored(self, digest: str) -> None:
+        """The bytes of a locked blob have arrived: it is undamaged now."""
+        self.session.execute(delete(DamagedBlobRow).where(DamagedBlobRow.digest == digest))
+
+    def damaged(self, digests: Collection[str]) -> set[str]:
+        """Those of the blobs that are noted as damaged."""
+        noted = select(DamagedBlobRow.digest).where(DamagedBlobRow.digest.in_(digests))
+        return set(self.session.scalars(noted))
 
     def ended_jobs(
         self, job_ids: Collection[str], before: datetime, given_up: Collection[str] = ()

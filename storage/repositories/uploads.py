@@ -30,7 +30,7 @@ from deltadock.storage.models import (
     UploadState,
 )
 from deltadock.storage.repositories.audit import DONE, record
-from deltadock.storage.repositories.blobs import lock_blobs
+from deltadock.storage.repositories.blobs import BlobRepository, lock_blobs
 from deltadock.storage.repositories.models import unindexed
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
@@ -284,6 +284,7 @@ class UploadRepository:
         Its blob is locked: the caller checks that it still exists.
         """
         lock_blobs(self.session, file.sha256)
+        BlobRepository(self.session).note_stored(file.sha256)
         file.upload_id = upload.id
         earlier = [(other.sha256, other.size) for other in upload.files if other.path == file.path]
         self.session.merge(file)
@@ -299,6 +300,8 @@ class UploadRepository:
     def forget_damaged(self, upload: UploadRow, digest: str | None) -> str | None:
         """Wait for a locked upload's file again whose blob is damaged; returns its path."""
         path = None
+        if digest is not None:
+            BlobRepository(self.session).note_damaged(digest)
         for file in upload.files:
             if file.sha256 == digest:
                 file.stored, file.source_version, path = False, None, file.path

@@ -18,6 +18,7 @@ import pytest
 from deltadock.api.protocol import PIECE_BYTES, Body, Protocol
 from deltadock.api.uploads.receive import BATCH_BYTES
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.storage.repositories.blobs import BlobRepository
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights
 from tests.waiting import wait_until
 
@@ -82,6 +83,21 @@ def test_files_that_arrive_again_replace_damaged_ones(api: Api) -> None:
     assert api.upload("checkpoint", files)["checkpoint"] == done["checkpoint"]
     for name in api.blobs():
         assert sha256((folder / name).read_bytes()) == name
+
+
+def test_a_file_that_was_found_damaged_is_asked_for_until_it_arrives(api: Api) -> None:
+    files = {"config.json": CONFIG, "model.safetensors": weights()}
+    api.upload("checkpoint", files)
+
+    def stored() -> dict[str, bool]:
+        return {file["path"]: file["stored"] for file in api.announce(files)["files"]}
+
+    with api.resources.database.session_scope() as session:
+        for _ in range(2):
+            BlobRepository(session).note_damaged(sha256(files["model.safetensors"]))
+    assert stored() == {"config.json": True, "model.safetensors": False}
+    api.put(api.open_upload(), "model.safetensors", files["model.safetensors"])
+    assert stored() == {"config.json": True, "model.safetensors": True}
 
 
 def test_a_truncated_file_is_not_taken_for_stored(api: Api) -> None:

@@ -21,6 +21,7 @@ from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
 from deltadock.storage.models import DeliveryState, JobRow, JobState, WebhookEvent
 from deltadock.storage.repositories import DeltaRepository, JobRepository, WebhookRepository
+from deltadock.storage.repositories.blobs import BlobRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers import compress as module
 from deltadock.workers.compress import (
@@ -329,6 +330,8 @@ def test_a_damaged_blob_fails_the_job(
     blob.write_bytes(damaged)
     assert compress_job(job_id, context) is Outcome.FINISHED
     assert (look(job_id).state, look(job_id).error_code) == (JobState.FAILED, "damaged_blob")
+    with context.database.read_scope() as session:
+        assert BlobRepository(session).damaged([digest]) == {digest}, "it is asked for again"
 
 
 def test_an_unavailable_store_is_retried_up_to_the_limit(
