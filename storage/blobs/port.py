@@ -263,7 +263,7 @@ def _check(digest: str, actual: str) -> None:
     if actual != digest:
         raise DamagedBlob(
             f"Blob {digest} is damaged in the store: its bytes hash to {actual}. Restore it from "
-            "a backup, or PUT the file into a new upload that does not announce it.",
+            "a backup or upload it again.",
             digest=digest,
         )
 
