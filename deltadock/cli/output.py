@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -18,6 +19,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
 WIDE: Final = 1_000
 """Columns of a table that goes to a file or a pipe."""
+
+GAP: Final = 2
+"""Spaces between columns."""
+
+LONGEST_WORD: Final = 60
+"""Characters that a table keeps together in a narrow terminal: names and ids, but not digests."""
 
 # Progress and messages go to stderr: with --json, stdout holds only JSON. Markup is off: names of
 # tensors, files and models come from others.
@@ -55,19 +62,46 @@ def print_rows(rows: Iterable[tuple[str, str]]) -> None:
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], empty: str) -> None:
     """Print a table, or else on stderr what to do about it being empty."""
-    table = Table(*headings, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    if table.row_count:
-        _print_wide(table)
-    else:
+    cells = list(rows)
+    if not cells:
         say(empty)
+        return
+    columns = (
+        Column(heading, width=width, overflow="fold")
+        for heading, width in zip(headings, _widths([headings, *cells]), strict=True)
+    )
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in cells:
+        table.add_row(*row)
+    _print_wide(table)
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Widths of a table's columns: the widest wrap first, between words only.
+
+    So names and ids stay whole, if need be in lines that are longer than the terminal is wide.
+    """
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(cell_len, column)) for column in columns]
+    words = [[cell_len(word) for text in column for word in text.split()] for column in columns]
+    least = [max((size for size in sizes if size <= LONGEST_WORD), default=1) for sizes in words]
+    excess = sum(widths) + GAP * (len(widths) - 1) - _screen_width()
+    for _ in range(excess):
+        spare = [number for number, width in enumerate(widths) if width > least[number]]
+        if spare:
+            widths[max(spare, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _screen_width() -> int:
+    """Columns of the terminal; where no one looks at a screen, enough to cut nothing."""
+    return output.width if output.is_terminal else WIDE
 
 
 def _print_wide(table: Table) -> None:
-    """Print a table whose cells are not cut where no one looks at a screen."""
-    width = output.width if output.is_terminal else WIDE
-    lines = Console(markup=False, highlight=False, width=width)
+    """Print a table without cutting its cells."""
+    width = sum(column.width or 0 for column in table.columns) + GAP * len(table.columns)
+    lines = Console(markup=False, highlight=False, width=max(_screen_width(), width))
     with lines.capture() as capture:
         lines.print(table)
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
