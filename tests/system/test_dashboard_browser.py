@@ -342,6 +342,7 @@ def test_an_alias_moves_and_a_card_is_written_by_hand(page: Page) -> None:
     page.get_by_role("button", name="Save").first.click()
     expect(page.locator(".prose strong")).to_have_text("exercises")
     form = page.get_by_role("form", name="Move an alias")
+    expect(form.get_by_label("Alias")).to_have_value("")  # an absent-minded click moves nothing
     form.get_by_label("Alias").fill("v2")
     form.get_by_role("button", name="Move").click()
     expect(form.locator(".problem")).to_contain_text("cannot be an alias")
