@@ -178,6 +178,16 @@ setInterval(() => {
 
 if (location.hash === "#log") document.getElementById("log")?.setAttribute("open", "");
 
+// A log shows its newest line, unless the reader has scrolled up.
+let atNewest = true;
+document.addEventListener("scroll", ({ target }) => {
+  if (target.matches?.(".log")) atNewest = target.scrollHeight - target.scrollTop - target.clientHeight < 8;
+}, true);
+document.addEventListener("htmx:after:swap", () => {
+  const log = document.querySelector(".log");
+  if (log && atNewest) log.scrollTop = log.scrollHeight;
+});
+
 document.addEventListener("htmx:error", () => { offline.hidden = false; });
 document.addEventListener("htmx:after:request", ({ detail }) => {
   offline.hidden = (detail.ctx.response?.status ?? 0) < 500;

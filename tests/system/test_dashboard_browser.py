@@ -388,6 +388,29 @@ def test_jobs_move_and_are_cancelled_in_their_list(site: Site, page: Page) -> No
     expect(page.locator(".log li").first).to_be_visible()
 
 
+def test_a_log_shows_its_newest_line_until_the_reader_scrolls_up(site: Site, page: Page) -> None:
+    delta = site.new_delta("live/log")
+
+    def write(text: str) -> None:
+        with site.database.session_scope() as session:
+            jobs, job = JobRepository(session, LOCAL_TENANT), site.job_id(session, delta.id)
+            for number in range(30):
+                jobs.write_log(job, f"{text} {number}")
+
+    lines = page.locator(".log li")
+    write("first")
+    page.goto(f"/deltas/{delta.id}#log")
+    expect(lines.filter(has_text="first 29")).to_be_attached()
+    page.get_by_text("Log of the job").evaluate("summary => summary.scrollIntoView()")
+    expect(lines.filter(has_text="first 29")).to_be_in_viewport()
+    write("second")
+    expect(lines.filter(has_text="second 29")).to_be_in_viewport()
+    page.locator(".log").evaluate("log => log.scrollTo(0, 0)")
+    write("third")
+    expect(lines.filter(has_text="third 29")).to_be_attached()
+    expect(lines.filter(has_text="first 0")).to_be_in_viewport()
+
+
 def test_a_key_is_made_shown_once_and_revoked(page: Page) -> None:
     page.on("dialog", lambda dialog: dialog.accept())
     page.goto("/keys")
