@@ -1,7 +1,7 @@
 // The prompt form: all models answer side by side, streaming.
 
 const form = document.getElementById("try");
-const answers = [...document.querySelectorAll(".answer")];
+const answers = [...document.querySelectorAll(".answer[data-model]")];
 const stop = document.getElementById("stop");
 let running = null;
 

@@ -411,6 +411,18 @@ def test_a_log_shows_its_newest_line_until_the_reader_scrolls_up(site: Site, pag
     expect(lines.filter(has_text="first 0")).to_be_in_viewport()
 
 
+def test_what_is_unknown_cannot_be_asked(site: Site, page: Page) -> None:
+    page.goto("/try?model=nobody/knows")
+    expect(page.get_by_text("No base or delta has this name.")).to_be_visible()
+    expect(page.get_by_role("button", name="Generate")).to_be_disabled()
+    page.goto("/try?model=nobody/knows&model=pilot-0.3b")
+    page.get_by_label("Prompt").fill("?")
+    site.node.requests.clear()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".answer .figures").last).to_contain_text("tokens/s")
+    assert len(site.node.requests) == 1
+
+
 def test_a_key_is_made_shown_once_and_revoked(page: Page) -> None:
     page.on("dialog", lambda dialog: dialog.accept())
     page.goto("/keys")
