@@ -285,8 +285,12 @@ class JobRepository:
         now = now or database_now(self.session)
         ended = self._set(_held(job_id, owner), **_ending(state, now, error_code, error_message))
         if ended:
-            reason = f" ({error_code}): {error_message}" if error_message else "."
-            self.write_log(job_id, f"{state.capitalize()}{reason}", now=now)
+            line = f"{state.capitalize()} ({error_code}): {error_message}"
+            if error_message is None:
+                line = f"{state.capitalize()}."
+            elif state is JobState.CANCELLED:  # whose message says so
+                line = error_message
+            self.write_log(job_id, line, now=now)
             self._record(AuditAction.JOB_END, job_id, outcome=error_code or DONE)
         return ended
 
@@ -320,8 +324,9 @@ class JobRepository:
         if self._set(
             unfinished,
             cancel_requested=True,
-            message="Cancellation requested; the worker stops at its next step.",
+            message="Cancellation requested, ends at its next step",
             updated_at=now,
+            expected_at=None,
         ):
             self._record(AuditAction.JOB_CANCEL, job_id)
         if self._set(

@@ -177,14 +177,19 @@ def test_cancelling_a_running_job_sets_a_request_for_its_worker(
     jobs: JobRepository, job: JobRow
 ) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
+    step: Any = {"block": 1, "blocks": 3, "percent": 31.0, "message": "block 2 of 3"}
+    assert jobs.advance(job.id, "one", JobState.COMPRESSING, **step, seconds_left=59, now=NOW)
     asked = jobs.request_cancel(job.id, now=later(1))
     assert asked is not None
-    assert (asked.state, asked.cancel_requested) == (JobState.QUEUED, True)
-    assert "Cancellation requested" in asked.message
-    assert jobs.finish(job.id, "one", JobState.CANCELLED)
+    assert (asked.state, asked.cancel_requested) == (JobState.COMPRESSING, True)
+    assert asked.message == "Cancellation requested, ends at its next step"
+    assert asked.expected_at is None
+    reason = {"error_code": "cancelled", "error_message": "Cancelled on request."}
+    assert jobs.finish(job.id, "one", JobState.CANCELLED, **reason)
     ended = jobs.find(job.id)
     assert ended is not None
     assert ended.message == ""
+    assert jobs.log(job.id, after=0, limit=9)[-1].message == "Cancelled on request."
 
 
 def test_cancelling_a_job_with_an_expired_lease_ends_it(jobs: JobRepository, job: JobRow) -> None:
