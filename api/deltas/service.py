@@ -22,7 +22,7 @@ from deltadock.compression.options import SIZES, check_kind
 from deltadock.compression.preview import preview_size
 from deltadock.errors import DeltadockError, NotFound, NotReady, refused_by_state
 from deltadock.names import DEFAULT, parse_reference
-from deltadock.storage.models import BaseRow, DeltaRow, JobState
+from deltadock.storage.models import BaseRow, DeltaRow, JobRow, JobState
 from deltadock.storage.repositories import (
     DeltaRepository,
     JobRepository,
@@ -65,9 +65,8 @@ def _missing(deltas: DeltaRepository, reference: str) -> NoReturn:
             names = ", ".join(f"@{alias}" for alias in known) or "none yet"
             raise NotFound(f"{named.name} has no alias @{named.alias}. It has: {names}.")
         raise NotReady(
-            f"{named.name} has no default version; its newest, {named.name}:{newest.version}, is "
-            f"{newest.job.state}: GET /v1/jobs/{newest.job.id}. Without a rule the first one that "
-            f"is ready becomes the default.",
+            f"{named.name} has no default version: its newest, {named.name}:{newest.version}, "
+            f"{_standing(newest.job)} See GET /v1/jobs/{newest.job.id}.",
             state=newest.job.state,
             job=newest.job.id,
         )
@@ -82,6 +81,19 @@ def _missing(deltas: DeltaRepository, reference: str) -> NoReturn:
             f"{named.name} has no version {named.version}; its newest is {newest.version}."
         )
     raise NotFound(f"There is no delta {reference!r}; GET /v1/deltas lists them.")
+
+
+def _standing(job: JobRow) -> str:
+    """What has become of a version's job, as the end of a sentence."""
+    match job.state:
+        case JobState.FAILED:
+            return f"has failed ({job.error_code}): {job.error_message}"
+        case JobState.CANCELLED:
+            return "was cancelled."
+        case JobState.READY:
+            return "is ready."
+        case _:
+            return f"is not ready yet ({job.state})."
 
 
 def detail_of(session: Session, delta: DeltaRow | ShownDelta) -> DeltaDetail:

@@ -76,6 +76,21 @@ def test_a_failed_job_is_retried_and_its_log_tells(api: Api) -> None:
     assert api.client.post(f"{job}/retry").status_code == 409, "its delta was deleted"
 
 
+def test_a_name_without_a_default_says_what_became_of_its_newest_version(api: Api) -> None:
+    delta = api.delta()
+    name, job = delta["name"], delta["job"]
+    said = api.client.get(f"/v1/deltas/{name}").json()["detail"]
+    assert said == (
+        f"{name} has no default version: its newest, {name}:1, is not ready yet (queued). "
+        f"See GET /v1/jobs/{job}."
+    )
+    fail(api, job, "non_finite_weights", "Upload an earlier checkpoint.")
+    assert (
+        "has failed (non_finite_weights): Upload an earlier checkpoint. See GET"
+        in (api.client.get(f"/v1/deltas/{name}").json()["detail"])
+    )
+
+
 def test_a_job_that_is_being_cancelled_is_not_retried_yet(api: Api) -> None:
     job = f"/v1/jobs/{(job_id := api.delta()['job'])}"
     with api.resources.database.session_scope() as session:
