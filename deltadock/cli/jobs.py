@@ -18,7 +18,7 @@ from deltadock.cli.output import (
     say,
 )
 from deltadock.cli.server import JobReference, State, Url, complete_model, connect
-from deltadock.errors import NotFound, Unavailable
+from deltadock.errors import Cancelled, NotFound, Unavailable
 from deltadock.names import parse_reference
 
 if TYPE_CHECKING:
@@ -43,15 +43,23 @@ def follow(client: "Client", job: str) -> None:
         status = report(error)
         say(f"The job goes on once the server runs again. Follow it: deltadock logs -f {job}")
         raise typer.Exit(status) from None
-    _exit_if_failed(ended)
+    _exit_if_failed(client, ended)
 
 
-def _exit_if_failed(job: "Job") -> None:
-    if (failure := job.failure) is not None:
+def _exit_if_failed(client: "Client", job: "Job") -> None:
+    if (failure := job.failure) is None:
+        return
+    try:
+        client.delta(job.delta)
+    except NotFound as error:  # a deleted delta's job is cancelled, and cannot be retried
+        if job.state == "cancelled":
+            failure = Cancelled(f"Job {job.id} was cancelled. {error.message}")
+        report(failure)
+    else:
         report(failure)
         if job.can_retry:
             say(f"Continue it: deltadock retry {job.id}")
-        raise typer.Exit(JOB_FAILED)
+    raise typer.Exit(JOB_FAILED)
 
 
 def job_of(client: "Client", reference: str) -> str:
@@ -141,7 +149,7 @@ def logs(
                     moment = line.at.astimezone()
                     output.print(f"{moment:%Y-%m-%d %H:%M:%S %Z}  {line.message}", soft_wrap=True)
         if follow:
-            _exit_if_failed(client.job(found))
+            _exit_if_failed(client, client.job(found))
 
 
 def cancel(job: JobReference, as_json: AsJson = False, url: Url = None) -> None:

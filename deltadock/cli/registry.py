@@ -184,6 +184,8 @@ def rm(
     url: Url = None,
 ) -> None:
     """Delete deltas, or whole models (--all). `undo` brings versions back for some days."""
+    from deltadock.client.resources import FINAL_STATES
+
     with connect(url) as client:
         if whole:
             _remove_models(client, names, yes=yes, as_json=as_json)
@@ -192,7 +194,9 @@ def rm(
         for delta in removed:
             client.delete(delta.id)
             if not as_json:
-                say(f"Deleted {delta.reference}. Bring it back: deltadock undo {delta.reference}")
+                ended = "" if delta.state in FINAL_STATES else f" and cancelled its job {delta.job}"
+                undoing = f"Bring it back: deltadock undo {delta.reference}"
+                say(f"Deleted {delta.reference}{ended}. {undoing}")
     if as_json:
         print_resources(removed)
 

@@ -243,6 +243,22 @@ def test_what_is_deleted_comes_back(
     assert (refused.code, "confirm with --yes" in refused.stderr) == (1, True)
 
 
+def test_a_delta_that_is_deleted_while_it_is_compressed_cancels_its_job(
+    call: Callable[..., Outcome], deltadock: Command, tmp_path: Path
+) -> None:
+    folder = write_finetune(tmp_path / "stopped", 8)
+    pushed = call("push", folder, "-b", "tiny", "--no-wait", "--method", "exact", "--json")
+    job = answered(pushed)["job"]
+    name = "finetunes/stopped:1"
+    assert f"Deleted {name} and cancelled its job {job}." in call("rm", name).stderr
+    followed = deltadock("logs", "-f", job)
+    assert followed.code == 4
+    assert f"{name} was deleted; `deltadock undo {name}` brings it back." in followed.stderr
+    assert "retry" not in followed.stderr
+    assert "cancelled" in call("undo", name).stderr
+    assert f"Continue it: deltadock retry {job}" in deltadock("logs", "-f", job).stderr
+
+
 def test_a_whole_model_is_deleted_for_good(
     call: Callable[..., Outcome], deltadock: Command, tmp_path: Path
 ) -> None:
