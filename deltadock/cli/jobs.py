@@ -107,7 +107,9 @@ def jobs(
             )
             for job in found
         ),
-        "There is no such job. `deltadock push` starts one.",
+        "No job matches. `deltadock jobs` lists all."
+        if state or delta
+        else "There is no job yet. `deltadock push DIR --base BASE` starts one.",
     )
 
 

@@ -97,7 +97,9 @@ def ls(
             )
             for delta in shown
         ),
-        "There is no such delta. `deltadock push DIR --base BASE` makes one.",
+        "No delta matches. `deltadock ls` lists all."
+        if text or any(filters.values())
+        else "There is no delta yet. `deltadock push DIR --base BASE` makes one.",
     )  # fmt: skip
     if len(found) > limit:
         say(f"There are more: --limit {4 * limit} shows up to {4 * limit}.")

@@ -199,7 +199,8 @@ def test_deltas_are_listed_and_shown(call: Callable[..., Outcome], pushed: list[
     assert [delta["version"] for delta in answered(call("ls", "--name", "maths/skills", "--json"))
             ] == [2, 1]  # fmt: skip
     assert "There are more" in call("ls", "--limit", 1).stderr
-    assert "There is no such delta" in call("ls", "nothing-like-it").stderr
+    assert "No delta matches" in call("ls", "nothing-like-it").stderr
+    assert "No job matches" in call("jobs", "--state", "failed", "--delta", pushed[0]).stderr
     shown = call("show", "maths/skills").stdout
     assert "maths/skills:1" in shown
     assert "default" in shown
