@@ -136,7 +136,7 @@ keys = typer.Typer(
 )
 app.add_typer(keys, name="keys", rich_help_panel=RUNNING)
 
-KeyRef = Annotated[str, typer.Argument(metavar="KEY", help="The key's id or prefix.")]
+KeyRef = Annotated[str, typer.Argument(metavar="KEY", help="The key's id, prefix or name.")]
 
 
 @keys.command("create")

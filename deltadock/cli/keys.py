@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from sqlalchemy import make_url
 from sqlalchemy.orm import Session
@@ -23,6 +23,8 @@ from deltadock.storage.models import ApiKeyRow, Scope
 from deltadock.storage.repositories import KeyRepository, TenantRepository
 from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
 from deltadock.trust import keep_secret
+
+KeyT = TypeVar("KeyT", Key, ApiKeyRow)
 
 LOCAL: Final = "local"
 """Name of the key that `deltadock up` makes for its own machine."""
@@ -96,19 +98,20 @@ def list_all(home: Path | None, url: str | None) -> list[Key]:
 
 
 def revoke(home: Path | None, url: str | None, key: str) -> Key:
-    """Revoke the key with this id or prefix.
+    """Revoke the key with this id, prefix or name.
 
     Raises:
         NotFound: there is none.
+        InvalidInput: several have this name.
     """
     if uses_server(home, url):
         with connect(url) as client:
-            found = _find_listed(client.keys(), key)
+            found = _find(client.keys(), key)
             client.revoke_key(found.id)
             return found
     with _session(settings_in(home)) as session:
         keys = KeyRepository(session, EVERY_TENANT)
-        row = _find(keys, key)
+        row = _find(keys.all(), key)
         keys.revoke(row)
         return _key_of(row)
 
@@ -118,17 +121,18 @@ def rotate(home: Path | None, url: str | None, key: str, grace_hours: float) -> 
 
     Raises:
         NotFound: there is none.
+        InvalidInput: several have this name.
         Conflict: it was revoked or has expired.
     """
     grace = timedelta(hours=grace_hours)
     if uses_server(home, url):
         with connect(url) as client:
-            found = _find_listed(client.keys(), key)
+            found = _find(client.keys(), key)
             return client.rotate_key(found.id, round(grace.total_seconds()))
     settings = settings_in(home)
     with _session(settings) as session:
         keys = KeyRepository(session, EVERY_TENANT)
-        row, made = keys.rotate(key_secret(settings), _find(keys, key), grace)
+        row, made = keys.rotate(key_secret(settings), _find(keys.all(), key), grace)
         return _key_of(row, made)
 
 
@@ -148,11 +152,20 @@ def _key_of(row: ApiKeyRow, key: str | None = None) -> Key:
     )
 
 
-def _find_listed(keys: Iterable[Key], wanted: str) -> Key:
-    for key in keys:
-        if wanted in (key.id, key.prefix):
-            return key
-    raise NotFound(f"There is no key {wanted!r}; `deltadock keys list` shows them.")
+def _find(keys: Iterable[KeyT], wanted: str) -> KeyT:
+    """The key with this id or prefix, else the only one with this name that is not revoked."""
+    listed = list(keys)
+    found = [key for key in listed if wanted in (key.id, key.prefix)] or [
+        key for key in listed if key.name == wanted and key.revoked_at is None
+    ]
+    if len(found) > 1:
+        raise InvalidInput(
+            f"{len(found)} keys have the name {wanted!r}: give an id; `deltadock keys list` shows "
+            "them."
+        )
+    if not found:
+        raise NotFound(f"There is no key {wanted!r}; `deltadock keys list` shows them.")
+    return found[0]
 
 
 def ensure_local_key(settings: Settings) -> str:
@@ -193,10 +206,3 @@ def _session(settings: Settings) -> Iterator[Session]:
             yield session
     finally:
         database.dispose()
-
-
-def _find(keys: KeyRepository, key: str) -> ApiKeyRow:
-    found = keys.find(key) or keys.find_prefix(key)
-    if found is None:
-        raise NotFound(f"There is no key {key!r}; `deltadock keys list` shows them.")
-    return found

@@ -38,6 +38,18 @@ def test_keys_are_made_listed_rotated_and_revoked(deltadock: Command, tmp_path: 
     database.dispose()
 
 
+def test_a_key_is_revoked_by_its_name_if_no_other_has_it(
+    deltadock: Command, tmp_path: Path
+) -> None:
+    home = ("--home", tmp_path)
+    made = [deltadock("keys", "create", "--name", "ci", *home).stdout for _ in range(2)]
+    refused = deltadock("keys", "revoke", "ci", *home)
+    assert (refused.code, "2 keys have the name 'ci': give an id" in refused.stderr) == (1, True)
+    assert deltadock("keys", "revoke", made[0][:12], *home).code == 0
+    assert f"{made[1][:12]} (ci) is revoked" in deltadock("keys", "revoke", "ci", *home).stderr
+    assert deltadock("keys", "revoke", "ci", *home).code == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
