@@ -122,6 +122,16 @@ class Conversation:
         return answered
 
 
+def answer_greedily(client: "Client", model: str, prompt: str, max_tokens: int) -> str:
+    """The likeliest answer, by the chat template or, without one, as continued text."""
+    message = {"role": "user", "content": prompt}
+    sampling: Sampling = {"max_tokens": max_tokens, "temperature": 0.0}
+    try:
+        return client.generate(model, [message], **sampling).text
+    except NoChatTemplate:
+        return client.generate(model, prompt, **sampling).text
+
+
 def run(
     name: Reference,
     prompt: Annotated[
@@ -206,6 +216,11 @@ def _command(talk: Conversation, typed: str) -> None:
         case (("/plain" | "/chat"), []):
             talk.plain = name == "/plain"
             talk.clear()
+            say(
+                "Text is continued as it is; the conversation is forgotten."
+                if talk.plain
+                else "A new conversation begins, by the model's chat template."
+            )
         case "/set", [setting, *values] if setting in NUMBERS and len(values) <= 1:
             try:
                 value = NUMBERS[setting](values[0]) if values else None
@@ -213,8 +228,11 @@ def _command(talk: Conversation, typed: str) -> None:
                 say(f"{values[0]!r} is not a number.")
                 return
             talk.sampling[setting] = value  # type: ignore[literal-required]
-        case _:
+            say(f"{setting} is {'its default' if value is None else value}.")
+        case (("/help" | "/set" | "/clear" | "/plain" | "/chat"), _):
             say(HELP)
+        case _:
+            say(f"There is no command {name}. /help lists them.")
 
 
 def _timed(talk: Conversation, prompt: str, *, verbose: bool) -> None:

@@ -4,7 +4,7 @@
 |---|---|
 | 0 | done |
 | 1 | refused or failed: the message says what to do |
-| 2 | an unknown or wrong option or argument |
+| 2 | an unknown option, command or form of a value; a value that the server refuses is 1 |
 | 3 | the server does not answer or is busy: the same command may succeed later |
 | 4 | the job that was followed failed or was cancelled |
 | 130 | interrupted |

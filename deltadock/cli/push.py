@@ -202,6 +202,7 @@ def list_by_default(context: typer.Context, as_json: AsJson = False, url: Url = 
         raise typer.BadParameter("options of a command follow it.")
 
 
+@bases.command("ls", hidden=True)
 @bases.command("list")
 def list_bases(as_json: AsJson = False, url: Url = None) -> None:
     """List the bases."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from deltadock.cli.chat import answer_greedily
 from deltadock.cli.outcome import on_interrupt
 from deltadock.cli.output import (
     AsJson,
@@ -319,7 +320,7 @@ def compare(
         ),
     ],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Let each continue this text, greedily.")
+        str | None, typer.Option("--prompt", "-p", help="Let each answer as in `run`, greedily.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 64,
     as_json: AsJson = False,
@@ -331,7 +332,7 @@ def compare(
     with connect(url) as client:
         found = [client.delta(name) for name in names]
         answers = [
-            client.generate(delta.id, prompt, max_tokens=max_tokens, temperature=0.0).text
+            answer_greedily(client, delta.id, prompt, max_tokens)
             for delta in found
             if prompt is not None
         ]

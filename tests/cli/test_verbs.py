@@ -188,6 +188,7 @@ def test_a_base_is_added_and_listed(call: Callable[..., Outcome], tmp_path: Path
         "tiny", "second-base",
     }  # fmt: skip
     assert "second-base" in call("bases").stdout
+    assert "second-base" in call("bases", "ls").stdout
     assert "deltadock bases undo second-base" in call("bases", "rm", "second-base").stderr
     assert "second-base" not in call("bases").stdout
     assert "second-base is back" in call("bases", "undo", "second-base").stderr
@@ -270,12 +271,16 @@ def test_a_whole_model_is_deleted_for_good(
     assert "finetunes/gone:1 (deleted)" in call("jobs").stdout
 
 
-def test_deltas_are_compared(call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
-) -> None:  # fmt: skip
+def test_deltas_are_compared(
+    service: Service, call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
+) -> None:
     lines = call("compare", *pushed, "--prompt", "17 + 25 =").stdout.splitlines()
     marked = [line.split()[1] for line in lines if line.startswith("≠")]
     assert "sha256" in marked
     assert any("answer" in line and line.count("42") == 2 for line in lines)
+    asked = [request["body"] for request in service.node.requests[-2:]]
+    said = [{"role": "user", "content": "17 + 25 ="}]
+    assert [(body["messages"], body["temperature"]) for body in asked] == [(said, 0)] * 2
     assert len(answered(call("compare", *pushed, "--json"))) == 2
     assert deltadock("compare", pushed[0]).code == 2
 
@@ -300,7 +305,7 @@ def test_a_conversation_in_a_terminal(
     service: Service, call: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     typed = iter(['"""two', 'lines"""', "/set temperature 0.5", "/set top_k x", "again", "/clear",
-                  "/help", "/what", "", KeyboardInterrupt, "after", EOFError])  # fmt: skip
+                  "/help", "/what", "/chat", "", KeyboardInterrupt, "after", EOFError])  # fmt: skip
 
     def read(_prompt: str) -> str:
         line = next(typed)
@@ -316,7 +321,10 @@ def test_a_conversation_in_a_terminal(
     outcome = call("chat", "tiny")
     assert "Talking to tiny. /help lists commands" in outcome.stderr
     assert "Ctrl-D or /bye ends" in outcome.stderr
-    assert outcome.stderr.count("/clear ") == 2
+    assert outcome.stderr.count("/clear ") == 1
+    assert "There is no command /what. /help lists them." in outcome.stderr
+    assert "temperature is 0.5." in outcome.stderr
+    assert "A new conversation begins" in outcome.stderr
     bodies = [request["body"] for request in service.node.requests]
     said = [[message["content"] for message in body["messages"]] for body in bodies]
     assert said == [["two\nlines"], ["two\nlines", " 42", "again"], ["after"]]
@@ -434,6 +442,8 @@ def test_doctor_says_what_is_wrong(
         (("push", "nowhere", "-b", "tiny"), 2, "nowhere"),
         (("push", "{empty}", "-b", "tiny"), 1, "empty: There is no .safetensors file"),
         (("push", "{finetune}"), 2, "--base"),
+        (("lost",), 2, "No such command 'lost'"),
+        (("push", "{finetune}", "-b", "tiny", "--method", "lost"), 1, "no method 'lost'"),
         (("push", "{finetune}", "-b", "tiny", "--priority", "now"), 2, "--priority"),
         (("push", "{finetune}", "-b", "tiny", "--calibration", "no.txt"), 2, "--calibration"),
         (("bases", "add", "{finetune}", "-n", "a/b"), 1, "it has no slash"),
