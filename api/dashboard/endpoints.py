@@ -181,7 +181,9 @@ def show_try(
     answering = ModelRepository(session, caller.tenant_id).answering(limit=CHOICES)
     found = page_of_bases(session, caller.tenant_id, limit=CHOICES, after=None).data
     bases = [base.name for base in found]
-    first = [answering[0].base, answering[0].name] if answering else bases[:1]
+    # One without figures may lack a tokenizer, and then nobody can ask it.
+    measured = ([one.base, one.name] for one in answering if one.kl is not None)
+    first = next(measured, bases[:1])
     chosen = [name for name in dict.fromkeys(model) if name][:MOST_TRIED]
     context = {
         "tried": views.tried(session, caller.tenant_id, chosen or first),

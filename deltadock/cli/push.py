@@ -138,10 +138,11 @@ def push(
         if wait:
             follow(client, pushed.job.id)
         delta = client.delta(pushed.delta.id)
+        notes = client.report(delta.id).notes if delta.state == "ready" else []
     if as_json:
         print_json({"delta": delta.model_dump(mode="json"), "job": delta.job})
         return
-    print_rows(delta.rows())
+    print_rows([*delta.rows(), *(("note", note) for note in notes)])
     _say_what_next(delta)
 
 

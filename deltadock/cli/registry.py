@@ -121,13 +121,15 @@ def show(
     """Show a delta: its figures, aliases, job and lineage."""
     with connect(url) as client:
         delta = client.delta(name)
-        measured = client.report(delta.id) if report else None
-    if measured is not None:
+        ready = delta.state == "ready" and not as_json
+        measured = client.report(delta.id) if report or ready else None
+    if report and measured is not None:
         print_json(as_dict(measured))
     elif as_json:
         print_resources(delta)
     else:
-        print_rows([*delta.rows(), *_lineage(delta)])
+        notes = measured.notes if measured is not None else []
+        print_rows([*delta.rows(), *_lineage(delta), *(("note", note) for note in notes)])
 
 
 def _lineage(delta: "Delta") -> Iterable[tuple[str, str]]:

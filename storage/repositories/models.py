@@ -114,6 +114,7 @@ class Answering(NamedTuple):
     version: int
     created_at: datetime
     base: str
+    kl: float | None
 
 
 class ModelRepository:
@@ -198,7 +199,14 @@ class ModelRepository:
     def answering(self, *, limit: int, after: str | None = None) -> list[Answering]:
         """What up to `limit` bare names that follow `after` mean, by name."""
         query = (
-            select(ModelRow.name, DeltaRow.id, DeltaRow.version, DeltaRow.created_at, BaseRow.name)
+            select(
+                ModelRow.name,
+                DeltaRow.id,
+                DeltaRow.version,
+                DeltaRow.created_at,
+                BaseRow.name,
+                DeltaRow.kl,
+            )
             .join(AliasRow, AliasRow.model_id == ModelRow.id)
             .join(DeltaRow, DeltaRow.id == AliasRow.delta_id)
             .join(BaseRow, BaseRow.id == DeltaRow.base_id)

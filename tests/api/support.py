@@ -209,7 +209,13 @@ class Api:
                 row,
                 artifact_digest=digest,
                 artifact_bytes=len(artifact),
-                report={"method": "adamix", "kl": 0.01, "ratio": 12.5, "matrices": [{"name": "q"}]},
+                report={
+                    "method": "adamix",
+                    "kl": 0.01,
+                    "ratio": 12.5,
+                    "matrices": [{"name": "q"}],
+                    "notes": ["It has no tokenizer."],
+                },
             )
             assert jobs.acquire(delta["job"], "worker", 60)
             assert jobs.finish(delta["job"], "worker", JobState.READY)

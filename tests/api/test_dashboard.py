@@ -97,6 +97,20 @@ def test_lists_every_delta_with_its_figures(site: Site, seeded: seed.Seeded) -> 
     assert "pilot-0.3b" in site.text("/bases")
 
 
+def test_a_delta_without_figures_is_not_chosen_to_be_tried(site: Site, seeded: seed.Seeded) -> None:
+    """It may lack a tokenizer."""
+    with site.resources.database.session_scope() as session:
+        base = BaseRepository(session, LOCAL_TENANT).find("pilot-0.3b")
+        assert base is not None
+        delta = seed.add_delta(session, base, "a/first", 1.0)
+        unmeasured = seed.report(layers=4) | {"kl": None}
+        seed.finish(session, site.resources.blobs, delta, unmeasured)
+    page = site.text("/try")
+    assert '<option value="a/first">' in page
+    assert 'data-model="a/first"' not in page
+    assert page.count("data-model=") == 2
+
+
 def test_totals_count_shared_bytes_once(site: Site, seeded: seed.Seeded) -> None:
     """A second name for an artifact adds a delta but no bytes."""
     with site.resources.database.session_scope() as session:

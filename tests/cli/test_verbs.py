@@ -107,6 +107,7 @@ def test_a_push_is_followed_to_its_figures(
     assert "100 %  ready" in outcome.stderr
     assert "Try it: deltadock run finetunes/my-run:1" in outcome.stderr
     assert "0.01000 nats per token" in outcome.stdout
+    assert "It has no tokenizer." in outcome.stdout
     again = answered(call("push", folder, *options, "--json", "--no-wait"))
     assert again["delta"]["state"] == "ready"
     assert again["delta"]["version"] == 1
@@ -204,6 +205,7 @@ def test_deltas_are_listed_and_shown(call: Callable[..., Outcome], pushed: list[
     assert "No job matches" in call("jobs", "--state", "failed", "--delta", pushed[0]).stderr
     shown = call("show", "maths/skills").stdout
     assert "maths/skills:1" in shown
+    assert "It has no tokenizer." in shown
     assert "default" in shown
     assert answered(call("show", pushed[1], "--json"))["name"] == "maths/skills"
     assert answered(call("show", pushed[1], "--report"))["kl"] == 0.01
