@@ -26,13 +26,20 @@ from deltadock.cli.processes import Child, free_ports
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
 from deltadock.storage.database import Database, database_now, migrate
-from deltadock.storage.models import DeltaRow, JobState, NodeSampleRow
+from deltadock.storage.models import (
+    DeltaRow,
+    JobState,
+    NodeSampleRow,
+    UploadKind,
+    UploadState,
+)
 from deltadock.storage.repositories import (
     BaseRepository,
     DeltaRepository,
     JobRepository,
     KeyRepository,
     NodeRepository,
+    UploadRepository,
 )
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import browser as chromium
@@ -65,11 +72,13 @@ class Site:
     seeded: seed.Seeded
 
     def new_delta(self, name: str) -> DeltaRow:
-        """Add a delta that a worker is compressing."""
+        """Add an upload and a delta of it that a worker is compressing."""
         with self.database.session_scope() as session:
             base = BaseRepository(session, LOCAL_TENANT).find("pilot-0.3b")
             assert base is not None
             delta = seed.add_delta(session, base, name, 1.0)
+            upload = UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT)
+            upload.state, upload.checkpoint_digest = UploadState.COMPLETE, delta.checkpoint_digest
             seed.start(session, delta)
             return delta
 
