@@ -24,8 +24,6 @@ from deltadock.storage.blobs.writer import Chunk
 
 MAX_CHUNKS: Final = 1024
 """Of one writev(2)."""
-EARLY_BYTES: Final = 4 << 20
-"""Of a part, that the disk begins to write at once."""
 RESERVED_SHARE: Final = 0.5
 """Of the disk, for all files that arrive in parts: who announces files need never send them."""
 
@@ -73,14 +71,6 @@ def reserve(descriptor: int, size: int, others: int) -> None:
             return
         if error != errno.EINTR:
             raise OSError(error, os.strerror(error))
-
-
-def start_writing(descriptor: int, start: int, end: int) -> None:
-    """Have the disk begin with these bytes, so that a sync at the end waits for less."""
-    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if begin is not None:  # Linux
-        begin.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-        begin(descriptor, start, end - start, 2)  # SYNC_FILE_RANGE_WRITE; errors are the sync's
 
 
 class LocalPartedFile(PartedFile):
@@ -176,7 +166,7 @@ class _LocalPartWriter(PartWriter):
     def __init__(self, file: LocalPartedFile, number: int) -> None:
         super().__init__(number, file.part_size(number))
         self._file = file
-        self._offset = self._started = (number - 1) * file.part_bytes
+        self._offset = (number - 1) * file.part_bytes
         with store_errors(), _found():
             try:
                 self._stream = file.data.open("r+b", buffering=0)
@@ -199,9 +189,6 @@ class _LocalPartWriter(PartWriter):
         self._has_written = True
         with store_errors(), self._unsealed():
             self._offset += write_at(self._stream.fileno(), chunks, self._offset)
-        if self._offset - self._started >= EARLY_BYTES:
-            start_writing(self._stream.fileno(), self._started, self._offset)
-            self._started = self._offset
 
     def _commit(self) -> None:
         with store_errors(), _found():
