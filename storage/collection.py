@@ -97,9 +97,9 @@ class Collector:
         """Give up the uploads that the rules drop."""
         for upload_id in self._droppable_uploads():
             with self._database.session_scope() as session:
-                dropped = BlobRepository(session).drop(upload_id, self._rules(session))
-                if dropped is not None:
-                    UploadRepository(session, dropped.tenant_id).count_dropped(upload_id)
+                upload = BlobRepository(session).lock_droppable(upload_id, self._rules(session))
+                if upload is not None:
+                    UploadRepository(session, upload.tenant_id).drop(upload)
 
     def _droppable_uploads(self) -> list[str]:
         with self._database.read_scope() as session:

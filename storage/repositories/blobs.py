@@ -339,20 +339,12 @@ class BlobRepository:
             for source in (options.get("calibration") or {"sources": []})["sources"]
         }
 
-    def drop(self, upload_id: str, rules: "DropRules") -> UploadRow | None:
-        """Give up a complete upload's bytes if the rules still drop it; its rows stay.
-
-        Returns it, if it was dropped.
-        """
+    def lock_droppable(self, upload_id: str, rules: "DropRules") -> UploadRow | None:
+        """Lock a complete upload and return it, if the rules still drop it."""
         upload = self.session.get_one(UploadRow, upload_id)
         lock_blobs(self.session, upload.checkpoint_digest or upload.calibration_digest or "")
         self.session.refresh(upload, with_for_update=True)
-        if not self.droppable_uploads(rules, upload_id):
-            return None
-        upload.state, upload.updated_at = UploadState.DROPPED, rules.now
-        self.session.flush()
-        record(self.session, upload.tenant_id, AuditAction.UPLOAD_DROP, upload_id)
-        return upload
+        return upload if self.droppable_uploads(rules, upload_id) else None
 
 
 class DropRules(NamedTuple):

@@ -370,16 +370,12 @@ class UploadRepository:
         """Give up a locked complete upload's bytes; its rows stay."""
         self._set_state(upload, UploadState.DROPPED)
         self._record(AuditAction.UPLOAD_DROP, upload)
-        self._count(upload.tenant_id, upload.files, -1)
-
-    def count_dropped(self, upload_id: str) -> None:
-        """Subtract the files of an upload that is dropped in this transaction."""
         files = self.session.scalars(
             select(UploadFileRow)
             .options(defer(UploadFileRow.tensors))
-            .where(UploadFileRow.upload_id == upload_id)
+            .where(UploadFileRow.upload_id == upload.id)
         ).all()
-        self._count(owner_of(self.tenant), files, -1)
+        self._count(upload.tenant_id, files, -1)
 
     def _set_state(self, upload: UploadRow, state: UploadState) -> None:
         upload.state = state
