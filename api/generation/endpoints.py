@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.bases import BaseRef, require_base
@@ -114,7 +115,13 @@ async def _forward(
     content = body.model_dump(exclude_unset=True)
     limited = caller.tokens_per_minute is not None
     meter = Meter(resources.rates, caller, content) if limited else None
-    return ForwardedResponse(await ask_nodes(resources, request, target, path, content), meter)
+    try:
+        answer = await ask_nodes(resources, request, target, path, content, meter)
+    except ClientDisconnect:
+        if meter is not None:  # the node may have begun with the prompt
+            await meter.charge()
+        raise
+    return ForwardedResponse(answer, meter)
 
 
 GENERATE_PROBLEMS = problems(NotFound, NotReady, InvalidInput, Overloaded, Unavailable)

@@ -51,13 +51,17 @@ class Answer:
         """Closed with the answer."""
 
     @classmethod
-    async def begin(cls, http: httpx.AsyncClient, call: httpx.Request) -> "Answer":
+    async def begin(
+        cls, http: httpx.AsyncClient, call: httpx.Request, meter: Meter | None
+    ) -> "Answer":
         """Send the request and wait for the first bytes of the response body.
 
         Raises:
             httpx.HTTPError: the node does not respond, or disconnected before the first bytes.
         """
         response = await http.send(call, stream=True)
+        if meter is not None:
+            meter.begin(response.headers)
         try:
             chunks = response.aiter_bytes()
             return cls(response, chunks, await anext(chunks, b""))
@@ -109,12 +113,15 @@ class ForwardedResponse(StreamingResponse):
     def __init__(self, answer: Answer, meter: Meter | None = None) -> None:
         super().__init__(_stream(answer, meter), answer.status, answer.headers)
         self._answer = answer
+        self._meter = meter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._answer.close()
+            if self._meter is not None:
+                await self._meter.charge()
 
 
 async def _stream(answer: Answer, meter: Meter | None) -> AsyncIterator[bytes]:
@@ -135,7 +142,12 @@ class NodeLost(Exception):
 
 
 async def ask_nodes(
-    resources: Resources, request: Request, target: ModelTarget, path: str, body: dict[str, Any]
+    resources: Resources,
+    request: Request,
+    target: ModelTarget,
+    path: str,
+    body: dict[str, Any],
+    meter: Meter | None = None,
 ) -> Answer:
     """Start an answer at the best-ranked node, or at another if that one is busy or lost.
 
@@ -168,7 +180,7 @@ async def ask_nodes(
                 "POST", f"{node.url}{path}", content=content, headers=headers
             )
             try:
-                answer = await _ask(resources, request, node, call)
+                answer = await _ask(resources, request, node, call, meter)
             except NodeLost:
                 await resources.fleet.remove(node)
                 lost += 1
@@ -207,7 +219,11 @@ def _encode(body: dict[str, Any]) -> bytes:
 
 
 async def _ask(
-    resources: Resources, request: Request, node: NodeView, call: httpx.Request
+    resources: Resources,
+    request: Request,
+    node: NodeView,
+    call: httpx.Request,
+    meter: Meter | None,
 ) -> Answer:
     """Start one node's answer.
 
@@ -245,7 +261,7 @@ async def _ask(
                     f"POST {call.url.path}", SpanKind.CLIENT, attributes={"deltadock.node": node.id}
                 ):
                     call.headers.update(trace_headers())
-                    answer = await Answer.begin(resources.http, call)
+                    answer = await Answer.begin(resources.http, call, meter)
             except httpx.HTTPError as error:
                 log.warning("node_disconnected", node=node.id, error=repr(error))
             group.cancel_scope.cancel()

@@ -5,16 +5,19 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
+import httpx
 
 from deltadock.api.access import Caller
 from deltadock.api.access.rates import Rates
+from deltadock.openai.fields import PROMPT_TOKENS_HEADER
 
 
 class Meter:
-    """Passes an answer on, and charges its tokens to the caller's tenant at its end.
+    """Passes an answer on, and charges its tokens to the caller's tenant.
 
-    A stream reports its usage in a last chunk, which the client sees if it has asked for it. An
-    answer that is broken off is charged a token per chunk.
+    A stream reports its usage in a last chunk, which the client sees if it has asked for it. One
+    that is broken off before that is charged its prompt, which its head names, and a token per
+    chunk.
     """
 
     def __init__(self, rates: Rates, caller: Caller, body: dict[str, Any]) -> None:
@@ -22,36 +25,41 @@ class Meter:
         self._rates = rates
         self._caller = caller
         self._is_stream = bool(body.get("stream"))
-        self._tokens: int | None = None
-        self._chunks = 0
+        self._tokens = 0
         self._hides_usage = False
         if self._is_stream:
             options = body.get("stream_options") or {}
             self._hides_usage = not options.get("include_usage")
             body["stream_options"] = {**options, "include_usage": True}
 
+    def begin(self, head: httpx.Headers) -> None:
+        """A node has begun its answer: another's, which broke off before it, no longer counts."""
+        self._tokens = int(head.get(PROMPT_TOKENS_HEADER, 0))
+
+    async def charge(self) -> None:
+        """Charge what is known and not yet charged, once the answer has ended or is broken off."""
+        tokens, self._tokens = self._tokens, 0
+        with anyio.CancelScope(shield=True):
+            await self._rates.charge_tokens(self._caller, tokens)
+
     async def pass_on(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The answer, for the client."""
-        try:
-            if self._is_stream:
-                async for event in _events(chunks):
-                    if self._shows(event):
-                        yield event
-            else:
-                whole = b""
-                async for chunk in chunks:
-                    whole += chunk
-                    yield chunk
-                self._tokens = _total_tokens(whole)
-        finally:
-            with anyio.CancelScope(shield=True):
-                tokens = self._chunks if self._tokens is None else self._tokens
-                await self._rates.charge_tokens(self._caller, tokens)
+        """The answer, for the client; a complete one is charged before the client sees its end."""
+        if self._is_stream:
+            async for event in _events(chunks):
+                if self._shows(event):
+                    yield event
+        else:
+            whole = b""
+            async for chunk in chunks:
+                whole += chunk
+                yield chunk
+            self._tokens = _total_tokens(whole) or 0
+        await self.charge()
 
     def _shows(self, event: bytes) -> bool:
         data = event.strip().removeprefix(b"data:").strip()
-        self._chunks += 1
         if b'"usage"' not in data or (tokens := _total_tokens(data)) is None:
+            self._tokens += b'"choices"' in data
             return True
         self._tokens = tokens
         return not (self._hides_usage and not json.loads(data).get("choices"))

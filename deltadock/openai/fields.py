@@ -253,6 +253,10 @@ ONE_GRAMMAR: Final = excluding(
 """Describes what `_one_grammar` checks."""
 
 
+PROMPT_TOKENS_HEADER: Final = "Deltadock-Prompt-Tokens"
+"""In the head of a node's stream, for one that is broken off never reports its usage."""
+
+
 class Usage(BaseModel):
     """Prompt and generated tokens."""
 

@@ -1,15 +1,20 @@
 """Quotas and rates of tenants."""
 
+import contextlib
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import anyio
 import httpx
 import pytest
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
+from deltadock.openai.fields import PROMPT_TOKENS_HEADER
 from tests.api.support import Api, StandInNode, bearer, issue_key, weights
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -97,6 +102,15 @@ class TestTokens:
     def left(self, tenant: Api) -> int:
         """Asks once more; how many tokens were left before."""
         answer = tenant.client.post("/v1/bases/tiny/generate", json={"prompt": "x"})
+        return self.told(answer)
+
+    def left_without_asking(self, tenant: Api) -> int:
+        answer = tenant.client.post("/v1/completions", json={**self.ASK, "model": "none"})
+        assert answer.status_code == 404
+        return self.told(answer)
+
+    @staticmethod
+    def told(answer: httpx.Response) -> int:
         assert answer.headers["ratelimit-policy"] == '"tokens";q=20;w=60'
         return int(answer.headers["ratelimit"].split(";")[1].removeprefix("r="))
 
@@ -110,6 +124,39 @@ class TestTokens:
     def test_errors_cost_nothing(self, tenant: Api, node: StandInNode) -> None:
         node.answer = JSONResponse({"error": {"message": "No.", "code": "x"}}, 400)
         tenant.client.post("/v1/completions", json=self.ASK)
+        node.answer = None
+        assert self.left(tenant) == 20
+
+    @pytest.mark.parametrize(("who", "chunks"), [("client", 0), ("client", 1), ("node", 1)])
+    def test_a_broken_off_stream_costs_its_prompt_and_a_token_per_chunk(
+        self, tenant: Api, node: StandInNode, who: str, chunks: int
+    ) -> None:
+        begun = threading.Event()
+
+        async def events() -> AsyncIterator[bytes]:
+            for _ in range(chunks):
+                yield b'data: {"choices": [{"index": 0, "text": "4"}]}\n\n'
+            begun.set()
+            if who == "node":
+                raise ConnectionError("the node breaks off")
+            await anyio.sleep_forever()
+
+        node.answer = StreamingResponse(
+            events(), media_type="text/event-stream", headers={PROMPT_TOKENS_HEADER: "5"}
+        )
+        body = {**self.ASK, "stream": True}
+        timeout = httpx.Timeout(30, read=30 if who == "node" else 1)
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            tenant.client.stream("POST", "/v1/completions", json=body, timeout=timeout) as answer,
+        ):
+            answer.read()
+        assert begun.is_set()
+        wait_until(lambda: self.left_without_asking(tenant) == 15 - chunks)
+
+    def test_a_refused_stream_costs_nothing(self, tenant: Api, node: StandInNode) -> None:
+        node.answer = JSONResponse({"error": {"message": "No.", "code": "x"}}, 400)
+        tenant.client.post("/v1/completions", json={**self.ASK, "stream": True})
         node.answer = None
         assert self.left(tenant) == 20
 

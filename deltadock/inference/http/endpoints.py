@@ -33,6 +33,7 @@ from deltadock.model_target import ARTIFACT_HEADER, BASE_HEADER, TENANT_HEADER, 
 from deltadock.names import DIGEST
 from deltadock.openai.chat import ChatCompletion, ChatRequest
 from deltadock.openai.completions import Completion, CompletionRequest
+from deltadock.openai.fields import PROMPT_TOKENS_HEADER
 from deltadock.openai.models import ModelCard, ModelList
 from deltadock.problems import openai_problems, problems
 from deltadock.trust import check_trusted
@@ -181,7 +182,8 @@ async def chat(
 
 async def _respond(request: Request, reply: Reply[Any]) -> Response | BaseModel:
     if reply.request.stream:
-        return EventSourceResponse(reply.stream())
+        prompt_tokens = {PROMPT_TOKENS_HEADER: str(reply.generation.prompt_tokens)}
+        return EventSourceResponse(reply.stream(), headers=prompt_tokens)
     return await while_connected(request, reply.complete())
 
 

@@ -20,6 +20,7 @@ from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.inference.engine.engine import MAX_DEVICE_FAILURES
 from deltadock.inference.prompts.tokenizer import Tokenizer, read_tokenizer_files
 from deltadock.inference.server import NodeServer, serve
+from deltadock.openai.fields import PROMPT_TOKENS_HEADER
 from tests.inference.support import (
     PROMPT,
     RunningNode,
@@ -74,6 +75,21 @@ def test_a_request_continues_its_callers_trace(site: Site, node: RunningNode) ->
     assert format(span.context.trace_id, "x") == "a" * 32
     assert span.parent is not None
     assert format(span.parent.span_id, "x") == "b" * 16
+
+
+def test_a_streams_head_names_its_prompt_tokens_before_the_first_token(
+    site: Site, node: RunningNode
+) -> None:
+    body = {"model": "m", "prompt": ["abc", "de"], "n": 2, "max_tokens": 1}
+    headers = {"Deltadock-Base": site.base}
+    whole = httpx.post(f"{node.url}/v1/completions", json=body, headers=headers).json()
+    go_on = hold(node)
+    stream = {**body, "stream": True}
+    with httpx.stream("POST", f"{node.url}/v1/completions", json=stream, headers=headers) as answer:
+        tokens = answer.headers[PROMPT_TOKENS_HEADER]
+        go_on.set()
+        answer.read()
+    assert int(tokens) == whole["usage"]["prompt_tokens"]
 
 
 def test_a_stream_equals_the_whole_answer(site: Site, node: RunningNode) -> None:
