@@ -24,6 +24,7 @@ from deltadock.artifacts.checkpoint import (
     CONFIG,
     SHARD_INDEX,
     TOKENIZER_CONFIG,
+    VOCABULARY_FILES,
     CheckpointManifest,
     FileEntry,
     TensorEntry,
@@ -413,14 +414,17 @@ def finish_upload(session: Session, blobs: BlobStore, upload: UploadRow) -> None
 
 
 def _has_chat_template(manifest: CheckpointManifest, blobs: BlobStore) -> bool | None:
-    """Whether conversations with it have a format; None: an adapter's are in its base's."""
+    """Whether conversations with it have a format; None: that is its base's tokenizer's."""
     digests = {file.path: file.sha256 for file in manifest.files}
     if CHAT_TEMPLATE in digests or (
         TOKENIZER_CONFIG in digests
         and configures_chat(blobs.read(digests[TOKENIZER_CONFIG], MAX_JSON_BYTES))
     ):
         return True
-    return None if manifest.config["model_type"] == ADAPTER_TYPE else False
+    inherits = (
+        manifest.config["model_type"] == ADAPTER_TYPE or not VOCABULARY_FILES & digests.keys()
+    )
+    return None if inherits else False
 
 
 def _manifest(upload: UploadRow, blobs: BlobStore) -> CheckpointManifest:

@@ -40,15 +40,23 @@ ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 ADAPTER_TYPE: Final = "peft-adapter"
 """The `model_type` of an adapter's manifest."""
 
-MODEL_FILES: Final = frozenset(
+VOCABULARY_FILES: Final = frozenset(
     {
-        CONFIG, "generation_config.json",
-        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-        "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-        "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
-        "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+        "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+        "sentencepiece.bpe.model", "tekken.json",
     }
 )  # fmt: skip
+"""A checkpoint without any of these has no tokenizer."""
+
+TOKENIZER_FILES: Final = VOCABULARY_FILES | {
+    TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "merges.txt", CHAT_TEMPLATE,
+    "chat_template.json",
+}  # fmt: skip
+
+MODEL_FILES: Final = TOKENIZER_FILES | {
+    CONFIG, "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json",
+}  # fmt: skip
 """The files besides weights that a model needs to answer; trainers leave many others."""
 
 NAMED_FILES: Final = 8

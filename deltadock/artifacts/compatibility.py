@@ -5,7 +5,14 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from deltadock.artifacts.checkpoint import MODEL_FILES, CheckpointManifest, TensorEntry
+from deltadock.artifacts.checkpoint import (
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    CheckpointManifest,
+    FileEntry,
+    TensorEntry,
+)
 from deltadock.artifacts.names import find_name, is_buffer, is_embedding, is_head
 from deltadock.errors import (
     ArchitectureMismatch,
@@ -79,17 +86,44 @@ def check_same_architecture(base: CheckpointManifest, finetuned: CheckpointManif
     check_structure(base.config, finetuned.config)
 
 
+def inherits_tokenizer(base: CheckpointManifest, finetuned: CheckpointManifest) -> bool:
+    """Whether the fine-tune's tokenizer is its base's: it has none, and as many tokens.
+
+    Trainers often save the weights without it.
+    """
+    has_one, has_its_own = (
+        any(file.path in VOCABULARY_FILES for file in manifest.files)
+        for manifest in (base, finetuned)
+    )
+    return has_one and not has_its_own and vocabulary(base.config) == vocabulary(finetuned.config)
+
+
+def differing_files(
+    base: CheckpointManifest, finetuned: CheckpointManifest
+) -> dict[str, FileEntry | None]:
+    """The model's files that differ from the base's, by name; None: the fine-tune has none.
+
+    What a fine-tune lacks of a tokenizer that it inherits does not differ.
+    """
+    before, after = (
+        {file.path: file for file in manifest.files if file.path in MODEL_FILES}
+        for manifest in (base, finetuned)
+    )
+    inherited = TOKENIZER_FILES - after.keys() if inherits_tokenizer(base, finetuned) else set()
+    return {
+        path: after.get(path)
+        for path in sorted((before.keys() | after.keys()) - inherited)
+        if path not in before or path not in after or before[path].sha256 != after[path].sha256
+    }
+
+
 def check_differs(base: CheckpointManifest, finetuned: CheckpointManifest) -> None:
     """Reject a fine-tune that equals its base: there would be nothing to store.
 
     Raises:
         UnchangedCheckpoint: all tensors, and all files that a delta carries, are the same.
     """
-    carried = [
-        {(file.path, file.sha256) for file in manifest.files if file.path in MODEL_FILES}
-        for manifest in (base, finetuned)
-    ]
-    if carried[0] == carried[1] and _same_weights(base, finetuned):
+    if not differing_files(base, finetuned) and _same_weights(base, finetuned):
         raise UnchangedCheckpoint(
             "The fine-tune equals its base: every weight and every file of the model is the same. "
             "Was the base uploaded twice, or the training's result saved elsewhere?"

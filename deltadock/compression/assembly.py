@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from deltadock.artifacts.checkpoint import MODEL_FILES, CheckpointManifest
+from deltadock.artifacts.checkpoint import CheckpointManifest
+from deltadock.artifacts.compatibility import differing_files
 from deltadock.artifacts.encodings import (
     Encoded,
     encode_alias,
@@ -131,15 +132,11 @@ def carried_files(base: CheckpointManifest, finetuned: CheckpointReader) -> Carr
     Raises:
         TooLarge: together they are over `MAX_CARRIED_BYTES`.
     """
-    before = {file.path: file.sha256 for file in base.files}
-    after = {file.path: file.sha256 for file in finetuned.manifest.files}
-    differing = [
-        path
-        for path in sorted(before.keys() | after.keys())
-        if path in MODEL_FILES and before.get(path) != after.get(path)
-    ]
-    texts, others = read_carried(finetuned.folder, [path for path in differing if path in after])
-    return texts | {path: None for path in differing if path not in after}, others
+    differing = differing_files(base, finetuned.manifest)
+    texts, others = read_carried(
+        finetuned.folder, [path for path, file in differing.items() if file]
+    )
+    return texts | {path: None for path, file in differing.items() if file is None}, others
 
 
 def read_carried(folder: Path, paths: Iterable[str]) -> CarriedFiles:

@@ -14,7 +14,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from deltadock.artifacts.checkpoint import TensorEntry, folder_files, ignored_files, scan_folder
-from deltadock.artifacts.compatibility import check_differs, match_tensors, tied_head
+from deltadock.artifacts.compatibility import (
+    check_differs,
+    inherits_tokenizer,
+    match_tensors,
+    tied_head,
+)
 from deltadock.artifacts.configs import check_same_forward
 from deltadock.artifacts.encodings import NUMPY_DTYPES
 from deltadock.artifacts.names import is_embedding, is_head
@@ -23,6 +28,8 @@ from deltadock.errors import InvalidCheckpoint, NonFiniteWeights
 
 FLOAT_DTYPES: Final = {"BF16", "F16", "F32", "F64"}
 """Dtypes whose deltas can be compressed; tensors of any other dtype are stored exactly."""
+
+INHERITED_TOKENIZER: Final = "The fine-tune has no tokenizer: the base's is used."
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +182,13 @@ class CheckpointPair:
     base: CheckpointReader
     finetuned: CheckpointReader
     notes: tuple[str, ...] = ()
-    """What was not taken from the fine-tune, in words."""
+    """What was not taken from the fine-tune, or not found there, in words."""
+
+    @property
+    def tokenizer_base(self) -> Path | None:
+        """The base's folder if the fine-tune inherits its tokenizer, else None."""
+        inherits = inherits_tokenizer(self.base.manifest, self.finetuned.manifest)
+        return self.base.folder if inherits else None
 
     def changed(self, name: str) -> bool:
         """Whether a tensor differs from the base's, by digest and dtype."""
@@ -231,7 +244,9 @@ def open_pair(
     after.align(before)
     check_differs(before.manifest, after.manifest)
     ignored = ignored_files(finetuned, {file.path for file in after.manifest.files})
-    return CheckpointPair(before, after, (*ignored, *keep_unused_rows(before, after)))
+    inherited = [INHERITED_TOKENIZER] if inherits_tokenizer(before.manifest, after.manifest) else []
+    unused = keep_unused_rows(before, after)
+    return CheckpointPair(before, after, (*inherited, *ignored, *unused))
 
 
 def keep_unused_rows(base: CheckpointReader, finetuned: CheckpointReader) -> Iterator[str]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
-from deltadock.artifacts.checkpoint import MODEL_FILES, CheckpointManifest, folder_files
-from deltadock.artifacts.compatibility import match_tensors
+from deltadock.artifacts.checkpoint import CheckpointManifest, folder_files
+from deltadock.artifacts.compatibility import differing_files, match_tensors
 from deltadock.artifacts.container import DTYPE_BITS, header_length, parse_header
 from deltadock.artifacts.names import EMBEDDINGS, HEADS
 from deltadock.compression.options import METHODS, SIZES, Goal, rank_budget
@@ -297,13 +297,9 @@ def carried_bytes(finetuned: CheckpointManifest, base: CheckpointManifest | None
     """
     if base is None:
         return 0
-    before = {file.path: file.sha256 for file in base.files}
-    changed = [
-        file.size
-        for file in finetuned.files
-        if file.path in MODEL_FILES and before.get(file.path) != file.sha256
-    ]
-    return round(FILE_GROWTH * sum(changed))
+    return round(
+        FILE_GROWTH * sum(file.size for file in differing_files(base, finetuned).values() if file)
+    )
 
 
 def preview_size(

@@ -16,7 +16,12 @@ from deltadock.artifacts.configs import differences
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import merged_tensor
 from deltadock.compression.calibration.windows import read_windows
-from deltadock.compression.checkpoints import CheckpointReader, ResizedSource, TensorSource
+from deltadock.compression.checkpoints import (
+    CheckpointPair,
+    CheckpointReader,
+    ResizedSource,
+    TensorSource,
+)
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.report import Quality
 
@@ -74,10 +79,11 @@ def evaluate(
         after.align(before)
         model = BlockwiseModel(finetuned, device, after.entries)
         model.check(after.shapes)
+        tokenizer_base = CheckpointPair(before, after).tokenizer_base
         return measure(
             model,
             base_model(model, before, after),
-            read_windows(text, finetuned, min(window, model.max_length)),
+            read_windows(text, finetuned, min(window, model.max_length), tokenizer_base),
             base=ResizedSource(before, after.shapes),
             finetuned=after,
             delta=MergedSource(before, artifact, model.device),

@@ -213,6 +213,7 @@ class CompressionSession:
                 sources, self.pair.finetuned.folder, model.max_length, options.seed,
                 options.calibration, self._device,
                 lambda text, done: progress.report("text", 0, 1, text, done),
+                self.pair.tokenizer_base,
             )  # fmt: skip
             if self._store is not None and data.is_sampled:
                 self._store.put(key, data.to_bytes())
@@ -290,9 +291,10 @@ class CompressionSession:
         try:
             check_fits(finetuned.parameters, self._device)
             self._model = self._model or self._open_model()
+            tokenizer = load_tokenizer(finetuned.folder, self.pair.tokenizer_base)
             sampler = TextSampler(
-                finetuned.folder, load_tokenizer(finetuned.folder), self._options.seed,
-                self._device, lambda text, done: progress.report("sampling", 0, 1, text, done),
+                finetuned.folder, tokenizer, self._options.seed, self._device,
+                lambda text, done: progress.report("sampling", 0, 1, text, done),
             )  # fmt: skip
             windows = sample_windows(sampler, self._model.max_length, self._options.calibration)
             del sampler  # its memory is free before the models are compared
@@ -461,6 +463,7 @@ class CompressionSession:
         inputs = {
             "versions": [__version__, torch.__version__],
             "finetuned": self.pair.finetuned.manifest.digest,
+            "tokenizer_of": self.pair.base.manifest.digest if self.pair.tokenizer_base else None,
             "texts": texts,
             "length": max_length,
             "calibration": asdict(self._options.calibration),

@@ -30,12 +30,12 @@ def test_an_uploaded_adapter_is_a_checkpoint_with_its_own_model_type(api: Api) -
 
 
 def test_a_checkpoint_says_whether_it_has_a_chat_template(api: Api) -> None:
-    """An adapter without one takes its base's, which is not known here."""
+    """One that inherits its base's tokenizer takes its template, which is not known here."""
     model = {"config.json": CONFIG, "model.safetensors": weights()}
     configured = {"tokenizer_config.json": b'{"chat_template": "{{ messages }}"}'}
     uploads: list[tuple[dict[str, bytes], bool | None]] = [
-        (model, False),
-        (model | {"tokenizer_config.json": b"{}"}, False),
+        (model, None),
+        (model | {"tokenizer.json": b"{}"}, False),
         (model | configured, True),
         (model | {"chat_template.jinja": b"{{ messages }}"}, True),
         (adapter_files(), None),

@@ -96,6 +96,14 @@ def rewrite(folder: Path, change: Callable[[Tensors], Tensors], name: str = WEIG
     save_file(kept, folder / name, metadata={"format": "pt"})
 
 
+def without_tokenizer(home: Path) -> Made:
+    """A fine-tune whose tokenizer was not saved."""
+    made = pair(home)
+    for path in made.tuned.glob("tokenizer*"):
+        path.unlink()
+    return made
+
+
 def edited(
     *steps: tuple[str, Callable[[Tensors], Tensors]], tied: bool = False
 ) -> Callable[[Path], Made]:
@@ -456,6 +464,8 @@ CASES: tuple[Case, ...] = (
          own_head(tied=True, base_tied=False), "not tied, as in `from_pretrained`"),
     Case("any", "an untied base, a fine-tune with a tied head that is not stored",
          retied, "the embedding is the head"),
+    Case("any", "weights and config.json only", without_tokenizer,
+         "the base's tokenizer, if both have as many tokens, with a note in the report"),
     Case("any", "NaN in embedding rows past the tokenizer's size", nan_padding,
          "kept as the base's, with a note in the report"),
     Case("any", "NaN in an input embedding, of base and fine-tune alike",

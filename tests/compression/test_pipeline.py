@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.artifacts.compatibility import inherits_tokenizer
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.compression.calibration import sampling, windows
@@ -301,13 +303,57 @@ def test_binary_files_are_stored_unchanged(pair: Pair, tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "chat_template.jinja").read_bytes() == lines
 
 
-def test_a_checkpoint_without_a_tokenizer_is_rejected(
+def remove_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])
+def test_a_fine_tune_without_a_tokenizer_has_its_bases(
+    pair: Pair, text: Path, tmp_path: Path, template: str | None
+) -> None:
+    """All that it was saved with, such as a chat template of its own, is kept."""
+    base, finetuned = pair
+    with_its_own = compress(*pair, tmp_path / "a.delta", BITDELTA, calibration=[Source(text)])
+    (base / "chat_template.jinja").write_text("of the base")
+    remove_tokenizer(finetuned)
+    if template is not None:
+        (finetuned / "chat_template.jinja").write_text(template)
+    report = compress(*pair, tmp_path / "b.delta", BITDELTA, calibration=[Source(text)])
+    assert report.kl == with_its_own.kl
+    assert report.notes == ["The fine-tune has no tokenizer: the base's is used."]
+    sampled = compress(*pair, tmp_path / "c.delta", CompressOptions("exact"), calibration=None)
+    assert sampled.kl is not None
+    assert evaluate(*pair, tmp_path / "b.delta", text).kl > 0
+    merge(base, tmp_path / "b.delta", tmp_path / "merged")
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged("a word").input_ids == AutoTokenizer.from_pretrained(base)("a word").input_ids
+    assert merged.chat_template == (template or "of the base")
+
+
+def test_equal_weights_without_a_tokenizer_are_no_fine_tune(pair: Pair, tmp_path: Path) -> None:
+    base, _ = pair
+    copy = shutil.copytree(base, tmp_path / "copy")
+    remove_tokenizer(copy)
+    with pytest.raises(UnchangedCheckpoint):
+        compress(base, copy, tmp_path / "a.delta", BITDELTA, calibration=None)
+
+
+def test_a_base_without_a_tokenizer_has_none_to_give(
     pair: Pair, text: Path, tmp_path: Path
 ) -> None:
-    for path in pair[1].glob("tokenizer*"):
-        path.unlink()
+    for folder in pair:
+        remove_tokenizer(folder)
     with pytest.raises(InvalidCheckpoint, match="tokenizer"):
         compress(*pair, tmp_path / "a.delta", CompressOptions(), calibration=[Source(text)])
+
+
+def test_a_tokenizer_of_fewer_tokens_is_not_inherited(pair: Pair) -> None:
+    base, finetuned = pair
+    remove_tokenizer(finetuned)
+    config = json.loads((finetuned / "config.json").read_text())
+    (finetuned / "config.json").write_text(json.dumps(config | {"vocab_size": 257}))
+    assert not inherits_tokenizer(scan_folder(base), scan_folder(finetuned))
 
 
 def change(finetuned: Path, name: str, value: torch.Tensor | None) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from deltadock.artifacts.checkpoint import CONFIG, TOKENIZER_FILES, VOCABULARY_FILES
 from deltadock.compression.options import MIN_TOKENS, TOKENS
 from deltadock.errors import InvalidCalibration, InvalidCheckpoint
 
-TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 MAX_CHARACTERS: Final = 4_000_000
 """Tokenizing takes hundreds of bytes per character; longer texts are subsampled."""
 PIECE_CHARACTERS: Final = 40_000
@@ -50,13 +52,24 @@ class Prompts:
 Material = Text | Conversations | Prompts
 
 
-def load_tokenizer(checkpoint: Path) -> Any:
+def load_tokenizer(checkpoint: Path, base: Path | None = None) -> Any:
     """Load the checkpoint's tokenizer.
+
+    Args:
+        checkpoint: its folder.
+        base: the folder whose tokenizer it inherits; None: it has its own.
 
     Raises:
         InvalidCheckpoint: there is none, or it cannot be loaded.
     """
-    if not any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
+    if base is not None:
+        with tempfile.TemporaryDirectory(prefix="deltadock-tokenizer-") as name:
+            for folder in (base, checkpoint):
+                for file in TOKENIZER_FILES | {CONFIG}:
+                    if (folder / file).is_file():
+                        shutil.copyfile(folder / file, Path(name, file))
+            return load_tokenizer(Path(name))
+    if not any((checkpoint / name).is_file() for name in VOCABULARY_FILES):
         # transformers would create an empty one.
         raise InvalidCheckpoint(
             "The fine-tune has no tokenizer; put its tokenizer.json and tokenizer_config.json "

@@ -113,17 +113,19 @@ def load_calibration(
     options: CalibrationOptions | None = None,
     device: str = "cpu",
     progress: Watcher = lambda message, done: None,
+    tokenizer_base: Path | None = None,
 ) -> CalibrationSet:
     """Load windows of a mixture of sources, each limited to its fraction of the tokens.
 
     Args:
         sources: empty for text sampled from the fine-tuned model.
-        checkpoint: the fine-tune's folder, with its tokenizer.
+        checkpoint: the fine-tune's folder.
         max_length: the model's longest sequence in tokens.
         seed: of sampling, held-out windows, and subsampling.
         options: tokens and window length.
         device: torch device that samples.
         progress: called for every sampled token; whatever it raises (`Cancelled`) ends it.
+        tokenizer_base: the folder whose tokenizer the fine-tune inherits; None: it has its own.
 
     Raises:
         InvalidCalibration: a source is too short, empty, not UTF-8 or has an invalid line.
@@ -135,7 +137,7 @@ def load_calibration(
     sources = sources or (SAMPLED,)
     check_weights([source.weight for source in sources])
     total_weight = sum(source.weight for source in sources)
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint, tokenizer_base)
     contents: list[_SourceTokens] = []
     for number, source in enumerate(sources, 1):
         progress(f"reading source {number} of {len(sources)}", 0.0)
@@ -185,13 +187,15 @@ def sample_windows(
     return _windows(stream, length)[:count]
 
 
-def read_windows(path: Path, checkpoint: Path, length: int) -> Tensor:
+def read_windows(
+    path: Path, checkpoint: Path, length: int, tokenizer_base: Path | None = None
+) -> Tensor:
     """Read a whole file as windows (n, length) int64; short files give 16 shorter windows.
 
     Raises:
         InvalidCalibration, InvalidCheckpoint: as `load_calibration`.
     """
-    content = read_source(path, load_tokenizer(checkpoint), seed=0)
+    content = read_source(path, load_tokenizer(checkpoint, tokenizer_base), seed=0)
     if isinstance(content, Prompts):
         raise InvalidCalibration("The file has prompts alone, which give nothing to measure.")
     tokens = content.tokens if isinstance(content, Text) else torch.cat(content.documents)
