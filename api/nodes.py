@@ -28,6 +28,7 @@ from deltadock.problems import problems
 from deltadock.storage.models import AuditAction, BaseRow, NodeRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, NodeRepository
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.blobs import BlobRepository
 from deltadock.storage.repositories.deltas import NamedDelta
 from deltadock.trust import credentials
 
@@ -35,6 +36,7 @@ router = api_router("/v1/nodes", tags=["nodes"])
 
 EXAMPLE_NODE_ID: Final = "node_7hq2xk4m5n6p7q2r3s4t5u6v7w"
 MAX_DELTAS: Final = 10_000
+MAX_DAMAGED: Final = 100
 TELL_SECONDS: Final = 30.0
 """How long a node may take to do what an operator says."""
 
@@ -107,6 +109,11 @@ class NodeIn(RequestBody):
     admitted: int = Field(ge=0, le=2**31 - 1, description="Current sequences.")
     delta_slots: int = Field(ge=0, le=2**31 - 1)
     deltas: list[HeldDeltaIn] = Field(default=[], max_length=MAX_DELTAS)
+    damaged: list[Digest] = Field(
+        default=[],
+        max_length=MAX_DAMAGED,
+        description="Blobs whose bytes in the store do not have their SHA-256.",
+    )
     usage: NodeUsage | None = None
     lives_seconds: float = Field(
         gt=0, le=3600, description="The registration expires after this time without a heartbeat."
@@ -360,6 +367,8 @@ def put_node(node_id: NodeId, body: NodeIn, unit: WriteUnit, resources: Resource
     """Register a node, or record its heartbeat; a registration expires without heartbeats."""
     fields = body.model_dump()
     fields["base_digest"] = fields.pop("base")
+    for digest in fields.pop("damaged"):
+        BlobRepository(unit.session).note_damaged(digest)
     NodeRepository(unit.session).put(node_id, **fields)
     unit.after_commit.append(resources.fleet.invalidate)
 

@@ -3,13 +3,13 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, check_path
-from deltadock.errors import InvalidCheckpoint
+from deltadock.errors import DamagedBlob, InvalidCheckpoint
 from deltadock.storage.blobs.port import BlobStore, sha256_of
 
 MANIFEST_BYTES: Final = 64 * 2**20
@@ -19,9 +19,16 @@ MANIFEST_BYTES: Final = 64 * 2**20
 class FileCache:
     """Checkpoints and artifacts under `folder`, by digest. All calls block."""
 
-    def __init__(self, blobs: BlobStore, folder: Path) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        folder: Path,
+        found_damaged: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`found_damaged` is called with the digest of each blob that the store has damaged."""
         self._blobs = blobs
         self._folder = folder
+        self._found_damaged = found_damaged
 
     def artifact(self, digest: str) -> Path:
         """The artifact's file.
@@ -105,7 +112,8 @@ class FileCache:
         return folder, manifest
 
     def _manifest(self, digest: str) -> CheckpointManifest:
-        manifest_json = self._blobs.read(digest, MANIFEST_BYTES)
+        with self._telling_damage():
+            manifest_json = self._blobs.read(digest, MANIFEST_BYTES)
         try:
             return CheckpointManifest.from_json(manifest_json)
         except (ValueError, KeyError, TypeError) as error:
@@ -114,8 +122,18 @@ class FileCache:
     def _file(self, digest: str, path: Path) -> Path:
         """`path`, fetched from the store unless it already has the bytes of `digest`."""
         if not path.is_file() or sha256_of(path) != digest:
-            self._blobs.fetch(digest, path)
+            with self._telling_damage():
+                self._blobs.fetch(digest, path)
         return path
+
+    @contextmanager
+    def _telling_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except DamagedBlob as error:
+            if error.digest is not None:
+                self._found_damaged(error.digest)
+            raise
 
 
 def disk_bytes(folder: Path) -> int:

@@ -48,7 +48,7 @@ class InferenceNode:
 
     def __init__(self, settings: Settings, blobs: BlobStore) -> None:
         self.settings = settings
-        self._files = FileCache(blobs, settings.cache_folder)
+        self._files = FileCache(blobs, settings.cache_folder, self._report_damaged)
         self._disk = DiskTier(self._files, settings.node_disk_bytes)
         running = settings.node_max_sequences
         self._admission = Admission(
@@ -87,6 +87,11 @@ class InferenceNode:
     def _notify_api(self) -> None:
         if self._registration is not None:
             self._registration.notify()
+
+    def _report_damaged(self, digest: str) -> None:
+        """Called from any thread."""
+        if self._registration is not None:
+            self._registration.report_damaged(digest)
 
     async def drain(self) -> None:
         """Reject new requests until `resume`, and report it; running ones continue."""

@@ -16,6 +16,8 @@ log = structlog.get_logger(__name__)
 
 MISSED_BEATS: Final = 5
 """The registration expires after this many missed heartbeats."""
+MAX_DAMAGED: Final = 100
+"""Damaged blobs in one heartbeat."""
 MIN_INTERVAL_SECONDS: Final = 0.1
 """Minimum time between heartbeats, however often the state changes."""
 
@@ -45,6 +47,9 @@ class Registration:
         self._interval = settings.node_heartbeat_seconds
         self._address = {"url": url, "lives_seconds": self._interval * MISSED_BEATS}
         self._state = state
+        self._damaged: set[str] = set()
+        """Damaged blobs that no successful heartbeat has reported."""
+        self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._registered: bool | None = None
         """Whether the last heartbeat succeeded; None before the first."""
@@ -57,11 +62,22 @@ class Registration:
         """Send a heartbeat soon, since the state has changed."""
         self._changed.set()
 
+    def report_damaged(self, digest: str) -> None:
+        """Report soon, and once, that the store has a damaged blob. Called from any thread."""
+
+        def add() -> None:
+            self._damaged.add(digest)
+            self.notify()
+
+        self._loop.call_soon_threadsafe(add)
+
     async def report(self) -> None:
         """Send a heartbeat now."""
         self._changed.clear()
+        damaged = sorted(self._damaged)[:MAX_DAMAGED]
+        body = {**self._address, **self._state(), "damaged": damaged}
         try:
-            response = await self._http.put(self._node_url, json={**self._address, **self._state()})
+            response = await self._http.put(self._node_url, json=body)
             response.raise_for_status()
         except httpx.HTTPError as error:
             if self._registered is not False:
@@ -71,6 +87,7 @@ class Registration:
             if not self._registered:
                 log.info("registered", url=self._node_url)
             self._registered = True
+            self._damaged.difference_update(damaged)
 
     async def _send_heartbeats(self) -> None:
         while True:

@@ -18,7 +18,6 @@ import pytest
 from deltadock.api.protocol import PIECE_BYTES, Body, Protocol
 from deltadock.api.uploads.receive import BATCH_BYTES
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
-from deltadock.storage.repositories.blobs import BlobRepository
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights
 from tests.waiting import wait_until
 
@@ -92,9 +91,8 @@ def test_a_file_that_was_found_damaged_is_asked_for_until_it_arrives(api: Api) -
     def stored() -> dict[str, bool]:
         return {file["path"]: file["stored"] for file in api.announce(files)["files"]}
 
-    with api.resources.database.session_scope() as session:
-        for _ in range(2):
-            BlobRepository(session).note_damaged(sha256(files["model.safetensors"]))
+    for _ in range(2):  # a node finds it
+        api.register("http://10.0.0.7:8100", damaged=[sha256(files["model.safetensors"])])
     assert stored() == {"config.json": True, "model.safetensors": False}
     api.put(api.open_upload(), "model.safetensors", files["model.safetensors"])
     assert stored() == {"config.json": True, "model.safetensors": True}

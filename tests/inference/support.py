@@ -156,6 +156,10 @@ class RunningNode(uvicorn.Server):
         self._thread.join()
         self._socket.close()
 
+    def call(self, function: Callable[..., object], *args: Any) -> None:
+        """Call a function in the node's event loop, soon."""
+        self._loop.call_soon_threadsafe(function, *args)
+
     def client(self, base: str, artifact: str | None = None) -> openai.OpenAI:
         headers = {"Deltadock-Base": base} | (
             {"Deltadock-Artifact": artifact} if artifact is not None else {}

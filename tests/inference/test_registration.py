@@ -2,8 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import openai
+import pytest
 from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -13,6 +16,8 @@ from starlette.routing import Route
 from deltadock.inference.registration import Registration
 from deltadock.settings import Settings
 from tests.api.support import serving
+from tests.inference.support import Site, start
+from tests.waiting import wait_until
 
 
 class Listener:
@@ -58,10 +63,45 @@ def test_a_node_sends_heartbeats_and_deregisters() -> None:
     with serving(listener.app) as url:
         asyncio.run(scenario(url))
     first, second, third, last = listener.told
-    assert first[2] == {"url": "http://node:8100", "lives_seconds": 3000, "admitted": 0}
+    assert first[2] == {
+        "url": "http://node:8100",
+        "lives_seconds": 3000,
+        "admitted": 0,
+        "damaged": [],
+    }
     assert (second[2]["admitted"], third[2]["admitted"]) == (3, 3)
     assert [method for method, _, _ in listener.told] == ["PUT", "PUT", "PUT", "DELETE"]
     assert {node for _, node, _ in listener.told} == {last[1]}
+
+
+def test_damaged_blobs_that_a_node_finds_are_reported_once(site: Site, tmp_path: Path) -> None:
+    listener = Listener()
+    listener.status = 503
+    damaged = "a" * 64
+    path = site.blobs.path(damaged)
+    path.write_bytes(b"other bytes")
+
+    def reported() -> list[list[str]]:
+        return [body["damaged"] for method, _, body in listener.told if method == "PUT"]
+
+    try:
+        with (
+            serving(listener.app) as url,
+            start(
+                site, tmp_path, api_url=url, node_secret="s3cret", node_heartbeat_seconds=0.2
+            ) as running,
+            running.client(site.base, damaged) as client,
+        ):
+            client.api_key = "s3cret"
+            running.call(running.node.register, "http://node:8100")
+            with pytest.raises(openai.APIStatusError, match="damaged"):
+                client.completions.create(model="m", prompt="a")
+            wait_until(lambda: [damaged] in reported())
+            listener.status = 204
+            wait_until(lambda: reported()[-1] == [])
+        assert reported()[-1] == [], "it is not reported again"
+    finally:
+        path.unlink()
 
 
 def test_an_unreachable_api_does_not_stop_the_node() -> None:

@@ -42,6 +42,18 @@ def damage(path: Path) -> None:
     path.write_bytes(raw)
 
 
+def test_what_the_store_has_damaged_is_told(tmp_path: Path, blobs: LocalBlobStore) -> None:
+    manifest = put_checkpoint(blobs, tmp_path / "source")
+    (weights,) = (file.sha256 for file in manifest.files if file.path == "model.safetensors")
+    told: list[str] = []
+    cache = FileCache(blobs, tmp_path / "cache", told.append)
+    for digest in (weights, manifest.digest):
+        damage(blobs.path(digest))
+        with pytest.raises(DamagedBlob):
+            cache.checkpoint(manifest.digest)
+    assert told == [weights, manifest.digest]
+
+
 def test_a_checkpoint_is_fetched_completely(
     tmp_path: Path, blobs: LocalBlobStore, cache: FileCache
 ) -> None:
