@@ -1,14 +1,14 @@
 """Bases: checkpoints registered under a name, against which deltas are compressed."""
 
 from datetime import datetime
-from typing import Annotated, Final, Self
+from typing import Annotated, Any, Final, Self
 
 from fastapi import Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import Caller, CallerDep
-from deltadock.api.dependencies import ReadSession, UnitOfWork, WriteUnit
+from deltadock.api.dependencies import ReadSession, ResourcesDep, UnitOfWork, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.routing import api_router
@@ -16,6 +16,7 @@ from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, D
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
 from deltadock.problems import problems
+from deltadock.storage.cache import MANIFEST_BYTES
 from deltadock.storage.models import BaseRow, CheckpointRow
 from deltadock.storage.repositories import BaseRepository, CheckpointRepository
 from deltadock.storage.repositories.blobs import lock_blobs
@@ -66,6 +67,32 @@ class BaseOut(BaseModel):
             shared=base.shared,
             created_at=base.created_at,
         )
+
+
+class ManifestFileOut(BaseModel):
+    """One file of a checkpoint."""
+
+    path: str = Field(examples=["model.safetensors"])
+    size: int = Field(examples=[988_097_824])
+    sha256: str = Field(examples=[EXAMPLE_DIGEST])
+
+
+class ManifestTensorOut(BaseModel):
+    """One tensor of a checkpoint."""
+
+    name: str = Field(examples=["model.norm.weight"])
+    dtype: str = Field(examples=["BF16"])
+    shape: list[int] = Field(examples=[[896]])
+    file: str = Field(examples=["model.safetensors"])
+    sha256: str = Field(examples=[EXAMPLE_DIGEST], description="Of the tensor's bytes.")
+
+
+class ManifestOut(BaseModel):
+    """What a checkpoint consists of; its SHA-256, as canonical JSON, is the checkpoint's digest."""
+
+    files: list[ManifestFileOut]
+    tensors: list[ManifestTensorOut]
+    config: dict[str, Any] = Field(description="The parsed config.json.")
 
 
 class BasePage(BaseModel):
@@ -162,6 +189,16 @@ def list_bases(
 def get_base(base: BaseRef, caller: CallerDep, session: ReadSession) -> BaseOut:
     """Get one base."""
     return BaseOut.of(require_base(session, caller.tenant_id, base))
+
+
+@router.get("/{base}/manifest", response_model=ManifestOut, responses=problems(NotFound))
+def get_base_manifest(
+    base: BaseRef, caller: CallerDep, session: ReadSession, resources: ResourcesDep
+) -> Response:
+    """Get the digests of a base's files and tensors: what a fine-tune changes of it."""
+    row = require_base(session, caller.tenant_id, base)
+    content = resources.blobs.read(row.checkpoint_digest, MANIFEST_BYTES)
+    return Response(content, media_type="application/json")
 
 
 @router.patch("/{base}", responses=problems(Forbidden, InvalidInput, NotFound))

@@ -94,6 +94,7 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "GET /v1/bases": READ,
         "POST /v1/bases": WRITE,
         "GET /v1/bases/{base}": READ,
+        "GET /v1/bases/{base}/manifest": READ,
         "PATCH /v1/bases/{base}": OPERATOR,
         "DELETE /v1/bases/{base}": WRITE,
         "POST /v1/bases/{base}/restore": WRITE,

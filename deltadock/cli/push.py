@@ -8,7 +8,6 @@ import typer
 from deltadock.cli.jobs import follow
 from deltadock.cli.offline import (
     CALIBRATION,
-    DEFAULT_METHOD,
     Bits,
     MaxKl,
     MinAgreement,
@@ -28,9 +27,7 @@ from deltadock.cli.output import (
     say,
 )
 from deltadock.cli.server import Url, complete_base, complete_method, connect
-from deltadock.compression.options import METHODS, goal_for
-from deltadock.compression.preview import preview_size, read_shapes
-from deltadock.errors import InvalidGoal, InvalidInput, NotFound
+from deltadock.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -116,7 +113,6 @@ def push(
     }  # fmt: skip
     with connect(url) as client:
         _check_base(client, base)
-        _check_goal(folder, method, goal)
         with (
             on_interrupt("The same command continues the upload."),
             bytes_bar(errors, "hashing", "uploading") as progress,
@@ -162,24 +158,6 @@ def _check_base(client: "Client", base: str) -> None:
         raise NotFound(
             f"There is no base {base!r}. There are: {names}. `deltadock bases add DIR` adds one."
         ) from error
-
-
-def _check_goal(folder: Path, method: str | None, goal: "GoalOptions") -> None:
-    """Raise what is wrong with a goal; say if a size is out of reach unless tensors are unchanged.
-
-    Which are is known only once the server has the fine-tune; it refuses the size then. A method
-    that is unknown here may be a newer server's.
-    """
-    name = method or DEFAULT_METHOD
-    if name not in METHODS:
-        return
-    info, wanted = goal_for(name, **goal)
-    if wanted is None or wanted.kind not in {"target_bytes", "ratio"}:
-        return
-    try:
-        preview_size(read_shapes(folder), info.name, wanted)
-    except InvalidGoal as error:
-        say(f"{error.message} The server will refuse it if every tensor differs from the base's.")
 
 
 def _say_what_next(delta: "Delta") -> None:

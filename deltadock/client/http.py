@@ -28,7 +28,13 @@ import anyio
 import anyio.to_thread
 import httpx
 
-from deltadock.artifacts.checkpoint import ADAPTER_CONFIG, CHUNK_BYTES, CONFIG, folder_files
+from deltadock.artifacts.checkpoint import (
+    ADAPTER_CONFIG,
+    CHUNK_BYTES,
+    CONFIG,
+    folder_files,
+    scan_folder,
+)
 from deltadock.artifacts.compatibility import check_same_type
 from deltadock.client import routes
 from deltadock.client.connection import find_connection
@@ -48,12 +54,21 @@ from deltadock.client.routes import GoalOptions
 from deltadock.client.uploads import Uploader
 from deltadock.compression.options import (
     METHODS,
+    Goal,
     check_kind,
     check_weights,
     default_method,
     goal_for,
 )
-from deltadock.errors import HashMismatch, InvalidInput, NotFound, NotReady, Unavailable
+from deltadock.compression.preview import carried_bytes, preview_size, read_shapes, shapes_of
+from deltadock.errors import (
+    HashMismatch,
+    InvalidGoal,
+    InvalidInput,
+    NotFound,
+    NotReady,
+    Unavailable,
+)
 from deltadock.version import __version__
 
 P = ParamSpec("P")
@@ -387,8 +402,10 @@ class Client:
         """
         # All that can be refused now is, before hours of upload.
         routes.checked_name(name)
-        self._check_method(Path(folder), method, goal)
+        chosen, wanted = self._check_method(Path(folder), method, goal)
         _check_type(Path(folder), self.base(base))
+        if wanted is not None and wanted.kind in ("target_bytes", "ratio"):
+            self._check_size(Path(folder), base, chosen, wanted)
         if parent is not None:
             self.delta(parent)
         mixture = None if calibration is None else self._mixture(calibration)
@@ -399,13 +416,33 @@ class Client:
         )  # fmt: skip
         return Push(self, accepted.delta, accepted.job)
 
-    def _check_method(self, folder: Path, method: str | None, goal: GoalOptions) -> None:
-        """Raise what the server would about the method, its goal and the kind of checkpoint."""
+    def _check_method(
+        self, folder: Path, method: str | None, goal: GoalOptions
+    ) -> tuple[str, Goal | None]:
+        """The method and its goal, None if it has none or only the server knows the method.
+
+        Raises:
+            InvalidInput, Conflict: what the server would about them and the kind of checkpoint.
+        """
         name = method or default_method().name
         if name not in METHODS and name in {known.name for known in self.methods()}:
-            return  # a newer server's
-        info, _ = goal_for(name, **goal)
+            return name, None  # a newer server's
+        info, wanted = goal_for(name, **goal)
         check_kind(info, is_adapter=ADAPTER_CONFIG in folder_files(folder))
+        return name, wanted
+
+    def _check_size(self, folder: Path, base: str, method: str, goal: Goal) -> None:
+        """Raise InvalidGoal if no artifact of this fine-tune is as small.
+
+        Tensors that equal the base's take no room, but finding them reads the whole checkpoint:
+        only where the size would be out of reach without them.
+        """
+        try:
+            preview_size(read_shapes(folder), method, goal)
+        except InvalidGoal:
+            before, after = self.send(routes.base_manifest(base)), scan_folder(folder)
+            shapes, carried = shapes_of(after, before), carried_bytes(after, before)
+            preview_size(shapes, method, goal, carried=carried)
 
     def _mixture(self, calibration: Calibration) -> JsonObject:
         weights = calibration if isinstance(calibration, Mapping) else {calibration: 1.0}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, TypedDict, Unpack
 from urllib.parse import quote
 
+from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.client.requests import Call, Events, JsonObject, Pages, reader
 from deltadock.client.resources import (
     Accepted,
@@ -129,6 +130,11 @@ def create_base(name: str, checkpoint: str) -> Call[Base]:
 def base(name: str) -> Call[Base]:
     """The base with this name or id."""
     return Call("GET", f"/v1/bases/{_segment(name)}", reader(Base))
+
+
+def base_manifest(name: str) -> Call[CheckpointManifest]:
+    """The digests of the files and tensors of the base with this name or id."""
+    return Call("GET", f"/v1/bases/{_segment(name)}/manifest", reader(CheckpointManifest))
 
 
 def delete_base(name: str) -> Call[None]:

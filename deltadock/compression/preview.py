@@ -350,7 +350,7 @@ def preview_size(
     if least.artifact_bytes > OVERESTIMATE * target:
         raise InvalidGoal(
             f"{goal} cannot be reached by {method!r}: its smallest artifact of this model takes "
-            f"about {least.artifact_bytes} bytes, a ratio of {least.ratio:.1f}."
+            f"about {least.artifact_bytes} bytes, a ratio of {least.ratio:.3g}."
         )
     if least.artifact_bytes > target:
         return least

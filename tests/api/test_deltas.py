@@ -348,6 +348,15 @@ def test_bases(api: Api) -> None:
     assert api.client.get("/v1/bases/none").status_code == 404
 
 
+def test_a_bases_manifest_has_the_checkpoints_digest(api: Api) -> None:
+    digest = api.base()
+    answer = api.client.get("/v1/bases/tiny/manifest")
+    assert answer.headers["content-type"] == "application/json"
+    assert sha256(answer.content) == digest
+    tensors = {tensor["name"]: tensor["shape"] for tensor in answer.json()["tensors"]}
+    assert tensors == {"model.embed_tokens.weight": [8, 8], "model.norm.weight": [8]}
+
+
 def test_a_base_is_deleted_when_no_delta_needs_it_and_restored(api: Api) -> None:
     body = api.delta_body()
     delta = api.client.post("/v1/deltas", json=body).json()["delta"]

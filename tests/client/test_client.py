@@ -30,7 +30,7 @@ from deltadock.errors import (
     UnknownMethod,
 )
 from deltadock.storage.models import Scope
-from tests.api.support import issue_key
+from tests.api.support import issue_key, weights
 from tests.client.support import Service, write_finetune, write_text
 
 
@@ -47,6 +47,25 @@ def ready(service: Service, client: Client, tmp_path: Path) -> Delta:
     if pushed.job.state != "ready":  # another test has pushed the same fine-tune
         service.api.make_ready({"id": pushed.delta.id, "job": pushed.job.id}, b"some bytes" * 500)
     return client.delta(pushed.delta.id)
+
+
+def test_a_size_that_unchanged_tensors_bring_within_reach_is_accepted(
+    client: Client, service: Service, tmp_path: Path
+) -> None:
+    large = {"model.layers.0.mlp.up_proj.weight": (64, 512)}
+    base = service.api.checkpoint(weights(0, **large))
+    client.create_base("large", base)
+    changed = write_finetune(tmp_path / "changed")
+    (changed / "model.safetensors").write_bytes(weights(1, **large))
+    with pytest.raises(InvalidGoal, match="ratio 40 cannot be reached"):
+        client.push(changed, "maths/changed", "large", method="adamix", ratio=40.0)
+    same = write_finetune(tmp_path / "same")
+    (same / "model.safetensors").write_bytes(weights(0, **large))
+    (same / "generation_config.json").write_text("{}")
+    pushed = client.push(same, "maths/same", "large", method="adamix", ratio=40.0)
+    assert pushed.delta.version == 1
+    client.delete(pushed.delta.id)
+    client.delete_base("large")
 
 
 def test_a_push_is_awaited_and_shows_where_it_is(
