@@ -136,64 +136,75 @@ class HeldDeltaOut(BaseModel):
 
 
 class NodeOut(BaseModel):
-    """A registered inference node."""
+    """A registered inference node.
+
+    Where it is and how busy is for the operator's tenant: from `url` on, others get null or
+    nothing.
+    """
 
     id: str = Field(examples=[EXAMPLE_NODE_ID])
-    url: str = Field(examples=["http://10.0.0.7:8100"])
     state: Literal["ready", "draining"]
     base: Digest | None
     base_name: str | None = Field(examples=["tiny-base"])
-    adopts: bool
-    capacity: int = Field(examples=[80])
-    admitted: int = Field(examples=[3])
-    delta_slots: int = Field(examples=[32])
+    adopts: bool = Field(description="Whether it loads the base that a request needs.")
+    url: str | None = Field(default=None, examples=["http://10.0.0.7:8100"])
+    capacity: int | None = Field(default=None, examples=[80])
+    admitted: int | None = Field(default=None, examples=[3])
+    delta_slots: int | None = Field(default=None, examples=[32])
     held: dict[Tier, int] = Field(
-        description="How many deltas each tier holds.", examples=[{"device": 3, "host": 40}]
+        default={},
+        description="How many deltas each tier holds.",
+        examples=[{"device": 3, "host": 40}],
     )
-    deltas: list[HeldDeltaOut] = Field(description="The first `limit`, fastest tier first.")
-    usage: NodeUsage | None
-    started_at: datetime = Field(examples=[EXAMPLE_TIME])
-    seen_at: datetime = Field(examples=[EXAMPLE_TIME])
+    deltas: list[HeldDeltaOut] = Field(
+        default=[], description="The first `limit`, fastest tier first."
+    )
+    usage: NodeUsage | None = None
+    started_at: datetime | None = Field(default=None, examples=[EXAMPLE_TIME])
+    seen_at: datetime | None = Field(default=None, examples=[EXAMPLE_TIME])
 
     @classmethod
-    def of(
-        cls,
-        node: NodeRow,
-        bases: Mapping[str, BaseRow],
-        seen: Sequence[dict[str, Any]],
-        deltas: Mapping[str, Sequence[NamedDelta]],
-        *,
-        limit: int,
-        whole: bool,
-    ) -> Self:
-        """Convert a row; `bases` and `deltas` are keyed by checkpoint and artifact digest.
-
-        `seen` are the deltas that the caller may see. Unless `whole`, a base that is not
-        among `bases` is left out.
-        """
-        base = bases.get(node.base_digest or "")
+    def for_tenant(cls, node: NodeRow, base: BaseRow | None) -> Self:
+        """Whether the node can serve; `base` is the one that it has, if the caller may see it."""
         return cls(
             id=node.id,
-            url=node.url,
             state="draining" if node.draining else "ready",
-            base=node.base_digest if whole or base is not None else None,
+            base=None if base is None else base.checkpoint_digest,
             base_name=None if base is None else base.name,
             adopts=node.adopts,
+        )
+
+    @classmethod
+    def for_operator(
+        cls,
+        node: NodeRow,
+        base: BaseRow | None,
+        named: Mapping[str, Sequence[NamedDelta]],
+        limit: int,
+    ) -> Self:
+        """All of a row, with its first `limit` deltas; `named` are keyed by artifact digest."""
+        return cls(
+            id=node.id,
+            state="draining" if node.draining else "ready",
+            base=node.base_digest,
+            base_name=None if base is None else base.name,
+            adopts=node.adopts,
+            url=node.url,
             capacity=node.capacity,
             admitted=node.admitted,
             delta_slots=node.delta_slots,
-            held=Counter(held["tier"] for held in seen),
+            held=Counter(held["tier"] for held in node.deltas),
             deltas=[
                 HeldDeltaOut(
                     artifact=held["digest"],
-                    deltas=[delta.id for delta in deltas.get(held["digest"], ())],
-                    names=[f"{d.name}:{d.version}" for d in deltas.get(held["digest"], ())],
+                    deltas=[delta.id for delta in named.get(held["digest"], ())],
+                    names=[f"{d.name}:{d.version}" for d in named.get(held["digest"], ())],
                     tier=held["tier"],
                     bytes=held["bytes"],
                     references=held["references"],
                     pinned=held["pinned"],
                 )
-                for held in seen[:limit]
+                for held in _first(node, limit)
             ],
             usage=None if node.usage is None else NodeUsage(**node.usage),
             started_at=node.started_at,
@@ -208,31 +219,33 @@ class NodeList(BaseModel):
 
 
 def registered_nodes(session: Session, caller: Caller, limit: int) -> NodeList:
-    """The registered nodes and, for an operator, the first `limit` deltas of each.
+    """The registered nodes: all, with the first `limit` deltas of each, for an operator.
 
-    Equal deltas of several tenants are one on a node: no other tenant sees what is held, for it
-    would tell what another one uses.
+    Others see those that can serve a base of theirs, and which of these are ready. Addresses, load
+    and deltas would tell how others are served, and what they use: equal deltas of several tenants
+    are one on a node.
     """
     nodes = NodeRepository(session).alive()
     digests = {node.base_digest for node in nodes if node.base_digest is not None}
     found = BaseRepository(session, caller.tenant_id).with_checkpoints(digests)
     bases = {base.checkpoint_digest: base for base in found}
-    deltas = DeltaRepository(session, caller.tenant_id)
-    held = {
-        node.id: sorted(node.deltas, key=_by_tier) if caller.is_operator else [] for node in nodes
-    }
-    listed = {one["digest"] for some in held.values() for one in some[:limit]}
-    named = deltas.named_by_artifact(list(listed))
-    return NodeList(
-        data=[
-            NodeOut.of(node, bases, held[node.id], named, limit=limit, whole=caller.is_operator)
-            for node in nodes
-        ]
-    )
+    based = [(node, bases.get(node.base_digest or "")) for node in nodes]
+    if not caller.is_operator:
+        return NodeList(
+            data=[
+                NodeOut.for_tenant(node, base)
+                for node, base in based
+                if base is not None or node.adopts
+            ]
+        )
+    listed = {held["digest"] for node in nodes for held in _first(node, limit)}
+    named = DeltaRepository(session, caller.tenant_id).named_by_artifact(list(listed))
+    return NodeList(data=[NodeOut.for_operator(node, base, named, limit) for node, base in based])
 
 
-def _by_tier(held: dict[str, Any]) -> int:
-    return TIERS.index(held["tier"])
+def _first(node: NodeRow, limit: int) -> list[dict[str, Any]]:
+    """A node's deltas, fastest tier first."""
+    return sorted(node.deltas, key=lambda held: TIERS.index(held["tier"]))[:limit]
 
 
 NodeId = Annotated[

@@ -33,22 +33,23 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
     if as_json:
         print_resources(nodes)
         return
-    print_table(
-        ("node", "state", "base", "sequences", "slots used", "tokens/s", "memory", "seen"),
-        (
-            (
-                node.url,
-                node.state,
-                node.base_name or ("–" if node.base is None else node.base[:12]),
+    columns = ["node", "state", "base"]
+    rows = [[node.address, node.state, _base(node)] for node in nodes]
+    if any(node.url is not None for node in nodes):  # the operator's tenant asks
+        columns += ["sequences", "slots used", "tokens/s", "memory", "seen"]
+        for node, row in zip(nodes, rows, strict=True):
+            memory = node.usage and node.usage.memory_bytes
+            row += [
                 f"{node.admitted} of {node.capacity}",
                 f"{node.held.get('device', 0)} of {node.delta_slots}",
                 figure(node.usage.tokens_per_second if node.usage else None, ".1f"),
-                size_text(memory) if (memory := node.usage and node.usage.memory_bytes) else "–",
+                size_text(memory) if memory else "–",
                 age(node.seen_at),
-            )
-            for node in nodes
-        ),
-        "No node runs: nothing can be generated. `deltadock up` starts one, or `deltadock node`.",
+            ]
+    print_table(
+        columns,
+        rows,
+        "No node can answer. `deltadock up` starts one, or `deltadock node`.",
     )
     held = [(node, delta) for node in nodes for delta in node.deltas]
     if held:
@@ -57,7 +58,7 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
             (
                 (
                     ", ".join(delta.names) or delta.artifact[:12],
-                    node.url,
+                    node.address,
                     delta.tier,
                     size_text(delta.bytes),
                     str(delta.references),
@@ -69,13 +70,19 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
         )
 
 
+def _base(node: "Node") -> str:
+    if node.base is None:
+        return "any, on request" if node.adopts else "–"
+    return node.base_name or node.base[:12]
+
+
 def drain(node: NodeReference, as_json: AsJson = False, url: Url = None) -> None:
     """Let a node finish its requests and accept no others, until it is resumed or starts again."""
     with connect(url) as client:
         found = _node(client.nodes(), node)
         client.drain(found.id)
-        _show(client, found, f"{found.url} accepts no more requests. Undo: deltadock resume {node}",
-              as_json=as_json)  # fmt: skip
+        text = f"{found.address} accepts no more requests. Undo: deltadock resume {node}"
+        _show(client, found, text, as_json=as_json)
 
 
 def resume(node: NodeReference, as_json: AsJson = False, url: Url = None) -> None:
@@ -83,7 +90,7 @@ def resume(node: NodeReference, as_json: AsJson = False, url: Url = None) -> Non
     with connect(url) as client:
         found = _node(client.nodes(), node)
         client.resume(found.id)
-        _show(client, found, f"{found.url} accepts requests.", as_json=as_json)
+        _show(client, found, f"{found.address} accepts requests.", as_json=as_json)
 
 
 def evict(name: Reference, node: OneNode = None, as_json: AsJson = False, url: Url = None) -> None:
@@ -104,15 +111,15 @@ def evict(name: Reference, node: OneNode = None, as_json: AsJson = False, url: U
     if as_json:
         print_resources(freed)
     else:
-        say(f"{name} is removed from the memory of {', '.join(one.url for one in freed)}.")
+        say(f"{name} is removed from the memory of {', '.join(one.address for one in freed)}.")
 
 
 def _node(nodes: "Sequence[Node]", reference: str) -> "Node":
     """The node with this address, with or without its scheme, or this id."""
     for node in nodes:
-        if reference.rstrip("/") in (node.id, node.url, node.url.partition("://")[2]):
+        if reference.rstrip("/") in (node.id, node.url, node.address.partition("://")[2]):
             return node
-    known = ", ".join(node.url for node in nodes) or "none"
+    known = ", ".join(node.address for node in nodes) or "none"
     raise NotFound(f"There is no node {reference!r}. Those that run: {known}.")
 
 

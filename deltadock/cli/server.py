@@ -72,7 +72,7 @@ def _names(kind: str, typed: str) -> list[str]:
             if kind == "base":
                 found = [base.name for base in islice(client.bases(), 200)]
             elif kind == "node":
-                found = [node.url for node in client.nodes()]
+                found = [node.address for node in client.nodes()]
             elif kind == "job":
                 found = [job.id for job in islice(client.jobs(), 200)]
             else:

@@ -381,24 +381,29 @@ class NodeUsage(Resource):
 
 
 class Node(Resource):
-    """An inference node."""
+    """An inference node. From `url` on, only the operator's tenant sees anything."""
 
     id: str
-    url: str
     state: str
     base: str | None
     base_name: str | None
     adopts: bool
-    capacity: int
-    admitted: int
-    delta_slots: int
+    url: str | None
+    capacity: int | None
+    admitted: int | None
+    delta_slots: int | None
     held: dict[str, int]
     """Deltas by the tier that holds them."""
     deltas: list[HeldDelta]
     """The first of them, fastest tier first."""
     usage: NodeUsage | None = None
-    started_at: datetime
-    seen_at: datetime
+    started_at: datetime | None
+    seen_at: datetime | None
+
+    @property
+    def address(self) -> str:
+        """Its URL or, for those who do not see that, its id."""
+        return self.url or self.id
 
 
 class Key(Resource):

@@ -311,7 +311,7 @@ class InferenceNode:
         base = self.base
         if base is not None and (base.users or self.settings.node_base is not None):
             raise Unavailable(
-                f"This node serves the base {base.digest} and cannot change to {digest} now. "
+                f"This node serves another base and cannot change to {digest} now. "
                 "Try again later, or send the request to a node with that base."
             )
 

@@ -257,10 +257,18 @@ def test_nodes_do_not_tell_what_another_tenant_uses(api: Api, other: Api) -> Non
     api.register("http://127.0.0.1:1", base=base, deltas=[held, foreign])
     [node] = api.client.get("/v1/nodes").json()["data"]
     assert [h["artifact"] for h in node["deltas"]] == [digest, "e" * 64]
-    [node] = other.client.get("/v1/nodes").json()["data"]
-    assert (node["base"], node["deltas"]) == (None, [])
+    serving = {
+        "id": "node_a", "state": "ready", "base": None, "base_name": None, "adopts": True,
+        "url": None, "capacity": None, "admitted": None, "delta_slots": None, "held": {},
+        "deltas": [], "usage": None, "started_at": None, "seen_at": None,
+    }  # fmt: skip
+    assert other.client.get("/v1/nodes").json()["data"] == [serving]
+    api.register("http://127.0.0.1:1", base=base, deltas=[held, foreign], adopts=False)
+    assert other.client.get("/v1/nodes").json()["data"] == [], "it serves no base of theirs"
     other.base()
     assert other.make_ready(other.delta()) == digest
-    [node] = other.client.get("/v1/nodes").json()["data"]
-    assert (node["base"], node["deltas"], node["held"]) == (base, [], {})
-    assert digest[:12] not in other.client.get("/parts/nodes").text
+    serving |= {"adopts": False, "base": base, "base_name": "tiny"}
+    assert other.client.get("/v1/nodes").json()["data"] == [serving]
+    page = other.client.get("/parts/nodes").text
+    assert "tiny" in page
+    assert not [told for told in (digest[:12], "127.0.0.1:1", "sequences", "slots") if told in page]

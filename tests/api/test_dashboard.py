@@ -258,7 +258,7 @@ def test_shows_a_report_without_matrices_and_quality(site: Site, seeded: seed.Se
 
 def test_says_how_to_start_a_node_when_none_is_registered(site: Site) -> None:
     page = unescape(site.text("/nodes"))
-    assert "No inference nodes are registered" in page
+    assert "No inference node is there" in page
     assert "deltadock node --base FOLDER --api http://testserver/" in page
     assert 'aria-current="page">Nodes' in page
     assert "<html" not in site.text("/parts/nodes")

@@ -367,6 +367,17 @@ def test_nodes_are_shown(service: Service, call: Callable[..., Outcome], pushed:
     assert "maths/skills:1" in shown
 
 
+def test_a_tenant_sees_whether_a_node_can_serve(
+    service: Service, call: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acme = service.api.client.post("/v1/tenants", json={"name": "acme"}).json()["id"]
+    monkeypatch.setenv("DELTADOCK_API_KEY", issue_key(service.api.resources.settings, tenant=acme))
+    (node,) = answered(call("ps", "--json"))
+    headings, row = call("ps").stdout.splitlines()
+    assert headings.split() == ["node", "state", "base"]
+    assert row.split() == [node["id"], "ready", "any,", "on", "request"]
+
+
 def test_nodes_are_drained_resumed_and_relieved(
     service: Service, call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
 ) -> None:
