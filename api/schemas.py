@@ -175,8 +175,8 @@ class GoalFields(RequestBody):
     min_agreement: float | None = Field(
         default=None,
         allow_inf_nan=False,
-        description="Minimum share of held-out tokens whose most likely next token is the "
-        "fine-tune's; selects the smallest artifact that meets it.",
+        description="Minimum top-1 agreement, the share of held-out tokens whose most likely next "
+        "token is the fine-tune's; selects the smallest artifact that meets it.",
         json_schema_extra=_RANGES["min_agreement"],
     )
 

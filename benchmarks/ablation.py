@@ -4,7 +4,7 @@
         [--bits 1.0] [--calibration-tokens N] [--seed 0] [--threads N]
 
 Calibration runs once; every variant then encodes the whole checkpoint at the same budget, without
-distillation unless it says so. KL (nats per token) and top-token agreement are measured on the
+distillation unless it says so. KL (nats per token) and top-1 agreement are measured on the
 held-out text in windows of 256 tokens. Prints a Markdown table.
 """
 
@@ -184,7 +184,7 @@ class Ablation:
 
 
 HEADINGS: Final = (
-    "| variant | KL | of the full method's | agreement | bytes |\n|---|---|---|---|---|"
+    "| variant | KL | of the full method's | top-1 agreement | bytes |\n|---|---|---|---|---|"
 )
 
 

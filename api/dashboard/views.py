@@ -393,7 +393,7 @@ def differences(entries: Sequence[DeltaEntry]) -> list[Difference]:
     return [
         figure("True ratio", "ratio", lambda value: f"{significant(value)} ×", max),
         figure("KL to the fine-tune", "kl", significant, min),
-        figure("Agreement", "agreement", percentage, max),
+        figure("Top-1 agreement", "agreement", percentage, max),
         figure("Bits per weight", "true_bits", significant, min),
         # The fine-tune's loss is the aim, not the lowest.
         figure("Loss of the delta", "nll", lambda value: significant(value, 4), None),

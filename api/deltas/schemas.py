@@ -238,7 +238,9 @@ class MetricsOut(BaseModel):
     )
     kl: float | None = None
     agreement: float | None = Field(
-        default=None, description="Share of tokens with the same most likely next token."
+        default=None,
+        description="Top-1 agreement: share of tokens whose most likely next token is the "
+        "fine-tune's.",
     )
     nll: float | None = None
     nll_finetuned: float | None = None

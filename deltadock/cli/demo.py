@@ -148,7 +148,7 @@ def _show_report(console: Console, delta: Delta, report: Report) -> None:
         "bits per compressed weight, budget": f"{figures['nominal_bits']:g}",
         "bits per weight, the whole file": f"{figures['true_bits']:.3f}",
         "KL to the fine-tune": f"{figures['kl']:.4f} nats per token",
-        "same next token": f"{100 * figures['agreement']:.1f} %",
+        "top-1 agreement": f"{100 * figures['agreement']:.1f} %",
         "loss of the base": f"{figures['nll_base']:.3f} nats per token",
         "loss of the fine-tune": f"{figures['nll_finetuned']:.3f} nats per token",
         "loss of base with delta": f"{figures['nll']:.3f} nats per token",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from deltadock.cli.outcome import on_interrupt
-from deltadock.cli.output import AsJson, errors, output, print_json, working
+from deltadock.cli.output import AsJson, errors, figure, output, print_json, print_rows, working
 from deltadock.cli.server import complete_method
 from deltadock.compression.options import (
     LENGTH,
@@ -68,7 +69,8 @@ MaxKl = Annotated[
 MinAgreement = Annotated[
     float | None,
     typer.Option(
-        help="Minimum fraction of equal top tokens, such as 0.98; finds the smallest delta.",
+        help="Minimum top-1 agreement, such as 0.98: the fraction of held-out tokens whose most "
+        "likely next token is the fine-tune's; finds the smallest delta.",
         rich_help_panel=GOALS,
     ),
 ]
@@ -268,37 +270,38 @@ def measured_text(sources: list[dict[str, Any]]) -> str:
     return ", ".join(words) or "–"
 
 
+def quality_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of a `Quality`, in words; a report without them has None."""
+    losses = (figures[key] for key in ("nll", "nll_finetuned", "nll_base"))
+    return [
+        ("KL to the fine-tune", figure(figures["kl"], ".5f", " nats per token")),
+        ("KL of the bare base", figure(figures["kl_base"], ".5f", " nats per token")),
+        ("top-1 agreement", figure(figures["agreement"], ".2%")),
+        ("NLL delta / fine-tuned / base", " / ".join(figure(loss, ".4f") for loss in losses)),
+    ]
+
+
 def print_report(document: dict[str, Any]) -> None:
     """Print the report's figures as a table."""
-    table = Table(show_header=False, box=None)
-
-    def figure(key: str, form: str, unit: str = "") -> str:
-        value = document.get(key)
-        return "–" if value is None else f"{value:{form}}{unit}"
 
     megabytes = (
         f"{document['artifact_bytes'] / 1e6:.2f} of {document['checkpoint_bytes'] / 1e6:.2f}"
     )
-    for label, text in (
-        ("method", document["method"]),
-        ("size", f"{megabytes} MB"),
-        ("ratio", figure("ratio", ".2f", " x (whole artifact over bf16 checkpoint)")),
+    print_rows(
         (
-            "bits per weight",
-            f"{figure('true_bits', '.3f')} true, {figure('nominal_bits', 'g')} nominal",
-        ),
-        ("KL to the fine-tune", figure("kl", ".5f", " nats per token")),
-        ("KL of the bare base", figure("kl_base", ".5f", " nats per token")),
-        ("same top token", figure("agreement", ".2%")),
-        (
-            "NLL delta / fine-tuned / base",
-            " / ".join(figure(key, ".4f") for key in ("nll", "nll_finetuned", "nll_base")),
-        ),
-        ("measured on", measured_text(document["measured_on"])),
-        ("time", figure("seconds", ".1f", " s")),
-    ):
-        table.add_row(label, text)
-    output.print(table)
+            ("method", document["method"]),
+            ("size", f"{megabytes} MB"),
+            ("ratio", figure(document["ratio"], ".2f", " x (whole artifact over bf16 checkpoint)")),
+            (
+                "bits per weight",
+                f"{document['true_bits']:.3f} true, "
+                f"{figure(document['nominal_bits'], 'g')} nominal",
+            ),
+            *quality_rows(document),
+            ("measured on", measured_text(document["measured_on"])),
+            ("time", figure(document["seconds"], ".1f", " s")),
+        )
+    )
     for note in document["notes"]:
         output.print(note)
 
@@ -375,13 +378,11 @@ def evaluate(
             progress=lambda done, total: show("", "comparing outputs", done / total),
             device=resolve_device(device),
         )
+    figures = asdict(quality)
     if as_json:
-        print_json(asdict(quality))
-        return
-    table = Table(show_header=False, box=None)
-    for name, value in asdict(quality).items():
-        table.add_row(name, f"{value:.6g}")
-    output.print(table)
+        print_json(figures)
+    else:
+        print_rows([*quality_rows(figures), ("tokens", f"{quality.tokens:,}")])
 
 
 def merge(

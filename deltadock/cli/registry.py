@@ -356,4 +356,4 @@ def compare(
         rows.append(("≠" if len(set(answers)) > 1 else "", "answer", *answers))
     print_table(("", "", *(delta.reference for delta in found)), rows, "")
     if len({tuple(delta.lineage.calibration) for delta in found if delta.lineage}) > 1:
-        say("KL and same top token are of different texts, so they do not say which is better.")
+        say("KL and agreement are of different texts, so they do not say which is better.")

@@ -283,7 +283,7 @@ class Delta(Resource):
             ("ratio", metrics.ratio, ".2f", "x"),
             ("bits per weight", metrics.true_bits, ".3f", ""),
             ("KL to the fine-tune", metrics.kl, ".5f", " nats per token"),
-            ("same top token", metrics.agreement, ".2%", ""),
+            ("top-1 agreement", metrics.agreement, ".2%", ""),
         ):
             if value is not None:
                 yield label, f"{value:{form}}{unit}"

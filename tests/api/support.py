@@ -212,6 +212,7 @@ class Api:
                 report={
                     "method": "adamix",
                     "kl": 0.01,
+                    "agreement": 0.98,
                     "ratio": 12.5,
                     "matrices": [{"name": "q"}],
                     "notes": ["It has no tokenizer."],

@@ -128,7 +128,11 @@ def test_an_exact_delta_is_the_finetune(inputs: Inputs, deltadock: Command, tmp_
 def test_evaluate_as_a_table(inputs: Inputs, delta: Delta, deltadock: Command) -> None:
     outcome = deltadock(*evaluate(inputs, delta.path))
     assert outcome.code == 0
-    assert "nll_finetuned" in outcome.stdout
+    labels = [line.split("  ")[0] for line in outcome.stdout.splitlines()]
+    assert labels == [
+        "KL to the fine-tune", "KL of the bare base", "top-1 agreement",
+        "NLL delta / fine-tuned / base", "tokens",
+    ]  # fmt: skip
 
 
 def test_verify_prints_one_line(delta: Delta, deltadock: Command) -> None:

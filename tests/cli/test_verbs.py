@@ -107,6 +107,7 @@ def test_a_push_is_followed_to_its_figures(
     assert "100 %  ready" in outcome.stderr
     assert "Try it: deltadock run finetunes/my-run:1" in outcome.stderr
     assert "0.01000 nats per token" in outcome.stdout
+    assert "\ntop-1 agreement      98.00%\n" in outcome.stdout
     assert "It has no tokenizer." in outcome.stdout
     again = answered(call("push", folder, *options, "--json", "--no-wait"))
     assert again["delta"]["state"] == "ready"
