@@ -16,6 +16,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import typer
@@ -29,32 +30,45 @@ FAILED: Final = 1
 UNAVAILABLE: Final = 3
 JOB_FAILED: Final = 4
 
-ROUTES: Final = {
+COMMANDS: Final = {
     "bases": "bases",
     "deltas": "ls",
+    "job": "logs",
     "jobs": "jobs",
     "keys": "keys list",
     "methods": "methods",
     "models": "ls",
     "nodes": "ps",
-    "registry": "ls",
+    "restore": "undo",
+    "restore_base": "bases undo",
 }
-"""Commands that show what these routes of the api do, which its messages name."""
+"""Commands that do what these methods of the client do, which its messages name."""
 
 USAGE_ERROR: Final[Any] = typer.BadParameter.__base__
 """Wrong options and arguments of all kinds; typer exports this one only."""
 
 
+@dataclass
+class Hint:
+    """What to say when Ctrl-C ends a command: what has become of its work."""
+
+    text: str
+
+
 @contextmanager
-def on_interrupt(hint: str) -> Iterator[None]:
-    """If Ctrl-C ends the block, print what has become of its work, and exit."""
+def on_interrupt(text: str) -> Iterator[Hint]:
+    """If Ctrl-C ends the block, print what has become of its work, and exit.
+
+    Yields the hint, which the block may change as its work goes on.
+    """
+    hint = Hint(text)
     try:
-        yield
+        yield hint
     except typer.Exit:
         raise
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or was_interrupted():
-            say_interrupted(hint)
+            say_interrupted(hint.text)
             raise typer.Exit(INTERRUPTED) from None
         raise
 
@@ -72,14 +86,10 @@ def report(error: DeltadockError) -> int:
 
 
 def _in_commands(message: str) -> str:
-    """The message with commands instead of the api's routes."""
-    message = re.sub(r"GET /v1/jobs/(job_\w+)", r"`deltadock logs \1`", message)
-    message = re.sub(r"POST /v1/deltas/(\S+)/restore", r"`deltadock undo \1`", message)
-    message = re.sub(r"POST /v1/bases/(\S+)/restore", r"`deltadock bases undo \1`", message)
-    routes = "|".join(ROUTES)
+    """The message with commands instead of the client's methods."""
     return re.sub(
-        rf"GET /v1/({routes})(\?\S*)?(?![\w/])",
-        lambda found: f"`deltadock {ROUTES[found[1]]}`",
+        r"`client\.(\w+)\((?:'([^']*)'|[^)]*)\)`",
+        lambda found: f"`{' '.join(filter(None, ('deltadock', COMMANDS[found[1]], found[2])))}`",
         message,
     )
 

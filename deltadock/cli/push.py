@@ -1,5 +1,6 @@
 """`deltadock push` and `deltadock bases`: from a folder to a delta on the server."""
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,7 +16,7 @@ from deltadock.cli.offline import (
     TargetBytes,
     parse_source,
 )
-from deltadock.cli.outcome import on_interrupt
+from deltadock.cli.outcome import Hint, on_interrupt
 from deltadock.cli.output import (
     AsJson,
     age,
@@ -30,12 +31,16 @@ from deltadock.cli.server import Url, complete_base, complete_method, connect
 from deltadock.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
-    from deltadock.client.http import Client
+    from collections.abc import Iterator
+
+    from deltadock.client.http import BytesProgress, Client
     from deltadock.client.resources import Base, Checkpoint, Delta
     from deltadock.client.routes import GoalOptions
 
 FINETUNES = "finetunes"
 """Project of fine-tunes that are pushed without a name."""
+
+NOTHING_SENT = "Nothing of the checkpoint has been sent: the same command starts over."
 
 Folder = Annotated[
     Path,
@@ -102,21 +107,17 @@ def push(
 
     Only what the server lacks is sent; the same command continues a push that was interrupted.
     """
-    from deltadock.client.progress import bytes_bar
-    from deltadock.client.routes import checked_name
+    with on_interrupt(NOTHING_SENT) as hint, connect(url) as client:
+        from deltadock.client.routes import checked_name
 
-    sources = [parse_source(text) for text in calibration or ()]
-    model = checked_name(name or f"{FINETUNES}/{folder.resolve().name}")
-    goal: GoalOptions = {
-        "bits": bits, "target_bytes": target_bytes, "ratio": ratio, "max_kl": max_kl,
-        "min_agreement": min_agreement,
-    }  # fmt: skip
-    with connect(url) as client:
+        sources = [parse_source(text) for text in calibration or ()]
+        model = checked_name(name or f"{FINETUNES}/{folder.resolve().name}")
+        goal: GoalOptions = {
+            "bits": bits, "target_bytes": target_bytes, "ratio": ratio, "max_kl": max_kl,
+            "min_agreement": min_agreement,
+        }  # fmt: skip
         _check_base(client, base)
-        with (
-            on_interrupt("The same command continues the upload."),
-            bytes_bar(errors, "hashing", "uploading") as progress,
-        ):
+        with _upload_bar(hint) as progress:
             pushed = client.push(
                 folder,
                 model,
@@ -130,6 +131,7 @@ def push(
                 progress=progress,
                 **goal,
             )
+        hint.text = f"The job goes on. Follow it: deltadock logs -f {pushed.job.id}"
         say(f"{pushed.delta.reference} is {pushed.job.state}: job {pushed.job.id}")
         if wait:
             follow(client, pushed.job.id)
@@ -140,6 +142,20 @@ def push(
         return
     print_rows([*delta.rows(), *(("note", note) for note in notes)])
     _say_what_next(delta)
+
+
+@contextmanager
+def _upload_bar(hint: Hint) -> "Iterator[BytesProgress]":
+    """The progress of an upload, whose first file or part changes what Ctrl-C says."""
+    from deltadock.client.progress import bytes_bar
+
+    with bytes_bar(errors, "hashing", "uploading") as show:
+
+        def progress(name: str, done: int, total: int) -> None:
+            hint.text = "What has arrived is kept: the same command continues the upload."
+            show(name, done, total)
+
+        yield progress
 
 
 def _check_base(client: "Client", base: str) -> None:
@@ -241,17 +257,13 @@ def add_base(
     url: Url = None,
 ) -> None:
     """Upload a checkpoint and register it as a base."""
-    from deltadock.client.progress import bytes_bar
     from deltadock.client.resources import size_text
 
     chosen = name or folder.resolve().name
     if "/" in chosen:
         raise InvalidInput(f"{chosen!r} is not a base's name: it has no slash, as tiny-base.")
-    with connect(url) as client:
-        with (
-            on_interrupt("The same command continues the upload."),
-            bytes_bar(errors, "hashing", "uploading") as progress,
-        ):
+    with on_interrupt(NOTHING_SENT) as hint, connect(url) as client:
+        with _upload_bar(hint) as progress:
             checkpoint: Checkpoint = client.upload_folder(folder, progress)
         base: Base = client.create_base(chosen, checkpoint.digest)
     if as_json:

@@ -1,5 +1,6 @@
 """`deltadock ls`, `show`, `pull`, `rm`, `undo`, `alias` and `compare`."""
 
+import hashlib
 import sys
 from collections.abc import Iterable
 from itertools import islice
@@ -35,7 +36,7 @@ from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
-    from deltadock.client.resources import Delta, Metrics
+    from deltadock.client.resources import Artifact, Delta, Metrics
 
 
 def ls(
@@ -145,6 +146,7 @@ def pull(
         Path | None,
         typer.Option("--out", "-o", help="File to write; by default MODEL-VERSION.delta."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another file.")] = False,
     as_json: AsJson = False,
     url: Url = None,
 ) -> None:
@@ -161,17 +163,32 @@ def pull(
             path /= f"{delta.name.partition('/')[2]}-{delta.version}.delta"
         if not path.parent.is_dir():
             raise NotFound(f"There is no folder {path.parent}. Make it, or choose another --out.")
-        if path.exists():
-            raise Conflict(f"{path} already exists. Choose another name with --out, or remove it.")
-        with (
-            on_interrupt("The same command continues the download."),
-            bytes_bar(errors, "connecting", "downloading") as bar,
-        ):
-            client.download(delta.id, path, bar)
+        is_there = path.exists() and _is_artifact(path, delta.artifact)
+        if path.exists() and not is_there and not force:
+            raise Conflict(
+                f"{path} exists, and is not {delta.reference}. Choose another name with --out, or "
+                "replace it with --force."
+            )
+        if not is_there:
+            with (
+                on_interrupt("The same command continues the download."),
+                bytes_bar(errors, "connecting", "downloading") as bar,
+            ):
+                client.download(delta.id, path, bar)
     if as_json:
         print_json({"delta": as_dict(delta), "path": str(path)})
     else:
-        say(f"{path}: {size_text(delta.artifact.bytes)}, sha256 {delta.artifact.digest}")
+        size = size_text(delta.artifact.bytes)
+        already = "already there, " if is_there else ""
+        say(f"{path}: {already}{size}, sha256 {delta.artifact.digest}")
+
+
+def _is_artifact(path: Path, artifact: "Artifact") -> bool:
+    """Whether a file has the artifact's bytes."""
+    if path.stat().st_size != artifact.bytes:
+        return False
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == artifact.digest
 
 
 def rm(

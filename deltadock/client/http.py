@@ -208,7 +208,7 @@ class Client:
                     if (event := events.read(line)) is not None:
                         yield event
             except httpx.RequestError as error:
-                raise domain_error(error) from error
+                raise domain_error(error) from None
 
     ready = _method(routes.ready, send)
     methods = _method(routes.methods, send)
@@ -359,7 +359,7 @@ class Client:
                 try:
                     check(http.put(url, content=body, headers=headers))
                 except httpx.RequestError as error:
-                    raise domain_error(error) from error
+                    raise domain_error(error) from None
 
             def request(method: str, path: str, **body: Any) -> JsonObject:
                 return self.send(Call(method, path, _as_json, body=body.get("json")))
@@ -481,7 +481,7 @@ class Client:
             except httpx.RequestError as error:
                 failures += 1
                 if failures == RECONNECTS:
-                    raise domain_error(error) from error
+                    raise domain_error(error) from None
                 time.sleep(POLL_SECONDS)
         with partial_path.open("rb") as stream:
             actual = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -604,7 +604,7 @@ class AsyncClient:
                     if (event := events.read(line)) is not None:
                         yield event
             except httpx.RequestError as error:
-                raise domain_error(error) from error
+                raise domain_error(error) from None
 
     ready = _method(routes.ready, send)
     methods = _method(routes.methods, send)

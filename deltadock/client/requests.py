@@ -7,6 +7,7 @@ error a response is, is decided here.
 
 import json
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Generic, TypeVar
@@ -85,7 +86,7 @@ class Call(Generic[T]):
         """
         found = domain_error(error)
         if attempt >= ATTEMPTS or not self._may_repeat(error):
-            raise found from error
+            raise found from None
         asked = found.headers.get("retry-after", "")
         if asked.isdecimal():
             return min(float(asked), MAX_PAUSE)
@@ -141,6 +142,13 @@ class Events(Generic[T]):
         return self.call.read(content)
 
 
+LISTS: Final = {
+    **{name: name for name in ("bases", "deltas", "jobs", "keys", "methods", "models", "nodes")},
+    "registry": "models",
+}
+"""The client's methods that list what these routes of the api do, which its messages name."""
+
+
 def check(response: httpx.Response) -> None:
     """Raise the error of a response that is one; it must have been read."""
     if not response.is_success:
@@ -155,12 +163,13 @@ def error_of(response: httpx.Response) -> DeltadockError:
             code, detail = problem["error"]["code"], problem["error"]["message"]
         else:
             code, detail = problem["code"], problem["detail"]
-        error = error_for(code, detail, status=response.status_code, deleted=problem.get("deleted"))
+        error = error_for(
+            code, _in_methods(detail), status=response.status_code, deleted=problem.get("deleted")
+        )
     except (ValueError, KeyError, TypeError, AttributeError):  # such as a proxy's error page
-        url = response.url.copy_with(query=None)  # presigned URLs have their signature there
         error = Unavailable(
-            f"{url} answered with status {response.status_code}, and not as a Deltadock does. Is "
-            "the address right, and does a proxy on the way work?",
+            f"{_server(response.url)} answers with status {response.status_code}, and not as a "
+            "Deltadock does. Is the address right, and does a proxy on the way work?",
             status=response.status_code,
         )
     error.headers = response.headers
@@ -172,8 +181,28 @@ def domain_error(error: Exception) -> DeltadockError:
     if isinstance(error, DeltadockError):
         return error
     assert isinstance(error, httpx.RequestError)
-    server = error.request.url.copy_with(path="/", query=None, userinfo=b"")
+    server = _server(error.request.url)
     return Unavailable(
         f"Deltadock at {server} does not answer ({error or type(error).__name__}). Is it running, "
         "and is the address right? `deltadock doctor` tells more."
+    )
+
+
+def _server(url: httpx.URL) -> httpx.URL:
+    """Its address, without the secrets that URLs may hold."""
+    return url.copy_with(path="/", query=None, userinfo=b"")
+
+
+def _in_methods(message: str) -> str:
+    """The message with the client's methods instead of the api's routes."""
+    message = re.sub(r"GET /v1/jobs/(job_\w+)", r"`client.job('\1')`", message)
+    message = re.sub(r"POST /v1/deltas/(\S+)/restore", r"`client.restore('\1')`", message)
+    message = re.sub(r"POST /v1/bases/(\S+)/restore", r"`client.restore_base('\1')`", message)
+    routes = "|".join(LISTS)
+    return re.sub(
+        rf"GET /v1/({routes})(?:\?(\w+)=(\S+))?(?![\w/])",
+        lambda found: (
+            f"`client.{LISTS[found[1]]}({f'{found[2]}={found[3]!r}' if found[2] else ''})`"
+        ),
+        message,
     )

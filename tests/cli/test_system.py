@@ -154,7 +154,7 @@ def test_ctrl_c_during_the_first_imports_says_so(
     monkeypatch.delitem(sys.modules, "deltadock.cli.app", raising=False)
     monkeypatch.delattr("deltadock.cli.app", raising=False)
     monkeypatch.setattr(sys, "meta_path", [_Interrupted(), *sys.meta_path])
-    assert deltadock("up") == Outcome(130, "", "\nInterrupted.\n")
+    assert deltadock("up") == Outcome(130, "", "\nInterrupted. Nothing was done.\n")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ImportError])

@@ -125,6 +125,29 @@ def test_a_size_out_of_reach_is_refused_before_the_upload(
     assert service.api.blobs() == blobs
 
 
+@pytest.mark.parametrize(
+    ("step", "hint"),
+    [
+        ("base", "Nothing of the checkpoint has been sent: the same command starts over."),
+        ("create_delta", "What has arrived is kept: the same command continues the upload."),
+        ("delta", "The job goes on. Follow it: deltadock logs -f job_"),
+    ],
+)
+def test_ctrl_c_says_what_is_kept_of_a_push(
+    deltadock: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, hint: str
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = write_finetune(tmp_path / "finetune", 6)
+    monkeypatch.setattr(Client, step, interrupted)
+    arguments = ("push", folder, "-b", "tiny", "-n", "maths/stopped", "--method", "exact")
+    outcome = deltadock(*arguments, "--no-wait")
+    assert outcome.code == 130
+    assert outcome.stderr.count("Interrupted") == 1
+    assert f"Interrupted. {hint}" in outcome.stderr
+
+
 def test_a_push_that_is_cancelled_ends_with_4_and_can_be_retried(
     deltadock: Command, call: Callable[..., Outcome], worker: list[str], tmp_path: Path
 ) -> None:
@@ -177,10 +200,6 @@ def test_ctrl_c_leaves_the_job_running(
     assert outcome.code == 130
     assert "Interrupted. The job goes on. Follow it: deltadock logs -f job_" in outcome.stderr
     assert deltadock("cancel", "maths/left:1").code == 0
-    monkeypatch.setattr(Client, "upload_folder", interrupted)
-    outcome = deltadock("push", folder, "-b", "tiny")
-    assert (outcome.code, outcome.stderr.count("Interrupted")) == (130, 1)
-    assert "The same command continues the upload." in outcome.stderr
 
 
 def test_a_base_is_added_and_listed(call: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -216,10 +235,18 @@ def test_deltas_are_listed_and_shown(call: Callable[..., Outcome], pushed: list[
 def test_a_delta_is_pulled_once(
     call: Callable[..., Outcome], deltadock: Command, pushed: list[str], tmp_path: Path
 ) -> None:
-    assert "sha256" in call("pull", pushed[0]).stderr
-    assert (tmp_path / "skills-1.delta").stat().st_size == 99 * 11
-    refused = deltadock("pull", pushed[0])
-    assert (refused.code, "skills-1.delta already exists" in refused.stderr) == (1, True)
+    assert call("pull", pushed[0]).stderr.splitlines()[-1].startswith("skills-1.delta: 1.09 kB, ")
+    content = (tmp_path / "skills-1.delta").read_bytes()
+    assert len(content) == 99 * 11
+    assert call("pull", pushed[0]).stderr.startswith("skills-1.delta: already there, 1.09 kB, ")
+    for other in (b"other", content[::-1]):
+        (tmp_path / "skills-1.delta").write_bytes(other)
+        refused = deltadock("pull", pushed[0])
+        assert refused.code == 1
+        assert "skills-1.delta exists, and is not maths/skills:1" in refused.stderr
+        assert (tmp_path / "skills-1.delta").read_bytes() == other
+        call("pull", pushed[0], "--force")
+        assert (tmp_path / "skills-1.delta").read_bytes() == content
     out = tmp_path / "other.delta"
     assert answered(call("pull", pushed[1], "--out", out, "--json"))["path"] == str(out)
 

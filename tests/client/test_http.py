@@ -1,11 +1,13 @@
 """Requests: which errors responses are, what is sent again, and how often."""
 
 import time
+import traceback
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
+from deltadock.cli.processes import free_ports
 from deltadock.client import http, routes
 from deltadock.client.http import Client
 from deltadock.client.requests import ATTEMPTS, Call, Events, error_of
@@ -92,6 +94,33 @@ def test_reads_are_not_repeated_for_ever(pauses: list[float]) -> None:
         client.ready()
     assert len(asked) == ATTEMPTS
     assert len(pauses) == ATTEMPTS - 1
+
+
+def test_a_refused_connection_is_a_short_traceback(pauses: list[float]) -> None:
+    address = f"http://127.0.0.1:{free_ports(1)[0]}"
+    with Client(address, "key") as client, pytest.raises(Unavailable) as caught:
+        client.ready()
+    lines = traceback.format_exception(caught.value)
+    assert lines[0] == "Traceback (most recent call last):\n"
+    assert lines[-1].startswith(f"deltadock.errors.Unavailable: Deltadock at {address}/ does not")
+    assert not any(site in line for line in lines for site in ("httpx", "httpcore", "During"))
+
+
+@pytest.mark.parametrize(
+    ("route", "method"),
+    [
+        ("GET /v1/bases lists them.", "`client.bases()` lists them."),
+        ("GET /v1/registry lists them.", "`client.models()` lists them."),
+        ("see GET /v1/jobs/job_a1.", "see `client.job('job_a1')`."),
+        ("GET /v1/deltas?base=tiny lists", "`client.deltas(base='tiny')` lists"),
+        ("POST /v1/deltas/dlt_a/restore brings", "`client.restore('dlt_a')` brings"),
+        ("POST /v1/bases/tiny/restore brings", "`client.restore_base('tiny')` brings"),
+        ("GET /v1/webhooks lists them.", "GET /v1/webhooks lists them."),
+    ],
+)
+def test_errors_name_methods_not_routes(route: str, method: str) -> None:
+    body = {"code": "not_found", "detail": f"There is none; {route}"}
+    assert error_of(answer(404, json=body)).message == f"There is none; {method}"
 
 
 def test_the_server_says_when_to_ask_again(pauses: list[float]) -> None:
