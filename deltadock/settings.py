@@ -181,7 +181,7 @@ class Settings(BaseSettings):
         "parts are removed.",
     )
     lease_seconds: float = Field(
-        default=60.0,
+        default=30.0,
         description="Lease on a job: not renewed for so long, another worker may acquire it.",
     )
     worker_metrics_port: int | None = Field(

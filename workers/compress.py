@@ -6,11 +6,8 @@ Finished blocks are saved, so that another worker can resume an interrupted job;
 bytes are the same as without the interruption.
 """
 
-import os
-import platform
 import shutil
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -33,7 +30,7 @@ from deltadock.storage.models import DeltaRow, JobRow, JobState
 from deltadock.storage.repositories import JobRepository, UploadRepository
 from deltadock.storage.repositories.blobs import BlobRepository
 from deltadock.storage.tenancy import EVERY_TENANT
-from deltadock.workers.lease import Lease, LeaseLostError, WorkerStoppingError
+from deltadock.workers.lease import Lease, LeaseLostError, WorkerStoppingError, new_owner
 from deltadock.workers.metrics import ERRORS, JOBS, RUNNING, StageClock
 
 MAX_ATTEMPTS: Final = 5
@@ -87,7 +84,7 @@ class Outcome(Enum):
 
 def compress_job(job_id: str, context: WorkerContext) -> Outcome:
     """Run the job unless another worker holds it; every failure is recorded in its row."""
-    owner = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+    owner = new_owner()
     seconds = context.settings.lease_seconds
     with context.database.session_scope() as session:
         job = JobRepository(session, EVERY_TENANT).acquire(job_id, owner, seconds)

@@ -1,6 +1,9 @@
 """The lease on a job: renewed by a heartbeat thread, checked at every progress report."""
 
+import os
+import platform
 import threading
+import uuid
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -17,7 +20,38 @@ from deltadock.storage.tenancy import EVERY_TENANT
 STOPPING: Final = threading.Event()
 """Set once this worker process has been asked to stop."""
 
+RENEWALS: Final = 6
+"""Of a lease until it expires: all but the last may fail."""
+
 log = structlog.get_logger(__name__)
+
+
+def new_owner() -> str:
+    """A name for a lease of this process: its machine, its process id, and a random part."""
+    return f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+
+
+def expire_leases_of_dead(database: Database) -> None:
+    """End the leases of this machine's workers that have died, for others to go on at once.
+
+    Only for a supervisor that sees the process ids of all workers with this machine's name.
+    """
+    with database.session_scope() as session:
+        jobs = JobRepository(session, EVERY_TENANT)
+        for job_id, owner in jobs.leases().items():
+            machine, pid, _ = owner.rsplit("-", 2)
+            if machine == platform.node() and not _is_alive(int(pid)):
+                jobs.expire(job_id, owner)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 class LeaseLostError(Exception):
@@ -59,7 +93,7 @@ class Lease:
         return not self._lost.is_set()
 
     def _renew(self) -> None:
-        while not self._done.wait(self._seconds / 3):
+        while not self._done.wait(self._seconds / RENEWALS):
             try:
                 with self._database.session_scope() as session:
                     held = JobRepository(session, EVERY_TENANT).renew(

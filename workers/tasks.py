@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any, Final
 
+import structlog
 from celery import signals
 from kombu.exceptions import ChannelError
 from opentelemetry.trace import SpanKind
@@ -14,8 +15,10 @@ from deltadock.workers.app import GPU_QUEUE, app
 from deltadock.workers.compress import Outcome, compress_job, get_context
 from deltadock.workers.lease import STOPPING
 from deltadock.workers.metrics import serving_metrics
-from deltadock.workers.sweeper import Periodic, collect, show_alive, sweep
+from deltadock.workers.sweeper import Periodic, collect, resend_lost, show_alive, sweep
 from deltadock.workers.webhooks import POLL_SECONDS, deliver_due
+
+log = structlog.get_logger(__name__)
 
 BEGUN: Final = 0
 """Broker priority of jobs that a worker has left, so that they keep their place."""
@@ -75,9 +78,14 @@ def _start_sweeping(**_: object) -> None:
     context = get_context()
     context.blobs.prepare()
     _until_shutdown.enter_context(serving_metrics(context.settings))
+    # Not in the sweeper's thread: this signal returns before Celery takes the first task, and lost
+    # jobs go before those that only wait.
+    try:
+        resend_lost(context, send_compress, gpu_queue_is_empty)
+    except Exception:  # the sweeper tries again
+        log.exception("lost_not_sent")
     for thread in _periodic():
         thread.start()
-    # Not in the sweeper's thread: this signal returns before Celery takes the first task.
     show_alive(context.settings)
 
 

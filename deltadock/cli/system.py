@@ -28,12 +28,13 @@ from deltadock.cli.processes import HOST, Child, check_ports, stop_on_signals
 from deltadock.cli.readiness import api_url, has_node, is_ready
 from deltadock.cli.services import postgres, seaweedfs, valkey
 from deltadock.client.connection import local_url_path
-from deltadock.errors import Conflict, Forbidden
+from deltadock.errors import Conflict, Forbidden, Unavailable
 from deltadock.extras import EMBEDDED, check_installed
 from deltadock.settings import KEEP_ALIVE_SECONDS, Settings, get_settings
 from deltadock.storage.api_keys import key_secret, local_key_path
-from deltadock.storage.database import migrate
+from deltadock.storage.database import Database, migrate
 from deltadock.trust import is_loopback, kept_secret
+from deltadock.workers.lease import expire_leases_of_dead
 
 SECRET_FILE: Final = "node.secret"
 """File in the home that holds the shared secret of api and nodes."""
@@ -87,6 +88,7 @@ def running(
     parsed = Settings.model_validate(settings)
     migrate(parsed.sqlalchemy_url)
     check_host(host, parsed, ensure_local_key(parsed))
+    _expire_leases(parsed)
     # A busy worker answers no ping, and after a crash it may be busy from the start. It touches
     # this file before its first task; one left from the last run must not count.
     parsed.worker_alive.unlink(missing_ok=True)
@@ -165,8 +167,10 @@ def worker_command() -> list[str]:
     ]
 
 
-def keep_running(children: Sequence[Child], stopping: threading.Event, console: Console) -> None:
-    """Restart children that exit, until `stopping` is set.
+def keep_running(
+    children: Sequence[Child], stopping: threading.Event, console: Console, settings: Settings
+) -> None:
+    """Restart children that exit, until `stopping` is set; a dead worker's jobs go on at once.
 
     Raises:
         Unavailable: a child exited more than MAX_RESTARTS times within RESTART_WINDOW_SECONDS; the
@@ -182,7 +186,19 @@ def keep_running(children: Sequence[Child], stopping: threading.Event, console: 
                 raise child.exited("It keeps exiting, so Deltadock stops.")
             recent.append(now)
             console.print(f"{child.name} exited with status {child.poll()}; restarting it.")
+            _expire_leases(settings)
             child.restart()
+
+
+def _expire_leases(settings: Settings) -> None:
+    """End the leases of workers that have died here, instead of waiting until they expire."""
+    database = Database(settings.sqlalchemy_url)
+    try:
+        expire_leases_of_dead(database)
+    except Unavailable:  # they expire
+        pass
+    finally:
+        database.dispose()
 
 
 def embedded_settings(home: Path, url: str) -> dict[str, str]:
@@ -218,7 +234,8 @@ def up(
             with running(settings, home, console, **ports, host=host) as children:
                 announce(console, url, home, settings)
                 console.print("Ctrl-C stops everything; the data is kept for the next start.")
-                keep_running([broker.child, *children], stopping, console)
+                parsed = Settings.model_validate(settings)
+                keep_running([broker.child, *children], stopping, console, parsed)
     console.print("Stopped.")
 
 
@@ -300,7 +317,8 @@ def topology(home: Path | None = None, api_port: int = 8000, node_port: int = 81
                 announce(console, api_url(HOST, api_port), folder, settings)
                 console.print("Ctrl-C stops everything.")
                 servers = [service.child for service in services]
-                keep_running([*servers, *children], stopping, console)
+                parsed = Settings.model_validate(settings)
+                keep_running([*servers, *children], stopping, console, parsed)
     console.print("Stopped.")
 
 

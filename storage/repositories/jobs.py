@@ -313,6 +313,31 @@ class JobRepository:
             self.write_log(job_id, f"{owner} shuts down; another worker continues.", now=now)
         return released
 
+    def leases(self, *, now: datetime | None = None) -> dict[str, str]:
+        """Owners of the live leases, by their jobs' ids."""
+        now = now or database_now(self.session)
+        query = select(JobRow.id, JobRow.lease_owner).where(
+            _BEGUN, JobRow.lease_owner.is_not(None), JobRow.lease_expires_at > now
+        )
+        return {row.id: row.lease_owner for row in self.session.execute(query)}
+
+    def expire(self, job_id: str, owner: str, *, now: datetime | None = None) -> bool:
+        """End the lease of a worker that has died; False if it does not hold it.
+
+        Unlike a release this counts as an attempt: the job may be what kills its workers.
+        """
+        now = now or database_now(self.session)
+        expired = self._set(
+            _held(job_id, owner),
+            lease_expires_at=now,
+            message="waiting for a worker to continue",
+            updated_at=now,
+            expected_at=None,
+        )
+        if expired:
+            self.write_log(job_id, f"{owner} has died; another worker continues.", now=now)
+        return expired
+
     def request_cancel(self, job_id: str, *, now: datetime | None = None) -> JobRow | None:
         """Cancel the job: immediately if no worker holds it, else at its next progress report.
 

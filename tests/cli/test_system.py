@@ -32,7 +32,7 @@ def test_a_child_that_keeps_exiting_stops_the_system(tmp_path: Path) -> None:
         Child("broken", ["sh", "-c", "echo why; exit 3"], log=tmp_path / "broken.log") as child,
         pytest.raises(Unavailable, match=r"broken exited with status 3\..*keeps exiting") as caught,
     ):
-        keep_running([child], threading.Event(), Console(file=shown))
+        keep_running([child], threading.Event(), Console(file=shown), Settings(home=tmp_path))
     assert shown.getvalue().count("restarting it") == MAX_RESTARTS
     assert str(caught.value.details["log_tail"]).endswith("why\n")
 
@@ -87,7 +87,7 @@ def test_a_stop_request_ends_supervision(tmp_path: Path) -> None:
     stopping = threading.Event()
     stopping.set()
     with Child("sleeper", ["sleep", "600"], log=tmp_path / "sleeper.log") as child:
-        keep_running([child], stopping, Console(file=StringIO()))
+        keep_running([child], stopping, Console(file=StringIO()), Settings(home=tmp_path))
         assert child.poll() is None
 
 

@@ -2,23 +2,27 @@
 
 import os
 import signal
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from celery import Celery
+from rich.console import Console
 
+from deltadock.api.tasks import TaskSender
 from deltadock.cli.processes import Child, free_ports
+from deltadock.cli.system import keep_running, worker_command
 from deltadock.compression.options import CalibrationOptions, CompressOptions
 from deltadock.compression.pipeline import compress
-from deltadock.storage.models import JobRow, JobState
+from deltadock.storage.models import JobPriority, JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext
+from tests.waiting import wait_until
 
 LEASE_SECONDS = "3"
 NAMES = ("first", "second")
@@ -26,57 +30,60 @@ METRICS = dict(zip(NAMES, free_ports(2), strict=True))
 """The ports of the workers' metrics."""
 
 
+Start = Callable[..., Child]
+
+
 @pytest.fixture
-def workers(context: WorkerContext, broker_url: str, tmp_path: Path) -> Iterator[list[Child]]:
-    """Two workers with a shared broker, database and blob store."""
+def start(context: WorkerContext, broker_url: str, tmp_path: Path) -> Iterator[Start]:
+    """Starts workers with a shared broker, database and blob store."""
     settings = context.settings
     environment = os.environ | {
         "DELTADOCK_HOME": str(settings.home),
         "DELTADOCK_DATABASE_URL": settings.database_url,
         "DELTADOCK_BROKER_URL": broker_url,
-        "DELTADOCK_LEASE_SECONDS": LEASE_SECONDS,
         "DELTADOCK_DEVICE": "cpu",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "celery",
-        "-A",
-        "deltadock.workers.app",
-        "worker",
-        "-P",
-        "solo",
-    ]
     with ExitStack() as stack:
-        yield [
-            stack.enter_context(
-                Child(
-                    name,
-                    [*command, "-Q", "gpu,default", "-n", name],
-                    log=tmp_path / f"{name}.log",
-                    env=environment | {"DELTADOCK_WORKER_METRICS_PORT": str(METRICS[name])},
-                )
-            )
-            for name in NAMES
-        ]
+
+        def start(name: str, **variables: str) -> Child:
+            command = [*worker_command(), "-n", name]
+            log = tmp_path / f"{name}.log"
+            return stack.enter_context(Child(name, command, log=log, env=environment | variables))
+
+        yield start
+
+
+@pytest.fixture
+def send(submit: Callable[..., str], broker_url: str) -> Iterator[Callable[[float], str]]:
+    sender = TaskSender(broker_url)
+
+    def send(bits: float) -> str:
+        job_id = submit("adamix", bits)
+        sender.send_compress(job_id, JobPriority.NORMAL)
+        return job_id
+
+    yield send
+    sender.close()
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("settings", ["postgres"], indirect=True)
 def test_jobs_of_stopped_and_of_killed_workers_continue(
     context: WorkerContext,
-    submit: Callable[..., str],
+    send: Callable[[float], str],
     look: Callable[[str], JobRow],
-    workers: list[Child],
-    broker_url: str,
+    start: Start,
     pair: Any,
     tmp_path: Path,
 ) -> None:
-    def send(bits: float) -> str:
-        job_id = submit("adamix", bits)
-        with Celery(broker=broker_url, set_as_current=False) as sender:
-            sender.send_task("deltadock.compress", args=[job_id], queue="gpu")
-        return job_id
+    workers = [
+        start(
+            name,
+            DELTADOCK_LEASE_SECONDS=LEASE_SECONDS,
+            DELTADOCK_WORKER_METRICS_PORT=str(METRICS[name]),
+        )
+        for name in NAMES
+    ]
 
     def owner_and_other(job_id: str) -> list[Child]:
         owner = look(job_id).lease_owner or ""
@@ -120,3 +127,33 @@ def test_jobs_of_stopped_and_of_killed_workers_continue(
     alone = tmp_path / "alone.safetensors"
     compress(pair.base, pair.finetuned, alone, options, calibration=pair.calibration)
     assert delta.artifact_digest == context.blobs.put_file(alone)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
+def test_the_job_of_a_killed_worker_goes_on_at_once_before_one_that_waits(
+    context: WorkerContext,
+    send: Callable[[float], str],
+    look: Callable[[str], JobRow],
+    start: Start,
+) -> None:
+    worker = start("worker", DELTADOCK_LEASE_SECONDS="3600")
+    began, waits = send(1.0), send(2.0)
+    worker.wait_until(lambda: look(began).lease_owner is not None, seconds=120)
+    os.kill(worker.pid, signal.SIGKILL)
+    stopping = threading.Event()
+    supervising = threading.Thread(
+        target=keep_running,
+        args=([worker], stopping, Console(file=StringIO()), context.settings),
+    )
+    supervising.start()
+    try:
+        wait_until(lambda: look(waits).state.is_final, seconds=240)
+    finally:
+        stopping.set()
+        supervising.join()
+    first, second = look(began), look(waits)
+    assert (first.state, first.attempt, second.attempt) == (JobState.READY, 2, 1)
+    assert first.finished_at is not None
+    assert second.started_at is not None
+    assert first.finished_at <= second.started_at
