@@ -406,8 +406,8 @@ class UploadFileRow(TableRow):
     size: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64), index=True)
     """As announced, until the bytes are stored and hashed."""
-    tensors: Mapped[list[dict[str, Any]]]
-    """The tensors of a stored safetensors file."""
+    tensors: Mapped[list[dict[str, Any]]] = mapped_column(deferred=True, deferred_raiseload=True)
+    """The tensors of a stored safetensors file, up to megabytes of JSON."""
     stored: Mapped[bool] = mapped_column(default=True)
     """Whether the bytes were checked and are a blob."""
     parts_token: Mapped[str | None] = mapped_column(Text)

@@ -21,7 +21,13 @@ from deltadock.api.quotas import check_bytes
 from deltadock.api.uploads.ahead import THREADS as HASH_AHEAD_THREADS
 from deltadock.api.uploads.ahead import HashAhead, Prefix
 from deltadock.api.uploads.receive import make_inspector
-from deltadock.api.uploads.service import check_stored, drop_parts, finish_upload, stored_row
+from deltadock.api.uploads.service import (
+    assemble_upload,
+    check_stored,
+    drop_parts,
+    finish_upload,
+    stored_row,
+)
 from deltadock.api.uploads.sources import (
     Source,
     SourceFile,
@@ -176,11 +182,16 @@ class Completer:
             return first[0]
         progress.report()
         try:
+            with self._database.read_scope() as session:
+                stored = UploadRepository(session, EVERY_TENANT).find(upload.id)
+                if stored is None:
+                    raise _NotOursError
+                assembled = assemble_upload(session, self._blobs, stored)
             with self._database.session_scope() as session:
                 held = UploadRepository(session, EVERY_TENANT).find_held(upload.id, self._owner)
                 if held is None:
                     raise _NotOursError
-                finish_upload(session, self._blobs, held)
+                finish_upload(session, self._blobs, held, assembled)
         except DeltadockError as error:
             if _may_pass(error):
                 raise

@@ -389,12 +389,16 @@ async def _complete_soon(resources: Resources, tenant_id: str, upload_id: str) -
 
 
 def _complete(resources: Resources, tenant_id: str, upload_id: str) -> UploadRow:
+    blobs, assembled = resources.blobs, None
     upload = _find(resources, tenant_id, upload_id)
     if upload.state is UploadState.OPEN and upload.source is None:
-        service.check_arrived(resources.blobs, upload)
+        service.check_arrived(blobs, upload)
     try:
+        if upload.state is UploadState.OPEN and service.is_all_stored(upload):
+            with resources.database.read_scope() as session:
+                assembled = service.assemble_upload(session, blobs, upload)
         with resources.database.session_scope() as session:
-            return service.complete_upload(session, resources.blobs, tenant_id, upload_id)
+            return service.complete_upload(session, blobs, tenant_id, upload_id, assembled)
     except DamagedBlob as error:
         with resources.database.session_scope() as session:
             service.forget_damaged(session, tenant_id, upload_id, error)

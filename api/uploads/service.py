@@ -9,6 +9,7 @@ that nothing needs can be dropped.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
@@ -60,6 +61,18 @@ TOUCH_SECONDS: Final = 30.0
 """Activity is noted in the database at most so often."""
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class AssembledCheckpoint:
+    """The checkpoint that an upload's files are."""
+
+    files: dict[str, str]
+    """SHA-256 of each, by its path."""
+    ignored: list[str]
+    """Paths of files that are not part of it."""
+    manifest_json: bytes
+    checkpoint: CheckpointRow
 
 
 def require_upload(
@@ -353,27 +366,40 @@ def check_arrived(blobs: BlobStore, upload: UploadRow) -> None:
 
 
 def complete_upload(
-    session: Session, blobs: BlobStore, tenant_id: str, upload_id: str
+    session: Session,
+    blobs: BlobStore,
+    tenant_id: str,
+    upload_id: str,
+    assembled: AssembledCheckpoint | None,
 ) -> UploadRow:
     """Turn an open upload's files into a checkpoint or a calibration text; idempotent.
 
-    If files arrived in parts, their bytes must be hashed first: the upload is then `completing`.
+    A checkpoint was assembled beforehand, if all files were stored. If files arrived in parts,
+    their bytes must be hashed first: the upload is then `completing`, as it is if another request
+    has changed a file meanwhile.
 
     Raises:
         NotFound: there is no such upload.
         Conflict: it was dropped.
-        InvalidCheckpoint: the checkpoint is incomplete or invalid; the upload stays open.
         InvalidCalibration: there is no text.
     """
     upload = require_upload(session, tenant_id, upload_id, lock=True)
     if upload.state in {UploadState.COMPLETE, UploadState.COMPLETING}:
         return upload
     check_open(upload)
-    if upload.source is None and all(file.stored for file in upload.files):
-        finish_upload(session, blobs, upload)
-    else:
+    is_checkpoint = upload.kind is UploadKind.CHECKPOINT
+    if not is_all_stored(upload) or (
+        is_checkpoint and (assembled is None or assembled.files != _contents(upload))
+    ):
         UploadRepository(session, tenant_id).start_completing(upload)
+    else:
+        finish_upload(session, blobs, upload, assembled)
     return upload
+
+
+def is_all_stored(upload: UploadRow) -> bool:
+    """Whether all files are blobs, so that nothing needs to be hashed or imported."""
+    return upload.source is None and all(file.stored for file in upload.files)
 
 
 def forget_damaged(session: Session, tenant_id: str, upload_id: str, error: DamagedBlob) -> None:
@@ -383,32 +409,65 @@ def forget_damaged(session: Session, tenant_id: str, upload_id: str, error: Dama
         UploadRepository(session, tenant_id).forget_damaged(upload, error.digest)
 
 
-def finish_upload(session: Session, blobs: BlobStore, upload: UploadRow) -> None:
-    """Complete a locked upload whose files are all stored.
+def assemble_upload(
+    session: Session, blobs: BlobStore, upload: UploadRow
+) -> AssembledCheckpoint | None:
+    """What a checkpoint's files, all stored, are together; None: it is a calibration text.
 
-    A PEFT adapter becomes a checkpoint with a model type of its own. Files that are not the
-    model's are not part of the checkpoint.
+    With tens of thousands of tensors this takes seconds, so it precedes the transaction that
+    completes the upload. A PEFT adapter becomes a checkpoint with a model type of its own. Files
+    that are not the model's are not part of the checkpoint.
 
     Raises:
-        InvalidCheckpoint, InvalidCalibration: as `complete_upload`.
+        InvalidCheckpoint: the checkpoint is incomplete or invalid.
+        DamagedBlob: a file that is read is damaged in the store.
     """
     if upload.kind is UploadKind.CALIBRATION:
+        return None
+    manifest = _manifest(session, upload, blobs)
+    kept = {file.path for file in manifest.files}
+    manifest_json = manifest.to_json()
+    return AssembledCheckpoint(
+        files=_contents(upload),
+        ignored=sorted(file.path for file in upload.files if file.path not in kept),
+        manifest_json=manifest_json,
+        checkpoint=CheckpointRow(
+            digest=blobs.put_bytes(manifest_json),
+            weights_digest=manifest.weights_digest,
+            model_type=manifest.config["model_type"],
+            total_bytes=manifest.total_bytes,
+            has_chat_template=_has_chat_template(manifest, blobs),
+        ),
+    )
+
+
+def _contents(upload: UploadRow) -> dict[str, str]:
+    return {file.path: file.sha256 for file in upload.files}
+
+
+def finish_upload(
+    session: Session,
+    blobs: BlobStore,
+    upload: UploadRow,
+    assembled: AssembledCheckpoint | None,
+) -> None:
+    """Complete a locked upload whose files are all stored, as `assemble_upload` found them.
+
+    Raises:
+        InvalidCalibration: there is no text.
+    """
+    if assembled is None:
         if not upload.files:
             raise InvalidCalibration("The upload has no file yet; put one .txt or .jsonl file.")
         upload.calibration_digest = upload.files[0].sha256
     else:
-        manifest = _manifest(upload, blobs)
-        lock_blobs(session, manifest.digest)
-        kept = {file.path for file in manifest.files}
-        upload.ignored = sorted(file.path for file in upload.files if file.path not in kept)
+        lock_blobs(session, assembled.checkpoint.digest)
+        BlobRepository(session).note_stored(assembled.checkpoint.digest)
+        if not blobs.exists(assembled.checkpoint.digest):  # it was collected just now
+            blobs.put_bytes(assembled.manifest_json)
+        upload.ignored = assembled.ignored
         upload.checkpoint = CheckpointRepository(session, upload.tenant_id).add(
-            CheckpointRow(
-                digest=blobs.put_bytes(manifest.to_json()),
-                weights_digest=manifest.weights_digest,
-                model_type=manifest.config["model_type"],
-                total_bytes=manifest.total_bytes,
-                has_chat_template=_has_chat_template(manifest, blobs),
-            )
+            assembled.checkpoint
         )
     UploadRepository(session, upload.tenant_id).complete(upload)
 
@@ -427,20 +486,17 @@ def _has_chat_template(manifest: CheckpointManifest, blobs: BlobStore) -> bool |
     return None if inherits else False
 
 
-def _manifest(upload: UploadRow, blobs: BlobStore) -> CheckpointManifest:
-    digests = {file.path: file.sha256 for file in upload.files}
+def _manifest(session: Session, upload: UploadRow, blobs: BlobStore) -> CheckpointManifest:
+    digests = _contents(upload)
+    tensors = UploadRepository(session, upload.tenant_id).tensors(upload)
     return assemble(
         [FileEntry(file.path, file.size, file.sha256) for file in upload.files],
         [
             TensorEntry(
-                tensor["name"],
-                tensor["dtype"],
-                tuple(tensor["shape"]),
-                file.path,
-                tensor["sha256"],
+                tensor["name"], tensor["dtype"], tuple(tensor["shape"]), path, tensor["sha256"]
             )
-            for file in upload.files
-            for tensor in file.tensors
+            for path, listed in tensors.items()
+            for tensor in listed
         ],
         *(
             blobs.read(digests[name], MAX_JSON_BYTES) if name in digests else None

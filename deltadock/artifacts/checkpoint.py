@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self
 
@@ -156,7 +156,23 @@ class CheckpointManifest:
 
     def to_json(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+        content = {
+            "files": [
+                {"path": file.path, "size": file.size, "sha256": file.sha256} for file in self.files
+            ],
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "dtype": tensor.dtype,
+                    "shape": tensor.shape,
+                    "file": tensor.file,
+                    "sha256": tensor.sha256,
+                }
+                for tensor in self.tensors
+            ],
+            "config": self.config,
+        }
+        return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, raw: bytes) -> Self:

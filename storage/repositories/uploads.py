@@ -18,7 +18,7 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.orm import Session, defer, joinedload, selectinload
+from sqlalchemy.orm import Session, joinedload, selectinload, undefer
 
 from deltadock.storage.database import database_now
 from deltadock.storage.ids import new_id
@@ -94,28 +94,31 @@ class UploadRepository:
         ).one_or_none()
 
     def find_file(self, upload_id: str, path: str) -> tuple[UploadRow, UploadFileRow | None] | None:
-        """The upload with this id, alone, and its file at this path without tensors, or None."""
+        """The upload with this id, alone, and its file at this path, or None."""
         at_path = and_(UploadFileRow.upload_id == UploadRow.id, UploadFileRow.path == path)
         return self.session.execute(
             select(UploadRow, UploadFileRow)
             .outerjoin(UploadFileRow, at_path)
-            .options(defer(UploadFileRow.tensors))
             .where(UploadRow.id == upload_id, self._owned())
         ).one_or_none()
+
+    def tensors(self, upload: UploadRow) -> dict[str, list[dict[str, Any]]]:
+        """The tensors of each file of an upload, by its path."""
+        files = select(UploadFileRow.path, UploadFileRow.tensors).where(
+            UploadFileRow.upload_id == upload.id
+        )
+        return {row.path: row.tensors for row in self.session.execute(files)}
 
     def page(
         self, *, limit: int, after: UploadRow | None = None, states: Collection[UploadState] = ()
     ) -> Sequence[UploadRow]:
-        """Up to `limit` uploads, newest first, that follow `after`; files without tensors.
+        """Up to `limit` uploads, newest first, that follow `after`.
 
         Of these states, or of all but aborted.
         """
         query = (
             select(UploadRow)
-            .options(
-                selectinload(UploadRow.files).options(defer(UploadFileRow.tensors)),
-                joinedload(UploadRow.checkpoint),
-            )
+            .options(selectinload(UploadRow.files), joinedload(UploadRow.checkpoint))
             .order_by(UploadRow.created_at.desc(), UploadRow.id.desc())
             .limit(limit)
         )
@@ -154,7 +157,8 @@ class UploadRepository:
         return sum(max(0, (every or 0) - int(done)) for every, done in pending)
 
     def stored_files(self, kind: UploadKind, digests: Collection[str]) -> dict[str, UploadFileRow]:
-        """One of the tenant's stored files with each SHA-256, by it, of uploads of this kind.
+        """One of the tenant's stored files with each SHA-256, by it, of uploads of this kind, with
+        its tensors.
 
         However many there are, such as each fine-tune's tokenizer.
         """
@@ -175,7 +179,9 @@ class UploadRepository:
         )
         uploads = self.session.scalars(select(one).select_from(wanted)).all()
         found = self.session.scalars(
-            select(UploadFileRow).where(
+            select(UploadFileRow)
+            .options(undefer(UploadFileRow.tensors))
+            .where(
                 UploadFileRow.upload_id.in_(uploads),
                 UploadFileRow.stored,
                 unindexed(UploadFileRow.sha256).in_(digests),
@@ -371,9 +377,7 @@ class UploadRepository:
         self._set_state(upload, UploadState.DROPPED)
         self._record(AuditAction.UPLOAD_DROP, upload)
         files = self.session.scalars(
-            select(UploadFileRow)
-            .options(defer(UploadFileRow.tensors))
-            .where(UploadFileRow.upload_id == upload.id)
+            select(UploadFileRow).where(UploadFileRow.upload_id == upload.id)
         ).all()
         self._count(upload.tenant_id, files, -1)
 

@@ -139,11 +139,14 @@ class Uploads(RuleBasedStateMachine):
     @rule()
     def complete(self) -> None:
         def ask() -> None:
-            upload = self.row()
+            upload, assembled = self.row(), None
             if upload.state is UploadState.OPEN:
                 service.check_arrived(self.blobs, upload)
+                if service.is_all_stored(upload):
+                    with self.database.read_scope() as session:
+                        assembled = service.assemble_upload(session, self.blobs, upload)
             with self.database.session_scope() as session:
-                service.complete_upload(session, self.blobs, LOCAL_TENANT, self.id)
+                service.complete_upload(session, self.blobs, LOCAL_TENANT, self.id, assembled)
 
         here = self.config and (self.weights or len(self.arrived) == COUNT)
         gone = self.state in {UploadState.ABORTED, UploadState.DROPPED}

@@ -98,6 +98,46 @@ def test_a_file_that_was_found_damaged_is_asked_for_until_it_arrives(api: Api) -
     assert stored() == {"config.json": True, "model.safetensors": True}
 
 
+def test_others_write_while_a_checkpoint_is_put_together(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 100,000 tensors that takes seconds, for which SQLite would take no other writes."""
+    upload = api.open_upload()
+    for path, data in {"config.json": CONFIG, "model.safetensors": weights()}.items():
+        api.put(upload, path, data)
+    put_bytes, others = api.resources.blobs.put_bytes, []
+
+    def put_manifest(data: bytes) -> str:
+        others.append(api.open_upload())
+        return put_bytes(data)
+
+    monkeypatch.setattr(api.resources.blobs, "put_bytes", put_manifest)
+    answer = api.client.post(f"/v1/uploads/{upload}/complete")
+    assert (answer.status_code, answer.json()["state"], len(others)) == (200, "complete", 1)
+
+
+def test_a_file_that_changes_while_a_checkpoint_is_put_together_counts(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = api.open_upload()
+    for path, data in {"config.json": CONFIG, "model.safetensors": weights()}.items():
+        api.put(upload, path, data)
+    put_bytes = api.resources.blobs.put_bytes
+    changes = iter([weights(1)])
+
+    def put_manifest(data: bytes) -> str:
+        if (changed := next(changes, None)) is not None:
+            assert api.put(upload, "model.safetensors", changed).status_code == 200
+        return put_bytes(data)
+
+    monkeypatch.setattr(api.resources.blobs, "put_bytes", put_manifest)
+    api.client.post(f"/v1/uploads/{upload}/complete")
+    wait_until(lambda: api.client.get(f"/v1/uploads/{upload}").json()["state"] == "complete")
+    done = api.client.get(f"/v1/uploads/{upload}").json()
+    monkeypatch.undo()
+    assert done["checkpoint"]["digest"] == api.checkpoint(weights(1))
+
+
 def test_a_truncated_file_is_not_taken_for_stored(api: Api) -> None:
     files = {"config.json": CONFIG, "model.safetensors": weights()}
     api.upload("checkpoint", files)
