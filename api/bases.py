@@ -13,6 +13,7 @@ from deltadock.api.idempotency import OnceDep
 from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
+from deltadock.api.unknown import MOST_NAMES, unknown
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
 from deltadock.problems import problems
@@ -145,7 +146,8 @@ def require_base(session: Session, tenant_id: str, id_or_name: str) -> BaseRow:
             deleted=deleted.name,
             restore=restore,
         )
-    raise NotFound(f"There is no base {id_or_name!r}; GET /v1/bases lists them.")
+    known = (base.name for base in bases.page(limit=MOST_NAMES))
+    raise unknown("base", id_or_name, "/v1/bases", known)
 
 
 @router.post(

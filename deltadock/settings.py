@@ -10,6 +10,8 @@ from typing import Final, Literal
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from deltadock.errors import NotFound
+
 KEEP_ALIVE_SECONDS: Final = 75
 """How long api and nodes keep idle connections: longer than clients and proxies do, so that none
 sends a request on a connection that is just being closed."""
@@ -209,7 +211,12 @@ class Settings(BaseSettings):
     @property
     def sqlalchemy_url(self) -> str:
         """The database URL; by default the SQLite file in `home`."""
-        return self.database_url or f"sqlite:///{self.home.resolve() / 'deltadock.db'}"
+        return self.database_url or f"sqlite:///{self.database_file}"
+
+    @property
+    def database_file(self) -> Path:
+        """The SQLite file in the home."""
+        return self.home.resolve() / "deltadock.db"
 
     @property
     def blob_folder(self) -> Path:
@@ -237,3 +244,18 @@ def settings_in(home: Path | None) -> Settings:
     """The settings of this process, in another home if one is named."""
     settings = get_settings()
     return settings if home is None else settings.model_copy(update={"home": home})
+
+
+def deployed_in(home: Path | None) -> Settings:
+    """As `settings_in`, of a Deltadock that is there already.
+
+    Raises:
+        NotFound: the database is a file in the home, and there is none.
+    """
+    settings = settings_in(home)
+    if not settings.database_url and not settings.database_file.is_file():
+        raise NotFound(
+            f"There is no Deltadock in {settings.home}. Name its folder with --home, or its "
+            "database with DELTADOCK_DATABASE_URL; `deltadock up` starts a new one."
+        )
+    return settings

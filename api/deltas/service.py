@@ -17,6 +17,7 @@ from deltadock.api.deltas.schemas import CalibrationIn, DeltaDetail, DeltaIn, Te
 from deltadock.api.dependencies import Resources, UnitOfWork
 from deltadock.api.paging import Cursor
 from deltadock.api.quotas import check_bytes, check_delta, check_job
+from deltadock.api.unknown import MOST_NAMES, unknown
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.compression.options import SIZES, check_kind
 from deltadock.compression.preview import preview_size
@@ -80,7 +81,8 @@ def _missing(deltas: DeltaRepository, reference: str) -> NoReturn:
         raise NotFound(
             f"{named.name} has no version {named.version}; its newest is {newest.version}."
         )
-    raise NotFound(f"There is no delta {reference!r}; GET /v1/deltas lists them.")
+    names_there = ModelRepository(deltas.session, deltas.tenant).names(limit=MOST_NAMES)
+    raise unknown("delta", reference, "/v1/deltas", names_there, named.name if named else "")
 
 
 def _standing(job: JobRow) -> str:

@@ -10,6 +10,7 @@ from deltadock.api.deltas.service import require_ready, show_delta
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation.forward import COMPLETIONS, ask_nodes
 from deltadock.api.generation.schemas import GenerateIn, ModelListOut, ModelOut
+from deltadock.api.unknown import MOST_NAMES, unknown
 from deltadock.errors import (
     BaseMismatch,
     ContextExceeded,
@@ -110,7 +111,9 @@ def _find(session: Session, tenant_id: str, model: str) -> ShownDelta | BaseRow:
         return show_delta(session, tenant_id, model)  # raises what is missing
     row = row or BaseRepository(session, tenant_id).find(model)
     if row is None:
-        raise NotFound(f"There is no model {model!r}; GET /v1/models lists them.")
+        bases = BaseRepository(session, tenant_id).page(limit=MOST_NAMES)
+        models = ModelRepository(session, tenant_id).names(limit=MOST_NAMES)
+        raise unknown("model", model, "/v1/models", [*(base.name for base in bases), *models])
     return row
 
 

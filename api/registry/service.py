@@ -5,6 +5,7 @@ from sqlalchemy.orm import Session
 from deltadock.api.access import Caller
 from deltadock.api.paging import Cursor
 from deltadock.api.registry.schemas import AliasIn, AliasOut, ModelCardOut, ModelPatch
+from deltadock.api.unknown import MOST_NAMES, unknown
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
 from deltadock.names import DEFAULT, is_alias
 from deltadock.storage.models import ModelRow
@@ -19,7 +20,8 @@ def require_model(session: Session, tenant_id: str, name: str, *, lock: bool = F
     Raises:
         NotFound: there is none, or it was deleted.
     """
-    model = ModelRepository(session, tenant_id).find(name, lock=lock)
+    models = ModelRepository(session, tenant_id)
+    model = models.find(name, lock=lock)
     if model is None:
         if DeltaRepository(session, tenant_id).deleted(name) is not None:
             restore = f"/v1/deltas/{name}/restore"
@@ -28,7 +30,7 @@ def require_model(session: Session, tenant_id: str, name: str, *, lock: bool = F
                 deleted=name,
                 restore=restore,
             )
-        raise NotFound(f"There is no model {name!r}; GET /v1/registry lists them.")
+        raise unknown("model", name, "/v1/registry", models.names(limit=MOST_NAMES))
     return model
 
 

@@ -76,7 +76,13 @@ class Artifact:
     def _read_head(self, stream: BinaryIO) -> None:
         self.nbytes = stream.seek(0, 2)
         stream.seek(0)
-        length = header_length(stream.read(8))
+        try:
+            length = header_length(stream.read(8))
+        except MalformedSafetensors as error:
+            raise InvalidArtifact(
+                f"{self.path.name} is no delta file, as `deltadock pull` and `deltadock compress` "
+                "write them."
+            ) from error
         if length > self.nbytes - 8:
             raise MalformedSafetensors("It ends inside its header. Was it cut off?")
         raw = stream.read(length)

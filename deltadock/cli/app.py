@@ -299,7 +299,7 @@ def export_audit(
 
 @app.command(rich_help_panel=RUNNING)
 def backup(
-    file: Annotated[Path, typer.Argument(help="The new file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The new file.")],
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -311,7 +311,9 @@ def backup(
 
 @app.command(rich_help_panel=RUNNING)
 def restore(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A backup.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A backup.")
+    ],
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:

@@ -14,7 +14,7 @@ import typer
 from deltadock.cli.outcome import FAILED
 from deltadock.cli.output import AsJson, output, print_json, say
 from deltadock.cli.server import Url, connect
-from deltadock.errors import DeltadockError
+from deltadock.errors import DeltadockError, InvalidInput
 from deltadock.version import DOCS, __version__
 
 if TYPE_CHECKING:
@@ -89,13 +89,17 @@ def _home() -> Iterator[Finding]:
 def _server(url: str | None) -> Iterator[Finding]:
     import httpx
 
-    from deltadock.client.connection import find_connection
+    from deltadock.client.connection import check_address, find_connection
 
     found = find_connection(url)
     try:
+        check_address(found)
         answer = httpx.get(f"{found.url}/readyz", timeout=10.0)
         checks: dict[str, str] = answer.json()["checks"]
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except InvalidInput as error:
+        yield Finding("server", "problem", error.message)
+        return
+    except httpx.HTTPError as error:
         yield Finding(
             "server",
             "problem",
@@ -133,7 +137,7 @@ def _work(client: "Client", has_node: bool) -> Iterator[Finding]:
         served = {node.base for node in nodes}
         missing = [base.name for base in bases if base.checkpoint.digest not in served]
         adopts = any(node.base is None or node.adopts for node in nodes)
-        text = f"{len(nodes)} of them"
+        text = "1 runs" if len(nodes) == 1 else f"{len(nodes)} run"
         if missing and not adopts:
             text += f"; none serves {', '.join(missing)}: deltadock node --base DIR --api URL"
         yield Finding("nodes", "warning" if missing and not adopts else "ok", text)
@@ -144,11 +148,15 @@ def _work(client: "Client", has_node: bool) -> Iterator[Finding]:
     oldest = min((job.updated_at for job in queued), default=None)
     if oldest is not None and running is None and datetime.now(UTC) - oldest > WAITING:
         yield Finding(
-            "worker", "problem", f"{len(queued)} jobs wait and none runs; is a worker running?"
+            "worker", "problem", f"{_waiting(len(queued))} and none runs; is a worker running?"
         )
     elif queued or running is not None:
         yield Finding("worker", "ok", f"{'busy' if running else 'about to start'}; "
-                      f"{len(queued)} jobs wait")  # fmt: skip
+                      f"{_waiting(len(queued))}")  # fmt: skip
     failed = sum(1 for _ in islice(client.jobs(state=["failed"]), 200))
     if failed:
         yield Finding("jobs", "warning", f"{failed} failed: deltadock jobs --state failed")
+
+
+def _waiting(jobs: int) -> str:
+    return "1 job waits" if jobs == 1 else f"{jobs} jobs wait"

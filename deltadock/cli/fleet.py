@@ -96,7 +96,7 @@ def resume(node: NodeReference, as_json: AsJson = False, url: Url = None) -> Non
 def evict(name: Reference, node: OneNode = None, as_json: AsJson = False, url: Url = None) -> None:
     """Remove a delta from the nodes' slots and host memory; its next request loads it again.
 
-    Its file stays on their disks. What other tenants own is named by the digest that `ps` shows.
+    Its file stays on their disks. Another tenant's is named by its digest, as `ps` shows it.
     """
     with connect(url) as client:
         nodes = client.nodes()

@@ -17,7 +17,7 @@ from deltadock.cli.output import (
     print_table,
     say,
 )
-from deltadock.cli.server import JobReference, State, Url, complete_model, connect
+from deltadock.cli.server import STATES, JobReference, State, Url, complete_model, connect
 from deltadock.errors import Cancelled, NotFound, Unavailable
 from deltadock.names import parse_reference
 
@@ -75,7 +75,8 @@ def job_of(client: "Client", reference: str) -> str:
 
 def jobs(
     state: Annotated[
-        list[State] | None, typer.Option(help="Only of this state; may be repeated.")
+        list[State] | None,
+        typer.Option(metavar="STATE", help=f"Only in this state: {STATES}. May be repeated."),
     ] = None,
     delta: Annotated[
         str | None, typer.Option(help="Only of this delta.", autocompletion=complete_model)
@@ -110,6 +111,7 @@ def jobs(
         "No job matches. `deltadock jobs` lists all."
         if state or delta
         else "There is no job yet. `deltadock push DIR --base BASE` starts one.",
+        spare=("elapsed", "created", "left", "done"),
     )
 
 

@@ -15,7 +15,7 @@ from deltadock.cli.server import connect
 from deltadock.client.connection import LOGIN, URL_VARIABLE, find_connection
 from deltadock.client.resources import Key
 from deltadock.errors import InvalidInput, NotFound
-from deltadock.settings import Settings, settings_in
+from deltadock.settings import Settings, deployed_in, settings_in
 from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.api_keys import hmac_of, key_secret, local_key_path, prefix_of
 from deltadock.storage.database import Database, migrate
@@ -93,7 +93,7 @@ def list_all(home: Path | None, url: str | None) -> list[Key]:
     if uses_server(home, url):
         with connect(url) as client:
             return list(client.keys())
-    with _session(settings_in(home)) as session:
+    with _session(deployed_in(home)) as session:
         return [_key_of(row) for row in KeyRepository(session, EVERY_TENANT).all()]
 
 
@@ -109,7 +109,7 @@ def revoke(home: Path | None, url: str | None, key: str) -> Key:
             found = _find(client.keys(), key)
             client.revoke_key(found.id)
             return found
-    with _session(settings_in(home)) as session:
+    with _session(deployed_in(home)) as session:
         keys = KeyRepository(session, EVERY_TENANT)
         row = _find(keys.all(), key)
         keys.revoke(row)
@@ -129,7 +129,7 @@ def rotate(home: Path | None, url: str | None, key: str, grace_hours: float) -> 
         with connect(url) as client:
             found = _find(client.keys(), key)
             return client.rotate_key(found.id, round(grace.total_seconds()))
-    settings = settings_in(home)
+    settings = deployed_in(home)
     with _session(settings) as session:
         keys = KeyRepository(session, EVERY_TENANT)
         row, made = keys.rotate(key_secret(settings), _find(keys.all(), key), grace)

@@ -75,10 +75,22 @@ MinAgreement = Annotated[
     ),
 ]
 
+
+def _check_seed(seed: int) -> int:
+    if not 0 <= seed < 2**53:  # what JSON holds exactly
+        raise typer.BadParameter("give a whole number from 0 to 2**53 - 1.")
+    return seed
+
+
+Seed = Annotated[int, typer.Option(callback=_check_seed, help="Of all that is random.")]
+
 Folder = Annotated[
     Path, typer.Option(exists=True, file_okay=False, help="Hugging Face checkpoint folder.")
 ]
-File = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Input file.")]
+DeltaFile = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Delta file.")]
+DeltaArgument = Annotated[
+    Path, typer.Argument(metavar="DELTA", exists=True, dir_okay=False, help="Delta file.")
+]
 
 
 def resolve_device(device: str) -> str:
@@ -159,7 +171,7 @@ def compress(
             rich_help_panel=CALIBRATION,
         ),
     ] = LENGTH,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is random.")] = 0,
+    seed: Seed = 0,
     solver: Annotated[
         str, typer.Option(help="Solver of the bit allocation: exact or scip.")
     ] = "exact",
@@ -169,8 +181,7 @@ def compress(
 ) -> None:
     """Compress a fine-tuned checkpoint against its base.
 
-    Finished blocks are kept beside the delta file until it is complete: after Ctrl-C or a crash
-    the same command continues after them.
+    After Ctrl-C or a crash the same command continues after the last finished block.
     """
     _, goal = goal_for(
         method, bits=bits, target_bytes=target_bytes, ratio=ratio, max_kl=max_kl,
@@ -270,6 +281,20 @@ def measured_text(sources: list[dict[str, Any]]) -> str:
     return ", ".join(words) or "–"
 
 
+def size_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The method and size of an artifact, in words."""
+    megabytes = f"{figures['artifact_bytes'] / 1e6:.2f} of {figures['checkpoint_bytes'] / 1e6:.2f}"
+    return [
+        ("method", figures["method"]),
+        ("size", f"{megabytes} MB"),
+        ("ratio", figure(figures["ratio"], ".2f", " x (whole artifact over bf16 checkpoint)")),
+        (
+            "bits per weight",
+            f"{figures['true_bits']:.3f} true, {figure(figures['nominal_bits'], 'g')} nominal",
+        ),
+    ]
+
+
 def quality_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The figures of a `Quality`, in words; a report without them has None."""
     losses = (figures[key] for key in ("nll", "nll_finetuned", "nll_base"))
@@ -284,19 +309,9 @@ def quality_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
 def print_report(document: dict[str, Any]) -> None:
     """Print the report's figures as a table."""
 
-    megabytes = (
-        f"{document['artifact_bytes'] / 1e6:.2f} of {document['checkpoint_bytes'] / 1e6:.2f}"
-    )
     print_rows(
         (
-            ("method", document["method"]),
-            ("size", f"{megabytes} MB"),
-            ("ratio", figure(document["ratio"], ".2f", " x (whole artifact over bf16 checkpoint)")),
-            (
-                "bits per weight",
-                f"{document['true_bits']:.3f} true, "
-                f"{figure(document['nominal_bits'], 'g')} nominal",
-            ),
+            *size_rows(document),
             *quality_rows(document),
             ("measured on", measured_text(document["measured_on"])),
             ("time", figure(document["seconds"], ".1f", " s")),
@@ -343,22 +358,26 @@ def preview(
 
 def _preview(finetuned: Path, base: Path | None, method: str, goal: Goal | None) -> SizePreview:
     from deltadock.artifacts.checkpoint import scan_folder
-    from deltadock.artifacts.compatibility import check_same_architecture
+    from deltadock.artifacts.compatibility import check_differs, check_same_architecture
     from deltadock.compression.preview import carried_bytes, preview_size, read_shapes, shapes_of
 
     if base is None:
         return preview_size(read_shapes(finetuned), method, goal)
     before, after = scan_folder(base), scan_folder(finetuned)
     check_same_architecture(before, after)
+    check_differs(before, after)
     shapes, carried = shapes_of(after, before), carried_bytes(after, before)
     return preview_size(shapes, method, goal, carried=carried)
 
 
 def evaluate(
     base: Folder,
-    delta: File,
+    delta: DeltaFile,
     finetuned: Folder,
-    text: File,
+    text: Annotated[
+        Path,
+        typer.Option(exists=True, dir_okay=False, help=".txt or .jsonl, as for calibration."),
+    ],
     window: Annotated[int, typer.Option(min=16, help="Tokens per window.")] = 256,
     as_json: AsJson = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
@@ -387,7 +406,7 @@ def evaluate(
 
 def merge(
     base: Folder,
-    delta: File,
+    delta: DeltaFile,
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
     as_json: AsJson = False,
 ) -> None:
@@ -402,10 +421,7 @@ def merge(
         typer.echo(f"Wrote {out}")
 
 
-def inspect(
-    delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
-    as_json: AsJson = False,
-) -> None:
+def inspect(delta: DeltaArgument, as_json: AsJson = False) -> None:
     """Show the contents of a delta file."""
     from deltadock.artifacts.reader import Artifact
     from deltadock.artifacts.summary import summarize
@@ -429,16 +445,21 @@ def inspect(
         )
     # Truncated tensor names would be ambiguous; a narrow terminal wraps the lines instead.
     Console(width=max(output.width, TABLE_WIDTH)).print(table)
-    for name, value in totals.items():
-        text = f"{value:.4f}" if isinstance(value, float) else value
-        if isinstance(value, dict):
-            text = ", ".join(f"{key} {part}" for key, part in sorted(value.items()))
-        typer.echo(f"{name:17} {text}")
+    calibration = totals["calibration"] or {}
+    print_rows(
+        [
+            *size_rows(totals),
+            ("base", totals["base_digest"]),
+            ("sha256", totals["digest"]),
+            ("seed", str(totals["seed"])),
+            ("calibration", ", ".join(f"{key} {calibration[key]}" for key in sorted(calibration))),
+            ("files", ", ".join(totals["files"])),
+            ("version", str(totals["version"])),
+        ]
+    )
 
 
-def verify(
-    delta: Annotated[Path, typer.Argument(exists=True, dir_okay=False)], as_json: AsJson = False
-) -> None:
+def verify(delta: DeltaArgument, as_json: AsJson = False) -> None:
     """Verify every hash in a delta file."""
     from deltadock.artifacts.reader import Artifact
 

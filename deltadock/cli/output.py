@@ -60,37 +60,63 @@ def print_rows(rows: Iterable[tuple[str, str]]) -> None:
     _print_wide(table)
 
 
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], empty: str) -> None:
-    """Print a table, or else on stderr what to do about it being empty."""
+def print_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    empty: str,
+    spare: Iterable[str] = (),
+) -> None:
+    """Print a table, or else on stderr what to do about it being empty.
+
+    A terminal that is too narrow for all columns shows none of `spare`, which the first leaves
+    first.
+    """
     cells = list(rows)
     if not cells:
         say(empty)
         return
-    columns = (
-        Column(heading, width=width, overflow="fold")
-        for heading, width in zip(headings, _widths([headings, *cells]), strict=True)
+    columns = list(zip(headings, *cells, strict=True))
+    for heading in spare:
+        if _width(map(_least, columns)) <= _screen_width():
+            break
+        columns = [column for column in columns if column[0] != heading]
+    table = Table(
+        *(
+            Column(column[0], width=width, overflow="fold")
+            for column, width in zip(columns, _widths(columns), strict=True)
+        ),
+        box=None,
+        pad_edge=False,
     )
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in cells:
+    for row in zip(*(column[1:] for column in columns), strict=True):
         table.add_row(*row)
     _print_wide(table)
 
 
-def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+def _widths(columns: Sequence[Sequence[str]]) -> list[int]:
     """Widths of a table's columns: the widest wrap first, between words only.
 
     So names and ids stay whole, if need be in lines that are longer than the terminal is wide.
     """
-    columns = list(zip(*rows, strict=True))
     widths = [max(map(cell_len, column)) for column in columns]
-    words = [[cell_len(word) for text in column for word in text.split()] for column in columns]
-    least = [max((size for size in sizes if size <= LONGEST_WORD), default=1) for sizes in words]
-    excess = sum(widths) + GAP * (len(widths) - 1) - _screen_width()
-    for _ in range(excess):
+    least = list(map(_least, columns))
+    for _ in range(_width(widths) - _screen_width()):
         spare = [number for number, width in enumerate(widths) if width > least[number]]
         if spare:
             widths[max(spare, key=widths.__getitem__)] -= 1
     return widths
+
+
+def _least(column: Sequence[str]) -> int:
+    """The width of a column that wraps between all words; those that are no names may be cut."""
+    sizes = [cell_len(word) for text in column for word in text.split()]
+    return max((size for size in sizes if size <= LONGEST_WORD), default=1)
+
+
+def _width(columns: Iterable[int]) -> int:
+    """The width of a table whose columns are so wide."""
+    widths = list(columns)
+    return sum(widths) + GAP * (len(widths) - 1)
 
 
 def _screen_width() -> int:

@@ -13,6 +13,7 @@ from deltadock.cli.offline import (
     MaxKl,
     MinAgreement,
     Ratio,
+    Seed,
     TargetBytes,
     parse_source,
 )
@@ -91,7 +92,7 @@ def push(
             rich_help_panel=CALIBRATION,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**53 - 1, help="Of all that is random.")] = 0,
+    seed: Seed = 0,
     priority: Annotated[
         Literal["high", "normal", "low"], typer.Option(help="Of the job in the queue.")
     ] = "normal",

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from deltadock.api.audit import AuditRecord
 from deltadock.cli.output import print_json, working
-from deltadock.settings import Settings, settings_in
+from deltadock.settings import Settings, deployed_in, settings_in
 from deltadock.storage import backup as files
 from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.blobs import make_blob_store
@@ -24,7 +24,7 @@ output: Final = Console(highlight=False, soft_wrap=True)
 
 def backup(home: Path | None, path: Path, *, as_json: bool) -> None:
     """Write the database to a new file."""
-    with _database(settings_in(home)) as database, working("writing the rows"):
+    with _database(deployed_in(home)) as database, working("writing the rows"):
         rows = files.backup(database, path)
     if as_json:
         print_json({"file": str(path), "rows": rows})
@@ -51,7 +51,7 @@ def restore(home: Path | None, path: Path, *, as_json: bool) -> bool:
 
 def export_audit(home: Path | None, after: int) -> None:
     """Print the records of all tenants that follow the record `after`, as lines of JSON."""
-    with _database(settings_in(home)) as database, database.read_scope() as session:
+    with _database(deployed_in(home)) as database, database.read_scope() as session:
         for row in AuditRepository(session, EVERY_TENANT).export(after):
             typer.echo(AuditRecord.of(row).model_dump_json())
 

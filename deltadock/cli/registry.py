@@ -24,6 +24,7 @@ from deltadock.cli.output import (
     say,
 )
 from deltadock.cli.server import (
+    STATES,
     Reference,
     State,
     Url,
@@ -54,7 +55,9 @@ def ls(
     method: Annotated[
         str | None, typer.Option(help="Only of this method.", autocompletion=complete_method)
     ] = None,
-    state: Annotated[State | None, typer.Option(help="Only in this state.")] = None,
+    state: Annotated[
+        State | None, typer.Option(metavar="STATE", help=f"Only in this state: {STATES}.")
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Only versions of this project/model.")
     ] = None,
@@ -102,6 +105,7 @@ def ls(
         "No delta matches. `deltadock ls` lists all."
         if text or any(filters.values())
         else "There is no delta yet. `deltadock push DIR --base BASE` makes one.",
+        spare=("created", "base", "method"),
     )  # fmt: skip
     if len(found) > limit:
         say(f"There are more: --limit {4 * limit} shows up to {4 * limit}.")

@@ -31,6 +31,8 @@ class State(StrEnum):
     CANCELLED = "cancelled"
 
 
+STATES = ", ".join(State)
+
 Url = Annotated[
     str | None,
     typer.Option(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from deltadock.cli.output import output, print_json, print_table, working
-from deltadock.settings import settings_in
+from deltadock.settings import deployed_in
 from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.blobs import make_blob_store
 from deltadock.storage.collection import Collector, reconcile, recount
@@ -12,7 +12,7 @@ from deltadock.storage.database import Database
 
 def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
     """Remove what nothing needs, or only print it, by kind."""
-    settings = settings_in(home)
+    settings = deployed_in(home)
     collector = Collector(Database(settings.sqlalchemy_url), make_blob_store(settings), settings)
     with acting(COMMAND), working("looking for what nothing needs"):
         collected = collector.try_run() if dry_run else collector.run()
@@ -41,7 +41,7 @@ def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
 
 def check(home: Path | None, *, as_json: bool = False) -> bool:
     """Print where rows and blobs disagree; returns whether every row has its blob."""
-    settings = settings_in(home)
+    settings = deployed_in(home)
     database = Database(settings.sqlalchemy_url)
     with working("comparing rows and blobs"):
         recount(database)

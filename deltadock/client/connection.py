@@ -10,6 +10,9 @@ import os
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import httpx
+
+from deltadock.errors import InvalidInput
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import local_key_path
 from deltadock.trust import keep_secret
@@ -59,6 +62,22 @@ def find_connection(url: str | None = None, key: str | None = None) -> Connectio
         if address == url:
             return Connection(url, secret, url_from, source)
     return Connection(url, None, url_from, "nowhere")
+
+
+def check_address(connection: Connection) -> None:
+    """Check the server's address.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    try:
+        parsed = httpx.URL(connection.url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in {"http", "https"} or not parsed.host:
+        raise InvalidInput(
+            f"{connection.url!r} ({connection.url_from}) is not an address such as {DEFAULT_URL}."
+        )
 
 
 def _kept() -> list[tuple[str, tuple[str, str] | None]]:

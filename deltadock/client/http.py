@@ -37,7 +37,7 @@ from deltadock.artifacts.checkpoint import (
 )
 from deltadock.artifacts.compatibility import check_same_type
 from deltadock.client import routes
-from deltadock.client.connection import find_connection
+from deltadock.client.connection import check_address, find_connection
 from deltadock.client.progress import default_bar
 from deltadock.client.requests import (
     TIMEOUT,
@@ -64,7 +64,6 @@ from deltadock.compression.preview import carried_bytes, preview_size, read_shap
 from deltadock.errors import (
     HashMismatch,
     InvalidGoal,
-    InvalidInput,
     NotFound,
     NotReady,
     Unavailable,
@@ -120,14 +119,7 @@ def _options(url: str | None, key: str | None) -> dict[str, Any]:
         InvalidInput: the address is none.
     """
     found = find_connection(url, key)
-    try:
-        parsed = httpx.URL(found.url)
-    except httpx.InvalidURL:
-        parsed = httpx.URL()
-    if parsed.scheme not in {"http", "https"} or not parsed.host:
-        raise InvalidInput(
-            f"{found.url!r} ({found.url_from}) is not an address such as http://127.0.0.1:8000."
-        )
+    check_address(found)
     headers = {"User-Agent": f"deltadock/{__version__}"}
     if found.key:
         headers["Authorization"] = f"Bearer {found.key}"

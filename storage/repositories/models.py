@@ -196,6 +196,11 @@ class ModelRepository:
         query = query.where(*terms.conditions(ModelRow.id))
         return self.session.scalars(query.order_by(ModelRow.name).limit(limit)).all()
 
+    def names(self, *, limit: int) -> Sequence[str]:
+        """Up to `limit` of the models' names, in order."""
+        query = select(ModelRow.name).where(self._owned(), ModelRow.deleted_at.is_(None))
+        return self.session.scalars(query.order_by(ModelRow.name).limit(limit)).all()
+
     def answering(self, *, limit: int, after: str | None = None) -> list[Answering]:
         """What up to `limit` bare names that follow `after` mean, by name."""
         query = (

@@ -61,6 +61,7 @@ def test_a_key_is_revoked_by_its_name_if_no_other_has_it(
 def test_refusals(
     deltadock: Command, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
+    assert deltadock("keys", "create", "--name", "ci", "--home", tmp_path).code == 0
     outcome = deltadock("keys", *arguments, "--home", tmp_path)
     assert outcome.code == 1
     assert message in outcome.stderr

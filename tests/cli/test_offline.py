@@ -1,6 +1,7 @@
 """The offline commands, on checkpoint folders and without a service."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,8 +99,9 @@ def test_inspect_as_json(inputs: Inputs, delta: Delta, deltadock: Command) -> No
 def test_inspect_as_a_table(delta: Delta, deltadock: Command) -> None:
     outcome = deltadock("inspect", delta.path)
     assert outcome.code == 0
-    for words in (QUERY, "64x64", "svd", "rows", "true_bits", delta.report["base_digest"]):
+    for words in (QUERY, "64x64", "svd", "rows", "bits per weight", delta.report["base_digest"]):
         assert words in outcome.stdout
+    assert re.search(r"^files +chat_template\.jinja$", outcome.stdout, re.MULTILINE)
 
 
 def test_evaluate_as_json(inputs: Inputs, delta: Delta, deltadock: Command) -> None:

@@ -1,10 +1,17 @@
-"""What tables look like in a narrow terminal."""
+"""What tables and help look like in a narrow terminal."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 
 from deltadock.cli import output
+from deltadock.cli.app import app
 from deltadock.cli.output import print_table
+from tests.cli.support import Command
 
 JOB = "job_iwfe2n6rfpzitcqp27lnvyuwq4"
 
@@ -15,6 +22,27 @@ def table(
     """The lines of a table with one row."""
     print_table(headings, [row], "nothing")
     return capsys.readouterr().out.splitlines()
+
+
+def commands(group: Any = None, path: str = "deltadock") -> Iterator[tuple[str, Any]]:
+    """Every command with its path."""
+    group = group or typer.main.get_command(app)
+    for name, command in group.commands.items():
+        yield f"{path} {name}", command
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{path} {name}")
+
+
+@pytest.mark.parametrize(("path", "command"), [*commands()], ids=[path for path, _ in commands()])
+def test_help_has_no_broken_lines(
+    deltadock: Command, monkeypatch: pytest.MonkeyPatch, path: str, command: Any
+) -> None:
+    """A second paragraph keeps its line breaks, and a cell breaks types that are too long."""
+    assert all("\n" not in text for text in (command.help or "").split("\n\n")[1:])
+    monkeypatch.setenv("COLUMNS", "80")
+    for line in deltadock(*path.split()[1:], "-h").stdout.splitlines():
+        assert line.count("[") == line.count("]"), line
+        assert not re.search(r"<(?!int range|float range)[\w|\[]+ ", line), line
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +58,34 @@ def test_names_and_ids_stay_whole_in_a_narrow_terminal(capsys: pytest.CaptureFix
     assert lines[2].split()[0] == "storage_full"
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
+
+
+JOBS = ("job", "delta", "state", "done", "elapsed", "left", "created")
+RUNNING = (
+    JOB, "demo/exercises:1", "compressing: block 2 of 5, matrix 3 of 7", "31 %", "1 min 26 s",
+    "2 min 5 s", "3 min ago",
+)  # fmt: skip
+
+
+def test_a_narrow_terminal_does_without_spare_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only without as many as it must; a pipe has them all."""
+
+    def shown() -> list[str]:
+        print_table(JOBS, [RUNNING], "nothing", spare=("elapsed", "created", "left", "done"))
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1].startswith(f"{JOB}  demo/exercises:1  compressing:")
+        assert max(map(len, lines)) <= output._screen_width()
+        return lines[0].split()
+
+    assert shown() == ["job", "delta", "state", "done", "left"]
+    monkeypatch.setattr(output, "output", Console(force_terminal=True, width=85))
+    assert shown() == ["job", "delta", "state", "done", "left", "created"]
+    monkeypatch.setattr(output, "output", Console(force_terminal=True, width=93))
+    assert shown() == list(JOBS)
+    monkeypatch.setattr(output, "output", Console(force_terminal=False, width=80))
+    assert shown() == list(JOBS)
 
 
 def test_a_line_of_long_names_is_longer_than_the_terminal(

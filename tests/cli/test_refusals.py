@@ -300,6 +300,36 @@ def test_an_interrupted_compression_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("content", [b"# A page\n\nof text.", b"", b"PK\3\4"])
+def test_a_file_of_another_kind_is_no_delta(
+    deltadock: Command, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "README.md").write_bytes(content)
+    words = "README.md is no delta file, as `deltadock pull` and `deltadock compress` write them."
+    assert_refused(deltadock("verify", tmp_path / "README.md"), "invalid_artifact", words)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("gc",), ("reconcile",), ("backup", "x.zip"), ("audit", "export"), ("keys", "list"),
+     ("keys", "revoke", "ci"), ("keys", "rotate", "ci")],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_home_without_a_deltadock_is_named(
+    deltadock: Command, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    home = tmp_path / "elsewhere"
+    outcome = deltadock(*command, "--home", home)
+    assert_refused(outcome, "not_found", f"There is no Deltadock in {home}.")
+    assert not home.exists()
+
+
+def test_a_preview_of_the_base_itself_is_refused(inputs: Inputs, deltadock: Command) -> None:
+    outcome = deltadock("preview", "--base", inputs.base, "--finetuned", inputs.base)
+    assert outcome.code == 1
+    assert "error (unchanged_checkpoint): The fine-tune equals its base" in outcome.stderr
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify", "merge", "evaluate"])
 def test_files_that_are_not_deltas_are_refused(
     inputs: Inputs, deltadock: Command, tmp_path: Path, command: str
@@ -336,12 +366,3 @@ def test_a_missing_extra_is_named(
         monkeypatch.setitem(sys.modules, module, None)
     arguments = compress(inputs, tmp_path / "out.delta") if command == "compress" else [command]
     assert_refused(deltadock(*arguments), "not_installed", packages)
-
-
-def test_any_file_is_not_a_delta(deltadock: Command, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("# Deltadock\nNo delta.")
-    outcome = deltadock("inspect", readme)
-    assert_refused(outcome, "invalid_artifact", "README.md is not a")
-    assert "so it is not safetensors" in outcome.stderr
-    assert not re.search(r"\d{9}", outcome.stderr)

@@ -211,6 +211,6 @@ def test_wrong_places_and_ports_are_usage_errors(
 def test_a_file_that_cannot_be_used_is_named(deltadock: Command, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     home = tmp_path / "file" / "home"
-    outcome = deltadock("keys", "list", "--home", home)
+    outcome = deltadock("keys", "create", "--name", "ci", "--home", home)
     assert outcome.code == 1
     assert outcome.stderr == f"error (invalid_input): {home}: Not a directory.\n"

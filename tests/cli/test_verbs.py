@@ -458,11 +458,14 @@ def test_a_login_is_checked_and_kept(
 def test_doctor_says_what_is_wrong(
     service: Service, deltadock: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    outcome = deltadock("doctor", "--url", "here")
+    assert "✗ server: 'here' (given) is not an address such as http://127" in outcome.stdout
     outcome = deltadock("doctor", "--json")
     found = {finding["check"]: finding for finding in answered(outcome)}
     assert found["server"]["text"].startswith(service.url)
     for check in ("database", "broker", "blobs", "key", "nodes"):
         assert found[check]["state"] == "ok", found
+    assert found["nodes"]["text"] == "1 runs"
     monkeypatch.setenv("DELTADOCK_API_KEY", issue_key(service.api.resources.settings,
                                                       scopes=[Scope.INFER]))  # fmt: skip
     outcome = deltadock("doctor")
@@ -501,7 +504,12 @@ def test_doctor_says_what_is_wrong(
             1,
             "bits and ratio exclude each other",
         ),
-        (("show", "maths/none"), 1, "no delta 'maths/none'; `deltadock ls` lists them"),
+        (("show", "none/such"), 1, "no delta 'none/such'; `deltadock ls` lists them"),
+        (("show", "maths/skils:1"), 1, "'maths/skils:1'. Did you mean 'maths/skills'? `deltadock"),
+        (("run", "tny", "x"), 1, "There is no model 'tny'. Did you mean 'tiny'? `deltadock ls`"),
+        (("alias", "math/skills"), 1, "'math/skills'. Did you mean 'maths/skills'? `deltadock ls`"),
+        (("ls", "--base", "tinny"), 1, "'tinny'. Did you mean 'tiny'? `deltadock bases` lists"),
+        (("push", "{finetune}", "-b", "tiny", "--seed", "-1"), 2, "a whole number from 0 to 2**53"),
         (("ls", "--state", "lost"), 2, "'lost' is not one of 'queued', 'validating', "),
         (("jobs", "--state", "lost"), 2, "'lost' is not one of 'queued', 'validating', "),
         (("ls", "--url", "127.0.0.1:8000"), 1, "is not an address such as http://127.0.0.1:8000"),
