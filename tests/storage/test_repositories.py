@@ -128,10 +128,11 @@ def test_a_file_with_the_same_path_is_replaced(database: Database) -> None:
                 file = UploadFileRow(path=path, size=size, sha256="a" * 64, tensors=[{"x": size}])
                 uploads.put_file(upload, file)
     with database.read_scope() as session:
-        upload = UploadRepository(session, LOCAL_TENANT).find(upload_id)
+        uploads = UploadRepository(session, LOCAL_TENANT)
+        upload = uploads.find(upload_id)
         assert upload is not None
         assert [(file.path, file.size) for file in upload.files] == [("a.json", 2), ("b.json", 2)]
-        assert upload.files[0].tensors == [{"x": 2}]
+        assert uploads.tensors(upload) == {"a.json": [{"x": 2}], "b.json": [{"x": 2}]}
 
 
 def test_a_calibration_text_is_read_as_it_was_last_uploaded(database: Database) -> None:
