@@ -2,19 +2,19 @@
 
 Collection goes in four steps: the rules drop fine-tunes and texts; deltas that were deleted some
 days ago are given up; then the saved blocks of ended jobs and the blobs that no row needs are
-removed. Every step is a transaction of its own and safe beside pushes of the same bytes (see
+removed. Every step is in transactions of its own and safe beside pushes of the same bytes (see
 `BlobRepository`), so that several processes may collect at once.
 """
 
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import structlog
 from sqlalchemy.orm import Session
@@ -37,6 +37,13 @@ WORK: Final = "work"
 YOUNG: Final = timedelta(hours=1)
 """Blobs younger than this are left alone: their rows may be yet to come."""
 BATCH: Final = 500
+HOLD_SECONDS: Final = 0.1
+"""How long a transaction may keep others from writing to SQLite."""
+PAUSE_SECONDS: Final = 0.1
+"""Who waits for SQLite's lock looks for it at least so often."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Usage(NamedTuple):
@@ -78,8 +85,8 @@ class Collector:
         for kind, entry in self.unneeded_blocks():
             self._blobs.drop_work(entry.key.partition("/")[0])
             collected.usage[kind] = collected.usage[kind].plus(entry.bytes)
-        for kind, entry in self.unneeded_blobs():
-            if self.remove(entry.key):
+        for found in _batches(self.unneeded_blobs()):
+            for kind, entry in self.remove(found):
                 collected.usage[kind] = collected.usage[kind].plus(entry.bytes)
         return collected
 
@@ -95,11 +102,12 @@ class Collector:
 
     def drop_uploads(self) -> None:
         """Give up the uploads that the rules drop."""
-        for upload_id in self._droppable_uploads():
-            with self._database.session_scope() as session:
-                upload = BlobRepository(session).lock_droppable(upload_id, self._rules(session))
-                if upload is not None:
-                    UploadRepository(session, upload.tenant_id).drop(upload)
+        self._one_by_one(self._droppable_uploads(), self._drop_upload)
+
+    def _drop_upload(self, session: Session, upload_id: str) -> None:
+        upload = BlobRepository(session).lock_droppable(upload_id, self._rules(session))
+        if upload is not None:
+            UploadRepository(session, upload.tenant_id).drop(upload)
 
     def _droppable_uploads(self) -> list[str]:
         with self._database.read_scope() as session:
@@ -117,9 +125,7 @@ class Collector:
     def give_up_deltas(self) -> list[str]:
         """Give up the bytes of deltas whose time for undoing is over; returns why some stay."""
         free, on_nodes = self._deleted_deltas()
-        for delta_id in free:
-            with self._database.session_scope() as session:
-                BlobRepository(session).collect(delta_id)
+        self._one_by_one(free, lambda session, delta: BlobRepository(session).collect(delta))
         return _reasons(on_nodes)
 
     def _deleted_deltas(self) -> tuple[list[str], list[DeltaRow]]:
@@ -155,15 +161,38 @@ class Collector:
                 if entry.key not in needed:
                     yield was.get(entry.key, BlobKind.UNREFERENCED), entry
 
-    def remove(self, digest: str) -> bool:
-        """Remove a blob if no row needs it now; returns whether it was removed."""
-        with self._database.session_scope() as session:
-            lock_blobs(session, digest)
-            if BlobRepository(session).needed([digest]):
-                return False
-            self._blobs.delete(digest)
-            record(session, LOCAL_TENANT, AuditAction.BLOB_REMOVE, digest)
-            return True
+    def remove(self, found: Sequence[tuple[str, StoredEntry]]) -> list[tuple[str, StoredEntry]]:
+        """Remove those of these blobs that no row needs now; returns them."""
+        return [one for one, removed in self._one_by_one(found, self._remove) if removed]
+
+    def _remove(self, session: Session, found: tuple[str, StoredEntry]) -> bool:
+        digest = found[1].key
+        lock_blobs(session, digest)
+        if BlobRepository(session).needed([digest]):
+            return False
+        self._blobs.delete(digest)
+        record(session, LOCAL_TENANT, AuditAction.BLOB_REMOVE, digest)
+        return True
+
+    def _one_by_one(
+        self, items: Sequence[Item], work: Callable[[Session, Item], Result]
+    ) -> list[tuple[Item, Result]]:
+        """The items, each with what `work` on it returned, in a transaction of its own.
+
+        On SQLite a transaction takes as many as fit into `HOLD_SECONDS`, since each commit waits
+        for the disk, and between two of them others write.
+        """
+        done: list[tuple[Item, Result]] = []
+        while len(done) < len(items):
+            with self._database.session_scope() as session:
+                until = time.monotonic() + HOLD_SECONDS
+                for item in items[len(done) :]:
+                    done.append((item, work(session, item)))
+                    if not self._database.is_file or time.monotonic() > until:
+                        break
+            if self._database.is_file and len(done) < len(items):
+                time.sleep(PAUSE_SECONDS)
+        return done
 
 
 def _reasons(on_nodes: Iterable[DeltaRow]) -> list[str]:
@@ -290,7 +319,7 @@ def missing_blobs(
     return sorted(digest for digest in absent if not blobs.exists(digest))
 
 
-def _batches(entries: Iterable[StoredEntry]) -> Iterator[list[StoredEntry]]:
+def _batches(entries: Iterable[Item]) -> Iterator[list[Item]]:
     iterator = iter(entries)
     while batch := list(islice(iterator, BATCH)):
         yield batch

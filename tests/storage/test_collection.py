@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from deltadock.errors import Unavailable
 from deltadock.settings import Settings
 from deltadock.storage import collection
+from deltadock.storage.blobs import StoredEntry
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.collection import Collector
 from deltadock.storage.database import Database, database_now
@@ -65,7 +66,7 @@ class Scene:
         digest = blobs.put_bytes(content)
         Lease(database, job, "worker", 1e6).complete(blobs, digest, len(content), {})
         self.digest = digest
-        self.found: list[str] = []
+        self.found: list[tuple[str, StoredEntry]] = []
         self.steps: dict[str, Iterator[None]] = {
             "P": self.push(),
             "D": self.delete_and_restore(),
@@ -108,10 +109,9 @@ class Scene:
 
     def collect(self) -> Iterator[None]:
         self.collector.give_up_deltas()
-        self.found = [entry.key for _, entry in self.collector.unneeded_blobs()]
+        self.found = list(self.collector.unneeded_blobs())
         yield
-        for digest in self.found:
-            self.collector.remove(digest)
+        self.collector.remove(self.found)
         yield
 
     def check(self) -> None:
@@ -145,10 +145,31 @@ def test_no_order_of_a_push_a_deletion_and_a_collection_loses_a_needed_blob(
             first = session.get(DeltaRow, scene.first)
         assert first is not None
         restored += first.deleted_at is None
-        removed += scene.digest in scene.found
+        removed += scene.digest in [entry.key for _, entry in scene.found]
     assert removed, "in some orders the blob was listed for removal"
     assert 0 < restored < len(ORDERS)
     database.dispose()
+
+
+@pytest.mark.parametrize("migrated", ["sqlite"], indirect=True)
+def test_others_write_between_the_transactions_of_a_collection(
+    database: Database, tmp_path: Path, old_blobs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = LocalBlobStore(tmp_path / "store")
+    for number in range(3):
+        blobs.put_bytes(f"nobody's {number}".encode())
+    pauses: list[float] = []
+
+    def write_meanwhile(seconds: float) -> None:
+        with database.session_scope() as other:
+            other.execute(delete(NodeSampleRow))
+        pauses.append(seconds)
+
+    monkeypatch.setattr(collection, "HOLD_SECONDS", 0.0)
+    monkeypatch.setattr(collection.time, "sleep", write_meanwhile)
+    collected = Collector(database, blobs, Settings(home=tmp_path)).run()
+    assert sum(usage.files for usage in collected.usage.values()) == 3
+    assert pauses == [collection.PAUSE_SECONDS] * 2
 
 
 def add_base(session: Session) -> None:
