@@ -19,7 +19,7 @@ import structlog
 
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
-from deltadock.compression.progress import Progress
+from deltadock.compression.progress import Forecast, Progress
 from deltadock.errors import Cancelled, DamagedBlob, DeltadockError, WorkerLost
 from deltadock.kernels import choose_device
 from deltadock.settings import Settings, get_settings
@@ -40,9 +40,6 @@ REPORT_SECONDS: Final = 0.25
 """Minimum interval between progress updates within one block."""
 LOG_SECONDS: Final = 60.0
 """Maximum interval between lines of the job's log while it makes progress."""
-
-PREDICTABLE: Final = 0.1
-"""Fraction of this worker's part of a job after which its rate predicts the end."""
 
 log = structlog.get_logger(__name__)
 
@@ -254,14 +251,14 @@ def _reporter(lease: Lease, clock: StageClock) -> Callable[[Progress], None]:
     It checks at every step whether to stop, since the next one may be minutes away.
     """
     last_part = ("", "")
-    last_time = last_line = began = 0.0
+    last_time = last_line = 0.0
+    forecast = Forecast()
 
     def report(progress: Progress) -> None:
-        nonlocal last_part, last_time, last_line, began
+        nonlocal last_part, last_time, last_line
         clock.enter(progress.stage)
+        seconds_left = forecast.seconds_left(progress)
         part, now = (progress.phase, progress.message.partition(", ")[0]), time.monotonic()
-        if progress.worked == 0.0:
-            began = now
         if part == last_part and now - last_time < REPORT_SECONDS:
             lease.check()
             return
@@ -270,9 +267,6 @@ def _reporter(lease: Lease, clock: StageClock) -> Callable[[Progress], None]:
         if part != last_part or now - last_line >= LOG_SECONDS:
             log_line, last_line = f"{progress.stage}: {progress.message} ({percent:.0f} %)", now
         last_part, last_time = part, now
-        left, seconds_left = 1 - progress.fraction, None
-        if 0 < PREDICTABLE * (progress.worked + left) <= progress.worked:
-            seconds_left = (now - began) * left / progress.worked
         lease.advance(
             JobState(progress.stage),
             block=progress.block,

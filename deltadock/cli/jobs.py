@@ -1,7 +1,6 @@
 """`deltadock jobs`, `logs`, `cancel` and `retry`."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +21,8 @@ from deltadock.errors import Cancelled, NotFound, Unavailable
 from deltadock.names import parse_reference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from deltadock.client.http import Client
     from deltadock.client.resources import Job
 
@@ -137,14 +138,12 @@ def logs(
     url: Url = None,
 ) -> None:
     """Print a job's log: attempts, stages, blocks, the reason of a failure."""
-    from deltadock.client.progress import job_bar
-
     with connect(url) as client:
         found = job_of(client, job)
-        bar: AbstractContextManager[Callable[[Job], None]] = nullcontext(lambda _: None)
-        if follow and output.is_terminal and not as_json:
-            bar = job_bar(output)  # the console of the lines, which it prints above the bar
-        with on_interrupt("The job goes on." if follow else ""), bar as show:
+        with (
+            on_interrupt("The job goes on." if follow else ""),
+            _progress_beside_log(follow=follow, as_json=as_json) as (show, printed),
+        ):
             lines = client.log(found, follow=follow, progress=show)
             if as_json:
                 print_resources(lines)
@@ -152,8 +151,29 @@ def logs(
                 for line in lines:
                     moment = line.at.astimezone()
                     output.print(f"{moment:%Y-%m-%d %H:%M:%S %Z}  {line.message}", soft_wrap=True)
+                    printed()
         if follow:
             _exit_if_failed(client, client.job(found))
+
+
+@contextmanager
+def _progress_beside_log(
+    *, follow: bool, as_json: bool
+) -> "Iterator[tuple[Callable[[Job], None], Callable[[], None]]]":
+    """What shows a followed job beside its log, and what is to be called after each line."""
+    from deltadock.client.progress import job_bar, log_lines
+
+    if not follow:
+        yield lambda _: None, lambda: None
+    elif as_json:  # whose lines are printed at the end
+        with job_bar(errors) as show:
+            yield show, lambda: None
+    elif output.is_terminal:
+        with job_bar(output) as show:  # the console of the lines, which it prints above the bar
+            yield show, lambda: None
+    else:
+        with log_lines(errors) as callbacks:
+            yield callbacks
 
 
 def cancel(job: JobReference, as_json: AsJson = False, url: Url = None) -> None:

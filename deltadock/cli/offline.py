@@ -27,7 +27,7 @@ from deltadock.compression.options import (
     goal_for,
 )
 from deltadock.compression.preview import SizePreview
-from deltadock.compression.progress import Progress
+from deltadock.compression.progress import Forecast, Progress
 from deltadock.errors import Conflict, DeltadockError, NotFound
 
 DEFAULT_METHOD: Final = default_method().name
@@ -195,7 +195,7 @@ def compress(
     amount.check()
     check_writable(out, report)
     chosen_device = resolve_device(device)
-    from deltadock.client.progress import work_bar
+    from deltadock.client.progress import left_text, work_bar
     from deltadock.compression.options import CompressOptions
     from deltadock.compression.pipeline import compress as run
 
@@ -205,6 +205,7 @@ def compress(
         max_kl=max_kl, min_agreement=min_agreement, seed=seed, solver=chosen, calibration=amount,
     )  # fmt: skip
     blocks = BlockFolder(out.with_name(f"{out.name}.blocks"))
+    forecast = Forecast()
     with (
         blocks,
         on_interrupt("The same command continues after the last finished block."),
@@ -213,7 +214,8 @@ def compress(
 
         def show(update: Progress) -> None:
             line = f"{update.stage}: {update.message}"
-            bar(line.partition(", ")[0], line, update.fraction)
+            left = left_text(forecast.seconds_left(update))
+            bar(line.partition(", ")[0], f"{line}{left}", update.fraction)
 
         result = run(
             base,

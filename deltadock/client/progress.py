@@ -54,13 +54,19 @@ class Lines:
     def show(self, stage: str, line: str) -> None:
         """Note where the work is, and print it if the stage is new.
 
-        A stage of "" is the one before the first.
+        A stage of "" is worth a line only if it takes long.
         """
         with self._lock:
             self._line = line
             if stage != self._stage:
                 self._stage = stage
-                self._print()
+                if stage:
+                    self._print()
+
+    def put_off(self) -> None:
+        """Count a line that someone else has printed as one of these."""
+        with self._lock:
+            self._due = time.monotonic() + QUIET_SECONDS
 
     def _print(self) -> None:
         now = time.monotonic()
@@ -108,13 +114,39 @@ def job_bar(console: Console) -> Iterator[Callable[[Job], None]]:
         TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as bar:
-        task = bar.add_task("queued", total=100.0, job=None)
-        yield lambda job: bar.update(task, description=job.stage, completed=job.percent, job=job)
+        task = bar.add_task("", total=100.0, job=None, visible=False)
+        yield lambda job: bar.update(
+            task, description=job.stage, completed=job.percent, job=job, visible=True,
+            refresh=True,  # else a line that is printed at once has the bar before under it
+        )  # fmt: skip
+
+
+@contextmanager
+def log_lines(console: Console) -> Iterator[tuple[Callable[[Job], None], Callable[[], None]]]:
+    """Callbacks beside a job's log where there is no terminal: for the job, and for each log line.
+
+    The log has a line for every stage and block, so these are only of a job that waits, and where
+    the job is when the log has been silent for long.
+    """
+
+    def show(job: Job) -> None:
+        lines.show(job.stage if job.state == "queued" else "", _line(job))
+
+    with Lines(console) as lines:
+        yield show, lines.put_off
 
 
 def _show_line(lines: Lines, job: Job) -> None:
-    left = "" if job.remaining is None else f"; about {duration_text(job.remaining)} left"
-    lines.show(job.stage.partition(", ")[0], f"{job.percent:3.0f} %  {job.stage}{left}")
+    lines.show(job.stage.partition(", ")[0], _line(job))
+
+
+def _line(job: Job) -> str:
+    return f"{job.percent:3.0f} %  {job.stage}{left_text(job.remaining)}"
+
+
+def left_text(seconds: float | None) -> str:
+    """How long the work goes on, to follow what it does now; empty if that cannot be told."""
+    return "" if seconds is None else f"; about {duration_text(seconds)} left"
 
 
 class _Transferred(DownloadColumn):

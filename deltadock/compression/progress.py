@@ -1,5 +1,6 @@
 """Progress of a compression: its phases, each a share of the whole by the work expected of it."""
 
+import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
 from types import MappingProxyType
@@ -30,6 +31,9 @@ STAGES: Final[Mapping[Phase, Stage]] = MappingProxyType(
 )
 """The stage of a job that a phase belongs to."""
 
+PREDICTABLE: Final = 0.1
+"""Fraction of a run's part of the work after which its rate predicts the end."""
+
 READING: Final = 0.03
 """Share of reading both checkpoints, after which what else there is to do is known."""
 
@@ -57,6 +61,23 @@ class Progress(NamedTuple):
     def stage(self) -> Stage:
         """The stage of a job."""
         return STAGES[self.phase]
+
+
+class Forecast:
+    """Predicts how long a run goes on, by the rate of what it has worked itself."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def seconds_left(self, progress: Progress) -> float | None:
+        """The seconds until the end, after each report; None: too little is done to tell."""
+        now = time.monotonic()
+        if progress.worked == 0.0:
+            self._began = now
+        left = 1 - progress.fraction
+        if not 0 < PREDICTABLE * (progress.worked + left) <= progress.worked:
+            return None
+        return (now - self._began) * left / progress.worked
 
 
 class ProgressReporter:

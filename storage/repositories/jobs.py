@@ -191,6 +191,8 @@ class JobRepository:
         None if another owner's lease is live, the state is final or the job does not exist.
         """
         now = now or database_now(self.session)
+        released = and_(JobRow.started_at.is_not(None), JobRow.lease_owner.is_(None))
+        continues = self.session.scalar(select(released).where(JobRow.id == job_id))
         free = or_(
             JobRow.lease_owner.is_(None),
             JobRow.lease_owner == owner,
@@ -216,7 +218,8 @@ class JobRepository:
             .where(JobRow.id == job_id)
             .execution_options(populate_existing=True)
         ).one()
-        self.write_log(job_id, f"Attempt {job.attempt} starts on {owner}.", now=now)
+        does = "continues" if continues else "starts"
+        self.write_log(job_id, f"Attempt {job.attempt} {does} on {owner}.", now=now)
         return job
 
     def renew(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deltadock import __version__
 from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.compression.options import METHODS
+from deltadock.compression.progress import Forecast
 from deltadock.compression.session import CompressionSession
 from deltadock.settings import get_settings
 from tests.cli.support import QUERY, Command, Delta, Inputs, compress, evaluate
@@ -39,6 +40,14 @@ def test_compress_is_reproducible(
     outcome = deltadock(*compress(inputs, again, "--bits", 2, "--seed", 3))
     assert outcome.code == 0
     assert again.read_bytes() == delta.path.read_bytes()
+
+
+def test_compress_tells_how_long_it_goes_on(
+    inputs: Inputs, deltadock: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Forecast, "seconds_left", lambda *_: 90.0)
+    arguments = compress(inputs, tmp_path / "a.delta", method="exact")
+    assert "; about 1 min 30 s left" in deltadock(*arguments).stderr
 
 
 def test_calibration_sources_mix_and_default_to_sampled_text(

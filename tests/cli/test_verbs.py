@@ -175,9 +175,33 @@ def test_a_followed_log_is_above_a_bar_in_a_terminal(
     shown = screen.getvalue()
     assert re.search(r"\d\d:\d\d:\d\d [A-Z+-]\S*  Ready\.", shown), shown
     assert "100 %" in shown
+    assert "queued" not in shown
     screen.truncate(0)
     call("logs", pushed[0])
     assert "100 %" not in screen.getvalue()
+
+
+def test_a_queued_job_that_is_followed_in_a_pipe_says_so(
+    service: Service,
+    call: Callable[..., Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = write_finetune(tmp_path / "finetune", 9)
+    options = ("-b", "tiny", "-n", "maths/piped", "--method", "exact", "--no-wait", "--json")
+    delta = answered(call("push", folder, *options))["delta"]
+    ended = list[str]()
+
+    def work(_seconds: float) -> None:
+        """End the job after it was read once."""
+        if not ended:
+            ended.append(delta["id"])
+            service.api.make_ready({"id": delta["id"], "job": delta["job"]}, b"piped")
+
+    monkeypatch.setattr("deltadock.client.http.time.sleep", work)
+    outcome = call("logs", "-f", "maths/piped")
+    assert re.fullmatch(r"  0 %  queued: number \d+\n", outcome.stderr)
+    assert outcome.stdout.endswith("  Ready.\n")
 
 
 def test_methods_are_completed() -> None:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from deltadock.client import progress
-from deltadock.client.progress import bytes_bar, job_bar, work_bar
+from deltadock.client.progress import bytes_bar, job_bar, log_lines, work_bar
 from deltadock.client.resources import Job
 
 NOW = datetime.now(UTC)
@@ -64,6 +64,23 @@ def test_a_silent_job_says_again_where_it_is(log: io.StringIO) -> None:
     assert ended.count("step 1 of 100") == 1
     time.sleep(0.1)
     assert log.getvalue() == ended
+
+
+def test_beside_a_log_only_what_it_lacks_is_told(
+    log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with log_lines(Console(file=log)) as (show, printed):
+        show(job("queued").model_copy(update={"queue_position": 2}))
+        assert log.getvalue() == "  0 %  queued: number 2\n"
+        wait_for(lambda: log.getvalue().count("number 2") >= 2)
+        monkeypatch.setattr(progress, "QUIET_SECONDS", 20.0)
+        show(job("compressing", 40.0, "block 1 of 2, matrix 1 of 2"))
+        show(job("compressing", 55.0, "block 2 of 2, matrix 1 of 2"))
+        printed()
+        told = log.getvalue()
+        time.sleep(0.1)
+        assert log.getvalue() == told
+    assert "block" not in told
 
 
 def test_transfers_are_summed(log: io.StringIO) -> None:

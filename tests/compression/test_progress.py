@@ -2,8 +2,9 @@
 
 import pytest
 
+from deltadock.compression import progress
 from deltadock.compression.options import METHODS, GoalKind
-from deltadock.compression.progress import READING, Progress, ProgressReporter
+from deltadock.compression.progress import READING, Forecast, Progress, ProgressReporter
 from deltadock.compression.work import ExpectedWork, mean_side
 
 
@@ -55,6 +56,23 @@ def test_what_was_saved_is_not_worked(reporter: ProgressReporter, seen: list[Pro
     reporter.report("comparing", 1, 1, "comparing")
     assert seen[-1].fraction == 1.0
     assert seen[-1].worked == pytest.approx((1 - READING) / 2)
+
+
+def test_the_rate_of_this_run_predicts_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    forecast = Forecast()
+
+    def left(fraction: float, worked: float) -> float | None:
+        return forecast.seconds_left(Progress("encoding", 0, 1, fraction, worked, ""))
+
+    now = 110.0  # reading, which is no work
+    assert left(0.5, 0.0) is None
+    now = 111.0
+    assert left(0.52, 0.02) is None, "too little to tell"
+    now = 120.0
+    assert left(0.75, 0.25) == pytest.approx(10.0)
+    assert left(1.0, 0.5) == 0.0
 
 
 @pytest.mark.parametrize("goal", [None, "ratio", "max_kl"])

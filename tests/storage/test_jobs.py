@@ -114,6 +114,11 @@ def test_a_released_lease_can_be_acquired_immediately(jobs: JobRepository, job: 
     taken = jobs.acquire(job.id, "two", LEASE, now=later(1))
     assert taken is not None
     assert (taken.attempt, taken.message) == (1, "repeating unsaved steps")
+    assert [line.message for line in jobs.log(job.id, after=0, limit=9)] == [
+        "Attempt 1 starts on one.",
+        "one shuts down; another worker continues.",
+        "Attempt 1 continues on two.",
+    ]
 
 
 def test_one_of_many_concurrent_workers_acquires_the_lease(database: Database) -> None:
