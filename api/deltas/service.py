@@ -34,7 +34,7 @@ from deltadock.storage.repositories import (
 from deltadock.storage.repositories.blobs import lock_blobs
 from deltadock.storage.repositories.deltas import Lineage
 from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, DeltaSort, key_of
-from deltadock.storage.repositories.shown import ShownDelta
+from deltadock.storage.repositories.shown import ShownDelta, ShownJob
 from deltadock.version import __version__
 
 
@@ -85,7 +85,7 @@ def _missing(deltas: DeltaRepository, reference: str) -> NoReturn:
     raise unknown("delta", reference, "/v1/deltas", names_there, named.name if named else "")
 
 
-def _standing(job: JobRow) -> str:
+def _standing(job: JobRow | ShownJob) -> str:
     """What has become of a version's job, as the end of a sentence."""
     match job.state:
         case JobState.FAILED:
@@ -112,8 +112,7 @@ def require_ready(delta: DeltaRow | ShownDelta) -> str:
     """
     if delta.job.state is not JobState.READY or delta.artifact_digest is None:
         raise NotReady(
-            f"{delta.name}:{delta.version} is not ready: its job is {delta.job.state}. See "
-            f"GET /v1/jobs/{delta.job.id}.",
+            f"{delta.name}:{delta.version} {_standing(delta.job)} See GET /v1/jobs/{delta.job.id}.",
             state=delta.job.state,
             job=delta.job.id,
         )

@@ -100,7 +100,7 @@ async function upload(kind, chosen, report) {
   await inParallel(tasks);
   state = await call("POST", `/v1/uploads/${state.id}/complete`);
   while (state.state === "completing") {
-    report("Checking", (state.percent ?? 0) / 100, 1);
+    report(state.error ? `${state.error.message} Trying again` : "Checking", (state.percent ?? 0) / 100, 1);
     await pause(1);
     state = await call("GET", `/v1/uploads/${state.id}`);
   }

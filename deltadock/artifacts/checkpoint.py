@@ -336,6 +336,10 @@ def _parsed(name: str, text: bytes | None) -> dict[str, Any]:
         raise InvalidCheckpoint(f"{name} is not a JSON object.")
     if is_too_deep(config):
         raise InvalidCheckpoint(f"{name} is nested more than {MAX_DEPTH} levels deep.")
+    try:
+        json.dumps(config, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidCheckpoint(f"{name} holds half a surrogate pair, which is no text.") from error
     return config
 
 

@@ -1,6 +1,7 @@
 """Uploads files: only what the server lacks, in parts and in parallel, resuming what broke off."""
 
 import hashlib
+import logging
 import random
 import threading
 import time
@@ -13,6 +14,8 @@ from urllib.parse import quote, urlencode
 
 from deltadock.artifacts.checkpoint import CHUNK_BYTES
 from deltadock.errors import DeltadockError, InvalidInput, Unavailable, error_for
+
+logger = logging.getLogger(__name__)
 
 JsonObject = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -140,7 +143,11 @@ class Uploader:
 
     def _complete(self, upload: str) -> JsonObject:
         state = self._request("POST", f"/v1/uploads/{upload}/complete")
+        said = None
         while state["state"] == "completing":
+            if (error := state["error"]) is not None and error["message"] != said:
+                said = error["message"]
+                logger.warning("The server checks the files again later: %s", said)
             time.sleep(POLL_SECONDS)
             state = self._request("GET", f"/v1/uploads/{upload}")
         if state["error"] is not None:

@@ -249,8 +249,8 @@ class BlobRepository:
     def droppable_uploads(self, rules: "DropRules", upload_id: str | None = None) -> list[str]:
         """Ids of complete uploads, or this one's, that no base or job needs and the rules drop.
 
-        A checkpoint that has been neither a base nor a delta's fine-tune since `rules.undo_from`
-        is dropped by every rule.
+        A checkpoint that has been neither a base nor the fine-tune of a delta that is not given up
+        since `rules.undo_from` is dropped by every rule.
         """
         projects = {
             (rule.tenant_id, rule.project): rule.rule
@@ -263,6 +263,7 @@ class BlobRepository:
         is_finetune = exists().where(
             DeltaRow.checkpoint_digest == UploadRow.checkpoint_digest,
             DeltaRow.tenant_id == UploadRow.tenant_id,
+            DeltaRow.collected_at.is_(None),
         )
         checkpoints = self._complete(UploadKind.CHECKPOINT, upload_id).where(~is_base)
         unused = checkpoints.where(~is_finetune, UploadRow.updated_at < rules.undo_from)

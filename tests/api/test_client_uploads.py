@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from deltadock.api.uploads import completion
 from deltadock.client import uploads
 from deltadock.client.http import Client
-from deltadock.errors import HashMismatch, MalformedSafetensors, Unavailable
+from deltadock.errors import HashMismatch, MalformedSafetensors, StorageFull, Unavailable
 from deltadock.storage.blobs import parts
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights
 from tests.storage.faulty_proxy import Fault, FaultyProxy, faulty_proxy
@@ -132,3 +133,25 @@ def test_a_file_that_changes_meanwhile_is_rejected(client: Client, folder: Path)
 
     with pytest.raises(HashMismatch, match=r"model\.safetensors"):
         client.upload_folder(folder, change)
+
+
+def test_a_completion_that_is_tried_again_is_told(
+    api: Api,
+    client: Client,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    put_bytes = api.resources.blobs.put_bytes
+    failures = iter([StorageFull("The store is full.")])
+
+    def fail_once(data: bytes) -> str:
+        if (error := next(failures, None)) is not None:
+            raise error
+        return put_bytes(data)
+
+    monkeypatch.setattr(completion, "RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(api.resources.blobs, "put_bytes", fail_once)
+    client.upload_folder(folder)
+    told = [record.getMessage() for record in caplog.records if record.name == uploads.__name__]
+    assert told == ["The server checks the files again later: The store is full."]

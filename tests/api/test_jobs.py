@@ -89,6 +89,11 @@ def test_a_name_without_a_default_says_what_became_of_its_newest_version(api: Ap
         "has failed (non_finite_weights): Upload an earlier checkpoint. See GET"
         in (api.client.get(f"/v1/deltas/{name}").json()["detail"])
     )
+    artifact = api.client.get(f"/v1/deltas/{delta['id']}/artifact").json()
+    assert artifact["detail"] == (
+        f"{name}:1 has failed (non_finite_weights): Upload an earlier checkpoint. "
+        f"See GET /v1/jobs/{job}."
+    )
 
 
 def test_a_job_that_is_being_cancelled_is_not_retried_yet(api: Api) -> None:

@@ -180,6 +180,21 @@ def test_a_checkpoint_that_becomes_nothing_is_kept_for_some_days(api: Api) -> No
     assert collect(api) == {}, "bases and fine-tunes stay"
 
 
+def test_a_fine_tune_goes_after_all_of_its_deltas_whatever_the_rule(api: Api) -> None:
+    one, other = api.delta(), api.delta(name="maths/other", seed=1)
+    assert one["id"] != other["id"]
+    for delta in (one, other):
+        api.make_ready(delta, artifact=delta["id"].encode())
+    api.client.delete(f"/v1/deltas/{one['id']}").raise_for_status()
+    age(api, 8)
+    collect(api, undo_days=0)
+    assert collect(api) == {}, "another delta is of it"
+    api.client.delete(f"/v1/deltas/{other['id']}").raise_for_status()
+    assert collect(api) == {}, "the delta can be restored"
+    assert collect(api, undo_days=0).keys() == {"artifacts"}
+    assert collect(api).keys() == {"checkpoints"}
+
+
 def test_the_bytes_of_a_deleted_base_are_kept_for_some_days(api: Api) -> None:
     body = api.delta_body()
     base = f"/v1/bases/{body['base']}"

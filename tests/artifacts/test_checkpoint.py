@@ -243,6 +243,7 @@ ENTRY = TensorEntry("a", "F32", (1,), "model.safetensors", "0" * 64)
         ([ENTRY], b"\xff\xfe", "not valid JSON"),
         ([ENTRY], b'{"model_type":' + b"[" * 100_000, "not valid JSON"),
         ([ENTRY], b'{"a":' + b"[" * 500 + b"]" * 500 + b"}", "nested more than 128 levels deep"),
+        ([ENTRY], b'{"a": {"\\ud800": 1}}', "half a surrogate pair"),
         ([ENTRY], b"[]", "not a JSON object"),
         ([ENTRY], b"{}", "names no model_type"),
         ([ENTRY], b'{"model_type": 7}', "names no model_type"),

@@ -443,6 +443,11 @@ def test_uploads_continue_and_become_a_base_and_a_delta(
     def refuse(route: Route) -> None:
         route.fulfill(status=404, json={"detail": "Gone."})
 
+    def retried(route: Route) -> None:
+        error = {"code": "storage_full", "message": "The store is full.", "file": None}
+        upload = {**route.fetch().json(), "state": "completing", "percent": 0.0, "error": error}
+        route.fulfill(json=upload)
+
     for name, number in (("base", 0), ("tuned", 1)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_bytes(CONFIG)
@@ -450,7 +455,12 @@ def test_uploads_continue_and_become_a_base_and_a_delta(
         (tmp_path / name / "trainer.py").write_text("not sent")
     page.goto("/bases")
     page.get_by_label("Name").fill("tiny")
+    page.route("**/complete", retried)
+    page.route("**/v1/uploads/*", retried)
     page.locator("#base-files input").set_input_files(tmp_path / "base")
+    expect(page.locator("#base-files p")).to_have_text("The store is full. Trying again …")
+    page.unroute("**/v1/uploads/*")
+    page.unroute("**/complete")
     expect(page.locator("#base-files p")).to_contain_text("Here and checked: 2 files")
     page.get_by_role("button", name="Register").click()
     expect(page.locator("h1")).to_have_text("tiny")
