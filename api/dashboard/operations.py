@@ -135,7 +135,7 @@ def show_base(base: BaseRef, request: Request, caller: CallerDep, session: ReadS
     context = {
         "base": BaseOut.of(row),
         "is_own": row.tenant_id == caller.tenant_id,
-        "may_share": caller.is_operator and row.tenant_id == caller.tenant_id,
+        "may_share": _operates(caller) and row.tenant_id == caller.tenant_id,
         "overview": overview,
         "tried": views.tried(session, caller.tenant_id, [row.name]),
     }
@@ -156,13 +156,18 @@ def refresh_nodes(request: Request, caller: CallerDep, session: ReadSession) -> 
 
 def _nodes(session: Session, caller: Caller) -> dict[str, Any]:
     nodes = registered_nodes(session, caller, DELTAS_PER_NODE).data
-    operates = caller.is_operator and Scope.ADMIN in caller.scopes
+    operates = _operates(caller)
     past = NodeRepository(session).samples([node.id for node in nodes]) if operates else {}
     return {
         "nodes": nodes,
         "operates": operates,
         "timelines": {node: timelines(samples) for node, samples in past.items()},
     }
+
+
+def _operates(caller: Caller) -> bool:
+    """Whether routes for the operator's admins are open to the caller."""
+    return caller.is_operator and Scope.ADMIN in caller.scopes
 
 
 def timelines(samples: Sequence[NodeSampleRow]) -> list[tuple[str, Markup]]:

@@ -19,12 +19,14 @@ from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
+from deltadock.api.access import Caller
 from deltadock.api.dashboard import charts, formats
 from deltadock.api.dashboard.markdown import markdown
 from deltadock.api.dashboard.snippets import PROMPTS
 from deltadock.api.routing import api_router
 from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
 from deltadock.errors import DeltadockError, InvalidInput
+from deltadock.storage.models import Scope
 from deltadock.version import __version__
 
 log = structlog.get_logger(__name__)
@@ -89,9 +91,12 @@ def render(
     status: int = 200,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """Render a page or a part of one."""
+    """Render a page or a part of one; it knows what the caller's key may do."""
+    caller: Caller | None = getattr(request.state, "caller", None)
+    scopes = frozenset[Scope]() if caller is None else caller.scopes
+    rights = {"may_write": Scope.WRITE in scopes, "may_ask": Scope.INFER in scopes}
     return _templates.TemplateResponse(
-        request, template, dict(context), status, {**HEADERS, **(headers or {})}
+        request, template, {**rights, **context}, status, {**HEADERS, **(headers or {})}
     )
 
 

@@ -1,14 +1,32 @@
 // Swagger UI on the description of the api; its dark colours are those of a class.
 
-// The page's session is the authorization. Swagger would prepare the whole description, which takes
-// more than a second, to draw a dialogue that asks for a key.
-const withoutAuthorization = {
+// A part of the description with what its local references stand for; one within itself is kept.
+function resolved(part, whole, within = []) {
+  if (part === null || typeof part !== "object") return part;
+  if (Array.isArray(part)) return part.map((one) => resolved(one, whole, within));
+  const { $ref, ...others } = part;
+  if (typeof $ref === "string" && !within.includes($ref)) {
+    const target = $ref.slice(2).split("/").reduce((node, key) => node[key], whole);
+    return resolved({ ...target, ...others }, whole, [...within, $ref]);
+  }
+  return Object.fromEntries(Object.entries(part).map(([key, one]) => [key, resolved(one, whole, within)]));
+}
+
+// Swagger would prepare the whole description for every operation that is opened, which takes one to
+// three seconds each time, and once more for a dialogue that asks for a key. The page's session is the
+// authorization, and all references are to the same file.
+let whole;
+const quick = {
   components: { authorizeOperationBtn: () => null },
   statePlugins: {
     spec: {
       wrapSelectors: { securityDefinitions: () => () => null },
       wrapActions: {
-        requestResolvedSubtree: (resolve) => (path) => (path.includes("securitySchemes") ? null : resolve(path)),
+        requestResolvedSubtree: (_, { specActions, specSelectors }) => (path) => {
+          whole ??= JSON.parse(specSelectors.specStr());
+          const part = path.reduce((node, key) => node?.[key], whole);
+          if (part && !path.includes("securitySchemes")) specActions.updateResolvedSubtree(path, resolved(part, whole));
+        },
       },
     },
   },
@@ -28,7 +46,7 @@ SwaggerUIBundle({
   defaultModelsExpandDepth: -1,
   syntaxHighlight: false,
   presets: [SwaggerUIBundle.presets.apis, SwaggerUIBundle.SwaggerUIStandalonePreset].filter(Boolean),
-  plugins: [withoutAuthorization],
+  plugins: [quick],
   layout: "BaseLayout",
   requestInterceptor: (sent) => {
     sent.headers["X-CSRF-Token"] = document.querySelector("meta[name=csrf-token]").content;

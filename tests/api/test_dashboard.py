@@ -396,6 +396,36 @@ def test_pages_load_nothing_from_other_hosts(site: Site, seeded: seed.Seeded) ->
         assert " onclick=" not in answer.text
 
 
+def test_keys_that_may_not_change_anything_see_no_way_to(site: Site, seeded: seed.Seeded) -> None:
+    """They see why, and what only others may do is on no page, whatever the state of a delta."""
+    assert site.http.delete(f"/v1/deltas/{seeded.ready[-1]}").status_code == 204
+    states = (seeded.ready[0], seeded.compressing, seeded.queued, seeded.failed, seeded.ready[-1])
+    paths = [
+        *(
+            page
+            for page in PAGES
+            if "{" not in page and page not in ("/keys", "/storage", "/audit")
+        ),
+        *(f"/deltas/{delta}" for delta in states),
+        *(f"/parts/deltas/{delta}/job" for delta in (seeded.compressing, seeded.queued)),
+        "/parts/jobs",
+        "/parts/nodes",
+    ]
+    reader = bearer(issue_key(site.resources.settings, scopes=[Scope.READ]))
+    for path in paths:
+        page = site.http.get(path, headers=reader).text
+        assert "data-api=" not in page, path
+        assert 'href="/new' not in page, path
+        assert 'type="file"' not in page, path
+        assert 'id="prompt"' not in page, path
+        if "/parts/" not in path:
+            assert "what needs the scope <b>write</b> is not shown" in page, path
+            assert "what needs the scope" not in site.http.get(path).text, path
+    assert "Asking a model needs a key with the scope <b>infer</b>" in site.http.get(
+        f"/deltas/{seeded.ready[0]}", headers=reader
+    ).text  # fmt: skip
+
+
 def test_asset_urls_contain_a_content_hash(site: Site) -> None:
     page = site.text("/")
     for name in ("app.css", "app.js", "htmx.min.js", "icon.svg"):
