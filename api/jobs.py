@@ -90,6 +90,9 @@ class JobOut(BaseModel):
     started_at: datetime | None = Field(
         default=None, description="When a worker first started it, since the last retry."
     )
+    idle_seconds: float = Field(
+        description="Since then without a worker, such as between two attempts.", examples=[0.0]
+    )
     expected_at: datetime | None = Field(
         default=None,
         description="When it will be finished at its rate so far; null until a tenth is done, and "
@@ -100,6 +103,9 @@ class JobOut(BaseModel):
     @classmethod
     def of(cls, job: JobRow | ShownJob, queue_position: int | None = None) -> Self:
         """Convert a row."""
+        now, idle = datetime.now(UTC), job.idle_seconds
+        if job.started_at and job.lease_owner is None and not job.state.is_final:
+            idle += max(0.0, (now - job.updated_at).total_seconds())
         return cls(
             id=job.id,
             delta=job.delta_id,
@@ -117,9 +123,8 @@ class JobOut(BaseModel):
             created_at=job.created_at,
             updated_at=job.updated_at,
             started_at=job.started_at,
-            expected_at=job.expected_at
-            if job.expected_at and job.expected_at > datetime.now(UTC)
-            else None,
+            idle_seconds=round(idle, 3),
+            expected_at=job.expected_at if job.expected_at and job.expected_at > now else None,
             finished_at=job.finished_at,
         )
 

@@ -640,6 +640,8 @@ class JobRow(TableRow):
     updated_at: Mapped[datetime] = mapped_column(default=_utcnow)
     started_at: Mapped[datetime | None]
     """When a worker first started it; for a retried job, since the retry."""
+    idle_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """In which it had no worker, from then until it was acquired last."""
     expected_at: Mapped[datetime | None]
     """When it will finish at its rate so far; None until that is known."""
     finished_at: Mapped[datetime | None]

@@ -90,10 +90,11 @@ class DeltaEntry(NamedTuple):
 
     @property
     def elapsed(self) -> float | None:
-        """Seconds since a worker started the job, until it ended."""
+        """Seconds that workers have had the job, until it ended."""
         if self.job.started_at is None:
             return None
-        return ((self.job.finished_at or datetime.now(UTC)) - self.job.started_at).total_seconds()
+        since = (self.job.finished_at or datetime.now(UTC)) - self.job.started_at
+        return since.total_seconds() - self.job.idle_seconds
 
     @property
     def remaining(self) -> float | None:

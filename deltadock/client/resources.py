@@ -120,6 +120,7 @@ class Job(Resource):
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None = None
+    idle_seconds: float = 0.0
     expected_at: datetime | None = None
     finished_at: datetime | None = None
 
@@ -139,10 +140,11 @@ class Job(Resource):
 
     @property
     def elapsed(self) -> float | None:
-        """Seconds since a worker first started it; None before."""
+        """Seconds that workers have had it; None before the first."""
         if self.started_at is None:
             return None
-        return ((self.finished_at or datetime.now(UTC)) - self.started_at).total_seconds()
+        since = (self.finished_at or datetime.now(UTC)) - self.started_at
+        return since.total_seconds() - self.idle_seconds
 
     @property
     def remaining(self) -> float | None:

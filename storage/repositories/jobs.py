@@ -143,6 +143,7 @@ class JobRepository:
             sent_at=now,
             updated_at=now,
             started_at=None,
+            idle_seconds=0.0,
             finished_at=None,
         )
         if queued:
@@ -207,6 +208,7 @@ class JobRepository:
             message=case((JobRow.state == JobState.QUEUED, ""), else_="repeating unsaved steps"),
             updated_at=now,
             started_at=func.coalesce(JobRow.started_at, now),
+            idle_seconds=JobRow.idle_seconds + self._idle_for(job_id, now),
             expected_at=None,
         ):
             return None
@@ -221,6 +223,13 @@ class JobRepository:
         does = "continues" if continues else "starts"
         self.write_log(job_id, f"Attempt {job.attempt} {does} on {owner}.", now=now)
         return job
+
+    def _idle_for(self, job_id: str, now: datetime) -> float:
+        """Seconds since the job's last worker left it, or recorded progress before it died."""
+        left_at = self.session.scalar(
+            select(JobRow.updated_at).where(JobRow.id == job_id, JobRow.started_at.is_not(None))
+        )
+        return 0.0 if left_at is None else max(0.0, (now - left_at).total_seconds())
 
     def renew(
         self, job_id: str, owner: str, lease_seconds: float, *, now: datetime | None = None
@@ -347,6 +356,7 @@ class JobRepository:
         A job in a final state is unchanged. None if the job does not exist.
         """
         now = now or database_now(self.session)
+        idle_for = self._idle_for(job_id, now)
         idle = or_(JobRow.lease_owner.is_(None), JobRow.lease_expires_at <= now)
         unfinished = and_(JobRow.id == job_id, self._owned(), JobRow.state.not_in(FINAL_STATES))
         if self._set(
@@ -360,6 +370,7 @@ class JobRepository:
         if self._set(
             and_(unfinished, idle),
             **_ending(JobState.CANCELLED, now, "cancelled", "Cancelled on request."),
+            idle_seconds=JobRow.idle_seconds + idle_for,
         ):
             self.write_log(job_id, "Cancelled on request.", now=now)
         return self.find(job_id)

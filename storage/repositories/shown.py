@@ -40,6 +40,7 @@ class ShownJob(NamedTuple):
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None
+    idle_seconds: float
     expected_at: datetime | None
     finished_at: datetime | None
 

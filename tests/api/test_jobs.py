@@ -1,9 +1,11 @@
 """Jobs: listing with filters, the log, the place in the queue, retrying."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import update
 
+from deltadock.client.http import Client
 from deltadock.storage.models import JobState, UploadRow, UploadState
 from deltadock.storage.repositories import JobRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
@@ -128,3 +130,18 @@ def test_a_job_whose_fine_tune_was_dropped_is_not_retried(api: Api) -> None:
     refused = api.client.post(f"{job}/retry")
     assert refused.status_code == 409
     assert refused.json()["detail"].endswith("is not stored any more. Push it again.")
+
+
+def test_a_job_that_waits_between_two_attempts_takes_no_longer(api: Api) -> None:
+    job_id = api.delta()["job"]
+    now = datetime.now(UTC)
+    with api.resources.database.session_scope() as session:
+        jobs = JobRepository(session, LOCAL_TENANT)
+        assert jobs.acquire(job_id, "worker", 60, now=now - timedelta(hours=3))
+        assert jobs.release(job_id, "worker", now=now - timedelta(hours=2))
+    with Client(str(api.client.base_url), api.key) as client:
+        job = client.job(job_id)
+    assert 7200 <= job.idle_seconds < 7300
+    assert job.elapsed is not None
+    assert 3600 <= round(job.elapsed) < 3700
+    assert "1 h 0 min elapsed" in api.client.get(f"/deltas/{job.delta}").text

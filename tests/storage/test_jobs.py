@@ -97,6 +97,24 @@ def test_an_expired_lease_can_be_acquired(jobs: JobRepository, job: JobRow) -> N
     assert not jobs.finish(job.id, "one", JobState.READY, now=later(61))
 
 
+def test_the_time_without_a_worker_is_counted(jobs: JobRepository, job: JobRow) -> None:
+    jobs.acquire(job.id, "one", LEASE, now=later(100))
+    jobs.release(job.id, "one", now=later(110))
+    jobs.acquire(job.id, "two", LEASE, now=later(140))
+    jobs.advance(job.id, "two", **progress(JobState.CALIBRATING, 20.0), now=later(150))
+    taken = jobs.acquire(job.id, "three", LEASE, now=later(300))  # "two" has died
+    assert taken is not None
+    assert taken.idle_seconds == pytest.approx(30 + 150)
+    jobs.release(job.id, "three", now=later(310))
+    cancelled = jobs.request_cancel(job.id, now=later(400))
+    assert cancelled is not None
+    assert cancelled.idle_seconds == pytest.approx(30 + 150 + 90), "10 + 10 + 10 s of work"
+    assert jobs.retry(job.id, now=later(500))
+    taken = jobs.acquire(job.id, "four", LEASE, now=later(600))
+    assert taken is not None
+    assert taken.idle_seconds == 0.0, "the wait before the first worker is no part of it"
+
+
 def test_a_renewed_lease_expires_later(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE, now=NOW)
     assert jobs.renew(job.id, "one", LEASE, now=later(50))
