@@ -29,10 +29,10 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import zip_longest
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -49,9 +49,9 @@ from deltadock.kernels.svd_delta import (
     svd_delta,
     triton,
 )
-from deltadock.kernels.svd_delta.layout import segment_words
+from deltadock.kernels.svd_delta.layout import TILE_COLUMNS, segment_words
 from deltadock.kernels.svd_delta.products import add_products
-from deltadock.kernels.svd_delta.triton import DEFAULT, Form, Variant
+from deltadock.kernels.svd_delta.triton import DEFAULT, ExpandForm, Form, Variant
 from tests.kernels.decode_attention.cases import CASES as ATTENTION_CASES
 from tests.kernels.decoder.cases import CASES as DECODER_CASES
 from tests.kernels.svd_delta.cases import CASES as DELTA_CASES
@@ -106,10 +106,13 @@ SHRINKS: Final = [
     for warps in (4, 8, 2, 1)
     for registers in REGISTERS
 ]
+REGISTERS_OF_EXPAND: Final = {64: (80, 64, 96), 128: (80, 96, 128), 256: (168, 128, 255)}
+"""By columns of a tile."""
 EXPANDS: Final = [
-    replace(DEFAULT, expand=(Form(warps, registers),))
-    for warps in (4, 8, 16, 2, 1)
-    for registers in REGISTERS
+    replace(DEFAULT, expand=(ExpandForm(warps, registers, columns),))
+    for warps in (4, 8, 16, 2)
+    for columns in TILE_COLUMNS
+    for registers in REGISTERS_OF_EXPAND[columns]
     if warps * registers <= 2048  # an SM's
 ]
 
@@ -126,12 +129,12 @@ has one form, or in whether launches overlap."""
 
 
 def name_of(variant: Variant) -> str:
-    """Warps x registers of shrink's forms, then of expand's, as `--variant` takes them.
+    """Warps x registers of shrink's forms, then of expand's x columns, as `--variant` takes them.
 
     `,serial`: no launches overlap.
     """
     kernels = [
-        "+".join(f"{form.warps}x{form.registers}" for form in forms)
+        "+".join("x".join(map(str, astuple(form))) for form in forms)
         for forms in (variant.shrink, variant.expand)
     ]
     return ",".join(kernels + ([] if variant.overlap else ["serial"]))
@@ -146,12 +149,15 @@ def variant_named(name: str) -> Variant:
     shrink, expand, *rest = name.split(",")
     if rest not in ([], ["serial"]):
         raise ValueError(f"{name!r} is not a variant's name.")
-    return Variant(_forms_named(shrink), _forms_named(expand), overlap=not rest)
+    return Variant(
+        tuple(Form(*numbers) for numbers in _numbers(shrink)),
+        tuple(ExpandForm(*numbers) for numbers in _numbers(expand)),
+        overlap=not rest,
+    )
 
 
-def _forms_named(name: str) -> tuple[Form, ...]:
-    forms = (form.split("x") for form in name.split("+"))
-    return tuple(Form(int(warps), int(registers)) for warps, registers in forms)
+def _numbers(name: str) -> list[list[int]]:
+    return [[int(number) for number in form.split("x")] for form in name.split("+")]
 
 
 class WrongResult(Exception):
@@ -451,9 +457,10 @@ def measure_sweep(device: str, limit: float) -> None:
     """Print the time of each kernel of each variant, and the best of both.
 
     One row on one delta decides the form for few programs, a row on each of all deltas that for
-    many. Variants differ from the default in one kernel, so that the best of each make the best
-    whole; serial launches are timed for comparison alone, as a kernel here follows itself. A few at
-    a time are compiled in a pool of processes, then timed. Stops after `limit` seconds.
+    many; forms between them stay the default's. Variants differ from the default in one kernel, so
+    that the best of each make the best whole; serial launches are timed for comparison alone, as a
+    kernel here follows itself. A few at a time are compiled in a pool of processes, then timed.
+    Stops after `limit` seconds.
     """
     deadline = time.monotonic() + limit
     gpu = device == "cuda"
@@ -464,7 +471,7 @@ def measure_sweep(device: str, limit: float) -> None:
         f"{'':29} 1 row on 1 delta     {layers.deltas} on {layers.deltas}, a layer",
         flush=True,
     )
-    best: dict[tuple[str, int], tuple[float, Form]] = {}
+    best: dict[tuple[str, int], tuple[float, Any]] = {}
     errors: dict[str, str] = {}
     with torch.inference_mode(), workers_for(names) as pool:
         for number, variant in enumerate(SWEEP if gpu else SWEEP[1:2]):
@@ -487,13 +494,14 @@ def measure_sweep(device: str, limit: float) -> None:
                     seconds = gpu_seconds(launch, graph=True) / layers.copies
                     line += f" {1e6 * seconds:9.1f} "
                     one = ("shrink" if kernel == 1 else "expand", place)
-                    if variant.overlap and (one not in best or seconds < best[one][0]):
+                    decides = variant.overlap and len(forms) == 1
+                    if gpu and decides and (one not in best or seconds < best[one][0]):
                         best[one] = (seconds, forms[place])
             print(line, flush=True)
-        if gpu and best:
+        if len(best) == 4:
             shrink, expand = (
-                tuple(dict.fromkeys(best[kernel, place][1] for place in (0, -1)))
-                for kernel in ("shrink", "expand")
+                tuple(dict.fromkeys([best[kernel, 0][1], *forms[1:-1], best[kernel, -1][1]]))
+                for kernel, forms in (("shrink", DEFAULT.shrink), ("expand", DEFAULT.expand))
             )
             print(f"best: --variant {name_of(Variant(shrink, expand))}")
 

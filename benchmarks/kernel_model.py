@@ -7,11 +7,11 @@ give the instructions of its inner loops and outside of them, its registers and 
 The model:
 
     A program waits `LOAD` microseconds for each load that needs another's result, on its way to the
-    first plane of codes and then for each plane. Of what it executes once, an instruction of a warp
-    takes `STRAIGHT` cycles: it is fetched for the first time, and few warps hide that. A step of a
-    plane takes the longer of `STEP` and the time in which its SM issues the loop's instructions. An
-    SM runs as many programs at once as its registers and shared memory hold, and a launch takes
-    `LAUNCH` microseconds beside its programs.
+    first plane of codes and then for each plane. Of what is not in a plane's loop, an instruction
+    of a warp takes `STRAIGHT` cycles: it is fetched for the first time, and few warps hide that. A
+    step of a plane takes the longer of `STEP` and the time in which its SM issues the loop's
+    instructions. An SM runs as many programs at once as its registers and shared memory hold, and a
+    launch takes `LAUNCH` microseconds beside its programs.
 
 The four constants were fitted to the ten times in `MEASURED`, of an H200 and the first kernels,
 whose machine code is kept in `MEASURED_CODE`; they explain them within 3 %. The table printed first
@@ -35,14 +35,16 @@ from benchmarks.kernel import GPU_STEPS, LAYER, SWEEP, Projection, groups_of, na
 from benchmarks.machine_code import compile_kernel, disassemble, programs_per_sm
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.chunks import BLOCK_INPUTS, CHUNK_ROWS
-from deltadock.kernels.svd_delta.layout import TILE_COLUMNS, TILE_RANKS, WARP_INPUTS
+from deltadock.kernels.svd_delta.layout import TILE_RANKS, WARP_INPUTS
 from deltadock.kernels.svd_delta.triton import (
     DEFAULT,
     SUM_PARTS,
     UNSPECIALIZED,
+    ExpandForm,
     Form,
     Variant,
     form_of,
+    places_of,
 )
 
 LOAD: Final = 0.87
@@ -76,13 +78,15 @@ class Bound(NamedTuple):
 
     step: float
     """A step of a loop that waits for memory."""
+    load: float
+    """A load after the wait, whose words the kernel before or a prefetch left in L2."""
     release: float
     """From the end of a kernel to what the next one does after its wait, where launches overlap."""
 
 
-QUICK: Final = Bound(0.3, 0.5)
+QUICK: Final = Bound(0.3, 0.3, 0.5)
 """All words are in L2 when a step needs them."""
-SLOW: Final = Bound(STEP, LAUNCH)
+SLOW: Final = Bound(STEP, LOAD, LAUNCH)
 """Only what a program does before its wait is hidden."""
 
 ALTERNATIVES: Final = {1: (80, 134), 8: (104, 134)}
@@ -95,21 +99,26 @@ TYPES: Final = {"addresses_ptr": "*i64"} | dict.fromkeys(
     ("projected_ptr", "rests_ptr", "scales_ptr", "sums_ptr"), "*fp32"
 )
 NUMBERS: Final = (
-    "x_stride", "y_stride", "xs_stride", "scales_stride", "h_in", "padded_h_in", "max_rank",
-    "block_count",
+    "x_stride", "y_stride", "xs_stride", "scales_stride", "h_in", "padded_h_in", "max_tiles",
+    "block_count", "output_tiles",
 )  # fmt: skip
 CONSTANTS: Final = {"LINEARS": 3, "BLOCKS": 4, "VECTOR": True, "EMULATE": False}
 
 
 def compile_for(
-    capability: int, function: Any, dtype: str, warps: int, registers: int | None = None
+    capability: int,
+    function: Any,
+    dtype: str,
+    form: Form,
 ) -> Any:
     """Compile as launched for a 16-bit dtype and shapes that are multiples of 128."""
-    constants = CONSTANTS | {"OVERLAP": capability >= 90, "WARPS": warps}
+    constants = CONSTANTS | {"OVERLAP": capability >= 90, "WARPS": form.warps}
+    if isinstance(form, ExpandForm):
+        constants |= {"COLUMNS": form.columns}
     types = TYPES | dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}") | dict.fromkeys(NUMBERS, "i32")
     return compile_kernel(
         capability, function, types, constants,
-        unspecialized=UNSPECIALIZED, num_warps=warps, maxnreg=registers,
+        unspecialized=UNSPECIALIZED, num_warps=form.warps, maxnreg=form.registers or None,
     )  # fmt: skip
 
 
@@ -121,7 +130,7 @@ class Code:
         warps: of a program.
         loops: instructions of each plane's inner loop, in the order of `PLANES`.
         plane: instructions beside them for each plane.
-        common: all other instructions.
+        common: all other instructions, of what the tiles that a program takes have in common.
         registers: of a thread.
         stack_bytes: of a thread; spilled registers are there.
         shared_bytes: of a program.
@@ -131,6 +140,7 @@ class Code:
         shared_in_loops: instructions of the inner loops that are barriers or access shared memory.
         head: instructions before the wait for the previous kernel; 0 if launches do not overlap.
         head_loads: of `loads` and the first plane's, those before the wait; counted by hand.
+        tile: instructions beside them for each tile.
     """
 
     warps: int
@@ -145,6 +155,7 @@ class Code:
     shared_in_loops: int
     head: int = 0
     head_loads: int = 0
+    tile: int = 0
 
     @property
     def programs_per_sm(self) -> int:
@@ -153,11 +164,11 @@ class Code:
 
 
 DEPENDENT_LOADS: Final = {
-    "prepare_kernel": (5, 0, 4), "shrink_kernel": (6, 1, 5), "expand_kernel": (4, 1, 3),
+    "prepare_kernel": (5, 0, 4), "shrink_kernel": (6, 1, 5), "expand_kernel": (5, 1, 4),
 }  # fmt: skip
 """`Code.loads`, `Code.plane_loads` and `Code.head_loads`. Prepare: slot, descriptor, address,
 scale, then x. Shrink: slot, descriptors, the linear's, tile, scale, then the sums; words. Expand:
-slot, descriptor, blocks, then the peaks and y; words."""
+the number of chunks, slot, descriptor, blocks, then the peaks; words."""
 MEASURED_CODES: Final = (
     Code(8, (307, 327, 494, 869), 127, 567, 182, 0, 81_920, 6, 2, 8),
     Code(8, (739, 429, 331, 292), 1_380, 953, 249, 0, 65_536, 5, 3, 16),
@@ -195,10 +206,18 @@ def read_code(name: str, compiled: Any, warps: int) -> Code:
         for loop in loops
         for operation in code.operations[loop]
     )
+    around = [
+        loop.stop - loop.start
+        for loop in code.outer_loops
+        if loop.start < loops[0].start and loop.stop > loops[-1].stop
+    ]
+    # A program of shrink rarely takes a second tile.
+    everything = sum(sizes) + len(PLANES) * between
+    tile = min(around) - everything if name == "expand_kernel" else 0
     return Code(
-        warps, sizes, between, len(code.operations) - sum(sizes) - len(PLANES) * between,
+        warps, sizes, between, len(code.operations) - everything - tile,
         code.registers, code.stack_bytes, code.shared_bytes, loads, plane_loads, shared,
-        head, head_loads,
+        head, head_loads, tile,
     )  # fmt: skip
 
 
@@ -210,22 +229,21 @@ class Codes(NamedTuple):
     """The kernels of one call, and what they take at a time."""
 
     shrink: Mapping[Form, Code]
-    expand: Mapping[Form, Code]
+    expand: Mapping[ExpandForm, Code]
     prepare: Code | None = None
     """None: it takes a launch and no more, as the one that was measured."""
     chunk_rows: int = CHUNK_ROWS
     warp_inputs: Sequence[int] = SHRINK_INPUTS
     block_ranks: int = TILE_RANKS
     """Ranks that a warp of expand takes in a step."""
+    shared_out: bool = True
+    """Whether as many programs as run at once share the tiles of expand."""
 
 
 @functools.cache
 def code_of(name: str, form: Form, capability: int) -> Code:
     """A compiled kernel, for bfloat16."""
-    compiled = compile_for(
-        capability, getattr(kernel, name), "bf16", form.warps, form.registers or None
-    )
-    return read_code(name, compiled, form.warps)
+    return read_code(name, compile_for(capability, getattr(kernel, name), "bf16", form), form.warps)
 
 
 PREPARE: Final = Form(8, 0)
@@ -242,46 +260,60 @@ def codes(variant: Variant, capability: int) -> Codes:
 
 
 MEASURED_CODE: Final = Codes(
-    {Form(8, 182): MEASURED_CODES[0]}, {Form(8, 249): MEASURED_CODES[1]},
-    chunk_rows=8, warp_inputs=(64, 128, 256, 512), block_ranks=16,
+    {Form(8, 182): MEASURED_CODES[0]}, {ExpandForm(8, 249, 256): MEASURED_CODES[1]},
+    chunk_rows=8, warp_inputs=(64, 128, 256, 512), block_ranks=16, shared_out=False,
 )  # fmt: skip
 """The kernels that `MEASURED` is of."""
 
 Steps = list[tuple[int, int]]
-"""What a program walks: (plane's bits, steps of its loop)."""
+"""What a program walks for a tile: (plane's bits, steps of its loop)."""
+Program = list[list[Steps]]
+"""What a program walks: tiles, by what they have in common."""
 
 
-def shrink_programs(projection: Projection, codes: Codes, warps: int) -> list[Steps]:
-    """The programs of one delta's shrink."""
+def shrink_programs(projection: Projection, codes: Codes, form: Form) -> list[Program]:
+    """The programs of one chunk's shrink."""
     programs = []
     for h_out in projection.h_outs:
         for group in groups_of(h_out, projection.h_in):
             steps = [
-                (plane, -(-projection.h_in // (SUM_PARTS * inputs)) * (SUM_PARTS // warps))
+                (plane, -(-projection.h_in // (SUM_PARTS * inputs)) * (SUM_PARTS // form.warps))
                 for plane, inputs in zip(PLANES, codes.warp_inputs, strict=True)
                 if group.v_bits & plane
             ]
-            programs += [steps] * -(-group.ranks // TILE_RANKS)
+            programs += [[[steps]]] * -(-group.ranks // TILE_RANKS)
     return programs
 
 
-def expand_programs(projection: Projection, codes: Codes, warps: int) -> list[Steps]:
-    """The programs of one delta's expand."""
-    programs = []
+def expand_tiles(projection: Projection, codes: Codes, form: ExpandForm) -> list[list[Steps]]:
+    """The tiles of one chunk's expand, by linear."""
+    linears = []
     for h_out in projection.h_outs:
         blocks = dict.fromkeys(PLANES, 0)
         for group in groups_of(h_out, projection.h_in):
             for plane in PLANES:
                 if group.u_bits & plane:
                     blocks[plane] += -(-group.ranks // codes.block_ranks)
-        steps = [(p, -(-count // warps)) for p, count in blocks.items() if count]
-        programs += [steps] * -(-h_out // TILE_COLUMNS)
-    return programs
+        steps = [(p, -(-count // form.warps)) for p, count in blocks.items() if count]
+        linears.append([steps] * -(-h_out // form.columns))
+    return linears
 
 
-def launch_microseconds(programs: list[Steps], code: Code, chunks: int, bound: Bound) -> float:
+def expand_programs(linears: list[list[Steps]], programs: int) -> list[Program]:
+    """At most this many programs, which take as many tiles of all chunks' linears."""
+    share = -(-sum(map(len, linears)) // programs)
+    tiles = [(number, steps) for number, linear in enumerate(linears) for steps in linear]
+    return [
+        [
+            [steps for _, steps in same]
+            for _, same in itertools.groupby(tiles[first : first + share], lambda tile: tile[0])
+        ]
+        for first in range(0, len(tiles), share)
+    ]
+
+
+def launch_microseconds(programs: list[Program], code: Code, bound: Bound) -> float:
     """Time of one launch: programs are started in order as places on SMs become free."""
-    programs = programs * chunks
     places = max(1, code.programs_per_sm)
     live = min(places, -(-len(programs) // MULTIPROCESSORS))
     warps = code.warps * live / SCHEDULERS
@@ -290,14 +322,22 @@ def launch_microseconds(programs: list[Steps], code: Code, chunks: int, bound: B
         plane: instructions * warps / CLOCK
         for plane, instructions in zip(PLANES, code.loops, strict=False)
     }
-    common = code.loads * LOAD + code.common * straight
-    beside = code.plane_loads * LOAD + code.plane * straight
+    after_wait = max(0, code.loads - code.head_loads)
+    common = (code.loads - after_wait) * LOAD + after_wait * bound.load + code.common * straight
+    beside = code.plane_loads * bound.load + code.plane * straight
     hidden = code.head_loads * LOAD + code.head * straight
     # Of the first wave the head is hidden by the kernel before.
     ends = [-hidden] * (MULTIPROCESSORS * places)
-    for steps in programs:
-        work = sum(beside + count * max(bound.step, issue[plane]) for plane, count in steps)
-        heapq.heapreplace(ends, ends[0] + common + work)
+
+    def tile_microseconds(steps: Steps) -> float:
+        planes = (beside + count * max(bound.step, issue[plane]) for plane, count in steps)
+        return code.tile * straight + sum(planes)
+
+    # What follows is in L2: other programs began with it.
+    again = common - (code.loads - after_wait) * (LOAD - bound.load)
+    for program in programs:
+        tiles = sum(tile_microseconds(steps) for same in program for steps in same)
+        heapq.heapreplace(ends, ends[0] + common + (len(program) - 1) * again + tiles)
     return (bound.release if code.head else LAUNCH) + max(0.0, *ends)
 
 
@@ -306,23 +346,35 @@ def predict(
 ) -> float:
     """Microseconds of the deltas of these projections, rows spread evenly over the deltas."""
     chunks = deltas * -(-rows // deltas // codes.chunk_rows)
-    total = 0.0
-    for projection in projections:
-        blocks: list[Steps] = [[]] * (len(projection.h_outs) * -(-projection.h_in // BLOCK_INPUTS))
-        total += (
-            LAUNCH
-            if codes.prepare is None
-            else launch_microseconds(blocks, codes.prepare, rows, bound)
-        )
-        for forms, programs_of in (
-            (codes.shrink, shrink_programs),
-            (codes.expand, expand_programs),
-        ):
-            count = chunks * len(programs_of(projection, codes, 1))
-            form = form_of(tuple(forms), count, MULTIPROCESSORS)
-            programs = programs_of(projection, codes, form.warps)
-            total += launch_microseconds(programs, forms[form], chunks, bound)
-    return total
+    return sum(
+        sum(launches_of(projection, rows, chunks, codes, bound)) for projection in projections
+    )
+
+
+def launches_of(
+    projection: Projection, rows: int, chunks: int, codes: Codes, bound: Bound
+) -> tuple[float, float, float]:
+    """Microseconds of prepare, shrink and expand."""
+    prepare = LAUNCH
+    if codes.prepare is not None:
+        blocks = len(projection.h_outs) * -(-projection.h_in // BLOCK_INPUTS)
+        prepare = launch_microseconds([[[[]]]] * (blocks * rows), codes.prepare, bound)
+
+    def shrinks(form: Form) -> int:
+        return chunks * len(shrink_programs(projection, codes, form))
+
+    form = form_of(tuple(codes.shrink), shrinks, MULTIPROCESSORS)
+    programs = shrink_programs(projection, codes, form) * chunks
+    shrink = launch_microseconds(programs, codes.shrink[form], bound)
+
+    def expands(form: ExpandForm) -> int:
+        return chunks * sum(map(len, expand_tiles(projection, codes, form)))
+
+    expand_form = form_of(tuple(codes.expand), expands, MULTIPROCESSORS)
+    tiles = expand_tiles(projection, codes, expand_form) * chunks
+    most = places_of(expand_form, MULTIPROCESSORS) if codes.shared_out else expands(expand_form)
+    programs = expand_programs(tiles, most)
+    return prepare, shrink, launch_microseconds(programs, codes.expand[expand_form], bound)
 
 
 def predicted_range(rows: int, deltas: int, codes: Codes) -> tuple[float, float]:
@@ -401,8 +453,11 @@ def lane_instructions(code: Code, codes_of: Sequence[int]) -> list[float]:
 
 SHRINK_CODES: Final = [TILE_RANKS * inputs for inputs in SHRINK_INPUTS]
 """Codes that a warp of the shrink kernel takes in one step, by plane."""
-EXPAND_CODES: Final = [TILE_COLUMNS * TILE_RANKS] * len(PLANES)
-"""The same of the expand kernel: a block of ranks of a tile of outputs."""
+
+
+def expand_codes(form: ExpandForm) -> list[int]:
+    """The same of the expand kernel: a block of ranks of a tile of outputs."""
+    return [form.columns * TILE_RANKS] * len(PLANES)
 
 
 def describe(code: Code, codes_of: Sequence[int]) -> str:
@@ -470,7 +525,7 @@ def print_variants(capability: int) -> None:
         one, eight, sixteen = (f"{low:.0f}-{high:.0f}" for low, high in times)
         fraction = 8 * packed_bytes(LAYER) / longest / COPY_BANDWIDTH
         described = [describe(code, SHRINK_CODES) for code in compiled.shrink.values()]
-        described += [describe(code, EXPAND_CODES) for code in compiled.expand.values()]
+        described += [describe(code, expand_codes(form)) for form, code in compiled.expand.items()]
         print(
             f"{name:21} {one:>9} {eight:>9} {fraction:9.1%} {sixteen:>9}   {' | '.join(described)}"
         )

@@ -31,6 +31,7 @@ class MachineCode:
     Attributes:
         operations: of all instructions, in order.
         loops: where the innermost loops are among them.
+        outer_loops: where the loops around them are.
         warps: of a program.
         registers: of a thread.
         stack_bytes: of a thread; spilled registers are there.
@@ -40,6 +41,7 @@ class MachineCode:
 
     operations: list[str]
     loops: list[slice]
+    outer_loops: list[slice]
     warps: int
     registers: int
     stack_bytes: int
@@ -104,7 +106,7 @@ def disassemble(compiled: Any) -> MachineCode:
     if found is None:
         raise ValueError(f"{compiled.metadata.name} is not in the machine code: {usage}")
     return MachineCode(
-        *inner_loops(listing),
+        *loops_of(listing),
         warps=compiled.metadata.num_warps,
         registers=int(found[1]),
         stack_bytes=int(found[2]),
@@ -117,11 +119,12 @@ def _output(tool: str, *arguments: str | Path) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def inner_loops(listing: str) -> tuple[list[str], list[slice]]:
-    """The operations of a listing, and where its innermost loops are, in order."""
+def loops_of(listing: str) -> tuple[list[str], list[slice], list[slice]]:
+    """The operations of a listing, where its innermost loops are, and where those around them."""
     labels: dict[str, int] = {}
     operations: list[str] = []
-    loops: list[slice] = []
+    inner: list[slice] = []
+    outer: list[slice] = []
     for line in listing.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(operations)
@@ -129,18 +132,19 @@ def inner_loops(listing: str) -> tuple[list[str], list[slice]]:
             operations.append(instruction[1])
             jump = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
             begin = labels.get(jump[1]) if jump and instruction[1] == "BRA" else None
-            # A jump to itself ends the program; a loop around a loop is not an inner one.
-            last_end = loops[-1].stop if loops else 0
-            if begin is not None and last_end <= begin < len(operations) - 1:
-                loops.append(slice(begin, len(operations)))
-    return operations, loops
+            # A jump to itself ends the program.
+            if begin is not None and begin < len(operations) - 1:
+                last_end = inner[-1].stop if inner else 0
+                (inner if last_end <= begin else outer).append(slice(begin, len(operations)))
+    return operations, inner, outer
 
 
 def global_accesses(listing: str, constant: int) -> list[int]:
     """Which instructions access global memory at addresses made from the pointer argument at
     `constant` in the constant bank.
 
-    Registers are followed in the order of the listing.
+    Registers, and the places on the stack to which they are spilled, are followed in the order of
+    the listing.
     """
     argument = {f"c[0x0][{constant + half:#x}]" for half in (0, 4)}
     derived: set[str] = set()
@@ -153,15 +157,30 @@ def global_accesses(listing: str, constant: int) -> list[int]:
             address = re.search(r"\]\[(U?R\d+)", operands)
             if address is not None and address[1] in derived:
                 found.append(place)
-        target, _, sources = operands.partition(",")
-        if operation == "STG" or not (made := re.fullmatch(r"(U?R)(\d+)", target.strip())):
-            continue
         wide = {".64": 2, ".WIDE": 2, ".128": 4}
         count = next((count for name, count in wide.items() if name in modifiers), 1)
-        registers = {f"{made[1]}{int(made[2]) + number}" for number in range(count)}
-        used = set(re.findall(r"\bU?R\d+\b", sources))
-        if operation != "LDG" and (used & derived or any(one in sources for one in argument)):
-            derived |= registers
+        target, _, sources = operands.partition(",")
+        if operation == "STL":
+            made, used = _stack_places(target, count), _registers(sources, count)
+        elif operation == "LDL":
+            made, used = _registers(target, count), _stack_places(sources, count)
+        else:
+            made, used = _registers(target, count), re.findall(r"\bU?R\d+\b", sources)
+        if operation == "STG" or not made:
+            continue
+        from_argument = any(one in sources for one in argument)
+        if operation != "LDG" and (derived.intersection(used) or from_argument):
+            derived.update(made)
         elif "@" not in instruction[0]:
-            derived -= registers
+            derived.difference_update(made)
     return found
+
+
+def _registers(operand: str, count: int) -> list[str]:
+    register = re.fullmatch(r"(U?R)(\d+)", operand.strip())
+    return [f"{register[1]}{int(register[2]) + i}" for i in range(count)] if register else []
+
+
+def _stack_places(operand: str, count: int) -> list[str]:
+    place = re.search(r"\[R1(?:\+(0x[0-9a-f]+))?\]", operand)
+    return [f"stack {int(place[1] or '0', 16) + 4 * i}" for i in range(count)] if place else []

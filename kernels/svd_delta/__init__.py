@@ -82,6 +82,8 @@ def _check(y: Tensor, x: Tensor, table: DeltaTable, chunks: Chunks) -> None:
         raise ValueError("x and y need one dtype and contiguous rows.")
     if dispatch.on_gpu(x) and x.dtype not in {torch.float16, torch.bfloat16}:
         raise ValueError("The kernel takes float16 or bfloat16.")
-    too_small = chunks.max_rank < table.max_rank or chunks.width < table.linears * table.padded_h_in
+    too_small = (
+        chunks.max_tiles < table.max_tiles or chunks.width < table.linears * table.padded_h_in
+    )
     if chunks.slot_count > table.slot_count or too_small:
         raise ValueError("The chunks have more slots than the table, or too little scratch for it.")

@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from deltadock.kernels.svd_delta.layout import DeltaTable
+from deltadock.kernels.svd_delta.layout import TILE_RANKS, DeltaTable
 
 CHUNK_ROWS: Final = 4
 """Rows per chunk: with two bytes a number, the smallest operand of a tensor core. It is fixed, so
@@ -39,13 +39,16 @@ class Chunks:
     Attributes:
         rows: (max_chunks * CHUNK_ROWS,) int32, row number of each position; -1: unused.
         slots: (max_chunks,) int32, each chunk's slot.
+        used: (1,) int32, the number of chunks with a slot, which come first.
         row_slots: (max_rows,) int32, each row's slot; 0 past the last row.
         fixed: (max_chunks * CHUNK_ROWS, ...) int32, scratch of one call: each linear's inputs as
             fixed-point numbers, for each width of a plane in its own order, high bytes before low.
         scales, sums: scale and sum of every `BLOCK_INPUTS` of them, float32.
-        projected: float32 projections by rank.
-        peaks, rests: by tile of ranks, the largest magnitude of its projections as float32's bits,
-            and what the zero points of U take from every output.
+        projected: (max_chunks * CHUNK_ROWS, max_tiles, TILE_RANKS) float32 projections; 0 past a
+            tile's last rank.
+        peaks, rests: (max_chunks, max_tiles, CHUNK_ROWS), of each tile of ranks the largest
+            magnitude of its projections as float32's bits, and what the zero points of U take from
+            every output.
         count: chunks to launch: the number of chunks of this step rounded up to a power of two,
             at most `max_chunks`. A captured CUDA graph serves every step of the same count.
     """
@@ -68,24 +71,25 @@ class Chunks:
         """
         tables = tuple(tables)
         self.max_rows, self.slot_count = max_rows, slots
-        self.max_rank = max((table.max_rank for table in tables), default=0)
+        self.max_tiles = max((table.max_tiles for table in tables), default=0)
         self.width = max((table.linears * table.padded_h_in for table in tables), default=0)
         self.max_chunks = max(
             1, most_chunks(packed_rows, slots), most_chunks(max_rows, slots, dense_rows)
         )
         positions = self.max_chunks * CHUNK_ROWS
         self._buffer = torch.zeros(
-            positions + self.max_chunks + max_rows, dtype=torch.int32, device=device
+            positions + self.max_chunks + 1 + max_rows, dtype=torch.int32, device=device
         )
         end = positions + self.max_chunks
         self.rows, self.slots = self._buffer[:positions], self._buffer[positions:end]
-        self.row_slots = self._buffer[end:]
+        self.used, self.row_slots = self._buffer[end : end + 1], self._buffer[end + 1 :]
         self.fixed = torch.empty(positions, 2 * self.width, dtype=torch.int32, device=device)
         self.scales = torch.empty(positions, self.width // BLOCK_INPUTS, device=device)
         self.sums = torch.empty_like(self.scales)
-        self.projected = torch.empty(positions, self.max_rank, device=device)
-        self.peaks = torch.empty(positions, self.max_rank, dtype=torch.int32, device=device)
-        self.rests = torch.empty_like(self.projected)
+        self.projected = torch.empty(positions, self.max_tiles, TILE_RANKS, device=device)
+        tiles = (self.max_chunks, self.max_tiles, CHUNK_ROWS)
+        self.peaks = torch.empty(tiles, dtype=torch.int32, device=device)
+        self.rests = torch.empty(tiles, device=device)
         self._dense_rows, self._packed_rows = dense_rows, packed_rows
         self.row_count = 0
         """Rows of this step, including those of slot 0."""
@@ -130,7 +134,8 @@ class Chunks:
         layout[:positions], layout[positions:] = -1, 0
         layout[: len(rows)] = rows
         layout[positions : positions + len(slots)] = slots
-        layout[end : end + len(row_slots)] = row_slots
+        layout[end] = len(slots)
+        layout[end + 1 : end + 1 + len(row_slots)] = row_slots
         self._buffer.copy_(source, non_blocking=True)
         self.members = members
         self.by_slot = {slot: self._index(numbers) for slot, numbers in members.items()}

@@ -31,19 +31,20 @@ TILE_FIELDS: Final = 16
 """int32 fields of a tile: 0 v_bits, 1 first rank, 2 ranks, 3 to 6 V's first word of each of
 `PLANES`; 7 u_bits, 8 to 11 U's words."""
 BLOCK_FIELDS: Final = 4
-"""int32 fields of a block: first rank, ranks, first word, and by how many bits the plane's codes
-are shifted left, so that a whole code of less than 8 bits fills the lower seven bits of a byte."""
-DESCRIPTOR_FIELDS: Final = 18
+"""int32 fields of a block: its tile, ranks, first word, and as a float32's bits the value of the
+plane's lowest bit in the code, relative to the plane's codes at the top of the code."""
+DESCRIPTOR_FIELDS: Final = 16
 """int32 fields of `DeltaTable.descriptors`, per slot and linear, in the order that the kernels
-read: 0 rank, 1 first rank among those of the slot's linears, 2 tiles; then the word offset of each
-region, or -1: 3 tiles, 4 s, 5 v_offset, 6 u_offset, 7 row_scale, 8 column_scale, 9 bias,
-10 blocks; 11 to 15 `PackedDelta.block_bounds`; 16 V's planes, as bits; 17 first tile among those
-of the slot's linears."""
+read: 0 tiles, 1 first tile among those of the slot's linears; then the word offset of each region,
+or -1: 2 tiles, 3 s, 4 v_offset, 5 u_offset, 6 row_scale, 7 column_scale, 8 bias, 9 blocks; 10 to 14
+`PackedDelta.block_bounds`; 15 V's planes, as bits."""
 OUTPUT_TILE_FIELDS: Final = 4
 """int32 fields of `DeltaTable.output_tiles`: linear, index of the tile in it, the linear's first
 column in y, the linear's columns."""
-TILE_COLUMNS: Final = 256
-"""Outputs per program of the expand kernel."""
+TILE_COLUMNS: Final = (64, 128, 256)
+"""Outputs that a program of the expand kernel may take at a time."""
+MOST_GROUPS: Final = 64
+"""Groups of an artifact's matrix: their widths fall."""
 WARP_INPUTS: Final = 512
 """Most inputs that a warp of the shrink kernel takes of a vector at a time."""
 H_IN_ALIGNMENT: Final = 4096
@@ -62,7 +63,7 @@ _DESCRIBED_REGIONS: Final = (
     "bias",
     "blocks",
 )
-_EMPTY_DESCRIPTOR: Final = (0, 0, 0, *[-1] * len(_DESCRIBED_REGIONS), *[0] * (len(PLANES) + 3))
+_EMPTY_DESCRIPTOR: Final = (0, 0, *[-1] * len(_DESCRIBED_REGIONS), *[0] * (len(PLANES) + 2))
 
 
 class Group(NamedTuple):
@@ -264,19 +265,20 @@ def _tiles_and_blocks(
     for count, v_bits, u_bits in groups:
         v_starts = _plane_starts(v_word, count, h_in, v_bits)
         u_starts = _plane_starts(u_word, count, h_out, u_bits)
+        first_tile = len(tiles)
         for first in range(0, count, TILE_RANKS):
             fields = [v_bits, rank + first, min(TILE_RANKS, count - first)]
             fields += _words_of(first, h_in, v_starts)
             fields += [u_bits, *_words_of(first, h_out, u_starts)]
             tiles.append(fields + [0] * (TILE_FIELDS - len(fields)))
-        below = u_bits
+        above = 0
         for plane, start in u_starts.items():
-            below -= plane
-            for first in range(0, count, TILE_RANKS):
+            weight = (127 - above) << 23  # of float32's bits, 2**-above
+            above += plane
+            for number, first in enumerate(range(0, count, TILE_RANKS), first_tile):
                 word = start + first * plane_words(h_out, plane)
                 ranks = min(TILE_RANKS, count - first)
-                lift = max(7 - u_bits, 0) + below
-                blocks[plane].append([rank + first, ranks, word, lift])
+                blocks[plane].append([number, ranks, word, weight])
         rank += count
         v_word += segment_words(count, h_in, v_bits)
         u_word += segment_words(count, h_out, u_bits)
@@ -312,7 +314,9 @@ class DeltaTable:
     Attributes:
         addresses: (slots, linears) int64, address of each delta's words.
         descriptors: (slots, linears, DESCRIPTOR_FIELDS) int32.
-        output_tiles: (tiles, OUTPUT_TILE_FIELDS) int32, tiles of all linears' outputs.
+        output_tiles: (tiles, OUTPUT_TILE_FIELDS) int32, tiles of all linears' outputs, for each of
+            `TILE_COLUMNS`.
+        max_tiles: maximum tiles of ranks of a slot's deltas.
         padded_h_in: `h_in` rounded up to a multiple of `H_IN_ALIGNMENT`.
     """
 
@@ -340,18 +344,22 @@ class DeltaTable:
         self.addresses = torch.zeros(slots, self.linears, dtype=torch.int64, device=device)
         empty = torch.tensor(_EMPTY_DESCRIPTOR, dtype=torch.int32, device=device)
         self.descriptors = empty.repeat(slots, self.linears, 1)
-        self.output_tiles = torch.tensor(self._output_tiles(), dtype=torch.int32, device=device)
+        self.max_tiles = min(max_rank, max_rank // TILE_RANKS + MOST_GROUPS * self.linears)
+        self.output_tiles = {
+            columns: torch.tensor(self._output_tiles(columns), dtype=torch.int32, device=device)
+            for columns in TILE_COLUMNS
+        }
         self.cpu_plan: EmbeddingBagPlan | None = None
         """The embedding-bag plan of the latest step on a CPU."""
         self.deltas: dict[int, tuple[PackedDelta | None, ...]] = {}
         """The deltas of each occupied slot, one per linear; None: the linear is unchanged."""
 
-    def _output_tiles(self) -> list[tuple[int, int, int, int]]:
+    def _output_tiles(self, columns: int) -> list[tuple[int, int, int, int]]:
         begins = [sum(self.h_outs[:linear]) for linear in range(self.linears)]
         return [
             (linear, tile, begins[linear], h_out)
             for linear, h_out in enumerate(self.h_outs)
-            for tile in range(-(-h_out // TILE_COLUMNS))
+            for tile in range(-(-h_out // columns))
         ]
 
     @property
@@ -372,21 +380,21 @@ class DeltaTable:
             raise ValueError(f"Slot {slot} is not one of 1 to {self.slot_count - 1}.")
         if len(deltas) != self.linears:
             raise ValueError(f"The table is of {self.linears} linears.")
-        descriptors, addresses, rank, tiles = [], [], 0, 0
+        descriptors, addresses, tiles = [], [], 0
         for delta, h_out in zip(deltas, self.h_outs, strict=True):
             if delta is None:
-                descriptors.append((*_EMPTY_DESCRIPTOR[:-1], tiles))
+                descriptors.append((0, tiles, *_EMPTY_DESCRIPTOR[2:]))
                 addresses.append(0)
                 continue
             if (delta.h_out, delta.h_in) != (h_out, self.h_in):
                 raise ValueError("The delta belongs to a linear of another shape.")
             if delta.words.device != self.addresses.device:
                 raise ValueError("Move the delta to the table's device first.")
-            descriptors.append(_descriptor(delta, rank, tiles))
+            descriptors.append(_descriptor(delta, tiles))
             addresses.append(delta.words.data_ptr())
-            rank += delta.rank
             tiles += delta.tile_count
-        if rank > self.max_rank:
+        rank = sum(delta.rank for delta in deltas if delta is not None)
+        if rank > self.max_rank or tiles > self.max_tiles:
             raise TooLarge("The delta has more ranks than this table holds.")
         _write(self.descriptors[slot], descriptors)
         _write(self.addresses[slot], addresses)
@@ -405,12 +413,9 @@ def _write(target: Tensor, values: Sequence[Any]) -> None:
     target.copy_(source, non_blocking=True)
 
 
-def _descriptor(delta: PackedDelta, first_rank: int, first_tile: int) -> tuple[int, ...]:
+def _descriptor(delta: PackedDelta, first_tile: int) -> tuple[int, ...]:
     offsets = [
         delta.regions[name].begin if name in delta.regions else -1 for name in _DESCRIBED_REGIONS
     ]
     v_planes = reduce(or_, (group.v_bits for group in delta.groups), 0)
-    return (
-        delta.rank, first_rank, delta.tile_count, *offsets, *delta.block_bounds,
-        v_planes, first_tile,
-    )  # fmt: skip
+    return (delta.tile_count, first_tile, *offsets, *delta.block_bounds, v_planes)

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 import triton
@@ -42,7 +42,6 @@ from deltadock.kernels.svd_delta.layout import (
     BLOCK_FIELDS,
     DESCRIPTOR_FIELDS,
     OUTPUT_TILE_FIELDS,
-    TILE_COLUMNS,
     TILE_FIELDS,
     TILE_RANKS,
     DeltaTable,
@@ -63,6 +62,17 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpandForm(Form):
+    """How `expand` is compiled.
+
+    Attributes:
+        columns: outputs that a program takes at a time; of `TILE_COLUMNS`.
+    """
+
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Variant:
     """How the kernels are compiled.
 
@@ -76,7 +86,11 @@ class Variant:
     """
 
     shrink: tuple[Form, ...] = (Form(8, 80), Form(4, 96))
-    expand: tuple[Form, ...] = (Form(8, 128), Form(4, 168))
+    expand: tuple[ExpandForm, ...] = (
+        ExpandForm(8, 80, 64),
+        ExpandForm(8, 80, 128),
+        ExpandForm(4, 168, 256),
+    )
     overlap: bool = True
 
 
@@ -102,10 +116,18 @@ def multiprocessors_of(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def form_of(forms: Sequence[Form], programs: int, multiprocessors: int) -> Form:
-    """The form for a launch of this many programs that have something to do."""
+def places_of(form: Form, multiprocessors: int) -> int:
+    """Programs of a form that run at once."""
+    return max(1, REGISTERS // (form.registers * 32 * form.warps)) * multiprocessors
+
+
+F = TypeVar("F", bound=Form)
+
+
+def form_of(forms: Sequence[F], programs_of: Callable[[F], int], multiprocessors: int) -> F:
+    """The form for a launch, by how many programs have something to do."""
     for form in forms:
-        if programs <= REGISTERS // (form.registers * 32 * form.warps) * multiprocessors:
+        if programs_of(form) <= places_of(form, multiprocessors):
             return form
     return forms[-1]
 
@@ -117,7 +139,7 @@ REGISTERS: Final = 65_536
 USUAL_SHARE: Final = 3
 """Deltas of one bit per weight have about a third of a table's most ranks, or fewer."""
 
-UNSPECIALIZED: Final = ("h_in", "max_rank", "scales_stride", "block_count")
+UNSPECIALIZED: Final = ("h_in", "max_tiles", "scales_stride", "block_count", "output_tiles")
 """Arguments not specialized on divisibility by 16, which would only multiply compilations."""
 
 PAIRED: Final = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
@@ -129,7 +151,6 @@ _TILE = tl.constexpr(TILE_FIELDS)
 _BLOCK = tl.constexpr(BLOCK_FIELDS)
 _RANKS = tl.constexpr(TILE_RANKS)
 _OUTPUT_TILE = tl.constexpr(OUTPUT_TILE_FIELDS)
-_COLUMNS = tl.constexpr(TILE_COLUMNS)
 _ROWS = tl.constexpr(CHUNK_ROWS)
 _BLOCK_INPUTS = tl.constexpr(BLOCK_INPUTS)
 _PARTS = tl.constexpr(SUM_PARTS)
@@ -199,6 +220,38 @@ def load_words(pointers, VECTOR: tl.constexpr, EMULATE: tl.constexpr):
     else:
         bits = load_bits(pointers, EMULATE)
     return bits
+
+
+@triton.jit
+def load_run(addresses, COUNT: tl.constexpr, VECTOR: tl.constexpr, EMULATE: tl.constexpr):
+    """`load_bits` of COUNT consecutive words at each address, as a tuple.
+
+    The 256 bytes around come to L2: they are of the program's next tiles, or its neighbours'.
+    Without VECTOR addresses need not be multiples of the run's bytes, or of 16.
+    """
+    if COUNT == 8 or (COUNT > 1 and (EMULATE or not VECTOR)):
+        run = load_run(addresses, COUNT // 2, VECTOR, EMULATE)
+        run += load_run(addresses + 2 * COUNT, COUNT // 2, VECTOR, EMULATE)
+    elif EMULATE:
+        run = (load_bits(addresses.to(tl.pointer_type(tl.int32)), EMULATE),)
+    elif COUNT == 1:
+        run = (
+            tl.inline_asm_elementwise(
+                "ld.global.L2::256B.b32 $0, [$1];", "=r,l", [addresses],
+                dtype=tl.int32, is_pure=True, pack=1,
+            ),
+        )  # fmt: skip
+    elif COUNT == 2:
+        run = tl.inline_asm_elementwise(
+            "ld.global.L2::256B.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [addresses],
+            dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        run = tl.inline_asm_elementwise(
+            "ld.global.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [addresses],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return run
 
 
 @triton.jit
@@ -274,8 +327,8 @@ def prepare_kernel(
         return
     columns = block * _BLOCK_INPUTS + tl.arange(0, _BLOCK_INPUTS)
     address = tl.load(addresses_ptr + slot * LINEARS + linear)
-    planes = tl.load(descriptor + 16)
-    scale_word = tl.load(descriptor + 8)
+    planes = tl.load(descriptor + 15)
+    scale_word = tl.load(descriptor + 7)
     scale_ptr = address.to(tl.pointer_type(tl.float32)) + scale_word
     mask = columns < tl.where(scale_word >= 0, h_in, 0)
     column_scale = tl.load(scale_ptr + columns, mask=mask, other=1.0)
@@ -303,9 +356,11 @@ def prepare_kernel(
 
 
 @triton.jit
-def _codes(words, P: tl.constexpr, FIELD: tl.constexpr):
-    """The code of P bits in each byte: its `FIELD`-th; of 8 bits, less 128."""
-    return words ^ _SIGNS if P == 8 else (words >> (P * FIELD)) & (_BYTES * (2**P - 1))
+def _codes(words, P: tl.constexpr, FIELD: tl.constexpr, LIFT: tl.constexpr = 0):
+    """The code of P bits in each byte: its `FIELD`-th, shifted left by LIFT; 8 bits less 128."""
+    SHIFT: tl.constexpr = P * FIELD - LIFT
+    shifted = words >> SHIFT if SHIFT >= 0 else words << -SHIFT
+    return words ^ _SIGNS if P == 8 else shifted & ((_BYTES * (2**P - 1)) << LIFT)
 
 
 @triton.jit
@@ -371,7 +426,7 @@ def _shrink_plane(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def shrink_kernel(
-    projected_ptr, peaks_ptr, rests_ptr, max_rank, xs_ptr, xs_stride,
+    projected_ptr, peaks_ptr, rests_ptr, max_tiles, xs_ptr, xs_stride,
     scales_ptr, sums_ptr, scales_stride, block_count, h_in, padded_h_in,
     slots_ptr, addresses_ptr, descriptors_ptr,
     LINEARS: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr,
@@ -389,7 +444,7 @@ def shrink_kernel(
         return
     descriptors_ptr += slot * LINEARS * _DESCRIPTOR
     last = descriptors_ptr + (LINEARS - 1) * _DESCRIPTOR
-    count = tl.load(last + 17) + tl.load(last + 2)
+    count = tl.load(last + 1) + tl.load(last)
     if tl.program_id(0) >= count:
         wait_for_previous(OVERLAP)
     positions = chunk * _ROWS + tl.arange(0, _ROWS)
@@ -397,13 +452,13 @@ def shrink_kernel(
     for tile in range(tl.program_id(0), count, tl.num_programs(0)):
         linear = 0
         for other in tl.static_range(1, LINEARS):
-            linear += (tile >= tl.load(descriptors_ptr + other * _DESCRIPTOR + 17)).to(tl.int32)
+            linear += (tile >= tl.load(descriptors_ptr + other * _DESCRIPTOR + 1)).to(tl.int32)
         descriptor = descriptors_ptr + linear * _DESCRIPTOR
         address = tl.load(addresses_ptr + slot * LINEARS + linear)
         words_ptr = address.to(tl.pointer_type(tl.int32))
         floats_ptr = address.to(tl.pointer_type(tl.float32))
-        tile_ptr = words_ptr + tl.load(descriptor + 3)
-        tile_ptr += (tile - tl.load(descriptor + 17)) * _TILE
+        tile_ptr = words_ptr + tl.load(descriptor + 2)
+        tile_ptr += (tile - tl.load(descriptor + 1)) * _TILE
         v_bits, u_bits = tl.load(tile_ptr), tl.load(tile_ptr + 7)
         rank_count = tl.load(tile_ptr + 2)
         plane_words = (
@@ -414,9 +469,9 @@ def shrink_kernel(
         ranks = tl.minimum(index, rank_count - 1)  # of the tile's words
         mask = index < rank_count
         delta_ranks = tl.load(tile_ptr + 1) + index
-        s = tl.load(floats_ptr + tl.load(descriptor + 4) + delta_ranks, mask=mask, other=0.0)
-        v_zero = _zero(floats_ptr, tl.load(descriptor + 5), delta_ranks, mask, v_bits)
-        u_zero = _zero(floats_ptr, tl.load(descriptor + 6), delta_ranks, mask, u_bits)
+        s = tl.load(floats_ptr + tl.load(descriptor + 3) + delta_ranks, mask=mask, other=0.0)
+        v_zero = _zero(floats_ptr, tl.load(descriptor + 4), delta_ranks, mask, v_bits)
+        u_zero = _zero(floats_ptr, tl.load(descriptor + 5), delta_ranks, mask, u_bits)
         # As `expand` takes them, codes of U fill seven bits or eight, whatever their width.
         lift = tl.maximum(7 - u_bits, 0)
         u_zero *= (1 << lift).to(tl.float32)
@@ -446,13 +501,12 @@ def shrink_kernel(
         result = (
             _sum_over_warps(_sum_of_parts(totals)) - v_zero[:, None] * tl.sum(sums, axis=1)[None, :]
         )
-        result *= s[:, None]
-        out = (positions * max_rank)[None, :] + (tl.load(descriptor + 1) + delta_ranks)[:, None]
-        tl.store(projected_ptr + out, result, mask=mask[:, None])
-        magnitudes = tl.where(mask[:, None], result.to(tl.int32, bitcast=True) & _FINITE, 0)
-        tl.store(peaks_ptr + positions * max_rank + tile, tl.max(magnitudes, axis=0))
-        rest = tl.sum(tl.where(mask[:, None], result * u_zero[:, None], 0.0), axis=0)
-        tl.store(rests_ptr + positions * max_rank + tile, rest)
+        result *= s[:, None]  # 0 past the last rank
+        out = ((positions * max_tiles + tile) * _RANKS)[None, :] + index[:, None]
+        tl.store(projected_ptr + out, result)
+        places = (chunk * max_tiles + tile) * _ROWS + tl.arange(0, _ROWS)
+        tl.store(peaks_ptr + places, tl.max(result.to(tl.int32, bitcast=True) & _FINITE, axis=0))
+        tl.store(rests_ptr + places, tl.sum(result * u_zero[:, None], axis=0))
 
 
 @triton.jit
@@ -464,47 +518,49 @@ def _zero(floats_ptr, offset_word, ranks, mask, bits):
 
 
 @triton.jit
-def _block(blocks_ptr, block, end, EMULATE: tl.constexpr):
-    """A block of ranks of each warp: its first rank, its ranks, its first word, and the place of
-    its codes in a byte."""
-    block_ptr = blocks_ptr + tl.maximum(tl.minimum(block, end - 1), 0) * _BLOCK
-    count = load_bits(block_ptr + 1, EMULATE)
-    return (
-        load_bits(block_ptr, EMULATE), tl.where(block < end, count, 0),
-        load_bits(block_ptr + 2, EMULATE), load_bits(block_ptr + 3, EMULATE),
-    )  # fmt: skip
+def _block(blocks_address, block, end, EMULATE: tl.constexpr):
+    """A block of ranks of each warp: its tile, its ranks, its first word, and its weight."""
+    address = blocks_address + tl.maximum(tl.minimum(block, end - 1), 0) * (4 * _BLOCK)
+    tile, count, word, weight = load_run(address, 4, True, EMULATE)
+    return tile, count, word, tl.where(block < end, weight.to(tl.float32, bitcast=True), 0.0)
 
 
 @triton.jit
-def _block_words(words_ptr, word, count, tile, h_out, P: tl.constexpr, EMULATE: tl.constexpr):
-    """The tile's words of ranks 0, 4, ... of a block, of ranks 1, 5, ..., and so on."""
-    SEGMENTS: tl.constexpr = _COLUMNS // 32
-    # Past the last segment or word, those of the next vector or region: of columns that do not
+def _block_words(
+    words_address, word, count, tile, h_out,
+    P: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The words of a run of columns a thread, of ranks 0, 4, ... of a block; of 1, 5, ...; etc."""
+    BITS: tl.constexpr = COLUMNS // 8 * P
+    COUNT: tl.constexpr = BITS // 32 if BITS > 32 else 1
+    # Past the last column or word, those of the next vector or region: of columns that do not
     # exist.
-    column = tl.arange(0, SEGMENTS)[:, None] * P + tl.arange(0, P)[None, :]
-    word_ptrs = words_ptr + (word + tile * (SEGMENTS * P))
-    word_ptrs = word_ptrs[:, None, None, None] + column[None, None, :, :]
-    stride = (h_out * P + 31) // 32
-    last = tl.maximum(count - 1, 0)[:, None]
+    column = tl.arange(0, 8) * BITS // 32 + tile * (COLUMNS * P // 32)
+    addresses = words_address + 4 * (word[:, None, None] + column[None, None, :]).to(tl.int64)
+    stride = (4 * ((h_out * P + 31) // 32)).to(tl.int64)
+    last = count[:, None] - 1
     index = tl.arange(0, _RANKS // 4)[None, :] * 4
-    first = load_bits(word_ptrs + _row(index, last, stride), EMULATE)
-    second = load_bits(word_ptrs + _row(index + 1, last, stride), EMULATE)
-    third = load_bits(word_ptrs + _row(index + 2, last, stride), EMULATE)
-    fourth = load_bits(word_ptrs + _row(index + 3, last, stride), EMULATE)
-    return first, second, third, fourth
+    # Past the last rank, words of the last.
+    row_0 = (tl.minimum(index, last).to(tl.int64) * stride)[:, :, None]
+    row_1 = (tl.minimum(index + 1, last).to(tl.int64) * stride)[:, :, None]
+    row_2 = (tl.minimum(index + 2, last).to(tl.int64) * stride)[:, :, None]
+    row_3 = (tl.minimum(index + 3, last).to(tl.int64) * stride)[:, :, None]
+    return (
+        load_run(addresses + row_0, COUNT, VECTOR, EMULATE),
+        load_run(addresses + row_1, COUNT, VECTOR, EMULATE),
+        load_run(addresses + row_2, COUNT, VECTOR, EMULATE),
+        load_run(addresses + row_3, COUNT, VECTOR, EMULATE),
+    )
 
 
 @triton.jit
-def _row(index, last, stride):
-    """Offset of ranks (warps, ranks) of a block; past the last one, of the last."""
-    return (tl.minimum(index, last) * stride)[:, :, None, None]
-
-
-@triton.jit
-def _prefetch_blocks(words_ptr, blocks_ptr, bounds, tile, h_out, WARPS: tl.constexpr):
+def _prefetch_blocks(
+    address, blocks_address, bounds, tile, h_out, COLUMNS: tl.constexpr, WARPS: tl.constexpr
+):
     """Ask for the words of all blocks of a tile of outputs, one rank of a block a thread."""
-    SEGMENTS: tl.constexpr = _COLUMNS // 32
     AT_ONCE: tl.constexpr = WARPS * 4
+    words_ptr = address.to(tl.pointer_type(tl.int32))
+    blocks_ptr = blocks_address.to(tl.pointer_type(tl.int32))
     _, second, third, fourth, end = bounds
     index = tl.arange(0, _RANKS)[None, :]
     for first in range(0, end, AT_ONCE):
@@ -513,108 +569,104 @@ def _prefetch_blocks(words_ptr, blocks_ptr, bounds, tile, h_out, WARPS: tl.const
         plane = 8 >> (digit + (block >= fourth).to(tl.int32))
         block_ptr = blocks_ptr + block * _BLOCK
         count = tl.load(block_ptr + 1, mask=block < end, other=0)
-        word = tl.load(block_ptr + 2, mask=block < end, other=0) + tile * SEGMENTS * plane
+        word = tl.load(block_ptr + 2, mask=block < end, other=0) + tile * (COLUMNS // 32) * plane
         word = word[:, None] + index * ((h_out * plane + 31) // 32)[:, None]
         prefetch(words_ptr + word, index < count[:, None])
 
 
 @triton.jit
-def _terms(projected_ptrs, rank, index, count, inverse, EMULATE: tl.constexpr):
-    """Fixed-point projections (warps, ranks, columns) of ranks `index` of a block; 0 past it."""
-    ranks = rank[:, None] + tl.minimum(index, tl.maximum(count - 1, 0)[:, None])
-    t = load_bits(projected_ptrs[None, None, :] + ranks[:, :, None], EMULATE)
-    t = tl.where((index < count[:, None])[:, :, None], t.to(tl.float32, bitcast=True), 0.0)
-    return _fixed_point(t, inverse[None, None, :])
+def _terms(projected_addresses, tile, scale, EMULATE: tl.constexpr):
+    """A block's projections as fixed-point numbers, a byte of four ranks a word."""
+    index = tl.arange(0, _RANKS // 4)[None, :, None] * 16
+    addresses = projected_addresses[None, None, :] + (tile * (4 * _RANKS))[:, None, None] + index
+    t0, t1, t2, t3 = load_run(addresses, 4, True, EMULATE)
+    t0 = _fixed_point(t0.to(tl.float32, bitcast=True), scale)
+    t1 = _fixed_point(t1.to(tl.float32, bitcast=True), scale)
+    t2 = _fixed_point(t2.to(tl.float32, bitcast=True), scale)
+    t3 = _fixed_point(t3.to(tl.float32, bitcast=True), scale)
+    selector = tl.where(tl.arange(0, 2 * _ROWS) % 2 == 0, 0x7632, 0x5410)[None, None, :]
+    low_pair, high_pair = pick_bytes(t0, t1, 0x5140, EMULATE), pick_bytes(t2, t3, 0x5140, EMULATE)
+    return pick_bytes(low_pair, high_pair, selector, EMULATE) ^ _SIGNS
 
 
 @triton.jit
-def _rotate(words, by, EMULATE: tl.constexpr):
-    """Rotate words right by a number of bits; left by a negative one."""
-    if EMULATE:
-        bits = words.to(tl.uint32, bitcast=True)
-        rotated = ((bits >> (by & 31)) | (bits << (-by & 31))).to(tl.int32, bitcast=True)
-    else:
-        rotated = tl.inline_asm_elementwise(
-            "shf.r.wrap.b32 $0, $1, $1, $2;", "=r,r,r", [words, by],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return rotated
+def _two_of_four(w0, w1, w2, w3, selector, EMULATE: tl.constexpr):
+    """Words of a byte of each of four, and of another; `selector` picks them from two of four."""
+    a, b = pick_bytes(w0, w1, selector, EMULATE), pick_bytes(w2, w3, selector, EMULATE)
+    return pick_bytes(a, b, 0x5410, EMULATE), pick_bytes(a, b, 0x7632, EMULATE)
 
 
 @triton.jit
-def _lifted_codes(words, lift, P: tl.constexpr, FIELD: tl.constexpr, EMULATE: tl.constexpr):
-    """`_codes`, shifted left by `lift` bits within their bytes, those of 8 bits by none."""
-    if P == 8:
-        codes = _codes(words, P, FIELD)
-    else:
-        codes = _rotate(words, P * FIELD - lift, EMULATE) & ((_BYTES * (2**P - 1)) << lift)
-    return codes
+def _transpose_bytes(words, WORD: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr):
+    """Words of the first, second, ... bytes of four ranks' runs of BITS bits, from word WORD on."""
+    w0, w1, w2, w3 = words[0][WORD], words[1][WORD], words[2][WORD], words[3][WORD]
+    if BITS >= 32:
+        transposed = _two_of_four(w0, w1, w2, w3, 0x5140, EMULATE)
+        transposed += _two_of_four(w0, w1, w2, w3, 0x7362, EMULATE)
+        if BITS > 32:
+            transposed += _transpose_bytes(words, WORD + 1, BITS - 32, EMULATE)
+    elif BITS == 16:  # Two threads share a word.
+        half = (0x5140 + 0x2222 * (tl.arange(0, 8) % 2))[None, None, :]
+        transposed = _two_of_four(w0, w1, w2, w3, half, EMULATE)
+    else:  # Four do.
+        byte = (0x5140 + 0x1111 * (tl.arange(0, 8) % 4))[None, None, :] & 0x77
+        transposed = _two_of_four(w0, w1, w2, w3, byte, EMULATE)[:1]
+    return transposed
 
 
 @triton.jit
-def _codes_of_words(
-    first, second, third, fourth, lift,
-    P: tl.constexpr, J: tl.constexpr, STEP: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    """Codes J, J + STEP, ... of four words whose bytes are transposed, on trailing axes of 2."""
+def _codes_of_run(transposed, P: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """Codes FIRST, FIRST + STEP, ... of runs whose bytes are transposed, on trailing axes of 2.
+
+    They are shifted to the upper bits of their byte: those of 7 bits or less fill the lower seven.
+    """
     FIELDS: tl.constexpr = 8 // P
-    if STEP == 32 // P:
-        BYTE: tl.constexpr = J // FIELDS
-        words = first if BYTE == 0 else (second if BYTE == 1 else (third if BYTE == 2 else fourth))
-        codes = _lifted_codes(words, lift, P, J % FIELDS, EMULATE)
+    if len(transposed) * FIELDS == STEP:
+        codes = _codes(transposed[FIRST // FIELDS], P, FIRST % FIELDS, 7 - P if P < 8 else 0)
     else:
-        even = _codes_of_words(first, second, third, fourth, lift, P, J, 2 * STEP, EMULATE)
-        odd = _codes_of_words(first, second, third, fourth, lift, P, J + STEP, 2 * STEP, EMULATE)
+        even = _codes_of_run(transposed, P, FIRST, 2 * STEP)
+        odd = _codes_of_run(transposed, P, FIRST + STEP, 2 * STEP)
         codes = tl.join(even, odd)
     return codes
 
 
 @triton.jit
 def _expand_plane(
-    acc, projected_ptrs, inverse, words_ptr, blocks_ptr, first_block, begin, end, tile, h_out,
-    P: tl.constexpr, WARPS: tl.constexpr, EMULATE: tl.constexpr,
+    acc, projected_addresses, inverse, words_address, blocks_address, first_block, begin, end,
+    steps, tile, h_out,
+    P: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add the products of all planes of P bits to `acc` (warps, columns, rows' bytes).
 
-    Blocks of ranks are strided over the warps. Column `32 * segment + i` of the tile is column
-    `i * segments + segment` of `acc`, for every plane.
+    Blocks of ranks are strided over the warps. A thread takes a run of an eighth of the tile's
+    columns: column `8 * i + run` of `acc` is the run's column i, for every plane.
     """
-    SEGMENTS: tl.constexpr = _COLUMNS // 32
+    RUN: tl.constexpr = COLUMNS // 8
     block = begin + tl.arange(0, WARPS)
-    selector = tl.where(tl.arange(0, 2 * _ROWS) % 2 == 0, 0x7632, 0x5410)[None, None, :]
-    index = tl.arange(0, _RANKS // 4)[None, :] * 4
-    rank, count, word, lift = first_block
-    w0, w1, w2, w3 = _block_words(words_ptr, word, count, tile, h_out, P, EMULATE)
-    for _ in range(tl.cdiv(end - begin, WARPS)):
+    rank_tile, count, word, weight = first_block
+    words = _block_words(words_address, word, count, tile, h_out, P, COLUMNS, VECTOR, EMULATE)
+    for _ in range(steps):
         # The next block is asked for before this one is used.
         block += WARPS
-        next_rank, next_count, word, next_lift = _block(blocks_ptr, block, end, EMULATE)
-        if P < 8:
-            n0, n1, n2, n3 = _block_words(words_ptr, word, next_count, tile, h_out, P, EMULATE)
-        t0 = _terms(projected_ptrs, rank, index, count, inverse, EMULATE)
-        t1 = _terms(projected_ptrs, rank, index + 1, count, inverse, EMULATE)
-        t2 = _terms(projected_ptrs, rank, index + 2, count, inverse, EMULATE)
-        t3 = _terms(projected_ptrs, rank, index + 3, count, inverse, EMULATE)
-        low_pair = pick_bytes(t0, t1, 0x5140, EMULATE)
-        high_pair = pick_bytes(t2, t3, 0x5140, EMULATE)
-        terms = pick_bytes(low_pair, high_pair, selector, EMULATE) ^ _SIGNS
-        terms = tl.reshape(spread(terms, EMULATE), (WARPS, _RANKS // 4, 2 * _ROWS, 4))
+        next_tile, count, word, next_weight = _block(blocks_address, block, end, EMULATE)
+        if P * COLUMNS < 2048:
+            next_words = _block_words(
+                words_address, word, count, tile, h_out, P, COLUMNS, VECTOR, EMULATE
+            )
+        scale = inverse[None, None, :] * weight[:, None, None]
+        terms = spread(_terms(projected_addresses, rank_tile, scale, EMULATE), EMULATE)
+        terms = tl.reshape(terms, (WARPS, _RANKS // 4, 2 * _ROWS, 4))
         terms = tl.reshape(tl.permute(terms, (0, 1, 3, 2)), (WARPS, _RANKS, 2 * _ROWS))
-        x0, x2 = pick_bytes(w0, w1, 0x5140, EMULATE), pick_bytes(w0, w1, 0x7362, EMULATE)
-        x1, x3 = pick_bytes(w2, w3, 0x5140, EMULATE), pick_bytes(w2, w3, 0x7362, EMULATE)
-        codes = _codes_of_words(
-            pick_bytes(x0, x1, 0x5410, EMULATE), pick_bytes(x0, x1, 0x7632, EMULATE),
-            pick_bytes(x2, x3, 0x5410, EMULATE), pick_bytes(x2, x3, 0x7632, EMULATE),
-            lift[:, None, None, None], P, 0, 1, EMULATE,
-        )  # fmt: skip
-        codes = tl.reshape(spread(codes, EMULATE), (WARPS, _RANKS // 4, SEGMENTS, P, 32 // P, 4))
-        codes = tl.permute(codes, (0, 3, 4, 2, 1, 5))
-        codes = tl.reshape(codes, (WARPS, _COLUMNS, _RANKS))
+        codes = _codes_of_run(_transpose_bytes(words, 0, RUN * P, EMULATE), P, 0, 1)
+        codes = tl.reshape(spread(codes, EMULATE), (WARPS, _RANKS // 4, 8, RUN, 4))
+        codes = tl.reshape(tl.permute(codes, (0, 3, 2, 1, 4)), (WARPS, COLUMNS, _RANKS))
         acc = dot_bytes(codes, terms, acc, EMULATE)
-        if P == 8:  # More registers would be spilled.
-            n0, n1, n2, n3 = _block_words(words_ptr, word, next_count, tile, h_out, P, EMULATE)
-        rank, count, lift = next_rank, next_count, next_lift
-        w0, w1, w2, w3 = n0, n1, n2, n3
+        if P * COLUMNS >= 2048:  # More registers would be spilled.
+            next_words = _block_words(
+                words_address, word, count, tile, h_out, P, COLUMNS, VECTOR, EMULATE
+            )
+        rank_tile, weight, words = next_tile, next_weight, next_words
     return acc
 
 
@@ -643,93 +695,117 @@ def _sum_of_parts(parts):
 
 
 @triton.jit
-def _peak_and_rest(peaks_ptr, rests_ptr, places, tiles, BLOCK: tl.constexpr):
-    """A row's largest projection and what the zero points take, (rows), from those of its tiles."""
-    peak = tl.zeros((BLOCK, _ROWS), tl.int32)
-    rest = tl.zeros((BLOCK, _ROWS), tl.float32)
-    for first in range(0, tiles, BLOCK):
-        tile = first + tl.arange(0, BLOCK)[:, None]
-        offsets = places[None, :] + tile
-        peak = tl.maximum(peak, tl.load(peaks_ptr + offsets, mask=tile < tiles, other=0))
-        rest += tl.load(rests_ptr + offsets, mask=tile < tiles, other=0.0)
+def _peak_and_rest(peaks_ptr, rests_ptr, tiles, EMULATE: tl.constexpr):
+    """The rows' largest projections and what the zero points take, (rows), from those of tiles.
+
+    A warp takes eight tiles at a time, in an order that does not depend on the number of warps.
+    """
+    peak = tl.zeros((8, _ROWS), tl.int32)
+    rest = tl.zeros((8, _ROWS), tl.float32)
+    place = tl.arange(0, 8)[:, None] * _ROWS + tl.arange(0, _ROWS)[None, :]
+    for first in range(0, tiles, 32):
+        for some in tl.static_range(4):
+            offsets = (first + 8 * some) * _ROWS + place
+            mask = offsets < tiles * _ROWS
+            peak = tl.maximum(peak, tl.load(peaks_ptr + offsets, mask=mask, other=0))
+            rest += tl.load(rests_ptr + offsets, mask=mask, other=0.0)
     return tl.max(peak, axis=0).to(tl.float32, bitcast=True), tl.sum(rest, axis=0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def expand_kernel(
-    y_ptr, y_stride, projected_ptr, peaks_ptr, rests_ptr, max_rank, rows_ptr, slots_ptr,
-    addresses_ptr, descriptors_ptr, output_tiles_ptr,
-    LINEARS: tl.constexpr, WARPS: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
+    y_ptr, y_stride, projected_ptr, peaks_ptr, rests_ptr, max_tiles, rows_ptr, slots_ptr, used_ptr,
+    addresses_ptr, descriptors_ptr, output_tiles_ptr, output_tiles,
+    LINEARS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr,
+    OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Add the deltas to one chunk of rows and one tile of a linear's outputs."""
+    """Add the deltas to chunks of rows and tiles of the linears' outputs.
+
+    All programs take as many tiles, one after another. What the tiles of a chunk and linear have in
+    common is loaded once.
+    """
     start_next(OVERLAP)
-    output_tile_ptr, chunk = output_tiles_ptr + tl.program_id(0) * _OUTPUT_TILE, tl.program_id(1)
-    slot = tl.load(slots_ptr + chunk)
-    linear = tl.load(output_tile_ptr)
-    tile = tl.load(output_tile_ptr + 1)
-    begin = tl.load(output_tile_ptr + 2)
-    h_out = tl.load(output_tile_ptr + 3)
-    # All that depends on the slot is asked for at once; slot 0 has no ranks.
-    descriptor = descriptors_ptr + (slot * LINEARS + linear) * _DESCRIPTOR
-    address = tl.load(addresses_ptr + slot * LINEARS + linear)
-    rank, first_rank, tiles, scale_word, bias_word, blocks_word, first_tile = (
-        tl.load(descriptor), tl.load(descriptor + 1), tl.load(descriptor + 2),
-        tl.load(descriptor + 7), tl.load(descriptor + 9), tl.load(descriptor + 10),
-        tl.load(descriptor + 17),
-    )  # fmt: skip
-    bound_0, bound_1, bound_2, bound_3, bound_4 = (
-        tl.load(descriptor + 11), tl.load(descriptor + 12), tl.load(descriptor + 13),
-        tl.load(descriptor + 14), tl.load(descriptor + 15),
-    )  # fmt: skip
-    bounds = (bound_0, bound_1, bound_2, bound_3, bound_4)
-    rows = tl.load(rows_ptr + chunk * _ROWS + tl.arange(0, _ROWS))
-    if (rank == 0) & (bias_word < 0):
-        wait_for_previous(OVERLAP)
-        return
-    words_ptr = address.to(tl.pointer_type(tl.int32))
-    floats_ptr = address.to(tl.pointer_type(tl.float32))
-    columns = tile * _COLUMNS + tl.arange(0, _COLUMNS)
-    blocks_ptr = words_ptr + tl.maximum(blocks_word, 0)
-    warp = tl.arange(0, WARPS)
-    blocks = (
-        _block(blocks_ptr, bound_0 + warp, bound_1, EMULATE),
-        _block(blocks_ptr, bound_1 + warp, bound_2, EMULATE),
-        _block(blocks_ptr, bound_2 + warp, bound_3, EMULATE),
-        _block(blocks_ptr, bound_3 + warp, bound_4, EMULATE),
-    )
-    mask = columns < tl.where(scale_word >= 0, h_out, 0)
-    row_scale = tl.load(floats_ptr + scale_word + columns, mask=mask, other=1.0)
-    mask = columns < tl.where(bias_word >= 0, h_out, 0)
-    bias = tl.load(floats_ptr + bias_word + columns, mask=mask, other=0.0)
-    if OVERLAP & (rank > 0):
-        _prefetch_blocks(words_ptr, blocks_ptr, bounds, tile, h_out, WARPS)
-    started = wait_for_previous(OVERLAP)
-    out = y_ptr + started + rows.to(tl.int64)[None, :] * y_stride + (begin + columns)[:, None]
-    mask = (rows >= 0)[None, :] & (columns < h_out)[:, None]
-    y = tl.load(out, mask=mask, other=0.0)
-    total = tl.zeros((_COLUMNS, _ROWS), tl.float32)
-    if rank > 0:
-        places = (chunk * _ROWS + tl.arange(0, _ROWS)) * max_rank + first_tile
-        peak, rest = _peak_and_rest(peaks_ptr + started, rests_ptr + started, places, tiles, 64)
-        pairs = (chunk * _ROWS + tl.arange(0, 2 * _ROWS) // 2) * max_rank
-        projected_ptrs = projected_ptr + started + (pairs + first_rank)
-        inverse = _inverse(tl.reshape(tl.join(peak, peak), (2 * _ROWS,)))
-        acc = tl.zeros((WARPS, _COLUMNS, 2 * _ROWS), tl.int32)
-        for DIGIT in tl.static_range(4):
-            if bounds[DIGIT] < bounds[DIGIT + 1]:
-                acc = _expand_plane(
-                    acc, projected_ptrs, inverse, words_ptr, blocks_ptr, blocks[DIGIT],
-                    bounds[DIGIT], bounds[DIGIT + 1], tile, h_out, 8 >> DIGIT, WARPS, EMULATE,
+    everything = tl.load(used_ptr) * output_tiles
+    share = tl.cdiv(everything, tl.num_programs(0))
+    item = tl.program_id(0) * share
+    end = tl.minimum(item + share, everything)
+    while item < end:
+        chunk = item // output_tiles
+        output_tile_ptr = output_tiles_ptr + item % output_tiles * _OUTPUT_TILE
+        slot = tl.load(slots_ptr + chunk)
+        linear = tl.load(output_tile_ptr)
+        first_tile = tl.load(output_tile_ptr + 1)
+        begin = tl.load(output_tile_ptr + 2)
+        h_out = tl.load(output_tile_ptr + 3)
+        if VECTOR:
+            begin, h_out = tl.multiple_of(begin, 4), tl.multiple_of(h_out, 4)
+        last_tile = tl.minimum(tl.cdiv(h_out, COLUMNS), first_tile + end - item)
+        item += last_tile - first_tile
+        # All that depends on the slot is asked for at once.
+        descriptor = descriptors_ptr + (slot * LINEARS + linear) * _DESCRIPTOR
+        address = tl.load(addresses_ptr + slot * LINEARS + linear)
+        tiles, first_rank_tile, scale_word, bias_word, blocks_word = (
+            tl.load(descriptor), tl.load(descriptor + 1), tl.load(descriptor + 6),
+            tl.load(descriptor + 8), tl.load(descriptor + 9),
+        )  # fmt: skip
+        bound_0, bound_1, bound_2, bound_3, bound_4 = (
+            tl.load(descriptor + 10), tl.load(descriptor + 11), tl.load(descriptor + 12),
+            tl.load(descriptor + 13), tl.load(descriptor + 14),
+        )  # fmt: skip
+        bounds = (bound_0, bound_1, bound_2, bound_3, bound_4)
+        rows = tl.load(rows_ptr + chunk * _ROWS + tl.arange(0, _ROWS))
+        if (tiles > 0) | (bias_word >= 0):
+            floats_ptr = address.to(tl.pointer_type(tl.float32))
+            blocks_address = address + 4 * tl.maximum(blocks_word, 0)
+            warp = tl.arange(0, WARPS)
+            blocks = (
+                _block(blocks_address, bound_0 + warp, bound_1, EMULATE),
+                _block(blocks_address, bound_1 + warp, bound_2, EMULATE),
+                _block(blocks_address, bound_2 + warp, bound_3, EMULATE),
+                _block(blocks_address, bound_3 + warp, bound_4, EMULATE),
+            )
+            if OVERLAP & (tiles > 0):
+                _prefetch_blocks(address, blocks_address, bounds, first_tile, h_out, COLUMNS, WARPS)
+            started = wait_for_previous(OVERLAP)
+            places = (chunk * max_tiles + first_rank_tile) * _ROWS + started
+            peak, rest = _peak_and_rest(peaks_ptr + places, rests_ptr + places, tiles, EMULATE)
+            positions = chunk * _ROWS + tl.arange(0, 2 * _ROWS) // 2
+            offsets = (positions * max_tiles + first_rank_tile).to(tl.int64) * (4 * _RANKS)
+            projected_addresses = (projected_ptr + started).to(tl.int64) + offsets
+            inverse = _inverse(tl.reshape(tl.join(peak, peak), (2 * _ROWS,)))
+            for tile in range(first_tile, last_tile):
+                columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+                out = y_ptr + started + rows.to(tl.int64)[:, None] * y_stride
+                out += (begin + columns)[None, :]
+                mask = (rows >= 0)[:, None] & (columns < h_out)[None, :]
+                y = tl.load(out, mask=mask, other=0.0).to(tl.float32)
+                row_scale = tl.load(
+                    floats_ptr + scale_word + columns,
+                    mask=columns < tl.where(scale_word >= 0, h_out, 0), other=1.0,
                 )  # fmt: skip
-        high, low = tl.split(tl.reshape(acc, (WARPS, _COLUMNS, _ROWS, 2)))
-        # Sums of integers are the same for any number of warps.
-        high, low = _sum_over_warps(high), _sum_over_warps(low)
-        total = high.to(tl.float32) * 256.0 + low.to(tl.float32)
-        total = tl.reshape(total, (32, _COLUMNS // 32, _ROWS))
-        total = tl.reshape(tl.permute(total, (1, 0, 2)), (_COLUMNS, _ROWS))
-        total = total * (peak * (1.0 / _LARGEST))[None, :] - rest[None, :]
-    total = total * row_scale[:, None] + bias[:, None] + y.to(tl.float32)
-    tl.store(out, round_to(total, y_ptr.dtype.element_ty, EMULATE), mask=mask)
+                bias = tl.load(
+                    floats_ptr + bias_word + columns,
+                    mask=columns < tl.where(bias_word >= 0, h_out, 0), other=0.0,
+                )  # fmt: skip
+                acc = tl.zeros((WARPS, COLUMNS, 2 * _ROWS), tl.int32)
+                for DIGIT in tl.static_range(4):
+                    steps = tl.cdiv(bounds[DIGIT + 1] - bounds[DIGIT], WARPS)
+                    # Into a condition Triton would move the exchange of sums between warps.
+                    for _ in range(tl.minimum(steps, 1)):
+                        acc = _expand_plane(
+                            acc, projected_addresses, inverse, address, blocks_address,
+                            blocks[DIGIT], bounds[DIGIT], bounds[DIGIT + 1], steps, tile, h_out,
+                            8 >> DIGIT, COLUMNS, WARPS, VECTOR, EMULATE,
+                        )  # fmt: skip
+                acc = tl.reshape(acc, (WARPS, COLUMNS // 8, 8, _ROWS, 2))
+                acc = tl.reshape(tl.permute(acc, (0, 3, 2, 1, 4)), (WARPS, _ROWS, 2 * COLUMNS))
+                # Sums of integers are the same for any number of warps.
+                high, low = tl.split(tl.reshape(_sum_over_warps(acc), (_ROWS, COLUMNS, 2)))
+                total = high.to(tl.float32) * 256.0 + low.to(tl.float32)
+                total = total * (peak * (1.0 / _LARGEST))[:, None] - rest[:, None]
+                total = total * row_scale[None, :] + bias[None, :] + y
+                tl.store(out, round_to(total, y_ptr.dtype.element_ty, EMULATE), mask=mask)
+    wait_for_previous(OVERLAP)
 
 
 def launches(
@@ -755,9 +831,14 @@ def launches(
     multiprocessors = multiprocessors_of(x.device)
     tiles = max(1, triton.cdiv(table.max_rank, TILE_RANKS))
     shrinks = triton.cdiv(tiles, USUAL_SHARE) * chunks.count
-    shrink_form = form_of(variant.shrink, shrinks, multiprocessors)
-    expands = len(table.output_tiles) * chunks.count
+    shrink_form = form_of(variant.shrink, lambda _: shrinks, multiprocessors)
+
+    def expands(form: ExpandForm) -> int:
+        return len(table.output_tiles[form.columns]) * chunks.count
+
     expand_form = form_of(variant.expand, expands, multiprocessors)
+    output_tiles = table.output_tiles[expand_form.columns]
+    programs = min(expands(expand_form), places_of(expand_form, multiprocessors))
 
     def prepare() -> object:
         return prepare_kernel[(chunks.count * CHUNK_ROWS, block_count, table.linears)](
@@ -768,7 +849,7 @@ def launches(
 
     def shrink() -> object:
         return shrink_kernel[(tiles, chunks.count)](
-            chunks.projected, chunks.peaks, chunks.rests, chunks.max_rank, xs, xs.stride(0),
+            chunks.projected, chunks.peaks, chunks.rests, chunks.max_tiles, xs, xs.stride(0),
             scales, chunks.sums, scales.stride(0), block_count, table.h_in, table.padded_h_in,
             chunks.slots, table.addresses, table.descriptors,
             BLOCKS=triton.next_power_of_2(block_count), VECTOR=table.h_in % 128 == 0,
@@ -777,10 +858,11 @@ def launches(
         )  # fmt: skip
 
     def expand() -> object:
-        return expand_kernel[(len(table.output_tiles), chunks.count)](
-            y, y.stride(0), chunks.projected, chunks.peaks, chunks.rests, chunks.max_rank,
-            chunks.rows, chunks.slots, table.addresses, table.descriptors, table.output_tiles,
-            WARPS=expand_form.warps,
+        return expand_kernel[(programs,)](
+            y, y.stride(0), chunks.projected, chunks.peaks, chunks.rests, chunks.max_tiles,
+            chunks.rows, chunks.slots, chunks.used, table.addresses, table.descriptors,
+            output_tiles, len(output_tiles), COLUMNS=expand_form.columns, WARPS=expand_form.warps,
+            VECTOR=all(h_out % 128 == 0 for h_out in table.h_outs),
             num_warps=expand_form.warps, maxnreg=expand_form.registers, **shared,
         )  # fmt: skip
 

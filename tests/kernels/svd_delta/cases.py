@@ -25,7 +25,7 @@ from deltadock.kernels.svd_delta import (
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS
 from deltadock.kernels.svd_delta.products import add_products
-from deltadock.kernels.svd_delta.triton import Form, Variant
+from deltadock.kernels.svd_delta.triton import ExpandForm, Form, Variant
 from tests.kernels.svd_delta.support import (
     Delta,
     encode,
@@ -177,14 +177,17 @@ def several_steps_of_every_loop() -> None:
     table.install(2, delta.packed.to(DEVICE))
     y, x = make_rows(1, shape, torch.float16)
     x[0, 1500] = 1000.0
-    few_warps, many_warps = (
-        run(torch.zeros_like(y), x, table, [2], Variant((Form(warps, 168),), (Form(warps, 168),)))
-        for warps in (2, 8)
-    )
+    outputs = [
+        run(
+            torch.zeros_like(y), x, table, [2],
+            Variant((Form(warps, 168),), (ExpandForm(warps, 168, columns),)),
+        )
+        for warps, columns in ((2, 256), (8, 64), (4, 128))
+    ]  # fmt: skip
     want = expected(torch.zeros_like(y), x, [2], {2: delta.dense})
-    assert relative_error(few_warps, want) < TOLERANCE[torch.float16]
+    assert relative_error(outputs[0], want) < TOLERANCE[torch.float16]
     # A row's result does not depend on the form, which the number of rows decides.
-    assert torch.equal(few_warps, many_warps)
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
 @case(bits=range(1, 9))
@@ -217,6 +220,30 @@ def a_row_does_not_depend_on_its_neighbours() -> None:
     last = run(y.flip(0), x.flip(0), table, [2, 0, *[1] * (CHUNK_ROWS - 1)])
     assert torch.equal(alone[0], first[0])
     assert torch.equal(alone[0], last[CHUNK_ROWS])
+
+
+@case()
+def a_row_does_not_depend_on_the_number_of_programs() -> None:
+    """Each takes a run of tiles, which ends within a linear or a chunk."""
+    h_in, h_outs = 40, (300, 130)
+    table = DeltaTable(SLOTS, h_in, h_outs, max_rank=2 * MAX_RANK, device=DEVICE)
+    first, second = (make_delta((h_out, h_in), SKEWED, seed=h_out) for h_out in h_outs)
+    table.install(1, first.packed.to(DEVICE), second.packed.to(DEVICE))
+    table.install(3, None, second.packed.to(DEVICE))
+    row_slots = [3, 1, *[1] * CHUNK_ROWS, 0, 2]  # a chunk of slot 2 has no delta
+    y, x = make_rows(len(row_slots), (sum(h_outs), h_in), torch.float16)
+    outputs = []
+    for registers in (200, 32):  # of which a GPU runs fewer or more programs at once
+        forms = (Form(8, 80),), (ExpandForm(2, registers, 64),)
+        outputs.append(run(y, x, table, row_slots, Variant(*forms)))
+    assert torch.equal(*outputs)
+    want = y.double().cpu()
+    for rows, begin, end, dense in (
+        (slice(1, -2), 0, 300, first.dense), (slice(0, -2), 300, 430, second.dense),
+    ):  # fmt: skip
+        want[rows, begin:end] += x[rows].double().cpu() @ dense.T
+    for row in range(len(row_slots)):
+        assert relative_error(outputs[0][row], want[row]) < TOLERANCE[torch.float16]
 
 
 @case()

@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks.kernel import LAYER
 from benchmarks.kernel_model import (
-    EXPAND_CODES,
     MEASURED,
     MEASURED_CODE,
     PREPARE,
@@ -22,7 +21,9 @@ from benchmarks.kernel_model import (
     alternatives,
     codes,
     compile_for,
+    expand_codes,
     expand_programs,
+    expand_tiles,
     lane_instructions,
     predict,
     predicted_range,
@@ -30,56 +31,60 @@ from benchmarks.kernel_model import (
     read_code,
     shrink_programs,
 )
-from benchmarks.machine_code import compile_kernel, disassemble, global_accesses, inner_loops
+from benchmarks.machine_code import compile_kernel, disassemble, global_accesses, loops_of
 from deltadock.kernels.svd_delta import products
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.layout import TILE_RANKS
-from deltadock.kernels.svd_delta.triton import DEFAULT, USUAL_SHARE, Form, form_of
+from deltadock.kernels.svd_delta.triton import (
+    DEFAULT,
+    USUAL_SHARE,
+    ExpandForm,
+    Form,
+    form_of,
+    places_of,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
 
 
+BOUNDS: dict[Form, tuple[int, int, int, tuple[float, ...]]] = {
+    Form(8, 80): (176, 4_096, 1_250, (0.7, 0.77, 0.9, 0.78)),
+    Form(4, 96): (112, 4_096, 1_250, (0.7, 0.77, 0.9, 0.78)),
+    ExpandForm(8, 80, 64): (480, 8_192, 1_050, (2.8, 2.7, 2.5, 2.4)),
+    ExpandForm(8, 80, 128): (576, 8_192, 1_150, (2.4, 2.0, 1.8, 1.7)),
+    ExpandForm(4, 168, 256): (448, 8_192, 1_350, (1.4, 1.4, 1.2, 1.1)),
+}
+"""Of each form: bytes on the stack, of shared memory, instructions outside the loops, and in the
+loops instructions a code, of planes of 8, 4, 2 and 1 bits. At 75 % of copy bandwidth an SM may
+spend 1.2 on a code of one bit, 2.4 on one of two."""
+MIXED = [("shrink_kernel", form) for form in DEFAULT.shrink]
+MIXED += [("expand_kernel", form) for form in DEFAULT.expand]
+
+
 @pytest.mark.parametrize(
-    ("capability", "dtype", "place"),
-    [(80, "bf16", 1), (90, "bf16", 1), (90, "fp16", 1), (90, "bf16", 0)],
-)
-@pytest.mark.parametrize(
-    ("name", "forms", "spilled", "shared", "straight", "codes_of", "bounds"),
-    # Instructions a code, of planes of 8, 4, 2 and 1 bits, in the loops. At 75 % of copy bandwidth
-    # an SM may spend 1.2 on a code of one bit, 2.4 on one of two.
+    ("capability", "dtype", "name", "form"),
     [
-        ("shrink_kernel", DEFAULT.shrink, (176, 112), 4_096, 1_200, SHRINK_CODES,
-         (0.7, 0.7, 0.8, 0.7)),
-        ("expand_kernel", DEFAULT.expand, (384, 256), 32_768, 1_700, EXPAND_CODES,
-         (2.0, 1.75, 1.4, 1.3)),
+        *[(capability, "bf16", *each) for capability in (80, 90) for each in MIXED],
+        *[(90, "fp16", *each) for each in (MIXED[1], MIXED[-1])],
     ],
-)  # fmt: skip
-def test_machine_code(
-    name: str,
-    forms: Sequence[Form],
-    spilled: Sequence[int],
-    shared: int,
-    straight: int,
-    codes_of: list[int],
-    bounds: tuple[float, ...],
-    dtype: str,
-    capability: int,
-    place: int,
-) -> None:
-    form = forms[place]
-    compiled = compile_for(capability, getattr(kernel, name), dtype, form.warps, form.registers)
+)
+def test_machine_code(capability: int, dtype: str, name: str, form: Form) -> None:
+    compiled = compile_for(capability, getattr(kernel, name), dtype, form)
     code = read_code(name, compiled, form.warps)
+    spilled, shared, straight, bounds = BOUNDS[form]
     # Words and terms are loaded by the threads that use them.
     assert not code.shared_in_loops
     assert code.shared_bytes <= shared
+    assert places_of(form, 1) == code.programs_per_sm
     assert code.programs_per_sm * form.warps >= 12
     # Spilled registers are on the stack, outside the loops of narrow planes.
-    assert code.stack_bytes <= spilled[place]
-    assert code.common + 4 * code.plane <= straight
+    assert code.stack_bytes <= spilled
+    assert code.common + code.tile + 4 * code.plane <= straight
     # What comes before the wait is hidden where launches overlap.
     assert (code.head >= 250) == (capability >= 90)
+    codes_of = expand_codes(form) if isinstance(form, ExpandForm) else SHRINK_CODES
     found = lane_instructions(code, codes_of)
     assert all(number <= bound for number, bound in zip(found, bounds, strict=True)), found
     check_packed_assembly(compiled.asm["ttgir"])
@@ -109,12 +114,31 @@ def check_packed_assembly(ttgir: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "forms"), [("shrink_kernel", DEFAULT.shrink), ("expand_kernel", DEFAULT.expand)]
+)
+def test_sums_have_one_order_for_any_form(name: str, forms: Sequence[Form]) -> None:
+    """Float sums over an axis follow the layout of a warp, which must not depend on the form."""
+    orders = set()
+    for form in forms:
+        ttgir = compile_for(90, getattr(kernel, name), "bf16", form).asm["ttgir"]
+        layouts = dict(re.findall(r"^(#\w+) = (#ttg.*)$", ttgir, re.M))
+        sums = re.findall(
+            r'"tt.reduce"[^\n]*\n[^\n]*\n[^\n]*arith\.addf.*?: \(tensor<([\dx]+)xf32, (#\w+)>\)',
+            ttgir, re.S,
+        )  # fmt: skip
+        assert sums
+        warp = re.compile(r"sizePerThread = .*?, threadsPerWarp = .*?\]|order = .*?\]")
+        orders.add(tuple((shape, *warp.findall(layouts[layout])) for shape, layout in sums))
+    assert len(orders) == 1, orders
+
+
+@pytest.mark.parametrize(
     ("name", "forms", "written"),
     # Arguments that kernels of a step write.
     [
         ("prepare_kernel", (PREPARE,), ["x_ptr", "xs_ptr", "scales_ptr", "sums_ptr"]),
         ("shrink_kernel", DEFAULT.shrink,
-         ["scales_ptr", "sums_ptr", "projected_ptr", "peaks_ptr", "rests_ptr"]),
+         ["xs_ptr", "scales_ptr", "sums_ptr", "projected_ptr", "peaks_ptr", "rests_ptr"]),
         ("expand_kernel", DEFAULT.expand, ["projected_ptr", "peaks_ptr", "rests_ptr", "y_ptr"]),
     ],
 )  # fmt: skip
@@ -127,7 +151,7 @@ def test_what_other_kernels_write_is_accessed_after_the_wait(
 
 def check_wait(function: Any, form: Form, written: list[str]) -> None:
     """A kernel accesses what others write after its wait only."""
-    code = disassemble(compile_for(90, function, "bf16", form.warps, form.registers or None))
+    code = disassemble(compile_for(90, function, "bf16", form))
     operations = code.operations
     # Programs that have nothing to do wait and exit.
     waits = [
@@ -135,8 +159,6 @@ def check_wait(function: Any, form: Form, written: list[str]) -> None:
         for place, (one, following) in enumerate(itertools.pairwise(operations))
         if one == "ACQBULK" and following != "EXIT"
     ]
-    # The addresses of shrink's inputs are kept on the stack, but only products take them.
-    assert waits[0] < min((p for p, one in enumerate(operations) if one == "IMMA"), default=1 << 30)
     offsets = argument_offsets(function)
     for argument in written:
         accesses = global_accesses(code.listing, offsets[argument])
@@ -157,7 +179,7 @@ def argument_offsets(function: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_small_kernels_are_small(capability: int) -> None:
-    prepare = disassemble(compile_for(capability, kernel.prepare_kernel, "bf16", 8))
+    prepare = disassemble(compile_for(capability, kernel.prepare_kernel, "bf16", PREPARE))
     assert len(prepare.operations) <= 450
     assert prepare.registers <= 40
     numbers = ("tiles_word", "tiles", "rank", "padded_rank", "columns", "offset_word",
@@ -204,30 +226,41 @@ def test_prefill_by_unpacked_factors_stays_within_its_bar() -> None:
 
 
 def test_programs_at_decode_shapes() -> None:
-    """One row on one delta, for an H200's 132 SMs: a layer's launches leave most of them idle."""
+    """One row on one delta, for an H200's 132 SMs: a layer's launches leave some of them idle."""
     compiled = codes(DEFAULT, 90)
     programs = {
         each.name: (
-            len(shrink_programs(each, compiled, 8)),
-            len(expand_programs(each, compiled, 8)),
+            len(shrink_programs(each, compiled, DEFAULT.shrink[0])),
+            *[sum(map(len, expand_tiles(each, compiled, form))) for form in DEFAULT.expand],
         )
         for each in LAYER
     }
     assert programs == {
-        "q, k, v": (41, 18), "o": (25, 14), "gate, up": (80, 148), "down": (40, 14),
+        "q, k, v": (41, 72, 36, 18), "o": (25, 56, 28, 14), "gate, up": (80, 592, 296, 148),
+        "down": (40, 56, 28, 14),
     }  # fmt: skip
 
 
-def test_few_programs_have_more_warps() -> None:
-    """All programs of the first form run at once."""
-    few, many = DEFAULT.expand
-    assert form_of(DEFAULT.expand, 2 * 132, 132) == few
-    assert form_of(DEFAULT.expand, 2 * 132 + 1, 132) == many
+def test_programs_take_as_many_tiles_of_expand() -> None:
+    """Whatever a chunk has in common is loaded again only where one begins."""
+    first, second = [[(8, 1)]] * 5, [[(2, 1)]] * 4
+    assert expand_programs([first, second], 4) == [
+        [first[:3]], [first[3:], second[:1]], [second[1:]],
+    ]  # fmt: skip
+
+
+def test_few_programs_have_smaller_tiles() -> None:
+    """All programs of a form run at once, if fewer than the last would."""
+    few, some, many = DEFAULT.expand
+    limits = [3 * 132, 3 * 132, 3 * 132]
+    assert [places_of(form, 132) for form in DEFAULT.expand] == limits
+    for tiles, form in ((99, few), (100, some), (198, some), (199, many), (999, many)):
+        assert form_of(DEFAULT.expand, lambda each, n=tiles: n * 256 // each.columns, 132) == form
     # A delta of one bit per weight has about a third of a table's most ranks, or fewer.
     compiled = codes(DEFAULT, 90)
     for each in LAYER:
         most = sum(min(h_out, each.h_in) for h_out in each.h_outs)
-        tiles = len(shrink_programs(each, compiled, 8))
+        tiles = len(shrink_programs(each, compiled, DEFAULT.shrink[0]))
         assert tiles <= 1.1 * most / TILE_RANKS / USUAL_SHARE
 
 
@@ -247,6 +280,7 @@ LISTING = """
 """
 
 
-def test_inner_loops_are_found_in_a_listing() -> None:
-    operations, loops = inner_loops(LISTING)
-    assert [operations[loop] for loop in loops] == [["HMMA", "BRA"], ["LDG", "FADD", "BRA"]]
+def test_loops_of_are_found_in_a_listing() -> None:
+    operations, inner, outer = loops_of(LISTING)
+    assert [operations[loop] for loop in inner] == [["HMMA", "BRA"], ["LDG", "FADD", "BRA"]]
+    assert [operations[loop] for loop in outer] == [["IMAD", "HMMA", "BRA", "BRA"]]
