@@ -14,6 +14,7 @@ INTERRUPTED: Final = 130
 
 _pressed: list[int] = []
 _said: list[str] = []
+_begun: list[bool] = []
 
 
 def note_interrupts() -> None:
@@ -25,6 +26,7 @@ def note_interrupts() -> None:
 
     _pressed.clear()
     _said.clear()
+    _begun.clear()
     signal.signal(signal.SIGINT, interrupt)
 
 
@@ -36,8 +38,14 @@ def was_interrupted() -> bool:
 def say_interrupted(hint: str = "") -> None:
     """Say, once, that Ctrl-C has ended the command, and what has become of its work."""
     if not _said:
+        hint = hint or ("" if _begun else "Nothing was done.")
         _said.append(hint)
         sys.stderr.write(f"\nInterrupted. {hint}".rstrip() + "\n")
+
+
+def note_beginning() -> None:
+    """From here on, a command is at work."""
+    _begun.append(True)
 
 
 def forget_interrupts() -> None:

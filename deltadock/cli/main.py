@@ -20,14 +20,12 @@ def main() -> None:
     # Before torch is loaded, for this process and those that it starts. By default OpenMP's threads
     # spin while they wait, on cores that api, worker and node share.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    hint = "Nothing was done."
     try:
         from deltadock.cli.app import app
 
-        hint = ""
         app(prog_name="deltadock")
     except BaseException as end:
         if was_interrupted() and getattr(end, "code", INTERRUPTED) == INTERRUPTED:
-            say_interrupted(hint)
+            say_interrupted()
             raise SystemExit(INTERRUPTED) from None
         raise

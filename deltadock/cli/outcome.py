@@ -22,7 +22,12 @@ from typing import Any, Final
 import typer
 from typer.core import TyperGroup
 
-from deltadock.cli.interrupts import INTERRUPTED, say_interrupted, was_interrupted
+from deltadock.cli.interrupts import (
+    INTERRUPTED,
+    note_beginning,
+    say_interrupted,
+    was_interrupted,
+)
 from deltadock.errors import DeltadockError, Forbidden, InvalidInput, NotFound, StorageFull
 from deltadock.extras import needed_extras
 
@@ -148,6 +153,7 @@ class ReportingGroup(TyperGroup):
         """
         with on_interrupt(""):
             try:
+                note_beginning()
                 with needed_extras():
                     return super().invoke(ctx)
             except DeltadockError as error:

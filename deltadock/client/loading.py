@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from deltadock.artifacts.checkpoint import (
     CONFIG,
+    TOKENIZER_FILES,
     CheckpointManifest,
     TensorEntry,
     merkle_root,
@@ -37,11 +38,8 @@ SAFETENSORS_DTYPES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()
 
 GENERATION: Final = "generation_config.json"
 
-TOKENIZER_FILES: Final = (
-    CONFIG, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt",
-    "tokenizer.model", "spiece.model",
-)  # fmt: skip
+NEEDED_FILES: Final = sorted({CONFIG, *TOKENIZER_FILES})
+"""What a tokenizer is loaded from."""
 
 NARROW_DTYPES: Final = (torch.bfloat16, torch.float16)
 """Dtypes that a float32 model's checkpoint may have."""
@@ -141,8 +139,8 @@ class LoadedDelta:
         with tempfile.TemporaryDirectory(prefix="deltadock-tokenizer-") as name:
             folder, source = Path(name), Path(base)
             if not source.is_dir():
-                source = Path(snapshot_download(str(base), allow_patterns=list(TOKENIZER_FILES)))
-            for file in TOKENIZER_FILES:
+                source = Path(snapshot_download(str(base), allow_patterns=NEEDED_FILES))
+            for file in NEEDED_FILES:
                 if (source / file).is_file():
                     (folder / file).write_bytes((source / file).read_bytes())
             for file, content in self.files.items():

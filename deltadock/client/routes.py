@@ -70,7 +70,7 @@ def checked_reference(text: str) -> str:
     if not is_reference(text):
         raise InvalidInput(
             f"{text!r} is not the name of a delta. Write project/model, project/model:3, "
-            "project/model@alias or an id such as dlt_k7wq2mzv; `deltadock ls` lists them."
+            "project/model@alias or an id such as dlt_k7wq2mzv; `client.deltas()` lists them."
         )
     return text
 

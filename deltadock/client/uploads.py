@@ -129,7 +129,7 @@ class Uploader:
 
             failures = list(pool.map(send, parts["missing"]))
             if failures and None not in failures:
-                raise Unavailable(str(failures[0])) from failures[0]
+                raise Unavailable(str(failures[0])) from None
             return len(failures) < BATCH and not any(failures)
 
         _repeat(send_missing)

@@ -179,7 +179,7 @@ def test_ctrl_c_while_arguments_are_read_says_so(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("deltadock.cli.outcome.ReportingGroup.make_context", interrupted)
-    assert deltadock("ls") == Outcome(130, "", "\nInterrupted.\n")
+    assert deltadock("ls") == Outcome(130, "", "\nInterrupted. Nothing was done.\n")
 
 
 def test_ctrl_c_that_an_import_has_lost_stops_the_start() -> None:

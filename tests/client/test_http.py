@@ -121,6 +121,8 @@ def test_a_refused_connection_is_a_short_traceback(pauses: list[float]) -> None:
 def test_errors_name_methods_not_routes(route: str, method: str) -> None:
     body = {"code": "not_found", "detail": f"There is none; {route}"}
     assert error_of(answer(404, json=body)).message == f"There is none; {method}"
+    with pytest.raises(InvalidInput, match=r"`client\.deltas\(\)` lists them"):
+        routes.delta("maths")
 
 
 def test_the_server_says_when_to_ask_again(pauses: list[float]) -> None:
