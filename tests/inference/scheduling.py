@@ -1,5 +1,6 @@
 """Scheduling without a model: sequences and simulated passes."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -42,11 +43,18 @@ def make_sequence(
 make_sequence.number = 0
 
 
-def run_pass(scheduler: Scheduler, token: int = 2) -> list[ScheduledChunk]:
-    """Schedule a pass and simulate it: every chunk that samples gets `token`."""
+def run_pass(
+    scheduler: Scheduler, token: int = 2, scored: Counter[int] | None = None
+) -> list[ScheduledChunk]:
+    """Schedule a pass and simulate it: every chunk that samples gets `token`.
+
+    `scored` counts the prompt tokens scored, by the `id` of their sequence.
+    """
     work = scheduler.schedule()
     for item in work:
         samples = item.samples
+        if scored is not None:
+            scored[id(item.sequence)] += item.scored
         scheduler.computed(item)
         if samples:
             scheduler.sampled(item.sequence)

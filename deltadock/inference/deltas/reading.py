@@ -113,11 +113,17 @@ def merge_delta(model: BaseModel, slot: int) -> None:
 
 @contextmanager
 def _side_stream(device: torch.device) -> Iterator[None]:
-    """Run the block on a side stream of a GPU, synchronized at the end."""
+    """Run the block on a side stream of a GPU, synchronized at the end.
+
+    It begins after what the engine has launched: a sequence leaves its slot when its last pass is
+    launched, and the block may overwrite, or free for a later block to reuse, what that pass reads.
+    Memory that the block allocates is only ever reused on this stream, so in such a block.
+    """
     if device.type != "cuda":
         yield
         return
     stream = _copy_stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()

@@ -27,7 +27,7 @@ class ScheduledChunk(NamedTuple):
     @property
     def scored(self) -> int:
         """How many of the chunk's rows come before a prompt token whose score is asked for."""
-        if not self.sequence.sampling.prompt_logprobs:
+        if not self.sequence.scores_prompt:
             return 0
         return max(min(self.end, self.sequence.prompt_length - 1) - self.begin, 0)
 
@@ -150,7 +150,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> None:
         sequence.kv_slot, sequence.computed = self.slots.take(
-            sequence.model_key, sequence.tokens, reuse=not sequence.sampling.prompt_logprobs
+            sequence.model_key, sequence.tokens, reuse=not sequence.scores_prompt
         )
         cached = min(sequence.computed, sequence.prompt_length)
         sequence.charged = max(sequence.charged, cached)
@@ -171,7 +171,7 @@ class Scheduler:
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
         """Whether a running prefill will soon provide a long enough prefix of this sequence."""
-        if sequence.sampling.prompt_logprobs:
+        if sequence.scores_prompt:
             return False
         for other in self.running:
             if other.model_key != sequence.model_key or other.generated:

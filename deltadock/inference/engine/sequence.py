@@ -73,3 +73,8 @@ class Sequence:
     def generated(self) -> int:
         """Number of generated tokens."""
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether passes score its prompt: not again when it is recomputed after a preemption."""
+        return self.sampling.prompt_logprobs and not self.generated

@@ -1,5 +1,6 @@
 """Load a base model from its checkpoint folder."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +27,8 @@ from deltadock.inference.model.added_tokens import EMBEDDING
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.routing import DEFAULT_LIMITS, DeltaLimits
 
+logger = logging.getLogger(__name__)
+
 FAMILIES: Final[dict[str, tuple[Any, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -43,13 +46,21 @@ def _read_tensors(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
     return tensors
 
 
+def serving_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a checkpoint of dtype `stored` is served: float32 on the CPU, its own on a
+    GPU, where the kernels take 16-bit floats: others are rounded to bfloat16."""
+    if device.type == "cpu":
+        return torch.float32
+    return stored if stored in {torch.float16, torch.bfloat16} else torch.bfloat16
+
+
 def load_base(
     folder: Path,
     manifest: CheckpointManifest,
     device: torch.device,
     limits: DeltaLimits = DEFAULT_LIMITS,
 ) -> BaseModel:
-    """Load a checkpoint folder's weights: float32 on the CPU, the checkpoint's dtype on a GPU.
+    """Load a checkpoint folder's weights, in the dtype of `serving_dtype`.
 
     Only the safetensors files of the manifest are opened; no code of the checkpoint is run.
 
@@ -69,7 +80,10 @@ def load_base(
     embedding = find_name(EMBEDDING, tensors, family)
     if embedding is None:
         raise InvalidCheckpoint(f"The checkpoint has no tensor {EMBEDDING!r}.")
-    dtype = torch.float32 if device.type == "cpu" else tensors[embedding].dtype
+    stored = tensors[embedding].dtype
+    dtype = serving_dtype(stored, device)
+    if dtype.itemsize < stored.itemsize:
+        logger.warning("The base's weights are %s and served as %s on a GPU", stored, dtype)
     transformers_logging.disable_progress_bar()
     model, report = model_class.from_pretrained(
         None,

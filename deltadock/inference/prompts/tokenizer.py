@@ -282,7 +282,10 @@ class TextStream:
             return ""
         text = self._tokenizer.decode(self._pending).removeprefix(self._prompt_tail)
         self._held_back.append((text, True))
-        return self._release() + self._take(sum(len(piece) for piece, _ in self._held_back))
+        text = self._release()
+        if self.stopped:
+            return text
+        return text + self._take(sum(len(piece) for piece, _ in self._held_back))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -117,6 +117,24 @@ def test_a_delta_without_sequences_preempts_the_one_with_most(tokenizer: Tokeniz
     assert {sequence.generated for sequence in (*flood, *others)} == {30}
 
 
+def test_a_preempted_prompt_is_scored_once(tokenizer: Tokenizer) -> None:
+    """Its scores are sent with its first token; a preemption is later."""
+    scheduler = Scheduler(make_cache(2), 64, 2)
+    asked = [make_sequence(tokenizer, 9, 1, max_tokens=30, prompt_logprobs=True) for _ in range(2)]
+    scored = Counter[int]()
+    for sequence in asked:
+        scheduler.add(sequence)
+    for _ in range(5):
+        run_pass(scheduler, scored=scored)
+    scheduler.add(make_sequence(tokenizer, 4, 2, max_tokens=30))
+    run_pass(scheduler, scored=scored)
+    assert asked[1] in scheduler.waiting
+    while scheduler.busy:
+        run_pass(scheduler, scored=scored)
+    assert [scored[id(sequence)] for sequence in asked] == [8, 8]
+    assert [sequence.generated for sequence in asked] == [30, 30]
+
+
 def time_to_first_token(
     tokenizer: Tokenizer, *, flood: int, every: int, prompt: int, sender: str = "flood"
 ) -> float:

@@ -74,6 +74,15 @@ def test_text_that_may_begin_a_stop_string_is_held_back(tokenizer: Tokenizer) ->
     assert stopped
 
 
+def test_a_stop_string_found_at_the_end_ends_the_text(tokenizer: Tokenizer) -> None:
+    for stop in (REPLACEMENT, "b" + REPLACEMENT):
+        stream = TextStream(tokenizer, [], (stop,))
+        pieces = [stream.push(token) for token in tokenizer.encode("ab€")[:-1]]
+        pieces.append(stream.finish())
+        assert "".join(pieces) == "ab".removesuffix(stop[:-1])
+        assert stream.stopped
+
+
 @pytest.fixture(scope="module")
 def byte_fallback() -> Tokenizer:
     """As Llama's: `▁` is a space, and characters outside the vocabulary are byte tokens."""
