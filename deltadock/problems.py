@@ -197,8 +197,11 @@ def install_error_handlers(
 
     async def respond(request: Request, raised: Exception) -> Response:
         error = _domain_error(request, raised)
-        if error.status >= 500:
+        if error.code == DeltadockError.code:
             log.error("request_failed", code=error.code, detail=error.message, exc_info=raised)
+        elif error.status >= 500:
+            cause = {} if error.__cause__ is None else {"cause": repr(error.__cause__)}
+            log.warning("request_failed", code=error.code, detail=error.message, **cause)
         if count is not None:
             count(error.code)
         if page is not None and _wants_page(request):

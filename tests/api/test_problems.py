@@ -16,7 +16,7 @@ from deltadock.api.uploads.receive import CONTENT_DIGEST_PATTERN, HEX_DIGEST_PAT
 from deltadock.api.uploads.schemas import FILE_PATTERN
 from deltadock.api.webhooks import URL_PATTERN
 from deltadock.body_limit import MAX_BODY_BYTES
-from deltadock.errors import DeltadockError, Overloaded
+from deltadock.errors import DeltadockError, Overloaded, Unavailable
 from deltadock.names import ALIAS_PATTERN
 from deltadock.problems import FORMS
 from deltadock.settings import Settings
@@ -92,6 +92,10 @@ def faulty(settings: Settings, migrated_file: Path) -> Iterator[httpx.Client]:
     def full() -> None:
         raise Overloaded("The queue is full.")
 
+    @app.get("/away")
+    def away() -> None:
+        raise Unavailable("The store does not answer.") from TimeoutError("9 s")
+
     headers = bearer(issue_key(settings))
     with serving(app) as url, httpx.Client(base_url=url, headers=headers) as client:
         yield client
@@ -104,6 +108,20 @@ def test_unexpected_exceptions_are_not_disclosed(faulty: httpx.Client) -> None:
     assert "trace-1" in problem["detail"]
     assert "secret" not in answer.text
     assert faulty.get("/healthz").status_code == 200
+
+
+def test_only_unexpected_exceptions_are_logged_with_a_traceback(
+    faulty: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in ("/bug", "/root", "/away", "/full"):
+        faulty.get(path)
+    entries = [record.msg for record in caplog.records if isinstance(record.msg, dict)]
+    bug, root, away = (entry for entry in entries if entry["level"] in {"error", "warning"})
+    for unexpected in (bug, root):
+        assert unexpected["level"] == "error"
+        assert unexpected["exc_info"]
+    assert (away["level"], away["cause"]) == ("warning", "TimeoutError('9 s')")
+    assert "exc_info" not in away
 
 
 def test_error_details_do_not_override_members(faulty: httpx.Client) -> None:
