@@ -55,6 +55,11 @@ class NodeView:
         )
 
 
+def serves(node: NodeView, target: ModelTarget) -> bool:
+    """Whether the node has the base or may load it."""
+    return node.adopts or node.base_digest == target.base_digest
+
+
 def rank(nodes: Iterable[NodeView], target: ModelTarget, sent: Mapping[str, int]) -> list[NodeView]:
     """The nodes that can serve `target`, best first.
 

@@ -5,6 +5,7 @@ from typing import Final
 
 BASE_HEADER: Final = "Deltadock-Base"
 ARTIFACT_HEADER: Final = "Deltadock-Artifact"
+BASE_NAME_HEADER: Final = "Deltadock-Base-Name"
 TENANT_HEADER: Final = "Deltadock-Tenant"
 
 
@@ -16,6 +17,13 @@ class ModelTarget:
     artifact_digest: str | None = None
     tenant: str | None = None
     """Whose request it is."""
+    base_name: str | None = None
+    """What the tenant calls the base; for messages."""
+
+    @property
+    def shown_base(self) -> str:
+        """The base, in messages."""
+        return self.base_name or self.base_digest
 
     @property
     def model_key(self) -> str:
@@ -30,6 +38,9 @@ class ModelTarget:
     @property
     def headers(self) -> dict[str, str]:
         """The headers that name these weights."""
-        if self.artifact_digest is None:
-            return {BASE_HEADER: self.base_digest}
-        return {BASE_HEADER: self.base_digest, ARTIFACT_HEADER: self.artifact_digest}
+        named = {
+            BASE_HEADER: self.base_digest,
+            ARTIFACT_HEADER: self.artifact_digest,
+            BASE_NAME_HEADER: self.base_name,
+        }
+        return {header: value for header, value in named.items() if value is not None}

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from deltadock.api.access.caller import get_caller
 from deltadock.api.dependencies import Resources
-from deltadock.api.fleet import Fleet, NodeView
+from deltadock.api.fleet import Fleet, NodeView, serves
 from deltadock.api.generation.metering import Meter
 from deltadock.api.middleware import REQUEST_ID
 from deltadock.errors import DeltadockError, InvalidInput, Unauthorized, Unavailable
@@ -203,9 +203,20 @@ async def ask_nodes(
             return busy
     if lost:
         raise Unavailable("The inference node does not respond; try again shortly.")
-    raise Unavailable(
-        "No inference node serves this base. Start one with `deltadock node`; GET /v1/nodes lists "
-        "the registered nodes."
+    raise await _nobody_serves(resources.fleet, target)
+
+
+async def _nobody_serves(fleet: Fleet, target: ModelTarget) -> Unavailable:
+    draining = [node.id for node in await fleet.nodes() if node.draining and serves(node, target)]
+    if draining:
+        return Unavailable(
+            f"No inference node accepts requests for the base {target.shown_base}: {draining[0]} "
+            f"is draining. Let it accept requests again with `deltadock resume {draining[0]}`, or "
+            "start another with `deltadock node`."
+        )
+    return Unavailable(
+        f"No inference node serves the base {target.shown_base}. Start one with `deltadock node`; "
+        "GET /v1/nodes lists the registered nodes."
     )
 
 

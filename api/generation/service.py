@@ -96,12 +96,14 @@ def resolve(session: Session, tenant_id: str, model: str) -> ModelTarget:
 
 def target_of_delta(delta: ShownDelta) -> ModelTarget:
     """The base with the delta's artifact; raises NotReady if it has none."""
-    return ModelTarget(delta.base.checkpoint_digest, require_ready(delta))
+    return ModelTarget(
+        delta.base.checkpoint_digest, require_ready(delta), base_name=delta.base.name
+    )
 
 
 def target_of_base(base: BaseRow) -> ModelTarget:
     """The bare base."""
-    return ModelTarget(base.checkpoint_digest)
+    return ModelTarget(base.checkpoint_digest, base_name=base.name)
 
 
 def _find(session: Session, tenant_id: str, model: str) -> ShownDelta | BaseRow:

@@ -237,6 +237,21 @@ def test_a_node_with_another_secret_is_skipped(api: Api, node: StandInNode, node
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
 
 
+def test_a_draining_node_that_could_serve_is_named(api: Api, node_url: str) -> None:
+    def refusal() -> str:
+        answer = api.client.post("/v1/completions", json=ASK)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        return str(answer.json()["error"]["message"])
+
+    base = api.base()
+    api.register(node_url, "node_other", base="f" * 64, adopts=False, draining=True)
+    assert "No inference node serves the base tiny. Start one" in refusal()
+    for fields in ({"base": base, "adopts": False}, {"base": None, "adopts": True}):
+        api.register(node_url, "node_a", **fields, draining=True)
+        assert "node_a is draining" in (message := refusal())
+        assert "deltadock resume node_a" in message
+
+
 def test_a_dead_node_is_skipped_and_deregistered(
     api: Api, node: StandInNode, node_url: str
 ) -> None:
