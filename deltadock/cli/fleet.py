@@ -103,11 +103,11 @@ def evict(name: Reference, node: OneNode = None, as_json: AsJson = False, url: U
         artifact = _artifact(client, nodes, name)
         freed = []
         for one in nodes if node is None else [_node(nodes, node)]:
-            with suppress(NotFound):  # this node does not have it
+            with suppress(NotFound):  # this node does not have it in memory
                 client.evict(one.id, artifact)
                 freed.append(one)
     if not freed:
-        raise NotFound(f"No node has {name}. `deltadock ps` shows what they have.")
+        raise NotFound(f"No node has {name} in memory. `deltadock ps` shows what they have.")
     if as_json:
         print_resources(freed)
     else:

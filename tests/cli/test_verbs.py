@@ -448,7 +448,7 @@ def test_nodes_are_drained_resumed_and_relieved(
         "/v1/drain", "/v1/resume", *[f"/v1/deltas/{artifact.digest}/unload"] * 2,
     ]  # fmt: skip
     service.node.answer = JSONResponse({"code": "not_found", "detail": "No tier has it."}, 404)
-    assert "No node has maths/skills:1" in deltadock("evict", pushed[0]).stderr
+    assert "No node has maths/skills:1 in memory" in deltadock("evict", pushed[0]).stderr
     service.node.answer = None
     outcome = deltadock("drain", "10.0.0.9")
     assert (outcome.code, f"Those that run: {url}." in outcome.stderr) == (1, True)

@@ -114,10 +114,11 @@ class DeltaStore:
         """Remove a delta from its slot and host memory; its file stays on disk until evicted.
 
         Raises:
-            NotFound: no tier has it.
+            NotFound: neither has it.
             Conflict: it is pinned or in use.
         """
-        self.find(digest)
+        if self.find(digest).tier == "disk":
+            raise NotFound(f"The node has the delta {digest} on disk only.")
         await self.slots.unload(digest)
         if not self.host.drop(digest):
             raise Conflict(f"The delta {digest} is being placed.")
