@@ -1,5 +1,6 @@
 """A base in memory with its engine and its deltas."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,8 @@ class ServedBase:
         self.max_sequences = settings.node_max_sequences
         self.users = 0
         """Requests and merges in progress; the base is not replaced meanwhile."""
+        self.idle = asyncio.Event()
+        """Set when the last one leaves."""
         self._weights_digest = manifest.weights_digest
         self._files: Mapping[str, str] = read_tokenizer_files(folder)
         self._disk = disk
@@ -83,6 +86,17 @@ class ServedBase:
         )
         self.engine.start()
 
+    def enter(self) -> None:
+        """Count a user, until it leaves; called in the event loop."""
+        self.users += 1
+        self.idle.clear()
+
+    def leave(self) -> None:
+        """Count a user less; called in the event loop."""
+        self.users -= 1
+        if not self.users:
+            self.idle.set()
+
     def record_traffic(self, model_key: str, tokens: int) -> None:
         """Count an ended request's tokens; called in the event loop."""
         if self._merger is not None:
@@ -90,11 +104,11 @@ class ServedBase:
 
     async def merge(self, digest: str) -> None:
         """Merge a delta's weights, keeping the base meanwhile. Raises as `DeltaStore.merge`."""
-        self.users += 1
+        self.enter()
         try:
             await self.deltas.merge(digest)
         finally:
-            self.users -= 1
+            self.leave()
 
     def stop_merging(self) -> None:
         """Start no more merges; called in the event loop."""

@@ -140,4 +140,4 @@ class Generation:
             self._base.deltas.release(self._target.artifact_digest)
         tokens = self.prompt_tokens + self._generated_tokens
         self._base.record_traffic(self._target.model_key, tokens)
-        self._base.users -= 1
+        self._base.leave()

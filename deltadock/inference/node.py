@@ -1,17 +1,15 @@
 """The node: admits requests, loads their base and delta, and starts their generation."""
 
 import asyncio
-import gc
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
-from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
+from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.errors import Conflict, ModelNotFound, NotReady, Unavailable
 from deltadock.inference.admission import Admission
 from deltadock.inference.base import ServedBase
@@ -31,6 +29,7 @@ from deltadock.inference.request import (
     prompts_of,
     sampling_params,
 )
+from deltadock.inference.turns import BaseTurns, FetchedCheckpoint
 from deltadock.inference.usage import UsageMeter
 from deltadock.model_target import ModelTarget
 from deltadock.settings import Settings
@@ -54,14 +53,13 @@ class InferenceNode:
         self._admission = Admission(
             running + settings.node_max_waiting, running + settings.node_max_waiting_per_delta
         )
-        self._base_lock = asyncio.Lock()
+        self._turns = BaseTurns(self._hold, self._serve)
         self._templates = TemplateSandbox()
         # Threads of their own: a slow template must not hold up loads, which use the default ones.
         self._encoders = ThreadPoolExecutor(2 * PROCESSES, thread_name_prefix="encode")
         self._encoding: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """One prompt of a model key is encoded at a time, so that others find a thread."""
         self._registration: Registration | None = None
-        self.base: ServedBase | None = None
         self._drained = False
         """Whether an operator drained it."""
         self._stopping = False
@@ -75,9 +73,11 @@ class InferenceNode:
             DeltadockError: one of them cannot be loaded.
         """
         if (folder := self.settings.node_base) is not None:
-            self.base = await asyncio.to_thread(self._load_folder, folder)
+            fetched = folder, await asyncio.to_thread(scan_folder, folder)
+            name = folder.resolve().name
+            self._turns.current = base = await asyncio.to_thread(self._serve, name, fetched)
             for digest in self.settings.node_deltas:
-                await self.base.deltas.load(digest)
+                await base.deltas.load(digest)
 
     def register(self, url: str) -> None:
         """Register with the api, if one is configured, under `url`; until `stop`."""
@@ -122,11 +122,14 @@ class InferenceNode:
         """Stop the engine; running requests are cancelled."""
         if self._registration is not None:
             await self._registration.close()
-        if self.base is not None:
-            self.base.stop_merging()
-            await asyncio.to_thread(self.base.close)
+        await self._turns.close()
         await asyncio.to_thread(self._encoders.shutdown)
         await asyncio.to_thread(self._templates.close)
+
+    @property
+    def base(self) -> ServedBase | None:
+        """The base that it has now."""
+        return self._turns.current
 
     @property
     def draining(self) -> bool:
@@ -166,17 +169,27 @@ class InferenceNode:
         """The current base's deltas in every tier, fast tiers first."""
         return [] if self.base is None else self.base.deltas.held()
 
+    def offered(self) -> list[str]:
+        """The deltas that are models without headers: those given at the start, and those that
+        requests or operators had loaded since.
+
+        A file on the disk may be another base's or another tenant's.
+        """
+        given = [] if self.settings.node_base is None else self.settings.node_deltas
+        loaded = [delta.digest for delta in self.held() if delta.tier != "disk"]
+        return list(dict.fromkeys([*given, *loaded]))
+
     def target(self, model: str) -> ModelTarget:
         """Resolve a request's `model` without headers: the base, or a delta by digest.
 
         Raises:
-            ModelNotFound: it is neither the base nor a delta that the node holds.
+            ModelNotFound: it is neither the base nor a delta that the node offers.
         """
         base = self.base
         if base is not None:
             if model in {base.name, base.digest}:
                 return ModelTarget(base.digest)
-            if any(delta.digest == model for delta in base.deltas.held()):
+            if model in self.offered():
                 return ModelTarget(base.digest, model)
         raise ModelNotFound(
             f"This node does not know the model {model!r}; GET /v1/models lists its models. Name "
@@ -189,7 +202,8 @@ class InferenceNode:
 
         Raises:
             Overloaded: the node's queue, or the delta's, is full.
-            Unavailable: the node serves another base now, or is draining.
+            Unavailable: the node serves only another base, was too long busy with one, or is
+                draining.
             InvalidInput: a prompt is empty or too long, or there are more answers than the limit.
             DeltadockError: whatever loading the base or the delta raised.
         """
@@ -205,9 +219,9 @@ class InferenceNode:
 
     async def _start(self, target: ModelTarget, request: GenerationRequest) -> Generation:
         started_at = time.monotonic()
-        base = await self._enter(target.base_digest)
+        base = await self._enter(target)
         with ExitStack() as on_error:
-            on_error.callback(_leave, base)
+            on_error.callback(base.leave)
             slot, tokenizer = 0, base.tokenizer
             if target.artifact_digest is not None:
                 slot, delta = await base.deltas.acquire(target.artifact_digest)
@@ -266,60 +280,38 @@ class InferenceNode:
             NotReady: there is no base, and none is named.
             DeltadockError: whatever loading the base raised.
         """
-        digest = digest or (None if self.base is None else self.base.digest)
-        if digest is None:
+        base = self._current(digest)
+        if base is not None:
+            base.enter()  # even if other bases' requests wait: operators do not queue behind them
+        elif digest is not None:
+            base = await self._enter(ModelTarget(digest))
+        else:
             raise NotReady("The node has no base yet; name one in the header Deltadock-Base.")
-        base = await self._enter(digest)
         try:
             yield base
         finally:
-            _leave(base)
+            base.leave()
 
-    async def _enter(self, digest: str) -> ServedBase:
-        """The base `digest`, kept until `_leave`.
-
-        Requests for the current base do not wait while another one is downloaded; it replaces the
-        current base only if that is idle afterwards.
-        """
-        while True:
-            if self.base is not None and self.base.digest == digest:
-                self.base.users += 1
-                return self.base
-            # A cancelled request must not interrupt the change of base.
-            await asyncio.shield(asyncio.create_task(self._adopt(digest)))
-
-    async def _adopt(self, digest: str) -> None:
-        async with self._base_lock:
-            base = self.base
-            if base is not None and base.digest == digest:
-                return
-            self._check_idle(digest)
-            # The new base is on disk and verified before the old one is freed.
-            held = self._files.held_checkpoint(digest, self.settings.checkpoint_cache_bytes)
-            with ExitStack() as stack:
-                folder, manifest = await asyncio.to_thread(stack.enter_context, held)
-                self._check_idle(digest)
-                if base is not None:
-                    self.base = None
-                    await asyncio.to_thread(base.close)
-                    del base
-                    # Its parts reference each other, and memory may not hold two bases.
-                    await asyncio.to_thread(gc.collect)
-                self.base = await asyncio.to_thread(self._serve, digest, manifest, folder)
-
-    def _check_idle(self, digest: str) -> None:
-        base = self.base
-        if base is not None and (base.users or self.settings.node_base is not None):
+    async def _enter(self, target: ModelTarget) -> ServedBase:
+        """The target's base, kept until its `leave`."""
+        digest = target.base_digest
+        if (folder := self.settings.node_base) is not None and self._current(digest) is None:
             raise Unavailable(
-                f"This node serves another base and cannot change to {digest} now. "
-                "Try again later, or send the request to a node with that base."
+                f"This node serves only the base {folder.resolve().name}, not {target.shown_base}. "
+                "Send the request to another node, or start one: deltadock node --base FOLDER."
             )
+        return await self._turns.enter(digest, target.shown_base)
 
-    def _load_folder(self, folder: Path) -> ServedBase:
-        manifest = scan_folder(folder)
-        return self._serve(folder.resolve().name, manifest, folder)
+    def _current(self, digest: str | None) -> ServedBase | None:
+        """The base that the node has now, if it is `digest` or that is None."""
+        base = self.base
+        return base if base is not None and digest in {None, base.digest} else None
 
-    def _serve(self, name: str, manifest: CheckpointManifest, folder: Path) -> ServedBase:
+    def _hold(self, digest: str) -> AbstractContextManager[FetchedCheckpoint]:
+        return self._files.held_checkpoint(digest, self.settings.checkpoint_cache_bytes)
+
+    def _serve(self, name: str, fetched: FetchedCheckpoint) -> ServedBase:
+        folder, manifest = fetched
         return ServedBase(
             name=name,
             manifest=manifest,
@@ -329,7 +321,3 @@ class InferenceNode:
             metrics=self.metrics,
             changed=self._notify_api,
         )
-
-
-def _leave(base: ServedBase) -> None:
-    base.users -= 1

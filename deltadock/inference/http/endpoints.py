@@ -29,7 +29,13 @@ from deltadock.errors import (
 from deltadock.inference.deltas.store import ResidentDelta, Tier
 from deltadock.inference.http.replies import ChatReply, CompletionReply, Reply
 from deltadock.inference.node import InferenceNode
-from deltadock.model_target import ARTIFACT_HEADER, BASE_HEADER, TENANT_HEADER, ModelTarget
+from deltadock.model_target import (
+    ARTIFACT_HEADER,
+    BASE_HEADER,
+    BASE_NAME_HEADER,
+    TENANT_HEADER,
+    ModelTarget,
+)
 from deltadock.names import DIGEST
 from deltadock.openai.chat import ChatCompletion, ChatRequest
 from deltadock.openai.completions import Completion, CompletionRequest
@@ -89,13 +95,14 @@ def target_header(
         str | None, Header(alias=ARTIFACT_HEADER, json_schema_extra=DESCRIBED)
     ] = None,
     tenant: Annotated[str | None, Header(alias=TENANT_HEADER)] = None,
+    base_name: Annotated[str | None, Header(alias=BASE_NAME_HEADER)] = None,
 ) -> ModelTarget | None:
     """The weights and the tenant that the headers name, None without headers."""
     if artifact is not None and (base is None or not re.fullmatch(DIGEST, artifact)):
         raise InvalidInput(
             f"{ARTIFACT_HEADER} must be a SHA-256 digest in lower-case hex, beside {BASE_HEADER}."
         )
-    return None if base is None else ModelTarget(base, artifact, tenant)
+    return None if base is None else ModelTarget(base, artifact, tenant, base_name)
 
 
 TargetHeader = Annotated[ModelTarget | None, Depends(target_header)]
@@ -163,7 +170,7 @@ async def complete(
     """Continue a prompt with the base or one of its deltas.
 
     The headers Deltadock-Base and Deltadock-Artifact name the weights by digest; without them
-    `model` is the base's name or digest, or the digest of a delta that the node holds.
+    `model` is the base's name or digest, or the digest of a delta in `GET /v1/models`.
     """
     target = target or node.target(body.model)
     generation = await while_connected(request, node.generate(target, body))
@@ -189,10 +196,10 @@ async def _respond(request: Request, reply: Reply[Any]) -> Response | BaseModel:
 
 @openai.get("/models")
 async def models(node: NodeDep) -> ModelList:
-    """The base and the deltas that the node holds."""
+    """The base and the deltas that the node was started with or has in memory."""
     if node.base is None:
         return ModelList(data=[])
-    names = [node.base.name, *(delta.digest for delta in node.held())]
+    names = [node.base.name, *node.offered()]
     return ModelList(data=[ModelCard(id=name) for name in names])
 
 

@@ -48,6 +48,7 @@ def test_a_delta_is_loaded_pinned_and_unloaded(
     assert http.post(f"/{first}/unpin").json()["pinned"] is False
     assert http.post(f"/{first}/unload").status_code == 204
     assert held(http)[first]["tier"] == "disk"
+    assert http.post(f"/{first}/unload").status_code == 404, "it is in no memory"
 
 
 def test_a_delta_in_use_is_not_unloaded(site: Site, node: RunningNode, http: httpx.Client) -> None:
@@ -108,6 +109,29 @@ def test_loaded_deltas_are_models_of_a_standalone_node(
         assert {model.id for model in client.models.list()} >= {"base-0", artifact}
         answer = client.completions.create(model=artifact, prompt="a", max_tokens=1)
     assert answer.model == artifact
+
+
+def test_a_node_offers_no_other_files_of_its_disk(site: Site, tmp_path: Path) -> None:
+    given, other = site.artifacts
+    with start(site, tmp_path, node_base=site.home / "base-0") as node:
+        for artifact in (given, other):
+            httpx.post(f"{node.url}/v1/deltas/{artifact}/load", json={"tier": "disk"})
+    settings = {"node_base": site.home / "base-0", "node_deltas": [given], "node_max_deltas": 1}
+    with (
+        start(site, tmp_path, node_host_bytes=0, **settings) as node,
+        openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        assert {delta.digest for delta in node.node.held()} == {given, other}
+        assert [model.id for model in client.models.list()] == ["base-0", given]
+        for ask in (
+            client.models.retrieve,
+            lambda m: client.completions.create(model=m, prompt="a"),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                ask(other)
+        httpx.post(f"{node.url}/v1/deltas/{other}/load", timeout=60)
+        assert [model.id for model in client.models.list()] == ["base-0", given, other]
+        assert client.completions.create(model=given, prompt="a", max_tokens=1).model == given
 
 
 def test_a_node_without_a_base_loads_the_one_in_the_header(site: Site, tmp_path: Path) -> None:

@@ -261,35 +261,93 @@ def test_without_headers_the_model_is_the_base_or_a_held_delta(site: Site, tmp_p
         assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
 
 
-def test_only_an_idle_node_changes_its_base(site: Site, tmp_path: Path) -> None:
+ASK = {"model": "m", "prompt": "a", "max_tokens": 1}
+
+
+def test_an_idle_node_changes_its_base(site: Site, tmp_path: Path) -> None:
     with start(site, tmp_path) as node:
-        with node.client(site.other_base) as client:
-            client.completions.create(model="m", prompt="a", max_tokens=1)
+        for base in (site.other_base, site.base):
+            with node.client(base) as client:
+                assert client.completions.create(**ASK).choices
+            assert node.node.base.digest == base
         adopted = node.node.base
         with node.client("0" * 64) as client, pytest.raises(openai.NotFoundError):
-            client.completions.create(model="m", prompt="a")
+            client.completions.create(**ASK)
         assert node.node.base is adopted, "the current base is kept"
-        with node.client(site.base) as client:
-            client.completions.create(model="m", prompt="a", max_tokens=1)
-            assert node.node.base.digest == site.base
-        node.node.base.users += 1  # like a running request
-        with (
-            node.client(site.other_base) as client,
-            pytest.raises(openai.InternalServerError, match="cannot change"),
-        ):
-            client.completions.create(model="m", prompt="a", max_tokens=1)
-        node.node.base.users -= 1
-        with node.client(site.other_base) as client:
-            client.completions.create(model="m", prompt="a", max_tokens=1)
+
+
+def test_bases_take_turns_in_order_of_arrival(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltadock.inference.turns.MIN_TURN_SECONDS", 0.0)
+    with start(site, tmp_path) as node, ThreadPoolExecutor() as threads:
+        turns = node.node._turns
+        loaded, load = [], turns._load
+
+        def note(digest: str, fetched: Any) -> Any:
+            loaded.append(digest)
+            return load(digest, fetched)
+
+        monkeypatch.setattr(turns, "_load", note)
+        with node.client(site.base) as client, node.client(site.other_base) as other:
+            client.completions.create(**ASK)
+            go_on = hold(node)
+            asked = [threads.submit(lambda: client.completions.create(**ASK))]
+            wait_until(lambda: node.node.base.users == 1)
+            asked += [threads.submit(lambda: other.completions.create(**ASK)) for _ in range(2)]
+            wait_until(lambda: turns._closing)
+            asked.append(threads.submit(lambda: client.completions.create(**ASK)))
+            wait_until(lambda: site.base in turns._changes)
+            assert node.node.admitted == 4
+            assert not any(future.done() for future in asked)
+            go_on.set()
+            assert all(future.result(60).choices for future in asked)
+        assert loaded == [site.base, site.other_base, site.base]
+
+
+def test_a_base_that_others_wait_for_has_its_turn(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltadock.inference.turns.MIN_TURN_SECONDS", 3600.0)
+    monkeypatch.setattr("deltadock.inference.turns.MAX_WAIT_SECONDS", 0.2)
+    with (
+        start(site, tmp_path) as node,
+        node.client(site.base) as client,
+        node.client(site.other_base) as other,
+    ):
+        client.completions.create(**ASK)
+        with pytest.raises(openai.InternalServerError):
+            other.completions.create(**ASK)
+        assert site.other_base in node.node._turns._changes, "it waits on"
+        assert client.completions.create(**ASK).choices
+
+
+def test_a_request_that_waited_too_long_for_a_base_can_be_repeated(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltadock.inference.turns.MAX_WAIT_SECONDS", 0.2)
+    with start(site, tmp_path) as node, node.client(site.base) as client:
+        client.completions.create(**ASK)
+        go_on = hold(node)
+        with ThreadPoolExecutor() as threads, node.client(site.other_base) as other:
+            running = threads.submit(lambda: client.completions.create(**ASK))
+            wait_until(lambda: node.node.base.users == 1)
+            names = {"Deltadock-Base-Name": "maths"}
+            with pytest.raises(openai.InternalServerError, match="base maths is not") as caught:
+                other.completions.create(**ASK, extra_headers=names)
+            assert caught.value.response.headers["Retry-After"] == "1"
+            go_on.set()
+            assert running.result(60).choices
+            wait_until(lambda: node.node.base and node.node.base.digest == site.other_base)
+            assert other.completions.create(**ASK).choices
 
 
 def test_downloading_a_base_does_not_block_requests(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Meanwhile requests for the current base are answered, and the busy node keeps it."""
+    """Meanwhile requests for the current base are answered; it goes when they are done."""
     with start(site, tmp_path) as node, node.client(site.base) as client:
-        ask = {"model": "m", "prompt": "a", "max_tokens": 1}
-        client.completions.create(**ask)
+        client.completions.create(**ASK)
         downloading, downloaded = threading.Event(), threading.Event()
         fetch = node.node._files.checkpoint
 
@@ -300,17 +358,19 @@ def test_downloading_a_base_does_not_block_requests(
 
         monkeypatch.setattr(node.node._files, "checkpoint", slow)
         with ThreadPoolExecutor() as threads, node.client(site.other_base) as other:
-            change = threads.submit(lambda: other.completions.create(**ask))
+            change = threads.submit(lambda: other.completions.create(**ASK))
             assert downloading.wait(60)
-            assert client.completions.create(**ask).choices  # does not wait for the download
+            assert client.completions.create(**ASK).choices  # does not wait for the download
             go_on = hold(node)
-            running = threads.submit(lambda: client.completions.create(**ask))
+            running = threads.submit(lambda: client.completions.create(**ASK))
             wait_until(lambda: node.node.base.users == 1)
             downloaded.set()
-            assert isinstance(change.exception(60), openai.InternalServerError)
+            wait_until(lambda: node.node._turns._closing)
+            assert not change.done()
             go_on.set()
             assert running.result(60).choices
-        assert node.node.base.digest == site.base
+            assert change.result(60).choices
+        assert node.node.base.digest == site.other_base
 
 
 def test_a_lost_device_ends_the_process(
@@ -474,13 +534,13 @@ def test_a_base_is_freed_before_the_next_is_loaded(
             client.completions.create(model="m", prompt="a", max_tokens=1)
         old = weakref.ref(node.node.base.model)
         collected: list[object] = []
-        serve = node.node._serve
+        load = node.node._turns._load
 
         def look(*arguments: Any) -> Any:
             collected.append(old())
-            return serve(*arguments)
+            return load(*arguments)
 
-        monkeypatch.setattr(node.node, "_serve", look)
+        monkeypatch.setattr(node.node._turns, "_load", look)
         with node.client(site.other_base) as client:
             client.completions.create(model="m", prompt="a", max_tokens=1)
     assert collected == [None]
