@@ -4,45 +4,62 @@ They hold under the lock of the tenant's totals, which the changes take: with a 
 two transactions could wait for each other.
 """
 
-from typing import Final
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, NamedTuple
 
 from sqlalchemy.orm import Session
 
 from deltadock.errors import QuotaExceeded, RateLimited
 from deltadock.storage.models import TenantRow
 from deltadock.storage.repositories import TenantRepository, TotalsRepository
+from deltadock.words import counted, size_text
 
 JOB_RETRY_SECONDS: Final = 30
 
 
-def remaining_bytes(session: Session, tenant_id: str) -> int | None:
-    """How many more bytes the tenant may store; None: any number."""
+class Room(NamedTuple):
+    """The bytes that a tenant may store, and those that it has."""
+
+    limit: int
+    used: int
+
+    def check(self, more: int) -> None:
+        """Check that it may store `more`.
+
+        Raises:
+            QuotaExceeded: it may not.
+        """
+        if self.used + more > self.limit:
+            raise QuotaExceeded(
+                f"Your tenant may store {size_text(self.limit)} and has {size_text(self.used)}: "
+                f"there is no room for {size_text(more)} more. Delete deltas or uploads, or ask "
+                "the operator for a larger quota."
+            )
+
+
+def room_of(session: Session, tenant_id: str) -> Room | None:
+    """What the tenant may store, and has stored, announced and to be imported; None: no limit."""
     limit = session.get_one(TenantRow, tenant_id).max_bytes
     if limit is None:
         return None
-    return max(0, limit - TenantRepository(session).stored_bytes(tenant_id))
+    return Room(limit, TenantRepository(session).stored_bytes(tenant_id))
 
 
-def check_bytes(session: Session, tenant_id: str) -> None:
-    """Check that what is stored, announced and to be imported is within the quota.
+@contextmanager
+def within_bytes(session: Session, tenant_id: str) -> Iterator[None]:
+    """Check that the tenant may store what the block adds.
 
     Raises:
-        QuotaExceeded: they are not.
+        QuotaExceeded: it may not.
     """
-    limit = session.get_one(TenantRow, tenant_id).max_bytes
-    if limit is None:
-        return
-    TotalsRepository(session, tenant_id).lock()
-    if TenantRepository(session).stored_bytes(tenant_id) > limit:
-        raise over_bytes()
-
-
-def over_bytes() -> QuotaExceeded:
-    """The error for more bytes than a tenant may store."""
-    return QuotaExceeded(
-        "This is more than your tenant may store. Delete deltas or uploads, or ask the "
-        "operator for a larger quota."
-    )
+    before = room_of(session, tenant_id)
+    yield
+    if before is not None:
+        TotalsRepository(session, tenant_id).lock()
+        used = TenantRepository(session).stored_bytes(tenant_id)
+        # Others may have stored something since.
+        Room(before.limit, min(before.used, used)).check(max(0, used - before.used))
 
 
 def check_delta(session: Session, tenant_id: str, *, starts_job: bool) -> None:
@@ -55,9 +72,11 @@ def check_delta(session: Session, tenant_id: str, *, starts_job: bool) -> None:
     limit = session.get_one(TenantRow, tenant_id).max_deltas
     if limit is not None:
         TotalsRepository(session, tenant_id).lock()
-        if TenantRepository(session).delta_count(tenant_id) > limit:
+        count = TenantRepository(session).delta_count(tenant_id)
+        if count > limit:
             raise QuotaExceeded(
-                f"Your tenant may have {limit} deltas. Delete one, or ask the operator for more."
+                f"Your tenant may have {counted(limit, 'delta')} and has {count - 1}. Delete one, "
+                "or ask the operator for more."
             )
     if starts_job:
         check_job(session, tenant_id)
@@ -75,7 +94,7 @@ def check_job(session: Session, tenant_id: str, more: int = 0) -> None:
     TotalsRepository(session, tenant_id).lock()
     if TenantRepository(session).job_count(tenant_id) + more > limit:
         raise RateLimited(
-            f"Your tenant may run {limit} jobs at once. Try again when one has ended, or cancel "
-            "one.",
+            f"Your tenant may run {counted(limit, 'job')} at once. Try again when one has ended, "
+            "or cancel one.",
             headers={"Retry-After": str(JOB_RETRY_SECONDS)},
         )

@@ -12,12 +12,13 @@ from redis.exceptions import RedisError
 
 from deltadock.api.access.caller import Caller
 from deltadock.errors import RateLimited
+from deltadock.words import counted
 
 log = structlog.get_logger(__name__)
 
 WINDOW_SECONDS: Final = 60
 TIMEOUT_SECONDS: Final = 1.0
-Unit = Literal["requests", "tokens"]
+Unit = Literal["request", "token"]
 
 
 class Rates:
@@ -44,7 +45,7 @@ class Rates:
             RateLimited: the tenant has sent as many requests as it may in this minute.
         """
         limit = caller.requests_per_minute
-        return {} if limit is None else await self._count(caller, "requests", limit, 1)
+        return {} if limit is None else await self._count(caller, "request", limit, 1)
 
     async def check_tokens(self, caller: Caller) -> dict[str, str]:
         """Check that the tenant has tokens left; returns the headers that describe the limit.
@@ -53,14 +54,14 @@ class Rates:
             RateLimited: it has used as many tokens as it may in this minute.
         """
         limit = caller.tokens_per_minute
-        return {} if limit is None else await self._count(caller, "tokens", limit, 0)
+        return {} if limit is None else await self._count(caller, "token", limit, 0)
 
     async def charge_tokens(self, caller: Caller, tokens: int) -> None:
         """Count tokens that an answer took; the last answer may exceed the limit."""
         if caller.tokens_per_minute is not None and tokens > 0:
             item = RateLimitItemPerMinute(caller.tokens_per_minute)
             try:
-                await self._limiter.hit(item, "tokens", caller.tenant_id, cost=tokens)
+                await self._limiter.hit(item, "token", caller.tenant_id, cost=tokens)
             except RedisError as error:
                 log.warning("tokens_not_counted", error=str(error))
 
@@ -77,12 +78,12 @@ class Rates:
             return {}
         seconds = max(1, round(reset - time.time()))
         headers = {
-            "RateLimit-Policy": f'"{unit}";q={limit};w={WINDOW_SECONDS}',
-            "RateLimit": f'"{unit}";r={remaining};t={seconds}',
+            "RateLimit-Policy": f'"{unit}s";q={limit};w={WINDOW_SECONDS}',
+            "RateLimit": f'"{unit}s";r={remaining};t={seconds}',
         }
         if not within:
             raise RateLimited(
-                f"Your tenant may use {limit} {unit} a minute. Try again in {seconds} seconds.",
+                f"Your tenant may use {counted(limit, unit)} a minute. Try again in {seconds} s.",
                 headers=headers | {"Retry-After": str(seconds)},
             )
         return headers

@@ -16,7 +16,7 @@ from deltadock.api.comparison import compare
 from deltadock.api.deltas.schemas import CalibrationIn, DeltaDetail, DeltaIn, TextSource
 from deltadock.api.dependencies import Resources, UnitOfWork
 from deltadock.api.paging import Cursor
-from deltadock.api.quotas import check_bytes, check_delta, check_job
+from deltadock.api.quotas import check_delta, check_job, within_bytes
 from deltadock.api.unknown import MOST_NAMES, unknown
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.compression.options import SIZES, check_kind
@@ -287,11 +287,11 @@ def restore_delta(session: Session, tenant_id: str, delta_id: str) -> DeltaRow:
         NotFound: there is none, or its bytes have been given up.
         QuotaExceeded: the tenant has as many deltas, or bytes, as it may.
     """
-    restored = DeltaRepository(session, tenant_id).restore(delta_id)
+    with within_bytes(session, tenant_id):
+        restored = DeltaRepository(session, tenant_id).restore(delta_id)
     if restored is None:
         raise NotFound(f"There is no deleted delta {delta_id!r} that could be restored.")
     check_delta(session, tenant_id, starts_job=False)
-    check_bytes(session, tenant_id)
     return require_delta(session, tenant_id, restored.id)
 
 

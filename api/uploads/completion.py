@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import structlog
 
-from deltadock.api.quotas import check_bytes
+from deltadock.api.quotas import within_bytes
 from deltadock.api.uploads.ahead import THREADS as HASH_AHEAD_THREADS
 from deltadock.api.uploads.ahead import HashAhead, Prefix
 from deltadock.api.uploads.receive import make_inspector
@@ -243,10 +243,10 @@ class Completer:
             held = uploads.find_held(upload.id, self._owner)
             if held is None:
                 raise _NotOursError
-            held.source_bytes = sum(file.size for file in files.values())
-            kept = uploads.keep_imported(held, {path: file.version for path, file in files.items()})
-            check_bytes(session, held.tenant_id)
-            return kept
+            with within_bytes(session, held.tenant_id):
+                held.source_bytes = sum(file.size for file in files.values())
+                versions = {path: file.version for path, file in files.items()}
+                return uploads.keep_imported(held, versions)
 
     def _import(
         self,

@@ -14,7 +14,7 @@ from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.protocol import body_of
-from deltadock.api.quotas import remaining_bytes
+from deltadock.api.quotas import Room, room_of
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DIGEST
 from deltadock.api.uploads import service
@@ -311,18 +311,19 @@ async def put_file(
     limit = resources.settings.max_file_bytes
     length = request.headers.get("content-length", "")
 
-    def admit() -> tuple[UploadKind, frozenset[str], int | None]:
+    def admit() -> tuple[UploadKind, frozenset[str], Room | None]:
         with resources.database.read_scope() as session:
             upload = service.require_upload(session, caller.tenant_id, upload_id)
             promised = service.check_may_add(upload, path)
-            remaining = remaining_bytes(session, caller.tenant_id)
-            if remaining is not None:  # what this file was announced with is counted already
-                remaining += sum(file.size for file in upload.files if file.path == path)
+            room = room_of(session, caller.tenant_id)
+            if room is not None:  # what this file was announced with is counted already
+                announced = sum(file.size for file in upload.files if file.path == path)
+                room = Room(room.limit, room.used - announced)
             if length.isdecimal():
-                check_size(int(length), limit, remaining)
-            return upload.kind, promised, remaining
+                check_size(int(length), limit, room)
+            return upload.kind, promised, room
 
-    kind, promised, remaining = await run_in_threadpool(admit)
+    kind, promised, room = await run_in_threadpool(admit)
     inspector = make_inspector(kind, path)
     # No transaction is open during the transfer, which may take hours.
     async with aclosing(body_of(request)) as pieces:
@@ -331,7 +332,7 @@ async def put_file(
             inspector,
             resources.blobs,
             limit=limit,
-            remaining=remaining,
+            room=room,
             announced=announced | promised,
         )
 

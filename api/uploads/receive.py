@@ -11,8 +11,9 @@ from typing import Final, Protocol
 import anyio
 from starlette.concurrency import run_in_threadpool
 
-from deltadock.api.quotas import over_bytes
+from deltadock.api.quotas import Room
 from deltadock.artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
+from deltadock.compression.options import check_text_bytes
 from deltadock.errors import HashMismatch, InvalidCalibration, InvalidInput, TooLarge
 from deltadock.storage.blobs import BlobStore, PartedFile
 from deltadock.storage.blobs.writer import Chunk
@@ -85,6 +86,7 @@ class CalibrationInspector:
         self._decode(b"", final=True)
         if not self._size:
             raise InvalidCalibration("The calibration text is empty.")
+        check_text_bytes(self._path, self._size)
         return FileEntry(self._path, self._size, self._hash.hexdigest()), []
 
     def _decode(self, chunk: Chunk, *, final: bool = False) -> None:
@@ -102,7 +104,7 @@ async def receive_file(
     blobs: BlobStore,
     *,
     limit: int,
-    remaining: int | None = None,
+    room: Room | None = None,
     announced: frozenset[str],
 ) -> tuple[FileEntry, list[TensorEntry]]:
     """Store `body` as a blob if it is valid; on any error nothing is stored.
@@ -112,7 +114,7 @@ async def receive_file(
 
     Raises:
         TooLarge: more than `limit` bytes.
-        QuotaExceeded: more than the `remaining` bytes of the tenant.
+        QuotaExceeded: more than the tenant has `room` for.
         HashMismatch: the bytes do not match an announced digest.
         ClientDisconnect: the client disconnected.
         InvalidInput: raised by the inspector.
@@ -128,7 +130,7 @@ async def receive_file(
     try:
         async for batch in _batches(body):
             received += sum(map(len, batch))
-            check_size(received, limit, remaining)
+            check_size(received, limit, room)
             await run_in_threadpool(store, batch)
         file, tensors = inspector.finish()
         if announced - {file.sha256}:
@@ -195,12 +197,12 @@ async def receive_part(
             await run_in_threadpool(writer.discard)
 
 
-def check_size(size: int, limit: int, remaining: int | None = None) -> None:
-    """Raise TooLarge over `limit`, and QuotaExceeded over the tenant's `remaining` bytes."""
+def check_size(size: int, limit: int, room: Room | None = None) -> None:
+    """Raise TooLarge over `limit`, and QuotaExceeded if the tenant has no `room`."""
     if size > limit:
         raise TooLarge(f"The file is larger than {limit} bytes; upload it in smaller shards.")
-    if remaining is not None and size > remaining:
-        raise over_bytes()
+    if room is not None:
+        room.check(size)
 
 
 def announced_digests(content_digest: str | None, hex_digest: str | None) -> frozenset[str]:

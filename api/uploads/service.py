@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 from sqlalchemy.orm import Session
 
-from deltadock.api.quotas import check_bytes
+from deltadock.api.quotas import within_bytes
 from deltadock.api.uploads.receive import check_size, make_inspector
 from deltadock.artifacts.checkpoint import (
     ADAPTER_CONFIG,
@@ -32,6 +32,7 @@ from deltadock.artifacts.checkpoint import (
     assemble,
     configures_chat,
 )
+from deltadock.compression.options import check_text_bytes
 from deltadock.errors import (
     Conflict,
     DamagedBlob,
@@ -107,6 +108,8 @@ def check_files(kind: UploadKind, files: Sequence[FileEntry], limit: int) -> Non
     for file in files:
         make_inspector(kind, file.path)
         check_size(file.size, limit)
+        if kind is UploadKind.CALIBRATION:
+            check_text_bytes(file.path, file.size)
     if len({file.path for file in files}) < len(files):
         raise InvalidInput("A path is there twice; each file of an upload has its own.")
     if kind is UploadKind.CALIBRATION and len(files) > 1:
@@ -148,9 +151,8 @@ def create_upload(
                 tensors=twin.tensors if same and twin else [],
             )
         )
-    upload = uploads.add(kind, rows)
-    check_bytes(session, tenant_id)
-    return upload
+    with within_bytes(session, tenant_id):
+        return uploads.add(kind, rows)
 
 
 def _holds(blobs: BlobStore, file: FileEntry) -> bool:
@@ -170,10 +172,10 @@ def create_import(
         QuotaExceeded: they are more than the tenant may store.
     """
     uploads = UploadRepository(session, tenant_id)
-    upload = uploads.add(kind)
-    upload.source, upload.source_bytes = source, total_bytes
-    uploads.start_completing(upload)
-    check_bytes(session, tenant_id)
+    with within_bytes(session, tenant_id):
+        upload = uploads.add(kind)
+        upload.source, upload.source_bytes = source, total_bytes
+        uploads.start_completing(upload)
     return upload
 
 
@@ -286,8 +288,8 @@ def record_file(
     upload = require_upload(session, tenant_id, upload_id, lock=True)
     check_may_add(upload, file.path)
     row = stored_row(upload.id, file, tensors)
-    UploadRepository(session, tenant_id).put_file(upload, row)
-    check_bytes(session, tenant_id)
+    with within_bytes(session, tenant_id):
+        UploadRepository(session, tenant_id).put_file(upload, row)
     check_stored(blobs, file.sha256)
     return row
 

@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self
 
-from deltadock.artifacts.container import MAX_TENSORS, StreamingInspector
+from deltadock.artifacts.container import (
+    MAX_TENSORS,
+    StreamingInspector,
+    header_length,
+    parse_header,
+)
 from deltadock.errors import InvalidCheckpoint, MalformedSafetensors, UnsafeFile
 from deltadock.json_depth import MAX_DEPTH, is_too_deep
 
@@ -33,6 +38,7 @@ KNOWN_SUFFIXES: Final = frozenset({".safetensors", ".json", ".txt", ".model", ".
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 CHAT_TEMPLATE: Final = "chat_template.jinja"
+TOKENIZER: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 SHARD_INDEX: Final = "model.safetensors.index.json"
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -42,7 +48,7 @@ ADAPTER_TYPE: Final = "peft-adapter"
 
 VOCABULARY_FILES: Final = frozenset(
     {
-        "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+        TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
         "sentencepiece.bpe.model", "tekken.json",
     }
 )  # fmt: skip
@@ -424,6 +430,28 @@ def ignored_files(folder: Path, kept: Collection[str]) -> list[str]:
         return []
     more = f" and {len(others) - NAMED_FILES} more" if len(others) > NAMED_FILES else ""
     return [f"Ignored, as no part of the model: {', '.join(others[:NAMED_FILES])}{more}."]
+
+
+def read_headers(folder: Path) -> CheckpointManifest:
+    """The manifest of a checkpoint folder on disk with "" for digests: only headers are read.
+
+    Raises:
+        InvalidCheckpoint, UnsafeFile: as `scan_folder`.
+    """
+    files: list[FileEntry] = []
+    tensors: list[TensorEntry] = []
+    for name in sorted(folder_files(folder)):
+        path = folder / name
+        files.append(FileEntry(name, path.stat().st_size, ""))
+        if name.endswith(".safetensors"):
+            with path.open("rb") as stream:
+                header = parse_header(stream.read(header_length(stream.read(8))))
+            tensors += (TensorEntry(t.name, t.dtype, t.shape, name, "") for t in header.tensors)
+    texts = (
+        (folder / name).read_bytes() if (folder / name).is_file() else None
+        for name in (CONFIG, ADAPTER_CONFIG, SHARD_INDEX)
+    )
+    return assemble(files, tensors, *texts)
 
 
 def scan_folder(folder: Path, non_finite: set[str] | None = None) -> CheckpointManifest:

@@ -12,6 +12,7 @@ from deltadock.cli.output import AsJson, age, print_json, print_resources, print
 from deltadock.cli.server import Url
 from deltadock.extras import EMBEDDED, MODEL, check_installed
 from deltadock.version import DOCS, __version__
+from deltadock.words import duration_text
 
 if TYPE_CHECKING:
     from deltadock.client.resources import Key
@@ -148,7 +149,9 @@ def create_key(
     tenant: Annotated[
         str | None, typer.Option(help="The tenant's name or id; by default one's own.")
     ] = None,
-    days: Annotated[float | None, typer.Option(min=0, help="Days until it expires.")] = None,
+    days: Annotated[
+        float | None, typer.Option(min=0, help="Days until it expires; by default never.")
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
     url: Url = None,
@@ -220,7 +223,7 @@ def rotate_key(
     from deltadock.cli.keys import rotate
 
     _show_new_key(rotate(home, url, key, grace_hours), as_json=as_json)
-    say(f"{key} works for {grace_hours:g} hours more.")
+    say(f"{key} works for {duration_text(3600 * grace_hours)} more.")
 
 
 @app.command(rich_help_panel=RUNNING)

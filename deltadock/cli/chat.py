@@ -12,6 +12,7 @@ from deltadock.cli.interrupts import forget_interrupts
 from deltadock.cli.output import AsJson, print_resources, say
 from deltadock.cli.server import Reference, Url, connect
 from deltadock.errors import DeltadockError, InvalidInput, NoChatTemplate
+from deltadock.words import counted
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -242,7 +243,7 @@ def _timed(talk: Conversation, prompt: str, *, verbose: bool) -> None:
     if verbose and answered.usage is not None:
         tokens = answered.usage.completion_tokens
         say(
-            f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} per second; "
+            f"{counted(tokens, 'token')} in {seconds:.1f} s, {tokens / seconds:.1f} per second; "
             f"{answered.usage.prompt_tokens} in the prompt"
         )
 

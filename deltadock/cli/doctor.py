@@ -16,6 +16,7 @@ from deltadock.cli.output import AsJson, output, print_json, say
 from deltadock.cli.server import Url, connect
 from deltadock.errors import DeltadockError, InvalidInput
 from deltadock.version import DOCS, __version__
+from deltadock.words import counted
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -159,4 +160,4 @@ def _work(client: "Client", has_node: bool) -> Iterator[Finding]:
 
 
 def _waiting(jobs: int) -> str:
-    return "1 job waits" if jobs == 1 else f"{jobs} jobs wait"
+    return f"{counted(jobs, 'job')} wait{'s' if jobs == 1 else ''}"

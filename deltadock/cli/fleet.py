@@ -9,6 +9,7 @@ import typer
 from deltadock.cli.output import AsJson, age, figure, print_resources, print_table, say
 from deltadock.cli.server import Reference, Url, complete_node, connect
 from deltadock.errors import NotFound
+from deltadock.words import size_text
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -26,8 +27,6 @@ OneNode = Annotated[
 
 def ps(as_json: AsJson = False, url: Url = None) -> None:
     """Show the nodes, and the deltas in their memory and on their disks."""
-    from deltadock.client.resources import size_text
-
     with connect(url) as client:
         nodes = client.nodes()
     if as_json:

@@ -19,6 +19,7 @@ from deltadock.cli.output import (
 from deltadock.cli.server import STATES, JobReference, State, Url, complete_model, connect
 from deltadock.errors import Cancelled, NotFound, Unavailable
 from deltadock.names import parse_reference
+from deltadock.words import duration_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,8 +88,6 @@ def jobs(
     url: Url = None,
 ) -> None:
     """List the jobs, newest first."""
-    from deltadock.client.resources import duration_text
-
     with connect(url) as client:
         found = list(islice(client.jobs(state=state, delta=delta, limit=min(limit, 200)), limit))
         if as_json:

@@ -12,6 +12,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Column, Table
 
+from deltadock.words import duration_text
+
 if TYPE_CHECKING:
     from deltadock.client.resources import Resource
 
@@ -135,8 +137,6 @@ def _print_wide(table: Table) -> None:
 
 def age(moment: datetime | None) -> str:
     """How long ago a moment is, for people."""
-    from deltadock.client.resources import duration_text
-
     if moment is None:
         return "–"
     seconds = (datetime.now(UTC) - moment).total_seconds()

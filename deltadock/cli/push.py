@@ -30,6 +30,7 @@ from deltadock.cli.output import (
 )
 from deltadock.cli.server import Url, complete_base, complete_method, connect
 from deltadock.errors import InvalidInput, NotFound
+from deltadock.words import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,7 +151,7 @@ def _upload_bar(hint: Hint) -> "Iterator[BytesProgress]":
     """The progress of an upload, whose first file or part changes what Ctrl-C says."""
     from deltadock.client.progress import bytes_bar
 
-    with bytes_bar(errors, "hashing", "uploading") as show:
+    with bytes_bar(errors, "checking and hashing", "uploading") as show:
 
         def progress(name: str, done: int, total: int) -> None:
             hint.text = "What has arrived is kept: the same command continues the upload."
@@ -202,8 +203,6 @@ def list_by_default(context: typer.Context, as_json: AsJson = False, url: Url = 
 @bases.command("list")
 def list_bases(as_json: AsJson = False, url: Url = None) -> None:
     """List the bases."""
-    from deltadock.client.resources import size_text
-
     with connect(url) as client:
         found = list(client.bases())
     if as_json:
@@ -258,8 +257,6 @@ def add_base(
     url: Url = None,
 ) -> None:
     """Upload a checkpoint and register it as a base."""
-    from deltadock.client.resources import size_text
-
     chosen = name or folder.resolve().name
     if "/" in chosen:
         raise InvalidInput(f"{chosen!r} is not a base's name: it has no slash, as tiny-base.")

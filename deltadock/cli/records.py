@@ -1,6 +1,6 @@
 """The database as a whole: `deltadock backup`, `restore` and `audit export`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -18,6 +18,7 @@ from deltadock.storage.collection import missing_blobs
 from deltadock.storage.database import Database
 from deltadock.storage.repositories import AuditRepository
 from deltadock.storage.tenancy import EVERY_TENANT
+from deltadock.words import counted
 
 output: Final = Console(highlight=False, soft_wrap=True)
 
@@ -29,7 +30,7 @@ def backup(home: Path | None, path: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({"file": str(path), "rows": rows})
     else:
-        output.print(f"Wrote {sum(rows.values())} rows of {len(rows)} tables to {path}.")
+        output.print(f"Wrote {_in_tables(rows)} to {path}.")
 
 
 def restore(home: Path | None, path: Path, *, as_json: bool) -> bool:
@@ -42,11 +43,15 @@ def restore(home: Path | None, path: Path, *, as_json: bool) -> bool:
     if as_json:
         print_json({"rows": rows, "missing": missing})
         return not missing
-    output.print(f"Restored {sum(rows.values())} rows of {len(rows)} tables.")
+    output.print(f"Restored {_in_tables(rows)}.")
     for digest in missing:
         output.print(f"missing {digest}")
-    output.print(f"{len(missing)} blobs are missing in the store.")
+    output.print(f"Missing in the store: {counted(len(missing), 'blob')}.")
     return not missing
+
+
+def _in_tables(rows: Mapping[str, int]) -> str:
+    return f"{counted(sum(rows.values()), 'row')} of {counted(len(rows), 'table')}"
 
 
 def export_audit(home: Path | None, after: int) -> None:

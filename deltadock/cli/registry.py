@@ -34,6 +34,7 @@ from deltadock.cli.server import (
     connect,
 )
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
+from deltadock.words import counted, size_text
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -70,8 +71,6 @@ def ls(
     url: Url = None,
 ) -> None:  # fmt: skip
     """List the deltas."""
-    from deltadock.client.resources import size_text
-
     filters = {"base": base, "method": method, "state": state, "name": name, "tag": tag}
     with connect(url) as client:
         listed = client.deltas(
@@ -156,7 +155,6 @@ def pull(
 ) -> None:
     """Download a delta's file and verify it; continues a download that was interrupted."""
     from deltadock.client.progress import bytes_bar
-    from deltadock.client.resources import size_text
 
     with connect(url) as client:
         delta = client.delta(name)
@@ -234,8 +232,8 @@ def _remove_models(client: "Client", names: list[str], *, yes: bool, as_json: bo
             if not sys.stdin.isatty():
                 raise InvalidInput(f"This deletes all of {model.name}: confirm with --yes.")
             typer.confirm(
-                f"Delete {model.name} with {model.last_version} versions? Each can be brought back "
-                "for some days; the name is for no other model.",
+                f"Delete {model.name} with {counted(model.last_version, 'version')}? Each can be "
+                "brought back for some days; the name is for no other model.",
                 abort=True,
                 err=True,
             )

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deltadock.cli.output import say
 from deltadock.compression.options import METHODS
 from deltadock.errors import DeltadockError, Unauthorized
+from deltadock.words import duration_text
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -53,7 +55,7 @@ def connect(url: str | None = None) -> Iterator["Client"]:
     from deltadock.client.connection import find_connection
     from deltadock.client.http import Client
 
-    with Client(url) as client:
+    with Client(url, on_pause=_say_pause) as client:
         try:
             yield client
         except Unauthorized as error:
@@ -62,6 +64,10 @@ def connect(url: str | None = None) -> Iterator["Client"]:
             raise Unauthorized(
                 f"{error.message} {came} `deltadock login {found.url}` keeps one."
             ) from error
+
+
+def _say_pause(seconds: float, error: DeltadockError) -> None:
+    say(f"Waiting {duration_text(seconds)}: {error.message}")
 
 
 def _names(kind: str, typed: str) -> list[str]:

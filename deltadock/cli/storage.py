@@ -8,6 +8,7 @@ from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.blobs import make_blob_store
 from deltadock.storage.collection import Collector, reconcile, recount
 from deltadock.storage.database import Database
+from deltadock.words import counted, size_text
 
 
 def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
@@ -53,8 +54,9 @@ def check(home: Path | None, *, as_json: bool = False) -> bool:
     for digest in found.missing:
         output.print(f"missing {digest}", soft_wrap=True)
     for entry in found.unreferenced:
-        output.print(f"unreferenced {entry.key} {entry.bytes} bytes", soft_wrap=True)
+        output.print(f"unreferenced {entry.key} {size_text(entry.bytes)}", soft_wrap=True)
     output.print(
-        f"{len(found.missing)} blobs are missing, {len(found.unreferenced)} are unreferenced."
+        f"Missing: {counted(len(found.missing), 'blob')}. "
+        f"Unreferenced: {counted(len(found.unreferenced), 'blob')}."
     )
     return not found.missing

@@ -6,7 +6,6 @@ downloads hash and move files in threads, so `AsyncClient` has them done by a `C
 """
 
 import hashlib
-import json
 import ssl
 import time
 from collections.abc import (
@@ -16,7 +15,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from contextlib import aclosing, closing, suppress
+from contextlib import aclosing, closing
 from functools import cache, partial, wraps
 from inspect import Parameter, Signature, signature
 from itertools import count
@@ -31,11 +30,12 @@ import httpx
 from deltadock.artifacts.checkpoint import (
     ADAPTER_CONFIG,
     CHUNK_BYTES,
-    CONFIG,
+    TOKENIZER,
     folder_files,
+    read_headers,
     scan_folder,
 )
-from deltadock.artifacts.compatibility import check_same_type
+from deltadock.artifacts.compatibility import check_same_architecture
 from deltadock.client import routes
 from deltadock.client.connection import check_address, find_connection
 from deltadock.client.progress import default_bar
@@ -49,19 +49,22 @@ from deltadock.client.requests import (
     domain_error,
     reader,
 )
-from deltadock.client.resources import Base, Checkpoint, Delta, Job, LogLine
+from deltadock.client.resources import Checkpoint, Delta, Job, LogLine
 from deltadock.client.routes import GoalOptions
 from deltadock.client.uploads import Uploader
 from deltadock.compression.options import (
     METHODS,
     Goal,
     check_kind,
+    check_text_bytes,
+    check_text_tokens,
     check_weights,
     default_method,
     goal_for,
 )
 from deltadock.compression.preview import carried_bytes, preview_size, read_shapes, shapes_of
 from deltadock.errors import (
+    DeltadockError,
     HashMismatch,
     InvalidGoal,
     NotFound,
@@ -78,10 +81,16 @@ RequestT = TypeVar("RequestT")
 BytesProgress = Callable[[str, int, int], None]
 """Called with a file's name, the bytes that are done, and all of them, by several threads."""
 JobProgress = Callable[[Job], None]
+PauseNotice = Callable[[float, DeltadockError], None]
+"""Called before the client waits for long: with the seconds, and the error that it waits for."""
 Calibration = str | Path | Mapping[str | Path, float]
 """A text file, or a mixture: weights by file, or by "sampled" for text of the fine-tune."""
 
 SAMPLED: Final = "sampled"
+LONG_PAUSE_SECONDS: Final = 4.0
+"""A pause that the server asked for: the client's own are shorter."""
+LONG_TEXT_BYTES: Final = 1 << 16
+"""A text of so many bytes has enough tokens for calibration."""
 POLL_SECONDS: Final = 1.0
 """Interval at which a followed log is read, and a broken stream is connected to again."""
 RECONNECTS: Final = 5
@@ -135,13 +144,17 @@ class Client:
         url, key: the api's address and an API key. None: those of the environment, of `deltadock
             login`, or of the Deltadock that `deltadock up` runs in this folder
             (`deltadock.client.connection`).
+        on_pause: called before a long pause that the server asks for, as over a rate limit.
 
     Raises:
         InvalidInput: `url` is not an address.
     """
 
-    def __init__(self, url: str | None = None, key: str | None = None) -> None:
+    def __init__(
+        self, url: str | None = None, key: str | None = None, *, on_pause: PauseNotice = _ignore
+    ) -> None:
         self._http = httpx.Client(**_options(url, key))
+        self._on_pause = on_pause
 
     def __enter__(self) -> Self:
         return self
@@ -174,8 +187,15 @@ class Client:
             try:
                 return call.result(self._http.request(**call.arguments()))
             except (httpx.RequestError, Unavailable) as error:
-                time.sleep(call.pause(attempt, error))
+                self._pause(call, attempt, error)
         raise AssertionError
+
+    def _pause(self, call: Call[Any], attempt: int, error: Exception) -> None:
+        """Wait before a failed request is sent again; raises if it must not be."""
+        seconds = call.pause(attempt, error)
+        if seconds >= LONG_PAUSE_SECONDS:
+            self._on_pause(seconds, domain_error(error))
+        time.sleep(seconds)
 
     def items(self, pages: Pages[T]) -> Iterator[T]:
         """The items of a list, whose pages are fetched as they are needed."""
@@ -253,7 +273,7 @@ class Client:
                     check(response)
                 return response  # noqa: TRY300
             except (httpx.RequestError, Unavailable) as error:
-                time.sleep(call.pause(attempt, error))
+                self._pause(call, attempt, error)
         raise AssertionError
 
     def follow(self, job: str) -> Iterator[Job]:
@@ -388,16 +408,20 @@ class Client:
         Raises:
             InvalidInput: an argument is refused; a subclass says why.
             Conflict: the method does not fit: an adapter needs 'lora', a whole model another one.
-            ArchitectureMismatch: the model is of another type than its base.
+            ArchitectureMismatch: the model is another one than its base.
+            InvalidCalibration: a text is too short.
             NotFound: there is no such base, parent or file.
             Unavailable: the server does not answer; call again to resume.
         """
         # All that can be refused now is, before hours of upload.
         routes.checked_name(name)
         chosen, wanted = self._check_method(Path(folder), method, goal)
-        _check_type(Path(folder), self.base(base))
+        self._check_architecture(Path(folder), base)
         if wanted is not None and wanted.kind in ("target_bytes", "ratio"):
             self._check_size(Path(folder), base, chosen, wanted)
+        for source in _weights_of(calibration):
+            if source != SAMPLED:
+                _check_text(Path(source), Path(folder))
         if parent is not None:
             self.delta(parent)
         mixture = None if calibration is None else self._mixture(calibration)
@@ -423,6 +447,17 @@ class Client:
         check_kind(info, is_adapter=ADAPTER_CONFIG in folder_files(folder))
         return name, wanted
 
+    def _check_architecture(self, folder: Path, base: str) -> None:
+        """Compare a whole model's headers and configuration with its base's.
+
+        Raises:
+            NotFound: there is no such base.
+            ArchitectureMismatch, InvalidCheckpoint, UnsupportedModel: as the server would.
+        """
+        before = self.send(routes.base_manifest(base))
+        if ADAPTER_CONFIG not in folder_files(folder):
+            check_same_architecture(before, read_headers(folder))
+
     def _check_size(self, folder: Path, base: str, method: str, goal: Goal) -> None:
         """Raise InvalidGoal if no artifact of this fine-tune is as small.
 
@@ -437,7 +472,7 @@ class Client:
             preview_size(shapes, method, goal, carried=carried)
 
     def _mixture(self, calibration: Calibration) -> JsonObject:
-        weights = calibration if isinstance(calibration, Mapping) else {calibration: 1.0}
+        weights = _weights_of(calibration)
         check_weights(list(weights.values()))
         sources: list[JsonObject] = []
         for source, weight in weights.items():
@@ -453,11 +488,14 @@ class Client:
         """Download a delta's file to `path` and verify it; continues what was interrupted.
 
         Raises:
+            NotFound: there is no such delta, or no such folder.
             NotReady: its compression is unfinished or failed.
             HashMismatch: the bytes do not match the digest; the partial file is removed.
             Unavailable: the connection broke; call again to resume.
         """
         path, delta = Path(path), self.delta(reference)
+        if not path.parent.is_dir():
+            raise NotFound(f"There is no folder {path.parent}. Make it, or choose another path.")
         if delta.artifact is None:
             raise NotReady(f"{delta.reference} is {delta.state}; see its job {delta.job}.")
         size, digest = delta.artifact.bytes, delta.artifact.digest
@@ -735,17 +773,36 @@ class AsyncPush:
         return self.delta
 
 
-def _check_type(folder: Path, base: Base) -> None:
-    """Check that a model, if that is what the folder holds, is of its base's type.
+def _weights_of(calibration: Calibration | None) -> Mapping[str | Path, float]:
+    """The weights of the mixture, by source."""
+    if calibration is None:
+        return {}
+    return calibration if isinstance(calibration, Mapping) else {calibration: 1.0}
+
+
+def _check_text(path: Path, folder: Path) -> None:
+    """Refuse a calibration text that is too short, as far as it can be told here.
+
+    Its tokens are counted where the fine-tune has a tokenizer, and `tokenizers` is installed.
 
     Raises:
-        ArchitectureMismatch: it is of another.
+        NotFound: there is no such file.
+        InvalidCalibration: it is too short.
     """
-    files = folder_files(folder)
-    if CONFIG in files and ADAPTER_CONFIG not in files:
-        with suppress(ValueError, KeyError, TypeError):  # the server says what is wrong with it
-            found = json.loads((folder / CONFIG).read_bytes())["model_type"]
-            check_same_type(base.checkpoint.model_type, found)
+    if not path.is_file():
+        raise NotFound(f"There is no calibration file {path}.")
+    size = path.stat().st_size
+    check_text_bytes(path.name, size)
+    if path.suffix == ".txt" and size < LONG_TEXT_BYTES and (folder / TOKENIZER).is_file():
+        try:
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+            text = path.read_text(encoding="utf-8-sig")
+            tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception:  # noqa: BLE001 (of no narrower class; the server says what is wrong)
+            return
+        check_text_tokens(tokens)
 
 
 def _as_json(answer: Any) -> JsonObject:

@@ -23,7 +23,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from deltadock.client.resources import Job, duration_text, size_text
+from deltadock.client.resources import Job
+from deltadock.words import duration_text, size_text
 
 QUIET_SECONDS: Final = 20.0
 """After so long without a line, one says where the work is."""

@@ -25,6 +25,7 @@ from deltadock.artifacts.encodings import NUMPY_DTYPES
 from deltadock.artifacts.names import is_embedding, is_head
 from deltadock.compression.progress import ProgressReporter
 from deltadock.errors import InvalidCheckpoint, NonFiniteWeights
+from deltadock.words import counted
 
 FLOAT_DTYPES: Final = {"BF16", "F16", "F32", "F64"}
 """Dtypes whose deltas can be compressed; tensors of any other dtype are stored exactly."""
@@ -279,8 +280,8 @@ def keep_unused_rows(base: CheckpointReader, finetuned: CheckpointReader) -> Ite
         known = [row for row in rows if row < len(old)]
         base.replaced[name] = torch.tensor(known, dtype=torch.int64), values[: len(known)]
         yield (
-            f"{len(rows)} rows of {name!r} hold NaN or an infinity, from row {rows[0]} on: past "
-            "the tokenizer's size, or in the base too. They are kept as the base's."
+            f"{counted(len(rows), 'row')} of {name!r} with NaN or an infinity, from row {rows[0]} "
+            "on: past the tokenizer's size, or in the base too. The base's are kept."
         )
     checked = {entry.name for entry in finetuned.entries.values()}
     if others := finetuned.non_finite - checked:

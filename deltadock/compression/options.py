@@ -17,6 +17,7 @@ from deltadock.errors import (
     InvalidGoal,
     UnknownMethod,
 )
+from deltadock.words import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +324,34 @@ MAX_LENGTH: Final = 1 << 17
 MIN_TOKENS: Final = 256
 MAX_TOKENS: Final = 1 << 24
 MAX_SOURCES: Final = 16
+
+
+def check_text_tokens(tokens: int) -> None:
+    """Refuse a calibration text that is too short.
+
+    Raises:
+        InvalidCalibration: it is.
+    """
+    if tokens < MIN_TOKENS:
+        raise InvalidCalibration(
+            f"The calibration text has {counted(tokens, 'token')}; at least {MIN_TOKENS} are "
+            f"needed, and at most {TOKENS} are used."
+        )
+
+
+def check_text_bytes(name: str, size: int) -> None:
+    """Refuse a calibration text that is too short for every tokenizer: a token has a byte.
+
+    Chat templates add tokens to lines of .jsonl.
+
+    Raises:
+        InvalidCalibration: it is.
+    """
+    if name.endswith(".txt") and size < MIN_TOKENS:
+        raise InvalidCalibration(
+            f"The calibration text {name} has {counted(size, 'byte')}; at least {MIN_TOKENS} "
+            f"tokens are needed, and at most {TOKENS} are used."
+        )
 
 
 @dataclass(frozen=True, slots=True)

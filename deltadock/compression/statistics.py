@@ -19,6 +19,7 @@ from deltadock.compression.checkpoints import CheckpointPair, MatrixRef, TensorS
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.scratch import Scratch
+from deltadock.words import counted
 
 GRADIENT_TOKENS: Final = 32 * 2048
 """Tokens of the calibration text that run backward."""
@@ -136,8 +137,8 @@ class MomentCollector:
         filling = total * (missing / sum(self.tokens[key] for key in seen))
         moment = filling + self.moment(ref.key) if count else filling
         return moment, [
-            f"{count} tokens reached this expert; its moment is filled up to {len(total)} tokens "
-            "with the mean of the layer's experts"
+            f"{counted(count, 'token')} reached this expert; its moment is filled up to "
+            f"{len(total)} tokens with the mean of the layer's experts"
         ]
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session, joinedload
 
-from deltadock.errors import Conflict
+from deltadock.errors import Conflict, InvalidInput
 from deltadock.storage.api_keys import hmac_of, new_key, prefix_of
 from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.ids import new_id
@@ -122,7 +122,13 @@ class KeyRepository:
         scopes: Iterable[Scope],
         expires_at: datetime | None = None,
     ) -> tuple[ApiKeyRow, str]:
-        """Make a key; returns its row and the key itself, which is not stored."""
+        """Make a key; returns its row and the key itself, which is not stored.
+
+        Raises:
+            InvalidInput: it would have expired.
+        """
+        if expires_at is not None and expires_at <= database_now(self.session):
+            raise InvalidInput("The key would have expired already: let it expire later, or never.")
         row, key = self._make(secret, name=name, scopes=scopes, expires_at=expires_at)
         self._record(AuditAction.KEY_CREATE, row, name=name, scopes=row.scopes)
         return row, key

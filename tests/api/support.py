@@ -31,7 +31,7 @@ from deltadock.storage.repositories import DeltaRepository, JobRepository, KeyRe
 from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
 
 CONFIG = json.dumps({"model_type": "llama", "hidden_size": 8}).encode()
-TEXT = "Täglich grüßt das Murmeltier.\n".encode()
+TEXT = "Täglich grüßt das Murmeltier.\n".encode() * 20
 
 
 def sha256(data: bytes) -> str:

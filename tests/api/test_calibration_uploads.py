@@ -16,6 +16,7 @@ def test_a_calibration_text_is_stored(api: Api) -> None:
     ("path", "data"),
     [
         ("text.txt", b""),
+        ("text.txt", b"too short for any tokenizer"),
         ("text.txt", b"\xff\xfe"),
         ("text.txt", TEXT[:2]),
         ("text.json", TEXT),

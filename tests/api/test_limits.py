@@ -51,7 +51,11 @@ def test_bytes_are_checked_when_announced_and_while_they_arrive(api: Api, tenant
     assert tenant.put(upload, "tokenizer.json", bytes(9_000)).status_code == 200
     file = {"path": "config.json", "size": 2_000, "sha256": "a" * 64}
     body = {"kind": "checkpoint", "files": [file]}
-    refused(tenant.client.post("/v1/uploads", json=body), 403, "quota_exceeded")
+    announced = tenant.client.post("/v1/uploads", json=body)
+    refused(announced, 403, "quota_exceeded")
+    assert announced.json()["detail"].startswith(
+        "Your tenant may store 10 kB and has 9 kB: there is no room for 2 kB more."
+    )
     assert tenant.client.get("/v1/tenants/acme").json()["usage"]["bytes"] == 9_000
     tenant.client.delete(f"/v1/uploads/{upload}")
     assert tenant.client.post("/v1/uploads", json=body).status_code == 201
@@ -67,10 +71,13 @@ def test_deltas_and_jobs_at_once(api: Api, tenant: Api) -> None:
     second = tenant.client.post("/v1/deltas", json={**body, "seed": 5})
     refused(second, 429, "rate_limited")
     assert second.headers["retry-after"] == "30"
+    assert "may run 1 job at once" in second.json()["detail"]
     assert tenant.client.post(f"/v1/jobs/{first['job']}/cancel").json()["state"] == "cancelled"
     assert tenant.client.post("/v1/deltas", json={**body, "seed": 5}).status_code == 202
     refused(tenant.client.post(f"/v1/jobs/{first['job']}/retry"), 429, "rate_limited")
-    refused(tenant.client.post("/v1/deltas", json={**body, "seed": 6}), 403, "quota_exceeded")
+    third = tenant.client.post("/v1/deltas", json={**body, "seed": 6})
+    refused(third, 403, "quota_exceeded")
+    assert "may have 2 deltas and has 2." in third.json()["detail"]
     usage = tenant.client.get("/v1/tenants/acme").json()["usage"]
     assert (usage["deltas"], usage["jobs"]) == (2, 1)
     assert api.delta(), "another tenant's limits do not count"

@@ -227,11 +227,11 @@ def test_the_commands_print_what_goes_and_what_differs(
     commands.collect(home, dry_run=True)
     assert "unreferenced" in capsys.readouterr().out
     assert commands.check(home)
-    assert f"unreferenced {lost} 8 bytes" in capsys.readouterr().out
+    assert f"unreferenced {lost} 8 B" in capsys.readouterr().out
     commands.collect(home, dry_run=False)
     assert lost not in api.blobs()
     capsys.readouterr()
     artifact = next(iter(api.client.get("/v1/deltas").json()["data"]))["artifact"]["digest"]
     api.resources.blobs.delete(artifact)
     assert not commands.check(home)
-    assert capsys.readouterr().out.startswith(f"missing {artifact}\n1 blobs are missing")
+    assert capsys.readouterr().out.startswith(f"missing {artifact}\nMissing: 1 blob.")

@@ -213,7 +213,7 @@ def test_parts_that_cannot_be_are_rejected(api: Api, subtests: pytest.Subtests) 
 
 
 def test_a_calibration_text_in_parts_is_checked(api: Api) -> None:
-    for data, status in ((TEXT * 50_000, 200), (TEXT[:-2] * 50_000 + b"\xff", 409)):
+    for data, status in ((TEXT * 2_500, 200), (TEXT[:-2] * 2_500 + b"\xff", 409)):
         upload = api.announce({"text.txt": data}, "calibration")["id"]
         count = -(-len(data) // PART)
         send_parts(api, upload, "text.txt", data, list(range(1, count + 1)))

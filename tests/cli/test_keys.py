@@ -55,11 +55,12 @@ def test_a_key_is_revoked_by_its_name_if_no_other_has_it(
     [
         (("create", "--name", "x", "--scopes", "read,root"), "There is no scope root"),
         (("create", "--name", "x", "--tenant", "acme"), "There is no tenant 'acme'"),
+        (("create", "--name", "x", "--days", 0), "The key would have expired already"),
         (("revoke", "ddk_12345678"), "There is no key 'ddk_12345678'"),
     ],
 )
 def test_refusals(
-    deltadock: Command, tmp_path: Path, arguments: tuple[str, ...], message: str
+    deltadock: Command, tmp_path: Path, arguments: tuple[object, ...], message: str
 ) -> None:
     assert deltadock("keys", "create", "--name", "ci", "--home", tmp_path).code == 0
     outcome = deltadock("keys", *arguments, "--home", tmp_path)

@@ -16,6 +16,7 @@ from rich.console import Console
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from deltadock.cli.jobs import follow
 from deltadock.cli.outcome import UNAVAILABLE
@@ -25,7 +26,7 @@ from deltadock.client.connection import read_login
 from deltadock.client.http import Client
 from deltadock.errors import Unavailable
 from deltadock.storage.models import JobState, Scope
-from tests.api.support import issue_key
+from tests.api.support import issue_key, weights
 from tests.cli.support import Command, Outcome
 from tests.client.support import Service, running_service, write_finetune, write_text
 
@@ -122,6 +123,29 @@ def test_a_size_out_of_reach_is_refused_before_the_upload(
     outcome = deltadock("push", folder, "-b", "tiny", "-n", "maths/small", "--target-bytes", 9)
     assert outcome.code == 1
     assert "error (invalid_goal): 9 bytes cannot be reached by 'optimix'" in outcome.stderr
+    assert service.api.blobs() == blobs
+
+
+def test_what_the_files_tell_is_refused_before_the_upload(
+    deltadock: Command, service: Service, tmp_path: Path
+) -> None:
+    folder = write_finetune(tmp_path / "finetune", 5)
+    (folder / "model.safetensors").write_bytes(weights(5, rows=7))
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 30)
+    blobs = service.api.blobs()
+    outcome = deltadock("push", folder, "-b", "tiny", "--method", "exact")
+    assert (outcome.code, "error (architecture_mismatch)" in outcome.stderr) == (1, True)
+    assert "in the fine-tune, but" in outcome.stderr
+    (folder / "model.safetensors").write_bytes(weights(5))
+    tokenizer = Tokenizer(models.WordLevel({"some": 0, "words": 1}, "some"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    outcome = deltadock("push", folder, "-b", "tiny", "--calibration", text)
+    assert "The calibration text has 60 tokens; at least 256 are needed" in outcome.stderr
+    text.write_text("short")
+    outcome = deltadock("push", folder, "-b", "tiny", "--calibration", text)
+    assert "The calibration text text.txt has 5 bytes; at least 256 tokens" in outcome.stderr
     assert service.api.blobs() == blobs
 
 
@@ -552,7 +576,24 @@ def test_errors_name_what_is_wrong(
     assert (outcome.code, outcome.stdout) == (code, "")
     *progress, error = outcome.stderr.strip().splitlines()
     assert words in error
-    assert progress in ([], ["hashing"])
+    assert progress in ([], ["checking and hashing"])
+
+
+def test_a_rate_limit_is_waited_for_aloud(
+    service: Service, call: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenants = service.api.client
+    acme = tenants.post("/v1/tenants", json={"name": "slow", "requests_per_minute": 0}).json()["id"]
+    monkeypatch.setenv("DELTADOCK_API_KEY", issue_key(service.api.resources.settings, tenant=acme))
+
+    def sleep(seconds: float) -> None:
+        assert 1 <= seconds <= 60
+        tenants.patch("/v1/tenants/slow", json={"requests_per_minute": None})
+
+    monkeypatch.setattr("deltadock.client.http.LONG_PAUSE_SECONDS", 1.0)
+    monkeypatch.setattr("deltadock.client.http.time.sleep", sleep)
+    told = call("bases", "list").stderr
+    assert re.match(r"Waiting \d.*: Your tenant may use 0 requests a minute\. ", told), told
 
 
 def test_no_server_and_no_key_say_so(

@@ -199,6 +199,8 @@ def test_a_delta_is_downloaded_verified_and_resumed(
     with pytest.raises(HashMismatch, match="Download it again"):
         client.download(ready.id, path)
     assert not part.exists()
+    with pytest.raises(NotFound, match="There is no folder"):
+        client.download(ready.id, tmp_path / "nowhere" / "it.delta")
 
 
 def test_aliases_move_and_deletions_are_undone(client: Client, ready: Delta) -> None:

@@ -58,6 +58,20 @@ def answering(*answers: httpx.Response | type[httpx.RequestError]) -> tuple[Clie
     return client, asked
 
 
+def test_a_long_pause_is_told_of(pauses: list[float]) -> None:
+    limited = {"code": "rate_limited", "detail": "1 request a minute."}
+    client, _ = answering(
+        answer(429, json=limited, headers={"Retry-After": "55"}),
+        answer(503, json={"code": "unavailable", "detail": "Soon."}),
+        answer(200, json={"status": "ready", "checks": {}}),
+    )
+    told = list[tuple[float, str]]()
+    client._on_pause = lambda seconds, error: told.append((seconds, error.message))
+    client.ready()
+    assert told == [(55.0, "1 request a minute.")]
+    assert len(pauses) == 2
+
+
 @pytest.mark.parametrize("kind", list(tree()), ids=lambda kind: kind.code)
 def test_an_error_body_becomes_the_error_class_of_its_code(kind: type[DeltadockError]) -> None:
     for body in (

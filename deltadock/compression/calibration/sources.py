@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from deltadock.artifacts.checkpoint import CONFIG, TOKENIZER_FILES, VOCABULARY_FILES
-from deltadock.compression.options import MIN_TOKENS, TOKENS
+from deltadock.compression.options import check_text_tokens
 from deltadock.errors import InvalidCalibration, InvalidCheckpoint
 
 MAX_CHARACTERS: Final = 4_000_000
@@ -162,11 +162,7 @@ def _some(
 
 
 def _enough(tokens: Tensor) -> Tensor:
-    if tokens.numel() < MIN_TOKENS:
-        raise InvalidCalibration(
-            f"The text has {tokens.numel()} tokens; at least {MIN_TOKENS} are needed, and "
-            f"{TOKENS} are recommended for calibration."
-        )
+    check_text_tokens(tokens.numel())
     return tokens
 
 

@@ -33,6 +33,7 @@ from deltadock.compression.options import (
     check_weights,
 )
 from deltadock.errors import InvalidCalibration
+from deltadock.words import counted
 
 REPORT: Final = 0.1
 """Fraction of the windows that measure the result."""
@@ -264,9 +265,9 @@ def _window_length(contents: Sequence[_SourceTokens], length: int) -> int:
         length = min(length, max(sizes) // SAFE_WINDOWS)
     if length < MIN_LENGTH:
         raise InvalidCalibration(
-            f"The calibration files fill windows of {length} tokens only; at least {MIN_LENGTH} "
-            "are needed, with one window to calibrate, one to choose and one to report. Add text, "
-            "above all to the shortest file."
+            f"The calibration files fill windows of {counted(length, 'token')} only; at least "
+            f"{MIN_LENGTH} are needed, with one window to calibrate, one to choose and one to "
+            "report. Add text, above all to the shortest file."
         )
     return length
 

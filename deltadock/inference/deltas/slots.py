@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 from deltadock.errors import Conflict
 from deltadock.inference.deltas.tiers import LruTier
+from deltadock.words import counted
 
 Delta = TypeVar("Delta")
 
@@ -105,7 +106,7 @@ class SlotManager(LruTier[Resident[Delta]]):
         if resident is None:
             return
         if resident.pinned or resident.users:
-            why = "pinned" if resident.pinned else f"used by {resident.users} requests"
+            why = "pinned" if resident.pinned else f"used by {counted(resident.users, 'request')}"
             raise Conflict(f"The delta {digest} is {why}.")
         resident.users += 1
         resident.leaving = True
