@@ -10,11 +10,18 @@ from types import TracebackType
 from typing import Annotated, Any, Final, Literal, Self
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
 from deltadock.cli.outcome import on_interrupt
-from deltadock.cli.output import AsJson, errors, figure, output, print_json, print_rows, working
+from deltadock.cli.output import (
+    AsJson,
+    errors,
+    figure,
+    output,
+    print_json,
+    print_rows,
+    print_table,
+    working,
+)
 from deltadock.cli.server import complete_method
 from deltadock.compression.options import (
     LENGTH,
@@ -35,7 +42,6 @@ SAMPLED: Final = "sampled"
 """Calibration source: text sampled from the fine-tune."""
 GOALS: Final = "Goal, at most one of"
 CALIBRATION: Final = "Calibration"
-TABLE_WIDTH: Final = 120
 
 Method = Annotated[
     str,
@@ -345,11 +351,19 @@ def preview(
     if as_json:
         print_json(size.to_dict())
         return
-    table = Table("part", "tensors", "weights", "bytes", box=None)
-    for part in size.parts:
-        counts = (part.tensors, part.weights) if part.tensors else ("", "")
-        table.add_row(part.kind, *(f"{n:,}" if n else "" for n in counts), f"{part.bytes:,}")
-    output.print(table)
+    print_table(
+        ("part", "tensors", "weights", "bytes"),
+        (
+            (
+                part.kind,
+                f"{part.tensors:,}" if part.tensors else "",
+                f"{part.weights:,}" if part.tensors else "",
+                f"{part.bytes:,}",
+            )
+            for part in size.parts
+        ),
+        "",
+    )
     budget = "" if size.bits is None else f" at {size.bits:.4g} bit"
     output.print(
         f"{method}{budget}: {size.artifact_bytes / 1e6:,.2f} of "
@@ -433,20 +447,22 @@ def inspect(delta: DeltaArgument, as_json: AsJson = False) -> None:
     if as_json:
         print_json({**totals, "tensors": [asdict(row) for row in rows]})
         return
-    headings = ("kind", "shape", "rank", "count at width", "error", "bytes")
-    table = Table(Column("tensor", no_wrap=True), *headings, box=None)
-    for row in rows:
-        table.add_row(
-            row.name,
-            row.kind,
-            "x".join(map(str, row.shape)),
-            "" if row.rank is None else str(row.rank),
-            " ".join(f"{count}@{width}" for width, count in row.widths.items()),
-            "" if row.error is None else f"{row.error:.2e}",
-            f"{row.bytes:,}",
-        )
-    # Truncated tensor names would be ambiguous; a narrow terminal wraps the lines instead.
-    Console(width=max(output.width, TABLE_WIDTH)).print(table)
+    print_table(
+        ("tensor", "kind", "shape", "rank", "count at width", "error", "bytes"),
+        (
+            (
+                row.name,
+                row.kind,
+                "x".join(map(str, row.shape)),
+                "" if row.rank is None else str(row.rank),
+                " ".join(f"{count}@{width}" for width, count in row.widths.items()),
+                figure(row.error, ".2e"),
+                f"{row.bytes:,}",
+            )
+            for row in rows
+        ),
+        "No tensor differs from the base's.",
+    )
     calibration = totals["calibration"] or {}
     print_rows(
         [
@@ -481,8 +497,15 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         print_json([asdict(info) for info in METHODS.values()])
         return
-    table = Table("method", "bits", "what it does")
-    for info in METHODS.values():
-        budget = "–" if info.bits_min is None else f"{info.bits_min:g} to {info.bits_max:g}"
-        table.add_row(info.name, budget, info.title)
-    output.print(table)
+    print_table(
+        ("method", "bits", "what it does"),
+        (
+            (
+                info.name,
+                "–" if info.bits_min is None else f"{info.bits_min:g} to {info.bits_max:g}",
+                info.title,
+            )
+            for info in METHODS.values()
+        ),
+        "",
+    )

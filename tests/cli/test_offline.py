@@ -105,6 +105,15 @@ def test_inspect_as_json(inputs: Inputs, delta: Delta, deltadock: Command) -> No
     assert document["files"] == ["chat_template.jinja"]
 
 
+def test_all_tables_have_one_form(inputs: Inputs, delta: Delta, deltadock: Command) -> None:
+    """Headings, then rows: no frames, and columns begin at the left edge."""
+    preview = ("preview", "--finetuned", inputs.finetuned)
+    for command, first in ((("methods",), "method"), (preview, "part"),
+                           (("inspect", delta.path), "tensor")):  # fmt: skip
+        shown = deltadock(*command).stdout
+        assert shown.startswith(f"{first} "), shown
+
+
 def test_inspect_as_a_table(delta: Delta, deltadock: Command) -> None:
     outcome = deltadock("inspect", delta.path)
     assert outcome.code == 0
