@@ -296,12 +296,13 @@ class Completer:
         tensors: list[TensorEntry],
         source_version: str | None = None,
     ) -> None:
+        row = stored_row(upload.id, file, tensors, source_version)
         with self._database.session_scope() as session:
             uploads = UploadRepository(session, EVERY_TENANT)
             held = uploads.find_held(upload.id, self._owner)
             if held is None:
                 raise _NotOursError
-            uploads.put_file(held, stored_row(upload.id, file, tensors, source_version))
+            uploads.put_file(held, row)
             check_stored(self._blobs, file.sha256)
             held.error = None  # of an earlier attempt: this one gets on
 

@@ -285,9 +285,9 @@ def record_file(
         Unavailable: as `check_stored`.
         NotFound, Conflict, InvalidCalibration: as `require_upload` and `check_may_add`.
     """
+    row = stored_row(upload_id, file, tensors)  # before the lock: there may be 100,000 tensors
     upload = require_upload(session, tenant_id, upload_id, lock=True)
     check_may_add(upload, file.path)
-    row = stored_row(upload.id, file, tensors)
     with within_bytes(session, tenant_id):
         UploadRepository(session, tenant_id).put_file(upload, row)
     check_stored(blobs, file.sha256)
