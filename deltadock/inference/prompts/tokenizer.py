@@ -283,9 +283,9 @@ class TextStream:
         text = self._tokenizer.decode(self._pending).removeprefix(self._prompt_tail)
         self._held_back.append((text, True))
         text = self._release()
-        if self.stopped:
-            return text
-        return text + self._take(sum(len(piece) for piece, _ in self._held_back))
+        if not self.stopped:
+            text += self._take(sum(len(piece) for piece, _ in self._held_back))
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:
