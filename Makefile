@@ -46,7 +46,7 @@ up: install  ## Run all services on this machine; Ctrl-C stops them; ARGS='--api
 	$(BIN)/deltadock up $(ARGS)
 
 topology: develop  ## Like up, with real Postgres, Redis and S3 servers
-	$(BIN)/deltadock topology
+	$(BIN)/deltadock topology $(ARGS)
 
 unit: develop check  ## Run the checks and the quick tests, in under three minutes
 	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow'

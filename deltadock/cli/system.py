@@ -7,6 +7,7 @@ processes and environment variables of docker-compose.yml.
 
 import fcntl
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -32,12 +33,16 @@ from deltadock.errors import Conflict, Forbidden, Unavailable
 from deltadock.extras import EMBEDDED, check_installed
 from deltadock.settings import KEEP_ALIVE_SECONDS, Settings, get_settings
 from deltadock.storage.api_keys import key_secret, local_key_path
-from deltadock.storage.database import Database, migrate
-from deltadock.trust import is_loopback, kept_secret
+from deltadock.storage.database import Database, migrate, normalise_url
+from deltadock.trust import is_loopback, keep_secret, kept_secret
 from deltadock.workers.lease import expire_leases_of_dead
 
 SECRET_FILE: Final = "node.secret"
 """File in the home that holds the shared secret of api and nodes."""
+LOCK: Final = "lock"
+"""File in the home that a running Deltadock holds a lock on."""
+VARIABLES: Final = "variables.sh"
+"""File in the home of a topology that sets what its processes have, for a shell."""
 HEALTHCHECK_SECONDS: Final = 60
 """How long one of several api processes may take to start or to answer its supervisor, which
 replaces it then."""
@@ -225,6 +230,8 @@ def up(
     """
     home = (home or get_settings().home).resolve()
     console = Console()
+    if not (home / LOCK).exists():  # nothing runs there, and a refusal leaves nothing there
+        check_ports(api_port, node_port)
     with stop_on_signals() as stopping, _home_lock(home):
         check_ports(api_port, node_port)
         with valkey(home / "valkey") as broker:
@@ -266,7 +273,7 @@ def _home_lock(home: Path) -> Iterator[None]:
         Conflict: another process holds the lock.
     """
     home.mkdir(parents=True, exist_ok=True)
-    with (home / "lock").open("w") as lock:
+    with (home / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -308,18 +315,39 @@ def topology(home: Path | None = None, api_port: int = 8000, node_port: int = 81
         ):
             services = (database, broker, blobs)
             settings = topology_settings(
-                folder / "home", api_port, *(service.settings for service in services)
+                folder, api_port, *(service.settings for service in services)
             )
             console.print("Starting Deltadock ...")
             with running(
                 settings, folder, console, api_port=api_port, node_port=node_port
             ) as children:
                 announce(console, api_url(HOST, api_port), folder, settings)
+                _announce_servers(console, folder, settings)
                 console.print("Ctrl-C stops everything.")
                 servers = [service.child for service in services]
                 parsed = Settings.model_validate(settings)
                 keep_running([*servers, *children], stopping, console, parsed)
     console.print("Stopped.")
+
+
+def _announce_servers(console: Console, home: Path, settings: Mapping[str, str]) -> None:
+    """Print where Postgres and the S3 server are; what else they need is kept in a file.
+
+    With its variables in a shell, commands such as `deltadock gc` work on them, and so does boto3.
+    """
+    variables = {f"DELTADOCK_{name.upper()}": value for name, value in settings.items()} | {
+        "AWS_ENDPOINT_URL_S3": settings["s3_endpoint_url"],
+        "AWS_ACCESS_KEY_ID": settings["s3_access_key_id"],
+        "AWS_SECRET_ACCESS_KEY": settings["s3_secret_access_key"],
+        "AWS_DEFAULT_REGION": get_settings().s3_region,
+    }
+    lines = (f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+    keep_secret(home / VARIABLES, "".join(lines))
+    database = normalise_url(settings["database_url"]).render_as_string()
+    bucket = f"bucket {settings['s3_bucket']}"
+    console.print(f"Postgres   {database}", soft_wrap=True)
+    console.print(f"S3         {settings['s3_endpoint_url']}, {bucket}", soft_wrap=True)
+    console.print(f"Variables  {home / VARIABLES}  (for a shell: passwords too)", soft_wrap=True)
 
 
 @contextmanager

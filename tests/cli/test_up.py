@@ -109,3 +109,4 @@ def test_a_port_in_use_is_named(command: str, deltadock: Command, tmp_path: Path
     assert f"Port {node_port} is in use" in outcome.stderr
     assert "--node-port" in outcome.stderr
     assert "choose another port with --port" in alone.stderr
+    assert not (tmp_path / "home").exists()

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from deltadock.artifacts.reader import Artifact
 from deltadock.client.http import Client
 
-from .conftest import SAMPLES, Stored
+from .conftest import SAMPLES, Stored, System
 
 STATES = ("queued", "validating", "calibrating", "compressing", "assembling", "verifying", "ready")
 
@@ -159,3 +161,20 @@ def test_the_dashboard_and_the_openapi_document_are_served(
     assert stored.delta["name"] in http.get("/").text
     paths = http.get("/openapi.json").json()["paths"]
     assert {"/v1/uploads", "/v1/deltas", "/v1/previews", "/v1/completions"} <= paths.keys()
+
+
+def test_a_shell_with_the_topologys_variables_reaches_its_servers(
+    stored: Stored, system: System, tmp_path: Path
+) -> None:
+    listing = "import boto3; print(boto3.client('s3').list_buckets()['Buckets'][0]['Name'])"
+    script = f'. {system.home}/variables.sh && "$0" -m deltadock gc --dry-run && "$0" -c "$1"'
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable, listing],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.stdout.startswith("Would remove:\n")
+    assert done.stdout.endswith("\ndeltadock\n")
