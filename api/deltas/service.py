@@ -81,8 +81,9 @@ def _missing(deltas: DeltaRepository, reference: str) -> NoReturn:
         raise NotFound(
             f"{named.name} has no version {named.version}; its newest is {newest.version}."
         )
-    names_there = ModelRepository(deltas.session, deltas.tenant).names(limit=MOST_NAMES)
-    raise unknown("delta", reference, "/v1/deltas", names_there, named.name if named else "")
+    name = named.name if named else reference
+    near = ModelRepository(deltas.session, deltas.tenant).names_near(name, limit=MOST_NAMES)
+    raise unknown("delta", reference, "/v1/deltas", near, name)
 
 
 def _standing(job: JobRow | ShownJob) -> str:

@@ -114,7 +114,7 @@ def _find(session: Session, tenant_id: str, model: str) -> ShownDelta | BaseRow:
     row = row or BaseRepository(session, tenant_id).find(model)
     if row is None:
         bases = BaseRepository(session, tenant_id).page(limit=MOST_NAMES)
-        models = ModelRepository(session, tenant_id).names(limit=MOST_NAMES)
+        models = ModelRepository(session, tenant_id).names_near(model, limit=MOST_NAMES)
         raise unknown("model", model, "/v1/models", [*(base.name for base in bases), *models])
     return row
 

@@ -30,7 +30,7 @@ def require_model(session: Session, tenant_id: str, name: str, *, lock: bool = F
                 deleted=name,
                 restore=restore,
             )
-        raise unknown("model", name, "/v1/registry", models.names(limit=MOST_NAMES))
+        raise unknown("model", name, "/v1/registry", models.names_near(name, limit=MOST_NAMES))
     return model
 
 

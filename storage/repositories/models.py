@@ -196,10 +196,14 @@ class ModelRepository:
         query = query.where(*terms.conditions(ModelRow.id))
         return self.session.scalars(query.order_by(ModelRow.name).limit(limit)).all()
 
-    def names(self, *, limit: int) -> Sequence[str]:
-        """Up to `limit` of the models' names, in order."""
+    def names_near(self, name: str, *, limit: int) -> list[str]:
+        """Names of models that precede or follow `name` in the alphabet, up to `limit` of each."""
         query = select(ModelRow.name).where(self._owned(), ModelRow.deleted_at.is_(None))
-        return self.session.scalars(query.order_by(ModelRow.name).limit(limit)).all()
+        before = query.where(ModelRow.name < name).order_by(ModelRow.name.desc())
+        after = query.where(ModelRow.name >= name).order_by(ModelRow.name)
+        return [
+            found for part in (before, after) for found in self.session.scalars(part.limit(limit))
+        ]
 
     def answering(self, *, limit: int, after: str | None = None) -> list[Answering]:
         """What up to `limit` bare names that follow `after` mean, by name."""

@@ -199,6 +199,19 @@ def test_another_tenants_objects_are_not_found(api: Api, other: Api) -> None:
     assert delta["name"] not in other.client.get("/").text
 
 
+def test_only_the_tenants_own_names_are_suggested(api: Api, other: Api) -> None:
+    api.delta(name="maths/skills")
+    routes = {
+        "/v1/deltas/maths/skils:1": "'maths/skills'",
+        "/v1/registry/maths/skill": "'maths/skills'",
+        "/v1/bases/tny": "'tiny'",
+        "/v1/models/tinyy": "'tiny'",
+    }
+    for route, name in routes.items():
+        assert f"Did you mean {name}?" in api.client.get(route).text, route
+        assert "Did you mean" not in other.client.get(route).text, route
+
+
 def test_what_another_tenant_uploaded_cannot_be_used_or_told(api: Api, other: Api) -> None:
     """Digests of another tenant's checkpoint, text and equal request give what unknown ones do."""
     body = api.delta_body()

@@ -55,6 +55,16 @@ def test_a_poorer_push_does_not_change_what_the_name_means(database: Database) -
         assert meaning(session, f"{NAME}@prod") is meaning(session, "p/none") is None
 
 
+def test_the_names_before_and_after_a_name(database: Database) -> None:
+    with database.session_scope() as session:
+        models = ModelRepository(session, LOCAL_TENANT)
+        for name in ("a/a", "a/c", "b/a", "c/a"):
+            models.open(name)
+        session.flush()
+        assert models.names_near("a/b", limit=1) == ["a/a", "a/c"]
+        assert models.names_near("b/a", limit=2) == ["a/c", "a/a", "b/a", "c/a"]
+
+
 def test_the_best_of_what_was_pushed_at_once_becomes_the_default(database: Database) -> None:
     """Whichever is ready first; a later push, or one without a figure, of another fine-tune or
     measured on another text, changes nothing.
