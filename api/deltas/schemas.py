@@ -390,5 +390,6 @@ class ReportOut(BaseModel):
     other_tensors: list[dict[str, Any]] = Field(default_factory=list)
     notes: list[str] = Field(
         default_factory=list,
-        description="What was not taken from the fine-tune's folder, and why figures are missing.",
+        description="What was not taken from the fine-tune's folder, and why figures are missing "
+        "or poor.",
     )

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from deltadock.errors import InvalidInput
+
+POOR: Final = 0.5
+"""Fraction of the base's KL from which on a report says that a delta is far from its fine-tune."""
 
 Rank = tuple[int, float, int, int]
 """Of a decomposed matrix: place from 1, singular value, bits of U's vector and of V's, 0 if
@@ -114,7 +117,8 @@ class Report:
     sampled from the fine-tune) and `tokens` of each source; empty if nothing was measured."""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
-    """What was not taken from the fine-tune's folder, and why figures are missing, in words."""
+    """What was not taken from the fine-tune's folder, and why figures are missing or poor, in
+    words."""
 
     @property
     def ratio(self) -> float:
@@ -127,7 +131,7 @@ class Report:
         return 8 * self.artifact_bytes / self.parameters
 
     def set_quality(self, quality: Quality, measured_on: list[dict[str, Any]]) -> None:
-        """Copy the figures of the whole model, and describe their text."""
+        """Copy the figures of the whole model, describe their text, and say if they are poor."""
         self.measured_on = measured_on
         self.kl = quality.kl
         self.kl_base = quality.kl_base
@@ -135,6 +139,11 @@ class Report:
         self.nll = quality.nll
         self.nll_finetuned = quality.nll_finetuned
         self.nll_base = quality.nll_base
+        if quality.kl > POOR * quality.kl_base:
+            self.notes.append(
+                f"The delta is far from its fine-tune: its KL is {quality.kl:.3g}, that of the "
+                f"bare base {quality.kl_base:.3g}. Allow more bits, or take another method or text."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with `ratio` and `true_bits`.

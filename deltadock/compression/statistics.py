@@ -24,6 +24,9 @@ from deltadock.words import counted
 GRADIENT_TOKENS: Final = 32 * 2048
 """Tokens of the calibration text that run backward."""
 
+SHORTEST_STATE: Final = 0.1
+"""Length of a hidden state, relative to the median, from which on its gradient counts in full."""
+
 Role = Literal["linear", "head", "embedding"]
 
 
@@ -314,18 +317,18 @@ class _BackwardPass:
         model, source, scratch = self._model, self._source, self._scratch
         count = len(model.blocks)
         progress.report("gradients", 0, count + 1, "output head, gradients")
-        variance, gradient = self._head(scratch.get("last states", model.device))
+        states = scratch.get("last states", model.device)
+        variance, gradient = self._head(states)
+        bound_gradient(gradient, states)
         for index in reversed(range(count)):
             message = f"block {index + 1} of {count}, gradients"
             progress.report("gradients", count - index, count + 1, message)
             moments = MomentCollector()
+            states = scratch.get(f"states {index}", model.device)
             gradient = model.backward_block(
-                index,
-                scratch.get(f"states {index}", model.device),
-                gradient,
-                source,
-                observe_gradients=moments,
+                index, states, gradient, source, observe_gradients=moments
             )
+            bound_gradient(gradient, states)
             refs = model.matrices[model.blocks[index]]
             for matrix in self._statistics.matrices:
                 if matrix.block == index:
@@ -386,6 +389,20 @@ class _BackwardPass:
         before = table[tokens.flatten()].double()
         after = self._model.embed(tokens, self._source).flatten(0, 1).double().cpu()
         return float((before * after).sum() / before.square().sum().clamp_min(1e-300))
+
+
+def bound_gradient(gradient: Tensor, states: Tensor) -> None:
+    """Scale gradients at short hidden states (..., n), in place, to what longer ones would have.
+
+    A norm divides by its input's length, so that the gradient at a state of almost none (`bos` and
+    padding tokens often have rows of zeros) exceeds all others by orders, while no finite error
+    there costs more than elsewhere: the norm's output is bounded. Such a position would decide the
+    second moments alone, at every norm more. Its gradient is taken as if the state were of
+    `SHORTEST_STATE` of the median length.
+    """
+    length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+    least = (SHORTEST_STATE * length.median()).clamp_min(torch.finfo(torch.float32).tiny)
+    gradient *= (length / least).clamp_max(1).to(gradient)
 
 
 def _second_moment(states: Tensor) -> Tensor:

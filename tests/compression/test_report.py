@@ -3,7 +3,9 @@
 import json
 import math
 
-from deltadock.compression.report import Report
+import pytest
+
+from deltadock.compression.report import Quality, Report
 
 
 def test_figures_that_json_cannot_hold_are_left_out_with_a_note() -> None:
@@ -15,3 +17,12 @@ def test_figures_that_json_cannot_hold_are_left_out_with_a_note() -> None:
     assert (document["kl"], document["nll"], document["agreement"]) == (None, None, 0.5)
     assert document["distillation"] == {"before": None, "after": 0.25}
     assert document["notes"] == ["Not finite, and so left out: kl, nll."]
+
+
+@pytest.mark.parametrize(("kl", "poor"), [(0.9, False), (1.1, True), (3.0, True)])
+def test_a_delta_that_is_far_from_its_fine_tune_has_a_note(kl: float, poor: bool) -> None:
+    report = Report("optimix", 1.0, 1000, 10**6, 10**6, "", None)
+    report.set_quality(Quality(kl, 2.0, 0.5, 1.0, 1.0, 3.0, 100), [])
+    assert [note.startswith("The delta is far from its fine-tune") for note in report.notes] == [
+        True
+    ] * poor

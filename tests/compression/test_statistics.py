@@ -43,10 +43,19 @@ def scratch() -> Iterator[Scratch]:
 
 
 def collected(
-    family: str, folder: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    folder: Path,
+    scratch: Scratch,
+    monkeypatch: pytest.MonkeyPatch,
+    train: Tensor = TRAIN,
+    zero_row: int | None = None,
 ) -> Collected:
     save(CASES[family], folder / "base")
     whole = save(CASES[family], folder / "tuned", scale=0.02)
+    if zero_row is not None:
+        with torch.no_grad():
+            whole.get_input_embeddings().weight[zero_row] = 0
+        whole.save_pretrained(folder / "tuned")
     monkeypatch.setattr(statistics, "GRADIENT_TOKENS", SEEN.numel() + 5)
     drawn, draw = [], statistics.draw
 
@@ -57,7 +66,7 @@ def collected(
     monkeypatch.setattr(statistics, "draw", kept)
     pair = open_pair(folder / "base", folder / "tuned")
     model = BlockwiseModel(folder / "tuned")
-    data = CalibrationSet(TRAIN, UNSEEN, HELD, "", [])
+    data = CalibrationSet(train, UNSEEN, HELD, "", [])
     seen: list[str] = []
     found = collect(
         pair,
@@ -172,6 +181,44 @@ def test_moments_equal_plain_transformers(
         found.outputs(embedding.ref.key).outer(found.inputs(embedding.ref.key).flatten()),
         rows.outer((columns / columns.trace()).flatten()),
     )
+
+
+def test_a_state_of_zeros_does_not_decide_the_moments(
+    tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without biases, an initial token whose row is zero has states of zeros in every block.
+    train = TRAIN.clone()
+    train[:, 0] = 3
+    found, _, _, whole, labels = collected(
+        "llama", tmp_path, scratch, monkeypatch, train=train, zero_row=3
+    )
+    _, gradients, _ = run_whole(whole, train[[0, 2, 4]], labels)
+    for matrix in found.matrices:
+        path = matrix.ref.name.removesuffix(".weight")
+        if path.endswith(("o_proj", "down_proj")):
+            without = gradients[path].index_fill(1, torch.tensor(0), 0.0)
+            assert gradients[path].norm() > 10 * without.norm()
+            close(found.outputs(matrix.ref.key), second_moment(without))
+    table = found.matrices[-1]
+    assert table.role == "embedding"
+    without = gradients["model.embed_tokens"].index_fill(1, torch.tensor(0), 0.0)
+    close(found.inputs(table.ref.key), second_moment(without))
+
+
+def test_only_the_gradients_at_short_states_are_bounded() -> None:
+    states = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    gradient = torch.ones(2, 8, 16)
+    states[1, 3], states[0, 2] = 0, states[0, 2] / 1e3
+    statistics.bound_gradient(gradient, states)
+    length = states.norm(dim=-1)
+    factors = gradient[..., 0].clone()
+    assert factors[1, 3] == 0
+    assert factors[0, 2] == pytest.approx(float(10 * length[0, 2] / length.median()))
+    factors[1, 3] = factors[0, 2] = 1
+    assert (factors == 1).all()
+    zeros = torch.ones(1, 2, 4)
+    statistics.bound_gradient(zeros, torch.zeros(1, 2, 4))
+    assert (zeros == 0).all()
 
 
 def test_labels_are_sampled_from_the_models_own_predictions(
