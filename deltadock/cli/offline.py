@@ -389,7 +389,14 @@ def _preview(finetuned: Path, base: Path | None, method: str, goal: Goal | None)
 def evaluate(
     base: Folder,
     delta: DeltaFile,
-    finetuned: Folder,
+    finetuned: Annotated[
+        Path,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Hugging Face checkpoint folder, or a PEFT adapter's.",
+        ),
+    ],
     text: Annotated[
         Path,
         typer.Option(exists=True, dir_okay=False, help=".txt or .jsonl, as for calibration."),
@@ -399,9 +406,13 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
 ) -> None:
     """Measure a delta against its fine-tune and base on a text."""
+    from deltadock.artifacts.checkpoint import ADAPTER_CONFIG, folder_files
     from deltadock.client.progress import work_bar
-    from deltadock.compression.quality import evaluate as run
+    from deltadock.compression.adapters import evaluate_adapter
+    from deltadock.compression.quality import evaluate as evaluate_model
 
+    is_adapter = ADAPTER_CONFIG in folder_files(finetuned)
+    run = evaluate_adapter if is_adapter else evaluate_model
     with work_bar(errors) as show:
         show("", "reading the checkpoints", None)
         quality = run(
@@ -473,6 +484,7 @@ def inspect(delta: DeltaArgument, as_json: AsJson = False) -> None:
             ("calibration", ", ".join(f"{key} {calibration[key]}" for key in sorted(calibration))),
             ("files", ", ".join(totals["files"])),
             ("version", str(totals["version"])),
+            ("hashes", f"not verified; deltadock verify {delta} does it"),
         ]
     )
 

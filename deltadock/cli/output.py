@@ -67,25 +67,26 @@ def print_table(
     rows: Iterable[Sequence[str]],
     empty: str,
     spare: Iterable[str] = (),
+    piped: int = WIDE,
 ) -> None:
     """Print a table, or else on stderr what to do about it being empty.
 
     A terminal that is too narrow for all columns shows none of `spare`, which the first leaves
-    first.
+    first. Where no one looks at a screen, lines wrap after `piped` characters.
     """
-    cells = list(rows)
+    cells, screen = list(rows), _screen_width(piped)
     if not cells:
         say(empty)
         return
     columns = list(zip(headings, *cells, strict=True))
     for heading in spare:
-        if _width(map(_least, columns)) <= _screen_width():
+        if _width(map(_least, columns)) <= screen:
             break
         columns = [column for column in columns if column[0] != heading]
     table = Table(
         *(
             Column(column[0], width=width, overflow="fold")
-            for column, width in zip(columns, _widths(columns), strict=True)
+            for column, width in zip(columns, _widths(columns, screen), strict=True)
         ),
         box=None,
         pad_edge=False,
@@ -95,14 +96,14 @@ def print_table(
     _print_wide(table)
 
 
-def _widths(columns: Sequence[Sequence[str]]) -> list[int]:
+def _widths(columns: Sequence[Sequence[str]], screen: int) -> list[int]:
     """Widths of a table's columns: the widest wrap first, between words only.
 
     So names and ids stay whole, if need be in lines that are longer than the terminal is wide.
     """
     widths = [max(map(cell_len, column)) for column in columns]
     least = list(map(_least, columns))
-    for _ in range(_width(widths) - _screen_width()):
+    for _ in range(_width(widths) - screen):
         spare = [number for number, width in enumerate(widths) if width > least[number]]
         if spare:
             widths[max(spare, key=widths.__getitem__)] -= 1
@@ -121,9 +122,9 @@ def _width(columns: Iterable[int]) -> int:
     return sum(widths) + GAP * (len(widths) - 1)
 
 
-def _screen_width() -> int:
-    """Columns of the terminal; where no one looks at a screen, enough to cut nothing."""
-    return output.width if output.is_terminal else WIDE
+def _screen_width(piped: int = WIDE) -> int:
+    """Columns of the terminal, or `piped` where no one looks at a screen."""
+    return output.width if output.is_terminal else piped
 
 
 def _print_wide(table: Table) -> None:

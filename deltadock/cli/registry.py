@@ -36,6 +36,9 @@ from deltadock.cli.server import (
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
 from deltadock.words import counted, size_text
 
+COMPARED_COLUMNS = 100
+"""Of a comparison that goes to a pipe, in which answers would make long lines."""
+
 if TYPE_CHECKING:
     from deltadock.client.http import Client
     from deltadock.client.resources import Artifact, Delta, Metrics
@@ -200,9 +203,7 @@ def rm(
             metavar="NAME", help="Deltas; with --all, models.", autocompletion=complete_model
         ),
     ],
-    whole: Annotated[
-        bool, typer.Option("--all", help="Whole models with all versions, for good.")
-    ] = False,
+    whole: Annotated[bool, typer.Option("--all", help="Whole models with all versions.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
     url: Url = None,
@@ -366,6 +367,9 @@ def compare(
         )
         return
     columns = [dict(delta.rows()) for delta in found]
+    for column in columns:
+        if "sha256" in column:  # enough to tell them apart
+            column["sha256"] = column["sha256"][:16]
     labels = dict.fromkeys(label for column in columns for label in column if label != "delta")
     rows = []
     for label in labels:
@@ -373,6 +377,6 @@ def compare(
         rows.append(("≠" if len(set(values)) > 1 else "", label, *values))
     if answers:
         rows.append(("≠" if len(set(answers)) > 1 else "", "answer", *answers))
-    print_table(("", "", *(delta.reference for delta in found)), rows, "")
+    print_table(("", "", *(delta.reference for delta in found)), rows, "", piped=COMPARED_COLUMNS)
     if len({tuple(delta.lineage.calibration) for delta in found if delta.lineage}) > 1:
         say("KL and agreement are of different texts, so they do not say which is better.")

@@ -9,8 +9,9 @@ adapter stores whole (`modules_to_save`, biases, a resized vocabulary) replace t
 import hashlib
 import json
 import math
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -54,14 +55,15 @@ from deltadock.compression.calibration.windows import (
     MEASURED_TOKENS,
     load_calibration,
     measured_source,
+    read_windows,
     sample_windows,
 )
 from deltadock.compression.checkpoints import CheckpointReader, ResizedSource, diverged, to_numpy
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.options import CompressOptions, Source
 from deltadock.compression.progress import ProgressReporter
-from deltadock.compression.quality import MergedSource, measure
-from deltadock.compression.report import Report, TensorReport, not_measured
+from deltadock.compression.quality import WINDOW, MergedSource, measure
+from deltadock.compression.report import Quality, Report, TensorReport, not_measured
 from deltadock.compression.work import comparing, measuring
 from deltadock.errors import (
     ArchitectureMismatch,
@@ -583,20 +585,8 @@ def import_adapter(
     progress.report("reading", 0, 1, "reading the base")
     reader = CheckpointReader(base)
     encoded = encode_adapter(reader, adapter)
-    untied = is_tied(reader.manifest) and any(
-        is_head(name) and one.record["kind"] != "alias" for name, one in encoded.items()
-    )
-    shapes = reader.shapes
-    shapes |= {name: tuple(one.record["shape"]) for name, one in encoded.items()}
     progress.report("writing", 0, 1, "writing the artifact")
-    manifest = build_manifest(
-        reader,
-        options,
-        _carried(reader, adapter, shapes, untied=untied),
-        finetuned_digest=adapter_digest(adapter),
-        parameters=reader.parameters,
-    )
-    write_artifact(out, encoded, manifest)
+    shapes = _write(out, reader, adapter, encoded, options)
     report = Report(
         method=options.method,
         nominal_bits=None,
@@ -647,6 +637,68 @@ def import_adapter(
         else:
             report.set_quality(quality, measured_on)
     return report
+
+
+def evaluate_adapter(
+    base: Path,
+    adapter: Path,
+    delta: Path,
+    text: Path,
+    *,
+    window: int = WINDOW,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "cpu",
+) -> Quality:
+    """As `quality.evaluate`, of a fine-tune that is its base with a PEFT adapter.
+
+    Args:
+        base, adapter: folders.
+        delta, text, window, progress, device: as for `quality.evaluate`.
+
+    Raises:
+        BaseMismatch: the delta belongs to another base.
+        InvalidInput: a subclass names what cannot be used.
+    """
+    with tempfile.TemporaryDirectory(prefix="deltadock-adapter-") as name, Artifact(delta) as found:
+        reader, exact = CheckpointReader(base), Path(name, "adapter.delta")
+        found.check_base(reader.manifest.weights_digest)
+        found.check_intact()
+        encoded = encode_adapter(reader, adapter)
+        shapes = _write(exact, reader, adapter, encoded, CompressOptions("lora"))
+        model = BlockwiseModel(base, device, reader.entries)
+        with Artifact(exact) as finetuned:
+            return measure(
+                model,
+                model,
+                read_windows(text, base, min(window, model.max_length)),
+                base=ResizedSource(reader, shapes),
+                finetuned=MergedSource(reader, finetuned, model.device),
+                delta=MergedSource(reader, found, model.device),
+                progress=progress,
+            )
+
+
+def _write(
+    out: Path,
+    base: CheckpointReader,
+    adapter: Path,
+    encoded: Mapping[str, Encoded],
+    options: CompressOptions,
+) -> dict[str, tuple[int, ...]]:
+    """Write the delta file of an encoded adapter; returns the shapes of its model's tensors."""
+    untied = is_tied(base.manifest) and any(
+        is_head(name) and one.record["kind"] != "alias" for name, one in encoded.items()
+    )
+    shapes = base.shapes | {name: tuple(one.record["shape"]) for name, one in encoded.items()}
+    manifest = build_manifest(
+        base,
+        options,
+        _carried(base, adapter, shapes, untied=untied),
+        finetuned_digest=adapter_digest(adapter),
+        parameters=base.parameters,
+    )
+    write_artifact(out, encoded, manifest)
+    return shapes
 
 
 def _carried(

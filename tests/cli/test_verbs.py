@@ -340,7 +340,7 @@ def test_a_delta_that_is_deleted_while_it_is_compressed_cancels_its_job(
     assert f"Continue it: deltadock retry {job}" in deltadock("logs", "-f", job).stderr
 
 
-def test_a_whole_model_is_deleted_for_good(
+def test_a_whole_model_is_deleted_and_comes_back(
     call: Callable[..., Outcome], deltadock: Command, tmp_path: Path
 ) -> None:
     folder = write_finetune(tmp_path / "gone", 7)
@@ -348,6 +348,7 @@ def test_a_whole_model_is_deleted_for_good(
     assert answered(call("rm", "--all", "finetunes/gone", "--yes", "--json"))[0]["last_version"]
     assert deltadock("show", "finetunes/gone:1").code == 1
     assert "finetunes/gone:1 (deleted)" in call("jobs").stdout
+    assert "finetunes/gone:1 is back" in call("undo", "finetunes/gone").stderr
 
 
 def test_deltas_are_compared(
@@ -356,6 +357,7 @@ def test_deltas_are_compared(
     lines = call("compare", *pushed, "--prompt", "17 + 25 =").stdout.splitlines()
     marked = [line.split()[1] for line in lines if line.startswith("≠")]
     assert "sha256" in marked
+    assert max(map(len, lines)) <= 100
     assert any("answer" in line and line.count("42") == 2 for line in lines)
     asked = [request["body"] for request in service.node.requests[-2:]]
     said = [{"role": "user", "content": "17 + 25 ="}]

@@ -17,10 +17,16 @@ from deltadock.artifacts.encodings import Encoded, decode_dense, decode_floats
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
-from deltadock.compression.adapters import adapter_digest, encode_adapter, import_adapter
+from deltadock.compression.adapters import (
+    adapter_digest,
+    encode_adapter,
+    evaluate_adapter,
+    import_adapter,
+)
 from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.progress import ProgressReporter
+from deltadock.compression.quality import evaluate
 from deltadock.errors import (
     ArchitectureMismatch,
     DeltadockError,
@@ -378,6 +384,24 @@ def test_an_adapters_chat_template_overrides_the_bases(
     merge(with_template, out, tmp_path / "merged")
     files = {path.name: path.read_text() for path in (tmp_path / "merged").glob("*.j*")}
     assert chat_format(files).template == ("the adapter's file" if own_file else "the adapter's")
+
+
+def test_a_delta_is_evaluated_against_an_adapter_as_against_its_merged_model(
+    base: Path, make_adapter: MakeAdapter, text: Path, tmp_path: Path
+) -> None:
+    q = CheckpointReader(base).tensor(f"{LAYER}.weight")
+    tensors = factors(*q.shape)
+    arguments = {"calibration": [Source(text)], "progress": ProgressReporter()}
+    other, exact = tmp_path / "other.delta", tmp_path / "exact.delta"
+    doubled = {name: 1.5 * tensor for name, tensor in tensors.items()}
+    import_adapter(base, make_adapter(doubled), other, CompressOptions("lora"), **arguments)  # type: ignore[arg-type]
+    adapter = make_adapter(tensors)
+    import_adapter(base, adapter, exact, CompressOptions("lora"), **arguments)  # type: ignore[arg-type]
+    merge(base, exact, tmp_path / "merged")
+    figures = evaluate_adapter(base, adapter, other, text, window=32)
+    assert figures == evaluate(base, tmp_path / "merged", other, text, window=32)
+    assert figures.kl > 0
+    assert evaluate_adapter(base, adapter, exact, text, window=32).kl == 0
 
 
 def test_a_backtracking_pattern_is_rejected_quickly(
