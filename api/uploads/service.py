@@ -134,11 +134,11 @@ def create_upload(
     damaged = BlobRepository(session).damaged(known)
     rows = []
     for file in files:
-        twin = known.get(file.sha256)
+        twin, weights = known.get(file.sha256), _is_weights(file.path)
         same = (
             twin is not None
             and twin.size == file.size
-            and _is_weights(twin.path) == _is_weights(file.path)
+            and _is_weights(twin.path) == weights
             and file.sha256 not in damaged
             and _holds(blobs, file)
         )
@@ -148,7 +148,7 @@ def create_upload(
                 size=file.size,
                 sha256=file.sha256,
                 stored=same,
-                tensors=twin.tensors if same and twin else [],
+                tensors=uploads.tensors_of(twin) if same and twin and weights else [],
             )
         )
     with within_bytes(session, tenant_id):

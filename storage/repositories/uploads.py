@@ -9,6 +9,7 @@ from sqlalchemy import (
     ColumnElement,
     CursorResult,
     Result,
+    ScalarSelect,
     and_,
     bindparam,
     func,
@@ -18,7 +19,7 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.orm import Session, joinedload, selectinload, undefer
+from sqlalchemy.orm import Session, joinedload, selectinload
 
 from deltadock.storage.database import database_now
 from deltadock.storage.ids import new_id
@@ -109,6 +110,15 @@ class UploadRepository:
         )
         return {row.path: row.tensors for row in self.session.execute(files)}
 
+    @staticmethod
+    def tensors_of(file: UploadFileRow) -> ScalarSelect[Any]:
+        """The tensors of a stored file, for the row of an equal one; the database copies them."""
+        return (
+            select(UploadFileRow.tensors)
+            .where(UploadFileRow.upload_id == file.upload_id, UploadFileRow.path == file.path)
+            .scalar_subquery()
+        )
+
     def page(
         self, *, limit: int, after: UploadRow | None = None, states: Collection[UploadState] = ()
     ) -> Sequence[UploadRow]:
@@ -157,8 +167,7 @@ class UploadRepository:
         return sum(max(0, (every or 0) - int(done)) for every, done in pending)
 
     def stored_files(self, kind: UploadKind, digests: Collection[str]) -> dict[str, UploadFileRow]:
-        """One of the tenant's stored files with each SHA-256, by it, of uploads of this kind, with
-        its tensors.
+        """One of the tenant's stored files with each SHA-256, by it, of uploads of this kind.
 
         However many there are, such as each fine-tune's tokenizer.
         """
@@ -179,9 +188,7 @@ class UploadRepository:
         )
         uploads = self.session.scalars(select(one).select_from(wanted)).all()
         found = self.session.scalars(
-            select(UploadFileRow)
-            .options(undefer(UploadFileRow.tensors))
-            .where(
+            select(UploadFileRow).where(
                 UploadFileRow.upload_id.in_(uploads),
                 UploadFileRow.stored,
                 unindexed(UploadFileRow.sha256).in_(digests),

@@ -135,6 +135,22 @@ def test_a_file_with_the_same_path_is_replaced(database: Database) -> None:
         assert uploads.tensors(upload) == {"a.json": [{"x": 2}], "b.json": [{"x": 2}]}
 
 
+def test_the_database_copies_the_tensors_of_an_equal_file(database: Database) -> None:
+    path, digest, tensors = "model.safetensors", "b" * 64, [{"name": "x", "shape": [1, 2]}]
+    with database.session_scope() as session:
+        file = UploadFileRow(path=path, size=1, sha256=digest, tensors=tensors)
+        UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT, [file])
+    with database.session_scope() as session:
+        uploads = UploadRepository(session, LOCAL_TENANT)
+        known = uploads.stored_files(UploadKind.CHECKPOINT, [digest])[digest]
+        again = UploadFileRow(
+            path=path, size=1, sha256=digest, stored=True, tensors=uploads.tensors_of(known)
+        )
+        second = uploads.add(UploadKind.CHECKPOINT, [again])
+    with database.read_scope() as session:
+        assert UploadRepository(session, LOCAL_TENANT).tensors(second) == {path: tensors}
+
+
 def test_a_calibration_text_is_read_as_it_was_last_uploaded(database: Database) -> None:
     digest = "d" * 64
     with database.session_scope() as session:
