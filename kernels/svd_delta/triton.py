@@ -223,6 +223,23 @@ def load_words(pointers, VECTOR: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def row_addresses(first, rank, last, stride, EMULATE: tl.constexpr):
+    """`first + min(rank, last) * stride`, int64, by two instructions.
+
+    Compilers would multiply 64-bit numbers, and compute what no tile changes once, for all planes,
+    which they keep on the stack.
+    """
+    if EMULATE:
+        addresses = first + tl.minimum(rank, last).to(tl.int64) * stride
+    else:
+        addresses = tl.inline_asm_elementwise(
+            "{.reg .s32 row; min.s32 row, $2, $3; mad.wide.s32 $0, row, $4, $1;}", "=l,l,r,r,r",
+            [first, rank, last, stride], dtype=tl.int64, is_pure=True, pack=1,
+        )  # fmt: skip
+    return addresses
+
+
+@triton.jit
 def load_run(addresses, COUNT: tl.constexpr, VECTOR: tl.constexpr, EMULATE: tl.constexpr):
     """`load_bits` of COUNT consecutive words at each address, as a tuple.
 
@@ -536,21 +553,19 @@ def _block_words(
     # Past the last column or word, those of the next vector or region: of columns that do not
     # exist.
     column = tl.arange(0, 8) * BITS // 32 + tile * (COLUMNS * P // 32)
-    addresses = words_address + 4 * (word[:, None, None] + column[None, None, :]).to(tl.int64)
-    stride = (4 * ((h_out * P + 31) // 32)).to(tl.int64)
-    last = count[:, None] - 1
-    index = tl.arange(0, _RANKS // 4)[None, :] * 4
+    first = words_address + (word[:, None, None] + column[None, None, :]).to(tl.int64) * 4
+    stride = 4 * ((h_out * P + 31) // 32)
     # Past the last rank, words of the last.
-    row_0 = (tl.minimum(index, last).to(tl.int64) * stride)[:, :, None]
-    row_1 = (tl.minimum(index + 1, last).to(tl.int64) * stride)[:, :, None]
-    row_2 = (tl.minimum(index + 2, last).to(tl.int64) * stride)[:, :, None]
-    row_3 = (tl.minimum(index + 3, last).to(tl.int64) * stride)[:, :, None]
+    last = count[:, None, None] - 1
+    index = tl.arange(0, _RANKS // 4)[None, :, None] * 4
+    row_0 = row_addresses(first, index, last, stride, EMULATE)
+    row_1 = row_addresses(first, index + 1, last, stride, EMULATE)
+    row_2 = row_addresses(first, index + 2, last, stride, EMULATE)
+    row_3 = row_addresses(first, index + 3, last, stride, EMULATE)
     return (
-        load_run(addresses + row_0, COUNT, VECTOR, EMULATE),
-        load_run(addresses + row_1, COUNT, VECTOR, EMULATE),
-        load_run(addresses + row_2, COUNT, VECTOR, EMULATE),
-        load_run(addresses + row_3, COUNT, VECTOR, EMULATE),
-    )
+        load_run(row_0, COUNT, VECTOR, EMULATE), load_run(row_1, COUNT, VECTOR, EMULATE),
+        load_run(row_2, COUNT, VECTOR, EMULATE), load_run(row_3, COUNT, VECTOR, EMULATE),
+    )  # fmt: skip
 
 
 @triton.jit
