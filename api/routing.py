@@ -42,9 +42,7 @@ class ApiRoute(APIRoute):
         return super().get_route_handler()
 
 
-def api_router(
-    prefix: str = "", *, route_class: type[APIRoute] = ApiRoute, **options: Any
-) -> APIRouter:
+def api_router(prefix: str = "", **options: Any) -> APIRouter:
     """A router whose routes refuse unknown query parameters; `options` are FastAPI's.
 
     Its routes are added to an app directly. FastAPI's `include_router` would build each of them a
@@ -55,7 +53,7 @@ def api_router(
         dependencies=[Depends(refuse_unknown_query)],
         responses=COMMON_RESPONSES,
         generate_unique_id_function=_operation_id,
-        route_class=route_class,
+        route_class=ApiRoute,
         **options,
     )
 

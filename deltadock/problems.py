@@ -185,6 +185,15 @@ async def _client_disconnected(_request: Request, _error: Exception) -> Response
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
+def log_failure(error: DeltadockError, raised: Exception) -> None:
+    """Log what the server cannot do: with a traceback if that is unexpected."""
+    if error.code == DeltadockError.code:
+        log.error("request_failed", code=error.code, detail=error.message, exc_info=raised)
+    elif error.status >= 500:
+        cause = {} if error.__cause__ is None else {"cause": repr(error.__cause__)}
+        log.warning("request_failed", code=error.code, detail=error.message, **cause)
+
+
 def install_error_handlers(
     app: FastAPI,
     count: Callable[[str], object] | None = None,
@@ -197,11 +206,7 @@ def install_error_handlers(
 
     async def respond(request: Request, raised: Exception) -> Response:
         error = _domain_error(request, raised)
-        if error.code == DeltadockError.code:
-            log.error("request_failed", code=error.code, detail=error.message, exc_info=raised)
-        elif error.status >= 500:
-            cause = {} if error.__cause__ is None else {"cause": repr(error.__cause__)}
-            log.warning("request_failed", code=error.code, detail=error.message, **cause)
+        log_failure(error, raised)
         if count is not None:
             count(error.code)
         if page is not None and _wants_page(request):

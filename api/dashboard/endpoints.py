@@ -150,10 +150,15 @@ def compare_deltas(
     session: ReadSession,
     delta: Annotated[list[str], Query(max_length=20)] = [],  # noqa: B006
 ) -> Response:
-    """Two to four deltas side by side."""
-    references = list(dict.fromkeys(delta))
-    if not 2 <= len(references) <= MOST_COMPARED:
+    """Two to four deltas side by side, or the form that chooses them."""
+    references = [reference for reference in dict.fromkeys(delta) if reference]
+    if len(references) > MOST_COMPARED:
         raise InvalidInput(f"Choose 2 to {MOST_COMPARED} deltas to compare.")
+    if len(references) < 2:
+        answering = ModelRepository(session, caller.tenant_id).answering(limit=CHOICES)
+        choices = [model.name for model in answering]
+        context = {"chosen": references, "choices": choices, "most": MOST_COMPARED}
+        return render(request, "compare_choice.html", context)
     rows = [service.show_delta(session, caller.tenant_id, reference) for reference in references]
     entries = [views.DeltaEntry.of(row) for row in rows]
     deltas = DeltaRepository(session, caller.tenant_id)

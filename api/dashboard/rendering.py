@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -23,13 +22,11 @@ from deltadock.api.access import Caller
 from deltadock.api.dashboard import charts, formats
 from deltadock.api.dashboard.markdown import markdown
 from deltadock.api.dashboard.snippets import PROMPTS
-from deltadock.api.routing import api_router
 from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
 from deltadock.errors import DeltadockError, InvalidInput
+from deltadock.problems import log_failure
 from deltadock.storage.models import Scope
 from deltadock.version import __version__
-
-log = structlog.get_logger(__name__)
 
 FOLDER: Final = Path(__file__).resolve().parent.parent
 POLICY: Final = (
@@ -131,8 +128,7 @@ class PageRoute(APIRoute):
             try:
                 return await handle(request)
             except DeltadockError as error:
-                if error.status >= 500:
-                    log.exception("page_failed", code=error.code)
+                log_failure(error, error)
                 shown: DeltadockError = error
             except RequestValidationError:
                 shown = InvalidInput("This is not a page of the dashboard.")
@@ -142,7 +138,10 @@ class PageRoute(APIRoute):
 
 
 def page_router() -> APIRouter:
-    """A router of pages, which the description of the api leaves out."""
-    return api_router(
+    """A router of pages, which the description of the api leaves out.
+
+    They ignore unknown query parameters, as whatever adds its own to links expects.
+    """
+    return APIRouter(
         include_in_schema=False, route_class=PageRoute, default_response_class=HTMLResponse
     )

@@ -8,6 +8,10 @@ let running = null;
 form?.addEventListener("click", ({ target }) => {
   if (target.dataset.example) form.elements.prompt.value = target.dataset.example;
 });
+form?.elements.prompt.addEventListener("keydown", (event) => {
+  const button = form.querySelector("[type=submit]");
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !button.disabled) form.requestSubmit(button);
+});
 // An empty prompt.
 form?.elements.prompt.addEventListener("invalid", (event) => {
   event.preventDefault();
@@ -62,11 +66,10 @@ async function ask(answer, fields, signal) {
     stream: true,
     stream_options: { include_usage: true },
   };
-  let text = output;
+  let text = output, question;
   if (isChat) {
-    answer.messages = [...(answer.messages ?? []), { role: "user", content: prompt }];
-    body.messages = answer.messages;
-    addTurn(output, "user", prompt);
+    body.messages = [...(answer.messages ?? []), { role: "user", content: prompt }];
+    question = addTurn(output, "user", prompt);
     text = addTurn(output, "assistant", "");
   } else {
     body.prompt = prompt;
@@ -101,7 +104,11 @@ async function ask(answer, fields, signal) {
       note.textContent = error.message;
     }
   } finally {
-    if (isChat) answer.messages.push({ role: "assistant", content: text.textContent });
+    // A chat that was cleared meanwhile stays empty, and what was not answered leaves it.
+    if (isChat && text.isConnected) {
+      if (reason || text.textContent) answer.messages = [...body.messages, { role: "assistant", content: text.textContent }];
+      else for (const turn of [question, text]) turn.remove();
+    }
     answer.removeAttribute("aria-busy");
   }
 }

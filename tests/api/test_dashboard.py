@@ -31,8 +31,8 @@ from tests.api.support import bearer, issue_key
 
 PAGES = (
     "/", "/deltas/{delta}", "/deltas/nothing", "/parts/totals", "/parts/deltas/{delta}/row",
-    "/models/maths/skills", "/new", "/try", "/jobs", "/bases", "/bases/pilot-0.3b", "/nodes",
-    "/keys", "/storage", "/audit", "/docs",
+    "/models/maths/skills", "/new", "/try", "/compare", "/jobs", "/bases", "/bases/pilot-0.3b",
+    "/nodes", "/keys", "/storage", "/audit", "/docs",
 )  # fmt: skip
 
 
@@ -518,7 +518,10 @@ def test_compares_two_to_four_deltas(shared: tuple[Site, seed.Seeded]) -> None:
     assert not {"Method", "Base", "Seed"} & set(differing)
     assert page.count("<circle") == 2
     assert page.count(">best<") == 4
-    assert "2 to 4" in site.text(f"/compare?delta={seeded.ready[0]}", status=422)
+    choice = site.text(f"/compare?delta={seeded.ready[0]}&delta=&utm_source=x")
+    assert choice.count('name="delta"') == 4
+    assert f'value="{seeded.ready[0]}"' in choice
+    assert '<option value="maths/skills">' in choice
     many = "&".join(f"delta={delta}" for delta in seeded.ready[:5])
     site.text(f"/compare?{many}", status=422)
 

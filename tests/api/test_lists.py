@@ -237,13 +237,10 @@ def test_unknown_query_parameters_are_refused(site: TestClient, path: str, allow
     assert f"This route takes: {allowed}." in answer.json()["detail"]
 
 
-def test_openai_routes_and_pages_refuse_unknown_parameters_in_their_format(
-    site: TestClient,
-) -> None:
+def test_openai_routes_refuse_unknown_parameters_in_their_format(site: TestClient) -> None:
     answer = site.get("/v1/models?bogus=1")
     assert answer.status_code == 400
     assert "bogus" in answer.json()["error"]["message"]
-    assert "bogus" in site.get("/?bogus=1").text
 
 
 @pytest.mark.parametrize("after", ["x", "W10", "WyJuYW1lIiwiYSIsMV0", "é", "bnVsbA"])

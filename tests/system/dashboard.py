@@ -50,6 +50,7 @@ WIDE: Final[ViewportSize] = {"width": 1280, "height": 860}
 PHONE: Final[ViewportSize] = {"width": 390, "height": 844}
 PLAIN_PAGES: Final = {
     "list": "/",
+    "choice": "/compare",
     **{
         name: f"/{name}"
         for name in (

@@ -21,7 +21,7 @@ from playwright.sync_api import (
     Route,
     expect,
 )
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, NodeRepository
@@ -287,6 +287,35 @@ def test_base_and_delta_generate_side_by_side(site: Site, page: Page) -> None:
     assert prompts[2:] == ["sort h b d a"] * 2
     page.get_by_role("link", name="Side by side with others").click()
     expect(page.locator(".answer")).to_have_count(2)
+
+
+def test_a_refused_prompt_leaves_the_chat(site: Site, page: Page) -> None:
+    site.node.requests.clear()
+    page.goto(f"/deltas/{site.seeded.ready[0]}")
+    button, prompt = page.get_by_role("button", name="Generate"), page.get_by_label("Prompt")
+    refusal = {
+        "error": {"message": "The prompt has 900 tokens.", "code": "context_length_exceeded"}
+    }
+    site.node.answer = JSONResponse(refusal, 400)
+    try:
+        prompt.fill("far too long")
+        button.click()
+        answers = page.locator(".answer")
+        for answer in answers.all():
+            expect(answer.locator(".figures")).to_contain_text("The prompt has 900 tokens.")
+            expect(answer.locator("output")).to_be_empty()
+    finally:
+        site.node.answer = None
+    red = answers.first.locator(".figures").evaluate("e => getComputedStyle(e).color")
+    hint = answers.first.get_by_text("It has no chat template")
+    expect(hint).to_be_visible()
+    assert hint.evaluate("e => getComputedStyle(e).color") != red
+    prompt.fill("short")
+    prompt.press("Control+Enter")
+    expect(answers.last.locator(".figures")).to_contain_text("tokens/s")
+    asked = [r["body"] for r in site.node.requests if r["path"] == "/v1/chat/completions"]
+    assert [message["content"] for message in asked[-1]["messages"]] == ["short"]
+    expect(answers.last.locator(".turn.user")).to_have_text(["short"])
 
 
 def test_a_generation_can_be_stopped(site: Site, page: Page) -> None:
