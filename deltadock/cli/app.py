@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deltadock.cli import chat, doctor, fleet, jobs, login, offline, push, registry
+from deltadock.cli import chat, doctor, fleet, jobs, login, offline, push, registry, tenants
 from deltadock.cli.outcome import ReportingGroup, on_interrupt
 from deltadock.cli.output import AsJson, age, print_json, print_resources, print_table, say
 from deltadock.cli.server import Url
@@ -136,6 +136,7 @@ keys = typer.Typer(
     help="API keys: of the server that you use, or with --home in the database directly.",
 )
 app.add_typer(keys, name="keys", rich_help_panel=RUNNING)
+app.add_typer(tenants.tenants, name="tenants", rich_help_panel=RUNNING)
 
 KeyRef = Annotated[str, typer.Argument(metavar="KEY", help="The key's id, prefix or name.")]
 

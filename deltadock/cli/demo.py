@@ -203,8 +203,9 @@ def _show_next(console: Console) -> None:
     console.print(
         f"Next: `{command} up` starts it to stay. Then, in another terminal:\n"
         f"   {command} bases add {_shown(SAMPLES / 'base')} --name sample\n"
-        f"   {command} push {_shown(SAMPLES / 'finetuned')} --base sample --name demo/exercises\n"
-        f"   {command} chat demo/exercises 'sort h b d a'",
+        f"   {command} push {_shown(SAMPLES / 'finetuned')} --base sample --name demo/exercises "
+        f"--calibration {_shown(SAMPLES / 'calibration.txt')}\n"
+        f"   {command} run demo/exercises 'sort h b d a'",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -81,7 +81,9 @@ def issue(
     with _session(settings) as session:
         found = TenantRepository(session).find(tenant or LOCAL_TENANT)
         if found is None:
-            raise NotFound(f"There is no tenant {tenant!r}; make it with POST /v1/tenants.")
+            raise NotFound(
+                f"There is no tenant {tenant!r}; make it with `deltadock tenants create {tenant}`."
+            )
         row, key = KeyRepository(session, found.id).issue(
             key_secret(settings), name=name, scopes=map(Scope, scopes), expires_at=expires_at
         )

@@ -411,6 +411,35 @@ class Key(Resource):
         return "expired" if expired else "valid"
 
 
+class Limits(Resource):
+    """What a tenant may use; None is no limit."""
+
+    max_bytes: int | None = None
+    max_deltas: int | None = None
+    max_jobs: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+
+class TenantUsage(Resource):
+    """What a tenant uses of its quotas; jobs are unfinished ones."""
+
+    bytes: int
+    deltas: int
+    jobs: int
+
+
+class Tenant(Resource):
+    """A tenant; `usage` only of a single one."""
+
+    id: str
+    name: str
+    is_operator: bool
+    limits: Limits
+    usage: TenantUsage | None = None
+    created_at: datetime
+
+
 class Preview(Resource):
     """The predicted size of a compression."""
 

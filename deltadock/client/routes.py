@@ -24,6 +24,7 @@ from deltadock.client.resources import (
     Readiness,
     Report,
     Resolved,
+    Tenant,
 )
 from deltadock.errors import InvalidInput
 from deltadock.names import PART, parse_reference
@@ -43,6 +44,16 @@ class GoalOptions(TypedDict, total=False):
     ratio: float | None
     max_kl: float | None
     min_agreement: float | None
+
+
+class TenantLimits(TypedDict, total=False):
+    """What a tenant may use; None is no limit."""
+
+    max_bytes: int | None
+    max_deltas: int | None
+    max_jobs: int | None
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
 
 
 class Sampling(TypedDict, total=False):
@@ -386,6 +397,28 @@ def rotate_key(key: str, grace_seconds: int = 24 * 3600) -> Call[Key]:
     """Make a key like this one, which expires after the grace period."""
     body = {"grace_seconds": grace_seconds}
     return Call("POST", f"/v1/keys/{_segment(key)}/rotate", reader(Key), body=body)
+
+
+def tenants(*, limit: int | None = None) -> Pages[Tenant]:
+    """All tenants by name, without their usage; `limit` is the size of a page."""
+    return Pages.of(Tenant, "/v1/tenants", limit=limit)
+
+
+def tenant(tenant: str) -> Call[Tenant]:
+    """The tenant with this name or id, with its usage."""
+    return Call("GET", f"/v1/tenants/{_segment(tenant)}", reader(Tenant))
+
+
+def create_tenant(name: str, **limits: Unpack[TenantLimits]) -> Call[Tenant]:
+    """Make a tenant; `create_key` makes its first key."""
+    body = {"name": name, **limits}
+    return Call("POST", "/v1/tenants", reader(Tenant), body=body, key=_new_key())
+
+
+def change_tenant(tenant: str, **limits: Unpack[TenantLimits]) -> Call[Tenant]:
+    """Set limits of the tenant with this name or id; those that are left out stay, None is none."""
+    path = f"/v1/tenants/{_segment(tenant)}"
+    return Call("PATCH", path, reader(Tenant), body=limits, idempotent=True)
 
 
 def check_served(model: str) -> Call[None]:

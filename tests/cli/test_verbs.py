@@ -581,6 +581,24 @@ def test_errors_name_what_is_wrong(
     assert progress in ([], ["checking and hashing"])
 
 
+def test_tenants_are_made_limited_and_listed(
+    call: Callable[..., Outcome], deltadock: Command, pushed: list[str]
+) -> None:
+    made = call("tenants", "create", "acme-2", "--max-bytes", "1.5GB", "--max-jobs", 2)
+    assert "deltadock keys create --tenant acme-2 --name admin" in made.stderr
+    changed = call("tenants", "set", "acme-2", "--max-deltas", 10, "--max-jobs", "none")
+    assert changed.stdout.splitlines()[1].split() == [
+        "acme-2", "0", "B", "of", "1.5", "GB", "0", "of", "10", "0", "–", "–",
+    ]  # fmt: skip
+    listed = {tenant["name"]: tenant for tenant in answered(call("tenants", "list", "--json"))}
+    assert listed["acme-2"]["limits"]["max_bytes"] == 1_500_000_000
+    assert listed["acme-2"]["limits"]["max_jobs"] is None
+    assert listed["local"]["usage"]["deltas"] >= len(pushed)
+    refused = deltadock("tenants", "set", "acme-2", "--max-deltas", "10GB")
+    assert (refused.code, "neither a number nor 'none'" in refused.stderr) == (2, True)
+    assert deltadock("tenants", "set", "acme-2").code == 2
+
+
 def test_a_rate_limit_is_waited_for_aloud(
     service: Service, call: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
