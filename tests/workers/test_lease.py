@@ -1,5 +1,7 @@
 """The heartbeat renews a lease and detects its loss."""
 
+import os
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -12,7 +14,14 @@ from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import JobRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext, _reporter
-from deltadock.workers.lease import STOPPING, Lease, LeaseLostError, WorkerStoppingError
+from deltadock.workers.lease import (
+    STOPPING,
+    Lease,
+    LeaseLostError,
+    WorkerStoppingError,
+    expire_leases_of_dead,
+    new_owner,
+)
 from deltadock.workers.metrics import StageClock
 from tests.waiting import wait_until
 
@@ -61,6 +70,30 @@ def test_the_heartbeat_goes_on_after_any_error(
     with Lease(context.database, job_id, "me", SECONDS) as lease:
         wait_until(lambda: bool(renewals))
         assert lease.held == renewals[0]
+
+
+def test_only_leases_of_this_machines_dead_workers_are_ended(
+    context: WorkerContext, submit: Callable[..., str], look: Callable[[str], JobRow]
+) -> None:
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    own = new_owner()
+    owners = {
+        submit(bits=1.0): own,
+        submit(bits=1.5): own.replace(f"-{os.getpid()}-", f"-{dead.pid}-"),
+        submit(bits=2.0): f"another-machine-{dead.pid}-{own[-12:]}",
+    }
+    with context.database.session_scope() as session:
+        for job, owner in owners.items():
+            assert JobRepository(session, LOCAL_TENANT).acquire(job, owner, 3600)
+    expire_leases_of_dead(context.database)
+    with context.database.read_scope() as session:
+        live = JobRepository(session, LOCAL_TENANT).leases()
+        lost = JobRepository(session, LOCAL_TENANT).lost()
+    ours, gone, foreign = owners
+    assert live == {ours: own, foreign: owners[foreign]}
+    assert lost == [gone]
+    assert look(gone).message == "waiting for a worker to continue"
 
 
 def test_a_lost_lease_raises_at_the_next_step(
