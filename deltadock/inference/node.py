@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
@@ -18,6 +18,7 @@ from deltadock.inference.deltas.tiers import DiskTier
 from deltadock.inference.engine.sampling import SamplingParams
 from deltadock.inference.generation import Generation
 from deltadock.inference.metrics import Metrics
+from deltadock.inference.model.loading import check_servable
 from deltadock.inference.prompts.chat import PROCESSES, TemplateSandbox
 from deltadock.inference.prompts.grammar import TokenGrammar
 from deltadock.inference.prompts.tokenizer import Tokenizer
@@ -307,8 +308,12 @@ class InferenceNode:
         base = self.base
         return base if base is not None and digest in {None, base.digest} else None
 
-    def _hold(self, digest: str) -> AbstractContextManager[FetchedCheckpoint]:
-        return self._files.held_checkpoint(digest, self.settings.checkpoint_cache_bytes)
+    @contextmanager
+    def _hold(self, digest: str) -> Iterator[FetchedCheckpoint]:
+        limit = self.settings.checkpoint_cache_bytes
+        with self._files.held_checkpoint(digest, limit) as (folder, manifest):
+            check_servable(manifest)  # before another base makes room for it
+            yield folder, manifest
 
     def _serve(self, name: str, fetched: FetchedCheckpoint) -> ServedBase:
         folder, manifest = fetched

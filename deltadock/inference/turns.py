@@ -47,7 +47,7 @@ class BaseTurns:
         fetch: Callable[[str], AbstractContextManager[FetchedCheckpoint]],
         load: Callable[[str, FetchedCheckpoint], ServedBase],
     ) -> None:
-        """`fetch` holds a checkpoint on disk, `load` reads it into memory; both block."""
+        """`fetch` holds a checked checkpoint on disk, `load` reads it into memory; both block."""
         self.current: ServedBase | None = None
         self._fetch, self._load = fetch, load
         self._turn_ends = float("-inf")
@@ -96,7 +96,7 @@ class BaseTurns:
     async def _change(self, digest: str, change: _Change) -> None:
         try:
             with ExitStack() as held:
-                # On disk and verified before the current base takes no more requests.
+                # On disk and checked before the current base takes no more requests.
                 fetched = await asyncio.to_thread(held.enter_context, self._fetch(digest))
                 change.fetched.set()
                 async with self._changing:

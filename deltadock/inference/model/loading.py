@@ -54,6 +54,20 @@ def serving_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     return stored if stored in {torch.float16, torch.bfloat16} else torch.bfloat16
 
 
+def check_servable(manifest: CheckpointManifest) -> None:
+    """Check what the configuration tells before any weight is read.
+
+    Raises:
+        UnsupportedModel: the family cannot be served, or the weights are quantized.
+    """
+    family = manifest.config.get("model_type")
+    if family not in FAMILIES or "quantization_config" in manifest.config:
+        raise UnsupportedModel(
+            f"A {family!r} checkpoint of this kind cannot be served; "
+            f"unquantized {', '.join(FAMILIES)} can."
+        )
+
+
 def load_base(
     folder: Path,
     manifest: CheckpointManifest,
@@ -68,13 +82,9 @@ def load_base(
         UnsupportedModel: the family cannot be served, or the weights are quantized.
         InvalidCheckpoint: tensors are missing or have other shapes.
     """
+    check_servable(manifest)
     settings = dict(manifest.config)
-    family = settings.get("model_type")
-    if family not in FAMILIES or "quantization_config" in settings:
-        raise UnsupportedModel(
-            f"A {family!r} checkpoint of this kind cannot be served; "
-            f"unquantized {', '.join(FAMILIES)} can."
-        )
+    family = settings["model_type"]
     config_class, model_class = FAMILIES[family]
     tensors = _read_tensors(folder, sorted({tensor.file for tensor in manifest.tensors}))
     embedding = find_name(EMBEDDING, tensors, family)

@@ -273,6 +273,18 @@ def test_an_idle_node_changes_its_base(site: Site, tmp_path: Path) -> None:
         adopted = node.node.base
         with node.client("0" * 64) as client, pytest.raises(openai.NotFoundError):
             client.completions.create(**ASK)
+        folder = shutil.copytree(site.home / "base-0", tmp_path / "unknown")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+        manifest = scan_folder(folder)
+        for file in manifest.files:
+            site.blobs.put_file(folder / file.path)
+        site.blobs.put_bytes(manifest.to_json())
+        with (
+            node.client(manifest.digest) as client,
+            pytest.raises(openai.BadRequestError, match="'gpt2' checkpoint"),
+        ):
+            client.completions.create(**ASK)
         assert node.node.base is adopted, "the current base is kept"
 
 
