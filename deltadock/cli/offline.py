@@ -383,6 +383,11 @@ def _preview(finetuned: Path, base: Path | None, method: str, goal: Goal | None)
     check_same_architecture(before, after)
     check_differs(before, after)
     shapes, carried = shapes_of(after, before), carried_bytes(after, before)
+    if any(shape.recast for shape in shapes):  # only their values tell what has changed
+        from deltadock.compression.checkpoints import open_pair
+        from deltadock.compression.pipeline import pair_shapes
+
+        shapes = pair_shapes(open_pair(base, finetuned))
     return preview_size(shapes, method, goal, carried=carried)
 
 

@@ -5,14 +5,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.artifacts.compatibility import differing_files
 from deltadock.artifacts.encodings import (
     Encoded,
+    SvdMatrix,
+    Vectors,
     encode_alias,
     encode_exact,
     encode_new_rows,
     encode_stack,
+    encode_svd,
     encode_transposed,
     quantize_rows_midrise,
 )
@@ -74,6 +79,22 @@ def compose_tensors(
     return composed
 
 
+def encode_unchanged(pair: CheckpointPair, name: str) -> Encoded | None:
+    """Encode a tensor that is the base's in another dtype; None if no delta has its shape.
+
+    As a delta of no ranks, which readers of every version apply: the result has its dtype.
+    """
+    entry = pair.finetuned.entries[name]
+    if pair.added_rows(name):
+        return append_rows(pair, name, None)
+    if len(entry.shape) not in (2, 3) or 0 in entry.shape:
+        return None
+    *stacked, h_out, h_in = entry.shape
+    u, v = (Vectors(np.zeros((0, n), np.uint8), np.zeros(0, np.int64), None) for n in (h_out, h_in))
+    one = encode_svd(SvdMatrix(u, np.zeros(0, np.float32), v), entry.dtype)
+    return encode_stack([one, *[None] * (stacked[0] - 1)]) if stacked else one
+
+
 def overflows(pair: CheckpointPair, name: str, encoded: Encoded) -> bool:
     """Whether base plus delta is beyond float16, the one dtype whose range weights may fill."""
     if pair.finetuned.entries[name].dtype != "F16":
@@ -91,7 +112,8 @@ def encode_remaining(
     """Encode every changed tensor that the method did not compress.
 
     A tensor with the content of another one, in base and fine-tune alike (a tied head that is
-    stored on disk), becomes its alias; the rest is stored exactly.
+    stored on disk), becomes its alias; one that is the base's in another dtype takes no room; the
+    rest is stored exactly.
 
     Args:
         pair: the two checkpoints.
@@ -113,7 +135,10 @@ def encode_remaining(
             reports.append(TensorReport(name, "alias", list(entry.shape), 0))
             continue
         one: Encoded | None = None
-        if name == embedding and embedding_bits is not None and pair.is_float(name):
+        recast = pair.recast(name)
+        if recast.in_bits or (recast.in_value and embedding_bits is not None):
+            one = encode_unchanged(pair, name)
+        elif name == embedding and embedding_bits is not None and pair.is_float(name):
             delta = pair.delta(MatrixRef(name)).numpy()
             one = quantize_rows_midrise(delta, embedding_bits, entry.dtype)
             if pair.added_rows(name):

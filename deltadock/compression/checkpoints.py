@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -176,6 +176,13 @@ class ResizedSource:
         return torch.cat([tensor, mean.expand(added, *tensor.shape[1:])])
 
 
+class Recast(NamedTuple):
+    """Whether a tensor is the base's in another dtype: in value, and in every bit (-0 is not 0)."""
+
+    in_value: bool
+    in_bits: bool
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointPair:
     """A fine-tune and its base, of one architecture."""
@@ -184,6 +191,7 @@ class CheckpointPair:
     finetuned: CheckpointReader
     notes: tuple[str, ...] = ()
     """What was not taken from the fine-tune, or not found there, in words."""
+    _recast: dict[str, Recast] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tokenizer_base(self) -> Path | None:
@@ -195,6 +203,23 @@ class CheckpointPair:
         """Whether a tensor differs from the base's, by digest and dtype."""
         ours, theirs = self.finetuned.entries[name], self.base.entries[name]
         return (ours.sha256, ours.dtype) != (theirs.sha256, theirs.dtype)
+
+    def recast(self, name: str) -> Recast:
+        """Compare a tensor of another dtype than the base's with the base's, rounded to it.
+
+        Of a larger vocabulary, the base's rows are compared. Both tensors are read once.
+        """
+        if name not in self._recast:
+            dtypes = self.finetuned.entries[name].dtype, self.base.entries[name].dtype
+            if dtypes[0] == dtypes[1] or not self.is_float(name):
+                return Recast(False, False)
+            before, after = self.base.tensor(name), self.finetuned.tensor(name)
+            after = after[: len(before)] if after.ndim else after
+            applied = (before.float() + 0.0).to(after.dtype)  # as a delta of zeros is
+            same = torch.equal(applied, after)
+            signs = same and torch.equal(applied.signbit(), after.signbit())
+            self._recast[name] = Recast(same, signs)
+        return self._recast[name]
 
     def content(self, name: str) -> tuple[Any, ...]:
         """Key that is equal for tensors with equal content, in the base and in the fine-tune."""
@@ -220,10 +245,19 @@ class CheckpointPair:
         return math.prod(self.shape(ref))
 
     def delta(self, ref: MatrixRef, device: torch.device | str = "cpu") -> Tensor:
-        """Fine-tuned minus base of a linear map, (h_out, h_in) float32, without added rows."""
+        """Fine-tuned minus base of a linear map, (h_out, h_in) float32, without added rows.
+
+        The base is rounded to the fine-tune's dtype, as the sum with the delta will be: else what
+        rounding changed would be taken for training.
+        """
         before = self.base.matrix(ref).to(device)
         after = self.finetuned.matrix(ref).to(device)
-        return (after[: len(before)] if after.ndim else after).float() - before.float()
+        after = after[: len(before)] if after.ndim else after
+        if before.dtype != after.dtype:
+            before = before.float()
+            rounded = before.to(after.dtype).float()
+            before = torch.where(rounded.isfinite(), rounded, before)
+        return after.float() - before.float()
 
 
 def open_pair(

@@ -21,7 +21,7 @@ from deltadock.compression.options import (
     Source,
     goal_for,
 )
-from deltadock.compression.preview import carried_bytes, preview_size, shapes_of
+from deltadock.compression.preview import TensorShape, carried_bytes, preview_size, shapes_of
 from deltadock.compression.progress import Progress, ProgressReporter
 from deltadock.compression.report import Report
 from deltadock.compression.residence import scratch_for
@@ -150,5 +150,13 @@ def _first_guess(pair: CheckpointPair, info: MethodInfo, goal: Goal | None) -> f
     if goal is None or limit is None:
         return 0.0
     manifests = pair.finetuned.manifest, pair.base.manifest
-    shapes, carried = shapes_of(*manifests), carried_bytes(*manifests)
-    return preview_size(shapes, info.name, goal, carried=carried).bits or 0.0
+    carried = carried_bytes(*manifests)
+    return preview_size(pair_shapes(pair), info.name, goal, carried=carried).bits or 0.0
+
+
+def pair_shapes(pair: CheckpointPair) -> list[TensorShape]:
+    """As `shapes_of`, with tensors of another dtype than the base's compared by their values."""
+    return [
+        shape._replace(changed=shape.changed and not pair.recast(shape.name).in_value, recast=False)
+        for shape in shapes_of(pair.finetuned.manifest, pair.base.manifest)
+    ]

@@ -44,12 +44,17 @@ RUNS_PADDING: Final = 680
 
 
 class TensorShape(NamedTuple):
-    """A tensor of the fine-tune: its name, safetensors dtype, shape, and whether it changed."""
+    """A tensor of the fine-tune: its name, safetensors dtype, shape, and whether it changed.
+
+    One that was saved in another dtype than the base's counts as changed, though its values may be
+    the same (`recast`): only reading both tells.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     changed: bool = True
+    recast: bool = False
 
     @property
     def weights(self) -> int:
@@ -286,7 +291,13 @@ def shapes_of(
         return [TensorShape(t.name, t.dtype, t.shape) for t in finetuned.tensors]
     before = {t.name: (t.dtype, t.shape, t.sha256) for t in base.tensors}
     return [
-        TensorShape(name, t.dtype, t.shape, before.get(name) != (t.dtype, t.shape, t.sha256))
+        TensorShape(
+            name,
+            t.dtype,
+            t.shape,
+            before.get(name) != (t.dtype, t.shape, t.sha256),
+            name in before and before[name][0] != t.dtype,
+        )
         for name, t in sorted(match_tensors(base, finetuned).items())
     ]
 
@@ -331,10 +342,10 @@ def preview_size(
         )
     tensors = list(tensors)
     parameters = sum(tensor.weights for tensor in tensors)
-    kinds = Counter(
-        TensorKind(tensor.role, tensor.dtype, tensor.shape)
-        for tensor in tensors
-        if tensor.changed and tensor.weights
+    changed = [tensor for tensor in tensors if tensor.changed and tensor.weights]
+    kinds, certain = (
+        Counter(TensorKind(tensor.role, tensor.dtype, tensor.shape) for tensor in found)
+        for found in (changed, [tensor for tensor in changed if not tensor.recast])
     )
 
     def at(bits: float | None) -> SizePreview:
@@ -347,10 +358,11 @@ def preview_size(
     low, high = info.bits_min, info.bits_max
     target = goal.value if goal.kind == "target_bytes" else 2 * parameters / goal.value
     least = at(low)
-    if least.artifact_bytes > OVERESTIMATE * target:
+    surely = _preview(certain, method, low, parameters, carried)
+    if surely.artifact_bytes > OVERESTIMATE * target:
         raise InvalidGoal(
             f"{goal} cannot be reached by {method!r}: its smallest artifact of this model takes "
-            f"about {least.artifact_bytes} bytes, a ratio of {least.ratio:.3g}."
+            f"about {surely.artifact_bytes} bytes, a ratio of {surely.ratio:.3g}."
         )
     if least.artifact_bytes > target:
         return least

@@ -59,7 +59,13 @@ def changed_matrices(
     if with_embedding:
         embedding = MatrixRef(model.embedding)
         matrices.append(DeltaMatrix(embedding, "embedding", len(model.blocks) + 1))
-    return [m for m in matrices if pair.changed(m.ref.name) and pair.is_float(m.ref.name)]
+    return [
+        m
+        for m in matrices
+        if pair.changed(m.ref.name)
+        and pair.is_float(m.ref.name)
+        and not pair.recast(m.ref.name).in_value
+    ]
 
 
 def gram(rows: Tensor) -> Tensor:

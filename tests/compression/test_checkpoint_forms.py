@@ -127,6 +127,76 @@ def test_other_float_dtypes(pair: Pair, text: Path, tmp_path: Path, dtype: torch
     assert report.kl < 0.5 * report.kl_base
 
 
+@pytest.mark.parametrize(
+    ("stored", "saved"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("method", ["adamix", "optimix", "exact"])
+def test_what_only_its_dtype_changed_takes_no_room(
+    make_pair: Callable[..., Pair],
+    text: Path,
+    tmp_path: Path,
+    method: str,
+    stored: torch.dtype,
+    saved: torch.dtype,
+) -> None:
+    """As in a LoRA adapter that was merged and saved in another dtype than the base's."""
+    base, tuned = make_pair(tied=False)
+    changed = {"model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.v_proj.weight"}
+    negative = "model.layers.1.mlp.down_proj.weight"
+    noise = torch.Generator().manual_seed(0)
+
+    def refine(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights[negative][0, 0] = -0.0
+        if stored == torch.float32:  # which bfloat16 rounds
+            return {k: w.float() * (1 + 1e-4 * torch.rand(w.shape, generator=noise))
+                    for k, w in weights.items()}  # fmt: skip
+        return {k: w.to(stored) for k, w in weights.items()}
+
+    rewrite(base, refine)
+    before, trained = load_file(base / WEIGHTS), load_file(tuned / WEIGHTS)
+    after = {k: (trained[k] if k in changed else w).to(saved) for k, w in before.items()}
+    rewrite(tuned, lambda _: after)
+    out = tmp_path / "a.delta"
+    options = CompressOptions(
+        method=method, calibration=CalibrationOptions(tokens=512, length=32),
+        bits=None if method == "exact" else 1.0,
+    )  # fmt: skip
+    compress(base, tuned, out, options, calibration=[Source(text)])
+    merge(base, out, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / WEIGHTS)
+    with Artifact(out) as artifact:
+        for name, weight in after.items():
+            assert merged[name].dtype == saved
+            if weight.ndim == 2 and name not in changed and (method, name) != ("exact", negative):
+                assert artifact.tensor_bytes(name) == 0
+            if name not in changed or method == "exact":
+                assert torch.equal(merged[name], weight)
+            if method == "exact":
+                assert torch.equal(merged[name].signbit(), weight.signbit())
+
+
+def test_experts_of_another_dtype_take_no_room(text: Path, tmp_path: Path) -> None:
+    pair = family_pair("mixtral", tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(pair[0])
+    name = "model.layers.0.mlp.experts.down_proj"
+    for folder, dtype in zip(pair, (torch.bfloat16, torch.float32), strict=True):
+        weights = {k: w.bfloat16().to(dtype) for k, w in whole.state_dict().items()}
+        if folder == pair[1]:
+            weights["model.layers.1.self_attn.q_proj.weight"] *= 2
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    _, kinds = run(pair, text, tmp_path)
+    assert kinds[name] == "stack"
+    with Artifact(tmp_path / "a.delta") as artifact:
+        assert artifact.tensor_bytes(name) == 0
+    merged, weights = (load_file(folder / WEIGHTS) for folder in (tmp_path / "merged", pair[1]))
+    assert torch.equal(merged[name], weights[name])
+
+
 @pytest.mark.parametrize("method", ["bitdelta-distilled", "low-rank", "delta-zip"])
 def test_weights_at_the_end_of_float16_stay_finite(
     pair: Pair, text: Path, tmp_path: Path, method: str

@@ -20,7 +20,7 @@ from deltadock.compression.options import (
     Source,
     goal_for,
 )
-from deltadock.compression.pipeline import compress
+from deltadock.compression.pipeline import compress, pair_shapes
 from deltadock.compression.preview import (
     RUNS_PADDING,
     SIZE_ESTIMATES,
@@ -141,6 +141,23 @@ def test_only_changed_tensors_take_bytes(make_pair: Callable[..., Pair]) -> None
         "linear layers", "output head", "embeddings", "other tensors", "manifest",
     ]  # fmt: skip
     assert sum(part.weights for part in whole.parts) == whole.parameters
+
+
+def test_tensors_of_another_dtype_may_be_unchanged(make_pair: Callable[..., Pair]) -> None:
+    """Whether they are only their values tell, so that no size is refused on their account."""
+    base, finetuned = make_pair(tied=False)
+    weights = load_file(base / "model.safetensors")
+    save_file({k: w.float() for k, w in weights.items()}, finetuned / "model.safetensors")
+    before, after = scan_folder(base), scan_folder(finetuned)
+    shapes = shapes_of(after, before)
+    assert all(shape.changed and shape.recast for shape in shapes)
+    small = Goal("target_bytes", 6_000)
+    smallest = preview_size(shapes, "adamix", small).artifact_bytes
+    assert smallest > 4 * small.value
+    with pytest.raises(InvalidGoal):
+        preview_size([shape._replace(recast=False) for shape in shapes], "adamix", small)
+    known = pair_shapes(open_pair(base, finetuned))
+    assert not any(shape.changed or shape.recast for shape in known)
 
 
 def test_the_global_budget_covers_all_compressed_tensors() -> None:
