@@ -122,6 +122,8 @@ class Point(NamedTuple):
 
 _LABEL: Final = 32
 """Characters of a name in a plot, the last ones."""
+_PLOT: Final = 640
+"""Pixels across for which names are placed; a plot is often wider, where there is more room."""
 _LEFT, _BOTTOM, _TOP = 56, 40, 12
 """Of the plots that are as wide as their container, in pixels; across, they count in percent."""
 
@@ -160,15 +162,50 @@ def rate_distortion(points: Sequence[Point]) -> Markup:
         # What can be clicked, large enough for a finger.
         target = {"x": across, "y": _n(down - 12), "width": "24", "height": "24"}
         ET.SubElement(cell, "rect", target | {"transform": "translate(-12)"})
-        if point.style == "this":
-            name = point.label.partition(", ")[0]
-            if len(name) > _LABEL:
-                name = f"…{name[1 - _LABEL :]}"
-            is_right = point.bits > most / 2  # where a name would leave the plot
-            side = "projection" if is_right else "start"
-            text = _label(plot, x(point.bits), y(point.kl) + 4, name, side, unit="%")
-            text.set("dx", "-10" if is_right else "10")
+    taken = [Box(_PLOT * x(p.bits) / 100 - 7, y(p.kl) - 7, 14, 14) for p in points]
+    for point in points:
+        if point.style != "this":
+            continue
+        name = point.label.partition(", ")[0]
+        if len(name) > _LABEL:
+            name = f"…{name[1 - _LABEL :]}"
+        boxes = [spot.box(name, x(point.bits), y(point.kl)) for spot in _SPOTS]
+        spot, box = min(zip(_SPOTS, boxes, strict=True), key=lambda one: _hidden(one[1], taken))
+        taken.append(box)
+        text = _label(plot, x(point.bits), y(point.kl) + spot.dy, name, spot.style, unit="%")
+        text.set("dx", str(spot.dx))
     return _markup(root)
+
+
+class _Spot(NamedTuple):
+    """Where a name may be beside its dot: the style that anchors it, and its distance."""
+
+    style: str
+    dx: int
+    dy: int
+
+    def box(self, name: str, across: float, down: float) -> "Box":
+        """The pixels that it takes there."""
+        width = _CHARACTER * len(name)
+        before = {"start": 0.0, "layer": width / 2, "projection": width}[self.style]
+        return Box(_PLOT * across / 100 + self.dx - before, down + self.dy - 9, width, 12)
+
+
+_SPOTS: Final = (
+    _Spot("start", 10, 4), _Spot("projection", -10, 4), _Spot("layer", 0, -11),
+    _Spot("layer", 0, 19), _Spot("start", 8, -9), _Spot("start", 8, 17),
+    _Spot("projection", -8, -9), _Spot("projection", -8, 17),
+)  # fmt: skip
+
+
+def _hidden(name: "Box", taken: Sequence["Box"]) -> float:
+    """How much a name would hide, or lose beyond the edges of the plot."""
+    lost = max(0.0, -name.x) + max(0.0, name.x + name.width - _PLOT) + max(0.0, -name.y)
+    return lost + sum(
+        max(0.0, min(name.x + name.width, box.x + box.width) - max(name.x, box.x))
+        for box in taken
+        if name.y < box.y + box.height and box.y < name.y + name.height
+    )
 
 
 def layer_bits(layers: Sequence[LayerBits], budget: float | None) -> Markup:

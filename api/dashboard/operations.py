@@ -1,6 +1,6 @@
 """Pages of what runs and what is kept: jobs, bases, nodes, keys, storage and the audit log."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Final
 
@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from starlette.responses import Response
 
 from deltadock.api.access import Caller, CallerDep
-from deltadock.api.audit import list_audit_records
+from deltadock.api.audit import AuditRecord, list_audit_records
 from deltadock.api.bases import BaseOut, BaseRef, page_of_bases, require_base
 from deltadock.api.dashboard import charts, views
 from deltadock.api.dashboard.formats import latency, plain, significant, size
@@ -22,7 +22,12 @@ from deltadock.api.nodes import registered_nodes
 from deltadock.api.paging import After
 from deltadock.api.tenants import get_tenant
 from deltadock.storage.models import FINAL_STATES, JobState, NodeSampleRow, Scope
-from deltadock.storage.repositories import KeyRepository, NodeRepository
+from deltadock.storage.repositories import (
+    DeltaRepository,
+    KeyRepository,
+    NodeRepository,
+    UploadRepository,
+)
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
 
 router = page_router()
@@ -222,5 +227,26 @@ def show_audit(
     """Who changed what, newest first."""
     page = list_audit_records(caller, session, after=after)
     keys = KeyRepository(session, caller.tenant_id)
-    names = keys.names({record.key for record in page.data if record.key})
-    return render(request, "audit.html", {"page": page, "names": names, "after": after})
+    context = {
+        "page": page,
+        "names": keys.names({record.key for record in page.data if record.key}),
+        "objects": _names_of_objects(session, caller.tenant_id, page.data),
+        "after": after,
+    }
+    return render(request, "audit.html", context)
+
+
+def _names_of_objects(
+    session: Session, tenant_id: str, records: Iterable[AuditRecord]
+) -> dict[str, str]:
+    """What people call the jobs and uploads of these records, by id."""
+    deltas = {
+        record.object: str(record.details["delta"])
+        for record in records
+        if record.details and "delta" in record.details
+    }
+    references = DeltaRepository(session, tenant_id).references(set(deltas.values()))
+    uploads = {record.object for record in records if record.object.startswith("upl_")}
+    return {
+        job: references[delta] for job, delta in deltas.items() if delta in references
+    } | UploadRepository(session, tenant_id).became(uploads)

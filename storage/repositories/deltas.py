@@ -1,6 +1,6 @@
 """Deltas by id, by name with version or alias, and by fingerprint."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, NamedTuple, Self
 
 from sqlalchemy import ColumnElement, Select, and_, false, func, select, update
@@ -274,6 +274,13 @@ class DeltaRepository:
         return self.session.scalar(
             select(DeltaRow.report).where(DeltaRow.id == delta_id, self._owned())
         )
+
+    def references(self, delta_ids: Collection[str]) -> dict[str, str]:
+        """Names with versions, `project/model:3`, of those of these deltas that there ever were."""
+        query = select(DeltaRow.id, DeltaRow.name, DeltaRow.version).where(
+            DeltaRow.id.in_(delta_ids), owned_by(unindexed(DeltaRow.tenant_id), self.tenant)
+        )
+        return {row.id: f"{row.name}:{row.version}" for row in self.session.execute(query)}
 
     def named_by_artifact(self, digests: Sequence[str]) -> dict[str, list[NamedDelta]]:
         """Deltas with each of these artifacts.

@@ -25,6 +25,8 @@ from deltadock.storage.database import database_now
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
     AuditAction,
+    BaseRow,
+    DeltaRow,
     UploadFileRow,
     UploadKind,
     UploadRow,
@@ -74,6 +76,23 @@ class UploadRepository:
     def _count(self, tenant_id: str, files: Iterable[UploadFileRow], sign: int) -> None:
         blobs = [(file.sha256, file.size) for file in files]
         TotalsRepository(self.session, tenant_id).count_blobs(blobs, sign)
+
+    def became(self, upload_ids: Collection[str]) -> dict[str, str]:
+        """The base or the model that was made of each of these uploads; of several, the first."""
+        found = dict[str, str]()
+        for row, name in ((DeltaRow, DeltaRow.name), (BaseRow, BaseRow.name)):
+            query = (
+                select(UploadRow.id, func.min(name).label("name"))
+                .join(row, UploadRow.checkpoint_digest == row.checkpoint_digest)
+                .where(
+                    UploadRow.id.in_(upload_ids),
+                    owned_by(unindexed(UploadRow.tenant_id), self.tenant),
+                    row.tenant_id == UploadRow.tenant_id,
+                )
+                .group_by(UploadRow.id)
+            )
+            found |= {one.id: one.name for one in self.session.execute(query)}
+        return found
 
     def _record(
         self, action: AuditAction, upload: UploadRow, *, outcome: str = DONE, **details: Any

@@ -189,3 +189,15 @@ def test_a_change_that_is_refused_leaves_no_record(api: Api) -> None:
     answer = api.client.post("/v1/bases", json={"name": "b", "checkpoint": "a" * 64})
     assert answer.status_code == 404
     assert records(api) == before
+
+
+def test_the_page_names_the_deltas_of_jobs_and_uploads(api: Api) -> None:
+    delta = api.delta()
+    api.client.post(f"/v1/jobs/{delta['job']}/cancel")
+    rows = api.client.get("/audit").text.split("<tr>")[1:]
+    for action, name in (
+        ("job.cancel", f"{delta['name']}:{delta['version']}"),
+        ("upload.complete", delta["name"]),
+        ("upload.complete", "tiny"),
+    ):
+        assert any(action in row and f"<small>{name}</small>" in row for row in rows), action

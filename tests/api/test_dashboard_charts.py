@@ -3,6 +3,7 @@
 from datetime import UTC, datetime, timedelta
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,6 +102,38 @@ def test_a_plot_names_a_delta_by_the_end_of_a_long_name() -> None:
     point = charts.Point(f"team/{'a' * 60}:12, optimix", 1.0, 0.01, "/deltas/x", "this")
     root = ET.fromstring(charts.rate_distortion([point]))
     assert f"…{'a' * 28}:12" in [text.text for text in root.iter("text")]
+
+
+@pytest.mark.parametrize(
+    ("others", "style", "side"),
+    [
+        ([], "start", 1),
+        ([(2.1, 0.01)], "projection", -1),
+        ([(2.1, 0.01), (1.9, 0.01)], "layer", 0),
+        ([(0.1, 0.01), (4.0, 0.01)], "start", 1),
+    ],
+)
+def test_a_name_in_a_plot_hides_no_dot(
+    others: list[tuple[float, float]], style: str, side: int
+) -> None:
+    points = [charts.Point("o:1", bits, kl, "/deltas/o", "other") for bits, kl in others]
+    points += [charts.Point("m:1, optimix", 2.0, 0.01, "/deltas/m", "this")]
+    points += [charts.Point("f:1", 4.4, 1.0, "/deltas/f", "other")]
+    (name,) = (
+        text for text in ET.fromstring(charts.rate_distortion(points)).iter("text")
+        if text.text == "m:1"
+    )  # fmt: skip
+    assert (name.attrib["class"], np.sign(int(name.attrib["dx"]))) == (style, side)
+
+
+def test_two_names_in_a_plot_are_apart() -> None:
+    points = [charts.Point(f"m:{n}", 2.0, 0.01, "/deltas/m", "this") for n in (1, 2)]
+    names = [
+        (text.attrib["dx"], text.attrib["y"])
+        for text in ET.fromstring(charts.rate_distortion(points)).iter("text")
+        if (text.text or "").startswith("m:")
+    ]
+    assert len(set(names)) == 2
 
 
 def test_a_value_between_two_gaps_is_a_dot() -> None:
