@@ -81,6 +81,8 @@ class BaseTurns:
         if change is None:
             change = self._changes[digest] = _Change()
             change.task = asyncio.create_task(self._change(digest, change))
+            # Whoever asked may be gone when it fails.
+            change.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         await change.fetched.wait()
         try:
             async with asyncio.timeout(MAX_WAIT_SECONDS):

@@ -45,6 +45,7 @@ def test_models_can_be_named_by_id_name_and_version(
         assert answer.json()["model"] == model
         headers = node.requests[-1]["headers"]
         assert headers["deltadock-base"] == base
+        assert headers["deltadock-base-name"] == "tiny"
         assert headers.get("deltadock-artifact") == artifact_digest
 
 
@@ -74,6 +75,7 @@ def test_a_client_cannot_choose_weights_by_header(
     api.client.post("/v1/completions", json={"model": "tiny", "prompt": "x"}, headers=headers)
     received = node.requests[-1]["headers"]
     assert received["deltadock-base"] == ready[2]
+    assert received["deltadock-base-name"] == "tiny"
     assert "deltadock-artifact" not in received
     assert "cookie" not in received
 
