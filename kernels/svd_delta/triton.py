@@ -17,11 +17,12 @@ each thread loads the very words and terms that its part of the tensor-core prod
 words of its next step before it uses those of this one. The four codes that share a word after the
 mask depend on the width of the plane, so `prepare` stores the inputs once for each width. `expand`
 has its terms in different words: it transposes the bytes of four of them. Its planes share their
-accumulators, which are added up over the warps once.
+accumulators, which are added up over the warps once a tile. As many programs of `expand` as run at
+once share its tiles: each loads what those of a chunk and linear have in common only once.
 
 Where launches overlap (`kernels/overlap.py`), all that does not depend on the step's inputs comes
-before the wait: slot, descriptor and tile, and a request to bring all words that the program will
-read to L2.
+before the wait: slot, descriptor and tile, and a request to bring all words of the program's first
+tile to L2.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -76,8 +77,8 @@ class ExpandForm(Form):
 class Variant:
     """How the kernels are compiled.
 
-    A launch takes the first form of which all its programs run at once, or else the last: few
-    programs end sooner with more warps each.
+    A launch takes the first form of which programs for all tiles run at once, or else the last: few
+    programs end sooner with more warps each, or smaller tiles.
 
     Attributes:
         shrink: forms with at most `SUM_PARTS` warps.

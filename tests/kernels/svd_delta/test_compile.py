@@ -209,13 +209,15 @@ def test_the_model_explains_what_an_h200_measured(key: Any, measured: float) -> 
 def test_the_model_expects_these_kernels_to_be_faster(rows: int, deltas: int) -> None:
     compiled = codes(DEFAULT, 90)
     measured = MEASURED["whole layer", rows, deltas]
-    assert predict(LAYER, rows, deltas, compiled, SLOW) < measured / 2.3
-    assert predict(LAYER, rows, deltas, compiled, QUICK) < measured / 3.6
+    assert predict(LAYER, rows, deltas, compiled, SLOW) < measured / 2.5
+    assert predict(LAYER, rows, deltas, compiled, QUICK) < measured / 5.5
 
 
-@pytest.mark.parametrize(("rows", "deltas"), [(4, 4), (16, 4), (8, 8), (64, 8), (16, 16), (64, 16)])
+@pytest.mark.parametrize(
+    ("rows", "deltas"), [(2, 2), (4, 4), (16, 4), (8, 8), (64, 8), (16, 16), (64, 16)]
+)
 def test_the_model_expects_no_alternative_to_be_faster(rows: int, deltas: int) -> None:
-    """From four deltas on; for fewer see ADR 22."""
+    """From two deltas on, or four with many rows; for fewer see ADR 37."""
     _, slow = predicted_range(rows, deltas, codes(DEFAULT, 90))
     assert slow < min(alternatives(rows, deltas))
 
