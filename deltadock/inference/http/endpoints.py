@@ -264,6 +264,8 @@ async def load(
 @deltas.post("/{digest}/unload", status_code=204, responses=problems(*LOADING))
 async def unload(digest: ArtifactDigest, node: NodeDep, base: BaseHeader) -> Response:
     """Remove a delta from its slot and from memory; 409 while it is pinned or in use."""
+    if node.base is None:
+        raise NotFound("The node has no base, and so no delta in memory.")
     async with node.using(base) as served:
         await served.deltas.unload(digest)
     return Response(status_code=204)

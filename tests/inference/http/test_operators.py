@@ -139,6 +139,7 @@ def test_a_node_without_a_base_loads_the_one_in_the_header(site: Site, tmp_path:
         url = f"{node.url}/v1/deltas/{site.artifacts[0]}/load"
         unknown = httpx.post(url)
         assert (unknown.status_code, unknown.json()["code"]) == (409, "not_ready")
+        assert httpx.post(url.replace("/load", "/unload")).status_code == 404, "it has none"
         named = httpx.post(url, headers={"Deltadock-Base": site.base}, timeout=60)
         assert named.json()["tier"] == "device"
 
