@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
@@ -13,6 +14,15 @@ from deltadock.errors import InvalidArtifact, InvalidCheckpoint
 
 FORMAT: Final = "deltadock/1"
 """Format name and major version; a minor version may follow, as in `deltadock/1.2`."""
+
+WITH_DEFLATED_FILES: Final = "deltadock/1.1"
+"""The format of a file whose manifest has deflated files, which readers of 1.0 reject."""
+
+DEFLATED_FROM: Final = 4096
+"""Bytes from which on a carried text file is deflated."""
+
+MAX_CARRIED_BYTES: Final = 32 * 2**20
+"""Maximum size of the files that a delta carries, together."""
 
 READABLE: Final = re.compile(r"deltadock/1(\.[1-9][0-9]{0,3})?", re.ASCII)
 
@@ -45,6 +55,35 @@ def readable_format(manifest: Mapping[str, Any]) -> str:
     if not isinstance(version, str) or not READABLE.fullmatch(version):
         raise InvalidArtifact(f"A manifest names an impossible format: {version!r:.40}.")
     return version
+
+
+def stored_file(text: str) -> str | dict[str, Any]:
+    """A carried text file as the manifest has it: as it is, or deflated if that is shorter."""
+    raw = text.encode()
+    if len(raw) < DEFLATED_FROM:
+        return text
+    deflated = base64.b64encode(zlib.compress(raw, 9)).decode()
+    return {"deflated": deflated, "bytes": len(raw)} if len(deflated) < len(raw) else text
+
+
+def file_text(stored: str | Mapping[str, Any]) -> str:
+    """Undo `stored_file`, allocating no more than the size that the manifest gives.
+
+    Raises:
+        InvalidArtifact: the data are not a zlib stream of UTF-8 text of this size.
+    """
+    if isinstance(stored, str):
+        return stored
+    size, stream = stored["bytes"], zlib.decompressobj()
+    try:
+        # A limit of 0 would mean no limit.
+        raw = stream.decompress(base64.b64decode(stored["deflated"], validate=True), size + 1)
+        text = raw.decode()
+    except (ValueError, zlib.error) as error:
+        raise InvalidArtifact("A deflated file is not zlib data of UTF-8 text.") from error
+    if len(raw) != size or not stream.eof or stream.unused_data:
+        raise InvalidArtifact("A deflated file is not of the size that the manifest gives.")
+    return text
 
 
 def parse_manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -125,14 +164,32 @@ def _check_name(name: object, what: str) -> None:
 def _check_files(texts: Mapping[str, Any], binary: Any) -> None:
     if not isinstance(binary, dict) or texts.keys() & binary.keys():
         raise InvalidArtifact("The manifest's 'binary_files' is wrong.")
+    deflated = {name: content for name, content in texts.items() if _is_deflated(content)}
     for name, content in [*texts.items(), *binary.items()]:
-        if not _may_include(name, content):
+        if not _may_include(name, None if name in deflated else content):
             raise InvalidArtifact(f"{name!r:.80} is no file that a delta may carry.")
+    if sum(content["bytes"] for content in deflated.values()) > MAX_CARRIED_BYTES:
+        raise InvalidArtifact(f"Its files are over {MAX_CARRIED_BYTES} bytes when inflated.")
+    for content in deflated.values():
+        file_text(content)
     for name, encoded in binary.items():
         try:
             base64.b64decode(encoded, validate=True)
         except (ValueError, TypeError) as error:
             raise InvalidArtifact(f"{name!r} is not base64.") from error
+
+
+def _is_deflated(content: Any) -> bool:
+    """Whether this is a deflated file's entry, of a size that is allowed."""
+    if not isinstance(content, dict):
+        return False
+    size = content.get("bytes")
+    return (
+        content.keys() == {"deflated", "bytes"}
+        and isinstance(content["deflated"], str)
+        and type(size) is int
+        and 0 <= size <= MAX_CARRIED_BYTES
+    )
 
 
 def _may_include(name: str, text: object) -> bool:

@@ -30,7 +30,7 @@ from deltadock.artifacts.encodings import (
     expected_segments,
     stored_array,
 )
-from deltadock.artifacts.manifest import parse_manifest
+from deltadock.artifacts.manifest import file_text, parse_manifest
 from deltadock.errors import BaseMismatch, InvalidArtifact, MalformedSafetensors
 
 NON_CANONICAL: Final = re.compile(rb"[\x00-\x1f]|(?<!\\)(?:\\\\)*\\u")
@@ -128,11 +128,11 @@ class Artifact:
                 f"{self.base_digest}; this base has {weights_digest}."
             )
 
-    @property
+    @cached_property
     def files(self) -> Mapping[str, str | None]:
         """Config and tokenizer files that differ from the base's; None: the fine-tune has none."""
-        files: Mapping[str, str | None] = self.manifest["files"]
-        return files
+        files: Mapping[str, Any] = self.manifest["files"]
+        return {name: None if one is None else file_text(one) for name, one in files.items()}
 
     @property
     def binary_files(self) -> Mapping[str, bytes]:

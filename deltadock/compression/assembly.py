@@ -21,6 +21,7 @@ from deltadock.artifacts.encodings import (
     encode_transposed,
     quantize_rows_midrise,
 )
+from deltadock.artifacts.manifest import MAX_CARRIED_BYTES, WITH_DEFLATED_FILES, stored_file
 from deltadock.artifacts.tensors import apply_delta
 from deltadock.compression.calibration.windows import CalibrationSet
 from deltadock.compression.checkpoints import CheckpointPair, CheckpointReader, MatrixRef, to_numpy
@@ -31,8 +32,6 @@ from deltadock.version import __version__
 
 EMBEDDING_BITS: Final = 4
 """Width of an embedding's rows; a tied embedding is the output head as well."""
-
-MAX_CARRIED_BYTES: Final = 32 * 2**20
 
 CarriedFiles = tuple[dict[str, str | None], dict[str, str]]
 """Text files (None: the fine-tune lacks a file of the base), and binary files in base64."""
@@ -202,7 +201,10 @@ def build_manifest(
 ) -> dict[str, Any]:
     """The artifact's manifest without the tensors' records (see docs/format.md)."""
     texts, others = carried
+    files = {name: None if text is None else stored_file(text) for name, text in texts.items()}
+    deflated = any(isinstance(content, dict) for content in files.values())
     return {
+        **({"format": WITH_DEFLATED_FILES} if deflated else {}),
         "base_digest": base.manifest.weights_digest,
         "finetuned_digest": finetuned_digest,
         "model_type": base.manifest.config["model_type"],
@@ -214,7 +216,7 @@ def build_manifest(
         "checkpoint_bytes": 2 * parameters,
         "parameters": parameters,
         "version": __version__,
-        "files": texts,
+        "files": files,
         "binary_files": others,
         "matrices": {
             matrix.name: {

@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, NamedTuple
 from deltadock.artifacts.checkpoint import CheckpointManifest, folder_files
 from deltadock.artifacts.compatibility import differing_files, match_tensors
 from deltadock.artifacts.container import DTYPE_BITS, header_length, parse_header
+from deltadock.artifacts.manifest import DEFLATED_FROM
 from deltadock.artifacts.names import EMBEDDINGS, HEADS
 from deltadock.compression.options import METHODS, SIZES, Goal, rank_budget
 from deltadock.errors import InvalidCheckpoint, InvalidGoal, InvalidInput
@@ -216,8 +217,9 @@ RECORD_BYTES: Final = 105
 SEGMENT_BYTES: Final = 205
 NOTES_BYTES: Final = 150
 """Bytes of a tensor, of each of its segments, and of a matrix's report in header and manifest."""
-FILE_GROWTH: Final = 1.5
-"""A JSON file is stored as an escaped string."""
+ESCAPED: Final = 1.5
+DEFLATED: Final = 0.3
+"""Bytes in the manifest per byte of a JSON file: as an escaped string, or deflated in base64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,9 +310,8 @@ def carried_bytes(finetuned: CheckpointManifest, base: CheckpointManifest | None
     """
     if base is None:
         return 0
-    return round(
-        FILE_GROWTH * sum(file.size for file in differing_files(base, finetuned).values() if file)
-    )
+    sizes = [file.size for file in differing_files(base, finetuned).values() if file]
+    return round(sum(size * (ESCAPED if size < DEFLATED_FROM else DEFLATED) for size in sizes))
 
 
 def preview_size(

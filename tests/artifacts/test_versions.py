@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from deltadock.artifacts.manifest import WITH_DEFLATED_FILES, stored_file
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 from deltadock.errors import InvalidArtifact
@@ -49,3 +50,16 @@ def test_a_newer_minor_version_is_read_and_written_again(path: Path, tmp_path: P
         assert new.records["norm.weight"]["colour"] == "blue"
     with pytest.raises(InvalidArtifact, match="format"):
         write_artifact(again, {}, {**MANIFEST, "format": "deltadock/2"})
+
+
+def test_large_files_are_deflated_and_written_again(path: Path, tmp_path: Path) -> None:
+    text, small = "".join(f'"täglich {n}",' for n in range(4000)), "{}"
+    files = {"tokenizer.json": stored_file(text), "config.json": stored_file(small), "a.txt": None}
+    write_artifact(path, {}, {**MANIFEST, "files": files, "format": WITH_DEFLATED_FILES})
+    assert path.stat().st_size < 0.4 * len(text)
+    with Artifact(path) as artifact:
+        assert artifact.header.metadata["format"] == "deltadock/1.1"
+        assert artifact.files == {"tokenizer.json": text, "config.json": small, "a.txt": None}
+        assert artifact.manifest["files"]["config.json"] == small
+        write_artifact(tmp_path / "again.delta", {}, artifact.manifest)
+    assert (tmp_path / "again.delta").read_bytes() == path.read_bytes()

@@ -59,7 +59,7 @@ def read_delta(
             f"The delta was made for the base {artifact.base_digest}, not for {weights_digest}. "
             "Name the base it was made for."
         )
-    own_files: Mapping[str, str | None] = artifact.manifest["files"]
+    own_files: Mapping[str, str | None] = artifact.files
     config = _own_config(own_files)
     settings = None
     if config is not None and check_same_forward(json.loads(base_files[CONFIG]), config):

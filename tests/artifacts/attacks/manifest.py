@@ -1,6 +1,8 @@
 """Tricks with the manifest, told with a right hash: versions, JSON, names, carried files."""
 
+import base64
 import hashlib
+import zlib
 from typing import Any
 
 from tests.artifacts.attacks.registry import add_all
@@ -34,6 +36,12 @@ def carrying(name: str, text: Any = "{}") -> bytes:
     return rewritten(lambda _, manifest: manifest["files"].update({name: text}))
 
 
+def deflated(raw: bytes, size: object, more: bytes = b"") -> bytes:
+    """A file that carries a deflated one, of which the manifest gives `size`."""
+    coded = base64.b64encode(zlib.compress(raw) + more).decode()
+    return carrying("a.json", {"deflated": coded, "bytes": size})
+
+
 CARRIED = {
     "path_upwards": "../config.json",
     "absolute_path": "/etc/config.json",
@@ -59,6 +67,28 @@ add_all(
     {
         "carries_a_number": lambda: carrying("a.json", 1),
         "carries_text_without_utf_8": lambda: carrying("a.json", "\udcff"),
+        "carries_a_bomb": lambda: deflated(bytes(1 << 26), 10),
+        "carries_a_bomb_of_its_size": lambda: deflated(bytes(1 << 26), 1 << 26),
+        "carries_bombs_together": lambda: changed(
+            "files",
+            value={
+                f"{k}.json": {
+                    "deflated": base64.b64encode(zlib.compress(bytes(1 << 24))).decode(),
+                    "bytes": 1 << 24,
+                }
+                for k in range(3)
+            },
+        ),
+        "carries_fewer_bytes_than_told": lambda: deflated(b"{}", 3),
+        "carries_no_bytes_but_some": lambda: deflated(b"{}", 0),
+        "carries_true_bytes": lambda: deflated(b"{", True),
+        "carries_more_after_a_stream": lambda: deflated(b"{}", 2, more=b"x"),
+        "carries_half_a_stream": lambda: carrying("a.json", {"deflated": "eJw=", "bytes": 2}),
+        "carries_deflated_that_is_not_base64": lambda: carrying(
+            "a.json", {"deflated": "§", "bytes": 2}
+        ),
+        "carries_deflated_without_utf_8": lambda: deflated(b"\xff", 1),
+        "carries_deflated_without_a_size": lambda: carrying("a.json", {"deflated": "eJw="}),
         "carries_what_is_not_base64": lambda: changed("binary_files", value={"a.model": "§"}),
         "carries_null_as_base64": lambda: changed("binary_files", value={"a.model": None}),
         "carries_two_under_one_name": lambda: changed(
