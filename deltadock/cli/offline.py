@@ -29,6 +29,7 @@ from deltadock.compression.options import (
     CalibrationOptions,
     Goal,
     Source,
+    check_text_bytes,
     check_weights,
     default_method,
     goal_for,
@@ -197,6 +198,9 @@ def compress(
         raise typer.BadParameter("choose exact or scip", param_hint="--solver")
     sources = [parse_source(text) for text in calibration or ()]
     check_weights([source.weight for source in sources])
+    for source in sources:
+        if source.path is not None:
+            check_text_bytes(source.path.name, source.path.stat().st_size)
     amount = CalibrationOptions(calibration_tokens, calibration_length)
     amount.check()
     check_writable(out, report)

@@ -44,6 +44,7 @@ PAGES = (  # in the order in which they can be followed
     "docs/how-to/nodes.md",
     "docs/how-to/vllm.md",
     "docs/how-to/keys.md",
+    "docs/operate/keys.md",
     "docs/operate/nodes.md",
     "docs/how-to/backup.md",
     "README.md",
