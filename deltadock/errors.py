@@ -10,6 +10,7 @@
     │   │   └── UnchangedCheckpoint     422 unchanged_checkpoint
     │   ├── HashMismatch                422 hash_mismatch
     │   ├── ContextExceeded             422 context_length_exceeded
+    │   ├── GrammarTooComplex           422 grammar_too_complex
     │   ├── UnknownMethod               422 unknown_method
     │   ├── BitsOutOfRange              422 bits_out_of_range
     │   ├── InvalidGoal                 422 invalid_goal
@@ -124,6 +125,12 @@ class ContextExceeded(InvalidInput):
     """The prompt leaves no room for an answer in the node's context."""
 
     code = "context_length_exceeded"
+
+
+class GrammarTooComplex(InvalidInput):
+    """A grammar takes more time or memory than the node allows, to compile or for a next token."""
+
+    code = "grammar_too_complex"
 
 
 class UnknownMethod(InvalidInput):

@@ -20,7 +20,7 @@ from deltadock.inference.generation import Generation
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.model.loading import check_servable
 from deltadock.inference.prompts.chat import PROCESSES, TemplateSandbox
-from deltadock.inference.prompts.grammar import TokenGrammar
+from deltadock.inference.prompts.grammar import GrammarProcesses, TokenGrammar
 from deltadock.inference.prompts.tokenizer import Tokenizer
 from deltadock.inference.registration import Registration
 from deltadock.inference.request import (
@@ -59,7 +59,10 @@ class InferenceNode:
         # Threads of their own: a slow template must not hold up loads, which use the default ones.
         self._encoders = ThreadPoolExecutor(2 * PROCESSES, thread_name_prefix="encode")
         self._encoding: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        """One prompt of a model key is encoded at a time, so that others find a thread."""
+        """One prompt of a queue key is encoded at a time, so that others find a thread."""
+        self._compiling: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """One grammar of a queue key is compiled at a time, in a process."""
+        self._grammars = GrammarProcesses()
         self._registration: Registration | None = None
         self._drained = False
         """Whether an operator drained it."""
@@ -124,6 +127,7 @@ class InferenceNode:
         if self._registration is not None:
             await self._registration.close()
         await self._turns.close()
+        self._grammars.close()
         await asyncio.to_thread(self._encoders.shutdown)
         await asyncio.to_thread(self._templates.close)
 
@@ -249,9 +253,15 @@ class InferenceNode:
         return generation
 
     async def _encode(self, target: ModelTarget, work: Callable[[], Result]) -> Result:
-        """Run blocking work on a request in a thread; one request of a delta at a time."""
-        async with self._encoding.setdefault(target.model_key, asyncio.Lock()):
-            return await asyncio.get_running_loop().run_in_executor(self._encoders, work)
+        """Run blocking work on a request in a thread; one of a delta and tenant at a time.
+
+        The next one waits for its end even if its request is cancelled.
+        """
+        lock = self._encoding.setdefault(target.queue_key, asyncio.Lock())
+        await lock.acquire()
+        running = asyncio.get_running_loop().run_in_executor(self._encoders, work)
+        running.add_done_callback(lambda _: lock.release())
+        return await asyncio.shield(running)
 
     async def _compile_grammar(
         self,
@@ -271,7 +281,9 @@ class InferenceNode:
             if token in eos or tokenizer.special_text(token) is not None
         )
         end_ids = frozenset(ends)
-        return await self._encode(target, lambda: tokenizer.grammars.compile(spec, end_ids))
+        spellings = await self._encode(target, lambda: tokenizer.spellings)
+        async with self._compiling.setdefault(target.queue_key, asyncio.Lock()):
+            return await self._grammars.compile(spellings, spec, end_ids)
 
     @asynccontextmanager
     async def using(self, digest: str | None) -> AsyncIterator[ServedBase]:

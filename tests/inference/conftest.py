@@ -21,6 +21,7 @@ from deltadock.inference.model.loading import FAMILIES, load_base
 from deltadock.inference.model.model import BaseModel
 from deltadock.inference.model.weight_deltas import TensorDelta
 from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
+from tests.inference.grammars import Grammars
 
 if TYPE_CHECKING:
     from tests.inference.support import Site
@@ -44,6 +45,14 @@ def tokenizer_json() -> str:
 def tokenizer(tokenizer_json: str) -> Tokenizer:
     """The tokenizer alone, without an end-of-sequence id."""
     return Tokenizer({"tokenizer.json": tokenizer_json})
+
+
+@pytest.fixture(scope="session")
+def grammars() -> Iterator[Grammars]:
+    """Grammars for a tokenizer with one token per byte."""
+    made = Grammars()
+    yield made
+    made.processes.close()
 
 
 def _make_model(family: str, seed: int = 0, **settings: Any) -> Any:
@@ -161,7 +170,9 @@ class Bench:
         """Prepare and install deltas in a slot."""
         self.model.install(slot, self.model.prepare(changes))
 
-    def submit(self, prompt: list[int], slot: int = 0, choice: int = 0, **how: Any) -> Outcome:
+    def submit(
+        self, prompt: list[int], slot: int = 0, choice: int = 0, matcher: Any = None, **how: Any
+    ) -> Outcome:
         """Submit a sequence, greedy by default."""
         sampling = SamplingParams(**{"max_tokens": 12, "temperature": 0.0, **how})
         outcome = Outcome(
@@ -174,6 +185,7 @@ class Bench:
                 stream=TextStream(self.tokenizer, prompt, sampling.stop),
                 emit=lambda event: self._events.put((outcome, event)),
                 draws=make_draws(sampling, choice),
+                matcher=matcher,
             )
         )
         self.engine.submit(outcome.sequence)

@@ -3,24 +3,29 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch
 
-from deltadock.errors import InferenceFailed
+from deltadock.errors import DeltadockError, InferenceFailed
 from deltadock.inference.engine.model_runner import ModelRunner
 from deltadock.inference.engine.sampler import sample_tokens
-from deltadock.inference.engine.sampling import SampledToken, SamplingRow
+from deltadock.inference.engine.sampling import SampledToken, SamplingParams, SamplingRow
 from deltadock.inference.engine.scheduler import ScheduledChunk, Scheduler
 from deltadock.inference.engine.sequence import Event, FinishReason, Sequence
 from deltadock.inference.model.added_tokens import Logits
 from deltadock.inference.model.model import BaseModel
+from deltadock.inference.prompts.grammar import await_masks
 
 logger = logging.getLogger(__name__)
 
 Command = Callable[[], None]
 
+MASK_SECONDS: Final = 0.002
+"""How long a pass waits for masks: a tame grammar's are there before the logits."""
+UNMASKED: Final = SamplingRow(SamplingParams(temperature=0))
+"""Takes the place of a row whose mask is late; what is sampled for it is dropped."""
 MAX_DEVICE_FAILURES: Final = 3
 """Consecutive failed passes after which the device did not compute either."""
 
@@ -123,6 +128,8 @@ class Engine:
                         raise RuntimeError("The device does not compute any more.")
                     if chunks := self._scheduler.schedule():
                         self._compute(chunks)
+                    else:  # every sequence in the batch waits for its mask, if there is one
+                        self._await_masks(self._scheduler.running)
                 except Exception as error:
                     logger.exception("The step loop failed")  # clients must not wait for ever
                     if not self.device_lost:
@@ -178,9 +185,18 @@ class Engine:
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         for chunk in chunks:
             self._scheduler.computed(chunk)
-        sampled = self._sampled(logits, [sequence.sampling_row for sequence in sequences])
-        for sequence, token in zip(sequences, sampled, strict=True):
-            self._continue(sequence, token)
+        late = self._await_masks(sequences)
+        rows = [UNMASKED if one in late else one.sampling_row for one in sequences]
+        for sequence, token in zip(sequences, self._sampled(logits, rows), strict=True):
+            if sequence in late:
+                self._scheduler.delay(sequence)
+            else:
+                self._continue(sequence, token)
+
+    def _await_masks(self, sequences: Iterable[Sequence]) -> set[Sequence]:
+        """Wait a little for the masks of sequences with grammars; those whose is not there then."""
+        matchers = {one.matcher: one for one in sequences if one.matcher is not None}
+        return {matchers[matcher] for matcher in await_masks(matchers, MASK_SECONDS)}
 
     def _sampled(self, logits: Logits, rows: list[SamplingRow]) -> list[SampledToken | Exception]:
         """Each row's token; if sampling fails, an error for the rows that cause it alone."""
@@ -202,12 +218,16 @@ class Engine:
             if not sequence.sampling.max_tokens:
                 self._finish(sequence, "length")
                 return
+            if sequence.matcher is not None and sequence.matcher.complete:
+                self._finish(sequence, "stop")
+                return
             if isinstance(token, Exception):
                 raise token
             self._scheduler.sampled(sequence)
             self._append(sequence, token)
         except Exception as error:
-            logger.exception("A sequence failed")
+            if not isinstance(error, DeltadockError):
+                logger.exception("A sequence failed")
             self._fail(sequence, error)
 
     def _append(self, sequence: Sequence, token: SampledToken) -> None:
@@ -215,8 +235,8 @@ class Engine:
         sequence.unsent.append(token)
         ended = token.id in sequence.end_ids
         text = "" if ended else sequence.stream.push(token.id)
-        if not ended and sequence.matcher is not None:
-            ended = sequence.matcher.accept(token.id)
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token.id)
         if ended or sequence.stream.stopped:
             self._finish(sequence, "stop", text)
         elif sequence.generated >= sequence.sampling.max_tokens:
@@ -239,13 +259,19 @@ class Engine:
         text += sequence.stream.finish()
         if sequence.stream.stopped:
             reason = "stop"
-        if self._scheduler.drop(sequence, keep=True):
+        if self._drop(sequence, keep=True):
             self._emit(sequence, self._event(sequence, text, reason))
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        if self._scheduler.drop(sequence, keep=False):
-            failure = InferenceFailed(f"The request could not be computed: {error}")
-            self._emit(sequence, Event(finish="error", error=failure))
+        if self._drop(sequence, keep=False):
+            if not isinstance(error, DeltadockError):
+                error = InferenceFailed(f"The request could not be computed: {error}")
+            self._emit(sequence, Event(finish="error", error=error))
+
+    def _drop(self, sequence: Sequence, *, keep: bool) -> bool:
+        if sequence.matcher is not None:
+            sequence.matcher.close()
+        return self._scheduler.drop(sequence, keep=keep)
 
     def _emit(self, sequence: Sequence, event: Event) -> None:
         try:

@@ -99,12 +99,19 @@ class Scheduler:
         self.slots.confirm(sequence.kv_slot, sequence.computed)
         self.counters.charge_output(sequence.model_key)
 
+    def delay(self, sequence: Sequence) -> None:
+        """Sample a sequence's next token in a later pass, once its mask is there."""
+        sequence.computed = len(sequence.tokens) - 1
+        sequence.late = True
+
     def schedule(self) -> list[ScheduledChunk]:
         """The next pass's chunks, ordered by delta slot, so that a slot's rows are adjacent."""
         self._admit()
         chunks: list[ScheduledChunk] = []
         prompts: list[Sequence] = []
         for sequence in self.running:
+            if sequence.awaits_mask:
+                continue
             if len(sequence.tokens) - sequence.computed == 1:
                 chunks.append(ScheduledChunk(sequence, sequence.computed, sequence.computed + 1))
             else:
@@ -156,6 +163,8 @@ class Scheduler:
         sequence.charged = max(sequence.charged, cached)
         self.counters.reserve(sequence.model_key, sequence.prompt_length - sequence.charged)
         self.running.append(sequence)
+        if sequence.matcher is not None:
+            sequence.matcher.start()
 
     def _stop(self, sequence: Sequence, *, keep: bool) -> None:
         self.running.remove(sequence)

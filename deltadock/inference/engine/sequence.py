@@ -58,6 +58,8 @@ class Sequence:
     kv_slot: int = field(default=-1, init=False)
     charged: int = field(default=0, init=False)
     """Prompt tokens that were charged to the delta or came from the prefix cache."""
+    late: bool = field(default=False, init=False)
+    """Whether its mask was not there when its next token was to be sampled."""
     unsent: list[SampledToken] = field(default_factory=list, init=False)
     prompt_scores: dict[int, SampledToken] = field(default_factory=dict, init=False)
     """Scores of the prompt's tokens, by position, until they are sent."""
@@ -78,3 +80,9 @@ class Sequence:
     def scores_prompt(self) -> bool:
         """Whether passes score its prompt: not again when it is recomputed after a preemption."""
         return self.sampling.prompt_logprobs and not self.generated
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether passes leave it out until its mask is there."""
+        self.late = self.late and self.matcher is not None and not self.matcher.ready
+        return self.late

@@ -13,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 
 from deltadock.errors import InvalidArtifact, InvalidInput, UnsupportedModel
 from deltadock.inference.prompts.chat import chat_format
-from deltadock.inference.prompts.grammar import GrammarCompiler
+from deltadock.inference.prompts.grammar import TokenSpellings
 
 GENERATION_CONFIG: Final = "generation_config.json"
 TOKENIZER_FILES: Final = (
@@ -122,15 +122,15 @@ class Tokenizer:
         return frozenset() if number is None else frozenset({number})
 
     @cached_property
-    def grammars(self) -> GrammarCompiler:
-        """Compiles grammars of structured output; made on first use, which may take a second."""
+    def spellings(self) -> TokenSpellings:
+        """The tokens as grammars of structured output match them; made on first use."""
         numbers = self._tokenizer.get_vocab(with_added_tokens=True).values()
         pieces = [self._tokenizer.id_to_token(n) or "" for n in range(max(numbers, default=-1) + 1)]
         for number in self._special.keys() & range(len(pieces)):
             pieces[number] = ""
         if self._byte_level:
-            return GrammarCompiler(pieces, "byte_level")
-        return GrammarCompiler(pieces, "byte_fallback" if self._byte_fallback else "raw")
+            return TokenSpellings(pieces, "BYTE_LEVEL")
+        return TokenSpellings(pieces, "BYTE_FALLBACK" if self._byte_fallback else "RAW")
 
     def special_text(self, token: int) -> str | None:
         """The text of a special token, None for others."""

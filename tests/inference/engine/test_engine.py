@@ -1,10 +1,13 @@
 """The engine answers like transformers, independent of the rest of the batch."""
 
+import threading
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from deltadock.errors import InvalidArtifact
 from deltadock.inference.model.weight_deltas import LowRank, TensorDelta
@@ -157,6 +160,66 @@ def test_an_exception_in_one_sequence_fails_only_that_sequence(
     assert broken.finish == "error"
     assert broken.events[-1].error.code == "inference_failed"
     assert other.answer == generate(base, PROMPTS[1], 12)
+
+
+class LateMatcher:
+    """A grammar of any text, whose masks after some tokens are there only when they are let go."""
+
+    complete = False
+
+    def __init__(self, tokens: int) -> None:
+        self.asked = threading.Event()
+        self.let_go = threading.Event()
+        self._left = tokens
+
+    @property
+    def ready(self) -> bool:
+        if self._left:
+            return True
+        self.asked.set()
+        return self.let_go.is_set()
+
+    def fill(self, words: NDArray[np.int32]) -> None:
+        assert self.ready
+        words[:] = -1
+
+    def accept(self, _: int) -> None:
+        self._left = max(self._left - 1, 0)
+
+    def start(self) -> None: ...
+    def close(self) -> None: ...
+    def register(self, _: object) -> None: ...
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_a_sequence_without_its_mask_holds_up_no_other(
+    make_bench: Any, make_model: Any, generate: Any, tokens: int
+) -> None:
+    base = make_model("llama")
+    bench = make_bench(base)
+    matcher = LateMatcher(tokens)
+    late = bench.submit(PROMPTS[0], matcher=matcher)
+    assert matcher.asked.wait(30)
+    others = [bench.run(prompt) for prompt in PROMPTS[1:3]]
+    assert late.finish is None
+    assert late.sequence.generated == tokens
+    matcher.let_go.set()
+    bench.finish(late)
+    for outcome, prompt in zip((late, *others), PROMPTS, strict=False):
+        assert outcome.answer == generate(base, prompt, 12)
+
+
+def test_a_sequence_can_be_cancelled_while_it_waits_for_its_mask(
+    make_bench: Any, make_model: Any
+) -> None:
+    bench = make_bench(make_model("llama"))
+    matcher = LateMatcher(2)
+    late = bench.submit(PROMPTS[0], matcher=matcher)
+    assert matcher.asked.wait(30)
+    bench.engine.cancel(late.sequence)
+    bench.finish(late)
+    assert late.finish == "cancelled"
+    assert bench.engine.running == 0
 
 
 def test_a_failing_pass_fails_only_the_sequences_that_cause_it(

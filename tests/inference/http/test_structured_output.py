@@ -3,12 +3,15 @@
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import openai
 import pytest
 
 from deltadock.inference.prompts.tokenizer import BYTE_CHARACTERS
+from tests.inference.grammars import AMBIGUOUS
 from tests.inference.support import PROMPT, RunningNode, Site, start
 
 BYTES = sorted(BYTE_CHARACTERS)
@@ -110,3 +113,19 @@ def test_a_grammar_that_cannot_be_used_is_refused(
     ):
         client.completions.create(model="m", prompt="a", extra_body=form)
     assert refused.value.param == param
+
+
+def test_a_grammar_without_bounds_fails_its_request_alone(site: Site, node: RunningNode) -> None:
+    """While another request, of the same weights, is answered."""
+    with node.client(site.base) as client, ThreadPoolExecutor(1) as threads:
+        ask = partial(client.completions.create, model="m", prompt=PROMPT, temperature=0)
+        free = ask(max_tokens=20).choices[0].text
+        bound = threads.submit(
+            ask, max_tokens=110, logit_bias={str(BYTES.index("a")): 100},
+            extra_body={"guided_grammar": AMBIGUOUS},
+        )  # fmt: skip
+        while not bound.done():
+            assert ask(max_tokens=20).choices[0].text == free
+        with pytest.raises(openai.BadRequestError, match="ambiguous") as refused:
+            bound.result()
+    assert refused.value.code == "grammar_too_complex"

@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 
 from deltadock.errors import InvalidInput
-from deltadock.inference.prompts.grammar import GrammarCompiler, GrammarSpec
-from deltadock.inference.prompts.tokenizer import BYTE_CHARACTERS
+from deltadock.inference.prompts.grammar import GrammarSpec
 from deltadock.inference.request import grammar_of
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
+from tests.inference.grammars import Grammars
 
-END = 256
 NODE = {
     "type": "object",
     "properties": {"x": {"type": "integer"}, "next": {"$ref": "#/$defs/Node"}},
@@ -24,19 +23,6 @@ NESTED = {
     "required": ["node"],
     "$defs": {"Node": NODE},
 }
-
-
-@pytest.fixture(scope="module")
-def compiler() -> GrammarCompiler:
-    """For a tokenizer with one token per byte."""
-    characters = {byte: character for character, byte in BYTE_CHARACTERS.items()}
-    return GrammarCompiler([characters[byte] for byte in range(END)] + [""], "byte_level")
-
-
-def allows(compiler: GrammarCompiler, spec: GrammarSpec | None, text: str) -> bool:
-    assert spec is not None
-    matcher: Any = compiler.compile(spec, frozenset({END})).matcher()._matcher
-    return all(matcher.accept_token(token) for token in (*text.encode(), END))
 
 
 def schema(content: Any) -> GrammarSpec:
@@ -58,9 +44,9 @@ def schema(content: Any) -> GrammarSpec:
         (NESTED, '{"node":{"x":1,"next":{"x":2}}}', '{"node":{"x":1,"next":{}}}'),
     ],
 )  # fmt: skip
-def test_what_is_enforced(compiler: GrammarCompiler, content: Any, good: str, bad: str) -> None:
-    assert allows(compiler, schema(content), good)
-    assert not allows(compiler, schema(content), bad)
+def test_what_is_enforced(grammars: Grammars, content: Any, good: str, bad: str) -> None:
+    assert grammars.allows(schema(content), good)
+    assert not grammars.allows(schema(content), bad)
 
 
 @pytest.mark.parametrize(
@@ -79,26 +65,26 @@ def test_what_is_enforced(compiler: GrammarCompiler, content: Any, good: str, ba
     ],
 )
 def test_what_is_not_enforced_is_refused(
-    compiler: GrammarCompiler, part: dict[str, Any], named: str
+    grammars: Grammars, part: dict[str, Any], named: str
 ) -> None:
     for content in (part, {"type": "object", "properties": {"a": {"anyOf": [part]}}}):
         with pytest.raises(InvalidInput, match=f"`response_format` cannot be used: .*{named}"):
-            compiler.compile(schema(content), frozenset({END}))
+            grammars.compile(schema(content))
 
 
-def test_nesting_without_end_is_refused(compiler: GrammarCompiler) -> None:
+def test_nesting_without_end_is_refused(grammars: Grammars) -> None:
     deep = '{"items":' * 9000 + "{}" + "}" * 9000
     with pytest.raises(InvalidInput, match="deep"):
-        compiler.compile(GrammarSpec("json_schema", deep, "guided_json"), frozenset({END}))
+        grammars.compile(GrammarSpec("json_schema", deep, "guided_json"))
 
 
 @pytest.mark.parametrize("choice", ["\N{GRINNING FACE}", "é", 'q"\\', "a\nb", "\x7f"])
-def test_choices_of_any_characters(compiler: GrammarCompiler, choice: str) -> None:
+def test_choices_of_any_characters(grammars: Grammars, choice: str) -> None:
     request = CompletionRequest(model="m", prompt="a", guided_choice=["no", choice])
-    assert allows(compiler, grammar_of(request), choice)
+    assert grammars.allows(grammar_of(request), choice)
 
 
-def test_a_forced_tool_may_have_definitions(compiler: GrammarCompiler) -> None:
+def test_a_forced_tool_may_have_definitions(grammars: Grammars) -> None:
     tools = [
         {"type": "function", "function": {"name": name, "parameters": parameters}}
         for name, parameters in (("other", {"type": "object", "properties": {}}), ("f", NESTED))
@@ -108,5 +94,5 @@ def test_a_forced_tool_may_have_definitions(compiler: GrammarCompiler) -> None:
          "tool_choice": "required"}
     )  # fmt: skip
     call = '[{"name": "f", "parameters": {"node": {"x": 1, "next": {"x": 2}}}}]'
-    assert allows(compiler, grammar_of(request), call)
-    assert not allows(compiler, grammar_of(request), call.replace('"x": 2', ""))
+    assert grammars.allows(grammar_of(request), call)
+    assert not grammars.allows(grammar_of(request), call.replace('"x": 2', ""))

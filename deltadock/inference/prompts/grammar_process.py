@@ -1,0 +1,156 @@
+"""Compiles grammars and computes masks in processes, which a hostile grammar may kill.
+
+Each process is forked from the one before it: the first has imported XGrammar, a tokenizer's has
+its tokens, a grammar's has compiled it, and an answer's follows one answer. The kernel limits their
+memory and CPU time, and ends one whose node has closed its socket even while it computes. A request
+is a byte with two files: the new process's socket, and its request as JSON.
+"""
+
+import fcntl
+import gc
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import xgrammar
+
+COMPILE_SECONDS: Final = 5.0
+"""CPU time in which a grammar must compile; the kernel kills the process beyond it."""
+MASK_SECONDS: Final = 1.0
+"""CPU time that an answer's masks may take at once; a tame grammar's take about 20 us."""
+EARNED_SECONDS: Final = 0.01
+"""What each token adds to it again, up to `MASK_SECONDS`."""
+MEMORY_BYTES: Final = 512 * 2**20
+"""What a process may allocate beyond what it was forked with."""
+MAX_WHITESPACE: Final = 8
+"""Characters of whitespace between two tokens of JSON: a model could fill its answer with it."""
+
+Stage = Callable[[socket.socket, Any], None]
+"""What a new process does with its socket and its request."""
+
+
+def fork_for_each(control: socket.socket, stage: Stage) -> None:
+    """Fork a process for each request, until `control` is closed."""
+    while files := socket.recv_fds(control, 1, 2)[1]:
+        if os.fork():
+            for file in files:
+                os.close(file)
+            continue
+        try:
+            control.close()
+            size = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+            limit = size * resource.getpagesize() + MEMORY_BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+            connection = socket.socket(fileno=files[0])
+            fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
+            with os.fdopen(files[1], "rb") as request:
+                request.seek(0)
+                content = json.load(request)
+            stage(connection, content)
+        except BrokenPipeError:
+            pass  # nobody waits for it any more
+        except BaseException:  # noqa: BLE001 (the process ends; its parent's stack is not its own)
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+
+
+@contextmanager
+def limited(connection: socket.socket, seconds: float) -> Iterator[None]:
+    """End the process if the block takes more CPU time, or the other end of its socket is closed.
+
+    Neither signal has a handler, so they end it inside one long C++ call too.
+
+    Raises:
+        BrokenPipeError: the other end is closed already.
+    """
+    flags = fcntl.fcntl(connection, fcntl.F_GETFL)
+    fcntl.fcntl(connection, fcntl.F_SETFL, flags | os.O_ASYNC)
+    poll = select.poll()
+    poll.register(connection, 0)
+    if poll.poll(0):
+        raise BrokenPipeError
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    fcntl.fcntl(connection, fcntl.F_SETFL, flags)
+
+
+def serve_tokenizer(connection: socket.socket, request: Any) -> None:
+    """Prepare `spellings` by token id, of XGrammar's `kind`, of which `end_ids` end an answer."""
+    tokenizer = xgrammar.TokenizerInfo(
+        request["spellings"],
+        vocab_type=xgrammar.VocabType[request["kind"]],
+        stop_token_ids=request["end_ids"] or None,
+    )
+    # No cache: what a process compiles ends with it.
+    compiler = xgrammar.GrammarCompiler(tokenizer, max_threads=1, cache_enabled=False)
+    fork_for_each(connection, partial(serve_grammar, compiler))
+
+
+def serve_grammar(compiler: Any, connection: socket.socket, request: Any) -> None:
+    """Compile a `text` of a `kind`; says `{}`, or the `error`."""
+    compile_with: dict[str, Any] = {
+        "json_object": lambda _: compiler.compile_json_schema(
+            '{"type": "object"}', strict_mode=False, max_whitespace_cnt=MAX_WHITESPACE
+        ),
+        "json_schema": partial(compiler.compile_json_schema, max_whitespace_cnt=MAX_WHITESPACE),
+        "compact_json_schema": partial(compiler.compile_json_schema, any_whitespace=False),
+        "regex": compiler.compile_regex,
+        "ebnf": compiler.compile_grammar,
+    }
+    try:
+        with limited(connection, COMPILE_SECONDS):
+            compiled = compile_with[request["kind"]](request["text"])
+    except (RuntimeError, ValueError) as error:
+        connection.send(json.dumps({"error": str(error)[:1000]}).encode())
+        return
+    connection.send(b"{}")
+    fork_for_each(connection, partial(serve_answer, compiled))
+
+
+def serve_answer(compiled: Any, connection: socket.socket, request: Any) -> None:
+    """Send a mask, then one after each token, of four bytes, that is received.
+
+    A mask is a byte, 1 where the answer is complete, and 32-bit words of a bit per token, lowest
+    first. The answer `ends_itself` as soon as it can, where no token may end it.
+    """
+    matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=request["ends_itself"])
+    mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+    left, token = MASK_SECONDS, b""
+    while True:
+        begun = time.process_time()
+        with limited(connection, left):
+            if token:
+                matcher.accept_token(int.from_bytes(token, sys.byteorder))
+            complete = matcher.is_terminated()
+            if not complete:
+                matcher.fill_next_token_bitmask(mask)
+        left -= time.process_time() - begun
+        left = min(max(left, 0) + EARNED_SECONDS, MASK_SECONDS)
+        connection.send(bytes([complete]) + mask.numpy().tobytes())
+        token = connection.recv(4)
+        if not token:
+            return
+
+
+def main() -> None:
+    """Serve the socket whose number is the argument."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # processes that end leave nothing
+    gc.freeze()  # a collection would copy the memory that processes share
+    fork_for_each(socket.socket(fileno=int(sys.argv[1])), serve_tokenizer)
+
+
+if __name__ == "__main__":
+    main()
