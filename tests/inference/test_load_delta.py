@@ -24,8 +24,7 @@ def load(
     files = {"tokenizer.json": tokenizer_json, "config.json": json.dumps(BASE)}
 
     def load(config: str) -> None:
-        manifest = {"files": {"config.json": config}}
-        empty: Any = SimpleNamespace(base_digest="base", manifest=manifest, records={})
+        empty: Any = SimpleNamespace(base_digest="base", files={"config.json": config}, records={})
         read_delta(empty, model, "base", files)
 
     return load
