@@ -467,8 +467,8 @@ def measure_sweep(device: str, limit: float) -> None:
     names = [name_of(variant) for variant in SWEEP]
     layers = RandomLayers(LAYER, 8, 2, device) if gpu else RandomLayers(SMALL, 2, 1, device)
     print(
-        f"\n{'variant':29} shrink us  expand us  shrink us  expand us\n"
-        f"{'':29} 1 row on 1 delta     {layers.deltas} on {layers.deltas}, a layer",
+        f"\n{'variant':43} shrink us  expand us  shrink us  expand us\n"
+        f"{'':43} 1 row on 1 delta     {layers.deltas} on {layers.deltas}, a layer",
         flush=True,
     )
     best: dict[tuple[str, int], tuple[float, Any]] = {}
@@ -483,9 +483,9 @@ def measure_sweep(device: str, limit: float) -> None:
                 some = names[number : number + MOST_WORKERS]
                 errors |= zip(some, pool.map(compile_variant, some), strict=True)
             if errors.get(name):
-                print(f"{name:29} {errors[name]}", flush=True)
+                print(f"{name:43} {errors[name]}", flush=True)
                 continue
-            line = f"{name:29}"
+            line = f"{name:43}"
             for deltas, place in ((1, 0), (layers.deltas, -1)):
                 step = checked_step(layers, deltas, deltas, None, variant)
                 step.launch(0)

@@ -513,7 +513,7 @@ def print_variants(capability: int) -> None:
     """Each variant's costs and predictions, the fastest first."""
     print(
         "\nA layer's deltas, predicted us, and the fraction of copy bandwidth\n"
-        f"{'variant':21} {'1 row':>9} {'8 on 8':>9} {'of copy':>9} {'16 on 16':>9}   "
+        f"{'variant':43} {'1 row':>9} {'8 on 8':>9} {'of copy':>9} {'16 on 16':>9}   "
         "instructions a code, registers, shared bytes, warps an SM"
     )
     rows_of = []
@@ -527,7 +527,7 @@ def print_variants(capability: int) -> None:
         described = [describe(code, SHRINK_CODES) for code in compiled.shrink.values()]
         described += [describe(code, expand_codes(form)) for form, code in compiled.expand.items()]
         print(
-            f"{name:21} {one:>9} {eight:>9} {fraction:9.1%} {sixteen:>9}   {' | '.join(described)}"
+            f"{name:43} {one:>9} {eight:>9} {fraction:9.1%} {sixteen:>9}   {' | '.join(described)}"
         )
 
 
