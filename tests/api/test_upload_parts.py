@@ -113,7 +113,7 @@ def test_space_is_reserved_once_however_many_parts_come_first(
 def test_what_is_here_is_not_sent_again(api: Api) -> None:
     api.upload("checkpoint", FILES)
     # Stored as a text, too, but never inspected as one.
-    calibration = api.announce({"text.txt": CONFIG}, "calibration")
+    calibration = api.announce({"text.jsonl": CONFIG}, "calibration")
     assert not calibration["files"][0]["stored"]
     renamed = {"generation_config.json": CONFIG, "tokenizer.json": WEIGHTS, **FILES}
     upload = api.announce(renamed)
