@@ -27,6 +27,7 @@ from deltadock.artifacts.encodings import (
     encode_transposed,
 )
 from deltadock.artifacts.encodings.packing import CodeArray
+from deltadock.artifacts.manifest import WITH_DEFLATED_FILES, stored_file
 from deltadock.artifacts.writer import write_artifact
 
 DATA: Final = Path(__file__).parents[1] / "data"
@@ -36,6 +37,9 @@ GOLDEN: Final = DATA / "golden.delta"
 
 WIDE: Final = DATA / "golden-wide.delta"
 """What kinds have besides: every width, long vectors, other dtypes, compositions of others."""
+
+FILES: Final = DATA / "golden-files.delta"
+"""Format 1.1: a deflated tokenizer. Read, but not written again from its text: zlibs differ."""
 
 MANIFEST: Final[dict[str, Any]] = {
     "base_digest": "b" * 64,
@@ -233,8 +237,18 @@ WIDE_MANIFEST: Final[dict[str, Any]] = {
     "colour": {"blue": [1, 2.5, "é"]},
 }
 
+VOCABULARY: Final = "".join(f'"täglich {number}",' for number in range(1000))
+"""A text that is long enough to be deflated."""
+
+FILES_MANIFEST: Final[dict[str, Any]] = {
+    **MANIFEST,
+    "format": WITH_DEFLATED_FILES,
+    "files": {"tokenizer.json": stored_file(VOCABULARY), "config.json": "{}"},
+}
+
 
 if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)
+    write_artifact(FILES, {}, FILES_MANIFEST)
     write_artifact(GOLDEN, tensors(), MANIFEST)
     write_artifact(WIDE, wide_tensors(), WIDE_MANIFEST)

@@ -20,8 +20,10 @@ from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
 from tests.artifacts import plain_reader
 from tests.artifacts.make_golden import (
+    FILES,
     GOLDEN,
     MANIFEST,
+    VOCABULARY,
     WIDE,
     WIDE_MANIFEST,
     tensors,
@@ -67,13 +69,19 @@ def test_the_writer_reproduces_the_golden_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "wide.delta").read_bytes() == WIDE.read_bytes()
 
 
-@pytest.mark.parametrize("path", [GOLDEN, WIDE])
+@pytest.mark.parametrize("path", [GOLDEN, WIDE, FILES])
 def test_a_file_that_was_read_is_written_byte_for_byte(path: Path, tmp_path: Path) -> None:
     """Including keys that this version does not know."""
     with Artifact(path) as artifact:
         again = {name: artifact.encoded(name) for name in artifact.records}
         write_artifact(tmp_path / "again.delta", again, artifact.manifest)
     assert (tmp_path / "again.delta").read_bytes() == path.read_bytes()
+
+
+def test_deflated_files_are_read() -> None:
+    with Artifact(FILES) as artifact:
+        assert artifact.header.metadata["format"] == "deltadock/1.1"
+        assert artifact.files == {"tokenizer.json": VOCABULARY, "config.json": "{}"}
 
 
 def test_the_reader_decodes_the_golden_values() -> None:
