@@ -2,8 +2,9 @@
 
 Each process is forked from the one before it: the first has imported XGrammar, a tokenizer's has
 its tokens, a grammar's has compiled it, and an answer's follows one answer. The kernel limits their
-memory and CPU time, and ends one whose node has closed its socket even while it computes. A request
-is a byte with two files: the new process's socket, and its request as JSON.
+memory and CPU time. They end when their node closes their sockets: a grammar's even while it
+compiles, an answer's with the mask that it computes. A request is a byte with two files: the new
+process's socket, and its request as JSON.
 """
 
 import fcntl
@@ -58,7 +59,7 @@ def fork_for_each(control: socket.socket, stage: Stage) -> None:
                 request.seek(0)
                 content = json.load(request)
             stage(connection, content)
-        except BrokenPipeError:
+        except ConnectionError:
             pass  # nobody waits for it any more
         except BaseException:  # noqa: BLE001 (the process ends; its parent's stack is not its own)
             traceback.print_exc()
@@ -67,13 +68,22 @@ def fork_for_each(control: socket.socket, stage: Stage) -> None:
 
 
 @contextmanager
-def limited(connection: socket.socket, seconds: float) -> Iterator[None]:
-    """End the process if the block takes more CPU time, or the other end of its socket is closed.
+def limited(seconds: float) -> Iterator[None]:
+    """End the process if the block takes more CPU time.
 
-    Neither signal has a handler, so they end it inside one long C++ call too.
+    The signal has no handler, so it ends it inside one long C++ call too.
+    """
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+@contextmanager
+def while_connected(connection: socket.socket) -> Iterator[None]:
+    """End the process if the other end of its socket, which sends nothing, is closed in the block.
 
     Raises:
-        BrokenPipeError: the other end is closed already.
+        BrokenPipeError: it is closed already.
     """
     flags = fcntl.fcntl(connection, fcntl.F_GETFL)
     fcntl.fcntl(connection, fcntl.F_SETFL, flags | os.O_ASYNC)
@@ -81,9 +91,7 @@ def limited(connection: socket.socket, seconds: float) -> Iterator[None]:
     poll.register(connection, 0)
     if poll.poll(0):
         raise BrokenPipeError
-    signal.setitimer(signal.ITIMER_PROF, seconds)
     yield
-    signal.setitimer(signal.ITIMER_PROF, 0)
     fcntl.fcntl(connection, fcntl.F_SETFL, flags)
 
 
@@ -111,7 +119,7 @@ def serve_grammar(compiler: Any, connection: socket.socket, request: Any) -> Non
         "ebnf": compiler.compile_grammar,
     }
     try:
-        with limited(connection, COMPILE_SECONDS):
+        with limited(COMPILE_SECONDS), while_connected(connection):
             compiled = compile_with[request["kind"]](request["text"])
     except (RuntimeError, ValueError) as error:
         connection.send(json.dumps({"error": str(error)[:1000]}).encode())
@@ -131,7 +139,7 @@ def serve_answer(compiled: Any, connection: socket.socket, request: Any) -> None
     left, token = MASK_SECONDS, b""
     while True:
         begun = time.process_time()
-        with limited(connection, left):
+        with limited(left):
             if token:
                 matcher.accept_token(int.from_bytes(token, sys.byteorder))
             complete = matcher.is_terminated()
