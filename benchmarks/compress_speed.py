@@ -29,7 +29,7 @@ from benchmarks import straightforward
 from benchmarks.harness import describe_machine, synchronize
 from benchmarks.synthetic import write_pair, write_text
 from deltadock.compression.methods import adamix
-from deltadock.compression.methods.base import MatrixTask, compress_matrices
+from deltadock.compression.methods.base import MatrixTask
 from deltadock.compression.numerics.metric import damped
 from deltadock.compression.options import CompressOptions, rank_budget
 from deltadock.compression.pipeline import compress
@@ -135,8 +135,10 @@ def time_ours(
     moment = damped(collector.moment("layer"))
     watch.stop(MOMENTS)
     task = MatrixTask("layer", layer.delta, moment, "BF16", bits, "exact")
+    method = adamix.AdaMix()
+    ranks = method.ranks(bits, *layer.delta.shape)
     with watch.watching(adamix, STAGES):
-        (result,) = compress_matrices(adamix.AdaMix(), [task])
+        (result,) = method.compress([task], method.prepare([task], ranks))
     return watch.seconds, result.approximation
 
 

@@ -46,10 +46,8 @@ def run(engine: Engine) -> None:
                     render_as_batch=on_sqlite,
                 )
                 context.run_migrations()
-                if on_sqlite and (
-                    dangling := driver.execute("PRAGMA foreign_key_check").fetchall()
-                ):
-                    raise RuntimeError(f"Rows refer to others that are missing: {dangling[:5]}")
+                if on_sqlite:
+                    check_references(driver)
         finally:
             if on_sqlite:
                 driver.execute("PRAGMA foreign_keys = ON")

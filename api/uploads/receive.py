@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.quotas import Room
 from deltadock.artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
-from deltadock.compression.options import check_text_bytes
+from deltadock.compression.options import CALIBRATION_SUFFIXES, check_text_bytes
 from deltadock.errors import HashMismatch, InvalidCalibration, InvalidInput, TooLarge
 from deltadock.storage.blobs import BlobStore, PartedFile
 from deltadock.storage.blobs.writer import Chunk
@@ -24,7 +24,6 @@ BATCH_BYTES: Final = 1 << 20
 BATCH_CHUNKS: Final = 64
 """Or of so many, however small."""
 
-CALIBRATION_SUFFIXES: Final = (".txt", ".jsonl")
 MAX_CALIBRATION_BYTES: Final = 64 << 20
 """Workers read a text into memory; this is many times what calibration uses."""
 

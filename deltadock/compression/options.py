@@ -377,6 +377,10 @@ class CalibrationOptions:
             )
 
 
+CALIBRATION_SUFFIXES: Final = (".txt", ".jsonl")
+"""How names of calibration texts end, which selects how they are read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """One source of calibration text.

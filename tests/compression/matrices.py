@@ -1,5 +1,7 @@
 """Matrices to compress, and checks of the result."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,6 @@ from deltadock.compression.methods.base import (
     MatrixMethod,
     MatrixResult,
     MatrixTask,
-    compress_matrices,
 )
 
 
@@ -38,6 +39,12 @@ def make_task(
     if moment is None:
         moment = make_moment(h_in, seed)
     return MatrixTask("w", delta, moment, "BF16", bits, "exact")
+
+
+def compress_matrices(method: MatrixMethod, tasks: Sequence[MatrixTask]) -> list[MatrixResult]:
+    """Compress matrices of equal shapes and budgets."""
+    ranks = method.ranks(tasks[0].bits, *tasks[0].delta.shape)
+    return method.compress(tasks, method.prepare(tasks, ranks))
 
 
 def compress_one(method: MatrixMethod, task: MatrixTask) -> MatrixResult:

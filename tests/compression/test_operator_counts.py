@@ -11,11 +11,11 @@ import torch
 from benchmarks.operators import OperatorCounter
 from deltadock.compression import distillation
 from deltadock.compression.methods import optimix
-from deltadock.compression.methods.base import MatrixResult, MatrixTask, compress_matrices
+from deltadock.compression.methods.base import MatrixResult, MatrixTask
 from deltadock.compression.methods.registry import matrix_method
 from deltadock.compression.numerics.global_allocation import allocate
 from deltadock.compression.numerics.metric import Metric
-from tests.compression.matrices import make_task
+from tests.compression.matrices import compress_matrices, make_task
 from tests.compression.operators import counted_as_on_a_gpu
 from tests.compression.test_distillation import Prepared
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from deltadock.artifacts.checkpoint import CONFIG, TOKENIZER_FILES, VOCABULARY_FILES
-from deltadock.compression.options import check_text_tokens
+from deltadock.compression.options import CALIBRATION_SUFFIXES, check_text_tokens
 from deltadock.errors import InvalidCalibration, InvalidCheckpoint
 
 MAX_CHARACTERS: Final = 4_000_000
@@ -93,10 +94,16 @@ def read_source(path: Path, tokenizer: Any, seed: int) -> Material:
     """Read and tokenize a file; longer files than calibration can use are subsampled by `seed`.
 
     Raises:
-        InvalidCalibration: empty, too short, not UTF-8, or with an invalid line (named by number).
+        InvalidCalibration: named otherwise, empty, too short, not UTF-8, or with an invalid line
+            (named by number).
     """
+    if path.suffix not in CALIBRATION_SUFFIXES:
+        raise InvalidCalibration(
+            f"A calibration text is a .txt or .jsonl file, and {path.name!r} is neither: "
+            "rename it. The first is plain text, the second has a JSON object per line."
+        )
     content = _read(path)
-    if path.suffix != ".jsonl":
+    if path.suffix == ".txt":
         return Text(_enough(encode(tokenizer, excerpt(content, seed))))
     records = [_Record.of(number, record) for number, record in _lines(content)]
     if not records:
@@ -196,6 +203,8 @@ class _Record:
     kind: str
     prompt: Turns
     completion: Turns = ""
+    tools: list[dict[str, Any]] | None = None
+    """The functions that may be called in the conversation."""
 
     @classmethod
     def of(cls, number: int, record: object) -> "_Record":
@@ -205,21 +214,27 @@ class _Record:
             InvalidCalibration: it has none of the fields of `RECORD_FIELDS`, or of other types.
         """
         if isinstance(record, dict):
+            tools = record.get("tools") or None
+            if not (tools is None or _are_objects(tools)):
+                raise InvalidCalibration(
+                    f"`tools` in line {number} of the calibration file is not a list of objects."
+                )
             match record:
                 case {"text": str(text)}:
                     return cls(number, "text", _utf8(text, number))
                 case {"messages": messages} if _is_turns(messages):
-                    return cls(number, "conversations", messages)
+                    return cls(number, "conversations", _plain(messages, number), tools=tools)
                 case {"prompt": str(prompt), "completion": str(completion)}:
                     return cls(number, "conversations", prompt, completion)
                 case {"prompt": prompt, "completion": completion} if _is_turns(
                     prompt
                 ) and _is_turns(completion):
-                    return cls(number, "conversations", [*prompt, *completion])
-                case {"prompt": prompt} if "completion" not in record and (
-                    isinstance(prompt, str) or _is_turns(prompt)
-                ):
+                    turns = _plain([*prompt, *completion], number)
+                    return cls(number, "conversations", turns, tools=tools)
+                case {"prompt": str(prompt)} if "completion" not in record:
                     return cls(number, "prompt", prompt)
+                case {"prompt": prompt} if "completion" not in record and _is_turns(prompt):
+                    return cls(number, "prompt", _plain(prompt, number), tools=tools)
         raise InvalidCalibration(
             f"Line {number} of the calibration file is not an object with {RECORD_FIELDS}."
         )
@@ -229,7 +244,7 @@ class _Record:
         """Approximate length of the rendered line."""
         return sum(
             len(part) if isinstance(part, str) else sum(len(str(turn)) for turn in part)
-            for part in (self.prompt, self.completion)
+            for part in (self.prompt, self.completion, self.tools or ())
         )
 
     def render(self, tokenizer: Any) -> str:
@@ -246,9 +261,18 @@ class _Record:
                 f"Line {self.number} of the calibration file holds messages, but the fine-tune's "
                 "tokenizer has no chat template. Write them out as `prompt` and `completion`."
             )
+        turns = self.prompt
         try:
+            if "developer" not in tokenizer.get_chat_template(tools=self.tools):
+                # OpenAI's newer name for the system role, as on nodes.
+                turns = [
+                    turn | {"role": turn["role"].replace("developer", "system")} for turn in turns
+                ]
             text = tokenizer.apply_chat_template(
-                self.prompt, tokenize=False, add_generation_prompt=self.kind == "prompt"
+                turns,
+                tools=self.tools,
+                tokenize=False,
+                add_generation_prompt=self.kind == "prompt",
             )
         except Exception as error:
             # A template is code of the fine-tune, run in transformers' sandbox.
@@ -259,12 +283,63 @@ class _Record:
         return _utf8(str(text), self.number)
 
 
+def _are_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
 def _is_turns(value: object) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
         and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in value)
     )
+
+
+def _plain(turns: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """Messages as nodes give them to chat templates (`openai.chat.Message.plain`).
+
+    Other roles and fields than a node's are left as they are: the template may know them.
+
+    Raises:
+        InvalidCalibration: a content is no text, or missing in a turn that is not the model's.
+    """
+    plain = []
+    for turn in turns:
+        fields = {name: value for name, value in turn.items() if value is not None}
+        content = fields.get("content", "" if turn["role"] == "assistant" else None)
+        if isinstance(content, list) and all(map(_is_text_part, content)):
+            content = "\n".join(part["text"] for part in content)
+        if not isinstance(content, str):
+            raise InvalidCalibration(
+                f"Line {number} of the calibration file has a message of the role {turn['role']!r} "
+                "whose `content` is neither a string nor a list of parts of type text."
+            )
+        calls = fields.pop("tool_calls", [])
+        if not _are_objects(calls):
+            raise InvalidCalibration(
+                f"Line {number} of the calibration file has `tool_calls` that are not a list of "
+                "objects."
+            )
+        more = {"tool_calls": [_plain_call(call) for call in calls]} if calls else {}
+        plain.append({**fields, "content": content, **more})
+    return plain
+
+
+def _is_text_part(part: object) -> bool:
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
+
+
+def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
+    """A call with parsed arguments, which OpenAI writes as a string of JSON."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    arguments: Any = function["arguments"]
+    with suppress(ValueError):  # a template gets what the file has
+        arguments = json.loads(arguments or "{}")
+    return call | {"function": function | {"arguments": arguments}}
 
 
 def _utf8(text: str, number: int) -> str:

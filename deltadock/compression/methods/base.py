@@ -88,12 +88,6 @@ class MatrixMethod(Protocol):
         ...
 
 
-def compress_matrices(method: MatrixMethod, tasks: Sequence[MatrixTask]) -> list[MatrixResult]:
-    """Compress matrices of equal shapes and budgets."""
-    ranks = method.ranks(tasks[0].bits, *tasks[0].delta.shape)
-    return method.compress(tasks, method.prepare(tasks, ranks))
-
-
 class Direct:
     """A method that decomposes nothing, as a function of matrices of equal shapes."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from deltadock.compression.calibration.sources import Conversations, excerpt
+from deltadock.compression.calibration.sources import Conversations, excerpt, read_source
 from deltadock.compression.calibration.windows import (
     CalibrationSet,
     _split,
@@ -19,6 +19,7 @@ from deltadock.compression.calibration.windows import (
 )
 from deltadock.compression.options import CalibrationOptions, Source
 from deltadock.errors import InvalidCalibration, InvalidCheckpoint
+from deltadock.openai.chat import Message
 from tests.compression.conftest import save_tokenizer
 
 TEMPLATE = (
@@ -215,6 +216,41 @@ def test_prompts_may_be_messages(chat: Path, tmp_path: Path) -> None:
     assert first.sha256 == load(chat, lines(tmp_path / "b.jsonl", same)).sha256
 
 
+TOOL_TEMPLATE = (
+    "{% for tool in tools or () %}<{{ tool.function.name }}>{% endfor %}"
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}"
+    "{% for call in message.tool_calls or () %}{{ call.function.arguments.city }}{% endfor %}"
+    "{% endfor %}"
+)
+
+
+def test_messages_are_read_as_nodes_read_them(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    plain = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": t} for t in ("Rain", "in Rome?")]},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function",
+             "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+        ]},
+    ]  # fmt: skip
+    messages = [Message.model_validate(turn).plain() for turn in plain]
+    messages[0]["role"] = "system"  # as on nodes, where a template does not know the other
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    expected = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    assert expected == "<weather>[system]Be brief.[user]Rain\nin Rome?[assistant]Rome"
+    records = [
+        {"messages": [*plain, {"role": "tool", "content": str(n)}], "tools": tools}
+        for n in range(60)
+    ]
+    source = lines(tmp_path / "tools.jsonl", records)
+    assert source.path is not None
+    found = read_source(source.path, tokenizer, seed=0)
+    assert isinstance(found, Conversations)
+    assert tokenizer.decode(found.documents[7]) == f"{expected}[tool]7"
+
+
 def test_a_mixture_has_its_proportions(chat: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(numbered(3000))
@@ -276,6 +312,17 @@ def test_long_jsonl_files_are_sampled_by_seed(
         ("a.jsonl", b'{"messages": []}', "Line 1"),
         ("a.jsonl", b'{"messages": [{"content": "x"}]}', "Line 1"),
         ("a.jsonl", b'{"messages": "hello"}', "Line 1"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": null}]}', "Line 1 .* 'user'"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "Line 1 .* parts of type text",
+        ),
+        ("a.jsonl", b'{"messages": [{"role": "assistant", "tool_calls": 7}]}', "`tool_calls`"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}], "tools": 7}', "`tools`"),
+        ("a.ndjson", b'{"text": "a"}', "'a.ndjson' is neither"),
+        ("a.JSONL", b'{"text": "a"}', "'a.JSONL' is neither"),
+        ("chats.json", b"[]", "'chats.json' is neither"),
         ("a.jsonl", b'{"prompt": "a", "completion": [{"role": "x"}]}', "Line 1"),
         ("a.jsonl", b'{"prompt": "a", "completion": null}', "Line 1"),
         ("a.jsonl", b'{"completion": "a"}', "Line 1"),
