@@ -143,12 +143,10 @@ def create_upload(
             and _holds(blobs, file)
         )
         rows.append(
-            UploadFileRow(
-                path=file.path,
-                size=file.size,
-                sha256=file.sha256,
-                stored=same,
-                tensors=uploads.tensors_of(twin) if same and twin and weights else [],
+            uploads.copy_of(twin, file.path)
+            if same and twin and weights
+            else UploadFileRow(
+                path=file.path, size=file.size, sha256=file.sha256, stored=same, tensors=[]
             )
         )
     with within_bytes(session, tenant_id):

@@ -9,10 +9,11 @@ from sqlalchemy import (
     ColumnElement,
     CursorResult,
     Result,
-    ScalarSelect,
     and_,
     bindparam,
+    exists,
     func,
+    literal,
     or_,
     select,
     true,
@@ -130,12 +131,25 @@ class UploadRepository:
         return {row.path: row.tensors for row in self.session.execute(files)}
 
     @staticmethod
-    def tensors_of(file: UploadFileRow) -> ScalarSelect[Any]:
-        """The tensors of a stored file, for the row of an equal one; the database copies them."""
-        return (
-            select(UploadFileRow.tensors)
-            .where(UploadFileRow.upload_id == file.upload_id, UploadFileRow.path == file.path)
-            .scalar_subquery()
+    def copy_of(file: UploadFileRow, path: str) -> UploadFileRow:
+        """A row for an equal file as this stored one; the database copies the tensors.
+
+        It does as it inserts the row: if another request has replaced or removed the file by then,
+        the row is that of a file which is not stored.
+        """
+        same = and_(
+            UploadFileRow.upload_id == file.upload_id,
+            UploadFileRow.path == file.path,
+            UploadFileRow.sha256 == file.sha256,
+            UploadFileRow.stored,
+        )
+        tensors = select(UploadFileRow.tensors).where(same).scalar_subquery()
+        return UploadFileRow(
+            path=path,
+            size=file.size,
+            sha256=file.sha256,
+            stored=exists().where(same),
+            tensors=func.coalesce(tensors, literal([], UploadFileRow.tensors.type)),
         )
 
     def page(

@@ -143,12 +143,38 @@ def test_the_database_copies_the_tensors_of_an_equal_file(database: Database) ->
     with database.session_scope() as session:
         uploads = UploadRepository(session, LOCAL_TENANT)
         known = uploads.stored_files(UploadKind.CHECKPOINT, [digest])[digest]
-        again = UploadFileRow(
-            path=path, size=1, sha256=digest, stored=True, tensors=uploads.tensors_of(known)
-        )
-        second = uploads.add(UploadKind.CHECKPOINT, [again])
+        second = uploads.add(UploadKind.CHECKPOINT, [uploads.copy_of(known, path)])
+        assert second.files[0].stored
     with database.read_scope() as session:
         assert UploadRepository(session, LOCAL_TENANT).tensors(second) == {path: tensors}
+
+
+@pytest.mark.parametrize("change", ["replaced", "awaited", "removed"])
+def test_a_file_that_has_changed_meanwhile_is_not_copied(database: Database, change: str) -> None:
+    """Another request may change it between its choice and the row's insertion."""
+    path, digest = "model.safetensors", "b" * 64
+    with database.session_scope() as session:
+        file = UploadFileRow(path=path, size=1, sha256=digest, tensors=[{"name": "old"}])
+        first = UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT, [file]).id
+    with database.read_scope() as session:
+        uploads = UploadRepository(session, LOCAL_TENANT)
+        known = uploads.stored_files(UploadKind.CHECKPOINT, [digest])[digest]
+    with database.session_scope() as session:
+        uploads = UploadRepository(session, LOCAL_TENANT)
+        upload = uploads.find(first, lock=True)
+        assert upload is not None
+        if change == "replaced":
+            other = UploadFileRow(path=path, size=1, sha256="c" * 64, tensors=[{"name": "new"}])
+            uploads.put_file(upload, other)
+        elif change == "awaited":
+            uploads.forget_damaged(upload, digest)
+        else:
+            uploads.abort(upload)
+    with database.session_scope() as session:
+        uploads = UploadRepository(session, LOCAL_TENANT)
+        second = uploads.add(UploadKind.CHECKPOINT, [uploads.copy_of(known, path)])
+        assert [(file.sha256, file.stored) for file in second.files] == [(digest, False)]
+        assert uploads.tensors(second) == {path: []}
 
 
 def test_a_calibration_text_is_read_as_it_was_last_uploaded(database: Database) -> None:
