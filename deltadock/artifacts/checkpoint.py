@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 
 from deltadock.artifacts.container import (
     MAX_TENSORS,
+    Header,
     StreamingInspector,
     header_length,
     parse_header,
@@ -349,6 +350,15 @@ def _parsed(name: str, text: bytes | None) -> dict[str, Any]:
     return config
 
 
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Name the file in an error about its content."""
+    try:
+        yield
+    except MalformedSafetensors as error:
+        raise MalformedSafetensors(f"{path}: {error.message}") from error
+
+
 class FileInspector:
     """Hashes one file of a checkpoint as it streams, and the tensors of a safetensors file."""
 
@@ -378,30 +388,22 @@ class FileInspector:
             return
         if self._threads is None:
             self._hash.update(chunk)
-            with self._naming():
+            with _naming(self.path):
                 self._tensors.update(chunk)
             return
         hashed = self._threads.submit(self._hash.update, chunk)
         try:
-            with self._naming():
+            with _naming(self.path):
                 self._tensors.update(chunk)
         finally:
             hashed.result()
-
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        """Name the file in an error about its content."""
-        try:
-            yield
-        except MalformedSafetensors as error:
-            raise MalformedSafetensors(f"{self.path}: {error.message}") from error
 
     def finish(self) -> tuple[FileEntry, list[TensorEntry]]:
         """The entries of the file and its tensors; raises if a safetensors file ended early."""
         entry = FileEntry(self.path, self.size, self._hash.hexdigest())
         if self._tensors is None:
             return entry, []
-        with self._naming():
+        with _naming(self.path):
             header, digests = self._tensors.finish()
         return entry, [
             TensorEntry(spec.name, spec.dtype, spec.shape, self.path, digests[spec.name])
@@ -432,21 +434,36 @@ def ignored_files(folder: Path, kept: Collection[str]) -> list[str]:
     return [f"Ignored, as no part of the model: {', '.join(others[:NAMED_FILES])}{more}."]
 
 
+def read_header(folder: Path, name: str) -> Header:
+    """The header of a safetensors file in a folder; its data are not read.
+
+    Raises:
+        MalformedSafetensors: it is invalid, or the file is not as long as it says.
+    """
+    path = folder / name
+    with _naming(name), path.open("rb") as stream:
+        header = parse_header(stream.read(header_length(stream.read(8))))
+        if (size := path.stat().st_size) != header.file_bytes:
+            raise MalformedSafetensors(
+                f"The file has {size} bytes, but its header tells of {header.file_bytes}. Was it "
+                "cut off? Save or copy it again."
+            )
+    return header
+
+
 def read_headers(folder: Path) -> CheckpointManifest:
     """The manifest of a checkpoint folder on disk with "" for digests: only headers are read.
 
     Raises:
-        InvalidCheckpoint, UnsafeFile: as `scan_folder`.
+        InvalidCheckpoint, UnsafeFile: as `scan_folder`, but for what only the data tell.
     """
     files: list[FileEntry] = []
     tensors: list[TensorEntry] = []
     for name in sorted(folder_files(folder)):
-        path = folder / name
-        files.append(FileEntry(name, path.stat().st_size, ""))
+        files.append(FileEntry(name, (folder / name).stat().st_size, ""))
         if name.endswith(".safetensors"):
-            with path.open("rb") as stream:
-                header = parse_header(stream.read(header_length(stream.read(8))))
-            tensors += (TensorEntry(t.name, t.dtype, t.shape, name, "") for t in header.tensors)
+            held = read_header(folder, name).tensors
+            tensors += (TensorEntry(t.name, t.dtype, t.shape, name, "") for t in held)
     texts = (
         (folder / name).read_bytes() if (folder / name).is_file() else None
         for name in (CONFIG, ADAPTER_CONFIG, SHARD_INDEX)

@@ -93,7 +93,7 @@ def report(error: DeltadockError) -> int:
 def _in_commands(message: str) -> str:
     """The message with commands instead of the client's methods."""
     return re.sub(
-        r"`client\.(\w+)\((?:'([^']*)'|[^)]*)\)`",
+        rf"`client\.({'|'.join(COMMANDS)})\((?:'([^']*)'|[^)]*)\)`",
         lambda found: f"`{' '.join(filter(None, ('deltadock', COMMANDS[found[1]], found[2])))}`",
         message,
     )

@@ -806,6 +806,9 @@ def _check_text(path: Path, folder: Path) -> None:
             from tokenizers import Tokenizer
 
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+            # Saved with it, of training; neither is calibration's.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
             text = path.read_text(encoding="utf-8-sig")
             tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
         except Exception:  # noqa: BLE001 (of no narrower class; the server says what is wrong)

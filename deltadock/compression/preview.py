@@ -15,9 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
-from deltadock.artifacts.checkpoint import CheckpointManifest, folder_files
+from deltadock.artifacts.checkpoint import CheckpointManifest, FileEntry, folder_files, read_header
 from deltadock.artifacts.compatibility import differing_files, match_tensors
-from deltadock.artifacts.container import DTYPE_BITS, header_length, parse_header
+from deltadock.artifacts.container import DTYPE_BITS
 from deltadock.artifacts.manifest import DEFLATED_FROM
 from deltadock.artifacts.names import EMBEDDINGS, HEADS
 from deltadock.compression.options import METHODS, SIZES, Goal, rank_budget
@@ -219,7 +219,9 @@ NOTES_BYTES: Final = 150
 """Bytes of a tensor, of each of its segments, and of a matrix's report in header and manifest."""
 ESCAPED: Final = 1.5
 DEFLATED: Final = 0.3
-"""Bytes in the manifest per byte of a JSON file: as an escaped string, or deflated in base64."""
+ENCODED: Final = 4 / 3
+"""Bytes in the manifest per byte of a carried file: of a text as an escaped string, or deflated in
+base64, and of a binary one in base64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,13 +275,12 @@ def read_shapes(folder: Path) -> list[TensorShape]:
     Raises:
         InvalidCheckpoint: there are no safetensors files, or one is malformed.
     """
-    shapes = []
-    for path in sorted(folder_files(folder)):
-        if not path.endswith(".safetensors"):
-            continue
-        with (folder / path).open("rb") as stream:
-            header = parse_header(stream.read(header_length(stream.read(8))))
-        shapes += [TensorShape(spec.name, spec.dtype, spec.shape) for spec in header.tensors]
+    shapes = [
+        TensorShape(spec.name, spec.dtype, spec.shape)
+        for path in sorted(folder_files(folder))
+        if path.endswith(".safetensors")
+        for spec in read_header(folder, path).tensors
+    ]
     if not shapes:
         raise InvalidCheckpoint(f"{folder} holds no .safetensors file with weights.")
     return shapes
@@ -310,8 +311,13 @@ def carried_bytes(finetuned: CheckpointManifest, base: CheckpointManifest | None
     """
     if base is None:
         return 0
-    sizes = [file.size for file in differing_files(base, finetuned).values() if file]
-    return round(sum(size * (ESCAPED if size < DEFLATED_FROM else DEFLATED) for size in sizes))
+    return round(sum(_carried(file) for file in differing_files(base, finetuned).values() if file))
+
+
+def _carried(file: FileEntry) -> float:
+    if file.path.endswith(".model"):  # SentencePiece's, which is not text
+        return file.size * ENCODED
+    return file.size * (ESCAPED if file.size < DEFLATED_FROM else DEFLATED)
 
 
 def preview_size(

@@ -9,6 +9,9 @@ from deltadock.errors import InvalidInput
 POOR: Final = 0.5
 """Fraction of the base's KL from which on a report says that a delta is far from its fine-tune."""
 
+LEAST_POOR: Final = 1e-4
+"""KL in nats per token below which no delta is far from its fine-tune, however near the base is."""
+
 Rank = tuple[int, float, int, int]
 """Of a decomposed matrix: place from 1, singular value, bits of U's vector and of V's, 0 if
 dropped."""
@@ -139,7 +142,7 @@ class Report:
         self.nll = quality.nll
         self.nll_finetuned = quality.nll_finetuned
         self.nll_base = quality.nll_base
-        if quality.kl > POOR * quality.kl_base:
+        if quality.kl > max(POOR * quality.kl_base, LEAST_POOR):
             self.notes.append(
                 f"The delta is far from its fine-tune: its KL is {quality.kl:.3g}, that of the "
                 f"bare base {quality.kl_base:.3g}. Allow more bits, or take another method or text."

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from deltadock.artifacts.checkpoint import (
     TensorEntry,
     assemble,
     check_path,
+    read_headers,
     scan_folder,
     weight_files,
 )
@@ -277,6 +279,16 @@ def test_a_truncated_shard_is_rejected(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(MalformedSafetensors, match="ends inside tensor"):
         scan_folder(folder)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_shards_header_tells_its_length(tmp_path: Path, change: int) -> None:
+    folder = save(tmp_path / "a", TENSORS)
+    assert read_headers(folder).tensors
+    shard = folder / "model-0.safetensors"
+    os.truncate(shard, shard.stat().st_size + change)
+    with pytest.raises(MalformedSafetensors, match=r"model-0\.safetensors: .*its header tells of"):
+        read_headers(folder)
 
 
 def test_a_tensor_in_two_shards_is_rejected(tmp_path: Path) -> None:

@@ -137,9 +137,14 @@ def test_what_the_files_tell_is_refused_before_the_upload(
     outcome = deltadock("push", folder, "-b", "tiny", "--method", "exact")
     assert (outcome.code, "error (architecture_mismatch)" in outcome.stderr) == (1, True)
     assert "in the fine-tune, but" in outcome.stderr
+    (folder / "model.safetensors").write_bytes(weights(5)[:-1])
+    outcome = deltadock("push", folder, "-b", "tiny", "--method", "exact")
+    assert (outcome.code, "its header tells of" in outcome.stderr) == (1, True)
     (folder / "model.safetensors").write_bytes(weights(5))
     tokenizer = Tokenizer(models.WordLevel({"some": 0, "words": 1}, "some"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(16)  # as training leaves them
+    tokenizer.enable_padding(length=512)
     tokenizer.save(str(folder / "tokenizer.json"))
     outcome = deltadock("push", folder, "-b", "tiny", "--calibration", text)
     assert "The calibration text has 60 tokens; at least 256 are needed" in outcome.stderr
@@ -546,6 +551,7 @@ def test_doctor_says_what_is_wrong(
         (("alias", "maths/skills:1", "Prod!"), 1, "cannot be an alias"),
         (("undo", "maths/skills:9"), 1, "no deleted delta"),
         (("logs", "job_none"), 1, "There is no job 'job_none'"),
+        (("logs", "`client.x()`"), 1, "'`client.x()`' is not the name of a delta"),
         (("run", "nothing", "x"), 1, "error (model_not_found)"),
         (("rm", "maths/skills:9"), 1, "maths/skills has no version 9; its newest is 2."),
         (("run", "maths/skills@nope", "x"), 1, "no alias @nope. It has: @default."),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_files_in_the_manifest_are_counted(pair: Pair, text: Path, tmp_path: Pat
     )
     assert expected.artifact_bytes == pytest.approx((tmp_path / "a.delta").stat().st_size, rel=0.15)
     assert carried_bytes(after) == 0
+
+
+def test_a_binary_tokenizer_is_counted_as_it_is_stored(pair: Pair, tmp_path: Path) -> None:
+    base, finetuned = pair
+    (finetuned / "tokenizer.model").write_bytes(random.Random(0).randbytes(300_000))
+    options = CompressOptions(method="exact", bits=None)
+    compress(base, finetuned, tmp_path / "a.delta", options, calibration=[])
+    before, after = scan_folder(base), scan_folder(finetuned)
+    expected = preview_size(
+        shapes_of(after, before), "exact", None, carried=carried_bytes(after, before)
+    )
+    assert expected.artifact_bytes == pytest.approx((tmp_path / "a.delta").stat().st_size, rel=0.02)
 
 
 def test_only_changed_tensors_take_bytes(make_pair: Callable[..., Pair]) -> None:

@@ -19,10 +19,15 @@ def test_figures_that_json_cannot_hold_are_left_out_with_a_note() -> None:
     assert document["notes"] == ["Not finite, and so left out: kl, nll."]
 
 
-@pytest.mark.parametrize(("kl", "poor"), [(0.9, False), (1.1, True), (3.0, True)])
-def test_a_delta_that_is_far_from_its_fine_tune_has_a_note(kl: float, poor: bool) -> None:
+@pytest.mark.parametrize(
+    ("kl", "kl_base", "poor"),
+    [(0.9, 2.0, False), (1.1, 2.0, True), (3.0, 2.0, True), (1e-12, 0.0, False), (1e-3, 0.0, True)],
+)
+def test_a_delta_that_is_far_from_its_fine_tune_has_a_note(
+    kl: float, kl_base: float, poor: bool
+) -> None:
     report = Report("optimix", 1.0, 1000, 10**6, 10**6, "", None)
-    report.set_quality(Quality(kl, 2.0, 0.5, 1.0, 1.0, 3.0, 100), [])
+    report.set_quality(Quality(kl, kl_base, 0.5, 1.0, 1.0, 3.0, 100), [])
     assert [note.startswith("The delta is far from its fine-tune") for note in report.notes] == [
         True
     ] * poor
