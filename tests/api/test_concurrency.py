@@ -10,7 +10,7 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from deltadock.api.quotas import check_bytes
+from deltadock.api.quotas import within_bytes
 from deltadock.storage.models import UploadFileRow, UploadKind
 from deltadock.storage.repositories import UploadRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
@@ -56,11 +56,11 @@ def test_an_upload_and_a_delta_of_a_tenant_with_quotas_do_not_block_each_other(a
     with ThreadPoolExecutor(1) as pool:
         with api.resources.database.session_scope() as session:
             file = UploadFileRow(path="a", size=9, sha256="a" * 64, stored=False, tensors=[])
-            UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT, [file])
-            answer = pool.submit(api.client.post, "/v1/deltas", json=body)
-            while not session.scalar(WAITING):
-                time.sleep(0.01)
-            check_bytes(session, LOCAL_TENANT)
+            with within_bytes(session, LOCAL_TENANT):
+                UploadRepository(session, LOCAL_TENANT).add(UploadKind.CHECKPOINT, [file])
+                answer = pool.submit(api.client.post, "/v1/deltas", json=body)
+                while not session.scalar(WAITING):
+                    time.sleep(0.01)
         assert answer.result().status_code == 202
 
 
