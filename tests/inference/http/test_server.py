@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import socket
 import threading
 import weakref
 from collections.abc import Iterator
@@ -307,10 +308,9 @@ def test_bases_take_turns_in_order_of_arrival(
             asked = [threads.submit(lambda: client.completions.create(**ASK))]
             wait_until(lambda: node.node.base.users == 1)
             asked += [threads.submit(lambda: other.completions.create(**ASK)) for _ in range(2)]
-            wait_until(lambda: turns._closing)
+            wait_until(lambda: not turns._open.is_set())
             asked.append(threads.submit(lambda: client.completions.create(**ASK)))
-            wait_until(lambda: site.base in turns._changes)
-            assert node.node.admitted == 4
+            wait_until(lambda: node.node.admitted == 4)
             assert not any(future.done() for future in asked)
             go_on.set()
             assert all(future.result(60).choices for future in asked)
@@ -330,8 +330,8 @@ def test_a_base_that_others_wait_for_has_its_turn(
         client.completions.create(**ASK)
         with pytest.raises(openai.InternalServerError):
             other.completions.create(**ASK)
-        assert site.other_base in node.node._turns._changes, "it waits on"
         assert client.completions.create(**ASK).choices
+        assert not node.node._turns._changes, "nobody waits for it"
 
 
 def test_a_request_that_waited_too_long_for_a_base_can_be_repeated(
@@ -350,8 +350,86 @@ def test_a_request_that_waited_too_long_for_a_base_can_be_repeated(
             assert caught.value.response.headers["Retry-After"] == "1"
             go_on.set()
             assert running.result(60).choices
-            wait_until(lambda: node.node.base and node.node.base.digest == site.other_base)
+            monkeypatch.setattr("deltadock.inference.turns.MAX_WAIT_SECONDS", 60.0)
             assert other.completions.create(**ASK).choices
+
+
+def test_a_base_with_a_long_answer_takes_requests_again(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltadock.inference.turns.MIN_TURN_SECONDS", 0.0)
+    monkeypatch.setattr("deltadock.inference.turns.MAX_CLOSED_SECONDS", 0.2)
+    with (
+        start(site, tmp_path) as node,
+        ThreadPoolExecutor() as threads,
+        node.client(site.base) as client,
+        node.client(site.other_base) as other,
+    ):
+        client.completions.create(**ASK)
+        base = node.node.base
+        node.call(base.enter)  # as an answer of minutes does
+        asked = threads.submit(lambda: other.completions.create(**ASK))
+        wait_until(lambda: not node.node._turns._open.is_set())
+        assert client.completions.create(**ASK).choices
+        assert not asked.done(), "it waits on"
+        node.call(base.leave)
+        assert asked.result(60).choices
+        assert node.node.base.digest == site.other_base
+
+
+def test_a_change_whose_clients_have_gone_is_not_made(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltadock.inference.turns.MIN_TURN_SECONDS", 0.0)
+    monkeypatch.setattr("deltadock.inference.turns.MAX_CLOSED_SECONDS", 3600.0)
+    with start(site, tmp_path) as node, node.client(site.base) as client:
+        client.completions.create(**ASK)
+        turns, base = node.node._turns, node.node.base
+        node.call(base.enter)
+        url = httpx.URL(node.url)
+        with socket.create_connection((url.host, url.port)) as leaving:
+            head = (
+                f"Host: node\r\nDeltadock-Base: {site.other_base}\r\nContent-Type: application/json"
+            )
+            body = json.dumps(ASK)
+            leaving.sendall(
+                f"POST /v1/completions HTTP/1.1\r\n{head}\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            wait_until(lambda: not turns._open.is_set())
+        assert client.completions.create(**ASK).choices
+        assert node.node.base is base
+        assert not turns._changes
+        node.call(base.leave)
+
+
+def test_one_base_is_fetched_at_a_time_and_only_while_somebody_waits(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltadock.inference.turns.MAX_WAIT_SECONDS", 0.2)
+    with (
+        start(site, tmp_path) as node,
+        ThreadPoolExecutor() as threads,
+        node.client(site.base) as client,
+        node.client(site.other_base) as other,
+    ):
+        go_on, fetched, fetch = threading.Event(), [], node.node._files.checkpoint
+
+        def slow(digest: str) -> Any:
+            fetched.append(digest)
+            assert go_on.wait(60)
+            return fetch(digest)
+
+        monkeypatch.setattr(node.node._files, "checkpoint", slow)
+        asked = threads.submit(lambda: client.completions.create(**ASK))
+        wait_until(lambda: fetched)
+        with pytest.raises(openai.InternalServerError, match="is not loaded"):
+            other.completions.create(**ASK)
+        assert site.other_base in node.node._turns._changes, "it keeps its place"
+        go_on.set()
+        assert asked.result(60).choices
+        wait_until(lambda: not node.node._turns._changes)
+        assert fetched == [site.base]
 
 
 def test_downloading_a_base_does_not_block_requests(
@@ -377,7 +455,7 @@ def test_downloading_a_base_does_not_block_requests(
             running = threads.submit(lambda: client.completions.create(**ASK))
             wait_until(lambda: node.node.base.users == 1)
             downloaded.set()
-            wait_until(lambda: node.node._turns._closing)
+            wait_until(lambda: not node.node._turns._open.is_set())
             assert not change.done()
             go_on.set()
             assert running.result(60).choices
