@@ -1,6 +1,7 @@
 """Grammars for a tokenizer with a token per byte, and some words."""
 
 import asyncio
+from collections.abc import Sequence
 from itertools import product
 from typing import Final
 
@@ -20,6 +21,8 @@ END: Final = 256
 """The token that ends an answer."""
 AMBIGUOUS: Final = 'root ::= s\ns ::= "a" s | "a" s s | "a" s s s | "a"'
 """The longer a text, the more ways there are to derive it."""
+SLOW: Final = "root ::= " + " ".join(['("a" | "b")*'] * 150)
+"""Its masks take milliseconds each."""
 LARGE: Final = "root ::= " + " ".join(['("a" | "b")*'] * 3000)
 """Takes minutes to compile, with tokens of which it matches a part."""
 WORDS: Final = ["".join(word) for word in product("ab", "ab", "abcdefgh", "cdefgh")]
@@ -29,11 +32,11 @@ WORDS: Final = ["".join(word) for word in product("ab", "ab", "abcdefgh", "cdefg
 class Grammars:
     """Compiles grammars, and follows texts through them."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: Sequence[str] = WORDS) -> None:
         self.processes = GrammarProcesses()
         characters = {byte: character for character, byte in BYTE_CHARACTERS.items()}
         bytes_ = [characters[byte] for byte in range(END)]
-        self.spellings = TokenSpellings([*bytes_, "", *WORDS], "BYTE_LEVEL")
+        self.spellings = TokenSpellings([*bytes_, "", *words], "BYTE_LEVEL")
 
     def compile(self, spec: GrammarSpec) -> TokenGrammar:
         return asyncio.run(self.processes.compile(self.spellings, spec, frozenset({END})))

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import select
 import socket
@@ -11,16 +12,18 @@ import sys
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltadock.errors import GrammarTooComplex, InvalidInput
+from deltadock.errors import GrammarTooComplex, InvalidInput, Unavailable
 from deltadock.inference.prompts.json_schema import not_enforced, without_formats
+
+logger = logging.getLogger(__name__)
 
 PROCESS: Final = Path(__file__).with_name("grammar_process.py")
 WALL_SECONDS: Final = 60.0
@@ -31,6 +34,18 @@ MAX_TOKENIZERS: Final = 4
 MAX_GRAMMARS: Final = 16
 """Compiled grammars whose processes are kept."""
 
+MAX_COMPILATIONS: Final = 2
+"""Grammars that compile at once; others wait in the order in which they came."""
+MASK_SECONDS: Final = 0.005
+"""CPU time that an answer's masks may take at once in the engine; a tame grammar's take 20 us."""
+EARNED_SECONDS: Final = 0.0002
+"""What each token adds to it again, up to `MASK_SECONDS`."""
+PIECE_BYTES: Final = 8
+"""Bytes that are accepted between two looks at the time: an ambiguous grammar takes 20 s
+for a token of 128."""
+
+LIMIT: Final = b"\0"
+"""Received when a limit has ended a process."""
 MAX_ANSWER: Final = 16384
 """Bytes of what a process says once it has compiled."""
 LIBRARIES: Final = frozenset({"LD_LIBRARY_PATH"})
@@ -89,21 +104,45 @@ def _forked(parent: socket.socket, request: str) -> socket.socket:
 
 
 class TokenMatcher:
-    """Follows one answer through a grammar, in a process of its own."""
+    """Follows one answer through a grammar.
+
+    It does so in the engine while the grammar is tame, and in a process of its own from the mask or
+    token on that takes longer.
+    """
 
     def __init__(self, grammar: "TokenGrammar") -> None:
         self._grammar = grammar
+        self._tokens: list[int] = []
+        """Accepted in the engine."""
+        self._left = MASK_SECONDS
+        self._matcher: Any = None
+        """XGrammar's, in the engine."""
         self._connection: socket.socket | None = None
         self._message: bytes | None = None
         """The mask as it was received; empty if the process has ended."""
 
     def start(self) -> None:
-        """Begin the answer, whose first mask is computed then; no effect if it has begun."""
-        if self._connection is not None or self._message is not None:
+        """Begin the answer; no effect if it has begun."""
+        if self._matcher is not None or self._connection is not None or self._message is not None:
             return
+        if self._grammar.tame is None:
+            self._move()
+            return
+        import xgrammar
+
+        compiled = self._grammar.tame.compiled
+        self._matcher = xgrammar.GrammarMatcher(
+            compiled, terminate_without_stop_token=self._grammar.ends_itself
+        )
+        self._mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+
+    def _move(self) -> None:
+        """Follow the rest of the answer in a process, which computes the next mask at once."""
+        self._matcher = None
         try:
-            self._connection = self._grammar.fork()
+            self._connection = self._grammar.fork(self._tokens)
         except OSError:
+            logger.exception("A process for the masks of an answer could not be started")
             self._message = b""
         else:
             weakref.finalize(self, self._connection.close)
@@ -111,19 +150,24 @@ class TokenMatcher:
     @property
     def ready(self) -> bool:
         """Whether the mask of the next token is there, or never will be."""
-        if self._message is None:
-            self.start()
+        self.start()
+        if self._matcher is not None:
+            return True
         if self._message is None and self._connection is not None:
             with suppress(BlockingIOError):
                 try:
                     self._message = self._connection.recv(self._grammar.message_bytes)
                 except ConnectionError:
                     self._message = b""
+                if not self._message:
+                    logger.error("The process that computes an answer's masks has ended")
         return self._message is not None
 
     @property
     def complete(self) -> bool:
         """Whether the answer is complete, where no token ends it."""
+        if self._matcher is not None:
+            return bool(self._matcher.is_terminated())
         return bool(self._message and self._message[0])
 
     def fill(self, words: NDArray[np.int32]) -> None:
@@ -132,26 +176,58 @@ class TokenMatcher:
         The mask must be `ready`.
 
         Raises:
-            GrammarTooComplex: its process has ended.
+            GrammarTooComplex: it takes more time or memory than allowed.
+            Unavailable: its process has ended.
         """
-        if not self._message:
+        if self._matcher is not None:
+            begun = time.thread_time()
+            if not self._matcher.is_terminated():
+                self._matcher.fill_next_token_bitmask(self._mask)
+            self._left -= time.thread_time() - begun
+            mask: NDArray[np.int32] = self._mask[0].numpy()
+        elif self._message == LIMIT:
             raise GrammarTooComplex(
                 "The next token that the answer's grammar allows takes more time or memory to find "
                 "than allowed. Make it less ambiguous: let each text be derived in one way only."
             )
-        mask = np.frombuffer(self._message, np.int32, offset=1)
+        elif not self._message:
+            raise Unavailable("The process that follows the answer's grammar ended. Try again.")
+        else:
+            mask = np.frombuffer(self._message, np.int32, offset=1)
         count = min(len(words), len(mask))
         words[:count] = mask[:count]
 
     def accept(self, token: int) -> None:
-        """Follow a sampled token; the next mask is computed meanwhile."""
-        if self._connection is not None and self._message:
+        """Follow a sampled token; a process computes the next mask meanwhile."""
+        if self._matcher is not None:
+            self._tokens.append(token)
+            self._accept_here(token)
+        elif self._connection is not None and self._message:
             self._message = None
             with suppress(OSError):  # the process has ended, as is received next
                 self._connection.send(token.to_bytes(4, sys.byteorder))
 
+    def _accept_here(self, token: int) -> None:
+        """Follow a token in the engine, unless it takes too long."""
+        assert self._grammar.tame is not None
+        text = self._grammar.tame.long_tokens.get(token, b"")
+        begun = time.thread_time()
+        left = self._left
+        if not text:
+            self._matcher.accept_token(token)
+            left -= time.thread_time() - begun
+        for start in range(0, len(text), PIECE_BYTES):
+            self._matcher.accept_string(text[start : start + PIECE_BYTES])
+            left = self._left - (time.thread_time() - begun)
+            if left <= 0:
+                break
+        self._left = min(left + EARNED_SECONDS, MASK_SECONDS)
+        if left <= 0:
+            self._move()
+
     def close(self) -> None:
-        """End the answer's process."""
+        """End the answer, and its process."""
+        self._matcher = None
         if self._connection is not None:
             self._connection.close()
         self._connection, self._message = None, b""
@@ -177,13 +253,29 @@ def await_masks(matchers: Iterable[TokenMatcher], seconds: float) -> list[TokenM
     return late
 
 
-class TokenGrammar:
-    """A grammar compiled for one tokenizer, in a process of its own."""
+class TameGrammar(NamedTuple):
+    """A grammar that the engine can follow itself."""
 
-    def __init__(self, connection: socket.socket, tokens: int, *, ends_itself: bool) -> None:
+    compiled: Any
+    """XGrammar's."""
+    long_tokens: Mapping[int, bytes]
+    """The tokens of more than `PIECE_BYTES`."""
+
+
+class TokenGrammar:
+    """A grammar compiled for one tokenizer, in a process of its own, and in this one if `tame`."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        tokens: int,
+        *,
+        ends_itself: bool,
+        tame: TameGrammar | None,
+    ) -> None:
         """Take a compiled grammar's process, for so many tokens."""
         self._connection = connection
-        self._request = json.dumps({"ends_itself": ends_itself})
+        self.ends_itself, self.tame = ends_itself, tame
         self.message_bytes = 1 + 4 * -(-tokens // 32)
         weakref.finalize(self, connection.close)
 
@@ -191,15 +283,17 @@ class TokenGrammar:
     def alive(self) -> bool:
         """Whether its process still runs."""
         try:
-            return bool(self._connection.recv(1, socket.MSG_PEEK))
+            self._connection.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return True
         except ConnectionError:
-            return False
+            pass
+        return False
 
-    def fork(self) -> socket.socket:
-        """The socket of a new answer's process. Raises as `_forked`."""
-        return _forked(self._connection, self._request)
+    def fork(self, tokens: list[int]) -> socket.socket:
+        """The socket of the process of an answer that begins with `tokens`. Raises as `_forked`."""
+        request = {"ends_itself": self.ends_itself, "tokens": tokens}
+        return _forked(self._connection, json.dumps(request))
 
     def matcher(self) -> TokenMatcher:
         """A matcher for one answer."""
@@ -226,14 +320,42 @@ def _refused(spec: GrammarSpec, error: str) -> InvalidInput:
     return InvalidInput(f"`{spec.param}` cannot be used: {reason.strip()}", param=spec.param)
 
 
+def _failed() -> NoReturn:
+    logger.exception("The processes that compile grammars failed")
+    raise Unavailable("The grammar could not be compiled: the node's compiler failed. Try again.")
+
+
+class _Tokenizer:
+    """Compiles tame grammars for a tokenizer in this process. Any thread may use it."""
+
+    def __init__(self, spellings: TokenSpellings, end_ids: frozenset[int]) -> None:
+        from deltadock.inference.prompts import grammar_process
+
+        self._tokenizer = grammar_process.make_tokenizer(
+            {
+                "spellings": json.loads(spellings.content),
+                "kind": spellings.kind,
+                "end_ids": sorted(end_ids),
+            }
+        )
+        self._compile = grammar_process.compile_grammar
+        texts = enumerate(self._tokenizer.decoded_vocab)
+        self._long = {token: text for token, text in texts if len(text) > PIECE_BYTES}
+
+    def compile(self, request: dict[str, str]) -> TameGrammar:
+        return TameGrammar(self._compile(self._tokenizer, request), self._long)
+
+
 class GrammarProcesses:
-    """The processes that compile grammars. Belongs to one event loop."""
+    """Compiles grammars, in processes. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._tokenizers: OrderedDict[tuple[str, frozenset[int]], socket.socket] = OrderedDict()
+        self._here: OrderedDict[tuple[str, frozenset[int]], _Tokenizer] = OrderedDict()
         self._grammars: OrderedDict[tuple[Any, ...], TokenGrammar] = OrderedDict()
+        self._compiling = asyncio.Semaphore(MAX_COMPILATIONS)
 
     async def compile(
         self, spellings: TokenSpellings, spec: GrammarSpec, end_ids: frozenset[int]
@@ -243,35 +365,67 @@ class GrammarProcesses:
         Raises:
             InvalidInput: it is invalid, or uses what is not supported.
             GrammarTooComplex: it takes more time or memory than allowed.
+            Unavailable: the processes fail.
         """
         end_ids = frozenset(token for token in end_ids if token < spellings.count)
         key = (spellings.digest, end_ids, spec.kind, spec.text)
         if (known := self._grammars.get(key)) is not None and known.alive:
             self._grammars.move_to_end(key)
             return known
+        async with self._compiling:
+            grammar = await self._compiled(spellings, spec, end_ids)
+        _keep(self._grammars, key, grammar, MAX_GRAMMARS)
+        return grammar
+
+    async def _compiled(
+        self, spellings: TokenSpellings, spec: GrammarSpec, end_ids: frozenset[int]
+    ) -> TokenGrammar:
         text = spec.text
         if spec.kind in {"json_schema", "compact_json_schema"}:
             try:
                 text = await asyncio.to_thread(_enforceable, text)
             except ValueError as error:
                 raise _refused(spec, str(error)) from error
-        request = json.dumps({"kind": spec.kind, "text": text})
-        try:
-            connection = _forked(self._tokenizer(spellings, end_ids), request)
-        except ConnectionError:  # that process has ended
-            self._tokenizers.pop((spellings.digest, end_ids)).close()
-            connection = _forked(self._tokenizer(spellings, end_ids), request)
+        request = {"kind": spec.kind, "text": text}
+        connection = self._forked(spellings, end_ids, json.dumps(request))
         try:
             answer = await _received(connection)
+            if "error" in answer:
+                raise _refused(spec, answer["error"])
+            tame = None
+            if answer["tame"]:
+                tame = await self._compile_here(spellings, end_ids, request)
         except BaseException:
             connection.close()
             raise
-        if "error" in answer:
-            connection.close()
-            raise _refused(spec, answer["error"])
-        grammar = TokenGrammar(connection, spellings.count, ends_itself=not end_ids)
-        _keep(self._grammars, key, grammar, MAX_GRAMMARS)
-        return grammar
+        return TokenGrammar(connection, spellings.count, ends_itself=not end_ids, tame=tame)
+
+    async def _compile_here(
+        self, spellings: TokenSpellings, end_ids: frozenset[int], request: dict[str, str]
+    ) -> TameGrammar:
+        key = (spellings.digest, end_ids)
+        if (tokenizer := self._here.get(key)) is None:
+            tokenizer = await asyncio.to_thread(_Tokenizer, spellings, end_ids)
+        _keep(self._here, key, tokenizer, MAX_TOKENIZERS)
+        return await asyncio.to_thread(tokenizer.compile, request)
+
+    def _forked(
+        self, spellings: TokenSpellings, end_ids: frozenset[int], request: str
+    ) -> socket.socket:
+        """The socket of a new grammar's process.
+
+        Raises:
+            Unavailable: no process can be started.
+        """
+        try:
+            try:
+                return _forked(self._tokenizer(spellings, end_ids), request)
+            except ConnectionError:  # that process has ended
+                if (old := self._tokenizers.pop((spellings.digest, end_ids), None)) is not None:
+                    old.close()
+                return _forked(self._tokenizer(spellings, end_ids), request)
+        except OSError:
+            _failed()
 
     def _tokenizer(self, spellings: TokenSpellings, end_ids: frozenset[int]) -> socket.socket:
         """The socket of a tokenizer's process. Raises as `_forked`."""
@@ -307,6 +461,7 @@ class GrammarProcesses:
         for connection in self._tokenizers.values():
             connection.close()
         self._tokenizers.clear()
+        self._here.clear()
         self._grammars.clear()
         if self._control is not None:
             self._control.close()
@@ -317,22 +472,26 @@ class GrammarProcesses:
             self._process = None
 
 
-async def _received(connection: socket.socket) -> dict[str, str]:
+async def _received(connection: socket.socket) -> dict[str, Any]:
     """What a grammar's process says once it has compiled.
 
     Raises:
-        GrammarTooComplex: it was killed.
+        GrammarTooComplex: a limit has ended it.
+        Unavailable: it has ended otherwise, or says nothing.
     """
-    answer = b""
-    with suppress(TimeoutError, ConnectionError):
+    try:
         async with asyncio.timeout(WALL_SECONDS):
             answer = await asyncio.get_running_loop().sock_recv(connection, MAX_ANSWER)
-    if not answer:
+        if not answer:
+            raise ConnectionResetError("The process has ended")
+    except (TimeoutError, ConnectionError):
+        _failed()
+    if answer == LIMIT:
         raise GrammarTooComplex(
             "The grammar takes more time or memory to compile than allowed. Make it smaller: fewer "
             "rules, alternatives and repetitions."
         )
-    parsed: dict[str, str] = json.loads(answer)
+    parsed: dict[str, Any] = json.loads(answer)
     return parsed
 
 

@@ -4,7 +4,7 @@ Each process is forked from the one before it: the first has imported XGrammar, 
 its tokens, a grammar's has compiled it, and an answer's follows one answer. The kernel limits their
 memory and CPU time. They end when their node closes their sockets: a grammar's even while it
 compiles, an answer's with the mask that it computes. A request is a byte with two files: the new
-process's socket, and its request as JSON.
+process's socket, and its request as JSON. A process says on its child's socket if a limit ended it.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -32,8 +32,22 @@ MASK_SECONDS: Final = 1.0
 """CPU time that an answer's masks may take at once; a tame grammar's take about 20 us."""
 EARNED_SECONDS: Final = 0.01
 """What each token adds to it again, up to `MASK_SECONDS`."""
+NICENESS: Final = 10
+"""The engine's passes come first."""
 MEMORY_BYTES: Final = 512 * 2**20
 """What a process may allocate beyond what it was forked with."""
+LIMIT: Final = b"\0"
+"""Says of a process that a limit has ended it."""
+LIMIT_EXIT: Final = 2
+"""The exit status of a process that has no memory left."""
+LIMIT_SIGNALS: Final = frozenset({signal.SIGPROF, signal.SIGABRT, signal.SIGSEGV})
+"""How others end: out of time, or of memory in C++, which aborts or crashes."""
+TAME_COMPILE_SECONDS: Final = 0.1
+"""CPU time in which a tame grammar compiles, also where it has 128,000 tokens."""
+TAME_MASK_SECONDS: Final = 0.005
+"""CPU time of its first mask, which fills caches: about 0.1 ms."""
+TAME_BYTES: Final = 16 * 2**20
+"""What it takes in memory once compiled."""
 MAX_WHITESPACE: Final = 8
 """Characters of whitespace between two tokens of JSON: a model could fill its answer with it."""
 
@@ -43,17 +57,33 @@ Stage = Callable[[socket.socket, Any], None]
 
 def fork_for_each(control: socket.socket, stage: Stage) -> None:
     """Fork a process for each request, until `control` is closed."""
+    children: dict[int, socket.socket] = {}
+
+    def reap(*_: object) -> None:
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                with children.pop(ended[0]) as connection, suppress(ConnectionError):
+                    code = os.waitstatus_to_exitcode(ended[1])
+                    if code == LIMIT_EXIT or -code in LIMIT_SIGNALS:
+                        connection.send(LIMIT)
+
+    signal.signal(signal.SIGCHLD, reap)
     while files := socket.recv_fds(control, 1, 2)[1]:
-        if os.fork():
-            for file in files:
-                os.close(file)
+        connection = socket.socket(fileno=files[0])
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        if child := os.fork():
+            os.close(files[1])
+            children[child] = connection
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
             continue
         try:
-            control.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+            for other in (control, *children.values()):
+                other.close()
             size = int(Path("/proc/self/statm").read_text("ascii").split()[0])
             limit = size * resource.getpagesize() + MEMORY_BYTES
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-            connection = socket.socket(fileno=files[0])
             fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
             with os.fdopen(files[1], "rb") as request:
                 request.seek(0)
@@ -61,6 +91,8 @@ def fork_for_each(control: socket.socket, stage: Stage) -> None:
             stage(connection, content)
         except ConnectionError:
             pass  # nobody waits for it any more
+        except MemoryError:
+            os._exit(LIMIT_EXIT)
         except BaseException:  # noqa: BLE001 (the process ends; its parent's stack is not its own)
             traceback.print_exc()
         finally:
@@ -95,20 +127,24 @@ def while_connected(connection: socket.socket) -> Iterator[None]:
     fcntl.fcntl(connection, fcntl.F_SETFL, flags)
 
 
-def serve_tokenizer(connection: socket.socket, request: Any) -> None:
-    """Prepare `spellings` by token id, of XGrammar's `kind`, of which `end_ids` end an answer."""
-    tokenizer = xgrammar.TokenizerInfo(
+def make_tokenizer(request: Any) -> Any:
+    """XGrammar's tokenizer: `spellings` by token id, of a `kind`; `end_ids` end an answer."""
+    return xgrammar.TokenizerInfo(
         request["spellings"],
         vocab_type=xgrammar.VocabType[request["kind"]],
         stop_token_ids=request["end_ids"] or None,
     )
-    # No cache: what a process compiles ends with it.
+
+
+def compile_grammar(tokenizer: Any, request: Any) -> Any:
+    """A `text` of a `kind`, compiled.
+
+    Raises:
+        RuntimeError: it is invalid.
+        ValueError: it is invalid.
+    """
+    # No cache: compiled grammars end with their process, or with the last answer that uses them.
     compiler = xgrammar.GrammarCompiler(tokenizer, max_threads=1, cache_enabled=False)
-    fork_for_each(connection, partial(serve_grammar, compiler))
-
-
-def serve_grammar(compiler: Any, connection: socket.socket, request: Any) -> None:
-    """Compile a `text` of a `kind`; says `{}`, or the `error`."""
     compile_with: dict[str, Any] = {
         "json_object": lambda _: compiler.compile_json_schema(
             '{"type": "object"}', strict_mode=False, max_whitespace_cnt=MAX_WHITESPACE
@@ -118,24 +154,53 @@ def serve_grammar(compiler: Any, connection: socket.socket, request: Any) -> Non
         "regex": compiler.compile_regex,
         "ebnf": compiler.compile_grammar,
     }
+    return compile_with[request["kind"]](request["text"])
+
+
+def serve_tokenizer(connection: socket.socket, request: Any) -> None:
+    """Prepare a tokenizer, as `make_tokenizer` takes it."""
+    fork_for_each(connection, partial(serve_grammar, make_tokenizer(request)))
+
+
+def serve_grammar(tokenizer: Any, connection: socket.socket, request: Any) -> None:
+    """Compile a grammar, as `compile_grammar` takes it; says whether it is `tame`, or the `error`.
+
+    A tame one compiles again as fast, and has no slow masks at its beginning.
+    """
     try:
         with limited(COMPILE_SECONDS), while_connected(connection):
-            compiled = compile_with[request["kind"]](request["text"])
+            begun = time.process_time()
+            compiled = compile_grammar(tokenizer, request)
+            compile_seconds = time.process_time() - begun
+            mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+            begun = time.process_time()
+            xgrammar.GrammarMatcher(
+                compiled, terminate_without_stop_token=True
+            ).fill_next_token_bitmask(mask)
+            mask_seconds = time.process_time() - begun
     except (RuntimeError, ValueError) as error:
         connection.send(json.dumps({"error": str(error)[:1000]}).encode())
         return
-    connection.send(b"{}")
+    tame = (
+        compile_seconds <= TAME_COMPILE_SECONDS
+        and mask_seconds <= TAME_MASK_SECONDS
+        and compiled.memory_size_bytes <= TAME_BYTES
+    )
+    connection.send(json.dumps({"tame": tame}).encode())
     fork_for_each(connection, partial(serve_answer, compiled))
 
 
 def serve_answer(compiled: Any, connection: socket.socket, request: Any) -> None:
-    """Send a mask, then one after each token, of four bytes, that is received.
+    """Send the mask after `tokens`, then one after each token, of four bytes, that is received.
 
     A mask is a byte, 1 where the answer is complete, and 32-bit words of a bit per token, lowest
     first. The answer `ends_itself` as soon as it can, where no token may end it.
     """
     matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=request["ends_itself"])
     mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+    with limited(MASK_SECONDS + EARNED_SECONDS * len(request["tokens"])):
+        for accepted in request["tokens"]:
+            matcher.accept_token(accepted)
     left, token = MASK_SECONDS, b""
     while True:
         begun = time.process_time()
@@ -155,7 +220,7 @@ def serve_answer(compiled: Any, connection: socket.socket, request: Any) -> None
 
 def main() -> None:
     """Serve the socket whose number is the argument."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # processes that end leave nothing
+    os.nice(NICENESS)
     gc.freeze()  # a collection would copy the memory that processes share
     fork_for_each(socket.socket(fileno=int(sys.argv[1])), serve_tokenizer)
 

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from deltadock.errors import GrammarTooComplex
-from deltadock.inference.prompts.grammar import GrammarSpec, TokenMatcher, await_masks
-from tests.inference.grammars import AMBIGUOUS, END, LARGE, Grammars, allowed
+from deltadock.errors import GrammarTooComplex, InvalidInput, Unavailable
+from deltadock.inference.prompts.grammar import (
+    MAX_COMPILATIONS,
+    GrammarSpec,
+    TokenMatcher,
+    await_masks,
+)
+from tests.inference.grammars import AMBIGUOUS, END, LARGE, SLOW, Grammars, allowed
 from tests.waiting import wait_until
 
 A, B = b"ab"
@@ -64,6 +69,119 @@ def test_a_tame_grammar_has_masks_for_any_number_of_tokens(grammars: Grammars) -
     assert allowed(matcher) == {A, B, END}
 
 
+def test_a_tame_grammar_has_no_process_for_an_answer(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltadock.inference.prompts.grammar.MASK_SECONDS", 60)
+    grammar = grammars.compile(ebnf('root ::= ("a" | "b")*'))
+    before = running(grammars)
+    matcher = grammar.matcher()
+    follow(matcher, [A, B] * 20)
+    assert running(grammars) <= before
+
+
+def test_a_slow_grammar_has_its_masks_from_a_process(grammars: Grammars) -> None:
+    assert grammars.compile(ebnf(SLOW)).tame is None
+    assert grammars.allows(ebnf(SLOW), "abba")
+
+
+def test_an_answer_that_becomes_slow_goes_on_in_a_process(grammars: Grammars) -> None:
+    grammar = grammars.compile(ebnf(AMBIGUOUS))
+    assert grammar.tame is not None
+    before = running(grammars)
+    matcher = grammar.matcher()
+    for _ in range(100):
+        follow(matcher, [A])
+        if running(grammars) - before:
+            break
+    assert running(grammars) - before
+    assert allowed(matcher) == {A, END}
+    follow(matcher, [A, END])
+
+
+def test_an_answer_leaves_the_engine_inside_a_long_token() -> None:
+    """An ambiguous grammar takes 20 s of the engine for it otherwise."""
+    grammars = Grammars(["a" * 128])
+    grammar = grammars.compile(ebnf(AMBIGUOUS))
+    assert grammar.tame is not None
+    matcher = grammar.matcher()
+    assert allowed(matcher) == {A}
+    matcher.accept(grammars.spellings.count - 1)
+    with pytest.raises(GrammarTooComplex):
+        allowed(matcher)
+    grammars.processes.close()
+
+
+@pytest.mark.parametrize("length", [9, 16, 17])
+def test_a_long_token_is_followed_in_the_engine(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltadock.inference.prompts.grammar.MASK_SECONDS", 60)
+    grammars = Grammars(["ab" * length])
+    grammar = grammars.compile(ebnf(f'root ::= "{"ab" * length}" "b" | "a"'))
+    before = running(grammars)
+    matcher = grammar.matcher()
+    follow(matcher, [A, END])
+    matcher = grammar.matcher()
+    assert allowed(matcher) == {A}
+    matcher.accept(grammars.spellings.count - 1)
+    follow(matcher, [B, END])
+    assert running(grammars) == before
+    grammars.processes.close()
+
+
+def test_processes_that_fail_are_not_the_grammars_fault(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("deltadock.inference.prompts.grammar.PROCESS", tmp_path / "missing.py")
+    broken = Grammars()
+    with pytest.raises(Unavailable):
+        broken.compile(ebnf('root ::= "a"'))
+    broken.processes.close()
+
+    before = running(grammars)
+    matcher = grammars.compile(ebnf(SLOW)).matcher()
+    assert not await_masks([matcher], 60)
+    for process in running(grammars) - before:
+        os.kill(process, signal.SIGKILL)
+    matcher.accept(A)
+    with pytest.raises(Unavailable):
+        allowed(matcher)
+
+
+def test_an_invalid_grammar_is_refused(grammars: Grammars) -> None:
+    with pytest.raises(InvalidInput, match="guided_grammar"):
+        grammars.compile(ebnf("root ::= "))
+
+
+def test_few_grammars_compile_at_once(grammars: Grammars) -> None:
+    """And they give way to the engine."""
+    assert grammars.allows(ebnf('root ::= "a"'), "a")
+    before = running(grammars)
+
+    async def compile_many() -> int:
+        compiling = [
+            asyncio.create_task(
+                grammars.processes.compile(
+                    grammars.spellings, ebnf(f'{LARGE} "{number}"'), frozenset({END})
+                )
+            )
+            for number in range(6)
+        ]
+        while len(running(grammars) - before) < MAX_COMPILATIONS:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        new = running(grammars) - before
+        assert all(os.getpriority(os.PRIO_PROCESS, process) >= 10 for process in new)
+        for task in compiling:
+            task.cancel()
+        await asyncio.gather(*compiling, return_exceptions=True)
+        return len(new)
+
+    assert asyncio.run(compile_many()) == MAX_COMPILATIONS
+    wait_until(lambda: running(grammars) <= before)
+
+
 def test_a_grammar_that_takes_too_long_to_compile_is_refused(grammars: Grammars) -> None:
     with pytest.raises(GrammarTooComplex, match="compile"):
         grammars.compile(ebnf(LARGE))
@@ -89,15 +207,15 @@ def test_a_cancelled_compilation_ends(grammars: Grammars) -> None:
 
 
 def test_a_closed_matcher_leaves_no_process(grammars: Grammars) -> None:
-    grammar = grammars.compile(ebnf('root ::= "a" root | "b"'))
+    grammar = grammars.compile(ebnf(SLOW))
     before = running(grammars)
     matcher = grammar.matcher()
-    assert allowed(matcher) == {A, B}
+    assert allowed(matcher) == {A, B, END}
     assert len(running(grammars) - before) == 1
     matcher.close()
     wait_until(lambda: running(grammars) <= before)
     assert matcher.ready
-    with pytest.raises(GrammarTooComplex):
+    with pytest.raises(Unavailable):
         allowed(matcher)
 
 
