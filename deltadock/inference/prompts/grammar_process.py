@@ -104,10 +104,19 @@ def limited(seconds: float) -> Iterator[None]:
     """End the process if the block takes more CPU time.
 
     The signal has no handler, so it ends it inside one long C++ call too.
+
+    Raises:
+        MemoryError: there is no memory left, also where XGrammar says so by a `RuntimeError`.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    yield
-    signal.setitimer(signal.ITIMER_PROF, 0)
+    try:
+        yield
+    except RuntimeError as error:
+        if "bad_alloc" in str(error):
+            raise MemoryError from error
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from deltadock.inference.prompts.grammar import (
     TokenMatcher,
     await_masks,
 )
+from deltadock.inference.prompts.grammar_process import limited
 from tests.inference.grammars import AMBIGUOUS, END, LARGE, SLOW, Grammars, allowed
 from tests.waiting import wait_until
 
@@ -147,6 +148,13 @@ def test_processes_that_fail_are_not_the_grammars_fault(
     matcher.accept(A)
     with pytest.raises(Unavailable):
         allowed(matcher)
+
+
+def test_memory_that_runs_out_in_the_library_is_a_limit() -> None:
+    with pytest.raises(MemoryError), limited(60):
+        raise RuntimeError("std::bad_alloc")
+    with pytest.raises(RuntimeError, match="EBNF"), limited(60):
+        raise RuntimeError("EBNF")
 
 
 def test_an_invalid_grammar_is_refused(grammars: Grammars) -> None:
