@@ -138,7 +138,7 @@ def _work(client: "Client", has_node: bool) -> Iterator[Finding]:
         served = {node.base for node in nodes}
         missing = [base.name for base in bases if base.checkpoint.digest not in served]
         adopts = any(node.base is None or node.adopts for node in nodes)
-        text = "1 runs" if len(nodes) == 1 else f"{len(nodes)} run"
+        text = "1 node runs" if len(nodes) == 1 else f"{len(nodes)} nodes run"
         if missing and not adopts:
             text += f"; none serves {', '.join(missing)}: deltadock node --base DIR --api URL"
         yield Finding("nodes", "warning" if missing and not adopts else "ok", text)

@@ -119,7 +119,27 @@ def reach_goal(session: CompressionSession, goal: Goal | None, out: Path) -> Rep
         bits = fit_size(session.draft_bytes, session.info, limit, guess, session.budgeted_weights)
         report = session.compress(bits, out)
     session.measure(report, out)
+    if goal is not None and (missed := missed_bound(report, goal)):
+        report.notes.append(missed)
     return report
+
+
+def missed_bound(report: Report, goal: Goal) -> str | None:
+    """A note if the report's windows miss the bound that the choosing windows kept."""
+    if goal.kind == "max_kl" and report.kl is not None and report.kl > goal.value:
+        figure = f"KL is {report.kl:.3g}"
+    elif (
+        goal.kind == "min_agreement"
+        and report.agreement is not None
+        and report.agreement < goal.value
+    ):
+        figure = f"agreement is {report.agreement:.2%}"
+    else:
+        return None
+    return (
+        f"The goal, {goal}, was kept on the text that decided, and not on the report's: there the "
+        f"{figure}. Give more calibration text, or ask for a little more."
+    )
 
 
 def _byte_limit(pair: CheckpointPair, goal: Goal | None) -> float | None:

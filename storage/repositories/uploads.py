@@ -79,20 +79,25 @@ class UploadRepository:
         TotalsRepository(self.session, tenant_id).count_blobs(blobs, sign)
 
     def became(self, upload_ids: Collection[str]) -> dict[str, str]:
-        """The base or the model that was made of each of these uploads; of several, the first."""
+        """The base or the model that was made of each of these uploads: the first one after it, as
+        equal checkpoints are uploaded again."""
         found = dict[str, str]()
         for row, name in ((DeltaRow, DeltaRow.name), (BaseRow, BaseRow.name)):
-            query = (
-                select(UploadRow.id, func.min(name).label("name"))
-                .join(row, UploadRow.checkpoint_digest == row.checkpoint_digest)
+            first = (
+                select(name)
                 .where(
-                    UploadRow.id.in_(upload_ids),
-                    owned_by(unindexed(UploadRow.tenant_id), self.tenant),
+                    row.checkpoint_digest == UploadRow.checkpoint_digest,
                     row.tenant_id == UploadRow.tenant_id,
+                    row.created_at >= UploadRow.created_at,
                 )
-                .group_by(UploadRow.id)
+                .order_by(row.created_at, row.id)
+                .limit(1)
+                .scalar_subquery()
             )
-            found |= {one.id: one.name for one in self.session.execute(query)}
+            query = select(UploadRow.id, first.label("name")).where(
+                UploadRow.id.in_(upload_ids), owned_by(unindexed(UploadRow.tenant_id), self.tenant)
+            )
+            found |= {one.id: one.name for one in self.session.execute(query) if one.name}
         return found
 
     def _record(

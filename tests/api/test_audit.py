@@ -193,6 +193,7 @@ def test_a_change_that_is_refused_leaves_no_record(api: Api) -> None:
 
 def test_the_page_names_the_deltas_of_jobs_and_uploads(api: Api) -> None:
     delta = api.delta()
+    api.delta(name="a/later")  # of the same checkpoint
     api.client.post(f"/v1/jobs/{delta['job']}/cancel")
     rows = api.client.get("/audit").text.split("<tr>")[1:]
     for action, name in (

@@ -520,7 +520,7 @@ def test_doctor_says_what_is_wrong(
     assert found["server"]["text"].startswith(service.url)
     for check in ("database", "broker", "blobs", "key", "nodes"):
         assert found[check]["state"] == "ok", found
-    assert found["nodes"]["text"] == "1 runs"
+    assert found["nodes"]["text"] == "1 node runs"
     monkeypatch.setenv("DELTADOCK_API_KEY", issue_key(service.api.resources.settings,
                                                       scopes=[Scope.INFER]))  # fmt: skip
     outcome = deltadock("doctor")
