@@ -102,7 +102,17 @@ def up(
 
 
 @app.command(rich_help_panel=RUNNING)
-def topology(home: Home = None, api_port: ApiPort = 8000, node_port: NodePort = 8100) -> None:
+def topology(
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="Folder for data, caches and logs; by default a temporary one.",
+        ),
+    ] = None,
+    api_port: ApiPort = 8000,
+    node_port: NodePort = 8100,
+) -> None:
     """Like `up`, on Postgres, Valkey and an S3 server, as in docker-compose.yml."""
     from deltadock.cli.system import topology as run
 

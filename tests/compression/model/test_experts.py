@@ -11,6 +11,7 @@ from deltadock.compression.checkpoints import MatrixRef
 from deltadock.compression.options import CompressOptions, Source
 from deltadock.compression.pipeline import compress
 from deltadock.compression.statistics import MomentCollector
+from deltadock.words import counted
 from tests.compression.family_cases import SIZES, Case, save
 
 WIDTH = 8
@@ -48,7 +49,7 @@ def test_missing_tokens_are_filled_from_the_layers_moment(few: int) -> None:
     expected = (inputs[2].T @ inputs[2]).double() + (WIDTH - few) * common
     torch.testing.assert_close(moment, expected, rtol=1e-5, atol=1e-5)
     assert len(notes) == 1
-    assert notes[0].startswith(f"{few} tokens reached this expert")
+    assert notes[0].startswith(f"{counted(few, 'token')} reached this expert")
     assert torch.linalg.matrix_rank(moment) == WIDTH
 
 
