@@ -138,7 +138,7 @@ def _work(client: "Client", has_node: bool) -> Iterator[Finding]:
         served = {node.base for node in nodes}
         missing = [base.name for base in bases if base.checkpoint.digest not in served]
         adopts = any(node.base is None or node.adopts for node in nodes)
-        text = "1 node runs" if len(nodes) == 1 else f"{len(nodes)} nodes run"
+        text = _doing(len(nodes), "node", "run")
         if missing and not adopts:
             text += f"; none serves {', '.join(missing)}: deltadock node --base DIR --api URL"
         yield Finding("nodes", "warning" if missing and not adopts else "ok", text)
@@ -149,15 +149,17 @@ def _work(client: "Client", has_node: bool) -> Iterator[Finding]:
     oldest = min((job.updated_at for job in queued), default=None)
     if oldest is not None and running is None and datetime.now(UTC) - oldest > WAITING:
         yield Finding(
-            "worker", "problem", f"{_waiting(len(queued))} and none runs; is a worker running?"
+            "worker",
+            "problem",
+            f"{_doing(len(queued), 'job', 'wait')} and none runs; is a worker running?",
         )
     elif queued or running is not None:
         yield Finding("worker", "ok", f"{'busy' if running else 'about to start'}; "
-                      f"{_waiting(len(queued))}")  # fmt: skip
+                      f"{_doing(len(queued), 'job', 'wait')}")  # fmt: skip
     failed = sum(1 for _ in islice(client.jobs(state=["failed"]), 200))
     if failed:
         yield Finding("jobs", "warning", f"{failed} failed: deltadock jobs --state failed")
 
 
-def _waiting(jobs: int) -> str:
-    return f"{counted(jobs, 'job')} wait{'s' if jobs == 1 else ''}"
+def _doing(number: int, noun: str, verb: str) -> str:
+    return f"{counted(number, noun)} {verb}{'s' if number == 1 else ''}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, TypeVar, get_args
 
 from deltadock.errors import (
     BitsOutOfRange,
@@ -179,6 +179,7 @@ def check_kind(method: MethodInfo, *, is_adapter: bool) -> None:
 
 Solver = Literal["exact", "scip"]
 GoalKind = Literal["bits", "target_bytes", "ratio", "max_kl", "min_agreement"]
+FigureT = TypeVar("FigureT")
 GOAL_KINDS: Final[tuple[GoalKind, ...]] = get_args(GoalKind)
 SIZES: Final[tuple[GoalKind, ...]] = ("bits", "target_bytes", "ratio")
 """Goals that determine the artifact's size in advance."""
@@ -209,6 +210,23 @@ class Goal:
     def bits(self) -> float | None:
         """The bit budget, if that is the goal."""
         return self.value if self.kind == "bits" else None
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether a figure of the finished delta decides, and not its size."""
+        return self.kind not in SIZES
+
+    def figure(self, kl: FigureT, agreement: FigureT) -> FigureT:
+        """The one of the two that a bound is on."""
+        return kl if self.kind == "max_kl" else agreement
+
+    def loss(self, figure: float) -> float:
+        """A bound's figure as one that grows as a delta gets worse."""
+        return figure if self.kind == "max_kl" else 1 - figure
+
+    def is_kept(self, figure: float) -> bool:
+        """Whether a figure is within the bound."""
+        return self.loss(figure) <= self.loss(self.value)
 
     def __str__(self) -> str:
         value = f"{self.value:g}"

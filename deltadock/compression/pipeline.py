@@ -75,7 +75,7 @@ def compress(
                 device=device,
             )
         else:
-            measured = goal is not None and goal.kind in ("max_kl", "min_agreement")
+            measured = goal is not None and goal.is_bound
             if measured and not sources:
                 sources = [SAMPLED]
             pair = open_pair(base, finetuned, reporter)
@@ -126,19 +126,13 @@ def reach_goal(session: CompressionSession, goal: Goal | None, out: Path) -> Rep
 
 def missed_bound(report: Report, goal: Goal) -> str | None:
     """A note if the report's windows miss the bound that the choosing windows kept."""
-    if goal.kind == "max_kl" and report.kl is not None and report.kl > goal.value:
-        figure = f"KL is {report.kl:.3g}"
-    elif (
-        goal.kind == "min_agreement"
-        and report.agreement is not None
-        and report.agreement < goal.value
-    ):
-        figure = f"agreement is {report.agreement:.2%}"
-    else:
+    figure = goal.figure(report.kl, report.agreement)
+    if not goal.is_bound or figure is None or goal.is_kept(figure):
         return None
+    reached = goal.figure(f"KL is {figure:.3g}", f"agreement is {figure:.2%}")
     return (
         f"The goal, {goal}, was kept on the text that decided, and not on the report's: there the "
-        f"{figure}. Give more calibration text, or ask for a little more."
+        f"{reached}. Give more calibration text, or ask for a little more."
     )
 
 

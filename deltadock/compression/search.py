@@ -119,8 +119,8 @@ def reach_bound(
         except BaseException:
             trial.unlink(missing_ok=True)
             raise
-        figure = quality.kl if goal.kind == "max_kl" else quality.agreement
-        held = _loss(figure, goal) <= _loss(goal.value, goal)
+        figure = goal.figure(quality.kl, quality.agreement)
+        held = goal.is_kept(figure)
         reached[bits] = figure
         if held:
             trial.replace(out)
@@ -156,18 +156,14 @@ def _next(
         return min(failing * 2, high)
     if failing < low:
         return max(holding / 2, low)
-    losses = {b: max(_loss(figure, goal), 1e-12) for b, figure in reached.items()}
-    wanted = max(_loss(goal.value, goal), 1e-12)
+    losses = {b: max(goal.loss(figure), 1e-12) for b, figure in reached.items()}
+    wanted = max(goal.loss(goal.value), 1e-12)
     first, second = math.log(losses[failing]), math.log(losses[holding])
     middle = 0.5
     if first > second:
         # Slightly to the safe side, as an artifact that fails is useless.
         middle = min(max((first - math.log(wanted)) / (first - second) + 0.05, 0.15), 0.85)
     return math.exp(math.log(failing) * (1 - middle) + math.log(holding) * middle)
-
-
-def _loss(figure: float, goal: Goal) -> float:
-    return figure if goal.kind == "max_kl" else 1 - figure
 
 
 def _range(info: MethodInfo) -> tuple[float, float]:

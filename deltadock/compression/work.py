@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Final
 
 from deltadock.compression.distillation import STEPS, TOKENS_PER_STEP
-from deltadock.compression.options import GoalKind, MethodInfo
+from deltadock.compression.options import SIZES, GoalKind, MethodInfo
 from deltadock.compression.progress import Phase
 from deltadock.compression.statistics import GRADIENT_TOKENS
 
@@ -99,7 +99,7 @@ class ExpectedWork:
     @property
     def measures_trials(self) -> bool:
         """Whether the goal is a bound, for which each trial is finished and measured."""
-        return self.goal in {"max_kl", "min_agreement"}
+        return self.goal is not None and self.goal not in SIZES
 
     def text(self) -> dict[Phase, float]:
         """Of making the calibration text."""
