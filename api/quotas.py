@@ -62,8 +62,8 @@ def within_bytes(session: Session, tenant_id: str) -> Iterator[None]:
         Room(before.limit, min(before.used, used)).check(max(0, used - before.used))
 
 
-def check_delta(session: Session, tenant_id: str, *, starts_job: bool) -> None:
-    """Check that the tenant may have the deltas that it has now, and run a new one's job.
+def check_delta(session: Session, tenant_id: str, *, starts_job: bool, more: int = 0) -> None:
+    """Check that the tenant may have the deltas that it has now, and `more`, and run their jobs.
 
     Raises:
         QuotaExceeded: it may not.
@@ -73,13 +73,13 @@ def check_delta(session: Session, tenant_id: str, *, starts_job: bool) -> None:
     if limit is not None:
         TotalsRepository(session, tenant_id).lock()
         count = TenantRepository(session).delta_count(tenant_id)
-        if count > limit:
+        if count + more > limit:
             raise QuotaExceeded(
-                f"Your tenant may have {counted(limit, 'delta')} and has {count - 1}. Delete one, "
-                "or ask the operator for more."
+                f"Your tenant may have {counted(limit, 'delta')} and has {count + more - 1}. "
+                "Delete one, or ask the operator for more."
             )
     if starts_job:
-        check_job(session, tenant_id)
+        check_job(session, tenant_id, more)
 
 
 def check_job(session: Session, tenant_id: str, more: int = 0) -> None:

@@ -13,6 +13,8 @@ DIGEST: Final = r"[0-9a-f]{64}"
 ALIAS: Final = r"[a-z][a-z0-9._-]{0,63}"
 DEFAULT: Final = "default"
 
+NAME_PATTERN: Final = rf"^{PART}/{PART}$"
+
 VERSIONED: Final = rf"{PART}/{PART}(?:(?::|@v)[1-9][0-9]{{0,8}}|@{ALIAS})?"
 """Of a name with or without a version or an alias."""
 ALIAS_PATTERN: Final = rf"^(?!v[0-9]+$){ALIAS}$"

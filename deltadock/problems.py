@@ -31,7 +31,7 @@ from deltadock.errors import (
     TooLarge,
     Unauthorized,
 )
-from deltadock.names import DIGEST, PART, SOURCE_PATTERN
+from deltadock.names import DIGEST, NAME_PATTERN, PART, SOURCE_PATTERN
 from deltadock.openai.errors import ErrorBody, openai_status, validation_message
 
 log = structlog.get_logger(__name__)
@@ -41,7 +41,7 @@ PROBLEM_TYPE: Final = "application/problem+json"
 Responses = dict[int | str, dict[str, Any]]
 FORMS: Final = MappingProxyType(
     {
-        rf"^{PART}/{PART}$": "a name of the form project/model, such as maths/skills: each part "
+        NAME_PATTERN: "a name of the form project/model, such as maths/skills: each part "
         "has letters, digits, '.', '_' and '-', at most 96, a letter or digit first",
         rf"^{PART}$": "a name of letters, digits, '.', '_' and '-', at most 96, a letter or digit "
         "first",

@@ -30,7 +30,7 @@ from deltadock.compression.options import (
     TOKENS,
 )
 from deltadock.json_depth import MAX_DEPTH, is_too_deep
-from deltadock.names import PART
+from deltadock.names import NAME_PATTERN
 from deltadock.storage.models import DeltaRow, JobPriority, JobState
 from deltadock.storage.repositories.deltas import FIGURES, Lineage
 from deltadock.storage.repositories.shown import ShownDelta
@@ -170,7 +170,7 @@ class DeltaIn(GoalFields):
     )
 
     name: str = Field(
-        pattern=rf"^{PART}/{PART}$",
+        pattern=NAME_PATTERN,
         description="project/model; each compression creates a new version.",
     )
     base: str = Field(min_length=1, max_length=96, description="The base's id or name.")

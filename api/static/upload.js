@@ -55,17 +55,17 @@ async function inParallel(tasks) {
   }));
 }
 
-// The open upload of exactly these files, or a new one.
-async function openUpload(kind, files) {
+// The open upload of exactly these files, or a new one, for the delta of this name if there is one.
+async function openUpload(kind, files, delta) {
   const key = (list) => JSON.stringify(list.map(({ path, sha256 }) => [path, sha256]).sort());
   const wanted = key(files);
   const { data } = await call("GET", "/v1/uploads?state=open&limit=100");
   const found = data.find((upload) => upload.kind === kind && key(upload.files) === wanted);
-  return found ?? call("POST", "/v1/uploads", { kind, files });
+  return found ?? call("POST", "/v1/uploads", { kind, files, delta });
 }
 
 // Sends the files; returns the completed upload.
-async function upload(kind, chosen, report) {
+async function upload(kind, chosen, delta, report) {
   const total = chosen.reduce((sum, { file }) => sum + file.size, 0);
   const announced = [];
   let before = 0;
@@ -74,7 +74,7 @@ async function upload(kind, chosen, report) {
     announced.push({ path, size: file.size, sha256 });
     before += file.size;
   }
-  let state = await openUpload(kind, announced);
+  let state = await openUpload(kind, announced, delta);
   const sent = new Map();
   const progress = (key) => (bytes) => {
     sent.set(key, bytes);
@@ -116,8 +116,9 @@ function filesOf(input, suffixes) {
     .map((file) => ({ path: file.name, file }));
 }
 
-// One `.upload` block; `done` is called with the digest, or with null while there is none.
-function watch(block, done) {
+// One `.upload` block; `done` is called with the digest, or with null while there is none. `delta`
+// tells, of the files chosen, the name of the delta that they will become.
+function watch(block, done, delta = () => null) {
   const input = block.querySelector("input");
   const bar = block.querySelector("progress");
   const note = block.querySelector("p");
@@ -140,7 +141,7 @@ function watch(block, done) {
         bar.value = total ? bytes / total : 1;
         note.textContent = total > 1 ? `${what}: ${size(bytes)} of ${size(total)}` : `${what} …`;
       };
-      const state = await upload(kind, files, report);
+      const state = await upload(kind, files, delta(input.files), report);
       if (own !== round) return;
       const digest = (state.checkpoint ?? state.calibration).digest;
       bar.value = 1;
@@ -229,6 +230,10 @@ if (form) {
     tuned = digest;
     button.disabled = !tuned;
     preview();
+  }, ([chosen]) => {
+    // As `deltadock push` names it.
+    fields.name.value ||= `finetunes/${chosen.webkitRelativePath.split("/")[0]}`;
+    return fields.name.checkValidity() ? fields.name.value : null;
   });
   watch(document.getElementById("text-files"), (digest) => { text = digest; });
   fields.goal.addEventListener("change", () => {

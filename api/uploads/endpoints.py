@@ -118,6 +118,7 @@ BINARY_BODY: Final[dict[str, Any]] = {
         IdempotencyKeyReused,
         QuotaExceeded,
         Forbidden,
+        Conflict,
         by_state=(InvalidCheckpoint,),
     ),
 )
@@ -146,12 +147,12 @@ def create_upload(
         if body.source is not None:
             total = sum(file.size for file in files)
             upload = service.create_import(
-                unit.session, caller.tenant_id, body.kind, body.source, total
+                unit.session, caller.tenant_id, body.kind, body.source, total, body.delta
             )
             unit.after_commit.append(partial(resources.completer.notify, upload.id))
         else:
             upload = service.create_upload(
-                unit.session, resources.blobs, caller.tenant_id, body.kind, files
+                unit.session, resources.blobs, caller.tenant_id, body.kind, files, body.delta
             )
         return UploadOut.of(upload, settings.upload_ttl)
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, Digest, RequestBody
 from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
-from deltadock.names import SOURCE_PATTERN
+from deltadock.names import NAME_PATTERN, SOURCE_PATTERN
 from deltadock.storage.blobs.parts import is_parted, part_bytes_for
 from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 
@@ -56,6 +56,14 @@ class UploadIn(RequestBody):
         max_length=MAX_FILES,
         description="Files announced here can be sent in parts, and are not sent at all where "
         "you have uploaded the same bytes before. Others can be added.",
+    )
+    delta: str | None = Field(
+        default=None,
+        pattern=NAME_PATTERN,
+        description="Name of the delta that it will become, project/model. If bytes must be sent, "
+        "what that delta would be refused for is refused now: the tenant may have no more deltas "
+        "or jobs, or the model was deleted.",
+        examples=["maths/skills"],
     )
     source: str | None = Field(
         default=None,

@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 from sqlalchemy.orm import Session
 
-from deltadock.api.quotas import within_bytes
+from deltadock.api.quotas import check_delta, within_bytes
 from deltadock.api.uploads.receive import check_size, make_inspector
 from deltadock.artifacts.checkpoint import (
     ADAPTER_CONFIG,
@@ -52,7 +52,11 @@ from deltadock.storage.models import (
     UploadRow,
     UploadState,
 )
-from deltadock.storage.repositories import CheckpointRepository, UploadRepository
+from deltadock.storage.repositories import (
+    CheckpointRepository,
+    ModelRepository,
+    UploadRepository,
+)
 from deltadock.storage.repositories.blobs import BlobRepository, lock_blobs
 
 MAX_JSON_BYTES: Final = 32 << 20
@@ -122,11 +126,15 @@ def create_upload(
     tenant_id: str,
     kind: UploadKind,
     files: Collection[FileEntry],
+    delta: str | None = None,
 ) -> UploadRow:
     """Add an upload; of the announced files, those that the tenant has stored before are here.
 
+    `delta` is as for `_check_delta`, unless all are here: an equal delta may be, too.
+
     Raises:
         QuotaExceeded: the others are more than the tenant may store.
+        QuotaExceeded, RateLimited, Conflict: as `_check_delta`.
     """
     uploads = UploadRepository(session, tenant_id)
     known = uploads.stored_files(kind, [file.sha256 for file in files]) if files else {}
@@ -150,7 +158,21 @@ def create_upload(
             )
         )
     with within_bytes(session, tenant_id):
-        return uploads.add(kind, rows)
+        upload = uploads.add(kind, rows)
+    if delta is not None and not all(file.stored for file in upload.files):
+        _check_delta(session, tenant_id, delta)
+    return upload
+
+
+def _check_delta(session: Session, tenant_id: str, name: str) -> None:
+    """Refuse now, before hours of upload, what a delta of this name will be refused for.
+
+    Raises:
+        QuotaExceeded, RateLimited: the tenant may have no more deltas or jobs.
+        Conflict: the name is a deleted model's.
+    """
+    ModelRepository(session, tenant_id).check_open(name)
+    check_delta(session, tenant_id, starts_job=True, more=1)
 
 
 def _holds(blobs: BlobStore, file: FileEntry) -> bool:
@@ -162,18 +184,26 @@ def _holds(blobs: BlobStore, file: FileEntry) -> bool:
 
 
 def create_import(
-    session: Session, tenant_id: str, kind: UploadKind, source: str, total_bytes: int
+    session: Session,
+    tenant_id: str,
+    kind: UploadKind,
+    source: str,
+    total_bytes: int,
+    delta: str | None = None,
 ) -> UploadRow:
     """Add an upload whose files a background thread imports.
 
     Raises:
         QuotaExceeded: they are more than the tenant may store.
+        QuotaExceeded, RateLimited, Conflict: as `_check_delta`.
     """
     uploads = UploadRepository(session, tenant_id)
     with within_bytes(session, tenant_id):
         upload = uploads.add(kind)
         upload.source, upload.source_bytes = source, total_bytes
         uploads.start_completing(upload)
+    if delta is not None:
+        _check_delta(session, tenant_id, delta)
     return upload
 
 

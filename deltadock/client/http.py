@@ -333,20 +333,33 @@ class Client:
                 return
             time.sleep(POLL_SECONDS)
 
-    def upload_folder(self, folder: str | Path, progress: BytesProgress = _ignore) -> Checkpoint:
+    def upload_folder(
+        self,
+        folder: str | Path,
+        progress: BytesProgress = _ignore,
+        *,
+        delta: str | None = None,
+    ) -> Checkpoint:
         """Upload a checkpoint folder; returns the checkpoint with its digests.
 
         Only the files of the model or adapter are sent, not what a trainer left beside them, and
         of those only what the server lacks: an upload that was interrupted is continued.
 
+        Args:
+            folder, progress: as for `push`.
+            delta: name of the delta that it will become, if any.
+
         Raises:
+            QuotaExceeded: there is no room for it, or for another delta.
+            RateLimited: the tenant may not run another job now.
+            Conflict: the delta's name is a deleted model's.
             InvalidCheckpoint: the folder has no checkpoint files, or the server refuses them.
             HashMismatch: the server received other bytes than were sent.
             Unavailable: the server does not answer; call again to resume.
         """
         folder = Path(folder)
         names = sorted(folder_files(folder))
-        uploaded = self._upload("checkpoint", folder, names, progress)["checkpoint"]
+        uploaded = self._upload("checkpoint", folder, names, progress, delta)["checkpoint"]
         return Checkpoint.model_validate(uploaded)
 
     def upload_calibration(self, path: str | Path) -> str:
@@ -364,7 +377,12 @@ class Client:
         return digest
 
     def _upload(
-        self, kind: str, folder: Path, names: Iterable[str], progress: BytesProgress
+        self,
+        kind: str,
+        folder: Path,
+        names: Iterable[str],
+        progress: BytesProgress,
+        delta: str | None = None,
     ) -> JsonObject:
         with httpx.Client(timeout=TIMEOUT, verify=_certificates()) as storage:
 
@@ -380,7 +398,7 @@ class Client:
             def request(method: str, path: str, **body: Any) -> JsonObject:
                 return self.send(Call(method, path, _as_json, body=body.get("json")))
 
-            return Uploader(request, put, folder, progress).upload(kind, names)
+            return Uploader(request, put, folder, progress).upload(kind, names, delta)
 
     def push(
         self,
@@ -414,6 +432,7 @@ class Client:
             Conflict: the method does not fit: an adapter needs 'lora', a whole model another one.
             ArchitectureMismatch: the model is another one than its base.
             InvalidCalibration: a text is too short.
+            QuotaExceeded, RateLimited: the tenant may have no more bytes, deltas or jobs.
             NotFound: there is no such base, parent or file.
             Unavailable: the server does not answer; call again to resume.
         """
@@ -429,7 +448,7 @@ class Client:
         if parent is not None:
             self.delta(parent)
         mixture = None if calibration is None else self._mixture(calibration)
-        checkpoint = self.upload_folder(folder, progress)
+        checkpoint = self.upload_folder(folder, progress, delta=name)
         accepted = self.create_delta(
             name, base, checkpoint.digest, method=method, seed=seed, priority=priority,
             calibration=mixture, parent=parent, recipe=recipe, commit=commit, **goal,
@@ -740,10 +759,14 @@ class AsyncClient:
         return await anyio.to_thread.run_sync(partial(work, *args, **kwargs))
 
     async def upload_folder(
-        self, folder: str | Path, progress: BytesProgress = _ignore
+        self,
+        folder: str | Path,
+        progress: BytesProgress = _ignore,
+        *,
+        delta: str | None = None,
     ) -> Checkpoint:
         """As `Client.upload_folder`."""
-        return await self._in_thread(self._blocking.upload_folder, folder, progress)
+        return await self._in_thread(self._blocking.upload_folder, folder, progress, delta=delta)
 
     async def upload_calibration(self, path: str | Path) -> str:
         """As `Client.upload_calibration`."""

@@ -45,18 +45,19 @@ class Uploader:
         self._folder = folder
         self._progress = progress
 
-    def upload(self, kind: str, names: Iterable[str]) -> JsonObject:
-        """Upload files as one upload; returns it, complete.
+    def upload(self, kind: str, names: Iterable[str], delta: str | None = None) -> JsonObject:
+        """Upload files as one upload, for the delta of this name; returns it, complete.
 
         An earlier upload of the same files that is still open is continued.
 
         Raises:
+            QuotaExceeded, RateLimited, Conflict: the server would refuse the delta.
             InvalidInput: the server rejects a file.
             Unavailable: the server does not answer; call again to resume.
         """
         with ThreadPoolExecutor(THREADS, "upload") as pool:
             files = list(pool.map(self._describe, names))
-            upload = self._open_upload(kind, files)
+            upload = self._open_upload(kind, files, delta)
             try:
                 self._send(pool, upload)
                 return self._complete(upload["id"])
@@ -70,7 +71,7 @@ class Uploader:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             return {"path": name, "size": stream.tell(), "sha256": digest}
 
-    def _open_upload(self, kind: str, files: list[JsonObject]) -> JsonObject:
+    def _open_upload(self, kind: str, files: list[JsonObject], delta: str | None) -> JsonObject:
         wanted = sorted((file["path"], file["size"], file["sha256"]) for file in files)
         opened = self._request("GET", "/v1/uploads?" + urlencode({"state": "open"}))
         for upload in opened["data"]:
@@ -78,7 +79,8 @@ class Uploader:
             if upload["kind"] == kind and sorted(found) == wanted:
                 earlier: JsonObject = upload
                 return earlier
-        return self._request("POST", "/v1/uploads", json={"kind": kind, "files": files})
+        body = {"kind": kind, "files": files, "delta": delta}
+        return self._request("POST", "/v1/uploads", json=body)
 
     def _send(self, pool: ThreadPoolExecutor, upload: JsonObject) -> None:
         """Send every file that is not stored."""

@@ -98,6 +98,10 @@ def _is_tag(tag: str, row: type[ModelTermRow]) -> ColumnElement[bool]:
     return and_(row.kind == TermKind.TAG, row.term == tag)
 
 
+def _deleted(name: str) -> Conflict:
+    return Conflict(f"The model {name!r} was deleted; its name is not used again.")
+
+
 def unindexed(column: InstrumentedAttribute[Any]) -> ColumnElement[str]:
     """The column, hidden from the planner.
 
@@ -172,8 +176,20 @@ class ModelRepository:
             self.session.flush()
             self._index(found, TermKind.WORD, words_of(name))
         elif found.deleted_at is not None:
-            raise Conflict(f"The model {name!r} was deleted; its name is not used again.")
+            raise _deleted(name)
         return found
+
+    def check_open(self, name: str) -> None:
+        """Check what `open` will.
+
+        Raises:
+            Conflict: the name is a deleted model's.
+        """
+        deleted = select(ModelRow.id).where(
+            self._owned(), ModelRow.name == name, ModelRow.deleted_at.is_not(None)
+        )
+        if self.session.scalar(deleted) is not None:
+            raise _deleted(name)
 
     def page(
         self,

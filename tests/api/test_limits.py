@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import anyio
@@ -12,8 +13,11 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse, StreamingResponse
 
+from deltadock.client.http import Client
+from deltadock.errors import QuotaExceeded
 from deltadock.openai.fields import PROMPT_TOKENS_HEADER
-from tests.api.support import Api, StandInNode, bearer, issue_key, weights
+from tests.api.support import CONFIG, Api, StandInNode, bearer, issue_key, sha256, weights
+from tests.client.support import write_finetune
 from tests.waiting import wait_until
 
 
@@ -81,6 +85,49 @@ def test_deltas_and_jobs_at_once(api: Api, tenant: Api) -> None:
     usage = tenant.client.get("/v1/tenants/acme").json()["usage"]
     assert (usage["deltas"], usage["jobs"]) == (2, 1)
     assert api.delta(), "another tenant's limits do not count"
+
+
+def test_an_upload_for_a_delta_is_refused_at_its_start_as_the_delta_would_be(
+    api: Api, tenant: Api, tmp_path: Path
+) -> None:
+    source = f"file://{write_finetune(tmp_path / 'tuned')}"
+    tenant.resources.settings.import_sources.append(source)
+    new = {"path": "model.safetensors", "size": 1 << 30, "sha256": "a" * 64}
+    stored = {"path": "config.json", "size": len(CONFIG), "sha256": sha256(CONFIG)}
+
+    def announce(**fields: Any) -> httpx.Response:
+        body = {"kind": "checkpoint", "delta": "maths/skills", **fields}
+        return tenant.client.post("/v1/uploads", json=body)
+
+    tenant.delta(name="maths/skills")
+    limit(api, max_jobs=1)
+    full = announce(files=[new, stored])
+    refused(full, 429, "rate_limited")
+    assert full.headers["retry-after"] == "30"
+    limit(api, max_jobs=2, max_deltas=1)
+    full = announce(files=[new, stored])
+    refused(full, 403, "quota_exceeded")
+    assert "may have 1 delta and has 1." in full.json()["detail"]
+    refused(announce(source=source), 403, "quota_exceeded")
+    assert announce(files=[stored]).status_code == 201, "nothing needs to be sent"
+    assert announce(files=[new], delta=None).status_code == 201, "such as a base"
+    limit(api, max_deltas=None)
+    assert announce(files=[new, stored]).status_code == 201
+    tenant.client.delete("/v1/registry/maths/skills").raise_for_status()
+    refused(announce(files=[new]), 409, "conflict")
+
+
+def test_a_push_that_would_be_refused_sends_nothing(api: Api, tenant: Api, tmp_path: Path) -> None:
+    tenant.delta()
+    limit(api, max_deltas=1)
+    folder = write_finetune(tmp_path / "tuned", seed=7)
+    before = tenant.blobs()
+    with Client(str(tenant.client.base_url), tenant.key) as client, pytest.raises(QuotaExceeded):
+        client.push(folder, "maths/other", "tiny")
+    assert tenant.blobs() == before
+    limit(api, max_deltas=None)
+    with Client(str(tenant.client.base_url), tenant.key) as client:
+        assert client.push(folder, "maths/other", "tiny").delta.version == 1
 
 
 def test_requests_a_minute(api: Api, tenant: Api) -> None:
