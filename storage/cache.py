@@ -1,12 +1,11 @@
 """On-disk cache of blobs; every file is verified against its digest before use."""
 
 import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, Self
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, check_path
 from deltadock.errors import DamagedBlob, InvalidCheckpoint
@@ -29,6 +28,8 @@ class FileCache:
         self._blobs = blobs
         self._folder = folder
         self._found_damaged = found_damaged
+        self._verified: dict[Path, _Stamp | None] = {}
+        """Files of checkpoints whose fetching was broken off, so that a retry goes on there."""
 
     def artifact(self, digest: str) -> Path:
         """The artifact's file.
@@ -65,18 +66,29 @@ class FileCache:
         """A checkpoint that no process removes within the `with` block; see `checkpoint`.
 
         Before it is fetched, the checkpoints that were used least recently are removed, so that all
-        together take at most `limit` bytes of disk; those in use stay.
+        together, with those that other processes are fetching, take at most `limit` bytes of disk;
+        those in use stay.
         """
-        with self._lock(digest, fcntl.LOCK_SH) as lock:
-            os.utime(lock)
+        with self._lock(self._lock_of(digest), fcntl.LOCK_SH) as lock:
             manifest = self._manifest(digest)
-            self._make_room(digest, limit - manifest.total_bytes)
-            yield self.checkpoint(digest)
+            with self._lock(self._folder / "room.lock", fcntl.LOCK_EX):
+                self._make_room(digest, limit - manifest.total_bytes)
+                lock.write_text(str(manifest.total_bytes))
+            try:
+                fetched = self.checkpoint(digest)
+            finally:
+                lock.write_text("")
+            yield fetched
+
+    def _lock_of(self, digest: str) -> Path:
+        """What users of a checkpoint lock; it holds the bytes that are being fetched, if any.
+
+        Beside the folder and never removed, so that every process locks the same file.
+        """
+        return self._folder / "checkpoints" / f"{digest}.lock"
 
     @contextmanager
-    def _lock(self, digest: str, kind: int) -> Iterator[Path]:
-        # Beside the folder and never removed, so that every process locks the same file.
-        path = self._folder / "checkpoints" / f"{digest}.lock"
+    def _lock(self, path: Path, kind: int) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as stream:
             fcntl.flock(stream, kind)
@@ -85,16 +97,21 @@ class FileCache:
     def _make_room(self, wanted: str, limit: int) -> None:
         """Remove unused checkpoints, the oldest first, until all but `wanted` fit in `limit`."""
         used = [
-            (path.stat().st_mtime, path.stem, disk_bytes(path.with_suffix("")))
-            for path in (self._folder / "checkpoints").glob("*.lock")
-            if path.stem != wanted
+            (
+                lock.stat().st_mtime,
+                lock,
+                max(disk_bytes(lock.with_suffix("")), int(lock.read_text() or 0)),
+            )
+            for lock in (self._folder / "checkpoints").glob("*.lock")
+            if lock.stem != wanted
         ]
         total = sum(size for *_, size in used)
-        for _, digest, size in sorted(used):
+        for _, lock, size in sorted(used):
             if total <= limit:
                 return
-            with suppress(BlockingIOError), self._lock(digest, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                shutil.rmtree(self._folder / "checkpoints" / digest, ignore_errors=True)
+            with suppress(BlockingIOError), self._lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.write_text("")  # whoever was fetching it was killed
                 total -= size
 
     def checkpoint(self, digest: str) -> tuple[Path, CheckpointManifest]:
@@ -107,8 +124,13 @@ class FileCache:
         """
         manifest = self._manifest(digest)
         folder = self._folder / "checkpoints" / digest
-        for file in manifest.files:
-            self._file(file.sha256, folder / check_path(file.path))
+        paths = {folder / check_path(file.path): file.sha256 for file in manifest.files}
+        for path, sha256 in paths.items():
+            stamp = self._verified.get(path)
+            if stamp is None or stamp != _Stamp.of(path):
+                self._verified[path] = _Stamp.of(self._file(sha256, path))
+        for path in paths:
+            self._verified.pop(path, None)
         return folder, manifest
 
     def _manifest(self, digest: str) -> CheckpointManifest:
@@ -134,6 +156,23 @@ class FileCache:
             if error.digest is not None:
                 self._found_damaged(error.digest)
             raise
+
+
+class _Stamp(NamedTuple):
+    """Another one whenever the file is another, or is written to."""
+
+    inode: int
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self | None:
+        """The stamp of this file, if it is there."""
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            return None
+        return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def disk_bytes(folder: Path) -> int:

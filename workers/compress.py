@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -56,6 +56,11 @@ class WorkerContext:
     def of(cls, settings: Settings) -> Self:
         """The context that the settings select."""
         return cls(settings, Database(settings.sqlalchemy_url), make_blob_store(settings))
+
+    @cached_property
+    def bases(self) -> FileCache:
+        """The bases on this machine; another attempt goes on where fetching one was broken off."""
+        return FileCache(self.blobs, self.settings.cache_folder)
 
 
 @cache
@@ -175,8 +180,8 @@ def _run(job: JobRow, lease: Lease, clock: StageClock, context: WorkerContext) -
     folder = job_folder(settings, job.id)
     progress = _reporter(lease, clock)
     progress(Progress("reading", 0, 0, 0.0, 0.0, "fetching the checkpoints"))
-    bases = FileCache(blobs, settings.cache_folder)
-    with bases.held_checkpoint(delta.base.checkpoint_digest, settings.checkpoint_cache_bytes) as (
+    limit = settings.checkpoint_cache_bytes
+    with context.bases.held_checkpoint(delta.base.checkpoint_digest, limit) as (
         base,
         base_manifest,
     ):

@@ -9,8 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
-from deltadock.errors import DamagedBlob, InvalidCheckpoint, NotFound, UnsafeFile
+from deltadock.errors import DamagedBlob, InvalidCheckpoint, NotFound, Unavailable, UnsafeFile
+from deltadock.storage import cache as cache_module
 from deltadock.storage.blobs.local import LocalBlobStore
+from deltadock.storage.blobs.port import sha256_of
 from deltadock.storage.cache import FileCache
 
 
@@ -138,6 +140,88 @@ def test_checkpoints_that_fit_together_stay(
             pass
     folders = tmp_path / "cache" / "checkpoints"
     assert sum(path.is_dir() for path in folders.iterdir()) == 2
+
+
+def test_a_checkpoint_that_another_process_is_fetching_takes_its_room_already(
+    tmp_path: Path, blobs: LocalBlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that are fetched at once fit only without the old one, though neither is there yet."""
+    cache, other = (FileCache(blobs, tmp_path / "cache") for _ in range(2))
+    old, new, also_new = (
+        put_checkpoint(blobs, tmp_path / name, value=n) for n, name in enumerate("abc")
+    )
+    monkeypatch.setattr("os.link", _refuse_links)
+    limit = new.total_bytes + also_new.total_bytes
+    folders = tmp_path / "cache" / "checkpoints"
+    with cache.held_checkpoint(old.digest, limit):
+        pass
+    fetch = blobs.fetch
+
+    def while_the_other_fetches(digest: str, path: Path) -> None:
+        monkeypatch.setattr(blobs, "fetch", fetch)
+        with other.held_checkpoint(also_new.digest, limit):
+            pass
+        fetch(digest, path)
+
+    monkeypatch.setattr(blobs, "fetch", while_the_other_fetches)
+    with cache.held_checkpoint(new.digest, limit):
+        assert {path.name for path in folders.iterdir() if path.is_dir()} == {
+            new.digest, also_new.digest,
+        }  # fmt: skip
+
+
+def test_what_a_killed_process_was_fetching_makes_room(
+    tmp_path: Path, blobs: LocalBlobStore, cache: FileCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, old, new = (
+        put_checkpoint(blobs, tmp_path / name, value=n) for n, name in enumerate("abc")
+    )
+    monkeypatch.setattr("os.link", _refuse_links)
+    folders = tmp_path / "cache" / "checkpoints"
+    (folders / begun.digest).mkdir(parents=True)
+    lock = folders / f"{begun.digest}.lock"
+    lock.write_text(str(begun.total_bytes))
+    os.utime(lock, (0, 0))
+    for manifest in (old, new):
+        with cache.held_checkpoint(manifest.digest, old.total_bytes + new.total_bytes):
+            pass
+    assert {path.name for path in folders.iterdir() if path.is_dir()} == {old.digest, new.digest}
+    assert lock.read_text() == ""
+
+
+def test_a_retry_verifies_only_what_a_broken_off_fetch_has_not(
+    tmp_path: Path, blobs: LocalBlobStore, cache: FileCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = put_checkpoint(blobs, tmp_path / "source")
+    first, last = manifest.files
+    fetch, fetched, hashed = blobs.fetch, list[str](), list[str]()
+
+    def until_it_breaks(digest: str, path: Path) -> None:
+        if digest == last.sha256 and not fetched:
+            fetched.append(digest)
+            raise Unavailable("The store does not answer.")
+        fetch(digest, path)
+
+    def watched(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr(blobs, "fetch", until_it_breaks)
+    monkeypatch.setattr(cache_module, "sha256_of", watched)
+    with pytest.raises(Unavailable):
+        cache.checkpoint(manifest.digest)
+    folder, _ = cache.checkpoint(manifest.digest)
+    assert hashed == [], "the first file was verified as it arrived"
+    cache.checkpoint(manifest.digest)
+    assert hashed == [first.path, last.path], "a complete one is verified before each use"
+    hashed.clear()
+    (folder / last.path).unlink()
+    fetched.clear()
+    with pytest.raises(Unavailable):
+        cache.checkpoint(manifest.digest)
+    damage(folder / first.path)
+    folder, _ = cache.checkpoint(manifest.digest)
+    assert (folder / first.path).read_bytes() == (tmp_path / "source" / first.path).read_bytes()
 
 
 def _refuse_links(*_: object) -> None:
