@@ -59,7 +59,8 @@ class Meter:
     def _shows(self, event: bytes) -> bool:
         data = event.strip().removeprefix(b"data:").strip()
         if b'"usage"' not in data or (tokens := _total_tokens(data)) is None:
-            self._tokens += b'"choices"' in data
+            # A chat's first chunks have roles, and no tokens.
+            self._tokens += b'"choices"' in data and b'"role"' not in data
             return True
         self._tokens = tokens
         return not (self._hides_usage and not json.loads(data).get("choices"))

@@ -81,15 +81,16 @@ def _tokens(prompt: Prompt, tokenizer: Tokenizer, templates: TemplateSandbox) ->
 def grammar_of(request: GenerationRequest) -> GrammarSpec | None:
     """The grammar that the answers must follow, if any."""
     if isinstance(request, ChatRequest) and (tools := request.forced_tools):
-        return GrammarSpec("compact_json_schema", json.dumps(_calls_schema(tools)), "tools")
+        schema = _calls_schema(tools, at_most_one=request.at_most_one_call)
+        return GrammarSpec("compact_json_schema", json.dumps(schema), "tools")
     form = request.response_format
     if isinstance(form, JsonObjectFormat):
         return GrammarSpec("json_object", "", "response_format")
     if isinstance(form, JsonSchemaFormat):
         return GrammarSpec("json_schema", json.dumps(form.json_schema.schema_), "response_format")
     if request.guided_json is not None:
-        schema = request.guided_json
-        text = schema if isinstance(schema, str) else json.dumps(schema)
+        guided = request.guided_json
+        text = guided if isinstance(guided, str) else json.dumps(guided)
         return GrammarSpec("json_schema", text, "guided_json")
     if request.guided_regex is not None:
         return GrammarSpec("regex", request.guided_regex, "guided_regex")
@@ -102,7 +103,7 @@ def grammar_of(request: GenerationRequest) -> GrammarSpec | None:
     return None
 
 
-def _calls_schema(tools: Sequence[Tool]) -> dict[str, Any]:
+def _calls_schema(tools: Sequence[Tool], *, at_most_one: bool) -> dict[str, Any]:
     """The JSON schema of one or more calls of these tools, as `tool_calls.parse_calls` reads it."""
     parameters = [tool.function.parameters or {"type": "object"} for tool in tools]
     return {
@@ -112,6 +113,7 @@ def _calls_schema(tools: Sequence[Tool]) -> dict[str, Any]:
         },
         "type": "array",
         "minItems": 1,
+        **({"maxItems": 1} if at_most_one else {}),
         "items": {
             "anyOf": [
                 {

@@ -174,7 +174,7 @@ class ChatRequest(SamplingFields):
     audio: Unsupported[None] = None
     moderation: Unsupported[None] = None
     web_search_options: Unsupported[None] = None
-    parallel_tool_calls: Ignored = None
+    parallel_tool_calls: bool | None = None
     prediction: Ignored = None
 
     @field_validator("top_logprobs")
@@ -206,6 +206,11 @@ class ChatRequest(SamplingFields):
             name = self.tool_choice.function.name
             return [tool for tool in self.offered_tools if tool.function.name == name]
         return self.offered_tools if self.tool_choice == "required" else []
+
+    @property
+    def at_most_one_call(self) -> bool:
+        """Whether an answer may call one tool only."""
+        return self.parallel_tool_calls is False or isinstance(self.tool_choice, NamedTool)
 
     @field_validator("continue_final_message")
     @classmethod

@@ -5,7 +5,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from deltadock.errors import DeltadockError
 from deltadock.inference.engine.sampling import SampledToken
-from deltadock.inference.engine.sequence import Event
+from deltadock.inference.engine.sequence import Event, FinishReason
 from deltadock.inference.generation import Generation
 from deltadock.inference.prompts.tokenizer import Tokenizer
 from deltadock.inference.prompts.tool_calls import ToolForm, call_begins, parse_calls, tool_form
@@ -63,8 +63,8 @@ class Reply(ABC, Generic[RequestBody]):
         """The complete response, from the answers in order."""
 
     @abstractmethod
-    def _chunk(self, index: int, event: Event) -> BaseModel:
-        """The next chunk of an answer."""
+    def _chunks(self, index: int, event: Event) -> Iterator[BaseModel]:
+        """The next chunks of the stream, by an answer's event."""
 
     @abstractmethod
     def _usage_chunk(self, usage: Usage) -> BaseModel:
@@ -91,7 +91,8 @@ class Reply(ABC, Generic[RequestBody]):
             async with aclosing(self.generation.events()) as events:
                 async for index, event in events:
                     self._generated_tokens += len(event.tokens)
-                    yield _sse(self._chunk(index, event))
+                    for chunk in self._chunks(index, event):
+                        yield _sse(chunk)
         except DeltadockError as error:
             yield _sse(ErrorBody.of_error(error))
             return
@@ -125,8 +126,8 @@ class CompletionReply(Reply[CompletionRequest]):
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         return Completion(**self.head, choices=choices, usage=usage)
 
-    def _chunk(self, index: int, event: Event) -> Completion:
-        return Completion(**self.head, choices=[self._choice(index, event)])
+    def _chunks(self, index: int, event: Event) -> Iterator[Completion]:
+        yield Completion(**self.head, choices=[self._choice(index, event)])
 
     def _usage_chunk(self, usage: Usage) -> Completion:
         return Completion(**self.head, choices=[], usage=usage)
@@ -218,6 +219,11 @@ class _LogprobsWriter:
         return alternatives
 
 
+def _finish_reason(answer: Event, calls: Sequence[Any]) -> str | None:
+    """OpenAI's: an answer with calls may be cut off too."""
+    return "tool_calls" if calls and answer.finish == "stop" else answer.finish
+
+
 class ChatReply(Reply[ChatRequest]):
     """The response of /v1/chat/completions.
 
@@ -228,8 +234,12 @@ class ChatReply(Reply[ChatRequest]):
 
     def __init__(self, request: ChatRequest, generation: Generation) -> None:
         super().__init__(request, generation)
-        self._started: set[int] = set()
-        self._held_back: dict[int, str] = defaultdict(str)
+        self._started = False
+        """Whether a stream has begun."""
+        self._texts: dict[int, str] = defaultdict(str)
+        """Of streamed answers that may contain calls, as far as they are there."""
+        self._sent: dict[int, int] = defaultdict(int)
+        """How much of each is sent."""
         self._form: ToolForm | None = None
         if request.forced_tools:
             self._form = "json"
@@ -239,7 +249,7 @@ class ChatReply(Reply[ChatRequest]):
     def _completion(self, answers: Sequence[Event], usage: Usage) -> ChatCompletion:
         choices = []
         for index, answer in enumerate(answers):
-            text, calls = self._parse(answer.text)
+            text, calls = self._parse(answer.text, answer.finish)
             message = AssistantMessage(content=text or (None if calls else ""))
             if calls:
                 message.tool_calls = [ToolCall(**call) for call in calls]
@@ -248,43 +258,56 @@ class ChatReply(Reply[ChatRequest]):
                     index=index,
                     message=message,
                     logprobs=self._logprobs(answer.tokens),
-                    finish_reason="tool_calls" if calls else answer.finish,
+                    finish_reason=_finish_reason(answer, calls),
                 )
             )
         return ChatCompletion(**self.head, choices=choices, usage=usage)
 
-    def _parse(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+    def _parse(self, text: str, finish: FinishReason | None) -> tuple[str, list[dict[str, Any]]]:
         """An answer's text without the calls of tools, and the calls."""
         if self._form is None:
             return text, []
-        text, calls = parse_calls(self._form, text)
+        text, calls = parse_calls(self._form, text, cut_off=finish == "length")
         return text, [
             {"id": f"call_{secrets.token_hex(12)}", "function": FunctionCall(**call._asdict())}
-            for call in calls
+            for call in (calls[:1] if self.request.at_most_one_call else calls)
         ]
 
-    def _chunk(self, index: int, event: Event) -> ChatChunk:
+    def _chunks(self, index: int, event: Event) -> Iterator[ChatChunk]:
+        if not self._started:
+            # OpenAI's client takes the answers in the order of their first chunks.
+            self._started = True
+            for answer in range(self.request.answers):
+                yield self._chunk(answer, MessageDelta(role="assistant", content=""))
         text, calls = event.text, list[dict[str, Any]]()
         if self._form is not None:
-            text = self._held_back.pop(index, "") + text
+            self._texts[index] += text
+            whole, sent = self._texts[index], self._sent[index]
             if event.finish is not None:
-                text, calls = self._parse(text)
+                whole, calls = self._parse(whole, event.finish)
             else:
-                begin = len(text[: call_begins(self._form, text)].rstrip())
-                text, self._held_back[index] = text[:begin], text[begin:]
+                whole = whole[: call_begins(self._form, whole)].rstrip()
+            text, self._sent[index] = whole[sent:], max(sent, len(whole))
         delta = MessageDelta(content=text if text or not calls else None)
-        if index not in self._started:
-            delta.role = "assistant"
-            self._started.add(index)
-        if calls:
-            delta.tool_calls = [
-                ToolCallDelta(index=number, **call) for number, call in enumerate(calls)
-            ]
+        if not calls:
+            yield self._chunk(index, delta, event.tokens, event.finish)
+            return
+        delta.tool_calls = [
+            ToolCallDelta(index=number, **call) for number, call in enumerate(calls)
+        ]
+        yield self._chunk(index, delta, event.tokens)
+        # OpenAI's client sees a call's end by another chunk.
+        yield self._chunk(index, MessageDelta(), finish=_finish_reason(event, calls))
+
+    def _chunk(
+        self,
+        index: int,
+        delta: MessageDelta,
+        tokens: Sequence[SampledToken] = (),
+        finish: str | None = None,
+    ) -> ChatChunk:
         choice = ChatChunkChoice(
-            index=index,
-            delta=delta,
-            logprobs=self._logprobs(event.tokens),
-            finish_reason="tool_calls" if calls else event.finish,
+            index=index, delta=delta, logprobs=self._logprobs(tokens), finish_reason=finish
         )
         return ChatChunk(**self.head, choices=[choice])
 

@@ -1,8 +1,11 @@
 """Tool calls in the text of an answer, in the forms of the families that have a known one."""
 
 import json
+import re
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
+
+from pydantic_core import from_json
 
 ToolForm = Literal["hermes", "mistral", "llama3", "json"]
 """How a model writes calls. `json` is the form of required calls, which a grammar enforces."""
@@ -17,10 +20,25 @@ BEGINNINGS: Final[dict[ToolForm, tuple[str, ...]]] = {
     "json": ("[", "{"),
 }
 """Texts that begin a call; those of one character only at the beginning of an answer."""
+MARKERS: Final = (HERMES, MISTRAL, PYTHON_TAG)
+"""Texts that begin nothing but a call."""
+BEFORE: Final[dict[ToolForm, re.Pattern[str]]] = {
+    "hermes": re.compile(rf".*?{HERMES}\s*", re.DOTALL),
+    # A list of calls; in newer models a name, an id and arguments after each marker.
+    "mistral": re.compile(r"(?:\s|\[TOOL_CALLS\]|[\[\],])*(?P<name>[^\[{]*)[^{]*"),
+    "llama3": re.compile(rf"(?:\s|;|{re.escape(PYTHON_TAG)})*"),
+    "json": re.compile(r"[\s\[\],]*"),
+}
+"""What stands before the JSON of a call."""
+BEGUN: Final = re.compile(
+    r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{.*)',
+    re.DOTALL,
+)
+"""A call that is cut off in its arguments."""
 
 
 class ParsedCall(NamedTuple):
-    """A function's name, and its arguments as JSON."""
+    """A function's name, and its arguments as JSON, or the beginning of it."""
 
     name: str
     arguments: str
@@ -57,83 +75,51 @@ def call_begins(form: ToolForm, text: str) -> int:
     return min(places)
 
 
-def parse_calls(form: ToolForm, text: str) -> tuple[str, Sequence[ParsedCall]]:
-    """The text before the calls, and the calls; all of the text if they cannot be parsed."""
-    begin = call_begins(form, text)
-    if begin == len(text):
-        return text, ()
+def parse_calls(
+    form: ToolForm, text: str, *, cut_off: bool = False
+) -> tuple[str, Sequence[ParsedCall]]:
+    """The text before the calls, and the calls; all of the text if they cannot be parsed.
+
+    Of a text that is `cut_off` the last call has the arguments that there are, which need not be
+    complete JSON, and is left out if there are none yet.
+    """
+    begin = end = call_begins(form, text)
+    calls: list[ParsedCall] = []
     try:
-        calls = PARSERS[form](text[begin:])
-    except (ValueError, KeyError, TypeError):
-        return text, ()
-    return (text[:begin].rstrip(), calls) if calls else (text, ())
+        while (found := BEFORE[form].match(text, end)) and found.end() < len(text):
+            name = found.groupdict().get("name", "").strip()
+            call, end = _read(name, text, found.end(), cut_off=cut_off)
+            calls += [] if call is None else [call]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        if not (cut_off and calls):
+            return text, ()
+    certain = form == "json" or text.startswith(MARKERS, begin)
+    return (text[:begin].rstrip() if calls or (cut_off and certain) else text), tuple(calls)
 
 
-def _call(value: Any) -> ParsedCall:
-    """A call from `{"name": ..., "arguments" or "parameters": {...}}`.
+def _read(name: str, text: str, begin: int, *, cut_off: bool) -> tuple[ParsedCall | None, int]:
+    """The call whose JSON begins there, and where it ends; None if cut off before its arguments.
+
+    The JSON is the arguments if the `name` is known, else it contains both.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not one.
+        KeyError, TypeError, ValueError, RecursionError: it is none.
     """
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, begin)
+    except ValueError:
+        if not cut_off:
+            raise
+        from_json(text[begin:], allow_partial=True)  # raises if it is not cut off, but broken
+        if name:
+            return ParsedCall(name, text[begin:]), len(text)
+        begun = BEGUN.match(text, begin)
+        return ParsedCall(json.loads(begun[1]), begun[2]) if begun else None, len(text)
+    if name:
+        return ParsedCall(name, text[begin:end]), end
     arguments = value["arguments"] if "arguments" in value else value["parameters"]
     if not isinstance(value["name"], str) or not isinstance(arguments, dict | str):
         raise TypeError("not a call")
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return ParsedCall(value["name"], text)
-
-
-def _hermes(text: str) -> list[ParsedCall]:
-    """A JSON object after each marker."""
-    calls = []
-    place = text.find(HERMES)
-    while place >= 0:
-        value, end = _decode(text, place + len(HERMES))
-        calls.append(_call(value))
-        place = text.find(HERMES, end)
-    return calls
-
-
-def _mistral(text: str) -> list[ParsedCall]:
-    """A JSON list after the marker; in newer models a name and arguments after each marker."""
-    calls = []
-    while text := text.strip():
-        if not text.startswith(MISTRAL):
-            raise ValueError("not a call")
-        begin = next((place for place, letter in enumerate(text) if letter == "{"), len(text))
-        name = text[len(MISTRAL) : begin].partition("[")[0].strip()
-        value, end = _decode(text, begin if name else len(MISTRAL))
-        if name:
-            calls.append(ParsedCall(name, text[begin:end]))
-        else:
-            calls += [_call(one) for one in (value if isinstance(value, list) else [value])]
-        text = text[end:]
-    return calls
-
-
-def _decode(text: str, begin: int) -> tuple[Any, int]:
-    """The JSON value from `begin` on, after white space, and where it ends.
-
-    Raises:
-        ValueError: there is none.
-    """
-    return json.JSONDecoder().raw_decode(
-        text, begin + len(text[begin:]) - len(text[begin:].lstrip())
-    )
-
-
-def _llama3(text: str) -> list[ParsedCall]:
-    """JSON objects, separated by semicolons."""
-    text = text.strip().removeprefix(PYTHON_TAG).strip()
-    calls = []
-    while text:
-        value, end = _decode(text, 0)
-        calls.append(_call(value))
-        text = text[end:].lstrip("; \n")
-    return calls
-
-
-def _json(text: str) -> list[ParsedCall]:
-    return [_call(value) for value in json.loads(text)]
-
-
-PARSERS: Final = {"hermes": _hermes, "mistral": _mistral, "llama3": _llama3, "json": _json}
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return ParsedCall(value["name"], arguments), end

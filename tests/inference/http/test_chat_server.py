@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import openai
 import pytest
 
 from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.inference.prompts.tokenizer import BYTE_CHARACTERS
 from tests.inference.support import RunningNode, Site, start, write_delta
 from tests.waiting import wait_until
 
@@ -23,6 +25,8 @@ TALK: Any = [
     {"role": "system", "content": "Answer."},
     {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
 ]
+BYTES = sorted(BYTE_CHARACTERS)
+"""The tests' tokens by id."""
 PROMPT = "[system] Answer.\n[user] a\nb\n[assistant]"
 
 Carry = Callable[..., str]
@@ -357,6 +361,96 @@ def test_a_tool_that_must_be_called_is_called(
     assert (text, finish) == (None, "tool_calls")
     assert {name for name, _ in calls} == {"weather"}
     assert all(json.loads(arguments)["city"] in {"a", "b"} for _, arguments in calls)
+
+
+NAMED: Any = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tool_choice", ["auto", "required", NAMED])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_an_answer_has_one_call_where_it_may_have_no_more(
+    site: Site, node: RunningNode, hermes: str, stream: bool, tool_choice: Any, parallel: bool
+) -> None:
+    """Each answer would go on with another call: it is made to, or a bias makes it."""
+    more: dict[str, Any] = {"logit_bias": {str(BYTES.index(",")): 100}}
+    if tool_choice == "auto":
+        several = '<tool_call>{"name":"f","arguments":{}}' * 2
+        more = {"extra_body": {"guided_choice": [several]}}
+    with node.client(site.base, hermes) as client:
+        text, finish, calls = ask_for_tools(
+            client, stream=stream, max_tokens=105, tool_choice=tool_choice,
+            parallel_tool_calls=parallel, **more,
+        )  # fmt: skip
+    several_allowed = parallel and tool_choice != NAMED
+    assert (text, len(calls)) == (None, 1 + several_allowed)
+    endless = tool_choice == "required" and several_allowed
+    assert finish == ("length" if endless else "tool_calls")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_cut_off_is_no_text(
+    site: Site, node: RunningNode, hermes: str, stream: bool
+) -> None:
+    body = {"guided_choice": [CALL]}
+    for forced in (False, True):
+        more: dict[str, Any] = {"tool_choice": NAMED} if forced else {"extra_body": body}
+        whole = '[{"name": "weather", "parameters": {"city": "a"}}]' if forced else CALL
+        begin = whole.index('{"city"')
+        with node.client(site.base, hermes) as client:
+            cut = [
+                ask_for_tools(client, stream=stream, max_tokens=length, **more)
+                for length in (begin - 3, begin + 4)
+            ]
+        assert cut[0] == ("" if not stream else None, "length", [])
+        assert cut[1] == (None, "length", [("weather", '{"ci')])
+
+
+def test_the_openai_packages_stream_takes_several_answers_in_any_order(
+    site: Site, node: RunningNode, chatty: str
+) -> None:
+    """The first answer begins with half a character, and so with no text."""
+    ask: dict[str, Any] = {
+        "model": "m", "messages": TALK, "n": 2, "seed": 1, "max_tokens": 8, "temperature": 2,
+        "extra_body": {"guided_regex": "(é|a)+"},
+    }  # fmt: skip
+    with node.client(site.base, chatty) as client:
+        for seed in range(8):
+            ask["seed"] = seed
+            whole = client.chat.completions.create(**ask).choices
+            if whole[0].message.content.startswith("é") > whole[1].message.content.startswith("é"):
+                break
+        with (
+            client.chat.completions.stream(**ask) as stream,
+            suppress(openai.LengthFinishReasonError),
+        ):
+            for _ in stream:
+                pass
+        streamed = stream._state.current_completion_snapshot.choices
+    assert [c.message.content for c in streamed] == [c.message.content for c in whole]
+
+
+def test_the_openai_packages_stream_has_the_calls_of_the_whole_answer(
+    site: Site, node: RunningNode, hermes: str
+) -> None:
+    ask: dict[str, Any] = {
+        "model": "m", "messages": TALK, "tools": [WEATHER], "tool_choice": NAMED, "seed": 1,
+    }  # fmt: skip
+    with node.client(site.base, hermes) as client:
+        [whole] = client.chat.completions.create(**ask).choices
+        with client.chat.completions.stream(**ask) as stream:
+            kinds = [event.type for event in stream]
+            [streamed] = stream.get_final_completion().choices
+        with (
+            client.chat.completions.stream(**ask, max_tokens=40) as stream,
+            pytest.raises(openai.LengthFinishReasonError),
+        ):
+            stream.get_final_completion()
+    [expected] = whole.message.tool_calls
+    [call] = streamed.message.tool_calls
+    assert "tool_calls.function.arguments.done" in kinds
+    assert call.function.arguments == expected.function.arguments
+    assert (call.function.name, streamed.finish_reason) == ("weather", "tool_calls")
 
 
 def test_tools_and_results_reach_the_template(site: Site, node: RunningNode, carry: Carry) -> None:

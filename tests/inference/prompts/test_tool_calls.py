@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltadock.inference.prompts.tool_calls import (
-    PARSERS,
+    BEFORE,
+    ParsedCall,
     ToolForm,
     call_begins,
     parse_calls,
@@ -63,7 +64,41 @@ def test_calls_are_parsed(
     assert [(call.name, json.loads(call.arguments)) for call in found[1]] == calls
 
 
-@pytest.mark.parametrize("form", PARSERS)
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("hermes", 'Let me. <tool_call>\n{"name": "f", "arguments": {"a": 1, "b": "é"}}'),
+        ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1, "b": "é"}}]'),
+        ("mistral", '[TOOL_CALLS]f[ARGS]{"a": 1, "b": "é"}'),
+        ("llama3", '{"name": "f", "parameters": {"a": 1, "b": "é"}}'),
+        ("llama3", '<|python_tag|>{"name": "f", "parameters": {"a": 1, "b": "é"}}'),
+        ("json", '[{"name": "f", "parameters": {"a": 1, "b": "é"}}]'),
+    ],
+)
+def test_a_call_that_is_cut_off_has_what_there_is_of_its_arguments(
+    form: ToolForm, text: str
+) -> None:
+    begin, end = text.index('{"a"'), text.index("}") + 1
+    for length in range(len(text)):
+        content, calls = parse_calls(form, text[:length], cut_off=True)
+        if length <= begin:
+            assert calls == ()
+            assert content in {text[:length], "Let me.", ""}
+        else:
+            assert content == ("Let me." if form == "hermes" else "")
+            assert calls == (ParsedCall("f", text[begin : min(length, end)]),)
+        again = f"{text}{text}"[: len(text) + length]
+        assert parse_calls(form, again, cut_off=True)[1][0] == ParsedCall("f", text[begin:end])
+
+
+def test_a_broken_call_is_text_even_if_it_is_cut_off() -> None:
+    for text in ("<tool_call>{broken", '<tool_call>{"arguments": {}}', f"<tool_call>{'[' * 9999}"):
+        assert parse_calls("hermes", text, cut_off=True) == (text, ())
+    for text in ('{"result": [1', "{", '{"name": "f"'):
+        assert parse_calls("llama3", text, cut_off=True) == (text, ())
+
+
+@pytest.mark.parametrize("form", BEFORE)
 @pytest.mark.parametrize(
     "text",
     [
@@ -86,25 +121,20 @@ def test_what_is_no_call_is_text(form: ToolForm, text: str) -> None:
 
 
 @given(
-    form=st.sampled_from(sorted(PARSERS)),
+    form=st.sampled_from(sorted(BEFORE)),
     text=st.text('<tool_cal>[TOOL_CALLS]{}"a1:, ;', max_size=40),
 )
 def test_a_stream_holds_back_every_call(form: ToolForm, text: str) -> None:
     """Text that was output never turns out to be a part of a call."""
-    begin = call_begins(form, text)
-    for length in range(len(text) + 1):
-        assert call_begins(form, text[:length]) <= max(begin, 0) or begin == len(text)
     output = ""
-    held = ""
-    for character in text:
-        held += character
-        begins = call_begins(form, held)
-        output, held = output + held[:begins], held[begins:]
-    content, calls = parse_calls(form, text)
-    if calls:
+    for length in range(len(text) + 1):
+        shown = text[: call_begins(form, text[:length])]
+        assert shown.startswith(output)
+        output = shown
+    for cut_off in (False, True):
+        content, calls = parse_calls(form, text, cut_off=cut_off)
         assert content.startswith(output.rstrip())
-    else:
-        assert output + held == text
+        assert calls or content in {text, output.rstrip()}
 
 
 @pytest.mark.parametrize(
