@@ -197,7 +197,7 @@ class TimedRequest:
         self,
         prompt: Sequence[int],
         slot: int,
-        model_key: str,
+        queue_key: str,
         tokens: int,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -210,7 +210,7 @@ class TimedRequest:
             tokens=list(prompt),
             sampling=SamplingParams(max_tokens=tokens, temperature=0.0),
             delta_slot=slot,
-            model_key=model_key,
+            queue_key=queue_key,
             end_ids=frozenset(),
             stream=_DotStream(),
             emit=self._receive,
@@ -273,10 +273,10 @@ class DeltaEngine:
         return random_prompt(length, next(self._seeds), self._vocabulary)
 
     def request(
-        self, slot: int, prompt: int, tokens: int, model_key: str = "", **options: Any
+        self, slot: int, prompt: int, tokens: int, queue_key: str = "", **options: Any
     ) -> TimedRequest:
         """A request with a new prompt of `prompt` tokens; by default each slot has its own key."""
-        key = model_key or f"slot {slot}"
+        key = queue_key or f"slot {slot}"
         return TimedRequest(self.prompt(prompt), slot, key, tokens, **options)
 
     def run(self, requests: Sequence[TimedRequest]) -> float:

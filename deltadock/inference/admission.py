@@ -1,4 +1,4 @@
-"""Admission control: limits on queued and running sequences, in total and per delta."""
+"""Admission control: limits on queued and running sequences, in total and per queue."""
 
 import math
 import time
@@ -20,7 +20,7 @@ class Admission:
     def __init__(
         self, limit: int, delta_limit: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Admit `limit` sequences at once, `delta_limit` of them per model key."""
+        """Admit `limit` sequences at once, `delta_limit` of them per queue key."""
         self.limit, self._delta_limit = limit, min(delta_limit, limit)
         self._clock = clock
         self._admitted: Counter[str] = Counter()
@@ -34,8 +34,8 @@ class Admission:
         """Queued and running sequences."""
         return self._admitted.total()
 
-    def enter(self, model_key: str, count: int) -> None:
-        """Admit `count` sequences of a model key.
+    def enter(self, queue_key: str, count: int) -> None:
+        """Admit `count` sequences of a queue key.
 
         Raises:
             InvalidInput: more than the limit per delta.
@@ -53,24 +53,24 @@ class Admission:
                 "The node's queue is full; try again later.",
                 retry_after=self._seconds(self._ends, excess),
             )
-        excess = self._admitted[model_key] + count - self._delta_limit
+        excess = self._admitted[queue_key] + count - self._delta_limit
         if excess > 0:
             raise Overloaded(
                 "The queue of this delta is full; try again later.",
-                retry_after=self._seconds(self._delta_ends[model_key], excess),
+                retry_after=self._seconds(self._delta_ends[queue_key], excess),
             )
-        self._admitted[model_key] += count
+        self._admitted[queue_key] += count
 
-    def leave(self, model_key: str, count: int = 1) -> None:
+    def leave(self, queue_key: str, count: int = 1) -> None:
         """Remove ended sequences."""
-        self._admitted[model_key] -= count
+        self._admitted[queue_key] -= count
         now = self._clock()
         self._ends.extend([now] * count)
-        if self._admitted[model_key] > 0:
-            self._delta_ends[model_key].extend([now] * count)
+        if self._admitted[queue_key] > 0:
+            self._delta_ends[queue_key].extend([now] * count)
         else:
-            del self._admitted[model_key]
-            self._delta_ends.pop(model_key, None)
+            del self._admitted[queue_key]
+            self._delta_ends.pop(queue_key, None)
 
     def _seconds(self, ends: deque[float], excess: int) -> int:
         """Estimated seconds until `excess` sequences have ended; 1 without an estimate."""

@@ -70,7 +70,7 @@ class Generation:
                         tokens=list(prompt),
                         sampling=sampling,
                         delta_slot=slot,
-                        model_key=self._target.queue_key,
+                        queue_key=self._target.queue_key,
                         end_ids=sampling.end_ids(self.tokenizer.eos_ids),
                         stream=TextStream(
                             self.tokenizer,

@@ -180,7 +180,7 @@ class Bench:
                 tokens=list(prompt),
                 sampling=sampling,
                 delta_slot=slot,
-                model_key=f"digest-{slot}",
+                queue_key=f"digest-{slot}",
                 end_ids=self.tokenizer.eos_ids,
                 stream=TextStream(self.tokenizer, prompt, sampling.stop),
                 emit=lambda event: self._events.put((outcome, event)),

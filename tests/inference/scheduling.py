@@ -21,7 +21,7 @@ def make_sequence(
     prompt: int | list[int],
     slot: int = 0,
     *,
-    model_key: str | None = None,
+    queue_key: str | None = None,
     **how: Any,
 ) -> Sequence:
     """A sequence with this prompt, or a unique one of this length."""
@@ -32,7 +32,7 @@ def make_sequence(
         tokens=list(tokens),
         sampling=sampling,
         delta_slot=slot,
-        model_key=model_key if model_key is not None else f"digest-{slot}",
+        queue_key=queue_key if queue_key is not None else f"digest-{slot}",
         end_ids=frozenset(),
         stream=TextStream(tokenizer, [1], ()),
         emit=lambda _: None,

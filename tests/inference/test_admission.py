@@ -16,9 +16,9 @@ class Clock:
         return self.now
 
 
-def retry_after(admission: Admission, model_key: str, count: int = 1) -> object:
+def retry_after(admission: Admission, queue_key: str, count: int = 1) -> object:
     with pytest.raises(Overloaded) as caught:
-        admission.enter(model_key, count)
+        admission.enter(queue_key, count)
     return caught.value.details["retry_after"]
 
 
@@ -56,18 +56,18 @@ def test_limits_hold_and_idle_keys_are_forgotten(
     moves: list[tuple[str, int, bool]],
 ) -> None:
     admission, inside = Admission(6, 4), dict.fromkeys("abc", 0)
-    for model_key, count, enters in moves:
+    for queue_key, count, enters in moves:
         if enters:
-            fits = sum(inside.values()) + count <= 6 and inside[model_key] + count <= 4
+            fits = sum(inside.values()) + count <= 6 and inside[queue_key] + count <= 4
             try:
-                admission.enter(model_key, count)
+                admission.enter(queue_key, count)
             except Overloaded:
                 assert not fits
             else:
                 assert fits
-                inside[model_key] += count
-        elif inside[model_key] >= count:
-            admission.leave(model_key, count)
-            inside[model_key] -= count
+                inside[queue_key] += count
+        elif inside[queue_key] >= count:
+            admission.leave(queue_key, count)
+            inside[queue_key] -= count
         assert admission.admitted == sum(inside.values())
         assert admission._delta_ends.keys() <= {name for name in inside if inside[name]}

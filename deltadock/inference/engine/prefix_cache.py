@@ -1,9 +1,9 @@
 """Allocates cache slots to sequences and reuses prefixes that earlier sequences left in them.
 
-A sequence reuses the longest matching prefix of the same model key. Keys are digests, so a name
+A sequence reuses the longest matching prefix of the same queue key: tenants share none, and a name
 that moves to other weights matches nothing. Two rules keep a broken delta's NaN from spreading (a
 masked position is still read, and 0 * NaN is NaN): only tokens that led to finite logits are
-shared, and a slot is erased before it passes to another model key.
+shared, and a slot is erased before it passes to another queue key.
 """
 
 import logging
@@ -14,8 +14,8 @@ from deltadock.inference.model.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
 
-NO_MODEL: Final = ""
-"""Model key of contents that must be erased before the slot is used again."""
+NO_KEY: Final = ""
+"""Queue key of contents that must be erased before the slot is used again."""
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class _SlotContents:
     """Keys and values of the first `confirmed` of `tokens` led to finite logits; the first
     `written` positions may hold anything."""
 
-    model_key: str
+    queue_key: str
     tokens: list[int]
     confirmed: int
     written: int
@@ -44,27 +44,27 @@ class CacheSlots:
         """Number of free slots."""
         return len(self._free)
 
-    def find(self, model_key: str, tokens: list[int]) -> tuple[int, int]:
+    def find(self, queue_key: str, tokens: list[int]) -> tuple[int, int]:
         """Find the longest cached prefix: (slot, length), or (-1, 0) without a match.
 
         The last token is never part of it: its logits are not in the cache.
         """
         best = (0, False, -1)
         for slot, contents in self._contents.items():
-            if contents.model_key == model_key:
+            if contents.queue_key == queue_key:
                 count = common_prefix(
                     contents.tokens, tokens, min(contents.confirmed, len(tokens) - 1)
                 )
                 best = max(best, (count, slot in self._free, slot))
         return (best[2], best[0]) if best[0] else (-1, 0)
 
-    def take(self, model_key: str, tokens: list[int], *, reuse: bool = True) -> tuple[int, int]:
+    def take(self, queue_key: str, tokens: list[int], *, reuse: bool = True) -> tuple[int, int]:
         """Allocate a slot: (slot, number of the sequence's `tokens` already computed in it).
 
         Without `reuse` none is, so that all logits are computed.
         `tokens` may grow while the sequence runs; `confirm` marks how many are computed.
         """
-        source, count = self.find(model_key, tokens) if reuse else (-1, 0)
+        source, count = self.find(queue_key, tokens) if reuse else (-1, 0)
         # Reusing the slot in place would discard a prefix much longer than the shared one.
         if source in self._free and 2 * count >= self._contents[source].confirmed:
             slot = source
@@ -72,13 +72,13 @@ class CacheSlots:
             slot = next(iter(self._free))
         contents = self._contents.get(slot)
         written = contents.written if contents is not None else 0
-        if contents is not None and contents.model_key != model_key:
+        if contents is not None and contents.queue_key != queue_key:
             self._cache.erase(slot, 0, written)
             written = 0
         if count and slot != source:
             self._cache.copy(source, slot, count)
         del self._free[slot]
-        self._contents[slot] = _SlotContents(model_key, tokens, count, max(written, count))
+        self._contents[slot] = _SlotContents(queue_key, tokens, count, max(written, count))
         self.reused_tokens += count
         return slot, count
 
@@ -100,7 +100,7 @@ class CacheSlots:
             self._cache.erase(slot, contents.confirmed, contents.written)
         except Exception:
             logger.exception("A cache slot could not be erased")
-            self._contents[slot] = _SlotContents(NO_MODEL, [], 0, contents.written)
+            self._contents[slot] = _SlotContents(NO_KEY, [], 0, contents.written)
             self._free[slot] = None
             return
         contents.written = contents.confirmed

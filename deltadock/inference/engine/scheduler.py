@@ -1,4 +1,4 @@
-"""Schedules passes: continuous batching, chunked prefill, fairness between deltas."""
+"""Schedules passes: continuous batching, chunked prefill, fairness between queues."""
 
 from collections import Counter, deque
 from typing import Final, NamedTuple
@@ -33,14 +33,14 @@ class ScheduledChunk(NamedTuple):
 
 
 class Scheduler:
-    """Fair between deltas, first come first served within a delta.
+    """Fair between queues, each a tenant's use of a delta; first come first served within one.
 
     Every decoding sequence advances in every pass; prompts fill the rest of the budget of
-    `pass_tokens`, so that a long prompt does not stall decoding. The delta with the lowest virtual
-    token counter is admitted first and prefilled first. When the batch is full, a delta with less
-    than its share preempts the delta with most sequences: that delta's last admitted sequence
-    returns to the head of its queue with the tokens it generated, and is recomputed, where the
-    prefix cache no longer holds it, when it is admitted again.
+    `pass_tokens`, so that a long prompt does not stall decoding. The queue with the lowest virtual
+    token counter is admitted first and prefilled first. When the batch is full, a queue with less
+    than its share preempts the one with most sequences: that one's last admitted sequence returns
+    to its head with the tokens it generated, and is recomputed, where the prefix cache no longer
+    holds it, when it is admitted again.
     """
 
     def __init__(self, cache: KVCache, pass_tokens: int, max_running: int) -> None:
@@ -65,8 +65,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self.counters.add_sequence(sequence.model_key)
-        self._queues.setdefault(sequence.model_key, deque()).append(sequence)
+        self.counters.add_sequence(sequence.queue_key)
+        self._queues.setdefault(sequence.queue_key, deque()).append(sequence)
 
     def drop(self, sequence: Sequence, *, keep: bool) -> bool:
         """Remove a sequence and free its cache slot; False if it had already been removed.
@@ -75,14 +75,14 @@ class Scheduler:
         """
         if sequence in self.running:
             self._stop(sequence, keep=keep)
-        elif sequence in self._queues.get(sequence.model_key, ()):
-            queue = self._queues[sequence.model_key]
+        elif sequence in self._queues.get(sequence.queue_key, ()):
+            queue = self._queues[sequence.queue_key]
             queue.remove(sequence)
             if not queue:
-                del self._queues[sequence.model_key]
+                del self._queues[sequence.queue_key]
         else:
             return False
-        self.counters.remove_sequence(sequence.model_key)
+        self.counters.remove_sequence(sequence.queue_key)
         return True
 
     def computed(self, chunk: ScheduledChunk) -> None:
@@ -91,13 +91,13 @@ class Scheduler:
         sequence.computed = chunk.end
         uncharged = min(chunk.end, sequence.prompt_length) - sequence.charged
         if uncharged > 0:
-            self.counters.charge_prompt(sequence.model_key, uncharged)
+            self.counters.charge_prompt(sequence.queue_key, uncharged)
             sequence.charged += uncharged
 
     def sampled(self, sequence: Sequence) -> None:
         """Record a token sampled from finite logits: all tokens before it may be shared."""
         self.slots.confirm(sequence.kv_slot, sequence.computed)
-        self.counters.charge_output(sequence.model_key)
+        self.counters.charge_output(sequence.queue_key)
 
     def delay(self, sequence: Sequence) -> None:
         """Sample a sequence's next token in a later pass, once its mask is there."""
@@ -117,7 +117,7 @@ class Scheduler:
             else:
                 prompts.append(sequence)
         budget = max(self._pass_tokens - len(chunks), 1)
-        for sequence in sorted(prompts, key=lambda prompt: self.counters.served(prompt.model_key)):
+        for sequence in sorted(prompts, key=lambda prompt: self.counters.served(prompt.queue_key)):
             end = min(len(sequence.tokens), sequence.computed + budget)
             budget -= end - sequence.computed
             chunks.append(ScheduledChunk(sequence, sequence.computed, end))
@@ -126,66 +126,66 @@ class Scheduler:
         return sorted(chunks, key=lambda chunk: chunk.sequence.delta_slot)
 
     def _admit(self) -> None:
-        while (model_key := self._next()) is not None:
-            queue = self._queues[model_key]
+        while (queue_key := self._next()) is not None:
+            queue = self._queues[queue_key]
             self._start(queue[0])  # if it raises, the sequence is still queued
             queue.popleft()
             if not queue:
-                del self._queues[model_key]
+                del self._queues[queue_key]
 
     def _next(self) -> str | None:
-        """The least served delta with a sequence that can start now; may preempt another."""
-        running = Counter(sequence.model_key for sequence in self.running)
+        """The least served queue with a sequence that can start now; may preempt another."""
+        running = Counter(sequence.queue_key for sequence in self.running)
         richest = None
         if len(self.running) == self._max_running:
             richest = max(running, key=lambda key: (running[key], self.counters.level(key)))
             if running[richest] < 2:
                 return None
-        for model_key in sorted(
+        for queue_key in sorted(
             self._queues, key=lambda key: (self.counters.level(key), running[key])
         ):
             if richest is not None and (
-                running[richest] - running[model_key] < 2
-                or self.counters.level(richest) < self.counters.level(model_key)
+                running[richest] - running[queue_key] < 2
+                or self.counters.level(richest) < self.counters.level(queue_key)
             ):
                 continue
-            if not self._awaits_prefix(self._queues[model_key][0]):
+            if not self._awaits_prefix(self._queues[queue_key][0]):
                 if richest is not None:
                     self._preempt(richest)
-                return model_key
+                return queue_key
         return None
 
     def _start(self, sequence: Sequence) -> None:
         sequence.kv_slot, sequence.computed = self.slots.take(
-            sequence.model_key, sequence.tokens, reuse=not sequence.scores_prompt
+            sequence.queue_key, sequence.tokens, reuse=not sequence.scores_prompt
         )
         cached = min(sequence.computed, sequence.prompt_length)
         sequence.charged = max(sequence.charged, cached)
-        self.counters.reserve(sequence.model_key, sequence.prompt_length - sequence.charged)
+        self.counters.reserve(sequence.queue_key, sequence.prompt_length - sequence.charged)
         self.running.append(sequence)
         if sequence.matcher is not None:
             sequence.matcher.start()
 
     def _stop(self, sequence: Sequence, *, keep: bool) -> None:
         self.running.remove(sequence)
-        self.counters.reserve(sequence.model_key, sequence.charged - sequence.prompt_length)
+        self.counters.reserve(sequence.queue_key, sequence.charged - sequence.prompt_length)
         self.slots.release(sequence.kv_slot, len(sequence.tokens), keep=keep)
         sequence.kv_slot, sequence.computed = -1, 0
 
-    def _preempt(self, model_key: str) -> None:
-        """Return a delta's last admitted sequence to the head of its queue."""
-        last = next(item for item in reversed(self.running) if item.model_key == model_key)
+    def _preempt(self, queue_key: str) -> None:
+        """Return a queue's last admitted sequence to its head."""
+        last = next(item for item in reversed(self.running) if item.queue_key == queue_key)
         self._stop(last, keep=True)
-        self._queues.setdefault(model_key, deque()).appendleft(last)
+        self._queues.setdefault(queue_key, deque()).appendleft(last)
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
         """Whether a running prefill will soon provide a long enough prefix of this sequence."""
         if sequence.scores_prompt:
             return False
         for other in self.running:
-            if other.model_key != sequence.model_key or other.generated:
+            if other.queue_key != sequence.queue_key or other.generated:
                 continue
-            _, cached = self.slots.find(sequence.model_key, sequence.tokens)
+            _, cached = self.slots.find(sequence.queue_key, sequence.tokens)
             shared = common_prefix(other.tokens, sequence.tokens, len(sequence.tokens) - 1)
             gain = shared - cached
             if gain >= MIN_SHARED_TOKENS and 2 * gain >= len(other.tokens) - other.computed:

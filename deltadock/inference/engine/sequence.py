@@ -39,9 +39,9 @@ class Sequence:
     """The prompt, followed by the generated tokens."""
     sampling: SamplingParams
     delta_slot: int
-    model_key: str
-    """Fairness and cache key: the digest of the artifact, or of the base. Never a name, for a name
-    may move to other weights."""
+    queue_key: str
+    """Fairness and cache key (`ModelTarget.queue_key`): the digest of the weights and the tenant.
+    Never a name, for a name may move to other weights."""
     end_ids: frozenset[int]
     """Tokens that end the answer."""
     stream: TextStream

@@ -101,7 +101,7 @@ def test_backlogged_deltas_get_equal_service(
     scheduler = Scheduler(make_cache(places, 128), budget, places)
     longest = max(PROMPT_WEIGHT * prompt + OUTPUT_WEIGHT * answer for prompt, answer in shapes)
     for _ in range(150):
-        waiting = Counter(sequence.model_key for sequence in scheduler.waiting)
+        waiting = Counter(sequence.queue_key for sequence in scheduler.waiting)
         for slot, (prompt, answer) in enumerate(shapes):
             for _ in range(waiting[f"digest-{slot}"], places + 1):
                 scheduler.add(make_sequence(tokenizer, prompt, slot, max_tokens=answer))

@@ -57,8 +57,8 @@ def test_a_running_sequences_prefix_is_copied() -> None:
 
 def test_the_least_recently_used_prefix_is_evicted_first() -> None:
     slots = CacheSlots(make_cache(2))
-    for model_key in ("a", "b"):
-        slot, _ = slots.take(model_key, [1, 2, 3])
+    for queue_key in ("a", "b"):
+        slot, _ = slots.take(queue_key, [1, 2, 3])
         slots.confirm(slot, 3)
         slots.release(slot, 3, keep=True)
     slot, _ = slots.take("a", [1, 2, 3, 4])
@@ -89,33 +89,33 @@ class SlotsMachine(RuleBasedStateMachine):
         self.running: dict[int, tuple[int, list[int], int]] = {}
 
     @staticmethod
-    def mark(model_key: int, tokens: list[int], at: int) -> float:
-        return float(hash((model_key, *tokens[: at + 1])) % 1009 + 1)
+    def mark(queue_key: int, tokens: list[int], at: int) -> float:
+        return float(hash((queue_key, *tokens[: at + 1])) % 1009 + 1)
 
     @precondition(lambda self: self.slots.free)
-    @rule(model_key=st.integers(0, 2), tokens=TOKENS)
-    def take(self, model_key: int, tokens: list[int]) -> None:
-        slot, reused = self.slots.take(str(model_key), tokens)
+    @rule(queue_key=st.integers(0, 2), tokens=TOKENS)
+    def take(self, queue_key: int, tokens: list[int]) -> None:
+        slot, reused = self.slots.take(str(queue_key), tokens)
         assert slot not in self.running
         assert reused < len(tokens)
         for at in range(reused):
-            assert self.cache.keys[0][slot, 0, at, 0] == self.mark(model_key, tokens, at)
-        self.running[slot] = (model_key, tokens, reused)
+            assert self.cache.keys[0][slot, 0, at, 0] == self.mark(queue_key, tokens, at)
+        self.running[slot] = (queue_key, tokens, reused)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), broken=st.booleans())
     def compute(self, data: st.DataObject, broken: bool) -> None:
         slot = data.draw(st.sampled_from(sorted(self.running)))
-        model_key, tokens, done = self.running[slot]
+        queue_key, tokens, done = self.running[slot]
         for layer in (*self.cache.keys, *self.cache.values):
             for at in range(done, len(tokens)):
-                layer[slot, :, at] = float("nan") if broken else self.mark(model_key, tokens, at)
+                layer[slot, :, at] = float("nan") if broken else self.mark(queue_key, tokens, at)
         if broken:
             self.slots.release(slot, len(tokens), keep=False)
             del self.running[slot]
         else:
             self.slots.confirm(slot, len(tokens))
-            self.running[slot] = (model_key, tokens, len(tokens))
+            self.running[slot] = (queue_key, tokens, len(tokens))
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), keep=st.booleans())

@@ -106,7 +106,7 @@ def test_a_delta_without_sequences_preempts_the_one_with_most(tokenizer: Tokeniz
     run_pass(scheduler)
     assert others[0].generated == 1, "immediately"
     run_pass(scheduler)
-    assert Counter(sequence.model_key for sequence in scheduler.running) == {
+    assert Counter(sequence.queue_key for sequence in scheduler.running) == {
         "digest-1": 2,
         "digest-2": 2,
     }
@@ -147,11 +147,11 @@ def time_to_first_token(
     quiet, arrived, waited = [], {}, {}
     for passes in range(400):
         if passes % every == 0:
-            quiet.append(make_sequence(tokenizer, prompt, 1, model_key="quiet"))
+            quiet.append(make_sequence(tokenizer, prompt, 1, queue_key="quiet"))
             arrived[quiet[-1]] = passes
             scheduler.add(quiet[-1])
             for _ in range(flood):
-                scheduler.add(make_sequence(tokenizer, prompt, 2, model_key=sender))
+                scheduler.add(make_sequence(tokenizer, prompt, 2, queue_key=sender))
         run_pass(scheduler)
         for sequence in quiet:
             if sequence.generated:
