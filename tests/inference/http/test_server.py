@@ -691,7 +691,7 @@ def test_tenants_of_one_base_share_no_prefix(site: Site, node: RunningNode) -> N
     seen = []
     body = {"model": "m", "prompt": "the beginning of a secret prompt", "max_tokens": 1}
     for tenant in ("ten_a", "ten_b", "ten_a"):
-        before = read_metrics(node)["deltadock_node_prefix_tokens_total"]
+        before = read_metrics(node).get("deltadock_node_prefix_tokens_total", 0)  # no base yet
         headers = {"Deltadock-Base": site.base, "Deltadock-Tenant": tenant}
         httpx.post(f"{node.url}/v1/completions", json=body, headers=headers, timeout=60)
         seen.append(read_metrics(node)["deltadock_node_prefix_tokens_total"] - before)
