@@ -393,7 +393,7 @@ def _preview(
     kinds: Mapping[TensorKind, int], method: str, bits: float | None, parameters: int, carried: int
 ) -> SizePreview:
     """The size with this budget, from the number of changed tensors of each kind."""
-    estimate = SIZE_ESTIMATES.get(method, SIZE_ESTIMATES["optimix"])
+    estimate = SIZE_ESTIMATES[method]
     manifest = float(HEAD_BYTES + carried)
     parts = []
     for role in ROLES:
