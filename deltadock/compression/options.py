@@ -33,6 +33,7 @@ class MethodInfo:
         needs_gradients: uses the gradients at the layers' outputs as well.
         distills: trains its scales end to end after quantization.
         imports_adapter: takes a PEFT adapter's folder instead of a fine-tuned checkpoint.
+        is_lossless: stores every tensor that changed bit for bit, quantized weights included.
         default: used if no method is named.
     """
 
@@ -45,6 +46,7 @@ class MethodInfo:
     needs_gradients: bool = False
     distills: bool = False
     imports_adapter: bool = False
+    is_lossless: bool = False
     default: bool = False
 
 
@@ -127,6 +129,7 @@ METHODS: Final[Mapping[str, MethodInfo]] = MappingProxyType(
             MethodInfo(
                 name="exact",
                 title="Exact: every tensor that changed, bit for bit",
+                is_lossless=True,
             ),
         )
     }

@@ -85,7 +85,7 @@ def compress(
                     pair, options, scratch, progress=reporter, store=store, device=device,
                     reserve=reserve,
                 )  # fmt: skip
-                if options.method != "exact" or sources:
+                if not info.is_lossless or sources:
                     session.prepare(sources)
                 report = reach_goal(session, goal, unfinished)
         unfinished.replace(out)

@@ -410,7 +410,7 @@ def _preview(
         manifest += sum(
             count * (RECORD_BYTES + one.segments * SEGMENT_BYTES) for one, count in stored
         )
-        if method != "exact" and role in ("linear layers", "output head"):
+        if not METHODS[method].is_lossless and role in ("linear layers", "output head"):
             manifest += NOTES_BYTES * sum(count * kind.matrices[0] for kind, count in members)
     parts.append(PreviewPart(MANIFEST_PART, 0, 0, round(manifest)))
     return SizePreview(

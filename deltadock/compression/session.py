@@ -135,10 +135,10 @@ class CompressionSession:
             reserve: budget up to which matrices are decomposed once for all; None for one budget.
 
         Raises:
-            UnsupportedModel: weights are quantized, and the method is not `exact`.
+            UnsupportedModel: weights are quantized, and the method is not lossless.
         """
         self.pair, self.info = pair, METHODS[options.method]
-        if options.method != "exact":
+        if not self.info.is_lossless:
             check_not_quantized(pair.base.manifest.config)  # the fine-tune is stored alike
         self._options, self._scratch, self._store, self._device = options, scratch, store, device
         self._progress, self._reserve = progress or ProgressReporter(), reserve
@@ -350,7 +350,7 @@ class CompressionSession:
             self.pair,
             draft.tensors,
             embedding=None if self._model is None else self._model.embedding,
-            embedding_bits=None if self._options.method == "exact" else EMBEDDING_BITS,
+            embedding_bits=None if self.info.is_lossless else EMBEDDING_BITS,
         )
         draft.tensors |= others
         self._draft = draft
