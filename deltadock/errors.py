@@ -30,14 +30,15 @@
     │   ├── BaseMismatch                409 base_mismatch
     │   ├── IdempotencyKeyReused        409 idempotency_key_reused
     │   └── NotReady                    409 not_ready
+    ├── PreconditionFailed              412 precondition_failed
     ├── TooLarge                        413 too_large
     ├── RangeNotSatisfiable             416 range_not_satisfiable
     ├── Cancelled                       409 cancelled
-    ├── WorkerLost                      500 worker_lost
+    ├── NotInstalled                    501 not_installed
+    ├── InferenceFailed                 500 inference_failed
     ├── DamagedBlob                     502 damaged_blob
     ├── StorageFull                     507 storage_full
-    ├── InferenceFailed                 500 inference_failed
-    ├── NotInstalled                    501 not_installed
+    ├── WorkerLost                      500 worker_lost
     └── Unavailable                     503 unavailable
         ├── Overloaded                  429 overloaded
         └── RateLimited                 429 rate_limited
