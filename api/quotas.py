@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from deltadock.errors import QuotaExceeded, RateLimited
 from deltadock.storage.models import TenantRow
 from deltadock.storage.repositories import TenantRepository, TotalsRepository
-from deltadock.words import counted, size_text
+from deltadock.words import counted, size
 
 JOB_RETRY_SECONDS: Final = 30
 
@@ -32,8 +32,8 @@ class Room(NamedTuple):
         """
         if self.used + more > self.limit:
             raise QuotaExceeded(
-                f"Your tenant may store {size_text(self.limit)} and has {size_text(self.used)}: "
-                f"there is no room for {size_text(more)} more. Delete deltas or uploads, or ask "
+                f"Your tenant may store {size(self.limit)} and has {size(self.used)}: "
+                f"there is no room for {size(more)} more. Delete deltas or uploads, or ask "
                 "the operator for a larger quota."
             )
 

@@ -17,6 +17,7 @@ from typing import Any, Final, Self
 
 import structlog
 
+from deltadock import words
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.pipeline import compress
 from deltadock.compression.progress import Forecast, Progress
@@ -270,7 +271,8 @@ def _reporter(lease: Lease, clock: StageClock) -> Callable[[Progress], None]:
         percent = 100 * progress.fraction
         log_line = None
         if part != last_part or now - last_line >= LOG_SECONDS:
-            log_line, last_line = f"{progress.stage}: {progress.message} ({percent:.0f} %)", now
+            done = words.progress(percent)
+            log_line, last_line = f"{progress.stage}: {progress.message} ({done})", now
         last_part, last_time = part, now
         lease.advance(
             JobState(progress.stage),

@@ -19,7 +19,7 @@ from deltadock.api.dashboard.figures import (
     RankFigures,
     Spectra,
 )
-from deltadock.api.dashboard.formats import percentage, significant
+from deltadock.words import percentage, significant
 
 STEPS: Final = 9
 """Colours of the error scale: classes q0 (least) to q8 (most)."""

@@ -13,7 +13,6 @@ from deltadock.api.access import Caller, CallerDep
 from deltadock.api.audit import AuditRecord, list_audit_records
 from deltadock.api.bases import BaseOut, BaseRef, page_of_bases, require_base
 from deltadock.api.dashboard import charts, views
-from deltadock.api.dashboard.formats import latency, plain, significant, size
 from deltadock.api.dashboard.rendering import page_router, render
 from deltadock.api.dependencies import ReadSession, ResourcesDep
 from deltadock.api.jobs import JobId, page_of_log, show_job
@@ -29,6 +28,7 @@ from deltadock.storage.repositories import (
     UploadRepository,
 )
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
+from deltadock.words import latency, plain, significant, size
 
 router = page_router()
 

@@ -18,8 +18,9 @@ from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
+from deltadock import words
 from deltadock.api.access import Caller
-from deltadock.api.dashboard import charts, formats
+from deltadock.api.dashboard import charts
 from deltadock.api.dashboard.markdown import markdown
 from deltadock.api.dashboard.snippets import PROMPTS
 from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
@@ -65,10 +66,10 @@ _templates.env.globals |= {
     "version": __version__,
 }
 _templates.env.filters |= {
-    name: getattr(formats, name)
+    name: getattr(words, name)
     for name in (
-        "size", "significant", "percentage", "plain", "grouped", "moment", "ago", "seconds",
-        "latency",
+        "ago", "counted", "duration", "grouped", "latency", "moment", "percentage", "plain",
+        "progress", "ratio", "significant", "size",
     )
 } | {"markdown": markdown}  # fmt: skip
 

@@ -11,7 +11,6 @@ from sqlalchemy.orm import Session
 from deltadock import errors
 from deltadock.api.dashboard.charts import Point
 from deltadock.api.dashboard.figures import ReportFigures
-from deltadock.api.dashboard.formats import MISSING, percentage, significant, size
 from deltadock.api.deltas.schemas import DeltaOut, LineageOut
 from deltadock.api.deltas.service import detail_of, page_of_deltas, show_delta
 from deltadock.api.jobs import JobOut, describe_jobs, page_of_jobs
@@ -29,6 +28,7 @@ from deltadock.storage.repositories import (
 from deltadock.storage.repositories.deltas import COUNTED, EXACT_METHOD, Sibling
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort, JobFilter
 from deltadock.storage.repositories.shown import ShownDelta
+from deltadock.words import MISSING, percentage, ratio, significant, size
 
 DELTAS_PER_PAGE: Final = 50
 SIBLINGS_SHOWN: Final = 50
@@ -392,7 +392,7 @@ def differences(entries: Sequence[DeltaEntry]) -> list[Difference]:
         return Difference(label, [str(read(entry.delta) or MISSING) for entry in entries], None)
 
     return [
-        figure("True ratio", "ratio", lambda value: f"{significant(value)} ×", max),
+        figure("True ratio", "ratio", ratio, max),
         figure("KL to the fine-tune", "kl", significant, min),
         figure("Top-1 agreement", "agreement", percentage, max),
         figure("Bits per weight", "true_bits", significant, min),

@@ -161,13 +161,23 @@ document.addEventListener("change", ({ target }) => {
     count === 0 ? "Choose two to four deltas" : `${count} chosen${count === 1 ? ", one more at least" : count > 4 ? ", four at most" : ""}`;
 });
 
-// As formats.ago, for pages that stay open.
+// The next three write as `deltadock.words` does.
+const counted = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+
+function size(bytes) {
+  let power = 0;
+  for (; bytes >= 999.5 && power < 5; power++) bytes /= 1000;
+  return `${power ? bytes.toPrecision(3) : bytes} ${["B", "kB", "MB", "GB", "TB", "PB"][power]}`;
+}
+
+// For pages that stay open.
 function ago(time) {
   const seconds = (Date.now() - Date.parse(time)) / 1000;
   if (Math.abs(seconds) < 45) return "just now";
-  for (const [unit, length, upTo] of [["min", 60, 60], ["h", 3600, 24], ["d", 86400, 14]]) {
+  for (const [unit, length, upTo] of [["min", 60, 60], ["h", 3600, 24], ["day", 86400, 14]]) {
     const count = Math.max(1, Math.round(Math.abs(seconds) / length));
-    if (count < upTo) return seconds > 0 ? `${count} ${unit} ago` : `in ${count} ${unit}`;
+    const text = unit === "day" ? counted(count, unit) : `${count} ${unit}`;
+    if (count < upTo) return seconds > 0 ? `${text} ago` : `in ${text}`;
   }
   return new Date(time).toISOString().slice(0, 10);
 }

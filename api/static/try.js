@@ -91,7 +91,7 @@ async function ask(answer, fields, signal) {
     }
     const seconds = (performance.now() - started) / 1000;
     const tokens = usage?.completion_tokens ?? 0;
-    note.textContent = `${tokens} ${tokens === 1 ? "token" : "tokens"}, ${reason ?? "end"}, ${seconds.toFixed(1)} s, ${(tokens / seconds).toFixed(1)} tokens/s, first after ${Math.round((first ?? started) - started)} ms`;
+    note.textContent = `${counted(tokens, "token")}, ${reason ?? "end"}, ${seconds.toFixed(1)} s, ${(tokens / seconds).toFixed(1)} tokens/s, first after ${Math.round((first ?? started) - started)} ms`;
   } catch (error) {
     if (error.name === "AbortError") {
       note.textContent = "Stopped.";

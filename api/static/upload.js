@@ -8,11 +8,6 @@ const workerUrl = document.querySelector("script[data-worker]").dataset.worker;
 
 const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
 
-function size(bytes) {
-  const power = Math.min(Math.floor(Math.log10(Math.max(bytes, 1)) / 3), 4);
-  return `${(bytes / 1000 ** power).toPrecision(3)} ${["B", "kB", "MB", "GB", "TB"][power]}`;
-}
-
 // SHA-256 of each file, in one worker after another.
 function hash(file, progress) {
   return new Promise((resolve, reject) => {
@@ -145,7 +140,7 @@ function watch(block, done, delta = () => null) {
       if (own !== round) return;
       const digest = (state.checkpoint ?? state.calibration).digest;
       bar.value = 1;
-      note.textContent = `Here and checked: ${files.length} ${files.length === 1 ? "file" : "files"}, ${digest.slice(0, 12)}…`;
+      note.textContent = `Here and checked: ${counted(files.length, "file")}, ${digest.slice(0, 12)}…`;
       done(digest);
     } catch (error) {
       if (own !== round) return;

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deltadock import words
 from deltadock.cli import chat, doctor, fleet, jobs, login, offline, push, registry, tenants
 from deltadock.cli.outcome import ReportingGroup, on_interrupt
-from deltadock.cli.output import AsJson, age, print_json, print_resources, print_table, say
+from deltadock.cli.output import AsJson, print_json, print_resources, print_table, say
 from deltadock.cli.server import Url
 from deltadock.extras import EMBEDDED, MODEL, check_installed
 from deltadock.version import DOCS, __version__
-from deltadock.words import duration_text
 
 if TYPE_CHECKING:
     from deltadock.client.resources import Key
@@ -177,7 +177,7 @@ def _show_new_key(made: "Key", *, as_json: bool) -> None:
     if as_json:
         print_resources(made)
         return
-    expiry = "never expires" if made.expires_at is None else f"expires {age(made.expires_at)}"
+    expiry = "never expires" if made.expires_at is None else f"expires {words.ago(made.expires_at)}"
     say(
         f"{made.name}: {' '.join(made.scopes)}, of tenant {made.tenant}, {expiry}. "
         "The key is shown only now:"
@@ -199,8 +199,8 @@ def list_keys(home: Home = None, as_json: AsJson = False, url: Url = None) -> No
         (
             (
                 key.id, key.tenant, key.name, key.prefix, " ".join(key.scopes),
-                age(key.expires_at) if key.expires_at else "never", age(key.last_used_at),
-                key.state,
+                words.ago(key.expires_at) if key.expires_at else "never",
+                words.ago(key.last_used_at), key.state,
             )
             for key in found
         ),
@@ -234,7 +234,7 @@ def rotate_key(
     from deltadock.cli.keys import rotate
 
     _show_new_key(rotate(home, url, key, grace_hours), as_json=as_json)
-    say(f"{key} works for {duration_text(3600 * grace_hours)} more.")
+    say(f"{key} works for {words.duration(3600 * grace_hours)} more.")
 
 
 @app.command(rich_help_panel=RUNNING)

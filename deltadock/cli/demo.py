@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deltadock import words
 from deltadock.cli.processes import HOST, Child, check_ports, free_ports
 from deltadock.cli.readiness import api_url, is_ready
 from deltadock.client.http import Client
@@ -120,8 +121,8 @@ def _store(console: Console, client: Client) -> tuple[Delta, Delta]:
     client.create_base(BASE, base.digest)
     finetuned = client.upload_folder(SAMPLES / "finetuned")
     for title, checkpoint in (("base", base), ("fine-tune", finetuned)):
-        size = checkpoint.total_bytes / 1e6
-        console.print(f"   {title:<10}{size:5.1f} MB  sha256 {checkpoint.digest[:16]}")
+        size = words.size(checkpoint.total_bytes)
+        console.print(f"   {title:<10}{size:>8}  sha256 {checkpoint.digest[:16]}")
     console.print("[bold]3. Compress[/] with a budget of 1.0 bit per compressed weight")
     text = SAMPLES / "calibration.txt"
     pushed = SAMPLES / "finetuned", "demo/skills", BASE
@@ -137,23 +138,22 @@ def _quietly(_job: Job) -> None:
 
 
 def _show_report(console: Console, delta: Delta, report: Report) -> None:
-    figures = report.model_dump()
     table = Table(title=f"{delta.reference} on {delta.base.name}")
     table.add_column("what")
     table.add_column("value", justify="right")
     rows = {
-        "checkpoint in bf16": f"{figures['checkpoint_bytes'] / 1e6:.2f} MB",
-        "delta": f"{figures['artifact_bytes'] / 1e6:.3f} MB",
-        "ratio": f"{figures['ratio']:.1f}x",
-        "bits per compressed weight, budget": f"{figures['nominal_bits']:g}",
-        "bits per weight, the whole file": f"{figures['true_bits']:.3f}",
-        "KL to the fine-tune": f"{figures['kl']:.4f} nats per token",
-        "top-1 agreement": f"{100 * figures['agreement']:.1f} %",
-        "loss of the base": f"{figures['nll_base']:.3f} nats per token",
-        "loss of the fine-tune": f"{figures['nll_finetuned']:.3f} nats per token",
-        "loss of base with delta": f"{figures['nll']:.3f} nats per token",
-        "matrices compressed": f"{len(report.matrices)}",
-        "seconds": f"{figures['seconds']:.1f}",
+        "checkpoint in bf16": words.size(report.checkpoint_bytes),
+        "delta": words.size(report.artifact_bytes),
+        "ratio": words.ratio(report.ratio),
+        "bits per compressed weight, budget": words.plain(report.nominal_bits),
+        "bits per weight, the whole file": words.significant(report.true_bits),
+        "KL to the fine-tune": words.nats(report.kl),
+        "top-1 agreement": words.percentage(report.agreement),
+        "loss of the base": words.nats(report.nll_base),
+        "loss of the fine-tune": words.nats(report.nll_finetuned),
+        "loss of base with delta": words.nats(report.nll),
+        "matrices compressed": words.grouped(len(report.matrices)),
+        "time": words.duration(report.seconds),
     }
     for row in rows.items():
         table.add_row(*row)

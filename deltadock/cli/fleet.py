@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deltadock.cli.output import AsJson, age, figure, print_resources, print_table, say
+from deltadock import words
+from deltadock.cli.output import AsJson, print_resources, print_table, say
 from deltadock.cli.server import Reference, Url, complete_node, connect
 from deltadock.errors import NotFound
-from deltadock.words import size_text
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -41,9 +41,9 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
             row += [
                 f"{node.admitted} of {node.capacity}",
                 f"{node.held.get('device', 0)} of {node.delta_slots}",
-                figure(node.usage.tokens_per_second if node.usage else None, ".1f"),
-                size_text(memory) if memory else "–",
-                age(node.seen_at),
+                words.significant(node.usage.tokens_per_second if node.usage else None),
+                words.size(memory or None),
+                words.ago(node.seen_at),
             ]
     print_table(
         columns,
@@ -59,7 +59,7 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
                     ", ".join(delta.names) or delta.artifact[:12],
                     node.address,
                     delta.tier,
-                    size_text(delta.bytes),
+                    words.size(delta.bytes),
                     str(delta.references),
                     "yes" if delta.pinned else "no",
                 )
@@ -71,7 +71,7 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
 
 def _base(node: "Node") -> str:
     if node.base is None:
-        return "any, on request" if node.adopts else "–"
+        return "any, on request" if node.adopts else words.MISSING
     return node.base_name or node.base[:12]
 
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deltadock import words
 from deltadock.cli.outcome import JOB_FAILED, on_interrupt, report
 from deltadock.cli.output import (
     AsJson,
-    age,
     errors,
     output,
     print_resources,
@@ -19,7 +19,6 @@ from deltadock.cli.output import (
 from deltadock.cli.server import STATES, JobReference, State, Url, complete_model, connect
 from deltadock.errors import Cancelled, NotFound, Unavailable
 from deltadock.names import parse_reference
-from deltadock.words import duration_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -101,10 +100,10 @@ def jobs(
                 job.id,
                 names[job.delta],
                 _state(job),
-                f"{job.percent:.0f} %",
-                "–" if job.elapsed is None else duration_text(job.elapsed),
-                "–" if job.remaining is None else duration_text(job.remaining),
-                age(job.created_at),
+                words.progress(job.percent),
+                words.duration(job.elapsed),
+                words.duration(job.remaining),
+                words.ago(job.created_at),
             )
             for job in found
         ),
@@ -148,8 +147,7 @@ def logs(
                 print_resources(lines)
             else:
                 for line in lines:
-                    moment = line.at.astimezone()
-                    output.print(f"{moment:%Y-%m-%d %H:%M:%S %Z}  {line.message}", soft_wrap=True)
+                    output.print(f"{words.moment(line.at)}  {line.message}", soft_wrap=True)
                     printed()
         if follow:
             _exit_if_failed(client, client.job(found))

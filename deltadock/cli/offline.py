@@ -11,11 +11,11 @@ from typing import Annotated, Any, Final, Literal, Self
 
 import typer
 
+from deltadock import words
 from deltadock.cli.outcome import on_interrupt
 from deltadock.cli.output import (
     AsJson,
     errors,
-    figure,
     output,
     print_json,
     print_rows,
@@ -285,25 +285,23 @@ class BlockFolder:
 
 def measured_text(sources: list[dict[str, Any]]) -> str:
     """The text that the report's figures are measured on, in words."""
-    words = (
-        f"{source['tokens']} tokens "
+    texts = (
+        f"{words.counted(source['tokens'], 'token')} "
         + (f"of {source['sha256'][:12]}" if source["sha256"] else "sampled from the fine-tune")
         for source in sources
     )
-    return ", ".join(words) or "–"
+    return ", ".join(texts) or words.MISSING
 
 
 def size_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The method and size of an artifact, in words."""
-    megabytes = f"{figures['artifact_bytes'] / 1e6:.2f} of {figures['checkpoint_bytes'] / 1e6:.2f}"
+    size, of = (words.size(figures[name]) for name in ("artifact_bytes", "checkpoint_bytes"))
+    true, nominal = words.significant(figures["true_bits"]), words.plain(figures["nominal_bits"])
     return [
         ("method", figures["method"]),
-        ("size", f"{megabytes} MB"),
-        ("ratio", figure(figures["ratio"], ".2f", " x (whole artifact over bf16 checkpoint)")),
-        (
-            "bits per weight",
-            f"{figures['true_bits']:.3f} true, {figure(figures['nominal_bits'], 'g')} nominal",
-        ),
+        ("size", f"{size} of {of}"),
+        ("ratio", f"{words.ratio(figures['ratio'])} (whole artifact over bf16 checkpoint)"),
+        ("bits per weight", f"{true} true, {nominal} nominal"),
     ]
 
 
@@ -311,10 +309,10 @@ def quality_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The figures of a `Quality`, in words; a report without them has None."""
     losses = (figures[key] for key in ("nll", "nll_finetuned", "nll_base"))
     return [
-        ("KL to the fine-tune", figure(figures["kl"], ".5f", " nats per token")),
-        ("KL of the bare base", figure(figures["kl_base"], ".5f", " nats per token")),
-        ("top-1 agreement", figure(figures["agreement"], ".2%")),
-        ("NLL delta / fine-tuned / base", " / ".join(figure(loss, ".4f") for loss in losses)),
+        ("KL to the fine-tune", words.nats(figures["kl"])),
+        ("KL of the bare base", words.nats(figures["kl_base"])),
+        ("top-1 agreement", words.percentage(figures["agreement"])),
+        ("NLL delta / fine-tuned / base", " / ".join(words.significant(x, 4) for x in losses)),
     ]
 
 
@@ -326,7 +324,7 @@ def print_report(document: dict[str, Any]) -> None:
             *size_rows(document),
             *quality_rows(document),
             ("measured on", measured_text(document["measured_on"])),
-            ("time", figure(document["seconds"], ".1f", " s")),
+            ("time", words.duration(document["seconds"])),
         )
     )
     for note in document["notes"]:
@@ -360,9 +358,9 @@ def preview(
         (
             (
                 part.kind,
-                f"{part.tensors:,}" if part.tensors else "",
-                f"{part.weights:,}" if part.tensors else "",
-                f"{part.bytes:,}",
+                words.grouped(part.tensors) if part.tensors else "",
+                words.grouped(part.weights) if part.tensors else "",
+                words.grouped(part.bytes),
             )
             for part in size.parts
         ),
@@ -370,9 +368,9 @@ def preview(
     )
     budget = "" if size.bits is None else f" at {size.bits:.4g} bit"
     output.print(
-        f"{method}{budget}: {size.artifact_bytes / 1e6:,.2f} of "
-        f"{size.checkpoint_bytes / 1e6:,.2f} MB, ratio {size.ratio:.2f}, "
-        f"{size.true_bits:.3f} true bits per weight"
+        f"{method}{budget}: {words.size(size.artifact_bytes)} of "
+        f"{words.size(size.checkpoint_bytes)}, ratio {words.ratio(size.ratio)}, "
+        f"{words.significant(size.true_bits)} true bits per weight"
     )
 
 
@@ -437,7 +435,7 @@ def evaluate(
     if as_json:
         print_json(figures)
     else:
-        print_rows([*quality_rows(figures), ("tokens", f"{quality.tokens:,}")])
+        print_rows([*quality_rows(figures), ("tokens", words.grouped(quality.tokens))])
 
 
 def merge(
@@ -476,8 +474,8 @@ def inspect(delta: DeltaArgument, as_json: AsJson = False) -> None:
                 "x".join(map(str, row.shape)),
                 "" if row.rank is None else str(row.rank),
                 " ".join(f"{count}@{width}" for width, count in row.widths.items()),
-                figure(row.error, ".2e"),
-                f"{row.bytes:,}",
+                words.significant(row.error),
+                words.grouped(row.bytes),
             )
             for row in rows
         ),
@@ -523,7 +521,9 @@ def methods(as_json: AsJson = False) -> None:
         (
             (
                 info.name,
-                "–" if info.bits_min is None else f"{info.bits_min:g} to {info.bits_max:g}",
+                words.MISSING
+                if info.bits_min is None
+                else f"{info.bits_min:g} to {info.bits_max:g}",
                 info.title,
             )
             for info in METHODS.values()

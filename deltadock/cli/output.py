@@ -4,15 +4,12 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Column, Table
-
-from deltadock.words import duration_text
 
 if TYPE_CHECKING:
     from deltadock.client.resources import Resource
@@ -134,21 +131,6 @@ def _print_wide(table: Table) -> None:
     with lines.capture() as capture:
         lines.print(table)
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
-
-
-def age(moment: datetime | None) -> str:
-    """How long ago a moment is, for people."""
-    if moment is None:
-        return "–"
-    seconds = (datetime.now(UTC) - moment).total_seconds()
-    if abs(seconds) >= 60:  # the seconds of minutes tell nothing here
-        seconds = round(seconds / 60) * 60
-    return f"in {duration_text(-seconds)}" if seconds < -1 else f"{duration_text(seconds)} ago"
-
-
-def figure(value: float | None, form: str, unit: str = "") -> str:
-    """A number that may be missing."""
-    return "–" if value is None else f"{value:{form}}{unit}"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from deltadock import words
 from deltadock.cli.jobs import follow
 from deltadock.cli.offline import (
     CALIBRATION,
@@ -20,7 +21,6 @@ from deltadock.cli.offline import (
 from deltadock.cli.outcome import Hint, on_interrupt
 from deltadock.cli.output import (
     AsJson,
-    age,
     errors,
     print_json,
     print_resources,
@@ -30,7 +30,6 @@ from deltadock.cli.output import (
 )
 from deltadock.cli.server import Url, complete_base, complete_method, connect
 from deltadock.errors import InvalidInput, NotFound
-from deltadock.words import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -214,9 +213,9 @@ def list_bases(as_json: AsJson = False, url: Url = None) -> None:
             (
                 base.name,
                 base.checkpoint.model_type,
-                size_text(base.checkpoint.total_bytes),
+                words.size(base.checkpoint.total_bytes),
                 "yes" if base.shared else "no",
-                age(base.created_at),
+                words.ago(base.created_at),
             )
             for base in found
         ),
@@ -267,5 +266,5 @@ def add_base(
     if as_json:
         print_resources(base)
         return
-    say(f"{base.name} is a base: {checkpoint.model_type}, {size_text(checkpoint.total_bytes)}")
+    say(f"{base.name} is a base: {checkpoint.model_type}, {words.size(checkpoint.total_bytes)}")
     say(f"Push a fine-tune of it: deltadock push DIR --base {base.name} --name project/model")

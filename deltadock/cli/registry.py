@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from deltadock import words
 from deltadock.cli.chat import answer_greedily
 from deltadock.cli.outcome import on_interrupt
 from deltadock.cli.output import (
     AsJson,
-    age,
     as_dict,
     errors,
-    figure,
     print_json,
     print_resources,
     print_rows,
@@ -34,7 +33,6 @@ from deltadock.cli.server import (
     connect,
 )
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
-from deltadock.words import counted, size_text
 
 COMPARED_COLUMNS = 100
 """Of a comparison that goes to a pipe, in which answers would make long lines."""
@@ -95,12 +93,12 @@ def ls(
                 ", ".join(delta.aliases),
                 delta.base.name,
                 delta.method,
-                size_text(delta.artifact.bytes) if delta.artifact else "–",
-                figure(_metrics(delta).ratio, ".1f", "x"),
-                figure(_metrics(delta).kl, ".5f"),
+                words.size(delta.artifact.bytes if delta.artifact else None),
+                words.ratio(_metrics(delta).ratio),
+                words.significant(_metrics(delta).kl),
                 delta.state if delta.state == "ready" or delta.error is not None
-                else f"{delta.state}, {delta.percent:.0f} %",
-                age(delta.created_at),
+                else f"{delta.state}, {words.progress(delta.percent)}",
+                words.ago(delta.created_at),
             )
             for delta in shown
         ),
@@ -183,7 +181,7 @@ def pull(
     if as_json:
         print_json({"delta": as_dict(delta), "path": str(path)})
     else:
-        size = size_text(delta.artifact.bytes)
+        size = words.size(delta.artifact.bytes)
         already = "already there, " if is_there else ""
         say(f"{path}: {already}{size}, sha256 {delta.artifact.digest}")
 
@@ -233,8 +231,8 @@ def _remove_models(client: "Client", names: list[str], *, yes: bool, as_json: bo
             if not sys.stdin.isatty():
                 raise InvalidInput(f"This deletes all of {model.name}: confirm with --yes.")
             typer.confirm(
-                f"Delete {model.name} with {counted(model.last_version, 'version')}? Each can be "
-                "brought back for some days; the name is for no other model.",
+                f"Delete {model.name} with {words.counted(model.last_version, 'version')}? Each "
+                "can be brought back for some days; the name is for no other model.",
                 abort=True,
                 err=True,
             )
@@ -298,8 +296,8 @@ def alias(
                 ("when", "alias", "from", "to", "by", "why"),
                 (
                     (
-                        age(move.at), move.alias, str(move.from_version or "–"),
-                        str(move.to_version or "–"), move.moved_by or "rule", move.reason,
+                        words.ago(move.at), move.alias, words.plain(move.from_version),
+                        words.plain(move.to_version), move.moved_by or "rule", move.reason,
                     )
                     for move in moves
                 ),
@@ -327,7 +325,7 @@ def alias(
         print_table(
             ("alias", "version", "moved"),
             (
-                (found.alias, str(found.version), age(found.moved_at))
+                (found.alias, str(found.version), words.ago(found.moved_at))
                 for found in model.aliases or ()
             ),
             f"{model_name} has no alias yet: no version is ready.",
@@ -373,7 +371,7 @@ def compare(
     labels = dict.fromkeys(label for column in columns for label in column if label != "delta")
     rows = []
     for label in labels:
-        values = [column.get(label, "–") for column in columns]
+        values = [column.get(label, words.MISSING) for column in columns]
         rows.append(("≠" if len(set(values)) > 1 else "", label, *values))
     if answers:
         rows.append(("≠" if len(set(answers)) > 1 else "", "answer", *answers))

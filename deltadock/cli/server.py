@@ -11,7 +11,7 @@ import typer
 from deltadock.cli.output import say
 from deltadock.compression.options import METHODS
 from deltadock.errors import DeltadockError, Unauthorized
-from deltadock.words import duration_text
+from deltadock.words import duration
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -67,7 +67,7 @@ def connect(url: str | None = None) -> Iterator["Client"]:
 
 
 def _say_pause(seconds: float, error: DeltadockError) -> None:
-    say(f"Waiting {duration_text(seconds)}: {error.message}")
+    say(f"Waiting {duration(seconds)}: {error.message}")
 
 
 def _names(kind: str, typed: str) -> list[str]:

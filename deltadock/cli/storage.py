@@ -8,7 +8,7 @@ from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.blobs import make_blob_store
 from deltadock.storage.collection import Collector, reconcile, recount
 from deltadock.storage.database import Database
-from deltadock.words import counted, size_text
+from deltadock.words import counted, size
 
 
 def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
@@ -54,7 +54,7 @@ def check(home: Path | None, *, as_json: bool = False) -> bool:
     for digest in found.missing:
         output.print(f"missing {digest}", soft_wrap=True)
     for entry in found.unreferenced:
-        output.print(f"unreferenced {entry.key} {size_text(entry.bytes)}", soft_wrap=True)
+        output.print(f"unreferenced {entry.key} {size(entry.bytes)}", soft_wrap=True)
     output.print(
         f"Missing: {counted(len(found.missing), 'blob')}. "
         f"Unreferenced: {counted(len(found.unreferenced), 'blob')}."

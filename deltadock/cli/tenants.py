@@ -8,7 +8,7 @@ import typer
 
 from deltadock.cli.output import AsJson, print_resources, print_table, say
 from deltadock.cli.server import Url, connect
-from deltadock.words import size_text
+from deltadock.words import grouped, size
 
 if TYPE_CHECKING:
     from deltadock.client.resources import Tenant
@@ -130,9 +130,9 @@ def _print(found: "list[Tenant]") -> None:
         (
             (
                 tenant.name,
-                _use(size_text, tenant.usage.bytes, tenant.limits.max_bytes),
-                _use(str, tenant.usage.deltas, tenant.limits.max_deltas),
-                _use(str, tenant.usage.jobs, tenant.limits.max_jobs),
+                _use(size, tenant.usage.bytes, tenant.limits.max_bytes),
+                _use(grouped, tenant.usage.deltas, tenant.limits.max_deltas),
+                _use(grouped, tenant.usage.jobs, tenant.limits.max_jobs),
                 _rate(tenant.limits.requests_per_minute),
                 _rate(tenant.limits.tokens_per_minute),
             )
@@ -148,4 +148,4 @@ def _use(text: Callable[[int], str], used: int, limit: int | None) -> str:
 
 
 def _rate(limit: int | None) -> str:
-    return "–" if limit is None else str(limit)
+    return grouped(limit)

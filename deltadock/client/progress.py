@@ -23,8 +23,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from deltadock import words
 from deltadock.client.resources import Job
-from deltadock.words import duration_text, size_text
 
 QUIET_SECONDS: Final = 20.0
 """After so long without a line, one says where the work is."""
@@ -72,7 +72,7 @@ class Lines:
     def _print(self) -> None:
         now = time.monotonic()
         self._due = now + QUIET_SECONDS
-        elapsed = f"  ({duration_text(now - self._began)})" if now - self._began >= 1 else ""
+        elapsed = f"  ({words.duration(now - self._began)})" if now - self._began >= 1 else ""
         if self._line:
             self._console.print(
                 f"{self._line}{elapsed}", markup=False, highlight=False, soft_wrap=True
@@ -94,8 +94,8 @@ class _Times(ProgressColumn):
         job: Job | None = task.fields.get("job")
         if job is None or job.elapsed is None:
             return Text("")
-        left = "" if job.remaining is None else f", {duration_text(job.remaining)} left"
-        return Text(f"{duration_text(job.elapsed)}{left}", style="progress.elapsed")
+        left = "" if job.remaining is None else f", {words.duration(job.remaining)} left"
+        return Text(f"{words.duration(job.elapsed)}{left}", style="progress.elapsed")
 
 
 @contextmanager
@@ -142,12 +142,12 @@ def _show_line(lines: Lines, job: Job) -> None:
 
 
 def _line(job: Job) -> str:
-    return f"{job.percent:3.0f} %  {job.stage}{left_text(job.remaining)}"
+    return f"{words.progress(job.percent):>5}  {job.stage}{left_text(job.remaining)}"
 
 
 def left_text(seconds: float | None) -> str:
     """How long the work goes on, to follow what it does now; empty if that cannot be told."""
-    return "" if seconds is None else f"; about {duration_text(seconds)} left"
+    return "" if seconds is None else f"; about {words.duration(seconds)} left"
 
 
 class _Transferred(DownloadColumn):
@@ -183,7 +183,7 @@ def bytes_bar(
                 with lock:
                     files[name] = done, total
                     ready, known = (
-                        size_text(sum(part)) for part in zip(*files.values(), strict=True)
+                        words.size(sum(part)) for part in zip(*files.values(), strict=True)
                     )
                 lines.show(during, during)
                 lines.show(during, f"{during}: {ready} of {known}")
@@ -219,7 +219,7 @@ def work_bar(console: Console) -> Iterator[Callable[[str, str, float | None], No
     if not console.is_terminal:
         with Lines(console) as lines:
             yield lambda stage, text, fraction: lines.show(
-                stage, text if fraction is None else f"{100 * fraction:3.0f} %  {text}"
+                stage, text if fraction is None else f"{words.progress(100 * fraction):>5}  {text}"
             )
         return
     columns = (

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
+from deltadock import words
 from deltadock.errors import Cancelled, DeltadockError, error_for
-from deltadock.words import duration_text, size_text
 
 FINAL_STATES: Final = frozenset({"ready", "failed", "cancelled"})
 
@@ -38,10 +38,10 @@ class Resource(BaseModel):
 
 
 def _text(value: object) -> str:
-    """A value for people: figures to five digits, times to the minute."""
+    """A value for people."""
     if isinstance(value, float):
-        return f"{value:.5g}"
-    return f"{value:%Y-%m-%d %H:%M} UTC" if isinstance(value, datetime) else str(value)
+        return words.significant(value)
+    return words.moment(value) if isinstance(value, datetime) else str(value)
 
 
 class Checkpoint(Resource):
@@ -145,11 +145,11 @@ class Job(Resource):
         yield "job", self.id
         yield "delta", self.delta
         yield "state", self.stage
-        yield "done", f"{self.percent:.0f} %"
+        yield "done", words.progress(self.percent)
         if self.elapsed is not None:
-            yield "elapsed", duration_text(self.elapsed)
+            yield "elapsed", words.duration(self.elapsed)
         if self.remaining is not None:
-            yield "left", duration_text(self.remaining)
+            yield "left", words.duration(self.remaining)
         if self.error is not None:
             yield "error", f"{self.error.code}: {self.error.message}"
 
@@ -254,22 +254,22 @@ class Delta(Resource):
         if self.state == "ready":
             yield "state", self.state
         else:
-            yield "state", f"{self.state}, {self.percent:.0f} %, job {self.job}"
+            yield "state", f"{self.state}, {words.progress(self.percent)}, job {self.job}"
         if self.error is not None:
             yield "error", f"{self.error.code}: {self.error.message}"
         if self.artifact is not None:
-            yield "size", size_text(self.artifact.bytes)
+            yield "size", words.size(self.artifact.bytes)
             yield "sha256", self.artifact.digest
         metrics = self.metrics or Metrics()
-        for label, value, form, unit in (
-            ("ratio", metrics.ratio, ".2f", "x"),
-            ("bits per weight", metrics.true_bits, ".3f", ""),
-            ("KL to the fine-tune", metrics.kl, ".5f", " nats per token"),
-            ("top-1 agreement", metrics.agreement, ".2%", ""),
+        for label, text in (
+            ("ratio", words.ratio(metrics.ratio)),
+            ("bits per weight", words.significant(metrics.true_bits)),
+            ("KL to the fine-tune", words.nats(metrics.kl)),
+            ("top-1 agreement", words.percentage(metrics.agreement)),
         ):
-            if value is not None:
-                yield label, f"{value:{form}}{unit}"
-        yield "created", f"{self.created_at:%Y-%m-%d %H:%M} UTC"
+            if text != words.MISSING:
+                yield label, text
+        yield "created", words.moment(self.created_at)
 
 
 class Resolved(Resource):

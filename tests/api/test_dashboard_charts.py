@@ -1,6 +1,6 @@
-"""Charts and number formats of the dashboard."""
+"""Charts of the dashboard."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltadock import errors
-from deltadock.api.dashboard import charts, formats
+from deltadock.api.dashboard import charts
 from deltadock.api.dashboard.figures import NO_LAYER, MatrixFigures, MatrixGrid, ReportFigures
 from deltadock.api.dashboard.markdown import markdown
 from deltadock.api.dashboard.views import ADVICE
@@ -217,55 +217,6 @@ def test_shares_add_up_to_the_artifact() -> None:
     assert sum(share.bytes for share in figures.shares) == figures.summary.artifact_bytes
     assert figures.shares[0].label == "self_attn.q_proj × 24"
     assert figures.shares[-1].label == "header and manifest"
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (561_040, "561 kB"), (999_600, "1.00 MB"),
-     (13_500_000_000, "13.5 GB"), (None, "–")],
-)  # fmt: skip
-def test_sizes(count: int | None, text: str) -> None:
-    assert formats.size(count) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.1596, "0.160"), (0, "0"), (9.8277, "9.83"), (123.4, "123"), (1235.4, "1235"),
-     (0.00001234, "1.23e-05"), (None, "–"), (-0.5, "-0.500")],
-)  # fmt: skip
-def test_significant_digits(value: float | None, text: str) -> None:
-    assert formats.significant(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "–"),
-        (4.2, "4 s"),
-        (59.7, "1 min 0 s"),
-        (125.6, "2 min 6 s"),
-        (3600 * 5 + 61, "5 h 1 min"),
-    ],
-)
-def test_durations(value: float | None, text: str) -> None:
-    assert formats.seconds(value) == text
-
-
-def test_times_are_utc() -> None:
-    assert formats.moment(datetime(2026, 11, 22, 8, 5, tzinfo=UTC)) == "2026-11-22 08:05:00 UTC"
-
-
-@pytest.mark.parametrize(
-    ("passed", "text"),
-    [(3, "just now"), (50, "1 min ago"), (60 * 59, "59 min ago"), (5 * 3600, "5 h ago"),
-     (3590, "1 h ago"), (3 * 86400, "3 d ago"), (-50, "in 1 min"), (-3 * 86400 - 60, "in 3 d")],
-)  # fmt: skip
-def test_recent_times_are_relative(passed: int, text: str) -> None:
-    assert formats.ago(datetime.now(UTC) - timedelta(seconds=passed)) == text
-
-
-def test_old_times_are_dates() -> None:
-    assert formats.ago(datetime(2024, 11, 22, 8, 5, tzinfo=UTC)) == "2024-11-22"
 
 
 def test_cards_are_rendered_without_anything_that_runs() -> None:

@@ -107,8 +107,8 @@ def test_a_push_is_followed_to_its_figures(
     assert "finetunes/my-run:1 is queued: job job_" in outcome.stderr
     assert "100 %  ready" in outcome.stderr
     assert "Try it: deltadock run finetunes/my-run:1" in outcome.stderr
-    assert "0.01000 nats per token" in outcome.stdout
-    assert "\ntop-1 agreement      98.00%\n" in outcome.stdout
+    assert "0.0100 nats per token" in outcome.stdout
+    assert "\ntop-1 agreement      98.0 %\n" in outcome.stdout
     assert "It has no tokenizer." in outcome.stdout
     again = answered(call("push", folder, *options, "--json", "--no-wait"))
     assert again["delta"]["state"] == "ready"
@@ -594,7 +594,7 @@ def test_tenants_are_made_limited_and_listed(
     assert "deltadock keys create --tenant acme-2 --name admin" in made.stderr
     changed = call("tenants", "set", "acme-2", "--max-deltas", 10, "--max-jobs", "none")
     assert changed.stdout.splitlines()[1].split() == [
-        "acme-2", "0", "B", "of", "1.5", "GB", "0", "of", "10", "0", "–", "–",
+        "acme-2", "0", "B", "of", "1.50", "GB", "0", "of", "10", "0", "–", "–",
     ]  # fmt: skip
     listed = {tenant["name"]: tenant for tenant in answered(call("tenants", "list", "--json"))}
     assert listed["acme-2"]["limits"]["max_bytes"] == 1_500_000_000

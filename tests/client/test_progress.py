@@ -88,7 +88,7 @@ def test_transfers_are_summed(log: io.StringIO) -> None:
         assert log.getvalue() == "hashing\n"
         show("a", 10**6, 3 * 10**6)
         show("b", 10**6, 10**6)
-        wait_for(lambda: "2 MB of 4 MB" in log.getvalue())
+        wait_for(lambda: "2.00 MB of 4.00 MB" in log.getvalue())
     assert log.getvalue().splitlines()[1] == "uploading"
 
 

@@ -75,4 +75,4 @@ def test_a_delta_is_a_table_in_a_notebook() -> None:
         assert text in html
     report = {"method": "low-rank", "true_bits": 1.4961463459, "matrices": [], "other_tensors": [],
               "notes": []}  # fmt: skip
-    assert ">1.4961<" in Report.model_validate(report)._repr_html_()
+    assert ">1.50<" in Report.model_validate(report)._repr_html_()

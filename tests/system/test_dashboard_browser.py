@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ from playwright.sync_api import (
 )
 from starlette.responses import JSONResponse, Response
 
+from deltadock import words
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, NodeRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
@@ -348,6 +350,21 @@ def test_hostile_text_is_escaped(site: Site, page: Page) -> None:
         assert page.evaluate("window.hurt") is None
     finally:
         site.node.answer = None
+
+
+def test_scripts_write_sizes_counts_and_times_as_everything_else_does(page: Page) -> None:
+    page.goto("/")
+    sizes = [0, 999, 1000, 1005, 99_950, 999_499, 999_500, 12_345_678, 999_999_999, 2 * 10**12]
+    assert page.evaluate("sizes => sizes.map(size)", sizes) == list(map(words.size, sizes))
+    counts = [0, 1, 2, 32_768]
+    assert page.evaluate("all => all.map((one) => counted(one, 'job'))", counts) == [
+        words.counted(count, "job") for count in counts
+    ]
+    now = datetime.now(UTC)
+    passed = [1, 50, 3590, 5 * 3600, 86_400, 3 * 86_400, -400, -90_000, 90 * 86_400]
+    times = [now - timedelta(seconds=seconds) for seconds in passed]
+    written = page.evaluate("times => times.map(ago)", [time.isoformat() for time in times])
+    assert written == list(map(words.ago, times))
 
 
 def test_the_api_docs_work_offline(page: Page) -> None:

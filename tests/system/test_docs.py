@@ -224,7 +224,7 @@ def masked(text: str) -> list[str]:
 
     In no order, since errors and results are two streams; without `...`, which stands for more.
     """
-    text = re.sub(r"\S+ \w+ ago", "AGO", ID.sub("ID", text))
+    text = re.sub(r"\S+ \w+ ago|just now", "AGO", ID.sub("ID", text))
     text = re.sub(r"\d+ min (?=\d+ s)", "", text)
     text = re.sub(r"\d[\d.,]*(?: [kMG]?B\b)?", "#", text)
     return [" ".join(line.split()) for line in text.splitlines() if line != "..."]

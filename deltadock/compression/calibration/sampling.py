@@ -22,6 +22,7 @@ from deltadock.compression.calibration.sources import encode
 from deltadock.compression.model.families import auto_class
 from deltadock.errors import InvalidCalibration, UnsupportedModel
 from deltadock.host_memory import free_memory
+from deltadock.words import size
 
 CACHE_BYTES: Final = {"cpu": 1 << 30, "cuda": 8 << 30}
 """Memory for keys and values of one batch."""
@@ -274,7 +275,7 @@ def check_fits(parameters: int, device: str) -> None:
     free = free_memory() if on_cpu else torch.cuda.mem_get_info(device)[0]
     if needed > free:
         raise _unsupported(
-            MemoryError(f"the model takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+            MemoryError(f"the model takes {size(needed)}, and {size(free)} are free")
         )
 
 
