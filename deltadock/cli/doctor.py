@@ -16,7 +16,7 @@ from deltadock.cli.output import AsJson, output, print_json, say
 from deltadock.cli.server import Url, connect
 from deltadock.errors import DeltadockError, InvalidInput
 from deltadock.version import DOCS, __version__
-from deltadock.words import counted
+from deltadock.words import counted, size
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -81,7 +81,7 @@ def _home() -> Iterator[Finding]:
         return
     free = shutil.disk_usage(home).free
     state: Literal["ok", "warning"] = "ok" if free >= LEAST_FREE else "warning"
-    yield Finding("home", state, f"{home}, {free / 1e9:.1f} GB free")
+    yield Finding("home", state, f"{home}, {size(free)} free")
     key = local_key_path(home)
     if key.exists() and stat.S_IMODE(key.stat().st_mode) & 0o077:
         yield Finding("key file", "problem", f"others can read {key}; chmod 600 {key}")
@@ -90,11 +90,11 @@ def _home() -> Iterator[Finding]:
 def _server(url: str | None) -> Iterator[Finding]:
     import httpx
 
-    from deltadock.client.connection import check_address, find_connection
+    from deltadock.client.connection import check_connection, find_connection
 
     found = find_connection(url)
     try:
-        check_address(found)
+        check_connection(found)
         answer = httpx.get(f"{found.url}/readyz", timeout=10.0)
         checks: dict[str, str] = answer.json()["checks"]
     except InvalidInput as error:

@@ -55,20 +55,20 @@ def find_connection(url: str | None = None, key: str | None = None) -> Connectio
         url_from, url = "the default", DEFAULT_URL
     url = url.rstrip("/")
     if key:
-        return Connection(url, key, url_from, "given")
+        return Connection(url, key.strip(), url_from, "given")
     if key := os.environ.get(KEY_VARIABLE):
-        return Connection(url, key, url_from, KEY_VARIABLE)
+        return Connection(url, key.strip(), url_from, KEY_VARIABLE)
     for source, address, secret in kept:
         if address == url:
             return Connection(url, secret, url_from, source)
     return Connection(url, None, url_from, "nowhere")
 
 
-def check_address(connection: Connection) -> None:
-    """Check the server's address.
+def check_connection(connection: Connection) -> None:
+    """Check the server's address, and that a header can hold the key.
 
     Raises:
-        InvalidInput: it is none.
+        InvalidInput: one is none; the message does not show the key.
     """
     try:
         parsed = httpx.URL(connection.url)
@@ -78,6 +78,8 @@ def check_address(connection: Connection) -> None:
         raise InvalidInput(
             f"{connection.url!r} ({connection.url_from}) is not an address such as {DEFAULT_URL}."
         )
+    if connection.key and not (connection.key.isascii() and connection.key.isprintable()):
+        raise InvalidInput(f"The API key ({connection.key_from}) is none: keys look like ddk_....")
 
 
 def _kept() -> list[tuple[str, tuple[str, str] | None]]:

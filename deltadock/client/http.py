@@ -11,6 +11,7 @@ import time
 from collections.abc import (
     AsyncIterator,
     Callable,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -37,7 +38,7 @@ from deltadock.artifacts.checkpoint import (
 )
 from deltadock.artifacts.compatibility import check_same_architecture
 from deltadock.client import routes
-from deltadock.client.connection import check_address, find_connection
+from deltadock.client.connection import check_connection, find_connection
 from deltadock.client.progress import default_bar
 from deltadock.client.requests import (
     TIMEOUT,
@@ -125,10 +126,10 @@ def _options(url: str | None, key: str | None) -> dict[str, Any]:
     """The arguments of an httpx client.
 
     Raises:
-        InvalidInput: the address is none.
+        InvalidInput: the address or the key is none.
     """
     found = find_connection(url, key)
-    check_address(found)
+    check_connection(found)
     headers = {"User-Agent": f"deltadock/{__version__}"}
     if found.key:
         headers["Authorization"] = f"Bearer {found.key}"
@@ -176,6 +177,9 @@ class Client:
         """The api's address."""
         return str(self._http.base_url)
 
+    def __repr__(self: "Client | AsyncClient") -> str:
+        return f"<{type(self).__name__} of {self.url}>"
+
     def send(self, call: Call[T]) -> T:
         """Send a request, again if it fails and may be repeated, and read its answer.
 
@@ -215,6 +219,7 @@ class Client:
             Unavailable: the connection broke.
         """
         with closing(self._open(events.call)) as response:
+            events.check(response)
             try:
                 for line in response.iter_lines():
                     if (event := events.read(line)) is not None:
@@ -595,8 +600,37 @@ class Push:
         self.delta = self._client.delta(self.delta.id)
         return self.delta
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self: "Push | AsyncPush") -> str:
         return self.delta._repr_html_()
+
+
+def _in_thread(
+    method: Callable[Concatenate[Client, P], T],
+) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
+    """The asynchronous form of a method that moves files.
+
+    If it is cancelled, its thread ends once the client is closed.
+    """
+
+    @wraps(method)
+    async def call(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        work = partial(method, client._blocking, *args, **kwargs)
+        return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
+
+    return call
+
+
+def _pushing(
+    start: Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, "Push"]],
+) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, "AsyncPush"]]:
+    """The method that starts a push, and returns what can be awaited of it."""
+
+    @wraps(start)
+    async def push(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> "AsyncPush":
+        started = await start(client, *args, **kwargs)
+        return AsyncPush(client, started.delta, started.job)
+
+    return push
 
 
 class AsyncClient:
@@ -629,6 +663,13 @@ class AsyncClient:
         self._blocking.close()
         await self._http.aclose()
 
+    @property
+    def url(self) -> str:
+        """The api's address."""
+        return self._blocking.url
+
+    __repr__ = Client.__repr__
+
     async def send(self, call: Call[T]) -> T:
         """As `Client.send`."""
         for attempt in count(1):
@@ -652,6 +693,7 @@ class AsyncClient:
     async def events(self, events: Events[T]) -> AsyncIterator[T]:
         """As `Client.events`."""
         async with aclosing(await self._open(events.call)) as response:
+            events.check(response)
             try:
                 async for line in response.aiter_lines():
                     if (event := events.read(line)) is not None:
@@ -755,33 +797,10 @@ class AsyncClient:
                 return
             await anyio.sleep(POLL_SECONDS)
 
-    async def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await anyio.to_thread.run_sync(partial(work, *args, **kwargs))
-
-    async def upload_folder(
-        self,
-        folder: str | Path,
-        progress: BytesProgress = _ignore,
-        *,
-        delta: str | None = None,
-    ) -> Checkpoint:
-        """As `Client.upload_folder`."""
-        return await self._in_thread(self._blocking.upload_folder, folder, progress, delta=delta)
-
-    async def upload_calibration(self, path: str | Path) -> str:
-        """As `Client.upload_calibration`."""
-        return await self._in_thread(self._blocking.upload_calibration, path)
-
-    async def push(self, folder: str | Path, name: str, base: str, **options: Any) -> "AsyncPush":
-        """As `Client.push`, with the same options."""
-        pushed = await self._in_thread(self._blocking.push, folder, name, base, **options)
-        return AsyncPush(self, pushed.delta, pushed.job)
-
-    async def download(
-        self, reference: str, path: str | Path, progress: BytesProgress = _ignore
-    ) -> Delta:
-        """As `Client.download`."""
-        return await self._in_thread(self._blocking.download, reference, path, progress)
+    upload_folder = _in_thread(Client.upload_folder)
+    upload_calibration = _in_thread(Client.upload_calibration)
+    download = _in_thread(Client.download)
+    push = _pushing(_in_thread(Client.push))
 
 
 class AsyncPush:
@@ -793,6 +812,7 @@ class AsyncPush:
         self._client = client
 
     __repr__ = Push.__repr__
+    _repr_html_ = Push._repr_html_
 
     async def wait(self, progress: JobProgress | None = None) -> Delta:
         """As `Push.wait`."""

@@ -20,8 +20,10 @@ from deltadock.errors import DeltadockError, Unavailable, error_for
 T = TypeVar("T")
 JsonObject = dict[str, Any]
 
-TIMEOUT: Final = httpx.Timeout(60.0, read=600.0)
+TIMEOUT: Final = httpx.Timeout(60.0, connect=10.0, read=600.0)
 """Seconds; the server responds late while it stores a large file or generates."""
+READ_TIMEOUT: Final = httpx.Timeout(60.0, connect=10.0)
+"""Seconds; what only reads is answered soon, and streams hold no longer silences."""
 ATTEMPTS: Final = 4
 """Of one request; the pauses between them are at most 3.5 seconds, unless the server asks for
 longer ones."""
@@ -65,6 +67,8 @@ class Call(Generic[T]):
             named["params"] = params
         if self.body is not None:
             named["json"] = self.body
+        if self.method == "GET":
+            named["timeout"] = READ_TIMEOUT
         if self.key is not None:
             named["headers"] = {"Idempotency-Key": self.key}
         return named
@@ -74,9 +78,13 @@ class Call(Generic[T]):
 
         Raises:
             DeltadockError: it is an error; the class has its code.
+            Unavailable: it is none of Deltadock's.
         """
         check(response)
-        return self.read(response.json() if response.content else None)
+        try:
+            return self.read(response.json() if response.content else None)
+        except (ValueError, KeyError, TypeError) as error:  # such as a proxy's page to sign in
+            raise _foreign(response) from error
 
     def pause(self, attempt: int, error: Exception) -> float:
         """Seconds to wait before the request is sent again after its `attempt`th failure.
@@ -94,6 +102,8 @@ class Call(Generic[T]):
         return random.uniform(longest / 2, longest)
 
     def _may_repeat(self, error: Exception) -> bool:
+        if isinstance(error, httpx.ReadTimeout):
+            return False  # it has waited for long enough
         twice = self.key is not None or self.idempotent or self.method in IDEMPOTENT
         if isinstance(error, DeltadockError):
             return error.details.get("status") in (PASSING if twice else REFUSED)
@@ -124,6 +134,15 @@ class Events(Generic[T]):
     """A stream of server-sent events: `call` starts it, and reads the data of each."""
 
     call: Call[T]
+
+    def check(self, response: httpx.Response) -> None:
+        """Check that a successful response is a stream of events.
+
+        Raises:
+            Unavailable: it is something else, and not of Deltadock.
+        """
+        if not response.headers.get("content-type", "").startswith("text/event-stream"):
+            raise _foreign(response)
 
     def read(self, line: str) -> T | None:
         """The event of a line of the stream; None if the line holds none.
@@ -167,11 +186,18 @@ def error_of(response: httpx.Response) -> DeltadockError:
             code, _in_methods(detail), status=response.status_code, deleted=problem.get("deleted")
         )
     except (ValueError, KeyError, TypeError, AttributeError):  # such as a proxy's error page
-        error = Unavailable(
-            f"{_server(response.url)} answers with status {response.status_code}, and not as a "
-            "Deltadock does. Is the address right, and does a proxy on the way work?",
-            status=response.status_code,
-        )
+        return _foreign(response)
+    error.headers = response.headers
+    return error
+
+
+def _foreign(response: httpx.Response) -> Unavailable:
+    """The error of a response that no Deltadock, or none of this version, has made."""
+    error = Unavailable(
+        f"{_server(response.url)} answers with status {response.status_code}, and not as a "
+        "Deltadock does. Is the address right, and does a proxy on the way work?",
+        status=response.status_code,
+    )
     error.headers = response.headers
     return error
 

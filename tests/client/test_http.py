@@ -21,6 +21,8 @@ from deltadock.errors import (
     Unavailable,
 )
 
+EVENTS = {"Content-Type": "text/event-stream; charset=utf-8"}
+
 
 def tree(kind: type[DeltadockError] = DeltadockError) -> Iterator[type[DeltadockError]]:
     yield kind
@@ -92,6 +94,33 @@ def test_a_proxys_error_page_is_unavailable(body: bytes) -> None:
     error = error_of(answer(content=body))
     assert isinstance(error, Unavailable)
     assert "502" in error.message
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>Sign in</html>", b"[]", b"", b'{"status": 1}', b'"text"'], ids=repr
+)
+def test_a_successful_answer_of_something_else_is_unavailable(body: bytes) -> None:
+    found = (answer(200, content=body) for _ in range(3))
+    client, asked = answering(*found)
+    for ask in (client.ready, lambda: next(client.deltas()), lambda: list(client.stream("a", "b"))):
+        with pytest.raises(Unavailable, match="status 200, and not as a Deltadock does"):
+            ask()
+    assert asked == ["GET", "GET", "POST"]
+
+
+def test_a_read_without_an_answer_is_waited_for_once(pauses: list[float]) -> None:
+    client, asked = answering(httpx.ReadTimeout)
+    with pytest.raises(Unavailable, match="does not answer"):
+        client.ready()
+    assert (asked, pauses) == (["GET"], [])
+
+
+@pytest.mark.parametrize("key", ["ddk_pr\nivate", "ddk_prüvate"])
+def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(key: str) -> None:
+    with pytest.raises(InvalidInput, match=r"The API key \(given\) is none") as refused:
+        Client("http://deltadock", key)
+    assert "vate" not in refused.value.message
+    assert repr(Client("http://deltadock", " ddk_x\n")) == "<Client of http://deltadock>"
 
 
 def test_reads_are_repeated_until_they_succeed(pauses: list[float]) -> None:
@@ -193,9 +222,9 @@ def test_a_job_that_is_followed_survives_a_broken_connection(pauses: list[float]
     first = Job.model_validate(job).model_dump_json()
     last = Job.model_validate(job | {"state": "ready", "percent": 100.0}).model_dump_json()
     client, asked = answering(
-        answer(200, text=f"data: {first}\n\n"),
+        answer(200, text=f"data: {first}\n\n", headers=EVENTS),
         httpx.ConnectError,
-        answer(200, text=f"data: {first}\n\ndata: {last}\n\n"),
+        answer(200, text=f"data: {first}\n\ndata: {last}\n\n", headers=EVENTS),
     )
     seen: list[str] = []
     assert client.wait("job_1", lambda job: seen.append(job.stage)).is_final
@@ -221,4 +250,4 @@ def test_both_clients_have_the_same_methods() -> None:
     def public(kind: type) -> set[str]:
         return {name for name in vars(kind) if not name.startswith("_")}
 
-    assert public(http.Client) - {"url"} == public(http.AsyncClient)
+    assert public(http.Client) == public(http.AsyncClient)
