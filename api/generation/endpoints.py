@@ -4,7 +4,6 @@ from typing import Annotated, Any
 
 from fastapi import Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.bases import BaseRef, require_base
@@ -113,14 +112,8 @@ async def _forward(
 
     target = await run_in_threadpool(find)
     content = body.model_dump(exclude_unset=True)
-    limited = caller.tokens_per_minute is not None
-    meter = Meter(resources.rates, caller, content) if limited else None
-    try:
-        answer = await ask_nodes(resources, request, target, path, content, meter)
-    except ClientDisconnect:
-        if meter is not None:  # the node may have begun with the prompt
-            await meter.charge()
-        raise
+    meter = Meter.of(resources.rates, caller, content)
+    answer = await ask_nodes(resources, request, target, path, content, meter)
     return ForwardedResponse(answer, meter)
 
 

@@ -23,6 +23,7 @@ from deltadock.api.middleware import REQUEST_ID
 from deltadock.errors import DeltadockError, InvalidInput, Unauthorized, Unavailable
 from deltadock.model_target import TENANT_HEADER, ModelTarget
 from deltadock.openai.errors import ErrorBody
+from deltadock.openai.fields import GENERATION_HEADER
 from deltadock.tracing import span, trace_headers
 from deltadock.trust import credentials
 
@@ -152,7 +153,8 @@ async def ask_nodes(
     """Start an answer at the best-ranked node, or at another if that one is busy or lost.
 
     The caller reads and closes the answer. None of the client's headers are forwarded: only
-    `target` selects the weights. If the client disconnects, so does the connection to the node.
+    `target` selects the weights. If the client disconnects, so does the connection to the node, and
+    `meter` charges what that has made.
 
     Raises:
         InvalidInput: the body contains what JSON cannot represent, such as NaN.
@@ -166,6 +168,7 @@ async def ask_nodes(
         REQUEST_ID: request.state.request_id,
         "Content-Type": "application/json",
         **credentials(resources.settings.node_secret),
+        **({} if meter is None else {GENERATION_HEADER: meter.name}),
     }
     lost = 0
     asked: set[str] = set()
@@ -253,6 +256,9 @@ async def _ask(
                 while (await request.receive())["type"] != "http.disconnect":
                     pass
                 client_gone = True
+                if meter is not None:
+                    secret = credentials(resources.settings.node_secret)
+                    await meter.end(resources.http, node.url, secret)
                 group.cancel_scope.cancel()
 
             async def watch_node() -> None:
@@ -276,12 +282,14 @@ async def _ask(
             except httpx.HTTPError as error:
                 log.warning("node_disconnected", node=node.id, error=repr(error))
             group.cancel_scope.cancel()
-        if answer is not None:
-            answer.until_closed = counted.pop_all()
-            return answer
-    if client_gone:
-        raise ClientDisconnect
-    raise NodeLost
+        if client_gone:
+            if answer is not None:
+                await answer.close()
+            raise ClientDisconnect
+        if answer is None:
+            raise NodeLost
+        answer.until_closed = counted.pop_all()
+        return answer
 
 
 async def _is_registered(fleet: Fleet, node: NodeView) -> bool:

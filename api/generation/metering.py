@@ -1,8 +1,11 @@
 """Counts the tokens of a forwarded answer, as the node reports them."""
 
 import json
-from collections.abc import AsyncIterator
-from typing import Any
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Any, Final, Self
 
 import anyio
 import httpx
@@ -11,17 +14,27 @@ from deltadock.api.access import Caller
 from deltadock.api.access.rates import Rates
 from deltadock.openai.fields import PROMPT_TOKENS_HEADER
 
+ASK_SECONDS: Final = 5.0
+"""How long a node is asked for the usage of an answer that nobody waits for."""
+
 
 class Meter:
     """Passes an answer on, and charges its tokens to the caller's tenant.
 
     A stream reports its usage in a last chunk, which the client sees if it has asked for it. One
     that is broken off before that is charged its prompt, which its head names, and a token per
-    chunk.
+    chunk. If the client leaves before the answer has begun, the node says what it has made of it.
     """
+
+    @classmethod
+    def of(cls, rates: Rates, caller: Caller, body: dict[str, Any]) -> Self | None:
+        """A meter for the request of a caller whose tokens are limited."""
+        return None if caller.tokens_per_minute is None else cls(rates, caller, body)
 
     def __init__(self, rates: Rates, caller: Caller, body: dict[str, Any]) -> None:
         """Ask the node for the usage of a stream, by changing `body`."""
+        self.name = secrets.token_hex(16)
+        """The request's, for the nodes."""
         self._rates = rates
         self._caller = caller
         self._is_stream = bool(body.get("stream"))
@@ -36,6 +49,15 @@ class Meter:
         """A node has begun its answer: another's, which broke off before it, no longer counts."""
         self._tokens = int(head.get(PROMPT_TOKENS_HEADER, 0))
 
+    async def end(self, http: httpx.AsyncClient, node: str, headers: Mapping[str, str]) -> None:
+        """End the request at the node with this URL, whose client is gone, and charge for it."""
+        url = f"{node}/v1/generations/{self.name}"
+        with anyio.CancelScope(shield=True), suppress(httpx.HTTPError):
+            answer = await http.delete(url, headers=headers, timeout=ASK_SECONDS)
+            if answer.status_code == HTTPStatus.OK:
+                self._tokens = answer.json()["total_tokens"]
+        await self.charge()
+
     async def charge(self) -> None:
         """Charge what is known and not yet charged, once the answer has ended or is broken off."""
         tokens, self._tokens = self._tokens, 0
@@ -49,11 +71,9 @@ class Meter:
                 if self._shows(event):
                     yield event
         else:
-            whole = b""
-            async for chunk in chunks:
-                whole += chunk
-                yield chunk
+            whole = b"".join([chunk async for chunk in chunks])
             self._tokens = _total_tokens(whole) or 0
+            yield whole
         await self.charge()
 
     def _shows(self, event: bytes) -> bool:

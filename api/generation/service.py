@@ -9,6 +9,7 @@ from deltadock.api.access import Caller
 from deltadock.api.deltas.service import require_ready, show_delta
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation.forward import COMPLETIONS, ask_nodes
+from deltadock.api.generation.metering import Meter
 from deltadock.api.generation.schemas import GenerateIn, ModelListOut, ModelOut
 from deltadock.api.unknown import MOST_NAMES, unknown
 from deltadock.errors import (
@@ -134,7 +135,8 @@ async def generate(
         Unavailable: no node could answer, or its response is not a completion.
     """
     completion_request = {"model": model, **body.model_dump(exclude_none=True)}
-    answer = await ask_nodes(resources, request, target, COMPLETIONS, completion_request)
+    meter = Meter.of(resources.rates, caller, completion_request)
+    answer = await ask_nodes(resources, request, target, COMPLETIONS, completion_request, meter)
     response = await answer.read()
     if answer.status != 200:
         error = response.get("error", {}) if isinstance(response, dict) else {}

@@ -12,6 +12,7 @@ from deltadock.inference.metrics import Metrics
 from deltadock.inference.prompts.grammar import TokenGrammar
 from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
 from deltadock.model_target import ModelTarget
+from deltadock.openai.fields import Usage
 
 
 class Generation:
@@ -87,6 +88,11 @@ class Generation:
         for sequence in self._sequences:
             self._base.engine.submit(sequence)
 
+    @property
+    def usage(self) -> Usage:
+        """The tokens so far."""
+        return Usage.of(self.prompt_tokens, self._generated_tokens)
+
     def cancel(self) -> None:
         """Cancel the sequences that still run."""
         if self._running:
@@ -138,6 +144,5 @@ class Generation:
     def _release(self) -> None:
         if self._target.artifact_digest is not None:
             self._base.deltas.release(self._target.artifact_digest)
-        tokens = self.prompt_tokens + self._generated_tokens
-        self._base.record_traffic(self._target.model_key, tokens)
+        self._base.record_traffic(self._target.model_key, self.usage.total_tokens)
         self._base.leave()

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
 from deltadock.artifacts.checkpoint import scan_folder
-from deltadock.errors import Conflict, ModelNotFound, NotReady, Unavailable
+from deltadock.errors import Conflict, ModelNotFound, NotFound, NotReady, Unavailable
 from deltadock.inference.admission import Admission
 from deltadock.inference.base import ServedBase
 from deltadock.inference.deltas.store import ResidentDelta
@@ -33,6 +33,7 @@ from deltadock.inference.request import (
 from deltadock.inference.turns import BaseTurns, FetchedCheckpoint
 from deltadock.inference.usage import UsageMeter
 from deltadock.model_target import ModelTarget
+from deltadock.openai.fields import Usage
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import FileCache
@@ -67,6 +68,8 @@ class InferenceNode:
         self._drained = False
         """Whether an operator drained it."""
         self._stopping = False
+        self._generations: WeakValueDictionary[str, Generation] = WeakValueDictionary()
+        """Those whose requests have a name, by it; an ended one too, until it is collected."""
         self.metrics = Metrics()
         self._usage = UsageMeter(self.metrics)
 
@@ -202,8 +205,12 @@ class InferenceNode:
             param="model",
         )
 
-    async def generate(self, target: ModelTarget, request: GenerationRequest) -> Generation:
+    async def generate(
+        self, target: ModelTarget, request: GenerationRequest, name: str | None = None
+    ) -> Generation:
         """Start answering a request; loads the base and the delta first if needed.
+
+        `end` ends one that has a `name`.
 
         Raises:
             Overloaded: the node's queue, or the delta's, is full.
@@ -217,10 +224,25 @@ class InferenceNode:
         count = len(prompts_of(request)) * request.answers
         self._admission.enter(target.queue_key, count)
         try:
-            return await self._start(target, request)
+            generation = await self._start(target, request)
         except BaseException:
             self._admission.leave(target.queue_key, count)
             raise
+        if name is not None:
+            self._generations[name] = generation
+        return generation
+
+    def end(self, name: str) -> Usage:
+        """Cancel the request of this name; returns its usage so far.
+
+        Raises:
+            NotFound: it has not begun, or has long ended.
+        """
+        generation = self._generations.get(name)
+        if generation is None:
+            raise NotFound("No request of this name is being answered.")
+        generation.cancel()
+        return generation.usage
 
     async def _start(self, target: ModelTarget, request: GenerationRequest) -> Generation:
         started_at = time.monotonic()

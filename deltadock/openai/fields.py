@@ -257,9 +257,20 @@ PROMPT_TOKENS_HEADER: Final = "Deltadock-Prompt-Tokens"
 """In the head of a node's stream, for one that is broken off never reports its usage."""
 
 
+GENERATION_HEADER: Final = "Deltadock-Generation"
+"""A name for the request, by which the api ends it for a client that is gone, with its usage."""
+
+
 class Usage(BaseModel):
     """Prompt and generated tokens."""
 
     prompt_tokens: int = Field(examples=[5])
     completion_tokens: int = Field(examples=[3])
     total_tokens: int = Field(examples=[8])
+
+    @classmethod
+    def of(cls, prompt: int, generated: int) -> Self:
+        """These counts and their sum."""
+        return cls(
+            prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated
+        )

@@ -236,6 +236,7 @@ class StandInNode:
         routes = [
             Route("/v1/completions", self._complete, methods=["POST"]),
             Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route("/v1/generations/{name}", self._end, methods=["DELETE"]),
             Route("/v1/{what:path}", self._obey, methods=["POST"]),
         ]
         return Starlette(routes=routes)
@@ -244,6 +245,14 @@ class StandInNode:
         """Routes for operators; `answer` is a refusal."""
         self.requests.append({"path": request.url.path, "headers": dict(request.headers)})
         return self.answer or Response(status_code=204)
+
+    async def _end(self, request: Request) -> Response:
+        """End a request that it has begun to answer, after four tokens."""
+        name = request.path_params["name"]
+        if all(asked["headers"].get("deltadock-generation") != name for asked in self.requests):
+            return Response(status_code=404)
+        usage = {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
+        return JSONResponse(usage)
 
     async def _complete(self, request: Request) -> Response:
         body = await request.json()

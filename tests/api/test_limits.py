@@ -181,7 +181,18 @@ class TestTokens:
         node.answer = None
         assert self.left(tenant) == 20
 
-    @pytest.mark.parametrize(("who", "chunks"), [("client", 0), ("client", 1), ("node", 1)])
+    @pytest.mark.parametrize("route", ["/v1/completions", "/v1/bases/tiny/generate"])
+    def test_an_answer_whose_client_leaves_costs_what_was_made(
+        self, tenant: Api, node: StandInNode, route: str
+    ) -> None:
+        node.gate = threading.Event()
+        body = self.ASK if route == "/v1/completions" else {"prompt": "x"}
+        with pytest.raises(httpx.ReadTimeout):
+            tenant.client.post(route, json=body, timeout=httpx.Timeout(30, read=1))
+        assert node.gone.wait(10)
+        assert self.left_without_asking(tenant) == 11
+
+    @pytest.mark.parametrize(("who", "chunks"), [("client", 1), ("node", 1)])
     def test_a_broken_off_stream_costs_its_prompt_and_a_token_per_chunk(
         self, tenant: Api, node: StandInNode, who: str, chunks: int
     ) -> None:

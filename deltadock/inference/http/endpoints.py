@@ -39,7 +39,7 @@ from deltadock.model_target import (
 from deltadock.names import DIGEST
 from deltadock.openai.chat import ChatCompletion, ChatRequest
 from deltadock.openai.completions import Completion, CompletionRequest
-from deltadock.openai.fields import PROMPT_TOKENS_HEADER
+from deltadock.openai.fields import GENERATION_HEADER, PROMPT_TOKENS_HEADER, Usage
 from deltadock.openai.models import ModelCard, ModelList
 from deltadock.problems import openai_problems, problems
 from deltadock.trust import check_trusted
@@ -106,6 +106,14 @@ def target_header(
 
 
 TargetHeader = Annotated[ModelTarget | None, Depends(target_header)]
+GenerationName = Annotated[
+    str | None,
+    Header(
+        alias=GENERATION_HEADER,
+        max_length=64,
+        description="For `DELETE /v1/generations/{name}`, which ends the request.",
+    ),
+]
 
 
 def artifact_digest(
@@ -165,7 +173,11 @@ openai = APIRouter(prefix="/v1", dependencies=[Depends(require_secret)], tags=["
 
 @openai.post("/completions", response_model=Completion, responses=GENERATING)
 async def complete(
-    body: CompletionRequest, request: Request, node: NodeDep, target: TargetHeader
+    body: CompletionRequest,
+    request: Request,
+    node: NodeDep,
+    target: TargetHeader,
+    name: GenerationName = None,
 ) -> Response | BaseModel:
     """Continue a prompt with the base or one of its deltas.
 
@@ -173,17 +185,21 @@ async def complete(
     `model` is the base's name or digest, or the digest of a delta in `GET /v1/models`.
     """
     target = target or node.target(body.model)
-    generation = await while_connected(request, node.generate(target, body))
+    generation = await while_connected(request, node.generate(target, body, name))
     return await _respond(request, CompletionReply(body, generation))
 
 
 @openai.post("/chat/completions", response_model=ChatCompletion, responses=GENERATING)
 async def chat(
-    body: ChatRequest, request: Request, node: NodeDep, target: TargetHeader
+    body: ChatRequest,
+    request: Request,
+    node: NodeDep,
+    target: TargetHeader,
+    name: GenerationName = None,
 ) -> Response | BaseModel:
     """Answer a conversation, rendered with the model's own chat template."""
     target = target or node.target(body.model)
-    generation = await while_connected(request, node.generate(target, body))
+    generation = await while_connected(request, node.generate(target, body, name))
     return await _respond(request, ChatReply(body, generation))
 
 
@@ -302,6 +318,12 @@ async def resume(node: NodeDep) -> Response:
     """Accept requests again; 409 while the node is stopping."""
     await node.resume()
     return Response(status_code=204)
+
+
+@operation.delete("/generations/{name}", responses=problems(NotFound))
+async def end_generation(name: str, node: NodeDep) -> Usage:
+    """End the request that has this name in its header Deltadock-Generation; its usage so far."""
+    return node.end(name)
 
 
 health = APIRouter(tags=["health"])

@@ -56,7 +56,6 @@ class Reply(ABC, Generic[RequestBody]):
             "created": int(time.time()),
             "model": request.model,
         }
-        self._generated_tokens = 0
 
     @abstractmethod
     def _completion(self, answers: Sequence[Event], usage: Usage) -> BaseModel:
@@ -82,15 +81,14 @@ class Reply(ABC, Generic[RequestBody]):
                     event.finish,
                     prompt=answer.prompt + event.prompt,
                 )
-                self._generated_tokens += len(event.tokens)
-        return self._completion([answers[index] for index in sorted(answers)], self._usage())
+        ordered = [answers[index] for index in sorted(answers)]
+        return self._completion(ordered, self.generation.usage)
 
     async def stream(self) -> AsyncGenerator[bytes]:
         """Server-sent events; an error is the last event."""
         try:
             async with aclosing(self.generation.events()) as events:
                 async for index, event in events:
-                    self._generated_tokens += len(event.tokens)
                     for chunk in self._chunks(index, event):
                         yield _sse(chunk)
         except DeltadockError as error:
@@ -98,14 +96,8 @@ class Reply(ABC, Generic[RequestBody]):
             return
         options = self.request.stream_options
         if options is not None and options.include_usage:
-            yield _sse(self._usage_chunk(self._usage()))
+            yield _sse(self._usage_chunk(self.generation.usage))
         yield format_sse_event(data_str="[DONE]")
-
-    def _usage(self) -> Usage:
-        prompt, generated = self.generation.prompt_tokens, self._generated_tokens
-        return Usage(
-            prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated
-        )
 
 
 def _sse(data: BaseModel) -> bytes:

@@ -21,7 +21,7 @@ from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.inference.engine.engine import MAX_DEVICE_FAILURES
 from deltadock.inference.prompts.tokenizer import Tokenizer, read_tokenizer_files
 from deltadock.inference.server import NodeServer, serve
-from deltadock.openai.fields import PROMPT_TOKENS_HEADER
+from deltadock.openai.fields import GENERATION_HEADER, PROMPT_TOKENS_HEADER
 from tests.inference.support import (
     PROMPT,
     RunningNode,
@@ -91,6 +91,29 @@ def test_a_streams_head_names_its_prompt_tokens_before_the_first_token(
         go_on.set()
         answer.read()
     assert int(tokens) == whole["usage"]["prompt_tokens"]
+
+
+def test_a_named_request_is_ended_with_its_usage(site: Site, node: RunningNode) -> None:
+    url = f"{node.url}/v1/generations/mine"
+    headers = {"Deltadock-Base": site.base, GENERATION_HEADER: "mine"}
+    body = {"model": "m", "prompt": "abc", "max_tokens": 100, "temperature": 0, "n": 2}
+    assert httpx.delete(url).status_code == 404
+
+    def ask(**more: Any) -> Any:
+        json = body | more
+        return httpx.post(f"{node.url}/v1/completions", json=json, headers=headers).json()
+
+    ask(max_tokens=1)  # loads the base
+    go_on = hold(node)
+    with ThreadPoolExecutor(1) as threads:
+        node.node._generations.clear()
+        answering = threads.submit(ask)
+        wait_until(lambda: "mine" in node.node._generations)
+        ended = httpx.delete(url).json()
+        go_on.set()
+        answer = answering.result()
+    assert ended == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["cancelled"] * 2
 
 
 def test_a_stream_equals_the_whole_answer(site: Site, node: RunningNode) -> None:
