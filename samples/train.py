@@ -17,7 +17,7 @@ import torch
 from corpus import SEED, split_corpus
 from evaluate import load, report
 from exercises import Exercise, exercise_stream, take_bytes
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
 
 END_OF_TEXT = "<|endoftext|>"
@@ -58,15 +59,15 @@ Batch = tuple[Tensor, Tensor]
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with single-digit tokens."""
+    """Train a byte-level BPE tokenizer that splits text as Qwen2's, with single digits.
+
+    `AutoTokenizer` gives every Qwen2 model that splitting, whatever its tokenizer.json says.
+    """
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    qwen2 = Qwen2Tokenizer().backend_tokenizer
+    tokenizer.normalizer = qwen2.normalizer
+    tokenizer.pre_tokenizer = qwen2.pre_tokenizer
+    tokenizer.decoder = qwen2.decoder
     trainer = BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=[END_OF_TEXT],

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from deltadock.artifacts.checkpoint import (
     CONFIG,
@@ -28,6 +28,7 @@ from deltadock.artifacts.configs import EPSILONS, ROPE, check_same_forward, expa
 from deltadock.artifacts.names import find_name, is_embedding, is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import TORCH_DTYPES, fits_base, merged_tensor
+from deltadock.artifacts.tokenizers import open_tokenizer
 from deltadock.client.cache import fetch_cached
 from deltadock.client.http import Client
 from deltadock.client.routes import is_reference
@@ -150,7 +151,7 @@ class LoadedDelta:
                     (folder / file).parent.mkdir(parents=True, exist_ok=True)
                     data = content.encode() if isinstance(content, str) else content
                     (folder / file).write_bytes(data)
-            return AutoTokenizer.from_pretrained(folder)
+            return open_tokenizer(folder)
 
     def unload(self) -> None:
         """Restore the base's weights bit for bit, from the tensors that were kept."""

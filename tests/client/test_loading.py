@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.normalizers import Lowercase
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
 
 import deltadock
 from deltadock.artifacts.checkpoint import TensorEntry, scan_folder
@@ -322,3 +331,19 @@ def test_from_pretrained_gives_the_fine_tune_and_its_tokenizer(tmp_path: Path) -
     assert tokenizer.decode(tokenizer("abc").input_ids) == "abc"
     with pytest.raises(BaseMismatch):
         deltadock.from_pretrained(tmp_path / "merged", path)
+
+
+def test_a_loaded_deltas_tokenizer_splits_text_as_the_node(tmp_path: Path) -> None:
+    """transformers gives this class a normalizer of its own, none."""
+    base = make_base("llama", tmp_path / "base")
+    save_tokenizer(base)
+    own = FastTokenizer.from_file(str(base / "tokenizer.json"))
+    own.normalizer = Lowercase()
+    own.save(str(base / "tokenizer.json"))
+    config = base / "tokenizer_config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "GPT2Tokenizer"})
+    )
+    assert AutoTokenizer.from_pretrained(base)("A").input_ids != own.encode("A").ids
+    with deltadock.load_delta(load(base), write(base, tmp_path / "a.delta", {})) as loaded:
+        assert loaded.tokenizer(base)("A").input_ids == own.encode("A").ids

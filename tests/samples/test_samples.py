@@ -1,5 +1,6 @@
 """The sample pair matches its README."""
 
+import json
 import random
 import sys
 from functools import cache
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 sys.path.insert(0, str(SAMPLES))
@@ -43,6 +46,21 @@ def test_folders_are_complete_and_small() -> None:
 def test_both_models_have_the_same_tokenizer() -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (SAMPLES / "base" / name).read_bytes() == (SAMPLES / "finetuned" / name).read_bytes()
+
+
+ODD_TEXTS = [
+    "a\n\nb", "\n ", ":(\n   x", "a  b   c", "\t\ttab", "a\r\nb", "12345 6", "it's We'LL",
+    "e\u0301 é", "日本語 テ", "😀👍🏽", "ﬁ ²", "foo!!\n\nbar", "<|endoftext|>x", "",
+    "Q: sort h b =\nA: b h\nQ:",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_transformers_and_the_node_split_text_alike(text: str) -> None:
+    """transformers replaces what a Qwen2 model's tokenizer.json says of how text is split."""
+    theirs = AutoTokenizer.from_pretrained(SAMPLES / "base")
+    ours = Tokenizer.from_file(str(SAMPLES / "base" / "tokenizer.json"))
+    assert theirs(text)["input_ids"] == ours.encode(text).ids
 
 
 def test_every_tensor_is_bfloat16_and_was_trained() -> None:
@@ -126,3 +144,9 @@ def test_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("generation_config.json", CHAT_TEMPLATE):
         written, sample = (folder / "finetuned" / name for folder in (tmp_path, SAMPLES))
         assert written.read_bytes() == sample.read_bytes()
+    trained, sample = (
+        json.loads((folder / "base" / "tokenizer.json").read_text("utf-8"))
+        for folder in (tmp_path, SAMPLES)
+    )
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        assert trained[part] == sample[part], part

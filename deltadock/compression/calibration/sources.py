@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from deltadock.artifacts.checkpoint import CONFIG, TOKENIZER_FILES, VOCABULARY_FILES
+from deltadock.artifacts.tokenizers import open_tokenizer
 from deltadock.compression.options import CALIBRATION_SUFFIXES, check_text_tokens
 from deltadock.errors import InvalidCalibration, InvalidCheckpoint
 
@@ -77,8 +77,8 @@ def load_tokenizer(checkpoint: Path, base: Path | None = None) -> Any:
             "beside the weights."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    except (ValueError, OSError) as error:
+        tokenizer = open_tokenizer(checkpoint)
+    except Exception as error:  # the library raises nothing more specific
         raise InvalidCheckpoint(f"The fine-tune's tokenizer cannot be loaded: {error}") from error
     # A corpus is longer than a model's context: no truncation, no warning.
     tokenizer.model_max_length = 1 << 60

@@ -403,6 +403,12 @@ def test_a_checkpoint_without_a_tokenizer_is_rejected(tmp_path: Path) -> None:
         load(tmp_path, Source(path))
 
 
+def test_a_tokenizer_that_cannot_be_read_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    with pytest.raises(InvalidCheckpoint, match="tokenizer cannot be loaded"):
+        load(tmp_path)
+
+
 def test_prompts_alone_cannot_be_read_as_windows(checkpoint: Path, tmp_path: Path) -> None:
     source = lines(tmp_path / "prompts.jsonl", [{"prompt": letter} for letter in "abc"])
     with pytest.raises(InvalidCalibration, match="prompts alone"):
