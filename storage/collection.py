@@ -8,7 +8,7 @@ removed. Every step is in transactions of its own and safe beside pushes of the 
 
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, StoredEntry
 from deltadock.storage.database import Database, database_now
 from deltadock.storage.models import AuditAction, DeltaRow
-from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.audit import record_each
 from deltadock.storage.repositories.blobs import BlobKind, BlobRepository, DropRules, lock_blobs
 from deltadock.storage.repositories.tenants import TenantRepository
 from deltadock.storage.repositories.totals import TotalsRepository
@@ -37,13 +37,14 @@ WORK: Final = "work"
 YOUNG: Final = timedelta(hours=1)
 """Blobs younger than this are left alone: their rows may be yet to come."""
 BATCH: Final = 500
+REMOVED_AT_ONCE: Final = 200
+"""Blobs, in one transaction: each is locked, and on SQLite no other writes meanwhile."""
 HOLD_SECONDS: Final = 0.1
 """How long a transaction may keep others from writing to SQLite."""
 PAUSE_SECONDS: Final = 0.1
 """Who waits for SQLite's lock looks for it at least so often."""
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Usage(NamedTuple):
@@ -67,6 +68,16 @@ class Collected:
     usage: UsageByKind = field(default_factory=lambda: defaultdict(lambda: Usage(0, 0)))
     blocked: list[str] = field(default_factory=list)
 
+    def count(self, kind: str, entry: StoredEntry) -> None:
+        """Count one more file."""
+        self.usage[kind] = self.usage[kind].plus(entry.bytes)
+
+    @property
+    def total(self) -> Usage:
+        """Of all kinds."""
+        kinds = self.usage.values()
+        return Usage(sum(one.files for one in kinds), sum(one.bytes for one in kinds))
+
 
 class Collector:
     """One collection."""
@@ -77,17 +88,18 @@ class Collector:
         self._settings = settings
         self._undo = timedelta(days=settings.undo_days)
 
-    def run(self) -> Collected:
-        """Collect everything that nothing needs."""
+    def run(self, progress: Callable[[Usage], None] = lambda _: None) -> Collected:
+        """Collect everything that nothing needs; `progress` is told what is removed so far."""
         collected = Collected()
         self.drop_uploads()
         collected.blocked += self.give_up_deltas()
         for kind, entry in self.unneeded_blocks():
             self._blobs.drop_work(entry.key.partition("/")[0])
-            collected.usage[kind] = collected.usage[kind].plus(entry.bytes)
-        for found in _batches(self.unneeded_blobs()):
+            collected.count(kind, entry)
+        for found in _batches(self.unneeded_blobs(), REMOVED_AT_ONCE):
             for kind, entry in self.remove(found):
-                collected.usage[kind] = collected.usage[kind].plus(entry.bytes)
+                collected.count(kind, entry)
+            progress(collected.total)
         return collected
 
     def try_run(self) -> Collected:
@@ -97,7 +109,7 @@ class Collector:
         given_up = {*self._droppable_uploads(), *free}
         collected.blocked += _reasons(on_nodes)
         for kind, entry in (*self.unneeded_blocks(given_up), *self.unneeded_blobs(given_up)):
-            collected.usage[kind] = collected.usage[kind].plus(entry.bytes)
+            collected.count(kind, entry)
         return collected
 
     def drop_uploads(self) -> None:
@@ -163,36 +175,35 @@ class Collector:
 
     def remove(self, found: Sequence[tuple[str, StoredEntry]]) -> list[tuple[str, StoredEntry]]:
         """Remove those of these blobs that no row needs now; returns them."""
-        return [one for one, removed in self._one_by_one(found, self._remove) if removed]
+        digests = [entry.key for _, entry in found]
+        with self._database.session_scope() as session:
+            lock_blobs(session, *digests)
+            needed = BlobRepository(session).needed(digests)
+            removed = [one for one in found if one[1].key not in needed]
+            unneeded = [entry.key for _, entry in removed]
+            self._blobs.delete(*unneeded)
+            record_each(session, LOCAL_TENANT, AuditAction.BLOB_REMOVE, unneeded)
+        self._let_others_write()
+        return removed
 
-    def _remove(self, session: Session, found: tuple[str, StoredEntry]) -> bool:
-        digest = found[1].key
-        lock_blobs(session, digest)
-        if BlobRepository(session).needed([digest]):
-            return False
-        self._blobs.delete(digest)
-        record(session, LOCAL_TENANT, AuditAction.BLOB_REMOVE, digest)
-        return True
-
-    def _one_by_one(
-        self, items: Sequence[Item], work: Callable[[Session, Item], Result]
-    ) -> list[tuple[Item, Result]]:
-        """The items, each with what `work` on it returned, in a transaction of its own.
+    def _one_by_one(self, items: Sequence[Item], work: Callable[[Session, Item], object]) -> None:
+        """Do `work` on each of the items, in a transaction of its own.
 
         On SQLite a transaction takes as many as fit into `HOLD_SECONDS`, since each commit waits
-        for the disk, and between two of them others write.
+        for the disk.
         """
-        done: list[tuple[Item, Result]] = []
-        while len(done) < len(items):
+        left = deque(items)
+        while left:
             with self._database.session_scope() as session:
                 until = time.monotonic() + HOLD_SECONDS
-                for item in items[len(done) :]:
-                    done.append((item, work(session, item)))
-                    if not self._database.is_file or time.monotonic() > until:
-                        break
-            if self._database.is_file and len(done) < len(items):
-                time.sleep(PAUSE_SECONDS)
-        return done
+                work(session, left.popleft())
+                while left and self._database.is_file and time.monotonic() < until:
+                    work(session, left.popleft())
+            self._let_others_write()
+
+    def _let_others_write(self) -> None:
+        if self._database.is_file:
+            time.sleep(PAUSE_SECONDS)
 
 
 def _reasons(on_nodes: Iterable[DeltaRow]) -> list[str]:
@@ -319,7 +330,7 @@ def missing_blobs(
     return sorted(digest for digest in absent if not blobs.exists(digest))
 
 
-def _batches(entries: Iterable[Item]) -> Iterator[list[Item]]:
+def _batches(entries: Iterable[Item], size: int = BATCH) -> Iterator[list[Item]]:
     iterator = iter(entries)
-    while batch := list(islice(iterator, BATCH)):
+    while batch := list(islice(iterator, size)):
         yield batch

@@ -5,14 +5,14 @@ the block ends; repositories never commit.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -105,10 +105,18 @@ def lock_key(session: Session, *key: str) -> None:
     For check-then-insert sequences that a unique constraint alone does not protect. A no-op on
     SQLite, where write transactions are serialised already.
     """
+    lock_keys(session, [key])
+
+
+def lock_keys(session: Session, keys: Iterable[tuple[str, ...]]) -> None:
+    """As `lock_key` for each of `keys`, in their order."""
     if session.get_bind().dialect.name == "postgresql":
-        number = hashlib.sha256("\0".join(key).encode()).digest()[:8]
-        signed = int.from_bytes(number, "big", signed=True)
-        session.execute(select(func.pg_advisory_xact_lock(signed)))
+        hashes = [hashlib.sha256("\0".join(key).encode()).digest()[:8] for key in keys]
+        numbers = [int.from_bytes(number, "big", signed=True) for number in hashes]
+        session.execute(
+            text("SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key"),
+            {"keys": numbers},
+        )
 
 
 def make_engine(url: str) -> Engine:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -134,13 +134,13 @@ def _print_wide(table: Table) -> None:
 
 
 @contextmanager
-def working(text: str) -> Iterator[None]:
-    """Say, in a terminal or if it takes long, that something is at work."""
+def working(text: str) -> Iterator[Callable[[str], None]]:
+    """Say, in a terminal or if it takes long, what is at work; the callback says something else."""
     from deltadock.client.progress import work_bar
 
     with work_bar(errors) as show:
         show("", text, None)
-        yield
+        yield lambda other: show("", other, None)
 
 
 def as_dict(found: Any) -> dict[str, Any]:

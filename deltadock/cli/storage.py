@@ -6,7 +6,7 @@ from deltadock.cli.output import output, print_json, print_table, working
 from deltadock.settings import deployed_in
 from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.blobs import make_blob_store
-from deltadock.storage.collection import Collector, reconcile, recount
+from deltadock.storage.collection import Collector, Usage, reconcile, recount
 from deltadock.storage.database import Database
 from deltadock.words import counted, size
 
@@ -15,16 +15,23 @@ def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
     """Remove what nothing needs, or only print it, by kind."""
     settings = deployed_in(home)
     collector = Collector(Database(settings.sqlalchemy_url), make_blob_store(settings), settings)
-    with acting(COMMAND), working("looking for what nothing needs"):
-        collected = collector.try_run() if dry_run else collector.run()
+    with acting(COMMAND), working("looking for what nothing needs") as say:
+
+        def progress(so_far: Usage) -> None:
+            say(f"removed {counted(so_far.files, 'file')}, {size(so_far.bytes)}")
+
+        collected = collector.try_run() if dry_run else collector.run(progress)
     rows = {str(kind): usage for kind, usage in sorted(collected.usage.items())}
-    files = sum(usage.files for usage in rows.values())
-    size = sum(usage.bytes for usage in rows.values())
+    total = collected.total
     if as_json:
         kinds = {kind: {"files": usage.files, "bytes": usage.bytes} for kind, usage in rows.items()}
-        total = {"files": files, "bytes": size}
         print_json(
-            {"removed": not dry_run, "kinds": kinds, "total": total, "kept": collected.blocked}
+            {
+                "removed": not dry_run,
+                "kinds": kinds,
+                "total": total._asdict(),
+                "kept": collected.blocked,
+            }
         )
         return
     output.print("Would remove:" if dry_run else "Removed:")
@@ -32,7 +39,7 @@ def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
         ("kind", "files", "bytes"),
         [
             *((kind, str(usage.files), str(usage.bytes)) for kind, usage in rows.items()),
-            ("total", str(files), str(size)),
+            ("total", str(total.files), str(total.bytes)),
         ],
         "",
     )

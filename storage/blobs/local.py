@@ -81,9 +81,10 @@ class LocalBlobStore(BlobStore):
             except FileNotFoundError as error:
                 raise NotFound(f"The store holds no file {digest}.") from error
 
-    def delete(self, digest: str) -> None:
+    def delete(self, *digests: str) -> None:
         with store_errors():
-            self.path(digest).unlink(missing_ok=True)
+            for digest in digests:
+                self.path(digest).unlink(missing_ok=True)
 
     def get_work(self, key: str) -> bytes | None:
         with store_errors(), suppress(FileNotFoundError):

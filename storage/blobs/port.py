@@ -103,8 +103,8 @@ class BlobStore(ABC):
         """
 
     @abstractmethod
-    def delete(self, digest: str) -> None:
-        """Remove a blob, if it exists."""
+    def delete(self, *digests: str) -> None:
+        """Remove those of these blobs that exist."""
 
     @abstractmethod
     def get_work(self, key: str) -> bytes | None:

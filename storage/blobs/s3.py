@@ -2,10 +2,11 @@
 
 import math
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 COPY_BYTES: Final = 256 << 20
 """Of one server-side copy; S3 allows 5 GB, and copies ranges in parallel."""
 COPY_THREADS: Final = 4
+DELETED_AT_ONCE: Final = 1000
+"""What S3 allows."""
 
 PRESIGNED_SECONDS: Final = 300
 """Validity of presigned URLs; S3 checks it when a download starts, not while it runs."""
@@ -131,8 +134,7 @@ class S3BlobStore(BlobStore):
         with s3_errors():
             for key, upload_id, _ in self._multipart_uploads(prefix):
                 self.abort(key, upload_id)
-            for key, _ in self._list(prefix):
-                self.client.delete_object(Bucket=self.bucket, Key=key)
+            self._delete(key for key, _ in self._list(prefix))
 
     def presigned_url(self, digest: str, *, disposition: str, media_type: str) -> str | None:
         if self.signer is None:
@@ -149,9 +151,24 @@ class S3BlobStore(BlobStore):
                 ExpiresIn=PRESIGNED_SECONDS,
             )
 
-    def delete(self, digest: str) -> None:
+    def delete(self, *digests: str) -> None:
         with s3_errors():
-            self.client.delete_object(Bucket=self.bucket, Key=blob_key(digest))
+            self._delete(map(blob_key, digests))
+
+    def _delete(self, keys: Iterable[str]) -> None:
+        """Delete objects, many in a request."""
+        left = iter(keys)
+        while batch := list(islice(left, DELETED_AT_ONCE)):
+            answer = self.client.delete_objects(
+                Bucket=self.bucket,
+                Delete={"Objects": [{"Key": key} for key in batch], "Quiet": True},
+            )
+            for failed in answer.get("Errors", []):
+                if failed.get("Code") not in MISSING:
+                    code, message = failed.get("Code", ""), failed.get("Message", "")
+                    raise ClientError(
+                        {"Error": {"Code": code, "Message": message}}, "DeleteObjects"
+                    )
 
     def get_work(self, key: str) -> bytes | None:
         try:
@@ -167,8 +184,7 @@ class S3BlobStore(BlobStore):
 
     def drop_work(self, prefix: str) -> None:
         with s3_errors():
-            for key, _ in self._list(f"{work_key(prefix)}/"):
-                self.client.delete_object(Bucket=self.bucket, Key=key)
+            self._delete(key for key, _ in self._list(f"{work_key(prefix)}/"))
 
     def drop_staging(self, before: datetime) -> int:
         dropped = 0

@@ -1,6 +1,6 @@
 """The audit log: every change with who made it, written in the change's transaction."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -33,23 +33,35 @@ def record(
         outcome: `done`, or the code of the error.
         details: what else an auditor needs, as JSON; never a secret.
     """
+    record_each(session, tenant_id, action, [object_id], outcome=outcome, **details)
+
+
+def record_each(
+    session: Session,
+    tenant_id: str,
+    action: AuditAction,
+    object_ids: Iterable[str],
+    *,
+    outcome: str = DONE,
+    **details: Any,
+) -> None:
+    """As `record`, the same change of each of these objects."""
     actor = current_actor()
     on_postgres = session.get_bind().dialect.name == "postgresql"
-    session.execute(
-        insert(AuditRow).values(
-            # The database's clock, without a statement of its own.
-            at=func.clock_timestamp() if on_postgres else datetime.now(UTC),
-            tenant_id=tenant_id,
-            origin=actor.origin,
-            by_tenant_id=actor.tenant_id,
-            by_key_id=actor.key_id,
-            request_id=actor.request_id,
-            action=action,
-            object_id=object_id,
-            outcome=outcome,
-            details=details or None,
-        )
-    )
+    one = {
+        "tenant_id": tenant_id,
+        "origin": actor.origin,
+        "by_tenant_id": actor.tenant_id,
+        "by_key_id": actor.key_id,
+        "request_id": actor.request_id,
+        "action": action,
+        "outcome": outcome,
+        "details": details or None,
+    }
+    if rows := [{**one, "object_id": object_id} for object_id in object_ids]:
+        # The database's clock, without a statement of its own.
+        now = func.clock_timestamp() if on_postgres else datetime.now(UTC)
+        session.execute(insert(AuditRow).values(at=now), rows)
 
 
 class AuditRepository:

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Select, and_, delete, exists, or_, select, union
 from sqlalchemy.orm import Session, load_only
 
-from deltadock.storage.database import database_now, lock_key
+from deltadock.storage.database import database_now, lock_keys
 from deltadock.storage.models import (
     FINAL_STATES,
     RUNNING_ORDER,
@@ -52,8 +52,7 @@ class BlobKind(StrEnum):
 
 def lock_blobs(session: Session, *digests: str) -> None:
     """Lock blobs until the transaction ends, in one order for all."""
-    for digest in sorted(set(digests)):
-        lock_key(session, "blob", digest)
+    lock_keys(session, [("blob", digest) for digest in sorted(set(digests))])
 
 
 class BlobRepository:

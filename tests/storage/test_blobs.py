@@ -146,6 +146,31 @@ def test_deleted_blobs_do_not_exist(store: BlobStore) -> None:
     assert not store.exists(digest)
 
 
+def test_many_blobs_are_deleted_at_once(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "DELETED_AT_ONCE", 2)
+    kept, *others = (store.put_bytes(bytes([number])) for number in range(6))
+    requests: list[str] = []
+    if isinstance(store, S3BlobStore):
+        store.client.meta.events.register(
+            "before-call.s3", lambda model, **_: requests.append(model.name)
+        )
+    store.delete(*others, ABSENT)
+    assert requests in ([], ["DeleteObjects"] * 3)
+    assert [store.exists(digest) for digest in (kept, *others)] == [True, *[False] * 5]
+    store.delete()
+
+
+def test_a_refused_deletion_is_raised(
+    s3_bucket: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_blob_store(Settings.model_validate({"home": tmp_path, **s3_bucket}))
+    assert isinstance(store, S3BlobStore)
+    refused = {"Errors": [{"Key": f"blobs/{ABSENT}", "Code": "AccessDenied", "Message": "No."}]}
+    monkeypatch.setattr(store.client, "delete_objects", lambda **_: refused)
+    with pytest.raises(Unavailable, match="credentials"):
+        store.delete(ABSENT)
+
+
 def test_fetch_writes_a_verified_read_only_file(store: BlobStore, tmp_path: Path) -> None:
     digest = store.put_bytes(b"weights")
     target = tmp_path / "cache" / "model.safetensors"

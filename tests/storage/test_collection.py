@@ -34,8 +34,9 @@ from deltadock.storage.repositories import (
     JobRepository,
     UploadRepository,
 )
+from deltadock.storage.repositories.audit import AuditRepository
 from deltadock.storage.repositories.blobs import BlobRepository
-from deltadock.storage.tenancy import LOCAL_TENANT
+from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
 from deltadock.workers.lease import Lease
 
 ORDERS = sorted(o for o in set(permutations("PPDDCC")) if o.index("D") < o.index("C"))
@@ -165,11 +166,36 @@ def test_others_write_between_the_transactions_of_a_collection(
             other.execute(delete(NodeSampleRow))
         pauses.append(seconds)
 
-    monkeypatch.setattr(collection, "HOLD_SECONDS", 0.0)
+    monkeypatch.setattr(collection, "REMOVED_AT_ONCE", 1)
     monkeypatch.setattr(collection.time, "sleep", write_meanwhile)
-    collected = Collector(database, blobs, Settings(home=tmp_path)).run()
-    assert sum(usage.files for usage in collected.usage.values()) == 3
-    assert pauses == [collection.PAUSE_SECONDS] * 2
+    told: list[collection.Usage] = []
+    collected = Collector(database, blobs, Settings(home=tmp_path)).run(told.append)
+    assert collected.total == told[-1] == (3, 3 * len("nobody's 0"))
+    assert [usage.files for usage in told] == [1, 2, 3]
+    assert pauses == [collection.PAUSE_SECONDS] * 3
+
+
+def test_blobs_are_removed_in_as_many_statements_however_many_they_are(
+    database: Database, tmp_path: Path, old_blobs: None
+) -> None:
+    blobs = LocalBlobStore(tmp_path / "store")
+    statements: list[str] = []
+
+    def note(_c: object, _cursor: object, sql: str, *_: object) -> None:
+        statements.append(sql)
+
+    counts = []
+    for number in (1, 30):
+        digests = {blobs.put_bytes(f"{number} {one}".encode()) for one in range(number)}
+        event.listen(database.engine, "before_cursor_execute", note)
+        assert Collector(database, blobs, Settings(home=tmp_path)).run().total.files == number
+        event.remove(database.engine, "before_cursor_execute", note)
+        counts.append(len(statements))
+        statements.clear()
+        with database.read_scope() as session:
+            newest = AuditRepository(session, EVERY_TENANT).page(limit=number)
+        assert {record.object_id for record in newest} == digests
+    assert counts[0] == counts[1]
 
 
 def add_base(session: Session) -> None:
