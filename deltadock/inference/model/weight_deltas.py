@@ -11,9 +11,9 @@ Encoded matrices are decoded to a dense difference at use and cached in `TensorC
 is room: a product then costs as much as the base's, and the first use of a delta the decoding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -153,6 +153,7 @@ class NewRows(NamedTuple):
 
 TensorDelta = WeightDelta | NewRows
 """Anything that a delta can do to a tensor."""
+DeltaT = TypeVar("DeltaT")
 
 
 def nbytes(delta: TensorDelta) -> int:
@@ -196,9 +197,8 @@ def placed(
         if storage.data_ptr() not in copies:
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             copies[storage.data_ptr()] = whole, whole.to(device, non_blocking=True)
-        begin = tensor.storage_offset() * tensor.itemsize
-        part = copies[storage.data_ptr()][1][begin : begin + tensor.nbytes]
-        return part.view(tensor.dtype).view(tensor.shape)
+        begin = int(tensor.storage_offset()) * tensor.itemsize
+        return view_at(copies[storage.data_ptr()][1], begin, tensor)
 
     def converted(tensor: Tensor) -> Tensor:
         return moved(tensor).to(dtype).contiguous()
@@ -220,25 +220,42 @@ def in_one_buffer(
     deltas: Mapping[str, TensorDelta], *, pin_memory: bool = True
 ) -> dict[str, TensorDelta]:
     """Copy all tensors of deltas to one buffer, page-locked by default: a GPU copies it at once."""
+    _, views = buffered(list(deltas.values()), _all_mapped, pin_memory=pin_memory)
+    return dict(zip(deltas, views, strict=True))
+
+
+def buffered(
+    deltas: Sequence[DeltaT],
+    mapped: Callable[[DeltaT, Callable[[Tensor], Tensor]], DeltaT],
+    *,
+    pin_memory: bool,
+) -> tuple[Tensor, list[DeltaT]]:
+    """Copy the tensors that `mapped` finds to one (bytes,) uint8 buffer: it, and views of it.
+
+    A tensor of several deltas is copied once.
+    """
+    begins: dict[Tensor, int] = {}
     size = 0
 
-    def counted(tensor: Tensor) -> Tensor:
+    def placed(tensor: Tensor) -> Tensor:
         nonlocal size
-        size += _aligned(tensor.nbytes)
+        if tensor not in begins:
+            begins[tensor] = size
+            size += _aligned(tensor.nbytes)
         return tensor
 
-    for delta in deltas.values():
-        _all_mapped(delta, counted)
+    for delta in deltas:
+        mapped(delta, placed)
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
-    end = 0
+    views = {tensor: view_at(buffer, begin, tensor) for tensor, begin in begins.items()}
+    for tensor, view in views.items():
+        view.copy_(tensor)
+    return buffer, [mapped(delta, views.__getitem__) for delta in deltas]
 
-    def copied(tensor: Tensor) -> Tensor:
-        nonlocal end
-        part = buffer[end : end + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        end += _aligned(tensor.nbytes)
-        return part.copy_(tensor)
 
-    return {name: _all_mapped(delta, copied) for name, delta in deltas.items()}
+def view_at(buffer: Tensor, begin: int, like: Tensor) -> Tensor:
+    """The bytes of a uint8 buffer from `begin` on as a tensor of the same dtype and shape."""
+    return buffer[begin : begin + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def _aligned(size: int) -> int:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from deltadock_vllm.many.memory import in_block, in_copy
+from deltadock_vllm.many.memory import in_copy, moved
 from deltadock_vllm.many.sharding import DensePart, part
 from deltadock_vllm.many.sites import (
     EmbeddingSite,
@@ -19,7 +19,7 @@ from deltadock_vllm.many.sites import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deltadock.inference.model.weight_deltas import LowRank
+from deltadock.inference.model.weight_deltas import LowRank, buffered
 from deltadock.kernels.cache import TensorCache
 from deltadock.kernels.svd_delta import Group, PackedDelta, pack_delta, reference
 from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS, most_chunks
@@ -68,7 +68,7 @@ def test_a_ranks_part_of_a_packed_delta_is_that_part_of_the_matrix(zeros: bool) 
 def test_a_delta_is_placed_by_one_copy_of_its_block() -> None:
     low = LowRank(torch.randn(H_OUT, 3), torch.randn(3, H_IN))
     packed_delta = packed(zeros=True)
-    block, views = in_block([packed_delta, low, packed_delta], pin=False)
+    block, views = buffered([packed_delta, low, packed_delta], moved, pin_memory=False)
     assert block.nbytes < packed_delta.nbytes + low.u.nbytes + low.v.nbytes + 4 * 128
     slot = torch.zeros(block.nbytes + 1000, dtype=torch.uint8)
     slot[: block.nbytes] = block

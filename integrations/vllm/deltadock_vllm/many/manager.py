@@ -26,11 +26,11 @@ from vllm.logger import init_logger
 from deltadock.artifacts.reader import Artifact
 from deltadock.errors import DeltadockError, InvalidArtifact, InvalidInput, UnsupportedModel
 from deltadock.inference.deltas.tensors import read_tensor_delta
-from deltadock.inference.model.weight_deltas import EncodedDelta, LowRank
+from deltadock.inference.model.weight_deltas import EncodedDelta, LowRank, buffered
 from deltadock.kernels.cache import TensorCache
 from deltadock.kernels.svd_delta import PackedDelta, empty_delta
 from deltadock_vllm.fetching import local_copy
-from deltadock_vllm.many.memory import in_block, in_copy, moved
+from deltadock_vllm.many.memory import in_copy, moved
 from deltadock_vllm.many.modules import Modules
 from deltadock_vllm.many.sharding import DensePart, PartDelta
 from deltadock_vllm.many.sites import LinearDelta, LinearSite, Rows, Site, StepChunks
@@ -274,7 +274,7 @@ class DeltaManager:
 
     def _in_block(self, artifact: Artifact, installs: Sequence[Install]) -> HostDelta:
         deltas = [delta for install in installs for delta in install.deltas if delta is not None]
-        block, views = in_block(deltas, pin=self._device.type == "cuda")
+        block, views = buffered(deltas, moved, pin_memory=self._device.type == "cuda")
         most = self._memory.shape[1]
         if block.nbytes > most:
             setting = json.dumps({"deltadock": {"slot_bytes": block.nbytes}})
