@@ -16,7 +16,7 @@ from deltadock.artifacts.reader import Artifact
 from deltadock.errors import BaseMismatch, InvalidArtifact
 from deltadock.inference.deltas.tensors import read_tensor_delta
 from deltadock.inference.model.model import BaseModel, RowSettings
-from deltadock.inference.model.weight_deltas import TensorDelta, in_one_buffer, nbytes
+from deltadock.inference.model.weight_deltas import TensorDelta, in_one_buffer
 from deltadock.inference.prompts.tokenizer import Tokenizer
 
 CONFIG: Final = "config.json"
@@ -83,7 +83,7 @@ def read_delta(
     return HostDelta(
         tensors,
         Tokenizer({name: text for name, text in files.items() if text is not None}),
-        sum(map(nbytes, tensors.values())),
+        sum(tensor.nbytes for tensor in tensors.values()),
         settings,
     )
 

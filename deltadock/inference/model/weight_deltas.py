@@ -33,6 +33,11 @@ class LowRank(NamedTuple):
     v: Tensor
     """(rank, h_in)"""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.u.nbytes + self.v.nbytes
+
 
 class EncodedDelta:
     """A weight difference in the artifact's encoding, in host memory.
@@ -150,19 +155,15 @@ class NewRows(NamedTuple):
     added: Tensor
     """(added rows, columns)"""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.added.nbytes + (0 if self.old is None else self.old.nbytes)
+
 
 TensorDelta = WeightDelta | NewRows
 """Anything that a delta can do to a tensor."""
 DeltaT = TypeVar("DeltaT")
-
-
-def nbytes(delta: TensorDelta) -> int:
-    """Bytes of memory that a delta holds."""
-    if isinstance(delta, NewRows):
-        return delta.added.nbytes + (0 if delta.old is None else nbytes(delta.old))
-    if isinstance(delta, LowRank):
-        return delta.u.nbytes + delta.v.nbytes
-    return delta.nbytes
 
 
 def fits(delta: TensorDelta, shape: torch.Size) -> bool:

@@ -49,7 +49,6 @@ from deltadock.inference.model.weight_deltas import (
     TensorDelta,
     WeightDelta,
     in_one_buffer,
-    nbytes,
     placed,
 )
 from deltadock.kernels.svd_delta import PackedDelta
@@ -366,14 +365,14 @@ def test_a_weight_delta_is_as_compact_as_its_record(tmp_path: Path) -> None:
         assert isinstance(change, NewRows)
         assert change.old is not None
         assert torch.equal(change.added, torch.ones(2, 96))
-        assert nbytes(change) == nbytes(old) + 2 * 96 * 4
+        assert change.nbytes == old.nbytes + 2 * 96 * 4
     assert torch.equal(difference(longer[0].old), difference(changes["svd"]))
     assert torch.equal(longer[1].old, base)
     for name, change in changes.items():
         torch.testing.assert_close(difference(change), dense[name], rtol=1e-5, atol=1e-5)
     for name in ("svd", "rows", "low-rank", "sparse", "sum"):
         # Overhead: float32 scales, and the offsets of kernel programs and rows.
-        assert nbytes(changes[name]) <= sizes[name] + 12 * sum(shape) + 4 * SLACK_WORDS
+        assert changes[name].nbytes <= sizes[name] + 12 * sum(shape) + 4 * SLACK_WORDS
 
 
 def test_an_undecodable_record_is_refused_at_load(tmp_path: Path) -> None:
