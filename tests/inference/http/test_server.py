@@ -4,7 +4,6 @@ import asyncio
 import json
 import shutil
 import socket
-import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -312,51 +311,6 @@ def test_an_idle_node_changes_its_base(site: Site, tmp_path: Path) -> None:
         assert node.node.base is adopted, "the current base is kept"
 
 
-def test_bases_take_turns_in_order_of_arrival(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deltadock.inference.turns.MIN_TURN_SECONDS", 0.0)
-    with start(site, tmp_path) as node, ThreadPoolExecutor() as threads:
-        turns = node.node._turns
-        loaded, load = [], turns._load
-
-        def note(digest: str, fetched: Any) -> Any:
-            loaded.append(digest)
-            return load(digest, fetched)
-
-        monkeypatch.setattr(turns, "_load", note)
-        with node.client(site.base) as client, node.client(site.other_base) as other:
-            client.completions.create(**ASK)
-            go_on = hold(node)
-            asked = [threads.submit(lambda: client.completions.create(**ASK))]
-            wait_until(lambda: node.node.base.users == 1)
-            asked += [threads.submit(lambda: other.completions.create(**ASK)) for _ in range(2)]
-            wait_until(lambda: not turns._open.is_set())
-            asked.append(threads.submit(lambda: client.completions.create(**ASK)))
-            wait_until(lambda: node.node.admitted == 4)
-            assert not any(future.done() for future in asked)
-            go_on.set()
-            assert all(future.result(60).choices for future in asked)
-        assert loaded == [site.base, site.other_base, site.base]
-
-
-def test_a_base_that_others_wait_for_has_its_turn(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deltadock.inference.turns.MIN_TURN_SECONDS", 3600.0)
-    monkeypatch.setattr("deltadock.inference.turns.MAX_WAIT_SECONDS", 0.2)
-    with (
-        start(site, tmp_path) as node,
-        node.client(site.base) as client,
-        node.client(site.other_base) as other,
-    ):
-        client.completions.create(**ASK)
-        with pytest.raises(openai.InternalServerError):
-            other.completions.create(**ASK)
-        assert client.completions.create(**ASK).choices
-        assert not node.node._turns._changes, "nobody waits for it"
-
-
 def test_a_request_that_waited_too_long_for_a_base_can_be_repeated(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,29 +329,6 @@ def test_a_request_that_waited_too_long_for_a_base_can_be_repeated(
             assert running.result(60).choices
             monkeypatch.setattr("deltadock.inference.turns.MAX_WAIT_SECONDS", 60.0)
             assert other.completions.create(**ASK).choices
-
-
-def test_a_base_with_a_long_answer_takes_requests_again(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deltadock.inference.turns.MIN_TURN_SECONDS", 0.0)
-    monkeypatch.setattr("deltadock.inference.turns.MAX_CLOSED_SECONDS", 0.2)
-    with (
-        start(site, tmp_path) as node,
-        ThreadPoolExecutor() as threads,
-        node.client(site.base) as client,
-        node.client(site.other_base) as other,
-    ):
-        client.completions.create(**ASK)
-        base = node.node.base
-        node.call(base.enter)  # as an answer of minutes does
-        asked = threads.submit(lambda: other.completions.create(**ASK))
-        wait_until(lambda: not node.node._turns._open.is_set())
-        assert client.completions.create(**ASK).choices
-        assert not asked.done(), "it waits on"
-        node.call(base.leave)
-        assert asked.result(60).choices
-        assert node.node.base.digest == site.other_base
 
 
 def test_a_change_whose_clients_have_gone_is_not_made(
@@ -424,66 +355,6 @@ def test_a_change_whose_clients_have_gone_is_not_made(
         assert node.node.base is base
         assert not turns._changes
         node.call(base.leave)
-
-
-def test_one_base_is_fetched_at_a_time_and_only_while_somebody_waits(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deltadock.inference.turns.MAX_WAIT_SECONDS", 0.2)
-    with (
-        start(site, tmp_path) as node,
-        ThreadPoolExecutor() as threads,
-        node.client(site.base) as client,
-        node.client(site.other_base) as other,
-    ):
-        go_on, fetched, fetch = threading.Event(), [], node.node._files.checkpoint
-
-        def slow(digest: str) -> Any:
-            fetched.append(digest)
-            assert go_on.wait(60)
-            return fetch(digest)
-
-        monkeypatch.setattr(node.node._files, "checkpoint", slow)
-        asked = threads.submit(lambda: client.completions.create(**ASK))
-        wait_until(lambda: fetched)
-        with pytest.raises(openai.InternalServerError, match="is not loaded"):
-            other.completions.create(**ASK)
-        assert site.other_base in node.node._turns._changes, "it keeps its place"
-        go_on.set()
-        assert asked.result(60).choices
-        wait_until(lambda: not node.node._turns._changes)
-        assert fetched == [site.base]
-
-
-def test_downloading_a_base_does_not_block_requests(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Meanwhile requests for the current base are answered; it goes when they are done."""
-    with start(site, tmp_path) as node, node.client(site.base) as client:
-        client.completions.create(**ASK)
-        downloading, downloaded = threading.Event(), threading.Event()
-        fetch = node.node._files.checkpoint
-
-        def slow(digest: str) -> Any:
-            downloading.set()
-            assert downloaded.wait(60)
-            return fetch(digest)
-
-        monkeypatch.setattr(node.node._files, "checkpoint", slow)
-        with ThreadPoolExecutor() as threads, node.client(site.other_base) as other:
-            change = threads.submit(lambda: other.completions.create(**ASK))
-            assert downloading.wait(60)
-            assert client.completions.create(**ASK).choices  # does not wait for the download
-            go_on = hold(node)
-            running = threads.submit(lambda: client.completions.create(**ASK))
-            wait_until(lambda: node.node.base.users == 1)
-            downloaded.set()
-            wait_until(lambda: not node.node._turns._open.is_set())
-            assert not change.done()
-            go_on.set()
-            assert running.result(60).choices
-            assert change.result(60).choices
-        assert node.node.base.digest == site.other_base
 
 
 def test_a_lost_device_ends_the_process(
