@@ -4,11 +4,12 @@
 
 It needs a GPU. First it prints the time in a CUDA graph of residual and norm, of rotation with the
 cache's write and of the gated activation, by their kernels and by PyTorch's operators. Then that of
-a layer's attention, for rows of equal and of mixed lengths: by the kernel's default and best
-variants, with the time that a copy of the rows' keys and values takes as a fraction of it; and by
-PyTorch's attention over slots of the longest row's length rounded up to a power of two, behind a
-mask, which is what a step on static buffers does without the kernel. Every variant's result is
-checked first.
+the five launches of a layer between its products, one after another and overlapping, after their
+results have been compared. Last that of a layer's attention, for rows of equal and of mixed
+lengths: by the kernel's default and best variants, with the time that a copy of the rows' keys and
+values takes as a fraction of it; and by PyTorch's attention over slots of the longest row's length
+rounded up to a power of two, behind a mask, which is what a step on static buffers does without the
+kernel. Every variant's result is checked first.
 
     TRITON_INTERPRET=1 python -m benchmarks.decoder --device cpu
 
@@ -21,6 +22,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, Final
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.harness import describe_machine, device_bandwidth, gpu_seconds
 from benchmarks.machine_code import MachineCode, compile_kernel, disassemble
-from deltadock.kernels import decoder
+from deltadock.kernels import decoder, overlap
 from deltadock.kernels.decode_attention import triton as kernel
 from deltadock.kernels.decode_attention.reference import decode_attention as reference
 from deltadock.kernels.decode_attention.triton import DEFAULT, Variant, decode_attention
@@ -60,6 +62,17 @@ TOLERANCE: Final = 0.01
 WORKING_SET_BYTES: Final = 256 << 20
 """Read by all layers together: several times a GPU's L2 cache."""
 LAYERS: Final = 32
+OPERATION_TYPES: Final = dict.fromkeys(
+    ("out_ptr", "sum_ptr", "x_ptr", "residual_ptr", "weights_ptr", "query_ptr", "projected_ptr",
+     "cos_ptr", "sin_ptr", "keys_ptr", "values_ptr", "query_weights_ptr", "key_weights_ptr"),
+    "*bf16",
+) | dict.fromkeys(
+    ("x_stride", "residual_stride", "projected_stride", "slot_stride", "kv_stride", "heads",
+     "kv_heads", "width"),
+    "i32",
+) | dict.fromkeys(("epsilons_ptr", "query_epsilons_ptr", "key_epsilons_ptr"), "*fp32") | {
+    "slots_ptr": "*i64", "positions_ptr": "*i64"
+}  # fmt: skip
 TYPES: Final = {
     "parts_ptr": "*fp32", "states_ptr": "*fp32", "slots_ptr": "*i64", "lengths_ptr": "*i64",
     "scale": "fp32", "query_ptr": "*bf16", "keys_ptr": "*bf16", "values_ptr": "*bf16",
@@ -74,7 +87,7 @@ def compile_for(capability: int, variant: Variant = DEFAULT) -> tuple[MachineCod
     constants = {
         "WIDTH": WIDTH, "BLOCK_D": WIDTH, "GROUP": HEADS // KV_HEADS, "BLOCK_G": 16,
         "BLOCK_N": variant.tokens, "SPLITS": variant.splits, "STAGES": variant.stages,
-        "EMULATE": False,
+        "OVERLAP": capability >= 90, "EMULATE": False,
     }  # fmt: skip
     unspecialized = kernel.UNSPECIALIZED
     split, combine = (
@@ -84,6 +97,18 @@ def compile_for(capability: int, variant: Variant = DEFAULT) -> tuple[MachineCod
         for function, warps in ((kernel.split_kernel, variant.warps), (kernel.combine_kernel, 4))
     )
     return disassemble(split), disassemble(combine)
+
+
+def compile_operation(
+    capability: int, name: str, warps: int, constants: dict[str, Any]
+) -> MachineCode:
+    """A small operation's machine code, for bfloat16."""
+    compiled = compile_kernel(
+        capability, getattr(decoder_triton, name), OPERATION_TYPES,
+        constants | {"OVERLAP": capability >= 90, "EMULATE": False},
+        unspecialized=decoder_triton.UNSPECIALIZED, num_warps=warps,
+    )  # fmt: skip
+    return disassemble(compiled)
 
 
 def name_of(variant: Variant) -> str:
@@ -186,6 +211,47 @@ def _call(operation: Callable[[Any], object], way: Any) -> None:
     operation(way)
 
 
+def measure_between(rows: int, device: str, repeats: int = 8) -> None:
+    """Time a layer's launches between its products, each on what the one before wrote.
+
+    Raises:
+        SystemExit: a result depends on whether they overlap.
+    """
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    norm = decoder.RowNorm(random(rows, HIDDEN), torch.full((rows,), 1e-6, device=device))
+    row_slots = torch.arange(rows, dtype=torch.int32, device=device)
+    slots, lengths = row_slots.long(), torch.full((rows,), 200, device=device)
+    keys, values = random(2, rows, KV_HEADS, 256, WIDTH)
+    cache = decoder.CacheRows(keys, values, slots, lengths - 1)
+    rotation = decoder.Rotation(random(rows, WIDTH), random(rows, WIDTH))
+    inputs, residual = random(repeats, rows, (HEADS + 2 * KV_HEADS) * WIDTH), random(rows, HIDDEN)
+    outputs: list[Tensor] = []
+
+    def layer(projected: Tensor) -> Tensor:
+        query = decoder_triton.rotate_and_store(projected, rotation, cache, None, row_slots)
+        out = decode_attention(query, keys, values, slots, lengths, scale=WIDTH**-0.5)
+        _, x = decoder_triton.add_rms_norm(out.view(rows, -1), residual, norm, row_slots)
+        return decoder_triton.gated_silu(x)
+
+    def layers() -> None:
+        outputs[:] = map(layer, inputs)
+
+    times, results = [], []
+    for overlaps in (overlap.overlaps, lambda _: False):
+        with patch.object(overlap, "overlaps", overlaps):
+            times.append(gpu_seconds(layers, graph=True) / repeats)
+        results.append(torch.stack(outputs))  # of the graph's last replay
+    if not torch.equal(*results):
+        raise SystemExit("Launches that overlap have another result.")
+    print(
+        f"between the products, {rows} rows: overlapping {times[0] * 1e6:.1f} us, "
+        f"one after another {times[1] * 1e6:.1f} us"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every step."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -194,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(describe_machine(device))
     for rows in (1, 12, 64) if device == "cuda" else (2,):
         measure_operations(rows, device)
+        measure_between(rows, device)
     print("attention; tokens x splits x warps x stages: the default, then the best (of a copy)")
     if device == "cuda":
         for name, lengths in STEPS.items():

@@ -312,8 +312,13 @@ def expand_programs(linears: list[list[Steps]], programs: int) -> list[Program]:
     ]
 
 
-def launch_microseconds(programs: list[Program], code: Code, bound: Bound) -> float:
-    """Time of one launch: programs are started in order as places on SMs become free."""
+def launch_microseconds(
+    programs: list[Program], code: Code, bound: Bound, *, overlaps: bool = True
+) -> float:
+    """Time of one launch: programs are started in order as places on SMs become free.
+
+    Without `overlaps` the kernel before does not let this one start early.
+    """
     places = max(1, code.programs_per_sm)
     live = min(places, -(-len(programs) // MULTIPROCESSORS))
     warps = code.warps * live / SCHEDULERS
@@ -325,8 +330,9 @@ def launch_microseconds(programs: list[Program], code: Code, bound: Bound) -> fl
     after_wait = max(0, code.loads - code.head_loads)
     common = (code.loads - after_wait) * LOAD + after_wait * bound.load + code.common * straight
     beside = code.plane_loads * bound.load + code.plane * straight
-    hidden = code.head_loads * LOAD + code.head * straight
+    overlaps = overlaps and code.head > 0
     # Of the first wave the head is hidden by the kernel before.
+    hidden = code.head_loads * LOAD + code.head * straight if overlaps else 0.0
     ends = [-hidden] * (MULTIPROCESSORS * places)
 
     def tile_microseconds(steps: Steps) -> float:
@@ -338,7 +344,7 @@ def launch_microseconds(programs: list[Program], code: Code, bound: Bound) -> fl
     for program in programs:
         tiles = sum(tile_microseconds(steps) for same in program for steps in same)
         heapq.heapreplace(ends, ends[0] + common + (len(program) - 1) * again + tiles)
-    return (bound.release if code.head else LAUNCH) + max(0.0, *ends)
+    return (bound.release if overlaps else LAUNCH) + max(0.0, *ends)
 
 
 def predict(
@@ -352,20 +358,30 @@ def predict(
 
 
 def launches_of(
-    projection: Projection, rows: int, chunks: int, codes: Codes, bound: Bound
+    projection: Projection,
+    rows: int,
+    chunks: int,
+    codes: Codes,
+    bound: Bound,
+    overlaps: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[float, float, float]:
-    """Microseconds of prepare, shrink and expand."""
+    """Microseconds of prepare, shrink and expand; which of them the kernel before lets start early.
+
+    Among deltas alone all of them, but a product of cuBLAS does not do that.
+    """
     prepare = LAUNCH
     if codes.prepare is not None:
         blocks = len(projection.h_outs) * -(-projection.h_in // BLOCK_INPUTS)
-        prepare = launch_microseconds([[[[]]]] * (blocks * rows), codes.prepare, bound)
+        prepare = launch_microseconds(
+            [[[[]]]] * (blocks * rows), codes.prepare, bound, overlaps=overlaps[0]
+        )
 
     def shrinks(form: Form) -> int:
         return chunks * len(shrink_programs(projection, codes, form))
 
     form = form_of(tuple(codes.shrink), shrinks, MULTIPROCESSORS)
     programs = shrink_programs(projection, codes, form) * chunks
-    shrink = launch_microseconds(programs, codes.shrink[form], bound)
+    shrink = launch_microseconds(programs, codes.shrink[form], bound, overlaps=overlaps[1])
 
     def expands(form: ExpandForm) -> int:
         return chunks * sum(map(len, expand_tiles(projection, codes, form)))
@@ -374,7 +390,8 @@ def launches_of(
     tiles = expand_tiles(projection, codes, expand_form) * chunks
     most = places_of(expand_form, MULTIPROCESSORS) if codes.shared_out else expands(expand_form)
     programs = expand_programs(tiles, most)
-    return prepare, shrink, launch_microseconds(programs, codes.expand[expand_form], bound)
+    expand = launch_microseconds(programs, codes.expand[expand_form], bound, overlaps=overlaps[2])
+    return prepare, shrink, expand
 
 
 def predicted_range(rows: int, deltas: int, codes: Codes) -> tuple[float, float]:

@@ -153,7 +153,7 @@ def global_accesses(listing: str, constant: int) -> list[int]:
     for place, instruction in enumerate(instructions):
         operation, rest = instruction[1], instruction[2]
         modifiers, _, operands = rest.partition(" ")
-        if operation in {"LDG", "STG"}:
+        if operation in {"LDG", "LDGSTS", "STG"}:
             address = re.search(r"\]\[(U?R\d+)", operands)
             if address is not None and address[1] in derived:
                 found.append(place)

@@ -19,6 +19,12 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """How to launch a kernel that takes OVERLAP."""
+    overlap = overlaps(device)
+    return {"OVERLAP": overlap, "launch_pdl": overlap}
+
+
 @triton.jit
 def start_next(OVERLAP: tl.constexpr):
     """Let the next kernel start once all programs of this one have come here."""

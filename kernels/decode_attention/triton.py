@@ -1,8 +1,9 @@
 """GPU path: each row's tokens are split over programs, whose parts a second launch adds up.
 
 How a row's tokens are split follows from its own length and the cache's, so that its bits do not
-depend on its neighbours. Programs past its last token return at once: a short row costs what it
-reads, and the grid does not depend on the lengths, which are read on the device.
+depend on its neighbours. Programs past its last token do nothing: a short row costs what it reads,
+and the grid does not depend on the lengths, which are read on the device. Where launches overlap
+(`kernels/overlap.py`), slots and lengths are read before the wait.
 """
 
 import math
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deltadock.kernels.interpreter import dot, round_to
+from deltadock.kernels.overlap import launch_options, start_next, wait_for_previous
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +72,29 @@ def split_kernel(
     keys_ptr, values_ptr, slot_stride, kv_stride, slots_ptr, lengths_ptr, scale, window,
     heads,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, EMULATE: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     """A split of one row's tokens and one key head: the weighted sum of values, the largest score
     (base 2) and the sum of the weights of each of its heads."""
+    start_next(OVERLAP)
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths_ptr + row).to(tl.int32)
     begin, tokens = _span(length, window, BLOCK_N, SPLITS)
     begin += split * tokens
     end = tl.minimum(begin + tokens, length)
     if begin >= end:
+        wait_for_previous(OVERLAP)
         return
     DT: tl.constexpr = keys_ptr.dtype.element_ty
     offset = tl.load(slots_ptr + row) * slot_stride + kv_head * kv_stride
-    keys_ptr += offset
-    values_ptr += offset
+    started = wait_for_previous(OVERLAP)
+    keys_ptr += started + offset
+    values_ptr += started + offset
     group = tl.arange(0, BLOCK_G)
     columns = tl.arange(0, BLOCK_D)
     used = (group < GROUP)[:, None] & (columns < WIDTH)[None, :]
-    queries = query_ptr + row.to(tl.int64) * row_stride
+    queries = query_ptr + started + row.to(tl.int64) * row_stride
     queries += ((kv_head * GROUP + group) * head_stride)[:, None] + columns[None, :]
     query = tl.load(queries, mask=used, other=0.0)
     largest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
@@ -118,9 +124,10 @@ def split_kernel(
 def combine_kernel(
     out_ptr, parts_ptr, states_ptr, lengths_ptr, window, heads,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    EMULATE: tl.constexpr,
+    OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of one head of one row, in a fixed order."""
+    start_next(OVERLAP)
     head, row = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths_ptr + row).to(tl.int32)
     begin, tokens = _span(length, window, BLOCK_N, SPLITS)
@@ -129,6 +136,9 @@ def combine_kernel(
     used = split * tokens < length - begin
     columns = tl.arange(0, BLOCK_D)
     result = tl.zeros((BLOCK_D,), tl.float32)
+    started = wait_for_previous(OVERLAP)
+    states_ptr += started
+    parts_ptr += started
     if length > 0:
         places = place * SPLITS + split
         largest = tl.load(states_ptr + places * 2, mask=used, other=float("-inf"))
@@ -177,6 +187,7 @@ def decode_attention(
         "BLOCK_N": tokens,
         "SPLITS": splits,
         "EMULATE": not query.is_cuda,
+        **launch_options(query.device),
         "enable_fp_fusion": True,  # pinned: Triton 3.10 changes the default
     }
     split_kernel[(splits, kv_heads, rows)](

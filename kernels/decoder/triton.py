@@ -1,4 +1,8 @@
-"""GPU path: each operation is one launch, which reads its inputs once and computes in float32."""
+"""GPU path: each operation is one launch, which reads its inputs once and computes in float32.
+
+Where launches overlap (`kernels/overlap.py`), what depends on the row's slot alone is read before
+the wait.
+"""
 
 from typing import Final
 
@@ -9,6 +13,7 @@ from torch import Tensor
 
 from deltadock.kernels.decoder.arguments import CacheRows, Rotation, RowNorm
 from deltadock.kernels.interpreter import round_to
+from deltadock.kernels.overlap import launch_options, start_next, wait_for_previous
 
 UNSPECIALIZED: Final = ("heads", "kv_heads")
 """Arguments whose values only would multiply compilations."""
@@ -22,23 +27,29 @@ ELEMENTS_PER_WARP: Final = 512
 def rms_norm_kernel(
     out_ptr, sum_ptr, x_ptr, x_stride, residual_ptr, residual_stride,
     weights_ptr, epsilons_ptr, row_slots_ptr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, EMULATE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Normalize one row, with ADD after adding it to the residual, which is stored too."""
+    start_next(OVERLAP)
     DT: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(row_slots_ptr + row)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
-    x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weights_ptr + slot * WIDTH + columns, mask=mask, other=0.0)
+    epsilon = tl.load(epsilons_ptr + slot)
+    started = wait_for_previous(OVERLAP)
+    x_ptr += started + row * x_stride
+    x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     if ADD:
-        residual = tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0)
+        residual_ptr += started + row * residual_stride
+        residual = tl.load(residual_ptr + columns, mask=mask, other=0.0)
         rounded = round_to(residual.to(tl.float32) + x, DT, EMULATE)
         tl.store(sum_ptr + row * WIDTH + columns, rounded, mask=mask)
         x = rounded.to(tl.float32)
-    weight = tl.load(weights_ptr + slot * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + tl.load(epsilons_ptr + slot))
-    out = round_to(x * scale, DT, EMULATE).to(tl.float32) * weight
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + epsilon)
+    out = round_to(x * scale, DT, EMULATE).to(tl.float32) * weight.to(tl.float32)
     tl.store(out_ptr + row * WIDTH + columns, round_to(out, DT, EMULATE), mask=mask)
 
 
@@ -70,20 +81,20 @@ def _rms_norm(
     rms_norm_kernel[(rows,)](
         out, total, x, x.stride(0), other, other.stride(0), weights, epsilons, row_slots,
         WIDTH=width, BLOCK=block, ADD=residual is not None, EMULATE=not x.is_cuda,
-        num_warps=min(16, max(1, block // ELEMENTS_PER_WARP)),
+        num_warps=min(16, max(1, block // ELEMENTS_PER_WARP)), **launch_options(x.device),
         enable_fp_fusion=True,  # pinned: Triton 3.10 changes the default
     )  # fmt: skip
     return total, out
 
 
 @triton.jit
-def _half(ptr, columns, mask, scale, weights_ptr, NORM: tl.constexpr, DT: tl.constexpr,
+def _half(ptr, columns, mask, scale, weights, NORM: tl.constexpr, DT: tl.constexpr,
           EMULATE: tl.constexpr):  # fmt: skip
     """Half of a head, normalized by `scale` and the weights, as float32."""
     x = tl.load(ptr + columns, mask=mask, other=0.0).to(tl.float32)
     if NORM:
-        weight = tl.load(weights_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-        x = round_to(round_to(x * scale, DT, EMULATE).to(tl.float32) * weight, DT, EMULATE)
+        weights = weights.to(tl.float32)
+        x = round_to(round_to(x * scale, DT, EMULATE).to(tl.float32) * weights, DT, EMULATE)
     return x.to(tl.float32)
 
 
@@ -92,16 +103,30 @@ def rotate_and_store_kernel(
     query_ptr, projected_ptr, projected_stride, cos_ptr, sin_ptr,
     keys_ptr, values_ptr, slot_stride, kv_stride, slots_ptr, positions_ptr, heads, kv_heads,
     query_weights_ptr, query_epsilons_ptr, key_weights_ptr, key_epsilons_ptr, row_slots_ptr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, EMULATE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: a query's to the output, a key's or value's to the cache."""
+    start_next(OVERLAP)
     DT: tl.constexpr = query_ptr.dtype.element_ty
     HALF: tl.constexpr = WIDTH // 2
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < HALF
-    source = projected_ptr + row * projected_stride + head * WIDTH
     place = tl.load(slots_ptr + row) * slot_stride + tl.load(positions_ptr + row) * WIDTH
+    epsilon, low_weights, high_weights = 1.0, columns, columns
+    if NORM:
+        slot = tl.load(row_slots_ptr + row)
+        if head < heads:
+            epsilons_ptr, weights_ptr = query_epsilons_ptr, query_weights_ptr
+        else:
+            epsilons_ptr, weights_ptr = key_epsilons_ptr, key_weights_ptr
+        epsilon = tl.load(epsilons_ptr + slot)
+        weights_ptr += slot * WIDTH
+        low_weights = tl.load(weights_ptr + columns, mask=mask, other=0.0)
+        high_weights = tl.load(weights_ptr + HALF + columns, mask=mask, other=0.0)
+    started = wait_for_previous(OVERLAP)
+    source = projected_ptr + started + row * projected_stride + head * WIDTH
     if head >= heads + kv_heads:
         target = values_ptr + place + (head - heads - kv_heads) * kv_stride
         for part in tl.static_range(2):
@@ -109,21 +134,13 @@ def rotate_and_store_kernel(
             tl.store(target + part * HALF + columns, value, mask=mask)
     else:
         scale = 1.0
-        weights_ptr = query_weights_ptr
         if NORM:
-            slot = tl.load(row_slots_ptr + row)
-            if head < heads:
-                epsilon = tl.load(query_epsilons_ptr + slot)
-                weights_ptr = query_weights_ptr + slot * WIDTH
-            else:
-                epsilon = tl.load(key_epsilons_ptr + slot)
-                weights_ptr = key_weights_ptr + slot * WIDTH
             low = tl.load(source + columns, mask=mask, other=0.0).to(tl.float32)
             high = tl.load(source + HALF + columns, mask=mask, other=0.0).to(tl.float32)
             scale = tl.rsqrt(tl.sum(low * low + high * high, axis=0) / WIDTH + epsilon)
-        low = _half(source, columns, mask, scale, weights_ptr, NORM, DT, EMULATE)
-        high = _half(source, columns + HALF, mask, scale, weights_ptr, NORM, DT, EMULATE)
-        factors = row * WIDTH + columns
+        low = _half(source, columns, mask, scale, low_weights, NORM, DT, EMULATE)
+        high = _half(source, columns + HALF, mask, scale, high_weights, NORM, DT, EMULATE)
+        factors = started + row * WIDTH + columns
         for part in tl.static_range(2):
             cos = tl.load(cos_ptr + factors + part * HALF, mask=mask, other=0.0).to(tl.float32)
             sin = tl.load(sin_ptr + factors + part * HALF, mask=mask, other=0.0).to(tl.float32)
@@ -160,7 +177,7 @@ def rotate_and_store(
         cache.keys, cache.values, cache.keys.stride(0), cache.keys.stride(1),
         cache.slots, cache.positions, heads, kv_heads, *of_query, *of_key, row_slots,
         WIDTH=width, BLOCK=triton.next_power_of_2(width // 2), NORM=norms is not None,
-        EMULATE=not projected.is_cuda, num_warps=1,
+        EMULATE=not projected.is_cuda, num_warps=1, **launch_options(projected.device),
         enable_fp_fusion=True,  # pinned: Triton 3.10 changes the default
     )  # fmt: skip
     return query
@@ -168,14 +185,17 @@ def rotate_and_store(
 
 @triton.jit
 def gated_silu_kernel(
-    out_ptr, x_ptr, x_stride, width, BLOCK: tl.constexpr, EMULATE: tl.constexpr
+    out_ptr, x_ptr, x_stride, width,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """A block of one row's outputs."""
+    start_next(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
-    gate = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + row * x_stride + width + columns, mask=mask, other=0.0).to(tl.float32)
+    x_ptr += wait_for_previous(OVERLAP) + row * x_stride
+    gate = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + width + columns, mask=mask, other=0.0).to(tl.float32)
     gate = round_to(gate / (1.0 + tl.exp(-gate)), out_ptr.dtype.element_ty, EMULATE).to(tl.float32)
     out = round_to(gate * up, out_ptr.dtype.element_ty, EMULATE)
     tl.store(out_ptr + row * width + columns, out, mask=mask)
@@ -189,6 +209,7 @@ def gated_silu(x: Tensor) -> Tensor:
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     gated_silu_kernel[(triton.cdiv(width, GATED_COLUMNS), rows)](
         out, x, x.stride(0), width, BLOCK=GATED_COLUMNS, EMULATE=not x.is_cuda, num_warps=4,
+        **launch_options(x.device),
         enable_fp_fusion=True,  # pinned: Triton 3.10 changes the default
     )  # fmt: skip
     return out

@@ -130,8 +130,8 @@ class GraphDecoder:
         self._model, self._cache = model, cache
         self._max_rows = max_rows
         device = model.device
-        self._buffer = torch.zeros(3, max_rows, dtype=torch.int64, device=device)
-        self._tokens, self._positions, self._kv_slots = self._buffer
+        self._buffer = torch.zeros(4, max_rows, dtype=torch.int64, device=device)
+        self._tokens, self._positions, self._kv_slots, self._lengths = self._buffer
         shape = (1, max_rows, model.config.hidden_size)
         self._embedded = torch.zeros(shape, dtype=model.dtype, device=device)
         self._graphs: OrderedDict[GraphKey, Callable[[], Tensor]] = OrderedDict()
@@ -161,7 +161,7 @@ class GraphDecoder:
         source = torch.zeros(self._buffer.shape, dtype=torch.int64, pin_memory=self._buffer.is_cuda)
         values = source.numpy()
         for index, row in enumerate(rows):
-            values[:, index] = row.token, row.position, row.kv_slot
+            values[:, index] = row.token, row.position, row.kv_slot, row.position + 1
         self._buffer.copy_(source, non_blocking=True)
 
     def _body(self, rows: int) -> Tensor:
@@ -171,7 +171,7 @@ class GraphDecoder:
             self._cache,
             slots,
             positions,
-            decode_rows=DecodeRows(slice(0, rows), slots, positions + 1),
+            decode_rows=DecodeRows(slice(0, rows), slots, self._lengths[:rows]),
         )
         return self._model.body(self._embedded[:, :rows], metadata)
 

@@ -133,7 +133,10 @@ class DecodeBatch:
 
 
 class DecodeRows(NamedTuple):
-    """Decoding sequences in any cache slots, one row each, for the GPU's kernel."""
+    """Decoding sequences in any cache slots, one row each, for the GPU's kernel.
+
+    Slots and lengths are copied from the host: launches that overlap read them early.
+    """
 
     rows: Tensor | slice
     """The pass's rows of these sequences."""
@@ -170,8 +173,11 @@ def make_attention_metadata(cache: KVCache, spans: list[Span]) -> AttentionMetad
         PrefillChunk(span, device) for span in spans if span.end - span.begin > 1
     ]
     if decoding and device.type == "cuda":
-        rows = _index([span.begin for span in decoding], device)
-        metadata.decode_rows = DecodeRows(rows, metadata.slots[rows], metadata.positions[rows] + 1)
+        metadata.decode_rows = DecodeRows(
+            _index([span.begin for span in decoding], device),
+            torch.tensor([span.slot for span in decoding], device=device),
+            torch.tensor([span.length for span in decoding], device=device),
+        )
     else:
         metadata.decode_batches = [
             _decode_batch(batch, device) for batch in _in_nearby_slots(decoding)

@@ -5,6 +5,8 @@ import os
 import pytest
 
 from benchmarks.decoder import compile_for
+from deltadock.kernels.decode_attention import triton as kernel
+from tests.kernels.waits import check_accesses_after_the_wait, check_every_program_waits
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
@@ -25,3 +27,13 @@ def test_machine_code(capability: int) -> None:
     assert len(combine.operations) <= 400
     assert combine.programs_per_sm >= 8
     assert split.stack_bytes == combine.stack_bytes == 0
+
+
+def test_what_other_kernels_write_is_accessed_after_the_wait() -> None:
+    split, combine = compile_for(90)
+    written = ["query_ptr", "keys_ptr", "values_ptr", "parts_ptr", "states_ptr"]
+    check_every_program_waits(split)
+    check_accesses_after_the_wait(split, kernel.split_kernel, written)
+    check_every_program_waits(combine)
+    written = ["parts_ptr", "states_ptr", "out_ptr"]
+    check_accesses_after_the_wait(combine, kernel.combine_kernel, written)

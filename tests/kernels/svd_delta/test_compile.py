@@ -1,6 +1,5 @@
 """The kernels compile without a GPU, within budgets of registers and instructions."""
 
-import itertools
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from benchmarks.kernel_model import (
     read_code,
     shrink_programs,
 )
-from benchmarks.machine_code import compile_kernel, disassemble, global_accesses, loops_of
+from benchmarks.machine_code import compile_kernel, disassemble, loops_of
 from deltadock.kernels.svd_delta import products
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.layout import TILE_RANKS
@@ -43,6 +42,7 @@ from deltadock.kernels.svd_delta.triton import (
     form_of,
     places_of,
 )
+from tests.kernels.waits import check_accesses_after_the_wait
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
@@ -145,36 +145,10 @@ def test_sums_have_one_order_for_any_form(name: str, forms: Sequence[Form]) -> N
 def test_what_other_kernels_write_is_accessed_after_the_wait(
     name: str, forms: Sequence[Form], written: list[str]
 ) -> None:
+    function = getattr(kernel, name)
     for form in forms:
-        check_wait(getattr(kernel, name), form, written)
-
-
-def check_wait(function: Any, form: Form, written: list[str]) -> None:
-    """A kernel accesses what others write after its wait only."""
-    code = disassemble(compile_for(90, function, "bf16", form))
-    operations = code.operations
-    # Programs that have nothing to do wait and exit.
-    waits = [
-        place
-        for place, (one, following) in enumerate(itertools.pairwise(operations))
-        if one == "ACQBULK" and following != "EXIT"
-    ]
-    offsets = argument_offsets(function)
-    for argument in written:
-        accesses = global_accesses(code.listing, offsets[argument])
-        assert accesses, argument
-        assert waits[0] < min(accesses), argument
-
-
-def argument_offsets(function: Any) -> dict[str, int]:
-    """Where a kernel's arguments are in the constant bank of compute capability 9.0."""
-    offsets, end = {}, 0x210
-    for name in function.arg_names:
-        if name.islower():  # constants of the compilation are not passed
-            size = 8 if name.endswith("_ptr") else 4
-            offsets[name] = end = -(-end // size) * size
-            end += size
-    return offsets
+        code = disassemble(compile_for(90, function, "bf16", form))
+        check_accesses_after_the_wait(code, function, written)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
