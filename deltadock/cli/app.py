@@ -185,6 +185,7 @@ def _show_new_key(made: "Key", *, as_json: bool) -> None:
     typer.echo(made.key)
 
 
+@keys.command("ls", hidden=True)
 @keys.command("list")
 def list_keys(home: Home = None, as_json: AsJson = False, url: Url = None) -> None:
     """Print all keys, newest first."""

@@ -136,7 +136,10 @@ def answer_greedily(client: "Client", model: str, prompt: str, max_tokens: int) 
 def run(
     name: Reference,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="Answer this and end; else converse.")
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="Answer this and end; - reads standard input. Else converse."
+        ),
     ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Continue text as it is, without the chat template.")
@@ -157,7 +160,7 @@ def run(
     }  # fmt: skip
     with connect(url) as client:
         talk = Conversation(client, name, sampling, plain=plain, as_json=as_json)
-        if prompt is None and not sys.stdin.isatty():
+        if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
             prompt = sys.stdin.read()
             if not prompt.strip():
                 raise InvalidInput("There is no prompt: give one as an argument or through a pipe.")

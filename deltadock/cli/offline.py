@@ -36,7 +36,7 @@ from deltadock.compression.options import (
 )
 from deltadock.compression.preview import SizePreview
 from deltadock.compression.progress import Forecast, Progress
-from deltadock.errors import Conflict, DeltadockError, NotFound
+from deltadock.errors import Conflict, DeltadockError, InvalidInput, NotFound
 
 DEFAULT_METHOD: Final = default_method().name
 SAMPLED: Final = "sampled"
@@ -135,13 +135,25 @@ def parse_source(text: str) -> Source:
     )
 
 
+def check_file(out: Path) -> None:
+    """Refuse `-`, which other programs take for standard output.
+
+    Raises:
+        InvalidInput: it is that.
+    """
+    if str(out) == "-":
+        raise InvalidInput("A delta is written to a file, where it is verified: name one.")
+
+
 def check_writable(out: Path, report: Path | None) -> None:
     """Check the output paths before a compression that may take hours.
 
     Raises:
         Conflict: `out` exists.
+        InvalidInput: it is standard output.
         NotFound: a parent folder does not exist.
     """
+    check_file(out)
     if out.exists():
         raise Conflict(f"{out} already exists. Choose another name or remove it.")
     for path in (out, report):

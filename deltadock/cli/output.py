@@ -1,6 +1,7 @@
 """What the commands print: tables and messages for people, JSON for programs."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ GAP: Final = 2
 
 LONGEST_WORD: Final = 60
 """Characters that a table keeps together in a narrow terminal: names and ids, but not digests."""
+
+_WORD: Final = re.compile(r"[\d.,]+ \S+|\S+")
+"""What a cell is not broken in: a number keeps its unit."""
 
 # Progress and messages go to stderr: with --json, stdout holds only JSON. Markup is off: names of
 # tensors, files and models come from others.
@@ -109,7 +113,7 @@ def _widths(columns: Sequence[Sequence[str]], screen: int) -> list[int]:
 
 def _least(column: Sequence[str]) -> int:
     """The width of a column that wraps between all words; those that are no names may be cut."""
-    sizes = [cell_len(word) for text in column for word in text.split()]
+    sizes = [cell_len(word) for text in column for word in _WORD.findall(text)]
     return max((size for size in sizes if size <= LONGEST_WORD), default=1)
 
 

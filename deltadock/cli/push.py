@@ -29,7 +29,7 @@ from deltadock.cli.output import (
     say,
 )
 from deltadock.cli.server import Url, complete_base, complete_method, connect
-from deltadock.errors import InvalidInput, NotFound
+from deltadock.errors import NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,10 +46,7 @@ NOTHING_SENT = "Nothing of the checkpoint has been sent: the same command starts
 Folder = Annotated[
     Path,
     typer.Argument(
-        metavar="DIR",
-        exists=True,
-        file_okay=False,
-        help="Hugging Face checkpoint folder; of `push` also a PEFT adapter's.",
+        metavar="DIR", exists=True, file_okay=False, help="Hugging Face checkpoint folder."
     ),
 ]
 BaseName = Annotated[
@@ -60,7 +57,13 @@ bases = typer.Typer(help="Bases, against which deltas are compressed. Without a 
 
 
 def push(
-    folder: Folder,
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", exists=True, file_okay=False,
+            help="Hugging Face checkpoint folder, or a PEFT adapter's.",
+        ),
+    ],
     base: Annotated[
         str,
         typer.Option("--base", "-b", help="Name of a base.", autocompletion=complete_base),
@@ -103,7 +106,7 @@ def push(
     wait: Annotated[bool, typer.Option(help="Follow the job until it has ended.")] = True,
     as_json: AsJson = False,
     url: Url = None,
-) -> None:
+) -> None:  # fmt: skip
     """Upload a fine-tune, compress it against its base, and follow the job.
 
     Only what the server lacks is sent; the same command continues a push that was interrupted.
@@ -256,10 +259,10 @@ def add_base(
     url: Url = None,
 ) -> None:
     """Upload a checkpoint and register it as a base."""
-    chosen = name or folder.resolve().name
-    if "/" in chosen:
-        raise InvalidInput(f"{chosen!r} is not a base's name: it has no slash, as tiny-base.")
     with on_interrupt(NOTHING_SENT) as hint, connect(url) as client:
+        from deltadock.client.routes import checked_base_name
+
+        chosen = checked_base_name(name or folder.resolve().name)
         with _upload_bar(hint) as progress:
             checkpoint: Checkpoint = client.upload_folder(folder, progress)
         base: Base = client.create_base(chosen, checkpoint.digest)

@@ -11,6 +11,7 @@ import typer
 
 from deltadock import words
 from deltadock.cli.chat import answer_greedily
+from deltadock.cli.offline import check_file
 from deltadock.cli.outcome import on_interrupt
 from deltadock.cli.output import (
     AsJson,
@@ -157,6 +158,8 @@ def pull(
     """Download a delta's file and verify it; continues a download that was interrupted."""
     from deltadock.client.progress import bytes_bar
 
+    if out is not None:
+        check_file(out)
     with connect(url) as client:
         delta = client.delta(name)
         if delta.artifact is None:

@@ -11,14 +11,12 @@ from typing import Any, Final, Self
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     Progress,
     ProgressColumn,
     Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Column
 from rich.text import Text
@@ -150,19 +148,22 @@ def left_text(seconds: float | None) -> str:
     return "" if seconds is None else f"; about {words.duration(seconds)} left"
 
 
-class _Transferred(DownloadColumn):
+class _Transferred(ProgressColumn):
     """Bytes of a file; nothing beside what has no size."""
 
     def render(self, task: Task) -> Text:
-        return Text("") if task.total is None else super().render(task)
+        known = task.total is not None
+        text = f"{words.size(task.completed)} of {words.size(task.total)}" if known else ""
+        return Text(text, style="progress.download")
 
 
-class _Speed(TransferSpeedColumn):
+class _Speed(ProgressColumn):
     """Bytes a second, once they are known."""
 
     def render(self, task: Task) -> Text:
-        known = task.finished_speed or task.speed
-        return Text("") if known is None else super().render(task)
+        speed = task.finished_speed or task.speed
+        text = "" if speed is None else f"{words.size(speed)}/s"
+        return Text(text, style="progress.data.speed")
 
 
 @contextmanager

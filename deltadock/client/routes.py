@@ -101,6 +101,20 @@ def checked_name(text: str) -> str:
     return text
 
 
+def checked_base_name(text: str) -> str:
+    """The name for a base, if it is one.
+
+    Raises:
+        InvalidInput: it is not.
+    """
+    if re.fullmatch(PART, text) is None:
+        raise InvalidInput(
+            f"{text!r} is not a name for a base: it has letters, digits, '.', '_' and '-', at most "
+            "96, a letter or digit first. Give it another name."
+        )
+    return text
+
+
 def _path(text: str) -> str:
     return quote(text, safe="/:@")
 
@@ -134,7 +148,7 @@ def methods() -> Call[list[Method]]:
 
 def create_base(name: str, checkpoint: str) -> Call[Base]:
     """Register an uploaded checkpoint, named by its digest, as a base."""
-    body = {"name": name, "checkpoint": checkpoint}
+    body = {"name": checked_base_name(name), "checkpoint": checkpoint}
     return Call("POST", "/v1/bases", reader(Base), body=body, key=_new_key())
 
 

@@ -79,7 +79,9 @@ class Uploader:
             if upload["kind"] == kind and sorted(found) == wanted:
                 earlier: JsonObject = upload
                 return earlier
-        body = {"kind": kind, "files": files, "delta": delta}
+        body: JsonObject = {"kind": kind, "files": files}
+        if delta is not None:
+            body["delta"] = delta
         return self._request("POST", "/v1/uploads", json=body)
 
     def _send(self, pool: ThreadPoolExecutor, upload: JsonObject) -> None:

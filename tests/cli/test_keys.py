@@ -23,7 +23,7 @@ def test_keys_are_made_listed_rotated_and_revoked(deltadock: Command, tmp_path: 
     database = Database(settings.sqlalchemy_url)
     authenticator = Authenticator(database, settings)
     assert not authenticator.caller_of_key(key).scopes & {"admin"}
-    listed = deltadock("keys", "list", *home).stdout
+    listed = deltadock("keys", "ls", *home).stdout
     assert key[:12] in listed
     assert key not in listed
     second = deltadock("keys", "rotate", key[:12], "--grace-hours", 0, *home)

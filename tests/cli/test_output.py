@@ -60,6 +60,13 @@ def test_names_and_ids_stay_whole_in_a_narrow_terminal(capsys: pytest.CaptureFix
     assert not any("…" in line for line in lines)
 
 
+def test_a_number_keeps_its_unit_in_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    headings = ("name", "words", "size", "ratio")
+    lines = table(capsys, headings, ("project/model:1", "many words " * 9, "418 kB", "13.2 ×"))
+    assert lines[1].endswith("418 kB  13.2 ×")
+    assert max(map(len, lines)) <= 80
+
+
 JOBS = ("job", "delta", "state", "done", "elapsed", "left", "created")
 RUNNING = (
     JOB, "demo/exercises:1", "compressing: block 2 of 5, matrix 3 of 7", "31 %", "1 min 26 s",

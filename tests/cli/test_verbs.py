@@ -126,6 +126,16 @@ def test_a_size_out_of_reach_is_refused_before_the_upload(
     assert service.api.blobs() == blobs
 
 
+def test_a_folder_that_names_no_base_is_refused_before_the_upload(
+    deltadock: Command, service: Service, tmp_path: Path
+) -> None:
+    folder = write_finetune(tmp_path / "my base", 5)
+    blobs = service.api.blobs()
+    outcome = deltadock("bases", "add", folder)
+    assert (outcome.code, "'my base' is not a name for a base" in outcome.stderr) == (1, True)
+    assert service.api.blobs() == blobs
+
+
 def test_what_the_files_tell_is_refused_before_the_upload(
     deltadock: Command, service: Service, tmp_path: Path
 ) -> None:
@@ -381,10 +391,11 @@ def test_answers_are_generated_and_streamed(
     whole = answered(call("generate", "tiny", "x", "--json", "--stop", r"\n"))
     assert whole["usage"]["completion_tokens"] == 3
     assert service.node.requests[-1]["body"]["stop"] == ["\n"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("17 + 25 ="))
-    streamed = call("run", "--plain", "-v", pushed[0])
-    assert streamed.stdout == " 42\n"
-    assert "3 tokens in" in streamed.stderr
+    for prompt in ((), ("-",)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("17 + 25 ="))
+        streamed = call("run", "--plain", "-v", pushed[0], *prompt)
+        assert streamed.stdout == " 42\n"
+        assert "3 tokens in" in streamed.stderr
 
 
 def test_a_conversation_in_a_terminal(
@@ -424,7 +435,8 @@ class WithoutTemplate(Response):
         error = {"message": "The model has no chat template.", "type": "x", "param": None}
         answer: Response = JSONResponse({"error": error | {"code": "no_chat_template"}}, 400)
         if "chat" not in scope["path"]:
-            answer = Response('data: {"choices": [{"text": " there"}]}\n\ndata: [DONE]\n\n')
+            events = 'data: {"choices": [{"text": " there"}]}\n\ndata: [DONE]\n\n'
+            answer = Response(events, media_type="text/event-stream")
         await answer(scope, receive, send)
 
 
@@ -546,7 +558,7 @@ def test_doctor_says_what_is_wrong(
         (("push", "{finetune}", "-b", "tiny", "--method", "lost"), 1, "no method 'lost'"),
         (("push", "{finetune}", "-b", "tiny", "--priority", "now"), 2, "--priority"),
         (("push", "{finetune}", "-b", "tiny", "--calibration", "no.txt"), 2, "--calibration"),
-        (("bases", "add", "{finetune}", "-n", "a/b"), 1, "it has no slash"),
+        (("bases", "add", "{finetune}", "-n", "a/b"), 1, "is not a name for a base"),
         (("ls", "--sort", "best"), 2, "--sort"),
         (("alias", "maths/skills:1", "Prod!"), 1, "cannot be an alias"),
         (("undo", "maths/skills:9"), 1, "no deleted delta"),
@@ -570,6 +582,7 @@ def test_doctor_says_what_is_wrong(
         (("jobs", "--state", "lost"), 2, "'lost' is not one of 'queued', 'validating', "),
         (("ls", "--url", "127.0.0.1:8000"), 1, "is not an address such as http://127.0.0.1:8000"),
         (("pull", "maths/skills:1", "-o", "nowhere/x.delta"), 1, "There is no folder nowhere."),
+        (("pull", "maths/skills:1", "-o", "-"), 1, "is written to a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
