@@ -33,7 +33,7 @@ from deltadock.api.deltas import endpoints as deltas
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation import endpoints as generation
 from deltadock.api.memory import tune_memory
-from deltadock.api.middleware import RequestContext
+from deltadock.api.middleware import RequestLog
 from deltadock.api.registry import endpoints as registry
 from deltadock.api.uploads import endpoints as uploads
 from deltadock.body_limit import BodyLimit
@@ -51,6 +51,7 @@ from deltadock.errors import (
 )
 from deltadock.logs import configure_logging
 from deltadock.problems import install_error_handlers
+from deltadock.request_ids import RequestIds
 from deltadock.settings import Settings, get_settings
 from deltadock.tracing import configure_tracing, telemetry
 from deltadock.version import DOCS, __version__
@@ -148,7 +149,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit)
     app.add_middleware(AccessControl, resources=resources, rules=app.state.rules)
     app.state.metrics = metrics.Metrics(resources)
-    app.add_middleware(RequestContext, count=app.state.metrics.count)
+    app.add_middleware(RequestLog, count=app.state.metrics.count)
+    app.add_middleware(RequestIds)
     return app
 
 

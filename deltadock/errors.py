@@ -24,7 +24,8 @@
     ├── Forbidden                       403 forbidden
     │   └── QuotaExceeded               403 quota_exceeded
     ├── NotFound                        404 not_found
-    │   └── ModelNotFound               404 model_not_found
+    │   ├── ModelNotFound               404 model_not_found
+    │   └── RouteNotFound               404 route_not_found
     ├── MethodNotAllowed                405 method_not_allowed
     ├── Conflict                        409 conflict
     │   ├── BaseMismatch                409 base_mismatch
@@ -220,6 +221,12 @@ class ModelNotFound(NotFound):
     """There is no model with this name."""
 
     code = "model_not_found"
+
+
+class RouteNotFound(NotFound):
+    """OpenAI has this route, and Deltadock does not."""
+
+    code = "route_not_found"
 
 
 class MethodNotAllowed(DeltadockError):

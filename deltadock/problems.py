@@ -3,6 +3,7 @@
 RFC 9457's problem bodies, and OpenAI's shape on OpenAI's routes.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from types import MappingProxyType
@@ -28,15 +29,23 @@ from deltadock.errors import (
     MethodNotAllowed,
     NotFound,
     RangeNotSatisfiable,
+    RouteNotFound,
     TooLarge,
     Unauthorized,
 )
 from deltadock.names import DIGEST, NAME_PATTERN, PART, SOURCE_PATTERN
 from deltadock.openai.errors import ErrorBody, openai_status, validation_message
+from deltadock.request_ids import REQUEST_ID
 
 log = structlog.get_logger(__name__)
 
-OPENAI_PATHS: Final = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/models"})
+OPENAI_PATHS: Final = re.compile(
+    r"/v1/(assistants|audio|batches|chat|completions|containers|conversations|embeddings|evals|files"
+    r"|fine_tuning|images|models|moderations|realtime|responses|threads|vector_stores|videos)(/|$)"
+    r"|/(chat/completions|completions|embeddings|models|responses)$"
+)
+"""OpenAI's routes, those that are not there and those without /v1 included: its client shows no
+error of another shape."""
 PROBLEM_TYPE: Final = "application/problem+json"
 Responses = dict[int | str, dict[str, Any]]
 FORMS: Final = MappingProxyType(
@@ -117,7 +126,7 @@ def error_response(path: str, error: DeltadockError) -> Response:
 
 def is_openai_route(path: str) -> bool:
     """Whether errors of this path have OpenAI's shape."""
-    return path in OPENAI_PATHS or path.startswith("/v1/models/")
+    return OPENAI_PATHS.match(path) is not None
 
 
 def _domain_error(request: Request, error: Exception) -> DeltadockError:
@@ -137,6 +146,13 @@ def _domain_error(request: Request, error: Exception) -> DeltadockError:
             return InvalidInput(detail, errors=found)
         case HTTPException(status_code=HTTPStatus.NOT_FOUND) if _wants_page(request):
             return NotFound(f"There is no page {request.url.path}. The menu above lists all pages.")
+        case HTTPException(status_code=HTTPStatus.NOT_FOUND) if is_openai_route(request.url.path):
+            hint = (
+                "Of OpenAI's there are /v1/chat/completions, /v1/completions and /v1/models."
+                if request.url.path.startswith("/v1/")
+                else "The base_url of OpenAI's client must end in /v1."
+            )
+            return RouteNotFound(f"There is no route {request.url.path}. {hint}")
         case HTTPException(status_code=HTTPStatus.NOT_FOUND):
             return NotFound(f"There is no route {request.url.path}.")
         case HTTPException(status_code=HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
@@ -149,7 +165,8 @@ def _domain_error(request: Request, error: Exception) -> DeltadockError:
         case HTTPException():
             return BadRequest(error.detail, headers=error.headers)
         case _:  # the server logs it
-            return DeltadockError("An unexpected error occurred; it is logged.")
+            under = request.state.request_id
+            return DeltadockError(f"An unexpected error occurred; it is logged under {under}.")
 
 
 def _where(error: Mapping[str, Any]) -> str:
@@ -206,7 +223,10 @@ def install_error_handlers(
 
     async def respond(request: Request, raised: Exception) -> Response:
         error = _domain_error(request, raised)
-        log_failure(error, raised)
+        # An unexpected one is handled outside of all middleware.
+        error.headers = {**error.headers, REQUEST_ID: request.state.request_id}
+        with structlog.contextvars.bound_contextvars(request_id=request.state.request_id):
+            log_failure(error, raised)
         if count is not None:
             count(error.code)
         if page is not None and _wants_page(request):

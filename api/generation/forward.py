@@ -19,11 +19,11 @@ from deltadock.api.access.caller import get_caller
 from deltadock.api.dependencies import Resources
 from deltadock.api.fleet import Fleet, NodeView, serves
 from deltadock.api.generation.metering import Meter
-from deltadock.api.middleware import REQUEST_ID
 from deltadock.errors import DeltadockError, InvalidInput, Unauthorized, Unavailable
 from deltadock.model_target import TENANT_HEADER, ModelTarget
 from deltadock.openai.errors import ErrorBody
 from deltadock.openai.fields import GENERATION_HEADER
+from deltadock.request_ids import REQUEST_ID
 from deltadock.tracing import span, trace_headers
 from deltadock.trust import credentials
 

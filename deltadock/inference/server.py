@@ -28,6 +28,7 @@ from deltadock.inference.http import endpoints
 from deltadock.inference.node import InferenceNode
 from deltadock.logs import configure_logging
 from deltadock.problems import install_error_handlers
+from deltadock.request_ids import RequestIds
 from deltadock.settings import KEEP_ALIVE_SECONDS, Settings, get_settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
 from deltadock.tracing import configure_tracing, telemetry
@@ -60,6 +61,7 @@ def create_app(settings: Settings | None = None, blobs: BlobStore | None = None)
     app.state.node = node
     install_error_handlers(app, lambda code: node.metrics.requests.labels(code).inc())
     app.add_middleware(BodyLimit)
+    app.add_middleware(RequestIds)
     for router in (endpoints.openai, endpoints.deltas, endpoints.operation, endpoints.health):
         app.include_router(router)
     return app

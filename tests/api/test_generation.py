@@ -8,6 +8,7 @@ import openai
 import pytest
 from starlette.responses import JSONResponse, Response
 
+from deltadock.body_limit import MAX_BODY_BYTES
 from tests.api.support import Api, StandInNode
 
 Ready = tuple[dict[str, Any], str, str]
@@ -185,6 +186,39 @@ def test_the_openai_package(api: Api, ready: Ready) -> None:
         with pytest.raises(openai.NotFoundError) as caught:
             client.completions.create(model="none", prompt="x")
         assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("refused", "status", "code", "message"),
+    [
+        (lambda client: client.embeddings.create(model="m", input="x"), 404, "route_not_found",
+         "There is no route /v1/embeddings. Of OpenAI's there are /v1/chat/completions"),
+        (lambda client: client.chat.completions.retrieve("c"), 404, "route_not_found",
+         "There is no route /v1/chat/completions/c."),
+        (lambda client: client.with_options(base_url=str(client.base_url)[:-3]).models.list(), 404,
+         "route_not_found", "There is no route /models. The base_url of OpenAI's client must end"),
+        (lambda client: client.with_options(api_key="x").embeddings.create(model="m", input="x"),
+         401, "unauthorized", "This is not an API key"),
+        (lambda client: client.models.delete("tiny"), 405, "method_not_allowed", "DELETE is not"),
+        (lambda client: client.completions.create(model="m", prompt="x" * MAX_BODY_BYTES), 413,
+         "too_large", "The body is larger"),
+    ],
+)  # fmt: skip
+def test_the_openai_package_shows_what_is_wrong(
+    api: Api, refused: Any, status: int, code: str, message: str
+) -> None:
+    with (
+        openai.OpenAI(
+            base_url=f"{api.client.base_url}/v1", api_key=api.key, max_retries=0
+        ) as client,
+        pytest.raises(openai.APIStatusError) as caught,
+    ):
+        refused(client)
+    error = caught.value
+    assert str(error).startswith(f"Error code: {status} - {message}")
+    assert (error.status_code, error.code) == (status, code)
+    assert (error.type, error.param) == ("invalid_request_error", None)
+    assert error.request_id
 
 
 def test_generating_by_url(api: Api, node: StandInNode, ready: Ready) -> None:

@@ -115,6 +115,21 @@ def test_a_named_request_is_ended_with_its_usage(site: Site, node: RunningNode) 
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["cancelled"] * 2
 
 
+def test_errors_have_a_message_and_a_request_id_in_the_openai_package(
+    site: Site, node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with node.client(site.base) as client:
+        with pytest.raises(openai.NotFoundError, match="There is no route /v1/responses") as caught:
+            client.responses.create(model="m", input="x")
+        assert caught.value.code == "route_not_found"
+        assert caught.value.code == "route_not_found"
+        assert caught.value.request_id
+        monkeypatch.setattr(node.node, "generate", lambda *_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="logged under mine") as broken:
+            client.completions.create(model="m", prompt="x", extra_headers={"X-Request-ID": "mine"})
+    assert broken.value.request_id == "mine"
+
+
 def test_a_stream_equals_the_whole_answer(site: Site, node: RunningNode) -> None:
     params: dict[str, Any] = {
         "model": "m",
