@@ -111,19 +111,23 @@ def stacked(parts: Sequence[tuple[str, float, str]], longest: float) -> Markup:
 
 
 class Point(NamedTuple):
-    """A delta in `rate_distortion`: stored bits per weight, KL in nats, page, and style."""
+    """A delta in `rate_distortion`: stored bits per weight, KL in nats, page, and style.
+
+    `is_apart`: its KL was measured on another text, so that it does not compare with the others'.
+    """
 
     label: str
     bits: float
     kl: float
     href: str
     style: str
+    is_apart: bool = False
 
 
-_LABEL: Final = 32
+_LABEL: Final = 20
 """Characters of a name in a plot, the last ones."""
-_PLOT: Final = 640
-"""Pixels across for which names are placed; a plot is often wider, where there is more room."""
+_PLOT: Final = 260
+"""Pixels across for which names are placed: a phone's. Where there are more, there is more room."""
 _LEFT, _BOTTOM, _TOP = 56, 40, 12
 """Of the plots that are as wide as their container, in pixels; across, they count in percent."""
 
@@ -154,8 +158,9 @@ def rate_distortion(points: Sequence[Point]) -> Markup:
         link = ET.SubElement(plot, "a", {"href": point.href})
         cell = _cell(
             link,
-            f"dot {point.style}",
-            f"{point.label}\n{significant(point.bits)} bits, KL {significant(point.kl)}",
+            f"dot {point.style}{' apart' if point.is_apart else ''}",
+            f"{point.label}\n{significant(point.bits)} bits, KL {significant(point.kl)}"
+            f"{' on another text' if point.is_apart else ''}",
         )
         across, down = f"{_n(x(point.bits))}%", y(point.kl)
         ET.SubElement(cell, "circle", {"cx": across, "cy": _n(down), "r": "6"})

@@ -170,7 +170,7 @@ def compare_deltas(
         "entries": entries,
         "differences": views.differences(entries),
         "has_one_text": views.has_one_text(entries),
-        "points": views.points_of(shown.values(), {row.id for row in rows}),
+        "points": views.points_of(list(shown.values()), [row.id for row in rows]),
     }
     return render(request, "compare.html", context)
 

@@ -249,4 +249,4 @@ def _names_of_objects(
     uploads = {record.object for record in records if record.object.startswith("upl_")}
     return {
         job: references[delta] for job, delta in deltas.items() if delta in references
-    } | UploadRepository(session, tenant_id).became(uploads)
+    } | UploadRepository(session, tenant_id).names(uploads)

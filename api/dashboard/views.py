@@ -1,6 +1,6 @@
 """The pages' data, from the same services as the REST routes."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -215,7 +215,7 @@ class DeltaView:
     @property
     def points(self) -> list[Point]:
         """Rate and distortion of this delta and its siblings; none if it has not both."""
-        points = points_of(self.siblings, {self.entry.delta.id})
+        points = points_of(self.siblings, [self.entry.delta.id])
         return points if any(point.style == "this" for point in points) else []
 
 
@@ -353,11 +353,13 @@ def jobs_page(
     return [DeltaEntry(deltas[job.delta], job) for job in jobs if job.delta in deltas], next_after
 
 
-def points_of(deltas: Iterable[Sibling], chosen: Collection[str]) -> list[Point]:
-    """Rate and distortion of the deltas that have both; `chosen` are marked.
+def points_of(deltas: Sequence[Sibling], chosen: Sequence[str]) -> list[Point]:
+    """Rate and distortion of the deltas that have both; `chosen` (ids) are marked.
 
-    An exact delta has no place on a logarithmic scale.
+    So are those that were measured on another text than the first of `chosen`. An exact delta has
+    no place on a logarithmic scale.
     """
+    texts = {delta.id: _text_of(delta.checkpoint_digest, delta.digests) for delta in deltas}
     return [
         Point(
             f"{delta.name}:{delta.version}, {delta.method}",
@@ -365,6 +367,7 @@ def points_of(deltas: Iterable[Sibling], chosen: Collection[str]) -> list[Point]
             delta.kl,
             f"/deltas/{delta.id}",
             "this" if delta.id in chosen else "other",
+            texts[delta.id] != texts.get(chosen[0]),
         )
         for delta in deltas
         if delta.true_bits is not None and delta.kl
@@ -416,7 +419,19 @@ def differences(entries: Sequence[DeltaEntry]) -> list[Difference]:
 
 def has_one_text(entries: Sequence[DeltaEntry]) -> bool:
     """Whether all were calibrated, and so measured, on the same text."""
-    return len({_sources(entry.delta) for entry in entries}) == 1
+    deltas = [entry.delta for entry in entries]
+    sources = [delta.calibration.sources if delta.calibration else [] for delta in deltas]
+    texts = {
+        _text_of(delta.checkpoint, [source.digest for source in found])
+        for delta, found in zip(deltas, sources, strict=True)
+    }
+    return len(texts) == 1
+
+
+def _text_of(checkpoint: str, digests: Iterable[str | None]) -> frozenset[str]:
+    """The texts that a delta was measured on; without one it is sampled from its own fine-tune."""
+    texts = frozenset(digest or f"sampled from {checkpoint}" for digest in digests)
+    return texts or _text_of(checkpoint, [None])
 
 
 def _sources(delta: DeltaOut) -> str:

@@ -81,7 +81,11 @@ async function send(element) {
     const result = await call(method, path, isForm ? bodyOf(element, template) : fixed);
     if (then === "reload") return location.reload();
     if (then.startsWith("/")) return location.assign(then);
-    if (then === "show") showKey(result.key);
+    if (then === "show") {
+      showKey(result.key);
+      if (isForm) element.reset();
+      document.body.dispatchEvent(new CustomEvent("key-shown"));  // so that the table has it
+    }
     if (message) say(message);
   } catch (error) {
     if (output) output.textContent = error.message;

@@ -18,26 +18,32 @@ form?.elements.prompt.addEventListener("invalid", (event) => {
   document.getElementById("prompt-problem").textContent = "Write a prompt, or choose an example.";
   event.target.focus();
 });
+// Whatever is asked next, problems with what was asked before are over.
 for (const type of ["input", "submit", "reset", "click"]) {
   form?.addEventListener(type, ({ target }) => {
-    if (type !== "click" || target.dataset.example) document.getElementById("prompt-problem").textContent = "";
+    if (type === "click" && !target.dataset.example) return;
+    document.getElementById("prompt-problem").textContent = "";
+    for (const answer of answers.filter(({ classList }) => classList.contains("error"))) settle(answer);
   });
 }
 stop?.addEventListener("click", () => running?.abort());
 form?.addEventListener("reset", () => {
   running?.abort();
-  for (const answer of answers) {
-    answer.messages = [];
-    answer.querySelector("output").textContent = "";
-    answer.querySelector(".figures").textContent = "";
-  }
+  answers.forEach(clear);
 });
-form?.elements.mode.forEach((mode) => mode.addEventListener("change", () => {
-  for (const answer of answers) {
-    answer.messages = [];
-    answer.querySelector("output").textContent = "";
-  }
-}));
+form?.elements.mode.forEach((mode) => mode.addEventListener("change", () => answers.forEach(clear)));
+
+function clear(answer) {
+  answer.messages = [];
+  answer.querySelector("output").textContent = "";
+  settle(answer);
+}
+
+// Nothing is said of an answer any more.
+function settle(answer) {
+  answer.classList.remove("error");
+  answer.querySelector(".figures").textContent = "";
+}
 
 form?.addEventListener("submit", async (event) => {
   event.preventDefault();

@@ -76,6 +76,14 @@ class Sibling(NamedTuple):
     method: str
     true_bits: float | None
     kl: float | None
+    checkpoint_digest: str
+    options: dict[str, Any]
+
+    @property
+    def digests(self) -> list[str | None]:
+        """Of the texts that it was calibrated on, and so measured; None: sampled."""
+        calibration = self.options["calibration"]
+        return [source["digest"] for source in calibration["sources"]] if calibration else []
 
     @classmethod
     def of(cls, delta: ShownDelta) -> Self:

@@ -78,10 +78,19 @@ class UploadRepository:
         blobs = [(file.sha256, file.size) for file in files]
         TotalsRepository(self.session, tenant_id).count_blobs(blobs, sign)
 
-    def became(self, upload_ids: Collection[str]) -> dict[str, str]:
-        """The base or the model that was made of each of these uploads: the first one after it, as
-        equal checkpoints are uploaded again."""
-        found = dict[str, str]()
+    def names(self, upload_ids: Collection[str]) -> dict[str, str]:
+        """What people call those of these uploads that have a name: of a calibration text its file.
+
+        Of a checkpoint the base or the model that was made of it: the first one after it, as equal
+        checkpoints are uploaded again.
+        """
+        own = owned_by(unindexed(UploadRow.tenant_id), self.tenant)
+        texts = (
+            select(UploadFileRow.upload_id, UploadFileRow.path)
+            .join(UploadRow, UploadRow.id == UploadFileRow.upload_id)
+            .where(UploadRow.id.in_(upload_ids), UploadRow.kind == UploadKind.CALIBRATION, own)
+        )
+        found = {text.upload_id: text.path for text in self.session.execute(texts)}
         for row, name in ((DeltaRow, DeltaRow.name), (BaseRow, BaseRow.name)):
             first = (
                 select(name)
@@ -95,7 +104,7 @@ class UploadRepository:
                 .scalar_subquery()
             )
             query = select(UploadRow.id, first.label("name")).where(
-                UploadRow.id.in_(upload_ids), owned_by(unindexed(UploadRow.tenant_id), self.tenant)
+                UploadRow.id.in_(upload_ids), own
             )
             found |= {one.id: one.name for one in self.session.execute(query) if one.name}
         return found

@@ -200,5 +200,6 @@ def test_the_page_names_the_deltas_of_jobs_and_uploads(api: Api) -> None:
         ("job.cancel", f"{delta['name']}:{delta['version']}"),
         ("upload.complete", delta["name"]),
         ("upload.complete", "tiny"),
+        ("upload.complete", "text.txt"),
     ):
         assert any(action in row and f"<small>{name}</small>" in row for row in rows), action

@@ -17,7 +17,7 @@ from deltadock.api.fleet import TIERS
 from deltadock.api.main import create_app
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import local_key_path
-from deltadock.storage.models import CheckpointRow, JobState, NodeSampleRow, Scope
+from deltadock.storage.models import CheckpointRow, DeltaRow, JobState, NodeSampleRow, Scope
 from deltadock.storage.repositories import (
     BaseRepository,
     DeltaRepository,
@@ -524,6 +524,29 @@ def test_compares_two_to_four_deltas(shared: tuple[Site, seed.Seeded]) -> None:
     assert '<option value="maths/skills">' in choice
     many = "&".join(f"delta={delta}" for delta in seeded.ready[:5])
     site.text(f"/compare?{many}", status=422)
+
+
+def test_marks_a_kl_of_another_text(site: Site, seeded: seed.Seeded) -> None:
+    first, second = seeded.ready[1:3]
+    path = f"/compare?delta={first}&delta={second}"
+    assert "on another text" not in site.text(path)
+    with site.resources.database.session_scope() as session:
+        row = session.get_one(DeltaRow, second)
+        row.options = {**row.options, "calibration": None}
+    page = site.text(path)
+    assert page.count("on another text") == 2, "the title of its dot, and the explanation"
+    assert "does not compare" in page
+    assert "of different texts" in page
+    assert "on another text" not in site.text(f"/deltas/{first}"), "it is of another fine-tune"
+    with site.resources.database.session_scope() as session:
+        row = session.get_one(DeltaRow, first)
+        row.options = {**row.options, "calibration": None}
+    assert "of different texts" in site.text(path), "each was sampled from its own fine-tune"
+    with site.resources.database.session_scope() as session:
+        twin, row = session.get_one(DeltaRow, first), session.get_one(DeltaRow, second)
+        row.checkpoint_digest = twin.checkpoint_digest
+    assert "on another text" not in site.text(path)
+    assert "of different texts" not in site.text(path)
 
 
 def test_jobs_are_listed_by_state(shared: tuple[Site, seed.Seeded]) -> None:

@@ -101,15 +101,15 @@ def test_rate_and_distortion_stay_inside_their_plot(places: list[tuple[float, fl
 def test_a_plot_names_a_delta_by_the_end_of_a_long_name() -> None:
     point = charts.Point(f"team/{'a' * 60}:12, optimix", 1.0, 0.01, "/deltas/x", "this")
     root = ET.fromstring(charts.rate_distortion([point]))
-    assert f"…{'a' * 28}:12" in [text.text for text in root.iter("text")]
+    assert f"…{'a' * 16}:12" in [text.text for text in root.iter("text")]
 
 
 @pytest.mark.parametrize(
     ("others", "style", "side"),
     [
         ([], "start", 1),
-        ([(2.1, 0.01)], "projection", -1),
-        ([(2.1, 0.01), (1.9, 0.01)], "layer", 0),
+        ([(2.3, 0.01)], "projection", -1),
+        ([(2.3, 0.01), (1.7, 0.01)], "layer", 0),
         ([(0.1, 0.01), (4.0, 0.01)], "start", 1),
     ],
 )
@@ -124,6 +124,22 @@ def test_a_name_in_a_plot_hides_no_dot(
         if text.text == "m:1"
     )  # fmt: skip
     assert (name.attrib["class"], np.sign(int(name.attrib["dx"]))) == (style, side)
+
+
+@given(st.floats(0.01, 1), st.integers(1, 80))
+def test_a_name_is_whole_on_a_phone(place: float, length: int) -> None:
+    points = [
+        charts.Point("f:1", 1.0, 1.0, "/deltas/f", "other"),
+        charts.Point("n" * length, place, 0.01, "/deltas/m", "this"),
+    ]
+    (name,) = (
+        text for text in ET.fromstring(charts.rate_distortion(points)).iter("text")
+        if set(text.text or "") <= {"n", "…"}
+    )  # fmt: skip
+    wide = 6.7 * len(name.text or "")
+    before = {"start": 0.0, "layer": wide / 2, "projection": wide}[name.attrib["class"]]
+    left = 260 * float(name.attrib["x"].removesuffix("%")) / 100 + int(name.attrib["dx"]) - before
+    assert 0 <= left <= 260 - wide
 
 
 def test_two_names_in_a_plot_are_apart() -> None:

@@ -309,6 +309,9 @@ def test_a_refused_prompt_leaves_the_chat(site: Site, page: Page) -> None:
     finally:
         site.node.answer = None
     red = answers.first.locator(".figures").evaluate("e => getComputedStyle(e).color")
+    page.get_by_role("button", name="Clear").click()
+    expect(answers.first.locator(".figures")).to_be_empty()
+    expect(page.locator(".answer.error")).to_have_count(0)
     hint = answers.first.get_by_text("It has no chat template")
     expect(hint).to_be_visible()
     assert hint.evaluate("e => getComputedStyle(e).color") != red
@@ -491,6 +494,8 @@ def test_a_key_is_made_shown_once_and_revoked(page: Page) -> None:
     page.get_by_label("Name").fill("ci")
     page.get_by_role("button", name="Make").click()
     expect(page.locator("#said code")).to_contain_text("ddk_")
+    expect(page.locator("#keys tr", has_text="ci ddk_")).to_contain_text("valid")
+    expect(page.get_by_label("Name")).to_be_empty()
     page.reload()
     expect(page.locator("#said")).to_be_hidden()
     page.get_by_role("button", name="Revoke ci").click()
@@ -527,10 +532,11 @@ def test_uploads_continue_and_become_a_base_and_a_delta(
     page.get_by_role("button", name="Register").click()
     expect(page.locator("h1")).to_have_text("tiny")
     page.get_by_role("link", name="New delta").click()
-    page.get_by_label("Name").fill("browser/pushed")
     page.route("**/files/model.safetensors", refuse)
     page.locator("#tuned-files input").set_input_files(tmp_path / "tuned")
     expect(page.locator("#tuned-files p")).to_contain_text("Gone. Choose the files again")
+    expect(page.get_by_label("Name")).to_have_value("finetunes/tuned")
+    page.get_by_label("Name").fill("browser/pushed")
     page.unroute("**/files/model.safetensors")
     page.locator("#tuned-files input").set_input_files(tmp_path / "tuned")
     expect(page.locator("#tuned-files p")).to_contain_text("Here and checked: 2 files")
