@@ -1,8 +1,9 @@
 """`deltadock run` (also `chat`) and `generate`: talk to a delta or a base."""
 
+import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -11,8 +12,8 @@ import typer
 from deltadock.cli.interrupts import forget_interrupts
 from deltadock.cli.output import AsJson, print_resources, say
 from deltadock.cli.server import Reference, Url, connect
-from deltadock.errors import DeltadockError, InvalidInput, NoChatTemplate
-from deltadock.words import counted
+from deltadock.errors import DeltadockError, InvalidInput, NoChatTemplate, Unavailable
+from deltadock.words import counted, duration
 
 if TYPE_CHECKING:
     from deltadock.client.http import Client
@@ -26,19 +27,15 @@ HELP: Final = """\
   /bye              leave; Ctrl-D does too
   \"\"\"               begin and end a prompt of several lines
   Ctrl-C            stop the answer"""
-NUMBERS: Final = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "max_tokens": int,
-    "seed": int,
-}
+SETTINGS: Final = ("temperature", "top_p", "top_k", "max_tokens", "seed")
 QUOTES: Final = '"""'
 PLAIN_TOKENS: Final = 64
+RESTART_SECONDS: Final = 60.0
+"""A node that was killed serves again by then: `up` restarts it."""
 
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Maximum tokens of an answer.")]
 Temperature = Annotated[
-    float | None, typer.Option(min=0, help="0 is greedy; by default the model's own.")
+    float | None, typer.Option(min=0, max=2, help="0 is greedy; by default the model's own.")
 ]
 TopP = Annotated[
     float | None,
@@ -89,16 +86,43 @@ class Conversation:
             sampling: Sampling = {**self.sampling}
             if sampling.get("max_tokens") is None:  # else continued text has no end
                 sampling["max_tokens"] = PLAIN_TOKENS
-            return self._print(self._client.stream(self._model, prompt, **sampling))
+            return self._print(self._pieces(prompt, sampling))
         messages = [*self._messages, {"role": "user", "content": prompt}]
         try:
-            answered = self._print(self._client.stream(self._model, messages, **self.sampling))
+            answered = self._print(self._pieces(messages, self.sampling))
         except NoChatTemplate:
             say(f"{self._model} has no chat template: it continues your text as it is.")
             self.plain = True
             return self.answer(prompt)
         self._messages = [*messages, {"role": "assistant", "content": answered.text}]
         return answered
+
+    def _pieces(
+        self, prompt: "str | list[dict[str, str]]", sampling: "Sampling"
+    ) -> "Iterator[Generated]":
+        """The answer's parts; waits for a node if none serves the model, as while one restarts.
+
+        Raises:
+            DeltadockError: there is no answer, or it breaks off.
+        """
+        deadline, begun = None, False
+        while True:
+            try:
+                for piece in self._client.stream(self._model, prompt, **sampling):
+                    begun = True
+                    yield piece
+            except Unavailable as error:
+                refused = type(error) is Unavailable and error.details.get("status") == error.status
+                if begun or not refused or time.monotonic() > (deadline or math.inf):
+                    raise
+                if deadline is None:
+                    deadline = time.monotonic() + RESTART_SECONDS
+                    waits = (
+                        f"Waiting {duration(RESTART_SECONDS)} for a node to start; Ctrl-C ends it."
+                    )
+                    say(f"{error.message}\n{waits}")
+            else:
+                return
 
     def _print(self, pieces: "Iterable[Generated]") -> "Generated":
         from deltadock.client.resources import Generated
@@ -225,11 +249,11 @@ def _command(talk: Conversation, typed: str) -> None:
                 if talk.plain
                 else "A new conversation begins, by the model's chat template."
             )
-        case "/set", [setting, *values] if setting in NUMBERS and len(values) <= 1:
+        case "/set", [setting, *values] if setting in SETTINGS and len(values) <= 1:
             try:
-                value = NUMBERS[setting](values[0]) if values else None
-            except ValueError:
-                say(f"{values[0]!r} is not a number.")
+                value = _checked(setting, values[0]) if values else None
+            except InvalidInput as error:
+                say(error.message)
                 return
             talk.sampling[setting] = value  # type: ignore[literal-required]
             say(f"{setting} is {'its default' if value is None else value}.")
@@ -237,6 +261,30 @@ def _command(talk: Conversation, typed: str) -> None:
             say(HELP)
         case _:
             say(f"There is no command {name}. /help lists them.")
+
+
+def _checked(setting: str, text: str) -> float:
+    """The value of a setting of answers, as requests may have it.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from deltadock.openai import fields
+
+    kinds: dict[str, Any] = {
+        "temperature": fields.Temperature,
+        "top_p": fields.TopP,
+        "top_k": fields.TopK,
+        "max_tokens": fields.MaxTokens,
+        "seed": fields.Seed,
+    }
+    try:
+        value: float = TypeAdapter(kinds[setting]).validate_python(text)
+    except ValidationError as error:
+        raise InvalidInput(f"{setting} cannot be {text}. {error.errors()[0]['msg']}.") from None
+    return value
 
 
 def _timed(talk: Conversation, prompt: str, *, verbose: bool) -> None:

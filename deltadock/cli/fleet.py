@@ -53,7 +53,7 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
     held = [(node, delta) for node in nodes for delta in node.deltas]
     if held:
         print_table(
-            ("delta", "where", "tier", "size", "requests", "pinned"),
+            ("delta", "where", "tier", "size", "in flight", "pinned"),
             (
                 (
                     ", ".join(delta.names) or delta.artifact[:12],

@@ -70,6 +70,7 @@ ModelName = Annotated[
 ]
 MaxTokens = Annotated[int, Field(ge=1, lt=2**31)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
@@ -200,7 +201,7 @@ class SamplingFields(RequestPart):
     model: ModelName
     temperature: Temperature | None = None
     top_p: TopP | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None

@@ -24,6 +24,7 @@ from deltadock.cli.processes import free_ports
 from deltadock.cli.server import State, complete_method
 from deltadock.client.connection import read_login
 from deltadock.client.http import Client
+from deltadock.client.requests import ATTEMPTS
 from deltadock.errors import Unavailable
 from deltadock.storage.models import JobState, Scope
 from tests.api.support import issue_key, weights
@@ -289,6 +290,7 @@ def test_deltas_are_listed_and_shown(call: Callable[..., Outcome], pushed: list[
     assert "No job matches" in call("jobs", "--state", "failed", "--delta", pushed[0]).stderr
     shown = call("show", "maths/skills").stdout
     assert "maths/skills:1" in shown
+    assert "in flight" in shown
     assert "It has no tokenizer." in shown
     assert "default" in shown
     assert answered(call("show", pushed[1], "--json"))["name"] == "maths/skills"
@@ -401,8 +403,10 @@ def test_answers_are_generated_and_streamed(
 def test_a_conversation_in_a_terminal(
     service: Service, call: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typed = iter(['"""two', 'lines"""', "/set temperature 0.5", "/set top_k x", "again", "/clear",
-                  "/help", "/what", "/chat", "", KeyboardInterrupt, "after", EOFError])  # fmt: skip
+    typed = iter([
+        '"""two', 'lines"""', "/set temperature 0.5", "/set temperature 9", "/set top_k x", "again",
+        "/clear", "/help", "/what", "/chat", "", KeyboardInterrupt, "after", EOFError,
+    ])  # fmt: skip
 
     def read(_prompt: str) -> str:
         line = next(typed)
@@ -421,6 +425,8 @@ def test_a_conversation_in_a_terminal(
     assert outcome.stderr.count("/clear ") == 1
     assert "There is no command /what. /help lists them." in outcome.stderr
     assert "temperature is 0.5." in outcome.stderr
+    assert "temperature cannot be 9. Input should be less than or equal to 2." in outcome.stderr
+    assert "top_k cannot be x." in outcome.stderr
     assert "A new conversation begins" in outcome.stderr
     bodies = [request["body"] for request in service.node.requests]
     said = [[message["content"] for message in body["messages"]] for body in bodies]
@@ -448,6 +454,39 @@ def test_without_a_chat_template_text_is_continued(
     assert outcome.stdout == " there\n"
     assert "has no chat template: it continues your text" in outcome.stderr
     assert json.loads(call("run", "tiny", "hello", "--json").stdout)["text"] == " there"
+
+
+class Restarting(Response):
+    """Refusals of a node, more than a client repeats its request; then the answers of one."""
+
+    refusals = ATTEMPTS + 2
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        error = {"message": "The node is starting.", "type": "x", "param": None}
+        answer: Response = JSONResponse(
+            {"error": error | {"code": "unavailable"}}, 503, {"Retry-After": "0"}
+        )
+        if not self.refusals:
+            events = 'data: {"choices": [{"text": " there"}]}\n\ndata: [DONE]\n\n'
+            answer = Response(events, media_type="text/event-stream")
+        self.refusals -= 1
+        await answer(scope, receive, send)
+
+
+def test_a_conversation_waits_for_a_node_that_restarts(
+    service: Service,
+    call: Callable[..., Outcome],
+    deltadock: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service.node, "answer", Restarting())
+    outcome = call("run", "--plain", "tiny", "hello")
+    assert outcome.stdout == " there\n"
+    assert outcome.stderr.startswith("The node is starting.\nWaiting 1 min")
+    monkeypatch.setattr("deltadock.cli.chat.RESTART_SECONDS", -1)
+    monkeypatch.setattr(Restarting, "refusals", 3 * ATTEMPTS)
+    monkeypatch.setattr(service.node, "answer", Restarting())
+    assert "error (unavailable): The node is starting." in deltadock("run", "tiny", "hello").stderr
 
 
 def test_nodes_are_shown(service: Service, call: Callable[..., Outcome], pushed: list[str]) -> None:
