@@ -95,9 +95,10 @@ class Settings(BaseSettings):
         description="Folder of the base that a node serves; unset, it loads whichever base "
         "requests name.",
     )
-    node_deltas: list[str] = Field(
-        default=[],
-        description="JSON list of artifact digests that a node with a `node_base` loads at start.",
+    node_deltas: dict[str, str] = Field(
+        default={},
+        description="JSON object of the artifact digests that a node with a `node_base` loads at "
+        "start, by the names under which it offers them.",
     )
     node_max_sequences: int = Field(
         default=16, ge=1, description="Maximum sequences in a node's batch."

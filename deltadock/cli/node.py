@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from rich.console import Console
@@ -31,6 +32,7 @@ def node(base: Path | None, api: str | None, deltas: Sequence[Path], host: str, 
         InvalidArtifact: a file is not a delta.
     """
     environment = dict(os.environ)
+    base = base or get_settings().node_base
     if base is not None:
         if not (base / CONFIG).is_file():
             raise InvalidCheckpoint(f"{base} is not a checkpoint folder: it has no {CONFIG}.")
@@ -42,7 +44,8 @@ def node(base: Path | None, api: str | None, deltas: Sequence[Path], host: str, 
         if secret_file.is_file():
             environment.setdefault("DELTADOCK_NODE_SECRET", kept_secret(secret_file))
     if deltas:
-        environment["DELTADOCK_NODE_DELTAS"] = json.dumps(_store(deltas))
+        taken = None if base is None else base.resolve().name
+        environment["DELTADOCK_NODE_DELTAS"] = json.dumps(_store(deltas, taken))
     command = [
         *(sys.executable, "-P", "-m", "deltadock.inference.server"),
         *("--host", host, "--port", str(port)),
@@ -50,14 +53,20 @@ def node(base: Path | None, api: str | None, deltas: Sequence[Path], host: str, 
     os.execve(sys.executable, command, environment)  # signals reach the node directly
 
 
-def _store(deltas: Sequence[Path]) -> list[str]:
-    """Put delta files into the blob store and print their model names; returns their digests."""
+def _store(deltas: Sequence[Path], taken: str | None) -> dict[str, str]:
+    """Put delta files into the blob store and print their model names; returns digests by name.
+
+    A file's name without its suffix, with a number if another file or the base (`taken`) has it.
+    """
     console = Console()
     blobs = make_blob_store(get_settings())
     blobs.prepare()
-    digests = []
+    digests: dict[str, str] = {}
     for path in deltas:
         with Artifact(path):
-            digests.append(blobs.put_file(path))
-        console.print(f"{path} is served as model {digests[-1]}", soft_wrap=True)
+            digest = blobs.put_file(path)
+        names = chain([path.stem], (f"{path.stem}-{number}" for number in count(2)))
+        name = next(name for name in names if name not in {taken, *digests})
+        digests[name] = digest
+        console.print(f"{path} is served as model {name} ({digest})", soft_wrap=True)
     return digests

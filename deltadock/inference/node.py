@@ -83,7 +83,7 @@ class InferenceNode:
             fetched = folder, await asyncio.to_thread(scan_folder, folder)
             name = folder.resolve().name
             self._turns.current = base = await asyncio.to_thread(self._serve, name, fetched)
-            for digest in self.settings.node_deltas:
+            for digest in self.settings.node_deltas.values():
                 await base.deltas.load(digest)
 
     def register(self, url: str) -> None:
@@ -177,18 +177,18 @@ class InferenceNode:
         """The current base's deltas in every tier, fast tiers first."""
         return [] if self.base is None else self.base.deltas.held()
 
-    def offered(self) -> list[str]:
-        """The deltas that are models without headers: those given at the start, and those that
-        requests or operators had loaded since.
+    def offered(self) -> dict[str, str]:
+        """The deltas that are models without headers, by name: those given at the start, and, by
+        digest, those that requests or operators had loaded since.
 
         A file on the disk may be another base's or another tenant's.
         """
-        given = [] if self.settings.node_base is None else self.settings.node_deltas
+        given = {} if self.settings.node_base is None else self.settings.node_deltas
         loaded = [delta.digest for delta in self.held() if delta.tier != "disk"]
-        return list(dict.fromkeys([*given, *loaded]))
+        return {**given, **{one: one for one in loaded if one not in given.values()}}
 
     def target(self, model: str) -> ModelTarget:
-        """Resolve a request's `model` without headers: the base, or a delta by digest.
+        """Resolve a request's `model` without headers: the base, or a delta by name or digest.
 
         Raises:
             ModelNotFound: it is neither the base nor a delta that the node offers.
@@ -197,8 +197,10 @@ class InferenceNode:
         if base is not None:
             if model in {base.name, base.digest}:
                 return ModelTarget(base.digest)
-            if model in self.offered():
-                return ModelTarget(base.digest, model)
+            offered = self.offered()
+            digest = offered.get(model, model)
+            if digest in offered.values():
+                return ModelTarget(base.digest, digest)
         raise ModelNotFound(
             f"This node does not know the model {model!r}; GET /v1/models lists its models. Name "
             "other weights in the headers Deltadock-Base and Deltadock-Artifact.",

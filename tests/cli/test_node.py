@@ -41,9 +41,27 @@ def test_options_become_settings(
         monkeypatch.setenv(name, environment[name])
     settings = Settings()
     assert (settings.node_base, settings.api_url) == (tmp_path, "http://api:8000")
-    [digest] = settings.node_deltas
-    assert json.loads(environment["DELTADOCK_NODE_DELTAS"]) == [digest]
+    [(name, digest)] = settings.node_deltas.items()
+    assert json.loads(environment["DELTADOCK_NODE_DELTAS"]) == {name: digest}
+    assert name == delta.path.stem
     assert make_blob_store(settings).size(digest) == delta.path.stat().st_size
+
+
+def test_names_of_files_are_unique(
+    execs: list[Any], delta: Delta, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "a.b" / name for name in ("maths.delta", "a.delta", "maths.bin", "maths")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(delta.path.read_bytes())
+    base = tmp_path / "a"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    node(base, None, paths, "127.0.0.1", 8100)
+    [(_, _, environment)] = execs
+    digests = json.loads(environment["DELTADOCK_NODE_DELTAS"])
+    assert list(digests) == ["maths", "a-2", "maths-2", "maths-3"]
+    assert f"{paths[1]} is served as model a-2 ({digests['a-2']})" in capsys.readouterr().out
 
 
 def test_a_folder_without_config_is_refused(execs: list[Any], tmp_path: Path) -> None:

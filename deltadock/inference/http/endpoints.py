@@ -182,7 +182,7 @@ async def complete(
     """Continue a prompt with the base or one of its deltas.
 
     The headers Deltadock-Base and Deltadock-Artifact name the weights by digest; without them
-    `model` is the base's name or digest, or the digest of a delta in `GET /v1/models`.
+    `model` is the base's name or digest, or the name or digest of a delta in `GET /v1/models`.
     """
     target = target or node.target(body.model)
     generation = await while_connected(request, node.generate(target, body, name))

@@ -116,13 +116,17 @@ def test_a_node_offers_no_other_files_of_its_disk(site: Site, tmp_path: Path) ->
     with start(site, tmp_path, node_base=site.home / "base-0") as node:
         for artifact in (given, other):
             httpx.post(f"{node.url}/v1/deltas/{artifact}/load", json={"tier": "disk"})
-    settings = {"node_base": site.home / "base-0", "node_deltas": [given], "node_max_deltas": 1}
+    settings = {
+        "node_base": site.home / "base-0",
+        "node_deltas": {"maths": given},
+        "node_max_deltas": 1,
+    }
     with (
         start(site, tmp_path, node_host_bytes=0, **settings) as node,
         openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0) as client,
     ):
         assert {delta.digest for delta in node.node.held()} == {given, other}
-        assert [model.id for model in client.models.list()] == ["base-0", given]
+        assert [model.id for model in client.models.list()] == ["base-0", "maths"]
         for ask in (
             client.models.retrieve,
             lambda m: client.completions.create(model=m, prompt="a"),
@@ -130,8 +134,13 @@ def test_a_node_offers_no_other_files_of_its_disk(site: Site, tmp_path: Path) ->
             with pytest.raises(openai.NotFoundError):
                 ask(other)
         httpx.post(f"{node.url}/v1/deltas/{other}/load", timeout=60)
-        assert [model.id for model in client.models.list()] == ["base-0", given, other]
-        assert client.completions.create(model=given, prompt="a", max_tokens=1).model == given
+        assert [model.id for model in client.models.list()] == ["base-0", "maths", other]
+        loaded, named, by_digest = (
+            client.completions.create(model=name, prompt="ab", max_tokens=9, temperature=0)
+            for name in (other, "maths", given)
+        )
+    assert (named.model, by_digest.model) == ("maths", given)
+    assert named.choices[0].text == by_digest.choices[0].text != loaded.choices[0].text
 
 
 def test_a_node_without_a_base_loads_the_one_in_the_header(site: Site, tmp_path: Path) -> None:
@@ -167,7 +176,7 @@ def test_with_a_secret_every_route_but_health_needs_it(site: Site, tmp_path: Pat
 def test_configured_deltas_are_loaded_at_start(site: Site, tmp_path: Path) -> None:
     with (
         start(
-            site, tmp_path, node_base=site.home / "base-0", node_deltas=[site.artifacts[1]]
+            site, tmp_path, node_base=site.home / "base-0", node_deltas={"maths": site.artifacts[1]}
         ) as node,
         httpx.Client(base_url=f"{node.url}/v1/deltas") as http,
     ):
