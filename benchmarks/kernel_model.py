@@ -164,11 +164,11 @@ class Code:
 
 
 DEPENDENT_LOADS: Final = {
-    "prepare_kernel": (5, 0, 4), "shrink_kernel": (6, 1, 5), "expand_kernel": (5, 1, 4),
+    "prepare_kernel": (4, 0, 3), "shrink_kernel": (6, 1, 5), "expand_kernel": (5, 1, 4),
 }  # fmt: skip
-"""`Code.loads`, `Code.plane_loads` and `Code.head_loads`. Prepare: slot, descriptor, address,
-scale, then x. Shrink: slot, descriptors, the linear's, tile, scale, then the sums; words. Expand:
-the number of chunks, slot, descriptor, blocks, then the peaks; words."""
+"""`Code.loads`, `Code.plane_loads` and `Code.head_loads`. Prepare: slot, descriptor, scale,
+then x. Shrink: slot, descriptors, the linear's, tile, scale, then the sums; words. Expand: the
+number of chunks, slot, descriptor, blocks, then the peaks; words."""
 MEASURED_CODES: Final = (
     Code(8, (307, 327, 494, 869), 127, 567, 182, 0, 81_920, 6, 2, 8),
     Code(8, (739, 429, 331, 292), 1_380, 953, 249, 0, 65_536, 5, 3, 16),

@@ -339,14 +339,16 @@ def prepare_kernel(
     position, block, linear = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(rows_ptr + position).to(tl.int64)
     slot = tl.load(slots_ptr + position // _ROWS)
+    # After a product nothing hides these loads: all that depends on the slot is asked for at once.
     descriptor = descriptors_ptr + (slot * LINEARS + linear) * _DESCRIPTOR
-    if (row < 0) | (tl.load(descriptor) == 0):
+    tiles, scale_word, planes = (
+        tl.load(descriptor), tl.load(descriptor + 7), tl.load(descriptor + 15),
+    )  # fmt: skip
+    address = tl.load(addresses_ptr + slot * LINEARS + linear)
+    if (row < 0) | (tiles == 0):
         wait_for_previous(OVERLAP)
         return
     columns = block * _BLOCK_INPUTS + tl.arange(0, _BLOCK_INPUTS)
-    address = tl.load(addresses_ptr + slot * LINEARS + linear)
-    planes = tl.load(descriptor + 15)
-    scale_word = tl.load(descriptor + 7)
     scale_ptr = address.to(tl.pointer_type(tl.float32)) + scale_word
     mask = columns < tl.where(scale_word >= 0, h_in, 0)
     column_scale = tl.load(scale_ptr + columns, mask=mask, other=1.0)
