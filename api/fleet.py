@@ -5,13 +5,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, get_args
 
 import anyio
 import structlog
 from starlette.concurrency import run_in_threadpool
 
-from deltadock.model_target import ModelTarget
+from deltadock.model_target import ModelTarget, Tier
 from deltadock.storage.database import Database
 from deltadock.storage.models import NodeRow
 from deltadock.storage.repositories import NodeRepository
@@ -19,7 +19,7 @@ from deltadock.storage.repositories import NodeRepository
 log = structlog.get_logger(__name__)
 
 CACHE_SECONDS: Final = 0.5
-TIERS: Final = ("device", "host", "disk")
+TIERS: Final[tuple[Tier, ...]] = get_args(Tier)[::-1]
 """From the fastest to the slowest."""
 
 

@@ -23,6 +23,7 @@ from deltadock.api.schemas import (
     RequestBody,
 )
 from deltadock.errors import Conflict, NotFound, Unavailable
+from deltadock.model_target import Tier
 from deltadock.names import DIGEST
 from deltadock.problems import problems
 from deltadock.storage.models import AuditAction, BaseRow, NodeRow
@@ -49,7 +50,6 @@ def _check_url(url: str) -> str:
 NodeUrl = Annotated[
     str, Field(max_length=255, examples=["http://10.0.0.7:8100"]), AfterValidator(_check_url)
 ]
-Tier = Literal["disk", "host", "device"]
 
 
 class HeldDeltaIn(RequestBody):

@@ -1,12 +1,15 @@
-"""Which weights a node runs for a request, and the headers by which the api names them."""
+"""Which weights a node runs for a request, where it holds them, and the api's headers for them."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 BASE_HEADER: Final = "Deltadock-Base"
 ARTIFACT_HEADER: Final = "Deltadock-Artifact"
 BASE_NAME_HEADER: Final = "Deltadock-Base-Name"
 TENANT_HEADER: Final = "Deltadock-Tenant"
+
+Tier = Literal["disk", "host", "device"]
+"""What holds a delta, from the slowest to the fastest."""
 
 
 @dataclass(frozen=True, slots=True)

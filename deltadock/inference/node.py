@@ -13,7 +13,7 @@ from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.errors import Conflict, ModelNotFound, NotFound, NotReady, Unavailable
 from deltadock.inference.admission import Admission
 from deltadock.inference.base import ServedBase
-from deltadock.inference.deltas.store import ResidentDelta
+from deltadock.inference.deltas.store import HeldDelta
 from deltadock.inference.deltas.tiers import DiskTier
 from deltadock.inference.engine.sampling import SamplingParams
 from deltadock.inference.generation import Generation
@@ -173,7 +173,7 @@ class InferenceNode:
         """Queued and running sequences."""
         return self._admission.admitted
 
-    def held(self) -> list[ResidentDelta]:
+    def held(self) -> list[HeldDelta]:
         """The current base's deltas in every tier, fast tiers first."""
         return [] if self.base is None else self.base.deltas.held()
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import torch
 
@@ -18,16 +18,16 @@ from deltadock.inference.deltas.reading import HostDelta, PlacedDelta
 from deltadock.inference.deltas.slots import SlotManager
 from deltadock.inference.deltas.tiers import DiskTier, HostTier
 from deltadock.inference.metrics import Metrics
+from deltadock.model_target import Tier
 
 logger = logging.getLogger(__name__)
 
 READER_THREADS: Final = 2
 
 Result = TypeVar("Result")
-Tier = Literal["disk", "host", "device"]
 
 
-class ResidentDelta(NamedTuple):
+class HeldDelta(NamedTuple):
     """A delta in the fastest tier that has it."""
 
     digest: str
@@ -169,13 +169,13 @@ class DeltaStore:
         finally:
             self.release(digest)
 
-    def held(self) -> list[ResidentDelta]:
+    def held(self) -> list[HeldDelta]:
         """Every delta in its fastest tier; fast tiers first, most recently used first."""
-        listed: dict[str, ResidentDelta] = {}
+        listed: dict[str, HeldDelta] = {}
         for digest, resident in self.slots.residents.items():
             if resident.loading.done() and not resident.leaving:
                 delta = resident.loading.result()
-                listed[digest] = ResidentDelta(
+                listed[digest] = HeldDelta(
                     digest, "device", delta.nbytes, resident.users, resident.pinned
                 )
         tiers: tuple[tuple[Tier, Mapping[str, int]], ...] = (
@@ -185,14 +185,14 @@ class DeltaStore:
         ordered = list(reversed(listed.values()))
         for tier, held in tiers:
             ordered += [
-                ResidentDelta(digest, tier, size)
+                HeldDelta(digest, tier, size)
                 for digest, size in reversed([*held.items()])
                 if digest not in listed
             ]
             listed |= {delta.digest: delta for delta in ordered}
         return ordered
 
-    def find(self, digest: str) -> ResidentDelta:
+    def find(self, digest: str) -> HeldDelta:
         """One delta in its fastest tier.
 
         Raises:

@@ -26,7 +26,7 @@ from deltadock.errors import (
     Unavailable,
     UnsupportedModel,
 )
-from deltadock.inference.deltas.store import ResidentDelta, Tier
+from deltadock.inference.deltas.store import HeldDelta
 from deltadock.inference.http.replies import ChatReply, CompletionReply, Reply
 from deltadock.inference.node import InferenceNode
 from deltadock.model_target import (
@@ -35,6 +35,7 @@ from deltadock.model_target import (
     BASE_NAME_HEADER,
     TENANT_HEADER,
     ModelTarget,
+    Tier,
 )
 from deltadock.names import DIGEST
 from deltadock.openai.chat import ChatCompletion, ChatRequest
@@ -244,7 +245,7 @@ class DeltaStatus(BaseModel):
     pinned: bool
 
     @classmethod
-    def of(cls, delta: ResidentDelta) -> "DeltaStatus":
+    def of(cls, delta: HeldDelta) -> "DeltaStatus":
         """Convert to the public schema."""
         return cls(**delta._asdict())
 
