@@ -1,7 +1,7 @@
 """Base and fine-tuned checkpoints, read one tensor at a time from safetensors files."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -108,19 +108,6 @@ class CheckpointReader:
             numbers, rows = self.replaced[name]
             tensor = tensor.index_copy(0, numbers, rows.to(tensor.dtype))
         return tensor
-
-    def align(self, base: "CheckpointReader") -> None:
-        """Name the tensors as in `base`.
-
-        Raises:
-            InvalidInput: this is not a fine-tune of `base`: as `match_tensors` and
-                `check_same_forward`.
-        """
-        self.entries = match_tensors(base.manifest, self.manifest)
-        for name, entry in tied_head(base.manifest).items():
-            if name in self.entries:
-                base.entries[name] = entry
-        check_same_forward(base.manifest.config, self.manifest.config)
 
     def _open(self, name: str) -> safe_open:
         # Reopened for each tensor: pages of a mapped file stay resident, so that one mapping per
@@ -260,6 +247,21 @@ class CheckpointPair:
         return after.float() - before.float()
 
 
+def align(base: CheckpointReader, finetuned: CheckpointReader) -> None:
+    """Let both readers name their tensors alike, as the base does.
+
+    A head that the base ties to its embedding is a tensor of the base too if the fine-tune has one.
+
+    Raises:
+        InvalidInput: they do not belong together: as `match_tensors` and `check_same_forward`.
+    """
+    finetuned.entries = match_tensors(base.manifest, finetuned.manifest)
+    for name, entry in tied_head(base.manifest).items():
+        if name in finetuned.entries:
+            base.entries[name] = entry
+    check_same_forward(base.manifest.config, finetuned.manifest.config)
+
+
 def open_pair(
     base: Path, finetuned: Path, progress: ProgressReporter | None = None
 ) -> CheckpointPair:
@@ -276,7 +278,7 @@ def open_pair(
     before = CheckpointReader(base)
     progress.report("reading", 1, 2, "reading the fine-tune")
     after = CheckpointReader(finetuned)
-    after.align(before)
+    align(before, after)
     check_differs(before.manifest, after.manifest)
     ignored = ignored_files(finetuned, {file.path for file in after.manifest.files})
     inherited = [INHERITED_TOKENIZER] if inherits_tokenizer(before.manifest, after.manifest) else []
@@ -284,16 +286,17 @@ def open_pair(
     return CheckpointPair(before, after, (*inherited, *ignored, *unused))
 
 
-def keep_unused_rows(base: CheckpointReader, finetuned: CheckpointReader) -> Iterator[str]:
-    """Read the base's rows where the fine-tune has NaN for tokens that no text has.
+def keep_unused_rows(base: CheckpointReader, finetuned: CheckpointReader) -> list[str]:
+    """Let both readers read the base's rows where either has NaN for tokens that no text has.
 
-    Such are rows past the tokenizer's size, and input embeddings that are NaN in both. Yields a
+    Such are rows past the tokenizer's size, and input embeddings that are NaN in both. Returns a
     note for each tensor.
 
     Raises:
         NonFiniteWeights: a tensor holds NaN or an infinity elsewhere.
     """
     used = tokenizer_size(finetuned.folder) or tokenizer_size(base.folder)
+    notes = []
     for name, entry in finetuned.entries.items():
         bad = entry.name in finetuned.non_finite, name in base.non_finite
         if not any(bad):
@@ -313,13 +316,14 @@ def keep_unused_rows(base: CheckpointReader, finetuned: CheckpointReader) -> Ite
         finetuned.replaced[name] = torch.tensor(rows), values
         known = [row for row in rows if row < len(old)]
         base.replaced[name] = torch.tensor(known, dtype=torch.int64), values[: len(known)]
-        yield (
+        notes.append(
             f"{counted(len(rows), 'row')} of {name!r} with NaN or an infinity, from row {rows[0]} "
             "on: past the tokenizer's size, or in the base too. The base's are kept."
         )
     checked = {entry.name for entry in finetuned.entries.values()}
     if others := finetuned.non_finite - checked:
         raise diverged(min(others), "fine-tune")
+    return notes
 
 
 def _non_finite_rows(tensor: Tensor) -> set[int]:

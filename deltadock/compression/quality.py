@@ -21,6 +21,7 @@ from deltadock.compression.checkpoints import (
     CheckpointReader,
     ResizedSource,
     TensorSource,
+    align,
 )
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.report import Quality
@@ -76,7 +77,7 @@ def evaluate(
         artifact.check_base(before.manifest.weights_digest)
         artifact.check_intact()
         after = CheckpointReader(finetuned)
-        after.align(before)
+        align(before, after)
         model = BlockwiseModel(finetuned, device, after.entries)
         model.check(after.shapes)
         tokenizer_base = CheckpointPair(before, after).tokenizer_base

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from deltadock.artifacts.reader import Artifact
-from deltadock.compression.checkpoints import CheckpointReader, ResizedSource
+from deltadock.compression.checkpoints import CheckpointReader, ResizedSource, align
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.quality import MergedSource, base_model, measure
 from deltadock.compression.report import Quality
@@ -101,7 +101,7 @@ def text(tmp_path: Path) -> Path:
 def delta_quality(pair: tuple[Path, Path], delta: Path, windows: Tensor) -> Quality:
     """The figures of a delta file on `windows`."""
     base, finetuned = (CheckpointReader(folder) for folder in pair)
-    finetuned.align(base)
+    align(base, finetuned)
     model = BlockwiseModel(pair[1], "cpu", finetuned.entries)
     with Artifact(delta) as artifact:
         return measure(

@@ -110,7 +110,8 @@ class Scheduler:
         chunks: list[ScheduledChunk] = []
         prompts: list[Sequence] = []
         for sequence in self.running:
-            if sequence.awaits_mask:
+            sequence.late = sequence.late and not sequence.has_mask
+            if sequence.late:
                 continue
             if len(sequence.tokens) - sequence.computed == 1:
                 chunks.append(ScheduledChunk(sequence, sequence.computed, sequence.computed + 1))

@@ -59,7 +59,7 @@ class Sequence:
     charged: int = field(default=0, init=False)
     """Prompt tokens that were charged to the delta or came from the prefix cache."""
     late: bool = field(default=False, init=False)
-    """Whether its mask was not there when its next token was to be sampled."""
+    """Whether passes leave it out: its mask was not there when a token was to be sampled."""
     unsent: list[SampledToken] = field(default_factory=list, init=False)
     prompt_scores: dict[int, SampledToken] = field(default_factory=dict, init=False)
     """Scores of the prompt's tokens, by position, until they are sent."""
@@ -82,7 +82,6 @@ class Sequence:
         return self.sampling.prompt_logprobs and not self.generated
 
     @property
-    def awaits_mask(self) -> bool:
-        """Whether passes leave it out until its mask is there."""
-        self.late = self.late and self.matcher is not None and not self.matcher.ready
-        return self.late
+    def has_mask(self) -> bool:
+        """Whether its next token can be sampled."""
+        return self.matcher is None or self.matcher.ready
