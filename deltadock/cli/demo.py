@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Final
 
 import httpx
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from deltadock import words
+from deltadock.cli.output import output
 from deltadock.cli.processes import HOST, Child, check_ports, free_ports
 from deltadock.cli.readiness import api_url, is_ready
 from deltadock.client.http import Client
@@ -52,33 +52,37 @@ def demo(host: str = HOST, api_port: int | None = None, node_port: int | None = 
         NotFound: the samples are not installed.
         DeltadockError: a request failed or a process did not start.
     """
-    console, began = Console(), time.monotonic()
+    began = time.monotonic()
     if not (SAMPLES / "base").is_dir():
         raise NotFound(
             f"{SAMPLES} has no samples. Install Deltadock again, or run the demo from a checkout."
         )
     lines = (SAMPLES / "exercises.jsonl").read_text(encoding="utf-8").splitlines()
     exercises = [json.loads(line) for line in lines[:MEASURED]]
-    console.print("[bold]1. Start[/]: api, worker and node with a broker, SQLite and a folder")
+    _step("1. Start", ": api, worker and node with a broker, SQLite and a folder")
     with (
-        _running_system(console, host, api_port, node_port) as (url, key),
+        _running_system(host, api_port, node_port) as (url, key),
         Client(url, key) as client,
     ):
-        console.print(f"   running at {url}")
-        delta, exact = _store(console, client)
-        _show_report(console, delta, client.report(delta.id))
+        output.print(f"   running at {url}")
+        delta, exact = _store(client)
+        _show_report(delta, client.report(delta.id))
         models = {"base": BASE, "fine-tuned": exact.id, "delta": delta.id}
         answers = {title: _answers(client, model, exercises) for title, model in models.items()}
-        _show_answers(console, exercises[:SHOWN], answers)
-        _show_accuracy(console, exercises, answers)
-        console.print("[bold]5. Stop[/]")
-    console.print(f"Stopped after {time.monotonic() - began:.0f} seconds in all.")
-    _show_next(console)
+        _show_answers(exercises[:SHOWN], answers)
+        _show_accuracy(exercises, answers)
+        _step("5. Stop", "")
+    output.print(f"Stopped after {time.monotonic() - began:.0f} seconds in all.")
+    _show_next()
+
+
+def _step(title: str, text: str) -> None:
+    output.print(Text.assemble((title, "bold"), text))
 
 
 @contextmanager
 def _running_system(
-    console: Console, host: str, api_port: int | None, node_port: int | None
+    host: str, api_port: int | None, node_port: int | None
 ) -> Iterator[tuple[str, str]]:
     """Run `deltadock up` in a temporary folder; yields its URL and API key."""
     free = free_ports(2)
@@ -92,7 +96,7 @@ def _running_system(
             *("--host", host, "--api-port", str(api_port), "--node-port", str(node_port)),
         ]
         if not is_loopback(host):
-            console.print(f"   key for other machines: {_make_key(home)}")
+            output.print(f"   key for other machines: {_make_key(home)}")
         with Child("deltadock up", command, log=home / "up.log", grace=30.0) as system:
             # The worker and the node may still be starting: jobs wait for the worker, and the node
             # is up long before the first compression ends.
@@ -101,7 +105,7 @@ def _running_system(
                     system.wait_until(lambda: is_ready(http), seconds=120)
                 yield url, local_key_path(home).read_text(encoding="utf-8").strip()
             except KeyboardInterrupt:
-                console.print("\nStopping ...")  # takes seconds
+                output.print("\nStopping ...")  # takes seconds
                 raise
 
 
@@ -114,22 +118,22 @@ def _make_key(home: Path) -> str:
     return issue(settings, "demo", None, ["read"], None).key or ""
 
 
-def _store(console: Console, client: Client) -> tuple[Delta, Delta]:
+def _store(client: Client) -> tuple[Delta, Delta]:
     """Upload the samples and compress the fine-tune twice: at one bit per weight, and exactly."""
-    console.print("[bold]2. Upload[/] the base and its fine-tune, hashed while they stream")
+    _step("2. Upload", " the base and its fine-tune, hashed while they stream")
     base = client.upload_folder(SAMPLES / "base")
     client.create_base(BASE, base.digest)
     finetuned = client.upload_folder(SAMPLES / "finetuned")
     for title, checkpoint in (("base", base), ("fine-tune", finetuned)):
         size = words.size(checkpoint.total_bytes)
-        console.print(f"   {title:<10}{size:>8}  sha256 {checkpoint.digest[:16]}")
-    console.print("[bold]3. Compress[/] with a budget of 1.0 bit per compressed weight")
+        output.print(f"   {title:<10}{size:>8}  sha256 {checkpoint.digest[:16]}")
+    _step("3. Compress", " with a budget of 1.0 bit per compressed weight")
     text = SAMPLES / "calibration.txt"
     pushed = SAMPLES / "finetuned", "demo/skills", BASE
     small = client.push(*pushed, bits=1.0, calibration=text)
     # Measured on the same text; without one, text would be sampled for it.
     exact = client.push(pushed[0], "demo/skills-exact", BASE, method="exact", calibration=text)
-    with job_bar(console) as show:
+    with job_bar(output) as show:
         return small.wait(show), exact.wait(_quietly)
 
 
@@ -137,7 +141,7 @@ def _quietly(_job: Job) -> None:
     """The exact copy takes a moment: its progress is not shown."""
 
 
-def _show_report(console: Console, delta: Delta, report: Report) -> None:
+def _show_report(delta: Delta, report: Report) -> None:
     table = Table(title=f"{delta.reference} on {delta.base.name}")
     table.add_column("what")
     table.add_column("value", justify="right")
@@ -157,7 +161,7 @@ def _show_report(console: Console, delta: Delta, report: Report) -> None:
     }
     for row in rows.items():
         table.add_row(*row)
-    console.print(table)
+    output.print(table)
 
 
 def _answers(client: Client, model: str, exercises: Sequence[JsonObject]) -> list[str]:
@@ -173,41 +177,37 @@ def _answers(client: Client, model: str, exercises: Sequence[JsonObject]) -> lis
         return list(pool.map(answer, exercises))
 
 
-def _show_answers(
-    console: Console, exercises: Sequence[JsonObject], answers: dict[str, list[str]]
-) -> None:
-    console.print("[bold]4. Generate[/] over HTTP: the same base serves all three")
+def _show_answers(exercises: Sequence[JsonObject], answers: dict[str, list[str]]) -> None:
+    _step("4. Generate", " over HTTP: the same base serves all three")
     table = Table("exercise", "expected", *answers)
     for number, exercise in enumerate(exercises):
         given = [_marked(found[number], exercise["answer"]) for found in answers.values()]
         table.add_row(" ".join(exercise["prompt"].split()), exercise["answer"], *given)
-    console.print(table)
+    output.print(table)
 
 
 def _marked(answer: str, expected: str) -> Text:
     return Text(answer or "(nothing)", style="green" if answer == expected else "red")
 
 
-def _show_accuracy(
-    console: Console, exercises: Sequence[JsonObject], answers: dict[str, list[str]]
-) -> None:
+def _show_accuracy(exercises: Sequence[JsonObject], answers: dict[str, list[str]]) -> None:
     for title, found in answers.items():
         right = sum(
             answer == exercise["answer"] for answer, exercise in zip(found, exercises, strict=False)
         )
-        console.print(f"   {title:<11}{right:3d} of {len(exercises)} held-out exercises right")
+        output.print(f"   {title:<11}{right:3d} of {len(exercises)} held-out exercises right")
 
 
-def _show_next(console: Console) -> None:
+def _show_next() -> None:
     command = _command()
-    console.print(
+    output.print(
         f"Next: `{command} up` starts it to stay. Then, in another terminal:\n"
         f"   {command} bases add {_shown(SAMPLES / 'base')} --name sample\n"
         f"   {command} push {_shown(SAMPLES / 'finetuned')} --base sample --name demo/exercises "
         f"--calibration {_shown(SAMPLES / 'calibration.txt')}\n"
         f"   {command} run demo/exercises 'sort h b d a'",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        soft_wrap=True,
+    )
 
 
 def _command() -> str:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
 
-from rich.console import Console
-
 from deltadock.artifacts.checkpoint import CONFIG
 from deltadock.artifacts.reader import Artifact
+from deltadock.cli.output import output
 from deltadock.cli.system import SECRET_FILE
 from deltadock.errors import InvalidCheckpoint
 from deltadock.settings import get_settings
@@ -36,7 +35,7 @@ def node(base: Path | None, api: str | None, deltas: Sequence[Path], host: str, 
     if base is not None:
         if not (base / CONFIG).is_file():
             raise InvalidCheckpoint(f"{base} is not a checkpoint folder: it has no {CONFIG}.")
-        Console().print(f"{base} is served as model {base.resolve().name}", soft_wrap=True)
+        output.print(f"{base} is served as model {base.resolve().name}", soft_wrap=True)
         environment["DELTADOCK_NODE_BASE"] = str(base.resolve())
     if api is not None:
         environment["DELTADOCK_API_URL"] = api
@@ -58,7 +57,6 @@ def _store(deltas: Sequence[Path], taken: str | None) -> dict[str, str]:
 
     A file's name without its suffix, with a number if another file or the base (`taken`) has it.
     """
-    console = Console()
     blobs = make_blob_store(get_settings())
     blobs.prepare()
     digests: dict[str, str] = {}
@@ -68,5 +66,5 @@ def _store(deltas: Sequence[Path], taken: str | None) -> dict[str, str]:
         names = chain([path.stem], (f"{path.stem}-{number}" for number in count(2)))
         name = next(name for name in names if name not in {taken, *digests})
         digests[name] = digest
-        console.print(f"{path} is served as model {name} ({digest})", soft_wrap=True)
+        output.print(f"{path} is served as model {name} ({digest})", soft_wrap=True)
     return digests

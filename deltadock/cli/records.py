@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 import typer
-from rich.console import Console
 
 from deltadock.api.audit import AuditRecord
-from deltadock.cli.output import print_json, working
+from deltadock.cli.output import output, print_json, working
 from deltadock.settings import Settings, deployed_in, settings_in
 from deltadock.storage import backup as files
 from deltadock.storage.actor import COMMAND, acting
@@ -20,8 +18,6 @@ from deltadock.storage.repositories import AuditRepository
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.words import counted
 
-output: Final = Console(highlight=False, soft_wrap=True)
-
 
 def backup(home: Path | None, path: Path, *, as_json: bool) -> None:
     """Write the database to a new file."""
@@ -30,7 +26,7 @@ def backup(home: Path | None, path: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({"file": str(path), "rows": rows})
     else:
-        output.print(f"Wrote {_in_tables(rows)} to {path}.")
+        output.print(f"Wrote {_in_tables(rows)} to {path}.", soft_wrap=True)
 
 
 def restore(home: Path | None, path: Path, *, as_json: bool) -> bool:
@@ -43,10 +39,10 @@ def restore(home: Path | None, path: Path, *, as_json: bool) -> bool:
     if as_json:
         print_json({"rows": rows, "missing": missing})
         return not missing
-    output.print(f"Restored {_in_tables(rows)}.")
+    output.print(f"Restored {_in_tables(rows)}.", soft_wrap=True)
     for digest in missing:
-        output.print(f"missing {digest}")
-    output.print(f"Missing in the store: {counted(len(missing), 'blob')}.")
+        output.print(f"missing {digest}", soft_wrap=True)
+    output.print(f"Missing in the store: {counted(len(missing), 'blob')}.", soft_wrap=True)
     return not missing
 
 

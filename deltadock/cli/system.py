@@ -25,6 +25,7 @@ from rich.console import Console
 
 from deltadock.api.access.sessions import Sessions
 from deltadock.cli.keys import ensure_local_key, has_made_key
+from deltadock.cli.output import output
 from deltadock.cli.processes import HOST, Child, check_ports, stop_on_signals
 from deltadock.cli.readiness import api_url, has_node, is_ready
 from deltadock.cli.services import postgres, seaweedfs, valkey
@@ -229,7 +230,6 @@ def up(
         Unavailable: a port is in use, or a process does not start or keeps exiting.
     """
     home = (home or get_settings().home).resolve()
-    console = Console()
     if not (home / LOCK).exists():  # nothing runs there, and a refusal leaves nothing there
         check_ports(api_port, node_port)
     with stop_on_signals() as stopping, _home_lock(home):
@@ -238,15 +238,15 @@ def up(
             url = api_url(host, api_port)
             settings = embedded_settings(home, url) | broker.settings
             ports = {"api_port": api_port, "node_port": node_port}
-            with running(settings, home, console, **ports, host=host) as children:
-                announce(console, url, home, settings)
-                console.print("Ctrl-C stops everything; the data is kept for the next start.")
+            with running(settings, home, output, **ports, host=host) as children:
+                announce(url, home, settings)
+                output.print("Ctrl-C stops everything; the data is kept for the next start.")
                 parsed = Settings.model_validate(settings)
-                keep_running([broker.child, *children], stopping, console, parsed)
-    console.print("Stopped.")
+                keep_running([broker.child, *children], stopping, output, parsed)
+    output.print("Stopped.")
 
 
-def announce(console: Console, url: str, home: Path, settings: Mapping[str, str]) -> None:
+def announce(url: str, home: Path, settings: Mapping[str, str]) -> None:
     """Print the addresses, the key's file and the log folder; in a terminal, open the dashboard.
 
     The address is kept in the home, beside the key, for the commands and the client.
@@ -255,13 +255,13 @@ def announce(console: Console, url: str, home: Path, settings: Mapping[str, str]
     local_url_path(parsed.home).write_text(f"{url}\n", encoding="utf-8")
     token = Sessions(parsed).link_token(ensure_local_key(parsed))
     link = f"{url}/sign-in?token={token}"
-    console.print(f"Dashboard  {link}  (signs in once, within the hour)", soft_wrap=True)
-    console.print(f"API        {url}/docs", soft_wrap=True)
-    console.print(f"API key    {local_key_path(parsed.home)}", soft_wrap=True)
-    console.print(f"Data       {home}", soft_wrap=True)
-    console.print(f"Logs       {home / 'logs'}", soft_wrap=True)
+    output.print(f"Dashboard  {link}  (signs in once, within the hour)", soft_wrap=True)
+    output.print(f"API        {url}/docs", soft_wrap=True)
+    output.print(f"API key    {local_key_path(parsed.home)}", soft_wrap=True)
+    output.print(f"Data       {home}", soft_wrap=True)
+    output.print(f"Logs       {home / 'logs'}", soft_wrap=True)
     has_screen = sys.platform == "darwin" or "DISPLAY" in os.environ
-    if console.is_terminal and has_screen:
+    if output.is_terminal and has_screen:
         webbrowser.open(link)
 
 
@@ -303,11 +303,10 @@ def topology(home: Path | None = None, api_port: int = 8000, node_port: int = 81
     Raises:
         Unavailable: a port is in use, or a process does not start or keeps exiting.
     """
-    console = Console()
     check_installed(*EMBEDDED)
     with stop_on_signals() as stopping, _data_folder(home) as folder:
         check_ports(api_port, node_port)
-        console.print("Starting Postgres, Valkey and SeaweedFS ...")
+        output.print("Starting Postgres, Valkey and SeaweedFS ...")
         with (
             postgres(folder / "postgres") as database,
             valkey(folder / "valkey") as broker,
@@ -317,20 +316,20 @@ def topology(home: Path | None = None, api_port: int = 8000, node_port: int = 81
             settings = topology_settings(
                 folder, api_port, *(service.settings for service in services)
             )
-            console.print("Starting Deltadock ...")
+            output.print("Starting Deltadock ...")
             with running(
-                settings, folder, console, api_port=api_port, node_port=node_port
+                settings, folder, output, api_port=api_port, node_port=node_port
             ) as children:
-                announce(console, api_url(HOST, api_port), folder, settings)
-                _announce_servers(console, folder, settings)
-                console.print("Ctrl-C stops everything.")
+                announce(api_url(HOST, api_port), folder, settings)
+                _announce_servers(folder, settings)
+                output.print("Ctrl-C stops everything.")
                 servers = [service.child for service in services]
                 parsed = Settings.model_validate(settings)
-                keep_running([*servers, *children], stopping, console, parsed)
-    console.print("Stopped.")
+                keep_running([*servers, *children], stopping, output, parsed)
+    output.print("Stopped.")
 
 
-def _announce_servers(console: Console, home: Path, settings: Mapping[str, str]) -> None:
+def _announce_servers(home: Path, settings: Mapping[str, str]) -> None:
     """Print where Postgres and the S3 server are; what else they need is kept in a file.
 
     With its variables in a shell, commands such as `deltadock gc` work on them, and so does boto3.
@@ -345,9 +344,9 @@ def _announce_servers(console: Console, home: Path, settings: Mapping[str, str])
     keep_secret(home / VARIABLES, "".join(lines))
     database = normalise_url(settings["database_url"]).render_as_string()
     bucket = f"bucket {settings['s3_bucket']}"
-    console.print(f"Postgres   {database}", soft_wrap=True)
-    console.print(f"S3         {settings['s3_endpoint_url']}, {bucket}", soft_wrap=True)
-    console.print(f"Variables  {home / VARIABLES}  (for a shell: passwords too)", soft_wrap=True)
+    output.print(f"Postgres   {database}", soft_wrap=True)
+    output.print(f"S3         {settings['s3_endpoint_url']}, {bucket}", soft_wrap=True)
+    output.print(f"Variables  {home / VARIABLES}  (for a shell: passwords too)", soft_wrap=True)
 
 
 @contextmanager

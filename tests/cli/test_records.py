@@ -11,7 +11,7 @@ from tests.cli.support import Command
 
 
 def test_a_registry_moves_to_another_home(deltadock: Command, tmp_path: Path) -> None:
-    old, new, file = tmp_path / "old", tmp_path / "new", tmp_path / "registry.backup"
+    old, new, file = tmp_path / "old", tmp_path / "new", tmp_path / "registry[old].backup"
     settings = Settings(home=old)
     migrate(settings.sqlalchemy_url)
     blobs = make_blob_store(settings)
@@ -23,6 +23,8 @@ def test_a_registry_moves_to_another_home(deltadock: Command, tmp_path: Path) ->
 
     outcome = deltadock("backup", file, "--home", old, "--json")
     assert json.loads(outcome.stdout)["rows"]["api_keys"] == 1
+    second = tmp_path / "second[bold].backup"
+    assert f"to {second}." in deltadock("backup", second, "--home", old).stdout, "no markup"
     again = deltadock("backup", file, "--home", old)
     assert (again.code, "exists already" in again.stderr) == (1, True)
 
@@ -37,4 +39,4 @@ def test_a_registry_moves_to_another_home(deltadock: Command, tmp_path: Path) ->
     lines = deltadock("audit", "export", "--home", new).stdout.splitlines()
     created, restored = (json.loads(line) for line in lines[-2:])
     assert (created["action"], created["origin"]) == ("key.create", "command")
-    assert (restored["action"], restored["object"]) == ("database.restore", "registry.backup")
+    assert (restored["action"], restored["object"]) == ("database.restore", file.name)
