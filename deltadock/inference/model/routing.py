@@ -45,10 +45,18 @@ class Routing:
         """The slot that also has merged weights."""
         self.merged = False
         """Whether all rows of the pass belong to that slot, so that the merged weights are used."""
+        self._row_slots: list[int] | None = None
+        """What the chunks are laid out for."""
 
     def assign(self, row_slots: Sequence[int]) -> None:
-        """Lay out a pass in which row i belongs to slot `row_slots[i]`."""
-        self.chunks.assign(row_slots)
+        """Lay out a pass in which row i belongs to slot `row_slots[i]`.
+
+        If the last pass had the same rows, as of a batch that goes on decoding, they are already.
+        """
+        if self._row_slots != list(row_slots):
+            self._row_slots = None
+            self.chunks.assign(row_slots)
+            self._row_slots = list(row_slots)
         merged = self.merged_slot
         self.merged = merged is not None and set(row_slots) == {merged}
 
