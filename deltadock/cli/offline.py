@@ -295,8 +295,8 @@ class BlockFolder:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.block"
 
 
-def measured_text(sources: list[dict[str, Any]]) -> str:
-    """The text that the report's figures are measured on, in words."""
+def texts_of(sources: list[dict[str, Any]]) -> str:
+    """Texts that were calibrated or measured on, in words."""
     texts = (
         f"{words.counted(source['tokens'], 'token')} "
         + (f"of {source['sha256'][:12]}" if source["sha256"] else "sampled from the fine-tune")
@@ -335,7 +335,7 @@ def print_report(document: dict[str, Any]) -> None:
         (
             *size_rows(document),
             *quality_rows(document),
-            ("measured on", measured_text(document["measured_on"])),
+            ("measured on", texts_of(document["measured_on"])),
             ("time", words.duration(document["seconds"])),
         )
     )
@@ -500,7 +500,7 @@ def inspect(delta: DeltaArgument, as_json: AsJson = False) -> None:
             ("base", totals["base_digest"]),
             ("sha256", totals["digest"]),
             ("seed", str(totals["seed"])),
-            ("calibration", ", ".join(f"{key} {calibration[key]}" for key in sorted(calibration))),
+            ("calibrated on", texts_of(calibration.get("sources", []))),
             ("files", ", ".join(totals["files"])),
             ("version", str(totals["version"])),
             ("hashes", f"not verified; deltadock verify {delta} does it"),

@@ -53,7 +53,7 @@ def find_connection(url: str | None = None, key: str | None = None) -> Connectio
         url_from, url, _ = kept[0]
     if not url:
         url_from, url = "the default", DEFAULT_URL
-    url = url.rstrip("/")
+    url = _address(url)
     if key:
         return Connection(url, key.strip(), url_from, "given")
     if key := os.environ.get(KEY_VARIABLE):
@@ -62,6 +62,11 @@ def find_connection(url: str | None = None, key: str | None = None) -> Connectio
         if address == url:
             return Connection(url, secret, url_from, source)
     return Connection(url, None, url_from, "nowhere")
+
+
+def _address(url: str) -> str:
+    """A server's address as paths follow it; OpenAI's clients take it with `/v1`."""
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def check_connection(connection: Connection) -> None:
@@ -100,7 +105,7 @@ def keep_login(url: str, key: str) -> Path:
     """Keep an address and its key; returns the file."""
     path = login_path()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    keep_secret(path, json.dumps({"url": url.rstrip("/"), "key": key}))
+    keep_secret(path, json.dumps({"url": _address(url), "key": key}))
     return path
 
 

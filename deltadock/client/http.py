@@ -141,6 +141,10 @@ def _options(url: str | None, key: str | None) -> dict[str, Any]:
 class Client:
     """A client of the Deltadock at `url`; a context manager that closes its connections.
 
+    Every method may raise `Unauthorized` (no valid key), `Forbidden` (the key may not do that),
+    `NotFound`, `InvalidInput`, and `Unavailable` (the server does not answer, after a few tries);
+    its docstring names what else. All are `DeltadockError`s of `deltadock.errors`.
+
     Args:
         url, key: the api's address and an API key. None: those of the environment, of `deltadock
             login`, or of the Deltadock that `deltadock up` runs in this folder

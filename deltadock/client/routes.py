@@ -147,7 +147,11 @@ def methods() -> Call[list[Method]]:
 
 
 def create_base(name: str, checkpoint: str) -> Call[Base]:
-    """Register an uploaded checkpoint, named by its digest, as a base."""
+    """Register an uploaded checkpoint, named by its digest, as a base.
+
+    Raises:
+        Conflict: another checkpoint has this name.
+    """
     body = {"name": checked_base_name(name), "checkpoint": checkpoint}
     return Call("POST", "/v1/bases", reader(Base), body=body, key=_new_key())
 
@@ -163,7 +167,11 @@ def base_manifest(name: str) -> Call[CheckpointManifest]:
 
 
 def delete_base(name: str) -> Call[None]:
-    """Delete a base that no delta needs; `restore_base` undoes it for some days."""
+    """Delete a base that no delta needs; `restore_base` undoes it for some days.
+
+    Raises:
+        Conflict: a delta needs it.
+    """
     return Call("DELETE", f"/v1/bases/{_segment(name)}", lambda _: None)
 
 
@@ -206,6 +214,11 @@ def create_delta(
         recipe: how it was trained.
         commit: of the training code.
         goal: see `GoalOptions`.
+
+    Raises:
+        ArchitectureMismatch, UnchangedCheckpoint: it is no fine-tune of this base.
+        InvalidGoal, UnknownMethod, BitsOutOfRange: this method cannot do that.
+        QuotaExceeded, RateLimited: the tenant has as many deltas, or jobs, as it may.
     """
     if isinstance(calibration, str):
         calibration = {"source": "text", "digest": calibration}
@@ -229,7 +242,11 @@ def create_delta(
 def preview(
     base: str, checkpoint: str, *, method: str | None = None, **goal: Unpack[GoalOptions]
 ) -> Call[Preview]:
-    """Predict the size of a compression; nothing is stored."""
+    """Predict the size of a compression; nothing is stored.
+
+    Raises:
+        InvalidGoal, UnknownMethod, BitsOutOfRange: this method cannot do that.
+    """
     body: JsonObject = {"base": base, "checkpoint": checkpoint, **goal}
     if method is not None:
         body["method"] = method
@@ -242,7 +259,11 @@ def delta(reference: str) -> Call[Delta]:
 
 
 def resolve(reference: str) -> Call[Resolved]:
-    """What a name, an id or an artifact's digest means now."""
+    """What a name, an id or an artifact's digest means now.
+
+    Raises:
+        NotReady: the delta has no artifact yet.
+    """
     return Call("GET", f"/v1/resolve/{_path(reference)}", reader(Resolved))
 
 
@@ -266,7 +287,11 @@ def deltas(
 
 
 def report(reference: str) -> Call[Report]:
-    """The compression report of a delta."""
+    """The compression report of a delta.
+
+    Raises:
+        NotReady: it is not compressed yet.
+    """
     return Call("GET", f"{_delta(reference)}/report", reader(Report))
 
 
@@ -303,13 +328,21 @@ def move_alias(
     """Let `name@alias` mean a version; `default` is what the bare name means.
 
     `expected` is the version that it must mean now, 0 for none.
+
+    Raises:
+        Conflict: it means another version than `expected`.
+        NotReady: the version is not compressed yet.
     """
     body = {"version": version, "reason": reason, "expected": expected}
     return Call("PUT", f"{_model(name)}/aliases/{_segment(alias)}", reader(Model), body=body)
 
 
 def remove_alias(name: str, alias: str) -> Call[None]:
-    """Remove an alias other than `default`."""
+    """Remove an alias other than `default`.
+
+    Raises:
+        Conflict: it is `default`.
+    """
     return Call("DELETE", f"{_model(name)}/aliases/{_segment(alias)}", lambda _: None)
 
 
@@ -341,7 +374,11 @@ def cancel(job: str) -> Call[Job]:
 
 
 def retry(job: str) -> Call[Job]:
-    """Queue a failed or cancelled job again; it continues after its last finished block."""
+    """Queue a failed or cancelled job again; it continues after its last finished block.
+
+    Raises:
+        Conflict: it would end in the same way, or has not ended.
+    """
     return Call("POST", f"/v1/jobs/{_segment(job)}/retry", reader(Job))
 
 
@@ -378,7 +415,12 @@ def resume(node: str) -> Call[None]:
 
 
 def evict(node: str, artifact: str) -> Call[None]:
-    """Remove a delta, named by its artifact's digest, from a node's slots and host memory."""
+    """Remove a delta, named by its artifact's digest, from a node's slots and host memory.
+
+    Raises:
+        Conflict: requests use it.
+        NotFound: the node does not have it there.
+    """
     path = f"/v1/nodes/{_segment(node)}/deltas/{_segment(artifact)}"
     return Call("DELETE", path, lambda _: None)
 
@@ -424,7 +466,11 @@ def tenant(tenant: str) -> Call[Tenant]:
 
 
 def create_tenant(name: str, **limits: Unpack[TenantLimits]) -> Call[Tenant]:
-    """Make a tenant; `create_key` makes its first key."""
+    """Make a tenant; `create_key` makes its first key.
+
+    Raises:
+        Conflict: another tenant has this name.
+    """
     body = {"name": name, **limits}
     return Call("POST", "/v1/tenants", reader(Tenant), body=body, key=_new_key())
 
@@ -448,6 +494,12 @@ def generate(model: str, prompt: str | Messages, **sampling: Unpack[Sampling]) -
         prompt: text to continue, or messages `{"role": ..., "content": ...}`, which the model's
             chat template formats.
         sampling: see `Sampling`.
+
+    Raises:
+        NotReady: the delta is not compressed yet.
+        NoChatTemplate: messages were given, and the model has no template for them.
+        ContextExceeded: the prompt leaves no room for an answer.
+        Overloaded, RateLimited: too many requests wait, or the tenant has asked too often.
     """
     return _generation(model, prompt, sampling, {})
 

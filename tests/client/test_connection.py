@@ -33,6 +33,13 @@ def home(tmp_path: Path) -> Path:
     return home
 
 
+@pytest.mark.parametrize("given", [LOGIN, f"{LOGIN}/", f"{LOGIN}/v1", f"{LOGIN}/v1/"])
+def test_the_address_of_openais_clients_is_one_too(given: str) -> None:
+    assert find_connection(given).url == LOGIN
+    keep_login(given, "ddk_x")
+    assert read_login() == (LOGIN, "ddk_x")
+
+
 def test_without_anything_it_is_this_machines() -> None:
     found = find_connection()
     assert (found.url, found.key, found.key_from) == ("http://127.0.0.1:8000", None, "nowhere")
