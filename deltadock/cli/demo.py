@@ -72,7 +72,7 @@ def demo(host: str = HOST, api_port: int | None = None, node_port: int | None = 
         _show_answers(exercises[:SHOWN], answers)
         _show_accuracy(exercises, answers)
         _step("5. Stop", "")
-    output.print(f"Stopped after {time.monotonic() - began:.0f} seconds in all.")
+    output.print(f"Stopped after {words.duration(time.monotonic() - began)} in all.")
     _show_next()
 
 

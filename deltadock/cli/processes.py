@@ -24,6 +24,7 @@ from typing import Final, Self
 from deltadock.cli import watchdog
 from deltadock.cli.interrupts import was_interrupted
 from deltadock.errors import InvalidInput, Unavailable
+from deltadock.words import duration
 
 HOST: Final = "127.0.0.1"
 POLL_SECONDS: Final = 0.1
@@ -210,7 +211,7 @@ class Child:
             if _stopping.is_set():
                 raise KeyboardInterrupt
             if time.monotonic() > deadline:
-                raise self._unavailable(f"{self.name} was not ready after {seconds:.0f} seconds.")
+                raise self._unavailable(f"{self.name} was not ready after {duration(seconds)}.")
             time.sleep(POLL_SECONDS)
 
     def exited(self, consequence: str = "") -> Unavailable:

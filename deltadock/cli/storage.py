@@ -8,7 +8,7 @@ from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.blobs import make_blob_store
 from deltadock.storage.collection import Collector, Usage, reconcile, recount
 from deltadock.storage.database import Database
-from deltadock.words import counted, size
+from deltadock.words import counted, grouped, size
 
 
 def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
@@ -38,8 +38,8 @@ def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
     print_table(
         ("kind", "files", "bytes"),
         [
-            *((kind, str(usage.files), str(usage.bytes)) for kind, usage in rows.items()),
-            ("total", str(total.files), str(total.bytes)),
+            *((kind, grouped(usage.files), size(usage.bytes)) for kind, usage in rows.items()),
+            ("total", grouped(total.files), size(total.bytes)),
         ],
         "",
     )

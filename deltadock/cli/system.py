@@ -36,6 +36,7 @@ from deltadock.settings import KEEP_ALIVE_SECONDS, Settings, get_settings
 from deltadock.storage.api_keys import key_secret, local_key_path
 from deltadock.storage.database import Database, migrate, normalise_url
 from deltadock.trust import is_loopback, keep_secret, kept_secret
+from deltadock.words import duration
 from deltadock.workers.lease import expire_leases_of_dead
 
 SECRET_FILE: Final = "node.secret"
@@ -138,7 +139,7 @@ def running(
             }
             for name, ready in readiness.items():
                 children[name].wait_until(ready)
-                console.print(f"  {name} is ready ({time.monotonic() - began:.0f} s)")
+                console.print(f"  {name} is ready ({duration(time.monotonic() - began)})")
         yield list(children.values())
 
 

@@ -20,6 +20,8 @@ from deltadock.compression.session import CompressionSession
 from deltadock.settings import get_settings
 from tests.cli.support import QUERY, Command, Delta, Inputs, compress, evaluate
 
+CLI_PAGE = Path(__file__).parents[2] / "docs/cli.md"
+
 
 def test_compress_writes_delta_and_report(inputs: Inputs, delta: Delta) -> None:
     report = delta.report
@@ -103,6 +105,28 @@ def test_inspect_as_json(inputs: Inputs, delta: Delta, deltadock: Command) -> No
     assert rows[QUERY]["rank"] == sum(rows[QUERY]["widths"].values())
     assert rows[QUERY]["error"] > 0
     assert document["files"] == ["chat_template.jinja"]
+
+
+def documented(command: str) -> set[str]:
+    """The fields that docs/cli.md says `command` prints with --json."""
+    row = re.search(rf"^\| `{command}` \| (.*) \|$", CLI_PAGE.read_text(), re.MULTILINE)
+    assert row is not None
+    return set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", row[1])))
+
+
+def test_json_has_the_documented_fields(
+    inputs: Inputs, delta: Delta, deltadock: Command, tmp_path: Path
+) -> None:
+    for arguments in (
+        ("preview", "--finetuned", inputs.finetuned),
+        evaluate(inputs, delta.path, "--window", 32),
+        ("inspect", delta.path),
+        ("verify", delta.path),
+        ("merge", "--base", inputs.base, "--delta", delta.path, "--out", tmp_path / "merged"),
+        ("doctor", "--url", "http://127.0.0.1:9"),
+    ):
+        found = json.loads(deltadock(*arguments, "--json").stdout)
+        assert set(found[0] if isinstance(found, list) else found) == documented(str(arguments[0]))
 
 
 def test_all_tables_have_one_form(inputs: Inputs, delta: Delta, deltadock: Command) -> None:
