@@ -165,13 +165,14 @@ document.addEventListener("change", ({ target }) => {
     count === 0 ? "Choose two to four deltas" : `${count} chosen${count === 1 ? ", one more at least" : count > 4 ? ", four at most" : ""}`;
 });
 
-// The next three write as `deltadock.words` does.
+// The next four write as `deltadock.words` does; none writes what needs an exponent.
+const significant = (value) => (value < 999.5 ? value.toPrecision(3) : value.toFixed(0));
 const counted = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 
 function size(bytes) {
   let power = 0;
   for (; bytes >= 999.5 && power < 5; power++) bytes /= 1000;
-  return `${power ? bytes.toPrecision(3) : bytes} ${["B", "kB", "MB", "GB", "TB", "PB"][power]}`;
+  return `${power ? significant(bytes) : bytes} ${["B", "kB", "MB", "GB", "TB", "PB"][power]}`;
 }
 
 // For pages that stay open.

@@ -210,8 +210,8 @@ if (form) {
       ] : [
         ["Artifact", size(found.artifact_bytes)],
         ["instead of", size(found.checkpoint_bytes)],
-        ["True ratio", `${found.ratio.toPrecision(3)} ×`],
-        ["Bits per weight", found.true_bits.toPrecision(3)],
+        ["True ratio", `${significant(found.ratio)} ×`],
+        ["Bits per weight", significant(found.true_bits)],
         ...found.parts.map(({ kind, bytes }) => [kind, size(bytes)]),
       ]);
     } catch (error) {

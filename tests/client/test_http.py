@@ -1,9 +1,12 @@
 """Requests: which errors responses are, what is sent again, and how often."""
 
+import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
+import anyio
 import httpx
 import pytest
 
@@ -244,6 +247,31 @@ def test_what_is_no_name_is_refused_before_it_is_sent(name: str) -> None:
         routes.delta(name)
     with pytest.raises(InvalidInput, match="project/model"):
         routes.model(name)
+
+
+def test_a_transfer_of_the_async_client_ends_when_it_is_cancelled(tmp_path: Path) -> None:
+    asked, answer_now = threading.Event(), threading.Event()
+    answered: list[bool] = []
+
+    def handle(_request: httpx.Request) -> httpx.Response:
+        asked.set()
+        answered.append(answer_now.wait(20))
+        return answer(404)
+
+    client = http.AsyncClient("http://deltadock", "ddk_x")
+    client._blocking._http = httpx.Client(
+        base_url="http://deltadock", transport=httpx.MockTransport(handle)
+    )
+
+    async def download_and_cancel() -> None:
+        async with client, anyio.create_task_group() as group:
+            group.start_soon(client.download, "maths/skills", tmp_path / "skills.delta")
+            await anyio.to_thread.run_sync(asked.wait)
+            group.cancel_scope.cancel()
+
+    anyio.run(download_and_cancel)
+    assert answered == []
+    answer_now.set()
 
 
 def test_both_clients_have_the_same_methods() -> None:

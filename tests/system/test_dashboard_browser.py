@@ -359,6 +359,10 @@ def test_scripts_write_sizes_counts_and_times_as_everything_else_does(page: Page
     page.goto("/")
     sizes = [0, 999, 1000, 1005, 99_950, 999_499, 999_500, 12_345_678, 999_999_999, 2 * 10**12]
     assert page.evaluate("sizes => sizes.map(size)", sizes) == list(map(words.size, sizes))
+    values = [0.000123, 0.9995, 9.9951, 13.2014, 999.4, 999.6, 12_345.6]
+    assert page.evaluate("values => values.map(significant)", values) == [
+        words.significant(value) for value in values
+    ]
     counts = [0, 1, 2, 32_768]
     assert page.evaluate("all => all.map((one) => counted(one, 'job'))", counts) == [
         words.counted(count, "job") for count in counts
