@@ -1,4 +1,4 @@
-"""Engines, sessions, locks, the clock and migrations, on SQLite and Postgres alike.
+"""Engines, sessions, locks, the clock, the planner and migrations, on SQLite and Postgres alike.
 
 The caller owns the unit of work: `with database.session_scope() as session:` commits once, when
 the block ends; repositories never commit.
@@ -12,11 +12,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    create_engine,
+    event,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 from sqlalchemy.pool import QueuePool
 
 from deltadock.errors import Conflict, InvalidInput, StorageFull, Unavailable
@@ -117,6 +126,14 @@ def lock_keys(session: Session, keys: Iterable[tuple[str, ...]]) -> None:
             text("SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key"),
             {"keys": numbers},
         )
+
+
+def unindexed(column: InstrumentedAttribute[Any]) -> ColumnElement[str]:
+    """The column, hidden from the planner.
+
+    Without it, SQLite reads rows of more than a few ids by walking all rows of their tenant.
+    """
+    return column.concat("")
 
 
 def make_engine(url: str) -> Engine:

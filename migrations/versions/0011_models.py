@@ -10,7 +10,7 @@ from alembic import op
 
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import UtcDateTime
-from deltadock.storage.repositories.models import words_of
+from deltadock.storage.repositories.terms import words_of
 
 revision = "0011"
 down_revision = "0010"

@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, and_, exists, func, or_, select, tuple_, u
 from sqlalchemy.orm import Session, joinedload
 
 from deltadock.errors import Conflict, NotFound
-from deltadock.storage.database import database_now, lock_key
+from deltadock.storage.database import database_now, lock_key, unindexed
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
     AuditAction,
@@ -18,7 +18,6 @@ from deltadock.storage.models import (
     UploadState,
 )
 from deltadock.storage.repositories.audit import record
-from deltadock.storage.repositories.models import unindexed
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session, contains_eager, joinedload, selectinload
 
 from deltadock.errors import Cancelled
 from deltadock.names import DEFAULT, parse_reference
-from deltadock.storage.database import database_now, lock_key
+from deltadock.storage.database import database_now, lock_key, unindexed
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
     UNSUCCESSFUL,
@@ -24,7 +24,7 @@ from deltadock.storage.models import (
 from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.checkpoints import BaseRepository
 from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, DeltaSort, Key, find_page
-from deltadock.storage.repositories.models import ModelRepository, unindexed
+from deltadock.storage.repositories.models import ModelRepository
 from deltadock.storage.repositories.shown import (
     DELTA,
     DELTA_OF_ALIAS,

@@ -18,7 +18,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session, joinedload
 from sqlalchemy.sql.elements import ColumnElement
 
-from deltadock.storage.database import database_now
+from deltadock.storage.database import database_now, unindexed
 from deltadock.storage.models import (
     FINAL_STATES,
     RUNNING_ORDER,
@@ -33,7 +33,6 @@ from deltadock.storage.models import (
 )
 from deltadock.storage.repositories.audit import DONE, record
 from deltadock.storage.repositories.listing import ANY_JOB, JobFilter, Key, find_jobs
-from deltadock.storage.repositories.models import unindexed
 from deltadock.storage.repositories.shown import JOB, SELECT_JOBS, ShownJob
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 

@@ -15,9 +15,10 @@ from typing import Any, Final, TypeVarTuple
 from sqlalchemy import ColumnElement, Select, and_, exists, func, select, true, tuple_, union_all
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from deltadock.storage.database import unindexed
 from deltadock.storage.models import DeltaRow, JobRow, JobState
-from deltadock.storage.repositories.models import RARE, TermFilter, unindexed
 from deltadock.storage.repositories.shown import ShownDelta, ShownJob
+from deltadock.storage.repositories.terms import RARE, TermFilter
 
 Row = TypeVarTuple("Row")
 

@@ -1,17 +1,15 @@
 """Models, their aliases and what moved them."""
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
-from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, and_, delete, exists, select
-from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
+from sqlalchemy import ColumnElement, delete, exists, select
+from sqlalchemy.orm import Session
 
 from deltadock.errors import Conflict
 from deltadock.names import DEFAULT
-from deltadock.storage.database import database_now, lock_key
+from deltadock.storage.database import database_now, lock_key, unindexed
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
     AliasMoveRow,
@@ -25,89 +23,13 @@ from deltadock.storage.models import (
     WebhookEvent,
 )
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.terms import TermFilter, words_of
 from deltadock.storage.repositories.webhooks import WebhookRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
-
-RARE: Final = 500
-"""Rows that are sorted rather than found in order."""
-FEW: Final = 2000
-"""Models with several common terms that are sorted: few of many have them, and a walk by name would
-be long."""
-MAX_WORDS: Final = 500
-"""Words of one model that it is found by."""
-_WORD: Final = re.compile(r"[^\W_]{1,64}")
-
-
-def words_of(*texts: str) -> list[str]:
-    """The words that a model with these texts is found by, in lower case, without repetition."""
-    found = (word for text in texts for word in _WORD.findall(text.lower()))
-    return list(dict.fromkeys(found))[:MAX_WORDS]
-
-
-class TermFilter:
-    """Which models have a tag, and words that begin as those of a text.
-
-    Of terms that few models have, the first drives the statement (`few`): SQLite has no statistics
-    by which it could choose one. `conditions` are for the others. If few models have all of several
-    common terms, these models do.
-    """
-
-    def __init__(
-        self, session: Session, tenant_id: str, *, tag: str | None, text: str | None
-    ) -> None:
-        self._terms = [partial(_is_word, word) for word in words_of(text or "")]
-        if tag is not None:
-            self._terms.append(partial(_is_tag, tag))
-        self.few: Sequence[str] | None = None
-        """The models with one or all of the terms, if they are few."""
-        driver = aliased(ModelTermRow)
-
-        def find(limit: int, term: _Term, *others: ColumnElement[bool]) -> Sequence[str]:
-            query = select(driver.model_id).where(driver.tenant_id == tenant_id, term(driver))
-            return session.scalars(query.where(*others).distinct().limit(limit)).all()
-
-        for term in self._terms:
-            if len(some := find(RARE + 1, term)) <= RARE:
-                self.few = some
-                self._terms.remove(term)
-                return
-        if len(self._terms) > 1:
-            some = find(FEW + 1, self._terms[0], *self.conditions(driver.model_id)[1:])
-            if len(some) <= FEW:
-                self.few, self._terms = some, []
-
-    def conditions(self, model_id: InstrumentedAttribute[str]) -> list[ColumnElement[bool]]:
-        """That the model has the other terms; each is looked up among the model's own."""
-        return [
-            exists().where(ModelTermRow.model_id == model_id, term(ModelTermRow))
-            for term in self._terms
-        ]
-
-
-_Term = Callable[[type[ModelTermRow]], ColumnElement[bool]]
-"""Whether a row is of a term."""
-
-
-def _is_word(beginning: str, row: type[ModelTermRow]) -> ColumnElement[bool]:
-    return and_(
-        row.kind == TermKind.WORD, row.term >= beginning, row.term < beginning + chr(0x10FFFF)
-    )
-
-
-def _is_tag(tag: str, row: type[ModelTermRow]) -> ColumnElement[bool]:
-    return and_(row.kind == TermKind.TAG, row.term == tag)
 
 
 def _deleted(name: str) -> Conflict:
     return Conflict(f"The model {name!r} was deleted; its name is not used again.")
-
-
-def unindexed(column: InstrumentedAttribute[Any]) -> ColumnElement[str]:
-    """The column, hidden from the planner.
-
-    Without it, SQLite reads rows of more than a few ids by walking all rows of their tenant.
-    """
-    return column.concat("")
 
 
 class Answering(NamedTuple):

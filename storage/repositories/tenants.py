@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session, joinedload
 
 from deltadock.errors import Conflict, InvalidInput
 from deltadock.storage.api_keys import hmac_of, new_key, prefix_of
-from deltadock.storage.database import database_now, lock_key
+from deltadock.storage.database import database_now, lock_key, unindexed
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
     RUNNING_ORDER,
@@ -20,7 +20,6 @@ from deltadock.storage.models import (
     TenantRow,
 )
 from deltadock.storage.repositories.audit import record
-from deltadock.storage.repositories.models import unindexed
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.repositories.uploads import UploadRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of

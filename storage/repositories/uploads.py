@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session, joinedload, selectinload
 
-from deltadock.storage.database import database_now
+from deltadock.storage.database import database_now, unindexed
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
     AuditAction,
@@ -35,7 +35,6 @@ from deltadock.storage.models import (
 )
 from deltadock.storage.repositories.audit import DONE, record
 from deltadock.storage.repositories.blobs import BlobRepository, lock_blobs
-from deltadock.storage.repositories.models import unindexed
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
