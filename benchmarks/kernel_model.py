@@ -29,15 +29,22 @@ import heapq
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from benchmarks.kernel import GPU_STEPS, LAYER, SWEEP, Projection, groups_of, name_of
-from benchmarks.machine_code import compile_kernel, disassemble, programs_per_sm
+from benchmarks.machine_code import (
+    compile_kernel,
+    disassemble,
+    loads_to_the_stack,
+    programs_per_sm,
+)
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.chunks import BLOCK_INPUTS, CHUNK_ROWS
 from deltadock.kernels.svd_delta.layout import TILE_RANKS, WARP_INPUTS
 from deltadock.kernels.svd_delta.triton import (
     DEFAULT,
+    PREPARE,
     SUM_PARTS,
     UNSPECIALIZED,
     ExpandForm,
@@ -96,7 +103,7 @@ BASE_STEP: Final = 233e6 * 2 / COPY_BANDWIDTH / 0.85
 """Microseconds of a layer's products of a decode step, at 85 % of copy bandwidth."""
 
 TYPES: Final = {"addresses_ptr": "*i64"} | dict.fromkeys(
-    ("projected_ptr", "rests_ptr", "scales_ptr", "sums_ptr"), "*fp32"
+    ("projected_ptr", "rests_ptr", "scales_ptr"), "*fp32"
 )
 NUMBERS: Final = (
     "x_stride", "y_stride", "xs_stride", "scales_stride", "h_in", "padded_h_in", "max_tiles",
@@ -138,6 +145,7 @@ class Code:
             last; counted by hand.
         plane_loads: those on the way to a plane's first step.
         shared_in_loops: instructions of the inner loops that are barriers or access shared memory.
+        stalls: loads between the wait and the inner loops, or them, that go to the stack at once.
         head: instructions before the wait for the previous kernel; 0 if launches do not overlap.
         head_loads: of `loads` and the first plane's, those before the wait; counted by hand.
         tile: instructions beside them for each tile.
@@ -156,6 +164,7 @@ class Code:
     head: int = 0
     head_loads: int = 0
     tile: int = 0
+    stalls: int = 0
 
     @property
     def programs_per_sm(self) -> int:
@@ -164,11 +173,11 @@ class Code:
 
 
 DEPENDENT_LOADS: Final = {
-    "prepare_kernel": (4, 0, 3), "shrink_kernel": (6, 1, 5), "expand_kernel": (5, 1, 4),
+    "prepare_kernel": (4, 0, 3), "shrink_kernel": (5, 1, 5), "expand_kernel": (5, 1, 4),
 }  # fmt: skip
 """`Code.loads`, `Code.plane_loads` and `Code.head_loads`. Prepare: slot, descriptor, scale,
-then x. Shrink: slot, descriptors, the linear's, tile, scale, then the sums; words. Expand: the
-number of chunks, slot, descriptor, blocks, then the peaks; words."""
+then x. Shrink: slot, descriptors, the linear's, tile, scale; words. Expand: the number of chunks,
+slot, descriptor, blocks, then the peaks; words."""
 MEASURED_CODES: Final = (
     Code(8, (307, 327, 494, 869), 127, 567, 182, 0, 81_920, 6, 2, 8),
     Code(8, (739, 429, 331, 292), 1_380, 953, 249, 0, 65_536, 5, 3, 16),
@@ -211,13 +220,17 @@ def read_code(name: str, compiled: Any, warps: int) -> Code:
         for loop in code.outer_loops
         if loop.start < loops[0].start and loop.stop > loops[-1].stop
     ]
+    stalls = sum(
+        place > head and not any(loop.start <= place < loop.stop for loop in loops)
+        for place in loads_to_the_stack(code.listing)
+    )
     # A program of shrink rarely takes a second tile.
     everything = sum(sizes) + len(PLANES) * between
     tile = min(around) - everything if name == "expand_kernel" else 0
     return Code(
         warps, sizes, between, len(code.operations) - everything - tile,
         code.registers, code.stack_bytes, code.shared_bytes, loads, plane_loads, shared,
-        head, head_loads, tile,
+        head, head_loads, tile, stalls,
     )  # fmt: skip
 
 
@@ -230,7 +243,7 @@ class Codes(NamedTuple):
 
     shrink: Mapping[Form, Code]
     expand: Mapping[ExpandForm, Code]
-    prepare: Code | None = None
+    prepare: Mapping[Form, Code] = MappingProxyType({})
     """None: it takes a launch and no more, as the one that was measured."""
     chunk_rows: int = CHUNK_ROWS
     warp_inputs: Sequence[int] = SHRINK_INPUTS
@@ -246,16 +259,12 @@ def code_of(name: str, form: Form, capability: int) -> Code:
     return read_code(name, compile_for(capability, getattr(kernel, name), "bf16", form), form.warps)
 
 
-PREPARE: Final = Form(8, 0)
-"""Its registers are not limited."""
-
-
 def codes(variant: Variant, capability: int) -> Codes:
     """The compiled kernels of a variant."""
     return Codes(
         {form: code_of("shrink_kernel", form, capability) for form in variant.shrink},
         {form: code_of("expand_kernel", form, capability) for form in variant.expand},
-        code_of("prepare_kernel", PREPARE, capability),
+        {form: code_of("prepare_kernel", form, capability) for form in PREPARE},
     )
 
 
@@ -370,10 +379,11 @@ def launches_of(
     Among deltas alone all of them, but a product of cuBLAS does not do that.
     """
     prepare = LAUNCH
-    if codes.prepare is not None:
-        blocks = len(projection.h_outs) * -(-projection.h_in // BLOCK_INPUTS)
+    if codes.prepare:
+        prepares = rows * len(projection.h_outs) * -(-projection.h_in // BLOCK_INPUTS)
+        form = form_of(tuple(codes.prepare), lambda _: prepares, MULTIPROCESSORS)
         prepare = launch_microseconds(
-            [[[[]]]] * (blocks * rows), codes.prepare, bound, overlaps=overlaps[0]
+            [[[[]]]] * prepares, codes.prepare[form], bound, overlaps=overlaps[0]
         )
 
     def shrinks(form: Form) -> int:

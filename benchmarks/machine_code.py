@@ -176,6 +176,29 @@ def global_accesses(listing: str, constant: int) -> list[int]:
     return found
 
 
+def loads_to_the_stack(listing: str) -> list[int]:
+    """Which instructions load from global memory what is stored on the stack before it is used.
+
+    The thread waits for such a load at once.
+    """
+    loaded: dict[str, int] = {}
+    found = []
+    instructions = filter(None, map(INSTRUCTION.match, listing.splitlines()))
+    for place, instruction in enumerate(instructions):
+        operation, rest = instruction[1], instruction[2]
+        modifiers, _, operands = rest.partition(" ")
+        if operation == "STL":
+            source = re.search(r", (U?R\d+)", operands)
+            if source is not None and source[1] in loaded:
+                found.append(loaded[source[1]])
+        for register in re.findall(r"\bR\d+\b", operands):
+            loaded.pop(register, None)
+        if operation == "LDG":
+            count = 4 if ".128" in modifiers else 2 if ".64" in modifiers else 1
+            loaded |= dict.fromkeys(_registers(operands.partition(",")[0], count), place)
+    return found
+
+
 def _registers(operand: str, count: int) -> list[str]:
     register = re.fullmatch(r"(U?R)(\d+)", operand.strip())
     return [f"{register[1]}{int(register[2]) + i}" for i in range(count)] if register else []

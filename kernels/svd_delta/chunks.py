@@ -43,7 +43,8 @@ class Chunks:
         row_slots: (max_rows,) int32, each row's slot; 0 past the last row.
         fixed: (max_chunks * CHUNK_ROWS, ...) int32, scratch of one call: each linear's inputs as
             fixed-point numbers, for each width of a plane in its own order, high bytes before low.
-        scales, sums: scale and sum of every `BLOCK_INPUTS` of them, float32.
+        scales: (max_chunks * CHUNK_ROWS, ..., 2) float32, scale and sum of every `BLOCK_INPUTS` of
+            them.
         projected: (max_chunks * CHUNK_ROWS, max_tiles, TILE_RANKS) float32 projections; 0 past a
             tile's last rank.
         peaks, rests: (max_chunks, max_tiles, CHUNK_ROWS), of each tile of ranks the largest
@@ -84,8 +85,7 @@ class Chunks:
         self.rows, self.slots = self._buffer[:positions], self._buffer[positions:end]
         self.used, self.row_slots = self._buffer[end : end + 1], self._buffer[end + 1 :]
         self.fixed = torch.empty(positions, 2 * self.width, dtype=torch.int32, device=device)
-        self.scales = torch.empty(positions, self.width // BLOCK_INPUTS, device=device)
-        self.sums = torch.empty_like(self.scales)
+        self.scales = torch.empty(positions, self.width // BLOCK_INPUTS, 2, device=device)
         self.projected = torch.empty(positions, self.max_tiles, TILE_RANKS, device=device)
         tiles = (self.max_chunks, self.max_tiles, CHUNK_ROWS)
         self.peaks = torch.empty(tiles, dtype=torch.int32, device=device)

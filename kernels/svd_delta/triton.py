@@ -133,6 +133,8 @@ def form_of(forms: Sequence[F], programs_of: Callable[[F], int], multiprocessors
     return forms[-1]
 
 
+PREPARE: Final = (Form(8, 32), Form(4, 40))
+"""Forms of `prepare`: with many rows its programs run at once if they have four warps."""
 SUM_PARTS: Final = 8
 """Parts of shrink's sum over the inputs, for any number of warps: each eighth of their steps."""
 REGISTERS: Final = 65_536
@@ -168,59 +170,77 @@ _FINITE = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def load_bits(pointers, EMULATE: tl.constexpr):
+def _ceil_div(number, divisor: tl.constexpr):
+    """`number / divisor` rounded up; of a number that is not negative compilers make a shift."""
+    return ((number + (divisor - 1)).to(tl.uint32) // divisor).to(tl.int32)
+
+
+@triton.jit
+def load_bits(addresses, EMULATE: tl.constexpr):
     """Load 32-bit words, as int32, into the threads that compute with them.
 
     Triton would load 16 bytes a thread and move them between threads through shared memory, with
     barriers. An instruction that it does not know gets the layout of its result's use.
     """
     if EMULATE:
-        bits = tl.load(pointers.to(tl.pointer_type(tl.int32), bitcast=True))
+        bits = tl.load(addresses.to(tl.pointer_type(tl.int32)))
     else:
         bits = tl.inline_asm_elementwise(
-            "ld.global.b32 $0, [$1];", "=r,l", [pointers.to(tl.int64)],
+            "ld.global.b32 $0, [$1];", "=r,l", [addresses],
             dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     return bits
 
 
 @triton.jit
-def load_inputs(pointers, EMULATE: tl.constexpr):
+def load_inputs(addresses, EMULATE: tl.constexpr):
     """`load_bits` of 16 bytes at once: a thread's words 0 to 3 on the last axis."""
     if EMULATE:
-        bits = load_bits(pointers, EMULATE)
+        bits = load_bits(addresses, EMULATE)
     else:
         bits = tl.inline_asm_elementwise(
             "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l,l,l,l",
-            [pointers.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=4,
+            [addresses], dtype=tl.int32, is_pure=True, pack=4,
         )  # fmt: skip
     return bits
 
 
 @triton.jit
-def load_words(pointers, VECTOR: tl.constexpr, EMULATE: tl.constexpr):
+def load_words(addresses, VECTOR: tl.constexpr, EMULATE: tl.constexpr):
     """`load_bits` of words 0 to 3, on the last axis, of two vectors, 8 apart on the axis of ranks.
 
     In the product's operand a thread's numbers alternate between two vectors, one by one or in
     pairs. Without VECTOR addresses need not be multiples of 16.
     """
     if EMULATE:
-        bits = load_bits(pointers, EMULATE)
+        bits = load_bits(addresses, EMULATE)
     elif VECTOR and _PAIRED:
         bits = tl.inline_asm_elementwise(
             "ld.global.v4.b32 {$0, $1, $4, $5}, [$8]; ld.global.v4.b32 {$2, $3, $6, $7}, [$10];",
             "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,l,l,l,l,l,l,l",
-            [pointers.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=8,
+            [addresses], dtype=tl.int32, is_pure=True, pack=8,
         )  # fmt: skip
     elif VECTOR:
         bits = tl.inline_asm_elementwise(
             "ld.global.v4.b32 {$0, $2, $4, $6}, [$8]; ld.global.v4.b32 {$1, $3, $5, $7}, [$9];",
             "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,l,l,l,l,l,l,l",
-            [pointers.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=8,
+            [addresses], dtype=tl.int32, is_pure=True, pack=8,
         )  # fmt: skip
     else:
-        bits = load_bits(pointers, EMULATE)
+        bits = load_bits(addresses, EMULATE)
     return bits
+
+
+@triton.jit
+def store_bits(addresses, bits, EMULATE: tl.constexpr):
+    """Store 32-bit words from the threads that have them; Triton would exchange them first."""
+    if EMULATE:
+        tl.store(addresses.to(tl.pointer_type(tl.int32)), bits)
+    else:
+        tl.inline_asm_elementwise(
+            "st.global.b32 [$1], $2; mov.b32 $0, 0;", "=r,l,r", [addresses, bits],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -251,7 +271,7 @@ def load_run(addresses, COUNT: tl.constexpr, VECTOR: tl.constexpr, EMULATE: tl.c
         run = load_run(addresses, COUNT // 2, VECTOR, EMULATE)
         run += load_run(addresses + 2 * COUNT, COUNT // 2, VECTOR, EMULATE)
     elif EMULATE:
-        run = (load_bits(addresses.to(tl.pointer_type(tl.int32)), EMULATE),)
+        run = (load_bits(addresses, EMULATE),)
     elif COUNT == 1:
         run = (
             tl.inline_asm_elementwise(
@@ -330,9 +350,9 @@ def _fixed_point(x, inverse):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def prepare_kernel(
-    xs_ptr, xs_stride, scales_ptr, sums_ptr, scales_stride, x_ptr, x_stride, h_in, padded_h_in,
+    xs_ptr, xs_stride, scales_ptr, scales_stride, x_ptr, x_stride, h_in, padded_h_in,
     rows_ptr, slots_ptr, addresses_ptr, descriptors_ptr,
-    LINEARS: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
+    LINEARS: tl.constexpr, VECTOR: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """A block of a row times a linear's column scale: fixed-point numbers, their scale and sum."""
     start_next(OVERLAP)
@@ -348,6 +368,8 @@ def prepare_kernel(
     if (row < 0) | (tiles == 0):
         wait_for_previous(OVERLAP)
         return
+    if VECTOR:  # One check for all numbers of a load.
+        h_in = h_in // 16 * 16
     columns = block * _BLOCK_INPUTS + tl.arange(0, _BLOCK_INPUTS)
     scale_ptr = address.to(tl.pointer_type(tl.float32)) + scale_word
     mask = columns < tl.where(scale_word >= 0, h_in, 0)
@@ -359,9 +381,9 @@ def prepare_kernel(
     fixed = _fixed_point(x, _inverse(peak))
     scale = peak * (1.0 / _LARGEST)
     total = tl.sum((fixed & 0xFFFF) - 0x8080, axis=0).to(tl.float32)
-    place = position * scales_stride + linear * tl.num_programs(1) + block
-    tl.store(scales_ptr + place, scale)
-    tl.store(sums_ptr + place, total * scale)
+    scales_ptr += position * scales_stride + (linear * tl.num_programs(1) + block) * 2
+    tl.store(scales_ptr, scale)
+    tl.store(scales_ptr + 1, total * scale)
     halves = ((fixed ^ 0x8080) & 0xFFFF).to(tl.int16)
     xs_ptr += position.to(tl.int64) * xs_stride + linear * (2 * padded_h_in)
     for DIGIT in tl.static_range(4):
@@ -389,7 +411,7 @@ def _prefetch_tile(words_ptr, plane_words, bits, rank_count, h_in, WARPS: tl.con
     index = tl.arange(0, WARPS * 32) * 16
     for DIGIT in tl.static_range(4):
         if bits & (8 >> DIGIT):
-            words = (h_in * (8 >> DIGIT) + 31) // 32 * rank_count
+            words = _ceil_div(h_in * (8 >> DIGIT), 32) * rank_count
             plane_ptr = words_ptr + plane_words[DIGIT]
             for first in range(0, words, WARPS * 32 * 16):
                 prefetch(plane_ptr + first + index, first + index < words)
@@ -397,57 +419,61 @@ def _prefetch_tile(words_ptr, plane_words, bits, rank_count, h_in, WARPS: tl.con
 
 @triton.jit
 def _shrink_plane(
-    totals, weight, xs_ptrs, scale_ptrs, words_ptr, ranks, h_in,
+    totals, weight, xs_addresses, scale_addresses, words_address, last, h_in,
     P: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add one plane's projection, times `weight`, to `totals`, each (warps, ranks, rows).
 
+    Past rank `last`, words of the last.
+
     A step of a warp takes 16 words of each vector, of wide codes 32 or 64. The steps take the
     parts of the sum in turn.
     """
-    RANKS: tl.constexpr = ranks.shape[0]
     FIELDS: tl.constexpr = 8 // P
     RUNS: tl.constexpr = P // 2 if P > 2 else 1
     INPUTS: tl.constexpr = 512 * RUNS // P
-    index = tl.arange(0, 4)
+    index = tl.arange(0, 4) * 16
     unit = tl.arange(0, WARPS)
-    word = (unit * (16 * RUNS))[:, None, None] + (4 * index)[None, None, :]
-    rows = (ranks * ((h_in * P + 31) // 32))[None, :, None]
-    word_ptrs = (words_ptr + (rows + word))[:, :, :, None] + index[None, None, None, :]
-    x_ptrs = (xs_ptrs[None, :, None] + word * FIELDS)[:, :, :, None] + index[None, None, None, :]
-    words = load_words(word_ptrs, VECTOR, EMULATE)
-    for _ in range(tl.cdiv(tl.cdiv(h_in, INPUTS), _PARTS) * (_PARTS // WARPS)):
-        acc = tl.zeros((WARPS, RANKS, 2 * _ROWS), tl.int32)
+    byte = (unit * (64 * RUNS))[:, None, None] + index[None, None, :]
+    rank = tl.arange(0, _RANKS)[None, :, None]
+    stride = 4 * _ceil_div(h_in * P, 32)
+    words_addresses = row_addresses(words_address + byte, rank, last, stride, EMULATE)
+    words_addresses = words_addresses[:, :, :, None] + (index // 4)[None, None, None, :]
+    x_addresses = (xs_addresses[None, :, None] + byte * FIELDS)[:, :, :, None]
+    x_addresses += (index // 4)[None, None, None, :]
+    words = load_words(words_addresses, VECTOR, EMULATE)
+    for _ in range(_ceil_div(h_in, INPUTS * _PARTS) * (_PARTS // WARPS)):
+        acc = tl.zeros((WARPS, _RANKS, 2 * _ROWS), tl.int32)
         for run in tl.static_range(RUNS):
             # The next words are asked for before these are used.
-            word_ptrs += 16 if run + 1 < RUNS else 16 * (1 + RUNS * (WARPS - 1))
-            next_words = load_words(word_ptrs, VECTOR, EMULATE)
+            words_addresses += 64 if run + 1 < RUNS else 64 * (1 + RUNS * (WARPS - 1))
+            next_words = load_words(words_addresses, VECTOR, EMULATE)
             for field in tl.static_range(FIELDS):
                 codes = spread(_codes(words, P, field), EMULATE)
-                codes = tl.reshape(codes, (WARPS, RANKS, 4, 2, 2, 4))
+                codes = tl.reshape(codes, (WARPS, _RANKS, 4, 2, 2, 4))
                 codes = tl.permute(codes, (0, 1, 3, 2, 4, 5) if _PAIRED else (0, 1, 3, 4, 2, 5))
-                codes = tl.reshape(codes, (WARPS, RANKS, 64))
-                x = load_inputs(x_ptrs + (16 * FIELDS * run + 4 * field), EMULATE)
+                codes = tl.reshape(codes, (WARPS, _RANKS, 64))
+                x = load_inputs(x_addresses + (64 * FIELDS * run + 16 * field), EMULATE)
                 x = tl.reshape(spread(x, EMULATE), (WARPS, 2 * _ROWS, 4, 2, 2, 4))
                 x = tl.permute(x, (0, 3, 2, 4, 5, 1) if _PAIRED else (0, 3, 4, 2, 5, 1))
                 x = tl.reshape(x, (WARPS, 64, 2 * _ROWS))
                 acc = dot_bytes(codes, x, acc, EMULATE)
             words = next_words
-        high, low = tl.split(tl.reshape(acc, (WARPS, RANKS, _ROWS, 2)))
-        blocks = (unit * INPUTS // _BLOCK_INPUTS)[:, None, None]
-        scale = load_bits(scale_ptrs[None, None, :] + blocks, EMULATE)
+        high, low = tl.split(tl.reshape(acc, (WARPS, _RANKS, _ROWS, 2)))
+        block = (unit * INPUTS).to(tl.uint32) // _BLOCK_INPUTS
+        scale = load_bits(scale_addresses[None, None, :] + (block * 8)[:, None, None], EMULATE)
         scale = scale.to(tl.float32, bitcast=True) * weight
         total = totals[0] + (high * 256 + low).to(tl.float32) * scale
         totals = totals[1:] + (total,)  # noqa: RUF005 (Triton knows no other)
         unit += WARPS
-        x_ptrs += 16 * RUNS * FIELDS * WARPS
+        x_addresses += 64 * RUNS * FIELDS * WARPS
     return totals
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def shrink_kernel(
     projected_ptr, peaks_ptr, rests_ptr, max_tiles, xs_ptr, xs_stride,
-    scales_ptr, sums_ptr, scales_stride, block_count, h_in, padded_h_in,
+    scales_ptr, scales_stride, block_count, h_in, padded_h_in,
     slots_ptr, addresses_ptr, descriptors_ptr,
     LINEARS: tl.constexpr, BLOCKS: tl.constexpr, WARPS: tl.constexpr, VECTOR: tl.constexpr,
     OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
@@ -486,7 +512,6 @@ def shrink_kernel(
             tl.load(tile_ptr + 6),
         )  # fmt: skip
         index = tl.arange(0, _RANKS)
-        ranks = tl.minimum(index, rank_count - 1)  # of the tile's words
         mask = index < rank_count
         delta_ranks = tl.load(tile_ptr + 1) + index
         s = tl.load(floats_ptr + tl.load(descriptor + 3) + delta_ranks, mask=mask, other=0.0)
@@ -499,34 +524,43 @@ def shrink_kernel(
         if OVERLAP:
             _prefetch_tile(words_ptr, plane_words, v_bits, rank_count, h_in, WARPS)
         started = wait_for_previous(OVERLAP)
-        places = positions * scales_stride + linear * block_count
-        scale_ptrs = scales_ptr + started + places
+        scale_ptrs = scales_ptr + started + positions * scales_stride + linear * (2 * block_count)
+        scale_addresses = scale_ptrs.to(tl.int64)
         offsets = (chunk * _ROWS + columns // 2).to(tl.int64) * xs_stride
-        xs_ptrs = xs_ptr + started + (offsets + columns % 2 * (padded_h_in // 4))
-        blocks = tl.arange(0, BLOCKS)
-        sums = tl.load(
-            sums_ptr + started + (places[:, None] + blocks[None, :]),
-            mask=(blocks < block_count)[None, :], other=0.0,
-        )  # fmt: skip
+        offsets += columns % 2 * (padded_h_in // 4) + linear * (2 * padded_h_in)
+        xs_addresses = (xs_ptr + started + offsets).to(tl.int64)
         totals = (tl.zeros((WARPS, _RANKS, _ROWS), tl.float32),) * (_PARTS // WARPS)
         for DIGIT in tl.static_range(4):
+            if DIGIT == 3:
+                # Not earlier: compilers would keep them on the stack, and wait for them first.
+                blocks = tl.arange(0, BLOCKS)
+                sums = tl.load(
+                    scale_ptrs[:, None] + (blocks * 2 + 1)[None, :],
+                    mask=(blocks < block_count)[None, :], other=0.0,
+                )  # fmt: skip
             if v_bits & (8 >> DIGIT):
                 weight = (1 << (v_bits & ((8 >> DIGIT) - 1))).to(tl.float32)
-                copy = linear * (2 * padded_h_in) + DIGIT * (padded_h_in // 2)
-                plane_ptr = words_ptr + plane_words[DIGIT]
                 totals = _shrink_plane(
-                    totals, weight, xs_ptrs + copy, scale_ptrs, plane_ptr, ranks, h_in,
+                    totals, weight, xs_addresses + DIGIT * 2 * padded_h_in, scale_addresses,
+                    address + 4 * plane_words[DIGIT].to(tl.int64), rank_count - 1, h_in,
                     8 >> DIGIT, WARPS, VECTOR, EMULATE,
                 )  # fmt: skip
-        result = (
-            _sum_over_warps(_sum_of_parts(totals)) - v_zero[:, None] * tl.sum(sums, axis=1)[None, :]
-        )
+        result = _sum_over_warps(_sum_of_parts(totals))
+        result -= v_zero[:, None] * tl.sum(sums, axis=1)[None, :]
         result *= s[:, None]  # 0 past the last rank
-        out = ((positions * max_tiles + tile) * _RANKS)[None, :] + index[:, None]
-        tl.store(projected_ptr + out, result)
+        out = projected_ptr + ((positions * max_tiles + tile) * _RANKS)[None, :] + index[:, None]
+        store_bits(out.to(tl.int64), result.to(tl.int32, bitcast=True), EMULATE)
+        magnitudes = result.to(tl.int32, bitcast=True) & _FINITE
+        peak, rest = tl.reduce((magnitudes, result * u_zero[:, None]), 0, _largest_and_sum)
         places = (chunk * max_tiles + tile) * _ROWS + tl.arange(0, _ROWS)
-        tl.store(peaks_ptr + places, tl.max(result.to(tl.int32, bitcast=True) & _FINITE, axis=0))
-        tl.store(rests_ptr + places, tl.sum(result * u_zero[:, None], axis=0))
+        tl.store(peaks_ptr + places, peak)
+        tl.store(rests_ptr + places, rest)
+
+
+@triton.jit
+def _largest_and_sum(largest, total, other_largest, other_total):
+    """Combine what two parts have: the largest of some numbers, and the sum of others."""
+    return tl.maximum(largest, other_largest), total + other_total
 
 
 @triton.jit
@@ -557,7 +591,7 @@ def _block_words(
     # exist.
     column = tl.arange(0, 8) * BITS // 32 + tile * (COLUMNS * P // 32)
     first = words_address + (word[:, None, None] + column[None, None, :]).to(tl.int64) * 4
-    stride = 4 * ((h_out * P + 31) // 32)
+    stride = 4 * _ceil_div(h_out * P, 32)
     # Past the last rank, words of the last.
     last = count[:, None, None] - 1
     index = tl.arange(0, _RANKS // 4)[None, :, None] * 4
@@ -588,7 +622,7 @@ def _prefetch_blocks(
         block_ptr = blocks_ptr + block * _BLOCK
         count = tl.load(block_ptr + 1, mask=block < end, other=0)
         word = tl.load(block_ptr + 2, mask=block < end, other=0) + tile * (COLUMNS // 32) * plane
-        word = word[:, None] + index * ((h_out * plane + 31) // 32)[:, None]
+        word = word[:, None] + index * _ceil_div(h_out * plane, 32)[:, None]
         prefetch(words_ptr + word, index < count[:, None])
 
 
@@ -668,7 +702,7 @@ def _expand_plane(
         # The next block is asked for before this one is used.
         block += WARPS
         next_tile, count, word, next_weight = _block(blocks_address, block, end, EMULATE)
-        if P * COLUMNS < 2048:
+        if P * COLUMNS * WARPS < 8192:
             next_words = _block_words(
                 words_address, word, count, tile, h_out, P, COLUMNS, VECTOR, EMULATE
             )
@@ -680,7 +714,7 @@ def _expand_plane(
         codes = tl.reshape(spread(codes, EMULATE), (WARPS, _RANKS // 4, 8, RUN, 4))
         codes = tl.reshape(tl.permute(codes, (0, 3, 2, 1, 4)), (WARPS, COLUMNS, _RANKS))
         acc = dot_bytes(codes, terms, acc, EMULATE)
-        if P * COLUMNS >= 2048:  # More registers would be spilled.
+        if P * COLUMNS * WARPS >= 8192:  # More registers would be spilled.
             next_words = _block_words(
                 words_address, word, count, tile, h_out, P, COLUMNS, VECTOR, EMULATE
             )
@@ -757,7 +791,7 @@ def expand_kernel(
         h_out = tl.load(output_tile_ptr + 3)
         if VECTOR:
             begin, h_out = tl.multiple_of(begin, 4), tl.multiple_of(h_out, 4)
-        last_tile = tl.minimum(tl.cdiv(h_out, COLUMNS), first_tile + end - item)
+        last_tile = tl.minimum(_ceil_div(h_out, COLUMNS), first_tile + end - item)
         item += last_tile - first_tile
         # All that depends on the slot is asked for at once.
         descriptor = descriptors_ptr + (slot * LINEARS + linear) * _DESCRIPTOR
@@ -792,22 +826,23 @@ def expand_kernel(
             projected_addresses = (projected_ptr + started).to(tl.int64) + offsets
             inverse = _inverse(tl.reshape(tl.join(peak, peak), (2 * _ROWS,)))
             for tile in range(first_tile, last_tile):
-                columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-                out = y_ptr + started + rows.to(tl.int64)[:, None] * y_stride
-                out += (begin + columns)[None, :]
-                mask = (rows >= 0)[:, None] & (columns < h_out)[None, :]
-                y = tl.load(out, mask=mask, other=0.0).to(tl.float32)
-                row_scale = tl.load(
-                    floats_ptr + scale_word + columns,
-                    mask=columns < tl.where(scale_word >= 0, h_out, 0), other=1.0,
-                )  # fmt: skip
-                bias = tl.load(
-                    floats_ptr + bias_word + columns,
-                    mask=columns < tl.where(bias_word >= 0, h_out, 0), other=0.0,
-                )  # fmt: skip
                 acc = tl.zeros((WARPS, COLUMNS, 2 * _ROWS), tl.int32)
                 for DIGIT in tl.static_range(4):
-                    steps = tl.cdiv(bounds[DIGIT + 1] - bounds[DIGIT], WARPS)
+                    if DIGIT == 3:
+                        columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+                        out = y_ptr + started + rows.to(tl.int64)[:, None] * y_stride
+                        out += (begin + columns)[None, :]
+                        mask = (rows >= 0)[:, None] & (columns < h_out)[None, :]
+                        y = tl.load(out, mask=mask, other=0.0).to(tl.float32)
+                        row_scale = tl.load(
+                            floats_ptr + scale_word + columns,
+                            mask=columns < tl.where(scale_word >= 0, h_out, 0), other=1.0,
+                        )  # fmt: skip
+                        bias = tl.load(
+                            floats_ptr + bias_word + columns,
+                            mask=columns < tl.where(bias_word >= 0, h_out, 0), other=0.0,
+                        )  # fmt: skip
+                    steps = _ceil_div(bounds[DIGIT + 1] - bounds[DIGIT], WARPS)
                     # Into a condition Triton would move the exchange of sums between warps.
                     for _ in range(tl.minimum(steps, 1)):
                         acc = _expand_plane(
@@ -847,6 +882,8 @@ def launches(
     xs, scales = chunks.fixed, chunks.scales
     block_count = table.padded_h_in // BLOCK_INPUTS
     multiprocessors = multiprocessors_of(x.device)
+    prepares = chunks.count * CHUNK_ROWS * block_count * table.linears
+    prepare_form = form_of(PREPARE, lambda _: prepares, multiprocessors)
     tiles = max(1, triton.cdiv(table.max_rank, TILE_RANKS))
     shrinks = triton.cdiv(tiles, USUAL_SHARE) * chunks.count
     shrink_form = form_of(variant.shrink, lambda _: shrinks, multiprocessors)
@@ -860,15 +897,16 @@ def launches(
 
     def prepare() -> object:
         return prepare_kernel[(chunks.count * CHUNK_ROWS, block_count, table.linears)](
-            xs, xs.stride(0), scales, chunks.sums, scales.stride(0), x, x.stride(0),
+            xs, xs.stride(0), scales, scales.stride(0), x, x.stride(0),
             table.h_in, table.padded_h_in, chunks.rows, chunks.slots,
-            table.addresses, table.descriptors, num_warps=8, **shared,
+            table.addresses, table.descriptors, VECTOR=table.h_in % 128 == 0,
+            num_warps=prepare_form.warps, maxnreg=prepare_form.registers, **shared,
         )  # fmt: skip
 
     def shrink() -> object:
         return shrink_kernel[(tiles, chunks.count)](
             chunks.projected, chunks.peaks, chunks.rests, chunks.max_tiles, xs, xs.stride(0),
-            scales, chunks.sums, scales.stride(0), block_count, table.h_in, table.padded_h_in,
+            scales, scales.stride(0), block_count, table.h_in, table.padded_h_in,
             chunks.slots, table.addresses, table.descriptors,
             BLOCKS=triton.next_power_of_2(block_count), VECTOR=table.h_in % 128 == 0,
             WARPS=shrink_form.warps,

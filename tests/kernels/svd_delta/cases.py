@@ -84,7 +84,7 @@ def make_chunks(table: DeltaTable, row_slots: Sequence[int]) -> Chunks:
     chunks = Chunks(64, SLOTS, [table], device=DEVICE)
     chunks.fixed.fill_(0x7F7F7F7F)
     chunks.peaks.fill_(0x7FFFFFFF)
-    for scratch in (chunks.projected, chunks.scales, chunks.sums, chunks.rests):
+    for scratch in (chunks.projected, chunks.scales, chunks.rests):
         scratch.fill_(torch.nan)
     chunks.assign(row_slots)
     return chunks

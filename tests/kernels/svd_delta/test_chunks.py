@@ -11,7 +11,7 @@ from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS
 
 
 def scratch(chunks: Chunks) -> tuple[Tensor, ...]:
-    fields = ["rows", "slots", "fixed", "scales", "sums", "projected", "peaks", "rests"]
+    fields = ["rows", "slots", "fixed", "scales", "projected", "peaks", "rests"]
     return tuple(getattr(chunks, field) for field in fields)
 
 
