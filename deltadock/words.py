@@ -3,6 +3,7 @@
 None is shown as a dash. `api/static/app.js` writes sizes and times in the same way.
 """
 
+import re
 from datetime import UTC, datetime
 from typing import Final
 
@@ -68,6 +69,18 @@ def size(count: float | None) -> str:
         value /= 1000
         power += 1
     return f"{significant(value) if power else f'{value:.0f}'} {_UNITS[power]}"
+
+
+def parse_size(text: str) -> int:
+    """The bytes of `500GB`, `1.5 MB`, `400k` or a plain number.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kMGTP]?)B?", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no size, such as 500GB")
+    return round(float(found[1]) * 1000.0 ** _UNITS.index(f"{found[2]}B"))
 
 
 def duration(seconds: float | None) -> str:

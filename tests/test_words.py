@@ -29,6 +29,21 @@ def test_a_size_has_three_digits_and_the_right_unit(count: int) -> None:
     number, unit = shown.split()
     assert re.fullmatch(r"\d{1,3}|\d\.\d\d|\d\d\.\d", number), shown
     assert abs(float(number) * UNITS[unit] - count) <= 0.00501 * count
+    assert words.parse_size(shown) == round(float(number) * UNITS[unit])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("9", 9), ("400k", 400_000), ("1.5 GB", 1_500_000_000), ("500GB", 5 * 10**11)],
+)
+def test_sizes_are_read(text: str, count: int) -> None:
+    assert words.parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "B", "-1", "1e3", "1 KB", "1 MiB", "many", "1,000"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size, such as 500GB"):
+        words.parse_size(text)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,13 @@ Bits = Annotated[
     ),
 ]
 TargetBytes = Annotated[
-    int | None, typer.Option(help="Maximum size of the delta file in bytes.", rich_help_panel=GOALS)
+    int | None,
+    typer.Option(
+        metavar="SIZE",
+        parser=words.parse_size,
+        help="Maximum size of the delta file, such as 400kB; a plain number is of bytes.",
+        rich_help_panel=GOALS,
+    ),
 ]
 Ratio = Annotated[
     float | None,

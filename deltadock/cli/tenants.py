@@ -1,6 +1,5 @@
 """`deltadock tenants`: tenants with their use and limits; for operators."""
 
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Final, cast
 
@@ -8,14 +7,13 @@ import typer
 
 from deltadock.cli.output import AsJson, print_resources, print_table, say
 from deltadock.cli.server import Url, connect
-from deltadock.words import grouped, size
+from deltadock.words import grouped, parse_size, size
 
 if TYPE_CHECKING:
     from deltadock.client.resources import Tenant
     from deltadock.client.routes import TenantLimits
 
 NONE: Final = "none"
-UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 tenants = typer.Typer(
     no_args_is_help=True,
@@ -111,16 +109,14 @@ def _limits(**given: str | None) -> "TenantLimits":
     for name, text in given.items():
         if text is None:
             continue
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kMGT]?)B?", text)
-        if text == NONE:
-            limits[name] = None
-        elif found and (name == "max_bytes" or text.isdecimal()):
-            limits[name] = round(float(found[1]) * UNITS[found[2]])
-        else:
+        try:
+            number = parse_size if name == "max_bytes" else int
+            limits[name] = None if text == NONE else number(text)
+        except ValueError:
             raise typer.BadParameter(
                 f"{text!r} is neither a number nor {NONE!r}",
                 param_hint=f"--{name.replace('_', '-')}",
-            )
+            ) from None
     return cast("TenantLimits", limits)
 
 
