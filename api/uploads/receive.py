@@ -11,6 +11,7 @@ from typing import Final, Protocol
 import anyio
 from starlette.concurrency import run_in_threadpool
 
+from deltadock import words
 from deltadock.api.quotas import Room
 from deltadock.artifacts.checkpoint import FileEntry, FileInspector, TensorEntry, check_path
 from deltadock.compression.options import CALIBRATION_SUFFIXES, check_text_bytes
@@ -199,7 +200,7 @@ async def receive_part(
 def check_size(size: int, limit: int, room: Room | None = None) -> None:
     """Raise TooLarge over `limit`, and QuotaExceeded if the tenant has no `room`."""
     if size > limit:
-        raise TooLarge(f"The file is larger than {limit} bytes; upload it in smaller shards.")
+        raise TooLarge(f"The file is larger than {words.size(limit)}; upload it in smaller shards.")
     if room is not None:
         room.check(size)
 

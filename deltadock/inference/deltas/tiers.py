@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from deltadock import words
 from deltadock.errors import TooLarge, Unavailable
 
 if TYPE_CHECKING:  # the engine's benchmarks run without a blob store's libraries
@@ -138,8 +139,8 @@ class DiskTier(LruTier[_ArtifactFile]):
     def _make_room(self, digest: str, size: int) -> None:
         if size > self._limit:
             raise TooLarge(
-                f"The delta {digest} has {size} bytes, and the node keeps {self._limit} on disk. "
-                "Raise DELTADOCK_NODE_DISK_BYTES."
+                f"The delta {digest} takes {words.size(size)}, and the node keeps "
+                f"{words.size(self._limit)} on disk. Raise DELTADOCK_NODE_DISK_BYTES."
             )
         self._evict(lambda: self.nbytes + size <= self._limit)
         if self.nbytes + size > self._limit:
