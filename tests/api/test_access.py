@@ -163,6 +163,12 @@ def other(api: Api, acme: str) -> Iterator[Api]:
         yield Api(client, api.resources)
 
 
+def unknown_like(name: str) -> str:
+    """A name or id of the same form that nobody has."""
+    kind, _, rest = name.rpartition("_")
+    return f"{kind}_{'b' * len(rest)}" if kind else name[::-1] if len(name) > 3 else name
+
+
 def test_another_tenants_objects_are_not_found(api: Api, other: Api) -> None:
     body = api.delta_body()
     upload = api.open_upload()
@@ -180,16 +186,28 @@ def test_another_tenants_objects_are_not_found(api: Api, other: Api) -> None:
         "{webhook_id}": hook, "{message_id}": "msg_x", "{tenant}": LOCAL_TENANT,
         "{project}": project, "{model}": model, "{alias}": "default",
     }  # fmt: skip
+    unknown = {field: unknown_like(value) for field, value in ids.items()}
     bodies = {"aliases": {"version": 1}, "generate": {"prompt": "x"}}
-    seen = {}
-    for operation in filter(hides, RULES):
+    seen: dict[str, int] = {}
+    told: dict[str, tuple[str, str]] = {}
+
+    def ask(operation: str, names: dict[str, str]) -> str:
+        """What another tenant is told, with the object's name left out."""
         method, path = operation.split(" ")
         kind = next((bodies[part] for part in bodies if f"/{part}" in path), {})
-        path = re.sub(r"{[^}]*}", lambda found: ids[found[0]], path)
+        path = re.sub(r"{[^}]*}", lambda found: names[found[0]], path)
         content = kind if method in {"POST", "PUT", "PATCH"} and "/files/" not in path else None
         answer = other.client.request(method, path, json=content)
         seen[operation] = answer.status_code
+        text = re.sub("[0-9a-f]{32}", "a request's id", answer.text)
+        for name in (f"{names['{project}']}/{names['{model}']}", *names.values()):
+            text = text.replace(name, "NAME") if len(name) > 6 else text
+        return text
+
+    for operation in filter(hides, RULES):
+        told[operation] = ask(operation, ids), ask(operation, unknown)
     assert {operation: status for operation, status in seen.items() if status != 404} == {}
+    assert {operation: texts for operation, texts in told.items() if len(set(texts)) > 1} == {}
     for model in (delta["id"], body["name"], "tiny"):
         ask = {"model": model, "prompt": "x"}
         answer = other.client.post("/v1/completions", json=ask)
