@@ -9,7 +9,7 @@ from typing import Final, NamedTuple, Self
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, check_path
 from deltadock.errors import DamagedBlob, InvalidCheckpoint
-from deltadock.storage.blobs.port import BlobStore, sha256_of
+from deltadock.storage.blobs.port import CACHE, BlobStore, disk_errors, sha256_of
 
 MANIFEST_BYTES: Final = 64 * 2**20
 """Maximum size of a checkpoint manifest."""
@@ -68,12 +68,15 @@ class FileCache:
         Before it is fetched, the checkpoints that were used least recently are removed, so that all
         together, with those that other processes are fetching, take at most `limit` bytes of disk;
         those in use stay.
+
+        Raises:
+            StorageFull, Unavailable: the disk is full, or cannot be written.
+            NotFound, DamagedBlob, InvalidCheckpoint: as `checkpoint`.
         """
         with self._lock(self._lock_of(digest), fcntl.LOCK_SH) as lock:
             manifest = self._manifest(digest)
-            with self._lock(self._folder / "room.lock", fcntl.LOCK_EX):
-                self._make_room(digest, limit - manifest.total_bytes)
-                lock.write_text(str(manifest.total_bytes))
+            if not all(path.is_file() for path in self._paths(digest, manifest)):
+                self._reserve(lock, digest, manifest.total_bytes, limit)
             try:
                 fetched = self.checkpoint(digest)
             finally:
@@ -83,16 +86,25 @@ class FileCache:
     def _lock_of(self, digest: str) -> Path:
         """What users of a checkpoint lock; it holds the bytes that are being fetched, if any.
 
-        Beside the folder and never removed, so that every process locks the same file.
+        Beside the folder and never removed, so that every process locks the same file. Each use
+        empties it, which sets its time, that of the last use.
         """
         return self._folder / "checkpoints" / f"{digest}.lock"
 
     @contextmanager
     def _lock(self, path: Path, kind: int) -> Iterator[Path]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as stream:
+        with disk_errors(CACHE):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = path.open("a")
+        with stream:
             fcntl.flock(stream, kind)
             yield path
+
+    def _reserve(self, lock: Path, digest: str, size: int, limit: int) -> None:
+        """Make room for a checkpoint, and let the others know that it comes."""
+        with self._lock(self._folder / "room.lock", fcntl.LOCK_EX), disk_errors(CACHE):
+            self._make_room(digest, limit - size)
+            lock.write_text(str(size))
 
     def _make_room(self, wanted: str, limit: int) -> None:
         """Remove unused checkpoints, the oldest first, until all but `wanted` fit in `limit`."""
@@ -123,15 +135,19 @@ class FileCache:
             InvalidCheckpoint: the blob is not a checkpoint manifest.
         """
         manifest = self._manifest(digest)
-        folder = self._folder / "checkpoints" / digest
-        paths = {folder / check_path(file.path): file.sha256 for file in manifest.files}
+        paths = self._paths(digest, manifest)
         for path, sha256 in paths.items():
             stamp = self._verified.get(path)
             if stamp is None or stamp != _Stamp.of(path):
                 self._verified[path] = _Stamp.of(self._file(sha256, path))
         for path in paths:
             self._verified.pop(path, None)
-        return folder, manifest
+        return self._folder / "checkpoints" / digest, manifest
+
+    def _paths(self, digest: str, manifest: CheckpointManifest) -> dict[Path, str]:
+        """The files of a checkpoint, with the SHA-256 of each."""
+        folder = self._folder / "checkpoints" / digest
+        return {folder / check_path(file.path): file.sha256 for file in manifest.files}
 
     def _manifest(self, digest: str) -> CheckpointManifest:
         with self._telling_damage():

@@ -11,6 +11,7 @@ from typing import Final
 
 import structlog
 
+from deltadock.errors import DeltadockError
 from deltadock.settings import Settings
 from deltadock.storage.collection import Collector
 from deltadock.storage.database import database_now
@@ -153,6 +154,9 @@ class Periodic:
         while not self._done.is_set():
             try:
                 self._step()
-            except Exception:  # such as a broker or database that is temporarily down
+            except* DeltadockError as found:  # such as a database that is temporarily down
+                reasons = [str(error) for error in found.exceptions]
+                log.warning("step_failed", step=self._thread.name, errors=reasons)
+            except* Exception:
                 log.exception("step_failed", step=self._thread.name)
             self._done.wait(self._interval)

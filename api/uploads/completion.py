@@ -113,7 +113,9 @@ class Completer:
                     waiting = UploadRepository(session, EVERY_TENANT).unleased()
                 for upload_id in waiting:
                     self.submit(upload_id)
-            except Exception:  # such as a database that is temporarily down
+            except DeltadockError as error:  # such as a database that is temporarily down
+                log.warning("completer_failed", error=error.message)
+            except Exception:
                 log.exception("completer_failed")
             self._stopping.wait(POLL_SECONDS)
 

@@ -205,7 +205,7 @@ class BlobStore(ABC):
             DamagedBlob: the stored bytes do not match the digest.
         """
         arriving = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        with disk_errors("The cache's folder"):
+        with disk_errors(CACHE):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._place(digest, arriving)
@@ -231,6 +231,10 @@ class BlobStore(ABC):
             writer.write(data)
             writer.commit(digest)
         return digest
+
+
+CACHE: Final = "The cache's folder"
+"""Begins the messages of `disk_errors` about it."""
 
 
 @contextmanager

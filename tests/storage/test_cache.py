@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
-from deltadock.errors import DamagedBlob, InvalidCheckpoint, NotFound, Unavailable, UnsafeFile
+from deltadock.errors import (
+    DamagedBlob,
+    InvalidCheckpoint,
+    NotFound,
+    StorageFull,
+    Unavailable,
+    UnsafeFile,
+)
 from deltadock.storage import cache as cache_module
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.blobs.port import sha256_of
@@ -187,6 +195,26 @@ def test_what_a_killed_process_was_fetching_makes_room(
             pass
     assert {path.name for path in folders.iterdir() if path.is_dir()} == {old.digest, new.digest}
     assert lock.read_text() == ""
+
+
+def test_a_full_disk_is_said_and_what_is_there_is_used(
+    tmp_path: Path, blobs: LocalBlobStore, cache: FileCache
+) -> None:
+    here, absent = (put_checkpoint(blobs, tmp_path / name, value=n) for n, name in enumerate("ab"))
+    with cache.held_checkpoint(here.digest, 10**9):
+        pass
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with cache.held_checkpoint(here.digest, 10**9) as (folder, _):
+            assert (folder / "config.json").is_file()
+        with (
+            pytest.raises(StorageFull, match="cache's folder is full"),
+            cache.held_checkpoint(absent.digest, 10**9),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_retry_verifies_only_what_a_broken_off_fetch_has_not(

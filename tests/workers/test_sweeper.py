@@ -1,13 +1,17 @@
 """Lost tasks are resent and leftovers removed; live jobs and uploads are kept."""
 
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+from structlog.testing import capture_logs
+
+from deltadock.errors import Unavailable
 from deltadock.storage.models import JobPriority, JobState, UploadKind, UploadState
 from deltadock.storage.repositories import JobRepository, UploadRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext, job_folder
-from deltadock.workers.sweeper import drop_abandoned, drop_job_folders, resend_lost
+from deltadock.workers.sweeper import Periodic, drop_abandoned, drop_job_folders, resend_lost
 
 Submit = Callable[..., str]
 SetJob = Callable[..., None]
@@ -104,3 +108,28 @@ def test_only_files_of_finished_jobs_are_dropped(
     set_job(job_id, state=JobState.CANCELLED)
     assert drop_job_folders(context) == 1
     assert not folder.exists()
+
+
+def test_a_step_is_repeated_and_an_expected_failure_is_one_line() -> None:
+    failures: list[Exception] = [
+        Unavailable("No database."),
+        ExceptionGroup("of tasks", [Unavailable("No store.")]),
+        RuntimeError("a defect"),
+    ]
+    done = threading.Event()
+
+    def step() -> None:
+        if failures:
+            raise failures.pop(0)
+        done.set()
+
+    periodic = Periodic("webhooks", step, 0.001)
+    with capture_logs() as lines:
+        periodic.start()
+        assert done.wait(10)
+        periodic.stop()
+    assert [(line["log_level"], line.get("errors"), "exc_info" in line) for line in lines] == [
+        ("warning", ["No database."], False),
+        ("warning", ["No store."], False),
+        ("error", None, True),
+    ]
