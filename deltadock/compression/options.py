@@ -5,7 +5,7 @@ Plain Python, so that the api can validate them.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeVar, get_args
@@ -201,8 +201,7 @@ class Goal:
         kind: `bits`: per weight of what is compressed; `target_bytes`: of the whole artifact;
             `ratio`: bf16 checkpoint bytes per artifact byte; `max_kl`: nats per held-out token;
             `min_agreement`: fraction of held-out tokens with the fine-tune's most likely next
-            token. The last two request the smallest artifact that keeps the bound on the choosing
-            windows of the calibration text.
+            token. The last two request the smallest artifact that keeps the bound.
         value: finite and positive; whole bytes for `target_bytes`.
     """
 
@@ -230,6 +229,10 @@ class Goal:
     def is_kept(self, figure: float) -> bool:
         """Whether a figure is within the bound."""
         return self.loss(figure) <= self.loss(self.value)
+
+    def stricter(self, factor: float) -> "Goal":
+        """The bound on `factor` times less loss."""
+        return replace(self, value=self.loss(self.loss(self.value) / factor))
 
     def __str__(self) -> str:
         value = f"{self.value:g}"

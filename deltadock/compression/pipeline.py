@@ -96,10 +96,7 @@ def compress(
 
 
 def reach_goal(session: CompressionSession, goal: Goal | None, out: Path) -> Report:
-    """Write the artifact that meets a goal, by a prepared session, and measure it once.
-
-    A bound on KL or agreement is met on the choosing windows; the report's figures are of the
-    reporting windows.
+    """Write the artifact that meets a goal, by a prepared session, and measure it.
 
     Args:
         session: may have written other artifacts before.
@@ -109,31 +106,17 @@ def reach_goal(session: CompressionSession, goal: Goal | None, out: Path) -> Rep
     Raises:
         InvalidGoal: the method cannot reach it on this pair.
     """
+    if goal is not None and goal.is_bound:
+        return reach_bound(session.attempt, session.measure, out, session.info, goal)
     limit = _byte_limit(session.pair, goal)
-    if goal is None or goal.kind == "bits":
+    if goal is None or limit is None:
         report = session.compress(None if goal is None else goal.value, out)
-    elif limit is None:
-        report = reach_bound(session.attempt, out, session.info, goal)
     else:
         guess = _first_guess(session.pair, session.info, goal)
         bits = fit_size(session.draft_bytes, session.info, limit, guess, session.budgeted_weights)
         report = session.compress(bits, out)
     session.measure(report, out)
-    if goal is not None and (missed := missed_bound(report, goal)):
-        report.notes.append(missed)
     return report
-
-
-def missed_bound(report: Report, goal: Goal) -> str | None:
-    """A note if the report's windows miss the bound that the choosing windows kept."""
-    figure = goal.figure(report.kl, report.agreement)
-    if not goal.is_bound or figure is None or goal.is_kept(figure):
-        return None
-    reached = goal.figure(f"KL is {figure:.3g}", f"agreement is {figure:.2%}")
-    return (
-        f"The goal, {goal}, was kept on the text that decided, and not on the report's: there the "
-        f"{reached}. Give more calibration text, or ask for a little more."
-    )
 
 
 def _byte_limit(pair: CheckpointPair, goal: Goal | None) -> float | None:

@@ -4,6 +4,7 @@ KL divergence and negative log likelihood are in nats per token, averaged over e
 the windows given; agreement is the fraction of positions with the same most likely token.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -137,7 +138,7 @@ def measure(
         hidden.append(runner.final_hidden(states, source))
     # The last position of a window has no next token.
     labels = F.pad(windows[:, 1:], (0, 1), value=IGNORED).flatten().to(model.device)
-    sums, seen = torch.zeros(6, dtype=torch.float64), 0
+    sums, seen = torch.zeros(7, dtype=torch.float64), 0
     streams = (
         runner.logits(states.flatten(0, 1), source)
         for states, (runner, source) in zip(hidden, runs, strict=True)
@@ -146,23 +147,28 @@ def measure(
         piece = labels[seen : seen + len(target)]
         sums += _compare(target, delta_logits, base_logits, piece).cpu()
         seen += len(target)
-    kl, kl_base, same = (sums[:3] / seen).tolist()
-    nll_finetuned, nll, nll_base = (sums[3:] / (labels != IGNORED).sum().cpu()).tolist()
-    return Quality(kl, kl_base, same, nll, nll_finetuned, nll_base, seen)
+    kl, kl_base, same, squared = (sums[:4] / seen).tolist()
+    nll_finetuned, nll, nll_base = (sums[4:] / (labels != IGNORED).sum().cpu()).tolist()
+    kl_error = math.sqrt(max(squared - kl**2, 0.0) / seen)
+    return Quality(kl, kl_base, same, nll, nll_finetuned, nll_base, seen, kl_error)
 
 
 @torch.inference_mode()
 def _compare(finetuned: Tensor, delta: Tensor, base: Tensor, labels: Tensor) -> Tensor:
-    """Sums of (KL to delta, KL to base, agreements, NLLs of fine-tuned, delta and base).
+    """Sums of (KL to delta, KL to base, agreements, squares of the first, NLLs of fine-tuned, delta
+    and base).
 
     Logits are (tokens, vocabulary), `labels` (tokens,).
     """
     target = F.log_softmax(finetuned, dim=-1)
     others = [F.log_softmax(logits, dim=-1) for logits in (delta, base)]
-    kl = [F.kl_div(other, target, reduction="sum", log_target=True) for other in others]
+    kl, kl_base = (
+        F.kl_div(other, target, reduction="none", log_target=True).sum(-1) for other in others
+    )
     same = (finetuned.argmax(dim=-1) == delta.argmax(dim=-1)).sum()
     nll = [
         F.nll_loss(log_probs, labels, ignore_index=IGNORED, reduction="sum")
         for log_probs in (target, *others)
     ]
-    return torch.stack([*kl, same.to(kl[0].dtype), *nll]).double()
+    sums = kl.sum(), kl_base.sum(), same.to(kl), kl.square().sum()
+    return torch.stack([*sums, *nll]).double()

@@ -27,6 +27,8 @@ class Quality:
         agreement: fraction of positions with the same most likely token.
         nll, nll_finetuned, nll_base: of the text's next tokens.
         tokens: positions measured.
+        kl_error: standard error of `kl` as that of other text of this kind, of tokens that are
+            independent.
     """
 
     kl: float
@@ -36,6 +38,12 @@ class Quality:
     nll_finetuned: float
     nll_base: float
     tokens: int
+    kl_error: float
+
+    @property
+    def agreement_error(self) -> float:
+        """Standard error of `agreement`, as `kl_error`."""
+        return math.sqrt(self.agreement * (1 - self.agreement) / self.tokens)
 
 
 def not_measured(error: InvalidInput) -> str:
@@ -89,7 +97,7 @@ class TensorReport:
 @dataclass(slots=True)
 class Report:
     """Result of a compression. KL and NLL are in nats per token of the reporting windows, which
-    have decided nothing before.
+    have decided nothing before but whether a bound is kept.
 
     `ratio` and `true_bits` count every byte of the artifact against every weight of the
     checkpoint at bfloat16; `nominal_bits` is the budget in code bits per compressed weight.
@@ -108,7 +116,8 @@ class Report:
     """KL on the choosing windows `before` and `after`; 1 or 0: whether it was `kept`, and whether
     both models stayed on the device (`resident`)."""
     bound_reached: float | None = None
-    """KL or agreement on the choosing windows, which the search for a bound went by."""
+    """The confidence bound of KL or agreement on the choosing windows, which the search for a bound
+    went by."""
     kl: float | None = None
     kl_base: float | None = None
     agreement: float | None = None

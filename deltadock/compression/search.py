@@ -16,6 +16,8 @@ BOUND_TRIALS: Final = 9
 FIRST_BITS: Final = 1.0
 RESOLUTION: Final = 1.03
 """Factor between budgets at which the search ends."""
+CONFIDENCE: Final = 1.645
+"""Standard errors to the end of a normal distribution's one-sided 95 % interval."""
 
 
 def fit_size(
@@ -91,14 +93,20 @@ def _towards(
 
 def reach_bound(
     attempt: Callable[[float, Path], tuple[Report, Quality]],
+    measure: Callable[[Report, Path], None],
     out: Path,
     info: MethodInfo,
     goal: Goal,
 ) -> Report:
-    """Write the smallest artifact that keeps a bound on KL or agreement.
+    """Write the smallest artifact that keeps a bound on KL or agreement, and measure it.
+
+    The search goes by the confidence bound of the figure on the choosing windows: of budgets that
+    are near the smallest it would else take the one to which these windows happen to be kind. The
+    reporting windows check what it found; while they miss the bound, the budget is raised.
 
     Args:
         attempt: writes the artifact at a budget, and measures it on the choosing windows.
+        measure: measures the artifact on the reporting windows, for its report.
         out: the delta file.
         info: the method.
         goal: of kind `max_kl` or `min_agreement`.
@@ -107,24 +115,63 @@ def reach_bound(
         InvalidGoal: not even the method's largest budget keeps it; the message says which figure
             was reached.
     """
+    _, high = _range(info)
+    reached: dict[float, float] = {}
+    bits, report = _smallest(attempt, out, info, goal, reached)
+    aim, missed = goal, list[str]()
+    while True:
+        measure(report, out)
+        figure = goal.figure(report.kl, report.agreement)
+        assert figure is not None, "a bound needs calibration text, which measures too"
+        if goal.is_kept(figure):
+            report.notes += missed
+            return report
+        if bits == high:
+            raise _unreachable(goal, bits, figure)
+        missed.append(
+            f"The report's text checked the goal, {goal}: at {bits:.3g} bits it had {figure:.3g}, "
+            "so the budget was raised."
+        )
+        aim = aim.stricter(max(goal.loss(figure) / goal.loss(goal.value), RESOLUTION))
+        bits = _larger(reached, aim, bits, info)
+        report, quality = attempt(bits, out)
+        reached[bits] = report.bound_reached = confidence_bound(goal, quality)
+
+
+def confidence_bound(goal: Goal, quality: Quality) -> float:
+    """The figure that the bound is on, at the end of its confidence interval that is worse."""
+    return goal.figure(
+        quality.kl + CONFIDENCE * quality.kl_error,
+        quality.agreement - CONFIDENCE * quality.agreement_error,
+    )
+
+
+def _smallest(
+    attempt: Callable[[float, Path], tuple[Report, Quality]],
+    out: Path,
+    info: MethodInfo,
+    goal: Goal,
+    reached: dict[float, float],
+) -> tuple[float, Report]:
+    """Write the artifact of the smallest budget that keeps the bound on the choosing windows.
+
+    `reached` is given the confidence bound at each budget that was tried.
+    """
     low, high = _range(info)
     best: Report | None = None
     trial = out.with_name(out.name + ".trial")
     failing, holding = low / RESOLUTION, math.inf
     bits = _nearest(info, FIRST_BITS)
-    reached: dict[float, float] = {}
     for _ in range(BOUND_TRIALS):
         try:
             report, quality = attempt(bits, trial)
         except BaseException:
             trial.unlink(missing_ok=True)
             raise
-        figure = goal.figure(quality.kl, quality.agreement)
-        held = goal.is_kept(figure)
-        reached[bits] = figure
+        reached[bits] = report.bound_reached = confidence_bound(goal, quality)
+        held = goal.is_kept(reached[bits])
         if held:
             trial.replace(out)
-            report.bound_reached = figure
             best, holding = report, bits
         else:
             trial.unlink()
@@ -140,15 +187,37 @@ def reach_bound(
                 break
             bits = left[len(left) // 2]
     if best is None:
-        raise InvalidGoal(
-            f"{goal} is not kept even at {max(reached):g} bits: {reached[max(reached)]:.4g} was "
-            "reached. Loosen the bound, or keep the fine-tune itself with the method 'exact'."
-        )
-    return best
+        raise _unreachable(goal, max(reached), reached[max(reached)])
+    return holding, best
+
+
+def _unreachable(goal: Goal, bits: float, figure: float) -> InvalidGoal:
+    return InvalidGoal(
+        f"{goal} is not kept even at {bits:g} bits: {figure:.4g} is all that the calibration text "
+        "vouches for. Loosen the bound, give more text, or keep the fine-tune itself with the "
+        "method 'exact'."
+    )
+
+
+def _larger(reached: Mapping[float, float], aim: Goal, bits: float, info: MethodInfo) -> float:
+    """The budget above `bits` to try for a bound that `bits` misses."""
+    low, high = _range(info)
+    if info.budgets:
+        return min(budget for budget in info.budgets if budget > bits)
+    enough = [budget for budget in reached if budget > bits and aim.is_kept(reached[budget])]
+    holding = min(enough, default=math.inf)
+    if holding <= bits * RESOLUTION:
+        return holding
+    return _next(reached, aim, bits, holding, low, high)
 
 
 def _next(
-    reached: dict[float, float], goal: Goal, failing: float, holding: float, low: float, high: float
+    reached: Mapping[float, float],
+    goal: Goal,
+    failing: float,
+    holding: float,
+    low: float,
+    high: float,
 ) -> float:
     """The next budget: where a power law through the nearest two meets the bound, away from the
     ends of the open interval."""

@@ -17,11 +17,12 @@ from deltadock.compression.calibration.windows import load_calibration
 from deltadock.compression.methods import optimix
 from deltadock.compression.numerics.global_allocation import allocate
 from deltadock.compression.numerics.metric import Metric, weighted_errors
-from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
+from deltadock.compression.options import CalibrationOptions, CompressOptions, Goal, Source
 from deltadock.compression.pipeline import compress
 from deltadock.compression.progress import Progress
 from deltadock.compression.quality import measure
 from deltadock.compression.report import Quality, Report
+from deltadock.compression.search import confidence_bound
 from deltadock.errors import Cancelled, InvalidGoal, InvalidInput
 from tests.compression.conftest import delta_quality
 from tests.compression.matrices import make_moment, make_task
@@ -250,13 +251,18 @@ def test_a_quality_bound_is_met_near_its_smallest_size(
 
     monkeypatch.setattr(session, "measure", watched)
     report = run(pair, tmp_path / "a.delta", text, **{goal: figure})
-    # Reporting windows are read once, when the artifact is final.
+    # Reporting windows check what the choosing ones have found.
     assert len(seen) > 2
-    assert all(torch.equal(windows, choosing) for windows in seen[:-1])
     assert torch.equal(seen[-1], reporting)
+    checks = sum(torch.equal(windows, reporting) for windows in seen)
+    assert checks == 1 + len(report.notes)
+    assert sum(torch.equal(windows, choosing) for windows in seen) == len(seen) - checks
     reached = delta_quality(pair, tmp_path / "a.delta", choosing)
-    assert reached.kl <= figure if goal == "max_kl" else reached.agreement >= figure
-    assert report.bound_reached == (reached.kl if goal == "max_kl" else reached.agreement)
+    bound = Goal("max_kl", figure) if goal == "max_kl" else Goal("min_agreement", figure)
+    assert report.bound_reached == confidence_bound(bound, reached)
+    for one in (report.bound_reached, bound.figure(report.kl, report.agreement)):
+        assert one is not None
+        assert bound.is_kept(one)
     reported = delta_quality(pair, tmp_path / "a.delta", reporting)
     assert (report.kl, report.agreement) == (reported.kl, reported.agreement)
     assert report.kl != reached.kl

@@ -22,13 +22,11 @@ from deltadock.compression.options import (
     METHODS,
     CalibrationOptions,
     CompressOptions,
-    Goal,
     Source,
 )
-from deltadock.compression.pipeline import compress, missed_bound
+from deltadock.compression.pipeline import compress
 from deltadock.compression.progress import Progress
 from deltadock.compression.quality import evaluate
-from deltadock.compression.report import Report
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.session import NO_WEIGHTS, CompressionSession
 from deltadock.errors import (
@@ -471,24 +469,6 @@ def test_what_cannot_be_measured_is_noted(
     (note,) = report.notes
     assert "not measured" in note
     assert "GB are free" in note
-
-
-@pytest.mark.parametrize(
-    ("goal", "figure"),
-    [
-        (Goal("max_kl", 0.01), "KL is 0.02"),
-        (Goal("max_kl", 0.02), None),
-        (Goal("min_agreement", 0.95), "agreement is 93.20%"),
-        (Goal("min_agreement", 0.9), None),
-        (Goal("bits", 1.0), None),
-    ],
-)
-def test_a_report_that_misses_the_bound_says_so(goal: Goal, figure: str | None) -> None:
-    report = Report("optimix", 1.0, 1000, 10**6, 10**6, "", None)
-    assert missed_bound(report, goal) is None  # nothing was measured
-    report.kl, report.agreement = 0.02, 0.932
-    note = missed_bound(report, goal)
-    assert note is None if figure is None else note is not None and figure in note
 
 
 def test_an_unknown_method_is_rejected(pair: Pair, text: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Quality figures equal those of whole models, for any split of the vocabulary."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +37,9 @@ def test_figures_equal_those_of_whole_models(
 
     model = BlockwiseModel(tuned)
 
-    def figures(known: Tensor | None = None) -> dict[str, float]:
+    def figures(
+        known: Tensor | None = None, delta: CheckpointReader = sources[1]
+    ) -> dict[str, float]:
         return asdict(
             measure(
                 model,
@@ -44,7 +47,7 @@ def test_figures_equal_those_of_whole_models(
                 windows,
                 base=sources[0],
                 finetuned=sources[1],
-                delta=sources[1],
+                delta=delta,
                 known=known,
             )
         )
@@ -71,3 +74,8 @@ def test_figures_equal_those_of_whole_models(
     assert whole["kl_base"] == pytest.approx(kl, rel=1e-4)
     assert whole["kl"] == pytest.approx(0, abs=1e-9)
     assert whole["agreement"] == 1
+    if rope is None:  # the fine-tune's settings, with which a delta runs, are the base's
+        kls = F.kl_div(other, target, reduction="none", log_target=True).sum(-1)
+        error = float(kls.std(correction=0)) / math.sqrt(windows.numel())
+        assert figures(delta=sources[0])["kl_error"] == pytest.approx(error, rel=1e-3)
+    assert whole["kl_error"] == pytest.approx(0, abs=1e-9)

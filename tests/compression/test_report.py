@@ -27,7 +27,7 @@ def test_a_delta_that_is_far_from_its_fine_tune_has_a_note(
     kl: float, kl_base: float, poor: bool
 ) -> None:
     report = Report("optimix", 1.0, 1000, 10**6, 10**6, "", None)
-    report.set_quality(Quality(kl, kl_base, 0.5, 1.0, 1.0, 3.0, 100), [])
+    report.set_quality(Quality(kl, kl_base, 0.5, 1.0, 1.0, 3.0, 100, 0.0), [])
     assert [note.startswith("The delta is far from its fine-tune") for note in report.notes] == [
         True
     ] * poor

@@ -12,8 +12,10 @@ from deltadock.compression.options import METHODS, Goal, MethodInfo
 from deltadock.compression.report import Quality, Report
 from deltadock.compression.search import (
     BOUND_TRIALS,
+    CONFIDENCE,
     RESOLUTION,
     SIZE_TRIALS,
+    confidence_bound,
     fit_size,
     reach_bound,
 )
@@ -107,34 +109,57 @@ def test_sizes_at_discrete_budgets(guess: float) -> None:
         fit_size(Drafts(law, DISCRETE), DISCRETE, law(0.99), guess, WEIGHTS)
 
 
-class Makes:
-    """A KL function that writes files and records the budgets it is called with."""
+def agreement(kl: float) -> float:
+    return 1 - kl / 100
 
-    def __init__(self, curve: Curve, out: Path) -> None:
-        self.curve, self.out = curve, out
+
+class Makes:
+    """KL functions of the budget that write files and record the budgets they are called with.
+
+    Attributes:
+        curve: on the choosing windows, with a standard error of `error` times it.
+        reported: on the reporting windows, `curve` unless given.
+    """
+
+    def __init__(
+        self, curve: Curve, out: Path, error: float = 0.0, reported: Curve | None = None
+    ) -> None:
+        self.curve, self.out, self.error, self.reported = curve, out, error, reported or curve
         self.asked: list[float] = []
 
     def __call__(self, bits: float, path: Path) -> tuple[Report, Quality]:
-        assert path != self.out
         self.asked.append(bits)
         path.write_text(f"{bits}")
         report = Report("optimix", bits, int(1000 * bits), 10**6, 10**6, "", None)
         kl = self.curve(bits)
-        return report, Quality(kl, 1.0, 1 - kl / 2, 0.0, 0.0, 0.0, 64)
+        # So many tokens that agreement's error is none.
+        return report, Quality(kl, 1.0, agreement(kl), 0.0, 0.0, 0.0, 10**30, self.error * kl)
+
+    def measure(self, report: Report, path: Path) -> None:
+        assert path == self.out
+        assert path.read_text() == f"{report.nominal_bits}"
+        assert report.nominal_bits is not None
+        report.kl = self.reported(report.nominal_bits)
+        report.agreement = agreement(report.kl)
 
 
 def reach(make: Makes, goal: Goal, info: MethodInfo = INFO) -> float:
     """Returns the chosen budget; checks that other trials' files are deleted."""
-    report = reach_bound(make, make.out, info, goal)
+    report = reach_bound(make, make.measure, make.out, info, goal)
     bits = report.nominal_bits
     assert bits is not None
-    kl = make.curve(bits)
-    assert report.bound_reached == (kl if goal.kind == "max_kl" else 1 - kl / 2)
-    assert report.kl is None
+    kl = make.curve(bits) * (1 + CONFIDENCE * make.error)
+    expected = kl if goal.kind == "max_kl" else agreement(kl)
+    assert report.bound_reached == pytest.approx(expected, abs=1e-14)
+    for figure in (report.bound_reached, goal.figure(report.kl, report.agreement)):
+        assert figure is not None
+        assert goal.is_kept(figure)
     assert make.out.read_text() == f"{bits}"
     assert list(make.out.parent.iterdir()) == [make.out]
-    assert len(make.asked) <= BOUND_TRIALS
-    assert len(set(make.asked)) == len(make.asked)
+    if make.reported is make.curve:
+        assert report.notes == []
+        assert len(make.asked) <= BOUND_TRIALS
+        assert len(set(make.asked)) == len(make.asked)
     return bits
 
 
@@ -146,7 +171,7 @@ def test_finds_the_smallest_budget_within_the_bound(
 ) -> None:
     make = Makes(lambda bits: 0.01 * bits**-power, tmp_path / "out")
     kl = make.curve(wanted) * (1 + 1e-9)
-    goal = Goal("max_kl", kl) if kind == "max_kl" else Goal("min_agreement", 1 - kl / 2)
+    goal = Goal("max_kl", kl) if kind == "max_kl" else Goal("min_agreement", agreement(kl))
     assert 1 - 1e-6 <= reach(make, goal) / wanted <= RESOLUTION * 1.001
 
 
@@ -165,6 +190,60 @@ def test_on_a_noisy_curve_the_bound_holds_and_the_budget_is_near_the_smallest(
     assert all(asked >= bits for asked in make.asked if curve(asked) <= limit)
 
 
+@pytest.mark.parametrize("error", [0.05, 0.5])
+def test_an_uncertain_figure_must_keep_the_bound_with_confidence(
+    error: float, tmp_path: Path
+) -> None:
+    make = Makes(lambda bits: 0.01 * bits**-2, tmp_path / "out", error)
+    bits = reach(make, Goal("max_kl", 0.01))
+    assert 1 - 1e-6 <= bits / math.sqrt(1 + CONFIDENCE * error) <= RESOLUTION * 1.001
+
+
+def test_agreement_is_uncertain_as_a_fraction_of_so_many_tokens() -> None:
+    quality = Quality(0.1, 1.0, 0.9, 0.0, 0.0, 0.0, 100, 0.01)
+    bound = confidence_bound(Goal("min_agreement", 0.5), quality)
+    assert bound == pytest.approx(0.9 - 1.645 * 0.03)
+    assert confidence_bound(Goal("max_kl", 0.5), quality) == pytest.approx(0.1 + 1.645 * 0.01)
+
+
+@pytest.mark.parametrize("kind", ["max_kl", "min_agreement"])
+@pytest.mark.parametrize(("excess", "most"), [(1.001, 1.15), (1.2, 1.25), (1.7, 1.25), (10.0, 2.0)])
+@pytest.mark.parametrize("power", [1.0, 3.0])
+def test_a_bound_that_the_report_misses_takes_a_larger_budget(
+    kind: str, excess: float, most: float, power: float, tmp_path: Path
+) -> None:
+    """The text that decides is kinder than the report's."""
+
+    def reported(bits: float) -> float:
+        return 0.01 * excess * bits**-power
+
+    make = Makes(lambda bits: 0.01 * bits**-power, tmp_path / "out", reported=reported)
+    kl = 0.02
+    bits = reach(
+        make, Goal("max_kl", kl) if kind == "max_kl" else Goal("min_agreement", agreement(kl))
+    )
+    smallest = (0.01 * excess / kl) ** (1 / power)
+    assert 1 - 1e-6 <= bits / smallest <= most
+    assert len(make.asked) <= BOUND_TRIALS + 3
+
+
+def test_a_raised_budget_says_so(tmp_path: Path) -> None:
+    make = Makes(lambda bits: 0.01 / bits, tmp_path / "out", reported=lambda bits: 0.013 / bits)
+    report = reach_bound(make, make.measure, make.out, INFO, Goal("max_kl", 0.01))
+    assert report.notes
+    assert all("KL at most 0.01: at 1" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("info", [INFO, DISCRETE])
+@pytest.mark.parametrize("kl", [0.02, math.nan])
+def test_a_bound_that_the_report_never_keeps_is_rejected(
+    kl: float, info: MethodInfo, tmp_path: Path
+) -> None:
+    make = Makes(lambda bits: 0.01 / bits, tmp_path / "out", reported=lambda _: kl)
+    with pytest.raises(InvalidGoal, match=rf"not kept even at {info.bits_max:g} bits: {kl:g} is"):
+        reach_bound(make, make.measure, make.out, info, Goal("max_kl", 0.01))
+
+
 def test_a_curve_with_a_step(tmp_path: Path) -> None:
     make = Makes(lambda bits: 1e-4 if bits >= 0.71 else 2.0, tmp_path / "out")
     assert 0.71 <= reach(make, Goal("max_kl", 0.01)) <= 0.71 * 1.15
@@ -181,6 +260,8 @@ def test_discrete_budgets(tmp_path: Path) -> None:
         make = Makes(lambda bits: 1 / bits, tmp_path / "out")
         assert reach(make, Goal("max_kl", kl), DISCRETE) == expected
         assert set(make.asked) <= {1.0, 2.0}
+    make = Makes(lambda bits: 1 / bits, tmp_path / "out", reported=lambda bits: 1.5 / bits)
+    assert reach(make, Goal("max_kl", 1.0), DISCRETE) == 2.0
 
 
 @pytest.mark.parametrize("curve", [lambda bits: 1 / bits, lambda bits: math.nan])
@@ -189,7 +270,7 @@ def test_an_unreachable_bound_is_rejected(curve: Curve, info: MethodInfo, tmp_pa
     make = Makes(curve, tmp_path / "out")
     reached = f"{curve(info.bits_max or 0):.4g}"
     with pytest.raises(InvalidGoal, match=rf"KL at most 0.1 .* {info.bits_max:g} bits: {reached}"):
-        reach_bound(make, make.out, info, Goal("max_kl", 0.1))
+        reach_bound(make, make.measure, make.out, info, Goal("max_kl", 0.1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,5 +280,5 @@ def test_a_failed_trial_leaves_no_file(tmp_path: Path) -> None:
         raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
-        reach_bound(stopped, tmp_path / "out", INFO, Goal("max_kl", 0.1))
+        reach_bound(stopped, lambda *_: None, tmp_path / "out", INFO, Goal("max_kl", 0.1))
     assert list(tmp_path.iterdir()) == []
