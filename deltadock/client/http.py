@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import (
     AsyncIterator,
+    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -18,11 +19,11 @@ from collections.abc import (
 )
 from contextlib import aclosing, closing
 from functools import cache, partial, wraps
-from inspect import Parameter, Signature, signature
+from inspect import Parameter, Signature, iscoroutinefunction, signature
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar, Unpack
+from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar, Unpack, get_args
 
 import anyio
 import anyio.to_thread
@@ -76,6 +77,7 @@ from deltadock.version import __version__
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Awaited = Awaitable[T]
 ClientT = TypeVar("ClientT")
 RequestT = TypeVar("RequestT")
 
@@ -112,8 +114,19 @@ def _method(
         return send(client, build(*args, **kwargs))
 
     own = Parameter("self", Parameter.POSITIONAL_ONLY)
-    vars(method)["__signature__"] = Signature([own, *signature(build).parameters.values()])
+    parameters = [own, *signature(build).parameters.values()]
+    vars(method)["__signature__"] = Signature(
+        parameters, return_annotation=_returned(signature(build), send)
+    )
     return method
+
+
+def _returned(route: Signature, send: Callable[..., Any]) -> Any:
+    """What `send` makes of a route's `Call`, `Pages` or `Events`, for `help` and notebooks."""
+    (kind,) = get_args(route.return_annotation)
+    made: Any = None if kind is type(None) else kind
+    form: Any = Awaited if iscoroutinefunction(send) else signature(send).return_annotation
+    return made if form is T else form[made]
 
 
 @cache
@@ -634,6 +647,7 @@ def _pushing(
         started = await start(client, *args, **kwargs)
         return AsyncPush(client, started.delta, started.job)
 
+    vars(push)["__signature__"] = signature(start).replace(return_annotation="AsyncPush")
     return push
 
 

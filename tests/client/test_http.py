@@ -1,9 +1,10 @@
 """Requests: which errors responses are, what is sent again, and how often."""
 
+import inspect
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
 
 import anyio
@@ -14,7 +15,7 @@ from deltadock.cli.processes import free_ports
 from deltadock.client import http, routes
 from deltadock.client.http import Client
 from deltadock.client.requests import ATTEMPTS, Call, Events, error_of
-from deltadock.client.resources import Job
+from deltadock.client.resources import Delta, Generated, Job
 from deltadock.errors import (
     DeltadockError,
     HashMismatch,
@@ -272,6 +273,20 @@ def test_a_transfer_of_the_async_client_ends_when_it_is_cancelled(tmp_path: Path
     anyio.run(download_and_cancel)
     assert answered == []
     answer_now.set()
+
+
+@pytest.mark.parametrize(
+    ("method", "blocking", "awaited"),
+    [
+        ("delta", Delta, Awaitable[Delta]),
+        ("delete", None, Awaitable[type(None)]),
+        ("deltas", Iterator[Delta], AsyncIterator[Delta]),
+        ("stream", Iterator[Generated], AsyncIterator[Generated]),
+    ],
+)
+def test_help_shows_what_a_method_returns(method: str, blocking: object, awaited: object) -> None:
+    for kind, returned in ((http.Client, blocking), (http.AsyncClient, awaited)):
+        assert inspect.signature(getattr(kind, method)).return_annotation == returned
 
 
 def test_both_clients_have_the_same_methods() -> None:
