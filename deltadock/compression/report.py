@@ -127,6 +127,8 @@ class Report:
     measured_on: list[dict[str, Any]] = field(default_factory=list)
     """The text of the figures: `kind` (text, conversations, sampled), `sha256` of the file (None if
     sampled from the fine-tune) and `tokens` of each source; empty if nothing was measured."""
+    is_far: bool = False
+    """Whether the delta is far from its fine-tune: see `POOR`."""
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     """What was not taken from the fine-tune's folder, and why figures are missing or poor, in
@@ -151,7 +153,8 @@ class Report:
         self.nll = quality.nll
         self.nll_finetuned = quality.nll_finetuned
         self.nll_base = quality.nll_base
-        if quality.kl > max(POOR * quality.kl_base, LEAST_POOR):
+        self.is_far = quality.kl > max(POOR * quality.kl_base, LEAST_POOR)
+        if self.is_far:
             self.notes.append(
                 f"The delta is far from its fine-tune: its KL is {quality.kl:.3g}, that of the "
                 f"bare base {quality.kl_base:.3g}. Allow more bits, or take another method or text."

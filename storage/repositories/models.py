@@ -274,7 +274,8 @@ class ModelRepository:
         """Let a version that is ready now become the default of its locked model.
 
         Without a rule the first ready one does, if there is no default; of the versions of the
-        same fine-tune that were pushed by then, one with a lower KL replaces it. With a rule, a
+        same fine-tune that were pushed by then, one with a lower KL replaces it, and if it is far
+        from its fine-tune, so does a later one that is not. With a rule, a
         newer version does whose KL is at most `max_kl`, and at most `max_increase` above the
         default's.
         """
@@ -288,8 +289,8 @@ class ModelRepository:
                     reason="The first ready version.",
                     last_contender=model.last_version,
                 )
-            elif row.last_contender is not None and delta.version <= row.last_contender:
-                self._contend(model, delta, row)
+            elif row.last_contender is not None:
+                self._contend(model, delta, row, row.last_contender)
             return
         kl, most = delta.kl, model.rule["max_kl"]
         if kl is None or kl > most:
@@ -303,20 +304,38 @@ class ModelRepository:
                 return
         self.move(model, DEFAULT, delta, reason=f"The rule: KL {kl:.4g} is at most {most:.4g}.")
 
-    def _contend(self, model: ModelRow, delta: DeltaRow, row: AliasRow) -> None:
-        """Let a version that was pushed before there was a default replace it if it is better."""
+    def _contend(
+        self, model: ModelRow, delta: DeltaRow, row: AliasRow, last_contender: int
+    ) -> None:
+        """Let a better version replace a default that nobody chose.
+
+        Of another fine-tune a KL is no measure of which is better; on another calibration text
+        only whether it is far is.
+        """
         current = self.session.get_one(DeltaRow, row.delta_id)
         if delta.checkpoint_digest != current.checkpoint_digest:
-            return  # whose KL is no measure of which is better
-        if delta.options.get("calibration") != current.options.get("calibration"):
-            return  # nor is one on another text
-        if delta.kl is not None and current.kl is not None and delta.kl < current.kl:
-            self.move(
-                model, DEFAULT, delta,
-                reason=f"Pushed before version {row.version} was ready, and closer to its "
-                f"fine-tune: KL {delta.kl:.4g} instead of {current.kl:.4g}.",
-                last_contender=row.last_contender,
-            )  # fmt: skip
+            return
+        if delta.kl is None or current.kl is None:
+            return
+        same_text = delta.options.get("calibration") == current.options.get("calibration")
+        if self._is_far(current) and not self._is_far(delta):
+            reason = (
+                f"Version {row.version} is far from its fine-tune, with a KL of {current.kl:.4g}; "
+                f"this one has {delta.kl:.4g}."
+            )
+        elif delta.version <= last_contender and same_text and delta.kl < current.kl:
+            reason = (
+                f"Pushed before version {row.version} was ready, and closer to its fine-tune: "
+                f"KL {delta.kl:.4g} instead of {current.kl:.4g}."
+            )
+        else:
+            return
+        self.move(model, DEFAULT, delta, reason=reason, last_contender=last_contender)
+
+    def _is_far(self, delta: DeltaRow) -> bool:
+        """Whether its report says that a version is far from its fine-tune."""
+        is_far = DeltaRow.report["is_far"].as_boolean()
+        return bool(self.session.scalar(select(is_far).where(DeltaRow.id == delta.id)))
 
     def set_rule(self, model: ModelRow, rule: dict[str, Any] | None) -> None:
         """Set or remove the rule of a locked model; the newest version that meets it is offered."""

@@ -31,3 +31,4 @@ def test_a_delta_that_is_far_from_its_fine_tune_has_a_note(
     assert [note.startswith("The delta is far from its fine-tune") for note in report.notes] == [
         True
     ] * poor
+    assert report.to_dict()["is_far"] is poor

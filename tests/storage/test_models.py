@@ -30,12 +30,13 @@ def push(session: Session, name: str = NAME) -> DeltaRow:
     return seed.add_delta(session, seed.add_base(session, "base", 100), name, 1.0)
 
 
-def finish(session: Session, delta: DeltaRow, kl: float | None) -> None:
+def finish(session: Session, delta: DeltaRow, kl: float | None, *, is_far: bool = False) -> None:
     jobs, job_id = JobRepository(session, LOCAL_TENANT), delta.job.id
     assert jobs.acquire(job_id, "worker", 60)
     DeltaRepository(session, LOCAL_TENANT).set_result(
-        delta, artifact_digest=seed.digest_of(delta.id), artifact_bytes=10, report={"kl": kl}
-    )
+        delta, artifact_digest=seed.digest_of(delta.id), artifact_bytes=10,
+        report={"kl": kl, "is_far": is_far},
+    )  # fmt: skip
     assert jobs.finish(job_id, "worker", JobState.READY)
 
 
@@ -91,6 +92,33 @@ def test_the_best_of_what_was_pushed_at_once_becomes_the_default(database: Datab
         assert not models.move(model, "default", good, reason="Evaluated.", moved_by="key")
         finish(session, fair, 0.002)
         assert meaning(session) == 2, "a person has decided"
+
+
+def test_a_default_far_from_its_fine_tune_gives_way_to_a_later_version(database: Database) -> None:
+    """On whatever text it is measured, but of the same fine-tune; unless a person chose it."""
+    with database.session_scope() as session:
+        finish(session, push(session), 3.0, is_far=True)
+        finish(session, push(session), 2.0, is_far=True)
+        foreign = push(session)
+        foreign.checkpoint_digest = seed.add_base(session, "other", 100).checkpoint_digest
+        finish(session, foreign, 0.01)
+        assert meaning(session) == 1
+        other_text = push(session)
+        other_text.options = {**other_text.options, "calibration": {"sources": [], "tokens": 1}}
+        finish(session, other_text, 0.01)
+        assert meaning(session) == 4
+        models = ModelRepository(session, LOCAL_TENANT)
+        model = models.find(NAME, lock=True)
+        assert model is not None
+        assert models.history(model, limit=1)[0].reason == (
+            "Version 1 is far from its fine-tune, with a KL of 3; this one has 0.01."
+        )
+        finish(session, push(session), 0.001)
+        assert meaning(session) == 4, "which is not far"
+        first = DeltaRepository(session, LOCAL_TENANT).resolve(f"{NAME}:1")
+        models.move(model, "default", first, reason="Evaluated.", moved_by="key")
+        finish(session, push(session), 0.001)
+        assert meaning(session) == 1, "a person has decided"
 
 
 @pytest.mark.parametrize(
