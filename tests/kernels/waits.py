@@ -24,7 +24,7 @@ def check_accesses_after_the_wait(code: MachineCode, function: Any, written: Seq
 
 
 def check_every_program_waits(code: MachineCode) -> None:
-    """None of a kernel of a few instructions ends, or could pass, without a wait."""
+    """No program ends before a wait, and no wait is conditional."""
     assert code.operations.index("ACQBULK") < code.operations.index("EXIT")
     waits = [line for line in code.listing.splitlines() if "ACQBULK" in line]
     assert not any("@" in line for line in waits)
