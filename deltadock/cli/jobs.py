@@ -1,7 +1,6 @@
 """`deltadock jobs`, `logs`, `cancel` and `retry`."""
 
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +14,7 @@ from deltadock.cli.output import (
     print_resources,
     print_table,
     say,
+    up_to,
 )
 from deltadock.cli.server import STATES, JobReference, State, Url, complete_model, connect
 from deltadock.errors import Cancelled, NotFound, Unavailable
@@ -88,11 +88,16 @@ def jobs(
 ) -> None:
     """List the jobs, newest first."""
     with connect(url) as client:
-        found = list(islice(client.jobs(state=state, delta=delta, limit=min(limit, 200)), limit))
-        if as_json:
-            print_resources(found)
-            return
-        names = {one.delta: _name(client, one.delta) for one in found}
+        listed = client.jobs(state=state, delta=delta, limit=min(limit + 1, 200))
+        with up_to(limit, listed) as found:
+            if as_json:
+                print_resources(found)
+            else:
+                names = {one.delta: _name(client, one.delta) for one in found}
+                _print_jobs(found, names, filtered=bool(state or delta))
+
+
+def _print_jobs(found: "list[Job]", names: dict[str, str], *, filtered: bool) -> None:
     print_table(
         ("job", "delta", "state", "done", "elapsed", "left", "created"),
         (
@@ -108,7 +113,7 @@ def jobs(
             for job in found
         ),
         "No job matches. `deltadock jobs` lists all."
-        if state or delta
+        if filtered
         else "There is no job yet. `deltadock push DIR --base BASE` starts one.",
         spare=("elapsed", "created", "left", "done"),
     )

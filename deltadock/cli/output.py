@@ -5,7 +5,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 from rich.cells import cell_len
@@ -14,6 +15,8 @@ from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from deltadock.client.resources import Resource
+
+T = TypeVar("T")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
@@ -51,6 +54,16 @@ def print_resources(found: "Resource | Iterable[Resource]") -> None:
         print_json([one.model_dump(mode="json") for one in found])
     else:
         print_json(found.model_dump(mode="json"))
+
+
+@contextmanager
+def up_to(limit: int, found: Iterator[T]) -> Iterator[list[T]]:
+    """The first `limit` of a list; says, after they were printed, how to see more if there are."""
+    shown = list(islice(found, limit))
+    more = next(found, None) is not None
+    yield shown
+    if more:
+        say(f"There are more: --limit {4 * limit} shows up to {4 * limit}.")
 
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:

@@ -22,6 +22,7 @@ from deltadock.cli.output import (
     print_rows,
     print_table,
     say,
+    up_to,
 )
 from deltadock.cli.server import (
     STATES,
@@ -75,17 +76,15 @@ def ls(
     """List the deltas."""
     filters = {"base": base, "method": method, "state": state, "name": name, "tag": tag}
     with connect(url) as client:
-        listed = client.deltas(
-            **filters,
-            text=text,
-            sort=sort,
-            limit=min(limit + 1, 200),
-        )
-        found = list(islice(listed, limit + 1))
-    shown = found[:limit]
-    if as_json:
-        print_resources(shown)
-        return
+        listed = client.deltas(**filters, text=text, sort=sort, limit=min(limit + 1, 200))
+        with up_to(limit, listed) as shown:
+            if as_json:
+                print_resources(shown)
+            else:
+                _print_deltas(shown, filtered=bool(text) or any(filters.values()))
+
+
+def _print_deltas(shown: "list[Delta]", *, filtered: bool) -> None:
     print_table(
         ("name", "aliases", "base", "method", "size", "ratio", "KL", "state", "created"),
         (
@@ -97,19 +96,18 @@ def ls(
                 words.size(delta.artifact.bytes if delta.artifact else None),
                 words.ratio(_metrics(delta).ratio),
                 words.significant(_metrics(delta).kl),
-                delta.state if delta.state == "ready" or delta.error is not None
+                delta.state
+                if delta.state == "ready" or delta.error is not None
                 else f"{delta.state}, {words.progress(delta.percent)}",
                 words.ago(delta.created_at),
             )
             for delta in shown
         ),
         "No delta matches. `deltadock ls` lists all."
-        if text or any(filters.values())
+        if filtered
         else "There is no delta yet. `deltadock push DIR --base BASE` makes one.",
         spare=("created", "base", "method"),
-    )  # fmt: skip
-    if len(found) > limit:
-        say(f"There are more: --limit {4 * limit} shows up to {4 * limit}.")
+    )
 
 
 def _metrics(delta: "Delta") -> "Metrics":

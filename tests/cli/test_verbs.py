@@ -285,12 +285,12 @@ def test_deltas_are_listed_and_shown(call: Callable[..., Outcome], pushed: list[
     assert [name in table for name in pushed] == [True, True]
     assert [delta["version"] for delta in answered(call("ls", "--name", "maths/skills", "--json"))
             ] == [2, 1]  # fmt: skip
-    assert "There are more" in call("ls", "--limit", 1).stderr
+    for limited in (("ls", "--limit", 1), ("ls", "-n", 1, "--json"), ("jobs", "-n", 1, "--json")):
+        assert call(*limited).stderr == "There are more: --limit 4 shows up to 4.\n"
     assert "No delta matches" in call("ls", "nothing-like-it").stderr
     assert "No job matches" in call("jobs", "--state", "failed", "--delta", pushed[0]).stderr
     shown = call("show", "maths/skills").stdout
     assert "maths/skills:1" in shown
-    assert "in flight" in shown
     assert "It has no tokenizer." in shown
     assert "default" in shown
     assert answered(call("show", pushed[1], "--json"))["name"] == "maths/skills"
@@ -498,6 +498,7 @@ def test_nodes_are_shown(service: Service, call: Callable[..., Outcome], pushed:
     service.api.register(node["url"], deltas=held)
     shown = call("ps").stdout
     assert "1 of 4" in shown
+    assert "in flight" in shown
     assert "maths/skills:1" in shown
 
 
