@@ -19,6 +19,8 @@ import httpx
 import schemathesis
 from schemathesis.core.parameters import ParameterLocation
 
+from deltadock.storage.repositories.webhooks import MAX_WEBHOOKS
+
 OWN_TENANT: Final = ("local", "ten_local")
 REAL: Final = 0.8
 """How often a case is about objects that are there."""
@@ -140,6 +142,9 @@ class Objects:
         return made
 
     def _webhook(self) -> Parameters:
+        made = self.http.get("/v1/webhooks").json()["data"]
+        if len(made) >= MAX_WEBHOOKS:
+            return {"webhook_id": self._random.choice(made)["id"]}
         hook = {"url": "https://hooks.example.com/", "events": ["delta.failed"]}
         return {"webhook_id": self._post("/v1/webhooks", hook)["id"]}
 
