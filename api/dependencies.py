@@ -1,6 +1,7 @@
 """FastAPI dependencies: the process's resources, read sessions and units of work."""
 
 import socket
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Final, Self
@@ -34,6 +35,8 @@ KEEPALIVE: Final = (
 
 COMPARISONS: Final = 2
 """Of checkpoints, at once."""
+PROBES: Final = 2
+"""Of one part, at once, whether it answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,9 @@ class Resources:
     rates: Rates
     comparing: anyio.CapacityLimiter
     """Of threads that compare checkpoints; those that wait for one keep none."""
+    probing: defaultdict[str, anyio.CapacityLimiter]
+    """Of threads that ask whether a part answers, by its name: one that does not answer may keep
+    them for minutes."""
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -91,6 +97,7 @@ class Resources:
             refusals=Refusals(database),
             rates=Rates(settings.broker_url),
             comparing=anyio.CapacityLimiter(COMPARISONS),
+            probing=defaultdict(lambda: anyio.CapacityLimiter(PROBES)),
         )
 
     async def close(self) -> None:

@@ -1,13 +1,15 @@
 """Liveness and readiness probes."""
 
 from collections.abc import Callable
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Final
 
+import anyio
+import anyio.to_thread
 import structlog
 from fastapi import Response
 from pydantic import BaseModel, Field
 from sqlalchemy import text
-from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.dependencies import Resources, ResourcesDep
 from deltadock.api.routing import api_router
@@ -18,6 +20,9 @@ router = api_router(tags=["health"])
 
 OK = "ok"
 DOWN = "unavailable"
+CHECK_SECONDS: Final = 5.0
+"""A part that takes longer, such as a store that keeps a connection and does not answer, is down.
+Probes give up soon after."""
 
 
 class Health(BaseModel):
@@ -47,33 +52,37 @@ async def health() -> Health:
 )
 async def readiness(resources: ResourcesDep, response: Response) -> Readiness:
     """Readiness: the database, the broker and the blob store answer."""
-    checks = await run_in_threadpool(_check_required, resources)
+    parts: dict[str, Callable[[], object]] = {
+        "database": partial(_ask_database, resources),
+        "broker": resources.tasks.ping,
+        "blobs": partial(resources.blobs.exists, "0" * 64),
+    }
+    checks = dict.fromkeys(parts, DOWN)
+
+    async def ask(name: str) -> None:
+        with anyio.move_on_after(CHECK_SECONDS) as scope:
+            try:
+                await anyio.to_thread.run_sync(
+                    parts[name], abandon_on_cancel=True, limiter=resources.probing[name]
+                )
+                checks[name] = OK
+            except DeltadockError as error:
+                log.warning("not_ready", part=name, error=str(error.__cause__ or error))
+        if scope.cancelled_caught:
+            log.warning("not_ready", part=name, error=f"No answer within {CHECK_SECONDS:g} s.")
+
+    async with anyio.create_task_group() as group:
+        for name in parts:
+            group.start_soon(ask, name)
     ready = all(state == OK for state in checks.values())
-    checks["node"] = await _check_nodes(resources)
+    checks["node"] = await _check_nodes(resources) if checks["database"] == OK else DOWN
     response.status_code = 200 if ready else 503
     return Readiness(status=OK if ready else DOWN, checks=checks)
 
 
-def _check_required(resources: Resources) -> dict[str, str]:
-    def ask_database() -> None:
-        with resources.database.read_scope() as session:
-            session.execute(text("SELECT 1"))
-
-    parts: dict[str, Callable[[], object]] = {
-        "database": ask_database,
-        "broker": resources.tasks.ping,
-        "blobs": lambda: resources.blobs.exists("0" * 64),
-    }
-    return {name: _state(name, check) for name, check in parts.items()}
-
-
-def _state(name: str, check: Callable[[], object]) -> str:
-    try:
-        check()
-    except DeltadockError as error:
-        log.warning("not_ready", part=name, error=str(error.__cause__ or error))
-        return DOWN
-    return OK
+def _ask_database(resources: Resources) -> None:
+    with resources.database.read_scope() as session:
+        session.execute(text("SELECT 1"))
 
 
 async def _check_nodes(resources: Resources) -> str:

@@ -9,6 +9,7 @@ import pytest
 import redis
 from sqlalchemy import event
 
+from deltadock.api import health
 from deltadock.compression.options import default_method
 from deltadock.storage.models import JobPriority, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
@@ -82,6 +83,23 @@ class TestBrokerDown:
             "node": "unavailable",
         }
         assert api.client.get("/healthz").status_code == 200
+
+
+def test_a_part_that_does_not_answer_is_not_ready(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many probes ask, and the database is asked meanwhile."""
+    answers = threading.Event()
+    monkeypatch.setattr(health, "CHECK_SECONDS", 0.2)
+    monkeypatch.setattr(type(api.resources.blobs), "exists", lambda *_: answers.wait(60))
+    try:
+        for _ in range(3):
+            checks = api.client.get("/readyz").json()["checks"]
+            assert checks == {
+                "database": "ok", "broker": "ok", "blobs": "unavailable", "node": "unavailable",
+            }  # fmt: skip
+    finally:
+        answers.set()
 
 
 def test_a_repeated_request_returns_the_same_delta(api: Api, broker_url: str) -> None:

@@ -1,10 +1,13 @@
 """Session scopes, on both databases."""
 
+import os
+import socket
 import threading
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, StatementError
@@ -135,6 +138,24 @@ def test_a_value_that_postgres_cannot_hold_is_invalid_input(postgres_database: s
     with pytest.raises(InvalidInput, match="NUL"), database.read_scope() as session:
         UploadRepository(session, LOCAL_TENANT).find("a\0b")
     database.dispose()
+
+
+def test_a_database_whose_machine_vanished_is_noticed_soon(postgres_url: str) -> None:
+    database = Database(postgres_url)
+    with database.snapshot() as connection:
+        driver = connection.connection.dbapi_connection
+        assert isinstance(driver, psycopg.Connection)
+        with socket.socket(fileno=os.dup(driver.fileno())) as duplicate:
+            options = [
+                duplicate.getsockopt(level, option)
+                for level, option in (
+                    (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+                    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+                )
+            ]
+    database.dispose()
+    assert options == [1, 30_000, 15]
 
 
 def test_migrate_returns_the_revision(tmp_path: Path) -> None:
