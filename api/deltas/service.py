@@ -19,7 +19,7 @@ from deltadock.api.paging import Cursor
 from deltadock.api.quotas import check_delta, check_job, within_bytes
 from deltadock.api.unknown import MOST_NAMES, unknown
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
-from deltadock.compression.options import SIZES, check_kind
+from deltadock.compression.options import check_kind
 from deltadock.compression.preview import preview_size
 from deltadock.errors import DeltadockError, NotFound, NotReady, refused_by_state
 from deltadock.names import DEFAULT, parse_reference
@@ -145,7 +145,7 @@ def compare_delta(resources: Resources, caller: Caller, body: DeltaIn) -> Compar
         if checkpoint.model_type != ADAPTER_TYPE:
             shapes, carried = compare(resources.blobs, base.checkpoint_digest, checkpoint.digest)
             with refused_by_state():
-                if goal is not None and goal.kind in {"target_bytes", "ratio"}:
+                if goal is not None and goal.is_size:
                     preview_size(shapes, method.name, goal, carried=carried)
     except DeltadockError as error:
         return Compared(base_id, error)
@@ -178,7 +178,7 @@ def request_delta(
     parent = require_delta(session, tenant_id, body.parent) if body.parent else None
     method, goal = body.check_goal()
     check_kind(method, is_adapter=checkpoint.model_type == ADAPTER_TYPE)
-    is_bound = goal is not None and goal.kind not in SIZES
+    is_bound = goal is not None and goal.is_bound
     calibration = _calibration(
         session, tenant_id, body, needed=method.needs_calibration or is_bound
     )

@@ -462,7 +462,7 @@ class Client:
         routes.checked_name(name)
         chosen, wanted = self._check_method(Path(folder), method, goal)
         self._check_architecture(Path(folder), base)
-        if wanted is not None and wanted.kind in ("target_bytes", "ratio"):
+        if wanted is not None and wanted.is_size:
             self._check_size(Path(folder), base, chosen, wanted)
         for source in _weights_of(calibration):
             if source != SAMPLED:

@@ -218,6 +218,11 @@ class Goal:
         """Whether a figure of the finished delta decides, and not its size."""
         return self.kind not in SIZES
 
+    @property
+    def is_size(self) -> bool:
+        """Whether the artifact's size decides, so that a budget is looked for."""
+        return self.kind in ("target_bytes", "ratio")
+
     def figure(self, kl: FigureT, agreement: FigureT) -> FigureT:
         """The one of the two that a bound is on."""
         return kl if self.kind == "max_kl" else agreement

@@ -121,7 +121,7 @@ def reach_goal(session: CompressionSession, goal: Goal | None, out: Path) -> Rep
 
 def _byte_limit(pair: CheckpointPair, goal: Goal | None) -> float | None:
     """The bytes that a size goal allows; None for other goals."""
-    if goal is None or goal.kind not in ("target_bytes", "ratio"):
+    if goal is None or not goal.is_size:
         return None
     return goal.value if goal.kind == "target_bytes" else pair.finetuned.bf16_bytes / goal.value
 

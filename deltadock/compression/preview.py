@@ -20,7 +20,7 @@ from deltadock.artifacts.compatibility import differing_files, match_tensors
 from deltadock.artifacts.container import DTYPE_BITS
 from deltadock.artifacts.manifest import DEFLATED_FROM
 from deltadock.artifacts.names import EMBEDDINGS, HEADS
-from deltadock.compression.options import METHODS, SIZES, Goal, rank_budget
+from deltadock.compression.options import METHODS, Goal, rank_budget
 from deltadock.errors import InvalidCheckpoint, InvalidGoal, InvalidInput
 
 Role = Literal["linear layers", "output head", "embeddings", "other tensors"]
@@ -342,7 +342,7 @@ def preview_size(
             f"The method {method!r} keeps an adapter as it is: the artifact is about as large as "
             "the adapter file."
         )
-    if goal is not None and goal.kind not in SIZES:
+    if goal is not None and goal.is_bound:
         raise InvalidGoal(
             f"How small {goal.kind} lets the artifact be is only known after the work. Preview "
             "bits, target_bytes or ratio."

@@ -153,9 +153,7 @@ class CompressionSession:
         _, goal = goal_for(options.method, **options.goals())
         entries = pair.finetuned.entries.items()
         side = mean_side([(entry.shape, pair.changed(name)) for name, entry in entries])
-        self._work = ExpectedWork(
-            self.info, None if goal is None else goal.kind, side, MEASURED_TOKENS
-        )
+        self._work = ExpectedWork(self.info, goal, side, MEASURED_TOKENS)
 
     @property
     def budgeted_weights(self) -> int:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Final
 
 from deltadock.compression.distillation import STEPS, TOKENS_PER_STEP
-from deltadock.compression.options import SIZES, GoalKind, MethodInfo
+from deltadock.compression.options import Goal, MethodInfo
 from deltadock.compression.progress import Phase
 from deltadock.compression.statistics import GRADIENT_TOKENS
 
@@ -89,7 +89,7 @@ class ExpectedWork:
     """
 
     method: MethodInfo
-    goal: GoalKind | None
+    goal: Goal | None
     side: float
     report: float
     sampled: float = 0.0
@@ -99,7 +99,7 @@ class ExpectedWork:
     @property
     def measures_trials(self) -> bool:
         """Whether the goal is a bound, for which each trial is finished and measured."""
-        return self.goal is not None and self.goal not in SIZES
+        return self.goal is not None and self.goal.is_bound
 
     def text(self) -> dict[Phase, float]:
         """Of making the calibration text."""
@@ -125,7 +125,7 @@ class ExpectedWork:
             draft |= self.finish() | comparing(self.choose)
             later = max(TRIALS - 1 - done, 0) * sum(draft.values())
             return draft | {"later": later + sum(comparing(self.report, 2).values())}
-        if self.goal in {"target_bytes", "ratio"}:
+        if self.goal is not None and self.goal.is_size:
             later = max(DRAFTS - 1 - done, 0) * sum(draft.values())
             return draft | {"later": later} | self.finish()
         return draft | self.finish()

@@ -3,7 +3,7 @@
 import pytest
 
 from deltadock.compression import progress
-from deltadock.compression.options import METHODS, GoalKind
+from deltadock.compression.options import METHODS, Goal
 from deltadock.compression.progress import READING, Forecast, Progress, ProgressReporter
 from deltadock.compression.work import ExpectedWork, mean_side
 
@@ -75,9 +75,9 @@ def test_the_rate_of_this_run_predicts_its_end(monkeypatch: pytest.MonkeyPatch) 
     assert left(1.0, 0.5) == 0.0
 
 
-@pytest.mark.parametrize("goal", [None, "ratio", "max_kl"])
+@pytest.mark.parametrize("goal", [None, Goal("ratio", 8.0), Goal("max_kl", 0.01)], ids=str)
 @pytest.mark.parametrize("name", [name for name, one in METHODS.items() if not one.imports_adapter])
-def test_work_is_expected_of_every_method(name: str, goal: GoalKind | None) -> None:
+def test_work_is_expected_of_every_method(name: str, goal: Goal | None) -> None:
     work = ExpectedWork(METHODS[name], goal, 300.0, 6e3, train=5e4, choose=3e3)
     whole = work.calibration() | work.trials()
     assert all(amount >= 0 for amount in whole.values())
