@@ -37,7 +37,7 @@ from deltadock.compression.methods import optimix
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.numerics import global_allocation, two_sided
 from deltadock.compression.numerics.global_allocation import GlobalAllocation, RankProfile
-from deltadock.compression.options import TOKENS, CalibrationOptions, CompressOptions, Source
+from deltadock.compression.options import TOKENS, CalibrationOptions, CompressOptions, Goal, Source
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.quality import evaluate
 from deltadock.compression.scratch import Scratch
@@ -171,7 +171,7 @@ class Ablation:
             )
         manifest = build_manifest(
             pair.base,
-            CompressOptions(bits=arguments.bits, seed=arguments.seed),
+            CompressOptions(goal=Goal("bits", arguments.bits), seed=arguments.seed),
             ({}, {}),
             finetuned_digest=pair.finetuned.manifest.weights_digest,
             parameters=pair.finetuned.parameters,

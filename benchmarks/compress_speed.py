@@ -31,7 +31,7 @@ from benchmarks.synthetic import write_pair, write_text
 from deltadock.compression.methods import adamix
 from deltadock.compression.methods.base import MatrixTask
 from deltadock.compression.numerics.metric import damped
-from deltadock.compression.options import CompressOptions, rank_budget
+from deltadock.compression.options import CompressOptions, Goal, rank_budget
 from deltadock.compression.pipeline import compress
 from deltadock.compression.progress import Progress
 from deltadock.compression.statistics import MomentCollector
@@ -319,7 +319,7 @@ def time_model(
         print(f"{name} with {blocks} of {whole} blocks, {method}, {bits:g} bits, {tokens} tokens; "
               f"pair written in {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
         timeline = Timeline()
-        options = CompressOptions(method=method, bits=bits)
+        options = CompressOptions(method=method, goal=Goal("bits", bits))
         report = compress(
             base, tuned, Path(folder) / "out.delta", options,
             calibration=text, progress=timeline, device=device,

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from benchmarks.harness import describe_machine
 from benchmarks.synthetic import block_of, shapes_of, write_pair, write_text
+from deltadock.compression.options import CompressOptions, Goal
 
 GB: Final = 1e9
 
@@ -58,17 +59,16 @@ def resident(field: str) -> int:
 
 
 def compress_here(
-    base: Path, tuned: Path, text: Path, out: Path, options: dict[str, Any], threads: int
+    base: Path, tuned: Path, text: Path, out: Path, options: CompressOptions, threads: int
 ) -> MemoryPeak:
     """Compress in this process, which must be fresh, and return its peak."""
     import torch
 
-    from deltadock.compression.options import CompressOptions
     from deltadock.compression.pipeline import compress
 
     torch.set_num_threads(threads)
     start = resident("VmRSS")
-    report = compress(base, tuned, out, CompressOptions(**options), calibration=text)
+    report = compress(base, tuned, out, options, calibration=text)
     return MemoryPeak(start, resident("VmHWM"), report.ratio, report.seconds)
 
 
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> tuple[float, float]:
         )
         text = write_text(folder / "calibration.txt", arguments.tokens)
         size = sum(path.stat().st_size for path in tuned.glob("*.safetensors"))
-        options = {"method": arguments.method, "bits": arguments.bits}
+        options = CompressOptions(arguments.method, Goal("bits", arguments.bits))
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
             peak = pool.submit(

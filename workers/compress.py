@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import structlog
 
 from deltadock import words
-from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
+from deltadock.compression.options import CalibrationOptions, CompressOptions, Goal, Source
 from deltadock.compression.pipeline import compress
 from deltadock.compression.progress import Forecast, Progress
 from deltadock.errors import Cancelled, DamagedBlob, DeltadockError, WorkerLost
@@ -212,20 +212,16 @@ def job_folder(settings: Settings, job_id: str) -> Path:
 
 def _options(delta: DeltaRow) -> CompressOptions:
     options = delta.options
-    goals: dict[str, Any] = {"bits": None}
-    if goal := options["goal"]:
-        is_integer = goal["kind"] == "target_bytes"
-        goals[goal["kind"]] = int(goal["value"]) if is_integer else goal["value"]
     requested = options["calibration"]
     calibration = (
         CalibrationOptions(requested["tokens"], requested["length"]) if requested else None
     )
     return CompressOptions(
         method=delta.method,
+        goal=Goal(**options["goal"]) if options["goal"] else None,
         seed=options["seed"],
         solver=options["solver"],
         calibration=calibration or CalibrationOptions(),
-        **goals,
     )
 
 

@@ -229,8 +229,7 @@ def compress(
 
     chosen: Literal["exact", "scip"] = "scip" if solver == "scip" else "exact"
     options = CompressOptions(
-        method=method, bits=goal.bits if goal else None, target_bytes=target_bytes, ratio=ratio,
-        max_kl=max_kl, min_agreement=min_agreement, seed=seed, solver=chosen, calibration=amount,
+        method=method, goal=goal, seed=seed, solver=chosen, calibration=amount
     )  # fmt: skip
     blocks = BlockFolder(out.with_name(f"{out.name}.blocks"))
     forecast = Forecast()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal, TypeVar, get_args
+from typing import Final, Literal, TypeVar, get_args
 
 from deltadock.errors import (
     BitsOutOfRange,
@@ -450,23 +450,19 @@ class CompressOptions:
 
     Attributes:
         method: a name of `METHODS`.
-        bits: code bits per compressed weight; 1.0 if no goal is given.
-        target_bytes, ratio, max_kl, min_agreement: the other goals, see `Goal`.
+        goal: None: `DEFAULT_BITS`, for methods with a budget.
         seed: seed of window selection, label sampling and distillation.
         solver: allocation solver of AdaMix.
         calibration: amount of calibration text.
     """
 
     method: str = default_method().name
-    bits: float | None = None
-    target_bytes: int | None = None
-    ratio: float | None = None
-    max_kl: float | None = None
-    min_agreement: float | None = None
+    goal: Goal | None = None
     seed: int = 0
     solver: Solver = "exact"
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
-    def goals(self) -> dict[str, Any]:
-        """The goals by name, as `goal_for` takes them."""
-        return {kind: getattr(self, kind) for kind in GOAL_KINDS}
+    def check(self) -> tuple[MethodInfo, Goal | None]:
+        """The method, and the goal to reach. Raises as `goal_for`."""
+        given = {} if self.goal is None else {str(self.goal.kind): self.goal.value}
+        return goal_for(self.method, **given)

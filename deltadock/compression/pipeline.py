@@ -19,7 +19,6 @@ from deltadock.compression.options import (
     Goal,
     MethodInfo,
     Source,
-    goal_for,
 )
 from deltadock.compression.preview import TensorShape, carried_bytes, preview_size, shapes_of
 from deltadock.compression.progress import Progress, ProgressReporter
@@ -59,7 +58,7 @@ def compress(
         InvalidInput: a subclass names what is wrong with the input and what to do.
     """
     started = time.monotonic()
-    info, goal = goal_for(options.method, **options.goals())
+    info, goal = options.check()
     sources = [Source(calibration)] if isinstance(calibration, Path) else list(calibration or ())
     reporter = ProgressReporter(progress)
     unfinished = out.with_name(out.name + ".unfinished")

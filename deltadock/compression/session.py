@@ -51,7 +51,6 @@ from deltadock.compression.options import (
     SAMPLED,
     CompressOptions,
     Source,
-    goal_for,
 )
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.quality import MergedSource, base_model, measure
@@ -150,7 +149,7 @@ class CompressionSession:
         self._matrices: list[DeltaMatrix] = []
         self._draft: Draft | None = None
         self._trials = 0
-        _, goal = goal_for(options.method, **options.goals())
+        _, goal = options.check()
         entries = pair.finetuned.entries.items()
         side = mean_side([(entry.shape, pair.changed(name)) for name, entry in entries])
         self._work = ExpectedWork(self.info, goal, side, MEASURED_TOKENS)

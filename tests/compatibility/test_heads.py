@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from deltadock.artifacts.export import merge
 from deltadock.client.loading import load_delta
-from deltadock.compression.options import CompressOptions, Source
+from deltadock.compression.options import CompressOptions, Goal, Source
 from deltadock.compression.pipeline import compress
 from tests.compatibility.cases import (
     PADDED,
@@ -78,7 +78,9 @@ def test_all_agree_on_an_adapter(adapter: str, tmp_path: Path) -> None:
 def check(made: Made, method: str, home: Path) -> None:
     text, out = home / "text.txt", home / "a.delta"
     text.write_text("".join(f"{n} squared is {n * n}.\n" for n in range(60)))
-    options = CompressOptions(method, bits=4.0 if method in {"adamix", "optimix"} else None)
+    options = CompressOptions(
+        method, goal=Goal("bits", 4.0) if method in {"adamix", "optimix"} else None
+    )
     report = compress(made.base, made.tuned, out, options, calibration=[Source(text)])
     merge(made.base, out, home / "merged")
     merged = AutoModelForCausalLM.from_pretrained(home / "merged", dtype=torch.float32).eval()

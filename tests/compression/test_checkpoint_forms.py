@@ -14,7 +14,7 @@ from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
+from deltadock.compression.options import CalibrationOptions, CompressOptions, Goal, Source
 from deltadock.compression.pipeline import compress
 from deltadock.compression.quality import evaluate
 from deltadock.compression.report import Report
@@ -164,7 +164,7 @@ def test_what_only_its_dtype_changed_takes_no_room(
     out = tmp_path / "a.delta"
     options = CompressOptions(
         method=method, calibration=CalibrationOptions(tokens=512, length=32),
-        bits=None if method == "exact" else 1.0,
+        goal=None if method == "exact" else Goal("bits", 1.0),
     )  # fmt: skip
     compress(base, tuned, out, options, calibration=[Source(text)])
     merge(base, out, tmp_path / "merged")
@@ -263,7 +263,7 @@ def test_an_unknown_family_is_rejected_by_name_but_can_be_stored_exactly(
         save_tokenizer(folder)
     with pytest.raises(UnsupportedModel, match=r"'bloom'.*'exact'"):
         run(pair, text, tmp_path)
-    exact = CompressOptions(method="exact", bits=None)
+    exact = CompressOptions(method="exact")
     compress(*pair, tmp_path / "a.delta", exact, calibration=None)
     merge(pair[0], tmp_path / "a.delta", tmp_path / "merged")
     merged, tuned = (load_file(folder / WEIGHTS) for folder in (tmp_path / "merged", pair[1]))
@@ -290,7 +290,7 @@ def test_a_larger_vocabulary(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == 261
     quality = evaluate(base, tuned, tmp_path / "a.delta", text)
     assert quality.kl < 0.5 * quality.kl_base
-    exact = CompressOptions(method="exact", bits=None)
+    exact = CompressOptions(method="exact")
     compress(base, tuned, tmp_path / "exact.delta", exact, calibration=[Source(text)])
     merge(base, tmp_path / "exact.delta", tmp_path / "same")
     same = load_file(tmp_path / "same" / WEIGHTS)

@@ -17,7 +17,13 @@ from deltadock.compression.calibration.windows import load_calibration
 from deltadock.compression.methods import optimix
 from deltadock.compression.numerics.global_allocation import allocate
 from deltadock.compression.numerics.metric import Metric, weighted_errors
-from deltadock.compression.options import CalibrationOptions, CompressOptions, Goal, Source
+from deltadock.compression.options import (
+    CalibrationOptions,
+    CompressOptions,
+    Goal,
+    Source,
+    goal_for,
+)
 from deltadock.compression.pipeline import compress
 from deltadock.compression.progress import Progress
 from deltadock.compression.quality import measure
@@ -40,7 +46,7 @@ def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(**goal: float) -> CompressOptions:
-    return CompressOptions(method="optimix", calibration=CALIBRATION, **goal)  # type: ignore[arg-type]
+    return CompressOptions("optimix", goal_for("optimix", **goal)[1], calibration=CALIBRATION)
 
 
 def run(pair: Pair, out: Path, text: Path, **goal: float) -> Report:
@@ -295,7 +301,7 @@ def test_an_unreachable_goal_is_rejected_and_leaves_no_file(
 def test_kl_is_below_adamix_at_equal_size(pair: Pair, text: Path, tmp_path: Path) -> None:
     adamix = compress(
         *pair, tmp_path / "a.delta",
-        CompressOptions(method="adamix", bits=1.0, calibration=CALIBRATION),
+        CompressOptions(method="adamix", calibration=CALIBRATION),
         calibration=[Source(text)],
     )  # fmt: skip
     report = run(pair, tmp_path / "b.delta", text, target_bytes=adamix.artifact_bytes)

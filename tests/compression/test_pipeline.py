@@ -22,6 +22,7 @@ from deltadock.compression.options import (
     METHODS,
     CalibrationOptions,
     CompressOptions,
+    Goal,
     Source,
 )
 from deltadock.compression.pipeline import compress
@@ -108,7 +109,7 @@ def test_an_untied_head_is_compressed_as_a_linear_layer(
 
 def test_exact_is_lossless(pair: Pair, text: Path, tmp_path: Path) -> None:
     base, finetuned = pair
-    options = CompressOptions(method="exact", bits=None)
+    options = CompressOptions(method="exact")
     report = compress(base, finetuned, tmp_path / "a.delta", options, calibration=[Source(text)])
     assert report.kl == pytest.approx(0, abs=1e-9)
     assert report.agreement == 1
@@ -200,8 +201,8 @@ def test_stored_blocks_of_other_inputs_are_not_reused(
     [
         (CompressOptions(), True),
         (CompressOptions(method="bitdelta"), False),
-        (CompressOptions(method="low-rank", ratio=3.0), True),
-        (CompressOptions(method="adamix", max_kl=0.1), True),
+        (CompressOptions(method="low-rank", goal=Goal("ratio", 3.0)), True),
+        (CompressOptions(method="adamix", goal=Goal("max_kl", 0.1)), True),
         (CompressOptions(method="exact"), False),
     ],
     ids=lambda value: str(value.method) if isinstance(value, CompressOptions) else None,
@@ -420,7 +421,9 @@ def test_every_budget_has_the_same_windows(pair: Pair, text: Path, tmp_path: Pat
     used = []
     for bits in (1.0, 3.0):
         options = CompressOptions(
-            method="adamix", bits=bits, calibration=CalibrationOptions(tokens=512, length=32)
+            method="adamix",
+            goal=Goal("bits", bits),
+            calibration=CalibrationOptions(tokens=512, length=32),
         )
         report = compress(
             *pair, tmp_path / f"{bits}.delta", options, calibration=[Source(text), Source(None)]

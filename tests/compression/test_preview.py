@@ -100,9 +100,8 @@ def test_the_preview_is_close_to_the_artifacts_size(
     budget = bits if METHODS[method].bits_min is not None else None
     text = tmp_path / "text.txt"
     text.write_text((SAMPLES / "calibration.txt").read_text()[:4_000])
-    options = CompressOptions(
-        method=method, bits=budget, calibration=CalibrationOptions(tokens=512, length=64)
-    )
+    goal = goal_for(method, bits=budget)[1]
+    options = CompressOptions(method, goal, calibration=CalibrationOptions(tokens=512, length=64))
     with Scratch() as scratch:
         pair = open_pair(*one_layer)
         session = CompressionSession(pair, options, scratch)
@@ -110,9 +109,8 @@ def test_the_preview_is_close_to_the_artifacts_size(
         size = session.draft_bytes(budget)
     before, after = pair.base.manifest, pair.finetuned.manifest
     expected = preview_size(
-        shapes_of(after, before), method, goal_for(method, bits=budget)[1],
-        carried=carried_bytes(after, before),
-    )  # fmt: skip
+        shapes_of(after, before), method, goal, carried=carried_bytes(after, before)
+    )
     assert expected.artifact_bytes == pytest.approx(size, rel=0.03)
     assert (expected.checkpoint_bytes, expected.parameters) == (
         pair.finetuned.bf16_bytes,
@@ -126,7 +124,7 @@ def test_files_in_the_manifest_are_counted(pair: Pair, text: Path, tmp_path: Pat
     lines = "".join(f'{{"{n}": "täglich"}}\n' for n in range(4000))
     (finetuned / "chat_template.jinja").write_text(lines)
     (base / "gone.json").write_text(lines)
-    options = CompressOptions(method="exact", bits=None)
+    options = CompressOptions(method="exact")
     compress(base, finetuned, tmp_path / "a.delta", options, calibration=[])
     before, after = scan_folder(base), scan_folder(finetuned)
     expected = preview_size(
@@ -139,7 +137,7 @@ def test_files_in_the_manifest_are_counted(pair: Pair, text: Path, tmp_path: Pat
 def test_a_binary_tokenizer_is_counted_as_it_is_stored(pair: Pair, tmp_path: Path) -> None:
     base, finetuned = pair
     (finetuned / "tokenizer.model").write_bytes(random.Random(0).randbytes(300_000))
-    options = CompressOptions(method="exact", bits=None)
+    options = CompressOptions(method="exact")
     compress(base, finetuned, tmp_path / "a.delta", options, calibration=[])
     before, after = scan_folder(base), scan_folder(finetuned)
     expected = preview_size(

@@ -11,7 +11,7 @@ from deltadock.artifacts.encodings import Encoded
 from deltadock.compression import session
 from deltadock.compression.checkpoints import open_pair
 from deltadock.compression.methods import adamix, base, optimix
-from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
+from deltadock.compression.options import CalibrationOptions, CompressOptions, Goal, Source
 from deltadock.compression.pipeline import compress
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.session import CompressionSession
@@ -90,7 +90,7 @@ def test_blocks_in_one_batch_resume_to_the_same_bytes(
     pair: Pair, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.setitem(session.BATCH_WEIGHTS, "cpu", 1 << 20)
-    options = CompressOptions(method=method, bits=1.0, calibration=AMOUNT)
+    options = CompressOptions(method=method, goal=Goal("bits", 1.0), calibration=AMOUNT)
     stored: dict[str, bytes] = {}
 
     class Store:

@@ -16,7 +16,13 @@ from deltadock.compression.calibration.windows import load_calibration, spaced
 from deltadock.compression.methods.base import MatrixTask
 from deltadock.compression.methods.registry import matrix_method
 from deltadock.compression.numerics.metric import damped
-from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
+from deltadock.compression.options import (
+    CalibrationOptions,
+    CompressOptions,
+    Goal,
+    Source,
+    goal_for,
+)
 from deltadock.compression.pipeline import compress
 from deltadock.compression.progress import Progress
 from deltadock.compression.report import Report
@@ -35,11 +41,11 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
     save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def make(pair: Pair, text: Path, tmp_path: Path, **options: object) -> Report:
+def make(pair: Pair, text: Path, tmp_path: Path, method: str = "optimix", **goal: float) -> Report:
     """Compress into `a.delta` and merge it into `merged`."""
     out = tmp_path / "a.delta"
-    compress_options = CompressOptions(**options)  # type: ignore[arg-type] # as the test requires
-    report = compress(*pair, out, compress_options, calibration=[Source(text)])
+    options = CompressOptions(method, goal_for(method, **goal)[1])
+    report = compress(*pair, out, options, calibration=[Source(text)])
     merge(pair[0], out, tmp_path / "merged")
     json.dumps(report.to_dict(), allow_nan=False)
     return report
@@ -108,7 +114,7 @@ def test_an_unreachable_size_is_rejected_during_validation(
         compress(
             *pair,
             tmp_path / "a.delta",
-            CompressOptions(target_bytes=1000),
+            CompressOptions(goal=Goal("target_bytes", 1000)),
             calibration=[Source(text)],
             progress=lambda progress: seen.append(progress.stage),
         )
@@ -126,7 +132,7 @@ def test_a_cancelled_compression_leaves_no_file(
 
     out = tmp_path / "out" / "a.delta"
     out.parent.mkdir()
-    options = CompressOptions(method="adamix", **goal)  # type: ignore[arg-type]
+    options = CompressOptions("adamix", goal_for("adamix", **goal)[1])
     with pytest.raises(Cancelled):
         compress(*pair, out, options, calibration=[Source(text)], progress=cancel)
     assert list(out.parent.iterdir()) == []

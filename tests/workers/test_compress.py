@@ -15,7 +15,7 @@ from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.reader import Artifact
 from deltadock.cli.processes import free_ports
 from deltadock.compression import pipeline
-from deltadock.compression.options import CompressOptions, Source
+from deltadock.compression.options import CompressOptions, Goal, Source
 from deltadock.errors import Cancelled, InvalidInput
 from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
@@ -165,8 +165,7 @@ def test_the_row_contains_the_goal(
     monkeypatch.setattr(module, "compress", compress)
     compress_job(job_id, context)
     (options,) = asked
-    assert (options.bits, getattr(options, kind)) == (None, value)
-    assert isinstance(options.target_bytes, int | None)
+    assert options.goal == Goal(kind, value)
     assert (options.calibration.tokens, options.calibration.length) == (2048, 64)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from deltadock.api.tasks import TaskSender
 from deltadock.cli.processes import Child, free_ports
 from deltadock.cli.system import keep_running, worker_command
-from deltadock.compression.options import CalibrationOptions, CompressOptions
+from deltadock.compression.options import CalibrationOptions, CompressOptions, Goal
 from deltadock.compression.pipeline import compress
 from deltadock.storage.models import JobPriority, JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository
@@ -122,7 +122,9 @@ def test_jobs_of_stopped_and_of_killed_workers_continue(
         delta = DeltaRepository(session, LOCAL_TENANT).find(job.delta_id)
     assert delta is not None
     options = CompressOptions(
-        method="adamix", bits=2.0, calibration=CalibrationOptions(tokens=2048, length=64)
+        method="adamix",
+        goal=Goal("bits", 2.0),
+        calibration=CalibrationOptions(tokens=2048, length=64),
     )
     alone = tmp_path / "alone.safetensors"
     compress(pair.base, pair.finetuned, alone, options, calibration=pair.calibration)

@@ -79,7 +79,7 @@ def artifacts(base: Path, home: Path) -> dict[str, Path]:
         patch.setattr("deltadock.compression.distillation.STEPS", 3)
         for name, method in METHODS.items():
             written[name] = home / f"{name}.delta"
-            options = CompressOptions(name, bits=None if method.bits_min is None else 1.0)
+            options = CompressOptions(name)
             tuned = home / ("lora" if method.imports_adapter else "tuned")
             compress(base, tuned, written[name], options, calibration=[Source(text)])
     return written
