@@ -471,7 +471,7 @@ def test_what_cannot_be_measured_is_noted(
     assert (report.kl, report.measured_on) == (None, [])
     (note,) = report.notes
     assert "not measured" in note
-    assert "GB are free" in note
+    assert "1.00 kB are free" in note
 
 
 def test_an_unknown_method_is_rejected(pair: Pair, text: Path, tmp_path: Path) -> None:
