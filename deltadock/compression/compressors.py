@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 import torch
@@ -221,14 +222,13 @@ class GlobalCompressor:
             rows,
             columns,
             [entries[matrix.ref.name].dtype for matrix in matrices],
+            self._gap,
         )
-        for result in results:
-            result.notes["gap"] = self._gap
         if matrices[0].role == "embedding":
             residuals = whole - stacked([result.approximation for result in results])
             left, total = (weighted_errors(x.double(), rows, columns) for x in (residuals, whole))
-            for result, error in zip(results, (left / total).tolist(), strict=True):
-                result.notes["error"] = error
+            errors = (left / total).tolist()
+            results = [replace(one, error=e) for one, e in zip(results, errors, strict=True)]
         return results
 
     def _decomposed(self, key: str) -> optimix.DecomposedMatrix:
@@ -244,21 +244,26 @@ def report_matrix(
     matrix: DeltaMatrix, delta: Tensor, result: MatrixResult, statistics: Statistics | None
 ) -> MatrixReport:
     """The report of a compressed matrix; its error is on the reporting windows if there are any."""
-    notes: dict[str, Any] = dict(result.notes)
-    if "error" not in notes:
+    error = result.error
+    if error is None:
         device = delta.device
         held = None if statistics is None else statistics.held_inputs(matrix.ref.key, device)
         if held is None or not held.any():
             held = torch.eye(delta.shape[1], dtype=torch.float64, device=device)
-        notes["error"] = output_error(delta, result.approximation, held)
+        error = output_error(delta, result.approximation, held)
     calibration = [] if statistics is None else statistics.notes.get(matrix.ref.key, [])
-    notes["fallbacks"] = [*calibration, *notes["fallbacks"]]
     return MatrixReport(
         name=matrix.ref.key,
         shape=list(delta.shape),
         kind=result.encoded.record["kind"],
         bytes=result.encoded.nbytes,
-        **notes,
+        error=error,
+        rank=result.rank,
+        widths=result.widths,
+        damping=result.damping,
+        gap=result.gap,
+        fallbacks=[*calibration, *result.fallbacks],
+        spectrum=result.spectrum,
     )
 
 

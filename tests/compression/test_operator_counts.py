@@ -103,7 +103,7 @@ def test_a_batch_equals_each_matrix_alone(name: str) -> None:
         compress = partial(compress_matrices, method)
     for task, result in zip(tasks, compress(tasks), strict=True):
         (alone,) = compress([task])
-        for note in ("rank", "widths", "fallbacks"):
-            assert result.notes[note] == alone.notes[note]
+        for field in ("rank", "widths", "fallbacks"):
+            assert getattr(result, field) == getattr(alone, field)
         norm = torch.linalg.norm(alone.approximation)
         assert torch.linalg.norm(result.approximation - alone.approximation) < 0.02 * norm

@@ -85,8 +85,8 @@ def test_one_matrix(shape: tuple[int, int], diagonal: bool, bits: float) -> None
     assert torch.isfinite(decoded).all()
     widths = shares.widths[0]
     kept = len(widths.kept)
-    assert result.notes["rank"] == kept
-    assert sum(result.notes["widths"].values()) == 2 * kept
+    assert result.rank == kept
+    assert sum(result.widths.values()) == 2 * kept
     used_bits = 8 * sum(data.nbytes for data in result.encoded.segments.values())
     # Each run of ranks with equal widths is padded to 128 bytes in U and in V.
     padding = 2 * 8 * 128 * len(result.encoded.record["ranks"])

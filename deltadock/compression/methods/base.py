@@ -1,8 +1,8 @@
 """The interface of a method: deltas of matrices in, encodings and figures for the report out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -48,12 +48,19 @@ class MatrixResult:
     Attributes:
         encoded: the encoding.
         approximation: the delta that it decodes to, (h_out, h_in) float32, on the matrix's device.
-        notes: fields of the `MatrixReport` by name.
+        rank, widths, damping, gap, fallbacks, spectrum: as in the `MatrixReport`.
+        error: the same; None: it is of the outputs, and not measured yet.
     """
 
     encoded: Encoded
     approximation: Tensor
-    notes: dict[str, Any] = field(default_factory=dict)
+    rank: int
+    widths: dict[str, int]
+    damping: float
+    gap: float
+    fallbacks: list[str]
+    spectrum: list[Rank]
+    error: float | None = None
 
 
 class Prepared(NamedTuple):
@@ -164,15 +171,16 @@ def matrix_result(
     spectrum: Sequence[Rank] = (),
 ) -> MatrixResult:
     """The result of an encoding, decoded on `device`; `fallbacks` that are None are left out."""
-    notes: dict[str, Any] = {
-        "rank": rank,
-        "widths": widths,
-        "damping": damping,
-        "gap": gap,
-        "fallbacks": [fallback for fallback in fallbacks if fallback is not None],
-        "spectrum": spectrum,
-    }
-    return MatrixResult(encoded, decoded_delta(encoded, device), notes)
+    return MatrixResult(
+        encoded,
+        decoded_delta(encoded, device),
+        rank=rank,
+        widths=widths,
+        damping=damping,
+        gap=gap,
+        fallbacks=[fallback for fallback in fallbacks if fallback is not None],
+        spectrum=list(spectrum),
+    )
 
 
 def svd_result(

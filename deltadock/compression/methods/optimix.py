@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from deltadock.artifacts.encodings import SvdMatrix, Vectors, encode_svd
-from deltadock.artifacts.tensors import decoded_delta
 from deltadock.compression.methods.base import (
     MatrixResult,
     fill,
+    matrix_result,
     sample_spectrum,
     stacked,
 )
@@ -114,8 +114,12 @@ def compress(
     rows: Metric,
     columns: Metric,
     dtypes: Sequence[str],
+    gap: float = 0.0,
 ) -> list[MatrixResult]:
-    """Quantize and encode the ranks that `widths` keep of deltas (b, h_out, h_in); maybe none."""
+    """Quantize and encode the ranks that `widths` keep of deltas (b, h_out, h_in); maybe none.
+
+    `gap` is the allocation's, for the report.
+    """
     device = deltas.device
     most = max(1, *(len(one.kept) for one in widths))
     kept = [one.kept.to(device) for one in widths]
@@ -149,14 +153,18 @@ def compress(
             row_scale=_array(matrix.row_scale),
             column_scale=_array(matrix.column_scale),
         )
-        notes: dict[str, Any] = {
-            "rank": len(one.kept),
-            "widths": _count(torch.cat([one.u, one.v])),
-            "damping": max(rows.damping[number], columns.damping[number]),
-            "fallbacks": coded.fallbacks[number] if len(one.kept) else [DROPPED],
-            "spectrum": _spectrum(matrix, one),
-        }
-        results.append(MatrixResult(encoded, decoded_delta(encoded, device), notes))
+        results.append(
+            matrix_result(
+                encoded,
+                device=device,
+                rank=len(one.kept),
+                widths=_count(torch.cat([one.u, one.v])),
+                damping=max(rows.damping[number], columns.damping[number]),
+                gap=gap,
+                fallbacks=coded.fallbacks[number] if len(one.kept) else [DROPPED],
+                spectrum=_spectrum(matrix, one),
+            )
+        )
     return results
 
 

@@ -81,7 +81,7 @@ def test_the_budget_holds_and_is_reported(shape: tuple[int, int], bits: float) -
     assert matrix.v.bits.sum() <= rank_budget(bits, *shape)
     assert len({*matrix.v.bits.tolist(), 0}) <= 4
     assert set(matrix.v.bits.tolist()) <= set(WIDTHS)
-    assert sum(result.notes["widths"].values()) == result.notes["rank"] == len(matrix.s)
+    assert sum(result.widths.values()) == result.rank == len(matrix.s)
     dense = torch.from_numpy(decode_factors(result.encoded).dense())
     torch.testing.assert_close(dense, result.approximation, rtol=1e-4, atol=1e-4)
 
@@ -104,7 +104,7 @@ def test_a_rank_one_delta() -> None:
     task = make_task()
     delta = torch.outer(torch.linspace(-1, 1, 48), torch.linspace(0.1, 2, 80))
     result = compress_one(AdaMix(), MatrixTask("w", delta, task.moment, "BF16", 1.0, "exact"))
-    assert result.notes["rank"] >= 1
+    assert result.rank >= 1
     whole = output_error(delta, torch.zeros_like(delta), task.moment)
     assert output_error(delta, result.approximation, task.moment) < 1e-3 * whole
 
@@ -113,5 +113,5 @@ def test_both_solvers_give_the_same_error() -> None:
     task = make_task(24, 40)
     exact = compress_one(AdaMix(), task)
     scip = compress_one(AdaMix(), MatrixTask("w", task.delta, task.moment, "BF16", 1.0, "scip"))
-    assert scip.notes["gap"] == 0
-    assert exact.notes["widths"] == scip.notes["widths"]
+    assert scip.gap == 0
+    assert exact.widths == scip.widths

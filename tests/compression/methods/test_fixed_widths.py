@@ -69,15 +69,15 @@ def test_codes_and_report_agree(name: str) -> None:
     np.testing.assert_array_equal(matrix.u.bits, matrix.v.bits)
     assert matrix.v.bits.sum() <= rank_budget(1.5, 64, 96)
     counted = {str(b): int((matrix.v.bits == b).sum()) for b in set(matrix.v.bits.tolist())}
-    assert result.notes["widths"] == counted
-    assert result.notes["rank"] == len(matrix.s)
+    assert result.widths == counted
+    assert result.rank == len(matrix.s)
     values = torch.linalg.svdvals(task.delta.double())
     widths = [*matrix.v.bits.tolist(), *[0] * (64 - len(matrix.s))]
-    assert result.notes["spectrum"] == [
+    assert result.spectrum == [
         (place, pytest.approx(float(values[place - 1]), rel=1e-3), *[widths[place - 1]] * 2)
-        for place, *_ in result.notes["spectrum"]
+        for place, *_ in result.spectrum
     ]
-    assert result.notes["spectrum"][-1][0] > len(matrix.s), "those dropped too"
+    assert result.spectrum[-1][0] > len(matrix.s), "those dropped too"
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -18,8 +18,8 @@ def test_the_approximation_is_the_truncated_svd(shape: tuple[int, int]) -> None:
     error = torch.linalg.matrix_norm(result.approximation.double() - expected)
     # bfloat16 has 8 significant bits.
     assert error < 2**-8 * torch.linalg.matrix_norm(expected)
-    assert result.notes["rank"] == rank
-    assert {place <= rank: width for place, _, width, _ in result.notes["spectrum"]} == {
+    assert result.rank == rank
+    assert {place <= rank: width for place, _, width, _ in result.spectrum} == {
         True: 16, False: 0,
     }  # fmt: skip
 
@@ -37,4 +37,4 @@ def test_a_budget_below_one_rank_is_reported() -> None:
     result = compress_one(LowRank(), task)
     assert result.encoded.nbytes == 0
     assert check_result(result, task).abs().max() == 0
-    assert "no rank" in result.notes["fallbacks"][0]
+    assert "no rank" in result.fallbacks[0]

@@ -47,7 +47,7 @@ def test_delta_zip_beats_magnitude_pruning_and_rounding(bits: float, width: int)
     task = make_task(64, 128, bits=bits)
     (result,) = delta_zip([task])
     check_result(result, task)
-    assert result.notes["widths"] == {str(width): 64}
+    assert result.widths == {str(width): 64}
     quads = task.delta.reshape(64, -1, 4)
     mask = torch.zeros_like(quads).scatter_(2, quads.abs().topk(2, dim=2).indices, 1.0)
     pruned = (quads * mask).reshape(64, 128)
