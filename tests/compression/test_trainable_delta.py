@@ -21,9 +21,9 @@ from deltadock.artifacts.encodings import (
     encode_svd,
     encode_transposed,
 )
-from deltadock.compression.distillation import TrainableDelta, flatten_factors, unit_factors
 from deltadock.compression.residence import DeviceMemory
 from deltadock.compression.scratch import Scratch
+from deltadock.compression.trainable_delta import TrainableDelta, flatten_factors, unit_factors
 
 H_OUT, H_IN = 6, 10
 CPU = torch.device("cpu")
