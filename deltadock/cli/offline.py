@@ -432,7 +432,7 @@ def evaluate(
     """Measure a delta against its fine-tune and base on a text."""
     from deltadock.artifacts.checkpoint import ADAPTER_CONFIG, folder_files
     from deltadock.client.progress import work_bar
-    from deltadock.compression.adapters import evaluate_adapter
+    from deltadock.compression.adapters.importing import evaluate_adapter
     from deltadock.compression.quality import evaluate as evaluate_model
 
     is_adapter = ADAPTER_CONFIG in folder_files(finetuned)

@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from deltadock.compression.adapters import import_adapter
+from deltadock.compression.adapters.importing import import_adapter
 from deltadock.compression.checkpoints import CheckpointPair, open_pair
 from deltadock.compression.options import (
     SAMPLED,

@@ -25,15 +25,13 @@ from deltadock.compression.assembly import (
     encode_remaining,
     overflows,
 )
-from deltadock.compression.calibration.sampling import TextSampler, check_fits
-from deltadock.compression.calibration.sources import file_sha256, load_tokenizer
+from deltadock.compression.calibration.sources import file_sha256
 from deltadock.compression.calibration.windows import (
     CHOOSE,
     MEASURED_TOKENS,
     REPORT,
     CalibrationSet,
     load_calibration,
-    measured_source,
     sample_windows,
 )
 from deltadock.compression.checkpoints import CheckpointPair, MatrixRef, ResizedSource
@@ -283,23 +281,20 @@ class CompressionSession:
             quality = self._quality(out, self._data.report, known)
             report.set_quality(quality, self._data.measured_on)
             return
-        finetuned, progress = self.pair.finetuned, self._progress
+        progress = self._progress
         progress.expect(self._work.measurement())
         try:
-            check_fits(finetuned.parameters, self._device)
             self._model = self._model or self._open_model()
-            tokenizer = load_tokenizer(finetuned.folder, self.pair.tokenizer_base)
-            sampler = TextSampler(
-                finetuned.folder, tokenizer, self._options.seed, self._device,
+            windows, measured_on = sample_windows(
+                self.pair.finetuned, self._model.max_length, self._options, self._device,
                 lambda text, done: progress.report("sampling", 0, 1, text, done),
+                tokenizer_base=self.pair.tokenizer_base,
             )  # fmt: skip
-            windows = sample_windows(sampler, self._model.max_length, self._options.calibration)
-            del sampler  # its memory is free before the models are compared
             quality = self._quality(out, windows)
         except InvalidInput as error:
             report.notes.append(not_measured(error))
             return
-        report.set_quality(quality, [measured_source("sampled", None, windows.numel())])
+        report.set_quality(quality, measured_on)
 
     def _open_model(self) -> BlockwiseModel:
         finetuned = self.pair.finetuned

@@ -17,12 +17,8 @@ from deltadock.artifacts.encodings import Encoded, decode_dense, decode_floats
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.writer import write_artifact
-from deltadock.compression.adapters import (
-    adapter_digest,
-    encode_adapter,
-    evaluate_adapter,
-    import_adapter,
-)
+from deltadock.compression.adapters.encoding import adapter_digest, encode_adapter
+from deltadock.compression.adapters.importing import evaluate_adapter, import_adapter
 from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
 from deltadock.compression.progress import ProgressReporter
@@ -407,7 +403,7 @@ def test_a_delta_is_evaluated_against_an_adapter_as_against_its_merged_model(
 def test_a_backtracking_pattern_is_rejected_quickly(
     base: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltadock.compression.adapters.PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr("deltadock.compression.adapters.config.PATTERN_SECONDS", 0.05)
     adapter = make_adapter(factors(64, 64), rank_pattern={r"(.|.)*(.|.)*\d": 4})
     with pytest.raises(InvalidAdapter, match="intricate"):
         encode_adapter(CheckpointReader(base), adapter)

@@ -35,6 +35,7 @@ ENOUGH_DOCUMENTS: Final = 32
 """Documents after which a mean length of about one token counts as an empty model."""
 
 Watcher = Callable[[str, float], None]
+"""Called with a message and the fraction done; whatever it raises ends the calibration."""
 
 
 class TextSampler:

@@ -7,16 +7,17 @@ text, windows are held out; of conversations and sampled text, whole documents.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Self
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from deltadock.compression.calibration.sampling import TextSampler
+from deltadock.compression.calibration.sampling import TextSampler, Watcher, check_fits
 from deltadock.compression.calibration.sources import (
     Conversations,
     Prompts,
@@ -25,10 +26,12 @@ from deltadock.compression.calibration.sources import (
     load_tokenizer,
     read_source,
 )
+from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.options import (
     MIN_LENGTH,
     SAMPLED,
     CalibrationOptions,
+    CompressOptions,
     Source,
     check_weights,
 )
@@ -47,9 +50,6 @@ SAFE_WINDOWS: Final = 16
 
 Parts = tuple[Tensor, Tensor, Tensor]
 """Calibrating, choosing and reporting windows (n, length), or streams of tokens (n,); int64."""
-
-Watcher = Callable[[str, float], None]
-"""Called with a message and the fraction done; whatever it raises ends the calibration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,19 +173,31 @@ def load_calibration(
 
 
 def sample_windows(
-    sampler: TextSampler, max_length: int, options: CalibrationOptions | None = None
-) -> Tensor:
+    checkpoint: CheckpointReader,
+    max_length: int,
+    options: CompressOptions,
+    device: str,
+    progress: Watcher,
+    *,
+    tokenizer_base: Path | None = None,
+    changes: Mapping[str, Tensor] = MappingProxyType({}),
+) -> tuple[Tensor, list[dict[str, Any]]]:
     """Sample windows (n, length) int64 that only measure, for a compression without a text.
+
+    Returns them and `Report.measured_on`. The model's memory is free again afterwards.
 
     Raises:
         InvalidCalibration: the model cannot begin a text, or ends every one at once.
-        UnsupportedModel: it cannot be run.
+        UnsupportedModel: it cannot be run; as `check_fits` and `TextSampler`.
     """
-    options = options or CalibrationOptions()
-    length = min(options.length, max_length, MEASURED_LENGTH)
-    count = max(1, min(options.tokens // 8, MEASURED_TOKENS) // length)
+    check_fits(checkpoint.parameters, device)
+    tokenizer = load_tokenizer(checkpoint.folder, tokenizer_base)
+    sampler = TextSampler(checkpoint.folder, tokenizer, options.seed, device, progress, changes)
+    length = min(options.calibration.length, max_length, MEASURED_LENGTH)
+    count = max(1, min(options.calibration.tokens // 8, MEASURED_TOKENS) // length)
     (stream,) = sampler.sample(None, length, [count * length])
-    return _windows(stream, length)[:count]
+    windows = _windows(stream, length)[:count]
+    return windows, [measured_source("sampled", None, windows.numel())]
 
 
 def read_windows(

@@ -1,4 +1,4 @@
-"""Import a PEFT LoRA adapter as a delta file, without loss.
+"""Encode what a PEFT LoRA adapter changes, without loss.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021); the files are those
 that PEFT's `save_pretrained` writes. A layer's delta is `scaling * B @ A`, `scaling = alpha / r`
@@ -8,16 +8,11 @@ adapter stores whole (`modules_to_save`, biases, a resized vocabulary) replace t
 
 import hashlib
 import json
-import math
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import regex
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -25,15 +20,9 @@ from torch import Tensor
 from deltadock.artifacts.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    CHAT_TEMPLATE,
-    CONFIG,
-    TOKENIZER_CONFIG,
     TensorEntry,
-    configures_chat,
-    folder_files,
-    ignored_files,
 )
-from deltadock.artifacts.compatibility import EMPTY_TENSOR, TIED, VOCABULARY, is_tied, tied_head
+from deltadock.artifacts.compatibility import EMPTY_TENSOR, is_tied, tied_head
 from deltadock.artifacts.container import StreamingInspector
 from deltadock.artifacts.encodings import (
     Encoded,
@@ -46,177 +35,17 @@ from deltadock.artifacts.encodings import (
     encode_transposed,
 )
 from deltadock.artifacts.names import find_name, is_embedding, is_head, unwrapped
-from deltadock.artifacts.reader import Artifact
-from deltadock.artifacts.writer import write_artifact
-from deltadock.compression.assembly import CarriedFiles, build_manifest, read_carried
-from deltadock.compression.calibration.sampling import TextSampler, check_fits
-from deltadock.compression.calibration.sources import load_tokenizer
-from deltadock.compression.calibration.windows import (
-    MEASURED_TOKENS,
-    load_calibration,
-    measured_source,
-    read_windows,
-    sample_windows,
-)
-from deltadock.compression.checkpoints import CheckpointReader, ResizedSource, diverged, to_numpy
-from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.options import CompressOptions, Source
-from deltadock.compression.progress import ProgressReporter
-from deltadock.compression.quality import WINDOW, MergedSource, measure
-from deltadock.compression.report import Quality, Report, TensorReport, not_measured
-from deltadock.compression.work import comparing, measuring
+from deltadock.compression.adapters.config import LoraConfig, read_config
+from deltadock.compression.checkpoints import CheckpointReader, diverged, to_numpy
 from deltadock.errors import (
     ArchitectureMismatch,
     InvalidAdapter,
-    InvalidInput,
     MalformedSafetensors,
     UnsafeFile,
 )
 
-UNSUPPORTED: Final = (
-    "use_dora", "use_qalora", "lora_bias", "layer_replication", "target_parameters",
-    "trainable_token_indices", "alora_invocation_tokens", "megatron_config", "arrow_config",
-    "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
-)  # fmt: skip
-"""Features whose result is not the base's weight plus one product."""
-
-CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations that change the base's weights, so that the adapter does not fit the base."""
-
 CONV1D: Final = frozenset({"gpt2", "imagegpt", "openai-gpt"})
 """Families whose linear layers are Conv1D modules, except for the head."""
-
-MAX_PATTERN: Final = 1000
-PATTERN_SECONDS: Final = 2.0
-"""Time for matching all patterns of an adapter: a hostile one could backtrack without end."""
-
-
-class _Patterns:
-    """The value of the first pattern that matches the end of a module's name, as in PEFT."""
-
-    def __init__(self, patterns: Mapping[str, float]) -> None:
-        self._patterns = patterns
-        self._seconds = PATTERN_SECONDS
-
-    def value(self, module: str, default: float) -> float:
-        """The value for `module`.
-
-        Raises:
-            InvalidAdapter: a pattern is no regular expression, or takes too long.
-        """
-        for pattern, value in self._patterns.items():
-            if self._matches(pattern, module):
-                return value
-        return default
-
-    def _matches(self, pattern: str, module: str) -> bool:
-        started = time.monotonic()
-        try:
-            if len(pattern) > MAX_PATTERN:
-                raise TimeoutError
-            expression = rf"(?:.*\.)?(?:{pattern})$"
-            return bool(regex.match(expression, module, timeout=max(self._seconds, 1e-3)))
-        except TimeoutError as error:
-            raise InvalidAdapter(
-                f"The pattern {pattern!r:.80} in {ADAPTER_CONFIG} is too intricate. Write the "
-                "modules' names instead."
-            ) from error
-        except regex.error as error:
-            raise InvalidAdapter(
-                f"The pattern {pattern!r:.80} in {ADAPTER_CONFIG} is invalid."
-            ) from error
-        finally:
-            self._seconds -= time.monotonic() - started
-
-
-@dataclass(frozen=True, slots=True)
-class LoraConfig:
-    """The settings of adapter_config.json that decide a layer's scaling."""
-
-    rank: int
-    alpha: float
-    rank_stabilized: bool
-    fan_in_fan_out: bool
-    ranks: _Patterns
-    alphas: _Patterns
-
-    def scaling(self, module: str, rank: int) -> float:
-        """Scaling of the product `B @ A` of a layer whose factors have `rank` ranks.
-
-        Raises:
-            InvalidAdapter: the configuration names another rank.
-        """
-        expected = self.ranks.value(module, self.rank)
-        if rank != expected:
-            raise InvalidAdapter(
-                f"The adapter's factors of {module!r} have {rank} ranks, but {ADAPTER_CONFIG} says "
-                f"{expected}. Save the adapter again."
-            )
-        alpha = self.alphas.value(module, self.alpha)
-        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
-
-
-def read_config(folder: Path) -> LoraConfig:
-    """Read adapter_config.json.
-
-    Raises:
-        InvalidAdapter: it is missing, not a LoRA adapter's, or uses an unsupported feature.
-    """
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InvalidAdapter(
-            f"{folder.name} has no {ADAPTER_CONFIG}; is it a PEFT adapter?"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidAdapter(f"{ADAPTER_CONFIG} is not valid JSON.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise InvalidAdapter(
-            f"{ADAPTER_CONFIG} is not that of a LoRA adapter (LORA): its peft_type is "
-            f"{kind!r:.40}. Merge it into its base with PEFT's merge_and_unload and compress the "
-            "merged checkpoint."
-        )
-    if used := [name for name in UNSUPPORTED if config.get(name)]:
-        raise InvalidAdapter(
-            f"The adapter uses {used[0]}, which cannot be imported. Merge it into its base with "
-            "PEFT's merge_and_unload and compress the merged checkpoint."
-        )
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(CHANGED_BASES):
-        raise InvalidAdapter(
-            f"The adapter was initialised with {start!r}, which changes the base's weights. Save "
-            "it with path_initial_model_for_weight_conversion, or merge it into its base."
-        )
-    try:
-        return LoraConfig(
-            rank=_count(config["r"]),
-            alpha=_finite(config["lora_alpha"]),
-            rank_stabilized=bool(config.get("use_rslora")),
-            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-            ranks=_Patterns({k: _count(v) for k, v in (config.get("rank_pattern") or {}).items()}),
-            alphas=_Patterns(
-                {k: _finite(v) for k, v in (config.get("alpha_pattern") or {}).items()}
-            ),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidAdapter(
-            f"{ADAPTER_CONFIG} lacks r or lora_alpha, or has them wrong."
-        ) from error
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError("not a positive whole number")
-    return value
-
-
-def _finite(value: str | float) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError("not a finite number")
-    return number
-
 
 PREFIX: Final = "base_model.model."
 SAVED: Final = ".modules_to_save."
@@ -552,193 +381,3 @@ def _product(
         to_numpy(b, dtype), to_numpy(a, dtype), scaling, entry.dtype, {}, dtype
     )
     return encode_transposed(encoded) if transposed else encoded
-
-
-def import_adapter(
-    base: Path,
-    adapter: Path,
-    out: Path,
-    options: CompressOptions,
-    *,
-    calibration: Sequence[Source],
-    progress: ProgressReporter,
-    device: str = "cpu",
-) -> Report:
-    """Write a PEFT adapter as a delta file, with the tokenizer files that were saved with it.
-
-    The fine-tune is the base with the adapter: the report has the KL of the base to it, and a KL
-    of zero for the delta.
-
-    Args:
-        base: checkpoint folder that the adapter was trained on.
-        adapter: folder of adapter_config.json and adapter_model.safetensors.
-        out: the delta file.
-        options: only the seed and the amount of text are used.
-        calibration: optional text, read with the base's tokenizer; without any, the figures are of
-            text sampled from the base with the adapter.
-        progress: reports every step.
-        device: torch device.
-
-    Raises:
-        InvalidInput: a subclass names what cannot be imported.
-    """
-    progress.report("reading", 0, 1, "reading the base")
-    reader = CheckpointReader(base)
-    encoded = encode_adapter(reader, adapter)
-    progress.report("writing", 0, 1, "writing the artifact")
-    shapes = _write(out, reader, adapter, encoded, options)
-    report = Report(
-        method=options.method,
-        nominal_bits=None,
-        artifact_bytes=out.stat().st_size,
-        checkpoint_bytes=reader.bf16_bytes,
-        parameters=reader.parameters,
-        base_digest=reader.manifest.weights_digest,
-        calibration=None,
-        other_tensors=[
-            TensorReport(name, one.record["kind"], list(one.record["shape"]), one.nbytes)
-            for name, one in encoded.items()
-        ],
-        notes=ignored_files(adapter, folder_files(adapter, adapter=True)),
-    )
-    progress.expect(comparing(MEASURED_TOKENS) if calibration else measuring(MEASURED_TOKENS))
-    with Artifact(out) as artifact:
-        merged = MergedSource(reader, artifact, torch.device(device))
-        try:
-            model = BlockwiseModel(base, device, reader.entries)
-            if calibration:
-                data = load_calibration(
-                    calibration, base, model.max_length, options.seed, options.calibration, device
-                )
-                windows, measured_on = data.report, data.measured_on
-            else:
-                check_fits(reader.parameters, device)
-                sampler = TextSampler(
-                    base, load_tokenizer(base), options.seed, device,
-                    lambda text, done: progress.report("sampling", 0, 1, text, done),
-                    {name: merged.tensor(name) for name in encoded if name in merged},
-                )  # fmt: skip
-                windows = sample_windows(sampler, model.max_length, options.calibration)
-                measured_on = [measured_source("sampled", None, windows.numel())]
-                del sampler  # its memory is free before the models are compared
-            quality = measure(
-                model,
-                model,
-                windows,
-                base=ResizedSource(reader, shapes),
-                finetuned=merged,
-                delta=merged,
-                progress=lambda k, n: progress.report("comparing", k, n, "comparing outputs"),
-            )
-        except InvalidInput as error:
-            if calibration:  # a text that cannot be used is the caller's mistake
-                raise
-            report.notes.append(not_measured(error))
-        else:
-            report.set_quality(quality, measured_on)
-    return report
-
-
-def evaluate_adapter(
-    base: Path,
-    adapter: Path,
-    delta: Path,
-    text: Path,
-    *,
-    window: int = WINDOW,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    device: str = "cpu",
-) -> Quality:
-    """As `quality.evaluate`, of a fine-tune that is its base with a PEFT adapter.
-
-    Args:
-        base, adapter: folders.
-        delta, text, window, progress, device: as for `quality.evaluate`.
-
-    Raises:
-        BaseMismatch: the delta belongs to another base.
-        InvalidInput: a subclass names what cannot be used.
-    """
-    with tempfile.TemporaryDirectory(prefix="deltadock-adapter-") as name, Artifact(delta) as found:
-        reader, exact = CheckpointReader(base), Path(name, "adapter.delta")
-        found.check_base(reader.manifest.weights_digest)
-        found.check_intact()
-        encoded = encode_adapter(reader, adapter)
-        shapes = _write(exact, reader, adapter, encoded, CompressOptions("lora"))
-        model = BlockwiseModel(base, device, reader.entries)
-        with Artifact(exact) as finetuned:
-            return measure(
-                model,
-                model,
-                read_windows(text, base, min(window, model.max_length)),
-                base=ResizedSource(reader, shapes),
-                finetuned=MergedSource(reader, finetuned, model.device),
-                delta=MergedSource(reader, found, model.device),
-                progress=progress,
-            )
-
-
-def _write(
-    out: Path,
-    base: CheckpointReader,
-    adapter: Path,
-    encoded: Mapping[str, Encoded],
-    options: CompressOptions,
-) -> dict[str, tuple[int, ...]]:
-    """Write the delta file of an encoded adapter; returns the shapes of its model's tensors."""
-    untied = is_tied(base.manifest) and any(
-        is_head(name) and one.record["kind"] != "alias" for name, one in encoded.items()
-    )
-    shapes = base.shapes | {name: tuple(one.record["shape"]) for name, one in encoded.items()}
-    manifest = build_manifest(
-        base,
-        options,
-        _carried(base, adapter, shapes, untied=untied),
-        finetuned_digest=adapter_digest(adapter),
-        parameters=base.parameters,
-    )
-    write_artifact(out, encoded, manifest)
-    return shapes
-
-
-def _carried(
-    base: CheckpointReader,
-    adapter: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    untied: bool,
-) -> CarriedFiles:
-    """Tokenizer files that differ from the base's, and a config.json if the adapter adds tokens or
-    unties the head.
-
-    A chat template in the adapter's tokenizer_config.json removes the base's chat_template.jinja,
-    which would override it.
-    """
-    before = {file.path: file.sha256 for file in base.manifest.files}
-    found = [
-        name
-        for name in sorted(folder_files(adapter, adapter=True) - {ADAPTER_CONFIG, ADAPTER_WEIGHTS})
-        if (path := adapter / name).is_file()
-        and hashlib.sha256(path.read_bytes()).hexdigest() != before.get(name)
-    ]
-    texts, others = read_carried(adapter, found)
-    if (
-        CHAT_TEMPLATE in before
-        and not (adapter / CHAT_TEMPLATE).is_file()
-        and configures_chat(texts.get(TOKENIZER_CONFIG))
-    ):
-        texts[CHAT_TEMPLATE] = None
-    rows = max(
-        (shape[0] for name, shape in shapes.items() if shape > base.entries[name].shape), default=0
-    )
-    config, changes = base.manifest.config, dict[str, Any]()
-    nested = config.get("text_config")
-    if rows and VOCABULARY not in config and isinstance(nested, dict):
-        changes["text_config"] = nested | {VOCABULARY: rows}
-    elif rows:
-        changes[VOCABULARY] = rows
-    if untied:
-        changes[TIED] = False
-    if changes:
-        texts[CONFIG] = json.dumps(config | changes, indent=2)
-    return texts, others

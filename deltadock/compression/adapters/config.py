@@ -1,0 +1,159 @@
+"""The settings of a PEFT adapter that decide what its factors mean."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import regex
+
+from deltadock.artifacts.checkpoint import (
+    ADAPTER_CONFIG,
+)
+from deltadock.errors import (
+    InvalidAdapter,
+)
+
+UNSUPPORTED: Final = (
+    "use_dora", "use_qalora", "lora_bias", "layer_replication", "target_parameters",
+    "trainable_token_indices", "alora_invocation_tokens", "megatron_config", "arrow_config",
+    "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
+)  # fmt: skip
+"""Features whose result is not the base's weight plus one product."""
+
+CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations that change the base's weights, so that the adapter does not fit the base."""
+
+MAX_PATTERN: Final = 1000
+PATTERN_SECONDS: Final = 2.0
+"""Time for matching all patterns of an adapter: a hostile one could backtrack without end."""
+
+
+class _Patterns:
+    """The value of the first pattern that matches the end of a module's name, as in PEFT."""
+
+    def __init__(self, patterns: Mapping[str, float]) -> None:
+        self._patterns = patterns
+        self._seconds = PATTERN_SECONDS
+
+    def value(self, module: str, default: float) -> float:
+        """The value for `module`.
+
+        Raises:
+            InvalidAdapter: a pattern is no regular expression, or takes too long.
+        """
+        for pattern, value in self._patterns.items():
+            if self._matches(pattern, module):
+                return value
+        return default
+
+    def _matches(self, pattern: str, module: str) -> bool:
+        started = time.monotonic()
+        try:
+            if len(pattern) > MAX_PATTERN:
+                raise TimeoutError
+            expression = rf"(?:.*\.)?(?:{pattern})$"
+            return bool(regex.match(expression, module, timeout=max(self._seconds, 1e-3)))
+        except TimeoutError as error:
+            raise InvalidAdapter(
+                f"The pattern {pattern!r:.80} in {ADAPTER_CONFIG} is too intricate. Write the "
+                "modules' names instead."
+            ) from error
+        except regex.error as error:
+            raise InvalidAdapter(
+                f"The pattern {pattern!r:.80} in {ADAPTER_CONFIG} is invalid."
+            ) from error
+        finally:
+            self._seconds -= time.monotonic() - started
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """The settings of adapter_config.json that decide a layer's scaling."""
+
+    rank: int
+    alpha: float
+    rank_stabilized: bool
+    fan_in_fan_out: bool
+    ranks: _Patterns
+    alphas: _Patterns
+
+    def scaling(self, module: str, rank: int) -> float:
+        """Scaling of the product `B @ A` of a layer whose factors have `rank` ranks.
+
+        Raises:
+            InvalidAdapter: the configuration names another rank.
+        """
+        expected = self.ranks.value(module, self.rank)
+        if rank != expected:
+            raise InvalidAdapter(
+                f"The adapter's factors of {module!r} have {rank} ranks, but {ADAPTER_CONFIG} says "
+                f"{expected}. Save the adapter again."
+            )
+        alpha = self.alphas.value(module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """Read adapter_config.json.
+
+    Raises:
+        InvalidAdapter: it is missing, not a LoRA adapter's, or uses an unsupported feature.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InvalidAdapter(
+            f"{folder.name} has no {ADAPTER_CONFIG}; is it a PEFT adapter?"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapter(f"{ADAPTER_CONFIG} is not valid JSON.") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise InvalidAdapter(
+            f"{ADAPTER_CONFIG} is not that of a LoRA adapter (LORA): its peft_type is "
+            f"{kind!r:.40}. Merge it into its base with PEFT's merge_and_unload and compress the "
+            "merged checkpoint."
+        )
+    if used := [name for name in UNSUPPORTED if config.get(name)]:
+        raise InvalidAdapter(
+            f"The adapter uses {used[0]}, which cannot be imported. Merge it into its base with "
+            "PEFT's merge_and_unload and compress the merged checkpoint."
+        )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(CHANGED_BASES):
+        raise InvalidAdapter(
+            f"The adapter was initialised with {start!r}, which changes the base's weights. Save "
+            "it with path_initial_model_for_weight_conversion, or merge it into its base."
+        )
+    try:
+        return LoraConfig(
+            rank=_count(config["r"]),
+            alpha=_finite(config["lora_alpha"]),
+            rank_stabilized=bool(config.get("use_rslora")),
+            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+            ranks=_Patterns({k: _count(v) for k, v in (config.get("rank_pattern") or {}).items()}),
+            alphas=_Patterns(
+                {k: _finite(v) for k, v in (config.get("alpha_pattern") or {}).items()}
+            ),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidAdapter(
+            f"{ADAPTER_CONFIG} lacks r or lora_alpha, or has them wrong."
+        ) from error
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError("not a positive whole number")
+    return value
+
+
+def _finite(value: str | float) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("not a finite number")
+    return number

@@ -1,0 +1,232 @@
+"""Write a PEFT adapter as a delta file, and measure deltas against adapters."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltadock.artifacts.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHAT_TEMPLATE,
+    CONFIG,
+    TOKENIZER_CONFIG,
+    configures_chat,
+    folder_files,
+    ignored_files,
+)
+from deltadock.artifacts.compatibility import TIED, VOCABULARY, is_tied
+from deltadock.artifacts.encodings import (
+    Encoded,
+)
+from deltadock.artifacts.names import is_head
+from deltadock.artifacts.reader import Artifact
+from deltadock.artifacts.writer import write_artifact
+from deltadock.compression.adapters.encoding import adapter_digest, encode_adapter
+from deltadock.compression.assembly import CarriedFiles, build_manifest, read_carried
+from deltadock.compression.calibration.windows import (
+    MEASURED_TOKENS,
+    load_calibration,
+    read_windows,
+    sample_windows,
+)
+from deltadock.compression.checkpoints import CheckpointReader, ResizedSource
+from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.options import CompressOptions, Source
+from deltadock.compression.progress import ProgressReporter
+from deltadock.compression.quality import WINDOW, MergedSource, measure
+from deltadock.compression.report import Quality, Report, TensorReport, not_measured
+from deltadock.compression.work import comparing, measuring
+from deltadock.errors import (
+    InvalidInput,
+)
+
+
+def import_adapter(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    options: CompressOptions,
+    *,
+    calibration: Sequence[Source],
+    progress: ProgressReporter,
+    device: str = "cpu",
+) -> Report:
+    """Write a PEFT adapter as a delta file, with the tokenizer files that were saved with it.
+
+    The fine-tune is the base with the adapter: the report has the KL of the base to it, and a KL
+    of zero for the delta.
+
+    Args:
+        base: checkpoint folder that the adapter was trained on.
+        adapter: folder of adapter_config.json and adapter_model.safetensors.
+        out: the delta file.
+        options: only the seed and the amount of text are used.
+        calibration: optional text, read with the base's tokenizer; without any, the figures are of
+            text sampled from the base with the adapter.
+        progress: reports every step.
+        device: torch device.
+
+    Raises:
+        InvalidInput: a subclass names what cannot be imported.
+    """
+    progress.report("reading", 0, 1, "reading the base")
+    reader = CheckpointReader(base)
+    encoded = encode_adapter(reader, adapter)
+    progress.report("writing", 0, 1, "writing the artifact")
+    shapes = _write(out, reader, adapter, encoded, options)
+    report = Report(
+        method=options.method,
+        nominal_bits=None,
+        artifact_bytes=out.stat().st_size,
+        checkpoint_bytes=reader.bf16_bytes,
+        parameters=reader.parameters,
+        base_digest=reader.manifest.weights_digest,
+        calibration=None,
+        other_tensors=[
+            TensorReport(name, one.record["kind"], list(one.record["shape"]), one.nbytes)
+            for name, one in encoded.items()
+        ],
+        notes=ignored_files(adapter, folder_files(adapter, adapter=True)),
+    )
+    progress.expect(comparing(MEASURED_TOKENS) if calibration else measuring(MEASURED_TOKENS))
+    with Artifact(out) as artifact:
+        merged = MergedSource(reader, artifact, torch.device(device))
+        try:
+            model = BlockwiseModel(base, device, reader.entries)
+            if calibration:
+                data = load_calibration(
+                    calibration, base, model.max_length, options.seed, options.calibration, device
+                )
+                windows, measured_on = data.report, data.measured_on
+            else:
+                windows, measured_on = sample_windows(
+                    reader, model.max_length, options, device,
+                    lambda text, done: progress.report("sampling", 0, 1, text, done),
+                    changes={name: merged.tensor(name) for name in encoded if name in merged},
+                )  # fmt: skip
+            quality = measure(
+                model,
+                model,
+                windows,
+                base=ResizedSource(reader, shapes),
+                finetuned=merged,
+                delta=merged,
+                progress=lambda k, n: progress.report("comparing", k, n, "comparing outputs"),
+            )
+        except InvalidInput as error:
+            if calibration:  # a text that cannot be used is the caller's mistake
+                raise
+            report.notes.append(not_measured(error))
+        else:
+            report.set_quality(quality, measured_on)
+    return report
+
+
+def evaluate_adapter(
+    base: Path,
+    adapter: Path,
+    delta: Path,
+    text: Path,
+    *,
+    window: int = WINDOW,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "cpu",
+) -> Quality:
+    """As `quality.evaluate`, of a fine-tune that is its base with a PEFT adapter.
+
+    Args:
+        base, adapter: folders.
+        delta, text, window, progress, device: as for `quality.evaluate`.
+
+    Raises:
+        BaseMismatch: the delta belongs to another base.
+        InvalidInput: a subclass names what cannot be used.
+    """
+    with tempfile.TemporaryDirectory(prefix="deltadock-adapter-") as name, Artifact(delta) as found:
+        reader, exact = CheckpointReader(base), Path(name, "adapter.delta")
+        found.check_base(reader.manifest.weights_digest)
+        found.check_intact()
+        encoded = encode_adapter(reader, adapter)
+        shapes = _write(exact, reader, adapter, encoded, CompressOptions("lora"))
+        model = BlockwiseModel(base, device, reader.entries)
+        with Artifact(exact) as finetuned:
+            return measure(
+                model,
+                model,
+                read_windows(text, base, min(window, model.max_length)),
+                base=ResizedSource(reader, shapes),
+                finetuned=MergedSource(reader, finetuned, model.device),
+                delta=MergedSource(reader, found, model.device),
+                progress=progress,
+            )
+
+
+def _write(
+    out: Path,
+    base: CheckpointReader,
+    adapter: Path,
+    encoded: Mapping[str, Encoded],
+    options: CompressOptions,
+) -> dict[str, tuple[int, ...]]:
+    """Write the delta file of an encoded adapter; returns the shapes of its model's tensors."""
+    untied = is_tied(base.manifest) and any(
+        is_head(name) and one.record["kind"] != "alias" for name, one in encoded.items()
+    )
+    shapes = base.shapes | {name: tuple(one.record["shape"]) for name, one in encoded.items()}
+    manifest = build_manifest(
+        base,
+        options,
+        _carried(base, adapter, shapes, untied=untied),
+        finetuned_digest=adapter_digest(adapter),
+        parameters=base.parameters,
+    )
+    write_artifact(out, encoded, manifest)
+    return shapes
+
+
+def _carried(
+    base: CheckpointReader,
+    adapter: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    untied: bool,
+) -> CarriedFiles:
+    """Tokenizer files that differ from the base's, and a config.json if the adapter adds tokens or
+    unties the head.
+
+    A chat template in the adapter's tokenizer_config.json removes the base's chat_template.jinja,
+    which would override it.
+    """
+    before = {file.path: file.sha256 for file in base.manifest.files}
+    found = [
+        name
+        for name in sorted(folder_files(adapter, adapter=True) - {ADAPTER_CONFIG, ADAPTER_WEIGHTS})
+        if (path := adapter / name).is_file()
+        and hashlib.sha256(path.read_bytes()).hexdigest() != before.get(name)
+    ]
+    texts, others = read_carried(adapter, found)
+    if (
+        CHAT_TEMPLATE in before
+        and not (adapter / CHAT_TEMPLATE).is_file()
+        and configures_chat(texts.get(TOKENIZER_CONFIG))
+    ):
+        texts[CHAT_TEMPLATE] = None
+    rows = max(
+        (shape[0] for name, shape in shapes.items() if shape > base.entries[name].shape), default=0
+    )
+    config, changes = base.manifest.config, dict[str, Any]()
+    nested = config.get("text_config")
+    if rows and VOCABULARY not in config and isinstance(nested, dict):
+        changes["text_config"] = nested | {VOCABULARY: rows}
+    elif rows:
+        changes[VOCABULARY] = rows
+    if untied:
+        changes[TIED] = False
+    if changes:
+        texts[CONFIG] = json.dumps(config | changes, indent=2)
+    return texts, others
