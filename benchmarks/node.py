@@ -54,7 +54,7 @@ from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.engine.sequence import Event
 from deltadock.inference.engine.sequence import Sequence as EngineSequence
 from deltadock.inference.model.loading import FAMILIES
-from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.routing import DeltaLimits
 from deltadock.inference.model.weight_deltas import WeightDelta, in_one_buffer
 from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
@@ -150,9 +150,9 @@ def random_model(family: str, device: str, dtype: torch.dtype, **shape: Any) -> 
         return model_class._from_config(config, dtype=dtype).eval()
 
 
-def base_model(model: Any, limits: DeltaLimits) -> BaseModel:
+def base_model(model: Any, limits: DeltaLimits) -> DeltaModel:
     """The node's model on the weights of `model`, whose modules it replaces."""
-    return BaseModel(model, limits)
+    return DeltaModel(model, limits)
 
 
 def random_deltas(model: Any) -> dict[str, PackedDelta]:
@@ -436,7 +436,7 @@ class GpuBenchmark:
         )
         return together
 
-    def hot_adapter(self) -> None:
+    def hot_delta(self) -> None:
         """Print the step of a batch that is all on one delta, packed and merged."""
         slots = [1] * self.workload.running
         packed = self.step_seconds(slots)
@@ -591,7 +591,7 @@ def measure_gpu(workload: GpuWorkload, device: str) -> None:
     del source
     benchmark = GpuBenchmark(workload, model)
     step = benchmark.decode(plain_step, bandwidth)
-    benchmark.hot_adapter()
+    benchmark.hot_delta()
     benchmark.cold_swap()
     if time.monotonic() - start < LIMIT_SECONDS:
         benchmark.many_deltas()

@@ -96,7 +96,7 @@ SLOW = (
     "api/test_client_uploads.py",
     "inference/model/test_weight_deltas.py",
     "inference/engine/test_model_runner.py",
-    "inference/http/test_hot_adapter.py",
+    "inference/http/test_hot_delta.py",
 )
 """Slow files and folders, slowest first; `make unit` skips them."""
 

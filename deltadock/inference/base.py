@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.artifacts.reader import Artifact
-from deltadock.inference.deltas.hot_adapter import HotAdapterMerger
+from deltadock.inference.deltas.hot_delta import HotDeltaMerger
 from deltadock.inference.deltas.reading import (
     HostDelta,
     merge_delta,
@@ -20,7 +20,7 @@ from deltadock.inference.deltas.tiers import DiskTier
 from deltadock.inference.engine.engine import Engine
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.model.loading import load_base
-from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.routing import DeltaLimits
 from deltadock.inference.prompts.tokenizer import Tokenizer, read_tokenizer_files
 from deltadock.kernels import choose_device
@@ -59,7 +59,7 @@ class ServedBase:
             cache_bytes=settings.node_factor_cache_bytes,
         )
         device = choose_device(settings.device)
-        self.model: BaseModel = load_base(folder, manifest, device, limits)
+        self.model: DeltaModel = load_base(folder, manifest, device, limits)
         self.engine = Engine(
             self.model,
             max_sequences=settings.node_max_sequences,
@@ -80,7 +80,7 @@ class ServedBase:
             changed=changed,
         )
         self._merger = (
-            HotAdapterMerger(self.digest, self.merge, lambda: self.deltas.merged)
+            HotDeltaMerger(self.digest, self.merge, lambda: self.deltas.merged)
             if settings.node_merge
             else None
         )

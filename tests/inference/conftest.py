@@ -18,7 +18,7 @@ from deltadock.inference.engine.engine import Engine
 from deltadock.inference.engine.sampling import SamplingParams, make_draws
 from deltadock.inference.engine.sequence import Event, Sequence
 from deltadock.inference.model.loading import FAMILIES, load_base
-from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.weight_deltas import TensorDelta
 from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
 from tests.inference.grammars import Grammars
@@ -157,7 +157,7 @@ class Outcome:
 class Bench:
     """An engine with a model, for tests to submit sequences to."""
 
-    def __init__(self, model: BaseModel, tokenizer: Tokenizer, **limits: int) -> None:
+    def __init__(self, model: DeltaModel, tokenizer: Tokenizer, **limits: int) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.engine = Engine(

@@ -15,7 +15,7 @@ from deltadock.artifacts.names import is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.errors import BaseMismatch, InvalidArtifact
 from deltadock.inference.deltas.tensors import read_tensor_delta
-from deltadock.inference.model.model import BaseModel, RowSettings
+from deltadock.inference.model.model import DeltaModel, RowSettings
 from deltadock.inference.model.weight_deltas import TensorDelta, in_one_buffer
 from deltadock.inference.prompts.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ class PlacedDelta(NamedTuple):
 
 
 def read_delta(
-    artifact: Artifact, model: BaseModel, weights_digest: str, base_files: Mapping[str, str]
+    artifact: Artifact, model: DeltaModel, weights_digest: str, base_files: Mapping[str, str]
 ) -> HostDelta:
     """Read a delta's tensors and tokenizer; its own files override the base's.
 
@@ -88,7 +88,7 @@ def read_delta(
     )
 
 
-def place_delta(model: BaseModel, slot: int, delta: HostDelta) -> None:
+def place_delta(model: DeltaModel, slot: int, delta: HostDelta) -> None:
     """Install a delta in an empty slot that no running sequence uses.
 
     On a GPU the copies run on a side stream, concurrently with passes, and are complete on return:
@@ -98,13 +98,13 @@ def place_delta(model: BaseModel, slot: int, delta: HostDelta) -> None:
         model.install(slot, model.place(delta.tensors), delta.settings)
 
 
-def remove_delta(model: BaseModel, slot: int) -> None:
+def remove_delta(model: DeltaModel, slot: int) -> None:
     """Empty a slot that no running sequence uses, on the stream that fills it."""
     with _side_stream(model.device):
         model.remove(slot)
 
 
-def merge_delta(model: BaseModel, slot: int) -> None:
+def merge_delta(model: DeltaModel, slot: int) -> None:
     """Compute and enable merged weights of a slot, concurrently with passes."""
     with torch.inference_mode(), _side_stream(model.device):
         model.merge(slot)

@@ -15,7 +15,7 @@ from deltadock.inference.engine.sampling import SampledToken, SamplingParams, Sa
 from deltadock.inference.engine.scheduler import ScheduledChunk, Scheduler
 from deltadock.inference.engine.sequence import Event, FinishReason, Sequence
 from deltadock.inference.model.added_tokens import Logits
-from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.prompts.grammar import await_masks
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Engine:
 
     def __init__(
         self,
-        model: BaseModel,
+        model: DeltaModel,
         *,
         max_sequences: int,
         context_tokens: int,

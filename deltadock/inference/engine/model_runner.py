@@ -24,7 +24,7 @@ from deltadock.inference.model.attention import (
     make_attention_metadata,
 )
 from deltadock.inference.model.kv_cache import KVCache
-from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.model import DeltaModel
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class ModelRunner:
     """Runs passes of a model over a key/value cache."""
 
     def __init__(
-        self, model: BaseModel, cache: KVCache, max_rows: int, *, static: bool | None = None
+        self, model: DeltaModel, cache: KVCache, max_rows: int, *, static: bool | None = None
     ) -> None:
         """Allocate buffers for up to `max_rows` decoding sequences.
 
@@ -120,13 +120,13 @@ class DecodeRow(NamedTuple):
 
 
 GraphKey = tuple[int, int]
-"""`BaseModel.graph_key`; the first is the number of rows."""
+"""`DeltaModel.graph_key`; the first is the number of rows."""
 
 
 class GraphDecoder:
     """Decodes up to `max_rows` sequences per pass on static buffers."""
 
-    def __init__(self, model: BaseModel, cache: KVCache, max_rows: int) -> None:
+    def __init__(self, model: DeltaModel, cache: KVCache, max_rows: int) -> None:
         self._model, self._cache = model, cache
         self._max_rows = max_rows
         device = model.device

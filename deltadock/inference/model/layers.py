@@ -134,7 +134,7 @@ class DeltaLinears(DeltaModule):
         self._unpacked: dict[int, list[_UnpackedDelta | None]] = {}
 
     def install(self, slot: int, deltas: Mapping[str, WeightDelta]) -> bool:
-        """Packed weights, biases included, go into the table; see `BaseModel.prepare`."""
+        """Packed weights, biases included, go into the table; see `DeltaModel.prepare`."""
         packed: list[PackedDelta | None] = []
         unpacked: list[_UnpackedDelta | None] = []
         for name in self._names:

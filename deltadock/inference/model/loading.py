@@ -24,7 +24,7 @@ from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.artifacts.names import find_name
 from deltadock.errors import InvalidCheckpoint, UnsupportedModel
 from deltadock.inference.model.added_tokens import EMBEDDING
-from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.routing import DEFAULT_LIMITS, DeltaLimits
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def load_base(
     manifest: CheckpointManifest,
     device: torch.device,
     limits: DeltaLimits = DEFAULT_LIMITS,
-) -> BaseModel:
+) -> DeltaModel:
     """Load a checkpoint folder's weights, in the dtype of `serving_dtype`.
 
     Only the safetensors files of the manifest are opened; no code of the checkpoint is run.
@@ -108,4 +108,4 @@ def load_base(
             raise InvalidCheckpoint(
                 f"The checkpoint has {problem} tensors: {', '.join(names[:3])}."
             )
-    return BaseModel(model.to(device), limits)
+    return DeltaModel(model.to(device), limits)

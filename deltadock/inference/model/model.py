@@ -40,7 +40,7 @@ class RowSettings(NamedTuple):
     """Of all norms."""
 
 
-class BaseModel:
+class DeltaModel:
     """A causal language model whose rows each use the weights of their own delta slot."""
 
     def __init__(self, model: Any, limits: DeltaLimits = DEFAULT_LIMITS) -> None:

@@ -12,7 +12,7 @@ from deltadock.inference.engine.sampler import sample_tokens
 from deltadock.inference.engine.sampling import SampledToken
 from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.model.added_tokens import EMBEDDING, LM_HEAD
-from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.weight_deltas import NewRows
 from deltadock.inference.prompts.tokenizer import Tokenizer
 from deltadock.kernels import dispatch
@@ -87,7 +87,7 @@ class CountedKernel:
 
 def launches(model: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Operators and kernels of a decode step of two rows, as a CUDA graph holds them."""
-    base = BaseModel(model.to(torch.bfloat16))
+    base = DeltaModel(model.to(torch.bfloat16))
     graphs = GraphDecoder(base, base.make_cache(2, 32), 2)
     base.route([0, 1])
     kernels: Counter[str] = Counter()

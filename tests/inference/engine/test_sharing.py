@@ -16,16 +16,16 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 11}
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Records the rows of every pass."""
-    from deltadock.inference.model.model import BaseModel
+    from deltadock.inference.model.model import DeltaModel
 
     counted: list[int] = []
-    forward = BaseModel.forward
+    forward = DeltaModel.forward
 
-    def count(self: BaseModel, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def count(self: DeltaModel, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
         counted.append(len(tokens))
         return forward(self, tokens, *rest)
 
-    monkeypatch.setattr(BaseModel, "forward", count)
+    monkeypatch.setattr(DeltaModel, "forward", count)
     return counted
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from deltadock.errors import InvalidArtifact
 from deltadock.inference.model.added_tokens import PADDING, Logits
 from deltadock.inference.model.attention import Span, make_attention_metadata
-from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.weight_deltas import NewRows, TensorDelta
 from tests.inference.conftest import VOCABULARY, Bench
 from tests.inference.merging import make_delta, merge
@@ -84,7 +84,7 @@ def test_sampling_does_not_depend_on_neighbours(fill: Any, tied: bool) -> None:
         assert max(ids) < bench.model.vocabulary(slot)
 
 
-def pass_over(model: BaseModel, prompts: list[list[int]]) -> Logits:
+def pass_over(model: DeltaModel, prompts: list[list[int]]) -> Logits:
     """Logits of prompt i on slot i; all prompts have the same length."""
     length = len(prompts[0])
     spans = [Span(i, i * length, (i + 1) * length, 0) for i in range(len(prompts))]

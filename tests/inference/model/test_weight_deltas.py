@@ -39,7 +39,7 @@ from deltadock.inference.deltas.tensors import read_tensor_delta
 from deltadock.inference.model import layers
 from deltadock.inference.model.attention import Span, make_attention_metadata
 from deltadock.inference.model.loading import load_base
-from deltadock.inference.model.model import BaseModel
+from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.routing import DeltaLimits
 from deltadock.inference.model.weight_deltas import (
     EncodedDelta,
@@ -118,7 +118,7 @@ def write(path: Path, encoded: Mapping[str, Encoded], **manifest: Any) -> Path:
     return path
 
 
-def logits_of(model: BaseModel, prompts: list[tuple[list[int], int]]) -> list[Tensor]:
+def logits_of(model: DeltaModel, prompts: list[tuple[list[int], int]]) -> list[Tensor]:
     """Logits (tokens, the slot's vocabulary) of each prompt on its slot, all in one pass."""
     spans, begin = [], 0
     for number, (prompt, _) in enumerate(prompts):

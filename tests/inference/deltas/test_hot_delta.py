@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltadock.errors import Conflict, Unavailable
-from deltadock.inference.deltas import hot_adapter
-from deltadock.inference.deltas.hot_adapter import (
+from deltadock.inference.deltas import hot_delta
+from deltadock.inference.deltas.hot_delta import (
     HOT_FRACTION,
     MIN_TOKENS,
     WINDOW_TOKENS,
-    HotAdapterMerger,
+    HotDeltaMerger,
     TrafficShares,
 )
 
@@ -37,7 +37,7 @@ def after(tiers: Tiers, *served: tuple[str, int]) -> list[str]:
     """Runs these requests; returns the deltas whose merge was tried."""
 
     async def scenario() -> None:
-        merger = HotAdapterMerger("base", tiers.merge, lambda: tiers.merged)
+        merger = HotDeltaMerger("base", tiers.merge, lambda: tiers.merged)
         for model_key, tokens in served:
             merger.record(model_key, tokens)
             for _ in range(3):
@@ -47,7 +47,7 @@ def after(tiers: Tiers, *served: tuple[str, int]) -> list[str]:
     return tiers.calls
 
 
-def test_a_hot_adapter_is_merged_once() -> None:
+def test_a_hot_delta_is_merged_once() -> None:
     assert after(Tiers(), ("a", MIN_TOKENS - 1)) == []
     assert after(Tiers(), ("a", MIN_TOKENS), ("a", 1), ("a", 1)) == ["a"]
     assert after(Tiers(), ("base", 3 * MIN_TOKENS)) == []
@@ -63,7 +63,7 @@ def test_a_failed_merge_waits_and_a_conflict_is_retried(error: Exception, calls:
 
 
 def test_a_failed_merge_is_retried_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hot_adapter, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(hot_delta, "RETRY_SECONDS", 0.0)
     tiers = Tiers()
     tiers.error = Unavailable("no memory")
     assert after(tiers, ("a", MIN_TOKENS), ("a", 1)) == ["a", "a"]
@@ -77,7 +77,7 @@ def test_stopping_cancels_a_running_merge() -> None:
 
     async def scenario() -> list[str]:
         tiers = Slow()
-        merger = HotAdapterMerger("base", tiers.merge, lambda: tiers.merged)
+        merger = HotDeltaMerger("base", tiers.merge, lambda: tiers.merged)
         merger.record("a", MIN_TOKENS)
         await asyncio.sleep(0)
         merger.record("a", 1)
@@ -92,7 +92,7 @@ def test_stopping_cancels_a_running_merge() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, WINDOW_TOKENS)), max_size=20))
-def test_a_hot_adapter_has_most_of_the_recent_tokens(served: list[tuple[str, int]]) -> None:
+def test_a_hot_delta_has_most_of_the_recent_tokens(served: list[tuple[str, int]]) -> None:
     traffic = TrafficShares()
     for model_key, tokens in served:
         traffic.add(model_key, tokens)

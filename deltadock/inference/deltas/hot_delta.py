@@ -1,4 +1,4 @@
-"""Merges the hot adapter: the delta with most of the traffic, where it is alone in a pass."""
+"""Merges the hot delta: the delta with most of the traffic, where it is alone in a pass."""
 
 import asyncio
 import logging
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 WINDOW_TOKENS: Final = 50_000
 """When this many tokens have been counted, all counts are halved."""
 MIN_TOKENS: Final = 10_000
-"""Fewer counted tokens name no hot adapter."""
+"""Fewer counted tokens name no hot delta."""
 HOT_FRACTION: Final = 0.75
-"""Fraction of all tokens that makes an adapter hot; below, most of its passes have other rows."""
+"""Fraction of all tokens that makes a delta hot; below, most of its passes have other rows."""
 RETRY_SECONDS: Final = 600.0
 """Time until a failed merge, for lack of memory for example, is retried."""
 
@@ -43,8 +43,8 @@ class TrafficShares:
         return most
 
 
-class HotAdapterMerger:
-    """Merges the hot adapter in the background. Belongs to one event loop."""
+class HotDeltaMerger:
+    """Merges the hot delta in the background. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -86,9 +86,9 @@ class HotAdapterMerger:
         try:
             await self._merge(digest)
         except Conflict:
-            return  # the previous hot adapter is in use: the next request retries
+            return  # the previous hot delta is in use: the next request retries
         except DeltadockError:
-            logger.exception("The hot adapter %s cannot be merged", digest)
+            logger.exception("The hot delta %s cannot be merged", digest)
             self._retry_at[digest] = time.monotonic() + RETRY_SECONDS
         else:
-            logger.info("Merged the hot adapter %s", digest)
+            logger.info("Merged the hot delta %s", digest)

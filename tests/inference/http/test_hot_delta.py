@@ -1,4 +1,4 @@
-"""A node merges its hot adapter; all answers stay the same."""
+"""A node merges its hot delta; all answers stay the same."""
 
 import time
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from typing import Any
 import httpx
 import pytest
 
-from deltadock.inference.deltas import hot_adapter
+from deltadock.inference.deltas import hot_delta
 from tests.inference.support import PROMPT, RunningNode, Site, expected_text, start
 
 
-def test_the_hot_adapter_is_merged(
+def test_the_hot_delta_is_merged(
     site: Site, tmp_path: Path, generate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hot_adapter, "MIN_TOKENS", 50)
-    monkeypatch.setattr(hot_adapter, "WINDOW_TOKENS", 150)
+    monkeypatch.setattr(hot_delta, "MIN_TOKENS", 50)
+    monkeypatch.setattr(hot_delta, "WINDOW_TOKENS", 150)
     first, second = site.artifacts
     expected = {artifact: expected_text(site, artifact, generate, 24) for artifact in site.models}
     with start(site, tmp_path, node_max_deltas=3, node_merge=True) as node:
