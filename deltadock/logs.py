@@ -1,4 +1,8 @@
-"""Structured logging: one JSON object per line, or aligned text for a console."""
+"""Structured logging: one JSON object per line, or aligned text for a console.
+
+A module's logger is `log`: structlog's, or the standard library's in what runs in others' programs
+too (the client, and all of the node below its process), where nobody may have configured structlog.
+"""
 
 import logging
 import sys

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode
 from deltadock.artifacts.checkpoint import CHUNK_BYTES
 from deltadock.errors import DeltadockError, InvalidInput, Unavailable, error_for
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 JsonObject = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -151,7 +151,7 @@ class Uploader:
         while state["state"] == "completing":
             if (error := state["error"]) is not None and error["message"] != said:
                 said = error["message"]
-                logger.warning("The server checks the files again later: %s", said)
+                log.warning("The server checks the files again later: %s", said)
             time.sleep(POLL_SECONDS)
             state = self._request("GET", f"/v1/uploads/{upload}")
         if state["error"] is not None:

@@ -8,7 +8,7 @@ from typing import Final
 
 from deltadock.errors import Conflict, DeltadockError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 WINDOW_TOKENS: Final = 50_000
 """When this many tokens have been counted, all counts are halved."""
@@ -88,7 +88,7 @@ class HotDeltaMerger:
         except Conflict:
             return  # the previous hot delta is in use: the next request retries
         except DeltadockError:
-            logger.exception("The hot delta %s cannot be merged", digest)
+            log.exception("The hot delta %s cannot be merged", digest)
             self._retry_at[digest] = time.monotonic() + RETRY_SECONDS
         else:
-            logger.info("Merged the hot delta %s", digest)
+            log.info("Merged the hot delta %s", digest)

@@ -20,7 +20,7 @@ from deltadock.inference.deltas.tiers import DiskTier, HostTier
 from deltadock.inference.metrics import Metrics
 from deltadock.model_target import Tier
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 READER_THREADS: Final = 2
 
@@ -239,7 +239,7 @@ class DeltaStore:
         except DeltadockError:
             raise
         except Exception as error:
-            logger.exception("A delta could not be loaded")
+            log.exception("A delta could not be loaded")
             if _is_out_of_memory(error):
                 raise Unavailable(
                     "The node has too little memory for the delta now. Try again, or lower "

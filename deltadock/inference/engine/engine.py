@@ -18,7 +18,7 @@ from deltadock.inference.model.added_tokens import Logits
 from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.prompts.grammar import await_masks
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Command = Callable[[], None]
 
@@ -111,7 +111,7 @@ class Engine:
         try:
             self._finish(sequence, "cancelled")
         except Exception as error:
-            logger.exception("A sequence could not be cancelled")
+            log.exception("A sequence could not be cancelled")
             self._fail(sequence, error)
 
     def _stop(self) -> None:
@@ -131,7 +131,7 @@ class Engine:
                     else:  # every sequence in the batch waits for its mask, if there is one
                         self._await_masks(self._scheduler.running)
                 except Exception as error:
-                    logger.exception("The step loop failed")  # clients must not wait for ever
+                    log.exception("The step loop failed")  # clients must not wait for ever
                     if not self.device_lost:
                         self._device_computes()
                     for sequence in (*self._scheduler.running, *self._scheduler.waiting):
@@ -156,7 +156,7 @@ class Engine:
         try:
             logits = self._runner.logits(chunks)
         except Exception as error:
-            logger.exception("A pass of %d sequences failed", len(chunks))
+            log.exception("A pass of %d sequences failed", len(chunks))
             failure = error.with_traceback(None)  # which references the pass's tensors
         else:
             self._sample(chunks, logits)
@@ -174,7 +174,7 @@ class Engine:
         try:
             self._runner.check_device()
         except Exception:
-            logger.exception("The device failed")
+            log.exception("The device failed")
             self._device_failures += 1
             return False
         self._device_failures = 0
@@ -203,7 +203,7 @@ class Engine:
         try:
             sampled = sample_tokens(logits, rows)
         except Exception as error:
-            logger.exception("Sampling for %d sequences failed", len(rows))
+            log.exception("Sampling for %d sequences failed", len(rows))
             failure = error.with_traceback(None)  # which references the logits
         else:
             self._device_failures = 0
@@ -227,7 +227,7 @@ class Engine:
             self._append(sequence, token)
         except Exception as error:
             if not isinstance(error, DeltadockError):
-                logger.exception("A sequence failed")
+                log.exception("A sequence failed")
             self._fail(sequence, error)
 
     def _append(self, sequence: Sequence, token: SampledToken) -> None:
@@ -277,4 +277,4 @@ class Engine:
         try:
             sequence.emit(event)
         except RuntimeError:
-            logger.warning("The event loop of an ended sequence is closed")
+            log.warning("The event loop of an ended sequence is closed")

@@ -26,7 +26,7 @@ from deltadock.inference.model.attention import (
 from deltadock.inference.model.kv_cache import KVCache
 from deltadock.inference.model.model import DeltaModel
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 MAX_GRAPHS: Final = 64
 """Captured graphs kept; the least recently used is evicted."""
@@ -188,7 +188,7 @@ class GraphDecoder:
         # Other threads keep loading deltas during the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             hidden = self._body(rows)
-        logger.info("Captured a decode graph: %s", key)
+        log.info("Captured a decode graph: %s", key)
 
         def replay() -> Tensor:
             graph.replay()

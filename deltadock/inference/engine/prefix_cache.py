@@ -12,7 +12,7 @@ from typing import Final
 
 from deltadock.inference.model.kv_cache import KVCache
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 NO_KEY: Final = ""
 """Queue key of contents that must be erased before the slot is used again."""
@@ -99,7 +99,7 @@ class CacheSlots:
         try:
             self._cache.erase(slot, contents.confirmed, contents.written)
         except Exception:
-            logger.exception("A cache slot could not be erased")
+            log.exception("A cache slot could not be erased")
             self._contents[slot] = _SlotContents(NO_KEY, [], 0, contents.written)
             self._free[slot] = None
             return

@@ -27,7 +27,7 @@ from deltadock.inference.model.added_tokens import EMBEDDING
 from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.routing import DEFAULT_LIMITS, DeltaLimits
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 FAMILIES: Final[dict[str, tuple[Any, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -93,7 +93,7 @@ def load_base(
     stored = tensors[embedding].dtype
     dtype = serving_dtype(stored, device)
     if dtype.itemsize < stored.itemsize:
-        logger.warning("The base's weights are %s and served as %s on a GPU", stored, dtype)
+        log.warning("The base's weights are %s and served as %s on a GPU", stored, dtype)
     transformers_logging.disable_progress_bar()
     model, report = model_class.from_pretrained(
         None,

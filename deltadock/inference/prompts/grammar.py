@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from deltadock.errors import GrammarTooComplex, InvalidInput, Unavailable
 from deltadock.inference.prompts.json_schema import not_enforced, without_formats
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 PROCESS: Final = Path(__file__).with_name("grammar_process.py")
 WALL_SECONDS: Final = 60.0
@@ -142,7 +142,7 @@ class TokenMatcher:
         try:
             self._connection = self._grammar.fork(self._tokens)
         except OSError:
-            logger.exception("A process for the masks of an answer could not be started")
+            log.exception("A process for the masks of an answer could not be started")
             self._message = b""
         else:
             weakref.finalize(self, self._connection.close)
@@ -160,7 +160,7 @@ class TokenMatcher:
                 except ConnectionError:
                     self._message = b""
                 if not self._message:
-                    logger.error("The process that computes an answer's masks has ended")
+                    log.error("The process that computes an answer's masks has ended")
         return self._message is not None
 
     @property
@@ -321,7 +321,7 @@ def _refused(spec: GrammarSpec, error: str) -> InvalidInput:
 
 
 def _failed() -> NoReturn:
-    logger.exception("The processes that compile grammars failed")
+    log.exception("The processes that compile grammars failed")
     raise Unavailable("The grammar could not be compiled: the node's compiler failed. Try again.")
 
 
