@@ -4,31 +4,27 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltadock.api.schemas import EXAMPLE_DELTA_ID, RequestBody
+from deltadock.api.schemas import EXAMPLE_DELTA_ID
 from deltadock.openai.completions import Completion
-from deltadock.openai.fields import MaxTokens, Seed, Stop, Temperature, TopP, Usage
+from deltadock.openai.fields import ONE_GRAMMAR, AnswerFields, MaxTokens, Usage
 from deltadock.openai.models import ModelCard, ModelList
 from deltadock.storage.models import BaseRow
 from deltadock.storage.repositories.models import Answering
 from deltadock.storage.repositories.shown import ShownDelta
 
 
-class GenerateIn(RequestBody):
-    """One prompt."""
+class GenerateIn(AnswerFields):
+    """One prompt, and how its answer is generated as in /v1/completions."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"prompt": "17 + 25 =", "max_tokens": 8, "temperature": 0}]}
+        json_schema_extra={
+            "examples": [{"prompt": "17 + 25 =", "max_tokens": 8, "temperature": 0}],
+            "allOf": [ONE_GRAMMAR],
+        }
     )
 
     prompt: str = Field(min_length=1)
     max_tokens: MaxTokens = 128
-    temperature: Temperature | None = Field(
-        default=None,
-        description="0 is greedy; unset, the model's generation config decides.",
-    )
-    top_p: TopP | None = None
-    seed: Seed | None = None
-    stop: Stop | None = None
 
 
 class GeneratedOut(BaseModel):

@@ -63,8 +63,21 @@ class Sampling(TypedDict, total=False):
     temperature: float | None
     top_p: float | None
     top_k: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: dict[str, float] | None
     seed: int | None
     stop: str | list[str] | None
+    stop_token_ids: list[int] | None
+    ignore_eos: bool | None
+    skip_special_tokens: bool | None
+    response_format: JsonObject | None
+    guided_json: JsonObject | str | None
+    guided_regex: str | None
+    guided_choice: list[str] | None
+    guided_grammar: str | None
 
 
 def is_reference(text: str) -> bool:

@@ -188,8 +188,8 @@ class StreamOptions(RequestPart):
     include_usage: bool | None = None
 
 
-class SamplingFields(RequestPart):
-    """Fields that completions and chat completions share. Unknown fields are errors.
+class AnswerFields(RequestPart):
+    """How an answer is generated: what every request for one takes. Unknown fields are errors.
 
     Unset fields take the values of the model's generation config. `top_k`, `min_p`,
     `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `skip_special_tokens` and `guided_*`
@@ -198,7 +198,6 @@ class SamplingFields(RequestPart):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: ModelName
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
@@ -207,7 +206,6 @@ class SamplingFields(RequestPart):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10, allow_inf_nan=False)] | None = None
     logit_bias: LogitBias | None = None
-    n: Annotated[int, Field(ge=1, le=16)] | None = None
     seed: Seed | None = None
     stop: Stop | None = None
     stop_token_ids: EndTokens | None = None
@@ -218,16 +216,6 @@ class SamplingFields(RequestPart):
     guided_regex: GrammarText | None = None
     guided_choice: Annotated[list[GrammarText], Field(min_length=1, max_length=1024)] | None = None
     guided_grammar: GrammarText | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: Ignored = None
-    store: Ignored = None
-    metadata: Ignored = None
-    service_tier: Ignored = None
-    safety_identifier: Ignored = None
-    prompt_cache_key: Ignored = None
-    prompt_cache_options: Ignored = None
-    prompt_cache_retention: Ignored = None
 
     _integers = model_validator(mode="before")(with_integers)
 
@@ -240,6 +228,23 @@ class SamplingFields(RequestPart):
         if len(names) > 1:
             raise field_error(f"excludes `{names[0]}`; send one of them.", field=names[1])
         return self
+
+
+class SamplingFields(AnswerFields):
+    """Fields that completions and chat completions share."""
+
+    model: ModelName
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Ignored = None
+    store: Ignored = None
+    metadata: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
 
     @property
     def answers(self) -> int:

@@ -223,7 +223,9 @@ def test_the_openai_package_shows_what_is_wrong(
 
 def test_generating_by_url(api: Api, node: StandInNode, ready: Ready) -> None:
     delta, artifact, base = ready
-    body = {"prompt": "17 + 25 =", "max_tokens": 8, "temperature": 0, "stop": "\n"}
+    body = {"prompt": "17 + 25 =", "max_tokens": 8, "temperature": 0, "stop": "\n", "top_k": 5}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "number"}}}
+    body |= {"response_format": form}
     answer = api.client.post(f"/v1/deltas/{delta['id']}/generate", json=body)
     usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
     assert answer.json() == {
@@ -250,7 +252,8 @@ def test_generate_needs_an_existing_ready_model(api: Api) -> None:
         answer = api.client.post(url, json={"prompt": "x"})
         assert (answer.status_code, answer.json()["code"]) == (status, code)
     for bad in ({}, *({"prompt": "x"} | wrong for wrong in (
-        {"temperature": -1}, {"unknown": 1}, {"max_tokens": -1}, {"stop": ["a"] * 17}
+        {"temperature": -1}, {"unknown": 1}, {"max_tokens": -1}, {"stop": ["a"] * 17},
+        {"guided_regex": "a", "guided_choice": ["a"]},
     ))):  # fmt: skip
         assert api.client.post("/v1/bases/tiny/generate", json=bad).status_code == 422
 

@@ -7,6 +7,8 @@ import pytest
 from deltadock.api.main import app
 from deltadock.client import resources
 from deltadock.client.resources import Delta, Report, Resource
+from deltadock.client.routes import Sampling
+from deltadock.openai.fields import AnswerFields
 
 SCHEMAS: dict[str, type[Resource]] = {
     "CheckpointOut": resources.Checkpoint,
@@ -52,6 +54,10 @@ def test_a_view_has_fields_of_the_description(name: str) -> None:
     for field, schema in view.items():
         found, wanted = kinds(schema) - {"reference"}, kinds(described[field])
         assert "reference" in wanted or found <= wanted | {"null"}, field
+
+
+def test_the_clients_sampling_is_what_every_request_takes() -> None:
+    assert Sampling.__annotations__.keys() == AnswerFields.model_fields.keys() | {"max_tokens"}
 
 
 def test_an_unknown_field_of_a_newer_server_is_ignored() -> None:

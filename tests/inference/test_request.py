@@ -1,5 +1,6 @@
 """Sampling parameters of a request, with the model's defaults."""
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from deltadock.inference.prompts.tokenizer import SamplingDefaults
 from deltadock.inference.request import requested_sampling
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
+from deltadock.openai.fields import AnswerFields
 
 PUBLISHED = SamplingDefaults(
     temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.05
@@ -25,6 +27,12 @@ ROUTES = pytest.mark.parametrize(
         lambda **how: ChatRequest(model="m", messages=[{"role": "user", "content": "a"}], **how),
     ],
 )
+
+
+def test_requests_have_every_parameter_of_the_sampler() -> None:
+    parameters = {one.name for one in fields(SamplingParams)}
+    by_route = {"max_tokens", "logprobs", "prompt_logprobs"}
+    assert parameters - by_route <= AnswerFields.model_fields.keys()
 
 
 @ROUTES
