@@ -2,8 +2,8 @@
 
 import sys
 
-from deltadock.compression.model.families import FAMILIES as COMPRESSED
-from deltadock.inference.model.loading import FAMILIES as SERVED
+from deltadock.compression.model.families import CALIBRATED
+from deltadock.inference.model.loading import SERVED
 from tests.compatibility.cases import CASES
 
 HEAD = """\
@@ -47,7 +47,7 @@ def page() -> str:
     families = "".join(
         f"| {name} | {'language part' if family.vision else 'yes'} | "
         f"{'yes' if name in SERVED else 'no'} |\n"
-        for name, family in COMPRESSED.items()
+        for name, family in CALIBRATED.items()
     )
     taken = "".join(
         f"| {case.trainer} | {case.given} | {case.note or 'as it is'} |\n"

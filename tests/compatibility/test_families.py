@@ -12,7 +12,7 @@ from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.configs import EPSILONS
 from deltadock.artifacts.export import merge
 from deltadock.client.loading import load_delta
-from deltadock.compression.model.families import FAMILIES, auto_class
+from deltadock.compression.model.families import CALIBRATED, auto_class
 from tests.compatibility.cases import Made, moved, save_adapter
 from tests.compatibility.test_cases import logits_of, run
 from tests.compression.family_cases import CASES, save
@@ -65,7 +65,7 @@ def test_an_adapter_on_the_embedding(family: str, on: str, tmp_path: Path) -> No
     embedding = "wte" if family == "gpt2" else "embed_tokens"
     others = ".*(q_proj|c_attn|qkv_proj)"
     settings: dict[str, Any] = {"r": 4, "target_modules": others}
-    if FAMILIES[model.config.model_type].vision:
+    if CALIBRATED[model.config.model_type].vision:
         settings["target_modules"] = f".*language_model{others}"
     if on == "lora":
         settings["target_modules"] += f"|.*{embedding}"

@@ -42,7 +42,7 @@ class Family:
     vision: bool = False
 
 
-FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
+CALIBRATED: Final[Mapping[str, Family]] = MappingProxyType(
     {
         "llama": Family(),
         "mistral": Family(),
@@ -62,6 +62,9 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
         "gemma3": Family(vision=True),
     }
 )
+"""Families whose models can be run here, and so calibrated."""
+_TEXT_MODELS: Final = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "gemma3_text")
+"""Language models supported within a vision-language model."""
 
 
 def read_config(folder: Path) -> Any:
@@ -76,15 +79,15 @@ def read_config(folder: Path) -> Any:
         raise UnsupportedModel(
             f"transformers cannot read this config.json (is its model_type known?): {error}"
         ) from error
-    if config.model_type not in FAMILIES:
+    if config.model_type not in CALIBRATED:
         raise UnsupportedModel(
             f"Models of type {config.model_type!r} cannot be calibrated yet; known are "
-            f"{', '.join(FAMILIES)}. The method 'exact' without a calibration text stores any "
+            f"{', '.join(CALIBRATED)}. The method 'exact' without a calibration text stores any "
             "model without loss."
         )
     check_not_quantized(config.to_dict())
     text = config.get_text_config(decoder=True)
-    if FAMILIES[config.model_type].vision and text.model_type not in _TEXT_MODELS:
+    if CALIBRATED[config.model_type].vision and text.model_type not in _TEXT_MODELS:
         raise UnsupportedModel(
             f"A {config.model_type!r} model around a {text.model_type!r} model cannot be "
             f"calibrated yet; known are {', '.join(_TEXT_MODELS)}."
@@ -95,13 +98,9 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-_TEXT_MODELS: Final = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "gemma3_text")
-"""Language models supported within a vision-language model."""
-
-
 def auto_class(model_type: str) -> Any:
     """The `transformers` class that builds and loads models of a type, head included."""
-    vision = model_type in FAMILIES and FAMILIES[model_type].vision
+    vision = model_type in CALIBRATED and CALIBRATED[model_type].vision
     return AutoModelForImageTextToText if vision else AutoModelForCausalLM
 
 
@@ -196,7 +195,7 @@ def locate(
         if spelling in names:
             return StoredParameter(((spelling,),))
         if experts:
-            stored = _by_expert(spelling, experts, FAMILIES[model_type])
+            stored = _by_expert(spelling, experts, CALIBRATED[model_type])
             if stored.names[0][0] in names:
                 return stored
     return StoredParameter(((renamed,),))

@@ -29,7 +29,7 @@ from deltadock.inference.model.routing import DEFAULT_LIMITS, DeltaLimits
 
 log = logging.getLogger(__name__)
 
-FAMILIES: Final[dict[str, tuple[Any, Any]]] = {
+SERVED: Final[dict[str, tuple[Any, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -61,10 +61,10 @@ def check_servable(manifest: CheckpointManifest) -> None:
         UnsupportedModel: the family cannot be served, or the weights are quantized.
     """
     family = manifest.config.get("model_type")
-    if family not in FAMILIES or "quantization_config" in manifest.config:
+    if family not in SERVED or "quantization_config" in manifest.config:
         raise UnsupportedModel(
             f"A {family!r} checkpoint of this kind cannot be served; "
-            f"unquantized {', '.join(FAMILIES)} can."
+            f"unquantized {', '.join(SERVED)} can."
         )
 
 
@@ -85,7 +85,7 @@ def load_base(
     check_servable(manifest)
     settings = dict(manifest.config)
     family = settings["model_type"]
-    config_class, model_class = FAMILIES[family]
+    config_class, model_class = SERVED[family]
     tensors = _read_tensors(folder, sorted({tensor.file for tensor in manifest.tensors}))
     embedding = find_name(EMBEDDING, tensors, family)
     if embedding is None:
