@@ -307,7 +307,7 @@ class InferenceNode:
         end_ids = frozenset(ends)
         spellings = await self._encode(target, lambda: tokenizer.spellings)
         async with self._compiling.setdefault(target.queue_key, asyncio.Lock()):
-            return await self._grammars.compile(spellings, spec, end_ids)
+            return await self._grammars.compile(spellings, spec, end_ids, target.tenant)
 
     @asynccontextmanager
     async def using(self, digest: str | None) -> AsyncIterator[ServedBase]:

@@ -99,7 +99,7 @@ def grammar_of(request: GenerationRequest) -> GrammarSpec | None:
     if request.guided_choice is not None:
         quoted = (json.dumps(choice, ensure_ascii=False) for choice in request.guided_choice)
         choices = " | ".join(quoted)
-        return GrammarSpec("ebnf", f"root ::= {choices}", "guided_choice")
+        return GrammarSpec("choice", f"root ::= {choices}", "guided_choice")
     return None
 
 

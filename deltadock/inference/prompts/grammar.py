@@ -12,7 +12,8 @@ import sys
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeVar
@@ -21,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltadock.errors import GrammarTooComplex, InvalidInput, Unavailable
-from deltadock.inference.prompts.json_schema import not_enforced, without_formats
+from deltadock.inference.prompts.fair_slots import FairSlots
+from deltadock.inference.prompts.json_schema import has_patterns, not_enforced, without_formats
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +37,11 @@ MAX_GRAMMARS: Final = 16
 """Compiled grammars whose processes are kept."""
 
 MAX_COMPILATIONS: Final = 2
-"""Grammars that compile at once; others wait in the order in which they came."""
+"""Grammars that compile at once; others wait."""
 MASK_SECONDS: Final = 0.005
-"""CPU time that an answer's masks may take at once in the engine; a tame grammar's take 20 us."""
+"""CPU time that an answer's masks may take at once in the node; a tame grammar's take 20 us."""
 EARNED_SECONDS: Final = 0.0002
 """What each token adds to it again, up to `MASK_SECONDS`."""
-PIECE_BYTES: Final = 8
-"""Bytes that are accepted between two looks at the time: an ambiguous grammar takes 20 s
-for a token of 128."""
 
 LIMIT: Final = b"\0"
 """Received when a limit has ended a process."""
@@ -53,7 +52,11 @@ LIBRARIES: Final = frozenset({"LD_LIBRARY_PATH"})
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-GrammarKind = Literal["json_object", "json_schema", "compact_json_schema", "regex", "ebnf"]
+THREADS: Final = ThreadPoolExecutor(2, thread_name_prefix="mask")
+"""Compute the masks of tame grammars; XGrammar releases the interpreter."""
+GrammarKind = Literal[
+    "json_object", "json_schema", "compact_json_schema", "choice", "regex", "ebnf"
+]
 
 
 class GrammarSpec(NamedTuple):
@@ -106,17 +109,19 @@ def _forked(parent: socket.socket, request: str) -> socket.socket:
 class TokenMatcher:
     """Follows one answer through a grammar.
 
-    It does so in the engine while the grammar is tame, and in a process of its own from the mask or
-    token on that takes longer.
+    It does so in a thread while the grammar is tame, and in a process of its own from the token on
+    whose mask takes longer. The next mask is computed while the model computes the token.
     """
 
     def __init__(self, grammar: "TokenGrammar") -> None:
         self._grammar = grammar
         self._tokens: list[int] = []
-        """Accepted in the engine."""
+        """Accepted in this process."""
         self._left = MASK_SECONDS
         self._matcher: Any = None
-        """XGrammar's, in the engine."""
+        """XGrammar's, in this process."""
+        self.work: Future[bytes] | None = None
+        """What a thread computes."""
         self._connection: socket.socket | None = None
         self._message: bytes | None = None
         """The mask as it was received; empty if the process has ended."""
@@ -130,14 +135,15 @@ class TokenMatcher:
             return
         import xgrammar
 
-        compiled = self._grammar.tame.compiled
+        compiled = self._grammar.tame
         self._matcher = xgrammar.GrammarMatcher(
             compiled, terminate_without_stop_token=self._grammar.ends_itself
         )
         self._mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+        self.work = THREADS.submit(self._follow, self._matcher, None)
 
     def _move(self) -> None:
-        """Follow the rest of the answer in a process, which computes the next mask at once."""
+        """Follow the rest of the answer in a process."""
         self._matcher = None
         try:
             self._connection = self._grammar.fork(self._tokens)
@@ -147,12 +153,31 @@ class TokenMatcher:
         else:
             weakref.finalize(self, self._connection.close)
 
+    def _follow(self, matcher: Any, token: int | None) -> bytes:
+        """Accept a token, in a thread; the next mask, as a process sends it."""
+        begun = time.thread_time()
+        if token is not None:
+            matcher.accept_token(token)
+        complete = bool(matcher.is_terminated())
+        if not complete:
+            matcher.fill_next_token_bitmask(self._mask)
+        self._left -= time.thread_time() - begun
+        mask: bytes = self._mask.numpy().tobytes()
+        return bytes([complete]) + mask
+
     @property
     def ready(self) -> bool:
         """Whether the mask of the next token is there, or never will be."""
         self.start()
-        if self._matcher is not None:
-            return True
+        if self.work is not None:
+            if not self.work.done():
+                return False
+            try:
+                self._message = self.work.result()
+            except Exception:
+                log.exception("The next mask of an answer could not be computed")
+                self._message = b""
+            self.work = None
         if self._message is None and self._connection is not None:
             with suppress(BlockingIOError):
                 try:
@@ -166,8 +191,6 @@ class TokenMatcher:
     @property
     def complete(self) -> bool:
         """Whether the answer is complete, where no token ends it."""
-        if self._matcher is not None:
-            return bool(self._matcher.is_terminated())
         return bool(self._message and self._message[0])
 
     def fill(self, words: NDArray[np.int32]) -> None:
@@ -179,55 +202,37 @@ class TokenMatcher:
             GrammarTooComplex: it takes more time or memory than allowed.
             Unavailable: its process has ended.
         """
-        if self._matcher is not None:
-            begun = time.thread_time()
-            if not self._matcher.is_terminated():
-                self._matcher.fill_next_token_bitmask(self._mask)
-            self._left -= time.thread_time() - begun
-            mask: NDArray[np.int32] = self._mask[0].numpy()
-        elif self._message == LIMIT:
+        if self._message == LIMIT:
             raise GrammarTooComplex(
                 "The next token that the answer's grammar allows takes more time or memory to find "
                 "than allowed. Make it less ambiguous: let each text be derived in one way only."
             )
-        elif not self._message:
+        if not self._message:
             raise Unavailable("The process that follows the answer's grammar ended. Try again.")
-        else:
-            mask = np.frombuffer(self._message, np.int32, offset=1)
+        mask = np.frombuffer(self._message, np.int32, offset=1)
         count = min(len(words), len(mask))
         words[:count] = mask[:count]
 
     def accept(self, token: int) -> None:
-        """Follow a sampled token; a process computes the next mask meanwhile."""
-        if self._matcher is not None:
-            self._tokens.append(token)
-            self._accept_here(token)
-        elif self._connection is not None and self._message:
-            self._message = None
+        """Follow a sampled token; a thread or process computes the next mask meanwhile."""
+        if not self._message:
+            return
+        self._message = None
+        if self._connection is not None:
             with suppress(OSError):  # the process has ended, as is received next
                 self._connection.send(token.to_bytes(4, sys.byteorder))
-
-    def _accept_here(self, token: int) -> None:
-        """Follow a token in the engine, unless it takes too long."""
-        assert self._grammar.tame is not None
-        text = self._grammar.tame.long_tokens.get(token, b"")
-        begun = time.thread_time()
-        left = self._left
-        if not text:
-            self._matcher.accept_token(token)
-            left -= time.thread_time() - begun
-        for start in range(0, len(text), PIECE_BYTES):
-            self._matcher.accept_string(text[start : start + PIECE_BYTES])
-            left = self._left - (time.thread_time() - begun)
-            if left <= 0:
-                break
-        self._left = min(left + EARNED_SECONDS, MASK_SECONDS)
-        if left <= 0:
+            return
+        self._tokens.append(token)
+        if self._left <= 0:
+            self._grammar.tame = None  # nor are further answers followed here
             self._move()
+            return
+        self._left = min(self._left + EARNED_SECONDS, MASK_SECONDS)
+        self.work = THREADS.submit(self._follow, self._matcher, token)
 
     def close(self) -> None:
         """End the answer, and its process."""
-        self._matcher = None
+        self._matcher = self.work = None
         if self._connection is not None:
             self._connection.close()
         self._connection, self._message = None, b""
@@ -245,21 +250,15 @@ def await_masks(matchers: Iterable[TokenMatcher], seconds: float) -> list[TokenM
         left = deadline - time.monotonic()
         if left <= 0:
             break
-        poll = select.poll()
-        for matcher in late:
-            matcher.register(poll)
-        poll.poll(left * 1000)
+        if working := [matcher.work for matcher in late if matcher.work is not None]:
+            wait(working, left)
+        else:
+            poll = select.poll()
+            for matcher in late:
+                matcher.register(poll)
+            poll.poll(left * 1000)
         matchers = late
     return late
-
-
-class TameGrammar(NamedTuple):
-    """A grammar that the engine can follow itself."""
-
-    compiled: Any
-    """XGrammar's."""
-    long_tokens: Mapping[int, bytes]
-    """The tokens of more than `PIECE_BYTES`."""
 
 
 class TokenGrammar:
@@ -271,9 +270,9 @@ class TokenGrammar:
         tokens: int,
         *,
         ends_itself: bool,
-        tame: TameGrammar | None,
+        tame: Any,
     ) -> None:
-        """Take a compiled grammar's process, for so many tokens."""
+        """Take a compiled grammar's process, for so many tokens; `tame` is XGrammar's, if it is."""
         self._connection = connection
         self.ends_itself, self.tame = ends_itself, tame
         self.message_bytes = 1 + 4 * -(-tokens // 32)
@@ -315,6 +314,16 @@ def _enforceable(text: str) -> str:
         raise ValueError("JSON schema: it is nested too deeply.") from error
 
 
+def _is_delimited(kind: GrammarKind, text: str) -> bool:
+    """Whether a grammar's texts are JSON without patterns, or choices.
+
+    Of others even a short one may be so ambiguous that a mask takes minutes, after any token.
+    """
+    if kind in {"json_schema", "compact_json_schema"}:
+        return not has_patterns(json.loads(text))
+    return kind in {"json_object", "choice"}
+
+
 def _refused(spec: GrammarSpec, error: str) -> InvalidInput:
     reason = error.strip().splitlines()[0].partition(": ")[2] or error
     return InvalidInput(f"`{spec.param}` cannot be used: {reason.strip()}", param=spec.param)
@@ -339,11 +348,9 @@ class _Tokenizer:
             }
         )
         self._compile = grammar_process.compile_grammar
-        texts = enumerate(self._tokenizer.decoded_vocab)
-        self._long = {token: text for token, text in texts if len(text) > PIECE_BYTES}
 
-    def compile(self, request: dict[str, str]) -> TameGrammar:
-        return TameGrammar(self._compile(self._tokenizer, request), self._long)
+    def compile(self, request: dict[str, str]) -> Any:
+        return self._compile(self._tokenizer, request)
 
 
 class GrammarProcesses:
@@ -355,12 +362,18 @@ class GrammarProcesses:
         self._tokenizers: OrderedDict[tuple[str, frozenset[int]], socket.socket] = OrderedDict()
         self._here: OrderedDict[tuple[str, frozenset[int]], _Tokenizer] = OrderedDict()
         self._grammars: OrderedDict[tuple[Any, ...], TokenGrammar] = OrderedDict()
-        self._compiling = asyncio.Semaphore(MAX_COMPILATIONS)
+        self._compiling = FairSlots(MAX_COMPILATIONS)
 
     async def compile(
-        self, spellings: TokenSpellings, spec: GrammarSpec, end_ids: frozenset[int]
+        self,
+        spellings: TokenSpellings,
+        spec: GrammarSpec,
+        end_ids: frozenset[int],
+        tenant: str | None = None,
     ) -> TokenGrammar:
         """Compile a grammar whose answers end with one of `end_ids`. Cancelling ends the process.
+
+        Tenants whose grammars wait for others take turns.
 
         Raises:
             InvalidInput: it is invalid, or uses what is not supported.
@@ -372,7 +385,7 @@ class GrammarProcesses:
         if (known := self._grammars.get(key)) is not None and known.alive:
             self._grammars.move_to_end(key)
             return known
-        async with self._compiling:
+        async with self._compiling.slot(tenant):
             grammar = await self._compiled(spellings, spec, end_ids)
         _keep(self._grammars, key, grammar, MAX_GRAMMARS)
         return grammar
@@ -393,7 +406,7 @@ class GrammarProcesses:
             if "error" in answer:
                 raise _refused(spec, answer["error"])
             tame = None
-            if answer["tame"]:
+            if answer["tame"] and _is_delimited(spec.kind, text):
                 tame = await self._compile_here(spellings, end_ids, request)
         except BaseException:
             connection.close()
@@ -402,7 +415,7 @@ class GrammarProcesses:
 
     async def _compile_here(
         self, spellings: TokenSpellings, end_ids: frozenset[int], request: dict[str, str]
-    ) -> TameGrammar:
+    ) -> Any:
         key = (spellings.digest, end_ids)
         if (tokenizer := self._here.get(key)) is None:
             tokenizer = await asyncio.to_thread(_Tokenizer, spellings, end_ids)

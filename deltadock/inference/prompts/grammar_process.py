@@ -161,6 +161,7 @@ def compile_grammar(tokenizer: Any, request: Any) -> Any:
         "json_schema": partial(compiler.compile_json_schema, max_whitespace_cnt=MAX_WHITESPACE),
         "compact_json_schema": partial(compiler.compile_json_schema, any_whitespace=False),
         "regex": compiler.compile_regex,
+        "choice": compiler.compile_grammar,
         "ebnf": compiler.compile_grammar,
     }
     return compile_with[request["kind"]](request["text"])

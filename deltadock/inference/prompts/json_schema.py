@@ -23,6 +23,7 @@ ASSERTIONS: Final = NEEDS_TYPE | {
     "properties", "patternProperties", "additionalProperties", "propertyNames", "required", "items",
     "prefixItems", *CHOICES,
 }  # fmt: skip
+PATTERNS: Final = frozenset({"pattern", "patternProperties", "propertyNames"})
 LOOKAROUND: Final = re.compile(r"\(\?<?[=!]")
 
 MAPS: Final = ("properties", "patternProperties", "$defs", "definitions")
@@ -41,6 +42,15 @@ def not_enforced(schema: Any) -> str | None:
                 return found
             waiting += _inner(part)
     return None
+
+
+def has_patterns(schema: Any) -> bool:
+    """Whether the schema has regular expressions, or names that look so."""
+    if isinstance(schema, list):
+        return any(map(has_patterns, schema))
+    if not isinstance(schema, dict):
+        return False
+    return not PATTERNS.isdisjoint(schema) or any(map(has_patterns, schema.values()))
 
 
 def without_formats(schema: Any) -> Any:

@@ -166,6 +166,7 @@ class LateMatcher:
     """A grammar of any text, whose masks after some tokens are there only when they are let go."""
 
     complete = False
+    work = None
 
     def __init__(self, tokens: int) -> None:
         self.asked = threading.Event()

@@ -1,0 +1,50 @@
+"""Slots for work, taken in turn by tenant."""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class FairSlots:
+    """So many at once; of those who wait, each tenant's first comes in turn. For one event loop."""
+
+    def __init__(self, slots: int) -> None:
+        self._free = slots
+        self._waiting: OrderedDict[str | None, deque[asyncio.Future[None]]] = OrderedDict()
+        """By tenant, in the order of their turns."""
+
+    @asynccontextmanager
+    async def slot(self, tenant: str | None) -> AsyncIterator[None]:
+        """Keep a slot while the block runs."""
+        if self._free:
+            self._free -= 1
+        else:
+            await self._turn(tenant)
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    async def _turn(self, tenant: str | None) -> None:
+        """Wait until a slot is passed on to this request."""
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it had its turn just before
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        """Give a slot to the next tenant's first request that still waits."""
+        while self._waiting:
+            tenant, turns = self._waiting.popitem(last=False)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[tenant] = turns
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1

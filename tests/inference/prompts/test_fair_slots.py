@@ -1,0 +1,63 @@
+"""Slots that tenants take in turn."""
+
+import asyncio
+from contextlib import suppress
+
+from deltadock.inference.prompts.fair_slots import FairSlots
+
+
+class Work:
+    """Requests that take slots; they keep them until they are let go, one after the other."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = FairSlots(slots)
+        self.begun: list[str] = []
+        self.go_on = asyncio.Semaphore(0)
+
+    async def do(self, name: str) -> None:
+        async with self.slots.slot(name[0]):
+            self.begun.append(name)
+            await self.go_on.acquire()
+
+    async def ask(self, *names: str) -> list[asyncio.Task[None]]:
+        tasks = [asyncio.create_task(self.do(name)) for name in names]
+        await self.settle()
+        return tasks
+
+    async def settle(self) -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+
+def test_tenants_take_turns() -> None:
+    async def run() -> list[str]:
+        work = Work(2)
+        tasks = await work.ask("a1", "a2", "a3", "a4", "a5", "b1", "c1", "b2")
+        assert work.begun == ["a1", "a2"]
+        for _ in tasks:
+            work.go_on.release()
+            await work.settle()
+        await asyncio.gather(*tasks)
+        return work.begun
+
+    assert asyncio.run(run()) == ["a1", "a2", "a3", "b1", "c1", "a4", "b2", "a5"]
+
+
+def test_who_gives_up_takes_no_slot() -> None:
+    async def run() -> None:
+        work = Work(1)
+        running, waiting, late, last = await work.ask("a1", "b1", "b2", "c1")
+        waiting.cancel()
+        await work.settle()
+        work.go_on.release()
+        await running
+        late.cancel()  # at the moment in which it has its turn
+        with suppress(asyncio.CancelledError):
+            await late
+        work.go_on.release()
+        await last
+        assert work.begun[-1] == "c1"
+        work.go_on.release()
+        await work.do("d1")
+
+    asyncio.run(run())
