@@ -7,10 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from deltadock.errors import NotFound
+from deltadock.errors import InvalidInput, NotFound
 
 KEEP_ALIVE_SECONDS: Final = 75
 """How long api and nodes keep idle connections: longer than clients and proxies do, so that none
@@ -235,10 +235,29 @@ class Settings(BaseSettings):
         return self.cache_folder / "worker.alive"
 
 
+def read_settings() -> Settings:
+    """Read the environment.
+
+    Raises:
+        InvalidInput: a variable has a wrong value; the message does not show it.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        prefix = str(Settings.model_config.get("env_prefix"))
+        faults = (
+            f"{prefix}{'.'.join(map(str, fault['loc'])).upper()}: {fault['msg']}."
+            for fault in error.errors(include_url=False, include_input=False)
+        )
+        raise InvalidInput(f"Wrong settings: {' '.join(faults)}") from None
+    except SettingsError as error:  # no JSON, where a variable is a list or a mapping
+        raise InvalidInput(f"Wrong settings: {error}.") from None
+
+
 @lru_cache
 def get_settings() -> Settings:
     """The settings of this process, read once."""
-    return Settings()
+    return read_settings()
 
 
 def settings_in(home: Path | None) -> Settings:

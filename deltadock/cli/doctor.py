@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import typer
@@ -24,16 +25,21 @@ if TYPE_CHECKING:
 MARKS: Final = {"ok": "✓", "warning": "!", "problem": "✗"}
 LEAST_FREE: Final = 2_000_000_000
 """Bytes on the home's disk below which a compression may fail."""
+FULL: Final = 16_000_000
+"""Bytes below which the database and the broker may write nothing."""
 RUNNING: Final = ("validating", "calibrating", "compressing", "assembling", "verifying")
 WAITING: Final = timedelta(minutes=2)
 """A job that waits for longer while none runs has no worker."""
+
+
+State = Literal["ok", "warning", "problem"]
 
 
 class Finding(NamedTuple):
     """What one check found."""
 
     check: str
-    state: Literal["ok", "warning", "problem"]
+    state: State
     text: str
 
 
@@ -60,19 +66,20 @@ def _findings(url: str | None) -> Iterator[Finding]:
             "warning",
             "not installed; offline commands, workers and nodes need `deltadock[torch]`",
         )
-    yield from _home()
+    from deltadock.settings import read_settings
+
+    try:
+        home = read_settings().home
+    except InvalidInput as error:
+        yield Finding("settings", "problem", error.message)
+        return
+    yield from _home(home)
     yield from _server(url)
 
 
-def _home() -> Iterator[Finding]:
-    from deltadock.settings import Settings
+def _home(home: Path) -> Iterator[Finding]:
     from deltadock.storage.api_keys import local_key_path
 
-    try:
-        home = Settings().home
-    except ValueError as error:
-        yield Finding("settings", "problem", " ".join(str(error).split()))
-        return
     if not home.exists():
         yield Finding("home", "ok", f"{home} is not there yet; `deltadock up` makes it")
         return
@@ -80,7 +87,7 @@ def _home() -> Iterator[Finding]:
         yield Finding("home", "problem", f"{home} is not a folder; set DELTADOCK_HOME")
         return
     free = shutil.disk_usage(home).free
-    state: Literal["ok", "warning"] = "ok" if free >= LEAST_FREE else "warning"
+    state: State = "ok" if free >= LEAST_FREE else "warning" if free >= FULL else "problem"
     yield Finding("home", state, f"{home}, {size(free)} free")
     key = local_key_path(home)
     if key.exists() and stat.S_IMODE(key.stat().st_mode) & 0o077:

@@ -76,6 +76,8 @@ def running(
 ) -> Iterator[list[Child]]:
     """Migrate the database, start api, worker and node, and wait until all are ready.
 
+    The api's address is kept in the home, beside the key, for the commands and the client.
+
     Args:
         settings: fields of `Settings` with their values as text.
         home: folder for the logs.
@@ -94,6 +96,9 @@ def running(
         environment["DELTADOCK_NODE_BASE"] = str(Path(base).resolve())
     parsed = Settings.model_validate(settings)
     migrate(parsed.sqlalchemy_url)
+    # Before the key: whoever finds that must know which server it is for.
+    address = api_url(host, api_port)
+    local_url_path(parsed.home).write_text(f"{address}\n", encoding="utf-8")
     check_host(host, parsed, ensure_local_key(parsed))
     _expire_leases(parsed)
     # A busy worker answers no ping, and after a crash it may be busy from the start. It touches
@@ -131,7 +136,7 @@ def running(
         for child in children.values():
             stack.callback(child.request_stop)
         console.print("Waiting for api, worker and node ...")
-        with httpx.Client(base_url=api_url(host, api_port), timeout=2.0) as http:
+        with httpx.Client(base_url=address, timeout=2.0) as http:
             readiness: dict[str, Callable[[], bool]] = {
                 "api": lambda: is_ready(http),
                 "worker": parsed.worker_alive.exists,
@@ -248,12 +253,8 @@ def up(
 
 
 def announce(url: str, home: Path, settings: Mapping[str, str]) -> None:
-    """Print the addresses, the key's file and the log folder; in a terminal, open the dashboard.
-
-    The address is kept in the home, beside the key, for the commands and the client.
-    """
+    """Print the addresses, the key's file and the log folder; in a terminal, open the dashboard."""
     parsed = Settings.model_validate(settings)
-    local_url_path(parsed.home).write_text(f"{url}\n", encoding="utf-8")
     token = Sessions(parsed).link_token(ensure_local_key(parsed))
     link = f"{url}/sign-in?token={token}"
     output.print(f"Dashboard  {link}  (signs in once, within the hour)", soft_wrap=True)

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import httpx
 
 from deltadock.errors import InvalidInput
-from deltadock.settings import Settings
+from deltadock.settings import read_settings
 from deltadock.storage.api_keys import local_key_path
 from deltadock.trust import keep_secret
 
@@ -88,7 +88,7 @@ def check_connection(connection: Connection) -> None:
 
 
 def _kept() -> list[tuple[str, tuple[str, str] | None]]:
-    home = Settings().home
+    home = read_settings().home
     return [(LOGIN, read_login()), (f"the home {home}", _of_home(home))]
 
 
@@ -111,10 +111,9 @@ def keep_login(url: str, key: str) -> Path:
 
 def _of_home(home: Path) -> tuple[str, str] | None:
     try:
-        key = local_key_path(home).read_text(encoding="utf-8").strip()
+        url, key = (
+            path(home).read_text(encoding="utf-8") for path in (local_url_path, local_key_path)
+        )
     except OSError:
         return None
-    try:
-        return local_url_path(home).read_text(encoding="utf-8").strip(), key
-    except OSError:
-        return DEFAULT_URL, key
+    return url.strip(), key.strip()

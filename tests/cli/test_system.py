@@ -20,6 +20,7 @@ from deltadock.cli.demo import demo
 from deltadock.cli.interrupts import forget_interrupts, note_interrupts
 from deltadock.cli.processes import Child, stop_on_signals
 from deltadock.cli.system import MAX_RESTARTS, keep_running, worker_command
+from deltadock.client.connection import local_url_path
 from deltadock.errors import InvalidInput, Unavailable
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
@@ -61,7 +62,12 @@ def test_only_the_apis_processes_count_together(
 ) -> None:
     monkeypatch.setattr(system, "Child", _Recorded)
     monkeypatch.setattr(system, "migrate", lambda _: None)
-    monkeypatch.setattr(system, "ensure_local_key", lambda _: "key_a")
+
+    def make_key(_: Settings) -> str:
+        assert local_url_path(tmp_path).read_text() == "http://127.0.0.1:1\n", "whose key it is"
+        return "key_a"
+
+    monkeypatch.setattr(system, "ensure_local_key", make_key)
     settings = {"home": str(tmp_path), "api_processes": str(processes)}
     console = Console(file=StringIO())
     with system.running(settings, tmp_path, console, api_port=1, node_port=2):

@@ -3,11 +3,13 @@
 import io
 import json
 import re
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -582,6 +584,35 @@ def test_doctor_says_what_is_wrong(
     assert outcome.code == 1
     assert "does not answer" in outcome.stdout
     assert "`deltadock up` starts one here" in outcome.stdout
+
+
+def test_doctor_finds_a_full_disk(
+    deltadock: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELTADOCK_HOME", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    outcome = deltadock("doctor")
+    assert (outcome.code, f"✗ home: {tmp_path}, 4" in outcome.stdout) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("API_PROCESSES", "hidden", "DELTADOCK_API_PROCESSES: Input should be a valid integer"),
+        ("NODE_DELTAS", "hidden", 'error parsing value for field "node_deltas"'),
+    ],
+)
+def test_a_wrong_setting_is_one_line(
+    deltadock: Command, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(f"DELTADOCK_{variable}", value)
+    outcome = deltadock("ls")
+    assert outcome.code == 1
+    assert outcome.stderr.startswith(f"error (invalid_input): Wrong settings: {words}")
+    assert len(outcome.stderr.splitlines()) == 1
+    assert value not in outcome.stderr
+    outcome = deltadock("doctor")
+    assert (outcome.code, f"✗ settings: Wrong settings: {words}" in outcome.stdout) == (1, True)
 
 
 @pytest.mark.parametrize(
