@@ -22,6 +22,9 @@ log = structlog.get_logger(__name__)
 CACHE_SECONDS: Final = 1.0
 """How long other processes of the api may still accept a revoked key."""
 MAX_CACHED: Final = 10_000
+ANOTHER: Final = (
+    "Use another: `deltadock keys create` makes one, on the server's machine without a key too."
+)
 
 
 class _Known(NamedTuple):
@@ -113,9 +116,9 @@ class Authenticator:
 
     def _remember(self, name: str, keys: KeyRepository, row: ApiKeyRow, revocations: int) -> Caller:
         if row.revoked_at is not None:
-            raise Unauthorized(f"The API key {row.prefix} was revoked. Ask for a new one.")
+            raise Unauthorized(f"The API key {row.prefix} was revoked. {ANOTHER}")
         if not keys.is_active(row):
-            raise Unauthorized(f"The API key {row.prefix} has expired. Ask for a new one.")
+            raise Unauthorized(f"The API key {row.prefix} has expired. {ANOTHER}")
         caller = Caller.of(row)
         with self._lock:
             if len(self._known) >= MAX_CACHED:

@@ -241,10 +241,10 @@ def fetch(delta: Path | str, client: Client | None = None) -> Path:
         NotFound: there is no such file, or no such delta on the server.
         NotReady, HashMismatch, Unavailable: as `fetch_cached`.
     """
-    if Path(delta).exists() or isinstance(delta, Path) or not is_reference(delta):
-        if not Path(delta).is_file():
-            raise NotFound(f"{delta} is neither a delta file nor a name such as project/model.")
+    if Path(delta).is_file():
         return Path(delta)
+    if isinstance(delta, Path) or not is_reference(delta):
+        raise NotFound(f"{delta} is neither a delta file nor a name such as project/model.")
     if client is None:
         with Client() as default:
             return fetch(delta, default)

@@ -169,7 +169,10 @@ class BaseRepository:
         lock_key(self.session, "base in use", base.id)
         self.session.refresh(base, ["deleted_at"])
         if base.deleted_at is not None:
-            raise NotFound(f"The base {base.name!r} was deleted; restore it first.")
+            raise NotFound(
+                f"The base {base.name!r} was deleted; bring it back first: "
+                f"POST /v1/bases/{base.name}/restore."
+            )
 
     def delete(self, base: BaseRow) -> None:
         """Mark the base as deleted; its row keeps the name.

@@ -389,7 +389,7 @@ def test_a_base_is_deleted_when_no_delta_needs_it_and_restored(api: Api) -> None
     assert api.client.get("/v1/bases").json()["data"] == []
     assert api.client.post("/v1/deltas", json=body | {"seed": 1}).status_code == 404
     undone = api.client.post(f"/v1/deltas/{delta['id']}/restore")
-    assert "was deleted; restore it first" in undone.json()["detail"]
+    assert f"bring it back first: POST {base}/restore." in undone.json()["detail"]
     assert api.client.post(f"{base}/restore").json() == before
     assert api.client.post(f"{base}/restore").status_code == 404
     assert api.client.post(f"/v1/deltas/{delta['id']}/restore").status_code == 200

@@ -273,8 +273,13 @@ def test_load_delta_fetches_a_name_once(
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert loading.fetch(ready.reference).read_bytes() == whole, "hashed at every use"
+    (tmp_path / ready.name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert loading.fetch(ready.name).read_bytes() == whole, "a folder is no delta"
     with pytest.raises(NotFound, match="neither a delta file nor a name"):
         deltadock.load_delta(None, "nowhere.delta")
+    with pytest.raises(NotFound, match="neither a delta file nor a name"):
+        deltadock.load_delta(None, Path(ready.name))
 
 
 @pytest.fixture
