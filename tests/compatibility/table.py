@@ -2,7 +2,7 @@
 
 import sys
 
-from deltadock.compression.model.families import CALIBRATED
+from deltadock.compression.families import CALIBRATED
 from deltadock.inference.model.loading import SERVED
 from tests.compatibility.cases import CASES
 

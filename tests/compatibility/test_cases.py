@@ -14,7 +14,8 @@ from deltadock.artifacts.compatibility import TIED_BY_DEFAULT
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.client.loading import load_delta
-from deltadock.compression.model.families import CALIBRATED, auto_class
+from deltadock.compression.families import CALIBRATED
+from deltadock.compression.model.families import auto_class
 from deltadock.compression.options import CalibrationOptions, CompressOptions
 from deltadock.compression.pipeline import compress
 from deltadock.inference.deltas.reading import merge_delta, place_delta, read_delta

@@ -12,7 +12,8 @@ from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.configs import EPSILONS
 from deltadock.artifacts.export import merge
 from deltadock.client.loading import load_delta
-from deltadock.compression.model.families import CALIBRATED, auto_class
+from deltadock.compression.families import CALIBRATED
+from deltadock.compression.model.families import auto_class
 from tests.compatibility.cases import Made, moved, save_adapter
 from tests.compatibility.test_cases import logits_of, run
 from tests.compression.family_cases import CASES, save

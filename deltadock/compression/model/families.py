@@ -1,14 +1,8 @@
-"""The supported model families: how models are built, and how checkpoints store their parameters.
+"""How models of the calibrated families are built, and how checkpoints store their parameters."""
 
-Tests compare every family, block by block, with plain `transformers`. All others are refused by
-name: their modelling code may carry state from block to block, or have weights that are not
-observed here.
-"""
-
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -20,51 +14,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from deltadock.artifacts.compatibility import check_not_quantized
 from deltadock.artifacts.names import RENAMED
 from deltadock.compression.checkpoints import TensorSource
+from deltadock.compression.families import CALIBRATED, Family, check_family
 from deltadock.errors import UnsupportedModel
 
 MAX_BLOCKS: Final = 1024
 
 IMPLEMENTATION: Final = "deltadock"
 """Name of `run_experts` in `transformers`' registry of expert implementations."""
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What distinguishes a family.
-
-    Attributes:
-        experts: names of an expert's gate, up and down projections in checkpoints.
-        vision: the language model is part of a vision-language model; only that part is run here,
-            and the vision tower and projector are stored exactly.
-    """
-
-    experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    vision: bool = False
-
-
-CALIBRATED: Final[Mapping[str, Family]] = MappingProxyType(
-    {
-        "llama": Family(),
-        "mistral": Family(),
-        "qwen2": Family(),
-        "qwen3": Family(),
-        "gemma": Family(),
-        "gemma2": Family(),
-        "gemma3_text": Family(),
-        "phi": Family(),
-        "phi3": Family(),
-        "gpt2": Family(),
-        "mixtral": Family(experts=("w1", "w3", "w2")),
-        "qwen2_moe": Family(),
-        "qwen3_moe": Family(),
-        "qwen2_5_vl": Family(vision=True),
-        "llava": Family(vision=True),
-        "gemma3": Family(vision=True),
-    }
-)
-"""Families whose models can be run here, and so calibrated."""
-_TEXT_MODELS: Final = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "gemma3_text")
-"""Language models supported within a vision-language model."""
 
 
 def read_config(folder: Path) -> Any:
@@ -79,19 +35,10 @@ def read_config(folder: Path) -> Any:
         raise UnsupportedModel(
             f"transformers cannot read this config.json (is its model_type known?): {error}"
         ) from error
-    if config.model_type not in CALIBRATED:
-        raise UnsupportedModel(
-            f"Models of type {config.model_type!r} cannot be calibrated yet; known are "
-            f"{', '.join(CALIBRATED)}. The method 'exact' without a calibration text stores any "
-            "model without loss."
-        )
-    check_not_quantized(config.to_dict())
+    settings = config.to_dict()
+    check_family(settings)
+    check_not_quantized(settings)
     text = config.get_text_config(decoder=True)
-    if CALIBRATED[config.model_type].vision and text.model_type not in _TEXT_MODELS:
-        raise UnsupportedModel(
-            f"A {config.model_type!r} model around a {text.model_type!r} model cannot be "
-            f"calibrated yet; known are {', '.join(_TEXT_MODELS)}."
-        )
     blocks = getattr(text, "num_hidden_layers", None)
     if not isinstance(blocks, int) or not 0 < blocks <= MAX_BLOCKS:
         raise UnsupportedModel(f"config.json names no number of decoder blocks up to {MAX_BLOCKS}.")
