@@ -26,7 +26,7 @@ OneNode = Annotated[
 
 
 def ps(as_json: AsJson = False, url: Url = None) -> None:
-    """Show the nodes, and the deltas in their memory and on their disks."""
+    """Show the nodes, and the deltas in their memory."""
     with connect(url) as client:
         nodes = client.nodes()
     if as_json:
@@ -50,7 +50,7 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
         rows,
         "No node can answer. `deltadock up` starts one, or `deltadock node`.",
     )
-    held = [(node, delta) for node in nodes for delta in node.deltas]
+    held = [(node, delta) for node in nodes for delta in node.deltas if delta.tier != "disk"]
     if held:
         print_table(
             ("delta", "where", "tier", "size", "in flight", "pinned"),
@@ -67,6 +67,8 @@ def ps(as_json: AsJson = False, url: Url = None) -> None:
             ),
             "",
         )
+    if on_disk := sum(len(node.deltas) for node in nodes) - len(held):
+        say(f"On disk only: {words.counted(on_disk, 'delta')}; --json lists them.")
 
 
 def _base(node: "Node") -> str:

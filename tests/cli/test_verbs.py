@@ -496,12 +496,17 @@ def test_nodes_are_shown(service: Service, call: Callable[..., Outcome], pushed:
         artifact = client.delta(pushed[0]).artifact
     assert artifact is not None
     node = answered(call("ps", "--json"))[0]
-    held = [{"digest": artifact.digest, "tier": "device", "bytes": 1089, "references": 2}]
+    held = [
+        {"digest": artifact.digest, "tier": "device", "bytes": 1089, "references": 2},
+        {"digest": "0" * 64, "tier": "disk", "bytes": 1089},
+    ]
     service.api.register(node["url"], deltas=held)
-    shown = call("ps").stdout
-    assert "1 of 4" in shown
-    assert "in flight" in shown
-    assert "maths/skills:1" in shown
+    outcome = call("ps")
+    assert "1 of 4" in outcome.stdout
+    assert "in flight" in outcome.stdout
+    assert "maths/skills:1" in outcome.stdout
+    assert "0" * 12 not in outcome.stdout
+    assert outcome.stderr == "On disk only: 1 delta; --json lists them.\n"
 
 
 def test_a_tenant_sees_whether_a_node_can_serve(
