@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -126,8 +126,9 @@ class CompressionSession:
                 a search for it may take.
             scratch: holds intermediate tensors.
             progress: reports every step.
-            store: keeps encoded blocks, and text that was sampled, for a later session with the
-                same inputs.
+            store: keeps encoded blocks, distilled scales, and text that was sampled, for a later
+                session with the same inputs. Not the statistics: those of a 7B model take tens of
+                gigabytes, more than a pass over the text costs.
             device: torch device.
             reserve: budget up to which matrices are decomposed once for all; None for one budget.
 
@@ -233,15 +234,7 @@ class CompressionSession:
             self._progress.expect(self._work.finish())
         tensors = draft.tensors
         if self.info.distills and self._model is not None and self._data is not None:
-            trained, distillation = distill(
-                self.pair,
-                self._model,
-                self._data,
-                tensors,
-                self._options.seed,
-                lambda done, text: self._progress.report("distillation", 0, 1, text, done),
-                None if self._statistics is None else self._statistics.last_states(),
-            )
+            trained, distillation = self._distilled(draft, self._model, self._data)
             tensors = {
                 name: one if trained[name] is one or overflows(self.pair, name, trained[name])
                 else trained[name]
@@ -262,6 +255,32 @@ class CompressionSession:
             other_tensors=draft.others,
             notes=[*self.pair.notes, *([] if draft.matrices or draft.others else [NO_WEIGHTS])],
         )
+
+    def _distilled(
+        self, draft: Draft, model: BlockwiseModel, data: CalibrationSet
+    ) -> tuple[dict[str, Encoded], dict[str, float]]:
+        """What `distill` makes of a draft; its scales are kept for a later session.
+
+        They are small, and a search for a bound trains those of every budget it tries.
+        """
+        key = f"{self._fingerprint(draft.bits)}/scales"
+        stored = None if self._store is None else self._store.get(key)
+        if stored is not None:
+            self._progress.report("distillation", 1, 1, "scales of an earlier run", saved=True)
+            scales, figures = deserialize(stored)
+            return _with_segments(draft.tensors, scales), figures
+        trained, figures = distill(
+            self.pair,
+            model,
+            data,
+            draft.tensors,
+            self._options.seed,
+            lambda done, text: self._progress.report("distillation", 0, 1, text, done),
+            None if self._statistics is None else self._statistics.last_states(),
+        )
+        if self._store is not None:
+            self._store.put(key, serialize(_changed_segments(draft.tensors, trained), figures))
+        return trained, figures
 
     def attempt(self, bits: float | None, out: Path) -> tuple[Report, Quality]:
         """Write the artifact at a budget, and measure it on the choosing windows."""
@@ -477,3 +496,28 @@ class CompressionSession:
             "reserve": self._reserve,
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _changed_segments(
+    before: Mapping[str, Encoded], after: Mapping[str, Encoded]
+) -> dict[str, Encoded]:
+    """The tensors of `after` with the segments alone that `before` does not share with it."""
+    changed = {}
+    for name, one in after.items():
+        old = before[name].segments
+        segments = {key: data for key, data in one.segments.items() if data is not old[key]}
+        if segments:
+            changed[name] = Encoded(one.record, segments)
+    return changed
+
+
+def _with_segments(
+    before: Mapping[str, Encoded], changed: Mapping[str, Encoded]
+) -> dict[str, Encoded]:
+    """The inverse of `_changed_segments`: its `after`."""
+    return {
+        name: Encoded(one.record, {**one.segments, **changed[name].segments})
+        if name in changed
+        else one
+        for name, one in before.items()
+    }

@@ -41,6 +41,21 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
+class MemoryStore:
+    """A block store in memory that counts its hits."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+        self.hits = 0
+
+    def get(self, key: str) -> bytes | None:
+        self.hits += key in self.kept
+        return self.kept.get(key)
+
+    def put(self, key: str, data: bytes) -> None:
+        self.kept[key] = data
+
+
 Pair = tuple[Path, Path]
 
 

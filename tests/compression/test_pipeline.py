@@ -41,25 +41,11 @@ from deltadock.errors import (
     UnknownMethod,
     UnsupportedModel,
 )
+from tests.compression.conftest import MemoryStore
 
 Pair = tuple[Path, Path]
 BITDELTA = CompressOptions(method="bitdelta")
 ADAMIX = CompressOptions(method="adamix")
-
-
-class MemoryStore:
-    """A block store in memory that counts its hits."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, bytes] = {}
-        self.hits = 0
-
-    def get(self, key: str) -> bytes | None:
-        self.hits += key in self.kept
-        return self.kept.get(key)
-
-    def put(self, key: str, data: bytes) -> None:
-        self.kept[key] = data
 
 
 def test_exactly_the_changed_tensors_are_stored(pair: Pair, text: Path, tmp_path: Path) -> None:

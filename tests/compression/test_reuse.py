@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from deltadock.artifacts.encodings import Encoded
-from deltadock.compression import session
+from deltadock.compression import distillation, search, session
 from deltadock.compression.checkpoints import open_pair
 from deltadock.compression.methods import adamix, base, optimix
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Goal, Source
 from deltadock.compression.pipeline import compress
+from deltadock.compression.progress import Progress
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.session import CompressionSession
 from deltadock.errors import Cancelled
+from tests.compression.conftest import MemoryStore
 
 Pair = tuple[Path, Path]
 AMOUNT = CalibrationOptions(tokens=512, length=32)
@@ -91,14 +93,7 @@ def test_blocks_in_one_batch_resume_to_the_same_bytes(
 ) -> None:
     monkeypatch.setitem(session.BATCH_WEIGHTS, "cpu", 1 << 20)
     options = CompressOptions(method=method, goal=Goal("bits", 1.0), calibration=AMOUNT)
-    stored: dict[str, bytes] = {}
-
-    class Store:
-        def get(self, key: str) -> bytes | None:
-            return stored.get(key)
-
-        def put(self, key: str, data: bytes) -> None:
-            stored[key] = data
+    store = MemoryStore()
 
     def stop_when(stage: str) -> Callable[[Any], None]:
         def progress(report: Any) -> None:
@@ -110,9 +105,40 @@ def test_blocks_in_one_batch_resume_to_the_same_bytes(
     compress(*pair, tmp_path / "whole.delta", options, calibration=[Source(text)])
     with pytest.raises(Cancelled):
         compress(
-            *pair, tmp_path / "a.delta", options, calibration=[Source(text)], store=Store(),
+            *pair, tmp_path / "a.delta", options, calibration=[Source(text)], store=store,
             progress=stop_when("assembling"),
         )  # fmt: skip
-    assert len(stored) == 1, "all blocks of this small model are one batch"
-    compress(*pair, tmp_path / "a.delta", options, calibration=[Source(text)], store=Store())
+    assert len(store.kept) == 1, "all blocks of this small model are one batch"
+    compress(*pair, tmp_path / "a.delta", options, calibration=[Source(text)], store=store)
     assert (tmp_path / "a.delta").read_bytes() == (tmp_path / "whole.delta").read_bytes()
+
+
+@pytest.mark.parametrize("goal", [Goal("bits", 1.0), Goal("max_kl", 0.02)], ids=str)
+def test_a_retry_distills_only_what_was_not_distilled(
+    pair: Pair, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goal: Goal
+) -> None:
+    """Whatever the search had tried when the first run was stopped, while it measured."""
+    monkeypatch.setattr(distillation, "STEPS", 4)
+    monkeypatch.setattr(search, "RESOLUTION", 1.3)
+    options = CompressOptions(goal=goal, calibration=AMOUNT)
+    sources, store = [Source(text)], MemoryStore()
+    whole = compress(*pair, tmp_path / "whole.delta", options, calibration=sources)
+    assert whole.distillation is not None
+    assert whole.distillation["kept"]
+    limit = 2 if goal.is_bound else 1
+    trials = counted(monkeypatch, session, "distill")
+
+    def stop(progress: Progress) -> None:
+        if len(trials) == limit and progress.phase == "comparing":
+            raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        compress(
+            *pair, tmp_path / "a.delta", options, calibration=sources, store=store, progress=stop
+        )
+    again = compress(*pair, tmp_path / "a.delta", options, calibration=sources, store=store)
+    assert again.distillation == whole.distillation
+    assert (tmp_path / "a.delta").read_bytes() == (tmp_path / "whole.delta").read_bytes()
+    both = len(trials)
+    compress(*pair, tmp_path / "b.delta", options, calibration=sources)
+    assert both == len(trials) - both >= limit
