@@ -51,6 +51,7 @@ from deltadock.kernels.svd_delta.triton import (
     Form,
     Variant,
     form_of,
+    parts_of_prepare,
     places_of,
 )
 
@@ -148,7 +149,7 @@ class Code:
         stalls: loads between the wait and the inner loops, or them, that go to the stack at once.
         head: instructions before the wait for the previous kernel; 0 if launches do not overlap.
         head_loads: of `loads` and the first plane's, those before the wait; counted by hand.
-        tile: instructions beside them for each tile.
+        tile: instructions beside them for each tile; of prepare for each plane.
     """
 
     warps: int
@@ -202,9 +203,11 @@ def read_code(name: str, compiled: Any, warps: int) -> Code:
     head_loads = head_loads if waits else 0
     loops = [loop for loop in code.loops if "IMMA" in code.operations[loop]]
     if name == "prepare_kernel":
+        (loop,) = code.loops
+        tile = loop.stop - loop.start
         return Code(
-            warps, (), 0, len(code.operations), code.registers, code.stack_bytes,
-            code.shared_bytes, loads, plane_loads, 0, head, head_loads,
+            warps, (), 0, len(code.operations) - tile, code.registers, code.stack_bytes,
+            code.shared_bytes, loads, plane_loads, 0, head, head_loads, tile,
         )  # fmt: skip
     if len(loops) != len(PLANES):
         raise ValueError(f"{name} has {len(loops)} inner loops with products, not {len(PLANES)}.")
@@ -366,6 +369,12 @@ def predict(
     )
 
 
+def planes_of_v(projection: Projection) -> int:
+    """Planes that V of a delta has."""
+    groups = [group for h_out in projection.h_outs for group in groups_of(h_out, projection.h_in)]
+    return sum(any(group.v_bits & plane for group in groups) for plane in PLANES)
+
+
 def launches_of(
     projection: Projection,
     rows: int,
@@ -382,8 +391,10 @@ def launches_of(
     if codes.prepare:
         prepares = rows * len(projection.h_outs) * -(-projection.h_in // BLOCK_INPUTS)
         form = form_of(tuple(codes.prepare), lambda _: prepares, MULTIPROCESSORS)
+        parts = parts_of_prepare(prepares, MULTIPROCESSORS)
+        planes: list[Steps] = [[]] * (1 if parts > 1 else planes_of_v(projection))
         prepare = launch_microseconds(
-            [[[[]]]] * prepares, codes.prepare[form], bound, overlaps=overlaps[0]
+            [[planes]] * (parts * prepares), codes.prepare[form], bound, overlaps=overlaps[0]
         )
 
     def shrinks(form: Form) -> int:

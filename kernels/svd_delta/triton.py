@@ -43,6 +43,7 @@ from deltadock.kernels.svd_delta.layout import (
     BLOCK_FIELDS,
     DESCRIPTOR_FIELDS,
     OUTPUT_TILE_FIELDS,
+    PLANES,
     TILE_FIELDS,
     TILE_RANKS,
     DeltaTable,
@@ -133,8 +134,16 @@ def form_of(forms: Sequence[F], programs_of: Callable[[F], int], multiprocessors
     return forms[-1]
 
 
-PREPARE: Final = (Form(8, 32), Form(4, 40))
+PREPARE: Final = (Form(8, 40), Form(4, 48))
 """Forms of `prepare`: with many rows its programs run at once if they have four warps."""
+
+
+def parts_of_prepare(programs: int, multiprocessors: int) -> int:
+    """Programs of `prepare` for each of these: one for each plane, if all of them run at once."""
+    split = len(PLANES) * programs <= places_of(PREPARE[0], multiprocessors)
+    return len(PLANES) if split else 1
+
+
 SUM_PARTS: Final = 8
 """Parts of shrink's sum over the inputs, for any number of warps: each eighth of their steps."""
 REGISTERS: Final = 65_536
@@ -165,6 +174,9 @@ _TO_FIXED = tl.constexpr(1.5 * 2**23 + 0x8080)
 _SIGNS = tl.constexpr(-0x7F7F7F80)
 """The sign of every byte of a word."""
 _BYTES = tl.constexpr(0x01010101)
+_HIGH = tl.constexpr(0x7632)
+_LOW = tl.constexpr(0x5410)
+"""What picks the high or the low bytes of two pairs of fixed-point numbers."""
 _PAIRED = tl.constexpr(PAIRED)
 _FINITE = tl.constexpr(0x7FFFFFFF)
 
@@ -348,15 +360,35 @@ def _fixed_point(x, inverse):
     return (x * inverse + _TO_FIXED).to(tl.int32, bitcast=True)
 
 
+@triton.jit
+def _input(x_ptrs, scale_ptrs, column, number, digit, h_in, scaled):
+    """Input `number` of a word of a plane's bytes, and its scale; `column` is that of the first."""
+    offset = number << digit
+    x = tl.load(x_ptrs + offset, mask=column < h_in - offset, other=0.0)
+    scale = tl.load(scale_ptrs + offset, mask=column < scaled - offset, other=1.0)
+    return x.to(tl.float32), scale
+
+
+@triton.jit
+def _bytes(t0, t1, t2, t3, selector, EMULATE: tl.constexpr):
+    """A word of the high bytes of four fixed-point numbers, or of their low ones."""
+    low_pair, high_pair = pick_bytes(t0, t1, 0x5140, EMULATE), pick_bytes(t2, t3, 0x5140, EMULATE)
+    return pick_bytes(low_pair, high_pair, selector, EMULATE) ^ _SIGNS
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def prepare_kernel(
     xs_ptr, xs_stride, scales_ptr, scales_stride, x_ptr, x_stride, h_in, padded_h_in,
     rows_ptr, slots_ptr, addresses_ptr, descriptors_ptr,
     LINEARS: tl.constexpr, VECTOR: tl.constexpr, OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """A block of a row times a linear's column scale: fixed-point numbers, their scale and sum."""
+    """A block of a row times a linear's column scale: fixed-point numbers, their scale and sum.
+
+    A program stores them for one plane of V's words, or all of them.
+    """
     start_next(OVERLAP)
-    position, block, linear = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position, block = tl.program_id(0), tl.program_id(1)
+    linear, first_digit = tl.program_id(2) % LINEARS, tl.program_id(2) // LINEARS
     row = tl.load(rows_ptr + position).to(tl.int64)
     slot = tl.load(slots_ptr + position // _ROWS)
     # After a product nothing hides these loads: all that depends on the slot is asked for at once.
@@ -368,33 +400,40 @@ def prepare_kernel(
     if (row < 0) | (tiles == 0):
         wait_for_previous(OVERLAP)
         return
-    if VECTOR:  # One check for all numbers of a load.
-        h_in = h_in // 16 * 16
     columns = block * _BLOCK_INPUTS + tl.arange(0, _BLOCK_INPUTS)
     scale_ptr = address.to(tl.pointer_type(tl.float32)) + scale_word
-    mask = columns < tl.where(scale_word >= 0, h_in, 0)
-    column_scale = tl.load(scale_ptr + columns, mask=mask, other=1.0)
+    scaled = tl.where(scale_word >= 0, h_in, 0)
+    column_scale = tl.load(scale_ptr + columns, mask=columns < scaled, other=1.0)
     x_ptr += wait_for_previous(OVERLAP) + row * x_stride
+    if VECTOR:  # One check for all numbers of a load.
+        h_in = h_in // 16 * 16
     x = tl.load(x_ptr + columns, mask=columns < h_in, other=0.0).to(tl.float32) * column_scale
     # As integers NaN is the largest, and makes the scale NaN.
     peak = tl.max(x.to(tl.int32, bitcast=True) & _FINITE, axis=0).to(tl.float32, bitcast=True)
-    fixed = _fixed_point(x, _inverse(peak))
+    inverse = _inverse(peak)
     scale = peak * (1.0 / _LARGEST)
-    total = tl.sum((fixed & 0xFFFF) - 0x8080, axis=0).to(tl.float32)
+    total = tl.sum((_fixed_point(x, inverse) & 0xFFFF) - 0x8080, axis=0).to(tl.float32)
     scales_ptr += position * scales_stride + (linear * tl.num_programs(1) + block) * 2
     tl.store(scales_ptr, scale)
     tl.store(scales_ptr + 1, total * scale)
-    halves = ((fixed ^ 0x8080) & 0xFFFF).to(tl.int16)
+    word = tl.arange(0, _BLOCK_INPUTS // 4)
     xs_ptr += position.to(tl.int64) * xs_stride + linear * (2 * padded_h_in)
-    for DIGIT in tl.static_range(4):
-        if planes & (8 >> DIGIT):
+    xs_ptr += block * (_BLOCK_INPUTS // 4) + word
+    for digit in range(first_digit, 4, tl.num_programs(2) // LINEARS):
+        if planes & (8 >> digit):
             # Bytes of a word, and words of a thread, are those of the weights; fields are apart.
-            parts = tl.reshape(halves, (16 >> DIGIT, 4, 4, 4, 1 << DIGIT))
-            parts = tl.reshape(tl.permute(parts, (0, 1, 4, 2, 3)), (_BLOCK_INPUTS,))
-            out = xs_ptr + DIGIT * (padded_h_in // 2) + block * (_BLOCK_INPUTS // 4)
-            out = out.to(tl.pointer_type(tl.int8), bitcast=True) + tl.arange(0, _BLOCK_INPUTS)
-            tl.store(out, (parts >> 8).to(tl.int8))
-            tl.store(out + padded_h_in, (parts & 0xFF).to(tl.int8))
+            column = (word >> (2 + digit) << (4 + digit)) + ((word & 3) << (2 + digit))
+            column += block * _BLOCK_INPUTS + ((word >> 2) & ((1 << digit) - 1))
+            x_ptrs, scale_ptrs = x_ptr + column, scale_ptr + column
+            x0, scale_0 = _input(x_ptrs, scale_ptrs, column, 0, digit, h_in, scaled)
+            x1, scale_1 = _input(x_ptrs, scale_ptrs, column, 1, digit, h_in, scaled)
+            x2, scale_2 = _input(x_ptrs, scale_ptrs, column, 2, digit, h_in, scaled)
+            x3, scale_3 = _input(x_ptrs, scale_ptrs, column, 3, digit, h_in, scaled)
+            t0, t1 = _fixed_point(x0 * scale_0, inverse), _fixed_point(x1 * scale_1, inverse)
+            t2, t3 = _fixed_point(x2 * scale_2, inverse), _fixed_point(x3 * scale_3, inverse)
+            out = xs_ptr + digit * (padded_h_in // 2)
+            tl.store(out, _bytes(t0, t1, t2, t3, _HIGH, EMULATE))
+            tl.store(out + padded_h_in // 4, _bytes(t0, t1, t2, t3, _LOW, EMULATE))
 
 
 @triton.jit
@@ -636,9 +675,8 @@ def _terms(projected_addresses, tile, scale, EMULATE: tl.constexpr):
     t1 = _fixed_point(t1.to(tl.float32, bitcast=True), scale)
     t2 = _fixed_point(t2.to(tl.float32, bitcast=True), scale)
     t3 = _fixed_point(t3.to(tl.float32, bitcast=True), scale)
-    selector = tl.where(tl.arange(0, 2 * _ROWS) % 2 == 0, 0x7632, 0x5410)[None, None, :]
-    low_pair, high_pair = pick_bytes(t0, t1, 0x5140, EMULATE), pick_bytes(t2, t3, 0x5140, EMULATE)
-    return pick_bytes(low_pair, high_pair, selector, EMULATE) ^ _SIGNS
+    selector = tl.where(tl.arange(0, 2 * _ROWS) % 2 == 0, _HIGH, _LOW)[None, None, :]
+    return _bytes(t0, t1, t2, t3, selector, EMULATE)
 
 
 @triton.jit
@@ -882,8 +920,9 @@ def launches(
     xs, scales = chunks.fixed, chunks.scales
     block_count = table.padded_h_in // BLOCK_INPUTS
     multiprocessors = multiprocessors_of(x.device)
-    prepares = chunks.count * CHUNK_ROWS * block_count * table.linears
+    prepares = len(x) * block_count * table.linears
     prepare_form = form_of(PREPARE, lambda _: prepares, multiprocessors)
+    parts = parts_of_prepare(prepares, multiprocessors)
     tiles = max(1, triton.cdiv(table.max_rank, TILE_RANKS))
     shrinks = triton.cdiv(tiles, USUAL_SHARE) * chunks.count
     shrink_form = form_of(variant.shrink, lambda _: shrinks, multiprocessors)
@@ -896,7 +935,7 @@ def launches(
     programs = min(expands(expand_form), places_of(expand_form, multiprocessors))
 
     def prepare() -> object:
-        return prepare_kernel[(chunks.count * CHUNK_ROWS, block_count, table.linears)](
+        return prepare_kernel[(chunks.count * CHUNK_ROWS, block_count, table.linears * parts)](
             xs, xs.stride(0), scales, scales.stride(0), x, x.stride(0),
             table.h_in, table.padded_h_in, chunks.rows, chunks.slots,
             table.addresses, table.descriptors, VECTOR=table.h_in % 128 == 0,

@@ -45,6 +45,7 @@ from deltadock.kernels.svd_delta.triton import (
     ExpandForm,
     Form,
     form_of,
+    parts_of_prepare,
     places_of,
 )
 from tests.kernels.waits import check_accesses_after_the_wait
@@ -163,10 +164,11 @@ def test_what_other_kernels_write_is_accessed_after_the_wait(
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_small_kernels_are_small(capability: int) -> None:
-    for form, most in zip(PREPARE, (430, 590), strict=True):
+    for form, most in zip(PREPARE, (340, 440), strict=True):
         prepare = disassemble(compile_for(capability, kernel.prepare_kernel, "bf16", form))
         assert len(prepare.operations) <= most
         assert prepare.stack_bytes == 0
+        assert "STS" not in prepare.operations[prepare.loops[0]]
         assert places_of(form, 1) <= prepare.programs_per_sm
     numbers = ("tiles_word", "tiles", "rank", "padded_rank", "columns", "offset_word",
                "rank_scale_word", "column_scale_word")  # fmt: skip
@@ -203,7 +205,7 @@ def test_the_model_expects_these_kernels_to_be_faster(rows: int, deltas: int) ->
     ("rows", "deltas"), [(2, 2), (4, 4), (16, 4), (8, 8), (64, 8), (16, 16), (64, 16)]
 )
 def test_the_model_expects_no_alternative_to_be_faster(rows: int, deltas: int) -> None:
-    """From two deltas on, or four with many rows; for fewer see ADR 37."""
+    """From two deltas on, or four with many rows; for fewer see ADR 42."""
     _, slow = predicted_range(rows, deltas, codes(DEFAULT, 90))
     assert slow < min(alternatives(rows, deltas))
 
@@ -235,6 +237,12 @@ def test_programs_take_as_many_tiles_of_expand() -> None:
     assert expand_programs([first, second], 4) == [
         [first[:3]], [first[3:], second[:1]], [second[1:]],
     ]  # fmt: skip
+
+
+def test_few_rows_are_prepared_by_a_program_for_each_plane() -> None:
+    places = places_of(PREPARE[0], 132)
+    assert parts_of_prepare(places // 4, 132) == 4
+    assert parts_of_prepare(places // 4 + 1, 132) == 1
 
 
 def test_few_programs_have_smaller_tiles() -> None:
