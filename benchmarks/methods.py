@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from benchmarks.harness import describe_machine
 from benchmarks.tables import (
@@ -38,6 +38,7 @@ from benchmarks.tables import (
 )
 from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.artifacts.export import merge
+from deltadock.artifacts.tokenizers import open_tokenizer
 from deltadock.compression.checkpoints import open_pair
 from deltadock.compression.options import (
     METHODS,
@@ -76,7 +77,7 @@ def accuracy(
     """Fraction of the exercises whose completion's first line is the answer."""
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     longest = max(len(tokenizer(f" {answer}")["input_ids"]) for _, answer in exercises)

@@ -23,7 +23,9 @@ from typing import Final
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
+
+from deltadock.artifacts.tokenizers import open_tokenizer
 
 SAMPLE_BASE: Final = Path(__file__).parents[1] / "samples" / "base"
 SEED: Final = 2_025
@@ -180,7 +182,7 @@ def make(name: str, out: Path, base: Path, quick: bool) -> None:
     )
     (folder / "calibration.txt").write_text(calibration, encoding="utf-8")
     (folder / "heldout.txt").write_text(held_out, encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = open_tokenizer(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     started = time.monotonic()
     data = windows(tokenizer, training)

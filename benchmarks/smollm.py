@@ -41,6 +41,7 @@ from benchmarks.pairs import (
     train,
     windows,
 )
+from deltadock.artifacts.tokenizers import open_tokenizer
 from deltadock.compression.options import METHODS, TOKENS
 from deltadock.kernels import choose_device
 from samples.exercises import Exercise, exercise_stream
@@ -246,7 +247,7 @@ def fine_tune(
     if tuned.is_dir():
         return tuned
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = open_tokenizer(base)
     text = DOMAINS[domain](folder, tokenizer, quick)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device).train()
     length = LENGTH if quick else TRAINING_LENGTH
