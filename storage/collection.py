@@ -40,7 +40,7 @@ BATCH: Final = 500
 REMOVED_AT_ONCE: Final = 200
 """Blobs, in one transaction: each is locked, and on SQLite no other writes meanwhile."""
 HOLD_SECONDS: Final = 0.1
-"""How long a transaction may keep others from writing to SQLite."""
+"""How long a transaction of many changes may keep others waiting."""
 PAUSE_SECONDS: Final = 0.1
 """Who waits for SQLite's lock looks for it at least so often."""
 
@@ -137,7 +137,11 @@ class Collector:
     def give_up_deltas(self) -> list[str]:
         """Give up the bytes of deltas whose time for undoing is over; returns why some stay."""
         free, on_nodes = self._deleted_deltas()
-        self._one_by_one(free, lambda session, delta: BlobRepository(session).collect(delta))
+        self._one_by_one(  # in one order, so that two collections do not wait for each other
+            sorted(free),
+            lambda session, delta: BlobRepository(session).collect(delta),
+            together=True,
+        )
         return _reasons(on_nodes)
 
     def _deleted_deltas(self) -> tuple[list[str], list[DeltaRow]]:
@@ -186,18 +190,25 @@ class Collector:
         self._let_others_write()
         return removed
 
-    def _one_by_one(self, items: Sequence[Item], work: Callable[[Session, Item], object]) -> None:
+    def _one_by_one(
+        self,
+        items: Sequence[Item],
+        work: Callable[[Session, Item], object],
+        *,
+        together: bool = False,
+    ) -> None:
         """Do `work` on each of the items, in a transaction of its own.
 
-        On SQLite a transaction takes as many as fit into `HOLD_SECONDS`, since each commit waits
-        for the disk.
+        On SQLite, and everywhere if no item locks what others need (`together`), a transaction
+        takes as many as fit into `HOLD_SECONDS`, since each commit waits for the disk.
         """
+        together = together or self._database.is_file
         left = deque(items)
         while left:
             with self._database.session_scope() as session:
                 until = time.monotonic() + HOLD_SECONDS
                 work(session, left.popleft())
-                while left and self._database.is_file and time.monotonic() < until:
+                while left and together and time.monotonic() < until:
                     work(session, left.popleft())
             self._let_others_write()
 

@@ -7,7 +7,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from sqlalchemy import delete, event, update
+from sqlalchemy import delete, event, select, update
 from sqlalchemy.orm import Session
 
 from deltadock.errors import Unavailable
@@ -196,6 +196,29 @@ def test_blobs_are_removed_in_as_many_statements_however_many_they_are(
             newest = AuditRepository(session, EVERY_TENANT).page(limit=number)
         assert {record.object_id for record in newest} == digests
     assert counts[0] == counts[1]
+
+
+def test_deleted_deltas_are_given_up_in_few_transactions(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collection, "HOLD_SECONDS", 60.0)
+    with database.session_scope() as session:
+        add_base(session)
+        add_finetunes(session, range(30), state=JobState.READY)
+        long_ago = database_now(session) - timedelta(days=99)
+        session.execute(update(DeltaRow).values(deleted_at=long_ago))
+    commits: list[object] = []
+
+    def note(connection: object) -> None:
+        commits.append(connection)
+
+    event.listen(database.engine, "commit", note)
+    Collector(database, LocalBlobStore(tmp_path), Settings(home=tmp_path)).give_up_deltas()
+    event.remove(database.engine, "commit", note)
+    assert len(commits) == 1
+    with database.read_scope() as session:
+        given_up = session.scalars(select(DeltaRow.id).where(DeltaRow.collected_at.is_not(None)))
+        assert len(given_up.all()) == 30
 
 
 def add_base(session: Session) -> None:
