@@ -1,6 +1,8 @@
 """The entry point of the `deltadock` script; it imports little before it notes Ctrl-C."""
 
 import os
+import sys
+from io import TextIOWrapper
 
 from deltadock.cli.interrupts import (
     INTERRUPTED,
@@ -17,6 +19,9 @@ def main() -> None:
         SystemExit: with the status that `deltadock.cli.outcome` describes.
     """
     note_interrupts()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal of another encoding cannot show
     # Before torch is loaded, for this process and those that it starts. By default OpenMP's threads
     # spin while they wait, on cores that api, worker and node share.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,6 +1,9 @@
 """What tables and help look like in a narrow terminal."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,3 +111,12 @@ def test_digests_are_folded_in_a_narrow_terminal(capsys: pytest.CaptureFixture[s
     lines = table(capsys, ("a/b:1", "a/b:2"), digests)
     assert max(map(len, lines)) <= 80
     assert "".join(line.split()[0] for line in lines[1:]) == digests[0]
+
+
+def test_a_terminal_of_another_encoding_gets_what_it_can_show() -> None:
+    """Where the table has a dash, and `doctor` a tick, for example."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "deltadock", "methods"], capture_output=True, check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert re.search(rb"^bitdelta +\? ", shown.stdout, re.MULTILINE)
