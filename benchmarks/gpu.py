@@ -1,6 +1,6 @@
 """All that a GPU has to say, in one command and nine minutes.
 
-    python -m benchmarks.gpu [--parts cases,kernel,...] [--variant 8x80+4x96,4x168x256] [--out DIR]
+    python -m benchmarks.gpu [--parts cases,kernel,...] [--variant 8x40,8x80,4x168x256] [--out DIR]
 
 Runs from a bare checkout with torch, triton, transformers, safetensors and numpy. The parts run in
 the order of their worth, each in a process of its own under its own time limit; what a part prints

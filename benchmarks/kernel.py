@@ -100,7 +100,13 @@ SMALL = (Projection("q, k", 70, (40, 33)),)
 """For Triton's interpreter, which takes seconds for each projection."""
 
 
+KERNELS: Final = ("prepare", "shrink", "expand")
+"""In the order of their launches."""
 REGISTERS: Final = (128, 64, 80, 96, 168, 255)
+PREPARES: Final = [
+    replace(DEFAULT, prepare=(Form(warps, registers),))
+    for warps, registers in ((4, 48), (8, 32), (8, 40), (8, 64), (4, 64), (2, 64))
+]
 SHRINKS: Final = [
     replace(DEFAULT, shrink=(Form(warps, registers),))
     for warps in (4, 8, 2, 1)
@@ -123,19 +129,21 @@ def _in_turn(*lists: Sequence[Variant]) -> list[Variant]:
 
 
 SERIAL: Final = replace(DEFAULT, overlap=False)
-SWEEP: Final = list(dict.fromkeys([DEFAULT, SERIAL, *_in_turn(SHRINKS, EXPANDS)]))
-"""The variants to compare, the default first: each differs from it in one of the two kernels, which
-has one form, or in whether launches overlap."""
+SWEEP: Final = list(dict.fromkeys([DEFAULT, SERIAL, *_in_turn(SHRINKS, EXPANDS, PREPARES)]))
+"""The variants to compare, the default first: each differs from it in one of the kernels, which has
+one form, or in whether launches overlap."""
 
 
 def name_of(variant: Variant) -> str:
-    """Warps x registers of shrink's forms, then of expand's x columns, as `--variant` takes them.
+    """Warps x registers of prepare's forms, then shrink's, then expand's x columns.
+
+    `--variant` takes it.
 
     `,serial`: no launches overlap.
     """
     kernels = [
         "+".join("x".join(map(str, astuple(form))) for form in forms)
-        for forms in (variant.shrink, variant.expand)
+        for forms in (variant.prepare, variant.shrink, variant.expand)
     ]
     return ",".join(kernels + ([] if variant.overlap else ["serial"]))
 
@@ -146,10 +154,11 @@ def variant_named(name: str) -> Variant:
     Raises:
         ValueError: it is not of this form.
     """
-    shrink, expand, *rest = name.split(",")
+    prepare, shrink, expand, *rest = name.split(",")
     if rest not in ([], ["serial"]):
         raise ValueError(f"{name!r} is not a variant's name.")
     return Variant(
+        tuple(Form(*numbers) for numbers in _numbers(prepare)),
         tuple(Form(*numbers) for numbers in _numbers(shrink)),
         tuple(ExpandForm(*numbers) for numbers in _numbers(expand)),
         overlap=not rest,
@@ -454,7 +463,7 @@ def compile_variant(name: str) -> str:
 
 
 def measure_sweep(device: str, limit: float) -> None:
-    """Print the time of each kernel of each variant, and the best of both.
+    """Print the time of each kernel of each variant, and the best of each.
 
     One row on one delta decides the form for few programs, a row on each of all deltas that for
     many; forms between them stay the default's. Variants differ from the default in one kernel, so
@@ -467,8 +476,8 @@ def measure_sweep(device: str, limit: float) -> None:
     names = [name_of(variant) for variant in SWEEP]
     layers = RandomLayers(LAYER, 8, 2, device) if gpu else RandomLayers(SMALL, 2, 1, device)
     print(
-        f"\n{'variant':43} shrink us  expand us  shrink us  expand us\n"
-        f"{'':43} 1 row on 1 delta     {layers.deltas} on {layers.deltas}, a layer",
+        f"\n{'variant, us a layer':54}" + "   prepare    shrink    expand" * 2 + "\n"
+        f"{'':54} {'1 row on 1 delta':>29} {f'{layers.deltas} on {layers.deltas}':>29}",
         flush=True,
     )
     best: dict[tuple[str, int], tuple[float, Any]] = {}
@@ -483,27 +492,31 @@ def measure_sweep(device: str, limit: float) -> None:
                 some = names[number : number + MOST_WORKERS]
                 errors |= zip(some, pool.map(compile_variant, some), strict=True)
             if errors.get(name):
-                print(f"{name:43} {errors[name]}", flush=True)
+                print(f"{name:54} {errors[name]}", flush=True)
                 continue
-            line = f"{name:43}"
+            line = f"{name:54}"
             for deltas, place in ((1, 0), (layers.deltas, -1)):
                 step = checked_step(layers, deltas, deltas, None, variant)
-                step.launch(0)
-                for kernel, forms in ((1, variant.shrink), (2, variant.expand)):
-                    launch = partial(step.launch, kernel)
+                for number_of_kernel, kernel in enumerate(KERNELS):
+                    launch = partial(step.launch, number_of_kernel)
                     seconds = gpu_seconds(launch, graph=True) / layers.copies
-                    line += f" {1e6 * seconds:9.1f} "
-                    one = ("shrink" if kernel == 1 else "expand", place)
+                    line += f" {1e6 * seconds:9.1f}"
+                    forms, one = getattr(variant, kernel), (kernel, place)
                     decides = variant.overlap and len(forms) == 1
                     if gpu and decides and (one not in best or seconds < best[one][0]):
                         best[one] = (seconds, forms[place])
             print(line, flush=True)
-        if len(best) == 4:
-            shrink, expand = (
-                tuple(dict.fromkeys([best[kernel, 0][1], *forms[1:-1], best[kernel, -1][1]]))
-                for kernel, forms in (("shrink", DEFAULT.shrink), ("expand", DEFAULT.expand))
+        if len(best) == 2 * len(KERNELS):
+            prepare, shrink, expand = (
+                tuple(dict.fromkeys([best[kernel, 0][1], *forms[1:-1], last]))
+                for kernel, forms, last in (
+                    # It has many programs only with more rows than these.
+                    ("prepare", DEFAULT.prepare, DEFAULT.prepare[-1]),
+                    ("shrink", DEFAULT.shrink, best["shrink", -1][1]),
+                    ("expand", DEFAULT.expand, best["expand", -1][1]),
+                )
             )
-            print(f"best: --variant {name_of(Variant(shrink, expand))}")
+            print(f"best: --variant {name_of(Variant(prepare, shrink, expand))}")
 
 
 def measure_decode(

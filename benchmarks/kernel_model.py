@@ -44,7 +44,6 @@ from deltadock.kernels.svd_delta.chunks import BLOCK_INPUTS, CHUNK_ROWS
 from deltadock.kernels.svd_delta.layout import TILE_RANKS, WARP_INPUTS
 from deltadock.kernels.svd_delta.triton import (
     DEFAULT,
-    PREPARE,
     SUM_PARTS,
     UNSPECIALIZED,
     ExpandForm,
@@ -267,7 +266,7 @@ def codes(variant: Variant, capability: int) -> Codes:
     return Codes(
         {form: code_of("shrink_kernel", form, capability) for form in variant.shrink},
         {form: code_of("expand_kernel", form, capability) for form in variant.expand},
-        {form: code_of("prepare_kernel", form, capability) for form in PREPARE},
+        {form: code_of("prepare_kernel", form, capability) for form in variant.prepare},
     )
 
 
@@ -391,7 +390,7 @@ def launches_of(
     if codes.prepare:
         prepares = rows * len(projection.h_outs) * -(-projection.h_in // BLOCK_INPUTS)
         form = form_of(tuple(codes.prepare), lambda _: prepares, MULTIPROCESSORS)
-        parts = parts_of_prepare(prepares, MULTIPROCESSORS)
+        parts = parts_of_prepare(prepares, form, MULTIPROCESSORS)
         planes: list[Steps] = [[]] * (1 if parts > 1 else planes_of_v(projection))
         prepare = launch_microseconds(
             [[planes]] * (parts * prepares), codes.prepare[form], bound, overlaps=overlaps[0]
@@ -551,7 +550,7 @@ def print_variants(capability: int) -> None:
     """Each variant's costs and predictions, the fastest first."""
     print(
         "\nA layer's deltas, predicted us, and the fraction of copy bandwidth\n"
-        f"{'variant':43} {'1 row':>9} {'8 on 8':>9} {'of copy':>9} {'16 on 16':>9}   "
+        f"{'variant':54} {'1 row':>9} {'8 on 8':>9} {'of copy':>9} {'16 on 16':>9}   "
         "instructions a code, registers, shared bytes, warps an SM"
     )
     rows_of = []
@@ -562,10 +561,11 @@ def print_variants(capability: int) -> None:
     for (_, longest), name, compiled, times in sorted(rows_of, key=lambda row: row[0]):
         one, eight, sixteen = (f"{low:.0f}-{high:.0f}" for low, high in times)
         fraction = 8 * packed_bytes(LAYER) / longest / COPY_BANDWIDTH
-        described = [describe(code, SHRINK_CODES) for code in compiled.shrink.values()]
+        described = [describe(code, []) for code in compiled.prepare.values()]
+        described += [describe(code, SHRINK_CODES) for code in compiled.shrink.values()]
         described += [describe(code, expand_codes(form)) for form, code in compiled.expand.items()]
         print(
-            f"{name:43} {one:>9} {eight:>9} {fraction:9.1%} {sixteen:>9}   {' | '.join(described)}"
+            f"{name:54} {one:>9} {eight:>9} {fraction:9.1%} {sixteen:>9}   {' | '.join(described)}"
         )
 
 

@@ -82,11 +82,13 @@ class Variant:
     programs end sooner with more warps each, or smaller tiles.
 
     Attributes:
+        prepare: forms.
         shrink: forms with at most `SUM_PARTS` warps.
         expand: forms.
         overlap: whether a kernel may start while the one before still runs, where the card can.
     """
 
+    prepare: tuple[Form, ...] = (Form(8, 40), Form(4, 48))
     shrink: tuple[Form, ...] = (Form(8, 80), Form(4, 96))
     expand: tuple[ExpandForm, ...] = (
         ExpandForm(8, 80, 64),
@@ -134,13 +136,9 @@ def form_of(forms: Sequence[F], programs_of: Callable[[F], int], multiprocessors
     return forms[-1]
 
 
-PREPARE: Final = (Form(8, 40), Form(4, 48))
-"""Forms of `prepare`: with many rows its programs run at once if they have four warps."""
-
-
-def parts_of_prepare(programs: int, multiprocessors: int) -> int:
+def parts_of_prepare(programs: int, form: Form, multiprocessors: int) -> int:
     """Programs of `prepare` for each of these: one for each plane, if all of them run at once."""
-    split = len(PLANES) * programs <= places_of(PREPARE[0], multiprocessors)
+    split = len(PLANES) * programs <= places_of(form, multiprocessors)
     return len(PLANES) if split else 1
 
 
@@ -921,8 +919,8 @@ def launches(
     block_count = table.padded_h_in // BLOCK_INPUTS
     multiprocessors = multiprocessors_of(x.device)
     prepares = len(x) * block_count * table.linears
-    prepare_form = form_of(PREPARE, lambda _: prepares, multiprocessors)
-    parts = parts_of_prepare(prepares, multiprocessors)
+    prepare_form = form_of(variant.prepare, lambda _: prepares, multiprocessors)
+    parts = parts_of_prepare(prepares, prepare_form, multiprocessors)
     tiles = max(1, triton.cdiv(table.max_rank, TILE_RANKS))
     shrinks = triton.cdiv(tiles, USUAL_SHARE) * chunks.count
     shrink_form = form_of(variant.shrink, lambda _: shrinks, multiprocessors)

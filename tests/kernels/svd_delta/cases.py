@@ -180,7 +180,7 @@ def several_steps_of_every_loop() -> None:
     outputs = [
         run(
             torch.zeros_like(y), x, table, [2],
-            Variant((Form(warps, 168),), (ExpandForm(warps, 168, columns),)),
+            Variant(shrink=(Form(warps, 168),), expand=(ExpandForm(warps, 168, columns),)),
         )
         for warps, columns in ((2, 256), (8, 64), (4, 128))
     ]  # fmt: skip
@@ -234,8 +234,8 @@ def a_row_does_not_depend_on_the_number_of_programs() -> None:
     y, x = make_rows(len(row_slots), (sum(h_outs), h_in), torch.float16)
     outputs = []
     for registers in (200, 32):  # of which a GPU runs fewer or more programs at once
-        forms = (Form(8, 80),), (ExpandForm(2, registers, 64),)
-        outputs.append(run(y, x, table, row_slots, Variant(*forms)))
+        variant = Variant((Form(4, 48),), (Form(8, 80),), (ExpandForm(2, registers, 64),))
+        outputs.append(run(y, x, table, row_slots, variant))
     assert torch.equal(*outputs)
     want = y.double().cpu()
     for rows, begin, end, dense in (

@@ -40,7 +40,6 @@ from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.layout import TILE_RANKS
 from deltadock.kernels.svd_delta.triton import (
     DEFAULT,
-    PREPARE,
     USUAL_SHARE,
     ExpandForm,
     Form,
@@ -147,7 +146,7 @@ def test_sums_have_one_order_for_any_form(name: str, forms: Sequence[Form]) -> N
     ("name", "forms", "written"),
     # Arguments that kernels of a step write.
     [
-        ("prepare_kernel", PREPARE, ["x_ptr", "xs_ptr", "scales_ptr"]),
+        ("prepare_kernel", DEFAULT.prepare, ["x_ptr", "xs_ptr", "scales_ptr"]),
         ("shrink_kernel", DEFAULT.shrink,
          ["xs_ptr", "scales_ptr", "projected_ptr", "peaks_ptr", "rests_ptr"]),
         ("expand_kernel", DEFAULT.expand, ["projected_ptr", "peaks_ptr", "rests_ptr", "y_ptr"]),
@@ -164,7 +163,7 @@ def test_what_other_kernels_write_is_accessed_after_the_wait(
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_small_kernels_are_small(capability: int) -> None:
-    for form, most in zip(PREPARE, (340, 440), strict=True):
+    for form, most in zip(DEFAULT.prepare, (340, 440), strict=True):
         prepare = disassemble(compile_for(capability, kernel.prepare_kernel, "bf16", form))
         assert len(prepare.operations) <= most
         assert prepare.stack_bytes == 0
@@ -240,9 +239,10 @@ def test_programs_take_as_many_tiles_of_expand() -> None:
 
 
 def test_few_rows_are_prepared_by_a_program_for_each_plane() -> None:
-    places = places_of(PREPARE[0], 132)
-    assert parts_of_prepare(places // 4, 132) == 4
-    assert parts_of_prepare(places // 4 + 1, 132) == 1
+    form = DEFAULT.prepare[0]
+    places = places_of(form, 132)
+    assert parts_of_prepare(places // 4, form, 132) == 4
+    assert parts_of_prepare(places // 4 + 1, form, 132) == 1
 
 
 def test_few_programs_have_smaller_tiles() -> None:
