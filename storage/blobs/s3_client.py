@@ -1,5 +1,7 @@
 """Requests to S3: the client with its retries, and what its errors mean."""
 
+import base64
+import hashlib
 import random
 import time
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import boto3
 from boto3.exceptions import Boto3Error
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -36,7 +39,7 @@ CONFLICT: Final = frozenset({"409", "ConditionalRequestConflict"})
 def make_client(settings: Settings, endpoint_url: str | None) -> "S3Client":
     """A client of the settings' server at this URL; None is AWS's."""
     secret = settings.s3_secret_access_key
-    return boto3.client(
+    client = boto3.client(
         "s3",
         endpoint_url=endpoint_url,
         region_name=settings.s3_region,
@@ -56,6 +59,15 @@ def make_client(settings: Settings, endpoint_url: str | None) -> "S3Client":
             s3={"addressing_style": "path" if endpoint_url else "auto"},
         ),
     )
+    client.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
+    return client
+
+
+def _add_md5(request: AWSRequest, **_: object) -> None:
+    """Add the header that S3 demanded before it knew checksums of other kinds; many servers do."""
+    body: bytes = request.data  # type: ignore[assignment]  # as botocore's serialiser made it
+    digest = hashlib.md5(body, usedforsecurity=False).digest()
+    request.headers["Content-MD5"] = base64.b64encode(digest).decode()
 
 
 def read_object(

@@ -1,5 +1,6 @@
 """The contract of blob stores, local and S3."""
 
+import base64
 import hashlib
 import time
 import tracemalloc
@@ -9,6 +10,7 @@ from typing import cast
 
 import httpx
 import pytest
+from botocore.awsrequest import AWSPreparedRequest
 
 from deltadock.errors import DamagedBlob, InvalidInput, NotFound, Unavailable
 from deltadock.settings import Settings
@@ -151,11 +153,15 @@ def test_many_blobs_are_deleted_at_once(store: BlobStore, monkeypatch: pytest.Mo
     kept, *others = (store.put_bytes(bytes([number])) for number in range(6))
     requests: list[str] = []
     if isinstance(store, S3BlobStore):
-        store.client.meta.events.register(
-            "before-call.s3", lambda model, **_: requests.append(model.name)
-        )
+
+        def note(request: AWSPreparedRequest, **_: object) -> None:
+            requests.append(request.url.partition("?")[2])
+            digest = hashlib.md5(request.body, usedforsecurity=False).digest()
+            assert request.headers["Content-MD5"] == base64.b64encode(digest)
+
+        store.client.meta.events.register("before-send.s3.DeleteObjects", note)
     store.delete(*others, ABSENT)
-    assert requests in ([], ["DeleteObjects"] * 3)
+    assert requests in ([], ["delete"] * 3)
     assert [store.exists(digest) for digest in (kept, *others)] == [True, *[False] * 5]
     store.delete()
 
