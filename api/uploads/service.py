@@ -159,7 +159,8 @@ def create_upload(
         )
     with within_bytes(session, tenant_id):
         upload = uploads.add(kind, rows)
-    if delta is not None and not all(file.stored for file in upload.files):
+    is_here = upload.files and all(file.stored for file in upload.files)
+    if delta is not None and not is_here:
         _check_delta(session, tenant_id, delta)
     return upload
 

@@ -109,6 +109,7 @@ def test_an_upload_for_a_delta_is_refused_at_its_start_as_the_delta_would_be(
     refused(full, 403, "quota_exceeded")
     assert "may have 1 delta and has 1." in full.json()["detail"]
     refused(announce(source=source), 403, "quota_exceeded")
+    refused(announce(), 403, "quota_exceeded")
     assert announce(files=[stored]).status_code == 201, "nothing needs to be sent"
     assert announce(files=[new], delta=None).status_code == 201, "such as a base"
     limit(api, max_deltas=None)
