@@ -13,12 +13,13 @@ from sqlalchemy.orm import Session
 
 from deltadock.api.access import CallerDep
 from deltadock.api.bases import require_base
+from deltadock.api.deltas.lookup import require_delta
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.quotas import check_job
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME, Moment
-from deltadock.errors import Conflict, InvalidInput, NotFound, error_for
+from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady, error_for
 from deltadock.problems import problems
 from deltadock.storage.models import UNSUCCESSFUL, JobLogRow, JobPriority, JobRow, JobState
 from deltadock.storage.repositories import CheckpointRepository, DeltaRepository, JobRepository
@@ -215,12 +216,20 @@ def existing_job(job_id: JobId, caller: CallerDep, resources: ResourcesDep) -> S
         return show_job(session, caller.tenant_id, job_id)
 
 
-@router.get("", responses=problems(InvalidInput, NotFound))
+def _delta_id(session: Session, tenant_id: str, reference: str) -> str:
+    if DeltaRepository(session, tenant_id).references([reference]):
+        return reference  # an id, if need be of a deleted one
+    return require_delta(session, tenant_id, reference).id
+
+
+@router.get("", responses=problems(InvalidInput, NotFound, NotReady))
 def list_jobs(
     caller: CallerDep,
     session: ReadSession,
     state: Annotated[list[JobState] | None, Query(description="Any of these states.")] = None,
-    delta: Annotated[str | None, Query(description="A delta's id or name.")] = None,
+    delta: Annotated[
+        str | None, Query(description="A delta's id or name; a deleted one's id too.")
+    ] = None,
     base: Annotated[str | None, Query(description="A base's id or name.")] = None,
     created_from: Annotated[Moment | None, Query()] = None,
     created_before: Annotated[Moment | None, Query()] = None,
@@ -228,13 +237,9 @@ def list_jobs(
     limit: Limit = 50,
 ) -> JobPage:
     """List the jobs, newest first; failed ones stay listed with their reason."""
-    delta_id = None
-    if delta is not None:
-        found_delta = DeltaRepository(session, caller.tenant_id).resolve(delta)
-        delta_id = delta if found_delta is None else found_delta.id
     wanted = JobFilter(
         states=state or (),
-        delta_id=delta_id,
+        delta_id=None if delta is None else _delta_id(session, caller.tenant_id, delta),
         base_id=None if base is None else require_base(session, caller.tenant_id, base).id,
         created_from=created_from,
         created_before=created_before,

@@ -9,7 +9,7 @@ from deltadock.api.access import Caller, CallerDep
 from deltadock.api.bases import page_of_bases
 from deltadock.api.dashboard import snippets, views
 from deltadock.api.dashboard.rendering import HEADERS, page_router, render
-from deltadock.api.deltas import service
+from deltadock.api.deltas import lookup
 from deltadock.api.deltas.endpoints import SortBy, wanted_deltas
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep
 from deltadock.api.paging import After
@@ -159,7 +159,7 @@ def compare_deltas(
         choices = [model.name for model in answering]
         context = {"chosen": references, "choices": choices, "most": MOST_COMPARED}
         return render(request, "compare_choice.html", context)
-    rows = [service.show_delta(session, caller.tenant_id, reference) for reference in references]
+    rows = [lookup.show_delta(session, caller.tenant_id, reference) for reference in references]
     entries = [views.DeltaEntry.of(row) for row in rows]
     deltas = DeltaRepository(session, caller.tenant_id)
     shown = {row.id: Sibling.of(row) for row in rows}

@@ -11,8 +11,9 @@ from sqlalchemy.orm import Session
 from deltadock import errors
 from deltadock.api.dashboard.charts import Point
 from deltadock.api.dashboard.figures import ReportFigures
+from deltadock.api.deltas.lookup import show_delta
 from deltadock.api.deltas.schemas import DeltaOut, LineageOut
-from deltadock.api.deltas.service import detail_of, page_of_deltas, show_delta
+from deltadock.api.deltas.service import detail_of, page_of_deltas
 from deltadock.api.jobs import JobOut, describe_jobs, page_of_jobs
 from deltadock.api.registry.schemas import AliasMoveOut, ModelCardOut
 from deltadock.api.registry.service import card_of, require_model

@@ -12,6 +12,7 @@ from deltadock.api.access import CallerDep
 from deltadock.api.bases import require_base
 from deltadock.api.deltas import service
 from deltadock.api.deltas.download import ARTIFACT_RESPONSES, artifact_response
+from deltadock.api.deltas.lookup import require_ready, show_delta
 from deltadock.api.deltas.schemas import (
     DeltaAccepted,
     DeltaDetail,
@@ -163,7 +164,7 @@ def list_deltas(
 @router.get("/{delta_id:reference}", responses=problems(NotFound))
 def get_delta(delta_id: DeltaReference, caller: CallerDep, session: ReadSession) -> DeltaDetail:
     """Get one delta with its lineage."""
-    return service.detail_of(session, service.show_delta(session, caller.tenant_id, delta_id))
+    return service.detail_of(session, show_delta(session, caller.tenant_id, delta_id))
 
 
 @router.delete(
@@ -188,8 +189,8 @@ def restore_delta(delta_id: DeltaReference, caller: CallerDep, unit: WriteUnit) 
 @router.get("/{delta_id:prefix}/report", responses=problems(NotFound, NotReady))
 def get_report(delta_id: DeltaReference, caller: CallerDep, session: ReadSession) -> ReportOut:
     """Get the compression's measurements."""
-    delta = service.show_delta(session, caller.tenant_id, delta_id)
-    service.require_ready(delta)
+    delta = show_delta(session, caller.tenant_id, delta_id)
+    require_ready(delta)
     report = DeltaRepository(session, caller.tenant_id).report(delta.id)
     return ReportOut.model_validate(report)
 
@@ -214,6 +215,6 @@ def download_artifact(
 
     Where clients can reach the object store, the answer is a redirect to it, valid for minutes.
     """
-    delta = service.show_delta(session, caller.tenant_id, delta_id)
-    digest = service.require_ready(delta)
+    delta = show_delta(session, caller.tenant_id, delta_id)
+    digest = require_ready(delta)
     return artifact_response(request, resources.blobs, digest, f"{delta.id}.delta")

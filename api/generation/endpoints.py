@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.access import Caller, CallerDep
 from deltadock.api.bases import BaseRef, require_base
-from deltadock.api.deltas.service import show_delta
+from deltadock.api.deltas.lookup import show_delta
 from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep
 from deltadock.api.generation import service
 from deltadock.api.generation.forward import (

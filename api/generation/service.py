@@ -6,7 +6,7 @@ from fastapi import Request
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import Caller
-from deltadock.api.deltas.service import require_ready, show_delta
+from deltadock.api.deltas.lookup import require_ready, show_delta
 from deltadock.api.dependencies import Resources
 from deltadock.api.generation.forward import COMPLETIONS, ask_nodes
 from deltadock.api.generation.metering import Meter

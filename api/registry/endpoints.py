@@ -6,8 +6,8 @@ from typing import Annotated, Final
 from fastapi import Depends, Path, Query
 
 from deltadock.api.access import CallerDep
+from deltadock.api.deltas.lookup import require_ready, show_delta
 from deltadock.api.deltas.schemas import DeltaOut
-from deltadock.api.deltas.service import require_ready, show_delta
 from deltadock.api.dependencies import ReadSession, WriteUnit
 from deltadock.api.paging import After, Limit
 from deltadock.api.references import DeltaReference

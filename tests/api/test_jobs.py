@@ -42,6 +42,11 @@ def test_jobs_are_listed_newest_first_and_filtered(api: Api) -> None:
     assert listed(api, state=["failed", "queued"], base="tiny") == [third, second, first]
     assert api.client.get("/v1/jobs", params={"base": "another"}).status_code == 404
     assert listed(api, delta=made[1]["delta"]["id"]) == [second]
+    assert listed(api, delta=f"{made[1]['delta']['name']}:2") == [second]
+    assert api.client.delete(f"/v1/deltas/{made[1]['delta']['id']}").status_code == 204
+    assert listed(api, delta=made[1]["delta"]["id"]) == [second], "ids of deleted ones do too"
+    for unknown in ("dlt_x", "maths/none", "maths/none:1"):
+        assert api.client.get("/v1/jobs", params={"delta": unknown}).status_code == 404
     moment = made[1]["job"]["created_at"]
     assert listed(api, created_from=moment) == [third, second]
     assert listed(api, created_before=moment) == [first]
@@ -144,4 +149,4 @@ def test_a_job_that_waits_between_two_attempts_takes_no_longer(api: Api) -> None
     assert 7200 <= job.idle_seconds < 7300
     assert job.elapsed is not None
     assert 3600 <= round(job.elapsed) < 3700
-    assert "1 h 0 min elapsed" in api.client.get(f"/deltas/{job.delta}").text
+    assert "1 h elapsed" in api.client.get(f"/deltas/{job.delta}").text
