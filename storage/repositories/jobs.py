@@ -47,10 +47,7 @@ _BEGUN: Final = and_(JobRow.started_at.is_not(None), JobRow.finished_at.is_(None
 
 
 class JobRepository:
-    """Jobs of the tenant's deltas; workers, which hold a lease, serve every tenant.
-
-    Times are from the database's clock unless the caller passes `now`.
-    """
+    """Jobs of the tenant's deltas; workers, which hold a lease, serve every tenant."""
 
     def __init__(self, session: Session, tenant: Tenant) -> None:
         self.session = session
@@ -125,9 +122,9 @@ class JobRepository:
         places = {job_id: place for place, job_id in enumerate(queue, start=1)}
         return {job_id: places.get(job_id, MAX_POSITION + 1) for job_id in waiting}
 
-    def retry(self, job_id: str, *, now: datetime | None = None) -> bool:
+    def retry(self, job_id: str) -> bool:
         """Queue a failed or cancelled job again; False if it is in another state."""
-        now = now or database_now(self.session)
+        now = database_now(self.session)
         queued = self._set(
             and_(JobRow.id == job_id, self._owned(), JobRow.state.in_(UNSUCCESSFUL)),
             state=JobState.QUEUED,
@@ -146,7 +143,7 @@ class JobRepository:
             finished_at=None,
         )
         if queued:
-            self.write_log(job_id, "Queued again on request.", now=now)
+            self.write_log(job_id, "Queued again on request.")
             self._record(AuditAction.JOB_RETRY, job_id)
         return queued
 
@@ -156,9 +153,9 @@ class JobRepository:
         ).one()
         record(self.session, job.tenant_id, action, job_id, outcome=outcome, delta=job.delta_id)
 
-    def write_log(self, job_id: str, message: str, *, now: datetime | None = None) -> None:
+    def write_log(self, job_id: str, message: str) -> None:
         """Add a line to the job's log; beyond `MAX_LOG_LINES` the oldest is dropped."""
-        at = now or database_now(self.session)
+        at = database_now(self.session)
         self.session.execute(insert(JobLogRow).values(job_id=job_id, at=at, message=message))
         kept = (
             select(JobLogRow.id)
@@ -183,14 +180,12 @@ class JobRepository:
             .limit(limit)
         ).all()
 
-    def acquire(
-        self, job_id: str, owner: str, lease_seconds: float, *, now: datetime | None = None
-    ) -> JobRow | None:
+    def acquire(self, job_id: str, owner: str, lease_seconds: float) -> JobRow | None:
         """Acquire the lease for `owner`; returns the job with its delta and base loaded.
 
         None if another owner's lease is live, the state is final or the job does not exist.
         """
-        now = now or database_now(self.session)
+        now = database_now(self.session)
         released = and_(JobRow.started_at.is_not(None), JobRow.lease_owner.is_(None))
         continues = self.session.scalar(select(released).where(JobRow.id == job_id))
         free = or_(
@@ -220,7 +215,7 @@ class JobRepository:
             .execution_options(populate_existing=True)
         ).one()
         does = "continues" if continues else "starts"
-        self.write_log(job_id, f"Attempt {job.attempt} {does} on {owner}.", now=now)
+        self.write_log(job_id, f"Attempt {job.attempt} {does} on {owner}.")
         return job
 
     def _idle_for(self, job_id: str, now: datetime) -> float:
@@ -230,14 +225,10 @@ class JobRepository:
         )
         return 0.0 if left_at is None else max(0.0, (now - left_at).total_seconds())
 
-    def renew(
-        self, job_id: str, owner: str, lease_seconds: float, *, now: datetime | None = None
-    ) -> bool:
+    def renew(self, job_id: str, owner: str, lease_seconds: float) -> bool:
         """Extend the lease; False if `owner` no longer holds it."""
-        now = now or database_now(self.session)
-        return self._set(
-            _held(job_id, owner), lease_expires_at=now + timedelta(seconds=lease_seconds)
-        )
+        expires = database_now(self.session) + timedelta(seconds=lease_seconds)
+        return self._set(_held(job_id, owner), lease_expires_at=expires)
 
     def advance(
         self,
@@ -250,7 +241,6 @@ class JobRepository:
         percent: float,
         message: str,
         seconds_left: float | None = None,
-        now: datetime | None = None,
     ) -> bool:
         """Record progress; False if `owner` no longer holds the lease.
 
@@ -262,7 +252,7 @@ class JobRepository:
         """
         if state.is_final:
             raise ValueError(f"{state} is final: use finish.")
-        now = now or database_now(self.session)
+        now = database_now(self.session)
         ends = None if seconds_left is None else now + timedelta(seconds=seconds_left)
         held = _held(job_id, owner)
         return self._set(
@@ -284,7 +274,6 @@ class JobRepository:
         *,
         error_code: str | None = None,
         error_message: str | None = None,
-        now: datetime | None = None,
     ) -> bool:
         """Enter a final state and release the lease; False if `owner` no longer holds it.
 
@@ -293,7 +282,7 @@ class JobRepository:
         """
         if not state.is_final:
             raise ValueError(f"{state} is not final: use advance.")
-        now = now or database_now(self.session)
+        now = database_now(self.session)
         ended = self._set(_held(job_id, owner), **_ending(state, now, error_code, error_message))
         if ended:
             line = f"{state.capitalize()} ({error_code}): {error_message}"
@@ -301,16 +290,16 @@ class JobRepository:
                 line = f"{state.capitalize()}."
             elif state is JobState.CANCELLED:  # whose message says so
                 line = error_message
-            self.write_log(job_id, line, now=now)
+            self.write_log(job_id, line)
             self._record(AuditAction.JOB_END, job_id, outcome=error_code or DONE)
         return ended
 
-    def release(self, job_id: str, owner: str, *, now: datetime | None = None) -> bool:
+    def release(self, job_id: str, owner: str) -> bool:
         """Release the lease of an unfinished job when its worker shuts down.
 
         This does not count as an attempt. False if `owner` no longer holds the lease.
         """
-        now = now or database_now(self.session)
+        now = database_now(self.session)
         released = self._set(
             _held(job_id, owner),
             lease_owner=None,
@@ -321,23 +310,23 @@ class JobRepository:
             expected_at=None,
         )
         if released:
-            self.write_log(job_id, f"{owner} shuts down; another worker continues.", now=now)
+            self.write_log(job_id, f"{owner} shuts down; another worker continues.")
         return released
 
-    def leases(self, *, now: datetime | None = None) -> dict[str, str]:
+    def leases(self) -> dict[str, str]:
         """Owners of the live leases, by their jobs' ids."""
-        now = now or database_now(self.session)
+        now = database_now(self.session)
         query = select(JobRow.id, JobRow.lease_owner).where(
             _BEGUN, JobRow.lease_owner.is_not(None), JobRow.lease_expires_at > now
         )
         return {row.id: row.lease_owner for row in self.session.execute(query)}
 
-    def expire(self, job_id: str, owner: str, *, now: datetime | None = None) -> bool:
+    def expire(self, job_id: str, owner: str) -> bool:
         """End the lease of a worker that has died; False if it does not hold it.
 
         Unlike a release this counts as an attempt: the job may be what kills its workers.
         """
-        now = now or database_now(self.session)
+        now = database_now(self.session)
         expired = self._set(
             _held(job_id, owner),
             lease_expires_at=now,
@@ -346,15 +335,15 @@ class JobRepository:
             expected_at=None,
         )
         if expired:
-            self.write_log(job_id, f"{owner} has died; another worker continues.", now=now)
+            self.write_log(job_id, f"{owner} has died; another worker continues.")
         return expired
 
-    def request_cancel(self, job_id: str, *, now: datetime | None = None) -> JobRow | None:
+    def request_cancel(self, job_id: str) -> JobRow | None:
         """Cancel the job: immediately if no worker holds it, else at its next progress report.
 
         A job in a final state is unchanged. None if the job does not exist.
         """
-        now = now or database_now(self.session)
+        now = database_now(self.session)
         idle_for = self._idle_for(job_id, now)
         idle = or_(JobRow.lease_owner.is_(None), JobRow.lease_expires_at <= now)
         unfinished = and_(JobRow.id == job_id, self._owned(), JobRow.state.not_in(FINAL_STATES))
@@ -371,18 +360,16 @@ class JobRepository:
             **_ending(JobState.CANCELLED, now, "cancelled", "Cancelled on request."),
             idle_seconds=JobRow.idle_seconds + idle_for,
         ):
-            self.write_log(job_id, "Cancelled on request.", now=now)
+            self.write_log(job_id, "Cancelled on request.")
         return self.find(job_id)
 
-    def stale(
-        self, now: datetime | None = None, *, queued_seconds: float = 120.0, limit: int = 100
-    ) -> Sequence[JobRow]:
+    def stale(self, *, queued_seconds: float = 120.0, limit: int = 100) -> Sequence[JobRow]:
         """Jobs whose task may be lost, oldest first, for the sweeper to re-send.
 
         Jobs whose lease expired, and jobs that no worker took within `queued_seconds` of their
         task being sent (after a crash or broker failure between commit and send).
         """
-        now = now or database_now(self.session)
+        now = database_now(self.session)
         waiting = and_(
             JobRow.lease_owner.is_(None), JobRow.sent_at <= now - timedelta(seconds=queued_seconds)
         )
@@ -393,9 +380,9 @@ class JobRepository:
             .limit(limit)
         ).all()
 
-    def lost(self, now: datetime | None = None) -> Sequence[str]:
+    def lost(self) -> Sequence[str]:
         """Ids of the jobs whose lease expired since their task was sent last, oldest first."""
-        now = now or database_now(self.session)
+        now = database_now(self.session)
         return self.session.scalars(
             select(JobRow.id)
             .where(
@@ -406,10 +393,9 @@ class JobRepository:
             .order_by(JobRow.created_at)
         ).all()
 
-    def mark_sent(self, job_ids: Iterable[str], *, now: datetime | None = None) -> None:
+    def mark_sent(self, job_ids: Iterable[str]) -> None:
         """Record that the tasks of these jobs are sent to the broker now."""
-        now = now or database_now(self.session)
-        self._set(JobRow.id.in_(list(job_ids)), sent_at=now)
+        self._set(JobRow.id.in_(list(job_ids)), sent_at=database_now(self.session))
 
     def _set(self, condition: ColumnElement[bool], **values: Any) -> bool:
         """UPDATE ... WHERE condition; returns whether any row matched."""

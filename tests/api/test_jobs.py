@@ -3,9 +3,11 @@
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pytest
 from sqlalchemy import update
 
 from deltadock.client.http import Client
+from deltadock.storage import repositories
 from deltadock.storage.models import JobState, UploadRow, UploadState
 from deltadock.storage.repositories import JobRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
@@ -137,13 +139,17 @@ def test_a_job_whose_fine_tune_was_dropped_is_not_retried(api: Api) -> None:
     assert refused.json()["detail"].endswith("is not stored any more. Push it again.")
 
 
-def test_a_job_that_waits_between_two_attempts_takes_no_longer(api: Api) -> None:
+def test_a_job_that_waits_between_two_attempts_takes_no_longer(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job_id = api.delta()["job"]
     now = datetime.now(UTC)
-    with api.resources.database.session_scope() as session:
+    with api.resources.database.session_scope() as session, monkeypatch.context() as patched:
         jobs = JobRepository(session, LOCAL_TENANT)
-        assert jobs.acquire(job_id, "worker", 60, now=now - timedelta(hours=3))
-        assert jobs.release(job_id, "worker", now=now - timedelta(hours=2))
+        patched.setattr(repositories.jobs, "database_now", lambda _: now - timedelta(hours=3))
+        assert jobs.acquire(job_id, "worker", 60)
+        patched.setattr(repositories.jobs, "database_now", lambda _: now - timedelta(hours=2))
+        assert jobs.release(job_id, "worker")
     with Client(str(api.client.base_url), api.key) as client:
         job = client.job(job_id)
     assert 7200 <= job.idle_seconds < 7300

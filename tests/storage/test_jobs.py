@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
+from deltadock.storage import repositories
 from deltadock.storage.database import Database
 from deltadock.storage.models import (
     RUNNING_ORDER,
@@ -61,8 +62,28 @@ def session(database: Database) -> Iterator[Session]:
         yield session
 
 
+class Clock:
+    """In place of the database's clock."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self, _session: Session) -> datetime:
+        return self.now
+
+    def set(self, seconds: float) -> None:
+        self.now = later(seconds)
+
+
 @pytest.fixture
-def jobs(session: Session) -> JobRepository:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(repositories.jobs, "database_now", clock)
+    return clock
+
+
+@pytest.fixture
+def jobs(session: Session, clock: Clock) -> JobRepository:
     return JobRepository(session, LOCAL_TENANT)
 
 
@@ -75,12 +96,15 @@ def progress(state: JobState, percent: float) -> dict[str, Any]:
     return {"state": state, "block": 1, "blocks": 4, "percent": percent, "message": "layer 1"}
 
 
-def test_a_live_lease_excludes_other_workers(jobs: JobRepository, job: JobRow) -> None:
-    held = jobs.acquire(job.id, "one", LEASE, now=NOW)
+def test_a_live_lease_excludes_other_workers(
+    jobs: JobRepository, job: JobRow, clock: Clock
+) -> None:
+    held = jobs.acquire(job.id, "one", LEASE)
     assert held is not None
     assert (held.attempt, held.delta.base.checkpoint.digest) == (1, "a" * 64)
-    assert jobs.acquire(job.id, "two", LEASE, now=later(59)) is None
-    assert not jobs.renew(job.id, "two", LEASE, now=later(59))
+    clock.set(59)
+    assert jobs.acquire(job.id, "two", LEASE) is None
+    assert not jobs.renew(job.id, "two", LEASE)
     assert not jobs.advance(job.id, "two", **progress(JobState.VALIDATING, 1))
     assert not jobs.finish(job.id, "two", JobState.FAILED)
     found = jobs.find(job.id)
@@ -88,48 +112,66 @@ def test_a_live_lease_excludes_other_workers(jobs: JobRepository, job: JobRow) -
     assert found.state is JobState.QUEUED
 
 
-def test_an_expired_lease_can_be_acquired(jobs: JobRepository, job: JobRow) -> None:
-    jobs.acquire(job.id, "one", LEASE, now=NOW)
-    taken = jobs.acquire(job.id, "two", LEASE, now=later(60))
+def test_an_expired_lease_can_be_acquired(jobs: JobRepository, job: JobRow, clock: Clock) -> None:
+    jobs.acquire(job.id, "one", LEASE)
+    clock.set(60)
+    taken = jobs.acquire(job.id, "two", LEASE)
     assert taken is not None
     assert taken.attempt == 2
-    assert not jobs.renew(job.id, "one", LEASE, now=later(61))
-    assert not jobs.finish(job.id, "one", JobState.READY, now=later(61))
+    clock.set(61)
+    assert not jobs.renew(job.id, "one", LEASE)
+    assert not jobs.finish(job.id, "one", JobState.READY)
 
 
-def test_the_time_without_a_worker_is_counted(jobs: JobRepository, job: JobRow) -> None:
-    jobs.acquire(job.id, "one", LEASE, now=later(100))
-    jobs.release(job.id, "one", now=later(110))
-    jobs.acquire(job.id, "two", LEASE, now=later(140))
-    jobs.advance(job.id, "two", **progress(JobState.CALIBRATING, 20.0), now=later(150))
-    taken = jobs.acquire(job.id, "three", LEASE, now=later(300))  # "two" has died
+def test_the_time_without_a_worker_is_counted(
+    jobs: JobRepository, job: JobRow, clock: Clock
+) -> None:
+    clock.set(100)
+    jobs.acquire(job.id, "one", LEASE)
+    clock.set(110)
+    jobs.release(job.id, "one")
+    clock.set(140)
+    jobs.acquire(job.id, "two", LEASE)
+    clock.set(150)
+    jobs.advance(job.id, "two", **progress(JobState.CALIBRATING, 20.0))
+    clock.set(300)
+    taken = jobs.acquire(job.id, "three", LEASE)  # "two" has died
     assert taken is not None
     assert taken.idle_seconds == pytest.approx(30 + 150)
-    jobs.release(job.id, "three", now=later(310))
-    cancelled = jobs.request_cancel(job.id, now=later(400))
+    clock.set(310)
+    jobs.release(job.id, "three")
+    clock.set(400)
+    cancelled = jobs.request_cancel(job.id)
     assert cancelled is not None
     assert cancelled.idle_seconds == pytest.approx(30 + 150 + 90), "10 + 10 + 10 s of work"
-    assert jobs.retry(job.id, now=later(500))
-    taken = jobs.acquire(job.id, "four", LEASE, now=later(600))
+    clock.set(500)
+    assert jobs.retry(job.id)
+    clock.set(600)
+    taken = jobs.acquire(job.id, "four", LEASE)
     assert taken is not None
     assert taken.idle_seconds == 0.0, "the wait before the first worker is no part of it"
 
 
-def test_a_renewed_lease_expires_later(jobs: JobRepository, job: JobRow) -> None:
-    jobs.acquire(job.id, "one", LEASE, now=NOW)
-    assert jobs.renew(job.id, "one", LEASE, now=later(50))
-    assert jobs.acquire(job.id, "two", LEASE, now=later(100)) is None
+def test_a_renewed_lease_expires_later(jobs: JobRepository, job: JobRow, clock: Clock) -> None:
+    jobs.acquire(job.id, "one", LEASE)
+    clock.set(50)
+    assert jobs.renew(job.id, "one", LEASE)
+    clock.set(100)
+    assert jobs.acquire(job.id, "two", LEASE) is None
 
 
-def test_a_released_lease_can_be_acquired_immediately(jobs: JobRepository, job: JobRow) -> None:
-    jobs.acquire(job.id, "one", LEASE, now=NOW)
-    jobs.advance(job.id, "one", **progress(JobState.CALIBRATING, 20.0), now=NOW)
-    assert not jobs.release(job.id, "two", now=later(1))
-    assert jobs.release(job.id, "one", now=later(1))
+def test_a_released_lease_can_be_acquired_immediately(
+    jobs: JobRepository, job: JobRow, clock: Clock
+) -> None:
+    jobs.acquire(job.id, "one", LEASE)
+    jobs.advance(job.id, "one", **progress(JobState.CALIBRATING, 20.0))
+    clock.set(1)
+    assert not jobs.release(job.id, "two")
+    assert jobs.release(job.id, "one")
     waiting = jobs.find(job.id)
     assert waiting is not None
     assert (waiting.percent, waiting.message) == (20.0, "waiting for a worker to continue")
-    taken = jobs.acquire(job.id, "two", LEASE, now=later(1))
+    taken = jobs.acquire(job.id, "two", LEASE)
     assert taken is not None
     assert (taken.attempt, taken.message) == (1, "repeating unsaved steps")
     assert [line.message for line in jobs.log(job.id, after=0, limit=9)] == [
@@ -155,12 +197,10 @@ def test_one_of_many_concurrent_workers_acquires_the_lease(database: Database) -
 
 
 def test_progress_never_decreases(jobs: JobRepository, job: JobRow) -> None:
-    jobs.acquire(job.id, "one", LEASE, now=NOW)
+    jobs.acquire(job.id, "one", LEASE)
     assert jobs.advance(job.id, "one", **progress(JobState.COMPRESSING, 40))
     assert jobs.advance(job.id, "one", **progress(JobState.VALIDATING, 2))
-    assert jobs.advance(
-        job.id, "one", **progress(JobState.COMPRESSING, 30), seconds_left=9.0, now=NOW
-    )
+    assert jobs.advance(job.id, "one", **progress(JobState.COMPRESSING, 30), seconds_left=9.0)
     found = jobs.find(job.id)
     assert found is not None
     assert (found.state, found.percent, found.stage_block) == (JobState.COMPRESSING, 40.0, 1)
@@ -179,10 +219,11 @@ def test_finish_needs_a_final_state_and_advance_another(jobs: JobRepository, job
         jobs.finish(job.id, "one", JobState.COMPRESSING)
 
 
-def test_a_finished_job_stays_finished(jobs: JobRepository, job: JobRow) -> None:
-    jobs.acquire(job.id, "one", LEASE, now=NOW)
-    assert jobs.finish(job.id, "one", JobState.FAILED, error_code="x", error_message="y", now=NOW)
-    assert jobs.acquire(job.id, "one", LEASE, now=later(1000)) is None
+def test_a_finished_job_stays_finished(jobs: JobRepository, job: JobRow, clock: Clock) -> None:
+    jobs.acquire(job.id, "one", LEASE)
+    assert jobs.finish(job.id, "one", JobState.FAILED, error_code="x", error_message="y")
+    clock.set(1000)
+    assert jobs.acquire(job.id, "one", LEASE) is None
     assert not jobs.advance(job.id, "one", **progress(JobState.VERIFYING, 99))
     found = jobs.request_cancel(job.id)
     assert found is not None
@@ -197,12 +238,13 @@ def test_cancelling_an_unleased_job_ends_it(jobs: JobRepository, job: JobRow) ->
 
 
 def test_cancelling_a_running_job_sets_a_request_for_its_worker(
-    jobs: JobRepository, job: JobRow
+    jobs: JobRepository, job: JobRow, clock: Clock
 ) -> None:
-    jobs.acquire(job.id, "one", LEASE, now=NOW)
+    jobs.acquire(job.id, "one", LEASE)
     step: Any = {"block": 1, "blocks": 3, "percent": 31.0, "message": "block 2 of 3"}
-    assert jobs.advance(job.id, "one", JobState.COMPRESSING, **step, seconds_left=59, now=NOW)
-    asked = jobs.request_cancel(job.id, now=later(1))
+    assert jobs.advance(job.id, "one", JobState.COMPRESSING, **step, seconds_left=59)
+    clock.set(1)
+    asked = jobs.request_cancel(job.id)
     assert asked is not None
     assert (asked.state, asked.cancel_requested) == (JobState.COMPRESSING, True)
     assert asked.message == "Cancellation requested, ends at its next step"
@@ -215,9 +257,12 @@ def test_cancelling_a_running_job_sets_a_request_for_its_worker(
     assert jobs.log(job.id, after=0, limit=9)[-1].message == "Cancelled on request."
 
 
-def test_cancelling_a_job_with_an_expired_lease_ends_it(jobs: JobRepository, job: JobRow) -> None:
-    jobs.acquire(job.id, "one", LEASE, now=NOW)
-    asked = jobs.request_cancel(job.id, now=later(60))
+def test_cancelling_a_job_with_an_expired_lease_ends_it(
+    jobs: JobRepository, job: JobRow, clock: Clock
+) -> None:
+    jobs.acquire(job.id, "one", LEASE)
+    clock.set(60)
+    asked = jobs.request_cancel(job.id)
     assert asked is not None
     assert asked.state is JobState.CANCELLED
     assert jobs.request_cancel("job_unknown") is None
@@ -232,7 +277,7 @@ def test_waiting_jobs_are_placed_by_priority_and_then_by_their_turn(
     for row, priority in zip(rows, [*order, JobPriority.HIGH], strict=True):
         row.priority, row.sent_at = priority, later(rows.index(row))
     session.flush()
-    jobs.acquire(rows[4].id, "one", LEASE, now=NOW)
+    jobs.acquire(rows[4].id, "one", LEASE)
     session.refresh(rows[4])
     places = {rows[2].id: 1, rows[1].id: 2, rows[3].id: 3, rows[0].id: 4}
     assert jobs.positions(rows) == places
@@ -240,7 +285,7 @@ def test_waiting_jobs_are_placed_by_priority_and_then_by_their_turn(
     session.refresh(rows[4])
     behind = {job_id: place + 1 for job_id, place in places.items()}
     assert jobs.positions(rows) == behind | {rows[4].id: 1}, "it has begun, so it is next"
-    jobs.acquire(rows[4].id, "two", LEASE, now=NOW)
+    jobs.acquire(rows[4].id, "two", LEASE)
     session.refresh(rows[4])
     monkeypatch.setattr("deltadock.storage.repositories.jobs.MAX_POSITION", 2)
     assert jobs.positions(rows) == places | {rows[3].id: 3, rows[0].id: 3}
@@ -248,7 +293,7 @@ def test_waiting_jobs_are_placed_by_priority_and_then_by_their_turn(
 
 def test_a_jobs_log_keeps_its_newest_lines(jobs: JobRepository, job: JobRow) -> None:
     for number in range(MAX_LOG_LINES + 2):
-        jobs.write_log(job.id, f"line {number}", now=NOW)
+        jobs.write_log(job.id, f"line {number}")
     lines = jobs.log(job.id, after=0, limit=2000)
     assert [lines[0].message, lines[-1].message] == ["line 2", f"line {MAX_LOG_LINES + 1}"]
     assert len(lines) == MAX_LOG_LINES
@@ -256,30 +301,37 @@ def test_a_jobs_log_keeps_its_newest_lines(jobs: JobRepository, job: JobRow) -> 
 
 
 def test_the_expected_end_follows_from_the_latest_progress(
-    jobs: JobRepository, job: JobRow
+    jobs: JobRepository, job: JobRow, clock: Clock
 ) -> None:
     def expected() -> datetime | None:
         found = jobs.find(job.id)
         assert found is not None
         return found.expected_at
 
-    jobs.acquire(job.id, "one", LEASE, now=NOW)
+    jobs.acquire(job.id, "one", LEASE)
     step = progress(JobState.CALIBRATING, 20)
-    jobs.advance(job.id, "one", **step, seconds_left=40.0, now=later(10))
+    clock.set(10)
+    jobs.advance(job.id, "one", **step, seconds_left=40.0)
     assert expected() == later(50)
-    jobs.acquire(job.id, "two", LEASE, now=later(70))
+    clock.set(70)
+    jobs.acquire(job.id, "two", LEASE)
     assert expected() is None, "nothing is known about the second worker's rate"
 
 
-def test_stale_jobs_have_an_expired_lease_or_a_lost_task(jobs: JobRepository, job: JobRow) -> None:
+def test_stale_jobs_have_an_expired_lease_or_a_lost_task(
+    jobs: JobRepository, job: JobRow, clock: Clock
+) -> None:
     def stale(seconds: float) -> list[str]:
-        return [found.id for found in jobs.stale(later(seconds), queued_seconds=120)]
+        clock.set(seconds)
+        return [found.id for found in jobs.stale(queued_seconds=120)]
 
     assert stale(119) == []
     assert stale(120) == [job.id]
-    jobs.mark_sent([job.id], now=later(120))
+    clock.set(120)
+    jobs.mark_sent([job.id])
     assert stale(239) == []
-    jobs.acquire(job.id, "one", LEASE, now=later(200))
+    clock.set(200)
+    jobs.acquire(job.id, "one", LEASE)
     assert stale(259) == []
     assert stale(260) == [job.id]
     jobs.finish(job.id, "one", JobState.READY)
@@ -298,6 +350,8 @@ class JobMachine(RuleBasedStateMachine):
         self.session = Session(self.engine)
         self.jobs = JobRepository(self.session, LOCAL_TENANT)
         self.job_id = add_job(self.session).id
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(repositories.jobs, "database_now", lambda _: self.now)
         self.now = NOW
         self.holder: str | None = None
         self.expires = NOW
@@ -312,32 +366,32 @@ class JobMachine(RuleBasedStateMachine):
     def acquire(self, owner: str) -> None:
         free = self.holder in (None, owner) or self.expires <= self.now
         allowed = free and not self.state.is_final
-        got = self.jobs.acquire(self.job_id, owner, LEASE, now=self.now)
+        got = self.jobs.acquire(self.job_id, owner, LEASE)
         assert (got is not None) == allowed
         if allowed:
             self.holder, self.expires = owner, self.now + timedelta(seconds=LEASE)
 
     @rule(owner=owners)
     def renew(self, owner: str) -> None:
-        assert self.jobs.renew(self.job_id, owner, LEASE, now=self.now) == (self.holder == owner)
+        assert self.jobs.renew(self.job_id, owner, LEASE) == (self.holder == owner)
         if self.holder == owner:
             self.expires = self.now + timedelta(seconds=LEASE)
 
     @rule(owner=owners, state=st.sampled_from(RUNNING_ORDER[1:]), percent=st.floats(0, 100))
     def advance(self, owner: str, state: JobState, percent: float) -> None:
-        held = self.jobs.advance(self.job_id, owner, **progress(state, percent), now=self.now)
+        held = self.jobs.advance(self.job_id, owner, **progress(state, percent))
         assert held == (self.holder == owner)
 
     @rule(owner=owners, state=st.sampled_from([JobState.READY, JobState.FAILED]))
     def finish(self, owner: str, state: JobState) -> None:
-        finished = self.jobs.finish(self.job_id, owner, state, now=self.now)
+        finished = self.jobs.finish(self.job_id, owner, state)
         assert finished == (self.holder == owner)
         if finished:
             self.holder = None
 
     @rule()
     def retry(self) -> None:
-        retried = self.jobs.retry(self.job_id, now=self.now)
+        retried = self.jobs.retry(self.job_id)
         assert retried == (self.state in {JobState.FAILED, JobState.CANCELLED})
         if retried:
             job = self.jobs.find(self.job_id)
@@ -349,7 +403,7 @@ class JobMachine(RuleBasedStateMachine):
     def cancel(self) -> None:
         idle = self.holder is None or self.expires <= self.now
         was_final = self.state.is_final
-        job = self.jobs.request_cancel(self.job_id, now=self.now)
+        job = self.jobs.request_cancel(self.job_id)
         assert job is not None
         if not was_final:
             assert job.cancel_requested
@@ -369,11 +423,12 @@ class JobMachine(RuleBasedStateMachine):
 
     @invariant()
     def stale_jobs_have_no_live_lease(self) -> None:
-        stale = self.jobs.stale(self.now, queued_seconds=0) != []
+        stale = self.jobs.stale(queued_seconds=0) != []
         waiting = self.holder is None or self.expires <= self.now
         assert stale == (waiting and not self.state.is_final)
 
     def teardown(self) -> None:
+        self.patch.undo()
         self.session.close()
         self.engine.dispose()
 
