@@ -6,16 +6,32 @@ threads of `Resources.comparing`, a few at a time, and in no transaction.
 
 from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.artifacts.compatibility import check_differs, check_structure
+from deltadock.compression.checks import check_compressible
+from deltadock.compression.options import Goal, MethodInfo
 from deltadock.compression.preview import TensorShape, carried_bytes, shapes_of
 from deltadock.errors import refused_by_state
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import MANIFEST_BYTES
 
 
-def compare(blobs: BlobStore, base: str, finetuned: str) -> tuple[list[TensorShape], int]:
-    """The tensors, and the bytes of carried files, of the checkpoints with these digests.
+def compare(
+    blobs: BlobStore,
+    base: str,
+    finetuned: str,
+    method: MethodInfo,
+    goal: Goal | None,
+    *,
+    has_text: bool = False,
+) -> tuple[list[TensorShape], int]:
+    """The tensors, and the bytes of carried files, of a fine-tune or adapter and its base.
+
+    Args:
+        blobs: has their manifests.
+        base, finetuned: the checkpoints' digests.
+        method, goal, has_text: as for `check_compressible`.
 
     Raises:
+        Conflict, InvalidAdapter, UnsupportedModel: as `check_compressible`; with 409.
         ArchitectureMismatch, InvalidCheckpoint, UnsupportedModel: as `match_tensors`; with 409.
         UnchangedCheckpoint: the fine-tune equals the base.
     """
@@ -24,7 +40,9 @@ def compare(blobs: BlobStore, base: str, finetuned: str) -> tuple[list[TensorSha
         for digest in (base, finetuned)
     )
     with refused_by_state():
+        check_compressible(before.config, after.config, method, goal, has_text=has_text)
         shapes = shapes_of(after, before)
-        check_structure(before.config, after.config)
-        check_differs(before, after)
+        if not method.imports_adapter:
+            check_structure(before.config, after.config)
+            check_differs(before, after)
         return shapes, carried_bytes(after, before)

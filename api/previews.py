@@ -11,15 +11,19 @@ from deltadock.api.comparison import compare
 from deltadock.api.dependencies import ResourcesDep
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DIGEST, Digest, GoalFields, goal_choices
+from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.compression.options import METHODS, SIZES
 from deltadock.compression.preview import SizePreview, preview_size
 from deltadock.errors import (
     ArchitectureMismatch,
     BitsOutOfRange,
+    Conflict,
+    InvalidAdapter,
     InvalidGoal,
     NotFound,
     UnchangedCheckpoint,
     UnknownMethod,
+    UnsupportedModel,
     refused_by_state,
 )
 from deltadock.problems import problems
@@ -40,9 +44,7 @@ class PreviewIn(GoalFields):
                     "bits": 1.0,
                 }
             ],
-            "anyOf": goal_choices(
-                [method for method in METHODS.values() if not method.imports_adapter], SIZES
-            ),
+            "anyOf": goal_choices(METHODS.values(), SIZES),
         }
     )
 
@@ -87,22 +89,31 @@ class PreviewOut(BaseModel):
     "",
     responses=problems(
         NotFound,
+        Conflict,
         UnknownMethod,
         BitsOutOfRange,
         InvalidGoal,
-        by_state=(ArchitectureMismatch, InvalidGoal, UnchangedCheckpoint),
+        by_state=(
+            ArchitectureMismatch,
+            InvalidAdapter,
+            InvalidGoal,
+            UnchangedCheckpoint,
+            UnsupportedModel,
+        ),
     ),
 )
 async def preview_delta(body: PreviewIn, caller: CallerDep, resources: ResourcesDep) -> PreviewOut:
     """Predict the size of a delta from the tensors' shapes; nothing is stored."""
 
     def preview() -> SizePreview:
-        _, goal = body.check_goal()
         with resources.database.read_scope() as session:
             base = require_base(session, caller.tenant_id, body.base)
             checkpoint = require_checkpoint(session, caller.tenant_id, body.checkpoint)
-        shapes, carried = compare(resources.blobs, base.checkpoint_digest, checkpoint.digest)
+        method, goal = body.check_goal(is_adapter=checkpoint.model_type == ADAPTER_TYPE)
+        shapes, carried = compare(
+            resources.blobs, base.checkpoint_digest, checkpoint.digest, method, goal
+        )
         with refused_by_state():
-            return preview_size(shapes, body.method, goal, carried=carried)
+            return preview_size(shapes, method.name, goal, carried=carried)
 
     return PreviewOut.of(await anyio.to_thread.run_sync(preview, limiter=resources.comparing))

@@ -143,7 +143,7 @@ class GoalFields(RequestBody):
 
     method: str = Field(
         default=default_method().name,
-        description="One of GET /v1/methods.",
+        description="One of GET /v1/methods; a PEFT adapter's is `lora` if none is named.",
         max_length=32,
         json_schema_extra={"enum": list(METHODS)},
     )
@@ -180,14 +180,19 @@ class GoalFields(RequestBody):
         json_schema_extra=_RANGES["min_agreement"],
     )
 
-    def check_goal(self) -> tuple[MethodInfo, Goal | None]:
+    def check_goal(self, *, is_adapter: bool) -> tuple[MethodInfo, Goal | None]:
         """The method, and its goal (None for fixed-size methods).
+
+        Args:
+            is_adapter: whether the checkpoint is a PEFT adapter, which has a default method of its
+                own.
 
         Raises:
             UnknownMethod, BitsOutOfRange, InvalidGoal.
         """
+        is_named = "method" in self.model_fields_set
         return goal_for(
-            self.method,
+            self.method if is_named else default_method(is_adapter=is_adapter).name,
             bits=self.bits,
             target_bytes=self.target_bytes,
             ratio=self.ratio,

@@ -32,6 +32,7 @@ from deltadock.errors import (
     BitsOutOfRange,
     Conflict,
     IdempotencyKeyReused,
+    InvalidAdapter,
     InvalidGoal,
     InvalidInput,
     NotFound,
@@ -40,6 +41,7 @@ from deltadock.errors import (
     RateLimited,
     UnchangedCheckpoint,
     UnknownMethod,
+    UnsupportedModel,
 )
 from deltadock.problems import problems
 from deltadock.storage.models import JobState
@@ -64,7 +66,13 @@ router = api_router("/v1/deltas", tags=["deltas"])
             IdempotencyKeyReused,
             QuotaExceeded,
             RateLimited,
-            by_state=(ArchitectureMismatch, UnchangedCheckpoint, InvalidGoal),
+            by_state=(
+                ArchitectureMismatch,
+                InvalidAdapter,
+                InvalidGoal,
+                UnchangedCheckpoint,
+                UnsupportedModel,
+            ),
         ),
     },
 )

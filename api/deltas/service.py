@@ -19,7 +19,7 @@ from deltadock.api.dependencies import Resources, UnitOfWork
 from deltadock.api.paging import Cursor
 from deltadock.api.quotas import check_delta, check_job, within_bytes
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
-from deltadock.compression.options import check_kind
+from deltadock.compression.options import MethodInfo
 from deltadock.compression.preview import preview_size
 from deltadock.errors import DeltadockError, NotFound, refused_by_state
 from deltadock.storage.models import BaseRow, DeltaRow, JobState
@@ -63,12 +63,14 @@ def compare_delta(resources: Resources, caller: Caller, body: DeltaIn) -> Compar
             base = require_base(session, caller.tenant_id, body.base)
             base_id = base.id
             checkpoint = require_checkpoint(session, caller.tenant_id, body.checkpoint)
-        method, goal = body.check_goal()
-        if checkpoint.model_type != ADAPTER_TYPE:
-            shapes, carried = compare(resources.blobs, base.checkpoint_digest, checkpoint.digest)
-            with refused_by_state():
-                if goal is not None and goal.is_size:
-                    preview_size(shapes, method.name, goal, carried=carried)
+        method, goal = body.check_goal(is_adapter=checkpoint.model_type == ADAPTER_TYPE)
+        shapes, carried = compare(
+            resources.blobs, base.checkpoint_digest, checkpoint.digest, method, goal,
+            has_text=body.calibration is not None,
+        )  # fmt: skip
+        with refused_by_state():
+            if goal is not None and goal.is_size:
+                preview_size(shapes, method.name, goal, carried=carried)
     except DeltadockError as error:
         return Compared(base_id, error)
     return Compared(base_id, None)
@@ -98,8 +100,7 @@ def request_delta(
     base = require_base(session, tenant_id, compared.base)
     checkpoint = require_checkpoint(session, tenant_id, body.checkpoint)
     parent = require_delta(session, tenant_id, body.parent) if body.parent else None
-    method, goal = body.check_goal()
-    check_kind(method, is_adapter=checkpoint.model_type == ADAPTER_TYPE)
+    method, goal = body.check_goal(is_adapter=checkpoint.model_type == ADAPTER_TYPE)
     is_bound = goal is not None and goal.is_bound
     calibration = _calibration(
         session, tenant_id, body, needed=method.needs_calibration or is_bound
@@ -113,7 +114,7 @@ def request_delta(
         "calibration": calibration,
     }
     deltas = DeltaRepository(session, tenant_id)
-    fingerprint = _fingerprint(base, body, options)
+    fingerprint = _fingerprint(base, body.checkpoint, method, options)
     same = deltas.find_same(fingerprint)
     for delta in same:
         if delta.name == body.name:
@@ -131,7 +132,7 @@ def request_delta(
         name=body.name,
         base=base,
         checkpoint_digest=checkpoint.digest,
-        method=body.method,
+        method=method.name,
         bits=goal.bits if goal else None,
         options=options,
         fingerprint=fingerprint,
@@ -254,11 +255,13 @@ def _texts(body: DeltaIn) -> list[str]:
             return []
 
 
-def _fingerprint(base: BaseRow, body: DeltaIn, options: dict[str, Any]) -> str:
+def _fingerprint(
+    base: BaseRow, checkpoint: str, method: MethodInfo, options: dict[str, Any]
+) -> str:
     inputs = {
         "base": base.checkpoint_digest,
-        "checkpoint": body.checkpoint,
-        "method": body.method,
+        "checkpoint": checkpoint,
+        "method": method.name,
         "options": options,
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -111,8 +111,8 @@ function filesOf(input, suffixes) {
     .map((file) => ({ path: file.name, file }));
 }
 
-// One `.upload` block; `done` is called with the digest, or with null while there is none. `delta`
-// tells, of the files chosen, the name of the delta that they will become.
+// One `.upload` block; `done` is called with the checkpoint or text, or with null while there is
+// none. `delta` tells, of the files chosen, the name of the delta that they will become.
 function watch(block, done, delta = () => null) {
   const input = block.querySelector("input");
   const bar = block.querySelector("progress");
@@ -138,10 +138,10 @@ function watch(block, done, delta = () => null) {
       };
       const state = await upload(kind, files, delta(input.files), report);
       if (own !== round) return;
-      const digest = (state.checkpoint ?? state.calibration).digest;
+      const found = state.checkpoint ?? state.calibration;
       bar.value = 1;
-      note.textContent = `Here and checked: ${counted(files.length, "file")}, ${digest.slice(0, 12)}…`;
-      done(digest);
+      note.textContent = `Here and checked: ${counted(files.length, "file")}, ${found.digest.slice(0, 12)}…`;
+      done(found);
     } catch (error) {
       if (own !== round) return;
       bar.hidden = true;
@@ -156,8 +156,8 @@ const register = document.getElementById("register");
 if (register) {
   let digest = null;
   const button = register.querySelector("[type=submit]");
-  watch(document.getElementById("base-files"), (value) => {
-    digest = value;
+  watch(document.getElementById("base-files"), (checkpoint) => {
+    digest = checkpoint?.digest;
     button.disabled = !digest;
   });
   register.addEventListener("submit", async (event) => {
@@ -179,7 +179,10 @@ if (form) {
   const shown = document.getElementById("preview");
   let tuned = null, text = null, timer = 0, asked = 0;
 
-  const takesGoal = () => fields.method.selectedOptions[0].dataset.max !== "";
+  // An adapter has one method, which the api takes if none is named.
+  const isAdapter = () => tuned?.model_type === "peft-adapter";
+  const method = () => (isAdapter() ? {} : { method: fields.method.value });
+  const takesGoal = () => !isAdapter() && fields.method.selectedOptions[0].dataset.max !== "";
   const goal = () => (takesGoal() ? { [fields.goal.value]: Number(fields.value.value) } : {});
   const rows = (pairs) => shown.replaceChildren(...pairs.flatMap(([term, value]) => {
     const [dt, dd] = [document.createElement("dt"), document.createElement("dd")];
@@ -189,7 +192,9 @@ if (form) {
   }));
 
   async function preview() {
-    document.getElementById("method-said").textContent = fields.method.selectedOptions[0].dataset.said;
+    fields.method.disabled = isAdapter();
+    document.getElementById("method-said").textContent = isAdapter()
+      ? "A PEFT adapter: imported as it is, without loss." : fields.method.selectedOptions[0].dataset.said;
     form.querySelector(".goal").hidden = !takesGoal();
     if (!tuned) return;
     const own = ++asked;
@@ -199,8 +204,7 @@ if (form) {
     const most = { bits: Number(fields.method.selectedOptions[0].dataset.max) };
     try {
       const found = await call("POST", "/v1/previews", {
-        base: fields.base.value, checkpoint: tuned, method: fields.method.value,
-        ...(isBound ? most : goal()),
+        base: fields.base.value, checkpoint: tuned.digest, ...method(), ...(isBound ? most : goal()),
       });
       if (own !== asked) return;
       rows(isBound ? [
@@ -221,8 +225,8 @@ if (form) {
     }
   }
 
-  watch(document.getElementById("tuned-files"), (digest) => {
-    tuned = digest;
+  watch(document.getElementById("tuned-files"), (checkpoint) => {
+    tuned = checkpoint;
     button.disabled = !tuned;
     preview();
   }, ([chosen]) => {
@@ -230,7 +234,7 @@ if (form) {
     fields.name.value ||= `finetunes/${chosen.webkitRelativePath.split("/")[0]}`;
     return fields.name.checkValidity() ? fields.name.value : null;
   });
-  watch(document.getElementById("text-files"), (digest) => { text = digest; });
+  watch(document.getElementById("text-files"), (found) => { text = found; });
   fields.goal.addEventListener("change", () => {
     fields.value.value = fields.goal.selectedOptions[0].dataset.value;
   });
@@ -245,9 +249,9 @@ if (form) {
     output.textContent = "";
     try {
       const { delta } = await call("POST", "/v1/deltas", {
-        name: fields.name.value, base: fields.base.value, checkpoint: tuned,
-        method: fields.method.value, ...goal(),
-        ...(text ? { calibration: { source: "text", digest: text } } : {}),
+        name: fields.name.value, base: fields.base.value, checkpoint: tuned.digest,
+        ...method(), ...goal(),
+        ...(text ? { calibration: { source: "text", digest: text.digest } } : {}),
       });
       location.assign(`/deltas/${delta.id}`);
     } catch (error) {

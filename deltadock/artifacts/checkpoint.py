@@ -457,9 +457,24 @@ def read_headers(folder: Path) -> CheckpointManifest:
     Raises:
         InvalidCheckpoint, UnsafeFile: as `scan_folder`, but for what only the data tell.
     """
+    names = sorted(folder_files(folder))
+    with _named(folder):
+        return _headers(folder, names)
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Name the folder in the error of a checkpoint that is not complete."""
+    try:
+        yield
+    except InvalidCheckpoint as error:
+        raise type(error)(f"{folder}: {error.message}") from error
+
+
+def _headers(folder: Path, names: list[str]) -> CheckpointManifest:
     files: list[FileEntry] = []
     tensors: list[TensorEntry] = []
-    for name in sorted(folder_files(folder)):
+    for name in names:
         files.append(FileEntry(name, (folder / name).stat().st_size, ""))
         if name.endswith(".safetensors"):
             held = read_header(folder, name).tensors
@@ -485,10 +500,8 @@ def scan_folder(folder: Path, non_finite: set[str] | None = None) -> CheckpointM
         UnsafeFile: its only weights are PyTorch pickles.
     """
     names = sorted(folder_files(folder))
-    try:
+    with _named(folder):
         return _scan(folder, names, non_finite)
-    except InvalidCheckpoint as error:
-        raise type(error)(f"{folder}: {error.message}") from error
 
 
 def _scan(folder: Path, names: list[str], non_finite: set[str] | None) -> CheckpointManifest:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 import typer
 
@@ -28,6 +28,7 @@ from deltadock.compression.options import (
     TOKENS,
     CalibrationOptions,
     Goal,
+    MethodInfo,
     Source,
     check_text_bytes,
     check_weights,
@@ -38,16 +39,20 @@ from deltadock.compression.preview import SizePreview
 from deltadock.compression.progress import Forecast, Progress
 from deltadock.errors import Conflict, DeltadockError, InvalidInput, NotFound
 
-DEFAULT_METHOD: Final = default_method().name
+if TYPE_CHECKING:
+    from deltadock.client.routes import GoalOptions
+
 SAMPLED: Final = "sampled"
 """Calibration source: text sampled from the fine-tune."""
 GOALS: Final = "Goal, at most one of"
 CALIBRATION: Final = "Calibration"
 
 Method = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Compression method; `deltadock methods` lists them.", autocompletion=complete_method
+        help="Compression method; `deltadock methods` lists them. By default "
+        f"{default_method().name}, for a PEFT adapter {default_method(is_adapter=True).name}.",
+        autocompletion=complete_method,
     ),
 ]
 Bits = Annotated[
@@ -171,7 +176,7 @@ def compress(
     base: Folder,
     finetuned: Folder,
     out: Annotated[Path, typer.Option(help="Delta file to write.")],
-    method: Method = DEFAULT_METHOD,
+    method: Method = None,
     bits: Bits = None,
     target_bytes: TargetBytes = None,
     ratio: Ratio = None,
@@ -208,10 +213,11 @@ def compress(
 
     After Ctrl-C or a crash the same command continues after the last finished block.
     """
-    _, goal = goal_for(
-        method, bits=bits, target_bytes=target_bytes, ratio=ratio, max_kl=max_kl,
-        min_agreement=min_agreement,
-    )  # fmt: skip
+    goals: GoalOptions = {
+        "bits": bits, "target_bytes": target_bytes, "ratio": ratio, "max_kl": max_kl,
+        "min_agreement": min_agreement,
+    }  # fmt: skip
+    info, goal = _choose(base, finetuned, method, goals, has_text=bool(calibration))
     if solver not in ("exact", "scip"):
         raise typer.BadParameter("choose exact or scip", param_hint="--solver")
     sources = [parse_source(text) for text in calibration or ()]
@@ -229,7 +235,7 @@ def compress(
 
     chosen: Literal["exact", "scip"] = "scip" if solver == "scip" else "exact"
     options = CompressOptions(
-        method=method, goal=goal, seed=seed, solver=chosen, calibration=amount
+        method=info.name, goal=goal, seed=seed, solver=chosen, calibration=amount
     )  # fmt: skip
     blocks = BlockFolder(out.with_name(f"{out.name}.blocks"))
     forecast = Forecast()
@@ -357,16 +363,21 @@ def preview(
             help="Base checkpoint folder; without it, every tensor counts as changed.",
         ),
     ] = None,
-    method: Method = DEFAULT_METHOD,
+    method: Method = None,
     bits: Bits = None,
     target_bytes: TargetBytes = None,
     ratio: Ratio = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Predict the size of a delta from the tensors' shapes."""
-    _, goal = goal_for(method, bits=bits, target_bytes=target_bytes, ratio=ratio)
+    goals: GoalOptions = {"bits": bits, "target_bytes": target_bytes, "ratio": ratio}
+    info, goal = _choose(base, finetuned, method, goals, has_text=False)
+    if base is None and info.imports_adapter:
+        raise InvalidInput(
+            "An adapter becomes a delta of its base: name the base's folder, --base."
+        )
     with working("reading the checkpoints"):
-        size = _preview(finetuned, base, method, goal)
+        size = _preview(finetuned, base, info, goal)
     if as_json:
         print_json(size.to_dict())
         return
@@ -385,19 +396,42 @@ def preview(
     )
     budget = "" if size.bits is None else f" at {size.bits:.4g} bit"
     output.print(
-        f"{method}{budget}: {words.size(size.artifact_bytes)} of "
+        f"{info.name}{budget}: {words.size(size.artifact_bytes)} of "
         f"{words.size(size.checkpoint_bytes)}, ratio {words.ratio(size.ratio)}, "
         f"{words.significant(size.true_bits)} true bits per weight"
     )
 
 
-def _preview(finetuned: Path, base: Path | None, method: str, goal: Goal | None) -> SizePreview:
-    from deltadock.artifacts.checkpoint import scan_folder
+def _choose(
+    base: Path | None, finetuned: Path, method: str | None, goals: "GoalOptions", *, has_text: bool
+) -> tuple[MethodInfo, Goal | None]:
+    """The method, by default that of the kind of checkpoint, and its goal.
+
+    Raises:
+        InvalidInput, Conflict: they do not fit together, or not the folders' configurations.
+    """
+    from deltadock.artifacts.checkpoint import ADAPTER_TYPE, read_headers
+    from deltadock.compression.checks import check_compressible
+
+    of = read_headers(finetuned).config
+    is_adapter = of["model_type"] == ADAPTER_TYPE
+    info, goal = goal_for(method or default_method(is_adapter=is_adapter).name, **goals)
+    before = of if base is None else read_headers(base).config
+    check_compressible(before, of, info, goal, has_text=has_text)
+    return info, goal
+
+
+def _preview(
+    finetuned: Path, base: Path | None, info: MethodInfo, goal: Goal | None
+) -> SizePreview:
+    from deltadock.artifacts.checkpoint import read_headers, scan_folder
     from deltadock.artifacts.compatibility import check_differs, check_same_architecture
     from deltadock.compression.preview import carried_bytes, preview_size, read_shapes, shapes_of
 
     if base is None:
-        return preview_size(read_shapes(finetuned), method, goal)
+        return preview_size(read_shapes(finetuned), info.name, goal)
+    if info.imports_adapter:  # whose tensors all count, so that no digests are needed
+        return preview_size(shapes_of(read_headers(finetuned), read_headers(base)), info.name, goal)
     before, after = scan_folder(base), scan_folder(finetuned)
     check_same_architecture(before, after)
     check_differs(before, after)
@@ -407,7 +441,7 @@ def _preview(finetuned: Path, base: Path | None, method: str, goal: Goal | None)
         from deltadock.compression.pipeline import pair_shapes
 
         shapes = pair_shapes(open_pair(base, finetuned))
-    return preview_size(shapes, method, goal, carried=carried)
+    return preview_size(shapes, info.name, goal, carried=carried)
 
 
 def evaluate(

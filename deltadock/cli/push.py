@@ -29,7 +29,7 @@ from deltadock.cli.output import (
     say,
 )
 from deltadock.cli.server import Url, complete_base, complete_method, connect
-from deltadock.errors import NotFound
+from deltadock.errors import NotFound, UnsupportedModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +61,7 @@ def push(
         Path,
         typer.Argument(
             metavar="DIR", exists=True, file_okay=False,
-            help="Hugging Face checkpoint folder, or a PEFT adapter's.",
+            help="Hugging Face checkpoint folder, or a PEFT LoRA adapter's.",
         ),
     ],
     base: Annotated[
@@ -77,7 +77,8 @@ def push(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Compression method, by default the server's; see `deltadock methods`.",
+            help="Compression method, by default the server's, for a PEFT adapter lora; see "
+            "`deltadock methods`.",
             autocompletion=complete_method,
         ),
     ] = None,
@@ -160,6 +161,17 @@ def _upload_bar(hint: Hint) -> "Iterator[BytesProgress]":
             show(name, done, total)
 
         yield progress
+
+
+def _warn_of_family(folder: Path) -> None:
+    """Say what cannot be done with a base of this family, before it is uploaded."""
+    from deltadock.artifacts.checkpoint import read_headers
+    from deltadock.compression.families import check_family
+
+    try:
+        check_family(read_headers(folder).config)
+    except UnsupportedModel as error:
+        say(f"Note: {error.message}")
 
 
 def _check_base(client: "Client", base: str) -> None:
@@ -263,6 +275,7 @@ def add_base(
         from deltadock.client.routes import checked_base_name
 
         chosen = checked_base_name(name or folder.resolve().name)
+        _warn_of_family(folder)
         with _upload_bar(hint) as progress:
             checkpoint: Checkpoint = client.upload_folder(folder, progress)
         base: Base = client.create_base(chosen, checkpoint.digest)

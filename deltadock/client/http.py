@@ -30,9 +30,10 @@ import anyio.to_thread
 import httpx
 
 from deltadock.artifacts.checkpoint import (
-    ADAPTER_CONFIG,
+    ADAPTER_TYPE,
     CHUNK_BYTES,
     TOKENIZER,
+    CheckpointManifest,
     folder_files,
     read_headers,
     scan_folder,
@@ -54,10 +55,10 @@ from deltadock.client.requests import (
 from deltadock.client.resources import Checkpoint, Delta, Job, LogLine
 from deltadock.client.routes import GoalOptions
 from deltadock.client.uploads import Uploader
+from deltadock.compression.checks import check_compressible
 from deltadock.compression.options import (
     METHODS,
     Goal,
-    check_kind,
     check_text_bytes,
     check_text_tokens,
     check_weights,
@@ -441,7 +442,7 @@ class Client:
         """Upload a fine-tune and start its compression; `push(...).wait()` waits until it is ready.
 
         Args:
-            folder: the fine-tune's checkpoint, or a PEFT adapter's folder for the method `lora`.
+            folder: the fine-tune's checkpoint, or a PEFT LoRA adapter's folder.
             name: `project/model`; each push makes a new version, but for equal inputs.
             base: name or id of the base.
             calibration: a text, or a mixture of some; None: text sampled from the fine-tune, if
@@ -452,6 +453,8 @@ class Client:
         Raises:
             InvalidInput: an argument is refused; a subclass says why.
             Conflict: the method does not fit: an adapter needs 'lora', a whole model another one.
+            InvalidAdapter: the adapter cannot be imported.
+            UnsupportedModel: the method must run the model, whose family cannot be run.
             ArchitectureMismatch: the model is another one than its base.
             InvalidCalibration: a text is too short.
             QuotaExceeded, RateLimited: the tenant may have no more bytes, deltas or jobs.
@@ -460,10 +463,12 @@ class Client:
         """
         # All that can be refused now is, before hours of upload.
         routes.checked_name(name)
-        chosen, wanted = self._check_method(Path(folder), method, goal)
-        self._check_architecture(Path(folder), base)
+        before, headers = self.send(routes.base_manifest(base)), read_headers(Path(folder))
+        chosen, wanted = self._check_method(
+            before, headers, method, goal, has_text=calibration is not None
+        )
         if wanted is not None and wanted.is_size:
-            self._check_size(Path(folder), base, chosen, wanted)
+            self._check_size(Path(folder), before, chosen, wanted)
         for source in _weights_of(calibration):
             if source != SAMPLED:
                 _check_text(Path(source), Path(folder))
@@ -478,32 +483,30 @@ class Client:
         return Push(self, accepted.delta, accepted.job)
 
     def _check_method(
-        self, folder: Path, method: str | None, goal: GoalOptions
+        self,
+        base: CheckpointManifest,
+        finetuned: CheckpointManifest,
+        method: str | None,
+        goal: GoalOptions,
+        *,
+        has_text: bool,
     ) -> tuple[str, Goal | None]:
         """The method and its goal, None if it has none or only the server knows the method.
 
         Raises:
-            InvalidInput, Conflict: what the server would about them and the kind of checkpoint.
+            InvalidInput, Conflict: what the server would about them and the two checkpoints.
         """
-        name = method or default_method().name
+        is_adapter = finetuned.config["model_type"] == ADAPTER_TYPE
+        name = method or default_method(is_adapter=is_adapter).name
         if name not in METHODS and name in {known.name for known in self.methods()}:
             return name, None  # a newer server's
         info, wanted = goal_for(name, **goal)
-        check_kind(info, is_adapter=ADAPTER_CONFIG in folder_files(folder))
+        check_compressible(base.config, finetuned.config, info, wanted, has_text=has_text)
+        if not is_adapter:
+            check_same_architecture(base, finetuned)
         return name, wanted
 
-    def _check_architecture(self, folder: Path, base: str) -> None:
-        """Compare a whole model's headers and configuration with its base's.
-
-        Raises:
-            NotFound: there is no such base.
-            ArchitectureMismatch, InvalidCheckpoint, UnsupportedModel: as the server would.
-        """
-        before = self.send(routes.base_manifest(base))
-        if ADAPTER_CONFIG not in folder_files(folder):
-            check_same_architecture(before, read_headers(folder))
-
-    def _check_size(self, folder: Path, base: str, method: str, goal: Goal) -> None:
+    def _check_size(self, folder: Path, base: CheckpointManifest, method: str, goal: Goal) -> None:
         """Raise InvalidGoal if no artifact of this fine-tune is as small.
 
         Tensors that equal the base's take no room, but finding them reads the whole checkpoint:
@@ -512,8 +515,8 @@ class Client:
         try:
             preview_size(read_shapes(folder), method, goal)
         except InvalidGoal:
-            before, after = self.send(routes.base_manifest(base)), scan_folder(folder)
-            shapes, carried = shapes_of(after, before), carried_bytes(after, before)
+            finetuned = scan_folder(folder)
+            shapes, carried = shapes_of(finetuned, base), carried_bytes(finetuned, base)
             preview_size(shapes, method, goal, carried=carried)
 
     def _mixture(self, calibration: Calibration) -> JsonObject:

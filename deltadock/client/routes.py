@@ -219,7 +219,7 @@ def create_delta(
         name: `project/model`; each compression makes a new version.
         base: name or id.
         checkpoint: digest of the uploaded fine-tune.
-        method: None: the server's default.
+        method: None: the server's default, `lora` for an adapter.
         seed, solver, priority: see the REST interface.
         calibration: digest of an uploaded text, or a mixture `{"sources": [...]}`; None: text
             sampled from the fine-tune, if the method needs calibration.
@@ -230,6 +230,7 @@ def create_delta(
 
     Raises:
         ArchitectureMismatch, UnchangedCheckpoint: it is no fine-tune of this base.
+        InvalidAdapter, UnsupportedModel: what it is cannot be compressed, or not by this method.
         InvalidGoal, UnknownMethod, BitsOutOfRange: this method cannot do that.
         QuotaExceeded, RateLimited: the tenant has as many deltas, or jobs, as it may.
     """

@@ -163,9 +163,13 @@ def check_method(name: str, bits: float | None) -> MethodInfo:
     return method
 
 
-def default_method() -> MethodInfo:
-    """The method used if none is named."""
-    return next(method for method in METHODS.values() if method.default)
+def default_method(*, is_adapter: bool = False) -> MethodInfo:
+    """The method used if none is named: for a PEFT adapter the one that imports it."""
+    return next(
+        method
+        for method in METHODS.values()
+        if (method.imports_adapter if is_adapter else method.default)
+    )
 
 
 def check_kind(method: MethodInfo, *, is_adapter: bool) -> None:
@@ -175,9 +179,12 @@ def check_kind(method: MethodInfo, *, is_adapter: bool) -> None:
         Conflict: it takes the other.
     """
     if is_adapter != method.imports_adapter:
-        wanted = "must be 'lora'" if is_adapter else f"cannot be {method.name!r}"
+        other = default_method(is_adapter=is_adapter).name
         kind = "a PEFT adapter" if is_adapter else "a whole model, not a PEFT adapter"
-        raise Conflict(f"The checkpoint is {kind}: the method {wanted}.")
+        raise Conflict(
+            f"The checkpoint is {kind}, which {method.name!r} does not take: leave the method "
+            f"(`--method`) out, or give {other!r}."
+        )
 
 
 Solver = Literal["exact", "scip"]

@@ -15,13 +15,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
-from deltadock.artifacts.checkpoint import CheckpointManifest, FileEntry, folder_files, read_header
+from deltadock.artifacts.checkpoint import (
+    ADAPTER_TYPE,
+    CheckpointManifest,
+    FileEntry,
+    folder_files,
+    read_header,
+)
 from deltadock.artifacts.compatibility import differing_files, match_tensors
 from deltadock.artifacts.container import DTYPE_BITS
 from deltadock.artifacts.manifest import DEFLATED_FROM
 from deltadock.artifacts.names import EMBEDDINGS, HEADS
 from deltadock.compression.options import METHODS, Goal, rank_budget
-from deltadock.errors import InvalidCheckpoint, InvalidGoal, InvalidInput
+from deltadock.errors import InvalidCheckpoint, InvalidGoal
 
 Role = Literal["linear layers", "output head", "embeddings", "other tensors"]
 ROLES: Final[tuple[Role, ...]] = (
@@ -48,7 +54,8 @@ class TensorShape(NamedTuple):
     """A tensor of the fine-tune: its name, safetensors dtype, shape, and whether it changed.
 
     One that was saved in another dtype than the base's counts as changed, though its values may be
-    the same (`recast`): only reading both tells.
+    the same (`recast`): only reading both tells. One of an adapter (`added`) is no weight of the
+    model that it makes of its base.
     """
 
     name: str
@@ -56,6 +63,7 @@ class TensorShape(NamedTuple):
     shape: tuple[int, ...]
     changed: bool = True
     recast: bool = False
+    added: bool = False
 
     @property
     def weights(self) -> int:
@@ -203,6 +211,7 @@ SIZE_ESTIMATES: Final[Mapping[str, SizeEstimate]] = MappingProxyType(
         "bitdelta-distilled": _local(_sign),
         "delta-zip": _local(_two_of_four),
         "gpt-zip": _local(_one_in_twenty),
+        "lora": _exact,
         "exact": _exact,
     }
 )
@@ -289,9 +298,16 @@ def read_shapes(folder: Path) -> list[TensorShape]:
 def shapes_of(
     finetuned: CheckpointManifest, base: CheckpointManifest | None = None
 ) -> list[TensorShape]:
-    """The fine-tune's tensors; without a base, all count as changed."""
+    """The fine-tune's tensors; without a base, all count as changed.
+
+    Of an adapter: the base's, and its own.
+    """
     if base is None:
         return [TensorShape(t.name, t.dtype, t.shape) for t in finetuned.tensors]
+    if finetuned.config["model_type"] == ADAPTER_TYPE:
+        kept = (TensorShape(t.name, t.dtype, t.shape, changed=False) for t in base.tensors)
+        own = (TensorShape(t.name, t.dtype, t.shape, added=True) for t in finetuned.tensors)
+        return [*kept, *own]
     before = {t.name: (t.dtype, t.shape, t.sha256) for t in base.tensors}
     return [
         TensorShape(
@@ -334,21 +350,15 @@ def preview_size(
     Raises:
         InvalidGoal: the size depends on measurements, or is less than half the predicted smallest
             that this method can make. (Between that and the half, this smallest is returned.)
-        InvalidInput: the method imports an adapter.
     """
     info = METHODS[method]
-    if info.imports_adapter:
-        raise InvalidInput(
-            f"The method {method!r} keeps an adapter as it is: the artifact is about as large as "
-            "the adapter file."
-        )
     if goal is not None and goal.is_bound:
         raise InvalidGoal(
             f"How small {goal.kind} lets the artifact be is only known after the work. Preview "
             "bits, target_bytes or ratio."
         )
     tensors = list(tensors)
-    parameters = sum(tensor.weights for tensor in tensors)
+    parameters = sum(tensor.weights for tensor in tensors if not tensor.added)
     changed = [tensor for tensor in tensors if tensor.changed and tensor.weights]
     kinds, certain = (
         Counter(TensorKind(tensor.role, tensor.dtype, tensor.shape) for tensor in found)

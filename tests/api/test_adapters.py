@@ -1,6 +1,7 @@
 """PEFT adapters are uploaded as checkpoints and imported by the method `lora` only."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -60,15 +61,43 @@ def test_lora_imports_adapters_only_and_other_methods_reject_them(api: Api) -> N
     answer = api.client.post("/v1/deltas", json=whole)
     assert answer.status_code == 409
     assert "not a PEFT adapter" in answer.json()["detail"]
+    assert "'optimix'" in answer.json()["detail"]
 
     adapter = whole | {"checkpoint": upload_adapter(api)["digest"]}
     answer = api.client.post("/v1/deltas", json=adapter | {"method": "adamix", "bits": 1.0})
     assert answer.status_code == 409
-    assert "must be 'lora'" in answer.json()["detail"]
+    assert "leave the method (`--method`) out, or give 'lora'" in answer.json()["detail"]
 
+    del adapter["method"]
     answer = api.client.post("/v1/deltas", json=adapter)
     assert answer.status_code == 202, answer.text
     assert answer.json()["delta"]["method"] == "lora"
+    answer = api.client.post("/v1/deltas", json=adapter | {"method": "lora"})
+    assert answer.status_code == 200, "the same request"
+
+
+def test_an_adapter_that_cannot_be_imported_is_refused_at_creation(api: Api) -> None:
+    body = api.delta_body(bits=None, calibration=None)
+    del body["method"]
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": True}
+    files = adapter_files() | {"adapter_config.json": json.dumps(config).encode()}
+    body["checkpoint"] = api.upload("checkpoint", files)["checkpoint"]["digest"]
+    answer = api.client.post("/v1/deltas", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (409, "invalid_adapter")
+    assert "use_dora" in answer.json()["detail"]
+    preview = {name: body[name] for name in ("base", "checkpoint")}
+    answer = api.client.post("/v1/previews", json=preview)
+    assert (answer.status_code, answer.json()["code"]) == (409, "invalid_adapter")
+
+
+def test_an_adapters_preview_counts_its_tensors_and_the_bases_weights(api: Api) -> None:
+    base = api.base()
+    body = {"base": "tiny", "checkpoint": upload_adapter(api)["digest"]}
+    size = api.client.post("/v1/previews", json=body).json()
+    manifest = json.loads(api.resources.blobs.read(base, 1 << 20))
+    assert (size["method"], size["bits"]) == ("lora", None)
+    assert size["parameters"] == sum(math.prod(tensor["shape"]) for tensor in manifest["tensors"])
+    assert sum(part["bytes"] for part in size["parts"] if part["kind"] != "manifest") == 2 * 8 * 4
 
 
 def test_an_adapter_config_that_is_not_an_object_is_rejected(api: Api) -> None:

@@ -25,12 +25,12 @@ class Slow:
         self.go = threading.Event()
         self.running = 0
 
-    def compare(self, *arguments: Any) -> Any:
+    def compare(self, *arguments: Any, **named: Any) -> Any:
         self.running += 1
         self.started.release()
         assert self.go.wait(30)
         self.running -= 1
-        return compare(*arguments)
+        return compare(*arguments, **named)
 
 
 @pytest.fixture

@@ -54,6 +54,21 @@ def test_a_fine_tune_that_equals_its_base_is_rejected(api: Api) -> None:
     assert (answer.status_code, answer.json()["code"]) == (409, "unchanged_checkpoint")
 
 
+def test_a_family_that_cannot_be_run_is_refused_where_the_method_runs_it(api: Api) -> None:
+    config = {"config.json": b'{"model_type": "made_up"}'}
+    base, tuned = (
+        api.upload("checkpoint", config | {"model.safetensors": weights(seed)})["checkpoint"]
+        for seed in (0, 1)
+    )
+    api.client.post("/v1/bases", json={"name": "unknown", "checkpoint": base["digest"]})
+    body = {"base": "unknown", "checkpoint": tuned["digest"]}
+    for route, more in (("/v1/previews", {}), ("/v1/deltas", {"name": "a/b"})):
+        answer = api.client.post(route, json=body | more)
+        assert (answer.status_code, answer.json()["code"]) == (409, "unsupported_model"), route
+        assert "'made_up' cannot be calibrated yet" in answer.json()["detail"]
+        assert api.client.post(route, json=body | more | {"method": "exact"}).is_success
+
+
 def test_a_size_becomes_a_budget(api: Api) -> None:
     body = request_body(api)
     size = api.client.post("/v1/previews", json=body | {"target_bytes": 4_500}).json()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sqlalchemy import make_url
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -127,6 +127,29 @@ def test_json_has_the_documented_fields(
     ):
         found = json.loads(deltadock(*arguments, "--json").stdout)
         assert set(found[0] if isinstance(found, list) else found) == documented(str(arguments[0]))
+
+
+def test_an_adapter_needs_no_method(inputs: Inputs, deltadock: Command, tmp_path: Path) -> None:
+    adapter, out = tmp_path / "adapter", tmp_path / "adapter.delta"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    layer = f"base_model.model.{QUERY.removesuffix('.weight')}"
+    factors = {
+        f"{layer}.lora_A.weight": torch.ones(2, 64),
+        f"{layer}.lora_B.weight": torch.ones(64, 2),
+    }
+    save_file(factors, adapter / "adapter_model.safetensors")
+    outcome = deltadock("preview", "--finetuned", adapter)
+    assert (outcome.code, "name the base's folder, --base" in outcome.stderr) == (1, True)
+    both = ("--base", inputs.base, "--finetuned", adapter)
+    outcome = deltadock("preview", *both)
+    assert "lora: " in outcome.stdout
+    outcome = deltadock("compress", *both, "--out", out, "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert json.loads(outcome.stdout)["method"] == "lora"
+    outcome = deltadock("compress", *both, "--out", tmp_path / "b.delta", "--method", "bitdelta")
+    assert (outcome.code, "leave the method (`--method`) out" in outcome.stderr) == (1, True)
 
 
 def test_all_tables_have_one_form(inputs: Inputs, delta: Delta, deltadock: Command) -> None:

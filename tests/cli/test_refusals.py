@@ -191,7 +191,7 @@ def empty(_inputs: Inputs, folder: Path) -> Path:
         (of_another_shape, "architecture_mismatch", "model.layers.0.mlp.down_proj.weight"),
         (deeper, "architecture_mismatch", "model.layers.2."),
         (pickled, "unsafe_file", "safe_serialization=True"),
-        (truncated, "malformed_safetensors", "ends inside tensor"),
+        (truncated, "malformed_safetensors", "Was it cut off"),
         (with_wrong_dtype, "malformed_safetensors", "takes"),
         (without_config, "invalid_checkpoint", "config.json is missing"),
         (empty, "invalid_checkpoint", "There is no .safetensors file"),

@@ -29,7 +29,7 @@ from deltadock.client.http import Client
 from deltadock.client.requests import ATTEMPTS
 from deltadock.errors import Unavailable
 from deltadock.storage.models import JobState, Scope
-from tests.api.support import issue_key, weights
+from tests.api.support import CONFIG, issue_key, weights
 from tests.cli.support import Command, Outcome
 from tests.client.support import Service, running_service, write_finetune, write_text
 
@@ -271,6 +271,11 @@ def test_ctrl_c_leaves_the_job_running(
 def test_a_base_is_added_and_listed(call: Callable[..., Outcome], tmp_path: Path) -> None:
     folder = write_finetune(tmp_path / "second-base", 6)
     assert "second-base is a base: llama" in call("bases", "add", folder).stderr
+    (folder / "config.json").write_text('{"model_type": "made_up"}')
+    said = call("bases", "add", folder, "-n", "other-base").stderr
+    assert "Models of type 'made_up' cannot be calibrated yet" in said
+    assert said.index("made_up") < said.index("other-base is a base")
+    (folder / "config.json").write_bytes(CONFIG)
     assert answered(call("bases", "add", folder, "--json"))["name"] == "second-base"
     assert {base["name"] for base in answered(call("bases", "--json"))} >= {
         "tiny", "second-base",

@@ -21,6 +21,7 @@ from deltadock.errors import (
     Conflict,
     Forbidden,
     HashMismatch,
+    InvalidAdapter,
     InvalidCalibration,
     InvalidGoal,
     InvalidInput,
@@ -28,6 +29,7 @@ from deltadock.errors import (
     NotReady,
     Unauthorized,
     UnknownMethod,
+    UnsupportedModel,
 )
 from deltadock.storage.models import Scope
 from tests.api.support import issue_key, weights
@@ -116,7 +118,12 @@ def test_a_cancelled_push_raises(client: Client, finetune: Path) -> None:
         client.download(pushed.delta.id, finetune / "x")
 
 
-def test_a_push_is_refused_before_anything_is_uploaded(client: Client, finetune: Path) -> None:
+def test_a_push_is_refused_before_anything_is_uploaded(
+    service: Service, client: Client, finetune: Path
+) -> None:
+    files = {"config.json": b'{"model_type": "made_up"}', "model.safetensors": weights(0)}
+    unknown = service.api.upload("checkpoint", files)["checkpoint"]["digest"]
+    client.create_base("unknown", unknown)
     sent: list[object] = []
     note = sent.append
     with pytest.raises(InvalidInput, match="project/model"):
@@ -142,6 +149,15 @@ def test_a_push_is_refused_before_anything_is_uploaded(client: Client, finetune:
         with pytest.raises(refusal):
             client.push(finetune, "maths/skills", "tiny", progress=lambda *_: note(1), **options)
     config = finetune / "config.json"
+    with pytest.raises(UnsupportedModel, match="'made_up' cannot be calibrated"):
+        client.push(finetune, "maths/skills", "unknown", progress=lambda *_: note(1))
+    client.delete_base("unknown")
+    adapter = finetune.parent / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
+    (adapter / "adapter_model.safetensors").write_bytes(weights(1))
+    with pytest.raises(InvalidAdapter, match="use_dora"):
+        client.push(adapter, "maths/skills", "tiny", progress=lambda *_: note(1))
     config.write_text(config.read_text().replace("llama", "gemma"))
     with pytest.raises(ArchitectureMismatch, match="base is a 'llama' model, the fine-tune a 'ge"):
         client.push(finetune, "maths/skills", "tiny", progress=lambda *_: note(1))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from deltadock.artifacts.checkpoint import read_headers
 from deltadock.artifacts.encodings import Encoded, decode_dense, decode_floats
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
@@ -21,6 +22,7 @@ from deltadock.compression.adapters.encoding import adapter_digest, encode_adapt
 from deltadock.compression.adapters.importing import evaluate_adapter, import_adapter
 from deltadock.compression.checkpoints import CheckpointReader
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Source
+from deltadock.compression.preview import preview_size, shapes_of
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.quality import evaluate
 from deltadock.errors import (
@@ -288,6 +290,21 @@ def test_missing_and_damaged_files_are_rejected(base: Path, make_adapter: MakeAd
     config.unlink()
     with pytest.raises(InvalidAdapter, match="no adapter_config"):
         encode_adapter(CheckpointReader(base), adapter)
+
+
+def test_the_previewed_size_is_the_deltas(
+    base: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter, out = make_adapter(factors(64, 64)), tmp_path / "a.delta"
+    shapes = shapes_of(read_headers(adapter), read_headers(base))
+    size = preview_size(shapes, "lora", None)
+    report = import_adapter(
+        base, adapter, out, CompressOptions(method="lora"), calibration=[],
+        progress=ProgressReporter(),
+    )  # fmt: skip
+    assert size.parameters == report.parameters
+    # Of so small an adapter, the manifest is most.
+    assert size.artifact_bytes == pytest.approx(report.artifact_bytes, rel=0.3)
 
 
 def test_the_digest_covers_both_files(make_adapter: MakeAdapter) -> None:

@@ -33,7 +33,7 @@ from deltadock.compression.preview import (
 )
 from deltadock.compression.scratch import Scratch
 from deltadock.compression.session import CompressionSession
-from deltadock.errors import InvalidCheckpoint, InvalidGoal, InvalidInput, MalformedSafetensors
+from deltadock.errors import InvalidCheckpoint, InvalidGoal, MalformedSafetensors
 
 Pair = tuple[Path, Path]
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -65,14 +65,12 @@ def test_roles_from_tensor_names(name: str, shape: tuple[int, ...], role: str) -
     assert TensorShape(name, "I8", shape).role == "other tensors"
 
 
-def test_every_method_but_an_adapters_import_has_an_estimate() -> None:
-    assert SIZE_ESTIMATES.keys() == {
-        name for name, info in METHODS.items() if not info.imports_adapter
-    }
+def test_every_method_has_an_estimate() -> None:
+    assert SIZE_ESTIMATES.keys() == METHODS.keys()
 
 
-# The artifact has bitdelta's size; only its scales' values differ.
-METHODS_BY_SIZE = sorted(SIZE_ESTIMATES.keys() - {"bitdelta-distilled"})
+# The artifact has bitdelta's size; only its scales' values differ. `test_adapters` has an adapter.
+METHODS_BY_SIZE = sorted(SIZE_ESTIMATES.keys() - {"bitdelta-distilled", "lora"})
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +217,6 @@ def test_the_largest_discrete_budget_that_fits_is_chosen(budget: float) -> None:
             shapes, "delta-zip", Goal("target_bytes", size.artifact_bytes + more)
         )
         assert predicted == size
-
-
-def test_an_adapters_size_is_not_predicted() -> None:
-    with pytest.raises(InvalidInput, match="as large as the adapter"):
-        preview_size(qwen2_5_7b(), "lora", None)
 
 
 def test_the_error_of_an_unreachable_size_names_the_smallest() -> None:

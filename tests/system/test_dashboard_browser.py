@@ -31,6 +31,7 @@ from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import browser as chromium
 from tests import seed
 from tests.api.support import CONFIG, weights
+from tests.api.test_adapters import adapter_files
 from tests.system.conftest import SAMPLES, Stored
 from tests.system.dashboard import PHONE, WIDE, Site, running_site, signed_in
 
@@ -536,6 +537,18 @@ def test_uploads_continue_and_become_a_base_and_a_delta(
     page.get_by_role("button", name="Register").click()
     expect(page.locator("h1")).to_have_text("tiny")
     page.get_by_role("link", name="New delta").click()
+    (tmp_path / "adapter").mkdir()
+    for name, content in adapter_files().items():
+        (tmp_path / "adapter" / name).write_bytes(content)
+    page.locator("#tuned-files input").set_input_files(tmp_path / "adapter")
+    expect(page.locator("#preview")).to_contain_text("True ratio")
+    expect(page.locator("#method-said")).to_contain_text("A PEFT adapter")
+    expect(page.get_by_label("Method")).to_be_disabled()
+    expect(page.get_by_label("Value of the goal")).to_be_hidden()
+    page.get_by_role("button", name="Compress").click()
+    expect(page.locator("h1")).to_have_text("finetunes/adapter:1")
+    expect(page.locator("main")).to_contain_text("lora")
+    page.goto("/new?base=tiny")
     page.route("**/files/model.safetensors", refuse)
     page.locator("#tuned-files input").set_input_files(tmp_path / "tuned")
     expect(page.locator("#tuned-files p")).to_contain_text("Gone. Choose the files again")

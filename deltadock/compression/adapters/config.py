@@ -10,22 +10,9 @@ from typing import Final
 
 import regex
 
-from deltadock.artifacts.checkpoint import (
-    ADAPTER_CONFIG,
-)
-from deltadock.errors import (
-    InvalidAdapter,
-)
-
-UNSUPPORTED: Final = (
-    "use_dora", "use_qalora", "lora_bias", "layer_replication", "target_parameters",
-    "trainable_token_indices", "alora_invocation_tokens", "megatron_config", "arrow_config",
-    "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
-)  # fmt: skip
-"""Features whose result is not the base's weight plus one product."""
-
-CHANGED_BASES: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations that change the base's weights, so that the adapter does not fit the base."""
+from deltadock.artifacts.checkpoint import ADAPTER_CONFIG
+from deltadock.compression.checks import check_adapter
+from deltadock.errors import InvalidAdapter
 
 MAX_PATTERN: Final = 1000
 PATTERN_SECONDS: Final = 2.0
@@ -111,24 +98,9 @@ def read_config(folder: Path) -> LoraConfig:
         ) from error
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"{ADAPTER_CONFIG} is not valid JSON.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise InvalidAdapter(
-            f"{ADAPTER_CONFIG} is not that of a LoRA adapter (LORA): its peft_type is "
-            f"{kind!r:.40}. Merge it into its base with PEFT's merge_and_unload and compress the "
-            "merged checkpoint."
-        )
-    if used := [name for name in UNSUPPORTED if config.get(name)]:
-        raise InvalidAdapter(
-            f"The adapter uses {used[0]}, which cannot be imported. Merge it into its base with "
-            "PEFT's merge_and_unload and compress the merged checkpoint."
-        )
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(CHANGED_BASES):
-        raise InvalidAdapter(
-            f"The adapter was initialised with {start!r}, which changes the base's weights. Save "
-            "it with path_initial_model_for_weight_conversion, or merge it into its base."
-        )
+    if not isinstance(config, dict):
+        raise InvalidAdapter(f"{ADAPTER_CONFIG} is not a JSON object.")
+    check_adapter(config)
     try:
         return LoraConfig(
             rank=_count(config["r"]),
