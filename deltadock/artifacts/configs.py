@@ -25,10 +25,12 @@ UNUSED_KEYS: Final = frozenset(
 )  # fmt: skip
 """Keys that change no forward pass, and those that `_settings` or `match_tensors` compares."""
 
-TRAINING_KEYS: Final = ("_dropout", "_pdrop", "summary_")
+TRAINING_KEYS: Final = ("dropout", "layerdrop", "_pdrop", "summary_")
 """Parts of the names of keys that are read in training only."""
 
-EPSILONS: Final = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+EPSILONS: Final = (
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps",
+)  # fmt: skip
 
 ROPE: Final = "rope_parameters"
 ROTATED: Final = "partial_rotary_factor"

@@ -12,6 +12,7 @@ _INNER_LANGUAGE_MODEL: Final = (
 
 RENAMED: Final[Mapping[str, tuple[tuple[str, str], ...]]] = MappingProxyType(
     {
+        "gpt_neox": (("lm_head.", "embed_out."),),
         "mixtral": ((".mlp.", ".block_sparse_moe."),),
         "qwen2_5_vl": (("model.language_model.", "model."),),
         "llava": _INNER_LANGUAGE_MODEL,
@@ -20,7 +21,7 @@ RENAMED: Final[Mapping[str, tuple[tuple[str, str], ...]]] = MappingProxyType(
 )
 """Pieces of the modules' parameter names, and their names in checkpoints, by model_type."""
 
-BODY: Final = ("model.", "transformer.")
+BODY: Final = ("model.", "transformer.", "gpt_neox.")
 """Prefixes of the body, which checkpoints of the body alone lack."""
 
 EMBEDDINGS: Final = frozenset(
@@ -47,9 +48,10 @@ def unwrapped(name: str) -> str:
 def is_buffer(name: str, shape: Sequence[int]) -> bool:
     """Whether `transformers` computes this tensor itself and ignores a stored one.
 
-    Such are rotary frequencies, and the masks of old GPT-2 checkpoints.
+    Such are rotary frequencies, and the masks of old GPT-2 and GPT-NeoX checkpoints.
     """
-    return bool(_BUFFERS.search(name)) or (name.endswith("attn.bias") and len(shape) == 4)
+    mask = name.endswith(("attn.bias", "attention.bias")) and len(shape) == 4
+    return mask or bool(_BUFFERS.search(name))
 
 
 def spellings(name: str, model_type: str) -> Iterator[str]:

@@ -39,6 +39,8 @@ SAFETENSORS_DTYPES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()
 
 GENERATION: Final = "generation_config.json"
 
+LONGEST: Final = "max_position_embeddings"
+
 NEEDED_FILES: Final = sorted({CONFIG, *TOKENIZER_FILES})
 """What a tokenizer is loaded from."""
 
@@ -443,7 +445,8 @@ def _set_config(replacements: _Replacements, model: Any, text: str | None) -> No
                     rotary = type(child)(new).to(model.device)
                     replacements.set_attribute(module, name, rotary)
         replacements.set_attribute(old, key, after)
-    replacements.set_attribute(old, "max_position_embeddings", new.max_position_embeddings)
+    if hasattr(old, LONGEST):  # not where positions have no embeddings (ALiBi)
+        replacements.set_attribute(old, LONGEST, getattr(new, LONGEST))
 
 
 def _set_generation_config(replacements: _Replacements, model: Any, text: str | None) -> None:

@@ -21,10 +21,12 @@ class Family:
         experts: names of an expert's gate, up and down projections in checkpoints.
         vision: the language model is part of a vision-language model; only that part is run here,
             and the vision tower and projector are stored exactly.
+        tuples: a block returns a tuple, of which the model takes the first entry.
     """
 
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     vision: bool = False
+    tuples: bool = False
 
 
 CALIBRATED: Final[Mapping[str, Family]] = MappingProxyType(
@@ -42,6 +44,25 @@ CALIBRATED: Final[Mapping[str, Family]] = MappingProxyType(
         "mixtral": Family(experts=("w1", "w3", "w2")),
         "qwen2_moe": Family(),
         "qwen3_moe": Family(),
+        "smollm3": Family(),
+        "granite": Family(),
+        "olmo2": Family(),
+        "gpt_neox": Family(),
+        "stablelm": Family(),
+        "starcoder2": Family(),
+        "cohere": Family(),
+        "cohere2": Family(),
+        "glm": Family(),
+        "glm4": Family(),
+        "falcon": Family(tuples=True),
+        "olmoe": Family(),
+        "ministral": Family(),
+        "opt": Family(),
+        "bloom": Family(tuples=True),
+        "nemotron": Family(),
+        "exaone4": Family(),
+        "olmo": Family(),
+        "apertus": Family(),
         "qwen2_5_vl": Family(vision=True),
         "llava": Family(vision=True),
         "gemma3": Family(vision=True),
@@ -57,7 +78,8 @@ def check_family(config: Mapping[str, Any]) -> None:
     """Check that the model of a parsed config.json can be run.
 
     Raises:
-        UnsupportedModel: it is of another family, or a vision model around another language model.
+        UnsupportedModel: it is of another family, a vision model around another language model, or
+            projects its embedding to another width.
     """
     kind = config["model_type"]
     if kind not in CALIBRATED:
@@ -73,4 +95,10 @@ def check_family(config: Mapping[str, Any]) -> None:
         raise UnsupportedModel(
             f"A {kind!r} model around a {inner!r} model cannot be calibrated yet; known are "
             f"{', '.join(TEXT_MODELS)}."
+        )
+    width, hidden = config.get("word_embed_proj_dim"), config.get("hidden_size")
+    if None not in (width, hidden) and width != hidden:
+        raise UnsupportedModel(
+            f"A {kind!r} model whose embedding is projected to its hidden size ({width} to "
+            f"{hidden}) cannot be calibrated yet."
         )

@@ -57,14 +57,18 @@ def test_a_fine_tunes_rotary_embedding_and_epsilon(family: str, tmp_path: Path) 
     auto = auto_class(model.config.model_type)
     tuned = auto.from_pretrained(tmp_path / "tuned", dtype=torch.float32).eval()
     check(Made(tmp_path / "base", tmp_path / "tuned", tuned), tmp_path)
+    merged, given = (scan_folder(tmp_path / name) for name in ("merged", "tuned"))
+    assert merged.weights_digest == given.weights_digest
 
 
 @pytest.mark.parametrize("on", ["lora", "modules_to_save"])
 @pytest.mark.parametrize("family", CASES)
 def test_an_adapter_on_the_embedding(family: str, on: str, tmp_path: Path) -> None:
     model = save(CASES[family], tmp_path / "base").float()
-    embedding = "wte" if family == "gpt2" else "embed_tokens"
-    others = ".*(q_proj|c_attn|qkv_proj)"
+    table = model.get_input_embeddings()
+    path = next(name for name, module in model.named_modules() if module is table)
+    embedding = path.rpartition(".")[2]
+    others = ".*(q_proj|c_attn|qkv_proj|query_key_value)"
     settings: dict[str, Any] = {"r": 4, "target_modules": others}
     if CALIBRATED[model.config.model_type].vision:
         settings["target_modules"] = f".*language_model{others}"

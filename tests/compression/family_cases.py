@@ -6,18 +6,34 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    ApertusConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BloomConfig,
     CLIPVisionConfig,
+    Cohere2Config,
+    CohereConfig,
+    Exaone4Config,
+    FalconConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GlmConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     LlavaConfig,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
+    Olmo2Config,
+    OlmoConfig,
+    OlmoeConfig,
+    OPTConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
@@ -27,6 +43,9 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     SiglipVisionConfig,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 from tests.compression.conftest import save_tokenizer
@@ -56,6 +75,11 @@ class Case(NamedTuple):
     make: Callable[[], PreTrainedConfig]
     renamed: tuple[tuple[str, str], ...] = ()
     auto: Any = AutoModelForCausalLM
+
+
+def _without(*keys: str) -> dict[str, Any]:
+    """`SIZES` without those that a family spells otherwise."""
+    return {key: value for key, value in SIZES.items() if key not in keys}
 
 
 def _qwen2_5_vl() -> PreTrainedConfig:
@@ -114,6 +138,59 @@ CASES = {
     "qwen3-moe": Case(
         lambda: Qwen3MoeConfig(**SIZES, **MIXTURE, head_dim=8, mlp_only_layers=[0])
     ),
+    "smollm3": Case(
+        lambda: SmolLM3Config(
+            **SIZES, use_sliding_window=True, sliding_window=8, no_rope_layers=[1, 0],
+        )
+    ),
+    "granite": Case(
+        lambda: GraniteConfig(
+            **SIZES, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.3,
+            logits_scaling=0.5, tie_word_embeddings=True,
+        )
+    ),
+    "olmo2": Case(lambda: Olmo2Config(**SIZES)),
+    "gpt-neox": Case(
+        lambda: GPTNeoXConfig(**_without("num_key_value_heads"), rotary_pct=0.5),
+        (("lm_head.", "embed_out."),),
+    ),
+    "stablelm": Case(
+        lambda: StableLmConfig(
+            **SIZES, partial_rotary_factor=0.5, qk_layernorm=True, use_qkv_bias=True,
+            use_parallel_residual=True,
+        )
+    ),
+    "starcoder2": Case(lambda: Starcoder2Config(**SIZES, sliding_window=8)),
+    "cohere": Case(lambda: CohereConfig(**SIZES, use_qk_norm=True, logit_scale=0.5)),
+    "cohere2": Case(lambda: Cohere2Config(**SIZES, **LAYERS, logit_scale=0.5)),
+    "glm": Case(lambda: GlmConfig(**SIZES, head_dim=8)),
+    "glm4": Case(lambda: Glm4Config(**SIZES, head_dim=8)),
+    "falcon": Case(
+        lambda: FalconConfig(
+            **_without("num_key_value_heads", "intermediate_size"), ffn_hidden_size=48,
+            new_decoder_architecture=True, num_kv_heads=2,
+        )
+    ),
+    "olmoe": Case(
+        lambda: OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, clip_qkv=0.5)
+    ),
+    "ministral": Case(lambda: MinistralConfig(**SIZES, **LAYERS, head_dim=8)),
+    "opt": Case(
+        lambda: OPTConfig(
+            **_without("num_key_value_heads", "intermediate_size"), ffn_dim=48,
+            do_layer_norm_before=False,
+        )
+    ),
+    "bloom": Case(
+        lambda: BloomConfig(
+            vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **ENDS,
+            apply_residual_connection_post_layernorm=True,
+        )
+    ),
+    "nemotron": Case(lambda: NemotronConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "exaone4": Case(lambda: Exaone4Config(**SIZES, **LAYERS)),
+    "olmo": Case(lambda: OlmoConfig(**SIZES, clip_qkv=0.5)),
+    "apertus": Case(lambda: ApertusConfig(**SIZES, attention_bias=True)),
     "qwen2.5-vl": Case(
         _qwen2_5_vl, (("model.language_model.", "model."),), AutoModelForImageTextToText
     ),

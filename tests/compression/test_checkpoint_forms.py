@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, GPT2Model
+from transformers import AutoModelForCausalLM, BloomModel, GPT2Model, MptConfig, OPTConfig
 
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
@@ -103,6 +103,32 @@ def test_gpt2_without_prefix_and_with_old_masks(text: Path, tmp_path: Path) -> N
     with torch.inference_mode():
         logits = merged(TOKENS).logits.flatten(0, 1)
     torch.testing.assert_close(blockwise_logits(tmp_path / "merged"), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_gpt_neox_with_old_masks_and_frequencies(text: Path, tmp_path: Path) -> None:
+    pair = family_pair("gpt-neox", tmp_path)
+    expected = blockwise_logits(pair[1])
+    attention = "gpt_neox.layers.0.attention"
+    old = {
+        f"{attention}.bias": torch.ones(1, 1, 128, 128).tril().bool(),
+        f"{attention}.masked_bias": torch.tensor(-1e9),
+        f"{attention}.rotary_emb.inv_freq": torch.ones(2),
+    }
+    rewrite(pair[1], lambda weights: {**weights, **old})
+    torch.testing.assert_close(blockwise_logits(pair[1]), expected)
+    _, kinds = run(pair, text, tmp_path)
+    assert kinds["embed_out.weight"] == "svd"
+    assert not kinds.keys() & old.keys()
+
+
+def test_bloom_without_prefix(text: Path, tmp_path: Path) -> None:
+    pair = family_pair("bloom", tmp_path)
+    expected = blockwise_logits(pair[0])
+    BloomModel.from_pretrained(pair[0]).save_pretrained(pair[0])
+    assert "h.1.mlp.dense_h_to_4h.weight" in load_file(pair[0] / WEIGHTS)
+    torch.testing.assert_close(blockwise_logits(pair[0]), expected)
+    _, kinds = run(pair, text, tmp_path)
+    assert kinds["h.1.mlp.dense_h_to_4h.weight"] == "svd"
 
 
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "llava", "gemma3-sight", "qwen2-moe"])
@@ -258,16 +284,26 @@ def test_an_unknown_family_is_rejected_by_name_but_can_be_stored_exactly(
     pair = tmp_path / "base", tmp_path / "tuned"
     for seed, folder in enumerate(pair):
         torch.manual_seed(seed)
-        config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+        config = MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         save_tokenizer(folder)
-    with pytest.raises(UnsupportedModel, match=r"'bloom'.*'exact'"):
+    with pytest.raises(UnsupportedModel, match=r"'mpt'.*'exact'"):
         run(pair, text, tmp_path)
     exact = CompressOptions(method="exact")
     compress(*pair, tmp_path / "a.delta", exact, calibration=None)
     merge(pair[0], tmp_path / "a.delta", tmp_path / "merged")
     merged, tuned = (load_file(folder / WEIGHTS) for folder in (tmp_path / "merged", pair[1]))
     assert all(torch.equal(merged[name], tensor) for name, tensor in tuned.items())
+
+
+def test_a_projected_embedding_is_rejected(tmp_path: Path) -> None:
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, word_embed_proj_dim=24, num_hidden_layers=2,
+        num_attention_heads=4, ffn_dim=48,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"'opt'.*\(24 to 32\)"):
+        BlockwiseModel(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

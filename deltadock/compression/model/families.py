@@ -72,11 +72,18 @@ def build(config: Any, dtype: torch.dtype) -> Any:
 def restore_buffers(body: Any, device: torch.device) -> None:
     """Compute the non-persistent buffers of `body`, such as rotary frequencies.
 
+    Persistent ones are in checkpoints, and are loaded with the weights.
+
     Raises:
         UnsupportedModel: the model's own initialization does not compute one of them.
     """
+    stored = body.state_dict().keys()
     for name, module in body.named_modules():
-        own = dict(module.named_buffers(recurse=False))
+        own = {
+            key: buffer
+            for key, buffer in module.named_buffers(recurse=False)
+            if f"{name}.{key}".removeprefix(".") not in stored
+        }
         for key, buffer in own.items():
             fill = torch.nan if buffer.is_floating_point() else 0
             module.register_buffer(

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from deltadock.artifacts.compatibility import check_not_quantized
 from deltadock.compression.checkpoints import TensorSource
+from deltadock.compression.families import CALIBRATED
 from deltadock.compression.model.families import (
     StoredParameter,
     build,
@@ -32,20 +33,25 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _BlockStub(nn.Module):
-    """Replaces a block: records its arguments, and returns `output` or else its input."""
+    """Replaces a block: records its arguments, and returns `output` or else its input.
 
-    def __init__(self, block: nn.Module, output: Tensor | None = None) -> None:
+    With `in_tuple`, as the only entry of a tuple.
+    """
+
+    def __init__(self, block: nn.Module, output: Tensor | None, *, in_tuple: bool) -> None:
         super().__init__()
         # In a tuple, so that the block is not registered as a submodule.
         self.block = (block,)
         self.output = output
+        self.in_tuple = in_tuple
         self.inputs: list[Tensor] = []
         self.arguments: Arguments = ((), {})
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         self.inputs.append(hidden)
         self.arguments = args, kwargs
-        return hidden if self.output is None else self.output
+        output = hidden if self.output is None else self.output
+        return (output,) if self.in_tuple else output
 
     def __getattr__(self, name: str) -> Any:
         """The block's attributes, which models read before the call (attention type, say)."""
@@ -56,11 +62,15 @@ class _BlockStub(nn.Module):
 
 
 class _BodyStub(nn.Module):
-    """Replaces everything below the output head: returns `hidden`."""
+    """Replaces everything below the output head: returns `hidden`.
 
-    def __init__(self, hidden: Tensor) -> None:
+    Models call it, or the body that it holds, `body` (OPT: `decoder`).
+    """
+
+    def __init__(self, hidden: Tensor, body: str) -> None:
         super().__init__()
         self.last_hidden_state = hidden
+        self.body = body
 
     def forward(self, *_: Any, **__: Any) -> "_BodyStub":
         return self
@@ -69,7 +79,8 @@ class _BodyStub(nn.Module):
         return (self.last_hidden_state,)[index]
 
     def __getattr__(self, name: str) -> Any:
-        """None, for all other outputs (caches, attentions, ...)."""
+        """Itself as the body; None for all other outputs (caches, attentions, ...)."""
+        return self if name == self.__dict__["body"] else None
 
 
 class Skeleton:
@@ -98,6 +109,7 @@ class Skeleton:
         self._device, self._dtype = device, dtype
         self._model = build(config, dtype).eval()
         self.config = config.get_text_config(decoder=True)
+        self._in_tuples = CALIBRATED[config.model_type].tuples
         self._body = self._model.get_decoder()
         modules = {id(module): name for name, module in self._model.named_modules()}
         self.body = modules[id(self._body)]
@@ -217,7 +229,7 @@ class Skeleton:
         self, weights: Weights, output: Tensor | None, **inputs: Any
     ) -> tuple[list[_BlockStub], Any]:
         """Run the body with stubs as blocks, which return their input, or `output`."""
-        stands = [_BlockStub(block, output) for block in self._layers]
+        stands = [_BlockStub(block, output, in_tuple=self._in_tuples) for block in self._layers]
         with _replaced(self._body, self._layers_name, nn.ModuleList(stands)):
             result = functional_call(self._body, weights, kwargs={**inputs, "use_cache": False})
         return stands, result
@@ -259,7 +271,8 @@ class Skeleton:
 
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
         """Logits (tokens, vocabulary) float32 for the body's outputs (tokens, hidden)."""
-        with _replaced(self._model, self._model.base_model_prefix, _BodyStub(hidden[None])):
+        stub = _BodyStub(hidden[None], self.body.rpartition(".")[2])
+        with _replaced(self._model, self._model.base_model_prefix, stub):
             logits: Tensor = functional_call(
                 self._model, weights, kwargs={"input_ids": None, "use_cache": False}
             ).logits
