@@ -66,6 +66,13 @@ MODEL_FILES: Final = TOKENIZER_FILES | {
 }  # fmt: skip
 """The files besides weights that a model needs to answer; trainers leave many others."""
 
+SAVE_AGAIN: Final = (
+    "Save the model as .safetensors with transformers 5: "
+    'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"); '
+    "model.save_pretrained(NEW_FOLDER). Copy the tokenizer's files too."
+)
+"""What to do with pickled weights."""
+
 NAMED_FILES: Final = 8
 """Ignored files that a note names."""
 
@@ -114,10 +121,7 @@ def check_path(path: str) -> str:
     ):
         raise UnsafeFile(f"{path!r} is not a plain relative path inside a checkpoint.")
     if pure.suffix in RUNNABLE_SUFFIXES:
-        raise UnsafeFile(
-            f"{path!r} is of a kind that can run code when it is opened. Save the model with "
-            "save_pretrained(..., safe_serialization=True) and upload the .safetensors files."
-        )
+        raise UnsafeFile(f"{path!r} is of a kind that can run code when it is opened. {SAVE_AGAIN}")
     if pure.suffix not in KNOWN_SUFFIXES:
         raise InvalidCheckpoint(
             f"{path!r} is not a file of a Hugging Face checkpoint; leave it out. "
@@ -546,6 +550,6 @@ def folder_files(folder: Path, *, adapter: bool = False) -> frozenset[str]:
         if not weights and any(PurePosixPath(path).suffix in PICKLE_SUFFIXES for path in paths):
             raise UnsafeFile(
                 f"{folder} holds its weights only as PyTorch pickles, which can run code when "
-                "opened. Save the model again with safe_serialization=True."
+                f"opened. {SAVE_AGAIN}"
             ) from error
         raise InvalidCheckpoint(f"{folder}: {error.message}") from error

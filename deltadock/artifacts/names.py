@@ -80,7 +80,12 @@ def is_embedding(name: str) -> bool:
 
 def is_head(name: str) -> bool:
     """Whether the tensor is an output head's weight by its name."""
-    return _owner(name) in HEADS and not re.search(r"\.\d+\.", name)
+    return _owner(name) in HEADS and not is_in_block(name)
+
+
+def is_in_block(name: str) -> bool:
+    """Whether the tensor is one of a numbered block's."""
+    return bool(re.search(r"\.\d+\.", name))
 
 
 def _owner(name: str) -> str:

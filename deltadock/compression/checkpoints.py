@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -22,13 +23,20 @@ from deltadock.artifacts.compatibility import (
 )
 from deltadock.artifacts.configs import check_same_forward
 from deltadock.artifacts.encodings import NUMPY_DTYPES
-from deltadock.artifacts.names import is_embedding, is_head
+from deltadock.artifacts.names import is_embedding, is_head, is_in_block
 from deltadock.compression.progress import ProgressReporter
+from deltadock.compression.report import UNRELATED
 from deltadock.errors import InvalidCheckpoint, NonFiniteWeights
 from deltadock.words import counted
 
 FLOAT_DTYPES: Final = {"BF16", "F16", "F32", "F64"}
 """Dtypes whose deltas can be compressed; tensors of any other dtype are stored exactly."""
+
+RELATED: Final = 0.5
+"""Median cosine between matrices of a fine-tune and of its base: below 0.02 for unrelated models,
+above 0.8 for fine-tunes, however long they were trained."""
+COMPARED_MATRICES: Final = 16
+COMPARED_ROWS: Final = 256
 
 INHERITED_TOKENIZER: Final = "The fine-tune has no tokenizer: the base's is used."
 
@@ -108,6 +116,12 @@ class CheckpointReader:
             numbers, rows = self.replaced[name]
             tensor = tensor.index_copy(0, numbers, rows.to(tensor.dtype))
         return tensor
+
+    def head(self, name: str, rows: int) -> Tensor:
+        """The first rows of a tensor as stored, or all that it has."""
+        with self._open(name) as file:
+            part: Tensor = file.get_slice(self.entries[name].name)[:rows]
+        return part
 
     def _open(self, name: str) -> safe_open:
         # Reopened for each tensor: pages of a mapped file stay resident, so that one mapping per
@@ -283,7 +297,31 @@ def open_pair(
     ignored = ignored_files(finetuned, {file.path for file in after.manifest.files})
     inherited = [INHERITED_TOKENIZER] if inherits_tokenizer(before.manifest, after.manifest) else []
     unused = keep_unused_rows(before, after)
-    return CheckpointPair(before, after, (*inherited, *ignored, *unused))
+    pair = CheckpointPair(before, after)
+    doubt = [] if are_related(pair) else [UNRELATED]
+    return replace(pair, notes=(*doubt, *inherited, *ignored, *unused))
+
+
+def are_related(pair: CheckpointPair) -> bool:
+    """Whether the weights tell that one model was trained from the other.
+
+    Compares the first rows of some of the blocks' matrices, whether they changed or not.
+    """
+    names = [
+        name
+        for name, entry in sorted(pair.base.entries.items())
+        if len(entry.shape) == 2 and is_in_block(name) and pair.is_float(name)
+    ]
+    cosines = []
+    for name in names[:: max(1, len(names) // COMPARED_MATRICES)]:
+        before, after = (
+            reader.head(name, COMPARED_ROWS).float().flatten()
+            for reader in (pair.base, pair.finetuned)
+        )
+        cosine = float(torch.cosine_similarity(before, after, dim=0))
+        if before.any() and after.any():
+            cosines.append(cosine)
+    return not cosines or median(cosines) >= RELATED
 
 
 def keep_unused_rows(base: CheckpointReader, finetuned: CheckpointReader) -> list[str]:

@@ -25,7 +25,7 @@ from deltadock.artifacts.checkpoint import (
 from deltadock.artifacts.compatibility import differing_files, match_tensors
 from deltadock.artifacts.container import DTYPE_BITS
 from deltadock.artifacts.manifest import DEFLATED_FROM
-from deltadock.artifacts.names import EMBEDDINGS, HEADS
+from deltadock.artifacts.names import EMBEDDINGS, HEADS, is_in_block
 from deltadock.compression.options import METHODS, Goal, rank_budget
 from deltadock.errors import InvalidCheckpoint, InvalidGoal
 
@@ -37,7 +37,6 @@ ROLES: Final[tuple[Role, ...]] = (
     "other tensors",
 )
 FLOATS: Final = frozenset({"BF16", "F16", "F32", "F64"})
-_IN_BLOCK: Final = re.compile(r"\.\d+\.")
 _NOT_COMPRESSED: Final = re.compile(
     r"norm|conv|visual|vision|image|audio|router|rotary|relative|position|(^|\.)wpe\."
 )
@@ -78,9 +77,9 @@ class TensorShape(NamedTuple):
         parts = self.name.removesuffix(".weight").split(".")
         if len(self.shape) == 2 and parts[-1] in EMBEDDINGS:
             return "embeddings"
-        if len(self.shape) == 2 and parts[-1] in HEADS and not _IN_BLOCK.search(self.name):
+        if len(self.shape) == 2 and parts[-1] in HEADS and not is_in_block(self.name):
             return "output head"
-        if len(self.shape) <= 3 and _IN_BLOCK.search(self.name) and parts[-1] != "bias":
+        if len(self.shape) <= 3 and is_in_block(self.name) and parts[-1] != "bias":
             return "linear layers"
         return "other tensors"
 

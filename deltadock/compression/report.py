@@ -12,6 +12,12 @@ POOR: Final = 0.5
 LEAST_POOR: Final = 1e-4
 """KL in nats per token below which no delta is far from its fine-tune, however near the base is."""
 
+UNRELATED: Final = (
+    "Is this the base that was fine-tuned? Its weights and the fine-tune's point in directions as "
+    "different as those of unrelated models."
+)
+"""The note of a pair whose weights have little in common."""
+
 Rank = tuple[int, float, int, int]
 """Of a decomposed matrix: place from 1, singular value, bits of U's vector and of V's, 0 if
 dropped."""
@@ -155,10 +161,15 @@ class Report:
         self.nll_base = quality.nll_base
         self.is_far = quality.kl > max(POOR * quality.kl_base, LEAST_POOR)
         if self.is_far:
-            self.notes.append(
+            far = (
                 f"The delta is far from its fine-tune: its KL is {quality.kl:.3g}, that of the "
-                f"bare base {quality.kl_base:.3g}. Allow more bits, or take another method or text."
+                f"bare base {quality.kl_base:.3g}."
             )
+            advice = (
+                " Is this the base that was fine-tuned? If so, allow more bits, or take another "
+                "method or text."
+            )
+            self.notes.append(far if UNRELATED in self.notes else far + advice)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with `ratio` and `true_bits`.

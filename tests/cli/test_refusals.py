@@ -190,7 +190,7 @@ def empty(_inputs: Inputs, folder: Path) -> Path:
         (of_another_family, "architecture_mismatch", "'llama'"),
         (of_another_shape, "architecture_mismatch", "model.layers.0.mlp.down_proj.weight"),
         (deeper, "architecture_mismatch", "model.layers.2."),
-        (pickled, "unsafe_file", "safe_serialization=True"),
+        (pickled, "unsafe_file", "model.save_pretrained(NEW_FOLDER)"),
         (truncated, "malformed_safetensors", "Was it cut off"),
         (with_wrong_dtype, "malformed_safetensors", "takes"),
         (without_config, "invalid_checkpoint", "config.json is missing"),

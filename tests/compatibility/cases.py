@@ -524,7 +524,9 @@ CASES: tuple[Case, ...] = (
     Case("any", "another activation", configured(hidden_act="gelu"), "train with the base's",
          ArchitectureMismatch, "hidden_act = 'gelu'"),
     Case("older transformers", "weights as `pytorch_model.bin` only", files(only_pickle),
-         "save with `safe_serialization=True`", UnsafeFile, "safe_serialization"),
+         'load with `from_pretrained(FOLDER, dtype="auto")`, save with '
+         "`save_pretrained(NEW_FOLDER)`",
+         UnsafeFile, r"save_pretrained\(NEW_FOLDER\)"),
     Case("transformers, PEFT", "a whole model and an adapter in one folder", files(both),
          "keep only one of them", InvalidCheckpoint, "Keep only"),
     Case("transformers, TRL, axolotl", "weights only in inner `checkpoint-N/` folders", only_inner,

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from deltadock.compression.report import Quality, Report
+from deltadock.compression.report import UNRELATED, Quality, Report
 
 
 def test_figures_that_json_cannot_hold_are_left_out_with_a_note() -> None:
@@ -31,4 +31,12 @@ def test_a_delta_that_is_far_from_its_fine_tune_has_a_note(
     assert [note.startswith("The delta is far from its fine-tune") for note in report.notes] == [
         True
     ] * poor
+    assert all("Is this the base that was fine-tuned?" in note for note in report.notes)
     assert report.to_dict()["is_far"] is poor
+
+
+def test_a_doubtful_base_is_asked_for_once_and_no_bits_are_advised() -> None:
+    report = Report("optimix", 1.0, 1000, 10**6, 10**6, "", None, notes=[UNRELATED])
+    report.set_quality(Quality(3.0, 2.0, 0.5, 1.0, 1.0, 3.0, 100, 0.0), [])
+    assert sum("Is this the base" in note for note in report.notes) == 1
+    assert not any("more bits" in note for note in report.notes)

@@ -1,6 +1,7 @@
 """Whole compressions in unusual cases: checkpoints, goals, cancellation."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from deltadock.compression.options import (
 )
 from deltadock.compression.pipeline import compress
 from deltadock.compression.progress import Progress
-from deltadock.compression.report import Report
+from deltadock.compression.report import UNRELATED, Report
 from deltadock.errors import BitsOutOfRange, Cancelled, InvalidGoal
 from tests.compression.conftest import delta_quality
 from tests.compression.matrices import compress_one
@@ -55,6 +56,17 @@ def choosing_kl(pair: Pair, text: Path, tmp_path: Path) -> float:
     """KL of `a.delta` on the windows that decide about distillation."""
     windows = load_calibration([Source(text)], pair[1], 128, 0).choose
     return delta_quality(pair, tmp_path / "a.delta", windows).kl
+
+
+def test_a_wrong_base_of_the_same_shapes_is_asked_for(
+    make_pair: Callable[..., Pair], text: Path, tmp_path: Path
+) -> None:
+    base, finetuned = make_pair()
+    assert UNRELATED not in make((base, finetuned), text, tmp_path, "exact").notes
+    (tmp_path / "a.delta").unlink()
+    shutil.rmtree(tmp_path / "merged")
+    other = make_pair(seed=1)[0]
+    assert make((other, finetuned), text, tmp_path, "exact").notes[0] == UNRELATED
 
 
 class StoppingError(Exception):

@@ -74,8 +74,9 @@ def adapter_digest(folder: Path) -> str:
     if not path.is_file():
         if any(folder.glob("adapter_model.bin")):
             raise UnsafeFile(
-                "adapter_model.bin can run code when it is opened. Save the adapter with "
-                "save_pretrained(..., safe_serialization=True)."
+                "adapter_model.bin can run code when it is opened. Save the adapter as "
+                ".safetensors with a current PEFT: model = PeftModel.from_pretrained(base, FOLDER);"
+                " model.save_pretrained(NEW_FOLDER)."
             )
         raise InvalidAdapter(f"{folder.name} has no {ADAPTER_WEIGHTS}; is it a PEFT adapter?")
     digest = hashlib.sha256(hashlib.sha256((folder / ADAPTER_CONFIG).read_bytes()).digest())
