@@ -24,7 +24,8 @@ from deltadock.storage.blobs import BlobStore, StoredEntry
 from deltadock.storage.database import Database, database_now
 from deltadock.storage.models import AuditAction, DeltaRow
 from deltadock.storage.repositories.audit import record_each
-from deltadock.storage.repositories.blobs import BlobKind, BlobRepository, DropRules, lock_blobs
+from deltadock.storage.repositories.blobs import BlobKind, BlobRepository, lock_blobs
+from deltadock.storage.repositories.retention import DropLimits, DroppableUploads, Rule
 from deltadock.storage.repositories.tenants import TenantRepository
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.repositories.uploads import UploadRepository
@@ -117,22 +118,23 @@ class Collector:
         self._one_by_one(self._droppable_uploads(), self._drop_upload)
 
     def _drop_upload(self, session: Session, upload_id: str) -> None:
-        upload = BlobRepository(session).lock_droppable(upload_id, self._rules(session))
+        upload = self._droppable(session).lock(upload_id)
         if upload is not None:
             UploadRepository(session, upload.tenant_id).drop(upload)
 
     def _droppable_uploads(self) -> list[str]:
         with self._database.read_scope() as session:
-            return BlobRepository(session).droppable_uploads(self._rules(session))
+            return self._droppable(session).find()
 
-    def _rules(self, session: Session) -> DropRules:
+    def _droppable(self, session: Session) -> DroppableUploads:
         now, days = database_now(session), self._settings.calibration_days
-        return DropRules(
+        limits = DropLimits(
             now=now,
-            checkpoints=self._settings.retention,
+            default=Rule.parse(self._settings.retention),
             texts_before=None if days is None else now - timedelta(days=days),
             undo_from=now - self._undo,
         )
+        return DroppableUploads(session, limits)
 
     def give_up_deltas(self) -> list[str]:
         """Give up the bytes of deltas whose time for undoing is over; returns why some stay."""

@@ -6,11 +6,11 @@ it before the lock ends. So neither overtakes the other.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from sqlalchemy import Select, and_, delete, exists, or_, select, union
+from sqlalchemy import Select, and_, delete, or_, select, union
 from sqlalchemy.orm import Session, load_only
 
 from deltadock.storage.database import database_now, lock_keys
@@ -25,7 +25,6 @@ from deltadock.storage.models import (
     JobRow,
     JobState,
     NodeRow,
-    RetentionRow,
     UploadFileRow,
     UploadKind,
     UploadRow,
@@ -101,7 +100,7 @@ class BlobRepository:
         What was deleted, or failed, since `undo_from` may.
         """
         if upload.kind is UploadKind.CALIBRATION:
-            in_use = self._texts_of_jobs(undo_from, upload.tenant_id)
+            in_use = self.texts_of_jobs(undo_from, upload.tenant_id)
             return "a job reads it" if upload.calibration_digest in in_use else None
         base = self.session.scalar(
             select(BaseRow.name)
@@ -245,82 +244,7 @@ class BlobRepository:
         )
         return set(job_ids) - {job for job, delta in kept if delta not in given_up}
 
-    def droppable_uploads(self, rules: "DropRules", upload_id: str | None = None) -> list[str]:
-        """Ids of complete uploads, or this one's, that no base or job needs and the rules drop.
-
-        A checkpoint that has been neither a base nor the fine-tune of a delta that is not given up
-        since `rules.undo_from` is dropped by every rule.
-        """
-        projects = {
-            (rule.tenant_id, rule.project): rule.rule
-            for rule in self.session.scalars(select(RetentionRow))
-        }
-        is_base = exists().where(
-            BaseRow.checkpoint_digest == UploadRow.checkpoint_digest,
-            or_(BaseRow.deleted_at.is_(None), BaseRow.deleted_at >= rules.undo_from),
-        )
-        is_finetune = exists().where(
-            DeltaRow.checkpoint_digest == UploadRow.checkpoint_digest,
-            DeltaRow.tenant_id == UploadRow.tenant_id,
-            DeltaRow.collected_at.is_(None),
-        )
-        checkpoints = self._complete(UploadKind.CHECKPOINT, upload_id).where(~is_base)
-        unused = checkpoints.where(~is_finetune, UploadRow.updated_at < rules.undo_from)
-        found = list(self.session.scalars(unused.with_only_columns(UploadRow.id)))
-        if any(rule != "keep" for rule in (rules.checkpoints, *projects.values())):
-            found += self._droppable_finetunes(checkpoints, projects, rules)
-        if rules.texts_before is not None:
-            texts = self.session.scalars(
-                self._complete(UploadKind.CALIBRATION, upload_id).where(
-                    UploadRow.updated_at < rules.texts_before
-                )
-            ).all()
-            in_use = self._texts_of_jobs(rules.undo_from) if texts else set()
-            found += [text.id for text in texts if text.calibration_digest not in in_use]
-        return found
-
-    def _complete(self, kind: UploadKind, upload_id: str | None) -> Select[UploadRow]:
-        found = select(UploadRow).where(
-            UploadRow.state == UploadState.COMPLETE, UploadRow.kind == kind
-        )
-        return found if upload_id is None else found.where(UploadRow.id == upload_id)
-
-    def _droppable_finetunes(
-        self,
-        checkpoints: Select[UploadRow],
-        projects: dict[tuple[str, str], str],
-        rules: "DropRules",
-    ) -> list[str]:
-        """Ids of those that the rules of all projects with a delta of the fine-tune drop."""
-        wanted = checkpoints.with_only_columns(UploadRow.tenant_id, UploadRow.checkpoint_digest)
-        distinct = wanted.distinct().subquery()
-        deltas = self.session.execute(
-            select(
-                DeltaRow.tenant_id,
-                DeltaRow.checkpoint_digest,
-                DeltaRow.name,
-                JobRow.state,
-                JobRow.finished_at,
-            )
-            .join(
-                distinct,
-                and_(
-                    DeltaRow.tenant_id == distinct.c.tenant_id,
-                    DeltaRow.checkpoint_digest == distinct.c.checkpoint_digest,
-                ),
-            )
-            .join(DeltaRow.job),
-            execution_options={"yield_per": BATCH},
-        )
-        drops: dict[tuple[str, str | None], bool] = {}
-        for tenant, digest, name, state, finished in deltas:
-            rule = projects.get((tenant, name.partition("/")[0]), rules.checkpoints)
-            of_all = drops.get((tenant, digest), True)
-            drops[tenant, digest] = of_all and rules.drop(rule, state, finished)
-        uploads = self.session.execute(wanted.add_columns(UploadRow.id))
-        return [upload for *of, upload in uploads if drops.get((of[0], of[1]), False)]
-
-    def _texts_of_jobs(self, undo_from: datetime, tenant: Tenant = EVERY_TENANT) -> set[str]:
+    def texts_of_jobs(self, undo_from: datetime, tenant: Tenant = EVERY_TENANT) -> set[str]:
         """Digests of the calibration texts of jobs that run or may continue."""
         pending: Sequence[dict[str, Any]] = self.session.scalars(
             select(DeltaRow.options)
@@ -338,33 +262,6 @@ class BlobRepository:
             for options in pending
             for source in (options.get("calibration") or {"sources": []})["sources"]
         }
-
-    def lock_droppable(self, upload_id: str, rules: "DropRules") -> UploadRow | None:
-        """Lock a complete upload and return it, if the rules still drop it."""
-        upload = self.session.get_one(UploadRow, upload_id)
-        lock_blobs(self.session, upload.checkpoint_digest or upload.calibration_digest or "")
-        self.session.refresh(upload, with_for_update=True)
-        return upload if self.droppable_uploads(rules, upload_id) else None
-
-
-class DropRules(NamedTuple):
-    """When uploads are dropped."""
-
-    now: datetime
-    checkpoints: str
-    """The rule of projects without one (see `RetentionRow`)."""
-    texts_before: datetime | None
-    """Calibration texts from before this are dropped; None: no texts are."""
-    undo_from: datetime
-    """Jobs that failed since may continue, and need their inputs."""
-
-    def drop(self, rule: str, state: JobState, finished: datetime | None) -> bool:
-        """Whether a project's rule drops the fine-tune of a job in this state."""
-        if rule == "keep" or finished is None:
-            return False
-        if state is not JobState.READY and (rule == "ready" or finished >= self.undo_from):
-            return False
-        return not rule.isdecimal() or finished <= self.now - timedelta(days=int(rule))
 
 
 _REFERENCES: Final[tuple[Select[str | None, str], ...]] = (

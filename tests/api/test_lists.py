@@ -27,7 +27,7 @@ from deltadock.storage.repositories import (
     NodeRepository,
     UploadRepository,
 )
-from deltadock.storage.repositories.blobs import BlobRepository, DropRules
+from deltadock.storage.repositories.retention import DropLimits, DroppableUploads, Rule
 from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
 from tests import seed
 from tests.api.support import bearer, issue_key
@@ -183,10 +183,10 @@ def test_all_that_is_asked_of_unfinished_uploads_finds_them_by_their_index(
 def test_a_rule_finds_the_deltas_of_an_upload_by_their_index(site: TestClient) -> None:
     database = site.app.state.resources.database  # type: ignore[attr-defined]
     now = datetime.now(UTC)
-    rules = DropRules(now=now, checkpoints="ready", texts_before=now, undo_from=now)
+    limits = DropLimits(now=now, default=Rule.parse("ready"), texts_before=now, undo_from=now)
     of_projects = re.compile("FROM retention")
     with executed(site, of_projects) as statements, database.read_scope() as session:
-        BlobRepository(session).droppable_uploads(rules, "upl_a")
+        DroppableUploads(session, limits).find("upl_a")
     assert len(statements) == 4
     check_plans(site, statements)
 
