@@ -142,7 +142,7 @@ class UnitOfWork:
     """One request's changes: committed once, after the endpoint and before the response."""
 
     session: Session
-    after_commit: list[Callable[[], None]] = field(default_factory=list)
+    after_commit: list[Callable[[], object]] = field(default_factory=list)
     """Actions that must wait for the commit, such as sending a task."""
 
 

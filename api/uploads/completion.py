@@ -1,9 +1,10 @@
-"""Completes uploads in the background: bytes are imported, hashed and checked before they count.
+"""Completes uploads: bytes are imported, hashed and checked in the background before they count.
 
 The upload's row is leased to the process that works on it. A process that dies or stops leaves the
 rest to another one: files that are stored by then stay stored.
 """
 
+import asyncio
 import os
 import platform
 import threading
@@ -16,6 +17,7 @@ from functools import partial
 from typing import Any, Final
 
 import structlog
+from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.quotas import within_bytes
 from deltadock.api.uploads.ahead import THREADS as HASH_AHEAD_THREADS
@@ -23,9 +25,14 @@ from deltadock.api.uploads.ahead import HashAhead, Prefix
 from deltadock.api.uploads.receive import make_inspector
 from deltadock.api.uploads.service import (
     assemble_upload,
+    check_arrived,
     check_stored,
+    complete_upload,
     drop_parts,
     finish_upload,
+    forget_damaged,
+    is_all_stored,
+    require_upload,
     stored_row,
 )
 from deltadock.api.uploads.sources import (
@@ -36,15 +43,17 @@ from deltadock.api.uploads.sources import (
     source_files,
 )
 from deltadock.artifacts.checkpoint import FileEntry, TensorEntry
-from deltadock.errors import DamagedBlob, DeltadockError, HashMismatch, NotFound
+from deltadock.errors import DamagedBlob, DeltadockError, HashMismatch, NotFound, error_for
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.blobs.parts import part_bytes_for
 from deltadock.storage.database import Database
-from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow
+from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 from deltadock.storage.repositories import UploadRepository
 from deltadock.storage.tenancy import EVERY_TENANT
 
+WAIT_SECONDS: Final = 5.0
+"""A completion that takes longer is answered with 202, and goes on."""
 THREADS: Final = 2
 """Uploads at once; each hashes in two threads, one for files and one for tensors."""
 POLL_SECONDS: Final = 5.0
@@ -92,12 +101,44 @@ class Completer:
         self.ahead.close()
         self._hashers.shutdown()
 
-    def notify(self, upload_id: str) -> None:
-        """Work on a completing upload soon; call this only after its row is committed."""
-        self.submit(upload_id)
+    async def complete(self, tenant_id: str, upload_id: str) -> UploadRow:
+        """The upload, complete unless that takes long.
+
+        Raises:
+            DeltadockError: why its files are not accepted.
+        """
+        upload = await run_in_threadpool(self._begin, tenant_id, upload_id)
+        if upload.state is UploadState.COMPLETING:
+            work = asyncio.wrap_future(self.submit(upload_id))
+            await asyncio.wait([work], timeout=WAIT_SECONDS)
+            upload = await run_in_threadpool(self._find, tenant_id, upload_id)
+            if upload.state is UploadState.OPEN and (reason := upload.error):
+                raise error_for(reason["code"], reason["message"], file=reason["file"])
+        return upload
+
+    def _begin(self, tenant_id: str, upload_id: str) -> UploadRow:
+        """The upload, complete if all its files are stored, else completing."""
+        assembled = None
+        upload = self._find(tenant_id, upload_id)
+        if upload.state is UploadState.OPEN and upload.source is None:
+            check_arrived(self._blobs, upload)
+        try:
+            if upload.state is UploadState.OPEN and is_all_stored(upload):
+                with self._database.read_scope() as session:
+                    assembled = assemble_upload(session, self._blobs, upload)
+            with self._database.session_scope() as session:
+                return complete_upload(session, self._blobs, tenant_id, upload_id, assembled)
+        except DamagedBlob as error:
+            with self._database.session_scope() as session:
+                forget_damaged(session, tenant_id, upload_id, error)
+            raise
+
+    def _find(self, tenant_id: str, upload_id: str) -> UploadRow:
+        with self._database.read_scope() as session:
+            return require_upload(session, tenant_id, upload_id)
 
     def submit(self, upload_id: str) -> Future[None]:
-        """Work on a completing upload, unless another process does; for whoever asks for it."""
+        """Work on a completing upload, whose row is committed, unless another process does."""
         with self._lock:
             if upload_id not in self._running:
                 future = self._pool.submit(copy_context().run, self.run, upload_id)

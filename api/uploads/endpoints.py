@@ -1,6 +1,5 @@
 """Routes of uploads."""
 
-import asyncio
 from contextlib import aclosing
 from datetime import timedelta
 from functools import partial
@@ -11,7 +10,7 @@ from fastapi import Header, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from deltadock.api.access import CallerDep
-from deltadock.api.dependencies import ReadSession, Resources, ResourcesDep, WriteUnit
+from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
 from deltadock.api.protocol import body_of
 from deltadock.api.quotas import Room, room_of
@@ -57,18 +56,15 @@ from deltadock.errors import (
     TooLarge,
     Unavailable,
     UnsafeFile,
-    error_for,
     refused_by_state,
 )
 from deltadock.problems import problems
 from deltadock.storage.blobs import PartedFile
-from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
+from deltadock.storage.models import UploadFileRow, UploadKind, UploadState
 from deltadock.storage.repositories import UploadRepository
 
 router = api_router("/v1/uploads", tags=["uploads"])
 
-WAIT_SECONDS: Final = 5.0
-"""A completion that takes longer is answered with 202, and goes on."""
 
 ListedState = Literal["open", "completing", "complete", "dropped"]
 """Aborted uploads are gone."""
@@ -149,7 +145,7 @@ def create_upload(
             upload = service.create_import(
                 unit.session, caller.tenant_id, body.kind, body.source, total, body.delta
             )
-            unit.after_commit.append(partial(resources.completer.notify, upload.id))
+            unit.after_commit.append(partial(resources.completer.submit, upload.id))
         else:
             upload = service.create_upload(
                 unit.session, resources.blobs, caller.tenant_id, body.kind, files, body.delta
@@ -372,41 +368,7 @@ async def complete_upload(
     its `error`; only that file needs to be sent again.
     """
     with refused_by_state():
-        upload = await _complete_soon(resources, caller.tenant_id, upload_id)
+        upload = await resources.completer.complete(caller.tenant_id, upload_id)
     if upload.state is UploadState.COMPLETING:
         response.status_code = 202
     return UploadOut.of(upload, resources.settings.upload_ttl)
-
-
-async def _complete_soon(resources: Resources, tenant_id: str, upload_id: str) -> UploadRow:
-    """The upload, complete unless that takes long; raises why its files are not accepted."""
-    upload = await run_in_threadpool(_complete, resources, tenant_id, upload_id)
-    if upload.state is UploadState.COMPLETING:
-        work = asyncio.wrap_future(resources.completer.submit(upload_id))
-        await asyncio.wait([work], timeout=WAIT_SECONDS)
-        upload = await run_in_threadpool(_find, resources, tenant_id, upload_id)
-        if upload.state is UploadState.OPEN and (reason := upload.error):
-            raise error_for(reason["code"], reason["message"], file=reason["file"])
-    return upload
-
-
-def _complete(resources: Resources, tenant_id: str, upload_id: str) -> UploadRow:
-    blobs, assembled = resources.blobs, None
-    upload = _find(resources, tenant_id, upload_id)
-    if upload.state is UploadState.OPEN and upload.source is None:
-        service.check_arrived(blobs, upload)
-    try:
-        if upload.state is UploadState.OPEN and service.is_all_stored(upload):
-            with resources.database.read_scope() as session:
-                assembled = service.assemble_upload(session, blobs, upload)
-        with resources.database.session_scope() as session:
-            return service.complete_upload(session, blobs, tenant_id, upload_id, assembled)
-    except DamagedBlob as error:
-        with resources.database.session_scope() as session:
-            service.forget_damaged(session, tenant_id, upload_id, error)
-        raise
-
-
-def _find(resources: Resources, tenant_id: str, upload_id: str) -> UploadRow:
-    with resources.database.read_scope() as session:
-        return service.require_upload(session, tenant_id, upload_id)

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deltadock.api.uploads import completion, endpoints
+from deltadock.api.uploads import completion
 from deltadock.api.uploads.completion import Completer
 from deltadock.cli.processes import free_ports
 from deltadock.errors import Unavailable
@@ -231,7 +231,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         run(self, upload_id)
 
     monkeypatch.setattr(Completer, "run", wait_and_run)
-    monkeypatch.setattr(endpoints, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(completion, "WAIT_SECONDS", 0.05)
     yield go
     go.set()
 
