@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    CursorResult,
     Engine,
+    Result,
     create_engine,
     event,
     make_url,
@@ -114,6 +116,11 @@ def database_now(session: Session) -> datetime:
         moment: datetime = session.execute(select(text("clock_timestamp()"))).scalar_one()
         return moment.astimezone(UTC)
     return datetime.now(UTC)
+
+
+def changed_rows(result: Result[Any]) -> bool:
+    """Whether an UPDATE changed a row."""
+    return cast(CursorResult[Any], result).rowcount > 0
 
 
 def lock_key(session: Session, *key: str) -> None:

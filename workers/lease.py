@@ -1,9 +1,6 @@
 """The lease on a job: renewed by a heartbeat thread, checked at every progress report."""
 
-import os
-import platform
 import threading
-import uuid
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -12,6 +9,7 @@ import structlog
 from deltadock.errors import Cancelled, DeltadockError, Unavailable
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.database import Database
+from deltadock.storage.leases import died_here
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, WebhookRepository
 from deltadock.storage.repositories.blobs import lock_blobs
@@ -26,11 +24,6 @@ RENEWALS: Final = 6
 log = structlog.get_logger(__name__)
 
 
-def new_owner() -> str:
-    """A name for a lease of this process: its machine, its process id, and a random part."""
-    return f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-
-
 def expire_leases_of_dead(database: Database) -> None:
     """End the leases of this machine's workers that have died, for others to go on at once.
 
@@ -39,19 +32,8 @@ def expire_leases_of_dead(database: Database) -> None:
     with database.session_scope() as session:
         jobs = JobRepository(session, EVERY_TENANT)
         for job_id, owner in jobs.leases().items():
-            machine, pid, _ = owner.rsplit("-", 2)
-            if machine == platform.node() and not _is_alive(int(pid)):
+            if died_here(owner):
                 jobs.expire(job_id, owner)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        return True
-    return True
 
 
 class LeaseLostError(Exception):

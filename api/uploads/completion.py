@@ -5,11 +5,8 @@ rest to another one: files that are stored by then stay stored.
 """
 
 import asyncio
-import os
-import platform
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
@@ -48,6 +45,7 @@ from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.blobs.parts import part_bytes_for
 from deltadock.storage.database import Database
+from deltadock.storage.leases import new_owner
 from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 from deltadock.storage.repositories import UploadRepository
 from deltadock.storage.tenancy import EVERY_TENANT
@@ -79,7 +77,7 @@ class Completer:
         self._blobs = blobs
         self._settings = settings
         self._seconds = settings.lease_seconds
-        self._owner = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self._owner = new_owner()
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._running: dict[str, Future[None]] = {}

@@ -2,10 +2,9 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from sqlalchemy import (
-    CursorResult,
     and_,
     case,
     delete,
@@ -18,7 +17,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session, joinedload
 from sqlalchemy.sql.elements import ColumnElement
 
-from deltadock.storage.database import database_now, unindexed
+from deltadock.storage.database import changed_rows, database_now, unindexed
 from deltadock.storage.models import (
     FINAL_STATES,
     RUNNING_ORDER,
@@ -403,7 +402,7 @@ class JobRepository:
             update(JobRow).where(condition).values(**values),
             execution_options={"synchronize_session": False},
         )
-        return cast(CursorResult[Any], result).rowcount > 0
+        return changed_rows(result)
 
 
 def _held(job_id: str, owner: str) -> ColumnElement[bool]:

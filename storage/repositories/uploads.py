@@ -3,12 +3,10 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import PurePosixPath
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
-    CursorResult,
-    Result,
     and_,
     bindparam,
     exists,
@@ -22,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session, joinedload, selectinload
 
-from deltadock.storage.database import database_now, unindexed
+from deltadock.storage.database import changed_rows, database_now, unindexed
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
     AuditAction,
@@ -257,7 +255,7 @@ class UploadRepository:
             )
             .values(parts_token=token)
         )
-        return _changed(changed)
+        return changed_rows(changed)
 
     def touch(self, upload_id: str) -> None:
         """Note activity, so that the upload does not expire."""
@@ -295,7 +293,7 @@ class UploadRepository:
                 lease_expires_at=database_now(self.session) + timedelta(seconds=seconds),
             )
         )
-        return self.find(upload_id) if _changed(leased) else None
+        return self.find(upload_id) if changed_rows(leased) else None
 
     def renew(self, upload_id: str, owner: str, seconds: float, done_bytes: int) -> bool:
         """Extend the lease and record progress; False if the lease is lost."""
@@ -309,7 +307,7 @@ class UploadRepository:
                 updated_at=now,
             )
         )
-        return _changed(renewed)
+        return changed_rows(renewed)
 
     def release(
         self, upload_id: str, owner: str, retry_seconds: float, reason: dict[str, Any] | None
@@ -438,8 +436,3 @@ class UploadRepository:
         upload.state = state
         upload.updated_at = database_now(self.session)
         self.session.flush()
-
-
-def _changed(result: Result[Any]) -> bool:
-    """Whether an UPDATE changed a row."""
-    return cast(CursorResult[Any], result).rowcount > 0

@@ -10,6 +10,7 @@ import sqlalchemy.exc
 
 from deltadock.compression.progress import Progress
 from deltadock.errors import Cancelled
+from deltadock.storage.leases import new_owner
 from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import JobRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
@@ -20,7 +21,6 @@ from deltadock.workers.lease import (
     LeaseLostError,
     WorkerStoppingError,
     expire_leases_of_dead,
-    new_owner,
 )
 from deltadock.workers.metrics import StageClock
 from tests.waiting import wait_until
