@@ -16,6 +16,7 @@ from deltadock.storage.repositories import (
     DeltaRepository,
     JobRepository,
 )
+from deltadock.storage.repositories.jobs import JobProgress
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 WORKER = "worker-1"
@@ -220,9 +221,7 @@ def fail(session: Session, delta: DeltaRow) -> None:
     jobs, job_id = JobRepository(session, LOCAL_TENANT), delta.job.id
     where = "model.layers.3.mlp.up_proj.weight"
     jobs.acquire(job_id, WORKER, 600)
-    jobs.advance(
-        job_id, WORKER, JobState.VALIDATING, block=3, blocks=40, percent=2.5, message=where
-    )
+    jobs.advance(job_id, WORKER, JobProgress(JobState.VALIDATING, 3, 40, 2.5, where))
     jobs.finish(
         job_id,
         WORKER,
@@ -237,13 +236,7 @@ def fail(session: Session, delta: DeltaRow) -> None:
 
 def advance(session: Session, job_id: str, block: int, blocks: int = 24) -> None:
     """Advance the job to this block."""
-    moved = JobRepository(session, LOCAL_TENANT).advance(
-        job_id,
-        WORKER,
-        JobState.COMPRESSING,
-        block=block,
-        blocks=blocks,
-        percent=10 + 80 * block / blocks,
-        message=f"block {block + 1} of {blocks}, matrix 1 of 7",
-    )
+    percent, message = 10 + 80 * block / blocks, f"block {block + 1} of {blocks}, matrix 1 of 7"
+    progress = JobProgress(JobState.COMPRESSING, block, blocks, percent, message)
+    moved = JobRepository(session, LOCAL_TENANT).advance(job_id, WORKER, progress)
     assert moved, "the worker lost its lease"

@@ -31,6 +31,7 @@ from deltadock.storage.leases import new_owner
 from deltadock.storage.models import DeltaRow, JobRow, JobState
 from deltadock.storage.repositories import JobRepository, UploadRepository
 from deltadock.storage.repositories.blobs import BlobRepository
+from deltadock.storage.repositories.jobs import JobProgress
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.workers.lease import Lease, LeaseLostError, WorkerStoppingError
 from deltadock.workers.metrics import ERRORS, JOBS, RUNNING, StageClock
@@ -271,15 +272,9 @@ def _reporter(lease: Lease, clock: StageClock) -> Callable[[Progress], None]:
             done = words.progress(percent)
             log_line, last_line = f"{progress.stage}: {progress.message} ({done})", now
         last_part, last_time = part, now
-        lease.advance(
-            JobState(progress.stage),
-            block=progress.block,
-            blocks=progress.blocks,
-            percent=percent,
-            message=progress.message,
-            seconds_left=seconds_left,
-            log_line=log_line,
-        )
+        state, message = JobState(progress.stage), progress.message
+        step = JobProgress(state, progress.block, progress.blocks, percent, message, seconds_left)
+        lease.advance(step, log_line)
 
     return report
 

@@ -13,6 +13,7 @@ from deltadock.storage.leases import died_here
 from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, WebhookRepository
 from deltadock.storage.repositories.blobs import lock_blobs
+from deltadock.storage.repositories.jobs import JobProgress
 from deltadock.storage.tenancy import EVERY_TENANT
 
 STOPPING: Final = threading.Event()
@@ -105,17 +106,7 @@ class Lease:
         if job.cancel_requested:
             raise Cancelled("Cancelled on request.")
 
-    def advance(
-        self,
-        state: JobState,
-        *,
-        block: int,
-        blocks: int,
-        percent: float,
-        message: str,
-        seconds_left: float | None = None,
-        log_line: str | None = None,
-    ) -> None:
+    def advance(self, progress: JobProgress, log_line: str | None = None) -> None:
         """Record progress, and a line in the job's log if there is one.
 
         Raises:
@@ -124,16 +115,7 @@ class Lease:
         self.check()
         with self._database.session_scope() as session:
             jobs = JobRepository(session, EVERY_TENANT)
-            held = jobs.advance(
-                self.job_id,
-                self.owner,
-                state,
-                block=block,
-                blocks=blocks,
-                percent=percent,
-                message=message,
-                seconds_left=seconds_left,
-            )
+            held = jobs.advance(self.job_id, self.owner, progress)
             if held and log_line is not None:
                 jobs.write_log(self.job_id, log_line)
         if not held:

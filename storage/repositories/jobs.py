@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     and_,
@@ -43,6 +43,19 @@ MAX_POSITION: Final = 1000
 
 _BEGUN: Final = and_(JobRow.started_at.is_not(None), JobRow.finished_at.is_(None))
 """Jobs that a worker has begun and none has ended; they have an index."""
+
+
+class JobProgress(NamedTuple):
+    """How far a worker is."""
+
+    state: JobState
+    block: int
+    """Steps that are done of what `message` says."""
+    blocks: int
+    percent: float
+    """Of the whole job."""
+    message: str
+    seconds_left: float | None = None
 
 
 class JobRepository:
@@ -229,38 +242,27 @@ class JobRepository:
         expires = database_now(self.session) + timedelta(seconds=lease_seconds)
         return self._set(_held(job_id, owner), lease_expires_at=expires)
 
-    def advance(
-        self,
-        job_id: str,
-        owner: str,
-        state: JobState,
-        *,
-        block: int,
-        blocks: int,
-        percent: float,
-        message: str,
-        seconds_left: float | None = None,
-    ) -> bool:
+    def advance(self, job_id: str, owner: str, progress: JobProgress) -> bool:
         """Record progress; False if `owner` no longer holds the lease.
 
         Progress only moves forward: a worker that repeats a predecessor's steps updates only the
         expected end until it is past them. A search for a goal may return to an earlier state.
 
         Raises:
-            ValueError: `state` is final; use `finish`.
+            ValueError: the state is final; use `finish`.
         """
-        if state.is_final:
-            raise ValueError(f"{state} is final: use finish.")
-        now = database_now(self.session)
-        ends = None if seconds_left is None else now + timedelta(seconds=seconds_left)
+        if progress.state.is_final:
+            raise ValueError(f"{progress.state} is final: use finish.")
+        now, seconds = database_now(self.session), progress.seconds_left
+        ends = None if seconds is None else now + timedelta(seconds=seconds)
         held = _held(job_id, owner)
         return self._set(
-            and_(held, JobRow.percent <= percent),
-            state=state,
-            stage_block=block,
-            stage_blocks=blocks,
-            percent=percent,
-            message=message,
+            and_(held, JobRow.percent <= progress.percent),
+            state=progress.state,
+            stage_block=progress.block,
+            stage_blocks=progress.blocks,
+            percent=progress.percent,
+            message=progress.message,
             updated_at=now,
             expected_at=ends,
         ) or self._set(held, updated_at=now, expected_at=ends)

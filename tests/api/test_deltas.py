@@ -13,6 +13,7 @@ from deltadock.api import health
 from deltadock.compression.options import default_method
 from deltadock.storage.models import JobPriority, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.repositories.jobs import JobProgress
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights
 
@@ -434,8 +435,8 @@ def test_a_jobs_percent_has_one_decimal(api: Api) -> None:
     with api.resources.database.session_scope() as session:
         jobs = JobRepository(session, LOCAL_TENANT)
         assert jobs.acquire(job, "worker", 60)
-        step = {"block": 1, "blocks": 3, "message": "block 2 of 3"}
-        assert jobs.advance(job, "worker", JobState.COMPRESSING, percent=100 / 3, **step)
+        step = JobProgress(JobState.COMPRESSING, 1, 3, 100 / 3, "block 2 of 3")
+        assert jobs.advance(job, "worker", step)
     assert api.client.get(f"/v1/jobs/{job}").json()["percent"] == 33.3
     asked = api.client.post(f"/v1/jobs/{job}/cancel").json()
     assert (asked["state"], asked["cancel_requested"]) == ("compressing", True)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -24,7 +23,7 @@ from deltadock.storage.models import (
     TableRow,
 )
 from deltadock.storage.repositories import DeltaRepository, JobRepository
-from deltadock.storage.repositories.jobs import MAX_LOG_LINES
+from deltadock.storage.repositories.jobs import MAX_LOG_LINES, JobProgress
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -92,8 +91,8 @@ def job(session: Session) -> JobRow:
     return add_job(session)
 
 
-def progress(state: JobState, percent: float) -> dict[str, Any]:
-    return {"state": state, "block": 1, "blocks": 4, "percent": percent, "message": "layer 1"}
+def progress(state: JobState, percent: float, seconds_left: float | None = None) -> JobProgress:
+    return JobProgress(state, 1, 4, percent, "layer 1", seconds_left)
 
 
 def test_a_live_lease_excludes_other_workers(
@@ -105,7 +104,7 @@ def test_a_live_lease_excludes_other_workers(
     clock.set(59)
     assert jobs.acquire(job.id, "two", LEASE) is None
     assert not jobs.renew(job.id, "two", LEASE)
-    assert not jobs.advance(job.id, "two", **progress(JobState.VALIDATING, 1))
+    assert not jobs.advance(job.id, "two", progress(JobState.VALIDATING, 1))
     assert not jobs.finish(job.id, "two", JobState.FAILED)
     found = jobs.find(job.id)
     assert found is not None
@@ -133,7 +132,7 @@ def test_the_time_without_a_worker_is_counted(
     clock.set(140)
     jobs.acquire(job.id, "two", LEASE)
     clock.set(150)
-    jobs.advance(job.id, "two", **progress(JobState.CALIBRATING, 20.0))
+    jobs.advance(job.id, "two", progress(JobState.CALIBRATING, 20.0))
     clock.set(300)
     taken = jobs.acquire(job.id, "three", LEASE)  # "two" has died
     assert taken is not None
@@ -164,7 +163,7 @@ def test_a_released_lease_can_be_acquired_immediately(
     jobs: JobRepository, job: JobRow, clock: Clock
 ) -> None:
     jobs.acquire(job.id, "one", LEASE)
-    jobs.advance(job.id, "one", **progress(JobState.CALIBRATING, 20.0))
+    jobs.advance(job.id, "one", progress(JobState.CALIBRATING, 20.0))
     clock.set(1)
     assert not jobs.release(job.id, "two")
     assert jobs.release(job.id, "one")
@@ -198,15 +197,15 @@ def test_one_of_many_concurrent_workers_acquires_the_lease(database: Database) -
 
 def test_progress_never_decreases(jobs: JobRepository, job: JobRow) -> None:
     jobs.acquire(job.id, "one", LEASE)
-    assert jobs.advance(job.id, "one", **progress(JobState.COMPRESSING, 40))
-    assert jobs.advance(job.id, "one", **progress(JobState.VALIDATING, 2))
-    assert jobs.advance(job.id, "one", **progress(JobState.COMPRESSING, 30), seconds_left=9.0)
+    assert jobs.advance(job.id, "one", progress(JobState.COMPRESSING, 40))
+    assert jobs.advance(job.id, "one", progress(JobState.VALIDATING, 2))
+    assert jobs.advance(job.id, "one", progress(JobState.COMPRESSING, 30, seconds_left=9.0))
     found = jobs.find(job.id)
     assert found is not None
     assert (found.state, found.percent, found.stage_block) == (JobState.COMPRESSING, 40.0, 1)
     assert found.expected_at == later(9), "the end is known before the old percentage is reached"
-    assert jobs.advance(job.id, "one", **progress(JobState.VERIFYING, 50))
-    assert jobs.advance(job.id, "one", **progress(JobState.COMPRESSING, 51))
+    assert jobs.advance(job.id, "one", progress(JobState.VERIFYING, 50))
+    assert jobs.advance(job.id, "one", progress(JobState.COMPRESSING, 51))
     found = jobs.find(job.id)
     assert found is not None
     assert (found.state, found.percent) == (JobState.COMPRESSING, 51.0), "a search tries again"
@@ -214,7 +213,7 @@ def test_progress_never_decreases(jobs: JobRepository, job: JobRow) -> None:
 
 def test_finish_needs_a_final_state_and_advance_another(jobs: JobRepository, job: JobRow) -> None:
     with pytest.raises(ValueError, match="final"):
-        jobs.advance(job.id, "one", **progress(JobState.READY, 100))
+        jobs.advance(job.id, "one", progress(JobState.READY, 100))
     with pytest.raises(ValueError, match="not final"):
         jobs.finish(job.id, "one", JobState.COMPRESSING)
 
@@ -224,7 +223,7 @@ def test_a_finished_job_stays_finished(jobs: JobRepository, job: JobRow, clock: 
     assert jobs.finish(job.id, "one", JobState.FAILED, error_code="x", error_message="y")
     clock.set(1000)
     assert jobs.acquire(job.id, "one", LEASE) is None
-    assert not jobs.advance(job.id, "one", **progress(JobState.VERIFYING, 99))
+    assert not jobs.advance(job.id, "one", progress(JobState.VERIFYING, 99))
     found = jobs.request_cancel(job.id)
     assert found is not None
     assert (found.state, found.error_code, found.cancel_requested) == (JobState.FAILED, "x", False)
@@ -241,8 +240,8 @@ def test_cancelling_a_running_job_sets_a_request_for_its_worker(
     jobs: JobRepository, job: JobRow, clock: Clock
 ) -> None:
     jobs.acquire(job.id, "one", LEASE)
-    step: Any = {"block": 1, "blocks": 3, "percent": 31.0, "message": "block 2 of 3"}
-    assert jobs.advance(job.id, "one", JobState.COMPRESSING, **step, seconds_left=59)
+    step = JobProgress(JobState.COMPRESSING, 1, 3, 31.0, "block 2 of 3", seconds_left=59)
+    assert jobs.advance(job.id, "one", step)
     clock.set(1)
     asked = jobs.request_cancel(job.id)
     assert asked is not None
@@ -309,9 +308,9 @@ def test_the_expected_end_follows_from_the_latest_progress(
         return found.expected_at
 
     jobs.acquire(job.id, "one", LEASE)
-    step = progress(JobState.CALIBRATING, 20)
+    step = progress(JobState.CALIBRATING, 20, seconds_left=40.0)
     clock.set(10)
-    jobs.advance(job.id, "one", **step, seconds_left=40.0)
+    jobs.advance(job.id, "one", step)
     assert expected() == later(50)
     clock.set(70)
     jobs.acquire(job.id, "two", LEASE)
@@ -379,7 +378,7 @@ class JobMachine(RuleBasedStateMachine):
 
     @rule(owner=owners, state=st.sampled_from(RUNNING_ORDER[1:]), percent=st.floats(0, 100))
     def advance(self, owner: str, state: JobState, percent: float) -> None:
-        held = self.jobs.advance(self.job_id, owner, **progress(state, percent))
+        held = self.jobs.advance(self.job_id, owner, progress(state, percent))
         assert held == (self.holder == owner)
 
     @rule(owner=owners, state=st.sampled_from([JobState.READY, JobState.FAILED]))

@@ -13,6 +13,7 @@ from deltadock.errors import Cancelled
 from deltadock.storage.leases import new_owner
 from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import JobRepository
+from deltadock.storage.repositories.jobs import JobProgress
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext, _reporter
 from deltadock.workers.lease import (
@@ -37,7 +38,7 @@ def job_id(context: WorkerContext, submit: Callable[..., str]) -> str:
 
 
 def advance(lease: Lease, percent: float = 10.0) -> None:
-    lease.advance(JobState.COMPRESSING, block=1, blocks=4, percent=percent, message="block 1")
+    lease.advance(JobProgress(JobState.COMPRESSING, 1, 4, percent, "block 1"))
 
 
 def test_the_heartbeat_renews_the_lease_until_it_ends(
