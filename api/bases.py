@@ -16,6 +16,7 @@ from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, D
 from deltadock.api.unknown import MOST_NAMES, unknown
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
+from deltadock.names import PART_PATTERN
 from deltadock.problems import problems
 from deltadock.storage.cache import MANIFEST_BYTES
 from deltadock.storage.models import BaseRow, CheckpointRow
@@ -35,7 +36,7 @@ class BaseIn(RequestBody):
     )
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
+        pattern=PART_PATTERN,
         description="Letters, digits, '.', '_' and '-'; at most 96.",
     )
     checkpoint: Digest

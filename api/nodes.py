@@ -24,7 +24,7 @@ from deltadock.api.schemas import (
 )
 from deltadock.errors import Conflict, NotFound, Unavailable
 from deltadock.model_target import Tier
-from deltadock.names import DIGEST
+from deltadock.names import DIGEST_PATTERN, NODE_PATTERN
 from deltadock.problems import problems
 from deltadock.storage.models import AuditAction, BaseRow, NodeRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, NodeRepository
@@ -249,11 +249,11 @@ def _first(node: NodeRow, limit: int) -> list[dict[str, Any]]:
 
 
 NodeId = Annotated[
-    str, Path(pattern=r"^node_[a-z0-9]{1,32}$", description="Chosen by the node at its start.",
+    str, Path(pattern=NODE_PATTERN, description="Chosen by the node at its start.",
               examples=[EXAMPLE_NODE_ID])
 ]  # fmt: skip
 ArtifactDigest = Annotated[
-    str, Path(pattern=rf"^{DIGEST}$", description="The artifact's SHA-256.",
+    str, Path(pattern=DIGEST_PATTERN, description="The artifact's SHA-256.",
               examples=[EXAMPLE_DIGEST])
 ]  # fmt: skip
 

@@ -10,16 +10,18 @@ from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import RequestBody
 from deltadock.errors import InvalidInput
+from deltadock.names import PART_PATTERN
 from deltadock.problems import problems
+from deltadock.settings import RETENTION_PATTERN
 from deltadock.storage.repositories import RetentionRepository
 
 router = api_router("/v1/projects", tags=["storage"])
 
-Project = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$", examples=["maths"])]
+Project = Annotated[str, Path(pattern=PART_PATTERN, examples=["maths"])]
 Rule = Annotated[
     str,
     Field(
-        pattern=r"^(keep|ready|[0-9]{1,5})$",
+        pattern=RETENTION_PATTERN,
         description="keep; ready: drop an uploaded fine-tune once its delta is ready; or the days "
         "after which it is dropped then.",
         examples=["30"],

@@ -29,7 +29,7 @@ from deltadock.compression.options import (
     default_method,
     goal_for,
 )
-from deltadock.names import DIGEST
+from deltadock.names import DIGEST_PATTERN
 from deltadock.openai.fields import with_integers
 from deltadock.storage.models import CheckpointRow
 
@@ -40,7 +40,7 @@ EXAMPLE_TIME = datetime.fromisoformat("2026-11-22T12:00:00+00:00")
 Digest = Annotated[
     str,
     Field(
-        pattern=rf"^{DIGEST}$",
+        pattern=DIGEST_PATTERN,
         description="SHA-256, 64 lower-case hex digits.",
         examples=[EXAMPLE_DIGEST],
     ),

@@ -14,6 +14,7 @@ from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
+from deltadock.names import PART_PATTERN
 from deltadock.problems import problems
 from deltadock.storage.models import TenantRow
 from deltadock.storage.repositories import TenantRepository, Usage
@@ -62,7 +63,7 @@ class TenantIn(Limits):
     )
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
+        pattern=PART_PATTERN,
         description="Letters, digits, '.', '_' and '-'; at most 96.",
     )
 

@@ -13,7 +13,11 @@ DIGEST: Final = r"[0-9a-f]{64}"
 ALIAS: Final = r"[a-z][a-z0-9._-]{0,63}"
 DEFAULT: Final = "default"
 
+PART_PATTERN: Final = rf"^{PART}$"
+DIGEST_PATTERN: Final = rf"^{DIGEST}$"
 NAME_PATTERN: Final = rf"^{PART}/{PART}$"
+TAG_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+NODE_PATTERN: Final = r"^node_[a-z0-9]{1,32}$"
 
 VERSIONED: Final = rf"{PART}/{PART}(?:(?::|@v)[1-9][0-9]{{0,8}}|@{ALIAS})?"
 """Of a name with or without a version or an alias."""

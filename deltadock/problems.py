@@ -33,9 +33,17 @@ from deltadock.errors import (
     TooLarge,
     Unauthorized,
 )
-from deltadock.names import DIGEST, NAME_PATTERN, PART, SOURCE_PATTERN
+from deltadock.names import (
+    DIGEST_PATTERN,
+    NAME_PATTERN,
+    NODE_PATTERN,
+    PART_PATTERN,
+    SOURCE_PATTERN,
+    TAG_PATTERN,
+)
 from deltadock.openai.errors import ErrorBody, openai_status, validation_message
 from deltadock.request_ids import REQUEST_ID
+from deltadock.settings import RETENTION_PATTERN
 
 log = structlog.get_logger(__name__)
 
@@ -52,15 +60,15 @@ FORMS: Final = MappingProxyType(
     {
         NAME_PATTERN: "a name of the form project/model, such as maths/skills: each part "
         "has letters, digits, '.', '_' and '-', at most 96, a letter or digit first",
-        rf"^{PART}$": "a name of letters, digits, '.', '_' and '-', at most 96, a letter or digit "
+        PART_PATTERN: "a name of letters, digits, '.', '_' and '-', at most 96, a letter or digit "
         "first",
-        rf"^{DIGEST}$": "a SHA-256, 64 lower-case hexadecimal digits",
-        r"^[a-z0-9][a-z0-9._-]{0,63}$": "a tag of lower-case letters, digits, '.', '_' and '-', at "
+        DIGEST_PATTERN: "a SHA-256, 64 lower-case hexadecimal digits",
+        TAG_PATTERN: "a tag of lower-case letters, digits, '.', '_' and '-', at "
         "most 64, a letter or digit first",
         SOURCE_PATTERN: "a source of the form file:///folder, s3://bucket/prefix or "
         "hf://org/name@revision",
-        r"^(keep|ready|[0-9]{1,5})$": "keep, ready or a number of days",
-        r"^node_[a-z0-9]{1,32}$": "a node's id, node_ and at most 32 lower-case letters and digits",
+        RETENTION_PATTERN: "keep, ready or a number of days",
+        NODE_PATTERN: "a node's id, node_ and at most 32 lower-case letters and digits",
     }
 )
 """What the patterns of fields allow, in words."""

@@ -15,6 +15,7 @@ from deltadock.errors import InvalidInput, NotFound
 KEEP_ALIVE_SECONDS: Final = 75
 """How long api and nodes keep idle connections: longer than clients and proxies do, so that none
 sends a request on a connection that is just being closed."""
+RETENTION_PATTERN: Final = r"^(keep|ready|[0-9]{1,5})$"
 
 
 class Settings(BaseSettings):
@@ -147,7 +148,7 @@ class Settings(BaseSettings):
     )
     retention: str = Field(
         default="keep",
-        pattern=r"^(keep|ready|[0-9]{1,5})$",
+        pattern=RETENTION_PATTERN,
         description="What becomes of an uploaded fine-tune once its delta is ready, in projects "
         "without a rule: keep, ready (drop it), or days after which it is dropped.",
     )

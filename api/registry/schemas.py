@@ -13,9 +13,10 @@ from deltadock.api.schemas import (
     Digest,
     RequestBody,
 )
+from deltadock.names import TAG_PATTERN
 from deltadock.storage.models import AliasMoveRow, AliasRow, ModelRow
 
-Tag = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", examples=["german"])]
+Tag = Annotated[str, Field(pattern=TAG_PATTERN, examples=["german"])]
 Reason = Annotated[
     str, Field(max_length=500, description="Why, for the history.", examples=["Evaluated."])
 ]
