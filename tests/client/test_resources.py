@@ -4,11 +4,15 @@ from typing import Any
 
 import pytest
 
+from deltadock.api.deltas.schemas import MetricsOut
 from deltadock.api.main import app
 from deltadock.client import resources
 from deltadock.client.resources import Delta, Report, Resource
 from deltadock.client.routes import Sampling
 from deltadock.openai.fields import AnswerFields
+from deltadock.storage.models import DeltaRow
+from deltadock.storage.repositories.deltas import FIGURES
+from deltadock.storage.repositories.shown import ShownDelta
 
 SCHEMAS: dict[str, type[Resource]] = {
     "CheckpointOut": resources.Checkpoint,
@@ -54,6 +58,11 @@ def test_a_view_has_fields_of_the_description(name: str) -> None:
     for field, schema in view.items():
         found, wanted = kinds(schema) - {"reference"}, kinds(described[field])
         assert "reference" in wanted or found <= wanted | {"null"}, field
+
+
+def test_a_deltas_figures_are_the_same_wherever_they_are_listed() -> None:
+    assert tuple(resources.Metrics.model_fields) == tuple(MetricsOut.model_fields) == FIGURES
+    assert set(FIGURES) <= set(ShownDelta._fields) & set(DeltaRow.__table__.c.keys())
 
 
 def test_the_clients_sampling_is_what_every_request_takes() -> None:
