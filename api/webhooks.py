@@ -5,14 +5,14 @@ import secrets
 from datetime import datetime
 from typing import Annotated, Final, Self
 
-from fastapi import Path, Query, Response
+from fastapi import Path, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, Strict, TypeAdapter
 from sqlalchemy.orm import Session
 
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, WriteUnit
 from deltadock.api.idempotency import OnceDep
-from deltadock.api.paging import Limit
+from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
 from deltadock.errors import Conflict, IdempotencyKeyReused, InvalidInput, NotFound
@@ -34,6 +34,8 @@ URL_PATTERN: Final = (
     r"(?::[1-9][0-9]{0,3})?(?:[/?#][!-~]*)?$"
 )
 """Of usual URLs; hosts are written as IPv6 addresses and in Unicode too."""
+
+_CURSOR: Final = Cursor("messages", datetime, str)
 
 WebhookId = Annotated[str, Path(examples=[EXAMPLE_WEBHOOK_ID])]
 MessageId = Annotated[str, Path(examples=[EXAMPLE_MESSAGE_ID])]
@@ -124,7 +126,7 @@ class MessagePage(BaseModel):
     """Messages, newest first. `next` is the next page's `after`; null on the last page."""
 
     data: list[MessageOut]
-    next: str | None = Field(examples=[EXAMPLE_MESSAGE_ID])
+    next: str | None = Field(description="Opaque.")
 
 
 def _require(session: Session, tenant_id: str, webhook_id: str) -> WebhookRow:
@@ -174,21 +176,15 @@ def list_messages(
     webhook_id: WebhookId,
     caller: CallerDep,
     session: ReadSession,
-    after: Annotated[str | None, Query(description="`next` of the previous page.")] = None,
+    after: After = None,
     limit: Limit = 50,
 ) -> MessagePage:
     """List a webhook's messages of the last 30 days, newest first, with what became of them."""
     webhook = _require(session, caller.tenant_id, webhook_id)
     webhooks = WebhookRepository(session, caller.tenant_id)
-    cursor = None
-    if after is not None and (cursor := webhooks.find_delivery(webhook, after)) is None:
-        raise NotFound(f"There is no page after {after!r}; use the previous page's `next`.")
-    found = webhooks.deliveries(webhook, limit=limit + 1, after=cursor)
-    page = found[:limit]
-    return MessagePage(
-        data=[MessageOut.of(delivery) for delivery in page],
-        next=page[-1].id if len(found) > limit else None,
-    )
+    found = webhooks.deliveries(webhook, limit=limit + 1, after=_CURSOR.read(after))
+    page, next_after = _CURSOR.page(found, limit, lambda message: (message.created_at, message.id))
+    return MessagePage(data=[MessageOut.of(delivery) for delivery in page], next=next_after)
 
 
 @router.post("/{webhook_id}/messages/{message_id}/resend", responses=problems(NotFound))

@@ -1,7 +1,7 @@
 """Routes of uploads."""
 
 from contextlib import aclosing
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from deltadock.api.access import CallerDep
 from deltadock.api.dependencies import ReadSession, ResourcesDep, WriteUnit
 from deltadock.api.idempotency import OnceDep
+from deltadock.api.paging import After, Cursor, Limit
 from deltadock.api.protocol import body_of
 from deltadock.api.quotas import Room, room_of
 from deltadock.api.routing import api_router
@@ -68,6 +69,8 @@ router = api_router("/v1/uploads", tags=["uploads"])
 
 ListedState = Literal["open", "completing", "complete", "dropped"]
 """Aborted uploads are gone."""
+_CURSOR: Final = Cursor("uploads", datetime, str)
+
 UploadId = Annotated[str, Path(examples=[EXAMPLE_UPLOAD_ID])]
 FilePath = Annotated[
     str,
@@ -161,21 +164,16 @@ def list_uploads(
     session: ReadSession,
     resources: ResourcesDep,
     state: Annotated[list[ListedState] | None, Query(description="Any of these states.")] = None,
-    after: Annotated[str | None, Query(description="`next` of the previous page.")] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 50,
+    after: After = None,
+    limit: Limit = 50,
 ) -> UploadPage:
     """List the uploads, newest first."""
     uploads = UploadRepository(session, caller.tenant_id)
-    cursor = None
-    if after is not None and (cursor := uploads.find(after)) is None:
-        raise NotFound(f"There is no page after {after!r}; use the previous page's `next`.")
     states = [UploadState(name) for name in state or ()]
-    found = uploads.page(limit=limit + 1, after=cursor, states=states)
+    found = uploads.page(limit=limit + 1, after=_CURSOR.read(after), states=states)
+    page, next_after = _CURSOR.page(found, limit, lambda upload: (upload.created_at, upload.id))
     ttl = resources.settings.upload_ttl
-    return UploadPage(
-        data=[UploadOut.of(upload, ttl) for upload in found[:limit]],
-        next=found[limit - 1].id if len(found) > limit else None,
-    )
+    return UploadPage(data=[UploadOut.of(upload, ttl) for upload in page], next=next_after)
 
 
 @router.get("/{upload_id}", responses=problems(NotFound))

@@ -225,4 +225,4 @@ class UploadPage(BaseModel):
     """Uploads, newest first. `next` is the next page's `after`; null on the last page."""
 
     data: list[UploadOut]
-    next: str | None = Field(examples=[EXAMPLE_UPLOAD_ID])
+    next: str | None = Field(description="Opaque.")

@@ -33,6 +33,7 @@ from deltadock.storage.models import (
 )
 from deltadock.storage.repositories.audit import DONE, record
 from deltadock.storage.repositories.blobs import BlobRepository, lock_blobs
+from deltadock.storage.repositories.listing import Key
 from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
@@ -164,9 +165,9 @@ class UploadRepository:
         )
 
     def page(
-        self, *, limit: int, after: UploadRow | None = None, states: Collection[UploadState] = ()
+        self, *, limit: int, after: Key | None = None, states: Collection[UploadState] = ()
     ) -> Sequence[UploadRow]:
-        """Up to `limit` uploads, newest first, that follow `after`.
+        """Up to `limit` uploads, newest first, that follow the place `after`.
 
         Of these states, or of all but aborted.
         """
@@ -184,7 +185,7 @@ class UploadRepository:
             query = query.where(self._owned(), UploadRow.state.in_(states))
         if after is not None:
             place = tuple_(UploadRow.created_at, UploadRow.id)
-            query = query.where(place < (after.created_at, after.id))
+            query = query.where(place < after)
         return self.session.scalars(query).all()
 
     def count_unfinished(self) -> dict[UploadState, int]:

@@ -20,6 +20,7 @@ from deltadock.storage.models import (
     WebhookRow,
 )
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.listing import Key
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 RETRY_SECONDS: Final = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -119,9 +120,9 @@ class WebhookRepository:
             self.publish(WebhookEvent.DELTA_FAILED, data)
 
     def deliveries(
-        self, webhook: WebhookRow, *, limit: int, after: DeliveryRow | None = None
+        self, webhook: WebhookRow, *, limit: int, after: Key | None = None
     ) -> Sequence[DeliveryRow]:
-        """Up to `limit` messages to a webhook, newest first, starting after `after`."""
+        """Up to `limit` messages to a webhook, newest first, that follow the place `after`."""
         query = (
             select(DeliveryRow)
             .where(DeliveryRow.webhook_id == webhook.id)
@@ -130,7 +131,7 @@ class WebhookRepository:
         )
         if after is not None:
             place = tuple_(DeliveryRow.created_at, DeliveryRow.id)
-            query = query.where(place < (after.created_at, after.id))
+            query = query.where(place < after)
         return self.session.scalars(query).all()
 
     def find_delivery(self, webhook: WebhookRow, delivery_id: str) -> DeliveryRow | None:
