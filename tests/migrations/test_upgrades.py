@@ -33,8 +33,8 @@ from deltadock.storage.database import make_engine, migrate
 from deltadock.storage.models import TableRow
 
 BEFORE: Final = "0011"
-"""Of the last release: raise it with each one. Migrations after it may only add
-(CONTRIBUTING.md, "Change the schema")."""
+"""Of the last release: raise it with each one. Until there is one, a revision that stands for it.
+Migrations after it may only add (CONTRIBUTING.md, "Change the schema")."""
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
