@@ -8,7 +8,7 @@ import typer
 
 from deltadock import words
 from deltadock.cli.jobs import follow
-from deltadock.cli.offline import (
+from deltadock.cli.options import (
     CALIBRATION,
     Bits,
     MaxKl,

@@ -11,7 +11,7 @@ import typer
 
 from deltadock import words
 from deltadock.cli.chat import answer_greedily
-from deltadock.cli.offline import check_file
+from deltadock.cli.options import check_file
 from deltadock.cli.outcome import on_interrupt
 from deltadock.cli.output import (
     AsJson,
