@@ -24,7 +24,7 @@ import httpx
 
 from deltadock.cli.processes import Child, free_ports
 from deltadock.cli.services import postgres
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 from deltadock.model_target import ARTIFACT_HEADER, BASE_HEADER
 
 ROOT: Final = Path(__file__).parents[1]

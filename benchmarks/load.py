@@ -40,7 +40,7 @@ from benchmarks.harness import processor
 from benchmarks.upload import copy_to_folder, cpu_seconds, write_checkpoint
 from deltadock.cli.demo import BASE, SAMPLES
 from deltadock.cli.processes import HOST, Child, free_ports
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import local_key_path
 from deltadock.storage.database import Database

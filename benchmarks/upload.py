@@ -31,7 +31,7 @@ from deltadock.cli.keys import ensure_local_key
 from deltadock.cli.processes import HOST, Child, free_ports
 from deltadock.cli.services import seaweedfs
 from deltadock.cli.system import api_command
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import local_key_path
 from deltadock.storage.blobs.s3_client import make_client

@@ -17,7 +17,8 @@ from deltadock.extras import needed_extras
 from deltadock.version import __version__
 
 if TYPE_CHECKING:
-    from deltadock.client.http import AsyncClient, Client
+    from deltadock.client.asynchronous import AsyncClient
+    from deltadock.client.blocking import Client
     from deltadock.client.loading import LoadedDelta, from_pretrained, load_delta
 
 __all__ = [
@@ -31,8 +32,8 @@ __all__ = [
 ]
 
 _LAZY: Final = {
-    "AsyncClient": "deltadock.client.http",
-    "Client": "deltadock.client.http",
+    "AsyncClient": "deltadock.client.asynchronous",
+    "Client": "deltadock.client.blocking",
     "LoadedDelta": "deltadock.client.loading",
     "from_pretrained": "deltadock.client.loading",
     "load_delta": "deltadock.client.loading",

@@ -16,7 +16,7 @@ from deltadock.errors import DeltadockError, InvalidInput, NoChatTemplate, Unava
 from deltadock.words import counted, duration
 
 if TYPE_CHECKING:
-    from deltadock.client.http import Client
+    from deltadock.client.blocking import Client
     from deltadock.client.resources import Generated
     from deltadock.client.routes import Sampling
 

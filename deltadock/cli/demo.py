@@ -24,7 +24,7 @@ from deltadock import words
 from deltadock.cli.output import output
 from deltadock.cli.processes import HOST, Child, check_ports, free_ports
 from deltadock.cli.readiness import api_url, is_ready
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 from deltadock.client.progress import job_bar
 from deltadock.client.requests import JsonObject
 from deltadock.client.resources import Delta, Job, Report

@@ -20,7 +20,7 @@ from deltadock.version import DOCS, __version__
 from deltadock.words import counted, size
 
 if TYPE_CHECKING:
-    from deltadock.client.http import Client
+    from deltadock.client.blocking import Client
 
 MARKS: Final = {"ok": "✓", "warning": "!", "problem": "✗"}
 LEAST_FREE: Final = 2_000_000_000

@@ -12,7 +12,7 @@ from deltadock.cli.server import Reference, Url, complete_node, connect
 from deltadock.errors import NotFound
 
 if TYPE_CHECKING:
-    from deltadock.client.http import Client
+    from deltadock.client.blocking import Client
     from deltadock.client.resources import Node
 
 NODE_HELP = "The node's address or id, as `deltadock ps` and `ps --json` show them."

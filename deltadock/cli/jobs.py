@@ -23,7 +23,7 @@ from deltadock.names import parse_reference
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from deltadock.client.http import Client
+    from deltadock.client.blocking import Client
     from deltadock.client.resources import Job
 
 

@@ -20,8 +20,8 @@ def login(
     as_json: AsJson = False,
 ) -> None:
     """Check an API key with a server and keep both, readable only by you."""
+    from deltadock.client.blocking import Client
     from deltadock.client.connection import find_connection, keep_login
-    from deltadock.client.http import Client
 
     address = find_connection(url, key).url
     if key is None:

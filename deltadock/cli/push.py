@@ -34,7 +34,7 @@ from deltadock.errors import NotFound, UnsupportedModel
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from deltadock.client.http import BytesProgress, Client
+    from deltadock.client.blocking import BytesProgress, Client
     from deltadock.client.resources import Base, Checkpoint, Delta
     from deltadock.client.routes import GoalOptions
 

@@ -40,7 +40,7 @@ COMPARED_COLUMNS = 100
 """Of a comparison that goes to a pipe, in which answers would make long lines."""
 
 if TYPE_CHECKING:
-    from deltadock.client.http import Client
+    from deltadock.client.blocking import Client
     from deltadock.client.resources import Artifact, Delta, Metrics
 
 

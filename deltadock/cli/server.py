@@ -14,7 +14,7 @@ from deltadock.errors import DeltadockError, Unauthorized
 from deltadock.words import duration
 
 if TYPE_CHECKING:
-    from deltadock.client.http import Client
+    from deltadock.client.blocking import Client
 
 COMPLETION_SECONDS = 2.0
 
@@ -52,8 +52,8 @@ def connect(url: str | None = None) -> Iterator["Client"]:
     Raises:
         Unauthorized: there is no key for the server, or it is not valid.
     """
+    from deltadock.client.blocking import Client
     from deltadock.client.connection import find_connection
-    from deltadock.client.http import Client
 
     with Client(url, on_pause=_say_pause) as client:
         try:
@@ -72,7 +72,7 @@ def _say_pause(seconds: float, error: DeltadockError) -> None:
 
 def _names(kind: str, typed: str) -> list[str]:
     """Names that begin with what was typed; none if the server does not answer at once."""
-    from deltadock.client.http import Client
+    from deltadock.client.blocking import Client
 
     try:
         with Client() as client:

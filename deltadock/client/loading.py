@@ -29,8 +29,8 @@ from deltadock.artifacts.names import find_name, is_embedding, is_head
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import TORCH_DTYPES, fits_base, merged_tensor
 from deltadock.artifacts.tokenizers import open_tokenizer
+from deltadock.client.blocking import Client
 from deltadock.client.cache import fetch_cached
-from deltadock.client.http import Client
 from deltadock.client.routes import is_reference
 from deltadock.client.views import checkpoint_views, tensors_of
 from deltadock.errors import BaseMismatch, InvalidArtifact, NotFound, UnsupportedModel

@@ -7,7 +7,7 @@ import pytest
 
 from deltadock.api.uploads import completion
 from deltadock.client import uploads
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 from deltadock.errors import HashMismatch, MalformedSafetensors, StorageFull, Unavailable
 from deltadock.storage.blobs import parts
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights

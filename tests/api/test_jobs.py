@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 from deltadock.storage import repositories
 from deltadock.storage.models import JobState, UploadRow, UploadState
 from deltadock.storage.repositories import JobRepository

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse, StreamingResponse
 
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 from deltadock.errors import QuotaExceeded
 from deltadock.openai.fields import PROMPT_TOKENS_HEADER
 from tests.api.support import CONFIG, Api, StandInNode, bearer, issue_key, sha256, weights

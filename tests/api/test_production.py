@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from deltadock.api.main import create_app
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 from deltadock.settings import Settings
 from deltadock.storage.blobs import parts
 from tests.api.support import CONFIG, TEXT, Api, bearer, issue_key, serving, sha256, weights

@@ -24,8 +24,8 @@ from deltadock.cli.jobs import follow
 from deltadock.cli.outcome import UNAVAILABLE
 from deltadock.cli.processes import free_ports
 from deltadock.cli.server import State, complete_method
+from deltadock.client.blocking import Client
 from deltadock.client.connection import read_login
-from deltadock.client.http import Client
 from deltadock.client.requests import ATTEMPTS
 from deltadock.errors import Unavailable
 from deltadock.storage.models import JobState, Scope
@@ -240,7 +240,7 @@ def test_a_queued_job_that_is_followed_in_a_pipe_says_so(
             ended.append(delta["id"])
             service.api.make_ready({"id": delta["id"], "job": delta["job"]}, b"piped")
 
-    monkeypatch.setattr("deltadock.client.http.time.sleep", work)
+    monkeypatch.setattr("deltadock.client.blocking.time.sleep", work)
     outcome = call("logs", "-f", "maths/piped")
     assert re.fullmatch(r"  0 %  queued: number \d+\n", outcome.stderr)
     assert outcome.stdout.endswith("  Ready.\n")
@@ -710,8 +710,8 @@ def test_a_rate_limit_is_waited_for_aloud(
         assert 1 <= seconds <= 60
         tenants.patch("/v1/tenants/slow", json={"requests_per_minute": None})
 
-    monkeypatch.setattr("deltadock.client.http.LONG_PAUSE_SECONDS", 1.0)
-    monkeypatch.setattr("deltadock.client.http.time.sleep", sleep)
+    monkeypatch.setattr("deltadock.client.blocking.LONG_PAUSE_SECONDS", 1.0)
+    monkeypatch.setattr("deltadock.client.blocking.time.sleep", sleep)
     told = call("bases", "list").stderr
     assert re.match(r"Waiting \d.*: Your tenant may use 0 requests a minute\. ", told), told
 

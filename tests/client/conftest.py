@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 from tests.client.support import Service, running_service
 
 

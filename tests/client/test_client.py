@@ -11,7 +11,8 @@ import pytest
 
 import deltadock
 from deltadock.client import loading
-from deltadock.client.http import AsyncClient, Client
+from deltadock.client.asynchronous import AsyncClient
+from deltadock.client.blocking import Client
 from deltadock.client.progress import in_notebook
 from deltadock.client.resources import Delta, Job
 from deltadock.errors import (

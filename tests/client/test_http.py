@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 from deltadock.cli.processes import free_ports
-from deltadock.client import http, routes
-from deltadock.client.http import Client
+from deltadock.client import routes
+from deltadock.client.asynchronous import AsyncClient
+from deltadock.client.blocking import Client
 from deltadock.client.requests import ATTEMPTS, Call, Events, error_of
 from deltadock.client.resources import Delta, Generated, Job
 from deltadock.errors import (
@@ -259,7 +260,7 @@ def test_a_transfer_of_the_async_client_ends_when_it_is_cancelled(tmp_path: Path
         answered.append(answer_now.wait(20))
         return answer(404)
 
-    client = http.AsyncClient("http://deltadock", "ddk_x")
+    client = AsyncClient("http://deltadock", "ddk_x")
     client._blocking._http = httpx.Client(
         base_url="http://deltadock", transport=httpx.MockTransport(handle)
     )
@@ -285,7 +286,7 @@ def test_a_transfer_of_the_async_client_ends_when_it_is_cancelled(tmp_path: Path
     ],
 )
 def test_help_shows_what_a_method_returns(method: str, blocking: object, awaited: object) -> None:
-    for kind, returned in ((http.Client, blocking), (http.AsyncClient, awaited)):
+    for kind, returned in ((Client, blocking), (AsyncClient, awaited)):
         assert inspect.signature(getattr(kind, method)).return_annotation == returned
 
 
@@ -293,4 +294,4 @@ def test_both_clients_have_the_same_methods() -> None:
     def public(kind: type) -> set[str]:
         return {name for name in vars(kind) if not name.startswith("_")}
 
-    assert public(http.Client) == public(http.AsyncClient)
+    assert public(Client) == public(AsyncClient)

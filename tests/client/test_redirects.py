@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 from deltadock.errors import Unavailable
 from tests.api.support import serving
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from deltadock.cli.processes import Child, free_ports
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 

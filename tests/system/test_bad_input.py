@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 from deltadock.errors import ArchitectureMismatch, DeltadockError
 
 from .conftest import SAMPLES, Stored

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from deltadock.artifacts.reader import Artifact
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 
 from .conftest import SAMPLES, Stored, System
 

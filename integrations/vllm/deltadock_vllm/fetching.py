@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from deltadock.client.blocking import Client
 from deltadock.client.cache import cached, fetch_cached
-from deltadock.client.http import Client
 from deltadock.client.routes import is_reference
 from deltadock.errors import InvalidInput, NotFound
 from deltadock.names import DIGEST

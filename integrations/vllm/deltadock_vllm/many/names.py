@@ -24,7 +24,7 @@ from vllm.lora.request import LoRARequest
 from deltadock.artifacts.checkpoint import CONFIG
 from deltadock.artifacts.configs import check_same_forward
 from deltadock.artifacts.reader import Artifact
-from deltadock.client.http import Client
+from deltadock.client.blocking import Client
 from deltadock.client.routes import is_reference
 from deltadock.errors import (
     DeltadockError,

@@ -1,45 +1,47 @@
-"""The two clients of the REST interface: `Client` blocks, `AsyncClient` is awaited.
+"""`Client`, the client of the REST interface that blocks.
 
-Both have the same methods, which `deltadock.client.routes` describes, and send the same requests;
-`deltadock.client.requests` says what is repeated and which error a response is. Uploads and
-downloads hash and move files in threads, so `AsyncClient` has them done by a `Client`.
+`deltadock.client.routes` describes its methods; `deltadock.client.requests` says what is repeated
+and which error a response is.
 """
 
 import hashlib
 import ssl
 import time
 from collections.abc import (
-    AsyncIterator,
     Awaitable,
     Callable,
-    Coroutine,
     Iterable,
     Iterator,
     Mapping,
 )
-from contextlib import aclosing, closing
-from functools import cache, partial, wraps
+from contextlib import closing
+from functools import cache, wraps
 from inspect import Parameter, Signature, iscoroutinefunction, signature
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar, Unpack, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Final,
+    Literal,
+    ParamSpec,
+    Self,
+    TypeVar,
+    Unpack,
+    get_args,
+)
 
-import anyio
-import anyio.to_thread
 import httpx
 
 from deltadock.artifacts.checkpoint import (
-    ADAPTER_TYPE,
     CHUNK_BYTES,
-    TOKENIZER,
-    CheckpointManifest,
     folder_files,
     read_headers,
-    scan_folder,
 )
-from deltadock.artifacts.compatibility import check_same_architecture
 from deltadock.client import routes
+from deltadock.client.checks import check_method, check_size, check_text
 from deltadock.client.connection import check_connection, find_connection
 from deltadock.client.progress import default_bar
 from deltadock.client.requests import (
@@ -55,26 +57,20 @@ from deltadock.client.requests import (
 from deltadock.client.resources import Checkpoint, Delta, Job, LogLine
 from deltadock.client.routes import GoalOptions
 from deltadock.client.uploads import Uploader
-from deltadock.compression.checks import check_compressible
 from deltadock.compression.options import (
-    METHODS,
-    Goal,
-    check_text_bytes,
-    check_text_tokens,
     check_weights,
-    default_method,
-    goal_for,
 )
-from deltadock.compression.preview import carried_bytes, preview_size, read_shapes, shapes_of
 from deltadock.errors import (
     DeltadockError,
     HashMismatch,
-    InvalidGoal,
     NotFound,
     NotReady,
     Unavailable,
 )
 from deltadock.version import __version__
+
+if TYPE_CHECKING:
+    from deltadock.client.asynchronous import AsyncClient, AsyncPush
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -93,19 +89,17 @@ Calibration = str | Path | Mapping[str | Path, float]
 SAMPLED: Final = "sampled"
 LONG_PAUSE_SECONDS: Final = 4.0
 """A pause that the server asked for: the client's own are shorter."""
-LONG_TEXT_BYTES: Final = 1 << 16
-"""A text of so many bytes has enough tokens for calibration."""
 POLL_SECONDS: Final = 1.0
 """Interval at which a followed log is read, and a broken stream is connected to again."""
 RECONNECTS: Final = 5
 """Of one stream or download, without anything received between them."""
 
 
-def _ignore(*_: object) -> None:
+def ignore(*_: object) -> None:
     """The default progress callback."""
 
 
-def _method(
+def method_of(
     build: Callable[P, RequestT], send: Callable[[ClientT, RequestT], T]
 ) -> Callable[Concatenate[ClientT, P], T]:
     """A client's method that sends what a route builds, with the route's name and signature."""
@@ -136,7 +130,7 @@ def _certificates() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-def _options(url: str | None, key: str | None) -> dict[str, Any]:
+def http_options(url: str | None, key: str | None) -> dict[str, Any]:
     """The arguments of an httpx client.
 
     Raises:
@@ -170,9 +164,9 @@ class Client:
     """
 
     def __init__(
-        self, url: str | None = None, key: str | None = None, *, on_pause: PauseNotice = _ignore
+        self, url: str | None = None, key: str | None = None, *, on_pause: PauseNotice = ignore
     ) -> None:
-        self._http = httpx.Client(**_options(url, key))
+        self._http = httpx.Client(**http_options(url, key))
         self._on_pause = on_pause
 
     def __enter__(self) -> Self:
@@ -245,46 +239,46 @@ class Client:
             except httpx.RequestError as error:
                 raise domain_error(error) from None
 
-    ready = _method(routes.ready, send)
-    methods = _method(routes.methods, send)
-    create_base = _method(routes.create_base, send)
-    base = _method(routes.base, send)
-    bases = _method(routes.bases, items)
-    delete_base = _method(routes.delete_base, send)
-    restore_base = _method(routes.restore_base, send)
-    create_delta = _method(routes.create_delta, send)
-    preview = _method(routes.preview, send)
-    delta = _method(routes.delta, send)
-    resolve = _method(routes.resolve, send)
-    deltas = _method(routes.deltas, items)
-    report = _method(routes.report, send)
-    delete = _method(routes.delete, send)
-    restore = _method(routes.restore, send)
-    models = _method(routes.models, items)
-    model = _method(routes.model, send)
-    delete_model = _method(routes.delete_model, send)
-    move_alias = _method(routes.move_alias, send)
-    remove_alias = _method(routes.remove_alias, send)
-    alias_moves = _method(routes.alias_moves, items)
-    job = _method(routes.job, send)
-    jobs = _method(routes.jobs, items)
-    cancel = _method(routes.cancel, send)
-    retry = _method(routes.retry, send)
-    nodes = _method(routes.nodes, send)
-    drain = _method(routes.drain, send)
-    resume = _method(routes.resume, send)
-    evict = _method(routes.evict, send)
-    keys = _method(routes.keys, items)
-    create_key = _method(routes.create_key, send)
-    revoke_key = _method(routes.revoke_key, send)
-    rotate_key = _method(routes.rotate_key, send)
-    tenants = _method(routes.tenants, items)
-    tenant = _method(routes.tenant, send)
-    create_tenant = _method(routes.create_tenant, send)
-    change_tenant = _method(routes.change_tenant, send)
-    check_served = _method(routes.check_served, send)
-    generate = _method(routes.generate, send)
-    stream = _method(routes.stream, events)
+    ready = method_of(routes.ready, send)
+    methods = method_of(routes.methods, send)
+    create_base = method_of(routes.create_base, send)
+    base = method_of(routes.base, send)
+    bases = method_of(routes.bases, items)
+    delete_base = method_of(routes.delete_base, send)
+    restore_base = method_of(routes.restore_base, send)
+    create_delta = method_of(routes.create_delta, send)
+    preview = method_of(routes.preview, send)
+    delta = method_of(routes.delta, send)
+    resolve = method_of(routes.resolve, send)
+    deltas = method_of(routes.deltas, items)
+    report = method_of(routes.report, send)
+    delete = method_of(routes.delete, send)
+    restore = method_of(routes.restore, send)
+    models = method_of(routes.models, items)
+    model = method_of(routes.model, send)
+    delete_model = method_of(routes.delete_model, send)
+    move_alias = method_of(routes.move_alias, send)
+    remove_alias = method_of(routes.remove_alias, send)
+    alias_moves = method_of(routes.alias_moves, items)
+    job = method_of(routes.job, send)
+    jobs = method_of(routes.jobs, items)
+    cancel = method_of(routes.cancel, send)
+    retry = method_of(routes.retry, send)
+    nodes = method_of(routes.nodes, send)
+    drain = method_of(routes.drain, send)
+    resume = method_of(routes.resume, send)
+    evict = method_of(routes.evict, send)
+    keys = method_of(routes.keys, items)
+    create_key = method_of(routes.create_key, send)
+    revoke_key = method_of(routes.revoke_key, send)
+    rotate_key = method_of(routes.rotate_key, send)
+    tenants = method_of(routes.tenants, items)
+    tenant = method_of(routes.tenant, send)
+    create_tenant = method_of(routes.create_tenant, send)
+    change_tenant = method_of(routes.change_tenant, send)
+    check_served = method_of(routes.check_served, send)
+    generate = method_of(routes.generate, send)
+    stream = method_of(routes.stream, events)
 
     def _open(self, call: Call[Any], **more: Any) -> httpx.Response:
         """Send a request like `send`; its answer is not read yet, and must be closed."""
@@ -325,7 +319,7 @@ class Client:
             time.sleep(POLL_SECONDS)
         raise Unavailable(f"The server ends the events of {job} before the job has ended.")
 
-    def wait(self, job: str, progress: JobProgress = _ignore) -> Job:
+    def wait(self, job: str, progress: JobProgress = ignore) -> Job:
         """Wait until a job has ended, and return it; `progress` gets it after every change.
 
         Raises:
@@ -337,7 +331,7 @@ class Client:
         return state
 
     def log(
-        self, job: str, *, follow: bool = False, progress: JobProgress = _ignore
+        self, job: str, *, follow: bool = False, progress: JobProgress = ignore
     ) -> Iterator[LogLine]:
         """The lines of a job's log, oldest first; with `follow`, until the job has ended.
 
@@ -359,7 +353,7 @@ class Client:
     def upload_folder(
         self,
         folder: str | Path,
-        progress: BytesProgress = _ignore,
+        progress: BytesProgress = ignore,
         *,
         delta: str | None = None,
     ) -> Checkpoint:
@@ -395,7 +389,7 @@ class Client:
         path = Path(path)
         if not path.is_file():
             raise NotFound(f"There is no calibration file {path}.")
-        uploaded = self._upload("calibration", path.parent, [path.name], _ignore)
+        uploaded = self._upload("calibration", path.parent, [path.name], ignore)
         digest: str = uploaded["calibration"]["digest"]
         return digest
 
@@ -436,7 +430,7 @@ class Client:
         parent: str | None = None,
         recipe: JsonObject | None = None,
         commit: str | None = None,
-        progress: BytesProgress = _ignore,
+        progress: BytesProgress = ignore,
         **goal: Unpack[GoalOptions],
     ) -> "Push":
         """Upload a fine-tune and start its compression; `push(...).wait()` waits until it is ready.
@@ -464,14 +458,15 @@ class Client:
         # All that can be refused now is, before hours of upload.
         routes.checked_name(name)
         before, headers = self.send(routes.base_manifest(base)), read_headers(Path(folder))
-        chosen, wanted = self._check_method(
-            before, headers, method, goal, has_text=calibration is not None
-        )
+        chosen, wanted = check_method(
+            before, headers, method, goal, has_text=calibration is not None,
+            known=lambda: {known.name for known in self.methods()},
+        )  # fmt: skip
         if wanted is not None and wanted.is_size:
-            self._check_size(Path(folder), before, chosen, wanted)
+            check_size(Path(folder), before, chosen, wanted)
         for source in _weights_of(calibration):
             if source != SAMPLED:
-                _check_text(Path(source), Path(folder))
+                check_text(Path(source), Path(folder))
         if parent is not None:
             self.delta(parent)
         mixture = None if calibration is None else self._mixture(calibration)
@@ -481,43 +476,6 @@ class Client:
             calibration=mixture, parent=parent, recipe=recipe, commit=commit, **goal,
         )  # fmt: skip
         return Push(self, accepted.delta, accepted.job)
-
-    def _check_method(
-        self,
-        base: CheckpointManifest,
-        finetuned: CheckpointManifest,
-        method: str | None,
-        goal: GoalOptions,
-        *,
-        has_text: bool,
-    ) -> tuple[str, Goal | None]:
-        """The method and its goal, None if it has none or only the server knows the method.
-
-        Raises:
-            InvalidInput, Conflict: what the server would about them and the two checkpoints.
-        """
-        is_adapter = finetuned.config["model_type"] == ADAPTER_TYPE
-        name = method or default_method(is_adapter=is_adapter).name
-        if name not in METHODS and name in {known.name for known in self.methods()}:
-            return name, None  # a newer server's
-        info, wanted = goal_for(name, **goal)
-        check_compressible(base.config, finetuned.config, info, wanted, has_text=has_text)
-        if not is_adapter:
-            check_same_architecture(base, finetuned)
-        return name, wanted
-
-    def _check_size(self, folder: Path, base: CheckpointManifest, method: str, goal: Goal) -> None:
-        """Raise InvalidGoal if no artifact of this fine-tune is as small.
-
-        Tensors that equal the base's take no room, but finding them reads the whole checkpoint:
-        only where the size would be out of reach without them.
-        """
-        try:
-            preview_size(read_shapes(folder), method, goal)
-        except InvalidGoal:
-            finetuned = scan_folder(folder)
-            shapes, carried = shapes_of(finetuned, base), carried_bytes(finetuned, base)
-            preview_size(shapes, method, goal, carried=carried)
 
     def _mixture(self, calibration: Calibration) -> JsonObject:
         weights = _weights_of(calibration)
@@ -530,9 +488,7 @@ class Client:
                 sources.append({"digest": self.upload_calibration(source), "weight": weight})
         return {"sources": sources}
 
-    def download(
-        self, reference: str, path: str | Path, progress: BytesProgress = _ignore
-    ) -> Delta:
+    def download(self, reference: str, path: str | Path, progress: BytesProgress = ignore) -> Delta:
         """Download a delta's file to `path` and verify it; continues what was interrupted.
 
         Raises:
@@ -624,260 +580,11 @@ class Push:
         return self.delta._repr_html_()
 
 
-def _in_thread(
-    method: Callable[Concatenate[Client, P], T],
-) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
-    """The asynchronous form of a method that moves files.
-
-    If it is cancelled, its thread ends once the client is closed.
-    """
-
-    @wraps(method)
-    async def call(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        work = partial(method, client._blocking, *args, **kwargs)
-        return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
-
-    return call
-
-
-def _pushing(
-    start: Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, "Push"]],
-) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, "AsyncPush"]]:
-    """The method that starts a push, and returns what can be awaited of it."""
-
-    @wraps(start)
-    async def push(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> "AsyncPush":
-        started = await start(client, *args, **kwargs)
-        return AsyncPush(client, started.delta, started.job)
-
-    vars(push)["__signature__"] = signature(start).replace(return_annotation="AsyncPush")
-    return push
-
-
-class AsyncClient:
-    """`Client` for asynchronous programs; an asynchronous context manager.
-
-    Args:
-        url, key: as for `Client`.
-
-    Raises:
-        InvalidInput: `url` is not an address.
-    """
-
-    def __init__(self, url: str | None = None, key: str | None = None) -> None:
-        self._http = httpx.AsyncClient(**_options(url, key))
-        self._blocking = Client(url, key)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Close the connections."""
-        self._blocking.close()
-        await self._http.aclose()
-
-    @property
-    def url(self) -> str:
-        """The api's address."""
-        return self._blocking.url
-
-    __repr__ = Client.__repr__
-
-    async def send(self, call: Call[T]) -> T:
-        """As `Client.send`."""
-        for attempt in count(1):
-            try:
-                return call.result(await self._http.request(**call.arguments()))
-            except (httpx.RequestError, Unavailable) as error:
-                await anyio.sleep(call.pause(attempt, error))
-        raise AssertionError
-
-    async def items(self, pages: Pages[T]) -> AsyncIterator[T]:
-        """As `Client.items`."""
-        call = pages.first
-        while True:
-            items, following = await self.send(call)
-            for item in items:
-                yield item
-            if following is None:
-                return
-            call = pages.after(following)
-
-    async def events(self, events: Events[T]) -> AsyncIterator[T]:
-        """As `Client.events`."""
-        async with aclosing(await self._open(events.call)) as response:
-            events.check(response)
-            try:
-                async for line in response.aiter_lines():
-                    if (event := events.read(line)) is not None:
-                        yield event
-            except httpx.RequestError as error:
-                raise domain_error(error) from None
-
-    ready = _method(routes.ready, send)
-    methods = _method(routes.methods, send)
-    create_base = _method(routes.create_base, send)
-    base = _method(routes.base, send)
-    bases = _method(routes.bases, items)
-    delete_base = _method(routes.delete_base, send)
-    restore_base = _method(routes.restore_base, send)
-    create_delta = _method(routes.create_delta, send)
-    preview = _method(routes.preview, send)
-    delta = _method(routes.delta, send)
-    resolve = _method(routes.resolve, send)
-    deltas = _method(routes.deltas, items)
-    report = _method(routes.report, send)
-    delete = _method(routes.delete, send)
-    restore = _method(routes.restore, send)
-    models = _method(routes.models, items)
-    model = _method(routes.model, send)
-    delete_model = _method(routes.delete_model, send)
-    move_alias = _method(routes.move_alias, send)
-    remove_alias = _method(routes.remove_alias, send)
-    alias_moves = _method(routes.alias_moves, items)
-    job = _method(routes.job, send)
-    jobs = _method(routes.jobs, items)
-    cancel = _method(routes.cancel, send)
-    retry = _method(routes.retry, send)
-    nodes = _method(routes.nodes, send)
-    drain = _method(routes.drain, send)
-    resume = _method(routes.resume, send)
-    evict = _method(routes.evict, send)
-    keys = _method(routes.keys, items)
-    create_key = _method(routes.create_key, send)
-    revoke_key = _method(routes.revoke_key, send)
-    rotate_key = _method(routes.rotate_key, send)
-    tenants = _method(routes.tenants, items)
-    tenant = _method(routes.tenant, send)
-    create_tenant = _method(routes.create_tenant, send)
-    change_tenant = _method(routes.change_tenant, send)
-    check_served = _method(routes.check_served, send)
-    generate = _method(routes.generate, send)
-    stream = _method(routes.stream, events)
-
-    async def _open(self, call: Call[Any]) -> httpx.Response:
-        for attempt in count(1):
-            try:
-                request = self._http.build_request(**call.arguments())
-                response = await self._http.send(request, stream=True)
-                if not response.is_success:
-                    async with aclosing(response):
-                        await response.aread()
-                    check(response)
-                return response  # noqa: TRY300
-            except (httpx.RequestError, Unavailable) as error:
-                await anyio.sleep(call.pause(attempt, error))
-        raise AssertionError
-
-    async def follow(self, job: str) -> AsyncIterator[Job]:
-        """As `Client.follow`."""
-        failures = 0
-        while failures < RECONNECTS:
-            try:
-                async for state in self.events(routes.events(job)):
-                    failures = 0
-                    yield state
-                    if state.is_final:
-                        return
-            except Unavailable:
-                if failures == RECONNECTS - 1:
-                    raise
-            failures += 1
-            await anyio.sleep(POLL_SECONDS)
-        raise Unavailable(f"The server ends the events of {job} before the job has ended.")
-
-    async def wait(self, job: str, progress: JobProgress = _ignore) -> Job:
-        """As `Client.wait`."""
-        async for state in self.follow(job):
-            progress(state)
-        return state
-
-    async def log(
-        self, job: str, *, follow: bool = False, progress: JobProgress = _ignore
-    ) -> AsyncIterator[LogLine]:
-        """As `Client.log`."""
-        after, ended = 0, not follow
-        while True:
-            if follow:
-                state = await self.job(job)
-                progress(state)
-                ended = state.is_final
-            while lines := await self.send(routes.log(job, after)):
-                for line in lines:
-                    yield line
-                after = lines[-1].id
-            if ended:
-                return
-            await anyio.sleep(POLL_SECONDS)
-
-    upload_folder = _in_thread(Client.upload_folder)
-    upload_calibration = _in_thread(Client.upload_calibration)
-    download = _in_thread(Client.download)
-    push = _pushing(_in_thread(Client.push))
-
-
-class AsyncPush:
-    """As `Push`."""
-
-    def __init__(self, client: AsyncClient, delta: Delta, job: Job) -> None:
-        self.delta = delta
-        self.job = job
-        self._client = client
-
-    __repr__ = Push.__repr__
-    _repr_html_ = Push._repr_html_
-
-    async def wait(self, progress: JobProgress | None = None) -> Delta:
-        """As `Push.wait`."""
-        with default_bar(progress) as show:
-            self.job = await self._client.wait(self.job.id, show)
-        if (failure := self.job.failure) is not None:
-            raise failure
-        self.delta = await self._client.delta(self.delta.id)
-        return self.delta
-
-
 def _weights_of(calibration: Calibration | None) -> Mapping[str | Path, float]:
     """The weights of the mixture, by source."""
     if calibration is None:
         return {}
     return calibration if isinstance(calibration, Mapping) else {calibration: 1.0}
-
-
-def _check_text(path: Path, folder: Path) -> None:
-    """Refuse a calibration text that is too short, as far as it can be told here.
-
-    Its tokens are counted where the fine-tune has a tokenizer, and `tokenizers` is installed.
-
-    Raises:
-        NotFound: there is no such file.
-        InvalidCalibration: it is too short.
-    """
-    if not path.is_file():
-        raise NotFound(f"There is no calibration file {path}.")
-    size = path.stat().st_size
-    check_text_bytes(path.name, size)
-    if path.suffix == ".txt" and size < LONG_TEXT_BYTES and (folder / TOKENIZER).is_file():
-        try:
-            from tokenizers import Tokenizer
-
-            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-            # Saved with it, of training; neither is calibration's.
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            text = path.read_text(encoding="utf-8-sig")
-            tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
-        except Exception:  # noqa: BLE001 (of no narrower class; the server says what is wrong)
-            return
-        check_text_tokens(tokens)
 
 
 def _as_json(answer: Any) -> JsonObject:
