@@ -21,7 +21,7 @@ RENAMED: Final[Mapping[str, tuple[tuple[str, str], ...]]] = MappingProxyType(
 )
 """Pieces of the modules' parameter names, and their names in checkpoints, by model_type."""
 
-BODY: Final = ("model.", "transformer.", "gpt_neox.")
+BODY: Final = ("model.", "transformer.")
 """Prefixes of the body, which checkpoints of the body alone lack."""
 
 EMBEDDINGS: Final = frozenset(

@@ -47,6 +47,7 @@ CALIBRATED: Final[Mapping[str, Family]] = MappingProxyType(
         "smollm3": Family(),
         "granite": Family(),
         "olmo2": Family(),
+        "olmo3": Family(),
         "gpt_neox": Family(),
         "stablelm": Family(),
         "starcoder2": Family(),

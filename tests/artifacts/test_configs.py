@@ -28,6 +28,11 @@ def test_what_changes_no_answer(settings: dict[str, Any]) -> None:
     assert differences(BASE, BASE | settings) == []
 
 
+def test_what_only_training_reads_changes_no_answer() -> None:
+    opt = {"model_type": "opt"}
+    assert differences(opt, opt | {"dropout": 0.0, "layerdrop": 0.1}) == []
+
+
 @pytest.mark.parametrize(
     ("settings", "key"),
     [

@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig
 
 from deltadock.artifacts.checkpoint import scan_folder
-from deltadock.artifacts.configs import EPSILONS
 from deltadock.artifacts.export import merge
 from deltadock.client.loading import load_delta
 from deltadock.compression.families import CALIBRATED
@@ -38,8 +37,8 @@ def check(made: Made, home: Path) -> None:
 def other_settings(config: dict[str, Any]) -> dict[str, Any]:
     """A parsed config.json with other rotary embeddings and epsilons of norms."""
     part = config.get("text_config", config)
-    for key in EPSILONS:
-        if key in part:
+    for key in part:
+        if key.endswith(("eps", "epsilon")):
             part[key] = 0.05
     rope = part.get("rope_parameters") or {}
     for one in rope.values() if any(isinstance(v, dict) for v in rope.values()) else [rope]:

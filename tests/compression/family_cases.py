@@ -31,6 +31,7 @@ from transformers import (
     MixtralConfig,
     NemotronConfig,
     Olmo2Config,
+    Olmo3Config,
     OlmoConfig,
     OlmoeConfig,
     OPTConfig,
@@ -150,6 +151,7 @@ CASES = {
         )
     ),
     "olmo2": Case(lambda: Olmo2Config(**SIZES)),
+    "olmo3": Case(lambda: Olmo3Config(**SIZES, **LAYERS)),
     "gpt-neox": Case(
         lambda: GPTNeoXConfig(**_without("num_key_value_heads"), rotary_pct=0.5),
         (("lm_head.", "embed_out."),),
