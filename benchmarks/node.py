@@ -53,7 +53,7 @@ from deltadock.inference.engine.sampling import SamplingParams
 from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.engine.sequence import Event
 from deltadock.inference.engine.sequence import Sequence as EngineSequence
-from deltadock.inference.model.loading import SERVED
+from deltadock.inference.model.loading import CLASSES
 from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.routing import DeltaLimits
 from deltadock.inference.model.weight_deltas import WeightDelta, in_one_buffer
@@ -142,7 +142,7 @@ TINY_QWEN: Final = GpuWorkload(
 
 def random_model(family: str, device: str, dtype: torch.dtype, **shape: Any) -> Any:
     """A causal language model of transformers with random weights and no end-of-text token."""
-    config_class, model_class = SERVED[family]
+    config_class, model_class = CLASSES[family]
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = config_class(**shape, **ends)
     torch.manual_seed(0)

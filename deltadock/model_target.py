@@ -1,4 +1,4 @@
-"""Which weights a node runs for a request, where it holds them, and the api's headers for them."""
+"""Which weights nodes run for a request, where they hold them, and the api's headers for them."""
 
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -7,6 +7,21 @@ BASE_HEADER: Final = "Deltadock-Base"
 ARTIFACT_HEADER: Final = "Deltadock-Artifact"
 BASE_NAME_HEADER: Final = "Deltadock-Base-Name"
 TENANT_HEADER: Final = "Deltadock-Tenant"
+
+SERVED: Final = ("llama", "mistral", "qwen2", "qwen3")
+"""The `model_type`s that nodes serve."""
+
+
+def not_served(model_type: str) -> str | None:
+    """Why nodes serve no model of this type, and what to do; None: they do."""
+    if model_type in SERVED:
+        return None
+    return (
+        f"Models of type {model_type!r} are not served by nodes, which know {', '.join(SERVED)}. "
+        "Merge the delta for another engine (`deltadock merge`), or load it in Python "
+        "(`deltadock.load_delta`)."
+    )
+
 
 Tier = Literal["disk", "host", "device"]
 """What holds a delta, from the slowest to the fastest."""

@@ -17,10 +17,11 @@ from deltadock.api.references import DeltaReference
 from deltadock.api.registry.endpoints import Name
 from deltadock.compression.options import METHODS, default_method
 from deltadock.errors import InvalidInput, NotFound
+from deltadock.model_target import SERVED
 from deltadock.storage.api_keys import local_key_path
 from deltadock.storage.collection import UsageByKind
 from deltadock.storage.models import JobState, Scope
-from deltadock.storage.repositories import DeltaRepository, ModelRepository
+from deltadock.storage.repositories import BaseRepository, DeltaRepository, ModelRepository
 from deltadock.storage.repositories.deltas import Sibling
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
 
@@ -129,7 +130,9 @@ def show_delta(
         "makes_keys": makes_keys,
         "key_file": key_file,
         "environment": snippets.environment(url, key_file),
-        "examples": snippets.examples(page.entry.reference, chats=page.tried[-1].chats or False),
+        "examples": snippets.loading(page.entry.reference)
+        if page.not_served
+        else snippets.examples(page.entry.reference, chats=page.tried[-1].chats or False),
     }
     return render(request, "delta.html", context)
 
@@ -183,8 +186,9 @@ def show_try(
     model: Annotated[list[str], Query(max_length=20)] = [],  # noqa: B006
 ) -> Response:
     """Models side by side on one prompt."""
-    answering = ModelRepository(session, caller.tenant_id).answering(limit=CHOICES)
-    found = page_of_bases(session, caller.tenant_id, limit=CHOICES, after=None).data
+    tenant, served = caller.tenant_id, SERVED
+    answering = ModelRepository(session, tenant).answering(limit=CHOICES, model_types=served)
+    found = BaseRepository(session, tenant).page(limit=CHOICES, model_types=served)
     bases = [base.name for base in found]
     # One without figures may lack a tokenizer, and then nobody can ask it.
     measured = ([one.base, one.name] for one in answering if one.kl is not None)

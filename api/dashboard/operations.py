@@ -20,6 +20,7 @@ from deltadock.api.keys import list_keys
 from deltadock.api.nodes import registered_nodes
 from deltadock.api.paging import After
 from deltadock.api.tenants import get_tenant
+from deltadock.model_target import not_served
 from deltadock.storage.models import FINAL_STATES, JobState, NodeSampleRow, Scope
 from deltadock.storage.repositories import (
     DeltaRepository,
@@ -142,6 +143,7 @@ def show_base(base: BaseRef, request: Request, caller: CallerDep, session: ReadS
         "is_own": row.tenant_id == caller.tenant_id,
         "may_share": _operates(caller) and row.tenant_id == caller.tenant_id,
         "overview": overview,
+        "not_served": not_served(row.checkpoint.model_type),
         "tried": views.tried(session, caller.tenant_id, [row.name]),
     }
     return render(request, "base.html", context)

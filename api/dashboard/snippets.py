@@ -27,6 +27,27 @@ def environment(url: str, key_file: Path | None) -> str:
     return f'export DELTADOCK_API_URL={url}\nexport DELTADOCK_API_KEY="{key}"'
 
 
+def _merging(reference: str) -> str:
+    return f"""\
+deltadock pull {reference} --out model.delta
+deltadock merge --base ./base --delta model.delta --out ./merged"""
+
+
+def loading(reference: str) -> Mapping[str, str]:
+    """The same for a delta that no node serves."""
+    merged = _merging(reference)
+    return {
+        "Python": f"""\
+import deltadock
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("./base")
+deltadock.load_delta(model, "{reference}")""",
+        "CLI": merged,
+        "vLLM": f"{merged}\nvllm serve ./merged",
+    }
+
+
 def examples(reference: str, *, chats: bool) -> Mapping[str, str]:
     """Code and commands by the name of what runs them; they need `environment`."""
     prompt = PROMPTS[CHAT if chats else PLAIN][0]
@@ -59,8 +80,5 @@ print(answer.choices[0].{answer})""",
         "CLI": f"""\
 deltadock run {reference} {shlex.quote(prompt)}
 deltadock pull {reference} --out model.delta""",
-        "vLLM": f"""\
-deltadock pull {reference} --out model.delta
-deltadock merge ./base model.delta --out ./merged
-vllm serve ./merged""",
+        "vLLM": f"{_merging(reference)}\nvllm serve ./merged",
     }

@@ -18,6 +18,7 @@ from deltadock.api.jobs import JobOut, describe_jobs, page_of_jobs
 from deltadock.api.registry.schemas import AliasMoveOut, ModelCardOut
 from deltadock.api.registry.service import card_of, require_model
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
+from deltadock.model_target import not_served
 from deltadock.storage.models import RUNNING_ORDER, JobState
 from deltadock.storage.repositories import (
     BaseRepository,
@@ -205,6 +206,8 @@ class DeltaView:
     finetune_bytes: int | None
     """Size of the fine-tuned checkpoint, if it is still stored, and a whole model."""
     tried: Sequence[Tried]
+    not_served: str | None
+    """Why no node answers with it, and what to do; None: nodes serve its family."""
     """Base, fine-tune and delta."""
 
     @property
@@ -299,6 +302,7 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
     siblings = deltas.of_checkpoint(delta.checkpoint_digest, limit=SIBLINGS_SHOWN)
     checkpoint = CheckpointRepository(session, tenant_id).find(delta.checkpoint_digest)
     exact = deltas.exact_twin(delta)
+    base = BaseRepository(session, tenant_id).find(delta.base.id)
     own = delta.checkpoint_digest, delta.base.checkpoint_digest
     tried = [Tried(delta.base.name, BASE_ROLE, own[1:])]
     if exact is not None and exact.id != delta.id:
@@ -315,6 +319,7 @@ def delta_view(session: Session, tenant_id: str, delta_id: str) -> DeltaView:
         if checkpoint is not None and checkpoint.model_type != ADAPTER_TYPE
         else None,
         with_chats(session, tenant_id, tried),
+        None if base is None else not_served(base.checkpoint.model_type),
     )
 
 

@@ -24,7 +24,7 @@ from deltadock.errors import (
     Unavailable,
     UnsupportedModel,
 )
-from deltadock.model_target import ModelTarget
+from deltadock.model_target import SERVED, ModelTarget
 from deltadock.openai.completions import Completion
 from deltadock.storage.models import BaseRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, ModelRepository
@@ -50,7 +50,7 @@ LAST_ID: Final = "~"
 
 
 def list_models(session: Session, tenant_id: str, *, after: str | None, limit: int) -> ModelListOut:
-    """Bases by name, then delta names, each for its default version.
+    """Bases by name, then delta names, each for its default version; only what nodes serve.
 
     `after` is the id of the previous page's last model. A base's name contains no slash, a delta's
     one.
@@ -58,11 +58,15 @@ def list_models(session: Session, tenant_id: str, *, after: str | None, limit: i
     found: list[ModelOut] = []
     if after is None or "/" not in after:
         place = None if after is None else (after, LAST_ID)
-        bases = BaseRepository(session, tenant_id).page(limit=limit + 1, after=place)
+        bases = BaseRepository(session, tenant_id).page(
+            limit=limit + 1, after=place, model_types=SERVED
+        )
         found += [ModelOut.of_base(base) for base in bases]
         after = None
     if (room := limit + 1 - len(found)) > 0:
-        answering = ModelRepository(session, tenant_id).answering(limit=room, after=after)
+        answering = ModelRepository(session, tenant_id).answering(
+            limit=room, after=after, model_types=SERVED
+        )
         found += map(ModelOut.of_name, answering)
     return ModelListOut.of(found[:limit], has_more=len(found) > limit)
 

@@ -60,6 +60,11 @@ class CheckpointRepository:
         return checkpoint
 
 
+def is_of_type(model_types: Collection[str]) -> ColumnElement[bool]:
+    """Whether a base's model is of one of these types."""
+    return BaseRow.checkpoint.has(CheckpointRow.model_type.in_(model_types))
+
+
 class BaseRepository:
     """Bases are loaded with their checkpoint; a tenant sees its own and the shared ones.
 
@@ -96,7 +101,13 @@ class BaseRepository:
     def _precedence(self, id_or_name: str, base: BaseRow) -> tuple[bool, bool]:
         return base.id == id_or_name, base.tenant_id == self.tenant
 
-    def page(self, *, limit: int, after: Sequence[str] | None = None) -> Sequence[BaseRow]:
+    def page(
+        self,
+        *,
+        limit: int,
+        after: Sequence[str] | None = None,
+        model_types: Collection[str] | None = None,
+    ) -> Sequence[BaseRow]:
         """Up to `limit` bases by name and id, that follow the place `after`."""
         place = tuple_(BaseRow.name, BaseRow.id)
         each = (
@@ -105,6 +116,7 @@ class BaseRepository:
                 visible,
                 BaseRow.deleted_at.is_(None),
                 *([] if after is None else [place > tuple(after)]),
+                *([] if model_types is None else [is_of_type(model_types)]),
             )
             .order_by(BaseRow.name, BaseRow.id)
             .limit(limit)

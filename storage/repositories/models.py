@@ -1,6 +1,6 @@
 """Models, their aliases and what moved them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from deltadock.storage.models import (
     WebhookEvent,
 )
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.checkpoints import is_of_type
 from deltadock.storage.repositories.terms import TermFilter, words_of
 from deltadock.storage.repositories.webhooks import WebhookRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
@@ -143,7 +144,13 @@ class ModelRepository:
             found for part in (before, after) for found in self.session.scalars(part.limit(limit))
         ]
 
-    def answering(self, *, limit: int, after: str | None = None) -> list[Answering]:
+    def answering(
+        self,
+        *,
+        limit: int,
+        after: str | None = None,
+        model_types: Collection[str] | None = None,
+    ) -> list[Answering]:
         """What up to `limit` bare names that follow `after` mean, by name."""
         query = (
             select(
@@ -167,6 +174,8 @@ class ModelRepository:
         )
         if after is not None:
             query = query.where(ModelRow.name > after)
+        if model_types is not None:
+            query = query.where(is_of_type(model_types))
         return [Answering(*row) for row in self.session.execute(query)]
 
     def description(self, model: ModelRow) -> str:

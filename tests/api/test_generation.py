@@ -9,7 +9,7 @@ import pytest
 from starlette.responses import JSONResponse, Response
 
 from deltadock.body_limit import MAX_BODY_BYTES
-from tests.api.support import Api, StandInNode
+from tests.api.support import Api, StandInNode, weights
 
 Ready = tuple[dict[str, Any], str, str]
 
@@ -48,6 +48,36 @@ def test_models_can_be_named_by_id_name_and_version(
         assert headers["deltadock-base"] == base
         assert headers["deltadock-base-name"] == "tiny"
         assert headers.get("deltadock-artifact") == artifact_digest
+
+
+def test_what_nodes_do_not_serve_is_not_listed_and_not_tried(api: Api, ready: Ready) -> None:
+    """Its pages say what to do with it."""
+    config = {"config.json": b'{"model_type": "gpt2"}'}
+    base, tuned = (
+        api.upload("checkpoint", config | {"model.safetensors": weights(seed)})["checkpoint"]
+        for seed in (3, 4)
+    )
+    api.client.post("/v1/bases", json={"name": "other", "checkpoint": base["digest"]})
+    body = {"name": "a/b", "base": "other", "checkpoint": tuned["digest"], "method": "exact"}
+    delta = api.client.post("/v1/deltas", json=body).json()["delta"]
+    api.make_ready(delta)
+    listed = api.client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == ["tiny", "maths/skills"]
+    assert [model["id"] for model in api.client.get("/v1/models?after=tiny").json()["data"]] == [
+        "maths/skills"
+    ]
+    for page in ("/bases/other", f"/deltas/{delta['id']}"):
+        text = api.client.get(page).text
+        assert "are not served by nodes" in text
+        assert "Generate" not in text
+    assert "deltadock.load_delta(model, " in text
+    assert "deltadock merge --base ./base" in text
+    assert "chat/completions" not in text
+    for page in ("/bases/tiny", f"/deltas/{ready[0]['id']}"):
+        assert "Generate" in api.client.get(page).text
+    choices = api.client.get("/try").text
+    assert 'value="a/b"' not in choices
+    assert 'value="maths/skills"' in choices
 
 
 def test_a_push_does_not_change_what_a_name_answers_until_the_default_moves(

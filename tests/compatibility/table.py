@@ -3,7 +3,7 @@
 import sys
 
 from deltadock.compression.families import CALIBRATED
-from deltadock.inference.model.loading import SERVED
+from deltadock.model_target import SERVED
 from tests.compatibility.cases import CASES
 
 HEAD = """\

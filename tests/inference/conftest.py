@@ -17,7 +17,7 @@ from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.inference.engine.engine import Engine
 from deltadock.inference.engine.sampling import SamplingParams, make_draws
 from deltadock.inference.engine.sequence import Event, Sequence
-from deltadock.inference.model.loading import SERVED, load_base
+from deltadock.inference.model.loading import CLASSES, load_base
 from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.weight_deltas import TensorDelta
 from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
@@ -57,7 +57,7 @@ def grammars() -> Iterator[Grammars]:
 
 def _make_model(family: str, seed: int = 0, **settings: Any) -> Any:
     """A random causal language model of transformers' own classes, float32."""
-    config_class, model_class = SERVED[family]
+    config_class, model_class = CLASSES[family]
     config = config_class(
         **{
             "hidden_size": 32,

@@ -26,16 +26,17 @@ from deltadock.errors import InvalidCheckpoint, UnsupportedModel
 from deltadock.inference.model.added_tokens import EMBEDDING
 from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.routing import DEFAULT_LIMITS, DeltaLimits
+from deltadock.model_target import not_served
 
 log = logging.getLogger(__name__)
 
-SERVED: Final[dict[str, tuple[Any, Any]]] = {
+CLASSES: Final[dict[str, tuple[Any, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
-"""Families that can be served: model_type to config and model class."""
+"""Config and model class of each `model_type` of `SERVED`."""
 
 
 def _read_tensors(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
@@ -60,11 +61,12 @@ def check_servable(manifest: CheckpointManifest) -> None:
     Raises:
         UnsupportedModel: the family cannot be served, or the weights are quantized.
     """
-    family = manifest.config.get("model_type")
-    if family not in SERVED or "quantization_config" in manifest.config:
+    if (refusal := not_served(manifest.config["model_type"])) is not None:
+        raise UnsupportedModel(refusal)
+    if "quantization_config" in manifest.config:
         raise UnsupportedModel(
-            f"A {family!r} checkpoint of this kind cannot be served; "
-            f"unquantized {', '.join(SERVED)} can."
+            "The weights are quantized, and nodes serve none such. Register the checkpoint before "
+            "its quantization as the base."
         )
 
 
@@ -85,7 +87,7 @@ def load_base(
     check_servable(manifest)
     settings = dict(manifest.config)
     family = settings["model_type"]
-    config_class, model_class = SERVED[family]
+    config_class, model_class = CLASSES[family]
     tensors = _read_tensors(folder, sorted({tensor.file for tensor in manifest.tensors}))
     embedding = find_name(EMBEDDING, tensors, family)
     if embedding is None:

@@ -44,7 +44,7 @@ class DeltaModel:
     """A causal language model whose rows each use the weights of their own delta slot."""
 
     def __init__(self, model: Any, limits: DeltaLimits = DEFAULT_LIMITS) -> None:
-        """Replace the modules of `model` (of `loading.SERVED`).
+        """Replace the modules of `model` (of `loading.CLASSES`).
 
         Raises:
             UnsupportedModel: a module with parameters has no per-row counterpart.
