@@ -18,11 +18,11 @@ from deltadock.api.access.refusals import Refusals
 from deltadock.api.access.sessions import Sessions
 from deltadock.api.fleet import Fleet
 from deltadock.api.job_watch import JobWatch
+from deltadock.api.storage_meter import StorageMeter
 from deltadock.api.tasks import TaskSender
 from deltadock.api.uploads.completion import Completer
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
-from deltadock.storage.collection import StorageMeter
 from deltadock.storage.database import Database
 
 KEEPALIVE: Final = (

@@ -8,7 +8,7 @@ from deltadock.api.dependencies import ResourcesDep
 from deltadock.api.routing import api_router
 from deltadock.errors import Forbidden
 from deltadock.problems import problems
-from deltadock.storage.collection import Usage, UsageByKind
+from deltadock.storage.usage import Usage, UsageByKind
 
 router = api_router("/v1/storage", tags=["storage"])
 

@@ -1,22 +1,18 @@
-"""Collection of bytes that nothing needs any more, totals of what is stored, and reconciliation.
+"""Collection of bytes that nothing needs any more.
 
-Collection goes in four steps: the rules drop fine-tunes and texts; deltas that were deleted some
+It goes in four steps: the rules drop fine-tunes and texts; deltas that were deleted some
 days ago are given up; then the saved blocks of ended jobs and the blobs that no row needs are
 removed. Every step is in transactions of its own and safe beside pushes of the same bytes (see
 `BlobRepository`), so that several processes may collect at once.
 """
 
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import islice
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
-import structlog
 from sqlalchemy.orm import Session
 
 from deltadock.settings import Settings
@@ -24,20 +20,14 @@ from deltadock.storage.blobs import BlobStore, StoredEntry
 from deltadock.storage.database import Database, database_now
 from deltadock.storage.models import AuditAction, DeltaRow
 from deltadock.storage.repositories.audit import record_each
-from deltadock.storage.repositories.blobs import BlobKind, BlobRepository, lock_blobs
+from deltadock.storage.repositories.blobs import BlobKind, BlobRepository, batches, lock_blobs
 from deltadock.storage.repositories.retention import DropLimits, DroppableUploads, Rule
-from deltadock.storage.repositories.tenants import TenantRepository
-from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.repositories.uploads import UploadRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
+from deltadock.storage.usage import WORK, Usage, UsageByKind
 
-log = structlog.get_logger(__name__)
-
-WORK: Final = "work"
-"""The kind of jobs' saved blocks."""
 YOUNG: Final = timedelta(hours=1)
 """Blobs younger than this are left alone: their rows may be yet to come."""
-BATCH: Final = 500
 REMOVED_AT_ONCE: Final = 200
 """Blobs, in one transaction: each is locked, and on SQLite no other writes meanwhile."""
 HOLD_SECONDS: Final = 0.1
@@ -46,20 +36,6 @@ PAUSE_SECONDS: Final = 0.1
 """Who waits for SQLite's lock looks for it at least so often."""
 
 Item = TypeVar("Item")
-
-
-class Usage(NamedTuple):
-    """A number of stored files, and their bytes."""
-
-    files: int
-    bytes: int
-
-    def plus(self, size: int) -> "Usage":
-        """With one file of `size` bytes more."""
-        return Usage(self.files + 1, self.bytes + size)
-
-
-UsageByKind = dict[str, Usage]
 
 
 @dataclass(slots=True)
@@ -97,7 +73,7 @@ class Collector:
         for kind, entry in self.unneeded_blocks():
             self._blobs.drop_work(entry.key.partition("/")[0])
             collected.count(kind, entry)
-        for found in _batches(self.unneeded_blobs(), REMOVED_AT_ONCE):
+        for found in batches(self.unneeded_blobs(), REMOVED_AT_ONCE):
             for kind, entry in self.remove(found):
                 collected.count(kind, entry)
             progress(collected.total)
@@ -152,7 +128,7 @@ class Collector:
 
     def unneeded_blocks(self, given_up: Collection[str] = ()) -> Iterator[tuple[str, StoredEntry]]:
         """The saved blocks of jobs that will not continue, were these deltas given up too."""
-        for entries in _batches(self._blobs.entries("work")):
+        for entries in batches(self._blobs.entries("work")):
             jobs = {entry.key.partition("/")[0] for entry in entries}
             with self._database.read_scope() as session:
                 before = database_now(session) - self._undo
@@ -167,7 +143,7 @@ class Collector:
         with self._database.read_scope() as session:
             before = database_now(session) - YOUNG
         old = (entry for entry in self._blobs.entries("blobs") if entry.modified < before)
-        for entries in _batches(old):
+        for entries in batches(old):
             digests = [entry.key for entry in entries]
             with self._database.read_scope() as session:
                 repository = BlobRepository(session)
@@ -225,125 +201,3 @@ def _reasons(on_nodes: Iterable[DeltaRow]) -> list[str]:
         f"unload {delta.artifact_digest} there."
         for delta in on_nodes
     ]
-
-
-def measure(database: Database, blobs: BlobStore) -> UsageByKind:
-    """What is stored, by kind: all files of the store, those of unfinished uploads among them."""
-    usage: UsageByKind = {kind: Usage(0, 0) for kind in (*BlobKind, WORK)}
-    for area, kind in (("staging", "uploads"), ("parts", "uploads"), ("work", WORK)):
-        for entry in blobs.entries(area):  # type: ignore[arg-type]
-            usage[kind] = usage[kind].plus(entry.bytes)
-    for entries in _batches(blobs.entries("blobs")):
-        with database.read_scope() as session:
-            kinds = BlobRepository(session).needed([entry.key for entry in entries])
-        for entry in entries:
-            kind = kinds.get(entry.key, BlobKind.UNREFERENCED)
-            usage[kind] = usage[kind].plus(entry.bytes)
-    return usage
-
-
-class StorageMeter:
-    """Measures what is stored when asked, at most for a hundredth of the time."""
-
-    def __init__(self, database: Database, blobs: BlobStore) -> None:
-        self._database = database
-        self._blobs = blobs
-        self._lock = threading.Lock()
-        self._latest: UsageByKind | None = None
-        self._began = 0.0
-        self._fresh_until = 0.0
-        self._measuring: Future[UsageByKind] | None = None
-
-    def usage(self) -> UsageByKind:
-        """What is stored, by kind; a hundred times as old as measuring takes, at most."""
-        measured = self._measure()
-        return measured if isinstance(measured, dict) else measured.result()
-
-    def usage_within(self, seconds: float) -> UsageByKind | None:
-        """As `usage`, or the figures before if measuring takes longer; None: there are none."""
-        measured = self._measure()
-        left = max(0.0, self._began + seconds - time.monotonic())
-        try:
-            return measured if isinstance(measured, dict) else measured.result(left)
-        except TimeoutError:
-            return self._latest
-
-    def _measure(self) -> "UsageByKind | Future[UsageByKind]":
-        """The latest figures, or the measurement of newer ones."""
-        with self._lock:
-            if self._measuring is None:
-                if self._latest is not None and time.monotonic() < self._fresh_until:
-                    return self._latest
-                self._measuring, self._began = Future(), time.monotonic()
-                # A daemon: the process may end meanwhile.
-                thread = threading.Thread(target=self._run, args=[self._measuring], daemon=True)
-                thread.start()
-            return self._measuring
-
-    def _run(self, measuring: "Future[UsageByKind]") -> None:
-        started = time.monotonic()
-        usage: UsageByKind | None = None
-        failure: Exception | None = None
-        try:
-            usage = measure(self._database, self._blobs)
-        except Exception as error:
-            log.exception("measurement_failed")
-            failure = error
-        with self._lock:
-            ended = time.monotonic()
-            self._measuring = None
-            self._latest = usage or self._latest
-            self._fresh_until = ended + 100 * (ended - started) if usage else ended
-        if usage is None:
-            measuring.set_exception(failure)
-        else:
-            measuring.set_result(usage)
-
-
-def recount(database: Database) -> None:
-    """Count anew what counts towards each tenant's quotas."""
-    with database.read_scope() as session:
-        tenants = TenantRepository(session).ids()
-    for tenant_id in tenants:
-        with database.session_scope() as session:
-            TotalsRepository(session, tenant_id).recount()
-
-
-class Differences(NamedTuple):
-    """Where rows and blobs disagree."""
-
-    missing: list[str]
-    """Digests that rows refer to, and the store lacks."""
-    unreferenced: list[StoredEntry]
-    """Blobs that no row has ever referred to."""
-
-
-def reconcile(database: Database, blobs: BlobStore) -> Differences:
-    """Compare all rows with all blobs; changes nothing."""
-    stored = {entry.key: entry for entry in blobs.entries("blobs")}
-    missing = missing_blobs(database, blobs, stored)
-    unreferenced = []
-    for entries in _batches(stored.values()):
-        names = [entry.key for entry in entries]
-        with database.read_scope() as session:
-            repository = BlobRepository(session)
-            known = repository.needed(names) | repository.once_needed(names)
-        unreferenced += [entry for entry in entries if entry.key not in known]
-    return Differences(missing, unreferenced)
-
-
-def missing_blobs(
-    database: Database, blobs: BlobStore, stored: Collection[str] | None = None
-) -> list[str]:
-    """Digests that rows refer to, and the store lacks; `stored` is a listing of the store."""
-    stored = {entry.key for entry in blobs.entries("blobs")} if stored is None else stored
-    with database.read_scope() as session:
-        absent = [d for d in BlobRepository(session).referenced() if d not in stored]
-    # What was stored after the listing is looked up.
-    return sorted(digest for digest in absent if not blobs.exists(digest))
-
-
-def _batches(entries: Iterable[Item], size: int = BATCH) -> Iterator[list[Item]]:
-    iterator = iter(entries)
-    while batch := list(islice(iterator, size)):
-        yield batch

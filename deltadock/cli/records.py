@@ -12,8 +12,8 @@ from deltadock.settings import Settings, deployed_in, settings_in
 from deltadock.storage import backup as files
 from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.blobs import make_blob_store
-from deltadock.storage.collection import missing_blobs
 from deltadock.storage.database import Database
+from deltadock.storage.reconciliation import missing_blobs
 from deltadock.storage.repositories import AuditRepository
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.words import counted

@@ -6,8 +6,10 @@ from deltadock.cli.output import output, print_json, print_table, working
 from deltadock.settings import deployed_in
 from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.blobs import make_blob_store
-from deltadock.storage.collection import Collector, Usage, reconcile, recount
+from deltadock.storage.collection import Collector
 from deltadock.storage.database import Database
+from deltadock.storage.reconciliation import reconcile, recount
+from deltadock.storage.usage import Usage
 from deltadock.words import counted, grouped, size
 
 

@@ -5,10 +5,11 @@ A blob is needed while a row refers to it. Who writes such a row locks the blob,
 it before the lock ends. So neither overtakes the other.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final
+from itertools import islice
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Select, and_, delete, or_, select, union
 from sqlalchemy.orm import Session, load_only
@@ -35,7 +36,9 @@ from deltadock.storage.tenancy import EVERY_TENANT, Tenant, owned_by
 
 HOLDS_FILES: Final = (UploadState.OPEN, UploadState.COMPLETING, UploadState.COMPLETE)
 BATCH: Final = 500
-"""Rows of a long result that are read at once."""
+"""Rows of a long result that are read at once, and digests that are asked for."""
+
+Item = TypeVar("Item")
 
 
 class BlobKind(StrEnum):
@@ -47,6 +50,13 @@ class BlobKind(StrEnum):
     UPLOADS = "uploads"
     """Files of unfinished uploads."""
     UNREFERENCED = "unreferenced"
+
+
+def batches(items: Iterable[Item], size: int = BATCH) -> Iterator[list[Item]]:
+    """The items by so many."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def lock_blobs(session: Session, *digests: str) -> None:

@@ -17,7 +17,6 @@ from deltadock.api.main import create_app
 from deltadock.api.paging import Cursor
 from deltadock.errors import NotFound
 from deltadock.settings import Settings
-from deltadock.storage.collection import measure
 from deltadock.storage.database import migrate
 from deltadock.storage.models import UploadKind
 from deltadock.storage.repositories import (
@@ -29,6 +28,7 @@ from deltadock.storage.repositories import (
 )
 from deltadock.storage.repositories.retention import DropLimits, DroppableUploads, Rule
 from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
+from deltadock.storage.usage import measure
 from tests import seed
 from tests.api.support import bearer, issue_key
 
