@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 import httpx
 from fastapi import Path, Query
@@ -26,6 +26,7 @@ from deltadock.errors import Conflict, NotFound, Unavailable
 from deltadock.model_target import Tier
 from deltadock.names import DIGEST_PATTERN, NODE_PATTERN
 from deltadock.problems import problems
+from deltadock.storage.documents import HeldDelta
 from deltadock.storage.models import AuditAction, BaseRow, NodeRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, NodeRepository
 from deltadock.storage.repositories.audit import record
@@ -243,7 +244,7 @@ def registered_nodes(session: Session, caller: Caller, limit: int) -> NodeList:
     return NodeList(data=[NodeOut.for_operator(node, base, named, limit) for node, base in based])
 
 
-def _first(node: NodeRow, limit: int) -> list[dict[str, Any]]:
+def _first(node: NodeRow, limit: int) -> list[HeldDelta]:
     """A node's deltas, fastest tier first."""
     return sorted(node.deltas, key=lambda held: TIERS.index(held["tier"]))[:limit]
 

@@ -22,6 +22,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+from deltadock.storage.documents import DeltaOptions, HeldDelta
+
 
 class Scope(StrEnum):
     """What an API key may be used for."""
@@ -229,6 +231,8 @@ class TableRow(DeclarativeBase):
         dict[str, Any]: JSON(none_as_null=True),
         list[dict[str, Any]]: JSON(none_as_null=True),
         list[str]: JSON(none_as_null=True),
+        DeltaOptions: JSON(none_as_null=True),
+        list[HeldDelta]: JSON(none_as_null=True),
     }
 
 
@@ -542,9 +546,7 @@ class DeltaRow(TableRow):
     checkpoint_digest: Mapped[str] = mapped_column(ForeignKey("checkpoints.digest"))
     method: Mapped[str] = mapped_column(String(32))
     bits: Mapped[float | None]
-    options: Mapped[dict[str, Any]]
-    """`seed`, `solver`, `goal` ({kind, value}, or null for fixed-size methods), `calibration`
-    ({sources: [{digest or null, suffix or null, weight}], tokens, length}, or null)."""
+    options: Mapped[DeltaOptions]
     fingerprint: Mapped[str] = mapped_column(String(64), index=True)
     """SHA-256 (hex) of all inputs that determine the artifact; equal requests of a
     tenant share one result."""
@@ -681,8 +683,7 @@ class NodeRow(TableRow):
     admitted: Mapped[int]
     """Current sequences, running and waiting."""
     delta_slots: Mapped[int]
-    deltas: Mapped[list[dict[str, Any]]]
-    """[{digest, tier, bytes, references, pinned}], with the fastest tier that holds each."""
+    deltas: Mapped[list[HeldDelta]]
     usage: Mapped[dict[str, Any] | None]
     """Throughput, latency and memory, see `NodeSampleRow`; None: its version reports none."""
     sampled_at: Mapped[datetime | None]

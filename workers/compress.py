@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import structlog
 
@@ -232,15 +232,18 @@ def _calibration(delta: DeltaRow, context: WorkerContext, folder: Path) -> list[
     requested = delta.options["calibration"]
     return [
         Source(
-            None if source["digest"] is None else _text(delta, source, context, folder),
+            _text(delta, digest, source.get("suffix"), context, folder)
+            if (digest := source["digest"])
+            else None,
             source["weight"],
         )
         for source in (requested["sources"] if requested else ())
     ]
 
 
-def _text(delta: DeltaRow, source: dict[str, Any], context: WorkerContext, folder: Path) -> Path:
-    digest, suffix = source["digest"], source.get("suffix")
+def _text(
+    delta: DeltaRow, digest: str, suffix: str | None, context: WorkerContext, folder: Path
+) -> Path:
     if suffix is None:  # a release without it wrote the row
         with context.database.read_scope() as session:
             suffix = UploadRepository(session, delta.tenant_id).calibration_suffix(digest)

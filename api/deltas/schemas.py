@@ -31,6 +31,7 @@ from deltadock.compression.options import (
 )
 from deltadock.json_depth import MAX_DEPTH, is_too_deep
 from deltadock.names import NAME_PATTERN
+from deltadock.storage.documents import MixtureOptions, SourceOptions
 from deltadock.storage.models import DeltaRow, JobPriority, JobState
 from deltadock.storage.repositories.deltas import FIGURES, Lineage
 from deltadock.storage.repositories.shown import ShownDelta
@@ -103,7 +104,7 @@ class CalibrationIn(RequestBody):
         """Digests of the uploaded texts."""
         return [source.digest for source in self.sources if isinstance(source, TextSource)]
 
-    def to_options(self, suffixes: Mapping[str, str]) -> dict[str, Any]:
+    def to_options(self, suffixes: Mapping[str, str]) -> MixtureOptions:
         """The form stored in a delta's row; sampled sources have the digest and suffix None.
 
         Args:
@@ -112,7 +113,7 @@ class CalibrationIn(RequestBody):
         digests = [
             source.digest if isinstance(source, TextSource) else None for source in self.sources
         ]
-        sources = [
+        sources: list[SourceOptions] = [
             {
                 "digest": digest,
                 "suffix": suffixes[digest] if digest else None,
@@ -139,10 +140,14 @@ class CalibrationOut(BaseModel):
     length: int = Field(examples=[LENGTH])
 
     @classmethod
-    def of(cls, options: dict[str, Any]) -> Self:
+    def of(cls, options: MixtureOptions) -> Self:
         """Convert the stored form (`CalibrationIn.to_options`)."""
         sources = [
-            SourceOut(source="text" if source["digest"] else "sampled", **source)
+            SourceOut(
+                source="text" if source["digest"] else "sampled",
+                digest=source["digest"],
+                weight=source["weight"],
+            )
             for source in options["sources"]
         ]
         return cls(sources=sources, tokens=options["tokens"], length=options["length"])

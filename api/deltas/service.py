@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy.orm import Session
 
@@ -22,6 +22,7 @@ from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.compression.options import MethodInfo
 from deltadock.compression.preview import preview_size
 from deltadock.errors import DeltadockError, NotFound, refused_by_state
+from deltadock.storage.documents import DeltaOptions, MixtureOptions
 from deltadock.storage.models import BaseRow, DeltaRow, JobState
 from deltadock.storage.repositories import (
     DeltaRepository,
@@ -107,10 +108,10 @@ def request_delta(
     )
     if compared.error is not None:
         raise compared.error
-    options = {
+    options: DeltaOptions = {
         "seed": body.seed,
         "solver": body.solver,
-        "goal": asdict(goal) if goal else None,
+        "goal": {"kind": goal.kind, "value": goal.value} if goal else None,
         "calibration": calibration,
     }
     deltas = DeltaRepository(session, tenant_id)
@@ -221,7 +222,7 @@ def restore_delta(session: Session, tenant_id: str, delta_id: str) -> DeltaRow:
 
 def _calibration(
     session: Session, tenant_id: str, body: DeltaIn, *, needed: bool
-) -> dict[str, Any] | None:
+) -> MixtureOptions | None:
     """The requested mixture, or the default one if needed, for calibration or measurement.
 
     In the form of a delta's options.
@@ -255,9 +256,7 @@ def _texts(body: DeltaIn) -> list[str]:
             return []
 
 
-def _fingerprint(
-    base: BaseRow, checkpoint: str, method: MethodInfo, options: dict[str, Any]
-) -> str:
+def _fingerprint(base: BaseRow, checkpoint: str, method: MethodInfo, options: DeltaOptions) -> str:
     inputs = {
         "base": base.checkpoint_digest,
         "checkpoint": checkpoint,

@@ -5,11 +5,11 @@ A blob is needed while a row refers to it. Who writes such a row locks the blob,
 it before the lock ends. So neither overtakes the other.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime
 from enum import StrEnum
 from itertools import islice
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from sqlalchemy import Select, and_, delete, or_, select, union
 from sqlalchemy.orm import Session, load_only
@@ -256,7 +256,7 @@ class BlobRepository:
 
     def texts_of_jobs(self, undo_from: datetime, tenant: Tenant = EVERY_TENANT) -> set[str]:
         """Digests of the calibration texts of jobs that run or may continue."""
-        pending: Sequence[dict[str, Any]] = self.session.scalars(
+        pending = self.session.scalars(
             select(DeltaRow.options)
             .join(DeltaRow.job)
             .where(
@@ -267,11 +267,9 @@ class BlobRepository:
                 ),
             )
         ).all()
-        return {
-            source["digest"]
-            for options in pending
-            for source in (options.get("calibration") or {"sources": []})["sources"]
-        }
+        mixtures = [options["calibration"] for options in pending]
+        sources = [source for mixture in mixtures if mixture for source in mixture["sources"]]
+        return {source["digest"] for source in sources if source["digest"]}
 
 
 _REFERENCES: Final[tuple[Select[str | None, str], ...]] = (

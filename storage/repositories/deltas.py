@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session, contains_eager, joinedload, selectinload
 from deltadock.errors import Cancelled
 from deltadock.names import DEFAULT, parse_reference
 from deltadock.storage.database import database_now, lock_key, unindexed
+from deltadock.storage.documents import DeltaOptions
 from deltadock.storage.ids import new_id
 from deltadock.storage.models import (
     UNSUCCESSFUL,
@@ -77,7 +78,7 @@ class Sibling(NamedTuple):
     true_bits: float | None
     kl: float | None
     checkpoint_digest: str
-    options: dict[str, Any]
+    options: DeltaOptions
 
     @property
     def digests(self) -> list[str | None]:
@@ -320,7 +321,7 @@ class DeltaRepository:
         checkpoint_digest: str,
         method: str,
         bits: float | None,
-        options: dict[str, Any],
+        options: DeltaOptions,
         fingerprint: str,
         priority: JobPriority = JobPriority.NORMAL,
         lineage: Lineage = NO_LINEAGE,

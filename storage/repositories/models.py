@@ -326,7 +326,7 @@ class ModelRepository:
             return
         if delta.kl is None or current.kl is None:
             return
-        same_text = delta.options.get("calibration") == current.options.get("calibration")
+        same_text = delta.options["calibration"] == current.options["calibration"]
         if self._is_far(current) and not self._is_far(delta):
             reason = (
                 f"Version {row.version} is far from its fine-tune, with a KL of {current.kl:.4g}; "

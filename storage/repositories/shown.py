@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple, Self
 from sqlalchemy import and_, bindparam, func, select
 
 from deltadock.names import DEFAULT
+from deltadock.storage.documents import DeltaOptions
 from deltadock.storage.models import (
     AliasRow,
     BaseRow,
@@ -67,7 +68,7 @@ class ShownDelta(NamedTuple):
     checkpoint_digest: str
     method: str
     bits: float | None
-    options: dict[str, Any]
+    options: DeltaOptions
     artifact_digest: str | None
     artifact_bytes: int | None
     ratio: float | None

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from itertools import permutations
 from pathlib import Path
+from typing import Final
 
 import pytest
 from sqlalchemy import delete, event, select, update
@@ -17,6 +18,7 @@ from deltadock.storage.blobs import StoredEntry
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.collection import Collector
 from deltadock.storage.database import Database, database_now
+from deltadock.storage.documents import DeltaOptions
 from deltadock.storage.models import (
     CheckpointRow,
     DeltaRow,
@@ -41,6 +43,8 @@ from deltadock.workers.lease import Lease
 
 ORDERS = sorted(o for o in set(permutations("PPDDCC")) if o.index("D") < o.index("C"))
 """Orders of the steps of a push, a deletion that is undone, and a collection that finds it."""
+
+OPTIONS: Final[DeltaOptions] = {"seed": 0, "solver": "exact", "goal": None, "calibration": None}
 
 
 @pytest.fixture
@@ -80,7 +84,7 @@ class Scene:
             assert base is not None
             delta = DeltaRepository(session, LOCAL_TENANT).add(
                 name=f"{self.content.decode()}/{name}", base=base, checkpoint_digest="c",
-                method="exact", bits=None, options={"calibration": None}, fingerprint="f",
+                method="exact", bits=None, options=OPTIONS, fingerprint="f",
             )  # fmt: skip
             ids = delta.id, delta.job.id
             assert JobRepository(session, LOCAL_TENANT).acquire(ids[1], "worker", 1e6)
@@ -244,7 +248,7 @@ def add_finetunes(session: Session, numbers: range, *, state: JobState) -> None:
         uploads.complete(upload)
         delta = DeltaRepository(session, LOCAL_TENANT).add(
             name=f"p/{number}", base=base, checkpoint_digest=digest,
-            method="exact", bits=None, options={"calibration": None}, fingerprint="f",
+            method="exact", bits=None, options=OPTIONS, fingerprint="f",
         )  # fmt: skip
         delta.job.state, delta.job.finished_at = state, database_now(session)
 

@@ -47,7 +47,7 @@ def add_job(session: Session, number: int = 0) -> JobRow:
         checkpoint_digest=checkpoint.digest,
         method="adamix",
         bits=1.0,
-        options={},
+        options={"seed": 0, "solver": "exact", "goal": None, "calibration": None},
         fingerprint="f" * 64,
     )
     delta.job.sent_at = delta.job.created_at = NOW

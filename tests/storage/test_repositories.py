@@ -59,7 +59,7 @@ def add_delta(session: Session, name: str = "p/m", fingerprint: str = "f") -> De
         checkpoint_digest=add_checkpoint(session, "b").digest,
         method="adamix",
         bits=1.0,
-        options={"seed": 0},
+        options={"seed": 0, "solver": "exact", "goal": None, "calibration": None},
         fingerprint=fingerprint * 64,
     )
 
