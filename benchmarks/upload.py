@@ -27,7 +27,7 @@ from typing import Final, NamedTuple
 import httpx
 
 from benchmarks.harness import processor
-from deltadock.cli.keys import ensure_local_key
+from deltadock.cli.key_store import ensure_local_key
 from deltadock.cli.processes import HOST, Child, free_ports
 from deltadock.cli.services import seaweedfs
 from deltadock.cli.system import api_command

@@ -111,7 +111,7 @@ def _running_system(
 
 def _make_key(home: Path) -> str:
     """Make the key without which `up` lets no other machine reach it."""
-    from deltadock.cli.keys import issue
+    from deltadock.cli.key_store import issue
     from deltadock.settings import Settings
 
     settings = Settings(home=home, database_url="")

@@ -10,6 +10,14 @@ from deltadock.cli.server import complete_method
 from deltadock.compression.options import Source, default_method
 from deltadock.errors import InvalidInput
 
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False,
+        help="Folder for data, caches and logs; by default DELTADOCK_HOME, or .deltadock here.",
+    ),
+]
+
 SAMPLED_WORD: Final = "sampled"
 """As a calibration source: text sampled from the fine-tune."""
 GOALS: Final = "Goal, at most one of"

@@ -1,20 +1,29 @@
 """Collecting and checking what the blob store holds: `deltadock gc` and `deltadock reconcile`."""
 
-from pathlib import Path
+from typing import Annotated
 
-from deltadock.cli.output import output, print_json, print_table, working
-from deltadock.settings import deployed_in
-from deltadock.storage.actor import COMMAND, acting
-from deltadock.storage.blobs import make_blob_store
-from deltadock.storage.collection import Collector
-from deltadock.storage.database import Database
-from deltadock.storage.reconciliation import reconcile, recount
-from deltadock.storage.usage import Usage
+import typer
+
+from deltadock.cli.options import Home
+from deltadock.cli.output import AsJson, output, print_json, print_table, working
 from deltadock.words import counted, grouped, size
 
 
-def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
-    """Remove what nothing needs, or only print it, by kind."""
+def gc(
+    home: Home = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what would be removed.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove stored bytes that nothing needs any more; workers do so every hour."""
+    from deltadock.settings import deployed_in
+    from deltadock.storage.actor import COMMAND, acting
+    from deltadock.storage.blobs import make_blob_store
+    from deltadock.storage.collection import Collector
+    from deltadock.storage.database import Database
+    from deltadock.storage.usage import Usage
+
     settings = deployed_in(home)
     collector = Collector(Database(settings.sqlalchemy_url), make_blob_store(settings), settings)
     with acting(COMMAND), working("looking for what nothing needs") as say:
@@ -49,23 +58,30 @@ def collect(home: Path | None, *, dry_run: bool, as_json: bool = False) -> None:
         output.print(f"Kept: {reason}", soft_wrap=True)
 
 
-def check(home: Path | None, *, as_json: bool = False) -> bool:
-    """Print where rows and blobs disagree; returns whether every row has its blob."""
+def reconcile(home: Home = None, as_json: AsJson = False) -> None:
+    """Compare the database with the blob store; exits with 1 if a row lacks its blob."""
+    from deltadock.settings import deployed_in
+    from deltadock.storage.blobs import make_blob_store
+    from deltadock.storage.database import Database
+    from deltadock.storage.reconciliation import reconcile as compare
+    from deltadock.storage.reconciliation import recount
+
     settings = deployed_in(home)
     database = Database(settings.sqlalchemy_url)
     with working("comparing rows and blobs"):
         recount(database)
-        found = reconcile(database, make_blob_store(settings))
+        found = compare(database, make_blob_store(settings))
     if as_json:
         unreferenced = [{"key": entry.key, "bytes": entry.bytes} for entry in found.unreferenced]
         print_json({"missing": list(found.missing), "unreferenced": unreferenced})
-        return not found.missing
-    for digest in found.missing:
-        output.print(f"missing {digest}", soft_wrap=True)
-    for entry in found.unreferenced:
-        output.print(f"unreferenced {entry.key} {size(entry.bytes)}", soft_wrap=True)
-    output.print(
-        f"Missing: {counted(len(found.missing), 'blob')}. "
-        f"Unreferenced: {counted(len(found.unreferenced), 'blob')}."
-    )
-    return not found.missing
+    else:
+        for digest in found.missing:
+            output.print(f"missing {digest}", soft_wrap=True)
+        for entry in found.unreferenced:
+            output.print(f"unreferenced {entry.key} {size(entry.bytes)}", soft_wrap=True)
+        output.print(
+            f"Missing: {counted(len(found.missing), 'blob')}. "
+            f"Unreferenced: {counted(len(found.unreferenced), 'blob')}."
+        )
+    if found.missing:
+        raise typer.Exit(1)

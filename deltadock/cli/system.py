@@ -24,7 +24,7 @@ import httpx
 from rich.console import Console
 
 from deltadock.api.access.sessions import Sessions
-from deltadock.cli.keys import ensure_local_key, has_made_key
+from deltadock.cli.key_store import ensure_local_key, has_made_key
 from deltadock.cli.output import output
 from deltadock.cli.processes import HOST, Child, check_ports, stop_on_signals
 from deltadock.cli.readiness import api_url, has_node, is_ready

@@ -139,11 +139,11 @@ def test_every_change_is_recorded(api: Api, capsys: pytest.CaptureFixture[str]) 
     assert {(r["origin"], r["key"]) for r in collected} == {("system", None)}
     assert records(api, key=key_of(api)) == [r for r in records(api) if r["key"] == key_of(api)]
 
-    export_audit(api.resources.settings.home, 0)
+    export_audit(0, api.resources.settings.home)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["id"] for line in lines] == sorted(line["id"] for line in lines)
     assert [line for line in lines if line["tenant"] == LOCAL_TENANT][::-1] == records(api)
-    export_audit(api.resources.settings.home, lines[-2]["id"])
+    export_audit(lines[-2]["id"], api.resources.settings.home)
     assert json.loads(capsys.readouterr().out) == lines[-1]
 
 

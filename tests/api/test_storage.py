@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from deltadock.cli import storage as commands
 from deltadock.storage import collection
@@ -224,14 +225,15 @@ def test_the_commands_print_what_goes_and_what_differs(
     home = api.resources.settings.home
     api.make_ready(api.delta())
     lost = api.resources.blobs.put_bytes(b"nobody's")
-    commands.collect(home, dry_run=True)
+    commands.gc(home, dry_run=True)
     assert "unreferenced" in capsys.readouterr().out
-    assert commands.check(home)
+    commands.reconcile(home)
     assert f"unreferenced {lost} 8 B" in capsys.readouterr().out
-    commands.collect(home, dry_run=False)
+    commands.gc(home)
     assert lost not in api.blobs()
     capsys.readouterr()
     artifact = next(iter(api.client.get("/v1/deltas").json()["data"]))["artifact"]["digest"]
     api.resources.blobs.delete(artifact)
-    assert not commands.check(home)
+    with pytest.raises(typer.Exit):
+        commands.reconcile(home)
     assert capsys.readouterr().out.startswith(f"missing {artifact}\nMissing: 1 blob.")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from deltadock.api.access.authentication import Authenticator
-from deltadock.cli.keys import ensure_local_key
+from deltadock.cli.key_store import ensure_local_key
 from deltadock.cli.system import check_host
 from deltadock.errors import Forbidden, Unauthorized
 from deltadock.settings import Settings
