@@ -30,8 +30,8 @@ from deltadock.storage.repositories import DeltaRepository, JobRepository, NodeR
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import browser as chromium
 from tests import seed
+from tests.api.deltas.test_adapters import adapter_files
 from tests.api.support import CONFIG, weights
-from tests.api.test_adapters import adapter_files
 from tests.system.conftest import SAMPLES, Stored
 from tests.system.dashboard import PHONE, WIDE, Site, running_site, signed_in
 

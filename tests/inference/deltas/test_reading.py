@@ -9,8 +9,7 @@ import pytest
 
 from deltadock.errors import ArchitectureMismatch, InvalidArtifact
 from deltadock.inference.deltas.reading import read_delta
-
-from .conftest import VOCABULARY, BenchMaker
+from tests.inference.conftest import VOCABULARY, BenchMaker
 
 BASE = {"model_type": "qwen2", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 264}
 

@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "node": set(),
 }
 """Which callers each rule admits; `operator` has every scope of the operator's tenant."""
-ACCESS = Path(__file__).parents[2] / "docs" / "operate" / "access.md"
+ACCESS = Path(__file__).parents[3] / "docs" / "operate" / "access.md"
 KINDS = {
     PUBLIC: "public",
     READ: "read",
