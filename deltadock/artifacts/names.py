@@ -30,6 +30,8 @@ EMBEDDINGS: Final = frozenset(
 HEADS: Final = frozenset({"lm_head", "embed_out", "output"})
 """Modules of input embeddings and output heads."""
 
+_BLOCK: Final = re.compile(r"\.(\d+)\.")
+
 _WRAPPERS: Final = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+"
 )
@@ -85,7 +87,14 @@ def is_head(name: str) -> bool:
 
 def is_in_block(name: str) -> bool:
     """Whether the tensor is one of a numbered block's."""
-    return bool(re.search(r"\.\d+\.", name))
+    return bool(_BLOCK.search(name))
+
+
+def block_of(name: str) -> int:
+    """The number of the block that a tensor `is_in_block` of."""
+    found = _BLOCK.search(name)
+    assert found is not None, name
+    return int(found[1])
 
 
 def _owner(name: str) -> str:

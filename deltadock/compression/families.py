@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
+from deltadock.compression.options import METHODS
 from deltadock.errors import UnsupportedModel
 
 
@@ -84,11 +85,16 @@ def check_family(config: Mapping[str, Any]) -> None:
     """
     kind = config["model_type"]
     if kind not in CALIBRATED:
+        blind = [
+            method.name
+            for method in METHODS.values()
+            if not (method.needs_calibration or method.imports_adapter or method.is_lossless)
+        ]
         raise UnsupportedModel(
-            f"Models of type {kind!r} cannot be calibrated yet; known are "
-            f"{', '.join(CALIBRATED)}. The method 'exact' without a calibration text stores any "
-            "model: tensors that changed as they are, so that a fine-tune of all weights becomes "
-            "no smaller."
+            f"Models of type {kind!r} cannot be calibrated yet, nor measured; "
+            "docs/compatibility.md lists those that can. Without a calibration text "
+            f"{' and '.join(map(repr, blind))} compress any model, and 'exact' stores what changed "
+            "as it is: where all weights changed, that saves nothing."
         )
     text = config.get("text_config")
     inner = text.get("model_type") if isinstance(text, Mapping) else None

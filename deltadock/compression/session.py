@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deltadock.artifacts.compatibility import check_not_quantized
 from deltadock.artifacts.encodings import Encoded
+from deltadock.artifacts.names import is_embedding
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.serial import deserialize, serialize
 from deltadock.artifacts.writer import artifact_bytes, write_artifact
@@ -59,9 +60,10 @@ from deltadock.compression.statistics import (
     Statistics,
     changed_matrices,
     collect,
+    named_matrices,
 )
 from deltadock.compression.work import ExpectedWork, mean_side
-from deltadock.errors import InvalidInput
+from deltadock.errors import InvalidInput, UnsupportedModel
 from deltadock.version import __version__
 
 NO_WEIGHTS: Final = "No weight differs from the base's: the delta has files of the model only."
@@ -146,6 +148,7 @@ class CompressionSession:
         self._statistics: Statistics | None = None
         self._compressor: Compressor | None = None
         self._matrices: list[DeltaMatrix] = []
+        self._blocks = 0
         self._draft: Draft | None = None
         self._trials = 0
         _, goal = options.check()
@@ -160,9 +163,22 @@ class CompressionSession:
         return sum(math.prod(entries[name].shape) for name in {m.ref.name for m in self._matrices})
 
     def prepare(self, sources: Sequence[Source]) -> None:
-        """Calibrate: load the text and collect the statistics that the method needs."""
+        """Calibrate: load the text and collect the statistics that the method needs.
+
+        Without text, a model that cannot be run is compressed by the names of its tensors.
+        """
         pair, info, options = self.pair, self.info, self._options
-        model = self._model = self._open_model()
+        if not sources and not info.needs_calibration:
+            try:
+                self._model = self._open_model()
+            except UnsupportedModel:
+                self._matrices = named_matrices(pair)
+                numbers = (one.block for one in self._matrices if one.role == "linear")
+                self._blocks = 1 + max(numbers, default=-1)
+                self._compressor = self._per_matrix()
+                return
+        model = self._model = self._model or self._open_model()
+        self._blocks = len(model.blocks)
         if sources or info.needs_calibration:
             self._data = self._load_calibration(sources, model)
         if self._data is not None and info.needs_calibration:
@@ -171,18 +187,23 @@ class CompressionSession:
                 seed=options.seed, progress=self._progress,
             )  # fmt: skip
         self._matrices = changed_matrices(pair, model, with_embedding=info.needs_gradients)
-        method = matrix_method(info.name)
-        if method is not None:
-            self._compressor = PerMatrixCompressor(
-                pair, self._statistics, self._scratch, method, options.solver, model.device,
-                reserve=self._reserve,
-            )  # fmt: skip
-        elif self._statistics is not None and info.needs_gradients:
+        self._compressor = self._per_matrix()
+        if self._compressor is None and self._statistics is not None and info.needs_gradients:
             compressor = GlobalCompressor(
                 pair, self._statistics, self._scratch, model.device, self._progress
             )
             self.info = replace(info, bits_min=max(info.bits_min or 0.0, compressor.least_bits))
             self._compressor = compressor
+
+    def _per_matrix(self) -> Compressor | None:
+        """The compressor of a method that treats each matrix by itself; None: it does not."""
+        method = matrix_method(self.info.name)
+        if method is None:
+            return None
+        return PerMatrixCompressor(
+            self.pair, self._statistics, self._scratch, method, self._options.solver,
+            torch.device(self._device), reserve=self._reserve,
+        )  # fmt: skip
 
     def _load_calibration(self, sources: Sequence[Source], model: BlockwiseModel) -> CalibrationSet:
         """Load the text; before and after it, say what there is to do.
@@ -360,19 +381,24 @@ class CompressionSession:
         others, draft.others = encode_remaining(
             self.pair,
             draft.tensors,
-            embedding=None if self._model is None else self._model.embedding,
+            embedding=self._embedding(),
             embedding_bits=None if self.info.is_lossless else EMBEDDING_BITS,
         )
         draft.tensors |= others
         self._draft = draft
         return draft
 
+    def _embedding(self) -> str | None:
+        """The tensor of the input embedding, if known."""
+        if self._model is not None:
+            return self._model.embedding
+        return next((name for name in self.pair.base.entries if is_embedding(name)), None)
+
     def _part(self, block: int) -> str:
         """What a block is to people: one of the model's, or what follows them."""
-        count = 0 if self._model is None else len(self._model.blocks)
-        if block < count:
-            return f"block {block + 1} of {count}"
-        return "output head" if block == count else "embedding"
+        if block < self._blocks:
+            return f"block {block + 1} of {self._blocks}"
+        return "output head" if block == self._blocks else "embedding"
 
     def _batches(self, blocks: Sequence[int]) -> list[list[int]]:
         """Consecutive blocks that are compressed together, on a GPU; one by one on a CPU.

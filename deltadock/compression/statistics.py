@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deltadock.artifacts.names import block_of, is_embedding
 from deltadock.compression.calibration.windows import CalibrationSet, spaced
 from deltadock.compression.checkpoints import CheckpointPair, MatrixRef, TensorSource
 from deltadock.compression.model.forward import BlockwiseModel
+from deltadock.compression.preview import TensorShape
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.scratch import Scratch
 from deltadock.words import counted
@@ -59,6 +61,29 @@ def changed_matrices(
     if with_embedding:
         embedding = MatrixRef(model.embedding)
         matrices.append(DeltaMatrix(embedding, "embedding", len(model.blocks) + 1))
+    return _changed(pair, matrices)
+
+
+def named_matrices(pair: CheckpointPair) -> list[DeltaMatrix]:
+    """As `changed_matrices`, of a model that cannot be run: by the names of its tensors."""
+    blocks: list[DeltaMatrix] = []
+    heads: list[str] = []
+    for name, entry in sorted(pair.base.entries.items()):
+        role = TensorShape(name, entry.dtype, entry.shape).role
+        if role == "output head":
+            heads.append(name)
+        elif role == "linear layers" and (name.endswith(".weight") or ".experts." in name):
+            parts = range(entry.shape[0]) if len(entry.shape) == 3 else (None,)
+            block = block_of(name)
+            blocks += (DeltaMatrix(MatrixRef(name, part), "linear", block) for part in parts)
+    blocks.sort(key=lambda matrix: matrix.block)
+    after = blocks[-1].block + 1 if blocks else 0
+    tables = {pair.content(name) for name in pair.base.entries if is_embedding(name)}
+    own = (name for name in heads if pair.content(name) not in tables)
+    return _changed(pair, [*blocks, *(DeltaMatrix(MatrixRef(name), "head", after) for name in own)])
+
+
+def _changed(pair: CheckpointPair, matrices: Iterable[DeltaMatrix]) -> list[DeltaMatrix]:
     return [
         m
         for m in matrices

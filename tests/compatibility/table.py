@@ -26,7 +26,9 @@ from a node.
 """
 
 TAKEN = """
-Others are stored with `--method exact`. Served or not, every delta can be merged into its base.
+Others are compressed by `--method low-rank` or `bitdelta`, without a calibration text and without a
+measured KL, or stored as they are by `--method exact`. Served or not, every delta can be merged
+into its base.
 
 ## Taken
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from deltadock.artifacts.export import merge
 from deltadock.artifacts.reader import Artifact
 from deltadock.compression.calibration.windows import load_calibration, spaced
+from deltadock.compression.families import CALIBRATED
 from deltadock.compression.methods.base import MatrixTask
 from deltadock.compression.methods.registry import matrix_method
 from deltadock.compression.numerics.metric import damped
@@ -27,7 +28,7 @@ from deltadock.compression.options import (
 from deltadock.compression.pipeline import compress
 from deltadock.compression.progress import Progress
 from deltadock.compression.report import UNRELATED, Report
-from deltadock.errors import BitsOutOfRange, Cancelled, InvalidGoal
+from deltadock.errors import BitsOutOfRange, Cancelled, InvalidGoal, UnsupportedModel
 from tests.compression.conftest import delta_quality
 from tests.compression.matrices import compress_one
 
@@ -67,6 +68,44 @@ def test_a_wrong_base_of_the_same_shapes_is_asked_for(
     shutil.rmtree(tmp_path / "merged")
     other = make_pair(seed=1)[0]
     assert make((other, finetuned), text, tmp_path, "exact").notes[0] == UNRELATED
+
+
+@pytest.mark.parametrize("method", ["low-rank", "bitdelta"])
+def test_a_model_that_cannot_be_run_is_compressed_by_its_tensors_names(
+    method: str, tmp_path: Path
+) -> None:
+    """Layers, not states or convolutions; the report says why it has no KL."""
+    assert "mamba" not in CALIBRATED
+    torch.manual_seed(0)
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+    )
+    for name in ("base", "tuned"):
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    out = tmp_path / "a.delta"
+    options = CompressOptions(
+        method, goal_for(method, bits=8.0 if method == "low-rank" else None)[1]
+    )
+    report = compress(tmp_path / "base", tmp_path / "tuned", out, options, calibration=None)
+    assert report.kl is None
+    assert [note for note in report.notes if "'mamba' cannot be calibrated" in note]
+    named = {matrix.name.split(".")[-2] for matrix in report.matrices}
+    assert named == {"in_proj", "x_proj", "dt_proj", "out_proj"}
+    merge(tmp_path / "base", out, tmp_path / "merged")
+    before, tuned, merged = (
+        load_file(tmp_path / name / WEIGHTS) for name in ("base", "tuned", "merged")
+    )
+    for name, weight in tuned.items():
+        error, change = (weight - merged[name]).norm(), (weight - before[name]).norm()
+        if "in_proj" in name or "out_proj" in name:  # a matrix of 2 columns has no rank to spend
+            assert error < 0.9 * change, name
+        if "A_log" in name or "conv" in name or "norm" in name:
+            assert torch.equal(weight, merged[name]), name
+    with pytest.raises(UnsupportedModel, match="'low-rank' and 'bitdelta' compress any model"):
+        compress(tmp_path / "base", tmp_path / "tuned", out, CompressOptions(), calibration=None)
 
 
 class StoppingError(Exception):
