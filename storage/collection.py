@@ -156,15 +156,25 @@ class Collector:
                     yield was.get(entry.key, BlobKind.UNREFERENCED), entry
 
     def remove(self, found: Sequence[tuple[str, StoredEntry]]) -> list[tuple[str, StoredEntry]]:
-        """Remove those of these blobs that no row needs now; returns them."""
+        """Remove those of these blobs that no row needs now; returns them.
+
+        If that ends half-way, what is gone is recorded first: no later collection finds it.
+        """
         digests = [entry.key for _, entry in found]
+        failure: BaseException | None = None
         with self._database.session_scope() as session:
             lock_blobs(session, *digests)
             needed = BlobRepository(session).needed(digests)
             removed = [one for one in found if one[1].key not in needed]
             unneeded = [entry.key for _, entry in removed]
-            self._blobs.delete(*unneeded)
+            try:
+                self._blobs.delete(*unneeded)
+            except BaseException as error:  # noqa: BLE001  # raised below; an interrupt, too
+                failure = error
+                unneeded = [digest for digest in unneeded if not self._blobs.exists(digest)]
             record_each(session, LOCAL_TENANT, AuditAction.BLOB_REMOVE, unneeded)
+        if failure is not None:
+            raise failure
         self._let_others_write()
         return removed
 

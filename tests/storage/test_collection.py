@@ -202,6 +202,39 @@ def test_blobs_are_removed_in_as_many_statements_however_many_they_are(
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("error", [Unavailable("The store refuses one."), KeyboardInterrupt()])
+def test_what_a_removal_that_ends_half_way_has_removed_is_recorded(
+    database: Database,
+    tmp_path: Path,
+    old_blobs: None,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    blobs = LocalBlobStore(tmp_path / "store")
+    every = {blobs.put_bytes(f"nobody's {number}".encode()) for number in range(5)}
+    delete_all = blobs.delete
+
+    def delete_some(*digests: str) -> None:
+        delete_all(*digests[:3])
+        raise error
+
+    def newest(number: int) -> set[str]:
+        with database.read_scope() as session:
+            audit = AuditRepository(session, EVERY_TENANT)
+            return {record.object_id for record in audit.page(limit=number)}
+
+    collector = Collector(database, blobs, Settings(home=tmp_path))
+    monkeypatch.setattr(blobs, "delete", delete_some)
+    with pytest.raises(type(error)):
+        collector.run()
+    left = {entry.key for entry in blobs.entries("blobs")}
+    assert len(left) == 2
+    assert newest(3) == every - left
+    monkeypatch.setattr(blobs, "delete", delete_all)
+    collector.run()
+    assert newest(2) == left
+
+
 def test_deleted_deltas_are_given_up_in_few_transactions(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
