@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self, TextIO
 
 from deltadock.artifacts.checkpoint import CheckpointManifest, check_path
 from deltadock.errors import DamagedBlob, InvalidCheckpoint
@@ -73,32 +73,38 @@ class FileCache:
             StorageFull, Unavailable: the disk is full, or cannot be written.
             NotFound, DamagedBlob, InvalidCheckpoint: as `checkpoint`.
         """
-        with self._lock(self._lock_of(digest), fcntl.LOCK_SH) as lock:
+        lock = self._lock_of(digest)
+        with self._lock(lock, fcntl.LOCK_SH) as held:
             manifest = self._manifest(digest)
             if not all(path.is_file() for path in self._paths(digest, manifest)):
                 self._reserve(lock, digest, manifest.total_bytes, limit)
             try:
                 fetched = self.checkpoint(digest)
-            finally:
-                lock.write_text("")
+            except BaseException:
+                with suppress(BlockingIOError):  # who else fetches it needs the room
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock.write_text("")
+                raise
+            lock.write_text("")
             yield fetched
 
     def _lock_of(self, digest: str) -> Path:
         """What users of a checkpoint lock; it holds the bytes that are being fetched, if any.
 
         Beside the folder and never removed, so that every process locks the same file. Each use
-        empties it, which sets its time, that of the last use.
+        empties it, which sets its time, that of the last use; one that fails does so if no other
+        process uses the checkpoint.
         """
         return self._folder / "checkpoints" / f"{digest}.lock"
 
     @contextmanager
-    def _lock(self, path: Path, kind: int) -> Iterator[Path]:
+    def _lock(self, path: Path, kind: int) -> Iterator[TextIO]:
         with disk_errors(CACHE):
             path.parent.mkdir(parents=True, exist_ok=True)
             stream = path.open("a")
         with stream:
             fcntl.flock(stream, kind)
-            yield path
+            yield stream
 
     def _reserve(self, lock: Path, digest: str, size: int, limit: int) -> None:
         """Make room for a checkpoint, and let the others know that it comes."""

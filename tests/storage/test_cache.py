@@ -178,6 +178,35 @@ def test_a_checkpoint_that_another_process_is_fetching_takes_its_room_already(
         }  # fmt: skip
 
 
+def test_a_fetch_that_fails_leaves_the_room_to_another_of_the_same_checkpoint(
+    tmp_path: Path, blobs: LocalBlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, other = (FileCache(blobs, tmp_path / "cache") for _ in range(2))
+    manifest = put_checkpoint(blobs, tmp_path / "source")
+    lock = tmp_path / "cache" / "checkpoints" / f"{manifest.digest}.lock"
+    fetch = blobs.fetch
+
+    def fail(_digest: str, _path: Path) -> None:
+        raise Unavailable("The store does not answer.")
+
+    def while_another_fails(digest: str, path: Path) -> None:
+        monkeypatch.setattr(blobs, "fetch", fail)
+        with pytest.raises(Unavailable), other.held_checkpoint(manifest.digest, 10**9):
+            pass
+        assert lock.read_text() == str(manifest.total_bytes)
+        monkeypatch.setattr(blobs, "fetch", fetch)
+        fetch(digest, path)
+
+    monkeypatch.setattr(blobs, "fetch", while_another_fails)
+    with cache.held_checkpoint(manifest.digest, 10**9) as (folder, _):
+        assert lock.read_text() == "", "all of it is there"
+    (folder / "config.json").unlink()
+    monkeypatch.setattr(blobs, "fetch", fail)
+    with pytest.raises(Unavailable), cache.held_checkpoint(manifest.digest, 10**9):
+        pass
+    assert lock.read_text() == "", "nobody fetches it"
+
+
 def test_what_a_killed_process_was_fetching_makes_room(
     tmp_path: Path, blobs: LocalBlobStore, cache: FileCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
