@@ -35,16 +35,20 @@ class FairSlots:
         except asyncio.CancelledError:
             if not turn.cancelled():  # it had its turn just before
                 self._pass_on()
+            elif turn in (turns := self._waiting.get(tenant, deque())):
+                turns.remove(turn)
             raise
 
     def _pass_on(self) -> None:
         """Give a slot to the next tenant's first request that still waits."""
         while self._waiting:
             tenant, turns = self._waiting.popitem(last=False)
-            turn = turns.popleft()
-            if turns:
-                self._waiting[tenant] = turns
-            if not turn.done():
+            while turns:
+                turn = turns.popleft()
+                if turn.done():  # it gave up, which is no turn of its tenant's
+                    continue
+                if turns:
+                    self._waiting[tenant] = turns
                 turn.set_result(None)
                 return
         self._free += 1

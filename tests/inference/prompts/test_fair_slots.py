@@ -61,3 +61,30 @@ def test_who_gives_up_takes_no_slot() -> None:
         await work.do("d1")
 
     asyncio.run(run())
+
+
+def test_who_gives_up_costs_its_tenant_no_turn() -> None:
+    async def run() -> list[str]:
+        work = Work(1)
+        first, waiting, *tasks = await work.ask("x1", "a1", "a2", "b1", "b2")
+        work.go_on.release()
+        waiting.cancel()
+        for _ in tasks:
+            await work.settle()
+            work.go_on.release()
+        await asyncio.gather(first, *tasks)
+        return work.begun
+
+    assert asyncio.run(run()) == ["x1", "a2", "b1", "b2"]
+
+
+def test_nothing_is_kept_of_who_gave_up() -> None:
+    async def run() -> None:
+        work = Work(1)
+        await work.ask("x1")
+        for task in await work.ask("a1", "a2", "b1"):
+            task.cancel()
+        await work.settle()
+        assert not any(work.slots._waiting.values())
+
+    asyncio.run(run())
