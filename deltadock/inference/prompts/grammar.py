@@ -23,12 +23,7 @@ from numpy.typing import NDArray
 
 from deltadock.errors import GrammarTooComplex, InvalidInput, Unavailable
 from deltadock.inference.prompts.fair_slots import FairSlots
-from deltadock.inference.prompts.json_schema import (
-    may_be_ambiguous,
-    not_enforced,
-    repetitions_nest,
-    without_formats,
-)
+from deltadock.inference.prompts.json_schema import has_patterns, not_enforced, without_formats
 
 log = logging.getLogger(__name__)
 
@@ -319,14 +314,14 @@ def _enforceable(text: str) -> str:
         raise ValueError("JSON schema: it is nested too deeply.") from error
 
 
-def _is_bounded(kind: GrammarKind, text: str) -> bool:
-    """Whether masks take at most a few times as long as the grammar's compilation.
+def _is_delimited(kind: GrammarKind, text: str) -> bool:
+    """Whether a grammar's texts are JSON without patterns, or choices.
 
-    Not those of an ambiguous grammar, which may take minutes after any token.
+    Of others even a short one may be so ambiguous that a mask takes minutes, after any token.
     """
     if kind in {"json_schema", "compact_json_schema"}:
-        return not may_be_ambiguous(json.loads(text))
-    return not repetitions_nest(text) if kind == "regex" else kind != "ebnf"
+        return not has_patterns(json.loads(text))
+    return kind in {"json_object", "choice"}
 
 
 def _refused(spec: GrammarSpec, error: str) -> InvalidInput:
@@ -411,7 +406,7 @@ class GrammarProcesses:
             if "error" in answer:
                 raise _refused(spec, answer["error"])
             tame = None
-            if answer["tame"] and _is_bounded(spec.kind, text):
+            if answer["tame"] and _is_delimited(spec.kind, text):
                 tame = await self._compile_here(spellings, end_ids, request)
         except BaseException:
             connection.close()

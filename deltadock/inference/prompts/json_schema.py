@@ -23,9 +23,7 @@ ASSERTIONS: Final = NEEDS_TYPE | {
     "properties", "patternProperties", "additionalProperties", "propertyNames", "required", "items",
     "prefixItems", *CHOICES,
 }  # fmt: skip
-NAME_PATTERNS: Final = frozenset({"patternProperties", "propertyNames"})
-REGEX_TOKEN: Final = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\(\??|.", re.DOTALL)
-REPETITIONS: Final = frozenset("*+?{")
+PATTERNS: Final = frozenset({"pattern", "patternProperties", "propertyNames"})
 LOOKAROUND: Final = re.compile(r"\(\?<?[=!]")
 
 MAPS: Final = ("properties", "patternProperties", "$defs", "definitions")
@@ -46,42 +44,13 @@ def not_enforced(schema: Any) -> str | None:
     return None
 
 
-def may_be_ambiguous(schema: Any) -> bool:
-    """Whether the schema has a regex of which `repetitions_nest`, or regexes for names."""
+def has_patterns(schema: Any) -> bool:
+    """Whether the schema has regular expressions, or names that look so."""
     if isinstance(schema, list):
-        return any(map(may_be_ambiguous, schema))
+        return any(map(has_patterns, schema))
     if not isinstance(schema, dict):
         return False
-    pattern = schema.get("pattern")
-    return (
-        not NAME_PATTERNS.isdisjoint(schema)
-        or (isinstance(pattern, str) and repetitions_nest(pattern))
-        or any(map(may_be_ambiguous, schema.values()))
-    )
-
-
-def repetitions_nest(regex: str) -> bool:
-    """Whether a repeated group may contain a repetition, as in `(a*b*)*`.
-
-    Such a text can be derived in ways whose number grows with its length.
-    """
-    if "[]" in regex or "[^]" in regex:  # read in several ways
-        return True
-    repeats = [False]
-    """Of each open group, from the outermost one."""
-    closed = False
-    for token in REGEX_TOKEN.findall(regex):
-        if token in REPETITIONS:
-            if closed:
-                return True
-            repeats[-1] = True
-        closed = False
-        if token.startswith("("):
-            repeats.append(False)
-        elif token == ")" and len(repeats) > 1:
-            closed = repeats.pop()
-            repeats[-1] |= closed
-    return False
+    return not PATTERNS.isdisjoint(schema) or any(map(has_patterns, schema.values()))
 
 
 def without_formats(schema: Any) -> Any:

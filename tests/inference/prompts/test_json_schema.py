@@ -7,7 +7,6 @@ import pytest
 
 from deltadock.errors import InvalidInput
 from deltadock.inference.prompts.grammar import GrammarSpec
-from deltadock.inference.prompts.json_schema import repetitions_nest
 from deltadock.inference.request import grammar_of
 from deltadock.openai.chat import ChatRequest
 from deltadock.openai.completions import CompletionRequest
@@ -97,25 +96,3 @@ def test_a_forced_tool_may_have_definitions(grammars: Grammars) -> None:
     call = '[{"name": "f", "parameters": {"node": {"x": 1, "next": {"x": 2}}}}]'
     assert grammars.allows(grammar_of(request), call)
     assert not grammars.allows(grammar_of(request), call.replace('"x": 2', ""))
-
-
-@pytest.mark.parametrize(
-    ("regex", "nest"),
-    [
-        ("[a-z]+@[a-z]+", False),
-        ("(ab|c)*d?", False),
-        ("(?:ab)+", False),
-        (r"(\*|\(a)+", False),
-        ("([*+?]b)*", False),
-        ("(a)?(b)*", False),
-        ("(a*)b*", False),
-        ("(a*)*", True),
-        ("((a*b))+", True),
-        ("(a(b|c?)){2,}", True),
-        ("(?:a+)*", True),
-        (r"(\\*)*", True),
-        ("[](a*)*]", True),
-    ],
-)
-def test_repetitions_in_repetitions_are_found(regex: str, nest: bool) -> None:
-    assert repetitions_nest(regex) is nest
