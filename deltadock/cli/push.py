@@ -30,6 +30,7 @@ from deltadock.cli.output import (
 )
 from deltadock.cli.server import Url, complete_base, complete_method, connect
 from deltadock.errors import NotFound, UnsupportedModel
+from deltadock.model_target import not_served
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,11 +143,12 @@ def push(
             follow(client, pushed.job.id)
         delta = client.delta(pushed.delta.id)
         notes = client.report(delta.id).notes if delta.state == "ready" else []
+        model_type = client.base(delta.base.id).checkpoint.model_type
     if as_json:
         print_json({"delta": delta.model_dump(mode="json"), "job": delta.job})
         return
     print_rows([*delta.rows(), *(("note", note) for note in notes)])
-    _say_what_next(delta)
+    _say_what_next(delta, model_type)
 
 
 @contextmanager
@@ -192,11 +194,11 @@ def _check_base(client: "Client", base: str) -> None:
         ) from error
 
 
-def _say_what_next(delta: "Delta") -> None:
+def _say_what_next(delta: "Delta", model_type: str) -> None:
     if delta.state != "ready":
         say(f"Follow it: deltadock logs -f {delta.job}")
         return
-    say(f"Try it: deltadock run {delta.reference}")
+    say(not_served(model_type) or f"Try it: deltadock run {delta.reference}")
     if delta.default_version not in (None, delta.version):
         say(
             f"{delta.name} still means version {delta.default_version}: "

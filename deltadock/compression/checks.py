@@ -32,8 +32,8 @@ def check_adapter(config: Mapping[str, Any]) -> None:
     if (kind := config.get("peft_type")) != "LORA":
         raise InvalidAdapter(
             f"{ADAPTER_CONFIG} is not that of a LoRA adapter (LORA): its peft_type is "
-            f"{kind!r:.40}. Merge it into its base with PEFT's merge_and_unload and compress the "
-            "merged checkpoint."
+            f"{kind!r:.40}. If it changes weights, merge it into its base with PEFT's "
+            "merge_and_unload and compress the merged checkpoint."
         )
     if used := [name for name in UNSUPPORTED if config.get(name)]:
         raise InvalidAdapter(

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from deltadock.cli.jobs import follow
 from deltadock.cli.outcome import UNAVAILABLE
 from deltadock.cli.processes import free_ports
+from deltadock.cli.push import _say_what_next
 from deltadock.cli.server import State, complete_method
 from deltadock.client.blocking import Client
 from deltadock.client.connection import read_login
@@ -266,6 +267,18 @@ def test_ctrl_c_leaves_the_job_running(
     assert outcome.code == 130
     assert "Interrupted. The job goes on. Follow it: deltadock logs -f job_" in outcome.stderr
     assert deltadock("cancel", "maths/left:1").code == 0
+
+
+def test_what_nodes_do_not_serve_is_not_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    delta = SimpleNamespace(
+        state="ready", reference="a/b:1", name="a/b", version=1, default_version=1
+    )
+    _say_what_next(delta, "llama")  # type: ignore[arg-type]
+    assert "deltadock run a/b:1" in capsys.readouterr().err
+    _say_what_next(delta, "gpt2")  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert "deltadock run" not in said
+    assert "deltadock merge" in said
 
 
 def test_a_base_is_added_and_listed(call: Callable[..., Outcome], tmp_path: Path) -> None:
