@@ -58,7 +58,7 @@ def test_what_nodes_do_not_serve_is_not_listed_and_not_tried(api: Api, ready: Re
         for seed in (3, 4)
     )
     api.client.post("/v1/bases", json={"name": "other", "checkpoint": base["digest"]})
-    body = {"name": "a/b", "base": "other", "checkpoint": tuned["digest"], "method": "exact"}
+    body = {"name": "a/b", "base": "other", "checkpoint": tuned["digest"], "method": "bitdelta"}
     delta = api.client.post("/v1/deltas", json=body).json()["delta"]
     api.make_ready(delta)
     listed = api.client.get("/v1/models").json()["data"]
@@ -70,6 +70,7 @@ def test_what_nodes_do_not_serve_is_not_listed_and_not_tried(api: Api, ready: Re
         text = api.client.get(page).text
         assert "are not served by nodes" in text
         assert "Generate" not in text
+        assert "Add the fine-tune" not in text
     assert "deltadock.load_delta(model, " in text
     assert "deltadock merge --base ./base" in text
     assert "chat/completions" not in text
