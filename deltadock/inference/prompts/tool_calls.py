@@ -11,6 +11,7 @@ ToolForm = Literal["hermes", "mistral", "llama3", "json"]
 """How a model writes calls. `json` is the form of required calls, which a grammar enforces."""
 
 HERMES: Final = "<tool_call>"
+HERMES_END: Final = "</tool_call>"
 MISTRAL: Final = "[TOOL_CALLS]"
 PYTHON_TAG: Final = "<|python_tag|>"
 BEGINNINGS: Final[dict[ToolForm, tuple[str, ...]]] = {
@@ -23,13 +24,19 @@ BEGINNINGS: Final[dict[ToolForm, tuple[str, ...]]] = {
 MARKERS: Final = (HERMES, MISTRAL, PYTHON_TAG)
 """Texts that begin nothing but a call."""
 BEFORE: Final[dict[ToolForm, re.Pattern[str]]] = {
-    "hermes": re.compile(rf".*?{HERMES}\s*", re.DOTALL),
+    "hermes": re.compile(rf"(?P<prose>.*?){HERMES}\s*", re.DOTALL),
     # A list of calls; in newer models a name, an id and arguments after each marker.
-    "mistral": re.compile(r"(?:\s|\[TOOL_CALLS\]|[\[\],])*(?P<name>[^\[{]*)[^{]*"),
+    "mistral": re.compile(
+        r"\s*+,\s*+(?=\{|\Z)|(?P<prose>.*?)\[TOOL_CALLS\]\s*+(?P<name>[^\s\[{]*+)\s*+"
+        r"(?:\[CALL_ID\][^\[{]*+)?+(?:\[ARGS\]|\[)?+\s*+(?=\{)",
+        re.DOTALL,
+    ),
     "llama3": re.compile(rf"(?:\s|;|{re.escape(PYTHON_TAG)})*"),
     "json": re.compile(r"[\s\[\],]*"),
 }
 """What stands before the JSON of a call."""
+AFTER: Final = re.compile(rf"(?:\s|\]|;|{HERMES_END})*")
+"""What ends a call, or the calls."""
 BEGUN: Final = re.compile(
     r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{.*)',
     re.DOTALL,
@@ -78,23 +85,34 @@ def call_begins(form: ToolForm, text: str) -> int:
 def parse_calls(
     form: ToolForm, text: str, *, cut_off: bool = False
 ) -> tuple[str, Sequence[ParsedCall]]:
-    """The text before the calls, and the calls; all of the text if they cannot be parsed.
+    """The text around the calls, and the calls; all of the text if they cannot be parsed.
 
     Of a text that is `cut_off` the last call has the arguments that there are, which need not be
     complete JSON, and is left out if there are none yet.
     """
     begin = end = call_begins(form, text)
+    prose = [text[:begin].rstrip()]
     calls: list[ParsedCall] = []
     try:
         while (found := BEFORE[form].match(text, end)) and found.end() < len(text):
-            name = found.groupdict().get("name", "").strip()
-            call, end = _read(name, text, found.end(), cut_off=cut_off)
+            parts = found.groupdict("")
+            call, end = _read(parts.get("name", ""), text, found.end(), cut_off=cut_off)
+            if after := AFTER.match(text, end):
+                end = after.end()
+            prose.append(parts.get("prose", "").rstrip())
             calls += [] if call is None else [call]
     except (ValueError, KeyError, TypeError, RecursionError):
         if not (cut_off and calls):
             return text, ()
-    certain = form == "json" or text.startswith(MARKERS, begin)
-    return (text[:begin].rstrip() if calls or (cut_off and certain) else text), tuple(calls)
+        found = None
+    if not calls:
+        certain = form == "json" or text.startswith(MARKERS, begin)
+        return (prose[0] if cut_off and certain else text), ()
+    # A beginning that nothing follows is no prose.
+    rest = found.groupdict("").get("prose", "") if found else text[end:]
+    if cut_off:
+        rest = "" if HERMES_END.startswith(rest) else rest[: call_begins(form, rest)]
+    return "\n".join(filter(None, [*prose, rest.rstrip()])), tuple(calls)
 
 
 def _read(name: str, text: str, begin: int, *, cut_off: bool) -> tuple[ParsedCall | None, int]:
@@ -114,7 +132,13 @@ def _read(name: str, text: str, begin: int, *, cut_off: bool) -> tuple[ParsedCal
         if name:
             return ParsedCall(name, text[begin:]), len(text)
         begun = BEGUN.match(text, begin)
-        return ParsedCall(json.loads(begun[1]), begun[2]) if begun else None, len(text)
+        if begun is None:
+            return None, len(text)
+        try:
+            end = json.JSONDecoder().raw_decode(text, begun.start(2))[1]
+        except ValueError:  # they are cut off too
+            end = len(text)
+        return ParsedCall(json.loads(begun[1]), text[begun.start(2) : end]), len(text)
     if name:
         return ParsedCall(name, text[begin:end]), end
     arguments = value["arguments"] if "arguments" in value else value["parameters"]

@@ -65,6 +65,69 @@ def test_calls_are_parsed(
 
 
 @pytest.mark.parametrize(
+    ("form", "text", "content", "names"),
+    [
+        (
+            "mistral",
+            '[TOOL_CALLS][{"name": "f", "arguments": {}}]\nFor example: {"a": 1}',
+            'For example: {"a": 1}',
+            "f",
+        ),
+        ("mistral", '[TOOL_CALLS]f[ARGS]{"a": 1}, as in {"x": 2}', ', as in {"x": 2}', "f"),
+        ("mistral", "Now [TOOL_CALLS]f{} then [TOOL_CALLS]g{} end.", "Now\nthen\nend.", "fg"),
+        ("mistral", "[TOOL_CALLS]f{} [TOOL_CALLS]g", "[TOOL_CALLS]g", "f"),
+        (
+            "hermes",
+            'Now <tool_call>{"name": "f", "arguments": {}}</tool_call> then '
+            '<tool_call>{"name": "g", "arguments": {}}\n</tool_call> end.',
+            "Now\nthen\nend.",
+            "fg",
+        ),
+    ],
+)
+def test_text_around_calls_is_kept_and_is_no_call(
+    form: ToolForm, text: str, content: str, names: str
+) -> None:
+    found = parse_calls(form, text)
+    assert (found[0], "".join(call.name for call in found[1])) == (content, names)
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "content"),
+    [
+        ("mistral", "[TOOL_CALLS]f{}", ""),
+        ("mistral", "[TOOL_CALLS]f{} then [TOOL", "then"),
+        ("mistral", "[TOOL_CALLS]f{} [TOOL_CALLS]g", ""),
+        ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {}}, ', ""),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}}\n</tool_c', ""),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}}</tool_call> then <tool', "then"),
+        ("json", '[{"name": "f", "parameters": {}}, ', ""),
+        ("llama3", '{"name": "f", "parameters": {}}; ', ""),
+        ("llama3", '{"name": "f", "parameters": {}} then', "then"),
+    ],
+)
+def test_what_is_cut_off_after_a_call_is_text_unless_it_begins_another(
+    form: ToolForm, text: str, content: str
+) -> None:
+    assert parse_calls(form, text, cut_off=True) == (content, (ParsedCall("f", "{}"),))
+
+
+def test_complete_arguments_of_a_call_that_is_cut_off_end_where_they_end() -> None:
+    text = '{"name": "f", "arguments": {"a": 1}, "z"'
+    assert parse_calls("llama3", text, cut_off=True) == ("", (ParsedCall("f", '{"a": 1}'),))
+
+
+@pytest.mark.parametrize("repeated", [" ", "[", ",", " ,", "[TOOL_CALLS]", "[TOOL_CALLS]g["])
+def test_text_that_repeats_does_not_take_long(repeated: str) -> None:
+    """A pattern that tried each way to divide spaces took minutes."""
+    text = f"[TOOL_CALLS]f{{}}[TOOL_CALLS]f{repeated * 100_000}"
+    assert parse_calls("mistral", text) == (
+        text[len("[TOOL_CALLS]f{}") :].rstrip(),
+        (ParsedCall("f", "{}"),),
+    )
+
+
+@pytest.mark.parametrize(
     ("form", "text"),
     [
         ("hermes", 'Let me. <tool_call>\n{"name": "f", "arguments": {"a": 1, "b": "é"}}'),
