@@ -62,7 +62,8 @@ class UploadIn(RequestBody):
         pattern=NAME_PATTERN,
         description="Name of the delta that it will become, project/model. If bytes must be sent, "
         "what that delta would be refused for is refused now: the tenant may have no more deltas "
-        "or jobs, or the model was deleted.",
+        "or jobs, or the model was deleted. Quotas are left to the delta itself if the model has a "
+        "version of this fine-tune, as the delta may be that.",
         examples=["maths/skills"],
     )
     source: str | None = Field(

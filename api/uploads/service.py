@@ -161,19 +161,24 @@ def create_upload(
         upload = uploads.add(kind, rows)
     is_here = upload.files and all(file.stored for file in upload.files)
     if delta is not None and not is_here:
-        _check_delta(session, tenant_id, delta)
+        models = uploads.models_of([file.sha256 for file in files if _is_weights(file.path)])
+        _check_delta(session, tenant_id, delta, models)
     return upload
 
 
-def _check_delta(session: Session, tenant_id: str, name: str) -> None:
+def _check_delta(session: Session, tenant_id: str, name: str, models: Collection[str]) -> None:
     """Refuse now, before hours of upload, what a delta of this name will be refused for.
+
+    `models` are those with a version of this fine-tune. The delta may equal that, and then
+    takes neither a new version nor, of another name, a job.
 
     Raises:
         QuotaExceeded, RateLimited: the tenant may have no more deltas or jobs.
         Conflict: the name is a deleted model's.
     """
     ModelRepository(session, tenant_id).check_open(name)
-    check_delta(session, tenant_id, starts_job=True, more=1)
+    if name not in models:
+        check_delta(session, tenant_id, starts_job=not models, more=1)
 
 
 def _holds(blobs: BlobStore, file: FileEntry) -> bool:
@@ -204,7 +209,7 @@ def create_import(
         upload.source, upload.source_bytes = source, total_bytes
         uploads.start_completing(upload)
     if delta is not None:
-        _check_delta(session, tenant_id, delta)
+        _check_delta(session, tenant_id, delta, uploads.models_of(source=source))
     return upload
 
 

@@ -241,6 +241,32 @@ class UploadRepository:
         )
         return {file.sha256: file for file in found}
 
+    def models_of(self, weights: Collection[str] = (), source: str | None = None) -> set[str]:
+        """Names of the models with a version of a checkpoint that was uploaded before.
+
+        Of one that has files with all these SHA-256, or was imported from `source`; it may have
+        been dropped since.
+        """
+        uploads = select(UploadRow.checkpoint_digest)
+        if source is not None:
+            uploads = uploads.where(self._owned(), UploadRow.source == source)
+        else:
+            uploads = (
+                uploads.join(UploadFileRow, UploadFileRow.upload_id == UploadRow.id)
+                .where(
+                    owned_by(unindexed(UploadRow.tenant_id), self.tenant),
+                    UploadFileRow.sha256.in_(weights),
+                )
+                .group_by(UploadRow.id)
+                .having(func.count(UploadFileRow.sha256.distinct()) == len(set(weights)))
+            )
+        versions = select(DeltaRow.name).where(
+            owned_by(DeltaRow.tenant_id, self.tenant),
+            DeltaRow.checkpoint_digest.in_(uploads),
+            DeltaRow.deleted_at.is_(None),
+        )
+        return set(self.session.scalars(versions.distinct()))
+
     def set_parts_token(self, upload_id: str, path: str, token: str | None) -> bool:
         """Set the token of a waiting file's parts, if it has none, or remove it.
 

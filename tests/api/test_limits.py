@@ -14,7 +14,7 @@ import pytest
 from starlette.responses import JSONResponse, StreamingResponse
 
 from deltadock.client.blocking import Client
-from deltadock.errors import QuotaExceeded
+from deltadock.errors import QuotaExceeded, RateLimited
 from deltadock.openai.fields import PROMPT_TOKENS_HEADER
 from tests.api.support import CONFIG, Api, StandInNode, bearer, issue_key, sha256, weights
 from tests.client.support import write_finetune
@@ -129,6 +129,57 @@ def test_a_push_that_would_be_refused_sends_nothing(api: Api, tenant: Api, tmp_p
     limit(api, max_deltas=None)
     with Client(str(tenant.client.base_url), tenant.key) as client:
         assert client.push(folder, "maths/other", "tiny").delta.version == 1
+
+
+def test_a_push_that_needs_no_new_delta_is_not_refused_at_its_start(
+    api: Api, tenant: Api, tmp_path: Path
+) -> None:
+    folder, other = (write_finetune(tmp_path / str(seed), seed=seed) for seed in (7, 8))
+    digest = sha256((folder / "model.safetensors").read_bytes())
+    tenant.base()
+
+    def lose_weights() -> None:
+        """As after damage, or when the fine-tune was dropped and collected."""
+        api.resources.blobs.delete(digest)
+
+    with Client(str(tenant.client.base_url), tenant.key) as client:
+        first = client.push(folder, "maths/skills", "tiny")
+        limit(api, max_deltas=1, max_jobs=1)
+        lose_weights()
+        assert client.push(folder, "maths/skills", "tiny").delta.id == first.delta.id
+        client.cancel(first.job.id)
+        lose_weights()
+        again = client.push(folder, "maths/skills", "tiny").delta
+        assert (again.id, again.state) == (first.delta.id, "queued"), "its job goes on"
+        assert api.resources.blobs.is_intact(digest)
+        lose_weights()
+        for tuned, name in ((folder, "maths/copy"), (other, "maths/skills")):
+            with pytest.raises(QuotaExceeded):
+                client.push(tuned, name, "tiny")
+
+        tenant.make_ready({"id": first.delta.id, "job": first.job.id})
+        limit(api, max_deltas=4)
+        tenant.delta(name="maths/running", seed=9)
+        assert client.push(folder, "maths/copy", "tiny").delta.state == "ready", "without a job"
+        with pytest.raises(RateLimited):
+            client.push(other, "maths/skills", "tiny")
+
+
+def test_an_import_that_needs_no_new_delta_is_not_refused_at_its_start(
+    api: Api, tenant: Api, tmp_path: Path
+) -> None:
+    folder = write_finetune(tmp_path / "tuned")
+    body = {"kind": "checkpoint", "source": f"file://{folder}", "delta": "maths/skills"}
+    tenant.resources.settings.import_sources.append(body["source"])
+    tenant.base()
+    upload = tenant.client.post("/v1/uploads", json=body).json()["id"]
+    wait_until(lambda: tenant.client.get(f"/v1/uploads/{upload}").json()["state"] == "complete")
+    with Client(str(tenant.client.base_url), tenant.key) as client:
+        client.push(folder, "maths/skills", "tiny")
+    limit(api, max_deltas=1, max_jobs=1)
+    assert tenant.client.post("/v1/uploads", json=body).status_code == 201
+    copy = tenant.client.post("/v1/uploads", json={**body, "delta": "maths/copy"})
+    refused(copy, 403, "quota_exceeded")
 
 
 def test_requests_a_minute(api: Api, tenant: Api) -> None:
