@@ -5,7 +5,7 @@ Plain Python, so that the api can validate them.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, TypeVar, get_args
@@ -241,10 +241,6 @@ class Goal:
     def is_kept(self, figure: float) -> bool:
         """Whether a figure is within the bound."""
         return self.loss(figure) <= self.loss(self.value)
-
-    def stricter(self, factor: float) -> "Goal":
-        """The bound on `factor` times less loss."""
-        return replace(self, value=self.loss(self.loss(self.value) / factor))
 
     def __str__(self) -> str:
         value = f"{self.value:g}"

@@ -102,11 +102,12 @@ def reach_bound(
 
     The search goes by the confidence bound of the figure on the choosing windows: of budgets that
     are near the smallest it would else take the one to which these windows happen to be kind. The
-    reporting windows check what it found; while they miss the bound, the budget is raised.
+    reporting windows check what it found; if they miss the bound, the smallest larger budget that
+    keeps it on both is looked for.
 
     Args:
         attempt: writes the artifact at a budget, and measures it on the choosing windows.
-        measure: measures the artifact on the reporting windows, for its report.
+        measure: measures an artifact on the reporting windows, for its report.
         out: the delta file.
         info: the method.
         goal: of kind `max_kl` or `min_agreement`.
@@ -115,27 +116,38 @@ def reach_bound(
         InvalidGoal: not even the method's largest budget keeps it; the message says which figure
             was reached.
     """
-    _, high = _range(info)
-    reached: dict[float, float] = {}
-    bits, report = _smallest(attempt, out, info, goal, reached)
-    aim, missed = goal, list[str]()
-    while True:
-        measure(report, out)
+
+    def choose(bits: float, path: Path) -> tuple[Report, float]:
+        report, quality = attempt(bits, path)
+        report.bound_reached = confidence_bound(goal, quality)
+        return report, report.bound_reached
+
+    def check(report: Report, path: Path) -> float:
+        measure(report, path)
         figure = goal.figure(report.kl, report.agreement)
         assert figure is not None, "a bound needs calibration text, which measures too"
-        if goal.is_kept(figure):
-            report.notes += missed
-            return report
-        if bits == high:
-            raise _unreachable(goal, bits, figure)
-        missed.append(
-            f"The report's text checked the goal, {goal}: at {bits:.3g} bits it had {figure:.3g}, "
-            "so the budget was raised."
-        )
-        aim = aim.stricter(max(goal.loss(figure) / goal.loss(goal.value), RESOLUTION))
-        bits = _larger(reached, aim, bits, info)
-        report, quality = attempt(bits, out)
-        reached[bits] = report.bound_reached = confidence_bound(goal, quality)
+        return figure
+
+    def judge(bits: float, path: Path) -> tuple[Report, float]:
+        report, bound = choose(bits, path)
+        worse = max((check(report, path), bound), key=lambda f: (not goal.is_kept(f), goal.loss(f)))
+        return report, worse
+
+    bits, report = _smallest(choose, out, info, goal, _nearest(info, FIRST_BITS), {})
+    figure = check(report, out)
+    if goal.is_kept(figure):
+        return report
+    if bits == info.bits_max:
+        raise _unreachable(goal, bits, figure)
+    # Loss falls about as fast as the budget grows, or faster.
+    excess = goal.loss(figure) / goal.loss(goal.value)
+    larger = _nearest(info, bits * max(RESOLUTION, min(2.0, excess)), above=bits)
+    _, report = _smallest(judge, out, info, goal, larger, {bits: figure})
+    report.notes.append(
+        f"The report's text checked the goal, {goal}: at {bits:.3g} bits it had {figure:.3g}, "
+        "so the budget was raised."
+    )
+    return report
 
 
 def confidence_bound(goal: Goal, quality: Quality) -> float:
@@ -147,28 +159,34 @@ def confidence_bound(goal: Goal, quality: Quality) -> float:
 
 
 def _smallest(
-    attempt: Callable[[float, Path], tuple[Report, Quality]],
+    judge: Callable[[float, Path], tuple[Report, float]],
     out: Path,
     info: MethodInfo,
     goal: Goal,
-    reached: dict[float, float],
+    bits: float,
+    missed: Mapping[float, float],
 ) -> tuple[float, Report]:
-    """Write the artifact of the smallest budget that keeps the bound on the choosing windows.
+    """Write the artifact of the smallest budget that keeps the bound; returns the budget too.
 
-    `reached` is given the confidence bound at each budget that was tried.
+    Args:
+        judge: writes the artifact at a budget; its report, and the figure that the bound is on.
+        out: the delta file.
+        info: the method.
+        goal: the bound.
+        bits: the first budget to try.
+        missed: figures of smaller budgets, which miss the bound.
     """
     low, high = _range(info)
     best: Report | None = None
     trial = out.with_name(out.name + ".trial")
-    failing, holding = low / RESOLUTION, math.inf
-    bits = _nearest(info, FIRST_BITS)
+    reached = dict(missed)
+    failing, holding = max(missed, default=low / RESOLUTION), math.inf
     for _ in range(BOUND_TRIALS):
         try:
-            report, quality = attempt(bits, trial)
+            report, reached[bits] = judge(bits, trial)
         except BaseException:
             trial.unlink(missing_ok=True)
             raise
-        reached[bits] = report.bound_reached = confidence_bound(goal, quality)
         held = goal.is_kept(reached[bits])
         if held:
             trial.replace(out)
@@ -197,18 +215,6 @@ def _unreachable(goal: Goal, bits: float, figure: float) -> InvalidGoal:
         "vouches for. Loosen the bound, give more text, or keep the fine-tune itself with the "
         "method 'exact'."
     )
-
-
-def _larger(reached: Mapping[float, float], aim: Goal, bits: float, info: MethodInfo) -> float:
-    """The budget above `bits` to try for a bound that `bits` misses."""
-    low, high = _range(info)
-    if info.budgets:
-        return min(budget for budget in info.budgets if budget > bits)
-    enough = [budget for budget in reached if budget > bits and aim.is_kept(reached[budget])]
-    holding = min(enough, default=math.inf)
-    if holding <= bits * RESOLUTION:
-        return holding
-    return _next(reached, aim, bits, holding, low, high)
 
 
 def _next(
@@ -241,9 +247,10 @@ def _range(info: MethodInfo) -> tuple[float, float]:
     return info.bits_min, info.bits_max
 
 
-def _nearest(info: MethodInfo, bits: float) -> float:
-    """The budget nearest to `bits` that the method takes."""
+def _nearest(info: MethodInfo, bits: float, above: float = 0.0) -> float:
+    """The budget nearest to `bits` that the method takes; of few budgets, one above `above`."""
     low, high = _range(info)
     if info.budgets:
-        return min(info.budgets, key=lambda budget: abs(budget - bits))
+        larger = [budget for budget in info.budgets if budget > above]
+        return min(larger, key=lambda budget: abs(budget - bits))
     return min(max(bits, low), high)
