@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from deltadock.artifacts.tokenizers import default_tokens, named_tokens
 from deltadock.errors import InvalidInput, NoChatTemplate
 
 SANDBOX: Final = Path(__file__).with_name("sandbox.py")
@@ -72,12 +73,11 @@ def chat_format(files: Mapping[str, str]) -> ChatFormat:
         ValueError, TypeError, AttributeError: a file cannot be parsed.
     """
     config = json.loads(files.get("tokenizer_config.json", "{}"))
-    named = json.loads(files.get("special_tokens_map.json", "{}")) | config
     special_tokens = {
         name: token["content"] if isinstance(token, dict) else token
-        for name, token in named.items()
+        for name, token in named_tokens(files).items()
         if name.endswith("_token") and isinstance(token, str | dict)
-    }
+    } | default_tokens(files)
     template, tool_template = config.get("chat_template"), None
     if isinstance(template, list):
         by_name = {entry["name"]: entry["template"] for entry in template}
