@@ -261,7 +261,7 @@ def test_a_quality_bound_is_met_near_its_smallest_size(
     assert len(seen) > 2
     assert torch.equal(seen[-1], reporting)
     checks = sum(torch.equal(windows, reporting) for windows in seen)
-    assert checks == 1 + len(report.notes)
+    assert checks > len(report.notes)  # a note per raise, which may take several
     assert sum(torch.equal(windows, choosing) for windows in seen) == len(seen) - checks
     reached = delta_quality(pair, tmp_path / "a.delta", choosing)
     bound = Goal("max_kl", figure) if goal == "max_kl" else Goal("min_agreement", figure)
