@@ -58,7 +58,7 @@ def test_bytes_are_checked_when_announced_and_while_they_arrive(api: Api, tenant
     announced = tenant.client.post("/v1/uploads", json=body)
     refused(announced, 403, "quota_exceeded")
     assert announced.json()["detail"].startswith(
-        "Your tenant may store 10 kB and has 9 kB: there is no room for 2 kB more."
+        "Your tenant may store 10.0 kB and has 9.00 kB: there is no room for 2.00 kB more."
     )
     assert tenant.client.get("/v1/tenants/acme").json()["usage"]["bytes"] == 9_000
     tenant.client.delete(f"/v1/uploads/{upload}")
