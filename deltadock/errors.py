@@ -284,7 +284,7 @@ class RangeNotSatisfiable(DeltadockError):
 
 
 class Cancelled(DeltadockError):
-    """The job was cancelled on request."""
+    """The job or the transfer was cancelled on request."""
 
     status = 409
     code = "cancelled"

@@ -1,12 +1,12 @@
 """`AsyncClient`: the methods of `Client`, to be awaited.
 
-It sends the same requests. Uploads and downloads hash and move files in threads, so it has them
+It sends the same requests. Uploads and downloads hash and move files in threads, so it has each
 done by a `Client`.
 """
 
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
-from functools import partial, wraps
+from functools import wraps
 from inspect import signature
 from itertools import count
 from types import TracebackType
@@ -27,10 +27,11 @@ from deltadock.client.blocking import (
     ignore,
     method_of,
 )
+from deltadock.client.connection import find_connection
 from deltadock.client.progress import default_bar
 from deltadock.client.requests import Call, Events, Pages, check, domain_error
 from deltadock.client.resources import Delta, Job, LogLine
-from deltadock.errors import Unavailable
+from deltadock.errors import Cancelled, Unavailable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,13 +42,22 @@ def _in_thread(
 ) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
     """The asynchronous form of a method that moves files.
 
-    If it is cancelled, its thread ends once the client is closed.
+    It has a `Client` of its own, which sends nothing more once it is cancelled.
     """
 
     @wraps(method)
     async def call(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        work = partial(method, client._blocking, *args, **kwargs)
-        return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
+        transfer = client._begin_transfer()
+
+        def work() -> T:
+            with transfer:
+                return method(transfer, *args, **kwargs)
+
+        try:
+            return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
+        finally:
+            transfer._stop.set()
+            client._transfers.discard(transfer)
 
     return call
 
@@ -78,7 +88,8 @@ class AsyncClient:
 
     def __init__(self, url: str | None = None, key: str | None = None) -> None:
         self._http = httpx.AsyncClient(**http_options(url, key))
-        self._blocking = Client(url, key)
+        self._connection = find_connection(url, key)
+        self._transfers: set[Client] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -92,14 +103,22 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections."""
-        self._blocking.close()
+        """Close the connections; uploads and downloads that go on raise `Cancelled`."""
+        for transfer in self._transfers:
+            transfer._stop.set()
         await self._http.aclose()
+
+    def _begin_transfer(self) -> Client:
+        if self._http.is_closed:
+            raise Cancelled("The client is closed.")
+        transfer = Client(self._connection.url, self._connection.key)
+        self._transfers.add(transfer)
+        return transfer
 
     @property
     def url(self) -> str:
         """The api's address."""
-        return self._blocking.url
+        return str(self._http.base_url)
 
     __repr__ = Client.__repr__
 

@@ -56,6 +56,7 @@ from deltadock.client.requests import (
 )
 from deltadock.client.resources import Checkpoint, Delta, Job, LogLine
 from deltadock.client.routes import GoalOptions
+from deltadock.client.stopping import Stop
 from deltadock.client.uploads import Uploader
 from deltadock.compression.options import (
     check_weights,
@@ -166,7 +167,8 @@ class Client:
     def __init__(
         self, url: str | None = None, key: str | None = None, *, on_pause: PauseNotice = ignore
     ) -> None:
-        self._http = httpx.Client(**http_options(url, key))
+        self._stop = Stop()
+        self._http = httpx.Client(**http_options(url, key), event_hooks=self._stop.hooks)
         self._on_pause = on_pause
 
     def __enter__(self) -> Self:
@@ -208,10 +210,11 @@ class Client:
 
     def _pause(self, call: Call[Any], attempt: int, error: Exception) -> None:
         """Wait before a failed request is sent again; raises if it must not be."""
+        self._stop.check()
         seconds = call.pause(attempt, error)
         if seconds >= LONG_PAUSE_SECONDS:
             self._on_pause(seconds, domain_error(error))
-        time.sleep(seconds)
+        self._stop.sleep(seconds)
 
     def items(self, pages: Pages[T]) -> Iterator[T]:
         """The items of a list, whose pages are fetched as they are needed."""
@@ -401,7 +404,9 @@ class Client:
         progress: BytesProgress,
         delta: str | None = None,
     ) -> JsonObject:
-        with httpx.Client(timeout=TIMEOUT, verify=_certificates()) as storage:
+        with httpx.Client(
+            timeout=TIMEOUT, verify=_certificates(), event_hooks=self._stop.hooks
+        ) as storage:
 
             def put(url: str, body: Iterator[bytes], size: int) -> None:
                 # A presigned URL is the object store's, which gets no credentials of ours.
@@ -415,7 +420,8 @@ class Client:
             def request(method: str, path: str, **body: Any) -> JsonObject:
                 return self.send(Call(method, path, _as_json, body=body.get("json")))
 
-            return Uploader(request, put, folder, progress).upload(kind, names, delta)
+            uploader = Uploader(request, put, folder, progress, self._stop)
+            return uploader.upload(kind, names, delta)
 
     def push(
         self,
@@ -516,10 +522,13 @@ class Client:
                 failures += 1
                 if failures == RECONNECTS:
                     raise domain_error(error) from None
-                time.sleep(POLL_SECONDS)
+                self._stop.sleep(POLL_SECONDS)
+        hashed = hashlib.sha256()
         with partial_path.open("rb") as stream:
-            actual = hashlib.file_digest(stream, "sha256").hexdigest()
-        if actual != digest:
+            while chunk := stream.read(CHUNK_BYTES):
+                self._stop.check()
+                hashed.update(chunk)
+        if (actual := hashed.hexdigest()) != digest:
             partial_path.unlink()
             raise HashMismatch(
                 f"The download of {delta.reference} is damaged: its SHA-256 is {actual}, not "

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import random
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 from deltadock.artifacts.checkpoint import CHUNK_BYTES
+from deltadock.client.stopping import Stop
 from deltadock.errors import DeltadockError, InvalidInput, Unavailable, error_for
 
 log = logging.getLogger(__name__)
@@ -38,12 +38,17 @@ class Uploader:
         put: Callable[[str, Iterator[bytes], int], None],
         folder: Path,
         progress: Progress,
+        stop: Stop,
     ) -> None:
-        """`request` sends a request to the api, `put` a body of known size to any URL of a part."""
+        """`request` sends a request to the api, `put` a body of known size to any URL of a part.
+
+        `stop` ends the upload, between two requests or chunks of a file.
+        """
         self._request = request
         self._put = put
         self._folder = folder
         self._progress = progress
+        self._stop = stop
 
     def upload(self, kind: str, names: Iterable[str], delta: str | None = None) -> JsonObject:
         """Upload files as one upload, for the delta of this name; returns it, complete.
@@ -67,9 +72,10 @@ class Uploader:
                 raise
 
     def _describe(self, name: str) -> JsonObject:
-        with (self._folder / name).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            return {"path": name, "size": stream.tell(), "sha256": digest}
+        size, hashed = (self._folder / name).stat().st_size, hashlib.sha256()
+        for chunk in self._read(name, 0, size):
+            hashed.update(chunk)
+        return {"path": name, "size": size, "sha256": hashed.hexdigest()}
 
     def _open_upload(self, kind: str, files: list[JsonObject], delta: str | None) -> JsonObject:
         wanted = sorted((file["path"], file["size"], file["sha256"]) for file in files)
@@ -105,7 +111,7 @@ class Uploader:
             self._put(url, self._read(file["path"], 0, file["size"]), file["size"])
             return True
 
-        _repeat(send)
+        self._repeat(send)
         self._progress(file["path"], file["size"], file["size"])
 
     def _send_parts(self, pool: ThreadPoolExecutor, upload: str, file: JsonObject) -> None:
@@ -136,12 +142,13 @@ class Uploader:
                 raise Unavailable(str(failures[0])) from None
             return len(failures) < BATCH and not any(failures)
 
-        _repeat(send_missing)
+        self._repeat(send_missing)
 
     def _read(self, name: str, start: int, size: int) -> Iterator[bytes]:
         with (self._folder / name).open("rb") as stream:
             stream.seek(start)
             while size and (chunk := stream.read(min(size, CHUNK_BYTES))):
+                self._stop.check()
                 size -= len(chunk)
                 yield chunk
 
@@ -152,26 +159,25 @@ class Uploader:
             if (error := state["error"]) is not None and error["message"] != said:
                 said = error["message"]
                 log.warning("The server checks the files again later: %s", said)
-            time.sleep(POLL_SECONDS)
+            self._stop.sleep(POLL_SECONDS)
             state = self._request("GET", f"/v1/uploads/{upload}")
         if state["error"] is not None:
             raise error_for(state["error"]["code"], state["error"]["message"])
         return state
 
+    def _repeat(self, step: Callable[[], bool]) -> None:
+        """Repeat `step` until it is True, and after it raised Unavailable up to `ATTEMPTS` times.
 
-def _repeat(step: Callable[[], bool]) -> None:
-    """Repeat `step` until it returns True, and after it raised Unavailable up to `ATTEMPTS` times.
-
-    The pauses grow exponentially, with jitter.
-    """
-    failures = 0
-    while True:
-        try:
-            if step():
-                return
-            failures = 0
-        except Unavailable:
-            failures += 1
-            if failures == ATTEMPTS:
-                raise
-            time.sleep(random.uniform(0, 2**failures / 2))
+        The pauses grow exponentially, with jitter.
+        """
+        failures = 0
+        while True:
+            try:
+                if step():
+                    return
+                failures = 0
+            except Unavailable:
+                failures += 1
+                if failures == ATTEMPTS:
+                    raise
+                self._stop.sleep(random.uniform(0, 2**failures / 2))

@@ -28,6 +28,7 @@ from deltadock.cli.server import State, complete_method
 from deltadock.client.blocking import Client
 from deltadock.client.connection import read_login
 from deltadock.client.requests import ATTEMPTS
+from deltadock.client.stopping import Stop
 from deltadock.errors import Unavailable
 from deltadock.storage.models import JobState, Scope
 from tests.api.support import CONFIG, issue_key, weights
@@ -719,12 +720,12 @@ def test_a_rate_limit_is_waited_for_aloud(
     acme = tenants.post("/v1/tenants", json={"name": "slow", "requests_per_minute": 0}).json()["id"]
     monkeypatch.setenv("DELTADOCK_API_KEY", issue_key(service.api.resources.settings, tenant=acme))
 
-    def sleep(seconds: float) -> None:
+    def sleep(_: Stop, seconds: float) -> None:
         assert 1 <= seconds <= 60
         tenants.patch("/v1/tenants/slow", json={"requests_per_minute": None})
 
     monkeypatch.setattr("deltadock.client.blocking.LONG_PAUSE_SECONDS", 1.0)
-    monkeypatch.setattr("deltadock.client.blocking.time.sleep", sleep)
+    monkeypatch.setattr(Stop, "sleep", sleep)
     told = call("bases", "list").stderr
     assert re.match(r"Waiting \d.*: Your tenant may use 0 requests a minute\. ", told), told
 

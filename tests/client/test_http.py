@@ -1,13 +1,10 @@
 """Requests: which errors responses are, what is sent again, and how often."""
 
 import inspect
-import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Iterator
-from pathlib import Path
 
-import anyio
 import httpx
 import pytest
 
@@ -17,6 +14,7 @@ from deltadock.client.asynchronous import AsyncClient
 from deltadock.client.blocking import Client
 from deltadock.client.requests import ATTEMPTS, Call, Events, error_of
 from deltadock.client.resources import Delta, Generated, Job
+from deltadock.client.stopping import Stop
 from deltadock.errors import (
     DeltadockError,
     HashMismatch,
@@ -44,6 +42,7 @@ def answer(status: int = 502, **arguments: object) -> httpx.Response:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses, which are not made."""
     made: list[float] = []
+    monkeypatch.setattr(Stop, "sleep", lambda _, seconds: made.append(seconds))
     monkeypatch.setattr(time, "sleep", made.append)
     return made
 
@@ -249,31 +248,6 @@ def test_what_is_no_name_is_refused_before_it_is_sent(name: str) -> None:
         routes.delta(name)
     with pytest.raises(InvalidInput, match="project/model"):
         routes.model(name)
-
-
-def test_a_transfer_of_the_async_client_ends_when_it_is_cancelled(tmp_path: Path) -> None:
-    asked, answer_now = threading.Event(), threading.Event()
-    answered: list[bool] = []
-
-    def handle(_request: httpx.Request) -> httpx.Response:
-        asked.set()
-        answered.append(answer_now.wait(20))
-        return answer(404)
-
-    client = AsyncClient("http://deltadock", "ddk_x")
-    client._blocking._http = httpx.Client(
-        base_url="http://deltadock", transport=httpx.MockTransport(handle)
-    )
-
-    async def download_and_cancel() -> None:
-        async with client, anyio.create_task_group() as group:
-            group.start_soon(client.download, "maths/skills", tmp_path / "skills.delta")
-            await anyio.to_thread.run_sync(asked.wait)
-            group.cancel_scope.cancel()
-
-    anyio.run(download_and_cancel)
-    assert answered == []
-    answer_now.set()
 
 
 @pytest.mark.parametrize(
