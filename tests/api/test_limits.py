@@ -14,7 +14,7 @@ import pytest
 from starlette.responses import JSONResponse, StreamingResponse
 
 from deltadock.client.blocking import Client
-from deltadock.errors import QuotaExceeded, RateLimited
+from deltadock.errors import QuotaExceeded
 from deltadock.openai.fields import PROMPT_TOKENS_HEADER
 from tests.api.support import CONFIG, Api, StandInNode, bearer, issue_key, sha256, weights
 from tests.client.support import write_finetune
@@ -161,8 +161,9 @@ def test_a_push_that_needs_no_new_delta_is_not_refused_at_its_start(
         limit(api, max_deltas=4)
         tenant.delta(name="maths/running", seed=9)
         assert client.push(folder, "maths/copy", "tiny").delta.state == "ready", "without a job"
-        with pytest.raises(RateLimited):
-            client.push(other, "maths/skills", "tiny")
+    new = {"path": "model.safetensors", "size": 1 << 30, "sha256": "a" * 64}
+    body = {"kind": "checkpoint", "delta": "maths/skills", "files": [new]}
+    refused(tenant.client.post("/v1/uploads", json=body), 429, "rate_limited")
 
 
 def test_an_import_that_needs_no_new_delta_is_not_refused_at_its_start(
