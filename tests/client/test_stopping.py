@@ -157,13 +157,13 @@ def test_a_cancelled_push_creates_nothing_and_can_be_continued(
         assert go_on.wait(SECONDS)
 
     def pushed() -> list[str]:
-        return [delta.name for delta in client.deltas() if delta.name == "maths/cancelled"]
+        return [delta.name for delta in client.deltas() if delta.name == "maths/abandoned"]
 
     async def cancel(asynchronous: AsyncClient) -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(
                 lambda: asynchronous.push(
-                    finetune, "maths/cancelled", "tiny", method="bitdelta", progress=pause
+                    finetune, "maths/abandoned", "tiny", method="bitdelta", progress=pause
                 )
             )
             await wait(sent)
@@ -172,7 +172,7 @@ def test_a_cancelled_push_creates_nothing_and_can_be_continued(
 
     async def push_again() -> None:
         async with AsyncClient(service.url, service.key) as asynchronous:
-            await asynchronous.push(finetune, "maths/cancelled", "tiny", method="bitdelta")
+            await asynchronous.push(finetune, "maths/abandoned", "tiny", method="bitdelta")
 
     async def push() -> None:
         async with AsyncClient(service.url, service.key) as asynchronous:
@@ -182,7 +182,7 @@ def test_a_cancelled_push_creates_nothing_and_can_be_continued(
         anyio.run(push)
     assert pushed() == []
     anyio.run(push_again)
-    assert pushed() == ["maths/cancelled"]
+    assert pushed() == ["maths/abandoned"]
 
 
 def test_hashing_ends_with_the_upload(tmp_path: Path) -> None:
