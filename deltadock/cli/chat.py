@@ -138,6 +138,10 @@ class Conversation:
         except KeyboardInterrupt:
             forget_interrupts()
             reason = "interrupted"
+        except DeltadockError:
+            if text and not self._as_json:
+                sys.stdout.write("\n")  # the error has a line of its own
+            raise
         answered = last.model_copy(update={"text": text, "finish_reason": reason})
         if self._as_json:
             print_resources(answered)

@@ -510,6 +510,18 @@ def test_a_conversation_waits_for_a_node_that_restarts(
     assert "error (unavailable): The node is starting." in deltadock("run", "tiny", "hello").stderr
 
 
+def test_an_error_in_an_answer_has_a_line_of_its_own(
+    service: Service, deltadock: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = {"message": "The node is gone.", "type": "x", "param": None, "code": "unavailable"}
+    broken = (
+        f'data: {{"choices": [{{"text": " the"}}]}}\n\ndata: {json.dumps({"error": error})}\n\n'
+    )
+    monkeypatch.setattr(service.node, "answer", Response(broken, media_type="text/event-stream"))
+    outcome = deltadock("run", "--plain", "tiny", "hello")
+    assert (outcome.code, outcome.stdout) == (UNAVAILABLE, " the\n")
+
+
 def test_nodes_are_shown(service: Service, call: Callable[..., Outcome], pushed: list[str]) -> None:
     with Client(service.url, service.key) as client:
         artifact = client.delta(pushed[0]).artifact
