@@ -14,8 +14,8 @@ from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME
 from deltadock.errors import Forbidden, InvalidInput, NotFound
 from deltadock.problems import problems
-from deltadock.storage.models import AuditAction, AuditOrigin, AuditRow
 from deltadock.storage.repositories import AuditRepository
+from deltadock.storage.tables import AuditAction, AuditOrigin, AuditRow
 
 router = api_router("/v1/audit", tags=["audit"])
 

@@ -19,9 +19,9 @@ from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidI
 from deltadock.names import PART_PATTERN
 from deltadock.problems import problems
 from deltadock.storage.cache import MANIFEST_BYTES
-from deltadock.storage.models import BaseRow, CheckpointRow
 from deltadock.storage.repositories import BaseRepository, CheckpointRepository
 from deltadock.storage.repositories.blobs import lock_blobs
+from deltadock.storage.tables import BaseRow, CheckpointRow
 
 router = api_router("/v1/bases", tags=["bases"])
 

@@ -13,8 +13,8 @@ from starlette.concurrency import run_in_threadpool
 
 from deltadock.model_target import ModelTarget, Tier
 from deltadock.storage.database import Database
-from deltadock.storage.models import NodeRow
 from deltadock.storage.repositories import NodeRepository
+from deltadock.storage.tables import NodeRow
 
 log = structlog.get_logger(__name__)
 

@@ -21,10 +21,10 @@ from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DELTA_ID, EXAMPLE_TIME, Moment
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady, error_for
 from deltadock.problems import problems
-from deltadock.storage.models import UNSUCCESSFUL, JobLogRow, JobPriority, JobRow, JobState
 from deltadock.storage.repositories import CheckpointRepository, DeltaRepository, JobRepository
 from deltadock.storage.repositories.listing import JobFilter, key_of_job
 from deltadock.storage.repositories.shown import ShownJob
+from deltadock.storage.tables import UNSUCCESSFUL, JobLogRow, JobPriority, JobRow, JobState
 
 router = api_router("/v1/jobs", tags=["jobs"])
 

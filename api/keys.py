@@ -16,8 +16,8 @@ from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_TIME, Moment, RequestBody
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
 from deltadock.problems import problems
-from deltadock.storage.models import ApiKeyRow, Scope
 from deltadock.storage.repositories import KeyRepository, TenantRepository
+from deltadock.storage.tables import ApiKeyRow, Scope
 
 router = api_router("/v1/keys", tags=["keys"])
 

@@ -18,8 +18,8 @@ from prometheus_client.registry import Collector
 from deltadock.api.dependencies import Resources
 from deltadock.api.routing import api_router
 from deltadock.errors import DeltadockError
-from deltadock.storage.models import JobPriority, JobState, UploadState
 from deltadock.storage.repositories import JobRepository, UploadRepository
+from deltadock.storage.tables import JobPriority, JobState, UploadState
 from deltadock.storage.tenancy import EVERY_TENANT
 
 log = structlog.get_logger(__name__)

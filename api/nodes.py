@@ -27,11 +27,11 @@ from deltadock.model_target import Tier
 from deltadock.names import DIGEST_PATTERN, NODE_PATTERN
 from deltadock.problems import problems
 from deltadock.storage.documents import HeldDelta
-from deltadock.storage.models import AuditAction, BaseRow, NodeRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, NodeRepository
 from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.blobs import BlobRepository
 from deltadock.storage.repositories.deltas import NamedDelta
+from deltadock.storage.tables import AuditAction, BaseRow, NodeRow
 from deltadock.trust import credentials
 
 router = api_router("/v1/nodes", tags=["nodes"])

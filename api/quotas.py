@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 from sqlalchemy.orm import Session
 
 from deltadock.errors import QuotaExceeded, RateLimited
-from deltadock.storage.models import TenantRow
 from deltadock.storage.repositories import TenantRepository, TotalsRepository
+from deltadock.storage.tables import TenantRow
 from deltadock.words import counted, size
 
 JOB_RETRY_SECONDS: Final = 30

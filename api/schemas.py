@@ -31,7 +31,7 @@ from deltadock.compression.options import (
 )
 from deltadock.names import DIGEST_PATTERN
 from deltadock.openai.fields import with_integers
-from deltadock.storage.models import CheckpointRow
+from deltadock.storage.tables import CheckpointRow
 
 EXAMPLE_DELTA_ID = "dlt_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 EXAMPLE_DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"

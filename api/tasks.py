@@ -7,7 +7,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from deltadock.errors import Unavailable
-from deltadock.storage.models import JobPriority
+from deltadock.storage.tables import JobPriority
 from deltadock.tracing import trace_headers
 
 log = structlog.get_logger(__name__)

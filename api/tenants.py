@@ -16,8 +16,8 @@ from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
 from deltadock.errors import Conflict, Forbidden, IdempotencyKeyReused, InvalidInput, NotFound
 from deltadock.names import PART_PATTERN
 from deltadock.problems import problems
-from deltadock.storage.models import TenantRow
 from deltadock.storage.repositories import TenantRepository, Usage
+from deltadock.storage.tables import TenantRow
 
 router = api_router("/v1/tenants", tags=["tenants"])
 

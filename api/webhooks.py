@@ -17,8 +17,8 @@ from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_TIME, RequestBody
 from deltadock.errors import Conflict, IdempotencyKeyReused, InvalidInput, NotFound
 from deltadock.problems import problems
-from deltadock.storage.models import DeliveryRow, DeliveryState, WebhookEvent, WebhookRow
 from deltadock.storage.repositories import WebhookRepository
+from deltadock.storage.tables import DeliveryRow, DeliveryState, WebhookEvent, WebhookRow
 
 router = api_router("/v1/webhooks", tags=["webhooks"])
 

@@ -36,7 +36,8 @@ from deltadock.settings import Settings
 from deltadock.storage.api_keys import key_secret
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.database import Database, migrate, normalise_url
-from deltadock.storage.models import (
+from deltadock.storage.repositories import KeyRepository
+from deltadock.storage.tables import (
     AliasRow,
     BaseRow,
     BlobUseRow,
@@ -56,7 +57,6 @@ from deltadock.storage.models import (
     UploadRow,
     UploadState,
 )
-from deltadock.storage.repositories import KeyRepository
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 BATCH: Final = 500

@@ -44,7 +44,7 @@ from deltadock.client.blocking import Client
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import local_key_path
 from deltadock.storage.database import Database
-from deltadock.storage.models import JobRow, JobState
+from deltadock.storage.tables import JobRow, JobState
 
 READS_P99_MS: Final = 100.0
 PEAK_MIB: Final = 512

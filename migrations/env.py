@@ -5,7 +5,7 @@ from typing import Any, Final
 from alembic import context
 from sqlalchemy import Connection, Engine, text
 
-from deltadock.storage.models import TableRow
+from deltadock.storage.tables import TableRow
 
 LOCK_KEY: Final = 0x64656C7461  # "delta"
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final, NamedTuple
 
-from deltadock.storage.models import AuditOrigin
+from deltadock.storage.tables import AuditOrigin
 
 
 class Actor(NamedTuple):

@@ -34,8 +34,8 @@ from sqlalchemy.orm import Session
 
 from deltadock.errors import Conflict, InvalidInput
 from deltadock.storage.database import Database, current_revision, head_revision, migrate
-from deltadock.storage.models import AuditAction, TableRow, UtcDateTime
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.tables import AuditAction, TableRow, UtcDateTime
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.version import __version__
 

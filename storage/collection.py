@@ -18,11 +18,11 @@ from sqlalchemy.orm import Session
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, StoredEntry
 from deltadock.storage.database import Database, database_now
-from deltadock.storage.models import AuditAction, DeltaRow
 from deltadock.storage.repositories.audit import record_each
 from deltadock.storage.repositories.blobs import BlobKind, BlobRepository, batches, lock_blobs
 from deltadock.storage.repositories.retention import DropLimits, DroppableUploads, Rule
 from deltadock.storage.repositories.uploads import UploadRepository
+from deltadock.storage.tables import AuditAction, DeltaRow
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.storage.usage import WORK, Usage, UsageByKind
 

@@ -9,7 +9,6 @@ from sqlalchemy.orm import Session
 
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.database import Database
-from deltadock.storage.models import BaseRow, CheckpointRow, DeltaRow, JobState
 from deltadock.storage.repositories import (
     BaseRepository,
     CheckpointRepository,
@@ -17,6 +16,7 @@ from deltadock.storage.repositories import (
     JobRepository,
 )
 from deltadock.storage.repositories.jobs import JobProgress
+from deltadock.storage.tables import BaseRow, CheckpointRow, DeltaRow, JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 WORKER = "worker-1"

@@ -28,10 +28,10 @@ from deltadock.storage.blobs import BlobStore, make_blob_store
 from deltadock.storage.cache import FileCache
 from deltadock.storage.database import Database
 from deltadock.storage.leases import new_owner
-from deltadock.storage.models import DeltaRow, JobRow, JobState
 from deltadock.storage.repositories import JobRepository, UploadRepository
 from deltadock.storage.repositories.blobs import BlobRepository
 from deltadock.storage.repositories.jobs import JobProgress
+from deltadock.storage.tables import DeltaRow, JobRow, JobState
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.workers.lease import Lease, LeaseLostError, WorkerStoppingError
 from deltadock.workers.metrics import ERRORS, JOBS, RUNNING, StageClock

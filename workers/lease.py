@@ -10,10 +10,10 @@ from deltadock.errors import Cancelled, DeltadockError, Unavailable
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.database import Database
 from deltadock.storage.leases import died_here
-from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, WebhookRepository
 from deltadock.storage.repositories.blobs import lock_blobs
 from deltadock.storage.repositories.jobs import JobProgress
+from deltadock.storage.tables import JobState
 from deltadock.storage.tenancy import EVERY_TENANT
 
 STOPPING: Final = threading.Event()

@@ -15,7 +15,6 @@ from deltadock.errors import DeltadockError
 from deltadock.settings import Settings
 from deltadock.storage.collection import Collector
 from deltadock.storage.database import database_now
-from deltadock.storage.models import JobPriority
 from deltadock.storage.repositories import (
     IdempotencyRepository,
     JobRepository,
@@ -23,6 +22,7 @@ from deltadock.storage.repositories import (
     WebhookRepository,
 )
 from deltadock.storage.repositories.uploads import UNFINISHED
+from deltadock.storage.tables import JobPriority
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.workers.compress import WorkerContext, job_folder
 from deltadock.workers.metrics import COLLECTED

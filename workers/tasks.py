@@ -9,7 +9,7 @@ from celery import signals
 from kombu.exceptions import ChannelError
 from opentelemetry.trace import SpanKind
 
-from deltadock.storage.models import JobPriority
+from deltadock.storage.tables import JobPriority
 from deltadock.tracing import span, trace_headers
 from deltadock.workers.app import GPU_QUEUE, app
 from deltadock.workers.compress import Outcome, compress_job, get_context

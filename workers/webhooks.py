@@ -18,8 +18,8 @@ import structlog
 from anyio import to_thread
 from standardwebhooks import Webhook
 
-from deltadock.storage.models import DeliveryRow
 from deltadock.storage.repositories import WebhookRepository
+from deltadock.storage.tables import DeliveryRow
 from deltadock.storage.tenancy import EVERY_TENANT
 from deltadock.version import __version__
 from deltadock.workers.compress import WorkerContext

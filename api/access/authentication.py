@@ -13,8 +13,8 @@ from deltadock.errors import DeltadockError, Unauthorized
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import hmac_of, key_secret, prefix_of
 from deltadock.storage.database import Database
-from deltadock.storage.models import ApiKeyRow
 from deltadock.storage.repositories import KeyRepository
+from deltadock.storage.tables import ApiKeyRow
 from deltadock.storage.tenancy import EVERY_TENANT
 
 log = structlog.get_logger(__name__)

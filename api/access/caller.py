@@ -6,7 +6,7 @@ from typing import Annotated, Self
 from fastapi import Depends, Request
 
 from deltadock.storage.actor import Actor
-from deltadock.storage.models import ApiKeyRow, AuditOrigin, Scope
+from deltadock.storage.tables import ApiKeyRow, AuditOrigin, Scope
 
 
 @dataclass(frozen=True, slots=True)

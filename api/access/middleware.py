@@ -17,7 +17,7 @@ from deltadock.api.dependencies import Resources
 from deltadock.errors import DeltadockError, Forbidden, QuotaExceeded, Unauthorized
 from deltadock.problems import error_response
 from deltadock.storage.actor import acting
-from deltadock.storage.models import AuditAction
+from deltadock.storage.tables import AuditAction
 from deltadock.trust import check_trusted
 
 CSRF_HEADER: Final = "X-CSRF-Token"

@@ -10,8 +10,8 @@ import structlog
 from deltadock.errors import DeltadockError
 from deltadock.storage.actor import Actor, acting
 from deltadock.storage.database import Database
-from deltadock.storage.models import AuditAction
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.tables import AuditAction
 
 PER_HOUR: Final = 60
 """Of one action and tenant, by one process; `deltadock_api_refusals_total` counts all."""

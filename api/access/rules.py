@@ -10,7 +10,7 @@ from starlette.routing import BaseRoute, Mount, compile_path
 
 from deltadock.api.access.caller import Caller
 from deltadock.errors import Forbidden
-from deltadock.storage.models import Scope
+from deltadock.storage.tables import Scope
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ from deltadock.compression.options import METHODS, default_method
 from deltadock.errors import InvalidInput, NotFound
 from deltadock.model_target import SERVED
 from deltadock.storage.api_keys import local_key_path
-from deltadock.storage.models import JobState, Scope
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, ModelRepository
 from deltadock.storage.repositories.deltas import Sibling
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
+from deltadock.storage.tables import JobState, Scope
 from deltadock.storage.usage import UsageByKind
 
 router = page_router()

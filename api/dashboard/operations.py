@@ -21,7 +21,6 @@ from deltadock.api.nodes import registered_nodes
 from deltadock.api.paging import After
 from deltadock.api.tenants import get_tenant
 from deltadock.model_target import not_served
-from deltadock.storage.models import FINAL_STATES, JobState, NodeSampleRow, Scope
 from deltadock.storage.repositories import (
     DeltaRepository,
     KeyRepository,
@@ -29,6 +28,7 @@ from deltadock.storage.repositories import (
     UploadRepository,
 )
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
+from deltadock.storage.tables import FINAL_STATES, JobState, NodeSampleRow, Scope
 from deltadock.words import latency, plain, significant, size
 
 router = page_router()

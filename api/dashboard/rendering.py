@@ -26,7 +26,7 @@ from deltadock.api.dashboard.snippets import PROMPTS
 from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
 from deltadock.errors import DeltadockError, InvalidInput
 from deltadock.problems import log_failure
-from deltadock.storage.models import Scope
+from deltadock.storage.tables import Scope
 from deltadock.version import __version__
 
 FOLDER: Final = Path(__file__).resolve().parent.parent

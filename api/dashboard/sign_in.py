@@ -22,9 +22,9 @@ from deltadock.api.dependencies import Resources, ResourcesDep
 from deltadock.errors import DeltadockError, Forbidden, InvalidInput, Unauthorized
 from deltadock.storage.actor import Actor, acting
 from deltadock.storage.api_keys import prefix_of
-from deltadock.storage.models import AuditAction, AuditOrigin
 from deltadock.storage.repositories import IdempotencyRepository
 from deltadock.storage.repositories.audit import record
+from deltadock.storage.tables import AuditAction, AuditOrigin
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 router = page_router()

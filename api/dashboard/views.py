@@ -19,7 +19,6 @@ from deltadock.api.registry.schemas import AliasMoveOut, ModelCardOut
 from deltadock.api.registry.service import card_of, require_model
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.model_target import not_served
-from deltadock.storage.models import RUNNING_ORDER, JobState
 from deltadock.storage.repositories import (
     BaseRepository,
     CheckpointRepository,
@@ -30,6 +29,7 @@ from deltadock.storage.repositories import (
 from deltadock.storage.repositories.deltas import COUNTED, EXACT_METHOD, Sibling
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort, JobFilter
 from deltadock.storage.repositories.shown import ShownDelta
+from deltadock.storage.tables import RUNNING_ORDER, JobState
 from deltadock.words import MISSING, percentage, ratio, significant, size
 
 DELTAS_PER_PAGE: Final = 50

@@ -44,9 +44,9 @@ from deltadock.errors import (
     UnsupportedModel,
 )
 from deltadock.problems import problems
-from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository
 from deltadock.storage.repositories.listing import DeltaFilter, DeltaSort
+from deltadock.storage.tables import JobState
 
 router = api_router("/v1/deltas", tags=["deltas"])
 

@@ -7,9 +7,9 @@ from sqlalchemy.orm import Session
 from deltadock.api.unknown import MOST_NAMES, unknown
 from deltadock.errors import NotFound, NotReady
 from deltadock.names import DEFAULT, parse_reference
-from deltadock.storage.models import DeltaRow, JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository, ModelRepository
 from deltadock.storage.repositories.shown import ShownDelta, ShownJob
+from deltadock.storage.tables import DeltaRow, JobRow, JobState
 
 
 def require_delta(session: Session, tenant_id: str, reference: str) -> DeltaRow:

@@ -32,9 +32,9 @@ from deltadock.compression.options import (
 from deltadock.json_depth import MAX_DEPTH, is_too_deep
 from deltadock.names import NAME_PATTERN
 from deltadock.storage.documents import MixtureOptions, SourceOptions
-from deltadock.storage.models import DeltaRow, JobPriority, JobState
 from deltadock.storage.repositories.deltas import FIGURES, Lineage
 from deltadock.storage.repositories.shown import ShownDelta
+from deltadock.storage.tables import DeltaRow, JobPriority, JobState
 
 MAX_RECIPE_BYTES: Final = 16_384
 

@@ -23,7 +23,6 @@ from deltadock.compression.options import MethodInfo
 from deltadock.compression.preview import preview_size
 from deltadock.errors import DeltadockError, NotFound, refused_by_state
 from deltadock.storage.documents import DeltaOptions, MixtureOptions
-from deltadock.storage.models import BaseRow, DeltaRow, JobState
 from deltadock.storage.repositories import (
     DeltaRepository,
     JobRepository,
@@ -34,6 +33,7 @@ from deltadock.storage.repositories.blobs import lock_blobs
 from deltadock.storage.repositories.deltas import Lineage
 from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, DeltaSort, key_of
 from deltadock.storage.repositories.shown import ShownDelta
+from deltadock.storage.tables import BaseRow, DeltaRow, JobState
 from deltadock.version import __version__
 
 

@@ -8,9 +8,9 @@ from deltadock.api.schemas import EXAMPLE_DELTA_ID
 from deltadock.openai.completions import Completion
 from deltadock.openai.fields import ONE_GRAMMAR, AnswerFields, MaxTokens, Usage
 from deltadock.openai.models import ModelCard, ModelList
-from deltadock.storage.models import BaseRow
 from deltadock.storage.repositories.models import Answering
 from deltadock.storage.repositories.shown import ShownDelta
+from deltadock.storage.tables import BaseRow
 
 
 class GenerateIn(AnswerFields):

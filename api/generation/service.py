@@ -26,9 +26,9 @@ from deltadock.errors import (
 )
 from deltadock.model_target import SERVED, ModelTarget
 from deltadock.openai.completions import Completion
-from deltadock.storage.models import BaseRow
 from deltadock.storage.repositories import BaseRepository, DeltaRepository, ModelRepository
 from deltadock.storage.repositories.shown import ShownDelta
+from deltadock.storage.tables import BaseRow
 
 NODE_ERRORS = {
     error.code: error

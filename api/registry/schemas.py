@@ -14,7 +14,7 @@ from deltadock.api.schemas import (
     RequestBody,
 )
 from deltadock.names import TAG_PATTERN
-from deltadock.storage.models import AliasMoveRow, AliasRow, ModelRow
+from deltadock.storage.tables import AliasMoveRow, AliasRow, ModelRow
 
 Tag = Annotated[str, Field(pattern=TAG_PATTERN, examples=["german"])]
 Reason = Annotated[

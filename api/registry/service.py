@@ -8,8 +8,8 @@ from deltadock.api.registry.schemas import AliasIn, AliasOut, ModelCardOut, Mode
 from deltadock.api.unknown import MOST_NAMES, unknown
 from deltadock.errors import Conflict, InvalidInput, NotFound, NotReady
 from deltadock.names import DEFAULT, is_alias
-from deltadock.storage.models import ModelRow
 from deltadock.storage.repositories import DeltaRepository, JobRepository, ModelRepository
+from deltadock.storage.tables import ModelRow
 
 CURSOR = Cursor("models", str)
 

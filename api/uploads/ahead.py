@@ -16,7 +16,7 @@ import structlog
 from deltadock.api.uploads.receive import Inspector, make_inspector
 from deltadock.errors import DeltadockError
 from deltadock.storage.blobs import PartedFile
-from deltadock.storage.models import UploadKind
+from deltadock.storage.tables import UploadKind
 
 THREADS: Final = 2
 """Files at once; each hashes in two threads, one for files and one for tensors."""

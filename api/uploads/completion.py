@@ -46,8 +46,8 @@ from deltadock.storage.blobs import BlobStore
 from deltadock.storage.blobs.parts import part_bytes_for
 from deltadock.storage.database import Database
 from deltadock.storage.leases import new_owner
-from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
 from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tables import UploadFileRow, UploadKind, UploadRow, UploadState
 from deltadock.storage.tenancy import EVERY_TENANT
 
 WAIT_SECONDS: Final = 5.0

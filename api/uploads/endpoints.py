@@ -61,8 +61,8 @@ from deltadock.errors import (
 )
 from deltadock.problems import problems
 from deltadock.storage.blobs import PartedFile
-from deltadock.storage.models import UploadFileRow, UploadKind, UploadState
 from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tables import UploadFileRow, UploadKind, UploadState
 
 router = api_router("/v1/uploads", tags=["uploads"])
 

@@ -18,7 +18,7 @@ from deltadock.compression.options import CALIBRATION_SUFFIXES, check_text_bytes
 from deltadock.errors import HashMismatch, InvalidCalibration, InvalidInput, TooLarge
 from deltadock.storage.blobs import BlobStore, PartedFile
 from deltadock.storage.blobs.writer import Chunk
-from deltadock.storage.models import UploadKind
+from deltadock.storage.tables import UploadKind
 
 BATCH_BYTES: Final = 1 << 20
 """Small chunks from the socket are hashed and written in batches of this size."""

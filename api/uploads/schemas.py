@@ -9,7 +9,7 @@ from deltadock.api.schemas import EXAMPLE_DIGEST, EXAMPLE_TIME, CheckpointOut, D
 from deltadock.artifacts.checkpoint import KNOWN_SUFFIXES
 from deltadock.names import NAME_PATTERN, SOURCE_PATTERN
 from deltadock.storage.blobs.parts import is_parted, part_bytes_for
-from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow, UploadState
+from deltadock.storage.tables import UploadFileRow, UploadKind, UploadRow, UploadState
 
 EXAMPLE_UPLOAD_ID: Final = "upl_k7wq2mzv5c3xj6nhy4tbr2dfsa"
 MAX_FILES: Final = 2_000

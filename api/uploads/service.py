@@ -45,19 +45,19 @@ from deltadock.errors import (
 from deltadock.storage.blobs import BlobStore, PartedFile
 from deltadock.storage.blobs.parts import is_parted, part_bytes_for
 from deltadock.storage.database import Database, database_now
-from deltadock.storage.models import (
-    CheckpointRow,
-    UploadFileRow,
-    UploadKind,
-    UploadRow,
-    UploadState,
-)
 from deltadock.storage.repositories import (
     CheckpointRepository,
     ModelRepository,
     UploadRepository,
 )
 from deltadock.storage.repositories.blobs import BlobRepository, lock_blobs
+from deltadock.storage.tables import (
+    CheckpointRow,
+    UploadFileRow,
+    UploadKind,
+    UploadRow,
+    UploadState,
+)
 
 MAX_JSON_BYTES: Final = 32 << 20
 """Of config and shard index, which are read into memory (a 1T-parameter model: a tenth of it)."""

@@ -23,7 +23,7 @@ from deltadock.errors import Forbidden, InvalidInput, NotFound, TooLarge, Unavai
 from deltadock.extras import needed_extras
 from deltadock.settings import Settings
 from deltadock.storage.blobs.port import CHUNK_BYTES
-from deltadock.storage.models import UploadKind
+from deltadock.storage.tables import UploadKind
 
 MAX_INDEX_BYTES: Final = 32 << 20
 HUB_BLOCK_BYTES: Final = 8 << 20

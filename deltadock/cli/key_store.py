@@ -19,8 +19,8 @@ from deltadock.settings import Settings, deployed_in, settings_in
 from deltadock.storage.actor import COMMAND, acting
 from deltadock.storage.api_keys import hmac_of, key_secret, local_key_path, prefix_of
 from deltadock.storage.database import Database, migrate
-from deltadock.storage.models import ApiKeyRow, Scope
 from deltadock.storage.repositories import KeyRepository, TenantRepository
+from deltadock.storage.tables import ApiKeyRow, Scope
 from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
 from deltadock.trust import keep_secret
 

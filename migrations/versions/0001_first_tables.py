@@ -6,7 +6,7 @@ Revision: 0001
 import sqlalchemy as sa
 from alembic import op
 
-from deltadock.storage.models import UtcDateTime
+from deltadock.storage.tables import UtcDateTime
 
 revision = "0001"
 down_revision = None

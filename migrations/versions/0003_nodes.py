@@ -6,7 +6,7 @@ Revision: 0003
 import sqlalchemy as sa
 from alembic import op
 
-from deltadock.storage.models import UtcDateTime
+from deltadock.storage.tables import UtcDateTime
 
 revision = "0003"
 down_revision = "0002"

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 from alembic import op
 
-from deltadock.storage.models import UtcDateTime
+from deltadock.storage.tables import UtcDateTime
 
 revision = "0005"
 down_revision = "0004"

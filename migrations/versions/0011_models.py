@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from alembic import op
 
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import UtcDateTime
 from deltadock.storage.repositories.terms import words_of
+from deltadock.storage.tables import UtcDateTime
 
 revision = "0011"
 down_revision = "0010"

@@ -8,7 +8,7 @@ from typing import Final
 import sqlalchemy as sa
 from alembic import op
 
-from deltadock.storage.models import UtcDateTime
+from deltadock.storage.tables import UtcDateTime
 
 revision = "0012"
 down_revision = "0011"

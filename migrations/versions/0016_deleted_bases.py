@@ -6,7 +6,7 @@ Revision: 0016
 import sqlalchemy as sa
 from alembic import op
 
-from deltadock.storage.models import UtcDateTime
+from deltadock.storage.tables import UtcDateTime
 
 revision = "0016"
 down_revision = "0015"

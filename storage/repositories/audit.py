@@ -8,7 +8,7 @@ from sqlalchemy import Select, func, insert, select
 from sqlalchemy.orm import Session
 
 from deltadock.storage.actor import current_actor
-from deltadock.storage.models import AuditAction, AuditRow
+from deltadock.storage.tables import AuditAction, AuditRow
 from deltadock.storage.tenancy import Tenant, owned_by
 
 DONE: Final = "done"

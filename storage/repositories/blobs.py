@@ -15,7 +15,8 @@ from sqlalchemy import Select, and_, delete, or_, select, union
 from sqlalchemy.orm import Session, load_only
 
 from deltadock.storage.database import database_now, lock_keys
-from deltadock.storage.models import (
+from deltadock.storage.repositories.audit import record
+from deltadock.storage.tables import (
     FINAL_STATES,
     RUNNING_ORDER,
     UNSUCCESSFUL,
@@ -31,7 +32,6 @@ from deltadock.storage.models import (
     UploadRow,
     UploadState,
 )
-from deltadock.storage.repositories.audit import record
 from deltadock.storage.tenancy import EVERY_TENANT, Tenant, owned_by
 
 HOLDS_FILES: Final = (UploadState.OPEN, UploadState.COMPLETING, UploadState.COMPLETE)

@@ -9,7 +9,9 @@ from sqlalchemy.orm import Session, joinedload
 from deltadock.errors import Conflict, NotFound
 from deltadock.storage.database import database_now, lock_key, unindexed
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import (
+from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.totals import TotalsRepository
+from deltadock.storage.tables import (
     AuditAction,
     BaseRow,
     CheckpointRow,
@@ -17,8 +19,6 @@ from deltadock.storage.models import (
     UploadRow,
     UploadState,
 )
-from deltadock.storage.repositories.audit import record
-from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 

@@ -11,17 +11,6 @@ from deltadock.names import DEFAULT, parse_reference
 from deltadock.storage.database import database_now, lock_key, unindexed
 from deltadock.storage.documents import DeltaOptions
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import (
-    UNSUCCESSFUL,
-    AliasRow,
-    AuditAction,
-    BaseRow,
-    DeltaRow,
-    JobPriority,
-    JobRow,
-    JobState,
-    ModelRow,
-)
 from deltadock.storage.repositories.audit import record
 from deltadock.storage.repositories.checkpoints import BaseRepository
 from deltadock.storage.repositories.listing import ANY_DELTA, DeltaFilter, DeltaSort, Key, find_page
@@ -35,6 +24,17 @@ from deltadock.storage.repositories.shown import (
     ShownDelta,
 )
 from deltadock.storage.repositories.totals import TotalsRepository
+from deltadock.storage.tables import (
+    UNSUCCESSFUL,
+    AliasRow,
+    AuditAction,
+    BaseRow,
+    DeltaRow,
+    JobPriority,
+    JobRow,
+    JobState,
+    ModelRow,
+)
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 FIGURES: Final = ("ratio", "true_bits", "kl", "agreement", "nll", "nll_finetuned", "nll_base")

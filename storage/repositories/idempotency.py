@@ -7,7 +7,7 @@ from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from deltadock.storage.database import database_now, lock_key
-from deltadock.storage.models import IdempotencyRow
+from deltadock.storage.tables import IdempotencyRow
 from deltadock.storage.tenancy import Tenant, owner_of
 
 KEPT: Final = timedelta(hours=24)

@@ -18,7 +18,10 @@ from sqlalchemy.orm import Session, joinedload
 from sqlalchemy.sql.elements import ColumnElement
 
 from deltadock.storage.database import changed_rows, database_now, unindexed
-from deltadock.storage.models import (
+from deltadock.storage.repositories.audit import DONE, record
+from deltadock.storage.repositories.listing import ANY_JOB, JobFilter, Key, find_jobs
+from deltadock.storage.repositories.shown import JOB, SELECT_JOBS, ShownJob
+from deltadock.storage.tables import (
     FINAL_STATES,
     RUNNING_ORDER,
     UNSUCCESSFUL,
@@ -30,9 +33,6 @@ from deltadock.storage.models import (
     JobRow,
     JobState,
 )
-from deltadock.storage.repositories.audit import DONE, record
-from deltadock.storage.repositories.listing import ANY_JOB, JobFilter, Key, find_jobs
-from deltadock.storage.repositories.shown import JOB, SELECT_JOBS, ShownJob
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 MAX_LOG_LINES: Final = 1000

@@ -16,9 +16,9 @@ from sqlalchemy import ColumnElement, Select, and_, exists, func, select, true, 
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from deltadock.storage.database import unindexed
-from deltadock.storage.models import DeltaRow, JobRow, JobState
 from deltadock.storage.repositories.shown import ShownDelta, ShownJob
 from deltadock.storage.repositories.terms import RARE, TermFilter
+from deltadock.storage.tables import DeltaRow, JobRow, JobState
 
 Row = TypeVarTuple("Row")
 

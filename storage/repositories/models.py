@@ -11,7 +11,11 @@ from deltadock.errors import Conflict
 from deltadock.names import DEFAULT
 from deltadock.storage.database import database_now, lock_key, unindexed
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import (
+from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.checkpoints import is_of_type
+from deltadock.storage.repositories.terms import TermFilter, words_of
+from deltadock.storage.repositories.webhooks import WebhookRepository
+from deltadock.storage.tables import (
     AliasMoveRow,
     AliasRow,
     AuditAction,
@@ -22,10 +26,6 @@ from deltadock.storage.models import (
     TermKind,
     WebhookEvent,
 )
-from deltadock.storage.repositories.audit import record
-from deltadock.storage.repositories.checkpoints import is_of_type
-from deltadock.storage.repositories.terms import TermFilter, words_of
-from deltadock.storage.repositories.webhooks import WebhookRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import and_, delete, or_, select
 from sqlalchemy.orm import Session
 
 from deltadock.storage.database import database_now
-from deltadock.storage.models import NodeRow, NodeSampleRow
+from deltadock.storage.tables import NodeRow, NodeSampleRow
 
 SAMPLE_EVERY: Final = timedelta(seconds=15)
 SAMPLES_KEPT: Final = timedelta(hours=1)

@@ -7,7 +7,9 @@ from typing import NamedTuple, Self
 from sqlalchemy import Select, and_, delete, exists, or_, select
 from sqlalchemy.orm import Session
 
-from deltadock.storage.models import (
+from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.blobs import BATCH, BlobRepository, lock_blobs
+from deltadock.storage.tables import (
     AuditAction,
     BaseRow,
     DeltaRow,
@@ -18,8 +20,6 @@ from deltadock.storage.models import (
     UploadRow,
     UploadState,
 )
-from deltadock.storage.repositories.audit import record
-from deltadock.storage.repositories.blobs import BATCH, BlobRepository, lock_blobs
 from deltadock.storage.tenancy import Tenant, owner_of
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import and_, bindparam, func, select
 
 from deltadock.names import DEFAULT
 from deltadock.storage.documents import DeltaOptions
-from deltadock.storage.models import (
+from deltadock.storage.tables import (
     AliasRow,
     BaseRow,
     DeltaRow,

@@ -11,7 +11,10 @@ from deltadock.errors import Conflict, InvalidInput
 from deltadock.storage.api_keys import hmac_of, new_key, prefix_of
 from deltadock.storage.database import database_now, lock_key, unindexed
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import (
+from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.totals import TotalsRepository
+from deltadock.storage.repositories.uploads import UploadRepository
+from deltadock.storage.tables import (
     RUNNING_ORDER,
     ApiKeyRow,
     AuditAction,
@@ -19,9 +22,6 @@ from deltadock.storage.models import (
     Scope,
     TenantRow,
 )
-from deltadock.storage.repositories.audit import record
-from deltadock.storage.repositories.totals import TotalsRepository
-from deltadock.storage.repositories.uploads import UploadRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 

@@ -8,7 +8,7 @@ from typing import Final
 from sqlalchemy import ColumnElement, and_, exists, select
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
-from deltadock.storage.models import ModelTermRow, TermKind
+from deltadock.storage.tables import ModelTermRow, TermKind
 
 RARE: Final = 500
 """Rows that are sorted rather than found in order."""

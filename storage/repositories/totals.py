@@ -18,7 +18,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from deltadock.storage.database import lock_key
-from deltadock.storage.models import (
+from deltadock.storage.tables import (
     BaseRow,
     BlobUseRow,
     CheckpointRow,

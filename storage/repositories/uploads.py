@@ -22,7 +22,11 @@ from sqlalchemy.orm import Session, joinedload, selectinload
 
 from deltadock.storage.database import changed_rows, database_now, unindexed
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import (
+from deltadock.storage.repositories.audit import DONE, record
+from deltadock.storage.repositories.blobs import BlobRepository, lock_blobs
+from deltadock.storage.repositories.listing import Key
+from deltadock.storage.repositories.totals import TotalsRepository
+from deltadock.storage.tables import (
     AuditAction,
     BaseRow,
     DeltaRow,
@@ -31,10 +35,6 @@ from deltadock.storage.models import (
     UploadRow,
     UploadState,
 )
-from deltadock.storage.repositories.audit import DONE, record
-from deltadock.storage.repositories.blobs import BlobRepository, lock_blobs
-from deltadock.storage.repositories.listing import Key
-from deltadock.storage.repositories.totals import TotalsRepository
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 UNFINISHED: Final = (UploadState.OPEN, UploadState.COMPLETING)

@@ -11,7 +11,9 @@ from sqlalchemy.orm import Session, contains_eager
 from deltadock.errors import Conflict, DeltadockError
 from deltadock.storage.database import database_now, lock_key
 from deltadock.storage.ids import new_id
-from deltadock.storage.models import (
+from deltadock.storage.repositories.audit import record
+from deltadock.storage.repositories.listing import Key
+from deltadock.storage.tables import (
     AuditAction,
     DeliveryRow,
     DeliveryState,
@@ -19,8 +21,6 @@ from deltadock.storage.models import (
     WebhookEvent,
     WebhookRow,
 )
-from deltadock.storage.repositories.audit import record
-from deltadock.storage.repositories.listing import Key
 from deltadock.storage.tenancy import Tenant, owned_by, owner_of
 
 RETRY_SECONDS: Final = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)

@@ -26,8 +26,8 @@ from deltadock.api.protocol import Protocol
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import key_secret
 from deltadock.storage.database import Database
-from deltadock.storage.models import JobState, Scope
 from deltadock.storage.repositories import DeltaRepository, JobRepository, KeyRepository
+from deltadock.storage.tables import JobState, Scope
 from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
 
 CONFIG = json.dumps({"model_type": "llama", "hidden_size": 8}).encode()

@@ -10,8 +10,8 @@ import pytest
 from deltadock.api.access import refusals
 from deltadock.cli.records import export_audit
 from deltadock.storage.collection import Collector
-from deltadock.storage.models import AuditAction, Scope
 from deltadock.storage.repositories import TenantRepository
+from deltadock.storage.tables import AuditAction, Scope
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import TEXT, Api, StandInNode, bearer, issue_key, serving, weights
 from tests.waiting import wait_until

@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy import text
 
 from deltadock.api.quotas import within_bytes
-from deltadock.storage.models import UploadFileRow, UploadKind
 from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tables import UploadFileRow, UploadKind
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import Api
 

@@ -8,8 +8,8 @@ from sqlalchemy import update
 
 from deltadock.client.blocking import Client
 from deltadock.storage import repositories
-from deltadock.storage.models import JobState, UploadRow, UploadState
 from deltadock.storage.repositories import JobRepository
+from deltadock.storage.tables import JobState, UploadRow, UploadState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import Api
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from deltadock.storage.api_keys import hmac_of, new_key, prefix_of
-from deltadock.storage.models import ApiKeyRow
 from deltadock.storage.repositories import KeyRepository
+from deltadock.storage.tables import ApiKeyRow
 from tests.api.support import Api, bearer
 
 SHAPE = re.compile(r"ddk_[0-9A-Za-z]{8}_[0-9A-Za-z]{38}")

@@ -18,7 +18,6 @@ from deltadock.api.paging import Cursor
 from deltadock.errors import NotFound
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
-from deltadock.storage.models import UploadKind
 from deltadock.storage.repositories import (
     DeltaRepository,
     JobRepository,
@@ -27,6 +26,7 @@ from deltadock.storage.repositories import (
     UploadRepository,
 )
 from deltadock.storage.repositories.retention import DropLimits, DroppableUploads, Rule
+from deltadock.storage.tables import UploadKind
 from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
 from deltadock.storage.usage import measure
 from tests import seed

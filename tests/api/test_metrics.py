@@ -2,7 +2,7 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from deltadock.storage.models import Scope
+from deltadock.storage.tables import Scope
 from tests.api.support import Api, bearer, issue_key
 
 Samples = dict[tuple[str, ...], float]

@@ -20,7 +20,7 @@ from deltadock.api.fleet import NodeView, rank
 from deltadock.api.generation.forward import POLL_SECONDS
 from deltadock.errors import Unauthorized
 from deltadock.model_target import ModelTarget
-from deltadock.storage.models import NodeRow, NodeSampleRow, Scope
+from deltadock.storage.tables import NodeRow, NodeSampleRow, Scope
 from deltadock.trust import check_trusted, credentials
 from tests.api.support import Api, StandInNode, bearer, issue_key, serving
 from tests.waiting import wait_until

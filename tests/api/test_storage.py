@@ -11,7 +11,7 @@ import typer
 from deltadock.cli import storage as commands
 from deltadock.storage import collection
 from deltadock.storage.collection import Collector
-from deltadock.storage.models import JobRow, UploadRow
+from deltadock.storage.tables import JobRow, UploadRow
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, Api, weights
 

@@ -10,7 +10,7 @@ from deltadock.api.tasks import COMPRESS_TASK, TaskSender
 from deltadock.cli import services
 from deltadock.cli.processes import free_ports
 from deltadock.errors import Unavailable
-from deltadock.storage.models import JobPriority
+from deltadock.storage.tables import JobPriority
 from deltadock.workers.tasks import BEGUN, gpu_queue_is_empty
 
 

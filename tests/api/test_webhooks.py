@@ -3,8 +3,8 @@
 from datetime import timedelta
 from typing import Any
 
-from deltadock.storage.models import IdempotencyRow, WebhookEvent
 from deltadock.storage.repositories import WebhookRepository
+from deltadock.storage.tables import IdempotencyRow, WebhookEvent
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import Api
 

@@ -30,7 +30,7 @@ from deltadock.client.connection import read_login
 from deltadock.client.requests import ATTEMPTS
 from deltadock.client.stopping import Stop
 from deltadock.errors import Unavailable
-from deltadock.storage.models import JobState, Scope
+from deltadock.storage.tables import JobState, Scope
 from tests.api.support import CONFIG, issue_key, weights
 from tests.cli.support import Command, Outcome
 from tests.client.support import Service, running_service, write_finetune, write_text

@@ -32,7 +32,7 @@ from deltadock.errors import (
     UnknownMethod,
     UnsupportedModel,
 )
-from deltadock.storage.models import Scope
+from deltadock.storage.tables import Scope
 from tests.api.support import issue_key, weights
 from tests.client.support import Service, write_finetune, write_text
 

@@ -10,9 +10,9 @@ from deltadock.client import resources
 from deltadock.client.resources import Delta, Report, Resource
 from deltadock.client.routes import Sampling
 from deltadock.openai.fields import AnswerFields
-from deltadock.storage.models import DeltaRow
 from deltadock.storage.repositories.deltas import FIGURES
 from deltadock.storage.repositories.shown import ShownDelta
+from deltadock.storage.tables import DeltaRow
 
 SCHEMAS: dict[str, type[Resource]] = {
     "CheckpointOut": resources.Checkpoint,

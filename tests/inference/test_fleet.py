@@ -21,13 +21,13 @@ from deltadock.cli.processes import Child, free_ports
 from deltadock.names import DEFAULT
 from deltadock.settings import Settings
 from deltadock.storage.database import migrate
-from deltadock.storage.models import CheckpointRow, JobState
 from deltadock.storage.repositories import (
     BaseRepository,
     DeltaRepository,
     JobRepository,
     ModelRepository,
 )
+from deltadock.storage.tables import CheckpointRow, JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import bearer, issue_key, serving
 from tests.inference.support import PROMPT, Site, expected_text, write_delta

@@ -12,8 +12,8 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import MetaData, inspect, select
 
 from deltadock.storage.database import Database, alembic_config, make_engine, migrate
-from deltadock.storage.models import DeltaRow, TableRow, UploadKind
 from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tables import DeltaRow, TableRow, UploadKind
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 

@@ -30,7 +30,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.types import Integer
 
 from deltadock.storage.database import make_engine, migrate
-from deltadock.storage.models import TableRow
+from deltadock.storage.tables import TableRow
 
 BEFORE: Final = "0011"
 """Of the last release: raise it with each one. Until there is one, a revision that stands for it.

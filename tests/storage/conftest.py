@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import delete
 
 from deltadock.storage.database import Database, migrate
-from deltadock.storage.models import AuditRow, TableRow, TenantRow
+from deltadock.storage.tables import AuditRow, TableRow, TenantRow
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 

@@ -6,8 +6,8 @@ from sqlalchemy.exc import DBAPIError
 
 from deltadock.storage.actor import Actor, acting
 from deltadock.storage.database import Database
-from deltadock.storage.models import AuditAction, AuditOrigin, AuditRow, UploadKind
 from deltadock.storage.repositories import AuditRepository, UploadRepository
+from deltadock.storage.tables import AuditAction, AuditOrigin, AuditRow, UploadKind
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 ALICE = Actor(AuditOrigin.REQUEST, LOCAL_TENANT, "key_alice", "request-1")

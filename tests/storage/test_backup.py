@@ -13,9 +13,9 @@ from deltadock.errors import Conflict, InvalidInput
 from deltadock.storage.backup import backup, restore
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.database import Database, migrate
-from deltadock.storage.models import AuditRow, DeltaRow, TableRow, UploadKind
 from deltadock.storage.reconciliation import missing_blobs
 from deltadock.storage.repositories import DeltaRepository, UploadRepository
+from deltadock.storage.tables import AuditRow, DeltaRow, TableRow, UploadKind
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
 

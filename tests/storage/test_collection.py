@@ -19,16 +19,6 @@ from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.collection import Collector
 from deltadock.storage.database import Database, database_now
 from deltadock.storage.documents import DeltaOptions
-from deltadock.storage.models import (
-    CheckpointRow,
-    DeltaRow,
-    JobState,
-    NodeSampleRow,
-    TableRow,
-    TenantRow,
-    UploadFileRow,
-    UploadKind,
-)
 from deltadock.storage.repositories import (
     BaseRepository,
     CheckpointRepository,
@@ -38,6 +28,16 @@ from deltadock.storage.repositories import (
 )
 from deltadock.storage.repositories.audit import AuditRepository
 from deltadock.storage.repositories.blobs import BlobRepository
+from deltadock.storage.tables import (
+    CheckpointRow,
+    DeltaRow,
+    JobState,
+    NodeSampleRow,
+    TableRow,
+    TenantRow,
+    UploadFileRow,
+    UploadKind,
+)
 from deltadock.storage.tenancy import EVERY_TENANT, LOCAL_TENANT
 from deltadock.workers.lease import Lease
 

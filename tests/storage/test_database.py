@@ -14,8 +14,8 @@ from sqlalchemy.exc import DBAPIError, StatementError
 
 from deltadock.errors import InvalidInput, StorageFull, Unavailable
 from deltadock.storage.database import Database, database_now, migrate
-from deltadock.storage.models import UploadKind, UploadRow
 from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tables import UploadKind, UploadRow
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 

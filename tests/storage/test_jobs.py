@@ -13,7 +13,9 @@ from sqlalchemy.orm import Session
 
 from deltadock.storage import repositories
 from deltadock.storage.database import Database
-from deltadock.storage.models import (
+from deltadock.storage.repositories import DeltaRepository, JobRepository
+from deltadock.storage.repositories.jobs import MAX_LOG_LINES, JobProgress
+from deltadock.storage.tables import (
     RUNNING_ORDER,
     BaseRow,
     CheckpointRow,
@@ -22,8 +24,6 @@ from deltadock.storage.models import (
     JobState,
     TableRow,
 )
-from deltadock.storage.repositories import DeltaRepository, JobRepository
-from deltadock.storage.repositories.jobs import MAX_LOG_LINES, JobProgress
 from deltadock.storage.tenancy import LOCAL_TENANT
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)

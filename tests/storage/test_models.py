@@ -12,7 +12,6 @@ from sqlalchemy.orm import Session
 
 from deltadock.errors import Cancelled, Conflict
 from deltadock.storage.database import Database
-from deltadock.storage.models import AliasMoveRow, DeltaRow, JobState
 from deltadock.storage.repositories import (
     DeltaRepository,
     JobRepository,
@@ -20,6 +19,7 @@ from deltadock.storage.repositories import (
     TotalsRepository,
 )
 from deltadock.storage.repositories.listing import DeltaFilter
+from deltadock.storage.tables import AliasMoveRow, DeltaRow, JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
 

@@ -9,16 +9,6 @@ from sqlalchemy.orm import Session
 
 from deltadock.errors import Conflict
 from deltadock.storage.database import Database, database_now
-from deltadock.storage.models import (
-    BaseRow,
-    CheckpointRow,
-    DeltaRow,
-    JobState,
-    TenantRow,
-    UploadFileRow,
-    UploadKind,
-    UploadState,
-)
 from deltadock.storage.repositories import (
     BaseRepository,
     CheckpointRepository,
@@ -33,6 +23,16 @@ from deltadock.storage.repositories.listing import (
     JobFilter,
     key_of,
     key_of_job,
+)
+from deltadock.storage.tables import (
+    BaseRow,
+    CheckpointRow,
+    DeltaRow,
+    JobState,
+    TenantRow,
+    UploadFileRow,
+    UploadKind,
+    UploadState,
 )
 from deltadock.storage.tenancy import LOCAL_TENANT
 

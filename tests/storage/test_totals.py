@@ -6,8 +6,8 @@ from sqlalchemy import delete
 
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.database import Database
-from deltadock.storage.models import BlobUseRow, UploadFileRow, UploadKind
 from deltadock.storage.repositories import DeltaRepository, TotalsRepository, UploadRepository
+from deltadock.storage.tables import BlobUseRow, UploadFileRow, UploadKind
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
 

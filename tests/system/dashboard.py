@@ -26,13 +26,6 @@ from deltadock.cli.processes import Child, free_ports
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore, make_blob_store
 from deltadock.storage.database import Database, database_now, migrate
-from deltadock.storage.models import (
-    DeltaRow,
-    JobState,
-    NodeSampleRow,
-    UploadKind,
-    UploadState,
-)
 from deltadock.storage.repositories import (
     BaseRepository,
     DeltaRepository,
@@ -40,6 +33,13 @@ from deltadock.storage.repositories import (
     KeyRepository,
     NodeRepository,
     UploadRepository,
+)
+from deltadock.storage.tables import (
+    DeltaRow,
+    JobState,
+    NodeSampleRow,
+    UploadKind,
+    UploadState,
 )
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import browser as chromium

@@ -25,8 +25,8 @@ from playwright.sync_api import (
 from starlette.responses import JSONResponse, Response
 
 from deltadock import words
-from deltadock.storage.models import JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository, NodeRepository
+from deltadock.storage.tables import JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import browser as chromium
 from tests import seed

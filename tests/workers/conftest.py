@@ -12,7 +12,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from deltadock.artifacts.checkpoint import CheckpointManifest, scan_folder
 from deltadock.settings import Settings
 from deltadock.storage.blobs import BlobStore
-from deltadock.storage.models import CheckpointRow, JobRow, UploadFileRow, UploadKind
 from deltadock.storage.repositories import (
     BaseRepository,
     CheckpointRepository,
@@ -20,6 +19,7 @@ from deltadock.storage.repositories import (
     JobRepository,
     UploadRepository,
 )
+from deltadock.storage.tables import CheckpointRow, JobRow, UploadFileRow, UploadKind
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from deltadock.artifacts.checkpoint import ADAPTER_TYPE, CheckpointManifest, FileInspector, assemble
 from deltadock.artifacts.reader import Artifact
 from deltadock.storage.blobs import BlobStore
-from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import CheckpointRepository, DeltaRepository
+from deltadock.storage.tables import JobRow, JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers import compress as module
 from deltadock.workers.compress import Outcome, WorkerContext, compress_job

@@ -19,9 +19,9 @@ from deltadock.compression.options import CompressOptions, Goal, Source
 from deltadock.errors import Cancelled, InvalidInput
 from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
-from deltadock.storage.models import DeliveryState, JobRow, JobState, WebhookEvent
 from deltadock.storage.repositories import DeltaRepository, JobRepository, WebhookRepository
 from deltadock.storage.repositories.blobs import BlobRepository
+from deltadock.storage.tables import DeliveryState, JobRow, JobState, WebhookEvent
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers import compress as module
 from deltadock.workers.compress import (

@@ -11,9 +11,9 @@ import sqlalchemy.exc
 from deltadock.compression.progress import Progress
 from deltadock.errors import Cancelled
 from deltadock.storage.leases import new_owner
-from deltadock.storage.models import JobRow, JobState
 from deltadock.storage.repositories import JobRepository
 from deltadock.storage.repositories.jobs import JobProgress
+from deltadock.storage.tables import JobRow, JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext, _reporter
 from deltadock.workers.lease import (

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 from structlog.testing import capture_logs
 
 from deltadock.errors import Unavailable
-from deltadock.storage.models import JobPriority, JobState, UploadKind, UploadState
 from deltadock.storage.repositories import JobRepository, UploadRepository
+from deltadock.storage.tables import JobPriority, JobState, UploadKind, UploadState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext, job_folder
 from deltadock.workers.sweeper import Periodic, drop_abandoned, drop_job_folders, resend_lost

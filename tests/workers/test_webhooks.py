@@ -18,9 +18,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deltadock.storage.database import database_now
-from deltadock.storage.models import DeliveryRow, DeliveryState, WebhookEvent, WebhookRow
 from deltadock.storage.repositories import TenantRepository, WebhookRepository
 from deltadock.storage.repositories.webhooks import RETRY_SECONDS
+from deltadock.storage.tables import DeliveryRow, DeliveryState, WebhookEvent, WebhookRow
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers import webhooks
 from deltadock.workers.compress import WorkerContext

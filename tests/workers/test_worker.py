@@ -18,8 +18,8 @@ from deltadock.cli.processes import Child, free_ports
 from deltadock.cli.system import keep_running, worker_command
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Goal
 from deltadock.compression.pipeline import compress
-from deltadock.storage.models import JobPriority, JobRow, JobState
 from deltadock.storage.repositories import DeltaRepository
+from deltadock.storage.tables import JobPriority, JobRow, JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers.compress import WorkerContext
 from tests.waiting import wait_until

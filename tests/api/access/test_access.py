@@ -26,8 +26,8 @@ from deltadock.api.access.rules import (
     RuleTable,
     operations,
 )
-from deltadock.storage.models import Scope
 from deltadock.storage.repositories import TenantRepository
+from deltadock.storage.tables import Scope
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import Api, StandInNode, bearer, issue_key, weights
 

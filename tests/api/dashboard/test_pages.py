@@ -17,7 +17,6 @@ from deltadock.api.fleet import TIERS
 from deltadock.api.main import create_app
 from deltadock.settings import Settings
 from deltadock.storage.api_keys import local_key_path
-from deltadock.storage.models import CheckpointRow, DeltaRow, JobState, NodeSampleRow, Scope
 from deltadock.storage.repositories import (
     BaseRepository,
     DeltaRepository,
@@ -25,6 +24,7 @@ from deltadock.storage.repositories import (
     NodeRepository,
     TotalsRepository,
 )
+from deltadock.storage.tables import CheckpointRow, DeltaRow, JobState, NodeSampleRow, Scope
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests import seed
 from tests.api.support import bearer, issue_key

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from deltadock.api.access import sessions
-from deltadock.storage.models import Scope
+from deltadock.storage.tables import Scope
 from tests.api.support import Api, issue_key
 
 TOKEN = re.compile(r'name="csrf" value="([^"]+)"')

@@ -11,9 +11,9 @@ from sqlalchemy import event
 
 from deltadock.api import health
 from deltadock.compression.options import default_method
-from deltadock.storage.models import JobPriority, JobState
 from deltadock.storage.repositories import DeltaRepository, JobRepository
 from deltadock.storage.repositories.jobs import JobProgress
+from deltadock.storage.tables import JobPriority, JobState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, TEXT, Api, sha256, weights
 

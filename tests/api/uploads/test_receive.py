@@ -11,7 +11,7 @@ import pytest
 from deltadock.api.uploads.receive import BATCH_BYTES, make_inspector, receive_file
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.blobs.writer import Chunk
-from deltadock.storage.models import UploadKind
+from deltadock.storage.tables import UploadKind
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from deltadock.storage.blobs import PartedFile, local_parts, parts
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.blobs.local_parts import LocalPartedFile
 from deltadock.storage.database import migrate
-from deltadock.storage.models import UploadKind, UploadState
 from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tables import UploadKind, UploadState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, TEXT, Api, bearer, issue_key, sha256, weights
 from tests.waiting import wait_until

@@ -21,8 +21,8 @@ from deltadock.artifacts.checkpoint import SHARD_INDEX
 from deltadock.errors import DeltadockError, Forbidden, InvalidInput, NotFound
 from deltadock.settings import Settings
 from deltadock.storage.blobs import make_blob_store
-from deltadock.storage.models import UploadFileRow, UploadKind, UploadRow
 from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tables import UploadFileRow, UploadKind, UploadRow
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, TEXT, Api, serving, sha256, weights
 from tests.waiting import wait_until

@@ -26,8 +26,8 @@ from deltadock.storage.blobs import parts
 from deltadock.storage.blobs.local import LocalBlobStore
 from deltadock.storage.blobs.port import sha256_of
 from deltadock.storage.database import Database
-from deltadock.storage.models import UploadKind, UploadRow, UploadState
 from deltadock.storage.repositories import UploadRepository
+from deltadock.storage.tables import UploadKind, UploadRow, UploadState
 from deltadock.storage.tenancy import LOCAL_TENANT
 from tests.api.support import CONFIG, sha256, weights
 
