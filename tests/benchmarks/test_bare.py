@@ -66,7 +66,7 @@ for name, part in PARTS.items():
 PRINTED = {
     "cases": ["1 of 1 cases passed"],
     "kernel": ["of the base's products", "All results are correct"],
-    "sweep": ["shrink us"],
+    "sweep": ["variant, us a layer", "8x80x64"],
     "decoder": ["gated activation, 2 rows", "2 rows, "],
     "sampler": ["x"],
     "node": [

@@ -320,7 +320,7 @@ def test_an_idle_node_changes_its_base(site: Site, tmp_path: Path) -> None:
         site.blobs.put_bytes(manifest.to_json())
         with (
             node.client(manifest.digest) as client,
-            pytest.raises(openai.BadRequestError, match="'gpt2' checkpoint"),
+            pytest.raises(openai.BadRequestError, match="type 'gpt2' are not served"),
         ):
             client.completions.create(**ASK)
         assert node.node.base is adopted, "the current base is kept"
