@@ -29,7 +29,7 @@ from deltadock.client.blocking import (
 )
 from deltadock.client.connection import find_connection
 from deltadock.client.progress import default_bar
-from deltadock.client.requests import Call, Events, Pages, check, domain_error
+from deltadock.client.requests import Call, Events, Lines, Pages, check, domain_error
 from deltadock.client.resources import Delta, Job, LogLine
 from deltadock.errors import Cancelled, Unavailable
 
@@ -146,10 +146,12 @@ class AsyncClient:
         """As `Client.events`."""
         async with aclosing(await self._open(events.call)) as response:
             events.check(response)
+            lines = Lines()
             try:
-                async for line in response.aiter_lines():
-                    if (event := events.read(line)) is not None:
-                        yield event
+                async for chunk in response.aiter_bytes():
+                    for line in lines.of(chunk):
+                        if (event := events.read(line)) is not None:
+                            yield event
             except httpx.RequestError as error:
                 raise domain_error(error) from None
 

@@ -17,7 +17,7 @@ from collections.abc import (
 from contextlib import closing
 from functools import cache, wraps
 from inspect import Parameter, Signature, iscoroutinefunction, signature
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import (
@@ -49,6 +49,7 @@ from deltadock.client.requests import (
     Call,
     Events,
     JsonObject,
+    Lines,
     Pages,
     check,
     domain_error,
@@ -235,8 +236,9 @@ class Client:
         """
         with closing(self._open(events.call)) as response:
             events.check(response)
+            lines = Lines()
             try:
-                for line in response.iter_lines():
+                for line in chain.from_iterable(map(lines.of, response.iter_bytes())):
                     if (event := events.read(line)) is not None:
                         yield event
             except httpx.RequestError as error:

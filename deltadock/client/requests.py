@@ -129,6 +129,22 @@ class Pages(Generic[T]):
         return replace(self.first, params={**self.first.params, "after": cursor})
 
 
+class Lines:
+    """The lines of a stream, of which chunks are given as they arrive.
+
+    Only line feeds end them: `str.splitlines`, and so httpx, also breaks them at characters that
+    are in the middle of JSON as they are, such as U+0085 and U+2028.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def of(self, chunk: bytes) -> list[str]:
+        """The lines that end in this chunk."""
+        *whole, self._rest = (self._rest + chunk).split(b"\n")
+        return [line.decode(errors="replace") for line in whole]
+
+
 @dataclass(frozen=True)
 class Events(Generic[T]):
     """A stream of server-sent events: `call` starts it, and reads the data of each."""

@@ -1,18 +1,21 @@
 """Requests: which errors responses are, what is sent again, and how often."""
 
 import inspect
+import json
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Iterator
 
 import httpx
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from deltadock.cli.processes import free_ports
 from deltadock.client import routes
 from deltadock.client.asynchronous import AsyncClient
 from deltadock.client.blocking import Client
-from deltadock.client.requests import ATTEMPTS, Call, Events, error_of
+from deltadock.client.requests import ATTEMPTS, Call, Events, Lines, error_of
 from deltadock.client.resources import Delta, Generated, Job
 from deltadock.client.stopping import Stop
 from deltadock.errors import (
@@ -215,6 +218,26 @@ def test_an_error_in_a_stream_is_raised() -> None:
     assert events.read("data: [DONE]") is None
     with pytest.raises(HashMismatch, match="why"):
         events.read('data: {"error": {"code": "hash_mismatch", "message": "why"}}')
+
+
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=4),
+    size=st.integers(1, 50),
+)
+@example(texts=["a\x85b\u2028c\x1dd\r\n"], size=3)
+def test_a_stream_holds_any_text(texts: list[str], size: int) -> None:
+    sent = "".join(f"data: {json.dumps(text, ensure_ascii=False)}\r\n\r\n" for text in texts)
+    raw, lines = sent.encode(), Lines()
+    chunks = (raw[start : start + size] for start in range(0, len(raw), size))
+    found = [line.strip() for chunk in chunks for line in lines.of(chunk)]
+    assert [json.loads(line.removeprefix("data: ")) for line in found if line] == texts
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "a\u2028b", "a\u2029b"])
+def test_a_streamed_answer_may_have_other_line_ends(text: str) -> None:
+    event = json.dumps({"choices": [{"text": text}]}, ensure_ascii=False)
+    client, _ = answering(answer(200, text=f"data: {event}\n\n", headers=EVENTS))
+    assert [piece.text for piece in client.stream("tiny", "hello")] == [text]
 
 
 def test_a_job_that_is_followed_survives_a_broken_connection(pauses: list[float]) -> None:
