@@ -275,6 +275,8 @@ def plot(rows: Sequence[BenchmarkRow], title: str, out: Path) -> None:
         panel.set_xlabel("artifact bits per weight of the checkpoint (all bytes counted)")
         panel.grid(visible=True, which="both", alpha=0.25)
     if summaries:
-        panels[0].legend(fontsize="small")
+        # Beside the panels: in one, it would hide points.
+        named = panels[0].get_legend_handles_labels()
+        figure.legend(*named, loc="outside right center", fontsize="small")
     figure.savefig(out.with_name(out.name + ".svg"), metadata={"Date": None})
     figure.savefig(out.with_name(out.name + ".png"), dpi=150)
