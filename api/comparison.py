@@ -4,14 +4,33 @@ With 100,000 tensors that takes seconds of one core and hundreds of megabytes: e
 threads of `Resources.comparing`, a few at a time, and in no transaction.
 """
 
+from typing import Final
+
 from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.artifacts.compatibility import check_differs, check_structure
 from deltadock.compression.checks import check_compressible
 from deltadock.compression.options import Goal, MethodInfo
 from deltadock.compression.preview import TensorShape, carried_bytes, shapes_of
-from deltadock.errors import refused_by_state
+from deltadock.errors import (
+    ArchitectureMismatch,
+    InvalidAdapter,
+    InvalidGoal,
+    InvalidInput,
+    UnchangedCheckpoint,
+    UnsupportedModel,
+    refused_by_state,
+)
 from deltadock.storage.blobs import BlobStore
 from deltadock.storage.cache import MANIFEST_BYTES
+
+REFUSED_COMPARISONS: Final[tuple[type[InvalidInput], ...]] = (
+    ArchitectureMismatch,
+    InvalidAdapter,
+    InvalidGoal,
+    UnchangedCheckpoint,
+    UnsupportedModel,
+)
+"""What two stored checkpoints are refused for, with 409, by `compare` and a preview of the size."""
 
 
 def compare(

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deltadock.api.access import CallerDep
 from deltadock.api.bases import require_base, require_checkpoint
-from deltadock.api.comparison import compare
+from deltadock.api.comparison import REFUSED_COMPARISONS, compare
 from deltadock.api.dependencies import ResourcesDep
 from deltadock.api.routing import api_router
 from deltadock.api.schemas import EXAMPLE_DIGEST, Digest, GoalFields, goal_choices
@@ -15,15 +15,11 @@ from deltadock.artifacts.checkpoint import ADAPTER_TYPE
 from deltadock.compression.options import METHODS, SIZES
 from deltadock.compression.preview import SizePreview, preview_size
 from deltadock.errors import (
-    ArchitectureMismatch,
     BitsOutOfRange,
     Conflict,
-    InvalidAdapter,
     InvalidGoal,
     NotFound,
-    UnchangedCheckpoint,
     UnknownMethod,
-    UnsupportedModel,
     refused_by_state,
 )
 from deltadock.problems import problems
@@ -93,13 +89,7 @@ class PreviewOut(BaseModel):
         UnknownMethod,
         BitsOutOfRange,
         InvalidGoal,
-        by_state=(
-            ArchitectureMismatch,
-            InvalidAdapter,
-            InvalidGoal,
-            UnchangedCheckpoint,
-            UnsupportedModel,
-        ),
+        by_state=REFUSED_COMPARISONS,
     ),
 )
 async def preview_delta(body: PreviewIn, caller: CallerDep, resources: ResourcesDep) -> PreviewOut:

@@ -10,6 +10,7 @@ from starlette.responses import StreamingResponse
 
 from deltadock.api.access import CallerDep
 from deltadock.api.bases import require_base
+from deltadock.api.comparison import REFUSED_COMPARISONS
 from deltadock.api.deltas import service
 from deltadock.api.deltas.download import ARTIFACT_RESPONSES, artifact_response
 from deltadock.api.deltas.lookup import require_ready, show_delta
@@ -28,20 +29,16 @@ from deltadock.api.paging import After, Limit
 from deltadock.api.references import DeltaReference
 from deltadock.api.routing import api_router
 from deltadock.errors import (
-    ArchitectureMismatch,
     BitsOutOfRange,
     Conflict,
     IdempotencyKeyReused,
-    InvalidAdapter,
     InvalidGoal,
     InvalidInput,
     NotFound,
     NotReady,
     QuotaExceeded,
     RateLimited,
-    UnchangedCheckpoint,
     UnknownMethod,
-    UnsupportedModel,
 )
 from deltadock.problems import problems
 from deltadock.storage.repositories import DeltaRepository
@@ -66,13 +63,7 @@ router = api_router("/v1/deltas", tags=["deltas"])
             IdempotencyKeyReused,
             QuotaExceeded,
             RateLimited,
-            by_state=(
-                ArchitectureMismatch,
-                InvalidAdapter,
-                InvalidGoal,
-                UnchangedCheckpoint,
-                UnsupportedModel,
-            ),
+            by_state=REFUSED_COMPARISONS,
         ),
     },
 )
