@@ -74,17 +74,20 @@ class _Outbox:
             while not STOPPING.is_set():
                 self._ended = anyio.Event()
                 delivery = None
+                # A claim passes by what was busy when it began, so only one that began with nothing
+                # on its way tells that nothing is due.
+                idle = not self._sending
                 if self._sending.total() < MAX_SENDING:
                     delivery = await to_thread.run_sync(self._claim)
                 if delivery is not None:
                     tried += 1
                     self._sending[delivery.webhook.tenant_id] += 1
                     group.start_soon(self._deliver, delivery)
-                elif self._sending:
+                elif idle:
+                    break
+                else:
                     with anyio.move_on_after(POLL_SECONDS):  # others' messages become due
                         await self._ended.wait()
-                else:
-                    break
         return tried
 
     def _claim(self) -> DeliveryRow | None:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from anyio import to_thread
 from standardwebhooks import Webhook
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -24,7 +26,7 @@ from deltadock.storage.tables import DeliveryRow, DeliveryState, WebhookEvent, W
 from deltadock.storage.tenancy import LOCAL_TENANT
 from deltadock.workers import webhooks
 from deltadock.workers.compress import WorkerContext
-from deltadock.workers.webhooks import MAX_OF_TENANT, deliver_due, is_public
+from deltadock.workers.webhooks import MAX_OF_TENANT, Outcome, _Outbox, deliver_due, is_public
 from tests.api.support import serving
 from tests.waiting import wait_until
 
@@ -165,6 +167,32 @@ def test_a_tenant_whose_receiver_does_not_answer_delays_no_other_tenant(
         with context.database.read_scope() as session:
             tried = WebhookRepository(session, hostile).deliveries(slow, limit=9)
         assert {row.attempts for row in tried} == {1}
+
+
+def test_messages_that_end_during_a_claim_leave_none_behind(
+    context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim passed the tenant's last message by, as the tenant was busy when it began."""
+    passed_by = threading.Event()
+
+    async def send(delivery: DeliveryRow, *, private: bool) -> Outcome:
+        await to_thread.run_sync(passed_by.wait)
+        return Outcome(204, None)
+
+    def claim(outbox: _Outbox) -> DeliveryRow | None:
+        found = of_outbox(outbox)
+        if found is None:
+            passed_by.set()
+            wait_until(lambda: not outbox._sending)
+        return found
+
+    of_outbox = _Outbox._claim
+    monkeypatch.setattr(webhooks, "send", send)
+    monkeypatch.setattr(_Outbox, "_claim", claim)
+    add(context, "https://example.com")
+    for _ in range(MAX_OF_TENANT + 1):
+        publish(context)
+    assert deliver_due(context) == MAX_OF_TENANT + 1
 
 
 @pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
