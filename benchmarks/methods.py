@@ -171,8 +171,8 @@ class MethodBenchmark:
             method=method, seed=seed, calibration=CalibrationOptions(tokens=pair.tokens)
         )
         checkpoints = open_pair(pair.base, pair.finetuned)
-        self._session = CompressionSession(checkpoints, options, scratch, device=device)
-        self._session.prepare([Source(pair.calibration)])
+        sources = [Source(pair.calibration)]
+        self._session = CompressionSession(checkpoints, options, sources, scratch, device=device)
         self._seconds = time.monotonic() - started
 
     def measure(self, row: BenchmarkRow) -> BenchmarkRow:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltadock.compression.checkpoints import CheckpointPair
+from deltadock.compression.matrices import DeltaMatrix
 from deltadock.compression.methods import optimix
 from deltadock.compression.methods.base import (
     MatrixMethod,
@@ -23,7 +24,7 @@ from deltadock.compression.options import Solver, rank_budget
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.report import MatrixReport
 from deltadock.compression.scratch import Scratch
-from deltadock.compression.statistics import DeltaMatrix, Statistics
+from deltadock.compression.statistics import Statistics
 from deltadock.errors import BitsOutOfRange
 
 BATCH_ELEMENTS: Final = {"cpu": 1 << 22, "cuda": 1 << 29}

@@ -13,6 +13,7 @@ import torch
 
 from deltadock.compression.adapters.importing import import_adapter
 from deltadock.compression.checkpoints import CheckpointPair, open_pair
+from deltadock.compression.kept import BlockStore
 from deltadock.compression.options import (
     SAMPLED,
     CompressOptions,
@@ -25,7 +26,7 @@ from deltadock.compression.progress import Progress, ProgressReporter
 from deltadock.compression.report import Report
 from deltadock.compression.residence import scratch_for
 from deltadock.compression.search import FIRST_BITS, fit_size, reach_bound
-from deltadock.compression.session import BlockStore, CompressionSession
+from deltadock.compression.session import CompressionSession
 
 RESERVE: Final = 1.25
 """Budget that the first decompositions serve, relative to the first budget tried: a search for a
@@ -81,11 +82,9 @@ def compress(
             reserve = _reserve(pair, info, goal)
             with scratch_for(torch.device(device)) as scratch:
                 session = CompressionSession(
-                    pair, options, scratch, progress=reporter, store=store, device=device,
-                    reserve=reserve,
+                    pair, options, sources, scratch, progress=reporter, store=store,
+                    device=device, reserve=reserve,
                 )  # fmt: skip
-                if not info.is_lossless or sources:
-                    session.prepare(sources)
                 report = reach_goal(session, goal, unfinished)
         unfinished.replace(out)
     finally:
@@ -95,7 +94,7 @@ def compress(
 
 
 def reach_goal(session: CompressionSession, goal: Goal | None, out: Path) -> Report:
-    """Write the artifact that meets a goal, by a prepared session, and measure it.
+    """Write the artifact that meets a goal, and measure it.
 
     Args:
         session: may have written other artifacts before.

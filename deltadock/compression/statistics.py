@@ -8,17 +8,16 @@ All moments are means per token of the text, so that they are comparable between
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltadock.artifacts.names import block_of, is_embedding
 from deltadock.compression.calibration.windows import CalibrationSet, spaced
 from deltadock.compression.checkpoints import CheckpointPair, MatrixRef, TensorSource
+from deltadock.compression.matrices import DeltaMatrix, changed_matrices
 from deltadock.compression.model.forward import BlockwiseModel
-from deltadock.compression.preview import TensorShape
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.scratch import Scratch
 from deltadock.words import counted
@@ -28,69 +27,6 @@ GRADIENT_TOKENS: Final = 32 * 2048
 
 SHORTEST_STATE: Final = 0.1
 """Length of a hidden state, relative to the median, from which on its gradient counts in full."""
-
-Role = Literal["linear", "head", "embedding"]
-
-
-@dataclass(frozen=True, slots=True)
-class DeltaMatrix:
-    """A matrix that differs from the base's and can be compressed.
-
-    Attributes:
-        ref: the linear map in the checkpoint.
-        role: a block's layer, the output head, or the input embedding (which may be tied to it).
-        block: index of the block; the head and the embedding follow the last block.
-    """
-
-    ref: MatrixRef
-    role: Role
-    block: int
-
-
-def changed_matrices(
-    pair: CheckpointPair, model: BlockwiseModel, *, with_embedding: bool
-) -> list[DeltaMatrix]:
-    """The matrices that differ from the base, in the order of the model, the embedding last."""
-    matrices = [
-        DeltaMatrix(ref, "linear", index)
-        for index, name in enumerate(model.blocks)
-        for ref in model.matrices[name]
-    ]
-    if model.head is not None:
-        matrices.append(DeltaMatrix(model.head, "head", len(model.blocks)))
-    if with_embedding:
-        embedding = MatrixRef(model.embedding)
-        matrices.append(DeltaMatrix(embedding, "embedding", len(model.blocks) + 1))
-    return _changed(pair, matrices)
-
-
-def named_matrices(pair: CheckpointPair) -> list[DeltaMatrix]:
-    """As `changed_matrices`, of a model that cannot be run: by the names of its tensors."""
-    blocks: list[DeltaMatrix] = []
-    heads: list[str] = []
-    for name, entry in sorted(pair.base.entries.items()):
-        role = TensorShape(name, entry.dtype, entry.shape).role
-        if role == "output head":
-            heads.append(name)
-        elif role == "linear layers" and (name.endswith(".weight") or ".experts." in name):
-            parts = range(entry.shape[0]) if len(entry.shape) == 3 else (None,)
-            block = block_of(name)
-            blocks += (DeltaMatrix(MatrixRef(name, part), "linear", block) for part in parts)
-    blocks.sort(key=lambda matrix: matrix.block)
-    after = blocks[-1].block + 1 if blocks else 0
-    tables = {pair.content(name) for name in pair.base.entries if is_embedding(name)}
-    own = (name for name in heads if pair.content(name) not in tables)
-    return _changed(pair, [*blocks, *(DeltaMatrix(MatrixRef(name), "head", after) for name in own)])
-
-
-def _changed(pair: CheckpointPair, matrices: Iterable[DeltaMatrix]) -> list[DeltaMatrix]:
-    return [
-        m
-        for m in matrices
-        if pair.changed(m.ref.name)
-        and pair.is_float(m.ref.name)
-        and not pair.recast(m.ref.name).in_value
-    ]
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltadock import __version__
 from deltadock.artifacts.checkpoint import scan_folder
+from deltadock.compression.encoder import Encoder
 from deltadock.compression.options import METHODS
 from deltadock.compression.progress import Forecast
-from deltadock.compression.session import CompressionSession
 from deltadock.settings import get_settings
 from tests.cli.support import QUERY, Command, Delta, Inputs, compress, evaluate
 
@@ -301,7 +301,7 @@ def test_an_interrupted_compression_continues_with_equal_bytes(
     assert outcome.code == 130
     assert "Interrupted. The same command continues after the last" in outcome.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["tuned.delta.blocks"]
-    monkeypatch.setattr(CompressionSession, "_encode_blocks", interrupted)  # nothing is left to do
+    monkeypatch.setattr(Encoder, "_encode_blocks", interrupted)  # nothing is left to do
     outcome = deltadock(*arguments)
     assert outcome.code == 0, outcome.stderr
     assert json.loads(outcome.stdout)["method"] == "adamix"

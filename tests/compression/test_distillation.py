@@ -16,11 +16,11 @@ from deltadock.compression.assembly import encode_remaining
 from deltadock.compression.calibration.windows import CalibrationSet
 from deltadock.compression.checkpoints import CheckpointPair, CheckpointReader, open_pair
 from deltadock.compression.distillation import distill
+from deltadock.compression.matrices import changed_matrices
 from deltadock.compression.methods import optimix
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.numerics.global_allocation import RankWidths
 from deltadock.compression.numerics.metric import Metric
-from deltadock.compression.statistics import changed_matrices
 from deltadock.compression.trainable_delta import flatten_factors
 from deltadock.errors import Cancelled
 

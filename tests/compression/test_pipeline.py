@@ -395,8 +395,7 @@ def test_a_drafts_size_equals_the_files(
     bits = None if METHODS[method].bits_min is None else 1.0
     out = tmp_path / "a.delta"
     with Scratch() as scratch:
-        session = CompressionSession(open_pair(*pair), options, scratch)
-        session.prepare([Source(text)])
+        session = CompressionSession(open_pair(*pair), options, [Source(text)], scratch)
         size = session.draft_bytes(bits)
         assert not out.exists()
         report = session.compress(bits, out)

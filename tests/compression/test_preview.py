@@ -102,8 +102,7 @@ def test_the_preview_is_close_to_the_artifacts_size(
     options = CompressOptions(method, goal, calibration=CalibrationOptions(tokens=512, length=64))
     with Scratch() as scratch:
         pair = open_pair(*one_layer)
-        session = CompressionSession(pair, options, scratch)
-        session.prepare([Source(text)])
+        session = CompressionSession(pair, options, [Source(text)], scratch)
         size = session.draft_bytes(budget)
     before, after = pair.base.manifest, pair.finetuned.manifest
     expected = preview_size(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deltadock.artifacts.encodings import Encoded
-from deltadock.compression import distillation, search, session
+from deltadock.compression import distillation, encoder, search, session
 from deltadock.compression.checkpoints import open_pair
 from deltadock.compression.methods import adamix, base, optimix
 from deltadock.compression.options import CalibrationOptions, CompressOptions, Goal, Source
@@ -29,8 +29,9 @@ def drafts(
     """The encodings at the last of some budgets."""
     options = CompressOptions(method=method, calibration=AMOUNT)
     with Scratch() as scratch:
-        made = CompressionSession(open_pair(*pair), options, scratch, reserve=reserve)
-        made.prepare([Source(text)])
+        made = CompressionSession(
+            open_pair(*pair), options, [Source(text)], scratch, reserve=reserve
+        )
         for bits in budgets:
             tensors = made._encode(bits).tensors
     return tensors
@@ -91,7 +92,7 @@ def test_a_budget_beyond_the_reserve_does_not_depend_on_those_before(
 def test_blocks_in_one_batch_resume_to_the_same_bytes(
     pair: Pair, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setitem(session.BATCH_WEIGHTS, "cpu", 1 << 20)
+    monkeypatch.setitem(encoder.BATCH_WEIGHTS, "cpu", 1 << 20)
     options = CompressOptions(method=method, goal=Goal("bits", 1.0), calibration=AMOUNT)
     store = MemoryStore()
 

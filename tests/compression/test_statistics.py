@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from deltadock.compression import statistics
 from deltadock.compression.calibration.windows import CalibrationSet
 from deltadock.compression.checkpoints import CheckpointPair, open_pair
+from deltadock.compression.matrices import changed_matrices
 from deltadock.compression.model.forward import BlockwiseModel
 from deltadock.compression.progress import ProgressReporter
 from deltadock.compression.scratch import Scratch
-from deltadock.compression.statistics import Statistics, changed_matrices, collect
+from deltadock.compression.statistics import Statistics, collect
 from tests.compression.family_cases import CASES, TOKENS, save
 
 TRAIN, HELD = TOKENS, TOKENS.flip(1)[:2]
