@@ -58,6 +58,7 @@ CALIBRATED: Final[Mapping[str, Family]] = MappingProxyType(
         "glm4": Family(),
         "falcon": Family(tuples=True),
         "olmoe": Family(),
+        "gpt_oss": Family(),
         "ministral": Family(),
         "opt": Family(),
         "bloom": Family(tuples=True),

@@ -23,6 +23,7 @@ from transformers import (
     GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     LlavaConfig,
@@ -175,6 +176,11 @@ CASES = {
     ),
     "olmoe": Case(
         lambda: OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, clip_qkv=0.5)
+    ),
+    "gpt-oss": Case(
+        lambda: GptOssConfig(
+            **SIZES, **LAYERS, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+        )
     ),
     "ministral": Case(lambda: MinistralConfig(**SIZES, **LAYERS, head_dim=8)),
     "opt": Case(

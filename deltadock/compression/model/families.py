@@ -177,8 +177,9 @@ def run_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights
     """The weighted sum of the chosen experts' outputs, (tokens, hidden).
 
     `transformers` stacks the experts of a layer in two tensors, `gate_up_proj` (experts, 2 *
-    intermediate, hidden) and `down_proj` (experts, hidden, intermediate), and runs them by an
-    exchangeable implementation; this one lets an observer see each expert's maps.
+    intermediate, hidden) and `down_proj` (experts, hidden, intermediate), or their transposes, some
+    with biases, and runs them by an exchangeable implementation; this one lets an observer see each
+    expert's maps.
 
     Args:
         experts: the module; its attribute `observer`, if any, is called for every map.
@@ -198,7 +199,9 @@ def run_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights
 
 
 def _apply(experts: Any, parameter: str, expert: int, inputs: Tensor) -> Tensor:
-    outputs = F.linear(inputs, getattr(experts, parameter)[expert])
+    weight = getattr(experts, parameter)[expert]
+    bias = getattr(experts, f"{parameter}_bias")[expert] if experts.has_bias else None
+    outputs = F.linear(inputs, weight.t() if experts.is_transposed else weight, bias)
     observer: ExpertObserver | None = getattr(experts, "observer", None)
     if observer is not None:
         observer(parameter, expert, inputs, outputs)

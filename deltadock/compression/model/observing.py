@@ -57,7 +57,7 @@ def _expert_sites(
             held = stored[f"{name}.{path}.{parameter}"]
             if not held.stacked:
                 (tensor,) = held.all_names()
-                ref = MatrixRef(tensor, expert, mixture=f"{name}.{path}.{parameter}")
+                ref = MatrixRef(tensor, expert, module.is_transposed, f"{name}.{path}.{parameter}")
                 yield LinearSite(ref, path, parameter, expert)
                 continue
             tensors = held.names[expert]

@@ -47,7 +47,13 @@ def grams(case: Case, model: Any) -> dict[str, Tensor]:
             hidden, index, _ = args
             for expert in range(len(module.down_proj)):
                 rows = hidden[(index == expert).any(dim=1)]
-                left, right = (rows @ module.gate_up_proj[expert].T).chunk(2, dim=1)
+                weight = module.gate_up_proj[expert]
+                if module.is_transposed:
+                    inner = module._apply_gate(rows @ weight + module.gate_up_proj_bias[expert])
+                    add(f"{name}.gate_up_proj[{expert}]", rows)
+                    add(f"{name}.down_proj[{expert}]", inner)
+                    continue
+                left, right = (rows @ weight.T).chunk(2, dim=1)
                 inner = torch.nn.functional.silu(left) * right
                 for piece, inputs in ((gate, rows), (up, rows), (down, inner)):
                     add(f"{name}.{expert}.{piece}.weight", inputs)
@@ -121,12 +127,14 @@ def test_the_whole_checkpoint_is_compressed(case: Case, text: Path, tmp_path: Pa
     named = {matrix.name for matrix in report.matrices}
     others = {tensor.name for tensor in report.other_tensors}
     assert {name.partition("[")[0] for name in named} | others == weights.keys()
-    # Every matrix of the decoder's blocks is compressed, except routers and norms of heads.
+    # Every matrix of the decoder's blocks is compressed, except routers, norms of heads and the
+    # biases of stacked experts.
     for name, tensor in weights.items():
         inside = ".layers." in name or ".h." in name
         seeing = "vision" in name or "visual" in name
         if tensor.ndim >= 2 and inside and not seeing and name not in maps:
-            assert name.endswith(("gate.weight", "norm.weight")), name
+            kept = ("gate.weight", "router.weight", "norm.weight", "proj_bias")
+            assert name.endswith(kept), name
 
     # What the report says is what transformers measures.
     merge(base, out, tmp_path / "merged")
