@@ -13,7 +13,7 @@ from deltadock.compression.options import Goal, MethodInfo, check_kind
 from deltadock.errors import InvalidAdapter
 
 UNSUPPORTED: Final = (
-    "use_dora", "use_qalora", "lora_bias", "layer_replication", "target_parameters",
+    "use_dora", "use_qalora", "lora_bias", "layer_replication",
     "trainable_token_indices", "alora_invocation_tokens", "megatron_config", "arrow_config",
     "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip

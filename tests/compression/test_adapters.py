@@ -225,7 +225,7 @@ def test_the_merged_checkpoint_equals_the_merged_adapter(
         ({"use_dora": True}, "use_dora"),
         ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"target_parameters": ["experts"]}, "target_parameters"),
+        ({"target_parameters": "experts"}, "another setting wrong"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"peft_type": "IA3"}, "LORA"),
         ({"r": 8}, "8"),

@@ -59,7 +59,11 @@ class _Patterns:
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """The settings of adapter_config.json that decide a layer's scaling."""
+    """The settings of adapter_config.json that decide what the factors change, and their scaling.
+
+    Attributes:
+        target_parameters: ends of the names of parameters that have factors of their own.
+    """
 
     rank: int
     alpha: float
@@ -67,9 +71,14 @@ class LoraConfig:
     fan_in_fan_out: bool
     ranks: _Patterns
     alphas: _Patterns
+    target_parameters: tuple[str, ...]
+
+    def targets(self, parameter: str) -> bool:
+        """Whether a parameter, by its full name, is one of `target_parameters`."""
+        return any(f".{parameter}".endswith(f".{end}") for end in self.target_parameters)
 
     def scaling(self, module: str, rank: int) -> float:
-        """Scaling of the product `B @ A` of a layer whose factors have `rank` ranks.
+        """Scaling of the product `B @ A` of a layer or parameter whose factors have `rank` ranks.
 
         Raises:
             InvalidAdapter: the configuration names another rank.
@@ -111,10 +120,11 @@ def read_config(folder: Path) -> LoraConfig:
             alphas=_Patterns(
                 {k: _finite(v) for k, v in (config.get("alpha_pattern") or {}).items()}
             ),
+            target_parameters=_names(config.get("target_parameters") or []),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidAdapter(
-            f"{ADAPTER_CONFIG} lacks r or lora_alpha, or has them wrong."
+            f"{ADAPTER_CONFIG} lacks r or lora_alpha, or has them or another setting wrong."
         ) from error
 
 
@@ -122,6 +132,12 @@ def _count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError("not a positive whole number")
     return value
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise TypeError("not a list of names")
+    return tuple(value)
 
 
 def _finite(value: str | float) -> float:

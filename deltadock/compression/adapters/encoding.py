@@ -1,9 +1,7 @@
 """Encode what a PEFT LoRA adapter changes, without loss.
 
-Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021); the files are those
-that PEFT's `save_pretrained` writes. A layer's delta is `scaling * B @ A`, `scaling = alpha / r`
-(rank-stabilized: `alpha / sqrt(r)`); the factors keep the adapter's dtype. Tensors that the
-adapter stores whole (`modules_to_save`, biases, a resized vocabulary) replace the base's.
+The files are those that PEFT's `save_pretrained` writes. Factors keep the adapter's dtype. Tensors
+that the adapter stores whole (`modules_to_save`, biases, a resized vocabulary) replace the base's.
 """
 
 import hashlib
@@ -17,12 +15,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from deltadock.artifacts.checkpoint import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    TensorEntry,
+from deltadock.artifacts.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from deltadock.artifacts.compatibility import (
+    EMPTY_TENSOR,
+    check_not_quantized,
+    is_tied,
+    tied_head,
 )
-from deltadock.artifacts.compatibility import EMPTY_TENSOR, is_tied, tied_head
 from deltadock.artifacts.container import StreamingInspector
 from deltadock.artifacts.encodings import (
     Encoded,
@@ -32,10 +31,19 @@ from deltadock.artifacts.encodings import (
     encode_exact,
     encode_low_rank,
     encode_new_rows,
-    encode_transposed,
 )
 from deltadock.artifacts.names import find_name, is_embedding, is_head, unwrapped
 from deltadock.compression.adapters.config import LoraConfig, read_config
+from deltadock.compression.adapters.products import (
+    BASE_LAYER,
+    CONV1D,
+    DTYPES,
+    base_entry,
+    encode_layer,
+    encode_parameter,
+    make_factors,
+    parameters_of,
+)
 from deltadock.compression.checkpoints import CheckpointReader, diverged, to_numpy
 from deltadock.errors import (
     ArchitectureMismatch,
@@ -44,15 +52,11 @@ from deltadock.errors import (
     UnsafeFile,
 )
 
-CONV1D: Final = frozenset({"gpt2", "imagegpt", "openai-gpt"})
-"""Families whose linear layers are Conv1D modules, except for the head."""
-
 PREFIX: Final = "base_model.model."
 SAVED: Final = ".modules_to_save."
 ORIGINAL: Final = ".original_module."
 """PEFT's names within a module of `modules_to_save`."""
 
-DTYPES: Final = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 FACTORS: Final = {
     "lora_A.weight": ("a", False),
     "lora_B.weight": ("b", False),
@@ -102,15 +106,69 @@ def encode_adapter(base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
         InvalidAdapter: a file is missing, or uses an unsupported feature; the message names it.
         UnsafeFile, MalformedSafetensors: the weights are a pickle, or damaged.
         ArchitectureMismatch: the base lacks a tensor, or has it in another shape.
+        UnsupportedModel: the same, and the base's weights are quantized.
         NonFiniteWeights: a tensor holds NaN or an infinity.
     """
     config = read_config(_adapter_folder(adapter))
     adapter_digest(adapter)
-    model_type = base.manifest.config["model_type"]
     base.entries |= tied_head(base.manifest)
+    try:
+        return _encode(config, base, adapter)
+    except ArchitectureMismatch:
+        check_not_quantized(base.manifest.config, base.entries)
+        raise
+
+
+def _encode(config: LoraConfig, base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
+    model_type = base.manifest.config["model_type"]
+    factors, tables = _read_tensors(adapter)
+    modules = [module for module, embedding in factors if not embedding]
+    parameters = parameters_of(config, base.entries, model_type, modules)
+    encoded: dict[str, Encoded] = {}
+    layers: dict[str, Tensor] = {}
+
+    for (module, embedding), pair in factors.items():
+        if pair.keys() != {"a", "b"} or f"{module}.weight" in tables:
+            raise InvalidAdapter(
+                f"The adapter does not hold both factors of {module!r} and no more."
+            )
+        both = make_factors(module, pair)
+        if not embedding and module in parameters:
+            found = encode_parameter(config, base.entries, parameters[module], model_type, both)
+        else:
+            name = find_name(f"{module}.weight", base.entries, model_type) or f"{module}.weight"
+            if (table := tables.pop(f"{module}{BASE_LAYER}.weight", None)) is not None:
+                layers[name] = table
+            product = encode_layer(
+                config,
+                base.entries,
+                module,
+                name,
+                table,
+                embedding=embedding,
+                conv1d=model_type in CONV1D,
+                factors=both,
+            )
+            found = {name: product if table is None else _on_table(base, name, table, product)}
+        if twice := encoded.keys() & found.keys():
+            raise InvalidAdapter(f"The adapter holds {min(twice)!r} twice.")
+        encoded |= found
+    for key, tensor in tables.items():
+        plain = key.replace(f"{BASE_LAYER}.", ".")
+        name = find_name(plain, base.entries, model_type) or plain
+        if name in encoded:
+            raise InvalidAdapter(f"The adapter holds {name!r} twice.")
+        if (whole := _whole(base, name, tensor)) is not None:
+            encoded[name] = whole
+    return _with_head(base, adapter, encoded, tables, layers)
+
+
+def _read_tensors(
+    adapter: Path,
+) -> tuple[dict[tuple[str, bool], dict[str, Tensor]], dict[str, Tensor]]:
+    """The factors `a` and `b` by module and "is an embedding", and the tensors saved whole."""
     factors: dict[tuple[str, bool], dict[str, Tensor]] = {}
     tables: dict[str, Tensor] = {}
-    encoded: dict[str, Encoded] = {}
     with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as weights:
         for key in weights.keys():  # noqa: SIM118 - not a mapping
             tensor = weights.get_tensor(key)
@@ -124,39 +182,9 @@ def encode_adapter(base: CheckpointReader, adapter: Path) -> dict[str, Encoded]:
             module, side, embedding = _as_factor(name)
             if side:
                 factors.setdefault((module, embedding), {})[side] = tensor
-                continue
-            tables[name] = tensor
-    tables, layers = _without_wrappers(tables), dict[str, Tensor]()
-    for (module, embedding), pair in factors.items():
-        if pair.keys() != {"a", "b"} or f"{module}.weight" in tables:
-            raise InvalidAdapter(
-                f"The adapter does not hold both factors of {module!r} and no more."
-            )
-        name = find_name(f"{module}.weight", base.entries, model_type) or f"{module}.weight"
-        table = tables.pop(f"{module}.base_layer.weight", None)
-        product = _product(
-            config,
-            base.entries,
-            module,
-            name,
-            table,
-            embedding=embedding,
-            conv1d=model_type in CONV1D,
-            pair=pair,
-        )
-        if name in encoded:
-            raise InvalidAdapter(f"The adapter holds {name!r} twice.")
-        encoded[name] = product if table is None else _on_table(base, name, table, product)
-        if table is not None:
-            layers[name] = table
-    for key, tensor in tables.items():
-        plain = key.replace(".base_layer.", ".")
-        name = find_name(plain, base.entries, model_type) or plain
-        if name in encoded:
-            raise InvalidAdapter(f"The adapter holds {name!r} twice.")
-        if (whole := _whole(base, name, tensor)) is not None:
-            encoded[name] = whole
-    return _with_head(base, adapter, encoded, tables, layers)
+            else:
+                tables[name] = tensor
+    return factors, _without_wrappers(tables)
 
 
 def _without_wrappers(tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -308,77 +336,8 @@ def _whole(base: CheckpointReader, name: str, tensor: Tensor) -> Encoded | None:
         if tensor.dtype == old.dtype and tensor[:rows].equal(old):
             return encode_new_rows(None, to_numpy(tensor[rows:], dtype), rows, dtype)
         return encode_exact(to_numpy(tensor, dtype), dtype, shape)
-    entry = _entry(base.entries, name, shape)
+    entry = base_entry(base.entries, name, shape)
     data = to_numpy(tensor, dtype)
     if (dtype, hashlib.sha256(data.tobytes()).hexdigest()) == (entry.dtype, entry.sha256):
         return None
     return encode_exact(data, dtype, shape)
-
-
-def _entry(entries: Mapping[str, TensorEntry], name: str, shape: tuple[int, ...]) -> TensorEntry:
-    """The base's tensor of this name and shape.
-
-    Raises:
-        ArchitectureMismatch: there is none, or it has another shape.
-    """
-    entry = entries.get(name)
-    if entry is None or entry.shape != shape:
-        found = "none" if entry is None else f"one of shape {list(entry.shape)}"
-        raise ArchitectureMismatch(
-            f"The adapter changes a tensor {name!r} of shape {list(shape)}, but the base has "
-            f"{found}. Is it the base that the adapter was trained on?"
-        )
-    return entry
-
-
-def _product(
-    config: LoraConfig,
-    entries: Mapping[str, TensorEntry],
-    module: str,
-    name: str,
-    table: Tensor | None,
-    *,
-    embedding: bool,
-    conv1d: bool,
-    pair: Mapping[str, Tensor],
-) -> Encoded:
-    """Encode the delta `scaling * B @ A`, transposed for embeddings and Conv1D layers.
-
-    Args:
-        config: the adapter's.
-        entries: the base's tensors.
-        module: the layer, as the adapter names it; patterns match this name.
-        name: the base's tensor.
-        table: the layer's weight as saved in the adapter, whose shape counts; None: the base's.
-        embedding: whether the layer is an embedding.
-        conv1d: whether the layers of the model are Conv1D, whose weights are transposed.
-        pair: the factors `a` and `b`.
-    """
-    a, b = pair["a"], pair["b"]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise InvalidAdapter(f"The adapter's factors of {module!r} have no product.")
-    if a.dtype != b.dtype:
-        a, b = a.float(), b.float()
-    dtype = DTYPES[a.dtype]
-    scaling = config.scaling(module, len(a))
-    shape = (len(b), a.shape[1])
-    found = entries[name].shape if name in entries else None
-    if table is not None and name in entries:
-        found = tuple(table.shape)
-        saved = TensorEntry(name, DTYPES[table.dtype], found, "", "")
-        entries = {**entries, name: saved}
-    if embedding:
-        entry = _entry(entries, name, shape[::-1])
-        return encode_low_rank(
-            to_numpy(a.t(), dtype), to_numpy(b.t(), dtype), scaling, entry.dtype, {}, dtype
-        )
-    # PEFT writes fan_in_fan_out for the last layer only; a head is never transposed.
-    square = found == shape == shape[::-1]
-    transposed = found == shape[::-1] and (
-        not square or (not is_head(name) and (conv1d or config.fan_in_fan_out))
-    )
-    entry = _entry(entries, name, shape[::-1] if transposed else shape)
-    encoded = encode_low_rank(
-        to_numpy(b, dtype), to_numpy(a, dtype), scaling, entry.dtype, {}, dtype
-    )
-    return encode_transposed(encoded) if transposed else encoded
