@@ -298,7 +298,8 @@ _QUANTIZED_PARTS: Final[Mapping[str, re.Pattern[str]]] = MappingProxyType(
         "gptq or awq": re.compile(r"\.(?:qweight|qzeros|g_idx)$"),
         "compressed-tensors": re.compile(r"\.weight_(?:packed|zero_point|shape)$"),
         "fp8": re.compile(r"\.(?:weight_scale|weight_scale_inv|input_scale|scale_weight)$"),
-        "mxfp4": re.compile(r"proj_(?:blocks|scales)$"),
+        "mxfp4": re.compile(r"proj_scales$"),
+        "mxfp4, dequantized": re.compile(r"proj_blocks$"),
     }
 )
 """Names of tensors that only quantized checkpoints have, by quantization method."""
@@ -307,8 +308,14 @@ _DEQUANTIZED: Final[Mapping[str, str]] = MappingProxyType(
     {
         "bitsandbytes": "load it with transformers, call model.dequantize() and save it",
         "higgs": "load it with transformers, call model.dequantize() and save it",
-        "fp8": "load it with quantization_config=FineGrainedFP8Config(dequantize=True) and save it",
-        "mxfp4": "load it with quantization_config=Mxfp4Config(dequantize=True) and save it",
+        "fp8": (
+            "load it with quantization_config=FineGrainedFP8Config(dequantize=True) and save it "
+            "with save_pretrained(FOLDER, save_original_format=False)"
+        ),
+        "mxfp4": (
+            "load it with quantization_config=Mxfp4Config(dequantize=True) and save it with "
+            "save_pretrained(FOLDER, save_original_format=False)"
+        ),
         "compressed-tensors": (
             "load it with quantization_config=CompressedTensorsConfig(dequantize=True) and save it"
         ),
@@ -358,6 +365,12 @@ def check_not_quantized(config: Mapping[str, Any], names: Iterable[str] = ()) ->
 
 
 def _quantized(subject: str, method: str) -> UnsupportedModel:
+    if method == "mxfp4, dequantized":
+        return UnsupportedModel(
+            f"{subject} dequantized, but named as MXFP4's blocks, under which from_pretrained does "
+            "not find them: transformers saves a model so that it has dequantized. Save it again "
+            "with save_pretrained(FOLDER, save_original_format=False), or rename '..._blocks'."
+        )
     how = _DEQUANTIZED.get(method, "load it in its own library, dequantize and save it")
     return UnsupportedModel(
         f"{subject} quantized ({method:.40}), so that a difference of them means nothing. Take the "

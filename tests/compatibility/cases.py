@@ -34,6 +34,8 @@ PADDED = 260
 """Rows of the embedding; the tokenizer has 256 tokens."""
 EMBEDDING = "model.embed_tokens.weight"
 
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
 Tensors = dict[str, Tensor]
 Rename = Callable[[str], str]
 
@@ -300,6 +302,20 @@ def gpt2_lora(home: Path) -> Made:
     return save_adapter(home, model, None, False, LoraConfig, settings)
 
 
+def expert_lora(family: str) -> Callable[[Path], Made]:
+    """LoRA on the stacked experts of a mixture, with ranks of their own, and on a projection."""
+
+    def make(home: Path) -> Made:
+        model = save_family(FAMILIES[family], home / "base").float()
+        settings = {
+            "r": 4, "target_modules": ["q_proj"], "rank_pattern": {"experts.down_proj": 3},
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        }  # fmt: skip
+        return save_adapter(home, model, None, False, LoraConfig, settings)
+
+    return make
+
+
 def quantized(method: str, part: str, dtype: torch.dtype = torch.uint8) -> Callable[[Path], Made]:
     """A fine-tune whose up projection is quantized."""
 
@@ -318,6 +334,49 @@ def quantized(method: str, part: str, dtype: torch.dtype = torch.uint8) -> Calla
         return made
 
     return make
+
+
+def published_mxfp4(home: Path) -> Made:
+    """A fine-tune of gpt-oss whose base is quantized as it is published."""
+    return gpt_oss(home, quantize_experts)
+
+
+def misnamed_mxfp4(home: Path) -> Made:
+    """A base of whole experts, as `save_pretrained` writes a model that was dequantized."""
+    rename = renamed(lambda name: f"{name}_blocks" if name.endswith(EXPERTS) else name)
+    return gpt_oss(home, lambda base: rewrite(base, rename))
+
+
+def gpt_oss(home: Path, change: Callable[[Path], None]) -> Made:
+    """A pair of gpt-oss models, and a change of the base."""
+    model = save_family(FAMILIES["gpt-oss"], home / "base").float()
+    moved(model).save_pretrained(home / "tuned")
+    change(home / "base")
+    return Made(home / "base", home / "tuned")
+
+
+def quantize_experts(folder: Path) -> None:
+    """Replace the experts of a gpt-oss checkpoint by random blocks and scales of MXFP4."""
+
+    def change(tensors: Tensors) -> Tensors:
+        made = dict(tensors)
+        for name in [name for name in tensors if name.endswith(EXPERTS)]:
+            experts, h_in, h_out = made.pop(name).shape
+            rows = experts, h_out, -(-h_in // 32)
+            made[f"{name}_blocks"] = torch.randint(256, (*rows, 16)).to(torch.uint8)
+            made[f"{name}_scales"] = torch.randint(120, 124, rows).to(torch.uint8)
+        return made
+
+    rewrite(folder, change)
+    config = json.loads((folder / "config.json").read_text())
+    kept = [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def only_inner(home: Path) -> Made:
@@ -495,6 +554,12 @@ CASES: tuple[Case, ...] = (
          lora(r=4, target_modules=["q_proj"], wrap=wrapped("_fsdp_wrapped_module."))),
     Case("PEFT", "LoRA on the language part of Qwen2.5-VL", vision_lora, served=False),
     Case("PEFT", "LoRA on Conv1D layers and the head of GPT-2", gpt2_lora, served=False),
+    Case("PEFT", "LoRA on a mixture's experts (`target_parameters`), Qwen3-MoE",
+         expert_lora("qwen3-moe"), served=False),
+    Case("PEFT", "LoRA on a mixture's experts (`target_parameters`), Mixtral",
+         expert_lora("mixtral"), served=False),
+    Case("PEFT", "LoRA on a mixture's experts (`target_parameters`), gpt-oss",
+         expert_lora("gpt-oss"), served=False),
     Case("bitsandbytes", "4-bit weights",
          quantized("bitsandbytes", "weight.quant_state.bitsandbytes__nf4"), DEQUANTIZE,
          UnsupportedModel, r"quantized \(bitsandbytes\).*dequantize\(\)"),
@@ -504,6 +569,11 @@ CASES: tuple[Case, ...] = (
          UnsupportedModel, r"quantized \(awq\).*dequantize"),
     Case("FP8", "`weight_scale_inv`", quantized("fp8", "weight_scale_inv", torch.float8_e4m3fn),
          DEQUANTIZE, UnsupportedModel, r"quantized \(fp8\).*dequantize=True"),
+    Case("MXFP4", "a base of gpt-oss as it is published", published_mxfp4, DEQUANTIZE,
+         UnsupportedModel, r"base's.*quantized \(mxfp4\).*dequantize=True.*original_format=False"),
+    Case("transformers", "gpt-oss, dequantized and saved under the names of MXFP4's blocks",
+         misnamed_mxfp4, "save with `save_original_format=False`",
+         UnsupportedModel, "base's.*dequantized.*original_format=False"),
     Case("compressed-tensors", "`weight_packed`", quantized("compressed-tensors", "weight_packed"),
          DEQUANTIZE, UnsupportedModel, r"quantized \(compressed-tensors\).*dequantize=True"),
     Case("DeepSpeed ZeRO-3", "empty tensors", edited(("tuned", emptied)),
