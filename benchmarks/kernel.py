@@ -14,7 +14,7 @@ alternate, as in a model, so that no cache holds what a step reads.
     python -m benchmarks.kernel --sweep 100
 
 compiles and times the variants of both kernels instead, for `VARIANTS` of
-`deltadock/kernels/svd_delta/triton.py`.
+`deltadock/kernels/svd_delta/triton/forms.py`.
 
     TRITON_INTERPRET=1 python -m benchmarks.kernel --device cpu
 
@@ -51,7 +51,7 @@ from deltadock.kernels.svd_delta import (
 )
 from deltadock.kernels.svd_delta.layout import TILE_COLUMNS, segment_words
 from deltadock.kernels.svd_delta.products import add_products
-from deltadock.kernels.svd_delta.triton import DEFAULT, ExpandForm, Form, Variant
+from deltadock.kernels.svd_delta.triton.forms import DEFAULT, ExpandForm, Form, Variant, variant_of
 from tests.kernels.decode_attention.cases import CASES as ATTENTION_CASES
 from tests.kernels.decoder.cases import CASES as DECODER_CASES
 from tests.kernels.svd_delta.cases import CASES as DELTA_CASES
@@ -310,7 +310,7 @@ class DeltaStep:
         """Launch kernel `number` (0 prepare, 1 shrink, 2 expand) of all projections and layers."""
         for layer in self.layers.tables:
             for y, x, table in zip(self.outputs, self.inputs, layer, strict=True):
-                variant = self.variant or triton.variant_of(x.device)
+                variant = self.variant or variant_of(x.device)
                 launch = triton.launches(y, x, table, self.chunks, variant, emulate=not x.is_cuda)[
                     number
                 ]

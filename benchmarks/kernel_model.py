@@ -42,7 +42,7 @@ from benchmarks.machine_code import (
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.chunks import BLOCK_INPUTS, CHUNK_ROWS
 from deltadock.kernels.svd_delta.layout import TILE_RANKS, WARP_INPUTS
-from deltadock.kernels.svd_delta.triton import (
+from deltadock.kernels.svd_delta.triton.forms import (
     DEFAULT,
     SUM_PARTS,
     UNSPECIALIZED,

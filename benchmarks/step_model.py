@@ -40,7 +40,7 @@ from benchmarks.kernel_model import (
 )
 from benchmarks.machine_code import SHARED_BYTES, MachineCode
 from deltadock.kernels.decoder.triton import GATED_COLUMNS
-from deltadock.kernels.svd_delta.triton import DEFAULT
+from deltadock.kernels.svd_delta.triton.forms import DEFAULT
 
 LAYERS: Final = 28
 VOCABULARY: Final = 152_064

@@ -9,7 +9,7 @@ from benchmarks import gpu
 from benchmarks.gpu import PARTS, Part, main
 from benchmarks.kernel import SERIAL, SWEEP, name_of, variant_named
 from deltadock.kernels.svd_delta.layout import H_IN_ALIGNMENT, WARP_INPUTS
-from deltadock.kernels.svd_delta.triton import DEFAULT, SUM_PARTS
+from deltadock.kernels.svd_delta.triton.forms import DEFAULT, SUM_PARTS
 
 
 def results(folder: Path) -> list[dict[str, object]]:

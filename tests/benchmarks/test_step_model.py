@@ -12,7 +12,7 @@ from benchmarks.step_model import (
     saved_by_a_second_stream,
     step_milliseconds,
 )
-from deltadock.kernels.svd_delta.triton import DEFAULT
+from deltadock.kernels.svd_delta.triton.forms import DEFAULT
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"

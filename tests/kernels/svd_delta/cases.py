@@ -25,7 +25,7 @@ from deltadock.kernels.svd_delta import (
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.chunks import CHUNK_ROWS
 from deltadock.kernels.svd_delta.products import add_products
-from deltadock.kernels.svd_delta.triton import ExpandForm, Form, Variant
+from deltadock.kernels.svd_delta.triton.forms import ExpandForm, Form, Variant
 from tests.kernels.svd_delta.support import (
     Delta,
     encode,

@@ -38,15 +38,16 @@ from benchmarks.machine_code import (
 from deltadock.kernels.svd_delta import products
 from deltadock.kernels.svd_delta import triton as kernel
 from deltadock.kernels.svd_delta.layout import TILE_RANKS
-from deltadock.kernels.svd_delta.triton import (
+from deltadock.kernels.svd_delta.triton import USUAL_SHARE
+from deltadock.kernels.svd_delta.triton.forms import (
     DEFAULT,
-    USUAL_SHARE,
     ExpandForm,
     Form,
     form_of,
     parts_of_prepare,
     places_of,
 )
+from deltadock.kernels.svd_delta.triton.words import PAIRED
 from tests.kernels.waits import check_accesses_after_the_wait
 
 pytestmark = pytest.mark.skipif(
@@ -111,7 +112,7 @@ def check_packed_assembly(ttgir: str) -> None:
     for count, dtype, name in packed:
         bases = json.loads(layouts[name])
         last, zeros = [0] * (len(bases[0]) - 1), [0] * (len(bases[0]) - 2)
-        turns = [[*last, 1], [0, 8, 0, 0]] if kernel.PAIRED else [[0, 8, 0, 0], [*last, 1]]
+        turns = [[*last, 1], [0, 8, 0, 0]] if PAIRED else [[0, 8, 0, 0], [*last, 1]]
         expected = {
             (4, "i8"): [[*last, 1], [*zeros, 1, 0]],  # the copies of a word
             (4, "i32"): [[*last, 1], [*last, 2]],  # consecutive words
