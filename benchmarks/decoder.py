@@ -82,12 +82,22 @@ TYPES: Final = {
 
 
 @functools.cache
-def compile_for(capability: int, variant: Variant = DEFAULT) -> tuple[MachineCode, MachineCode]:
-    """The split and the combine kernel's machine code, for bfloat16 and these heads."""
+def compile_for(
+    capability: int,
+    variant: Variant = DEFAULT,
+    *,
+    width: int = WIDTH,
+    group: int = HEADS // KV_HEADS,
+    cap: float | None = None,
+) -> tuple[MachineCode, MachineCode]:
+    """The split and the combine kernel's machine code for bfloat16.
+
+    `width` is a head's, a power of two; `group` the queries that share a key head.
+    """
     constants = {
-        "WIDTH": WIDTH, "BLOCK_D": WIDTH, "GROUP": HEADS // KV_HEADS, "BLOCK_G": 16,
+        "WIDTH": width, "BLOCK_D": width, "GROUP": group, "BLOCK_G": 16,
         "BLOCK_N": variant.tokens, "SPLITS": variant.splits, "STAGES": variant.stages,
-        "OVERLAP": capability >= 90, "EMULATE": False,
+        "CAP": cap, "OVERLAP": capability >= 90, "EMULATE": False,
     }  # fmt: skip
     unspecialized = kernel.UNSPECIALIZED
     split, combine = (
@@ -100,11 +110,11 @@ def compile_for(capability: int, variant: Variant = DEFAULT) -> tuple[MachineCod
 
 
 def compile_operation(
-    capability: int, name: str, warps: int, constants: dict[str, Any]
+    capability: int, name: str, warps: int, constants: dict[str, Any], **types: str
 ) -> MachineCode:
-    """A small operation's machine code, for bfloat16."""
+    """A small operation's machine code, for bfloat16 but for arguments of these types."""
     compiled = compile_kernel(
-        capability, getattr(decoder_triton, name), OPERATION_TYPES,
+        capability, getattr(decoder_triton, name), OPERATION_TYPES | types,
         constants | {"OVERLAP": capability >= 90, "EMULATE": False},
         unspecialized=decoder_triton.UNSPECIALIZED, num_warps=warps,
     )  # fmt: skip
@@ -197,7 +207,7 @@ def measure_operations(rows: int, device: str) -> None:
         "rotation and cache": lambda way: way.rotate_and_store(
             projected, rotation, cache, None, row_slots
         ),
-        "gated activation": lambda way: way.gated_silu(gate_up),
+        "gated activation": lambda way: way.gated(gate_up, "silu"),
     }
     for name, operation in operations.items():
         fused, plain = (
@@ -234,7 +244,7 @@ def measure_between(rows: int, device: str, repeats: int = 8) -> None:
         query = decoder_triton.rotate_and_store(projected, rotation, cache, None, row_slots)
         out = decode_attention(query, keys, values, slots, lengths, scale=WIDTH**-0.5)
         _, x = decoder_triton.add_rms_norm(out.view(rows, -1), residual, norm, row_slots)
-        return decoder_triton.gated_silu(x)
+        return decoder_triton.gated(x, "silu")
 
     def layers() -> None:
         outputs[:] = map(layer, inputs)

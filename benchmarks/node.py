@@ -53,7 +53,7 @@ from deltadock.inference.engine.sampling import SamplingParams
 from deltadock.inference.engine.scheduler import ScheduledChunk
 from deltadock.inference.engine.sequence import Event
 from deltadock.inference.engine.sequence import Sequence as EngineSequence
-from deltadock.inference.model.loading import CLASSES
+from deltadock.inference.model.families import FAMILIES
 from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.routing import DeltaLimits
 from deltadock.inference.model.weight_deltas import WeightDelta, in_one_buffer
@@ -142,12 +142,11 @@ TINY_QWEN: Final = GpuWorkload(
 
 def random_model(family: str, device: str, dtype: torch.dtype, **shape: Any) -> Any:
     """A causal language model of transformers with random weights and no end-of-text token."""
-    config_class, model_class = CLASSES[family]
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = config_class(**shape, **ends)
+    config = FAMILIES[family].config_class(**shape, **ends)
     torch.manual_seed(0)
     with torch.device(device):
-        return model_class._from_config(config, dtype=dtype).eval()
+        return FAMILIES[family].model_class._from_config(config, dtype=dtype).eval()
 
 
 def base_model(model: Any, limits: DeltaLimits) -> DeltaModel:

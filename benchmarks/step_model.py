@@ -83,9 +83,12 @@ def between() -> dict[str, Between]:
         90, "rms_norm_kernel", 8, {"WIDTH": HIDDEN, "BLOCK": 4096, "ADD": True}
     )
     rotate = compile_operation(
-        90, "rotate_and_store_kernel", 1, {"WIDTH": 128, "BLOCK": 64, "NORM": False}
+        90,
+        "rotate_and_store_kernel",
+        1,
+        {"WIDTH": 128, "ROTATED": 128, "BLOCK": 64, "REST": 1, "NORM": False},
     )
-    gate = compile_operation(90, "gated_silu_kernel", 4, {"BLOCK": GATED_COLUMNS})
+    gate = compile_operation(90, "gated_kernel", 4, {"BLOCK": GATED_COLUMNS, "SILU": True})
     split, combine = compile_attention(90)
     return {
         "rotate": Between(code_of(rotate, 2, 1), 1, HEADS + 2 * KV_HEADS, after_product=True),

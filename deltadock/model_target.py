@@ -8,7 +8,7 @@ ARTIFACT_HEADER: Final = "Deltadock-Artifact"
 BASE_NAME_HEADER: Final = "Deltadock-Base-Name"
 TENANT_HEADER: Final = "Deltadock-Tenant"
 
-SERVED: Final = ("llama", "mistral", "qwen2", "qwen3")
+SERVED: Final = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 """The `model_type`s that nodes serve."""
 
 

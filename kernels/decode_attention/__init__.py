@@ -15,6 +15,7 @@ def decode_attention(
     *,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Attend with one query per row to the tokens of the row's sequence.
 
@@ -31,6 +32,7 @@ def decode_attention(
             and its result 0.
         scale: factor of the scores.
         window: only the last so many tokens are attended to.
+        cap: scores s become `cap * tanh(s / cap)`.
 
     Returns:
         (rows, heads, d).
@@ -39,6 +41,8 @@ def decode_attention(
         from deltadock.kernels.decode_attention import triton
 
         return triton.decode_attention(
-            query, keys, values, slots, lengths, scale=scale, window=window
+            query, keys, values, slots, lengths, scale=scale, window=window, cap=cap
         )
-    return reference_attention(query, keys, values, slots, lengths, scale=scale, window=window)
+    return reference_attention(
+        query, keys, values, slots, lengths, scale=scale, window=window, cap=cap
+    )

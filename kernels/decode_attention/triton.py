@@ -72,11 +72,15 @@ def split_kernel(
     keys_ptr, values_ptr, slot_stride, kv_stride, slots_ptr, lengths_ptr, scale, window,
     heads,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
-    EMULATE: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, CAP: tl.constexpr,
+    OVERLAP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """A split of one row's tokens and one key head: the weighted sum of values, the largest score
-    (base 2) and the sum of the weights of each of its heads."""
+    (base 2) and the sum of the weights of each of its heads.
+
+    Scores of base 2 are the products times `scale`; with a CAP that is the exponent of the two to
+    the power of which tanh is computed, and CAP the largest score.
+    """
     start_next(OVERLAP)
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths_ptr + row).to(tl.int32)
@@ -106,7 +110,10 @@ def split_kernel(
         offsets = (index * WIDTH)[:, None] + columns[None, :]
         keys = tl.load(keys_ptr + offsets, mask=within, other=0.0)
         scores = dot(query, tl.trans(keys), tl.zeros((BLOCK_G, BLOCK_N), tl.float32), EMULATE)
-        scores = tl.where((index < end)[None, :], scores * scale, float("-inf"))
+        scores *= scale
+        if CAP is not None:
+            scores = CAP - 2 * CAP / (1.0 + tl.exp2(scores))
+        scores = tl.where((index < end)[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         fade = tl.exp2(largest - larger)
         weights = tl.exp2(scores - larger[:, None])
@@ -162,6 +169,7 @@ def decode_attention(
     *,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
     variant: Variant | None = None,
 ) -> Tensor:
     """See `deltadock.kernels.decode_attention.decode_attention`.
@@ -190,11 +198,13 @@ def decode_attention(
         **launch_options(query.device),
         "enable_fp_fusion": True,  # pinned: Triton 3.10 changes the default
     }
+    factor = scale * LOG2_E * (1 if cap is None else 2 / cap)
     split_kernel[(splits, kv_heads, rows)](
         parts, states, query, query.stride(0), query.stride(1),
-        keys, values, keys.stride(0), keys.stride(1), slots, lengths, scale * LOG2_E, window, heads,
+        keys, values, keys.stride(0), keys.stride(1), slots, lengths, factor, window, heads,
         GROUP=heads // kv_heads, BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
-        STAGES=variant.stages, num_warps=variant.warps, **shared,
+        STAGES=variant.stages, CAP=None if cap is None else cap * LOG2_E,
+        num_warps=variant.warps, **shared,
     )  # fmt: skip
     combine_kernel[(heads, rows)](out, parts, states, lengths, window, heads, num_warps=4, **shared)
     return out

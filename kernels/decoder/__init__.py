@@ -8,14 +8,15 @@ from torch import Tensor
 
 from deltadock.kernels import dispatch
 from deltadock.kernels.decoder import reference
-from deltadock.kernels.decoder.arguments import CacheRows, Rotation, RowNorm
+from deltadock.kernels.decoder.arguments import Activation, CacheRows, Rotation, RowNorm
 
 __all__ = [
+    "Activation",
     "CacheRows",
     "Rotation",
     "RowNorm",
     "add_rms_norm",
-    "gated_silu",
+    "gated",
     "rms_norm",
     "rotate_and_store",
 ]
@@ -56,10 +57,10 @@ def rotate_and_store(
     return reference.rotate_and_store(projected, rotation, cache, norms, row_slots)
 
 
-def gated_silu(x: Tensor) -> Tensor:
-    """`silu(gate) * up` of (rows, 2 * width), gate first."""
+def gated(x: Tensor, activation: Activation) -> Tensor:
+    """`activation(gate) * up` of (rows, 2 * width), gate first."""
     if dispatch.on_gpu(x):
         from deltadock.kernels.decoder import triton
 
-        return triton.gated_silu(x)
-    return reference.gated_silu(x)
+        return triton.gated(x, activation)
+    return reference.gated(x, activation)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltadock.kernels.decoder.arguments import CacheRows, Rotation, RowNorm
+from deltadock.kernels.decoder.arguments import Activation, CacheRows, Rotation, RowNorm
 
 
 def rms_norm(x: Tensor, norm: RowNorm, row_slots: Tensor) -> Tensor:
@@ -13,7 +13,10 @@ def rms_norm(x: Tensor, norm: RowNorm, row_slots: Tensor) -> Tensor:
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     epsilons = norm.epsilons[row_slots].view(*shape, 1)
     exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilons)
-    return norm.weights[row_slots].view(*shape, -1) * exact.to(x.dtype)
+    weights = norm.weights[row_slots].view(*shape, -1)
+    if weights.dtype != x.dtype:
+        return (weights * exact).to(x.dtype)
+    return weights * exact.to(x.dtype)
 
 
 def add_rms_norm(
@@ -25,10 +28,12 @@ def add_rms_norm(
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate heads (rows, heads, d)."""
-    low, high = x.chunk(2, dim=-1)
+    """Rotate the first columns of heads (rows, heads, d)."""
     cos, sin = (factor[:, None] for factor in rotation)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
+    turned, kept = x.tensor_split([cos.shape[-1]], dim=-1)
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
+    return torch.cat((turned.to(x.dtype), kept), dim=-1) if kept.shape[-1] else turned.to(x.dtype)
 
 
 def store(key: Tensor, value: Tensor, cache: CacheRows) -> None:
@@ -61,7 +66,8 @@ def rotate_and_store(
     return rotate(query, rotation)
 
 
-def gated_silu(x: Tensor) -> Tensor:
-    """`silu(gate) * up` of (rows, 2 * width), gate first."""
+def gated(x: Tensor, activation: Activation) -> Tensor:
+    """`activation(gate) * up` of (rows, 2 * width), gate first."""
     gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return gate * up

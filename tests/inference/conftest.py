@@ -17,7 +17,8 @@ from deltadock.artifacts.checkpoint import scan_folder
 from deltadock.inference.engine.engine import Engine
 from deltadock.inference.engine.sampling import SamplingParams, make_draws
 from deltadock.inference.engine.sequence import Event, Sequence
-from deltadock.inference.model.loading import CLASSES, load_base
+from deltadock.inference.model.families import FAMILIES
+from deltadock.inference.model.loading import load_base
 from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.weight_deltas import TensorDelta
 from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
@@ -57,8 +58,7 @@ def grammars() -> Iterator[Grammars]:
 
 def _make_model(family: str, seed: int = 0, **settings: Any) -> Any:
     """A random causal language model of transformers' own classes, float32."""
-    config_class, model_class = CLASSES[family]
-    config = config_class(
+    config = FAMILIES[family].config_class(
         **{
             "hidden_size": 32,
             "num_hidden_layers": 2,
@@ -76,7 +76,7 @@ def _make_model(family: str, seed: int = 0, **settings: Any) -> Any:
         }
     )
     torch.manual_seed(seed)
-    model = model_class(config).eval()
+    model = FAMILIES[family].model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases start out constant

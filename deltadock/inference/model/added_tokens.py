@@ -105,21 +105,29 @@ class AddedTokens:
             embedded[0, rows] = torch.where(index < 0, embedded[0, rows], new)
         return embedded
 
-    def logits(self, base: Tensor, hidden: Tensor, slots: Sequence[int]) -> Logits:
-        """Extend logits by those of the rows' added tokens.
+    def logits(
+        self,
+        base: Tensor,
+        hidden: Tensor,
+        slots: Sequence[int],
+        finish: Callable[[Tensor], Tensor],
+    ) -> Logits:
+        """Extend the head's products by those of the rows' added tokens.
 
         Args:
             base: (rows, vocabulary) float32, over the base's tokens.
             hidden: (rows, hidden).
             slots: each row's slot.
+            finish: what makes logits of products, which it may overwrite.
         """
+        base = finish(base)
         lengths = [self.vocabulary(slot) for slot in slots]
         present = self._present()
         if present:
             base = F.pad(base, (0, max(lengths) - self._vocabulary), value=PADDING)
         for slot, rows, added in present:
             new = F.linear(hidden[rows], added.head).float()
-            base[rows, self._vocabulary : self.vocabulary(slot)] = new
+            base[rows, self._vocabulary : self.vocabulary(slot)] = finish(new)
         return Logits(base, lengths)
 
     def _present(self) -> list[tuple[int, slice | Tensor, _AddedRows]]:

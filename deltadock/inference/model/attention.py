@@ -7,7 +7,7 @@ one attention call on a view of the cache.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,21 @@ from torch import Tensor
 
 from deltadock.inference.model.kv_cache import KVCache
 from deltadock.kernels.decode_attention import decode_attention
+from deltadock.kernels.decode_attention.reference import attention
 
 MAX_GAP: Final = 2
 """Idle cache slots that a decode batch may span: wasted attention is cheaper than another call."""
+
+
+class AttentionForm(NamedTuple):
+    """How a layer attends."""
+
+    scale: float
+    """Factor of the scores."""
+    window: int | None = None
+    """Only the last so many tokens are attended to."""
+    cap: float | None = None
+    """Scores s become `cap * tanh(s / cap)`."""
 
 
 @dataclass(slots=True)
@@ -46,16 +58,20 @@ class PrefillChunk:
         self._device = device
         self._masks: dict[int | None, Tensor] = {}
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, form: AttentionForm) -> Tensor:
         """(1, heads, n, d) queries over (1, kv_heads, length, d), to (1, heads, n, d)."""
-        window = options.pop("window")
+        scale, window, cap = form
+        if cap is not None:
+            own = query.unflatten(1, (keys.shape[1], -1))
+            shared = keys[:, :, None], values[:, :, None]
+            return attention(own, *shared, self._mask(window), scale=scale, cap=cap).flatten(1, 2)
         grouped = query.shape[1] != keys.shape[1]
         if self._start == 0 and (window is None or self.length <= window):
             return F.scaled_dot_product_attention(
-                query, keys, values, is_causal=True, enable_gqa=grouped, **options
+                query, keys, values, is_causal=True, enable_gqa=grouped, scale=scale
             )
         return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=self._mask(window), enable_gqa=grouped, **options
+            query, keys, values, attn_mask=self._mask(window), enable_gqa=grouped, scale=scale
         )
 
     def _mask(self, window: int | None) -> Tensor:
@@ -97,20 +113,20 @@ class DecodeBatch:
         self._lengths, self._equal_lengths = lengths, equal_lengths
         self._masks: dict[int | None, Tensor | None] = {}
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, form: AttentionForm) -> Tensor:
         """(n, heads, d) queries over (n, kv_heads, length, d), to (n, heads, d).
 
         Query heads that share a key head are laid out as that head's queries.
         """
         count, heads, width = query.shape
         kv_heads = keys.shape[1]
-        mask = self._mask(options.pop("window"), query.dtype)
-        out = F.scaled_dot_product_attention(
+        out = attention(
             query.reshape(count, kv_heads, heads // kv_heads, width),
             keys,
             values,
-            attn_mask=mask,
-            **options,
+            self._mask(form.window, query.dtype),
+            scale=form.scale,
+            cap=form.cap,
         )
         return out.reshape(count, heads, width)
 
@@ -225,9 +241,7 @@ def attend(
     keys: Tensor,
     values: Tensor,
     metadata: AttentionMetadata,
-    *,
-    scale: float,
-    window: int | None,
+    form: AttentionForm,
 ) -> Tensor:
     """Attend to each row's sequence in a layer's cache, this pass's keys and values included.
 
@@ -237,23 +251,19 @@ def attend(
     decoding = metadata.decode_rows
     if decoding is not None and len(decoding.slots) == len(query):
         return decode_attention(
-            query, keys, values, decoding.slots, decoding.lengths, scale=scale, window=window
+            query, keys, values, decoding.slots, decoding.lengths, **form._asdict()
         )
     out = torch.empty_like(query)
     if decoding is not None:
         rows, slots, lengths = decoding
-        out[rows] = decode_attention(
-            query[rows], keys, values, slots, lengths, scale=scale, window=window
-        )
+        out[rows] = decode_attention(query[rows], keys, values, slots, lengths, **form._asdict())
     for batch in metadata.decode_batches:
         seen = (batch.slots, slice(None), slice(0, batch.length))
-        attended = batch.attend(
-            query[batch.queries], keys[seen], values[seen], scale=scale, window=window
-        )
+        attended = batch.attend(query[batch.queries], keys[seen], values[seen], form)
         out[batch.rows] = attended[batch.places]
     for chunk in metadata.prefill_chunks:
         seen = (chunk.slots, slice(None), slice(0, chunk.length))
         own = query[chunk.rows].transpose(0, 1)[None]
-        attended = chunk.attend(own, keys[seen], values[seen], scale=scale, window=window)
+        attended = chunk.attend(own, keys[seen], values[seen], form)
         out[chunk.rows] = attended[0].transpose(0, 1)
     return out

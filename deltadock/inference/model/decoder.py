@@ -1,30 +1,52 @@
-"""The layers of a Llama-like model, with the deltas of every row.
+"""The layers of a decoder of Llama's kind, with the deltas of every row.
 
 Transformers loads the weights, and its modelling code is what tests compare with. The loop is our
 own, so that a layer's small operations between the products are few: on a GPU each is one kernel.
+What a family's layers do otherwise than Llama's is read from their modules, and from `families`.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import GELUTanh, SiLUActivation
 
-from deltadock.inference.model.attention import AttentionMetadata, attend
-from deltadock.inference.model.layers import DeltaLinears, DeltaNorm
+from deltadock.inference.model.attention import AttentionForm, AttentionMetadata, attend
+from deltadock.inference.model.families import Family
+from deltadock.inference.model.layers import NO_NORM, DeltaLinears, DeltaNorm, NoNorm
 from deltadock.inference.model.rotary import DeltaRotary
 from deltadock.inference.model.routing import Routing
-from deltadock.kernels.decoder import CacheRows, Rotation, RowNorm, gated_silu, rotate_and_store
+from deltadock.kernels.decoder import (
+    Activation,
+    CacheRows,
+    Rotation,
+    RowNorm,
+    gated,
+    rotate_and_store,
+)
 
-SILU: Final = frozenset({"silu", "swish"})
-"""Names of the activation that has a kernel."""
+ACTIVATIONS: Final[Mapping[type[nn.Module], Activation]] = MappingProxyType(
+    {SiLUActivation: "silu", nn.SiLU: "silu", GELUTanh: "gelu_tanh"}
+)
+"""Activations that have a kernel."""
 
 
 class DecoderLayer:
-    """Attention and gated MLP of a transformers layer that `replace_modules` has been through."""
+    """Attention and gated MLP of a transformers layer that `replace_modules` has been through.
 
-    def __init__(self, layer: Any, config: Any, routing: Routing) -> None:
+    Each of the two may have a norm before it and one after it, before its result is added to the
+    residual.
+    """
+
+    def __init__(self, layer: Any, family: Family, config: Any, routing: Routing) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.input_norm: DeltaNorm = layer.input_layernorm
-        self.post_norm: DeltaNorm = layer.post_attention_layernorm
+        self.attention_norm: DeltaNorm | NoNorm = layer.input_layernorm
+        self.mlp_norm: DeltaNorm | NoNorm = layer.post_attention_layernorm
+        self._ends: tuple[DeltaNorm | NoNorm, DeltaNorm | NoNorm] = NO_NORM, NO_NORM
+        if hasattr(layer, "post_feedforward_layernorm"):
+            self.mlp_norm = layer.pre_feedforward_layernorm
+            self._ends = layer.post_attention_layernorm, layer.post_feedforward_layernorm
         self._qkv: DeltaLinears = attention.qkv_proj
         self._o: DeltaLinears = attention.o_proj
         self._gate_up: DeltaLinears = mlp.gate_up_proj
@@ -33,13 +55,15 @@ class DecoderLayer:
         if hasattr(attention, "q_norm"):
             self._head_norms = attention.q_norm.table, attention.k_norm.table
         self._number: int = attention.layer_idx
-        self._scale: float = attention.scaling
-        self._window: int | None = (
+        self._form = AttentionForm(
+            attention.scaling,
             config.sliding_window
-            if config.model_type == "mistral"
-            else getattr(attention, "sliding_window", None)
+            if family.one_window
+            else getattr(attention, "sliding_window", None),
+            attention.attn_logit_softcapping if family.capped_scores else None,
         )
-        self._activation = None if config.hidden_act in SILU else mlp.act_fn
+        self._act_fn: nn.Module = mlp.act_fn
+        self._activation = ACTIVATIONS.get(type(self._act_fn))
         self._routing = routing
 
     def attention(self, x: Tensor, rotation: Rotation, metadata: AttentionMetadata) -> Tensor:
@@ -52,37 +76,40 @@ class DecoderLayer:
             self._head_norms,
             self._routing.row_slots,
         )
-        out = attend(query, keys, values, metadata, scale=self._scale, window=self._window)
-        y: Tensor = self._o(out.view(1, len(query), -1))
-        return y
+        out = attend(query, keys, values, metadata, self._form)
+        return self._ends[0](self._o(out.view(1, len(query), -1)))
 
     def mlp(self, x: Tensor) -> Tensor:
         """(1, rows, hidden) to the same shape."""
         gate_up = self._gate_up(x)[0]
-        if self._activation is None:
-            gated = gated_silu(gate_up)
+        if self._activation is not None:
+            product = gated(gate_up, self._activation)
         else:
             gate, up = gate_up.chunk(2, dim=-1)
-            gated = self._activation(gate) * up
-        y: Tensor = self._down(gated[None])
-        return y
+            product = self._act_fn(gate) * up
+        return self._ends[1](self._down(product[None]))
 
 
 class Decoder:
     """All layers and the last norm."""
 
-    def __init__(self, model: Any, rotary: DeltaRotary, routing: Routing) -> None:
+    def __init__(self, model: Any, family: Family, rotary: DeltaRotary, routing: Routing) -> None:
         """Take the modules of `model`, a transformers base model."""
-        self._layers = [DecoderLayer(layer, model.config, routing) for layer in model.layers]
-        self._norms: list[DeltaNorm] = [layer.input_norm for layer in self._layers] + [model.norm]
+        self._layers = [
+            DecoderLayer(layer, family, model.config, routing) for layer in model.layers
+        ]
+        self._norms = [layer.attention_norm for layer in self._layers] + [model.norm]
         self._rotary = rotary
 
     def __call__(self, embedded: Tensor, metadata: AttentionMetadata) -> Tensor:
         """(1, rows, hidden) to the same shape. On a GPU, without host synchronization."""
-        rotation = self._rotary(metadata.positions, embedded.dtype)
+        rotations = self._rotary(metadata.positions, embedded.dtype)
         residual: Tensor = embedded
         x: Tensor = self._norms[0](embedded)
-        for layer, next_norm in zip(self._layers, self._norms[1:], strict=True):
-            residual, x = layer.post_norm.add(residual, layer.attention(x, rotation, metadata))
+        for number, (layer, next_norm) in enumerate(
+            zip(self._layers, self._norms[1:], strict=True)
+        ):
+            attended = layer.attention(x, rotations[number], metadata)
+            residual, x = layer.mlp_norm.add(residual, attended)
             residual, x = next_norm.add(residual, layer.mlp(x))
         return x

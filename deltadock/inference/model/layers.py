@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltadock.errors import UnsupportedModel
+from deltadock.inference.model.families import Family
 from deltadock.inference.model.routing import DeltaModule, Routing
 from deltadock.inference.model.unpacked import change_embeddings, change_products
 from deltadock.inference.model.weight_deltas import (
@@ -249,25 +250,29 @@ class DeltaNorm(DeltaModule):
     """RMS normalization with the weight and the epsilon of each row's slot.
 
     Attributes:
-        weight: the base's.
-        table: those of all slots.
+        table: weights and epsilons of all slots.
     """
 
-    def __init__(self, norm: nn.Module, routing: Routing) -> None:
+    def __init__(self, norm: Any, routing: Routing, family: Family) -> None:
         super().__init__(routing)
-        self.weight: Tensor = norm.weight.data  # type: ignore[assignment]
-        self._epsilon = float(norm.variance_epsilon)  # type: ignore[arg-type]
+        self._family = family
+        self._weight = self._factors(norm.weight.data)
+        self._epsilon = float(getattr(norm, "variance_epsilon", None) or norm.eps)
         slots = routing.limits.slots
         self.table = RowNorm(
-            self.weight.repeat(slots, 1),
-            torch.full((slots,), self._epsilon, device=self.weight.device),
+            self._weight.repeat(slots, 1),
+            torch.full((slots,), self._epsilon, device=self._weight.device),
         )
         self._changed: set[int] = set()
+
+    def _factors(self, weight: Tensor) -> Tensor:
+        """What rows are multiplied by, for a weight as in checkpoints."""
+        return weight.float() + self._family.norm_offset if self._family.float32_norms else weight
 
     def install(self, slot: int, deltas: Mapping[str, WeightDelta]) -> bool:
         weight = deltas["weight"]
         assert isinstance(weight, Tensor)
-        self.table.weights[slot] = weight
+        self.table.weights[slot] = self._factors(weight)
         self._changed.add(slot)
         return False
 
@@ -278,7 +283,7 @@ class DeltaNorm(DeltaModule):
 
     def remove(self, slot: int) -> None:
         if slot in self._changed:
-            self.table.weights[slot] = self.weight
+            self.table.weights[slot] = self._weight
             self.table.epsilons[slot] = self._epsilon
             self._changed.remove(slot)
 
@@ -292,11 +297,27 @@ class DeltaNorm(DeltaModule):
         return total[None], out[None]
 
 
+class NoNorm:
+    """In the place of a norm that a family's layers lack."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The same."""
+        return x
+
+    def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`residual + x` twice."""
+        total = residual + x
+        return total, total
+
+
+NO_NORM: Final = NoNorm()
 Owners = dict[str, list[tuple[DeltaModule, str]]]
 """By tensor name: the modules that apply its deltas, with their name for the parameter."""
 
 
-def replace_modules(model: Any, routing: Routing) -> tuple[Owners, dict[str, Tensor]]:
+def replace_modules(
+    model: Any, routing: Routing, family: Family
+) -> tuple[Owners, dict[str, Tensor]]:
     """Replace every module of `model` that has parameters of its own by one with per-row deltas.
 
     Returns:
@@ -336,7 +357,7 @@ def replace_modules(model: Any, routing: Routing) -> tuple[Owners, dict[str, Ten
         if isinstance(module, nn.Embedding):
             replacement: DeltaModule = DeltaEmbedding(module, routing)
         elif parameters.keys() == {"weight"} and parameters["weight"].ndim == 1:
-            replacement = DeltaNorm(module, routing)
+            replacement = DeltaNorm(module, routing, family)
         else:
             raise UnsupportedModel(f"{path} is a {type(module).__name__}, which cannot be served.")
         register(path, module, replacement)

@@ -3,40 +3,22 @@
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 from transformers.utils import logging as transformers_logging
 
 from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.artifacts.names import find_name
 from deltadock.errors import InvalidCheckpoint, UnsupportedModel
 from deltadock.inference.model.added_tokens import EMBEDDING
+from deltadock.inference.model.families import FAMILIES
 from deltadock.inference.model.model import DeltaModel
 from deltadock.inference.model.routing import DEFAULT_LIMITS, DeltaLimits
 from deltadock.model_target import not_served
 
 log = logging.getLogger(__name__)
-
-CLASSES: Final[dict[str, tuple[Any, Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-"""Config and model class of each `model_type` of `SERVED`."""
 
 
 def _read_tensors(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
@@ -59,7 +41,8 @@ def check_servable(manifest: CheckpointManifest) -> None:
     """Check what the configuration tells before any weight is read.
 
     Raises:
-        UnsupportedModel: the family cannot be served, or the weights are quantized.
+        UnsupportedModel: the family cannot be served, the weights are quantized, or tokens are
+            attended to before they are generated.
     """
     if (refusal := not_served(manifest.config["model_type"])) is not None:
         raise UnsupportedModel(refusal)
@@ -67,6 +50,11 @@ def check_servable(manifest: CheckpointManifest) -> None:
         raise UnsupportedModel(
             "The weights are quantized, and nodes serve none such. Register the checkpoint before "
             "its quantization as the base."
+        )
+    if manifest.config.get("use_bidirectional_attention"):
+        raise UnsupportedModel(
+            "The model attends to later tokens too (`use_bidirectional_attention`), as those that "
+            "embed texts do. Nodes serve models that generate."
         )
 
 
@@ -86,10 +74,9 @@ def load_base(
     """
     check_servable(manifest)
     settings = dict(manifest.config)
-    family = settings["model_type"]
-    config_class, model_class = CLASSES[family]
+    family = FAMILIES[settings["model_type"]]
     tensors = _read_tensors(folder, sorted({tensor.file for tensor in manifest.tensors}))
-    embedding = find_name(EMBEDDING, tensors, family)
+    embedding = find_name(EMBEDDING, tensors, settings["model_type"])
     if embedding is None:
         raise InvalidCheckpoint(f"The checkpoint has no tensor {EMBEDDING!r}.")
     stored = tensors[embedding].dtype
@@ -97,9 +84,9 @@ def load_base(
     if dtype.itemsize < stored.itemsize:
         log.warning("The base's weights are %s and served as %s on a GPU", stored, dtype)
     transformers_logging.disable_progress_bar()
-    model, report = model_class.from_pretrained(
+    model, report = family.model_class.from_pretrained(
         None,
-        config=config_class.from_dict(settings),
+        config=family.config_class.from_dict(settings),
         state_dict=tensors,
         dtype=dtype,
         output_loading_info=True,

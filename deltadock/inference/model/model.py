@@ -12,6 +12,7 @@ from deltadock.errors import InvalidArtifact
 from deltadock.inference.model.added_tokens import EMBEDDING, LM_HEAD, AddedTokens, Logits
 from deltadock.inference.model.attention import AttentionMetadata
 from deltadock.inference.model.decoder import Decoder
+from deltadock.inference.model.families import FAMILIES
 from deltadock.inference.model.kv_cache import KVCache
 from deltadock.inference.model.layers import DeltaLinears, DeltaNorm, is_tied, replace_modules
 from deltadock.inference.model.rotary import DeltaRotary, Rope, context_limit
@@ -35,7 +36,8 @@ from deltadock.kernels.svd_delta import Chunks, PackedDelta, empty_delta
 class RowSettings(NamedTuple):
     """What the rows of a delta have for themselves besides weights."""
 
-    rope: Rope
+    ropes: Mapping[str, Rope]
+    """By kind of layer."""
     epsilon: float
     """Of all norms."""
 
@@ -44,7 +46,7 @@ class DeltaModel:
     """A causal language model whose rows each use the weights of their own delta slot."""
 
     def __init__(self, model: Any, limits: DeltaLimits = DEFAULT_LIMITS) -> None:
-        """Replace the modules of `model` (of `loading.CLASSES`).
+        """Replace the modules of `model` (of `FAMILIES`).
 
         Raises:
             UnsupportedModel: a module with parameters has no per-row counterpart.
@@ -58,9 +60,13 @@ class DeltaModel:
         self._uncapturable_slots: set[int] = set()
         self.tied = is_tied(model)
         """Whether embedding and head are one tensor."""
-        self._owners, self._parameters = replace_modules(model, self._routing)
-        self._rotary = DeltaRotary(model.model.rotary_emb, self._routing)
-        self._decoder = Decoder(model.model, self._rotary, self._routing)
+        family = FAMILIES[self.config.model_type]
+        scale = getattr(model.model.embed_tokens, "embed_scale", None)
+        self._embedding_scale = 1.0 if scale is None else float(scale.to(self.dtype))
+        self._logit_cap = self.config.final_logit_softcapping if family.capped_logits else None
+        self._owners, self._parameters = replace_modules(model, self._routing, family)
+        self._rotary = DeltaRotary(model.model, self._routing)
+        self._decoder = Decoder(model.model, family, self._rotary, self._routing)
         self._added = AddedTokens(self.config.vocab_size, self._routing, tied=self.tied)
         self._linears = [module for module in self._modules if isinstance(module, DeltaLinears)]
         self._merges = 0
@@ -129,7 +135,8 @@ class DeltaModel:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(1, rows, hidden) of the tokens (rows,) of the pass that `route` began."""
-        return self._added.embed(tokens, self.model.model.embed_tokens)
+        embedded = self._added.embed(tokens, self.model.model.embed_tokens)
+        return embedded if self._embedding_scale == 1 else embedded * self._embedding_scale
 
     def body(self, embedded: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Run all layers on the output of `embed`. On a GPU, without host synchronization."""
@@ -139,7 +146,11 @@ class DeltaModel:
         """Logits of hidden states (1, rows, hidden), whose rows belong to `slots`."""
         self._routing.assign(slots)
         base: Tensor = self.model.lm_head(hidden)[0].float()
-        return self._added.logits(base, hidden[0], slots)
+        return self._added.logits(base, hidden[0], slots, self._finish_logits)
+
+    def _finish_logits(self, products: Tensor) -> Tensor:
+        cap = self._logit_cap
+        return products if cap is None else products.div_(cap).tanh_().mul_(cap)
 
     def vocabulary(self, slot: int) -> int:
         """Vocabulary size of the rows of `slot`: the base's plus the delta's added tokens."""
@@ -221,10 +232,10 @@ class DeltaModel:
         """What rows of a delta with this `transformers` configuration have for themselves.
 
         Raises:
-            ArchitectureMismatch, InvalidArtifact: as `DeltaRotary.rope`.
+            ArchitectureMismatch, InvalidArtifact: as `DeltaRotary.ropes`.
         """
-        rope = self._rotary.rope(config, self.context_tokens)
-        return RowSettings(rope, float(config.rms_norm_eps))
+        ropes = self._rotary.ropes(config, self.context_tokens)
+        return RowSettings(ropes, float(config.rms_norm_eps))
 
     def install(
         self, slot: int, deltas: Mapping[str, TensorDelta], settings: RowSettings | None = None
@@ -244,7 +255,7 @@ class DeltaModel:
             self._uncapturable_slots.add(slot)
         self._added.install(slot, deltas)
         if settings is not None:
-            self._rotary.install(slot, settings.rope)
+            self._rotary.install(slot, settings.ropes)
             if settings.epsilon != self.config.rms_norm_eps:
                 for module in self._modules:
                     if isinstance(module, DeltaNorm):

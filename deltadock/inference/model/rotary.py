@@ -1,6 +1,7 @@
 """Rotary embeddings with frequencies of their own for every delta slot."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +11,15 @@ from deltadock.errors import ArchitectureMismatch, InvalidArtifact
 from deltadock.inference.model.routing import Routing
 from deltadock.kernels.decoder import Rotation
 
+EVERY: Final = "every layer"
+"""The kind of the layers of a model whose layers all have the same frequencies."""
+
 
 class Rope(NamedTuple):
     """Frequencies of a rotary embedding."""
 
     frequencies: Tensor
-    """(head_dim / 2,) float32, in radians per position."""
+    """(rotated columns / 2,) float32, in radians per position."""
     scaling: float
     """Factor of cosines and sines."""
 
@@ -27,60 +31,93 @@ def context_limit(config: Any) -> int:
     `original_max_position_embeddings`.
     """
     limit = int(config.max_position_embeddings)
-    if config.rope_parameters["rope_type"] != "longrope":
-        return limit
-    original = config.rope_parameters.get("original_max_position_embeddings") or limit
-    return min(limit, int(original))
+    originals = [
+        int(parameters.get("original_max_position_embeddings") or limit)
+        for parameters in _rope_parameters(config)
+        if parameters["rope_type"] == "longrope"
+    ]
+    return min([limit, *originals])
+
+
+def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
+    """Those of each kind of layers."""
+    parameters = config.rope_parameters
+    return [one for one in parameters.values() if isinstance(one, dict)] or [parameters]
+
+
+def _ropes(rotary: Any) -> dict[str, Rope]:
+    """The frequencies of a `transformers` module, by kind of layer."""
+    if hasattr(rotary, "inv_freq"):
+        return {EVERY: Rope(rotary.inv_freq.float(), float(rotary.attention_scaling))}
+    return {
+        kind: Rope(
+            getattr(rotary, f"{kind}_inv_freq").float(),
+            float(getattr(rotary, f"{kind}_attention_scaling")),
+        )
+        for kind in rotary.layer_types
+    }
 
 
 class DeltaRotary:
     """A model's rotary embedding: each row's cosines and sines are those of its delta's."""
 
-    def __init__(self, rotary: Any, routing: Routing) -> None:
-        """Take the frequencies of `rotary`, a `transformers` module for the base's config."""
+    def __init__(self, model: Any, routing: Routing) -> None:
+        """Take the frequencies of `model`, a `transformers` base model."""
         self._routing = routing
-        self._kind = type(rotary)
-        self._base = rotary.inv_freq.float(), float(rotary.attention_scaling)
+        self._kind = type(model.rotary_emb)
+        self._base = _ropes(model.rotary_emb)
+        kinds = list(self._base)
+        layer_types = [EVERY] * len(model.layers) if EVERY in kinds else model.config.layer_types
+        self._tables = [kinds.index(kind) for kind in layer_types]
+        """Of each layer."""
         slots = routing.limits.slots
-        self._frequencies = self._base[0].repeat(slots, 1)
-        self._scaling = torch.full((slots,), self._base[1], device=self._frequencies.device)
+        frequencies = torch.stack([rope.frequencies for rope in self._base.values()])
+        scaling = torch.tensor([rope.scaling for rope in self._base.values()])
+        self._frequencies = frequencies[:, None].repeat(1, slots, 1)
+        self._scaling = scaling.to(frequencies.device)[:, None].repeat(1, slots)
 
-    def rope(self, config: Any, context: int) -> Rope:
+    def ropes(self, config: Any, context: int) -> dict[str, Rope]:
         """The frequencies that a configuration has for sequences of up to `context` tokens.
 
         Raises:
             ArchitectureMismatch: they depend on the sequence's length within the context.
             InvalidArtifact: they cannot be computed, or do not fit the model.
         """
-        kind = config.rope_parameters["rope_type"]
         limit = context_limit(config)
-        if kind in LENGTH_DEPENDENT and limit < context:
+        kinds = {parameters["rope_type"] for parameters in _rope_parameters(config)}
+        if limit < context and (changing := kinds.intersection(LENGTH_DEPENDENT)):
             raise ArchitectureMismatch(
-                f"The delta's rotary embedding ({kind}) changes beyond {limit} tokens, and the "
-                f"base is served up to {context}. Merge the delta and serve it as a base."
+                f"The delta's rotary embedding ({min(changing)}) changes beyond {limit} tokens, "
+                f"and the base is served up to {context}. Merge the delta and serve it as a base."
             )
         try:
-            module = self._kind(config)
-            rope = Rope(module.inv_freq.float(), float(module.attention_scaling))
+            ropes = _ropes(self._kind(config))
         except Exception as error:  # any error here is caused by the config
             raise InvalidArtifact(f"The delta's {ROPE} cannot be computed: {error}") from error
-        if rope.frequencies.shape != self._base[0].shape:
+        if ropes.keys() != self._base.keys() or any(
+            rope.frequencies.shape != self._base[kind].frequencies.shape
+            for kind, rope in ropes.items()
+        ):
             raise InvalidArtifact(f"The delta's {ROPE} do not fit the base's heads.")
-        return rope
+        return ropes
 
-    def install(self, slot: int, rope: Rope) -> None:
+    def install(self, slot: int, ropes: Mapping[str, Rope]) -> None:
         """Set the frequencies of the rows of `slot`."""
-        self._frequencies[slot] = rope.frequencies.to(self._frequencies.device)
-        self._scaling[slot] = rope.scaling
+        for table, kind in enumerate(self._base):
+            rope = ropes[kind]
+            self._frequencies[table, slot] = rope.frequencies.to(self._frequencies.device)
+            self._scaling[table, slot] = rope.scaling
 
     def remove(self, slot: int) -> None:
         """Restore the base's frequencies for the rows of `slot`."""
-        self._frequencies[slot], self._scaling[slot] = self._base
+        self.install(slot, self._base)
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """Cosines and sines (rows, head_dim) in `dtype`, at positions (rows,)."""
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> list[Rotation]:
+        """Each layer's cosines and sines (rows, columns) in `dtype`, at positions (rows,)."""
         slots = self._routing.row_slots
-        angles = positions[:, None].float() * self._frequencies[slots]
+        angles = positions[:, None].float() * self._frequencies[:, slots]
         angles = torch.cat((angles, angles), dim=-1)
-        scaling = self._scaling[slots][:, None]
-        return Rotation((angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype))
+        scaling = self._scaling[:, slots, None]
+        cos, sin = (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+        tables = [Rotation(*pair) for pair in zip(cos, sin, strict=True)]
+        return [tables[table] for table in self._tables]

@@ -15,10 +15,13 @@ from tests.inference.merging import make_delta
 from tests.inference.scheduling import make_sequence
 from tests.kernels.svd_delta import support as kernels
 
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 FAMILIES = [
     ("llama", {}),
     ("mistral", {"sliding_window": 8}),
     ("qwen3", {"tie_word_embeddings": True}),
+    ("gemma2", TWO_KINDS),
+    ("gemma3_text", TWO_KINDS | {"tie_word_embeddings": False}),
 ]
 
 

@@ -5,7 +5,8 @@ import torch
 
 from deltadock.artifacts.checkpoint import CheckpointManifest
 from deltadock.errors import UnsupportedModel
-from deltadock.inference.model.loading import CLASSES, check_servable, serving_dtype
+from deltadock.inference.model.families import FAMILIES
+from deltadock.inference.model.loading import check_servable, serving_dtype
 from deltadock.model_target import SERVED
 
 
@@ -24,17 +25,20 @@ def test_a_gpu_gets_floats_that_its_kernels_take(stored: torch.dtype, served: to
 
 
 def test_the_api_and_nodes_know_the_same_families() -> None:
-    assert tuple(CLASSES) == SERVED
+    assert tuple(FAMILIES) == SERVED
     for kind in SERVED:
         check_servable(CheckpointManifest((), (), {"model_type": kind}))
 
 
 def test_a_refusal_names_its_cause() -> None:
-    gemma, quantized = {"model_type": "gemma2"}, {"model_type": "llama", "quantization_config": {}}
+    falcon, quantized = {"model_type": "falcon"}, {"model_type": "llama", "quantization_config": {}}
     with pytest.raises(
-        UnsupportedModel, match=r"type 'gemma2' are not served.*load_delta"
+        UnsupportedModel, match=r"type 'falcon' are not served.*load_delta"
     ) as error:
-        check_servable(CheckpointManifest((), (), gemma))
+        check_servable(CheckpointManifest((), (), falcon))
     assert "quantized" not in error.value.message
     with pytest.raises(UnsupportedModel, match="weights are quantized"):
         check_servable(CheckpointManifest((), (), quantized))
+    embedding = {"model_type": "gemma3_text", "use_bidirectional_attention": True}
+    with pytest.raises(UnsupportedModel, match="later tokens too"):
+        check_servable(CheckpointManifest((), (), embedding))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltadock.errors import UnsupportedModel
+from deltadock.inference.model.families import FAMILIES
 from deltadock.inference.model.layers import DeltaLinears, replace_modules
 from deltadock.inference.model.routing import DeltaLimits, DeltaModule, Routing
 from deltadock.kernels.svd_delta import Chunks
@@ -27,7 +28,7 @@ class Model(nn.Module):
 
 def routed(model: nn.Module) -> tuple[dict[str, list[tuple[DeltaModule, str]]], dict[str, Tensor]]:
     routing = Routing(DeltaLimits(slots=2, rows=4))
-    owners, tensors = replace_modules(model, routing)
+    owners, tensors = replace_modules(model, routing, FAMILIES["llama"])
     modules = {module for owned in owners.values() for module, _ in owned}
     tables = [module.table for module in modules if isinstance(module, DeltaLinears)]
     routing.chunks = Chunks(4, 2, tables)

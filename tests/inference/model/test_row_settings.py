@@ -1,6 +1,7 @@
 """Rotary embeddings and norms' epsilons of their own for each delta of a batch."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -27,6 +28,27 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
+def two_ropes(sliding: float, full: float, **scaled: Any) -> dict[str, Any]:
+    """Rotary parameters of two kinds of layers, by their bases."""
+    return {
+        "sliding_attention": {"rope_type": "default", "rope_theta": sliding},
+        "full_attention": {"rope_type": "default", "rope_theta": full, **scaled},
+    }
+
+
+TWO_KINDS = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "tie_word_embeddings": False,
+}
+TWO_ROPES: tuple[dict[str, Any], ...] = (
+    {"rope_parameters": two_ropes(100.0, 1e4)},
+    {"rope_parameters": two_ropes(1e4, 100.0)},
+    {"rope_parameters": two_ropes(1e4, 1e4, rope_type="linear", factor=4.0)},
+    {"rms_norm_eps": 0.1},
+)
+
+
 def config_with(base: Any, settings: dict[str, Any]) -> Any:
     plain = base.config.to_dict()
     if settings.keys() & {"rope_scaling", "rope_theta"}:
@@ -42,24 +64,36 @@ def with_settings(base: Any, settings: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("family", "static"), [("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", True)]
+    ("family", "static"),
+    [
+        ("llama", False),
+        ("mistral", False),
+        ("qwen2", True),
+        ("qwen3", True),
+        ("gemma3_text", True),
+    ],
 )
 def test_each_row_has_its_deltas_settings(
     make_bench: Any, make_model: Any, generate: Any, family: str, static: bool
 ) -> None:
-    base = make_model(family)
-    models = [base, *(with_settings(base, settings) for settings in SETTINGS)]
+    if family == "gemma3_text":
+        base = make_model(family, **TWO_KINDS, rope_parameters=two_ropes(1e4, 1e4))
+        changes: Sequence[dict[str, Any]] = TWO_ROPES
+    else:
+        base, changes = make_model(family), SETTINGS
+    models = [base, *(with_settings(base, settings) for settings in changes)]
     expected = [[generate(model, prompt, 12) for prompt in PROMPTS] for model in models]
-    assert len({str(answers) for answers in expected}) == len(models) - 1  # dynamic equals default
+    equal = 1 if changes is SETTINGS else 0  # dynamic equals default
+    assert len({str(answers) for answers in expected}) == len(models) - equal
     bench = make_bench(copy.deepcopy(base), max_sequences=6)
     engine = bench.engine
     engine._runner = ModelRunner(bench.model, engine._runner._cache, 6, static=static)
-    for slot, settings in enumerate(SETTINGS, 1):
+    for slot, settings in enumerate(changes, 1):
         bench.model.install(slot, {}, bench.model.row_settings(config_with(base, settings)))
     outcomes = [[bench.submit(prompt, slot) for prompt in PROMPTS] for slot in range(len(models))]
     bench.finish(*(one for answers in outcomes for one in answers))
     assert [[one.answer for one in answers] for answers in outcomes] == expected
-    bench.model.route([2, 5])
+    bench.model.route([2, len(changes)])
     assert bench.model.graph_key is not None
     for slot in range(1, len(models)):
         bench.model.remove(slot)

@@ -40,26 +40,31 @@ def fill(keys: Tensor, values: Tensor, slots: Sequence[int], lengths: Sequence[i
 
 def run(
     query: Tensor, keys: Tensor, values: Tensor, slots: Sequence[int], lengths: Sequence[int],
-    window: int | None = None,
+    window: int | None = None, cap: float | None = None,
 ) -> Tensor:  # fmt: skip
     places, ends = (torch.tensor(numbers, device=DEVICE) for numbers in (slots, lengths))
     return decode_attention(
-        query, keys, values, places, ends, scale=0.3, window=window, variant=SMALL
+        query, keys, values, places, ends, scale=0.3, window=window, cap=cap, variant=SMALL
     )
 
 
 def matches_float64(
-    dtype: torch.dtype, heads: tuple[int, int], width: int, window: int | None
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    width: int,
+    window: int | None,
+    cap: float | None = None,
 ) -> None:
     slots, lengths = [2, 0, 4, 1, 3], [1, 90, 0, 16, 37]
     query, keys, values = make(dtype, heads, width, len(slots))
     fill(keys, values, slots, lengths)
-    got = run(query, keys, values, slots, lengths, window)
+    got = run(query, keys, values, slots, lengths, window, cap)
     exact, cached_keys, cached_values = (
         tensor.double().cpu().nan_to_num(0) for tensor in (query, keys, values)
     )
     places, ends = torch.tensor(slots), torch.tensor(lengths)
-    want = reference(exact, cached_keys, cached_values, places, ends, scale=0.3, window=window)
+    cached = cached_keys, cached_values
+    want = reference(exact, *cached, places, ends, scale=0.3, window=window, cap=cap)
     assert not got[2].any()
     error = (got.double().cpu() - want).norm(dim=(1, 2)) / want.norm(dim=(1, 2)).clamp_min(1e-30)
     assert (error < TOLERANCE[dtype]).all(), error
@@ -84,15 +89,17 @@ def nan_in_a_row_does_not_spread() -> None:
 
 
 CASES: Final[dict[str, Callable[[], None]]] = {
-    f"attention, {dtype} {heads} {width} window {window}": partial(
-        matches_float64, dtype, heads, width, window
+    f"attention, {dtype} {heads} {width} window {window} cap {cap}": partial(
+        matches_float64, dtype, heads, width, window, cap
     )
-    for dtype, heads, width, window in (
-        (torch.bfloat16, (7, 1), 128, None),
-        (torch.bfloat16, (4, 2), 64, 33),
-        (torch.float16, (2, 2), 80, None),
-        (torch.float16, (17, 1), 16, 1),
-        (torch.float32, (4, 2), 8, 40),
+    for dtype, heads, width, window, cap in (
+        (torch.bfloat16, (7, 1), 128, None, None),
+        (torch.bfloat16, (4, 2), 64, 33, None),
+        (torch.float16, (2, 2), 80, None, None),
+        (torch.float16, (17, 1), 16, 1, None),
+        (torch.float32, (4, 2), 8, 40, None),
+        (torch.bfloat16, (2, 1), 256, 33, 50.0),
+        (torch.float32, (4, 2), 8, None, 0.7),
     )
 } | {
     f"attention, {case.__name__}".replace("_", " "): case

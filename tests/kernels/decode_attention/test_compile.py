@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.decoder import compile_for
 from deltadock.kernels.decode_attention import triton as kernel
+from deltadock.kernels.decode_attention.triton import Variant
 from tests.kernels.waits import check_accesses_after_the_wait, check_every_program_waits
 
 pytestmark = pytest.mark.skipif(
@@ -26,6 +27,19 @@ def test_machine_code(capability: int) -> None:
     assert not combine.loops
     assert len(combine.operations) <= 400
     assert combine.programs_per_sm >= 8
+    assert split.stack_bytes == combine.stack_bytes == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("cap", [None, 50.0])
+def test_machine_code_of_wide_heads(capability: int, cap: float | None) -> None:
+    """At Gemma 2's heads of 256 columns, with and without a cap of the scores."""
+    split, combine = compile_for(capability, Variant(tokens=32), width=256, group=2, cap=cap)
+    (loop,) = split.loops
+    read = 2 * 32 * 256 * 2
+    assert (loop.stop - loop.start) * split.warps * 32 / read <= 1.5
+    assert split.programs_per_sm >= 5
+    assert combine.programs_per_sm >= 6
     assert split.stack_bytes == combine.stack_bytes == 0
 
 
