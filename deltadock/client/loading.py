@@ -25,7 +25,7 @@ from deltadock.artifacts.checkpoint import (
     scan_folder,
 )
 from deltadock.artifacts.configs import EPSILONS, ROPE, check_same_forward, expand
-from deltadock.artifacts.names import find_name, is_embedding, is_head
+from deltadock.artifacts.names import find_name, is_embedding, is_head, is_past_layers
 from deltadock.artifacts.reader import Artifact
 from deltadock.artifacts.tensors import TORCH_DTYPES, fits_base, merged_tensor
 from deltadock.artifacts.tokenizers import open_tokenizer
@@ -38,6 +38,10 @@ from deltadock.errors import BaseMismatch, InvalidArtifact, NotFound, Unsupporte
 SAFETENSORS_DTYPES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 GENERATION: Final = "generation_config.json"
+
+NORMS: Final = ("eps", "variance_epsilon")
+SCALES: Final = ("scaling",)
+"""Attributes of norms and of attention that configs decide."""
 
 LONGEST: Final = "max_position_embeddings"
 
@@ -381,6 +385,8 @@ def _new_data(
         if untied is not None and name == untied.name:
             continue
         view = base.views.get(name)
+        if view is None and is_past_layers(name, model.config.to_dict()):
+            continue
         if view is None:
             raise InvalidArtifact(f"The delta changes {name!r}, which the model does not have.")
         if not fits_base(artifact.resolved(name).record, view.shape):
@@ -432,19 +438,25 @@ def _set_config(replacements: _Replacements, model: Any, text: str | None) -> No
     if not differences:
         return
     old, new = model.config.get_text_config(), expand(config).get_text_config()
-    for key in (one.key.rpartition(".")[2] for one in differences):
-        before, after = getattr(old, key), getattr(new, key)
-        for module in model.get_decoder().modules():
-            if key in EPSILONS:
-                for name in ("eps", "variance_epsilon"):
-                    if getattr(module, name, None) == before:
-                        replacements.set_attribute(module, name, after)
-                continue
-            for name, child in list(module.named_children()):
-                if key == ROPE and name.endswith("rotary_emb"):
-                    rotary = type(child)(new).to(model.device)
-                    replacements.set_attribute(module, name, rotary)
-        replacements.set_attribute(old, key, after)
+    decoder = model.get_decoder()
+    with torch.device("meta"):
+        rebuilt = dict(type(decoder)(new).named_modules())
+    keys = {one.key.rpartition(".")[2] for one in differences}
+    for path, module in list(decoder.named_modules()):
+        # Not all norms have the config's epsilon; scores of YaRN may be scaled by its factor.
+        for name in (
+            *(NORMS if keys.intersection(EPSILONS) else ()),
+            *(SCALES if ROPE in keys else ()),
+        ):
+            after = getattr(rebuilt[path], name, None)
+            if isinstance(after, float) and after != getattr(module, name):
+                replacements.set_attribute(module, name, after)
+        for name, child in list(module.named_children()):
+            if ROPE in keys and name.endswith("rotary_emb"):
+                rotary = type(child)(new).to(model.device)
+                replacements.set_attribute(module, name, rotary)
+    for key in keys:
+        replacements.set_attribute(old, key, getattr(new, key))
     if hasattr(old, LONGEST):  # not where positions have no embeddings (ALiBi)
         replacements.set_attribute(old, LONGEST, getattr(new, LONGEST))
 

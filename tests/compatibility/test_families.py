@@ -67,7 +67,7 @@ def test_an_adapter_on_the_embedding(family: str, on: str, tmp_path: Path) -> No
     table = model.get_input_embeddings()
     path = next(name for name, module in model.named_modules() if module is table)
     embedding = path.rpartition(".")[2]
-    others = ".*(q_proj|c_attn|qkv_proj|query_key_value)"
+    others = ".*(q_proj|q_a_proj|c_attn|qkv_proj|query_key_value)"
     settings: dict[str, Any] = {"r": 4, "target_modules": others}
     if CALIBRATED[model.config.model_type].vision:
         settings["target_modules"] = f".*language_model{others}"
@@ -76,3 +76,17 @@ def test_an_adapter_on_the_embedding(family: str, on: str, tmp_path: Path) -> No
     else:
         settings["modules_to_save"] = [embedding]
     check(save_adapter(tmp_path, model, None, False, LoraConfig, settings), tmp_path)
+
+
+def test_the_scale_of_scores_that_yarn_has_in_deepseek(tmp_path: Path) -> None:
+    model = save(CASES["deepseek-v3"], tmp_path / "base").float()
+    moved(model).save_pretrained(tmp_path / "tuned")
+    path = tmp_path / "tuned" / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    path.write_text(json.dumps(config))
+    tuned = auto_class("deepseek_v3").from_pretrained(tmp_path / "tuned", dtype=torch.float32)
+    check(Made(tmp_path / "base", tmp_path / "tuned", tuned.eval()), tmp_path)
