@@ -13,7 +13,13 @@ from deltadock.artifacts.checkpoint import (
     FileEntry,
     TensorEntry,
 )
-from deltadock.artifacts.names import find_name, is_buffer, is_embedding, is_head
+from deltadock.artifacts.names import (
+    find_name,
+    is_buffer,
+    is_embedding,
+    is_head,
+    is_past_layers,
+)
 from deltadock.errors import (
     ArchitectureMismatch,
     InvalidCheckpoint,
@@ -154,7 +160,8 @@ def match_tensors(
     """The fine-tune's tensors by the base's names, as `from_pretrained` would load them.
 
     Spellings may differ (`find_name`), and a head tied to the embedding may be stored in only one
-    of the two. Buffers that `transformers` computes itself are left out.
+    of the two. Left out are buffers that `transformers` computes itself, and those tensors of
+    layers past the model's that the fine-tune lacks.
 
     Raises:
         ArchitectureMismatch, InvalidCheckpoint, UnsupportedModel: as `check_same_architecture`.
@@ -182,6 +189,8 @@ def match_tensors(
     matched = _by_base_names(before, finetuned, kind)
     for name, entry in sorted(before.items()):
         if name not in matched:
+            if is_past_layers(name, base.config):
+                continue
             raise ArchitectureMismatch(f"The fine-tune lacks the base's tensor {name!r}.")
         shape = matched[name].shape
         if 0 in shape and 0 not in entry.shape:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 _INNER_LANGUAGE_MODEL: Final = (
     ("model.language_model.", "language_model.model."),
@@ -29,6 +29,8 @@ EMBEDDINGS: Final = frozenset(
 )
 HEADS: Final = frozenset({"lm_head", "embed_out", "output"})
 """Modules of input embeddings and output heads."""
+
+_LAYER: Final = re.compile(r"^(?:model\.)?layers\.(\d+)\.")
 
 _BLOCK: Final = re.compile(r"\.(\d+)\.")
 
@@ -75,9 +77,18 @@ def find_name(name: str, names: Container[str], model_type: str) -> str | None:
     return next((one for one in spellings(name, model_type) if one in names), None)
 
 
+def is_past_layers(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the tensor is of a layer past those that config.json counts.
+
+    Such layers predict further tokens (DeepSeek's and GLM's); `transformers` does not load them.
+    """
+    layer, count = _LAYER.search(name), config.get("num_hidden_layers")
+    return layer is not None and isinstance(count, int) and int(layer[1]) >= count
+
+
 def is_embedding(name: str) -> bool:
     """Whether the tensor is an input embedding by its name."""
-    return _owner(name) in EMBEDDINGS
+    return _owner(name) in EMBEDDINGS and not is_in_block(name)
 
 
 def is_head(name: str) -> bool:

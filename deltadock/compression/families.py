@@ -59,6 +59,8 @@ CALIBRATED: Final[Mapping[str, Family]] = MappingProxyType(
         "falcon": Family(tuples=True),
         "olmoe": Family(),
         "gpt_oss": Family(),
+        "glm4_moe": Family(),
+        "deepseek_v3": Family(),
         "ministral": Family(),
         "opt": Family(),
         "bloom": Family(tuples=True),

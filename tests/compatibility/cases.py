@@ -295,6 +295,34 @@ def vision_lora(home: Path) -> Made:
     return save_adapter(home, model, None, False, LoraConfig, settings)
 
 
+def prediction_layers(*, stored: bool) -> Callable[[Path], Made]:
+    """A base with a layer that predicts a further token; `stored`: the fine-tune has it too."""
+
+    def make(home: Path) -> Made:
+        model = save_family(FAMILIES["deepseek-v3"], home / "base").float()
+        tuned = moved(model)
+        tuned.save_pretrained(home / "tuned")
+        for name in ("base", "tuned") if stored else ("base",):
+            rewrite(home / name, with_prediction_layer)
+        return Made(home / "base", home / "tuned", tuned)
+
+    return make
+
+
+def with_prediction_layer(tensors: Tensors) -> Tensors:
+    """A layer past the model's two, with the embedding and the head once more, as DeepSeek's."""
+    again = {
+        name.replace("layers.1.", "layers.2."): 1.5 * tensor
+        for name, tensor in tensors.items()
+        if "layers.1." in name
+    }
+    own = {
+        "eh_proj": torch.randn(32, 64), "enorm": torch.ones(32), "embed_tokens": tensors[EMBEDDING],
+        "shared_head.head": tensors["lm_head.weight"], "shared_head.norm": torch.ones(32),
+    }  # fmt: skip
+    return {**tensors, **again, **{f"model.layers.2.{k}.weight": t for k, t in own.items()}}
+
+
 def gpt2_lora(home: Path) -> Made:
     """LoRA on GPT-2's square Conv1D layer and on its head, which is a linear layer."""
     model = save_family(FAMILIES["gpt2"], home / "base").float()
@@ -525,6 +553,13 @@ CASES: tuple[Case, ...] = (
          retied, "the embedding is the head"),
     Case("any", "weights and config.json only", without_tokenizer,
          "the base's tokenizer, if both have as many tokens, with a note in the report"),
+    Case("transformers, TRL, axolotl",
+         "DeepSeek-V3 or GLM-4.5 without the layers for predicting further tokens",
+         prediction_layers(stored=False),
+         "merged, the base's are kept, with a note in the report", served=False),
+    Case("any", "DeepSeek-V3 or GLM-4.5 with the layers for predicting further tokens",
+         prediction_layers(stored=True), "stored exactly; not part of the measured model",
+         served=False),
     Case("any", "NaN in embedding rows past the tokenizer's size", nan_padding,
          "kept as the base's, with a note in the report"),
     Case("any", "NaN in an input embedding, of base and fine-tune alike",

@@ -13,6 +13,7 @@ from transformers import (
     CLIPVisionConfig,
     Cohere2Config,
     CohereConfig,
+    DeepseekV3Config,
     Exaone4Config,
     FalconConfig,
     Gemma2Config,
@@ -20,6 +21,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -60,6 +62,10 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 MIXTURE: dict[str, Any] = {
     "moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+ROUTED: dict[str, Any] = {
+    "moe_intermediate_size": 40, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
 }  # fmt: skip
 SIGHT: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -180,6 +186,17 @@ CASES = {
     "gpt-oss": Case(
         lambda: GptOssConfig(
             **SIZES, **LAYERS, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+        )
+    ),
+    "glm4-moe": Case(
+        lambda: Glm4MoeConfig(
+            **SIZES, **ROUTED, head_dim=8, use_qk_norm=True, attention_bias=True,
+        )
+    ),
+    "deepseek-v3": Case(
+        lambda: DeepseekV3Config(
+            **{**SIZES, "num_key_value_heads": 4}, **ROUTED, q_lora_rank=16, kv_lora_rank=16,
+            qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
         )
     ),
     "ministral": Case(lambda: MinistralConfig(**SIZES, **LAYERS, head_dim=8)),
