@@ -9,7 +9,7 @@ from deltadock.inference.base import ServedBase
 from deltadock.inference.engine.sampling import SamplingParams, make_draws
 from deltadock.inference.engine.sequence import Event, Sequence
 from deltadock.inference.metrics import Metrics
-from deltadock.inference.prompts.grammar import TokenGrammar
+from deltadock.inference.prompts.matching import TokenGrammar
 from deltadock.inference.prompts.tokenizer import TextStream, Tokenizer
 from deltadock.model_target import ModelTarget
 from deltadock.openai.fields import Usage

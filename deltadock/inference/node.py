@@ -20,7 +20,8 @@ from deltadock.inference.generation import Generation
 from deltadock.inference.metrics import Metrics
 from deltadock.inference.model.loading import check_servable
 from deltadock.inference.prompts.chat import PROCESSES, TemplateSandbox
-from deltadock.inference.prompts.grammar import GrammarProcesses, TokenGrammar
+from deltadock.inference.prompts.grammar import GrammarProcesses
+from deltadock.inference.prompts.matching import TokenGrammar
 from deltadock.inference.prompts.tokenizer import Tokenizer
 from deltadock.inference.registration import Registration
 from deltadock.inference.request import (

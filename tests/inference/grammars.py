@@ -7,14 +7,8 @@ from typing import Final
 
 import numpy as np
 
-from deltadock.inference.prompts.grammar import (
-    GrammarProcesses,
-    GrammarSpec,
-    TokenGrammar,
-    TokenMatcher,
-    TokenSpellings,
-    await_masks,
-)
+from deltadock.inference.prompts.grammar import GrammarProcesses, GrammarSpec, TokenSpellings
+from deltadock.inference.prompts.matching import TokenGrammar, TokenMatcher, await_masks
 from deltadock.inference.prompts.tokenizer import BYTE_CHARACTERS
 
 END: Final = 256

@@ -16,7 +16,7 @@ from deltadock.inference.engine.scheduler import ScheduledChunk, Scheduler
 from deltadock.inference.engine.sequence import Event, FinishReason, Sequence
 from deltadock.inference.model.added_tokens import Logits
 from deltadock.inference.model.model import DeltaModel
-from deltadock.inference.prompts.grammar import await_masks
+from deltadock.inference.prompts.matching import await_masks
 
 log = logging.getLogger(__name__)
 

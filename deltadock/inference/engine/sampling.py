@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 import torch
 
 from deltadock.inference.engine.token_counts import TokenCounts
-from deltadock.inference.prompts.grammar import TokenMatcher
+from deltadock.inference.prompts.matching import TokenMatcher
 
 MIN_TEMPERATURE: Final = 1e-5
 """Lower temperatures are greedy, as in vLLM: logits divided by them would not be finite."""

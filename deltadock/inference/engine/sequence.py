@@ -10,7 +10,7 @@ from deltadock.inference.engine.sampling import (
     SamplingRow,
     UniformDraws,
 )
-from deltadock.inference.prompts.grammar import TokenMatcher
+from deltadock.inference.prompts.matching import TokenMatcher
 from deltadock.inference.prompts.tokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

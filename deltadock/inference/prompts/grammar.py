@@ -1,29 +1,22 @@
-"""Structured output: only tokens that continue a JSON document, regex or grammar can be sampled."""
+"""Compiles grammars: JSON documents, regexes and others, of which answers are made."""
 
 import asyncio
 import hashlib
 import json
 import logging
 import os
-import select
 import socket
 import subprocess
 import sys
-import time
-import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
 
 from deltadock.errors import GrammarTooComplex, InvalidInput, Unavailable
 from deltadock.inference.prompts.fair_slots import FairSlots
 from deltadock.inference.prompts.json_schema import has_patterns, not_enforced, without_formats
+from deltadock.inference.prompts.matching import LIMIT, TokenGrammar, forked
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +31,6 @@ MAX_GRAMMARS: Final = 16
 
 MAX_COMPILATIONS: Final = 2
 """Grammars that compile at once; others wait."""
-MASK_SECONDS: Final = 0.005
-"""CPU time that an answer's masks may take at once in the node; a tame grammar's take 20 us."""
-EARNED_SECONDS: Final = 0.0002
-"""What each token adds to it again, up to `MASK_SECONDS`."""
-
-LIMIT: Final = b"\0"
-"""Received when a limit has ended a process."""
 MAX_ANSWER: Final = 16384
 """Bytes of what a process says once it has compiled."""
 LIBRARIES: Final = frozenset({"LD_LIBRARY_PATH"})
@@ -52,8 +38,6 @@ LIBRARIES: Final = frozenset({"LD_LIBRARY_PATH"})
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-THREADS: Final = ThreadPoolExecutor(2, thread_name_prefix="mask")
-"""Compute the masks of tame grammars; XGrammar releases the interpreter."""
 GrammarKind = Literal[
     "json_object", "json_schema", "compact_json_schema", "choice", "regex", "ebnf"
 ]
@@ -85,218 +69,6 @@ class TokenSpellings:
         self.kind = kind
         self.content = json.dumps(spellings)
         self.digest = hashlib.sha256(f"{kind}{self.content}".encode()).hexdigest()
-
-
-def _forked(parent: socket.socket, request: str) -> socket.socket:
-    """The socket of a process that `parent`'s forks for a request; closing it ends the process.
-
-    Raises:
-        OSError: the parent has ended, or there are no files left.
-    """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        with theirs, os.fdopen(os.memfd_create("request"), "wb") as file:
-            file.write(request.encode())
-            file.flush()
-            socket.send_fds(parent, [b"f"], [theirs.fileno(), file.fileno()])
-    except BaseException:
-        ours.close()
-        raise
-    ours.setblocking(False)
-    return ours
-
-
-class TokenMatcher:
-    """Follows one answer through a grammar.
-
-    It does so in a thread while the grammar is tame, and in a process of its own from the token on
-    whose mask takes longer. The next mask is computed while the model computes the token.
-    """
-
-    def __init__(self, grammar: "TokenGrammar") -> None:
-        self._grammar = grammar
-        self._tokens: list[int] = []
-        """Accepted in this process."""
-        self._left = MASK_SECONDS
-        self._matcher: Any = None
-        """XGrammar's, in this process."""
-        self.work: Future[bytes] | None = None
-        """What a thread computes."""
-        self._connection: socket.socket | None = None
-        self._message: bytes | None = None
-        """The mask as it was received; empty if the process has ended."""
-
-    def start(self) -> None:
-        """Begin the answer; no effect if it has begun."""
-        if self._matcher is not None or self._connection is not None or self._message is not None:
-            return
-        if self._grammar.tame is None:
-            self._move()
-            return
-        import xgrammar
-
-        compiled = self._grammar.tame
-        self._matcher = xgrammar.GrammarMatcher(
-            compiled, terminate_without_stop_token=self._grammar.ends_itself
-        )
-        self._mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
-        self.work = THREADS.submit(self._follow, self._matcher, None)
-
-    def _move(self) -> None:
-        """Follow the rest of the answer in a process."""
-        self._matcher = None
-        try:
-            self._connection = self._grammar.fork(self._tokens)
-        except OSError:
-            log.exception("A process for the masks of an answer could not be started")
-            self._message = b""
-        else:
-            weakref.finalize(self, self._connection.close)
-
-    def _follow(self, matcher: Any, token: int | None) -> bytes:
-        """Accept a token, in a thread; the next mask, as a process sends it."""
-        begun = time.thread_time()
-        if token is not None:
-            matcher.accept_token(token)
-        complete = bool(matcher.is_terminated())
-        if not complete:
-            matcher.fill_next_token_bitmask(self._mask)
-        self._left -= time.thread_time() - begun
-        mask: bytes = self._mask.numpy().tobytes()
-        return bytes([complete]) + mask
-
-    @property
-    def ready(self) -> bool:
-        """Whether the mask of the next token is there, or never will be."""
-        self.start()
-        if self.work is not None:
-            if not self.work.done():
-                return False
-            try:
-                self._message = self.work.result()
-            except Exception:
-                log.exception("The next mask of an answer could not be computed")
-                self._message = b""
-            self.work = None
-        if self._message is None and self._connection is not None:
-            with suppress(BlockingIOError):
-                try:
-                    self._message = self._connection.recv(self._grammar.message_bytes)
-                except ConnectionError:
-                    self._message = b""
-                if not self._message:
-                    log.error("The process that computes an answer's masks has ended")
-        return self._message is not None
-
-    @property
-    def complete(self) -> bool:
-        """Whether the answer is complete, where no token ends it."""
-        return bool(self._message and self._message[0])
-
-    def fill(self, words: NDArray[np.int32]) -> None:
-        """Write the tokens that can follow to words of zeros: a bit per token, lowest first.
-
-        The mask must be `ready`.
-
-        Raises:
-            GrammarTooComplex: it takes more time or memory than allowed.
-            Unavailable: its process has ended.
-        """
-        if self._message == LIMIT:
-            raise GrammarTooComplex(
-                "The next token that the answer's grammar allows takes more time or memory to find "
-                "than allowed. Make it less ambiguous: let each text be derived in one way only."
-            )
-        if not self._message:
-            raise Unavailable("The process that follows the answer's grammar ended. Try again.")
-        mask = np.frombuffer(self._message, np.int32, offset=1)
-        count = min(len(words), len(mask))
-        words[:count] = mask[:count]
-
-    def accept(self, token: int) -> None:
-        """Follow a sampled token; a thread or process computes the next mask meanwhile."""
-        if not self._message:
-            return
-        self._message = None
-        if self._connection is not None:
-            with suppress(OSError):  # the process has ended, as is received next
-                self._connection.send(token.to_bytes(4, sys.byteorder))
-            return
-        self._tokens.append(token)
-        if self._left <= 0:
-            self._grammar.tame = None  # nor are further answers followed here
-            self._move()
-            return
-        self._left = min(self._left + EARNED_SECONDS, MASK_SECONDS)
-        self.work = THREADS.submit(self._follow, self._matcher, token)
-
-    def close(self) -> None:
-        """End the answer, and its process."""
-        self._matcher = self.work = None
-        if self._connection is not None:
-            self._connection.close()
-        self._connection, self._message = None, b""
-
-    def register(self, poll: select.poll) -> None:
-        """Let `poll` return when there is something to receive."""
-        if self._connection is not None:
-            poll.register(self._connection, select.POLLIN)
-
-
-def await_masks(matchers: Iterable[TokenMatcher], seconds: float) -> list[TokenMatcher]:
-    """Wait for the masks of all of `matchers`; those whose is not there after some seconds."""
-    deadline = time.monotonic() + seconds
-    while late := [matcher for matcher in matchers if not matcher.ready]:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            break
-        if working := [matcher.work for matcher in late if matcher.work is not None]:
-            wait(working, left)
-        else:
-            poll = select.poll()
-            for matcher in late:
-                matcher.register(poll)
-            poll.poll(left * 1000)
-        matchers = late
-    return late
-
-
-class TokenGrammar:
-    """A grammar compiled for one tokenizer, in a process of its own, and in this one if `tame`."""
-
-    def __init__(
-        self,
-        connection: socket.socket,
-        tokens: int,
-        *,
-        ends_itself: bool,
-        tame: Any,
-    ) -> None:
-        """Take a compiled grammar's process, for so many tokens; `tame` is XGrammar's, if it is."""
-        self._connection = connection
-        self.ends_itself, self.tame = ends_itself, tame
-        self.message_bytes = 1 + 4 * -(-tokens // 32)
-        weakref.finalize(self, connection.close)
-
-    @property
-    def alive(self) -> bool:
-        """Whether its process still runs."""
-        try:
-            self._connection.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except ConnectionError:
-            pass
-        return False
-
-    def fork(self, tokens: list[int]) -> socket.socket:
-        """The socket of the process of an answer that begins with `tokens`. Raises as `_forked`."""
-        request = {"ends_itself": self.ends_itself, "tokens": tokens}
-        return _forked(self._connection, json.dumps(request))
-
-    def matcher(self) -> TokenMatcher:
-        """A matcher for one answer."""
-        return TokenMatcher(self)
 
 
 def _enforceable(text: str) -> str:
@@ -353,12 +125,18 @@ class _Tokenizer:
         return self._compile(self._tokenizer, request)
 
 
+class _FirstProcess(NamedTuple):
+    """The process that all others are forked from, and its socket."""
+
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+
+
 class GrammarProcesses:
     """Compiles grammars, in processes. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
+        self._first: _FirstProcess | None = None
         self._tokenizers: OrderedDict[tuple[str, frozenset[int]], socket.socket] = OrderedDict()
         self._here: OrderedDict[tuple[str, frozenset[int]], _Tokenizer] = OrderedDict()
         self._grammars: OrderedDict[tuple[Any, ...], TokenGrammar] = OrderedDict()
@@ -432,42 +210,43 @@ class GrammarProcesses:
         """
         try:
             try:
-                return _forked(self._tokenizer(spellings, end_ids), request)
+                return forked(self._tokenizer(spellings, end_ids), request)
             except ConnectionError:  # that process has ended
                 if (old := self._tokenizers.pop((spellings.digest, end_ids), None)) is not None:
                     old.close()
-                return _forked(self._tokenizer(spellings, end_ids), request)
+                return forked(self._tokenizer(spellings, end_ids), request)
         except OSError:
             _failed()
 
     def _tokenizer(self, spellings: TokenSpellings, end_ids: frozenset[int]) -> socket.socket:
-        """The socket of a tokenizer's process. Raises as `_forked`."""
+        """The socket of a tokenizer's process. Raises as `forked`."""
         key = (spellings.digest, end_ids)
         if key not in self._tokenizers:
             ends = json.dumps(sorted(end_ids))
             fields = f'"kind": "{spellings.kind}", "end_ids": {ends}'
             request = f'{{{fields}, "spellings": {spellings.content}}}'
-            connection = _forked(self._first(), request)
+            connection = forked(self._control(), request)
             for old in _keep(self._tokenizers, key, connection, MAX_TOKENIZERS):
                 old.close()
         self._tokenizers.move_to_end(key)
         return self._tokenizers[key]
 
-    def _first(self) -> socket.socket:
+    def _control(self) -> socket.socket:
         """The socket of the process that all others are forked from."""
-        if self._process is not None and self._process.poll() is not None:
+        if self._first is not None and self._first.process.poll() is not None:
             self.close()
-        if self._control is None:
-            self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if self._first is None:
+            control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                self._process = subprocess.Popen(
+                process = subprocess.Popen(
                     [sys.executable, "-I", PROCESS, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     env={name: os.environ[name] for name in LIBRARIES & os.environ.keys()},
                     start_new_session=True,  # Ctrl-C must not reach it
                 )
-        return self._control
+            self._first = _FirstProcess(process, control)
+        return self._first.control
 
     def close(self) -> None:
         """End the processes; those that compute are killed."""
@@ -476,13 +255,11 @@ class GrammarProcesses:
         self._tokenizers.clear()
         self._here.clear()
         self._grammars.clear()
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        if self._first is not None:
+            self._first.control.close()
+            self._first.process.kill()
+            self._first.process.wait()
+            self._first = None
 
 
 async def _received(connection: socket.socket) -> dict[str, Any]:

@@ -11,13 +11,9 @@ from typing import Any
 import pytest
 
 from deltadock.errors import GrammarTooComplex, InvalidInput, Unavailable
-from deltadock.inference.prompts.grammar import (
-    MAX_COMPILATIONS,
-    GrammarSpec,
-    TokenMatcher,
-    await_masks,
-)
+from deltadock.inference.prompts.grammar import MAX_COMPILATIONS, GrammarSpec
 from deltadock.inference.prompts.grammar_process import limited
+from deltadock.inference.prompts.matching import ThreadFollower, TokenMatcher, await_masks
 from tests.inference.grammars import AMBIGUOUS, END, LARGE, SLOW, Grammars, allowed
 from tests.waiting import wait_until
 
@@ -51,8 +47,8 @@ def alive(process: int) -> bool:
 
 
 def running(grammars: Grammars) -> set[int]:
-    assert grammars.processes._process is not None
-    return set(descendants(grammars.processes._process.pid))
+    assert grammars.processes._first is not None
+    return set(descendants(grammars.processes._first.process.pid))
 
 
 def test_an_answer_whose_masks_take_too_long_fails_alone(grammars: Grammars) -> None:
@@ -76,7 +72,7 @@ def test_a_tame_grammar_has_masks_for_any_number_of_tokens(grammars: Grammars) -
 def test_a_tame_grammar_has_no_process_for_an_answer(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltadock.inference.prompts.grammar.MASK_SECONDS", 60)
+    monkeypatch.setattr("deltadock.inference.prompts.matching.MASK_SECONDS", 60)
     grammar = grammars.compile(STRING)
     before = running(grammars)
     follow(grammar.matcher(), [QUOTE, *[A, B] * 20, QUOTE, END])
@@ -104,13 +100,13 @@ def test_only_a_grammar_that_is_not_ambiguous_is_tame(
 def test_a_slow_mask_of_a_tame_grammar_holds_nothing_up(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on, follow_here = threading.Event(), TokenMatcher._follow
+    go_on, advance = threading.Event(), ThreadFollower._advance
 
     def slow(*arguments: Any) -> bytes:
         assert go_on.wait(60)
-        return follow_here(*arguments)
+        return advance(*arguments)
 
-    monkeypatch.setattr(TokenMatcher, "_follow", slow)
+    monkeypatch.setattr(ThreadFollower, "_advance", slow)
     matcher = grammars.compile(STRING).matcher()
     assert await_masks([matcher], 0.001) == [matcher]
     go_on.set()
@@ -120,7 +116,7 @@ def test_a_slow_mask_of_a_tame_grammar_holds_nothing_up(
 def test_a_mask_that_cannot_be_computed_fails_its_answer(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TokenMatcher, "_follow", lambda *_: 1 / 0)
+    monkeypatch.setattr(ThreadFollower, "_advance", lambda *_: 1 / 0)
     matcher = grammars.compile(STRING).matcher()
     with pytest.raises(Unavailable):
         allowed(matcher)
@@ -139,7 +135,8 @@ def test_an_answer_that_becomes_slow_goes_on_in_a_process(grammars: Grammars) ->
     follow(matcher, [QUOTE])
     assert A in allowed(matcher)
     assert running(grammars) <= before
-    matcher._left = 0
+    assert isinstance(matcher._follower, ThreadFollower)
+    matcher._follower._left = 0
     matcher.accept(A)
     assert B in allowed(matcher)
     assert len(running(grammars) - before) == 1
@@ -250,9 +247,9 @@ def test_a_closed_matcher_leaves_no_process(grammars: Grammars) -> None:
 def test_processes_that_were_killed_are_replaced(grammars: Grammars) -> None:
     spec = ebnf('root ::= "a" "b"')
     assert grammars.allows(spec, "ab")
-    first = grammars.processes._process
+    first = grammars.processes._first
     assert first is not None
-    killed = {first.pid, *running(grammars)}
+    killed = {first.process.pid, *running(grammars)}
     for process in killed:
         os.kill(process, signal.SIGKILL)
     wait_until(lambda: not any(map(alive, killed)))
